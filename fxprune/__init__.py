@@ -1,0 +1,39 @@
+"""fxprune: structural pruning of language models as a suite of torch.fx passes."""
+
+from fxprune.api import Result, apply, prune
+from fxprune.dependency import dependency_graph
+from fxprune.errors import FxpruneError
+from fxprune.groups import Group, Member, explain, find_groups
+from fxprune.passbase import Pass, PassResult
+from fxprune.pipeline import Pipeline
+from fxprune.plan import Plan
+from fxprune.registry import load_pass, pass_names
+from fxprune.report import Report
+from fxprune.rules import OpSite, TensorAxes, rule
+from fxprune.trace import Traced, trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FxpruneError",
+    "Group",
+    "Member",
+    "OpSite",
+    "Pass",
+    "PassResult",
+    "Pipeline",
+    "Plan",
+    "Report",
+    "Result",
+    "TensorAxes",
+    "Traced",
+    "apply",
+    "dependency_graph",
+    "explain",
+    "find_groups",
+    "load_pass",
+    "pass_names",
+    "prune",
+    "rule",
+    "trace",
+]

@@ -1,0 +1,133 @@
+"""The face of the package: prune a model, or apply a plan to one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from fxprune.calibration import read_calibration
+from fxprune.dependency import axis_map
+from fxprune.errors import UnknownNameError
+from fxprune.passbase import Pass
+from fxprune.pipeline import Pipeline
+from fxprune.plan import Plan, keep_of
+from fxprune.registry import load_pass, pass_names
+from fxprune.shrinking import Result, shrink
+from fxprune.state import Track, state_of
+from fxprune.trace import trace
+
+__all__ = ["Result", "apply", "prune"]
+
+
+def prune(
+    model: nn.Module,
+    calibration: Any = None,
+    *,
+    ratio: float = 0.2,
+    kinds: Sequence[str] = ("mlp", "head"),
+    importance: str | Pass = "taylor",
+    taylor: str = "mix",
+    reduction: str = "sum",
+    ranking: str = "local",
+    group_ratio: float | None = None,
+    protect: tuple[int, int] | tuple[()] | None = None,
+    round_to: int = 1,
+    seed: int = 0,
+    verify: bool = True,
+    inplace: bool = False,
+    example_inputs: Mapping[str, Any] | None = None,
+    track: Track | None = None,
+) -> Result:
+    """Remove the least important structures of ``model``; the model passed is not changed.
+
+    Args:
+        model: a Hugging Face model, or any module that ``torch.export`` can trace.
+        calibration: token ids ``(samples, tokens)``, a list of tokenised dicts, a DataLoader, or None for criteria
+            that need no data.
+        ratio: fraction of the parameters that goes, in [0, 1); reached within half a percentage point.
+        kinds: which structures may go: ``mlp``, ``head``, ``channel``, ``head_dim``, ``expert``, ``layer``.
+        importance: ``taylor``, ``l1``, ``l2``, ``random``, another registered importance pass, or a pass.
+        taylor: ``vector``, ``first``, ``second`` or ``mix``.
+        reduction: how members of a group are combined: ``sum``, ``prod``, ``max``, ``mean``, ``first``, ``last``.
+        ranking: ``local``: the same fraction in every group; ``global``: the lowest scores anywhere.
+        group_ratio: the paper's ratio, a fraction of the units of every group; takes the place of ``ratio``.
+        protect: how many layers stay whole at the front and at the end; None for the paper's 4 and 2 of 32, scaled
+            to the depth; ``()`` for none.
+        round_to: slim widths are multiples of this.
+        seed: for ``random`` importance and the verification inputs.
+        verify: check that masking equals shrinking, and that the emitted model equals the graph.
+        inplace: free each dense tensor as its slim one is made; ``model`` then *becomes* the slim model.
+        example_inputs: keyword inputs for modules that are not Hugging Face models.
+        track: shows progress, as ``track(items, what, total)``.
+
+    Raises:
+        FxpruneError: one of its subclasses, naming what is wrong and what to do; the model is then unchanged.
+    """
+    estimate = _importance_pass(importance, taylor, tuple(kinds), reduction, seed, 0.1 if inplace else 0.25)
+    select = _select_pass(ratio, group_ratio, tuple(kinds), ranking, protect, round_to)
+    traced = trace(model, example_inputs)
+    state = state_of(traced.graph_module)
+    if track is not None:
+        state.track = track
+    if calibration is not None:
+        state.calibration = read_calibration(calibration, traced.graph_module)
+    Pipeline([load_pass("find-groups"), estimate, select])(traced.graph_module)
+    asked = {"ratio": ratio if group_ratio is None else None, "group_ratio": group_ratio}
+    return shrink(traced, example_inputs, seed=seed, verify=verify, inplace=inplace, asked=asked)
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    verify: bool = True,
+    inplace: bool = False,
+    example_inputs: Mapping[str, Any] | None = None,
+) -> Result:
+    """Remove from ``model`` what ``plan`` says.
+
+    Args:
+        model: the model the plan was made for, or one of the same shape.
+        plan: from an earlier result or :meth:`Plan.from_json`.
+        verify: as for :func:`prune`.
+        inplace: as for :func:`prune`.
+        example_inputs: as for :func:`prune`.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+    """
+    traced = trace(model, example_inputs)
+    state = state_of(traced.graph_module)
+    Pipeline([load_pass("find-groups")])(traced.graph_module)
+    assert state.graph is not None
+    state.keep = keep_of(axis_map(state.graph), state.groups, plan)
+    state.plan = plan
+    return shrink(traced, example_inputs, verify=verify, inplace=inplace)
+
+
+def _importance_pass(
+    importance: str | Pass, taylor: str, kinds: tuple[str, ...], reduction: str, seed: int, memory: float
+) -> Pass:
+    if isinstance(importance, Pass):
+        return importance
+    known = pass_names("importance")
+    if importance not in known:
+        raise UnknownNameError("importance", importance, known)
+    extra: dict[str, Any] = {"random": {"seed": seed}, "taylor": {"order": taylor, "memory": memory}}.get(importance, {})
+    return load_pass(importance, kinds=kinds, reduction=reduction, **extra)
+
+
+def _select_pass(
+    ratio: float,
+    group_ratio: float | None,
+    kinds: tuple[str, ...],
+    ranking: str,
+    protect: tuple[int, int] | tuple[()] | None,
+    round_to: int,
+) -> Pass:
+    common: dict[str, Any] = {"kinds": kinds, "ranking": ranking, "protect": protect, "round_to": round_to}
+    if group_ratio is None:
+        return load_pass("select-by-ratio", ratio=ratio, **common)
+    return load_pass("select-by-group-ratio", group_ratio=group_ratio, **common)

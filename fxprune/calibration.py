@@ -1,0 +1,136 @@
+"""Calibration data: from what users have to single samples with labels, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxprune.errors import CalibrationError
+from fxprune.tensors import get_tensor
+
+__all__ = ["IGNORED", "Sample", "embedding_rows", "next_token_loss", "read_calibration"]
+
+IGNORED = -100
+"""Label of a token that does not count in the loss."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample.
+
+    Args:
+        inputs: keyword inputs of the graph, batch of one.
+        labels: what each position of the input is: ``(1, tokens)``; the loss shifts them by one.
+    """
+
+    inputs: Mapping[str, torch.Tensor]
+    labels: torch.Tensor
+
+
+def read_calibration(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, ...]:
+    """Samples, one a row, without padding.
+
+    Args:
+        data: a LongTensor ``(samples, tokens)``; a list of tokenised dicts with ``input_ids`` and, if padded,
+            ``attention_mask`` and, if given, ``labels``; or any iterable of such batches (a DataLoader).
+        graph_module: the graph the samples are for.
+
+    Raises:
+        CalibrationError: no samples, a sample of fewer than two tokens, a value that is not finite, or token ids
+            the model has no embedding for.
+    """
+    names = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
+    rows = embedding_rows(graph_module)
+    samples: list[Sample] = []
+    for batch in _batches(data, names[0]):
+        for sample in _rows(batch, names):
+            _check_sample(sample, rows, len(samples))
+            samples.append(sample)
+    if not samples:
+        raise CalibrationError("the calibration data is empty", where="calibration", remedy="Pass at least one sample")
+    return tuple(samples)
+
+
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of each next token.
+
+    Args:
+        logits: ``(batch, tokens, vocabulary)``.
+        labels: ``(batch, tokens)``, :data:`IGNORED` where a token does not count.
+    """
+    flat = logits[:, :-1].flatten(0, 1).float()
+    return nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORED)
+
+
+def _batches(data: Any, name: str) -> Iterator[Mapping[str, torch.Tensor]]:
+    if isinstance(data, torch.Tensor):
+        if data.dim() != 2 or data.is_floating_point():
+            raise CalibrationError(
+                f"a {data.dtype} tensor of shape {tuple(data.shape)}",
+                where="calibration",
+                remedy="Pass token ids as a LongTensor (samples, tokens)",
+            )
+        yield {name: data}
+    elif isinstance(data, Iterable) and not isinstance(data, str | Mapping):
+        for item in data:
+            yield _as_batch(item, name)
+    else:
+        raise CalibrationError(
+            f"cannot read {type(data).__name__}",
+            where="calibration",
+            remedy="Pass a LongTensor, a list of tokenised dicts or a DataLoader",
+        )
+
+
+def _as_batch(item: Any, name: str) -> Mapping[str, torch.Tensor]:
+    fields = dict(item) if isinstance(item, Mapping) else {name: item[0] if isinstance(item, list | tuple) else item}
+    if name not in fields:
+        raise CalibrationError(f"a sample without {name!r}, only {sorted(fields)}", where="calibration")
+    tensors = {key: torch.as_tensor(value) for key, value in fields.items() if not isinstance(value, str)}
+    lone = tensors[name].dim() == 1
+    return {key: value[None] if lone else value for key, value in tensors.items()}
+
+
+def _rows(batch: Mapping[str, torch.Tensor], names: Sequence[str]) -> Iterator[Sample]:
+    for i in range(len(batch[names[0]])):
+        row = {key: value[i : i + 1] for key, value in batch.items()}
+        mask = row.pop("attention_mask", None) if "attention_mask" not in names else None
+        if mask is not None and mask.shape == row[names[0]].shape:
+            keep = mask[0].bool()
+            row = {key: value[:, keep] if value.dim() == 2 else value for key, value in row.items()}
+        labels = row.get("labels", row[names[0]])
+        missing = [name for name in names if name not in row]
+        if missing:
+            raise CalibrationError(f"a sample without {missing[0]!r}", where=f"calibration sample {i}")
+        yield Sample({name: row[name] for name in names}, labels)
+
+
+def _check_sample(sample: Sample, rows: Mapping[str, int], number: int) -> None:
+    where = f"calibration sample {number}"
+    if sample.labels.dim() >= 2 and sample.labels.shape[1] < 2:
+        raise CalibrationError("fewer than two tokens: there is nothing to predict", where=where)
+    for name, value in sample.inputs.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise CalibrationError(f"{name} has values that are not finite", where=where, remedy="Clean the data")
+        if name in rows and value.numel() and not (0 <= int(value.min()) and int(value.max()) < rows[name]):
+            bad = int(value.max()) if int(value.max()) >= rows[name] else int(value.min())
+            raise CalibrationError(
+                f"{name} holds {bad}, the model knows 0 to {rows[name] - 1}",
+                where=where,
+                remedy="Tokenise with the tokenizer of this model",
+            )
+
+
+def embedding_rows(graph_module: fx.GraphModule) -> dict[str, int]:
+    """For each input that is looked up in an embedding, how many rows that has."""
+    found: dict[str, int] = {}
+    for node in graph_module.graph.nodes:
+        if node.target is torch.ops.aten.embedding.default and node.args[1].op == "placeholder":
+            table = node.args[0]
+            if table.op == "get_attr":
+                found[node.args[1].name] = get_tensor(graph_module, str(table.target)).shape[0]
+    return found

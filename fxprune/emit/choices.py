@@ -1,0 +1,170 @@
+"""Ways to give one block its wanted shapes, the likeliest first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from torch import nn
+
+from fxprune.emit.patch import Patches, leaf_patches, merged, scope_patches
+from fxprune.emit.sites import Site
+from fxprune.emit.snapshot import (
+    MISSING_AXIS,
+    Axis,
+    Shape,
+    Snapshot,
+    mismatches,
+    shapes_of,
+    take_snapshot,
+)
+from fxprune.emit.solve import Search, explicit_fields, minimal
+
+__all__ = ["Choice", "Outside", "choices_for", "gap_between"]
+
+Outside = Callable[[Mapping[str, int]], int]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to build a block.
+
+    Attributes:
+        fields: Config fields of this block, relative to the model's dense config.
+        patches: Attributes to set afterwards, by module path within the block.
+        gap: Tensors that the fields alone do not reach, in words; empty where they reach all.
+        as_dense: Whether integer attributes start from those of the dense block, not from those of the rebuilt one.
+    """
+
+    fields: Mapping[str, int]
+    patches: Patches = field(default_factory=dict)
+    gap: tuple[str, ...] = ()
+    as_dense: bool = False
+
+
+def choices_for(
+    block: nn.Module,
+    site: Site | None,
+    bases: Sequence[Mapping[str, int]],
+    wanted: Mapping[str, Shape],
+    outside: Outside,
+) -> list[Choice]:
+    """Ways to reach the wanted shapes are listed.
+
+    First config fields alone, then fields for what they reach and attributes for the rest as a block of another
+    size would have them, last the attributes of the resized tensors' own modules alone.
+
+    Args:
+        block: The dense block.
+        site: Rebuilds it; None where its class cannot be called.
+        bases: Fields to start from: those that the whole model changes, else none.
+        wanted: Shapes by name within the block.
+        outside: Number of shapes outside the blocks that an assignment would get wrong.
+    """
+    if site is None:
+        have = shapes_of(block)
+        if have == wanted:
+            return [Choice({})]
+        return [Choice({}, leaf_patches(block, wanted), gap_between(have, wanted), as_dense=True)]
+    found: list[Choice] = []
+    for base in bases:
+        found.extend(_from(block, site, base, wanted, outside))
+        if found and not found[0].gap:
+            break
+    return _distinct([*found, _by_leaves(block, site, {}, wanted)])
+
+
+def _from(
+    block: nn.Module, site: Site, base: Mapping[str, int], wanted: Mapping[str, Shape], outside: Outside
+) -> list[Choice]:
+    dense = site.observe(base)
+    if dense is None:
+        return []
+    if not mismatches(dense.shapes, wanted):
+        return [Choice(base)]
+    optional = explicit_fields(site, dense)
+    fixed = {**base, **optional}
+    search = Search(site, fixed, wanted)
+    direct = [minimal(site, base, fields, optional) for fields in search.solutions()]
+    rank = _Rank(site, base, take_snapshot(block), wanted, outside)
+    direct.sort(key=rank)
+    found = [Choice({**base, **fields}) for fields in direct]
+    partial = {**base, **minimal(site, base, search.best, optional)}
+    return found + _virtual(block, site, {**fixed, **search.best}, partial, rank)
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """Sorts assignments: little harm elsewhere first, then few changed floats, then few fields."""
+
+    site: Site
+    base: Mapping[str, int]
+    dense: Snapshot
+    wanted: Mapping[str, Shape]
+    outside: Outside
+
+    def __call__(self, fields: Mapping[str, int]) -> tuple[int, int, int, int]:
+        full = {**self.base, **fields}
+        seen = self.site.observe(full)
+        if seen is None:
+            return (len(self.wanted), 0, 0, 0)
+        scalars = sum(self.dense.scalars.get(key, value) != value for key, value in seen.scalars.items())
+        return (self.outside(full), len(mismatches(seen.shapes, self.wanted)), scalars, len(fields))
+
+
+def _virtual(
+    block: nn.Module, site: Site, here: Mapping[str, int], partial: Mapping[str, int], rank: _Rank
+) -> list[Choice]:
+    """Attributes as in a block that has the wanted sizes where they change, and other sizes elsewhere."""
+    now, module = site.observe(here), site.build(partial)
+    if now is None or module is None:
+        return []
+    wrong = mismatches(now.shapes, rank.wanted)
+    if not wrong or any(axis == MISSING_AXIS for _, axis in wrong):
+        return []
+    search = Search(site, here, rank.wanted, wrong)
+    solutions = search.solutions()
+    for fields in list(solutions):
+        solutions.extend(search.scaled(fields, _ratios(now, rank.wanted, wrong)))
+    found: list[Choice] = []
+    for fields in sorted(solutions, key=lambda fields: rank({**here, **fields})):
+        after = site.observe({**here, **fields})
+        if after is None:
+            continue
+        moved = scope_patches(now, after, wrong)
+        inner = {path: patch for path, patch in moved.items() if not _is_leaf(module.get_submodule(path))}
+        patches = merged(inner, leaf_patches(module, rank.wanted))
+        found.append(Choice(partial, patches, gap_between(shapes_of(module), rank.wanted)))
+    return [*_distinct(found), _by_leaves(block, site, partial, rank.wanted)]
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a module is a layer of its own, whose sizes are those of its tensors."""
+    return bool(module._parameters) and not module._modules
+
+
+def _ratios(now: Snapshot, wanted: Mapping[str, Shape], wrong: frozenset[Axis]) -> frozenset[Fraction]:
+    return frozenset(Fraction(wanted[name][axis], now.shapes[name][axis]) for name, axis in wrong)
+
+
+def _by_leaves(block: nn.Module, site: Site, fields: Mapping[str, int], wanted: Mapping[str, Shape]) -> Choice:
+    """The block with its dense attributes, save for the modules that own a resized tensor."""
+    module = site.build(fields)
+    as_dense = module is None or (not fields and shapes_of(module) != shapes_of(block))
+    source = block if module is None or as_dense else module
+    return Choice(fields, leaf_patches(source, wanted), gap_between(shapes_of(source), wanted), as_dense)
+
+
+def gap_between(have: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> tuple[str, ...]:
+    """Tensors whose shapes differ, in words."""
+    names = sorted({name for name, _ in mismatches(have, wanted)})
+    return tuple(f"{name}: wanted {wanted.get(name)}, obtained {have.get(name)}" for name in names)
+
+
+def _distinct(choices: list[Choice]) -> list[Choice]:
+    found: list[Choice] = []
+    for choice in choices:
+        if choice not in found:
+            found.append(choice)
+    return found

@@ -1,0 +1,163 @@
+"""Config fields: read, written past validation, and the names a constructor asks for."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+__all__ = [
+    "Reads",
+    "copy_config",
+    "keep_layers",
+    "layer_config",
+    "part_of",
+    "record_reads",
+    "value_of",
+    "write_fields",
+]
+
+_LIVE = ("_attn_implementation_internal", "_experts_implementation_internal")
+_SHARED = frozenset(field.name for field in dataclasses.fields(PreTrainedConfig))
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Names that a constructor read from its config.
+
+    Attributes:
+        integers: Fields that hold an integer.
+        hollow: Fields that are None, or absent and asked for with a default.
+    """
+
+    integers: tuple[str, ...]
+    hollow: tuple[str, ...]
+
+
+def copy_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A deep copy, so that a constructor that writes to its config cannot reach the user's."""
+    return copy.deepcopy(config)
+
+
+def part_of(config: PreTrainedConfig, part: str) -> PreTrainedConfig:
+    """The nested config that the blocks are built from; the config itself for an empty name."""
+    nested: PreTrainedConfig = getattr(config, part) if part else config
+    return nested
+
+
+def write_fields(config: PreTrainedConfig, fields: Mapping[str, int]) -> None:
+    """Fields take the given values, with no validation: widths that no stock config allows are the point."""
+    vars(config).update(fields)
+
+
+def value_of(config: PreTrainedConfig, field: str) -> int | None:
+    """The integer a config holds under a name, or None."""
+    value = vars(config).get(field)
+    return value if type(value) is int else None
+
+
+def record_reads(config: PreTrainedConfig, build: Callable[[PreTrainedConfig], object]) -> Reads:
+    """The config fields that matter to a constructor become known.
+
+    A subclass of the config's class notes every name that is looked up. Where the constructor does not take it,
+    every field counts as read.
+
+    Args:
+        config: The config to build from; not changed.
+        build: Builds something from a config.
+    """
+    probe, read = copy_config(config), set[str]()
+    probe.__class__ = _recorder(type(config), read)
+    try:
+        build(probe)
+    except Exception:
+        read = set(vars(config))
+    aliases = config.attribute_map
+    names = {aliases.get(name, name) for name in read if not name.startswith("_")} - _SHARED
+    held = vars(config)
+    integers = tuple(sorted(name for name in names if type(held.get(name)) is int))
+    empty = (name for name in names if held.get(name) is None and not hasattr(type(config), name))
+    nones = (name for name in names if name in held and held[name] is None)
+    return Reads(integers, tuple(sorted({*empty, *nones})))
+
+
+def _recorder(base: type[PreTrainedConfig], read: set[str]) -> type[PreTrainedConfig]:
+    def __getattribute__(self: PreTrainedConfig, name: str) -> Any:
+        read.add(name)
+        return base.__getattribute__(self, name)
+
+    return type(base.__name__, (base,), {"__getattribute__": __getattribute__})
+
+
+def keep_layers(config: PreTrainedConfig, count_field: str | None, total: int, kept: Sequence[int]) -> None:
+    """The config describes the kept layers alone: its count, and every list with one entry a layer.
+
+    Args:
+        config: Changed in place.
+        count_field: The field with the number of layers; empty or None where there is none.
+        total: The number of layers before.
+        kept: Indices of the layers that stay, in order.
+    """
+    for name, value in _layer_lists(config, total):
+        vars(config)[name] = type(value)(value[index] for index in kept)
+    if count_field:
+        vars(config)[count_field] = len(kept)
+
+
+def _layer_lists(config: PreTrainedConfig, total: int) -> Iterator[tuple[str, Any]]:
+    for name, value in list(vars(config).items()):
+        foreign = name in _SHARED or name.startswith("_") or name.endswith(("token_id", "token_ids"))
+        if type(value) in (list, tuple) and len(value) == total and not foreign:
+            yield name, value
+
+
+def layer_config(config: PreTrainedConfig, fields: Mapping[str, int]) -> PreTrainedConfig:
+    """A copy with some fields of its own that follows the model's config in its choice of kernels.
+
+    A later `set_attn_implementation` on the model writes to the model's config alone; blocks that hold a copy must
+    see it, or masks and attention kernels would no longer fit.
+
+    Args:
+        config: The config of the whole model; kept by reference.
+        fields: The values that differ for this layer.
+    """
+    view = copy_config(config)
+    write_fields(view, fields)
+    for name in _LIVE:
+        vars(view).pop(name, None)
+    vars(view)["_fxprune_parent"] = config
+    view.__class__ = _live_class(type(config))
+    return view
+
+
+_LIVE_CLASSES: dict[type, type] = {}
+
+
+def _live_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    if base not in _LIVE_CLASSES:
+        members: dict[str, object] = {name: _followed(name) for name in _LIVE}
+        members["__reduce_ex__"] = lambda self, _: (_restore, (base, dict(vars(self))))
+        _LIVE_CLASSES[base] = type(base.__name__, (base,), members)
+    return _LIVE_CLASSES[base]
+
+
+def _restore(base: type[PreTrainedConfig], state: dict[str, Any]) -> PreTrainedConfig:
+    live = _live_class(base)
+    view = live.__new__(live)
+    vars(view).update(state)
+    return view
+
+
+def _followed(name: str) -> property:
+    def read(self: PreTrainedConfig) -> Any:
+        return getattr(vars(self)["_fxprune_parent"], name, None)
+
+    def write(self: PreTrainedConfig, value: Any) -> None:
+        """Ignored: the model's config decides."""
+
+    return property(read, write)
+

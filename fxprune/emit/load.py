@@ -1,0 +1,111 @@
+"""Tensors become the parameters and buffers of a model on `meta`: assigned, never copied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fxprune.emit.sites import on_meta
+from fxprune.emit.snapshot import shapes_of
+
+__all__ = ["assign", "left_on_meta", "misfits", "run_on_meta", "standins"]
+
+Rename = Callable[[str], str | None]
+
+
+def misfits(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], rename: Rename, expected: frozenset[str]
+) -> list[str]:
+    """Differences between the tensors a model has and those it is to be given, in words.
+
+    Args:
+        model: The slim model.
+        tensors: Tensors by dense name.
+        rename: Dense names to slim names.
+        expected: Slim names whose shape was settled by setting attributes, and may differ.
+    """
+    have = shapes_of(model)
+    want = {new: tuple(tensor.shape) for name, tensor in tensors.items() if (new := rename(name)) is not None}
+    lines = [f"{name}: no tensor given for it" for name in have.keys() - want.keys()]
+    lines += [f"{name}: the class has no such tensor, wanted {want[name]}" for name in want.keys() - have.keys()]
+    for name in have.keys() & want.keys() - expected:
+        if have[name] != want[name]:
+            lines.append(f"{name}: wanted {want[name]}, obtained {have[name]}")
+    return sorted(lines)
+
+
+def assign(
+    model: PreTrainedModel, dense: PreTrainedModel, tensors: Mapping[str, torch.Tensor], rename: Rename
+) -> None:
+    """The model holds exactly the given tensors; tied names hold one parameter.
+
+    Args:
+        model: The slim model on `meta`.
+        dense: The dense model, for which parameters are trained and which module is in training mode.
+        tensors: Tensors by dense name.
+        rename: Dense names to slim names.
+    """
+    trained = {name: p.requires_grad for name, p in dense.named_parameters(remove_duplicate=False)}
+    wrapped: dict[int, nn.Parameter] = {}
+    for name, tensor in tensors.items():
+        new = rename(name)
+        if new is None:
+            continue
+        owner_path, _, leaf = new.rpartition(".")
+        owner = model.get_submodule(owner_path)
+        if leaf not in owner._parameters:
+            owner._buffers[leaf] = tensor
+            continue
+        if id(tensor) not in wrapped:
+            wrapped[id(tensor)] = _parameter(tensor, trained.get(name, True))
+        owner._parameters[leaf] = wrapped[id(tensor)]
+    for path, module in dense.named_modules():
+        new = rename(path)
+        if new is not None:
+            model.get_submodule(new).training = module.training
+
+
+def _parameter(tensor: torch.Tensor, trained: bool) -> nn.Parameter:
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    floating = tensor.is_floating_point() or tensor.is_complex()
+    return nn.Parameter(tensor.detach(), requires_grad=trained and floating)
+
+
+def run_on_meta(model: PreTrainedModel) -> str | None:
+    """What stops a forward pass on `meta`; None where it runs.
+
+    Args:
+        model: A model on `meta`, to be thrown away: some classes keep state between passes. It loses its padding
+            token, whose absence from the input cannot be checked without data, and multiplies experts in batches,
+            since grouped kernels refuse some widths on `meta` that they take elsewhere.
+    """
+    vars(model.config).update(pad_token_id=None, _experts_implementation_internal="batched_mm")
+    try:
+        with on_meta():
+            model.eval()(input_ids=torch.zeros(1, 5, dtype=torch.long))
+    except Exception as error:
+        lines = str(error).splitlines()
+        return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return None
+
+
+def left_on_meta(model: nn.Module) -> list[str]:
+    """Names of tensors without storage: parameters, buffers and plain attributes."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    names = [name for name, tensor in named if tensor.is_meta]
+    for path, module in model.named_modules():
+        names += [f"{path}.{k}" for k, v in vars(module).items() if isinstance(v, torch.Tensor) and v.is_meta]
+    return names
+
+
+def standins(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of the same shapes and types on `meta`, one for each distinct tensor."""
+    made: dict[int, torch.Tensor] = {}
+    for tensor in tensors.values():
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.empty_like(tensor, device="meta")
+    return {name: made[id(tensor)] for name, tensor in tensors.items()}

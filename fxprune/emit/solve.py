@@ -1,0 +1,226 @@
+"""Config fields are solved for: which values give the shapes that are wanted.
+
+Each field is moved by a little, the block is rebuilt, and the axes that moved give the slope. A wanted size then gives
+the field's value; the rebuilt block is the judge, so a slope that holds only nearby costs a probe and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import combinations, product
+
+from fxprune.emit.sites import Site
+from fxprune.emit.snapshot import MISSING_AXIS, Axis, Shape, Snapshot, mismatches
+
+__all__ = ["Search", "explicit_fields", "minimal"]
+
+Fields = Mapping[str, int]
+_FIRST_GUESSES = ((8, 16), (4, 8), (2, 4), (1, 2))
+_SLOPES = 3
+
+
+def explicit_fields(site: Site, wanted: Snapshot) -> dict[str, int]:
+    """Fields left to a default get the value that stands for it.
+
+    A head width that the class derives from two other fields, unless it is given, becomes a field of its own: the
+    number of heads can then change alone.
+
+    Args:
+        site: What is rebuilt.
+        wanted: What it gives with the default.
+    """
+    found: dict[str, int] = {}
+    for name in site.reads.hollow:
+        value = _value_of_default(site, found, name, wanted)
+        if value is None:
+            continue
+        seen = site.observe({**found, name: value})
+        if seen is not None and seen.shapes == wanted.shapes and _same_numbers(seen, wanted, name):
+            found[name] = value
+    return found
+
+
+def _same_numbers(seen: Snapshot, wanted: Snapshot, name: str) -> bool:
+    return all(seen.numbers.get(key) == value for key, value in wanted.numbers.items() if key[1] != name)
+
+
+def _value_of_default(site: Site, found: Fields, name: str, wanted: Snapshot) -> int | None:
+    for low, high in _FIRST_GUESSES:
+        first, second = site.observe({**found, name: low}), site.observe({**found, name: high})
+        if first is None or second is None:
+            continue
+        if first.shapes.keys() != wanted.shapes.keys():
+            return None
+        return _on_the_line(first.shapes, second.shapes, wanted.shapes, (low, high))
+    return None
+
+
+def _on_the_line(
+    first: Mapping[str, Shape], second: Mapping[str, Shape], wanted: Mapping[str, Shape], at: tuple[int, int]
+) -> int | None:
+    values: set[Fraction] = set()
+    for name, axis in mismatches(first, second):
+        if axis == MISSING_AXIS:
+            return None
+        size, moved = first[name][axis], second[name][axis] - first[name][axis]
+        values.add(at[0] + Fraction((wanted[name][axis] - size) * (at[1] - at[0]), moved))
+    if len(values) != 1:
+        return None
+    value = values.pop()
+    return int(value) if value.denominator == 1 and value > 0 else None
+
+
+def minimal(site: Site, base: Fields, fields: Fields, optional: Fields) -> dict[str, int]:
+    """Fields less those that restate a default.
+
+    Args:
+        site: What is rebuilt.
+        base: Fields that stay whatever happens.
+        fields: The assignment.
+        optional: Fields that stand for a default, to be left out where nothing changes.
+    """
+    kept = {**optional, **fields}
+    seen = site.observe({**base, **kept})
+    for name in optional:
+        fewer = {key: value for key, value in kept.items() if key != name}
+        if name not in fields and site.observe({**base, **fewer}) == seen:
+            kept = fewer
+    return kept
+
+
+@dataclass
+class Search:
+    """Depth-first over fields, one at a time, as long as fewer axes are wrong.
+
+    Attributes:
+        site: What is rebuilt.
+        base: Fields fixed beforehand.
+        wanted: Shapes to reach, by name.
+        counted: Axes that have to be right; None for all.
+        limit: Most assignments tried.
+    """
+
+    site: Site
+    base: Fields
+    wanted: Mapping[str, Shape]
+    counted: frozenset[Axis] | None = None
+    limit: int = 400
+    best: dict[str, int] = field(default_factory=dict)
+    _tried: set[frozenset[tuple[str, int]]] = field(default_factory=set)
+
+    def wrong(self, fields: Fields) -> frozenset[Axis] | None:
+        """Axes that are wrong under an assignment; None where it cannot be built."""
+        seen = self.site.observe({**self.base, **fields})
+        if seen is None:
+            return None
+        wrong = mismatches(seen.shapes, self.wanted)
+        return wrong if self.counted is None else wrong & self.counted
+
+    def solutions(self) -> list[dict[str, int]]:
+        """Assignments under which nothing is wrong.
+
+        `best` afterwards holds the assignment that mended the most axes without harming any.
+        """
+        start = self.wrong({})
+        if start is None:
+            return []
+        found: list[dict[str, int]] = []
+        pending: list[tuple[dict[str, int], frozenset[Axis]]] = [({}, start)]
+        fewest = len(start)
+        while pending and len(self._tried) < self.limit:
+            fields, wrong = pending.pop()
+            if not wrong:
+                found.append(fields)
+                continue
+            if wrong <= start and len(wrong) < fewest:
+                self.best, fewest = fields, len(wrong)
+            pending.extend(self._next(fields, wrong))
+        return found
+
+    def _next(
+        self, fields: dict[str, int], wrong: frozenset[Axis]
+    ) -> Iterator[tuple[dict[str, int], frozenset[Axis]]]:
+        for name in self.site.known({**self.base, **fields}):
+            if name in fields:
+                continue
+            for value in self.steps(fields, name, wrong):
+                for following in self._buildable(fields, name, value):
+                    left = self._unseen(following)
+                    if left is not None and len(left) < len(wrong):
+                        yield following, left
+
+    def _unseen(self, fields: dict[str, int]) -> frozenset[Axis] | None:
+        key = frozenset(fields.items())
+        if key in self._tried:
+            return None
+        self._tried.add(key)
+        return self.wrong(fields)
+
+    def _buildable(self, fields: dict[str, int], name: str, value: int) -> Iterator[dict[str, int]]:
+        """The assignment with one more field or, where a constructor insists on divisibility, with two more."""
+        one = {**fields, name: value}
+        if self.wrong(one) is not None:
+            yield one
+            return
+        current = self.site.value({**self.base, **fields}, name)
+        for other in self.site.known({**self.base, **fields}):
+            partner = self.site.value({**self.base, **fields}, other)
+            if other in one or partner is None or not current or partner * value % current:
+                continue
+            yield {**one, other: partner * value // current}
+
+    def steps(self, fields: Fields, name: str, wrong: frozenset[Axis]) -> list[int]:
+        """Values of a field that would mend one of the wrong axes, by the slopes measured here.
+
+        More than one step is measured: a table with an entry for every second channel moves unevenly.
+        """
+        here = {**self.base, **fields}
+        value, now = self.site.value(here, name), self.site.observe(here)
+        if value is None or now is None:
+            return []
+        found: dict[int, None] = {}
+        measured = 0
+        for delta in dict.fromkeys((2, -2, 1, -1, 4, value, -(value // 2))):
+            moved = self.site.observe({**here, name: value + delta}) if delta and value + delta > 0 else None
+            if moved is None or moved.shapes == now.shapes:
+                continue
+            found.update(dict.fromkeys(self._along(now, moved, wrong, (value, delta))))
+            measured += 1
+            if measured == _SLOPES:
+                break
+        return list(found)
+
+    def _along(
+        self, now: Snapshot, moved: Snapshot, wrong: frozenset[Axis], at: tuple[int, int]
+    ) -> Iterator[int]:
+        value, delta = at
+        for name, axis in sorted(wrong):
+            if axis == MISSING_AXIS or len(moved.shapes.get(name, ())) <= axis:
+                continue
+            size = now.shapes[name][axis]
+            slope = moved.shapes[name][axis] - size
+            gap = (self.wanted[name][axis] - size) * delta
+            if slope and gap and gap % slope == 0 and value + gap // slope > 0:
+                yield value + gap // slope
+
+    def scaled(self, fields: dict[str, int], ratios: frozenset[Fraction]) -> Iterator[dict[str, int]]:
+        """The same assignment with one or two more fields scaled, where what counts stays right.
+
+        Where a class divides one field by another, both must shrink for the quotient to stay.
+        """
+        here = {**self.base, **fields}
+        options: dict[str, list[int]] = {}
+        for name in self.site.known(here):
+            value = self.site.value(here, name)
+            if name in fields or value is None:
+                continue
+            sizes = (value * ratio for ratio in ratios)
+            options[name] = [int(size) for size in sizes if size.denominator == 1 and size > 0]
+        for count in (1, 2):
+            for names in combinations(options, count):
+                for values in product(*(options[name] for name in names)):
+                    following = {**fields, **dict(zip(names, values, strict=True))}
+                    if self._unseen(following) == frozenset():
+                        yield following

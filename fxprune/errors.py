@@ -1,0 +1,82 @@
+"""Every error the package raises on purpose: what is wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "AxisMismatch",
+    "CalibrationError",
+    "FxpruneError",
+    "PassError",
+    "PlanError",
+    "RatioError",
+    "TraceError",
+    "UnknownNameError",
+    "UnsupportedModelError",
+    "VerificationError",
+]
+
+
+class FxpruneError(Exception):
+    """Root of all errors of this package.
+
+    Args:
+        what: what is wrong.
+        where: the node, parameter or argument concerned.
+        remedy: what the caller can do about it.
+    """
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
+        self.what, self.where, self.remedy = what, where, remedy
+        text = f"{where}: {what}" if where else what
+        super().__init__(f"{text}. {remedy}" if remedy else text)
+
+
+class TraceError(FxpruneError):
+    """The module cannot be traced to an ATen graph."""
+
+
+class UnsupportedModelError(FxpruneError, ValueError):
+    """The module is in a state that pruning cannot work on (quantised, on two devices, ...)."""
+
+
+class AxisMismatch(FxpruneError):
+    """Two axis expressions cannot describe the same axis."""
+
+
+class RatioError(FxpruneError, ValueError):
+    """The ratio asked for is invalid or cannot be reached."""
+
+
+class CalibrationError(FxpruneError, ValueError):
+    """The calibration data is missing, empty or does not fit the model."""
+
+
+class PlanError(FxpruneError, ValueError):
+    """A plan does not belong to the model it is applied to."""
+
+
+class PassError(FxpruneError):
+    """A pass was run on a graph that does not meet its requirements, or broke its promise."""
+
+
+class VerificationError(FxpruneError):
+    """The slim module does not compute what the masked dense one does."""
+
+
+class UnknownNameError(FxpruneError, ValueError):
+    """A name is not one of those known.
+
+    Args:
+        kind: what the name should have been, for instance ``"importance"``.
+        name: what was given.
+        known: the valid names; the nearest one is suggested.
+    """
+
+    def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
+        names = sorted(known)
+        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        super().__init__(f"unknown {kind} {name!r}", remedy=f"{hint}Known: {', '.join(names)}")

@@ -1,0 +1,249 @@
+"""Groups: what must be removed together, found by trigger propagation in the dependency graph.
+
+One unit of a parameter axis is the trigger. Breadth-first search follows the couplings as long as the axis reached
+holds the trigger's factor; the parameters met on the way are the members of the group. In the paper's words: a neuron
+triggers those that depend on it, these trigger the next, until nothing new is found (LLM-Pruner, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import networkx as nx
+
+from fxprune.axes import Expr, Factor, Freeze, Product, contains, factors
+from fxprune.dependency import AxisMap, axis_map
+from fxprune.errors import FxpruneError, UnknownNameError
+from fxprune.rules.base import Axis
+from fxprune.trace.blocks import owner_block
+
+__all__ = ["KINDS", "Group", "Kind", "Member", "Step", "explain", "find_groups", "frozen_axes"]
+
+Kind = Literal["mlp", "head", "channel", "head_dim", "expert", "layer"]
+
+KINDS: tuple[Kind, ...] = ("mlp", "head", "channel", "head_dim", "expert", "layer")
+
+
+@dataclass(frozen=True)
+class Member:
+    """An axis of a parameter or buffer that holds units of the group.
+
+    Args:
+        name: the parameter or buffer.
+        axis: which of its axes.
+        expr: what that axis is made of.
+        trained: whether it is a parameter.
+    """
+
+    name: str
+    axis: int
+    expr: Expr
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that can be removed, one at a time, each with everything that depends on it.
+
+    Args:
+        name: unique and readable, such as ``"model.layers.3/head"``.
+        kind: what a unit is.
+        members: what is sliced, in order of execution.
+        factor: the factor of the axis algebra whose units these are; None for a layer.
+        block: module path of the block it lies in; None if it spans several.
+        outer: the factor that is always around this one: each of its units may keep a choice of its own.
+        renormalised: nodes that take a statistic over this axis; removal then equals masking up to that statistic.
+        trigger: the parameter axis from which the search started.
+    """
+
+    name: str
+    kind: Kind
+    members: tuple[Member, ...]
+    factor: Factor | None = None
+    block: str | None = None
+    outer: Factor | None = None
+    renormalised: tuple[str, ...] = ()
+    trigger: Axis | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of units (inside one outer unit, where there is an outer factor)."""
+        return 1 if self.factor is None else self.factor.size
+
+    @property
+    def parameters(self) -> tuple[Member, ...]:
+        """The members that are trained."""
+        return tuple(member for member in self.members if member.trained)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One coupling on the way from a trigger to a member."""
+
+    source: Axis
+    target: Axis
+    op: str
+    node: str
+
+
+def find_groups(graph: nx.Graph) -> tuple[Group, ...]:
+    """Every group of the model, in order of execution of their triggers; frozen ones are not among them.
+
+    Complexity: linear in the size of the graph times the number of factors of an axis.
+    """
+    axes = axis_map(graph)
+    by_factor = _axes_by_factor(graph)
+    groups: list[Group] = []
+    seen: set[Factor] = set(axes.frozen)
+    taken: dict[str, int] = {}
+    for trigger in _triggers(axes):
+        for factor in factors(graph.nodes[trigger]["expr"]):
+            if factor in seen:
+                continue
+            seen.add(factor)
+            reached = propagate(graph, trigger, by_factor[factor])
+            group = _make_group(axes, factor, trigger, reached)
+            count = taken[group.name] = taken.get(group.name, 0) + 1
+            groups.append(group if count == 1 else _renamed(group, f"{group.name}.{count}"))
+    return (*groups, *_layer_groups(axes))
+
+
+def propagate(graph: nx.Graph, trigger: Axis, holding: set[Axis]) -> set[Axis]:
+    """The axes reached from ``trigger`` by breadth-first search among the axes ``holding`` its factor."""
+    reached, frontier = {trigger}, [trigger]
+    while frontier:
+        frontier = [n for axis in frontier for n in graph.adj[axis] if n in holding and n not in reached]
+        frontier = list(dict.fromkeys(frontier))
+        reached.update(frontier)
+    return reached
+
+
+def explain(graph: nx.Graph, member: Axis | tuple[str, int], group: Group | None = None) -> list[Step]:
+    """The shortest chain of ops that ties ``member`` to the trigger of its group.
+
+    Args:
+        graph: the dependency graph.
+        member: tensor name and axis.
+        group: the group meant, where the axis is in several; None for the first.
+
+    Raises:
+        UnknownNameError: no such tensor.
+        FxpruneError: the axis is in no group; says why it is frozen if it is.
+    """
+    axes = axis_map(graph)
+    target = Axis(*member)
+    if target not in graph:
+        raise UnknownNameError("axis", target.tensor, axes.weights())
+    expr = graph.nodes[target]["expr"]
+    found = [g for g in find_groups(graph) if g.factor is not None and contains(expr, g.factor)]
+    chosen = group or next(iter(found), None)
+    if chosen is None or chosen.factor is None or chosen.trigger is None or not contains(expr, chosen.factor):
+        reason = next((str(axes.frozen[f]) for f in factors(expr) if f in axes.frozen), "it holds no removable unit")
+        raise FxpruneError(f"axis {target.index} is in no such group: {reason}", where=target.tensor)
+    inside = graph.subgraph(_axes_by_factor(graph)[chosen.factor])
+    path = nx.shortest_path(inside, chosen.trigger, target)
+    edges = zip(path, path[1:], strict=False)
+    return [Step(a, b, graph.edges[a, b]["op"], graph.edges[a, b]["node"]) for a, b in edges]
+
+
+def frozen_axes(graph: nx.Graph) -> dict[str, Freeze]:
+    """For each parameter axis with a frozen factor, as ``"name[axis]"``, the first reason."""
+    axes = axis_map(graph)
+    found: dict[str, Freeze] = {}
+    for name in axes.parameters:
+        for i, expr in enumerate(axes.tensors[name]):
+            reason = next((axes.frozen[f] for f in factors(expr) if f in axes.frozen), None)
+            if reason is not None:
+                found[f"{name}[{i}]"] = reason
+    return found
+
+
+def _axes_by_factor(graph: nx.Graph) -> dict[Factor, set[Axis]]:
+    found: dict[Factor, set[Axis]] = {}
+    for axis, expr in graph.nodes(data="expr"):
+        for factor in factors(expr):
+            found.setdefault(factor, set()).add(axis)
+    return found
+
+
+def _triggers(axes: AxisMap) -> Iterator[Axis]:
+    """Parameter axes in order of execution."""
+    for name in sorted(axes.parameters, key=lambda name: axes.order[name]):
+        for i in range(len(axes.tensors[name])):
+            yield Axis(name, i)
+
+
+def _make_group(axes: AxisMap, factor: Factor, trigger: Axis, reached: set[Axis]) -> Group:
+    trained = set(axes.parameters)
+    weights = trained | set(axes.buffers)
+    own = (a for a in reached if a.tensor in weights and a.tensor not in axes.tied)
+    ordered = sorted(own, key=lambda a: (axes.order[a.tensor], a))
+    members = tuple(Member(a.tensor, a.index, axes.tensors[a.tensor][a.index], a.tensor in trained) for a in ordered)
+    owners = {owner_block(m.name, axes.blocks) for m in members if m.trained}
+    block = next(iter(owners)) if len(owners) == 1 else None
+    kind = _kind(axes.tags.get(factor, frozenset()), len(owners))
+    renormalised = axes.renormalised.get(factor, ())
+    outer = None if renormalised else _outer_factor(axes, factor, reached)
+    return Group(f"{block or 'model'}/{kind}", kind, members, factor, block, outer, renormalised, trigger)
+
+
+def _kind(tags: frozenset[str], owners: int) -> Kind:
+    """What users call a unit, from the roles that ops gave it and how far it reaches."""
+    if "expert" in tags:
+        return "expert"
+    if "head" in tags:
+        return "head"
+    if "head_dim" in tags:
+        return "head_dim"
+    return "channel" if owners > 1 else "mlp"
+
+
+def _outer_factor(axes: AxisMap, factor: Factor, reached: set[Axis]) -> Factor | None:
+    """The factor whose every unit may keep its own choice of units of ``factor``.
+
+    It has to be in every tensor that holds ``factor``, and directly around it in every weight: then nothing ever
+    compares or sums units of ``factor`` across units of the outer one, and a choice per outer unit is a permutation
+    away from one for all.
+    """
+    weights = set(axes.weights())
+    common: list[Factor] | None = None
+    for axis in reached:
+        exprs = axes.tensors[axis.tensor]
+        around = _around(exprs[axis.index], factor) if axis.tensor in weights else [f for e in exprs for f in factors(e)]
+        common = around if common is None else [f for f in common if f in around]
+    candidates = [f for f in common or () if f != factor and f not in axes.frozen]
+    return candidates[-1] if candidates else None
+
+
+def _around(expr: Expr, factor: Factor) -> list[Factor]:
+    """The factors that stand before every occurrence of ``factor`` in the products of ``expr``."""
+    found: list[list[Factor]] = []
+
+    def walk(term: Expr, above: list[Factor]) -> None:
+        if term == factor:
+            found.append(above)
+        elif not isinstance(term, Factor):
+            for part in term.parts:
+                walk(part, above)
+                if isinstance(term, Product) and isinstance(part, Factor):
+                    above = [*above, part]
+
+    walk(expr, [])
+    return [f for f in found[0] if all(f in other for other in found)] if found else []
+
+
+def _layer_groups(axes: AxisMap) -> list[Group]:
+    groups = []
+    for block in axes.blocks:
+        names = [name for name in axes.parameters if owner_block(name, axes.blocks) == block]
+        names.sort(key=lambda name: axes.order[name])
+        members = tuple(Member(name, 0, axes.tensors[name][0]) for name in names)
+        if members and block in axes.bypasses:
+            groups.append(Group(f"{block}/layer", "layer", members, block=block))
+    return groups
+
+
+def _renamed(group: Group, name: str) -> Group:
+    return replace(group, name=name)

@@ -1,0 +1,53 @@
+"""Multiply-accumulate operations, counted by torch's own counter on tensors without storage."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxprune.compat import fake_mode, size_hint
+
+__all__ = ["count_macs", "count_parameters"]
+
+TOKENS = 64
+"""Sequence length of the paper's count."""
+
+
+def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS) -> int:
+    """Multiply-accumulates of one forward pass on one sample.
+
+    Half of what :class:`torch.utils.flop_counter.FlopCounterMode` counts: matrix products, attention and
+    convolutions. Embedding look-ups, norms and pointwise ops do not count.
+
+    Args:
+        graph_module: the graph.
+        tokens: length of integer inputs of two axes, where the graph is dynamic; other inputs keep the traced shape.
+    """
+    mode = fake_mode()
+    with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        fx.Interpreter(graph_module).run(*_inputs(graph_module, tokens))
+    return int(counter.get_total_flops()) // 2
+
+
+def count_parameters(graph_module: fx.GraphModule) -> int:
+    """Elements of all parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in graph_module.parameters())
+
+
+def _inputs(graph_module: fx.GraphModule, tokens: int) -> list[torch.Tensor]:
+    found = []
+    for node in graph_module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value = node.meta["val"]
+        shape = [size_hint(size) for size in value.shape]
+        if len(shape) == 2 and not value.is_floating_point():
+            free = [not isinstance(size, int) for size in value.shape]
+            shape = [1 if free[0] else shape[0], tokens if free[1] else shape[1]]
+        found.append(torch.zeros(shape, dtype=value.dtype, device=_device(graph_module)))
+    return found
+
+
+def _device(graph_module: fx.GraphModule) -> torch.device:
+    return next((parameter.device for parameter in graph_module.parameters()), torch.device("cpu"))

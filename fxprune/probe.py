@@ -1,0 +1,44 @@
+"""Inputs to verify with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxprune.calibration import embedding_rows
+from fxprune.compat import size_hint
+
+__all__ = ["make_probe"]
+
+BATCH, TOKENS = 2, 16
+
+
+def make_probe(graph_module: fx.GraphModule, given: Mapping[str, Any] | None, seed: int) -> dict[str, torch.Tensor]:
+    """Keyword inputs for the graph: the caller's, or random token ids ``(2, 16)`` where nothing was given.
+
+    Args:
+        graph_module: the graph; sizes that are not dynamic are kept.
+        given: the caller's example inputs.
+        seed: for the random ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = embedding_rows(graph_module)
+    device = next((tensor.device for tensor in graph_module.parameters()), torch.device("cpu"))
+    probe: dict[str, torch.Tensor] = {}
+    for node in graph_module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if given is not None and isinstance(given.get(node.name), torch.Tensor):
+            probe[node.name] = given[node.name].to(device)
+            continue
+        wanted = (BATCH, TOKENS)
+        shape = [
+            size if isinstance(size, int) else (wanted[i] if i < 2 else size_hint(size))
+            for i, size in enumerate(node.meta["val"].shape)
+        ]
+        ids = torch.randint(rows.get(node.name, 2), shape, generator=generator)
+        probe[node.name] = ids.to(device)
+    return probe

@@ -1,0 +1,41 @@
+"""Fused attention."""
+
+from __future__ import annotations
+
+from fxprune.axes import new_factor, product
+from fxprune.rules.base import OpSite
+from fxprune.rules.registry import rule
+
+__all__ = ["scaled_dot_product_attention"]
+
+
+@rule("scaled_dot_product_attention")
+def scaled_dot_product_attention(op: OpSite) -> None:
+    """``softmax(q k^T * scale + mask) v``: q ``(.., H, S, D)``, k ``(.., G, T, D)``, v ``(.., G, T, E)``.
+
+    With ``enable_gqa`` query head ``g * H / G + r`` reads key head ``g``. The
+    canonical form spells ``scale`` out, so that it stays that of the dense model when ``D`` shrinks.
+    """
+    q, k, v, mask = op.need("query"), op.need("key"), op.need("value"), op.tensor("attn_mask")
+    op.tie(q, -1, k, -1)
+    op.tie(k, -2, v, -2)
+    op.tie(q, -2, op.out, -2)
+    op.tie(v, -1, op.out, -1)
+    for i in range(3, q.rank + 1):
+        op.tie(q, -i, op.out, -i)
+        op.tie(k, -i, v, -i)
+        if op.arg("enable_gqa", False) and i == 3:
+            repeats = new_factor(q.sizes[-3] // k.sizes[-3])
+            op.equate(q.axes[-3], product(k.axes[-3], repeats))
+            op.link(q, -3, k, -3)
+        elif k.sizes[-i] != 1:
+            op.tie(q, -i, k, -i)
+    if mask is not None:
+        for i in range(1, mask.rank + 1):
+            if mask.sizes[-i] != 1:
+                op.tie(mask, -i, *((k, -2) if i == 1 else (q, -i)))
+    op.freeze(k, -2, "attention normalises over keys")
+    for x in (q, k, v):
+        op.tag(x, -1, "head_dim")
+        for i in range(3, x.rank + 1):
+            op.tag(x, -i, "head")

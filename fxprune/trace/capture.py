@@ -1,0 +1,156 @@
+"""Tracing: a storage-free copy of the model goes through ``torch.export``; the graph is bound to the real weights.
+
+The copy has fake parameters, so nothing is computed and no memory is used, whatever the size of the model. A float32
+model is traced in bfloat16: only so does the graph tell a cast *to float32* (a norm's upcast, to keep) from a cast
+*back to the dtype of the model* (to follow the weights).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxprune.compat import FakeTensorMode, fake_mode
+from fxprune.errors import TraceError
+from fxprune.state import State, attach
+from fxprune.trace.blocks import find_blocks
+from fxprune.trace.canonical import canonicalize
+from fxprune.trace.checks import check_model, model_dtype
+from fxprune.trace.inputs import default_inputs, dynamic_dims, is_hugging_face
+from fxprune.trace.lower import lower
+
+__all__ = ["Traced", "meta_twin", "trace"]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A model as a graph.
+
+    Args:
+        graph_module: the ATen graph, canonical, sharing its parameters with the model.
+        model: the model it was traced from.
+        notes: what had to be given up on the way, in words; usually empty.
+    """
+
+    graph_module: fx.GraphModule
+    model: nn.Module
+    notes: tuple[str, ...] = ()
+
+
+def trace(model: nn.Module, example_inputs: Mapping[str, Any] | None = None, *, dynamic: bool = True) -> Traced:
+    """Trace ``model`` to a graph that shares its weights; the model itself is not touched.
+
+    Args:
+        model: any module that ``torch.export`` can trace, with real weights or on ``meta``, in any dtype.
+        example_inputs: keyword inputs of ``forward``; for a Hugging Face model None, and ``input_ids`` is made.
+        dynamic: let batch and sequence vary. Without, tracing takes half the time, which is enough for discovery;
+            the graph then runs at the traced shape alone.
+
+    Raises:
+        UnsupportedModelError: the model is quantised, on several devices, or has no parameters.
+        TraceError: the module cannot be traced; says at which line of its code.
+    """
+    check_model(model)
+    inputs = default_inputs(model, example_inputs)
+    own = model_dtype(model)
+    attempts = [(torch.bfloat16 if own == torch.float32 else own, dynamic), (own, dynamic), (own, False)]
+    notes: list[str] = []
+    failure: Exception | None = None
+    for dtype, free in dict.fromkeys(attempts):
+        try:
+            program = _export(model, inputs, own, dtype, free)
+            break
+        except Exception as error:  # torch.export raises whatever the model's own code does
+            failure = failure or error
+            notes.append(f"not traceable in {dtype}, dynamic={free}: {_first_line(error)}")
+    else:
+        assert failure is not None
+        raise TraceError(
+            f"{type(model).__name__} cannot be traced: {_first_line(failure)}",
+            where=_culprit(failure),
+            remedy="Rewrite that line without data-dependent Python, or pass other example_inputs",
+        ) from failure
+    portable = dtype if dtype != torch.float32 else None
+    graph_module = lower(program, model, portable)
+    canonicalize(graph_module.graph)
+    graph_module.recompile()
+    attach(graph_module, State(blocks=find_blocks(model), notes=tuple(notes)))
+    return Traced(graph_module, model, tuple(notes))
+
+
+def _export(
+    model: nn.Module, inputs: dict[str, Any], own: torch.dtype, dtype: torch.dtype, dynamic: bool
+) -> torch.export.ExportedProgram:
+    mode = fake_mode()
+    twin = _fake_copy(model, mode, own, dtype)
+    inputs = {name: _traced_input(value, own, dtype) for name, value in inputs.items()}
+    fixed: dict[str, Any] = {}
+    if is_hugging_face(model):
+        _prefer_traceable_attention(twin)
+        fixed = {"use_cache": False} if hasattr(twin.config, "use_cache") else {}
+    dims = dynamic_dims(inputs) | {name: None for name in fixed}
+    if not dynamic:
+        with mode:
+            inputs = {k: torch.empty_like(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(
+            twin, (), inputs | fixed, dynamic_shapes=dims if dynamic else None, strict=False
+        )
+
+
+def _fake_copy(model: nn.Module, mode: FakeTensorMode, own: torch.dtype, dtype: torch.dtype) -> nn.Module:
+    """A copy of ``model`` whose parameters and buffers have no storage, those of dtype ``own`` made ``dtype``."""
+    memo: dict[int, Any] = {}
+    with mode:
+        for tensor in (*model.parameters(), *model.buffers()):
+            is_parameter = isinstance(tensor, nn.Parameter)
+            wanted = dtype if is_parameter and tensor.dtype == own else tensor.dtype
+            fake = torch.empty(tensor.shape, dtype=wanted, device="cpu")
+            memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
+    return copy.deepcopy(model, memo).eval()
+
+
+def meta_twin(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` that has everything but storage."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(model, memo)
+
+
+def _traced_input(value: Any, own: torch.dtype, dtype: torch.dtype) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.zeros(value.shape, dtype=dtype if value.dtype == own else value.dtype)
+
+
+def _prefer_traceable_attention(model: Any) -> None:
+    """Attention and experts in the form that traces to plain ATen ops; ``model`` is our own copy."""
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
+    if getattr(model.config, "_experts_implementation", None) is not None:
+        model.config._experts_implementation = "batched_mm"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def _culprit(error: Exception) -> str:
+    """File, line and code of the innermost frame that is the model's own, not torch's."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/torch/" not in f.filename and "/fxprune/" not in f.filename]
+    last = (own or frames)[-1]
+    return f"{last.filename}:{last.lineno} in {last.name}: {last.line}"

@@ -1,0 +1,149 @@
+"""From an ``ExportedProgram`` to a plain ``GraphModule`` bound to the real weights.
+
+Parameters become ``get_attr`` nodes under their own names, regions that only set a mode are inlined, asserts about
+metadata go, and devices and the dtype of the model are read from the inputs and weights at run time, so that the
+module may move between both.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import InputKind, InputSpec
+
+from fxprune.compat import REGION_OPS, HigherOrderOperator, TreeSpec, is_impure
+from fxprune.errors import TraceError
+
+__all__ = ["lower"]
+
+aten = torch.ops.aten
+_STALE = {aten._assert_tensor_metadata.default, aten.sym_constrain_range_for_size.default, aten._assert_scalar.default}
+_WEIGHTS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
+
+
+def lower(program: torch.export.ExportedProgram, model: nn.Module, dtype: torch.dtype | None) -> fx.GraphModule:
+    """The program as a graph module that shares the tensors of ``model``.
+
+    Args:
+        program: what ``torch.export`` made.
+        model: the module whose parameters and buffers the graph shall use.
+        dtype: the dtype that stands for the dtype of the model in ``program``; None to leave dtypes literal.
+
+    Raises:
+        TraceError: the program takes or returns something that is not a tensor or a container of tensors.
+    """
+    graph = fx.Graph()
+    env: dict[fx.Node, Any] = {}
+    attributes = _lower_placeholders(program, model, graph, env)
+    _copy_body(program.graph_module, graph, env)
+    results = program.graph_module.graph.output_node().args[0]
+    assert isinstance(results, tuple | list)
+    leaves = [env[value] if isinstance(value, fx.Node) else value for value in results]
+    assert program.call_spec.out_spec is not None
+    graph.output(_rebuild(program.call_spec.out_spec, leaves, graph))
+    _make_portable(graph, attributes, dtype)
+    graph.eliminate_dead_code(is_impure)
+    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    return fx.GraphModule({name: value for name, value in attributes.items() if name in used}, graph)
+
+
+def _lower_placeholders(
+    program: torch.export.ExportedProgram, model: nn.Module, graph: fx.Graph, env: dict[fx.Node, Any]
+) -> dict[str, torch.Tensor]:
+    """Inputs become placeholders, weights ``get_attr`` nodes; returns the weights by name."""
+    nodes = [node for node in program.graph_module.graph.nodes if node.op == "placeholder"]
+    specs = list(zip(nodes, program.graph_signature.input_specs, strict=True))
+    attributes: dict[str, torch.Tensor] = {}
+    for node, spec in specs:
+        if spec.kind == InputKind.USER_INPUT and isinstance(node.meta.get("val"), torch.Tensor):
+            env[node] = graph.node_copy(node)
+    for node, spec in specs:
+        if spec.kind == InputKind.USER_INPUT:
+            continue
+        if spec.kind not in _WEIGHTS or spec.target is None:
+            raise TraceError(f"input {node.name} of kind {spec.kind.name} is not a tensor")
+        name = spec.target
+        attributes[name] = _real_tensor(program, model, spec)
+        env[node] = new = graph.create_node("get_attr", name, name=node.name)
+        new.meta = dict(node.meta)
+    return attributes
+
+
+def _real_tensor(program: torch.export.ExportedProgram, model: nn.Module, spec: InputSpec) -> torch.Tensor:
+    assert spec.target is not None
+    owner, _, leaf = spec.target.rpartition(".")
+    try:
+        value = getattr(model.get_submodule(owner), leaf)
+    except AttributeError:
+        value = program.constants[spec.target]
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def _copy_body(source: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]) -> None:
+    """Copy the operations of ``source``, inlining mode regions and leaving out stale asserts."""
+    for node in source.graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr") or node.target in _STALE:
+            continue
+        if isinstance(node.target, HigherOrderOperator) and node.target.name() in REGION_OPS:
+            env[node] = _inline(node, source, graph, env)
+        elif node.target is operator.getitem and isinstance(env.get(node.args[0]), tuple | list):
+            env[node] = env[node.args[0]][node.args[1]]
+        else:
+            env[node] = graph.node_copy(node, lambda old: env[old])
+
+
+def _inline(region: fx.Node, source: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]) -> Any:
+    """Copy the subgraph of ``region`` into ``graph``; what it returned, in terms of the new nodes."""
+    position = next(i for i, arg in enumerate(region.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
+    inner = getattr(source, str(region.args[position].target))  # type: ignore[union-attr]
+    inputs = [node for node in inner.graph.nodes if node.op == "placeholder"]
+    below: dict[fx.Node, Any] = {
+        node: env[value] if isinstance(value, fx.Node) else value
+        for node, value in zip(inputs, region.args[position + 1 :], strict=True)
+    }
+    _copy_body(inner, graph, below)
+    return fx.map_arg(inner.graph.output_node().args[0], lambda old: below[old])
+
+
+def _rebuild(spec: TreeSpec, leaves: list[Any], graph: fx.Graph) -> Any:
+    """The output structure: containers stay containers, other registered types are called with their fields."""
+    if spec.is_leaf():
+        return leaves.pop(0)
+    children = [_rebuild(child, leaves, graph) for child in spec.children()]
+    if spec.type in (tuple, list):
+        return spec.type(children)
+    if not isinstance(spec.context, list) or not all(isinstance(key, str) for key in spec.context):
+        raise TraceError(f"output of type {spec.type} has no named fields", remedy="Return tensors, tuples or dicts")
+    fields = dict(zip(spec.context, children, strict=True))
+    return fields if spec.type is dict else graph.call_function(spec.type, (), fields)
+
+
+def _make_portable(graph: fx.Graph, attributes: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
+    """Replace device literals, and ``dtype`` where it stands for the model's, by what is there at run time."""
+    tensors = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
+    body = next((node for node in graph.nodes if node.op not in ("placeholder", "get_attr")), None)
+    if not tensors or body is None:
+        return
+    weights = [n for n in tensors if n.op == "get_attr" and n.meta["val"].dtype == dtype]
+    with graph.inserting_before(body):
+        device = graph.call_function(getattr, (tensors[0], "device"))
+        own = graph.call_function(getattr, (weights[0], "dtype")) if dtype is not None and weights else None
+    swap = _literal_swap(device, dtype, own)
+    for node in graph.nodes:
+        if node.op == "call_function" and node is not device and node is not own:
+            node.args = fx.node.map_aggregate(node.args, swap)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, swap)
+
+
+def _literal_swap(device: fx.Node, dtype: torch.dtype | None, own: fx.Node | None) -> Callable[[Any], Any]:
+    def swap(value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return device
+        return own if own is not None and value == dtype and isinstance(value, torch.dtype) else value
+
+    return swap

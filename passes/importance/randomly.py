@@ -1,0 +1,40 @@
+"""Random scores: the baseline any criterion has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxprune.groups import Group
+from fxprune.scores import Scores
+from passes.importance.base import ImportancePass
+
+__all__ = ["RandomImportancePass"]
+
+
+@dataclass(eq=False)
+class RandomImportancePass(ImportancePass):
+    """Units are scored uniformly at random in [0, 1).
+
+    Args:
+        seed: the same seed gives the same scores.
+    """
+
+    name: ClassVar[str] = "random"
+    seed: int = 0
+
+    def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
+        """One number for each unit, in the order of ``groups``."""
+        generator = np.random.default_rng(self.seed)
+        shapes = {g.name: (g.outer.size, g.size) if g.outer is not None else (g.size,) for g in groups}
+        return Scores({name: generator.random(shape) for name, shape in shapes.items()})
+
+    def positions(
+        self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]
+    ) -> dict[tuple[str, int], torch.Tensor]:
+        """Not used: units are scored directly."""
+        return {}

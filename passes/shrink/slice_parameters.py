@@ -1,0 +1,75 @@
+"""Slice parameters and buffers to the kept indices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx, nn
+
+from fxprune.passbase import Pass, PassResult
+from fxprune.state import state_of
+from fxprune.tensors import get_tensor, set_tensor, weights
+
+__all__ = ["SliceParametersPass", "slice_tensor"]
+
+
+@dataclass(eq=False)
+class SliceParametersPass(Pass):
+    """Every tensor in the plan holds its kept indices alone; tied tensors stay tied.
+
+    Args:
+        copy: give tensors that the plan does not name copies of their own, so that nothing is shared with the dense
+            module.
+        mirror: another module with the same names, to be given the same tensors, one at a time, so that a dense
+            tensor is freed as soon as its slim one is there. None leaves other modules alone.
+    """
+
+    name: ClassVar[str] = "slice-parameters"
+    stage: ClassVar[str] = "shrink"
+    copy: bool = False
+    mirror: nn.Module | None = None
+    needs: ClassVar[tuple[str, ...]] = ("plan",)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Slice each tensor once, whatever the number of its names."""
+        plan = state_of(graph_module).plan
+        assert plan is not None
+        tied: dict[int, list[str]] = {}
+        for name, tensor in weights(graph_module):
+            tied.setdefault(id(tensor), []).append(name)
+        aliases = _aliases(self.mirror)
+        for names in tied.values():
+            kept = next((plan.kept[name] for name in names if name in plan.kept), {})
+            if not kept and not self.copy:
+                continue
+            dense = get_tensor(graph_module, names[0])
+            slim = slice_tensor(dense, kept)
+            for name in names:
+                set_tensor(graph_module, name, slim)
+            for name in aliases.get(id(dense), ()) if self.mirror is not None else ():
+                set_tensor(self.mirror, name, slim)  # type: ignore[arg-type]
+        return PassResult(graph_module, bool(plan.kept))
+
+
+def slice_tensor(tensor: torch.Tensor, kept: Mapping[int, list[int]]) -> torch.Tensor:
+    """The kept indices of each axis; a parameter stays one."""
+    value = tensor.detach()
+    for axis, index in kept.items():
+        value = value.index_select(axis, torch.tensor(index, device=value.device))
+    value = value if kept else value.clone()
+    return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def _aliases(module: nn.Module | None) -> dict[int, list[str]]:
+    """All names of each tensor of ``module``, by identity."""
+    found: dict[int, list[str]] = {}
+    if module is not None:
+        for name, tensor in (
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ):
+            found.setdefault(id(tensor), []).append(name)
+    return found
