@@ -66,18 +66,14 @@ def logits_of(output: Any) -> Tensor:
     if found is None and isinstance(output, (tuple, list)) and output:
         found = output[0]
     if not isinstance(found, Tensor):
-        raise TypeError(
-            f"no logits in a {type(output).__name__}; the model must return a tensor, a tuple or .logits"
-        )
+        raise TypeError(f"no logits in a {type(output).__name__}; the model must return a tensor, a tuple or .logits")
     return found
 
 
 def _loss_sum(logits: Tensor, ids: Tensor) -> float:
     """The sum of the next-token cross-entropies of one batch, in nats."""
     predicted = logits[:, :-1].float().flatten(0, 1)
-    return (
-        nn.functional.cross_entropy(predicted, ids[:, 1:].flatten(), reduction="none").double().sum().item()
-    )
+    return nn.functional.cross_entropy(predicted, ids[:, 1:].flatten(), reduction="none").double().sum().item()
 
 
 def _device_of(model: Callable[..., Any]) -> torch.device | None:

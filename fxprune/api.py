@@ -65,7 +65,7 @@ def prune(
     Raises:
         FxpruneError: one of its subclasses, naming what is wrong and what to do; the model is then unchanged.
     """
-    estimate = _importance_pass(importance, taylor, tuple(kinds), reduction, seed, 0.1 if inplace else 0.25)
+    estimate = _importance_pass(importance, taylor, tuple(kinds), reduction, seed, 0.1 if inplace else 0.6)
     select = _select_pass(ratio, group_ratio, tuple(kinds), ranking, protect, round_to)
     traced = trace(model, example_inputs)
     state = state_of(traced.graph_module)
@@ -115,8 +115,8 @@ def _importance_pass(
     known = pass_names("importance")
     if importance not in known:
         raise UnknownNameError("importance", importance, known)
-    extra: dict[str, Any] = {"random": {"seed": seed}, "taylor": {"order": taylor, "memory": memory}}.get(importance, {})
-    return load_pass(importance, kinds=kinds, reduction=reduction, **extra)
+    own: dict[str, dict[str, Any]] = {"random": {"seed": seed}, "taylor": {"order": taylor, "memory": memory}}
+    return load_pass(importance, kinds=kinds, reduction=reduction, **own.get(importance, {}))
 
 
 def _select_pass(

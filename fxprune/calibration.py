@@ -116,7 +116,7 @@ def _check_sample(sample: Sample, rows: Mapping[str, int], number: int) -> None:
     for name, value in sample.inputs.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise CalibrationError(f"{name} has values that are not finite", where=where, remedy="Clean the data")
-        if name in rows and value.numel() and not (0 <= int(value.min()) and int(value.max()) < rows[name]):
+        if name in rows and value.numel() and not (int(value.min()) >= 0 and int(value.max()) < rows[name]):
             bad = int(value.max()) if int(value.max()) >= rows[name] else int(value.min())
             raise CalibrationError(
                 f"{name} holds {bad}, the model knows 0 to {rows[name] - 1}",

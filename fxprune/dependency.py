@@ -67,7 +67,7 @@ class AxisMap:
         return (*self.parameters, *self.buffers)
 
 
-def dependency_graph(traced: Traced | fx.GraphModule) -> nx.Graph:
+def dependency_graph(traced: Traced | fx.GraphModule) -> nx.Graph[Axis]:
     """The dependency graph of a traced model.
 
     Nodes are axes ``(tensor, index)`` with attributes ``expr``, ``size``, ``role`` (``parameter``, ``buffer`` or
@@ -80,7 +80,7 @@ def dependency_graph(traced: Traced | fx.GraphModule) -> nx.Graph:
     state = state_of(graph_module)
     journal = _state_equations(graph_module)
     axes = _solve(graph_module, journal, state)
-    graph = nx.Graph(axes=axes)
+    graph: nx.Graph[Axis] = nx.Graph(axes=axes)
     roles = dict.fromkeys(axes.parameters, "parameter") | dict.fromkeys(axes.buffers, "buffer")
     for name, exprs in axes.tensors.items():
         role = roles.get(name, "activation")
@@ -93,7 +93,7 @@ def dependency_graph(traced: Traced | fx.GraphModule) -> nx.Graph:
     return graph
 
 
-def axis_map(graph: nx.Graph) -> AxisMap:
+def axis_map(graph: nx.Graph[Axis]) -> AxisMap:
     """The solved axes of a dependency graph."""
     axes = graph.graph["axes"]
     assert isinstance(axes, AxisMap)
@@ -144,7 +144,7 @@ def _apply_rule(node: fx.Node, journal: Journal) -> None:
         outs = ()
     site = OpSite(node, journal, outs)
     if node.target is operator.getitem:
-        source = journal.tensors.get(node.args[0].name)  # type: ignore[union-attr]
+        source = journal.tensors.get(node.all_input_nodes[0].name)
         if isinstance(source, tuple):
             getitem(site, source)
         return

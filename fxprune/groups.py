@@ -7,6 +7,7 @@ triggers those that depend on it, these trigger the next, until nothing new is f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -88,7 +89,7 @@ class Step:
     node: str
 
 
-def find_groups(graph: nx.Graph) -> tuple[Group, ...]:
+def find_groups(graph: nx.Graph[Axis]) -> tuple[Group, ...]:
     """Every group of the model, in order of execution of their triggers; frozen ones are not among them.
 
     Complexity: linear in the size of the graph times the number of factors of an axis.
@@ -110,7 +111,7 @@ def find_groups(graph: nx.Graph) -> tuple[Group, ...]:
     return (*groups, *_layer_groups(axes))
 
 
-def propagate(graph: nx.Graph, trigger: Axis, holding: set[Axis]) -> set[Axis]:
+def propagate(graph: nx.Graph[Axis], trigger: Axis, holding: set[Axis]) -> set[Axis]:
     """The axes reached from ``trigger`` by breadth-first search among the axes ``holding`` its factor."""
     reached, frontier = {trigger}, [trigger]
     while frontier:
@@ -120,7 +121,7 @@ def propagate(graph: nx.Graph, trigger: Axis, holding: set[Axis]) -> set[Axis]:
     return reached
 
 
-def explain(graph: nx.Graph, member: Axis | tuple[str, int], group: Group | None = None) -> list[Step]:
+def explain(graph: nx.Graph[Axis], member: Axis | tuple[str, int], group: Group | None = None) -> list[Step]:
     """The shortest chain of ops that ties ``member`` to the trigger of its group.
 
     Args:
@@ -141,14 +142,14 @@ def explain(graph: nx.Graph, member: Axis | tuple[str, int], group: Group | None
     chosen = group or next(iter(found), None)
     if chosen is None or chosen.factor is None or chosen.trigger is None or not contains(expr, chosen.factor):
         reason = next((str(axes.frozen[f]) for f in factors(expr) if f in axes.frozen), "it holds no removable unit")
-        raise FxpruneError(f"axis {target.index} is in no such group: {reason}", where=target.tensor)
+        raise FxpruneError(f"axis {target.dim} is in no such group: {reason}", where=target.tensor)
     inside = graph.subgraph(_axes_by_factor(graph)[chosen.factor])
     path = nx.shortest_path(inside, chosen.trigger, target)
-    edges = zip(path, path[1:], strict=False)
+    edges = itertools.pairwise(path)
     return [Step(a, b, graph.edges[a, b]["op"], graph.edges[a, b]["node"]) for a, b in edges]
 
 
-def frozen_axes(graph: nx.Graph) -> dict[str, Freeze]:
+def frozen_axes(graph: nx.Graph[Axis]) -> dict[str, Freeze]:
     """For each parameter axis with a frozen factor, as ``"name[axis]"``, the first reason."""
     axes = axis_map(graph)
     found: dict[str, Freeze] = {}
@@ -160,10 +161,10 @@ def frozen_axes(graph: nx.Graph) -> dict[str, Freeze]:
     return found
 
 
-def _axes_by_factor(graph: nx.Graph) -> dict[Factor, set[Axis]]:
+def _axes_by_factor(graph: nx.Graph[Axis]) -> dict[Factor, set[Axis]]:
     found: dict[Factor, set[Axis]] = {}
-    for axis, expr in graph.nodes(data="expr"):
-        for factor in factors(expr):
+    for axis in graph.nodes:
+        for factor in factors(graph.nodes[axis]["expr"]):
             found.setdefault(factor, set()).add(axis)
     return found
 
@@ -180,7 +181,7 @@ def _make_group(axes: AxisMap, factor: Factor, trigger: Axis, reached: set[Axis]
     weights = trained | set(axes.buffers)
     own = (a for a in reached if a.tensor in weights and a.tensor not in axes.tied)
     ordered = sorted(own, key=lambda a: (axes.order[a.tensor], a))
-    members = tuple(Member(a.tensor, a.index, axes.tensors[a.tensor][a.index], a.tensor in trained) for a in ordered)
+    members = tuple(Member(a.tensor, a.dim, axes.tensors[a.tensor][a.dim], a.tensor in trained) for a in ordered)
     owners = {owner_block(m.name, axes.blocks) for m in members if m.trained}
     block = next(iter(owners)) if len(owners) == 1 else None
     kind = _kind(axes.tags.get(factor, frozenset()), len(owners))
@@ -211,7 +212,7 @@ def _outer_factor(axes: AxisMap, factor: Factor, reached: set[Axis]) -> Factor |
     common: list[Factor] | None = None
     for axis in reached:
         exprs = axes.tensors[axis.tensor]
-        around = _around(exprs[axis.index], factor) if axis.tensor in weights else [f for e in exprs for f in factors(e)]
+        around = _around(exprs[axis.dim], factor) if axis.tensor in weights else [f for e in exprs for f in factors(e)]
         common = around if common is None else [f for f in common if f in around]
     candidates = [f for f in common or () if f != factor and f not in axes.frozen]
     return candidates[-1] if candidates else None

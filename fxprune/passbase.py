@@ -19,7 +19,7 @@ from fxprune.state import State, state_of
 __all__ = ["Pass", "PassResult"]
 
 
-class Pass(PassBase):  # type: ignore[misc]
+class Pass(PassBase):
     """One step of the suite.
 
     Subclasses are dataclasses whose fields are the pass's arguments (``eq=False``), named ``VerbNounPass``, with a

@@ -104,11 +104,15 @@ def _plan_masks(axes: AxisMap, plan: Plan) -> dict[tuple[str, int], npt.NDArray[
         for axis, index in by_axis.items():
             exprs = axes.tensors.get(name)
             if exprs is None or name not in axes.weights() or not 0 <= axis < len(exprs):
-                raise PlanError("the model has no such axis", where=f"{name}[{axis}]", remedy="Use the plan's own model")
+                raise PlanError(
+                    "the model has no such axis", where=f"{name}[{axis}]", remedy="Use the plan's own model"
+                )
             size = exprs[axis].size
             if not index or min(index) < 0 or max(index) >= size or len(set(index)) < len(index):
                 raise PlanError(
-                    f"kept indices do not fit an axis of {size}", where=f"{name}[{axis}]", remedy="Make the plan again"
+                    f"kept indices do not fit an axis of {size}",
+                    where=f"{name}[{axis}]",
+                    remedy="Make the plan again",
                 )
             masks[name, axis] = np.isin(np.arange(size), index)
     return masks
@@ -131,9 +135,7 @@ def _unit_mask(expr: Expr, group: Group, mask: npt.NDArray[np.bool_]) -> npt.NDA
     return table
 
 
-def _check_plan(
-    axes: AxisMap, keep: Keep, masks: Mapping[tuple[str, int], npt.NDArray[np.bool_]], plan: Plan
-) -> None:
+def _check_plan(axes: AxisMap, keep: Keep, masks: Mapping[tuple[str, int], npt.NDArray[np.bool_]], plan: Plan) -> None:
     rows_equal = all(len(set(mask.sum(axis=1).tolist())) == 1 for mask in keep.units.values() if mask.ndim == 2)
     again = plan_of(axes, keep, plan.removed_blocks).kept if rows_equal else {}
     for name, axis in masks:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fxprune.axes import Keep
 from fxprune.groups import Group, frozen_axes
+from fxprune.rules.base import Axis
 
 __all__ = ["Report", "frozen_reasons", "widths_of"]
 
@@ -64,12 +65,15 @@ class Report:
     def table(self) -> Table:
         """Dense against slim, for a terminal."""
         table = Table("", "dense", "slim", "change", title="fxprune")
-        for name, (dense, slim) in (("parameters", self.parameters), (f"MACs at {self.tokens} tokens", self.macs)):
+        for name, (dense, slim) in (
+            ("parameters", self.parameters),
+            (f"MACs at {self.tokens} tokens", self.macs),
+        ):
             table.add_row(name, f"{dense:,}", f"{slim:,}", f"{slim / max(dense, 1) - 1:+.1%}")
         return table
 
 
-def frozen_reasons(graph: nx.Graph[Any]) -> dict[str, str]:
+def frozen_reasons(graph: nx.Graph[Axis]) -> dict[str, str]:
     """Frozen parameter axes with their reasons, in words."""
     return {axis: str(freeze) for axis, freeze in frozen_axes(graph).items()}
 

@@ -69,8 +69,8 @@ def _unit_scores(group: Group, member: Member, positions: PositionScores) -> Arr
         return np.asarray([score.sum()])
     unit = unit_index(member.expr, group.factor)
     if group.outer is None:
-        return np.bincount(unit[unit >= 0], score[unit >= 0], minlength=group.size)
+        return np.bincount(unit[unit >= 0], score[unit >= 0], minlength=group.size).astype(np.float64)
     cell = unit_index(member.expr, group.outer) * group.size + unit
     inside = unit >= 0
     table = np.bincount(cell[inside], score[inside], minlength=group.outer.size * group.size)
-    return table.reshape(group.outer.size, group.size)
+    return table.astype(np.float64).reshape(group.outer.size, group.size)

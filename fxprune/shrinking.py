@@ -119,14 +119,21 @@ def _can_run(graph_module: fx.GraphModule, state: State) -> bool:
 def _names_by_tensor(model: nn.Module) -> dict[int, tuple[str, ...]]:
     """All names the model has for each of its tensors, by identity."""
     found: dict[int, tuple[str, ...]] = {}
-    for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+    for named in (
+        model.named_parameters(remove_duplicate=False),
+        model.named_buffers(remove_duplicate=False),
+    ):
         for name, tensor in named:
             found[id(tensor)] = (*found.get(id(tensor), ()), name)
     return found
 
 
 def _emit(
-    shape: nn.Module, model: nn.Module, slim: fx.GraphModule, by_name: Mapping[str, tuple[str, ...]], inplace: bool
+    shape: nn.Module,
+    model: nn.Module,
+    slim: fx.GraphModule,
+    by_name: Mapping[str, tuple[str, ...]],
+    inplace: bool,
 ) -> Emission:
     """The slim Hugging Face model, holding the tensors of the slim graph."""
     state = state_of(slim)
@@ -134,7 +141,10 @@ def _emit(
     assert plan is not None and probe is not None
     tensors = {name: tensor for own, tensor in weights(slim) for name in by_name[own]}
     gone = tuple(f"{block}." for block in plan.removed_blocks)
-    for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+    for named in (
+        model.named_parameters(remove_duplicate=False),
+        model.named_buffers(remove_duplicate=False),
+    ):
         for name, tensor in named:
             if name not in tensors and not (gone and name.startswith(gone)):
                 tensors[name] = tensor if inplace else _copy(tensor)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fxprune.calibration import Sample
     from fxprune.groups import Group
     from fxprune.plan import Plan
+    from fxprune.rules.base import Axis
     from fxprune.scores import Scores
 
 __all__ = ["State", "attach", "state_of"]
@@ -56,7 +57,7 @@ class State:
     calibration: tuple[Sample, ...] = ()
     track: Track = field(default=_silent)
     probe: Mapping[str, torch.Tensor] | None = None
-    graph: nx.Graph | None = None
+    graph: nx.Graph[Axis] | None = None
     groups: tuple[Group, ...] = ()
     scores: Scores | None = None
     keep: Keep | None = None

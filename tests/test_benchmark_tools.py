@@ -65,9 +65,7 @@ def test_split_drops_heldout_paragraphs_that_calibration_has():
     assert split_calibration_heldout("a\n\nb\n\na\n\nc", calibration=0.5) == ("a\n\nb", "c")
 
 
-@pytest.mark.parametrize(
-    ("text", "fraction"), [("one paragraph", 0.5), ("a\n\na", 0.5), ("a\n\nb", 0), ("a\n\nb", 1)]
-)
+@pytest.mark.parametrize(("text", "fraction"), [("one paragraph", 0.5), ("a\n\na", 0.5), ("a\n\nb", 0), ("a\n\nb", 1)])
 def test_split_refuses_what_leaves_a_part_empty(text, fraction):
     with pytest.raises(ValueError):
         split_calibration_heldout(text, calibration=fraction)
@@ -236,9 +234,7 @@ def test_latency_command_prints_and_writes_when_asked(tiny, tmp_path, monkeypatc
     monkeypatch.setattr("fxprune.prune", prune, raising=False)
     monkeypatch.setattr(latency, "load_demo_model", lambda: (tiny, None))
     monkeypatch.setattr(latency, "RESULTS", tmp_path / "latency.json")
-    outcome = CliRunner().invoke(
-        latency.app, ["--rounds", "1", "--ratio", "0.1", *flags], catch_exceptions=False
-    )
+    outcome = CliRunner().invoke(latency.app, ["--rounds", "1", "--ratio", "0.1", *flags], catch_exceptions=False)
     assert outcome.exit_code == 0
     assert asked == {"data": None, "ratio": 0.1, "importance": "l2"}
     assert "torch:" in outcome.output and "10% of the parameters removed" in outcome.output

@@ -23,7 +23,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-__all__ = ["UNIT", "Concat", "Expr", "Factor", "Product", "concat", "contains", "factors", "new_factor", "product", "render"]
+__all__ = [
+    "UNIT",
+    "Concat",
+    "Expr",
+    "Factor",
+    "Product",
+    "concat",
+    "contains",
+    "factors",
+    "new_factor",
+    "product",
+    "render",
+]
 
 _ids = itertools.count()
 

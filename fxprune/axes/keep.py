@@ -51,7 +51,8 @@ def kept_size(expr: Expr, keep: Keep) -> int:
 
 def kept_mask(expr: Expr, keep: Keep) -> Mask:
     """Which positions of the axis ``expr`` stay: boolean ``(size,)``."""
-    return _mask(expr, keep, {}, 1)[0]
+    mask: Mask = _mask(expr, keep, {}, 1)[0]
+    return mask
 
 
 def _mask(expr: Expr, keep: Keep, around: dict[Factor, Index], rows: int) -> Mask:

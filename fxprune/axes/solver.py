@@ -66,7 +66,9 @@ class Solver:
         """
         a, b = self.resolve(a), self.resolve(b)
         if a.size != b.size:
-            raise AxisMismatch(f"axes of {a.size} and {b.size} units cannot be the same", where=f"{render(a)} = {render(b)}")
+            raise AxisMismatch(
+                f"axes of {a.size} and {b.size} units cannot be the same", where=f"{render(a)} = {render(b)}"
+            )
         if a == b or a.size == 1:
             return
         if isinstance(a, Factor):

@@ -12,9 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fxprune.emit.choices import Choice, choices_for
 from fxprune.emit.fields import part_of
 from fxprune.emit.frame import Frame
+from fxprune.emit.layout import Layout
 from fxprune.emit.patch import Patches, merged, numbers_of
 from fxprune.emit.recipe import Recipe
-from fxprune.emit.sites import Layout, Site, block_site
+from fxprune.emit.sites import Site, block_site
 from fxprune.emit.snapshot import Axis, Shape, mismatches, shapes_of
 
 __all__ = ["Bench", "Block", "Candidate", "candidates_for", "local"]
@@ -93,9 +94,7 @@ def candidates_for(bench: Bench, frame: Frame) -> Iterator[Candidate]:
     picks = sorted(product(*(range(count) for count in kinds.values())), key=sum)
     for pick in picks[:_MOST_CANDIDATES]:
         rank = dict(zip(kinds, pick, strict=True))
-        chosen = {
-            path: block.choices[min(rank[block.kind], len(block.choices) - 1)] for path, block in blocks.items()
-        }
+        chosen = {path: block.choices[min(rank[block.kind], len(block.choices) - 1)] for path, block in blocks.items()}
         yield _candidate(bench, frame, blocks, chosen)
 
 
@@ -148,9 +147,7 @@ def _built_by(module: nn.Module, site: Site | None, wanted: Mapping[str, Shape])
     return {name: shape for name, shape in wanted.items() if name in seen.shapes or name not in buffers}
 
 
-def _candidate(
-    bench: Bench, frame: Frame, blocks: Mapping[str, Block], chosen: Mapping[str, Choice]
-) -> Candidate:
+def _candidate(bench: Bench, frame: Frame, blocks: Mapping[str, Block], chosen: Mapping[str, Choice]) -> Candidate:
     full = {path: {**block.own, **chosen[path].fields} for path, block in blocks.items()}
     shared = dict(frame.fields)
     for name in sorted({name for fields in full.values() for name in fields} - shared.keys()):
@@ -176,9 +173,7 @@ def _candidate(
     return _judged(bench, recipe, outside, chosen)
 
 
-def _judged(
-    bench: Bench, recipe: Recipe, outside: Mapping[str, Shape], chosen: Mapping[str, Choice]
-) -> Candidate:
+def _judged(bench: Bench, recipe: Recipe, outside: Mapping[str, Shape], chosen: Mapping[str, Choice]) -> Candidate:
     seen = bench.site.observe(recipe.fields)
     wrong = mismatches(seen.shapes, outside) if seen else frozenset()
     loose = {name for name, _ in wrong}
@@ -190,9 +185,7 @@ def _judged(
     return Candidate(recipe, frozenset(loose), tuple(gaps))
 
 
-def _adopted(
-    name: str, blocks: Mapping[str, Block], full: Mapping[str, Mapping[str, int]]
-) -> int | None:
+def _adopted(name: str, blocks: Mapping[str, Block], full: Mapping[str, Mapping[str, int]]) -> int | None:
     """The value that all blocks have for a field, or do not care about."""
     values = {fields[name] for fields in full.values() if name in fields}
     if len(values) != 1:

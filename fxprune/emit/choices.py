@@ -34,7 +34,7 @@ class Choice:
         fields: Config fields of this block, relative to the model's dense config.
         patches: Attributes to set afterwards, by module path within the block.
         gap: Tensors that the fields alone do not reach, in words; empty where they reach all.
-        as_dense: Whether integer attributes start from those of the dense block, not from those of the rebuilt one.
+        as_dense: Whether integer attributes start from those of the dense block, not of the rebuilt one.
     """
 
     fields: Mapping[str, int]
@@ -52,8 +52,8 @@ def choices_for(
 ) -> list[Choice]:
     """Ways to reach the wanted shapes are listed.
 
-    First config fields alone, then fields for what they reach and attributes for the rest as a block of another
-    size would have them, last the attributes of the resized tensors' own modules alone.
+    First config fields alone, then fields for what they reach and attributes for the rest as a block of
+    another size would have them, last the attributes of the resized tensors' own modules alone.
 
     Args:
         block: The dense block.

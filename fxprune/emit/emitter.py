@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from fxprune.emit.assemble import Bench, Candidate, candidates_for
 from fxprune.emit.fields import part_of
 from fxprune.emit.frame import frames_for
+from fxprune.emit.layout import Layout, survey
 from fxprune.emit.load import assign, left_on_meta, misfits, run_on_meta, standins
 from fxprune.emit.recipe import Recipe, new_names, rebuild
-from fxprune.emit.sites import Layout, model_site, survey
+from fxprune.emit.sites import model_site
 from fxprune.emit.snapshot import shapes_of
 
 __all__ = ["Agrees", "Emission", "emit"]
@@ -32,7 +33,7 @@ class Emission:
             `fxprune_layer_fields` (by new layer index, the config fields in which a layer differs from
             `model.config`), `fxprune_recipe` (a `Recipe` as JSON values, from which `rebuild` makes the same
             structure out of the dense config) and the config itself.
-        reasons: Layer, parameter, wanted and obtained shape for what could not be expressed; empty on success.
+        reasons: Layer, parameter, wanted and obtained shape of what has no expression; empty on success.
     """
 
     model: PreTrainedModel | None
@@ -47,15 +48,16 @@ def emit(
 ) -> Emission:
     """A model of the same class holds the slim tensors, or the reasons why none can are returned.
 
-    Nothing is known of the class: config fields are moved and blocks rebuilt on `meta` to see which field drives
-    which axis. Where several assignments give the wanted shapes they are tried in order, those that leave all float
-    attributes and everything outside the blocks alone first.
+    Nothing is known of the class: config fields are moved and blocks rebuilt on `meta` to see which field
+    drives which axis. Where several assignments give the wanted shapes they are tried in order, those that
+    leave all float attributes and everything outside the blocks alone first.
 
     Args:
         model: The dense model; not changed. Its storage may be on `meta`.
         tensors: By dense name, the tensor of every parameter and buffer that remains.
         removed_layers: Module paths of whole blocks that are gone.
-        agrees: Whether an emitted model computes what it should. Without it the first model that runs is taken.
+        agrees: Whether an emitted model computes what it should. Without it the first model that runs on
+            `meta` is taken.
     """
     try:
         return _emit(model, tensors, tuple(removed_layers), agrees)
@@ -147,15 +149,15 @@ def _attempt(
     if unfit:
         return None, (*candidate.gaps, *unfit)
     assign(slim, bench.model, tensors, rename)
+    empty = left_on_meta(slim)
+    if empty and not any(tensor.is_meta for tensor in tensors.values()):
+        return None, tuple(f"{name}: left without storage" for name in empty)
     return _checked(bench, candidate, slim, agrees)
 
 
 def _checked(
     bench: Bench, candidate: Candidate, slim: PreTrainedModel, agrees: Agrees | None
 ) -> tuple[PreTrainedModel | None, tuple[str, ...]]:
-    empty = left_on_meta(slim)
-    if empty and not left_on_meta(bench.model):
-        return None, tuple(f"{name}: left without storage" for name in empty)
     if hasattr(bench.model, "generation_config"):
         slim.generation_config = copy.deepcopy(bench.model.generation_config)
     vars(slim)["fxprune_layer_fields"] = _layer_fields(bench, candidate.recipe)

@@ -63,8 +63,8 @@ def value_of(config: PreTrainedConfig, field: str) -> int | None:
 def record_reads(config: PreTrainedConfig, build: Callable[[PreTrainedConfig], object]) -> Reads:
     """The config fields that matter to a constructor become known.
 
-    A subclass of the config's class notes every name that is looked up. Where the constructor does not take it,
-    every field counts as read.
+    A subclass of the config's class notes every name that is looked up. Where the constructor does not take
+    it, every field counts as read.
 
     Args:
         config: The config to build from; not changed.
@@ -86,11 +86,11 @@ def record_reads(config: PreTrainedConfig, build: Callable[[PreTrainedConfig], o
 
 
 def _recorder(base: type[PreTrainedConfig], read: set[str]) -> type[PreTrainedConfig]:
-    def __getattribute__(self: PreTrainedConfig, name: str) -> Any:
+    def note(self: PreTrainedConfig, name: str) -> Any:
         read.add(name)
         return base.__getattribute__(self, name)
 
-    return type(base.__name__, (base,), {"__getattribute__": __getattribute__})
+    return type(base.__name__, (base,), {"__getattribute__": note})
 
 
 def keep_layers(config: PreTrainedConfig, count_field: str | None, total: int, kept: Sequence[int]) -> None:
@@ -118,8 +118,8 @@ def _layer_lists(config: PreTrainedConfig, total: int) -> Iterator[tuple[str, An
 def layer_config(config: PreTrainedConfig, fields: Mapping[str, int]) -> PreTrainedConfig:
     """A copy with some fields of its own that follows the model's config in its choice of kernels.
 
-    A later `set_attn_implementation` on the model writes to the model's config alone; blocks that hold a copy must
-    see it, or masks and attention kernels would no longer fit.
+    A later `set_attn_implementation` on the model writes to the model's config alone; blocks that hold a copy
+    must see it, or masks and attention kernels would no longer fit.
 
     Args:
         config: The config of the whole model; kept by reference.
@@ -160,4 +160,3 @@ def _followed(name: str) -> property:
         """Ignored: the model's config decides."""
 
     return property(read, write)
-

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fxprune.emit.sites import on_meta
+from fxprune.emit.layout import on_meta
 from fxprune.emit.snapshot import shapes_of
 
 __all__ = ["assign", "left_on_meta", "misfits", "run_on_meta", "standins"]
@@ -37,9 +37,7 @@ def misfits(
     return sorted(lines)
 
 
-def assign(
-    model: PreTrainedModel, dense: PreTrainedModel, tensors: Mapping[str, torch.Tensor], rename: Rename
-) -> None:
+def assign(model: PreTrainedModel, dense: PreTrainedModel, tensors: Mapping[str, torch.Tensor], rename: Rename) -> None:
     """The model holds exactly the given tensors; tied names hold one parameter.
 
     Args:
@@ -79,9 +77,9 @@ def run_on_meta(model: PreTrainedModel) -> str | None:
     """What stops a forward pass on `meta`; None where it runs.
 
     Args:
-        model: A model on `meta`, to be thrown away: some classes keep state between passes. It loses its padding
-            token, whose absence from the input cannot be checked without data, and multiplies experts in batches,
-            since grouped kernels refuse some widths on `meta` that they take elsewhere.
+        model: A model on `meta`, to be thrown away: some classes keep state between passes. It loses its
+            padding token, whose absence from the input cannot be checked without data, and multiplies experts
+            in batches, since grouped kernels refuse some widths on `meta` that they take elsewhere.
     """
     vars(model.config).update(pad_token_id=None, _experts_implementation_internal="batched_mm")
     try:

@@ -9,8 +9,17 @@ from typing import Any
 
 from torch import nn
 
-from fxprune.emit.sites import on_meta
-from fxprune.emit.snapshot import MISSING_AXIS, Axis, Number, Shape, Snapshot, is_number, mismatches, take_snapshot
+from fxprune.emit.layout import on_meta
+from fxprune.emit.snapshot import (
+    MISSING_AXIS,
+    Axis,
+    Number,
+    Shape,
+    Snapshot,
+    is_number,
+    mismatches,
+    take_snapshot,
+)
 
 __all__ = ["Patches", "common_path", "leaf_patches", "merged", "numbers_of", "scope_patches"]
 
@@ -47,8 +56,8 @@ def scope_patches(before: Snapshot, after: Snapshot, wrong: frozenset[Axis]) -> 
 
     Args:
         before: The block as it is.
-        after: The block under an assignment that gives the wanted sizes on the axes in `wrong`, whatever it does
-            elsewhere.
+        after: The block under an assignment that gives the wanted sizes on the axes in `wrong`, whatever it
+            does elsewhere.
         wrong: Axes that have to change.
 
     Returns:
@@ -76,9 +85,7 @@ def leaf_patches(module: nn.Module, wanted: Mapping[str, Shape], skip: tuple[str
         if any(f"{path}.".startswith(f"{other}.") for other in skip):
             continue
         prefix = f"{path}." if path else ""
-        own = {
-            name: wanted[prefix + name] for name in (*child._parameters, *child._buffers) if prefix + name in wanted
-        }
+        own = {name: wanted[prefix + name] for name in (*child._parameters, *child._buffers) if prefix + name in wanted}
         have = _own_shapes(child)
         if own and mismatches({name: have[name] for name in own if name in have}, own):
             patched = _resized(child, own) or _equal_sizes(child, have, own)
@@ -135,9 +142,7 @@ def _construct(module: nn.Module, arguments: Mapping[str, Any]) -> nn.Module | N
         return None
 
 
-def _move_argument(
-    module: nn.Module, arguments: dict[str, Any], axis: Axis, wanted: Mapping[str, Shape]
-) -> None:
+def _move_argument(module: nn.Module, arguments: dict[str, Any], axis: Axis, wanted: Mapping[str, Shape]) -> None:
     """One argument takes the value under which an axis has the wanted size, if one drives it."""
     name, index = axis
     now = _construct(module, arguments)
@@ -155,10 +160,8 @@ def _move_argument(
 
 
 def _items(value: object) -> Iterator[tuple[int, int]]:
-    if type(value) is int:
-        yield 0, value
-    elif isinstance(value, tuple) and is_number(value):
-        yield from enumerate(value)
+    if is_number(value):
+        yield from enumerate(value if isinstance(value, tuple) else (value,))
 
 
 def _with(value: Number, position: int, item: int) -> Number:
@@ -178,10 +181,8 @@ def _equal_sizes(module: nn.Module, have: Mapping[str, Shape], wanted: Mapping[s
     for name, value in vars(module).items():
         if name.startswith("_") or not is_number(value):
             continue
-        if isinstance(value, tuple):
-            new_value: Number = tuple(moved.get(item, item) for item in value)
-        else:
-            new_value = moved.get(value, value)
+        items = [moved.get(item, item) for _, item in _items(value)]
+        new_value = tuple(items) if isinstance(value, tuple) else items[0]
         if new_value != value:
             found[name] = new_value
     return found

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fxprune.emit.fields import copy_config, keep_layers, layer_config, part_of, write_fields
+from fxprune.emit.layout import Layout, on_meta, survey
 from fxprune.emit.patch import Patches
-from fxprune.emit.sites import Layout, block_builder, on_meta, survey
+from fxprune.emit.sites import block_builder
 from fxprune.emit.snapshot import Number, is_number, take_snapshot
 
 __all__ = ["Recipe", "new_names", "rebuild"]
@@ -49,16 +50,15 @@ class Recipe:
             path: {name: tuple(value) if isinstance(value, list) else value for name, value in patch.items()}
             for path, patch in data["attributes"].items()
         }
-        return cls(
-            data["fields"], data["layer_fields"], attributes, tuple(data["removed"]), data.get("noted", {})
-        )
+        return cls(data["fields"], data["layer_fields"], attributes, tuple(data["removed"]), data.get("noted", {}))
 
 
 def rebuild(dense: PreTrainedModel, recipe: Recipe, layout: Layout | None = None) -> PreTrainedModel:
     """A model of the dense one's class exists on `meta`, with the recipe's widths and layers and no weights.
 
     Args:
-        dense: The dense model, or one of the same config on `meta`; only its structure and scalar attributes are read.
+        dense: The dense model, or one of the same config on `meta`; only its structure and scalar attributes
+            are read.
         recipe: What differs.
         layout: Where its blocks are, if known.
 
@@ -103,7 +103,7 @@ def _list_of(model: nn.Module, path: str) -> nn.ModuleList:
 
 
 def _keep_scalars(model: nn.Module, dense: nn.Module) -> None:
-    """Floats, flags and plain tensors keep their dense value: a softmax scale does not follow its head's width.
+    """Floats, flags and plain tensors keep their dense value: a softmax scale does not follow a head's width.
 
     Buffers that the model adds to a finished block are added to a rebuilt one.
     """

@@ -3,81 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fxprune.emit.fields import Reads, copy_config, keep_layers, part_of, record_reads, value_of, write_fields
+from fxprune.emit.layout import Layout, on_meta
 from fxprune.emit.snapshot import Snapshot, take_snapshot
 
-__all__ = ["Layout", "Site", "Stack", "block_builder", "block_site", "model_site", "on_meta", "survey"]
+__all__ = ["Site", "block_builder", "block_site", "model_site"]
 
 Builder = Callable[[PreTrainedConfig, int], nn.Module]
-
-
-@contextmanager
-def on_meta() -> Iterator[None]:
-    """Modules are built without storage, without gradients and without chatter about odd configs."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with torch.device("meta"), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A module list of blocks.
-
-    Attributes:
-        path: Module path of the list.
-        blocks: The blocks of the dense model.
-    """
-
-    path: str
-    blocks: tuple[nn.Module, ...]
-
-    def paths(self) -> tuple[str, ...]:
-        """Module paths of the blocks."""
-        return tuple(f"{self.path}.{index}" for index in range(len(self.blocks)))
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where blocks are in a model and which config they come from.
-
-    Attributes:
-        stacks: The outermost module lists, the longest first.
-        part: Name of the nested config that describes the blocks; empty for the model's own.
-        count_field: The field that sets the length of the longest stack; empty where lists with one entry a layer
-            set it, None where nothing does.
-    """
-
-    stacks: tuple[Stack, ...]
-    part: str
-    count_field: str | None
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks in the longest stack."""
-        return len(self.stacks[0].blocks) if self.stacks else 0
-
-    def blocks(self) -> dict[str, tuple[int, nn.Module]]:
-        """Index and module of every block by its module path."""
-        return {
-            path: (index, block)
-            for stack in self.stacks
-            for index, (path, block) in enumerate(zip(stack.paths(), stack.blocks, strict=True))
-        }
 
 
 @dataclass
@@ -120,60 +58,6 @@ class Site:
     def known(self, fields: Mapping[str, int]) -> tuple[str, ...]:
         """Names of the fields that hold an integer under an assignment."""
         return tuple(dict.fromkeys((*self.reads.integers, *fields)))
-
-
-def survey(model: PreTrainedModel) -> Layout:
-    """Blocks, their config and the field that counts them are found."""
-    stacks = tuple(sorted(_stacks(model), key=lambda stack: -len(stack.blocks)))
-    if not stacks:
-        return Layout((), "", None)
-    part = _config_part(model, stacks[0].path)
-    return Layout(stacks, part, _count_field(model, stacks[0], part))
-
-
-def _stacks(model: nn.Module) -> Iterator[Stack]:
-    outer: list[str] = []
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{other}.") for other in outer):
-            continue
-        blocks = tuple(module)
-        if blocks and all(next(block.parameters(), None) is not None for block in blocks):
-            outer.append(path)
-            yield Stack(path, blocks)
-
-
-def _config_part(model: PreTrainedModel, path: str) -> str:
-    owner = model.get_submodule(path.rpartition(".")[0])
-    config = vars(owner).get("config")
-    for name, value in vars(model.config).items():
-        if value is config and isinstance(value, PreTrainedConfig):
-            return name
-    return ""
-
-
-def _count_field(model: PreTrainedModel, stack: Stack, part: str) -> str | None:
-    """The integer field, else the lists with one entry a layer (empty name), that set the number of blocks."""
-    total = len(stack.blocks)
-    fields = vars(part_of(model.config, part)).items()
-    names = [name for name, value in fields if type(value) is int and value == total]
-    for name, lists in [*((name, False) for name in names), ("", True), *((name, True) for name in names)]:
-        config = copy_config(model.config)
-        if lists:
-            keep_layers(part_of(config, part), name, total, range(total - 1))
-        else:
-            write_fields(part_of(config, part), {name: total - 1})
-        if total > 1 and _length(model, config, stack.path) == total - 1:
-            return name
-    return None
-
-
-def _length(model: PreTrainedModel, config: PreTrainedConfig, path: str) -> int | None:
-    try:
-        with on_meta():
-            blocks = type(model)(config).get_submodule(path)
-    except Exception:
-        return None
-    return len(blocks) if isinstance(blocks, nn.ModuleList) else None
 
 
 def model_site(model: PreTrainedModel, layout: Layout) -> Site:
@@ -241,6 +125,10 @@ def block_site(
     """One block, rebuilt with the index it has in the dense model; None where its class cannot be called.
 
     Args:
+        model: The dense model.
+        layout: Where its blocks are.
+        index: The block's place.
+        block: The dense block.
         own: Fields in which the block already differs from the model's config.
     """
     builder = block_builder(block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from torch import nn
 
@@ -31,7 +32,7 @@ class Snapshot:
     scalars: Mapping[tuple[str, str], float]
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[Number]:
     """Whether a value is an integer or a tuple of integers; a bool is neither."""
     if type(value) is int:
         return True

@@ -1,7 +1,8 @@
 """Config fields are solved for: which values give the shapes that are wanted.
 
-Each field is moved by a little, the block is rebuilt, and the axes that moved give the slope. A wanted size then gives
-the field's value; the rebuilt block is the judge, so a slope that holds only nearby costs a probe and nothing else.
+Each field is moved by a little, the block is rebuilt, and the axes that moved give the slope. A wanted size
+then gives the field's value; the rebuilt block is the judge, so a slope that holds only nearby costs a probe
+and nothing else.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ _SLOPES = 3
 def explicit_fields(site: Site, wanted: Snapshot) -> dict[str, int]:
     """Fields left to a default get the value that stands for it.
 
-    A head width that the class derives from two other fields, unless it is given, becomes a field of its own: the
-    number of heads can then change alone.
+    A head width that the class derives from two other fields, unless it is given, becomes a field of its own:
+    the number of heads can then change alone.
 
     Args:
         site: What is rebuilt.
@@ -139,9 +140,7 @@ class Search:
             pending.extend(self._next(fields, wrong))
         return found
 
-    def _next(
-        self, fields: dict[str, int], wrong: frozenset[Axis]
-    ) -> Iterator[tuple[dict[str, int], frozenset[Axis]]]:
+    def _next(self, fields: dict[str, int], wrong: frozenset[Axis]) -> Iterator[tuple[dict[str, int], frozenset[Axis]]]:
         for name in self.site.known({**self.base, **fields}):
             if name in fields:
                 continue
@@ -159,7 +158,7 @@ class Search:
         return self.wrong(fields)
 
     def _buildable(self, fields: dict[str, int], name: str, value: int) -> Iterator[dict[str, int]]:
-        """The assignment with one more field or, where a constructor insists on divisibility, with two more."""
+        """The assignment with one more field, or two more where a constructor insists on divisibility."""
         one = {**fields, name: value}
         if self.wrong(one) is not None:
             yield one
@@ -192,9 +191,7 @@ class Search:
                 break
         return list(found)
 
-    def _along(
-        self, now: Snapshot, moved: Snapshot, wrong: frozenset[Axis], at: tuple[int, int]
-    ) -> Iterator[int]:
+    def _along(self, now: Snapshot, moved: Snapshot, wrong: frozenset[Axis], at: tuple[int, int]) -> Iterator[int]:
         value, delta = at
         for name, axis in sorted(wrong):
             if axis == MISSING_AXIS or len(moved.shapes.get(name, ())) <= axis:

@@ -24,7 +24,7 @@ class Axis(NamedTuple):
     """An axis of a tensor: parameter or buffer name, or name of the graph node."""
 
     tensor: str
-    index: int
+    dim: int
 
 
 @dataclass(frozen=True, eq=False)

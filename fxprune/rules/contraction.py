@@ -74,7 +74,10 @@ def einsum(op: OpSite) -> None:
     operands = op.list_of("tensors")
     inputs, _, output = op.arg("equation").replace(" ", "").partition("->")
     terms = inputs.split(",")
-    rank = max((x.rank - len(t.replace("...", "")) for t, x in zip(terms, operands, strict=True) if "..." in t), default=0)
+    rank = max(
+        (x.rank - len(t.replace("...", "")) for t, x in zip(terms, operands, strict=True) if "..." in t),
+        default=0,
+    )
     spare = [letter for letter in string.ascii_letters if letter not in inputs][:rank]
     spelled = [_spell(term, spare, x.rank) for term, x in zip(terms, operands, strict=True)]
     if not output and "->" not in op.arg("equation"):

@@ -18,7 +18,19 @@ def _dims(op: OpSite, x: TensorAxes) -> tuple[int, ...]:
     return tuple(i % max(x.rank, 1) for i in (dim if isinstance(dim, Sequence) else (dim,)))
 
 
-@rule("mean", "sum", "var", "std", "amax", "amin", "norm", "linalg_vector_norm", "logsumexp", "var_mean", "std_mean")
+@rule(
+    "mean",
+    "sum",
+    "var",
+    "std",
+    "amax",
+    "amin",
+    "norm",
+    "linalg_vector_norm",
+    "logsumexp",
+    "var_mean",
+    "std_mean",
+)
 def reduce(op: OpSite) -> None:
     """A statistic over ``dim``: removing units of it changes the statistic; the other axes stay."""
     x = op.need("x" if "x" in op._arguments else "self")

@@ -1,9 +1,9 @@
 """Which rule belongs to which op. Anyone may register one for an op of their own::
 
-    @fxprune.rule("mylib::scaled_add")            # every overload, or "mylib::scaled_add.out" for one
-    def scaled_add(op: fxprune.OpSite) -> None:
-        for x in op.tensors:
-            op.broadcast(x)
+@fxprune.rule("mylib::scaled_add")            # every overload, or "mylib::scaled_add.out" for one
+def scaled_add(op: fxprune.OpSite) -> None:
+    for x in op.tensors:
+        op.broadcast(x)
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from torch import fx
 
 from fxprune.axes import UNIT, Expr, concat, new_factor, product

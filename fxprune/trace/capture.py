@@ -100,9 +100,7 @@ def _export(
             inputs = {k: torch.empty_like(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.export.export(
-            twin, (), inputs | fixed, dynamic_shapes=dims if dynamic else None, strict=False
-        )
+        return torch.export.export(twin, (), inputs | fixed, dynamic_shapes=dims if dynamic else None, strict=False)
 
 
 def _fake_copy(model: nn.Module, mode: FakeTensorMode, own: torch.dtype, dtype: torch.dtype) -> nn.Module:

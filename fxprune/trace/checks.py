@@ -27,7 +27,9 @@ def check_model(model: nn.Module) -> None:
     for name, parameter in named:
         if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
             raise UnsupportedModelError(
-                f"dtype {parameter.dtype} is a quantised format", where=name, remedy="Dequantise the model first"
+                f"dtype {parameter.dtype} is a quantised format",
+                where=name,
+                remedy="Dequantise the model first",
             )
     first, device = named[0][0], named[0][1].device
     for name, parameter in named:

@@ -21,7 +21,11 @@ from fxprune.errors import TraceError
 __all__ = ["lower"]
 
 aten = torch.ops.aten
-_STALE = {aten._assert_tensor_metadata.default, aten.sym_constrain_range_for_size.default, aten._assert_scalar.default}
+_STALE = {
+    aten._assert_tensor_metadata.default,
+    aten.sym_constrain_range_for_size.default,
+    aten._assert_scalar.default,
+}
 _WEIGHTS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 
 

@@ -51,7 +51,7 @@ class TaylorImportancePass(ImportancePass):
 
     name: ClassVar[str] = "taylor"
     order: str = "mix"
-    memory: float = 0.25
+    memory: float = 0.6
 
     def __post_init__(self) -> None:
         """Refuse unknown names before any work is done."""
@@ -126,9 +126,11 @@ def _backward(graph_module: fx.GraphModule, sample: Sample, sums: _Sums) -> None
     loss = next_token_loss(logits, sample.labels.to(device))
     if not bool(loss.isfinite()):
         raise CalibrationError(
-            f"the loss is {loss.item()}", where="calibration", remedy="Check the weights and the samples for NaN"
+            f"the loss is {loss.item()}",
+            where="calibration",
+            remedy="Check the weights and the samples for NaN",
         )
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
 
 
 def _receiver(sums: _Sums, name: str) -> Callable[[torch.Tensor], None]:

@@ -30,7 +30,9 @@ class SelectByGroupRatioPass(SelectPass):
         """Refuse a ratio outside [0, 1)."""
         super().__post_init__()
         if not 0 <= self.group_ratio < 1:
-            raise RatioError(f"group_ratio is {self.group_ratio}", where="group_ratio", remedy="Pass a number in [0, 1)")
+            raise RatioError(
+                f"group_ratio is {self.group_ratio}", where="group_ratio", remedy="Pass a number in [0, 1)"
+            )
 
     def choose(self, selection: Selection, state: State) -> list[tuple[int, int]]:
         """The same fraction of each slot, or of each kind's units in order of their scores."""
@@ -39,9 +41,9 @@ class SelectByGroupRatioPass(SelectPass):
         values = normalised(selection.slots)
         cut: dict[str, float] = {}
         for kind in {slot.kind for slot in selection.slots}:
-            pool = sorted(v for slot, row in zip(selection.slots, values, strict=True) if slot.kind == kind for v in row)
+            pool = sorted(
+                v for slot, row in zip(selection.slots, values, strict=True) if slot.kind == kind for v in row
+            )
             index = round(self.group_ratio * len(pool))
             cut[kind] = pool[index] if index < len(pool) else float("inf")
-        return [
-            (0, count_below(slot, row, cut[slot.kind])) for slot, row in zip(selection.slots, values, strict=True)
-        ]
+        return [(0, count_below(slot, row, cut[slot.kind])) for slot, row in zip(selection.slots, values, strict=True)]

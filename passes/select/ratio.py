@@ -149,7 +149,7 @@ class _Solver:
         return choices
 
     def _moves(self, choices: list[Choice], kind: str, *, up: bool) -> list[tuple[int, Choice]]:
-        """One step more (or less) in each slot of ``kind``, best first: lowest score to remove, highest to give back."""
+        """One step more (or less) in each slot of ``kind``, lowest score first to remove, highest to give back."""
         found: list[tuple[float, int, Choice]] = []
         for number, (slot, (i, removed)) in enumerate(zip(self.slots, choices, strict=True)):
             if slot.kind != kind:

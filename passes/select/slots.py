@@ -18,7 +18,15 @@ from fxprune.errors import UnknownNameError
 from fxprune.groups import KINDS, Group
 from fxprune.scores import Scores
 
-__all__ = ["Option", "Slot", "default_protect", "make_keep", "make_slots", "protected_blocks", "removed_layers"]
+__all__ = [
+    "Option",
+    "Slot",
+    "default_protect",
+    "make_keep",
+    "make_slots",
+    "protected_blocks",
+    "removed_layers",
+]
 
 Array = npt.NDArray[np.float64]
 
@@ -94,7 +102,7 @@ def default_protect(depth: int) -> tuple[int, int]:
 
 def protected_blocks(blocks: Sequence[str], protect: tuple[int, int] | tuple[()] | None) -> frozenset[str]:
     """The blocks that stay whole: ``protect`` of them at the front and at the end."""
-    front, back = (0, 0) if protect == () else default_protect(len(blocks)) if protect is None else protect
+    front, back = default_protect(len(blocks)) if protect is None else protect or (0, 0)
     return frozenset((*blocks[:front], *blocks[len(blocks) - back :]))
 
 
