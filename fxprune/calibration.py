@@ -43,7 +43,7 @@ def read_calibration(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, .
         CalibrationError: no samples, a sample of fewer than two tokens, a value that is not finite, or token ids
             the model has no embedding for.
     """
-    names = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
+    names = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
     rows = embedding_rows(graph_module)
     samples: list[Sample] = []
     for batch in _batches(data, names[0]):
@@ -132,5 +132,5 @@ def embedding_rows(graph_module: fx.GraphModule) -> dict[str, int]:
         if node.target is torch.ops.aten.embedding.default and node.args[1].op == "placeholder":
             table = node.args[0]
             if table.op == "get_attr":
-                found[node.args[1].name] = get_tensor(graph_module, str(table.target)).shape[0]
+                found[str(node.args[1].target)] = get_tensor(graph_module, str(table.target)).shape[0]
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
@@ -20,6 +21,7 @@ __all__ = [
     "OpOverload",
     "TreeSpec",
     "argument_names",
+    "enable_python_dispatcher",
     "fake_mode",
     "is_impure",
     "is_pointwise",

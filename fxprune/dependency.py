@@ -7,7 +7,6 @@ graph whose nodes are :class:`~fxprune.rules.base.Axis` and whose edges are coup
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,19 +157,13 @@ def _apply_rule(node: fx.Node, journal: Journal) -> None:
 
 def _freeze_output(node: fx.Node, journal: Journal) -> None:
     """What the model returns keeps its shape; an output class called with tensors counts as the output."""
-    for result in _returned(node):
+    for result in node.all_input_nodes:
         tensor = journal.tensors.get(str(result.target) if result.op == "get_attr" else result.name)
+        if tensor is None:
+            _freeze_output(result, journal)
         for item in (tensor,) if isinstance(tensor, TensorAxes) else tensor or ():
             for axis in item.axes:
                 journal.solver.freeze(axis, "an output of the model", result.name)
-
-
-def _returned(node: fx.Node) -> Iterable[fx.Node]:
-    for result in node.all_input_nodes:
-        if "val" in result.meta or result.op != "call_function":
-            yield result
-        else:
-            yield from _returned(result)
 
 
 def _fresh(name: str, value: Any, weight: bool = False) -> TensorAxes:

@@ -33,7 +33,8 @@ def find_bypasses(graph: fx.Graph, blocks: tuple[str, ...]) -> dict[str, Bypass]
     owner = _owners(graph, frozenset(blocks))
     leaving: dict[str, list[fx.Node]] = {block: [] for block in blocks}
     for node, block in owner.items():
-        if any(owner.get(user) != block for user in node.users):
+        is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
+        if is_tensor and any(owner.get(user) != block for user in node.users):
             leaving[block].append(node)
     found: dict[str, Bypass] = {}
     for block, targets in leaving.items():

@@ -8,7 +8,7 @@ triggers those that depend on it, these trigger the next, until nothing new is f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,11 +20,25 @@ from fxprune.errors import FxpruneError, UnknownNameError
 from fxprune.rules.base import Axis
 from fxprune.trace.blocks import owner_block
 
-__all__ = ["KINDS", "Group", "Kind", "Member", "Step", "explain", "find_groups", "frozen_axes"]
+__all__ = ["KINDS", "Group", "Kind", "Member", "Step", "check_kinds", "explain", "find_groups", "frozen_axes"]
 
 Kind = Literal["mlp", "head", "channel", "head_dim", "expert", "layer"]
 
 KINDS: tuple[Kind, ...] = ("mlp", "head", "channel", "head_dim", "expert", "layer")
+
+
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Refuse an empty list of kinds, or one with a name that is none of :data:`KINDS`.
+
+    Raises:
+        UnknownNameError: no such kind; the nearest is suggested.
+        FxpruneError: no kinds at all.
+    """
+    if not kinds:
+        raise FxpruneError("kinds is empty", where="kinds", remedy=f"Name one or more of {', '.join(KINDS)}")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UnknownNameError("kind", kind, KINDS)
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,8 @@ def _unit_mask(expr: Expr, group: Group, mask: npt.NDArray[np.bool_]) -> npt.NDA
         return np.bincount(unit[mask & (unit >= 0)], minlength=group.size) > 0
     rows = unit_index(expr, group.outer)
     table = np.zeros((group.outer.size, group.size), dtype=bool)
-    table[rows[mask], unit[mask]] = True
+    held = mask & (unit >= 0)
+    table[rows[held], unit[held]] = True
     full = table.any(axis=1)
     some = table[full]
     if len(some) and (some == some[0]).all():

@@ -31,14 +31,14 @@ def make_probe(graph_module: fx.GraphModule, given: Mapping[str, Any] | None, se
     for node in graph_module.graph.nodes:
         if node.op != "placeholder":
             continue
-        if given is not None and isinstance(given.get(node.name), torch.Tensor):
-            probe[node.name] = given[node.name].to(device)
+        name = str(node.target)
+        if given is not None and isinstance(given.get(name), torch.Tensor):
+            probe[name] = given[name].to(device)
             continue
         wanted = (BATCH, TOKENS)
         shape = [
             size if isinstance(size, int) else (wanted[i] if i < 2 else size_hint(size))
             for i, size in enumerate(node.meta["val"].shape)
         ]
-        ids = torch.randint(rows.get(node.name, 2), shape, generator=generator)
-        probe[node.name] = ids.to(device)
+        probe[name] = torch.randint(rows.get(name, 2), shape, generator=generator).to(device)
     return probe

@@ -13,7 +13,7 @@ from fxprune.axes import unit_index
 from fxprune.errors import UnknownNameError
 from fxprune.groups import Group, Member
 
-__all__ = ["REDUCTIONS", "PositionScores", "Scores", "score_groups"]
+__all__ = ["REDUCTIONS", "PositionScores", "Scores", "score_groups", "unit_scores"]
 
 Array = npt.NDArray[np.float64]
 PositionScores = Mapping[tuple[str, int], torch.Tensor]
@@ -57,12 +57,12 @@ def score_groups(groups: Iterable[Group], positions: PositionScores, reduction: 
         raise UnknownNameError("reduction", reduction, REDUCTIONS)
     units: dict[str, Array] = {}
     for group in groups:
-        rows = [_unit_scores(group, member, positions) for member in group.parameters]
+        rows = [unit_scores(group, member, positions) for member in group.parameters]
         units[group.name] = REDUCTIONS[reduction](np.stack(rows))
     return Scores(units)
 
 
-def _unit_scores(group: Group, member: Member, positions: PositionScores) -> Array:
+def unit_scores(group: Group, member: Member, positions: PositionScores) -> Array:
     """Sums of the position scores of each unit of ``group`` in one member."""
     score = positions[member.name, member.axis].to(torch.float64).cpu().numpy()
     if group.factor is None:

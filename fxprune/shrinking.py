@@ -81,7 +81,7 @@ def shrink(
     if check:
         Pipeline([load_pass("record-expected")])(dense)
     names = _names_by_tensor(model)
-    by_name = {name: names.get(id(tensor), (name,)) for name, tensor in weights(dense)}
+    by_name = {name: names.get(id(tensor), ()) for name, tensor in weights(dense)}
     shape = meta_twin(model) if inplace else model
     work = dense if inplace else fork(dense)
     slim = Pipeline(_passes(model, dense, check, inplace))(work).graph_module

@@ -43,8 +43,8 @@ def compare(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor]) ->
     for want, got in zip(expected, actual, strict=True):
         if want.shape != got.shape:
             return float("inf")
-        scale = max(1.0, float(want.abs().max())) if want.numel() else 1.0
-        difference = float((want - got).abs().max()) / scale if want.numel() else 0.0
+        scale = max(1.0, float(want.detach().abs().max())) if want.numel() else 1.0
+        difference = float((want - got).detach().abs().max()) / scale if want.numel() else 0.0
         worst = max(worst, difference) if difference == difference else float("inf")
     return worst
 

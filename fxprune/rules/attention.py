@@ -35,6 +35,8 @@ def scaled_dot_product_attention(op: OpSite) -> None:
             if mask.sizes[-i] != 1:
                 op.tie(mask, -i, *((k, -2) if i == 1 else (q, -i)))
     op.freeze(k, -2, "attention normalises over keys")
+    if op.arg("is_causal", False):
+        op.freeze(q, -2, "a causal mask depends on the position")
     for x in (q, k, v):
         op.tag(x, -1, "head_dim")
         for i in range(3, x.rank + 1):

@@ -94,6 +94,10 @@ def einsum(op: OpSite) -> None:
                 op.tie(x, i, *places[letter])
             else:
                 places[letter] = (x, i)
+    for term, x in zip(spelled, operands, strict=True):
+        for i, letter in enumerate(term):
+            if letter not in output and sum(letter in other for other in spelled) == 1:
+                op.renormalise(x, i)
     if len(operands) == 2 and not any(x.weight for x in operands):
         _tag_einsum(op, spelled, operands, output)
 
@@ -114,22 +118,23 @@ def _tag_einsum(op: OpSite, terms: list[str], operands: list[TensorAxes], output
 
 @rule("conv1d", "conv2d", "conv3d", "convolution")
 def convolution(op: OpSite) -> None:
-    """Weight ``(out, in / groups, kernel..)``; channels are axis 1 of input and output."""
+    """Weight ``(out, in / groups, kernel..)``; channels are axis 1 of input and output, 0 where there is no batch."""
     x, weight, bias = op.need("input"), op.need("weight"), op.tensor("bias")
-    groups = op.arg("groups", 1)
-    op.tie(x, 0, op.out, 0)
-    op.tie(weight, 0, op.out, 1)
+    groups, channel = op.arg("groups", 1), x.rank - weight.rank + 1
+    if channel:
+        op.tie(x, 0, op.out, 0)
+    op.tie(weight, 0, op.out, channel)
     if bias is not None:
-        op.tie(bias, 0, op.out, 1)
+        op.tie(bias, 0, op.out, channel)
     if groups == 1:
-        op.tie(x, 1, weight, 1)
-    elif groups == x.sizes[1] == weight.sizes[0]:
-        op.tie(x, 1, op.out, 1)
-        op.literal("groups", x.axes[1])
+        op.tie(x, channel, weight, 1)
+    elif groups == x.sizes[channel] == weight.sizes[0]:
+        op.tie(x, channel, op.out, channel)
+        op.literal("groups", x.axes[channel])
     else:
-        op.freeze(x, 1, "a grouped convolution mixes neighbouring channels")
-        op.freeze(weight, 0, "a grouped convolution mixes neighbouring channels")
-    for i in range(2, x.rank):
-        op.freeze(x, i, "a convolution slides over this axis")
+        for tensor, i in ((x, channel), (weight, 0), (weight, 1)):
+            op.freeze(tensor, i, "a grouped convolution mixes neighbouring channels")
+    for i in range(2, weight.rank):
+        op.freeze(x, channel + i - 1, "a convolution slides over this axis")
         op.freeze(weight, i, "a kernel's taps are fixed")
-        op.freeze(op.out, i, "a convolution slides over this axis")
+        op.freeze(op.out, channel + i - 1, "a convolution slides over this axis")

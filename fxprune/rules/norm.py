@@ -40,3 +40,7 @@ def group_norm(op: OpSite) -> None:
     x = op.need("input")
     op.tie_all(x)
     op.freeze(x, 1, "a group norm runs over neighbouring channels")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        parameter = op.tensor(name)
+        if parameter is not None:
+            op.tie(parameter, 0, x, 1)

@@ -10,7 +10,7 @@ __all__ = ["pointwise"]
 _SAME_SHAPE = (
     "add add_ sub sub_ mul mul_ div div_ pow neg where masked_fill masked_fill_ silu gelu relu tanh sigmoid softplus"
     " to _to_copy type_as clone contiguous detach alias lift_fresh_copy dropout feature_dropout native_dropout"
-    " alpha_dropout fill_ zero_ positive __and__ __or__ __xor__ bernoulli uniform_ normal_"
+    " alpha_dropout fill_ zero_ positive __and__ __or__ __xor__ bernoulli uniform_ normal_ max.other min.other"
 )
 
 

@@ -55,7 +55,8 @@ def scan(op: OpSite) -> None:
     """Each value depends on all, or on those before it, along ``dim``: that axis keeps its units."""
     x = op.need("self")
     op.tie_all(x)
-    dims = _dims(op, x) if "dim" in op._arguments else tuple(i % x.rank for i in op.arg("dims", ()))
+    listed = tuple(i % x.rank for i in op.arg("dims", ())) or tuple(range(x.rank))  # a roll of none rolls all
+    dims = _dims(op, x) if "dim" in op._arguments else listed
     for i in dims:
         op.freeze(x, i, f"{op.node.target} runs over this axis")
 

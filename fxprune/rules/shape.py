@@ -18,6 +18,8 @@ _END = 2**63 - 1
 def reshape(op: OpSite) -> None:
     """Row-major order is kept: runs of axes with the same number of elements hold the same units."""
     x = op.tensors[0]
+    for other in op.tensors[1:]:  # the shape is that of another tensor
+        op.tie_all(other)
     i = j = 0
     while i < x.rank or j < op.out.rank:
         if i < x.rank and x.sizes[i] == 1:
@@ -103,7 +105,9 @@ def _listed(value: int | list[int]) -> list[int]:
 @rule("expand", "expand_as", "broadcast_to", "broadcast_tensors")
 def expand(op: OpSite) -> None:
     """Axes of size 1 are repeated: a fresh factor each; the others stay."""
-    op.broadcast(op.tensors[0])
+    for out in op.outs:
+        for x in op.tensors:
+            op.broadcast(x, out)
     name = "size" if "size" in op._arguments else None
     sizes = op.arg(name, ()) if name else ()
     for j, size in enumerate(sizes):
@@ -116,13 +120,17 @@ def repeat(op: OpSite) -> None:
     """The whole axis, several times over: ``(times * axis)``."""
     x = op.need("self")
     name = "repeats" if "repeats" in op._arguments else "dims"
-    for j, times in enumerate(op.arg(name)):
+    first = op.out.rank - len(op.arg(name))
+    for j in range(first):
+        op.tie(x, j, op.out, j)
+    for item, times in enumerate(op.arg(name)):
+        j = first + item
         i = j - (op.out.rank - x.rank)
         old = x.axes[i] if i >= 0 else UNIT
         size = times if isinstance(times, int) else op.out.sizes[j] // old.size
         copies = new_factor(size)
         op.equate(product(copies, old), op.out.axes[j])
-        op.literal(name, copies, j)
+        op.literal(name, copies, item)
         if i >= 0:
             op.link(x, i, op.out, j)
 
@@ -208,12 +216,12 @@ def slice_(op: OpSite) -> None:
     x, dim = op.need("self"), op.arg("dim", 0) % op.out.rank
     op.tie_all(x, but=(dim,))
     size, step = x.sizes[dim], op.arg("step", 1)
-    start = op.arg("start", 0)
-    end = start + op.arg("length") if "length" in op._arguments else op.arg("end", _END)
-    if isinstance(start, fx.Node) or isinstance(end, fx.Node):
+    bounds = [op.arg(name, default) for name, default in (("start", 0), ("end", _END), ("length", _END))]
+    if any(isinstance(bound, fx.Node) for bound in bounds):
         _freeze_cut(op, x, dim, "cut at a position computed at run time")
         return
-    start, end = _clamp(start, size), _clamp(end, size)
+    start = _clamp(bounds[0], size)
+    end = max(start, _clamp(start + bounds[2] if "length" in op._arguments else bounds[1], size))
     if (start, end, step) == (0, size, 1):
         op.tie(x, dim, op.out, dim)
     elif step != 1:
@@ -268,7 +276,7 @@ def _slice_step(op: OpSite, x: TensorAxes, dim: int, start: int, end: int, step:
 def pad(op: OpSite) -> None:
     """Padded axes keep their units, the others stay."""
     x = op.need("self")
-    padded = [i for i in range(x.rank) if x.sizes[i] != op.out.sizes[i]]
+    padded = sorted({x.rank - 1 - k // 2 for k, width in enumerate(op.arg("pad")) if width != 0})
     op.tie_all(x, but=padded)
     for i in padded:
         op.freeze(x, i, "padded")

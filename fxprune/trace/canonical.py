@@ -2,7 +2,8 @@
 
 ``view`` becomes ``reshape`` (a narrower inner axis may make its input non-contiguous), ``chunk`` and ``split`` become
 ``split_with_sizes`` (parts may end up of unequal size), ``unflatten`` becomes ``reshape``, ``-1`` in a shape is
-spelled out where the size is known, and attention always has its ``scale``.
+spelled out where the size is known, attention always has its ``scale``, a constant list of consecutive indices becomes
+a ``slice``, and an in-place op on a value that nothing else can see becomes the plain one.
 """
 
 from __future__ import annotations
@@ -14,14 +15,21 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxprune.compat import OpOverload
+from fxprune.tensors import get_tensor
+
 __all__ = ["canonicalize"]
 
 aten = torch.ops.aten
 
 
-def canonicalize(graph: fx.Graph) -> None:
-    """Rewrite ``graph`` in place to its canonical spelling; values do not change."""
+def canonicalize(graph_module: fx.GraphModule) -> None:
+    """Rewrite the graph in place to its canonical spelling; values do not change."""
+    graph = graph_module.graph
     for node in list(graph.nodes):
+        _plain(node)
+        if node.target is aten.index.Tensor:
+            _index(node, graph_module)
         rewrite = _REWRITES.get(node.target) if node.op == "call_function" else None
         if rewrite is not None:
             rewrite(node)
@@ -72,10 +80,72 @@ def _attention(node: fx.Node) -> None:
         node.kwargs = {**node.kwargs, "scale": 1 / math.sqrt(width)}
 
 
+def _index(node: fx.Node, graph_module: fx.GraphModule) -> None:
+    """``x[.., [i, i + 1, ..], ..]`` with a constant list is a slice."""
+    source, entries = node.args
+    assert isinstance(source, fx.Node) and isinstance(entries, list | tuple)
+    places = [axis for axis, entry in enumerate(entries) if isinstance(entry, fx.Node)]
+    if len(places) != 1:
+        return
+    axis, entry = places[0], entries[places[0]]
+    index = _constant(entry, graph_module) if isinstance(entry, fx.Node) else []
+    size = source.meta["val"].shape[axis]
+    if not index or not isinstance(size, int):
+        return
+    first = index[0] % size
+    if [i % size for i in index] == list(range(first, first + len(index))):
+        node.target, node.args = aten.slice.Tensor, (source, axis, first, first + len(index))
+
+
+def _constant(node: fx.Node, graph_module: fx.GraphModule) -> list[int]:
+    """The integers of a constant vector that was lifted out of the code; empty if ``node`` is no such thing."""
+    while node.target in (aten.lift_fresh_copy.default, aten.detach_.default) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    if node.op != "get_attr":
+        return []
+    value = get_tensor(graph_module, str(node.target))
+    usable = not isinstance(value, torch.nn.Parameter) and not value.is_meta and value.dim() == 1
+    return [int(i) for i in value] if usable and value.dtype == torch.int64 else []
+
+
+def _plain(node: fx.Node) -> None:
+    """``x.add_(y)`` is ``x.add(y)`` where ``x`` is a fresh value that is not used again."""
+    name = node.target.name() if isinstance(node.target, OpOverload) else ""
+    operation, _, overload = name.removeprefix("aten::").partition(".")
+    if not name.startswith("aten::") or not operation.endswith("_") or operation.startswith("__"):
+        return
+    packet = getattr(aten, operation.removesuffix("_"), None)
+    target = getattr(packet, overload or "default", None)
+    if target is not None and node.args and isinstance(node.args[0], fx.Node) and _is_fresh(node.args[0]):
+        node.target = target
+
+
+def _is_fresh(value: fx.Node) -> bool:
+    """Whether only its one user can see what is written to ``value``."""
+    if len(value.users) != 1 or not isinstance(value.target, OpOverload):
+        return False
+    aliasing = any(result.alias_info is not None for result in value.target._schema.returns)
+    if not aliasing and value.target not in _MAY_ALIAS:
+        return True
+    return isinstance(value.args[0], fx.Node) and _is_fresh(value.args[0])
+
+
 def _shape(node: fx.Node) -> tuple[Any, ...]:
     """Sizes of the value of ``node``: numbers where static, symbols where not."""
     return tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape)
 
+
+_MAY_ALIAS = {
+    aten.reshape.default,
+    aten.contiguous.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.type_as.default,
+    aten.dropout.default,
+    aten.flatten.using_ints,
+}
+"""Ops that return their input itself where there is nothing to do, without saying so in their schema."""
 
 _REWRITES: dict[Any, Callable[[fx.Node], None]] = {
     aten.view.default: _reshape,

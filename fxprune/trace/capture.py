@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.compat import FakeTensorMode, fake_mode
+from fxprune.compat import FakeTensorMode, fake_mode, is_impure
 from fxprune.errors import TraceError
 from fxprune.state import State, attach
 from fxprune.trace.blocks import find_blocks
@@ -78,7 +78,9 @@ def trace(model: nn.Module, example_inputs: Mapping[str, Any] | None = None, *, 
         ) from failure
     portable = dtype if dtype != torch.float32 else None
     graph_module = lower(program, model, portable)
-    canonicalize(graph_module.graph)
+    _restore_inputs(graph_module, own, dtype)
+    canonicalize(graph_module)
+    graph_module.graph.eliminate_dead_code(is_impure)
     graph_module.recompile()
     attach(graph_module, State(blocks=find_blocks(model), notes=tuple(notes)))
     return Traced(graph_module, model, tuple(notes))
@@ -129,6 +131,13 @@ def _traced_input(value: Any, own: torch.dtype, dtype: torch.dtype) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return torch.zeros(value.shape, dtype=dtype if value.dtype == own else value.dtype)
+
+
+def _restore_inputs(graph_module: fx.GraphModule, own: torch.dtype, dtype: torch.dtype) -> None:
+    """Inputs that were made ``dtype`` for tracing count as ``own`` again, which is what the graph runs on."""
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder" and node.meta["val"].dtype == dtype:
+            node.meta["val"] = node.meta["val"].to(own)
 
 
 def _prefer_traceable_attention(model: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxprune.errors import UnknownNameError
-from fxprune.groups import KINDS, Group
+from fxprune.groups import Group, check_kinds
 from fxprune.passbase import Pass, PassResult
 from fxprune.scores import REDUCTIONS, Scores, score_groups
 from fxprune.state import state_of
@@ -38,9 +38,7 @@ class ImportancePass(Pass):
         """Refuse unknown names before any work is done."""
         if self.reduction not in REDUCTIONS:
             raise UnknownNameError("reduction", self.reduction, REDUCTIONS)
-        for kind in self.kinds:
-            if kind not in KINDS:
-                raise UnknownNameError("kind", kind, KINDS)
+        check_kinds(self.kinds)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Score; the graph is not changed."""

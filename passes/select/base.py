@@ -11,6 +11,7 @@ from torch import fx
 
 from fxprune.dependency import axis_map
 from fxprune.errors import FxpruneError, UnknownNameError
+from fxprune.groups import check_kinds
 from fxprune.passbase import Pass, PassResult
 from fxprune.plan import plan_of
 from fxprune.scores import Scores
@@ -56,6 +57,7 @@ class SelectPass(Pass):
 
     def __post_init__(self) -> None:
         """Refuse nonsense before any work is done."""
+        check_kinds(self.kinds)
         if self.ranking not in RANKINGS:
             raise UnknownNameError("ranking", self.ranking, RANKINGS)
         if self.round_to < 1:

@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fxprune.axes import Factor, Keep, unit_index
-from fxprune.errors import UnknownNameError
-from fxprune.groups import KINDS, Group
+from fxprune.groups import Group
 from fxprune.scores import Scores
 
 __all__ = [
@@ -109,14 +108,7 @@ def protected_blocks(blocks: Sequence[str], protect: tuple[int, int] | tuple[()]
 def make_slots(
     groups: Sequence[Group], scores: Scores, kinds: Sequence[str], protected: frozenset[str], round_to: int
 ) -> list[Slot]:
-    """The slots of ``kinds`` outside ``protected`` blocks.
-
-    Raises:
-        UnknownNameError: no such kind.
-    """
-    for kind in kinds:
-        if kind not in KINDS:
-            raise UnknownNameError("kind", kind, KINDS)
+    """The slots of ``kinds`` outside ``protected`` blocks."""
     chosen = [g for g in groups if g.kind in kinds and g.block not in protected and g.name in scores.units]
     shared: dict[tuple[str, Factor], list[Option]] = {}
     for group in chosen:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
-from fxprune.compat import FakeTensorProp, fake_mode
+from fxprune.compat import FakeTensorProp, enable_python_dispatcher, fake_mode
 from fxprune.passbase import Pass, PassResult
+from fxprune.tensors import weights
 
 __all__ = ["PropagateShapesPass"]
 
@@ -28,5 +30,9 @@ class PropagateShapesPass(Pass):
         inputs = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
         mode = next((value.fake_mode for value in inputs if hasattr(value, "fake_mode")), None) or fake_mode()
         mode.allow_non_fake_inputs = True
-        FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*inputs)
+        device = next((tensor.device for _, tensor in weights(graph_module)), torch.device("cpu"))
+        with mode:
+            inputs = [torch.empty(value.shape, dtype=value.dtype, device=device) for value in inputs]
+        with enable_python_dispatcher():  # symbolic sizes are only understood by the Python side of torch's dispatcher
+            FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*inputs)
         return PassResult(graph_module, False)

@@ -1,0 +1,94 @@
+"""The whole path on a real model, in a few minutes: `make demo`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import fxprune
+from benchmarks.demo_model import load_demo_model
+from benchmarks.paired import paired_latency
+from benchmarks.perplexity import perplexity
+from benchmarks.text import offline_text, split_calibration_heldout, token_windows
+
+__all__ = ["app", "demo_table"]
+
+PROMPT = "The capital of France is"
+app = typer.Typer(add_completion=False)
+
+
+def demo_table(dense: Any, result: fxprune.Result, heldout: torch.Tensor, console: Console) -> Table:
+    """Dense against slim: size, work, quality and speed.
+
+    Args:
+        dense: The dense model.
+        result: What pruning it gave.
+        heldout: Token ids `(windows, tokens)` that were not calibrated on.
+        console: Where to say what is being measured.
+    """
+    report, slim = result.report, result.model or result.graph_module
+    table = Table("", title="dense against slim")
+    for heading in ("dense", "slim", "change"):
+        table.add_column(heading, justify="right")
+    _row(table, "parameters", *report.parameters, form=",.0f")
+    _row(table, f"MACs at {report.tokens} tokens", *report.macs, form=",.0f")
+    console.print("measuring perplexity ...")
+    _row(table, "perplexity, held-out text", perplexity(dense, heldout), perplexity(slim, heldout), form=".1f")
+    console.print("measuring latency ...")
+    for batch, tokens in ((1, 128), (1, 1)):
+        ids = torch.randint(dense.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
+        timing = paired_latency(dense, slim, {"input_ids": ids}, rounds=5)
+        _row(table, f"latency ms, {batch} x {tokens} tokens", timing.dense_ms, timing.slim_ms, form=".1f")
+    return table
+
+
+def _row(table: Table, name: str, dense: float, slim: float, form: str) -> None:
+    table.add_row(name, f"{dense:{form}}", f"{slim:{form}}", f"{slim / dense - 1:+.1%}")
+
+
+def _progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+    return track(items, what, total)
+
+
+def _sentence(model: Any, tokenizer: Any) -> str:
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    return str(tokenizer.decode(model.generate(**inputs, max_new_tokens=24, do_sample=False)[0]))
+
+
+@app.command()
+def main(
+    ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = 0.2,
+    samples: Annotated[int, typer.Option(help="Calibration samples of 128 tokens.")] = 10,
+    windows: Annotated[int, typer.Option(help="Held-out windows of 256 tokens.")] = 40,
+) -> None:
+    """Prune SmolLM2-135M with the default criterion and compare it with what it was."""
+    console = Console()
+    begin = time.perf_counter()
+    console.print("loading SmolLM2-135M-Instruct ...")
+    dense, tokenizer = load_demo_model()
+    front, back = split_calibration_heldout(offline_text())
+    calibration = token_windows(tokenizer, front, 128, limit=samples)
+    heldout = token_windows(tokenizer, back, 256, limit=windows)
+    console.print(f"pruning {ratio:.0%} of the parameters, calibrated on {samples} x 128 tokens ...")
+    result = fxprune.prune(dense, calibration, ratio=ratio, track=_progress)
+    report = result.report
+    console.print(demo_table(dense, result, heldout, console))
+    console.print(f"ratio asked {ratio:.2%}, achieved {report.achieved:.2%}")
+    console.print(f"verification: slim and masked dense outputs differ by {report.verification_error:.1e} at most")
+    for name, model in (("dense", dense), ("slim", result.model)):
+        if model is not None:
+            console.print(f"{name}: {_sentence(model, tokenizer)!r}", markup=False)
+    for reason in (*report.model_reasons, *report.notes):
+        console.print(f"note: {reason}", markup=False)
+    console.print(f"done in {time.perf_counter() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    app()

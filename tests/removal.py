@@ -1,0 +1,142 @@
+"""The check that matters for a rule: what it lets go can go, and the rest computes what zeroing would."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from fxprune.axes import Keep, render
+from fxprune.dependency import AxisMap, axis_map
+from fxprune.fork import fork
+from fxprune.groups import Group
+from fxprune.masking import output_tensors
+from fxprune.pipeline import Pipeline
+from fxprune.plan import Plan, plan_of
+from fxprune.state import State, state_of
+from fxprune.tensors import get_tensor, set_tensor
+from fxprune.trace import trace
+from fxprune.verify import TOLERANCE, compare, masked_outputs, slim_outputs
+
+Inputs = Mapping[str, torch.Tensor]
+
+SHRINK = (
+    "bypass-blocks",
+    "eliminate-dead-code",
+    "slice-parameters{copy=True}",
+    "rewrite-literals",
+    "propagate-shapes",
+    "eliminate-dead-code",
+)
+
+
+def discover(module: nn.Module, inputs: Inputs | None = None) -> fx.GraphModule:
+    """The graph of `module` with its groups in the state."""
+    dense = trace(module.eval(), inputs).graph_module
+    Pipeline(["find-groups"])(dense)
+    return dense
+
+
+def axes_of(dense: fx.GraphModule) -> AxisMap:
+    """The solved axes of a graph that went through `discover`."""
+    graph = state_of(dense).graph
+    assert graph is not None
+    return axis_map(graph)
+
+
+def shape_of(dense: fx.GraphModule, name: str) -> list[str]:
+    """The axes of a tensor as text, factors named a, b, .. in order of appearance."""
+    letters: dict[int, str] = {}
+    text = [render(expr) for expr in axes_of(dense).tensors[name]]
+
+    def letter(match: re.Match[str]) -> str:
+        return letters.setdefault(int(match[1]), "abcdefghijklmnopqrstuvwxyz"[len(letters)])
+
+    return [re.sub(r"f(\d+)", letter, axis) for axis in text]
+
+
+def keeps(group: Group, seed: int = 0) -> Iterator[Keep]:
+    """Random removals of one unit and of half of the units, by outer unit too where each may choose its own."""
+    assert group.factor is not None
+    rng = np.random.default_rng(seed)
+    for gone in sorted({1, group.size // 2}):
+        units = np.ones(group.size, dtype=bool)
+        units[rng.choice(group.size, gone, replace=False)] = False
+        yield Keep({group.factor: units})
+        if group.outer is not None:
+            rows = np.stack([rng.permutation(units) for _ in range(group.outer.size)])
+            yield Keep({group.factor: rows}, {group.factor: group.outer})
+
+
+def slim_graph(dense: fx.GraphModule, keep: Keep, blocks: tuple[str, ...] = ()) -> fx.GraphModule:
+    """A graph without what `keep` and `blocks` take away; the dense one stays as it is."""
+    work = fork(dense)
+    state = state_of(work)
+    state.keep, state.plan = keep, plan_of(axes_of(dense), keep, blocks)
+    return Pipeline(list(SHRINK))(work).graph_module
+
+
+def zeroed(module: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of `module` with the slices that `plan` removes set to zero by hand."""
+    twin = copy.deepcopy(module)
+    owned = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    for name in set(plan.kept) & set(owned):
+        value = get_tensor(twin, name).detach().clone()
+        for axis, kept in plan.kept[name].items():
+            gone = sorted(set(range(value.shape[axis])) - set(kept))
+            value = value.index_fill(axis, torch.tensor(gone), 0)
+        set_tensor(twin, name, nn.Parameter(value) if isinstance(owned[name], nn.Parameter) else value)
+    return twin
+
+
+def plain_outputs(module: nn.Module, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """What the module itself computes."""
+    with torch.no_grad():
+        return output_tensors(module(**inputs))
+
+
+def removes_exactly(module: nn.Module, inputs: Inputs, groups: Sequence[int] | None = None) -> fx.GraphModule:
+    """Remove units of every group in turn and compare the slim graph with masking and with zeroing by hand.
+
+    Args:
+        module: what to prune.
+        inputs: keyword inputs of its forward.
+        groups: the sizes the groups that are not renormalised must have; None where that is not the point.
+
+    Returns:
+        The dense graph, for further questions.
+    """
+    dense = discover(module, inputs)
+    state = state_of(dense)
+    dense_outputs = plain_outputs(module, inputs)
+    assert compare(dense_outputs, slim_outputs(dense, inputs)) <= TOLERANCE, "the graph is not the module"
+    free = [group for group in state.groups if group.factor is not None and not group.renormalised]
+    assert groups is None or sorted(group.size for group in free) == sorted(groups)
+    seen = [_check(module, dense, group, keep, inputs) for group in free for keep in keeps(group)]
+    changes = [compare(dense_outputs, got) for got in seen]
+    assert not free or max(changes) > TOLERANCE, "the removals changed nothing, so the comparison says nothing"
+    return dense
+
+
+def _check(
+    module: nn.Module, dense: fx.GraphModule, group: Group, keep: Keep, inputs: Inputs
+) -> tuple[torch.Tensor, ...]:
+    plan = plan_of(axes_of(dense), keep)
+    assert {(m.name, m.axis) for m in group.members} <= {(n, i) for n, by_axis in plan.kept.items() for i in by_axis}
+    slim = slim_graph(dense, keep)
+    assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in dense.parameters()), group.name
+    got = slim_outputs(slim, inputs)
+    masked = masked_outputs(dense, axes_of(dense), keep, (), inputs)
+    by_hand = plain_outputs(zeroed(module, plan), inputs)
+    assert compare(masked, got) <= TOLERANCE, f"{group.name}: slim differs from masked"
+    assert compare(by_hand, got) <= TOLERANCE, f"{group.name}: slim differs from zeroing by hand"
+    return got
+
+
+def state(dense: fx.GraphModule) -> State:
+    """The state of a graph."""
+    return state_of(dense)
