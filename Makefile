@@ -17,7 +17,7 @@ RUN := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREAD
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format type bench bench-discovery docs clean
+.PHONY: help setup demo test lint format type bench bench-quality bench-discovery docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -50,7 +50,10 @@ type: $(STAMP) ## Check types
 bench: $(STAMP) ## Paired latency of the demo model, dense and slim
 	$(RUN) -m benchmarks.latency --json $(ARGS)
 
-bench-discovery: $(STAMP) ## Which model families are discovered and pruned exactly
+bench-quality: $(STAMP) ## Perplexity of the demo model by criterion, and without grouping
+	$(RUN) -m benchmarks.quality --json $(ARGS)
+
+bench-discovery: $(STAMP) ## Time and memory of discovery at 7B, 70B and 405B, beside Torch-Pruning
 	$(RUN) -m benchmarks.discovery $(ARGS)
 
 docs: $(STAMP) ## Build the documentation into site/

@@ -2,6 +2,7 @@
 
 from fxprune.api import Result, apply, prune
 from fxprune.dependency import dependency_graph
+from fxprune.dot import write_dot
 from fxprune.errors import FxpruneError
 from fxprune.groups import Group, Member, explain, find_groups
 from fxprune.passbase import Pass, PassResult
@@ -36,4 +37,5 @@ __all__ = [
     "prune",
     "rule",
     "trace",
+    "write_dot",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-__all__ = ["get_tensor", "set_tensor", "weights"]
+__all__ = ["delete_tensor", "get_tensor", "set_tensor", "weights"]
 
 
 def get_tensor(module: nn.Module, name: str) -> torch.Tensor:
@@ -28,6 +28,12 @@ def set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:
         owner._buffers[leaf] = value
     else:
         setattr(owner, leaf, value)
+
+
+def delete_tensor(module: nn.Module, name: str) -> None:
+    """Take the parameter or buffer ``name`` out of ``module``."""
+    owner, _, leaf = name.rpartition(".")
+    delattr(module.get_submodule(owner), leaf)
 
 
 def weights(graph_module: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:

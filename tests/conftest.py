@@ -7,11 +7,14 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from transformers.utils import logging
 
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+settings.register_profile("house", deadline=None, derandomize=True)
+settings.load_profile("house")
 
 
 @pytest.fixture(autouse=True)

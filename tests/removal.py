@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +14,11 @@ from torch import fx, nn
 from fxprune.axes import Keep, render
 from fxprune.dependency import AxisMap, axis_map
 from fxprune.fork import fork
-from fxprune.groups import Group
+from fxprune.groups import Group, frozen_axes
 from fxprune.masking import output_tensors
 from fxprune.pipeline import Pipeline
-from fxprune.plan import Plan, plan_of
-from fxprune.state import State, state_of
+from fxprune.plan import Plan, keep_of, plan_of
+from fxprune.state import state_of
 from fxprune.tensors import get_tensor, set_tensor
 from fxprune.trace import trace
 from fxprune.verify import TOLERANCE, compare, masked_outputs, slim_outputs
@@ -32,6 +33,23 @@ SHRINK = (
     "propagate-shapes",
     "eliminate-dead-code",
 )
+
+
+class Net(nn.Module):
+    """A module whose forward is a function of itself and its input."""
+
+    def __init__(self, body: Callable[[Any, torch.Tensor], Any], **parts: nn.Module | torch.Tensor) -> None:
+        super().__init__()
+        self.body = body
+        for name, part in parts.items():
+            if isinstance(part, torch.Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Whatever the function makes of it."""
+        return self.body(self, x)
 
 
 def discover(module: nn.Module, inputs: Inputs | None = None) -> fx.GraphModule:
@@ -112,10 +130,11 @@ def removes_exactly(module: nn.Module, inputs: Inputs, groups: Sequence[int] | N
     """
     dense = discover(module, inputs)
     state = state_of(dense)
+    assert state.graph is not None
     dense_outputs = plain_outputs(module, inputs)
     assert compare(dense_outputs, slim_outputs(dense, inputs)) <= TOLERANCE, "the graph is not the module"
     free = [group for group in state.groups if group.factor is not None and not group.renormalised]
-    assert groups is None or sorted(group.size for group in free) == sorted(groups)
+    assert groups is None or sorted(group.size for group in free) == sorted(groups), frozen_axes(state.graph)
     seen = [_check(module, dense, group, keep, inputs) for group in free for keep in keeps(group)]
     changes = [compare(dense_outputs, got) for got in seen]
     assert not free or max(changes) > TOLERANCE, "the removals changed nothing, so the comparison says nothing"
@@ -127,6 +146,8 @@ def _check(
 ) -> tuple[torch.Tensor, ...]:
     plan = plan_of(axes_of(dense), keep)
     assert {(m.name, m.axis) for m in group.members} <= {(n, i) for n, by_axis in plan.kept.items() for i in by_axis}
+    read_back = keep_of(axes_of(dense), state_of(dense).groups, Plan.from_json(plan.to_json()))
+    assert plan_of(axes_of(dense), read_back) == plan, f"{group.name}: the plan is not the same when read back"
     slim = slim_graph(dense, keep)
     assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in dense.parameters()), group.name
     got = slim_outputs(slim, inputs)
@@ -135,8 +156,3 @@ def _check(
     assert compare(masked, got) <= TOLERANCE, f"{group.name}: slim differs from masked"
     assert compare(by_hand, got) <= TOLERANCE, f"{group.name}: slim differs from zeroing by hand"
     return got
-
-
-def state(dense: fx.GraphModule) -> State:
-    """The state of a graph."""
-    return state_of(dense)

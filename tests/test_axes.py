@@ -53,8 +53,9 @@ def is_normal(expr: Expr) -> bool:
     if isinstance(expr, Concat):
         fits = all(part.size and not isinstance(part, Concat) for part in expr.parts)
         return len(expr.parts) != 1 and fits and all(map(is_normal, expr.parts))
-    fits = all(isinstance(part, Factor) for part in expr.parts[:-1]) and not isinstance(expr.parts[-1:], Product)
-    return len(expr.parts) != 1 and fits and all(map(is_normal, expr.parts))
+    fits = all(isinstance(part, Factor) for part in expr.parts[:-1])
+    nested = any(isinstance(part, Product) for part in expr.parts)
+    return len(expr.parts) != 1 and fits and not nested and all(map(is_normal, expr.parts))
 
 
 def exprs(max_leaves: int = 5) -> st.SearchStrategy[Expr]:
@@ -63,7 +64,9 @@ def exprs(max_leaves: int = 5) -> st.SearchStrategy[Expr]:
     return st.recursive(
         leaves,
         lambda inner: st.builds(
-            lambda build, parts: build(*parts), st.sampled_from((product, concat)), st.lists(inner, min_size=1, max_size=3)
+            lambda build, parts: build(*parts),
+            st.sampled_from((product, concat)),
+            st.lists(inner, min_size=1, max_size=3),
         ),
         max_leaves=max_leaves,
     ).filter(lambda expr: expr.size <= 200)
@@ -166,7 +169,7 @@ def unify_all(solver: Solver, terms: list[Expr]) -> bool:
     return True
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(same_size(3))
 def test_unified_terms_resolve_to_the_same_normal_form(terms: list[Expr]) -> None:
     solver = Solver()
@@ -178,7 +181,7 @@ def test_unified_terms_resolve_to_the_same_normal_form(terms: list[Expr]) -> Non
         assert solver.resolve(found) == found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(same_size(3))
 def test_resolution_keeps_the_meaning_of_each_position(terms: list[Expr]) -> None:
     """A position of a term is, for each of its units, a position of what that unit's factor has become."""
@@ -204,15 +207,19 @@ def all_masks(size: int) -> list[np.ndarray]:
     return [np.array(bits) for bits in itertools.product((False, True), repeat=size)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(same_size(2))
 def test_unification_identifies_exactly_what_the_equation_does(terms: list[Expr]) -> None:
-    """Removals that respect the equation are those that remove units of the solved factors, no more and no fewer."""
+    """Removals that respect the equation are those that remove units of the solved factors, no more and no fewer.
+
+    Runs of a single unit are kept on purpose; cases that lead to one show less and are left out.
+    """
     a, b = terms
     roots = list(dict.fromkeys((*factors(a), *factors(b))))
     assume(roots and prod(2**root.size for root in roots) <= 5000)
     solver = Solver()
-    solved = unify_all(solver, terms)
+    assume(unify_all(solver, terms))
+    assume(all(position for root in roots for position in expand(solver.resolve(root))))
     allowed = set()
     for choice in itertools.product(*(all_masks(root.size) for root in roots)):
         keep = Keep(dict(zip(roots, choice, strict=True)))
@@ -220,8 +227,7 @@ def test_unification_identifies_exactly_what_the_equation_does(terms: list[Expr]
             allowed.add(tuple(mask.tobytes() for mask in choice))
     reached = root_masks(roots, solver)
     nothing_empty = {masks for masks in allowed if all(any(mask) for mask in masks)}
-    if solved:
-        assert nothing_empty <= reached <= allowed
+    assert nothing_empty <= reached <= allowed
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -231,7 +237,7 @@ def test_axes_that_do_not_fit_are_refused(mirrored: bool) -> None:
             Solver().unify(*((b, a) if mirrored else (a, b)))
 
     f = {size: Factor(size, 100 + size) for size in (2, 3, 4, 5, 6)}
-    refused(f[4], f[5], "5 units" if mirrored else "4 and 5 units")
+    refused(f[4], f[5], "units cannot be the same")
     refused(product(f[4], f[3]), product(f[3], Factor(4, 99)), "interleave")
     refused(product(f[4], f[3]), product(f[6], f[2]), "interleave")
     refused(product(f[2], f[4]), concat(f[3], f[5]), "through a unit")
@@ -241,7 +247,9 @@ def test_what_was_learnt_before_a_mismatch_stays() -> None:
     a, b, c, d = new_factor(2), new_factor(6), new_factor(2), new_factor(6)
     solver = Solver()
     with pytest.raises(AxisMismatch):
-        solver.unify(product(a, concat(b, product(new_factor(2), new_factor(2)))), product(c, concat(d, new_factor(3), UNIT)))
+        solver.unify(
+            product(a, concat(b, product(new_factor(2), new_factor(2)))), product(c, concat(d, new_factor(3), UNIT))
+        )
     assert solver.resolve(a) == solver.resolve(c)
     assert solver.resolve(b) == solver.resolve(d)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
-from typing import NamedTuple
 
 import networkx as nx
 
@@ -14,14 +13,6 @@ from fxprune.groups import Group, find_groups
 from fxprune.rules.base import Axis
 
 __all__ = ["Atlas"]
-
-
-class _Use(NamedTuple):
-    """An axis as the op ``node`` couples it; ``made`` where that op makes the axis at the other end."""
-
-    axis: Axis
-    node: str
-    made: bool
 
 
 class Atlas:
@@ -63,35 +54,43 @@ class Atlas:
         """How far along the computation ``axis`` is: the longest chain of ops to where it is first used.
 
         An axis that an op consumes comes half a step before one it produces, so that the input axis of a projection
-        stands before its output axis. Axes of parallel branches have equal ranks.
+        stands before its output axis. Axes of parallel branches have equal ranks. What is made of weights alone
+        takes no step.
         """
         return self._ranks.get(axis, 0.0)
 
     @cached_property
     def _ranks(self) -> dict[Axis, float]:
-        uses = self._uses()
         level: dict[str, int] = {}
-        for use in uses:
-            source = _maker(use.axis.tensor)
-            if use.axis.tensor not in self.weights and source != use.node:
-                level[use.node] = max(level.get(use.node, 0), level.get(source, 0) + 1)
         found: dict[Axis, float] = {}
-        for axis, node, made in uses:
-            rank = level.get(node, 0) - (0.0 if made else 0.5)
-            found[axis] = min(found.get(axis, rank), rank)
+        origins: dict[Axis, list[Axis]] = {}
+        derived = set(self.weights)
+        for op, edges in self._couplings().items():
+            sources = {end.tensor for edge in edges for end in edge if _maker(end.tensor) != op}
+            if sources <= derived:
+                derived.add(op)
+                for a, b in edges:
+                    own, source = (a, b) if _maker(a.tensor) == op else (b, a)
+                    origins.setdefault(own, []).extend(origins.get(source, [source]))
+                continue
+            level[op] = max(level.get(_maker(tensor), 0) + 1 for tensor in sources - derived)
+            for a, b in edges:
+                rank = level[op] - (0.0 if op in (_maker(a.tensor), _maker(b.tensor)) else 0.5)
+                for axis in (a, b, *origins.get(a, ()), *origins.get(b, ())):
+                    found[axis] = min(found.get(axis, rank), rank)
         return found
 
-    def _uses(self) -> list[_Use]:
-        """Both ends of every coupling in order of execution; where names are tied, nothing executes."""
+    def _couplings(self) -> dict[str, list[tuple[Axis, Axis]]]:
+        """The couplings of each op in order of execution; without those of tied names, where nothing executes."""
         position = {node: i for i, node in enumerate(dict.fromkeys(map(_maker, self.axes.tensors)))}
-        found: list[tuple[int, _Use]] = []
-        for a, b, node in self.graph.edges(data="node"):
-            if node not in position and self.weights.issuperset((a.tensor, b.tensor)):
-                continue
-            op = node if node in position else max(_maker(a.tensor), _maker(b.tensor), key=position.__getitem__)
-            for end, other in ((a, b), (b, a)):
-                found.append((position[op], _Use(end, op, op in (_maker(end.tensor), _maker(other.tensor)))))
-        return [use for _, use in sorted(found, key=lambda item: item[0])]
+        found: dict[str, list[tuple[Axis, Axis]]] = {}
+        for a, b, data in self.graph.edges(data=True):
+            if data["node"] in position:
+                found.setdefault(data["node"], []).append((a, b))
+            elif not self.weights.issuperset((a.tensor, b.tensor)):
+                later = max(_maker(a.tensor), _maker(b.tensor), key=position.__getitem__)
+                found.setdefault(later, []).append((a, b))
+        return dict(sorted(found.items(), key=lambda item: position[item[0]]))
 
 
 def _maker(tensor: str) -> str:

@@ -21,6 +21,11 @@ __all__ = ["draw"]
 _GREY, _WHITE, _LINE = "#d0d0d0", "#ffffff", "#8a8a8a"
 _FONT = "Helvetica"
 _LEGEND_ROWS = 24
+_NOTES = (
+    "box: an axis, as tensor[axis], and what it is made of; hover for more",
+    "line: these ops couple two axes; what one loses, the other loses too",
+    "dotted line: two axes of one tensor",
+)
 _HUES = (0.58, 0.09, 0.36, 0.93, 0.15, 0.76, 0.49, 0.02)
 """Hues of the first groups, far apart; more follow by the golden angle."""
 
@@ -60,7 +65,6 @@ class _Picture:
             rankdir="TB",
             nodesep=0.25,
             ranksep=0.45,
-            compound="true",
         )
         dot.set_node_defaults(shape="box", fontname=_FONT, fontsize=11, margin=_quoted("0.12,0.06"))
         dot.set_edge_defaults(fontname=_FONT, fontsize=9, fontcolor=_quoted("#555555"), arrowsize=0.6)
@@ -110,17 +114,17 @@ class _Picture:
         style = "filled" if len(distinct) == 1 else "striped"
         if axis.tensor not in self.atlas.weights:
             style = f"{style},rounded" if style == "filled" else style
-        attributes = {"color": _quoted(_LINE), "penwidth": "1"}
-        if axis == self.view.trigger:
-            attributes = {"color": _quoted("#000000"), "penwidth": "2.5", "peripheries": "2"}
-        mark = "trigger: " if axis == self.view.trigger else ""
+        first = axis == self.view.trigger
+        mark = "trigger: " if first else ""
         return pydot.Node(
             _name(axis),
             label=_quoted(mark + self.words.label(axis)),
             tooltip=_quoted(mark + self.words.about(axis)),
             style=_quoted(style),
             fillcolor=_quoted(":".join(distinct)),
-            **attributes,
+            color=_quoted("#000000" if first else _LINE),
+            penwidth="2.5" if first else "1",
+            peripheries="2" if first else "1",
         )
 
     def _line(self, coupling: Coupling) -> pydot.Edge:
@@ -164,7 +168,7 @@ class _Picture:
         red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(hue, lightness, 0.65))
         return f"#{red:02x}{green:02x}{blue:02x}"
 
-    def _legend(self) -> pydot.Cluster:
+    def _legend(self) -> pydot.Subgraph:
         """A table of groups: colour, name, units, whether removal is exact, and how many axes hold them."""
         rows = [self._legend_row(group) for group in self.groups[:_LEGEND_ROWS]]
         if len(self.groups) > _LEGEND_ROWS:
@@ -172,9 +176,11 @@ class _Picture:
             rows.append(_row(_WHITE, (rest, "", "", "")))
         if self.has_frozen:
             rows.append(_row(_GREY, ("frozen: cannot be removed", "fixed", "", "reason in the tooltip")))
+        notes = (*_NOTES, "dashed line: not needed to get here") if self.view.trigger else _NOTES
+        rows += [f'<TR><TD></TD><TD ALIGN="LEFT" COLSPAN="4"><I>{text}</I></TD></TR>' for text in notes]
         head = "".join(f"<TD><B>{text}</B></TD>" for text in ("group", "a unit is", "units", "removal"))
         table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="4"><TR><TD></TD>{head}</TR>{"".join(rows)}</TABLE>'
-        legend = pydot.Cluster("legend", label="legend", fontname=_FONT, fontsize=12, color=_quoted("#b8b8b8"))
+        legend = pydot.Subgraph("cluster_legend", label="legend", fontname=_FONT, fontsize=12, color=_quoted("#b8b8b8"))
         legend.add_node(pydot.Node("legend", label=f"<{table}>", shape="plain", tooltip="legend", fontsize=11))
         return legend
 

@@ -124,9 +124,11 @@ class _Web:
 def _tree(atlas: Atlas, ways: Mapping[_Pair, _Way]) -> dict[_Pair, _Way]:
     """The ways of a minimum spanning tree; those between parallel branches count as longer than all others."""
     metric: nx.Graph[Axis] = nx.Graph()
+    longest = max(map(len, ways.values()), default=0)
     for (a, b), way in ways.items():
-        metric.add_edge(a, b, weight=(atlas.rank(a) == atlas.rank(b), len(way)), pair=(a, b))
-    pairs = (data["pair"] for _, _, data in nx.minimum_spanning_edges(metric, algorithm="kruskal", data=True))
+        parallel = atlas.rank(a) == atlas.rank(b)
+        metric.add_edge(a, b, weight=len(way) + parallel * longest, pair=(a, b))
+    pairs = (data["pair"] for _, _, data in nx.minimum_spanning_edges(metric, data=True))
     return {pair: ways[pair] for pair in pairs}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import textwrap
 from collections.abc import Sequence
 
@@ -19,7 +18,26 @@ _WIDTH = 26
 _LONG_OP = 16
 _OPS_SHOWN = 6
 _LAYOUT_OPS = frozenset(
-    ("reshape", "view", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "cat", "getitem", "to", "t")
+    [
+        "reshape",
+        "view",
+        "transpose",
+        "permute",
+        "t",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "cat",
+        "getitem",
+        "to",
+        "alias",
+        "clone",
+        "contiguous",
+    ]
 )
 """Ops that only move or cast values; left out of labels where there are others."""
 
@@ -73,11 +91,11 @@ class Words:
         return "\n".join(lines)
 
     def op(self, name: str) -> str:
-        """The op ``name`` in short: ``linear`` for ``aten.linear.default``, initials for long ones."""
+        """The op ``name`` in short: ``linear`` for ``aten.linear.default``, initials for long names."""
         if name in self._atlas.weights:
             return "tied"
-        parts = name.split(".")
-        short = parts[1] if len(parts) > 1 else name
+        parts = name.strip("<>").rpartition(" ")[2].split(".")
+        short = parts[1] if len(parts) > 1 else parts[0]
         return "".join(word[0] for word in short.split("_") if word) if len(short) > _LONG_OP else short
 
     def ops(self, coupling: Coupling) -> str:

@@ -51,6 +51,7 @@ def lower(program: torch.export.ExportedProgram, model: nn.Module, dtype: torch.
     graph.output(_rebuild(program.call_spec.out_spec, leaves, graph))
     _make_portable(graph, attributes, dtype)
     graph.eliminate_dead_code(is_impure)
+    _sink_weights(graph)
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     return fx.GraphModule({name: value for name, value in attributes.items() if name in used}, graph)
 
@@ -142,6 +143,13 @@ def _make_portable(graph: fx.Graph, attributes: dict[str, torch.Tensor], dtype: 
         if node.op == "call_function" and node is not device and node is not own:
             node.args = fx.node.map_aggregate(node.args, swap)
             node.kwargs = fx.node.map_aggregate(node.kwargs, swap)
+
+
+def _sink_weights(graph: fx.Graph) -> None:
+    """Read each weight right before its first use: an interpreter that makes a masked copy then holds few at a time."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in [node for node in order if node.op == "get_attr" and node.users]:
+        min(node.users, key=lambda user: order[user]).prepend(node)
 
 
 def _literal_swap(device: fx.Node, dtype: torch.dtype | None, own: fx.Node | None) -> Callable[[Any], Any]:

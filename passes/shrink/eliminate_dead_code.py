@@ -9,7 +9,7 @@ from torch import fx
 
 from fxprune.compat import is_impure
 from fxprune.passbase import Pass, PassResult
-from fxprune.tensors import weights
+from fxprune.tensors import delete_tensor, weights
 
 __all__ = ["EliminateDeadCodePass"]
 
@@ -22,11 +22,15 @@ class EliminateDeadCodePass(Pass):
     stage: ClassVar[str] = "shrink"
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Remove dead nodes, then make the module anew from what is read."""
+        """Remove dead nodes, then the tensors and submodules that no node reads any more."""
         changed = graph_module.graph.eliminate_dead_code(is_impure)
-        slim = fx.GraphModule(dict(weights(graph_module)), graph_module.graph)
-        slim.meta.update(graph_module.meta)
-        slim.train(graph_module.training)
-        slim.graph.lint()
-        slim.recompile()
-        return PassResult(slim, changed)
+        read = {name for name, _ in weights(graph_module)}
+        parameters = graph_module.named_parameters(remove_duplicate=False)
+        held = [name for name, _ in (*parameters, *graph_module.named_buffers(remove_duplicate=False))]
+        for name in held:
+            if name not in read:
+                delete_tensor(graph_module, name)
+        graph_module.delete_all_unused_submodules()
+        graph_module.graph.lint()
+        graph_module.recompile()
+        return PassResult(graph_module, changed)
