@@ -7,6 +7,7 @@ graph whose nodes are :class:`~fxprune.rules.base.Axis` and whose edges are coup
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +40,7 @@ class AxisMap:
         literals: numbers in the graph that are sizes.
         unruled: nodes whose op has no rule, with the op.
         modules: module path of each node.
-        order: position of each parameter's first use in the order of execution.
+        order: place of each tensor's first use in the order of execution, a weight before its bias.
         parameters: names of parameters; the other ``get_attr`` tensors are buffers.
         buffers: names of buffers.
         blocks: module paths of the repeated blocks.
@@ -179,7 +180,7 @@ def _solve(graph_module: fx.GraphModule, journal: Journal, state: State) -> Axis
             tensors[tensor.name] = tuple(solver.resolve(axis) for axis in tensor.axes)
     attributes = {str(n.target): n for n in graph_module.graph.nodes if n.op == "get_attr"}
     is_parameter = {name: isinstance(get_tensor(graph_module, name), torch.nn.Parameter) for name in attributes}
-    position = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    position = {node: place for place, node in enumerate(graph_module.graph.nodes)}
     return AxisMap(
         tensors=tensors,
         frozen=solver.frozen_factors(),
@@ -188,13 +189,23 @@ def _solve(graph_module: fx.GraphModule, journal: Journal, state: State) -> Axis
         literals=tuple(Literal(x.node, x.path, solver.resolve(x.expr)) for x in journal.literals),
         unruled=dict(journal.unruled),
         modules={node.name: module_path(node) for node in graph_module.graph.nodes},
-        order={name: min((position[u] for u in n.users), default=0) for name, n in attributes.items()},
+        order=_order(attributes, position),
         parameters=tuple(name for name, yes in is_parameter.items() if yes),
         buffers=tuple(name for name, yes in is_parameter.items() if not yes),
         blocks=state.blocks,
         bypasses=find_bypasses(graph_module.graph, state.blocks),
         tied=_tied(graph_module, tuple(attributes)),
     )
+
+
+def _order(attributes: Mapping[str, fx.Node], position: Mapping[fx.Node, int]) -> dict[str, int]:
+    """The place of each tensor's first use: by op, then by argument of the op (a weight comes before its bias)."""
+
+    def first_use(name: str) -> tuple[int, int]:
+        node = attributes[name]
+        return min(((position[user], user.all_input_nodes.index(node)) for user in node.users), default=(0, 0))
+
+    return {name: place for place, name in enumerate(sorted(attributes, key=first_use))}
 
 
 def _tied(graph_module: fx.GraphModule, names: tuple[str, ...]) -> dict[str, str]:

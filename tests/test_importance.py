@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.calibration import read_calibration
@@ -17,7 +17,7 @@ from fxprune.errors import CalibrationError, PassError, UnknownNameError
 from fxprune.registry import load_pass
 from fxprune.scores import REDUCTIONS, Scores
 from fxprune.state import state_of
-from tests.models import token_ids, tiny
+from tests.models import tiny, token_ids
 from tests.removal import discover
 
 Array = np.ndarray
@@ -129,11 +129,8 @@ def expected(model: nn.Module, ids: torch.Tensor, order: str, members: Slices, r
     for name, axis, units in members:
         g = torch.stack([sample[name] for sample in samples]).mean(0)
         h = torch.stack([sample[name] ** 2 for sample in samples]).mean(0)
-        per_position = (
-            elements(order, weights[name], g, h).movedim(axis, 0).flatten(1).sum(1)
-            if weights[name].dim() > 1
-            else elements(order, weights[name], g, h)
-        )
+        slices = elements(order, weights[name], g, h).movedim(axis, 0)
+        per_position = slices.reshape(len(slices), -1).sum(1)
         rows.append([per_position[unit].abs().sum().item() for unit in units])
     table = np.array(rows)
     return {

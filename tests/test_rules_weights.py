@@ -39,7 +39,11 @@ def convolved(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.b(m.n(m.a(x)))  # type: ignore[no-any-return]
 
 
-BATCH3 = {"w": lambda: {"w": p(3, 10, 12), "v": p(3, 12, 9)}}
+def around(make: Callable[[], nn.Module], first: int = 12, second: int = 12) -> Callable[[], Parts]:
+    """A module between two convolutions."""
+    return lambda: pair(nn.Conv1d(10, first, 3), nn.Conv1d(second, 9, 1), n=make())
+
+
 IDS = torch.arange(14).view(2, 7) % 11
 
 PRODUCTS: dict[str, Case] = {
@@ -53,7 +57,12 @@ PRODUCTS: dict[str, Case] = {
         lambda: {"w": p(10, 12), "v": p(9, 12)},
         [12],
     ),
-    "bmm": (lambda m, x: torch.bmm(torch.bmm(x, m.w), m.v), (3, 7, 10), BATCH3["w"], [12]),
+    "bmm": (
+        lambda m, x: torch.bmm(torch.bmm(x, m.w), m.v),
+        (3, 7, 10),
+        lambda: {"w": p(3, 10, 12), "v": p(3, 12, 9)},
+        [12],
+    ),
     "addmm": (
         lambda m, x: torch.addmm(m.c, torch.addmm(m.b, x, m.w, alpha=0.5).relu(), m.v),
         (3, 10),
@@ -117,69 +126,22 @@ PRODUCTS: dict[str, Case] = {
 }
 
 LAYERS: dict[str, Case] = {
-    "conv1d": (convolved, (2, 10, 15), lambda: pair(nn.Conv1d(10, 12, 3), nn.Conv1d(12, 9, 2), n=nn.ReLU()), [12]),
-    "conv1d-no-batch": (
-        convolved,
-        (10, 15),
-        lambda: pair(nn.Conv1d(10, 12, 3), nn.Conv1d(12, 9, 2), n=nn.ReLU()),
-        [12],
-    ),
+    "conv1d": (convolved, (2, 10, 15), around(nn.ReLU), [12]),
+    "conv1d-no-batch": (convolved, (10, 15), around(nn.ReLU), [12]),
     "conv2d": (
         convolved,
         (2, 3, 15, 14),
         lambda: pair(nn.Conv2d(3, 12, 3, 2, 1), nn.Conv2d(12, 9, 2, dilation=2, bias=False), n=nn.ReLU()),
         [12],
     ),
-    "conv-depthwise": (
-        convolved,
-        (2, 10, 15),
-        lambda: pair(nn.Conv1d(10, 12, 3), nn.Conv1d(12, 9, 1), n=nn.Conv1d(12, 12, 3, groups=12)),
-        [12],
-    ),
-    "conv-depthwise-twice-as-wide": (
-        convolved,
-        (2, 10, 15),
-        lambda: pair(nn.Conv1d(10, 6, 3), nn.Conv1d(12, 9, 1), n=nn.Conv1d(6, 12, 3, groups=6)),
-        [],
-    ),
-    "conv-grouped": (
-        convolved,
-        (2, 10, 15),
-        lambda: pair(nn.Conv1d(10, 12, 3), nn.Conv1d(8, 9, 1), n=nn.Conv1d(12, 8, 3, groups=4)),
-        [],
-    ),
-    "conv-transpose": (
-        convolved,
-        (2, 10, 15),
-        lambda: pair(nn.ConvTranspose1d(10, 12, 3), nn.Conv1d(12, 9, 2), n=nn.ReLU()),
-        [],
-    ),
-    "batch_norm": (
-        convolved,
-        (2, 3, 15, 15),
-        lambda: pair(nn.Conv2d(3, 12, 3), nn.Conv2d(12, 9, 2), n=stirred(nn.BatchNorm2d(12))),
-        [12],
-    ),
-    "batch_norm-plain": (
-        convolved,
-        (2, 10, 15),
-        lambda: pair(
-            nn.Conv1d(10, 12, 3), nn.Conv1d(12, 9, 2), n=nn.BatchNorm1d(12, affine=False, track_running_stats=False)
-        ),
-        [12],
-    ),
-    "group_norm": (
-        convolved,
-        (2, 10, 15),
-        lambda: pair(nn.Conv1d(10, 12, 3), nn.Conv1d(12, 9, 2), n=stirred(nn.GroupNorm(4, 12))),
-        [],
-    ),
-    "instance_norm": (
-        convolved,
-        (2, 10, 15),
-        lambda: pair(nn.Conv1d(10, 12, 3), nn.Conv1d(12, 9, 2), n=stirred(nn.InstanceNorm1d(12, affine=True))),
-        [],
-    ),
+    "conv-depthwise": (convolved, (2, 10, 15), around(lambda: nn.Conv1d(12, 12, 3, groups=12)), [12]),
+    "conv-depthwise-wider": (convolved, (2, 10, 15), around(lambda: nn.Conv1d(6, 12, 3, groups=6), 6), []),
+    "conv-grouped": (convolved, (2, 10, 15), around(lambda: nn.Conv1d(12, 8, 3, groups=4), 12, 8), []),
+    "conv-transpose": (convolved, (2, 10, 15), around(lambda: nn.ConvTranspose1d(12, 12, 3)), []),
+    "batch_norm": (convolved, (2, 10, 15), around(lambda: stirred(nn.BatchNorm1d(12))), [12]),
+    "batch_norm-plain": (convolved, (2, 10, 15), around(lambda: nn.BatchNorm1d(12, 0.1, 0.1, False, False)), [12]),
+    "group_norm": (convolved, (2, 10, 15), around(lambda: stirred(nn.GroupNorm(4, 12))), []),
+    "instance_norm": (convolved, (2, 10, 15), around(lambda: stirred(nn.InstanceNorm1d(12, affine=True))), []),
     "layer_norm-in-a-head": (
         lambda m, x: m.b(m.n(m.a(x).unflatten(-1, (4, 3))).flatten(-2)),
         (2, 7, 10),

@@ -64,7 +64,7 @@ class Atlas:
         level: dict[str, int] = {}
         found: dict[Axis, float] = {}
         origins: dict[Axis, list[Axis]] = {}
-        derived = set(self.weights)
+        derived = set(self.axes.parameters)
         for op, edges in self._couplings().items():
             sources = {end.tensor for edge in edges for end in edge if _maker(end.tensor) != op}
             if sources <= derived:

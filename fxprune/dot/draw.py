@@ -128,19 +128,24 @@ class _Picture:
         )
 
     def _line(self, coupling: Coupling) -> pydot.Edge:
-        """One line with a strand for each group that is coupled over it."""
+        """One line with a strand for each group that is coupled over it.
+
+        Only lines that follow the execution say what stands above what. The others get an ``xlabel``: on a ``label`` of
+        a line inside one row of nested clusters, Graphviz 2 fails with "trouble in init_rank".
+        """
+        ranks = coupling.settled and self.atlas.rank(coupling.source) != self.atlas.rank(coupling.target)
+        text = _quoted(self.words.ops(coupling))
         colours = list(dict.fromkeys(self._colour(factor, strong=True) for factor in coupling.ways))
-        parallel = self.atlas.rank(coupling.source) == self.atlas.rank(coupling.target)
         return pydot.Edge(
             _name(coupling.source),
             _name(coupling.target),
-            label=_quoted(self.words.ops(coupling)),
             tooltip=_quoted(self.words.way(coupling)),
             labeltooltip=_quoted(self.words.way(coupling)),
             color=_quoted(":".join(colours)),
             style="solid" if coupling.settled else "dashed",
             penwidth="1.6",
-            constraint="false" if parallel or not coupling.settled else "true",
+            constraint="true" if ranks else "false",
+            **{"label" if ranks else "xlabel": text},  # type: ignore[arg-type]
         )
 
     def _inside_tensors(self) -> Iterable[pydot.Edge]:

@@ -2,8 +2,9 @@
 
 ``view`` becomes ``reshape`` (a narrower inner axis may make its input non-contiguous), ``chunk`` and ``split`` become
 ``split_with_sizes`` (parts may end up of unequal size), ``unflatten`` becomes ``reshape``, ``-1`` in a shape is
-spelled out where the size is known, attention always has its ``scale``, a constant list of consecutive indices becomes
-a ``slice``, and an in-place op on a value that nothing else can see becomes the plain one.
+spelled out where the size is known, a slice counts its bounds from the front, attention always has its ``scale``, a
+constant list of consecutive indices becomes a ``slice``, and an in-place op on a value that nothing else can see
+becomes the plain one.
 """
 
 from __future__ import annotations
@@ -52,6 +53,18 @@ def _split(node: fx.Node) -> None:
     if all(isinstance(size, int) for size in sizes):
         node.target = aten.split_with_sizes.default
         node.args, node.kwargs = (source, sizes, dim), {}
+
+
+def _slice(node: fx.Node) -> None:
+    """Bounds counted from the end are counted from the front: only what comes before may then move them."""
+    source, *rest = node.args
+    assert isinstance(source, fx.Node)
+    dim = rest[0] if rest else 0
+    assert isinstance(dim, int)
+    size = source.meta["val"].shape[dim]
+    if isinstance(size, int):
+        bounds = [max(bound + size, 0) if isinstance(bound, int) and bound < 0 else bound for bound in rest[1:3]]
+        node.args = (source, dim, *bounds, *rest[3:])
 
 
 def _unflatten(node: fx.Node) -> None:
@@ -153,6 +166,7 @@ _REWRITES: dict[Any, Callable[[fx.Node], None]] = {
     aten._unsafe_view.default: _reshape,
     aten.chunk.default: _split,
     aten.split.Tensor: _split,
+    aten.slice.Tensor: _slice,
     aten.unflatten.int: _unflatten,
     aten.scaled_dot_product_attention.default: _attention,
 }

@@ -53,8 +53,9 @@ class Option:
 
     def nearest(self, removed: float) -> int:
         """The allowed number of units nearest to ``removed``."""
-        kept = round((self.size - removed) / self.step) * self.step
-        return 0 if kept >= self.size or self.most == 0 else min(self.size - max(kept, self.step), self.most)
+        kept = max(round((self.size - removed) / self.step) * self.step, self.step)
+        allowed = min(max(self.size - kept, 0), self.most)
+        return allowed if removed >= allowed - removed else 0
 
     def below(self, removed: float) -> int:
         """The largest allowed number of units that is not above ``removed``."""
@@ -102,7 +103,7 @@ def default_protect(depth: int) -> tuple[int, int]:
 def protected_blocks(blocks: Sequence[str], protect: tuple[int, int] | tuple[()] | None) -> frozenset[str]:
     """The blocks that stay whole: ``protect`` of them at the front and at the end."""
     front, back = default_protect(len(blocks)) if protect is None else protect or (0, 0)
-    return frozenset((*blocks[:front], *blocks[len(blocks) - back :]))
+    return frozenset((*blocks[:front], *blocks[max(len(blocks) - back, 0) :]))
 
 
 def make_slots(

@@ -37,17 +37,14 @@ class RewriteLiteralsPass(Pass):
         for literal in axis_map(state.graph).literals:
             node = nodes.get(literal.node)
             old, new = literal.expr.size, kept_size(literal.expr, state.keep)
-            current = None if node is None else read_literal(node, literal.path)
-            # a bound counted from the end moves with the units behind it, too; -1 stays what it is
-            if node is None or current == -1 or (old == new and not _from_end(current)):
+            if node is None or old == new:
+                continue
+            current = read_literal(node, literal.path)
+            if current == -1:
                 continue
             set_literal(node, literal.path, _scaled(node, current, old, new) if isinstance(current, fx.Node) else new)
             changed = True
         return PassResult(graph_module, changed)
-
-
-def _from_end(current: object) -> bool:
-    return isinstance(current, int) and current < 0
 
 
 def _scaled(node: fx.Node, size: fx.Node, old: int, new: int) -> fx.Node:
