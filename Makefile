@@ -17,7 +17,7 @@ RUN := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREAD
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format type bench bench-quality bench-discovery docs clean
+.PHONY: help setup demo test lint format type bench bench-quality bench-discovery results docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +55,9 @@ bench-quality: $(STAMP) ## Perplexity of the demo model by criterion, and withou
 
 bench-discovery: $(STAMP) ## Time and memory of discovery at 7B, 70B and 405B, beside Torch-Pruning
 	$(RUN) -m benchmarks.discovery $(ARGS)
+
+results: $(STAMP) ## Write docs/results.md from benchmarks/results/
+	$(RUN) -m benchmarks.tables
 
 docs: $(STAMP) ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils._pytree import TreeSpec
+from torch.utils._pytree import TreeSpec, tree_leaves
 
 __all__ = [
     "REGION_OPS",
@@ -26,6 +26,7 @@ __all__ = [
     "is_impure",
     "is_pointwise",
     "size_hint",
+    "tree_leaves",
 ]
 
 REGION_OPS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")

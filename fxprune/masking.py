@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from fxprune.axes import Expr, Keep, factors, kept_mask, kept_size
+from fxprune.compat import tree_leaves
 from fxprune.dependency import AxisMap
 from fxprune.literals import write_literal
 
@@ -103,7 +103,7 @@ class MaskedRun(PreciseRun):
 
 def output_tensors(output: Any) -> tuple[torch.Tensor, ...]:
     """The floating point tensors in what a module returned, in order."""
-    leaves = pytree.tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
     return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
 
 

@@ -34,6 +34,10 @@ class Atlas:
                 found.setdefault(factor, []).append(axis)
         return found
 
+    def module(self, axis: Axis) -> str:
+        """Path of the module that ``axis`` belongs to."""
+        return str(self.graph.nodes[axis]["module"]) or self.axes.modules.get(_maker(axis.tensor), "")
+
     def factors(self, axis: Axis) -> list[Factor]:
         """The factors of ``axis``, each once."""
         return list(dict.fromkeys(factors(self.graph.nodes[axis]["expr"])))
@@ -41,14 +45,11 @@ class Atlas:
     def in_order(self, axes: Iterable[Axis]) -> list[Axis]:
         """``axes`` in order of execution; of parallel ones, matrices before what is added to them."""
         order, tensors = self.axes.order, self.axes.tensors
+        place = {name: i for i, name in enumerate(tensors)}
         return sorted(
             axes,
-            key=lambda a: (self.rank(a), order.get(a.tensor, 0), -len(tensors[a.tensor]), self._place[a.tensor], a.dim),
+            key=lambda a: (self.rank(a), -len(tensors[a.tensor]), order.get(a.tensor, 0), place[a.tensor], a.dim),
         )
-
-    @cached_property
-    def _place(self) -> dict[str, int]:
-        return {name: i for i, name in enumerate(self.axes.tensors)}
 
     def rank(self, axis: Axis) -> float:
         """How far along the computation ``axis`` is: the longest chain of ops to where it is first used.

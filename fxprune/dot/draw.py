@@ -65,6 +65,7 @@ class _Picture:
             rankdir="TB",
             nodesep=0.25,
             ranksep=0.45,
+            forcelabels="false",
         )
         dot.set_node_defaults(shape="box", fontname=_FONT, fontsize=11, margin=_quoted("0.12,0.06"))
         dot.set_edge_defaults(fontname=_FONT, fontsize=9, fontcolor=_quoted("#555555"), arrowsize=0.6)
@@ -80,7 +81,7 @@ class _Picture:
         """The tree of module paths; a path with nothing of its own and one box in it is left out."""
         root = _Box("")
         for axis in self.view.axes:
-            box, path = root, str(self.atlas.graph.nodes[axis]["module"])
+            box, path = root, self.atlas.module(axis)
             for part in path.split(".") if path else ():
                 box = box.inner.setdefault(part, _Box(f"{box.path}.{part}" if box.path else part))
             box.axes.append(axis)
@@ -130,10 +131,10 @@ class _Picture:
     def _line(self, coupling: Coupling) -> pydot.Edge:
         """One line with a strand for each group that is coupled over it.
 
-        Only lines that follow the execution say what stands above what. The others get an ``xlabel``: on a ``label`` of
-        a line inside one row of nested clusters, Graphviz 2 fails with "trouble in init_rank".
+        Only lines that follow the execution say what stands above what. The others get an ``xlabel``, which shows where
+        there is room: on a ``label`` of a line inside one row of nested clusters, Graphviz 2 fails with "trouble in
+        init_rank".
         """
-        ranks = coupling.settled and self.atlas.rank(coupling.source) != self.atlas.rank(coupling.target)
         text = _quoted(self.words.ops(coupling))
         colours = list(dict.fromkeys(self._colour(factor, strong=True) for factor in coupling.ways))
         return pydot.Edge(
@@ -144,8 +145,8 @@ class _Picture:
             color=_quoted(":".join(colours)),
             style="solid" if coupling.settled else "dashed",
             penwidth="1.6",
-            constraint="true" if ranks else "false",
-            **{"label" if ranks else "xlabel": text},  # type: ignore[arg-type]
+            constraint="true" if coupling.ranks else "false",
+            **{"label" if coupling.ranks else "xlabel": text},  # type: ignore[arg-type]
         )
 
     def _inside_tensors(self) -> Iterable[pydot.Edge]:

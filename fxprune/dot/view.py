@@ -32,12 +32,14 @@ class Coupling:
         source: where it starts; what executes first.
         target: where it ends.
         ways: for each factor that both share over it, the axes on the way, ends included.
+        ranks: whether the source belongs above the target.
         settled: whether the search took this line; False for one that only closes a circle.
     """
 
     source: Axis
     target: Axis
     ways: Mapping[Factor, tuple[Axis, ...]]
+    ranks: bool = True
     settled: bool = True
 
 
@@ -81,7 +83,8 @@ def contracted(atlas: Atlas, title: str, shown: Iterable[Axis]) -> View:
         known = {p: ways[factor].get(p) or web.way(p) for p in pairs if ends.issuperset(p)} if len(ends) > 1 else {}
         for pair, way in _tree(atlas, {p: w for p, w in known.items() if w}).items():
             lines.setdefault(pair, {})[factor] = way
-    return View(title, tuple(axes), tuple(Coupling(a, b, by_factor) for (a, b), by_factor in lines.items()))
+    couplings = (Coupling(a, b, found, ranks=atlas.rank(a) < atlas.rank(b)) for (a, b), found in lines.items())
+    return View(title, tuple(axes), tuple(couplings))
 
 
 def _by(number: Mapping[Axis, int]) -> Callable[[_Pair], tuple[int, int]]:
@@ -150,6 +153,6 @@ def searched(atlas: Atlas, title: str, group: Group, inside: Iterable[Axis] | No
     couplings = [Coupling(a, b, {group.factor: (a, b)}) for a, b in tree if a in wanted and b in wanted]
     for a, b in reach.edges:
         if a in wanted and b in wanted and (a, b) not in settled and (b, a) not in settled:
-            couplings.append(Coupling(a, b, {group.factor: (a, b)}, settled=False))
+            couplings.append(Coupling(a, b, {group.factor: (a, b)}, ranks=False, settled=False))
     trigger = group.trigger if group.trigger in wanted else None
     return View(title, tuple(atlas.in_order(wanted)), tuple(couplings), trigger)

@@ -91,7 +91,7 @@ def _below(atlas: Atlas, module: str) -> list[Axis]:
     return [
         axis
         for axis, data in atlas.graph.nodes(data=True)
-        if data["role"] != "activation" and data["size"] > 1 and _is_below(str(data["module"]), module)
+        if data["role"] != "activation" and data["size"] > 1 and _is_below(atlas.module(axis), module)
     ]
 
 
@@ -124,5 +124,5 @@ def _group_view(atlas: Atlas, group: Group, layer: str | int | None) -> View:
     if layer is None:
         return searched(atlas, title, group)
     module = _find_module(atlas, layer)
-    inside = (axis for axis, data in atlas.graph.nodes(data=True) if _is_below(str(data["module"]), module))
+    inside = (axis for axis in atlas.graph.nodes if _is_below(atlas.module(axis), module))
     return searched(atlas, f"{title}; the part in {module}", group, inside)

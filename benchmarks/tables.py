@@ -1,0 +1,91 @@
+"""Write docs/results.md from the JSON files that the benchmarks left: `make results`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["results_page"]
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent.parent / "docs" / "results.md"
+
+
+def results_page(folder: Path = RESULTS) -> str:
+    """The page as Markdown: quality, latency and discovery, each with what it ran on."""
+    parts = [
+        "# Results\n\nMade by `make results` from the JSON files in `benchmarks/results/`, which the commands named wrote.\n"
+    ]
+    for path in sorted(folder.glob("quality*.json")):
+        parts.append(_quality(json.loads(path.read_text())))
+    sections = (("latency", _latency), ("discovery", _discovery), ("discovery_scaling", _scaling))
+    for name, section in sections:
+        path = folder / f"{name}.json"
+        if path.exists():
+            parts.append(section(json.loads(path.read_text())))
+    return "\n".join(parts)
+
+
+def _quality(data: dict[str, Any]) -> str:
+    rows = [(r["criterion"], f"{r['parameters']:,}", f"{r['perplexity']:.1f}") for r in data["rows"]]
+    return (
+        f"## Quality: `make bench-quality`\n\n{data['title']}. {_ran_on(data)}\n\n"
+        + _table(("criterion", "parameters", "perplexity"), rows)
+        + "\n*No groups*: the same criterion and as many slices of every tensor, but each tensor is ranked by its own "
+        "scores alone, and the slices are zeroed.\n"
+    )
+
+
+def _latency(data: dict[str, Any]) -> str:
+    rows = []
+    for row in data["rows"]:
+        timing = row["latency"]
+        interval = f"{timing['low']:.2f} to {timing['high']:.2f}"
+        numbers = (f"{timing['dense_ms']:.1f}", f"{timing['slim_ms']:.1f}", f"{timing['speedup']:.2f}", interval)
+        rows.append((row["output"], f"{row['batch']} x {row['tokens']}", *numbers))
+    settings = data["settings"]
+    return (
+        f"## Latency: `make bench`\n\n{settings['model']}, {settings['ratio']:.0%} of the parameters removed. "
+        f"{_ran_on(data)}\n\n"
+        + _table(("output", "batch x tokens", "dense ms", "slim ms", "speed-up", "95% interval"), rows)
+    )
+
+
+def _discovery(data: dict[str, Any]) -> str:
+    rows = []
+    for row in data["rows"]:
+        numbers = (f"{row['total_s']:.1f}", f"{row['least_s']:.1f}", f"{row['peak_gb']:.2f}", str(row["groups"]))
+        rows.append((row["shape"]["name"], row["tool"], *numbers))
+    return (
+        f"## Discovery: `make bench-discovery`\n\nTrace, graph and groups with no weights in memory, against "
+        f"Torch-Pruning 1.6.1 (*theirs*) on fake tensors; median and least of {data['settings']['repeats']} runs. "
+        f"{_ran_on(data)}\n\n" + _table(("Llama shape", "tool", "median s", "least s", "peak GB", "groups"), rows)
+    )
+
+
+def _scaling(data: dict[str, Any]) -> str:
+    rows = []
+    for row in data["rows"]:
+        per_node = row["least_s"] / row["nodes"] * 1e6
+        rows.append((str(row["shape"]["layers"]), str(row["nodes"]), f"{row['least_s']:.2f}", f"{per_node:.0f}"))
+    return "### Depth\n\nThe 7B shape with more layers; least of the runs.\n\n" + _table(
+        ("layers", "graph nodes", "seconds", "microseconds per node"), rows
+    )
+
+
+def _ran_on(data: dict[str, Any]) -> str:
+    ran = data["environment"]
+    versions = f"torch {ran['torch']}, transformers {ran['transformers']}, Python {ran['python']}"
+    return f"{ran['cpu']}, {ran['threads']} threads, {versions}."
+
+
+def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * len(heading)]
+    lines.extend("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(results_page(), encoding="utf-8")
