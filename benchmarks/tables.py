@@ -15,9 +15,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 
 def results_page(folder: Path = RESULTS) -> str:
     """The page as Markdown: quality, latency and discovery, each with what it ran on."""
-    parts = [
-        "# Results\n\nMade by `make results` from the JSON files in `benchmarks/results/`, which the commands named wrote.\n"
-    ]
+    parts = ["# Results\n\nMade by `make results` from `benchmarks/results/`, which the commands named here wrote.\n"]
     for path in sorted(folder.glob("quality*.json")):
         parts.append(_quality(json.loads(path.read_text())))
     sections = (("latency", _latency), ("discovery", _discovery), ("discovery_scaling", _scaling))

@@ -117,7 +117,7 @@ def plain_outputs(module: nn.Module, inputs: Inputs) -> tuple[torch.Tensor, ...]
         return output_tensors(module(**inputs))
 
 
-def removes_exactly(module: nn.Module, inputs: Inputs, groups: Sequence[int] | None = None) -> fx.GraphModule:
+def check_removes_exactly(module: nn.Module, inputs: Inputs, groups: Sequence[int] | None = None) -> fx.GraphModule:
     """Remove units of every group in turn and compare the slim graph with masking and with zeroing by hand.
 
     Args:

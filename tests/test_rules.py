@@ -14,7 +14,7 @@ from fxprune.groups import explain, frozen_axes
 from fxprune.rules import OpSite
 from fxprune.rules.registry import _RULES
 from fxprune.state import state_of
-from tests.removal import Net, axes_of, discover, removes_exactly, shape_of
+from tests.removal import Net, axes_of, check_removes_exactly, discover, shape_of
 
 Middle = Callable[[torch.Tensor], torch.Tensor]
 
@@ -140,23 +140,23 @@ VALUES: dict[str, tuple[Middle, int, list[int]]] = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_ops_that_move_axes(name: str) -> None:
     middle, width, groups = SHAPES[name]
-    removes_exactly(*between(middle, width), groups)
+    check_removes_exactly(*between(middle, width), groups)
 
 
 @pytest.mark.parametrize("name", VALUES)
 def test_ops_that_change_values(name: str) -> None:
     middle, width, groups = VALUES[name]
-    removes_exactly(*between(middle, width), groups)
+    check_removes_exactly(*between(middle, width), groups)
 
 
 @pytest.mark.parametrize("shape", [(10,), (3, 10)])
 def test_any_number_of_axes(shape: tuple[int, ...]) -> None:
-    removes_exactly(*between(F.relu, shape=shape), [12])
+    check_removes_exactly(*between(F.relu, shape=shape), [12])
 
 
 @pytest.mark.parametrize("middle", [lambda h: h.t().t(), lambda h: h.T.T], ids=["t", "T"])
 def test_transposes_of_matrices(middle: Middle) -> None:
-    removes_exactly(*between(middle, shape=(3, 10)), [12])
+    check_removes_exactly(*between(middle, shape=(3, 10)), [12])
 
 
 # ------------------------------------------------------------------------------------- what there is no rule for
@@ -173,7 +173,7 @@ def test_transposes_of_matrices(middle: Middle) -> None:
 )
 def test_an_op_without_a_rule_freezes_what_it_touches_and_is_named(middle: Middle, width: int, op: str) -> None:
     net, inputs = between(middle, width)
-    dense = removes_exactly(net, inputs, [])
+    dense = check_removes_exactly(net, inputs, [])
     graph = state_of(dense).graph
     assert graph is not None
     assert op in axes_of(dense).unruled.values()
@@ -207,13 +207,13 @@ def rule_for_twice() -> Iterator[None]:
 
 
 def test_a_user_op_is_frozen_until_it_has_a_rule() -> None:
-    dense = removes_exactly(*between(twice), [])
+    dense = check_removes_exactly(*between(twice), [])
     assert axes_of(dense).unruled == {"twice": "fxprunetest.twice.default"}
 
 
 @pytest.mark.usefixtures("rule_for_twice")
 def test_a_user_op_with_a_registered_rule_passes_its_units_on() -> None:
-    dense = removes_exactly(*between(twice), [12])
+    dense = check_removes_exactly(*between(twice), [12])
     members = {(m.name, m.axis) for m in state_of(dense).groups[0].members}
     assert members == {("a.weight", 0), ("a.bias", 0), ("b.weight", 1)}
 

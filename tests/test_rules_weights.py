@@ -12,7 +12,7 @@ from torch import nn
 
 from fxprune.groups import explain
 from fxprune.state import state_of
-from tests.removal import Net, axes_of, discover, removes_exactly, shape_of
+from tests.removal import Net, axes_of, check_removes_exactly, discover, shape_of
 
 Parts = dict[str, Any]
 Body = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -168,14 +168,14 @@ LAYERS: dict[str, Case] = {
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products(name: str) -> None:
     body, x, parts, groups = PRODUCTS[name]
-    removes_exactly(Net(body, **parts()), {"x": torch.randn(x)}, groups)
+    check_removes_exactly(Net(body, **parts()), {"x": torch.randn(x)}, groups)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name: str) -> None:
     body, x, parts, groups = LAYERS[name]
     inputs = {"x": x if isinstance(x, torch.Tensor) else torch.randn(x)}
-    removes_exactly(Net(body, **parts()), inputs, groups)
+    check_removes_exactly(Net(body, **parts()), inputs, groups)
 
 
 def attention(queries: int, keys: int, *, fused: bool = True, mask: torch.Tensor | None = None, **options: Any) -> Net:
@@ -215,7 +215,7 @@ ATTENTION: dict[str, tuple[Callable[[], Net], list[int]]] = {
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(name: str) -> None:
     make, groups = ATTENTION[name]
-    removes_exactly(make(), {"x": torch.randn(2, 7, 10)}, groups)
+    check_removes_exactly(make(), {"x": torch.randn(2, 7, 10)}, groups)
 
 
 def test_learnt_queries_are_free_unless_a_causal_mask_numbers_them() -> None:
@@ -228,8 +228,8 @@ def test_learnt_queries_are_free_unless_a_causal_mask_numbers_them() -> None:
         return Net(body, q=p(1, 5, 12), z=p(5, 3), **parts)
 
     inputs = {"x": torch.randn(2, 7, 10)}
-    removes_exactly(net(False), inputs, [5, 8, 12])
-    removes_exactly(net(True), inputs, [8, 12])
+    check_removes_exactly(net(False), inputs, [5, 8, 12])
+    check_removes_exactly(net(True), inputs, [8, 12])
 
 
 # -------------------------------------------------------------------------------------- what axes turn out to be
@@ -260,7 +260,7 @@ def test_a_fused_projection_reads_as_its_layout(layout: str) -> None:
         return m.o(out.transpose(1, 2).reshape(2, 7, 24))  # type: ignore[no-any-return]
 
     net = Net(body, w=nn.Linear(10, 72), o=nn.Linear(24, 9))
-    dense = removes_exactly(net, {"x": torch.randn(2, 7, 10)}, [4, 6, 6])
+    dense = check_removes_exactly(net, {"x": torch.randn(2, 7, 10)}, [4, 6, 6])
     read = {"q|k|v": "[(a:4 * b:6) | (a:4 * b:6) | (a:4 * c:6)]", "heads*(q|k|v)": "(a:4 * [b:6 | b:6 | c:6])"}
     assert shape_of(dense, "w.weight")[0] == read[layout]
     assert shape_of(dense, "o.weight")[1] == "(b:4 * c:6)"
