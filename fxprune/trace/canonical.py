@@ -2,9 +2,9 @@
 
 ``view`` becomes ``reshape`` (a narrower inner axis may make its input non-contiguous), ``chunk`` and ``split`` become
 ``split_with_sizes`` (parts may end up of unequal size), ``unflatten`` becomes ``reshape``, ``-1`` in a shape is
-spelled out where the size is known, a slice counts its bounds from the front, attention always has its ``scale``, a
-constant list of consecutive indices becomes a ``slice``, and an in-place op on a value that nothing else can see
-becomes the plain one.
+spelled out where the size is known, a slice (which ``narrow`` becomes) counts its bounds from the front, attention
+always has its ``scale``, a constant list of consecutive indices becomes a ``slice``, and an in-place op on a value that
+nothing else can see becomes the plain one.
 """
 
 from __future__ import annotations
@@ -65,6 +65,15 @@ def _slice(node: fx.Node) -> None:
     if isinstance(size, int):
         bounds = [max(bound + size, 0) if isinstance(bound, int) and bound < 0 else bound for bound in rest[1:3]]
         node.args = (source, dim, *bounds, *rest[3:])
+
+
+def _narrow(node: fx.Node) -> None:
+    source, dim, start, length = node.args
+    assert isinstance(source, fx.Node) and isinstance(dim, int)
+    size = source.meta["val"].shape[dim]
+    if isinstance(start, int) and isinstance(length, int) and isinstance(size, int):
+        first = start + size if start < 0 else start
+        node.target, node.args = aten.slice.Tensor, (source, dim, first, first + length)
 
 
 def _unflatten(node: fx.Node) -> None:
@@ -167,6 +176,7 @@ _REWRITES: dict[Any, Callable[[fx.Node], None]] = {
     aten.chunk.default: _split,
     aten.split.Tensor: _split,
     aten.slice.Tensor: _slice,
+    aten.narrow.default: _narrow,
     aten.unflatten.int: _unflatten,
     aten.scaled_dot_product_attention.default: _attention,
 }
