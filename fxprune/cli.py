@@ -40,7 +40,7 @@ def prune(
     seed: Annotated[int, typer.Option(help="For random importance.")] = 0,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder.")] = None,
 ) -> None:
-    """Prune MODEL and write plan.json, report.json and, where the model is a stock one, its weights to OUT."""
+    """Prune MODEL and write plan.json, report.json and, where stock transformers can load it, the model to OUT."""
     from transformers import AutoModelForCausalLM
 
     with _clear_errors():
@@ -54,6 +54,8 @@ def prune(
     console.print(result.report.table())
     for note in (*result.report.model_reasons, *result.report.notes):
         console.print(f"note: {note}", markup=False)
+    if not _is_stock(result):
+        console.print("note: no weights written, the layers differ; fxprune.apply(model, plan) makes the model again")
     console.print(f"ratio achieved {result.report.achieved:.2%}; written to {out}", markup=False)
 
 
@@ -143,5 +145,10 @@ def _write(result: fxprune.Result, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "plan.json").write_text(result.plan.to_json(), encoding="utf-8")
     (out / "report.json").write_text(result.report.to_json(), encoding="utf-8")
-    if result.model is not None:
+    if _is_stock(result):
         result.model.save_pretrained(out)
+
+
+def _is_stock(result: fxprune.Result) -> bool:
+    """Whether stock transformers can load the slim model: all its layers are of one shape."""
+    return result.model is not None and not result.model.fxprune_layer_fields

@@ -15,6 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves
 
 __all__ = [
     "REGION_OPS",
+    "UNKNOWN_SIZE",
     "FakeTensorMode",
     "FakeTensorProp",
     "HigherOrderOperator",
@@ -33,14 +34,19 @@ REGION_OPS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 """Higher-order ops that only set a mode around a subgraph: number and place of their arguments differ."""
 
 
+UNKNOWN_SIZE = 2**31 - 1
+"""Stands for a size that only the data decides; such an axis is frozen."""
+
+
 def fake_mode() -> FakeTensorMode:
     """A mode whose tensors have shape, dtype and device but no storage, with symbolic sizes allowed."""
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
 def size_hint(size: int | torch.SymInt) -> int:
-    """The size seen while tracing, for a symbolic size too."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    """The size seen while tracing, for a symbolic size too; a large prime where it depends on the data."""
+    hint = size if isinstance(size, int) else size.node.hint
+    return UNKNOWN_SIZE if hint is None else int(hint)
 
 
 def argument_names(op: OpOverload) -> list[tuple[str, Any, bool]]:

@@ -16,10 +16,11 @@ import torch
 from torch import fx
 
 from fxprune.axes import Expr, Factor, Freeze, Solver, factors, new_factor
-from fxprune.compat import size_hint
+from fxprune.compat import UNKNOWN_SIZE, size_hint
 from fxprune.depth import Bypass, find_bypasses
 from fxprune.rules import Literal, OpSite, TensorAxes, find_rule
 from fxprune.rules.base import Axis, Journal
+from fxprune.rules.registry import Rule
 from fxprune.rules.shape import getitem
 from fxprune.state import State, state_of
 from fxprune.tensors import get_tensor
@@ -142,6 +143,8 @@ def _apply_rule(node: fx.Node, journal: Journal) -> None:
         journal.tensors[node.name] = outs
     else:
         outs = ()
+    for axis in (axis for out in outs for axis in out.axes if axis.size == UNKNOWN_SIZE):
+        journal.solver.freeze(axis, "its size depends on the data", node.name)
     site = OpSite(node, journal, outs)
     if node.target is operator.getitem:
         source = journal.tensors.get(node.all_input_nodes[0].name)
@@ -150,10 +153,20 @@ def _apply_rule(node: fx.Node, journal: Journal) -> None:
         return
     function = find_rule(node.target)
     if function is not None:
-        function(site)
+        _run_rule(function, site)
     elif outs:
         journal.unruled[node.name] = str(node.target)
         site.freeze_all(f"no rule for {node.target}")
+
+
+def _run_rule(function: Rule, site: OpSite) -> None:
+    """Run a rule; a use of the op that it was not written for freezes what the op touches, and never crashes."""
+    try:
+        function(site)
+    except Exception as error:  # whatever a rule, a user's own too, trips over
+        op = str(site.node.target)
+        site.journal.unruled[site.node.name] = op
+        site.freeze_all(f"the rule for {op} does not cover this use ({type(error).__name__})")
 
 
 def _freeze_output(node: fx.Node, journal: Journal) -> None:

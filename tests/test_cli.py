@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import fxprune
@@ -26,14 +27,25 @@ def run(*arguments: str) -> tuple[int, str]:
 
 
 def test_prune_writes_plan_report_and_weights(folder: str, tmp_path: Path) -> None:
-    code, output = run(
-        "prune", folder, "--out", str(tmp_path), "--importance", "l2", "--kinds", "mlp", "--ratio", "0.05"
-    )
+    options = ("--importance", "l2", "--kinds", "layer", "--ratio", "0.3")
+    code, output = run("prune", folder, "--out", str(tmp_path), *options)
     assert code == 0, output
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["parameters"][1] < report["parameters"][0]
-    assert fxprune.Plan.from_json((tmp_path / "plan.json").read_text()).kept
-    assert (tmp_path / "model.safetensors").exists()
+    plan = fxprune.Plan.from_json((tmp_path / "plan.json").read_text())
+    assert len(plan.removed_blocks) == 1
+    slim = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(slim.model.layers) == 2
+    assert sum(p.numel() for p in slim.parameters()) == report["parameters"][1]
+
+
+def test_prune_of_uneven_layers_writes_the_plan_alone(folder: str, tmp_path: Path) -> None:
+    options = ("--importance", "l2", "--kinds", "mlp", "--ratio", "0.05")
+    code, output = run("prune", folder, "--out", str(tmp_path), *options)
+    assert code == 0 and "the layers differ" in output
+    plan = fxprune.Plan.from_json((tmp_path / "plan.json").read_text())
+    assert plan.kept and not (tmp_path / "model.safetensors").exists()
+    assert fxprune.apply(tiny("llama"), plan).plan == plan
 
 
 def test_graph_lists_groups_and_draws(folder: str, tmp_path: Path) -> None:
