@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import json
+import re
 import shutil
 import subprocess
+import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 import fxprune
-from fxprune.errors import CalibrationError, FxpruneError
+from fxprune.errors import CalibrationError, FxpruneError, UnknownNameError
 from fxprune.groups import frozen_axes
 from fxprune.registry import load_pass
 
 __all__ = ["app"]
 
 app = typer.Typer(add_completion=False, help="Structural pruning of language models.", no_args_is_help=True)
-console = Console()
+console = Console(soft_wrap=True)
+errors = Console(stderr=True, soft_wrap=True)
+
+_LONGEST_ERROR = 600
+_PICTURES = (".png", ".svg")
 
 Folder = Annotated[str, typer.Argument(help="Model folder, or id on a hub.")]
+Gguf = Annotated[str | None, typer.Option(help="GGUF file inside the folder.")]
 
 
 @app.command()
@@ -32,61 +43,69 @@ def prune(
     model: Folder,
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = 0.2,
+    group_ratio: Annotated[float | None, typer.Option(help="Fraction of each group's units, instead.")] = None,
     kinds: Annotated[str, typer.Option(help="Comma-separated kinds.")] = "mlp,head",
     importance: Annotated[str, typer.Option(help="taylor, l1, l2, random, or another installed pass.")] = "taylor",
-    calibration: Annotated[Path | None, typer.Option(help="Text file to calibrate on.")] = None,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 10,
-    tokens: Annotated[int, typer.Option(help="Tokens of a sample.")] = 128,
-    seed: Annotated[int, typer.Option(help="For random importance.")] = 0,
-    gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder.")] = None,
+    taylor: Annotated[str, typer.Option(help="Order of taylor: vector, first, second or mix.")] = "mix",
+    reduction: Annotated[str, typer.Option(help="sum, prod, max, mean, first or last.")] = "sum",
+    ranking: Annotated[str, typer.Option(help="local (in each group) or global.")] = "local",
+    protect: Annotated[tuple[int, int] | None, typer.Option(help="Layers kept whole in front and at the end.")] = None,
+    round_to: Annotated[int, typer.Option(help="Widths stay multiples of this.")] = 1,
+    calibration: Annotated[Path | None, typer.Option(help="Text to calibrate on: .txt, or .jsonl with 'text'.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 10,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = 128,
+    seed: Annotated[int, typer.Option(help="For random importance and verification.")] = 0,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Free dense tensors early: less memory.")] = False,
+    gguf_file: Gguf = None,
 ) -> None:
     """Prune MODEL and write plan.json, report.json and, where stock transformers can load it, the model to OUT."""
-    from transformers import AutoModelForCausalLM
-
     with _clear_errors():
-        dense = AutoModelForCausalLM.from_pretrained(model, gguf_file=gguf_file)
-        data = None if calibration is None else _samples(model, gguf_file, calibration, samples, tokens)
-        chosen = tuple(kind.strip() for kind in kinds.split(","))
-        result = fxprune.prune(
-            dense, data, ratio=ratio, kinds=chosen, importance=importance, seed=seed, track=_progress
-        )
-        _write(result, out)
-    console.print(result.report.table())
-    for note in (*result.report.model_reasons, *result.report.notes):
-        console.print(f"note: {note}", markup=False)
-    if not _is_stock(result):
-        console.print("note: no weights written, the layers differ; fxprune.apply(model, plan) makes the model again")
-    console.print(f"ratio achieved {result.report.achieved:.2%}; written to {out}", markup=False)
+        options = dict[str, Any](ratio=ratio, group_ratio=group_ratio, importance=importance, taylor=taylor, seed=seed)
+        options.update(reduction=reduction, ranking=ranking, protect=protect, round_to=round_to, inplace=in_place)
+        chosen = [kind.strip() for kind in kinds.split(",")]
+        text = None if calibration is None else _read_text(calibration)
+        dense, tokenizer = _load(model, gguf_file, with_tokenizer=text is not None)
+        data = None if text is None else _samples(tokenizer, text, samples, tokens, str(calibration))
+        result = fxprune.prune(dense, data, kinds=chosen, track=_progress, **options)
+        _tell(result, out, unsaved=_write(result, tokenizer, out))
 
 
 @app.command()
 def graph(
     model: Folder,
     dot: Annotated[Path | None, typer.Option(help="Write a picture: .dot, or .svg/.png with graphviz.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Block to draw.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Block to draw: its index, or a module path.")] = None,
     group: Annotated[str | None, typer.Option(help="Group to draw.")] = None,
+    everything: Annotated[bool, typer.Option("--everything", help="Draw the whole model.")] = False,
+    gguf_file: Gguf = None,
 ) -> None:
-    """List the groups of MODEL and its frozen axes; needs no weights."""
+    """List the groups of MODEL and its frozen axes; needs the config alone."""
     with _clear_errors():
-        dependencies = _graph(model)
-        table = Table("group", "kind", "units", "members", "removal")
-        for found in fxprune.find_groups(dependencies):
-            removal = "renormalised" if found.renormalised else "exact"
-            table.add_row(found.name, found.kind, str(found.size), str(len(found.members)), removal)
-        console.print(table)
-        for axis, reason in frozen_axes(dependencies).items():
-            console.print(f"frozen {axis}: {reason}", markup=False)
+        dependencies = _graph(model, gguf_file)
         if dot is not None:
-            _draw(dependencies, dot, layer, group)
+            _draw(dependencies, dot, layer=layer, group=group, everything=everything)
+    console.print(_groups_table(fxprune.find_groups(dependencies)))
+    for line in _frozen_lines(dependencies):
+        console.print(line, markup=False, highlight=False)
 
 
 @app.command()
-def explain(model: Folder, parameter: str, axis: int) -> None:
+def explain(
+    model: Folder,
+    parameter: Annotated[str, typer.Argument(help="Name of a parameter or buffer.")],
+    axis: Annotated[int, typer.Argument(help="Which of its axes, from 0.")],
+    group: Annotated[str | None, typer.Option(help="Group meant, where the axis is in several.")] = None,
+    gguf_file: Gguf = None,
+) -> None:
     """Print the chain of ops that ties AXIS of PARAMETER to the trigger of its group."""
     with _clear_errors():
-        for step in fxprune.explain(_graph(model), (parameter, axis)):
-            source, target = step.source, step.target
-            console.print(f"{source.tensor}[{source.dim}] -> {target.tensor}[{target.dim}]  by {step.op}", markup=False)
+        dependencies = _graph(model, gguf_file)
+        steps = fxprune.explain(dependencies, (parameter, axis), _group(dependencies, group))
+    if not steps:
+        console.print(f"{parameter}[{axis}] is the trigger of its group", markup=False, highlight=False)
+    for step in steps:
+        source, target = f"{step.source.tensor}[{step.source.dim}]", f"{step.target.tensor}[{step.target.dim}]"
+        console.print(f"{source} -> {target}  by {step.op} (at {step.node})", markup=False, highlight=False)
 
 
 @app.command()
@@ -95,7 +114,7 @@ def passes() -> None:
     table = Table("pass", "stage", "what it does")
     for name in fxprune.pass_names():
         loaded = load_pass(name)
-        table.add_row(name, loaded.stage, (type(loaded).__doc__ or "").strip().splitlines()[0])
+        table.add_row(name, loaded.stage, (inspect.getdoc(type(loaded)) or "").partition("\n")[0])
     console.print(table)
 
 
@@ -104,51 +123,164 @@ def _clear_errors() -> Iterator[None]:
     """What is the user's to mend ends in one line and exit code 2."""
     try:
         yield
-    except (FxpruneError, OSError, ValueError) as error:
-        console.print(f"[red]error:[/red] {str(error).splitlines()[0]}")
+    except (FxpruneError, OSError) as error:
+        text = textwrap.shorten(str(error), _LONGEST_ERROR, placeholder=" ...")
+        errors.print(f"[red]error: {escape(text)}[/red]", highlight=False)
         raise typer.Exit(2) from error
 
 
 def _progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-    return track(items, what, total)
+    return track(items, what, total, console=errors, transient=True)
 
 
-def _samples(model: str, gguf_file: str | None, path: Path, samples: int, tokens: int) -> Any:
-    from transformers import AutoTokenizer
+def _load(model: str, gguf_file: str | None, *, with_tokenizer: bool) -> tuple[Any, Any]:
+    """The dense model, and its tokenizer; None where there is none and none is needed."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model, gguf_file=gguf_file)
-    ids = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
-    rows = min(samples, len(ids) // tokens)
-    if rows == 0:
-        raise CalibrationError(f"{len(ids)} tokens are fewer than one sample of {tokens}", where=str(path))
-    return ids[: rows * tokens].view(rows, tokens)
+    with _readable(model):
+        dense = AutoModelForCausalLM.from_pretrained(model, gguf_file=gguf_file)
+    tokenizer = None
+    with _readable(model) if with_tokenizer else contextlib.suppress(Exception):
+        tokenizer = AutoTokenizer.from_pretrained(model, gguf_file=gguf_file)
+    return dense, tokenizer
 
 
-def _graph(model: str) -> Any:
+@contextlib.contextmanager
+def _readable(model: str) -> Iterator[None]:
+    """What transformers says of a folder that it cannot read, in one line."""
+    remedy = "Pass a folder that save_pretrained wrote, or a hub id"
+    if model.startswith(("/", ".", "~")) and not Path(model).exists():
+        raise FxpruneError("no such folder", where=model, remedy=remedy)
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FxpruneError(f"cannot be loaded: {reason}", where=model, remedy=remedy) from error
+
+
+def _graph(model: str, gguf_file: str | None) -> Any:
+    """The dependency graph of a model that is built on meta, from its config."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    with _readable(model):
+        config = AutoConfig.from_pretrained(model, gguf_file=gguf_file)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
     return fxprune.dependency_graph(fxprune.trace(empty, dynamic=False))
 
 
-def _draw(dependencies: Any, path: Path, layer: int | None, group: str | None) -> None:
-    text = path.with_suffix(".dot")
-    fxprune.write_dot(dependencies, text, layer=layer, group=group)
+def _groups_table(groups: Iterable[fxprune.Group]) -> Table:
+    """One row for the groups that are alike in every block, with ``*`` for the number of the block."""
+    counts: Counter[tuple[str, ...]] = Counter()
+    for group in groups:
+        removal = "renormalised" if group.renormalised else "exact"
+        members = dict.fromkeys(".".join(_starred(f"{m.name}[{m.axis}]").split(".")[-2:]) for m in group.members)
+        held = "all parameters" if group.factor is None else ", ".join(members)
+        counts[_starred(group.name), f"{group.size:,}", removal, held] += 1
+    first, last = Column("group (where/kind)", overflow="fold"), Column("members", overflow="fold")
+    table = Table(first, "count", "units", "removal", last)
+    for (name, units, removal, held), count in counts.items():
+        table.add_row(name, f"{count:,}", units, removal, held, end_section=True)
+    return table
+
+
+def _frozen_lines(dependencies: Any) -> list[str]:
+    axes = frozen_axes(dependencies).items()
+    counts = Counter(f"frozen {_starred(axis)}: {freeze.reason}" for axis, freeze in axes)
+    return [line if n == 1 else f"{line} ({n:,} axes)" for line, n in counts.items()]
+
+
+def _starred(name: str) -> str:
+    """``name`` with ``*`` for the numbers in its module path."""
+    path, slash, kind = name.partition("/")
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path) + slash + kind
+
+
+def _group(dependencies: Any, name: str | None) -> fxprune.Group | None:
+    if name is None:
+        return None
+    groups = {group.name: group for group in fxprune.find_groups(dependencies)}
+    if name not in groups:
+        raise UnknownNameError("group", name, groups)
+    return groups[name]
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file; of JSON lines, the field ``text`` of each, parted by blank lines."""
+    content = path.read_text(encoding="utf-8", errors="replace")
+    if path.suffix != ".jsonl":
+        return content
+    try:
+        return "\n\n".join(str(json.loads(line)["text"]) for line in content.splitlines() if line.strip())
+    except (ValueError, KeyError, TypeError) as error:
+        remedy = "Each line has to be a JSON object with a field 'text'"
+        raise CalibrationError(f"not JSON lines: {error!r}", where=str(path), remedy=remedy) from error
+
+
+def _samples(tokenizer: Any, text: str, samples: int, tokens: int, where: str) -> Any:
+    """Token ids ``(samples, tokens)``: windows that do not overlap, spread evenly over the text."""
+    import torch
+
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    windows = len(ids) // tokens
+    if windows < samples:
+        raise CalibrationError(
+            f"{len(ids):,} tokens are fewer than {samples} samples of {tokens}",
+            where=where,
+            remedy="Give a longer text, or smaller --samples or --tokens",
+        )
+    starts = [i * windows // samples * tokens for i in range(samples)]
+    return torch.tensor([ids[start : start + tokens] for start in starts])
+
+
+def _draw(dependencies: Any, path: Path, **what: Any) -> None:
+    """Write the DOT file; for a name that ends in .png or .svg the picture too, beside it."""
+    picture = path.suffix if path.suffix in _PICTURES else ""
+    text = path.with_suffix(".dot") if picture else path
+    fxprune.write_dot(dependencies, text, **what)
     program = shutil.which("dot")
-    if path.suffix in (".svg", ".png") and program is not None:
-        subprocess.run([program, f"-T{path.suffix[1:]}", str(text), "-o", str(path)], check=True)
+    if picture and program is not None:
+        command = [program, f"-T{picture[1:]}", str(text), "-o", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise FxpruneError(f"graphviz failed: {done.stderr.strip().partition(chr(10))[0]}", where=str(text))
+    elif picture:
+        errors.print(f"note: no graphviz here; wrote {text}, of which dot makes {path.name}", markup=False)
 
 
-def _write(result: fxprune.Result, out: Path) -> None:
+def _write(result: fxprune.Result, tokenizer: Any, out: Path) -> str:
+    """Write all there is to ``out``; returns why the model is not among it, or nothing."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "plan.json").write_text(result.plan.to_json(), encoding="utf-8")
     (out / "report.json").write_text(result.report.to_json(), encoding="utf-8")
-    if _is_stock(result):
+    if result.model is None:
+        return "there is no slim model of this class"
+    recipe = getattr(result.model, "fxprune_recipe", {})
+    if getattr(result.model, "fxprune_layer_fields", None) or recipe.get("attributes"):
+        return "layers differ in width, which a stock checkpoint cannot say"
+    try:
         result.model.save_pretrained(out)
+    except Exception as error:  # whatever the config's own validation raises
+        return f"its config refuses these widths: {' '.join(str(error).split())}"
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+    return ""
 
 
-def _is_stock(result: fxprune.Result) -> bool:
-    """Whether stock transformers can load the slim model: all its layers are of one shape."""
-    return result.model is not None and not result.model.fxprune_layer_fields
+def _tell(result: fxprune.Result, out: Path, unsaved: str) -> None:
+    """Print the numbers, the widths that changed, and what the user should know, such as why a model is unsaved."""
+    report = result.report
+    console.print(report.table())
+    shrunk = Counter((name.rpartition("/")[2], *width) for name, width in report.widths.items())
+    lines = [f"{what}: {before:,} to {after:,} units in {n:,} group(s)" for (what, before, after), n in shrunk.items()]
+    lines += [f"layer removed: {block}" for block in report.removed_blocks]
+    lines += [f"note: {note}" for note in (*report.model_reasons, *report.notes)]
+    if unsaved:
+        lines.append(f"note: the model is not saved: {unsaved}. Pass plan.json to fxprune.apply to have it")
+    if report.verification_error is not None:
+        lines.append(f"verified: masked and slim outputs differ by {report.verification_error:.1e} at most")
+    written = "plan and report" if unsaved else "model, plan and report"
+    lines.append(f"{report.achieved:.2%} of the parameters removed; {written} written to {out}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False)

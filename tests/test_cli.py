@@ -3,63 +3,161 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import fxprune
+import fxprune.cli
 from fxprune.cli import app
-from tests.models import tiny
+from tests.models import tiny, token_ids
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model with a tokenizer of three words."""
     path = tmp_path_factory.mktemp("model")
     tiny("llama").save_pretrained(path)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "red": 1, "green": 2, "blue": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(path)
     return str(path)
 
 
-def run(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, " ".join(result.output.split())
 
 
-def test_prune_writes_plan_report_and_weights(folder: str, tmp_path: Path) -> None:
-    options = ("--importance", "l2", "--kinds", "layer", "--ratio", "0.3")
-    code, output = run("prune", folder, "--out", str(tmp_path), *options)
+def test_uniform_widths_save_a_stock_model(folder: str, out: Path) -> None:
+    """What stock transformers reads from the folder is what the plan gives when it is applied."""
+    code, output = run("prune", folder, "--out", out, "--importance", "l2", "--kinds", "head", "--ratio", "0.1")
     assert code == 0, output
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["parameters"][1] < report["parameters"][0]
-    plan = fxprune.Plan.from_json((tmp_path / "plan.json").read_text())
-    assert len(plan.removed_blocks) == 1
-    slim = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert len(slim.model.layers) == 2
-    assert sum(p.numel() for p in slim.parameters()) == report["parameters"][1]
+    assert "model, plan and report written" in output and "head: 3 to 2 units in 3 group(s)" in output
+    report = json.loads((out / "report.json").read_text())
+    assert f"{report['achieved']:.2%} of the parameters removed" in output
+    plan = fxprune.Plan.from_json((out / "plan.json").read_text())
+    with torch.no_grad():
+        slim = AutoModelForCausalLM.from_pretrained(out).eval()(token_ids()).logits
+        expected = fxprune.apply(tiny("llama"), plan)(input_ids=token_ids()).logits
+    torch.testing.assert_close(slim, expected, atol=1e-5, rtol=1e-4)
+    assert (out / "tokenizer.json").exists()
 
 
-def test_prune_of_uneven_layers_writes_the_plan_alone(folder: str, tmp_path: Path) -> None:
-    options = ("--importance", "l2", "--kinds", "mlp", "--ratio", "0.05")
-    code, output = run("prune", folder, "--out", str(tmp_path), *options)
-    assert code == 0 and "the layers differ" in output
-    plan = fxprune.Plan.from_json((tmp_path / "plan.json").read_text())
-    assert plan.kept and not (tmp_path / "model.safetensors").exists()
-    assert fxprune.apply(tiny("llama"), plan).plan == plan
-
-
-def test_graph_lists_groups_and_draws(folder: str, tmp_path: Path) -> None:
-    code, output = run("graph", folder, "--dot", str(tmp_path / "layer.dot"), "--layer", "1")
+def test_differing_widths_save_the_plan_alone(folder: str, out: Path) -> None:
+    options = ("--importance", "l2", "--kinds", "mlp", "--ratio", "0.05", "--protect", 1, 1)
+    code, output = run("prune", folder, "--out", out, *options)
     assert code == 0, output
-    assert "model.layers.1/mlp" in output and "renormalised" in output and "rows are looked up" in output
-    assert (tmp_path / "layer.dot").read_text().startswith(("digraph", "graph", "strict"))
+    assert "mlp: 88 to" in output and "in 1 group(s)" in output
+    assert "the model is not saved: layers differ in width" in output and "plan and report written" in output
+    assert {path.name for path in out.iterdir()} == {"plan.json", "report.json"}
+    kept = fxprune.Plan.from_json((out / "plan.json").read_text()).kept
+    assert {name.split(".")[2] for name in kept} == {"1"}
 
 
-def test_explain_and_passes(folder: str) -> None:
+def test_widths_that_the_config_refuses_save_the_plan_alone(folder: str, out: Path) -> None:
+    """A config may validate itself as it is saved, which ended in a traceback after all the work."""
+    code, output = run("prune", folder, "--out", out, "--importance", "l1", "--kinds", "channel")
+    assert code == 0, output
+    assert "its config refuses these widths" in output
+    assert {path.name for path in out.iterdir()} == {"plan.json", "report.json"}
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_prune_calibrates_on_a_file(folder: str, out: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["red green blue"] * 8
+    text = "\n".join(lines if suffix == ".txt" else (json.dumps({"text": line, "n": 7}) for line in lines))
+    path = out.with_name(f"calibration{suffix}")
+    path.write_text(text)
+    seen: list[torch.Tensor] = []
+    prune = fxprune.prune
+
+    def watched(model: object, data: torch.Tensor, **options: object) -> object:
+        seen.append(data)
+        return prune(model, data, **options)
+
+    monkeypatch.setattr(fxprune, "prune", watched)
+    options = ("--ratio", "0.05", "--calibration", path, "--samples", 4, "--tokens", 6)
+    code, output = run("prune", folder, "--out", out, *options)
+    assert code == 0, output
+    assert seen[0].tolist() == [[1, 2, 3, 1, 2, 3]] * 4
+
+
+def test_prune_passes_its_options_on(folder: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, object] = {}
+
+    def prune(model: object, data: object, **options: object) -> None:
+        seen.update(options)
+        raise fxprune.FxpruneError("seen")
+
+    monkeypatch.setattr(fxprune, "prune", prune)
+    values = {"ratio": 0.3, "group_ratio": 0.25, "importance": "l1", "taylor": "first", "reduction": "max"}
+    values |= {"ranking": "global", "round_to": 4, "seed": 7}
+    flags = [item for name, value in values.items() for item in (f"--{name.replace('_', '-')}", value)]
+    code, _ = run("prune", folder, "--out", out, "--kinds", "mlp, expert", "--protect", 1, 2, "--in-place", *flags)
+    assert code == 2
+    assert callable(seen.pop("track"))
+    assert seen == values | {"kinds": ["mlp", "expert"], "protect": (1, 2), "inplace": True}
+
+
+def test_graph_lists_groups_and_frozen_axes_without_weights(folder: str, tmp_path: Path) -> None:
+    shutil.copy(Path(folder) / "config.json", tmp_path / "config.json")
+    code, output = run("graph", tmp_path)
+    assert code == 0, output
+    assert "│ model/channel │ 1 │ 48 │ renormalised │" in output
+    assert "│ model.layers.*/head │ 3 │ 3 │ exact │" in output
+    assert "│ model.layers.*/head.2 │ 3 │ 2 │ exact │ q_proj.weight[0], o_proj.weight[1] │" in output
+    assert "│ model.layers.*/layer │ 3 │ 1 │ exact │ all parameters │" in output
+    assert "frozen lm_head.weight[0]: an output of the model" in output
+
+
+def test_graph_draws(folder: str, tmp_path: Path) -> None:
+    code, output = run("graph", folder, "--dot", tmp_path / "layer.dot", "--layer", "model.layers.1.mlp")
+    assert code == 0, output
+    text = (tmp_path / "layer.dot").read_text()
+    assert text.startswith("digraph") and "layers.1.mlp.up_proj" in text and "self_attn" not in text
+    code, output = run("graph", folder, "--dot", tmp_path / "group.gv", "--group", "model.layers.0/mlp")
+    assert code == 0 and "trigger: " in (tmp_path / "group.gv").read_text()
+
+
+def test_graph_renders_where_graphviz_is(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, output = run("graph", folder, "--dot", tmp_path / "a.svg", "--layer", "-1")
+    assert code == 0 and "model.layers.2" in (tmp_path / "a.dot").read_text()
+    assert (tmp_path / "a.svg").exists() == (shutil.which("dot") is not None)
+    monkeypatch.setattr(fxprune.cli.shutil, "which", lambda name: None)
+    code, output = run("graph", folder, "--dot", tmp_path / "b.png")
+    assert code == 0 and "no graphviz here" in output
+    assert (tmp_path / "b.dot").exists() and not (tmp_path / "b.png").exists()
+
+
+def test_explain_prints_the_chain(folder: str) -> None:
     code, output = run("explain", folder, "model.layers.0.mlp.down_proj.weight", "1")
-    assert code == 0 and "aten.silu.default" in output and "gate_proj.weight[0]" in output
+    assert code == 0 and output.startswith("model.layers.0.mlp.gate_proj.weight[0] -> ")
+    assert "aten.silu.default" in output and output.count(" -> ") == 4
+    code, output = run("explain", folder, "model.layers.0.mlp.gate_proj.weight", "0")
+    assert code == 0 and "is the trigger of its group" in output
+    member = ("model.layers.0.self_attn.o_proj.weight", "1")
+    code, output = run("explain", folder, *member, "--group", "model.layers.0/head_dim")
+    assert code == 0 and output.startswith("model.layers.0.self_attn.v_proj.weight[0] -> ")
+
+
+def test_passes_lists_all_with_their_stage() -> None:
     code, output = run("passes")
-    assert code == 0 and all(name in output for name in fxprune.pass_names())
+    assert code == 0
+    for name in fxprune.pass_names():
+        assert f"│ {name} │ {fxprune.load_pass(name).stage} │" in output
+    assert "Units are scored uniformly at random" in output
 
 
 @pytest.mark.parametrize(
@@ -67,17 +165,44 @@ def test_explain_and_passes(folder: str) -> None:
     [
         (("--ratio", "1.5", "--importance", "l2"), "ratio is 1.5"),
         (("--kinds", "mpl", "--importance", "l2"), "Did you mean 'mlp'"),
-        (("--importance", "l3"), "unknown importance"),
+        (("--importance", "l3"), "unknown importance 'l3'. Did you mean"),
         ((), "Taylor importance needs data"),
-        (("--calibration", "/no/such/file.txt"), "error:"),
+        (("--calibration", "/no/such/file.txt"), "No such file"),
+        (("--calibration", __file__), "tokens are fewer than 10 samples of 9000"),
     ],
 )
-def test_nonsense_ends_in_one_line(folder: str, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
-    code, output = run("prune", folder, "--out", str(tmp_path / "out"), *arguments)
-    assert code == 2 and says in output and "Traceback" not in output
-    assert not (tmp_path / "out").exists()
+def test_nonsense_ends_in_one_line(folder: str, out: Path, arguments: tuple[str, ...], says: str) -> None:
+    result = CliRunner().invoke(app, ["prune", folder, "--out", str(out), "--tokens", "9000", *arguments])
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and says in lines[0]
+    assert "Traceback" not in result.output and not out.exists()
 
 
-def test_missing_folder() -> None:
-    code, output = run("graph", "/no/such/folder")
-    assert code == 2 and output.startswith("error:")
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("graph", "/no/such/folder"), "error: /no/such/folder: no such folder"),
+        (("prune", "./no/such", "--out", "x"), "error: ./no/such: no such folder"),
+        (("graph", "FOLDER", "--dot", "x.dot", "--layer", "9"), "unknown layer 9"),
+        (("graph", "FOLDER", "--dot", "x.dot", "--group", "model/chanel"), "Did you mean 'model/channel'"),
+        (("explain", "FOLDER", "lm_head.wight", "0"), "Did you mean 'lm_head.weight'"),
+        (("explain", "FOLDER", "lm_head.weight", "0"), "an output of the model"),
+        (("explain", "FOLDER", "lm_head.weight", "1", "--group", "model/chanel"), "Did you mean 'model/channel'"),
+    ],
+)
+def test_unknown_names_end_in_one_line(folder: str, arguments: tuple[str, ...], says: str) -> None:
+    code, output = run(*(folder if argument == "FOLDER" else argument for argument in arguments))
+    assert code == 2 and output.startswith("error: ") and says in output
+
+
+def test_broken_lines_of_json_are_named(folder: str, out: Path) -> None:
+    path = out.with_name("calibration.jsonl")
+    path.write_text('{"words": "red"}\n')
+    code, output = run("prune", folder, "--out", out, "--calibration", path)
+    assert code == 2 and "not JSON lines" in output and "field 'text'" in output
+
+
+def test_folder_without_a_config_is_named(tmp_path: Path) -> None:
+    code, output = run("graph", tmp_path)
+    assert code == 2 and f"{tmp_path}: cannot be loaded" in output
