@@ -250,14 +250,16 @@ def _around(expr: Expr, factor: Factor) -> list[Factor]:
 
 
 def _layer_groups(axes: AxisMap) -> list[Group]:
-    groups = []
-    for block in axes.blocks:
-        names = [name for name in axes.parameters if owner_block(name, axes.blocks) == block]
-        names.sort(key=lambda name: axes.order[name])
-        members = tuple(Member(name, 0, axes.tensors[name][0]) for name in names)
-        if members and block in axes.bypasses:
-            groups.append(Group(f"{block}/layer", "layer", members, block=block))
-    return groups
+    inside: dict[str, list[Member]] = {block: [] for block in axes.blocks}
+    for name in sorted(axes.parameters, key=lambda name: axes.order[name]):
+        block = owner_block(name, axes.blocks)
+        if block is not None:
+            inside[block].append(Member(name, 0, axes.tensors[name][0]))
+    return [
+        Group(f"{block}/layer", "layer", tuple(members), block=block)
+        for block, members in inside.items()
+        if members and block in axes.bypasses
+    ]
 
 
 def _renamed(group: Group, name: str) -> Group:

@@ -7,6 +7,7 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.compat import fake_mode, size_hint
+from fxprune.tensors import device_of
 
 __all__ = ["count_macs", "count_parameters"]
 
@@ -45,9 +46,5 @@ def _inputs(graph_module: fx.GraphModule, tokens: int) -> list[torch.Tensor]:
         if len(shape) == 2 and not value.is_floating_point():
             free = [not isinstance(size, int) for size in value.shape]
             shape = [1 if free[0] else shape[0], tokens if free[1] else shape[1]]
-        found.append(torch.zeros(shape, dtype=value.dtype, device=_device(graph_module)))
+        found.append(torch.zeros(shape, dtype=value.dtype, device=device_of(graph_module)))
     return found
-
-
-def _device(graph_module: fx.GraphModule) -> torch.device:
-    return next((parameter.device for parameter in graph_module.parameters()), torch.device("cpu"))

@@ -10,6 +10,7 @@ from torch import fx
 
 from fxprune.calibration import embedding_rows
 from fxprune.compat import size_hint
+from fxprune.tensors import device_of
 
 __all__ = ["make_probe"]
 
@@ -26,7 +27,7 @@ def make_probe(graph_module: fx.GraphModule, given: Mapping[str, Any] | None, se
     """
     generator = torch.Generator().manual_seed(seed)
     rows = embedding_rows(graph_module)
-    device = next((tensor.device for tensor in graph_module.parameters()), torch.device("cpu"))
+    device = device_of(graph_module)
     probe: dict[str, torch.Tensor] = {}
     for node in graph_module.graph.nodes:
         if node.op != "placeholder":

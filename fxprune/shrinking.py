@@ -20,7 +20,7 @@ from fxprune.probe import make_probe
 from fxprune.registry import load_pass
 from fxprune.report import Report, frozen_reasons, widths_of
 from fxprune.state import State, state_of
-from fxprune.tensors import weights
+from fxprune.tensors import names_by_identity, weights
 from fxprune.trace import Traced
 from fxprune.trace.capture import meta_twin
 from fxprune.trace.inputs import is_hugging_face
@@ -80,7 +80,7 @@ def shrink(
     state.probe = make_probe(dense, example_inputs, seed)
     if check:
         Pipeline([load_pass("record-expected")])(dense)
-    names = _names_by_tensor(model)
+    names = names_by_identity(model)
     by_name = {name: names.get(id(tensor), ()) for name, tensor in weights(dense)}
     shape = meta_twin(model) if inplace else model
     work = dense if inplace else fork(dense)
@@ -114,18 +114,6 @@ def _can_run(graph_module: fx.GraphModule, state: State) -> bool:
         state.notes = (*state.notes, "not verified: the weights are on meta")
         return False
     return True
-
-
-def _names_by_tensor(model: nn.Module) -> dict[int, tuple[str, ...]]:
-    """All names the model has for each of its tensors, by identity."""
-    found: dict[int, tuple[str, ...]] = {}
-    for named in (
-        model.named_parameters(remove_duplicate=False),
-        model.named_buffers(remove_duplicate=False),
-    ):
-        for name, tensor in named:
-            found[id(tensor)] = (*found.get(id(tensor), ()), name)
-    return found
 
 
 def _emit(

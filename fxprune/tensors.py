@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-__all__ = ["delete_tensor", "get_tensor", "set_tensor", "weights"]
+__all__ = ["delete_tensor", "device_of", "get_tensor", "names_by_identity", "set_tensor", "weights"]
 
 
 def get_tensor(module: nn.Module, name: str) -> torch.Tensor:
@@ -34,6 +34,20 @@ def delete_tensor(module: nn.Module, name: str) -> None:
     """Take the parameter or buffer ``name`` out of ``module``."""
     owner, _, leaf = name.rpartition(".")
     delattr(module.get_submodule(owner), leaf)
+
+
+def names_by_identity(module: nn.Module) -> dict[int, tuple[str, ...]]:
+    """All names ``module`` has for each of its parameters and buffers, by ``id`` of the tensor."""
+    found: dict[int, tuple[str, ...]] = {}
+    for named in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
+        for name, tensor in named:
+            found[id(tensor)] = (*found.get(id(tensor), ()), name)
+    return found
+
+
+def device_of(graph_module: fx.GraphModule) -> torch.device:
+    """The device of the tensors the graph reads; the CPU where it reads none."""
+    return next((tensor.device for _, tensor in weights(graph_module)), torch.device("cpu"))
 
 
 def weights(graph_module: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:

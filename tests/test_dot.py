@@ -266,10 +266,10 @@ def test_without_blocks_everything_is_shown_and_odd_names_are_quoted(tmp_path: P
     assert len(picture.nodes) == 7
     assert "parts.a -> <b>; {.weight[0]" in picture.nodes
     assert _quoted('a "b" \\c\n') == r'"a \"b\" \\c\n"'
-    render(picture.path)
+    check_renders(picture.path)
 
 
-def render(path: Path) -> None:
+def check_renders(path: Path) -> None:
     """Graphviz takes the file without complaint; where there is none, pydot reads it."""
     program = shutil.which("dot")
     if program is None:
@@ -285,7 +285,7 @@ def test_graphviz_renders(family: str, tmp_path: Path) -> None:
     graph = graph_of(tiny(family))
     for options in ({}, {"everything": True}, {"group": fxprune.find_groups(graph)[1].name}):
         fxprune.write_dot(graph, tmp_path / "picture.dot", **options)
-        render(tmp_path / "picture.dot")
+        check_renders(tmp_path / "picture.dot")
 
 
 @pytest.mark.parametrize(

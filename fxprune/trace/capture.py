@@ -8,6 +8,7 @@ model is traced in bfloat16: only so does the graph tell a cast *to float32* (a 
 from __future__ import annotations
 
 import copy
+import traceback
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -155,8 +156,6 @@ def _first_line(error: Exception) -> str:
 
 def _culprit(error: Exception) -> str:
     """File, line and code of the innermost frame that is the model's own, not torch's."""
-    import traceback
-
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if "/torch/" not in f.filename and "/fxprune/" not in f.filename]
     last = (own or frames)[-1]

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxprune.compat import FakeTensorProp, enable_python_dispatcher, fake_mode
 from fxprune.passbase import Pass, PassResult
-from fxprune.tensors import weights
+from fxprune.tensors import device_of
 
 __all__ = ["PropagateShapesPass"]
 
@@ -30,7 +30,7 @@ class PropagateShapesPass(Pass):
         inputs = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
         mode = next((value.fake_mode for value in inputs if hasattr(value, "fake_mode")), None) or fake_mode()
         mode.allow_non_fake_inputs = True
-        device = next((tensor.device for _, tensor in weights(graph_module)), torch.device("cpu"))
+        device = device_of(graph_module)
         with mode:
             inputs = [torch.empty(value.shape, dtype=value.dtype, device=device) for value in inputs]
         with enable_python_dispatcher():  # symbolic sizes are only understood by the Python side of torch's dispatcher

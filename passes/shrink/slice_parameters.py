@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxprune.passbase import Pass, PassResult
 from fxprune.state import state_of
-from fxprune.tensors import get_tensor, set_tensor, weights
+from fxprune.tensors import get_tensor, names_by_identity, set_tensor, weights
 
 __all__ = ["SliceParametersPass", "slice_tensor"]
 
@@ -40,7 +40,7 @@ class SliceParametersPass(Pass):
         tied: dict[int, list[str]] = {}
         for name, tensor in weights(graph_module):
             tied.setdefault(id(tensor), []).append(name)
-        aliases = _aliases(self.mirror)
+        aliases = {} if self.mirror is None else names_by_identity(self.mirror)
         for names in tied.values():
             kept = next((plan.kept[name] for name in names if name in plan.kept), {})
             if not kept and not self.copy:
@@ -61,15 +61,3 @@ def slice_tensor(tensor: torch.Tensor, kept: Mapping[int, list[int]]) -> torch.T
         value = value.index_select(axis, torch.tensor(index, device=value.device))
     value = value if kept else value.clone()
     return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-
-
-def _aliases(module: nn.Module | None) -> dict[int, list[str]]:
-    """All names of each tensor of ``module``, by identity."""
-    found: dict[int, list[str]] = {}
-    if module is not None:
-        for name, tensor in (
-            *module.named_parameters(remove_duplicate=False),
-            *module.named_buffers(remove_duplicate=False),
-        ):
-            found.setdefault(id(tensor), []).append(name)
-    return found
