@@ -1,9 +1,11 @@
 """fxprune: structural pruning of language models as a suite of torch.fx passes."""
 
 from fxprune.api import Result, apply, prune
+from fxprune.checkpoint import from_pretrained, save_pretrained
 from fxprune.dependency import dependency_graph
 from fxprune.dot import write_dot
 from fxprune.errors import FxpruneError
+from fxprune.export import export_graph
 from fxprune.groups import Group, Member, explain, find_groups
 from fxprune.passbase import Pass, PassResult
 from fxprune.pipeline import Pipeline
@@ -31,11 +33,14 @@ __all__ = [
     "apply",
     "dependency_graph",
     "explain",
+    "export_graph",
     "find_groups",
+    "from_pretrained",
     "load_pass",
     "pass_names",
     "prune",
     "rule",
+    "save_pretrained",
     "trace",
     "write_dot",
 ]

@@ -16,7 +16,9 @@ from fxprune.plan import Plan, keep_of
 from fxprune.registry import load_pass, pass_names
 from fxprune.shrinking import Result, shrink
 from fxprune.state import Track, state_of
+from fxprune.stock import make_stock_test
 from fxprune.trace import trace
+from fxprune.trace.inputs import is_hugging_face
 
 __all__ = ["Result", "apply", "prune"]
 
@@ -34,6 +36,7 @@ def prune(
     group_ratio: float | None = None,
     protect: tuple[int, int] | tuple[()] | None = None,
     round_to: int = 1,
+    uniform: bool = False,
     seed: int = 0,
     verify: bool = True,
     inplace: bool = False,
@@ -56,6 +59,8 @@ def prune(
         protect: how many layers stay whole at the front and at the end; None for the paper's 4 and 2 of 32, scaled
             to the depth; ``()`` for none.
         round_to: slim widths are multiples of this.
+        uniform: the same widths in every layer, and such that the model's own config class takes them: the checkpoint
+            then loads in stock transformers, and in whatever reads its format. ``protect`` must be empty or None.
         seed: for ``random`` importance and the verification inputs.
         verify: check that masking equals shrinking, and that the emitted model equals the graph.
         inplace: free each dense tensor as its slim one is made; ``model`` then *becomes* the slim model.
@@ -66,9 +71,12 @@ def prune(
         FxpruneError: one of its subclasses, naming what is wrong and what to do; the model is then unchanged.
     """
     estimate = _importance_pass(importance, taylor, tuple(kinds), reduction, seed, 0.1 if inplace else 0.6)
-    select = _select_pass(ratio, group_ratio, tuple(kinds), ranking, protect, round_to)
+    common = {"kinds": tuple(kinds), "ranking": ranking, "protect": protect, "round_to": round_to, "uniform": uniform}
+    select = _select_pass(ratio, group_ratio, common)
     traced = trace(model, example_inputs)
     state = state_of(traced.graph_module)
+    if uniform and is_hugging_face(model):
+        state.accepts = make_stock_test(traced)
     if track is not None:
         state.track = track
     if calibration is not None:
@@ -119,15 +127,7 @@ def _importance_pass(
     return load_pass(importance, kinds=kinds, reduction=reduction, **own.get(importance, {}))
 
 
-def _select_pass(
-    ratio: float,
-    group_ratio: float | None,
-    kinds: tuple[str, ...],
-    ranking: str,
-    protect: tuple[int, int] | tuple[()] | None,
-    round_to: int,
-) -> Pass:
-    common: dict[str, Any] = {"kinds": kinds, "ranking": ranking, "protect": protect, "round_to": round_to}
+def _select_pass(ratio: float, group_ratio: float | None, common: Mapping[str, Any]) -> Pass:
     if group_ratio is None:
         return load_pass("select-by-ratio", ratio=ratio, **common)
     return load_pass("select-by-group-ratio", group_ratio=group_ratio, **common)

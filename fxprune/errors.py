@@ -8,6 +8,8 @@ from collections.abc import Iterable
 __all__ = [
     "AxisMismatch",
     "CalibrationError",
+    "CheckpointError",
+    "ExportError",
     "FxpruneError",
     "PassError",
     "PlanError",
@@ -56,6 +58,14 @@ class CalibrationError(FxpruneError, ValueError):
 
 class PlanError(FxpruneError, ValueError):
     """A plan does not belong to the model it is applied to."""
+
+
+class CheckpointError(FxpruneError, ValueError):
+    """A checkpoint cannot be written, or what is in a folder is not one that can be loaded."""
+
+
+class ExportError(FxpruneError):
+    """A graph cannot be written as a program of another kind."""
 
 
 class PassError(FxpruneError):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from fxprune.checkpoint import Structure, save_pretrained
 from fxprune.emit import Emission, emit
+from fxprune.errors import CheckpointError
+from fxprune.export import export_graph
 from fxprune.fork import fork
 from fxprune.macs import TOKENS, count_macs, count_parameters
 from fxprune.masking import output_tensors
@@ -49,6 +54,37 @@ class Result:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the slim graph."""
         return self.graph_module(*args, **kwargs)
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], tokenizer: Any = None, *, max_shard_size: int | str = "5GB"
+    ) -> Structure:
+        """The folder holds the slim model with its plan and report; see :func:`fxprune.save_pretrained`.
+
+        Raises:
+            CheckpointError: there is no slim Hugging Face model, or the folder holds something else.
+        """
+        if self.model is None:
+            why = "; ".join(self.report.model_reasons[:3])
+            raise CheckpointError(
+                f"there is no slim model to save: {why}",
+                where="model",
+                remedy="Export the graph instead: result.export('model.pt2')",
+            )
+        return save_pretrained(
+            self.model, folder, tokenizer, plan=self.plan, report=self.report, max_shard_size=max_shard_size
+        )
+
+    def export(
+        self, path: str | os.PathLike[str], *, example_inputs: Mapping[str, Any] | None = None, verify: bool = True
+    ) -> Path:
+        """``path`` holds the slim graph as a program: ``.pt2`` or ``.onnx``; see :func:`fxprune.export_graph`.
+
+        Raises:
+            UnknownNameError: the suffix is neither of the two.
+            ExportError: the graph cannot be exported, or the packages for ONNX are missing.
+            VerificationError: the program computes something else; nothing is written.
+        """
+        return export_graph(self.graph_module, path, example_inputs=example_inputs, verify=verify)
 
 
 def shrink(

@@ -42,6 +42,7 @@ class State:
         notes: what had to be given up on the way, in words.
         calibration: samples for criteria that need data.
         track: wraps an iterable that takes long, to show progress: ``track(items, what, total)``.
+        accepts: whether a stock config can say what a plan leaves; None where there is none to ask.
         probe: keyword inputs that verification runs the dense and the slim module on.
         graph: the dependency graph, from discovery.
         groups: what can be removed together, from discovery.
@@ -56,6 +57,7 @@ class State:
     notes: tuple[str, ...] = ()
     calibration: tuple[Sample, ...] = ()
     track: Track = field(default=_silent)
+    accepts: Callable[[Plan], bool] | None = None
     probe: Mapping[str, torch.Tensor] | None = None
     graph: nx.Graph[Axis] | None = None
     groups: tuple[Group, ...] = ()

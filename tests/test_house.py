@@ -16,7 +16,7 @@ PATHS = [str(path.relative_to(ROOT)) for path in FILES]
 
 FLOORS = (
     {"errors"},
-    {"axes", "compat", "literals", "tensors"},
+    {"axes", "compat", "layerwise", "literals", "tensors"},
     {"state", "depth"},
     {"trace", "fork"},
     {"rules"},
@@ -26,8 +26,8 @@ FLOORS = (
     {"probe", "verify", "passbase", "report"},
     {"registry"},
     {"pipeline"},
-    {"emit", "dot", "checkpoint"},
-    {"shrinking"},
+    {"emit", "dot", "checkpoint", "export"},
+    {"shrinking", "stock"},
     {"api"},
     {"cli"},
 )

@@ -29,9 +29,10 @@ class Emission:
     """A slim model, or why there is none.
 
     Attributes:
-        model: Of the dense model's class, holding the given tensors. Three attributes say how it differs:
+        model: Of the dense model's class, holding the given tensors. Four attributes say how it differs:
             `fxprune_layer_fields` (by new layer index, the config fields in which a layer differs from
-            `model.config`), `fxprune_recipe` (a `Recipe` as JSON values, from which `rebuild` makes the same
+            `model.config`), `fxprune_built_with` (config fields that its class wants at their dense values while it
+            is built), `fxprune_recipe` (a `Recipe` as JSON values, from which `rebuild` makes the same
             structure out of the dense config) and the config itself.
         reasons: Layer, parameter, wanted and obtained shape of what has no expression; empty on success.
     """
@@ -161,6 +162,8 @@ def _checked(
     if hasattr(bench.model, "generation_config"):
         slim.generation_config = copy.deepcopy(bench.model.generation_config)
     vars(slim)["fxprune_layer_fields"] = _layer_fields(bench, candidate.recipe)
+    dense = vars(part_of(bench.model.config, bench.layout.part))
+    vars(slim)["fxprune_built_with"] = {name: dense[name] for name in candidate.recipe.noted if name in dense}
     vars(slim)["fxprune_recipe"] = candidate.recipe.as_dict()
     if agrees is None:
         return slim, ()

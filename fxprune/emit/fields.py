@@ -14,14 +14,12 @@ __all__ = [
     "Reads",
     "copy_config",
     "keep_layers",
-    "layer_config",
     "part_of",
     "record_reads",
     "value_of",
     "write_fields",
 ]
 
-_LIVE = ("_attn_implementation_internal", "_experts_implementation_internal")
 _SHARED = frozenset(field.name for field in dataclasses.fields(PreTrainedConfig))
 
 
@@ -113,50 +111,3 @@ def _layer_lists(config: PreTrainedConfig, total: int) -> Iterator[tuple[str, An
         foreign = name in _SHARED or name.startswith("_") or name.endswith(("token_id", "token_ids"))
         if type(value) in (list, tuple) and len(value) == total and not foreign:
             yield name, value
-
-
-def layer_config(config: PreTrainedConfig, fields: Mapping[str, int]) -> PreTrainedConfig:
-    """A copy with some fields of its own that follows the model's config in its choice of kernels.
-
-    A later `set_attn_implementation` on the model writes to the model's config alone; blocks that hold a copy
-    must see it, or masks and attention kernels would no longer fit.
-
-    Args:
-        config: The config of the whole model; kept by reference.
-        fields: The values that differ for this layer.
-    """
-    view = copy_config(config)
-    write_fields(view, fields)
-    for name in _LIVE:
-        vars(view).pop(name, None)
-    vars(view)["_fxprune_parent"] = config
-    view.__class__ = _live_class(type(config))
-    return view
-
-
-_LIVE_CLASSES: dict[type, type] = {}
-
-
-def _live_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    if base not in _LIVE_CLASSES:
-        members: dict[str, object] = {name: _followed(name) for name in _LIVE}
-        members["__reduce_ex__"] = lambda self, _: (_restore, (base, dict(vars(self))))
-        _LIVE_CLASSES[base] = type(base.__name__, (base,), members)
-    return _LIVE_CLASSES[base]
-
-
-def _restore(base: type[PreTrainedConfig], state: dict[str, Any]) -> PreTrainedConfig:
-    live = _live_class(base)
-    view = live.__new__(live)
-    vars(view).update(state)
-    return view
-
-
-def _followed(name: str) -> property:
-    def read(self: PreTrainedConfig) -> Any:
-        return getattr(vars(self)["_fxprune_parent"], name, None)
-
-    def write(self: PreTrainedConfig, value: Any) -> None:
-        """Ignored: the model's config decides."""
-
-    return property(read, write)

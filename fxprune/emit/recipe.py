@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fxprune.emit.fields import copy_config, keep_layers, layer_config, part_of, write_fields
+from fxprune.emit.fields import copy_config, keep_layers, part_of, write_fields
 from fxprune.emit.layout import Layout, on_meta, survey
 from fxprune.emit.patch import Patches
-from fxprune.emit.sites import block_builder
 from fxprune.emit.snapshot import Number, is_number, take_snapshot
+from fxprune.layerwise import block_builder, layer_config
 
 __all__ = ["Recipe", "new_names", "rebuild"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -12,10 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fxprune.emit.fields import Reads, copy_config, keep_layers, part_of, record_reads, value_of, write_fields
 from fxprune.emit.layout import Layout, on_meta
 from fxprune.emit.snapshot import Snapshot, take_snapshot
+from fxprune.layerwise import block_builder
 
-__all__ = ["Site", "block_builder", "block_site", "model_site"]
-
-Builder = Callable[[PreTrainedConfig, int], nn.Module]
+__all__ = ["Site", "block_site", "model_site"]
 
 
 @dataclass
@@ -93,30 +91,6 @@ def _builds(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
     except Exception:
         return False
     return True
-
-
-def block_builder(block: nn.Module) -> Builder | None:
-    """How a block's class is called with a config and an index; None where its signature asks for more.
-
-    Args:
-        block: A block of the dense model.
-    """
-    parameters = [
-        parameter
-        for parameter in inspect.signature(type(block)).parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    if not parameters or any(p.default is p.empty for p in parameters[2:]):
-        return None
-    if len(parameters) > 1 and _takes_index(parameters[1]):
-        return lambda config, index: type(block)(config, index)
-    if len(parameters) > 1 and parameters[1].default is inspect.Parameter.empty:
-        return None
-    return lambda config, index: type(block)(config)
-
-
-def _takes_index(parameter: inspect.Parameter) -> bool:
-    return parameter.name.endswith(("idx", "index", "id", "number", "num"))
 
 
 def block_site(

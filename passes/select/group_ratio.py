@@ -9,6 +9,7 @@ from fxprune.errors import RatioError
 from fxprune.state import State
 from passes.select.base import Selection, SelectPass
 from passes.select.ranking import count_below, normalised
+from passes.select.uniform import choose_uniform
 
 __all__ = ["SelectByGroupRatioPass"]
 
@@ -36,6 +37,8 @@ class SelectByGroupRatioPass(SelectPass):
 
     def choose(self, selection: Selection, state: State) -> list[tuple[int, int]]:
         """The same fraction of each slot, or of each kind's units in order of their scores."""
+        if self.uniform:
+            return choose_uniform(selection, state, lambda _: self.group_ratio)
         if self.ranking == "local":
             return [slot.choose(self.group_ratio) for slot in selection.slots]
         values = normalised(selection.slots)

@@ -13,12 +13,15 @@ from fxprune.state import State
 from passes.select.base import Selection, SelectPass
 from passes.select.ranking import count_below, normalised
 from passes.select.slots import units_left
+from passes.select.uniform import choose_uniform
 
 __all__ = ["SelectByRatioPass"]
 
 Choice = tuple[int, int]
 _CLOSE = 0.005
 """Half a percentage point: how near the achieved ratio has to be where the units are small enough."""
+_FAR = 0.05
+"""How much less than the ratio may go where only some widths are allowed."""
 
 
 @dataclass(eq=False)
@@ -56,9 +59,18 @@ class SelectByRatioPass(SelectPass):
                 where="ratio",
                 remedy="Ask for less, protect fewer layers or allow more kinds",
             )
-        choices = solver.local() if self.ranking == "local" else solver.globally()
-        choices = solver.repair(choices)
+        if self.uniform:
+            choices = choose_uniform(selection, state, solver.fraction)
+        else:
+            choices = solver.repair(solver.local() if self.ranking == "local" else solver.globally())
         achieved = solver.removed(choices) / selection.budget.total
+        if self.uniform and self.ratio - achieved > _FAR:
+            raise RatioError(
+                f"{self.ratio:.1%} of the parameters cannot go with the same widths in all layers: "
+                f"with kinds={self.kinds} the stock config takes {achieved:.1%}",
+                where="uniform",
+                remedy="Leave out uniform; the checkpoint then carries a modelling file of its own",
+            )
         if abs(achieved - self.ratio) > _CLOSE:
             note = f"ratio {achieved:.2%} instead of {self.ratio:.2%}: the units are too large to come nearer"
             state.notes = (*state.notes, note)
@@ -96,7 +108,7 @@ class _Solver:
         """The same fraction everywhere, kinds with the largest units rounded first."""
         fixed: dict[int, Choice] = {}
         for kind in self._kinds_by_unit():
-            fraction = self._solve(fixed)
+            fraction = self.fraction(fixed)
             for number, slot in enumerate(self.slots):
                 if slot.kind == kind:
                     fixed[number] = slot.choose(fraction)
@@ -164,7 +176,7 @@ class _Solver:
             found.append((cost if up else -cost, number, (i, new)))
         return [(number, pick) for _, number, pick in sorted(found)]
 
-    def _solve(self, fixed: Mapping[int, Choice]) -> float:
+    def fraction(self, fixed: Mapping[int, Choice]) -> float:
         """The fraction of units of the slots not ``fixed`` that removes what is left to remove."""
 
         def choices(fraction: float) -> list[tuple[int, float]]:

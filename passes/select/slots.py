@@ -25,6 +25,7 @@ __all__ = [
     "make_slots",
     "protected_blocks",
     "removed_layers",
+    "units_left",
 ]
 
 Array = npt.NDArray[np.float64]

@@ -1,0 +1,177 @@
+"""A checkpoint is written: all of it, or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from fxprune import layerwise
+from fxprune.checkpoint.manifest import MANIFEST, Manifest, weight_files
+from fxprune.checkpoint.structure import Structure, describe, pruned_class, stock_class, stock_config
+from fxprune.errors import CheckpointError
+from fxprune.plan import Plan
+from fxprune.report import Report
+
+__all__ = ["MODELLING", "save_pretrained"]
+
+MODELLING = "modeling_fxprune"
+"""Name of the module saved beside weights that no stock class builds."""
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    plan: Plan | None = None,
+    report: Report | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Structure:
+    """The folder holds the slim model: it is written beside it and renamed, so that a crash leaves no half of it.
+
+    In it: safetensors, ``config.json``, the generation config, the tokenizer, ``fxprune.json``, and, where stock
+    classes do not build the model from its config, a modelling file with which they do (``trust_remote_code=True``).
+
+    Args:
+        model: an emitted model, also after training; adapters merged.
+        folder: replaced where it is empty or holds an earlier checkpoint of ours.
+        tokenizer: saved with it.
+        plan: what was removed.
+        report: what that did.
+        max_shard_size: the largest file of weights, in bytes or as text such as ``"5GB"``.
+
+    Returns:
+        How the model differs from what its stock class builds.
+
+    Raises:
+        CheckpointError: the folder holds something else, or the model cannot be built from plain data.
+    """
+    target = Path(folder).expanduser().absolute()
+    _refuse_foreign(target)
+    structure = describe(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _write_model(model, work, structure, max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(work)
+        manifest = Manifest(
+            source=_source(model, report),
+            stock=structure.is_stock,
+            weights=weight_files(work),
+            plan=None if plan is None else json.loads(plan.to_json()),
+            report=None if report is None else report.to_dict(),
+        )
+        (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        work.chmod(0o777 & ~_umask())
+        _swap(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return structure
+
+
+def _refuse_foreign(target: Path) -> None:
+    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+        remedy = "Choose a new folder, or empty this one"
+        raise CheckpointError("holds files that are not an fxprune checkpoint", where=str(target), remedy=remedy)
+    if target.exists() and not target.is_dir():
+        raise CheckpointError("is a file", where=str(target), remedy="Choose a new folder")
+
+
+def _write_model(model: PreTrainedModel, work: Path, structure: Structure, max_shard_size: int | str) -> None:
+    with _savable(model, structure):
+        model.save_pretrained(work, max_shard_size=max_shard_size)
+    if structure.is_stock:
+        return
+    stock, config = stock_class(model), stock_config(type(model.config))
+    more: dict[str, Any] = {}
+    if getattr(transformers, stock.__name__, None) is stock and hasattr(transformers, config.__name__):
+        text = _modelling(stock.__name__, config.__name__)
+        (work / f"{MODELLING}.py").write_text(text, encoding="utf-8")
+        more["auto_map"] = {
+            "AutoConfig": f"{MODELLING}.{config.__name__}",
+            "AutoModelForCausalLM": f"{MODELLING}.{stock.__name__}",
+        }
+    layerwise.amend_config(work, structure.layers, structure.section, **more)
+
+
+@contextmanager
+def _savable(model: PreTrainedModel, structure: Structure) -> Iterator[None]:
+    """Stock code saves the model: its config is not validated, and buffers it would make otherwise are written."""
+    config: Any = model.config
+    own, kept = type(config), [_hold(model, name) for name in structure.section["buffers"]]
+    section = vars(config).pop(layerwise.SECTION, None)
+    if not structure.is_stock:
+        config.__class__ = pruned_class(stock_class(model), own).config_class
+    try:
+        yield
+    finally:
+        config.__class__ = own
+        if section is not None:
+            vars(config)[layerwise.SECTION] = section
+        for owner, leaf in kept:
+            owner._non_persistent_buffers_set.add(leaf)
+
+
+def _hold(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    owner._non_persistent_buffers_set.discard(leaf)
+    return owner, leaf
+
+
+def _modelling(model: str, config: str) -> str:
+    source = Path(layerwise.__file__).read_text(encoding="utf-8")
+    return f'''{source}
+
+from transformers import {config} as StockConfig  # noqa: E402
+from transformers import {model} as StockModel  # noqa: E402
+
+
+class {config}(AnyWidths, StockConfig):
+    """The config of a pruned model."""
+
+
+class {model}(Layerwise, StockModel):
+    """A pruned model; named like its stock class, by which names of weights on disk are looked up."""
+
+    config_class = {config}
+'''
+
+
+def _source(model: PreTrainedModel, report: Report | None) -> dict[str, Any]:
+    name = getattr(model.config, "_name_or_path", "")
+    found = {"class": stock_class(model).__name__, "name": Path(name).name if os.path.isdir(name) else name}
+    return found if report is None else {**found, "parameters": report.parameters[0]}
+
+
+def _swap(work: Path, target: Path) -> None:
+    """``work`` takes the place of ``target``; where that fails the old one is put back."""
+    if not target.exists():
+        work.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)) / "old"
+    target.rename(old)
+    try:
+        work.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
