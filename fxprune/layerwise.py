@@ -35,6 +35,7 @@ SECTION = "fxprune"
 
 _LIVE = ("_attn_implementation_internal", "_experts_implementation_internal")
 _HETEROGENEOUS = "_heterogeneity_spec"
+_ALLOWED = "allow_global_per_layer_attribute_access"
 
 
 class AnyWidths:
@@ -55,7 +56,8 @@ class Layerwise:
         """The stock model is built, then the layers that differ are built again."""
         section = dict(vars(config).get(SECTION) or {})
         layers = layers_of(config)
-        vars(config).pop(_HETEROGENEOUS, None)
+        for name in (_HETEROGENEOUS, _ALLOWED):
+            vars(config).pop(name, None)
         vars(_part(config, section)).update(section.get("built_with", {}))
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         assert isinstance(self, nn.Module)
@@ -103,6 +105,7 @@ def amend_config(folder: Any, layers: Mapping[int, Mapping[str, Any]], section: 
     config[SECTION] = dict(section) | ({"layers": written} if section.get("part") else {})
     if written and not section.get("part"):
         config["per_layer_config"] = written
+        config[_ALLOWED] = True  # without it stock config classes cannot even be read, for a tokenizer say
     with open(path, "w", encoding="utf-8") as file:
         json.dump(config | more, file, indent=2, sort_keys=True)
 

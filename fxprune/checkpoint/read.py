@@ -62,6 +62,7 @@ def _as_stock(model: PreTrainedModel, stock: type[PreTrainedModel]) -> PreTraine
     """The model is as it was emitted: of its stock class, with a plain config."""
     model.__class__ = stock
     model.config.__class__ = stock_config(type(model.config))
+    vars(model.config).pop("auto_map", None)
     section = vars(model.config).pop(SECTION, None) or {}
     for name in section.get("buffers", {}):
         path, _, leaf = name.rpartition(".")

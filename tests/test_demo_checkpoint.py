@@ -1,0 +1,62 @@
+"""A real model, pruned by a fifth, is saved and loaded in a fresh process, and says the same there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fxprune
+from benchmarks.demo_model import load_demo_model
+
+pytestmark = pytest.mark.slow
+
+PROMPT = "The capital of France is"
+TELL = """
+import sys, torch
+if sys.argv[2] == "stock":
+    sys.modules["fxprune"] = None
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+else:
+    import fxprune
+    model = fxprune.from_pretrained(sys.argv[1])
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tokenizer(sys.argv[3], return_tensors="pt")
+print(model.generate(**ids, max_new_tokens=12, do_sample=False)[0].tolist())
+"""
+
+
+def told(model: torch.nn.Module, tokenizer: object) -> str:
+    """The tokens that ``model`` goes on with."""
+    ids = tokenizer(PROMPT, return_tensors="pt")
+    return str(model.generate(**ids, max_new_tokens=12, do_sample=False)[0].tolist())
+
+
+def told_elsewhere(folder: Path, loader: str) -> str:
+    """The same, in a fresh process."""
+    command = [sys.executable, "-c", TELL, str(folder), loader, PROMPT]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "uneven"])
+def test_the_demo_model_is_saved_and_loaded(uniform: bool, tmp_path: Path) -> None:
+    dense, tokenizer = load_demo_model()
+    dense = dense.float()
+    folder = tmp_path / "slim"
+    result = fxprune.prune(dense, None, ratio=0.2, importance="l2", uniform=uniform)
+    structure = result.save_pretrained(folder, tokenizer)
+    assert structure.is_stock == uniform
+    assert abs(result.report.achieved - 0.2) < 0.005
+    parameters = sum(p.numel() for p in result.model.parameters())
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert size == pytest.approx(parameters * 4, rel=0.02)
+    assert told_elsewhere(folder, "stock" if uniform else "ours") == told(result.model, tokenizer)
