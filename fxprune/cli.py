@@ -51,6 +51,7 @@ def prune(
     ranking: Annotated[str, typer.Option(help="local (in each group) or global.")] = "local",
     protect: Annotated[tuple[int, int] | None, typer.Option(help="Layers kept whole in front and at the end.")] = None,
     round_to: Annotated[int, typer.Option(help="Widths stay multiples of this.")] = 1,
+    uniform: Annotated[bool, typer.Option("--uniform", help="Equal layers, for a stock checkpoint.")] = False,
     calibration: Annotated[Path | None, typer.Option(help="Text to calibrate on: .txt, or .jsonl with 'text'.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 10,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = 128,
@@ -58,16 +59,18 @@ def prune(
     in_place: Annotated[bool, typer.Option("--in-place", help="Free dense tensors early: less memory.")] = False,
     gguf_file: Gguf = None,
 ) -> None:
-    """Prune MODEL and write plan.json, report.json and, where stock transformers can load it, the model to OUT."""
+    """Prune MODEL and write a checkpoint, plan.json and report.json to OUT."""
     with _clear_errors():
         options = dict[str, Any](ratio=ratio, group_ratio=group_ratio, importance=importance, taylor=taylor, seed=seed)
-        options.update(reduction=reduction, ranking=ranking, protect=protect, round_to=round_to, inplace=in_place)
+        options.update(
+            reduction=reduction, ranking=ranking, protect=protect, round_to=round_to, inplace=in_place, uniform=uniform
+        )
         chosen = [kind.strip() for kind in kinds.split(",")]
         text = None if calibration is None else _read_text(calibration)
         dense, tokenizer = _load(model, gguf_file, with_tokenizer=text is not None)
         data = None if text is None else _samples(tokenizer, text, samples, tokens, str(calibration))
         result = fxprune.prune(dense, data, kinds=chosen, track=_progress, **options)
-        _tell(result, out, unsaved=_write(result, tokenizer, out))
+        _tell(result, out, loading=_write(result, tokenizer, out))
 
 
 @app.command()
@@ -250,37 +253,30 @@ def _draw(dependencies: Any, path: Path, **what: Any) -> None:
 
 
 def _write(result: fxprune.Result, tokenizer: Any, out: Path) -> str:
-    """Write all there is to ``out``; returns why the model is not among it, or nothing."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write all there is to ``out``; returns how to load it."""
+    if result.model is None:
+        out.mkdir(parents=True, exist_ok=True)
+        result.export(out / "model.pt2")
+        loading = "there is no slim model of this class, torch.export.load runs model.pt2"
+    elif result.save_pretrained(out, tokenizer).is_stock:
+        loading = "any transformers loads it"
+    else:
+        loading = "fxprune.from_pretrained loads it, and transformers with trust_remote_code=True"
     (out / "plan.json").write_text(result.plan.to_json(), encoding="utf-8")
     (out / "report.json").write_text(result.report.to_json(), encoding="utf-8")
-    if result.model is None:
-        return "there is no slim model of this class"
-    recipe = getattr(result.model, "fxprune_recipe", {})
-    if getattr(result.model, "fxprune_layer_fields", None) or recipe.get("attributes"):
-        return "layers differ in width, which a stock checkpoint cannot say"
-    try:
-        result.model.save_pretrained(out)
-    except Exception as error:  # whatever the config's own validation raises
-        return f"its config refuses these widths: {' '.join(str(error).split())}"
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
-    return ""
+    return loading
 
 
-def _tell(result: fxprune.Result, out: Path, unsaved: str) -> None:
-    """Print the numbers, the widths that changed, and what the user should know, such as why a model is unsaved."""
+def _tell(result: fxprune.Result, out: Path, loading: str) -> None:
+    """Print the numbers, the widths that changed, and what the user should know, such as how to load the model."""
     report = result.report
     console.print(report.table())
     shrunk = Counter((name.rpartition("/")[2], *width) for name, width in report.widths.items())
     lines = [f"{what}: {before:,} to {after:,} units in {n:,} group(s)" for (what, before, after), n in shrunk.items()]
     lines += [f"layer removed: {block}" for block in report.removed_blocks]
     lines += [f"note: {note}" for note in (*report.model_reasons, *report.notes)]
-    if unsaved:
-        lines.append(f"note: the model is not saved: {unsaved}. Pass plan.json to fxprune.apply to have it")
     if report.verification_error is not None:
         lines.append(f"verified: masked and slim outputs differ by {report.verification_error:.1e} at most")
-    written = "plan and report" if unsaved else "model, plan and report"
-    lines.append(f"{report.achieved:.2%} of the parameters removed; {written} written to {out}")
+    lines.append(f"{report.achieved:.2%} of the parameters removed; model, plan and report written to {out}: {loading}")
     for line in lines:
         console.print(line, markup=False, highlight=False)

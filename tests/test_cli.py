@@ -40,7 +40,7 @@ def run(*arguments: object) -> tuple[int, str]:
     return result.exit_code, " ".join(result.output.split())
 
 
-def test_uniform_widths_save_a_stock_model(folder: str, out: Path) -> None:
+def test_equal_widths_save_a_stock_model(folder: str, out: Path) -> None:
     """What stock transformers reads from the folder is what the plan gives when it is applied."""
     code, output = run("prune", folder, "--out", out, "--importance", "l2", "--kinds", "head", "--ratio", "0.1")
     assert code == 0, output
@@ -55,23 +55,41 @@ def test_uniform_widths_save_a_stock_model(folder: str, out: Path) -> None:
     assert (out / "tokenizer.json").exists()
 
 
-def test_differing_widths_save_the_plan_alone(folder: str, out: Path) -> None:
+def test_differing_widths_save_a_checkpoint_of_ours(folder: str, out: Path) -> None:
     options = ("--importance", "l2", "--kinds", "mlp", "--ratio", "0.05", "--protect", 1, 1)
     code, output = run("prune", folder, "--out", out, *options)
     assert code == 0, output
     assert "mlp: 88 to" in output and "in 1 group(s)" in output
-    assert "the model is not saved: layers differ in width" in output and "plan and report written" in output
-    assert {path.name for path in out.iterdir()} == {"plan.json", "report.json"}
-    kept = fxprune.Plan.from_json((out / "plan.json").read_text()).kept
-    assert {name.split(".")[2] for name in kept} == {"1"}
+    assert "fxprune.from_pretrained loads it" in output
+    plan = fxprune.Plan.from_json((out / "plan.json").read_text())
+    assert {name.split(".")[2] for name in plan.kept} == {"1"}
+    with torch.no_grad():
+        slim = fxprune.from_pretrained(out)(token_ids()).logits
+        expected = fxprune.apply(tiny("llama"), plan)(input_ids=token_ids()).logits
+    torch.testing.assert_close(slim, expected, atol=1e-5, rtol=1e-4)
+    assert run("prune", folder, "--out", out, *options)[0] == 0, "an earlier checkpoint is replaced"
 
 
-def test_widths_that_the_config_refuses_save_the_plan_alone(folder: str, out: Path) -> None:
+def test_widths_that_the_config_refuses_save_a_checkpoint_of_ours(folder: str, out: Path) -> None:
     """A config may validate itself as it is saved, which ended in a traceback after all the work."""
     code, output = run("prune", folder, "--out", out, "--importance", "l1", "--kinds", "channel")
     assert code == 0, output
-    assert "its config refuses these widths" in output
-    assert {path.name for path in out.iterdir()} == {"plan.json", "report.json"}
+    assert "fxprune.from_pretrained loads it" in output
+    assert fxprune.from_pretrained(out).config.hidden_size < 48
+
+
+def test_uniform_saves_a_stock_model(folder: str, out: Path) -> None:
+    code, output = run("prune", folder, "--out", out, "--importance", "l2", "--uniform")
+    assert code == 0, output
+    assert "any transformers loads it" in output
+    assert AutoModelForCausalLM.from_pretrained(out).config.intermediate_size < 88
+
+
+def test_without_a_slim_model_the_graph_is_saved(folder: str, out: Path) -> None:
+    code, output = run("prune", folder, "--out", out, "--importance", "l2", "--kinds", "head_dim", "--ratio", "0.05")
+    assert code == 0, output
+    assert "torch.export.load" in output
+    assert {path.name for path in out.iterdir()} == {"model.pt2", "plan.json", "report.json"}
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
@@ -108,7 +126,7 @@ def test_prune_passes_its_options_on(folder: str, out: Path, monkeypatch: pytest
     code, _ = run("prune", folder, "--out", out, "--kinds", "mlp, expert", "--protect", 1, 2, "--in-place", *flags)
     assert code == 2
     assert callable(seen.pop("track"))
-    assert seen == values | {"kinds": ["mlp", "expert"], "protect": (1, 2), "inplace": True}
+    assert seen == values | {"kinds": ["mlp", "expert"], "protect": (1, 2), "inplace": True, "uniform": False}
 
 
 def test_graph_lists_groups_and_frozen_axes_without_weights(folder: str, tmp_path: Path) -> None:

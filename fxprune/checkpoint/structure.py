@@ -19,7 +19,7 @@ from fxprune.emit.fields import part_of
 from fxprune.emit.layout import survey
 from fxprune.emit.snapshot import shapes_of
 from fxprune.errors import CheckpointError
-from fxprune.layerwise import SECTION, AnyWidths, Layerwise
+from fxprune.layerwise import INPUTS, PLACE, SECTION, AnyWidths, Layerwise
 
 __all__ = ["Structure", "describe", "pruned_class", "stock_class", "stock_config"]
 
@@ -60,6 +60,8 @@ _WORDS = {
     "attributes": "no config field sets an attribute of",
     "shapes": "no config field sets the shape of",
     "buffers": "the class makes other values for",
+    "places": "the class builds another kind of layer at",
+    "inputs": "no config field says which units remain of what is passed to",
 }
 
 
@@ -81,6 +83,9 @@ def describe(model: PreTrainedModel) -> Structure:
     section["holds"] = {name: vars(part_of(model.config, layout.part))[name] for name in built_with}
     data = _as_json(model.config)
     refusal = _refusal(type(model.config), data)
+    numbered = enumerate(layout.stacks[0].blocks if layout.stacks else ())
+    section["places"] = {str(i): vars(block)[PLACE] for i, block in numbered if PLACE in vars(block)}
+    section["inputs"] = {path: vars(m)[INPUTS] for path, m in model.named_modules() if INPUTS in vars(m)}
     twin = _build(model, data, layers, section)
     _check_names(model, twin)
     section["attributes"] = _attributes(model, twin)

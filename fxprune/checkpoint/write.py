@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from fxprune import layerwise
 from fxprune.checkpoint.manifest import MANIFEST, Manifest, weight_files
 from fxprune.checkpoint.structure import Structure, describe, pruned_class, stock_class, stock_config
+from fxprune.emit.load import has_odd_experts
 from fxprune.errors import CheckpointError
 from fxprune.plan import Plan
 from fxprune.report import Report
@@ -73,7 +74,7 @@ def save_pretrained(
             report=None if report is None else report.to_dict(),
         )
         (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        work.chmod(0o777 & ~_umask())
+        _open_to_readers(work)
         _swap(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -91,6 +92,7 @@ def _refuse_foreign(target: Path) -> None:
 def _write_model(model: PreTrainedModel, work: Path, structure: Structure, max_shard_size: int | str) -> None:
     with _savable(model, structure):
         model.save_pretrained(work, max_shard_size=max_shard_size)
+    _note_experts(model, work / "config.json")
     if structure.is_stock:
         return
     stock, config = stock_class(model), stock_config(type(model.config))
@@ -103,6 +105,13 @@ def _write_model(model: PreTrainedModel, work: Path, structure: Structure, max_s
             "AutoModelForCausalLM": f"{MODELLING}.{stock.__name__}",
         }
     layerwise.amend_config(work, structure.layers, structure.section, **more)
+
+
+def _note_experts(model: PreTrainedModel, file: Path) -> None:
+    """The config says how experts run where grouped kernels do not take their widths."""
+    if has_odd_experts(model) and getattr(model.config, "_experts_implementation", None) == "eager":
+        data = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({**data, "experts_implementation": "eager"}, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -171,7 +180,10 @@ def _swap(work: Path, target: Path) -> None:
         shutil.rmtree(old.parent, ignore_errors=True)
 
 
-def _umask() -> int:
+def _open_to_readers(folder: Path) -> None:
+    """Temporary folders and mapped files are made for their owner alone; a checkpoint is for whom umask lets in."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    folder.chmod(0o777 & ~mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)

@@ -1,0 +1,267 @@
+"""A graph as a file that runs without this package: a ``torch.export`` program or an ONNX model."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxprune.compat import is_free, is_impure, size_hint, tree_unflatten
+from fxprune.errors import ExportError, UnknownNameError, VerificationError
+from fxprune.fork import fork
+from fxprune.masking import output_tensors
+from fxprune.probe import make_probe
+from fxprune.state import state_of
+from fxprune.tensors import device_of, set_tensor, weights
+from fxprune.trace.inputs import dynamic_dims
+from fxprune.verify import TOLERANCE, compare
+
+__all__ = ["export_graph"]
+
+Inputs = Mapping[str, torch.Tensor]
+
+_ROUGH = 2e-2
+"""Accepted difference where weights are narrower than float32: two runtimes round at different places."""
+
+
+def export_graph(
+    graph_module: fx.GraphModule,
+    path: str | os.PathLike[str],
+    *,
+    example_inputs: Mapping[str, Any] | None = None,
+    verify: bool = True,
+) -> Path:
+    """``path`` holds a program that computes what ``graph_module`` does and needs neither this package nor the model's.
+
+    Axes that vary in the graph vary in the program. It takes the inputs of the graph by keyword and returns what the
+    graph returns; an output object of a model library becomes a dict. It holds weights and code for inference alone,
+    in the dtype of the graph; a ``.pt2`` program runs on the device that the graph is on now.
+
+    Args:
+        graph_module: from :func:`fxprune.trace`, or the slim one of a result.
+        path: where to; ``.pt2`` writes a program for ``torch.export.load``, ``.onnx`` an ONNX model (weights over 2 GB
+            beside it in ``<path>.data``). Folders are made; what was there is replaced when the new file is complete.
+        example_inputs: keyword inputs to verify with; by default those of pruning, or random token ids.
+        verify: run what was exported and compare, an ONNX model in onnxruntime.
+
+    Returns:
+        The path.
+
+    Warns:
+        UserWarning: an axis that ought to vary is fixed; or the ONNX model could not be checked.
+
+    Raises:
+        UnknownNameError: the suffix is neither of the two.
+        ExportError: the graph has no weights yet, torch cannot export it, or the packages for ONNX are missing.
+        VerificationError: the program computes something else; nothing is written.
+    """
+    path = Path(path)
+    if path.suffix not in _WRITERS:
+        raise UnknownNameError("suffix", path.suffix, _WRITERS)
+    meta = next((name for name, tensor in weights(graph_module) if tensor.is_meta), None)
+    if meta is not None:
+        raise ExportError("has no values to export", where=meta, remedy="Give the model real weights instead of meta")
+    given = example_inputs if example_inputs is not None else state_of(graph_module).probe
+    _WRITERS[path.suffix](graph_module, path, make_probe(graph_module, given, seed=0), verify)
+    return path
+
+
+def _write_program(graph_module: fx.GraphModule, path: Path, probe: Inputs, verify: bool) -> None:
+    program = _program(graph_module, probe)
+    if verify:
+        with torch.no_grad():
+            _require_same(graph_module, probe, output_tensors(program.module()(**probe)), path)
+    with _replacing(path) as unfinished:
+        torch.export.save(program, unfinished)
+
+
+def _write_onnx(graph_module: fx.GraphModule, path: Path, probe: Inputs, verify: bool) -> None:
+    _require_packages("onnx", "onnxscript", *(["onnxruntime"] if verify else []))
+    program = _program(graph_module, probe)
+    names: dict[str, Any] = {
+        "input_names": list(probe),
+        "output_names": _output_names(program),
+        "dynamic_shapes": _axis_names(program),
+    }
+    with _quiet(), _as_export_error(path):
+        model = torch.onnx.export(program, (), dynamo=True, verbose=False, **names)
+    assert model is not None
+    with _replacing(path) as unfinished:
+        model.save(unfinished)
+        if verify and _has_kernels(graph_module):
+            _require_same(graph_module, probe, _run_onnx(unfinished, probe), path)
+
+
+_WRITERS: dict[str, Callable[[fx.GraphModule, Path, Inputs, bool], None]] = {
+    ".pt2": _write_program,
+    ".onnx": _write_onnx,
+}
+
+
+def _program(graph_module: fx.GraphModule, probe: Inputs) -> torch.export.ExportedProgram:
+    """The graph as a program that holds no example inputs and does not say where on this machine its code came from."""
+    work = _for_inference(graph_module)
+    inputs, dims = {}, {}
+    for node in (node for node in work.graph.nodes if node.op == "placeholder"):
+        name, shape = str(node.target), node.meta["val"].shape
+        sizes = [size_hint(size) for size in shape]
+        inputs[name] = torch.zeros(sizes, dtype=probe[name].dtype, device=device_of(work))
+        dims[name] = {axis: torch.export.Dim.AUTO if is_free(size) else None for axis, size in enumerate(shape)}
+    with _quiet(), _as_export_error():
+        program = torch.export.export(work, (), inputs, dynamic_shapes=dims, strict=False)
+    program.example_inputs = None
+    for node in program.graph.nodes:
+        for fact in ("stack_trace", "from_node"):
+            node.meta.pop(fact, None)
+    _warn_of_fixed_axes(program)
+    return program
+
+
+def _for_inference(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A graph over the same tensors that has no gradients and returns plain containers."""
+    work = fork(graph_module).eval()
+    plain: dict[int, torch.Tensor] = {}
+    for name, tensor in weights(graph_module):
+        if id(tensor) not in plain:
+            plain[id(tensor)] = _plain_tensor(tensor)
+        set_tensor(work, name, plain[id(tensor)])
+    output = work.graph.output_node()
+    output.args = fx.map_arg(output.args, _plain_output)
+    work.graph.eliminate_dead_code(is_impure)
+    work.recompile()
+    return work
+
+
+def _plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` without gradient; a copy where it is part of a larger storage, which would be stored whole."""
+    value = tensor.detach()
+    if value.untyped_storage().nbytes() != value.nbytes:
+        value = value.clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+
+
+def _plain_output(value: fx.Node) -> Any:
+    """The fields that are there in place of an output object made of them."""
+    if not isinstance(value.target, type):
+        return value
+    fields = {name: field for name, field in value.kwargs.items() if field is not None}
+    return fx.map_arg(fields, _plain_output)
+
+
+def _output_names(program: torch.export.ExportedProgram) -> list[str]:
+    """A name for each output: keys and indices on the way to it."""
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    return _leaf_names(tree_unflatten(range(spec.num_leaves), spec), "")
+
+
+def _leaf_names(structure: Any, name: str) -> list[str]:
+    if not isinstance(structure, Mapping | tuple | list):
+        return [name or "output"]
+    parts = structure.items() if isinstance(structure, Mapping) else enumerate(structure)
+    return [leaf for key, part in parts for leaf in _leaf_names(part, f"{name}_{key}" if name else f"{key}")]
+
+
+def _axis_names(program: torch.export.ExportedProgram) -> dict[str, dict[int, str]]:
+    """Names for the axes of the first input that vary; the others share them where they have to be equal."""
+    shapes = [value.shape for value in _inputs_of(program).values()]
+    first = {axis: name for axis, name in enumerate(("batch", "sequence")) if axis < len(shapes[0])}
+    free = {axis: name for axis, name in first.items() if is_free(shapes[0][axis])}
+    return {name: {} if i else free for i, name in enumerate(_inputs_of(program))}
+
+
+def _inputs_of(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
+    """The fake value of each input, by name."""
+    return {n.name: n.meta["val"] for n in program.graph.nodes if n.name in program.graph_signature.user_inputs}
+
+
+def _warn_of_fixed_axes(program: torch.export.ExportedProgram) -> None:
+    values = _inputs_of(program)
+    for name, axes in dynamic_dims(values).items():
+        for axis in axes or ():
+            size = values[name].shape[axis]
+            if not is_free(size):
+                warnings.warn(f"{name}: axis {axis} is fixed; the program runs at {size} alone", stacklevel=6)
+
+
+def _require_same(graph_module: fx.GraphModule, probe: Inputs, got: tuple[torch.Tensor, ...], path: Path) -> None:
+    with torch.no_grad():
+        want = output_tensors(graph_module(**probe))
+    tolerance = TOLERANCE if want[0].element_size() >= 4 else _ROUGH
+    error = compare([value.float().cpu() for value in want], [value.float().cpu() for value in got])
+    if not error <= tolerance:
+        raise VerificationError(
+            f"the exported program differs from the graph by {error:.2e}, more than {tolerance:.0e}",
+            where=path.name,
+            remedy="Please report the model's config and the versions of torch and onnxruntime",
+        )
+
+
+def _has_kernels(graph_module: fx.GraphModule) -> bool:
+    """Whether onnxruntime on a CPU can run the graph: it has few kernels for bfloat16."""
+    if not any(tensor.dtype == torch.bfloat16 for _, tensor in weights(graph_module)):
+        return True
+    warnings.warn(
+        "not checked: onnxruntime does not run bfloat16 on a CPU; float() first for one that does", stacklevel=4
+    )
+    return False
+
+
+def _run_onnx(path: Path, probe: Inputs) -> tuple[torch.Tensor, ...]:
+    """The float outputs of an ONNX model."""
+    import onnxruntime
+
+    with _as_export_error(path):
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        feeds = {entry.name: probe[entry.name].cpu().numpy() for entry in session.get_inputs()}
+        return output_tensors([torch.from_numpy(value) for value in session.run(None, feeds)])
+
+
+def _require_packages(*names: str) -> None:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"ONNX needs {', '.join(missing)}", remedy="pip install 'fxprune[onnx]'")
+
+
+@contextmanager
+def _as_export_error(path: Path | None = None) -> Iterator[None]:
+    """What torch or onnxruntime raise, in one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        where = path.name if path is not None else ""
+        raise ExportError(f"cannot be exported: {reason}", where=where, remedy="The cause has the details") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing is heard of what torch deprecates in itself or misses among packages that are not needed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path to write to beside ``path``; what is there moves into place at the end, unless something raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        yield Path(folder) / path.name
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
+            file.replace(path.parent / file.name)

@@ -1,0 +1,295 @@
+"""What is exported runs where this package is not installed, at any batch and length, and computes the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+import onnxruntime
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.fx import GraphModule
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import fxprune
+import fxprune.export
+from fxprune.errors import ExportError, UnknownNameError, VerificationError
+from fxprune.tensors import set_tensor, weights
+from tests.models import FAMILIES, tiny, token_ids
+
+SIZES = ((1, 1), (1, 7), (3, 20))
+NAMES = ("llama, tied", "llama, bfloat16", "gpt2", "gemma3_text", "bloom")
+
+LONELY = """
+import sys
+for package in ("fxprune", "passes", "transformers"):
+    sys.modules[package] = None  # whoever imports it gets an ImportError
+import torch
+from safetensors.torch import load_file, save_file
+
+for path in sys.argv[1:]:
+    program = torch.export.load(path).module()
+    inputs = load_file(path + ".inputs")
+    save_file({size: program(input_ids=ids)["logits"].contiguous() for size, ids in inputs.items()}, path + ".outputs")
+"""
+
+
+def slim(name: str) -> fxprune.Result:
+    """A pruned model of a family, of two layers; what follows the comma says what is special about it."""
+    family, _, what = name.partition(", ")
+    layers = "n_layer" if "n_layer" in FAMILIES[family] else "num_hidden_layers"
+    model = tiny(family, **{layers: 2}, **({"tie_word_embeddings": True} if what == "tied" else {}))
+    result = fxprune.prune(model, ratio=0.2, importance="l2", protect=())
+    if what == "bfloat16":
+        result.graph_module.to(torch.bfloat16)
+    return result
+
+
+@pytest.fixture(scope="module")
+def llama() -> fxprune.Result:
+    return slim("llama, tied")
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[fxprune.Result, Path]]:
+    """Programs of all families, and beside each what it computed in a process of its own, by size."""
+    folder = tmp_path_factory.mktemp("programs")
+    made = {}
+    for number, name in enumerate(NAMES):
+        result = slim(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # an axis that is fixed
+            path = result.export(folder / f"{number}.pt2")
+        save_file({f"{b}x{s}": token_ids(b, s) for b, s in SIZES}, f"{path}.inputs")
+        made[name] = result, path
+    subprocess.run([sys.executable, "-c", LONELY, *(str(path) for _, path in made.values())], check=True, cwd=folder)
+    return made
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_program_runs_without_the_package(name: str, programs: dict[str, tuple[fxprune.Result, Path]]) -> None:
+    result, path = programs[name]
+    got = load_file(f"{path}.outputs")
+    for batch, tokens in SIZES:
+        with torch.no_grad():
+            want = result(token_ids(batch, tokens)).logits
+        logits = got[f"{batch}x{tokens}"]
+        assert logits.dtype == (torch.bfloat16 if "bfloat16" in name else torch.float32)
+        torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-5)
+
+
+def test_program_holds_the_weights_and_no_more(llama: fxprune.Result, tmp_path: Path) -> None:
+    llama(token_ids()).logits.sum().backward()
+    path = llama.export(tmp_path / "slim.pt2")
+    archive = zipfile.ZipFile(path)
+    sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+    stored = sum(size for name, size in sizes.items() if "/weights/weight_" in name)
+    tensors = {id(tensor): tensor for _, tensor in weights(llama.graph_module)}
+    assert stored == sum(tensor.nbytes for tensor in tensors.values()), "tied weights are stored once, gradients never"
+    config = json.loads(archive.read("slim/data/weights/model_weights_config.json"))["config"]
+    assert len(config) == len(tensors) + 1, "and both names of the tied one are known"
+    assert not any(entry["use_pickle"] for entry in config.values())
+    program = torch.export.load(path)
+    assert not any(parameter.requires_grad for parameter in program.parameters())
+    assert program.example_inputs is None
+    assert str(Path(torch.__file__).parents[1]).encode() not in path.read_bytes(), "traces name files of this machine"
+
+
+def test_a_merged_adapter_is_exported(tmp_path: Path) -> None:
+    result = slim("llama")
+    adapted = get_peft_model(result.model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    before = result(token_ids()).logits.detach()
+    merged = adapted.merge_and_unload()
+    got = torch.export.load(result.export(tmp_path / "slim.pt2")).module()(input_ids=token_ids())["logits"]
+    torch.testing.assert_close(got, merged(token_ids()).logits.detach(), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(got, before, atol=1e-2)
+
+
+def test_parts_of_a_larger_storage_are_stored_alone(tmp_path: Path) -> None:
+    net = nn.Linear(5, 3)
+    net.weight = nn.Parameter(torch.randn(1000, 5)[:3])
+    graph = fxprune.trace(net, {"input": torch.randn(4, 5)}).graph_module
+    path = fxprune.export_graph(graph, tmp_path / "net.pt2")
+    assert path.stat().st_size < 1000 * 5 * 4
+    x = torch.randn(6, 5)
+    torch.testing.assert_close(torch.export.load(path).module()(input=x), net(x))
+
+
+class TwoOutputs(nn.Module):
+    """Two linears in parallel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        return {"first": self.first(x), "others": (self.second(x), x + 1)}
+
+
+def test_outputs_keep_their_structure(tmp_path: Path) -> None:
+    net, x = TwoOutputs(), torch.randn(7, 5)
+    graph = fxprune.trace(net, {"x": torch.randn(4, 5)}).graph_module
+    got = torch.export.load(fxprune.export_graph(graph, tmp_path / "net.pt2")).module()(x=x)
+    torch.testing.assert_close(got, net(x))
+    session = onnxruntime.InferenceSession(fxprune.export_graph(graph, tmp_path / "net.onnx"))
+    assert [entry.name for entry in session.get_outputs()] == ["first", "others_0", "others_1"]
+    assert session.get_inputs()[0].shape == ["batch", 5]
+    torch.testing.assert_close(torch.from_numpy(session.run(["others_0"], {"x": x.numpy()})[0]), net.second(x))
+
+
+class Recurrent(nn.Module):
+    """A loop over the tokens, which tracing unrolls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(20, 6), nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        state, x = torch.zeros(6), self.embed(ids)
+        for t in range(ids.shape[1]):
+            state = state + self.down(torch.relu(self.up(state + x[:, t])))
+        return state
+
+
+def test_an_axis_that_tracing_fixed_is_told(tmp_path: Path) -> None:
+    """Counting multiply-accumulates and making inputs once took such an axis for one that varies, and crashed."""
+    example = {"ids": torch.randint(20, (2, 5))}
+    result = fxprune.prune(Recurrent(), importance="l2", ratio=0.2, protect=(), example_inputs=example)
+    assert result.report.parameters[1] < result.report.parameters[0]
+    for suffix in ("pt2", "onnx"):
+        with pytest.warns(UserWarning, match="ids: axis 1 is fixed; the program runs at 5 alone"):
+            path = result.export(tmp_path / f"net.{suffix}", example_inputs={})
+    ids = torch.randint(20, (3, 5))
+    session = onnxruntime.InferenceSession(path)
+    assert session.get_inputs()[0].shape == ["batch", 5]
+    torch.testing.assert_close(torch.from_numpy(session.run(None, {"ids": ids.numpy()})[0]), result(ids).detach())
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "bloom"])
+def test_onnx_runs_at_any_batch_and_length(name: str, tmp_path: Path) -> None:
+    result = slim(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        path = result.export(tmp_path / "deep" / "slim.onnx")
+    session = onnxruntime.InferenceSession(path)
+    assert [(i.name, i.shape) for i in session.get_inputs()] == [("input_ids", ["batch", "sequence"])]
+    for batch, tokens in SIZES:
+        got = session.run(["logits"], {"input_ids": token_ids(batch, tokens).numpy()})[0]
+        with torch.no_grad():
+            want = result(token_ids(batch, tokens)).logits
+        assert (torch.from_numpy(got) - want).abs().max() <= 1e-4 * max(1, want.abs().max())
+    assert [file.name for file in path.parent.iterdir()] == ["slim.onnx"]
+
+
+def test_large_onnx_models_keep_their_weights_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tied weight is there once, unless so small that the optimiser folds its transpose: hence the vocabulary."""
+    model = tiny("llama", num_hidden_layers=2, tie_word_embeddings=True, vocab_size=400)
+    graph = fxprune.trace(model).graph_module
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
+    caplog.set_level("WARNING")
+    path = fxprune.export_graph(graph, tmp_path / "slim.onnx")
+    assert [record for record in caplog.records if record.levelname != "DEBUG"] == []
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["slim.onnx", "slim.onnx.data"]
+    sizes = {id(tensor): tensor.nbytes for _, tensor in weights(graph)}
+    assert 0.95 < (tmp_path / "slim.onnx.data").stat().st_size / sum(sizes.values()) < 1.05
+    logits = onnxruntime.InferenceSession(path).run(None, {"input_ids": token_ids().numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(logits), graph(token_ids()).logits.detach(), atol=1e-3, rtol=1e-4)
+
+
+def test_onnx_in_bfloat16_is_written_and_said_to_be_unchecked(tmp_path: Path) -> None:
+    graph = fxprune.trace(nn.Linear(5, 3).bfloat16(), {"input": torch.randn(4, 5).bfloat16()}).graph_module
+    with pytest.warns(UserWarning, match="not checked: onnxruntime does not run bfloat16"):
+        path = fxprune.export_graph(graph, tmp_path / "net.onnx")
+    assert path.stat().st_size > 0
+
+
+def test_what_is_wrong_is_said_before_anything_is_written(
+    llama: fxprune.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown suffix '\.pt'.*\.pt2"):
+        llama.export(tmp_path / "slim.pt")
+    with pytest.raises(ExportError, match="real weights instead of meta"):
+        fxprune.export_graph(fxprune.trace(tiny("llama").to("meta")).graph_module, tmp_path / "slim.pt2")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ExportError, match=r"ONNX needs onnx, onnxscript, onnxruntime.*pip install 'fxprune\[onnx\]'"):
+        llama.export(tmp_path / "slim.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_a_program_that_differs_is_not_written(
+    suffix: str, llama: fxprune.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = fxprune.export._for_inference
+
+    def spoiled(graph_module: GraphModule) -> GraphModule:
+        work = prepare(graph_module)
+        *_, (name, tensor) = weights(work)
+        set_tensor(work, name, nn.Parameter(tensor * 2))
+        return work
+
+    monkeypatch.setattr(fxprune.export, "_for_inference", spoiled)
+    path = tmp_path / f"slim.{suffix}"
+    path.write_text("what was there")
+    with pytest.raises(VerificationError, match="the exported program differs from the graph"):
+        llama.export(path)
+    assert path.read_text() == "what was there"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_torch_cannot_export_is_an_error_of_ours(llama: fxprune.Result, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"cannot be exported: .*The cause has the details") as caught:
+        llama.export(tmp_path / "slim.pt2", example_inputs={"input_ids": torch.randn(2, 7)})
+    assert caught.value.__cause__ is not None
+
+
+def write_gguf(model: PreTrainedModel, path: Path) -> None:
+    """A GGUF file of a Llama, as llama.cpp's converter lays it out: rotary pairs lie side by side, not in halves."""
+    config, heads = model.config, {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        field = heads.get(name.split(".")[-2])
+        if field is not None:
+            value = value.unflatten(0, (getattr(config, field), 2, -1)).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(names.get_name(name, (".weight",)), value.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_uniform_checkpoints_survive_gguf(tmp_path: Path) -> None:
+    result = fxprune.prune(tiny("llama"), importance="l2", group_ratio=1 / 3, protect=())
+    folder = tmp_path / "slim"
+    result.save_pretrained(folder)
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    assert (stock.config.num_key_value_heads, stock.config.intermediate_size) < (3, 88)
+    write_gguf(stock, tmp_path / "slim.gguf")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="slim.gguf", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(again(token_ids()).logits, result(token_ids()).logits, atol=1e-5, rtol=1e-5)
