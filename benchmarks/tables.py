@@ -18,7 +18,12 @@ def results_page(folder: Path = RESULTS) -> str:
     parts = ["# Results\n\nMade by `make results` from `benchmarks/results/`, which the commands named here wrote.\n"]
     for path in sorted(folder.glob("quality*.json")):
         parts.append(_quality(json.loads(path.read_text())))
-    sections = (("latency", _latency), ("discovery", _discovery), ("discovery_scaling", _scaling))
+    sections = (
+        ("recovery", _recovery),
+        ("latency", _latency),
+        ("discovery", _discovery),
+        ("discovery_scaling", _scaling),
+    )
     for name, section in sections:
         path = folder / f"{name}.json"
         if path.exists():
@@ -34,6 +39,36 @@ def _quality(data: dict[str, Any]) -> str:
         + "\n*No groups*: the same criterion and as many slices of every tensor, but each tensor is ranked by its own "
         "scores alone, and the slices are zeroed.\n"
     )
+
+
+def _recovery(data: dict[str, Any]) -> str:
+    settings, columns = data["settings"], data["columns"]
+    rows = [
+        ("parameters", *(f"{column['parameters']:,}" for column in columns)),
+        ("multiply-accumulates", *(f"{column['macs']:,}" for column in columns)),
+        ("latency ms, 1 x 128 tokens", *(f"{column['latency_ms']:.1f}" for column in columns)),
+    ]
+    evaluations = [column["evaluation"] for column in columns]
+    for key, label, digits in (("perplexities", "perplexity, ", 2), ("tasks", "", 3)):
+        for name in evaluations[0][key]:
+            found = [evaluation[key][name] for evaluation in evaluations]
+            rows.append((label + name, *(f"{f['value']:.{digits}f} ± {f['standard_error']:.{digits}f}" for f in found)))
+    if evaluations[0]["tasks"]:
+        kept = [(column["retained"], column["retained_standard_error"]) for column in columns]
+        rows.append(("average accuracy retained", *(f"{value:.1%} ± {error:.1%}" for value, error in kept)))
+    before, after = settings["held_out_loss"]
+    files = ", ".join(settings["data"] or ["the built-in text"])
+    told = (
+        f"SmolLM2-135M-Instruct, {settings['achieved']:.1%} of the parameters removed (`{settings['taylor']}`, "
+        f"{settings['ranking']} ranking, {settings['samples']} samples). {settings['steps']} steps on "
+        f"{settings['training_tokens']:,} tokens in {settings['training_minutes']:.1f} minutes: rank "
+        f"{settings['rank']}, learning rate {settings['learning_rate']:g}, teacher's weight {settings['distil']:g}, "
+        f"rows of {files}. Held-out loss {before:.3f} before, {after:.3f} after. "
+        f"Tasks: {settings['asked']} questions each of the {settings['half']} half of the file. Values after ± are one "
+        f"standard error; measured in {settings['measured_in'].removeprefix('torch.')}."
+    )
+    heading = ("", *(column["name"] for column in columns))
+    return f"## Recovery: `make bench-recover`\n\n{told} {_ran_on(data)}\n\n" + _table(heading, rows)
 
 
 def _latency(data: dict[str, Any]) -> str:

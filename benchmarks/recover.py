@@ -1,0 +1,214 @@
+"""Prune the demo model, train it a little, and put dense, pruned and recovered side by side: `make recover-demo`."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+import fxprune
+from benchmarks.demo_model import load_demo_model
+from benchmarks.environment import environment
+from fxprune.comparison import Comparison, compare_models
+from fxprune.evaluation import LocalTask
+from fxprune.recovery import Distillation
+from fxprune.text import offline_text, read_text, split_calibration_heldout, token_windows
+
+__all__ = ["app", "calibration_windows", "local_tasks", "training_rows", "without"]
+
+RESULTS = Path(__file__).parent / "results" / "recovery.json"
+SUFFIX = "\nAnswer:"
+app = typer.Typer(add_completion=False)
+
+
+def training_rows(files: Iterable[Path], limit: int, seed: int) -> list[Any]:
+    """As many rows of each file, drawn at random.
+
+    Args:
+        files: `.json` or `.jsonl` of rows, or `.txt`, of which runs of 2000 characters are rows.
+        limit: The most rows in all.
+        seed: Of the draw.
+    """
+    sources = [_rows(path) for path in files]
+    share = max(1, limit // max(1, len(sources)))
+    draw = random.Random(seed)
+    return [row for rows in sources for row in draw.sample(rows, min(share, len(rows)))]
+
+
+def calibration_windows(tokenizer: Any, rows: Iterable[Any], samples: int, tokens: int) -> torch.Tensor:
+    """Token ids `(samples, tokens)`, spread over the text of the rows."""
+    text = "\n\n".join(_text_of(row) for row in rows)
+    windows = token_windows(tokenizer, text, tokens)
+    return windows[torch.linspace(0, len(windows) - 1, min(samples, len(windows))).long()]
+
+
+def local_tasks(files: Iterable[Path], half: str) -> dict[str, LocalTask]:
+    """Files of questions as tasks by name.
+
+    Args:
+        files: JSONL of questions.
+        half: `first` (to choose settings by) or `second` (to report).
+    """
+    tasks = {}
+    for path in files:
+        lines = sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").splitlines())
+        tasks[path.stem] = LocalTask(path, suffix=SUFFIX, start=lines // 2 if half == "second" else 0)
+    return tasks
+
+
+def without(rows: Iterable[Any], heldout: str) -> list[Any]:
+    """The rows whose text is not part of the text that is measured on."""
+    return [row for row in rows if _text_of(row)[:200] not in heldout]
+
+
+@app.command()
+def main(
+    ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = 0.2,
+    taylor: Annotated[str, typer.Option(help="Order of the criterion.")] = "second",
+    ranking: Annotated[str, typer.Option(help="local or global.")] = "global",
+    samples: Annotated[int, typer.Option(help="Calibration samples of 128 tokens, out of the training rows.")] = 64,
+    data: Annotated[list[Path] | None, typer.Option(help="Rows to train on; else half the built-in text.")] = None,
+    rows: Annotated[int, typer.Option(help="The most rows.")] = 300,
+    text: Annotated[list[Path] | None, typer.Option(help="Text to measure on; else the other half.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows of 256 tokens of each text.")] = 40,
+    questions: Annotated[list[Path] | None, typer.Option(help="JSONL files of multiple-choice questions.")] = None,
+    asked: Annotated[int, typer.Option(help="The most questions of a file.")] = 200,
+    half: Annotated[str, typer.Option(help="Half of each file that is asked: first or second.")] = "second",
+    rank: Annotated[int, typer.Option(help="Of the updates.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="The largest, after warm-up.")] = 1e-3,
+    epochs: Annotated[float, typer.Option(help="Passes over the rows.")] = 1.0,
+    batch: Annotated[int, typer.Option(help="Samples of one step.")] = 4,
+    whole: Annotated[bool, typer.Option(help="Prompts count in the loss as well.")] = True,
+    distil: Annotated[float, typer.Option(help="Weight of the dense model as teacher; 0 for none.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of the teacher.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of rows, order and updates.")] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Measure in bfloat16: faster where the CPU has it.")] = False,
+    folder: Annotated[Path | None, typer.Option(help="Keep checkpoints here, and resume from them.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write comparison.json, .md and .png into this folder.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help=f"Write results/{RESULTS.name} as well.")] = False,
+) -> None:
+    """Prune SmolLM2-135M, recover it with LoRA, and compare."""
+    settings = {name: _plain(value) for name, value in locals().items() if name not in ("folder", "out", "json_")}
+    console = Console()
+    dense, tokenizer = load_demo_model()
+    trained_on, measured_on = _texts(data, rows, seed, text)
+    console.print(f"pruning {ratio:.0%} of the parameters, calibrated on {samples} x 128 tokens ...")
+    calibration = calibration_windows(tokenizer, trained_on, samples, 128)
+    pruned = fxprune.prune(dense, calibration, ratio=ratio, taylor=taylor, ranking=ranking)
+    console.print(f"training on {len(trained_on)} rows ...")
+    begin = time.perf_counter()
+    recovery = fxprune.recover(
+        pruned,
+        trained_on,
+        tokenizer,
+        distil=Distillation(dense.bfloat16(), distil, temperature) if distil else None,
+        folder=folder,
+        rank=rank,
+        learning_rate=learning_rate,
+        epochs=epochs,
+        batch=batch,
+        response_only=not whole,
+        seed=seed,
+    )
+    minutes = (time.perf_counter() - begin) / 60
+    _tell(console, recovery, minutes)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    dense, _ = load_demo_model(dtype)
+    models = {"dense": dense, "pruned": pruned.model.to(dtype=dtype), "recovered": recovery.model.to(dtype=dtype)}
+    comparison = compare_models(
+        models,
+        tokenizer,
+        texts=measured_on,
+        tasks=local_tasks(questions or [], half),
+        windows=windows,
+        questions=asked,
+        settings={**settings, **_outcome(pruned, recovery, minutes), "measured_in": str(dtype)},
+    )
+    console.print(comparison.table(f"SmolLM2-135M-Instruct, {ratio:.0%} removed; ± one standard error"))
+    _write(comparison, out, json_)
+
+
+def _texts(
+    data: list[Path] | None, limit: int, seed: int, text: list[Path] | None
+) -> tuple[list[Any], dict[str, str | Path]]:
+    """Rows to train on and texts to measure on, which share nothing."""
+    front, back = split_calibration_heldout(offline_text())
+    measured: dict[str, str | Path] = {"built-in": back} if not text else {path.parent.name: path for path in text}
+    if not data:
+        return [{"text": front}], measured
+    everything = "".join(value if isinstance(value, str) else read_text(value) for value in measured.values())
+    return without(training_rows(data, limit, seed), everything), measured
+
+
+def _rows(path: Path) -> list[Any]:
+    content = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        loaded: list[Any] = json.loads(content)
+        return loaded
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in content.splitlines() if line.strip()]
+    return [{"text": content[start : start + 2000]} for start in range(0, len(content), 2000)]
+
+
+def _text_of(row: Any) -> str:
+    if "text" in row:
+        return str(row["text"])
+    return "\n".join(str(row[name]) for name in ("instruction", "input", "output") if row.get(name))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [
+            path.name if path.stem not in ("test", "valid") else f"{path.parent.name}/{path.name}" for path in value
+        ]
+    return value
+
+
+def _outcome(pruned: fxprune.Result, recovery: fxprune.Recovery, minutes: float) -> dict[str, Any]:
+    """What beside the columns belongs in the report."""
+    return {
+        "achieved": pruned.report.achieved,
+        "verification_error": pruned.report.verification_error,
+        "training_minutes": minutes,
+        "held_out_loss": list(recovery.held_out),
+        "steps": recovery.steps,
+        "trained_parameters": recovery.trained,
+        "training_tokens": recovery.data.tokens,
+        "counted_tokens": recovery.data.counted,
+        "merge_error": recovery.merge_error,
+        "notes": list(recovery.notes),
+    }
+
+
+def _tell(console: Console, recovery: fxprune.Recovery, minutes: float) -> None:
+    before, after = recovery.held_out
+    console.print(
+        f"{recovery.steps} steps on {recovery.data.tokens:,} tokens in {minutes:.1f} minutes; "
+        f"{recovery.trained:,} parameters trained, then merged (logits moved by {recovery.merge_error:.0e})"
+    )
+    console.print(f"held-out loss {before:.3f} before, {after:.3f} after")
+    for note in recovery.notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def _write(comparison: Comparison, out: Path | None, json_: bool) -> None:
+    if json_:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        content = {"environment": environment(), **comparison.to_dict()}
+        RESULTS.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "comparison.json").write_text(comparison.to_json() + "\n", encoding="utf-8")
+        (out / "comparison.md").write_text(comparison.to_markdown(), encoding="utf-8")
+        comparison.plot(out / "comparison.png")
+
+
+if __name__ == "__main__":
+    app()

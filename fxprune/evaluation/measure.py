@@ -1,0 +1,93 @@
+"""Perplexity and zero-shot accuracy of one model, in one call."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fxprune.errors import EvaluationError
+from fxprune.evaluation.corpora import load_corpus, named_corpora
+from fxprune.evaluation.perplexity import Perplexity, text_perplexity
+from fxprune.evaluation.tasks import LocalTask
+from fxprune.evaluation.zeroshot import TaskScore, zero_shot
+
+__all__ = ["Evaluation", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model was found to be worth.
+
+    Args:
+        perplexities: by name of the text.
+        tasks: accuracy by name of the task.
+    """
+
+    perplexities: Mapping[str, Perplexity] = field(default_factory=dict)
+    tasks: Mapping[str, TaskScore] = field(default_factory=dict)
+
+    @property
+    def average(self) -> float | None:
+        """Mean accuracy over the tasks; None where none was run."""
+        return sum(score.value for score in self.tasks.values()) / len(self.tasks) if self.tasks else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the single answers, as plain data."""
+        scores = {name: dataclasses.asdict(score) for name, score in self.tasks.items()}
+        for score in scores.values():
+            del score["correct"]
+        perplexities = {name: dataclasses.asdict(value) for name, value in self.perplexities.items()}
+        return {"perplexities": perplexities, "tasks": scores, "average": self.average}
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as a JSON document."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    *,
+    texts: str | Path | Sequence[str | Path] | Mapping[str, str | Path] = ("wikitext2", "ptb"),
+    tasks: str | Path | LocalTask | Sequence[str | Path | LocalTask] | Mapping[str, str | Path | LocalTask] = (),
+    window: int = 256,
+    stride: int | None = None,
+    windows: int | None = None,
+    questions: int | None = None,
+    batch: int = 8,
+) -> Evaluation:
+    """The perplexity of ``model`` on texts and its accuracy on tasks are measured.
+
+    Args:
+        model: a Hugging Face model, or, for texts alone, whatever takes ``input_ids=`` and returns logits; or the
+            result of :func:`fxprune.prune`, of which the model is measured, else the graph.
+        tokenizer: the model's tokenizer.
+        texts: ``"wikitext2"``, ``"ptb"`` (both from the hub), files (.txt, .jsonl, .json), or a mapping from names to
+            these or to text itself; empty for none.
+        tasks: names that lm-evaluation-harness knows (:data:`fxprune.evaluation.PAPER_TASKS` has the paper's), JSONL
+            files of questions (see :class:`fxprune.evaluation.LocalTask`), or a mapping from names to these.
+        window: tokens the model sees at once.
+        stride: tokens between two windows; None for ``window``.
+        windows: the most windows of a text, spread over it; None for all.
+        questions: the most questions of a task, from its start; None for all.
+        batch: sequences in one call.
+
+    Raises:
+        FxpruneError: a text or a task cannot be read; the message says which, and why.
+    """
+    if hasattr(model, "graph_module"):
+        model = model.model if model.model is not None else model.graph_module
+    corpora = named_corpora(texts)
+    if not corpora and not tasks:
+        raise EvaluationError("no texts and no tasks", where="evaluate", remedy="Give at least one of them")
+    loaded = {name: load_corpus(source) for name, source in corpora.items()}
+    perplexities = {
+        name: text_perplexity(model, tokenizer, text, window=window, stride=stride, limit=windows, batch=batch)
+        for name, text in loaded.items()
+    }
+    scores = zero_shot(model, tokenizer, tasks, limit=questions, batch=batch) if tasks else {}
+    return Evaluation(perplexities, scores)

@@ -1,0 +1,212 @@
+"""Perplexity of a language model on windows of tokens, with the length of a window and its stride stated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, fx, nn
+from transformers import PreTrainedModel
+
+from fxprune.errors import EvaluationError
+
+__all__ = ["Perplexity", "logits_of", "perplexity", "sliding_windows", "text_perplexity"]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and how it was taken.
+
+    Args:
+        value: exp of the mean next-token cross-entropy.
+        standard_error: of ``value``, from the spread of the mean cross-entropy over windows.
+        window: tokens the model sees at once.
+        stride: tokens from the start of one window to the next; each window predicts what none before it did.
+        windows: how many were measured.
+        predicted: tokens predicted.
+    """
+
+    value: float
+    standard_error: float
+    window: int
+    stride: int
+    windows: int
+    predicted: int
+
+
+def text_perplexity(
+    model: Callable[..., Any],
+    tokenizer: Any,
+    text: str,
+    *,
+    window: int = 256,
+    stride: int | None = None,
+    limit: int | None = None,
+    batch: int = 4,
+    progress: bool = False,
+) -> Perplexity:
+    """The perplexity of a text as one run of tokens.
+
+    Args:
+        model: as for :func:`perplexity`.
+        tokenizer: turns text into ids; no special tokens are added.
+        text: what to predict; what is left after the last whole window is dropped.
+        window: tokens of a window.
+        stride: tokens between the starts of two windows; None for ``window``, so that windows do not overlap.
+        limit: the most windows, taken at even distances through the text; None for all.
+        batch: windows in one call.
+        progress: show a progress bar.
+
+    Raises:
+        EvaluationError: the text is shorter than one window, or a number is out of range.
+    """
+    stride = window if stride is None else stride
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    windows, first = sliding_windows(ids, window, stride, limit)
+    sums = _loss_sums(model, windows, first, batch, progress)
+    counts = (window - first).double()
+    mean = float(sums.sum() / counts.sum())
+    value = math.exp(mean)
+    return Perplexity(value, value * _ratio_error(sums, counts), window, stride, len(windows), int(counts.sum()))
+
+
+def sliding_windows(ids: Tensor, window: int, stride: int, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Whole windows of a run of tokens, and the first position that each predicts.
+
+    Args:
+        ids: token ids ``(tokens,)``.
+        window: tokens of a window, at least two.
+        stride: from one start to the next, 1 to ``window``.
+        limit: the most windows, at even distances; None for all.
+
+    Returns:
+        Windows ``(windows, window)`` and positions ``(windows,)``. The first window of a text predicts all its tokens
+        but the first; a later one those that the window before it did not reach.
+
+    Raises:
+        EvaluationError: nothing would be predicted.
+    """
+    if window < 2 or not 1 <= stride <= window or (limit is not None and limit < 1):
+        raise EvaluationError(
+            f"window={window}, stride={stride}, limit={limit}",
+            where="perplexity",
+            remedy="Give a window of 2 tokens or more, a stride of 1 to window, and a positive limit",
+        )
+    if len(ids) < window:
+        raise EvaluationError(
+            f"a text of {len(ids)} tokens holds no window of {window}",
+            where="perplexity",
+            remedy="Give a longer text or a shorter window",
+        )
+    found = ids.unfold(0, window, stride)
+    first = torch.full((len(found),), max(1, window - stride))
+    first[0] = 1
+    if limit is not None and limit < len(found):
+        chosen = torch.linspace(0, len(found) - 1, limit).long()
+        return found[chosen], first[chosen]
+    return found, first
+
+
+def perplexity(
+    model: Callable[..., Any],
+    ids: torch.Tensor,
+    batch: int = 4,
+    *,
+    progress: bool = False,
+) -> float:
+    """exp of the mean next-token cross-entropy over all windows.
+
+    Windows are independent: stride equals length, and each predicts all its tokens but the first. Sums are
+    kept in float64, logits are widened to float32.
+
+    Args:
+        model: A Hugging Face model, a GraphModule or any callable that takes `input_ids=` and returns logits
+            `(batch, tokens, vocabulary)`, alone, first in a tuple, or as `.logits`. Modules run in
+            evaluation mode and get their mode back; a GraphModule keeps the mode that it was traced in.
+        ids: Token ids, `(windows, tokens)`, with at least two tokens a window.
+        batch: Windows in one call; the last call may have fewer.
+        progress: Show a progress bar.
+
+    Raises:
+        EvaluationError: There is nothing to predict.
+        TypeError: The model returned something without logits.
+    """
+    if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise EvaluationError(f"ids of shape {tuple(ids.shape)} hold no next token; give (windows, tokens >= 2)")
+    sums = _loss_sums(model, ids, torch.ones(len(ids), dtype=torch.long), batch, progress)
+    return math.exp(float(sums.sum()) / (ids.shape[0] * (ids.shape[1] - 1)))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned: an object with `.logits`, a mapping, a tuple or the tensor itself.
+
+    Raises:
+        TypeError: There are none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found: Any = getattr(output, "logits", None)
+    if found is None and isinstance(output, Mapping):
+        found = output.get("logits")
+    if found is None and isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(f"no logits in a {type(output).__name__}; the model must return a tensor, a tuple or .logits")
+    return found
+
+
+def _loss_sums(model: Callable[..., Any], ids: Tensor, first: Tensor, batch: int, progress: bool) -> Tensor:
+    """Sums of next-token cross-entropies in nats, ``(windows,)``, over positions from ``first`` on."""
+    options = {"use_cache": False} if isinstance(model, PreTrainedModel) else {}
+    device = _device_of(model)
+    sums: list[Tensor] = []
+    parts = list(zip(ids.split(batch), first.split(batch), strict=True))
+    with torch.inference_mode(), _evaluation(model):
+        for chunk, start in track(parts, description="perplexity", disable=not progress, transient=True):
+            chunk = chunk.to(device)
+            sums.append(_window_sums(logits_of(model(input_ids=chunk, **options)), chunk, start).cpu())
+    return torch.cat(sums)
+
+
+def _window_sums(logits: Tensor, ids: Tensor, first: Tensor) -> Tensor:
+    predicted = logits[:, :-1].float().flatten(0, 1)
+    losses = nn.functional.cross_entropy(predicted, ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+    counted = torch.arange(1, ids.shape[1])[None] >= first[:, None]
+    return (losses.double() * counted.to(losses.device)).sum(dim=1)
+
+
+def _ratio_error(sums: Tensor, counts: Tensor) -> float:
+    """Standard error of ``sum(sums) / sum(counts)``; 0 where one window leaves it unknown.
+
+    Source: Cochran, Sampling Techniques (1977), equation 6.13, without the finite population correction.
+    """
+    number = len(sums)
+    if number < 2:
+        return 0.0
+    rest = sums - counts * (sums.sum() / counts.sum())
+    return float((rest.square().sum() / (number * (number - 1))).sqrt() / counts.mean())
+
+
+def _device_of(model: Callable[..., Any]) -> torch.device | None:
+    """Where the model's first parameter lives; `None` where it has none, and ids stay where they are."""
+    if not isinstance(model, nn.Module):
+        return None
+    return next((parameter.device for parameter in model.parameters()), None)
+
+
+@contextmanager
+def _evaluation(model: Callable[..., Any]) -> Iterator[None]:
+    """A module is in evaluation mode inside and has its mode back outside; a GraphModule is left as it is."""
+    if not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule) or not model.training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()

@@ -1,0 +1,174 @@
+"""Accuracy on multiple-choice tasks without examples, by lm-evaluation-harness on the model as it is."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from fxprune.errors import EvaluationError
+from fxprune.evaluation.tasks import LocalTask, make_task
+
+__all__ = ["PAPER_TASKS", "TaskScore", "named_tasks", "zero_shot"]
+
+PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+"""The seven tasks of LLM-Pruner (arXiv 2305.11627, table 1)."""
+
+Task = str | Path | LocalTask
+
+_RESAMPLES = 100
+"""For standard errors of metrics other than means, which have theirs in closed form."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """How often a model chose the right answer.
+
+    Args:
+        metric: ``acc_norm`` (likelihood by length of the choice) where the task has it, else ``acc``.
+        value: fraction of the questions, in [0, 1].
+        standard_error: of ``value``, from the harness.
+        samples: questions asked.
+        others: further metrics of the task.
+        correct: question by question, whether the answer was right by ``metric``; for paired comparison.
+    """
+
+    metric: str
+    value: float
+    standard_error: float
+    samples: int
+    others: Mapping[str, float] = field(default_factory=dict)
+    correct: tuple[float, ...] = ()
+
+
+def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, Task]:
+    """Tasks by name.
+
+    Args:
+        tasks: names that lm-evaluation-harness knows, JSONL files (by path or :class:`LocalTask`), alone or in a
+            sequence; or a mapping from names of your own.
+    """
+    if isinstance(tasks, Mapping):
+        return dict(tasks)
+    items: list[Task] = [tasks] if isinstance(tasks, str | Path | LocalTask) else list(tasks)
+    named: dict[str, Task] = {}
+    for item in items:
+        path = Path(item.path if isinstance(item, LocalTask) else item)
+        named[path.stem if _is_file(item) else str(item)] = item
+    return named
+
+
+def zero_shot(
+    model: Any,
+    tokenizer: Any,
+    tasks: Task | Sequence[Task] | Mapping[str, Task] = PAPER_TASKS,
+    *,
+    limit: int | None = None,
+    batch: int = 8,
+) -> dict[str, TaskScore]:
+    """Accuracy by task.
+
+    Args:
+        model: a Hugging Face model; it is asked as it is, where it is, and left in its mode.
+        tokenizer: its tokenizer; a copy is used.
+        tasks: as for :func:`named_tasks`; the paper's seven are fetched from the hub.
+        limit: the most questions of a task, from its start; None for all.
+        batch: sequences in one call.
+
+    Raises:
+        EvaluationError: the harness is missing, a task is unknown or cannot be loaded, or the model is not a Hugging
+            Face one.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise EvaluationError(
+            f"tasks need a Hugging Face model, not a {type(model).__name__}",
+            where="model",
+            remedy="Pass result.model; where there is none, report.model_reasons says why",
+        )
+    named, mode = named_tasks(tasks), model.training
+    with _quiet():
+        try:
+            found = _run(model, copy.deepcopy(tokenizer), named, limit, batch)
+        except (KeyError, ValueError, OSError) as error:
+            if isinstance(error, EvaluationError):
+                raise
+            raise EvaluationError(
+                f"{type(error).__name__}: {str(error)[:300]}",
+                where=f"tasks {sorted(named)}",
+                remedy="Names must be known to lm-eval and their data on the hub or in the cache; "
+                "local questions go in as a .jsonl file",
+            ) from error
+        finally:
+            model.train(mode)
+    return {name: _score(name, found) for name in named}
+
+
+def _run(model: Any, tokenizer: Any, named: Mapping[str, Task], limit: int | None, batch: int) -> Mapping[str, Any]:
+    """What the harness found; random number generators are left alone."""
+    try:
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise EvaluationError(
+            f"the package `lm-eval` is not installed ({error})",
+            where="tasks",
+            remedy="pip install 'fxprune[eval]'",
+        ) from error
+    hub = any(not _is_file(task) for task in named.values())
+    found: Mapping[str, Any] = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
+        tasks=[_task(name, task) for name, task in named.items()],
+        task_manager=TaskManager(include_defaults=hub),
+        limit=limit,
+        bootstrap_iters=_RESAMPLES,
+        random_seed=None,
+        numpy_random_seed=None,
+        torch_random_seed=None,
+    )
+    return found
+
+
+def _is_file(task: Task) -> bool:
+    return not isinstance(task, str) or task.endswith((".jsonl", ".json"))
+
+
+def _task(name: str, task: Task) -> Any:
+    if not _is_file(task):
+        return str(task)
+    return make_task(name, task if isinstance(task, LocalTask) else LocalTask(task))
+
+
+def _score(name: str, found: Mapping[str, Any]) -> TaskScore:
+    numbers: Mapping[str, Any] = found["results"][name]
+    plain = {key.removesuffix(",none"): value for key, value in numbers.items() if key.endswith(",none")}
+    metric = "acc_norm" if "acc_norm" in plain else "acc"
+    samples = sorted(found["samples"][name], key=lambda sample: int(sample["doc_id"]))
+    others = {key: float(v) for key, v in plain.items() if not key.endswith("_stderr") and key != metric}
+    error = plain.get(f"{metric}_stderr")
+    return TaskScore(
+        metric=metric,
+        value=float(plain[metric]),
+        standard_error=float(error) if isinstance(error, float) else 0.0,
+        samples=len(samples),
+        others=others,
+        correct=tuple(float(sample[metric]) for sample in samples),
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The harness reports errors alone."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,10 @@
+"""What pruning took is learnt again: low-rank updates of the pruned projections, trained a little and merged."""
+
+from fxprune.recovery.data import DataReport
+from fxprune.recovery.distil import Distillation
+from fxprune.recovery.lora import Targets
+from fxprune.recovery.rows import BadRow
+from fxprune.recovery.run import Recovery, recover
+from fxprune.recovery.settings import RecoverySettings
+
+__all__ = ["BadRow", "DataReport", "Distillation", "Recovery", "RecoverySettings", "Targets", "recover"]

@@ -1,0 +1,248 @@
+"""Training samples and held-out samples: formatted, cut, packed, and sharing no row and no paragraph."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fxprune.calibration import IGNORED
+from fxprune.errors import DataError
+from fxprune.recovery.formats import Example, Formatter, kind_of
+from fxprune.recovery.rows import BadRow, read_rows
+from fxprune.recovery.settings import RecoverySettings
+from fxprune.text import paragraphs
+
+__all__ = ["DataReport", "TrainingData", "collate", "read_training_data"]
+
+_NAMED = 5
+_PASSAGE = 2000
+"""Characters of the runs of paragraphs that a text is split by."""
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the rows.
+
+    Args:
+        rows: how many were read.
+        train: samples trained on; windows, of plain text.
+        held_out: samples kept for the held-out loss.
+        bad: rows left out, each with the reason.
+        formats: rows used, by format.
+        duplicates: rows left out because the same row came before.
+        cut: samples that were longer than allowed, and lost their end.
+        tokens: of the training samples; and ``counted``: those in the loss.
+        counted: tokens that count in the loss.
+        digest: of all samples, to tell one run from another.
+    """
+
+    rows: int
+    train: int
+    held_out: int
+    bad: tuple[BadRow, ...] = ()
+    formats: Mapping[str, int] = field(default_factory=dict)
+    duplicates: int = 0
+    cut: int = 0
+    tokens: int = 0
+    counted: int = 0
+    digest: str = ""
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know, in words: nothing where every row was used whole."""
+        found = []
+        if self.bad:
+            found.append(f"{len(self.bad)} of {self.rows} rows left out: {_named(self.bad)}")
+        if self.duplicates:
+            found.append(f"{self.duplicates} rows left out that repeat an earlier one")
+        if self.cut:
+            found.append(f"{self.cut} samples cut at the longest length")
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Samples to train on, samples to judge by, and what became of the rows."""
+
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    report: DataReport
+
+
+def read_training_data(data: Any, tokenizer: Any, settings: RecoverySettings) -> TrainingData:
+    """Samples of ``data``, split at random into training and held-out ones.
+
+    Args:
+        data: as for :func:`fxprune.recovery.rows.read_rows`.
+        tokenizer: the model's.
+        settings: format, length, fraction held out, seed.
+
+    Raises:
+        DataError: there is no row, no row that can be used, or too few for two parts.
+    """
+    formatter = Formatter(tokenizer, settings.max_tokens, settings.response_only)
+    sorted_rows = _Rows()
+    for where, row in read_rows(data):
+        sorted_rows.take(where, row, settings.data_format, formatter)
+    bad = sorted_rows.bad
+    if not sorted_rows.examples and not sorted_rows.texts:
+        raise _nothing(data, sorted_rows.number, bad)
+    generator = random.Random(settings.seed)
+    train, held_out = _parted(sorted_rows.examples, settings.held_out, generator)
+    front, back = _parted(_passages(sorted_rows.texts), settings.held_out, generator)
+    train += _packed(front, formatter, set())
+    held_out += _packed(back, formatter, {part for passage in front for part in passage})
+    if not train or not held_out:
+        raise DataError(
+            f"{len(train)} samples to train on and {len(held_out)} held out",
+            where="data",
+            remedy="Give more rows, or set held_out to a number of samples that leaves some on both sides",
+        )
+    samples = (*train, *held_out)
+    report = DataReport(
+        rows=sorted_rows.number,
+        train=len(train),
+        held_out=len(held_out),
+        bad=tuple(bad),
+        formats=dict(sorted_rows.formats),
+        duplicates=sorted_rows.duplicates,
+        cut=sum(example.cut for example in samples),
+        tokens=sum(len(example.ids) for example in train),
+        counted=sum(label != IGNORED for example in train for label in example.labels[1:]),
+        digest=_digest(samples),
+    )
+    return TrainingData(tuple(train), tuple(held_out), report)
+
+
+def collate(examples: Sequence[Example], padding: int) -> dict[str, torch.Tensor]:
+    """A batch: ids, mask and labels ``(samples, longest)``, padded at the end.
+
+    Args:
+        examples: of one batch.
+        padding: the id put where nothing is; it is masked and does not count.
+    """
+    longest = max(len(example.ids) for example in examples)
+    ids = torch.full((len(examples), longest), padding)
+    labels = torch.full((len(examples), longest), IGNORED)
+    mask = torch.zeros((len(examples), longest), dtype=torch.long)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+        labels[row, : len(example.ids)] = torch.tensor(example.labels)
+        mask[row, : len(example.ids)] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class _Rows:
+    """Rows sorted into examples, texts and bad ones as they come."""
+
+    def __init__(self) -> None:
+        self.number = self.duplicates = 0
+        self.examples: list[Example] = []
+        self.texts: list[str] = []
+        self.bad: list[BadRow] = []
+        self.formats: Counter[str] = Counter()
+        self._seen: set[str] = set()
+
+    def take(self, where: str, row: Any, wanted: str, formatter: Formatter) -> None:
+        """Sort one row in."""
+        self.number += 1
+        if isinstance(row, BadRow):
+            self.bad.append(row)
+            return
+        kind, why = kind_of(row, wanted)
+        if not kind:
+            self.bad.append(BadRow(where, why))
+            return
+        key = json.dumps(row, sort_keys=True, default=str)
+        if key in self._seen:
+            self.duplicates += 1
+            return
+        self._seen.add(key)
+        made = self._text(row, where) if kind == "text" else formatter.example(row, kind, where)
+        if isinstance(made, BadRow):
+            self.bad.append(made)
+            return
+        self.formats[kind] += 1
+        if isinstance(made, Example):
+            self.examples.append(made)
+
+    def _text(self, row: Any, where: str) -> BadRow | None:
+        text = row if isinstance(row, str) else row["text"]
+        if not isinstance(text, str) or not text.strip():
+            return BadRow(where, "'text' is empty" if isinstance(text, str) else "'text' is not text")
+        self.texts.append(text)
+        return None
+
+
+def _parted(items: Sequence[Any], held_out: float, generator: random.Random) -> tuple[list[Any], list[Any]]:
+    """Two parts at random; both in random order."""
+    if not items:
+        return [], []
+    order = list(items)
+    generator.shuffle(order)
+    number = round(held_out * len(order)) if held_out < 1 else int(held_out)
+    number = max(1, number)
+    return order[number:], order[:number]
+
+
+def _passages(texts: Iterable[str]) -> list[list[str]]:
+    """Runs of paragraphs, each paragraph once: what is short enough to be split by, and long enough to read."""
+    found: list[list[str]] = []
+    seen: set[str] = set()
+    for text in texts:
+        run: list[str] = []
+        for part in paragraphs(text):
+            if part not in seen:
+                seen.add(part)
+                run.append(part)
+            if sum(map(len, run)) >= _PASSAGE:
+                found.append(run)
+                run = []
+        found += [run] if run else []
+    return found
+
+
+def _packed(passages: Iterable[Sequence[str]], formatter: Formatter, elsewhere: set[str]) -> list[Example]:
+    """Passages one after the other, parted by the end-of-text token, cut into windows."""
+    ids: list[int] = []
+    end = formatter.tokenizer.eos_token_id
+    for passage in passages:
+        text = "\n\n".join(part for part in passage if part not in elsewhere)
+        if text:
+            ids += formatter.encode(text) + ([] if end is None else [end])
+    size = formatter.max_tokens
+    windows = [tuple(ids[start : start + size]) for start in range(0, len(ids), size)]
+    return [Example(window, window) for window in windows if len(window) > 1]
+
+
+def _nothing(data: Any, rows: int, bad: Sequence[BadRow]) -> DataError:
+    where = data if isinstance(data, str) else "data"
+    expected = "Rows need 'instruction' and 'output', or 'messages', or 'text'; other fields: rename them"
+    if not rows:
+        return DataError("the data set is empty", where=where, remedy=expected)
+    return DataError(f"none of {rows} rows can be used: {_named(bad)}", where=where, remedy=expected)
+
+
+def _named(bad: Sequence[BadRow]) -> str:
+    """Reasons with their number and the first rows, the commonest first."""
+    by_reason: dict[str, list[str]] = {}
+    for row in bad:
+        by_reason.setdefault(row.why, []).append(row.where)
+    told = [
+        f"{why} ({', '.join(rows[:_NAMED])}{f' and {len(rows) - _NAMED} more' if len(rows) > _NAMED else ''})"
+        for why, rows in sorted(by_reason.items(), key=lambda item: -len(item[1]))[:_NAMED]
+    ]
+    return "; ".join(told) + ("; ..." if len(by_reason) > _NAMED else "")
+
+
+def _digest(samples: Iterable[Example]) -> str:
+    found = hashlib.sha256()
+    for example in samples:
+        found.update(repr((example.ids, example.labels)).encode())
+    return found.hexdigest()[:16]

@@ -1,0 +1,110 @@
+"""The dense model as teacher: the student's next-token distribution is drawn towards the teacher's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxprune.calibration import IGNORED
+from fxprune.errors import RecoveryError
+from fxprune.recovery.lora import evaluating
+
+__all__ = ["Distillation", "distillation_sum"]
+
+_SLICE = 512
+"""Positions compared at once: bounds the memory of two float32 distributions over the vocabulary."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A teacher and how much it counts.
+
+    loss = (1 - weight) * cross-entropy + weight * temperature^2 * KL(teacher || student)
+
+    with both distributions softened by the temperature, over the tokens that count in the loss.
+    Source: Hinton, Vinyals, Dean (arXiv 1503.02531).
+
+    Args:
+        teacher: usually the dense model. It is used where it is and as it is, on another device or in lower precision
+            as well; it is not trained and not changed.
+        weight: of the teacher, in (0, 1].
+        temperature: above 0; higher ones show more of what the teacher holds possible.
+    """
+
+    teacher: Any
+    weight: float = 0.5
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            RecoveryError: a number makes no sense.
+        """
+        if not 0 < self.weight <= 1:
+            raise RecoveryError(f"{self.weight}, it must be in (0, 1]", where="weight")
+        if not self.temperature > 0:
+            raise RecoveryError(f"{self.temperature}, it must be above 0", where="temperature")
+
+    def check(self, student: Any) -> None:
+        """Teacher and student speak of the same tokens.
+
+        Raises:
+            RecoveryError: their vocabularies differ in size.
+        """
+        sizes = [_vocabulary(model) for model in (self.teacher, student)]
+        if sizes[0] != sizes[1]:
+            raise RecoveryError(
+                f"the teacher knows {sizes[0]} tokens, the student {sizes[1]}",
+                where="teacher",
+                remedy="Distil from the dense model that was pruned, or from one with the same tokenizer",
+            )
+        if self.teacher is student:
+            raise RecoveryError("the teacher is the student", where="teacher", remedy="Pass the dense model")
+
+    def divergence_sum(self, inputs: dict[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+        """The sum of ``temperature^2 * KL`` over the counted tokens.
+
+        Args:
+            inputs: the student's: ids, mask and labels ``(samples, tokens)``.
+            logits: the student's ``(samples, tokens, vocabulary)``.
+        """
+        device, mask = next(self.teacher.parameters()).device, inputs.get("attention_mask")
+        with torch.no_grad(), evaluating(self.teacher):
+            theirs = self.teacher(
+                input_ids=inputs["input_ids"].to(device),
+                attention_mask=None if mask is None else mask.to(device),
+                use_cache=False,
+            ).logits
+        counted = inputs["labels"][:, 1:] != IGNORED
+        ours, theirs = logits[:, :-1][counted], theirs[:, :-1][counted.to(device)].to(logits.device)
+        return distillation_sum(ours, theirs, self.temperature)
+
+
+def distillation_sum(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """``temperature^2`` times the sum of KL(teacher || student) over positions, in float32.
+
+    Args:
+        student: logits ``(positions, vocabulary)``.
+        teacher: likewise; no gradient flows into it.
+        temperature: divides both.
+    """
+    total = student.new_zeros((), dtype=torch.float32)
+    for ours, theirs in zip(student.split(_SLICE), teacher.split(_SLICE), strict=True):
+        total = total + nn.functional.kl_div(
+            (ours.float() / temperature).log_softmax(-1),
+            (theirs.float() / temperature).log_softmax(-1),
+            reduction="sum",
+            log_target=True,
+        )
+    return total * temperature**2
+
+
+def _vocabulary(model: Any) -> int:
+    output = model.get_output_embeddings()
+    if output is not None and getattr(output, "weight", None) is not None:
+        return int(output.weight.shape[0])
+    return int(model.config.get_text_config().vocab_size)

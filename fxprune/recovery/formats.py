@@ -1,0 +1,153 @@
+"""Rows become token ids and labels: instructions by the Alpaca template, chats by the model's, plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fxprune.calibration import IGNORED
+from fxprune.recovery.rows import BadRow
+
+__all__ = ["TEMPLATE", "TEMPLATE_WITH_INPUT", "Example", "Formatter", "kind_of"]
+
+TEMPLATE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+TEMPLATE_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+"""Prompts. Source: Taori et al., Stanford Alpaca (2023)."""
+
+_FIELDS = {"instruction": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample.
+
+    Args:
+        ids: token ids.
+        labels: the same, :data:`fxprune.calibration.IGNORED` where a token does not count in the loss.
+        cut: whether it was longer than allowed.
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    cut: bool = False
+
+
+def kind_of(row: Any, wanted: str) -> tuple[str, str]:
+    """The format of a row and nothing, or nothing and why it has none.
+
+    Args:
+        row: as it was read.
+        wanted: one of ``instruction``, ``chat``, ``text``; or ``auto``, by the fields that the row has.
+    """
+    if isinstance(row, str):
+        return ("text", "") if wanted in ("auto", "text") else ("", f"plain text, not {wanted}")
+    if not isinstance(row, Mapping):
+        return "", f"a {type(row).__name__}, not an object"
+    for kind, needed in _FIELDS.items():
+        if wanted in ("auto", kind):
+            missing = [name for name in needed if row.get(name) is None]
+            if not missing:
+                return kind, ""
+            if wanted == kind:
+                return "", f"no {missing[0]!r}; its fields are {sorted(map(str, row))}"
+    return "", f"none of the known fields; its fields are {sorted(map(str, row))}"
+
+
+@dataclass(frozen=True)
+class Formatter:
+    """Rows of instructions and chats to examples.
+
+    Args:
+        tokenizer: the model's.
+        max_tokens: longest example.
+        response_only: whether prompts do not count in the loss.
+    """
+
+    tokenizer: Any
+    max_tokens: int
+    response_only: bool
+
+    def example(self, row: Mapping[str, Any], kind: str, where: str) -> Example | BadRow:
+        """The example of a row, or what is wrong with it."""
+        made = self._instruction(row) if kind == "instruction" else self._chat(row)
+        if isinstance(made, str):
+            return BadRow(where, made)
+        ids, labels = made
+        example = Example(ids[: self.max_tokens], labels[: self.max_tokens], len(ids) > self.max_tokens)
+        if all(label == IGNORED for label in example.labels[1:]):
+            return BadRow(where, f"no response within {self.max_tokens} tokens")
+        return example
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of a text; with the tokens that the tokenizer puts around one, where ``special``."""
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def _instruction(self, row: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]] | str:
+        fields = {name: row.get(name) or "" for name in ("instruction", "input", "output")}
+        for name, value in fields.items():
+            if not isinstance(value, str):
+                return f"{name!r} is a {type(value).__name__}, not text"
+            if not value.strip() and name != "input":
+                return f"{name!r} is empty"
+        prompt = (TEMPLATE_WITH_INPUT if fields["input"].strip() else TEMPLATE).format(**fields)
+        whole = self._closed(self.encode(prompt + fields["output"], special=True))
+        start = _shared(whole, self.encode(prompt, special=True)) if self.response_only else 0
+        return tuple(whole), tuple([IGNORED] * start + whole[start:])
+
+    def _closed(self, ids: list[int]) -> list[int]:
+        """The ids with the end-of-text token once at their end."""
+        end = self.tokenizer.eos_token_id
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+    def _chat(self, row: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]] | str:
+        messages = row["messages"]
+        why = _unfit(messages)
+        if why:
+            return why
+        if not getattr(self.tokenizer, "chat_template", None):
+            return "a chat, but the tokenizer has no chat template"
+        try:
+            whole = self._rendered(messages)
+            if not self.response_only:
+                return tuple(whole), tuple(whole)
+            labels = [IGNORED] * len(whole)
+            for turn, message in enumerate(messages):
+                if message["role"] == "assistant":
+                    start = _shared(whole, self._rendered(messages[:turn], prompt=True)) if turn else 0
+                    end = _shared(whole, self._rendered(messages[: turn + 1]))
+                    labels[start:end] = whole[start:end]
+        except Exception as error:
+            return f"the chat template refuses it: {type(error).__name__}: {str(error)[:80]}"
+        return tuple(whole), tuple(labels)
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> list[int]:
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+        return self.encode(text)
+
+
+def _unfit(messages: Any) -> str:
+    """What is wrong with the messages of a chat; nothing where nothing is."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        return "'messages' is not a list of messages"
+    for message in messages:
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            return "a message without 'role' and 'content' as text"
+    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+        return "no message of the assistant"
+    return ""
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both begin with: a prompt's last one may merge with what follows it."""
+    for number, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return number
+    return min(len(first), len(second))

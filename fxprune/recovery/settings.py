@@ -1,0 +1,98 @@
+"""How a slim model is trained again: the recipe of the paper as defaults, checked before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from fxprune.errors import RecoveryError, UnknownNameError
+
+__all__ = ["FORMATS", "PRECISIONS", "RecoverySettings", "settings_from"]
+
+FORMATS = ("auto", "instruction", "chat", "text")
+PRECISIONS = ("auto", "bf16", "float32")
+
+
+@dataclass(frozen=True)
+class RecoverySettings:
+    """The recipe.
+
+    Source: LLM-Pruner (arXiv 2305.11627), section 4.1 and its published post-training script.
+
+    Args:
+        rank: of the update of each pruned projection.
+        alpha: the update is scaled by ``alpha / rank``.
+        dropout: on the input of the update.
+        learning_rate: the largest, after warm-up.
+        schedule: name of a transformers schedule: ``linear``, ``cosine``, ``constant_with_warmup``, ...
+        warmup: fraction of the steps over which the rate rises from 0.
+        epochs: passes over the data.
+        batch: samples of one step, over all devices.
+        micro_batch: samples of one forward pass on one device; the rest of ``batch`` is accumulated.
+        max_tokens: longest sample; what is longer is cut, and counted.
+        response_only: whether prompts do not count in the loss; plain text always counts whole.
+        clip: largest norm of the gradient.
+        held_out: fraction of the samples that is not trained on, or their number where 1 or more.
+        evaluations: how often the held-out loss is taken in the whole run, and a checkpoint written.
+        patience: how many evaluations without a new best loss end the training; the best one is kept.
+        precision: ``bf16`` or ``float32``; ``auto`` is ``bf16`` where the device computes in it natively.
+        data_format: what the rows are: ``instruction``, ``chat``, ``text``, or ``auto`` to look at each row.
+        seed: of the split, the order, the initial update and dropout.
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.05
+    learning_rate: float = 1e-4
+    schedule: str = "linear"
+    warmup: float = 0.06
+    epochs: float = 2.0
+    batch: int = 64
+    micro_batch: int = 4
+    max_tokens: int = 256
+    response_only: bool = True
+    clip: float = 1.0
+    held_out: float = 0.04
+    evaluations: int = 10
+    patience: int = 3
+    precision: str = "auto"
+    data_format: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            RecoveryError: a number makes no sense.
+            UnknownNameError: a name is not one of those known.
+        """
+        for name in ("rank", "batch", "micro_batch", "evaluations", "patience"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("learning_rate", "epochs", "clip", "alpha"):
+            self._require(name, getattr(self, name) > 0, "above 0")
+        self._require("max_tokens", self.max_tokens >= 2, "at least 2")
+        self._require("held_out", self.held_out > 0, "above 0: early stopping needs samples that are not trained on")
+        for name in ("warmup", "dropout"):
+            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        if self.precision not in PRECISIONS:
+            raise UnknownNameError("precision", self.precision, PRECISIONS)
+        if self.data_format not in FORMATS:
+            raise UnknownNameError("data_format", self.data_format, FORMATS)
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise RecoveryError(f"{getattr(self, name)!r}, it must be {wanted}", where=name)
+
+
+def settings_from(settings: RecoverySettings | None, changes: dict[str, Any]) -> RecoverySettings:
+    """``settings``, or the defaults, with ``changes`` by name.
+
+    Raises:
+        UnknownNameError: there is no such setting.
+    """
+    names = [field.name for field in dataclasses.fields(RecoverySettings)]
+    for name in changes:
+        if name not in names:
+            raise UnknownNameError("setting", name, names)
+    return dataclasses.replace(settings or RecoverySettings(), **changes)

@@ -1,0 +1,219 @@
+"""The training loop: transformers' own, with a teacher, an end when nothing improves, and a word when it diverges."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from fxprune.calibration import IGNORED
+from fxprune.errors import RecoveryError
+from fxprune.recovery.data import TrainingData, collate
+from fxprune.recovery.distil import Distillation
+from fxprune.recovery.settings import RecoverySettings
+
+__all__ = ["RecoveryTrainer", "has_bf16", "make_trainer"]
+
+_WORSE_STEPS = 3
+
+
+class RecoveryTrainer(Trainer):
+    """transformers' Trainer, whose loss is mixed with a teacher's where there is one."""
+
+    def __init__(self, *args: Any, distillation: Distillation | None = None, **options: Any) -> None:
+        """Keep the teacher beside the student, out of the reach of wrappers and checkpoints."""
+        super().__init__(*args, **options)
+        self.distillation = distillation
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross-entropy, mixed with the divergence from the teacher; the held-out loss is cross-entropy alone."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if self.distillation is not None and model.training:
+            weight = self.distillation.weight
+            divergence = self._divergence(inputs, outputs["logits"], num_items_in_batch)
+            loss = (1 - weight) * loss + weight * divergence
+        return (loss, outputs) if return_outputs else loss
+
+    def _divergence(self, inputs: Any, logits: torch.Tensor, items: Any) -> torch.Tensor:
+        """The mean over counted tokens, scaled for accumulation exactly as the cross-entropy is."""
+        assert self.distillation is not None
+        total: torch.Tensor = self.distillation.divergence_sum(inputs, logits)
+        if items is None or not self.model_accepts_loss_kwargs:
+            counted: torch.Tensor = (inputs["labels"][:, 1:] != IGNORED).sum()
+            return total / counted.clamp(min=1)
+        share = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        scaled: torch.Tensor = total * share / items
+        return scaled
+
+
+class _Watch(TrainerCallback):
+    """Training ends when the held-out loss stops improving, and with an error when the loss runs away.
+
+    Both are read from the log, which checkpoints carry: a resumed run decides as an uninterrupted one.
+    """
+
+    def __init__(self, settings: RecoverySettings, vocabulary: int) -> None:
+        self.settings, self.vocabulary = settings, vocabulary
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._stop_early(state, control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The last step is judged and kept as well."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._stop_early(state, control)
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        newest = state.log_history[-1]
+        for name in ("loss", "eval_loss"):
+            if not math.isfinite(newest.get(name, 0.0)):
+                raise self._diverged(f"the {_WORDS[name]} became {newest[name]}", state.global_step)
+        worst = max(2 * losses[0], 1.2 * math.log(self.vocabulary)) if losses else math.inf
+        if len(losses) > _WORSE_STEPS and min(losses[-_WORSE_STEPS:]) > worst:
+            raise self._diverged(f"the training loss rose from {losses[0]:.2f} to {losses[-1]:.2f}", state.global_step)
+
+    def _stop_early(self, state: Any, control: Any) -> None:
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        if losses and len(losses) - 1 - losses.index(min(losses)) >= self.settings.patience:
+            control.should_training_stop = True
+
+    def _diverged(self, what: str, step: int) -> RecoveryError:
+        rate, precision = self.settings.learning_rate, self.settings.precision
+        further = "" if precision == "float32" else ", train in float32 (precision='float32')"
+        return RecoveryError(
+            f"training diverged: {what}",
+            where=f"step {step}",
+            remedy=f"Lower learning_rate (now {rate:g}; try {rate / 10:g}), lengthen warmup (now "
+            f"{self.settings.warmup:g}){further}, and start in a new folder",
+        )
+
+
+_WORDS = {"loss": "training loss", "eval_loss": "held-out loss"}
+
+
+def make_trainer(
+    model: Any,
+    data: TrainingData,
+    settings: RecoverySettings,
+    folder: Path,
+    *,
+    padding: int,
+    distillation: Distillation | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> RecoveryTrainer:
+    """A trainer of ``model``, ready to start or to resume.
+
+    Args:
+        model: with its trainable parameters marked.
+        data: samples.
+        settings: the recipe.
+        folder: where checkpoints go.
+        padding: id that fills short samples up.
+        distillation: the teacher.
+        arguments: for ``transformers.TrainingArguments``, over what the recipe says: ``fsdp``, ``deepspeed``,
+            ``gradient_checkpointing``, ``report_to``, ``use_cpu``, ...
+
+    Raises:
+        RecoveryError: the batch cannot be divided over the devices, or an argument is not one.
+    """
+    try:
+        training = TrainingArguments(**_arguments(settings, folder, len(data.train), dict(arguments or {})))
+    except (TypeError, ValueError) as error:
+        raise RecoveryError(f"transformers refuses them: {error}", where="arguments") from error
+    if training.fp16:
+        raise RecoveryError("fp16 loses small updates", where="arguments", remedy="Leave fp16 out; bf16 is used")
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    trainer = RecoveryTrainer(
+        model=model,
+        args=training,
+        train_dataset=list(data.train),
+        eval_dataset=list(data.held_out),
+        data_collator=lambda examples: collate(examples, padding),
+        callbacks=[_Watch(settings, vocabulary)],
+        distillation=distillation,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 itself, and not by way of float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "xpu":
+        return True
+    can: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+
+
+def _arguments(settings: RecoverySettings, folder: Path, samples: int, own: dict[str, Any]) -> dict[str, Any]:
+    """The recipe in the words of transformers, under the caller's own arguments."""
+    device = _device(bool(own.get("use_cpu", False)))
+    use_cpu = device.type == "cpu"
+    micro, accumulated = _divided(settings, use_cpu)
+    steps = max(1, math.ceil(math.ceil(samples / settings.batch) * settings.epochs))
+    every = max(1, steps // settings.evaluations)
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": accumulated,
+        "num_train_epochs": settings.epochs,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.schedule,
+        "warmup_steps": math.ceil(settings.warmup * steps),
+        "max_grad_norm": settings.clip,
+        "bf16": settings.precision == "bf16" or (settings.precision == "auto" and has_bf16(device)),
+        "use_cpu": use_cpu,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps",
+        "eval_steps": every,
+        "prediction_loss_only": True,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "report_to": [],
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": not use_cpu and torch.cuda.is_available(),
+        **own,
+    }
+
+
+def _device(use_cpu: bool) -> torch.device:
+    found = None if use_cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
+    return torch.device("cpu") if found is None else found
+
+
+def _divided(settings: RecoverySettings, use_cpu: bool) -> tuple[int, int]:
+    """Samples of one forward pass on one device, and passes of one step, so that the batch comes out exactly."""
+    alone = 1 if use_cpu else max(1, torch.cuda.device_count())
+    devices = int(os.environ.get("WORLD_SIZE", alone))
+    share, rest = divmod(settings.batch, devices)
+    if rest or not share:
+        raise RecoveryError(
+            f"{settings.batch} samples do not divide over {devices} devices",
+            where="batch",
+            remedy=f"Choose a multiple of {devices}",
+        )
+    micro = max(size for size in range(1, min(settings.micro_batch, share) + 1) if share % size == 0)
+    return micro, share // micro

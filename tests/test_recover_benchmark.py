@@ -1,0 +1,75 @@
+"""The recovery benchmark: what it draws, what it asks, and that it runs from end to end on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import recover
+from benchmarks.tables import results_page
+from tests.models import tiny
+from tests.tokens import character_tokenizer
+
+SUMS = [{"instruction": f"Add {i} and 1.", "input": "", "output": f"It is {i + 1}."} for i in range(40)]
+QUESTIONS = [{"query": f"Is {i} even?", "choices": ["no", "yes"], "gold": (i + 1) % 2} for i in range(8)]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    found = {name: tmp_path / name for name in ("rows.json", "texts.jsonl", "book.txt", "quiz.jsonl")}
+    found["rows.json"].write_text(json.dumps(SUMS))
+    found["texts.jsonl"].write_text("\n".join(json.dumps({"text": f"Text number {i}."}) for i in range(30)))
+    found["book.txt"].write_text("x" * 4100)
+    found["quiz.jsonl"].write_text("\n".join(map(json.dumps, QUESTIONS)))
+    return found
+
+
+def test_rows_are_drawn_alike_from_each_file(files: dict[str, Path]) -> None:
+    paths = [files[name] for name in ("rows.json", "texts.jsonl", "book.txt")]
+    rows = recover.training_rows(paths, 12, seed=0)
+    assert [sum("instruction" in row for row in rows), len(rows)] == [4, 11]
+    assert sorted(len(row["text"]) for row in rows[8:]) == [100, 2000, 2000]
+    assert rows == recover.training_rows(paths, 12, seed=0) != recover.training_rows(paths, 12, seed=1)
+    assert len(recover.without(rows, f"... {rows[4]['text']} ...")) == 10
+
+
+def test_calibration_is_spread_over_the_rows() -> None:
+    tokenizer = character_tokenizer()
+    windows = recover.calibration_windows(tokenizer, [{"text": "a" * 50}, {"text": "b" * 50}], samples=3, tokens=20)
+    assert windows.shape == (3, 20)
+    assert [tokenizer.decode(window)[0] for window in windows] == ["a", "a", "b"]
+
+
+def test_each_half_of_the_questions_is_asked_by_itself(files: dict[str, Path]) -> None:
+    assert recover.local_tasks([files["quiz.jsonl"]], "first")["quiz"].start == 0
+    assert recover.local_tasks([files["quiz.jsonl"]], "second")["quiz"].start == 4
+
+
+def test_it_runs_and_writes_what_the_results_page_shows(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recover, "load_demo_model", lambda *_: (tiny("llama"), character_tokenizer()))
+    monkeypatch.setattr(recover, "RESULTS", tmp_path / "results" / "recovery.json")
+    options = ["--samples", "2", "--windows", "2", "--asked", "3", "--learning-rate", "5e-3", "--json"]
+    paths = [
+        "--data",
+        str(files["rows.json"]),
+        "--text",
+        str(files["book.txt"]),
+        "--questions",
+        str(files["quiz.jsonl"]),
+    ]
+    command = [*options, *paths, "--out", str(tmp_path / "out")]
+    outcome = CliRunner().invoke(recover.app, command, catch_exceptions=False)
+    assert outcome.exit_code == 0
+    data = json.loads((tmp_path / "results" / "recovery.json").read_text())
+    assert [column["name"] for column in data["columns"]] == ["dense", "pruned", "recovered"]
+    assert data["columns"][1]["parameters"] == data["columns"][2]["parameters"] < data["columns"][0]["parameters"]
+    assert data["settings"]["held_out_loss"][1] < data["settings"]["held_out_loss"][0]
+    assert data["settings"]["data"] == ["rows.json"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"comparison.{s}" for s in ("json", "md", "png")}
+    page = results_page(tmp_path / "results")
+    assert "## Recovery: `make bench-recover`" in page and "| average accuracy retained | 100.0% ± 0.0% |" in page
