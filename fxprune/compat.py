@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils._pytree import TreeSpec, tree_leaves
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
+from torch.utils._sympy.numbers import int_oo
 
 __all__ = [
     "REGION_OPS",
@@ -24,10 +25,14 @@ __all__ = [
     "argument_names",
     "enable_python_dispatcher",
     "fake_mode",
+    "is_free",
     "is_impure",
     "is_pointwise",
+    "is_random",
+    "largest_size",
     "size_hint",
     "tree_leaves",
+    "tree_unflatten",
 ]
 
 REGION_OPS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
@@ -49,6 +54,19 @@ def size_hint(size: int | torch.SymInt) -> int:
     return UNKNOWN_SIZE if hint is None else int(hint)
 
 
+def is_free(size: int | torch.SymInt) -> bool:
+    """Whether ``size`` varies: a symbol that tracing found to have one value only does not."""
+    return not isinstance(size, int) and size.node.maybe_as_int() is None
+
+
+def largest_size(size: int | torch.SymInt) -> int | None:
+    """The largest value that tracing found ``size`` may have; None if there is none."""
+    if isinstance(size, int):
+        return size
+    bound = size.node.shape_env.bound_sympy(size.node.expr).upper
+    return None if bound is int_oo else int(bound)
+
+
 def argument_names(op: OpOverload) -> list[tuple[str, Any, bool]]:
     """Of each argument of ``op`` in order: name, default value (None if it has none), keyword only."""
     return [(arg.name, arg.default_value, arg.kwarg_only) for arg in op._schema.arguments]
@@ -57,6 +75,11 @@ def argument_names(op: OpOverload) -> list[tuple[str, Any, bool]]:
 def is_pointwise(op: object) -> bool:
     """Whether torch itself marks ``op`` as pointwise."""
     return isinstance(op, OpOverload) and torch.Tag.pointwise in op.tags
+
+
+def is_random(op: object) -> bool:
+    """Whether torch itself marks ``op`` as drawing random numbers."""
+    return isinstance(op, OpOverload) and torch.Tag.nondeterministic_seeded in op.tags
 
 
 def is_impure(node: Node) -> bool:

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx as nx
 import torch
 from torch import fx
 
-from fxprune.axes import Expr, Factor, Freeze, Solver, factors, new_factor
+from fxprune.axes import Expr, Factor, Freeze, new_factor
 from fxprune.compat import UNKNOWN_SIZE, size_hint
 from fxprune.depth import Bypass, find_bypasses
+from fxprune.experts import settle_experts
 from fxprune.rules import Literal, OpSite, TensorAxes, find_rule
 from fxprune.rules.base import Axis, Journal
+from fxprune.rules.pointers import follow_pointers
 from fxprune.rules.registry import Rule
 from fxprune.rules.shape import getitem
 from fxprune.state import State, state_of
 from fxprune.tensors import get_tensor
 from fxprune.trace import Traced
+from fxprune.vanishing import find_told_units
 
 __all__ = ["AxisMap", "axis_map", "dependency_graph"]
 
@@ -38,6 +41,7 @@ class AxisMap:
         frozen: factors that must keep their units, with the reason.
         tags: roles that ops gave to factors (``head``, ``head_dim``, ..).
         renormalised: for factors that a statistic runs over, the nodes that take it.
+        summed: for factors that an op adds up over, the nodes that do.
         literals: numbers in the graph that are sizes.
         unruled: nodes whose op has no rule, with the op.
         modules: module path of each node.
@@ -47,12 +51,16 @@ class AxisMap:
         blocks: module paths of the repeated blocks.
         bypasses: for each block that can go as a whole, how to go around it.
         tied: parameter names that are another name's tensor, with that name.
+        least: for factors that have to keep more than one unit, how many.
+        pointers: for tensors that hold positions along an axis, what that axis is made of.
+        constants: names of those buffers that the model's code makes, and that are none of the model's own.
     """
 
     tensors: dict[str, tuple[Expr, ...]]
     frozen: dict[Factor, Freeze]
     tags: dict[Factor, frozenset[str]]
     renormalised: dict[Factor, tuple[str, ...]]
+    summed: dict[Factor, tuple[str, ...]]
     literals: tuple[Literal, ...]
     unruled: dict[str, str]
     modules: dict[str, str]
@@ -62,6 +70,9 @@ class AxisMap:
     blocks: tuple[str, ...] = ()
     bypasses: dict[str, Bypass] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
+    least: dict[Factor, int] = field(default_factory=dict)
+    pointers: dict[str, Expr] = field(default_factory=dict)
+    constants: tuple[str, ...] = ()
 
     def weights(self) -> tuple[str, ...]:
         """Names of parameters and buffers."""
@@ -150,13 +161,14 @@ def _apply_rule(node: fx.Node, journal: Journal) -> None:
         source = journal.tensors.get(node.all_input_nodes[0].name)
         if isinstance(source, tuple):
             getitem(site, source)
-        return
-    function = find_rule(node.target)
-    if function is not None:
-        _run_rule(function, site)
-    elif outs:
-        journal.unruled[node.name] = str(node.target)
-        site.freeze_all(f"no rule for {node.target}")
+    else:
+        function = find_rule(node.target)
+        if function is not None:
+            _run_rule(function, site)
+        elif outs:
+            journal.unruled[node.name] = str(node.target)
+            site.freeze_all(f"no rule for {node.target}")
+    follow_pointers(site)
 
 
 def _run_rule(function: Rule, site: OpSite) -> None:
@@ -167,6 +179,7 @@ def _run_rule(function: Rule, site: OpSite) -> None:
         op = str(site.node.target)
         site.journal.unruled[site.node.name] = op
         site.freeze_all(f"the rule for {op} does not cover this use ({type(error).__name__})")
+        site.understood.clear()
 
 
 def _freeze_output(node: fx.Node, journal: Journal) -> None:
@@ -178,6 +191,9 @@ def _freeze_output(node: fx.Node, journal: Journal) -> None:
         for item in (tensor,) if isinstance(tensor, TensorAxes) else tensor or ():
             for axis in item.axes:
                 journal.solver.freeze(axis, "an output of the model", result.name)
+            if item.name in journal.pointers:
+                pointed, i = journal.pointers[item.name]
+                journal.solver.freeze(pointed.axes[i], "positions along it are an output of the model", result.name)
 
 
 def _fresh(name: str, value: Any, weight: bool = False) -> TensorAxes:
@@ -187,10 +203,14 @@ def _fresh(name: str, value: Any, weight: bool = False) -> TensorAxes:
 
 def _solve(graph_module: fx.GraphModule, journal: Journal, state: State) -> AxisMap:
     solver = journal.solver
+    least = settle_experts(journal)
     tensors: dict[str, tuple[Expr, ...]] = {}
     for entry in journal.tensors.values():
         for tensor in (entry,) if isinstance(entry, TensorAxes) else entry:
             tensors[tensor.name] = tuple(solver.resolve(axis) for axis in tensor.axes)
+    told = find_told_units(graph_module.graph, journal, tensors, state.constants)
+    for factor, (reason, name) in told.frozen.items():
+        solver.freeze(factor, reason, name)
     attributes = {str(n.target): n for n in graph_module.graph.nodes if n.op == "get_attr"}
     is_parameter = {name: isinstance(get_tensor(graph_module, name), torch.nn.Parameter) for name in attributes}
     position = {node: place for place, node in enumerate(graph_module.graph.nodes)}
@@ -198,8 +218,9 @@ def _solve(graph_module: fx.GraphModule, journal: Journal, state: State) -> Axis
         tensors=tensors,
         frozen=solver.frozen_factors(),
         tags=solver.tagged_factors(),
-        renormalised=_renormalised(journal, solver),
-        literals=tuple(Literal(x.node, x.path, solver.resolve(x.expr)) for x in journal.literals),
+        renormalised=told.renormalised,
+        summed=told.summed,
+        literals=tuple(replace(literal, expr=solver.resolve(literal.expr)) for literal in journal.literals),
         unruled=dict(journal.unruled),
         modules={node.name: module_path(node) for node in graph_module.graph.nodes},
         order=_order(attributes, position),
@@ -208,6 +229,9 @@ def _solve(graph_module: fx.GraphModule, journal: Journal, state: State) -> Axis
         blocks=state.blocks,
         bypasses=find_bypasses(graph_module.graph, state.blocks),
         tied=_tied(graph_module, tuple(attributes)),
+        least=least,
+        pointers={name: solver.resolve(x.axes[i]) for name, (x, i) in journal.pointers.items()},
+        constants=tuple(name for name in attributes if name in state.constants),
     )
 
 
@@ -225,14 +249,6 @@ def _tied(graph_module: fx.GraphModule, names: tuple[str, ...]) -> dict[str, str
     first: dict[int, str] = {}
     owners = {name: first.setdefault(id(get_tensor(graph_module, name)), name) for name in names}
     return {name: owner for name, owner in owners.items() if name != owner}
-
-
-def _renormalised(journal: Journal, solver: Solver) -> dict[Factor, tuple[str, ...]]:
-    found: dict[Factor, list[str]] = {}
-    for expr, node in journal.renormalised:
-        for factor in factors(solver.resolve(expr)):
-            found.setdefault(factor, []).append(node)
-    return {factor: tuple(nodes) for factor, nodes in found.items()}
 
 
 def module_path(node: fx.Node) -> str:

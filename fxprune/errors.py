@@ -9,11 +9,14 @@ __all__ = [
     "AxisMismatch",
     "CalibrationError",
     "CheckpointError",
+    "DataError",
+    "EvaluationError",
     "ExportError",
     "FxpruneError",
     "PassError",
     "PlanError",
     "RatioError",
+    "RecoveryError",
     "TraceError",
     "UnknownNameError",
     "UnsupportedModelError",
@@ -62,6 +65,18 @@ class PlanError(FxpruneError, ValueError):
 
 class CheckpointError(FxpruneError, ValueError):
     """A checkpoint cannot be written, or what is in a folder is not one that can be loaded."""
+
+
+class DataError(FxpruneError, ValueError):
+    """Text or training data is missing, empty, or holds no row that can be used."""
+
+
+class EvaluationError(FxpruneError, ValueError):
+    """What was asked for cannot be measured: an unknown task, a text too short, a package that is missing."""
+
+
+class RecoveryError(FxpruneError, RuntimeError):
+    """Training cannot start, or does not get anywhere: it diverged, or its folder belongs to another run."""
 
 
 class ExportError(FxpruneError):

@@ -14,7 +14,7 @@ from typing import Literal
 
 import networkx as nx
 
-from fxprune.axes import Expr, Factor, Freeze, Product, contains, factors
+from fxprune.axes import Expr, Factor, Freeze, Product, beside, contains, factors
 from fxprune.dependency import AxisMap, axis_map
 from fxprune.errors import FxpruneError, UnknownNameError
 from fxprune.rules.base import Axis
@@ -71,6 +71,7 @@ class Group:
         outer: the factor that is always around this one: each of its units may keep a choice of its own.
         renormalised: nodes that take a statistic over this axis; removal then equals masking up to that statistic.
         trigger: the parameter axis from which the search started.
+        least: how many units have to stay, such as those a top-k chooses.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Group:
     outer: Factor | None = None
     renormalised: tuple[str, ...] = ()
     trigger: Axis | None = None
+    least: int = 1
 
     @property
     def size(self) -> int:
@@ -198,10 +200,26 @@ def _make_group(axes: AxisMap, factor: Factor, trigger: Axis, reached: set[Axis]
     members = tuple(Member(a.tensor, a.dim, axes.tensors[a.tensor][a.dim], a.tensor in trained) for a in ordered)
     owners = {owner_block(m.name, axes.blocks) for m in members if m.trained}
     block = next(iter(owners)) if len(owners) == 1 else None
-    kind = _kind(axes.tags.get(factor, frozenset()), len(owners))
+    kind = _kind(_roles(axes, factor, members), len(owners))
     renormalised = axes.renormalised.get(factor, ())
     outer = None if renormalised else _outer_factor(axes, factor, reached)
-    return Group(f"{block or 'model'}/{kind}", kind, members, factor, block, outer, renormalised, trigger)
+    least = axes.least.get(factor, 1)
+    return Group(f"{block or 'model'}/{kind}", kind, members, factor, block, outer, renormalised, trigger, least)
+
+
+def _roles(axes: AxisMap, factor: Factor, members: Sequence[Member]) -> frozenset[str]:
+    """The tags of ``factor``. What two activations do not sum over is a head around a width, or a width in a head.
+
+    Else it is neither: the inner channels of a scan, say, although they pass through a product of activations.
+    """
+    tags = axes.tags.get(factor, frozenset())
+    if "head_dim" not in tags or "summed" in tags:
+        return tags
+    places = [place for member in members for place in beside(member.expr, factor)]
+    if any("head_dim" in axes.tags.get(f, ()) and f not in axes.frozen for _, after in places for f in after):
+        return tags | {"head"}
+    around = frozenset().union(*(axes.tags.get(f, ()) for before, _ in places for f in before))
+    return tags if around & {"head", "head_dim"} else tags - {"head_dim"}
 
 
 def _kind(tags: frozenset[str], owners: int) -> Kind:
@@ -220,7 +238,7 @@ def _outer_factor(axes: AxisMap, factor: Factor, reached: set[Axis]) -> Factor |
 
     It has to be in every tensor that holds ``factor``, and directly around it in every weight: then nothing ever
     compares or sums units of ``factor`` across units of the outer one, and a choice per outer unit is a permutation
-    away from one for all.
+    away from one for all. Where two axes hold the outer factor, as in ``h @ h.T``, units of it do meet each other.
     """
     weights = set(axes.weights())
     common: list[Factor] | None = None
@@ -228,8 +246,22 @@ def _outer_factor(axes: AxisMap, factor: Factor, reached: set[Axis]) -> Factor |
         exprs = axes.tensors[axis.tensor]
         around = _around(exprs[axis.dim], factor) if axis.tensor in weights else [f for e in exprs for f in factors(e)]
         common = around if common is None else [f for f in common if f in around]
+    met = [
+        axes.tensors[name]
+        for name in {a.tensor for a in reached}.union(axes.summed.get(factor, ()))
+        if name in axes.tensors
+    ]
     candidates = [f for f in common or () if f != factor and f not in axes.frozen]
+    candidates = [f for f in candidates if all(sum(_depth(expr, f) for expr in exprs) <= 1 for exprs in met)]
     return candidates[-1] if candidates else None
+
+
+def _depth(expr: Expr, factor: Factor) -> int:
+    """How often ``factor`` is a part of one position of ``expr``."""
+    if isinstance(expr, Factor):
+        return int(expr == factor)
+    depths = [_depth(part, factor) for part in expr.parts]
+    return sum(depths) if isinstance(expr, Product) else max(depths, default=0)
 
 
 def _around(expr: Expr, factor: Factor) -> list[Factor]:

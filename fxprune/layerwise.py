@@ -18,6 +18,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 __all__ = [
+    "INPUTS",
+    "PLACE",
     "SECTION",
     "AnyWidths",
     "Layerwise",
@@ -26,14 +28,20 @@ __all__ = [
     "layer_config",
     "layers_of",
     "restructure",
+    "select_inputs",
 ]
 
 Builder = Callable[[PreTrainedConfig, int], nn.Module]
 
 SECTION = "fxprune"
 """The config entry with what no config field can say: where blocks are, attributes and shapes set by hand."""
+INPUTS = f"{SECTION}_inputs"
+"""The attribute of a module that holds what :func:`select_inputs` was given."""
+PLACE = f"{SECTION}_place"
+"""The attribute of a layer whose class builds another kind at its index: it is built at ``index`` with ``fields``."""
 
 _LIVE = ("_attn_implementation_internal", "_experts_implementation_internal")
+_INDICES = ("idx", "index", "layer_id")
 _HETEROGENEOUS = "_heterogeneity_spec"
 _ALLOWED = "allow_global_per_layer_attribute_access"
 
@@ -127,19 +135,22 @@ def restructure(model: nn.Module, layers: Mapping[int, Mapping[str, Any]], secti
         layers: by layer, the config fields that differ from the model's.
         section: ``blocks`` (module path of the layers), ``part`` (the nested config that describes them, or empty),
             ``built_with`` and ``holds`` (config fields that the class wants at other values while it is built, and
-            what they are afterwards), ``attributes`` (by module path), ``shapes`` (by parameter or buffer name) and
-            ``buffers`` (shapes of those that a checkpoint has to hold although the stock class makes them itself).
+            what they are afterwards), ``attributes`` (by module path), ``shapes`` (by parameter or buffer name),
+            ``buffers`` (shapes of those that a checkpoint has to hold although the stock class makes them itself),
+            ``inputs`` (by module path, see :func:`select_inputs`) and ``places`` (by layer, see ``PLACE``).
 
     Raises:
         ValueError: a layer's class cannot be called with a config and an index.
     """
     whole = _part(model.config, section)
-    blocks: Any = model.get_submodule(section["blocks"]) if layers else []
-    for index, fields in layers.items():
+    places = {int(index): place for index, place in section.get("places", {}).items()}
+    blocks: Any = model.get_submodule(section["blocks"]) if layers or places else []
+    for index in sorted(layers.keys() | places.keys()):
+        vars(blocks[index]).update({PLACE: places[index]} if index in places else {})
         build = block_builder(blocks[index])
         if build is None:
             raise ValueError(f"{section['blocks']}.{index}: its class is not called with a config and an index")
-        blocks[index] = build(layer_config(whole, fields), index)
+        blocks[index] = build(layer_config(whole, layers.get(index, {})), index)
     for path, values in section.get("attributes", {}).items():
         held = vars(model.get_submodule(path))
         for name, value in values.items():
@@ -150,6 +161,8 @@ def restructure(model: nn.Module, layers: Mapping[int, Mapping[str, Any]], secti
     for name in section.get("buffers", {}):
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._non_persistent_buffers_set.discard(leaf)
+    for path, entries in section.get("inputs", {}).items():
+        select_inputs(model.get_submodule(path), entries)
     vars(model)["fxprune_layer_fields"] = {index: dict(fields) for index, fields in layers.items()}
     vars(model)["fxprune_built_with"] = dict(section.get("built_with", {}))
 
@@ -163,6 +176,53 @@ def _resize(model: nn.Module, name: str, shape: list[int]) -> None:
         owner._parameters[leaf] = nn.Parameter(new, requires_grad=old.requires_grad)
     elif (buffer := owner._buffers.get(leaf)) is not None:
         owner._buffers[leaf] = torch.empty(shape, dtype=buffer.dtype, device=buffer.device)
+
+
+class _SelectInputs:
+    """A forward pre-hook that selects units of what is passed to a module."""
+
+    def __init__(self, names: list[str], entries: Mapping[str, Mapping[str, Any]]) -> None:
+        self.names, self.entries = names, entries
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        placed = dict(zip(self.names, args, strict=False))
+        chosen = {name: self._chosen(name, value) for name, value in placed.items()}
+        named = {name: self._chosen(name, value) for name, value in kwargs.items()}
+        return (*chosen.values(), *args[len(placed) :]), named
+
+    def _chosen(self, name: str, value: Any) -> Any:
+        entry = self.entries.get(name)
+        if entry is None or not isinstance(value, torch.Tensor) or value.dim() <= entry["axis"]:
+            return value
+        axis, units = entry["axis"], entry["of"]
+        if value.shape[axis] % units:
+            return value  # one for all: it broadcasts
+        apart = value.unflatten(axis, (-1, units))
+        runs = [apart.narrow(axis + 1, first, count) for first, count in _runs(entry["kept"])]
+        return (torch.cat(runs, dim=axis + 1) if len(runs) > 1 else runs[0]).flatten(axis, axis + 1)
+
+
+def _runs(kept: list[int]) -> list[tuple[int, int]]:
+    """First and count of each run of consecutive numbers."""
+    starts = [i for i in range(len(kept)) if i == 0 or kept[i] != kept[i - 1] + 1]
+    return [(kept[i], end - i) for i, end in zip(starts, [*starts[1:], len(kept)], strict=True)]
+
+
+def select_inputs(module: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """``module`` is passed no more of a table than it has units for, such as a bias of each attention head.
+
+    The model makes the table for all units, by their number, and passes it to every layer; a layer that lost some takes
+    the rows of those it has.
+
+    Args:
+        module: of a model.
+        entries: by argument of its forward, ``axis``, ``of`` (how many units it has there, each batch sample) and
+            ``kept`` (their numbers).
+    """
+    held = {name: dict(entry) for name, entry in entries.items()}
+    vars(module)[INPUTS] = held
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    module.register_forward_pre_hook(_SelectInputs(names, held), with_kwargs=True)
 
 
 def block_builder(block: nn.Module) -> Builder | None:
@@ -179,10 +239,24 @@ def block_builder(block: nn.Module) -> Builder | None:
     if not parameters or any(p.default is p.empty for p in parameters[2:]):
         return None
     if len(parameters) > 1 and _takes_index(parameters[1]):
-        return lambda config, index: type(block)(config, index)
+        place = vars(block).get(PLACE, {})
+        return lambda config, index: _built_at(type(block), config, index, place)
     if len(parameters) > 1 and parameters[1].default is inspect.Parameter.empty:
         return None
     return lambda config, index: type(block)(config)
+
+
+def _built_at(kind: type, config: Any, index: int, place: Mapping[str, Any]) -> nn.Module:
+    start, held = place.get("index", index), vars(config)
+    own = {name: held[name] for name in place.get("fields", {})}
+    held.update(place.get("fields", {}))
+    block: nn.Module = kind(config, start)
+    held.update(own)
+    vars(block).update({PLACE: place} if place else {})
+    for module in block.modules() if start != index else ():
+        names = [name for name, value in vars(module).items() if type(value) is int and value == start]
+        vars(module).update({name: index for name in names if name.endswith(_INDICES)})
+    return block
 
 
 def _takes_index(parameter: inspect.Parameter) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxprune.compat import fake_mode, size_hint
-from fxprune.tensors import device_of
+from fxprune.compat import UNKNOWN_SIZE, fake_mode, is_free, size_hint
+from fxprune.tensors import device_of, weights
 
 __all__ = ["count_macs", "count_parameters"]
 
@@ -19,16 +21,24 @@ def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS) -> int:
     """Multiply-accumulates of one forward pass on one sample.
 
     Half of what :class:`torch.utils.flop_counter.FlopCounterMode` counts: matrix products, attention and
-    convolutions. Embedding look-ups, norms and pointwise ops do not count.
+    convolutions. Embedding look-ups, norms and pointwise ops do not count. Where the work depends on the data, the
+    graph is run on zeros; without weights to run on, the count is unknown and ``2**30 - 1``.
 
     Args:
         graph_module: the graph.
         tokens: length of integer inputs of two axes, where the graph is dynamic; other inputs keep the traced shape.
     """
-    mode = fake_mode()
+    flops = _flops(graph_module, tokens, fake_mode())
+    if size_hint(flops) == UNKNOWN_SIZE and not any(tensor.is_meta for _, tensor in weights(graph_module)):
+        flops = _flops(graph_module, tokens, nullcontext())
+    return size_hint(flops) // 2
+
+
+def _flops(graph_module: fx.GraphModule, tokens: int, mode: AbstractContextManager[object]) -> int | torch.SymInt:
     with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
         fx.Interpreter(graph_module).run(*_inputs(graph_module, tokens))
-    return int(counter.get_total_flops()) // 2
+    total: int | torch.SymInt = counter.get_total_flops()
+    return total
 
 
 def count_parameters(graph_module: fx.GraphModule) -> int:
@@ -44,7 +54,7 @@ def _inputs(graph_module: fx.GraphModule, tokens: int) -> list[torch.Tensor]:
         value = node.meta["val"]
         shape = [size_hint(size) for size in value.shape]
         if len(shape) == 2 and not value.is_floating_point():
-            free = [not isinstance(size, int) for size in value.shape]
+            free = [is_free(size) for size in value.shape]
             shape = [1 if free[0] else shape[0], tokens if free[1] else shape[1]]
         found.append(torch.zeros(shape, dtype=value.dtype, device=device_of(graph_module)))
     return found

@@ -2,7 +2,8 @@
 
 Weights are read, cast to float32 and masked one at a time as the graph asks for them, so that no second copy of the
 model is ever held. Where a statistic runs over a masked axis (a norm over fewer channels) it is taken over the kept
-units: that is what ``renormalised`` means, and the only place where masking is more than zeroing.
+units: that is what ``renormalised`` means, and the only place where masking is more than zeroing. For a top-k over
+experts it means that those that go are never chosen, as if their scores were minus infinity.
 """
 
 from __future__ import annotations
@@ -89,16 +90,22 @@ class MaskedRun(PreciseRun):
         def compress(source: fx.Node) -> Any:
             value = self.env[source]
             key = str(source.target) if source.op == "get_attr" else source.name
-            return _compress(value, self.axes.tensors.get(key, ()), keep)
+            value = _compress(value, self.axes.tensors.get(key, ()), keep)
+            return _renumber(value, self.axes.pointers.get(key), keep, to_kept=True)
 
         args = fx.map_arg((node.args, node.kwargs), compress)
         for literal in self.axes.literals:
             if literal.node == node.name:
-                args = write_literal(args, literal.path, kept_size(literal.expr, keep))
+                args = write_literal(args, literal.path, kept_size(literal.expr, keep) + literal.offset)
         value = node.target(*args[0], **args[1])  # type: ignore[operator]
         if isinstance(value, torch.Tensor):
-            return _expand(value, self.axes.tensors[node.name], keep)
-        return tuple(_expand(v, self.axes.tensors[f"{node.name}#{i}"], keep) for i, v in enumerate(value))
+            return self._on_all(value, node.name, keep)
+        return tuple(self._on_all(v, f"{node.name}#{i}", keep) for i, v in enumerate(value))
+
+    def _on_all(self, value: torch.Tensor, name: str, keep: Keep) -> torch.Tensor:
+        """What was computed on kept units, with zeros at the others, positions among them being those among all."""
+        value = _renumber(value, self.axes.pointers.get(name), keep, to_kept=False)
+        return _expand(value, self.axes.tensors[name], keep)
 
 
 def output_tensors(output: Any) -> tuple[torch.Tensor, ...]:
@@ -111,6 +118,16 @@ def _kept_positions(expr: Expr, keep: Keep, device: torch.device) -> torch.Tenso
     if not any(keep.touches(factor) for factor in factors(expr)):
         return None
     return torch.from_numpy(np.flatnonzero(kept_mask(expr, keep))).to(device)
+
+
+def _renumber(value: Any, expr: Expr | None, keep: Keep, *, to_kept: bool) -> Any:
+    """Positions along the axis ``expr`` as positions among those that are kept, or the other way round."""
+    index = None if expr is None else _kept_positions(expr, keep, value.device)
+    if index is None:
+        return value
+    if not to_kept:
+        return index.to(value.dtype)[value.long()]
+    return torch.searchsorted(index, value.long()).to(value.dtype)
 
 
 def _compress(value: Any, exprs: Sequence[Expr], keep: Keep) -> Any:

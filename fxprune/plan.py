@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from fxprune.dependency import AxisMap
 from fxprune.errors import PlanError
 from fxprune.groups import Group
 
-__all__ = ["Plan", "keep_of", "plan_of"]
+__all__ = ["Plan", "keep_of", "kept_of_constants", "plan_of"]
 
 _VERSION = 1
 
@@ -61,16 +61,24 @@ class Plan:
 
 def plan_of(axes: AxisMap, keep: Keep, removed_blocks: tuple[str, ...] = ()) -> Plan:
     """The plan that leaves the units of ``keep``."""
-    touched = {factor for factor in keep.units if keep.touches(factor)}
     gone = tuple(f"{block}." for block in removed_blocks)
+    own = [name for name in axes.weights() if name not in axes.constants and not (gone and name.startswith(gone))]
+    return Plan(_kept(axes, keep, own), removed_blocks)
+
+
+def kept_of_constants(axes: AxisMap, keep: Keep) -> dict[str, dict[int, list[int]]]:
+    """Kept indices of what the model's code makes: no part of a plan, since its names hold for one graph alone."""
+    return _kept(axes, keep, axes.constants)
+
+
+def _kept(axes: AxisMap, keep: Keep, names: Iterable[str]) -> dict[str, dict[int, list[int]]]:
+    touched = {factor for factor in keep.units if keep.touches(factor)}
     kept: dict[str, dict[int, list[int]]] = {}
-    for name in axes.weights():
-        if gone and name.startswith(gone):
-            continue
+    for name in names:
         for i, expr in enumerate(axes.tensors[name]):
             if touched.intersection(factors(expr)):
                 kept.setdefault(name, {})[i] = np.flatnonzero(kept_mask(expr, keep)).tolist()
-    return Plan(kept, removed_blocks)
+    return kept
 
 
 def keep_of(axes: AxisMap, groups: tuple[Group, ...], plan: Plan) -> Keep:
@@ -88,6 +96,12 @@ def keep_of(axes: AxisMap, groups: tuple[Group, ...], plan: Plan) -> Keep:
             continue
         mask = masks[member.name, member.axis]
         units[group.factor] = found = _unit_mask(member.expr, group, mask)
+        if int(found.sum(axis=-1).min()) < group.least:
+            raise PlanError(
+                f"{int(found.sum(axis=-1).min())} units of {group.size} stay where {group.least} have to",
+                where=group.name,
+                remedy="Use the plan's own model, or make the plan again",
+            )
         if group.outer is not None and found.ndim == 2:
             outer[group.factor] = group.outer
     keep = Keep(units, outer)

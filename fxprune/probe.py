@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxprune.calibration import embedding_rows
-from fxprune.compat import size_hint
+from fxprune.compat import is_free, size_hint
 from fxprune.tensors import device_of
 
 __all__ = ["make_probe"]
@@ -18,7 +18,7 @@ BATCH, TOKENS = 2, 16
 
 
 def make_probe(graph_module: fx.GraphModule, given: Mapping[str, Any] | None, seed: int) -> dict[str, torch.Tensor]:
-    """Keyword inputs for the graph: the caller's, or random token ids ``(2, 16)`` where nothing was given.
+    """Keyword inputs for the graph: the caller's, or random token ids ``(2, 16)``, or random floats, else.
 
     Args:
         graph_module: the graph; sizes that are not dynamic are kept.
@@ -38,8 +38,13 @@ def make_probe(graph_module: fx.GraphModule, given: Mapping[str, Any] | None, se
             continue
         wanted = (BATCH, TOKENS)
         shape = [
-            size if isinstance(size, int) else (wanted[i] if i < 2 else size_hint(size))
-            for i, size in enumerate(node.meta["val"].shape)
+            wanted[i] if i < 2 and is_free(size) else size_hint(size) for i, size in enumerate(node.meta["val"].shape)
         ]
-        probe[name] = torch.randint(rows.get(name, 2), shape, generator=generator).to(device)
+        dtype = node.meta["val"].dtype
+        value = (
+            torch.randn(shape, generator=generator)
+            if dtype.is_floating_point
+            else torch.randint(rows.get(name, 2), shape, generator=generator)
+        )
+        probe[name] = value.to(device, dtype)
     return probe

@@ -40,6 +40,7 @@ class State:
     Args:
         blocks: module paths of the repeated blocks of the model, from tracing.
         notes: what had to be given up on the way, in words.
+        constants: names of the tensors the graph reads that are no parameter or buffer of the model, from tracing.
         calibration: samples for criteria that need data.
         track: wraps an iterable that takes long, to show progress: ``track(items, what, total)``.
         accepts: whether a stock config can say what a plan leaves; None where there is none to ask.
@@ -55,6 +56,7 @@ class State:
 
     blocks: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
     calibration: tuple[Sample, ...] = ()
     track: Track = field(default=_silent)
     accepts: Callable[[Plan], bool] | None = None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxprune.axes import Keep, render
+from fxprune.axes import Factor, Keep, render
 from fxprune.dependency import AxisMap, axis_map
 from fxprune.fork import fork
 from fxprune.groups import Group, frozen_axes
@@ -145,7 +145,8 @@ def _check(
     module: nn.Module, dense: fx.GraphModule, group: Group, keep: Keep, inputs: Inputs
 ) -> tuple[torch.Tensor, ...]:
     plan = plan_of(axes_of(dense), keep)
-    assert {(m.name, m.axis) for m in group.members} <= {(n, i) for n, by_axis in plan.kept.items() for i in by_axis}
+    own = {(m.name, m.axis) for m in group.members if m.name not in axes_of(dense).constants}
+    assert own <= {(n, i) for n, by_axis in plan.kept.items() for i in by_axis}
     read_back = keep_of(axes_of(dense), state_of(dense).groups, Plan.from_json(plan.to_json()))
     assert plan_of(axes_of(dense), read_back) == plan, f"{group.name}: the plan is not the same when read back"
     slim = slim_graph(dense, keep)
@@ -156,3 +157,48 @@ def _check(
     assert compare(masked, got) <= TOLERANCE, f"{group.name}: slim differs from masked"
     assert compare(by_hand, got) <= TOLERANCE, f"{group.name}: slim differs from zeroing by hand"
     return got
+
+
+def check_kinds_remove_exactly(module: nn.Module, inputs: Inputs, kinds: Mapping[str, Sequence[int]]) -> fx.GraphModule:
+    """Remove a unit of every group of a kind at once, and compare the slim graph with masking and zeroing by hand.
+
+    Args:
+        module: what to prune.
+        inputs: keyword inputs of its forward.
+        kinds: for each kind the sizes that its groups must have; the name of a kind ends in ``~`` for those that a
+            statistic runs over, which zeroing by hand does not equal.
+
+    Returns:
+        The dense graph, for further questions.
+    """
+    dense = discover(module, inputs)
+    state = state_of(dense)
+    assert state.graph is not None
+    found: dict[str, list[Group]] = {}
+    for group in state.groups:
+        if group.factor is not None:
+            found.setdefault(group.kind + "~" * bool(group.renormalised), []).append(group)
+    sizes = {kind: sorted(group.size for group in groups) for kind, groups in found.items()}
+    assert sizes == {kind: sorted(size) for kind, size in kinds.items()}, frozen_axes(state.graph)
+    before = plain_outputs(module, inputs)
+    assert compare(before, slim_outputs(dense, inputs)) <= TOLERANCE, "the graph is not the module"
+    for kind, groups in found.items():
+        keep = _keep_of_all([group for group in groups if group.size > 1])
+        got = slim_outputs(slim_graph(dense, keep), inputs)
+        assert compare(masked_outputs(dense, axes_of(dense), keep, (), inputs), got) <= TOLERANCE, f"{kind}: not masked"
+        if not kind.endswith("~"):
+            by_hand = plain_outputs(zeroed(module, plan_of(axes_of(dense), keep)), inputs)
+            assert compare(by_hand, got) <= TOLERANCE, f"{kind}: slim differs from zeroing by hand"
+        assert compare(before, got) > TOLERANCE, f"{kind}: the removals changed nothing"
+    return dense
+
+
+def _keep_of_all(groups: Sequence[Group]) -> Keep:
+    """One unit of each group gone, another one in each outer unit where that is allowed."""
+    units: dict[Factor, Any] = {}
+    outer: dict[Factor, Factor] = {}
+    for seed, group in enumerate(groups):
+        *_, last = [keep for keep in keeps(group, seed) if keep.count(group.factor) == group.size - 1]  # type: ignore[arg-type]
+        units |= last.units
+        outer |= last.outer
+    return Keep(units, outer)

@@ -14,6 +14,7 @@ from fxprune.axes import (
     Expr,
     Factor,
     Keep,
+    beside,
     concat,
     contains,
     factors,
@@ -127,3 +128,21 @@ def test_kept_positions_are_those_whose_units_all_stay(case: tuple[Expr, Keep]) 
 def test_unit_index_names_the_unit_of_each_position(expr: Expr, factor: Factor) -> None:
     assume(all(len(dict(position)) == len(position) for position in expand(expr)))  # no factor twice in one product
     assert unit_index(expr, factor).tolist() == [dict(position).get(factor, -1) for position in expand(expr)]
+
+
+def test_what_stands_beside_a_factor() -> None:
+    a, b, c, d = (new_factor(size) for size in (2, 3, 4, 5))
+    assert isinstance(a, Factor) and isinstance(c, Factor) and isinstance(d, Factor)
+    expr = concat(product(a, b, c), d, product(b, concat(c, a)))
+    assert list(beside(expr, a)) == [((), (b, c)), ((b,), ())]
+    assert list(beside(expr, c)) == [((a, b), ()), ((b,), ())]
+    assert list(beside(expr, d)) == [((), ())]
+    assert list(beside(product(a, b), c)) == []
+
+
+@given(exprs())
+def test_each_place_of_a_factor_has_its_neighbours(expr: Expr) -> None:
+    for factor in set(factors(expr)):
+        places = list(beside(expr, factor))
+        assert len(places) == sum(found == factor for found in factors(expr))
+        assert all(factor.size * prod(f.size for f in before) <= expr.size for before, _ in places)

@@ -103,8 +103,8 @@ def test_what_is_saved_is_what_is_loaded(family: str, kinds: tuple[str, ...], tm
 
 def test_a_loaded_model_is_saved_the_same_again(uneven: fxprune.Result, folder: Path, tmp_path: Path) -> None:
     model = fxprune.from_pretrained(folder)
-    first, second = fxprune.save_pretrained(uneven.model, tmp_path / "a"), fxprune.save_pretrained(model, tmp_path / "b")
-    assert first == second
+    first = fxprune.save_pretrained(uneven.model, tmp_path / "a")
+    assert first == fxprune.save_pretrained(model, tmp_path / "b")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -186,6 +186,12 @@ def test_a_checkpoint_is_as_large_as_its_parameters(uneven: fxprune.Result, fold
         "model.safetensors",
         "modeling_fxprune.py",
     }
+
+
+def test_who_may_read_a_file_may_read_a_checkpoint(folder: Path) -> None:
+    (folder / "other").write_text("")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert set(modes.values()) == {modes["other"]}
 
 
 def test_gradients_and_optimisers_leave_no_trace(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fxprune.dependency import axis_map
 from fxprune.plan import Plan, plan_of
 from tests.models import FAMILIES, tiny, token_ids
 
-KINDS_OF_ALL = {"mlp", "head_dim", "channel", "layer"}
+KINDS_OF_ALL = {"mlp", "head", "head_dim", "channel", "layer"}
 
 
 def random_keep(group: fxprune.Group, seed: int) -> Keep:
@@ -65,17 +65,23 @@ def test_exact_groups_remove_exactly(family: str) -> None:
 def test_kinds_found(family: str) -> None:
     graph = fxprune.dependency_graph(fxprune.trace(tiny(family), dynamic=False))
     kinds = {group.kind for group in fxprune.find_groups(graph)}
-    expected = KINDS_OF_ALL if family == "bloom" else KINDS_OF_ALL | {"head"}
-    assert kinds == expected
+    assert kinds == KINDS_OF_ALL
 
 
-def test_slopes_built_from_positions_freeze_heads() -> None:
-    graph = fxprune.dependency_graph(fxprune.trace(tiny("bloom"), dynamic=False))
-    assert not [group for group in fxprune.find_groups(graph) if group.kind == "head"]
-    result = fxprune.prune(tiny("bloom"), None, importance="l2", ratio=0.05, kinds=("mlp", "head"), protect=())
-    frozen = {axis: why for axis, why in result.report.frozen.items() if "query_key_value.weight[0]" in axis}
-    assert len(frozen) == 3
-    assert all("numbers this axis" in why for why in frozen.values())
+def test_slopes_built_from_positions_stay_with_their_heads() -> None:
+    """A model with fewer heads would make other slopes; those that stay are those of the heads that stay."""
+    model, ids = tiny("bloom"), token_ids()
+    graph = fxprune.dependency_graph(fxprune.trace(model))
+    (heads,) = [group for group in fxprune.find_groups(graph) if group.kind == "head"]
+    assert {member.name for member in heads.members if not member.trained} == {"constant_0"}
+    assert heads.factor is not None
+    plan = plan_of(axis_map(graph), Keep({heads.factor: np.array([False, True, True, False])}))
+    assert "constant_0" not in plan.kept  # a name in this graph alone
+    result = fxprune.apply(model, Plan.from_json(plan.to_json()))
+    before = fxprune.trace(model).graph_module.get_buffer("constant_0").flatten()
+    assert torch.equal(result.graph_module.get_buffer("constant_0").flatten(), before[1:3])
+    with torch.no_grad():
+        assert torch.allclose(result(input_ids=ids).logits, zeroed(model, plan)(ids).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

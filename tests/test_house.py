@@ -16,10 +16,11 @@ PATHS = [str(path.relative_to(ROOT)) for path in FILES]
 
 FLOORS = (
     {"errors"},
-    {"axes", "compat", "layerwise", "literals", "tensors"},
+    {"axes", "compat", "layerwise", "literals", "tensors", "text"},
     {"state", "depth"},
     {"trace", "fork"},
     {"rules"},
+    {"experts", "vanishing"},
     {"dependency"},
     {"groups"},
     {"plan", "scores", "masking", "macs", "calibration"},
@@ -28,6 +29,8 @@ FLOORS = (
     {"pipeline"},
     {"emit", "dot", "checkpoint", "export"},
     {"shrinking", "stock"},
+    {"evaluation", "recovery"},
+    {"comparison"},
     {"api"},
     {"cli"},
 )

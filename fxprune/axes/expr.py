@@ -29,6 +29,7 @@ __all__ = [
     "Expr",
     "Factor",
     "Product",
+    "beside",
     "concat",
     "contains",
     "factors",
@@ -117,6 +118,29 @@ def factors(expr: Expr) -> Iterator[Factor]:
 def contains(expr: Expr, factor: Factor) -> bool:
     """Whether ``factor`` occurs in ``expr``."""
     return any(found == factor for found in factors(expr))
+
+
+def beside(
+    expr: Expr, factor: Factor, before: tuple[Factor, ...] = (), after: tuple[Factor, ...] = ()
+) -> Iterator[tuple[tuple[Factor, ...], tuple[Factor, ...]]]:
+    """For each place of ``factor`` in ``expr`` what comes before and after it in the products around it.
+
+    Args:
+        expr: the expression.
+        factor: what is looked for.
+        before: what comes before ``expr``.
+        after: what comes after ``expr``.
+    """
+    if expr == factor:
+        yield before, after
+    elif isinstance(expr, Concat):
+        for part in expr.parts:
+            yield from beside(part, factor, before, after)
+    elif isinstance(expr, Product):
+        for i, part in enumerate(expr.parts):
+            left = tuple(f for other in expr.parts[:i] for f in factors(other))
+            right = tuple(f for other in expr.parts[i + 1 :] for f in factors(other))
+            yield from beside(part, factor, before + left, right + after)
 
 
 def render(expr: Expr, name: Callable[[Factor], str] = lambda factor: f"f{factor.uid}") -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 from torch import nn
@@ -17,6 +17,7 @@ from fxprune.emit.patch import Patches, merged, numbers_of
 from fxprune.emit.recipe import Recipe
 from fxprune.emit.sites import Site, block_site
 from fxprune.emit.snapshot import Axis, Shape, mismatches, shapes_of
+from fxprune.emit.tables import Numbered
 
 __all__ = ["Bench", "Block", "Candidate", "candidates_for", "local"]
 
@@ -39,6 +40,7 @@ class Bench:
         site: Rebuilds it around its blocks.
         wanted: Shape by dense name of every tensor that remains.
         removed: Module paths of the blocks that are gone.
+        numbered: Which units remain of those that the model knows by number.
     """
 
     model: PreTrainedModel
@@ -46,6 +48,7 @@ class Bench:
     site: Site
     wanted: Mapping[str, Shape]
     removed: tuple[str, ...]
+    numbered: Numbered = field(default_factory=dict)
 
     def outside(self) -> dict[str, Shape]:
         """Wanted shapes outside the blocks."""

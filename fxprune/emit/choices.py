@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import islice, product
 
 from torch import nn
 
@@ -24,6 +26,7 @@ from fxprune.emit.solve import Search, explicit_fields, minimal
 __all__ = ["Choice", "Outside", "choices_for", "gap_between"]
 
 Outside = Callable[[Mapping[str, int]], int]
+_MOST_MOVES = 8
 
 
 @dataclass(frozen=True)
@@ -123,20 +126,38 @@ def _virtual(
     wrong = mismatches(now.shapes, rank.wanted)
     if not wrong or any(axis == MISSING_AXIS for _, axis in wrong):
         return []
-    search = Search(site, here, rank.wanted, wrong)
-    solutions = search.solutions()
-    for fields in list(solutions):
-        solutions.extend(search.scaled(fields, _ratios(now, rank.wanted, wrong)))
+    moves = _moves(site, here, wrong, rank)
+    if not moves and len(parts := _apart(wrong)) > 1:
+        each = [[*_moves(site, here, part, rank), {}] for part in parts]
+        moves = [functools.reduce(merged, combined, {}) for combined in islice(product(*each), _MOST_MOVES)]
     found: list[Choice] = []
-    for fields in sorted(solutions, key=lambda fields: rank({**here, **fields})):
-        after = site.observe({**here, **fields})
-        if after is None:
-            continue
-        moved = scope_patches(now, after, wrong)
+    for moved in moves:
         inner = {path: patch for path, patch in moved.items() if not _is_leaf(module.get_submodule(path))}
         patches = merged(inner, leaf_patches(module, rank.wanted))
         found.append(Choice(partial, patches, gap_between(shapes_of(module), rank.wanted)))
     return [*_distinct(found), _by_leaves(block, site, partial, rank.wanted)]
+
+
+def _apart(wrong: frozenset[Axis]) -> list[frozenset[Axis]]:
+    """Axes by the part of the block that they are in: each part may be that of a block of another size."""
+    parts: dict[str, set[Axis]] = {}
+    for name, axis in sorted(wrong):
+        parts.setdefault(name.partition(".")[0], set()).add((name, axis))
+    return [frozenset(part) for part in parts.values()]
+
+
+def _moves(site: Site, here: Mapping[str, int], wrong: frozenset[Axis], rank: _Rank) -> list[Patches]:
+    """Attributes as in blocks whose sizes are those wanted on the axes in `wrong`, the likeliest first."""
+    now = site.observe(here)
+    if now is None:
+        return []
+    search = Search(site, here, rank.wanted, wrong)
+    solutions = search.solutions()
+    for fields in list(solutions) or [{}]:
+        solutions.extend(search.scaled(fields, _ratios(now, rank.wanted, wrong)))
+    solutions.sort(key=lambda fields: rank({**here, **fields}))
+    seen = (site.observe({**here, **fields}) for fields in solutions)
+    return [scope_patches(now, after, wrong) for after in seen if after is not None]
 
 
 def _is_leaf(module: nn.Module) -> bool:

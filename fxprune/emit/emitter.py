@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,10 +14,12 @@ from fxprune.emit.assemble import Bench, Candidate, candidates_for
 from fxprune.emit.fields import part_of
 from fxprune.emit.frame import frames_for
 from fxprune.emit.layout import Layout, survey
-from fxprune.emit.load import assign, left_on_meta, misfits, run_on_meta, standins
+from fxprune.emit.load import assign, left_on_meta, misfits, run_on_meta, standins, suit_experts
 from fxprune.emit.recipe import Recipe, new_names, rebuild
 from fxprune.emit.sites import model_site
 from fxprune.emit.snapshot import shapes_of
+from fxprune.emit.tables import Numbered, find_inputs
+from fxprune.trace.capture import meta_twin
 
 __all__ = ["Agrees", "Emission", "emit"]
 
@@ -46,6 +49,7 @@ def emit(
     tensors: Mapping[str, torch.Tensor],
     removed_layers: Sequence[str] = (),
     agrees: Agrees | None = None,
+    numbered: Numbered | None = None,
 ) -> Emission:
     """A model of the same class holds the slim tensors, or the reasons why none can are returned.
 
@@ -59,9 +63,11 @@ def emit(
         removed_layers: Module paths of whole blocks that are gone.
         agrees: Whether an emitted model computes what it should. Without it the first model that runs on
             `meta` is taken.
+        numbered: Which units remain of those that the model's code knows by number: by module path of a block
+            (empty for all blocks), by number of units before.
     """
     try:
-        return _emit(model, tensors, tuple(removed_layers), agrees)
+        return _emit(model, tensors, tuple(removed_layers), agrees, numbered or {})
     except Exception as error:
         return Emission(None, (f"emission stopped: {type(error).__name__}: {error}",))
 
@@ -71,14 +77,15 @@ def _emit(
     tensors: Mapping[str, torch.Tensor],
     removed: tuple[str, ...],
     agrees: Agrees | None,
+    numbered: Numbered,
 ) -> Emission:
     layout = survey(model)
     refused = _refusals(model, layout, tensors, removed)
     if refused:
         return Emission(None, refused)
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    bench = Bench(model, layout, model_site(model, layout), wanted, removed)
-    runs = run_on_meta(rebuild(model, Recipe(), layout)) is None
+    bench = Bench(model, layout, model_site(model, layout), wanted, removed, numbered)
+    runs = run_on_meta(_without_storage(model)) is None
     reasons: dict[str, None] = {}
     doubtful: list[Candidate] = []
     for candidate in _candidates(bench):
@@ -98,6 +105,12 @@ def _emit(
     if not reasons:
         reasons["the model's class cannot be rebuilt from its config"] = None
     return Emission(None, tuple(reasons)[:_MOST_REASONS])
+
+
+def _without_storage(model: PreTrainedModel) -> PreTrainedModel:
+    twin = meta_twin(model)
+    assert isinstance(twin, PreTrainedModel)
+    return twin
 
 
 def _refusals(
@@ -120,10 +133,25 @@ def _refusals(
 def _candidates(bench: Bench) -> Iterator[Candidate]:
     tried: list[Recipe] = []
     for frame in frames_for(bench.site, bench.outside()):
-        for candidate in candidates_for(bench, frame):
-            if candidate.recipe not in tried:
-                tried.append(candidate.recipe)
-                yield candidate
+        for plain in candidates_for(bench, frame):
+            for candidate in (*_selecting(bench, plain), plain):
+                if candidate.recipe not in tried:
+                    tried.append(candidate.recipe)
+                    yield candidate
+
+
+def _selecting(bench: Bench, candidate: Candidate) -> Iterator[Candidate]:
+    """The candidate whose blocks take their rows of a table that the model makes for all units, if there is one."""
+    if not bench.numbered:
+        return
+    recipe = dataclasses.replace(candidate.recipe, removed=())
+    try:
+        slim = rebuild(bench.model, recipe, bench.layout)
+    except Exception:
+        return
+    inputs = find_inputs(_without_storage(bench.model), slim, bench.layout, bench.numbered)
+    if inputs:
+        yield dataclasses.replace(candidate, recipe=dataclasses.replace(candidate.recipe, inputs=inputs))
 
 
 def _failure(bench: Bench, candidate: Candidate, tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -150,6 +178,7 @@ def _attempt(
     if unfit:
         return None, (*candidate.gaps, *unfit)
     assign(slim, bench.model, tensors, rename)
+    suit_experts(slim)
     empty = left_on_meta(slim)
     if empty and not any(tensor.is_meta for tensor in tensors.values()):
         return None, tuple(f"{name}: left without storage" for name in empty)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fxprune.emit.layout import on_meta
 from fxprune.emit.snapshot import shapes_of
 
-__all__ = ["assign", "left_on_meta", "misfits", "run_on_meta", "standins"]
+__all__ = ["assign", "has_odd_experts", "left_on_meta", "misfits", "run_on_meta", "standins", "suit_experts"]
 
 Rename = Callable[[str], str | None]
 
@@ -73,22 +73,49 @@ def _parameter(tensor: torch.Tensor, trained: bool) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=trained and floating)
 
 
-def run_on_meta(model: PreTrainedModel) -> str | None:
+def run_on_meta(model: PreTrainedModel, samples: int = 1) -> str | None:
     """What stops a forward pass on `meta`; None where it runs.
 
     Args:
         model: A model on `meta`, to be thrown away: some classes keep state between passes. It loses its
             padding token, whose absence from the input cannot be checked without data, and multiplies experts
             in batches, since grouped kernels refuse some widths on `meta` that they take elsewhere.
+        samples: Number of sequences that go in.
     """
-    vars(model.config).update(pad_token_id=None, _experts_implementation_internal="batched_mm")
+    vars(model.config).update(pad_token_id=None)
+    for config in _configs(model):
+        vars(config)["_experts_implementation_internal"] = "batched_mm"
     try:
         with on_meta():
-            model.eval()(input_ids=torch.zeros(1, 5, dtype=torch.long))
+            model.eval()(input_ids=torch.zeros(samples, 5, dtype=torch.long))
     except Exception as error:
         lines = str(error).splitlines()
         return f"{type(error).__name__}: {lines[0] if lines else ''}"
     return None
+
+
+def suit_experts(model: PreTrainedModel) -> None:
+    """Experts run one by one where they have a width that grouped kernels do not take."""
+    for config in _configs(model) if has_odd_experts(model) else ():
+        if vars(config).get("_experts_implementation_internal") == "grouped_mm":
+            vars(config)["_experts_implementation_internal"] = "eager"
+
+
+def has_odd_experts(model: nn.Module) -> bool:
+    """Whether some matrix of side by side ones has rows that are not a multiple of 16 bytes."""
+    for module in model.modules():
+        own = module.parameters(recurse=False) if not type(module).__module__.startswith("torch.nn.") else ()
+        for weight in own:
+            if weight.dim() == 3 and any(size * weight.element_size() % 16 for size in weight.shape[1:]):
+                return True
+    return False
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The config of the model and those of its modules."""
+    own = [vars(module).get("config") for module in model.modules()]
+    found = {id(config): config for config in (model.config, *own) if isinstance(config, PreTrainedConfig)}
+    return list(found.values())
 
 
 def left_on_meta(model: nn.Module) -> list[str]:

@@ -16,7 +16,8 @@ from fxprune.emit.fields import copy_config, keep_layers, part_of, write_fields
 from fxprune.emit.layout import Layout, on_meta, survey
 from fxprune.emit.patch import Patches
 from fxprune.emit.snapshot import Number, is_number, take_snapshot
-from fxprune.layerwise import block_builder, layer_config
+from fxprune.emit.tables import Inputs, combined_inputs
+from fxprune.layerwise import PLACE, block_builder, layer_config, select_inputs
 
 __all__ = ["Recipe", "new_names", "rebuild"]
 
@@ -31,6 +32,7 @@ class Recipe:
         attributes: By module path, attributes set after construction.
         removed: Module paths of the blocks that are gone.
         noted: Config fields written after construction because no class accepts them at construction.
+        inputs: By module path and argument, which units of it go in.
     """
 
     fields: Mapping[str, int] = field(default_factory=dict)
@@ -38,6 +40,7 @@ class Recipe:
     attributes: Patches = field(default_factory=dict)
     removed: tuple[str, ...] = ()
     noted: Mapping[str, int] = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as JSON values."""
@@ -50,7 +53,9 @@ class Recipe:
             path: {name: tuple(value) if isinstance(value, list) else value for name, value in patch.items()}
             for path, patch in data["attributes"].items()
         }
-        return cls(data["fields"], data["layer_fields"], attributes, tuple(data["removed"]), data.get("noted", {}))
+        removed = tuple(data["removed"])
+        noted, inputs = data.get("noted", {}), data.get("inputs", {})
+        return cls(data["fields"], data["layer_fields"], attributes, removed, noted, inputs)
 
 
 def rebuild(dense: PreTrainedModel, recipe: Recipe, layout: Layout | None = None) -> PreTrainedModel:
@@ -74,6 +79,8 @@ def rebuild(dense: PreTrainedModel, recipe: Recipe, layout: Layout | None = None
     _keep_scalars(model, dense)
     for path, patch in recipe.attributes.items():
         vars(model.get_submodule(path)).update(patch)
+    for path, entries in combined_inputs(dense, recipe.inputs).items():
+        select_inputs(model.get_submodule(path), entries)
     _drop_blocks(model, recipe, layout)
     write_fields(part_of(config, layout.part), recipe.noted)
     return model
@@ -83,14 +90,14 @@ def _replace_blocks(model: PreTrainedModel, dense: PreTrainedModel, recipe: Reci
     whole, original = part_of(model.config, layout.part), part_of(dense.config, layout.part)
     for path, (index, block) in layout.blocks().items():
         own = recipe.layer_fields.get(path)
-        if own is None or path in recipe.removed:
+        if path in recipe.removed or (own is None and PLACE not in vars(block)):
             continue
         builder = block_builder(block)
         if builder is None:
             raise ValueError(f"layer {path}: its class cannot be built from a config and an index")
         back = {name: vars(original)[name] for name in recipe.fields if name in vars(original)}
-        config = layer_config(whole, {**back, **own})
-        for name in recipe.fields.keys() - back.keys() - own.keys():
+        config = layer_config(whole, {} if own is None else {**back, **own})
+        for name in recipe.fields.keys() - back.keys() - own.keys() if own is not None else ():
             vars(config).pop(name, None)
         _list_of(model, path)[index] = builder(config, index)
 
@@ -173,9 +180,12 @@ def _drop_blocks(model: PreTrainedModel, recipe: Recipe, layout: Layout) -> None
         blocks = model.get_submodule(stack.path)
         shorter = copy_config(part_of(model.config, layout.part))
         keep_layers(shorter, layout.count_field, layout.depth, kept if position == 0 else range(layout.depth))
+        longer = part_of(model.config, layout.part)
         for new, old in enumerate(kept):
-            twins = _Twins(part_of(model.config, layout.part), shorter, old, new)
+            twins = _Twins(longer, shorter, old, new)
             twins.renumber(blocks.get_submodule(str(old)))
+            if position == 0:
+                twins.mark(blocks.get_submodule(str(old)))
         for config in _configs(model, layout) if position == 0 else ():
             keep_layers(config, layout.count_field, layout.depth, kept)
         for old in reversed(range(len(stack.blocks))):
@@ -224,17 +234,36 @@ class _Twins:
                 if follows:
                     vars(module)[name] = self.new
 
+    def mark(self, block: nn.Module) -> None:
+        """A block of a kind that its class does not build at its new index says where it was built."""
+        if PLACE in vars(block):
+            return
+        here, there = _built(block, self.longer, self.old), _built(block, self.shorter, self.new)
+        if here is None or there is None or _kinds(here) == _kinds(there):
+            return
+        plain = {name: value for name, value in vars(self.longer).items() if type(value) in (int, list, tuple)}
+        fields = {name: value for name, value in plain.items() if vars(self.shorter)[name] != value}
+        vars(block)[PLACE] = {"index": self.old, "fields": fields}
+
+
+def _kinds(block: nn.Module) -> dict[str, type]:
+    tensors = {name: type(p) for name, p in block.named_parameters(remove_duplicate=False)}
+    return {**{path: type(module) for path, module in block.named_modules()}, **tensors}
+
+
+def _built(block: nn.Module, config: PreTrainedConfig, index: int) -> nn.Module | None:
+    builder = block_builder(block)
+    try:
+        with on_meta():
+            return None if builder is None else builder(copy_config(config), index)
+    except Exception:
+        return None
+
 
 def _names_index(name: str) -> bool:
     return name.endswith(("idx", "index", "layer_id"))
 
 
 def _numbers(block: nn.Module, config: PreTrainedConfig, index: int) -> Mapping[tuple[str, str], Number]:
-    builder = block_builder(block)
-    if builder is None:
-        return {}
-    try:
-        with on_meta():
-            return take_snapshot(builder(copy_config(config), index)).numbers
-    except Exception:
-        return {}
+    built = _built(block, config, index)
+    return {} if built is None else take_snapshot(built).numbers

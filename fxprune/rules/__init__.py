@@ -1,6 +1,18 @@
 """One small rule per ATen op: which axes of its inputs and outputs are the same."""
 
-from fxprune.rules import attention, contraction, creation, indexing, norm, pointwise, reduction, shape
+from fxprune.rules import (
+    attention,
+    complex,
+    contraction,
+    convolution,
+    creation,
+    indexing,
+    norm,
+    pointwise,
+    reduction,
+    routing,
+    shape,
+)
 from fxprune.rules.base import Literal, OpSite, TensorAxes
 from fxprune.rules.registry import find_rule, register_rule, rule
 
@@ -9,7 +21,9 @@ __all__ = [
     "OpSite",
     "TensorAxes",
     "attention",
+    "complex",
     "contraction",
+    "convolution",
     "creation",
     "find_rule",
     "indexing",
@@ -17,6 +31,7 @@ __all__ = [
     "pointwise",
     "reduction",
     "register_rule",
+    "routing",
     "rule",
     "shape",
 ]

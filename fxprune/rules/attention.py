@@ -18,6 +18,7 @@ def scaled_dot_product_attention(op: OpSite) -> None:
     """
     q, k, v, mask = op.need("query"), op.need("key"), op.need("value"), op.tensor("attn_mask")
     op.tie(q, -1, k, -1)
+    op.add_up((q, -1), (k, -1))
     op.tie(k, -2, v, -2)
     op.tie(q, -2, op.out, -2)
     op.tie(v, -1, op.out, -1)
@@ -37,6 +38,7 @@ def scaled_dot_product_attention(op: OpSite) -> None:
     op.freeze(k, -2, "attention normalises over keys")
     if op.arg("is_causal", False):
         op.freeze(q, -2, "a causal mask depends on the position")
+    op.tag(q, -1, "summed")
     for x in (q, k, v):
         op.tag(x, -1, "head_dim")
         for i in range(3, x.rank + 1):

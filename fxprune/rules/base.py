@@ -7,13 +7,13 @@ does not equate stays independent, so a rule must say everything that holds, and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import fx
 
-from fxprune.axes import UNIT, Expr, Solver
+from fxprune.axes import UNIT, Expr, Freeze, Solver
 from fxprune.compat import argument_names
 from fxprune.errors import AxisMismatch
 
@@ -69,15 +69,23 @@ class Literal:
         node: name of the node that holds it.
         path: where in the node: ``("args", 1, 0)`` or ``("kwargs", "size", 0)``.
         expr: the expression whose size it is.
+        offset: what is added to that size.
     """
 
     node: str
     path: tuple[Any, ...]
     expr: Expr
+    offset: int = 0
 
 
 class Journal:
-    """Everything the rules have said so far."""
+    """Everything the rules have said so far.
+
+    ``tensors``, ``edges`` and ``literals`` are facts by node. ``pointers`` says for a tensor of integers which axis its
+    values are positions along; ``picked`` names tensors that are matrices picked from weights. What waits for the end,
+    when all axes are solved: statistics in ``renormalised``, ``sums`` over axes, where ``zeros`` come from, softmaxes
+    in ``competitions``, ``products`` of activations with the roles of their axes, and the ``least`` size of an axis.
+    """
 
     def __init__(self) -> None:
         self.solver = Solver()
@@ -85,6 +93,13 @@ class Journal:
         self.edges: list[Edge] = []
         self.literals: list[Literal] = []
         self.renormalised: list[tuple[Expr, str]] = []
+        self.sums: list[tuple[str, tuple[Axis, ...]]] = []
+        self.zeros: dict[Axis, tuple[Axis, ...]] = {}
+        self.pointers: dict[str, tuple[TensorAxes, int]] = {}
+        self.picked: set[str] = set()
+        self.competitions: list[tuple[Expr, Freeze]] = []
+        self.products: list[list[tuple[Expr, str]]] = []
+        self.least: list[tuple[Expr, int]] = []
         self.unruled: dict[str, str] = {}
 
 
@@ -96,11 +111,13 @@ class OpSite:
         node: the graph node.
         journal: where statements go.
         outs: the output tensors, one for most ops.
+        understood: names of inputs that hold positions along an axis, of which the rule has said what they do here.
     """
 
     node: fx.Node
     journal: Journal
     outs: tuple[TensorAxes, ...]
+    understood: set[str] = field(default_factory=set)
 
     @property
     def out(self) -> TensorAxes:
@@ -206,7 +223,54 @@ class OpSite:
         """This op takes a statistic over axis ``i`` of ``x``: removing units changes it."""
         self.journal.renormalised.append((x.axes[i], self.node.name))
 
-    def literal(self, name: str, expr: Expr, item: int | None = None) -> None:
-        """Argument ``name`` (its entry ``item``, if a list) is the size of ``expr``."""
+    def add_up(self, *places: tuple[TensorAxes, int]) -> None:
+        """This op multiplies tensors and adds up over one axis, which ``places`` name in each of them.
+
+        Units that are zero in one of them can go; others make this a statistic, as :meth:`renormalise` does.
+        """
+        axes = tuple(Axis(x.name, i % x.rank) for x, i in places)
+        self.journal.sums.append((self.node.name, axes))
+
+    def keep_zeros(self, out: TensorAxes, i: int, *sources: tuple[TensorAxes, int]) -> None:
+        """Masked units along axis ``i`` of ``out`` are zero if they are along all of ``sources``."""
+        self.journal.zeros[Axis(out.name, i % out.rank)] = tuple(Axis(x.name, j % x.rank) for x, j in sources)
+
+    def point_at(self, out: TensorAxes, x: TensorAxes, i: int) -> None:
+        """The values of ``out`` are positions along axis ``i`` of ``x``."""
+        self.journal.pointers[out.name] = x, i % x.rank
+
+    def picks(self, index: TensorAxes, x: TensorAxes, i: int) -> bool:
+        """``index`` picks units along axis ``i`` of ``x``.
+
+        If its values are known to be positions along an axis, that axis is the one picked from: the positions change
+        with its units when some go. Returns False where nothing is known, so that axis ``i`` has to stay.
+        """
+        target = self.journal.pointers.get(index.name)
+        if target is None:
+            return False
+        self.understood.add(index.name)
+        self.tie(x, i, *target)
+        self.tag(x, i, "expert")
+        return True
+
+    def is_weight(self, x: TensorAxes) -> bool:
+        """Whether ``x`` is made of parameters and buffers alone, or of matrices picked from them."""
+        return x.weight or x.name in self.journal.picked
+
+    def compete(self, x: TensorAxes, i: int, reason: str) -> None:
+        """Units along axis ``i`` of ``x`` share out a whole: fewer can where they are experts, else all stay."""
+        self.journal.competitions.append((x.axes[i], Freeze(reason, self.node.name)))
+        self.tag(x, i, "shared out")
+
+    def need_units(self, x: TensorAxes, i: int, least: int) -> None:
+        """Axis ``i`` of ``x`` has to keep ``least`` units or more."""
+        self.journal.least.append((x.axes[i], least))
+
+    def multiplies(self, *roles: tuple[TensorAxes, int, str]) -> None:
+        """This op multiplies activations; ``roles`` are tags that their axes get unless one holds experts."""
+        self.journal.products.append([(x.axes[i], tag) for x, i, tag in roles])
+
+    def literal(self, name: str, expr: Expr, item: int | None = None, offset: int = 0) -> None:
+        """Argument ``name`` (its entry ``item``, if a list) is the size of ``expr``, plus ``offset``."""
         path = self._arguments[name][0]
-        self.journal.literals.append(Literal(self.node.name, path if item is None else (*path, item), expr))
+        self.journal.literals.append(Literal(self.node.name, path if item is None else (*path, item), expr, offset))

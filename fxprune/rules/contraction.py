@@ -9,7 +9,7 @@ from torch import fx
 from fxprune.rules.base import OpSite, TensorAxes
 from fxprune.rules.registry import rule
 
-__all__ = ["addmm", "baddbmm", "convolution", "einsum", "linear", "matmul"]
+__all__ = ["addmm", "baddbmm", "einsum", "linear", "matmul", "outer", "tensordot"]
 
 
 @rule("linear")
@@ -17,6 +17,7 @@ def linear(op: OpSite) -> None:
     """``out = x @ weight.T + bias``, weight ``(out, in)``."""
     x, weight, bias = op.need("input"), op.need("weight"), op.tensor("bias")
     op.tie(x, -1, weight, -1)
+    op.add_up((x, -1), (weight, -1))
     op.tie_all(x, but=(-1,))
     if weight.rank == 2:
         op.tie(weight, 0, op.out, -1)
@@ -24,7 +25,7 @@ def linear(op: OpSite) -> None:
         op.tie(bias, -1, op.out, -1)
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot")
+@rule("matmul", "linalg_matmul", "mm", "bmm", "mv", "dot")
 def matmul(op: OpSite) -> None:
     """``out = a @ b`` with broadcast batch axes; either side may be a vector."""
     a, b = (op.of(node) for node in op.node.args[:2] if isinstance(node, fx.Node))
@@ -48,6 +49,7 @@ def baddbmm(op: OpSite) -> None:
 
 def _multiply(op: OpSite, a: TensorAxes, b: TensorAxes) -> None:
     op.tie(a, -1, b, max(b.rank - 2, 0))
+    op.add_up((a, -1), (b, max(b.rank - 2, 0)))
     column = b.rank >= 2
     if column:
         op.tie(b, -1, op.out, -1)
@@ -57,20 +59,56 @@ def _multiply(op: OpSite, a: TensorAxes, b: TensorAxes) -> None:
         for i in range(kept + 1, x.rank + 1):
             if x.sizes[-i] != 1:
                 op.tie(x, -i, op.out, -i if a.rank >= 2 and column else -i + 1)
-    if not (a.weight or b.weight):
-        _tag_attention(op, a, b)
+    _tag_product(
+        op, [(x, i, i < x.rank - 2) for x in (a, b) for i in range(x.rank)], [(a, -1), (b, max(b.rank - 2, 0))]
+    )
 
 
-def _tag_attention(op: OpSite, *operands: TensorAxes) -> None:
-    """Two activations multiplied: batch axes are heads, what is summed or passed is inside a head."""
-    for x in operands:
-        for i in range(x.rank):
-            op.tag(x, i, "head" if i < x.rank - 2 else "head_dim")
+@rule("outer", "ger")
+def outer(op: OpSite) -> None:
+    """``out[i, j] = self[i] * vec2[j]``."""
+    for j, name in enumerate(("self", "vec2")):
+        x = op.need(name)
+        op.tie(x, 0, op.out, j)
+        op.keep_zeros(op.out, j, (x, 0))
+
+
+@rule("tensordot", "inner")
+def tensordot(op: OpSite) -> None:
+    """Axes ``dims_self`` and ``dims_other``, the last ones for ``inner``, match and are summed; the others pass."""
+    a, b = op.need("self"), op.need("other")
+    first, second = ([i % x.rank for i in op.arg(n, (-1,))] for x, n in ((a, "dims_self"), (b, "dims_other")))
+    for i, j in zip(first, second, strict=True):
+        op.tie(a, i, b, j)
+        op.add_up((a, i), (b, j))
+    free = [(x, i) for x, gone in ((a, first), (b, second)) for i in range(x.rank) if i not in gone]
+    for j, (x, i) in enumerate(free):
+        op.tie(x, i, op.out, j)
+        op.keep_zeros(op.out, j, (x, i))
+
+
+def _tag_product(op: OpSite, axes: list[tuple[TensorAxes, int, bool]], summed: list[tuple[TensorAxes, int]]) -> None:
+    """Batch axes of two activations are heads, what is summed or passed is inside a head; weights have neither.
+
+    Args:
+        op: the op.
+        axes: operand and axis, and whether it is a batch axis.
+        summed: operand and axis for what is summed over.
+    """
+    if not any(op.is_weight(x) for x, _, _ in axes):
+        roles = [(x, i, "head" if batch else "head_dim") for x, i, batch in axes]
+        op.multiplies(*roles, *((x, i, "summed") for x, i in summed))
+    for x, i, batch in axes:
+        if batch and op.is_weight(x):
+            op.tag(x, i, "weights side by side")
 
 
 @rule("einsum")
 def einsum(op: OpSite) -> None:
-    """Axes of one letter are the same axis; an ellipsis stands for leading letters of its own."""
+    """Axes of one letter are the same axis; an ellipsis stands for leading letters of its own.
+
+    As for :func:`matmul`, a letter of both operands and the output is a batch axis.
+    """
     operands = op.list_of("tensors")
     inputs, _, output = op.arg("equation").replace(" ", "").partition("->")
     terms = inputs.split(",")
@@ -94,47 +132,22 @@ def einsum(op: OpSite) -> None:
                 op.tie(x, i, *places[letter])
             else:
                 places[letter] = (x, i)
-    for term, x in zip(spelled, operands, strict=True):
-        for i, letter in enumerate(term):
-            if letter not in output and sum(letter in other for other in spelled) == 1:
-                op.renormalise(x, i)
-    if len(operands) == 2 and not any(x.weight for x in operands):
+    for letter in dict.fromkeys("".join(spelled)):
+        if letter not in output:
+            op.add_up(*((x, term.index(letter)) for term, x in zip(spelled, operands, strict=True) if letter in term))
+    if len(operands) == 2:
         _tag_einsum(op, spelled, operands, output)
+
+
+def _tag_einsum(op: OpSite, terms: list[str], operands: list[TensorAxes], output: str) -> None:
+    """As for :func:`matmul`: a letter of both operands and the output is a batch axis."""
+    batch = set(terms[0]) & set(terms[1]) & set(output)
+    places = [(x, i, letter) for x, term in zip(operands, terms, strict=True) for i, letter in enumerate(term)]
+    summed = [(x, i) for x, i, letter in places if letter not in output]
+    _tag_product(op, [(x, i, letter in batch) for x, i, letter in places], summed)
 
 
 def _spell(term: str, spare: list[str], rank: int) -> str:
     """``term`` with its ellipsis written out, right-aligned, for a tensor of ``rank`` axes."""
     hidden = rank - len(term.replace("...", ""))
     return term.replace("...", "".join(spare[len(spare) - hidden :])) if "..." in term else term
-
-
-def _tag_einsum(op: OpSite, terms: list[str], operands: list[TensorAxes], output: str) -> None:
-    """As for :func:`matmul`: a letter of both operands and the output is a batch axis."""
-    batch = set(terms[0]) & set(terms[1]) & set(output)
-    for term, x in zip(terms, operands, strict=True):
-        for i, letter in enumerate(term):
-            op.tag(x, i, "head" if letter in batch else "head_dim")
-
-
-@rule("conv1d", "conv2d", "conv3d", "convolution")
-def convolution(op: OpSite) -> None:
-    """Weight ``(out, in / groups, kernel..)``; channels are axis 1 of input and output, 0 where there is no batch."""
-    x, weight, bias = op.need("input"), op.need("weight"), op.tensor("bias")
-    groups, channel = op.arg("groups", 1), x.rank - weight.rank + 1
-    if channel:
-        op.tie(x, 0, op.out, 0)
-    op.tie(weight, 0, op.out, channel)
-    if bias is not None:
-        op.tie(bias, 0, op.out, channel)
-    if groups == 1:
-        op.tie(x, channel, weight, 1)
-    elif groups == x.sizes[channel] == weight.sizes[0]:
-        op.tie(x, channel, op.out, channel)
-        op.literal("groups", x.axes[channel])
-    else:
-        for tensor, i in ((x, channel), (weight, 0), (weight, 1)):
-            op.freeze(tensor, i, "a grouped convolution mixes neighbouring channels")
-    for i in range(2, weight.rank):
-        op.freeze(x, channel + i - 1, "a convolution slides over this axis")
-        op.freeze(weight, i, "a kernel's taps are fixed")
-        op.freeze(op.out, channel + i - 1, "a convolution slides over this axis")

@@ -1,10 +1,11 @@
-"""Ops that look values up by index: what is indexed keeps its units, what comes along is free."""
+"""Ops that look values up by index: what is indexed keeps its units, unless the index holds positions along it."""
 
 from __future__ import annotations
 
 from torch import fx
 
 from fxprune.rules.base import OpSite
+from fxprune.rules.pointers import look_up
 from fxprune.rules.registry import rule
 
 __all__ = ["embedding", "index", "index_select"]
@@ -28,8 +29,9 @@ def index(op: OpSite) -> None:
     shape_rank = max((t.rank for t in tensors if t is not None), default=0)
     together = indexed == list(range(indexed[0], indexed[0] + len(indexed)))
     at = indexed[0] if together else 0
-    for i in indexed:
-        op.freeze(x, i, "looked up by number")
+    for i, tensor in zip(indexed, tensors, strict=True):
+        if tensor is not None:
+            look_up(op, tensor, x, i)
     for i in range(at, at + shape_rank):
         op.freeze(op.out, i, "chosen by index")
     free = [i for i in range(x.rank) if i not in indexed]
@@ -39,15 +41,19 @@ def index(op: OpSite) -> None:
     places = [j for j in range(op.out.rank) if not at <= j < at + shape_rank]
     for i, j in zip(free, places, strict=True):
         op.tie(x, i, op.out, j)
+    if op.is_weight(x) and len(free) >= 2:
+        op.journal.picked.add(op.out.name)
 
 
 @rule("index_select")
 def index_select(op: OpSite) -> None:
     """Units of axis ``dim`` picked by number."""
     x, dim = op.need("self"), op.arg("dim")
-    op.freeze(x, dim, "looked up by number")
+    look_up(op, op.need("index"), x, dim)
     op.freeze(op.out, dim, "chosen by index")
     op.tie_all(x, but=(dim,))
+    if op.is_weight(x) and x.rank >= 3:
+        op.journal.picked.add(op.out.name)
 
 
 @rule("tril", "triu", "tril_", "triu_", "diff")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from fxprune.axes import concat
 from fxprune.rules.base import OpSite
 from fxprune.rules.registry import rule
 
-__all__ = ["pointwise"]
+__all__ = ["copy", "glu", "pointwise", "prelu", "type_as"]
 
 _SAME_SHAPE = (
     "add add_ sub sub_ mul mul_ div div_ pow neg where masked_fill masked_fill_ silu gelu relu tanh sigmoid softplus"
-    " to _to_copy type_as clone contiguous detach alias lift_fresh_copy dropout feature_dropout native_dropout"
+    " to _to_copy clone contiguous detach alias lift_fresh_copy dropout feature_dropout native_dropout"
     " alpha_dropout fill_ zero_ positive __and__ __or__ __xor__ bernoulli uniform_ normal_ max.other min.other"
+    " polar complex real imag hardswish log_sigmoid special_expit special_erf floor_divide multiply divide"
+    " true_divide subtract absolute negative greater greater_equal less less_equal not_equal"
 )
 
 
@@ -22,8 +25,40 @@ def pointwise(op: OpSite) -> None:
             op.broadcast(x, out)
 
 
+@rule("type_as", "to.other")
+def type_as(op: OpSite) -> None:
+    """``self`` in the dtype of another tensor, whose shape does not matter."""
+    x = op.need("self")
+    op.tie_all(x)
+    for i in range(x.rank):
+        op.keep_zeros(op.out, i, (x, i))
+
+
 @rule("copy_", "copy")
 def copy(op: OpSite) -> None:
     """``self`` takes the values of ``src``, which broadcasts to it."""
     op.tie_all(op.need("self"))
     op.broadcast(op.need("src"))
+
+
+@rule("prelu")
+def prelu(op: OpSite) -> None:
+    """``max(0, x) + weight * min(0, x)``, with a weight for all or one for each channel (axis 1)."""
+    x, weight = op.need("self"), op.need("weight")
+    op.tie_all(x)
+    if weight.sizes not in ((), (1,)):
+        op.tie(weight, 0, x, min(1, x.rank - 1))
+    for i in range(x.rank):
+        op.keep_zeros(op.out, i, (x, i))
+
+
+@rule("glu")
+def glu(op: OpSite) -> None:
+    """``a * sigmoid(b)`` for the first and second half ``[a | b]`` of ``self`` along ``dim``."""
+    x = op.need("self")
+    dim = op.arg("dim", -1) % x.rank
+    op.tie_all(x, but=(dim,))
+    op.equate(x.axes[dim], concat(op.out.axes[dim], op.out.axes[dim]))
+    op.link(x, dim, op.out, dim)
+    for i in range(x.rank):
+        op.keep_zeros(op.out, i, (x, i))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fxprune.rules.base import OpSite, TensorAxes
 from fxprune.rules.registry import rule
 
-__all__ = ["order", "reduce", "scan"]
+__all__ = ["add_up", "best", "cumsum", "order", "reduce", "scan", "share"]
 
 
 def _dims(op: OpSite, x: TensorAxes) -> tuple[int, ...]:
@@ -18,19 +18,21 @@ def _dims(op: OpSite, x: TensorAxes) -> tuple[int, ...]:
     return tuple(i % max(x.rank, 1) for i in (dim if isinstance(dim, Sequence) else (dim,)))
 
 
-@rule(
-    "mean",
-    "sum",
-    "var",
-    "std",
-    "amax",
-    "amin",
-    "norm",
-    "linalg_vector_norm",
-    "logsumexp",
-    "var_mean",
-    "std_mean",
-)
+@rule("sum", "norm", "linalg_vector_norm")
+def add_up(op: OpSite) -> None:
+    """A sum over ``dim``, of powers for a norm: units that are zero can go; the other axes stay."""
+    x = op.need("x" if "x" in op._arguments else "self")
+    dims = _dims(op, x)
+    order = op.arg("ord", op.arg("p", 2))
+    for i in dims:
+        if isinstance(order, int | float) and order >= 0:
+            op.add_up((x, i))
+        else:
+            op.renormalise(x, i)
+    _keep_others(op, x, dims)
+
+
+@rule("mean", "var", "std", "amax", "amin", "logsumexp", "var_mean", "std_mean")
 def reduce(op: OpSite) -> None:
     """A statistic over ``dim``: removing units of it changes the statistic; the other axes stay."""
     x = op.need("x" if "x" in op._arguments else "self")
@@ -40,7 +42,22 @@ def reduce(op: OpSite) -> None:
     _keep_others(op, x, dims)
 
 
-@rule("prod", "argmax", "argmin", "max.dim", "min.dim", "max", "min", "any", "all", "median", "mode", "kthvalue")
+@rule("argmax", "argmin", "max.dim", "min.dim")
+def best(op: OpSite) -> None:
+    """The best along ``dim``, or where it is: picked among the units that are left."""
+    if op.arg("dim") is None:
+        order(op)
+        return
+    x = op.need("self")
+    (i,) = _dims(op, x)
+    op.renormalise(x, i)
+    _keep_others(op, x, (i,))
+    op.point_at(op.outs[-1], x, i)
+    if len(op.outs) == 1 or any(user.args[1:] == (1,) and user.users for user in op.node.users):
+        op.need_units(x, i, 1)
+
+
+@rule("prod", "max", "min", "any", "all", "median", "mode", "kthvalue")
 def order(op: OpSite) -> None:
     """A value picked by comparison or product over ``dim``: its units are not free to go."""
     x = op.need("self")
@@ -50,7 +67,29 @@ def order(op: OpSite) -> None:
     _keep_others(op, x, dims)
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "flip", "roll")
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax")
+def share(op: OpSite) -> None:
+    """Units along ``dim`` share out a whole: experts do it among those that are left, all else keeps its units."""
+    x = op.need("self")
+    op.tie_all(x)
+    for i in _dims(op, x):
+        op.compete(x, i, f"{op.node.target} runs over this axis")
+
+
+@rule("cumsum")
+def cumsum(op: OpSite) -> None:
+    """Sums over what comes before along ``dim``: units that are zero can go."""
+    x = op.need("self")
+    op.tie_all(x)
+    dims = _dims(op, x)
+    for i in range(x.rank):
+        if i in dims:
+            op.add_up((x, i))
+        else:
+            op.keep_zeros(op.out, i, (x, i))
+
+
+@rule("cumprod", "logcumsumexp", "flip", "roll")
 def scan(op: OpSite) -> None:
     """Each value depends on all, or on those before it, along ``dim``: that axis keeps its units."""
     x = op.need("self")
@@ -59,17 +98,6 @@ def scan(op: OpSite) -> None:
     dims = _dims(op, x) if "dim" in op._arguments else listed
     for i in dims:
         op.freeze(x, i, f"{op.node.target} runs over this axis")
-
-
-@rule("topk", "sort", "argsort")
-def sort(op: OpSite) -> None:
-    """Values ordered along ``dim``: the result's axis is a position of its own."""
-    x = op.need("self")
-    i = op.arg("dim", -1) % x.rank
-    op.freeze(x, i, f"{op.node.target} orders this axis")
-    for out in op.outs:
-        op.freeze(out, i, f"{op.node.target} orders this axis")
-        op.tie_all(x, out, but=(i,))
 
 
 def _keep_others(op: OpSite, x: TensorAxes, dims: tuple[int, ...]) -> None:

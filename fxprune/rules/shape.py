@@ -14,7 +14,7 @@ __all__ = ["cat", "expand", "permute", "reshape", "slice_", "split_with_sizes"]
 _END = 2**63 - 1
 
 
-@rule("reshape", "view", "flatten", "reshape_as", "view_as")
+@rule("reshape", "view", "flatten", "ravel", "reshape_as", "view_as")
 def reshape(op: OpSite) -> None:
     """Row-major order is kept: runs of axes with the same number of elements hold the same units."""
     x = op.tensors[0]
@@ -72,7 +72,9 @@ def squeeze(op: OpSite) -> None:
         op.tie(x, i, op.out, j)
 
 
-@rule("transpose", "t", "permute", "numpy_T", "mT", "movedim", "swapaxes", "adjoint", "matrix_H")
+@rule(
+    "transpose", "t", "permute", "numpy_T", "mT", "movedim", "moveaxis", "swapaxes", "swapdims", "adjoint", "matrix_H"
+)
 def permute(op: OpSite) -> None:
     """The axes in another order, read off the order of the strides' owners."""
     x = op.tensors[0]
@@ -137,7 +139,7 @@ def repeat(op: OpSite) -> None:
 
 @rule("repeat_interleave.self_int")
 def repeat_interleave(op: OpSite) -> None:
-    """Each unit several times over: ``(axis * times)``."""
+    """Each unit several times over: ``(axis * times)``; the size of the output may be said as well."""
     x, dim = op.need("self"), op.arg("dim")
     if dim is None:
         op.freeze_all("flattens before repeating")
@@ -146,10 +148,12 @@ def repeat_interleave(op: OpSite) -> None:
     op.tie_all(x, but=(dim,))
     op.equate(product(x.axes[dim], times), op.out.axes[dim])
     op.literal("repeats", times)
+    if op.arg("output_size") is not None:
+        op.literal("output_size", op.out.axes[dim])
     op.link(x, dim, op.out, dim)
 
 
-@rule("cat", "concat")
+@rule("cat", "concat", "concatenate")
 def cat(op: OpSite) -> None:
     """One after the other along ``dim``."""
     parts = [x for x in op.list_of("tensors") if x.sizes != (0,)]

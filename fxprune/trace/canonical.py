@@ -1,15 +1,16 @@
 """One spelling for ops that have several, so that rules and rewrites meet fewer forms.
 
 ``view`` becomes ``reshape`` (a narrower inner axis may make its input non-contiguous), ``chunk`` and ``split`` become
-``split_with_sizes`` (parts may end up of unequal size), ``unflatten`` becomes ``reshape``, ``-1`` in a shape is
-spelled out where the size is known, a slice (which ``narrow`` becomes) counts its bounds from the front, attention
-always has its ``scale``, a constant list of consecutive indices becomes a ``slice``, and an in-place op on a value that
-nothing else can see becomes the plain one.
+``split_with_sizes`` (parts may end up of unequal size), ``unflatten`` and ``view_as`` become ``reshape``, ``-1`` in a
+shape is spelled out where the size is known, a slice (which ``narrow`` becomes) counts its bounds from the front,
+attention always has its ``scale``, a constant list of consecutive indices becomes a ``slice``, what is viewed as
+complex numbers is copied first, and an in-place op on a value that nothing else can see becomes the plain one.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import fx
 from fxprune.compat import OpOverload
 from fxprune.tensors import get_tensor
 
-__all__ = ["canonicalize"]
+__all__ = ["canonicalize", "may_alias", "plain_in_place"]
 
 aten = torch.ops.aten
 
@@ -28,12 +29,17 @@ def canonicalize(graph_module: fx.GraphModule) -> None:
     """Rewrite the graph in place to its canonical spelling; values do not change."""
     graph = graph_module.graph
     for node in list(graph.nodes):
-        _plain(node)
         if node.target is aten.index.Tensor:
             _index(node, graph_module)
         rewrite = _REWRITES.get(node.target) if node.op == "call_function" else None
         if rewrite is not None:
             rewrite(node)
+
+
+def plain_in_place(graph_module: fx.GraphModule) -> None:
+    """In-place ops on values that nothing else can see are plain ones; values do not change."""
+    for node in graph_module.graph.nodes:
+        _plain(node)
 
 
 def _reshape(node: fx.Node) -> None:
@@ -81,17 +87,31 @@ def _unflatten(node: fx.Node) -> None:
     assert isinstance(source, fx.Node) and isinstance(dim, int) and isinstance(sizes, list | tuple)
     shape = source.meta["val"].shape
     dim %= len(shape)
-    outer: list[Any] = []
-    with node.graph.inserting_before(node):
-        for axis, size in enumerate(shape):
-            if isinstance(size, int) or axis == dim:
-                outer.append(size)
-                continue
-            symbol = node.graph.call_function(aten.sym_size.int, (source, axis))
-            symbol.meta["val"] = size
-            outer.append(symbol)
+    outer = _sizes(source, node, but=dim)
     node.args = (source, [*outer[:dim], *sizes, *outer[dim + 1 :]])
     _reshape(node)
+
+
+def _reshape_as(node: fx.Node) -> None:
+    """The shape of another tensor is some numbers: what its axes are made of does not matter."""
+    source, other = node.args
+    assert isinstance(other, fx.Node)
+    node.args = (source, _sizes(other, node))
+    _reshape(node)
+
+
+def _sizes(source: fx.Node, before: fx.Node, but: int | None = None) -> list[Any]:
+    """The sizes of ``source``, numbers where static and else nodes that read them, put ``before`` a node."""
+    found: list[Any] = []
+    with before.graph.inserting_before(before):
+        for axis, size in enumerate(source.meta["val"].shape):
+            if isinstance(size, int) or axis == but:
+                found.append(size)
+                continue
+            symbol = before.graph.call_function(aten.sym_size.int, (source, axis))
+            symbol.meta["val"] = size
+            found.append(symbol)
+    return found
 
 
 def _attention(node: fx.Node) -> None:
@@ -100,6 +120,16 @@ def _attention(node: fx.Node) -> None:
     width = query.meta["val"].shape[-1]
     if node.kwargs.get("scale") is None and len(node.args) < 7 and isinstance(width, int):
         node.kwargs = {**node.kwargs, "scale": 1 / math.sqrt(width)}
+
+
+def _view_as_complex(node: fx.Node) -> None:
+    """Pairs must lie on even places, which those of a slice may no longer do: a copy of its own has them there."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    with node.graph.inserting_before(node):
+        copied = node.graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
+    copied.meta = dict(source.meta)
+    node.args = (copied,)
 
 
 def _index(node: fx.Node, graph_module: fx.GraphModule) -> None:
@@ -138,18 +168,27 @@ def _plain(node: fx.Node) -> None:
         return
     packet = getattr(aten, operation.removesuffix("_"), None)
     target = getattr(packet, overload or "default", None)
-    if target is not None and node.args and isinstance(node.args[0], fx.Node) and _is_fresh(node.args[0]):
+    if target is not None and node.args and isinstance(node.args[0], fx.Node) and _is_fresh(node.args[0], node, node):
         node.target = target
 
 
-def _is_fresh(value: fx.Node) -> bool:
-    """Whether only its one user can see what is written to ``value``."""
-    if len(value.users) != 1 or not isinstance(value.target, OpOverload):
+def _is_fresh(value: fx.Node, user: fx.Node, writer: fx.Node) -> bool:
+    """Whether only its one ``user`` can see what ``writer`` writes to ``value``: all others are done by then."""
+    if any(other is not user and (other > writer or may_alias(other)) for other in value.users):
         return False
-    aliasing = any(result.alias_info is not None for result in value.target._schema.returns)
-    if not aliasing and value.target not in _MAY_ALIAS:
-        return True
-    return isinstance(value.args[0], fx.Node) and _is_fresh(value.args[0])
+    source = value.args[0] if value.args else None
+    if value.target is operator.getitem and isinstance(source, fx.Node):
+        return isinstance(source.target, OpOverload) and not may_alias(source)
+    if not isinstance(value.target, OpOverload):
+        return False
+    return not may_alias(value) or (isinstance(source, fx.Node) and _is_fresh(source, value, writer))
+
+
+def may_alias(node: fx.Node) -> bool:
+    """Whether the result of ``node`` may share memory with its first input, as its schema says or not."""
+    if not isinstance(node.target, OpOverload):
+        return node.target is operator.getitem
+    return node.target in _MAY_ALIAS or any(result.alias_info is not None for result in node.target._schema.returns)
 
 
 def _shape(node: fx.Node) -> tuple[Any, ...]:
@@ -178,5 +217,8 @@ _REWRITES: dict[Any, Callable[[fx.Node], None]] = {
     aten.slice.Tensor: _slice,
     aten.narrow.default: _narrow,
     aten.unflatten.int: _unflatten,
+    aten.reshape_as.default: _reshape_as,
+    aten.view_as.default: _reshape_as,
     aten.scaled_dot_product_attention.default: _attention,
+    aten.view_as_complex.default: _view_as_complex,
 }

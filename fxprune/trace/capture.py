@@ -8,9 +8,12 @@ model is traced in bfloat16: only so does the graph tell a cast *to float32* (a 
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +23,14 @@ from torch import fx, nn
 from fxprune.compat import FakeTensorMode, fake_mode, is_impure
 from fxprune.errors import TraceError
 from fxprune.state import State, attach
+from fxprune.tensors import names_by_identity, weights
 from fxprune.trace.blocks import find_blocks
-from fxprune.trace.canonical import canonicalize
+from fxprune.trace.canonical import canonicalize, plain_in_place
 from fxprune.trace.checks import check_model, model_dtype
+from fxprune.trace.fold import fold_constants, place_constants
 from fxprune.trace.inputs import default_inputs, dynamic_dims, is_hugging_face
 from fxprune.trace.lower import lower
+from fxprune.trace.sizes import pin_sizes
 
 __all__ = ["Traced", "meta_twin", "trace"]
 
@@ -80,10 +86,17 @@ def trace(model: nn.Module, example_inputs: Mapping[str, Any] | None = None, *, 
     portable = dtype if dtype != torch.float32 else None
     graph_module = lower(program, model, portable)
     _restore_inputs(graph_module, own, dtype)
+    plain_in_place(graph_module)
+    fold_constants(graph_module, model)
     canonicalize(graph_module)
+    place_constants(graph_module, model)
     graph_module.graph.eliminate_dead_code(is_impure)
     graph_module.recompile()
-    attach(graph_module, State(blocks=find_blocks(model), notes=tuple(notes)))
+    pinned = pin_sizes(graph_module) if dynamic else ""
+    notes += [f"runs at {pinned}"] if pinned else []
+    own_names = {name for names in names_by_identity(model).values() for name in names}
+    constants = tuple(name for name, _ in weights(graph_module) if name not in own_names)
+    attach(graph_module, State(blocks=find_blocks(model), notes=tuple(notes), constants=constants))
     return Traced(graph_module, model, tuple(notes))
 
 
@@ -96,14 +109,37 @@ def _export(
     fixed: dict[str, Any] = {}
     if is_hugging_face(model):
         _prefer_traceable_attention(twin)
-        fixed = {"use_cache": False} if hasattr(twin.config, "use_cache") else {}
+        fixed = _without_cache(twin)
     dims = dynamic_dims(inputs) | {name: None for name in fixed}
     if not dynamic:
         with mode:
             inputs = {k: torch.empty_like(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet(), _without_fast_path():
         return torch.export.export(twin, (), inputs | fixed, dynamic_shapes=dims if dynamic else None, strict=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings, and no log of an attempt that fails: the error says it all."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Attention modules of torch trace to many small ops, not to one op for a whole layer."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _fake_copy(model: nn.Module, mode: FakeTensorMode, own: torch.dtype, dtype: torch.dtype) -> nn.Module:
@@ -147,6 +183,18 @@ def _prefer_traceable_attention(model: Any) -> None:
         model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
     if getattr(model.config, "_experts_implementation", None) is not None:
         model.config._experts_implementation = "batched_mm"
+
+
+def _without_cache(model: Any) -> dict[str, bool]:
+    """The arguments, besides what its config says, that keep ``model``, our own copy, from returning a cache.
+
+    An argument that ``forward`` takes among its keywords only would fix all sizes: exporting does not allow it beside
+    dynamic ones.
+    """
+    for config in (model.config, model.config.get_text_config()):
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def _first_line(error: Exception) -> str:

@@ -59,13 +59,20 @@ def lower(program: torch.export.ExportedProgram, model: nn.Module, dtype: torch.
 def _lower_placeholders(
     program: torch.export.ExportedProgram, model: nn.Module, graph: fx.Graph, env: dict[fx.Node, Any]
 ) -> dict[str, torch.Tensor]:
-    """Inputs become placeholders, weights ``get_attr`` nodes; returns the weights by name."""
+    """Inputs become placeholders, weights ``get_attr`` nodes; returns the weights by name.
+
+    No other node has the name of a weight then: those without a dot are made here, under their own names.
+    """
     nodes = [node for node in program.graph_module.graph.nodes if node.op == "placeholder"]
     specs = list(zip(nodes, program.graph_signature.input_specs, strict=True))
     attributes: dict[str, torch.Tensor] = {}
+    names = {spec.target for _, spec in specs}
     for node, spec in specs:
         if spec.kind == InputKind.USER_INPUT and isinstance(node.meta.get("val"), torch.Tensor):
-            env[node] = graph.node_copy(node)
+            target = str(node.target)
+            free = f"{target}_input" if target in names else target
+            env[node] = new = graph.create_node("placeholder", target, node.args, name=free)
+            new.meta = dict(node.meta)
     for node, spec in specs:
         if spec.kind == InputKind.USER_INPUT:
             continue
@@ -73,7 +80,7 @@ def _lower_placeholders(
             raise TraceError(f"input {node.name} of kind {spec.kind.name} is not a tensor")
         name = spec.target
         attributes[name] = _real_tensor(program, model, spec)
-        env[node] = new = graph.create_node("get_attr", name, name=node.name)
+        env[node] = new = graph.create_node("get_attr", name, name=node.name if "." in name else name)
         new.meta = dict(node.meta)
     return attributes
 

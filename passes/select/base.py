@@ -51,7 +51,7 @@ class SelectPass(Pass):
             within groups of the same kind.
         protect: number of blocks kept whole at the front and at the end; None for the paper's 4 and 2 of 32, scaled
             to the depth; ``()`` for none.
-        round_to: widths of parameters stay multiples of this where they shrink.
+        round_to: widths of parameters stay multiples of this where they shrink; the number of experts is no width.
         uniform: the same widths in all layers, such that the stock config takes them where there is one.
     """
 

@@ -1,7 +1,7 @@
 """Slots: places where a number of units has to be chosen.
 
-A slot is one group, or the groups of which just one may shrink (whole key/value groups, or query heads inside each),
-or all the layers that may go.
+A slot is one group, or the groups of which just one may shrink (whole key/value groups, or query heads inside each;
+experts of every group of a router, or whole groups), or all the layers that may go.
 """
 
 from __future__ import annotations
@@ -48,13 +48,19 @@ class Option:
     group: Group | None = None
 
     @property
+    def fewest(self) -> int:
+        """The smallest number of units that may stay: a multiple of ``step``."""
+        least = 1 if self.group is None else self.group.least
+        return -(-least // self.step) * self.step
+
+    @property
     def most(self) -> int:
         """The largest number of units that may go."""
-        return max(self.size - self.step, 0)
+        return max(self.size - self.fewest, 0)
 
     def nearest(self, removed: float) -> int:
         """The allowed number of units nearest to ``removed``."""
-        kept = max(round((self.size - removed) / self.step) * self.step, self.step)
+        kept = max(round((self.size - removed) / self.step) * self.step, self.fewest)
         allowed = min(max(self.size - kept, 0), self.most)
         return allowed if removed >= allowed - removed else 0
 
@@ -112,12 +118,11 @@ def make_slots(
 ) -> list[Slot]:
     """The slots of ``kinds`` outside ``protected`` blocks."""
     chosen = [g for g in groups if g.kind in kinds and g.block not in protected and g.name in scores.units]
-    shared: dict[tuple[str, Factor], list[Option]] = {}
+    shared: dict[tuple[str, object], list[Option]] = {}
     for group in chosen:
         if group.factor is not None:
-            around = group.outer if group.kind == "head" and group.outer is not None else group.factor
-            shared.setdefault((group.kind, around), []).append(_option(group, scores, round_to))
-    slots = [Slot(kind, tuple(sorted(options, key=_is_nested))) for (kind, _), options in shared.items()]
+            shared.setdefault((group.kind, _place(group)), []).append(_option(group, scores, round_to))
+    slots = [Slot(kind, tuple(sorted(options, key=_preference))) for (kind, _), options in shared.items()]
     layers = [group for group in chosen if group.kind == "layer"]
     if layers:
         layers.sort(key=lambda group: float(scores.units[group.name][0]))
@@ -157,8 +162,16 @@ def units_left(slots: Sequence[Slot], fractions: Mapping[int, tuple[int, float]]
     return left
 
 
-def _is_nested(option: Option) -> bool:
-    return option.group is not None and option.group.outer is not None
+def _place(group: Group) -> object:
+    """What groups of one slot have in common."""
+    if group.kind == "head" and group.outer is not None:
+        return group.outer
+    return (group.members[0].name, group.members[0].axis) if group.kind == "expert" else group.factor
+
+
+def _preference(option: Option) -> tuple[bool, int]:
+    """Those with a choice in each outer unit come last, those with more units first."""
+    return option.group is not None and option.group.outer is not None, -option.size
 
 
 def _option(group: Group, scores: Scores, round_to: int) -> Option:
@@ -166,5 +179,5 @@ def _option(group: Group, scores: Scores, round_to: int) -> Option:
     table = np.sort(scores.units[group.name], axis=-1)
     spans = [int((unit_index(m.expr, group.factor) == 0).sum()) for m in group.parameters]
     span = min(spans)
-    step = min(round_to // gcd(round_to, span), group.size)
+    step = 1 if group.kind == "expert" else min(round_to // gcd(round_to, span), group.size)
     return Option(group.size, step, table.reshape(-1, group.size).mean(axis=0), group)

@@ -42,7 +42,9 @@ class RewriteLiteralsPass(Pass):
             current = read_literal(node, literal.path)
             if current == -1:
                 continue
-            set_literal(node, literal.path, _scaled(node, current, old, new) if isinstance(current, fx.Node) else new)
+            dynamic = isinstance(current, fx.Node)
+            size = _scaled(node, current, old, new) if dynamic else new + literal.offset
+            set_literal(node, literal.path, size)
             changed = True
         return PassResult(graph_module, changed)
 

@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
+from fxprune.dependency import axis_map
 from fxprune.passbase import Pass, PassResult
+from fxprune.plan import kept_of_constants
 from fxprune.state import state_of
 from fxprune.tensors import get_tensor, names_by_identity, set_tensor, weights
 
@@ -18,7 +20,7 @@ __all__ = ["SliceParametersPass", "slice_tensor"]
 
 @dataclass(eq=False)
 class SliceParametersPass(Pass):
-    """Every tensor in the plan holds its kept indices alone; tied tensors stay tied.
+    """Every tensor in the plan holds its kept indices alone, and so do constants of the code; tied tensors stay tied.
 
     Args:
         copy: give tensors that the plan does not name copies of their own, so that nothing is shared with the dense
@@ -35,14 +37,18 @@ class SliceParametersPass(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Slice each tensor once, whatever the number of its names."""
-        plan = state_of(graph_module).plan
+        state = state_of(graph_module)
+        plan = state.plan
         assert plan is not None
+        slices = dict(plan.kept)
+        if state.graph is not None and state.keep is not None:
+            slices |= kept_of_constants(axis_map(state.graph), state.keep)
         tied: dict[int, list[str]] = {}
         for name, tensor in weights(graph_module):
             tied.setdefault(id(tensor), []).append(name)
         aliases = {} if self.mirror is None else names_by_identity(self.mirror)
         for names in tied.values():
-            kept = next((plan.kept[name] for name in names if name in plan.kept), {})
+            kept = next((slices[name] for name in names if name in slices), {})
             if not kept and not self.copy:
                 continue
             dense = get_tensor(graph_module, names[0])

@@ -1,0 +1,112 @@
+"""Tables that a model makes by number for all units and passes to its blocks, which take the rows of their own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fxprune.emit.layout import Layout
+from fxprune.emit.load import run_on_meta
+from fxprune.layerwise import INPUTS
+
+__all__ = ["Inputs", "Numbered", "combined_inputs", "find_inputs"]
+
+Numbered = Mapping[str, Mapping[int, Sequence[int]]]
+"""By module path of a block (empty for all blocks), by number of units before, the numbers of those that remain."""
+
+Inputs = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""By module path and argument, what :func:`fxprune.layerwise.select_inputs` takes."""
+
+_SAMPLES = 7
+
+
+def find_inputs(
+    model: PreTrainedModel, slim: nn.Module, layout: Layout, numbered: Numbered
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """What modules with fewer units than before are passed for all of them is found, by running the dense model.
+
+    A module counts as such if an attribute that held the number of units holds that of those that remain; an argument,
+    if one of its axes has the length of all units, for one sample or for all samples together.
+
+    Args:
+        model: A copy of the dense model on `meta`, to be thrown away.
+        slim: The slim model on `meta`, before blocks are taken out.
+        layout: Where the blocks are.
+        numbered: Which units remain.
+
+    Returns:
+        What :func:`fxprune.layerwise.select_inputs` takes, by dense module path.
+    """
+    shrunk: dict[str, tuple[int, list[int]]] = {}
+    for block in layout.blocks():
+        known = {**numbered.get("", {}), **numbered.get(block, {})}
+        for path, module in model.get_submodule(block).named_modules(prefix=block) if known else ():
+            for units, kept in _of_module(module, known).items():
+                if path not in shrunk and _lost_units(module, slim.get_submodule(path), units, len(kept)):
+                    shrunk[path] = (units, list(kept))
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for path, (units, kept) in shrunk.items():
+        model.get_submodule(path).register_forward_pre_hook(
+            _Watch(found.setdefault(path, {}), units, kept), with_kwargs=True
+        )
+    run_on_meta(model, samples=_SAMPLES)
+    return {path: entries for path, entries in found.items() if entries}
+
+
+def _of_module(module: nn.Module, known: Mapping[int, Sequence[int]]) -> dict[int, Sequence[int]]:
+    """Which units remain of those that a module selects already, counted among these, and of all."""
+    found = dict(known)
+    for entry in vars(module).get(INPUTS, {}).values():
+        if entry["of"] in known:
+            left = set(known[entry["of"]])
+            found[len(entry["kept"])] = [i for i, unit in enumerate(entry["kept"]) if unit in left]
+    return found
+
+
+def _lost_units(dense: nn.Module, slim: nn.Module, units: int, left: int) -> bool:
+    there = vars(slim)
+    return any(value == units and there.get(name) == left for name, value in vars(dense).items() if type(value) is int)
+
+
+class _Watch:
+    """A forward pre-hook that notes the arguments with an axis of units."""
+
+    def __init__(self, found: dict[str, dict[str, Any]], units: int, kept: list[int]) -> None:
+        self.found, self.units, self.kept = found, units, kept
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+            axis = next(self._axes(value), None) if isinstance(value, torch.Tensor) else None
+            if axis is not None:
+                self.found[name] = {"axis": axis, "of": self.units, "kept": self.kept}
+
+    def _axes(self, value: torch.Tensor) -> Iterator[int]:
+        for size in (_SAMPLES * self.units, self.units):
+            yield from (axis for axis, length in enumerate(value.shape) if length == size)
+
+
+def combined_inputs(model: nn.Module, more: Inputs) -> dict[str, dict[str, dict[str, Any]]]:
+    """What modules of the dense model select already, and what they select of that from now on.
+
+    Args:
+        model: The dense model, itself perhaps a slim one.
+        more: By its module paths.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for path, module in model.named_modules():
+        held = vars(module).get(INPUTS, {})
+        if held or path in more:
+            found[path] = {name: dict(entry) for name, entry in held.items()}
+        for name, entry in more.get(path, {}).items():
+            first = found[path].get(name)
+            if first is None:
+                found[path][name] = dict(entry)
+            else:
+                first["kept"] = [first["kept"][i] for i in entry["kept"]]
+    return found

@@ -1,0 +1,82 @@
+"""What can only be said once all axes are solved: which units are experts, and what that means for the rest.
+
+An expert is a unit that positions made by a top-k or the like pick, or weights side by side whose outputs a softmax
+mixes. A softmax runs over the experts that are left, and a product with an axis of experts is no attention. A softmax
+over anything else keeps its axis.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from math import prod
+
+from fxprune.axes import Concat, Expr, Factor, factors
+from fxprune.rules.base import Journal
+
+__all__ = ["settle_experts"]
+
+
+def settle_experts(journal: Journal) -> dict[Factor, int]:
+    """The roles of factors are final, softmaxes are statistics over experts or freeze, and too small axes are frozen.
+
+    Returns:
+        For each factor that has to keep more than one unit, how many: the ``k`` of a top-k over it.
+    """
+    solver = journal.solver
+    experts = _experts(journal)
+    for factor in experts:
+        solver.tag(factor, "expert")
+    for expr, freeze in journal.competitions:
+        for factor in factors(solver.resolve(expr)):
+            if factor in experts:
+                journal.renormalised.append((factor, freeze.node))
+            else:
+                solver.freeze(factor, freeze.reason, freeze.node)
+    for product in journal.products:
+        solved = [(solver.resolve(expr), tag) for expr, tag in product]
+        if not any(factor in experts for expr, _ in solved for factor in factors(expr)):
+            for expr, tag in solved:
+                solver.tag(expr, tag)
+    return _least(journal)
+
+
+def _experts(journal: Journal) -> frozenset[Factor]:
+    tags, frozen = journal.solver.tagged_factors(), journal.solver.frozen_factors()
+    return frozenset(factor for factor, own in tags.items() if factor not in frozen and _is_expert(own))
+
+
+def _is_expert(tags: frozenset[str]) -> bool:
+    return "expert" in tags or ({"shared out", "weights side by side"} <= tags and "head" not in tags)
+
+
+def _least(journal: Journal) -> dict[Factor, int]:
+    """How many units have to stay; where several factors make an axis, the last ones have to make up for the others.
+
+    Units that are picked one at a time along an axis, by several ops, have to be as many.
+    """
+    solver, least = journal.solver, dict[Factor, int]()
+    frozen = solver.frozen_factors()
+    single = Counter(solver.resolve(expr) for expr, count in journal.least if count == 1)
+    for expr, count in ((solver.resolve(expr), count) for expr, count in journal.least):
+        count = max(count, single[expr])
+        for factor in reversed(list(_free(expr, frozen))):
+            while _fewest(expr, least, frozen) < count and least.get(factor, 1) < factor.size:
+                least[factor] = least.get(factor, 1) + 1
+    for factor, count in least.items():
+        if count >= factor.size:
+            node = next(node for expr, node in journal.renormalised if factor in factors(solver.resolve(expr)))
+            solver.freeze(factor, f"all {factor.size} units are chosen", node)
+    return least
+
+
+def _free(expr: Expr, frozen: Mapping[Factor, object]) -> Iterator[Factor]:
+    return (factor for factor in factors(expr) if factor not in frozen)
+
+
+def _fewest(expr: Expr, least: Mapping[Factor, int], frozen: Mapping[Factor, object]) -> int:
+    """The smallest size that the axis ``expr`` may get."""
+    if isinstance(expr, Factor):
+        return expr.size if expr in frozen else least.get(expr, 1)
+    sizes = [_fewest(part, least, frozen) for part in expr.parts]
+    return sum(sizes) if isinstance(expr, Concat) else prod(sizes)

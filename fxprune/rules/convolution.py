@@ -1,0 +1,131 @@
+"""Ops that slide over axes: convolutions, pooling, windows. Channels go one by one or group by group."""
+
+from __future__ import annotations
+
+from fxprune.axes import new_factor, product
+from fxprune.rules.base import OpSite, TensorAxes
+from fxprune.rules.registry import rule
+
+__all__ = ["convolution", "im2col", "pixel_shuffle", "pool", "unfold"]
+
+
+@rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def convolution(op: OpSite) -> None:
+    """Weight ``(out, in / groups, kernel..)``, transposed ``(in, out / groups, kernel..)``.
+
+    Channels are axis 1 of input and output, 0 where there is no batch. The channels of either side that are spread
+    over the groups are ``(groups * channels of a group)``: whole groups may go, and the same channel of each group.
+    """
+    x, weight, bias = op.need("input"), op.need("weight"), op.tensor("bias")
+    channel = x.rank - weight.rank + 1
+    transposed = bool(op.arg("transposed", "transpose" in str(op.node.target)))
+    spread, whole = ((x, channel), (op.out, channel)) if transposed else ((op.out, channel), (x, channel))
+    groups = new_factor(op.arg("groups", 1))
+    if channel:
+        op.tie(x, 0, op.out, 0)
+    op.tie(weight, 0, *spread)
+    op.equate(product(groups, weight.axes[1]), whole[0].axes[channel])
+    op.equate(product(groups, new_factor(weight.sizes[0] // groups.size)), weight.axes[0])
+    op.link(weight, 1, *whole)
+    op.add_up((weight, 0 if transposed else 1), (x, channel))
+    if groups.size > 1:
+        op.link(x, channel, op.out, channel)
+        op.link(weight, 0, *whole)
+        op.literal("groups", groups)
+    if bias is not None:
+        op.tie(bias, 0, op.out, channel)
+    for i in range(2, weight.rank):
+        _slide(op, x, weight, i, channel + i - 1)
+
+
+def _slide(op: OpSite, x: TensorAxes, weight: TensorAxes, tap: int, i: int) -> None:
+    """Axis ``tap`` of the kernel moves along axis ``i``; one of size 1 need not."""
+    if weight.sizes[tap] == 1 and _each(op, "stride", 1, tap) and _each(op, "padding", 0, tap):
+        op.tie(x, i, op.out, i)
+        return
+    op.freeze(x, i, "a convolution slides over this axis")
+    op.freeze(weight, tap, "a kernel's taps are fixed")
+    op.freeze(op.out, i, "a convolution slides over this axis")
+
+
+def _each(op: OpSite, name: str, value: int, tap: int) -> bool:
+    found = op.arg(name, value)
+    if isinstance(found, list | tuple):
+        return bool(found) and found[min(tap - 2, len(found) - 1)] == value
+    return found in (value, "same", "valid")
+
+
+_POOLS = (
+    "max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices"
+    " avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d"
+    " adaptive_max_pool2d adaptive_max_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d"
+    " upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d upsample_linear1d"
+    " upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"
+    " reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d"
+)
+
+
+@rule(*_POOLS.split())
+def pool(op: OpSite) -> None:
+    """Each channel by itself; the last axes, as many as the op's name says, are slid over."""
+    x = op.tensors[0]
+    name = op.node.target.name().partition(".")[0]  # type: ignore[union-attr]
+    space = next(int(sign) for sign in reversed(name) if sign.isdigit())
+    for out in op.outs:
+        op.tie_all(x, out, but=range(-space, 0))
+        for i in range(-space, 0):
+            op.freeze(out, i, f"{op.node.target} slides over this axis")
+        for i in range(x.rank - space):
+            op.keep_zeros(out, i, (x, i))
+    for i in range(-space, 0):
+        op.freeze(x, i, f"{op.node.target} slides over this axis")
+
+
+@rule("unfold", "unfold_copy")
+def unfold(op: OpSite) -> None:
+    """Windows along ``dimension``: their number in its place, what is in one of them in a new last axis."""
+    x = op.need("self")
+    dim = op.arg("dimension") % max(x.rank, 1)
+    op.tie_all(x, but=(dim,))
+    for tensor, i in ((x, dim), (op.out, dim), (op.out, -1)):
+        op.freeze(tensor, i, "windows slide over this axis")
+    for i in range(x.rank):
+        if i != dim:
+            op.keep_zeros(op.out, i, (x, i))
+
+
+@rule("im2col", "col2im")
+def im2col(op: OpSite) -> None:
+    """``(.., channels, height, width)`` and ``(.., channels * taps, places)``, one the windows of the other."""
+    x = op.need("self")
+    image, columns = (x, op.out) if x.rank > op.out.rank else (op.out, x)
+    _spread(op, columns, columns.rank - 2, image, image.rank - 3, "a kernel's taps are fixed")
+    for tensor, i in ((columns, -1), (image, -1), (image, -2)):
+        op.freeze(tensor, i, "windows slide over this axis")
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+def pixel_shuffle(op: OpSite) -> None:
+    """``(.., channels * factor ** 2, height, width)`` and ``(.., channels, height * factor, width * factor)``."""
+    x = op.need("self")
+    many, few = (x, op.out) if x.sizes[-3] > op.out.sizes[-3] else (op.out, x)
+    if many.sizes == few.sizes:
+        op.freeze_all("channels change places")
+        return
+    _spread(op, many, many.rank - 3, few, few.rank - 3, "pixels of a block are fixed")
+    for tensor in (many, few):
+        for i in (-1, -2):
+            op.freeze(tensor, i, "pixels change places along this axis")
+
+
+def _spread(op: OpSite, many: TensorAxes, i: int, few: TensorAxes, j: int, reason: str) -> None:
+    """Axis ``i`` of ``many`` is axis ``j`` of ``few`` times some that are fixed; the axes before are the same."""
+    inner = new_factor(many.sizes[i] // few.sizes[j])
+    op.journal.solver.freeze(inner, reason, op.node.name)
+    op.equate(product(few.axes[j], inner), many.axes[i])
+    op.link(many, i, few, j)
+    x, y = (many, i) if op.out is few else (few, j)
+    op.keep_zeros(op.out, j if op.out is few else i, (x, y))
+    for k in range(i):
+        op.tie(many, k, few, k)
+        op.keep_zeros(op.out, k, (x, k))

@@ -1,0 +1,69 @@
+"""Sizes that the code of a model fixes although tracing let them vary."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from fxprune.compat import fake_mode, is_free, largest_size, size_hint
+
+__all__ = ["pin_sizes"]
+
+_LOSSY = {operator.mod, operator.floordiv}
+"""What turns a size into one that tracing may take for a constant: the number of chunks of a short input is 1."""
+
+_OTHER = (3, 64)
+"""A batch and a number of tokens that a graph whose sizes vary has to take."""
+
+
+def pin_sizes(graph_module: fx.GraphModule) -> str:
+    """Inputs of which the graph takes one size only have that size in their metadata.
+
+    A size may be free, one number, or a range, which counts as one number where it ends early. Where a graph divides
+    sizes it is also run without storage at other ones.
+
+    Returns:
+        What was fixed, in words; empty if nothing was.
+    """
+    inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    pinned = [note for node in inputs if (note := _pin(node, _ends_early))]
+    divided = any(node.target in _LOSSY for node in graph_module.graph.nodes)
+    if divided and not _runs(graph_module, inputs):
+        pinned = [note for node in inputs if (note := _pin(node, lambda _, axis: axis > 0))] or pinned
+    return ", ".join(dict.fromkeys(pinned))
+
+
+def _ends_early(size: int | torch.SymInt, axis: int) -> bool:
+    largest = largest_size(size)
+    return largest is not None and largest < _OTHER[min(axis, 1)]
+
+
+def _pin(node: fx.Node, fixed: Callable[[int | torch.SymInt, int], bool]) -> str:
+    """Put numbers in place of those symbolic sizes of an input that ``fixed`` says are; the shape if there were any."""
+    value = node.meta["val"]
+    pinned = {axis for axis, size in enumerate(value.shape) if is_free(size) and fixed(size, axis)}
+    sizes = [size_hint(s) if axis in pinned or not is_free(s) else s for axis, s in enumerate(value.shape)]
+    if all(isinstance(size, int) for size in value.shape) or not hasattr(value, "fake_mode"):
+        return ""
+    with value.fake_mode:
+        node.meta["val"] = torch.empty(sizes, dtype=value.dtype, device=value.device)
+    shape = ", ".join(str(size) if isinstance(size, int) else "any" for size in sizes)
+    return f"{node.target} of shape ({shape}) alone" if any(isinstance(size, int) for size in sizes) else ""
+
+
+def _runs(graph_module: fx.GraphModule, inputs: list[fx.Node]) -> bool:
+    """Whether the graph computes at all at sizes other than the traced ones."""
+    shapes = [
+        [_OTHER[min(axis, 1)] if is_free(size) else size_hint(size) for axis, size in enumerate(node.meta["val"].shape)]
+        for node in inputs
+    ]
+    try:
+        with fake_mode(), torch.no_grad():
+            values = [torch.zeros(s, dtype=n.meta["val"].dtype) for s, n in zip(shapes, inputs, strict=True)]
+            fx.Interpreter(graph_module).run(*values)
+    except Exception:
+        return False
+    return True

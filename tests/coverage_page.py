@@ -1,0 +1,166 @@
+"""The page about every model type, made from what the runs over them left."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from tests.zoo import NO_ATTENTION
+
+Row = Mapping[str, Any]
+
+KINDS = ("mlp", "head", "channel", "head_dim", "expert", "layer")
+_EXPECTED = ("rows are looked up by number", "an output of the model", "looked up by number")
+"""Reasons that hold for every model: vocabularies and positions."""
+
+_FINE = ("exact", "inert", "nothing can go")
+_ENDED = ("build", "run", "export")
+
+
+def page(data: Mapping[str, Any]) -> str:
+    """The page as Markdown: counts, one line a type, and the types that did not come so far."""
+    rows: list[Row] = data["rows"]
+    traced = [row for row in rows if row["stage"] not in _ENDED]
+    parts = [_HEAD, _summary(rows), _ran_on(data), "## By type\n", _table(map(_line, traced))]
+    failing = [row for row in rows if row["stage"] in _ENDED]
+    if failing:
+        parts += [_FAILING, _failures(failing)]
+    wrong = [(row, group) for row in traced for group in row["groups"] if group["removal"] not in _FINE]
+    if wrong:
+        parts += [_WRONG, _bullets(f"`{r['type']}`, {g['name']}: {_cell(g['removal'])}" for r, g in wrong)]
+    parts += [_GAPS, _gaps(traced)]
+    return "\n".join(parts)
+
+
+_HEAD = """# Coverage
+
+Every model type that transformers can make a causal language model of, at tiny sizes and with random weights: made by
+`make coverage`. For each kind of unit found, one random unit of every group of that kind is removed, and what the slim
+graph computes is compared with the dense graph in which the same units are zeroed (below 1e-4 of the largest output).
+*Exact*: the two agree. *Renormalised*: a norm takes a statistic over the axis; they agree once it is taken over the
+units that stay. Groups that no longer have a unit to lose at these sizes are left out.
+"""
+
+_FAILING = """## Types that cannot be built, run or exported
+
+With what was raised first, by the type's own code or by `torch.export`.
+"""
+
+_WRONG = """## Removals that fail
+
+Nothing may be listed here for long: `prune` verifies each plan and refuses such a removal.
+"""
+
+_GAPS = """## Why parameter axes are frozen
+
+Number of types, besides vocabularies, positions and outputs, which are frozen in all of them.
+"""
+
+
+def has_exact(row: Row, kind: str) -> bool:
+    """Whether units of ``kind`` go exactly, and none of the kind goes wrong."""
+    found = [g["removal"] for g in row["groups"] if g["kind"] == kind and not g["renormalised"]]
+    return "exact" in found and not set(found) - set(_FINE)
+
+
+def has_any(row: Row, kind: str) -> bool:
+    """As :func:`has_exact`, renormalised groups counted in."""
+    found = [g["removal"] for g in row["groups"] if g["kind"] == kind]
+    return "exact" in found and not set(found) - set(_FINE)
+
+
+def is_complete(row: Row, test: Callable[[Row, str], bool] = has_exact) -> bool:
+    """Whether MLP channels go exactly, and heads too where the family has attention."""
+    return test(row, "mlp") and (row["type"] in NO_ATTENTION or test(row, "head"))
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    reached = [row for row in rows if row["stage"] not in _ENDED]
+    attending = [row for row in reached if row["type"] not in NO_ATTENTION]
+    yes = [
+        ("emitted", "with a slim model of their own class"),
+        ("reloaded", "that comes back from disk computing the same"),
+    ]
+    yes.append(("generated", "and generates the same with its cache as without"))
+    lines = [
+        ("types", len(rows)),
+        ("built", sum(row["stage"] != "build" for row in rows)),
+        ("run on token ids", sum(row["stage"] not in _ENDED[:2] for row in rows)),
+        ("exported", len(reached)),
+        ("`mlp` exact", sum(has_exact(row, "mlp") for row in reached)),
+        (f"`head` exact, of {len(attending)} with attention", sum(has_exact(row, "head") for row in attending)),
+        ("**`mlp` and, where there is attention, `head` exact**", sum(map(is_complete, reached))),
+        ("the same, renormalised ones counted in", sum(is_complete(row, has_any) for row in reached)),
+        ("with a removal that fails", sum(any(g["removal"] not in _FINE for g in row["groups"]) for row in reached)),
+        *((text, sum(_verdict(row, name) == "yes" for row in reached)) for name, text in yes),
+    ]
+    return _rows(("", "types"), [(text, f"{count}") for text, count in lines])
+
+
+def _verdict(row: Row, step: str) -> str:
+    """What became of the first plan, the one with all kinds."""
+    return next(iter(row[step].values()), "")
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    exact, renormalised = (_kinds(row, with_statistic) for with_statistic in (False, True))
+    reasons = Counter({reason: count for reason, count in row["frozen"].items() if reason not in _EXPECTED})
+    frozen = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(2))
+    return (f"`{row['type']}`", f"{row['nodes']}", exact, renormalised, _cell(frozen), _emitted(row))
+
+
+def _kinds(row: Row, with_statistic: bool) -> str:
+    """The kinds whose units go, with the number of groups."""
+    groups = [g for g in row["groups"] if g["renormalised"] == with_statistic]
+    counts = Counter(group["kind"] for group in groups if group["removal"] == "exact")
+    failing = Counter(group["kind"] for group in groups if group["removal"] not in _FINE)
+    text = [f"{kind} {counts[kind]}" for kind in KINDS if counts[kind]]
+    return ", ".join(text + [f"*{kind} {failing[kind]} fail*" for kind in KINDS if failing[kind]])
+
+
+def _emitted(row: Row) -> str:
+    """Whether there is a slim model, and what works with it."""
+    verdict = _verdict(row, "emitted")
+    if not verdict:
+        return "no plan" if row["stage"] == "done" else _cell(row["error"])
+    if verdict != "yes":
+        others = [plan for plan, text in row["emitted"].items() if text == "yes"]
+        return f"{', '.join(others)} only: {_cell(verdict)}" if others else f"no: {_cell(verdict)}"
+    troubles = [(step, _verdict(row, step)) for step in ("reloaded", "generated")]
+    return next((f"yes; not {step}: {_cell(text)}" for step, text in troubles if text != "yes"), "yes")
+
+
+def _failures(rows: Iterable[Row]) -> str:
+    return _rows(("type", "stage", "raised"), [(f"`{r['type']}`", r["stage"], _cell(r["error"], 240)) for r in rows])
+
+
+def _gaps(rows: Sequence[Row]) -> str:
+    reasons = Counter(reason for row in rows for reason in row["frozen"] if reason not in _EXPECTED)
+    examples = {reason: [row["type"] for row in rows if reason in row["frozen"]] for reason in reasons}
+    lines = [(_cell(why), f"{n}", ", ".join(f"`{t}`" for t in examples[why][:4])) for why, n in reasons.most_common(25)]
+    return _rows(("reason", "types", "such as"), lines)
+
+
+def _ran_on(data: Mapping[str, Any]) -> str:
+    ran = data["environment"]
+    return f"torch {ran['torch']}, transformers {ran['transformers']}, Python {ran['python']}.\n"
+
+
+def _table(lines: Iterable[tuple[str, ...]]) -> str:
+    return _rows(("type", "nodes", "exact", "renormalised", "frozen, most common reasons", "emitted"), list(lines))
+
+
+def _rows(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    text = ["| " + " | ".join(heading) + " |", "|" + "---|" * len(heading)]
+    return "\n".join([*text, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _cell(text: str, most: int = 110) -> str:
+    """Text fit for a cell of a table."""
+    flat = " ".join(text.split()).replace("|", "/").replace("<", "(").replace(">", ")")
+    return flat if len(flat) <= most else f"{flat[:most]}.."

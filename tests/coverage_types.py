@@ -1,0 +1,262 @@
+"""What becomes of one causal language model type: traced, grouped, each kind removed and compared with masking."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+import fxprune
+from fxprune.axes import Keep
+from fxprune.dependency import axis_map
+from fxprune.fork import fork
+from fxprune.groups import Group, frozen_axes
+from fxprune.masking import output_tensors
+from fxprune.pipeline import Pipeline
+from fxprune.plan import plan_of
+from fxprune.shrinking import Result, shrink
+from fxprune.state import state_of
+from fxprune.trace import Traced, trace
+from fxprune.verify import TOLERANCE, compare, masked_outputs, slim_outputs
+from tests.removal import zeroed
+from tests.zoo import forward, tiny_model, token_ids
+
+SHRINK = ("bypass-blocks", "eliminate-dead-code", "slice-parameters{copy=True}", "rewrite-literals")
+EMITTED_KINDS = ("mlp", "head")
+EXACT, INERT, ALONE = "exact", "inert", "nothing can go"
+
+Inputs = dict[str, torch.Tensor]
+
+
+@dataclass
+class Coverage:
+    """How far a type came, and what was found.
+
+    Args:
+        type: the model type.
+        stage: what was begun last: ``build``, ``run``, ``export``, ``graph``, ``remove`` or ``emit``; else ``done``.
+        error: why it ended there.
+        parameters: number of parameters of the tiny model.
+        nodes: number of nodes of its graph.
+        groups: name, kind, size and ``renormalised`` of each group, and what its removal gave: ``exact``, ``inert``
+            (exact, but no output changed), ``nothing can go``, or what went wrong.
+        frozen: number of parameter axes by reason.
+        unruled: number of nodes by op without a rule.
+        emitted: by plan, ``yes`` or why there is no slim model of the class.
+        reloaded: by plan, ``yes`` or what went wrong on the way to disk and back.
+        generated: by plan, ``yes`` or what went wrong when the reloaded model generated.
+        notes: what tracing had to give up.
+    """
+
+    type: str
+    stage: str = "build"
+    error: str = ""
+    parameters: int = 0
+    nodes: int = 0
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    frozen: dict[str, int] = field(default_factory=dict)
+    unruled: dict[str, int] = field(default_factory=dict)
+    emitted: dict[str, str] = field(default_factory=dict)
+    reloaded: dict[str, str] = field(default_factory=dict)
+    generated: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def examine(model_type: str, keep: Callable[[Coverage], None] = lambda _: None, *, emit: bool = True) -> Coverage:
+    """Everything the table says about a type; never raises.
+
+    Args:
+        model_type: one of :func:`tests.zoo.types`.
+        keep: is given what was found so far before what may take long.
+        emit: also make, store and run slim models of the type's own class.
+    """
+    found = Coverage(model_type)
+    try:
+        traced = _discover(found, keep)
+        if emit:
+            found.stage = "emit"
+            keep(found)
+            _emit(found, traced)
+        found.stage = "done"
+    except Exception as error:
+        found.error = told(error)
+    return found
+
+
+def told(error: Exception) -> str:
+    """The type and first line of an error, and where it arose, without the path of the installation."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = f"{type(error).__name__}: {(lines or ['no message'])[0]} ({frame.filename}:{frame.lineno})"
+    return re.sub(r"/\S*/(site-packages|fxprune|passes|tests)/", _shortened, text)[:300]
+
+
+def _shortened(match: re.Match[str]) -> str:
+    return "" if match[1] == "site-packages" else f"{match[1]}/"
+
+
+def _discover(found: Coverage, keep: Callable[[Coverage], None]) -> Traced:
+    """Trace, find groups, remove some of each kind."""
+    model = tiny_model(found.type)
+    found.parameters = sum(parameter.numel() for parameter in model.parameters())
+    found.stage = "run"
+    keep(found)
+    inputs = {"input_ids": token_ids()}
+    expected = output_tensors(forward(model, **inputs))
+    found.stage = "export"
+    keep(found)
+    traced = trace(model)
+    dense = traced.graph_module
+    found.notes, found.nodes = list(traced.notes), len(dense.graph.nodes)
+    found.stage = "graph"
+    keep(found)
+    Pipeline(["find-groups"])(dense)
+    state = state_of(dense)
+    assert state.graph is not None
+    found.unruled = dict(Counter(axis_map(state.graph).unruled.values()))
+    found.frozen = dict(Counter(re.sub(r"\d+", "n", f.reason) for f in frozen_axes(state.graph).values()))
+    found.groups = [
+        {"name": g.name, "kind": g.kind, "size": g.size, "renormalised": bool(g.renormalised), "removal": ALONE}
+        for g in state.groups
+    ]
+    found.stage = "remove"
+    keep(found)
+    if (error := compare(expected[:1], slim_outputs(dense, inputs)[:1])) > TOLERANCE:
+        raise ArithmeticError(f"the graph is not the model: they differ by {error:.1e}")
+    _remove(found, model, dense, inputs)
+    return traced
+
+
+def random_keep(groups: Sequence[Group], seed: int = 0) -> Keep:
+    """One unit of each group gone, a random one in each outer unit where each may choose its own."""
+    rng = np.random.default_rng(seed)
+    units: dict[Any, Any] = {}
+    outer: dict[Any, Any] = {}
+    for group in groups:
+        if group.factor is None:
+            continue
+        kept = np.ones(group.size, dtype=bool)
+        kept[rng.integers(group.size)] = False
+        units[group.factor] = kept
+        if group.outer is not None:
+            units[group.factor] = np.stack([rng.permutation(kept) for _ in range(group.outer.size)])
+            outer[group.factor] = group.outer
+    return Keep(units, outer)
+
+
+def can_lose(group: Group) -> bool:
+    """Whether a unit of ``group`` may go at all."""
+    return group.factor is None or group.size > max(group.least, 1)
+
+
+def _remove(found: Coverage, model: nn.Module, dense: fx.GraphModule, inputs: Inputs) -> None:
+    """All groups of a kind lose a unit at once, and each by itself where that goes wrong; one layer stands for all."""
+    groups = state_of(dense).groups
+    kinds: dict[tuple[str, bool], list[int]] = {}
+    for i, group in enumerate(groups):
+        if can_lose(group):
+            kinds.setdefault((group.kind, bool(group.renormalised)), []).append(i)
+    for (kind, _), members in kinds.items():
+        chosen = members[:1] if kind == "layer" else members
+        verdict = removal(model, dense, [groups[i] for i in chosen], inputs)
+        apart = verdict != EXACT and len(chosen) > 1
+        for i in members:
+            found.groups[i]["removal"] = removal(model, dense, [groups[i]], inputs) if apart else verdict
+        if apart and not {found.groups[i]["removal"] for i in members} - {EXACT, INERT} and verdict != INERT:
+            found.groups[members[0]]["removal"] = f"with the others: {verdict}"
+
+
+def removal(model: nn.Module, dense: fx.GraphModule, groups: Sequence[Group], inputs: Inputs) -> str:
+    """``exact``, ``inert``, or what goes wrong when each of ``groups`` loses a unit.
+
+    The slim graph is compared with the masked one, and with the model itself, its weights zeroed by hand, where that
+    means the same: not under a statistic, not for what a top-k chooses from, not for layers.
+    """
+    blocks = tuple(group.block for group in groups if group.factor is None and group.block is not None)
+    work = fork(dense)
+    state = state_of(work)
+    try:
+        assert state.graph is not None
+        axes, state.keep = axis_map(state.graph), random_keep(groups)
+        state.plan = plan = plan_of(axes, state.keep, blocks)
+        slim = slim_outputs(Pipeline([*SHRINK, "eliminate-dead-code"])(work).graph_module, inputs)
+        masked = masked_outputs(dense, axes, state.keep, blocks, inputs)
+        error = compare(masked, slim)
+        if not any(group.renormalised or group.kind in ("expert", "layer") for group in groups):
+            error = max(error, compare(output_tensors(forward(zeroed(model, plan), **inputs))[:1], slim[:1]))
+        change = compare(slim_outputs(dense, inputs), masked)
+    except Exception as failure:
+        return told(failure)
+    if error > TOLERANCE:
+        return f"differs by {error:.1e}"
+    return EXACT if change > TOLERANCE else INERT
+
+
+def _emit(found: Coverage, traced: Traced) -> None:
+    """A slim model of the class without a neuron of each MLP and a head of each attention; one kind where not both."""
+    good = {row["name"] for row in found.groups if row["removal"] == EXACT and not row["renormalised"]}
+    groups = [group for group in state_of(traced.graph_module).groups if group.name in good]
+    kinds = [kind for kind in EMITTED_KINDS if any(group.kind == kind for group in groups)]
+    plans = [tuple(kinds)] if kinds else []
+    for plan in plans:
+        label = "+".join(plan)
+        result, found.emitted[label] = emission(traced, [group for group in groups if group.kind in plan])
+        if result is not None:
+            found.reloaded[label], found.generated[label] = use(result, traced)
+        elif len(plan) > 1:
+            plans.extend((kind,) for kind in plan)
+
+
+def emission(traced: Traced, groups: Sequence[Group]) -> tuple[Result | None, str]:
+    """What pruning gave and ``yes``, or None and why the classes of the model cannot express it."""
+    state = state_of(traced.graph_module)
+    assert state.graph is not None
+    state.keep = random_keep(groups)
+    state.plan = plan_of(axis_map(state.graph), state.keep)
+    try:
+        result = shrink(traced, verify=False)
+    except Exception as failure:
+        return None, told(failure)
+    if result.model is None:
+        return None, "; ".join(result.report.model_reasons[:2])[:300]
+    return result, "yes"
+
+
+def use(result: Result, traced: Traced) -> tuple[str, str]:
+    """Whether the slim model comes back from disk computing the same, and then generates the same with its cache."""
+    inputs = {"input_ids": token_ids()}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            result.save_pretrained(Path(folder) / "slim")
+            back = fxprune.from_pretrained(Path(folder) / "slim", model_class=type(result.model))
+        expected = output_tensors(forward(result.model, **inputs))[:1]
+        error = compare(expected, output_tensors(forward(back, **inputs))[:1])
+        if error > TOLERANCE:
+            return f"differs by {error:.1e}", ""
+    except Exception as failure:
+        return told(failure), ""
+    return "yes", _generates(back, traced.model)
+
+
+def _generates(slim: Any, dense: Any) -> str:
+    """``yes``, or what is wrong with what ``slim`` generates with its cache; of ``dense`` where that is no better."""
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    verdicts = []
+    for model in (slim, dense):
+        try:
+            cached, plain = (model.generate(token_ids(), **options, use_cache=cache) for cache in (True, False))
+            verdicts.append("yes" if torch.equal(cached, plain) else "the cache changes what is generated")
+        except Exception as failure:
+            verdicts.append(told(failure))
+        if verdicts[-1] == "yes":
+            break
+    return verdicts[0] if verdicts[-1] == "yes" else f"nor does the dense model: {verdicts[-1]}"

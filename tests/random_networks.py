@@ -1,0 +1,219 @@
+"""Random small networks, each a list of records that says what to do; any list of records is a network.
+
+A record is an op and a few small numbers, which the op reads as choices among what is there: which value, which axis,
+which of the sizes that divide. What does not apply is left out. So nothing is rejected, and hypothesis shrinks a
+counterexample by dropping records and lowering numbers. The network is Python source, run line by line while it is
+made and compiled to a ``forward``; a failing one prints as a module that can be pasted into a test.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import fx, nn
+
+from fxprune.axes import Keep
+from fxprune.fork import fork
+from fxprune.groups import Group
+from fxprune.pipeline import Pipeline
+from fxprune.plan import Plan, keep_of, plan_of
+from fxprune.state import state_of
+from fxprune.trace import trace
+from fxprune.verify import TOLERANCE, compare, masked_outputs, slim_outputs
+from tests.random_ops import BATCH, CHOICES, OPS, TOKENS, WIDE, WIDTH, Picks
+from tests.removal import Inputs, axes_of, keeps, plain_outputs, slim_graph, zeroed
+
+__all__ = ["OPS", "RandomNet", "Record", "check_every_removal", "check_network", "descriptions"]
+
+LARGEST, MOST_AXES, MOST_VALUES = 1e3, 5, 4000
+RECENT = (0, 0, 0, 0, 0, 1, 1, 1, 2, 3, 4, 5)
+"""How far back the value that a number names lies: mostly the last one, so that networks get deep."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """An op and what it shall choose.
+
+    Args:
+        op: a name in :data:`OPS`.
+        picks: small numbers, read in turn, and then zeros.
+    """
+
+    op: str
+    picks: tuple[int, ...] = ()
+
+
+class RandomNet(nn.Module):
+    """The network that ``records`` describe: ``x (2, 3, 5)`` and ``ids (2, 3)`` to a tuple of tensors.
+
+    Args:
+        records: what to do, in order.
+        finish: two bits for each output: how it is read out.
+    """
+
+    def __init__(self, records: Sequence[Record], finish: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self._draw: Callable[..., torch.Tensor] = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
+        self.inputs = {"x": self._draw(BATCH, TOKENS, WIDTH), "ids": torch.tensor([[1, 4, 6], [0, 3, 1]])}
+        self._scope: dict[str, Any] = {"self": self, "torch": torch, "F": F, "math": math, **self.inputs}
+        self._lines: list[str] = []
+        self.values: list[str] = []
+        with torch.no_grad():
+            self.put(f"F.linear(x, {self.weight(WIDE, WIDTH)}, {self.weight(WIDE)})")
+            for record in records:
+                picks = Picks(record.picks)
+                OPS[record.op](self, self.pick(picks), picks)
+            self._finish(finish)
+        self.source = "def forward(self, x, ids):\n" + "".join(f"    {line}\n" for line in self._lines)
+        scope: dict[str, Any] = {"torch": torch, "F": F, "math": math}
+        exec(self.source, scope)
+        self._forward = scope["forward"]
+        del self._scope, self._draw
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> Any:
+        """What the lines compute."""
+        return self._forward(self, x, ids)
+
+    def __repr__(self) -> str:
+        named = (*self.named_parameters(), *self.named_buffers())
+        return "\n".join((*(f"# self.{name}: {tuple(tensor.shape)}" for name, tensor in named), self.source))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        value = self._scope[name]
+        assert isinstance(value, torch.Tensor)
+        return value
+
+    def weight(self, *shape: int, positive: bool = False) -> str:
+        """A new parameter of ``shape``."""
+        value = self._draw(*shape) / math.sqrt(shape[-1] if len(shape) > 1 else 2)
+        return self._named("w", nn.Parameter(value.abs() + 0.3 if positive else value))
+
+    def constant(self, *shape: int) -> str:
+        """A new buffer of ``shape``."""
+        return self._named("c", self._draw(*shape) + 1)
+
+    def _named(self, letter: str, value: torch.Tensor) -> str:
+        """``self.`` and a name; some are what nodes of the graph are called, too."""
+        count = len(self._parameters) + len(self._buffers)
+        name = f"{(letter, 'linear_', letter, 'mul_')[count % 4]}{count}"
+        self.register_buffer(name, value) if letter == "c" else setattr(self, name, value)
+        return f"self.{name}"
+
+    def pick(self, picks: Picks) -> str:
+        """A value, mostly a recent one."""
+        return self.values[-1 - RECENT[picks.number() % len(RECENT)] % len(self.values)]
+
+    def put(self, code: str) -> str | None:
+        """A new value, computed by ``code``; None where torch refuses, or where it is too large or not finite."""
+        name = f"v{len(self._lines)}"
+        if not self.run(f"{name} = {code}"):
+            return None
+        value = self._scope[name]
+        fits = isinstance(value, torch.Tensor) and value.is_floating_point() and 1 <= value.dim() <= MOST_AXES
+        if not fits or not 0 < value.numel() <= MOST_VALUES or not value.abs().max() <= LARGEST:
+            self._lines.pop()
+            return None
+        self.values.append(name)
+        return name
+
+    def run(self, line: str) -> bool:
+        """Whether ``line`` runs; if it does it is part of the network."""
+        try:
+            exec(line, self._scope)
+        except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
+            return False
+        self._lines.append(line)
+        return True
+
+    def _finish(self, finish: int) -> None:
+        """What no line uses is read out by a linear layer: as it is, flattened, averaged over tokens, or turned."""
+        read = {word for line in self._lines for word in re.findall(r"\w+", line.partition(" = ")[2])}
+        outputs = []
+        for name in [name for name in self.values if name not in read][-4:]:
+            rank, how, finish = self[name].dim(), finish % 4, finish // 4
+            code = name
+            if how == 1 and rank > 2:
+                code = f"{name}.flatten({min(2, rank - 2)})"
+            elif how and rank > 2:
+                code = f"{name}.mean(1)" if how == 2 else f"{name}.transpose(1, -1).flatten(2)"
+            elif how and rank == 2:
+                code = f"{name}.mT"
+            width = eval(code, self._scope).shape[-1:]
+            outputs.append(f"F.linear({code}, {self.weight(3, *width)})" if width else code)
+        self._lines.append(f"return ({', '.join(outputs)},)")
+
+
+def descriptions(most: int = 8) -> st.SearchStrategy[tuple[list[Record], int]]:
+    """Records and the numbers for the outputs."""
+    numbers = st.lists(st.integers(0, CHOICES - 1), max_size=8).map(tuple)
+    records = st.lists(st.builds(Record, st.sampled_from(sorted(OPS)), numbers), min_size=1, max_size=most)
+    return st.tuples(records, st.integers(0, 255))
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def check_every_removal(module: nn.Module, inputs: Inputs, *, dynamic: bool = False) -> fx.GraphModule:
+    """Every group goes alone, then all at once; the slim graph does what masking, and zeroing by hand, would.
+
+    Zeroing by hand is asked of groups that are not renormalised alone.
+
+    Returns:
+        The dense graph, for further questions.
+    """
+    module.eval()
+    dense = trace(module, inputs, dynamic=dynamic).graph_module
+    Pipeline(["find-groups"])(dense)
+    _check_equal(plain_outputs(module, inputs), slim_outputs(dense, inputs), "the graph is not the module")
+    groups = [group for group in state_of(dense).groups if group.factor is not None]
+    chosen = [list(keeps(group, seed))[-1] for seed, group in enumerate(groups)]
+    for group, keep in zip(groups, chosen, strict=True):
+        _check_removal(module, dense, keep, inputs, [group])
+    if len(groups) > 1:
+        units = {factor: mask for keep in chosen for factor, mask in keep.units.items()}
+        outer = {factor: around for keep in chosen for factor, around in keep.outer.items()}
+        _check_removal(module, dense, Keep(units, outer), inputs, groups)
+    return dense
+
+
+def _check_removal(module: nn.Module, dense: fx.GraphModule, keep: Keep, inputs: Inputs, groups: list[Group]) -> None:
+    what = ", ".join(f"{g.name} of {g.size} {[(m.name, m.axis) for m in g.members]}" for g in groups)
+    plan = plan_of(axes_of(dense), keep)
+    read = keep_of(axes_of(dense), state_of(dense).groups, Plan.from_json(plan.to_json()))
+    assert plan_of(axes_of(dense), read) == plan, f"the plan is not the same when read back: {what}"
+    got = slim_outputs(_sliced(dense, keep) if len(groups) == 1 else slim_graph(dense, keep), inputs)
+    _check_equal(masked_outputs(dense, axes_of(dense), keep, (), inputs), got, f"slim differs from masked: {what}")
+    if not any(group.renormalised for group in groups):
+        by_hand = plain_outputs(zeroed(module, plan), inputs)
+        _check_equal(by_hand, got, f"slim differs from zeroing by hand: {what}")
+
+
+def _sliced(dense: fx.GraphModule, keep: Keep) -> fx.GraphModule:
+    """As :func:`slim_graph`, without the pass that works out shapes, which takes longer than all others together."""
+    work = fork(dense)
+    state = state_of(work)
+    state.keep, state.plan = keep, plan_of(axes_of(dense), keep)
+    return Pipeline(["slice-parameters{copy=True}", "rewrite-literals"])(work).graph_module
+
+
+def _check_equal(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], what: str) -> None:
+    error = compare(expected, actual)
+    assert error <= TOLERANCE, f"{what}: {error:.2e}"
+
+
+def check_network(records: Sequence[Record], finish: int = 0, *, dynamic: bool = False) -> fx.GraphModule:
+    """As :func:`check_every_removal`, for a description; what float32 is too coarse for is checked in float64."""
+    try:
+        net = RandomNet(records, finish)
+        return check_every_removal(net, net.inputs, dynamic=dynamic)
+    except AssertionError:
+        net = RandomNet(records, finish, torch.float64)
+        return check_every_removal(net, net.inputs, dynamic=dynamic)

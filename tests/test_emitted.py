@@ -1,0 +1,131 @@
+"""Slim models of every family: of the same class, right, and the same after they went to disk and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fxprune
+from tests.emitted import (
+    EVERY_FAMILY,
+    cut,
+    distance,
+    greedy,
+    logits,
+    padding_error,
+    reloaded,
+    shallow,
+    through_disk,
+    uneven,
+    widths,
+)
+from tests.models import tiny, token_ids
+
+WHOLE = {"mixtral": {"mlp"}}
+"""Kinds that a family has, but that nothing is removed of yet."""
+
+LISTS_BY_LAYER = ("mixtral", "qwen2_moe", "gemma2", "smollm3", "mpt")
+"""Families that are told something about each layer, or whose layers are of two kinds."""
+
+
+@pytest.fixture(scope="module", params=EVERY_FAMILY)
+def family(request: pytest.FixtureRequest) -> str:
+    """Every family; what is asked of one is asked in a row, so that it is pruned once."""
+    name: str = request.param
+    return name
+
+
+def test_channels_and_heads_go_and_the_class_stays(family: str) -> None:
+    result = uneven(family)
+    assert type(result.model) is type(tiny(family)), result.report.model_reasons
+    assert {kind for kind in ("mlp", "head") if not widths(result, kind)} <= WHOLE.get(family, set())
+    assert result.report.verification_error is not None and result.report.verification_error < 1e-5
+    held = {parameter.data_ptr() for parameter in result.model.parameters()}
+    assert held == {parameter.data_ptr() for parameter in result.graph_module.parameters()}
+
+
+def test_the_slim_model_computes_what_the_graph_does(family: str) -> None:
+    result = uneven(family)
+    for ids in (token_ids(), token_ids(3, 17, seed=5), token_ids(1, 1, seed=6)):
+        assert distance(logits(result.model, ids), logits(result, ids)) < 1e-4
+    assert distance(logits(result.model), logits(tiny(family))) > 1e-2, "nothing was removed"
+
+
+def test_tokens_are_the_same_with_and_without_cache(family: str) -> None:
+    model = uneven(family).model
+    said = greedy(model)
+    assert said.shape == (2, 14)
+    assert torch.equal(said, greedy(model, use_cache=False))
+
+
+def test_padding_on_the_left_changes_nothing(family: str) -> None:
+    assert padding_error(uneven(family).model) < 1e-4
+
+
+def test_a_model_that_went_to_disk_says_the_same(family: str) -> None:
+    before, after = uneven(family).model, reloaded(family).model
+    assert type(after) is type(before)
+    assert distance(logits(before), logits(after)) < 1e-5
+    assert torch.equal(greedy(before), greedy(after))
+    first, second = before.state_dict(), after.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("family", LISTS_BY_LAYER)
+def test_layers_go_where_a_config_lists_them(family: str) -> None:
+    result = shallow(family)
+    assert len(result.report.removed_blocks) == 1
+    assert result.model is not None, result.report.model_reasons
+    assert distance(logits(result.model), logits(result)) < 1e-4
+    assert torch.equal(greedy(result.model), greedy(result.model, use_cache=False))
+    assert torch.equal(greedy(result.model), greedy(through_disk(result).model))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_a_model_pruned_in_place_becomes_the_slim_one(family: str) -> None:
+    apart, model = uneven(family), tiny(family)
+    result = cut(model, ("mlp", "head"), inplace=True)
+    assert result.model is model
+    assert result.plan == apart.plan
+    assert distance(logits(model), logits(apart.model)) < 1e-6
+    assert torch.equal(greedy(through_disk(result).model), greedy(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma3_text", "falcon", "bloom", "mixtral"])
+def test_a_model_of_half_precision_stays_one(family: str) -> None:
+    model = tiny(family)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)  # as loaders do: buffers keep their precision
+    result = cut(model, ("mlp", "head"))
+    assert result.model is not None, result.report.model_reasons
+    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.bfloat16}
+    read = through_disk(result, dtype="auto").model
+    assert read.dtype == torch.bfloat16
+    assert distance(logits(read), logits(result.model)) < 1e-5
+    assert torch.equal(greedy(read), greedy(result.model))
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["emitted", "loaded"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma3_text", "falcon", "bloom", "mpt", "stablelm"])
+def test_a_slim_model_is_pruned_again(family: str, loaded: bool) -> None:
+    first = reloaded(family).model if loaded else uneven(family).model
+    before, shapes = logits(first), {name: value.shape for name, value in first.state_dict().items()}
+    second = cut(first, ("mlp", "head", "layer"), seed=3)
+    assert type(second.model) is type(first), second.report.model_reasons
+    assert second.report.parameters[0] == sum(p.numel() for p in first.parameters())
+    assert second.report.parameters[1] == sum(p.numel() for p in second.model.parameters())
+    assert len(second.report.removed_blocks) == 1 and widths(second, "mlp")
+    assert distance(logits(second.model), logits(second)) < 1e-4
+    assert torch.equal(greedy(second.model), greedy(second.model, use_cache=False))
+    again = through_disk(second).model
+    assert torch.equal(logits(again), logits(second.model))
+    assert torch.equal(logits(first), before)
+    assert {name: value.shape for name, value in first.state_dict().items()} == shapes
+
+
+def test_a_plan_applied_to_a_slim_model_is_read_from_its_widths() -> None:
+    first = uneven("llama").model
+    second = cut(first, ("mlp",), seed=3)
+    again = fxprune.apply(first, fxprune.Plan.from_json(second.plan.to_json()))
+    assert torch.equal(logits(again.model), logits(second.model))

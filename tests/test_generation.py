@@ -1,0 +1,234 @@
+"""What people do with a model, done with slim ones: generate, train, adapt, copy, cast."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+import fxprune
+from tests.emitted import distance, greedy, logits, padding_error, shallow, through_disk, uneven
+from tests.models import tiny, token_ids
+
+FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma3_text", "falcon", "bloom")
+
+RENAMED = ("gpt_neox",)
+"""Trainer looks for the head by its name in memory, and files have another: dense models do not resume either."""
+
+Made = Callable[[str], fxprune.Result]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """A few families; what is asked of one is asked in a row, so that it is pruned once."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module", params=[uneven, shallow], ids=["uneven", "shallow"])
+def made(request: pytest.FixtureRequest) -> Made:
+    """Layers of different widths, or fewer of them."""
+    way: Made = request.param
+    return way
+
+
+def fresh(made: Made, family: str) -> Any:
+    """A copy of a slim model, for tests that change it."""
+    return copy.deepcopy(made(family).model)
+
+
+def score_of(model: Any, said: torch.Tensor, start: int) -> torch.Tensor:
+    """The mean log-probability of the tokens from ``start`` on: ``(samples,)``."""
+    chances = logits(model, said)[:, start - 1 : -1].log_softmax(dim=-1)
+    return chances.gather(2, said[:, start:, None]).squeeze(2).mean(dim=1)
+
+
+def test_samples_are_the_same_with_and_without_cache(family: str, made: Made) -> None:
+    model, found = made(family).model, []
+    for use_cache in (True, False):
+        torch.manual_seed(7)
+        found.append(greedy(model, do_sample=True, top_k=40, temperature=1.3, use_cache=use_cache))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], greedy(model))
+
+
+def test_beams_score_what_they_say(family: str, made: Made) -> None:
+    model = made(family).model
+    options = {"num_beams": 3, "output_scores": True, "return_dict_in_generate": True, "length_penalty": 1.0}
+    beams = greedy(model, **options)
+    plainly = greedy(model, **options, use_cache=False)
+    assert torch.equal(beams.sequences, plainly.sequences)
+    start = token_ids().shape[1]
+    assert distance(beams.sequences_scores, score_of(model, beams.sequences, start)) < 1e-4
+    assert (beams.sequences_scores >= score_of(model, greedy(model), start) - 1e-4).all()
+
+
+def test_a_cache_of_fixed_size_says_the_same(family: str, made: Made) -> None:
+    model = made(family).model
+    assert tiny(family)._can_compile_fullgraph, "its class takes such a cache"
+    assert torch.equal(greedy(fresh(made, family), cache_implementation="static"), greedy(model))
+
+
+def test_a_cache_grows_by_any_number_of_tokens(family: str, made: Made) -> None:
+    model, ids = made(family).model, token_ids(2, 12)
+    with torch.no_grad():
+        start = model(input_ids=ids[:, :5], use_cache=True)
+        rest = model(input_ids=ids[:, 5:], past_key_values=start.past_key_values, use_cache=True)
+    assert rest.past_key_values.get_seq_length() == 12
+    assert len(rest.past_key_values) == model.config.get_text_config().num_hidden_layers
+    assert distance(torch.cat([start.logits, rest.logits], dim=1), logits(model, ids)) < 1e-4
+
+
+def test_a_shallow_model_pads_on_the_left(family: str) -> None:
+    assert padding_error(shallow(family).model) < 1e-4
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_kernels_of_attention_agree(family: str, made: Made, kernel: str) -> None:
+    model, dense = fresh(made, family), tiny(family)
+    model.set_attn_implementation(kernel)
+    dense.set_attn_implementation(kernel)
+    assert kernels(model) == kernels(dense)
+    assert distance(logits(model), logits(made(family).model)) < 1e-4
+    assert torch.equal(greedy(model), greedy(made(family).model))
+
+
+def kernels(model: Any) -> set[str]:
+    """The kernels that a model and its parts use: some classes leave them as they are, and say so."""
+    return {part.config._attn_implementation for part in model.modules() if hasattr(part, "config")}
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_a_model_is_loaded_with_a_kernel(family: str, kernel: str) -> None:
+    if kernel == "sdpa" and not tiny(family)._supports_sdpa:
+        with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+            through_disk(uneven(family), attn_implementation=kernel)
+        return
+    read = through_disk(uneven(family), attn_implementation=kernel).model
+    assert kernels(read) == {kernel}
+    assert distance(logits(read), logits(uneven(family).model)) < 1e-4
+
+
+def gradients(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss on a few fixed tokens, and the gradient of each parameter."""
+    model.zero_grad()
+    loss = model(input_ids=token_ids(), labels=token_ids(), use_cache=False).loss
+    loss.backward()
+    return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
+def test_checkpointed_gradients_are_the_same(family: str, made: Made, reentrant: bool) -> None:
+    model = fresh(made, family).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    loss, plain = gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert model.is_gradient_checkpointing
+    model.enable_input_require_grads()
+    again, kept = gradients(model)
+    assert abs(loss - again) < 1e-6
+    assert plain.keys() == kept.keys() == dict(model.named_parameters()).keys()
+    assert max(distance(plain[name], kept[name]) for name in plain) < 1e-5
+
+
+class Rows(Dataset[dict[str, torch.Tensor]]):
+    """A few fixed training samples."""
+
+    def __init__(self) -> None:
+        self.ids = token_ids(8, 12, seed=9)
+
+    def __len__(self) -> int:
+        """Their number."""
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One of them."""
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+def trainer(model: Any, folder: Path, steps: int) -> Trainer:
+    """Two rows a step, a checkpoint every other step."""
+    options = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        save_steps=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=1,
+        seed=3,
+    )
+    return Trainer(model=model, args=options, train_dataset=Rows())
+
+
+def test_trainer_trains_saves_and_resumes(family: str, made: Made, tmp_path: Path) -> None:
+    whole = fresh(made, family)
+    done = trainer(whole, tmp_path / "whole", 4).train()
+    start, trained = made(family).model.state_dict(), whole.state_dict()
+    assert 0 < done.training_loss < float("inf")
+    assert all(not torch.equal(start[name], trained[name]) for name, _ in whole.named_parameters())
+    fxprune.save_pretrained(whole, tmp_path / "slim")
+    assert distance(logits(fxprune.from_pretrained(tmp_path / "slim")), logits(whole.eval())) < 1e-5
+    if family in RENAMED:
+        return
+    resumed = fresh(made, family)
+    run = trainer(resumed, tmp_path / "again", 4)
+    run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert run.state.global_step == 4
+    assert max(distance(trained[name], value) for name, value in resumed.state_dict().items()) < 1e-6
+
+
+def test_adapters_train_and_are_merged(family: str, made: Made, tmp_path: Path) -> None:
+    model = fresh(made, family)
+    count, keys, before = model.num_parameters(), list(model.state_dict()), logits(model)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=True)
+    adapted = peft.get_peft_model(model, config)
+    assert adapted.get_nb_trainable_parameters()[0] < count
+    assert distance(logits(adapted), before) < 1e-5
+    optimizer = torch.optim.SGD((p for p in adapted.parameters() if p.requires_grad), lr=1.0)
+    for _ in range(2):
+        adapted(input_ids=token_ids(), labels=token_ids()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    learned = logits(adapted.eval())
+    merged = adapted.merge_and_unload()
+    assert (merged.num_parameters(), list(merged.state_dict())) == (count, keys)
+    assert distance(learned, before) > 1e-3
+    assert distance(logits(merged), learned) < 1e-4
+    fxprune.save_pretrained(merged, tmp_path / "slim")
+    read = fxprune.from_pretrained(tmp_path / "slim")
+    assert distance(logits(read), logits(merged)) < 1e-5
+    assert torch.equal(greedy(read), greedy(merged))
+
+
+def test_a_copy_shares_nothing(family: str, made: Made) -> None:
+    model = made(family).model
+    twin, want = copy.deepcopy(model), logits(model)
+    assert torch.equal(logits(twin), want)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    twin.config.use_cache = not twin.config.use_cache
+    assert torch.equal(logits(model), want)
+    assert model.config.use_cache is not twin.config.use_cache
+
+
+def test_a_model_is_cast(family: str, made: Made) -> None:
+    model = fresh(made, family).to(torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    want = logits(made(family).model)
+    assert distance(logits(model), want) < 0.1 * float(want.abs().max())
+    assert greedy(model).shape == (2, 14)
+    assert distance(logits(model.to(torch.float32)), want) < 0.1 * float(want.abs().max())
