@@ -17,9 +17,10 @@ threaded = OMP_NUM_THREADS=$(1) MKL_NUM_THREADS=$(1) OPENBLAS_NUM_THREADS=$(1) \
 RUN := $(call threaded,$(THREADS))
 
 ARGS ?=
+CASES ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo recover-demo test lint format type bench bench-quality bench-recover bench-discovery coverage results docs clean
+.PHONY: help setup demo recover-demo test fuzz lint format type bench bench-quality bench-recover bench-discovery coverage families results docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +41,10 @@ recover-demo: $(STAMP) ## Prune the demo model, train it for a few minutes, and 
 
 test: $(STAMP) ## Run the tests with coverage (ARGS=... passes options to pytest)
 	$(call threaded,1) -m pytest --numprocesses $(THREADS) --dist worksteal --cov --cov-report=term $(ARGS)
+
+fuzz: $(STAMP) ## Remove from CASES=5000 random networks; what fails is kept in .hypothesis/ and tried first next time
+	FXPRUNE_RANDOM_NETWORKS=$(CASES) $(call threaded,1) -m pytest --numprocesses $(THREADS) --dist worksteal \
+	    --timeout=0 tests/test_random_networks.py $(ARGS)
 
 lint: $(STAMP) ## Check style and formatting
 	$(BIN)/ruff check .
@@ -66,6 +71,9 @@ bench-discovery: $(STAMP) ## Time and memory of discovery at 7B, 70B and 405B, b
 
 coverage: $(STAMP) ## Examine every model type of transformers, write docs/coverage.md (ARGS="TYPE ..." does some anew)
 	$(call threaded,1) -m tests.coverage_table --workers $(THREADS) $(ARGS)
+
+families: $(STAMP) ## Prune, save, load and run a model of each family, write docs/families.md (ARGS="FAMILY ..." prints)
+	$(call threaded,1) -m tests.families_table $(ARGS)
 
 results: $(STAMP) ## Write docs/results.md from benchmarks/results/
 	$(RUN) -m benchmarks.tables
