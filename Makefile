@@ -39,8 +39,8 @@ demo: $(STAMP) ## Prune the demo model end to end and print what it did (ARGS=..
 recover-demo: $(STAMP) ## Prune the demo model, train it for a few minutes, and compare dense, pruned and recovered
 	$(RUN) -m benchmarks.recover $(ARGS)
 
-test: $(STAMP) ## Run the tests with coverage (ARGS=... passes options to pytest)
-	$(call threaded,1) -m pytest --numprocesses $(THREADS) --dist worksteal --cov --cov-report=term $(ARGS)
+test: $(STAMP) ## Run the tests (ARGS=... passes options to pytest, such as --cov)
+	$(call threaded,1) -m pytest --numprocesses $(THREADS) --dist worksteal $(ARGS)
 
 fuzz: $(STAMP) ## Remove from CASES=5000 random networks; what fails is kept in .hypothesis/ and tried first next time
 	FXPRUNE_RANDOM_NETWORKS=$(CASES) $(call threaded,1) -m pytest --numprocesses $(THREADS) --dist worksteal \
