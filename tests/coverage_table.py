@@ -98,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2, help="types at a time")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="processor time for one type")
     parser.add_argument("--no-emit", action="store_true", help="make no slim models of the types' own classes")
+    parser.add_argument("--rest", action="store_true", help="leave types alone that the data has already")
     parser.add_argument("--page", action="store_true", help="only write the page from the data")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--out", type=Path, default=PAGE)
@@ -106,13 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     known = json.loads(chosen.data.read_text())["rows"] if chosen.data.exists() else []
     rows: dict[str, Row] = {row["type"]: row for row in known}
-    if not chosen.page:
-        for row in rows_of(chosen.types or types(), chosen.workers, chosen.seconds, emit=not chosen.no_emit):
-            rows[row["type"]] = row
-            print(f"{row['type']}: {row['stage']} {row['error']} ({row.get('seconds', 0):.0f} s)", flush=True)
-        in_order = [rows[name] for name in types() if name in rows]
-        data = {"environment": environment(), "rows": in_order}
+    names = [] if chosen.page else [t for t in chosen.types or types() if not (chosen.rest and t in rows)]
+    for row in rows_of(names, chosen.workers, chosen.seconds, emit=not chosen.no_emit):
+        rows[row["type"]] = row
+        data = {"environment": environment(), "rows": [rows[name] for name in types() if name in rows]}
         chosen.data.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        print(f"{row['type']}: {row['stage']} {row['error']} ({row.get('seconds', 0):.0f} s)", flush=True)
     chosen.out.write_text(page(json.loads(chosen.data.read_text())), encoding="utf-8")
 
 
