@@ -25,10 +25,13 @@ from fxprune.pipeline import Pipeline
 from fxprune.plan import Plan, keep_of, plan_of
 from fxprune.registry import load_pass
 from fxprune.state import state_of
+from fxprune.trace import trace
 from fxprune.verify import TOLERANCE, compare, masked_outputs, slim_outputs
 from passes.select.slots import make_slots
 from tests.models import tiny, token_ids
 from tests.removal import axes_of, check_removes_exactly, discover, plain_outputs, slim_graph, zeroed
+from tests.zoo import tiny_model
+from tests.zoo import token_ids as zoo_ids
 
 EXPERTS, WIDTH, HIDDEN, TOP = 6, 10, 7, 2
 NEVER = -1e9
@@ -383,6 +386,22 @@ def test_pruning_experts_of_a_model(family: str) -> None:
     with torch.no_grad():
         assert torch.allclose(result.model(ids).logits, result(input_ids=ids).logits, atol=1e-4)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss", "ernie4_5_moe"])
+def test_each_expert_and_each_channel_of_a_released_architecture(model_type: str) -> None:
+    """Routers with a correction and groups, with biases, and with a softmax beside a correction."""
+    model = tiny_model(model_type)
+    inputs = {"input_ids": zoo_ids()}
+    dense = trace(model).graph_module
+    Pipeline(["find-groups"])(dense)
+    chosen = [g for g in state_of(dense).groups if g.factor is not None and g.kind in ("expert", "mlp")]
+    assert {"expert", "mlp"} == {group.kind for group in chosen}
+    assert {group.least for group in chosen if group.kind == "expert"} == {2}
+    units = {g.factor: np.arange(g.size) != i % g.size for i, g in enumerate(chosen) if g.factor is not None}
+    got = slim_outputs(slim_graph(dense, Keep(units)), inputs)
+    assert compare(masked_outputs(dense, axes_of(dense), Keep(units), (), inputs), got) <= TOLERANCE
+    assert compare(slim_outputs(dense, inputs), got) > TOLERANCE
 
 
 def test_experts_that_a_top_k_needs_are_out_of_reach_of_a_ratio() -> None:

@@ -15,7 +15,8 @@ __all__ = ["embedding", "index", "index_select"]
 def embedding(op: OpSite) -> None:
     """Row ``indices[..]`` of ``weight (rows, width)``: ``out (.., width)``."""
     weight, indices = op.need("weight"), op.need("indices")
-    op.freeze(weight, 0, "rows are looked up by number")
+    if not op.picks(indices, weight, 0):
+        op.freeze(weight, 0, "rows are looked up by number")
     op.tie(weight, 1, op.out, -1)
     op.tie_all(indices)
 
