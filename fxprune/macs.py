@@ -26,9 +26,13 @@ def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS) -> int:
 
     Args:
         graph_module: the graph.
-        tokens: length of integer inputs of two axes, where the graph is dynamic; other inputs keep the traced shape.
+        tokens: length of integer inputs of two axes, where the graph is dynamic, and of all that has to have the same;
+            other inputs keep the traced shape.
     """
-    flops = _flops(graph_module, tokens, fake_mode())
+    try:
+        flops = _flops(graph_module, tokens, fake_mode())
+    except Exception:  # an op that needs the data to say what comes out raises whatever torch's meta function does
+        flops = UNKNOWN_SIZE
     if size_hint(flops) == UNKNOWN_SIZE and not any(tensor.is_meta for _, tensor in weights(graph_module)):
         flops = _flops(graph_module, tokens, nullcontext())
     return size_hint(flops) // 2
@@ -47,14 +51,12 @@ def count_parameters(graph_module: fx.GraphModule) -> int:
 
 
 def _inputs(graph_module: fx.GraphModule, tokens: int) -> list[torch.Tensor]:
-    found = []
-    for node in graph_module.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        value = node.meta["val"]
-        shape = [size_hint(size) for size in value.shape]
-        if len(shape) == 2 and not value.is_floating_point():
-            free = [is_free(size) for size in value.shape]
-            shape = [1 if free[0] else shape[0], tokens if free[1] else shape[1]]
-        found.append(torch.zeros(shape, dtype=value.dtype, device=device_of(graph_module)))
-    return found
+    """Zeros of one sample of ``tokens`` tokens; sizes that tracing found to be the same stay the same."""
+    values = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
+    chosen: dict[str, int] = {}
+    for value in values:
+        if value.dim() == 2 and not value.is_floating_point():
+            chosen |= {str(size): new for size, new in zip(value.shape, (1, tokens), strict=True) if is_free(size)}
+    shapes = [[chosen.get(str(size), size_hint(size)) for size in value.shape] for value in values]
+    device = device_of(graph_module)
+    return [torch.zeros(shape, dtype=v.dtype, device=device) for v, shape in zip(values, shapes, strict=True)]

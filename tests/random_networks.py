@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
@@ -28,7 +29,7 @@ from fxprune.state import state_of
 from fxprune.trace import trace
 from fxprune.verify import TOLERANCE, compare, masked_outputs, slim_outputs
 from tests.random_ops import BATCH, CHOICES, OPS, TOKENS, WIDE, WIDTH, Picks
-from tests.removal import Inputs, axes_of, keeps, plain_outputs, slim_graph, zeroed
+from tests.removal import Inputs, axes_of, plain_outputs, slim_graph, zeroed
 
 __all__ = ["OPS", "RandomNet", "Record", "check_every_removal", "check_network", "descriptions"]
 
@@ -161,10 +162,18 @@ def descriptions(most: int = 8) -> st.SearchStrategy[tuple[list[Record], int]]:
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
-def check_every_removal(module: nn.Module, inputs: Inputs, *, dynamic: bool = False) -> fx.GraphModule:
+def check_every_removal(
+    module: nn.Module, inputs: Inputs, *, dynamic: bool = False, thorough: bool = True
+) -> fx.GraphModule:
     """Every group goes alone, then all at once; the slim graph does what masking, and zeroing by hand, would.
 
     Zeroing by hand is asked of groups that are not renormalised alone.
+
+    Args:
+        module: what to prune.
+        inputs: keyword inputs of its forward.
+        dynamic: trace with sizes that vary.
+        thorough: few, half and nearly all units of each group go, in turn; else one of these.
 
     Returns:
         The dense graph, for further questions.
@@ -174,14 +183,29 @@ def check_every_removal(module: nn.Module, inputs: Inputs, *, dynamic: bool = Fa
     Pipeline(["find-groups"])(dense)
     _check_equal(plain_outputs(module, inputs), slim_outputs(dense, inputs), "the graph is not the module")
     groups = [group for group in state_of(dense).groups if group.factor is not None]
-    chosen = [list(keeps(group, seed))[-1] for seed, group in enumerate(groups)]
-    for group, keep in zip(groups, chosen, strict=True):
-        _check_removal(module, dense, keep, inputs, [group])
+    choices = [_choices(group, seed) for seed, group in enumerate(groups)]
+    chosen = [several[i % len(several)] for i, several in enumerate(choices)]
+    for group, several, one in zip(groups, choices, chosen, strict=True):
+        for keep in several if thorough else (one,):
+            _check_removal(module, dense, keep, inputs, [group])
     if len(groups) > 1:
         units = {factor: mask for keep in chosen for factor, mask in keep.units.items()}
         outer = {factor: around for keep in chosen for factor, around in keep.outer.items()}
         _check_removal(module, dense, Keep(units, outer), inputs, groups)
     return dense
+
+
+def _choices(group: Group, seed: int) -> list[Keep]:
+    """Units that stay: half or all but one, or as few as may be; each outer unit chooses for itself where it may."""
+    assert group.factor is not None
+    rng = np.random.default_rng(seed)
+    found = []
+    for stay in sorted({group.size - group.size // 2, group.size - 1, group.least}):
+        rows = 1 if group.outer is None else group.outer.size
+        units = np.stack([rng.permutation(np.arange(group.size) < stay) for _ in range(rows)])
+        nested = {} if group.outer is None else {group.factor: group.outer}
+        found.append(Keep({group.factor: units if nested else units[0]}, nested))
+    return found[::-1]
 
 
 def _check_removal(module: nn.Module, dense: fx.GraphModule, keep: Keep, inputs: Inputs, groups: list[Group]) -> None:
@@ -213,7 +237,7 @@ def check_network(records: Sequence[Record], finish: int = 0, *, dynamic: bool =
     """As :func:`check_every_removal`, for a description; what float32 is too coarse for is checked in float64."""
     try:
         net = RandomNet(records, finish)
-        return check_every_removal(net, net.inputs, dynamic=dynamic)
+        return check_every_removal(net, net.inputs, dynamic=dynamic, thorough=False)
     except AssertionError:
         net = RandomNet(records, finish, torch.float64)
-        return check_every_removal(net, net.inputs, dynamic=dynamic)
+        return check_every_removal(net, net.inputs, dynamic=dynamic, thorough=False)

@@ -130,6 +130,16 @@ ACTIVATIONS = """
     1 / (0.5 + {v} * {v})
     {v}.abs() ** -0.5
     {v} / ({v}.abs() + 1e-20)
+    F.mish({v})
+    F.hardswish({v})
+    F.softshrink({v}, 0.2)
+    F.logsigmoid({v})
+    F.selu({v})
+    torch.reciprocal({v}.abs() + 1)
+    {v}.floor()
+    torch.atan2({v}, {v}.cos())
+    F.threshold({v}, 0.1, 0.3)
+    {v}.clamp(max=0.2)
 """
 
 
@@ -148,7 +158,7 @@ def scalar(net: RandomNet, v: str, picks: Picks) -> None:
         1 - {v}
         {v} / 3
         {v}.to(torch.float64).square().to({v}.dtype)
-        {v}.float()
+        {v}.float().to({v}.dtype)
         {v}.contiguous() - 0.5
         torch.add({v}, {v}, alpha=0.5)
         {v} * math.sqrt({v}.shape[-1])
@@ -254,8 +264,16 @@ def norm(net: RandomNet, v: str, picks: Picks) -> None:
         ({v} - {v}.mean(-1, keepdim=True)) / ({v}.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
         F.group_norm({v}.transpose(1, -1), 2).transpose(1, -1)
         F.batch_norm({v}.transpose(1, -1), {c}, {c}.abs(), {w}, {b}).transpose(1, -1)
-        {v} / ({v}.norm(dim=-2, keepdim=True) + 1e-5)"""
-    code = picks.lines(code)
+        {v} / ({v}.norm(dim=-2, keepdim=True) + 1e-5)
+        {v} / ({v}.norm() + 1)
+        {v} - {v}.mean()
+        {v} * {v}.abs().amax()
+        {v} / (1 + {v}.sum().abs())
+        torch.var_mean({v}, -1, keepdim=True)[1] - {v} * torch.var_mean({v}, -1, keepdim=True)[0].rsqrt()
+        F.layer_norm({v}, ({n},), None, {b})
+        {v} / {v}.abs().sum(-1, keepdim=True).clamp_min(1e-6)"""
+    lines = code.splitlines()
+    code = lines[(picks.number() + CHOICES * picks.number()) % len(lines)].strip()
     net.put(code.format(v=v, n=n, w=w, b=b, c=net.constant(n) if "{c}" in code else ""))
 
 
@@ -285,7 +303,13 @@ def attention(net: RandomNet, v: str, picks: Picks) -> None:
     width, tokens = net[v].shape[-1], net[v].shape[1]
     heads, groups, dim = picks.of(((2, 2, 4), (4, 2, 4), (4, 1, 2), (1, 1, 6), (6, 3, 2)))
     core, form = picks.lines(CORES), picks.number()
-    if form % 3 == 2:
+    if form % 5 > 2 and heads == groups:
+        fused = _linear(net, v, 3 * heads * dim)
+        parts = (f"{BATCH}, {tokens}, 3, {heads}, {dim}).unbind(2)", f"{BATCH}, {tokens}, {heads}, -1).chunk(3, -1)")
+        if not net.run(f"a{fused} = {fused}.view({parts[form % 2]}"):
+            return
+        flat = [f"a{fused}[{i}]" for i in range(3)]
+    elif form % 3 == 2:
         fused = _linear(net, v, (heads + 2 * groups) * dim)
         if not net.run(f"a{fused} = {fused}.split([{heads * dim}, {groups * dim}, {groups * dim}], -1)"):
             return
@@ -619,6 +643,10 @@ def expand(net: RandomNet, v: str, picks: Picks) -> None:
         f"{v}.repeat({repeats})",
         f"{v}.unsqueeze({axis}).expand({wide}).flatten({axis}, {axis + 1})",
         f"{v}.unsqueeze({axis})",
+        f"{v}.squeeze()",
+        f"{v}.squeeze({axis})",
+        f"{v}.unsqueeze({axis}).squeeze()",
+        f"{v}.unsqueeze(0).squeeze((0, {axis + 1}))",
         f"{v}.unsqueeze({axis}).repeat({ones}{', ' if ones else ''}{times}{', 1' * (len(shape) - axis)})",
         f"{v}.mean({axis}, keepdim=True).expand({shape})",
         f"torch.broadcast_to({v}.select({axis}, 0).unsqueeze({axis}), {tuple(shape)})",

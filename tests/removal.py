@@ -19,7 +19,6 @@ from fxprune.masking import output_tensors
 from fxprune.pipeline import Pipeline
 from fxprune.plan import Plan, keep_of, plan_of
 from fxprune.state import state_of
-from fxprune.tensors import get_tensor, set_tensor
 from fxprune.trace import trace
 from fxprune.verify import TOLERANCE, compare, masked_outputs, slim_outputs
 
@@ -99,15 +98,14 @@ def slim_graph(dense: fx.GraphModule, keep: Keep, blocks: tuple[str, ...] = ()) 
 
 
 def zeroed(module: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of `module` with the slices that `plan` removes set to zero by hand."""
+    """A copy of `module` with the slices that `plan` removes set to zero by hand; parameters that are one stay one."""
     twin = copy.deepcopy(module)
-    owned = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    for name in set(plan.kept) & set(owned):
-        value = get_tensor(twin, name).detach().clone()
-        for axis, kept in plan.kept[name].items():
-            gone = sorted(set(range(value.shape[axis])) - set(kept))
-            value = value.index_fill(axis, torch.tensor(gone), 0)
-        set_tensor(twin, name, nn.Parameter(value) if isinstance(owned[name], nn.Parameter) else value)
+    tensors = dict(twin.named_parameters(remove_duplicate=False)) | dict(twin.named_buffers(remove_duplicate=False))
+    with torch.no_grad():
+        for name in set(plan.kept) & set(tensors):
+            for axis, kept in plan.kept[name].items():
+                gone = sorted(set(range(tensors[name].shape[axis])) - set(kept))
+                tensors[name].index_fill_(axis, torch.tensor(gone), 0)
     return twin
 
 

@@ -23,6 +23,7 @@ import fxprune
 from fxprune.checkpoint import write
 from fxprune.errors import CheckpointError, FxpruneError, RatioError
 from tests.models import tiny, token_ids
+from tests.zoo import tiny_model
 
 torch.set_num_threads(1)
 
@@ -99,6 +100,16 @@ def test_what_is_saved_is_what_is_loaded(family: str, kinds: tuple[str, ...], tm
     own = ("_name_or_path", "dtype")
     first, second = result.model.config.to_dict(), model.config.to_dict()
     assert {**first, **dict.fromkeys(own)} == {**second, **dict.fromkeys(own)}
+
+
+def test_a_config_with_an_infinite_number_is_saved(tmp_path: Path) -> None:
+    """Mamba-2 limits its time steps by infinity, which transformers writes as an object that says so."""
+    model = tiny_model("mamba2")
+    result = fxprune.prune(model, None, importance="l2", kinds=("head",), group_ratio=0.25, protect=())
+    result.save_pretrained(tmp_path / "slim")
+    back = fxprune.from_pretrained(tmp_path / "slim")
+    assert list(back.config.time_step_limit) == list(model.config.time_step_limit) == [0.0, float("inf")]
+    assert torch.equal(logits(back), logits(result.model))
 
 
 def test_a_loaded_model_is_saved_the_same_again(uneven: fxprune.Result, folder: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_model_pruned_in_place_becomes_the_slim_one(family: str) -> None:
     assert torch.equal(greedy(through_disk(result).model), greedy(model))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma3_text", "falcon", "bloom", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "falcon", "mixtral"])
 def test_a_model_of_half_precision_stays_one(family: str) -> None:
     model = tiny(family)
     for parameter in model.parameters():
@@ -106,8 +106,20 @@ def test_a_model_of_half_precision_stays_one(family: str) -> None:
     assert torch.equal(greedy(read), greedy(result.model))
 
 
-@pytest.mark.parametrize("loaded", [False, True], ids=["emitted", "loaded"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma3_text", "falcon", "bloom", "mpt", "stablelm"])
+@pytest.mark.parametrize(
+    ("family", "loaded"),
+    [
+        ("llama", False),
+        ("llama", True),
+        ("gpt2", True),
+        ("gpt_neox", False),
+        ("gemma3_text", True),
+        ("falcon", False),
+        ("stablelm", True),
+        ("olmo2", False),
+        ("mixtral", True),
+    ],
+)
 def test_a_slim_model_is_pruned_again(family: str, loaded: bool) -> None:
     first = reloaded(family).model if loaded else uneven(family).model
     before, shapes = logits(first), {name: value.shape for name, value in first.state_dict().items()}

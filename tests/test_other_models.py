@@ -155,6 +155,42 @@ def test_tables_of_biases_by_relative_place_lose_the_column_of_a_head() -> None:
     assert tables == [[1], [1]]
 
 
+def test_layers_of_a_few_classes_that_repeat_are_blocks() -> None:
+    class Layer(nn.Module):
+        def __init__(self, mixer: nn.Module) -> None:
+            super().__init__()
+            self.mixer = mixer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.mixer(x)  # type: ignore[no-any-return]
+
+    class Other(Layer):
+        pass
+
+    class Hybrid(nn.Module):
+        def __init__(self, *layers: nn.Module) -> None:
+            super().__init__()
+            self.embedding, self.readout = nn.Embedding(31, 16), nn.Linear(16, 31)
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embedding(ids)
+            for layer in self.layers:
+                x = layer(x)
+            return self.readout(x)  # type: ignore[no-any-return]
+
+    scan, network = memory.SelectiveScan(16, 20, 5, 3), nn.Sequential(nn.Linear(16, 19), nn.ReLU(), nn.Linear(19, 16))
+    model = Hybrid(Layer(scan), Other(network), Layer(memory.Retention(16, 3, 6)))
+    dense = check_kinds_remove_exactly(
+        stirred(model),
+        {"ids": IDS},
+        {"channel": [16], "mlp": [20, 3, 19], "head": [3], "head_dim": [5, 6], "head_dim~": [6]},
+    )
+    names = {group.name for group in state_of(dense).groups}
+    assert {"layers.0/mlp", "layers.1/mlp", "layers.2/head", "layers.0/layer", "layers.1/layer"} <= names
+    assert state_of(discover(Hybrid(Layer(scan), Other(network)), {"ids": IDS})).blocks == ()
+
+
 def test_an_op_over_a_whole_width_freezes_it_and_leaves_the_rest() -> None:
     """A Fourier transform over channels mixes all of them; the network beside it can still go."""
 

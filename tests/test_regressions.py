@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fxprune
 from fxprune.groups import frozen_axes
 from fxprune.state import state_of
 from tests.random_networks import check_every_removal
@@ -75,6 +76,8 @@ NETWORKS: dict[str, tuple[Callable[[], Net], list[int], list[int]]] = {
         [6, 12],
         [],
     ),
+    # an axis that has one unit left is no axis of size 1
+    "squeezed": (made(lambda m, h: h.unsqueeze(1).squeeze() + h.squeeze(-1) + h.squeeze((0, 2)), 12), [12], []),
     # a constant made by the code is not masked with the weights
     "constant": (made(lambda m, h: F.linear(h @ torch.eye(12), m.w.exp()), 6, w=(6, 12)), [6, 12], [12]),
 }
@@ -90,3 +93,24 @@ def test_random_networks_that_failed(name: str) -> None:
     graph = state_of(dense).graph
     assert graph is not None
     assert (sorted(found[False]), sorted(found[True])) == (sorted(exact), sorted(renormalised)), frozen_axes(graph)
+
+
+class Labelled(nn.Module):
+    """A sequence of vectors and one of numbers, which have to have the same length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.table = nn.Linear(5, 12), nn.Linear(12, 3), nn.Embedding(7, 12)
+        self.register_buffer("order", torch.tensor([2, 0, 1]))
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Vectors and numbers meet, and so does a table that only the data has the size of."""
+        return self.b(self.a(x) + self.table(ids)) * F.one_hot(self.order, 3).sum(0)
+
+
+def test_work_is_counted_where_inputs_share_a_size_and_ops_need_the_data() -> None:
+    inputs = {"x": torch.randn(2, 7, 5), "ids": torch.randint(7, (2, 7))}
+    result = fxprune.prune(
+        Labelled(), importance="l2", group_ratio=0.5, kinds=("mlp", "channel"), example_inputs=inputs, protect=()
+    )
+    assert result.report.macs == (64 * 12 * (5 + 3), 64 * 6 * (5 + 3))

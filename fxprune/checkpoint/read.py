@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fxprune.checkpoint.manifest import MANIFEST, check_weights, read_manifest
-from fxprune.checkpoint.structure import pruned_class, stock_config
+from fxprune.checkpoint.structure import parse_config, pruned_class, stock_config
 from fxprune.emit.layout import on_meta, survey
 from fxprune.emit.snapshot import shapes_of
 from fxprune.errors import CheckpointError, PlanError
@@ -87,7 +87,7 @@ def _classes(path: Path, model_class: type[PreTrainedModel] | None) -> tuple[typ
     """The stock model class, and the config with all widths allowed."""
     file = path / "config.json"
     try:
-        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        data = parse_config(file.read_text(encoding="utf-8"))
         name = data.get(SECTION, {}).get("class") or data["architectures"][0]
         stock = model_class or getattr(transformers, name)
         own: Any = stock.config_class
@@ -117,7 +117,7 @@ def _check_plan(path: Path, slim: type[PreTrainedModel], data: Mapping[str, Any]
     try:
         with on_meta():
             config: Any = slim.config_class
-            model = slim(config.from_dict(json.loads((path / "config.json").read_text(encoding="utf-8"))))
+            model = slim(config.from_dict(parse_config((path / "config.json").read_text(encoding="utf-8"))))
     except Exception as error:
         raise CheckpointError(
             f"no model can be built from it: {type(error).__name__}: {error}", where=str(path / "config.json")

@@ -21,7 +21,7 @@ from fxprune.emit.snapshot import shapes_of
 from fxprune.errors import CheckpointError
 from fxprune.layerwise import INPUTS, PLACE, SECTION, AnyWidths, Layerwise
 
-__all__ = ["Structure", "describe", "pruned_class", "stock_class", "stock_config"]
+__all__ = ["Structure", "describe", "parse_config", "pruned_class", "stock_class", "stock_config"]
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,22 @@ def pruned_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -
     return type(stock.__name__, (Layerwise, stock), {"config_class": relaxed})
 
 
+def parse_config(text: str) -> dict[str, Any]:
+    """What a ``config.json`` says; transformers writes infinity and NaN as ``{"__float__": "Infinity"}``.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+
+    def decoded(value: dict[str, Any]) -> Any:
+        return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+    found: dict[str, Any] = json.loads(text, object_hook=decoded)
+    return found
+
+
 def _as_json(config: PreTrainedConfig) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    plain = parse_config(config.to_json_string(use_diff=False))
     plain.pop(SECTION, None)
     return plain
 

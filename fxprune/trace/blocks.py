@@ -11,12 +11,13 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
     """Module paths of the outermost repeated blocks, in order of definition.
 
     A block is a child of a ``ModuleList`` or ``Sequential`` all of whose children are of one class and have
-    children with parameters themselves: a list of plain linears is not a list of blocks.
+    children with parameters themselves: a list of plain linears is not a list of blocks. A ``ModuleList`` may hold
+    blocks of a few classes that repeat, as layers with and without attention do.
     """
     found: list[str] = []
     for path, module in model.named_modules():
         inside = any(path == block or path.startswith(f"{block}.") for block in found)
-        if isinstance(module, nn.ModuleList | nn.Sequential) and not inside and _are_blocks(list(module)):
+        if isinstance(module, nn.ModuleList | nn.Sequential) and not inside and _are_blocks(module):
             found.extend(f"{path}.{name}" if path else name for name, _ in module.named_children())
     return tuple(found)
 
@@ -30,7 +31,9 @@ def owner_block(name: str, blocks: tuple[str, ...]) -> str | None:
     return None
 
 
-def _are_blocks(children: list[nn.Module]) -> bool:
-    if not children or len({type(child) for child in children}) != 1:
+def _are_blocks(module: nn.ModuleList | nn.Sequential) -> bool:
+    children = list(module)
+    classes = len({type(child) for child in children})
+    if classes != 1 and not (isinstance(module, nn.ModuleList) and 0 < classes < len(children)):
         return False
     return all(any(True for part in child.children() for _ in part.parameters()) for child in children)

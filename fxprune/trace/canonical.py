@@ -4,7 +4,8 @@
 ``split_with_sizes`` (parts may end up of unequal size), ``unflatten`` and ``view_as`` become ``reshape``, ``-1`` in a
 shape is spelled out where the size is known, a slice (which ``narrow`` becomes) counts its bounds from the front,
 attention always has its ``scale``, a constant list of consecutive indices becomes a ``slice``, what is viewed as
-complex numbers is copied first, and an in-place op on a value that nothing else can see becomes the plain one.
+complex numbers is copied first, ``squeeze`` names its axes, and an in-place op on a value that nothing else can see
+becomes the plain one.
 """
 
 from __future__ import annotations
@@ -80,6 +81,19 @@ def _narrow(node: fx.Node) -> None:
     if isinstance(start, int) and isinstance(length, int) and isinstance(size, int):
         first = start + size if start < 0 else start
         node.target, node.args = aten.slice.Tensor, (source, dim, first, first + length)
+
+
+def _squeeze(node: fx.Node) -> None:
+    """The axes of size 1 are named, so that one that has a single unit left stays."""
+    source, *dims = node.args
+    assert isinstance(source, fx.Node)
+    shape = source.meta["val"].shape
+    named = range(len(shape)) if not dims else dims[0] if isinstance(dims[0], list | tuple) else dims
+    found = [i % len(shape) for i in named if isinstance(i, int)] if shape else []
+    node.target, node.args = (
+        aten.squeeze.dims,
+        (source, [i for i in found if isinstance(shape[i], int) and shape[i] == 1]),
+    )
 
 
 def _unflatten(node: fx.Node) -> None:
@@ -217,6 +231,9 @@ _REWRITES: dict[Any, Callable[[fx.Node], None]] = {
     aten.slice.Tensor: _slice,
     aten.narrow.default: _narrow,
     aten.unflatten.int: _unflatten,
+    aten.squeeze.default: _squeeze,
+    aten.squeeze.dim: _squeeze,
+    aten.squeeze.dims: _squeeze,
     aten.reshape_as.default: _reshape_as,
     aten.view_as.default: _reshape_as,
     aten.scaled_dot_product_attention.default: _attention,
