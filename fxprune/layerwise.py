@@ -64,13 +64,25 @@ class Layerwise:
         """The stock model is built, then the layers that differ are built again."""
         section = dict(vars(config).get(SECTION) or {})
         layers = layers_of(config)
-        for name in (_HETEROGENEOUS, _ALLOWED):
+        for name in (_HETEROGENEOUS, _ALLOWED) if section and "layers" not in section else ():
             vars(config).pop(name, None)
         vars(_part(config, section)).update(section.get("built_with", {}))
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         assert isinstance(self, nn.Module)
         restructure(self, layers, section)
         vars(_part(self.config, section)).update(section.get("holds", {}))
+
+    def initialize_weights(self) -> None:
+        """The stock method fills what no checkpoint holds; where widths are in its way, the checkpoint holds it all."""
+        assert isinstance(self, nn.Module)
+        filling = [module for module in self.modules() if hasattr(type(module), "_init_weights")]
+        for module in filling:
+            vars(module)["_init_weights"] = _patient(module._init_weights)
+        try:
+            super().initialize_weights()  # type: ignore[misc]
+        finally:
+            for module in filling:
+                del vars(module)["_init_weights"]
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -85,11 +97,27 @@ class Layerwise:
             amend_config(save_directory, layers, vars(self.config).get(SECTION) or {})
 
 
+def _patient(fill: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    """``fill``, which may fail on a module that has nothing but what a checkpoint holds."""
+
+    def filled(module: nn.Module) -> None:
+        try:
+            fill(module)
+        except (RuntimeError, ValueError, IndexError):
+            if module._non_persistent_buffers_set:
+                raise
+
+    return filled
+
+
 def layers_of(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
-    """By layer, the config fields that differ from the model's, as a checkpoint's config holds them."""
-    nested = (vars(config).get(SECTION) or {}).get("layers")
-    spec = vars(config).get(_HETEROGENEOUS)
-    found = nested if nested is not None else getattr(spec, "per_layer_overrides", None) or {}
+    """By layer, the config fields that differ from the model's, as a checkpoint's config holds them.
+
+    They are in the entry of ours where a stock class has per-layer values of its own.
+    """
+    section = vars(config).get(SECTION) or {}
+    spec = vars(config).get(_HETEROGENEOUS) if section else None
+    found = section["layers"] if "layers" in section else getattr(spec, "per_layer_overrides", None) or {}
     return {int(index): dict(fields) for index, fields in found.items()}
 
 
@@ -110,8 +138,9 @@ def amend_config(folder: Any, layers: Mapping[int, Mapping[str, Any]], section: 
         config = json.load(file)
     _nested(config, section).update(section.get("built_with", {}))
     written = {str(index): dict(fields) for index, fields in layers.items()}
-    config[SECTION] = dict(section) | ({"layers": written} if section.get("part") else {})
-    if written and not section.get("part"):
+    apart = bool(section.get("part")) or "per_layer_config" in config
+    config[SECTION] = dict(section) | ({"layers": written} if apart else {})
+    if written and not apart:
         config["per_layer_config"] = written
         config[_ALLOWED] = True  # without it stock config classes cannot even be read, for a tokenizer say
     with open(path, "w", encoding="utf-8") as file:

@@ -21,26 +21,32 @@ def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS) -> int:
     """Multiply-accumulates of one forward pass on one sample.
 
     Half of what :class:`torch.utils.flop_counter.FlopCounterMode` counts: matrix products, attention and
-    convolutions. Embedding look-ups, norms and pointwise ops do not count. Where the work depends on the data, the
-    graph is run on zeros; without weights to run on, the count is unknown and ``2**30 - 1``.
+    convolutions. Embedding look-ups, norms and pointwise ops do not count. The traced batch stands for one sample where
+    the graph does not take one row alone. Where the work depends on the data, the graph is run on zeros; without
+    weights to run on, the count is unknown and ``2**30 - 1``.
 
     Args:
         graph_module: the graph.
         tokens: length of integer inputs of two axes, where the graph is dynamic, and of all that has to have the same;
             other inputs keep the traced shape.
     """
-    try:
-        flops = _flops(graph_module, tokens, fake_mode())
-    except Exception:  # an op that needs the data to say what comes out raises whatever torch's meta function does
-        flops = UNKNOWN_SIZE
-    if size_hint(flops) == UNKNOWN_SIZE and not any(tensor.is_meta for _, tensor in weights(graph_module)):
-        flops = _flops(graph_module, tokens, nullcontext())
-    return size_hint(flops) // 2
+    can_run = not any(tensor.is_meta for _, tensor in weights(graph_module))
+    attempts = [(batch, real) for batch in (1, None) for real in ((False, True) if can_run else (False,))]
+    for batch, real in attempts:
+        try:
+            flops = size_hint(_flops(graph_module, batch, tokens, nullcontext() if real else fake_mode()))
+        except Exception:  # a batch the graph does not take, or an op that needs data: whatever torch raises then
+            continue
+        if flops != UNKNOWN_SIZE:
+            return flops // 2
+    return UNKNOWN_SIZE // 2
 
 
-def _flops(graph_module: fx.GraphModule, tokens: int, mode: AbstractContextManager[object]) -> int | torch.SymInt:
+def _flops(
+    graph_module: fx.GraphModule, batch: int | None, tokens: int, mode: AbstractContextManager[object]
+) -> int | torch.SymInt:
     with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
-        fx.Interpreter(graph_module).run(*_inputs(graph_module, tokens))
+        fx.Interpreter(graph_module).run(*_inputs(graph_module, batch, tokens))
     total: int | torch.SymInt = counter.get_total_flops()
     return total
 
@@ -50,13 +56,17 @@ def count_parameters(graph_module: fx.GraphModule) -> int:
     return sum(parameter.numel() for parameter in graph_module.parameters())
 
 
-def _inputs(graph_module: fx.GraphModule, tokens: int) -> list[torch.Tensor]:
-    """Zeros of one sample of ``tokens`` tokens; sizes that tracing found to be the same stay the same."""
+def _inputs(graph_module: fx.GraphModule, batch: int | None, tokens: int) -> list[torch.Tensor]:
+    """Zeros: ``batch`` samples (None: as many as were traced) of ``tokens`` tokens.
+
+    Sizes that tracing found to be the same stay the same.
+    """
     values = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
     chosen: dict[str, int] = {}
     for value in values:
         if value.dim() == 2 and not value.is_floating_point():
-            chosen |= {str(size): new for size, new in zip(value.shape, (1, tokens), strict=True) if is_free(size)}
+            wanted = zip(value.shape, (batch, tokens), strict=True)
+            chosen |= {str(size): new for size, new in wanted if new is not None and is_free(size)}
     shapes = [[chosen.get(str(size), size_hint(size)) for size in value.shape] for value in values]
     device = device_of(graph_module)
     return [torch.zeros(shape, dtype=v.dtype, device=device) for v, shape in zip(values, shapes, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tests.zoo import NO_ATTENTION
@@ -29,6 +29,8 @@ def page(data: Mapping[str, Any]) -> str:
     wrong = [(row, group) for row in traced for group in row["groups"] if group["removal"] not in _FINE]
     if wrong:
         parts += [_WRONG, _bullets(f"`{r['type']}`, {g['name']}: {_cell(g['removal'])}" for r, g in wrong)]
+    short = [row for row in traced if not is_complete(row)]
+    parts += [_SHORT, _rows(("type", "kind", "why it does not go exactly"), [r for row in short for r in _why(row)])]
     parts += [_GAPS, _gaps(traced)]
     return "\n".join(parts)
 
@@ -50,6 +52,9 @@ With what was raised first, by the type's own code or by `torch.export`.
 _WRONG = """## Removals that fail
 
 Nothing may be listed here for long: `prune` verifies each plan and refuses such a removal.
+"""
+
+_SHORT = """## Types where `mlp` or `head` is not exact
 """
 
 _GAPS = """## Why parameter axes are frozen
@@ -79,10 +84,10 @@ def _summary(rows: Sequence[Row]) -> str:
     reached = [row for row in rows if row["stage"] not in _ENDED]
     attending = [row for row in reached if row["type"] not in NO_ATTENTION]
     yes = [
-        ("emitted", "with a slim model of their own class"),
-        ("reloaded", "that comes back from disk computing the same"),
+        ("emitted", "with a slim model of their own class, all kinds that go exactly pruned at once"),
+        ("reloaded", "that, or one with one of the kinds pruned, comes back from disk computing the same"),
+        ("generated", "and generates the same with its cache as without"),
     ]
-    yes.append(("generated", "and generates the same with its cache as without"))
     lines = [
         ("types", len(rows)),
         ("built", sum(row["stage"] != "build" for row in rows)),
@@ -99,7 +104,7 @@ def _summary(rows: Sequence[Row]) -> str:
 
 
 def _verdict(row: Row, step: str) -> str:
-    """What became of the first plan, the one with all kinds."""
+    """What became of the first plan, the one with all kinds; after emission, of the first that could be emitted."""
     return next(iter(row[step].values()), "")
 
 
@@ -133,6 +138,27 @@ def _emitted(row: Row) -> str:
 
 def _failures(rows: Iterable[Row]) -> str:
     return _rows(("type", "stage", "raised"), [(f"`{r['type']}`", r["stage"], _cell(r["error"], 240)) for r in rows])
+
+
+def _why(row: Row) -> Iterator[tuple[str, str, str]]:
+    """For each kind that is short, the reason."""
+    for kind in ("mlp",) if row["type"] in NO_ATTENTION else ("mlp", "head"):
+        if not has_exact(row, kind):
+            yield f"`{row['type']}`", kind, _cell(_reason(row, kind), 200)
+
+
+def _reason(row: Row, kind: str) -> str:
+    wrong = [g["removal"] for g in row["groups"] if g["kind"] == kind and g["removal"] not in _FINE]
+    if wrong:
+        return str(wrong[0])
+    if row["stage"] != "done":
+        return str(row["error"])
+    if has_any(row, kind):
+        return "renormalised: a statistic is taken over all of them"
+    if any(g["kind"] == kind for g in row["groups"]):
+        return "there is a single one at these sizes, or its removal changes no output"
+    frozen = [f"{reason} ({count})" for reason, count in row["frozen"].items() if reason not in _EXPECTED]
+    return f"none found; frozen: {'; '.join(frozen) or 'nothing'}"
 
 
 def _gaps(rows: Sequence[Row]) -> str:

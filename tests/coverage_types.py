@@ -233,18 +233,34 @@ def emission(traced: Traced, groups: Sequence[Group]) -> tuple[Result | None, st
 
 def use(result: Result, traced: Traced) -> tuple[str, str]:
     """Whether the slim model comes back from disk computing the same, and then generates the same with its cache."""
+
+    def ours(folder: Path) -> Any:
+        result.save_pretrained(folder)
+        return fxprune.from_pretrained(folder, model_class=type(result.model))
+
+    def stock(folder: Path) -> Any:
+        dense.save_pretrained(folder)
+        return type(dense).from_pretrained(folder)
+
+    dense: Any = traced.model
+    verdict, back = _reloads(result.model, ours)
+    if verdict == "yes":
+        return verdict, _generates(back, dense)
+    other, _ = _reloads(dense, stock)
+    return verdict if other == "yes" else f"nor does the dense model: {other}", ""
+
+
+def _reloads(model: Any, there_and_back: Callable[[Path], Any]) -> tuple[str, Any]:
+    """``yes`` and what came back from disk, or what went wrong and None."""
     inputs = {"input_ids": token_ids()}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            result.save_pretrained(Path(folder) / "slim")
-            back = fxprune.from_pretrained(Path(folder) / "slim", model_class=type(result.model))
-        expected = output_tensors(forward(result.model, **inputs))[:1]
+            back = there_and_back(Path(folder) / "model")
+        expected = output_tensors(forward(model, **inputs))[:1]
         error = compare(expected, output_tensors(forward(back, **inputs))[:1])
-        if error > TOLERANCE:
-            return f"differs by {error:.1e}", ""
     except Exception as failure:
-        return told(failure), ""
-    return "yes", _generates(back, traced.model)
+        return told(failure), None
+    return ("yes", back) if error <= TOLERANCE else (f"differs by {error:.1e}", None)
 
 
 def _generates(slim: Any, dense: Any) -> str:

@@ -114,3 +114,24 @@ def test_work_is_counted_where_inputs_share_a_size_and_ops_need_the_data() -> No
         Labelled(), importance="l2", group_ratio=0.5, kinds=("mlp", "channel"), example_inputs=inputs, protect=()
     )
     assert result.report.macs == (64 * 12 * (5 + 3), 64 * 6 * (5 + 3))
+
+
+class Codebooks(nn.Module):
+    """Token ids of several codebooks a sample, as rows of one batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.a, self.b = nn.Embedding(7, 5), nn.Linear(5, 12), nn.Linear(12, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """A batch of one row makes no sample."""
+        both = self.table(ids.view(-1, 2, ids.shape[-1])).sum(1)
+        return self.b(self.a(both).relu())  # type: ignore[no-any-return]
+
+
+def test_work_is_counted_where_one_row_is_no_sample() -> None:
+    inputs = {"ids": torch.randint(7, (4, 9))}
+    result = fxprune.prune(
+        Codebooks(), importance="l2", group_ratio=0.5, kinds=("mlp",), example_inputs=inputs, protect=()
+    )
+    assert result.report.macs == (2 * 64 * 12 * (5 + 3), 2 * 64 * 6 * (2 + 3))

@@ -113,10 +113,22 @@ def test_what_is_found_goes_exactly(model_type: str) -> None:
     assert model_type in NO_ATTENTION or has_any(found, "head")
 
 
-def test_a_slim_model_is_stored_loaded_and_run() -> None:
-    found = examine("llama")
+@pytest.mark.parametrize("model_type", ["llama", "bamba", "gemma4_unified_text", "got_ocr2", "zamba"])
+def test_a_slim_model_is_stored_loaded_and_run(model_type: str) -> None:
+    """Also one whose config has an infinite number, or a width for a kind of layer, or a second stack of layers.
+
+    And one whose class cannot fill modules of new widths with initial values, which transformers' loader asks of it.
+    """
+    found = examine(model_type)
     assert (found.stage, found.error) == ("done", "")
     assert found.emitted == found.reloaded == found.generated == {"mlp+head": "yes"}
+
+
+def test_what_the_stock_class_cannot_do_is_told_of_the_dense_model() -> None:
+    """Its loader zeroes the padding row of the embedding, which here is not zero."""
+    found = examine("youtu")
+    assert found.emitted == {"mlp+head": "yes"}
+    assert found.reloaded["mlp+head"].startswith("nor does the dense model: differs")
 
 
 def test_a_type_that_cannot_be_built_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

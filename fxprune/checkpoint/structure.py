@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
@@ -218,13 +219,28 @@ def _buffers(model: nn.Module, twin: nn.Module, *, keep_all: bool) -> dict[str, 
     """
     made = dict(twin.named_buffers(remove_duplicate=False))
     stored = set(model.state_dict(keep_vars=True))
+    unfilled = _unfilled(twin)
     found: dict[str, list[int]] = {}
     for name, buffer in model.named_buffers(remove_duplicate=False):
         other = made[name]
         if name in stored:
             continue
-        if keep_all or buffer.shape != other.shape or not (buffer.is_meta or _equal(buffer, other)):
+        kept = keep_all or name.rpartition(".")[0] in unfilled
+        if kept or buffer.shape != other.shape or not (buffer.is_meta or _equal(buffer, other)):
             found[name] = list(buffer.shape)
+    return found
+
+
+def _unfilled(twin: nn.Module) -> set[str]:
+    """Modules whose buffers, where no checkpoint holds them, stock classes cannot fill as a loader asks them to."""
+    found = set()
+    for owner, model in twin.named_modules():
+        for path, module in model.named_modules() if isinstance(model, PreTrainedModel) else ():
+            if module._non_persistent_buffers_set:
+                try:
+                    model._init_weights(copy.deepcopy(module))
+                except (RuntimeError, ValueError, IndexError):
+                    found.add(f"{owner}.{path}".strip("."))
     return found
 
 

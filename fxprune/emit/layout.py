@@ -52,7 +52,7 @@ class Layout:
     """Where blocks are in a model and which config they come from.
 
     Attributes:
-        stacks: The outermost module lists, the longest first.
+        stacks: The outermost module lists, those of the text decoder first where there are others, the longest first.
         part: Name of the nested config that describes the blocks; empty for the model's own.
         count_field: The field that sets the length of the longest stack; empty where lists with one entry a
             layer set it, None where nothing does.
@@ -78,7 +78,8 @@ class Layout:
 
 def survey(model: PreTrainedModel) -> Layout:
     """Blocks, their config and the field that counts them are found."""
-    stacks = tuple(sorted(_stacks(model), key=lambda stack: -len(stack.blocks)))
+    text = model.config.get_text_config(decoder=True)
+    stacks = tuple(sorted(_stacks(model), key=lambda s: (_config_of(model, s.path) is not text, -len(s.blocks))))
     if not stacks:
         return Layout((), "", None)
     part = _config_part(model, stacks[0].path)
@@ -97,12 +98,16 @@ def _stacks(model: nn.Module) -> Iterator[Stack]:
 
 
 def _config_part(model: PreTrainedModel, path: str) -> str:
-    owner = model.get_submodule(path.rpartition(".")[0])
-    config = vars(owner).get("config")
+    config = _config_of(model, path)
     for name, value in vars(model.config).items():
         if value is config and isinstance(value, PreTrainedConfig):
             return name
     return ""
+
+
+def _config_of(model: PreTrainedModel, path: str) -> object:
+    """The config that the owner of the module list at ``path`` holds."""
+    return vars(model.get_submodule(path.rpartition(".")[0])).get("config")
 
 
 def _count_field(model: PreTrainedModel, stack: Stack, part: str) -> str | None:
