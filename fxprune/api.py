@@ -37,6 +37,7 @@ def prune(
     protect: tuple[int, int] | tuple[()] | None = None,
     round_to: int = 1,
     uniform: bool = False,
+    compensate: str | Pass | None = None,
     seed: int = 0,
     verify: bool = True,
     inplace: bool = False,
@@ -61,6 +62,8 @@ def prune(
         round_to: slim widths are multiples of this.
         uniform: the same widths in every layer, and such that the model's own config class takes them: the checkpoint
             then loads in stock transformers, and in whatever reads its format. ``protect`` must be empty or None.
+        compensate: ``least-squares``: weights that lost inputs are fitted to what the dense model computes on the
+            calibration data; or a pass. None leaves every kept number as it is.
         seed: for ``random`` importance and the verification inputs.
         verify: check that masking equals shrinking, and that the emitted model equals the graph.
         inplace: free each dense tensor as its slim one is made; ``model`` then *becomes* the slim model.
@@ -70,6 +73,7 @@ def prune(
     Raises:
         FxpruneError: one of its subclasses, naming what is wrong and what to do; the model is then unchanged.
     """
+    compensation = _compensation(compensate, inplace)
     estimate = _importance_pass(importance, taylor, tuple(kinds), reduction, seed, 0.1 if inplace else 0.6)
     common = {"kinds": tuple(kinds), "ranking": ranking, "protect": protect, "round_to": round_to, "uniform": uniform}
     select = _select_pass(ratio, group_ratio, common)
@@ -83,13 +87,23 @@ def prune(
         state.calibration = read_calibration(calibration, traced.graph_module)
     Pipeline([load_pass("find-groups"), estimate, select])(traced.graph_module)
     asked = {"ratio": ratio if group_ratio is None else None, "group_ratio": group_ratio}
-    return shrink(traced, example_inputs, seed=seed, verify=verify, inplace=inplace, asked=asked)
+    return shrink(
+        traced,
+        example_inputs,
+        seed=seed,
+        verify=verify,
+        inplace=inplace,
+        asked=asked,
+        compensate=compensation,
+    )
 
 
 def apply(
     model: nn.Module,
     plan: Plan,
+    calibration: Any = None,
     *,
+    compensate: str | Pass | None = None,
     verify: bool = True,
     inplace: bool = False,
     example_inputs: Mapping[str, Any] | None = None,
@@ -99,6 +113,8 @@ def apply(
     Args:
         model: the model the plan was made for, or one of the same shape.
         plan: from an earlier result or :meth:`Plan.from_json`.
+        calibration: as for :func:`prune`; for ``compensate`` alone.
+        compensate: as for :func:`prune`.
         verify: as for :func:`prune`.
         inplace: as for :func:`prune`.
         example_inputs: as for :func:`prune`.
@@ -106,13 +122,16 @@ def apply(
     Raises:
         PlanError: the plan does not fit the model.
     """
+    compensation = _compensation(compensate, inplace)
     traced = trace(model, example_inputs)
     state = state_of(traced.graph_module)
+    if calibration is not None:
+        state.calibration = read_calibration(calibration, traced.graph_module)
     Pipeline([load_pass("find-groups")])(traced.graph_module)
     assert state.graph is not None
     state.keep = keep_of(axis_map(state.graph), state.groups, plan)
     state.plan = plan
-    return shrink(traced, example_inputs, verify=verify, inplace=inplace)
+    return shrink(traced, example_inputs, verify=verify, inplace=inplace, compensate=compensation)
 
 
 def _importance_pass(
@@ -125,6 +144,15 @@ def _importance_pass(
         raise UnknownNameError("importance", importance, known)
     own: dict[str, dict[str, Any]] = {"random": {"seed": seed}, "taylor": {"order": taylor, "memory": memory}}
     return load_pass(importance, kinds=kinds, reduction=reduction, **own.get(importance, {}))
+
+
+def _compensation(compensate: str | Pass | None, inplace: bool) -> Pass | None:
+    if compensate is None or isinstance(compensate, Pass):
+        return compensate
+    known = pass_names("compensate")
+    if compensate not in known:
+        raise UnknownNameError("compensation", compensate, known)
+    return load_pass(compensate, inplace=inplace)
 
 
 def _select_pass(ratio: float, group_ratio: float | None, common: Mapping[str, Any]) -> Pass:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxprune.compat import is_free
 from fxprune.errors import CalibrationError
-from fxprune.tensors import get_tensor
+from fxprune.tensors import device_of, get_tensor
 
-__all__ = ["IGNORED", "Sample", "embedding_rows", "next_token_loss", "read_calibration"]
+__all__ = ["IGNORED", "Sample", "embedding_rows", "next_token_loss", "read_calibration", "stacked"]
 
 IGNORED = -100
 """Label of a token that does not count in the loss."""
@@ -134,3 +135,23 @@ def embedding_rows(graph_module: fx.GraphModule) -> dict[str, int]:
             if table.op == "get_attr":
                 found[str(node.args[1].target)] = get_tensor(graph_module, str(table.target)).shape[0]
     return found
+
+
+def stacked(samples: Sequence[Sample], graph_module: fx.GraphModule, most: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Inputs of samples of the same shape as batches.
+
+    Args:
+        samples: single samples.
+        graph_module: the graph they are for; one that takes a single batch size gets them one by one.
+        most: samples in a batch.
+    """
+    inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    size = most if all(is_free(node.meta["val"].shape[0]) for node in inputs) else 1
+    alike: dict[tuple[torch.Size, ...], list[Sample]] = {}
+    for sample in samples:
+        alike.setdefault(tuple(value.shape for value in sample.inputs.values()), []).append(sample)
+    device = device_of(graph_module)
+    for group in alike.values():
+        for start in range(0, len(group), size):
+            part = group[start : start + size]
+            yield {name: torch.cat([s.inputs[name] for s in part]).to(device) for name in part[0].inputs}

@@ -52,6 +52,7 @@ def prune(
     protect: Annotated[tuple[int, int] | None, typer.Option(help="Layers kept whole in front and at the end.")] = None,
     round_to: Annotated[int, typer.Option(help="Widths stay multiples of this.")] = 1,
     uniform: Annotated[bool, typer.Option("--uniform", help="Equal layers, for a stock checkpoint.")] = False,
+    compensate: Annotated[str | None, typer.Option(help="least-squares: refit what stays; needs text.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Text to calibrate on: .txt, or .jsonl with 'text'.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 10,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = 128,
@@ -63,7 +64,13 @@ def prune(
     with _clear_errors():
         options = dict[str, Any](ratio=ratio, group_ratio=group_ratio, importance=importance, taylor=taylor, seed=seed)
         options.update(
-            reduction=reduction, ranking=ranking, protect=protect, round_to=round_to, inplace=in_place, uniform=uniform
+            reduction=reduction,
+            ranking=ranking,
+            protect=protect,
+            round_to=round_to,
+            inplace=in_place,
+            uniform=uniform,
+            compensate=compensate,
         )
         chosen = [kind.strip() for kind in kinds.split(",")]
         text = None if calibration is None else _read_text(calibration)

@@ -75,7 +75,7 @@ class Layerwise:
     def initialize_weights(self) -> None:
         """The stock method fills what no checkpoint holds; where widths are in its way, the checkpoint holds it all."""
         assert isinstance(self, nn.Module)
-        filling = [module for module in self.modules() if hasattr(type(module), "_init_weights")]
+        filling: list[Any] = [module for module in self.modules() if hasattr(type(module), "_init_weights")]
         for module in filling:
             vars(module)["_init_weights"] = _patient(module._init_weights)
         try:

@@ -28,7 +28,7 @@ class Pass(PassBase):
 
     name: ClassVar[str]
     stage: ClassVar[str] = ""
-    """Which stage it belongs to: ``discover``, ``importance``, ``select``, ``shrink`` or ``verify``."""
+    """Which stage it belongs to: ``discover``, ``importance``, ``select``, ``compensate``, ``shrink`` or ``verify``."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Fields of the state that must be filled before."""
     gives: ClassVar[tuple[str, ...]] = ()

@@ -97,6 +97,7 @@ def shrink(
     verify: bool = True,
     inplace: bool = False,
     asked: Mapping[str, float | None] | None = None,
+    compensate: Pass | None = None,
 ) -> Result:
     """Carry out the plan in the state of ``traced``.
 
@@ -107,6 +108,8 @@ def shrink(
         verify: check the slim graph against the masked dense one.
         inplace: let the dense model's tensors go as the slim ones are made; the model becomes the slim one.
         asked: ratios asked for, for the report.
+        compensate: adjusts what stays before the rest goes; the slim graph is then checked against the graph that it
+            left, masked.
 
     Raises:
         VerificationError: slim and masked outputs differ.
@@ -116,11 +119,14 @@ def shrink(
     before = count_parameters(dense), count_macs(dense)
     check = verify and _can_run(dense, state)
     state.probe = make_probe(dense, example_inputs, seed)
-    if check:
-        Pipeline([load_pass("record-expected")])(dense)
     names = names_by_identity(model)
     by_name = {name: names.get(id(tensor), ()) for name, tensor in weights(dense)}
     shape = meta_twin(model) if inplace else model
+    if compensate is not None:
+        dense = dense if inplace else fork(dense)
+        Pipeline([compensate])(dense)
+    if check:
+        Pipeline([load_pass("record-expected")])(dense)
     work = dense if inplace else fork(dense)
     slim = Pipeline(_passes(model, dense, check, inplace))(work).graph_module
     emission = _emit(shape, model, slim, by_name, inplace) if is_hugging_face(model) else Emission(None, (_NOT_ONE,))

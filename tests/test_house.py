@@ -24,7 +24,7 @@ FLOORS = (
     {"dependency"},
     {"groups"},
     {"plan", "scores", "masking", "macs", "calibration"},
-    {"probe", "verify", "passbase", "report"},
+    {"lockstep", "probe", "verify", "passbase", "report"},
     {"registry"},
     {"pipeline"},
     {"emit", "dot", "checkpoint", "export"},

@@ -55,7 +55,9 @@ def find_inputs(
             _Watch(found.setdefault(path, {}), units, kept), with_kwargs=True
         )
     run_on_meta(model, samples=_SAMPLES)
-    return {path: entries for path, entries in found.items() if entries}
+    taking = {path: entries for path, entries in found.items() if entries}
+    # a block may count the units of the attention that it passes the table on to: it is cut once, where it ends up
+    return {p: entries for p, entries in taking.items() if not any(inner.startswith(f"{p}.") for inner in taking)}
 
 
 def _of_module(module: nn.Module, known: Mapping[int, Sequence[int]]) -> dict[int, Sequence[int]]:

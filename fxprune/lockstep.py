@@ -1,0 +1,92 @@
+"""The dense graph and the masked one, run side by side, one node at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import fx
+
+from fxprune.axes import Keep
+from fxprune.dependency import AxisMap
+from fxprune.masking import MaskedRun, PreciseRun
+
+__all__ = ["Lockstep"]
+
+Inputs = Mapping[str, torch.Tensor]
+_Run = TypeVar("_Run", bound=fx.Interpreter)
+
+
+class Lockstep:
+    """Both runs over some batches; what one of them computes may change the weights that the other is about to read.
+
+    Values are freed after their last use, so that memory is for what is alive at one node, of all batches.
+
+    Args:
+        graph_module: the dense graph.
+        axes: its solved axes.
+        keep: units that stay in the masked run.
+        removed_blocks: blocks it goes around.
+        batches: keyword inputs of the graph.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        axes: AxisMap,
+        keep: Keep,
+        removed_blocks: Sequence[str],
+        batches: Sequence[Inputs],
+    ) -> None:
+        self.graph = graph_module.graph
+        self.dense = [_begun(PreciseRun(graph_module, False), inputs) for inputs in batches]
+        self.masked = [_begun(MaskedRun(graph_module, axes, keep, removed_blocks, False), inputs) for inputs in batches]
+        self._freed = _last_uses(self.graph, self.masked[0].bypassed)
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        """Each node in turn, when its dense values are there and its masked ones are not yet."""
+        for node in self.graph.nodes:
+            self._step(self.dense, node)
+            yield node
+            self._step(self.masked, node)
+            for run in (*self.dense, *self.masked):
+                for value in self._freed.get(node, ()):
+                    run.env.pop(value, None)
+
+    def values(self, node: fx.Node) -> Iterator[tuple[Any, Any]]:
+        """Of each batch, the dense and the masked value of ``node``, which has been run and is still in use."""
+        for dense, masked in zip(self.dense, self.masked, strict=True):
+            yield dense.env[node], masked.env[node]
+
+    def has(self, node: fx.Node) -> bool:
+        """Whether both values of ``node`` are there."""
+        return node in self.dense[0].env and node in self.masked[0].env
+
+    def read_again(self, weight: fx.Node) -> None:
+        """The masked runs see the new value of a weight that was changed after they had read it."""
+        self._step(self.masked, weight)
+
+    def _step(self, runs: Sequence[fx.Interpreter], node: fx.Node) -> None:
+        for run in runs:
+            run.env[node] = run.run_node(node)
+
+
+def _begun(run: _Run, inputs: Inputs) -> _Run:
+    """``run`` is ready for its first node."""
+    run.args_iter = iter(inputs.values())
+    return run
+
+
+def _last_uses(graph: fx.Graph, bypassed: Mapping[str, str]) -> dict[fx.Node, list[fx.Node]]:
+    """By node, the values that nothing needs after it; a bypassed block needs what goes in when it comes out."""
+    nodes = {node.name: node for node in graph.nodes}
+    found: dict[fx.Node, list[fx.Node]] = {}
+    seen: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        around = [nodes[bypassed[node.name]]] if node.name in bypassed else []
+        for value in (*node.all_input_nodes, *around):
+            if value not in seen:
+                seen.add(value)
+                found.setdefault(node, []).append(value)
+    return found

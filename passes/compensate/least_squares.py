@@ -1,0 +1,231 @@
+"""Least squares: a weight that lost inputs is fitted anew, so that it gives what the dense one gave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from fxprune.axes import factors, kept_mask
+from fxprune.calibration import stacked
+from fxprune.dependency import axis_map
+from fxprune.errors import CalibrationError, FxpruneError, PassError
+from fxprune.lockstep import Lockstep
+from fxprune.passbase import Pass, PassResult
+from fxprune.state import State, state_of
+from fxprune.tensors import get_tensor, set_tensor, weights
+from fxprune.trace.blocks import owner_block
+
+__all__ = ["LeastSquaresPass"]
+
+aten = torch.ops.aten
+_ADDS = (aten.add.Tensor, aten.add_.Tensor)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Where an op that multiplies activations by a weight has its arguments.
+
+    Args:
+        source: place of the activations ``(..., in)``.
+        weight: place of the weight.
+        axis: the axis of the weight that is summed over.
+        bias: place of what is added; None if there is nothing.
+    """
+
+    source: int
+    weight: int
+    axis: int
+    bias: int | None = None
+
+
+_PRODUCTS: Mapping[object, _Product] = {
+    aten.linear.default: _Product(0, 1, 1, 2),
+    aten.addmm.default: _Product(1, 2, 0, 0),
+    aten.mm.default: _Product(0, 1, 0),
+    aten.matmul.default: _Product(0, 1, 0),
+}
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A product with a weight that loses inputs.
+
+    Args:
+        node: the product.
+        source: the activations.
+        weight: the weight.
+        axis: the axis of the weight that loses.
+        kept: positions along it that stay.
+        bias: what is added; None if there is nothing.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    weight: fx.Node
+    axis: int
+    kept: torch.Tensor
+    bias: fx.Node | None
+
+    @property
+    def name(self) -> str:
+        """The name of the weight."""
+        return str(self.weight.target)
+
+
+@dataclass(eq=False)
+class LeastSquaresPass(Pass):
+    """What stays of each weight that loses inputs gives, as nearly as it can, what the whole weight gave.
+
+    The dense graph and the one with the plan's structures masked run side by side over the calibration data. At each
+    product with a weight ``(out, in)`` that loses inputs, let ``w`` be its kept columns, ``X (kept, tokens)`` the kept
+    inputs in the masked graph and ``Y (out, tokens)`` what the product gives in the dense one. The new columns are::
+
+        w + (Y - w X) X' (X X' + d * mean(diag(X X')) * I) ^ -1
+
+    Weights before it are fitted already, so it makes up for what they could not. Where the product is added to another
+    value, as in a residual stream, ``Y`` is what the *sum* lacks, and errors do not pile up from block to block.
+
+    Biases stay as they are, and so do weights that are used more than once or that no plain product reads: those of
+    convolutions and of experts side by side. Names and shapes stay the same.
+
+    Source: He, Zhang, Sun, "Channel Pruning for Accelerating Very Deep Neural Networks" (arXiv 1707.06168), sections
+    3.1 (equation 1 for given channels) and 3.3 (residual branches).
+
+    Args:
+        damping: ``d``: how much the old columns count, in units of the mean square of an input; above 0. Less of it
+            fits closer, and wants more data.
+        batch: samples that run at once.
+        inplace: write into the tensors themselves; else the graph is given new ones, and the dense model stays.
+    """
+
+    name: ClassVar[str] = "least-squares"
+    stage: ClassVar[str] = "compensate"
+    needs: ClassVar[tuple[str, ...]] = ("graph", "keep", "plan")
+
+    damping: float = 0.5
+    batch: int = 16
+    inplace: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that make no sense.
+
+        Raises:
+            FxpruneError: the damping is not above 0, or the batch below 1.
+        """
+        if not self.damping > 0:
+            raise FxpruneError(f"{self.damping}, it must be above 0", where="damping")
+        if self.batch < 1:
+            raise FxpruneError(f"{self.batch}, it must be at least 1", where="batch")
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Needs calibration samples and real weights."""
+        super().requires(graph_module)
+        if not state_of(graph_module).calibration:
+            raise CalibrationError("a fit needs data", where="calibration", remedy="Pass token ids")
+        if any(tensor.is_meta for _, tensor in weights(graph_module)):
+            raise PassError("the weights are on meta", where=f"pass {self.name}", remedy="Load the weights first")
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Fit one weight after the other.
+
+        Raises:
+            CalibrationError: an activation is not finite.
+        """
+        state = state_of(graph_module)
+        assert state.graph is not None and state.keep is not None and state.plan is not None
+        sites = {site.node: site for site in _sites(graph_module, state)}
+        if not sites:
+            return PassResult(graph_module, False)
+        batches = list(stacked(state.calibration, graph_module, self.batch))
+        run = Lockstep(graph_module, axis_map(state.graph), state.keep, state.plan.removed_blocks, batches)
+        with torch.no_grad():
+            wanted = (sites[node] for node in run if node in sites)
+            # the range comes first, so that the graph is not run on after the last weight
+            for _, site in zip(range(len(sites)), state.track(wanted, "least squares", len(sites)), strict=False):
+                self._put(graph_module, site, self._fitted(graph_module, site, run))
+                run.read_again(site.weight)
+        state.notes = (*state.notes, f"{len(sites)} weights that lost inputs were fitted by least squares")
+        return PassResult(graph_module, True)
+
+    def _fitted(self, graph_module: fx.GraphModule, site: _Site, run: Lockstep) -> torch.Tensor:
+        """The whole weight, its kept inputs fitted."""
+        W = get_tensor(graph_module, site.name).detach().float()
+        W = W if site.axis == 1 else W.T
+        w = W[:, site.kept]
+        square = torch.zeros(w.shape[1], w.shape[1], dtype=torch.float64, device=w.device)
+        product = torch.zeros(w.shape[1], w.shape[0], dtype=torch.float64, device=w.device)
+        for (_, x), y in zip(run.values(site.source), _targets(site, run), strict=True):
+            X = x[..., site.kept].flatten(0, -2)
+            square += X.T @ X
+            product += X.T @ (y.flatten(0, -2) - X @ w.T)
+        if not bool(product.isfinite().all() and square.isfinite().all()):
+            raise CalibrationError(
+                "its inputs or outputs are not finite", where=site.name, remedy="Check the weights and the samples"
+            )
+        # the tiny number keeps inputs that are all zero from making the matrix singular
+        square.diagonal().add_(self.damping * square.diagonal().mean() + torch.finfo(torch.float32).tiny)
+        W = W.index_copy(1, site.kept, w + torch.cholesky_solve(product, torch.linalg.cholesky(square)).T.float())
+        return W if site.axis == 1 else W.T
+
+    def _put(self, graph_module: fx.GraphModule, site: _Site, value: torch.Tensor) -> None:
+        old = get_tensor(graph_module, site.name)
+        if self.inplace:
+            old.copy_(value)
+        else:
+            new = nn.Parameter(value.to(old.dtype).contiguous(), requires_grad=old.requires_grad)
+            set_tensor(graph_module, site.name, new)
+
+
+def _sites(graph_module: fx.GraphModule, state: State) -> Iterator[_Site]:
+    """The products to fit, in order of execution."""
+    assert state.graph is not None and state.keep is not None and state.plan is not None
+    axes, keep = axis_map(state.graph), state.keep
+    uses: dict[int, list[fx.Node]] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            uses.setdefault(id(get_tensor(graph_module, str(node.target))), []).extend(node.users)
+    for node in graph_module.graph.nodes:
+        place = _PRODUCTS.get(node.target)
+        weight = None if place is None else node.args[place.weight]
+        if place is None or not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            continue
+        name, tensor = str(weight.target), get_tensor(graph_module, str(weight.target))
+        alone = len(uses[id(tensor)]) == 1 and isinstance(tensor, nn.Parameter) and tensor.dim() == 2
+        if not alone or owner_block(name, axes.blocks) in state.plan.removed_blocks:
+            continue
+        expr = axes.tensors[name][place.axis]
+        if any(keep.touches(factor) for factor in factors(expr)):
+            kept = torch.from_numpy(np.flatnonzero(kept_mask(expr, keep))).to(tensor.device)
+            bias = None if place.bias is None or len(node.args) <= place.bias else node.args[place.bias]
+            yield _Site(node, node.args[place.source], weight, place.axis, kept, bias)
+
+
+def _targets(site: _Site, run: Lockstep) -> Iterator[torch.Tensor]:
+    """For each batch what the product has to give without its bias: ``(tokens, out)``."""
+    other = _added_to(site.node)
+    pairs = list(run.values(other)) if other is not None and run.has(other) else []
+    for i, dense in enumerate(run.dense):
+        y = dense.env[site.node].flatten(0, -2)
+        y = y if site.bias is None else y - dense.env[site.bias]
+        yield y + (pairs[i][0] - pairs[i][1]).flatten(0, -2) if pairs else y
+
+
+def _added_to(node: fx.Node) -> fx.Node | None:
+    """The value that the product is added to, where that is all that happens to it."""
+    user = _only_user(node)
+    while user is not None and user.target is aten.reshape.default:
+        node, user = user, _only_user(user)
+    if user is None or user.target not in _ADDS or user.kwargs.get("alpha", 1) != 1:
+        return None
+    others = [term for term in user.args[:2] if isinstance(term, fx.Node) and term is not node]
+    same = [o for o in others if o.op != "get_attr" and o.meta["val"].shape == node.meta["val"].shape]
+    return same[0] if same else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
