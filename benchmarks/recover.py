@@ -74,6 +74,7 @@ def main(
     taylor: Annotated[str, typer.Option(help="Order of the criterion.")] = "second",
     ranking: Annotated[str, typer.Option(help="local or global.")] = "global",
     samples: Annotated[int, typer.Option(help="Calibration samples of 128 tokens, out of the training rows.")] = 64,
+    compensate: Annotated[str, typer.Option(help="Fit of what stays; empty for none.")] = "least-squares",
     data: Annotated[list[Path] | None, typer.Option(help="Rows to train on; else half the built-in text.")] = None,
     rows: Annotated[int, typer.Option(help="The most rows.")] = 300,
     text: Annotated[list[Path] | None, typer.Option(help="Text to measure on; else the other half.")] = None,
@@ -101,7 +102,11 @@ def main(
     trained_on, measured_on = _texts(data, rows, seed, text)
     console.print(f"pruning {ratio:.0%} of the parameters, calibrated on {samples} x 128 tokens ...")
     calibration = calibration_windows(tokenizer, trained_on, samples, 128)
-    pruned = fxprune.prune(dense, calibration, ratio=ratio, taylor=taylor, ranking=ranking)
+    begin = time.perf_counter()
+    pruned = fxprune.prune(
+        dense, calibration, ratio=ratio, taylor=taylor, ranking=ranking, compensate=compensate or None
+    )
+    pruning = (time.perf_counter() - begin) / 60
     console.print(f"training on {len(trained_on)} rows ...")
     begin = time.perf_counter()
     recovery = fxprune.recover(
@@ -129,7 +134,7 @@ def main(
         tasks=local_tasks(questions or [], half),
         windows=windows,
         questions=asked,
-        settings={**settings, **_outcome(pruned, recovery, minutes), "measured_in": str(dtype)},
+        settings={**settings, **_outcome(pruned, recovery), "minutes": [pruning, minutes], "measured_in": str(dtype)},
     )
     console.print(comparison.table(f"SmolLM2-135M-Instruct, {ratio:.0%} removed; ± one standard error"))
     _write(comparison, out, json_)
@@ -171,19 +176,18 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _outcome(pruned: fxprune.Result, recovery: fxprune.Recovery, minutes: float) -> dict[str, Any]:
+def _outcome(pruned: fxprune.Result, recovery: fxprune.Recovery) -> dict[str, Any]:
     """What beside the columns belongs in the report."""
     return {
         "achieved": pruned.report.achieved,
         "verification_error": pruned.report.verification_error,
-        "training_minutes": minutes,
         "held_out_loss": list(recovery.held_out),
         "steps": recovery.steps,
         "trained_parameters": recovery.trained,
         "training_tokens": recovery.data.tokens,
         "counted_tokens": recovery.data.counted,
         "merge_error": recovery.merge_error,
-        "notes": list(recovery.notes),
+        "notes": [*pruned.report.notes, *recovery.notes],
     }
 
 

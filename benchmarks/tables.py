@@ -56,12 +56,13 @@ def _recovery(data: dict[str, Any]) -> str:
     if evaluations[0]["tasks"]:
         kept = [(column["retained"], column["retained_standard_error"]) for column in columns]
         rows.append(("average accuracy retained", *(f"{value:.1%} ± {error:.1%}" for value, error in kept)))
-    before, after = settings["held_out_loss"]
+    (before, after), (pruning, training) = settings["held_out_loss"], settings["minutes"]
     files = ", ".join(settings["data"] or ["the built-in text"])
     told = (
         f"SmolLM2-135M-Instruct, {settings['achieved']:.1%} of the parameters removed (`{settings['taylor']}`, "
-        f"{settings['ranking']} ranking, {settings['samples']} samples). {settings['steps']} steps on "
-        f"{settings['training_tokens']:,} tokens in {settings['training_minutes']:.1f} minutes: rank "
+        f"{settings['ranking']} ranking, compensation {settings['compensate'] or 'none'}, "
+        f"{settings['samples']} samples of 128 tokens, {pruning:.1f} minutes). {settings['steps']} steps of {settings['batch']} on "
+        f"{settings['training_tokens']:,} tokens in {training:.1f} minutes: rank "
         f"{settings['rank']}, learning rate {settings['learning_rate']:g}, teacher's weight {settings['distil']:g}, "
         f"rows of {files}. Held-out loss {before:.3f} before, {after:.3f} after. "
         f"Tasks: {settings['asked']} questions each of the {settings['half']} half of the file. Values after ± are one "
