@@ -61,8 +61,8 @@ def _recovery(data: dict[str, Any]) -> str:
     told = (
         f"SmolLM2-135M-Instruct, {settings['achieved']:.1%} of the parameters removed (`{settings['taylor']}`, "
         f"{settings['ranking']} ranking, compensation {settings['compensate'] or 'none'}, "
-        f"{settings['samples']} samples of 128 tokens, {pruning:.1f} minutes). {settings['steps']} steps of {settings['batch']} on "
-        f"{settings['training_tokens']:,} tokens in {training:.1f} minutes: rank "
+        f"{settings['samples']} samples of 128 tokens, {pruning:.1f} minutes). {settings['steps']} steps of "
+        f"{settings['batch']} samples on {settings['training_tokens']:,} tokens in {training:.1f} minutes: rank "
         f"{settings['rank']}, learning rate {settings['learning_rate']:g}, teacher's weight {settings['distil']:g}, "
         f"rows of {files}. Held-out loss {before:.3f} before, {after:.3f} after. "
         f"Tasks: {settings['asked']} questions each of the {settings['half']} half of the file. Values after ± are one "
