@@ -35,6 +35,7 @@ CRITERIA: tuple[tuple[str, dict[str, Any]], ...] = (
     ("taylor vector", {"taylor": "vector"}),
     ("taylor first", {"taylor": "first"}),
     ("taylor second", {"taylor": "second"}),
+    ("taylor second, least squares", {"taylor": "second", "compensate": "least-squares"}),
     ("taylor mix", {"taylor": "mix"}),
 )
 

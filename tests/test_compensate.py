@@ -64,9 +64,9 @@ def planned(model: nn.Module, inputs: dict[str, torch.Tensor], stay: int) -> fx.
     return dense
 
 
-def by_hand(w: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def by_hand(w: torch.Tensor, x: torch.Tensor, y: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     """Ridge regression towards ``w`` on rows ``x`` and ``y``, as a stacked least-squares problem."""
-    weight = (DAMPING * x.square().sum(0).mean()).sqrt()
+    weight = (damping * x.square().sum(0).mean()).sqrt()
     left = torch.cat([x, weight * torch.eye(x.shape[1])]).double()
     right = torch.cat([y, weight * w.T]).double()
     return torch.linalg.lstsq(left, right).solution.T.float()
@@ -97,6 +97,43 @@ def test_a_sum_is_fitted_and_not_its_term() -> None:
             w = by_hand(b.weight[:, :7], hidden, x - slim - b.bias)
             assert torch.allclose(get_tensor(work, f"{i}.b.weight")[:, :7], w, atol=1e-4)
             slim = slim + hidden @ w.T + b.bias
+
+
+def test_the_damping_that_does_best_on_other_tokens_is_taken() -> None:
+    model = network()
+    work = fork(planned(model, {"x": X}, 7))
+    LeastSquaresPass()(work)
+    hidden = model.a(X).relu().flatten(0, 1).detach()
+    w, x, y = model.b.weight[:, :7].detach(), hidden[:, :7], hidden @ model.b.weight.detach().T
+    front = len(x) * 3 // 4
+    errors = {}
+    for damping in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0):
+        fitted = by_hand(w, x[:front], y[:front], damping)
+        errors[damping] = float((x[front:] @ fitted.T - y[front:]).square().sum())
+    best = min(errors, key=errors.__getitem__)
+    assert errors[best] < float((x[front:] @ w.T - y[front:]).square().sum())
+    assert torch.allclose(get_tensor(work, "b.weight")[:, :7], by_hand(w, x, y, best), atol=1e-5)
+
+
+def test_a_weight_stays_where_a_fit_does_not_carry_over() -> None:
+    """What the kept unit has to do with the one that goes is of the opposite sign on the tokens held out."""
+    model = Net(lambda m, x: m.b(m.a(x).tanh()), a=nn.Linear(2, 2, bias=False), b=nn.Linear(2, 1))
+    with torch.no_grad():
+        model.a.weight.copy_(torch.eye(2))
+    one = torch.ones(1, 12, 1)
+    x = torch.cat([one, torch.where(torch.arange(12).view(1, 12, 1) < 9, one, -one)], -1)
+    dense = discover(model, {"x": x})
+    state = state_of(dense)
+    group = next(group for group in state.groups if group.name.endswith("mlp"))
+    assert group.factor is not None
+    state.keep = Keep({group.factor: np.array([True, False])})
+    state.plan = plan_of(axes_of(dense), state.keep)
+    state.calibration = (Sample({"x": x}, x),)
+    work = fork(dense)
+    LeastSquaresPass()(work)
+    assert torch.equal(get_tensor(work, "b.weight"), model.b.weight)
+    LeastSquaresPass(damping=0.1)(work)
+    assert not torch.equal(get_tensor(work, "b.weight"), model.b.weight)
 
 
 def test_what_others_can_say_is_not_lost() -> None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +18,7 @@ from fxprune.emit.layout import survey
 from fxprune.emit.snapshot import shapes_of
 from fxprune.errors import CheckpointError
 from fxprune.layerwise import INPUTS, PLACE, SECTION, AnyWidths, Layerwise
+from fxprune.quiet import quiet
 
 __all__ = ["Structure", "describe", "parse_config", "pruned_class", "stock_class", "stock_config"]
 
@@ -139,7 +137,7 @@ def _as_json(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _refusal(config: type[PreTrainedConfig], data: Mapping[str, Any]) -> str:
     try:
-        with _quiet():
+        with quiet():
             stock_config(config).from_dict(dict(data))
     except Exception as error:
         return " ".join(str(error).split())
@@ -153,7 +151,7 @@ def _build(
     cls = pruned_class(stock_class(model), type(model.config))
     holder = {"layers": {str(i): dict(fields) for i, fields in layers.items()}, **section}
     try:
-        with _quiet(), init_empty_weights(include_buffers=False), torch.no_grad():
+        with quiet(), init_empty_weights(include_buffers=False), torch.no_grad():
             config: Any = cls.config_class
             return cls(config.from_dict({**data, SECTION: holder}))
     except Exception as error:
@@ -162,18 +160,6 @@ def _build(
             where=type(model).__name__,
             remedy="Export the graph instead: result.export('model.pt2')",
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 def _check_names(model: nn.Module, twin: nn.Module) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fxprune.emit.fields import copy_config, keep_layers, part_of, write_fields
+from fxprune.quiet import quiet
 
 __all__ = ["Layout", "Stack", "on_meta", "survey"]
 
@@ -20,14 +19,8 @@ __all__ = ["Layout", "Stack", "on_meta", "survey"]
 @contextmanager
 def on_meta() -> Iterator[None]:
     """Modules are built without storage, without gradients and without chatter about odd configs."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with torch.device("meta"), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+    with quiet(), torch.device("meta"), torch.no_grad():
+        yield
 
 
 @dataclass(frozen=True)

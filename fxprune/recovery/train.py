@@ -38,7 +38,8 @@ class RecoveryTrainer(Trainer):
         if self.distillation is not None and model.training:
             weight = self.distillation.weight
             divergence = self._divergence(inputs, outputs["logits"], num_items_in_batch)
-            loss = (1 - weight) * loss + weight * divergence
+            # a cross-entropy that does not count is not differentiated
+            loss = divergence if weight == 1 else (1 - weight) * loss + weight * divergence
         return (loss, outputs) if return_outputs else loss
 
     def _divergence(self, inputs: Any, logits: torch.Tensor, items: Any) -> torch.Tensor:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import traceback
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from torch import fx, nn
 
 from fxprune.compat import FakeTensorMode, fake_mode, is_impure
 from fxprune.errors import TraceError
+from fxprune.quiet import quiet
 from fxprune.state import State, attach
 from fxprune.tensors import names_by_identity, weights
 from fxprune.trace.blocks import find_blocks
@@ -114,21 +113,8 @@ def _export(
     if not dynamic:
         with mode:
             inputs = {k: torch.empty_like(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    with _quiet(), _without_fast_path():
+    with quiet(), _without_fast_path():
         return torch.export.export(twin, (), inputs | fixed, dynamic_shapes=dims if dynamic else None, strict=False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings, and no log of an attempt that fails: the error says it all."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 @contextmanager
