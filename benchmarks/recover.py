@@ -75,6 +75,7 @@ def main(
     ranking: Annotated[str, typer.Option(help="local or global.")] = "global",
     samples: Annotated[int, typer.Option(help="Calibration samples of 128 tokens, out of the training rows.")] = 64,
     compensate: Annotated[str, typer.Option(help="Fit of what stays; empty for none.")] = "least-squares",
+    damping: Annotated[float, typer.Option(help="Of the fit; 0 for what does best on held-out tokens.")] = 0.5,
     data: Annotated[list[Path] | None, typer.Option(help="Rows to train on; else half the built-in text.")] = None,
     rows: Annotated[int, typer.Option(help="The most rows.")] = 300,
     text: Annotated[list[Path] | None, typer.Option(help="Text to measure on; else the other half.")] = None,
@@ -103,9 +104,8 @@ def main(
     console.print(f"pruning {ratio:.0%} of the parameters, calibrated on {samples} x 128 tokens ...")
     calibration = calibration_windows(tokenizer, trained_on, samples, 128)
     begin = time.perf_counter()
-    pruned = fxprune.prune(
-        dense, calibration, ratio=ratio, taylor=taylor, ranking=ranking, compensate=compensate or None
-    )
+    fit = fxprune.load_pass(compensate, damping=damping or None) if compensate else None
+    pruned = fxprune.prune(dense, calibration, ratio=ratio, taylor=taylor, ranking=ranking, compensate=fit)
     pruning = (time.perf_counter() - begin) / 60
     console.print(f"training on {len(trained_on)} rows ...")
     begin = time.perf_counter()

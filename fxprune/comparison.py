@@ -137,6 +137,8 @@ class Comparison:
         axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[1 + len(values) for _, values in panels])[0]
         for panel, (title, values) in zip(axes, panels, strict=True):
             _bars(panel, title, values, [column.name for column in self.columns])
+        bars, names = axes[0].get_legend_handles_labels()
+        figure.legend(bars, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize="small")
         figure.savefig(path)
         return Path(path)
 
@@ -217,5 +219,4 @@ def _bars(panel: Any, title: str, values: Mapping[str, list[tuple[float, float]]
         panel.bar(places, heights, width * 0.9, yerr=errors, label=name, capsize=2)
     panel.set_xticks(range(len(values)), list(values))
     panel.set_title(title)
-    panel.legend(frameon=False, fontsize="small")
     panel.spines[["top", "right"]].set_visible(False)

@@ -203,7 +203,8 @@ class LeastSquaresPass(Pass):
 
     def _fitted(self, graph_module: fx.GraphModule, site: _Site, run: Lockstep) -> torch.Tensor:
         """The whole weight, its kept inputs fitted."""
-        W = get_tensor(graph_module, site.name).detach().float()
+        W = get_tensor(graph_module, site.name).detach()
+        W = W.to(torch.promote_types(W.dtype, torch.float32))
         W = W if site.axis == 1 else W.T
         w = W[:, site.kept]
         front, back = _Moments.of(w), _Moments.of(w)
@@ -219,7 +220,7 @@ class LeastSquaresPass(Pass):
             )
         damping = self.damping or min(_DAMPINGS, key=lambda d: back.error(front.solve(d)))
         change = front.plus(back).solve(damping)
-        W = W.index_copy(1, site.kept, w + change.T.float())
+        W = W.index_copy(1, site.kept, w + change.T.to(w.dtype))
         return W if site.axis == 1 else W.T
 
     def _put(self, graph_module: fx.GraphModule, site: _Site, value: torch.Tensor) -> None:
@@ -246,7 +247,8 @@ def _sites(graph_module: fx.GraphModule, state: State) -> Iterator[_Site]:
             continue
         name, tensor = str(weight.target), get_tensor(graph_module, str(weight.target))
         alone = len(uses[id(tensor)]) == 1 and isinstance(tensor, nn.Parameter) and tensor.dim() == 2
-        if not alone or owner_block(name, axes.blocks) in state.plan.removed_blocks:
+        rows = node.args[place.source].meta["val"].dim() >= 2
+        if not (alone and rows) or owner_block(name, axes.blocks) in state.plan.removed_blocks:
             continue
         expr = axes.tensors[name][place.axis]
         if any(keep.touches(factor) for factor in factors(expr)):
