@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fxprune
 from fxprune.compat import is_impure
+from tests.random_networks import check_every_removal
 from tests.removal import Net, check_removes_exactly, plain_outputs
 
 INPUTS = {"x": torch.randn(3, 6, generator=torch.Generator().manual_seed(0))}
@@ -49,3 +51,19 @@ def test_channels_go_through_what_was_in_place() -> None:
         return net.last(hidden) + scale
 
     check_removes_exactly(Net(body, first=nn.Linear(6, 5), last=nn.Linear(5, 4)), INPUTS)
+
+
+def test_what_is_written_through_another_shape_is_not_lost() -> None:
+    """Attention heads of a single channel come out laid out otherwise: a reshape of them is a copy."""
+
+    def body(net: Net, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part(x).view(2, 3, -1, 4).transpose(1, 2) for part in (net.q, net.k, net.v))
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        hidden = heads.transpose(1, 2).reshape(2, 3, -1).clone()
+        hidden.view(-1).add_(0.5)
+        return net.o(hidden * 1)  # type: ignore[no-any-return]
+
+    x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    check_every_removal(
+        Net(body, q=nn.Linear(6, 16), k=nn.Linear(6, 8), v=nn.Linear(6, 8), o=nn.Linear(16, 3)), {"x": x}
+    )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.compat import OpOverload
+from fxprune.compat import OpOverload, is_impure
 from fxprune.tensors import get_tensor
 
 __all__ = ["canonicalize", "may_alias", "plain_in_place"]
@@ -38,9 +38,14 @@ def canonicalize(graph_module: fx.GraphModule) -> None:
 
 
 def plain_in_place(graph_module: fx.GraphModule) -> None:
-    """In-place ops on values that nothing else can see are plain ones; values do not change."""
-    for node in graph_module.graph.nodes:
+    """In-place ops on values that nothing else can see are plain ones; values do not change.
+
+    What the others write to through a view is laid out such that the view stays one whatever its sizes.
+    """
+    for node in list(graph_module.graph.nodes):
         _plain(node)
+        if is_impure(node) and node.op == "call_function" and isinstance(node.args[0], fx.Node):
+            _lay_out(node.args[0])
 
 
 def _reshape(node: fx.Node) -> None:
@@ -140,10 +145,7 @@ def _view_as_complex(node: fx.Node) -> None:
     """Pairs must lie on even places, which those of a slice may no longer do: a copy of its own has them there."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    with node.graph.inserting_before(node):
-        copied = node.graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
-    copied.meta = dict(source.meta)
-    node.args = (copied,)
+    node.args = (_copied(source, node),)
 
 
 def _index(node: fx.Node, graph_module: fx.GraphModule) -> None:
@@ -186,6 +188,28 @@ def _plain(node: fx.Node) -> None:
         node.target = target
 
 
+def _lay_out(written: fx.Node) -> None:
+    """What ``written`` is a view of, by way of another shape, is contiguous from the start.
+
+    A reshape of anything else may be a copy once sizes have changed, and what is written to that would be lost.
+    """
+    root, reshaped = written, False
+    while may_alias(root) and isinstance(root.args[0], fx.Node):
+        reshaped = reshaped or root.target in _RESHAPES
+        root = root.args[0]
+    if reshaped and root.op == "call_function":
+        contiguous = _copied(root, root.next)
+        root.replace_all_uses_with(contiguous, delete_user_cb=lambda user: user is not contiguous)
+
+
+def _copied(source: fx.Node, before: fx.Node) -> fx.Node:
+    """A contiguous copy of ``source``, put ``before`` a node."""
+    with source.graph.inserting_before(before):
+        copied = source.graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
+    copied.meta = dict(source.meta)
+    return copied
+
+
 def _is_fresh(value: fx.Node, user: fx.Node, writer: fx.Node) -> bool:
     """Whether only its one ``user`` can see what ``writer`` writes to ``value``: all others are done by then."""
     if any(other is not user and (other > writer or may_alias(other)) for other in value.users):
@@ -210,6 +234,14 @@ def _shape(node: fx.Node) -> tuple[Any, ...]:
     return tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape)
 
 
+_RESHAPES = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.view_as.default,
+    aten.reshape_as.default,
+    aten.unflatten.int,
+    aten.flatten.using_ints,
+}
 _MAY_ALIAS = {
     aten.reshape.default,
     aten.contiguous.default,
