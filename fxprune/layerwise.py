@@ -1,7 +1,7 @@
 """Models whose layers have widths of their own, built by stock classes from a config and a few plain facts.
 
-This file stands alone: a checkpoint of such a model carries a copy of it, so that transformers can load it where
-fxprune is not installed. It imports nothing of ours.
+This file and ``selecting`` stand alone: a checkpoint of such a model carries a copy of both, so that transformers can
+load it where fxprune is not installed. They import nothing else of ours.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from fxprune.selecting import select_inputs
+
 __all__ = [
-    "INPUTS",
     "PLACE",
     "SECTION",
     "AnyWidths",
@@ -28,15 +29,12 @@ __all__ = [
     "layer_config",
     "layers_of",
     "restructure",
-    "select_inputs",
 ]
 
 Builder = Callable[[PreTrainedConfig, int], nn.Module]
 
 SECTION = "fxprune"
 """The config entry with what no config field can say: where blocks are, attributes and shapes set by hand."""
-INPUTS = f"{SECTION}_inputs"
-"""The attribute of a module that holds what :func:`select_inputs` was given."""
 PLACE = f"{SECTION}_place"
 """The attribute of a layer whose class builds another kind at its index: it is built at ``index`` with ``fields``."""
 
@@ -205,53 +203,6 @@ def _resize(model: nn.Module, name: str, shape: list[int]) -> None:
         owner._parameters[leaf] = nn.Parameter(new, requires_grad=old.requires_grad)
     elif (buffer := owner._buffers.get(leaf)) is not None:
         owner._buffers[leaf] = torch.empty(shape, dtype=buffer.dtype, device=buffer.device)
-
-
-class _SelectInputs:
-    """A forward pre-hook that selects units of what is passed to a module."""
-
-    def __init__(self, names: list[str], entries: Mapping[str, Mapping[str, Any]]) -> None:
-        self.names, self.entries = names, entries
-
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        placed = dict(zip(self.names, args, strict=False))
-        chosen = {name: self._chosen(name, value) for name, value in placed.items()}
-        named = {name: self._chosen(name, value) for name, value in kwargs.items()}
-        return (*chosen.values(), *args[len(placed) :]), named
-
-    def _chosen(self, name: str, value: Any) -> Any:
-        entry = self.entries.get(name)
-        if entry is None or not isinstance(value, torch.Tensor) or value.dim() <= entry["axis"]:
-            return value
-        axis, units = entry["axis"], entry["of"]
-        if value.shape[axis] % units:
-            return value  # one for all: it broadcasts
-        apart = value.unflatten(axis, (-1, units))
-        runs = [apart.narrow(axis + 1, first, count) for first, count in _runs(entry["kept"])]
-        return (torch.cat(runs, dim=axis + 1) if len(runs) > 1 else runs[0]).flatten(axis, axis + 1)
-
-
-def _runs(kept: list[int]) -> list[tuple[int, int]]:
-    """First and count of each run of consecutive numbers."""
-    starts = [i for i in range(len(kept)) if i == 0 or kept[i] != kept[i - 1] + 1]
-    return [(kept[i], end - i) for i, end in zip(starts, [*starts[1:], len(kept)], strict=True)]
-
-
-def select_inputs(module: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """``module`` is passed no more of a table than it has units for, such as a bias of each attention head.
-
-    The model makes the table for all units, by their number, and passes it to every layer; a layer that lost some takes
-    the rows of those it has.
-
-    Args:
-        module: of a model.
-        entries: by argument of its forward, ``axis``, ``of`` (how many units it has there, each batch sample) and
-            ``kept`` (their numbers).
-    """
-    held = {name: dict(entry) for name, entry in entries.items()}
-    vars(module)[INPUTS] = held
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    module.register_forward_pre_hook(_SelectInputs(names, held), with_kwargs=True)
 
 
 def block_builder(block: nn.Module) -> Builder | None:

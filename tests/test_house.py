@@ -16,7 +16,7 @@ PATHS = [str(path.relative_to(ROOT)) for path in FILES]
 
 FLOORS = (
     {"errors"},
-    {"axes", "compat", "layerwise", "literals", "quiet", "tensors", "text"},
+    {"axes", "compat", "layerwise", "literals", "quiet", "selecting", "tensors", "text"},
     {"state", "depth"},
     {"trace", "fork"},
     {"rules"},

@@ -14,7 +14,8 @@ from torch import nn
 import fxprune
 from fxprune.emit import Recipe, emit, rebuild
 from fxprune.emit.tables import combined_inputs
-from fxprune.layerwise import INPUTS, PLACE, select_inputs
+from fxprune.layerwise import PLACE
+from fxprune.selecting import INPUTS, select_inputs
 from tests.emitted import cut, distance, greedy, logits, padding_error, through_disk
 from tests.models import tiny, token_ids
 

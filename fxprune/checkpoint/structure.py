@@ -17,8 +17,9 @@ from fxprune.emit.fields import part_of
 from fxprune.emit.layout import survey
 from fxprune.emit.snapshot import shapes_of
 from fxprune.errors import CheckpointError
-from fxprune.layerwise import INPUTS, PLACE, SECTION, AnyWidths, Layerwise
+from fxprune.layerwise import PLACE, SECTION, AnyWidths, Layerwise
 from fxprune.quiet import quiet
+from fxprune.selecting import INPUTS
 
 __all__ = ["Structure", "describe", "parse_config", "pruned_class", "stock_class", "stock_config"]
 

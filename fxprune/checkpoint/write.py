@@ -9,13 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from fxprune import layerwise
+from fxprune import layerwise, selecting
 from fxprune.checkpoint.manifest import MANIFEST, Manifest, weight_files
 from fxprune.checkpoint.structure import Structure, describe, pruned_class, stock_class, stock_config
 from fxprune.emit.load import has_odd_experts
@@ -140,8 +141,10 @@ def _hold(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _modelling(model: str, config: str) -> str:
-    source = Path(layerwise.__file__).read_text(encoding="utf-8")
-    return f'''{source}
+    source = "\n\n".join(_standing_alone(module) for module in (selecting, layerwise))
+    return f'''from __future__ import annotations
+
+{source}
 
 from transformers import {config} as StockConfig  # noqa: E402
 from transformers import {model} as StockModel  # noqa: E402
@@ -156,6 +159,13 @@ class {model}(Layerwise, StockModel):
 
     config_class = {config}
 '''
+
+
+def _standing_alone(module: ModuleType) -> str:
+    """The text of a module of ours, to stand behind one that it imports from."""
+    assert module.__file__ is not None
+    lines = Path(module.__file__).read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines if not line.startswith(("from __future__", "from fxprune")))
 
 
 def _source(model: PreTrainedModel, report: Report | None) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from fxprune.emit.layout import Layout, on_meta, survey
 from fxprune.emit.patch import Patches
 from fxprune.emit.snapshot import Number, is_number, take_snapshot
 from fxprune.emit.tables import Inputs, combined_inputs
-from fxprune.layerwise import PLACE, block_builder, layer_config, select_inputs
+from fxprune.layerwise import PLACE, block_builder, layer_config
+from fxprune.selecting import select_inputs
 
 __all__ = ["Recipe", "new_names", "rebuild"]
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from fxprune.emit.layout import Layout
 from fxprune.emit.load import run_on_meta
-from fxprune.layerwise import INPUTS
+from fxprune.selecting import INPUTS
 
 __all__ = ["Inputs", "Numbered", "combined_inputs", "find_inputs"]
 
@@ -20,7 +20,7 @@ Numbered = Mapping[str, Mapping[int, Sequence[int]]]
 """By module path of a block (empty for all blocks), by number of units before, the numbers of those that remain."""
 
 Inputs = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""By module path and argument, what :func:`fxprune.layerwise.select_inputs` takes."""
+"""By module path and argument, what :func:`fxprune.selecting.select_inputs` takes."""
 
 _SAMPLES = 7
 
@@ -40,7 +40,7 @@ def find_inputs(
         numbered: Which units remain.
 
     Returns:
-        What :func:`fxprune.layerwise.select_inputs` takes, by dense module path.
+        What :func:`fxprune.selecting.select_inputs` takes, by dense module path.
     """
     shrunk: dict[str, tuple[int, list[int]]] = {}
     for block in layout.blocks():
