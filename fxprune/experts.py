@@ -66,7 +66,7 @@ def _least(journal: Journal) -> dict[Factor, int]:
     for factor, count in least.items():
         if count >= factor.size:
             node = next(node for expr, node in journal.renormalised if factor in factors(solver.resolve(expr)))
-            solver.freeze(factor, f"all {factor.size} units are chosen", node)
+            solver.freeze(factor, f"all {factor.size} units are needed", node)
     return least
 
 

@@ -76,6 +76,8 @@ NETWORKS: dict[str, tuple[Callable[[], Net], list[int], list[int]]] = {
         [6, 12],
         [],
     ),
+    # a spread that is divided by one less than the number of units needs two
+    "spread": (made(lambda m, h: h / h.std(-1, keepdim=True) + h.var(-1, keepdim=True), 12), [], [12]),
     # an axis that has one unit left is no axis of size 1
     "squeezed": (made(lambda m, h: h.unsqueeze(1).squeeze() + h.squeeze(-1) + h.squeeze((0, 2)), 12), [12], []),
     # a constant made by the code is not masked with the weights

@@ -260,7 +260,7 @@ def test_experts_picked_one_at_a_time_stay_all_the_same() -> None:
 
 
 def test_experts_stay_where_all_are_chosen() -> None:
-    assert frozen_reason(Mixture(top_of(EXPERTS))) == "all 6 units are chosen"
+    assert frozen_reason(Mixture(top_of(EXPERTS))) == "all 6 units are needed"
 
 
 def frozen_reason(module: nn.Module, name: str = "up[0]") -> str:

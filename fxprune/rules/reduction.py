@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fxprune.rules.base import OpSite, TensorAxes
 from fxprune.rules.registry import rule
 
-__all__ = ["add_up", "best", "cumsum", "order", "reduce", "scan", "share"]
+__all__ = ["add_up", "best", "cumsum", "order", "reduce", "scan", "share", "spread"]
 
 
 def _dims(op: OpSite, x: TensorAxes) -> tuple[int, ...]:
@@ -32,7 +32,19 @@ def add_up(op: OpSite) -> None:
     _keep_others(op, x, dims)
 
 
-@rule("mean", "var", "std", "amax", "amin", "logsumexp", "var_mean", "std_mean")
+@rule("var", "std", "var_mean", "std_mean")
+def spread(op: OpSite) -> None:
+    """As :func:`reduce`; a spread divided by one less than the number of units needs two of them."""
+    reduce(op)
+    x = op.need("x" if "x" in op._arguments else "self")
+    dims = _dims(op, x)
+    given = op.arg("correction", None)
+    correction = int(op.arg("unbiased", True)) if given is None else int(given)
+    if len(dims) == 1 and correction > 0:
+        op.need_units(x, dims[0], correction + 1)
+
+
+@rule("mean", "amax", "amin", "logsumexp")
 def reduce(op: OpSite) -> None:
     """A statistic over ``dim``: removing units of it changes the statistic; the other axes stay."""
     x = op.need("x" if "x" in op._arguments else "self")
