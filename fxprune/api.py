@@ -88,13 +88,7 @@ def prune(
     Pipeline([load_pass("find-groups"), estimate, select])(traced.graph_module)
     asked = {"ratio": ratio if group_ratio is None else None, "group_ratio": group_ratio}
     return shrink(
-        traced,
-        example_inputs,
-        seed=seed,
-        verify=verify,
-        inplace=inplace,
-        asked=asked,
-        compensate=compensation,
+        traced, example_inputs, seed=seed, verify=verify, inplace=inplace, asked=asked, compensate=compensation
     )
 
 
@@ -137,22 +131,23 @@ def apply(
 def _importance_pass(
     importance: str | Pass, taylor: str, kinds: tuple[str, ...], reduction: str, seed: int, memory: float
 ) -> Pass:
-    if isinstance(importance, Pass):
-        return importance
-    known = pass_names("importance")
-    if importance not in known:
-        raise UnknownNameError("importance", importance, known)
     own: dict[str, dict[str, Any]] = {"random": {"seed": seed}, "taylor": {"order": taylor, "memory": memory}}
-    return load_pass(importance, kinds=kinds, reduction=reduction, **own.get(importance, {}))
+    more = own.get(importance, {}) if isinstance(importance, str) else {}
+    return _chosen(importance, "importance", "importance", kinds=kinds, reduction=reduction, **more)
 
 
 def _compensation(compensate: str | Pass | None, inplace: bool) -> Pass | None:
-    if compensate is None or isinstance(compensate, Pass):
-        return compensate
-    known = pass_names("compensate")
-    if compensate not in known:
-        raise UnknownNameError("compensation", compensate, known)
-    return load_pass(compensate, inplace=inplace)
+    return None if compensate is None else _chosen(compensate, "compensate", "compensation", inplace=inplace)
+
+
+def _chosen(choice: str | Pass, stage: str, what: str, **arguments: Any) -> Pass:
+    """The pass itself, or the one of ``stage`` by that name, made with ``arguments``."""
+    if isinstance(choice, Pass):
+        return choice
+    known = pass_names(stage)
+    if choice not in known:
+        raise UnknownNameError(what, choice, known)
+    return load_pass(choice, **arguments)
 
 
 def _select_pass(ratio: float, group_ratio: float | None, common: Mapping[str, Any]) -> Pass:

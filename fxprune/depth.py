@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-__all__ = ["Bypass", "find_bypasses"]
+__all__ = ["Bypass", "find_bypasses", "is_sum"]
 
 _ADDS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
 
@@ -44,6 +44,11 @@ def find_bypasses(graph: fx.Graph, blocks: tuple[str, ...]) -> dict[str, Bypass]
     return found
 
 
+def is_sum(node: fx.Node) -> bool:
+    """Whether ``node`` adds two values, neither of them scaled."""
+    return node.target in _ADDS and bool(node.kwargs.get("alpha", 1) == 1)
+
+
 def _owners(graph: fx.Graph, blocks: frozenset[str]) -> dict[fx.Node, str]:
     """The block each operation was made in, for those in one."""
     found: dict[fx.Node, str] = {}
@@ -61,7 +66,7 @@ def _residual_source(target: fx.Node, block: str, owner: dict[fx.Node, str]) -> 
     pending = [target]
     while pending:
         node = pending.pop()
-        if node.target not in _ADDS or node.kwargs.get("alpha", 1) != 1:
+        if not is_sum(node):
             continue
         for term in node.args[:2]:
             if not isinstance(term, fx.Node) or term.op == "get_attr":

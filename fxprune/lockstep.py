@@ -40,9 +40,8 @@ class Lockstep:
         batches: Sequence[Inputs],
     ) -> None:
         self.graph = graph_module.graph
-        self.dense = [_begun(PreciseRun(graph_module, False), inputs) for inputs in batches]
-        self.masked = [_begun(MaskedRun(graph_module, axes, keep, removed_blocks, False), inputs) for inputs in batches]
-        self._freed = _last_uses(self.graph, self.masked[0].bypassed)
+        self.dense = [_begun(PreciseRun(graph_module), inputs) for inputs in batches]
+        self.masked = [_begun(MaskedRun(graph_module, axes, keep, removed_blocks), inputs) for inputs in batches]
 
     def __iter__(self) -> Iterator[fx.Node]:
         """Each node in turn, when its dense values are there and its masked ones are not yet."""
@@ -51,8 +50,8 @@ class Lockstep:
             yield node
             self._step(self.masked, node)
             for run in (*self.dense, *self.masked):
-                for value in self._freed.get(node, ()):
-                    run.env.pop(value, None)
+                for value in run.user_to_last_uses.get(node, ()):
+                    del run.env[value]
 
     def values(self, node: fx.Node) -> Iterator[tuple[Any, Any]]:
         """Of each batch, the dense and the masked value of ``node``, which has been run and is still in use."""
@@ -76,17 +75,3 @@ def _begun(run: _Run, inputs: Inputs) -> _Run:
     """``run`` is ready for its first node."""
     run.args_iter = iter(inputs.values())
     return run
-
-
-def _last_uses(graph: fx.Graph, bypassed: Mapping[str, str]) -> dict[fx.Node, list[fx.Node]]:
-    """By node, the values that nothing needs after it; a bypassed block needs what goes in when it comes out."""
-    nodes = {node.name: node for node in graph.nodes}
-    found: dict[fx.Node, list[fx.Node]] = {}
-    seen: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        around = [nodes[bypassed[node.name]]] if node.name in bypassed else []
-        for value in (*node.all_input_nodes, *around):
-            if value not in seen:
-                seen.add(value)
-                found.setdefault(node, []).append(value)
-    return found

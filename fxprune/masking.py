@@ -64,8 +64,15 @@ class MaskedRun(PreciseRun):
             for name in nodes if factor in self.touched else ():
                 units = {**self.statistics.get(name, Keep()).units, factor: keep.units[factor]}
                 self.statistics[name] = Keep(units)
-        if self.bypassed:
-            self.garbage_collect_values = False
+        for target, source in self.bypassed.items() if garbage_collect_values else ():
+            self._keep_until(self.nodes[source], self.nodes[target])
+
+    def _keep_until(self, value: fx.Node, user: fx.Node) -> None:
+        """``value`` is not freed before ``user``, which passes it on instead of what it would compute."""
+        last = next((node for node, freed in self.user_to_last_uses.items() if value in freed), None)
+        if last is not None and last < user:
+            self.user_to_last_uses[last].remove(value)
+            self.user_to_last_uses.setdefault(user, []).append(value)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The weight ``target`` with the slices that go set to zero."""

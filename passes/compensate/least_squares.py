@@ -13,6 +13,7 @@ from torch import fx, nn
 from fxprune.axes import factors, kept_mask
 from fxprune.calibration import stacked
 from fxprune.dependency import axis_map
+from fxprune.depth import is_sum
 from fxprune.errors import CalibrationError, FxpruneError, PassError
 from fxprune.lockstep import Lockstep
 from fxprune.passbase import Pass, PassResult
@@ -25,7 +26,6 @@ __all__ = ["LeastSquaresPass"]
 aten = torch.ops.aten
 _DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, float("inf"))
 """Tried where none is given."""
-_ADDS = (aten.add.Tensor, aten.add_.Tensor)
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def _added_to(node: fx.Node) -> fx.Node | None:
     user = _only_user(node)
     while user is not None and user.target is aten.reshape.default:
         node, user = user, _only_user(user)
-    if user is None or user.target not in _ADDS or user.kwargs.get("alpha", 1) != 1:
+    if user is None or not is_sum(user):
         return None
     others = [term for term in user.args[:2] if isinstance(term, fx.Node) and term is not node]
     same = [o for o in others if o.op != "get_attr" and o.meta["val"].shape == node.meta["val"].shape]
