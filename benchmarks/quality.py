@@ -21,9 +21,8 @@ from benchmarks.environment import environment
 from benchmarks.perplexity import perplexity
 from benchmarks.text import offline_text, read_text, split_calibration_heldout, token_windows
 from fxprune.axes import unit_index
-from fxprune.scores import PositionScores, unit_scores
-from fxprune.state import state_of
-from fxprune.tensors import get_tensor
+from fxprune.graph.tensors import get_tensor
+from fxprune.removal.scores import PositionScores, unit_scores
 
 __all__ = ["CRITERIA", "QualityRow", "app", "prune_without_groups", "quality_rows"]
 
@@ -78,10 +77,9 @@ def prune_without_groups(model: Any, calibration: torch.Tensor, result: fxprune.
     The same criterion and the same number of slices of every parameter as in `result`, but each tensor is ranked by
     its own scores alone, so that what one tensor keeps another may have dropped. Slices are zeroed, not removed.
     """
-    state = state_of(result.graph_module)
-    assert state.keep is not None
-    keep = state.keep
-    groups = tuple(g for g in state.groups if g.factor is not None and keep.touches(g.factor))
+    removal = fxprune.facts_of(result.graph_module)[fxprune.Removed].removal
+    keep = removal.keep
+    groups = tuple(g for g in removal.groups if g.factor is not None and keep.touches(g.factor))
     dense = copy.deepcopy(model)
     positions = _position_scores(dense, calibration, groups)
     with torch.no_grad():
@@ -96,10 +94,8 @@ def prune_without_groups(model: Any, calibration: torch.Tensor, result: fxprune.
 
 
 def _position_scores(model: Any, calibration: torch.Tensor, groups: tuple[fxprune.Group, ...]) -> PositionScores:
-    from fxprune.calibration import read_calibration
-
     traced = fxprune.trace(model)
-    state_of(traced.graph_module).calibration = read_calibration(calibration, traced.graph_module)
+    fxprune.load_pass("calibrate", data=calibration)(traced.graph_module)
     wanted = tuple(dict.fromkeys((m.name, m.axis) for group in groups for m in group.parameters))
     criterion: Any = fxprune.load_pass("taylor", order="mix")
     positions: PositionScores = criterion.positions(traced.graph_module, wanted)

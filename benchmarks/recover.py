@@ -16,10 +16,10 @@ from rich.console import Console
 import fxprune
 from benchmarks.demo_model import load_demo_model
 from benchmarks.environment import environment
-from fxprune.comparison import Comparison, compare_models
+from fxprune.data.text import offline_text, read_text, split_calibration_heldout, token_windows
 from fxprune.evaluation import LocalTask
+from fxprune.evaluation.comparison import Comparison, compare_models
 from fxprune.recovery import Distillation
-from fxprune.text import offline_text, read_text, split_calibration_heldout, token_windows
 
 __all__ = ["app", "calibration_windows", "local_tasks", "training_rows", "without"]
 

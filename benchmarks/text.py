@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fxprune.text import offline_text, read_text, split_calibration_heldout, token_windows
+from fxprune.data.text import offline_text, read_text, split_calibration_heldout, token_windows
 
 __all__ = ["offline_text", "read_text", "split_calibration_heldout", "token_windows"]

@@ -7,20 +7,24 @@ from typing import Any
 
 from torch import nn
 
-from fxprune.calibration import read_calibration
-from fxprune.dependency import axis_map
+from fxprune.discovery.groups import DEFAULT_KINDS, as_kinds
 from fxprune.errors import UnknownNameError
-from fxprune.passbase import Pass
-from fxprune.pipeline import Pipeline
-from fxprune.plan import Plan, keep_of
-from fxprune.registry import load_pass, pass_names
-from fxprune.shrinking import Result, shrink
-from fxprune.state import Track, state_of
-from fxprune.stock import make_stock_test
+from fxprune.pipeline.contract import Pass
+from fxprune.pipeline.pipeline import Pipeline
+from fxprune.pipeline.progress import Track, no_progress
+from fxprune.pipeline.registry import load_pass, parse_pass, pass_names
+from fxprune.pipeline.spelling import read_spelling
+from fxprune.removal.plan import Plan
+from fxprune.result import Result
 from fxprune.trace import trace
-from fxprune.trace.inputs import is_hugging_face
 
-__all__ = ["Result", "apply", "prune"]
+__all__ = ["Result", "apply", "prune", "prune_pipeline"]
+
+_LITTLE_MEMORY = 0.1
+"""In place, memory matters more than time: sums of gradients take a tenth of the bytes of the weights."""
+
+_WORDS = {"compensate": "compensation", "select": "selection"}
+"""What a stage is called in messages, where not by its own name."""
 
 
 def prune(
@@ -28,15 +32,16 @@ def prune(
     calibration: Any = None,
     *,
     ratio: float = 0.2,
-    kinds: Sequence[str] = ("mlp", "head"),
+    kinds: str | Sequence[str] = DEFAULT_KINDS,
     importance: str | Pass = "taylor",
-    taylor: str = "mix",
+    taylor: str | None = None,
     reduction: str = "sum",
     ranking: str = "local",
     group_ratio: float | None = None,
     protect: tuple[int, int] | tuple[()] | None = None,
     round_to: int = 1,
     uniform: bool = False,
+    select: str | Pass | None = None,
     compensate: str | Pass | None = None,
     seed: int = 0,
     verify: bool = True,
@@ -46,14 +51,18 @@ def prune(
 ) -> Result:
     """Remove the least important structures of ``model``; the model passed is not changed.
 
+    What runs is :func:`prune_pipeline`, a list of passes that can be printed, copied and changed.
+
     Args:
         model: a Hugging Face model, or any module that ``torch.export`` can trace.
         calibration: token ids ``(samples, tokens)``, a list of tokenised dicts, a DataLoader, or None for criteria
             that need no data.
         ratio: fraction of the parameters that goes, in [0, 1); reached within half a percentage point.
         kinds: which structures may go: ``mlp``, ``head``, ``channel``, ``head_dim``, ``expert``, ``layer``.
-        importance: ``taylor``, ``l1``, ``l2``, ``random``, another registered importance pass, or a pass.
-        taylor: ``vector``, ``first``, ``second`` or ``mix``.
+        importance: ``taylor``, ``l1``, ``l2``, ``random`` or another registered importance pass, with arguments of its
+            own as in ``"taylor{order=second}"``; or a pass.
+        taylor: the order, where the importance has one: ``vector``, ``first``, ``second`` or ``mix``. The same as
+            ``importance="taylor{order=...}"``.
         reduction: how members of a group are combined: ``sum``, ``prod``, ``max``, ``mean``, ``first``, ``last``.
         ranking: ``local``: the same fraction in every group; ``global``: the lowest scores anywhere.
         group_ratio: the paper's ratio, a fraction of the units of every group; takes the place of ``ratio``.
@@ -62,8 +71,10 @@ def prune(
         round_to: slim widths are multiples of this.
         uniform: the same widths in every layer, and such that the model's own config class takes them: the checkpoint
             then loads in stock transformers, and in whatever reads its format. ``protect`` must be empty or None.
-        compensate: ``least-squares``: weights that lost inputs are fitted to what the dense model computes on the
-            calibration data; or a pass. None leaves every kept number as it is.
+        select: a registered selection pass with arguments of its own, or a pass, in place of the one that ``ratio`` or
+            ``group_ratio`` means.
+        compensate: ``least-squares``, perhaps with arguments: weights that lost inputs are fitted to what the dense
+            model computes on the calibration data; or a pass. None leaves every kept number as it is.
         seed: for ``random`` importance and the verification inputs.
         verify: check that masking equals shrinking, and that the emitted model equals the graph.
         inplace: free each dense tensor as its slim one is made; ``model`` then *becomes* the slim model.
@@ -73,23 +84,27 @@ def prune(
     Raises:
         FxpruneError: one of its subclasses, naming what is wrong and what to do; the model is then unchanged.
     """
-    compensation = _compensation(compensate, inplace)
-    estimate = _importance_pass(importance, taylor, tuple(kinds), reduction, seed, 0.1 if inplace else 0.6)
-    common = {"kinds": tuple(kinds), "ranking": ranking, "protect": protect, "round_to": round_to, "uniform": uniform}
-    select = _select_pass(ratio, group_ratio, common)
-    traced = trace(model, example_inputs)
-    state = state_of(traced.graph_module)
-    if uniform and is_hugging_face(model):
-        state.accepts = make_stock_test(traced)
-    if track is not None:
-        state.track = track
-    if calibration is not None:
-        state.calibration = read_calibration(calibration, traced.graph_module)
-    Pipeline([load_pass("find-groups"), estimate, select])(traced.graph_module)
-    asked = {"ratio": ratio if group_ratio is None else None, "group_ratio": group_ratio}
-    return shrink(
-        traced, example_inputs, seed=seed, verify=verify, inplace=inplace, asked=asked, compensate=compensation
+    pipeline = prune_pipeline(
+        calibration,
+        ratio=ratio,
+        kinds=kinds,
+        importance=importance,
+        taylor=taylor,
+        reduction=reduction,
+        ranking=ranking,
+        group_ratio=group_ratio,
+        protect=protect,
+        round_to=round_to,
+        uniform=uniform,
+        select=select,
+        compensate=compensate,
+        seed=seed,
+        verify=verify,
+        inplace=inplace,
+        track=track,
     )
+    traced = trace(model, example_inputs)
+    return Result.of(pipeline(traced.graph_module, inplace=inplace).graph_module)
 
 
 def apply(
@@ -116,41 +131,80 @@ def apply(
     Raises:
         PlanError: the plan does not fit the model.
     """
-    compensation = _compensation(compensate, inplace)
+    pipeline = prune_pipeline(
+        calibration,
+        plan=plan,
+        compensate=compensate,
+        verify=verify,
+        inplace=inplace,
+    )
     traced = trace(model, example_inputs)
-    state = state_of(traced.graph_module)
-    if calibration is not None:
-        state.calibration = read_calibration(calibration, traced.graph_module)
-    Pipeline([load_pass("find-groups")])(traced.graph_module)
-    assert state.graph is not None
-    state.keep = keep_of(axis_map(state.graph), state.groups, plan)
-    state.plan = plan
-    return shrink(traced, example_inputs, verify=verify, inplace=inplace, compensate=compensation)
+    return Result.of(pipeline(traced.graph_module, inplace=inplace).graph_module)
 
 
-def _importance_pass(
-    importance: str | Pass, taylor: str, kinds: tuple[str, ...], reduction: str, seed: int, memory: float
-) -> Pass:
-    own: dict[str, dict[str, Any]] = {"random": {"seed": seed}, "taylor": {"order": taylor, "memory": memory}}
-    more = own.get(importance, {}) if isinstance(importance, str) else {}
-    return _chosen(importance, "importance", "importance", kinds=kinds, reduction=reduction, **more)
+def prune_pipeline(
+    calibration: Any = None,
+    *,
+    ratio: float = 0.2,
+    kinds: str | Sequence[str] = DEFAULT_KINDS,
+    importance: str | Pass = "taylor",
+    taylor: str | None = None,
+    reduction: str = "sum",
+    ranking: str = "local",
+    group_ratio: float | None = None,
+    protect: tuple[int, int] | tuple[()] | None = None,
+    round_to: int = 1,
+    uniform: bool = False,
+    select: str | Pass | None = None,
+    compensate: str | Pass | None = None,
+    seed: int = 0,
+    verify: bool = True,
+    inplace: bool = False,
+    plan: Plan | None = None,
+    track: Track | None = None,
+) -> Pipeline:
+    """Return the passes that :func:`prune` runs with these options; see there for what they mean.
+
+    ``str()`` of it is its spelling, and ``Pipeline(text)`` reads that back; objects such as calibration data have none.
+    Run it on ``fxprune.trace(model).graph_module``.
+
+    Args:
+        plan: the decision of an earlier run, in place of importance and selection: what :func:`apply` runs.
+    """
+    shared = {"kinds": as_kinds(kinds), "reduction": reduction, "seed": seed, "track": track or no_progress}
+    widths = {"ranking": ranking, "protect": protect, "round_to": round_to, "uniform": uniform}
+    by = "select-by-ratio" if group_ratio is None else "select-by-group-ratio"
+    wanted = {"ratio": ratio} if group_ratio is None else {"group_ratio": group_ratio}
+    scoring = {"memory": _LITTLE_MEMORY} if inplace else {}
+    order = {} if taylor is None else {"order": taylor}
+    decide = [
+        _stage(importance, "importance", **shared, **scoring, **order),
+        _stage(select or by, "select", **shared, **widths, **wanted),
+    ]
+    if plan is not None:
+        decide = [load_pass("plan-from-json", text=plan.to_json())]
+    return Pipeline(
+        [
+            *([] if calibration is None else [load_pass("calibrate", data=calibration)]),
+            "find-groups",
+            *decide,
+            "count-work",
+            *([] if compensate is None else [_stage(compensate, "compensate", **shared)]),
+            load_pass("make-verification-inputs", seed=seed),
+            *(["record-expected"] if verify else []),
+            "shrink",
+            *(["verify-removal"] if verify else []),
+            "emit-model",
+            "make-report",
+        ]
+    )
 
 
-def _compensation(compensate: str | Pass | None, inplace: bool) -> Pass | None:
-    return None if compensate is None else _chosen(compensate, "compensate", "compensation", inplace=inplace)
-
-
-def _chosen(choice: str | Pass, stage: str, what: str, **arguments: Any) -> Pass:
-    """The pass itself, or the one of ``stage`` by that name, made with ``arguments``."""
+def _stage(choice: str | Pass, stage: str, **defaults: Any) -> Pass:
+    """Return the pass, or the one of ``stage`` that is spelled so; ``defaults`` fill in what the spelling leaves open."""
     if isinstance(choice, Pass):
         return choice
-    known = pass_names(stage)
-    if choice not in known:
-        raise UnknownNameError(what, choice, known)
-    return load_pass(choice, **arguments)
-
-
-def _select_pass(ratio: float, group_ratio: float | None, common: Mapping[str, Any]) -> Pass:
-    if group_ratio is None:
-        return load_pass("select-by-ratio", ratio=ratio, **common)
-    return load_pass("select-by-group-ratio", group_ratio=group_ratio, **common)
+    name, known = read_spelling(choice)[0], pass_names(stage)
+    if name not in known:
+        raise UnknownNameError(_WORDS.get(stage, stage), name, known)
+    return parse_pass(choice, **defaults)

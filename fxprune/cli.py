@@ -21,9 +21,10 @@ from rich.progress import track
 from rich.table import Column, Table
 
 import fxprune
-from fxprune.errors import CalibrationError, FxpruneError, UnknownNameError
-from fxprune.groups import frozen_axes
-from fxprune.registry import load_pass
+from fxprune.discovery.explain import frozen_axes
+from fxprune.errors import CalibrationError, FxpruneError, PassError, UnknownNameError
+from fxprune.pipeline.contract import STAGES
+from fxprune.pipeline.registry import pass_class
 
 __all__ = ["app"]
 
@@ -45,8 +46,8 @@ def prune(
     ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = 0.2,
     group_ratio: Annotated[float | None, typer.Option(help="Fraction of each group's units, instead.")] = None,
     kinds: Annotated[str, typer.Option(help="Comma-separated kinds.")] = "mlp,head",
-    importance: Annotated[str, typer.Option(help="taylor, l1, l2, random, or another installed pass.")] = "taylor",
-    taylor: Annotated[str, typer.Option(help="Order of taylor: vector, first, second or mix.")] = "mix",
+    importance: Annotated[str, typer.Option(help="taylor, l1, l2, random or another pass, as in 'taylor{order=second}'.")] = "taylor",
+    taylor: Annotated[str | None, typer.Option(help="Order of taylor: vector, first, second or mix.")] = None,
     reduction: Annotated[str, typer.Option(help="sum, prod, max, mean, first or last.")] = "sum",
     ranking: Annotated[str, typer.Option(help="local (in each group) or global.")] = "local",
     protect: Annotated[tuple[int, int] | None, typer.Option(help="Layers kept whole in front and at the end.")] = None,
@@ -122,10 +123,20 @@ def explain(
 def passes() -> None:
     """List the installed passes."""
     table = Table("pass", "stage", "what it does")
-    for name in fxprune.pass_names():
-        loaded = load_pass(name)
-        table.add_row(name, loaded.stage, (inspect.getdoc(type(loaded)) or "").partition("\n")[0])
+    found = [_described(name) for name in fxprune.pass_names()]
+    order = {stage: i for i, stage in enumerate(STAGES)}
+    for row in sorted(found, key=lambda row: order.get(row[1], len(order))):
+        table.add_row(*row)
     console.print(table)
+
+
+def _described(name: str) -> tuple[str, str, str]:
+    """Name, stage and first line of a pass; of one that cannot be imported, why."""
+    try:
+        made = pass_class(name)
+    except PassError as error:
+        return name, "", escape(error.what)
+    return name, made.stage, (inspect.getdoc(made) or "").partition("\n")[0]
 
 
 @contextlib.contextmanager

@@ -55,14 +55,6 @@ class RatioError(FxpruneError, ValueError):
     """The ratio asked for is invalid or cannot be reached."""
 
 
-class CalibrationError(FxpruneError, ValueError):
-    """The calibration data is missing, empty or does not fit the model."""
-
-
-class PlanError(FxpruneError, ValueError):
-    """A plan does not belong to the model it is applied to."""
-
-
 class CheckpointError(FxpruneError, ValueError):
     """A checkpoint cannot be written, or what is in a folder is not one that can be loaded."""
 
@@ -85,6 +77,14 @@ class ExportError(FxpruneError):
 
 class PassError(FxpruneError):
     """A pass was run on a graph that does not meet its requirements, or broke its promise."""
+
+
+class CalibrationError(PassError, ValueError):
+    """The calibration data is missing, empty or does not fit the model."""
+
+
+class PlanError(PassError, ValueError):
+    """A plan does not belong to the model it is applied to."""
 
 
 class VerificationError(FxpruneError):

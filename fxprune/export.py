@@ -13,24 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from fxprune.compat import is_free, is_impure, size_hint, tree_unflatten
+from fxprune.data.verification import VerificationInputs, make_inputs
 from fxprune.errors import ExportError, UnknownNameError, VerificationError
-from fxprune.fork import fork
-from fxprune.masking import output_tensors
-from fxprune.probe import make_probe
-from fxprune.state import state_of
-from fxprune.tensors import device_of, set_tensor, weights
+from fxprune.graph.compat import is_free, is_impure, size_hint, tree_unflatten
+from fxprune.graph.facts import facts_of
+from fxprune.graph.fork import fork
+from fxprune.graph.silence import quiet
+from fxprune.graph.tensors import as_parameter, device_of, set_tensor, weights
+from fxprune.masking.compare import TOLERANCE, compare
+from fxprune.masking.masked_run import output_tensors
 from fxprune.trace.inputs import dynamic_dims
-from fxprune.verify import TOLERANCE, compare
 
 __all__ = ["export_graph"]
 
 Inputs = Mapping[str, torch.Tensor]
 
 _ROUGH = 2e-2
-"""Accepted difference where weights are narrower than float32: two runtimes round at different places."""
+"""Accepted difference where weights are narrower than float32: two runtimes round at different places.
+
+One rounding to bfloat16 is off by up to ``2**-8``; this leaves room for five that add up.
+"""
 
 
 def export_graph(
@@ -40,7 +44,7 @@ def export_graph(
     example_inputs: Mapping[str, Any] | None = None,
     verify: bool = True,
 ) -> Path:
-    """``path`` holds a program that computes what ``graph_module`` does and needs neither this package nor the model's.
+    """Write a program that computes what a graph does and needs neither this package nor the model's.
 
     Axes that vary in the graph vary in the program. It takes the inputs of the graph by keyword and returns what the
     graph returns; an output object of a model library becomes a dict. It holds weights and code for inference alone,
@@ -70,35 +74,36 @@ def export_graph(
     meta = next((name for name, tensor in weights(graph_module) if tensor.is_meta), None)
     if meta is not None:
         raise ExportError("has no values to export", where=meta, remedy="Give the model real weights instead of meta")
-    given = example_inputs if example_inputs is not None else state_of(graph_module).probe
-    _WRITERS[path.suffix](graph_module, path, make_probe(graph_module, given, seed=0), verify)
+    known = facts_of(graph_module).get(VerificationInputs)
+    given = example_inputs if example_inputs is not None or known is None else known.values
+    _WRITERS[path.suffix](graph_module, path, make_inputs(graph_module, given, seed=0), verify)
     return path
 
 
-def _write_program(graph_module: fx.GraphModule, path: Path, probe: Inputs, verify: bool) -> None:
-    program = _program(graph_module, probe)
+def _write_program(graph_module: fx.GraphModule, path: Path, inputs: Inputs, verify: bool) -> None:
+    program = _program(graph_module, inputs)
     if verify:
         with torch.no_grad():
-            _require_same(graph_module, probe, output_tensors(program.module()(**probe)), path)
+            _require_same(graph_module, inputs, output_tensors(program.module()(**inputs)), path)
     with _replacing(path) as unfinished:
         torch.export.save(program, unfinished)
 
 
-def _write_onnx(graph_module: fx.GraphModule, path: Path, probe: Inputs, verify: bool) -> None:
+def _write_onnx(graph_module: fx.GraphModule, path: Path, inputs: Inputs, verify: bool) -> None:
     _require_packages("onnx", "onnxscript", *(["onnxruntime"] if verify else []))
-    program = _program(graph_module, probe)
+    program = _program(graph_module, inputs)
     names: dict[str, Any] = {
-        "input_names": list(probe),
+        "input_names": list(inputs),
         "output_names": _output_names(program),
         "dynamic_shapes": _axis_names(program),
     }
-    with _quiet(), _as_export_error(path):
+    with quiet(logging.WARNING), _as_export_error(path):
         model = torch.onnx.export(program, (), dynamo=True, verbose=False, **names)
     assert model is not None
     with _replacing(path) as unfinished:
         model.save(unfinished)
         if verify and _has_kernels(graph_module):
-            _require_same(graph_module, probe, _run_onnx(unfinished, probe), path)
+            _require_same(graph_module, inputs, _run_onnx(unfinished, inputs), path)
 
 
 _WRITERS: dict[str, Callable[[fx.GraphModule, Path, Inputs, bool], None]] = {
@@ -107,17 +112,17 @@ _WRITERS: dict[str, Callable[[fx.GraphModule, Path, Inputs, bool], None]] = {
 }
 
 
-def _program(graph_module: fx.GraphModule, probe: Inputs) -> torch.export.ExportedProgram:
-    """The graph as a program that holds no example inputs and does not say where on this machine its code came from."""
+def _program(graph_module: fx.GraphModule, inputs: Inputs) -> torch.export.ExportedProgram:
+    """Return the graph as a program without example inputs and without the places in source files it came from."""
     work = _for_inference(graph_module)
-    inputs, dims = {}, {}
+    traced, dims = {}, {}
     for node in (node for node in work.graph.nodes if node.op == "placeholder"):
         name, shape = str(node.target), node.meta["val"].shape
         sizes = [size_hint(size) for size in shape]
-        inputs[name] = torch.zeros(sizes, dtype=probe[name].dtype, device=device_of(work))
+        traced[name] = torch.zeros(sizes, dtype=inputs[name].dtype, device=device_of(work))
         dims[name] = {axis: torch.export.Dim.AUTO if is_free(size) else None for axis, size in enumerate(shape)}
-    with _quiet(), _as_export_error():
-        program = torch.export.export(work, (), inputs, dynamic_shapes=dims, strict=False)
+    with quiet(logging.WARNING), _as_export_error():
+        program = torch.export.export(work, (), traced, dynamic_shapes=dims, strict=False)
     program.example_inputs = None
     for node in program.graph.nodes:
         for fact in ("stack_trace", "from_node"):
@@ -127,7 +132,7 @@ def _program(graph_module: fx.GraphModule, probe: Inputs) -> torch.export.Export
 
 
 def _for_inference(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A graph over the same tensors that has no gradients and returns plain containers."""
+    """Return a graph over the same tensors that has no gradients and returns plain containers."""
     work = fork(graph_module).eval()
     plain: dict[int, torch.Tensor] = {}
     for name, tensor in weights(graph_module):
@@ -142,15 +147,15 @@ def _for_inference(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` without gradient; a copy where it is part of a larger storage, which would be stored whole."""
+    """Return ``tensor`` without gradient; a copy where it is part of a larger storage, which would be stored whole."""
     value = tensor.detach()
     if value.untyped_storage().nbytes() != value.nbytes:
         value = value.clone(memory_format=torch.contiguous_format)
-    return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+    return as_parameter(value, tensor).requires_grad_(False)
 
 
 def _plain_output(value: fx.Node) -> Any:
-    """The fields that are there in place of an output object made of them."""
+    """Return, in place of an output object, a dict of those of its fields that are there."""
     if not isinstance(value.target, type):
         return value
     fields = {name: field for name, field in value.kwargs.items() if field is not None}
@@ -158,7 +163,7 @@ def _plain_output(value: fx.Node) -> Any:
 
 
 def _output_names(program: torch.export.ExportedProgram) -> list[str]:
-    """A name for each output: keys and indices on the way to it."""
+    """Return a name for each output: keys and indices on the way to it."""
     spec = program.call_spec.out_spec
     assert spec is not None
     return _leaf_names(tree_unflatten(range(spec.num_leaves), spec), "")
@@ -172,7 +177,7 @@ def _leaf_names(structure: Any, name: str) -> list[str]:
 
 
 def _axis_names(program: torch.export.ExportedProgram) -> dict[str, dict[int, str]]:
-    """Names for the axes of the first input that vary; the others share them where they have to be equal."""
+    """Return names for the axes of the first input that vary; the others share them where they have to be equal."""
     shapes = [value.shape for value in _inputs_of(program).values()]
     first = {axis: name for axis, name in enumerate(("batch", "sequence")) if axis < len(shapes[0])}
     free = {axis: name for axis, name in first.items() if is_free(shapes[0][axis])}
@@ -180,7 +185,7 @@ def _axis_names(program: torch.export.ExportedProgram) -> dict[str, dict[int, st
 
 
 def _inputs_of(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
-    """The fake value of each input, by name."""
+    """Return the fake value of each input, by name."""
     return {n.name: n.meta["val"] for n in program.graph.nodes if n.name in program.graph_signature.user_inputs}
 
 
@@ -193,9 +198,9 @@ def _warn_of_fixed_axes(program: torch.export.ExportedProgram) -> None:
                 warnings.warn(f"{name}: axis {axis} is fixed; the program runs at {size} alone", stacklevel=6)
 
 
-def _require_same(graph_module: fx.GraphModule, probe: Inputs, got: tuple[torch.Tensor, ...], path: Path) -> None:
+def _require_same(graph_module: fx.GraphModule, inputs: Inputs, got: tuple[torch.Tensor, ...], path: Path) -> None:
     with torch.no_grad():
-        want = output_tensors(graph_module(**probe))
+        want = output_tensors(graph_module(**inputs))
     tolerance = TOLERANCE if want[0].element_size() >= 4 else _ROUGH
     error = compare([value.float().cpu() for value in want], [value.float().cpu() for value in got])
     if not error <= tolerance:
@@ -216,13 +221,13 @@ def _has_kernels(graph_module: fx.GraphModule) -> bool:
     return False
 
 
-def _run_onnx(path: Path, probe: Inputs) -> tuple[torch.Tensor, ...]:
-    """The float outputs of an ONNX model."""
+def _run_onnx(path: Path, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """Run an ONNX model and return its float outputs."""
     import onnxruntime
 
     with _as_export_error(path):
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        feeds = {entry.name: probe[entry.name].cpu().numpy() for entry in session.get_inputs()}
+        feeds = {entry.name: inputs[entry.name].cpu().numpy() for entry in session.get_inputs()}
         return output_tensors([torch.from_numpy(value) for value in session.run(None, feeds)])
 
 
@@ -234,32 +239,18 @@ def _require_packages(*names: str) -> None:
 
 @contextmanager
 def _as_export_error(path: Path | None = None) -> Iterator[None]:
-    """What torch or onnxruntime raise, in one line."""
+    """Turn what torch or onnxruntime raise into an error of one line."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # torch and onnxruntime raise errors of many kinds, some of their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = path.name if path is not None else ""
         raise ExportError(f"cannot be exported: {reason}", where=where, remedy="The cause has the details") from error
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing is heard of what torch deprecates in itself or misses among packages that are not needed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to beside ``path``; what is there moves into place at the end, unless something raises."""
+    """Yield a path to write to beside ``path``; move what is there into place at the end, unless something raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         yield Path(folder) / path.name

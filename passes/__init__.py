@@ -1,1 +1,1 @@
-"""The pass suite: discover, estimate, select, shrink, verify. One pass a file; found by name through entry points."""
+"""The suite of passes, installed as ``fxprune.passes``. The folders are the stages."""

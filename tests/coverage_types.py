@@ -17,20 +17,21 @@ from torch import fx, nn
 
 import fxprune
 from fxprune.axes import Keep
-from fxprune.dependency import axis_map
-from fxprune.fork import fork
-from fxprune.groups import Group, frozen_axes
-from fxprune.masking import output_tensors
-from fxprune.pipeline import Pipeline
-from fxprune.plan import plan_of
-from fxprune.shrinking import Result, shrink
-from fxprune.state import state_of
+from fxprune.discovery.dependency import axis_map
+from fxprune.discovery.explain import frozen_axes
+from fxprune.discovery.groups import Group
+from fxprune.graph.fork import fork
+from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
+from fxprune.masking.masked_run import output_tensors
+from fxprune.pipeline.pipeline import Pipeline
+from fxprune.removal.plan import plan_of
+from fxprune.result import Result
 from fxprune.trace import Traced, trace
-from fxprune.verify import TOLERANCE, compare, masked_outputs, slim_outputs
-from tests.removal import zeroed
+from tests.removal import axes_of, decide, graph_of, groups_of, zeroed
 from tests.zoo import forward, tiny_model, token_ids
 
-SHRINK = ("bypass-blocks", "eliminate-dead-code", "slice-parameters{copy=True}", "rewrite-literals")
+SHRINK = "bypass-blocks, eliminate-dead-code, slice-parameters, rewrite-literals, eliminate-dead-code"
+FINISH = "count-work, make-verification-inputs, shrink, emit-model, make-report"
 EMITTED_KINDS = ("mlp", "head")
 EXACT, INERT, ALONE = "exact", "inert", "nothing can go"
 
@@ -120,13 +121,11 @@ def _discover(found: Coverage, keep: Callable[[Coverage], None]) -> Traced:
     found.stage = "graph"
     keep(found)
     Pipeline(["find-groups"])(dense)
-    state = state_of(dense)
-    assert state.graph is not None
-    found.unruled = dict(Counter(axis_map(state.graph).unruled.values()))
-    found.frozen = dict(Counter(re.sub(r"\d+", "n", f.reason) for f in frozen_axes(state.graph).values()))
+    found.unruled = dict(Counter(axes_of(dense).unruled.values()))
+    found.frozen = dict(Counter(re.sub(r"\d+", "n", f.reason) for f in frozen_axes(graph_of(dense)).values()))
     found.groups = [
         {"name": g.name, "kind": g.kind, "size": g.size, "renormalised": bool(g.renormalised), "removal": ALONE}
-        for g in state.groups
+        for g in groups_of(dense)
     ]
     found.stage = "remove"
     keep(found)
@@ -160,7 +159,7 @@ def can_lose(group: Group) -> bool:
 
 def _remove(found: Coverage, model: nn.Module, dense: fx.GraphModule, inputs: Inputs) -> None:
     """All groups of a kind lose a unit at once, and each by itself where that goes wrong; one layer stands for all."""
-    groups = state_of(dense).groups
+    groups = groups_of(dense)
     kinds: dict[tuple[str, bool], list[int]] = {}
     for i, group in enumerate(groups):
         if can_lose(group):
@@ -183,16 +182,13 @@ def removal(model: nn.Module, dense: fx.GraphModule, groups: Sequence[Group], in
     """
     blocks = tuple(group.block for group in groups if group.factor is None and group.block is not None)
     work = fork(dense)
-    state = state_of(work)
     try:
-        assert state.graph is not None
-        axes, state.keep = axis_map(state.graph), random_keep(groups)
-        state.plan = plan = plan_of(axes, state.keep, blocks)
-        slim = slim_outputs(Pipeline([*SHRINK, "eliminate-dead-code"])(work).graph_module, inputs)
-        masked = masked_outputs(dense, axes, state.keep, blocks, inputs)
+        decided = decide(work, random_keep(groups), blocks)
+        slim = slim_outputs(Pipeline(SHRINK)(work, inplace=True).graph_module, inputs)
+        masked = masked_outputs(dense, decided.axes, decided.keep, blocks, inputs)
         error = compare(masked, slim)
         if not any(group.renormalised or group.kind in ("expert", "layer") for group in groups):
-            error = max(error, compare(output_tensors(forward(zeroed(model, plan), **inputs))[:1], slim[:1]))
+            error = max(error, compare(output_tensors(forward(zeroed(model, decided.plan), **inputs))[:1], slim[:1]))
         change = compare(slim_outputs(dense, inputs), masked)
     except Exception as failure:
         return told(failure)
@@ -204,7 +200,7 @@ def removal(model: nn.Module, dense: fx.GraphModule, groups: Sequence[Group], in
 def _emit(found: Coverage, traced: Traced) -> None:
     """A slim model of the class without a neuron of each MLP and a head of each attention; one kind where not both."""
     good = {row["name"] for row in found.groups if row["removal"] == EXACT and not row["renormalised"]}
-    groups = [group for group in state_of(traced.graph_module).groups if group.name in good]
+    groups = [group for group in groups_of(traced.graph_module) if group.name in good]
     kinds = [kind for kind in EMITTED_KINDS if any(group.kind == kind for group in groups)]
     plans = [tuple(kinds)] if kinds else []
     for plan in plans:
@@ -218,12 +214,9 @@ def _emit(found: Coverage, traced: Traced) -> None:
 
 def emission(traced: Traced, groups: Sequence[Group]) -> tuple[Result | None, str]:
     """What pruning gave and ``yes``, or None and why the classes of the model cannot express it."""
-    state = state_of(traced.graph_module)
-    assert state.graph is not None
-    state.keep = random_keep(groups)
-    state.plan = plan_of(axis_map(state.graph), state.keep)
+    decide(traced.graph_module, random_keep(groups))
     try:
-        result = shrink(traced, verify=False)
+        result = Result.of(Pipeline(FINISH)(traced.graph_module).graph_module)
     except Exception as failure:
         return None, told(failure)
     if result.model is None:

@@ -21,15 +21,14 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 from fxprune.axes import Keep
-from fxprune.fork import fork
-from fxprune.groups import Group
-from fxprune.pipeline import Pipeline
-from fxprune.plan import Plan, keep_of, plan_of
-from fxprune.state import state_of
+from fxprune.discovery.groups import Group
+from fxprune.graph.fork import fork
+from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
+from fxprune.pipeline.pipeline import Pipeline
+from fxprune.removal.plan import Plan, keep_of, plan_of
 from fxprune.trace import trace
-from fxprune.verify import TOLERANCE, compare, masked_outputs, slim_outputs
 from tests.random_ops import BATCH, CHOICES, OPS, TOKENS, WIDE, WIDTH, Picks
-from tests.removal import Inputs, axes_of, plain_outputs, slim_graph, zeroed
+from tests.removal import Inputs, axes_of, decide, groups_of, plain_outputs, slim_graph, zeroed
 
 __all__ = ["OPS", "RandomNet", "Record", "check_every_removal", "check_network", "descriptions"]
 
@@ -182,7 +181,7 @@ def check_every_removal(
     dense = trace(module, inputs, dynamic=dynamic).graph_module
     Pipeline(["find-groups"])(dense)
     _check_equal(plain_outputs(module, inputs), slim_outputs(dense, inputs), "the graph is not the module")
-    groups = [group for group in state_of(dense).groups if group.factor is not None]
+    groups = [group for group in groups_of(dense) if group.factor is not None]
     choices = [_choices(group, seed) for seed, group in enumerate(groups)]
     chosen = [several[i % len(several)] for i, several in enumerate(choices)]
     for group, several, one in zip(groups, choices, chosen, strict=True):
@@ -211,7 +210,7 @@ def _choices(group: Group, seed: int) -> list[Keep]:
 def _check_removal(module: nn.Module, dense: fx.GraphModule, keep: Keep, inputs: Inputs, groups: list[Group]) -> None:
     what = ", ".join(f"{g.name} of {g.size} {[(m.name, m.axis) for m in g.members]}" for g in groups)
     plan = plan_of(axes_of(dense), keep)
-    read = keep_of(axes_of(dense), state_of(dense).groups, Plan.from_json(plan.to_json()))
+    read = keep_of(axes_of(dense), groups_of(dense), Plan.from_json(plan.to_json()))
     assert plan_of(axes_of(dense), read) == plan, f"the plan is not the same when read back: {what}"
     got = slim_outputs(_sliced(dense, keep) if len(groups) == 1 else slim_graph(dense, keep), inputs)
     _check_equal(masked_outputs(dense, axes_of(dense), keep, (), inputs), got, f"slim differs from masked: {what}")
@@ -223,9 +222,8 @@ def _check_removal(module: nn.Module, dense: fx.GraphModule, keep: Keep, inputs:
 def _sliced(dense: fx.GraphModule, keep: Keep) -> fx.GraphModule:
     """As :func:`slim_graph`, without the pass that works out shapes, which takes longer than all others together."""
     work = fork(dense)
-    state = state_of(work)
-    state.keep, state.plan = keep, plan_of(axes_of(dense), keep)
-    return Pipeline(["slice-parameters{copy=True}", "rewrite-literals"])(work).graph_module
+    decide(work, keep)
+    return Pipeline("bypass-blocks, slice-parameters, rewrite-literals")(work, inplace=True).graph_module
 
 
 def _check_equal(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], what: str) -> None:

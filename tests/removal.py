@@ -7,32 +7,25 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import torch
 from torch import fx, nn
 
 from fxprune.axes import Factor, Keep, render
-from fxprune.dependency import AxisMap, axis_map
-from fxprune.fork import fork
-from fxprune.groups import Group, frozen_axes
-from fxprune.masking import output_tensors
-from fxprune.pipeline import Pipeline
-from fxprune.plan import Plan, keep_of, plan_of
-from fxprune.state import state_of
+from fxprune.discovery.dependency import AxisMap, Dependencies
+from fxprune.discovery.explain import frozen_axes
+from fxprune.discovery.groups import Group, Groups
+from fxprune.graph.facts import facts_of
+from fxprune.graph.fork import fork
+from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
+from fxprune.masking.masked_run import output_tensors
+from fxprune.pipeline.registry import load_pass
+from fxprune.removal.removal import Removal
+from fxprune.removal.plan import Plan, keep_of, plan_of
 from fxprune.trace import trace
-from fxprune.verify import TOLERANCE, compare, masked_outputs, slim_outputs
 
 Inputs = Mapping[str, torch.Tensor]
-
-SHRINK = (
-    "bypass-blocks",
-    "eliminate-dead-code",
-    "slice-parameters{copy=True}",
-    "rewrite-literals",
-    "propagate-shapes",
-    "eliminate-dead-code",
-)
-
 
 class Net(nn.Module):
     """A module whose forward is a function of itself and its input."""
@@ -52,17 +45,32 @@ class Net(nn.Module):
 
 
 def discover(module: nn.Module, inputs: Inputs | None = None) -> fx.GraphModule:
-    """The graph of `module` with its groups in the state."""
+    """The graph of `module` with its groups among the facts."""
     dense = trace(module.eval(), inputs).graph_module
-    Pipeline(["find-groups"])(dense)
+    load_pass("find-groups")(dense)
     return dense
+
+
+def graph_of(dense: fx.GraphModule) -> nx.Graph:
+    """The dependency graph of a graph that went through `discover`."""
+    return facts_of(dense)[Dependencies].graph
 
 
 def axes_of(dense: fx.GraphModule) -> AxisMap:
     """The solved axes of a graph that went through `discover`."""
-    graph = state_of(dense).graph
-    assert graph is not None
-    return axis_map(graph)
+    return facts_of(dense)[Dependencies].axes
+
+
+def groups_of(dense: fx.GraphModule) -> tuple[Group, ...]:
+    """The groups of a graph that went through `discover`."""
+    return facts_of(dense)[Groups].all
+
+
+def decide(dense: fx.GraphModule, keep: Keep | None = None, blocks: tuple[str, ...] = ()) -> Removal:
+    """Put down which units and blocks stay; without arguments all."""
+    removal = Removal(axes_of(dense), groups_of(dense), keep or Keep(), blocks)
+    facts_of(dense).put(removal)
+    return removal
 
 
 def shape_of(dense: fx.GraphModule, name: str) -> list[str]:
@@ -92,9 +100,8 @@ def keeps(group: Group, seed: int = 0) -> Iterator[Keep]:
 def slim_graph(dense: fx.GraphModule, keep: Keep, blocks: tuple[str, ...] = ()) -> fx.GraphModule:
     """A graph without what `keep` and `blocks` take away; the dense one stays as it is."""
     work = fork(dense)
-    state = state_of(work)
-    state.keep, state.plan = keep, plan_of(axes_of(dense), keep, blocks)
-    return Pipeline(list(SHRINK))(work).graph_module
+    decide(work, keep, blocks)
+    return load_pass("shrink")(work, inplace=True).graph_module
 
 
 def zeroed(module: nn.Module, plan: Plan) -> nn.Module:
@@ -127,12 +134,10 @@ def check_removes_exactly(module: nn.Module, inputs: Inputs, groups: Sequence[in
         The dense graph, for further questions.
     """
     dense = discover(module, inputs)
-    state = state_of(dense)
-    assert state.graph is not None
     dense_outputs = plain_outputs(module, inputs)
     assert compare(dense_outputs, slim_outputs(dense, inputs)) <= TOLERANCE, "the graph is not the module"
-    free = [group for group in state.groups if group.factor is not None and not group.renormalised]
-    assert groups is None or sorted(group.size for group in free) == sorted(groups), frozen_axes(state.graph)
+    free = [group for group in groups_of(dense) if group.factor is not None and not group.renormalised]
+    assert groups is None or sorted(group.size for group in free) == sorted(groups), frozen_axes(graph_of(dense))
     seen = [_check(module, dense, group, keep, inputs) for group in free for keep in keeps(group)]
     changes = [compare(dense_outputs, got) for got in seen]
     assert not free or max(changes) > TOLERANCE, "the removals changed nothing, so the comparison says nothing"
@@ -145,7 +150,7 @@ def _check(
     plan = plan_of(axes_of(dense), keep)
     own = {(m.name, m.axis) for m in group.members if m.name not in axes_of(dense).constants}
     assert own <= {(n, i) for n, by_axis in plan.kept.items() for i in by_axis}
-    read_back = keep_of(axes_of(dense), state_of(dense).groups, Plan.from_json(plan.to_json()))
+    read_back = keep_of(axes_of(dense), groups_of(dense), Plan.from_json(plan.to_json()))
     assert plan_of(axes_of(dense), read_back) == plan, f"{group.name}: the plan is not the same when read back"
     slim = slim_graph(dense, keep)
     assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in dense.parameters()), group.name
@@ -170,14 +175,12 @@ def check_kinds_remove_exactly(module: nn.Module, inputs: Inputs, kinds: Mapping
         The dense graph, for further questions.
     """
     dense = discover(module, inputs)
-    state = state_of(dense)
-    assert state.graph is not None
     found: dict[str, list[Group]] = {}
-    for group in state.groups:
+    for group in groups_of(dense):
         if group.factor is not None:
             found.setdefault(group.kind + "~" * bool(group.renormalised), []).append(group)
     sizes = {kind: sorted(group.size for group in groups) for kind, groups in found.items()}
-    assert sizes == {kind: sorted(size) for kind, size in kinds.items()}, frozen_axes(state.graph)
+    assert sizes == {kind: sorted(size) for kind, size in kinds.items()}, frozen_axes(graph_of(dense))
     before = plain_outputs(module, inputs)
     assert compare(before, slim_outputs(dense, inputs)) <= TOLERANCE, "the graph is not the module"
     for kind, groups in found.items():

@@ -19,7 +19,7 @@ from fxprune.errors import (
     UnsupportedModelError,
     VerificationError,
 )
-from fxprune.verify import require_equal
+from fxprune.masking.compare import require_equal
 from tests.models import tiny, token_ids
 
 IDS = token_ids(4, 12)
@@ -140,7 +140,7 @@ def test_plans_of_other_models_are_refused() -> None:
 
 
 def test_a_wrong_slim_module_is_caught_and_located(monkeypatch: pytest.MonkeyPatch) -> None:
-    from passes.shrink import RewriteLiteralsPass
+    from fxprune.passes.shrink import RewriteLiteralsPass
 
     original = RewriteLiteralsPass.call
 

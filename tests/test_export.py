@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import fxprune
 import fxprune.export
 from fxprune.errors import ExportError, UnknownNameError, VerificationError
-from fxprune.tensors import set_tensor, weights
+from fxprune.graph.tensors import set_tensor, weights
 from tests.models import FAMILIES, tiny, token_ids
 
 SIZES = ((1, 1), (1, 7), (3, 20))

@@ -4,39 +4,53 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import networkx as nx
 import pytest
+
+from fxprune.pipeline.registry import pass_names
+from fxprune.rules.registry import registered_rules
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((*(ROOT / "fxprune").rglob("*.py"), *(ROOT / "passes").rglob("*.py")))
 PATHS = [str(path.relative_to(ROOT)) for path in FILES]
 
-FLOORS = (
-    {"errors"},
-    {"axes", "compat", "layerwise", "literals", "quiet", "selecting", "tensors", "text"},
-    {"state", "depth"},
-    {"trace", "fork"},
-    {"rules"},
-    {"experts", "vanishing"},
-    {"dependency"},
-    {"groups"},
-    {"plan", "scores", "masking", "macs", "calibration"},
-    {"lockstep", "probe", "verify", "passbase", "report"},
-    {"registry"},
-    {"pipeline"},
-    {"emit", "dot", "checkpoint", "export"},
-    {"shrinking", "stock"},
-    {"evaluation", "recovery"},
-    {"comparison"},
-    {"api"},
-    {"cli"},
+ROOMS = (
+    "errors",
+    "axes",
+    "graph",
+    "pipeline",
+    "data",
+    "rules",
+    "trace",
+    "discovery",
+    "removal",
+    "masking",
+    "dot",
+    "modelling",
+    "emit",
+    "checkpoint",
+    "evaluation",
+    "recovery",
+    "export",
+    "result",
+    "api",
+    "cli",
 )
-"""What stands on what, from below. A module imports from lower floors, or from its own without a circle."""
+"""The rooms of the framework from bottom to top. A module imports from its own room and from those before it."""
 
-FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+FACE = {"", "result", "api", "cli"}
+"""What the suite does not know."""
+
+LONGEST_FUNCTION = 60
+MEDIAN_FUNCTION = 12
+MOST_LOOSE_MODULES = 6
 
 ARCHITECTURES = (
     "llama|mistral|mixtral|qwen|gemma|phi[0-9]|gpt|neox|bloom|falcon|codegen|starcoder|olmo|cohere|granite|smollm|mamba"
@@ -48,6 +62,7 @@ PROJECTIONS = "[a-z]+_proj\\b|c_attn|c_fc|qkv|query_key|lm_head|self_attn|embed_
 def name_of(path: Path) -> str:
     """The dotted name of a module."""
     parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("fxprune", *parts) if parts[0] == "passes" else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -73,66 +88,170 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import"
-            below = {f"{node.module}.{alias.name}" for alias in node.names}
-            found.update(below & MODULES or {node.module or ""})
+            whole = node.module or ""
+            if node.level:
+                assert node.level == 1 and path.is_relative_to(ROOT / "passes"), f"{path}: a relative import"
+                whole = f"{name_of(path.parent)}.{whole}"
+            found.update({f"{whole}.{alias.name}" for alias in node.names} & MODULES or {whole})
     return found
 
 
 def part(module: str) -> str:
-    """The part of the framework that a module belongs to; empty for the package itself."""
+    """The room that a module belongs to; empty for the package itself."""
     return module.split(".")[1] if "." in module else ""
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Every function in a module, methods and inner ones too."""
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
 def test_there_is_something_to_check() -> None:
     assert len(FILES) > 60
-    assert "fxprune.axes" in imports(ROOT / "fxprune/groups.py")
-    assert "networkx" not in imports(ROOT / "fxprune/state.py")
+    assert "fxprune.axes" in imports(ROOT / "fxprune/discovery/groups.py")
+    assert "networkx" not in imports(ROOT / "fxprune/graph/facts.py")
+    assert "fxprune.passes.select.slots" in imports(ROOT / "passes/select/base.py")
 
 
-def test_every_part_has_its_floor() -> None:
-    parts = {part(name_of(path)) for path in FILES if name_of(path).startswith("fxprune.")}
-    assert parts - set(FLOOR) == set(), "say in FLOORS what it stands on"
+def test_every_room_has_its_place() -> None:
+    rooms = {part(name_of(path)) for path in FILES} - {"", "passes"}
+    assert rooms == set(ROOMS), "say in ROOMS what it stands on"
+    loose = [path.name for path in (ROOT / "fxprune").glob("*.py")]
+    assert len(loose) <= MOST_LOOSE_MODULES, loose
 
 
-def test_imports_run_downhill() -> None:
-    uphill = []
-    for path in FILES:
-        here = name_of(path)
-        if here.startswith("fxprune."):
-            for there in imports(path):
-                known = there.split(".")[0] == "fxprune" and part(there) != part(here)
-                if known and FLOOR.get(part(there), len(FLOORS)) > FLOOR[part(here)] and part(here) != "cli":
-                    uphill.append(f"{here} -> {there}")
+def test_arrows_between_rooms_run_one_way() -> None:
+    place = {room: i for i, room in enumerate(ROOMS)}
+    uphill = [
+        f"{here} -> {there}"
+        for path in FILES
+        if (here := name_of(path)).startswith("fxprune.") and part(here) != "passes"
+        for there in imports(path)
+        if there.startswith("fxprune.") and place[part(there)] > place[part(here)]
+    ]
     assert uphill == []
+    assert [name_of(p) for p in FILES if "fxprune" in imports(p) and part(name_of(p)) not in ("", "cli")] == []
 
 
 def test_imports_go_in_no_circle() -> None:
     graph = nx.DiGraph((name_of(path), there) for path in FILES for there in imports(path))
-    assert [c for c in nx.simple_cycles(graph) if any(name.startswith(("fxprune", "passes")) for name in c)] == []
+    assert [c for c in nx.simple_cycles(graph) if any(name.startswith("fxprune") for name in c)] == []
 
 
 def test_the_framework_never_imports_the_suite() -> None:
-    guilty = [name_of(path) for path in FILES for there in imports(path) if there.split(".")[0] == "passes"]
-    assert {module.split(".")[0] for module in guilty} == {"passes"}
+    text = {name_of(path): path.read_text() for path in FILES if part(name_of(path)) != "passes"}
+    assert [name for name, code in text.items() if re.search(r"(from|import) (fxprune\.)?passes\b", code)] == []
+
+
+def test_the_framework_names_no_pass_but_in_one_function() -> None:
+    """Names of passes stand in the function that builds the list for a prune, and in defaults and docs of the face."""
+    names = set(pass_names()) - {"random", "shrink"}  # these are words of the language, too
+    for path in FILES:
+        if part(name_of(path)) in ("passes", "cli"):
+            continue
+        tree = ast.parse(path.read_text())
+        docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        inside = {
+            id(node)
+            for function in functions(tree)
+            if (path.name, function.name) in {("api.py", "prune_pipeline"), ("api.py", "prune")}
+            for node in ast.walk(function)
+        }
+        named = [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs | inside
+            and node.value.partition("{")[0] in names
+        ]
+        assert named == [], path
 
 
 def test_the_suite_never_imports_the_face() -> None:
-    face = {"", "api", "cli", "shrinking", "report", "emit"}
     found = [
         f"{name_of(path)} -> {there}"
         for path in FILES
-        if name_of(path).startswith("passes")
+        if part(name_of(path)) == "passes"
         for there in imports(path)
-        if there.split(".")[0] == "fxprune" and part(there) in face
+        if there.split(".")[0] == "fxprune" and part(there) in FACE
     ]
     assert found == []
+
+
+def test_one_name_is_installed() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {name_of(path) for path in FILES if path.name == "__init__.py"}
+    assert sorted(settings["packages"]) == sorted(folders)
+    assert all(name.split(".")[0] == "fxprune" for name in settings["packages"])
+    code = "import fxprune.passes.shrink, importlib.util as u; print(u.find_spec('passes'))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.strip() == "None"
+
+
+def test_the_tests_mirror_the_house() -> None:
+    """Each module of a room is imported by a test of that room, not by end-to-end tests alone."""
+    unseen = []
+    for path in FILES:
+        name = name_of(path)
+        if path.name == "__init__.py":
+            continue
+        if part(name) == "passes":
+            made, folder = name.rpartition(".")[0], ROOT / "tests/passes" / path.parent.name
+        elif path.parent == ROOT / "fxprune":
+            made, folder = name, ROOT / "tests"
+        else:
+            made, folder = name, ROOT / "tests" / part(name)
+        text = "".join(file.read_text() for file in folder.glob("test_*.py"))
+        if not re.search(rf"\b{re.escape(made)}\b|load_pass|Pipeline\(" if "passes" in made else rf"\b{re.escape(made)}\b", text):
+            unseen.append(name)
+    assert unseen == []
+
+
+def test_the_map_for_contributors_is_the_house() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert tuple(re.findall(r"^\| `(\w+)/?` \|", text, re.M)) == ROOMS
+    stages = sorted(path.parent.name for path in (ROOT / "passes").glob("*/__init__.py"))
+    assert all(f"`{stage}`" in text for stage in stages)
+
+
+def test_what_ops_do_is_told_in_the_rules_alone() -> None:
+    """No table of ops or of their names stands at the top of a module elsewhere."""
+    known = {name.removeprefix("aten::") for name in registered_rules()}
+    for path in FILES:
+        if part(name_of(path)) == "rules":
+            continue
+        for node in ast.parse(path.read_text()).body:
+            value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+            if value is None:
+                continue
+            ops = [n for n in ast.walk(value) if isinstance(n, ast.Attribute) and ast.unparse(n).startswith(("aten.", "torch.ops"))]
+            words = [w for n in ast.walk(value) if isinstance(n, ast.Constant) and isinstance(n.value, str) for w in n.value.split()]
+            assert len(ops) < 2 and sum(word in known for word in words) < 4, f"{path}:{node.lineno}"
+
+
+def test_functions_stay_readable() -> None:
+    spans = {}
+    for path in FILES:
+        for node in functions(ast.parse(path.read_text())):
+            spans[f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"] = (node.end_lineno or 0) - node.lineno + 1
+    assert {name: span for name, span in spans.items() if span > LONGEST_FUNCTION} == {}
+    assert median(spans.values()) < MEDIAN_FUNCTION
+
+
+def test_a_broad_except_has_its_reason_beside_it() -> None:
+    broad = re.compile(r"^\s*except( Base)?\(?\s*(Base)?Exception\b[^#\n]*(#.*)?$|^\s*except:.*$", re.M)
+    bare = [
+        f"{path.relative_to(ROOT)}: {match[0].strip()}"
+        for path in FILES
+        for match in broad.finditer(path.read_text())
+        if "#" not in match[0]
+    ]
+    assert bare == []
 
 
 def test_private_names_of_torch_are_imported_in_one_place() -> None:
     private = re.compile(r"^\s*(from|import) torch\S*\._|^\s*from torch\S* import .*\b_\w|fx\.experimental", re.M)
     assert [path for path, file in zip(PATHS, FILES, strict=True) if private.search(file.read_text())] == [
-        "fxprune/compat.py"
+        "fxprune/graph/compat.py"
     ]
 
 
@@ -153,8 +272,8 @@ def test_modules_say_what_they_are_and_what_they_offer(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree)
     offered = [node.value for node in tree.body if isinstance(node, ast.Assign) and _is_all(node.targets[0])]
-    if path == ROOT / "passes/__init__.py":
-        return  # a name for its folders alone
+    if path.name == "__init__.py" and len(tree.body) == 1:
+        return  # a room that offers its modules
     assert len(offered) == 1, "no __all__"
     names = ast.literal_eval(offered[0])
     assert names == sorted(set(names), key=_isort_key)

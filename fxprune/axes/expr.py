@@ -43,7 +43,12 @@ _ids = itertools.count()
 
 @dataclass(frozen=True)
 class Factor:
-    """A run of ``size`` interchangeable units; two factors are the same only if their ``uid`` is."""
+    """A run of ``size`` interchangeable units; two factors are the same only if their ``uid`` is.
+
+    Args:
+        size: number of units, two or more.
+        uid: what tells this factor from others of the same size.
+    """
 
     size: int
     uid: int
@@ -107,7 +112,7 @@ def concat(*parts: Expr) -> Expr:
 
 
 def factors(expr: Expr) -> Iterator[Factor]:
-    """The factors of ``expr`` from left to right, repeats included."""
+    """Yield the factors of ``expr`` from left to right, repeats included."""
     if isinstance(expr, Factor):
         yield expr
         return
@@ -123,11 +128,11 @@ def contains(expr: Expr, factor: Factor) -> bool:
 def beside(
     expr: Expr, factor: Factor, before: tuple[Factor, ...] = (), after: tuple[Factor, ...] = ()
 ) -> Iterator[tuple[tuple[Factor, ...], tuple[Factor, ...]]]:
-    """For each place of ``factor`` in ``expr`` what comes before and after it in the products around it.
+    """Yield what comes before and after each place of ``factor`` in ``expr``, in the products around it.
 
     Args:
         expr: the expression.
-        factor: what is looked for.
+        factor: what to look for.
         before: what comes before ``expr``.
         after: what comes after ``expr``.
     """

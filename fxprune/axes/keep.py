@@ -1,4 +1,4 @@
-"""What a removal leaves: kept units of factors, and from them the kept positions of any axis."""
+"""What a removal leaves: the kept units of factors, and from them the kept positions of any axis."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Keep:
     outer: Mapping[Factor, Factor] = field(default_factory=dict)
 
     def count(self, factor: Factor) -> int:
-        """Units of ``factor`` that stay (inside one outer unit, where it is nested)."""
+        """Return how many units of ``factor`` stay (inside one outer unit, where it is nested)."""
         mask = self.units.get(factor)
         return factor.size if mask is None else int(mask.reshape(-1, factor.size)[0].sum())
 
@@ -42,7 +42,7 @@ class Keep:
 
 
 def kept_size(expr: Expr, keep: Keep) -> int:
-    """Size of the axis ``expr`` after the removal."""
+    """Return the size of the axis ``expr`` after the removal."""
     if isinstance(expr, Factor):
         return keep.count(expr)
     sizes = [kept_size(part, keep) for part in expr.parts]

@@ -18,18 +18,18 @@ __all__ = ["MANIFEST", "Manifest", "WeightFile", "check_weights", "read_manifest
 
 MANIFEST = "fxprune.json"
 _FORMAT = 1
-_CHUNK = 1 << 22
+"""Counted up when an earlier release could no longer read the file."""
 _PACKAGES: tuple[str, ...] = ("fxprune", "torch", "transformers", "safetensors")
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file of weights.
+    """A file of weights, as it was written.
 
-    Attributes:
-        size: bytes.
-        sha256: of the whole file.
-        tensors: shape by name.
+    Args:
+        size: In bytes.
+        sha256: Of the whole file.
+        tensors: Shape by name.
     """
 
     size: int
@@ -39,16 +39,16 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is.
+    """What a checkpoint is and where it comes from.
 
-    Attributes:
-        source: class, name and number of parameters of the dense model.
-        stock: whether stock transformers loads it by its config alone.
-        weights: the files of weights by name.
-        plan: as :meth:`fxprune.Plan.to_json` writes it; None where it is not known.
-        report: as :meth:`fxprune.Report.to_dict` gives it; None where it is not known.
-        versions: of the packages that wrote it.
-        format: of this file.
+    Args:
+        source: Class, name and number of parameters of the dense model.
+        stock: Whether stock transformers loads it by its config alone.
+        weights: The files of weights by name.
+        plan: As :meth:`fxprune.Plan.to_json` writes it; None where it is not known.
+        report: As :meth:`fxprune.Report.to_dict` gives it; None where it is not known.
+        versions: Of the packages that wrote it.
+        format: Of this file.
     """
 
     source: Mapping[str, Any]
@@ -60,15 +60,15 @@ class Manifest:
     format: int = _FORMAT
 
     def to_json(self) -> str:
-        """The manifest as a JSON document."""
+        """Return the manifest as a JSON document."""
         return json.dumps(asdict(self), indent=1)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the checkpoint in ``folder``.
+    """Return the manifest of the checkpoint in a folder.
 
     Raises:
-        CheckpointError: there is none, it cannot be read, or it is of another format.
+        CheckpointError: There is none, it cannot be read, or it is of another format.
     """
     path = folder / MANIFEST
     if not folder.is_dir():
@@ -93,7 +93,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def weight_files(folder: Path) -> dict[str, WeightFile]:
-    """The weight files in ``folder``, looked at."""
+    """Return the weight files in a folder by name, looked at."""
     return {
         path.name: WeightFile(path.stat().st_size, _digest(path), _header(path))
         for path in sorted(folder.glob("*.safetensors"))
@@ -101,38 +101,40 @@ def weight_files(folder: Path) -> dict[str, WeightFile]:
 
 
 def check_weights(folder: Path, weights: Mapping[str, WeightFile], *, digests: bool) -> None:
-    """The weight files are those the manifest was written for.
+    """Check that weight files are those the manifest was written for.
 
     Args:
-        folder: of the checkpoint.
-        weights: from its manifest.
-        digests: compare every byte; else sizes, names and shapes.
+        folder: The checkpoint.
+        weights: From its manifest.
+        digests: Compare every byte; else sizes, names and shapes.
 
     Raises:
-        CheckpointError: a file is missing, cut off or holds something else.
+        CheckpointError: A file is missing, cut off or holds something else.
     """
-    remedy = "Copy the folder again, or save the model again"
     for name, expected in weights.items():
         path = folder / name
         if Path(name).name != name:
             raise CheckpointError(f"a weight file {name!r} outside the folder", where=str(folder / MANIFEST))
-        if not path.is_file():
-            raise CheckpointError("this file of weights is missing", where=str(path), remedy=remedy)
-        held = _header(path)
-        for tensor in sorted(held.keys() ^ expected.tensors.keys()):
-            words = "is not in it" if tensor in expected.tensors else "does not belong in it"
-            raise CheckpointError(f"{tensor} {words}", where=str(path), remedy=remedy)
-        for tensor, shape in expected.tensors.items():
-            if held[tensor] != list(shape):
-                raise CheckpointError(
-                    f"{tensor} is {held[tensor]} and should be {list(shape)}", where=str(path), remedy=remedy
-                )
-        if path.stat().st_size != expected.size:
-            raise CheckpointError(
-                f"{path.stat().st_size:,} bytes instead of {expected.size:,}", where=str(path), remedy=remedy
-            )
-        if digests and _digest(path) != expected.sha256:
-            raise CheckpointError("its bytes are not those that were written", where=str(path), remedy=remedy)
+        wrong = _wrong(path, expected, digests=digests)
+        if wrong:
+            remedy = "Copy the folder again, or save the model again"
+            raise CheckpointError(wrong, where=str(path), remedy=remedy)
+
+
+def _wrong(path: Path, expected: WeightFile, *, digests: bool) -> str:
+    """Return what is wrong with a weight file, in words; empty where nothing is."""
+    if not path.is_file():
+        return "this file of weights is missing"
+    held = _header(path)
+    for tensor in sorted(held.keys() ^ expected.tensors.keys()):
+        return f"{tensor} is not in it" if tensor in expected.tensors else f"{tensor} does not belong in it"
+    for tensor, shape in expected.tensors.items():
+        if held[tensor] != list(shape):
+            return f"{tensor} is {held[tensor]} and should be {list(shape)}"
+    size = path.stat().st_size
+    if size != expected.size:
+        return f"{size:,} bytes instead of {expected.size:,}"
+    return "its bytes are not those that were written" if digests and _digest(path) != expected.sha256 else ""
 
 
 def _header(path: Path) -> dict[str, list[int]]:
@@ -146,8 +148,5 @@ def _header(path: Path) -> dict[str, list[int]]:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,24 +1,25 @@
-"""A checkpoint is read: refused where it is not what was written, else loaded by transformers' own loader."""
+"""Reading checkpoints: refused where they are not what was written, else loaded by transformers' own loader."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from fxprune.checkpoint.classes import parse_config, pruned_class, stock_config
 from fxprune.checkpoint.manifest import MANIFEST, check_weights, read_manifest
-from fxprune.checkpoint.structure import parse_config, pruned_class, stock_config
-from fxprune.emit.layout import on_meta, survey
-from fxprune.emit.snapshot import shapes_of
+from fxprune.emit.meta import on_meta
+from fxprune.emit.names import slim_name
+from fxprune.emit.snapshot import Shape, shapes_of
 from fxprune.errors import CheckpointError, PlanError
-from fxprune.layerwise import SECTION
-from fxprune.plan import Plan
+from fxprune.graph.attempts import Refusal, attempt
+from fxprune.modelling.layerwise import SECTION, overrides_in
+from fxprune.removal.plan import Plan
 
 __all__ = ["from_pretrained"]
 
@@ -30,19 +31,19 @@ def from_pretrained(
     model_class: type[PreTrainedModel] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """The slim model in ``folder``, an instance of the class that was pruned.
+    """Return the slim model in a folder, an instance of the class that was pruned.
 
     The model is built on ``meta`` and given the weights as they are read, by transformers' own loader: memory for one
     model and one file.
 
     Args:
-        folder: that :func:`fxprune.save_pretrained` wrote, or the id of such a repository on the hub.
-        verify: compare every byte of the weights with what was written; else sizes, names and shapes alone.
-        model_class: where the class is not one of transformers' own.
-        options: for ``from_pretrained`` of that class: ``dtype``, ``device_map``, ``attn_implementation``, ...
+        folder: What :func:`fxprune.save_pretrained` wrote, or the id of such a repository on the hub.
+        verify: Compare every byte of the weights with what was written; else sizes, names and shapes alone.
+        model_class: The class, where it is not one of transformers' own.
+        options: Options for ``from_pretrained`` of that class: ``dtype``, ``device_map``, ``attn_implementation``, ...
 
     Raises:
-        CheckpointError: a file is missing, damaged or does not fit the others; its name is in the message.
+        CheckpointError: A file is missing, damaged or does not fit the others; its name is in the message.
     """
     path = _local(folder)
     manifest = read_manifest(path)
@@ -59,7 +60,7 @@ def from_pretrained(
 
 
 def _as_stock(model: PreTrainedModel, stock: type[PreTrainedModel]) -> PreTrainedModel:
-    """The model is as it was emitted: of its stock class, with a plain config."""
+    """Make a loaded model what was emitted: of its stock class, with a plain config."""
     model.__class__ = stock
     model.config.__class__ = stock_config(type(model.config))
     vars(model.config).pop("auto_map", None)
@@ -77,14 +78,14 @@ def _local(folder: str | os.PathLike[str]) -> Path:
         return path
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(name))
-    except Exception as error:
-        raise CheckpointError(f"neither a folder nor on the hub: {error}", where=name) from error
+    found = attempt(snapshot_download, name)
+    if isinstance(found, Refusal):
+        raise CheckpointError(f"neither a folder nor on the hub: {found.error}", where=name) from found.error
+    return Path(found)
 
 
 def _classes(path: Path, model_class: type[PreTrainedModel] | None) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The stock model class, and the config with all widths allowed."""
+    """Return the stock model class, and the config with all widths allowed."""
     file = path / "config.json"
     try:
         data = parse_config(file.read_text(encoding="utf-8"))
@@ -92,7 +93,9 @@ def _classes(path: Path, model_class: type[PreTrainedModel] | None) -> tuple[typ
         stock = model_class or getattr(transformers, name)
         own: Any = stock.config_class
         relaxed: Any = pruned_class(stock, own).config_class
-        return stock, relaxed.from_dict(data)
+        config: PreTrainedConfig = relaxed.from_dict(data)
+        overrides_in(config)
+        return stock, config
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"not a config that can be loaded: {error!r}",
@@ -102,10 +105,10 @@ def _classes(path: Path, model_class: type[PreTrainedModel] | None) -> tuple[typ
 
 
 def _check_plan(path: Path, slim: type[PreTrainedModel], data: Mapping[str, Any] | None) -> None:
-    """The plan left as many indices as the model has.
+    """Check that the plan left as many indices as the model has.
 
     Raises:
-        CheckpointError: it is the plan of another model.
+        CheckpointError: It is the plan of another model.
     """
     if data is None:
         return
@@ -114,34 +117,41 @@ def _check_plan(path: Path, slim: type[PreTrainedModel], data: Mapping[str, Any]
         plan = Plan.from_json(json.dumps(data))
     except PlanError as error:
         raise CheckpointError(str(error), where=where, remedy=remedy) from error
-    try:
-        with on_meta():
-            config: Any = slim.config_class
-            model = slim(config.from_dict(parse_config((path / "config.json").read_text(encoding="utf-8"))))
-    except Exception as error:
-        raise CheckpointError(
-            f"no model can be built from it: {type(error).__name__}: {error}", where=str(path / "config.json")
-        ) from error
-    shapes = shapes_of(model)
+    misfit = next(_misfits(plan, _built_shapes(path / "config.json", slim)), None)
+    if misfit is not None:
+        raise CheckpointError(f"the plan is of another model: {misfit}", where=where, remedy=remedy)
+
+
+def _misfits(plan: Plan, shapes: Mapping[str, Shape]) -> Iterator[str]:
+    """Yield in words the axes of which a plan leaves another number of indices than a model has."""
     for name, by_axis in plan.kept.items():
-        shape = shapes.get(_renamed(name, plan.removed_blocks, model))
-        if shape is None and "." not in name:
-            continue  # a table that the graph reads and the model's code makes
+        new = slim_name(name, plan.removed_blocks)
+        shape = None if new is None else shapes.get(new)
+        if new is None or (shape is None and "." not in name):
+            continue  # gone as a whole, or a table that the graph reads and the model's code makes
         for axis, index in by_axis.items():
             if shape is None or axis >= len(shape) or shape[axis] != len(index):
-                raise CheckpointError(
-                    f"the plan is of another model: it leaves {len(index)} of {name}[{axis}], the model has {shape}",
-                    where=where,
-                    remedy=remedy,
-                )
+                yield f"it leaves {len(index)} of {name}[{axis}], the model has {shape}"
 
 
-def _renamed(name: str, removed: tuple[str, ...], model: nn.Module) -> str:
-    """The slim name of a dense tensor: blocks after a removed one move up."""
-    for stack in survey(model).stacks if removed else ():  # type: ignore[arg-type]
-        prefix = f"{stack.path}."
-        index, dot, rest = name.removeprefix(prefix).partition(".")
-        if name.startswith(prefix) and index.isdigit():
-            gone = sum(block.startswith(prefix) and int(block[len(prefix) :]) < int(index) for block in removed)
-            return f"{prefix}{int(index) - gone}{dot}{rest}"
-    return name
+_DAMAGE = (LookupError, TypeError, ValueError, AttributeError)
+"""What our own code raises over a config that someone has edited: the fault of the file."""
+
+
+def _built_shapes(file: Path, slim: type[PreTrainedModel]) -> dict[str, Shape]:
+    """Return the shapes of the model that a config describes.
+
+    Raises:
+        CheckpointError: None can be built from it.
+    """
+    data = parse_config(file.read_text(encoding="utf-8"))
+
+    def build() -> PreTrainedModel:
+        config: Any = slim.config_class
+        return slim(config.from_dict(data))
+
+    with on_meta():
+        model = attempt(build, refusals=_DAMAGE)
+    if isinstance(model, Refusal):
+        raise CheckpointError(f"no model can be built from it: {model}", where=str(file)) from model.error
+    return shapes_of(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,29 +13,34 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from fxprune.checkpoint.classes import parse_config, pruned_class, stock_class, stock_config
 from fxprune.emit.fields import part_of
 from fxprune.emit.layout import survey
 from fxprune.emit.snapshot import shapes_of
 from fxprune.errors import CheckpointError
-from fxprune.layerwise import PLACE, SECTION, AnyWidths, Layerwise
-from fxprune.quiet import quiet
-from fxprune.selecting import INPUTS
+from fxprune.graph.attempts import Refusal, attempt
+from fxprune.graph.silence import quiet
+from fxprune.modelling.blocks import BUILT_AT, CannotBuildError
+from fxprune.modelling.layerwise import SECTION, section_of
+from fxprune.modelling.overrides import OVERRIDES, Overrides
+from fxprune.modelling.table_rows import INPUTS
 
-__all__ = ["Structure", "describe", "parse_config", "pruned_class", "stock_class", "stock_config"]
+__all__ = ["Structure", "describe"]
 
 
 @dataclass(frozen=True)
 class Structure:
     """How a model differs from what its class builds from its config.
 
-    Attributes:
-        layers: by layer, the config fields in which it differs from the model's config.
-        section: what no config field can say; see :func:`fxprune.layerwise.restructure`.
-        refusal: what the stock config class says to the config; empty where it accepts it.
+    Args:
+        overrides: What no config field of the whole model says.
+        where: Name of the stock ``class``, module path of the ``blocks`` and the ``part`` of the config that
+            describes them.
+        refusal: What the stock config class says to the config; empty where it accepts it.
     """
 
-    layers: Mapping[int, Mapping[str, Any]]
-    section: Mapping[str, Any]
+    overrides: Overrides
+    where: Mapping[str, str]
     refusal: str = ""
 
     @property
@@ -47,9 +52,9 @@ class Structure:
     def differences(self) -> tuple[str, ...]:
         """Why it does not, in words."""
         said = [f"its config class refuses these widths: {self.refusal}"] if self.refusal else []
-        said += ["its layers differ in width"] if self.layers else []
+        said += ["its blocks differ in width"] if self.overrides.block_fields or self.overrides.absent else []
         for part, words in _WORDS.items():
-            names = sorted(self.section[part])
+            names = sorted(getattr(self.overrides, part))
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             said += [f"{words}: {names[0] or 'the model'}{more}"] if names else []
         return tuple(said)
@@ -60,74 +65,44 @@ _WORDS = {
     "attributes": "no config field sets an attribute of",
     "shapes": "no config field sets the shape of",
     "buffers": "the class makes other values for",
-    "places": "the class builds another kind of layer at",
+    "built_at": "the class builds another kind of block at",
     "inputs": "no config field says which units remain of what is passed to",
 }
 
 
 def describe(model: PreTrainedModel) -> Structure:
-    """The structure of ``model``, from which :func:`fxprune.from_pretrained` builds it again, is known.
+    """Return the structure of a model, from which :func:`fxprune.from_pretrained` builds it again.
 
     Args:
-        model: an emitted model, before or after training; its storage may be on ``meta``.
+        model: An emitted model, before or after training; its storage may be on ``meta``.
 
     Raises:
-        CheckpointError: it cannot be built from a config and plain data.
+        CheckpointError: It cannot be built from a config and plain data.
     """
     layout = survey(model)
-    layers = vars(model).get("fxprune_layer_fields") or {}
-    blocks = layout.stacks[0].path if layout.stacks else ""
-    built_with = dict(vars(model).get("fxprune_built_with") or {})
-    section: dict[str, Any] = {"class": stock_class(model).__name__, "blocks": blocks, "part": layout.part}
-    section |= {"attributes": {}, "shapes": {}, "buffers": {}, "built_with": built_with}
-    section["holds"] = {name: vars(part_of(model.config, layout.part))[name] for name in built_with}
+    path = layout.stacks[0].path if layout.stacks else ""
+    where = {"class": stock_class(model).__name__, "blocks": path, "part": layout.part}
+    told: Overrides = vars(model).get(OVERRIDES) or Overrides()
+    held = vars(part_of(model.config, layout.part))
+    overrides = Overrides(
+        block_fields=told.block_fields,
+        absent=told.absent,
+        built_at={p: vars(block)[BUILT_AT] for p, (_, block) in layout.blocks().items() if BUILT_AT in vars(block)},
+        built_with=told.built_with,
+        written_afterwards={name: held[name] for name in told.built_with},
+        inputs={p: vars(module)[INPUTS] for p, module in model.named_modules() if INPUTS in vars(module)},
+    )
     data = _as_json(model.config)
-    refusal = _refusal(type(model.config), data)
-    numbered = enumerate(layout.stacks[0].blocks if layout.stacks else ())
-    section["places"] = {str(i): vars(block)[PLACE] for i, block in numbered if PLACE in vars(block)}
-    section["inputs"] = {path: vars(m)[INPUTS] for path, m in model.named_modules() if INPUTS in vars(m)}
-    twin = _build(model, data, layers, section)
+    twin = _build(model, data, section_of(overrides, where))
     _check_names(model, twin)
-    section["attributes"] = _attributes(model, twin)
-    persistent, made = _shapes(model, twin), _buffers(model, twin, keep_all=bool(built_with))
-    section["shapes"] = {name: shape for name, shape in persistent.items() if name not in made}
-    section["buffers"] = made
-    return Structure(layers, section, refusal)
-
-
-def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
-    """The class of ``model``, without what a loader of ours mixed in."""
-    found: type[PreTrainedModel] = next(c for c in type(model).__mro__ if not issubclass(c, Layerwise))  # type: ignore[assignment]
-    return found
-
-
-def stock_config(config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """The class of a config, without what a loader of ours mixed in."""
-    found: type[PreTrainedConfig] = next(c for c in config.__mro__ if not issubclass(c, AnyWidths))  # type: ignore[assignment]
-    return found
-
-
-def pruned_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    """A class like ``stock`` that builds layers of their own widths from a config that allows them."""
-    if issubclass(config, AnyWidths):
-        relaxed: type[PreTrainedConfig] = config
-    else:
-        relaxed = type(config.__name__, (AnyWidths, config), {})
-    return type(stock.__name__, (Layerwise, stock), {"config_class": relaxed})
-
-
-def parse_config(text: str) -> dict[str, Any]:
-    """What a ``config.json`` says; transformers writes infinity and NaN as ``{"__float__": "Infinity"}``.
-
-    Raises:
-        ValueError: it is not JSON.
-    """
-
-    def decoded(value: dict[str, Any]) -> Any:
-        return float(value["__float__"]) if value.keys() == {"__float__"} else value
-
-    found: dict[str, Any] = json.loads(text, object_hook=decoded)
-    return found
+    persistent, made = _shapes(model, twin), _buffers(model, twin, keep_all=bool(told.built_with))
+    overrides = dataclasses.replace(
+        overrides,
+        attributes=_attributes(model, twin),
+        shapes={name: shape for name, shape in persistent.items() if name not in made},
+        buffers=made,
+    )
+    return Structure(overrides, where, _refusal(type(model.config), data))
 
 
 def _as_json(config: PreTrainedConfig) -> dict[str, Any]:
@@ -137,30 +112,29 @@ def _as_json(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _refusal(config: type[PreTrainedConfig], data: Mapping[str, Any]) -> str:
-    try:
-        with quiet():
-            stock_config(config).from_dict(dict(data))
-    except Exception as error:
-        return " ".join(str(error).split())
-    return ""
+    """Return what the stock config class has against a config; empty where it takes it."""
+    with quiet():
+        made = attempt(stock_config(config).from_dict, dict(data))
+    return " ".join(str(made.error).split()) if isinstance(made, Refusal) else ""
 
 
-def _build(
-    model: PreTrainedModel, data: Mapping[str, Any], layers: Mapping[int, Mapping[str, Any]], section: Mapping[str, Any]
-) -> nn.Module:
-    """The model as a loader builds it: parameters on ``meta``, buffers real."""
+def _build(model: PreTrainedModel, data: Mapping[str, Any], section: Mapping[str, Any]) -> nn.Module:
+    """Return the model as a loader builds it: parameters on ``meta``, buffers real."""
     cls = pruned_class(stock_class(model), type(model.config))
-    holder = {"layers": {str(i): dict(fields) for i, fields in layers.items()}, **section}
-    try:
-        with quiet(), init_empty_weights(include_buffers=False), torch.no_grad():
-            config: Any = cls.config_class
-            return cls(config.from_dict({**data, SECTION: holder}))
-    except Exception as error:
+
+    def build() -> nn.Module:
+        config: Any = cls.config_class
+        return cls(config.from_dict({**data, SECTION: section}))
+
+    with quiet(), init_empty_weights(include_buffers=False), torch.no_grad():
+        twin = attempt(build, refusals=(CannotBuildError,))
+    if isinstance(twin, Refusal):
         raise CheckpointError(
-            f"its class cannot be built from its config: {type(error).__name__}: {error}",
+            f"its class cannot be built from its config: {twin}",
             where=type(model).__name__,
             remedy="Export the graph instead: result.export('model.pt2')",
-        ) from error
+        ) from twin.error
+    return twin
 
 
 def _check_names(model: nn.Module, twin: nn.Module) -> None:
@@ -175,16 +149,22 @@ def _check_names(model: nn.Module, twin: nn.Module) -> None:
 
 
 def _attributes(model: nn.Module, twin: nn.Module) -> dict[str, dict[str, Any]]:
-    """Plain attributes that differ, by module path."""
-    twins = dict(twin.named_modules())
-    found: dict[str, dict[str, Any]] = {}
-    for path, module in model.named_modules():
-        there = vars(twins[path])
-        for name, value in vars(module).items():
-            if name.startswith(("_", SECTION)) or name == "training" or name not in there:
-                continue
-            if _is_plain(value) and value != there[name] and (_is_plain(there[name])):
-                found.setdefault(path, {})[name] = list(value) if isinstance(value, tuple) else value
+    """Return the plain attributes that differ, by module path."""
+    twins: dict[str, nn.Module] = dict(twin.named_modules())
+    pairs = {path: (vars(module), vars(twins[path])) for path, module in model.named_modules()}
+    found = {path: _differing(held, there) for path, (held, there) in pairs.items()}
+    return {path: own for path, own in found.items() if own}
+
+
+def _differing(held: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain attributes of one module that its twin has otherwise, as JSON values."""
+    found: dict[str, Any] = {}
+    for name in held.keys() & there.keys() - {"training"}:
+        value = held[name]
+        if name.startswith(("_", SECTION)) or not (_is_plain(value) and _is_plain(there[name])):
+            continue
+        if value != there[name]:
+            found[name] = list(value) if isinstance(value, tuple) else value
     return found
 
 
@@ -200,7 +180,7 @@ def _shapes(model: nn.Module, twin: nn.Module) -> dict[str, list[int]]:
 
 
 def _buffers(model: nn.Module, twin: nn.Module, *, keep_all: bool) -> dict[str, list[int]]:
-    """Buffers no checkpoint holds by itself, and that come out otherwise when the class makes them.
+    """Return the buffers no checkpoint holds by itself, and that come out otherwise when the class makes them.
 
     A loader makes them anew after the config has been given its last values, so all are kept where it changes late.
     """
@@ -219,16 +199,18 @@ def _buffers(model: nn.Module, twin: nn.Module, *, keep_all: bool) -> dict[str, 
 
 
 def _unfilled(twin: nn.Module) -> set[str]:
-    """Modules whose buffers, where no checkpoint holds them, stock classes cannot fill as a loader asks them to."""
-    found = set()
-    for owner, model in twin.named_modules():
-        for path, module in model.named_modules() if isinstance(model, PreTrainedModel) else ():
-            if module._non_persistent_buffers_set:
-                try:
-                    model._init_weights(copy.deepcopy(module))
-                except (RuntimeError, ValueError, IndexError):
-                    found.add(f"{owner}.{path}".strip("."))
+    """Return the modules whose buffers, where no checkpoint holds them, stock classes cannot fill as a loader asks."""
+    found: set[str] = set()
+    owners = [(path, model) for path, model in twin.named_modules() if isinstance(model, PreTrainedModel)]
+    for owner, model in owners:
+        filled = {path: module for path, module in model.named_modules() if module._non_persistent_buffers_set}
+        found |= {f"{owner}.{path}".strip(".") for path, module in filled.items() if not _fills(model, module)}
     return found
+
+
+def _fills(model: PreTrainedModel, module: nn.Module) -> bool:
+    """Whether a stock class fills a module that it owns, tried on a copy."""
+    return not isinstance(attempt(model._init_weights, copy.deepcopy(module)), Refusal)
 
 
 def _equal(buffer: torch.Tensor, other: torch.Tensor) -> bool:

@@ -1,7 +1,8 @@
-"""A checkpoint is written: all of it, or nothing."""
+"""Writing checkpoints: all of one, or nothing."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -16,18 +17,22 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from fxprune import layerwise, selecting
+from fxprune.checkpoint.classes import pruned_class, stock_class, stock_config
 from fxprune.checkpoint.manifest import MANIFEST, Manifest, weight_files
-from fxprune.checkpoint.structure import Structure, describe, pruned_class, stock_class, stock_config
+from fxprune.checkpoint.structure import Structure, describe
 from fxprune.emit.load import has_odd_experts
 from fxprune.errors import CheckpointError
-from fxprune.plan import Plan
-from fxprune.report import Report
+from fxprune.modelling import block_config, blocks, layerwise, overrides, table_rows
+from fxprune.removal.plan import Plan
+from fxprune.removal.report import Report
 
 __all__ = ["MODELLING", "save_pretrained"]
 
 MODELLING = "modeling_fxprune"
 """Name of the module saved beside weights that no stock class builds."""
+
+_TEXTS = (table_rows, block_config, blocks, overrides, layerwise)
+"""Modules whose text makes up that module, each behind those it imports from."""
 
 
 def save_pretrained(
@@ -39,24 +44,24 @@ def save_pretrained(
     report: Report | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Structure:
-    """The folder holds the slim model: it is written beside it and renamed, so that a crash leaves no half of it.
+    """Save a slim model: it is written beside the folder and renamed, so that a crash leaves no half of it.
 
     In it: safetensors, ``config.json``, the generation config, the tokenizer, ``fxprune.json``, and, where stock
     classes do not build the model from its config, a modelling file with which they do (``trust_remote_code=True``).
 
     Args:
-        model: an emitted model, also after training; adapters merged.
-        folder: replaced where it is empty or holds an earlier checkpoint of ours.
-        tokenizer: saved with it.
-        plan: what was removed.
-        report: what that did.
-        max_shard_size: the largest file of weights, in bytes or as text such as ``"5GB"``.
+        model: An emitted model, also after training; adapters merged.
+        folder: Where to; replaced where it is empty or holds an earlier checkpoint of ours.
+        tokenizer: Saved with it.
+        plan: What was removed.
+        report: What that did.
+        max_shard_size: The largest file of weights, in bytes or as text such as ``"5GB"``.
 
     Returns:
         How the model differs from what its stock class builds.
 
     Raises:
-        CheckpointError: the folder holds something else, or the model cannot be built from plain data.
+        CheckpointError: The folder holds something else, or the model cannot be built from plain data.
     """
     target = Path(folder).expanduser().absolute()
     _refuse_foreign(target)
@@ -105,11 +110,11 @@ def _write_model(model: PreTrainedModel, work: Path, structure: Structure, max_s
             "AutoConfig": f"{MODELLING}.{config.__name__}",
             "AutoModelForCausalLM": f"{MODELLING}.{stock.__name__}",
         }
-    layerwise.amend_config(work, structure.layers, structure.section, **more)
+    layerwise.amend_config(work, structure.overrides, structure.where, **more)
 
 
 def _note_experts(model: PreTrainedModel, file: Path) -> None:
-    """The config says how experts run where grouped kernels do not take their widths."""
+    """Write into the config how experts run, where grouped kernels do not take their widths."""
     if has_odd_experts(model) and getattr(model.config, "_experts_implementation", None) == "eager":
         data = json.loads(file.read_text(encoding="utf-8"))
         file.write_text(json.dumps({**data, "experts_implementation": "eager"}, indent=2) + "\n", encoding="utf-8")
@@ -117,9 +122,9 @@ def _note_experts(model: PreTrainedModel, file: Path) -> None:
 
 @contextmanager
 def _savable(model: PreTrainedModel, structure: Structure) -> Iterator[None]:
-    """Stock code saves the model: its config is not validated, and buffers it would make otherwise are written."""
+    """Let stock code save a model without validating its config, with the buffers that its class makes otherwise."""
     config: Any = model.config
-    own, kept = type(config), [_hold(model, name) for name in structure.section["buffers"]]
+    own, kept = type(config), [_hold(model, name) for name in structure.overrides.buffers]
     section = vars(config).pop(layerwise.SECTION, None)
     if not structure.is_stock:
         config.__class__ = pruned_class(stock_class(model), own).config_class
@@ -141,7 +146,7 @@ def _hold(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _modelling(model: str, config: str) -> str:
-    source = "\n\n".join(_standing_alone(module) for module in (selecting, layerwise))
+    source = "\n\n".join(_standing_alone(module) for module in _TEXTS)
     return f'''from __future__ import annotations
 
 {source}
@@ -162,10 +167,14 @@ class {model}(Layerwise, StockModel):
 
 
 def _standing_alone(module: ModuleType) -> str:
-    """The text of a module of ours, to stand behind one that it imports from."""
+    """Return the text of a module of ours, without imports from the package: it stands behind what it imports."""
     assert module.__file__ is not None
-    lines = Path(module.__file__).read_text(encoding="utf-8").splitlines()
-    return "\n".join(line for line in lines if not line.startswith(("from __future__", "from fxprune")))
+    text = Path(module.__file__).read_text(encoding="utf-8")
+    lines = text.splitlines()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in ("__future__", "fxprune"):
+            lines[node.lineno - 1 : node.end_lineno] = [""] * ((node.end_lineno or node.lineno) - node.lineno + 1)
+    return "\n".join(lines)
 
 
 def _source(model: PreTrainedModel, report: Report | None) -> dict[str, Any]:
@@ -175,7 +184,7 @@ def _source(model: PreTrainedModel, report: Report | None) -> dict[str, Any]:
 
 
 def _swap(work: Path, target: Path) -> None:
-    """``work`` takes the place of ``target``; where that fails the old one is put back."""
+    """Put ``work`` in the place of ``target``; where that fails the old one is put back."""
     if not target.exists():
         work.rename(target)
         return
@@ -191,7 +200,7 @@ def _swap(work: Path, target: Path) -> None:
 
 
 def _open_to_readers(folder: Path) -> None:
-    """Temporary folders and mapped files are made for their owner alone; a checkpoint is for whom umask lets in."""
+    """Let those read a folder whom umask lets: temporary folders and mapped files are made for their owner alone."""
     mask = os.umask(0)
     os.umask(mask)
     folder.chmod(0o777 & ~mask)

@@ -8,9 +8,10 @@ from functools import cached_property
 import networkx as nx
 
 from fxprune.axes import Factor, factors
-from fxprune.dependency import AxisMap, axis_map
-from fxprune.groups import Group, find_groups
-from fxprune.rules.base import Axis
+from fxprune.discovery.dependency import AxisMap, axis_map
+from fxprune.discovery.groups import Group, find_groups
+from fxprune.graph.names import maker_of
+from fxprune.rules.statements import Axis
 
 __all__ = ["Atlas"]
 
@@ -35,15 +36,15 @@ class Atlas:
         return found
 
     def module(self, axis: Axis) -> str:
-        """Path of the module that ``axis`` belongs to."""
-        return str(self.graph.nodes[axis]["module"]) or self.axes.modules.get(_maker(axis.tensor), "")
+        """Return the path of the module that ``axis`` belongs to."""
+        return str(self.graph.nodes[axis]["module"]) or self.axes.modules.get(maker_of(axis.tensor), "")
 
     def factors(self, axis: Axis) -> list[Factor]:
-        """The factors of ``axis``, each once."""
+        """Return the factors of ``axis``, each once."""
         return list(dict.fromkeys(factors(self.graph.nodes[axis]["expr"])))
 
     def in_order(self, axes: Iterable[Axis]) -> list[Axis]:
-        """``axes`` in order of execution; of parallel ones, matrices before what is added to them."""
+        """Return ``axes`` in order of execution; of parallel ones, matrices before what is added to them."""
         order, tensors = self.axes.order, self.axes.tensors
         place = {name: i for i, name in enumerate(tensors)}
         return sorted(
@@ -52,7 +53,7 @@ class Atlas:
         )
 
     def rank(self, axis: Axis) -> float:
-        """How far along the computation ``axis`` is: the longest chain of ops to where it is first used.
+        """Return how far along the computation ``axis`` is: the longest chain of ops to where it is first used.
 
         An axis that an op consumes comes half a step before one it produces, so that the input axis of a projection
         stands before its output axis. Axes of parallel branches have equal ranks. What is made of weights alone
@@ -67,33 +68,28 @@ class Atlas:
         origins: dict[Axis, list[Axis]] = {}
         derived = set(self.axes.parameters)
         for op, edges in self._couplings().items():
-            sources = {end.tensor for edge in edges for end in edge if _maker(end.tensor) != op}
+            sources = {end.tensor for edge in edges for end in edge if maker_of(end.tensor) != op}
             if sources <= derived:
                 derived.add(op)
                 for a, b in edges:
-                    own, source = (a, b) if _maker(a.tensor) == op else (b, a)
+                    own, source = (a, b) if maker_of(a.tensor) == op else (b, a)
                     origins.setdefault(own, []).extend(origins.get(source, [source]))
                 continue
-            level[op] = max(level.get(_maker(tensor), 0) + 1 for tensor in sources - derived)
+            level[op] = max(level.get(maker_of(tensor), 0) + 1 for tensor in sources - derived)
             for a, b in edges:
-                rank = level[op] - (0.0 if op in (_maker(a.tensor), _maker(b.tensor)) else 0.5)
+                rank = level[op] - (0.0 if op in (maker_of(a.tensor), maker_of(b.tensor)) else 0.5)
                 for axis in (a, b, *origins.get(a, ()), *origins.get(b, ())):
                     found[axis] = min(found.get(axis, rank), rank)
         return found
 
     def _couplings(self) -> dict[str, list[tuple[Axis, Axis]]]:
-        """The couplings of each op in order of execution; without those of tied names, where nothing executes."""
-        position = {node: i for i, node in enumerate(dict.fromkeys(map(_maker, self.axes.tensors)))}
+        """Return the couplings of each op in order of execution; none of tied names, where nothing executes."""
+        position = {node: i for i, node in enumerate(dict.fromkeys(map(maker_of, self.axes.tensors)))}
         found: dict[str, list[tuple[Axis, Axis]]] = {}
         for a, b, data in self.graph.edges(data=True):
             if data["node"] in position:
                 found.setdefault(data["node"], []).append((a, b))
             elif not self.weights.issuperset((a.tensor, b.tensor)):
-                later = max(_maker(a.tensor), _maker(b.tensor), key=position.__getitem__)
+                later = max(maker_of(a.tensor), maker_of(b.tensor), key=position.__getitem__)
                 found.setdefault(later, []).append((a, b))
         return dict(sorted(found.items(), key=lambda item: position[item[0]]))
-
-
-def _maker(tensor: str) -> str:
-    """The graph node that makes ``tensor``, which may be one of several outputs."""
-    return tensor.partition("#")[0]

@@ -1,4 +1,4 @@
-"""A view becomes Graphviz: clusters, boxes, lines and a legend."""
+"""Pictures as Graphviz text: clusters, boxes, lines and a legend, made from a view."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from dataclasses import dataclass, field
 import pydot
 
 from fxprune.axes import Factor
+from fxprune.discovery.groups import Group
 from fxprune.dot.atlas import Atlas
 from fxprune.dot.view import Coupling, View
 from fxprune.dot.words import Words, exactness, plural
-from fxprune.groups import Group
-from fxprune.rules.base import Axis
+from fxprune.rules.statements import Axis
 
 __all__ = ["draw"]
 
 _GREY, _WHITE, _LINE = "#d0d0d0", "#ffffff", "#8a8a8a"
 _FONT = "Helvetica"
 _LEGEND_ROWS = 24
+"""Rows that fit beside a picture of one block; a model of many blocks has hundreds of groups."""
 _NOTES = (
     "box: an axis, as tensor[axis], and what it is made of; hover for more",
     "line: these ops couple two axes; what one loses, the other loses too",
@@ -31,7 +32,7 @@ _HUES = (0.58, 0.09, 0.36, 0.93, 0.15, 0.76, 0.49, 0.02)
 
 
 def draw(atlas: Atlas, view: View) -> pydot.Dot:
-    """The picture of ``view``."""
+    """Return the picture of ``view``."""
     return _Picture(atlas, view).make()
 
 
@@ -53,7 +54,7 @@ class _Picture:
         self.has_frozen = any(factor in atlas.axes.frozen for factor in shown)
 
     def make(self) -> pydot.Dot:
-        """Everything, in one graph."""
+        """Return everything in one graph."""
         dot = pydot.Dot(
             "fxprune",
             graph_type="digraph",
@@ -78,7 +79,7 @@ class _Picture:
         return dot
 
     def _boxes(self) -> _Box:
-        """The tree of module paths; a path with nothing of its own and one box in it is left out."""
+        """Return the axes shown as a tree of module paths."""
         root = _Box("")
         for axis in self.view.axes:
             box, path = root, self.atlas.module(axis)
@@ -88,6 +89,7 @@ class _Picture:
         return root
 
     def _fill(self, into: pydot.Graph, box: _Box, above: str = "", depth: int = 0) -> None:
+        """Draw what is in ``box``; leave out paths with nothing of their own and a single box in them."""
         for axis in box.axes:
             into.add_node(self._node(axis))
         for inner in box.inner.values():
@@ -109,7 +111,7 @@ class _Picture:
             into.add_subgraph(cluster)
 
     def _node(self, axis: Axis) -> pydot.Node:
-        """A box in the colours of its groups; activations are rounded, the trigger has a thick double frame."""
+        """Return a box in the colours of its groups; activations are rounded, the trigger has a thick double frame."""
         colours = [self._colour(factor) for factor in self.atlas.factors(axis)]
         distinct = list(dict.fromkeys(colours)) or [_WHITE]
         style = "filled" if len(distinct) == 1 else "striped"
@@ -129,7 +131,7 @@ class _Picture:
         )
 
     def _line(self, coupling: Coupling) -> pydot.Edge:
-        """One line with a strand for each group that is coupled over it.
+        """Return one line with a strand for each group that is coupled over it.
 
         Only lines that follow the execution say what stands above what. The others get an ``xlabel``, which shows where
         there is room: on a ``label`` of a line inside one row of nested clusters, Graphviz 2 fails with "trouble in
@@ -150,7 +152,7 @@ class _Picture:
         )
 
     def _inside_tensors(self) -> Iterable[pydot.Edge]:
-        """Thin lines from the axis of a parameter that is used first to the next: the way the data goes."""
+        """Yield thin lines from the axis of a parameter that is used first to the next: the way the data goes."""
         last: dict[str, Axis] = {}
         for axis in self.view.axes:
             before = last.get(axis.tensor)
@@ -169,13 +171,14 @@ class _Picture:
         number = self.paint.get(factor)
         if number is None:
             return _LINE if strong else _GREY if factor in self.atlas.axes.frozen else _WHITE
+        # the golden angle keeps away from the hues it gave before; lines are dark to show, boxes light to be read
         hue = _HUES[number] if number < len(_HUES) else number * 0.6180339887 % 1
         lightness = 0.45 if strong else 0.82 - 0.06 * (number // len(_HUES) % 2)
         red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(hue, lightness, 0.65))
         return f"#{red:02x}{green:02x}{blue:02x}"
 
     def _legend(self) -> pydot.Subgraph:
-        """A table of groups: colour, name, units, whether removal is exact, and how many axes hold them."""
+        """Return a table of groups: colour, name, units, whether removal is exact, and how many axes hold them."""
         rows = [self._legend_row(group) for group in self.groups[:_LEGEND_ROWS]]
         if len(self.groups) > _LEGEND_ROWS:
             rest = f"and {plural(len(self.groups) - _LEGEND_ROWS, 'more group')}: their names are in the tooltips"
@@ -211,6 +214,6 @@ def _name(axis: Axis) -> str:
 
 
 def _quoted(text: str) -> str:
-    """``text`` as a DOT string: quotes escaped, backslashes kept, line breaks as DOT writes them."""
+    """Return ``text`` as a DOT string: quotes escaped, backslashes kept, line breaks as DOT writes them."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import networkx as nx
 
 from fxprune.axes import Factor
+from fxprune.discovery.groups import Group
 from fxprune.dot.atlas import Atlas
-from fxprune.groups import Group
-from fxprune.rules.base import Axis
+from fxprune.rules.statements import Axis
 
 __all__ = ["Coupling", "View", "contracted", "searched"]
 
@@ -61,7 +61,7 @@ class View:
 
 
 def contracted(atlas: Atlas, title: str, shown: Iterable[Axis]) -> View:
-    """A picture of the axes ``shown``, joined where they are coupled through axes that are not.
+    """Return a picture of the axes ``shown``, joined where they are coupled through axes that are not.
 
     For each factor the lines are a minimum spanning tree of the axes shown under the length of the shortest way
     between them. Lines between parallel branches are avoided, and lines that other factors need too preferred.
@@ -99,7 +99,9 @@ class _Web:
     ends: list[Axis]
 
     def neighbours(self) -> dict[_Pair, _Way]:
-        """Pairs of ends with the shortest way between them that passes no other, enough for a minimum spanning tree.
+        """Return pairs of ends with the shortest way between them, enough of them for a minimum spanning tree.
+
+        No way passes an end that is not its own.
 
         Source: K. Mehlhorn, "A faster approximation algorithm for the Steiner problem in graphs", 1988, section 2.
         """
@@ -117,7 +119,7 @@ class _Web:
         return best
 
     def way(self, pair: _Pair) -> _Way:
-        """The shortest way between two ends; empty if there is none."""
+        """Return the shortest way between two ends; empty if there is none."""
         try:
             return tuple(nx.shortest_path(self.graph, *pair))
         except nx.NetworkXNoPath:
@@ -125,7 +127,7 @@ class _Web:
 
 
 def _tree(atlas: Atlas, ways: Mapping[_Pair, _Way]) -> dict[_Pair, _Way]:
-    """The ways of a minimum spanning tree; those between parallel branches count as longer than all others."""
+    """Return the ways of a minimum spanning tree; those between parallel branches count as longer than all others."""
     metric: nx.Graph[Axis] = nx.Graph()
     longest = max(map(len, ways.values()), default=0)
     for (a, b), way in ways.items():
@@ -136,12 +138,12 @@ def _tree(atlas: Atlas, ways: Mapping[_Pair, _Way]) -> dict[_Pair, _Way]:
 
 
 def searched(atlas: Atlas, title: str, group: Group, inside: Iterable[Axis] | None = None) -> View:
-    """A picture of what breadth-first search reaches from the trigger of ``group``, activations included.
+    """Return a picture of what breadth-first search reaches from the trigger of ``group``, activations included.
 
     Args:
         atlas: the graph.
         title: of the picture.
-        group: what to show; not a layer.
+        group: what to show; not a whole block.
         inside: the axes that may be shown; None for all.
     """
     assert group.factor is not None and group.trigger is not None

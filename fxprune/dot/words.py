@@ -7,39 +7,17 @@ import textwrap
 from collections.abc import Sequence
 
 from fxprune.axes import Factor, render
+from fxprune.discovery.groups import Group
 from fxprune.dot.atlas import Atlas
 from fxprune.dot.view import Coupling
-from fxprune.groups import Group
-from fxprune.rules.base import Axis
+from fxprune.rules.registry import moves_values
+from fxprune.rules.statements import Axis
 
 __all__ = ["Words", "exactness", "plural"]
 
 _WIDTH = 26
 _LONG_OP = 16
 _OPS_SHOWN = 6
-_LAYOUT_OPS = frozenset(
-    [
-        "reshape",
-        "view",
-        "transpose",
-        "permute",
-        "t",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "cat",
-        "getitem",
-        "to",
-        "alias",
-        "clone",
-        "contiguous",
-    ]
-)
-"""Ops that only move or cast values; left out of labels where there are others."""
 
 
 class Words:
@@ -101,8 +79,8 @@ class Words:
     def ops(self, coupling: Coupling) -> str:
         """The ops on the shortest way of ``coupling``; repeats, moves of data and the middle of long ones left out."""
         way = min(coupling.ways.values(), key=len)
-        names = [self.op(op) for op, _ in self._steps(way)]
-        names = [name for name in names if name not in _LAYOUT_OPS] or names
+        ops = [op for op, _ in self._steps(way)]
+        names = [self.op(op) for op in ops if not moves_values(op)] or [self.op(op) for op in ops]
         names = [name for name, _ in itertools.groupby(names)]
         if len(names) > _OPS_SHOWN:
             names = [*names[: _OPS_SHOWN // 2], "...", *names[-_OPS_SHOWN // 2 :]]
@@ -119,6 +97,9 @@ class Words:
         lines = [f"{', '.join(dict.fromkeys(names))}: from {way[0].tensor}[{way[0].dim}]"]
         for (op, node), axis in zip(self._steps(way), way[1:], strict=True):
             lines.append(f"  {op} (at {node}) to {axis.tensor}[{axis.dim}]")
+            if node in self._atlas.axes.rules:
+                # another arrow than that of the language, so that lines of a file can be told from tooltips
+                lines.append(f"    {self._atlas.axes.rules[node].replace('->', '→')}")
         return lines
 
     def _steps(self, way: Sequence[Axis]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The dependency graph is written as a picture that people can read."""
+"""Write the dependency graph as a picture that people can read."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import networkx as nx
 
+from fxprune.discovery.groups import Group
 from fxprune.dot.atlas import Atlas
 from fxprune.dot.draw import draw
 from fxprune.dot.view import View, contracted, searched
 from fxprune.errors import FxpruneError, UnknownNameError
-from fxprune.groups import Group
-from fxprune.rules.base import Axis
+from fxprune.graph.blocks import within
+from fxprune.rules.statements import Axis
 
 __all__ = ["write_dot"]
 
@@ -26,7 +27,7 @@ def write_dot(
     group: Group | str | None = None,
     everything: bool = False,
 ) -> None:
-    """The file ``path`` holds a picture of ``graph`` in Graphviz's DOT language.
+    """Write a picture of ``graph`` to a file, in Graphviz's DOT language.
 
     Boxes are axes of parameters and buffers, in one colour a group and nested in the modules they belong to; frozen
     axes are grey. A line joins two axes that an op, or a chain of ops, couples. Tooltips tell the whole story.
@@ -35,9 +36,9 @@ def write_dot(
         graph: from :func:`fxprune.dependency_graph`.
         path: the file to write; ``dot -Tsvg`` makes a picture of it.
         layer: show one block, by its index or module path, or the part of the model below any module path. By
-            default the block in the middle is shown; of a model without blocks, everything.
+            default the block in the middle; of a model without blocks, everything.
         group: show this group, by itself or its name, with the activations that the search passes from its trigger
-            on. Together with ``layer``, the part of it that lies in that layer.
+            on. Together with ``layer``, the part of it that lies there.
         everything: show the parameters of the whole model.
 
     Raises:
@@ -50,7 +51,7 @@ def write_dot(
     elif everything or (layer is None and not atlas.axes.blocks):
         view = contracted(atlas, "Axes of all parameters", _below(atlas, ""))
     else:
-        view = _layer_view(atlas, _find_module(atlas, layer))
+        view = _module_view(atlas, _find_module(atlas, layer))
     target = Path(path)
     try:
         target.write_text(draw(atlas, view).to_string(), encoding="utf-8")
@@ -67,7 +68,7 @@ def _find_group(atlas: Atlas, group: Group | str) -> Group:
 
 
 def _find_module(atlas: Atlas, layer: str | int | None) -> str:
-    """The module path meant by ``layer``."""
+    """Return the module path meant by ``layer``."""
     blocks = atlas.axes.blocks
     if layer is None:
         return blocks[len(blocks) // 2]
@@ -83,11 +84,12 @@ def _find_module(atlas: Atlas, layer: str | int | None) -> str:
 
 
 def _ends(path: str) -> Iterable[int]:
+    """Return where the paths of a module and of those around it end in ``path``."""
     return (i for i in range(len(path) + 1) if i == len(path) or path[i] == ".")
 
 
 def _below(atlas: Atlas, module: str) -> list[Axis]:
-    """The axes of parameters and buffers below ``module`` that have anything to remove or to freeze."""
+    """Return the axes of parameters and buffers below ``module`` that have anything to remove or to freeze."""
     return [
         axis
         for axis, data in atlas.graph.nodes(data=True)
@@ -96,11 +98,12 @@ def _below(atlas: Atlas, module: str) -> list[Axis]:
 
 
 def _is_below(path: str, module: str) -> bool:
-    return not module or path == module or path.startswith(f"{module}.")
+    """Whether ``path`` is ``module`` or lies below it; all do below the model, whose path is empty."""
+    return not module or path == module or within(path, (module,))
 
 
-def _layer_view(atlas: Atlas, module: str) -> View:
-    """The axes of one module, and those of buffers shared by all blocks that are coupled to them."""
+def _module_view(atlas: Atlas, module: str) -> View:
+    """Return a picture of the axes of one module, and of buffers shared by all blocks that are coupled to them."""
     own = _below(atlas, module)
     held = {factor for axis in own for factor in atlas.factors(axis)}
     shared = [
@@ -119,7 +122,7 @@ def _layer_view(atlas: Atlas, module: str) -> View:
 def _group_view(atlas: Atlas, group: Group, layer: str | int | None) -> View:
     if group.factor is None:
         assert group.block is not None
-        return replace(_layer_view(atlas, group.block), title=f"Group {group.name}: the whole block goes")
+        return replace(_module_view(atlas, group.block), title=f"Group {group.name}: the whole block goes")
     title = f"Group {group.name}: removing a unit removes it from every axis shown"
     if layer is None:
         return searched(atlas, title, group)

@@ -1,7 +1,7 @@
-"""Slim Hugging Face models: the user's own class, rebuilt with the widths that remain.
+"""Slim Hugging Face models: the user's own class, built again with the widths that remain.
 
-`emit` turns slim tensors into a model that generates, trains and saves like any other; `rebuild` repeats the
-structure from a dense config and a `Recipe`, for loading.
+``emit`` turns slim tensors into a model that generates, trains and saves like any other; ``rebuild`` repeats the
+structure from a dense config and a ``Recipe``, for loading.
 """
 
 from fxprune.emit.emitter import Agrees, Emission, emit

@@ -1,83 +1,37 @@
-"""Choices for all blocks are put together into recipes, one candidate model at a time."""
+"""Choices for all blocks put together into recipes, one candidate model at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from fxprune.emit.choices import Choice, choices_for
 from fxprune.emit.fields import part_of
-from fxprune.emit.frame import Frame
-from fxprune.emit.layout import Layout
+from fxprune.emit.names import names_in
 from fxprune.emit.patch import Patches, merged, numbers_of
+from fxprune.emit.rebuilders import Rebuilder, block_rebuilder
 from fxprune.emit.recipe import Recipe
-from fxprune.emit.sites import Site, block_site
+from fxprune.emit.shared_widths import SharedWidths
 from fxprune.emit.snapshot import Axis, Shape, mismatches, shapes_of
-from fxprune.emit.tables import Numbered
+from fxprune.emit.task import EmissionTask
+from fxprune.modelling.blocks import BUILT_AT
 
-__all__ = ["Bench", "Block", "Candidate", "candidates_for", "local"]
+__all__ = ["Candidate", "candidates_for"]
 
 _MOST_CANDIDATES = 24
-
-
-def local(shapes: Mapping[str, Shape], path: str) -> dict[str, Shape]:
-    """Shapes by name within a module."""
-    prefix = f"{path}."
-    return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What every candidate is made from.
-
-    Attributes:
-        model: The dense model.
-        layout: Where its blocks are.
-        site: Rebuilds it around its blocks.
-        wanted: Shape by dense name of every tensor that remains.
-        removed: Module paths of the blocks that are gone.
-        numbered: Which units remain of those that the model knows by number.
-    """
-
-    model: PreTrainedModel
-    layout: Layout
-    site: Site
-    wanted: Mapping[str, Shape]
-    removed: tuple[str, ...]
-    numbered: Numbered = field(default_factory=dict)
-
-    def outside(self) -> dict[str, Shape]:
-        """Wanted shapes outside the blocks."""
-        prefixes = tuple(f"{path}." for path in self.site.skip)
-        return {name: shape for name, shape in self.wanted.items() if not (prefixes and name.startswith(prefixes))}
-
-
-@dataclass(frozen=True)
-class Block:
-    """A block that stays, with the ways to build it.
-
-    Attributes:
-        own: Fields in which the dense block already differs from the model's config.
-        kind: The class and the axes that change; blocks of one kind are built the same way.
-        choices: Ways to build it; their fields come on top of `own`.
-        site: Rebuilds it; None where its class cannot be called.
-    """
-
-    own: Mapping[str, int]
-    kind: tuple[type, frozenset[Axis]]
-    choices: list[Choice]
-    site: Site | None
+"""Bounds the time for one choice of shared widths: each is built and run. The likeliest come first."""
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A recipe, and what is known about it before it is tried.
 
-    Attributes:
+    Args:
         recipe: How to build the model.
         loose: Dense names whose shapes the class does not give: attributes were set to fit.
         gaps: What config fields alone do not reach, in words.
@@ -88,9 +42,26 @@ class Candidate:
     gaps: tuple[str, ...]
 
 
-def candidates_for(bench: Bench, frame: Frame) -> Iterator[Candidate]:
-    """Candidate models for one choice of shared widths, the likeliest first; at most a few dozen."""
-    blocks = _blocks(bench, frame)
+@dataclass(frozen=True)
+class _Block:
+    """A block that stays, with the ways to build it.
+
+    Args:
+        own: Fields in which the dense block already differs from the model's config.
+        kind: The class and the axes that change; blocks of one kind are built the same way.
+        choices: Ways to build it; their fields come on top of ``own``.
+        rebuilder: Builds it again; None where its class cannot be called.
+    """
+
+    own: Mapping[str, int]
+    kind: tuple[type, frozenset[Axis]]
+    choices: list[Choice]
+    rebuilder: Rebuilder | None
+
+
+def candidates_for(task: EmissionTask, shared: SharedWidths) -> Iterator[Candidate]:
+    """Yield candidate models for one choice of shared widths, the likeliest first; at most a few dozen."""
+    blocks = _blocks(task, shared)
     kinds = {block.kind: 0 for block in blocks.values()}
     for block in blocks.values():
         kinds[block.kind] = max(kinds[block.kind], len(block.choices))
@@ -98,26 +69,27 @@ def candidates_for(bench: Bench, frame: Frame) -> Iterator[Candidate]:
     for pick in picks[:_MOST_CANDIDATES]:
         rank = dict(zip(kinds, pick, strict=True))
         chosen = {path: block.choices[min(rank[block.kind], len(block.choices) - 1)] for path, block in blocks.items()}
-        yield _candidate(bench, frame, blocks, chosen)
+        yield _candidate(task, shared, blocks, chosen)
 
 
-def _blocks(bench: Bench, frame: Frame) -> dict[str, Block]:
-    made: dict[object, Block] = {}
-    found: dict[str, Block] = {}
-    whole = part_of(bench.model.config, bench.layout.part)
-    for path, (index, module) in bench.layout.blocks().items():
-        if path in bench.removed:
+def _blocks(task: EmissionTask, shared: SharedWidths) -> dict[str, _Block]:
+    made: dict[object, _Block] = {}
+    found: dict[str, _Block] = {}
+    whole = part_of(task.model.config, task.layout.part)
+    for path, (index, module) in task.layout.blocks().items():
+        if path in task.removed:
             continue
         own = _own_fields(module, whole)
-        wanted, have = local(bench.wanted, path), shapes_of(module)
+        wanted, have = names_in(task.wanted, path), shapes_of(module)
         key = (type(module), *(tuple(sorted(part.items())) for part in (own, wanted, have)))
         if key not in made:
-            made[key] = _block(bench, frame, (index, module), own, wanted)
+            made[key] = _block(task, shared, (index, module), own, wanted)
         found[path] = made[key]
     return found
 
 
 def _own_fields(block: nn.Module, whole: PreTrainedConfig) -> dict[str, int]:
+    """Return the integer fields in which the config that a block holds differs from the model's."""
     config = next((vars(module)["config"] for module in block.modules() if "config" in vars(module)), whole)
     if config is whole or not isinstance(config, PreTrainedConfig):
         return {}
@@ -125,86 +97,124 @@ def _own_fields(block: nn.Module, whole: PreTrainedConfig) -> dict[str, int]:
 
 
 def _block(
-    bench: Bench, frame: Frame, at: tuple[int, nn.Module], own: Mapping[str, int], wanted: Mapping[str, Shape]
-) -> Block:
+    task: EmissionTask,
+    shared: SharedWidths,
+    at: tuple[int, nn.Module],
+    own: Mapping[str, int],
+    wanted: Mapping[str, Shape],
+) -> _Block:
     index, module = at
-    site = block_site(bench.model, bench.layout, index, module, own)
-    outside = bench.outside()
+    rebuilder = block_rebuilder(task.model, task.layout, index, module, own)
+    outside = task.outside()
 
     def harm(fields: Mapping[str, int]) -> int:
-        seen = bench.site.observe({**frame.fields, **fields})
+        seen = task.rebuilder.observe({**shared.fields, **fields})
         return len(outside) if seen is None else len(mismatches(seen.shapes, outside))
 
-    wanted = _built_by(module, site, wanted)
-    bases = [frame.fields, {}] if frame.fields else [{}]
-    choices = choices_for(module, site, bases, wanted, harm)
-    return Block(own, (type(module), mismatches(shapes_of(module), wanted)), choices, site)
+    wanted = _built_by(module, rebuilder, wanted)
+    bases = [shared.fields, {}] if shared.fields else [{}]
+    choices = choices_for(module, rebuilder, bases, wanted, harm)
+    return _Block(own, (type(module), mismatches(shapes_of(module), wanted)), choices, rebuilder)
 
 
-def _built_by(module: nn.Module, site: Site | None, wanted: Mapping[str, Shape]) -> Mapping[str, Shape]:
-    """Wanted shapes less those of buffers that the model, not the block's class, adds to a block."""
-    seen = site.observe({}) if site is not None else None
+def _built_by(module: nn.Module, rebuilder: Rebuilder | None, wanted: Mapping[str, Shape]) -> Mapping[str, Shape]:
+    """Return the wanted shapes less those of buffers that the model, not the block's class, adds to a block."""
+    seen = rebuilder.observe({}) if rebuilder is not None else None
     if seen is None:
         return wanted
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     return {name: shape for name, shape in wanted.items() if name in seen.shapes or name not in buffers}
 
 
-def _candidate(bench: Bench, frame: Frame, blocks: Mapping[str, Block], chosen: Mapping[str, Choice]) -> Candidate:
-    full = {path: {**block.own, **chosen[path].fields} for path, block in blocks.items()}
-    shared = dict(frame.fields)
-    for name in sorted({name for fields in full.values() for name in fields} - shared.keys()):
-        adopted = _adopted(name, blocks, full)
-        if adopted is not None and _harmless(bench, shared, {name: adopted}):
-            shared[name] = adopted
-            full = {path: {**fields, name: adopted} for path, fields in full.items()}
-    attributes: Patches = {}
-    for path, choice in chosen.items():
-        start = numbers_of(bench.model.get_submodule(path)) if choice.as_dense else {}
-        for inner, patch in merged(start, choice.patches).items():
-            attributes[f"{path}.{inner}" if inner else path] = patch
-    extra = {name: value for name, value in shared.items() if name not in frame.fields}
-    outside = bench.outside()
-    attributes.update(frame.patches(bench.site, outside, extra))
+def _candidate(
+    task: EmissionTask, shared: SharedWidths, blocks: Mapping[str, _Block], chosen: Mapping[str, Choice]
+) -> Candidate:
+    fields, full = _with_adopted(task, shared, blocks, chosen)
+    extra = {name: value for name, value in fields.items() if name not in shared.fields}
+    around = shared.patches(task.rebuilder, task.outside(), extra)
+    dense = vars(part_of(task.model.config, task.layout.part))
+    differing = {path: _differing(dense, fields, own) for path, own in full.items()}
+    lacking = {path: sorted(fields.keys() - dense.keys() - own.keys()) for path, own in full.items()}
+    blocks_built_at = {p: vars(b)[BUILT_AT] for p, (_, b) in task.layout.blocks().items() if BUILT_AT in vars(b)}
     recipe = Recipe(
-        shared,
-        {path: fields for path, fields in full.items() if fields != shared},
-        attributes,
-        bench.removed,
-        frame.noted,
+        fields=fields,
+        block_fields={path: own for path, own in differing.items() if own},
+        absent={path: names for path, names in lacking.items() if names},
+        built_at=blocks_built_at,
+        attributes={**_block_attributes(task, chosen), **around},
+        removed=task.removed,
+        built_with={name: dense[name] for name in shared.written_afterwards if name in dense},
+        written_afterwards=shared.written_afterwards,
     )
-    return _judged(bench, recipe, outside, chosen)
+    return _judged(task, recipe, chosen)
 
 
-def _judged(bench: Bench, recipe: Recipe, outside: Mapping[str, Shape], chosen: Mapping[str, Choice]) -> Candidate:
-    seen = bench.site.observe(recipe.fields)
-    wrong = mismatches(seen.shapes, outside) if seen else frozenset()
-    loose = {name for name, _ in wrong}
-    gaps: list[str] = []
-    for path, choice in chosen.items():
-        if choice.gap:
-            loose.update(name for name in bench.wanted if name.startswith(f"{path}."))
-            gaps += [f"layer {path}: {line}" for line in choice.gap]
-    return Candidate(recipe, frozenset(loose), tuple(gaps))
+def _with_adopted(
+    task: EmissionTask, shared: SharedWidths, blocks: Mapping[str, _Block], chosen: Mapping[str, Choice]
+) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Return the fields of the whole model and of each block, with those that all blocks share moved to the model."""
+    full = {path: {**block.own, **chosen[path].fields} for path, block in blocks.items()}
+    fields = dict(shared.fields)
+    for name in sorted({name for own in full.values() for name in own} - fields.keys()):
+        adopted = _adopted(name, blocks, full)
+        if adopted is not None and _harmless(task, fields, {name: adopted}):
+            fields[name] = adopted
+            full = {path: {**own, name: adopted} for path, own in full.items()}
+    return fields, full
 
 
-def _adopted(name: str, blocks: Mapping[str, Block], full: Mapping[str, Mapping[str, int]]) -> int | None:
-    """The value that all blocks have for a field, or do not care about."""
+def _adopted(name: str, blocks: Mapping[str, _Block], full: Mapping[str, Mapping[str, int]]) -> int | None:
+    """Return the value that all blocks have for a field, or do not care about."""
     values = {fields[name] for fields in full.values() if name in fields}
     if len(values) != 1:
         return None
     value = values.pop()
     for path, fields in full.items():
-        site = blocks[path].site
+        rebuilder = blocks[path].rebuilder
         if name in fields:
             continue
-        if site is None or site.observe({**fields, name: value}) != site.observe(fields):
+        if rebuilder is None or rebuilder.observe({**fields, name: value}) != rebuilder.observe(fields):
             return None
     return value
 
 
-def _harmless(bench: Bench, shared: Mapping[str, int], more: Mapping[str, int]) -> bool:
-    before, after = bench.site.observe(shared), bench.site.observe({**shared, **more})
+def _harmless(task: EmissionTask, fields: Mapping[str, int], more: Mapping[str, int]) -> bool:
+    """Whether further fields leave everything around the blocks as it is."""
+    before, after = task.rebuilder.observe(fields), task.rebuilder.observe({**fields, **more})
     if before is None or after is None:
         return before is after
     return before.shapes == after.shapes
+
+
+def _differing(dense: Mapping[str, Any], shared: Mapping[str, int], own: Mapping[str, int]) -> dict[str, Any]:
+    """Return the fields in which a block's config differs from that of the whole slim model.
+
+    Args:
+        dense: Fields of the dense model's config.
+        shared: Fields that the whole model changes.
+        own: Fields of the block that differ from the dense model's config.
+    """
+    whole = {**dense, **shared}
+    full = {**{name: dense[name] for name in shared if name in dense}, **own}
+    return {name: value for name, value in full.items() if whole.get(name) != value}
+
+
+def _block_attributes(task: EmissionTask, chosen: Mapping[str, Choice]) -> Patches:
+    found: Patches = {}
+    for path, choice in chosen.items():
+        start = numbers_of(task.model.get_submodule(path)) if choice.as_dense else {}
+        for inner, patch in merged(start, choice.patches).items():
+            found[f"{path}.{inner}" if inner else path] = patch
+    return found
+
+
+def _judged(task: EmissionTask, recipe: Recipe, chosen: Mapping[str, Choice]) -> Candidate:
+    seen = task.rebuilder.observe(recipe.fields)
+    wrong = mismatches(seen.shapes, task.outside()) if seen else frozenset()
+    loose = {name for name, _ in wrong}
+    gaps: list[str] = []
+    for path, choice in chosen.items():
+        if choice.gap:
+            loose.update(f"{path}.{name}" for name in names_in(task.wanted, path))
+            gaps += [f"block {path}: {line}" for line in choice.gap]
+    return Candidate(recipe, frozenset(loose), tuple(gaps))

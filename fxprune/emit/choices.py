@@ -11,7 +11,7 @@ from itertools import islice, product
 from torch import nn
 
 from fxprune.emit.patch import Patches, leaf_patches, merged, scope_patches
-from fxprune.emit.sites import Site
+from fxprune.emit.rebuilders import Rebuilder
 from fxprune.emit.snapshot import (
     MISSING_AXIS,
     Axis,
@@ -26,14 +26,16 @@ from fxprune.emit.solve import Search, explicit_fields, minimal
 __all__ = ["Choice", "Outside", "choices_for", "gap_between"]
 
 Outside = Callable[[Mapping[str, int]], int]
-_MOST_MOVES = 8
+"""Counts the shapes outside the blocks that an assignment of config fields would get wrong."""
+_MOST_COMBINATIONS = 8
+"""Bounds the ways to size the parts of a block apart, whose number is a product; the likeliest come first."""
 
 
 @dataclass(frozen=True)
 class Choice:
     """One way to build a block.
 
-    Attributes:
+    Args:
         fields: Config fields of this block, relative to the model's dense config.
         patches: Attributes to set afterwards, by module path within the block.
         gap: Tensors that the fields alone do not reach, in words; empty where they reach all.
@@ -48,60 +50,60 @@ class Choice:
 
 def choices_for(
     block: nn.Module,
-    site: Site | None,
+    rebuilder: Rebuilder | None,
     bases: Sequence[Mapping[str, int]],
     wanted: Mapping[str, Shape],
     outside: Outside,
 ) -> list[Choice]:
-    """Ways to reach the wanted shapes are listed.
+    """Return ways to reach the wanted shapes, the likeliest first.
 
     First config fields alone, then fields for what they reach and attributes for the rest as a block of
     another size would have them, last the attributes of the resized tensors' own modules alone.
 
     Args:
         block: The dense block.
-        site: Rebuilds it; None where its class cannot be called.
+        rebuilder: Builds it again; None where its class cannot be called.
         bases: Fields to start from: those that the whole model changes, else none.
         wanted: Shapes by name within the block.
         outside: Number of shapes outside the blocks that an assignment would get wrong.
     """
-    if site is None:
+    if rebuilder is None:
         have = shapes_of(block)
         if have == wanted:
             return [Choice({})]
         return [Choice({}, leaf_patches(block, wanted), gap_between(have, wanted), as_dense=True)]
     found: list[Choice] = []
     for base in bases:
-        found.extend(_from(block, site, base, wanted, outside))
+        found.extend(_from(block, rebuilder, base, wanted, outside))
         if found and not found[0].gap:
             break
-    return _distinct([*found, _by_leaves(block, site, {}, wanted)])
+    return _distinct([*found, _by_leaves(block, rebuilder, {}, wanted)])
 
 
 def _from(
-    block: nn.Module, site: Site, base: Mapping[str, int], wanted: Mapping[str, Shape], outside: Outside
+    block: nn.Module, rebuilder: Rebuilder, base: Mapping[str, int], wanted: Mapping[str, Shape], outside: Outside
 ) -> list[Choice]:
-    dense = site.observe(base)
+    dense = rebuilder.observe(base)
     if dense is None:
         return []
     if not mismatches(dense.shapes, wanted):
         return [Choice(base)]
-    optional = explicit_fields(site, dense)
+    optional = explicit_fields(rebuilder, dense)
     fixed = {**base, **optional}
-    search = Search(site, fixed, wanted)
-    direct = [minimal(site, base, fields, optional) for fields in search.solutions()]
-    rank = _Rank(site, base, take_snapshot(block), wanted, outside)
+    search = Search(rebuilder, fixed, wanted)
+    direct = [minimal(rebuilder, base, fields, optional) for fields in search.solutions()]
+    rank = _Rank(rebuilder, base, take_snapshot(block), wanted, outside)
     direct.sort(key=rank)
     found = [Choice({**base, **fields}) for fields in direct]
-    partial = {**base, **minimal(site, base, search.best, optional)}
-    return found + _virtual(block, site, {**fixed, **search.best}, partial, rank)
+    partial = {**base, **minimal(rebuilder, base, search.best, optional)}
+    return found + _virtual(block, rebuilder, {**fixed, **search.best}, partial, rank)
 
 
 @dataclass(frozen=True)
 class _Rank:
-    """Sorts assignments: little harm elsewhere first, then few changed floats, then few fields."""
+    """An order of assignments: little harm elsewhere first, then few changed floats, then few fields."""
 
-    site: Site
+    rebuilder: Rebuilder
     base: Mapping[str, int]
     dense: Snapshot
     wanted: Mapping[str, Shape]
@@ -109,7 +111,7 @@ class _Rank:
 
     def __call__(self, fields: Mapping[str, int]) -> tuple[int, int, int, int]:
         full = {**self.base, **fields}
-        seen = self.site.observe(full)
+        seen = self.rebuilder.observe(full)
         if seen is None:
             return (len(self.wanted), 0, 0, 0)
         scalars = sum(self.dense.scalars.get(key, value) != value for key, value in seen.scalars.items())
@@ -117,51 +119,52 @@ class _Rank:
 
 
 def _virtual(
-    block: nn.Module, site: Site, here: Mapping[str, int], partial: Mapping[str, int], rank: _Rank
+    block: nn.Module, rebuilder: Rebuilder, here: Mapping[str, int], partial: Mapping[str, int], rank: _Rank
 ) -> list[Choice]:
-    """Attributes as in a block that has the wanted sizes where they change, and other sizes elsewhere."""
-    now, module = site.observe(here), site.build(partial)
+    """Return choices with attributes as in a block of the wanted sizes where they change, and of others elsewhere."""
+    now, module = rebuilder.observe(here), rebuilder.build(partial)
     if now is None or module is None:
         return []
     wrong = mismatches(now.shapes, rank.wanted)
     if not wrong or any(axis == MISSING_AXIS for _, axis in wrong):
         return []
-    moves = _moves(site, here, wrong, rank)
+    moves = _moves(rebuilder, here, wrong, rank)
     if not moves and len(parts := _apart(wrong)) > 1:
-        each = [[*_moves(site, here, part, rank), {}] for part in parts]
-        moves = [functools.reduce(merged, combined, {}) for combined in islice(product(*each), _MOST_MOVES)]
+        each = [[*_moves(rebuilder, here, part, rank), {}] for part in parts]
+        moves = [functools.reduce(merged, combined, {}) for combined in islice(product(*each), _MOST_COMBINATIONS)]
     found: list[Choice] = []
+    inside = dict(module.named_modules())
     for moved in moves:
-        inner = {path: patch for path, patch in moved.items() if not _is_leaf(module.get_submodule(path))}
+        inner = {path: patch for path, patch in moved.items() if path in inside and not _is_leaf(inside[path])}
         patches = merged(inner, leaf_patches(module, rank.wanted))
         found.append(Choice(partial, patches, gap_between(shapes_of(module), rank.wanted)))
-    return [*_distinct(found), _by_leaves(block, site, partial, rank.wanted)]
+    return [*_distinct(found), _by_leaves(block, rebuilder, partial, rank.wanted)]
 
 
 def _apart(wrong: frozenset[Axis]) -> list[frozenset[Axis]]:
-    """Axes by the part of the block that they are in: each part may be that of a block of another size."""
+    """Return axes by the part of the block that they are in: each part may be that of a block of another size."""
     parts: dict[str, set[Axis]] = {}
     for name, axis in sorted(wrong):
         parts.setdefault(name.partition(".")[0], set()).add((name, axis))
     return [frozenset(part) for part in parts.values()]
 
 
-def _moves(site: Site, here: Mapping[str, int], wrong: frozenset[Axis], rank: _Rank) -> list[Patches]:
-    """Attributes as in blocks whose sizes are those wanted on the axes in `wrong`, the likeliest first."""
-    now = site.observe(here)
+def _moves(rebuilder: Rebuilder, here: Mapping[str, int], wrong: frozenset[Axis], rank: _Rank) -> list[Patches]:
+    """Return attributes as in blocks whose sizes are those wanted on the axes in ``wrong``, the likeliest first."""
+    now = rebuilder.observe(here)
     if now is None:
         return []
-    search = Search(site, here, rank.wanted, wrong)
+    search = Search(rebuilder, here, rank.wanted, wrong)
     solutions = search.solutions()
     for fields in list(solutions) or [{}]:
         solutions.extend(search.scaled(fields, _ratios(now, rank.wanted, wrong)))
     solutions.sort(key=lambda fields: rank({**here, **fields}))
-    seen = (site.observe({**here, **fields}) for fields in solutions)
+    seen = (rebuilder.observe({**here, **fields}) for fields in solutions)
     return [scope_patches(now, after, wrong) for after in seen if after is not None]
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether a module is a layer of its own, whose sizes are those of its tensors."""
+    """Whether a module has tensors and no modules inside: its sizes are then those of its tensors."""
     return bool(module._parameters) and not module._modules
 
 
@@ -169,16 +172,18 @@ def _ratios(now: Snapshot, wanted: Mapping[str, Shape], wrong: frozenset[Axis]) 
     return frozenset(Fraction(wanted[name][axis], now.shapes[name][axis]) for name, axis in wrong)
 
 
-def _by_leaves(block: nn.Module, site: Site, fields: Mapping[str, int], wanted: Mapping[str, Shape]) -> Choice:
-    """The block with its dense attributes, save for the modules that own a resized tensor."""
-    module = site.build(fields)
+def _by_leaves(
+    block: nn.Module, rebuilder: Rebuilder, fields: Mapping[str, int], wanted: Mapping[str, Shape]
+) -> Choice:
+    """Return the block with its dense attributes, save for the modules that own a resized tensor."""
+    module = rebuilder.build(fields)
     as_dense = module is None or (not fields and shapes_of(module) != shapes_of(block))
     source = block if module is None or as_dense else module
     return Choice(fields, leaf_patches(source, wanted), gap_between(shapes_of(source), wanted), as_dense)
 
 
 def gap_between(have: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> tuple[str, ...]:
-    """Tensors whose shapes differ, in words."""
+    """Return the tensors whose shapes differ, in words."""
     names = sorted({name for name, _ in mismatches(have, wanted)})
     return tuple(f"{name}: wanted {wanted.get(name)}, obtained {have.get(name)}" for name in names)
 

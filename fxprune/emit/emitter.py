@@ -1,4 +1,4 @@
-"""A slim model of the user's own class is built, and judged by what it holds and computes."""
+"""Emission: a slim model of the user's own class, built, and judged by what it holds and computes."""
 
 from __future__ import annotations
 
@@ -6,220 +6,232 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from transformers import PreTrainedModel
 
-from fxprune.emit.assemble import Bench, Candidate, candidates_for
-from fxprune.emit.fields import part_of
-from fxprune.emit.frame import frames_for
+from fxprune.emit.assemble import Candidate, candidates_for
 from fxprune.emit.layout import Layout, survey
-from fxprune.emit.load import assign, left_on_meta, misfits, run_on_meta, standins, suit_experts
-from fxprune.emit.recipe import Recipe, new_names, rebuild
-from fxprune.emit.sites import model_site
+from fxprune.emit.load import (
+    Rename,
+    assign,
+    left_on_meta,
+    misfits,
+    missing_modules,
+    run_on_meta,
+    standins,
+    suit_experts,
+)
+from fxprune.emit.meta import build_on_meta
+from fxprune.emit.names import slim_name
+from fxprune.emit.rebuilders import model_rebuilder
+from fxprune.emit.recipe import Recipe, rebuild
+from fxprune.emit.shared_widths import shared_widths_for
 from fxprune.emit.snapshot import shapes_of
 from fxprune.emit.tables import Numbered, find_inputs
+from fxprune.emit.task import EmissionTask
+from fxprune.graph.attempts import Refusal, attempt
+from fxprune.graph.blocks import within
+from fxprune.modelling.overrides import OVERRIDES, Overrides
 from fxprune.trace.capture import meta_twin
 
 __all__ = ["Agrees", "Emission", "emit"]
 
 Agrees = Callable[[PreTrainedModel], bool]
+"""Whether an emitted model computes what it should."""
+
+Reasons = tuple[str, ...]
+Tensors = Mapping[str, torch.Tensor]
+
 _MOST_REASONS = 12
+"""Lines that a reader can still take in; the first are of the likeliest candidates."""
 
 
 @dataclass(frozen=True)
 class Emission:
     """A slim model, or why there is none.
 
-    Attributes:
-        model: Of the dense model's class, holding the given tensors. Four attributes say how it differs:
-            `fxprune_layer_fields` (by new layer index, the config fields in which a layer differs from
-            `model.config`), `fxprune_built_with` (config fields that its class wants at their dense values while it
-            is built), `fxprune_recipe` (a `Recipe` as JSON values, from which `rebuild` makes the same
-            structure out of the dense config) and the config itself.
-        reasons: Layer, parameter, wanted and obtained shape of what has no expression; empty on success.
+    Args:
+        model: Of the dense model's class, holding the given tensors. Two attributes say how it differs:
+            ``fxprune_overrides`` (an ``Overrides``: the config fields in which a block differs from ``model.config``,
+            and those that the class wants at their dense values while it is built), and ``fxprune_recipe`` (a
+            ``Recipe`` as JSON values, from which ``rebuild`` makes the same structure out of the dense config).
+        reasons: Block, parameter, wanted and obtained shape of what has no expression; empty on success.
     """
 
     model: PreTrainedModel | None
-    reasons: tuple[str, ...] = ()
+    reasons: Reasons = ()
 
 
 def emit(
     model: PreTrainedModel,
-    tensors: Mapping[str, torch.Tensor],
-    removed_layers: Sequence[str] = (),
+    tensors: Tensors,
+    removed_blocks: Sequence[str] = (),
     agrees: Agrees | None = None,
     numbered: Numbered | None = None,
 ) -> Emission:
-    """A model of the same class holds the slim tensors, or the reasons why none can are returned.
+    """Return a model of the same class that holds the slim tensors, or the reasons why none can.
 
-    Nothing is known of the class: config fields are moved and blocks rebuilt on `meta` to see which field
+    Nothing is known of the class: config fields are moved and blocks built again on ``meta`` to see which field
     drives which axis. Where several assignments give the wanted shapes they are tried in order, those that
     leave all float attributes and everything outside the blocks alone first.
 
     Args:
-        model: The dense model; not changed. Its storage may be on `meta`.
+        model: The dense model; not changed. Its storage may be on ``meta``.
         tensors: By dense name, the tensor of every parameter and buffer that remains.
-        removed_layers: Module paths of whole blocks that are gone.
+        removed_blocks: Module paths of whole blocks that are gone.
         agrees: Whether an emitted model computes what it should. Without it the first model that runs on
-            `meta` is taken.
+            ``meta`` is taken.
         numbered: Which units remain of those that the model's code knows by number: by module path of a block
             (empty for all blocks), by number of units before.
     """
-    try:
-        return _emit(model, tensors, tuple(removed_layers), agrees, numbered or {})
-    except Exception as error:
-        return Emission(None, (f"emission stopped: {type(error).__name__}: {error}",))
-
-
-def _emit(
-    model: PreTrainedModel,
-    tensors: Mapping[str, torch.Tensor],
-    removed: tuple[str, ...],
-    agrees: Agrees | None,
-    numbered: Numbered,
-) -> Emission:
-    layout = survey(model)
+    removed = tuple(removed_blocks)
+    layout, twin = attempt(survey, model), attempt(meta_twin, model)
+    if isinstance(layout, Refusal):
+        return Emission(None, (f"its blocks cannot be looked for: {layout}",))
+    if isinstance(twin, Refusal):
+        return Emission(None, (f"it cannot be copied: {twin}",))
     refused = _refusals(model, layout, tensors, removed)
     if refused:
         return Emission(None, refused)
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    bench = Bench(model, layout, model_site(model, layout), wanted, removed, numbered)
-    runs = run_on_meta(_without_storage(model)) is None
-    reasons: dict[str, None] = {}
-    doubtful: list[Candidate] = []
-    for candidate in _candidates(bench):
-        failure = _failure(bench, candidate, tensors) if runs else None
-        if failure is not None:
-            reasons.update(dict.fromkeys((*candidate.gaps, f"a candidate does not run: {failure}")))
-            doubtful.append(candidate)
-            continue
-        slim, why = _attempt(bench, candidate, tensors, agrees)
-        if slim is not None:
-            return Emission(slim)
-        reasons.update(dict.fromkeys(why))
-    for candidate in doubtful if agrees is not None else ():
-        slim, _ = _attempt(bench, candidate, tensors, agrees)
-        if slim is not None:
-            return Emission(slim)
-    if not reasons:
-        reasons["the model's class cannot be rebuilt from its config"] = None
-    return Emission(None, tuple(reasons)[:_MOST_REASONS])
+    task = EmissionTask(model, layout, model_rebuilder(model, layout), wanted, removed, numbered or {})
+    return _first_that_fits(task, tensors, agrees, runs=run_on_meta(_same_class(twin)) is None)
 
 
-def _without_storage(model: PreTrainedModel) -> PreTrainedModel:
-    twin = meta_twin(model)
-    assert isinstance(twin, PreTrainedModel)
+def _same_class(twin: torch.nn.Module) -> PreTrainedModel:
+    assert isinstance(twin, PreTrainedModel)  # a copy is of the class of its original
     return twin
 
 
-def _refusals(
-    model: PreTrainedModel, layout: Layout, tensors: Mapping[str, torch.Tensor], removed: tuple[str, ...]
-) -> tuple[str, ...]:
+def _refusals(model: PreTrainedModel, layout: Layout, tensors: Tensors, removed: tuple[str, ...]) -> Reasons:
+    """Return what makes no sense of what is asked, in words."""
     known = layout.blocks()
-    lines = [f"layer {path}: not a block of this model" for path in removed if path not in known]
+    lines = [f"block {path}: not a block of this model" for path in removed if path not in known]
     if removed and layout.count_field is None:
-        lines.append("layers cannot be removed: no config field sets the number of blocks")
-    for stack in layout.stacks:
-        if set(stack.paths()) <= set(removed):
-            lines.append(f"{stack.path}: every block removed")
-    gone = tuple(f"{path}." for path in removed)
-    names = {name for name in shapes_of(model) if not (gone and name.startswith(gone))}
+        lines.append("blocks cannot be removed: no config field sets how many there are")
+    lines += [f"{stack.path}: every block removed" for stack in layout.stacks if set(stack.paths()) <= set(removed)]
+    names = {name for name in shapes_of(model) if not within(name, removed)}
     lines += [f"{name}: no tensor given for it" for name in sorted(names - tensors.keys())]
     lines += [f"{name}: the dense model has no such tensor" for name in sorted(tensors.keys() - names)]
     return tuple(lines[:_MOST_REASONS])
 
 
-def _candidates(bench: Bench) -> Iterator[Candidate]:
+def _first_that_fits(task: EmissionTask, tensors: Tensors, agrees: Agrees | None, *, runs: bool) -> Emission:
+    """Return the first candidate that holds the tensors and agrees; those that fail on ``meta`` are tried last.
+
+    Args:
+        task: What is emitted.
+        tensors: By dense name.
+        agrees: The caller's judgement.
+        runs: Whether the dense model runs on ``meta``, so that a candidate is expected to.
+    """
+    reasons: dict[str, None] = {}
+    doubtful: list[Candidate] = []
+    for candidate in _candidates(task):
+        failure = _failure(task, candidate, tensors) if runs else None
+        if failure is not None:
+            reasons.update(dict.fromkeys((*candidate.gaps, f"a candidate does not run: {failure}")))
+            doubtful.append(candidate)
+            continue
+        made = _make(task, candidate, tensors, agrees)
+        if isinstance(made, PreTrainedModel):
+            return Emission(made)
+        reasons.update(dict.fromkeys(made))
+    for candidate in doubtful if agrees is not None else ():
+        made = _make(task, candidate, tensors, agrees)
+        if isinstance(made, PreTrainedModel):
+            return Emission(made)
+    return Emission(None, tuple(reasons)[:_MOST_REASONS] or ("the model's class cannot be built from its config",))
+
+
+def _candidates(task: EmissionTask) -> Iterator[Candidate]:
+    """Yield different candidates, the likeliest first; they are made as they are asked for."""
     tried: list[Recipe] = []
-    for frame in frames_for(bench.site, bench.outside()):
-        for plain in candidates_for(bench, frame):
-            for candidate in (*_selecting(bench, plain), plain):
-                if candidate.recipe not in tried:
-                    tried.append(candidate.recipe)
-                    yield candidate
+    shared_widths = shared_widths_for(task.rebuilder, task.outside())
+    plain = chain.from_iterable(candidates_for(task, shared) for shared in shared_widths)
+    for candidate in chain.from_iterable((*_selecting(task, one), one) for one in plain):
+        if candidate.recipe not in tried:
+            tried.append(candidate.recipe)
+            yield candidate
 
 
-def _selecting(bench: Bench, candidate: Candidate) -> Iterator[Candidate]:
-    """The candidate whose blocks take their rows of a table that the model makes for all units, if there is one."""
-    if not bench.numbered:
+def _selecting(task: EmissionTask, candidate: Candidate) -> Iterator[Candidate]:
+    """Yield the candidate whose blocks take their rows of tables made for all units, if there are such."""
+    if not task.numbered:
         return
     recipe = dataclasses.replace(candidate.recipe, removed=())
-    try:
-        slim = rebuild(bench.model, recipe, bench.layout)
-    except Exception:
+    slim = build_on_meta(rebuild, task.model, recipe, task.layout)
+    if isinstance(slim, Refusal):
         return
-    inputs = find_inputs(_without_storage(bench.model), slim, bench.layout, bench.numbered)
+    inputs = find_inputs(_same_class(meta_twin(task.model)), slim, task.layout, task.numbered)
     if inputs:
         yield dataclasses.replace(candidate, recipe=dataclasses.replace(candidate.recipe, inputs=inputs))
 
 
-def _failure(bench: Bench, candidate: Candidate, tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """What stops a candidate on `meta`; None where it runs there, or cannot be built at all."""
-    rename = new_names(candidate.recipe, bench.layout)
-    try:
-        slim = rebuild(bench.model, candidate.recipe, bench.layout)
-        assign(slim, bench.model, standins(tensors), rename)
-    except Exception:
+def _renaming(task: EmissionTask) -> Rename:
+    return lambda name: slim_name(name, task.removed)
+
+
+def _failure(task: EmissionTask, candidate: Candidate, tensors: Tensors) -> Refusal | None:
+    """Return what stops a candidate on ``meta``; None where it runs there, or cannot be built at all."""
+    rename = _renaming(task)
+    slim = build_on_meta(rebuild, task.model, candidate.recipe, task.layout)
+    if isinstance(slim, Refusal) or _unfit(task, candidate, slim, tensors):
         return None
+    assign(slim, task.model, standins(tensors), rename)
     return run_on_meta(slim)
 
 
-def _attempt(
-    bench: Bench, candidate: Candidate, tensors: Mapping[str, torch.Tensor], agrees: Agrees | None
-) -> tuple[PreTrainedModel | None, tuple[str, ...]]:
-    rename = new_names(candidate.recipe, bench.layout)
-    try:
-        slim = rebuild(bench.model, candidate.recipe, bench.layout)
-    except Exception as error:
-        return None, (*candidate.gaps, f"a candidate cannot be built: {type(error).__name__}: {error}")
+def _unfit(task: EmissionTask, candidate: Candidate, slim: PreTrainedModel, tensors: Tensors) -> Reasons:
+    """Return why a candidate cannot hold the tensors, in words; empty where it can."""
+    rename = _renaming(task)
     loose = frozenset(new for name in candidate.loose if (new := rename(name)) is not None)
-    unfit = misfits(slim, tensors, rename, loose)
+    return (*misfits(slim, tensors, rename, loose), *missing_modules(slim, task.model, rename))
+
+
+def _make(
+    task: EmissionTask, candidate: Candidate, tensors: Tensors, agrees: Agrees | None
+) -> PreTrainedModel | Reasons:
+    """Return the model that a candidate gives, or why it is not the one that is wanted."""
+    slim = build_on_meta(rebuild, task.model, candidate.recipe, task.layout)
+    if isinstance(slim, Refusal):
+        return (*candidate.gaps, f"a candidate cannot be built: {slim}")
+    unfit = _unfit(task, candidate, slim, tensors)
     if unfit:
-        return None, (*candidate.gaps, *unfit)
-    assign(slim, bench.model, tensors, rename)
+        return (*candidate.gaps, *unfit)
+    assign(slim, task.model, tensors, _renaming(task))
     suit_experts(slim)
     empty = left_on_meta(slim)
     if empty and not any(tensor.is_meta for tensor in tensors.values()):
-        return None, tuple(f"{name}: left without storage" for name in empty)
-    return _checked(bench, candidate, slim, agrees)
-
-
-def _checked(
-    bench: Bench, candidate: Candidate, slim: PreTrainedModel, agrees: Agrees | None
-) -> tuple[PreTrainedModel | None, tuple[str, ...]]:
-    if hasattr(bench.model, "generation_config"):
-        slim.generation_config = copy.deepcopy(bench.model.generation_config)
-    vars(slim)["fxprune_layer_fields"] = _layer_fields(bench, candidate.recipe)
-    dense = vars(part_of(bench.model.config, bench.layout.part))
-    vars(slim)["fxprune_built_with"] = {name: dense[name] for name in candidate.recipe.noted if name in dense}
+        return tuple(f"{name}: left without storage" for name in empty)
+    if hasattr(task.model, "generation_config"):
+        slim.generation_config = copy.deepcopy(task.model.generation_config)
+    vars(slim)[OVERRIDES] = _overrides(task, candidate.recipe)
     vars(slim)["fxprune_recipe"] = candidate.recipe.as_dict()
-    if agrees is None:
-        return slim, ()
-    try:
-        if agrees(slim):
-            return slim, ()
-    except Exception as error:
-        return None, (*candidate.gaps, f"a candidate does not run: {type(error).__name__}: {error}")
-    return None, (*candidate.gaps, f"a candidate computes something else: {_told(candidate.recipe)}")
+    disagreement = None if agrees is None else _disagreement(candidate.recipe, slim, agrees)
+    return slim if disagreement is None else (*candidate.gaps, disagreement)
 
 
-def _told(recipe: Recipe) -> str:
-    layers = {path: dict(fields) for path, fields in list(recipe.layer_fields.items())[:2]}
-    return f"model fields {dict(recipe.fields)}, layer fields {layers}, {len(recipe.attributes)} modules patched"
+def _disagreement(recipe: Recipe, slim: PreTrainedModel, agrees: Agrees) -> str | None:
+    """Return in words what the caller has against a model, if anything."""
+    answer = attempt(agrees, slim)
+    if isinstance(answer, Refusal):
+        return f"a candidate does not run: {answer}"
+    if answer:
+        return None
+    blocks = {path: dict(fields) for path, fields in list(recipe.block_fields.items())[:2]}  # two show the pattern
+    told = f"model fields {dict(recipe.fields)}, block fields {blocks}, {len(recipe.attributes)} modules patched"
+    return f"a candidate computes something else: {told}"
 
 
-def _layer_fields(bench: Bench, recipe: Recipe) -> dict[int, dict[str, int]]:
-    """By new layer index, the fields in which a layer's config differs from the model's."""
-    dense = vars(part_of(bench.model.config, bench.layout.part))
-    whole = {**dense, **recipe.fields}
-    kept = [path for path in bench.layout.stacks[0].paths() if path not in recipe.removed]
-    found: dict[int, dict[str, int]] = {}
-    for position, path in enumerate(kept):
-        if path not in recipe.layer_fields:
-            continue
-        own = {**{name: dense[name] for name in recipe.fields if name in dense}, **recipe.layer_fields[path]}
-        changed = {name: value for name, value in own.items() if whole.get(name) != value}
-        if changed:
-            found[position] = changed
-    return found
+def _overrides(task: EmissionTask, recipe: Recipe) -> Overrides:
+    """Return the overrides of a slim model, by its own names, that cannot be read off it afterwards."""
+    kept = [path for stack in task.layout.stacks[:1] for path in stack.paths() if path not in recipe.removed]
+    names = {path: slim_name(path, recipe.removed) or path for path in kept}
+    return Overrides(
+        block_fields={names[path]: dict(recipe.block_fields[path]) for path in kept if path in recipe.block_fields},
+        absent={names[path]: list(recipe.absent[path]) for path in kept if path in recipe.absent},
+        built_with=dict(recipe.built_with),
+    )

@@ -1,4 +1,4 @@
-"""Config fields: read, written past validation, and the names a constructor asks for."""
+"""Config fields: which one a constructor asks for, and how they are written past validation."""
 
 from __future__ import annotations
 
@@ -10,24 +10,20 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-__all__ = [
-    "Reads",
-    "copy_config",
-    "keep_layers",
-    "part_of",
-    "record_reads",
-    "value_of",
-    "write_fields",
-]
+from fxprune.emit.meta import build_on_meta
+from fxprune.graph.attempts import Refusal, call_foreign
+
+__all__ = ["Reads", "keep_blocks", "part_of", "record_reads", "value_of", "write_fields"]
 
 _SHARED = frozenset(field.name for field in dataclasses.fields(PreTrainedConfig))
+"""Fields that every config has; none of them is a width."""
 
 
 @dataclass(frozen=True)
 class Reads:
     """Names that a constructor read from its config.
 
-    Attributes:
+    Args:
         integers: Fields that hold an integer.
         hollow: Fields that are None, or absent and asked for with a default.
     """
@@ -36,43 +32,36 @@ class Reads:
     hollow: tuple[str, ...]
 
 
-def copy_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A deep copy, so that a constructor that writes to its config cannot reach the user's."""
-    return copy.deepcopy(config)
-
-
 def part_of(config: PreTrainedConfig, part: str) -> PreTrainedConfig:
-    """The nested config that the blocks are built from; the config itself for an empty name."""
+    """Return the nested config that the blocks are built from; the config itself for an empty name."""
     nested: PreTrainedConfig = getattr(config, part) if part else config
     return nested
 
 
 def write_fields(config: PreTrainedConfig, fields: Mapping[str, int]) -> None:
-    """Fields take the given values, with no validation: widths that no stock config allows are the point."""
+    """Give fields their values with no validation: widths that no stock config allows are the point."""
     vars(config).update(fields)
 
 
 def value_of(config: PreTrainedConfig, field: str) -> int | None:
-    """The integer a config holds under a name, or None."""
+    """Return the integer a config holds under a name, or None."""
     value = vars(config).get(field)
     return value if type(value) is int else None
 
 
 def record_reads(config: PreTrainedConfig, build: Callable[[PreTrainedConfig], object]) -> Reads:
-    """The config fields that matter to a constructor become known.
+    """Return the config fields that a constructor looks at.
 
-    A subclass of the config's class notes every name that is looked up. Where the constructor does not take
-    it, every field counts as read.
+    It is handed a config whose class notes every name that is looked up. Where the constructor does not take such a
+    config, every field counts as read.
 
     Args:
         config: The config to build from; not changed.
         build: Builds something from a config.
     """
-    probe, read = copy_config(config), set[str]()
+    probe, read = copy.deepcopy(config), set[str]()
     probe.__class__ = _recorder(type(config), read)
-    try:
-        build(probe)
-    except Exception:
+    if isinstance(build_on_meta(build, probe), Refusal):
         read = set(vars(config))
     aliases = config.attribute_map
     names = {aliases.get(name, name) for name in read if not name.startswith("_")} - _SHARED
@@ -86,27 +75,27 @@ def record_reads(config: PreTrainedConfig, build: Callable[[PreTrainedConfig], o
 def _recorder(base: type[PreTrainedConfig], read: set[str]) -> type[PreTrainedConfig]:
     def note(self: PreTrainedConfig, name: str) -> Any:
         read.add(name)
-        return base.__getattribute__(self, name)
+        return call_foreign(base.__getattribute__, self, name)
 
     return type(base.__name__, (base,), {"__getattribute__": note})
 
 
-def keep_layers(config: PreTrainedConfig, count_field: str | None, total: int, kept: Sequence[int]) -> None:
-    """The config describes the kept layers alone: its count, and every list with one entry a layer.
+def keep_blocks(config: PreTrainedConfig, count_field: str | None, total: int, kept: Sequence[int]) -> None:
+    """Make a config describe the kept blocks alone: its count, and every list with one entry a block.
 
     Args:
         config: Changed in place.
-        count_field: The field with the number of layers; empty or None where there is none.
-        total: The number of layers before.
-        kept: Indices of the layers that stay, in order.
+        count_field: The field with the number of blocks; empty or None where there is none.
+        total: The number of blocks before.
+        kept: Indices of the blocks that stay, in order.
     """
-    for name, value in _layer_lists(config, total):
+    for name, value in _lists_by_block(config, total):
         vars(config)[name] = type(value)(value[index] for index in kept)
     if count_field:
         vars(config)[count_field] = len(kept)
 
 
-def _layer_lists(config: PreTrainedConfig, total: int) -> Iterator[tuple[str, Any]]:
+def _lists_by_block(config: PreTrainedConfig, total: int) -> Iterator[tuple[str, Any]]:
     for name, value in list(vars(config).items()):
         foreign = name in _SHARED or name.startswith("_") or name.endswith(("token_id", "token_ids"))
         if type(value) in (list, tuple) and len(value) == total and not foreign:

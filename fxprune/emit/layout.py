@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fxprune.emit.fields import copy_config, keep_layers, part_of, write_fields
-from fxprune.quiet import quiet
+from fxprune.emit.fields import keep_blocks, part_of, write_fields
+from fxprune.emit.meta import build_on_meta
+from fxprune.graph.blocks import within
 
-__all__ = ["Layout", "Stack", "on_meta", "survey"]
-
-
-@contextmanager
-def on_meta() -> Iterator[None]:
-    """Modules are built without storage, without gradients and without chatter about odd configs."""
-    with quiet(), torch.device("meta"), torch.no_grad():
-        yield
+__all__ = ["Layout", "Stack", "survey"]
 
 
 @dataclass(frozen=True)
 class Stack:
     """A module list of blocks.
 
-    Attributes:
+    Args:
         path: Module path of the list.
         blocks: The blocks of the dense model.
     """
@@ -36,7 +29,7 @@ class Stack:
     blocks: tuple[nn.Module, ...]
 
     def paths(self) -> tuple[str, ...]:
-        """Module paths of the blocks."""
+        """Return the module paths of the blocks."""
         return tuple(f"{self.path}.{index}" for index in range(len(self.blocks)))
 
 
@@ -44,11 +37,11 @@ class Stack:
 class Layout:
     """Where blocks are in a model and which config they come from.
 
-    Attributes:
+    Args:
         stacks: The outermost module lists, those of the text decoder first where there are others, the longest first.
         part: Name of the nested config that describes the blocks; empty for the model's own.
-        count_field: The field that sets the length of the longest stack; empty where lists with one entry a
-            layer set it, None where nothing does.
+        count_field: The field that sets the length of the first stack; empty where lists with one entry a block set
+            it, None where nothing does.
     """
 
     stacks: tuple[Stack, ...]
@@ -57,11 +50,11 @@ class Layout:
 
     @property
     def depth(self) -> int:
-        """Number of blocks in the longest stack."""
+        """Number of blocks in the first stack."""
         return len(self.stacks[0].blocks) if self.stacks else 0
 
     def blocks(self) -> dict[str, tuple[int, nn.Module]]:
-        """Index and module of every block by its module path."""
+        """Return index and module of every block by its module path."""
         return {
             path: (index, block)
             for stack in self.stacks
@@ -70,7 +63,7 @@ class Layout:
 
 
 def survey(model: PreTrainedModel) -> Layout:
-    """Blocks, their config and the field that counts them are found."""
+    """Return where the blocks of a model are, with their config and the field that counts them."""
     text = model.config.get_text_config(decoder=True)
     stacks = tuple(sorted(_stacks(model), key=lambda s: (_config_of(model, s.path) is not text, -len(s.blocks))))
     if not stacks:
@@ -82,7 +75,7 @@ def survey(model: PreTrainedModel) -> Layout:
 def _stacks(model: nn.Module) -> Iterator[Stack]:
     outer: list[str] = []
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{other}.") for other in outer):
+        if not isinstance(module, nn.ModuleList) or within(path, outer):
             continue
         blocks = tuple(module)
         if blocks and all(next(block.parameters(), None) is not None for block in blocks):
@@ -99,19 +92,19 @@ def _config_part(model: PreTrainedModel, path: str) -> str:
 
 
 def _config_of(model: PreTrainedModel, path: str) -> object:
-    """The config that the owner of the module list at ``path`` holds."""
+    """Return the config that the owner of the module list at ``path`` holds."""
     return vars(model.get_submodule(path.rpartition(".")[0])).get("config")
 
 
 def _count_field(model: PreTrainedModel, stack: Stack, part: str) -> str | None:
-    """The integer field, else the lists with one entry a layer (empty name), that set how many blocks."""
+    """Return the integer field, else the lists with one entry a block (empty name), that set how many there are."""
     total = len(stack.blocks)
     fields = vars(part_of(model.config, part)).items()
     names = [name for name, value in fields if type(value) is int and value == total]
     for name, lists in [*((name, False) for name in names), ("", True), *((name, True) for name in names)]:
-        config = copy_config(model.config)
+        config = copy.deepcopy(model.config)
         if lists:
-            keep_layers(part_of(config, part), name, total, range(total - 1))
+            keep_blocks(part_of(config, part), name, total, range(total - 1))
         else:
             write_fields(part_of(config, part), {name: total - 1})
         if total > 1 and _length(model, config, stack.path) == total - 1:
@@ -120,9 +113,7 @@ def _count_field(model: PreTrainedModel, stack: Stack, part: str) -> str | None:
 
 
 def _length(model: PreTrainedModel, config: PreTrainedConfig, path: str) -> int | None:
-    try:
-        with on_meta():
-            blocks = type(model)(config).get_submodule(path)
-    except Exception:
-        return None
+    """Return how many blocks a config gives a model; None where its class refuses it or has no such list."""
+    built = build_on_meta(type(model), config)
+    blocks = dict(built.named_modules()).get(path) if isinstance(built, nn.Module) else None
     return len(blocks) if isinstance(blocks, nn.ModuleList) else None

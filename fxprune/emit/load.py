@@ -1,4 +1,4 @@
-"""Tensors become the parameters and buffers of a model on `meta`: assigned, never copied."""
+"""Tensors put into a model on ``meta``: assigned, never copied."""
 
 from __future__ import annotations
 
@@ -8,18 +8,33 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fxprune.emit.layout import on_meta
+from fxprune.emit.meta import build_on_meta, on_meta
 from fxprune.emit.snapshot import shapes_of
+from fxprune.graph.attempts import Refusal
 
-__all__ = ["assign", "has_odd_experts", "left_on_meta", "misfits", "run_on_meta", "standins", "suit_experts"]
+__all__ = [
+    "Rename",
+    "assign",
+    "has_odd_experts",
+    "left_on_meta",
+    "misfits",
+    "missing_modules",
+    "run_on_meta",
+    "standins",
+    "suit_experts",
+]
 
 Rename = Callable[[str], str | None]
+"""The slim name of a dense tensor or module; None where it is gone."""
+
+_ROW_BYTES = 16
+"""Grouped kernels of torch want rows of matrices that lie side by side to begin at multiples of so many bytes."""
 
 
 def misfits(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], rename: Rename, expected: frozenset[str]
 ) -> list[str]:
-    """Differences between the tensors a model has and those it is to be given, in words.
+    """Return the differences between the tensors a model has and those it is to be given, in words.
 
     Args:
         model: The slim model.
@@ -37,11 +52,18 @@ def misfits(
     return sorted(lines)
 
 
+def missing_modules(model: nn.Module, dense: nn.Module, rename: Rename) -> list[str]:
+    """Return the modules of the dense model that the slim one lacks, in words: its class does not build them."""
+    there = {path for path, _ in model.named_modules()}
+    wanted = [new for path, _ in dense.named_modules() if (new := rename(path)) is not None]
+    return [f"{path}: the class builds no such module" for path in wanted if path not in there]
+
+
 def assign(model: PreTrainedModel, dense: PreTrainedModel, tensors: Mapping[str, torch.Tensor], rename: Rename) -> None:
-    """The model holds exactly the given tensors; tied names hold one parameter.
+    """Give a model exactly the given tensors; tied names hold one parameter.
 
     Args:
-        model: The slim model on `meta`.
+        model: The slim model on ``meta``, with all modules of the dense one that remain.
         dense: The dense model, for which parameters are trained and which module is in training mode.
         tensors: Tensors by dense name.
         rename: Dense names to slim names.
@@ -73,53 +95,47 @@ def _parameter(tensor: torch.Tensor, trained: bool) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=trained and floating)
 
 
-def run_on_meta(model: PreTrainedModel, samples: int = 1) -> str | None:
-    """What stops a forward pass on `meta`; None where it runs.
+def run_on_meta(model: PreTrainedModel, samples: int = 1) -> Refusal | None:
+    """Return what stops a forward pass on ``meta``; None where it runs.
 
     Args:
-        model: A model on `meta`, to be thrown away: some classes keep state between passes. It loses its
+        model: A model on ``meta``, to be thrown away: some classes keep state between passes. It loses its
             padding token, whose absence from the input cannot be checked without data, and multiplies experts
-            in batches, since grouped kernels refuse some widths on `meta` that they take elsewhere.
+            in batches, since grouped kernels refuse some widths on ``meta`` that they take elsewhere.
         samples: Number of sequences that go in.
     """
     vars(model.config).update(pad_token_id=None)
     for config in _configs(model):
         vars(config)["_experts_implementation_internal"] = "batched_mm"
-    try:
-        with on_meta():
-            model.eval()(input_ids=torch.zeros(samples, 5, dtype=torch.long))
-    except Exception as error:
-        lines = str(error).splitlines()
-        return f"{type(error).__name__}: {lines[0] if lines else ''}"
-    return None
+    with on_meta():
+        tokens = torch.zeros(samples, 5, dtype=torch.long)
+    result = build_on_meta(model.eval(), input_ids=tokens)
+    return result if isinstance(result, Refusal) else None
 
 
 def suit_experts(model: PreTrainedModel) -> None:
-    """Experts run one by one where they have a width that grouped kernels do not take."""
+    """Let experts run one by one where they have a width that grouped kernels do not take."""
     for config in _configs(model) if has_odd_experts(model) else ():
         if vars(config).get("_experts_implementation_internal") == "grouped_mm":
             vars(config)["_experts_implementation_internal"] = "eager"
 
 
 def has_odd_experts(model: nn.Module) -> bool:
-    """Whether some matrix of side by side ones has rows that are not a multiple of 16 bytes."""
-    for module in model.modules():
-        own = module.parameters(recurse=False) if not type(module).__module__.startswith("torch.nn.") else ()
-        for weight in own:
-            if weight.dim() == 3 and any(size * weight.element_size() % 16 for size in weight.shape[1:]):
-                return True
-    return False
+    """Whether some matrix of side by side ones has rows of a length that grouped kernels do not take."""
+    foreign = (module for module in model.modules() if not type(module).__module__.startswith("torch.nn."))
+    weights = (weight for module in foreign for weight in module.parameters(recurse=False) if weight.dim() == 3)
+    return any(size * weight.element_size() % _ROW_BYTES for weight in weights for size in weight.shape[1:])
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The config of the model and those of its modules."""
+    """Return the config of the model and those of its modules."""
     own = [vars(module).get("config") for module in model.modules()]
     found = {id(config): config for config in (model.config, *own) if isinstance(config, PreTrainedConfig)}
     return list(found.values())
 
 
 def left_on_meta(model: nn.Module) -> list[str]:
-    """Names of tensors without storage: parameters, buffers and plain attributes."""
+    """Return the names of tensors without storage: parameters, buffers and plain attributes."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     names = [name for name, tensor in named if tensor.is_meta]
     for path, module in model.named_modules():
@@ -128,7 +144,7 @@ def left_on_meta(model: nn.Module) -> list[str]:
 
 
 def standins(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of the same shapes and types on `meta`, one for each distinct tensor."""
+    """Return tensors of the same shapes and types on ``meta``, one for each distinct tensor."""
     made: dict[int, torch.Tensor] = {}
     for tensor in tensors.values():
         if id(tensor) not in made:

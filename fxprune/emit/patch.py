@@ -1,4 +1,4 @@
-"""Attributes that a class derives from other sizes are set by hand where no config field reaches them."""
+"""Attributes that a class derives from other sizes, to be set by hand where no config field reaches them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fxprune.emit.layout import on_meta
+from fxprune.emit.meta import build_on_meta
 from fxprune.emit.snapshot import (
     MISSING_AXIS,
     Axis,
@@ -20,14 +20,17 @@ from fxprune.emit.snapshot import (
     mismatches,
     take_snapshot,
 )
+from fxprune.graph.attempts import Refusal, attempt
+from fxprune.graph.blocks import within
 
 __all__ = ["Patches", "common_path", "leaf_patches", "merged", "numbers_of", "scope_patches"]
 
 Patches = dict[str, dict[str, Number]]
+"""Attributes to set, by module path and name."""
 
 
 def common_path(names: Mapping[str, Shape] | frozenset[str]) -> str:
-    """Path of the smallest module that holds all the named tensors."""
+    """Return the path of the smallest module that holds all the named tensors."""
     paths = [name.split(".")[:-1] for name in names]
     shared: list[str] = []
     for parts in zip(*paths, strict=False):
@@ -38,7 +41,7 @@ def common_path(names: Mapping[str, Shape] | frozenset[str]) -> str:
 
 
 def numbers_of(module: nn.Module) -> Patches:
-    """Integer attributes by module path."""
+    """Return the integer attributes of a module and those in it, by module path."""
     found: Patches = {}
     for (path, name), value in take_snapshot(module).numbers.items():
         found.setdefault(path, {})[name] = value
@@ -46,13 +49,13 @@ def numbers_of(module: nn.Module) -> Patches:
 
 
 def merged(first: Patches, second: Patches) -> Patches:
-    """Both sets of attributes; the second wins."""
+    """Return both sets of attributes; the second wins."""
     paths = first.keys() | second.keys()
     return {path: {**first.get(path, {}), **second.get(path, {})} for path in sorted(paths)}
 
 
 def scope_patches(before: Snapshot, after: Snapshot, wrong: frozenset[Axis]) -> Patches:
-    """Integer attributes move as they do in a block built with other fields, inside the module that changes.
+    """Return integer attributes as they are in a block built with other fields, inside the module that changes.
 
     Args:
         before: The block as it is.
@@ -66,32 +69,38 @@ def scope_patches(before: Snapshot, after: Snapshot, wrong: frozenset[Axis]) -> 
     scope = common_path(frozenset(name for name, _ in wrong))
     found: Patches = {}
     for (path, name), value in after.numbers.items():
-        inside = not scope or path == scope or path.startswith(f"{scope}.")
+        inside = not scope or within(f"{path}.", (scope,))
         if inside and before.numbers.get((path, name), value) != value:
             found.setdefault(path, {})[name] = value
     return found
 
 
 def leaf_patches(module: nn.Module, wanted: Mapping[str, Shape], skip: tuple[str, ...] = ()) -> Patches:
-    """Attributes of the modules that own a resized tensor follow the tensor.
+    """Return attributes of the modules that own a resized tensor, as they follow from the tensor.
 
     Args:
         module: A block or a model, as it is.
-        wanted: Shapes by name within `module`.
+        wanted: Shapes by name within ``module``.
         skip: Module paths whose subtrees are left alone.
     """
     found: Patches = {}
     for path, child in module.named_modules():
-        if any(f"{path}.".startswith(f"{other}.") for other in skip):
+        if within(f"{path}.", skip):
             continue
         prefix = f"{path}." if path else ""
         own = {name: wanted[prefix + name] for name in (*child._parameters, *child._buffers) if prefix + name in wanted}
-        have = _own_shapes(child)
-        if own and mismatches({name: have[name] for name in own if name in have}, own):
-            patched = _resized(child, own) or _equal_sizes(child, have, own)
-            if patched:
-                found[path] = patched
+        patched = _following(child, own)
+        if patched:
+            found[path] = patched
     return found
+
+
+def _following(module: nn.Module, wanted: Mapping[str, Shape]) -> dict[str, Number]:
+    """Return the attributes of one module that follow its own tensors; none where these stay."""
+    have = _own_shapes(module)
+    if not mismatches({name: have[name] for name in wanted if name in have}, wanted):
+        return {}
+    return _resized(module, wanted) or _equal_sizes(module, have, wanted)
 
 
 def _own_shapes(module: nn.Module) -> dict[str, Shape]:
@@ -100,7 +109,7 @@ def _own_shapes(module: nn.Module) -> dict[str, Shape]:
 
 
 def _resized(module: nn.Module, wanted: Mapping[str, Shape]) -> dict[str, Number]:
-    """Attributes of the same class built for the wanted shapes, by its own constructor arguments."""
+    """Return the attributes of the same class built for the wanted shapes, by its own constructor arguments."""
     arguments = _arguments(module)
     if arguments is None:
         return {}
@@ -117,8 +126,12 @@ def _resized(module: nn.Module, wanted: Mapping[str, Shape]) -> dict[str, Number
 
 
 def _arguments(module: nn.Module) -> dict[str, Any] | None:
+    """Return the constructor arguments that a module was made with, read off it; None where one cannot be."""
+    signature = attempt(inspect.signature, type(module))
+    if isinstance(signature, Refusal):
+        return None
     found: dict[str, Any] = {}
-    for parameter in inspect.signature(type(module)).parameters.values():
+    for parameter in signature.parameters.values():
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         if parameter.name in module._parameters:
@@ -135,28 +148,32 @@ def _plain(value: object) -> bool:
 
 
 def _construct(module: nn.Module, arguments: Mapping[str, Any]) -> nn.Module | None:
-    try:
-        with on_meta():
-            return type(module)(**arguments)
-    except Exception:
-        return None
+    built = build_on_meta(type(module), **arguments)
+    return None if isinstance(built, Refusal) else built
+
+
+def _size(module: nn.Module | None, axis: Axis) -> int | None:
+    """Return the size of an axis; None where a module has no such tensor or axis."""
+    name, index = axis
+    shape = () if module is None else _own_shapes(module).get(name, ())
+    return shape[index] if 0 <= index < len(shape) else None
 
 
 def _move_argument(module: nn.Module, arguments: dict[str, Any], axis: Axis, wanted: Mapping[str, Shape]) -> None:
-    """One argument takes the value under which an axis has the wanted size, if one drives it."""
+    """Give one argument the value under which an axis has the wanted size, if one drives it."""
     name, index = axis
-    now = _construct(module, arguments)
-    if index == MISSING_AXIS or now is None:
+    size = _size(_construct(module, arguments), axis)
+    if index == MISSING_AXIS or size is None:
         return
-    size = _own_shapes(now)[name][index]
-    for argument, value in arguments.items():
-        for position, item in _items(value):
-            nudged = _construct(module, {**arguments, argument: _with(value, position, item + 1)})
-            slope = 0 if nudged is None else _own_shapes(nudged)[name][index] - size
-            step = Fraction(wanted[name][index] - size, slope) if slope else Fraction(1, 2)
-            if step.denominator == 1 and item + step > 0:
-                arguments[argument] = _with(value, position, item + int(step))
-                return
+    places = [(argument, value, *place) for argument, value in arguments.items() for place in _items(value)]
+    for argument, value, position, item in places:
+        nudged = _size(_construct(module, {**arguments, argument: _with(value, position, item + 1)}), axis)
+        if nudged is None or nudged == size:
+            continue
+        step = Fraction(wanted[name][index] - size, nudged - size)
+        if step.denominator == 1 and item + step > 0:
+            arguments[argument] = _with(value, position, item + int(step))
+            return
 
 
 def _items(value: object) -> Iterator[tuple[int, int]]:
@@ -171,7 +188,7 @@ def _with(value: Number, position: int, item: int) -> Number:
 
 
 def _equal_sizes(module: nn.Module, have: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> dict[str, Number]:
-    """Attributes that equal a size which changes everywhere take its new value."""
+    """Return the new value of attributes that equal a size which changes everywhere."""
     renamed: dict[int, set[int]] = {}
     for name, shape in wanted.items():
         for old, new in zip(have.get(name, ()), shape, strict=False):

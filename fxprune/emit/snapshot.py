@@ -8,20 +8,33 @@ from typing import TypeGuard
 
 from torch import nn
 
-__all__ = ["Axis", "Number", "Shape", "Snapshot", "is_number", "mismatches", "shapes_of", "take_snapshot"]
+from fxprune.graph.blocks import within
+
+__all__ = [
+    "MISSING_AXIS",
+    "Axis",
+    "Number",
+    "Shape",
+    "Snapshot",
+    "is_number",
+    "mismatches",
+    "shapes_of",
+    "take_snapshot",
+]
 
 Shape = tuple[int, ...]
 Axis = tuple[str, int]
 Number = int | tuple[int, ...]
 
 MISSING_AXIS = -1
+"""The axis of a tensor that only one of two modules has, or that has another number of axes."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """Shapes and attributes of one built module.
 
-    Attributes:
+    Args:
         shapes: Shape by parameter and buffer name, tied names included.
         numbers: Integer (or tuple of integers) attributes by module path and attribute name.
         scalars: Float and bool attributes by module path and attribute name.
@@ -40,42 +53,30 @@ def is_number(value: object) -> TypeGuard[Number]:
 
 
 def shapes_of(module: nn.Module) -> dict[str, Shape]:
-    """Shapes by name of all parameters and buffers, tied and non-persistent ones included."""
+    """Return the shapes by name of all parameters and buffers, tied and non-persistent ones included."""
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
     shapes.update((name, tuple(b.shape)) for name, b in module.named_buffers(remove_duplicate=False))
     return shapes
 
 
 def take_snapshot(module: nn.Module, skip: Collection[str] = ()) -> Snapshot:
-    """Shapes and scalar attributes are read off a module.
+    """Return the shapes and scalar attributes of a module.
 
     Args:
-        module: Any module, usually on `meta`.
+        module: Any module, usually on ``meta``.
         skip: Module paths whose subtrees are left out.
     """
-    prefixes = tuple(f"{path}." for path in skip)
-
-    def inside(name: str) -> bool:
-        return bool(prefixes) and f"{name}.".startswith(prefixes)
-
-    numbers: dict[tuple[str, str], Number] = {}
-    scalars: dict[tuple[str, str], float] = {}
-    for path, child in module.named_modules():
-        if inside(path):
-            continue
-        for name, value in vars(child).items():
-            if name.startswith("_") or name == "training":
-                continue
-            if is_number(value):
-                numbers[path, name] = value
-            elif isinstance(value, float | bool):
-                scalars[path, name] = value
-    shapes = {name: shape for name, shape in shapes_of(module).items() if not inside(name)}
+    modules = [(path, child) for path, child in module.named_modules() if not within(f"{path}.", skip)]
+    held = {(path, name): value for path, child in modules for name, value in vars(child).items()}
+    held = {key: value for key, value in held.items() if key[1] != "training" and not key[1].startswith("_")}
+    numbers = {key: value for key, value in held.items() if is_number(value)}
+    scalars = {key: value for key, value in held.items() if isinstance(value, float | bool)}
+    shapes = {name: shape for name, shape in shapes_of(module).items() if not within(name, skip)}
     return Snapshot(shapes, numbers, scalars)
 
 
 def mismatches(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> frozenset[Axis]:
-    """Axes on which two sets of shapes differ; a name that only one side has counts as axis -1."""
+    """Return the axes on which two sets of shapes differ; see ``MISSING_AXIS`` for names that only one side has."""
     wrong: set[Axis] = {(name, MISSING_AXIS) for name in shapes.keys() ^ wanted.keys()}
     for name in shapes.keys() & wanted.keys():
         have, want = shapes[name], wanted[name]

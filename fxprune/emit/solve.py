@@ -1,4 +1,4 @@
-"""Config fields are solved for: which values give the shapes that are wanted.
+"""Solving for config fields: which values give the shapes that are wanted.
 
 Each field is moved by a little, the block is rebuilt, and the axes that moved give the slope. A wanted size
 then gives the field's value; the rebuilt block is the judge, so a slope that holds only nearby costs a probe
@@ -12,32 +12,34 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import combinations, product
 
-from fxprune.emit.sites import Site
+from fxprune.emit.rebuilders import Rebuilder
 from fxprune.emit.snapshot import MISSING_AXIS, Axis, Shape, Snapshot, mismatches
 
 __all__ = ["Search", "explicit_fields", "minimal"]
 
 Fields = Mapping[str, int]
 _FIRST_GUESSES = ((8, 16), (4, 8), (2, 4), (1, 2))
+"""Two values tried for a field without one; large ones first, since a width may have a floor."""
 _SLOPES = 3
+"""Slopes measured for a field: several, since a table with an entry for every second channel moves unevenly."""
 
 
-def explicit_fields(site: Site, wanted: Snapshot) -> dict[str, int]:
-    """Fields left to a default get the value that stands for it.
+def explicit_fields(rebuilder: Rebuilder, wanted: Snapshot) -> dict[str, int]:
+    """Return the value that stands for the default of each field that is left to one.
 
     A head width that the class derives from two other fields, unless it is given, becomes a field of its own:
     the number of heads can then change alone.
 
     Args:
-        site: What is rebuilt.
+        rebuilder: What is built again.
         wanted: What it gives with the default.
     """
     found: dict[str, int] = {}
-    for name in site.reads.hollow:
-        value = _value_of_default(site, found, name, wanted)
+    for name in rebuilder.reads.hollow:
+        value = _value_of_default(rebuilder, found, name, wanted)
         if value is None:
             continue
-        seen = site.observe({**found, name: value})
+        seen = rebuilder.observe({**found, name: value})
         if seen is not None and seen.shapes == wanted.shapes and _same_numbers(seen, wanted, name):
             found[name] = value
     return found
@@ -47,9 +49,9 @@ def _same_numbers(seen: Snapshot, wanted: Snapshot, name: str) -> bool:
     return all(seen.numbers.get(key) == value for key, value in wanted.numbers.items() if key[1] != name)
 
 
-def _value_of_default(site: Site, found: Fields, name: str, wanted: Snapshot) -> int | None:
+def _value_of_default(rebuilder: Rebuilder, found: Fields, name: str, wanted: Snapshot) -> int | None:
     for low, high in _FIRST_GUESSES:
-        first, second = site.observe({**found, name: low}), site.observe({**found, name: high})
+        first, second = rebuilder.observe({**found, name: low}), rebuilder.observe({**found, name: high})
         if first is None or second is None:
             continue
         if first.shapes.keys() != wanted.shapes.keys():
@@ -63,7 +65,7 @@ def _on_the_line(
 ) -> int | None:
     values: set[Fraction] = set()
     for name, axis in mismatches(first, second):
-        if axis == MISSING_AXIS:
+        if axis == MISSING_AXIS or len(wanted[name]) <= axis:
             return None
         size, moved = first[name][axis], second[name][axis] - first[name][axis]
         values.add(at[0] + Fraction((wanted[name][axis] - size) * (at[1] - at[0]), moved))
@@ -73,37 +75,38 @@ def _on_the_line(
     return int(value) if value.denominator == 1 and value > 0 else None
 
 
-def minimal(site: Site, base: Fields, fields: Fields, optional: Fields) -> dict[str, int]:
-    """Fields less those that restate a default.
+def minimal(rebuilder: Rebuilder, base: Fields, fields: Fields, optional: Fields) -> dict[str, int]:
+    """Return an assignment without the fields that restate a default.
 
     Args:
-        site: What is rebuilt.
+        rebuilder: What is built again.
         base: Fields that stay whatever happens.
         fields: The assignment.
         optional: Fields that stand for a default, to be left out where nothing changes.
     """
     kept = {**optional, **fields}
-    seen = site.observe({**base, **kept})
+    seen = rebuilder.observe({**base, **kept})
     for name in optional:
         fewer = {key: value for key, value in kept.items() if key != name}
-        if name not in fields and site.observe({**base, **fewer}) == seen:
+        if name not in fields and rebuilder.observe({**base, **fewer}) == seen:
             kept = fewer
     return kept
 
 
 @dataclass
 class Search:
-    """Depth-first over fields, one at a time, as long as fewer axes are wrong.
+    """A depth-first search over fields, one at a time, as long as fewer axes are wrong.
 
-    Attributes:
-        site: What is rebuilt.
+    Args:
+        rebuilder: What is built again.
         base: Fields fixed beforehand.
         wanted: Shapes to reach, by name.
         counted: Axes that have to be right; None for all.
-        limit: Most assignments tried.
+        limit: Most assignments tried. Each builds a module on ``meta`` in some milliseconds, so this is seconds.
+        best: Afterwards the assignment that mended the most axes without harming any.
     """
 
-    site: Site
+    rebuilder: Rebuilder
     base: Fields
     wanted: Mapping[str, Shape]
     counted: frozenset[Axis] | None = None
@@ -112,18 +115,15 @@ class Search:
     _tried: set[frozenset[tuple[str, int]]] = field(default_factory=set)
 
     def wrong(self, fields: Fields) -> frozenset[Axis] | None:
-        """Axes that are wrong under an assignment; None where it cannot be built."""
-        seen = self.site.observe({**self.base, **fields})
+        """Return the axes that are wrong under an assignment; None where it cannot be built."""
+        seen = self.rebuilder.observe({**self.base, **fields})
         if seen is None:
             return None
         wrong = mismatches(seen.shapes, self.wanted)
         return wrong if self.counted is None else wrong & self.counted
 
     def solutions(self) -> list[dict[str, int]]:
-        """Assignments under which nothing is wrong.
-
-        `best` afterwards holds the assignment that mended the most axes without harming any.
-        """
+        """Return the assignments under which nothing is wrong, and set ``best``."""
         start = self.wrong({})
         if start is None:
             return []
@@ -141,14 +141,16 @@ class Search:
         return found
 
     def _next(self, fields: dict[str, int], wrong: frozenset[Axis]) -> Iterator[tuple[dict[str, int], frozenset[Axis]]]:
-        for name in self.site.known({**self.base, **fields}):
-            if name in fields:
-                continue
-            for value in self.steps(fields, name, wrong):
-                for following in self._buildable(fields, name, value):
-                    left = self._unseen(following)
-                    if left is not None and len(left) < len(wrong):
-                        yield following, left
+        for following in self._following(fields, wrong):
+            left = self._unseen(following)
+            if left is not None and len(left) < len(wrong):
+                yield following, left
+
+    def _following(self, fields: dict[str, int], wrong: frozenset[Axis]) -> Iterator[dict[str, int]]:
+        """Yield the assignments with one more field that might mend an axis, as they are asked for."""
+        for name in self.rebuilder.known({**self.base, **fields}):
+            for value in self.steps(fields, name, wrong) if name not in fields else ():
+                yield from self._buildable(fields, name, value)
 
     def _unseen(self, fields: dict[str, int]) -> frozenset[Axis] | None:
         key = frozenset(fields.items())
@@ -158,31 +160,32 @@ class Search:
         return self.wrong(fields)
 
     def _buildable(self, fields: dict[str, int], name: str, value: int) -> Iterator[dict[str, int]]:
-        """The assignment with one more field, or two more where a constructor insists on divisibility."""
+        """Yield the assignment with one more field, or two more where a constructor insists on divisibility."""
         one = {**fields, name: value}
         if self.wrong(one) is not None:
             yield one
             return
-        current = self.site.value({**self.base, **fields}, name)
-        for other in self.site.known({**self.base, **fields}):
-            partner = self.site.value({**self.base, **fields}, other)
+        current = self.rebuilder.value({**self.base, **fields}, name)
+        for other in self.rebuilder.known({**self.base, **fields}):
+            partner = self.rebuilder.value({**self.base, **fields}, other)
             if other in one or partner is None or not current or partner * value % current:
                 continue
             yield {**one, other: partner * value // current}
 
     def steps(self, fields: Fields, name: str, wrong: frozenset[Axis]) -> list[int]:
-        """Values of a field that would mend one of the wrong axes, by the slopes measured here.
+        """Return values of a field that would mend one of the wrong axes, by the slopes measured here.
 
         More than one step is measured: a table with an entry for every second channel moves unevenly.
         """
         here = {**self.base, **fields}
-        value, now = self.site.value(here, name), self.site.observe(here)
+        value, now = self.rebuilder.value(here, name), self.rebuilder.observe(here)
         if value is None or now is None:
             return []
         found: dict[int, None] = {}
         measured = 0
+        # even steps first, since many widths must be; then single ones; then those that keep the value divisible
         for delta in dict.fromkeys((2, -2, 1, -1, 4, value, -(value // 2))):
-            moved = self.site.observe({**here, name: value + delta}) if delta and value + delta > 0 else None
+            moved = self.rebuilder.observe({**here, name: value + delta}) if delta and value + delta > 0 else None
             if moved is None or moved.shapes == now.shapes:
                 continue
             found.update(dict.fromkeys(self._along(now, moved, wrong, (value, delta))))
@@ -194,7 +197,7 @@ class Search:
     def _along(self, now: Snapshot, moved: Snapshot, wrong: frozenset[Axis], at: tuple[int, int]) -> Iterator[int]:
         value, delta = at
         for name, axis in sorted(wrong):
-            if axis == MISSING_AXIS or len(moved.shapes.get(name, ())) <= axis:
+            if axis == MISSING_AXIS or min(len(s.shapes.get(name, ())) for s in (now, moved)) <= axis:
                 continue
             size = now.shapes[name][axis]
             slope = moved.shapes[name][axis] - size
@@ -203,21 +206,20 @@ class Search:
                 yield value + gap // slope
 
     def scaled(self, fields: dict[str, int], ratios: frozenset[Fraction]) -> Iterator[dict[str, int]]:
-        """The same assignment with one or two more fields scaled, where what counts stays right.
+        """Yield the same assignment with one or two more fields scaled, where what counts stays right.
 
         Where a class divides one field by another, both must shrink for the quotient to stay.
         """
         here = {**self.base, **fields}
         options: dict[str, list[int]] = {}
-        for name in self.site.known(here):
-            value = self.site.value(here, name)
+        for name in self.rebuilder.known(here):
+            value = self.rebuilder.value(here, name)
             if name in fields or value is None:
                 continue
             sizes = (value * ratio for ratio in ratios)
             options[name] = [int(size) for size in sizes if size.denominator == 1 and size > 0]
-        for count in (1, 2):
-            for names in combinations(options, count):
-                for values in product(*(options[name] for name in names)):
-                    following = {**fields, **dict(zip(names, values, strict=True))}
-                    if self._unseen(following) == frozenset():
-                        yield following
+        for names in (*combinations(options, 1), *combinations(options, 2)):
+            for values in product(*(options[name] for name in names)):
+                following = {**fields, **dict(zip(names, values, strict=True))}
+                if self._unseen(following) == frozenset():
+                    yield following

@@ -1,4 +1,4 @@
-"""Tables that a model makes by number for all units and passes to its blocks, which take the rows of their own."""
+"""Tables that a model makes by number for all units and passes to its blocks, which take the rows they need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from fxprune.emit.layout import Layout
 from fxprune.emit.load import run_on_meta
-from fxprune.selecting import INPUTS
+from fxprune.graph.blocks import within
+from fxprune.modelling.table_rows import INPUTS
 
 __all__ = ["Inputs", "Numbered", "combined_inputs", "find_inputs"]
 
@@ -20,48 +21,55 @@ Numbered = Mapping[str, Mapping[int, Sequence[int]]]
 """By module path of a block (empty for all blocks), by number of units before, the numbers of those that remain."""
 
 Inputs = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""By module path and argument, what :func:`fxprune.selecting.select_inputs` takes."""
+"""By module path and argument, what :func:`fxprune.modelling.table_rows.select_inputs` takes."""
+
+Shrunk = Mapping[str, tuple[int, list[int]]]
+"""By module path, how many units there were and the numbers of those that remain."""
 
 _SAMPLES = 7
+"""A batch size unlike any number of heads, so that an axis of all samples' units is told from one of a sample's."""
 
 
 def find_inputs(
     model: PreTrainedModel, slim: nn.Module, layout: Layout, numbered: Numbered
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """What modules with fewer units than before are passed for all of them is found, by running the dense model.
+    """Return what modules with fewer units than before are passed for all of them, found by running the dense model.
 
-    A module counts as such if an attribute that held the number of units holds that of those that remain; an argument,
-    if one of its axes has the length of all units, for one sample or for all samples together.
+    An argument counts if one of its axes has the length of all units, for one sample or for all samples together.
 
     Args:
-        model: A copy of the dense model on `meta`, to be thrown away.
-        slim: The slim model on `meta`, before blocks are taken out.
+        model: A copy of the dense model on ``meta``, to be thrown away.
+        slim: The slim model on ``meta``, before blocks are taken out.
         layout: Where the blocks are.
         numbered: Which units remain.
 
     Returns:
-        What :func:`fxprune.selecting.select_inputs` takes, by dense module path.
+        What :func:`fxprune.modelling.table_rows.select_inputs` takes, by dense module path.
     """
-    shrunk: dict[str, tuple[int, list[int]]] = {}
-    for block in layout.blocks():
-        known = {**numbered.get("", {}), **numbered.get(block, {})}
-        for path, module in model.get_submodule(block).named_modules(prefix=block) if known else ():
-            for units, kept in _of_module(module, known).items():
-                if path not in shrunk and _lost_units(module, slim.get_submodule(path), units, len(kept)):
-                    shrunk[path] = (units, list(kept))
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for path, (units, kept) in shrunk.items():
-        model.get_submodule(path).register_forward_pre_hook(
-            _Watch(found.setdefault(path, {}), units, kept), with_kwargs=True
-        )
+    for path, (units, kept) in _shrunk(model, slim, layout, numbered).items():
+        watch = _Watch(found.setdefault(path, {}), units, kept)
+        model.get_submodule(path).register_forward_pre_hook(watch, with_kwargs=True)
     run_on_meta(model, samples=_SAMPLES)
     taking = {path: entries for path, entries in found.items() if entries}
     # a block may count the units of the attention that it passes the table on to: it is cut once, where it ends up
-    return {p: entries for p, entries in taking.items() if not any(inner.startswith(f"{p}.") for inner in taking)}
+    return {path: entries for path, entries in taking.items() if not any(within(inner, (path,)) for inner in taking)}
+
+
+def _shrunk(model: nn.Module, slim: nn.Module, layout: Layout, numbered: Numbered) -> Shrunk:
+    """Return the modules with fewer units: an attribute that held the old number holds that of those that remain."""
+    found: dict[str, tuple[int, list[int]]] = {}
+    twins: dict[str, nn.Module] = dict(slim.named_modules())
+    for block in layout.blocks():
+        known = {**numbered.get("", {}), **numbered.get(block, {})}
+        for path, module in model.get_submodule(block).named_modules(prefix=block) if known else ():
+            lost = _lost_units(module, twins.get(path), _of_module(module, known))
+            found.update({path: lost} if lost else {})
+    return found
 
 
 def _of_module(module: nn.Module, known: Mapping[int, Sequence[int]]) -> dict[int, Sequence[int]]:
-    """Which units remain of those that a module selects already, counted among these, and of all."""
+    """Return which units remain of those that a module selects already, counted among these, and of all."""
     found = dict(known)
     for entry in vars(module).get(INPUTS, {}).values():
         if entry["of"] in known:
@@ -70,9 +78,13 @@ def _of_module(module: nn.Module, known: Mapping[int, Sequence[int]]) -> dict[in
     return found
 
 
-def _lost_units(dense: nn.Module, slim: nn.Module, units: int, left: int) -> bool:
-    there = vars(slim)
-    return any(value == units and there.get(name) == left for name, value in vars(dense).items() if type(value) is int)
+def _lost_units(
+    dense: nn.Module, slim: nn.Module | None, known: Mapping[int, Sequence[int]]
+) -> tuple[int, list[int]] | None:
+    """Return how many units a module had and those it still has, if an attribute of the slim one says so."""
+    there = {} if slim is None else vars(slim)
+    held = [(value, there.get(name)) for name, value in vars(dense).items() if type(value) is int]
+    return next(((units, list(kept)) for units, kept in known.items() if (units, len(kept)) in held), None)
 
 
 class _Watch:
@@ -94,7 +106,7 @@ class _Watch:
 
 
 def combined_inputs(model: nn.Module, more: Inputs) -> dict[str, dict[str, dict[str, Any]]]:
-    """What modules of the dense model select already, and what they select of that from now on.
+    """Return what the modules of the dense model select already, less what they no longer select of that.
 
     Args:
         model: The dense model, itself perhaps a slim one.
@@ -107,8 +119,6 @@ def combined_inputs(model: nn.Module, more: Inputs) -> dict[str, dict[str, dict[
             found[path] = {name: dict(entry) for name, entry in held.items()}
         for name, entry in more.get(path, {}).items():
             first = found[path].get(name)
-            if first is None:
-                found[path][name] = dict(entry)
-            else:
-                first["kept"] = [first["kept"][i] for i in entry["kept"]]
+            kept = entry["kept"] if first is None else [first["kept"][i] for i in entry["kept"]]
+            found[path][name] = {**(first or entry), "kept": kept}
     return found

@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity on texts, accuracy on tasks without examples."""
+"""Measurements of what a model is worth: perplexity on texts, accuracy on tasks without examples."""
 
 from fxprune.evaluation.corpora import CORPORA
 from fxprune.evaluation.measure import Evaluation, evaluate

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fxprune.data.text import read_text
 from fxprune.errors import EvaluationError, UnknownNameError
-from fxprune.text import read_text
 
 __all__ = ["CORPORA", "load_corpus", "named_corpora"]
 
@@ -27,7 +27,7 @@ _FILES = (".txt", ".jsonl", ".json")
 
 
 def named_corpora(texts: str | Path | Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, str | Path]:
-    """What to measure on, by name.
+    """Return what to measure on, by name.
 
     Args:
         texts: names out of :data:`CORPORA` and paths, alone or in a sequence; or a mapping from names of your own to
@@ -40,7 +40,7 @@ def named_corpora(texts: str | Path | Sequence[str | Path] | Mapping[str, str | 
 
 
 def load_corpus(source: str | Path) -> str:
-    """The text of a known corpus, of a local file, or ``source`` itself where it holds a line break or a blank.
+    """Return the text of a known corpus, of a local file, or ``source`` itself where it holds a line break or a blank.
 
     Raises:
         UnknownNameError: neither a known corpus nor a file.
@@ -67,7 +67,7 @@ def _from_hub(field: str, **where: Any) -> str:
         ) from error
     try:
         rows = datasets.load_dataset(**where)
-    except Exception as error:
+    except Exception as error:  # the network, the hub and the loader of the data set raise what they like
         raise EvaluationError(
             f"cannot be loaded: {type(error).__name__}: {error}",
             where=where["path"],

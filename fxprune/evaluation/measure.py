@@ -32,11 +32,11 @@ class Evaluation:
 
     @property
     def average(self) -> float | None:
-        """Mean accuracy over the tasks; None where none was run."""
+        """The mean accuracy over the tasks; None where none was run."""
         return sum(score.value for score in self.tasks.values()) / len(self.tasks) if self.tasks else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the single answers, as plain data."""
+        """Return everything but the single answers, as plain data."""
         scores = {name: dataclasses.asdict(score) for name, score in self.tasks.items()}
         for score in scores.values():
             del score["correct"]
@@ -44,7 +44,7 @@ class Evaluation:
         return {"perplexities": perplexities, "tasks": scores, "average": self.average}
 
     def to_json(self) -> str:
-        """:meth:`to_dict` as a JSON document."""
+        """Return :meth:`to_dict` as a JSON document."""
         return json.dumps(self.to_dict(), indent=2)
 
 
@@ -60,7 +60,7 @@ def evaluate(
     questions: int | None = None,
     batch: int = 8,
 ) -> Evaluation:
-    """The perplexity of ``model`` on texts and its accuracy on tasks are measured.
+    """Measure the perplexity of ``model`` on texts and its accuracy on tasks.
 
     Args:
         model: a Hugging Face model, or, for texts alone, whatever takes ``input_ids=`` and returns logits; or the
@@ -70,7 +70,7 @@ def evaluate(
             these or to text itself; empty for none.
         tasks: names that lm-evaluation-harness knows (:data:`fxprune.evaluation.PAPER_TASKS` has the paper's), JSONL
             files of questions (see :class:`fxprune.evaluation.LocalTask`), or a mapping from names to these.
-        window: tokens the model sees at once.
+        window: tokens the model sees at once; the default is the length that recovery trains on.
         stride: tokens between two windows; None for ``window``.
         windows: the most windows of a text, spread over it; None for all.
         questions: the most questions of a task, from its start; None for all.

@@ -50,7 +50,7 @@ def text_perplexity(
     batch: int = 4,
     progress: bool = False,
 ) -> Perplexity:
-    """The perplexity of a text as one run of tokens.
+    """Return the perplexity of a text as one run of tokens.
 
     Args:
         model: as for :func:`perplexity`.
@@ -76,7 +76,7 @@ def text_perplexity(
 
 
 def sliding_windows(ids: Tensor, window: int, stride: int, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """Whole windows of a run of tokens, and the first position that each predicts.
+    """Cut a run of tokens into windows, and say from which position on each predicts.
 
     Args:
         ids: token ids ``(tokens,)``.
@@ -119,22 +119,22 @@ def perplexity(
     *,
     progress: bool = False,
 ) -> float:
-    """exp of the mean next-token cross-entropy over all windows.
+    """Return exp of the mean next-token cross-entropy over all windows.
 
     Windows are independent: stride equals length, and each predicts all its tokens but the first. Sums are
     kept in float64, logits are widened to float32.
 
     Args:
-        model: A Hugging Face model, a GraphModule or any callable that takes `input_ids=` and returns logits
-            `(batch, tokens, vocabulary)`, alone, first in a tuple, or as `.logits`. Modules run in
+        model: a Hugging Face model, a GraphModule or any callable that takes ``input_ids=`` and returns logits
+            ``(batch, tokens, vocabulary)``, alone, first in a tuple, or as ``.logits``. Modules run in
             evaluation mode and get their mode back; a GraphModule keeps the mode that it was traced in.
-        ids: Token ids, `(windows, tokens)`, with at least two tokens a window.
-        batch: Windows in one call; the last call may have fewer.
-        progress: Show a progress bar.
+        ids: token ids ``(windows, tokens)``, with at least two tokens a window.
+        batch: windows in one call; the last call may have fewer.
+        progress: show a progress bar.
 
     Raises:
-        EvaluationError: There is nothing to predict.
-        TypeError: The model returned something without logits.
+        EvaluationError: there is nothing to predict.
+        TypeError: the model returned something without logits.
     """
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise EvaluationError(f"ids of shape {tuple(ids.shape)} hold no next token; give (windows, tokens >= 2)")
@@ -143,10 +143,10 @@ def perplexity(
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returned: an object with `.logits`, a mapping, a tuple or the tensor itself.
+    """Return the logits in what a model returned: an object with ``.logits``, a mapping, a tuple or the tensor itself.
 
     Raises:
-        TypeError: There are none.
+        TypeError: there are none.
     """
     if isinstance(output, Tensor):
         return output
@@ -161,7 +161,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def _loss_sums(model: Callable[..., Any], ids: Tensor, first: Tensor, batch: int, progress: bool) -> Tensor:
-    """Sums of next-token cross-entropies in nats, ``(windows,)``, over positions from ``first`` on."""
+    """Return sums of next-token cross-entropies in nats, ``(windows,)``, over positions from ``first`` on."""
     options = {"use_cache": False} if isinstance(model, PreTrainedModel) else {}
     device = _device_of(model)
     sums: list[Tensor] = []
@@ -181,7 +181,7 @@ def _window_sums(logits: Tensor, ids: Tensor, first: Tensor) -> Tensor:
 
 
 def _ratio_error(sums: Tensor, counts: Tensor) -> float:
-    """Standard error of ``sum(sums) / sum(counts)``; 0 where one window leaves it unknown.
+    """Return the standard error of ``sum(sums) / sum(counts)``; 0 where one window leaves it unknown.
 
     Source: Cochran, Sampling Techniques (1977), equation 6.13, without the finite population correction.
     """
@@ -193,7 +193,7 @@ def _ratio_error(sums: Tensor, counts: Tensor) -> float:
 
 
 def _device_of(model: Callable[..., Any]) -> torch.device | None:
-    """Where the model's first parameter lives; `None` where it has none, and ids stay where they are."""
+    """Return where the model's first parameter lives; None where it has none, and ids stay where they are."""
     if not isinstance(model, nn.Module):
         return None
     return next((parameter.device for parameter in model.parameters()), None)
@@ -201,7 +201,7 @@ def _device_of(model: Callable[..., Any]) -> torch.device | None:
 
 @contextmanager
 def _evaluation(model: Callable[..., Any]) -> Iterator[None]:
-    """A module is in evaluation mode inside and has its mode back outside; a GraphModule is left as it is."""
+    """Keep a module in evaluation mode for a while; leave a graph, which has one mode only, as it is."""
     if not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule) or not model.training:
         yield
         return

@@ -1,4 +1,4 @@
-"""Multiple-choice questions in a local file become a task of lm-evaluation-harness, without a hub."""
+"""Tasks of lm-evaluation-harness made of multiple-choice questions in a local file, without a hub."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ __all__ = ["LocalTask", "make_task", "read_questions"]
 
 _SPLIT = "test"
 _ROWS_NAMED = 3
+"""Lines that an error names: enough to see whether one is broken or the file is of another kind."""
 _EXPECTED = '{"query", "choices", "gold"} or {"context_options", "continuation", "gold"}'
 
 
@@ -38,7 +39,7 @@ class LocalTask:
 
 
 def make_task(name: str, local: LocalTask) -> Any:
-    """A task of lm-evaluation-harness named ``name``, with accuracy and, for choices, accuracy by choice length.
+    """Return a task of lm-evaluation-harness named ``name``, with accuracy and, for choices, accuracy by choice length.
 
     Raises:
         EvaluationError: the file is missing, empty or holds a line that is no question.
@@ -65,7 +66,7 @@ def make_task(name: str, local: LocalTask) -> Any:
 
 
 def read_questions(local: LocalTask) -> list[dict[str, Any]]:
-    """The questions of a file, checked, with the suffix in place.
+    """Return the questions of a file, checked, with the suffix in place.
 
     Raises:
         EvaluationError: as for :func:`make_task`; the message names the first lines at fault.
@@ -98,7 +99,7 @@ def read_questions(local: LocalTask) -> list[dict[str, Any]]:
 
 
 def _question(line: str, suffix: str) -> tuple[dict[str, Any], str]:
-    """A checked question, or what is wrong with the line."""
+    """Return a checked question, or what is wrong with the line."""
     try:
         row = json.loads(line)
     except ValueError as error:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fxprune.errors import EvaluationError
 from fxprune.evaluation.tasks import LocalTask, make_task
+from fxprune.graph.silence import quiet
 
 __all__ = ["PAPER_TASKS", "TaskScore", "named_tasks", "zero_shot"]
 
@@ -23,7 +23,13 @@ PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_chal
 Task = str | Path | LocalTask
 
 _RESAMPLES = 100
-"""For standard errors of metrics other than means, which have theirs in closed form."""
+"""For standard errors of metrics other than means, which have theirs in closed form.
+
+A hundred resamples give one to 7%; the harness's own 100,000 take minutes.
+"""
+
+_LONGEST = 300
+"""Characters of the harness's own messages that are repeated; some list every task there is."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class TaskScore:
 
 
 def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, Task]:
-    """Tasks by name.
+    """Return tasks by name.
 
     Args:
         tasks: names that lm-evaluation-harness knows, JSONL files (by path or :class:`LocalTask`), alone or in a
@@ -72,7 +78,7 @@ def zero_shot(
     limit: int | None = None,
     batch: int = 8,
 ) -> dict[str, TaskScore]:
-    """Accuracy by task.
+    """Measure the accuracy of a model on tasks.
 
     Args:
         model: a Hugging Face model; it is asked as it is, where it is, and left in its mode.
@@ -92,14 +98,14 @@ def zero_shot(
             remedy="Pass result.model; where there is none, report.model_reasons says why",
         )
     named, mode = named_tasks(tasks), model.training
-    with _quiet():
+    with quiet(logging.WARNING):
         try:
             found = _run(model, copy.deepcopy(tokenizer), named, limit, batch)
         except (KeyError, ValueError, OSError) as error:
             if isinstance(error, EvaluationError):
                 raise
             raise EvaluationError(
-                f"{type(error).__name__}: {str(error)[:300]}",
+                f"{type(error).__name__}: {str(error)[:_LONGEST]}",
                 where=f"tasks {sorted(named)}",
                 remedy="Names must be known to lm-eval and their data on the hub or in the cache; "
                 "local questions go in as a .jsonl file",
@@ -110,7 +116,7 @@ def zero_shot(
 
 
 def _run(model: Any, tokenizer: Any, named: Mapping[str, Task], limit: int | None, batch: int) -> Mapping[str, Any]:
-    """What the harness found; random number generators are left alone."""
+    """Run the harness, leaving random number generators alone; return what it found."""
     try:
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -160,15 +166,3 @@ def _score(name: str, found: Mapping[str, Any]) -> TaskScore:
         others=others,
         correct=tuple(float(sample[metric]) for sample in samples),
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The harness reports errors alone."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

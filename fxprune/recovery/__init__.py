@@ -1,4 +1,4 @@
-"""What pruning took is learnt again: low-rank updates of the pruned projections, trained a little and merged."""
+"""Recovery of what pruning took: low-rank updates of the pruned projections, trained a little and merged."""
 
 from fxprune.recovery.data import DataReport
 from fxprune.recovery.distil import Distillation

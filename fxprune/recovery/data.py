@@ -12,23 +12,25 @@ from typing import Any
 
 import torch
 
-from fxprune.calibration import IGNORED
+from fxprune.data.calibration import IGNORED
+from fxprune.data.text import paragraphs
 from fxprune.errors import DataError
 from fxprune.recovery.formats import Example, Formatter, kind_of
 from fxprune.recovery.rows import BadRow, read_rows
 from fxprune.recovery.settings import RecoverySettings
-from fxprune.text import paragraphs
 
 __all__ = ["DataReport", "TrainingData", "collate", "read_training_data"]
 
 _NAMED = 5
+"""Reasons, and rows of each, that a message names: it fits a few lines, and shows what kind of row is bad."""
+
 _PASSAGE = 2000
-"""Characters of the runs of paragraphs that a text is split by."""
+"""Characters of the runs of paragraphs that a text is split by: about two samples of the default length."""
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the rows.
+    """What became of the rows that were read.
 
     Args:
         rows: how many were read.
@@ -55,7 +57,7 @@ class DataReport:
     digest: str = ""
 
     def notes(self) -> tuple[str, ...]:
-        """What a user should know, in words: nothing where every row was used whole."""
+        """Return what a user should know, in words: nothing where every row was used whole."""
         found = []
         if self.bad:
             found.append(f"{len(self.bad)} of {self.rows} rows left out: {_named(self.bad)}")
@@ -68,7 +70,13 @@ class DataReport:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Samples to train on, samples to judge by, and what became of the rows."""
+    """Samples to train on, samples to judge by, and what became of the rows.
+
+    Args:
+        train: samples to train on.
+        held_out: samples to take the held-out loss on; they share no row and no paragraph with the others.
+        report: what became of the rows.
+    """
 
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
@@ -76,7 +84,7 @@ class TrainingData:
 
 
 def read_training_data(data: Any, tokenizer: Any, settings: RecoverySettings) -> TrainingData:
-    """Samples of ``data``, split at random into training and held-out ones.
+    """Read samples and split them at random into training and held-out ones.
 
     Args:
         data: as for :func:`fxprune.recovery.rows.read_rows`.
@@ -121,7 +129,7 @@ def read_training_data(data: Any, tokenizer: Any, settings: RecoverySettings) ->
 
 
 def collate(examples: Sequence[Example], padding: int) -> dict[str, torch.Tensor]:
-    """A batch: ids, mask and labels ``(samples, longest)``, padded at the end.
+    """Return a batch: ids, mask and labels ``(samples, longest)``, padded at the end.
 
     Args:
         examples: of one batch.
@@ -181,7 +189,7 @@ class _Rows:
 
 
 def _parted(items: Sequence[Any], held_out: float, generator: random.Random) -> tuple[list[Any], list[Any]]:
-    """Two parts at random; both in random order."""
+    """Return two parts at random, both in random order; the second is the one held out."""
     if not items:
         return [], []
     order = list(items)
@@ -192,7 +200,7 @@ def _parted(items: Sequence[Any], held_out: float, generator: random.Random) -> 
 
 
 def _passages(texts: Iterable[str]) -> list[list[str]]:
-    """Runs of paragraphs, each paragraph once: what is short enough to be split by, and long enough to read."""
+    """Return runs of paragraphs, each paragraph once: short enough to split a text by, long enough to read."""
     found: list[list[str]] = []
     seen: set[str] = set()
     for text in texts:
@@ -209,7 +217,13 @@ def _passages(texts: Iterable[str]) -> list[list[str]]:
 
 
 def _packed(passages: Iterable[Sequence[str]], formatter: Formatter, elsewhere: set[str]) -> list[Example]:
-    """Passages one after the other, parted by the end-of-text token, cut into windows."""
+    """Return passages one after the other, parted by the end-of-text token and cut into windows.
+
+    Args:
+        passages: runs of paragraphs.
+        formatter: encodes them.
+        elsewhere: paragraphs of the other part, which are left out.
+    """
     ids: list[int] = []
     end = formatter.tokenizer.eos_token_id
     for passage in passages:
@@ -230,7 +244,7 @@ def _nothing(data: Any, rows: int, bad: Sequence[BadRow]) -> DataError:
 
 
 def _named(bad: Sequence[BadRow]) -> str:
-    """Reasons with their number and the first rows, the commonest first."""
+    """Return the reasons why rows are bad, the commonest first, each with its first rows and how many more."""
     by_reason: dict[str, list[str]] = {}
     for row in bad:
         by_reason.setdefault(row.why, []).append(row.where)

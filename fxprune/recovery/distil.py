@@ -1,4 +1,4 @@
-"""The dense model as teacher: the student's next-token distribution is drawn towards the teacher's."""
+"""Distillation: a loss that draws the student's next-token distribution towards that of a teacher, the dense model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.calibration import IGNORED
+from fxprune.data.calibration import IGNORED
 from fxprune.errors import RecoveryError
 from fxprune.recovery.lora import evaluating
 
 __all__ = ["Distillation", "distillation_sum"]
 
 _SLICE = 512
-"""Positions compared at once: bounds the memory of two float32 distributions over the vocabulary."""
+"""Positions compared at once: two float32 distributions over 128,000 tokens take half a gigabyte then."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class Distillation:
     Args:
         teacher: usually the dense model. It is used where it is and as it is, on another device or in lower precision
             as well; it is not trained and not changed.
-        weight: of the teacher, in (0, 1].
-        temperature: above 0; higher ones show more of what the teacher holds possible.
+        weight: of the teacher, in (0, 1]; by default both count alike.
+        temperature: above 0; higher ones show more of what the teacher holds possible. 1 softens nothing,
+            and the default does so mildly.
     """
 
     teacher: Any
@@ -50,10 +51,13 @@ class Distillation:
             raise RecoveryError(f"{self.temperature}, it must be above 0", where="temperature")
 
     def check(self, student: Any) -> None:
-        """Teacher and student speak of the same tokens.
+        """Refuse a student that the teacher cannot teach.
+
+        Args:
+            student: the model to train.
 
         Raises:
-            RecoveryError: their vocabularies differ in size.
+            RecoveryError: the vocabularies of both differ in size, or the teacher is the student.
         """
         sizes = [_vocabulary(model) for model in (self.teacher, student)]
         if sizes[0] != sizes[1]:
@@ -66,7 +70,7 @@ class Distillation:
             raise RecoveryError("the teacher is the student", where="teacher", remedy="Pass the dense model")
 
     def divergence_sum(self, inputs: dict[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
-        """The sum of ``temperature^2 * KL`` over the counted tokens.
+        """Return the sum of ``temperature^2 * KL`` over the counted tokens.
 
         Args:
             inputs: the student's: ids, mask and labels ``(samples, tokens)``.
@@ -85,7 +89,7 @@ class Distillation:
 
 
 def distillation_sum(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """``temperature^2`` times the sum of KL(teacher || student) over positions, in float32.
+    """Return ``temperature^2`` times the sum of KL(teacher || student) over positions, in float32.
 
     Args:
         student: logits ``(positions, vocabulary)``.

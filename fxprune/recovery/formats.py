@@ -1,4 +1,4 @@
-"""Rows become token ids and labels: instructions by the Alpaca template, chats by the model's, plain text."""
+"""Formats of rows: instructions by the Alpaca template, chats by the model's; as token ids with labels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fxprune.calibration import IGNORED
+from fxprune.data.calibration import IGNORED
 from fxprune.recovery.rows import BadRow
 
 __all__ = ["TEMPLATE", "TEMPLATE_WITH_INPUT", "Example", "Formatter", "kind_of"]
@@ -20,9 +20,13 @@ TEMPLATE_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-"""Prompts. Source: Taori et al., Stanford Alpaca (2023)."""
+"""Prompts, without and with an input. Source: Taori et al., Stanford Alpaca (2023)."""
 
 _FIELDS = {"instruction": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
+"""The fields that a row of each format must have."""
+
+_LONGEST = 80
+"""Characters of a chat template's error that are repeated: rows are named by the reason, which has to stay short."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Example:
 
     Args:
         ids: token ids.
-        labels: the same, :data:`fxprune.calibration.IGNORED` where a token does not count in the loss.
+        labels: the same, :data:`fxprune.data.calibration.IGNORED` where a token does not count in the loss.
         cut: whether it was longer than allowed.
     """
 
@@ -41,7 +45,7 @@ class Example:
 
 
 def kind_of(row: Any, wanted: str) -> tuple[str, str]:
-    """The format of a row and nothing, or nothing and why it has none.
+    """Return the format of a row and no reason, or no format and the reason why.
 
     Args:
         row: as it was read.
@@ -63,7 +67,7 @@ def kind_of(row: Any, wanted: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Formatter:
-    """Rows of instructions and chats to examples.
+    """Turns rows of instructions and chats into examples.
 
     Args:
         tokenizer: the model's.
@@ -76,7 +80,13 @@ class Formatter:
     response_only: bool
 
     def example(self, row: Mapping[str, Any], kind: str, where: str) -> Example | BadRow:
-        """The example of a row, or what is wrong with it."""
+        """Return the example of a row, or what is wrong with it.
+
+        Args:
+            row: an instruction or a chat.
+            kind: its format.
+            where: its place in the data, for messages.
+        """
         made = self._instruction(row) if kind == "instruction" else self._chat(row)
         if isinstance(made, str):
             return BadRow(where, made)
@@ -87,7 +97,7 @@ class Formatter:
         return example
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids of a text; with the tokens that the tokenizer puts around one, where ``special``."""
+        """Return the token ids of a text; with the tokens that the tokenizer puts around one, where ``special``."""
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def _instruction(self, row: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]] | str:
@@ -103,7 +113,7 @@ class Formatter:
         return tuple(whole), tuple([IGNORED] * start + whole[start:])
 
     def _closed(self, ids: list[int]) -> list[int]:
-        """The ids with the end-of-text token once at their end."""
+        """Return the ids with the end-of-text token once at their end."""
         end = self.tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
@@ -124,8 +134,8 @@ class Formatter:
                     start = _shared(whole, self._rendered(messages[:turn], prompt=True)) if turn else 0
                     end = _shared(whole, self._rendered(messages[: turn + 1]))
                     labels[start:end] = whole[start:end]
-        except Exception as error:
-            return f"the chat template refuses it: {type(error).__name__}: {str(error)[:80]}"
+        except Exception as error:  # a template is a program of the tokenizer's makers, and may raise anything
+            return f"the chat template refuses it: {type(error).__name__}: {str(error)[:_LONGEST]}"
         return tuple(whole), tuple(labels)
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> list[int]:
@@ -134,7 +144,7 @@ class Formatter:
 
 
 def _unfit(messages: Any) -> str:
-    """What is wrong with the messages of a chat; nothing where nothing is."""
+    """Return what is wrong with the messages of a chat; empty where nothing is."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         return "'messages' is not a list of messages"
     for message in messages:
@@ -146,7 +156,7 @@ def _unfit(messages: Any) -> str:
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens both begin with: a prompt's last one may merge with what follows it."""
+    """Return how many tokens both begin with: a prompt's last one may merge with what follows it."""
     for number, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
             return number

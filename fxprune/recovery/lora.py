@@ -1,9 +1,9 @@
-"""Low-rank updates sit beside the projections that a plan shrank, and leave no trace once they are merged."""
+"""Low-rank updates beside the projections that a plan shrank; they leave no trace once they are merged."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fxprune.emit.names import slim_name
 from fxprune.errors import RecoveryError, VerificationError
-from fxprune.plan import Plan
+from fxprune.masking.compare import TOLERANCE, compare
 from fxprune.recovery.settings import RecoverySettings
-from fxprune.verify import TOLERANCE, compare
+from fxprune.removal.plan import Plan
 
-__all__ = ["Targets", "attach_lora", "evaluating", "find_targets", "merge_lora", "slim_name"]
+__all__ = ["Targets", "attach_lora", "evaluating", "find_targets", "merge_lora"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Targets:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A model is in evaluation mode inside, and in its own outside."""
+    """Keep a model in evaluation mode for a while."""
     mode = model.training
     if mode:
         model.eval()
@@ -47,7 +48,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def find_targets(model: nn.Module, plan: Plan | None) -> Targets:
-    """The linear maps of a slim model whose weight the plan shrank; all but the output's where none shrank.
+    """Find the linear maps of a slim model whose weight the plan shrank; all but the output's where none shrank.
 
     A weight that two modules share is left out: an update merged into one of them would change the other.
 
@@ -84,28 +85,13 @@ def find_targets(model: nn.Module, plan: Plan | None) -> Targets:
     return Targets(tuple(dict.fromkeys(modules)), skipped)
 
 
-def slim_name(name: str, removed_blocks: Iterable[str]) -> str | None:
-    """The name that a dense tensor has in the slim model, where blocks after a removed one move up; None if gone.
+def attach_lora(model: Any, targets: Targets, settings: RecoverySettings) -> Any:
+    """Put trainable low-rank updates beside the targets of a model; freeze all else.
 
     Args:
-        name: of the dense model.
-        removed_blocks: module paths such as ``"layers.3"``.
-    """
-    gone: dict[str, list[int]] = {}
-    for block in removed_blocks:
-        stack, _, index = block.rpartition(".")
-        gone.setdefault(stack, []).append(int(index))
-    for stack, indices in gone.items():
-        index, dot, rest = name.removeprefix(f"{stack}.").partition(".")
-        if name.startswith(f"{stack}.") and index.isdigit():
-            if int(index) in indices:
-                return None
-            return f"{stack}.{int(index) - sum(i < int(index) for i in indices)}{dot}{rest}"
-    return name
-
-
-def attach_lora(model: Any, targets: Targets, settings: RecoverySettings) -> Any:
-    """The model with trainable low-rank updates beside its targets; all else is frozen.
+        model: the slim model.
+        targets: the projections that get an update.
+        settings: rank, scale and dropout of the updates.
 
     Returns:
         PEFT's wrapper around ``model``, which itself holds the updates until :func:`merge_lora`.
@@ -124,20 +110,23 @@ def attach_lora(model: Any, targets: Targets, settings: RecoverySettings) -> Any
     return get_peft_model(model, config)
 
 
-def merge_lora(wrapped: Any, probe: Mapping[str, torch.Tensor]) -> tuple[Any, float]:
-    """The model alone, with the updates added to its weights, and by how much its logits moved in doing so.
+def merge_lora(wrapped: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, float]:
+    """Add the updates to the weights of the model, and remove them beside it.
 
     Args:
         wrapped: what :func:`attach_lora` returned.
-        probe: inputs to compare on.
+        inputs: keyword inputs to compare the model on, before and after.
+
+    Returns:
+        The model alone, and by how much its logits moved, relative to the largest or 1.
 
     Raises:
-        VerificationError: a logit of a float32 model moved by more than 1e-4. Weights in lower precision are rounded
-            once more, by which logits move too; then only one that is no number is refused.
+        VerificationError: logits of a float32 model moved by more than the tolerance. Weights in lower precision are
+            rounded once more, by which logits move too; then only one that is no number is refused.
     """
-    before = _logits(wrapped, probe)
+    before = _logits(wrapped, inputs)
     model = wrapped.merge_and_unload(safe_merge=True)
-    error = compare([before], [_logits(model, probe)])
+    error = compare([before], [_logits(model, inputs)])
     precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
     if error > TOLERANCE if precise else error == float("inf"):
         raise VerificationError(
@@ -149,6 +138,7 @@ def merge_lora(wrapped: Any, probe: Mapping[str, torch.Tensor]) -> tuple[Any, fl
 
 
 def _wanted(model: nn.Module, plan: Plan | None) -> Iterator[str]:
+    """Yield the names of the parameters to train, in the model's order."""
     if plan is None or not plan.kept:
         get_output = getattr(model, "get_output_embeddings", None)
         output = get_output() if callable(get_output) else None
@@ -168,10 +158,10 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _logits(model: Any, probe: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad(), evaluating(model):
         device = next(model.parameters()).device
         logits: torch.Tensor = model(
-            **{name: value.to(device) for name, value in probe.items()}, use_cache=False
+            **{name: value.to(device) for name, value in inputs.items()}, use_cache=False
         ).logits
     return logits.float()

@@ -1,4 +1,4 @@
-"""Whose model is trained, and in what state it is given back."""
+"""Ownership of what is trained: copies of models, their state afterwards, and folders of checkpoints."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
 from fxprune.errors import RecoveryError, VerificationError
-from fxprune.fork import fork
-from fxprune.shrinking import Result
-from fxprune.tensors import get_tensor, names_by_identity, set_tensor, weights
+from fxprune.graph.fork import fork
+from fxprune.graph.tensors import get_tensor, names_by_identity, set_tensor, weights
+
+if TYPE_CHECKING:
+    from fxprune.result import Result
 
 __all__ = ["as_before", "claim", "fingerprint", "last_checkpoint", "own", "run_folder"]
 
@@ -26,7 +28,7 @@ _RUN = "recovery.json"
 
 
 def own(source: PreTrainedModel, result: Result | None, inplace: bool) -> tuple[PreTrainedModel, Result | None]:
-    """A model to train, and the result it belongs to, with a graph that shares its tensors; copies unless in place."""
+    """Return a model to train and the result it belongs to, whose graph shares its tensors; copies unless in place."""
     if inplace:
         return source, result
     model = copy.deepcopy(source)
@@ -41,7 +43,7 @@ def own(source: PreTrainedModel, result: Result | None, inplace: bool) -> tuple[
 
 @contextmanager
 def as_before(model: PreTrainedModel) -> Iterator[None]:
-    """Whatever training does to a model, afterwards it has its names, shapes, modes, flags, config and device again.
+    """Give a model its names, modes, flags, config and device back, whatever training does to it meanwhile.
 
     Raises:
         VerificationError: a parameter or buffer came or went, or changed its shape.
@@ -69,7 +71,7 @@ def as_before(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def run_folder(folder: str | Path | None) -> Iterator[Path]:
-    """A folder for checkpoints: the caller's, or one that is gone afterwards.
+    """Yield a folder for checkpoints: the caller's, or one that is gone afterwards.
 
     Raises:
         RecoveryError: several processes train, and have no folder in common.
@@ -86,7 +88,11 @@ def run_folder(folder: str | Path | None) -> Iterator[Path]:
 
 
 def claim(folder: Path, run: Mapping[str, Any]) -> None:
-    """The folder is that of the run described, or becomes so.
+    """Make a folder that of the run described, unless it belongs to another.
+
+    Args:
+        folder: the folder.
+        run: what tells this run from others, as plain data.
 
     Raises:
         RecoveryError: it holds checkpoints of another run; the message says in what they differ.
@@ -110,14 +116,17 @@ def claim(folder: Path, run: Mapping[str, Any]) -> None:
 
 
 def fingerprint(model: torch.nn.Module, names: tuple[str, ...]) -> list[float]:
-    """Two numbers that tell the weights of named modules from others of the same shape, to six digits."""
+    """Return two numbers that tell the weights of named modules from others of the same shape.
+
+    They have six digits, so that sums taken in another order give the same.
+    """
     tensors = [model.get_submodule(name)._parameters["weight"] for name in names]
     sums = [float(t.detach().double().abs().sum()) for t in tensors if t is not None]
     return [float(f"{sum(sums):.6g}"), float(f"{max(sums):.6g}")]
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; the state is what the trainer writes last."""
+    """Return the newest checkpoint that was written to its end; None if there is none."""
     found = []
     for path in folder.glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
@@ -127,6 +136,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _complete(path: Path) -> bool:
+    """Whether a checkpoint was written to its end: the state is what the trainer writes last."""
     try:
         json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

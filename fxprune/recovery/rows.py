@@ -1,4 +1,4 @@
-"""Rows of training data come from files, hub data sets or memory; those that cannot be read are named."""
+"""Rows of training data, read from files, hub data sets or memory; those that cannot be read are named."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fxprune.data.text import offline_text
 from fxprune.errors import DataError
-from fxprune.text import offline_text
 
 __all__ = ["BadRow", "read_rows"]
 
 _SUFFIXES = (".json", ".jsonl", ".txt", ".parquet")
+
+_LONGEST = 300
+"""Characters of another package's message that are repeated; some go on for pages."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class BadRow:
 
 
 def read_rows(data: Any) -> Iterator[tuple[str, Any]]:
-    """Each row with its place, or a :class:`BadRow` in its stead.
+    """Yield each row with its place, or a :class:`BadRow` in its stead.
 
     Args:
         data: None for the standard library's own text; a path ending in .json, .jsonl, .txt or .parquet; the id of a
@@ -76,7 +79,7 @@ def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _document(content: str, path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows of a JSON document: a list, a list under one key, or objects on lines of their own."""
+    """Return the rows of a JSON document: a list, a list under one key, or objects on lines of their own."""
     try:
         loaded = json.loads(content)
     except ValueError as error:
@@ -92,7 +95,7 @@ def _document(content: str, path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _lines(content: str) -> Iterator[tuple[str, Any]]:
-    """One row a line, so that a broken one is named and the others are read."""
+    """Yield one row a line, so that a broken one is named and the others are read."""
     for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
@@ -119,9 +122,9 @@ def _load(path: str, where: str, *args: Any, **options: Any) -> Iterable[Any]:
         ) from error
     try:
         rows: Iterable[Any] = datasets.load_dataset(path, *args, split="train", **options)
-    except Exception as error:
+    except Exception as error:  # the network, the hub and the loader of the data set raise what they like
         raise DataError(
-            f"cannot be loaded: {type(error).__name__}: {str(error)[:300]}",
+            f"cannot be loaded: {type(error).__name__}: {str(error)[:_LONGEST]}",
             where=where,
             remedy=f"Give a path ending in one of {_SUFFIXES}, or the id of a data set that can be reached",
         ) from error

@@ -1,4 +1,4 @@
-"""The face of recovery: a slim model is trained a little, and comes back with the shape it had."""
+"""Recovery in one call: train a slim model a little, and give it back with the shape it had."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
 from fxprune.errors import DataError, RecoveryError, UnsupportedModelError
-from fxprune.plan import Plan
+from fxprune.masking.compare import TOLERANCE
 from fxprune.recovery.data import DataReport, TrainingData, collate, read_training_data
 from fxprune.recovery.distil import Distillation
 from fxprune.recovery.lora import Targets, attach_lora, find_targets, merge_lora
 from fxprune.recovery.ownership import as_before, claim, fingerprint, last_checkpoint, own, run_folder
 from fxprune.recovery.settings import RecoverySettings, settings_from
-from fxprune.shrinking import Result
-from fxprune.verify import TOLERANCE
+from fxprune.removal.plan import Plan
+
+if TYPE_CHECKING:
+    from fxprune.result import Result
 
 __all__ = ["Recovery", "recover"]
 
@@ -58,7 +60,7 @@ class Recovery:
     notes: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the model, as plain data."""
+        """Return everything but the model, as plain data."""
         whole = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("model", "result")}
         return {
             name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
@@ -66,7 +68,7 @@ class Recovery:
         }
 
     def to_json(self) -> str:
-        """:meth:`to_dict` as a JSON document."""
+        """Return :meth:`to_dict` as a JSON document."""
         return json.dumps(self.to_dict(), indent=2)
 
 
@@ -109,7 +111,7 @@ def recover(
         VerificationError: merging changed what the model computes.
     """
     chosen = settings_from(settings, changes)
-    result = pruned if isinstance(pruned, Result) else None
+    result: Result | None = pruned if hasattr(pruned, "graph_module") else None
     _check(pruned, result, tokenizer)
     if isinstance(distil, PreTrainedModel):
         distil = Distillation(distil)
@@ -121,15 +123,8 @@ def recover(
     _check_ids(samples, source)
     model, result = own(source, result, inplace)
     with run_folder(folder) as path, as_before(model):
-        run = {
-            "settings": dataclasses.asdict(chosen),
-            "data": samples.report.digest,
-            "targets": list(targets.modules),
-            "weights": fingerprint(model, targets.modules),
-            "distil": None if distil is None else [distil.weight, distil.temperature],
-        }
-        claim(path, run)
         job = _Job(model, samples, targets, chosen, path, tokenizer, distil, dict(arguments or {}))
+        claim(path, job.identity())
         outcome = job.run()
     notes = (*samples.report.notes(), *outcome.pop("notes"))
     return Recovery(model, result, targets=targets, data=samples.report, settings=chosen, notes=notes, **outcome)
@@ -148,8 +143,19 @@ class _Job:
     distillation: Distillation | None
     arguments: dict[str, Any]
 
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this training from others: it goes on from a checkpoint only where all of it is equal."""
+        teacher = self.distillation
+        return {
+            "settings": dataclasses.asdict(self.settings),
+            "data": self.samples.report.digest,
+            "targets": list(self.targets.modules),
+            "weights": fingerprint(self.model, self.targets.modules),
+            "distil": None if teacher is None else [teacher.weight, teacher.temperature],
+        }
+
     def run(self) -> dict[str, Any]:
-        """Train and merge; what is known then, by field of :class:`Recovery`."""
+        """Train and merge; return what is known then, by field of :class:`Recovery`."""
         from transformers import set_seed
 
         from fxprune.recovery.train import make_trainer
@@ -174,10 +180,10 @@ class _Job:
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
             plain = trainer.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
             wrapped = self._gathered(trainer) if sharded else plain
-            probe = collate(self.samples.held_out[:2], _padding(self.tokenizer))
-            del probe["labels"]
-            _, error = merge_lora(wrapped, probe)
-        except BaseException:
+            inputs = collate(self.samples.held_out[:2], _padding(self.tokenizer))  # two tell if padding matters
+            del inputs["labels"]
+            _, error = merge_lora(wrapped, inputs)
+        except BaseException:  # an interrupt, too, must not leave updates in the caller's model
             if not sharded:
                 wrapped.unload()
             raise
@@ -200,7 +206,7 @@ class _Job:
         }
 
     def _gathered(self, trainer: Any) -> Any:
-        """The whole model with the updates that were trained in pieces on several devices."""
+        """Return the whole model with the updates that were trained in pieces on several devices."""
         from peft import PeftModel
 
         adapter = self.folder / "adapter"
@@ -237,7 +243,7 @@ def _check_ids(samples: TrainingData, model: PreTrainedModel) -> None:
 
 
 def _leave_fp16(model: PreTrainedModel) -> list[str]:
-    """Weights in fp16 become bfloat16 where the device has it, else float32: fp16 loses small updates."""
+    """Turn weights in fp16, which loses small updates, into bfloat16 where the device has it, else float32."""
     from fxprune.recovery.train import has_bf16
 
     if not any(parameter.dtype == torch.float16 for parameter in model.parameters()):

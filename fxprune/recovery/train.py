@@ -1,4 +1,4 @@
-"""The training loop: transformers' own, with a teacher, an end when nothing improves, and a word when it diverges."""
+"""The training loop: transformers' own, with a teacher, an early end, and an error when training diverges."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from fxprune.calibration import IGNORED
+from fxprune.data.calibration import IGNORED
 from fxprune.errors import RecoveryError
 from fxprune.recovery.data import TrainingData, collate
 from fxprune.recovery.distil import Distillation
@@ -20,6 +20,7 @@ from fxprune.recovery.settings import RecoverySettings
 __all__ = ["RecoveryTrainer", "has_bf16", "make_trainer"]
 
 _WORSE_STEPS = 3
+"""Logged steps in a row that must be bad before training counts as diverged: a single batch may be hard."""
 
 
 class RecoveryTrainer(Trainer):
@@ -33,7 +34,7 @@ class RecoveryTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Cross-entropy, mixed with the divergence from the teacher; the held-out loss is cross-entropy alone."""
+        """Return cross-entropy, mixed with the divergence from the teacher; cross-entropy alone on held-out samples."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.distillation is not None and model.training:
             weight = self.distillation.weight
@@ -43,7 +44,7 @@ class RecoveryTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _divergence(self, inputs: Any, logits: torch.Tensor, items: Any) -> torch.Tensor:
-        """The mean over counted tokens, scaled for accumulation exactly as the cross-entropy is."""
+        """Return the mean over counted tokens, scaled for accumulation exactly as the cross-entropy is."""
         assert self.distillation is not None
         total: torch.Tensor = self.distillation.divergence_sum(inputs, logits)
         if items is None or not self.model_accepts_loss_kwargs:
@@ -55,7 +56,7 @@ class RecoveryTrainer(Trainer):
 
 
 class _Watch(TrainerCallback):
-    """Training ends when the held-out loss stops improving, and with an error when the loss runs away.
+    """Ends training when the held-out loss stops improving, and with an error when the loss runs away.
 
     Both are read from the log, which checkpoints carry: a resumed run decides as an uninterrupted one.
     """
@@ -67,7 +68,7 @@ class _Watch(TrainerCallback):
         self._stop_early(state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The last step is judged and kept as well."""
+        """Judge and keep the last step as well."""
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
 
@@ -80,6 +81,7 @@ class _Watch(TrainerCallback):
         for name in ("loss", "eval_loss"):
             if not math.isfinite(newest.get(name, 0.0)):
                 raise self._diverged(f"the {_WORDS[name]} became {newest[name]}", state.global_step)
+        # far above where it began, and worse than to guess every token alike, whose loss is log(vocabulary)
         worst = max(2 * losses[0], 1.2 * math.log(self.vocabulary)) if losses else math.inf
         if len(losses) > _WORSE_STEPS and min(losses[-_WORSE_STEPS:]) > worst:
             raise self._diverged(f"the training loss rose from {losses[0]:.2f} to {losses[-1]:.2f}", state.global_step)
@@ -113,7 +115,7 @@ def make_trainer(
     distillation: Distillation | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> RecoveryTrainer:
-    """A trainer of ``model``, ready to start or to resume.
+    """Return a trainer of ``model``, ready to start or to resume.
 
     Args:
         model: with its trainable parameters marked.
@@ -159,7 +161,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def _arguments(settings: RecoverySettings, folder: Path, samples: int, own: dict[str, Any]) -> dict[str, Any]:
-    """The recipe in the words of transformers, under the caller's own arguments."""
+    """Return the recipe in the words of transformers, under the caller's own arguments."""
     device = _device(bool(own.get("use_cpu", False)))
     use_cpu = device.type == "cpu"
     micro, accumulated = _divided(settings, use_cpu)
@@ -186,7 +188,7 @@ def _arguments(settings: RecoverySettings, folder: Path, samples: int, own: dict
         "prediction_loss_only": True,
         "save_strategy": "steps",
         "save_steps": every,
-        "save_total_limit": 2,
+        "save_total_limit": 2,  # the best and the newest
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
@@ -206,7 +208,7 @@ def _device(use_cpu: bool) -> torch.device:
 
 
 def _divided(settings: RecoverySettings, use_cpu: bool) -> tuple[int, int]:
-    """Samples of one forward pass on one device, and passes of one step, so that the batch comes out exactly."""
+    """Return samples of one forward pass on one device, and passes of one step, that make up the batch exactly."""
     alone = 1 if use_cpu else max(1, torch.cuda.device_count())
     devices = int(os.environ.get("WORLD_SIZE", alone))
     share, rest = divmod(settings.batch, devices)

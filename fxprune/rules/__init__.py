@@ -1,4 +1,4 @@
-"""One small rule per ATen op: which axes of its inputs and outputs are the same."""
+"""One small rule per op: which axes of its inputs and outputs are the same, and what it does with values."""
 
 from fxprune.rules import (
     attention,
@@ -6,6 +6,7 @@ from fxprune.rules import (
     contraction,
     convolution,
     creation,
+    cutting,
     indexing,
     norm,
     pointwise,
@@ -13,24 +14,32 @@ from fxprune.rules import (
     routing,
     shape,
 )
-from fxprune.rules.base import Literal, OpSite, TensorAxes
-from fxprune.rules.registry import find_rule, register_rule, rule
+from fxprune.rules.descriptions import describe
+from fxprune.rules.registry import Values, find_rule, register_rule, registered_rules, rule
+from fxprune.rules.site import OpSite
+from fxprune.rules.statements import Axis, Role, SizeArgument, TensorAxes
 
 __all__ = [
-    "Literal",
+    "Axis",
     "OpSite",
+    "Role",
+    "SizeArgument",
     "TensorAxes",
+    "Values",
     "attention",
     "complex",
     "contraction",
     "convolution",
     "creation",
+    "cutting",
+    "describe",
     "find_rule",
     "indexing",
     "norm",
     "pointwise",
     "reduction",
     "register_rule",
+    "registered_rules",
     "routing",
     "rule",
     "shape",

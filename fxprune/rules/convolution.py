@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from fxprune.axes import new_factor, product
-from fxprune.rules.base import OpSite, TensorAxes
 from fxprune.rules.registry import rule
+from fxprune.rules.site import OpSite
+from fxprune.rules.statements import TensorAxes
 
 __all__ = ["convolution", "im2col", "pixel_shuffle", "pool", "unfold"]
 
 
-@rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+@rule(
+    *("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    values="product",
+    added="bias",
+)
 def convolution(op: OpSite) -> None:
     """Weight ``(out, in / groups, kernel..)``, transposed ``(in, out / groups, kernel..)``.
 
@@ -18,7 +23,7 @@ def convolution(op: OpSite) -> None:
     """
     x, weight, bias = op.need("input"), op.need("weight"), op.tensor("bias")
     channel = x.rank - weight.rank + 1
-    transposed = bool(op.arg("transposed", "transpose" in str(op.node.target)))
+    transposed = bool(op.arg("transposed", "transpose" in op.name))
     spread, whole = ((x, channel), (op.out, channel)) if transposed else ((op.out, channel), (x, channel))
     groups = new_factor(op.arg("groups", 1))
     if channel:
@@ -31,7 +36,7 @@ def convolution(op: OpSite) -> None:
     if groups.size > 1:
         op.link(x, channel, op.out, channel)
         op.link(weight, 0, *whole)
-        op.literal("groups", groups)
+        op.size_argument("groups", groups)
     if bias is not None:
         op.tie(bias, 0, op.out, channel)
     for i in range(2, weight.rank):
@@ -69,14 +74,13 @@ _POOLS = (
 def pool(op: OpSite) -> None:
     """Each channel by itself; the last axes, as many as the op's name says, are slid over."""
     x = op.tensors[0]
-    name = op.node.target.name().partition(".")[0]  # type: ignore[union-attr]
-    space = next(int(sign) for sign in reversed(name) if sign.isdigit())
+    space = next(int(sign) for sign in reversed(op.name) if sign.isdigit())
     for out in op.outs:
         op.tie_all(x, out, but=range(-space, 0))
         for i in range(-space, 0):
             op.freeze(out, i, f"{op.node.target} slides over this axis")
-        for i in range(x.rank - space):
-            op.keep_zeros(out, i, (x, i))
+    for i in range(x.rank - space):
+        op.keep_zeros(op.out, i, (x, i))  # other outputs are positions
     for i in range(-space, 0):
         op.freeze(x, i, f"{op.node.target} slides over this axis")
 
@@ -121,7 +125,7 @@ def pixel_shuffle(op: OpSite) -> None:
 def _spread(op: OpSite, many: TensorAxes, i: int, few: TensorAxes, j: int, reason: str) -> None:
     """Axis ``i`` of ``many`` is axis ``j`` of ``few`` times some that are fixed; the axes before are the same."""
     inner = new_factor(many.sizes[i] // few.sizes[j])
-    op.journal.solver.freeze(inner, reason, op.node.name)
+    op.freeze_expr(inner, reason)
     op.equate(product(few.axes[j], inner), many.axes[i])
     op.link(many, i, few, j)
     x, y = (many, i) if op.out is few else (few, j)

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-from fxprune.rules.base import OpSite
 from fxprune.rules.registry import rule
+from fxprune.rules.site import OpSite
 
-__all__ = ["constant", "like", "numbered"]
+__all__ = ["constant", "numbered", "zeros", "zeros_like"]
+
+rule(
+    *("ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
+    notation="self[*a] -> out[*a]",
+    values="shape",
+)
+rule("lift_fresh", notation="self[*a] -> out[*a]", values="moved")
+rule("scalar_tensor", notation="-> out[]")
+rule("sym_size", "sym_stride", "sym_numel", notation="self[*a] -> ", values="shape")
 
 
-@rule("full", "zeros", "ones", "empty", "new_full", "new_zeros", "new_ones", "new_empty")
+@rule("full", "ones", "empty", "new_full", "new_ones", "new_empty", values="shape")
 def constant(op: OpSite) -> None:
     """The same value everywhere: each axis takes the size of whatever it is used with."""
     for i, axis in enumerate(op.out.axes):
-        op.literal("size", axis, i)
+        op.size_argument("size", axis, i)
 
 
-@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
-def like(op: OpSite) -> None:
-    """The axes of ``self``."""
+@rule("zeros", "new_zeros", values="shape")
+def zeros(op: OpSite) -> None:
+    """As :func:`constant`, and zero for every unit."""
+    constant(op)
+    for i in range(op.out.rank):
+        op.keep_zeros(op.out, i)
+
+
+@rule("zeros_like", values="shape")
+def zeros_like(op: OpSite) -> None:
+    """The axes of ``self``, and zero for every unit."""
     op.tie_all(op.need("self"))
+    for i in range(op.out.rank):
+        op.keep_zeros(op.out, i)
 
 
 @rule("arange", "linspace", "eye", "tril_indices", "triu_indices", "rand", "randn", "randint", "randperm")
@@ -26,10 +45,3 @@ def numbered(op: OpSite) -> None:
     """Values that depend on their position: every unit has to stay."""
     for i in range(op.out.rank):
         op.freeze(op.out, i, f"{op.node.target} numbers this axis")
-
-
-@rule("scalar_tensor", "lift_fresh")
-def scalar(op: OpSite) -> None:
-    """No axes, or those of the input."""
-    for x in op.tensors:
-        op.tie_all(x)

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxprune.rules.base import OpSite
-from fxprune.rules.pointers import look_up
+from fxprune.rules.positions import look_up
 from fxprune.rules.registry import rule
+from fxprune.rules.site import OpSite
 
-__all__ = ["embedding", "index", "index_select"]
+__all__ = ["depends_on_position", "index", "index_select"]
 
-
-@rule("embedding")
-def embedding(op: OpSite) -> None:
-    """Row ``indices[..]`` of ``weight (rows, width)``: ``out (.., width)``."""
-    weight, indices = op.need("weight"), op.need("indices")
-    if not op.picks(indices, weight, 0):
-        op.freeze(weight, 0, "rows are looked up by number")
-    op.tie(weight, 1, op.out, -1)
-    op.tie_all(indices)
+rule("embedding", notation="weight[r, w], indices[*i] -> out[*i, w]  r by indices", values="picked")
 
 
-@rule("index")
+@rule("index", values="picked")
 def index(op: OpSite) -> None:
     """``self[i, j, ..]``: indexed axes are replaced by the broadcast axes of the indices, the others stay."""
     x, entries = op.need("self"), op.arg("indices")
@@ -33,6 +25,7 @@ def index(op: OpSite) -> None:
     for i, tensor in zip(indexed, tensors, strict=True):
         if tensor is not None:
             look_up(op, tensor, x, i)
+            op.freeze_tensor(tensor, "chosen by index")
     for i in range(at, at + shape_rank):
         op.freeze(op.out, i, "chosen by index")
     free = [i for i in range(x.rank) if i not in indexed]
@@ -43,22 +36,23 @@ def index(op: OpSite) -> None:
     for i, j in zip(free, places, strict=True):
         op.tie(x, i, op.out, j)
     if op.is_weight(x) and len(free) >= 2:
-        op.journal.picked.add(op.out.name)
+        op.pick_weights(op.out)
 
 
-@rule("index_select")
+@rule("index_select", values="picked")
 def index_select(op: OpSite) -> None:
     """Units of axis ``dim`` picked by number."""
-    x, dim = op.need("self"), op.arg("dim")
-    look_up(op, op.need("index"), x, dim)
+    x, index, dim = op.need("self"), op.need("index"), op.arg("dim")
+    look_up(op, index, x, dim)
+    op.freeze_tensor(index, "chosen by index")
     op.freeze(op.out, dim, "chosen by index")
     op.tie_all(x, but=(dim,))
     if op.is_weight(x) and x.rank >= 3:
-        op.journal.picked.add(op.out.name)
+        op.pick_weights(op.out)
 
 
-@rule("tril", "triu", "tril_", "triu_", "diff")
-def positional(op: OpSite) -> None:
+@rule("tril", "triu", "tril_", "triu_", "diff", values="reduced")
+def depends_on_position(op: OpSite) -> None:
     """Depends on the position along the last axes, which keep their units."""
     x = op.need("self")
     last = (-1,) if op.out.sizes != x.sizes else ()

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.compat import size_hint, tree_leaves
+from fxprune.graph.compat import size_hint, tree_leaves
 
 __all__ = ["outcome"]
 
 _DRAWS = 32
+"""Numbers that stand for anything: enough to hold both signs, small and large ones, and both truth values for sure."""
 
 
 @dataclass(frozen=True)

@@ -3,42 +3,35 @@
 from __future__ import annotations
 
 from fxprune.axes import concat
-from fxprune.rules.base import OpSite
 from fxprune.rules.registry import rule
+from fxprune.rules.site import OpSite
 
-__all__ = ["copy", "glu", "pointwise", "prelu", "type_as"]
+__all__ = ["glu", "pointwise", "prelu"]
 
 _SAME_SHAPE = (
     "add add_ sub sub_ mul mul_ div div_ pow neg where masked_fill masked_fill_ silu gelu relu tanh sigmoid softplus"
-    " to _to_copy clone contiguous detach alias lift_fresh_copy dropout feature_dropout native_dropout"
+    " dropout feature_dropout native_dropout"
     " alpha_dropout fill_ zero_ positive __and__ __or__ __xor__ bernoulli uniform_ normal_ max.other min.other"
     " polar complex real imag hardswish log_sigmoid special_expit special_erf floor_divide multiply divide"
-    " true_divide subtract absolute negative greater greater_equal less less_equal not_equal"
+    " true_divide subtract absolute negative"
 )
+_COMPARISONS = "eq ne lt le gt ge greater greater_equal less less_equal not_equal"
+
+rule("type_as", "to.other", notation="self[*a] -> out[*a]", values="cast", may_alias=True)
+rule("copy_", "copy", notation="self[*a], src[*a] -> out[*a]", values="pointwise")
 
 
-@rule(*_SAME_SHAPE.split())
+@rule("add.Tensor", "add_.Tensor", values="pointwise", adds=True)
+@rule("dropout", values="pointwise", may_alias=True)
+@rule("to", "contiguous", values="cast", may_alias=True)
+@rule("_to_copy", "clone", "detach", "alias", "lift_fresh_copy", values="cast")
+@rule(*_COMPARISONS.split(), values="compared")
+@rule(*_SAME_SHAPE.split(), values="pointwise")
 def pointwise(op: OpSite) -> None:
     """``out = f(x, y, ..)`` elementwise: every input broadcasts to the output."""
     for out in op.outs:
         for x in op.tensors:
             op.broadcast(x, out)
-
-
-@rule("type_as", "to.other")
-def type_as(op: OpSite) -> None:
-    """``self`` in the dtype of another tensor, whose shape does not matter."""
-    x = op.need("self")
-    op.tie_all(x)
-    for i in range(x.rank):
-        op.keep_zeros(op.out, i, (x, i))
-
-
-@rule("copy_", "copy")
-def copy(op: OpSite) -> None:
-    """``self`` takes the values of ``src``, which broadcasts to it."""
-    op.tie_all(op.need("self"))
-    op.broadcast(op.need("src"))
 
 
 @rule("prelu")

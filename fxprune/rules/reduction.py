@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxprune.rules.base import OpSite, TensorAxes
 from fxprune.rules.registry import rule
+from fxprune.rules.site import OpSite
+from fxprune.rules.statements import TensorAxes
 
 __all__ = ["add_up", "best", "cumsum", "order", "reduce", "scan", "share", "spread"]
 
@@ -18,25 +19,25 @@ def _dims(op: OpSite, x: TensorAxes) -> tuple[int, ...]:
     return tuple(i % max(x.rank, 1) for i in (dim if isinstance(dim, Sequence) else (dim,)))
 
 
-@rule("sum", "norm", "linalg_vector_norm")
+@rule("sum", "norm", "linalg_vector_norm", values="reduced")
 def add_up(op: OpSite) -> None:
     """A sum over ``dim``, of powers for a norm: units that are zero can go; the other axes stay."""
-    x = op.need("x" if "x" in op._arguments else "self")
+    x = op.need("x" if op.has("x") else "self")
     dims = _dims(op, x)
     order = op.arg("ord", op.arg("p", 2))
     for i in dims:
         if isinstance(order, int | float) and order >= 0:
             op.add_up((x, i))
         else:
-            op.renormalise(x, i)
+            op.take_statistic(x, i)
     _keep_others(op, x, dims)
 
 
-@rule("var", "std", "var_mean", "std_mean")
+@rule("var", "std", "var_mean", "std_mean", values="reduced")
 def spread(op: OpSite) -> None:
     """As :func:`reduce`; a spread divided by one less than the number of units needs two of them."""
     reduce(op)
-    x = op.need("x" if "x" in op._arguments else "self")
+    x = op.need("x" if op.has("x") else "self")
     dims = _dims(op, x)
     given = op.arg("correction", None)
     correction = int(op.arg("unbiased", True)) if given is None else int(given)
@@ -44,13 +45,14 @@ def spread(op: OpSite) -> None:
         op.need_units(x, dims[0], correction + 1)
 
 
-@rule("mean", "amax", "amin", "logsumexp")
+@rule("logsumexp")
+@rule("mean", "amax", "amin", values="reduced")
 def reduce(op: OpSite) -> None:
     """A statistic over ``dim``: removing units of it changes the statistic; the other axes stay."""
-    x = op.need("x" if "x" in op._arguments else "self")
+    x = op.need("x" if op.has("x") else "self")
     dims = _dims(op, x)
     for i in dims:
-        op.renormalise(x, i)
+        op.take_statistic(x, i)
     _keep_others(op, x, dims)
 
 
@@ -62,14 +64,15 @@ def best(op: OpSite) -> None:
         return
     x = op.need("self")
     (i,) = _dims(op, x)
-    op.renormalise(x, i)
+    op.take_statistic(x, i)
     _keep_others(op, x, (i,))
-    op.point_at(op.outs[-1], x, i)
+    op.hold_positions(op.outs[-1], x, i)
     if len(op.outs) == 1 or any(user.args[1:] == (1,) and user.users for user in op.node.users):
         op.need_units(x, i, 1)
 
 
-@rule("prod", "max", "min", "any", "all", "median", "mode", "kthvalue")
+@rule("prod", values="reduced")
+@rule("max", "min", "any", "all", "median", "mode", "kthvalue")
 def order(op: OpSite) -> None:
     """A value picked by comparison or product over ``dim``: its units are not free to go."""
     x = op.need("self")
@@ -101,13 +104,14 @@ def cumsum(op: OpSite) -> None:
             op.keep_zeros(op.out, i, (x, i))
 
 
-@rule("cumprod", "logcumsumexp", "flip", "roll")
+@rule("flip", "roll", values="moved")
+@rule("cumprod", "logcumsumexp")
 def scan(op: OpSite) -> None:
     """Each value depends on all, or on those before it, along ``dim``: that axis keeps its units."""
     x = op.need("self")
     op.tie_all(x)
     listed = tuple(i % x.rank for i in op.arg("dims", ())) or tuple(range(x.rank))  # a roll of none rolls all
-    dims = _dims(op, x) if "dim" in op._arguments else listed
+    dims = _dims(op, x) if op.has("dim") else listed
     for i in dims:
         op.freeze(x, i, f"{op.node.target} runs over this axis")
 

@@ -1,47 +1,167 @@
-"""Which rule belongs to which op. Anyone may register one for an op of their own::
+"""Which rule belongs to which op. Anyone may give one for an op of their own.
 
-@fxprune.rule("mylib::scaled_add")            # every overload, or "mylib::scaled_add.out" for one
-def scaled_add(op: fxprune.OpSite) -> None:
-    for x in op.tensors:
-        op.broadcast(x)
+The regular ones are a line of text (:mod:`fxprune.rules.notation`), others a function::
+
+    fxprune.rule("mylib::project", notation="x[*b, i], weight[o, i] -> out[*b, o]  sums i", values="product")
+
+    @fxprune.rule("mylib::scaled_add", values="pointwise")  # every overload, or "mylib::scaled_add.out" for one
+    def scaled_add(op: fxprune.OpSite) -> None:
+        for x in op.tensors:
+            op.broadcast(x)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeVar
 
-from fxprune.compat import OpOverload, is_pointwise
-from fxprune.rules.base import OpSite
+from torch import fx
 
-__all__ = ["find_rule", "register_rule", "rule"]
+from fxprune.errors import UnknownNameError
+from fxprune.graph.compat import OpOverload, is_pointwise
+from fxprune.rules.notation import read_notation
+from fxprune.rules.site import OpSite
 
-Rule = Callable[[OpSite], None]
+__all__ = ["Rule", "Values", "find_rule", "is_sum", "moves_values", "register_rule", "registered_rules", "rule"]
+
+Decorated = TypeVar("Decorated")
+
+
+class Values(StrEnum):
+    """What an op does with the values of its inputs."""
+
+    MOVED = "moved"
+    """Results hold the values of the first tensor, or list of tensors, at other places; repeats are allowed."""
+    PICKED = "picked"
+    """Results hold values of the first tensor, at places that another tensor names."""
+    CAST = "cast"
+    """Each element by itself, as another type or on another device; positions stay positions."""
+    POINTWISE = "pointwise"
+    """Each element by itself. What becomes of zeros is found by calling the op."""
+    COMPARED = "compared"
+    """As pointwise, and the same for the new positions of two units as for the old ones."""
+    SHAPE = "shape"
+    """Looks at shapes alone."""
+    PRODUCT = "product"
+    """Multiplies, and may add up: zero where one factor is zero and what is added is."""
+    REDUCED = "reduced"
+    """Makes zeros of zeros; nothing is known of other numbers."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is known about an op.
+
+    Args:
+        state: makes the statements about one use of the op.
+        values: what it does with values; None if nothing is known.
+        added: for a product, the argument that is added to it.
+        may_alias: whether it may return its input itself although its schema does not say so.
+        regroups: whether axes are grouped anew, which a view cannot do for any layout in memory.
+        adds: whether it is the sum of its first two arguments.
+    """
+
+    state: Callable[[OpSite], None]
+    values: Values | None = None
+    added: str = ""
+    may_alias: bool = False
+    regroups: bool = False
+    adds: bool = False
+
 
 _RULES: dict[str, Rule] = {}
 
-
-def register_rule(name: str, function: Rule) -> None:
-    """Use ``function`` for the op ``name`` (``"namespace::op"`` or ``"namespace::op.overload"``)."""
-    _RULES[name if "::" in name else f"aten::{name}"] = function
+_TAGGED = "aten::mul"
+"""The op whose rule goes for every op that torch itself marks as pointwise."""
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Decorator: the rule for the ops ``names``; a name without namespace is one of ATen's."""
+def rule(
+    *names: str,
+    notation: str | None = None,
+    values: Values | str | None = None,
+    added: str = "",
+    may_alias: bool = False,
+    regroups: bool = False,
+    adds: bool = False,
+) -> Callable[[Decorated], Decorated]:
+    """Give the ops ``names`` a rule: the decorated function, or ``notation``.
 
-    def decorate(function: Rule) -> Rule:
+    With a notation the ops have their rule at once, and whatever is decorated stays as it is; nothing need be.
+
+    Args:
+        names: ``"namespace::op"`` or ``"namespace::op.overload"``; a name without namespace is one of ATen's.
+        notation: the rule as text.
+        values: what the op does with values, one of :class:`Values`.
+        added: for a product, the argument that is added to it; a notation says so itself.
+        may_alias: whether the op may return its input itself although its schema does not say so.
+        regroups: whether axes are grouped anew, which a view cannot do for any layout in memory.
+        adds: whether the op is the sum of its first two arguments.
+
+    Raises:
+        FxpruneError: the notation makes no sense.
+        UnknownNameError: there is no such word for ``values``.
+    """
+    if values is not None and values not in tuple(Values):
+        raise UnknownNameError("values", str(values), tuple(Values))
+    properties: dict[str, Any] = {
+        "values": None if values is None else Values(values),
+        "added": added,
+        "may_alias": may_alias,
+        "regroups": regroups,
+        "adds": adds,
+    }
+    if notation is not None:
         for name in names:
-            register_rule(name, function)
-        return function
+            read = read_notation(notation, _full(name), multiplies=values == Values.PRODUCT)
+            register_rule(name, read.state, **{**properties, "added": added or read.added})
+
+    def decorate(decorated: Decorated) -> Decorated:
+        if notation is None:
+            for name in names:
+                register_rule(name, decorated, **properties)  # type: ignore[arg-type]
+        return decorated
 
     return decorate
+
+
+def register_rule(name: str, state: Callable[[OpSite], None], **properties: Any) -> None:
+    """Use ``state`` for the op ``name``; the other fields of :class:`Rule` by keyword."""
+    _RULES[_full(name)] = Rule(state, **properties)
+
+
+def _full(name: str) -> str:
+    return name if "::" in name else f"aten::{name}"
+
+
+def registered_rules() -> dict[str, Rule]:
+    """All rules by the full name of their op."""
+    return dict(_RULES)
 
 
 def find_rule(target: object) -> Rule | None:
     """The rule for an op: its overload's, else its own, else the pointwise one where torch marks it so."""
     if not isinstance(target, OpOverload):
-        return None
-    exact, _, base = target.name(), None, target.name().split(".")[0]
-    found = _RULES.get(exact) or _RULES.get(base)
+        return _RULES.get(f"python::{getattr(target, '__name__', '')}")
+    found = _find(target.name())
     if found is None and not target._schema.is_mutable and is_pointwise(target):
-        return _RULES["aten::add"]
+        return _RULES[_TAGGED]
     return found
+
+
+def _find(name: str) -> Rule | None:
+    return _RULES.get(name) or _RULES.get(name.split(".")[0])
+
+
+def moves_values(op: str) -> bool:
+    """Whether an op, as text like ``aten.view.default``, only moves or casts values."""
+    name = "python::getitem" if "getitem" in op else op.replace(".", "::", 1).removesuffix(".default")
+    found = _find(name)
+    return found is not None and found.values in (Values.MOVED, Values.CAST)
+
+
+def is_sum(node: fx.Node) -> bool:
+    """Whether ``node`` adds two values, neither of them scaled."""
+    found = find_rule(node.target)
+    return found is not None and found.adds and bool(node.kwargs.get("alpha", 1) == 1)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxprune.rules.base import OpSite, TensorAxes
-from fxprune.rules.pointers import look_up, pick
+from fxprune.rules.positions import look_up, pick
 from fxprune.rules.registry import rule
+from fxprune.rules.site import OpSite
+from fxprune.rules.statements import TensorAxes
 
 __all__ = ["gather", "histc", "index_add", "index_put", "one_hot", "scatter", "sort", "topk"]
 
@@ -24,9 +25,9 @@ def topk(op: OpSite) -> None:
     if not isinstance(k, int):
         op.freeze(x, i, f"{op.node.target} orders this axis")
         return
-    op.renormalise(x, i)
+    op.take_statistic(x, i)
     op.need_units(x, i, k)
-    op.point_at(op.outs[1], x, i)
+    op.hold_positions(op.outs[1], x, i)
 
 
 @rule("sort", "argsort")
@@ -36,11 +37,11 @@ def sort(op: OpSite) -> None:
     i = op.arg("dim", -1) % x.rank
     op.freeze(x, i, f"{op.node.target} orders this axis")
     _order(op, x, i)
-    target = op.journal.pointers.get(x.name)
-    if target is not None:
-        op.understood.add(x.name)
+    known = op.positions_of(x)
+    if known is not None:
+        op.understand(x)
         if len(op.outs) == 2:
-            op.point_at(op.outs[0], *target)
+            op.hold_positions(op.outs[0], known.tensor, known.dim)
 
 
 def _order(op: OpSite, x: TensorAxes, i: int) -> None:
@@ -49,7 +50,7 @@ def _order(op: OpSite, x: TensorAxes, i: int) -> None:
         op.tie_all(x, out, but=(i,))
 
 
-@rule("gather")
+@rule("gather", values="picked")
 def gather(op: OpSite) -> None:
     """``out[.., j, ..] = self[.., index[.., j, ..], ..]`` along ``dim``, all three of one rank."""
     x, index = op.need("self"), op.need("index")
@@ -77,6 +78,8 @@ def scatter(op: OpSite) -> None:
             op.keep_zeros(op.out, i, (x, i), (source, i))
         if source is not None:
             _same_or_cut(op, source, i, index)
+    if not (op.name in ("scatter_add", "scatter_add_") or op.arg("reduce") == "sum"):
+        op.freeze(index, dim, "written by number")  # a zero that is written is not nothing; one that is added is
     pick(op, index, x, dim)
 
 
@@ -93,10 +96,12 @@ def _same_or_cut(op: OpSite, x: TensorAxes, i: int, index: TensorAxes) -> None:
 def index_add(op: OpSite) -> None:
     """``out`` is ``self`` with rows of ``source`` added, or put, at positions ``index`` along ``dim``."""
     x, index = op.need("self"), op.need("index")
-    source = next((op.tensor(name) for name in ("source", "value") if name in op._arguments), None)
+    source = next((op.tensor(name) for name in ("source", "value") if op.has(name)), None)
     dim = op.arg("dim") % max(x.rank, 1)
     op.tie_all(x)
     pick(op, index, x, dim)
+    if op.name not in ("index_add", "index_add_"):
+        op.freeze_tensor(index, "written by number")  # a zero that is written is not nothing; one that is added is
     if source is None or source.rank == 0:
         return
     op.tie(source, dim, index, 0)
@@ -116,6 +121,7 @@ def index_put(op: OpSite) -> None:
     for i, index in zip(indexed, places, strict=True):
         if index is not None:
             pick(op, index, x, i)
+            op.freeze_tensor(index, "written by number")
     free = [i for i in range(x.rank) if i not in indexed]
     trailing = bool(indexed) and free == list(range(len(indexed), x.rank))
     for j in range(1, values.rank + 1):
@@ -135,7 +141,7 @@ def one_hot(op: OpSite) -> None:
     for i in range(x.rank):
         op.tie(x, i, op.out, i)
     if op.arg("num_classes", -1) != -1 and op.picks(x, op.out, -1):
-        op.literal("num_classes", op.out.axes[-1])
+        op.size_argument("num_classes", op.out.axes[-1])
         op.keep_zeros(op.out, -1)
         return
     op.freeze(op.out, -1, f"{op.node.target} numbers this axis")
@@ -145,10 +151,11 @@ def one_hot(op: OpSite) -> None:
 def histc(op: OpSite) -> None:
     """How often each position in ``self`` occurs: a bin for each, from ``min`` 0 to ``max`` ``bins - 1``."""
     x, bins = op.need("self"), op.arg("bins")
+    op.freeze_tensor(x, f"{op.node.target} counts along this axis")
     each_its_own = (op.arg("min", 0), op.arg("max", 0)) == (0, bins - 1)
     if each_its_own and op.picks(x, op.out, 0):
-        op.literal("bins", op.out.axes[0])
-        op.literal("max", op.out.axes[0], offset=-1)
+        op.size_argument("bins", op.out.axes[0])
+        op.size_argument("max", op.out.axes[0], offset=-1)
         op.keep_zeros(op.out, 0)
         return
     op.freeze(op.out, 0, f"{op.node.target} numbers this axis")

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxprune.compat import OpOverload, is_impure
-from fxprune.tensors import get_tensor
+from fxprune.graph.compat import OpOverload, is_impure
+from fxprune.graph.tensors import get_tensor
+from fxprune.rules.aliasing import may_alias, regroups
+from fxprune.rules.spelling import find_spelling, spelling
 
-__all__ = ["canonicalize", "may_alias", "plain_in_place"]
+__all__ = ["canonicalize", "plain_in_place"]
 
 aten = torch.ops.aten
 
@@ -30,11 +31,9 @@ def canonicalize(graph_module: fx.GraphModule) -> None:
     """Rewrite the graph in place to its canonical spelling; values do not change."""
     graph = graph_module.graph
     for node in list(graph.nodes):
-        if node.target is aten.index.Tensor:
-            _index(node, graph_module)
-        rewrite = _REWRITES.get(node.target) if node.op == "call_function" else None
-        if rewrite is not None:
-            rewrite(node)
+        respell = find_spelling(node.target) if node.op == "call_function" else None
+        if respell is not None:
+            respell(node, graph_module)
 
 
 def plain_in_place(graph_module: fx.GraphModule) -> None:
@@ -48,7 +47,8 @@ def plain_in_place(graph_module: fx.GraphModule) -> None:
             _lay_out(node.args[0])
 
 
-def _reshape(node: fx.Node) -> None:
+@spelling("view", "reshape", "_unsafe_view")
+def _reshape(node: fx.Node, graph_module: fx.GraphModule) -> None:
     node.target = aten.reshape.default
     source, sizes = node.args
     assert isinstance(sizes, list | tuple)
@@ -57,7 +57,8 @@ def _reshape(node: fx.Node) -> None:
     node.args = (source, spelled)
 
 
-def _split(node: fx.Node) -> None:
+@spelling("chunk", "split.Tensor")
+def _split(node: fx.Node, graph_module: fx.GraphModule) -> None:
     source, _, *rest = node.args
     dim = rest[0] if rest else node.kwargs.get("dim", 0)
     assert isinstance(dim, int)
@@ -67,7 +68,8 @@ def _split(node: fx.Node) -> None:
         node.args, node.kwargs = (source, sizes, dim), {}
 
 
-def _slice(node: fx.Node) -> None:
+@spelling("slice.Tensor")
+def _slice(node: fx.Node, graph_module: fx.GraphModule) -> None:
     """Bounds counted from the end are counted from the front: only what comes before may then move them."""
     source, *rest = node.args
     assert isinstance(source, fx.Node)
@@ -79,7 +81,8 @@ def _slice(node: fx.Node) -> None:
         node.args = (source, dim, *bounds, *rest[3:])
 
 
-def _narrow(node: fx.Node) -> None:
+@spelling("narrow")
+def _narrow(node: fx.Node, graph_module: fx.GraphModule) -> None:
     source, dim, start, length = node.args
     assert isinstance(source, fx.Node) and isinstance(dim, int)
     size = source.meta["val"].shape[dim]
@@ -88,7 +91,8 @@ def _narrow(node: fx.Node) -> None:
         node.target, node.args = aten.slice.Tensor, (source, dim, first, first + length)
 
 
-def _squeeze(node: fx.Node) -> None:
+@spelling("squeeze", "squeeze.dim", "squeeze.dims")
+def _squeeze(node: fx.Node, graph_module: fx.GraphModule) -> None:
     """The axes of size 1 are named, so that one that has a single unit left stays."""
     source, *dims = node.args
     assert isinstance(source, fx.Node)
@@ -101,22 +105,24 @@ def _squeeze(node: fx.Node) -> None:
     )
 
 
-def _unflatten(node: fx.Node) -> None:
+@spelling("unflatten.int")
+def _unflatten(node: fx.Node, graph_module: fx.GraphModule) -> None:
     source, dim, sizes = node.args
     assert isinstance(source, fx.Node) and isinstance(dim, int) and isinstance(sizes, list | tuple)
     shape = source.meta["val"].shape
     dim %= len(shape)
     outer = _sizes(source, node, but=dim)
     node.args = (source, [*outer[:dim], *sizes, *outer[dim + 1 :]])
-    _reshape(node)
+    _reshape(node, graph_module)
 
 
-def _reshape_as(node: fx.Node) -> None:
+@spelling("reshape_as", "view_as")
+def _reshape_as(node: fx.Node, graph_module: fx.GraphModule) -> None:
     """The shape of another tensor is some numbers: what its axes are made of does not matter."""
     source, other = node.args
     assert isinstance(other, fx.Node)
     node.args = (source, _sizes(other, node))
-    _reshape(node)
+    _reshape(node, graph_module)
 
 
 def _sizes(source: fx.Node, before: fx.Node, but: int | None = None) -> list[Any]:
@@ -133,7 +139,8 @@ def _sizes(source: fx.Node, before: fx.Node, but: int | None = None) -> list[Any
     return found
 
 
-def _attention(node: fx.Node) -> None:
+@spelling("scaled_dot_product_attention")
+def _attention(node: fx.Node, graph_module: fx.GraphModule) -> None:
     query = node.args[0]
     assert isinstance(query, fx.Node)
     width = query.meta["val"].shape[-1]
@@ -141,13 +148,15 @@ def _attention(node: fx.Node) -> None:
         node.kwargs = {**node.kwargs, "scale": 1 / math.sqrt(width)}
 
 
-def _view_as_complex(node: fx.Node) -> None:
+@spelling("view_as_complex")
+def _view_as_complex(node: fx.Node, graph_module: fx.GraphModule) -> None:
     """Pairs must lie on even places, which those of a slice may no longer do: a copy of its own has them there."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     node.args = (_copied(source, node),)
 
 
+@spelling("index.Tensor")
 def _index(node: fx.Node, graph_module: fx.GraphModule) -> None:
     """``x[.., [i, i + 1, ..], ..]`` with a constant list is a slice."""
     source, entries = node.args
@@ -195,7 +204,7 @@ def _lay_out(written: fx.Node) -> None:
     """
     root, reshaped = written, False
     while may_alias(root) and isinstance(root.args[0], fx.Node):
-        reshaped = reshaped or root.target in _RESHAPES
+        reshaped = reshaped or regroups(root)
         root = root.args[0]
     if reshaped and root.op == "call_function":
         contiguous = _copied(root, root.next)
@@ -222,52 +231,6 @@ def _is_fresh(value: fx.Node, user: fx.Node, writer: fx.Node) -> bool:
     return not may_alias(value) or (isinstance(source, fx.Node) and _is_fresh(source, value, writer))
 
 
-def may_alias(node: fx.Node) -> bool:
-    """Whether the result of ``node`` may share memory with its first input, as its schema says or not."""
-    if not isinstance(node.target, OpOverload):
-        return node.target is operator.getitem
-    return node.target in _MAY_ALIAS or any(result.alias_info is not None for result in node.target._schema.returns)
-
-
 def _shape(node: fx.Node) -> tuple[Any, ...]:
     """Sizes of the value of ``node``: numbers where static, symbols where not."""
     return tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape)
-
-
-_RESHAPES = {
-    aten.view.default,
-    aten.reshape.default,
-    aten.view_as.default,
-    aten.reshape_as.default,
-    aten.unflatten.int,
-    aten.flatten.using_ints,
-}
-_MAY_ALIAS = {
-    aten.reshape.default,
-    aten.contiguous.default,
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten.type_as.default,
-    aten.dropout.default,
-    aten.flatten.using_ints,
-}
-"""Ops that return their input itself where there is nothing to do, without saying so in their schema."""
-
-_REWRITES: dict[Any, Callable[[fx.Node], None]] = {
-    aten.view.default: _reshape,
-    aten.reshape.default: _reshape,
-    aten._unsafe_view.default: _reshape,
-    aten.chunk.default: _split,
-    aten.split.Tensor: _split,
-    aten.slice.Tensor: _slice,
-    aten.narrow.default: _narrow,
-    aten.unflatten.int: _unflatten,
-    aten.squeeze.default: _squeeze,
-    aten.squeeze.dim: _squeeze,
-    aten.squeeze.dims: _squeeze,
-    aten.reshape_as.default: _reshape_as,
-    aten.view_as.default: _reshape_as,
-    aten.scaled_dot_product_attention.default: _attention,
-    aten.view_as_complex.default: _view_as_complex,
-}

@@ -1,4 +1,4 @@
-"""Tracing: a storage-free copy of the model goes through ``torch.export``; the graph is bound to the real weights.
+"""Tracing: ``torch.export`` of a copy without storage, and the graph that it gives, bound to the real weights.
 
 The copy has fake parameters, so nothing is computed and no memory is used, whatever the size of the model. A float32
 model is traced in bfloat16: only so does the graph tell a cast *to float32* (a norm's upcast, to keep) from a cast
@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.compat import FakeTensorMode, fake_mode, is_impure
 from fxprune.errors import TraceError
-from fxprune.quiet import quiet
-from fxprune.state import State, attach
-from fxprune.tensors import names_by_identity, weights
-from fxprune.trace.blocks import find_blocks
+from fxprune.graph.blocks import Blocks, find_blocks
+from fxprune.graph.compat import FakeTensorMode, fake_mode, is_impure
+from fxprune.graph.facts import Facts, Notes, Runnable, Shaped, set_facts
+from fxprune.graph.silence import quiet
+from fxprune.graph.source import Constants, Source
+from fxprune.graph.tensors import as_parameter, names_by_identity, weights
 from fxprune.trace.canonical import canonicalize, plain_in_place
 from fxprune.trace.checks import check_model, model_dtype
 from fxprune.trace.fold import fold_constants, place_constants
@@ -93,10 +94,25 @@ def trace(model: nn.Module, example_inputs: Mapping[str, Any] | None = None, *, 
     graph_module.recompile()
     pinned = pin_sizes(graph_module) if dynamic else ""
     notes += [f"runs at {pinned}"] if pinned else []
-    own_names = {name for names in names_by_identity(model).values() for name in names}
-    constants = tuple(name for name, _ in weights(graph_module) if name not in own_names)
-    attach(graph_module, State(blocks=find_blocks(model), notes=tuple(notes), constants=constants))
+    _learn(graph_module, model, example_inputs, notes)
     return Traced(graph_module, model, tuple(notes))
+
+
+def _learn(
+    graph_module: fx.GraphModule, model: nn.Module, example_inputs: Mapping[str, Any] | None, notes: list[str]
+) -> None:
+    """Give the graph the facts that are known once it is traced."""
+    own = names_by_identity(model)
+    names = {name: own.get(id(tensor), ()) for name, tensor in weights(graph_module)}
+    held = {name for several in own.values() for name in several}
+    facts = Facts()
+    facts.put(Source(model, names, example_inputs))
+    facts.put(Blocks(find_blocks(model)))
+    facts.put(Constants(tuple(name for name in names if name not in held)))
+    facts.put(Notes(tuple(notes)))
+    facts.put(Runnable())
+    facts.put(Shaped())
+    set_facts(graph_module, facts)
 
 
 def _export(
@@ -119,7 +135,7 @@ def _export(
 
 @contextmanager
 def _without_fast_path() -> Iterator[None]:
-    """Attention modules of torch trace to many small ops, not to one op for a whole layer."""
+    """Make attention modules of torch trace to many small ops, not to one op for a whole block."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -129,24 +145,20 @@ def _without_fast_path() -> Iterator[None]:
 
 
 def _fake_copy(model: nn.Module, mode: FakeTensorMode, own: torch.dtype, dtype: torch.dtype) -> nn.Module:
-    """A copy of ``model`` whose parameters and buffers have no storage, those of dtype ``own`` made ``dtype``."""
+    """Return a copy whose parameters and buffers have no storage, the parameters of dtype ``own`` made ``dtype``."""
     memo: dict[int, Any] = {}
     with mode:
         for tensor in (*model.parameters(), *model.buffers()):
-            is_parameter = isinstance(tensor, nn.Parameter)
-            wanted = dtype if is_parameter and tensor.dtype == own else tensor.dtype
-            fake = torch.empty(tensor.shape, dtype=wanted, device="cpu")
-            memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
+            wanted = dtype if isinstance(tensor, nn.Parameter) and tensor.dtype == own else tensor.dtype
+            memo[id(tensor)] = as_parameter(torch.empty(tensor.shape, dtype=wanted, device="cpu"), tensor)
     return copy.deepcopy(model, memo).eval()
 
 
 def meta_twin(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` that has everything but storage."""
+    """Return a copy of ``model`` that has everything but storage."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+        memo[id(tensor)] = as_parameter(torch.empty_like(tensor, device="meta"), tensor)
     return copy.deepcopy(model, memo)
 
 
@@ -157,14 +169,14 @@ def _traced_input(value: Any, own: torch.dtype, dtype: torch.dtype) -> Any:
 
 
 def _restore_inputs(graph_module: fx.GraphModule, own: torch.dtype, dtype: torch.dtype) -> None:
-    """Inputs that were made ``dtype`` for tracing count as ``own`` again, which is what the graph runs on."""
+    """Give inputs that were made ``dtype`` for tracing the dtype ``own`` again, which is what the graph runs on."""
     for node in graph_module.graph.nodes:
         if node.op == "placeholder" and node.meta["val"].dtype == dtype:
             node.meta["val"] = node.meta["val"].to(own)
 
 
 def _prefer_traceable_attention(model: Any) -> None:
-    """Attention and experts in the form that traces to plain ATen ops; ``model`` is our own copy."""
+    """Choose attention and experts that trace to plain ATen ops; ``model`` is our own copy."""
     if model.config._attn_implementation not in ("sdpa", "eager"):
         model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
     if getattr(model.config, "_experts_implementation", None) is not None:
@@ -172,7 +184,7 @@ def _prefer_traceable_attention(model: Any) -> None:
 
 
 def _without_cache(model: Any) -> dict[str, bool]:
-    """The arguments, besides what its config says, that keep ``model``, our own copy, from returning a cache.
+    """Keep ``model``, our own copy, from returning a cache; return the arguments that this takes besides its config.
 
     An argument that ``forward`` takes among its keywords only would fix all sizes: exporting does not allow it beside
     dynamic ones.
@@ -189,7 +201,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _culprit(error: Exception) -> str:
-    """File, line and code of the innermost frame that is the model's own, not torch's."""
+    """Return file, line and code of the innermost frame that is the model's own, not torch's."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if "/torch/" not in f.filename and "/fxprune/" not in f.filename]
     last = (own or frames)[-1]

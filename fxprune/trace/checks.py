@@ -1,4 +1,4 @@
-"""What a model must be before it is worth tracing; refusals name the parameter and the remedy."""
+"""Checks of a model before it is traced; a refusal names the parameter and the remedy."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["check_model", "model_dtype"]
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse what cannot be pruned: no parameters, quantised, or spread over devices.
+    """Refuse what cannot be pruned: a model without parameters, quantised, or spread over devices.
 
     Raises:
-        UnsupportedModelError: with the parameter concerned and what to do.
+        UnsupportedModelError: names the parameter concerned and what to do.
     """
     named = list(model.named_parameters())
     if not named:
@@ -42,7 +42,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype most parameters have, by number of elements."""
+    """Return the dtype most parameters have, by number of elements."""
     count: dict[torch.dtype, int] = {}
     for parameter in model.parameters():
         count[parameter.dtype] = count.get(parameter.dtype, 0) + parameter.numel()

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.compat import OpOverload, is_random, tree_leaves
-from fxprune.tensors import get_tensor, set_tensor, weights
-from fxprune.trace.canonical import may_alias
+from fxprune.graph.compat import OpOverload, is_random, tree_leaves
+from fxprune.graph.tensors import get_tensor, set_tensor, weights
+from fxprune.rules.aliasing import alias_roots, writes
 
 __all__ = ["MOST_ELEMENTS", "fold_constants", "place_constants"]
 
 aten = torch.ops.aten
 
 MOST_ELEMENTS = 1 << 20
-"""Larger values are made anew by the graph each time."""
+"""Larger values are made anew by the graph each time: 4 MiB in float32, so that no mask of a long context is kept."""
 
 
 def fold_constants(graph_module: fx.GraphModule, model: nn.Module) -> None:
@@ -99,11 +99,8 @@ def _is_numbered(value: torch.Tensor) -> bool:
 
 def _written(graph: fx.Graph) -> set[fx.Node]:
     """Every node whose memory some op writes to, itself or through another value."""
-    root: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        first = node.args[0] if node.args else None
-        root[node] = root[first] if isinstance(first, fx.Node) and may_alias(node) else node
-    dirty = {root[node] for node in root if isinstance(node.target, OpOverload) and node.target._schema.is_mutable}
+    root = alias_roots(graph)
+    dirty = {root[node] for node in root if writes(node)}
     return {node for node in root if root[node] in dirty}
 
 

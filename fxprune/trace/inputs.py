@@ -13,6 +13,7 @@ from fxprune.errors import TraceError
 __all__ = ["default_inputs", "dynamic_dims", "is_hugging_face"]
 
 BATCH, TOKENS = 2, 7
+"""``torch.export`` takes a size of 1 for a constant, and widths and numbers of heads are hardly ever multiples of 7."""
 
 
 def is_hugging_face(model: nn.Module) -> bool:
@@ -23,7 +24,7 @@ def is_hugging_face(model: nn.Module) -> bool:
 
 
 def default_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Keyword inputs to trace ``model`` with.
+    """Return keyword inputs to trace ``model`` with.
 
     Args:
         model: the model.
@@ -43,7 +44,7 @@ def default_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> dict[st
 
 
 def dynamic_dims(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """For each input which axes may vary: batch and sequence, as far as the model allows it."""
+    """Return which axes of each input may vary: batch and sequence, as far as the model allows it."""
     auto = torch.export.Dim.AUTO
     dims: dict[str, Any] = {}
     for name, value in inputs.items():

@@ -1,8 +1,8 @@
 """From an ``ExportedProgram`` to a plain ``GraphModule`` bound to the real weights.
 
 Parameters become ``get_attr`` nodes under their own names, regions that only set a mode are inlined, asserts about
-metadata go, and devices and the dtype of the model are read from the inputs and weights at run time, so that the
-module may move between both.
+metadata go, as nothing uses them, and devices and the dtype of the model are read from the inputs and weights at run
+time, so that the module may move between both.
 """
 
 from __future__ import annotations
@@ -15,22 +15,16 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, InputSpec
 
-from fxprune.compat import REGION_OPS, HigherOrderOperator, TreeSpec, is_impure
 from fxprune.errors import TraceError
+from fxprune.graph.compat import REGION_OPS, HigherOrderOperator, TreeSpec, is_impure
 
 __all__ = ["lower"]
 
-aten = torch.ops.aten
-_STALE = {
-    aten._assert_tensor_metadata.default,
-    aten.sym_constrain_range_for_size.default,
-    aten._assert_scalar.default,
-}
 _WEIGHTS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 
 
 def lower(program: torch.export.ExportedProgram, model: nn.Module, dtype: torch.dtype | None) -> fx.GraphModule:
-    """The program as a graph module that shares the tensors of ``model``.
+    """Return a program as a graph module that shares the tensors of ``model``.
 
     Args:
         program: what ``torch.export`` made.
@@ -59,7 +53,7 @@ def lower(program: torch.export.ExportedProgram, model: nn.Module, dtype: torch.
 def _lower_placeholders(
     program: torch.export.ExportedProgram, model: nn.Module, graph: fx.Graph, env: dict[fx.Node, Any]
 ) -> dict[str, torch.Tensor]:
-    """Inputs become placeholders, weights ``get_attr`` nodes; returns the weights by name.
+    """Make placeholders of inputs and ``get_attr`` nodes of weights; return the weights by name.
 
     No other node has the name of a weight then: those without a dot are made here, under their own names.
     """
@@ -97,9 +91,9 @@ def _real_tensor(program: torch.export.ExportedProgram, model: nn.Module, spec: 
 
 
 def _copy_body(source: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]) -> None:
-    """Copy the operations of ``source``, inlining mode regions and leaving out stale asserts."""
+    """Copy the operations of ``source``, inlining regions that only set a mode."""
     for node in source.graph.nodes:
-        if node.op in ("placeholder", "output", "get_attr") or node.target in _STALE:
+        if node.op in ("placeholder", "output", "get_attr"):
             continue
         if isinstance(node.target, HigherOrderOperator) and node.target.name() in REGION_OPS:
             env[node] = _inline(node, source, graph, env)
@@ -110,7 +104,7 @@ def _copy_body(source: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any])
 
 
 def _inline(region: fx.Node, source: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]) -> Any:
-    """Copy the subgraph of ``region`` into ``graph``; what it returned, in terms of the new nodes."""
+    """Copy the subgraph of ``region`` into ``graph``; return what it returned, in terms of the new nodes."""
     position = next(i for i, arg in enumerate(region.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
     inner = getattr(source, str(region.args[position].target))  # type: ignore[union-attr]
     inputs = [node for node in inner.graph.nodes if node.op == "placeholder"]
@@ -123,7 +117,7 @@ def _inline(region: fx.Node, source: fx.GraphModule, graph: fx.Graph, env: dict[
 
 
 def _rebuild(spec: TreeSpec, leaves: list[Any], graph: fx.Graph) -> Any:
-    """The output structure: containers stay containers, other registered types are called with their fields."""
+    """Return the output structure: containers as they are, other registered types as a call with their fields."""
     if spec.is_leaf():
         return leaves.pop(0)
     children = [_rebuild(child, leaves, graph) for child in spec.children()]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from fxprune.compat import fake_mode, is_free, largest_size, size_hint
+from fxprune.graph.compat import fake_mode, is_free, largest_size, size_hint
 
 __all__ = ["pin_sizes"]
 
@@ -16,11 +16,14 @@ _LOSSY = {operator.mod, operator.floordiv}
 """What turns a size into one that tracing may take for a constant: the number of chunks of a short input is 1."""
 
 _OTHER = (3, 64)
-"""A batch and a number of tokens that a graph whose sizes vary has to take."""
+"""A batch and a number of tokens that a graph whose sizes vary has to take.
+
+Other than those traced with, and as many tokens as work is counted at, so that this much runs.
+"""
 
 
 def pin_sizes(graph_module: fx.GraphModule) -> str:
-    """Inputs of which the graph takes one size only have that size in their metadata.
+    """Write the size into the metadata of inputs of which the graph takes one size only.
 
     A size may be free, one number, or a range, which counts as one number where it ends early. Where a graph divides
     sizes it is also run without storage at other ones.
@@ -42,7 +45,7 @@ def _ends_early(size: int | torch.SymInt, axis: int) -> bool:
 
 
 def _pin(node: fx.Node, fixed: Callable[[int | torch.SymInt, int], bool]) -> str:
-    """Put numbers in place of those symbolic sizes of an input that ``fixed`` says are; the shape if there were any."""
+    """Put numbers in place of the sizes of an input that are ``fixed``; return the shape if any is a number."""
     value = node.meta["val"]
     pinned = {axis for axis, size in enumerate(value.shape) if is_free(size) and fixed(size, axis)}
     sizes = [size_hint(s) if axis in pinned or not is_free(s) else s for axis, s in enumerate(value.shape)]
@@ -64,6 +67,6 @@ def _runs(graph_module: fx.GraphModule, inputs: list[fx.Node]) -> bool:
         with fake_mode(), torch.no_grad():
             values = [torch.zeros(s, dtype=n.meta["val"].dtype) for s, n in zip(shapes, inputs, strict=True)]
             fx.Interpreter(graph_module).run(*values)
-    except Exception:
+    except Exception:  # ops refuse sizes that they do not take with whatever error they like
         return False
     return True

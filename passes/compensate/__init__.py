@@ -1,5 +1,5 @@
 """Compensation: what stays is adjusted to what went."""
 
-from passes.compensate.least_squares import LeastSquaresPass
+from .least_squares import LeastSquaresPass
 
 __all__ = ["LeastSquaresPass"]

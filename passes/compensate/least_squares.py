@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -11,46 +11,27 @@ import torch
 from torch import fx, nn
 
 from fxprune.axes import factors, kept_mask
-from fxprune.calibration import stacked
-from fxprune.dependency import axis_map
-from fxprune.depth import is_sum
-from fxprune.errors import CalibrationError, FxpruneError, PassError
-from fxprune.lockstep import Lockstep
-from fxprune.passbase import Pass, PassResult
-from fxprune.state import State, state_of
-from fxprune.tensors import get_tensor, set_tensor, weights
-from fxprune.trace.blocks import owner_block
+from fxprune.data.calibration import Calibration, stacked
+from fxprune.discovery.dependency import Dependencies
+from fxprune.errors import CalibrationError, FxpruneError
+from fxprune.graph.blocks import owner_block
+from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
+from fxprune.graph.source import Source
+from fxprune.graph.tensors import as_parameter, get_tensor, require_weights, set_tensor
+from fxprune.masking.compare import Expected
+from fxprune.masking.side_by_side import SideBySide
+from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.pipeline.progress import Track, no_progress
+from fxprune.removal.removal import Removal
+from fxprune.removal.scores import Scores
+from fxprune.rules.product import weight_product
+from fxprune.rules.registry import is_sum
 
 __all__ = ["LeastSquaresPass"]
 
 aten = torch.ops.aten
 _DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, float("inf"))
 """Tried where none is given."""
-
-
-@dataclass(frozen=True)
-class _Product:
-    """Where an op that multiplies activations by a weight has its arguments.
-
-    Args:
-        source: place of the activations ``(..., in)``.
-        weight: place of the weight.
-        axis: the axis of the weight that is summed over.
-        bias: place of what is added; None if there is nothing.
-    """
-
-    source: int
-    weight: int
-    axis: int
-    bias: int | None = None
-
-
-_PRODUCTS: Mapping[object, _Product] = {
-    aten.linear.default: _Product(0, 1, 1, 2),
-    aten.addmm.default: _Product(1, 2, 0, 0),
-    aten.mm.default: _Product(0, 1, 0),
-    aten.matmul.default: _Product(0, 1, 0),
-}
 
 
 @dataclass(frozen=True)
@@ -125,7 +106,7 @@ class _Moments:
         return float(((self.square @ change - 2 * self.product) * change).sum())
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class LeastSquaresPass(Pass):
     """What stays of each weight that loses inputs gives, as nearly as it can, what the whole weight gave.
 
@@ -149,16 +130,19 @@ class LeastSquaresPass(Pass):
             does best, weight by weight, on a quarter of the tokens that the fit on the others has not seen; where none
             does better than no change, the weight stays.
         batch: samples that run at once.
-        inplace: write into the tensors themselves; else the graph is given new ones, and the dense model stays.
+        track: shows progress, as ``track(items, what, total)``.
     """
 
     name: ClassVar[str] = "least-squares"
     stage: ClassVar[str] = "compensate"
-    needs: ClassVar[tuple[str, ...]] = ("graph", "keep", "plan")
+    writes: ClassVar[bool] = False
+    changes: ClassVar[Change] = "weights"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Removal, Calibration, Runnable)
+    drops: ClassVar[tuple[type[Fact], ...]] = (Scores, Expected)
 
     damping: float | None = None
     batch: int = 16
-    inplace: bool = False
+    track: Track = field(default=no_progress, metadata={"spelled": False})
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense.
@@ -172,12 +156,9 @@ class LeastSquaresPass(Pass):
             raise FxpruneError(f"{self.batch}, it must be at least 1", where="batch")
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Needs calibration samples and real weights."""
+        """Raise unless there are calibration samples and real weights."""
         super().requires(graph_module)
-        if not state_of(graph_module).calibration:
-            raise CalibrationError("a fit needs data", where="calibration", remedy="Pass token ids")
-        if any(tensor.is_meta for _, tensor in weights(graph_module)):
-            raise PassError("the weights are on meta", where=f"pass {self.name}", remedy="Load the weights first")
+        require_weights(graph_module, self.name)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Fit one weight after the other.
@@ -185,23 +166,23 @@ class LeastSquaresPass(Pass):
         Raises:
             CalibrationError: an activation is not finite.
         """
-        state = state_of(graph_module)
-        assert state.graph is not None and state.keep is not None and state.plan is not None
-        sites = {site.node: site for site in _sites(graph_module, state)}
+        facts = facts_of(graph_module)
+        removal = facts[Removal]
+        sites = {site.node: site for site in _sites(graph_module, removal)}
         if not sites:
             return PassResult(graph_module, False)
-        batches = list(stacked(state.calibration, graph_module, self.batch))
-        run = Lockstep(graph_module, axis_map(state.graph), state.keep, state.plan.removed_blocks, batches)
+        batches = list(stacked(facts[Calibration].samples, graph_module, self.batch))
+        run = SideBySide(graph_module, removal.axes, removal.keep, removal.removed_blocks, batches)
         with torch.no_grad():
             wanted = (sites[node] for node in run if node in sites)
             # the range comes first, so that the graph is not run on after the last weight
-            for _, site in zip(range(len(sites)), state.track(wanted, "least squares", len(sites)), strict=False):
+            for _, site in zip(range(len(sites)), self.track(wanted, "least squares", len(sites)), strict=False):
                 self._put(graph_module, site, self._fitted(graph_module, site, run))
                 run.read_again(site.weight)
-        state.notes = (*state.notes, f"{len(sites)} weights that lost inputs were fitted by least squares")
+        add_note(graph_module, f"{len(sites)} weights that lost inputs were fitted by least squares")
         return PassResult(graph_module, True)
 
-    def _fitted(self, graph_module: fx.GraphModule, site: _Site, run: Lockstep) -> torch.Tensor:
+    def _fitted(self, graph_module: fx.GraphModule, site: _Site, run: SideBySide) -> torch.Tensor:
         """The whole weight, its kept inputs fitted."""
         W = get_tensor(graph_module, site.name).detach()
         W = W.to(torch.promote_types(W.dtype, torch.float32))
@@ -224,40 +205,37 @@ class LeastSquaresPass(Pass):
         return W if site.axis == 1 else W.T
 
     def _put(self, graph_module: fx.GraphModule, site: _Site, value: torch.Tensor) -> None:
-        old = get_tensor(graph_module, site.name)
-        if self.inplace:
+        """Write into the tensor itself where the model holds it too and is to change, else into a new one."""
+        old, source = get_tensor(graph_module, site.name), facts_of(graph_module).get(Source)
+        if source is not None and source.shares:
             old.copy_(value)
         else:
-            new = nn.Parameter(value.to(old.dtype).contiguous(), requires_grad=old.requires_grad)
-            set_tensor(graph_module, site.name, new)
+            set_tensor(graph_module, site.name, as_parameter(value.to(old.dtype).contiguous(), old))
 
 
-def _sites(graph_module: fx.GraphModule, state: State) -> Iterator[_Site]:
+def _sites(graph_module: fx.GraphModule, removal: Removal) -> Iterator[_Site]:
     """The products to fit, in order of execution."""
-    assert state.graph is not None and state.keep is not None and state.plan is not None
-    axes, keep = axis_map(state.graph), state.keep
+    axes, keep = removal.axes, removal.keep
     uses: dict[int, list[fx.Node]] = {}
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
             uses.setdefault(id(get_tensor(graph_module, str(node.target))), []).extend(node.users)
     for node in graph_module.graph.nodes:
-        place = _PRODUCTS.get(node.target)
-        weight = None if place is None else node.args[place.weight]
-        if place is None or not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        product = weight_product(node)
+        if product is None:
             continue
-        name, tensor = str(weight.target), get_tensor(graph_module, str(weight.target))
+        name, tensor = str(product.weight.target), get_tensor(graph_module, str(product.weight.target))
         alone = len(uses[id(tensor)]) == 1 and isinstance(tensor, nn.Parameter) and tensor.dim() == 2
-        rows = node.args[place.source].meta["val"].dim() >= 2
-        if not (alone and rows) or owner_block(name, axes.blocks) in state.plan.removed_blocks:
+        rows = product.source.meta["val"].dim() >= 2
+        if not (alone and rows) or owner_block(name, axes.blocks) in removal.removed_blocks:
             continue
-        expr = axes.tensors[name][place.axis]
+        expr = axes.tensors[name][product.axis]
         if any(keep.touches(factor) for factor in factors(expr)):
             kept = torch.from_numpy(np.flatnonzero(kept_mask(expr, keep))).to(tensor.device)
-            bias = None if place.bias is None or len(node.args) <= place.bias else node.args[place.bias]
-            yield _Site(node, node.args[place.source], weight, place.axis, kept, bias)
+            yield _Site(node, product.source, product.weight, product.axis, kept, product.added)
 
 
-def _targets(site: _Site, run: Lockstep) -> Iterator[torch.Tensor]:
+def _targets(site: _Site, run: SideBySide) -> Iterator[torch.Tensor]:
     """For each batch what the product has to give without its bias: ``(tokens, out)``."""
     other = _added_to(site.node)
     pairs = list(run.values(other)) if other is not None and run.has(other) else []

@@ -1,5 +1,5 @@
 """Discovery: from a traced graph to groups."""
 
-from passes.discover.find_groups import FindGroupsPass
+from .find_groups import FindGroupsPass
 
 __all__ = ["FindGroupsPass"]

@@ -7,25 +7,31 @@ from typing import ClassVar
 
 from torch import fx
 
-from fxprune.dependency import dependency_graph
-from fxprune.groups import find_groups
-from fxprune.passbase import Pass, PassResult
-from fxprune.state import state_of
+from fxprune.discovery.dependency import Dependencies, dependency_graph
+from fxprune.discovery.groups import Groups, find_groups
+from fxprune.graph.facts import Change, Fact, Runnable, Shaped, facts_of
+from fxprune.masking.compare import Expected
+from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.removal.removal import Removal
+from fxprune.removal.scores import Scores
 
 __all__ = ["FindGroupsPass"]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class FindGroupsPass(Pass):
-    """The state holds the dependency graph and the groups. The graph is not changed."""
+    """Solves the axes and finds the groups by propagation from every trigger."""
 
     name: ClassVar[str] = "find-groups"
     stage: ClassVar[str] = "discover"
-    gives: ClassVar[tuple[str, ...]] = ("graph",)
+    changes: ClassVar[Change] = "nothing"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Runnable, Shaped)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Groups)
+    drops: ClassVar[tuple[type[Fact], ...]] = (Scores, Removal, Expected)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Solve the axes and propagate from every trigger."""
-        state = state_of(graph_module)
-        state.graph = dependency_graph(graph_module)
-        state.groups = find_groups(state.graph)
+        """Put down the dependency graph and the groups."""
+        facts, graph = facts_of(graph_module), dependency_graph(graph_module)
+        facts.put(Dependencies(graph))
+        facts.put(Groups(find_groups(graph)))
         return PassResult(graph_module, False)

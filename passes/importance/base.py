@@ -9,16 +9,16 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds
 from fxprune.errors import UnknownNameError
-from fxprune.groups import Group, check_kinds
-from fxprune.passbase import Pass, PassResult
-from fxprune.scores import REDUCTIONS, Scores, score_groups
-from fxprune.state import state_of
+from fxprune.graph.facts import Change, Fact, facts_of
+from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.removal.scores import REDUCTIONS, Scores, score_groups
 
 __all__ = ["ImportancePass", "axis_sums"]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class ImportancePass(Pass):
     """Scores every unit of the groups of ``kinds``.
 
@@ -27,24 +27,24 @@ class ImportancePass(Pass):
         reduction: how the scores of the members of a group make one.
     """
 
-    kinds: tuple[str, ...] = ("mlp", "head")
+    kinds: tuple[str, ...] = DEFAULT_KINDS
     reduction: str = "sum"
 
     stage: ClassVar[str] = "importance"
-    needs: ClassVar[tuple[str, ...]] = ("graph",)
-    gives: ClassVar[tuple[str, ...]] = ("scores",)
+    changes: ClassVar[Change] = "nothing"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Groups,)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Scores,)
 
     def __post_init__(self) -> None:
-        """Refuse unknown names before any work is done."""
+        """Refuse unknown names before any work is done; one kind may stand alone."""
+        object.__setattr__(self, "kinds", as_kinds(self.kinds))
         if self.reduction not in REDUCTIONS:
             raise UnknownNameError("reduction", self.reduction, REDUCTIONS)
-        check_kinds(self.kinds)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Score; the graph is not changed."""
-        state = state_of(graph_module)
-        groups = tuple(group for group in state.groups if group.kind in self.kinds)
-        state.scores = self.score(graph_module, groups)
+        facts = facts_of(graph_module)
+        facts.put(self.score(graph_module, facts[Groups].of_kinds(self.kinds)))
         return PassResult(graph_module, False)
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:

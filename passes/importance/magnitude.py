@@ -8,13 +8,14 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxprune.tensors import get_tensor
-from passes.importance.base import ImportancePass, axis_sums
+from fxprune.graph.tensors import get_tensor
+
+from .base import ImportancePass, axis_sums
 
 __all__ = ["L1ImportancePass", "L2ImportancePass"]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _MagnitudePass(ImportancePass):
     power: ClassVar[int]
 
@@ -29,7 +30,7 @@ class _MagnitudePass(ImportancePass):
         return found
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class L1ImportancePass(_MagnitudePass):
     """A slice is worth the sum of the magnitudes of its weights."""
 
@@ -37,7 +38,7 @@ class L1ImportancePass(_MagnitudePass):
     power: ClassVar[int] = 1
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class L2ImportancePass(_MagnitudePass):
     """A slice is worth the sum of the squares of its weights (as in the reference implementation, without root)."""
 

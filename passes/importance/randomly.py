@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.groups import Group
-from fxprune.scores import Scores
-from passes.importance.base import ImportancePass
+from fxprune.discovery.groups import Group
+from fxprune.removal.scores import Scores
+
+from .base import ImportancePass
 
 __all__ = ["RandomImportancePass"]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class RandomImportancePass(ImportancePass):
     """Units are scored uniformly at random in [0, 1).
 

@@ -13,12 +13,15 @@ import torch
 from torch import fx
 from torch.func import functional_call
 
-from fxprune.calibration import Sample, next_token_loss
-from fxprune.errors import CalibrationError, PassError, UnknownNameError
-from fxprune.masking import output_tensors
-from fxprune.state import state_of
-from fxprune.tensors import weights
-from passes.importance.base import ImportancePass, axis_sums
+from fxprune.data.calibration import Calibration, Sample, next_token_loss
+from fxprune.discovery.groups import Groups
+from fxprune.errors import CalibrationError, UnknownNameError
+from fxprune.graph.facts import Fact, Runnable, facts_of
+from fxprune.graph.tensors import require_weights, weights
+from fxprune.masking.masked_run import output_tensors
+from fxprune.pipeline.progress import Track, no_progress
+
+from .base import ImportancePass, axis_sums
 
 __all__ = ["ORDERS", "TaylorImportancePass"]
 
@@ -28,7 +31,7 @@ Positions = dict[tuple[str, int], torch.Tensor]
 Axes = Mapping[str, list[int]]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class TaylorImportancePass(ImportancePass):
     """Units are scored by how much the loss is expected to change when they go.
 
@@ -47,11 +50,16 @@ class TaylorImportancePass(ImportancePass):
     Args:
         order: one of :data:`ORDERS`.
         memory: bytes for sums of gradients, as a fraction of the bytes of all weights. Less memory, more sweeps.
+            ``mix`` keeps two float32 numbers for each weight, so 0.6 takes four sweeps of a float32 model.
+        track: shows progress, as ``track(items, what, total)``.
     """
 
     name: ClassVar[str] = "taylor"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Groups, Calibration, Runnable)
+
     order: str = "mix"
     memory: float = 0.6
+    track: Track = field(default=no_progress, metadata={"spelled": False})
 
     def __post_init__(self) -> None:
         """Refuse unknown names before any work is done."""
@@ -60,30 +68,23 @@ class TaylorImportancePass(ImportancePass):
             raise UnknownNameError("taylor order", self.order, ORDERS)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Needs calibration samples and real weights."""
+        """Raise unless there are calibration samples and real weights."""
         super().requires(graph_module)
-        if not state_of(graph_module).calibration:
-            raise CalibrationError(
-                "Taylor importance needs data",
-                where="calibration",
-                remedy="Pass token ids, or use importance='l2', 'l1' or 'random', which need none",
-            )
-        if any(tensor.is_meta for _, tensor in weights(graph_module)):
-            raise PassError("the weights are on meta", where=f"pass {self.name}", remedy="Load the weights first")
+        require_weights(graph_module, self.name)
 
     def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
         """Slice scores of every wanted axis."""
         axes: dict[str, list[int]] = {}
         for name, axis in wanted:
             axes.setdefault(name, []).append(axis)
-        state = state_of(graph_module)
+        samples = facts_of(graph_module)[Calibration].samples
         chunks = list(self._chunks(graph_module, axes))
         found: Positions = {}
-        steps = [(chunk, sample) for chunk in chunks for sample in (*state.calibration, None)]
+        steps = [(chunk, sample) for chunk in chunks for sample in (*samples, None)]
         sums: _Sums | None = None
-        for chunk, sample in state.track(steps, "gradients", len(steps)):
+        for chunk, sample in self.track(steps, "gradients", len(steps)):
             if sums is None:
-                sums = _SUMS[self.order](chunk, len(state.calibration))
+                sums = _SUMS[self.order](chunk, len(samples))
             if sample is None:
                 found.update(sums.finish(dict(weights(graph_module))))
                 sums = None

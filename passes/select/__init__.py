@@ -1,6 +1,7 @@
 """Selection: how many units go from each group, and which."""
 
-from passes.select.group_ratio import SelectByGroupRatioPass
-from passes.select.ratio import SelectByRatioPass
+from .group_ratio import SelectByGroupRatioPass
+from .plan_from_json import PlanFromJsonPass
+from .ratio import SelectByRatioPass
 
-__all__ = ["SelectByGroupRatioPass", "SelectByRatioPass"]
+__all__ = ["PlanFromJsonPass", "SelectByGroupRatioPass", "SelectByRatioPass"]

@@ -5,23 +5,32 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import fx
 
-from fxprune.dependency import axis_map
-from fxprune.errors import FxpruneError, UnknownNameError
-from fxprune.groups import check_kinds
-from fxprune.passbase import Pass, PassResult
-from fxprune.plan import Plan, plan_of
-from fxprune.scores import Scores
-from fxprune.state import State, state_of
-from passes.select.budget import ParameterBudget
-from passes.select.slots import Slot, make_keep, make_slots, protected_blocks, removed_layers
+from fxprune.checkpoint.stock import stock_test
+from fxprune.discovery.dependency import Dependencies
+from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds
+from fxprune.errors import FxpruneError, PassError, UnknownNameError
+from fxprune.graph.facts import Change, Fact, add_note, facts_of
+from fxprune.graph.source import Source
+from fxprune.masking.compare import Expected
+from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.removal.plan import Plan
+from fxprune.removal.removal import Removal
+from fxprune.removal.scores import Scores
 
-__all__ = ["RANKINGS", "SelectPass", "Selection"]
+from .budget import ParameterBudget
+from .slots import Slot, make_keep, make_slots, protected_blocks, removed_layers
+
+__all__ = ["RANKINGS", "Choice", "SelectPass", "Selection"]
 
 RANKINGS = ("local", "global")
+
+Choice = tuple[int, int]
+"""Of a slot, the option taken and how many of its units go."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +42,19 @@ class Selection:
         scores: of all units.
         budget: counts parameters.
         plan_for: the plan that choices for all slots make.
+        accepts: whether a stock config can say what a plan leaves; always true where there is no stock class to ask.
+        note: tells the user something.
     """
 
     slots: Sequence[Slot]
     scores: Scores
     budget: ParameterBudget
-    plan_for: Callable[[Sequence[tuple[int, int]]], Plan]
+    plan_for: Callable[[Sequence[Choice]], Plan]
+    accepts: Callable[[Plan], bool]
+    note: Callable[[str], None]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class SelectPass(Pass):
     """Chooses which units stay.
 
@@ -55,19 +68,21 @@ class SelectPass(Pass):
         uniform: the same widths in all layers, such that the stock config takes them where there is one.
     """
 
-    kinds: tuple[str, ...] = ("mlp", "head")
+    kinds: tuple[str, ...] = DEFAULT_KINDS
     ranking: str = "local"
     protect: tuple[int, int] | tuple[()] | None = None
     round_to: int = 1
     uniform: bool = False
 
     stage: ClassVar[str] = "select"
-    needs: ClassVar[tuple[str, ...]] = ("graph", "scores")
-    gives: ClassVar[tuple[str, ...]] = ("keep", "plan")
+    changes: ClassVar[Change] = "nothing"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Groups, Scores)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Removal,)
+    drops: ClassVar[tuple[type[Fact], ...]] = (Expected,)
 
     def __post_init__(self) -> None:
         """Refuse nonsense before any work is done."""
-        check_kinds(self.kinds)
+        object.__setattr__(self, "kinds", as_kinds(self.kinds))
         if self.ranking not in RANKINGS:
             raise UnknownNameError("ranking", self.ranking, RANKINGS)
         if self.round_to < 1:
@@ -82,21 +97,43 @@ class SelectPass(Pass):
             )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Choose; the graph is not changed."""
-        state = state_of(graph_module)
-        assert state.graph is not None and state.scores is not None
-        axes = axis_map(state.graph)
-        scores, protected = state.scores, protected_blocks(axes.blocks, () if self.uniform else self.protect)
-        slots = make_slots(state.groups, scores, self.kinds, protected, self.round_to)
+        """Decide on a removal.
 
-        def plan_for(choices: Sequence[tuple[int, int]]) -> Plan:
-            return plan_of(axes, make_keep(slots, choices, scores), removed_layers(slots, choices))
+        Raises:
+            PassError: there are no scores for a kind that may shrink.
+        """
+        facts = facts_of(graph_module)
+        axes, groups, scores = facts[Dependencies].axes, facts[Groups], facts[Scores]
+        self._check_scores(groups.of_kinds(self.kinds), scores)
+        protected = protected_blocks(axes.blocks, () if self.uniform else self.protect)
+        slots = make_slots(groups.all, scores, self.kinds, protected, self.round_to)
 
-        choices = self.choose(Selection(slots, scores, ParameterBudget(axes), plan_for), state)
-        state.keep = make_keep(slots, choices, scores)
-        state.plan = plan_for(choices)
+        def removal(choices: Sequence[Choice], **asked: float) -> Removal:
+            keep = make_keep(slots, choices, scores)
+            return Removal(axes, groups.all, keep, removed_layers(slots, choices), asked)
+
+        accepts = stock_test(facts.get(Source)) if self.uniform else lambda _: True
+        note = partial(add_note, graph_module)
+        selection = Selection(
+            slots, scores, ParameterBudget(axes), lambda choices: removal(choices).plan, accepts, note
+        )
+        facts.put(removal(self.choose(selection), **self.asked))
         return PassResult(graph_module, False)
 
+    def _check_scores(self, groups: Sequence[Group], scores: Scores) -> None:
+        for group in groups:
+            if group.name not in scores.units:
+                raise PassError(
+                    f"there are no scores for {group.name}, of the kind {group.kind!r} that may shrink",
+                    where=f"pass {self.name}",
+                    remedy=f"Score it: run an importance pass with kinds=[{', '.join(self.kinds)}]",
+                )
+
+    @property
     @abstractmethod
-    def choose(self, selection: Selection, state: State) -> list[tuple[int, int]]:
-        """For each slot the option taken and how many of its units go."""
+    def asked(self) -> dict[str, float]:
+        """What the report says was asked for."""
+
+    @abstractmethod
+    def choose(self, selection: Selection) -> list[Choice]:
+        """Return a choice for each slot."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from math import prod
 
 from fxprune.axes import Concat, Expr, Factor, factors
-from fxprune.dependency import AxisMap
-from fxprune.trace.blocks import owner_block
+from fxprune.discovery.dependency import AxisMap
+from fxprune.graph.blocks import owner_block
 
 __all__ = ["ParameterBudget"]
 

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fxprune.errors import RatioError
-from fxprune.state import State
-from passes.select.base import Selection, SelectPass
-from passes.select.ranking import count_below, normalised
-from passes.select.uniform import choose_uniform
+
+from .base import Choice, Selection, SelectPass
+from .ranking import count_below, normalised
+from .uniform import choose_uniform
 
 __all__ = ["SelectByGroupRatioPass"]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class SelectByGroupRatioPass(SelectPass):
     """From every group the fraction ``group_ratio`` of its units goes, rounded to what is nearest.
 
@@ -35,10 +35,15 @@ class SelectByGroupRatioPass(SelectPass):
                 f"group_ratio is {self.group_ratio}", where="group_ratio", remedy="Pass a number in [0, 1)"
             )
 
-    def choose(self, selection: Selection, state: State) -> list[tuple[int, int]]:
+    @property
+    def asked(self) -> dict[str, float]:
+        """The group ratio."""
+        return {"group_ratio": self.group_ratio}
+
+    def choose(self, selection: Selection) -> list[Choice]:
         """The same fraction of each slot, or of each kind's units in order of their scores."""
         if self.uniform:
-            return choose_uniform(selection, state, lambda _: self.group_ratio)
+            return choose_uniform(selection, lambda _: self.group_ratio)
         if self.ranking == "local":
             return [slot.choose(self.group_ratio) for slot in selection.slots]
         values = normalised(selection.slots)

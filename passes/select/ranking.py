@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from passes.select.slots import Array, Slot
+from .slots import Array, Slot
 
 __all__ = ["count_below", "normalised"]
 

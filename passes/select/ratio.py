@@ -9,22 +9,24 @@ from typing import ClassVar
 import numpy as np
 
 from fxprune.errors import RatioError
-from fxprune.state import State
-from passes.select.base import Selection, SelectPass
-from passes.select.ranking import count_below, normalised
-from passes.select.slots import units_left
-from passes.select.uniform import choose_uniform
+
+from .base import Choice, Selection, SelectPass
+from .ranking import count_below, normalised
+from .slots import units_left
+from .uniform import choose_uniform
 
 __all__ = ["SelectByRatioPass"]
 
-Choice = tuple[int, int]
 _CLOSE = 0.005
 """Half a percentage point: how near the achieved ratio has to be where the units are small enough."""
 _FAR = 0.05
 """How much less than the ratio may go where only some widths are allowed."""
 
+_HALVINGS = 40
+"""2 ** -40 of a unit is nothing: more halvings change no rounded number."""
 
-@dataclass(eq=False)
+
+@dataclass(frozen=True, eq=False)
 class SelectByRatioPass(SelectPass):
     """The fraction ``ratio`` of the model's parameters goes.
 
@@ -44,7 +46,12 @@ class SelectByRatioPass(SelectPass):
         if not 0 <= self.ratio < 1:
             raise RatioError(f"ratio is {self.ratio}", where="ratio", remedy="Pass a number in [0, 1)")
 
-    def choose(self, selection: Selection, state: State) -> list[Choice]:
+    @property
+    def asked(self) -> dict[str, float]:
+        """The ratio."""
+        return {"ratio": self.ratio}
+
+    def choose(self, selection: Selection) -> list[Choice]:
         """As many units from each slot as make the ratio.
 
         Raises:
@@ -60,7 +67,7 @@ class SelectByRatioPass(SelectPass):
                 remedy="Ask for less, protect fewer layers or allow more kinds",
             )
         if self.uniform:
-            choices = choose_uniform(selection, state, solver.fraction)
+            choices = choose_uniform(selection, solver.fraction)
         else:
             choices = solver.repair(solver.local() if self.ranking == "local" else solver.globally())
         achieved = solver.removed(choices) / selection.budget.total
@@ -72,8 +79,7 @@ class SelectByRatioPass(SelectPass):
                 remedy="Leave out uniform; the checkpoint then carries a modelling file of its own",
             )
         if abs(achieved - self.ratio) > _CLOSE:
-            note = f"ratio {achieved:.2%} instead of {self.ratio:.2%}: the units are too large to come nearer"
-            state.notes = (*state.notes, note)
+            selection.note(f"ratio {achieved:.2%} instead of {self.ratio:.2%}: the units are too large to come nearer")
         return choices
 
 
@@ -200,7 +206,7 @@ class _Solver:
 def _bisect(function: Callable[[float], float], target: float) -> float:
     """Where a growing function on [0, 1] takes the value ``target``; an end where it never does."""
     low, high = 0.0, 1.0
-    for _ in range(40):
+    for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if function(middle) < target else (low, middle)
     return (low + high) / 2

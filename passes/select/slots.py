@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fxprune.axes import Factor, Keep, unit_index
-from fxprune.groups import Group
-from fxprune.scores import Scores
+from fxprune.discovery.groups import Group
+from fxprune.removal.scores import Scores
 
 __all__ = [
     "Option",

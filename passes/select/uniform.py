@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from fxprune.state import State
-from passes.select.base import Selection
-from passes.select.slots import Slot, removed_layers, units_left
+from .base import Choice, Selection
+from .slots import Slot, removed_layers, units_left
 
 __all__ = ["choose_uniform"]
 
-Choice = tuple[int, int]
 _MOST_TRIALS = 40
+"""A trial builds the model on ``meta``; a width that fits, if any does, is found among the nearest few."""
 
 
-def choose_uniform(
-    selection: Selection, state: State, fraction_for: Callable[[Mapping[int, Choice]], float]
-) -> list[Choice]:
+def choose_uniform(selection: Selection, fraction_for: Callable[[Mapping[int, Choice]], float]) -> list[Choice]:
     """Slots that are alike get the same choice: the nearest to the fraction wanted that the stock config accepts.
 
     Kinds with large units come first, so that the small ones make up for what rounding leaves.
 
     Args:
         selection: what to choose from.
-        state: holds the test of a plan, where there is a stock class; takes a note where none is accepted.
         fraction_for: the fraction of units wanted of the slots that have no choice yet.
     """
     fixed: dict[int, Choice] = {}
@@ -32,13 +28,13 @@ def choose_uniform(
         fraction = fraction_for(fixed)
         for pick in _nearest(slot, fraction):
             trial = {**fixed, **dict.fromkeys(alike, pick)}
-            if pick[1] == 0 or _accepts(selection, state, trial):
+            if pick[1] == 0 or _accepts(selection, trial):
                 fixed = trial
                 break
         else:
             fixed |= dict.fromkeys(alike, (0, 0))
         if fixed[alike[0]][1] == 0 and fraction > 0:
-            state.notes = (*state.notes, f"{slot.kind} stays whole: no width near the ratio fits the stock config")
+            selection.note(f"{slot.kind} stays whole: no width near the ratio fits the stock config")
     return [fixed[number] for number in range(len(selection.slots))]
 
 
@@ -80,7 +76,5 @@ def _nearest(slot: Slot, fraction: float) -> Iterator[Choice]:
         yield i, removed
 
 
-def _accepts(selection: Selection, state: State, choices: Mapping[int, Choice]) -> bool:
-    if state.accepts is None:
-        return True
-    return state.accepts(selection.plan_for([choices.get(n, (0, 0)) for n in range(len(selection.slots))]))
+def _accepts(selection: Selection, choices: Mapping[int, Choice]) -> bool:
+    return selection.accepts(selection.plan_for([choices.get(n, (0, 0)) for n in range(len(selection.slots))]))

@@ -7,19 +7,23 @@ from typing import ClassVar
 
 from torch import fx
 
-from fxprune.compat import is_impure
-from fxprune.passbase import Pass, PassResult
-from fxprune.tensors import delete_tensor, weights
+from fxprune.graph.compat import is_impure
+from fxprune.graph.facts import Fact
+from fxprune.graph.tensors import delete_tensor, weights
+from fxprune.masking.compare import Expected, Verified
+from fxprune.pipeline.contract import Pass, PassResult
 
 __all__ = ["EliminateDeadCodePass"]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class EliminateDeadCodePass(Pass):
-    """The graph module holds no node and no tensor that its output does not need; it is linted and recompiled."""
+    """Takes out every node and tensor that the output does not need; the graph is linted and recompiled."""
 
     name: ClassVar[str] = "eliminate-dead-code"
     stage: ClassVar[str] = "shrink"
+    writes: ClassVar[bool] = False
+    keeps: ClassVar[tuple[type[Fact], ...]] = (Expected, Verified)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Remove dead nodes, then the tensors and submodules that no node reads any more."""
@@ -30,6 +34,7 @@ class EliminateDeadCodePass(Pass):
         for name in held:
             if name not in read:
                 delete_tensor(graph_module, name)
+                changed = True
         graph_module.delete_all_unused_submodules()
         graph_module.graph.lint()
         graph_module.recompile()

@@ -8,22 +8,26 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxprune.compat import FakeTensorProp, enable_python_dispatcher, fake_mode
-from fxprune.passbase import Pass, PassResult
-from fxprune.tensors import device_of
+from fxprune.graph.compat import FakeTensorProp, enable_python_dispatcher, fake_mode
+from fxprune.graph.facts import Change, Fact, Runnable, Shaped, facts_of
+from fxprune.graph.tensors import device_of
+from fxprune.pipeline.contract import Pass, PassResult
 
 __all__ = ["PropagateShapesPass"]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class PropagateShapesPass(Pass):
-    """``node.meta["val"]`` is what the slim graph computes, symbolic where the dense one's is.
+    """Works out ``node.meta["val"]`` of every node again, symbolic where it was.
 
     A shape that does not fit shows here, at the node where it arises, before anything is run.
     """
 
     name: ClassVar[str] = "propagate-shapes"
     stage: ClassVar[str] = "shrink"
+    changes: ClassVar[Change] = "nothing"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Runnable,)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Shaped,)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Run the graph on fake tensors."""
@@ -35,4 +39,5 @@ class PropagateShapesPass(Pass):
             inputs = [torch.empty(value.shape, dtype=value.dtype, device=device) for value in inputs]
         with enable_python_dispatcher():  # symbolic sizes are only understood by the Python side of torch's dispatcher
             FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*inputs)
+        facts_of(graph_module).put(Shaped())
         return PassResult(graph_module, False)

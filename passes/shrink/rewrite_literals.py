@@ -9,43 +9,51 @@ from typing import ClassVar
 from torch import fx
 
 from fxprune.axes import kept_size
-from fxprune.dependency import axis_map
-from fxprune.literals import read_literal, set_literal
-from fxprune.passbase import Pass, PassResult
-from fxprune.state import state_of
+from fxprune.graph.arguments import read_argument, set_argument
+from fxprune.graph.facts import Fact, Runnable, facts_of
+from fxprune.masking.compare import Expected
+from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.removal.removal import Removed, Sliced
 
 __all__ = ["RewriteLiteralsPass"]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class RewriteLiteralsPass(Pass):
-    """View sizes, slice bounds, split sizes, normalised shapes, repeat counts and group counts fit the slim axes.
+    """Makes view sizes, slice bounds, split sizes, normalised shapes, repeat and group counts fit the slim axes.
 
     A size computed at run time that has a pruned part (batch times heads) is scaled by new over old.
     """
 
     name: ClassVar[str] = "rewrite-literals"
     stage: ClassVar[str] = "shrink"
-    needs: ClassVar[tuple[str, ...]] = ("graph", "keep")
+    writes: ClassVar[bool] = False
+    needs: ClassVar[tuple[type[Fact], ...]] = (Sliced,)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Removed, Runnable)
+    drops: ClassVar[tuple[type[Fact], ...]] = (Sliced,)
+    keeps: ClassVar[tuple[type[Fact], ...]] = (Expected,)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite what changed."""
-        state = state_of(graph_module)
-        assert state.graph is not None and state.keep is not None
+        facts = facts_of(graph_module)
+        removal = facts[Sliced].removal
         nodes = {node.name: node for node in graph_module.graph.nodes}
         changed = False
-        for literal in axis_map(state.graph).literals:
+        for literal in removal.axes.size_arguments:
             node = nodes.get(literal.node)
-            old, new = literal.expr.size, kept_size(literal.expr, state.keep)
+            old, new = literal.expr.size, kept_size(literal.expr, removal.keep)
             if node is None or old == new:
                 continue
-            current = read_literal(node, literal.path)
+            current = read_argument(node, literal.path)
             if current == -1:
                 continue
             dynamic = isinstance(current, fx.Node)
             size = _scaled(node, current, old, new) if dynamic else new + literal.offset
-            set_literal(node, literal.path, size)
+            set_argument(node, literal.path, size)
             changed = True
+        facts.put(Removed(removal))
+        facts.put(Runnable())
+        graph_module.recompile()
         return PassResult(graph_module, changed)
 
 

@@ -7,28 +7,39 @@ from typing import ClassVar
 
 from torch import fx
 
-from fxprune.dependency import axis_map
-from fxprune.passbase import Pass, PassResult
-from fxprune.state import state_of
-from fxprune.verify import masked_outputs
+from fxprune.data.verification import VerificationInputs
+from fxprune.discovery.dependency import Dependencies
+from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
+from fxprune.graph.fork import fork
+from fxprune.graph.source import Source
+from fxprune.graph.tensors import on_meta
+from fxprune.masking.compare import Expected, masked_outputs
+from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.removal.removal import Removal
 
 __all__ = ["RecordExpectedPass"]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class RecordExpectedPass(Pass):
-    """The state holds the outputs of the dense graph with the structures of the plan zeroed."""
+    """Runs the dense graph with the structures that go zeroed, and puts down its outputs."""
 
     name: ClassVar[str] = "record-expected"
     stage: ClassVar[str] = "verify"
-    needs: ClassVar[tuple[str, ...]] = ("graph", "keep", "plan", "probe")
-    gives: ClassVar[tuple[str, ...]] = ("expected",)
+    changes: ClassVar[Change] = "nothing"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Removal, VerificationInputs, Runnable)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Expected,)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Run once with masks."""
-        state = state_of(graph_module)
-        assert state.graph is not None and state.keep is not None and state.plan is not None
-        assert state.probe is not None
-        blocks = state.plan.removed_blocks
-        state.expected = masked_outputs(graph_module, axis_map(state.graph), state.keep, blocks, state.probe)
+        """Run once with masks; on ``meta`` nothing can be run, which is noted."""
+        facts = facts_of(graph_module)
+        if on_meta(graph_module):
+            add_note(graph_module, "not verified: the weights are on meta")
+            facts.put(Expected(None))
+            return PassResult(graph_module, False)
+        removal, inputs = facts[Removal], facts[VerificationInputs].values
+        outputs = masked_outputs(graph_module, removal.axes, removal.keep, removal.removed_blocks, inputs)
+        source = facts.get(Source)
+        given_up = source is not None and source.shares  # in place, the dense tensors are to be freed
+        facts.put(Expected(outputs, None if given_up else fork(graph_module)))
         return PassResult(graph_module, False)

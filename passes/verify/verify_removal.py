@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import fx
 
-from fxprune.dependency import axis_map
-from fxprune.passbase import Pass, PassResult
-from fxprune.state import state_of
-from fxprune.verify import TOLERANCE, compare, find_divergence, require_equal, slim_outputs
+from fxprune.data.verification import VerificationInputs
+from fxprune.graph.facts import Change, Fact, Runnable, facts_of
+from fxprune.masking.compare import TOLERANCE, Expected, Verified, compare, find_divergence, require_equal, slim_outputs
+from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.removal.removal import Removed
 
 __all__ = ["VerifyRemovalPass"]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class VerifyRemovalPass(Pass):
-    """The slim graph computes what the dense one does with the same structures zeroed.
-
-    Args:
-        dense: the dense graph, to say at which node they part if they do; None where it is gone.
-    """
+    """Checks that the slim graph computes what the dense one does with the same structures zeroed."""
 
     name: ClassVar[str] = "verify-removal"
     stage: ClassVar[str] = "verify"
-    dense: fx.GraphModule | None = None
-    needs: ClassVar[tuple[str, ...]] = ("expected", "probe")
-    gives: ClassVar[tuple[str, ...]] = ("error",)
+    changes: ClassVar[Change] = "nothing"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Expected, VerificationInputs, Removed, Runnable)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Verified,)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Run once and compare.
@@ -35,18 +32,20 @@ class VerifyRemovalPass(Pass):
         Raises:
             VerificationError: the outputs differ; says where.
         """
-        state = state_of(graph_module)
-        assert state.probe is not None
-        state.error = compare(state.expected, slim_outputs(graph_module, state.probe))
-        if not state.error <= TOLERANCE:
-            require_equal(state.error, self._where(graph_module))
+        facts = facts_of(graph_module)
+        expected = facts[Expected]
+        error = None
+        if expected.outputs is not None:
+            error = compare(expected.outputs, slim_outputs(graph_module, facts[VerificationInputs].values))
+            if not error <= TOLERANCE:
+                require_equal(error, self._where(graph_module, expected.dense))
+        facts.put(replace(expected, dense=None))  # what it was kept for is over
+        facts.put(Verified(error))
         return PassResult(graph_module, False)
 
-    def _where(self, slim: fx.GraphModule) -> str:
-        state = state_of(slim)
-        if self.dense is None:
+    def _where(self, slim: fx.GraphModule, dense: fx.GraphModule | None) -> str:
+        if dense is None:
             return "the outputs (prune with inplace=False to see the node)"
-        assert state.graph is not None and state.keep is not None and state.plan is not None
-        assert state.probe is not None
-        blocks = state.plan.removed_blocks
-        return find_divergence(self.dense, slim, axis_map(state.graph), state.keep, blocks, state.probe)
+        facts = facts_of(slim)
+        removal, inputs = facts[Removed].removal, facts[VerificationInputs].values
+        return find_divergence(dense, slim, removal.axes, removal.keep, removal.removed_blocks, inputs)

@@ -1,0 +1,1 @@
+"""Text, calibration samples, and inputs to verify with."""

@@ -1,0 +1,232 @@
+"""The dependency graph: every axis of every tensor, and the couplings that the ops impose.
+
+Rules run once over the graph, in order; the equations they state are solved as they come. The result is a networkx
+graph whose nodes are :class:`~fxprune.rules.statements.Axis` and whose edges are couplings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import networkx as nx
+import torch
+from torch import fx
+
+from fxprune.axes import Expr, Factor, Freeze
+from fxprune.discovery.bypasses import Bypass, find_bypasses
+from fxprune.discovery.roles import settle_experts
+from fxprune.discovery.zeros import follow_zeros
+from fxprune.graph.blocks import Blocks
+from fxprune.graph.facts import Change, Fact, facts_of
+from fxprune.graph.names import tensor_name
+from fxprune.graph.source import Constants
+from fxprune.graph.tensors import get_tensor
+from fxprune.rules.apply import apply_rule, fresh_axes
+from fxprune.rules.descriptions import Descriptions
+from fxprune.rules.site import OpSite
+from fxprune.rules.statements import Axis, SizeArgument, Statements, TensorAxes
+from fxprune.trace import Traced
+
+__all__ = ["AxisMap", "Dependencies", "axis_map", "dependency_graph"]
+
+
+@dataclass(frozen=True)
+class AxisMap:
+    """All axes, solved.
+
+    Args:
+        tensors: for each tensor name one expression per dimension, in normal form.
+        frozen: factors that must keep their units, with the reason.
+        tags: roles that ops gave to factors (``head``, ``head_dim``, ..).
+        renormalised: for factors that a statistic runs over, the nodes that take it.
+        summed: for factors that an op adds up over, the nodes that do.
+        size_arguments: numbers in the graph that are sizes.
+        unruled: nodes whose op has no rule, with the op.
+        modules: module path of each node.
+        order: place of each tensor's first use in the order of execution, a weight before its bias.
+        parameters: names of parameters; the other ``get_attr`` tensors are buffers.
+        buffers: names of buffers.
+        blocks: module paths of the repeated blocks.
+        bypasses: for each block that can go as a whole, how to go around it.
+        tied: parameter names that are another name's tensor, with that name.
+        least: for factors that have to keep more than one unit, how many.
+        positions: for tensors that hold positions along an axis, what that axis is made of.
+        constants: names of those buffers that the model's code makes, and that are none of the model's own.
+        rules: for the node of each op, its rule by itself as text.
+    """
+
+    tensors: dict[str, tuple[Expr, ...]]
+    frozen: dict[Factor, Freeze]
+    tags: dict[Factor, frozenset[str]]
+    renormalised: dict[Factor, tuple[str, ...]]
+    summed: dict[Factor, tuple[str, ...]]
+    size_arguments: tuple[SizeArgument, ...]
+    unruled: dict[str, str]
+    modules: dict[str, str]
+    order: dict[str, int]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    blocks: tuple[str, ...] = ()
+    bypasses: dict[str, Bypass] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    least: dict[Factor, int] = field(default_factory=dict)
+    positions: dict[str, Expr] = field(default_factory=dict)
+    constants: tuple[str, ...] = ()
+    rules: dict[str, str] = field(default_factory=dict)
+
+    def weights(self) -> tuple[str, ...]:
+        """Names of parameters and buffers."""
+        return (*self.parameters, *self.buffers)
+
+
+def dependency_graph(traced: Traced | fx.GraphModule) -> nx.Graph[Axis]:
+    """The dependency graph of a traced model.
+
+    Nodes are axes ``(tensor, index)`` with attributes ``expr``, ``size``, ``role`` (``parameter``, ``buffer`` or
+    ``activation``) and ``module``. Edges are the couplings an op imposed, with attributes ``op`` and ``node``. The
+    solved axes are ``graph.graph["axes"]``, an :class:`AxisMap`.
+
+    Complexity: linear in the number of graph nodes.
+    """
+    graph_module = traced.graph_module if isinstance(traced, Traced) else traced
+    stated, rules = _state_equations(graph_module)
+    axes = _solve(graph_module, stated, rules)
+    graph: nx.Graph[Axis] = nx.Graph(axes=axes)
+    roles = dict.fromkeys(axes.parameters, "parameter") | dict.fromkeys(axes.buffers, "buffer")
+    for name, exprs in axes.tensors.items():
+        role = roles.get(name, "activation")
+        module = name.rpartition(".")[0] if name in roles else axes.modules.get(name, "")
+        for i, expr in enumerate(exprs):
+            graph.add_node(Axis(name, i), expr=expr, size=expr.size, role=role, module=module)
+    for pair in stated.couplings:
+        if not graph.has_edge(pair.a, pair.b):
+            graph.add_edge(pair.a, pair.b, op=pair.op, node=pair.node)
+    return graph
+
+
+@dataclass(frozen=True, eq=False)
+class Dependencies(Fact):
+    """The dependency graph of a graph module, and its solved axes.
+
+    Args:
+        graph: from :func:`dependency_graph`.
+    """
+
+    about: ClassVar[Change] = "graph"
+    graph: nx.Graph[Axis]
+
+    @property
+    def axes(self) -> AxisMap:
+        """The solved axes."""
+        return axis_map(self.graph)
+
+
+def axis_map(graph: nx.Graph[Axis]) -> AxisMap:
+    """The solved axes of a dependency graph."""
+    axes = graph.graph["axes"]
+    assert isinstance(axes, AxisMap)
+    return axes
+
+
+def _state_equations(graph_module: fx.GraphModule) -> tuple[Statements, dict[str, str]]:
+    """What all rules state, run in order, and each rule as text; tied parameters first become one."""
+    stated, descriptions = Statements(), Descriptions()
+    owner: dict[int, TensorAxes] = {}
+    rules: dict[str, str] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            _add_weight(node, graph_module, stated, owner)
+        elif node.op == "placeholder":
+            tensor = fresh_axes(node.name, node.meta["val"])
+            stated.tensors[node.name] = tensor
+            for axis in tensor.axes:
+                stated.solver.freeze(axis, "an input of the model", node.name)
+        elif node.op == "call_function":
+            rules[node.name] = descriptions.of(apply_rule(node, stated))
+        elif node.op == "output":
+            _freeze_output(node, stated)
+    return stated, rules
+
+
+def _add_weight(node: fx.Node, graph_module: fx.GraphModule, stated: Statements, owner: dict[int, TensorAxes]) -> None:
+    name = tensor_name(node)
+    value = get_tensor(graph_module, name)
+    tensor = fresh_axes(name, value, weight=True)
+    stated.tensors[name] = tensor
+    tied = owner.setdefault(id(value), tensor)
+    if tied is not tensor:
+        OpSite(node, stated, (tensor,)).tie_all(tied)
+
+
+def _freeze_output(node: fx.Node, stated: Statements) -> None:
+    """What the model returns keeps its shape; an output class called with tensors counts as the output."""
+    for result in node.all_input_nodes:
+        tensor = stated.tensors.get(tensor_name(result))
+        if tensor is None:
+            _freeze_output(result, stated)
+        for item in (tensor,) if isinstance(tensor, TensorAxes) else tensor or ():
+            for axis in item.axes:
+                stated.solver.freeze(axis, "an output of the model", result.name)
+            if item.name in stated.positions:
+                expr = stated.positions[item.name].expr
+                stated.solver.freeze(expr, "positions along it are an output of the model", result.name)
+
+
+def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, str]) -> AxisMap:
+    solver, facts = stated.solver, facts_of(graph_module)
+    blocks, constants = facts[Blocks].paths, facts[Constants].names
+    least = settle_experts(stated)
+    tensors: dict[str, tuple[Expr, ...]] = {}
+    for entry in stated.tensors.values():
+        for tensor in (entry,) if isinstance(entry, TensorAxes) else entry:
+            tensors[tensor.name] = tuple(solver.resolve(axis) for axis in tensor.axes)
+    zeros = follow_zeros(graph_module.graph, stated, tensors, constants)
+    for factor, freeze in zeros.frozen.items():
+        solver.freeze(factor, freeze.reason, freeze.node)
+    attributes = {str(n.target): n for n in graph_module.graph.nodes if n.op == "get_attr"}
+    is_parameter = {name: isinstance(get_tensor(graph_module, name), torch.nn.Parameter) for name in attributes}
+    position = {node: place for place, node in enumerate(graph_module.graph.nodes)}
+    return AxisMap(
+        tensors=tensors,
+        frozen=solver.frozen_factors(),
+        tags=solver.tagged_factors(),
+        renormalised=zeros.renormalised,
+        summed=zeros.summed,
+        size_arguments=tuple(replace(size, expr=solver.resolve(size.expr)) for size in stated.size_arguments),
+        unruled=dict(stated.unruled),
+        modules={node.name: module_path(node) for node in graph_module.graph.nodes},
+        order=_order(attributes, position),
+        parameters=tuple(name for name, yes in is_parameter.items() if yes),
+        buffers=tuple(name for name, yes in is_parameter.items() if not yes),
+        blocks=blocks,
+        bypasses=find_bypasses(graph_module.graph, blocks),
+        tied=_tied(graph_module, tuple(attributes)),
+        least=least,
+        positions={name: solver.resolve(found.expr) for name, found in stated.positions.items()},
+        constants=tuple(name for name in attributes if name in constants),
+        rules=rules,
+    )
+
+
+def _order(attributes: Mapping[str, fx.Node], position: Mapping[fx.Node, int]) -> dict[str, int]:
+    """The place of each tensor's first use: by op, then by argument of the op (a weight comes before its bias)."""
+
+    def first_use(name: str) -> tuple[int, int]:
+        node = attributes[name]
+        return min(((position[user], user.all_input_nodes.index(node)) for user in node.users), default=(0, 0))
+
+    return {name: place for place, name in enumerate(sorted(attributes, key=first_use))}
+
+
+def _tied(graph_module: fx.GraphModule, names: tuple[str, ...]) -> dict[str, str]:
+    first: dict[int, str] = {}
+    owners = {name: first.setdefault(id(get_tensor(graph_module, name)), name) for name in names}
+    return {name: owner for name, owner in owners.items() if name != owner}
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the module whose code made ``node``."""
+    stack = node.meta.get("nn_module_stack")
+    return str(next(reversed(stack.values()))[0]) if stack else ""

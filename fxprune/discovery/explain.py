@@ -1,0 +1,84 @@
+"""Why an axis is in a group, and why one is in none."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import networkx as nx
+
+from fxprune.axes import Freeze, contains, factors
+from fxprune.discovery.dependency import AxisMap, axis_map
+from fxprune.discovery.groups import Group, axes_by_factor, find_groups
+from fxprune.errors import FxpruneError, UnknownNameError
+from fxprune.rules.statements import Axis
+
+__all__ = ["Step", "explain", "frozen_axes", "frozen_in"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One coupling on the way from a trigger to a member.
+
+    Args:
+        source: an axis.
+        target: the axis that an op couples with it.
+        op: the op.
+        node: name of its node.
+        rule: the rule of the op, by itself, as text; empty where two names of one tensor are coupled.
+    """
+
+    source: Axis
+    target: Axis
+    op: str
+    node: str
+    rule: str = ""
+
+
+def explain(graph: nx.Graph[Axis], member: Axis | tuple[str, int], group: Group | None = None) -> list[Step]:
+    """The shortest chain of ops that ties ``member`` to the trigger of its group.
+
+    Args:
+        graph: the dependency graph.
+        member: tensor name and axis.
+        group: the group meant, where the axis is in several; None for the first.
+
+    Raises:
+        UnknownNameError: no such tensor.
+        FxpruneError: the axis is in no group; says why it is frozen if it is.
+    """
+    axes = axis_map(graph)
+    target = Axis(*member)
+    if target not in graph:
+        raise UnknownNameError("axis", target.tensor, axes.weights())
+    expr = graph.nodes[target]["expr"]
+    found = [g for g in find_groups(graph) if g.factor is not None and contains(expr, g.factor)]
+    chosen = group or next(iter(found), None)
+    if chosen is None or chosen.factor is None or chosen.trigger is None or not contains(expr, chosen.factor):
+        reason = next((str(axes.frozen[f]) for f in factors(expr) if f in axes.frozen), "it holds no removable unit")
+        raise FxpruneError(f"axis {target.dim} is in no such group: {reason}", where=target.tensor)
+    inside = graph.subgraph(axes_by_factor(graph)[chosen.factor])
+    path = nx.shortest_path(inside, chosen.trigger, target)
+    edges = itertools.pairwise(path)
+    return [_step(graph, a, b) for a, b in edges]
+
+
+def _step(graph: nx.Graph[Axis], a: Axis, b: Axis) -> Step:
+    edge = graph.edges[a, b]
+    return Step(a, b, edge["op"], edge["node"], axis_map(graph).rules.get(edge["node"], ""))
+
+
+def frozen_axes(graph: nx.Graph[Axis]) -> dict[str, Freeze]:
+    """Return the first reason for each parameter axis with a frozen factor, as ``"name[axis]"``."""
+    return frozen_in(axis_map(graph))
+
+
+def frozen_in(axes: AxisMap) -> dict[str, Freeze]:
+    """As :func:`frozen_axes`, of solved axes."""
+    found: dict[str, Freeze] = {}
+    for name in axes.parameters:
+        for i, expr in enumerate(axes.tensors[name]):
+            reason = next((axes.frozen[f] for f in factors(expr) if f in axes.frozen), None)
+            if reason is not None:
+                found[f"{name}[{i}]"] = reason
+    return found

@@ -1,0 +1,285 @@
+"""Groups: what must be removed together, found by trigger propagation in the dependency graph.
+
+One unit of a parameter axis is the trigger. Breadth-first search follows the couplings as long as the axis reached
+holds the trigger's factor; the parameters met on the way are the members of the group. In the paper's words: a neuron
+triggers those that depend on it, these trigger the next, until nothing new is found (LLM-Pruner, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import networkx as nx
+
+from fxprune.axes import Expr, Factor, Product, beside, factors
+from fxprune.discovery.dependency import AxisMap, axis_map
+from fxprune.errors import FxpruneError, UnknownNameError
+from fxprune.graph.blocks import owner_block
+from fxprune.graph.facts import Change, Fact
+from fxprune.rules.statements import Axis
+
+__all__ = [
+    "DEFAULT_KINDS",
+    "KINDS",
+    "Group",
+    "Groups",
+    "Kind",
+    "Member",
+    "as_kinds",
+    "axes_by_factor",
+    "find_groups",
+    "propagate",
+]
+
+Kind = Literal["mlp", "head", "channel", "head_dim", "expert", "layer"]
+
+KINDS: tuple[Kind, ...] = ("mlp", "head", "channel", "head_dim", "expert", "layer")
+
+
+DEFAULT_KINDS = ("mlp", "head")
+"""What goes unless the caller says otherwise: the kinds of the paper, which every language model has."""
+
+
+def as_kinds(kinds: str | Sequence[str]) -> tuple[str, ...]:
+    """Return ``kinds`` as a tuple; a single name may stand alone.
+
+    Raises:
+        UnknownNameError: no such kind; the nearest is suggested.
+        FxpruneError: no kinds at all.
+    """
+    named = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    if not named:
+        raise FxpruneError("kinds is empty", where="kinds", remedy=f"Name one or more of {', '.join(KINDS)}")
+    for kind in named:
+        if kind not in KINDS:
+            raise UnknownNameError("kind", kind, KINDS)
+    return named
+
+
+@dataclass(frozen=True)
+class Member:
+    """An axis of a parameter or buffer that holds units of the group.
+
+    Args:
+        name: the parameter or buffer.
+        axis: which of its axes.
+        expr: what that axis is made of.
+        trained: whether it is a parameter.
+    """
+
+    name: str
+    axis: int
+    expr: Expr
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that can be removed, one at a time, each with everything that depends on it.
+
+    Args:
+        name: unique and readable, such as ``"model.layers.3/head"``.
+        kind: what a unit is.
+        members: what is sliced, in order of execution.
+        factor: the factor of the axis algebra whose units these are; None for a layer.
+        block: module path of the block it lies in; None if it spans several.
+        outer: the factor that is always around this one: each of its units may keep a choice of its own.
+        renormalised: nodes that take a statistic over this axis; removal then equals masking up to that statistic.
+        trigger: the parameter axis from which the search started.
+        least: how many units have to stay, such as those a top-k chooses.
+    """
+
+    name: str
+    kind: Kind
+    members: tuple[Member, ...]
+    factor: Factor | None = None
+    block: str | None = None
+    outer: Factor | None = None
+    renormalised: tuple[str, ...] = ()
+    trigger: Axis | None = None
+    least: int = 1
+
+    @property
+    def size(self) -> int:
+        """Number of units (inside one outer unit, where there is an outer factor)."""
+        return 1 if self.factor is None else self.factor.size
+
+    @property
+    def parameters(self) -> tuple[Member, ...]:
+        """The members that are trained."""
+        return tuple(member for member in self.members if member.trained)
+
+
+@dataclass(frozen=True)
+class Groups(Fact):
+    """The groups of a graph.
+
+    Args:
+        all: in order of execution of their triggers.
+    """
+
+    about: ClassVar[Change] = "graph"
+    all: tuple[Group, ...] = ()
+
+    def __iter__(self) -> Iterator[Group]:
+        """One group after the other."""
+        return iter(self.all)
+
+    def __len__(self) -> int:
+        """Number of groups."""
+        return len(self.all)
+
+    def of_kinds(self, kinds: Sequence[str]) -> tuple[Group, ...]:
+        """The groups whose units are of one of ``kinds``."""
+        return tuple(group for group in self.all if group.kind in kinds)
+
+
+def find_groups(graph: nx.Graph[Axis]) -> tuple[Group, ...]:
+    """Every group of the model, in order of execution of their triggers; frozen ones are not among them.
+
+    Complexity: linear in the size of the graph times the number of factors of an axis.
+    """
+    axes = axis_map(graph)
+    by_factor = axes_by_factor(graph)
+    groups: list[Group] = []
+    seen: set[Factor] = set(axes.frozen)
+    taken: dict[str, int] = {}
+    for trigger in _triggers(axes):
+        for factor in factors(graph.nodes[trigger]["expr"]):
+            if factor in seen:
+                continue
+            seen.add(factor)
+            reached = propagate(graph, trigger, by_factor[factor])
+            group = _make_group(axes, factor, trigger, reached)
+            count = taken[group.name] = taken.get(group.name, 0) + 1
+            groups.append(group if count == 1 else _renamed(group, f"{group.name}.{count}"))
+    return (*groups, *_layer_groups(axes))
+
+
+def propagate(graph: nx.Graph[Axis], trigger: Axis, holding: set[Axis]) -> set[Axis]:
+    """The axes reached from ``trigger`` by breadth-first search among the axes ``holding`` its factor."""
+    return set(nx.node_connected_component(graph.subgraph(holding), trigger))
+
+
+def axes_by_factor(graph: nx.Graph[Axis]) -> dict[Factor, set[Axis]]:
+    """The axes that hold each factor."""
+    found: dict[Factor, set[Axis]] = {}
+    for axis in graph.nodes:
+        for factor in factors(graph.nodes[axis]["expr"]):
+            found.setdefault(factor, set()).add(axis)
+    return found
+
+
+def _triggers(axes: AxisMap) -> Iterator[Axis]:
+    """Parameter axes in order of execution."""
+    for name in sorted(axes.parameters, key=lambda name: axes.order[name]):
+        for i in range(len(axes.tensors[name])):
+            yield Axis(name, i)
+
+
+def _make_group(axes: AxisMap, factor: Factor, trigger: Axis, reached: set[Axis]) -> Group:
+    trained = set(axes.parameters)
+    weights = trained | set(axes.buffers)
+    own = (a for a in reached if a.tensor in weights and a.tensor not in axes.tied)
+    ordered = sorted(own, key=lambda a: (axes.order[a.tensor], a))
+    members = tuple(Member(a.tensor, a.dim, axes.tensors[a.tensor][a.dim], a.tensor in trained) for a in ordered)
+    owners = {owner_block(m.name, axes.blocks) for m in members if m.trained}
+    block = next(iter(owners)) if len(owners) == 1 else None
+    kind = _kind(_roles(axes, factor, members), len(owners))
+    renormalised = axes.renormalised.get(factor, ())
+    outer = None if renormalised else _outer_factor(axes, factor, reached)
+    least = axes.least.get(factor, 1)
+    return Group(f"{block or 'model'}/{kind}", kind, members, factor, block, outer, renormalised, trigger, least)
+
+
+def _roles(axes: AxisMap, factor: Factor, members: Sequence[Member]) -> frozenset[str]:
+    """The tags of ``factor``. What two activations do not sum over is a head around a width, or a width in a head.
+
+    Else it is neither: the inner channels of a scan, say, although they pass through a product of activations.
+    """
+    tags = axes.tags.get(factor, frozenset())
+    if "head_dim" not in tags or "summed" in tags:
+        return tags
+    places = [place for member in members for place in beside(member.expr, factor)]
+    if any("head_dim" in axes.tags.get(f, ()) and f not in axes.frozen for _, after in places for f in after):
+        return tags | {"head"}
+    around = frozenset().union(*(axes.tags.get(f, ()) for before, _ in places for f in before))
+    return tags if around & {"head", "head_dim"} else tags - {"head_dim"}
+
+
+def _kind(tags: frozenset[str], owners: int) -> Kind:
+    """What users call a unit, from the roles that ops gave it and how far it reaches."""
+    if "expert" in tags:
+        return "expert"
+    if "head" in tags:
+        return "head"
+    if "head_dim" in tags:
+        return "head_dim"
+    return "channel" if owners > 1 else "mlp"
+
+
+def _outer_factor(axes: AxisMap, factor: Factor, reached: set[Axis]) -> Factor | None:
+    """The factor whose every unit may keep its own choice of units of ``factor``.
+
+    It has to be in every tensor that holds ``factor``, and directly around it in every weight: then nothing ever
+    compares or sums units of ``factor`` across units of the outer one, and a choice per outer unit is a permutation
+    away from one for all. Where two axes hold the outer factor, as in ``h @ h.T``, units of it do meet each other.
+    """
+    weights = set(axes.weights())
+    common: list[Factor] | None = None
+    for axis in reached:
+        exprs = axes.tensors[axis.tensor]
+        around = _around(exprs[axis.dim], factor) if axis.tensor in weights else [f for e in exprs for f in factors(e)]
+        common = around if common is None else [f for f in common if f in around]
+    met = [
+        axes.tensors[name]
+        for name in {a.tensor for a in reached}.union(axes.summed.get(factor, ()))
+        if name in axes.tensors
+    ]
+    candidates = [f for f in common or () if f != factor and f not in axes.frozen]
+    candidates = [f for f in candidates if all(sum(_depth(expr, f) for expr in exprs) <= 1 for exprs in met)]
+    return candidates[-1] if candidates else None
+
+
+def _depth(expr: Expr, factor: Factor) -> int:
+    """How often ``factor`` is a part of one position of ``expr``."""
+    if isinstance(expr, Factor):
+        return int(expr == factor)
+    depths = [_depth(part, factor) for part in expr.parts]
+    return sum(depths) if isinstance(expr, Product) else max(depths, default=0)
+
+
+def _around(expr: Expr, factor: Factor) -> list[Factor]:
+    """The factors that stand before every occurrence of ``factor`` in the products of ``expr``."""
+    found: list[list[Factor]] = []
+
+    def walk(term: Expr, above: list[Factor]) -> None:
+        if term == factor:
+            found.append(above)
+        elif not isinstance(term, Factor):
+            for part in term.parts:
+                walk(part, above)
+                if isinstance(term, Product) and isinstance(part, Factor):
+                    above = [*above, part]
+
+    walk(expr, [])
+    return [f for f in found[0] if all(f in other for other in found)] if found else []
+
+
+def _layer_groups(axes: AxisMap) -> list[Group]:
+    inside: dict[str, list[Member]] = {block: [] for block in axes.blocks}
+    for name in sorted(axes.parameters, key=lambda name: axes.order[name]):
+        block = owner_block(name, axes.blocks)
+        if block is not None:
+            inside[block].append(Member(name, 0, axes.tensors[name][0]))
+    return [
+        Group(f"{block}/layer", "layer", tuple(members), block=block)
+        for block, members in inside.items()
+        if members and block in axes.bypasses
+    ]
+
+
+def _renamed(group: Group, name: str) -> Group:
+    return replace(group, name=name)

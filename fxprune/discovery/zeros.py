@@ -1,0 +1,240 @@
+"""Where a masked unit leaves zeros behind, and where it does not.
+
+Masking zeroes a unit in every weight that holds it. Removing it is the same as long as nothing else can tell: each op
+that adds up over the unit has to find zeros there. A product with a weight always does. A product of two activations,
+or a plain sum, does only if the zeros got that far: ``relu`` passes them on, ``sigmoid`` makes halves of them. And
+some functions have no value at zero at all, such as a weight divided by its own norm.
+
+So the numbers that masked units hold are followed through the graph, axis by axis. An op that can tell such a unit from
+one that is not there takes a statistic over it, like a norm: it runs on the kept units alone, and the group is marked
+``renormalised``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import fx
+
+from fxprune.axes import Expr, Factor, Freeze, factors
+from fxprune.graph.names import maker_of, tensor_name
+from fxprune.rules.aliasing import alias_roots, writes
+from fxprune.rules.outcome import outcome
+from fxprune.rules.registry import Values, find_rule
+from fxprune.rules.site import OpSite
+from fxprune.rules.statements import Axis, Held, Statements
+
+__all__ = ["ZeroReport", "ZeroWalk", "follow_zeros"]
+
+Numbers = frozenset[float | None]
+"""What masked units hold along an axis: some numbers, or None for anything."""
+
+_ZERO: Numbers = frozenset({0.0})
+_ANYTHING: Numbers = frozenset({None})
+_MOST = 4
+"""More numbers than these are as good as anything: each op is called for all combinations of what its inputs hold."""
+
+
+@dataclass(frozen=True)
+class ZeroReport:
+    """What following masked units through a graph found.
+
+    Args:
+        renormalised: for each factor the nodes that have to run on its kept units, since zeros are not enough there.
+        frozen: factors that have to stay, with the reason.
+        summed: for each factor the nodes that add up over it.
+    """
+
+    renormalised: dict[Factor, tuple[str, ...]]
+    frozen: dict[Factor, Freeze]
+    summed: dict[Factor, tuple[str, ...]]
+
+
+def follow_zeros(
+    graph: fx.Graph, stated: Statements, tensors: Mapping[str, tuple[Expr, ...]], constants: Collection[str] = ()
+) -> ZeroReport:
+    """Follow what masked units of every factor hold through the whole graph.
+
+    Args:
+        graph: the graph.
+        stated: what the rules stated, all of them.
+        tensors: the solved axes of each tensor.
+        constants: tensors that the code makes, which masking leaves as they are.
+
+    Complexity: linear in the number of nodes times the number of factors of an axis.
+    """
+    walk = ZeroWalk(graph, stated, tensors, constants)
+    for node in graph.nodes:
+        if node.op == "call_function":
+            walk.visit(node)
+    return ZeroReport(_as_tuples(walk.renormalised), walk.frozen, _as_tuples(walk.summed))
+
+
+def _as_tuples(found: Mapping[Factor, Mapping[str, None]]) -> dict[Factor, tuple[str, ...]]:
+    return {factor: tuple(nodes) for factor, nodes in found.items()}
+
+
+class _Op:
+    """A node with what its rule says about values."""
+
+    def __init__(self, node: fx.Node, stated: Statements) -> None:
+        self.node = node
+        self.site = OpSite(node, stated, ())
+        self.rule = find_rule(node.target)
+        self.values = None if self.rule is None else self.rule.values
+
+    @cached_property
+    def first(self) -> frozenset[str]:
+        """The tensors in its first argument."""
+        return frozenset(x.name for x in self.site.first)
+
+    @cached_property
+    def added(self) -> str | None:
+        """The tensor that it adds to a product."""
+        value = self.site.arg(self.rule.added) if self.rule is not None and self.rule.added else None
+        return tensor_name(value) if isinstance(value, fx.Node) else None
+
+
+class ZeroWalk:
+    """One pass over a graph in order; ``held`` are the numbers that masked units hold, where not just anything."""
+
+    def __init__(
+        self, graph: fx.Graph, stated: Statements, tensors: Mapping[str, tuple[Expr, ...]], constants: Collection[str]
+    ) -> None:
+        self.stated = stated
+        self.tensors = tensors
+        self.weights = {tensor_name(n) for n in graph.nodes if n.op == "get_attr"}.difference(constants)
+        self.fixed = stated.solver.frozen_factors()
+        self.held: dict[tuple[Axis, Factor], Numbers] = {}
+        self.renormalised: dict[Factor, dict[str, None]] = {}
+        self.summed: dict[Factor, dict[str, None]] = {}
+        self.frozen: dict[Factor, Freeze] = {}
+        self.outs: dict[str, list[str]] = {}
+        for name in tensors:
+            self.outs.setdefault(maker_of(name), []).append(name)
+        self.sources: dict[Axis, list[Axis]] = {}
+        for pair in stated.couplings:
+            for out, source in ((pair.a, pair.b), (pair.b, pair.a)):
+                if maker_of(out.tensor) == pair.node:
+                    self.sources.setdefault(out, []).append(source)
+        self.sums: dict[str, list[tuple[Axis, ...]]] = {}
+        for found in stated.sums:
+            self.sums.setdefault(found.node, []).append(found.places)
+        for statistic in stated.statistics:
+            for factor in factors(stated.solver.resolve(statistic.expr)):
+                self.renormalised.setdefault(factor, {})[statistic.node] = None
+        self.aliases = _written_through(graph)
+
+    def visit(self, node: fx.Node) -> None:
+        """Work out where ``node`` needs the kept units alone, and what masked units hold in its results."""
+        op = _Op(node, self.stated)
+        for places in self.sums.get(node.name, ()):
+            for factor in self.free(places[0]):
+                self.summed.setdefault(factor, {})[node.name] = None
+                if not any(self.numbers(place, factor) == _ZERO for place in places):
+                    self.renormalise(node, factor)
+        for place in self.places(node.name):
+            for factor in self.free(place):
+                found = self.result(op, place, factor)
+                self.held[place, factor] = found if len(found) <= _MOST else _zero_or_anything(found)
+        for name in self.aliases.get(node, ()):  # what it writes is seen through all that shares memory with it
+            for place in self.places(name):
+                for factor in self.free(place):
+                    self.held[place, factor] = self.numbers(place, factor) | self.written(node, factor)
+
+    def free(self, place: Axis) -> Iterator[Factor]:
+        """The factors of an axis that are not frozen."""
+        found = dict.fromkeys(factors(self.tensors[place.tensor][place.dim]))
+        return (factor for factor in found if factor not in self.fixed)
+
+    def numbers(self, place: Axis, factor: Factor) -> Numbers:
+        """What masked units of ``factor`` hold along ``place``."""
+        if place.tensor in self.weights and self.count(place, factor):
+            return _ZERO
+        return self.held.get((place, factor), _ANYTHING)
+
+    def count(self, place: Axis, factor: Factor) -> int:
+        """How often ``factor`` occurs in an axis."""
+        return sum(found == factor for found in factors(self.tensors[place.tensor][place.dim]))
+
+    def places(self, name: str) -> Iterator[Axis]:
+        """The axes of a tensor, or of all results of a node that has several."""
+        for tensor in (name,) if name in self.tensors else self.outs.get(name, ()):
+            yield from (Axis(tensor, dim) for dim in range(len(self.tensors[tensor])))
+
+    def renormalise(self, node: fx.Node, factor: Factor) -> None:
+        """Run ``node`` on the kept units of ``factor``; keep them all if it writes in place."""
+        if writes(node):
+            reason = f"{node.target} writes in place to what has no value at zero"
+            self.frozen.setdefault(factor, Freeze(reason, node.name))
+        self.renormalised.setdefault(factor, {})[node.name] = None
+
+    def result(self, op: _Op, place: Axis, factor: Factor) -> Numbers:
+        """What masked units of ``factor`` hold along ``place``, an axis of a result of ``op``."""
+        if op.node.name in self.renormalised.get(factor, {}):
+            return _ZERO
+        if place in self.stated.held:
+            return self.said(self.stated.held[place], factor)
+        sources = [source for source in self.sources.get(place, ()) if self.count(source, factor)]
+        if op.values in (Values.POINTWISE, Values.CAST, Values.COMPARED):
+            return self.called(op.node, factor, sources)
+        if op.values is Values.PRODUCT:
+            return self.multiplied(factor, sources, op.added)
+        moves = op.values in (Values.MOVED, Values.PICKED)
+        carried = [source for source in sources if source.tensor in op.first] if moves else sources
+        if not (moves or op.values is Values.REDUCED) or self.count(place, factor) > sum(
+            self.count(source, factor) for source in carried
+        ):
+            return _ANYTHING  # copies are units of their own
+        found: Numbers = frozenset().union(*(self.numbers(source, factor) for source in carried))
+        return found if moves or found == _ZERO else _zero_or_anything(found)
+
+    def said(self, held: Held, factor: Factor) -> Numbers:
+        """As :meth:`result`, where the rule of the op says what is held."""
+        found = [self.numbers(source, factor) for source in held.sources]
+        if held.also is not None:
+            return frozenset(held.also).union(*found)
+        return _ZERO if all(numbers == _ZERO for numbers in found) else _ANYTHING
+
+    def multiplied(self, factor: Factor, sources: list[Axis], added: str | None) -> Numbers:
+        """As :meth:`result`, for a sum of products and of the tensor ``added``."""
+        product = [self.numbers(source, factor) for source in sources if source.tensor != added]
+        found = _ZERO if _ZERO in product else _zero_or_anything(*product)
+        if added is None:
+            return found
+        terms = [self.numbers(source, factor) for source in sources if source.tensor == added]
+        return found if terms == [_ZERO] else _zero_or_anything(found)
+
+    def called(self, node: fx.Node, factor: Factor, sources: list[Axis]) -> Numbers:
+        """As :meth:`result`, for an op that works on each element by itself, found out by calling it."""
+        inputs = {n: s for n in node.all_input_nodes for s in sources if s.tensor == tensor_name(n)}
+        choices = [self.numbers(source, factor) for source in inputs.values()]
+        if all(choice == _ANYTHING for choice in choices):
+            return _ANYTHING
+        found = {outcome(node, dict(zip(inputs, choice, strict=True))) for choice in itertools.product(*choices)}
+        if any(number is not None and math.isnan(number) for number in found):
+            self.renormalise(node, factor)
+            return _ZERO
+        return frozenset(found)
+
+    def written(self, node: fx.Node, factor: Factor) -> Numbers:
+        """What masked units of ``factor`` hold in what ``node`` writes; nothing if it writes to none."""
+        return frozenset().union(*(self.held.get((place, factor), ()) for place in self.places(node.name)))
+
+
+def _zero_or_anything(*numbers: Numbers) -> Numbers:
+    """Anything, and zero too if that is among ``numbers``."""
+    return _ANYTHING | _ZERO if any(0.0 in found for found in numbers) else _ANYTHING
+
+
+def _written_through(graph: fx.Graph) -> dict[fx.Node, list[str]]:
+    """For each node that writes in place, the values that share memory with what it writes to."""
+    root = alias_roots(graph)
+    members: dict[fx.Node, list[str]] = {}
+    for node in graph.nodes:
+        members.setdefault(root[node], []).append(tensor_name(node))
+    return {node: members[root[node]] for node in root if writes(node)}

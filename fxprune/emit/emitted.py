@@ -1,0 +1,116 @@
+"""The slim Hugging Face model of a slim graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from transformers import PreTrainedModel
+
+from fxprune.emit.emitter import Emission, emit
+from fxprune.errors import CheckpointError
+from fxprune.graph.blocks import Blocks, within
+from fxprune.graph.facts import Fact, facts_of
+from fxprune.graph.source import Constants, Source
+from fxprune.graph.tensors import copy_tensor, weights
+from fxprune.masking.compare import TOLERANCE, compare
+from fxprune.masking.masked_run import output_tensors
+from fxprune.removal.plan import kept_of_constants
+from fxprune.removal.removal import Removal
+
+__all__ = ["Emitted", "emit_from_graph"]
+
+_ROUGH = 2e-2
+"""Accepted difference in half precision, relative to the largest output: two orders of summation round apart."""
+
+
+@dataclass(frozen=True, eq=False)
+class Emitted(Fact):
+    """The slim Hugging Face model, or why there is none.
+
+    Args:
+        model: shares its tensors with the graph; None where no class can express the plan.
+        reasons: why there is none; empty where there is one.
+    """
+
+    model: PreTrainedModel | None
+    reasons: tuple[str, ...] = ()
+
+    def require_model(self) -> PreTrainedModel:
+        """Return the model.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if self.model is None:
+            raise CheckpointError(
+                f"there is no slim model to save: {'; '.join(self.reasons[:3])}",
+                where="model",
+                remedy="Export the graph instead: result.export('model.pt2')",
+            )
+        return self.model
+
+
+def emit_from_graph(
+    slim: fx.GraphModule, source: Source, removal: Removal, inputs: Mapping[str, torch.Tensor]
+) -> Emission:
+    """Return a model of the source's class that holds the tensors of a slim graph and computes what it does.
+
+    Args:
+        slim: the slim graph.
+        source: the dense model it came from; a Hugging Face model.
+        removal: what was removed.
+        inputs: keyword inputs on which graph and model have to agree.
+    """
+    tensors = _tensors(slim, source, removal)
+
+    def agrees(candidate: nn.Module) -> bool:
+        if any(tensor.is_meta for tensor in tensors.values()):
+            return True
+        with torch.no_grad():
+            want, got = output_tensors(slim(**inputs)), output_tensors(candidate(**inputs, use_cache=False))
+        return _agree(want[0], got[0])
+
+    dense = source.model if source.dense is None else source.dense
+    return emit(dense, tensors, removal.removed_blocks, agrees, _numbered(slim, removal))  # type: ignore[arg-type]
+
+
+def _tensors(slim: fx.GraphModule, source: Source, removal: Removal) -> dict[str, torch.Tensor]:
+    """Every tensor of the slim model by its dense name; what the graph does not read comes from the dense model."""
+    tensors = {name: tensor for own, tensor in weights(slim) for name in source.names.get(own, ())}
+    model = source.model
+    for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in named:
+            if name not in tensors and not within(name, removal.removed_blocks):
+                tensors[name] = tensor if source.shares else copy_tensor(tensor)
+    return tensors
+
+
+def _agree(want: torch.Tensor, got: torch.Tensor) -> bool:
+    """Whether two outputs are equal but for rounding.
+
+    In half precision that is asked of half of the tokens: a router that rounds otherwise may send single ones to others
+    of its experts.
+    """
+    if want.shape != got.shape or want.dtype in (torch.float32, torch.float64):
+        return compare([want.float()], [got.float()]) <= TOLERANCE
+    apart = (want.float() - got.float()).abs().amax(dim=-1).median()
+    return bool(apart <= _ROUGH * max(1.0, float(want.abs().max())))
+
+
+def _numbered(slim: fx.GraphModule, removal: Removal) -> dict[str, dict[int, list[int]]]:
+    """Units that stay of the tables the model's code makes by number: by block that reads one (else empty), by size."""
+    facts, axes = facts_of(slim), removal.axes
+    blocks, constants = facts[Blocks].paths, facts[Constants].names
+    found: dict[str, dict[int, list[int]]] = {}
+    kept_of = kept_of_constants(axes, removal.keep)
+    for node in slim.graph.nodes:
+        if node.op != "get_attr" or node.target not in constants:
+            continue
+        stack = node.meta.get("nn_module_stack") or {}
+        block = next((path for path, _ in stack.values() if path in blocks), "")
+        for axis, kept in kept_of.get(str(node.target), {}).items():
+            found.setdefault(block, {})[axes.tensors[str(node.target)][axis].size] = kept
+    return found

@@ -1,0 +1,224 @@
+"""Dense, pruned and recovered side by side: size, work, speed and what each is worth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median, variance
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch.utils.benchmark import Timer
+
+from fxprune.errors import EvaluationError
+from fxprune.evaluation import Evaluation, evaluate
+from fxprune.graph.counting import TOKENS, count_macs
+from fxprune.trace import trace
+
+__all__ = ["Column", "Comparison", "compare_models"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One model, measured.
+
+    Args:
+        name: ``dense``, ``pruned``, ``recovered``, ...
+        parameters: their number, tied ones once.
+        macs: multiply-accumulates of one sample of :data:`fxprune.graph.counting.TOKENS` tokens.
+        memory: bytes of parameters and buffers.
+        latency_ms: median time of one forward pass, in milliseconds.
+        evaluation: perplexities and accuracies.
+    """
+
+    name: str
+    parameters: int
+    macs: int
+    memory: int
+    latency_ms: float
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models side by side; the first is what the others are compared with.
+
+    Args:
+        columns: one a model.
+        settings: how they were measured, and whatever else belongs beside the numbers.
+    """
+
+    columns: tuple[Column, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def retained(self, name: str) -> tuple[float, float] | None:
+        """Return the average accuracy of a model as a fraction of the first one's, and its standard error.
+
+        The error is that of the ratio over the same questions, by linearisation: models that err on the same questions
+        are told apart by fewer of them. None where no task was run.
+        """
+        base = self.columns[0].evaluation
+        other = next(column.evaluation for column in self.columns if column.name == name)
+        if not base.average or other.average is None:
+            return None
+        ratio = other.average / base.average
+        spread = 0.0
+        for task, score in base.tasks.items():
+            rest = [b - ratio * a for a, b in zip(score.correct, other.tasks[task].correct, strict=True)]
+            spread += variance(rest) / len(rest) if len(rest) > 1 else 0.0
+        return ratio, spread**0.5 / len(base.tasks) / base.average
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """Yield the table line by line, as text: a name, and a value for each model."""
+        yield "parameters", *(f"{column.parameters:,}" for column in self.columns)
+        yield f"MACs at {TOKENS} tokens", *(f"{column.macs:,}" for column in self.columns)
+        yield "memory, MB", *(f"{column.memory / 1e6:.1f}" for column in self.columns)
+        shape = self.settings.get("latency_shape", ())
+        label = f"latency, ms at {' x '.join(map(str, shape))}" if shape else "latency, ms"
+        yield label, *(f"{column.latency_ms:.1f}" for column in self.columns)
+        for text in self.columns[0].evaluation.perplexities:
+            values = [column.evaluation.perplexities[text] for column in self.columns]
+            yield f"perplexity, {text}", *(f"{v.value:.2f} ± {v.standard_error:.2f}" for v in values)
+        for task, score in self.columns[0].evaluation.tasks.items():
+            scores = [column.evaluation.tasks[task] for column in self.columns]
+            yield f"{task}, {score.metric}", *(f"{s.value:.3f} ± {s.standard_error:.3f}" for s in scores)
+        if self.columns[0].evaluation.tasks:
+            yield "average", *(f"{column.evaluation.average:.3f}" for column in self.columns)
+            kept = [self.retained(column.name) for column in self.columns]
+            yield "retained", *(f"{k[0]:.1%} ± {k[1]:.1%}" if k else "" for k in kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        columns = []
+        for column in self.columns:
+            kept = self.retained(column.name)
+            numbers = {**asdict(column), "evaluation": column.evaluation.to_dict()}
+            columns.append({**numbers, "retained": kept and kept[0], "retained_standard_error": kept and kept[1]})
+        return {"settings": dict(self.settings), "columns": columns}
+
+    def to_json(self) -> str:
+        """Return :meth:`to_dict` as a JSON document."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_markdown(self) -> str:
+        """Return the table in Markdown; a value after ± is one standard error."""
+        heading = ["", *(column.name for column in self.columns)]
+        lines = ["| " + " | ".join(heading) + " |", "|---" + "|---:" * len(self.columns) + "|"]
+        return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in self.rows())]) + "\n"
+
+    def table(self, title: str = "") -> Table:
+        """Return the table for a terminal."""
+        table = Table("", title=title or None)
+        for column in self.columns:
+            table.add_column(column.name, justify="right")
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw perplexities and accuracies with their standard errors to a file (.png, .svg, .pdf).
+
+        Raises:
+            EvaluationError: matplotlib is missing, or there is nothing to draw.
+        """
+        panels = [(name, values) for name, values in self._panels() if values]
+        if not panels:
+            raise EvaluationError("no perplexities and no tasks", where="plot", remedy="Measure some first")
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise EvaluationError(
+                "matplotlib is not installed", where="plot", remedy="pip install matplotlib"
+            ) from error
+        # inches: room for the numbers of the axis, and one for each group of bars
+        figure = Figure(figsize=(1.5 + sum(1.5 + len(values) for _, values in panels), 4), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[1 + len(values) for _, values in panels])[0]
+        for panel, (title, values) in zip(axes, panels, strict=True):
+            _bars(panel, title, values, [column.name for column in self.columns])
+        bars, names = axes[0].get_legend_handles_labels()
+        figure.legend(bars, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize="small")
+        figure.savefig(path)
+        return Path(path)
+
+    def _panels(self) -> Iterator[tuple[str, dict[str, list[tuple[float, float]]]]]:
+        """Yield the title and, by group of bars, value and standard error of each model."""
+        whole = [column.evaluation for column in self.columns]
+        texts, tasks = whole[0].perplexities, whole[0].tasks
+        yield (
+            "perplexity",
+            {n: [(e.perplexities[n].value, e.perplexities[n].standard_error) for e in whole] for n in texts},
+        )
+        yield "accuracy", {n: [(e.tasks[n].value, e.tasks[n].standard_error) for e in whole] for n in tasks}
+
+
+def compare_models(
+    models: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    latency_shape: tuple[int, int] = (1, 128),
+    rounds: int = 5,
+    settings: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Comparison:
+    """Measure several models alike.
+
+    Args:
+        models: by name; Hugging Face models, the dense one first.
+        tokenizer: of all of them.
+        latency_shape: samples and tokens of the timed forward pass; one prompt of common length.
+        rounds: how often each is timed, in turn, so that a drifting machine favours none; an odd number has a median.
+        settings: written beside the numbers.
+        options: for :func:`fxprune.evaluate`.
+    """
+    latencies = _latencies(models, latency_shape, rounds)
+    columns = []
+    for name, model in models.items():
+        tensors = [*model.parameters(), *model.buffers()]
+        columns.append(
+            Column(
+                name=name,
+                parameters=sum(parameter.numel() for parameter in model.parameters()),
+                macs=count_macs(trace(model).graph_module),
+                memory=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+                latency_ms=latencies[name],
+                evaluation=evaluate(model, tokenizer, **options),
+            )
+        )
+    measured = {"latency_shape": list(latency_shape), "rounds": rounds, "threads": torch.get_num_threads()}
+    return Comparison(tuple(columns), {**measured, **(settings or {})})
+
+
+def _latencies(models: Mapping[str, Any], shape: tuple[int, int], rounds: int) -> dict[str, float]:
+    """Return the median milliseconds of one call, each model timed once in each round."""
+    ids = torch.zeros(shape, dtype=torch.long)
+    timers = {
+        name: Timer(
+            "model(input_ids=ids, use_cache=False)",
+            globals={"model": model, "ids": ids.to(model.device)},
+            num_threads=torch.get_num_threads(),
+        )
+        for name, model in models.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for timer in timers.values():
+            timer.timeit(1)
+        for _ in range(rounds):
+            for name, timer in timers.items():
+                times[name].append(timer.timeit(1).mean * 1e3)
+    return {name: median(values) for name, values in times.items()}
+
+
+def _bars(panel: Any, title: str, values: Mapping[str, list[tuple[float, float]]], names: list[str]) -> None:
+    """Draw the bars of one panel, a group for each text or task and in it a bar for each model."""
+    width = 0.8 / len(names)  # leaves a fifth of the way to the next group blank
+    for index, name in enumerate(names):
+        places = [group + (index - (len(names) - 1) / 2) * width for group in range(len(values))]
+        heights, errors = zip(*(group[index] for group in values.values()), strict=True)
+        panel.bar(places, heights, width * 0.9, yerr=errors, label=name, capsize=2)
+    panel.set_xticks(range(len(values)), list(values))
+    panel.set_title(title)
+    panel.spines[["top", "right"]].set_visible(False)

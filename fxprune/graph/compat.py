@@ -1,0 +1,94 @@
+"""The torch names that carry no compatibility promise, in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
+from torch.utils._sympy.numbers import int_oo
+
+__all__ = [
+    "REGION_OPS",
+    "UNKNOWN_SIZE",
+    "FakeTensorMode",
+    "FakeTensorProp",
+    "HigherOrderOperator",
+    "OpOverload",
+    "TreeSpec",
+    "argument_names",
+    "enable_python_dispatcher",
+    "fake_mode",
+    "is_free",
+    "is_impure",
+    "is_pointwise",
+    "is_random",
+    "largest_size",
+    "size_hint",
+    "tree_leaves",
+    "tree_unflatten",
+]
+
+REGION_OPS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+"""Higher-order ops that only set a mode around a subgraph: number and place of their arguments differ."""
+
+UNKNOWN_SIZE = 2**31 - 1
+"""Stands for a size that only the data decides; such an axis is frozen.
+
+A prime larger than any axis of a model, so that it equals no size and no size divides it.
+"""
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode whose tensors have shape, dtype and device but no storage, with symbolic sizes allowed."""
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """The size seen while tracing, for a symbolic size too; a large prime where it depends on the data."""
+    hint = size if isinstance(size, int) else size.node.hint
+    return UNKNOWN_SIZE if hint is None else int(hint)
+
+
+def is_free(size: int | torch.SymInt) -> bool:
+    """Whether ``size`` varies: a symbol that tracing found to have one value only does not."""
+    return not isinstance(size, int) and size.node.maybe_as_int() is None
+
+
+def largest_size(size: int | torch.SymInt) -> int | None:
+    """The largest value that tracing found ``size`` may have; None if there is none."""
+    if isinstance(size, int):
+        return size
+    bound = size.node.shape_env.bound_sympy(size.node.expr).upper
+    return None if bound is int_oo else int(bound)
+
+
+def argument_names(op: OpOverload) -> list[tuple[str, Any, bool]]:
+    """Return name, default value (None if it has none) and whether it is keyword only, of each argument of ``op``."""
+    return [(arg.name, arg.default_value, arg.kwarg_only) for arg in op._schema.arguments]
+
+
+def is_pointwise(op: object) -> bool:
+    """Whether torch itself marks ``op`` as pointwise."""
+    return isinstance(op, OpOverload) and torch.Tag.pointwise in op.tags
+
+
+def is_random(op: object) -> bool:
+    """Whether torch itself marks ``op`` as drawing random numbers."""
+    return isinstance(op, OpOverload) and torch.Tag.nondeterministic_seeded in op.tags
+
+
+def is_impure(node: Node) -> bool:
+    """Whether ``node`` has to stay even if nothing uses it: it writes to a tensor, or is an input or output.
+
+    torch's own answer also keeps everything that may draw random numbers, which attention may.
+    """
+    if node.op in ("placeholder", "output"):
+        return True
+    return isinstance(node.target, OpOverload) and bool(node.target._schema.is_mutable)

@@ -1,0 +1,72 @@
+"""Multiply-accumulate operations, counted by torch's own counter on tensors without storage."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxprune.graph.compat import UNKNOWN_SIZE, fake_mode, is_free, size_hint
+from fxprune.graph.tensors import device_of, weights
+
+__all__ = ["count_macs", "count_parameters"]
+
+TOKENS = 64
+"""Sequence length of the paper's count (LLM-Pruner, arXiv 2305.11627)."""
+
+
+def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS) -> int:
+    """Return the multiply-accumulates of one forward pass on one sample.
+
+    Half of what :class:`torch.utils.flop_counter.FlopCounterMode` counts: matrix products, attention and
+    convolutions. Embedding look-ups, norms and pointwise ops do not count. The traced batch stands for one sample where
+    the graph does not take one row alone. Where the work depends on the data, the graph is run on zeros; without
+    weights to run on, the count is unknown and ``2**30 - 1``.
+
+    Args:
+        graph_module: the graph.
+        tokens: length of integer inputs of two axes, where the graph is dynamic, and of all that has to have the same;
+            other inputs keep the traced shape.
+    """
+    can_run = not any(tensor.is_meta for _, tensor in weights(graph_module))
+    attempts = [(batch, real) for batch in (1, None) for real in ((False, True) if can_run else (False,))]
+    for batch, real in attempts:
+        try:
+            flops = size_hint(_flops(graph_module, batch, tokens, nullcontext() if real else fake_mode()))
+        except Exception:  # a batch the graph does not take, or an op that needs data: whatever torch raises then
+            continue
+        if flops != UNKNOWN_SIZE:
+            return flops // 2
+    return UNKNOWN_SIZE // 2
+
+
+def _flops(
+    graph_module: fx.GraphModule, batch: int | None, tokens: int, mode: AbstractContextManager[object]
+) -> int | torch.SymInt:
+    with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        fx.Interpreter(graph_module).run(*_inputs(graph_module, batch, tokens))
+    total: int | torch.SymInt = counter.get_total_flops()
+    return total
+
+
+def count_parameters(graph_module: fx.GraphModule) -> int:
+    """Return the number of elements of all parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in graph_module.parameters())
+
+
+def _inputs(graph_module: fx.GraphModule, batch: int | None, tokens: int) -> list[torch.Tensor]:
+    """Return zeros: ``batch`` samples (None: as many as were traced) of ``tokens`` tokens.
+
+    Sizes that tracing found to be the same stay the same.
+    """
+    values = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
+    chosen: dict[str, int] = {}
+    for value in values:
+        if value.dim() == 2 and not value.is_floating_point():
+            wanted = zip(value.shape, (batch, tokens), strict=True)
+            chosen |= {str(size): new for size, new in wanted if new is not None and is_free(size)}
+    shapes = [[chosen.get(str(size), size_hint(size)) for size in value.shape] for value in values]
+    device = device_of(graph_module)
+    return [torch.zeros(shape, dtype=v.dtype, device=device) for v, shape in zip(values, shapes, strict=True)]

@@ -1,0 +1,25 @@
+"""What tensors are called: a weight by its own name, all else by the node that makes it."""
+
+from __future__ import annotations
+
+from torch import fx
+
+__all__ = ["maker_of", "output_name", "tensor_name"]
+
+_SIGN = "#"
+"""Between the name of a node and the number of its output; no name of a node or weight has it."""
+
+
+def tensor_name(node: fx.Node) -> str:
+    """The name of the tensor that ``node`` reads or makes; of several, what all their names start with."""
+    return str(node.target) if node.op == "get_attr" else node.name
+
+
+def output_name(node: fx.Node | str, i: int) -> str:
+    """The name of output ``i`` of a node that makes several tensors."""
+    return f"{node if isinstance(node, str) else node.name}{_SIGN}{i}"
+
+
+def maker_of(tensor: str) -> str:
+    """The name of the node that makes ``tensor``; that of the tensor itself for a weight."""
+    return tensor.partition(_SIGN)[0]

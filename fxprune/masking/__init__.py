@@ -1,0 +1,1 @@
+"""Structures zeroed in place instead of removed, and the comparison of two runs."""

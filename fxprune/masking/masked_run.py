@@ -1,0 +1,154 @@
+"""Interpreters that run a graph as it is, or with structures masked: zeroed in place instead of removed.
+
+Weights are read, cast to float32 and masked one at a time as the graph asks for them, so that no second copy of the
+model is ever held. Where a statistic runs over a masked axis (a norm over fewer channels) it is taken over the kept
+units: that is what ``renormalised`` means, and the only place where masking is more than zeroing. For a top-k over
+experts it means that those that go are never chosen, as if their scores were minus infinity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxprune.axes import Expr, Keep, factors, kept_mask, kept_size
+from fxprune.discovery.dependency import AxisMap
+from fxprune.graph.arguments import with_argument
+from fxprune.graph.compat import tree_leaves
+from fxprune.graph.names import output_name, tensor_name
+
+__all__ = ["MaskedRun", "PreciseRun", "output_tensors"]
+
+
+class PreciseRun(fx.Interpreter):
+    """An interpreter that runs a graph in float32 at least, whatever the dtype of its weights."""
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return the weight ``target``, cast up when it is a narrower float."""
+        value = super().get_attr(target, args, kwargs)
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.element_size() < 4:
+            return value.float()
+        return value
+
+
+class MaskedRun(PreciseRun):
+    """An interpreter that runs the dense graph with everything zeroed that ``keep`` and ``removed_blocks`` take away.
+
+    Args:
+        graph_module: the dense graph.
+        axes: its solved axes.
+        keep: units that stay.
+        removed_blocks: blocks to go around.
+        garbage_collect_values: free each value after its last use.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        axes: AxisMap,
+        keep: Keep,
+        removed_blocks: Sequence[str] = (),
+        garbage_collect_values: bool = True,
+    ) -> None:
+        super().__init__(graph_module, garbage_collect_values=garbage_collect_values)
+        self.axes = axes
+        self.keep = keep
+        self.touched = {factor for factor in keep.units if keep.touches(factor)}
+        self.bypassed = {axes.bypasses[b].target: axes.bypasses[b].source for b in removed_blocks}
+        self.nodes = {node.name: node for node in graph_module.graph.nodes}
+        self.statistics: dict[str, Keep] = {}
+        for factor, nodes in axes.renormalised.items():
+            for name in nodes if factor in self.touched else ():
+                units = {**self.statistics.get(name, Keep()).units, factor: keep.units[factor]}
+                self.statistics[name] = Keep(units)
+        for target, source in self.bypassed.items() if garbage_collect_values else ():
+            self._keep_until(self.nodes[source], self.nodes[target])
+
+    def _keep_until(self, value: fx.Node, user: fx.Node) -> None:
+        """Free ``value`` no earlier than after ``user``, which passes it on instead of what it would compute."""
+        last = next((node for node, freed in self.user_to_last_uses.items() if value in freed), None)
+        if last is not None and last < user:
+            self.user_to_last_uses[last].remove(value)
+            self.user_to_last_uses.setdefault(user, []).append(value)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return the weight ``target`` with the slices that go set to zero."""
+        value = super().get_attr(target, args, kwargs)
+        for axis, expr in enumerate(self.axes.tensors.get(str(target), ())):
+            if self.touched.intersection(factors(expr)):
+                mask = torch.from_numpy(kept_mask(expr, self.keep).copy()).to(value.device)
+                value = value * mask.view(-1, *[1] * (value.dim() - axis - 1)).to(value.dtype)
+        return value
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Return the value of ``n``; bypassed blocks pass their input on, statistics see kept units only."""
+        if n.name in self.bypassed:
+            return self.env[self.nodes[self.bypassed[n.name]]]
+        if n.name in self.statistics:
+            return self._run_on_kept(n, self.statistics[n.name])
+        return super().run_node(n)
+
+    def _run_on_kept(self, node: fx.Node, keep: Keep) -> Any:
+        """Run ``node`` on the kept units of the axes it takes statistics over; put zeros elsewhere."""
+
+        def compress(source: fx.Node) -> Any:
+            value = self.env[source]
+            key = tensor_name(source)
+            value = _compress(value, self.axes.tensors.get(key, ()), keep)
+            return _renumber(value, self.axes.positions.get(key), keep, to_kept=True)
+
+        args = fx.map_arg((node.args, node.kwargs), compress)
+        for literal in self.axes.size_arguments:
+            if literal.node == node.name:
+                args = with_argument(args, literal.path, kept_size(literal.expr, keep) + literal.offset)
+        value = node.target(*args[0], **args[1])  # type: ignore[operator]
+        if isinstance(value, torch.Tensor):
+            return self._on_all(value, node.name, keep)
+        return tuple(self._on_all(v, output_name(node, i), keep) for i, v in enumerate(value))
+
+    def _on_all(self, value: torch.Tensor, name: str, keep: Keep) -> torch.Tensor:
+        """Return what was computed on kept units with zeros at the others, and positions counted among all units."""
+        value = _renumber(value, self.axes.positions.get(name), keep, to_kept=False)
+        return _expand(value, self.axes.tensors[name], keep)
+
+
+def output_tensors(output: Any) -> tuple[torch.Tensor, ...]:
+    """Return the floating point tensors in what a module returned, in order."""
+    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
+
+
+def _kept_positions(expr: Expr, keep: Keep, device: torch.device) -> torch.Tensor | None:
+    if not any(keep.touches(factor) for factor in factors(expr)):
+        return None
+    return torch.from_numpy(np.flatnonzero(kept_mask(expr, keep))).to(device)
+
+
+def _renumber(value: Any, expr: Expr | None, keep: Keep, *, to_kept: bool) -> Any:
+    """Return positions along the axis ``expr`` as positions among those that are kept, or the other way round."""
+    index = None if expr is None else _kept_positions(expr, keep, value.device)
+    if index is None:
+        return value
+    if not to_kept:
+        return index.to(value.dtype)[value.long()]
+    return torch.searchsorted(index, value.long()).to(value.dtype)
+
+
+def _compress(value: Any, exprs: Sequence[Expr], keep: Keep) -> Any:
+    for axis, expr in enumerate(exprs):
+        index = _kept_positions(expr, keep, value.device)
+        value = value if index is None else value.index_select(axis, index)
+    return value
+
+
+def _expand(value: torch.Tensor, exprs: Sequence[Expr], keep: Keep) -> torch.Tensor:
+    for axis, expr in enumerate(exprs):
+        index = _kept_positions(expr, keep, value.device)
+        if index is not None:
+            shape = [*value.shape[:axis], expr.size, *value.shape[axis + 1 :]]
+            value = value.new_zeros(shape).index_copy(axis, index, value)
+    return value

@@ -1,0 +1,61 @@
+"""Configs of single blocks: copies with some fields of their own that follow the model's choice of kernels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+__all__ = ["block_config"]
+
+_FOLLOWED = ("_attn_implementation_internal", "_experts_implementation_internal")
+_PARENT = "_fxprune_parent"
+_FOLLOWERS: dict[type, type] = {}
+
+
+def block_config(config: PreTrainedConfig, fields: Mapping[str, Any], absent: Iterable[str] = ()) -> PreTrainedConfig:
+    """Return a copy of a model's config with some fields of its own that follows the model in its choice of kernels.
+
+    A later ``set_attn_implementation`` on the model writes to the model's config alone; blocks that hold a copy
+    must see it, or masks and attention kernels would no longer fit.
+
+    Args:
+        config: The config of the whole model; kept by reference.
+        fields: The values that differ for this block; written with no validation.
+        absent: Fields that the copy lacks.
+    """
+    view = copy.deepcopy(config)
+    vars(view).update(fields)
+    for name in (*_FOLLOWED, *absent):
+        vars(view).pop(name, None)
+    vars(view)[_PARENT] = config
+    view.__class__ = _follower(type(config))
+    return view
+
+
+def _follower(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Return the class of configs that follow one of class ``base``; made once for each."""
+    if base not in _FOLLOWERS:
+        members: dict[str, object] = {name: _followed(name) for name in _FOLLOWED}
+        members["__reduce_ex__"] = lambda self, _: (_restore, (base, dict(vars(self))))
+        _FOLLOWERS[base] = type(base.__name__, (base,), members)
+    return _FOLLOWERS[base]
+
+
+def _restore(base: type[PreTrainedConfig], state: dict[str, Any]) -> PreTrainedConfig:
+    follower = _follower(base)
+    view = follower.__new__(follower)
+    vars(view).update(state)
+    return view
+
+
+def _followed(name: str) -> property:
+    def read(self: PreTrainedConfig) -> Any:
+        return getattr(vars(self)[_PARENT], name, None)
+
+    def write(self: PreTrainedConfig, value: Any) -> None:
+        """Ignore the value: the model's config decides."""
+
+    return property(read, write)

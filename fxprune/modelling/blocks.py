@@ -1,0 +1,102 @@
+"""Blocks built one by one: by their class, from a config and an index."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+__all__ = [
+    "BUILT_AT",
+    "Builder",
+    "CannotBuildError",
+    "block_builder",
+    "builder_of",
+    "list_and_index",
+    "names_index",
+    "renumber",
+]
+
+Builder = Callable[[PreTrainedConfig, int], nn.Module]
+
+BUILT_AT = "fxprune_built_at"
+"""The attribute of a block whose class builds another kind at its index: it is built at ``index`` with ``fields``."""
+
+_INDEX_ENDINGS = ("idx", "index", "layer_id", "block_id", "layer_number", "layer_num")
+"""What names of a block's index end in, as arguments and attributes. Not every ``id``: tokens have some too."""
+
+
+class CannotBuildError(ValueError):
+    """A block cannot be built again by its class."""
+
+
+def names_index(name: str) -> bool:
+    """Whether an argument or attribute is called like the index of a block."""
+    return name.endswith(_INDEX_ENDINGS)
+
+
+def builder_of(block: nn.Module) -> Builder | None:
+    """Return what builds a block like this one; None where its class cannot be called."""
+    return block_builder(type(block), vars(block).get(BUILT_AT))
+
+
+def block_builder(kind: type[nn.Module], built_at: Mapping[str, Any] | None = None) -> Builder | None:
+    """Return what builds a block from a config and an index; None where the class asks for more.
+
+    Args:
+        kind: The class of the block.
+        built_at: Index and fields at which the class builds the wanted kind of block, where that is not its index.
+    """
+    parameters = list(inspect.signature(kind).parameters.values())
+    placed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    demanded = [p for p in parameters if p.kind is p.KEYWORD_ONLY] + placed[2:]
+    if not placed or any(p.default is p.empty for p in demanded):
+        return None
+    if len(placed) > 1 and names_index(placed[1].name):
+        return lambda config, index: _build_at(kind, config, index, built_at or {})
+    if len(placed) > 1 and placed[1].default is inspect.Parameter.empty:
+        return None
+    return lambda config, index: kind(config)
+
+
+def _build_at(kind: type[nn.Module], config: PreTrainedConfig, index: int, built_at: Mapping[str, Any]) -> nn.Module:
+    start, fields, held = built_at.get("index", index), built_at.get("fields", {}), vars(config)
+    own = {name: held[name] for name in fields}
+    held.update(fields)
+    block = kind(config, start)
+    held.update(own)
+    if built_at:
+        vars(block)[BUILT_AT] = built_at
+    renumber(block, start, index)
+    return block
+
+
+def renumber(block: nn.Module, old: int, new: int, follows: Callable[[str, str], bool] | None = None) -> None:
+    """Give attributes that hold the index of a block its new one.
+
+    Args:
+        block: A block that was built at ``old``.
+        old: Its index before.
+        new: Its index from now on.
+        follows: Whether an attribute, by module path and name, is the index; by default if it is called like one.
+    """
+    for path, module in block.named_modules() if old != new else ():
+        same = [name for name, value in vars(module).items() if type(value) is int and value == old]
+        indices = [name for name in same if (follows(path, name) if follows else names_index(name))]
+        vars(module).update(dict.fromkeys(indices, new))
+
+
+def list_and_index(model: nn.Module, path: str) -> tuple[nn.ModuleList, int]:
+    """Return the list that a block is in, and its index there.
+
+    Raises:
+        CannotBuildError: The block is not in a list of modules.
+    """
+    parent, _, index = path.rpartition(".")
+    blocks = model.get_submodule(parent)
+    if not isinstance(blocks, nn.ModuleList):
+        raise CannotBuildError(f"{path}: not in a list of modules")
+    return blocks, int(index)

@@ -1,0 +1,1 @@
+"""The pass contract, passes by name, and passes one after the other."""

@@ -1,0 +1,223 @@
+"""What every pass is held to.
+
+A pass takes a graph module and returns torch's ``PassResult``. It declares the facts that it needs, gives and makes
+stale, and what it changes; all of that is compared with what it did. A pass that changes something works on a copy
+unless the caller asks for the work to be done in place, and what comes out then shares no tensor with what went in.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from fxprune.errors import PassError
+from fxprune.graph.facts import Change, Fact, facts_of
+from fxprune.graph.fork import fork, unshare
+from fxprune.graph.source import Source
+from fxprune.graph.tensors import weights
+from fxprune.pipeline.spelling import spell
+
+__all__ = ["STAGES", "Pass", "PassResult", "run_apart"]
+
+STAGES = ("prepare", "discover", "importance", "select", "compensate", "shrink", "verify", "emit")
+"""The stages of a prune, in order."""
+
+Kinds = tuple[type[Fact], ...]
+
+_REPORT = "This is a defect of the pass"
+
+
+class Pass(PassBase):
+    """One step of the suite.
+
+    Subclasses are frozen dataclasses (``@dataclass(frozen=True, eq=False)``: torch's ``PassManager`` compares passes)
+    whose fields are the pass's arguments. They are called ``VerbNounPass`` and registered under :attr:`name`, the same
+    in kebab-case. A field with ``metadata={"spelled": False}`` holds an object that has no spelling, such as data.
+    """
+
+    name: ClassVar[str]
+    """The name under which it is registered."""
+    stage: ClassVar[str] = ""
+    """One of :data:`STAGES`."""
+    changes: ClassVar[Change] = "graph"
+    """What it may change."""
+    writes: ClassVar[bool] = True
+    """Whether it writes to the memory of tensors. One that only puts others in their place is spared a copy of all."""
+    needs: ClassVar[Kinds] = ()
+    """Classes of the facts that must be known before."""
+    gives: ClassVar[Kinds] = ()
+    """Classes of the facts that are known after."""
+    drops: ClassVar[Kinds] = ()
+    """Classes of the facts that no longer hold after, whether or not anything changed."""
+    keeps: ClassVar[Kinds] = ()
+    """Classes of facts about what it changes that still hold after; all others about it are dropped."""
+
+    def __call__(self, graph_module: fx.GraphModule, *, inplace: bool = False) -> PassResult:
+        """Check what is needed, run, and check what was promised.
+
+        Args:
+            graph_module: from :func:`fxprune.trace`, or what another pass returned.
+            inplace: change ``graph_module`` itself. By default a pass that changes something works on a copy, and one
+                that only finds something out adds it to the facts about ``graph_module``.
+
+        Returns:
+            The graph module, and whether its graph or its weights differ from those of the one that came in.
+
+        Raises:
+            PassError: a fact is missing, a promised one was not given, or something changed that was not declared.
+        """
+        self.requires(graph_module)
+        if self.changes != "nothing" and not inplace:
+            return run_apart(self, self._run, graph_module)
+        return self._run(graph_module)
+
+    @abstractmethod
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Do the work on ``graph_module`` itself; ``modified`` says whether anything may have changed."""
+
+    def __str__(self) -> str:
+        """The spelling of the pass, as in ``select-by-ratio{ratio=0.3}``."""
+        return spell(self.name, self)
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Raise :class:`~fxprune.errors.PassError` unless all of :attr:`needs` is known."""
+        facts = facts_of(graph_module)
+        for kind in self.needs:
+            if kind not in facts:
+                raise facts.missing(kind, where=f"pass {self.name}")
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """Raise :class:`~fxprune.errors.PassError` unless all of :attr:`gives` is known."""
+        facts = facts_of(graph_module)
+        for kind in self.gives:
+            if kind not in facts:
+                raise PassError(f"did not give {kind.__name__}", where=f"pass {self.name}", remedy=_REPORT)
+
+    def _run(self, graph_module: fx.GraphModule) -> PassResult:
+        source = facts_of(graph_module).get(Source)
+        before = _Print.of(graph_module, hold=source is None or not source.shares)
+        held = {type(fact): fact for fact in facts_of(graph_module)}
+        result = self.call(graph_module)
+        changed = before.compare(result.graph_module)
+        self._check(changed, result.modified)
+        facts = facts_of(result.graph_module)
+        new = tuple(kind for kind in self.gives if facts.get(kind) is not held.get(kind))
+        for kind in self.drops:
+            facts.drop(kind, self.name)
+        for part in changed:
+            facts.drop_about(part, self.name, but=(*self.keeps, *new))
+        self.ensures(result.graph_module)
+        return PassResult(result.graph_module, bool(changed))
+
+    def _check(self, changed: frozenset[Change], said: bool) -> None:
+        allowed = {"graph": {"graph", "weights"}, "weights": {"weights"}, "nothing": set[str]()}[self.changes]
+        for part in sorted(changed - allowed):
+            raise PassError(
+                f"changed the {part}, and declares to change {self.changes}", where=f"pass {self.name}", remedy=_REPORT
+            )
+        if changed and not said:
+            raise PassError(
+                f"changed the {min(changed)} and says that it did not", where=f"pass {self.name}", remedy=_REPORT
+            )
+
+
+def run_apart(step: Pass, run: Callable[[fx.GraphModule], PassResult], graph_module: fx.GraphModule) -> PassResult:
+    """Return what ``run`` makes of a copy of ``graph_module``, sharing no tensor with it.
+
+    Raises:
+        PassError: ``step`` writes to tensors, and declares that it does not.
+    """
+    work = fork(graph_module)
+    if step.writes:
+        unshare(work, graph_module)
+    before = {name: _version(tensor) for name, tensor in weights(graph_module)}
+    result = run(work)
+    for name, tensor in weights(graph_module):
+        if _version(tensor) != before[name]:
+            raise PassError(
+                f"wrote to {name} of the graph that it was given a copy of", where=f"pass {step.name}", remedy=_REPORT
+            )
+    unshare(result.graph_module, graph_module)
+    return result
+
+
+@dataclass(frozen=True)
+class _Print:
+    """What a graph module is, as far as a change can be seen.
+
+    Args:
+        nodes: name, op, target and arguments of each node, in order.
+        tensors: each tensor by name, as it was.
+    """
+
+    nodes: tuple[object, ...]
+    tensors: Mapping[str, _TensorPrint]
+
+    @classmethod
+    def of(cls, graph_module: fx.GraphModule, *, hold: bool) -> _Print:
+        """The print of a graph module; linear in the number of its nodes.
+
+        Args:
+            graph_module: the graph module.
+            hold: keep tensors alive to compare with. Without, a copy cannot be told from a change once the original is
+                gone, and counts as one; but in place dense tensors are freed as slim ones are made.
+        """
+        return cls(_nodes(graph_module), {name: _TensorPrint.of(t, hold=hold) for name, t in weights(graph_module)})
+
+    def compare(self, after: fx.GraphModule) -> frozenset[Change]:
+        """What differs in ``after``: the graph, or the values of weights that are read before and after."""
+        changed: set[Change] = set()
+        if self.nodes != _nodes(after):
+            changed.add("graph")
+        if any(name in self.tensors and self.tensors[name].differs(tensor) for name, tensor in weights(after)):
+            changed.add("weights")
+        return frozenset(changed)
+
+
+@dataclass(frozen=True)
+class _TensorPrint:
+    """A tensor at one time."""
+
+    tensor: Callable[[], torch.Tensor | None]
+    version: int
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, *, hold: bool) -> _TensorPrint:
+        """The print of a tensor, kept alive or not; those made in inference mode count no versions."""
+        return cls((lambda: tensor) if hold else weakref.ref(tensor), _version(tensor), tensor.shape)
+
+    def differs(self, after: torch.Tensor) -> bool:
+        """Whether ``after`` holds other values, as far as is known: a copy does not."""
+        before = self.tensor()
+        if before is after or self.shape != after.shape:
+            return self.shape != after.shape or self.version != _version(after)
+        if before is None or self.version != _version(before):
+            return True
+        return not before.is_meta and not torch.equal(before, after)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _nodes(graph_module: fx.GraphModule) -> tuple[object, ...]:
+    return tuple((n.name, n.op, n.target, _frozen(n.args), _frozen(n.kwargs)) for n in graph_module.graph.nodes)
+
+
+def _frozen(value: Any) -> Any:
+    """Arguments as something that compares: nodes by name, containers by content, the rest by its text."""
+    if isinstance(value, fx.Node):
+        return ("node", value.name)
+    if isinstance(value, Mapping):
+        return tuple((key, _frozen(item)) for key, item in value.items())
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return (type(value).__name__, *(_frozen(item) for item in value))
+    return repr(value)

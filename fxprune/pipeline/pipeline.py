@@ -1,0 +1,166 @@
+"""Passes one after the other."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import fx
+
+from fxprune.errors import FxpruneError
+from fxprune.graph.facts import Change, Fact, facts_of
+from fxprune.pipeline.contract import Pass, PassResult, run_apart
+from fxprune.pipeline.registry import parse_pass
+from fxprune.pipeline.spelling import split
+
+__all__ = ["PassSequence", "Pipeline"]
+
+OnPass = Callable[[Pass], None]
+
+
+class PassSequence(Pass):
+    """A pass that is made of others. Subclasses say which; what it needs, gives and changes follows from them."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> tuple[Pass, ...]:
+        """The passes, in order."""
+
+    def leaves(self) -> Iterator[Pass]:
+        """The steps that are not made of others, in order."""
+        for step in self.steps:
+            yield from step.leaves() if isinstance(step, PassSequence) else (step,)
+
+    @property
+    def changes(self) -> Change:  # type: ignore[override]
+        """The most that one of the steps changes."""
+        found = {step.changes for step in self.steps}
+        return "graph" if "graph" in found else "weights" if "weights" in found else "nothing"
+
+    @property
+    def writes(self) -> bool:  # type: ignore[override]
+        """Whether one of the steps writes to tensors."""
+        return any(step.writes for step in self.steps if step.changes != "nothing")
+
+    @property
+    def needs(self) -> tuple[type[Fact], ...]:  # type: ignore[override]
+        """What a step needs and none before it gives."""
+        given: set[type[Fact]] = set()
+        wanted: dict[type[Fact], None] = {}
+        for step in self.steps:
+            wanted.update(dict.fromkeys(kind for kind in step.needs if kind not in given))
+            given.update(step.gives)
+        return tuple(wanted)
+
+    @property
+    def gives(self) -> tuple[type[Fact], ...]:  # type: ignore[override]
+        """What a step gives and none after it drops."""
+        given: dict[type[Fact], None] = {}
+        for step in self.steps:
+            for kind in step.drops:
+                given.pop(kind, None)
+            given.update(dict.fromkeys(step.gives))
+        return tuple(given)
+
+    @property
+    def drops(self) -> tuple[type[Fact], ...]:  # type: ignore[override]
+        """What a step drops and none after it gives."""
+        return tuple(dict.fromkeys(kind for step in self.steps for kind in step.drops if kind not in self.gives))
+
+    def __call__(self, graph_module: fx.GraphModule, *, inplace: bool = False) -> PassResult:
+        """Run all steps on ``graph_module``, or on one copy of it if one of them changes something.
+
+        Raises:
+            PassError: the order cannot work; nothing has been done then.
+            FxpruneError: whatever a step raises, with a note that names the step.
+        """
+        self.requires(graph_module)
+        if self.changes != "nothing" and not inplace:
+            return run_apart(self, self.call, graph_module)
+        return self.call(graph_module)
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Raise :class:`~fxprune.errors.PassError` where a step needs what is not known by its turn."""
+        facts = facts_of(graph_module)
+        known = {type(fact) for fact in facts}
+        dropped: dict[type[Fact], str] = {}
+        for step in self.leaves():
+            for kind in step.needs:
+                if kind not in known:
+                    foreseen = facts.copy()
+                    if kind in dropped:
+                        foreseen.drop(kind, dropped[kind])
+                    error = foreseen.missing(kind, where=f"pass {step.name}")
+                    error.add_note(f"in pass {step.name}")
+                    raise error
+            known.difference_update(step.drops)
+            dropped.update(dict.fromkeys(step.drops, step.name))
+            known.update(step.gives)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Run all steps on ``graph_module`` itself."""
+        modified = False
+        for step in self.steps:
+            self._begin(step)
+            try:
+                result = step(graph_module, inplace=True)
+            except FxpruneError as error:
+                if not getattr(error, "__notes__", ()):
+                    error.add_note(f"in pass {step.name}")
+                raise
+            graph_module, modified = result.graph_module, modified or result.modified
+        return PassResult(graph_module, modified)
+
+    def _begin(self, step: Pass) -> None:
+        """Called with each step before it runs."""
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Pipeline(PassSequence):
+    """A sequence of passes, itself a pass.
+
+    ``str()`` of it is its spelling, one pass a line, from which an equal one can be made.
+
+    Args:
+        passes: passes and spellings such as ``"taylor{order=mix, reduction=sum}"``, or one text with several, parted
+            by commas or line breaks; a line that starts with ``#`` is a comment.
+        on_pass: called with each pass before it runs, for progress.
+    """
+
+    name: ClassVar[str] = "pipeline"
+    passes: tuple[Pass, ...] = ()
+    on_pass: OnPass | None = field(default=None, metadata={"spelled": False})
+
+    def __init__(self, passes: str | Sequence[Pass | str], on_pass: OnPass | None = None) -> None:
+        listed = _read(passes) if isinstance(passes, str) else passes
+        object.__setattr__(self, "passes", tuple(_read_one(p) if isinstance(p, str) else p for p in listed))
+        object.__setattr__(self, "on_pass", on_pass)
+
+    @property
+    def steps(self) -> tuple[Pass, ...]:
+        """The passes, in order."""
+        return self.passes
+
+    def __str__(self) -> str:
+        """The spelling of the pipeline."""
+        return "\n".join(f"({_line(p)})" if isinstance(p, Pipeline) else str(p) for p in self.passes)
+
+    def _begin(self, step: Pass) -> None:
+        if self.on_pass is not None:
+            self.on_pass(step)
+
+
+def _line(pipeline: Pipeline) -> str:
+    return ", ".join(str(pipeline).split("\n"))
+
+
+def _read(text: str) -> list[str]:
+    lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    return [part for part in split(lines, ",\n;") if part]
+
+
+def _read_one(text: str) -> Pass:
+    text = text.strip()
+    return Pipeline(text[1:-1]) if text.startswith("(") and text.endswith(")") else parse_pass(text)

@@ -1,0 +1,111 @@
+"""Passes as text: ``select-by-ratio{ratio=0.3, kinds=[mlp, head]}``, several parted by commas or line breaks."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+from fxprune.errors import PassError
+
+__all__ = ["read_spelling", "spell", "spelled_fields", "split"]
+
+_FORM = "Write it as name{key=value, key=value}"
+_BARE = re.compile(r"[A-Za-z_][\w.\-]*")
+_CLOSING = {"{": "}", "[": "]", "(": ")"}
+
+
+def split(text: str, parting: str) -> Iterator[str]:
+    """Yield the parts of ``text`` between characters of ``parting`` that are in no brackets and no quotes.
+
+    Raises:
+        PassError: a bracket or a quote is not closed.
+    """
+    expected: list[str] = []
+    quote, part = "", ""
+    for before, sign in zip(f" {text}", text, strict=False):
+        if quote:
+            quote = "" if sign == quote and before != "\\" else quote
+        elif sign in "\"'":
+            quote = sign
+        elif sign in _CLOSING:
+            expected.append(_CLOSING[sign])
+        elif expected and sign == expected[-1]:
+            expected.pop()
+        elif sign in parting and not expected:
+            yield part.strip()
+            part = ""
+            continue
+        part += sign
+    if quote or expected:
+        missing = {"}": "no closing brace"}.get(expected[-1] if expected else "", "a bracket or quote is not closed")
+        raise PassError(missing, where=text, remedy=_FORM)
+    yield part.strip()
+
+
+def read_spelling(text: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the arguments of one pass spelled ``name`` or ``name{key=value, key=value}``.
+
+    Values are numbers, strings in quotes, bare words, ``True``, ``False``, ``None``, and lists or tuples of these; what
+    parts arguments is a comma, a blank, or both.
+
+    Raises:
+        PassError: the text is not of that form.
+    """
+    for _ in split(text, ""):
+        pass  # it is checked on the way that all brackets are closed
+    name, brace, rest = text.strip().partition("{")
+    if brace and not rest.endswith("}"):
+        raise PassError("something stands behind the closing brace", where=text, remedy=_FORM)
+    arguments: dict[str, Any] = {}
+    for item in split(rest[:-1], ", \t\n") if brace else ():
+        key, equals, value = item.partition("=")
+        if item and not (equals and key and value):
+            raise PassError(f"{item!r} is not key=value", where=text, remedy=_FORM)
+        if item:
+            arguments[key.replace("-", "_")] = _value(value)
+    return name.strip(), arguments
+
+
+def _value(text: str) -> Any:
+    if _BARE.fullmatch(text) and text not in ("True", "False", "None"):
+        return text
+    if text[0] in "[(":
+        return tuple(_value(item) for item in split(text[1:-1], ",") if item)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError) as error:
+        raise PassError(
+            f"{text!r} is no value", where=text, remedy="Put text that is not one word in quotes"
+        ) from error
+
+
+def spelled_fields(made: object) -> tuple[Field[Any], ...]:
+    """The fields of a pass, or of a class of passes, that are arguments."""
+    return tuple(field for field in fields(made) if field.init)  # type: ignore[arg-type]
+
+
+def spell(name: str, made: object) -> str:
+    """Return the text for a pass: its name, and the arguments that are not the default and have a spelling."""
+    said: Mapping[str, Any] = {
+        field.name: getattr(made, field.name)
+        for field in spelled_fields(made)
+        if field.metadata.get("spelled", True) and getattr(made, field.name) != _default(field)
+    }
+    arguments = ", ".join(f"{key}={_text(value)}" for key, value in said.items())
+    return f"{name}{{{arguments}}}" if arguments else name
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        bare = _BARE.fullmatch(value) and value not in ("True", "False", "None")
+        return value if bare else repr(value)
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(_text(item) for item in value)}]"
+    return repr(value)

@@ -1,0 +1,1 @@
+"""What is removed: scores of units, the units that stay, the plan, and the report."""

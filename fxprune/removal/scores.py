@@ -1,0 +1,79 @@
+"""What each unit of each group is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fxprune.axes import unit_index
+from fxprune.discovery.groups import Group, Member
+from fxprune.errors import UnknownNameError
+from fxprune.graph.facts import Change, Fact
+
+__all__ = ["REDUCTIONS", "PositionScores", "Scores", "score_groups", "unit_scores"]
+
+Array = npt.NDArray[np.float64]
+PositionScores = Mapping[tuple[str, int], torch.Tensor]
+"""For each member ``(name, axis)`` one score per position along that axis: ``(size,)``."""
+
+_OVER_MEMBERS: tuple[Callable[..., Array], ...] = (np.sum, np.prod, np.max, np.mean)
+
+REDUCTIONS: dict[str, Callable[[Array], Array]] = {
+    **{reduce.__name__: partial(reduce, axis=0) for reduce in _OVER_MEMBERS},
+    "first": lambda members: members[0],
+    "last": lambda members: members[-1],
+}
+"""How the scores of the members, stacked in order of execution, make the score of the group."""
+
+
+@dataclass(frozen=True)
+class Scores(Fact):
+    """What each unit is worth.
+
+    Args:
+        units: for each group name ``(units,)``, or ``(outer units, units)`` where units may be chosen separately
+            inside each outer unit.
+    """
+
+    about: ClassVar[Change] = "weights"
+    units: Mapping[str, Array]
+
+
+def score_groups(groups: Iterable[Group], positions: PositionScores, reduction: str) -> Scores:
+    """Add up position scores to unit scores and reduce them over members.
+
+    Args:
+        groups: what to score.
+        positions: scores of rows and columns of each trained member.
+        reduction: one of :data:`REDUCTIONS`; ``first`` and ``last`` are the first and last member to execute.
+
+    Raises:
+        UnknownNameError: no such reduction.
+    """
+    if reduction not in REDUCTIONS:
+        raise UnknownNameError("reduction", reduction, REDUCTIONS)
+    units: dict[str, Array] = {}
+    for group in groups:
+        rows = [unit_scores(group, member, positions) for member in group.parameters]
+        units[group.name] = REDUCTIONS[reduction](np.stack(rows))
+    return Scores(units)
+
+
+def unit_scores(group: Group, member: Member, positions: PositionScores) -> Array:
+    """Return the sum of the position scores of each unit of ``group`` in one member."""
+    score = positions[member.name, member.axis].to(torch.float64).cpu().numpy()
+    if group.factor is None:
+        return np.asarray([score.sum()])
+    unit = unit_index(member.expr, group.factor)
+    if group.outer is None:
+        return np.bincount(unit[unit >= 0], score[unit >= 0], minlength=group.size).astype(np.float64)
+    cell = unit_index(member.expr, group.outer) * group.size + unit
+    inside = unit >= 0
+    table = np.bincount(cell[inside], score[inside], minlength=group.outer.size * group.size)
+    return table.astype(np.float64).reshape(group.outer.size, group.size)

@@ -1,0 +1,80 @@
+"""What a prune gives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from fxprune.checkpoint import Structure, save_pretrained
+from fxprune.emit.emitted import Emitted
+from fxprune.export import export_graph
+from fxprune.graph.facts import facts_of
+from fxprune.removal.plan import Plan
+from fxprune.removal.removal import Removed
+from fxprune.removal.report import Report
+
+__all__ = ["Result"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A slim model in two forms, and how it came about.
+
+    Args:
+        graph_module: the slim graph; trains, moves, compiles.
+        model: the slim Hugging Face model, sharing its tensors with ``graph_module``; None where the model is not
+            one or its classes cannot express the plan, with the reason in ``report.model_reasons``.
+        plan: which indices of which parameter stayed.
+        report: numbers before and after.
+    """
+
+    graph_module: fx.GraphModule
+    model: Any
+    plan: Plan
+    report: Report
+
+    @classmethod
+    def of(cls, graph_module: fx.GraphModule) -> Result:
+        """Return the result that a pipeline left in the facts about ``graph_module``.
+
+        Raises:
+            PassError: nothing was removed from the graph, or no report was made.
+        """
+        facts = facts_of(graph_module)
+        emitted = facts.get(Emitted)
+        model = None if emitted is None else emitted.model
+        return cls(graph_module, model, facts[Removed].removal.plan, facts[Report])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the slim graph."""
+        return self.graph_module(*args, **kwargs)
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], tokenizer: Any = None, *, max_shard_size: int | str = "5GB"
+    ) -> Structure:
+        """Write the slim model with its plan and report to ``folder``; see :func:`fxprune.save_pretrained`.
+
+        Raises:
+            CheckpointError: there is no slim Hugging Face model, or the folder holds something else.
+        """
+        model = Emitted(self.model, self.report.model_reasons).require_model()
+        return save_pretrained(
+            model, folder, tokenizer, plan=self.plan, report=self.report, max_shard_size=max_shard_size
+        )
+
+    def export(
+        self, path: str | os.PathLike[str], *, example_inputs: Mapping[str, Any] | None = None, verify: bool = True
+    ) -> Path:
+        """Write the slim graph as a program, ``.pt2`` or ``.onnx``; see :func:`fxprune.export_graph`.
+
+        Raises:
+            UnknownNameError: the suffix is neither of the two.
+            ExportError: the graph cannot be exported, or the packages for ONNX are missing.
+            VerificationError: the program computes something else; nothing is written.
+        """
+        return export_graph(self.graph_module, path, example_inputs=example_inputs, verify=verify)

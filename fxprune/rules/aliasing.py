@@ -1,0 +1,41 @@
+"""Which values of a graph may share memory, so that what is written to one is seen through the others."""
+
+from __future__ import annotations
+
+import operator
+
+from torch import fx
+
+from fxprune.graph.compat import OpOverload
+from fxprune.rules.registry import find_rule
+
+__all__ = ["alias_roots", "may_alias", "regroups", "writes"]
+
+
+def may_alias(node: fx.Node) -> bool:
+    """Whether the result of ``node`` may share memory with its first input, as its schema says or not."""
+    if not isinstance(node.target, OpOverload):
+        return node.target is operator.getitem
+    rule = find_rule(node.target)
+    unsaid = rule is not None and rule.may_alias
+    return unsaid or any(result.alias_info is not None for result in node.target._schema.returns)
+
+
+def regroups(node: fx.Node) -> bool:
+    """Whether ``node`` groups axes anew, which a view cannot do for any layout in memory."""
+    rule = find_rule(node.target)
+    return rule is not None and rule.regroups
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether ``node`` writes to one of its inputs."""
+    return isinstance(node.target, OpOverload) and bool(node.target._schema.is_mutable)
+
+
+def alias_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """For each node the first one whose memory it may share."""
+    root: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        first = node.args[0] if node.args else None
+        root[node] = root[first] if isinstance(first, fx.Node) and may_alias(node) else node
+    return root

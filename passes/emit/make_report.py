@@ -1,0 +1,50 @@
+"""Report what was done, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from fxprune.emit.emitted import Emitted
+from fxprune.graph.counting import count_macs, count_parameters
+from fxprune.graph.facts import Change, Fact, Notes, Runnable, facts_of
+from fxprune.masking.compare import Verified
+from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.removal.removal import Removed
+from fxprune.removal.report import Report, Work, frozen_reasons, widths_of
+
+__all__ = ["MakeReportPass"]
+
+
+@dataclass(frozen=True, eq=False)
+class MakeReportPass(Pass):
+    """Puts sizes before and after, widths, verification and notes into a report."""
+
+    name: ClassVar[str] = "make-report"
+    stage: ClassVar[str] = "emit"
+    changes: ClassVar[Change] = "nothing"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Work, Removed, Runnable)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Report,)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Put down the report."""
+        facts = facts_of(graph_module)
+        work, removal = facts[Work], facts[Removed].removal
+        verified, emitted, notes = facts.get(Verified), facts.get(Emitted), facts.get(Notes)
+        report = Report(
+            parameters=(work.parameters, count_parameters(graph_module)),
+            macs=(work.macs, count_macs(graph_module, work.tokens)),
+            tokens=work.tokens,
+            ratio=removal.asked.get("ratio"),
+            group_ratio=removal.asked.get("group_ratio"),
+            widths=widths_of(removal.groups, removal.keep),
+            removed_blocks=removal.removed_blocks,
+            frozen=frozen_reasons(removal.axes),
+            verification_error=None if verified is None else verified.error,
+            model_reasons=() if emitted is None or emitted.model is not None else emitted.reasons,
+            notes=() if notes is None else notes.lines,
+        )
+        facts.put(report)
+        return PassResult(graph_module, False)

@@ -1,0 +1,72 @@
+"""Save what was emitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import fx
+
+from fxprune.checkpoint import save_pretrained
+from fxprune.emit.emitted import Emitted
+from fxprune.errors import CheckpointError
+from fxprune.graph.facts import Change, Fact, facts_of
+from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.removal.removal import Removed
+from fxprune.removal.report import Report
+
+__all__ = ["SaveCheckpointPass", "Saved"]
+
+
+@dataclass(frozen=True)
+class Saved(Fact):
+    """The slim model is on disk.
+
+    Args:
+        folder: where.
+        is_stock: whether stock transformers loads it by its config alone.
+    """
+
+    folder: Path
+    is_stock: bool
+
+
+@dataclass(frozen=True, eq=False)
+class SaveCheckpointPass(Pass):
+    """Writes the slim Hugging Face model with its plan and report to a folder; see :func:`fxprune.save_pretrained`.
+
+    Args:
+        folder: where to.
+        max_shard_size: the largest file of weights, in bytes or as text such as ``"5GB"``.
+    """
+
+    name: ClassVar[str] = "save-checkpoint"
+    stage: ClassVar[str] = "emit"
+    changes: ClassVar[Change] = "nothing"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Emitted, Removed, Report)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Saved,)
+
+    folder: str = ""
+    max_shard_size: int | str = "5GB"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Write all of it, or nothing.
+
+        Raises:
+            CheckpointError: there is no slim Hugging Face model, or the folder holds something else.
+        """
+        facts = facts_of(graph_module)
+        if not self.folder:
+            raise CheckpointError(
+                "no folder", where=f"pass {self.name}", remedy="Say where: save-checkpoint{folder=slim}"
+            )
+        structure = save_pretrained(
+            facts[Emitted].require_model(),
+            self.folder,
+            plan=facts[Removed].removal.plan,
+            report=facts[Report],
+            max_shard_size=self.max_shard_size,
+        )
+        facts.put(Saved(Path(self.folder), structure.is_stock))
+        return PassResult(graph_module, False)

@@ -1,0 +1,24 @@
+"""Slim models made without pruning: their blocks are built again by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fxprune.emit import emit
+from tests.models import tiny
+
+__all__ = ["narrow"]
+
+
+def narrow(width: int = 24) -> Any:
+    """A model whose second layer has ``width`` channels, by whose number those of the others are left alone."""
+    dense: Any = tiny("llama")
+    tensors = dict(dense.named_parameters(remove_duplicate=False)) | dict(dense.named_buffers(remove_duplicate=False))
+    for name, axis in {"gate": 0, "up": 0, "down": 1}.items():
+        path = f"model.layers.1.mlp.{name}_proj.weight"
+        tensors[path] = tensors[path].detach().index_select(axis, torch.arange(width))
+    emission = emit(dense, tensors)
+    assert emission.model is not None, emission.reasons
+    return emission.model

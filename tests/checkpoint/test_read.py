@@ -1,0 +1,102 @@
+"""Checkpoints read back, those of earlier releases too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fxprune.checkpoint.manifest import MANIFEST
+from fxprune.checkpoint.read import from_pretrained
+from fxprune.checkpoint.write import save_pretrained
+from fxprune.errors import CheckpointError
+from fxprune.removal.plan import Plan
+from tests.checkpoint.small import narrow
+from tests.models import token_ids
+
+KEPT = list(range(24))
+
+
+@pytest.fixture(scope="module")
+def slim() -> Any:
+    """A model whose second layer is narrower, and whose last buffer is its own."""
+    model = narrow()
+    model.model.rotary_emb.inv_freq.mul_(2)
+    return model
+
+
+@pytest.fixture
+def folder(slim: Any, tmp_path: Path) -> Path:
+    """Its checkpoint, with a plan."""
+    save_pretrained(slim, tmp_path / "slim", plan=plan(KEPT))
+    return tmp_path / "slim"
+
+
+def plan(kept: list[int], removed: tuple[str, ...] = ()) -> Plan:
+    """A plan that keeps channels of the second layer."""
+    return Plan({"model.layers.1.mlp.up_proj.weight": {0: kept}}, removed)
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """A JSON file after a change."""
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Of a few fixed tokens."""
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=token_ids()).logits
+    return found
+
+
+def test_a_model_is_what_it_was(slim: Any, folder: Path) -> None:
+    model: Any = from_pretrained(folder)
+    assert type(model) is type(slim) and type(model.config) is type(slim.config)
+    assert torch.equal(logits(model), logits(slim))
+    assert model.model.rotary_emb._non_persistent_buffers_set == slim.model.rotary_emb._non_persistent_buffers_set
+    assert model.fxprune_overrides.block_fields == slim.fxprune_overrides.block_fields
+
+
+def test_a_checkpoint_of_an_earlier_release_is_read(slim: Any, folder: Path) -> None:
+    def as_before(data: dict[str, Any]) -> None:
+        section = data["fxprune"]
+        section["holds"], section["places"] = section.pop("written_afterwards"), section.pop("built_at")
+        del section["absent"]
+
+    edit(folder / "config.json", as_before)
+    assert torch.equal(logits(from_pretrained(folder)), logits(slim))
+
+
+@pytest.mark.parametrize("section", ["words", {"layers": []}, {"attributes": {"model.norm": 3}}, {"shapes": {"x": 1}}])
+def test_a_section_that_someone_edited_is_refused_by_its_file(section: Any, folder: Path) -> None:
+    edit(folder / "config.json", lambda data: data.update(fxprune=section))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        from_pretrained(folder)
+
+
+def test_the_plan_goes_by_names_of_the_dense_model(slim: Any, folder: Path) -> None:
+    moved = Plan({"model.layers.2.mlp.up_proj.weight": {0: KEPT}}, ("model.layers.0",))
+    for other, fits in ((moved, True), (plan(KEPT[1:]), False), (plan(KEPT, ("model.layers.0",)), False)):
+        edit(folder / MANIFEST, lambda data, other=other: data.update(plan=json.loads(other.to_json())))
+        if fits:
+            assert torch.equal(logits(from_pretrained(folder)), logits(slim))
+            continue
+        with pytest.raises(CheckpointError, match="plan is of another model"):
+            from_pretrained(folder)
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def refuse(name: str) -> str:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match="neither a folder nor on the hub: offline"):
+        from_pretrained("someone/something")

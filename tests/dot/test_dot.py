@@ -1,0 +1,329 @@
+"""Pictures of the dependency graph: read back with pydot, they show what they should and no more."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import networkx as nx
+import pydot
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import fxprune
+from fxprune.axes import contains
+from fxprune.discovery.explain import frozen_axes
+from fxprune.discovery.groups import propagate
+from fxprune.dot.draw import _quoted
+from fxprune.dot.view import _Web
+from fxprune.errors import UnknownNameError
+from tests.models import tiny
+
+GREY = "#d0d0d0"
+
+
+def graph_of(model: nn.Module, **inputs: torch.Tensor) -> nx.Graph:
+    return fxprune.dependency_graph(fxprune.trace(model, inputs or None, dynamic=False))
+
+
+@pytest.fixture(scope="module")
+def llama() -> nx.Graph:
+    return graph_of(tiny("llama"))
+
+
+@pytest.fixture(scope="module")
+def deep() -> nx.Graph:
+    """32 layers of the real widths, on meta."""
+    config = AutoConfig.for_model("llama", num_key_value_heads=8)
+    with torch.device("meta"):
+        return graph_of(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.fixture(scope="module")
+def first(llama: nx.Graph, tmp_path_factory: pytest.TempPathFactory) -> Picture:
+    """The first block."""
+    return Picture(tmp_path_factory.mktemp("first"), llama, layer=0)
+
+
+class Picture:
+    """A DOT file, read back."""
+
+    def __init__(self, folder: Path, graph: nx.Graph, **options: object) -> None:
+        self.path = folder / "picture.dot"
+        fxprune.write_dot(graph, self.path, **options)
+        self.text = self.path.read_text(encoding="utf-8")
+        parsed = pydot.graph_from_dot_data(self.text)
+        assert parsed is not None
+        self.dot = parsed[0]
+        self.clusters = {plain(c.get_name()): c for c in inner_clusters(self.dot)}
+        found = [n for c in (self.dot, *self.clusters.values()) for n in c.get_nodes()]
+        self.nodes = {plain(n.get_name()): n for n in found if n.get_name() not in ("node", "edge", "legend")}
+        lines = [e for e in self.dot.get_edges() if e.get("style") != "dotted"]
+        self.lines = {(plain(e.get_source()), plain(e.get_destination())): e for e in lines}
+        self.legend = self.clusters["cluster_legend"].get_node("legend")[0].get("label")
+
+    def colours(self, name: str) -> list[str]:
+        return plain(self.nodes[name].get("fillcolor")).split(":")
+
+    def tip(self, name: str) -> str:
+        return plain(self.nodes[name].get("tooltip"))
+
+
+def plain(text: str) -> str:
+    return text.strip('"')
+
+
+def inner_clusters(graph: pydot.Graph) -> Iterator[pydot.Graph]:
+    for inner in graph.get_subgraphs():
+        yield inner
+        yield from inner_clusters(inner)
+
+
+def test_clusters_nest_as_modules_do(llama: nx.Graph, tmp_path: Path) -> None:
+    picture = Picture(tmp_path, llama, layer=2)
+    block = picture.clusters["cluster_model.layers.2"]
+    attention = picture.clusters["cluster_model.layers.2.self_attn"]
+    assert plain(attention.get_name()) in {plain(c.get_name()) for c in block.get_subgraphs()}
+    inside = picture.clusters["cluster_model.layers.2.self_attn.q_proj"]
+    assert {plain(n.get_name()) for n in inside.get_nodes()} == {
+        f"model.layers.2.self_attn.q_proj.weight[{i}]" for i in (0, 1)
+    }
+    assert plain(attention.get("label")) == "self_attn"
+
+
+def test_default_is_the_middle_block_with_tens_of_nodes(deep: nx.Graph, tmp_path: Path) -> None:
+    picture = Picture(tmp_path, deep)
+    assert 10 < len(picture.nodes) < 60
+    assert len(picture.lines) < len(picture.nodes) * 1.5
+    blocks = {name.split(".")[2] for name in picture.nodes if ".layers." in name}
+    assert blocks == {"16"}
+    assert "model.rotary_emb.inv_freq[0]" in picture.nodes
+
+
+def test_one_colour_for_each_group_and_the_legend_names_them(llama: nx.Graph, first: Picture) -> None:
+    taken: dict[str, str] = {}
+    for group in fxprune.find_groups(llama):
+        names = {f"{m.name}[{m.axis}]" for m in group.members} & first.nodes.keys()
+        if group.factor is None or not names:
+            continue
+        shared = set.intersection(*(set(first.colours(name)) for name in names))
+        others = first.nodes.keys() - names
+        own = {c for c in shared if not any(c in first.colours(other) for other in others)}
+        assert own, group.name
+        assert group.name in first.legend
+        taken[group.name] = min(c for c in own if f'BGCOLOR="{c}" BORDER="1" WIDTH="24"></TD><TD' in first.legend)
+    assert len(taken) == 6
+
+
+def test_frozen_axes_are_grey_with_the_reason(llama: nx.Graph, tmp_path: Path) -> None:
+    for module, reason in (("model.embed_tokens", "looked up by number"), ("lm_head", "an output of the model")):
+        picture = Picture(tmp_path, llama, layer=module)
+        assert picture.colours(f"{module}.weight[0]") == [GREY]
+        assert GREY not in picture.colours(f"{module}.weight[1]")
+        tip = picture.tip(f"{module}.weight[0]")
+        assert f"frozen, 131 units: {frozen_axes(llama)[f'{module}.weight[0]']}" in tip and reason in tip
+        assert "frozen: cannot be removed" in picture.legend
+
+
+def test_tooltips_tell_tensor_axis_expression_op_and_node(first: Picture) -> None:
+    tip = first.tip("model.layers.0.self_attn.q_proj.weight[0]")
+    assert "parameter model.layers.0.self_attn.q_proj.weight, axis 0, 48 positions" in tip
+    assert "(kv_head:3 * query_head:2 * [head_dim:4 | head_dim:4])" in tip
+    assert "group model.layers.0/head: 3 units, exact" in tip
+    line = first.lines["model.layers.0.mlp.gate_proj.weight[0]", "model.layers.0.mlp.down_proj.weight[1]"]
+    assert plain(line.get("label")).replace("\\n", " ") == "linear · silu · mul · linear"
+    assert "aten.silu.default (at silu) to silu[2]" in plain(line.get("tooltip"))
+    for item in (*first.nodes.values(), *first.dot.get_edges(), *first.clusters.values()):
+        assert item.get("tooltip") or item.get_name() == "cluster_legend"
+
+
+def test_labels_are_the_end_of_the_name_and_the_expression(first: Picture) -> None:
+    labels = {name: plain(node.get("label")) for name, node in first.nodes.items()}
+    assert labels["model.layers.0.mlp.down_proj.weight[1]"] == "down_proj.weight[1]\\nmlp:88"
+    assert max(len(line) for label in labels.values() for line in label.split("\\n")) < 40
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_lines_of_each_group_form_a_tree_in_order_of_execution(family: str, tmp_path: Path) -> None:
+    """No cliques: n axes of a group take n - 1 lines, however many ops couple them."""
+    graph = graph_of(tiny(family, **({"n_layer": 1} if family == "gpt2" else {"num_hidden_layers": 1})))
+    picture = Picture(tmp_path, graph, layer=0)
+    most = 0
+    for group in fxprune.find_groups(graph):
+        shown = {f"{m.name}[{m.axis}]" for m in group.members} & picture.nodes.keys()
+        if group.factor is None:
+            continue
+        most += len(shown) - 1
+        tree = nx.Graph()
+        tree.add_nodes_from(shown)
+        for pair, line in picture.lines.items():
+            if shown.issuperset(pair) and any(unit.endswith(group.kind) for unit in units(line)):
+                tree.add_edge(*pair)
+        assert nx.is_connected(tree), group.name
+    assert 0 < len(picture.lines) <= most
+    assert nx.is_directed_acyclic_graph(nx.DiGraph(picture.lines.keys()))
+
+
+def units(line: pydot.Edge) -> set[str]:
+    """What is coupled over a line, from its tooltip."""
+    heads = [part for part in plain(line.get("tooltip")).split("\\n") if ": from " in part]
+    return {unit for head in heads for unit in head.partition(":")[0].split(", ")}
+
+
+def test_value_and_query_both_lead_to_the_output(first: Picture) -> None:
+    """The lines between parallel projections are avoided where another leads on."""
+    attention = "model.layers.0.self_attn"
+    for source in ("q_proj", "v_proj"):
+        assert (f"{attention}.{source}.weight[0]", f"{attention}.o_proj.weight[1]") in first.lines
+    assert (f"{attention}.q_proj.weight[0]", f"{attention}.v_proj.weight[0]") not in first.lines
+
+
+def test_group_shows_all_that_the_search_passes(llama: nx.Graph, tmp_path: Path) -> None:
+    group = next(g for g in fxprune.find_groups(llama) if g.name == "model.layers.1/head")
+    picture = Picture(tmp_path, llama, group=group)
+    holding = {a for a, data in llama.nodes(data=True) if contains(data["expr"], group.factor)}
+    reached = propagate(llama, group.trigger, holding)
+    assert picture.nodes.keys() == {f"{a.tensor}[{a.dim}]" for a in reached}
+    assert any(node.get("style") == '"filled,rounded"' for node in picture.nodes.values())
+    marked = [name for name, node in picture.nodes.items() if plain(node.get("peripheries")) == "2"]
+    assert marked == [f"{group.trigger.tensor}[{group.trigger.dim}]"]
+    assert plain(picture.nodes[marked[0]].get("label")).startswith("trigger: ")
+    solid = [line for line in picture.lines.values() if line.get("style") == "solid"]
+    assert len(solid) == len(reached) - 1
+    by_name = Picture(tmp_path, llama, group="model.layers.1/head")
+    assert by_name.text == picture.text
+
+
+def test_group_in_a_layer_shows_the_part_there(llama: nx.Graph, tmp_path: Path) -> None:
+    picture = Picture(tmp_path, llama, group="model/channel", layer=1)
+    assert "model.layers.1.mlp.up_proj.weight[1]" in picture.nodes
+    assert not any("layers.0" in name or "layers.2" in name for name in picture.nodes)
+    assert "the part in model.layers.1" in picture.dot.get("label")
+
+
+def test_layer_group_shows_the_block(first: Picture, llama: nx.Graph, tmp_path: Path) -> None:
+    picture = Picture(tmp_path, llama, group="model.layers.0/layer")
+    assert picture.nodes.keys() == first.nodes.keys()
+
+
+@pytest.mark.parametrize("layer", [-1, 2, "2", "model.layers.2"])
+def test_layer_by_index_and_path(llama: nx.Graph, tmp_path: Path, layer: str | int) -> None:
+    fxprune.write_dot(llama, tmp_path / "layer.dot", layer=layer)
+    text = (tmp_path / "layer.dot").read_text()
+    assert "model.layers.2, block 3 of 3" in text
+    assert "model.layers.1" not in text.partition("legend")[0]
+
+
+def test_layer_by_path_of_any_module(llama: nx.Graph, tmp_path: Path) -> None:
+    names = Picture(tmp_path, llama, layer="model.layers.0.mlp").nodes
+    assert {name.split(".")[4] for name in names} == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_everything_holds_every_parameter_axis(deep: nx.Graph, tmp_path: Path) -> None:
+    path = tmp_path / "all.dot"
+    fxprune.write_dot(deep, path, everything=True)
+    text = path.read_text()
+    wanted = [axis for axis, data in deep.nodes(data=True) if data["role"] == "parameter"]
+    assert len(wanted) > 500
+    assert all(f'"{a.tensor}[{a.dim}]" [' in text for a in wanted)
+    assert text.count('" -> "') < 2.5 * len(wanted)
+    assert "more groups: their names are in the tooltips" in text
+
+
+def test_text_is_the_same_every_time(llama: nx.Graph, tmp_path: Path) -> None:
+    again = graph_of(tiny("llama"))
+    for options in ({}, {"everything": True}, {"group": "model/channel"}):
+        texts = []
+        for graph in (llama, again):
+            fxprune.write_dot(graph, tmp_path / "same.dot", **options)
+            texts.append((tmp_path / "same.dot").read_text())
+        assert texts[0] == texts[1]
+
+
+class Odd(nn.Module):
+    """No blocks, a parameter of its own, and a module whose name means much to DOT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(6))
+        self.parts = nn.ModuleDict({"a -> <b>; {": nn.Linear(6, 10), "d": nn.Linear(10, 4)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts.values():
+            x = part(x if x.shape[-1] == 10 else x * self.scale).relu()
+        return x
+
+
+def test_without_blocks_everything_is_shown_and_odd_names_are_quoted(tmp_path: Path) -> None:
+    picture = Picture(tmp_path, graph_of(Odd(), x=torch.ones(2, 6)))
+    assert {"scale[0]", "parts.d.weight[1]"} <= picture.nodes.keys()
+    assert len(picture.nodes) == 7
+    assert "parts.a -> <b>; {.weight[0]" in picture.nodes
+    assert _quoted('a "b" \\c\n') == r'"a \"b\" \\c\n"'
+    check_renders(picture.path)
+
+
+def check_renders(path: Path) -> None:
+    """Graphviz takes the file without complaint; where there is none, pydot reads it."""
+    program = shutil.which("dot")
+    if program is None:
+        assert pydot.graph_from_dot_file(str(path)) is not None
+        return
+    done = subprocess.run([program, "-Tsvg", str(path)], capture_output=True, text=True, check=True, timeout=60)
+    assert "Error" not in done.stderr and "<svg" in done.stdout
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "gemma3_text"])
+def test_graphviz_renders(family: str, tmp_path: Path) -> None:
+    """A label on a line within a row of nested clusters once made Graphviz fail on whole models."""
+    graph = graph_of(tiny(family))
+    for options in ({}, {"everything": True}, {"group": fxprune.find_groups(graph)[1].name}):
+        fxprune.write_dot(graph, tmp_path / "picture.dot", **options)
+        check_renders(tmp_path / "picture.dot")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"group": "model.layers.1/hed"}, "unknown group 'model.layers.1/hed'. Did you mean 'model.layers.1/head'"),
+        ({"layer": 3}, "unknown layer 3"),
+        ({"layer": "-4"}, "unknown layer -4"),
+        ({"layer": "model.layer.1"}, "Did you mean 'model.layers.1'"),
+    ],
+)
+def test_unknown_names_are_refused(llama: nx.Graph, tmp_path: Path, options: dict[str, object], says: str) -> None:
+    with pytest.raises(UnknownNameError) as refusal:
+        fxprune.write_dot(llama, tmp_path / "no.dot", **options)
+    assert says in str(refusal.value)
+    assert not (tmp_path / "no.dot").exists()
+
+
+def test_unwritable_path_is_named(llama: nx.Graph, tmp_path: Path) -> None:
+    with pytest.raises(fxprune.FxpruneError, match=r"no/where\.dot: cannot be written"):
+        fxprune.write_dot(llama, tmp_path / "no" / "where.dot")
+
+
+@given(st.integers(3, 9), st.sets(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=20), st.data())
+def test_neighbours_hold_a_minimum_spanning_tree(size: int, pairs: set[tuple[int, int]], data: st.DataObject) -> None:
+    """The few pairs that are kept have the same minimum spanning forest as all pairs (Mehlhorn 1988)."""
+    graph = nx.Graph()
+    graph.add_nodes_from(range(size))
+    graph.add_edges_from((a, b) for a, b in pairs if a != b and a < size and b < size)
+    ends = data.draw(st.lists(st.integers(0, size - 1), min_size=2, max_size=size, unique=True))
+    full, few = nx.Graph(), nx.Graph()
+    for a, b in itertools.combinations(ends, 2):
+        if nx.has_path(graph, a, b):
+            full.add_edge(a, b, weight=nx.shortest_path_length(graph, a, b))
+    for (a, b), way in _Web(graph, ends).neighbours().items():
+        assert way[0] == a and way[-1] == b and nx.is_path(graph, way)
+        few.add_edge(a, b, weight=len(way) - 1)
+    total = [nx.minimum_spanning_tree(g).size("weight") for g in (full, few)]
+    assert total[0] == total[1]
+    assert set(map(frozenset, nx.connected_components(full))) == set(map(frozenset, nx.connected_components(few)))

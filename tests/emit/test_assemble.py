@@ -1,0 +1,75 @@
+"""Choices for all blocks make recipes of whole models."""
+
+from __future__ import annotations
+
+from fxprune.emit.assemble import candidates_for
+from fxprune.emit.layout import survey
+from fxprune.emit.rebuilders import model_rebuilder
+from fxprune.emit.shared_widths import SharedWidths
+from fxprune.emit.snapshot import Shape, shapes_of
+from fxprune.emit.task import EmissionTask
+from tests.emit.small import SmallModel, small
+
+
+def task_for(model: SmallModel, wanted: dict[str, Shape], removed: tuple[str, ...] = ()) -> EmissionTask:
+    """What a model of the wanted shapes is emitted from."""
+    layout = survey(model)
+    return EmissionTask(model, layout, model_rebuilder(model, layout), wanted, removed)
+
+
+def narrowed(model: SmallModel, widths: dict[int, int]) -> dict[str, Shape]:
+    """Shapes of a model whose blocks have other inner widths."""
+    shapes = shapes_of(model)
+    for index, width in widths.items():
+        found = shapes_of(small(inner=width).blocks[index])
+        shapes.update({f"blocks.{index}.{name}": shape for name, shape in found.items()})
+    return shapes
+
+
+def test_shapes_outside_the_blocks() -> None:
+    model = small()
+    assert set(task_for(model, shapes_of(model)).outside()) == {"embed.weight", "norm.weight", "norm.bias"}
+
+
+def test_a_field_of_one_block_stays_with_it() -> None:
+    model = small()
+    task = task_for(model, narrowed(model, {1: 14}))
+    first = next(candidates_for(task, SharedWidths({})))
+    assert first.recipe.block_fields == {"blocks.1": {"inner": 14}} and first.recipe.fields == {}
+    assert first.gaps == () and first.loose == frozenset()
+
+
+def test_a_field_that_all_blocks_share_goes_to_the_model() -> None:
+    model = small()
+    task = task_for(model, narrowed(model, {0: 14, 1: 14, 2: 14}))
+    first = next(candidates_for(task, SharedWidths({})))
+    assert first.recipe.fields == {"inner": 14} and first.recipe.block_fields == {}, "block 3 has no such width"
+
+
+def test_blocks_that_are_gone_are_not_asked() -> None:
+    model = small()
+    wanted = {name: s for name, s in narrowed(model, {2: 14}).items() if not name.startswith("blocks.1.")}
+    first = next(candidates_for(task_for(model, wanted, ("blocks.1",)), SharedWidths({})))
+    assert first.recipe.removed == ("blocks.1",) and first.recipe.block_fields == {"blocks.2": {"inner": 14}}
+
+
+def test_a_block_keeps_its_dense_values_under_a_model_that_changes() -> None:
+    """What the whole model is built with holds for its surroundings; a block may need the value from before."""
+    model = small()
+    task = task_for(model, shapes_of(model))
+    recipes = [candidate.recipe for candidate in candidates_for(task, SharedWidths({"heads": 2, "groups": 5}))]
+    kept = [recipe for recipe in recipes if recipe.block_fields.get("blocks.0", {}).get("heads") == 3]
+    assert kept and kept[0].absent["blocks.0"] == ["groups"], "the dense config knows no groups"
+
+
+def test_what_no_field_reaches_is_told_and_loose() -> None:
+    model = small()
+    wanted = {
+        **shapes_of(model),
+        "blocks.1.up.weight": (7, 12),
+        "blocks.1.up.bias": (7,),
+        "blocks.1.down.weight": (12, 7),
+    }
+    first = next(candidates_for(task_for(model, wanted), SharedWidths({})))
+    assert "block blocks.1: up.bias: wanted (7,), obtained (20,)" in first.gaps
+    assert "blocks.1.up.weight" in first.loose and first.recipe.attributes["blocks.1.up"]["out_features"] == 7

@@ -1,0 +1,44 @@
+"""Ways to give one block its wanted shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fxprune.emit.choices import Choice, choices_for, gap_between
+from fxprune.emit.snapshot import Shape, shapes_of
+from tests.emit.small import SmallModel, rebuilder, small
+
+
+def choose(model: SmallModel, wanted: Mapping[str, Shape]) -> list[Choice]:
+    """Choices for the first block, with nothing around it."""
+    return choices_for(model.blocks[0], rebuilder(model), [{}], wanted, lambda _: 0)
+
+
+def test_a_block_that_stays_needs_nothing() -> None:
+    model = small()
+    assert choose(model, shapes_of(model.blocks[0]))[0] == Choice({})
+    assert choices_for(model.blocks[0], None, [{}], shapes_of(model.blocks[0]), lambda _: 0) == [Choice({})]
+
+
+def test_fields_come_first() -> None:
+    first = choose(small(), shapes_of(small(inner=14).blocks[0]))[0]
+    assert (first.fields, first.patches, first.gap) == ({"inner": 14}, {}, ())
+
+
+def test_attributes_are_set_where_no_field_gives_a_shape() -> None:
+    model = small()
+    wanted = {**shapes_of(model.blocks[0]), "up.weight": (7, 12), "up.bias": (7,), "down.weight": (12, 7)}
+    choices = choose(model, wanted)
+    assert all(choice.gap for choice in choices), "the class refuses odd widths"
+    assert choices[-1].patches["up"]["out_features"] == choices[-1].patches["down"]["in_features"] == 7
+
+
+def test_without_a_constructor_attributes_alone_are_set() -> None:
+    block = small().blocks[0]
+    wanted = {**shapes_of(block), "up.weight": (8, 12), "up.bias": (8,), "down.weight": (12, 8)}
+    (only,) = choices_for(block, None, [{}], wanted, lambda _: 0)
+    assert only.as_dense and only.patches == {"up": {"out_features": 8}, "down": {"in_features": 8}}
+
+
+def test_gaps_are_told() -> None:
+    assert gap_between({"a": (2,), "b": (3,)}, {"a": (2,), "b": (4,)}) == ("b: wanted (4,), obtained (3,)",)

@@ -1,0 +1,100 @@
+"""Emission as a whole, on a model of a few lines: what strangers refuse is a reason, what we get wrong is raised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fxprune.emit import emit, emitter
+from tests.emit.small import SmallModel, small
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Its parameters."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def narrow(model: SmallModel, width: int = 8) -> dict[str, torch.Tensor]:
+    """Tensors of a model whose second block has fewer channels."""
+    tensors = tensors_of(model)
+    tensors["blocks.1.up.weight"] = tensors["blocks.1.up.weight"].detach()[:width]
+    tensors["blocks.1.up.bias"] = tensors["blocks.1.up.bias"].detach()[:width]
+    tensors["blocks.1.down.weight"] = tensors["blocks.1.down.weight"].detach()[:, :width]
+    return tensors
+
+
+def test_a_narrower_block_is_emitted() -> None:
+    model = small()
+    emission = emit(model, narrow(model))
+    slim: Any = emission.model
+    assert emission.reasons == () and slim.blocks[1].up.out_features == 8
+    assert slim.fxprune_overrides.block_fields == {"blocks.1": {"inner": 8}}
+    assert slim.fxprune_recipe["block_fields"] == {"blocks.1": {"inner": 8}}
+    assert slim(torch.tensor([[1, 2]])).shape == (1, 2, 12)
+
+
+def test_overrides_go_by_the_names_of_the_slim_model() -> None:
+    model = small()
+    tensors = {name: tensor for name, tensor in narrow(model).items() if not name.startswith("blocks.0.")}
+    slim: Any = emit(model, tensors, ("blocks.0",)).model
+    assert slim.fxprune_overrides.block_fields == {"blocks.0": {"inner": 8}}
+    assert slim.fxprune_recipe["block_fields"] == {"blocks.1": {"inner": 8}}
+
+
+def test_a_model_without_blocks_is_emitted() -> None:
+    model = small(depth=0)
+    assert isinstance(emit(model, tensors_of(model)).model, SmallModel)
+
+
+def test_a_module_that_the_user_added_is_missed() -> None:
+    model = small()
+    model.probe = nn.Identity()
+    emission = emit(model, tensors_of(model))
+    assert emission.model is None and "probe: the class builds no such module" in emission.reasons
+
+
+def test_a_model_that_cannot_be_copied_says_so() -> None:
+    class Stubborn:
+        """Cannot be copied."""
+
+        def __deepcopy__(self, memo: object) -> None:
+            raise RuntimeError("no copy of me")
+
+    model = small()
+    model.stubborn = Stubborn()
+    emission = emit(model, tensors_of(model))
+    assert emission.reasons == ("it cannot be copied: RuntimeError: no copy of me",)
+
+
+def test_a_constructor_that_wants_more_is_a_reason() -> None:
+    class Demanding(SmallModel):
+        """Wants another argument."""
+
+        def __init__(self, config: Any, other: int) -> None:
+            super().__init__(config)
+
+    model = Demanding(small().config, 1)
+    emission = emit(model, narrow(model))
+    assert emission.model is None and emission.reasons
+
+
+def test_what_the_caller_raises_while_it_judges_is_a_reason() -> None:
+    def refuse(_: nn.Module) -> bool:
+        raise RuntimeError("not on this machine")
+
+    model = small()
+    emission = emit(model, narrow(model), agrees=refuse)
+    assert "a candidate does not run: RuntimeError: not on this machine" in emission.reasons
+
+
+@pytest.mark.parametrize("place", ["rebuild", "assign", "survey"])
+def test_a_defect_of_ours_is_raised(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    space: dict[str, Any] = {"__name__": "fxprune.emit.somewhere"}
+    exec("def broken(*args, **kwargs): return None + 1", space)
+    monkeypatch.setattr(emitter, place, space["broken"])
+    model = small()
+    with pytest.raises(TypeError, match="NoneType"):
+        emit(model, narrow(model))

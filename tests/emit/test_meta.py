@@ -1,0 +1,31 @@
+"""Modules are built without storage, and a constructor that refuses says why."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from fxprune.emit.meta import build_on_meta, on_meta
+from fxprune.graph.attempts import Refusal
+from fxprune.modelling.blocks import CannotBuildError
+
+
+def test_nothing_has_storage_and_nobody_chatters(recwarn: pytest.WarningsRecorder) -> None:
+    with on_meta():
+        warnings.warn("odd", stacklevel=1)
+        assert nn.Linear(3, 2).weight.is_meta and not torch.is_grad_enabled()
+    assert len(recwarn) == 0 and torch.is_grad_enabled() and not torch.zeros(1).is_meta
+
+
+def test_what_is_refused_is_told() -> None:
+    built = build_on_meta(nn.Linear, 3, out_features=2)
+    assert isinstance(built, nn.Linear) and built.weight.is_meta
+    assert isinstance(build_on_meta(nn.Linear, 3), Refusal)
+
+    def refuse() -> None:
+        raise CannotBuildError("not a block")
+
+    assert str(build_on_meta(refuse)) == "CannotBuildError: not a block"

@@ -1,0 +1,49 @@
+"""Models and blocks built again from config fields."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fxprune.emit.layout import survey
+from fxprune.emit.rebuilders import block_rebuilder, model_rebuilder
+from tests.emit.small import SmallModel, rebuilder, small
+
+
+def test_a_block_is_built_from_fields_and_remembered() -> None:
+    block = rebuilder(small())
+    seen = block.observe({"inner": 8})
+    assert seen is not None and seen.shapes["up.weight"] == (8, 12)
+    assert block.observe({"inner": 8}) is seen
+    assert block.observe({"inner": 7}) is None, "the constructor refuses odd widths"
+    assert block.value({"inner": 8}, "inner") == 8 and block.value({}, "inner") == 20
+    assert block.known({"head_dim": 2}) == ("heads", "hidden", "inner", "head_dim")
+
+
+def test_fields_of_its_own_are_where_a_block_starts() -> None:
+    model = small()
+    found = block_rebuilder(model, survey(model), 1, model.blocks[1], {"inner": 6})
+    assert found is not None
+    built = found.build({})
+    assert isinstance(built, nn.Module) and built.up.out_features == 6 and built.layer_idx == 1
+
+
+def test_a_block_that_asks_for_more_is_not_built() -> None:
+    class Demanding(nn.Module):
+        """Wants another module."""
+
+        def __init__(self, config: object, layer_idx: int, other: nn.Module) -> None:
+            super().__init__()
+
+    model = small()
+    assert block_rebuilder(model, survey(model), 0, Demanding(None, 0, model), {}) is None
+
+
+def test_the_model_is_built_with_few_blocks() -> None:
+    model = small()
+    around = model_rebuilder(model, survey(model))
+    built = around.build({"hidden": 24})
+    assert isinstance(built, SmallModel) and len(built.blocks) == 1 and built.norm.weight.shape == (24,)
+    assert around.skip == ("blocks",)
+    seen = around.observe({})
+    assert seen is not None and seen.shapes.keys() == {"embed.weight", "norm.weight", "norm.bias"}
+    assert len(model.blocks) == model.config.depth == 4

@@ -1,0 +1,149 @@
+"""Passes by name alone, from the traced model to the checkpoint, do what `prune` does, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from tests.models import tiny, token_ids
+
+STEPS = """
+calibrate{{file='{rows}'}}
+find-groups
+{importance}
+select-by-ratio{{ratio=0.25, protect=[]}}
+count-work
+{compensate}
+make-verification-inputs
+record-expected
+shrink
+verify-removal
+emit-model
+make-report
+"""
+
+
+class Plain(nn.Module):
+    """A language model that is not one of transformers': an embedding, two networks and a readout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(131, 12), nn.Linear(12, 131)
+        self.body = nn.ModuleList(nn.Sequential(nn.Linear(12, 30), nn.GELU(), nn.Linear(30, 12)) for _ in range(2))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        x = self.embed(ids)
+        for part in self.body:
+            x = x + part(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def model_and_inputs(family: str) -> tuple[Any, dict[str, torch.Tensor] | None]:
+    torch.manual_seed(0)
+    return (Plain().eval(), {"ids": token_ids()}) if family == "plain" else (tiny(family), None)
+
+
+@pytest.mark.parametrize("compensate", ["", "least-squares"], ids=["as it is", "fitted"])
+@pytest.mark.parametrize("importance", ["taylor{order=second}", "l2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "plain"])
+def test_a_pipeline_of_names_equals_prune(family: str, importance: str, compensate: str, tmp_path: Path) -> None:
+    model, inputs = model_and_inputs(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = token_ids(4, 12)
+    rows = tmp_path / "rows.jsonl"
+    name = "input_ids" if inputs is None else "ids"
+    rows.write_text("\n".join(json.dumps({name: row}) for row in ids.tolist()))
+    text = STEPS.format(rows=rows, importance=importance, compensate=compensate)
+    if family != "plain":
+        text += f"save-checkpoint{{folder='{tmp_path / 'by_name'}'}}"
+    pipeline = fxprune.Pipeline(text)
+    assert str(fxprune.Pipeline(str(pipeline))) == str(pipeline)
+    slim = pipeline(fxprune.trace(model, inputs).graph_module).graph_module
+    facts = fxprune.facts_of(slim)
+    options: dict[str, Any] = {"compensate": compensate} if compensate else {}
+    options |= {"importance": importance, "ratio": 0.25, "protect": (), "example_inputs": inputs}
+    result = fxprune.prune(model, ids, **options)
+    assert str(slim.graph) == str(result.graph_module.graph) and slim.code == result.graph_module.code
+    assert same(dict(slim.state_dict()), dict(result.graph_module.state_dict()))
+    assert facts[fxprune.Removed].removal.plan == result.plan
+    assert facts[fxprune.Report] == result.report
+    assert result.report.verification_error is not None
+    assert same(before, model.state_dict())
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    assert own.isdisjoint(id(tensor) for tensor in (*slim.parameters(), *slim.buffers()))
+    emitted = facts[fxprune.Emitted].model
+    if family == "plain":
+        assert emitted is None and result.model is None
+        return
+    assert emitted is not None and same(emitted.state_dict(), result.model.state_dict())
+    assert own.isdisjoint(id(tensor) for tensor in (*emitted.parameters(), *emitted.buffers()))
+    result.save_pretrained(tmp_path / "by_call")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "by_call").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "by_name").iterdir()}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_prune_runs_the_pipeline_it_prints(inplace: bool) -> None:
+    options: dict[str, Any] = {"importance": "l1{reduction=max}", "ratio": 0.3, "protect": (1, 0), "inplace": inplace}
+    pipeline = fxprune.prune_pipeline(**options)
+    assert str(pipeline).splitlines() == [
+        "find-groups",
+        "l1{reduction=max}",
+        "select-by-ratio{protect=[1, 0], ratio=0.3}",
+        "count-work",
+        "make-verification-inputs",
+        "record-expected",
+        "shrink",
+        "verify-removal",
+        "emit-model",
+        "make-report",
+    ]
+    read = fxprune.Pipeline(str(pipeline))
+    mine, theirs = tiny("llama"), tiny("llama")
+    slim = read(fxprune.trace(mine).graph_module, inplace=inplace).graph_module
+    result = fxprune.prune(theirs, **options)
+    assert same(dict(slim.state_dict()), dict(result.graph_module.state_dict()))
+    assert fxprune.facts_of(slim)[fxprune.Report] == result.report
+    assert (result.model is theirs) is inplace
+    assert (fxprune.facts_of(slim)[fxprune.Emitted].model is mine) is inplace
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"taylor": "first"}, "taylor{order=first}"),
+        ({"importance": "taylor{order=second}"}, "taylor{order=second}"),
+        ({"importance": "taylor{order=second}", "taylor": "first"}, "taylor{order=second}"),
+        ({"inplace": True}, "taylor{memory=0.1}"),
+        ({"inplace": True, "importance": "taylor{memory=0.5}"}, "taylor{memory=0.5}"),
+        ({"kinds": "mlp", "reduction": "max"}, "taylor{kinds=[mlp], reduction=max}"),
+        ({"importance": "random", "seed": 3}, "random{seed=3}"),
+        ({"seed": 3}, "make-verification-inputs{seed=3}"),
+        ({"group_ratio": 0.5, "round_to": 8}, "select-by-group-ratio{round_to=8, group_ratio=0.5}"),
+        ({"select": "select-by-ratio{ratio=0.1}", "ratio": 0.5, "protect": ()}, "select-by-ratio{protect=[], ratio=0.1}"),
+        ({"compensate": "least-squares{damping=0.1}"}, "least-squares{damping=0.1}"),
+        ({"importance": fxprune.load_pass("l2", kinds=("mlp",))}, "l2{kinds=[mlp]}"),
+    ],
+)
+def test_every_stage_is_spelled_with_its_own_arguments(options: dict[str, Any], line: str) -> None:
+    assert line in str(fxprune.prune_pipeline(**options)).splitlines()
+
+
+def test_a_plan_is_carried_over_as_text() -> None:
+    model = tiny("llama")
+    plan = fxprune.prune(model, importance="l2", protect=()).plan
+    pipeline = fxprune.prune_pipeline(plan=plan)
+    slim = fxprune.Pipeline(str(pipeline))(fxprune.trace(model).graph_module).graph_module
+    assert fxprune.facts_of(slim)[fxprune.Removed].removal.plan == plan

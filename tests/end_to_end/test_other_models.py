@@ -1,0 +1,223 @@
+"""Models beyond causal language models of transformers, and plain modules in other people's ways of writing them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune.discovery.explain import frozen_axes
+from fxprune.graph.blocks import Blocks
+from fxprune.graph.facts import facts_of
+from tests.architectures import glm, memory, modules, text, vision
+from tests.architectures.library import LIBRARY, stirred
+from tests.removal import axes_of, check_kinds_remove_exactly, check_removes_exactly, discover, graph_of, groups_of, shape_of
+
+Kinds = Mapping[str, Sequence[int]]
+Inputs = dict[str, torch.Tensor]
+
+IDS = torch.randint(4, 31, (2, 6), generator=torch.Generator().manual_seed(0))
+
+FROM_LIBRARY: dict[str, Kinds] = {
+    "t5": {"head": [4, 4, 4], "head_dim": [5] * 6, "mlp": [26, 26]},
+    "bart": {"head": [4, 4, 4], "head_dim": [5] * 6, "mlp": [26, 22]},
+    "whisper": {"mlp": [20, 26, 22], "head": [4, 4, 4], "head_dim": [5] * 6, "channel~": [20]},
+    "bert": {"channel~": [24], "head": [4], "head_dim": [6, 6], "mlp": [26]},
+    "modernbert": {"channel~": [24], "head": [4], "head_dim": [3], "mlp": [26]},
+    "deberta": {"channel~": [24], "head": [4], "head_dim": [6, 6], "channel": [24], "mlp": [26]},
+    "albert": {"mlp~": [9], "channel~": [24], "head": [4], "head_dim": [6, 6], "mlp": [26]},
+    "vit": {"channel~": [24], "head": [4], "head_dim": [6, 6], "mlp": [26]},
+    "swin": {"channel~": [12], "head": [3, 3], "head_dim": [4] * 4, "mlp": [48, 48]},
+    "convnext": {"channel~": [6, 10], "mlp": [24, 40]},
+    "resnet": {"channel": [6, 8, 12], "mlp": [8, 12]},
+    "regnet": {"channel": [6, 8, 12], "mlp": [2, 4, 4, 2, 3, 4, 4, 2]},
+    "wav2vec2": {"mlp": [24, 6, 26], "mlp~": [8], "channel~": [2, 12], "head": [4], "head_dim": [6, 6]},
+    "clip": {"head": [4, 4], "head_dim": [4, 4, 6, 6], "mlp": [22, 26]},
+}
+"""For each model of transformers the sizes of its groups; a tilde where a statistic runs over them."""
+
+
+def images(channels: int, side: int) -> torch.Tensor:
+    return torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(0))
+
+
+PLAIN: dict[str, tuple[Callable[[], nn.Module], Inputs, Kinds]] = {
+    "two-dimensional-rotary": (
+        glm.TwoDimensionalLM,
+        {"input_ids": IDS},
+        {"channel~": [24], "head": [3, 3], "head_dim": [2, 8, 2, 8], "mlp": [20, 20]},
+    ),
+    "complex-rotary": (
+        text.ComplexRotaryLM,
+        {"tokens": IDS},
+        {"channel~": [20], "head": [2, 3, 2, 3], "head_dim": [4, 8, 8], "mlp": [28, 28]},
+    ),
+    "parallel-and-shared": (
+        text.ParallelLM,
+        {"tokens": IDS},
+        {"channel~": [18], "head": [4, 4], "head_dim": [5, 5, 5, 5], "mlp": [22, 22]},
+    ),
+    "latent-attention": (
+        text.LatentLM,
+        {"ids": IDS},
+        {"mlp~": [20, 11, 9], "head": [3], "head_dim": [5, 3, 7], "mlp": [26]},
+    ),
+    "selective-scan": (
+        lambda: memory.MemoryLM(memory.SelectiveScan(16, 20, 5, 3)),
+        {"ids": IDS},
+        {"mlp~": [16], "mlp": [20, 3], "head_dim": [5]},
+    ),
+    "retention": (
+        lambda: memory.MemoryLM(memory.Retention(16, 3, 6)),
+        {"ids": IDS},
+        {"mlp~": [16], "head": [3], "head_dim": [6], "head_dim~": [6]},
+    ),
+    "time-mix": (
+        lambda: memory.MemoryLM(memory.TimeMix(16, 18, 22)),
+        {"ids": IDS},
+        {"mlp~": [16], "mlp": [18, 22]},
+    ),
+    "delta-rule": (
+        lambda: memory.MemoryLM(memory.DeltaRule(16, 3, 5, 6)),
+        {"ids": IDS[:, :4]},
+        {"mlp~": [16], "head": [3], "head_dim": [5], "head_dim~": [6]},
+    ),
+    "patches": (
+        vision.PatchTransformer,
+        {"image": images(3, 8)},
+        {"channel~": [24], "head": [3, 3], "head_dim~": [8, 8], "mlp": [20, 20]},
+    ),
+    "grouped-convolutions": (
+        vision.GroupedNet,
+        {"image": images(3, 12)},
+        {"channel": [10, 14, 18], "mlp": [4, 3, 3, 5, 3, 5, 5, 5]},
+    ),
+    "down-and-up": (vision.DownAndUp, {"image": images(3, 8)}, {"mlp": [4, 5, 9, 16], "mlp~": [3, 4]}),
+    "token-mixer": (vision.TokenMixer, {"image": images(3, 6)}, {"mlp~": [14], "mlp": [11, 17]}),
+    "speech": (
+        vision.SpeechBlock,
+        {"sound": torch.randn(2, 60, generator=torch.Generator().manual_seed(0))},
+        {"mlp": [8, 3, 4, 10]},
+    ),
+    "encoder": (
+        lambda: modules.Encoder(batch_first=True, norm_first=True),
+        {"ids": IDS},
+        {"channel~": [18], "head": [3, 3], "head_dim": [6, 6], "mlp": [22, 22]},
+    ),
+    "encoder-tokens-first": (
+        lambda: modules.Encoder(batch_first=False, norm_first=False),
+        {"ids": IDS},
+        {"channel~": [18], "head": [3, 3], "head_dim": [6, 6], "mlp": [22, 22]},
+    ),
+    "translator": (
+        modules.Translator,
+        {"source": IDS, "target": IDS[:, :4]},
+        {"channel~": [16], "head": [4, 4, 4], "head_dim": [4, 4, 4], "mlp": [20, 20]},
+    ),
+    "reader": (modules.Reader, {"ids": IDS}, {"mlp": [10, 12, 4, 12], "head~": [3], "head_dim": [4]}),
+}
+"""Networks written from scratch: how to make one, what it takes, and the sizes of its groups."""
+
+
+@pytest.mark.parametrize("name", FROM_LIBRARY)
+def test_models_of_transformers_that_are_no_causal_ones(name: str) -> None:
+    model, inputs = LIBRARY[name]()
+    check_kinds_remove_exactly(stirred(model), inputs, FROM_LIBRARY[name])
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_modules(name: str) -> None:
+    make, inputs, kinds = PLAIN[name]
+    check_kinds_remove_exactly(stirred(make()), inputs, kinds)
+
+
+@pytest.mark.parametrize("make", [vision.GroupedNet, vision.DownAndUp])
+def test_each_group_of_a_convolutional_network_alone(make: Callable[[], nn.Module]) -> None:
+    check_removes_exactly(stirred(make()), {"image": images(3, 8)})
+
+
+def test_interleaved_queries_keys_and_values_read_as_they_lie() -> None:
+    dense = discover(stirred(glm.TwoDimensionalLM(layers=1)), {"input_ids": IDS})
+    turned = " | ".join(["b:2"] * 8)  # two halves of two halves, of queries and of keys
+    assert shape_of(dense, "layers.0.attention.query_key_value.weight")[0] == f"(a:3 * [{turned} | c:8])"
+    frequencies = axes_of(dense).tensors["layers.0.attention.rotary.inv_freq"][0]
+    held = [member.name for group in groups_of(dense) if group.factor == frequencies for member in group.members]
+    assert "layers.0.attention.query_key_value.weight" in held
+
+
+def test_tables_of_biases_by_relative_place_lose_the_column_of_a_head() -> None:
+    model, inputs = LIBRARY["swin"]()
+    dense = discover(stirred(model), inputs)
+    heads = [group for group in groups_of(dense) if group.kind == "head"]
+    tables = [[m.axis for m in group.members if m.name.endswith("relative_position_bias_table")] for group in heads]
+    assert tables == [[1], [1]]
+
+
+def test_layers_of_a_few_classes_that_repeat_are_blocks() -> None:
+    class Layer(nn.Module):
+        def __init__(self, mixer: nn.Module) -> None:
+            super().__init__()
+            self.mixer = mixer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.mixer(x)  # type: ignore[no-any-return]
+
+    class Other(Layer):
+        pass
+
+    class Hybrid(nn.Module):
+        def __init__(self, *layers: nn.Module) -> None:
+            super().__init__()
+            self.embedding, self.readout = nn.Embedding(31, 16), nn.Linear(16, 31)
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embedding(ids)
+            for layer in self.layers:
+                x = layer(x)
+            return self.readout(x)  # type: ignore[no-any-return]
+
+    scan, network = memory.SelectiveScan(16, 20, 5, 3), nn.Sequential(nn.Linear(16, 19), nn.ReLU(), nn.Linear(19, 16))
+    model = Hybrid(Layer(scan), Other(network), Layer(memory.Retention(16, 3, 6)))
+    dense = check_kinds_remove_exactly(
+        stirred(model),
+        {"ids": IDS},
+        {"channel": [16], "mlp": [20, 3, 19], "head": [3], "head_dim": [5, 6], "head_dim~": [6]},
+    )
+    names = {group.name for group in groups_of(dense)}
+    assert {"layers.0/mlp", "layers.1/mlp", "layers.2/head", "layers.0/layer", "layers.1/layer"} <= names
+    assert facts_of(discover(Hybrid(Layer(scan), Other(network)), {"ids": IDS}))[Blocks].paths == ()
+
+
+def test_an_op_over_a_whole_width_freezes_it_and_leaves_the_rest() -> None:
+    """A Fourier transform over channels mixes all of them; the network beside it can still go."""
+
+    class Fourier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.readout = nn.Embedding(31, 12), nn.Linear(12, 31)
+            self.up, self.down = nn.Linear(12, 17), nn.Linear(17, 12)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embedding(ids)
+            x = x + torch.fft.fft(torch.fft.fft(x, dim=-1), dim=-2).real
+            return self.readout(x + self.down(torch.relu(self.up(x))))  # type: ignore[no-any-return]
+
+    dense = check_kinds_remove_exactly(stirred(Fourier()), {"ids": IDS}, {"mlp": [17]})
+    graph = graph_of(dense)
+    assert "fft" in frozen_axes(graph)["embedding.weight[1]"].reason
+
+
+def test_a_plain_module_is_pruned_through_the_face_of_the_package() -> None:
+    model = stirred(vision.PatchTransformer())
+    inputs = {"image": images(3, 8)}
+    before = model(**inputs)
+    result = fxprune.prune(model, None, importance="l2", ratio=0.15, protect=(), example_inputs=inputs)
+    assert result.model is None and result.report.model_reasons
+    assert result.report.achieved == pytest.approx(0.15, abs=0.02)
+    assert result.report.verification_error is not None and result.report.verification_error < 1e-4
+    assert result(**inputs).shape == before.shape
+    assert torch.equal(model(**inputs), before)

@@ -1,0 +1,199 @@
+"""The public surface on a small model: what a user relies on."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import fxprune
+from fxprune.graph.tensors import weights
+from tests.models import VOCABULARY, tiny, token_ids
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def result(model: PreTrainedModel) -> fxprune.Result:
+    return fxprune.prune(model, token_ids(4, 12), ratio=0.2, protect=())
+
+
+def test_signature_is_as_promised() -> None:
+    parameters = inspect.signature(fxprune.prune).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    promised = {
+        "ratio": 0.2, "kinds": ("mlp", "head"), "importance": "taylor", "taylor": "mix", "reduction": "sum",
+        "ranking": "local", "group_ratio": None, "protect": None, "round_to": 1, "seed": 0, "verify": True,
+        "inplace": False, "example_inputs": None,
+    }  # fmt: skip
+    assert promised.items() <= defaults.items()
+    assert list(parameters)[:2] == ["model", "calibration"]
+
+
+def test_result_runs_at_any_batch_and_length(result: fxprune.Result) -> None:
+    assert isinstance(result.graph_module, GraphModule)
+    for batch, tokens in ((1, 1), (1, 7), (5, 3), (2, 33)):
+        logits = result(input_ids=token_ids(batch, tokens)).logits
+        assert logits.shape == (batch, tokens, VOCABULARY)
+        with torch.no_grad():
+            assert torch.allclose(logits, result.model(token_ids(batch, tokens)).logits, atol=1e-4)
+
+
+def test_model_is_bit_identical_and_shares_nothing(model: PreTrainedModel) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    config = copy.deepcopy(model.config.to_dict())
+    slim = fxprune.prune(model, token_ids(4, 12), protect=())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert flags == {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    assert model.config.to_dict() == config
+    dense_storage = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    assert dense_storage.isdisjoint(t.untyped_storage().data_ptr() for _, t in weights(slim.graph_module))
+    assert dense_storage.isdisjoint(p.untyped_storage().data_ptr() for p in slim.model.parameters())
+
+
+def test_parameters_outside_the_plan_are_bit_identical(model: PreTrainedModel, result: fxprune.Result) -> None:
+    dense = model.state_dict()
+    slim = result.model.state_dict()
+    untouched = set(slim) - set(result.plan.kept)
+    assert untouched
+    assert all(torch.equal(slim[name], dense[name]) for name in untouched)
+    for name, axes in result.plan.kept.items():
+        value = get(dense, model, name)
+        for axis, kept in axes.items():
+            value = value.index_select(axis, torch.tensor(kept))
+        assert torch.equal(dict(weights(result.graph_module))[name], value)
+
+
+def get(state: dict[str, torch.Tensor], model: nn.Module, name: str) -> torch.Tensor:
+    return state[name] if name in state else model.get_buffer(name)
+
+
+@pytest.mark.parametrize("importance", ["random", "taylor"])
+def test_same_seed_same_plan(model: PreTrainedModel, importance: str) -> None:
+    plans = [fxprune.prune(model, token_ids(4, 12), importance=importance, protect=(), seed=3).plan for _ in range(2)]
+    assert plans[0] == plans[1]
+    other = fxprune.prune(model, token_ids(4, 12), importance="random", protect=(), seed=4).plan
+    assert other != plans[0]
+
+
+def test_plan_round_trip_gives_the_same_module(model: PreTrainedModel, result: fxprune.Result) -> None:
+    plan = fxprune.Plan.from_json(result.plan.to_json())
+    again = fxprune.apply(model, plan)
+    first, second = dict(weights(result.graph_module)), dict(weights(again.graph_module))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert str(result.graph_module.graph) == str(again.graph_module.graph)
+
+
+def test_nested_units_may_differ_by_outer_unit(model: PreTrainedModel) -> None:
+    result = fxprune.prune(model, None, importance="random", kinds=("head_dim",), group_ratio=0.3, protect=())
+    removal = fxprune.facts_of(result.graph_module)[fxprune.Removed].removal
+    nested, keep = [g for g in removal.groups if g.outer is not None and g.kind == "head_dim"], removal.keep
+    assert nested
+    tables = [keep.units[g.factor] for g in nested if g.factor is not None]
+    assert any((table != table[0]).any() for table in tables)
+    assert all(len(set(table.sum(axis=1))) == 1 for table in tables)
+    assert fxprune.apply(model, result.plan).plan == result.plan
+
+
+def test_inplace_turns_the_model_into_the_slim_one(model: PreTrainedModel, result: fxprune.Result) -> None:
+    own = copy.deepcopy(model)
+    slim = fxprune.prune(own, token_ids(4, 12), ratio=0.2, protect=(), inplace=True)
+    assert slim.model is own
+    assert slim.plan == result.plan
+    ids = token_ids()
+    with torch.no_grad():
+        assert torch.allclose(own(ids).logits, result.model(ids).logits, atol=1e-5)
+    assert sum(p.numel() for p in own.parameters()) == slim.report.parameters[1]
+
+
+def test_inplace_depth_pruning(model: PreTrainedModel) -> None:
+    own = copy.deepcopy(model)
+    slim = fxprune.prune(own, None, importance="l2", kinds=("layer",), group_ratio=0.34, protect=(), inplace=True)
+    assert slim.model is own and len(own.model.layers) == 2
+    assert own.generate(token_ids(), max_new_tokens=3, do_sample=False, pad_token_id=0).shape[0] == 2
+
+
+def test_graph_trains_moves_and_changes_dtype(result: fxprune.Result) -> None:
+    slim = copy.deepcopy(result.graph_module).train()
+    logits = slim(input_ids=token_ids()).logits
+    logits.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in slim.parameters())
+    half = copy.deepcopy(result.graph_module).to(torch.bfloat16)
+    assert half(input_ids=token_ids()).logits.dtype == torch.bfloat16
+    twin = copy.deepcopy(result.model).to(torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(half(input_ids=token_ids()).logits, twin(token_ids()).logits)
+    on_meta = copy.deepcopy(result.graph_module).to("meta")
+    assert on_meta(input_ids=token_ids().to("meta")).logits.is_meta
+
+
+def test_graph_compiles(result: fxprune.Result) -> None:
+    compiled = torch.compile(copy.deepcopy(result.graph_module), backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for shape in ((2, 9), (3, 5)):
+            want = result(input_ids=token_ids(*shape)).logits
+            assert torch.allclose(compiled(input_ids=token_ids(*shape)).logits, want, atol=1e-5)
+
+
+def test_shapes_in_the_graph_are_those_of_the_slim_module(result: fxprune.Result) -> None:
+    graph = result.graph_module.graph
+    graph.lint()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            assert node.meta["val"].shape == dict(weights(result.graph_module))[str(node.target)].shape
+    logits = next(n for n in reversed(graph.nodes) if isinstance(n.meta.get("val"), torch.Tensor))
+    assert not isinstance(logits.meta["val"].shape[0], int)
+
+
+def test_half_precision_models_are_pruned_and_verified() -> None:
+    model = tiny("llama").to(torch.bfloat16)
+    result = fxprune.prune(model, token_ids(4, 12), protect=())
+    assert result.report.verification_error is not None and result.report.verification_error < 1e-5
+    assert result.model is not None and result.model.dtype == torch.bfloat16
+
+
+def test_ungrouped_calibration_forms_agree(model: PreTrainedModel, result: fxprune.Result) -> None:
+    ids = token_ids(4, 12)
+    dicts = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
+    padded = [
+        {"input_ids": torch.cat([torch.zeros(3, dtype=torch.long), row]), "attention_mask": [0] * 3 + [1] * 12}
+        for row in ids
+    ]
+    loader = torch.utils.data.DataLoader(ids, batch_size=3)
+    for data in (dicts, padded, loader):
+        assert fxprune.prune(model, data, ratio=0.2, protect=()).plan == result.plan
+
+
+def test_plain_modules_are_pruned_with_example_inputs() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(7, 30), nn.GELU(), nn.Linear(30, 5))
+    result = fxprune.prune(
+        net, None, importance="l1", ratio=0.3, example_inputs={"input": torch.randn(4, 7)}, protect=()
+    )
+    assert result.model is None and "not a Hugging Face model" in result.report.model_reasons[0]
+    assert abs(result.report.achieved - 0.3) < 0.03
+    assert result(torch.randn(9, 7)).shape == (9, 5)
+
+
+def test_paper_table_for_the_7b_shape() -> None:
+    """LLM-Pruner, table 3: parameters and MACs at 64 tokens after 20% and 50%."""
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    published = ((0.25, (4, 2), 5.42, 340), (0.6, (3, 1), 3.35, 207))
+    for group_ratio, protect, billions, giga in published:
+        result = fxprune.prune(model, None, importance="random", group_ratio=group_ratio, protect=protect)
+        assert result.report.parameters[0] / 1e9 == pytest.approx(6.74, abs=0.005)
+        assert result.report.parameters[1] / 1e9 == pytest.approx(billions, abs=0.005)
+        assert result.report.macs[0] / 1e9 == pytest.approx(424, abs=0.5)
+        assert result.report.macs[1] / 1e9 == pytest.approx(giga, abs=0.6)

@@ -1,0 +1,203 @@
+"""The zoo holds what it says, and what the coverage table says of a diverse part of it holds at every run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tests.coverage_page import has_any, has_exact, is_complete, page
+from tests.coverage_table import rows_of
+from tests.coverage_types import Coverage, examine, told
+from tests.zoo import NO_ATTENTION, VOCABULARY, forward, tiny_config, tiny_model, token_ids, types
+
+DIVERSE = {
+    "biogpt": {"mlp", "head", "head_dim", "layer"},
+    "blenderbot": {"mlp", "head", "head_dim", "layer"},
+    "cohere": {"mlp", "head", "head_dim", "layer"},
+    "ctrl": {"mlp", "head", "head_dim", "layer"},
+    "data2vec-text": {"mlp", "head", "head_dim"},
+    "deepseek_v3": {"mlp", "head"},
+    "dots1": {"mlp", "head", "layer"},
+    "ernie4_5_moe": {"mlp", "head", "layer"},
+    "gpt_neo": {"mlp", "head", "head_dim", "layer"},
+    "glm": {"mlp", "head", "head_dim", "layer"},
+    "lfm2": {"mlp", "head", "layer"},
+    "llama4_text": {"mlp", "head", "layer"},
+    "mamba": {"mlp"},
+    "minicpm3": {"mlp", "head", "layer"},
+    "olmo2": {"mlp", "head_dim", "layer"},
+    "persimmon": {"mlp", "head", "layer"},
+    "qwen3": {"mlp", "head", "layer"},
+    "smollm3": {"mlp", "head", "head_dim", "layer"},
+    "xglm": {"mlp", "head", "head_dim", "layer"},
+    "xlnet": {"mlp", "head", "head_dim"},
+}
+"""Types that trace fast, with the kinds whose units go exactly in all of them."""
+
+
+def test_every_type_has_a_config_or_a_reason() -> None:
+    failing = {}
+    for model_type in types():
+        try:
+            config = tiny_config(model_type)
+        except Exception as error:
+            failing[model_type] = told(error)
+            continue
+        assert isinstance(config, CONFIG_MAPPING[model_type])
+    assert len(types()) > 150
+    assert failing == {}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "mixtral", "mistral"])
+def test_sizes_are_distinct_where_the_class_lets_them(model_type: str) -> None:
+    config: Any = tiny_config(model_type)
+    sizes = [config.vocab_size, config.hidden_size, config.intermediate_size, config.num_attention_heads]
+    sizes += [config.num_key_value_heads, config.head_dim, config.num_attention_heads * config.head_dim]
+    assert len(set(sizes)) == len(sizes)
+    assert config.vocab_size == VOCABULARY
+    assert config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers"), [("llama", 2), ("gemma3_text", 2), ("nemotron_h", 4), ("gpt_neo", 2), ("lfm3", 3)]
+)
+def test_one_layer_of_each_kind_and_two_at_least(model_type: str, layers: int) -> None:
+    config: Any = tiny_config(model_type)
+    kinds = getattr(config, "layer_types", None)
+    assert config.num_hidden_layers == layers
+    assert kinds is None or len(kinds) == layers
+    default = CONFIG_MAPPING[model_type]()
+    assert kinds is None or set(kinds) == set(getattr(default, "layer_types", kinds))
+
+
+def test_configs_inside_configs_are_tiny_too() -> None:
+    config: Any = tiny_config("gemma3")
+    assert config.text_config.hidden_size == config.vision_config.hidden_size == 48
+    assert config.text_config.vocab_size == VOCABULARY
+    assert sum(parameter.numel() for parameter in tiny_model("gemma3").parameters()) < 200_000
+
+
+def test_models_are_the_same_at_every_call_and_norms_are_random() -> None:
+    first, second = tiny_model("llama"), tiny_model("llama")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    norm = first.get_parameter("model.norm.weight")
+    assert norm.std() > 0.05
+    assert 0.5 < norm.mean() < 1.5
+    assert not first.training
+    biases = [p for name, p in tiny_model("gpt2").named_parameters() if name.endswith("bias")]
+    assert biases
+    assert all(bias.std() > 0.05 for bias in biases)
+
+
+@pytest.mark.parametrize("model_type", ["musicgen", "zamba", "dbrx", "dots3_note_text", "reformer", "qwen4_exp_text"])
+def test_types_with_demands_of_their_own_run(model_type: str) -> None:
+    logits = forward(tiny_model(model_type), input_ids=token_ids()).logits
+    assert logits.shape[-1] == VOCABULARY
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("model_type", DIVERSE)
+def test_what_is_found_goes_exactly(model_type: str) -> None:
+    found = dataclasses.asdict(examine(model_type, emit=False))
+    assert found["stage"] == "done", found["error"]
+    assert {kind for kind in DIVERSE[model_type] if has_exact(found, kind)} == DIVERSE[model_type]
+    assert [group for group in found["groups"] if group["removal"] not in ("exact", "inert", "nothing can go")] == []
+    assert model_type in NO_ATTENTION or has_any(found, "head")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bamba", "gemma4_unified_text", "got_ocr2", "zamba"])
+def test_a_slim_model_is_stored_loaded_and_run(model_type: str) -> None:
+    """Also one whose config has an infinite number, or a width for a kind of layer, or a second stack of layers.
+
+    And one whose class cannot fill modules of new widths with initial values, which transformers' loader asks of it.
+    """
+    found = examine(model_type)
+    assert (found.stage, found.error) == ("done", "")
+    assert found.emitted == found.reloaded == found.generated == {"mlp+head": "yes"}
+
+
+def test_what_the_stock_class_cannot_do_is_told_of_the_dense_model() -> None:
+    """Its loader zeroes the padding row of the embedding, which here is not zero."""
+    found = examine("youtu")
+    assert found.emitted == {"mlp+head": "yes"}
+    assert found.reloaded["mlp+head"].startswith("nor does the dense model: differs")
+
+
+def test_a_type_that_cannot_be_built_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model_type: str) -> None:
+        raise ImportError(f"{model_type} needs a library\nand more words")
+
+    monkeypatch.setattr("tests.coverage_types.tiny_model", fail)
+    found = examine("llama")
+    assert found.stage == "build"
+    assert found.error.startswith("ImportError: llama needs a library (tests/end_to_end/test_zoo.py:")
+
+
+def _look(name: str, keep: Callable[[Coverage], None], **_: bool) -> Coverage:
+    """A stand-in for `examine` that ends its process in one of several ways."""
+    found = Coverage(name, stage="remove")
+    if name == "crash":
+        os._exit(3)
+    if name == "hang":
+        keep(found)
+        start = time.process_time()
+        while time.process_time() - start < 30:
+            pass
+    found.stage = "done"
+    return found
+
+
+def test_a_crash_or_a_hang_costs_one_type_alone() -> None:
+    rows = {row["type"]: row for row in rows_of(["crash", "hang", "llama"], workers=2, seconds=1, look=_look)}
+    assert rows["crash"]["error"] == "the process ended with 3"
+    assert (rows["hang"]["stage"], rows["hang"]["error"]) == ("remove", "not done after 1 s")
+    assert (rows["llama"]["stage"], rows["llama"]["error"]) == ("done", "")
+
+
+def _row(name: str, *groups: tuple[str, bool, str], **more: Any) -> dict[str, Any]:
+    """What was found about a type, in the form the page is made from."""
+    rows = [
+        {"name": f"model/{kind}", "kind": kind, "size": 3, "renormalised": norm, "removal": removal}
+        for kind, norm, removal in groups
+    ]
+    return dataclasses.asdict(Coverage(name, stage="done", groups=rows)) | more
+
+
+def test_only_what_goes_exactly_counts_as_exact() -> None:
+    good = _row("llama", ("mlp", False, "exact"), ("head", False, "exact"))
+    normed = _row("olmo2", ("mlp", False, "exact"), ("head", True, "exact"))
+    broken = _row("other", ("mlp", False, "exact"), ("mlp", False, "differs by 1.0e+00"), ("head", False, "exact"))
+    assert [is_complete(row) for row in (good, normed, broken)] == [True, False, False]
+    assert is_complete(normed, has_any)
+    assert is_complete(_row("mamba", ("mlp", False, "exact")))
+    assert not has_exact(_row("llama", ("mlp", False, "inert")), "mlp")
+
+
+def test_the_page_tells_what_failed_and_counts() -> None:
+    rows = [
+        _row("llama", ("mlp", False, "exact"), ("head", False, "exact"), emitted={"mlp+head": "yes"}),
+        _row("broken", ("mlp", False, "differs by 2.0e-01"), frozen={"no rule for aten.x": 3}),
+        _row("absent", stage="build", error="ImportError: needs a library"),
+    ]
+    ran = {"torch": "2", "transformers": "5", "python": "3.11"}
+    text = page({"environment": ran, "rows": rows})
+    assert "| **`mlp` and, where there is attention, `head` exact** | 1 |" in text
+    assert "| `absent` | build | ImportError: needs a library |" in text
+    assert "- `broken`, model/mlp: differs by 2.0e-01" in text
+    assert "| no rule for aten.x | 1 | `broken` |" in text
+
+
+def test_the_page_is_the_one_made_from_the_data() -> None:
+    root = Path(__file__).parents[1]
+    data = root / "benchmarks" / "results" / "coverage.json"
+    import json
+
+    assert (root / "docs" / "coverage.md").read_text(encoding="utf-8") == page(json.loads(data.read_text()))

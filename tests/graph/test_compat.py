@@ -1,0 +1,59 @@
+"""What torch does not promise to keep still does what we take it for."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from fxprune.graph.compat import (
+    UNKNOWN_SIZE,
+    argument_names,
+    fake_mode,
+    is_free,
+    is_impure,
+    is_pointwise,
+    is_random,
+    largest_size,
+    size_hint,
+)
+
+aten = torch.ops.aten
+
+
+def sizes(low: int | None = None) -> torch.Size:
+    """The shape of an input whose first axis varies, and whose second does not."""
+    program = torch.export.export(
+        nn.Linear(6, 4), (torch.zeros(3, 6),), dynamic_shapes=({0: torch.export.Dim("batch", min=low, max=50)},)
+    )
+    node = next(node for node in program.graph.nodes if node.name == "input")
+    return node.meta["val"].shape
+
+
+def test_a_symbolic_size_is_free_and_has_a_hint_and_a_bound() -> None:
+    batch, width = sizes()
+    assert (is_free(batch), is_free(width)) == (True, False)
+    assert (size_hint(batch), size_hint(width)) == (3, 6)
+    assert (largest_size(batch), largest_size(width)) == (50, 6)
+
+
+def test_a_size_that_only_the_data_decides_has_no_hint() -> None:
+    with fake_mode():
+        found = torch.zeros(5).nonzero().shape[0]
+    assert is_free(found)
+    assert size_hint(found) == UNKNOWN_SIZE
+
+
+def test_ops_are_told_apart_by_their_tags_and_schema() -> None:
+    assert is_pointwise(aten.add.Tensor) and not is_pointwise(aten.mm.default) and not is_pointwise(torch.add)
+    assert is_random(aten.rand.default) and not is_random(aten.zeros.default)
+    assert argument_names(aten.softmax.int) == [("self", None, False), ("dim", None, False), ("dtype", None, False)]
+    assert argument_names(aten.add.Tensor)[2] == ("alpha", 1, True)
+
+
+def test_what_writes_stays_and_what_draws_may_go() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    written = graph.call_function(aten.add_.Tensor, (x, 1))
+    drawn = graph.call_function(aten.rand.default, ([2],))
+    out = graph.output(x)
+    assert [is_impure(node) for node in (x, written, drawn, out)] == [True, True, False, True]

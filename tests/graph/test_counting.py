@@ -1,0 +1,43 @@
+"""Multiply-accumulates and parameters, against counts by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxprune.graph.compat import UNKNOWN_SIZE
+from fxprune.graph.counting import count_macs, count_parameters
+from fxprune.trace.capture import trace
+from tests.removal import Net
+
+
+def two_maps(net: Any, x: torch.Tensor) -> torch.Tensor:
+    return net.b(net.a(x).relu())
+
+
+def test_matrix_products_of_one_sample_count() -> None:
+    net = Net(two_maps, a=nn.Linear(5, 7), b=nn.Linear(7, 3))
+    graph_module = trace(net, {"x": torch.zeros(4, 5)}).graph_module
+    assert count_macs(graph_module) == 5 * 7 + 7 * 3 or count_macs(graph_module) == 4 * (5 * 7 + 7 * 3)
+    assert count_parameters(graph_module) == 5 * 7 + 7 + 7 * 3 + 3
+
+
+def test_tokens_scale_the_count_and_tied_weights_count_once() -> None:
+    net = Net(lambda net, x: net.out(net.table(x)), table=nn.Embedding(11, 6), out=nn.Linear(6, 11, bias=False))
+    net.out.weight = net.table.weight
+    graph_module = trace(net, {"x": torch.zeros(2, 5, dtype=torch.long)}).graph_module
+    assert count_macs(graph_module, tokens=8) == 8 * 6 * 11
+    assert count_macs(graph_module) == 64 * 6 * 11
+    assert count_parameters(graph_module) == 11 * 6
+
+
+def test_work_that_depends_on_data_is_unknown_without_values() -> None:
+    def body(net: Any, x: torch.Tensor) -> torch.Tensor:
+        return net.a(x[(x.sum(dim=-1) >= 0).nonzero()[:, 0]])
+
+    net = Net(body, a=nn.Linear(5, 7))
+    x = {"x": torch.zeros(4, 5)}
+    assert count_macs(trace(net, x).graph_module) % (5 * 7) == 0
+    assert count_macs(trace(net.to("meta"), x).graph_module) == UNKNOWN_SIZE // 2

@@ -1,0 +1,22 @@
+"""A graph knows the model it came from, under which names its tensors are there, and which are not."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fxprune.graph.facts import facts_of
+from fxprune.graph.source import Constants, Source
+from fxprune.trace.capture import trace
+from tests.removal import Net
+
+
+def test_tensors_have_their_names_in_the_model_and_constants_have_none() -> None:
+    net = Net(lambda net, x: net.b(net.a(x)) * torch.arange(3), a=nn.Linear(3, 3), b=nn.Linear(3, 3))
+    net.b.weight = net.a.weight
+    inputs = {"x": torch.randn(2, 3)}
+    facts = facts_of(trace(net, inputs).graph_module)
+    source, (constant,) = facts[Source], facts[Constants].names
+    assert source.model is net and source.example_inputs == inputs and source.shares and source.dense is None
+    assert source.names["a.weight"] == ("a.weight", "b.weight")
+    assert source.names[constant] == ()

@@ -1,0 +1,113 @@
+"""Blocks built one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+from transformers import PreTrainedConfig
+
+from fxprune.modelling.blocks import (
+    BUILT_AT,
+    CannotBuildError,
+    block_builder,
+    builder_of,
+    list_and_index,
+    names_index,
+    renumber,
+)
+
+
+class Plain(nn.Module):
+    """Takes a config alone."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+
+class Numbered(nn.Module):
+    """Is of another kind at index 0, or where there are few layers."""
+
+    def __init__(self, config: Any, layer_idx: int, mode: str = "") -> None:
+        super().__init__()
+        self.layer_idx, self._block_index, self.heads = layer_idx, layer_idx, layer_idx
+        self.inner = nn.Identity() if layer_idx == 0 or config.depth < 3 else nn.Linear(2, 2)
+
+
+def config(**fields: Any) -> PreTrainedConfig:
+    """A config of a few fields."""
+    made = PreTrainedConfig()
+    vars(made).update(fields)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        *((name, True) for name in ("layer_idx", "idx", "index", "layer_id", "block_id", "layer_number", "layer_num")),
+        *((name, False) for name in ("pad_token_id", "heads", "num_layers", "depth")),
+    ],
+)
+def test_names_of_an_index(name: str, answer: bool) -> None:
+    assert names_index(name) is answer
+
+
+def test_a_class_is_called_with_what_it_takes() -> None:
+    plain, numbered = block_builder(Plain), block_builder(Numbered)
+    assert plain is not None and numbered is not None
+    given = config(depth=3)
+    assert vars(plain(given, 4))["config"] is given
+    assert vars(numbered(given, 4))["layer_idx"] == 4
+
+
+def test_a_class_that_asks_for_more_has_no_builder() -> None:
+    class Third(nn.Module):
+        """Wants a third argument."""
+
+        def __init__(self, config: Any, layer_idx: int, other: Any) -> None: ...
+
+    class Second(nn.Module):
+        """Wants something other than an index."""
+
+        def __init__(self, config: Any, other: Any) -> None: ...
+
+    class Named(nn.Module):
+        """Wants an argument by name."""
+
+        def __init__(self, config: Any, *, other: Any) -> None: ...
+
+    assert [block_builder(kind) for kind in (Third, Second, Named)] == [None, None, None]
+    assert block_builder(nn.Identity) is None, "it takes no config"
+
+
+def test_a_kind_is_built_where_its_class_builds_it() -> None:
+    build = block_builder(Numbered, {"index": 2, "fields": {"depth": 3}})
+    given = config(depth=1)
+    assert build is not None
+    block = build(given, 0)
+    held = vars(block)
+    assert isinstance(block.inner, nn.Linear) and given.depth == 1
+    assert (held["layer_idx"], held["_block_index"], held["heads"]) == (0, 0, 2)
+    assert held[BUILT_AT] == {"index": 2, "fields": {"depth": 3}}
+    again = builder_of(block)
+    assert again is not None and isinstance(again(given, 0).inner, nn.Linear)
+
+
+def test_an_index_follows_by_name_or_by_what_is_known() -> None:
+    block = Numbered(config(depth=1), 2)
+    renumber(block, 2, 1, follows=lambda path, name: name == "heads")
+    assert (block.layer_idx, block.heads) == (2, 1)
+    renumber(block, 2, 1)
+    assert block.layer_idx == block._block_index == 1
+    renumber(block, 1, 1, follows=lambda path, name: pytest.fail("nothing moves"))
+
+
+def test_a_block_is_in_a_list() -> None:
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.Identity(), nn.Identity()])
+    model.other = nn.Sequential(nn.Identity())
+    assert list_and_index(model, "blocks.1") == (model.blocks, 1)
+    with pytest.raises(CannotBuildError, match=r"other\.0"):
+        list_and_index(model, "other.0")

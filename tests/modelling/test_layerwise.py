@@ -1,0 +1,85 @@
+"""Stock classes that build blocks of their own widths, and what a config says of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from fxprune.checkpoint.classes import pruned_class
+from fxprune.modelling.layerwise import SECTION, AnyWidths, amend_config, overrides_in, section_of
+from fxprune.modelling.overrides import Overrides
+from tests.models import tiny
+
+WHERE = {"class": "Stock", "blocks": "model.layers", "part": ""}
+OVERRIDES = Overrides(
+    block_fields={"model.layers.1": {"intermediate_size": 24}},
+    attributes={"model.norm": {"note": 3}},
+    written_afterwards={"pad_token_id": 5},
+)
+
+
+def config_with(section: Any) -> PreTrainedConfig:
+    """A config with a section of ours."""
+    config = AutoConfig.for_model("llama")
+    vars(config)[SECTION] = section
+    return config
+
+
+def test_a_section_is_read_as_it_was_written() -> None:
+    section = json.loads(json.dumps(section_of(OVERRIDES, WHERE)))
+    assert section["layers"] == {"1": {"intermediate_size": 24}} and section["class"] == "Stock"
+    assert overrides_in(config_with(section)) == OVERRIDES
+    assert overrides_in(AutoConfig.for_model("llama")) == Overrides()
+
+
+def test_sections_of_the_first_releases_are_read() -> None:
+    place = {"index": 3, "fields": {"num_hidden_layers": 4}}
+    earlier = {**WHERE, "layers": {"0": {}}, "places": {"2": place}, "holds": {"n": 1}, "built_with": {"n": 2}}
+    assert overrides_in(config_with(earlier)) == Overrides(
+        block_fields={"model.layers.0": {}},
+        built_at={"model.layers.2": place},
+        written_afterwards={"n": 1},
+        built_with={"n": 2},
+    )
+
+
+@pytest.mark.parametrize("section", [{"layers": []}, {"attributes": 3}, {"layers": {"first": {}}}])
+def test_what_is_no_section_is_refused(section: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"fxprune|first"):
+        overrides_in(config_with(section))
+
+
+def test_a_config_file_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"intermediate_size": 88, "hidden_size": 42}))
+    amend_config(tmp_path, Overrides(block_fields=OVERRIDES.block_fields, built_with={"hidden_size": 48}), WHERE, x=1)
+    told = json.loads(file.read_text())
+    assert told["per_layer_config"] == {"1": {"intermediate_size": 24}} and told["hidden_size"] == 48 and told["x"] == 1
+    assert told[SECTION]["built_with"] == {"hidden_size": 48} and "layers" not in told[SECTION]
+
+
+@pytest.mark.parametrize("part", ["", "text_config"])
+def test_fields_of_blocks_are_kept_apart_where_stock_code_would_read_them(part: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"text_config": {"n": 1}} if part else {"per_layer_config": {"0": {}}}))
+    amend_config(tmp_path, OVERRIDES, {**WHERE, "part": part})
+    told = json.loads(file.read_text())
+    assert told[SECTION]["layers"] == {"1": {"intermediate_size": 24}}
+    assert told.get("per_layer_config") == (None if part else {"0": {}})
+
+
+def test_a_model_is_built_as_its_config_says() -> None:
+    dense = tiny("llama")
+    pruned = pruned_class(type(dense), type(dense.config))
+    assert issubclass(pruned.config_class, AnyWidths) and pruned.__name__ == type(dense).__name__
+    data = {**dense.config.to_dict(), "hidden_size": 42, SECTION: section_of(OVERRIDES, WHERE)}
+    with torch.device("meta"):
+        model: Any = pruned(pruned.config_class.from_dict(data))
+    assert [layer.mlp.up_proj.out_features for layer in model.model.layers] == [88, 24, 88]
+    assert model.config.pad_token_id == 5 and model.model.norm.weight.shape == (42,)
+    assert model.fxprune_overrides == OVERRIDES

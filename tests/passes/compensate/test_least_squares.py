@@ -1,0 +1,263 @@
+"""Least squares: the fit by hand, what it leaves alone, and what it may never change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fxprune.passes.compensate import LeastSquaresPass
+from torch import fx, nn
+
+import fxprune
+from fxprune.axes import Keep
+from fxprune.data.calibration import Calibration, Sample, stacked
+from fxprune.errors import CalibrationError, FxpruneError, PassError, UnknownNameError
+from fxprune.graph.facts import facts_of
+from fxprune.removal.removal import Removal
+from fxprune.graph.fork import fork
+from fxprune.graph.tensors import get_tensor, weights
+from fxprune.pipeline.pipeline import Pipeline
+from fxprune.pipeline.registry import load_pass
+from fxprune.removal.plan import plan_of
+from tests.models import tiny, token_ids
+from tests.removal import Net, axes_of, decide, discover, groups_of
+
+X = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(0))
+DAMPING = 0.03
+
+
+def network(residual: bool = False) -> Net:
+    """Two linear maps around a ReLU, added to their input or not."""
+    torch.manual_seed(1)
+
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = m.b(m.a(x).relu())
+        return x + out if residual else out
+
+    return Net(body, a=nn.Linear(6, 12), b=nn.Linear(12, 6))
+
+
+def deep() -> nn.Module:
+    """Three residual networks and a readout."""
+    torch.manual_seed(2)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.b(self.a(x).relu())  # type: ignore[no-any-return]
+
+    return nn.Sequential(Block(), Block(), Block(), nn.Linear(6, 6)).eval()
+
+
+def planned(model: nn.Module, inputs: dict[str, torch.Tensor], stay: int) -> fx.GraphModule:
+    """The graph of a model with calibration data and a plan by which the last units of each hidden layer go."""
+    dense = discover(model, inputs)
+    factors = [group.factor for group in groups_of(dense) if group.factor is not None and group.size == 12]
+    decide(dense, Keep({factor: np.arange(factor.size) < stay for factor in factors}))
+    samples = (Sample({next(iter(inputs)): x[None]}, x[None]) for x in next(iter(inputs.values())))
+    facts_of(dense).put(Calibration(tuple(samples)))
+    return dense
+
+
+def by_hand(w: torch.Tensor, x: torch.Tensor, y: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
+    """Ridge regression towards ``w`` on rows ``x`` and ``y``, as a stacked least-squares problem."""
+    weight = (damping * x.square().sum(0).mean()).sqrt()
+    left = torch.cat([x, weight * torch.eye(x.shape[1])]).double()
+    right = torch.cat([y, weight * w.T]).double()
+    return torch.linalg.lstsq(left, right).solution.T.float()
+
+
+def test_the_kept_columns_are_the_ridge_solution() -> None:
+    model = network()
+    dense = planned(model, {"x": X}, 7)
+    work = fork(dense)
+    assert LeastSquaresPass(DAMPING)(work, inplace=True).modified
+    hidden = model.a(X).relu().flatten(0, 1)
+    expected = by_hand(model.b.weight[:, :7], hidden[:, :7], hidden @ model.b.weight.T)
+    assert torch.allclose(get_tensor(work, "b.weight")[:, :7], expected, atol=1e-5)
+    assert torch.equal(get_tensor(work, "b.weight")[:, 7:], model.b.weight[:, 7:])
+
+
+def test_a_sum_is_fitted_and_not_its_term() -> None:
+    """The second network makes up for what the first could not, and so on: its target is what the stream lacks."""
+    model = deep()
+    work = fork(planned(model, {"input": X}, 7))
+    LeastSquaresPass(DAMPING)(work, inplace=True)
+    with torch.no_grad():
+        x = slim = X.flatten(0, 1)
+        for i in range(3):
+            a, b = model[i].a, model[i].b
+            x = model[i](x)
+            hidden = a(slim).relu()[:, :7]
+            w = by_hand(b.weight[:, :7], hidden, x - slim - b.bias)
+            assert torch.allclose(get_tensor(work, f"{i}.b.weight")[:, :7], w, atol=1e-4)
+            slim = slim + hidden @ w.T + b.bias
+
+
+def test_the_damping_that_does_best_on_other_tokens_is_taken() -> None:
+    model = network()
+    work = fork(planned(model, {"x": X}, 7))
+    LeastSquaresPass()(work, inplace=True)
+    hidden = model.a(X).relu().flatten(0, 1).detach()
+    w, x, y = model.b.weight[:, :7].detach(), hidden[:, :7], hidden @ model.b.weight.detach().T
+    front = len(x) * 3 // 4
+    errors = {}
+    for damping in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0):
+        fitted = by_hand(w, x[:front], y[:front], damping)
+        errors[damping] = float((x[front:] @ fitted.T - y[front:]).square().sum())
+    best = min(errors, key=errors.__getitem__)
+    assert errors[best] < float((x[front:] @ w.T - y[front:]).square().sum())
+    assert torch.allclose(get_tensor(work, "b.weight")[:, :7], by_hand(w, x, y, best), atol=1e-5)
+
+
+def test_a_weight_stays_where_a_fit_does_not_carry_over() -> None:
+    """What the kept unit has to do with the one that goes is of the opposite sign on the tokens held out."""
+    model = Net(lambda m, x: m.b(m.a(x).tanh()), a=nn.Linear(2, 2, bias=False), b=nn.Linear(2, 1))
+    with torch.no_grad():
+        model.a.weight.copy_(torch.eye(2))
+    one = torch.ones(1, 12, 1)
+    x = torch.cat([one, torch.where(torch.arange(12).view(1, 12, 1) < 9, one, -one)], -1)
+    dense = discover(model, {"x": x})
+    group = next(group for group in groups_of(dense) if group.name.endswith("mlp"))
+    assert group.factor is not None
+    decide(dense, Keep({group.factor: np.array([True, False])}))
+    facts_of(dense).put(Calibration((Sample({"x": x}, x),)))
+    work = fork(dense)
+    LeastSquaresPass()(work, inplace=True)
+    assert torch.equal(get_tensor(work, "b.weight"), model.b.weight)
+    LeastSquaresPass(damping=0.1)(work, inplace=True)
+    assert not torch.equal(get_tensor(work, "b.weight"), model.b.weight)
+
+
+def test_what_others_can_say_is_not_lost() -> None:
+    """Units that are copies of others: a fit gives the dense outputs, where slicing does not."""
+    model = network()
+    with torch.no_grad():
+        model.a.weight[6:] = 2 * model.a.weight[:6]
+        model.a.bias[6:] = 2 * model.a.bias[:6]
+    dense = model(X)
+    plan = facts_of(planned(model, {"x": X}, 6))[Removal].plan
+    fit = LeastSquaresPass(damping=1e-7)
+    errors = []
+    for compensate in (None, fit):
+        result = fxprune.apply(model, plan, [{"x": x} for x in X], example_inputs={"x": X}, compensate=compensate)
+        assert result.report.verification_error is not None and result.report.verification_error < 1e-5
+        errors.append(float((result.graph_module(X) - dense).detach().abs().max()))
+    assert errors[0] > 0.1
+    assert errors[1] < 1e-3
+
+
+def test_the_dense_model_stays_and_in_place_gives_the_same() -> None:
+    ids = token_ids(4, 12)
+    options: dict[str, Any] = {"group_ratio": 0.5, "compensate": "least-squares", "protect": (), "importance": "l2"}
+    model = tiny("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    apart = fxprune.prune(model, ids, **options)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    inside = fxprune.prune(model, ids, inplace=True, **options)
+    assert inside.model is model
+    first, second = apart.model.state_dict(), model.state_dict()
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+
+
+def test_parameters_outside_the_plan_keep_every_bit() -> None:
+    model = tiny("gpt2")
+    result = fxprune.prune(model, token_ids(4, 12), group_ratio=0.5, compensate="least-squares", protect=())
+    slim = result.model.state_dict()
+    whole = [name for name in slim if name not in result.plan.kept]
+    assert len(whole) > 10
+    assert all(torch.equal(slim[name], model.state_dict()[name]) for name in whole)
+
+
+BOTH, WIDTH, DEPTH = ("mlp", "head"), ("mlp", "channel"), ("mlp", "layer")
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [
+        ("llama", BOTH),
+        ("llama", DEPTH),
+        ("gpt2", BOTH),
+        ("gpt2", WIDTH),
+        ("gpt_neox", WIDTH),
+        ("phi3", BOTH),
+        ("gemma3_text", WIDTH),
+        ("bloom", BOTH),
+        ("bloom", DEPTH),
+        ("mixtral", BOTH),
+    ],
+)
+def test_a_fit_brings_the_slim_model_nearer_to_the_dense_one(family: str, kinds: tuple[str, ...]) -> None:
+    model, ids = tiny(family), token_ids(8, 17)
+    errors = []
+    for compensate in (None, "least-squares"):
+        result = fxprune.prune(
+            model, ids, kinds=kinds, importance="l2", group_ratio=0.5, compensate=compensate, protect=()
+        )
+        assert result.report.verification_error is not None and result.report.verification_error < 1e-4
+        assert result.model is not None, result.report.model_reasons
+        with torch.no_grad():
+            slim = result.model(input_ids=ids, use_cache=False).logits
+            errors.append(float((slim - model(input_ids=ids, use_cache=False).logits).square().mean()))
+    assert errors[1] < errors[0]
+    assert "fitted by least squares" in " ".join(result.report.notes)
+
+
+def test_half_precision_is_fitted_in_float32_and_stays_half() -> None:
+    model = tiny("llama").to(torch.bfloat16)  # type: ignore[arg-type]
+    result = fxprune.prune(model, token_ids(4, 12), group_ratio=0.5, compensate="least-squares", importance="l2")
+    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.bfloat16}
+
+
+def test_weights_that_several_products_read_are_left_alone() -> None:
+    torch.manual_seed(3)
+
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.b(m.a(x).relu()) + m.b(m.a(x).sigmoid())  # type: ignore[no-any-return]
+
+    model = Net(body, a=nn.Linear(6, 12), b=nn.Linear(12, 6))
+    work = fork(planned(model, {"x": X}, 7))
+    assert not LeastSquaresPass()(work, inplace=True).modified
+    assert all(a is b for (_, a), (_, b) in zip(weights(work), weights(planned(model, {"x": X}, 7)), strict=True))
+
+
+def test_nothing_is_done_where_nothing_goes() -> None:
+    work = fork(planned(network(), {"x": X}, 12))
+    assert not LeastSquaresPass()(work, inplace=True).modified
+
+
+def test_samples_of_one_shape_make_batches() -> None:
+    fixed = discover(Net(lambda m, x: m.a(x).view(5, -1), a=nn.Linear(6, 4)), {"x": X})
+    samples = [Sample({"input": torch.ones(1, n, 6)}, torch.ones(1)) for n in (3, 4, 3, 3, 4)]
+    shapes = [tuple(batch["input"].shape) for batch in stacked(samples, fxprune.trace(tiny("llama")).graph_module, 2)]
+    assert shapes == [(2, 3, 6), (1, 3, 6), (2, 4, 6)]
+    assert [batch["input"].shape[0] for batch in stacked(samples, fixed, 2)] == [1] * 5
+
+
+def test_it_refuses_what_it_cannot_use() -> None:
+    work = planned(network(), {"x": X}, 7)
+    facts_of(work).drop(Calibration, by="test")
+    with pytest.raises(CalibrationError, match=r"Calibration no longer holds.*Run calibrate first\. Pass token ids"):
+        LeastSquaresPass()(work, inplace=True)
+    with pytest.raises(FxpruneError, match="above 0"):
+        LeastSquaresPass(damping=0)
+    with pytest.raises(FxpruneError, match="at least 1"):
+        LeastSquaresPass(batch=0)
+    with pytest.raises(UnknownNameError, match="compensation"):
+        fxprune.prune(tiny("llama"), token_ids(), compensate="least-cubes")
+    with pytest.raises(PassError):
+        Pipeline(["least-squares"])(discover(network(), {"x": X}))
+    assert load_pass("least-squares").stage == "compensate"
+
+
+def test_activations_that_are_not_finite_are_named() -> None:
+    model = network()
+    with torch.no_grad():
+        model.a.weight[0, 0] = float("inf")
+    with pytest.raises(CalibrationError, match=r"b\.weight"):
+        LeastSquaresPass()(planned(model, {"x": X}, 7), inplace=True)

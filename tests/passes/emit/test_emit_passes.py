@@ -1,0 +1,54 @@
+"""The slim model, the report and the checkpoint as passes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fxprune.emit.emitted import Emitted
+from fxprune.errors import CheckpointError, PassError
+from fxprune.graph.facts import facts_of
+from fxprune.graph.source import Source
+from fxprune.passes.emit import EmitModelPass, MakeReportPass, SaveCheckpointPass
+from fxprune.passes.emit.save_checkpoint import Saved
+from fxprune.pipeline.pipeline import Pipeline
+from fxprune.removal.report import Report
+from fxprune.trace import trace
+from tests.models import tiny
+from tests.removal import Net
+
+SHRINK = "find-groups, l2, select-by-ratio{ratio=0.25, protect=()}, count-work, make-verification-inputs, shrink"
+
+
+def test_model_report_and_checkpoint_come_one_after_the_other(tmp_path: Path) -> None:
+    slim = Pipeline(SHRINK)(trace(tiny("llama")).graph_module).graph_module
+    with pytest.raises(PassError, match="no Emitted is known. Run emit-model first"):
+        SaveCheckpointPass(str(tmp_path / "slim"))(slim)
+    EmitModelPass()(slim)
+    facts = facts_of(slim)
+    assert Source not in facts
+    model = facts[Emitted].require_model()
+    assert {id(p) for p in model.parameters()} == {id(p) for p in slim.parameters()}
+    MakeReportPass()(slim)
+    report = facts[Report]
+    assert report.ratio == 0.25 and report.verification_error is None
+    assert report.parameters[1] == sum(p.numel() for p in model.parameters())
+    with pytest.raises(CheckpointError, match="save-checkpoint{folder=slim}"):
+        SaveCheckpointPass()(slim)
+    SaveCheckpointPass(str(tmp_path / "slim"))(slim)
+    assert facts[Saved].folder == tmp_path / "slim"
+    assert json.loads((tmp_path / "slim/fxprune.json").read_text())["report"]["ratio"] == 0.25
+
+
+def test_what_is_no_hugging_face_model_gets_none_and_the_reason(tmp_path: Path) -> None:
+    net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 12), b=nn.Linear(12, 5))
+    slim = Pipeline(SHRINK)(trace(net, {"x": torch.randn(2, 10)}).graph_module).graph_module
+    Pipeline([EmitModelPass(), MakeReportPass()])(slim)
+    assert facts_of(slim)[Report].model_reasons == ("the model passed is not a Hugging Face model",)
+    with pytest.raises(CheckpointError, match="not a Hugging Face model"):
+        SaveCheckpointPass(str(tmp_path / "slim"))(slim)
+    assert list(tmp_path.iterdir()) == []

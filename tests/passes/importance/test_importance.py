@@ -1,0 +1,272 @@
+"""Every criterion against plain PyTorch: gradients by autograd, slices by hand, formulas as the design has them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxprune.errors import CalibrationError, PassError, UnknownNameError
+from fxprune.graph.facts import facts_of
+from fxprune.pipeline.registry import load_pass
+from fxprune.removal.scores import REDUCTIONS, Scores
+from tests.models import tiny, token_ids
+from tests.removal import discover, groups_of
+
+Array = np.ndarray
+Slices = list[tuple[str, int, list[list[int]]]]
+"""For each member in order of execution its name, axis and the positions of each unit."""
+
+ORDERS = ("vector", "first", "second", "mix")
+DEPTH, KV, REPEATS, WIDTH, FFN = 2, 3, 2, 8, 88
+
+
+class TinyLM(nn.Module):
+    """Embedding, two linear layers, and the embedding again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(131, 10)
+        self.up = nn.Linear(10, 14)
+        self.down = nn.Linear(14, 10, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        return F.linear(self.down(torch.tanh(self.up(self.embed(ids)))), self.embed.weight)
+
+
+def runs(units: Iterable[int], width: int) -> list[list[int]]:
+    return [list(range(unit * width, (unit + 1) * width)) for unit in units]
+
+
+def llama_slices() -> dict[str, Slices]:
+    """The units of a grouped-query model, spelled out from the sizes in its config."""
+    found: dict[str, Slices] = {}
+    for layer in range(DEPTH):
+        at = f"model.layers.{layer}"
+        attn, mlp = f"{at}.self_attn", f"{at}.mlp"
+        found[f"{at}/mlp"] = [
+            (f"{mlp}.{n}_proj.weight", a, runs(range(FFN), 1)) for n, a in (("gate", 0), ("up", 0), ("down", 1))
+        ]
+        queries, keys = runs(range(KV), REPEATS * WIDTH), runs(range(KV), WIDTH)
+        found[f"{at}/head"] = [
+            (f"{attn}.q_proj.weight", 0, queries),
+            (f"{attn}.k_proj.weight", 0, keys),
+            (f"{attn}.v_proj.weight", 0, keys),
+            (f"{attn}.o_proj.weight", 1, queries),
+        ]
+        single = runs(range(KV * REPEATS), WIDTH)
+        found[f"{at}/head.2"] = [(f"{attn}.q_proj.weight", 0, single), (f"{attn}.o_proj.weight", 1, single)]
+    return found
+
+
+def tiny_slices() -> dict[str, Slices]:
+    width, hidden = runs(range(10), 1), runs(range(14), 1)
+    return {
+        "model/mlp": [("embed.weight", 1, width), ("up.weight", 1, width), ("down.weight", 0, width)],
+        "model/mlp.2": [("up.weight", 0, hidden), ("up.bias", 0, hidden), ("down.weight", 1, hidden)],
+    }
+
+
+@pytest.fixture(scope="module", params=["llama", "plain"])
+def case(request: pytest.FixtureRequest) -> tuple[nn.Module, fx.GraphModule, dict[str, Slices]]:
+    """A model, its graph with calibration data, and its units."""
+    torch.manual_seed(0)
+    if request.param == "llama":
+        model: nn.Module = tiny("llama", num_hidden_layers=DEPTH)
+        dense, slices = discover(model), llama_slices()
+    else:
+        model = TinyLM().eval()
+        dense, slices = discover(model, {"ids": token_ids()}), tiny_slices()
+    calibrate(dense, token_ids(3))
+    return model, dense, slices
+
+
+def calibrate(dense: fx.GraphModule, data: Any) -> None:
+    load_pass("calibrate", data=data)(dense)
+
+
+def scores_of(dense: fx.GraphModule, name: str, **arguments: Any) -> Scores:
+    load_pass(name, **arguments)(dense)
+    return facts_of(dense)[Scores]
+
+
+# ------------------------------------------------------------------------------------------------- brute force
+
+
+def sample_gradients(model: nn.Module, ids: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+    """Gradients of the next-token loss of each sample, in double precision."""
+    twin = copy.deepcopy(model).double()
+    named = dict(twin.named_parameters())
+    for row in ids:
+        out = twin(row[None])
+        logits = out if isinstance(out, torch.Tensor) else out.logits
+        loss = F.cross_entropy(logits[0, :-1], row[1:])
+        yield dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+def elements(order: str, w: torch.Tensor, g: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """What each weight counts, before sums."""
+    return {
+        "l1": w.abs(),
+        "l2": w * w,
+        "vector": w * g,
+        "first": (w * g).abs(),
+        "second": (w * h * w).abs(),
+        "mix": (w * g - 0.5 * w * h * w).abs(),
+    }[order]
+
+
+def expected(model: nn.Module, ids: torch.Tensor, order: str, members: Slices, reduction: str) -> Array:
+    weights = {name: p.detach().double() for name, p in model.named_parameters()}
+    samples = list(sample_gradients(model, ids))
+    rows = []
+    for name, axis, units in members:
+        g = torch.stack([sample[name] for sample in samples]).mean(0)
+        h = torch.stack([sample[name] ** 2 for sample in samples]).mean(0)
+        slices = elements(order, weights[name], g, h).movedim(axis, 0)
+        per_position = slices.reshape(len(slices), -1).sum(1)
+        rows.append([per_position[unit].abs().sum().item() for unit in units])
+    table = np.array(rows)
+    return {
+        "sum": table.sum(0),
+        "prod": table.prod(0),
+        "max": table.max(0),
+        "mean": table.mean(0),
+        "first": table[0],
+        "last": table[-1],
+    }[reduction]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("order", ["l1", "l2", *ORDERS])
+def test_scores_are_what_the_formulas_say(
+    case: tuple[nn.Module, fx.GraphModule, dict[str, Slices]], order: str, reduction: str
+) -> None:
+    model, dense, slices = case
+    taylor = order in ORDERS
+    scores = scores_of(
+        dense, "taylor" if taylor else order, reduction=reduction, **({"order": order} if taylor else {})
+    )
+    assert set(scores.units) == set(slices)
+    for group, members in slices.items():
+        want = expected(model, token_ids(3), order, members, reduction)
+        got = scores.units[group].reshape(-1)
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * want.max())
+
+
+def test_units_inside_a_key_head_are_scored_apart_in_each(
+    case: tuple[nn.Module, fx.GraphModule, dict[str, Slices]],
+) -> None:
+    _, dense, _ = case
+    scores = scores_of(dense, "l1")
+    shapes = {g.name: (g.outer.size, g.size) if g.outer else (g.size,) for g in groups_of(dense)}
+    assert {name: scores.units[name].shape for name in scores.units} == {n: shapes[n] for n in scores.units}
+
+
+def test_labels_that_do_not_count_change_the_loss() -> None:
+    model = TinyLM().eval()
+    dense = discover(model, {"ids": token_ids()})
+    ids = token_ids(1, 9)[0]
+    calibrate(dense, [{"ids": ids, "labels": torch.cat((ids[:5], torch.full((4,), -100)))}])
+    short = scores_of(dense, "taylor").units["model/mlp.2"]
+    members = tiny_slices()["model/mlp.2"]
+    np.testing.assert_allclose(short, expected(model, ids[None, :5], "mix", members, "sum"), rtol=1e-4)
+
+
+# -------------------------------------------------------------------------------------- memory, side effects, seeds
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_many_sweeps_give_the_scores_of_one(
+    case: tuple[nn.Module, fx.GraphModule, dict[str, Slices]], order: str
+) -> None:
+    _, dense, slices = case
+    steps: list[int] = []
+
+    def track(items: Sequence[Any], what: str, total: int) -> Sequence[Any]:
+        steps.append(total)
+        return items
+
+    once = scores_of(dense, "taylor", order=order, memory=10.0, track=track)
+    often = scores_of(dense, "taylor", order=order, memory=1e-9, track=track)
+    parameters = {name for members in slices.values() for name, *_ in members}
+    sweeps = len(parameters) if order in ("first", "mix") else 1
+    assert steps == [4, 4 * sweeps]
+    for name, want in once.units.items():
+        np.testing.assert_allclose(often.units[name], want, rtol=1e-6)
+
+
+def test_the_callers_gradients_and_flags_stay_as_they_are() -> None:
+    model = tiny("llama", num_hidden_layers=1)
+    dense = discover(model)
+    calibrate(dense, token_ids(2))
+    parameters = dict(model.named_parameters())
+    for i, parameter in enumerate(parameters.values()):
+        parameter.requires_grad_(i % 3 != 0)
+        parameter.grad = torch.full_like(parameter, i) if i % 2 else None
+    before = {name: (p.grad, p.requires_grad, p.detach().clone()) for name, p in parameters.items()}
+    scores_of(dense, "taylor")
+    for name, (gradient, flag, value) in before.items():
+        parameter = parameters[name]
+        assert parameter.grad is gradient and parameter.requires_grad is flag
+        assert gradient is None or bool((gradient == list(parameters).index(name)).all())
+        assert torch.equal(parameter, value)
+
+
+@pytest.mark.parametrize("name", ["random", "l2", "taylor"])
+def test_the_same_seed_gives_the_same_scores(
+    case: tuple[nn.Module, fx.GraphModule, dict[str, Slices]], name: str
+) -> None:
+    _, dense, slices = case
+    first, again = scores_of(dense, name), scores_of(dense, name)
+    assert all((first.units[group] == again.units[group]).all() for group in slices)
+    if name == "random":
+        other = scores_of(dense, name, seed=1)
+        assert all((first.units[group] != other.units[group]).any() for group in slices)
+        assert all(((row >= 0) & (row < 1)).all() for row in first.units.values())
+
+
+def test_only_the_kinds_asked_for_are_scored() -> None:
+    dense = discover(tiny("llama", num_hidden_layers=1))
+    kinds = {group.name: group.kind for group in groups_of(dense)}
+    scores = scores_of(dense, "l1", kinds=("channel", "layer"))
+    assert sorted(kinds[name] for name in scores.units) == ["channel", "layer"]
+    layer = next(group for group in groups_of(dense) if group.kind == "layer")
+    sizes = {m.name: dense.get_parameter(m.name).abs().sum().item() for m in layer.members}
+    np.testing.assert_allclose(scores.units[layer.name], [sum(sizes.values())], rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_cannot_be_scored_is_refused() -> None:
+    model = TinyLM()
+    dense = discover(model, {"ids": token_ids()})
+    with pytest.raises(CalibrationError, match="no Calibration is known.*Run calibrate first"):
+        load_pass("taylor")(dense)
+    calibrate(dense, token_ids(2))
+    with torch.no_grad():
+        model.up.bias[0] = float("nan")
+    with pytest.raises(CalibrationError, match="the loss is nan"):
+        load_pass("taylor")(dense)
+    meta = discover(TinyLM().to("meta"), {"ids": token_ids()})
+    calibrate(meta, token_ids(2))
+    with pytest.raises(PassError, match="meta"):
+        load_pass("taylor")(meta)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [({"order": "secnd"}, "second"), ({"reduction": "summ"}, "sum"), ({"kinds": ("heads",)}, "head")],
+)
+def test_names_that_do_not_exist_are_refused_with_the_nearest(arguments: dict[str, Any], hint: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"Did you mean '{hint}'"):
+        load_pass("taylor", **arguments)

@@ -1,0 +1,67 @@
+"""Calibration, sizes and verification inputs as passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fxprune.data.calibration import Calibration
+from fxprune.data.verification import VerificationInputs
+from fxprune.errors import CalibrationError
+from fxprune.graph.facts import facts_of
+from fxprune.passes.prepare import CalibratePass, CountWorkPass, MakeVerificationInputsPass
+from fxprune.removal.report import Work
+from fxprune.trace import trace
+from tests.models import tiny, token_ids
+from tests.removal import Net
+
+
+def test_calibrate_reads_rows_from_a_call_or_a_file(tmp_path: Path) -> None:
+    dense = trace(tiny("llama")).graph_module
+    ids = token_ids(3, 5)
+    CalibratePass(data=ids)(dense)
+    given = facts_of(dense)[Calibration].samples
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(f'{{"input_ids": {row}}}' for row in ids.tolist()) + "\n\n")
+    CalibratePass(file=str(file))(dense)
+    read = facts_of(dense)[Calibration].samples
+    assert len(read) == len(given) == 3
+    assert all(torch.equal(a.inputs["input_ids"], b.inputs["input_ids"]) for a, b in zip(given, read, strict=True))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no json", '{"input_ids": "text"}', "[1, 2]", '{"input_ids": [1]}', '{"ids": [1, 2]}']
+)
+def test_calibrate_refuses_files_of_another_form(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(text)
+    dense = trace(tiny("llama")).graph_module
+    for step in (CalibratePass(file=str(file)), CalibratePass(file=str(tmp_path / "absent")), CalibratePass()):
+        with pytest.raises(CalibrationError):
+            step(dense)
+    assert Calibration not in facts_of(dense)
+
+
+def test_count_work_counts_parameters_and_macs() -> None:
+    net = Net(lambda m, x: m.b(m.a(x)), a=nn.Linear(10, 12), b=nn.Linear(12, 5, bias=False))
+    dense = trace(net, {"x": torch.randn(1, 10)}).graph_module
+    CountWorkPass()(dense)
+    assert facts_of(dense)[Work] == Work(10 * 12 + 12 + 12 * 5, 10 * 12 + 12 * 5, 64)
+
+
+def test_verification_inputs_are_those_of_the_trace_or_random_by_seed() -> None:
+    x = torch.randn(3, 10)
+    dense = trace(Net(lambda m, x: m.a(x), a=nn.Linear(10, 2)), {"x": x}).graph_module
+    MakeVerificationInputsPass()(dense)
+    assert facts_of(dense)[VerificationInputs].values["x"] is x
+    MakeVerificationInputsPass(example_inputs={"x": x + 1})(dense)
+    assert torch.equal(facts_of(dense)[VerificationInputs].values["x"], x + 1)
+    model = trace(tiny("llama")).graph_module
+    made = []
+    for seed in (0, 0, 1):
+        MakeVerificationInputsPass(seed=seed)(model)
+        made.append(facts_of(model)[VerificationInputs].values["input_ids"])
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])

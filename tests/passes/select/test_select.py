@@ -1,0 +1,285 @@
+"""Selection: the ratio asked for is the ratio that goes, from where it should, and in the order of the scores."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fxprune.passes.select.budget import ParameterBudget
+from fxprune.passes.select.slots import Option, default_protect, make_slots, protected_blocks
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import fx
+
+from fxprune.discovery.groups import Group
+from fxprune.errors import FxpruneError, RatioError, UnknownNameError
+from fxprune.graph.counting import count_parameters
+from fxprune.graph.facts import Notes, facts_of
+from fxprune.removal.removal import Removal
+from fxprune.pipeline.registry import load_pass
+from fxprune.removal.plan import Plan
+from fxprune.removal.scores import Scores
+from tests.models import tiny
+from tests.removal import axes_of, decide, discover, slim_graph
+
+LAYERS, FFN, KV = 8, 346, 4
+BOTH = ("mlp", "head")
+ALL = ("mlp", "head", "head_dim", "channel")
+
+
+@pytest.fixture(scope="module")
+def dense() -> fx.GraphModule:
+    """A model of 1.5 million parameters whose layers differ in the size of their weights."""
+    model = tiny(
+        "llama",
+        hidden_size=128,
+        intermediate_size=FFN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=KV,
+    )
+    with torch.no_grad():
+        for i, layer in enumerate(model.model.layers):
+            for parameter in layer.parameters():
+                parameter.mul_(1 + 0.1 * ((5 * i) % LAYERS))
+    return discover(model)
+
+
+def select(dense: fx.GraphModule, name: str = "ratio", importance: str = "l2", **arguments: Any) -> Removal:
+    """What is decided after scoring."""
+    load_pass(importance, kinds=arguments.get("kinds", BOTH))(dense)
+    load_pass(f"select-by-{name}", **arguments)(dense)
+    return facts_of(dense)[Removal]
+
+
+def parameters_left(dense: fx.GraphModule, plan: Plan) -> int:
+    """Parameters that a plan leaves, counted from its indices."""
+    left = 0
+    for name, parameter in dense.named_parameters():
+        if not name.startswith(tuple(f"{block}." for block in plan.removed_blocks)):
+            kept = plan.kept.get(name, {})
+            left += int(np.prod([len(kept.get(i, range(size))) for i, size in enumerate(parameter.shape)]))
+    return left
+
+
+def widths(state: Removal, kind: str, size: int | None = None) -> list[int]:
+    """Units left in the groups of a kind, block by block."""
+    groups = [g for g in state.groups if g.kind == kind and g.factor is not None and size in (None, g.size)]
+    return [state.keep.count(group.factor) for group in groups if group.factor is not None]
+
+
+def group_of(state: Removal, name: str) -> Group:
+    return next(group for group in state.groups if group.name == name)
+
+
+# ------------------------------------------------------------------------------------------------- counting
+
+
+@pytest.mark.parametrize("removed", [(), ("model.layers.2", "model.layers.3")])
+def test_the_budget_counts_what_is_really_left(dense: fx.GraphModule, removed: tuple[str, ...]) -> None:
+    state = select(dense, kinds=ALL, ratio=0.3)
+    slim = slim_graph(dense, state.keep, removed)
+    budget = ParameterBudget(axes_of(dense))
+    counts = {factor: float(state.keep.count(factor)) for factor in state.keep.units}
+    assert budget.total == count_parameters(dense)
+    assert budget.total - budget.removed(counts, dict.fromkeys(removed, 1.0)) == count_parameters(slim)
+
+
+def test_tied_parameters_count_once() -> None:
+    tied = discover(tiny("llama", tie_word_embeddings=True, num_hidden_layers=1))
+    state = select(tied, kinds=("channel",), ratio=0.4, protect=())
+    budget = ParameterBudget(axes_of(tied))
+    counts = {factor: float(state.keep.count(factor)) for factor in state.keep.units}
+    assert budget.total == count_parameters(tied)
+    assert budget.total - budget.removed(counts, {}) == count_parameters(slim_graph(tied, state.keep))
+
+
+# --------------------------------------------------------------------------------------------------- ratios
+
+
+@pytest.mark.parametrize("importance", ["l2", "random"])
+@pytest.mark.parametrize("ranking", ["local", "global"])
+@pytest.mark.parametrize(
+    ("kinds", "ratios"),
+    [
+        (("mlp",), (0, 0.01, 0.05, 0.2, 0.333, 0.55)),
+        (("head",), (0, 0.02, 0.05, 0.1, 0.15)),
+        (("head_dim",), (0.03, 0.1, 0.2)),
+        (("channel",), (0.05, 0.2, 0.5, 0.9)),
+        (BOTH, (0, 0.01, 0.1, 0.25, 0.5, 0.65)),
+        (ALL, (0.05, 0.3, 0.7, 0.9)),
+    ],
+    ids=["mlp", "head", "head_dim", "channel", "both", "all"],
+)
+def test_the_ratio_is_reached(
+    dense: fx.GraphModule, kinds: tuple[str, ...], ratios: Sequence[float], ranking: str, importance: str
+) -> None:
+    for ratio in ratios:
+        state = select(dense, importance=importance, kinds=kinds, ranking=ranking, ratio=ratio)
+        assert state.plan is not None
+        gone = 1 - parameters_left(dense, state.plan) / count_parameters(dense)
+        assert gone == pytest.approx(ratio, abs=0.005)
+        assert ratio or not state.plan.kept
+        assert {group.kind for group in state.groups if group.factor in state.keep.units} <= set(kinds)  # type: ignore[union-attr]
+
+
+def test_what_goes_is_what_is_worth_least(dense: fx.GraphModule) -> None:
+    state = select(dense, ratio=0.3)
+    for group in state.groups:
+        if group.factor in state.keep.units:
+            score, stays = facts_of(dense)[Scores].units[group.name], state.keep.units[group.factor]
+            for row, kept in zip(np.atleast_2d(score), np.atleast_2d(stays), strict=True):
+                assert row[~kept].max() <= row[kept].min()
+
+
+def test_units_inside_a_key_head_may_differ_but_their_number_does_not(dense: fx.GraphModule) -> None:
+    state = select(dense, importance="random", kinds=("head_dim",), ratio=0.1, protect=())
+    nested = [mask for mask in state.keep.units.values() if mask.ndim == 2]
+    assert nested and all(len(set(mask.sum(axis=1))) == 1 for mask in nested)
+    assert any((mask != mask[0]).any() for mask in nested)
+    assert count_parameters(slim_graph(dense, state.keep)) == parameters_left(dense, state.plan)
+
+
+@pytest.mark.parametrize("kinds", [("mlp",), BOTH])
+def test_local_takes_the_same_from_each_block_and_global_does_not(
+    dense: fx.GraphModule, kinds: tuple[str, ...]
+) -> None:
+    local = select(dense, "group-ratio", kinds=kinds, group_ratio=0.3, protect=())
+    assert set(widths(local, "mlp")) == {round(FFN * 0.7)}
+    assert set(widths(local, "head", KV)) == {KV - ("head" in kinds)}
+    local = select(dense, kinds=kinds, ratio=0.3, protect=())
+    assert max(widths(local, "mlp")) - min(widths(local, "mlp")) <= 1
+    everywhere = select(dense, kinds=kinds, ratio=0.3, protect=(), ranking="global")
+    assert max(widths(everywhere, "mlp")) - min(widths(everywhere, "mlp")) > FFN // 10
+
+
+@pytest.mark.parametrize("group_ratio", [0, 0.1, 0.25, 0.5, 0.99])
+def test_group_ratio_is_a_fraction_of_units(dense: fx.GraphModule, group_ratio: float) -> None:
+    state = select(dense, "group-ratio", group_ratio=group_ratio, protect=())
+    assert widths(state, "mlp") == [max(round(FFN * (1 - group_ratio)), 1)] * LAYERS
+    spread = select(dense, "group-ratio", kinds=("mlp",), group_ratio=group_ratio, protect=(), ranking="global")
+    total = LAYERS * FFN
+    assert abs(total - sum(widths(spread, "mlp")) - group_ratio * total) <= LAYERS
+
+
+@pytest.mark.parametrize("round_to", [2, 8, 16, 64])
+def test_widths_that_shrink_are_multiples(dense: fx.GraphModule, round_to: int) -> None:
+    for name, arguments in (("ratio", {"ratio": 0.3}), ("group-ratio", {"group_ratio": 0.4})):
+        state = select(dense, name, round_to=round_to, **arguments)
+        assert state.plan.kept
+        trained = dict(dense.named_parameters())
+        left = [len(index) for n, axes in state.plan.kept.items() if n in trained for index in axes.values()]
+        assert all(count % round_to == 0 for count in left)
+
+
+def test_nothing_goes_where_nothing_is_asked_for(dense: fx.GraphModule) -> None:
+    for name in ("ratio", "group-ratio"):
+        state = select(dense, name, round_to=8, **{name.replace("-", "_"): 0})
+        assert state.plan == Plan() and not state.keep.units
+
+
+# ------------------------------------------------------------------------------------------------ protection
+
+
+def test_protected_blocks_follow_the_paper_scaled_to_the_depth() -> None:
+    assert [default_protect(depth) for depth in (32, 30, 2)] == [(4, 2), (4, 2), (0, 0)]
+    blocks = tuple("abcdefgh")
+    assert protected_blocks(blocks, None) == {"a"}
+    assert protected_blocks(blocks, ()) == frozenset()
+    assert protected_blocks(blocks, (2, 1)) == {"a", "b", "h"}
+    assert protected_blocks(blocks, (0, 3)) == {"f", "g", "h"}
+    assert protected_blocks(blocks, (0, 10)) == protected_blocks(blocks, (10, 0)) == set(blocks)
+
+
+def test_protected_blocks_stay_whole(dense: fx.GraphModule) -> None:
+    for protect, whole in ((None, {0}), ((2, 3), {0, 1, 5, 6, 7}), ((), set())):
+        state = select(dense, ratio=0.2, protect=protect)
+        assert state.plan is not None
+        touched = {int(name.split(".")[2]) for name in state.plan.kept}
+        assert touched == set(range(LAYERS)) - whole
+
+
+# ------------------------------------------------------------------------------------------------------ layers
+
+
+@pytest.mark.parametrize(("protect", "expected"), [((), {0, 5}), ((2, 2), {2, 5})])
+def test_whole_layers_go_cheapest_first(
+    dense: fx.GraphModule, protect: tuple[int, int] | tuple[()], expected: set[int]
+) -> None:
+    state = select(dense, "group-ratio", kinds=("layer",), group_ratio=0.25 if not protect else 0.5, protect=protect)
+    assert set(state.removed_blocks) == {f"model.layers.{i}" for i in expected}
+    slim = slim_graph(dense, state.keep, state.removed_blocks)
+    assert count_parameters(slim) == parameters_left(dense, state.plan)
+
+
+def test_a_ratio_between_two_layers_is_reached_as_near_as_can_be_and_noted(dense: fx.GraphModule) -> None:
+    facts_of(dense).put(Notes())
+    state = select(dense, kinds=("layer",), ratio=0.2, protect=())
+    assert len(state.removed_blocks) == 2
+    assert [note for note in facts_of(dense)[Notes].lines if "instead of 20.00%" in note and "too large" in note]
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("kinds", [("mlp",), ("head",), BOTH])
+def test_an_unreachable_ratio_says_what_can_be_reached(dense: fx.GraphModule, kinds: tuple[str, ...]) -> None:
+    with pytest.raises(RatioError) as caught:
+        select(dense, kinds=kinds, ratio=0.9)
+    found = re.search(r"largest reachable ratio is ([\d.]+)%", str(caught.value))
+    assert found is not None
+    largest = float(found[1]) / 100
+    state = select(dense, kinds=kinds, ratio=largest)
+    assert 1 - parameters_left(dense, state.plan) / count_parameters(dense) == pytest.approx(largest, abs=0.005)
+    with pytest.raises(RatioError, match="largest"):
+        select(dense, kinds=kinds, ratio=largest + 0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "error"),
+    [
+        ("ratio", {"ratio": 1.0}, RatioError),
+        ("ratio", {"ratio": -0.1}, RatioError),
+        ("group-ratio", {"group_ratio": 1.5}, RatioError),
+        ("ratio", {"ranking": "globally"}, UnknownNameError),
+        ("ratio", {"round_to": 0}, FxpruneError),
+        ("ratio", {"protect": (1,)}, FxpruneError),
+        ("ratio", {"protect": (-1, 0)}, FxpruneError),
+    ],
+)
+def test_nonsense_is_refused_before_any_work(name: str, arguments: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        load_pass(f"select-by-{name}", **arguments)
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.floats(0, 30))
+def test_options_move_between_allowed_counts(size: int, step: int, removed: float) -> None:
+    option = Option(size, min(step, size), np.arange(size, dtype=float))
+    allowed = [0, *(size - kept for kept in range(option.step, size, option.step))]
+    removed = min(removed, size)
+    assert option.most == max(allowed)
+    assert option.nearest(removed) in allowed
+    assert abs(option.nearest(removed) - removed) == pytest.approx(min(abs(a - removed) for a in allowed))
+    assert option.below(removed) == max(a for a in allowed if a <= removed)
+    for count in allowed:
+        assert option.more(count) == min((a for a in allowed if a > count), default=None)
+        assert option.less(count) == max((a for a in allowed if a < count), default=0)
+
+
+def test_groups_that_share_a_place_are_options_of_one_slot(dense: fx.GraphModule) -> None:
+    state = decide(dense)
+    whole, inside = group_of(state, "model.layers.0/head"), group_of(state, "model.layers.0/head.2")
+    scores = Scores({whole.name: np.ones(4), inside.name: np.ones((4, 2))})
+    slots = make_slots(state.groups, scores, ("head",), frozenset(), 1)
+    assert [option.group for slot in slots for option in slot.options] == [whole, inside]
+    assert slots[0].choose(0.5)[0] == 0
+    shielded = make_slots([replace(whole, block="b")], scores, ("head",), frozenset({"b"}), 1)
+    assert shielded == []

@@ -1,0 +1,288 @@
+"""Each pass changes what it should, does nothing where nothing is to do, and refuses what it must."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxprune.axes import Keep
+from fxprune.errors import PassError, VerificationError
+from fxprune.graph.blocks import Blocks
+from fxprune.graph.facts import facts_of
+from fxprune.graph.fork import fork
+from fxprune.graph.source import Source
+from fxprune.masking.compare import Expected, Verified
+from fxprune.removal.removal import Bypassed
+from fxprune.graph.tensors import get_tensor, set_tensor, weights
+from fxprune.pipeline.contract import PassResult
+from fxprune.pipeline.pipeline import Pipeline
+from fxprune.pipeline.registry import load_pass
+from fxprune.removal.plan import plan_of
+from tests.removal import Net, axes_of, decide, discover, groups_of
+
+
+class Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The input and what it gives rise to."""
+        return x + self.fc(x).relu()
+
+
+class Stack(nn.Module):
+    """Three residual blocks and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One block after the other."""
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def shapely() -> fx.GraphModule:
+    """A graph full of sizes."""
+
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        h = m.a(x).view(2, 3, 4)[..., -3:].repeat(1, 2, 1)
+        return m.b(F.layer_norm(h.flatten(1), (18,)))  # type: ignore[no-any-return]
+
+    return discover(Net(body, a=nn.Linear(10, 12), b=nn.Linear(18, 5)), {"x": torch.randn(2, 10)})
+
+
+def keep_most(dense: fx.GraphModule) -> Keep:
+    """All but the last unit of each group."""
+    factors = [group.factor for group in groups_of(dense) if group.factor is not None]
+    return Keep({factor: np.arange(factor.size) < factor.size - 1 for factor in factors})
+
+
+def planned(dense: fx.GraphModule, keep: Keep | None = None, blocks: tuple[str, ...] = ()) -> fx.GraphModule:
+    """A fork of `dense` with a plan; without arguments one that removes nothing."""
+    work = fork(dense)
+    decide(work, keep, blocks)
+    return work
+
+
+def after(name: str, graph_module: fx.GraphModule) -> fx.GraphModule:
+    """What the passes before `name` in a shrink make of a graph, in place."""
+    steps = load_pass("shrink").steps  # type: ignore[attr-defined]
+    for step in steps[: [step.name for step in steps].index(name)]:
+        step(graph_module, inplace=True)
+    return graph_module
+
+
+def text(graph_module: fx.GraphModule) -> str:
+    """The operations of a graph, one a line."""
+    nodes = (node for node in graph_module.graph.nodes if node.op in ("call_function", "output"))
+    return "\n".join(f"{n.name} = {getattr(n.target, '__name__', n.target)}{n.args}" for n in nodes)
+
+
+def run(name: str, graph_module: fx.GraphModule, **arguments: Any) -> PassResult:
+    return load_pass(name, **arguments)(graph_module, inplace=True)
+
+
+# ----------------------------------------------------------------------------------------------- golden text
+
+LITERALS = """\
+linear = linear.default(x, p_a_weight, p_a_bias)
+view = reshape.default(linear, [2, 3, 4])
+slice_1 = slice.Tensor(view, 2, 1, 9223372036854775807)
+repeat = repeat.default(slice_1, [1, 2, 1])
+flatten = flatten.using_ints(repeat, 1)
+layer_norm = layer_norm.default(flatten, [18], None, None, 1e-05, False)
+linear_1 = linear.default(layer_norm, p_b_weight, p_b_bias)
+output = output(linear_1,)"""
+
+REWRITTEN = """\
+linear = linear.default(x, p_a_weight, p_a_bias)
+view = reshape.default(linear, [2, 2, 3])
+slice_1 = slice.Tensor(view, 2, 1, 9223372036854775807)
+repeat = repeat.default(slice_1, [1, 1, 1])
+flatten = flatten.using_ints(repeat, 1)
+layer_norm = layer_norm.default(flatten, [4], None, None, 1e-05, False)
+linear_1 = linear.default(layer_norm, p_b_weight, p_b_bias)
+output = output(linear_1,)"""
+
+
+def test_rewrite_literals() -> None:
+    dense = shapely()
+    work = after("rewrite-literals", planned(dense, keep_most(dense)))
+    assert text(work) == LITERALS
+    assert run("rewrite-literals", work).modified
+    assert text(work) == REWRITTEN
+    assert text(dense) == LITERALS
+
+
+def test_rewrite_literals_scales_a_size_computed_at_run_time() -> None:
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        h = m.a(x).view(batch, tokens, 4, 3).transpose(1, 2).reshape(batch * 4, tokens, 3).relu()
+        return m.b(h.view(batch, 4, tokens, 3).transpose(1, 2).reshape(batch, tokens, 12))  # type: ignore[no-any-return]
+
+    dense = discover(Net(body, a=nn.Linear(10, 12), b=nn.Linear(12, 9)), {"x": torch.randn(2, 7, 10)})
+    work = planned(dense, keep_most(dense))
+    slim = run("shrink", work).graph_module
+    assert "floordiv(mul" in text(slim)
+    assert [tuple(slim(torch.randn(n, 5, 10)).shape) for n in (2, 3)] == [(2, 5, 9), (3, 5, 9)]
+
+
+DENSE_STACK = """\
+linear = linear.default(x, p_blocks_0_fc_weight, p_blocks_0_fc_bias)
+relu = relu.default(linear,)
+add = add.Tensor(x, relu)
+linear_1 = linear.default(add, p_blocks_1_fc_weight, p_blocks_1_fc_bias)
+relu_1 = relu.default(linear_1,)
+add_1 = add.Tensor(add, relu_1)
+linear_2 = linear.default(add_1, p_blocks_2_fc_weight, p_blocks_2_fc_bias)
+relu_2 = relu.default(linear_2,)
+add_2 = add.Tensor(add_1, relu_2)
+linear_3 = linear.default(add_2, p_head_weight, p_head_bias)
+output = output(linear_3,)"""
+
+BYPASSED = """\
+linear_2 = linear.default(x, p_blocks_2_fc_weight, p_blocks_2_fc_bias)
+relu_2 = relu.default(linear_2,)
+add_2 = add.Tensor(x, relu_2)
+linear_3 = linear.default(add_2, p_head_weight, p_head_bias)
+output = output(linear_3,)"""
+
+
+def test_bypass_blocks_and_eliminate_dead_code() -> None:
+    model = Stack()
+    dense = discover(model, {"x": torch.randn(2, 6)})
+    work = planned(dense, blocks=("blocks.0", "blocks.1"))
+    assert run("bypass-blocks", work).modified
+    assert "p_blocks_0_fc_weight" in text(work)
+    result = run("eliminate-dead-code", work)
+    slim = result.graph_module
+    assert result.modified and text(slim) == BYPASSED and text(dense) == DENSE_STACK
+    assert dict(weights(slim)).keys() == {f"{n}.{p}" for n in ("blocks.2.fc", "head") for p in ("weight", "bias")}
+    assert facts_of(slim) is facts_of(work)
+    assert not run("eliminate-dead-code", slim).modified
+    x = torch.randn(2, 6)
+    assert torch.equal(slim(x), model.head(model.blocks[2](x)))
+
+
+def test_a_block_that_is_not_residual_is_no_layer() -> None:
+    class Plain(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x).relu()  # type: ignore[no-any-return]
+
+    model = Stack()
+    model.blocks = nn.ModuleList(Plain() for _ in range(3))
+    dense = discover(model, {"x": torch.randn(2, 6)})
+    assert facts_of(dense)[Blocks].paths == ("blocks.0", "blocks.1", "blocks.2")
+    assert not [group for group in groups_of(dense) if group.kind == "layer"]
+
+
+# ---------------------------------------------------------------------------------------- what passes change
+
+
+@pytest.mark.parametrize("name", ["bypass-blocks", "slice-parameters", "rewrite-literals", "eliminate-dead-code"])
+def test_an_empty_plan_changes_nothing(name: str) -> None:
+    dense = shapely()
+    result = run(name, after(name, planned(dense)))
+    assert not result.modified
+    assert text(result.graph_module) == text(dense)
+    held = dict(weights(dense))
+    assert all(torch.equal(tensor, held[name]) for name, tensor in weights(result.graph_module))
+
+
+def test_slice_parameters_keeps_tied_tensors_tied() -> None:
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(m.b(m.a(x)).relu(), m.t.weight)
+
+    dense = discover(
+        Net(body, a=nn.Embedding(11, 8), b=nn.Linear(8, 8), t=nn.Linear(8, 11)), {"x": torch.arange(6).view(2, 3)}
+    )
+    set_tensor(dense, "t.weight", get_tensor(dense, "a.weight").requires_grad_(False))
+    run("find-groups", dense)
+    assert axes_of(dense).tied == {"t.weight": "a.weight"}
+    before = {name: tensor.detach().clone() for name, tensor in weights(dense)}
+    work = after("slice-parameters", planned(dense, keep_most(dense)))
+    plan = facts_of(work)[Bypassed].removal.plan
+    assert run("slice-parameters", work).modified
+    assert set(plan.kept) == set(before) == {"a.weight", "t.weight", "b.weight", "b.bias"}
+    for name, tensor in weights(work):
+        want = before[name]
+        for axis, kept in plan.kept[name].items():
+            want = want.index_select(axis, torch.tensor(kept))
+        assert torch.equal(tensor, want) and isinstance(tensor, nn.Parameter)
+        assert tensor.requires_grad == (name not in ("a.weight", "t.weight"))
+        assert torch.equal(get_tensor(dense, name), before[name])
+    assert get_tensor(work, "a.weight") is get_tensor(work, "t.weight")
+
+
+def test_slice_parameters_copies_what_it_leaves() -> None:
+    dense = shapely()
+    own = after("slice-parameters", planned(dense))
+    run("slice-parameters", own)
+    for name, tensor in weights(dense):
+        assert get_tensor(own, name) is not tensor and torch.equal(get_tensor(own, name), tensor)
+
+
+def test_slice_parameters_in_place_gives_the_model_the_same_tensors() -> None:
+    model = Net(lambda m, x: m.b(m.a(x)), a=nn.Linear(10, 12), b=nn.Linear(12, 9), c=nn.Linear(2, 2))
+    dense = discover(model, {"x": torch.randn(2, 10)})
+    untouched = model.b.bias
+    decide(dense, keep_most(dense))
+    run("slice-parameters", after("slice-parameters", dense))
+    assert model.a.weight.shape == (11, 10) and model.b.bias is untouched
+    assert all(model.get_parameter(name) is tensor for name, tensor in weights(dense))
+    twin = facts_of(dense)[Source].dense
+    assert twin is not None and twin.get_parameter("a.weight").shape == (12, 10)
+
+
+def test_propagate_shapes_tells_new_shapes_and_where_they_do_not_fit() -> None:
+    dense = shapely()
+    work = after("rewrite-literals", planned(dense, keep_most(dense)))
+    with pytest.raises(PassError, match="Runnable no longer holds after pass slice-parameters. Run rewrite-literals"):
+        run("propagate-shapes", work)
+    run("rewrite-literals", work)
+    assert not run("propagate-shapes", work).modified
+    shapes = {node.name: tuple(node.meta["val"].shape)[1:] for node in work.graph.nodes if node.op == "call_function"}
+    assert shapes == {
+        "linear": (6,),
+        "view": (2, 3),
+        "slice_1": (2, 2),
+        "repeat": (2, 2),
+        "flatten": (4,),
+        "layer_norm": (4,),
+        "linear_1": (5,),
+    }
+
+
+def test_verify_removal_accepts_what_is_right_and_says_where_it_is_not() -> None:
+    dense = discover(
+        Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 12), b=nn.Linear(12, 9)), {"x": torch.randn(2, 10)}
+    )
+    decide(dense, keep_most(dense))
+    run("make-verification-inputs", dense)
+    work = fork(dense)
+    run("record-expected", work)
+    slim = run("shrink", work).graph_module
+    expected = facts_of(slim)[Expected]
+    assert expected.dense is not None
+    run("verify-removal", slim)
+    error = facts_of(slim)[Verified].error
+    assert error is not None and error <= 1e-6
+    with torch.no_grad():
+        get_tensor(slim, "a.bias").add_(1)
+    with pytest.raises(VerificationError, match="differ by"):
+        run("verify-removal", slim)
+    facts_of(slim).put(expected)
+    with pytest.raises(VerificationError, match=r"^a\.bias|^p_a_bias|^linear "):
+        run("verify-removal", slim)

@@ -1,0 +1,351 @@
+"""What every pass is held to: the registered ones, and those of strangers."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.fx.passes.infra.pass_manager import PassManager
+
+from fxprune.discovery.dependency import Dependencies
+from fxprune.discovery.groups import Groups
+from fxprune.errors import PassError
+from fxprune.graph.facts import Change, Fact, Facts, facts_of
+from fxprune.graph.fork import fork
+from fxprune.graph.tensors import get_tensor, set_tensor, weights
+from fxprune.pipeline.contract import STAGES, Pass, PassResult
+from fxprune.pipeline.pipeline import PassSequence, Pipeline
+from fxprune.pipeline.registry import load_pass, parse_pass, pass_class, pass_names
+from fxprune.removal.scores import Scores
+from fxprune.trace import trace
+from tests.models import tiny
+from tests.removal import Net, discover
+from tests.models import token_ids
+
+OWN = tuple(name for stage in STAGES for name in pass_names(stage))
+
+WHOLE = """
+calibrate, find-groups, l2, select-by-ratio{protect=()}, count-work, least-squares, make-verification-inputs,
+record-expected, bypass-blocks, eliminate-dead-code, slice-parameters, rewrite-literals, propagate-shapes,
+eliminate-dead-code, verify-removal, emit-model, make-report, save-checkpoint
+"""
+
+
+def small() -> fx.GraphModule:
+    """A graph with one group of twelve."""
+    net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 12), b=nn.Linear(12, 5))
+    return discover(net, {"x": torch.randn(2, 10)})
+
+
+@cache
+def _traced() -> fx.GraphModule:
+    return trace(tiny("llama", num_hidden_layers=2)).graph_module
+
+
+def llama() -> fx.GraphModule:
+    """The graph of a tiny model, for one test."""
+    return fork(_traced())
+
+
+def ready_for(name: str, tmp_path: Any) -> tuple[fx.GraphModule, Pass]:
+    """A graph on which the pass `name` can run, and the pass."""
+    arguments: dict[str, Any] = {"calibrate": {"data": token_ids(4, 12)}, "save-checkpoint": {"folder": str(tmp_path)}}
+    made = load_pass(name, **arguments.get(name, {}))
+    graph_module = llama()
+    if name == "plan-from-json":
+        plan = facts_of(Pipeline(WHOLE.split("count-work")[0].replace("calibrate, ", ""))(graph_module).graph_module)
+        text = next(fact.plan.to_json() for fact in plan if hasattr(fact, "plan"))
+        return graph_module, dataclasses.replace(made, text=text)
+    listed = [spelled.strip() for spelled in WHOLE.strip().split(",")]
+    names = [spelled.split("{")[0] for spelled in listed]
+    for step, spelled in zip(names, listed, strict=True):
+        if all(kind in facts_of(graph_module) for kind in made.needs) and (step == name or name not in names):
+            break
+        graph_module = parse_pass(spelled, data=token_ids(4, 12), folder=str(tmp_path))(graph_module).graph_module
+    return graph_module, made
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_registered_pass_keeps_the_contract(name: str, tmp_path: Any) -> None:
+    made = pass_class(name)
+    assert made.name == name and made.stage in STAGES
+    assert made.__name__ == "".join(part.capitalize() for part in name.split("-")) + "Pass" or made.stage == "importance"
+    assert dataclasses.is_dataclass(made) and made.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert made.__doc__ and all(f"{f.name}:" in _documented(made) for f in dataclasses.fields(made) if f.init)
+    graph_module, step = ready_for(name, tmp_path)
+    before = fork(graph_module)
+    held = {name: (tensor, tensor.detach().clone()) for name, tensor in weights(graph_module)}
+    result = step(graph_module)
+    facts = facts_of(result.graph_module)
+    assert all(kind in facts for kind in step.gives)
+    assert not any(kind in facts for kind in step.drops if kind not in step.gives)
+    assert str(graph_module.graph) == str(before.graph)
+    assert all(get_tensor(graph_module, n) is t and torch.equal(t, value) for n, (t, value) in held.items())
+    if step.changes == "nothing":
+        assert result.graph_module is graph_module and not result.modified
+    else:
+        shared = {id(tensor) for _, tensor in weights(graph_module)} & {id(t) for _, t in weights(result.graph_module)}
+        assert result.graph_module is not graph_module and not shared
+
+
+def _documented(made: type) -> str:
+    return "".join(cls.__doc__ or "" for cls in made.__mro__ if cls is not object)
+
+
+@pytest.mark.parametrize("name", [name for name in OWN if pass_class(name).needs])
+def test_a_pass_refuses_a_graph_about_which_it_does_not_know_enough(name: str, tmp_path: Any) -> None:
+    graph_module, step = ready_for(name, tmp_path)
+    for kind in step.needs:
+        work = fork(graph_module)
+        facts_of(work).drop(kind, by="forgetting")
+        with pytest.raises(PassError, match=rf"^pass [a-z0-9-]+: {kind.__name__} no longer holds after pass forgetting"):
+            step(work)
+
+
+def test_a_graph_of_unknown_origin_is_refused() -> None:
+    graph_module = fx.symbolic_trace(nn.Linear(2, 2))
+    for name in ("find-groups", "l2", "slice-parameters"):
+        with pytest.raises(PassError, match="nothing is known about this graph"):
+            load_pass(name)(graph_module)
+
+
+@dataclass(frozen=True)
+class Mark(Fact):
+    """Something about a graph."""
+
+    about: ClassVar[Change] = "graph"
+
+
+@dataclass(frozen=True, eq=False)
+class StrangePass(Pass):
+    """Does what its arguments say, whatever it declares.
+
+    Args:
+        does: what it changes.
+        says: what it says about that.
+        gives_mark: whether it keeps its promise.
+    """
+
+    name: ClassVar[str] = "strange"
+    gives: ClassVar[tuple[type[Fact], ...]] = (Mark,)
+    does: str = "nothing"
+    says: bool = True
+    gives_mark: bool = True
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Change something."""
+        if self.does == "weights":
+            with torch.no_grad():
+                get_tensor(graph_module, "a.weight").add_(1)
+        if self.does == "new weights":
+            set_tensor(graph_module, "a.weight", nn.Parameter(get_tensor(graph_module, "a.weight").detach() + 1))
+        if self.does == "copies":
+            set_tensor(graph_module, "a.weight", nn.Parameter(get_tensor(graph_module, "a.weight").detach().clone()))
+        if self.does == "graph":
+            next(n for n in graph_module.graph.nodes if "relu" in str(n.target)).target = torch.ops.aten.tanh.default
+        if self.gives_mark:
+            facts_of(graph_module).put(Mark())
+        return PassResult(graph_module, self.says)
+
+
+class LearningPass(StrangePass):
+    """As above, and declares that it changes nothing."""
+
+    changes: ClassVar[Change] = "nothing"
+
+
+class FittingPass(StrangePass):
+    """As above, and declares that it changes weights."""
+
+    changes: ClassVar[Change] = "weights"
+
+
+class CarelessPass(StrangePass):
+    """Says that it replaces tensors, and writes to them."""
+
+    writes: ClassVar[bool] = False
+
+
+def test_a_pass_that_writes_where_it_said_it_would_not_is_told() -> None:
+    with pytest.raises(PassError, match="wrote to a.weight of the graph that it was given a copy of"):
+        CarelessPass("weights")(small())
+    with pytest.raises(PassError, match="wrote to a.weight"):
+        Pipeline([CarelessPass("weights")])(small())
+
+
+def test_a_promise_is_checked() -> None:
+    assert Mark in facts_of(StrangePass()(small()).graph_module)
+    with pytest.raises(PassError, match="pass strange: did not give Mark. This is a defect of the pass"):
+        StrangePass(gives_mark=False)(small())
+
+
+@pytest.mark.parametrize(
+    ("made", "does", "what"),
+    [
+        (LearningPass, "weights", "changed the weights, and declares to change nothing"),
+        (LearningPass, "new weights", "changed the weights, and declares to change nothing"),
+        (LearningPass, "graph", "changed the graph, and declares to change nothing"),
+        (FittingPass, "graph", "changed the graph, and declares to change weights"),
+    ],
+)
+def test_what_changes_is_compared_with_what_is_declared(made: type[StrangePass], does: str, what: str) -> None:
+    with pytest.raises(PassError, match=what):
+        made(does)(small())
+
+
+@pytest.mark.parametrize("does", ["weights", "new weights", "graph", "copies", "nothing"])
+def test_modified_is_exact(does: str) -> None:
+    changes = does not in ("copies", "nothing")
+    assert StrangePass(does)(small()).modified is changes
+    if changes:
+        with pytest.raises(PassError, match="and says that it did not"):
+            StrangePass(does, says=False)(small())
+
+
+def test_facts_about_what_changed_are_dropped_unless_the_pass_keeps_them() -> None:
+    dense = small()
+    load_pass("l2")(dense)
+    fitted, rewritten = FittingPass("weights")(dense), StrangePass("graph")(dense)
+    assert Groups in facts_of(fitted.graph_module) and Scores not in facts_of(fitted.graph_module)
+    assert not {Groups, Dependencies, Scores} & {type(fact) for fact in facts_of(rewritten.graph_module)}
+    assert Mark in facts_of(rewritten.graph_module), "it was given anew"
+    with pytest.raises(PassError, match="Groups no longer holds after pass strange. Run find-groups first"):
+        load_pass("l2")(rewritten.graph_module)
+    assert Scores in facts_of(dense)
+
+
+@pytest.mark.parametrize("does", ["weights", "new weights", "graph", "nothing"])
+def test_the_callers_graph_and_model_stay_unless_asked_for(does: str) -> None:
+    dense = small()
+    value, text = get_tensor(dense, "a.weight").detach().clone(), str(dense.graph)
+    for result in (StrangePass(does)(dense), Pipeline([StrangePass(does)])(dense)):
+        assert result.graph_module is not dense
+        assert {id(t) for _, t in weights(result.graph_module)}.isdisjoint(id(t) for _, t in weights(dense))
+        assert torch.equal(get_tensor(dense, "a.weight"), value) and str(dense.graph) == text
+    assert StrangePass(does)(dense, inplace=True).graph_module is dense
+    assert torch.equal(get_tensor(dense, "a.weight"), value) is (does in ("graph", "nothing"))
+
+
+def test_a_sequence_declares_what_its_steps_do() -> None:
+    pipeline = Pipeline("find-groups, l2, select-by-ratio")
+    assert pipeline.changes == "nothing" and isinstance(pipeline, PassSequence) and isinstance(pipeline, Pass)
+    assert {kind.__name__ for kind in pipeline.needs} == {"Runnable", "Shaped"}
+    assert {kind.__name__ for kind in pipeline.gives} == {"Dependencies", "Groups", "Scores", "Removal"}
+    assert load_pass("shrink").changes == "graph"
+    assert {kind.__name__ for kind in load_pass("shrink").needs} == {"Dependencies", "Removal"}
+    assert {"Removed", "Shaped"} <= {kind.__name__ for kind in load_pass("shrink").gives}
+
+
+def test_a_pipeline_runs_passes_in_turn_and_says_whether_one_changed_anything() -> None:
+    dense = small()
+    seen: list[str] = []
+    steps = ["find-groups", "l2", "select-by-ratio{ratio=0.3, protect=()}"]
+    result = Pipeline(steps, on_pass=lambda step: seen.append(step.name))(dense)
+    assert seen == ["find-groups", "l2", "select-by-ratio"] and not result.modified
+    assert result.graph_module is dense
+    result = Pipeline([*steps, Pipeline("shrink")])(dense)
+    assert result.modified and result.graph_module is not dense
+
+
+def test_what_goes_wrong_in_a_pipeline_names_the_pass() -> None:
+    for pipeline in (Pipeline("find-groups, select-by-ratio"), Pipeline("find-groups, (select-by-ratio)")):
+        with pytest.raises(PassError, match="no Scores is known. Run l1 or l2 or random or taylor first") as caught:
+            pipeline(llama())
+        assert caught.value.__notes__ == ["in pass select-by-ratio"]
+
+
+def test_passes_run_under_torchs_own_pass_manager() -> None:
+    model = tiny("llama")
+    dense = trace(model).graph_module
+    steps = ["find-groups", "l2", "select-by-ratio{protect=()}", "make-verification-inputs", "record-expected"]
+    manager = PassManager([parse_pass(step) for step in (*steps, "shrink", "verify-removal")])
+    result = manager(dense)
+    ours = Pipeline([*steps, "shrink", "verify-removal"])(dense)
+    assert result.modified and str(result.graph_module.graph) == str(ours.graph_module.graph)
+    assert all(torch.equal(t, get_tensor(ours.graph_module, n)) for n, t in weights(result.graph_module))
+    own = {id(parameter) for parameter in model.parameters()}
+    assert own.isdisjoint(id(tensor) for _, tensor in weights(result.graph_module))
+
+
+# ------------------------------------------------------------------------------------------------ wrong orders
+
+
+def follow(steps: list[str], graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Run passes; wherever one is refused, run first what the error says, until all have run."""
+    pending = list(steps)
+    for _ in range(60):
+        if not pending:
+            return graph_module
+        try:
+            graph_module = parse_pass(pending[0])(graph_module).graph_module
+            pending.pop(0)
+        except PassError as error:
+            found = re.search(r"Run ([a-z0-9-]+(?: or [a-z0-9-]+)*) first", str(error))
+            assert found, error
+            pending.insert(0, next(name for name in found[1].split(" or ") if name != "plan-from-json"))
+    raise AssertionError(f"never done: {pending}")
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ["verify-removal"],
+        ["make-report"],
+        ["shrink", "shrink"],
+        ["slice-parameters", "propagate-shapes"],
+        ["slice-parameters", "emit-model"],
+        ["slice-parameters", "slice-parameters"],
+        ["rewrite-literals"],
+        ["shrink", "select-by-ratio{ratio=0.1, protect=()}"],
+    ],
+)
+def test_the_remedy_for_a_wrong_order_works(steps: list[str]) -> None:
+    slim = follow(steps, llama())
+    ids = token_ids()
+    if "shrink" in steps:
+        assert slim(ids).logits.shape == (*ids.shape, slim(ids).logits.shape[-1])
+
+
+def test_scores_that_are_missing_for_a_kind_are_named() -> None:
+    pipeline = Pipeline("find-groups, l2{kinds=mlp}, select-by-ratio{kinds=[mlp, head]}")
+    with pytest.raises(PassError, match=r"no scores for .*/head.*run an importance pass with kinds=\[mlp, head\]"):
+        pipeline(llama())
+    Pipeline("find-groups, l2{kinds=[mlp, head]}, select-by-ratio{kinds=[mlp, head]}")(llama())
+
+
+def test_a_decision_about_another_graph_is_refused() -> None:
+    first, second = llama(), llama()
+    for dense in (first, second):
+        Pipeline("find-groups, l2, select-by-ratio")(dense)
+    decided = next(fact for fact in facts_of(first) if type(fact).__name__ == "Removal")
+    facts_of(second).put(decided)
+    with pytest.raises(PassError, match="decided on another graph.*plan-from-json"):
+        load_pass("shrink")(second)
+    carried = load_pass("plan-from-json", text=decided.plan.to_json())  # type: ignore[attr-defined]
+    Pipeline([carried, "shrink"])(second)
+    with pytest.raises(PassError, match="Use the plan's own model|Make the plan again"):
+        carried(Pipeline("find-groups")(trace(tiny("gpt2")).graph_module).graph_module)
+    with pytest.raises(PassError, match="no Dependencies is known. Run find-groups first"):
+        carried(llama())
+
+
+def test_facts_are_forgotten_with_the_name_of_what_made_them_stale() -> None:
+    facts = Facts()
+    with pytest.raises(PassError, match=r"no Mark is known. Start from fxprune.trace\(model\).graph_module"):
+        facts[Mark]
+    facts.put(Mark())
+    twin = facts.copy()
+    facts.drop_about("weights", by="w")
+    assert Mark in facts
+    facts.drop_about("graph", by="g", but=(Mark,))
+    assert Mark in facts
+    facts.drop_about("graph", by="g")
+    assert Mark not in facts and Mark in twin
+    with pytest.raises(PassError, match="Mark no longer holds after pass g"):
+        facts[Mark]

@@ -1,0 +1,112 @@
+"""Passes by name, and plug-ins, broken ones too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fxprune.errors import PassError
+from fxprune.pipeline.registry import pass_names
+
+PLUGIN = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fxprune.passes.importance.base import ImportancePass, axis_sums
+
+
+@dataclass(frozen=True, eq=False)
+class LargestImportancePass(ImportancePass):
+    """A slice is worth its largest weight.
+
+    Args:
+        power: of the weights.
+    """
+
+    name: ClassVar[str] = "largest"
+    power: float = 1.0
+
+    def positions(self, graph_module, wanted):
+        """The largest weights."""
+        get = dict(graph_module.named_parameters(remove_duplicate=False))
+        return {(n, i): axis_sums(get[n].detach().abs() ** self.power, i) for n, i in wanted}
+'''
+
+METADATA = "Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+
+
+def install(folder: Path, name: str, code: str | None, *entries: str) -> None:
+    """Put a package into a folder of packages as pip would."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(METADATA.format(name=name))
+    (info / "entry_points.txt").write_text("[fxprune.passes]\n" + "\n".join(entries) + "\n")
+    if code is not None:
+        (folder / f"{name}.py").write_text(code)
+
+
+def run(folder: Path, code: str) -> str:
+    """What `code` prints in a process of its own that finds the packages in `folder`."""
+    code = f"import sys; sys.path.insert(0, {str(folder)!r})\n{textwrap.dedent(code)}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_stages_have_their_passes() -> None:
+    assert set(pass_names("importance")) >= {"random", "l1", "l2", "taylor"}
+    assert set(pass_names("shrink")) >= {"shrink", "bypass-blocks", "slice-parameters", "rewrite-literals"}
+    assert set(pass_names("nothing")) == set()
+
+
+def test_a_foreign_package_registers_a_pass_that_keeps_the_contract(tmp_path: Path) -> None:
+    """The same checks as for our own, in a process where a foreign package and two broken ones are installed."""
+    install(tmp_path, "plugin", PLUGIN, "largest = plugin:LargestImportancePass")
+    install(tmp_path, "broken", "import a_package_that_is_not_there", "broken = broken:BrokenPass")
+    install(tmp_path, "odd", "value = 3", "odd = odd:value", "absent = odd:Absent")
+    told = run(
+        tmp_path,
+        """
+        import fxprune, torch
+        from tests.models import tiny
+        from tests.models import token_ids
+        from tests.pipeline.test_contract import test_a_registered_pass_keeps_the_contract as keeps_the_contract
+        import pathlib, tempfile
+
+        assert {"largest", "broken", "odd", "absent"} <= set(fxprune.pass_names())
+        assert "largest" in fxprune.pass_names("importance") and "broken" not in fxprune.pass_names("importance")
+        keeps_the_contract("largest", pathlib.Path(tempfile.mkdtemp()))
+        result = fxprune.prune(tiny("llama"), importance="largest{power=2}", protect=())
+        assert result.report.verification_error < 1e-4
+        for name in ("broken", "odd", "absent"):
+            try:
+                fxprune.load_pass(name)
+            except fxprune.FxpruneError as error:
+                print(name, "-", error)
+        """,
+    )
+    lines = dict(line.split(" - ", 1) for line in told.splitlines() if " - " in line)
+    assert "cannot be imported from broken:BrokenPass: ModuleNotFoundError" in lines["broken"]
+    assert "the other passes work without it" in lines["broken"]
+    assert "is no class of passes" in lines["odd"] and "AttributeError" in lines["absent"]
+
+
+def test_a_pass_of_ones_own_needs_no_registration() -> None:
+    from fxprune.pipeline.pipeline import Pipeline
+    from tests.pipeline.test_contract import StrangePass
+    from tests.removal import Net, discover
+
+    dense = discover(Net(lambda m, x: m.a(x), a=nn.Linear(3, 3)), {"x": torch.randn(2, 3)})
+    assert Pipeline([StrangePass("weights")])(dense).modified
+    with pytest.raises(PassError, match="declares to change nothing"):
+        from tests.pipeline.test_contract import LearningPass
+
+        Pipeline([LearningPass("weights")])(dense)

@@ -1,0 +1,255 @@
+"""Rows become samples: formats, masks, splits, and what is said of rows that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from fxprune.data.calibration import IGNORED
+from fxprune.errors import DataError, RecoveryError, UnknownNameError
+from fxprune.recovery.data import TrainingData, collate, read_training_data
+from fxprune.recovery.formats import TEMPLATE, Example, Formatter
+from fxprune.recovery.settings import RecoverySettings, settings_from
+from tests.tokens import character_tokenizer
+
+SUMS = [{"instruction": f"Add {i} and 1.", "input": "", "output": f"It is {i + 1}."} for i in range(40)]
+SETTINGS = RecoverySettings(held_out=5, max_tokens=400)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return character_tokenizer()
+
+
+def read(data: Any, tokenizer: Any, **changes: Any) -> TrainingData:
+    return read_training_data(data, tokenizer, settings_from(SETTINGS, changes))
+
+
+def counted_text(tokenizer: Any, example: Example) -> str:
+    """What counts in the loss, as text."""
+    return tokenizer.decode([label for label in example.labels if label != IGNORED])
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    lines = "\n".join(json.dumps(row) for row in rows)
+    path.write_text(json.dumps(rows) if path.suffix == ".json" else lines)
+    return path
+
+
+# Formats
+
+
+def test_instruction_counts_its_response_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    example = Formatter(tokenizer, 400, response_only=True).example(SUMS[3], "instruction", "row 4")
+    assert isinstance(example, Example)
+    prompt = TEMPLATE.format(instruction="Add 3 and 1.")
+    assert tokenizer.decode(example.ids) == f"{prompt}It is 4.</s>"
+    assert counted_text(tokenizer, example) == "It is 4.</s>"
+    assert len(example.ids) == len(example.labels)
+
+
+def test_instruction_counts_whole_when_asked(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {**SUMS[3], "input": "In words."}
+    example = Formatter(tokenizer, 600, response_only=False).example(row, "instruction", "row 4")
+    assert isinstance(example, Example)
+    assert example.labels == example.ids
+    assert "### Input:\nIn words.\n\n### Response:\nIt is 4.</s>" in tokenizer.decode(example.ids)
+
+
+def test_chat_counts_every_answer_and_no_question() -> None:
+    tokenizer = character_tokenizer(chat=True)
+    turns = [("user", "2?"), ("assistant", "two"), ("user", "3?"), ("assistant", "three")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    example = Formatter(tokenizer, 200, response_only=True).example(row, "chat", "row 1")
+    assert isinstance(example, Example)
+    assert tokenizer.decode(example.ids) == "<u>2?</s><a>two</s><u>3?</s><a>three</s>"
+    assert counted_text(tokenizer, example) == "two</s>three</s>"
+
+
+def test_text_is_packed_into_windows_that_hold_all_of_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [{"text": f"{letter * 30}."} for letter in "abcdefghijkl"]
+    data = read(texts, tokenizer, max_tokens=50, held_out=2)
+    assert all(len(example.ids) == 50 for example in data.train[:-1])
+    joined = tokenizer.decode([token for example in data.train for token in example.ids])
+    kept = [row["text"] for row in texts if row["text"] in joined]
+    assert len(kept) == 10 and joined == "".join(f"{text}</s>" for text in joined.split("</s>")[:-1])
+    assert all(example.labels == example.ids for example in data.train)
+    assert data.report.formats == {"text": 12}
+
+
+def test_built_in_text_is_there_without_a_file(tokenizer: PreTrainedTokenizerFast) -> None:
+    data = read(None, tokenizer, max_tokens=256, held_out=0.1)
+    assert data.report.train > 500 and data.report.held_out > 50
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_files_of_each_kind_give_the_same_samples(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        import datasets
+
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        datasets.Dataset.from_list(SUMS).to_parquet(path)
+    else:
+        write(path, SUMS)
+    assert read(str(path), tokenizer).report == read(SUMS, tokenizer).report
+
+
+def test_text_file_is_read_as_one_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(f"Paragraph {i}. " + "word " * 60 for i in range(60)))
+    data = read(path, tokenizer, held_out=0.2)
+    assert data.report.formats == {"text": 1} and data.report.held_out > 1
+
+
+def test_hub_data_set_is_asked_for_by_name_and_config(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(*args: Any, **options: Any) -> list[Any]:
+        asked.append((args, options))
+        return SUMS
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert read("owner/name:small", tokenizer).report.rows == 40
+    assert asked == [(("owner/name", "small"), {"split": "train"})]
+
+
+# What is wrong with rows
+
+
+def test_bad_rows_are_counted_and_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [*SUMS[:20], {"instruction": "no answer"}, {"instruction": "x", "output": "  "}, 7, {"messages": []}]
+    path = write(tmp_path / "rows.jsonl", [*rows, SUMS[0]])
+    path.write_text(path.read_text() + '\n{"instruction": broken\n' + json.dumps(SUMS[21]))
+    data = read(path, tokenizer)
+    found = {row.where: row.why for row in data.report.bad}
+    assert found.keys() == {"line 21", "line 22", "line 23", "line 24", "line 26"}
+    assert found["line 22"] == "'output' is empty" and found["line 26"].startswith("not JSON")
+    assert "none of the known fields" in found["line 21"] and "instruction" in found["line 21"]
+    assert data.report.rows == 27 and data.report.duplicates == 1
+    assert data.report.train + data.report.held_out == 21
+    notes = " ".join(data.report.notes())
+    assert "5 of 27 rows left out" in notes and "line 22" in notes and "1 rows left out that repeat" in notes
+
+
+def test_a_prompt_that_fills_the_sample_is_a_bad_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    long = {"instruction": "word " * 100, "output": "yes"}
+    data = read([*SUMS, long], tokenizer, max_tokens=200)
+    assert [row.why for row in data.report.bad] == ["no response within 200 tokens"]
+
+
+def test_long_samples_are_cut_and_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    data = read([*SUMS, {"instruction": "Go on.", "output": "on " * 200}], tokenizer, max_tokens=250)
+    assert data.report.cut == 1 and max(len(example.ids) for example in data.train + data.held_out) == 250
+    assert data.report.notes() == ("1 samples cut at the longest length",)
+
+
+def test_a_chat_without_a_template_is_told(tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(DataError, match=r"none of 1 rows can be used: a chat, but the tokenizer has no chat template"):
+        read([chat], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "the data set is empty"),
+        ([{"question": "a", "answer": "b"}] * 2, r"none of 2 rows .*its fields are \['answer', 'question'\]"),
+        (SUMS[:1], "0 samples to train on and 1 held out"),
+        ({"text": "a"}, "cannot read a dict"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused(tokenizer: PreTrainedTokenizerFast, rows: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read(rows, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("rows.json", '{"a": ', "not JSON"), ("rows.csv", "a,b", "a .csv file"), ("none.json", None, "no such file")],
+)
+def test_files_that_cannot_be_read_are_named(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, name: str, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=f"{name}: .*{message}"):
+        read(tmp_path / name, tokenizer)
+
+
+def test_a_hub_that_fails_is_told(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: Any, **options: Any) -> None:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(DataError, match="owner/name: cannot be loaded: ConnectionError: offline"):
+        read("owner/name", tokenizer)
+
+
+def test_a_format_asked_for_is_the_only_one(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [*SUMS, {"text": "plain"}]
+    data = read(rows, tokenizer, data_format="instruction")
+    assert [row.why for row in data.report.bad] == ["no 'instruction'; its fields are ['text']"]
+    assert not read(rows, tokenizer).report.bad
+
+
+# Splits
+
+
+def test_parts_share_no_row_and_no_paragraph(tokenizer: PreTrainedTokenizerFast) -> None:
+    words = [f"Paragraph number {i} says {random.Random(i).random()}" for i in range(400)]
+    repeated = "\n\n".join(words + words[:50])
+    data = read([repeated, *SUMS, *SUMS], tokenizer, held_out=0.2)
+    text = [tokenizer.decode([t for e in part for t in e.ids]) for part in (data.train, data.held_out)]
+    marks = [word.split(" says ")[1] for word in words]
+    assert not [mark for mark in marks if mark in text[0] and mark in text[1]]
+    assert not {example.ids for example in data.train} & {example.ids for example in data.held_out}
+    assert data.report.duplicates == 40
+
+
+def test_the_split_depends_on_the_seed_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    first, same, other = (read(SUMS, tokenizer, seed=seed) for seed in (0, 0, 1))
+    assert first == same and first.report.digest != other.report.digest
+    assert len(first.held_out) == 5 and len(read(SUMS, tokenizer, held_out=0.25).held_out) == 10
+
+
+def test_a_batch_is_padded_at_its_end() -> None:
+    batch = collate([Example((5, 6, 7), (IGNORED, 6, 7)), Example((8,), (8,))], padding=9)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"rank": 0}, RecoveryError),
+        ({"learning_rate": -1.0}, RecoveryError),
+        ({"held_out": 0}, RecoveryError),
+        ({"warmup": 1.0}, RecoveryError),
+        ({"precision": "fp16"}, UnknownNameError),
+        ({"data_format": "csv"}, UnknownNameError),
+        ({"learnin_rate": 1.0}, UnknownNameError),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match=next(iter(changes))):
+        settings_from(None, changes)
+
+
+def test_defaults_are_the_papers() -> None:
+    recipe = RecoverySettings()
+    assert (recipe.rank, recipe.batch, recipe.learning_rate, recipe.epochs, recipe.max_tokens) == (8, 64, 1e-4, 2, 256)
+    assert recipe.response_only

@@ -1,0 +1,455 @@
+"""Recovery: what is trained, that it helps, that it leaves no trace, that it resumes, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+import fxprune
+from fxprune.data.calibration import IGNORED, next_token_loss
+from fxprune.errors import DataError, RecoveryError, UnsupportedModelError, VerificationError
+from fxprune.graph.tensors import weights
+from fxprune.recovery import Distillation, Recovery, RecoverySettings
+from fxprune.recovery.distil import distillation_sum
+from fxprune.recovery.lora import attach_lora, find_targets, merge_lora, slim_name
+from fxprune.recovery.ownership import last_checkpoint
+from fxprune.recovery.train import _Watch
+from tests.models import tiny, token_ids
+from tests.tokens import character_tokenizer
+
+ROOT = Path(__file__).parents[1]
+SUMS = [{"instruction": f"Add {i} and 1.", "input": "", "output": f"It is {i + 1}."} for i in range(24)]
+QUICK = RecoverySettings(
+    batch=8, micro_batch=4, epochs=2, learning_rate=5e-3, held_out=4, evaluations=2, precision="float32"
+)
+TOKENIZER = character_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def dense() -> PreTrainedModel:
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def pruned(dense: PreTrainedModel) -> fxprune.Result:
+    return fxprune.prune(dense, token_ids(4, 12), ratio=0.2)
+
+
+@pytest.fixture(scope="module")
+def recovered(pruned: fxprune.Result) -> Recovery:
+    return fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK)
+
+
+def losses_of(recovery: Recovery) -> list[float]:
+    return [entry["loss"] for entry in recovery.history if "loss" in entry]
+
+
+def slim_copy(pruned: fxprune.Result) -> fxprune.Result:
+    """The same plan on a model of its own."""
+    return fxprune.apply(tiny("llama"), pruned.plan)
+
+
+# What comes out
+
+
+def test_the_held_out_loss_falls(recovered: Recovery) -> None:
+    before, after = recovered.held_out
+    assert after < before - 0.5
+    assert recovered.steps == 6 and len(losses_of(recovered)) == 6
+    assert recovered.notes == ()
+
+
+def test_the_slim_model_keeps_its_names_shapes_and_number_of_parameters(
+    pruned: fxprune.Result, recovered: Recovery
+) -> None:
+    slim, after = pruned.model, recovered.model
+    assert type(after) is type(slim)
+    assert {k: v.shape for k, v in after.state_dict().items()} == {k: v.shape for k, v in slim.state_dict().items()}
+    assert sum(p.numel() for p in after.parameters()) == pruned.report.parameters[1]
+    assert [name for name, _ in after.named_modules()] == [name for name, _ in slim.named_modules()]
+    assert set(vars(after)) == set(vars(slim)) and vars(after.config) == vars(slim.config)
+    assert [p.requires_grad for p in after.parameters()] == [p.requires_grad for p in slim.parameters()]
+    assert not after.training and all(p.grad is None for p in after.parameters())
+
+
+def test_only_the_projections_of_the_plan_changed(pruned: fxprune.Result, recovered: Recovery) -> None:
+    before, after = pruned.model.state_dict(), recovered.model.state_dict()
+    changed = {name.removesuffix(".weight") for name in before if not torch.equal(before[name], after[name])}
+    assert changed == set(recovered.targets.modules)
+
+
+def test_graph_and_model_agree_and_generate(recovered: Recovery) -> None:
+    result = recovered.result
+    assert result is not None and result.model is recovered.model
+    with torch.no_grad():
+        assert torch.allclose(result(token_ids()).logits, recovered.model(token_ids()).logits, atol=1e-5)
+    storages = {tensor.data_ptr() for tensor in recovered.model.state_dict().values()}
+    assert {t.data_ptr() for name, t in weights(result.graph_module) if name.endswith("weight")} <= storages
+    assert recovered.model.generate(token_ids(1, 5), max_new_tokens=3, do_sample=False).shape == (1, 8)
+
+
+def test_saved_and_loaded_it_computes_the_same(recovered: Recovery, tmp_path: Path) -> None:
+    assert recovered.result is not None
+    recovered.result.save_pretrained(tmp_path / "model", TOKENIZER)
+    loaded = fxprune.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        assert torch.allclose(loaded(token_ids()).logits, recovered.model(token_ids()).logits, atol=1e-5)
+
+
+def test_the_model_passed_is_unchanged_unless_asked(pruned: fxprune.Result) -> None:
+    own = slim_copy(pruned)
+    before = {name: value.clone() for name, value in own.model.state_dict().items()}
+    fxprune.recover(own, SUMS, TOKENIZER, settings=QUICK, epochs=1)
+    assert all(torch.equal(value, before[name]) for name, value in own.model.state_dict().items())
+    recovery = fxprune.recover(own, SUMS, TOKENIZER, settings=QUICK, epochs=1, inplace=True)
+    assert recovery.model is own.model and recovery.result is own
+    assert any(not torch.equal(value, before[name]) for name, value in own.model.state_dict().items())
+    with torch.no_grad():
+        assert torch.allclose(own(token_ids()).logits, own.model(token_ids()).logits, atol=1e-5)
+
+
+def test_the_report_is_json(recovered: Recovery) -> None:
+    data = json.loads(recovered.to_json())
+    assert data["held_out"] == list(recovered.held_out)
+    assert data["targets"]["modules"] == list(recovered.targets.modules)
+    assert data["settings"]["learning_rate"] == 5e-3 and data["data"]["train"] == 20
+    assert data["merge_error"] < 1e-4
+
+
+# What is trained
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_targets_are_the_linear_maps_that_shrank(family: str) -> None:
+    result = fxprune.prune(tiny(family), None, importance="l2", protect=(1, 0))
+    targets = find_targets(result.model, result.plan)
+    dense = {name: module.weight.shape for name, module in tiny(family).named_modules() if hasattr(module, "weight")}
+    slim = dict(result.model.named_modules())
+    shrank = [n for n, shape in dense.items() if slim[n].weight.shape != shape and slim[n].weight.dim() == 2]
+    assert list(targets.modules) == shrank and shrank and not targets.skipped
+    assert not any(".0." in name for name in shrank)
+
+
+def test_projections_of_every_kind_merge_exactly() -> None:
+    for family in ("gpt2", "gpt_neox"):
+        result = fxprune.prune(tiny(family), None, importance="l2", protect=())
+        keys = list(result.model.state_dict())
+        wrapped = attach_lora(result.model, find_targets(result.model, result.plan), RecoverySettings(rank=4))
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter, std=0.1)
+        moved = (wrapped.eval()(token_ids()).logits - result.graph_module(token_ids()).logits).abs().max()
+        model, error = merge_lora(wrapped, {"input_ids": token_ids()})
+        assert moved > 0.01 and error < 1e-4 and list(model.state_dict()) == keys
+
+
+def test_merging_that_changes_the_logits_is_refused(pruned: fxprune.Result) -> None:
+    own = slim_copy(pruned)
+    wrapped = attach_lora(own.model, find_targets(own.model, own.plan), RecoverySettings())
+    unfaithful = SimpleNamespace(
+        parameters=wrapped.parameters,
+        training=False,
+        eval=lambda: None,
+        train=lambda mode: None,
+        merge_and_unload=lambda safe_merge: tiny("llama"),
+    )
+    with pytest.raises(VerificationError, match="merging moved the logits"):
+        merge_lora(_Callable(wrapped, unfaithful), {"input_ids": token_ids()})
+
+
+class _Callable:
+    """Runs one thing and has the attributes of another."""
+
+    def __init__(self, run: Any, other: Any) -> None:
+        self.run, self.other = run, other
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.run(**inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.other, name)
+
+
+def test_blocks_after_a_removed_one_move_up() -> None:
+    removed = ("m.layers.1", "m.layers.3")
+    assert slim_name("m.layers.0.a.weight", removed) == "m.layers.0.a.weight"
+    assert slim_name("m.layers.2.a.weight", removed) == "m.layers.1.a.weight"
+    assert slim_name("m.layers.4.a.weight", removed) == "m.layers.2.a.weight"
+    assert slim_name("m.layers.3.a.weight", removed) is None
+    assert slim_name("m.layers_2.4.weight", removed) == "m.layers_2.4.weight"
+
+
+def test_a_model_that_lost_blocks_alone_trains_all_its_linear_maps() -> None:
+    result = fxprune.prune(tiny("llama"), token_ids(4, 12), ratio=0.2, kinds=("layer",), protect=())
+    assert result.plan.removed_blocks and not result.plan.kept
+    targets = find_targets(result.model, result.plan)
+    linear = [name for name, module in result.model.named_modules() if isinstance(module, nn.Linear)]
+    assert list(targets.modules) == linear[:-1]
+    assert linear[-1] not in targets.modules
+
+
+def test_a_tied_output_and_embeddings_are_left_alone_and_named() -> None:
+    model = tiny("llama", tie_word_embeddings=True)
+    result = fxprune.prune(model, None, importance="l2", kinds=("channel",))
+    targets = find_targets(result.model, result.plan)
+    output = next(n for n, m in result.model.named_modules() if m is result.model.get_output_embeddings())
+    assert output not in targets.modules and len(targets.modules) == 21
+    assert any("tied" in why or "Embedding" in why for why in targets.skipped.values())
+
+
+def test_a_model_with_its_plan_trains_like_the_result(pruned: fxprune.Result, recovered: Recovery) -> None:
+    recovery = fxprune.recover(pruned.model, SUMS, TOKENIZER, settings=QUICK, plan=pruned.plan)
+    assert recovery.result is None and recovery.targets == recovered.targets
+    assert losses_of(recovery) == losses_of(recovered)
+
+
+def test_a_result_without_a_model_is_refused(pruned: fxprune.Result) -> None:
+    bare = SimpleNamespace(graph_module=pruned.graph_module)
+    with pytest.raises(UnsupportedModelError, match="no Hugging Face model to train"):
+        fxprune.recover(bare, SUMS, TOKENIZER)
+    with pytest.raises(RecoveryError, match="no tokenizer"):
+        fxprune.recover(pruned, SUMS)
+
+
+def test_nothing_to_train_is_refused(dense: PreTrainedModel) -> None:
+    with pytest.raises(RecoveryError, match="no projection to train"):
+        find_targets(dense, fxprune.Plan({"model.norm.weight": {0: [0]}}))
+
+
+# Precision
+
+
+def test_fp16_weights_are_left_behind(pruned: fxprune.Result) -> None:
+    half = copy.deepcopy(pruned.model).half()
+    recovery = fxprune.recover(half, SUMS, TOKENIZER, settings=QUICK, plan=pruned.plan, epochs=1)
+    assert {p.dtype for p in recovery.model.parameters()} <= {torch.bfloat16, torch.float32}
+    assert any("fp16" in note for note in recovery.notes)
+    assert {p.dtype for p in half.parameters()} == {torch.float16}
+    with pytest.raises(RecoveryError, match="fp16"):
+        fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, arguments={"fp16": True})
+
+
+# Distillation
+
+
+def test_divergence_is_that_of_a_computation_by_hand() -> None:
+    student, teacher = torch.randn(3, 7), torch.randn(3, 7)
+    soft = [(logits / 2.0).double().softmax(-1) for logits in (student, teacher)]
+    expected = 4.0 * sum(float(p * math.log(p / q)) for p, q in zip(soft[1].flatten(), soft[0].flatten(), strict=True))
+    assert float(distillation_sum(student, teacher, 2.0)) == pytest.approx(expected, rel=1e-4)
+    assert float(distillation_sum(teacher, teacher, 2.0)) == pytest.approx(0, abs=1e-5)
+
+
+def test_loss_mixes_both_over_the_counted_tokens(dense: PreTrainedModel, pruned: fxprune.Result) -> None:
+    """One batch, one step, nothing learnt yet: the loss logged is that of a computation by hand."""
+    teacher = Distillation(dense, weight=0.25, temperature=3.0)
+    quick = {"batch": 20, "micro_batch": 20, "epochs": 1, "dropout": 0.0}
+    recovery = fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, distil=teacher, **quick)
+    from fxprune.recovery.data import collate, read_training_data
+
+    batch = collate(read_training_data(SUMS, TOKENIZER, QUICK).train, padding=0)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        ours, theirs = pruned.model(**batch).logits[:, :-1], dense(**batch).logits[:, :-1]
+        counted = labels[:, 1:] != IGNORED
+        cross = next_token_loss(pruned.model(**batch).logits, labels)
+        mean = distillation_sum(ours[counted], theirs[counted], 3.0) / counted.sum()
+    assert losses_of(recovery)[0] == pytest.approx(float(0.75 * cross + 0.25 * mean), rel=1e-4)
+
+
+def test_accumulation_does_not_change_the_loss(dense: PreTrainedModel, pruned: fxprune.Result) -> None:
+    quick = {"epochs": 1, "dropout": 0.0, "distil": dense}
+    whole, parts = (
+        losses_of(fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, micro_batch=size, **quick))
+        for size in (8, 2)
+    )
+    assert whole == pytest.approx(parts, rel=1e-4)
+
+
+def test_a_teacher_in_lower_precision_draws_the_student_to_it(dense: PreTrainedModel, pruned: fxprune.Result) -> None:
+    half = copy.deepcopy(dense).bfloat16()
+    before = {name: value.clone() for name, value in half.state_dict().items()}
+    teacher = Distillation(half, weight=1.0, temperature=1.0)
+    recovery = fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, distil=teacher, epochs=4)
+    losses = losses_of(recovery)
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(torch.equal(value, before[name]) for name, value in half.state_dict().items())
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(pruned: fxprune.Result) -> None:
+    with pytest.raises(RecoveryError, match="the teacher knows 140 tokens, the student 131"):
+        fxprune.recover(pruned, SUMS, TOKENIZER, distil=tiny("llama", vocab_size=140))
+    with pytest.raises(RecoveryError, match="the teacher is the student"):
+        fxprune.recover(pruned, SUMS, TOKENIZER, distil=pruned.model)
+
+
+@pytest.mark.parametrize("numbers", [{"weight": 0.0}, {"weight": 1.5}, {"temperature": 0.0}])
+def test_distillation_refuses_numbers_out_of_range(dense: PreTrainedModel, numbers: dict[str, float]) -> None:
+    with pytest.raises(RecoveryError, match=next(iter(numbers))):
+        Distillation(dense, **numbers)
+
+
+# Training that goes wrong, stops, or is stopped
+
+
+def test_a_rate_that_diverges_is_told_and_leaves_the_model_whole(pruned: fxprune.Result) -> None:
+    own = slim_copy(pruned)
+    keys = list(own.model.state_dict())
+    with pytest.raises(RecoveryError, match=r"step \d+: training diverged: .*Lower learning_rate \(now 1000"):
+        fxprune.recover(own, SUMS, TOKENIZER, settings=QUICK, learning_rate=1e3, epochs=10, inplace=True)
+    assert list(own.model.state_dict()) == keys
+    assert own.model.generate(token_ids(1, 5), max_new_tokens=2).shape == (1, 7)
+
+
+def test_a_loss_that_is_no_number_is_told(pruned: fxprune.Result) -> None:
+    own = slim_copy(pruned)
+    with torch.no_grad():
+        own.model.get_input_embeddings().weight[5:] = float("nan")
+    with pytest.raises(RecoveryError, match="loss became nan"):
+        fxprune.recover(own, SUMS, TOKENIZER, settings=QUICK)
+
+
+def watched(entries: list[dict[str, float]], **settings: Any) -> bool:
+    """Whether training stops after these log entries."""
+    state = SimpleNamespace(log_history=entries, global_step=len(entries), max_steps=99)
+    control = SimpleNamespace(should_training_stop=False)
+    watch = _Watch(RecoverySettings(**settings), 100)
+    watch.on_log(None, state, control)
+    watch.on_evaluate(None, state, control)
+    return control.should_training_stop
+
+
+def test_training_ends_when_the_held_out_loss_has_not_fallen_for_a_while() -> None:
+    falling = [{"eval_loss": value} for value in (4.0, 3.0, 2.0, 2.1, 2.2)]
+    assert not watched(falling, patience=3)
+    assert watched(falling, patience=2)
+    assert not watched([*falling, {"eval_loss": 1.9}], patience=2)
+
+
+def test_a_loss_that_runs_away_is_told_and_one_that_starts_high_is_not() -> None:
+    start = [{"loss": 2.0}, {"loss": 2.1}]
+    with pytest.raises(RecoveryError, match=r"rose from 2\.00 to 9\.00"):
+        watched([*start, {"loss": 8.0}, {"loss": 7.0}, {"loss": 9.0}])
+    assert not watched([*start, {"loss": 8.0}, {"loss": 3.0}, {"loss": 9.0}])
+    assert not watched([{"loss": value} for value in (11.0, 12.0, 11.5, 11.0, 10.0)])
+
+
+def test_the_best_weights_are_kept_and_no_gain_is_told(pruned: fxprune.Result) -> None:
+    recovery = fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, learning_rate=0.05, epochs=4)
+    judged = [entry["eval_loss"] for entry in recovery.history if "eval_loss" in entry]
+    assert recovery.held_out == (judged[0], min(judged[1:])) and len(judged) > 2
+    idle = fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, learning_rate=1e-30, patience=1)
+    assert idle.notes[0] == "stopped early at step 3 of 6" and "did not fall" in idle.notes[1]
+
+
+KILLED = """
+    import os, signal, sys, torch
+    torch.set_num_threads(1)
+    import fxprune
+    from fxprune.recovery import train
+    from tests.models import tiny, token_ids
+    from tests.recovery.test_recover import QUICK, SUMS, TOKENIZER
+
+    def stop(self, args, state, control, **_):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train._Watch.on_step_end = stop
+    pruned = fxprune.prune(tiny("llama"), token_ids(4, 12), ratio=0.2)
+    fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, folder=sys.argv[1])
+"""
+
+
+def test_a_killed_run_resumes_and_ends_with_the_same_losses(
+    pruned: fxprune.Result, recovered: Recovery, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    killed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert killed.returncode == -9, killed.stderr[-2000:]
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    (tmp_path / "checkpoint-4").mkdir()  # what a kill in the middle of writing one leaves
+    resumed = fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, folder=tmp_path)
+    assert "resumed at step 3" in resumed.notes
+    assert losses_of(resumed) == losses_of(recovered)
+    assert resumed.held_out == recovered.held_out
+    state = recovered.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in resumed.model.state_dict().items())
+    with pytest.raises(RecoveryError, match="another run: settings differ"):
+        fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, folder=tmp_path, learning_rate=1e-3)
+    with pytest.raises(RecoveryError, match="another run: data differ"):
+        fxprune.recover(pruned, SUMS[1:], TOKENIZER, settings=QUICK, folder=tmp_path)
+
+
+SPREAD = """
+    import os, sys, torch
+    torch.set_num_threads(1)
+    import fxprune
+    from tests.models import tiny, token_ids
+    from tests.recovery.test_recover import QUICK, SUMS, TOKENIZER
+
+    pruned = fxprune.prune(tiny("llama"), token_ids(4, 12), ratio=0.2)
+    done = fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, dropout=0.0, folder=sys.argv[1])
+    open(os.path.join(sys.argv[1], f"rank{os.environ['RANK']}.json"), "w").write(done.to_json())
+"""
+
+
+def test_two_processes_train_what_one_does(pruned: fxprune.Result, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(SPREAD))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command.append(str(tmp_path))
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, dropout=0.0)
+    for rank in (0, 1):
+        spread = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert spread["held_out"] == pytest.approx(alone.held_out, rel=1e-2)
+        assert spread["steps"] == alone.steps and spread["merge_error"] < 1e-4
+
+
+def test_what_cannot_be_divided_or_is_no_argument_is_refused(
+    pruned: fxprune.Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RecoveryError, match=r"arguments: .*no_such"):
+        fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, arguments={"no_such": 1})
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RecoveryError, match="several processes need one folder"):
+        fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK)
+    from fxprune.recovery.train import _divided
+
+    with pytest.raises(RecoveryError, match="8 samples do not divide over 3 devices"):
+        _divided(QUICK, use_cpu=True)
+
+
+def test_data_that_cannot_be_used_is_refused(pruned: fxprune.Result) -> None:
+    with pytest.raises(DataError, match="empty"):
+        fxprune.recover(pruned, [], TOKENIZER)
+    with pytest.raises(DataError, match="none of 1 rows"):
+        fxprune.recover(pruned, [{"question": "?"}], TOKENIZER)
+
+
+def test_a_tokenizer_of_another_model_is_refused(dense: PreTrainedModel) -> None:
+    small = fxprune.prune(tiny("llama", vocab_size=50), None, importance="l2", protect=())
+    with pytest.raises(DataError, match="the model knows 0 to 49"):
+        fxprune.recover(small, SUMS, TOKENIZER, settings=QUICK)
+
+
+def test_importing_the_package_stays_light() -> None:
+    code = "import sys, fxprune; print([n for n in ('peft', 'datasets', 'lm_eval', 'matplotlib') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.stdout.strip() == "[]", done.stderr[-1000:]

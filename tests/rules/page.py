@@ -1,0 +1,57 @@
+"""Write docs/rules.md, a line for every op that has a rule: `python -m tests.rules.page`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fxprune.rules import Values, registered_rules
+from tests.rules.samples import Applied, samples
+
+PAGE = Path(__file__).parents[2] / "docs" / "rules.md"
+
+INTRODUCTION = """# Rules
+
+Written by `python -m tests.rules.page`. What the rule of each op says about one call of it: axes with one letter are
+one axis; `(h * d)` is an axis of `h` times `d` units, `[a | b]` one of `a` and then `b`, `1` one that broadcasts. What
+is not said to be kept may go. An op that torch itself marks as pointwise needs no rule of its own; any other op without
+one keeps whatever it touches.
+
+- `sums i`: multiplies, and adds up over `i`; units that are zero in one factor can go.
+- `i by indices`: the numbers in `indices` pick units of `i`, which go only if they are positions that an op found.
+- `statistic over i`: what is computed over fewer units is another number.
+- `shares out i`: as in a softmax; the axis keeps its units unless they are experts.
+- `positions of i in out`: the numbers are positions along `i`.
+- `keeps i: reason`: no unit of `i` can go.
+"""
+
+HEADINGS = {
+    Values.MOVED: "Values are moved",
+    Values.PICKED: "Values are picked",
+    Values.CAST: "Values are cast",
+    Values.POINTWISE: "Each element by itself",
+    Values.COMPARED: "Comparisons",
+    Values.PRODUCT: "Products and sums of products",
+    Values.REDUCED: "Zeros of zeros",
+    Values.SHAPE: "Shapes alone matter",
+    None: "Other ops",
+}
+
+
+def page() -> str:
+    """The text of the page."""
+    rules, calls = registered_rules(), samples()
+    parts = [INTRODUCTION]
+    for values, heading in HEADINGS.items():
+        names = [name for name, found in calls.items() if found and rules[name].values is values]
+        names.sort(key=lambda name: name.partition("::")[2])
+        lines = [_line(name.partition("::")[2], Applied(calls[name][0]).text) for name in names]
+        parts.append("\n".join((f"## {heading}", "", "```text", *lines, "```", "")))
+    return "\n".join(parts)
+
+
+def _line(name: str, text: str) -> str:
+    return "  ".join((name, *text.split("  ")[1:]))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

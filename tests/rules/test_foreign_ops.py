@@ -1,0 +1,144 @@
+"""Ops of someone else, each with one decorator: what they let go can go, from the module to the slim graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune.rules import registry
+from tests.removal import Net, axes_of, check_removes_exactly, discover
+from tests.rules.test_routing import EXPERTS, Mixture, run_experts
+
+
+@torch.library.custom_op("foreign::turned", mutates_args=())
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """The last two axes change places, and nothing else does."""
+    return x.mT.clone()
+
+
+@turned.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.mT.shape)
+
+
+@torch.library.custom_op("foreign::same", mutates_args=())
+def same(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Whether two numbers are the same."""
+    return x == y
+
+
+@same.register_fake
+def _(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.empty(torch.broadcast_shapes(x.shape, y.shape), dtype=torch.bool, device=x.device)
+
+
+@torch.library.custom_op("foreign::project", mutates_args=())
+def project(x: torch.Tensor, matrix: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
+    """A linear layer whose matrix is (in, out)."""
+    return x @ matrix if shift is None else x @ matrix + shift
+
+
+@project.register_fake
+def _(x: torch.Tensor, matrix: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], matrix.shape[1]))
+
+
+@torch.library.custom_op("foreign::blank", mutates_args=())
+def blank(x: torch.Tensor) -> torch.Tensor:
+    """Ones of the shape of `x`."""
+    return torch.ones(x.shape)
+
+
+@blank.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape)
+
+
+@pytest.fixture(autouse=True)
+def rules() -> Iterator[None]:
+    """One decorator an op; none is there before and after."""
+    before = dict(registry._RULES)
+    fxprune.rule("foreign::turned", notation="x[*b, i, j] -> out[*b, j, i]", values="moved")
+    fxprune.rule(
+        "foreign::project", notation="x[*b, i], matrix[i, o], shift[o]? -> out[*b, o]  sums i", values="product"
+    )
+    fxprune.rule("foreign::blank", notation="x[*a] -> out[*a]", values="shape")
+
+    @fxprune.rule("foreign::same", values="compared")
+    def rule_for_same(op: fxprune.OpSite) -> None:
+        for x in op.tensors:
+            op.broadcast(x)
+
+    yield
+    registry._RULES.clear()
+    registry._RULES.update(before)
+
+
+def between(middle: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Net, dict[str, torch.Tensor]]:
+    net = Net(lambda m, x: m.b(middle(m.a(x))), a=nn.Linear(10, 12), b=nn.Linear(12, 9))
+    return net, {"x": torch.randn(2, 7, 10)}
+
+
+def test_one_that_moves() -> None:
+    check_removes_exactly(*between(lambda h: turned(turned(h.relu()))), [12])
+
+
+def test_zeros_stay_zeros_where_values_are_moved() -> None:
+    check_removes_exactly(*between(lambda h: h + turned(turned(h)).sum(-1, keepdim=True)), [12])
+
+
+def test_one_that_only_looks_at_shapes() -> None:
+    check_removes_exactly(*between(lambda h: h * blank(h) + blank(h)), [12])
+
+
+def test_one_that_multiplies_and_sums() -> None:
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return project(project(x, m.first, m.shift).relu(), m.last)
+
+    parts = {
+        name: nn.Parameter(torch.randn(*s)) for name, s in (("first", (10, 12)), ("shift", (12,)), ("last", (12, 9)))
+    }
+    dense = check_removes_exactly(Net(body, **parts), {"x": torch.randn(2, 7, 10)}, [12])
+    assert axes_of(dense).rules["project"] == "project  x[b, s, i], matrix[i, o], shift[o] -> out[b, s, o]  sums i"
+
+
+def test_a_product_of_zeros_is_zero() -> None:
+    """A sum over units that only the product made zero finds zeros."""
+    mixed = nn.Parameter(torch.randn(12, 12))
+    net, inputs = between(lambda h: h)
+    net.m = mixed
+    net.body = lambda m, x: m.b(project(m.a(x), m.m).pow(2).cumsum(-1))
+    check_removes_exactly(net, inputs, [12, 12])
+
+
+def compared(m: Mixture, x: torch.Tensor) -> torch.Tensor:
+    """Tokens that agree on their two best experts are doubled; positions are compared, never counted with."""
+    gates, chosen = m.router(x).softmax(-1).topk(2, -1)
+    agree = same(chosen[:, :1], chosen.flip(0)[:, :1])
+    return run_experts(m, x, chosen, gates * (1 + agree))
+
+
+def test_one_that_compares_positions() -> None:
+    dense = discover(Mixture(compared), {"x": torch.randn(11, 5)})
+    axes = axes_of(dense)
+    (experts,) = (f for e in axes.tensors["router.weight"][:1] for f in fxprune.axes.factors(e))
+    assert experts.size == EXPERTS and experts not in axes.frozen
+    assert axes.unruled == {}
+    check_removes_exactly(Mixture(compared), {"x": torch.randn(11, 5)})
+
+
+def test_one_that_computes_with_positions_keeps_all_experts() -> None:
+    fxprune.rule("foreign::same", values="pointwise")(lambda op: [op.broadcast(x) for x in op.tensors])
+    axes = axes_of(discover(Mixture(compared), {"x": torch.randn(11, 5)}))
+    (experts,) = (f for e in axes.tensors["router.weight"][:1] for f in fxprune.axes.factors(e))
+    assert axes.frozen[experts].reason == "foreign.same.default computes with positions along this axis"
+
+
+def test_what_is_decorated_stays_what_it_is() -> None:
+    marked = object()
+    assert fxprune.rule("foreign::blank", notation="x[*a] -> out[*a]", values="shape")(marked) is marked

@@ -1,0 +1,423 @@
+"""Mixtures of experts: whole experts go with their rows of the router, and channels inside all experts go.
+
+An expert that goes is one that is never chosen. By hand: the bias of the router for it is as good as minus infinity.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from fxprune.passes.select.slots import make_slots
+from torch import fx, nn
+from transformers import AutoModelForCausalLM
+
+from fxprune import prune
+from fxprune.axes import Keep
+from fxprune.discovery.explain import frozen_axes
+from fxprune.discovery.groups import Group
+from fxprune.errors import PlanError, RatioError
+from fxprune.graph.facts import facts_of
+from fxprune.removal.scores import Scores
+from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
+from fxprune.pipeline.pipeline import Pipeline
+from fxprune.pipeline.registry import load_pass
+from fxprune.removal.plan import Plan, keep_of, plan_of
+from fxprune.trace import trace
+from tests.models import tiny, token_ids
+from tests.removal import axes_of, check_removes_exactly, discover, graph_of, groups_of, plain_outputs, slim_graph, zeroed
+from tests.zoo import tiny_model
+from tests.zoo import token_ids as zoo_ids
+
+EXPERTS, WIDTH, HIDDEN, TOP = 6, 10, 7, 2
+NEVER = -1e9
+
+Route = Callable[["Mixture", torch.Tensor], torch.Tensor]
+
+
+class Mixture(nn.Module):
+    """A projection, a mixture of experts on a residual stream, and a projection."""
+
+    def __init__(self, route: Route) -> None:
+        super().__init__()
+        self.route = route
+        self.first, self.last = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 4)
+        self.router = nn.Linear(WIDTH, EXPERTS)
+        nn.init.normal_(self.router.weight)
+        self.up = nn.Parameter(torch.randn(EXPERTS, HIDDEN, WIDTH) * 0.4)
+        self.up_bias = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+        self.down = nn.Parameter(torch.randn(EXPERTS, WIDTH, HIDDEN) * 0.4)
+        self.register_buffer("correction", torch.rand(EXPERTS) * 0.3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """``x`` is ``(tokens, 5)``."""
+        hidden = self.first(x)
+        out = self.route(self, hidden)
+        return (self.last(hidden + out[0]), *out[1:]) if isinstance(out, tuple) else self.last(hidden + out)
+
+
+def run_experts(m: Mixture, x: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """Each token through the experts chosen for it: weights are looked up, then multiplied in a batch."""
+    each = chosen.reshape(-1)
+    rows = x.repeat_interleave(chosen.shape[-1], 0)
+    hidden = torch.bmm(m.up[each], rows.unsqueeze(-1)).squeeze(-1) + m.up_bias[each]
+    out = torch.bmm(F.silu(hidden).unsqueeze(1), m.down[each].mT).squeeze(1)
+    return (out * gates.reshape(-1, 1)).view(x.shape[0], chosen.shape[-1], -1).sum(1)
+
+
+def looked_up(m: Mixture, x: torch.Tensor) -> torch.Tensor:
+    gates, chosen = m.router(x).softmax(-1).topk(TOP, -1)
+    return run_experts(m, x, chosen, gates / gates.sum(-1, keepdim=True))
+
+
+def before_softmax(m: Mixture, x: torch.Tensor) -> torch.Tensor:
+    scores, chosen = m.router(x).topk(TOP, -1)
+    return run_experts(m, x, chosen, scores.softmax(-1))
+
+
+def corrected(m: Mixture, x: torch.Tensor) -> torch.Tensor:
+    scores = m.router(x).sigmoid()
+    chosen = (scores + m.correction).topk(TOP, -1, sorted=False)[1]
+    gates = scores.gather(1, chosen)
+    return run_experts(m, x, chosen, gates / (gates.sum(-1, keepdim=True) + 1e-20))
+
+
+def in_groups(m: Mixture, x: torch.Tensor) -> torch.Tensor:
+    scores = m.router(x).softmax(-1)
+    best = scores.view(-1, 2, EXPERTS // 2).topk(2, -1)[0].sum(-1).topk(1, -1)[1]
+    allowed = torch.zeros(x.shape[0], 2).scatter(1, best, 1.0).unsqueeze(-1).expand(-1, 2, EXPERTS // 2)
+    chosen = scores.masked_fill(~allowed.reshape(-1, EXPERTS).bool(), -torch.inf).topk(TOP, -1)[1]
+    return run_experts(m, x, chosen, scores.gather(1, chosen))
+
+
+def selected(m: Mixture, x: torch.Tensor) -> torch.Tensor:
+    chosen = m.router(x).argmax(-1)
+    up, down = m.up.index_select(0, chosen), m.down.index_select(0, chosen)
+    return torch.einsum("nwh,nh->nw", down, torch.einsum("nhw,nw->nh", up, x).relu())
+
+
+def all_experts(m: Mixture, x: torch.Tensor) -> torch.Tensor:
+    hidden = F.silu(torch.einsum("nw,ehw->enh", x, m.up))
+    return torch.einsum("enh,ewh->enw", hidden, m.down)
+
+
+def scattered(m: Mixture, x: torch.Tensor) -> torch.Tensor:
+    gates, chosen = m.router(x).softmax(-1).topk(TOP, -1)
+    mixed = torch.zeros(x.shape[0], EXPERTS).scatter(1, chosen, gates)
+    return torch.einsum("ne,enw->nw", mixed, all_experts(m, x))
+
+
+def one_hot(m: Mixture, x: torch.Tensor) -> torch.Tensor:
+    gates, chosen = m.router(x).softmax(-1).max(-1)
+    mask = F.one_hot(chosen, EXPERTS)
+    place = mask.cumsum(0) * mask - 1
+    slots = F.one_hot(place.clamp(0, 3), 4) * ((place >= 0) & (place < 4)).unsqueeze(-1)
+    inside = torch.einsum("nes,nw->esw", slots.float(), x)
+    out = torch.bmm(F.silu(torch.bmm(inside, m.up.mT)), m.down.mT)
+    return torch.einsum("nes,esw->nw", slots * gates[:, None, None], out)
+
+
+def sorted_slots(m: Mixture, x: torch.Tensor) -> torch.Tensor:
+    gates, chosen = m.router(x).softmax(-1).topk(TOP, -1)
+    each, order = chosen.reshape(-1).sort()
+    counts = torch.histc(each.float(), bins=EXPERTS, min=0, max=EXPERTS - 1)
+    slot = torch.arange(each.shape[0]) - (counts.cumsum(0) - counts).long()[each]
+    inside = torch.zeros(EXPERTS, x.shape[0], x.shape[1]).index_put((each, slot), x[order // TOP])
+    out = torch.bmm(F.silu(torch.bmm(inside, m.up.mT)), m.down.mT)[each, slot]
+    return torch.zeros_like(x).index_add(0, order // TOP, out * gates.reshape(-1)[order].unsqueeze(-1))
+
+
+def soft(m: Mixture, x: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("ne,enw->nw", m.router(x).softmax(-1), all_experts(m, x))
+
+
+def counted(m: Mixture, x: torch.Tensor) -> torch.Tensor:
+    gates, chosen = m.router(x).softmax(-1).topk(TOP, -1)
+    same = (chosen.unsqueeze(-1) == chosen.t().flatten()).sum(-1)  # how often each expert was chosen, by any token
+    return run_experts(m, x, chosen, gates / same)
+
+
+ROUTES: dict[str, Route] = {
+    route.__name__: route
+    for route in (looked_up, before_softmax, corrected, selected, scattered, one_hot, sorted_slots, soft, counted)
+}
+
+
+def experts_of(dense: fx.GraphModule, size: int = EXPERTS) -> Group:
+    (group,) = [group for group in groups_of(dense) if group.kind == "expert" and group.size == size]
+    assert group.renormalised
+    return group
+
+
+def check_removes_experts(
+    module: nn.Module, inputs: dict[str, torch.Tensor], *removals: list[int], size: int = EXPERTS
+) -> fx.GraphModule:
+    """Slim graph, masked dense graph, and the module whose router takes none of those that go, compute the same."""
+    dense = discover(module, inputs)
+    before = plain_outputs(module, inputs)
+    assert compare(before, slim_outputs(dense, inputs)) <= TOLERANCE, "the graph is not the module"
+    group = experts_of(dense, size)
+    assert group.factor is not None
+    changes = []
+    for gone in removals:
+        keep = Keep({group.factor: np.isin(np.arange(size), gone, invert=True)})
+        plan = plan_of(axes_of(dense), keep)
+        assert plan_of(axes_of(dense), keep_of(axes_of(dense), groups_of(dense), plan)) == plan
+        got = slim_outputs(slim_graph(dense, keep), inputs)
+        assert compare(masked_outputs(dense, axes_of(dense), keep, (), inputs), got) <= TOLERANCE
+        assert compare(plain_outputs(never_taken(module, plan), inputs), got) <= TOLERANCE
+        changes.append(compare(before, got))
+    assert max(changes) > TOLERANCE, "the removals changed nothing, so the comparison says nothing"
+    return dense
+
+
+def never_taken(module: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of `module` whose router takes none of the experts that go, and whose weights for them are zero."""
+    twin = zeroed(module, plan)
+    gone = sorted(set(range(EXPERTS)) - set(plan.kept["router.bias"][0]))
+    twin.get_parameter("router.bias").data[gone] = NEVER
+    return twin
+
+
+def tokens(count: int = 16) -> dict[str, torch.Tensor]:
+    return {"x": torch.randn(count, 5)}
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_experts_go_as_if_they_were_never_chosen(name: str) -> None:
+    torch.manual_seed(1)
+    check_removes_experts(Mixture(ROUTES[name]), tokens(), [4], [0, 2, 5])
+
+
+@pytest.mark.parametrize("name", ["looked_up", "selected", "scattered", "one_hot", "sorted_slots", "soft"])
+def test_channels_inside_experts_and_of_the_residual_go(name: str) -> None:
+    torch.manual_seed(1)
+    dense = check_removes_exactly(Mixture(ROUTES[name]), tokens(), [WIDTH, HIDDEN])
+    kinds = {group.size: group.kind for group in groups_of(dense)}
+    assert kinds == {EXPERTS: "expert", HIDDEN: "mlp", WIDTH: "mlp"}  # without blocks, nothing lies in several
+
+
+def test_an_expert_takes_its_row_of_the_router_and_its_weights() -> None:
+    group = experts_of(discover(Mixture(corrected), tokens()))
+    assert {(m.name, m.axis) for m in group.members} == {
+        ("router.weight", 0), ("router.bias", 0), ("correction", 0), ("up", 0), ("up_bias", 0), ("down", 0)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "gone", "least"), [(3, [1], 2), (2, [0], 1)])
+def test_experts_in_groups_go_from_every_group_at_once_or_with_their_group(
+    size: int, gone: list[int], least: int
+) -> None:
+    torch.manual_seed(0)
+    dense = check_removes_experts(Mixture(in_groups), tokens(), gone, size=size)
+    assert experts_of(dense, size).least == least
+
+
+def test_experts_go_from_groups_or_with_their_group_but_not_both() -> None:
+    dense = discover(Mixture(in_groups), tokens())
+    Pipeline([load_pass("l2", kinds=("expert",))])(dense)
+    (slot,) = make_slots(groups_of(dense), facts_of(dense)[Scores], ("expert",), frozenset(), 8)
+    assert [(option.size, option.most) for option in slot.options] == [(3, 1), (2, 1)]
+
+
+@pytest.mark.parametrize(("top", "least"), [(1, 1), (3, 3), (5, 5)])
+def test_as_many_experts_stay_as_are_chosen(top: int, least: int) -> None:
+    dense = discover(Mixture(top_of(top)), tokens())
+    assert experts_of(dense).least == least
+    if least > 1:
+        plan = Plan({"router.weight": {0: list(range(least - 1))}})
+        with pytest.raises(PlanError, match=f"{least - 1} units of 6 stay where {least} have to"):
+            keep_of(axes_of(dense), groups_of(dense), plan)
+
+
+def top_of(count: int) -> Route:
+    def route(m: Mixture, x: torch.Tensor) -> torch.Tensor:
+        gates, chosen = m.router(x).softmax(-1).topk(count, -1)
+        return run_experts(m, x, chosen, gates)
+
+    return route
+
+
+def test_experts_picked_one_at_a_time_stay_all_the_same() -> None:
+    """The second is the best of the others, so there has to be one."""
+
+    def route(m: Mixture, x: torch.Tensor) -> torch.Tensor:
+        scores = m.router(x)
+        first = scores.argmax(-1, keepdim=True)
+        second = scores.scatter(-1, first, -torch.inf).max(-1, keepdim=True)[1]
+        chosen = torch.cat((first, second), -1)
+        return run_experts(m, x, chosen, scores.gather(-1, chosen).sigmoid())
+
+    torch.manual_seed(0)
+    dense = check_removes_experts(Mixture(route), tokens(), [4], [0, 2, 3, 5])
+    assert experts_of(dense).least == 2
+
+
+def test_experts_stay_where_all_are_chosen() -> None:
+    assert frozen_reason(Mixture(top_of(EXPERTS))) == "all 6 units are needed"
+
+
+def frozen_reason(module: nn.Module, name: str = "up[0]") -> str:
+    """Why an axis stays; the widths go exactly all the same."""
+    dense = check_removes_exactly(module, tokens(), [WIDTH, HIDDEN])
+    assert not [group for group in groups_of(dense) if group.kind == "expert"]
+    graph = graph_of(dense)
+    return frozen_axes(graph)[name].reason
+
+
+def arithmetic(change: Callable[[torch.Tensor], torch.Tensor]) -> Route:
+    """Experts whose numbers are changed between being chosen and being looked up."""
+
+    def route(m: Mixture, x: torch.Tensor) -> torch.Tensor:
+        gates, chosen = m.router(x).softmax(-1).topk(TOP, -1)
+        return run_experts(m, x, change(chosen), gates)
+
+    return route
+
+
+@pytest.mark.parametrize(
+    ("change", "op"),
+    [
+        (lambda chosen: (chosen + 1) % EXPERTS, "aten.add.Tensor"),
+        (lambda chosen: torch.where(chosen == 0, 1, chosen), "aten."),
+        (lambda chosen: chosen.clamp(max=3), "aten.clamp.default"),
+        (lambda chosen: torch.stack((chosen[:, 0], torch.zeros_like(chosen[:, 1])), 1), "aten.stack.default"),
+        (lambda chosen: chosen.cumsum(-1) % EXPERTS, "aten.cumsum.default"),
+        (lambda chosen: (chosen.float() * 0.5).long(), "aten.mul.Tensor"),
+    ],
+)
+def test_arithmetic_on_positions_keeps_all_experts(change: Callable[[torch.Tensor], torch.Tensor], op: str) -> None:
+    reason = frozen_reason(Mixture(arithmetic(change)), "router.weight[0]")
+    assert reason.startswith(op) and reason.endswith("computes with positions along this axis")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda chosen: chosen.flip(-1),
+        lambda chosen: chosen.t().contiguous().t().to(torch.int32).long().clone(),
+        lambda chosen: torch.cat((chosen[:, 1:], chosen[:, :1]), -1),
+        lambda chosen: torch.stack(chosen.unbind(-1), -1),
+        lambda chosen: chosen.sort(-1)[0],
+        lambda chosen: chosen.gather(-1, (chosen > chosen.flip(-1)).long()),
+        lambda chosen: chosen[torch.arange(15, -1, -1)],
+        lambda chosen: chosen.unsqueeze(0).expand(3, -1, -1)[2],
+    ],
+)
+def test_moving_and_comparing_positions_does_not(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    torch.manual_seed(2)
+    check_removes_experts(Mixture(arithmetic(change)), tokens(), [1, 2])
+
+
+def test_positions_that_the_model_returns_keep_all_experts() -> None:
+    def route(m: Mixture, x: torch.Tensor) -> Any:
+        gates, chosen = m.router(x).softmax(-1).topk(TOP, -1)
+        return run_experts(m, x, chosen, gates), chosen
+
+    assert frozen_reason(Mixture(route)) == "positions along it are an output of the model"
+
+
+def test_an_encoding_with_a_class_too_many_keeps_all_experts() -> None:
+    def route(m: Mixture, x: torch.Tensor) -> torch.Tensor:
+        gates, chosen = m.router(x).softmax(-1).max(-1)
+        mask = F.one_hot(chosen, EXPERTS + 1)[:, :EXPERTS] * gates.unsqueeze(-1)
+        return torch.einsum("ne,enw->nw", mask, all_experts(m, x))
+
+    assert "units cannot be the same" in frozen_reason(Mixture(route))
+
+
+def test_positions_of_unknown_origin_keep_what_they_look_up() -> None:
+    def route(m: Mixture, x: torch.Tensor) -> torch.Tensor:
+        total = x.sum(-1, keepdim=True)
+        return run_experts(m, x, (total > 0).long(), total)
+
+    assert frozen_reason(Mixture(route)) == "looked up by number"
+
+
+def test_a_softmax_over_anything_else_keeps_its_units() -> None:
+    module = nn.Sequential(nn.Linear(5, 12), nn.Softmax(-1), nn.Linear(12, 4))
+    dense = discover(module, {"input": torch.randn(3, 5)})
+    assert not [group for group in groups_of(dense) if group.size == 12]
+    assert "runs over this axis" in frozen_axes(graph_of(dense))["0.weight[0]"].reason  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("op", ["scatter", "scatter_add", "index_add", "index_copy", "index_put"])
+def test_writing_at_positions_passes_the_other_axes(op: str) -> None:
+    """Rows of a hidden layer written to other places: what is beside the places goes exactly."""
+    torch.manual_seed(0)
+    order = torch.tensor([3, 0, 2, 1])
+
+    class Writer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 12), nn.Linear(12, 3)
+            self.register_buffer("order", order)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden, base = self.first(x).relu(), self.first(x).tanh()
+            if op.startswith("scatter"):
+                hidden = getattr(base, op)(0, self.order[:, None].expand(-1, 12), hidden)
+            elif op == "index_put":
+                hidden = base.index_put((self.order,), hidden)
+            else:
+                hidden = getattr(base, op)(0, self.order, hidden)
+            return self.last(hidden)
+
+    check_removes_exactly(Writer(), {"x": torch.randn(4, 5)}, [12])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_pruning_experts_of_a_model(family: str) -> None:
+    model = tiny(family)
+    before = copy.deepcopy(model.state_dict())
+    result = prune(model, token_ids(4, 12), ratio=0.2, kinds=("mlp", "expert"), protect=())
+    assert result.report.verification_error is not None and result.report.verification_error <= TOLERANCE
+    assert result.model is not None, result.report.model_reasons
+    experts = [p.shape[0] for name, p in result.model.named_parameters() if name.endswith(".mlp.gate.weight")]
+    assert set(experts) <= {2, 3, 4, 5} and min(experts) < 5
+    ids = token_ids(2, 9)
+    with torch.no_grad():
+        assert torch.allclose(result.model(ids).logits, result(input_ids=ids).logits, atol=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss", "ernie4_5_moe"])
+def test_each_expert_and_each_channel_of_a_released_architecture(model_type: str) -> None:
+    """Routers with a correction and groups, with biases, and with a softmax beside a correction."""
+    model = tiny_model(model_type)
+    inputs = {"input_ids": zoo_ids()}
+    dense = trace(model).graph_module
+    Pipeline(["find-groups"])(dense)
+    chosen = [g for g in groups_of(dense) if g.factor is not None and g.kind in ("expert", "mlp")]
+    assert {"expert", "mlp"} == {group.kind for group in chosen}
+    assert {group.least for group in chosen if group.kind == "expert"} == {2}
+    units = {g.factor: np.arange(g.size) != i % g.size for i, g in enumerate(chosen) if g.factor is not None}
+    got = slim_outputs(slim_graph(dense, Keep(units)), inputs)
+    assert compare(masked_outputs(dense, axes_of(dense), Keep(units), (), inputs), got) <= TOLERANCE
+    assert compare(slim_outputs(dense, inputs), got) > TOLERANCE
+
+
+def test_experts_that_a_top_k_needs_are_out_of_reach_of_a_ratio() -> None:
+    model = tiny("mixtral")
+    with pytest.raises(RatioError, match="the largest reachable ratio"):
+        prune(model, ratio=0.7, kinds=("expert",), importance="l2", protect=())
+    result = prune(model, group_ratio=0.9, kinds=("expert",), importance="l2", protect=(), round_to=8)
+    assert {kept for _, kept in result.report.widths.values()} == {2}
+
+
+def test_experts_of_odd_widths_run_and_load_without_grouped_kernels(tmp_path: Path) -> None:
+    """Grouped kernels take rows of a multiple of 16 bytes; the checkpoint has to say that these are not."""
+    model = tiny("mixtral", num_hidden_layers=2)
+    result = prune(model, group_ratio=0.3, kinds=("mlp",), importance="l2", protect=())
+    assert {kept % 4 for _, kept in result.report.widths.values()} == {2}
+    assert result.model is not None, result.report.model_reasons
+    result.save_pretrained(tmp_path / "slim")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "slim")
+    with torch.no_grad():
+        assert torch.allclose(loaded(token_ids()).logits, result(input_ids=token_ids()).logits, atol=1e-4)

@@ -1,0 +1,243 @@
+"""Rules for ops that have no weights: what each lets go, and that letting it go is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxprune
+from fxprune.discovery.explain import explain, frozen_axes
+from fxprune.rules import OpSite
+from fxprune.rules.registry import _RULES
+from tests.removal import Net, axes_of, check_removes_exactly, discover, graph_of, groups_of, shape_of
+
+Middle = Callable[[torch.Tensor], torch.Tensor]
+
+WIDTH = 12
+
+
+def between(
+    middle: Middle, width: int = WIDTH, shape: tuple[int, ...] = (2, 7, 10)
+) -> tuple[Net, dict[str, torch.Tensor]]:
+    """Two linear layers, 10 to 12 and `width` to 9, with `middle` between them."""
+    net = Net(lambda m, x: m.b(middle(m.a(x))), a=nn.Linear(10, WIDTH), b=nn.Linear(width, 9))
+    return net, {"x": torch.randn(shape)}
+
+
+def heads(h: torch.Tensor) -> torch.Tensor:
+    return h.unflatten(-1, (4, 3))
+
+
+# name: (function, width after it, sizes of the groups that may go)
+SHAPES: dict[str, tuple[Middle, int, list[int]]] = {
+    "unflatten-flatten": (lambda h: heads(h).flatten(-2), 12, [4, 3]),
+    "view": (lambda h: h.view(2, 7, 2, 6).reshape(2, 7, -1), 12, [2, 6]),
+    "view-1": (lambda h: h.view(-1, 12).view(2, 7, 12), 12, [12]),
+    "view_as": (lambda h: h.view(2, 7, 4, 3).view_as(h), 12, [4, 3]),
+    "views-that-interleave": (lambda h: (heads(h) + 1).reshape(2, 7, 3, 4).transpose(-1, -2).flatten(-2), 12, []),
+    "transpose": (lambda h: h.transpose(1, 2).mT, 12, [12]),
+    "permute": (lambda h: h.permute(2, 0, 1).permute(1, 2, 0), 12, [12]),
+    "movedim": (lambda h: h.movedim((0, 2), (2, 0)).movedim(0, -1).movedim(1, 0), 12, [12]),
+    "swapaxes": (lambda h: h.swapaxes(1, -1).swapaxes(1, 2), 12, [12]),
+    "squeeze": (lambda h: h.unsqueeze(1).squeeze(1).unsqueeze(-1).squeeze(), 12, [12]),
+    "expand": (lambda h: h.unsqueeze(-2).expand(2, 7, 3, 12).flatten(-2), 36, [12, 3]),
+    "expand-1": (lambda h: h.unsqueeze(-1).expand(-1, -1, -1, 3).flatten(-2), 36, [12, 3]),
+    "expand_as": (lambda h: h.mean(1, keepdim=True).expand_as(h), 12, [12]),
+    "expand_as-over-units": (lambda h: h.sum(-1, keepdim=True).expand_as(h), 12, [12]),
+    "broadcast_tensors": (lambda h: torch.broadcast_tensors(h, h[:, :1])[1], 12, [12]),
+    "broadcast_to": (lambda h: torch.broadcast_to(h.unsqueeze(-2), (2, 7, 3, 12)).flatten(-2), 36, [12, 3]),
+    "repeat": (lambda h: h.repeat(3, 1, 1, 2)[1], 24, [12, 2]),
+    "tile": (lambda h: h.tile(2), 24, [12, 2]),
+    "repeat_interleave": (lambda h: h.repeat_interleave(2, -1), 24, [12, 2]),
+    "repeat_interleave-flat": (lambda h: h.repeat_interleave(2).view(2, 7, 24), 24, []),
+    "cat": (lambda h: torch.cat((h, h.relu()), -1), 24, [12]),
+    "cat-of-the-empty": (lambda h: torch.cat((h[..., 12:], h), -1), 12, [12]),
+    "stack": (lambda h: torch.stack((h, h.relu()), -1).flatten(-2), 24, [12]),
+    "split": (lambda h: h.split(4, -1)[0] * h.split(4, -1)[2], 4, [4, 4]),
+    "split-uneven": (lambda h: torch.cat(h.split(5, -1)[::-1], -1), 12, [5, 5, 2]),
+    "split-sizes": (lambda h: torch.cat(h.split([3, 7, 2], -1)[::-1], -1), 12, [3, 7, 2]),
+    "chunk": (lambda h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1], 6, [6]),
+    "chunk-uneven": (lambda h: torch.cat(h.chunk(5, -1)[::-1], -1), 12, [3, 3, 3, 3]),
+    "tensor_split": (lambda h: torch.cat(torch.tensor_split(h, 3, -1)[::-1], -1), 12, []),
+    "unbind": (lambda h: heads(h).unbind(-1)[0] * heads(h).unbind(-1)[2], 4, [4]),
+    "select": (lambda h: heads(h)[..., 1, :] + heads(h).select(-2, -1), 3, [3]),
+    "slice": (lambda h: h[..., 3:9], 6, [3, 6, 3]),
+    "slice-from-the-end": (lambda h: h[..., -5:], 5, [7, 5]),
+    "slice-to-the-end": (lambda h: h[..., :-5], 7, [7, 5]),
+    "slice-between-ends": (lambda h: h[..., -9:-4], 5, [3, 5, 4]),
+    "slice-last": (lambda h: h[..., -1:] * h[..., :-1], 11, [11]),
+    "slice-past-the-end": (lambda h: h[..., 3:100], 9, [3, 9]),
+    "slice-nothing": (lambda h: torch.cat((h[..., 5:3], h), -1), 12, [5, 7]),
+    "slice-rotate-half": (lambda h: torch.cat((-h[..., -6:], h[..., :-6]), -1) + h, 12, [6]),
+    "slice-step": (lambda h: h[..., 1::3], 4, [4]),
+    "slice-step-that-does-not-divide": (lambda h: h[..., ::5], 3, []),
+    "slice-through-units": (lambda h: (heads(h) * heads(h).relu()).flatten(-2)[..., 4:], 8, []),
+    "narrow": (lambda h: h.narrow(-1, 3, 5), 5, [3, 5, 4]),
+    "narrow-from-the-end": (lambda h: h.narrow(-1, -5, 5), 5, [7, 5]),
+    "unfold": (lambda h: h.unfold(-1, 3, 3).flatten(-2), 12, []),
+    "unfold-tokens": (lambda h: h.unfold(1, 3, 2).sum(-1), 12, [12]),
+    "ravel": (lambda h: h.ravel().reshape(2, 7, 12), 12, [12]),
+    "moveaxis": (lambda h: h.moveaxis(2, 0).swapdims(0, 1).moveaxis(1, -1), 12, [12]),
+    "concatenate": (lambda h: torch.concatenate((h, h.relu()), -1), 24, [12]),
+    "repeat_interleave-of-a-size": (lambda h: h.repeat_interleave(2, -1, output_size=24), 24, [12, 2]),
+    "pad": (lambda h: F.pad(h, (1, 2)), 15, []),
+    "pad-shift": (lambda h: F.pad(h, (1, -1)), 12, []),
+    "pad-tokens": (lambda h: F.pad(h, (0, 0, 1, -1)), 12, [12]),
+}
+
+VALUES: dict[str, tuple[Middle, int, list[int]]] = {
+    **{
+        f.__name__: (f, 12, [12])
+        for f in (F.relu, F.gelu, F.silu, torch.sigmoid, torch.exp, torch.cos, F.hardtanh, torch.neg)
+    },
+    "glu": (lambda h: F.glu(h, -1), 6, [6]),
+    "log_sigmoid": (lambda h: F.logsigmoid(h) * h.absolute().multiply(2).divide(3), 12, [12]),
+    "where": (lambda h: torch.where(h > 0, h, 0.1 * h), 12, [12]),
+    "maximum": (lambda h: torch.max(h, -0.2 * h) + torch.min(h, h * h), 12, [12]),
+    "in-place": (lambda h: h.mul_(2).add_(1), 12, [12]),
+    "dtype": (lambda h: h.to(torch.float64).square().float(), 12, [12]),
+    "softmax": (lambda h: h.softmax(-1), 12, []),
+    "softmax-tokens": (lambda h: h.softmax(1), 12, [12]),
+    "softmax-in-a-head": (lambda h: heads(h).softmax(-1).flatten(-2), 12, [4]),
+    "log_softmax": (lambda h: F.log_softmax(h, -1), 12, []),
+    "mean": (lambda h: h * h.mean(-1, keepdim=True), 12, []),
+    "mean-tokens": (lambda h: h.mean(1), 12, [12]),
+    "mean-in-a-head": (lambda h: heads(h).mean(-1), 4, [4]),
+    "sum-over-heads": (lambda h: heads(h).sum(-2), 3, [4, 3]),
+    "sum-all": (lambda h: h * h.sum(), 12, [12]),
+    "einsum-sum": (lambda h: h * torch.einsum("bsd->bs", h.sigmoid())[..., None], 12, []),
+    "norm": (lambda h: h / (1 + h.norm(dim=-1, keepdim=True)), 12, [12]),
+    "normalize-in-a-head": (lambda h: F.normalize(heads(h), dim=-1).flatten(-2), 12, [4, 3]),
+    "var_mean": (lambda h: h / (1 + torch.var_mean(h, 1, keepdim=True)[0]), 12, [12]),
+    "amax-tokens": (lambda h: h - h.amax(1, keepdim=True), 12, [12]),
+    "max-in-a-head": (lambda h: heads(h).max(-1)[0], 4, [4]),
+    "prod-in-a-head": (lambda h: heads(h).prod(-1), 4, [4]),
+    "argmax-tokens": (lambda h: h * h.argmax(1, keepdim=True), 12, [12]),
+    "cumsum": (lambda h: h.cumsum(-1), 12, [12]),
+    "cumsum-tokens": (lambda h: h.cumsum(1), 12, [12]),
+    "flip": (lambda h: h.flip(-1), 12, []),
+    "roll": (lambda h: h.roll(1, 1), 12, [12]),
+    "roll-flat": (lambda h: h.roll(1), 12, []),
+    "topk": (lambda h: h.topk(4, -1)[0], 4, []),
+    "topk-in-a-head": (lambda h: heads(h).topk(2, -1)[0].flatten(-2), 8, [4]),
+    "sort": (lambda h: h.sort(-1)[0], 12, []),
+    "tril": (lambda h: h.tril(), 12, []),
+    "index": (lambda h: h[..., torch.tensor([3, 1, 7])], 3, []),
+    "index-tokens": (lambda h: h[:, torch.tensor([3, 1])], 12, [12]),
+    "index-two-axes": (lambda h: h[torch.tensor([0, 1]), torch.tensor([2, 3])], 12, [12]),
+    "index-apart": (lambda h: heads(h)[torch.tensor([0, 1]), :, torch.tensor([2, 3])], 3, [3]),
+    "index_select": (lambda h: h.index_select(-1, torch.tensor([1, 5])), 2, []),
+    "index_select-tokens": (lambda h: h.index_select(1, torch.tensor([1, 5])), 12, [12]),
+    "layer_norm": (lambda h: F.layer_norm(h, (12,)), 12, []),
+    "rms_norm-in-a-head": (lambda h: F.rms_norm(heads(h), (3,)).flatten(-2), 12, [4]),
+    "zeros_like": (lambda h: h + torch.zeros_like(h) + torch.ones_like(h), 12, [12]),
+    "full": (lambda h: h * h.new_ones(12) + torch.full((12,), 0.3) + torch.zeros(7, 1), 12, [12]),
+    "ones-beside": (lambda h: torch.cat((h, torch.ones(2, 7, 3)), -1), 15, [12, 3]),
+    "arange": (lambda h: h * torch.arange(12), 12, [12]),
+    "arange-over-heads": (lambda h: (heads(h) * torch.arange(4)[:, None]).flatten(-2), 12, [4, 3]),
+    "eye": (lambda h: h @ torch.eye(12), 12, [12, 12]),
+    "constant": (lambda h: h * torch.tensor([float(i) for i in range(1, 13)]), 12, [12]),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_ops_that_move_axes(name: str) -> None:
+    middle, width, groups = SHAPES[name]
+    check_removes_exactly(*between(middle, width), groups)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_ops_that_change_values(name: str) -> None:
+    middle, width, groups = VALUES[name]
+    check_removes_exactly(*between(middle, width), groups)
+
+
+@pytest.mark.parametrize("shape", [(10,), (3, 10)])
+def test_any_number_of_axes(shape: tuple[int, ...]) -> None:
+    check_removes_exactly(*between(F.relu, shape=shape), [12])
+
+
+@pytest.mark.parametrize("middle", [lambda h: h.t().t(), lambda h: h.T.T], ids=["t", "T"])
+def test_transposes_of_matrices(middle: Middle) -> None:
+    check_removes_exactly(*between(middle, shape=(3, 10)), [12])
+
+
+# ------------------------------------------------------------------------------------- what there is no rule for
+
+
+@pytest.mark.parametrize(
+    ("middle", "width", "op"),
+    [
+        (lambda h: torch.fft.rfft(h).abs(), 7, "aten.fft_rfft.default"),
+        (lambda h: h.cummax(-1)[0], 12, "aten.cummax.default"),
+        (lambda h: h.diag_embed()[..., 0], 12, "aten.diag_embed.default"),
+        (lambda h: torch.cdist(h, h), 7, "aten.cdist.default"),
+    ],
+)
+def test_an_op_without_a_rule_freezes_what_it_touches_and_is_named(middle: Middle, width: int, op: str) -> None:
+    net, inputs = between(middle, width)
+    dense = check_removes_exactly(net, inputs, [])
+    graph = graph_of(dense)
+    assert op in axes_of(dense).unruled.values()
+    reasons = frozen_axes(graph)
+    for axis in ("a.weight[0]", "a.bias[0]", "b.weight[1]"):
+        assert reasons[axis].reason == f"no rule for {op}"
+        assert reasons[axis].node in axes_of(dense).unruled
+    with pytest.raises(fxprune.FxpruneError, match=f"no rule for {op}"):
+        explain(graph, ("a.weight", 0))
+
+
+@torch.library.custom_op("fxprunetest::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    """A user's op that no rule of the package knows."""
+    return x * 2
+
+
+@twice.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.fixture
+def rule_for_twice() -> Iterator[None]:
+    @fxprune.rule("fxprunetest::twice")
+    def rule(op: OpSite) -> None:
+        op.tie_all(op.need("x"))
+
+    yield
+    del _RULES["fxprunetest::twice"]
+
+
+def test_a_user_op_is_frozen_until_it_has_a_rule() -> None:
+    dense = check_removes_exactly(*between(twice), [])
+    assert axes_of(dense).unruled == {"twice": "fxprunetest.twice.default"}
+
+
+@pytest.mark.usefixtures("rule_for_twice")
+def test_a_user_op_with_a_registered_rule_passes_its_units_on() -> None:
+    dense = check_removes_exactly(*between(twice), [12])
+    members = {(m.name, m.axis) for m in groups_of(dense)[0].members}
+    assert members == {("a.weight", 0), ("a.bias", 0), ("b.weight", 1)}
+
+
+def test_what_the_model_takes_and_returns_keeps_its_shape() -> None:
+    net = Net(lambda m, x: (m.b(m.a(x)), m.a(x)), a=nn.Linear(10, 12), b=nn.Linear(12, 9))
+    dense = discover(net, {"x": torch.randn(3, 10)})
+    graph = graph_of(dense)
+    assert {name: freeze.reason for name, freeze in frozen_axes(graph).items()} == {
+        "a.weight[0]": "an output of the model",
+        "a.weight[1]": "an input of the model",
+        "a.bias[0]": "an output of the model",
+        "b.weight[0]": "an output of the model",
+        "b.weight[1]": "an output of the model",
+        "b.bias[0]": "an output of the model",
+    }
+
+
+def test_cut_and_split_axes_read_as_what_they_are_made_of() -> None:
+    net, inputs = between(lambda h: (heads(h) * heads(h).softmax(1)).flatten(-2)[..., :6].repeat(1, 1, 2))
+    assert shape_of(discover(net, inputs), "b.weight") == ["a:9", "(b:2 * c:2 * d:3)"]
