@@ -51,7 +51,7 @@ def prune(
 ) -> Result:
     """Remove the least important structures of ``model``; the model passed is not changed.
 
-    What runs is :func:`prune_pipeline`, a list of passes that can be printed, copied and changed.
+    What runs is :func:`prune_pipeline`: passes that can be printed, copied and changed.
 
     Args:
         model: a Hugging Face model, or any module that ``torch.export`` can trace.
@@ -61,8 +61,7 @@ def prune(
         kinds: which structures may go: ``mlp``, ``head``, ``channel``, ``head_dim``, ``expert``, ``layer``.
         importance: ``taylor``, ``l1``, ``l2``, ``random`` or another registered importance pass, with arguments of its
             own as in ``"taylor{order=second}"``; or a pass.
-        taylor: the order, where the importance has one: ``vector``, ``first``, ``second`` or ``mix``. The same as
-            ``importance="taylor{order=...}"``.
+        taylor: ``vector``, ``first``, ``second`` or ``mix``; the same as ``importance="taylor{order=...}"``.
         reduction: how members of a group are combined: ``sum``, ``prod``, ``max``, ``mean``, ``first``, ``last``.
         ranking: ``local``: the same fraction in every group; ``global``: the lowest scores anywhere.
         group_ratio: the paper's ratio, a fraction of the units of every group; takes the place of ``ratio``.
@@ -71,8 +70,7 @@ def prune(
         round_to: slim widths are multiples of this.
         uniform: the same widths in every layer, and such that the model's own config class takes them: the checkpoint
             then loads in stock transformers, and in whatever reads its format. ``protect`` must be empty or None.
-        select: a registered selection pass with arguments of its own, or a pass, in place of the one that ``ratio`` or
-            ``group_ratio`` means.
+        select: a registered selection pass, or a pass, in place of what ``ratio`` or ``group_ratio`` stands for.
         compensate: ``least-squares``, perhaps with arguments: weights that lost inputs are fitted to what the dense
             model computes on the calibration data; or a pass. None leaves every kept number as it is.
         seed: for ``random`` importance and the verification inputs.
@@ -84,25 +82,8 @@ def prune(
     Raises:
         FxpruneError: one of its subclasses, naming what is wrong and what to do; the model is then unchanged.
     """
-    pipeline = prune_pipeline(
-        calibration,
-        ratio=ratio,
-        kinds=kinds,
-        importance=importance,
-        taylor=taylor,
-        reduction=reduction,
-        ranking=ranking,
-        group_ratio=group_ratio,
-        protect=protect,
-        round_to=round_to,
-        uniform=uniform,
-        select=select,
-        compensate=compensate,
-        seed=seed,
-        verify=verify,
-        inplace=inplace,
-        track=track,
-    )
+    options = {name: value for name, value in locals().items() if name not in ("model", "example_inputs")}
+    pipeline = prune_pipeline(**options)
     traced = trace(model, example_inputs)
     return Result.of(pipeline(traced.graph_module, inplace=inplace).graph_module)
 
@@ -201,7 +182,7 @@ def prune_pipeline(
 
 
 def _stage(choice: str | Pass, stage: str, **defaults: Any) -> Pass:
-    """Return the pass, or the one of ``stage`` that is spelled so; ``defaults`` fill in what the spelling leaves open."""
+    """Return the pass, or the one of ``stage`` spelled so; ``defaults`` fill in what the spelling leaves open."""
     if isinstance(choice, Pass):
         return choice
     name, known = read_spelling(choice)[0], pass_names(stage)

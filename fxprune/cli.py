@@ -46,7 +46,9 @@ def prune(
     ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = 0.2,
     group_ratio: Annotated[float | None, typer.Option(help="Fraction of each group's units, instead.")] = None,
     kinds: Annotated[str, typer.Option(help="Comma-separated kinds.")] = "mlp,head",
-    importance: Annotated[str, typer.Option(help="taylor, l1, l2, random or another pass, as in 'taylor{order=second}'.")] = "taylor",
+    importance: Annotated[
+        str, typer.Option(help="taylor, l1, l2, random or another pass, as in 'taylor{order=second}'.")
+    ] = "taylor",
     taylor: Annotated[str | None, typer.Option(help="Order of taylor: vector, first, second or mix.")] = None,
     reduction: Annotated[str, typer.Option(help="sum, prod, max, mean, first or last.")] = "sum",
     ranking: Annotated[str, typer.Option(help="local (in each group) or global.")] = "local",

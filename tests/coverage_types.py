@@ -17,14 +17,12 @@ from torch import fx, nn
 
 import fxprune
 from fxprune.axes import Keep
-from fxprune.discovery.dependency import axis_map
 from fxprune.discovery.explain import frozen_axes
 from fxprune.discovery.groups import Group
 from fxprune.graph.fork import fork
 from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
 from fxprune.masking.masked_run import output_tensors
 from fxprune.pipeline.pipeline import Pipeline
-from fxprune.removal.plan import plan_of
 from fxprune.result import Result
 from fxprune.trace import Traced, trace
 from tests.removal import axes_of, decide, graph_of, groups_of, zeroed

@@ -93,10 +93,10 @@ def _givers(kind: type[Fact]) -> tuple[str, ...]:
     found = []
     for name in pass_names():
         try:
-            gives = pass_class(name).gives
+            gives: object = pass_class(name).gives
         except PassError:  # a broken plug-in gives nothing
             continue
-        if isinstance(gives, tuple) and kind in gives:
+        if isinstance(gives, tuple) and kind in gives:  # what a sequence gives, its steps do
             found.append(name)
     return tuple(found)
 

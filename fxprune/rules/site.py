@@ -65,6 +65,11 @@ class OpSite:
         return op_name(self.node.target)
 
     @cached_property
+    def _text(self) -> str:
+        """The op in full: ``aten.linear.default``."""
+        return str(self.node.target)
+
+    @cached_property
     def arguments(self) -> Arguments:
         """The arguments by the names in the op's schema."""
         return Arguments(self.node)
@@ -153,7 +158,7 @@ class OpSite:
     def link(self, a: TensorAxes, i: int, b: TensorAxes, j: int) -> None:
         """Record that this op couples axis ``i`` of ``a`` with axis ``j`` of ``b`` (an edge, no equation)."""
         ends = Axis(a.name, i % a.rank), Axis(b.name, j % b.rank)
-        self._stated.couplings.append(Coupling(*ends, self.node.name, str(self.node.target)))
+        self._stated.couplings.append(Coupling(*ends, self.node.name, self._text))
 
     def tie(self, a: TensorAxes, i: int, b: TensorAxes, j: int) -> None:
         """State that axis ``i`` of ``a`` is axis ``j`` of ``b``."""

@@ -39,6 +39,8 @@ class MakeVerificationInputsPass(Pass):
         """Put down the inputs."""
         facts = facts_of(graph_module)
         source = facts.get(Source)
-        given = self.example_inputs if self.example_inputs is not None else source and source.example_inputs
+        given = self.example_inputs
+        if given is None and source is not None:
+            given = source.example_inputs
         facts.put(VerificationInputs(make_inputs(graph_module, given, self.seed)))
         return PassResult(graph_module, False)

@@ -24,9 +24,8 @@ from fxprune.pipeline.pipeline import PassSequence, Pipeline
 from fxprune.pipeline.registry import load_pass, parse_pass, pass_class, pass_names
 from fxprune.removal.scores import Scores
 from fxprune.trace import trace
-from tests.models import tiny
+from tests.models import tiny, token_ids
 from tests.removal import Net, discover
-from tests.models import token_ids
 
 OWN = tuple(name for stage in STAGES for name in pass_names(stage))
 
@@ -75,7 +74,9 @@ def ready_for(name: str, tmp_path: Any) -> tuple[fx.GraphModule, Pass]:
 def test_a_registered_pass_keeps_the_contract(name: str, tmp_path: Any) -> None:
     made = pass_class(name)
     assert made.name == name and made.stage in STAGES
-    assert made.__name__ == "".join(part.capitalize() for part in name.split("-")) + "Pass" or made.stage == "importance"
+    assert (
+        made.__name__ == "".join(part.capitalize() for part in name.split("-")) + "Pass" or made.stage == "importance"
+    )
     assert dataclasses.is_dataclass(made) and made.__dataclass_params__.frozen  # type: ignore[attr-defined]
     assert made.__doc__ and all(f"{f.name}:" in _documented(made) for f in dataclasses.fields(made) if f.init)
     graph_module, step = ready_for(name, tmp_path)
@@ -104,7 +105,7 @@ def test_a_pass_refuses_a_graph_about_which_it_does_not_know_enough(name: str, t
     for kind in step.needs:
         work = fork(graph_module)
         facts_of(work).drop(kind, by="forgetting")
-        with pytest.raises(PassError, match=rf"^pass [a-z0-9-]+: {kind.__name__} no longer holds after pass forgetting"):
+        with pytest.raises(PassError, match=f"{kind.__name__} no longer holds after pass forgetting"):
             step(work)
 
 
@@ -173,15 +174,15 @@ class CarelessPass(StrangePass):
 
 
 def test_a_pass_that_writes_where_it_said_it_would_not_is_told() -> None:
-    with pytest.raises(PassError, match="wrote to a.weight of the graph that it was given a copy of"):
+    with pytest.raises(PassError, match=r"wrote to a.weight of the graph that it was given a copy of"):
         CarelessPass("weights")(small())
-    with pytest.raises(PassError, match="wrote to a.weight"):
+    with pytest.raises(PassError, match=r"wrote to a.weight"):
         Pipeline([CarelessPass("weights")])(small())
 
 
 def test_a_promise_is_checked() -> None:
     assert Mark in facts_of(StrangePass()(small()).graph_module)
-    with pytest.raises(PassError, match="pass strange: did not give Mark. This is a defect of the pass"):
+    with pytest.raises(PassError, match=r"pass strange: did not give Mark. This is a defect of the pass"):
         StrangePass(gives_mark=False)(small())
 
 
@@ -215,7 +216,7 @@ def test_facts_about_what_changed_are_dropped_unless_the_pass_keeps_them() -> No
     assert Groups in facts_of(fitted.graph_module) and Scores not in facts_of(fitted.graph_module)
     assert not {Groups, Dependencies, Scores} & {type(fact) for fact in facts_of(rewritten.graph_module)}
     assert Mark in facts_of(rewritten.graph_module), "it was given anew"
-    with pytest.raises(PassError, match="Groups no longer holds after pass strange. Run find-groups first"):
+    with pytest.raises(PassError, match=r"Groups no longer holds after pass strange. Run find-groups first"):
         load_pass("l2")(rewritten.graph_module)
     assert Scores in facts_of(dense)
 
@@ -255,7 +256,7 @@ def test_a_pipeline_runs_passes_in_turn_and_says_whether_one_changed_anything() 
 
 def test_what_goes_wrong_in_a_pipeline_names_the_pass() -> None:
     for pipeline in (Pipeline("find-groups, select-by-ratio"), Pipeline("find-groups, (select-by-ratio)")):
-        with pytest.raises(PassError, match="no Scores is known. Run l1 or l2 or random or taylor first") as caught:
+        with pytest.raises(PassError, match=r"no Scores is known. Run l1 or l2 or random or taylor first") as caught:
             pipeline(llama())
         assert caught.value.__notes__ == ["in pass select-by-ratio"]
 
@@ -325,13 +326,13 @@ def test_a_decision_about_another_graph_is_refused() -> None:
         Pipeline("find-groups, l2, select-by-ratio")(dense)
     decided = next(fact for fact in facts_of(first) if type(fact).__name__ == "Removal")
     facts_of(second).put(decided)
-    with pytest.raises(PassError, match="decided on another graph.*plan-from-json"):
+    with pytest.raises(PassError, match=r"decided on another graph.*plan-from-json"):
         load_pass("shrink")(second)
     carried = load_pass("plan-from-json", text=decided.plan.to_json())  # type: ignore[attr-defined]
     Pipeline([carried, "shrink"])(second)
-    with pytest.raises(PassError, match="Use the plan's own model|Make the plan again"):
+    with pytest.raises(PassError, match=r"Use the plan's own model|Make the plan again"):
         carried(Pipeline("find-groups")(trace(tiny("gpt2")).graph_module).graph_module)
-    with pytest.raises(PassError, match="no Dependencies is known. Run find-groups first"):
+    with pytest.raises(PassError, match=r"no Dependencies is known. Run find-groups first"):
         carried(llama())
 
 

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from fxprune.data.calibration import IGNORED
-from fxprune.errors import DataError, RecoveryError, UnknownNameError
+from fxprune.errors import DataError
 from fxprune.recovery.data import TrainingData, collate, read_training_data
 from fxprune.recovery.formats import TEMPLATE, Example, Formatter
 from fxprune.recovery.settings import RecoverySettings, settings_from
@@ -230,26 +230,3 @@ def test_a_batch_is_padded_at_its_end() -> None:
 
 
 # Settings
-
-
-@pytest.mark.parametrize(
-    ("changes", "error"),
-    [
-        ({"rank": 0}, RecoveryError),
-        ({"learning_rate": -1.0}, RecoveryError),
-        ({"held_out": 0}, RecoveryError),
-        ({"warmup": 1.0}, RecoveryError),
-        ({"precision": "fp16"}, UnknownNameError),
-        ({"data_format": "csv"}, UnknownNameError),
-        ({"learnin_rate": 1.0}, UnknownNameError),
-    ],
-)
-def test_settings_out_of_range_are_refused(changes: dict[str, Any], error: type[Exception]) -> None:
-    with pytest.raises(error, match=next(iter(changes))):
-        settings_from(None, changes)
-
-
-def test_defaults_are_the_papers() -> None:
-    recipe = RecoverySettings()
-    assert (recipe.rank, recipe.batch, recipe.learning_rate, recipe.epochs, recipe.max_tokens) == (8, 64, 1e-4, 2, 256)
-    assert recipe.response_only

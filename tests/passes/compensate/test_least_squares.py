@@ -15,14 +15,13 @@ from fxprune.axes import Keep
 from fxprune.data.calibration import Calibration, Sample, stacked
 from fxprune.errors import CalibrationError, FxpruneError, PassError, UnknownNameError
 from fxprune.graph.facts import facts_of
-from fxprune.removal.removal import Removal
 from fxprune.graph.fork import fork
 from fxprune.graph.tensors import get_tensor, weights
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
-from fxprune.removal.plan import plan_of
+from fxprune.removal.removal import Removal
 from tests.models import tiny, token_ids
-from tests.removal import Net, axes_of, decide, discover, groups_of
+from tests.removal import Net, decide, discover, groups_of
 
 X = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(0))
 DAMPING = 0.03

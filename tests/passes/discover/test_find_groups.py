@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
+from fxprune.passes.discover import FindGroupsPass
 from torch import nn
 
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
 from fxprune.graph.facts import facts_of
-from fxprune.passes.discover import FindGroupsPass
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.scores import Scores
 from fxprune.trace import trace

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from fxprune.passes.emit import EmitModelPass, MakeReportPass, SaveCheckpointPass
+from fxprune.passes.emit.save_checkpoint import Saved
 from torch import nn
 
 from fxprune.emit.emitted import Emitted
 from fxprune.errors import CheckpointError, PassError
 from fxprune.graph.facts import facts_of
 from fxprune.graph.source import Source
-from fxprune.passes.emit import EmitModelPass, MakeReportPass, SaveCheckpointPass
-from fxprune.passes.emit.save_checkpoint import Saved
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.removal.report import Report
 from fxprune.trace import trace
@@ -26,7 +26,7 @@ SHRINK = "find-groups, l2, select-by-ratio{ratio=0.25, protect=()}, count-work, 
 
 def test_model_report_and_checkpoint_come_one_after_the_other(tmp_path: Path) -> None:
     slim = Pipeline(SHRINK)(trace(tiny("llama")).graph_module).graph_module
-    with pytest.raises(PassError, match="no Emitted is known. Run emit-model first"):
+    with pytest.raises(PassError, match=r"no Emitted is known. Run emit-model first"):
         SaveCheckpointPass(str(tmp_path / "slim"))(slim)
     EmitModelPass()(slim)
     facts = facts_of(slim)
@@ -37,7 +37,7 @@ def test_model_report_and_checkpoint_come_one_after_the_other(tmp_path: Path) ->
     report = facts[Report]
     assert report.ratio == 0.25 and report.verification_error is None
     assert report.parameters[1] == sum(p.numel() for p in model.parameters())
-    with pytest.raises(CheckpointError, match="save-checkpoint{folder=slim}"):
+    with pytest.raises(CheckpointError, match=r"save-checkpoint\{folder=slim\}"):
         SaveCheckpointPass()(slim)
     SaveCheckpointPass(str(tmp_path / "slim"))(slim)
     assert facts[Saved].folder == tmp_path / "slim"

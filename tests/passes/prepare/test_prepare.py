@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fxprune.passes.prepare import CalibratePass, CountWorkPass, MakeVerificationInputsPass
 from torch import nn
 
 from fxprune.data.calibration import Calibration
 from fxprune.data.verification import VerificationInputs
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import facts_of
-from fxprune.passes.prepare import CalibratePass, CountWorkPass, MakeVerificationInputsPass
 from fxprune.removal.report import Work
 from fxprune.trace import trace
 from tests.models import tiny, token_ids

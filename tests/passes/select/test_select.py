@@ -20,9 +20,9 @@ from fxprune.discovery.groups import Group
 from fxprune.errors import FxpruneError, RatioError, UnknownNameError
 from fxprune.graph.counting import count_parameters
 from fxprune.graph.facts import Notes, facts_of
-from fxprune.removal.removal import Removal
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.plan import Plan
+from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 from tests.models import tiny
 from tests.removal import axes_of, decide, discover, slim_graph

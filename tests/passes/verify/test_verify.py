@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from fxprune.passes.verify import RecordExpectedPass, VerifyRemovalPass
+
 from fxprune.graph.facts import Notes, facts_of
 from fxprune.masking.compare import Expected, Verified
-from fxprune.passes.verify import RecordExpectedPass, VerifyRemovalPass
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.trace import trace
 from tests.models import tiny

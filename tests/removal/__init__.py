@@ -21,11 +21,12 @@ from fxprune.graph.fork import fork
 from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
 from fxprune.masking.masked_run import output_tensors
 from fxprune.pipeline.registry import load_pass
-from fxprune.removal.removal import Removal
 from fxprune.removal.plan import Plan, keep_of, plan_of
+from fxprune.removal.removal import Removal
 from fxprune.trace import trace
 
 Inputs = Mapping[str, torch.Tensor]
+
 
 class Net(nn.Module):
     """A module whose forward is a function of itself and its input."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -12,8 +11,6 @@ import networkx as nx
 import pydot
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -22,7 +19,7 @@ from fxprune.axes import contains
 from fxprune.discovery.explain import frozen_axes
 from fxprune.discovery.groups import propagate
 from fxprune.dot.draw import _quoted
-from fxprune.dot.view import _Web
+from fxprune.dot.write import write_dot
 from fxprune.errors import UnknownNameError
 from tests.models import tiny
 
@@ -57,7 +54,7 @@ class Picture:
 
     def __init__(self, folder: Path, graph: nx.Graph, **options: object) -> None:
         self.path = folder / "picture.dot"
-        fxprune.write_dot(graph, self.path, **options)
+        write_dot(graph, self.path, **options)
         self.text = self.path.read_text(encoding="utf-8")
         parsed = pydot.graph_from_dot_data(self.text)
         assert parsed is not None
@@ -215,7 +212,7 @@ def test_layer_group_shows_the_block(first: Picture, llama: nx.Graph, tmp_path: 
 
 @pytest.mark.parametrize("layer", [-1, 2, "2", "model.layers.2"])
 def test_layer_by_index_and_path(llama: nx.Graph, tmp_path: Path, layer: str | int) -> None:
-    fxprune.write_dot(llama, tmp_path / "layer.dot", layer=layer)
+    write_dot(llama, tmp_path / "layer.dot", layer=layer)
     text = (tmp_path / "layer.dot").read_text()
     assert "model.layers.2, block 3 of 3" in text
     assert "model.layers.1" not in text.partition("legend")[0]
@@ -228,7 +225,7 @@ def test_layer_by_path_of_any_module(llama: nx.Graph, tmp_path: Path) -> None:
 
 def test_everything_holds_every_parameter_axis(deep: nx.Graph, tmp_path: Path) -> None:
     path = tmp_path / "all.dot"
-    fxprune.write_dot(deep, path, everything=True)
+    write_dot(deep, path, everything=True)
     text = path.read_text()
     wanted = [axis for axis, data in deep.nodes(data=True) if data["role"] == "parameter"]
     assert len(wanted) > 500
@@ -242,7 +239,7 @@ def test_text_is_the_same_every_time(llama: nx.Graph, tmp_path: Path) -> None:
     for options in ({}, {"everything": True}, {"group": "model/channel"}):
         texts = []
         for graph in (llama, again):
-            fxprune.write_dot(graph, tmp_path / "same.dot", **options)
+            write_dot(graph, tmp_path / "same.dot", **options)
             texts.append((tmp_path / "same.dot").read_text())
         assert texts[0] == texts[1]
 
@@ -285,7 +282,7 @@ def test_graphviz_renders(family: str, tmp_path: Path) -> None:
     """A label on a line within a row of nested clusters once made Graphviz fail on whole models."""
     graph = graph_of(tiny(family))
     for options in ({}, {"everything": True}, {"group": fxprune.find_groups(graph)[1].name}):
-        fxprune.write_dot(graph, tmp_path / "picture.dot", **options)
+        write_dot(graph, tmp_path / "picture.dot", **options)
         check_renders(tmp_path / "picture.dot")
 
 
@@ -300,30 +297,11 @@ def test_graphviz_renders(family: str, tmp_path: Path) -> None:
 )
 def test_unknown_names_are_refused(llama: nx.Graph, tmp_path: Path, options: dict[str, object], says: str) -> None:
     with pytest.raises(UnknownNameError) as refusal:
-        fxprune.write_dot(llama, tmp_path / "no.dot", **options)
+        write_dot(llama, tmp_path / "no.dot", **options)
     assert says in str(refusal.value)
     assert not (tmp_path / "no.dot").exists()
 
 
 def test_unwritable_path_is_named(llama: nx.Graph, tmp_path: Path) -> None:
     with pytest.raises(fxprune.FxpruneError, match=r"no/where\.dot: cannot be written"):
-        fxprune.write_dot(llama, tmp_path / "no" / "where.dot")
-
-
-@given(st.integers(3, 9), st.sets(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=20), st.data())
-def test_neighbours_hold_a_minimum_spanning_tree(size: int, pairs: set[tuple[int, int]], data: st.DataObject) -> None:
-    """The few pairs that are kept have the same minimum spanning forest as all pairs (Mehlhorn 1988)."""
-    graph = nx.Graph()
-    graph.add_nodes_from(range(size))
-    graph.add_edges_from((a, b) for a, b in pairs if a != b and a < size and b < size)
-    ends = data.draw(st.lists(st.integers(0, size - 1), min_size=2, max_size=size, unique=True))
-    full, few = nx.Graph(), nx.Graph()
-    for a, b in itertools.combinations(ends, 2):
-        if nx.has_path(graph, a, b):
-            full.add_edge(a, b, weight=nx.shortest_path_length(graph, a, b))
-    for (a, b), way in _Web(graph, ends).neighbours().items():
-        assert way[0] == a and way[-1] == b and nx.is_path(graph, way)
-        few.add_edge(a, b, weight=len(way) - 1)
-    total = [nx.minimum_spanning_tree(g).size("weight") for g in (full, few)]
-    assert total[0] == total[1]
-    assert set(map(frozenset, nx.connected_components(full))) == set(map(frozenset, nx.connected_components(few)))
+        write_dot(llama, tmp_path / "no" / "where.dot")

@@ -1,0 +1,96 @@
+"""What users have becomes single samples, and what does not fit is named."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+from fxprune.data.calibration import (
+    IGNORED,
+    embedding_rows,
+    next_token_loss,
+    read_calibration,
+    read_rows,
+    stacked,
+)
+from fxprune.errors import CalibrationError
+from fxprune.trace.capture import trace
+from tests.removal import Net
+
+ROWS = 11
+
+
+@pytest.fixture(scope="module")
+def graph_module() -> fx.GraphModule:
+    net = Net(lambda net, x: net.out(net.table(x)), table=nn.Embedding(ROWS, 4), out=nn.Linear(4, ROWS))
+    return trace(net, {"x": torch.zeros(2, 5, dtype=torch.long)}).graph_module
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(ROWS, shape)
+
+
+@pytest.mark.parametrize("shape", ["tensor", "dicts", "batches", "pairs"])
+def test_every_form_of_data_gives_the_same_samples(graph_module: fx.GraphModule, shape: str) -> None:
+    tokens = ids(3, 6)
+    data: Any = {
+        "tensor": tokens,
+        "dicts": [{"x": row.tolist(), "text": "as it was"} for row in tokens],
+        "batches": [{"x": tokens[:2]}, {"x": tokens[2:]}],
+        "pairs": [(tokens, "label")],
+    }[shape]
+    samples = read_calibration(data, graph_module)
+    assert torch.equal(torch.cat([sample.inputs["x"] for sample in samples]), tokens)
+    assert all(torch.equal(sample.labels, sample.inputs["x"]) for sample in samples)
+
+
+def test_padding_is_cut_off_and_labels_are_kept(graph_module: fx.GraphModule) -> None:
+    row = {"x": [0, 0, 3, 4, 5], "attention_mask": [0, 0, 1, 1, 1], "labels": [0, 0, IGNORED, 4, 5]}
+    (sample,) = read_calibration([row], graph_module)
+    assert sample.inputs["x"].tolist() == [[3, 4, 5]]
+    assert sample.labels.tolist() == [[IGNORED, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ([], "empty"),
+        (7, "cannot read int"),
+        (torch.zeros(2, 5), r"float32 tensor of shape \(2, 5\)"),
+        ([{"y": [1, 2]}], r"without 'x', only \['y'\]"),
+        (torch.ones(2, 1, dtype=torch.long), "fewer than two tokens"),
+        (torch.tensor([[1, ROWS]]), f"sample 0: x holds {ROWS}, the model knows 0 to {ROWS - 1}"),
+        (torch.tensor([[1, 2], [-1, 2]]), "sample 1: x holds -1"),
+    ],
+)
+def test_what_does_not_fit_is_named(graph_module: fx.GraphModule, data: Any, says: str) -> None:
+    with pytest.raises(CalibrationError, match=says):
+        read_calibration(data, graph_module)
+
+
+def test_files_hold_one_row_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"input_ids": [1, 2]}\n\n{"input_ids": [3]}\n')
+    assert [row["input_ids"].tolist() for row in read_rows(path)] == [[1, 2], [3]]
+    path.write_text('{"input_ids": "text"}')
+    with pytest.raises(CalibrationError, match="not tokenised JSON lines"):
+        read_rows(path)
+
+
+def test_loss_is_that_of_the_next_token_and_skips_what_is_ignored() -> None:
+    logits = torch.zeros(1, 3, 4)
+    logits[0, 0, 2] = 50.0
+    assert next_token_loss(logits, torch.tensor([[0, 2, IGNORED]])).item() == pytest.approx(0.0, abs=1e-6)
+    assert next_token_loss(logits, torch.tensor([[0, IGNORED, 1]])).item() == pytest.approx(math.log(4))
+
+
+def test_samples_of_one_shape_are_stacked(graph_module: fx.GraphModule) -> None:
+    samples = [sample for tokens in (ids(3, 6), ids(1, 4)) for sample in read_calibration(tokens, graph_module)]
+    shapes = [tuple(batch["x"].shape) for batch in stacked(samples, graph_module, 2)]
+    assert shapes == [(2, 6), (1, 6), (1, 4)]
+    assert embedding_rows(graph_module) == {"x": ROWS}

@@ -1,0 +1,55 @@
+"""A masked run zeroes what goes, takes statistics over what stays, and holds few values at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxprune.axes import Keep
+from fxprune.masking.masked_run import MaskedRun, PreciseRun, output_tensors
+from tests.models import tiny, token_ids
+from tests.removal import Net, axes_of, discover, groups_of
+
+UNITS = np.array([True, False, True, True, False, True])
+
+
+def test_narrow_weights_are_run_in_float32() -> None:
+    net = Net(lambda net, x: net.a(x), a=nn.Linear(3, 4))
+    graph_module = discover(net, {"x": torch.randn(2, 3)}).bfloat16()
+    x = torch.randn(2, 3)
+    found = PreciseRun(graph_module).run(x)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, F.linear(x, net.a.weight.float(), net.a.bias.float()))
+    assert graph_module.a.weight.dtype == torch.bfloat16
+
+
+def test_a_statistic_is_taken_over_the_units_that_stay() -> None:
+    net = Net(
+        lambda net, x: net.b(F.layer_norm(net.a(x), (6,))), a=nn.Linear(3, 6, bias=False), b=nn.Linear(6, 2, bias=False)
+    )
+    x = torch.randn(2, 3)
+    dense = discover(net, {"x": x})
+    (group,) = (group for group in groups_of(dense) if group.size == 6)
+    assert group.factor is not None and group.renormalised
+    kept = torch.from_numpy(UNITS)
+    by_hand = F.layer_norm(net.a(x)[:, kept], (4,)) @ net.b.weight[:, kept].T
+    found = MaskedRun(dense, axes_of(dense), Keep({group.factor: UNITS})).run(x)
+    assert torch.allclose(found, by_hand, atol=1e-6)
+
+
+def test_a_removed_block_is_gone_around() -> None:
+    model = tiny("llama")
+    dense = discover(model)
+    found = MaskedRun(dense, axes_of(dense), Keep(), ("model.layers.1",)).run(token_ids())
+    del model.model.layers[1]
+    with torch.no_grad():
+        wanted = model(token_ids(), use_cache=False).logits
+    assert torch.allclose(found["logits"] if isinstance(found, dict) else found.logits, wanted, atol=1e-4)
+
+
+def test_outputs_are_float_tensors_wherever_they_are() -> None:
+    a, b = torch.ones(1), torch.zeros(2)
+    assert output_tensors({"y": a, "rest": [torch.zeros(1, dtype=torch.long), (b, None)]}) == (a, b)
+    assert output_tensors(a) == (a,)

@@ -1,0 +1,54 @@
+"""Two runs in step: what the dense one shows may change what the masked one reads."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from fxprune.axes import Keep
+from fxprune.masking.compare import compare, masked_outputs, slim_outputs
+from fxprune.masking.side_by_side import SideBySide
+from tests.removal import Net, axes_of, discover, groups_of
+
+
+def beside(batches: list[dict[str, torch.Tensor]]) -> tuple[fx.GraphModule, Keep, SideBySide]:
+    net = Net(lambda net, x: net.b(net.a(x).relu()), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    dense = discover(net, batches[0])
+    (group,) = groups_of(dense)
+    assert group.factor is not None
+    keep = Keep({group.factor: np.array([True, False, True, True])})
+    return dense, keep, SideBySide(dense, axes_of(dense), keep, (), batches)
+
+
+def test_each_run_computes_what_it_would_alone() -> None:
+    batches = [{"x": torch.randn(2, 3)} for _ in range(2)]
+    dense, keep, both = beside(batches)
+    before: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    with torch.no_grad():
+        for node in both:
+            if node.op == "output":
+                assert both.has(node.args[0])
+                before["out"] = list(both.values(node.args[0]))
+            else:
+                assert node in both.dense[0].env and node not in both.masked[0].env
+    for batch, (whole, masked) in zip(batches, before["out"], strict=True):
+        assert compare(slim_outputs(dense, batch), [whole]) == 0
+        assert compare(masked_outputs(dense, axes_of(dense), keep, (), batch), [masked]) == 0
+    assert not any(value.op == "call_function" for value in both.dense[0].env if value is not node)
+
+
+def test_a_weight_that_changed_is_read_again() -> None:
+    batches = [{"x": torch.randn(2, 3)}]
+    dense, _, both = beside(batches)
+    seen = None
+    with torch.no_grad():
+        for node in both:
+            weight = next((used for used in node.all_input_nodes if used.target == "b.weight"), None)
+            if weight is not None:
+                dense.get_parameter("b.weight").zero_()
+                both.read_again(weight)
+            if node.op == "output":
+                ((_, seen),) = both.values(node.args[0])
+    assert seen is not None
+    assert torch.allclose(seen, dense.get_parameter("b.bias").expand(2, 2))

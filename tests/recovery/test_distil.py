@@ -1,0 +1,49 @@
+"""A teacher draws the student to it, by hand and in slices, and has to speak of the same tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import fxprune.recovery.distil as distil
+from fxprune.errors import RecoveryError
+from fxprune.recovery.distil import Distillation, distillation_sum
+from tests.models import tiny
+
+
+@pytest.fixture(scope="module")
+def dense() -> PreTrainedModel:
+    return tiny("llama", num_hidden_layers=1)
+
+
+def test_divergence_is_that_of_a_computation_by_hand() -> None:
+    student, teacher = torch.randn(3, 7), torch.randn(3, 7)
+    soft = [(logits / 2.0).double().softmax(-1) for logits in (student, teacher)]
+    expected = 4.0 * sum(float(p * math.log(p / q)) for p, q in zip(soft[1].flatten(), soft[0].flatten(), strict=True))
+    assert float(distillation_sum(student, teacher, 2.0)) == pytest.approx(expected, rel=1e-4)
+    assert float(distillation_sum(teacher, teacher, 2.0)) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("numbers", [{"weight": 0.0}, {"weight": 1.5}, {"temperature": 0.0}])
+def test_distillation_refuses_numbers_out_of_range(dense: PreTrainedModel, numbers: dict[str, float]) -> None:
+    with pytest.raises(RecoveryError, match=next(iter(numbers))):
+        Distillation(dense, **numbers)
+
+
+def test_slices_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = torch.randn(7, 5), torch.randn(7, 5)
+    whole = distillation_sum(student, teacher, 2.0)
+    monkeypatch.setattr(distil, "_SLICE", 3)
+    assert torch.allclose(distillation_sum(student, teacher, 2.0), whole)
+    assert distillation_sum(teacher, teacher, 2.0).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_teacher_has_to_know_the_same_tokens_and_be_another(dense: PreTrainedModel) -> None:
+    Distillation(dense).check(tiny("llama", num_hidden_layers=1))
+    with pytest.raises(RecoveryError, match="the teacher is the student"):
+        Distillation(dense).check(dense)
+    with pytest.raises(RecoveryError, match="knows 131 tokens, the student 50"):
+        Distillation(dense).check(tiny("llama", num_hidden_layers=1, vocab_size=50))

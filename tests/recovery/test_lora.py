@@ -1,0 +1,57 @@
+"""Updates sit beside the linear maps that a plan shrank, and merge without a trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fxprune.emit.names import slim_name
+from fxprune.errors import RecoveryError
+from fxprune.recovery.lora import attach_lora, evaluating, find_targets, merge_lora
+from fxprune.recovery.settings import RecoverySettings
+from fxprune.removal.plan import Plan
+from tests.models import tiny, token_ids
+
+
+def test_blocks_after_a_removed_one_move_up() -> None:
+    removed = ("m.layers.1", "m.layers.3")
+    assert slim_name("m.layers.0.a.weight", removed) == "m.layers.0.a.weight"
+    assert slim_name("m.layers.2.a.weight", removed) == "m.layers.1.a.weight"
+    assert slim_name("m.layers.4.a.weight", removed) == "m.layers.2.a.weight"
+    assert slim_name("m.layers.3.a.weight", removed) is None
+    assert slim_name("m.layers_2.4.weight", removed) == "m.layers_2.4.weight"
+
+
+def test_targets_follow_the_plan_through_removed_blocks() -> None:
+    model = tiny("llama", num_hidden_layers=2)
+    kept = {"model.layers.2.mlp.up_proj.weight": {0: [0]}, "model.layers.2.input_layernorm.weight": {0: [0]}}
+    targets = find_targets(model, Plan(kept, ("model.layers.1",)))
+    assert targets.modules == ("model.layers.1.mlp.up_proj",) and targets.skipped == {}
+    kept = {"model.embed_tokens.weight": {1: [0]}}
+    with pytest.raises(RecoveryError, match=r"no projection to train \(model\.embed_tokens\.weight: Embedding has no"):
+        find_targets(model, Plan(kept))
+
+
+def test_updates_are_all_that_is_trained_and_merge_into_the_weights() -> None:
+    model = tiny("llama", num_hidden_layers=1)
+    targets = find_targets(model, Plan({"model.layers.0.mlp.up_proj.weight": {0: [0]}}))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wrapped = attach_lora(model, targets, RecoverySettings(rank=2))
+    trained = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 2 and all("up_proj.lora_" in name for name in trained)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.normal_(std=0.1)
+    merged, error = merge_lora(wrapped, {"input_ids": token_ids()})
+    assert merged is model and error < 1e-4 and set(model.state_dict()) == set(before)
+    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert changed == ["model.layers.0.mlp.up_proj.weight"]
+
+
+def test_a_model_evaluates_for_a_while() -> None:
+    module = nn.Dropout().train()
+    with pytest.raises(KeyError), evaluating(module):
+        assert not module.training
+        raise KeyError
+    assert module.training

@@ -1,0 +1,78 @@
+"""Training is watched, divided over devices, and set up by the recipe."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fxprune.errors import RecoveryError
+from fxprune.recovery.data import TrainingData, read_training_data
+from fxprune.recovery.settings import RecoverySettings
+from fxprune.recovery.train import _divided, _Watch, has_bf16, make_trainer
+from tests.models import tiny
+from tests.tokens import character_tokenizer
+
+
+def watched(entries: list[dict[str, float]], **settings: Any) -> bool:
+    """Whether training stops after these log entries."""
+    state = SimpleNamespace(log_history=entries, global_step=len(entries), max_steps=99)
+    control = SimpleNamespace(should_training_stop=False)
+    watch = _Watch(RecoverySettings(**settings), 100)
+    watch.on_log(None, state, control)
+    watch.on_evaluate(None, state, control)
+    return control.should_training_stop
+
+
+def test_training_ends_when_the_held_out_loss_has_not_fallen_for_a_while() -> None:
+    falling = [{"eval_loss": value} for value in (4.0, 3.0, 2.0, 2.1, 2.2)]
+    assert not watched(falling, patience=3)
+    assert watched(falling, patience=2)
+    assert not watched([*falling, {"eval_loss": 1.9}], patience=2)
+
+
+def test_a_loss_that_runs_away_is_told_and_one_that_starts_high_is_not() -> None:
+    start = [{"loss": 2.0}, {"loss": 2.1}]
+    with pytest.raises(RecoveryError, match=r"rose from 2\.00 to 9\.00"):
+        watched([*start, {"loss": 8.0}, {"loss": 7.0}, {"loss": 9.0}])
+    assert not watched([*start, {"loss": 8.0}, {"loss": 3.0}, {"loss": 9.0}])
+    assert not watched([{"loss": value} for value in (11.0, 12.0, 11.5, 11.0, 10.0)])
+
+
+@pytest.mark.parametrize(
+    ("batch", "most", "devices", "parts"),
+    [(8, 4, 1, (4, 2)), (6, 4, 1, (3, 2)), (8, 16, 2, (4, 1)), (7, 4, 1, (1, 7))],
+)
+def test_the_batch_comes_out_exactly(
+    monkeypatch: pytest.MonkeyPatch, batch: int, most: int, devices: int, parts: tuple[int, int]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(devices))
+    assert _divided(RecoverySettings(batch=batch, micro_batch=most), use_cpu=True) == parts
+
+
+@pytest.fixture(scope="module")
+def data() -> TrainingData:
+    return read_training_data(
+        [f"text {i} of many" for i in range(9)], character_tokenizer(), RecoverySettings(held_out=2)
+    )
+
+
+def test_the_recipe_reaches_the_trainer(data: TrainingData, tmp_path: Any) -> None:
+    settings = RecoverySettings(batch=2, micro_batch=1, epochs=2, warmup=0.25, seed=7)
+    model = tiny("llama", num_hidden_layers=1)
+    trainer = make_trainer(model, data, settings, tmp_path, padding=0, arguments={"use_cpu": True})
+    made = trainer.args
+    steps = -(-len(data.train) // 2) * 2
+    assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (1, 2)
+    assert made.warmup_steps == -(-steps // 4) and made.seed == made.data_seed == 7
+    assert made.report_to == [] and made.load_best_model_at_end
+    with pytest.raises(RecoveryError, match="fp16 loses small updates"):
+        make_trainer(model, data, settings, tmp_path, padding=0, arguments={"use_cpu": True, "fp16": True})
+    with pytest.raises(RecoveryError, match=r"arguments: .*no_such"):
+        make_trainer(model, data, settings, tmp_path, padding=0, arguments={"no_such": 1})
+
+
+def test_bfloat16_is_native_or_not() -> None:
+    assert has_bf16(torch.device("xpu")) and not has_bf16(torch.device("meta"))

@@ -1,0 +1,91 @@
+"""A plan says which indices stay, survives JSON, and is read back only for the model it was made for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import fx, nn
+
+from fxprune.axes import Keep
+from fxprune.errors import PlanError
+from fxprune.removal.plan import Plan, keep_of, kept_of_constants, plan_of
+from tests.removal import Net, axes_of, discover, groups_of
+
+X = {"x": torch.randn(2, 3)}
+
+
+@pytest.fixture(scope="module")
+def dense() -> fx.GraphModule:
+    """Two linear maps with four units between them, which a constant numbers."""
+    return discover(Net(lambda net, x: net.b(net.a(x) * torch.arange(4)), a=nn.Linear(3, 4), b=nn.Linear(4, 2)), X)
+
+
+def without(dense: fx.GraphModule, *gone: int) -> Keep:
+    """All units of the one group but some."""
+    (group,) = groups_of(dense)
+    assert group.factor is not None
+    return Keep({group.factor: ~np.isin(np.arange(group.size), gone)})
+
+
+def test_the_axes_of_the_model_that_shrink_are_in_the_plan(dense: fx.GraphModule) -> None:
+    plan = plan_of(axes_of(dense), without(dense, 1))
+    assert plan.kept == {"a.weight": {0: [0, 2, 3]}, "a.bias": {0: [0, 2, 3]}, "b.weight": {1: [0, 2, 3]}}
+    (constant,) = axes_of(dense).constants
+    assert kept_of_constants(axes_of(dense), without(dense, 1)) == {constant: {0: [0, 2, 3]}}
+    assert plan_of(axes_of(dense), without(dense)) == Plan()
+
+
+def test_nothing_below_a_removed_block_is_in_the_plan(dense: fx.GraphModule) -> None:
+    plan = plan_of(axes_of(dense), without(dense, 1), ("a",))
+    assert list(plan.kept) == ["b.weight"] and plan.removed_blocks == ("a",)
+
+
+def test_a_plan_survives_json_and_gives_its_units_back(dense: fx.GraphModule) -> None:
+    keep = without(dense, 0, 3)
+    plan = Plan.from_json(plan_of(axes_of(dense), keep).to_json())
+    assert plan == plan_of(axes_of(dense), keep)
+    (units,) = keep_of(axes_of(dense), groups_of(dense), plan).units.values()
+    assert units.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1, "kept": {"a": 3}, "removed_blocks": []}'])
+def test_what_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match="not a plan"):
+        Plan.from_json(text)
+
+
+def test_a_plan_of_another_version_is_refused() -> None:
+    data = json.loads(Plan().to_json())
+    with pytest.raises(PlanError, match="version 99"):
+        Plan.from_json(json.dumps({**data, "version": 99}))
+
+
+@pytest.mark.parametrize(
+    ("kept", "blocks", "says"),
+    [
+        ({"c.weight": {0: [0]}}, (), r"c\.weight\[0\]: the model has no such axis"),
+        ({"a.weight": {2: [0]}}, (), r"a\.weight\[2\]: the model has no such axis"),
+        ({"a.weight": {0: [0, 9]}}, (), "do not fit an axis of 4"),
+        ({"a.weight": {0: [1, 1]}}, (), "do not fit an axis of 4"),
+        ({"a.weight": {0: []}}, (), "do not fit an axis of 4"),
+        ({"a.weight": {1: [0]}}, (), "not whole units"),
+        ({"a.weight": {0: [0, 2]}}, (), "shrinks with others but is not in the plan"),
+        ({}, ("a",), "no removable block a"),
+    ],
+)
+def test_a_plan_of_another_model_is_refused(
+    dense: fx.GraphModule, kept: Any, blocks: tuple[str, ...], says: str
+) -> None:
+    with pytest.raises(PlanError, match=says):
+        keep_of(axes_of(dense), groups_of(dense), Plan(kept, blocks))
+
+
+def test_a_group_that_has_to_keep_more_is_named(dense: fx.GraphModule) -> None:
+    (group,) = groups_of(dense)
+    with pytest.raises(PlanError, match="2 units of 4 stay where 3 have to"):
+        keep_of(axes_of(dense), (replace(group, least=3),), plan_of(axes_of(dense), without(dense, 0, 3)))

@@ -1,0 +1,51 @@
+"""The face: options that cannot work are refused before anything is traced; see end_to_end for what it does."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+
+from fxprune.api import apply, prune, prune_pipeline
+from fxprune.errors import FxpruneError, PassError, UnknownNameError
+from fxprune.pipeline.registry import load_pass
+from fxprune.removal.plan import Plan
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"importance": "tailor"}, UnknownNameError, "unknown importance 'tailor'.*Did you mean 'taylor'"),
+        ({"importance": "least-squares"}, UnknownNameError, "unknown importance 'least-squares'"),
+        ({"compensate": "least-cubes"}, UnknownNameError, "unknown compensation"),
+        ({"select": "shrink"}, UnknownNameError, "unknown selection"),
+        ({"importance": "taylor{ordre=mix}"}, UnknownNameError, "Did you mean 'order'"),
+        ({"importance": "taylor{order=mix"}, PassError, "no closing brace"),
+        ({"taylor": "thrid"}, UnknownNameError, "taylor order"),
+        ({"kinds": ("heads",)}, UnknownNameError, "Did you mean 'head'"),
+        ({"kinds": ()}, FxpruneError, "kinds is empty"),
+        ({"ratio": 1.0}, FxpruneError, r"\[0, 1\)"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: dict[str, Any], error: type[Exception], text: str) -> None:
+    for call in (prune_pipeline, lambda **given: prune(None, **given)):  # type: ignore[arg-type]
+        with pytest.raises(error, match=text):
+            call(**options)
+
+
+def test_every_option_of_prune_is_one_of_the_pipeline() -> None:
+    own = set(inspect.signature(prune).parameters) - {"model", "example_inputs"}
+    assert own == set(inspect.signature(prune_pipeline).parameters) - {"plan"}
+    assert set(inspect.signature(apply).parameters) >= {"plan", "compensate", "verify", "inplace"}
+
+
+def test_a_plan_takes_the_place_of_scores_and_selection() -> None:
+    names = [step.name for step in prune_pipeline(plan=Plan()).passes]
+    assert names[:2] == ["find-groups", "plan-from-json"] and "taylor" not in names
+
+
+def test_passes_are_taken_as_they_are() -> None:
+    mine = load_pass("l1", kinds=("channel",))
+    assert prune_pipeline(importance=mine, verify=False).passes[1] is mine
+    assert not {"record-expected", "verify-removal"} & {step.name for step in prune_pipeline(verify=False).passes}

@@ -1,0 +1,60 @@
+"""A trace shares the model's weights, leaves the model alone, and says where it cannot be made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fxprune.errors import TraceError
+from fxprune.graph.facts import Notes, Runnable, Shaped, facts_of
+from fxprune.graph.tensors import weights
+from fxprune.trace.capture import meta_twin, trace
+from tests.models import tiny, token_ids
+from tests.removal import Net
+
+
+def test_a_graph_computes_what_the_model_does_from_its_own_tensors() -> None:
+    model = tiny("llama", num_hidden_layers=1)
+    config, names = model.config.to_dict(), {id(parameter) for parameter in model.parameters()}
+    traced = trace(model)
+    graph_module = traced.graph_module
+    with torch.no_grad():
+        assert torch.allclose(graph_module(input_ids=token_ids()).logits, model(token_ids()).logits, atol=1e-5)
+    assert names <= {id(tensor) for _, tensor in weights(graph_module)}
+    assert model.config.to_dict() == config and traced.model is model and traced.notes == ()
+    facts = facts_of(graph_module)
+    assert Runnable in facts and Shaped in facts and facts[Notes].lines == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_graph_moves_between_dtypes(dtype: torch.dtype) -> None:
+    """The dtype of the model is read at run time, a cast to float32 stays one."""
+    net = Net(lambda net, x: net.a(x.float().to(net.a.weight.dtype)), a=nn.Linear(3, 4))
+    graph_module = trace(net, {"x": torch.randn(2, 3)}).graph_module
+    net.to(dtype)
+    graph_module.to(dtype)
+    assert graph_module(x=torch.randn(2, 3, dtype=dtype)).dtype == dtype
+
+
+def test_code_that_depends_on_data_is_named_by_its_line() -> None:
+    def body(net: Any, x: torch.Tensor) -> torch.Tensor:
+        return net.a(x) if x.sum() > 0 else x  # the culprit
+
+    with pytest.raises(TraceError, match=r"test_capture\.py:\d+ in body: .*the culprit.* cannot be traced"):
+        trace(Net(body, a=nn.Linear(3, 3)), {"x": torch.randn(2, 3)})
+
+
+def test_a_meta_twin_has_everything_but_storage() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model[1].weight.requires_grad_(False)
+    model.append(nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    twin = meta_twin(model)
+    assert all(tensor.is_meta for tensor in (*twin.parameters(), *twin.buffers()))
+    assert {n: p.requires_grad for n, p in twin.named_parameters()} == {
+        n: p.requires_grad for n, p in model.named_parameters()
+    }
+    assert twin[2].weight is twin[0].weight and twin.training and not model[0].weight.is_meta
