@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fxprune.discovery.groups import DEFAULT_KINDS, as_kinds
-from fxprune.errors import UnknownNameError
+from fxprune.errors import FxpruneError, UnknownNameError
 from fxprune.pipeline.contract import Pass
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.progress import Track, no_progress
@@ -157,9 +157,10 @@ def prune_pipeline(
     by = "select-by-ratio" if group_ratio is None else "select-by-group-ratio"
     wanted = {"ratio": ratio} if group_ratio is None else {"group_ratio": group_ratio}
     scoring = {"memory": _LITTLE_MEMORY} if inplace else {}
-    order = {} if taylor is None else {"order": taylor}
+    if taylor is not None:
+        importance = _with_order("taylor", importance, taylor)
     decide = [
-        _stage(importance, "importance", **shared, **scoring, **order),
+        _stage(importance, "importance", **shared, **scoring),
         _stage(select or by, "select", **shared, **widths, **wanted),
     ]
     if plan is not None:
@@ -178,6 +179,18 @@ def prune_pipeline(
             "emit-model",
             "make-report",
         ]
+    )
+
+
+def _with_order(name: str, importance: str | Pass, order: str) -> str:
+    """Return the spelling of the importance ``name`` with an order, unless another importance is asked for."""
+    spelled = f"{name}{{order={order}}}"
+    if importance == name:
+        return spelled
+    raise FxpruneError(
+        f"{name}={order!r} beside importance={str(importance)!r}",
+        where=name,
+        remedy=f"Leave one of them out; importance={spelled!r} says both",
     )
 
 

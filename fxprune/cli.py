@@ -119,6 +119,7 @@ def explain(
     for step in steps:
         source, target = f"{step.source.tensor}[{step.source.dim}]", f"{step.target.tensor}[{step.target.dim}]"
         console.print(f"{source} -> {target}  by {step.op} (at {step.node})", markup=False, highlight=False)
+        console.print(f"    {step.rule}", markup=False, highlight=False)
 
 
 @app.command()

@@ -25,7 +25,7 @@ from fxprune.masking.masked_run import output_tensors
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.result import Result
 from fxprune.trace import Traced, trace
-from tests.removal import axes_of, decide, graph_of, groups_of, zeroed
+from tests.oracle import axes_of, decide, graph_of, groups_of, zeroed
 from tests.zoo import forward, tiny_model, token_ids
 
 SHRINK = "bypass-blocks, eliminate-dead-code, slice-parameters, rewrite-literals, eliminate-dead-code"

@@ -27,8 +27,8 @@ from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_out
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.removal.plan import Plan, keep_of, plan_of
 from fxprune.trace import trace
+from tests.oracle import Inputs, axes_of, decide, groups_of, plain_outputs, slim_graph, zeroed
 from tests.random_ops import BATCH, CHOICES, OPS, TOKENS, WIDE, WIDTH, Picks
-from tests.removal import Inputs, axes_of, decide, groups_of, plain_outputs, slim_graph, zeroed
 
 __all__ = ["OPS", "RandomNet", "Record", "check_every_removal", "check_network", "descriptions"]
 

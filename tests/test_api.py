@@ -23,6 +23,8 @@ from fxprune.removal.plan import Plan
         ({"importance": "taylor{ordre=mix}"}, UnknownNameError, "Did you mean 'order'"),
         ({"importance": "taylor{order=mix"}, PassError, "no closing brace"),
         ({"taylor": "thrid"}, UnknownNameError, "taylor order"),
+        ({"taylor": "first", "importance": "l2"}, FxpruneError, "Leave one of them out"),
+        ({"taylor": "first", "importance": "taylor{order=second}"}, FxpruneError, "Leave one of them out"),
         ({"kinds": ("heads",)}, UnknownNameError, "Did you mean 'head'"),
         ({"kinds": ()}, FxpruneError, "kinds is empty"),
         ({"ratio": 1.0}, FxpruneError, r"\[0, 1\)"),

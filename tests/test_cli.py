@@ -185,7 +185,7 @@ def test_passes_lists_all_with_their_stage() -> None:
         (("--ratio", "1.5", "--importance", "l2"), "ratio is 1.5"),
         (("--kinds", "mpl", "--importance", "l2"), "Did you mean 'mlp'"),
         (("--importance", "l3"), "unknown importance 'l3'. Did you mean"),
-        ((), "no Calibration is known. Run calibrate first. Pass token ids"),
+        ((), "the fact Calibration is not known. Run calibrate first. Pass token ids"),
         (("--calibration", "/no/such/file.txt"), "No such file"),
         (("--calibration", __file__), "tokens are fewer than 10 samples of 9000"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import re
@@ -45,7 +44,7 @@ PAGES = tuple(
 )
 
 START = "docs/quickstart.md"
-"""The page whose first snippet makes ``model``, ``tokenizer``, ``calibration`` and ``result``; the others go on from it."""
+"""Its first snippet makes ``model``, ``tokenizer``, ``calibration`` and ``result``; other pages go on from there."""
 
 NOT_RUN = {("docs/recovery.md", "two texts and the tasks of the paper come from the hub")}
 """Snippets that cannot run here, with the reason that stands in a comment above them."""
@@ -223,6 +222,15 @@ def test_the_reference_has_every_public_name() -> None:
     assert set(re.findall(r"^ +- (\w+)$", first, re.M)) == set(fxprune.__all__)
 
 
+def test_what_moved_is_where_the_changelog_says() -> None:
+    for was, found in table_of("CHANGELOG.md", "was", "is"):
+        for name in re.findall("`([^`]+)`", found):
+            assert isinstance(named(name), ModuleType)
+        for name in re.findall("`([^`]+)`", was):
+            with pytest.raises((ModuleNotFoundError, AttributeError)):
+                named(name)
+
+
 # ----------------------------------------------------------------------------------------------- names and commands
 
 
@@ -329,4 +337,3 @@ def test_a_pass_on_a_page_is_a_frozen_dataclass() -> None:
     classes = re.findall(r"(@dataclass.*)\nclass (\w+Pass)\(", code)
     assert len(classes) >= 2
     assert {decorator for decorator, _ in classes} == {"@dataclass(frozen=True, eq=False)"}
-    assert dataclasses.is_dataclass(Pass) is False

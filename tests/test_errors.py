@@ -51,7 +51,7 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], says: str)
 @pytest.mark.parametrize(
     ("calibration", "says"),
     [
-        (None, "no Calibration is known.*Pass token ids"),
+        (None, "the fact Calibration is not known.*Pass token ids"),
         (torch.empty(0, 8, dtype=torch.long), "calibration data is empty"),
         ([], "calibration data is empty"),
         (torch.full((2, 8), 131), "calibration sample 0: input_ids holds 131, the model knows 0 to 130"),

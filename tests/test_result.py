@@ -12,7 +12,7 @@ from fxprune.errors import CheckpointError, PassError
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.result import Result
 from fxprune.trace import trace
-from tests.removal import Net
+from tests.oracle import Net
 
 STEPS = "find-groups, l2, select-by-ratio{ratio=0.25, protect=()}, count-work, make-verification-inputs, shrink"
 
@@ -21,7 +21,7 @@ def test_a_result_is_read_from_the_facts_a_pipeline_left(tmp_path: Path) -> None
     net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 12), b=nn.Linear(12, 5))
     x = torch.randn(2, 10)
     slim = Pipeline(STEPS)(trace(net, {"x": x}).graph_module).graph_module
-    with pytest.raises(PassError, match="no Report is known"):
+    with pytest.raises(PassError, match="the fact Report is not known"):
         Result.of(slim)
     Pipeline("emit-model, make-report")(slim)
     result = Result.of(slim)

@@ -37,7 +37,7 @@ def parse_config(text: str) -> dict[str, Any]:
     """Return what a ``config.json`` says; transformers writes infinity and NaN as ``{"__float__": "Infinity"}``.
 
     Raises:
-        ValueError: It is not JSON.
+        ValueError: it is not JSON.
     """
 
     def decoded(value: dict[str, Any]) -> Any:

@@ -27,9 +27,9 @@ class WeightFile:
     """A file of weights, as it was written.
 
     Args:
-        size: In bytes.
-        sha256: Of the whole file.
-        tensors: Shape by name.
+        size: in bytes.
+        sha256: of the whole file.
+        tensors: shape by name.
     """
 
     size: int
@@ -42,13 +42,13 @@ class Manifest:
     """What a checkpoint is and where it comes from.
 
     Args:
-        source: Class, name and number of parameters of the dense model.
-        stock: Whether stock transformers loads it by its config alone.
-        weights: The files of weights by name.
-        plan: As :meth:`fxprune.Plan.to_json` writes it; None where it is not known.
-        report: As :meth:`fxprune.Report.to_dict` gives it; None where it is not known.
-        versions: Of the packages that wrote it.
-        format: Of this file.
+        source: class, name and number of parameters of the dense model.
+        stock: whether stock transformers loads it by its config alone.
+        weights: the files of weights by name.
+        plan: as :meth:`fxprune.Plan.to_json` writes it; None where it is not known.
+        report: as :meth:`fxprune.Report.to_dict` gives it; None where it is not known.
+        versions: of the packages that wrote it.
+        format: of this file.
     """
 
     source: Mapping[str, Any]
@@ -68,7 +68,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of the checkpoint in a folder.
 
     Raises:
-        CheckpointError: There is none, it cannot be read, or it is of another format.
+        CheckpointError: there is none, it cannot be read, or it is of another format.
     """
     path = folder / MANIFEST
     if not folder.is_dir():
@@ -104,12 +104,12 @@ def check_weights(folder: Path, weights: Mapping[str, WeightFile], *, digests: b
     """Check that weight files are those the manifest was written for.
 
     Args:
-        folder: The checkpoint.
-        weights: From its manifest.
-        digests: Compare every byte; else sizes, names and shapes.
+        folder: the checkpoint.
+        weights: from its manifest.
+        digests: compare every byte; else sizes, names and shapes.
 
     Raises:
-        CheckpointError: A file is missing, cut off or holds something else.
+        CheckpointError: a file is missing, cut off or holds something else.
     """
     for name, expected in weights.items():
         path = folder / name

@@ -37,13 +37,13 @@ def from_pretrained(
     model and one file.
 
     Args:
-        folder: What :func:`fxprune.save_pretrained` wrote, or the id of such a repository on the hub.
-        verify: Compare every byte of the weights with what was written; else sizes, names and shapes alone.
-        model_class: The class, where it is not one of transformers' own.
-        options: Options for ``from_pretrained`` of that class: ``dtype``, ``device_map``, ``attn_implementation``, ...
+        folder: what :func:`fxprune.save_pretrained` wrote, or the id of such a repository on the hub.
+        verify: compare every byte of the weights with what was written; else sizes, names and shapes alone.
+        model_class: the class, where it is not one of transformers' own.
+        options: options for ``from_pretrained`` of that class: ``dtype``, ``device_map``, ``attn_implementation``, ...
 
     Raises:
-        CheckpointError: A file is missing, damaged or does not fit the others; its name is in the message.
+        CheckpointError: a file is missing, damaged or does not fit the others; its name is in the message.
     """
     path = _local(folder)
     manifest = read_manifest(path)
@@ -108,7 +108,7 @@ def _check_plan(path: Path, slim: type[PreTrainedModel], data: Mapping[str, Any]
     """Check that the plan left as many indices as the model has.
 
     Raises:
-        CheckpointError: It is the plan of another model.
+        CheckpointError: it is the plan of another model.
     """
     if data is None:
         return
@@ -142,7 +142,7 @@ def _built_shapes(file: Path, slim: type[PreTrainedModel]) -> dict[str, Shape]:
     """Return the shapes of the model that a config describes.
 
     Raises:
-        CheckpointError: None can be built from it.
+        CheckpointError: none can be built from it.
     """
     data = parse_config(file.read_text(encoding="utf-8"))
 

@@ -33,10 +33,10 @@ class Structure:
     """How a model differs from what its class builds from its config.
 
     Args:
-        overrides: What no config field of the whole model says.
-        where: Name of the stock ``class``, module path of the ``blocks`` and the ``part`` of the config that
+        overrides: what no config field of the whole model says.
+        where: name of the stock ``class``, module path of the ``blocks`` and the ``part`` of the config that
             describes them.
-        refusal: What the stock config class says to the config; empty where it accepts it.
+        refusal: what the stock config class says to the config; empty where it accepts it.
     """
 
     overrides: Overrides
@@ -74,10 +74,10 @@ def describe(model: PreTrainedModel) -> Structure:
     """Return the structure of a model, from which :func:`fxprune.from_pretrained` builds it again.
 
     Args:
-        model: An emitted model, before or after training; its storage may be on ``meta``.
+        model: an emitted model, before or after training; its storage may be on ``meta``.
 
     Raises:
-        CheckpointError: It cannot be built from a config and plain data.
+        CheckpointError: it cannot be built from a config and plain data.
     """
     layout = survey(model)
     path = layout.stacks[0].path if layout.stacks else ""

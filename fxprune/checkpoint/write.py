@@ -50,18 +50,18 @@ def save_pretrained(
     classes do not build the model from its config, a modelling file with which they do (``trust_remote_code=True``).
 
     Args:
-        model: An emitted model, also after training; adapters merged.
-        folder: Where to; replaced where it is empty or holds an earlier checkpoint of ours.
-        tokenizer: Saved with it.
-        plan: What was removed.
-        report: What that did.
-        max_shard_size: The largest file of weights, in bytes or as text such as ``"5GB"``.
+        model: an emitted model, also after training; adapters merged.
+        folder: where to; replaced where it is empty or holds an earlier checkpoint of ours.
+        tokenizer: saved with it.
+        plan: what was removed.
+        report: what that did.
+        max_shard_size: the largest file of weights, in bytes or as text such as ``"5GB"``.
 
     Returns:
         How the model differs from what its stock class builds.
 
     Raises:
-        CheckpointError: The folder holds something else, or the model cannot be built from plain data.
+        CheckpointError: the folder holds something else, or the model cannot be built from plain data.
     """
     target = Path(folder).expanduser().absolute()
     _refuse_foreign(target)

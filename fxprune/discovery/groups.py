@@ -18,7 +18,7 @@ from fxprune.discovery.dependency import AxisMap, axis_map
 from fxprune.errors import FxpruneError, UnknownNameError
 from fxprune.graph.blocks import owner_block
 from fxprune.graph.facts import Change, Fact
-from fxprune.rules.statements import Axis
+from fxprune.rules.statements import Axis, Role
 
 __all__ = [
     "DEFAULT_KINDS",
@@ -195,27 +195,28 @@ def _make_group(axes: AxisMap, factor: Factor, trigger: Axis, reached: set[Axis]
 
 
 def _roles(axes: AxisMap, factor: Factor, members: Sequence[Member]) -> frozenset[str]:
-    """The tags of ``factor``. What two activations do not sum over is a head around a width, or a width in a head.
+    """Return the roles of ``factor``, those of heads and their widths told apart by where it stands.
 
-    Else it is neither: the inner channels of a scan, say, although they pass through a product of activations.
+    What two activations multiply and do not sum over is a head where it stands around a width, and a width where it
+    stands in a head. Else it is neither, such as the inner channels of a scan.
     """
     tags = axes.tags.get(factor, frozenset())
-    if "head_dim" not in tags or "summed" in tags:
+    if Role.HEAD_DIM not in tags or Role.SUMMED in tags:
         return tags
     places = [place for member in members for place in beside(member.expr, factor)]
-    if any("head_dim" in axes.tags.get(f, ()) and f not in axes.frozen for _, after in places for f in after):
-        return tags | {"head"}
+    if any(Role.HEAD_DIM in axes.tags.get(f, ()) and f not in axes.frozen for _, after in places for f in after):
+        return tags | {Role.HEAD}
     around = frozenset().union(*(axes.tags.get(f, ()) for before, _ in places for f in before))
-    return tags if around & {"head", "head_dim"} else tags - {"head_dim"}
+    return tags if around & {Role.HEAD, Role.HEAD_DIM} else tags - {Role.HEAD_DIM}
 
 
 def _kind(tags: frozenset[str], owners: int) -> Kind:
     """What users call a unit, from the roles that ops gave it and how far it reaches."""
-    if "expert" in tags:
+    if Role.EXPERT in tags:
         return "expert"
-    if "head" in tags:
+    if Role.HEAD in tags:
         return "head"
-    if "head_dim" in tags:
+    if Role.HEAD_DIM in tags:
         return "head_dim"
     return "channel" if owners > 1 else "mlp"
 

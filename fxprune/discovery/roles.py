@@ -1,4 +1,4 @@
-"""What can only be said once all axes are solved: which units are experts, and what that means for the rest.
+"""Which units are experts, and what that means for other axes: known only once all axes are solved.
 
 An expert is a unit that positions made by a top-k or the like pick, or weights side by side whose outputs a softmax
 mixes. A softmax runs over the experts that are left, and a product with an axis of experts is no attention. A softmax
@@ -18,7 +18,7 @@ __all__ = ["settle_experts"]
 
 
 def settle_experts(stated: Statements) -> dict[Factor, int]:
-    """The roles of factors are final, softmaxes are statistics over experts or freeze, and too small axes are frozen.
+    """Settle the roles of factors, what a softmax means for its axis, and which axes have no unit to spare.
 
     Returns:
         For each factor that has to keep more than one unit, how many: the ``k`` of a top-k over it.

@@ -16,8 +16,11 @@ from fxprune.rules.statements import Axis
 __all__ = ["Words", "exactness", "plural"]
 
 _WIDTH = 26
+"""Characters of a line in a box: two boxes then fit side by side where a layer has parallel branches."""
 _LONG_OP = 16
+"""Longer names of ops are told by their initials, or one of them would set the width of the picture."""
 _OPS_SHOWN = 6
+"""Of a longer chain the first and last ops are shown; the tooltip has them all."""
 
 
 class Words:

@@ -32,9 +32,9 @@ class Candidate:
     """A recipe, and what is known about it before it is tried.
 
     Args:
-        recipe: How to build the model.
-        loose: Dense names whose shapes the class does not give: attributes were set to fit.
-        gaps: What config fields alone do not reach, in words.
+        recipe: how to build the model.
+        loose: dense names whose shapes the class does not give: attributes were set to fit.
+        gaps: what config fields alone do not reach, in words.
     """
 
     recipe: Recipe
@@ -47,10 +47,10 @@ class _Block:
     """A block that stays, with the ways to build it.
 
     Args:
-        own: Fields in which the dense block already differs from the model's config.
-        kind: The class and the axes that change; blocks of one kind are built the same way.
-        choices: Ways to build it; their fields come on top of ``own``.
-        rebuilder: Builds it again; None where its class cannot be called.
+        own: fields in which the dense block already differs from the model's config.
+        kind: the class and the axes that change; blocks of one kind are built the same way.
+        choices: ways to build it; their fields come on top of ``own``.
+        rebuilder: builds it again; None where its class cannot be called.
     """
 
     own: Mapping[str, int]
@@ -190,9 +190,9 @@ def _differing(dense: Mapping[str, Any], shared: Mapping[str, int], own: Mapping
     """Return the fields in which a block's config differs from that of the whole slim model.
 
     Args:
-        dense: Fields of the dense model's config.
-        shared: Fields that the whole model changes.
-        own: Fields of the block that differ from the dense model's config.
+        dense: fields of the dense model's config.
+        shared: fields that the whole model changes.
+        own: fields of the block that differ from the dense model's config.
     """
     whole = {**dense, **shared}
     full = {**{name: dense[name] for name in shared if name in dense}, **own}

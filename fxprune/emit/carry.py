@@ -20,8 +20,8 @@ def carry_over(dense: nn.Module, slim: nn.Module) -> None:
     Buffers that the model adds to a finished block are added to a block that was built again.
 
     Args:
-        dense: The dense model; not changed.
-        slim: A model of the same class, built from other widths.
+        dense: the dense model; not changed.
+        slim: a model of the same class, built from other widths.
     """
     twins: dict[str, nn.Module] = dict(slim.named_modules())
     for path, module in dense.named_modules():

@@ -36,10 +36,10 @@ class Choice:
     """One way to build a block.
 
     Args:
-        fields: Config fields of this block, relative to the model's dense config.
-        patches: Attributes to set afterwards, by module path within the block.
-        gap: Tensors that the fields alone do not reach, in words; empty where they reach all.
-        as_dense: Whether integer attributes start from those of the dense block, not of the rebuilt one.
+        fields: config fields of this block, relative to the model's dense config.
+        patches: attributes to set afterwards, by module path within the block.
+        gap: tensors that the fields alone do not reach, in words; empty where they reach all.
+        as_dense: whether integer attributes start from those of the dense block, not of the rebuilt one.
     """
 
     fields: Mapping[str, int]
@@ -61,11 +61,11 @@ def choices_for(
     another size would have them, last the attributes of the resized tensors' own modules alone.
 
     Args:
-        block: The dense block.
-        rebuilder: Builds it again; None where its class cannot be called.
-        bases: Fields to start from: those that the whole model changes, else none.
-        wanted: Shapes by name within the block.
-        outside: Number of shapes outside the blocks that an assignment would get wrong.
+        block: the dense block.
+        rebuilder: builds it again; None where its class cannot be called.
+        bases: fields to start from: those that the whole model changes, else none.
+        wanted: shapes by name within the block.
+        outside: number of shapes outside the blocks that an assignment would get wrong.
     """
     if rebuilder is None:
         have = shapes_of(block)

@@ -53,11 +53,11 @@ class Emission:
     """A slim model, or why there is none.
 
     Args:
-        model: Of the dense model's class, holding the given tensors. Two attributes say how it differs:
+        model: of the dense model's class, holding the given tensors. Two attributes say how it differs:
             ``fxprune_overrides`` (an ``Overrides``: the config fields in which a block differs from ``model.config``,
             and those that the class wants at their dense values while it is built), and ``fxprune_recipe`` (a
             ``Recipe`` as JSON values, from which ``rebuild`` makes the same structure out of the dense config).
-        reasons: Block, parameter, wanted and obtained shape of what has no expression; empty on success.
+        reasons: block, parameter, wanted and obtained shape of what has no expression; empty on success.
     """
 
     model: PreTrainedModel | None
@@ -78,12 +78,12 @@ def emit(
     leave all float attributes and everything outside the blocks alone first.
 
     Args:
-        model: The dense model; not changed. Its storage may be on ``meta``.
-        tensors: By dense name, the tensor of every parameter and buffer that remains.
-        removed_blocks: Module paths of whole blocks that are gone.
-        agrees: Whether an emitted model computes what it should. Without it the first model that runs on
+        model: the dense model; not changed. Its storage may be on ``meta``.
+        tensors: by dense name, the tensor of every parameter and buffer that remains.
+        removed_blocks: module paths of whole blocks that are gone.
+        agrees: whether an emitted model computes what it should. Without it the first model that runs on
             ``meta`` is taken.
-        numbered: Which units remain of those that the model's code knows by number: by module path of a block
+        numbered: which units remain of those that the model's code knows by number: by module path of a block
             (empty for all blocks), by number of units before.
     """
     removed = tuple(removed_blocks)
@@ -122,10 +122,10 @@ def _first_that_fits(task: EmissionTask, tensors: Tensors, agrees: Agrees | None
     """Return the first candidate that holds the tensors and agrees; those that fail on ``meta`` are tried last.
 
     Args:
-        task: What is emitted.
-        tensors: By dense name.
-        agrees: The caller's judgement.
-        runs: Whether the dense model runs on ``meta``, so that a candidate is expected to.
+        task: what is emitted.
+        tensors: by dense name.
+        agrees: the caller's judgement.
+        runs: whether the dense model runs on ``meta``, so that a candidate is expected to.
     """
     reasons: dict[str, None] = {}
     doubtful: list[Candidate] = []

@@ -24,8 +24,8 @@ class Reads:
     """Names that a constructor read from its config.
 
     Args:
-        integers: Fields that hold an integer.
-        hollow: Fields that are None, or absent and asked for with a default.
+        integers: fields that hold an integer.
+        hollow: fields that are None, or absent and asked for with a default.
     """
 
     integers: tuple[str, ...]
@@ -56,8 +56,8 @@ def record_reads(config: PreTrainedConfig, build: Callable[[PreTrainedConfig], o
     config, every field counts as read.
 
     Args:
-        config: The config to build from; not changed.
-        build: Builds something from a config.
+        config: the config to build from; not changed.
+        build: builds something from a config.
     """
     probe, read = copy.deepcopy(config), set[str]()
     probe.__class__ = _recorder(type(config), read)
@@ -84,10 +84,10 @@ def keep_blocks(config: PreTrainedConfig, count_field: str | None, total: int, k
     """Make a config describe the kept blocks alone: its count, and every list with one entry a block.
 
     Args:
-        config: Changed in place.
-        count_field: The field with the number of blocks; empty or None where there is none.
-        total: The number of blocks before.
-        kept: Indices of the blocks that stay, in order.
+        config: changed in place.
+        count_field: the field with the number of blocks; empty or None where there is none.
+        total: the number of blocks before.
+        kept: indices of the blocks that stay, in order.
     """
     for name, value in _lists_by_block(config, total):
         vars(config)[name] = type(value)(value[index] for index in kept)

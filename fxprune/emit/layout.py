@@ -21,8 +21,8 @@ class Stack:
     """A module list of blocks.
 
     Args:
-        path: Module path of the list.
-        blocks: The blocks of the dense model.
+        path: module path of the list.
+        blocks: the blocks of the dense model.
     """
 
     path: str
@@ -38,9 +38,9 @@ class Layout:
     """Where blocks are in a model and which config they come from.
 
     Args:
-        stacks: The outermost module lists, those of the text decoder first where there are others, the longest first.
-        part: Name of the nested config that describes the blocks; empty for the model's own.
-        count_field: The field that sets the length of the first stack; empty where lists with one entry a block set
+        stacks: the outermost module lists, those of the text decoder first where there are others, the longest first.
+        part: name of the nested config that describes the blocks; empty for the model's own.
+        count_field: the field that sets the length of the first stack; empty where lists with one entry a block set
             it, None where nothing does.
     """
 

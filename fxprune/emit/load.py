@@ -37,10 +37,10 @@ def misfits(
     """Return the differences between the tensors a model has and those it is to be given, in words.
 
     Args:
-        model: The slim model.
-        tensors: Tensors by dense name.
-        rename: Dense names to slim names.
-        expected: Slim names whose shape was settled by setting attributes, and may differ.
+        model: the slim model.
+        tensors: tensors by dense name.
+        rename: dense names to slim names.
+        expected: slim names whose shape was settled by setting attributes, and may differ.
     """
     have = shapes_of(model)
     want = {new: tuple(tensor.shape) for name, tensor in tensors.items() if (new := rename(name)) is not None}
@@ -63,10 +63,10 @@ def assign(model: PreTrainedModel, dense: PreTrainedModel, tensors: Mapping[str,
     """Give a model exactly the given tensors; tied names hold one parameter.
 
     Args:
-        model: The slim model on ``meta``, with all modules of the dense one that remain.
-        dense: The dense model, for which parameters are trained and which module is in training mode.
-        tensors: Tensors by dense name.
-        rename: Dense names to slim names.
+        model: the slim model on ``meta``, with all modules of the dense one that remain.
+        dense: the dense model, for which parameters are trained and which module is in training mode.
+        tensors: tensors by dense name.
+        rename: dense names to slim names.
     """
     trained = {name: p.requires_grad for name, p in dense.named_parameters(remove_duplicate=False)}
     wrapped: dict[int, nn.Parameter] = {}
@@ -99,10 +99,10 @@ def run_on_meta(model: PreTrainedModel, samples: int = 1) -> Refusal | None:
     """Return what stops a forward pass on ``meta``; None where it runs.
 
     Args:
-        model: A model on ``meta``, to be thrown away: some classes keep state between passes. It loses its
+        model: a model on ``meta``, to be thrown away: some classes keep state between passes. It loses its
             padding token, whose absence from the input cannot be checked without data, and multiplies experts
             in batches, since grouped kernels refuse some widths on ``meta`` that they take elsewhere.
-        samples: Number of sequences that go in.
+        samples: number of sequences that go in.
     """
     vars(model.config).update(pad_token_id=None)
     for config in _configs(model):

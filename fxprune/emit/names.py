@@ -24,8 +24,8 @@ def slim_name(name: str, removed_blocks: Collection[str]) -> str | None:
     Blocks after a removed one move up.
 
     Args:
-        name: Name in the dense model.
-        removed_blocks: Module paths of the blocks that are gone, such as ``"decoder.3"``.
+        name: name in the dense model.
+        removed_blocks: module paths of the blocks that are gone, such as ``"decoder.3"``.
     """
     if within(f"{name}.", removed_blocks):
         return None

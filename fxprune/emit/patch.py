@@ -58,13 +58,13 @@ def scope_patches(before: Snapshot, after: Snapshot, wrong: frozenset[Axis]) -> 
     """Return integer attributes as they are in a block built with other fields, inside the module that changes.
 
     Args:
-        before: The block as it is.
-        after: The block under an assignment that gives the wanted sizes on the axes in `wrong`, whatever it
+        before: the block as it is.
+        after: the block under an assignment that gives the wanted sizes on the axes in ``wrong``, whatever it
             does elsewhere.
-        wrong: Axes that have to change.
+        wrong: axes that have to change.
 
     Returns:
-        Attributes by module path, for modules at or below the smallest one that holds all of `wrong`.
+        Attributes by module path, for modules at or below the smallest one that holds all of ``wrong``.
     """
     scope = common_path(frozenset(name for name, _ in wrong))
     found: Patches = {}
@@ -79,9 +79,9 @@ def leaf_patches(module: nn.Module, wanted: Mapping[str, Shape], skip: tuple[str
     """Return attributes of the modules that own a resized tensor, as they follow from the tensor.
 
     Args:
-        module: A block or a model, as it is.
-        wanted: Shapes by name within ``module``.
-        skip: Module paths whose subtrees are left alone.
+        module: a block or a model, as it is.
+        wanted: shapes by name within ``module``.
+        skip: module paths whose subtrees are left alone.
     """
     found: Patches = {}
     for path, child in module.named_modules():

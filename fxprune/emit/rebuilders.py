@@ -24,10 +24,10 @@ class Rebuilder:
     """Builds one module again from config fields, and remembers what each assignment gave.
 
     Args:
-        make: Builds the module from an assignment of fields; may raise.
-        config: The config that unassigned fields are read from.
-        reads: The fields that the constructor looks at.
-        skip: Module paths whose subtrees do not count.
+        make: builds the module from an assignment of fields; may raise.
+        config: the config that unassigned fields are read from.
+        reads: the fields that the constructor looks at.
+        skip: module paths whose subtrees do not count.
     """
 
     make: Callable[[Mapping[str, int]], nn.Module]
@@ -87,11 +87,11 @@ def block_rebuilder(
     """Return what builds one block, with the index it has in the dense model; None where its class cannot be called.
 
     Args:
-        model: The dense model.
-        layout: Where its blocks are.
-        index: The block's index.
-        block: The dense block.
-        own: Fields in which the block already differs from the model's config.
+        model: the dense model.
+        layout: where its blocks are.
+        index: the block's index.
+        block: the dense block.
+        own: fields in which the block already differs from the model's config.
     """
     builder = builder_of(block)
     if builder is None:

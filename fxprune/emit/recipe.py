@@ -27,8 +27,8 @@ class Recipe(Overrides):
     """How a slim model is built from the dense one's config; JSON values throughout, names those of the dense model.
 
     Args:
-        fields: Config fields that the whole model changes.
-        removed: Module paths of the blocks that are gone.
+        fields: config fields that the whole model changes.
+        removed: module paths of the blocks that are gone.
     """
 
     fields: Mapping[str, int] = field(default_factory=dict)
@@ -48,13 +48,13 @@ def rebuild(dense: PreTrainedModel, recipe: Recipe, layout: Layout | None = None
     """Build a model of the dense one's class on ``meta``, with the recipe's widths and blocks and no weights.
 
     Args:
-        dense: The dense model, or one of the same config on ``meta``; only its structure and scalar attributes
+        dense: the dense model, or one of the same config on ``meta``; only its structure and scalar attributes
             are read.
-        recipe: What differs.
-        layout: Where its blocks are, if known.
+        recipe: what differs.
+        layout: where its blocks are, if known.
 
     Raises:
-        CannotBuildError: The class of a block does not build what the recipe asks for.
+        CannotBuildError: the class of a block does not build what the recipe asks for.
     """
     layout = layout or survey(dense)
     built_at = {path: place for path, place in recipe.built_at.items() if path not in recipe.removed}

@@ -23,9 +23,9 @@ def remove_blocks(model: PreTrainedModel, removed: Collection[str], layout: Layo
     """Take blocks out of a model and tell its config; the others get their new index.
 
     Args:
-        model: The slim model, with as many blocks as the dense one; changed in place.
-        removed: Module paths of the blocks that go.
-        layout: Where blocks are.
+        model: the slim model, with as many blocks as the dense one; changed in place.
+        removed: module paths of the blocks that go.
+        layout: where blocks are.
     """
     for stack in layout.stacks:
         kept = [index for index, path in enumerate(stack.paths()) if path not in removed]
@@ -64,10 +64,10 @@ class _Move:
     """A block that moves up: built where it was and where it goes, what differs with the place is its index.
 
     Args:
-        whole: Config of all blocks.
-        shorter: Config of the kept blocks.
-        old: Index before.
-        new: Index after.
+        whole: config of all blocks.
+        shorter: config of the kept blocks.
+        old: index before.
+        new: index after.
     """
 
     whole: PreTrainedConfig

@@ -21,8 +21,8 @@ class SharedWidths:
     """One way to give everything around the blocks its wanted shapes.
 
     Args:
-        fields: Config fields that the whole model is built with.
-        written_afterwards: Config fields that no class accepts while it is built, and their values afterwards.
+        fields: config fields that the whole model is built with.
+        written_afterwards: config fields that no class accepts while it is built, and their values afterwards.
     """
 
     fields: Mapping[str, int]
@@ -38,8 +38,8 @@ def shared_widths_for(rebuilder: Rebuilder, wanted: Mapping[str, Shape]) -> list
     """Return ways to reach the wanted shapes outside the blocks, the likeliest first.
 
     Args:
-        rebuilder: The model around its blocks.
-        wanted: Shapes by name outside the blocks.
+        rebuilder: the model around its blocks.
+        wanted: shapes by name outside the blocks.
     """
     dense = rebuilder.observe({})
     if dense is None:

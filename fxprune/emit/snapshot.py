@@ -35,9 +35,9 @@ class Snapshot:
     """Shapes and attributes of one built module.
 
     Args:
-        shapes: Shape by parameter and buffer name, tied names included.
-        numbers: Integer (or tuple of integers) attributes by module path and attribute name.
-        scalars: Float and bool attributes by module path and attribute name.
+        shapes: shape by parameter and buffer name, tied names included.
+        numbers: integer (or tuple of integers) attributes by module path and attribute name.
+        scalars: float and bool attributes by module path and attribute name.
     """
 
     shapes: Mapping[str, Shape]
@@ -63,8 +63,8 @@ def take_snapshot(module: nn.Module, skip: Collection[str] = ()) -> Snapshot:
     """Return the shapes and scalar attributes of a module.
 
     Args:
-        module: Any module, usually on ``meta``.
-        skip: Module paths whose subtrees are left out.
+        module: any module, usually on ``meta``.
+        skip: module paths whose subtrees are left out.
     """
     modules = [(path, child) for path, child in module.named_modules() if not within(f"{path}.", skip)]
     held = {(path, name): value for path, child in modules for name, value in vars(child).items()}

@@ -31,8 +31,8 @@ def explicit_fields(rebuilder: Rebuilder, wanted: Snapshot) -> dict[str, int]:
     the number of heads can then change alone.
 
     Args:
-        rebuilder: What is built again.
-        wanted: What it gives with the default.
+        rebuilder: what is built again.
+        wanted: what it gives with the default.
     """
     found: dict[str, int] = {}
     for name in rebuilder.reads.hollow:
@@ -79,10 +79,10 @@ def minimal(rebuilder: Rebuilder, base: Fields, fields: Fields, optional: Fields
     """Return an assignment without the fields that restate a default.
 
     Args:
-        rebuilder: What is built again.
-        base: Fields that stay whatever happens.
-        fields: The assignment.
-        optional: Fields that stand for a default, to be left out where nothing changes.
+        rebuilder: what is built again.
+        base: fields that stay whatever happens.
+        fields: the assignment.
+        optional: fields that stand for a default, to be left out where nothing changes.
     """
     kept = {**optional, **fields}
     seen = rebuilder.observe({**base, **kept})
@@ -98,12 +98,12 @@ class Search:
     """A depth-first search over fields, one at a time, as long as fewer axes are wrong.
 
     Args:
-        rebuilder: What is built again.
-        base: Fields fixed beforehand.
-        wanted: Shapes to reach, by name.
-        counted: Axes that have to be right; None for all.
-        limit: Most assignments tried. Each builds a module on ``meta`` in some milliseconds, so this is seconds.
-        best: Afterwards the assignment that mended the most axes without harming any.
+        rebuilder: what is built again.
+        base: fields fixed beforehand.
+        wanted: shapes to reach, by name.
+        counted: axes that have to be right; None for all.
+        limit: most assignments tried. Each builds a module on ``meta`` in some milliseconds, so this is seconds.
+        best: afterwards the assignment that mended the most axes without harming any.
     """
 
     rebuilder: Rebuilder

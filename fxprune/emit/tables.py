@@ -38,10 +38,10 @@ def find_inputs(
     An argument counts if one of its axes has the length of all units, for one sample or for all samples together.
 
     Args:
-        model: A copy of the dense model on ``meta``, to be thrown away.
-        slim: The slim model on ``meta``, before blocks are taken out.
-        layout: Where the blocks are.
-        numbered: Which units remain.
+        model: a copy of the dense model on ``meta``, to be thrown away.
+        slim: the slim model on ``meta``, before blocks are taken out.
+        layout: where the blocks are.
+        numbered: which units remain.
 
     Returns:
         What :func:`fxprune.modelling.table_rows.select_inputs` takes, by dense module path.
@@ -109,8 +109,8 @@ def combined_inputs(model: nn.Module, more: Inputs) -> dict[str, dict[str, dict[
     """Return what the modules of the dense model select already, less what they no longer select of that.
 
     Args:
-        model: The dense model, itself perhaps a slim one.
-        more: By its module paths.
+        model: the dense model, itself perhaps a slim one.
+        more: by its module paths.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path, module in model.named_modules():

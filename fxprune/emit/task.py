@@ -21,12 +21,12 @@ class EmissionTask:
     """A dense model and the shapes that a slim one is to have: what every candidate is made from.
 
     Args:
-        model: The dense model.
-        layout: Where its blocks are.
-        rebuilder: Builds it again around its blocks.
-        wanted: Shape by dense name of every tensor that remains.
-        removed: Module paths of the blocks that are gone.
-        numbered: Which units remain of those that the model knows by number.
+        model: the dense model.
+        layout: where its blocks are.
+        rebuilder: builds it again around its blocks.
+        wanted: shape by dense name of every tensor that remains.
+        removed: module paths of the blocks that are gone.
+        numbered: which units remain of those that the model knows by number.
     """
 
     model: PreTrainedModel

@@ -19,7 +19,7 @@ class Refusal:
     """Why code that is not ours did not do what it was asked.
 
     Args:
-        error: What it raised.
+        error: what it raised.
     """
 
     error: Exception
@@ -39,10 +39,10 @@ def attempt(
     transformers code that it called. An error raised by a line of this package is a defect and is raised again.
 
     Args:
-        function: Runs code that is not ours, perhaps by way of ours.
-        args: What it is called with.
-        refusals: Errors that our own code raises to refuse on purpose.
-        kwargs: What it is called with by name.
+        function: runs code that is not ours, perhaps by way of ours.
+        args: what it is called with.
+        refusals: errors that our own code raises to refuse on purpose.
+        kwargs: what it is called with by name.
     """
     try:
         return call_foreign(function, *args, **kwargs)

@@ -108,17 +108,19 @@ class Facts:
         twin._held, twin._dropped = dict(self._held), dict(self._dropped)
         return twin
 
-    def missing(self, kind: type[Fact], where: str = "") -> PassError:
+    def missing(self, kind: type[Fact], where: str = "", by: str = "") -> PassError:
         """Return the error for a fact that is asked for and not known.
 
         Args:
             kind: what is asked for.
             where: who asks.
+            by: the pass that makes it stale, where it is not this object that saw it.
         """
-        by = self._dropped.get(kind)
-        what = f"no {kind.__name__} is known" if by is None else f"{kind.__name__} no longer holds after pass {by}"
-        givers = [name for find in _givers for name in find(kind)]
-        remedy = f"Run {' or '.join(givers)} first" if givers else "Start from fxprune.trace(model).graph_module"
+        by = by or self._dropped.get(kind, "")
+        what = f"the fact {kind.__name__} is stale since pass {by}" if by else f"the fact {kind.__name__} is not known"
+        *others, last = [name for find in _givers for name in find(kind)] or [""]
+        givers = f"{', '.join(others)} or {last}" if others else last
+        remedy = f"Run {givers} first" if givers else "Start from fxprune.trace(model).graph_module"
         return kind.missing_error(what, where=where, remedy=f"{remedy}. {kind.remedy}" if kind.remedy else remedy)
 
 

@@ -22,9 +22,9 @@ def block_config(config: PreTrainedConfig, fields: Mapping[str, Any], absent: It
     must see it, or masks and attention kernels would no longer fit.
 
     Args:
-        config: The config of the whole model; kept by reference.
-        fields: The values that differ for this block; written with no validation.
-        absent: Fields that the copy lacks.
+        config: the config of the whole model; kept by reference.
+        fields: the values that differ for this block; written with no validation.
+        absent: fields that the copy lacks.
     """
     view = copy.deepcopy(config)
     vars(view).update(fields)

@@ -47,8 +47,8 @@ def block_builder(kind: type[nn.Module], built_at: Mapping[str, Any] | None = No
     """Return what builds a block from a config and an index; None where the class asks for more.
 
     Args:
-        kind: The class of the block.
-        built_at: Index and fields at which the class builds the wanted kind of block, where that is not its index.
+        kind: the class of the block.
+        built_at: index and fields at which the class builds the wanted kind of block, where that is not its index.
     """
     parameters = list(inspect.signature(kind).parameters.values())
     placed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -78,10 +78,10 @@ def renumber(block: nn.Module, old: int, new: int, follows: Callable[[str, str],
     """Give attributes that hold the index of a block its new one.
 
     Args:
-        block: A block that was built at ``old``.
-        old: Its index before.
-        new: Its index from now on.
-        follows: Whether an attribute, by module path and name, is the index; by default if it is called like one.
+        block: a block that was built at ``old``.
+        old: its index before.
+        new: its index from now on.
+        follows: whether an attribute, by module path and name, is the index; by default if it is called like one.
     """
     for path, module in block.named_modules() if old != new else ():
         same = [name for name, value in vars(module).items() if type(value) is int and value == old]
@@ -93,7 +93,7 @@ def list_and_index(model: nn.Module, path: str) -> tuple[nn.ModuleList, int]:
     """Return the list that a block is in, and its index there.
 
     Raises:
-        CannotBuildError: The block is not in a list of modules.
+        CannotBuildError: the block is not in a list of modules.
     """
     parent, _, index = path.rpartition(".")
     blocks = model.get_submodule(parent)

@@ -98,7 +98,7 @@ def overrides_in(config: PreTrainedConfig) -> Overrides:
     The fields of blocks are in the section of ours where a stock class has per-layer values of its own.
 
     Raises:
-        ValueError: The section of ours is not one.
+        ValueError: the section of ours is not one.
     """
     section: dict[str, Any] = dict(vars(config).get(SECTION) or {})
     spec = vars(config).get(_HETEROGENEOUS) if section else None
@@ -119,7 +119,7 @@ def section_of(overrides: Overrides, where: Mapping[str, Any]) -> dict[str, Any]
     """Return the section of a config that says what the stock fields do not; see ``SECTION``.
 
     Args:
-        overrides: How the model differs from what its stock class builds.
+        overrides: how the model differs from what its stock class builds.
         where: ``class``, ``blocks`` and ``part``.
     """
     found = {name: where[name] for name in ("class", "blocks", "part") if name in where}
@@ -135,10 +135,10 @@ def amend_config(folder: Any, overrides: Overrides, section: Mapping[str, Any], 
     reads. So a model in memory holds a plain config, its blocks hold copies, and the file alone has it all.
 
     Args:
-        folder: Where the stock method has saved the model.
-        overrides: How the model differs from what its stock class builds.
+        folder: where the stock method has saved the model.
+        overrides: how the model differs from what its stock class builds.
         section: ``class``, ``blocks`` and ``part``; see ``SECTION``.
-        more: Further entries.
+        more: further entries.
     """
     path = os.path.join(folder, "config.json")
     with open(path, encoding="utf-8") as file:

@@ -27,16 +27,16 @@ class Overrides:
     Blocks, modules and tensors go by their names in the model.
 
     Args:
-        block_fields: By block, the config fields in which it differs from the model's config.
-        absent: By block, fields of the model's config that its own config lacks.
-        built_at: By block whose class builds another kind at its index, the ``index`` at which it builds this kind,
+        block_fields: by block, the config fields in which it differs from the model's config.
+        absent: by block, fields of the model's config that its own config lacks.
+        built_at: by block whose class builds another kind at its index, the ``index`` at which it builds this kind,
             and the ``fields`` of the config there.
-        built_with: Config fields that the model's class wants at these values while it is built.
-        written_afterwards: Config fields that are given these values once the model is built.
-        attributes: By module, attributes that are set once it is built.
-        shapes: By parameter or buffer, the shape it has where no field gives it that.
-        buffers: The same of buffers that a checkpoint has to hold although the class makes them itself.
-        inputs: By module and argument, what :func:`select_inputs` takes.
+        built_with: config fields that the model's class wants at these values while it is built.
+        written_afterwards: config fields that are given these values once the model is built.
+        attributes: by module, attributes that are set once it is built.
+        shapes: by parameter or buffer, the shape it has where no field gives it that.
+        buffers: the same of buffers that a checkpoint has to hold although the class makes them itself.
+        inputs: by module and argument, what :func:`select_inputs` takes.
     """
 
     block_fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -56,13 +56,13 @@ def build_blocks(
     """Build those blocks of a model again that have a config or a kind of their own.
 
     Args:
-        model: As its stock class builds it.
-        config: The config that its blocks are built from.
-        overrides: Which blocks differ, and how.
-        like: The model whose blocks say of which class to build them; by default ``model`` itself.
+        model: as its stock class builds it.
+        config: the config that its blocks are built from.
+        overrides: which blocks differ, and how.
+        like: the model whose blocks say of which class to build them; by default ``model`` itself.
 
     Raises:
-        CannotBuildError: A block's class asks for more than a config and an index.
+        CannotBuildError: a block's class asks for more than a config and an index.
     """
     source = model if like is None else like
     for path in dict.fromkeys((*overrides.block_fields, *overrides.absent, *overrides.built_at)):
@@ -78,8 +78,8 @@ def apply_overrides(model: nn.Module, overrides: Overrides) -> None:
     """Set the attributes, shapes and inputs of a model that no config field drives.
 
     Args:
-        model: With its blocks as they are to be.
-        overrides: What is set.
+        model: with its blocks as they are to be.
+        overrides: what is set.
     """
     for path, values in overrides.attributes.items():
         _set_attributes(model.get_submodule(path), values)

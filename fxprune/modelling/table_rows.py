@@ -52,8 +52,8 @@ def select_inputs(module: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -
     the rows of those it has.
 
     Args:
-        module: A module of a model.
-        entries: By argument of its forward: ``axis``, ``of`` (how many units the table has there for each sample) and
+        module: a module of a model.
+        entries: by argument of its forward: ``axis``, ``of`` (how many units the table has there for each sample) and
             ``kept`` (the numbers of those that go in).
     """
     held = {name: dict(entry) for name, entry in entries.items()}

@@ -73,6 +73,7 @@ class Pass(PassBase):
         Raises:
             PassError: a fact is missing, a promised one was not given, or something changed that was not declared.
         """
+        self.check_arguments()
         self.requires(graph_module)
         if self.changes != "nothing" and not inplace:
             return run_apart(self, self._run, graph_module)
@@ -85,6 +86,9 @@ class Pass(PassBase):
     def __str__(self) -> str:
         """The spelling of the pass, as in ``select-by-ratio{ratio=0.3}``."""
         return spell(self.name, self)
+
+    def check_arguments(self) -> None:
+        """Raise where an argument that the pass cannot do without is missing; asked before any pass runs."""
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Raise :class:`~fxprune.errors.PassError` unless all of :attr:`needs` is known."""

@@ -82,21 +82,19 @@ class PassSequence(Pass):
         return self.call(graph_module)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raise :class:`~fxprune.errors.PassError` where a step needs what is not known by its turn."""
+        """Raise where a step needs what is not known by its turn, or its arguments are not complete."""
         facts = facts_of(graph_module)
         known = {type(fact) for fact in facts}
         dropped: dict[type[Fact], str] = {}
         for step in self.leaves():
+            step.check_arguments()
             for kind in step.needs:
                 if kind not in known:
-                    foreseen = facts.copy()
-                    if kind in dropped:
-                        foreseen.drop(kind, dropped[kind])
-                    error = foreseen.missing(kind, where=f"pass {step.name}")
+                    error = facts.missing(kind, where=f"pass {step.name}", by=dropped.get(kind, ""))
                     error.add_note(f"in pass {step.name}")
                     raise error
+            dropped.update(dict.fromkeys(known.intersection(step.drops), step.name))
             known.difference_update(step.drops)
-            dropped.update(dict.fromkeys(step.drops, step.name))
             known.update(step.gives)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:

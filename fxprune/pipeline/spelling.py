@@ -92,10 +92,17 @@ def spell(name: str, made: object) -> str:
     said: Mapping[str, Any] = {
         field.name: getattr(made, field.name)
         for field in spelled_fields(made)
-        if field.metadata.get("spelled", True) and getattr(made, field.name) != _default(field)
+        if field.metadata.get("spelled", True) and _has_spelling(getattr(made, field.name), _default(field))
     }
     arguments = ", ".join(f"{key}={_text(value)}" for key, value in said.items())
     return f"{name}{{{arguments}}}" if arguments else name
+
+
+def _has_spelling(value: Any, default: Any) -> bool:
+    """Whether ``value`` is plain data and not the default."""
+    if isinstance(value, tuple | list):
+        return value != default and all(_has_spelling(item, ...) for item in value)
+    return (value is None or isinstance(value, str | int | float)) and value != default
 
 
 def _default(field: Field[Any]) -> Any:

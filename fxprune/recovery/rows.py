@@ -36,7 +36,7 @@ def read_rows(data: Any) -> Iterator[tuple[str, Any]]:
     """Yield each row with its place, or a :class:`BadRow` in its stead.
 
     Args:
-        data: None for the standard library's own text; a path ending in .json, .jsonl, .txt or .parquet; the id of a
+        data: none for the standard library's own text; a path ending in .json, .jsonl, .txt or .parquet; the id of a
             hub data set, ``"owner/name"`` or ``"owner/name:config"``, of which the split ``train`` is taken; or rows
             in memory: a ``datasets.Dataset`` or any iterable of dicts or strings.
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from transformers import PreTrainedModel
@@ -111,7 +111,7 @@ def recover(
         VerificationError: merging changed what the model computes.
     """
     chosen = settings_from(settings, changes)
-    result: Result | None = pruned if hasattr(pruned, "graph_module") else None
+    result = pruned if _is_result(pruned) else None
     _check(pruned, result, tokenizer)
     if isinstance(distil, PreTrainedModel):
         distil = Distillation(distil)
@@ -213,6 +213,11 @@ class _Job:
         trainer.save_model(str(adapter))
         trainer.accelerator.wait_for_everyone()
         return PeftModel.from_pretrained(self.model, str(adapter), is_trainable=False)
+
+
+def _is_result(pruned: Any) -> TypeGuard[Result]:
+    """Whether ``pruned`` is what a prune gives, by its parts: the module of its class stands above this one."""
+    return all(hasattr(pruned, name) for name in ("graph_module", "model", "plan", "report"))
 
 
 def _check(pruned: Any, result: Result | None, tokenizer: Any) -> None:

@@ -12,6 +12,7 @@ import operator
 import torch
 from torch import fx
 
+from fxprune.rules.registry import Values
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import TensorAxes
 from fxprune.rules.write import nodes_in
@@ -36,14 +37,14 @@ def look_up(op: OpSite, index: TensorAxes, x: TensorAxes, i: int) -> bool:
     return pick(op, index, x, i)
 
 
-def follow_positions(op: OpSite, values: str | None) -> None:
+def follow_positions(op: OpSite, values: Values | None) -> None:
     """State what the results of an op hold: positions, or matrices picked from weights.
 
     Positions that the op does something else with keep all units of their axis.
 
     Args:
         op: the op, after its rule ran.
-        values: what it does with values, one of :class:`~fxprune.rules.registry.Values`.
+        values: what it does with values.
     """
     unread = [x for x in op.tensors if op.positions_of(x) is not None and x.name not in op.understood]
     if unread:
@@ -55,9 +56,9 @@ def follow_positions(op: OpSite, values: str | None) -> None:
             op.pick_weights(out)
 
 
-def _carry(op: OpSite, unread: list[TensorAxes], values: str | None) -> None:
+def _carry(op: OpSite, unread: list[TensorAxes], values: Values | None) -> None:
     """State what the results are where an op moves positions or compares them; else freeze their axis."""
-    moves, compares = values in ("moved", "cast"), values == "compared"
+    moves, compares = values in (Values.MOVED, Values.CAST), values is Values.COMPARED
     known = [found for x in (unread if compares else op.first) if (found := op.positions_of(x)) is not None]
     moved = moves and len(known) == len(op.first)
     compared = compares and len(nodes_in(op.node.args)) == len(known) == 2
@@ -66,7 +67,7 @@ def _carry(op: OpSite, unread: list[TensorAxes], values: str | None) -> None:
     for out in op.outs if moved and known else ():
         op.hold_positions(out, known[0].tensor, known[0].dim)
     for x in unread:
-        shape_only = values == "shape" or (moves and x not in op.first)
+        shape_only = values is Values.SHAPE or (moves and x not in op.first)
         found = op.positions_of(x)
         if found is not None and not (shape_only or compared or moved):
             op.freeze(found.tensor, found.dim, f"{op.node.target} computes with positions along this axis")

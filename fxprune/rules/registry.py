@@ -12,6 +12,7 @@ The regular ones are a line of text (:mod:`fxprune.rules.notation`), others a fu
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -156,7 +157,8 @@ def _find(name: str) -> Rule | None:
 
 def moves_values(op: str) -> bool:
     """Whether an op, as text like ``aten.view.default``, only moves or casts values."""
-    name = "python::getitem" if "getitem" in op else op.replace(".", "::", 1).removesuffix(".default")
+    taken_out = op == str(operator.getitem)
+    name = "python::getitem" if taken_out else op.replace(".", "::", 1).removesuffix(".default")
     found = _find(name)
     return found is not None and found.values in (Values.MOVED, Values.CAST)
 

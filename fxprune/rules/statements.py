@@ -145,7 +145,7 @@ class Held:
 
     Args:
         sources: axes of inputs.
-        also: None if masked units are zero where they are zero along *all* sources, and nothing else is known. Else
+        also: none if masked units are zero where they are zero along *all* sources, and nothing else is known. Else
             they hold what they hold along the sources, and these numbers as well.
     """
 

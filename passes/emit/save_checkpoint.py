@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
+from transformers import AutoTokenizer
 
 from fxprune.checkpoint import save_pretrained
 from fxprune.emit.emitted import Emitted
@@ -38,6 +39,7 @@ class SaveCheckpointPass(Pass):
 
     Args:
         folder: where to.
+        tokenizer: saved with it; a tokenizer, or the folder of one.
         max_shard_size: the largest file of weights, in bytes or as text such as ``"5GB"``.
     """
 
@@ -48,7 +50,17 @@ class SaveCheckpointPass(Pass):
     gives: ClassVar[tuple[type[Fact], ...]] = (Saved,)
 
     folder: str = ""
+    tokenizer: Any = None
     max_shard_size: int | str = "5GB"
+
+    def check_arguments(self) -> None:
+        """Raise where it is not said where to.
+
+        Raises:
+            CheckpointError: there is no folder.
+        """
+        if not self.folder:
+            raise CheckpointError("no folder", where=f"pass {self.name}", remedy="Write save-checkpoint{folder=slim}")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Write all of it, or nothing.
@@ -64,9 +76,13 @@ class SaveCheckpointPass(Pass):
         structure = save_pretrained(
             facts[Emitted].require_model(),
             self.folder,
+            self._tokenizer(),
             plan=facts[Removed].removal.plan,
             report=facts[Report],
             max_shard_size=self.max_shard_size,
         )
         facts.put(Saved(Path(self.folder), structure.is_stock))
         return PassResult(graph_module, False)
+
+    def _tokenizer(self) -> Any:
+        return self.tokenizer if not isinstance(self.tokenizer, str) else AutoTokenizer.from_pretrained(self.tokenizer)

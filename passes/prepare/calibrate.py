@@ -33,16 +33,23 @@ class CalibratePass(Pass):
     data: Any = field(default=None, metadata={"spelled": False})
     file: str = ""
 
+    def check_arguments(self) -> None:
+        """Raise where there is nothing to read.
+
+        Raises:
+            CalibrationError: there is neither data nor a file.
+        """
+        if self.data is None and not self.file:
+            raise CalibrationError(
+                "no data", where=f"pass {self.name}", remedy="Pass data, or file with the path of JSON lines"
+            )
+
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Put down the samples.
 
         Raises:
             CalibrationError: there are none, or they do not fit the model.
         """
-        if self.data is None and not self.file:
-            raise CalibrationError(
-                "no data", where=f"pass {self.name}", remedy="Pass data, or file with the path of JSON lines"
-            )
         data = self.data if self.data is not None else read_rows(self.file)
         facts_of(graph_module).put(Calibration(read_calibration(data, graph_module)))
         return PassResult(graph_module, False)

@@ -20,7 +20,7 @@ from fxprune.data.calibration import (
 )
 from fxprune.errors import CalibrationError
 from fxprune.trace.capture import trace
-from tests.removal import Net
+from tests.oracle import Net
 
 ROWS = 11
 

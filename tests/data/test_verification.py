@@ -7,7 +7,7 @@ from torch import nn
 
 from fxprune.data.verification import make_inputs
 from fxprune.trace.capture import trace
-from tests.removal import Net
+from tests.oracle import Net
 
 
 def test_random_ids_are_of_the_embedding_and_depend_on_the_seed() -> None:

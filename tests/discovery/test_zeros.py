@@ -1,4 +1,4 @@
-"""Which ops can tell a masked unit from one that is not there."""
+"""Where masked units leave zeros behind (:mod:`fxprune.discovery.zeros`), and where they do not."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import fx, nn
 
 from fxprune.discovery.explain import frozen_axes
 from fxprune.rules.outcome import outcome
+from tests.oracle import Net, graph_of, groups_of
 from tests.random_networks import check_every_removal
-from tests.removal import Net, graph_of, groups_of
 
 aten = torch.ops.aten
 FLOAT, MASK = torch.empty(2), torch.empty(2, dtype=torch.bool)

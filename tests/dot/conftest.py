@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.removal import Net, discover, graph_of
+from tests.oracle import Net, discover, graph_of
 
 
 @pytest.fixture(scope="package")

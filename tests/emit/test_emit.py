@@ -24,7 +24,7 @@ AttnCut = Callable[[list[int], list[int]], Members]
 
 
 def rows(units: Iterable[int], width: int, offset: int = 0) -> torch.Tensor:
-    """Indices of the given runs of `width`."""
+    """Indices of the given runs of ``width``."""
     return torch.tensor([offset + unit * width + i for unit in units for i in range(width)])
 
 
@@ -40,7 +40,7 @@ class Family:
 
 
 def separate(q: str, k: str, v: str, o: str, bias: str = "", width: int = DIM) -> AttnCut:
-    """Attention with one projection each; names in `bias` have one."""
+    """Attention with one projection each; names in ``bias`` have one."""
 
     def cut(heads: list[int], kvs: list[int]) -> Members:
         found = {f"{q}.weight": (0, rows(heads, width)), f"{o}.weight": (1, rows(heads, width))}

@@ -125,7 +125,6 @@ def test_prune_runs_the_pipeline_it_prints(inplace: bool) -> None:
     [
         ({"taylor": "first"}, "taylor{order=first}"),
         ({"importance": "taylor{order=second}"}, "taylor{order=second}"),
-        ({"importance": "taylor{order=second}", "taylor": "first"}, "taylor{order=second}"),
         ({"inplace": True}, "taylor{memory=0.1}"),
         ({"inplace": True, "importance": "taylor{memory=0.5}"}, "taylor{memory=0.5}"),
         ({"kinds": "mlp", "reduction": "max"}, "taylor{kinds=[mlp], reduction=max}"),

@@ -14,7 +14,7 @@ from fxprune.graph.blocks import Blocks
 from fxprune.graph.facts import facts_of
 from tests.architectures import glm, memory, modules, text, vision
 from tests.architectures.library import LIBRARY, stirred
-from tests.removal import (
+from tests.oracle import (
     axes_of,
     check_kinds_remove_exactly,
     check_removes_exactly,

@@ -15,8 +15,8 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 import fxprune
 from fxprune.discovery.groups import KINDS
 from fxprune.errors import RatioError
+from tests.oracle import groups_of
 from tests.random_networks import RandomNet, Record, check_network, descriptions
-from tests.removal import groups_of
 
 ASKED = os.environ.get("FXPRUNE_RANDOM_NETWORKS")
 CASES = int(ASKED or 160)

@@ -12,8 +12,8 @@ from torch import nn
 
 import fxprune
 from fxprune.discovery.explain import frozen_axes
+from tests.oracle import Net, graph_of, groups_of
 from tests.random_networks import check_every_removal
-from tests.removal import Net, graph_of, groups_of
 
 Body = Callable[[Any, torch.Tensor], Any]
 

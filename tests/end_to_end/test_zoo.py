@@ -196,7 +196,7 @@ def test_the_page_tells_what_failed_and_counts() -> None:
 
 
 def test_the_page_is_the_one_made_from_the_data() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     data = root / "benchmarks" / "results" / "coverage.json"
     import json
 

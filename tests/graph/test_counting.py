@@ -10,7 +10,7 @@ from torch import nn
 from fxprune.graph.compat import UNKNOWN_SIZE
 from fxprune.graph.counting import count_macs, count_parameters
 from fxprune.trace.capture import trace
-from tests.removal import Net
+from tests.oracle import Net
 
 
 def two_maps(net: Any, x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from fxprune.graph.fork import fork, unshare
 from fxprune.graph.source import Source
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.trace.capture import trace
-from tests.removal import Net
+from tests.oracle import Net
 
 
 @pytest.fixture

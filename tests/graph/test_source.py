@@ -8,7 +8,7 @@ from torch import nn
 from fxprune.graph.facts import facts_of
 from fxprune.graph.source import Constants, Source
 from fxprune.trace.capture import trace
-from tests.removal import Net
+from tests.oracle import Net
 
 
 def test_tensors_have_their_names_in_the_model_and_constants_have_none() -> None:

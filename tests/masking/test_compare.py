@@ -10,7 +10,7 @@ from torch import fx, nn
 from fxprune.axes import Keep
 from fxprune.errors import VerificationError
 from fxprune.masking.compare import TOLERANCE, compare, find_divergence, masked_outputs, require_equal, slim_outputs
-from tests.removal import Net, axes_of, discover, groups_of, slim_graph
+from tests.oracle import Net, axes_of, discover, groups_of, slim_graph
 
 X = {"x": torch.randn(2, 3, generator=torch.Generator().manual_seed(0))}
 

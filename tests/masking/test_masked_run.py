@@ -10,7 +10,7 @@ from torch import nn
 from fxprune.axes import Keep
 from fxprune.masking.masked_run import MaskedRun, PreciseRun, output_tensors
 from tests.models import tiny, token_ids
-from tests.removal import Net, axes_of, discover, groups_of
+from tests.oracle import Net, axes_of, discover, groups_of
 
 UNITS = np.array([True, False, True, True, False, True])
 

@@ -9,7 +9,7 @@ from torch import fx, nn
 from fxprune.axes import Keep
 from fxprune.masking.compare import compare, masked_outputs, slim_outputs
 from fxprune.masking.side_by_side import SideBySide
-from tests.removal import Net, axes_of, discover, groups_of
+from tests.oracle import Net, axes_of, discover, groups_of
 
 
 def beside(batches: list[dict[str, torch.Tensor]]) -> tuple[fx.GraphModule, Keep, SideBySide]:

@@ -101,8 +101,8 @@ def test_a_foreign_package_registers_a_pass_that_keeps_the_contract(tmp_path: Pa
 
 def test_a_pass_of_ones_own_needs_no_registration() -> None:
     from fxprune.pipeline.pipeline import Pipeline
+    from tests.oracle import Net, discover
     from tests.pipeline.test_contract import StrangePass
-    from tests.removal import Net, discover
 
     dense = discover(Net(lambda m, x: m.a(x), a=nn.Linear(3, 3)), {"x": torch.randn(2, 3)})
     assert Pipeline([StrangePass("weights")])(dense).modified

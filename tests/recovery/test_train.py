@@ -54,13 +54,12 @@ def test_the_batch_comes_out_exactly(
 
 @pytest.fixture(scope="module")
 def data() -> TrainingData:
-    return read_training_data(
-        [f"text {i} of many" for i in range(9)], character_tokenizer(), RecoverySettings(held_out=2)
-    )
+    rows = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(9)]
+    return read_training_data(rows, character_tokenizer(), RecoverySettings(held_out=2))
 
 
 def test_the_recipe_reaches_the_trainer(data: TrainingData, tmp_path: Any) -> None:
-    settings = RecoverySettings(batch=2, micro_batch=1, epochs=2, warmup=0.25, seed=7)
+    settings = RecoverySettings(batch=2, micro_batch=1, epochs=2, warmup=0.25, seed=7, precision="float32")
     model = tiny("llama", num_hidden_layers=1)
     trainer = make_trainer(model, data, settings, tmp_path, padding=0, arguments={"use_cpu": True})
     made = trainer.args

@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxprune.axes import Keep
 from fxprune.errors import PlanError
 from fxprune.removal.plan import Plan, keep_of, kept_of_constants, plan_of
-from tests.removal import Net, axes_of, discover, groups_of
+from tests.oracle import Net, axes_of, discover, groups_of
 
 X = {"x": torch.randn(2, 3)}
 

@@ -10,7 +10,7 @@ from fxprune.axes import Keep
 from fxprune.graph.facts import facts_of
 from fxprune.removal.plan import plan_of
 from fxprune.removal.removal import Bypassed, Removal, Removed, Sliced
-from tests.removal import Net, axes_of, decide, discover, groups_of
+from tests.oracle import Net, axes_of, decide, discover, groups_of
 
 
 def test_a_removal_knows_its_plan_and_what_stays_of_constants() -> None:

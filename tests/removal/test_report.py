@@ -10,7 +10,7 @@ from torch import nn
 
 from fxprune.axes import Keep
 from fxprune.removal.report import Report, frozen_reasons, widths_of
-from tests.removal import Net, axes_of, discover, groups_of
+from tests.oracle import Net, axes_of, discover, groups_of
 
 REPORT = Report(parameters=(200, 150), macs=(1000, 800), tokens=64, widths={"g": (4, 3)}, notes=("a note",))
 

@@ -9,7 +9,7 @@ from torch import nn
 from fxprune.discovery.groups import Group
 from fxprune.errors import UnknownNameError
 from fxprune.removal.scores import REDUCTIONS, score_groups, unit_scores
-from tests.removal import Net, discover, groups_of
+from tests.oracle import Net, discover, groups_of
 
 
 @pytest.fixture(scope="module")

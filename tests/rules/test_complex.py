@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from tests.removal import Net, axes_of, check_removes_exactly, discover, groups_of, shape_of
+from tests.oracle import Net, axes_of, check_removes_exactly, discover, groups_of, shape_of
 from tests.rules.test_rules import Middle, between
 
 

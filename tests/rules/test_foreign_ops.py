@@ -11,7 +11,7 @@ from torch import nn
 
 import fxprune
 from fxprune.rules import registry
-from tests.removal import Net, axes_of, check_removes_exactly, discover
+from tests.oracle import Net, axes_of, check_removes_exactly, discover
 from tests.rules.test_routing import EXPERTS, Mixture, run_experts
 
 

@@ -24,14 +24,23 @@ from fxprune.discovery.explain import frozen_axes
 from fxprune.discovery.groups import Group
 from fxprune.errors import PlanError, RatioError
 from fxprune.graph.facts import facts_of
-from fxprune.removal.scores import Scores
 from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.plan import Plan, keep_of, plan_of
+from fxprune.removal.scores import Scores
 from fxprune.trace import trace
 from tests.models import tiny, token_ids
-from tests.removal import axes_of, check_removes_exactly, discover, graph_of, groups_of, plain_outputs, slim_graph, zeroed
+from tests.oracle import (
+    axes_of,
+    check_removes_exactly,
+    discover,
+    graph_of,
+    groups_of,
+    plain_outputs,
+    slim_graph,
+    zeroed,
+)
 from tests.zoo import tiny_model
 from tests.zoo import token_ids as zoo_ids
 

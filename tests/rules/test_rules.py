@@ -13,7 +13,7 @@ import fxprune
 from fxprune.discovery.explain import explain, frozen_axes
 from fxprune.rules import OpSite
 from fxprune.rules.registry import _RULES
-from tests.removal import Net, axes_of, check_removes_exactly, discover, graph_of, groups_of, shape_of
+from tests.oracle import Net, axes_of, check_removes_exactly, discover, graph_of, groups_of, shape_of
 
 Middle = Callable[[torch.Tensor], torch.Tensor]
 

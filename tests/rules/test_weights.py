@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.discovery.explain import explain
-from tests.removal import Net, axes_of, check_removes_exactly, discover, graph_of, groups_of, shape_of
+from tests.oracle import Net, axes_of, check_removes_exactly, discover, graph_of, groups_of, shape_of
 
 Parts = dict[str, Any]
 Body = Callable[[Any, torch.Tensor], torch.Tensor]

@@ -13,7 +13,7 @@ from fxprune.graph.facts import Notes, Runnable, Shaped, facts_of
 from fxprune.graph.tensors import weights
 from fxprune.trace.capture import meta_twin, trace
 from tests.models import tiny, token_ids
-from tests.removal import Net
+from tests.oracle import Net
 
 
 def test_a_graph_computes_what_the_model_does_from_its_own_tensors() -> None:

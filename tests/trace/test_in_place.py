@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import fxprune
 from fxprune.graph.compat import is_impure
+from fxprune.trace.canonical import plain_in_place
+from tests.oracle import Net, check_removes_exactly, plain_outputs
 from tests.random_networks import check_every_removal
-from tests.removal import Net, check_removes_exactly, plain_outputs
 
 INPUTS = {"x": torch.randn(3, 6, generator=torch.Generator().manual_seed(0))}
 
@@ -37,6 +38,19 @@ def seen_later(net: Net, x: torch.Tensor) -> torch.Tensor:
 def test_one_of_several_results_is_written_to_after_it_was_read() -> None:
     """Weights of a router, made to sum to one: read, then divided in place."""
     assert writes(Net(routed, first=nn.Linear(6, 5), last=torch.randn(2, 4))) == []
+
+
+def test_an_op_that_nothing_else_sees_becomes_the_plain_one() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    hidden = graph.call_function(torch.ops.aten.mul.Tensor, (x, 2))
+    written = graph.call_function(torch.ops.aten.add_.Tensor, (hidden, 1))
+    graph.output(written)
+    graph_module = fx.GraphModule(nn.Module(), graph)
+    plain_in_place(graph_module)
+    graph_module.recompile()
+    assert not any(is_impure(node) for node in graph_module.graph.nodes if node.op == "call_function")
+    assert torch.equal(graph_module(torch.ones(2)), torch.full((2,), 3.0))
 
 
 def test_what_a_view_sees_is_written_in_place() -> None:

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from fxprune.errors import TraceError
 from fxprune.trace.lower import lower
-from tests.removal import Net
+from tests.oracle import Net
 
 
 class Pair(NamedTuple):
@@ -68,5 +68,5 @@ def test_containers_come_back_and_what_has_no_fields_is_refused() -> None:
     found = lowered(net, torch.randn(2, 3))(torch.randn(2, 3))
     assert list(found) == ["y", "rest"] and isinstance(found["rest"][1], tuple)
     named = Net(lambda net, x: Pair(net.a(x), x), a=nn.Linear(3, 4))
-    with pytest.raises(TraceError, match="namedtuple.* has no named fields"):
+    with pytest.raises(TraceError, match=r"namedtuple.* has no named fields"):
         lowered(named, torch.randn(2, 3))

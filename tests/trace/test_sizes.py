@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from fxprune.data.verification import make_inputs
 from fxprune.graph.compat import is_free
 from fxprune.graph.counting import count_macs
-from fxprune.trace import trace
-from tests.removal import Net
+from fxprune.trace.capture import trace
+from fxprune.trace.sizes import pin_sizes
+from tests.oracle import Net
 from tests.zoo import tiny_model, token_ids
 
 
@@ -25,6 +26,7 @@ def test_batch_and_tokens_of_a_plain_model_vary() -> None:
     traced = trace(tiny_model("llama"))
     assert free_axes(traced.graph_module) == [True, True]
     assert traced.notes == ()
+    assert pin_sizes(traced.graph_module) == ""
 
 
 def test_a_number_of_chunks_that_export_takes_for_a_constant_fixes_the_tokens() -> None:

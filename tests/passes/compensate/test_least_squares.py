@@ -21,7 +21,7 @@ from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Removal
 from tests.models import tiny, token_ids
-from tests.removal import Net, decide, discover, groups_of
+from tests.oracle import Net, decide, discover, groups_of
 
 X = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(0))
 DAMPING = 0.03
@@ -241,7 +241,7 @@ def test_samples_of_one_shape_make_batches() -> None:
 def test_it_refuses_what_it_cannot_use() -> None:
     work = planned(network(), {"x": X}, 7)
     facts_of(work).drop(Calibration, by="test")
-    with pytest.raises(CalibrationError, match=r"Calibration no longer holds.*Run calibrate first\. Pass token ids"):
+    with pytest.raises(CalibrationError, match=r"Calibration is stale.*Run calibrate first\. Pass token ids"):
         LeastSquaresPass()(work, inplace=True)
     with pytest.raises(FxpruneError, match="above 0"):
         LeastSquaresPass(damping=0)

@@ -12,7 +12,7 @@ from fxprune.graph.facts import facts_of
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.scores import Scores
 from fxprune.trace import trace
-from tests.removal import Net
+from tests.oracle import Net
 
 
 def test_find_groups_puts_down_groups_and_forgets_what_was_said_of_older_ones() -> None:

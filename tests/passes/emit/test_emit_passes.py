@@ -19,14 +19,14 @@ from fxprune.pipeline.pipeline import Pipeline
 from fxprune.removal.report import Report
 from fxprune.trace import trace
 from tests.models import tiny
-from tests.removal import Net
+from tests.oracle import Net
 
 SHRINK = "find-groups, l2, select-by-ratio{ratio=0.25, protect=()}, count-work, make-verification-inputs, shrink"
 
 
 def test_model_report_and_checkpoint_come_one_after_the_other(tmp_path: Path) -> None:
     slim = Pipeline(SHRINK)(trace(tiny("llama")).graph_module).graph_module
-    with pytest.raises(PassError, match=r"no Emitted is known. Run emit-model first"):
+    with pytest.raises(PassError, match=r"the fact Emitted is not known. Run emit-model first"):
         SaveCheckpointPass(str(tmp_path / "slim"))(slim)
     EmitModelPass()(slim)
     facts = facts_of(slim)

@@ -17,7 +17,7 @@ from fxprune.graph.facts import facts_of
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.scores import REDUCTIONS, Scores
 from tests.models import tiny, token_ids
-from tests.removal import discover, groups_of
+from tests.oracle import discover, groups_of
 
 Array = np.ndarray
 Slices = list[tuple[str, int, list[list[int]]]]
@@ -250,7 +250,7 @@ def test_only_the_kinds_asked_for_are_scored() -> None:
 def test_what_cannot_be_scored_is_refused() -> None:
     model = TinyLM()
     dense = discover(model, {"ids": token_ids()})
-    with pytest.raises(CalibrationError, match=r"no Calibration is known.*Run calibrate first"):
+    with pytest.raises(CalibrationError, match=r"the fact Calibration is not known.*Run calibrate first"):
         load_pass("taylor")(dense)
     calibrate(dense, token_ids(2))
     with torch.no_grad():

@@ -16,7 +16,7 @@ from fxprune.graph.facts import facts_of
 from fxprune.removal.report import Work
 from fxprune.trace import trace
 from tests.models import tiny, token_ids
-from tests.removal import Net
+from tests.oracle import Net
 
 
 def test_calibrate_reads_rows_from_a_call_or_a_file(tmp_path: Path) -> None:

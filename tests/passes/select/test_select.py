@@ -25,7 +25,7 @@ from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 from tests.models import tiny
-from tests.removal import axes_of, decide, discover, slim_graph
+from tests.oracle import axes_of, decide, discover, slim_graph
 
 LAYERS, FFN, KV = 8, 346, 4
 BOTH = ("mlp", "head")

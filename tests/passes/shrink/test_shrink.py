@@ -21,7 +21,7 @@ from fxprune.masking.compare import Expected, Verified
 from fxprune.pipeline.contract import PassResult
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Bypassed
-from tests.removal import Net, axes_of, decide, discover, groups_of
+from tests.oracle import Net, axes_of, decide, discover, groups_of
 
 
 class Block(nn.Module):
@@ -247,7 +247,7 @@ def test_slice_parameters_in_place_gives_the_model_the_same_tensors() -> None:
 def test_propagate_shapes_tells_new_shapes_and_where_they_do_not_fit() -> None:
     dense = shapely()
     work = after("rewrite-literals", planned(dense, keep_most(dense)))
-    with pytest.raises(PassError, match=r"Runnable no longer holds after pass slice-parameters. Run rewrite-literals"):
+    with pytest.raises(PassError, match=r"Runnable is stale since pass slice-parameters. Run rewrite-literals"):
         run("propagate-shapes", work)
     run("rewrite-literals", work)
     assert not run("propagate-shapes", work).modified

@@ -1,0 +1,112 @@
+"""What rules stand on: sites, memory that is shared, spellings, products with weights."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import fx, nn
+
+import fxprune
+from fxprune.graph.compat import tree_leaves
+from fxprune.rules.aliasing import alias_roots, may_alias, regroups, writes
+from fxprune.rules.apply import fresh_axes, run_alone
+from fxprune.rules.descriptions import Descriptions, describe
+from fxprune.rules.outcome import outcome
+from fxprune.rules.patterns import Letter, TensorPattern
+from fxprune.rules.positions import pick
+from fxprune.rules.product import weight_product
+from fxprune.rules.registry import registered_rules
+from fxprune.rules.site import OpSite
+from fxprune.rules.spelling import find_spelling
+from fxprune.rules.statements import Statements
+from fxprune.rules.write import Arguments, op_name
+
+aten = torch.ops.aten
+
+THEMES = {
+    "fxprune.rules.attention",
+    "fxprune.rules.complex",
+    "fxprune.rules.contraction",
+    "fxprune.rules.convolution",
+    "fxprune.rules.creation",
+    "fxprune.rules.cutting",
+    "fxprune.rules.indexing",
+    "fxprune.rules.norm",
+    "fxprune.rules.pointwise",
+    "fxprune.rules.reduction",
+    "fxprune.rules.routing",
+    "fxprune.rules.shape",
+}
+
+
+def graph_of(module: nn.Module, *shape: int) -> fx.Graph:
+    return fxprune.trace(module.eval(), {"x": torch.randn(shape)}).graph_module.graph
+
+
+class Net(nn.Module):
+    """Two weights, one of them used turned, and a view that is written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 12), nn.Parameter(torch.randn(12, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x).clone()
+        h.transpose(0, 1)[0].mul_(2)
+        return h @ self.down
+
+
+def test_every_theme_has_rules_and_every_function_a_theme() -> None:
+    made = {
+        rule.state.__module__
+        for rule in registered_rules().values()
+        if rule.state.__module__ != "fxprune.rules.patterns"
+    }
+    assert made == THEMES
+    assert set(sys.modules) >= THEMES
+
+
+def test_what_is_written_through_a_view_has_the_root_of_the_view() -> None:
+    graph = graph_of(Net(), 2, 5)
+    root = alias_roots(graph)
+    (written,) = (node for node in graph.nodes if writes(node))
+    assert root[written].target is aten.clone.default
+    views = [node for node in graph.nodes if may_alias(node) and root[node] is root[written]]
+    assert len(views) >= 2 and not any(regroups(node) for node in views)
+
+
+def test_products_with_a_weight_say_where_it_is() -> None:
+    graph = graph_of(Net(), 2, 5)
+    found = {str(p.weight.target): p for node in graph.nodes if (p := weight_product(node)) is not None}
+    assert {name: product.axis for name, product in found.items()} == {"up.weight": 1, "down": 0}
+    added = found["up.weight"].added
+    assert added is not None and added.target == "up.bias" and found["down"].added is None
+
+
+def test_spellings_are_found_by_overload() -> None:
+    assert find_spelling(aten.view.default) is not None
+    assert find_spelling(aten.view.dtype) is None
+
+
+def test_a_rule_by_itself_shares_nothing_with_the_graph() -> None:
+    node = next(node for node in graph_of(Net(), 2, 5).nodes if node.target is aten.linear.default)
+    site, stated = run_alone(node)
+    assert str(site) == describe(node) == Descriptions().of(site)
+    assert op_name(node.target) == "linear" and Arguments(node).get("bias").target == "up.bias"
+    assert not stated.unruled and len(tree_leaves(site.outs)) == 1
+    assert outcome(node, {}) is None
+
+
+def test_what_is_picked_by_unknown_numbers_stays() -> None:
+    stated = Statements()
+    x, index = fresh_axes("x", torch.ones(4)), fresh_axes("i", torch.ones(2))
+    op = OpSite(fx.Graph().call_function(aten.take.default, ()), stated, (x,))
+    assert not pick(op, index, x, 0)
+    assert stated.solver.frozen_factors()[x.axes[0]].reason == "looked up by number"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("rank", "places"), [(1, [("i", 0)]), (3, [("b", 2), ("b", 1), ("i", 0)])])
+def test_a_star_is_any_number_of_axes(rank: int, places: list[tuple[str, int]]) -> None:
+    assert TensorPattern("x", (Letter("b", True, False), Letter("i", False, False))).places(rank) == places
