@@ -78,7 +78,8 @@ def test_nan_weights_are_named_as_the_cause() -> None:
 def test_quantised_and_split_models() -> None:
     model = tiny("llama")
     model.is_quantized = True
-    with pytest.raises(UnsupportedModelError, match=r"marked as quantised.*clear is_quantized"):
+    model.lm_head.register_buffer("packed", torch.zeros(4, 4, dtype=torch.int32))
+    with pytest.raises(UnsupportedModelError, match=r"lm_head.packed: torch.int32 .* marked as quantised.*dequantize"):
         fxprune.prune(model, IDS)
     model = tiny("llama")
     model.lm_head.to("meta")

@@ -18,6 +18,7 @@ from fxprune.emit.remove_blocks import remove_blocks
 from fxprune.emit.tables import combined_inputs
 from fxprune.graph.attempts import call_foreign
 from fxprune.modelling.overrides import Overrides, apply_overrides, build_blocks
+from fxprune.trace.checks import clear_marks
 
 __all__ = ["Recipe", "rebuild"]
 
@@ -68,4 +69,5 @@ def rebuild(dense: PreTrainedModel, recipe: Recipe, layout: Layout | None = None
     apply_overrides(model, overrides)
     remove_blocks(model, recipe.removed, layout)
     write_fields(part_of(config, layout.part), recipe.written_afterwards)
+    clear_marks(model)  # what was traced is plain floats, whatever file it came from
     return model

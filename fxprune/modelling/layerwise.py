@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -43,6 +44,7 @@ class Layerwise:
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         """Build the stock model, then those blocks again that differ, and set what no config field drives."""
+        config = copy.deepcopy(config)  # entries are taken off it, and the caller may build from theirs again
         section = dict(vars(config).get(SECTION) or {})
         overrides = overrides_in(config)
         for name in (_HETEROGENEOUS, _ALLOWED) if section and "layers" not in section else ():

@@ -7,7 +7,19 @@ from torch import nn
 
 from fxprune.errors import UnsupportedModelError
 
-__all__ = ["check_model", "model_dtype"]
+__all__ = ["check_model", "clear_marks", "is_marked", "model_dtype"]
+
+_MARKS = (
+    "is_quantized",
+    "hf_quantizer",
+    "quantization_method",
+    "quantization_config",
+    "_is_quantized",
+    "_pre_quantization_dtype",
+)
+"""What transformers leaves on a model, or on its config, that it has loaded from quantised weights."""
+
+_DEQUANTISE = "Load it in float32, bfloat16 or float16, or call model.dequantize() first"
 
 
 def check_model(model: nn.Module) -> None:
@@ -19,11 +31,8 @@ def check_model(model: nn.Module) -> None:
     named = list(model.named_parameters())
     if not named:
         raise UnsupportedModelError(f"{type(model).__name__} has no parameters", remedy="Pass a model with weights")
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is marked as quantised",
-            remedy="Load it in float32, bfloat16 or float16; after dequantisation clear is_quantized and hf_quantizer",
-        )
+    if is_marked(model):
+        _check_plain(model)
     for name, parameter in named:
         if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
             raise UnsupportedModelError(
@@ -38,6 +47,34 @@ def check_model(model: nn.Module) -> None:
                 f"is on {parameter.device} while {first} is on {device}",
                 where=name,
                 remedy=f"Move the whole model to one device, as in model.to({str(device)!r})",
+            )
+
+
+def is_marked(model: nn.Module) -> bool:
+    """Whether a loader marked ``model`` as quantised; a file of quantised weights may have become floats since."""
+    return bool(getattr(model, "is_quantized", False)) or getattr(model, "hf_quantizer", None) is not None
+
+
+def clear_marks(model: nn.Module) -> None:
+    """Take the marks of quantisation off ``model`` and its config, by which transformers would not save or train it."""
+    for name in _MARKS:
+        vars(model).pop(name, None)
+        vars(getattr(model, "config", model)).pop(name, None)
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Refuse a model marked as quantised in which weights are anything else than plain floats."""
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter:
+            raise UnsupportedModelError(
+                f"a {type(parameter).__name__} is a quantised weight", where=name, remedy=_DEQUANTISE
+            )
+    for name, buffer in model.named_buffers():
+        if buffer.dim() >= 2 and not buffer.dtype.is_floating_point and buffer.dtype != torch.bool:
+            raise UnsupportedModelError(
+                f"{buffer.dtype} of shape {tuple(buffer.shape)} in a model marked as quantised holds packed weights",
+                where=name,
+                remedy=_DEQUANTISE,
             )
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fxprune.checkpoint.manifest import MANIFEST
 from fxprune.checkpoint.read import from_pretrained
 from fxprune.checkpoint.write import save_pretrained
+from fxprune.emit.snapshot import shapes_of
 from fxprune.errors import CheckpointError
 from fxprune.removal.plan import Plan
 from tests.checkpoint.small import narrow
@@ -100,3 +102,15 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(CheckpointError, match="neither a folder nor on the hub: offline"):
         from_pretrained("someone/something")
+
+
+@pytest.mark.parametrize("place", ["meta", "cpu"])
+def test_a_config_builds_the_slim_model_every_time(slim: Any, folder: Path, place: str) -> None:
+    """Entries were taken off the caller's config, so that a second model came out dense."""
+    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    said = config.to_json_string()
+    for _ in range(2):
+        with torch.device(place):
+            again = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+        assert shapes_of(again) == shapes_of(slim)
+    assert config.to_json_string() == said

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.emit import emit, emitter
+import fxprune.emit.emitter as emitter
 from tests.emit.small import SmallModel, small
 
 
@@ -28,7 +28,7 @@ def narrow(model: SmallModel, width: int = 8) -> dict[str, torch.Tensor]:
 
 def test_a_narrower_block_is_emitted() -> None:
     model = small()
-    emission = emit(model, narrow(model))
+    emission = emitter.emit(model, narrow(model))
     slim: Any = emission.model
     assert emission.reasons == () and slim.blocks[1].up.out_features == 8
     assert slim.fxprune_overrides.block_fields == {"blocks.1": {"inner": 8}}
@@ -39,20 +39,20 @@ def test_a_narrower_block_is_emitted() -> None:
 def test_overrides_go_by_the_names_of_the_slim_model() -> None:
     model = small()
     tensors = {name: tensor for name, tensor in narrow(model).items() if not name.startswith("blocks.0.")}
-    slim: Any = emit(model, tensors, ("blocks.0",)).model
+    slim: Any = emitter.emit(model, tensors, ("blocks.0",)).model
     assert slim.fxprune_overrides.block_fields == {"blocks.0": {"inner": 8}}
     assert slim.fxprune_recipe["block_fields"] == {"blocks.1": {"inner": 8}}
 
 
 def test_a_model_without_blocks_is_emitted() -> None:
     model = small(depth=0)
-    assert isinstance(emit(model, tensors_of(model)).model, SmallModel)
+    assert isinstance(emitter.emit(model, tensors_of(model)).model, SmallModel)
 
 
 def test_a_module_that_the_user_added_is_missed() -> None:
     model = small()
     model.probe = nn.Identity()
-    emission = emit(model, tensors_of(model))
+    emission = emitter.emit(model, tensors_of(model))
     assert emission.model is None and "probe: the class builds no such module" in emission.reasons
 
 
@@ -65,7 +65,7 @@ def test_a_model_that_cannot_be_copied_says_so() -> None:
 
     model = small()
     model.stubborn = Stubborn()
-    emission = emit(model, tensors_of(model))
+    emission = emitter.emit(model, tensors_of(model))
     assert emission.reasons == ("it cannot be copied: RuntimeError: no copy of me",)
 
 
@@ -77,7 +77,7 @@ def test_a_constructor_that_wants_more_is_a_reason() -> None:
             super().__init__(config)
 
     model = Demanding(small().config, 1)
-    emission = emit(model, narrow(model))
+    emission = emitter.emit(model, narrow(model))
     assert emission.model is None and emission.reasons
 
 
@@ -86,7 +86,7 @@ def test_what_the_caller_raises_while_it_judges_is_a_reason() -> None:
         raise RuntimeError("not on this machine")
 
     model = small()
-    emission = emit(model, narrow(model), agrees=refuse)
+    emission = emitter.emit(model, narrow(model), agrees=refuse)
     assert "a candidate does not run: RuntimeError: not on this machine" in emission.reasons
 
 
@@ -97,4 +97,4 @@ def test_a_defect_of_ours_is_raised(place: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(emitter, place, space["broken"])
     model = small()
     with pytest.raises(TypeError, match="NoneType"):
-        emit(model, narrow(model))
+        emitter.emit(model, narrow(model))

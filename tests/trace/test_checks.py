@@ -6,12 +6,34 @@ import pytest
 import torch
 from torch import nn
 
+import fxprune
 from fxprune.errors import UnsupportedModelError
-from fxprune.trace.checks import check_model, model_dtype
+from fxprune.trace.checks import check_model, clear_marks, is_marked, model_dtype
+from tests.models import tiny
 
 
 def two(first: nn.Module, second: nn.Module) -> nn.Module:
     return nn.Sequential(first, second)
+
+
+class Packed(nn.Linear):
+    """A layer whose weights are packed into a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.register_buffer("packed", torch.zeros(2, 2, dtype=torch.int32))
+
+
+class Sub(nn.Parameter):
+    """A parameter of a class of its own."""
+
+
+class Wrapped(nn.Linear):
+    """A layer whose weight is of a class of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.weight = Sub(self.weight.detach())
 
 
 def marked(module: nn.Module) -> nn.Module:
@@ -24,7 +46,8 @@ def marked(module: nn.Module) -> nn.Module:
     ("model", "says"),
     [
         (nn.ReLU(), "ReLU has no parameters"),
-        (marked(nn.Linear(2, 2)), "marked as quantised"),
+        (marked(Packed()), "packed: torch.int32 of shape"),
+        (marked(Wrapped()), "weight: a Sub is a quantised weight"),
         (
             nn.ParameterList([nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)]),
             "0: dtype torch.int8",
@@ -35,6 +58,20 @@ def marked(module: nn.Module) -> nn.Module:
 def test_what_cannot_be_pruned_is_named(model: nn.Module, says: str) -> None:
     with pytest.raises(UnsupportedModelError, match=says):
         check_model(model)
+
+
+def test_a_mark_alone_is_no_quantised_weight() -> None:
+    """A model read from a GGUF file is plain floats, and was refused for its mark."""
+    model = tiny("llama", num_hidden_layers=2)
+    model.is_quantized, model.hf_quantizer = True, object()
+    model.config.quantization_config = {"quant_method": "gguf"}
+    check_model(model)
+    assert is_marked(model)
+    slim = fxprune.prune(model, importance="l2", protect=()).model
+    assert not is_marked(slim) and "quantization_config" not in slim.config.to_dict()
+    assert is_marked(model) and model.config.quantization_config
+    clear_marks(model)
+    assert not is_marked(model)
 
 
 def test_the_dtype_of_a_model_is_that_of_most_elements() -> None:
