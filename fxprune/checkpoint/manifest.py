@@ -14,12 +14,30 @@ from safetensors import SafetensorError, safe_open
 
 from fxprune.errors import CheckpointError
 
-__all__ = ["MANIFEST", "Manifest", "WeightFile", "check_weights", "read_manifest", "weight_files"]
+__all__ = [
+    "MANIFEST",
+    "Manifest",
+    "WeightFile",
+    "check_files",
+    "check_weights",
+    "other_files",
+    "read_manifest",
+    "strangers",
+    "weight_files",
+]
 
 MANIFEST = "fxprune.json"
-_FORMAT = 1
-"""Counted up when an earlier release could no longer read the file."""
+_FORMAT = 2
+"""Counted up when an earlier release could no longer read the file, or would not see what it has to."""
+_READABLE = (1, _FORMAT)
+"""Format 1 knew the files of weights alone."""
+_DECIDES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json", ".py")
+"""How names end of files that loaders look for by themselves, and take in place of others."""
+_DECIDING = ("adapter_config.json", "generation_config.json", "config.json")
+"""Other names that they look for."""
 _PACKAGES: tuple[str, ...] = ("fxprune", "torch", "transformers", "safetensors")
+
+_AGAIN = "Copy the folder again, or save the model again"
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,7 @@ class Manifest:
         source: class, name and number of parameters of the dense model.
         stock: whether stock transformers loads it by its config alone.
         weights: the files of weights by name.
+        files: SHA-256 of each other file that was written, by name.
         plan: as :meth:`fxprune.Plan.to_json` writes it; None where it is not known.
         report: as :meth:`fxprune.Report.to_dict` gives it; None where it is not known.
         versions: of the packages that wrote it.
@@ -54,6 +73,7 @@ class Manifest:
     source: Mapping[str, Any]
     stock: bool
     weights: Mapping[str, WeightFile]
+    files: Mapping[str, str] = field(default_factory=dict)
     plan: Mapping[str, Any] | None = None
     report: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=lambda: {name: version(name) for name in _PACKAGES})
@@ -78,7 +98,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError("missing", where=str(path), remedy=remedy)
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != _FORMAT:
+        if data["format"] not in _READABLE:
             raise CheckpointError(
                 f"written in format {data['format']}, this release reads {_FORMAT}",
                 where=str(path),
@@ -86,7 +106,7 @@ def read_manifest(folder: Path) -> Manifest:
             )
         weights = {str(name): WeightFile(**entry) for name, entry in data.pop("weights").items()}
         return Manifest(weights=weights, **data)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"not a manifest: {error!r}", where=str(path), remedy="Save the model again") from error
@@ -100,6 +120,52 @@ def weight_files(folder: Path) -> dict[str, WeightFile]:
     }
 
 
+def other_files(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file in a folder that is not one of weights nor the manifest."""
+    return {path.name: _digest(path) for path in sorted(folder.iterdir()) if _is_other(path)}
+
+
+def _is_other(path: Path) -> bool:
+    return path.is_file() and path.suffix != ".safetensors" and path.name != MANIFEST
+
+
+def strangers(folder: Path) -> list[Path]:
+    """Return what someone put into the folder of a checkpoint, and no loader takes; nothing where that is not known."""
+    manifest = read_manifest(folder)
+    known = _known(manifest)
+    others = (path for path in folder.iterdir() if path.name not in known and not _is_taken(path.name))
+    return sorted(others) if manifest.files else []
+
+
+def _known(manifest: Manifest) -> set[str]:
+    return {MANIFEST, *manifest.weights, *manifest.files}
+
+
+def _is_taken(name: str) -> bool:
+    """Whether a loader looks for a file of that name by itself."""
+    return name.endswith(_DECIDES) or name in _DECIDING
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Check that the files beside the weights are those that were written, and none is there that a loader would take.
+
+    Raises:
+        CheckpointError: a file is missing, was changed, or does not belong; names it.
+    """
+    for name, digest in manifest.files.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise CheckpointError("this file is missing", where=str(path), remedy=_AGAIN)
+        if _digest(path) != digest:
+            raise CheckpointError("it is not what was written", where=str(path), remedy=_AGAIN)
+    known = _known(manifest)
+    for path in sorted(folder.iterdir()):
+        # the first format did not say what else was written: there only weights can be told not to belong
+        taken = _is_taken(path.name) if manifest.files else path.suffix == ".safetensors"
+        if taken and path.name not in known:
+            raise CheckpointError("does not belong to this checkpoint", where=str(path), remedy="Take it away")
+
+
 def check_weights(folder: Path, weights: Mapping[str, WeightFile], *, digests: bool) -> None:
     """Check that weight files are those the manifest was written for.
 
@@ -111,14 +177,15 @@ def check_weights(folder: Path, weights: Mapping[str, WeightFile], *, digests: b
     Raises:
         CheckpointError: a file is missing, cut off or holds something else.
     """
+    if not weights:
+        raise CheckpointError("names no file of weights", where=str(folder / MANIFEST), remedy="Save the model again")
     for name, expected in weights.items():
         path = folder / name
         if Path(name).name != name:
             raise CheckpointError(f"a weight file {name!r} outside the folder", where=str(folder / MANIFEST))
         wrong = _wrong(path, expected, digests=digests)
         if wrong:
-            remedy = "Copy the folder again, or save the model again"
-            raise CheckpointError(wrong, where=str(path), remedy=remedy)
+            raise CheckpointError(wrong, where=str(path), remedy=_AGAIN)
 
 
 def _wrong(path: Path, expected: WeightFile, *, digests: bool) -> str:

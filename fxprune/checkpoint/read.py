@@ -12,7 +12,8 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fxprune.checkpoint.classes import parse_config, pruned_class, stock_config
-from fxprune.checkpoint.manifest import MANIFEST, check_weights, read_manifest
+from fxprune.checkpoint.exchange import heal, identity, snapshot
+from fxprune.checkpoint.manifest import MANIFEST, check_files, check_weights, read_manifest
 from fxprune.emit.meta import on_meta
 from fxprune.emit.names import slim_name
 from fxprune.emit.snapshot import Shape, shapes_of
@@ -22,6 +23,9 @@ from fxprune.modelling.layerwise import SECTION, overrides_in
 from fxprune.removal.plan import Plan
 
 __all__ = ["from_pretrained"]
+
+_TURNS = 20
+"""A turn is lost where another process takes the folder away within the moment in which its files are linked."""
 
 
 def from_pretrained(
@@ -46,8 +50,41 @@ def from_pretrained(
         CheckpointError: a file is missing, damaged or does not fit the others; its name is in the message.
     """
     path = _local(folder)
+    heal(path)
+    before = identity(path)
+    try:
+        model = _loaded(path, verify, model_class, options)
+    except Exception:  # files of two checkpoints, read as one, may fail anywhere
+        if identity(path) == before:
+            raise
+    else:
+        if identity(path) == before:
+            return model
+    return _loaded_beside_writers(path, verify, model_class, options)
+
+
+def _loaded_beside_writers(
+    path: Path, verify: bool, model_class: type[PreTrainedModel] | None, options: Mapping[str, Any]
+) -> PreTrainedModel:
+    """Return the model in a folder that others replace meanwhile: one of theirs, whole."""
+    for _ in range(_TURNS):
+        try:
+            with snapshot(path) as copy:
+                model = _loaded(copy, verify, model_class, options)
+        except FileNotFoundError:
+            continue
+        vars(model.config)["_name_or_path"] = vars(model)["name_or_path"] = str(path)
+        return model
+    raise CheckpointError("others keep replacing it", where=str(path), remedy="Load it when they are done")
+
+
+def _loaded(
+    path: Path, verify: bool, model_class: type[PreTrainedModel] | None, options: Mapping[str, Any]
+) -> PreTrainedModel:
+    """Return the model in a folder that nobody replaces meanwhile."""
     manifest = read_manifest(path)
     check_weights(path, manifest.weights, digests=verify)
+    check_files(path, manifest)
     stock, config = _classes(path, model_class)
     slim = pruned_class(stock, type(config))
     _check_plan(path, slim, manifest.plan)

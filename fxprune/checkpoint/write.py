@@ -6,7 +6,6 @@ import ast
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fxprune.checkpoint.classes import pruned_class, stock_class, stock_config
-from fxprune.checkpoint.manifest import MANIFEST, Manifest, weight_files
+from fxprune.checkpoint.exchange import put_in_place, real_target, staged
+from fxprune.checkpoint.manifest import MANIFEST, Manifest, other_files, strangers, weight_files
 from fxprune.checkpoint.structure import Structure, describe
 from fxprune.emit.load import has_odd_experts
 from fxprune.errors import CheckpointError
@@ -44,14 +44,15 @@ def save_pretrained(
     report: Report | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Structure:
-    """Save a slim model: it is written beside the folder and renamed, so that a crash leaves no half of it.
+    """Save a slim model: it is written beside the folder and takes its place in one step, or not at all.
 
     In it: safetensors, ``config.json``, the generation config, the tokenizer, ``fxprune.json``, and, where stock
     classes do not build the model from its config, a modelling file with which they do (``trust_remote_code=True``).
 
     Args:
         model: an emitted model, also after training; adapters merged.
-        folder: where to; replaced where it is empty or holds an earlier checkpoint of ours.
+        folder: where to, or a link to it; replaced where it is empty or holds an earlier checkpoint of ours. Files that
+            someone else put into that one are kept.
         tokenizer: saved with it.
         plan: what was removed.
         report: what that did.
@@ -63,12 +64,10 @@ def save_pretrained(
     Raises:
         CheckpointError: the folder holds something else, or the model cannot be built from plain data.
     """
-    target = Path(folder).expanduser().absolute()
+    target = real_target(folder)
     _refuse_foreign(target)
     structure = describe(model)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with staged(target) as work:
         _write_model(model, work, structure, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
@@ -76,15 +75,23 @@ def save_pretrained(
             source=_source(model, report),
             stock=structure.is_stock,
             weights=weight_files(work),
+            files=other_files(work),
             plan=None if plan is None else json.loads(plan.to_json()),
             report=None if report is None else report.to_dict(),
         )
         (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         _open_to_readers(work)
-        _swap(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _keep_others(target, work)
+        put_in_place(work, target)
     return structure
+
+
+def _keep_others(target: Path, work: Path) -> None:
+    """Copy what someone put into an earlier checkpoint, beside what we wrote, into the new one."""
+    for path in strangers(target) if (target / MANIFEST).is_file() else ():
+        copy = shutil.copytree if path.is_dir() else shutil.copy2
+        if not (work / path.name).exists():
+            copy(path, work / path.name)
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -181,22 +188,6 @@ def _source(model: PreTrainedModel, report: Report | None) -> dict[str, Any]:
     name = getattr(model.config, "_name_or_path", "")
     found = {"class": stock_class(model).__name__, "name": Path(name).name if os.path.isdir(name) else name}
     return found if report is None else {**found, "parameters": report.parameters[0]}
-
-
-def _swap(work: Path, target: Path) -> None:
-    """Put ``work`` in the place of ``target``; where that fails the old one is put back."""
-    if not target.exists():
-        work.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)) / "old"
-    target.rename(old)
-    try:
-        work.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def _open_to_readers(folder: Path) -> None:

@@ -324,9 +324,27 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "config missing": (lambda f: (f / "config.json").unlink(), "config.json", "config"),
     "config of another width": (
         lambda f: edit(f / "config.json", lambda data: data["per_layer_config"].popitem()[1].clear()),
-        "fxprune.json",
-        "plan is of another model",
+        "config.json",
+        "is not what was written",
     ),
+    "no weights listed": (
+        lambda f: edit(f / "fxprune.json", lambda data: data.update(weights={})),
+        "fxprune.json",
+        "names no file of weights",
+    ),
+    "stray weights": (
+        lambda f: (f / "model-00001-of-00002.safetensors").write_bytes((f / "model.safetensors").read_bytes()),
+        "model-00001-of-00002.safetensors",
+        "does not belong",
+    ),
+    "stray adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json", "does not belong"),
+    "stray code": (lambda f: (f / "modeling_other.py").write_text(""), "modeling_other.py", "does not belong"),
+    "generation config edited": (
+        lambda f: (f / "generation_config.json").write_text("{}"),
+        "generation_config.json",
+        "is not what was written",
+    ),
+    "manifest without end": (lambda f: (f / "fxprune.json").write_text("[" * 10**5), "fxprune.json", "not a manifest"),
 }
 
 

@@ -68,23 +68,3 @@ def test_where_a_stock_model_comes_from(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "stock/fxprune.json").read_text())
     assert manifest["source"] == {"class": type(model).__name__, "name": "owner/name"} and manifest["stock"]
     assert not (tmp_path / f"stock/{MODELLING}.py").exists()
-
-
-def test_the_old_folder_comes_back_where_the_new_one_cannot_be_put(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, new = tmp_path / "target", tmp_path / "work"
-    old.mkdir()
-    new.mkdir()
-    (old / "file").write_text("old")
-    rename = Path.rename
-
-    def refuse(path: Path, target: Path) -> Path:
-        if path == new:
-            raise OSError("no space")
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OSError, match="no space"):
-        write._swap(new, old)
-    assert (old / "file").read_text() == "old" and {path.name for path in tmp_path.iterdir()} == {"target", "work"}

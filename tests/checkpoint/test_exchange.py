@@ -1,0 +1,252 @@
+"""A folder takes the place of another: old or new, whole, and under its name, whatever happens to the process."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fxprune.checkpoint import exchange
+from fxprune.checkpoint.exchange import heal, identity, put_in_place, real_target, staged
+from fxprune.checkpoint.manifest import MANIFEST, check_files, check_weights, read_manifest
+from fxprune.checkpoint.read import from_pretrained
+from fxprune.checkpoint.write import save_pretrained
+from fxprune.errors import CheckpointError
+from tests.checkpoint.small import narrow
+
+WIDTHS = (16, 24)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[int, Any]:
+    """Two slim models that differ in a width."""
+    return {width: narrow(width) for width in WIDTHS}
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With and without a system that exchanges two names."""
+    if request.param == "two renames":
+        monkeypatch.setattr(exchange, "_renameat2", lambda: None)
+    return str(request.param)
+
+
+def width_of(folder: Path) -> int:
+    """The width of the model in a folder, of which every byte is checked."""
+    manifest = read_manifest(folder)
+    check_weights(folder, manifest.weights, digests=True)
+    check_files(folder, manifest)
+    shape = next(iter(manifest.weights.values())).tensors["model.layers.1.mlp.up_proj.weight"]
+    return int(shape[0])
+
+
+def in_a_child(act: Callable[[], object], kill_after: float | None = None) -> bool:
+    """Run `act` in a forked process; True if it came to its end, False if it was killed on the way."""
+    child = os.fork()
+    if child == 0:
+        try:
+            act()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) == 0
+
+
+def die_at(step: int) -> None:
+    """Kill this process at its `step`-th look at the file system that may change it."""
+    seen = [0]
+    watched = {
+        "open",
+        "os.rename",
+        "os.remove",
+        "os.rmdir",
+        "os.mkdir",
+        "os.chmod",
+        "shutil.rmtree",
+        "tempfile.mkdtemp",
+    }
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in watched or event == "ctypes.call_function":
+            if event == "open" and not (isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")):
+                return
+            seen[0] += 1
+            if seen[0] == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.parent.iterdir() if path.name != folder.name]
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["over another", "into nothing"])
+def test_a_process_killed_at_any_point_leaves_old_or_new(
+    first: bool, way: str, models: dict[int, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "slim"
+    old, new = WIDTHS
+    if not first:
+        save_pretrained(models[old], folder)
+    outcomes = []
+    for step in range(1, 400):
+
+        def act(step: int = step) -> None:
+            die_at(step)
+            save_pretrained(models[new], folder)
+
+        done = in_a_child(act)
+        heal(folder)
+        outcomes.append(width_of(folder) if folder.exists() else None)
+        if done:
+            break
+        if outcomes[-1] == new:
+            save_pretrained(models[old], folder)
+            assert leftovers(folder) == [], "what the dead left is swept"
+    assert done and len(outcomes) > 10
+    assert set(outcomes) <= {old, new, *([None] if first else [])} and outcomes[-1] == new
+    assert leftovers(folder) == []
+
+
+def test_processes_killed_at_random_leave_old_or_new(models: dict[int, Any], tmp_path: Path) -> None:
+    folder, draw = tmp_path / "slim", random.Random(0)
+    save_pretrained(models[WIDTHS[0]], folder)
+    started = time.monotonic()
+    save_pretrained(models[WIDTHS[0]], folder)
+    usual = time.monotonic() - started
+    for turn in range(100):
+        in_a_child(lambda turn=turn: save_pretrained(models[WIDTHS[turn % 2]], folder), draw.uniform(0, 1.2 * usual))
+        assert width_of(folder) in WIDTHS
+    save_pretrained(models[WIDTHS[1]], folder)
+    assert width_of(folder) == WIDTHS[1] and leftovers(folder) == []
+
+
+@pytest.mark.parametrize("seconds", [4])
+def test_a_reader_beside_writers_sees_old_or_new(seconds: float, models: dict[int, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "slim"
+    save_pretrained(models[WIDTHS[0]], folder)
+    seconds = float(os.environ.get("FXPRUNE_RACE_SECONDS", seconds))
+    until = time.monotonic() + seconds
+    wanted = {width: models[width].model.layers[1].mlp.up_proj.weight for width in WIDTHS}
+
+    def write(seed: int) -> None:
+        draw = random.Random(seed)
+        while time.monotonic() < until:
+            save_pretrained(models[draw.choice(WIDTHS)], folder)
+
+    writers = []
+    for seed in range(3):
+        child = os.fork()
+        if child == 0:
+            try:
+                write(seed)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        writers.append(child)
+    seen = set()
+    while time.monotonic() < until:
+        weight = from_pretrained(folder, verify=True).model.layers[1].mlp.up_proj.weight
+        assert torch.equal(weight, wanted[len(weight)])
+        seen.add(len(weight))
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in writers] == [0, 0, 0]
+    assert seen <= set(WIDTHS) and leftovers(folder) == []
+
+
+def test_the_old_folder_comes_back_where_the_new_one_cannot_be_put(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "_renameat2", lambda: None)
+    old, new = tmp_path / "target", tmp_path / ".target.host.1.x"
+    old.mkdir()
+    new.mkdir()
+    (old / "file").write_text("old")
+    rename, calls = os.rename, []
+
+    def refuse(source: Path, target: Path) -> None:
+        calls.append(source)
+        if source == new and len(calls) > 1:
+            raise PermissionError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(PermissionError):
+        put_in_place(new, old)
+    assert (old / "file").read_text() == "old" and {path.name for path in tmp_path.iterdir()} == {old.name, new.name}
+
+
+def test_what_is_at_work_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "slim"
+    with staged(target) as work:
+        foreign = tmp_path / ".slim.another-machine.1.abc"
+        foreign.mkdir()
+        with staged(target) as other:
+            assert work.is_dir() and foreign.is_dir() and other != work
+    assert not work.exists() and foreign.is_dir()
+    (tmp_path / f".slim.{exchange.socket.gethostname()}.999999999.abc").mkdir()
+    with staged(target):
+        assert {path.name for path in tmp_path.iterdir()} >= {foreign.name}
+    assert {path.name for path in tmp_path.iterdir()} == {foreign.name}
+
+
+def test_a_link_is_followed_and_files_of_others_are_kept(models: dict[int, Any], tmp_path: Path) -> None:
+    link = tmp_path / "latest"
+    link.symlink_to(tmp_path / "slim")
+    save_pretrained(models[16], link)
+    before = identity(tmp_path / "slim")
+    (link / "README.md").write_text("mine")
+    (link / "notes").mkdir()
+    (link / "notes" / "a.txt").write_text("more")
+    (link / "plan.json").write_text("{}")
+    save_pretrained(models[24], link)
+    assert link.is_symlink() and real_target(link) == tmp_path / "slim" and identity(link) != before
+    assert width_of(link) == 24
+    assert (link / "README.md").read_text() == "mine" and (link / "notes/a.txt").read_text() == "more"
+    assert from_pretrained(link).model.layers[1].mlp.up_proj.out_features == 24
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_single_edits_are_refused_or_change_nothing(seed: int, models: dict[int, Any], tmp_path: Path) -> None:
+    """One byte changed, one file less, one file more: refused by ``verify=True``, or the same outputs."""
+    folder, draw = tmp_path / "slim", random.Random(seed)
+    save_pretrained(models[24], folder)
+    wanted = models[24].state_dict()
+    held = {path.name: path.read_bytes() for path in folder.iterdir()}
+    refused = 0
+    for turn in range(20):
+        name = draw.choice(sorted(held))
+        raw = bytearray(held[name])
+        if turn % 4 == 3:
+            other = draw.choice(
+                ["model.safetensors.index.json", "pytorch_model.bin", "a.safetensors", "extra.py", "x.txt"]
+            )
+            (folder / other).write_bytes(raw)
+        elif turn % 4 == 2:
+            (folder / name).unlink()
+        else:
+            raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
+            (folder / name).write_bytes(raw)
+        try:
+            found = from_pretrained(folder, verify=True).state_dict()
+        except CheckpointError:
+            refused += 1
+        else:
+            assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+        for path in folder.iterdir():
+            path.unlink()
+        for file, content in held.items():
+            (folder / file).write_bytes(content)
+    assert refused > 10 and (folder / MANIFEST).is_file()
