@@ -30,7 +30,7 @@ def test_signature_is_as_promised() -> None:
     parameters = inspect.signature(fxprune.prune).parameters
     defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
     promised = {
-        "ratio": 0.2, "kinds": ("mlp", "head"), "importance": "taylor", "taylor": "mix", "reduction": "sum",
+        "ratio": 0.2, "kinds": ("mlp", "head"), "importance": "taylor", "taylor": None, "reduction": "sum",
         "ranking": "local", "group_ratio": None, "protect": None, "round_to": 1, "seed": 0, "verify": True,
         "inplace": False, "example_inputs": None,
     }  # fmt: skip
