@@ -157,11 +157,11 @@ class _Print:
     """What a graph module is, as far as a change can be seen.
 
     Args:
-        nodes: name, op, target and arguments of each node, in order.
+        nodes: each node in order, with its target and arguments; what holds these is replaced and never changed.
         tensors: each tensor by name, as it was.
     """
 
-    nodes: tuple[object, ...]
+    nodes: tuple[_NodePrint, ...]
     tensors: Mapping[str, _TensorPrint]
 
     @classmethod
@@ -178,7 +178,7 @@ class _Print:
     def compare(self, after: fx.GraphModule) -> frozenset[Change]:
         """What differs in ``after``: the graph, or the values of weights that are read before and after."""
         changed: set[Change] = set()
-        if self.nodes != _nodes(after):
+        if not _same(self.nodes, _nodes(after)):
             changed.add("graph")
         if any(name in self.tensors and self.tensors[name].differs(tensor) for name, tensor in weights(after)):
             changed.add("weights")
@@ -212,8 +212,24 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _nodes(graph_module: fx.GraphModule) -> tuple[object, ...]:
-    return tuple((n.name, n.op, n.target, _frozen(n.args), _frozen(n.kwargs)) for n in graph_module.graph.nodes)
+_NodePrint = tuple[fx.Node, Any, Any, Any]
+
+
+def _nodes(graph_module: fx.GraphModule) -> tuple[_NodePrint, ...]:
+    return tuple((node, node.target, node.args, node.kwargs) for node in graph_module.graph.nodes)
+
+
+def _same(before: tuple[_NodePrint, ...], after: tuple[_NodePrint, ...]) -> bool:
+    """Whether two graphs have the same nodes, in name, op, target and arguments."""
+    return len(before) == len(after) and all(
+        all(a is b for a, b in zip(old, new, strict=True)) or _spelled(old) == _spelled(new)
+        for old, new in zip(before, after, strict=True)
+    )
+
+
+def _spelled(node: _NodePrint) -> tuple[object, ...]:
+    own, target, args, kwargs = node
+    return own.name, own.op, target, _frozen(args), _frozen(kwargs)
 
 
 def _frozen(value: Any) -> Any:

@@ -55,8 +55,9 @@ def model_and_inputs(family: str) -> tuple[Any, dict[str, torch.Tensor] | None]:
     return (Plain().eval(), {"ids": token_ids()}) if family == "plain" else (tiny(family), None)
 
 
-@pytest.mark.parametrize("compensate", ["", "least-squares"], ids=["as it is", "fitted"])
-@pytest.mark.parametrize("importance", ["taylor{order=second}", "l2"])
+@pytest.mark.parametrize(
+    ("importance", "compensate"), [("taylor{order=second}", ""), ("l2", "least-squares")], ids=["scored", "fitted"]
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "plain"])
 def test_a_pipeline_of_names_equals_prune(family: str, importance: str, compensate: str, tmp_path: Path) -> None:
     model, inputs = model_and_inputs(family)
