@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from fxprune.discovery.groups import DEFAULT_KINDS, as_kinds
 from fxprune.errors import FxpruneError, UnknownNameError
+from fxprune.graph.facts import facts_of
+from fxprune.graph.source import Source, put_back
 from fxprune.pipeline.contract import Pass
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.progress import Track, no_progress
@@ -84,8 +86,7 @@ def prune(
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "example_inputs")}
     pipeline = prune_pipeline(**options)
-    traced = trace(model, example_inputs)
-    return Result.of(pipeline(traced.graph_module, inplace=inplace).graph_module)
+    return _run(pipeline, trace(model, example_inputs).graph_module, inplace)
 
 
 def apply(
@@ -119,8 +120,18 @@ def apply(
         verify=verify,
         inplace=inplace,
     )
-    traced = trace(model, example_inputs)
-    return Result.of(pipeline(traced.graph_module, inplace=inplace).graph_module)
+    return _run(pipeline, trace(model, example_inputs).graph_module, inplace)
+
+
+def _run(pipeline: Pipeline, graph_module: fx.GraphModule, inplace: bool) -> Result:
+    """Run a pipeline; where it fails in place, put back what was cut off the model."""
+    try:
+        return Result.of(pipeline(graph_module, inplace=inplace).graph_module)
+    except BaseException:  # whatever stops it, an interrupt too: the model is not left half cut
+        source = facts_of(graph_module).get(Source)
+        if source is not None and source.cut:
+            put_back(source)
+        raise
 
 
 def prune_pipeline(

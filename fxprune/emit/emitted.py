@@ -16,7 +16,7 @@ from fxprune.graph.facts import Fact, facts_of
 from fxprune.graph.source import Constants, Source
 from fxprune.graph.tensors import copy_tensor, weights
 from fxprune.masking.compare import TOLERANCE, compare
-from fxprune.masking.masked_run import output_tensors
+from fxprune.masking.masked_run import UntouchedRun, output_tensors
 from fxprune.removal.plan import kept_of_constants
 from fxprune.removal.removal import Removal
 
@@ -70,7 +70,10 @@ def emit_from_graph(
         if any(tensor.is_meta for tensor in tensors.values()):
             return True
         with torch.no_grad():
-            want, got = output_tensors(slim(**inputs)), output_tensors(candidate(**inputs, use_cache=False))
+            want, got = (
+                output_tensors(UntouchedRun(slim).run(*inputs.values())),
+                output_tensors(candidate(**inputs, use_cache=False)),
+            )
         return _agree(want[0], got[0])
 
     dense = source.model if source.dense is None else source.dense

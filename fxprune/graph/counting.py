@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import fx
@@ -17,7 +19,7 @@ TOKENS = 64
 """Sequence length of the paper's count (LLM-Pruner, arXiv 2305.11627)."""
 
 
-def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS) -> int:
+def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS, run: type[fx.Interpreter] = fx.Interpreter) -> int:
     """Return the multiply-accumulates of one forward pass on one sample.
 
     Half of what :class:`torch.utils.flop_counter.FlopCounterMode` counts: matrix products, attention and
@@ -29,12 +31,14 @@ def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS) -> int:
         graph_module: the graph.
         tokens: length of integer inputs of two axes, where the graph is dynamic, and of all that has to have the same;
             other inputs keep the traced shape.
+        run: the interpreter; one of :mod:`fxprune.masking` leaves weights alone that the graph writes to.
     """
     can_run = not any(tensor.is_meta for _, tensor in weights(graph_module))
     attempts = [(batch, real) for batch in (1, None) for real in ((False, True) if can_run else (False,))]
     for batch, real in attempts:
         try:
-            flops = size_hint(_flops(graph_module, batch, tokens, nullcontext() if real else fake_mode()))
+            make = partial(_inputs, graph_module, batch, tokens)
+            flops = size_hint(_flops(run(graph_module), make, nullcontext() if real else fake_mode()))
         except Exception:  # a batch the graph does not take, or an op that needs data: whatever torch raises then
             continue
         if flops != UNKNOWN_SIZE:
@@ -43,10 +47,10 @@ def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS) -> int:
 
 
 def _flops(
-    graph_module: fx.GraphModule, batch: int | None, tokens: int, mode: AbstractContextManager[object]
+    run: fx.Interpreter, make: Callable[[], Sequence[torch.Tensor]], mode: AbstractContextManager[object]
 ) -> int | torch.SymInt:
     with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
-        fx.Interpreter(graph_module).run(*_inputs(graph_module, batch, tokens))
+        run.run(*make())
     total: int | torch.SymInt = counter.get_total_flops()
     return total
 

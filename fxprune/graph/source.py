@@ -6,11 +6,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxprune.graph.facts import Fact
+from fxprune.graph.tensors import as_parameter, get_tensor, set_tensor
 
-__all__ = ["Constants", "Source"]
+__all__ = ["Constants", "Cut", "Source", "put_back"]
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What a cut took off a tensor of the model: with what is left it takes no more memory than the whole.
+
+    Args:
+        names: the names of the tensor in the model.
+        pieces: for each axis that was cut, in turn, the kept positions, those that went, and what stood there.
+    """
+
+    names: tuple[str, ...]
+    pieces: tuple[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +39,7 @@ class Source(Fact):
         shares: whether the graph still reads the model's own tensors, so that writing to one writes to the other. A
             copy of the graph does not count as sharing: its tensors are replaced before they are written to.
         dense: a copy of the model without storage, as it was before its own tensors were cut; None while it is whole.
+        cut: what was cut off the model's own tensors, to be put back should the removal fail.
     """
 
     model: nn.Module
@@ -31,6 +47,7 @@ class Source(Fact):
     example_inputs: Mapping[str, Any] | None = None
     shares: bool = True
     dense: nn.Module | None = None
+    cut: tuple[Cut, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,3 +59,18 @@ class Constants(Fact):
     """
 
     names: tuple[str, ...] = ()
+
+
+def put_back(source: Source) -> None:
+    """Make the model whole again of which tensors were cut in place."""
+    for cut in source.cut:
+        slim = get_tensor(source.model, cut.names[0])
+        if any(slim.shape[axis] != len(kept) for axis, kept, _, _ in cut.pieces):
+            continue  # stopped before the slim tensor was there
+        value = slim.detach()
+        for axis, kept, gone, piece in reversed(cut.pieces):
+            shape = [*value.shape[:axis], len(kept) + len(gone), *value.shape[axis + 1 :]]
+            value = value.new_empty(shape).index_copy_(axis, kept, value).index_copy_(axis, gone, piece)
+        whole = as_parameter(value, slim)
+        for name in cut.names:
+            set_tensor(source.model, name, whole)

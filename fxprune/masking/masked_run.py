@@ -20,11 +20,34 @@ from fxprune.discovery.dependency import AxisMap
 from fxprune.graph.arguments import with_argument
 from fxprune.graph.compat import tree_leaves
 from fxprune.graph.names import output_name, tensor_name
+from fxprune.rules.aliasing import written_sources
 
-__all__ = ["MaskedRun", "PreciseRun", "output_tensors"]
+__all__ = ["MaskedRun", "PreciseRun", "UntouchedRun", "output_tensors"]
 
 
-class PreciseRun(fx.Interpreter):
+class UntouchedRun(fx.Interpreter):
+    """An interpreter that leaves the weights and inputs of a graph as they are, where its ops write to them."""
+
+    def __init__(self, graph_module: fx.GraphModule, garbage_collect_values: bool = True) -> None:
+        super().__init__(graph_module, garbage_collect_values=garbage_collect_values)
+        self._written = {str(node.target) for node in written_sources(graph_module.graph)}
+        self._copies: dict[str, torch.Tensor] = {}
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return an input; a copy of it where it is written to."""
+        return self._copied(str(target), super().placeholder(target, args, kwargs))
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return a weight; the same copy of it at every place where it is written to."""
+        return self._copied(str(target), super().get_attr(target, args, kwargs))
+
+    def _copied(self, name: str, value: Any) -> Any:
+        if name not in self._written or not isinstance(value, torch.Tensor):
+            return value
+        return self._copies.setdefault(name, value.clone())
+
+
+class PreciseRun(UntouchedRun):
     """An interpreter that runs a graph in float32 at least, whatever the dtype of its weights."""
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ from torch import fx
 from fxprune.graph.compat import OpOverload
 from fxprune.rules.registry import find_rule
 
-__all__ = ["alias_roots", "may_alias", "regroups", "writes"]
+__all__ = ["alias_roots", "may_alias", "regroups", "writes", "written_sources"]
 
 
 def may_alias(node: fx.Node) -> bool:
@@ -39,3 +39,23 @@ def alias_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
         first = node.args[0] if node.args else None
         root[node] = root[first] if isinstance(first, fx.Node) and may_alias(node) else node
     return root
+
+
+def written_sources(graph: fx.Graph) -> set[fx.Node]:
+    """Return the inputs and weights of a graph to which some op writes, itself or through another value."""
+    root = alias_roots(graph)
+    written = {root[value] for node in graph.nodes if writes(node) for value in _written_by(node)}
+    names = {node.target for node in written if node.op == "get_attr"}  # a weight may be read at several places
+    return {node for node in graph.nodes if node in written or (node.op == "get_attr" and node.target in names)} & {
+        node for node in graph.nodes if node.op in ("placeholder", "get_attr")
+    }
+
+
+def _written_by(node: fx.Node) -> list[fx.Node]:
+    """The inputs that an op writes to, as its schema says."""
+    found = []
+    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            found += [value] if isinstance(value, fx.Node) else []
+    return found

@@ -11,6 +11,7 @@ from fxprune.emit.emitted import Emitted
 from fxprune.graph.counting import count_macs, count_parameters
 from fxprune.graph.facts import Change, Fact, Notes, Runnable, facts_of
 from fxprune.masking.compare import Verified
+from fxprune.masking.masked_run import UntouchedRun
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.removal import Removed
 from fxprune.removal.report import Report, Work, frozen_reasons, widths_of
@@ -35,7 +36,7 @@ class MakeReportPass(Pass):
         verified, emitted, notes = facts.get(Verified), facts.get(Emitted), facts.get(Notes)
         report = Report(
             parameters=(work.parameters, count_parameters(graph_module)),
-            macs=(work.macs, count_macs(graph_module, work.tokens)),
+            macs=(work.macs, count_macs(graph_module, work.tokens, UntouchedRun)),
             tokens=work.tokens,
             ratio=removal.asked.get("ratio"),
             group_ratio=removal.asked.get("group_ratio"),

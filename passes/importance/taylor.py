@@ -20,6 +20,7 @@ from fxprune.graph.facts import Fact, Runnable, facts_of
 from fxprune.graph.tensors import require_weights, weights
 from fxprune.masking.masked_run import output_tensors
 from fxprune.pipeline.progress import Track, no_progress
+from fxprune.rules.aliasing import written_sources
 
 from .base import ImportancePass, axis_sums
 
@@ -117,12 +118,16 @@ def _backward(graph_module: fx.GraphModule, sample: Sample, sums: _Sums) -> None
     share one alias, whose gradient is then that of all its uses.
     """
     shared: dict[int, torch.Tensor] = {}
-    aliases = {name: shared.setdefault(id(t), t.detach()) for name, t in weights(graph_module)}
+    written = {str(node.target) for node in written_sources(graph_module.graph)}
+    aliases = {
+        name: shared.setdefault(id(t), t.detach().clone() if name in written else t.detach())
+        for name, t in weights(graph_module)
+    }
     for name in sums.axes:
         alias = aliases[name].requires_grad_()
         alias.register_post_accumulate_grad_hook(_receiver(sums, name))
     device = next(iter(aliases.values())).device
-    inputs = {name: value.to(device) for name, value in sample.inputs.items()}
+    inputs = {name: _input(value, device, name in written) for name, value in sample.inputs.items()}
     logits = output_tensors(functional_call(graph_module, aliases, kwargs=inputs))[0]
     loss = next_token_loss(logits, sample.labels.to(device))
     if not bool(loss.isfinite()):
@@ -132,6 +137,11 @@ def _backward(graph_module: fx.GraphModule, sample: Sample, sums: _Sums) -> None
             remedy="Check the weights and the samples for NaN",
         )
     loss.backward()
+
+
+def _input(value: torch.Tensor, device: torch.device, written: bool) -> torch.Tensor:
+    """An input on the device of the graph; one that the graph writes to is a copy."""
+    return value.to(device, copy=written)
 
 
 def _receiver(sums: _Sums, name: str) -> Callable[[torch.Tensor], None]:

@@ -9,6 +9,7 @@ from torch import fx
 
 from fxprune.graph.counting import TOKENS, count_macs, count_parameters
 from fxprune.graph.facts import Change, Fact, Runnable, facts_of
+from fxprune.masking.masked_run import UntouchedRun
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.report import Work
 
@@ -33,6 +34,6 @@ class CountWorkPass(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Count without running anything."""
-        work = Work(count_parameters(graph_module), count_macs(graph_module, self.tokens), self.tokens)
+        work = Work(count_parameters(graph_module), count_macs(graph_module, self.tokens, UntouchedRun), self.tokens)
         facts_of(graph_module).put(work)
         return PassResult(graph_module, False)

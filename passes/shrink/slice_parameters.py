@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, facts_of
-from fxprune.graph.source import Source
+from fxprune.graph.source import Cut, Source
 from fxprune.graph.tensors import as_parameter, copy_tensor, get_tensor, names_by_identity, set_tensor, weights
 from fxprune.masking.compare import Expected
 from fxprune.pipeline.contract import Pass, PassResult
-from fxprune.removal.removal import Bypassed, Sliced
+from fxprune.removal.removal import Bypassed, Removal, Sliced
 from fxprune.trace.capture import meta_twin
 
-__all__ = ["SliceParametersPass", "slice_tensor"]
+__all__ = ["SliceParametersPass", "cut_tensor", "slice_tensor"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,8 @@ class SliceParametersPass(Pass):
 
     What loses nothing is copied, so that nothing is shared with the dense model. In place on a graph that shares its
     tensors with the model it was traced from, it is left alone, and the model is given the slim tensors as well, one at
-    a time, so that a dense tensor is freed as soon as its slim one is there.
+    a time, so that a dense tensor is freed as soon as its slim one is there. What was cut off is kept until the removal
+    is verified, so that the model can be made whole again.
     """
 
     name: ClassVar[str] = "slice-parameters"
@@ -41,32 +42,66 @@ class SliceParametersPass(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Cut each tensor once, whatever the number of its names."""
         facts = facts_of(graph_module)
-        removal = facts[Bypassed].removal
-        tied: dict[int, list[str]] = {}
-        for name, tensor in weights(graph_module):
-            tied.setdefault(id(tensor), []).append(name)
-        source = facts.get(Source)
-        mirror = source.model if source is not None and source.shares else None
-        if source is not None and mirror is not None and source.dense is None:
-            facts.put(replace(source, dense=meta_twin(mirror)))
-        aliases = {} if mirror is None else names_by_identity(mirror)
-        for names in tied.values():
-            kept = next((removal.kept[name] for name in names if name in removal.kept), {})
-            if not kept and mirror is not None:
-                continue
-            dense = get_tensor(graph_module, names[0])
-            slim = slice_tensor(dense, kept) if kept else copy_tensor(dense)
-            for name in names:
-                set_tensor(graph_module, name, slim)
-            for name in aliases.get(id(dense), ()) if mirror is not None else ():
-                set_tensor(mirror, name, slim)  # type: ignore[arg-type]
+        removal, source = facts[Bypassed].removal, facts.get(Source)
+        if source is not None and source.shares:
+            _cut_in_place(graph_module, removal, source)
+        else:
+            for names, kept in _tied(graph_module, removal):
+                _put(graph_module, names, slice_tensor(get_tensor(graph_module, names[0]), kept))
         facts.put(Sliced(removal))
         return PassResult(graph_module, bool(removal.kept))
 
 
+def _tied(graph_module: fx.GraphModule, removal: Removal) -> list[tuple[list[str], Mapping[int, list[int]]]]:
+    """For each tensor the graph reads, its names there and the kept indices of the axes that it loses from."""
+    tied: dict[int, list[str]] = {}
+    for name, tensor in weights(graph_module):
+        tied.setdefault(id(tensor), []).append(name)
+    kept_of = removal.kept
+    return [(names, next((kept_of[name] for name in names if name in kept_of), {})) for names in tied.values()]
+
+
+def _cut_in_place(graph_module: fx.GraphModule, removal: Removal, source: Source) -> None:
+    """Give graph and model slim tensors, one at a time, and put down what was cut off as soon as it is."""
+    facts, model = facts_of(graph_module), source.model
+    aliases, source = names_by_identity(model), replace(source, dense=meta_twin(model))
+    facts.put(source)
+    for names, kept in _tied(graph_module, removal):
+        if not kept:
+            continue
+        dense = get_tensor(graph_module, names[0])
+        slim, pieces = cut_tensor(dense, kept)
+        own = aliases.get(id(dense), ())
+        if own:
+            source = replace(source, cut=(*source.cut, Cut(own, pieces)))
+            facts.put(source)
+        _put(model, own, slim)
+        _put(graph_module, names, slim)
+
+
+def _put(module: nn.Module, names: Sequence[str], value: torch.Tensor) -> None:
+    for name in names:
+        set_tensor(module, name, value)
+
+
 def slice_tensor(tensor: torch.Tensor, kept: Mapping[int, list[int]]) -> torch.Tensor:
-    """Return the kept indices of each axis; of a parameter, a parameter."""
+    """Return the kept indices of each axis, or a copy where all are kept; of a parameter, a parameter."""
     value = tensor.detach()
     for axis, index in kept.items():
         value = value.index_select(axis, torch.tensor(index, device=value.device))
-    return as_parameter(value, tensor)
+    return as_parameter(value, tensor) if kept else copy_tensor(tensor)
+
+
+def cut_tensor(
+    tensor: torch.Tensor, kept: Mapping[int, list[int]]
+) -> tuple[torch.Tensor, tuple[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor], ...]]:
+    """As :func:`slice_tensor`, with what is cut off: see :class:`~fxprune.graph.source.Cut`."""
+    pieces = []
+    value = tensor.detach()
+    for axis, index in kept.items():
+        stays = torch.zeros(value.shape[axis], dtype=torch.bool)
+        stays[index] = True
+        left, gone = (mask.nonzero()[:, 0].to(value.device) for mask in (stays, ~stays))
+        pieces.append((axis, left, gone, value.index_select(axis, gone)))
+        value = value.index_select(axis, left)
+    return as_parameter(value, tensor), tuple(pieces)

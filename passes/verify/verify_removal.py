@@ -9,6 +9,7 @@ from torch import fx
 
 from fxprune.data.verification import VerificationInputs
 from fxprune.graph.facts import Change, Fact, Runnable, facts_of
+from fxprune.graph.source import Source
 from fxprune.masking.compare import TOLERANCE, Expected, Verified, compare, find_divergence, require_equal, slim_outputs
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.removal import Removed
@@ -41,6 +42,9 @@ class VerifyRemovalPass(Pass):
                 require_equal(error, self._where(graph_module, expected.dense))
         facts.put(replace(expected, dense=None))  # what it was kept for is over
         facts.put(Verified(error))
+        source = facts.get(Source)
+        if source is not None and source.cut:
+            facts.put(replace(source, cut=()))  # so is this
         return PassResult(graph_module, False)
 
     def _where(self, slim: fx.GraphModule, dense: fx.GraphModule | None) -> str:
