@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -38,6 +38,15 @@ class PropagateShapesPass(Pass):
         with mode:
             inputs = [torch.empty(value.shape, dtype=value.dtype, device=device) for value in inputs]
         with enable_python_dispatcher():  # symbolic sizes are only understood by the Python side of torch's dispatcher
-            FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*inputs)
+            _Shapes(graph_module, mode).propagate_dont_convert_inputs(*inputs)
         facts_of(graph_module).put(Shaped())
         return PassResult(graph_module, False)
+
+
+class _Shapes(FakeTensorProp):
+    """Reads weights as fake tensors, so that an op that writes to one does not write to the real one."""
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return a weight without its values."""
+        value = super().get_attr(target, args, kwargs)
+        return self._mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value

@@ -87,4 +87,5 @@ def test_a_removal_that_fails_in_place_leaves_the_model_whole(
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    monkeypatch.undo()
     assert fxprune.prune(model, importance="l2", protect=(), inplace=True).model is model
