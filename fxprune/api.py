@@ -170,12 +170,13 @@ def prune_pipeline(
     scoring = {"memory": _LITTLE_MEMORY} if inplace else {}
     if taylor is not None:
         importance = _with_order("taylor", importance, taylor)
-    decide = [
-        _stage(importance, "importance", **shared, **scoring),
-        _stage(select or by, "select", **shared, **widths, **wanted),
-    ]
     if plan is not None:
         decide = [load_pass("plan-from-json", text=plan.to_json())]
+    else:
+        decide = [
+            _stage(importance, "importance", **shared, **scoring),
+            _stage(select or by, "select", **shared, **widths, **wanted),
+        ]
     return Pipeline(
         [
             *([] if calibration is None else [load_pass("calibrate", data=calibration)]),

@@ -11,7 +11,7 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.graph.compat import UNKNOWN_SIZE, fake_mode, is_free, size_hint
-from fxprune.graph.tensors import device_of, weights
+from fxprune.graph.tensors import device_of, on_meta
 
 __all__ = ["count_macs", "count_parameters"]
 
@@ -33,8 +33,7 @@ def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS, run: type[fx.
             other inputs keep the traced shape.
         run: the interpreter; one of :mod:`fxprune.masking` leaves weights alone that the graph writes to.
     """
-    can_run = not any(tensor.is_meta for _, tensor in weights(graph_module))
-    attempts = [(batch, real) for batch in (1, None) for real in ((False, True) if can_run else (False,))]
+    attempts = [(batch, real) for batch in (1, None) for real in ((False,) if on_meta(graph_module) else (False, True))]
     for batch, real in attempts:
         try:
             make = partial(_inputs, graph_module, batch, tokens)

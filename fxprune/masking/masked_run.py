@@ -30,7 +30,7 @@ class UntouchedRun(fx.Interpreter):
 
     def __init__(self, graph_module: fx.GraphModule, garbage_collect_values: bool = True) -> None:
         super().__init__(graph_module, garbage_collect_values=garbage_collect_values)
-        self._written = {str(node.target) for node in written_sources(graph_module.graph)}
+        self._written = written_sources(graph_module.graph)
         self._copies: dict[str, torch.Tensor] = {}
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -41,14 +41,11 @@ def alias_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return root
 
 
-def written_sources(graph: fx.Graph) -> set[fx.Node]:
-    """Return the inputs and weights of a graph to which some op writes, itself or through another value."""
+def written_sources(graph: fx.Graph) -> set[str]:
+    """Return the names of inputs and weights of a graph to which an op writes, itself or through another value."""
     root = alias_roots(graph)
     written = {root[value] for node in graph.nodes if writes(node) for value in _written_by(node)}
-    names = {node.target for node in written if node.op == "get_attr"}  # a weight may be read at several places
-    return {node for node in graph.nodes if node in written or (node.op == "get_attr" and node.target in names)} & {
-        node for node in graph.nodes if node.op in ("placeholder", "get_attr")
-    }
+    return {str(node.target) for node in written if node.op in ("placeholder", "get_attr")}
 
 
 def _written_by(node: fx.Node) -> list[fx.Node]:

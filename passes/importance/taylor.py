@@ -81,6 +81,7 @@ class TaylorImportancePass(ImportancePass):
         samples = facts_of(graph_module)[Calibration].samples
         chunks = list(self._chunks(graph_module, axes))
         found: Positions = {}
+        written = written_sources(graph_module.graph)
         steps = [(chunk, sample) for chunk in chunks for sample in (*samples, None)]
         sums: _Sums | None = None
         for chunk, sample in self.track(steps, "gradients", len(steps)):
@@ -90,7 +91,7 @@ class TaylorImportancePass(ImportancePass):
                 found.update(sums.finish(dict(weights(graph_module))))
                 sums = None
             else:
-                _backward(graph_module, sample, sums)
+                _backward(graph_module, sample, sums, written)
         return found
 
     def _chunks(self, graph_module: fx.GraphModule, axes: Axes) -> Iterator[Axes]:
@@ -111,14 +112,13 @@ class TaylorImportancePass(ImportancePass):
             yield chunk
 
 
-def _backward(graph_module: fx.GraphModule, sample: Sample, sums: _Sums) -> None:
+def _backward(graph_module: fx.GraphModule, sample: Sample, sums: _Sums, written: set[str]) -> None:
     """One sample forward and back; each gradient goes to ``sums`` as it arrives and is freed.
 
     The graph runs on detached aliases of its parameters, so that the caller's ``.grad`` stays as it is; tied names
-    share one alias, whose gradient is then that of all its uses.
+    share one alias, whose gradient is then that of all its uses. Weights and inputs that are ``written`` to are copies.
     """
     shared: dict[int, torch.Tensor] = {}
-    written = {str(node.target) for node in written_sources(graph_module.graph)}
     aliases = {
         name: shared.setdefault(id(t), t.detach().clone() if name in written else t.detach())
         for name, t in weights(graph_module)
