@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from fxprune.discovery.groups import DEFAULT_KINDS, as_kinds
-from fxprune.errors import FxpruneError, UnknownNameError
+from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
 from fxprune.graph.facts import facts_of
 from fxprune.graph.source import Source, put_back
+from fxprune.pipeline.arguments import as_seed, flag, refuse
 from fxprune.pipeline.contract import Pass
 from fxprune.pipeline.pipeline import Pipeline
-from fxprune.pipeline.progress import Track, no_progress
+from fxprune.pipeline.progress import Track, check_track, no_progress
 from fxprune.pipeline.registry import load_pass, parse_pass, pass_names
 from fxprune.pipeline.spelling import read_spelling
 from fxprune.removal.plan import Plan
+from fxprune.removal.scores import Scores
 from fxprune.result import Result
 from fxprune.trace import trace
 
@@ -33,16 +36,18 @@ def prune(
     model: nn.Module,
     calibration: Any = None,
     *,
-    ratio: float = 0.2,
+    ratio: float | Mapping[str, float] = 0.2,
     kinds: str | Sequence[str] = DEFAULT_KINDS,
     importance: str | Pass = "taylor",
     taylor: str | None = None,
+    scores: Scores | str | os.PathLike[str] | None = None,
     reduction: str = "sum",
     ranking: str = "local",
-    group_ratio: float | None = None,
+    group_ratio: float | Mapping[str, float] | None = None,
     protect: tuple[int, int] | tuple[()] | None = None,
-    round_to: int = 1,
+    round_to: int | Mapping[str, int] = 1,
     uniform: bool = False,
+    tensor_parallel: int = 1,
     select: str | Pass | None = None,
     compensate: str | Pass | None = None,
     seed: int = 0,
@@ -51,27 +56,27 @@ def prune(
     example_inputs: Mapping[str, Any] | None = None,
     track: Track | None = None,
 ) -> Result:
-    """Remove the least important structures of ``model``; the model passed is not changed.
-
-    What runs is :func:`prune_pipeline`: passes that can be printed, copied and changed.
+    """Remove the least important structures of ``model``, which stays as it is: run :func:`prune_pipeline` on it.
 
     Args:
         model: a Hugging Face model, or any module that ``torch.export`` can trace.
         calibration: token ids ``(samples, tokens)``, a list of tokenised dicts, a DataLoader, or None for criteria
             that need no data.
-        ratio: fraction of the parameters that goes, in [0, 1); reached within half a percentage point.
-        kinds: which structures may go: ``mlp``, ``head``, ``channel``, ``head_dim``, ``expert``, ``layer``.
+        ratio: fraction of the parameters that goes, in [0, 1); reached within half a percentage point. By kind, as in
+            ``{"mlp": 0.3, "head": 0.1}``: the fraction of the parameters in structures of that kind.
+        kinds: what may go: ``mlp``, ``head``, ``channel``, ``head_dim``, ``expert``, ``layer``; or a ratio by kind.
         importance: ``taylor``, ``l1``, ``l2``, ``random`` or another registered importance pass, with arguments of its
             own as in ``"taylor{order=second}"``; or a pass.
         taylor: ``vector``, ``first``, ``second`` or ``mix``; the same as ``importance="taylor{order=...}"``.
+        scores: kept from an earlier run, or the path of a file with such; they take the place of ``importance``.
         reduction: how members of a group are combined: ``sum``, ``prod``, ``max``, ``mean``, ``first``, ``last``.
         ranking: ``local``: the same fraction in every group; ``global``: the lowest scores anywhere.
         group_ratio: the paper's ratio, a fraction of the units of every group; takes the place of ``ratio``.
-        protect: how many layers stay whole at the front and at the end; None for the paper's 4 and 2 of 32, scaled
-            to the depth; ``()`` for none.
-        round_to: slim widths are multiples of this.
+        protect: layers kept whole at the front and the end; None: 4 and 2 of 32 as in the paper, scaled; ``()``: none.
+        round_to: slim widths are multiples of this. By kind, as in ``{"mlp": 64, "head": 2}``, it counts units.
         uniform: the same widths in every layer, and such that the model's own config class takes them: the checkpoint
             then loads in stock transformers, and in whatever reads its format. ``protect`` must be empty or None.
+        tensor_parallel: devices that share each layer: MLP channels and heads of one that shrinks are multiples of it.
         select: a registered selection pass, or a pass, in place of what ``ratio`` or ``group_ratio`` stands for.
         compensate: ``least-squares``, perhaps with arguments: weights that lost inputs are fitted to what the dense
             model computes on the calibration data; or a pass. None leaves every kept number as it is.
@@ -85,8 +90,7 @@ def prune(
         FxpruneError: one of its subclasses, naming what is wrong and what to do; the model is then unchanged.
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "example_inputs")}
-    pipeline = prune_pipeline(**options)
-    return _run(pipeline, trace(model, example_inputs).graph_module, inplace)
+    return _run(prune_pipeline(**options), model, example_inputs, inplace)
 
 
 def apply(
@@ -115,16 +119,18 @@ def apply(
     """
     pipeline = prune_pipeline(
         calibration,
-        plan=plan,
+        plan=_plan(plan),
         compensate=compensate,
         verify=verify,
         inplace=inplace,
     )
-    return _run(pipeline, trace(model, example_inputs).graph_module, inplace)
+    return _run(pipeline, model, example_inputs, inplace)
 
 
-def _run(pipeline: Pipeline, graph_module: fx.GraphModule, inplace: bool) -> Result:
-    """Run a pipeline; where it fails in place, put back what was cut off the model."""
+def _run(pipeline: Pipeline, model: nn.Module, example_inputs: Mapping[str, Any] | None, inplace: bool) -> Result:
+    """Run a pipeline on a model; where it fails in place, put back what was cut off the model."""
+    pipeline.check_arguments()
+    graph_module = trace(model, example_inputs).graph_module
     try:
         return Result.of(pipeline(graph_module, inplace=inplace).graph_module)
     except BaseException:  # whatever stops it, an interrupt too: the model is not left half cut
@@ -137,16 +143,18 @@ def _run(pipeline: Pipeline, graph_module: fx.GraphModule, inplace: bool) -> Res
 def prune_pipeline(
     calibration: Any = None,
     *,
-    ratio: float = 0.2,
+    ratio: float | Mapping[str, float] = 0.2,
     kinds: str | Sequence[str] = DEFAULT_KINDS,
     importance: str | Pass = "taylor",
     taylor: str | None = None,
+    scores: Scores | str | os.PathLike[str] | None = None,
     reduction: str = "sum",
     ranking: str = "local",
-    group_ratio: float | None = None,
+    group_ratio: float | Mapping[str, float] | None = None,
     protect: tuple[int, int] | tuple[()] | None = None,
-    round_to: int = 1,
+    round_to: int | Mapping[str, int] = 1,
     uniform: bool = False,
+    tensor_parallel: int = 1,
     select: str | Pass | None = None,
     compensate: str | Pass | None = None,
     seed: int = 0,
@@ -163,19 +171,20 @@ def prune_pipeline(
     Args:
         plan: the decision of an earlier run, in place of importance and selection: what :func:`apply` runs.
     """
-    shared = {"kinds": as_kinds(kinds), "reduction": reduction, "seed": seed, "track": track or no_progress}
+    verify, inplace, track = flag("verify", verify), flag("inplace", inplace), _track(track)
+    kinds, wanted = _wanted(kinds, ratio, group_ratio)
+    shared = {"kinds": kinds, "reduction": reduction, "seed": as_seed("seed", seed), "track": track}
     widths = {"ranking": ranking, "protect": protect, "round_to": round_to, "uniform": uniform}
+    widths |= {"tensor_parallel": tensor_parallel}
     by = "select-by-ratio" if group_ratio is None else "select-by-group-ratio"
-    wanted = {"ratio": ratio} if group_ratio is None else {"group_ratio": group_ratio}
     scoring = {"memory": _LITTLE_MEMORY} if inplace else {}
-    if taylor is not None:
-        importance = _with_order("taylor", importance, taylor)
+    importance = _with_order("taylor", importance, taylor) if scores is None else _kept("load-scores", scores)
     if plan is not None:
-        decide = [load_pass("plan-from-json", text=plan.to_json())]
+        decide = [load_pass("plan-from-json", text=_plan(plan).to_json())]
     else:
         decide = [
             _stage(importance, "importance", **shared, **scoring),
-            _stage(select or by, "select", **shared, **widths, **wanted),
+            _stage(by if select is None else select, "select", **shared, **widths, **wanted),
         ]
     return Pipeline(
         [
@@ -185,17 +194,43 @@ def prune_pipeline(
             "count-work",
             *([] if compensate is None else [_stage(compensate, "compensate", **shared)]),
             load_pass("make-verification-inputs", seed=seed),
-            *(["record-expected"] if verify else []),
-            "shrink",
-            *(["verify-removal"] if verify else []),
+            *(["record-expected", "shrink", "verify-removal"] if verify else ["shrink"]),
             "emit-model",
             "make-report",
         ]
     )
 
 
-def _with_order(name: str, importance: str | Pass, order: str) -> str:
+def _track(track: Track | None) -> Track:
+    """Return what shows progress; nothing does where ``track`` is None."""
+    if track is not None:
+        check_track(track)
+    return track or no_progress
+
+
+def _plan(plan: Any) -> Plan:
+    """Return ``plan``, which has to be one."""
+    if isinstance(plan, Plan):
+        return plan
+    raise refuse("plan", plan, "a Plan, as in fxprune.Plan.from_json(text)")
+
+
+def _wanted(kinds: Any, ratio: Any, group_ratio: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return the kinds that may go, and what is wanted of them; a ratio by kind says which they are."""
+    asked = ratio if group_ratio is None else group_ratio
+    named = tuple(asked) or kinds if isinstance(asked, Mapping) else kinds
+    return as_kinds(named), {"ratio" if group_ratio is None else "group_ratio": asked}
+
+
+def _kept(name: str, scores: Scores | str | os.PathLike[str]) -> Pass:
+    """Return the pass ``name``, which takes scores, or a file of them."""
+    return load_pass(name, scores=scores) if isinstance(scores, Scores) else load_pass(name, file=scores)
+
+
+def _with_order(name: str, importance: str | Pass, order: str | None) -> str | Pass:
     """Return the spelling of the importance ``name`` with an order, unless another importance is asked for."""
+    if order is None:
+        return importance
     spelled = f"{name}{{order={order}}}"
     if importance == name:
         return spelled
@@ -208,9 +243,18 @@ def _with_order(name: str, importance: str | Pass, order: str) -> str:
 
 def _stage(choice: str | Pass, stage: str, **defaults: Any) -> Pass:
     """Return the pass, or the one of ``stage`` spelled so; ``defaults`` fill in what the spelling leaves open."""
+    known = pass_names(stage)
     if isinstance(choice, Pass):
-        return choice
-    name, known = read_spelling(choice)[0], pass_names(stage)
+        if choice.stage in ("", stage):
+            return choice
+        raise ArgumentError(
+            f"{stage} is the pass {choice.name}, of the stage {choice.stage!r}",
+            where=stage,
+            remedy=f"Pass one of {', '.join(known)}, or a pass of your own of the stage {stage!r}",
+        )
+    if not isinstance(choice, str):
+        raise refuse(stage, choice, f"one of {', '.join(known)}, or a pass, as in fxprune.load_pass({known[0]!r})")
+    name = read_spelling(choice)[0]
     if name not in known:
         raise UnknownNameError(_WORDS.get(stage, stage), name, known)
     return parse_pass(choice, **defaults)

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "ArgumentError",
     "AxisMismatch",
     "CalibrationError",
     "CheckpointError",
@@ -24,6 +25,10 @@ __all__ = [
 ]
 
 
+_LISTED = 30
+"""Names that a message lists: all passes, and not all tensors of a model."""
+
+
 class FxpruneError(Exception):
     """Root of all errors of this package.
 
@@ -35,8 +40,12 @@ class FxpruneError(Exception):
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
         self.what, self.where, self.remedy = what, where, remedy
-        text = f"{where}: {what}" if where else what
+        text = f"{where}: {what}" if where and not what.startswith(f"{where} ") else what
         super().__init__(f"{text}. {remedy}" if remedy else text)
+
+
+class ArgumentError(FxpruneError, ValueError):
+    """An argument is of the wrong type, or out of range."""
 
 
 class TraceError(FxpruneError):
@@ -97,11 +106,14 @@ class UnknownNameError(FxpruneError, ValueError):
     Args:
         kind: what the name should have been, for instance ``"importance"``.
         name: what was given.
-        known: the valid names; the nearest one is suggested.
+        known: the valid names; the nearest one is suggested, and the first few are listed.
     """
 
     def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
         names = sorted(known)
         near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]!r}? " if near else ""
-        super().__init__(f"unknown {kind} {name!r}", remedy=f"{hint}Known: {', '.join(names)}")
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        listed = f"Known: {', '.join(names[:_LISTED])}{more}" if names else f"There is no {kind} here"
+        super().__init__(f"unknown {kind} {name!r}", remedy=f"{hint}{listed}")
+        self.where = kind

@@ -17,6 +17,7 @@ from fxprune.graph.facts import facts_of
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removed
 from fxprune.removal.report import Report
+from fxprune.removal.scores import Scores
 
 __all__ = ["Result"]
 
@@ -31,12 +32,15 @@ class Result:
             one or its classes cannot express the plan, with the reason in ``report.model_reasons``.
         plan: which indices of which parameter stayed.
         report: numbers before and after.
+        scores: what each unit was worth: ``scores.save(file)`` keeps them, and ``fxprune.prune(scores=...)`` decides by
+            them, for another ratio too; None where a plan was applied.
     """
 
     graph_module: fx.GraphModule
     model: Any
     plan: Plan
     report: Report
+    scores: Scores | None = None
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule) -> Result:
@@ -48,7 +52,8 @@ class Result:
         facts = facts_of(graph_module)
         emitted = facts.get(Emitted)
         model = None if emitted is None else emitted.model
-        return cls(graph_module, model, facts[Removed].removal.plan, facts[Report])
+        removal = facts[Removed].removal
+        return cls(graph_module, model, removal.plan, facts[Report], removal.scores)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the slim graph."""

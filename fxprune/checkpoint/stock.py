@@ -13,8 +13,8 @@ from fxprune.graph.blocks import within
 from fxprune.graph.source import Source
 from fxprune.graph.tensors import as_parameter, names_by_identity
 from fxprune.removal.plan import Plan
-from fxprune.trace.capture import meta_twin
 from fxprune.trace.inputs import is_hugging_face
+from fxprune.trace.twin import meta_twin
 
 __all__ = ["stock_test"]
 

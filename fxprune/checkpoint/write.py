@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from fxprune.checkpoint.classes import pruned_class, stock_class, stock_config
+from fxprune.checkpoint.classes import pruned_class, stock_class
 from fxprune.checkpoint.exchange import put_in_place, real_target, staged
 from fxprune.checkpoint.manifest import MANIFEST, Manifest, other_files, strangers, weight_files
+from fxprune.checkpoint.modelling_file import write_modelling
 from fxprune.checkpoint.structure import Structure, describe
 from fxprune.emit.load import has_odd_experts
 from fxprune.errors import CheckpointError
-from fxprune.modelling import block_config, blocks, layerwise, overrides, table_rows
+from fxprune.modelling import layerwise
+from fxprune.pipeline.arguments import as_path, refuse, whole_number
 from fxprune.removal.plan import Plan
 from fxprune.removal.report import Report
 
-__all__ = ["MODELLING", "save_pretrained"]
+__all__ = ["check_request", "save_pretrained"]
 
-MODELLING = "modeling_fxprune"
-"""Name of the module saved beside weights that no stock class builds."""
-
-_TEXTS = (table_rows, block_config, blocks, overrides, layerwise)
-"""Modules whose text makes up that module, each behind those it imports from."""
+_SIZE = re.compile(r"\s*(?=[\d.]*[1-9])\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
+"""What transformers reads as a size."""
 
 
 def save_pretrained(
@@ -64,10 +62,13 @@ def save_pretrained(
     Raises:
         CheckpointError: the folder holds something else, or the model cannot be built from plain data.
     """
-    target = real_target(folder)
-    _refuse_foreign(target)
+    check_request(folder, tokenizer, max_shard_size)
+    _check_parts(model, plan, report)
+    with _on_disk(folder):
+        target = real_target(folder)
+        _refuse_foreign(target)
     structure = describe(model)
-    with staged(target) as work:
+    with _on_disk(folder), staged(target) as work:
         _write_model(model, work, structure, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
@@ -84,6 +85,52 @@ def save_pretrained(
         _keep_others(target, work)
         put_in_place(work, target)
     return structure
+
+
+@contextmanager
+def _on_disk(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what a disk refuses into an error that says where and why.
+
+    Raises:
+        CheckpointError: nothing can be written there; what was there is as it was.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise CheckpointError(
+            f"cannot be written: {reason}",
+            where=os.fspath(folder),
+            remedy="Choose a folder that can be written to, on a disk with room for the whole model",
+        ) from error
+
+
+def check_request(folder: Any, tokenizer: Any, max_shard_size: Any) -> None:
+    """Refuse what :func:`save_pretrained` cannot work with, before anything is written.
+
+    Raises:
+        CheckpointError: the folder is no path, the tokenizer cannot be saved, or the size of a shard is no size.
+    """
+    as_path("folder", folder, error=CheckpointError)
+    if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
+        raise refuse("tokenizer", tokenizer, "a tokenizer of transformers, or None", CheckpointError)
+    if isinstance(max_shard_size, str):
+        if _SIZE.fullmatch(max_shard_size) is None:
+            raise refuse("max_shard_size", max_shard_size, "a number of bytes, or text such as '5GB'", CheckpointError)
+    else:
+        whole_number("max_shard_size", max_shard_size, least=1, error=CheckpointError)
+
+
+def _check_parts(model: Any, plan: Any, report: Any) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise refuse("model", model, "a Hugging Face model, as in result.model", CheckpointError)
+    meta = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
+    if meta is not None:
+        raise CheckpointError("is on meta and has no values", where=meta, remedy="Load the weights first")
+    if plan is not None and not isinstance(plan, Plan):
+        raise refuse("plan", plan, "a Plan, as in result.plan, or None", CheckpointError)
+    if report is not None and not isinstance(report, Report):
+        raise refuse("report", report, "a Report, as in result.report, or None", CheckpointError)
 
 
 def _keep_others(target: Path, work: Path) -> None:
@@ -108,15 +155,8 @@ def _write_model(model: PreTrainedModel, work: Path, structure: Structure, max_s
     _note_experts(model, work / "config.json")
     if structure.is_stock:
         return
-    stock, config = stock_class(model), stock_config(type(model.config))
-    more: dict[str, Any] = {}
-    if getattr(transformers, stock.__name__, None) is stock and hasattr(transformers, config.__name__):
-        text = _modelling(stock.__name__, config.__name__)
-        (work / f"{MODELLING}.py").write_text(text, encoding="utf-8")
-        more["auto_map"] = {
-            "AutoConfig": f"{MODELLING}.{config.__name__}",
-            "AutoModelForCausalLM": f"{MODELLING}.{stock.__name__}",
-        }
+    auto_map = write_modelling(model, work)
+    more = {"auto_map": auto_map} if auto_map else {}
     layerwise.amend_config(work, structure.overrides, structure.where, **more)
 
 
@@ -150,38 +190,6 @@ def _hold(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     owner = model.get_submodule(path)
     owner._non_persistent_buffers_set.discard(leaf)
     return owner, leaf
-
-
-def _modelling(model: str, config: str) -> str:
-    source = "\n\n".join(_standing_alone(module) for module in _TEXTS)
-    return f'''from __future__ import annotations
-
-{source}
-
-from transformers import {config} as StockConfig  # noqa: E402
-from transformers import {model} as StockModel  # noqa: E402
-
-
-class {config}(AnyWidths, StockConfig):
-    """The config of a pruned model."""
-
-
-class {model}(Layerwise, StockModel):
-    """A pruned model; named like its stock class, by which names of weights on disk are looked up."""
-
-    config_class = {config}
-'''
-
-
-def _standing_alone(module: ModuleType) -> str:
-    """Return the text of a module of ours, without imports from the package: it stands behind what it imports."""
-    assert module.__file__ is not None
-    text = Path(module.__file__).read_text(encoding="utf-8")
-    lines = text.splitlines()
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in ("__future__", "fxprune"):
-            lines[node.lineno - 1 : node.end_lineno] = [""] * ((node.end_lineno or node.lineno) - node.lineno + 1)
-    return "\n".join(lines)
 
 
 def _source(model: PreTrainedModel, report: Report | None) -> dict[str, Any]:

@@ -1,18 +1,18 @@
-"""Calibration data: what users have, read as single samples with labels and checked."""
+"""Calibration samples, the loss on them, and what becomes of a graph that cannot compute them."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx, nn
 
-from fxprune.errors import CalibrationError, PassError
+from fxprune.errors import CalibrationError, FxpruneError, PassError
+from fxprune.graph.attempts import Refusal
 from fxprune.graph.compat import is_free
 from fxprune.graph.facts import Fact
 from fxprune.graph.tensors import device_of, get_tensor
@@ -21,10 +21,13 @@ __all__ = [
     "IGNORED",
     "Calibration",
     "Sample",
+    "alike",
+    "batched",
+    "computing",
     "embedding_rows",
     "next_token_loss",
-    "read_calibration",
-    "read_rows",
+    "require_logits",
+    "spread",
     "stacked",
 ]
 
@@ -58,45 +61,6 @@ class Calibration(Fact):
     samples: tuple[Sample, ...]
 
 
-def read_calibration(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, ...]:
-    """Return one sample for each row of ``data``, without padding.
-
-    Args:
-        data: a LongTensor ``(samples, tokens)``; a list of tokenised dicts with ``input_ids`` and, if padded,
-            ``attention_mask`` and, if given, ``labels``; or any iterable of such batches (a DataLoader).
-        graph_module: the graph the samples are for.
-
-    Raises:
-        CalibrationError: no samples, a sample of fewer than two tokens, a value that is not finite, or token ids
-            the model has no embedding for.
-    """
-    names = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
-    rows = embedding_rows(graph_module)
-    samples: list[Sample] = []
-    for batch in _batches(data, names[0]):
-        for sample in _rows(batch, names):
-            _check_sample(sample, rows, len(samples))
-            samples.append(sample)
-    if not samples:
-        raise CalibrationError("the calibration data is empty", where="calibration", remedy="Pass at least one sample")
-    return tuple(samples)
-
-
-def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the tokenised rows in a file of JSON lines.
-
-    Raises:
-        CalibrationError: the file cannot be read, or a line is no JSON object of lists of numbers.
-    """
-    try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [{name: torch.tensor(value) for name, value in row.items()} for row in rows]
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise CalibrationError(
-            f"not tokenised JSON lines: {error}", where=str(path), remedy='Write {"input_ids": [...]} on each line'
-        ) from error
-
-
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the mean cross-entropy of each next token.
 
@@ -108,63 +72,56 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
-def _batches(data: Any, name: str) -> Iterator[Mapping[str, torch.Tensor]]:
-    if isinstance(data, torch.Tensor):
-        if data.dim() != 2 or data.is_floating_point():
-            raise CalibrationError(
-                f"a {data.dtype} tensor of shape {tuple(data.shape)}",
-                where="calibration",
-                remedy="Pass token ids as a LongTensor (samples, tokens)",
-            )
-        yield {name: data}
-    elif isinstance(data, Iterable) and not isinstance(data, str | Mapping):
-        for item in data:
-            yield _as_batch(item, name)
-    else:
-        raise CalibrationError(
-            f"cannot read {type(data).__name__}",
-            where="calibration",
-            remedy="Pass a LongTensor, a list of tokenised dicts or a DataLoader",
+def require_logits(outputs: Sequence[torch.Tensor], labels: torch.Tensor, name: str) -> torch.Tensor:
+    """Return the logits among the outputs of a graph: the first one.
+
+    Args:
+        outputs: its float outputs, in order.
+        labels: what each position of the input is: ``(batch, tokens)``.
+        name: the pass that takes a loss, for the message.
+
+    Raises:
+        PassError: the first output is not of shape ``(batch, tokens, vocabulary)``.
+        CalibrationError: a label is no token of the vocabulary.
+    """
+    logits = outputs[0] if outputs else None
+    if logits is None or logits.dim() != 3 or logits.shape[:2] != labels.shape:
+        found = "no float tensor" if logits is None else f"a tensor of shape {tuple(logits.shape)}"
+        raise PassError(
+            f"the model gives {found} for labels {tuple(labels.shape)}, not logits (samples, tokens, vocabulary)",
+            where=f"pass {name}",
+            remedy="It needs a language model; choose an importance without a loss, such as l1, l2 or random",
         )
+    counted = labels[labels != IGNORED]
+    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[2]:
+        bad = int(counted.min()) if int(counted.min()) < 0 else int(counted.max())
+        raise CalibrationError(
+            f"labels hold {bad}, the model gives logits for 0 to {logits.shape[2] - 1}",
+            where="calibration",
+            remedy=f"Label what shall not count with {IGNORED}",
+        )
+    return logits
 
 
-def _as_batch(item: Any, name: str) -> Mapping[str, torch.Tensor]:
-    fields = dict(item) if isinstance(item, Mapping) else {name: item[0] if isinstance(item, list | tuple) else item}
-    if name not in fields:
-        raise CalibrationError(f"a sample without {name!r}, only {sorted(fields)}", where="calibration")
-    tensors = {key: torch.as_tensor(value) for key, value in fields.items() if not isinstance(value, str)}
-    lone = tensors[name].dim() == 1
-    return {key: value[None] if lone else value for key, value in tensors.items()}
+@contextmanager
+def computing(inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Turn what torch raises while a graph computes calibration samples into one error, and print nothing.
 
-
-def _rows(batch: Mapping[str, torch.Tensor], names: Sequence[str]) -> Iterator[Sample]:
-    for i in range(len(batch[names[0]])):
-        row = {key: value[i : i + 1] for key, value in batch.items()}
-        mask = row.pop("attention_mask", None) if "attention_mask" not in names else None
-        if mask is not None and mask.shape == row[names[0]].shape:
-            keep = mask[0].bool()
-            row = {key: value[:, keep] if value.dim() == 2 else value for key, value in row.items()}
-        labels = row.get("labels", row[names[0]])
-        missing = [name for name in names if name not in row]
-        if missing:
-            raise CalibrationError(f"a sample without {missing[0]!r}", where=f"calibration sample {i}")
-        yield Sample({name: row[name] for name in names}, labels)
-
-
-def _check_sample(sample: Sample, rows: Mapping[str, int], number: int) -> None:
-    where = f"calibration sample {number}"
-    if sample.labels.dim() >= 2 and sample.labels.shape[1] < 2:
-        raise CalibrationError("fewer than two tokens: there is nothing to predict", where=where)
-    for name, value in sample.inputs.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise CalibrationError(f"{name} has values that are not finite", where=where, remedy="Clean the data")
-        if name in rows and value.numel() and not (int(value.min()) >= 0 and int(value.max()) < rows[name]):
-            bad = int(value.max()) if int(value.max()) >= rows[name] else int(value.min())
-            raise CalibrationError(
-                f"{name} holds {bad}, the model knows 0 to {rows[name] - 1}",
-                where=where,
-                remedy="Tokenise with the tokenizer of this model",
-            )
+    Raises:
+        CalibrationError: the graph cannot compute ``inputs``.
+    """
+    try:
+        with redirect_stderr(io.StringIO()):  # a graph module prints its code before it lets an error pass
+            yield
+    except (FxpruneError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # ops refuse values that they do not take with whatever error they like
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
+        raise CalibrationError(
+            f"the model cannot compute a sample of {shapes}: {Refusal(error)}",
+            where="calibration",
+            remedy="Pass samples that the model itself takes, no longer than its positions",
+        ) from error
 
 
 def embedding_rows(graph_module: fx.GraphModule) -> dict[str, int]:
@@ -186,13 +143,30 @@ def stacked(samples: Sequence[Sample], graph_module: fx.GraphModule, most: int) 
         graph_module: the graph they are for; one that takes a single batch size gets them one by one.
         most: samples in a batch.
     """
+    for numbers in alike(samples, graph_module, most):
+        yield batched([samples[i] for i in numbers], graph_module)
+
+
+def alike(samples: Sequence[Sample], graph_module: fx.GraphModule, most: int) -> Iterator[tuple[int, ...]]:
+    """Yield the numbers of samples that make up a batch, as :func:`stacked` yields the batches."""
     inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     size = most if all(is_free(node.meta["val"].shape[0]) for node in inputs) else 1
-    alike: dict[tuple[torch.Size, ...], list[Sample]] = {}
-    for sample in samples:
-        alike.setdefault(tuple(value.shape for value in sample.inputs.values()), []).append(sample)
-    device = device_of(graph_module)
-    for group in alike.values():
+    shapes: dict[tuple[torch.Size, ...], list[int]] = {}
+    for i, sample in enumerate(samples):
+        shapes.setdefault(tuple(value.shape for value in sample.inputs.values()), []).append(i)
+    for group in shapes.values():
         for start in range(0, len(group), size):
-            part = group[start : start + size]
-            yield {name: torch.cat([s.inputs[name] for s in part]).to(device) for name in part[0].inputs}
+            yield tuple(group[start : start + size])
+
+
+def batched(samples: Sequence[Sample], graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """Return samples of the same shape as one batch of inputs, on the device of the graph."""
+    device = device_of(graph_module)
+    return {name: torch.cat([s.inputs[name] for s in samples]).to(device) for name in samples[0].inputs}
+
+
+def spread(samples: Sequence[Sample], most: int | None) -> tuple[Sample, ...]:
+    """Return no more than ``most`` of the samples, evenly spread over them; all of them for None."""
+    if most is None or most >= len(samples):
+        return tuple(samples)
+    return tuple(samples[i * len(samples) // most] for i in range(most))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from fxprune.errors import DataError
 
-__all__ = ["offline_text", "paragraphs", "read_text", "split_calibration_heldout", "token_windows"]
+__all__ = [
+    "offline_docstrings",
+    "offline_text",
+    "paragraphs",
+    "read_text",
+    "split_calibration_heldout",
+    "token_windows",
+]
 
 
 def offline_text() -> str:
@@ -26,6 +35,38 @@ def offline_text() -> str:
     from pydoc_data.topics import topics
 
     return _join(dict.fromkeys(p for name in sorted(topics) for p in paragraphs(topics[name])))
+
+
+_DOCUMENTED = (
+    "argparse collections/__init__ contextlib datetime decimal difflib email/message fractions functools http/client "
+    "inspect logging/__init__ mailbox optparse os pathlib random shutil socketserver statistics string subprocess "
+    "tarfile tempfile textwrap threading typing unittest/case unittest/mock urllib/request"
+)
+"""Modules of the standard library with much to say about themselves."""
+
+_SENTENCE = 80
+"""Characters: what is shorter is a heading, a signature or an item of a list more often than a sentence."""
+
+
+def offline_docstrings() -> str:
+    """Return prose from docstrings of the standard library, about 150,000 characters, the same on every call.
+
+    It is English of another kind than :func:`offline_text` and shares no paragraph with it; examples of code are left
+    out. It too differs a little from one Python version to the next.
+    """
+    library, seen = Path(sysconfig.get_path("stdlib")), set(paragraphs(offline_text()))
+    found: dict[str, None] = {}
+    for name in _DOCUMENTED.split():
+        tree = ast.parse((library / f"{name}.py").read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                prose = paragraphs(ast.get_docstring(node) or "")
+                found.update((p, None) for p in prose if _is_prose(p) and p not in seen)
+    return _join(found)
+
+
+def _is_prose(paragraph: str) -> bool:
+    return len(paragraph) > _SENTENCE and paragraph[0].isupper() and ">>>" not in paragraph
 
 
 def paragraphs(text: str) -> Iterator[str]:

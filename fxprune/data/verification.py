@@ -10,11 +10,16 @@ import torch
 from torch import fx
 
 from fxprune.data.calibration import embedding_rows
-from fxprune.graph.compat import is_free, size_hint
+from fxprune.graph.compat import is_free, size_hint, tree_map
 from fxprune.graph.facts import Fact
+from fxprune.graph.inputs import example_of
+from fxprune.graph.size_checks import refusal
 from fxprune.graph.tensors import device_of
+from fxprune.pipeline.arguments import refuse
 
-__all__ = ["VerificationInputs", "make_inputs"]
+__all__ = ["VerificationInputs", "check_names", "make_inputs", "resize_inputs"]
+
+_NAMED = "the keyword arguments of forward, {'name': tensor, ...}, or None"
 
 BATCH, TOKENS = 2, 16
 """Enough for a batch to be told from a single sample, and for positions to differ; no more than a moment's work."""
@@ -28,37 +33,80 @@ class VerificationInputs(Fact):
         values: keyword inputs of the graph, in its order.
     """
 
-    values: Mapping[str, torch.Tensor]
+    values: Mapping[str, Any]
 
 
-def make_inputs(graph_module: fx.GraphModule, given: Mapping[str, Any] | None, seed: int) -> dict[str, torch.Tensor]:
+def check_names(example_inputs: Any) -> None:
+    """Refuse inputs that are not given by name.
+
+    Raises:
+        ArgumentError: they are neither None nor a mapping from names to what is passed.
+    """
+    named = isinstance(example_inputs, Mapping) and example_inputs and all(isinstance(n, str) for n in example_inputs)
+    if example_inputs is not None and not named:
+        raise refuse(
+            "example_inputs", example_inputs, "the keyword arguments of forward, {'name': tensor, ...}, or None"
+        )
+
+
+def make_inputs(graph_module: fx.GraphModule, given: Mapping[str, Any] | None, seed: int) -> dict[str, Any]:
     """Return keyword inputs for a graph: the caller's, else random token ids ``(2, 16)`` or random floats.
 
     Args:
-        graph_module: the graph; sizes that are not dynamic are kept.
+        graph_module: the graph; sizes that are not dynamic are kept, and all are as traced where it refuses these.
         given: the caller's example inputs.
         seed: for the random ones.
     """
+    inputs = _make(graph_module, given or {}, seed, (BATCH, TOKENS))
+    return _make(graph_module, given or {}, seed, None) if refusal(graph_module, inputs) else inputs
+
+
+def resize_inputs(graph_module: fx.GraphModule, inputs: Mapping[str, Any], sizes: tuple[int, int]) -> dict[str, Any]:
+    """Return ``inputs`` of other sizes, along the axes whose size is free: cut, or repeated from the start.
+
+    Args:
+        graph_module: the graph.
+        inputs: keyword inputs of it.
+        sizes: batch, and tokens.
+    """
+
+    def resize(traced: Any, value: Any) -> Any:
+        for axis, size in enumerate(sizes[: traced.dim()] if isinstance(traced, torch.Tensor) else ()):
+            if is_free(traced.shape[axis]):
+                value = value.index_select(axis, torch.arange(size, device=value.device) % value.shape[axis])
+        return value
+
+    placeholders = {str(node.target): node for node in graph_module.graph.nodes if node.op == "placeholder"}
+    return {name: tree_map(resize, placeholders[name].meta["val"], value) for name, value in inputs.items()}
+
+
+def _make(
+    graph_module: fx.GraphModule, given: Mapping[str, Any], seed: int, sizes: tuple[int, int] | None
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     rows = embedding_rows(graph_module)
     device = device_of(graph_module)
-    inputs: dict[str, torch.Tensor] = {}
+    inputs: dict[str, Any] = {}
     for node in graph_module.graph.nodes:
         if node.op != "placeholder":
             continue
         name = str(node.target)
-        if given is not None and isinstance(given.get(name), torch.Tensor):
-            inputs[name] = given[name].to(device)
+        if name in given:
+            inputs[name] = example_of(given[name], lambda tensor: tensor.to(device))
             continue
-        wanted = (BATCH, TOKENS)
-        shape = [
-            wanted[i] if i < 2 and is_free(size) else size_hint(size) for i, size in enumerate(node.meta["val"].shape)
-        ]
-        dtype = node.meta["val"].dtype
-        value = (
-            torch.randn(shape, generator=generator)
-            if dtype.is_floating_point
-            else torch.randint(rows.get(name, 2), shape, generator=generator)
-        )
-        inputs[name] = value.to(device, dtype)
+
+        def random(value: torch.Tensor, most: int = rows.get(name, 2)) -> torch.Tensor:
+            wanted = sizes or ()
+            shape = [
+                wanted[i] if i < len(wanted) and is_free(size) else size_hint(size)
+                for i, size in enumerate(value.shape)
+            ]
+            made = (
+                torch.randn(shape, generator=generator)
+                if value.dtype.is_floating_point
+                else torch.randint(most, shape, generator=generator)
+            )
+            return made.to(device, value.dtype)
+
+        inputs[name] = example_of(node.meta["val"], random)
     return inputs

@@ -20,6 +20,7 @@ from fxprune.discovery.roles import settle_experts
 from fxprune.discovery.zeros import follow_zeros
 from fxprune.graph.blocks import Blocks
 from fxprune.graph.facts import Change, Fact, facts_of
+from fxprune.graph.inputs import is_input
 from fxprune.graph.names import tensor_name
 from fxprune.graph.source import Constants
 from fxprune.graph.tensors import get_tensor
@@ -138,7 +139,7 @@ def _state_equations(graph_module: fx.GraphModule) -> tuple[Statements, dict[str
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
             _add_weight(node, graph_module, stated, owner)
-        elif node.op == "placeholder":
+        elif is_input(node):
             tensor = fresh_axes(node.name, node.meta["val"])
             stated.tensors[node.name] = tensor
             for axis in tensor.axes:

@@ -7,17 +7,18 @@ triggers those that depend on it, these trigger the next, until nothing new is f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import networkx as nx
 
 from fxprune.axes import Expr, Factor, Product, beside, factors
 from fxprune.discovery.dependency import AxisMap, axis_map
-from fxprune.errors import FxpruneError, UnknownNameError
+from fxprune.errors import ArgumentError
 from fxprune.graph.blocks import owner_block
 from fxprune.graph.facts import Change, Fact
+from fxprune.pipeline.arguments import one_of, refuse
 from fxprune.rules.statements import Axis, Role
 
 __all__ = [
@@ -47,15 +48,15 @@ def as_kinds(kinds: str | Sequence[str]) -> tuple[str, ...]:
 
     Raises:
         UnknownNameError: no such kind; the nearest is suggested.
-        FxpruneError: no kinds at all.
+        ArgumentError: no kinds at all, or something else.
     """
+    given: Any = kinds
+    if not isinstance(given, Collection) or isinstance(given, bytes):
+        raise refuse("kinds", kinds, f"one or more of {', '.join(KINDS)}")
     named = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not named:
-        raise FxpruneError("kinds is empty", where="kinds", remedy=f"Name one or more of {', '.join(KINDS)}")
-    for kind in named:
-        if kind not in KINDS:
-            raise UnknownNameError("kind", kind, KINDS)
-    return named
+        raise ArgumentError("kinds is empty", where="kinds", remedy=f"Name one or more of {', '.join(KINDS)}")
+    return tuple(one_of("kind", kind, KINDS) for kind in named)
 
 
 @dataclass(frozen=True)

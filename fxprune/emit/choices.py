@@ -10,6 +10,7 @@ from itertools import islice, product
 
 from torch import nn
 
+from fxprune.emit.companions import with_companions
 from fxprune.emit.patch import Patches, leaf_patches, merged, scope_patches
 from fxprune.emit.rebuilders import Rebuilder
 from fxprune.emit.snapshot import (
@@ -91,7 +92,8 @@ def _from(
     optional = explicit_fields(rebuilder, dense)
     fixed = {**base, **optional}
     search = Search(rebuilder, fixed, wanted)
-    direct = [minimal(rebuilder, base, fields, optional) for fields in search.solutions()]
+    solved = [with_companions(rebuilder, fixed, fields) for fields in search.solutions()]
+    direct = [minimal(rebuilder, base, fields, optional) for fields in solved]
     rank = _Rank(rebuilder, base, take_snapshot(block), wanted, outside)
     direct.sort(key=rank)
     found = [Choice({**base, **fields}) for fields in direct]
@@ -158,6 +160,7 @@ def _moves(rebuilder: Rebuilder, here: Mapping[str, int], wrong: frozenset[Axis]
     solutions = search.solutions()
     for fields in list(solutions) or [{}]:
         solutions.extend(search.scaled(fields, _ratios(now, rank.wanted, wrong)))
+    solutions = [with_companions(rebuilder, here, fields) for fields in solutions]
     solutions.sort(key=lambda fields: rank({**here, **fields}))
     seen = (rebuilder.observe({**here, **fields}) for fields in solutions)
     return [scope_patches(now, after, wrong) for after in seen if after is not None]

@@ -6,24 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import fx
 from transformers import PreTrainedModel
 
 from fxprune.emit.emitter import Emission, emit
+from fxprune.emit.judge import Judge
 from fxprune.errors import CheckpointError
 from fxprune.graph.blocks import Blocks, within
 from fxprune.graph.facts import Fact, facts_of
 from fxprune.graph.source import Constants, Source
 from fxprune.graph.tensors import copy_tensor, weights
-from fxprune.masking.compare import TOLERANCE, compare
-from fxprune.masking.masked_run import UntouchedRun, output_tensors
 from fxprune.removal.plan import kept_of_constants
 from fxprune.removal.removal import Removal
 
 __all__ = ["Emitted", "emit_from_graph"]
-
-_ROUGH = 2e-2
-"""Accepted difference in half precision, relative to the largest output: two orders of summation round apart."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,20 +60,9 @@ def emit_from_graph(
         removal: what was removed.
         inputs: keyword inputs on which graph and model have to agree.
     """
-    tensors = _tensors(slim, source, removal)
-
-    def agrees(candidate: nn.Module) -> bool:
-        if any(tensor.is_meta for tensor in tensors.values()):
-            return True
-        with torch.no_grad():
-            want, got = (
-                output_tensors(UntouchedRun(slim).run(*inputs.values())),
-                output_tensors(candidate(**inputs, use_cache=False)),
-            )
-        return _agree(want[0], got[0])
-
-    dense = source.model if source.dense is None else source.dense
-    return emit(dense, tensors, removal.removed_blocks, agrees, _numbered(slim, removal))  # type: ignore[arg-type]
+    dense: PreTrainedModel = source.model if source.dense is None else source.dense  # type: ignore[assignment]
+    judge = Judge(slim, dense, inputs)
+    return emit(dense, _tensors(slim, source, removal), removal.removed_blocks, judge, _numbered(slim, removal))
 
 
 def _tensors(slim: fx.GraphModule, source: Source, removal: Removal) -> dict[str, torch.Tensor]:
@@ -89,18 +74,6 @@ def _tensors(slim: fx.GraphModule, source: Source, removal: Removal) -> dict[str
             if name not in tensors and not within(name, removal.removed_blocks):
                 tensors[name] = tensor if source.shares else copy_tensor(tensor)
     return tensors
-
-
-def _agree(want: torch.Tensor, got: torch.Tensor) -> bool:
-    """Whether two outputs are equal but for rounding.
-
-    In half precision that is asked of half of the tokens: a router that rounds otherwise may send single ones to others
-    of its experts.
-    """
-    if want.shape != got.shape or want.dtype in (torch.float32, torch.float64):
-        return compare([want.float()], [got.float()]) <= TOLERANCE
-    apart = (want.float() - got.float()).abs().amax(dim=-1).median()
-    return bool(apart <= _ROUGH * max(1.0, float(want.abs().max())))
 
 
 def _numbered(slim: fx.GraphModule, removal: Removal) -> dict[str, dict[int, list[int]]]:

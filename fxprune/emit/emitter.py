@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fxprune.emit.assemble import Candidate, candidates_for
+from fxprune.emit.attention import implementations
 from fxprune.emit.layout import Layout, survey
 from fxprune.emit.load import (
     Rename,
@@ -31,15 +32,16 @@ from fxprune.emit.shared_widths import shared_widths_for
 from fxprune.emit.snapshot import shapes_of
 from fxprune.emit.tables import Numbered, find_inputs
 from fxprune.emit.task import EmissionTask
+from fxprune.errors import VerificationError
 from fxprune.graph.attempts import Refusal, attempt
 from fxprune.graph.blocks import within
 from fxprune.modelling.overrides import OVERRIDES, Overrides
-from fxprune.trace.capture import meta_twin
+from fxprune.trace.twin import meta_twin
 
 __all__ = ["Agrees", "Emission", "emit"]
 
 Agrees = Callable[[PreTrainedModel], bool]
-"""Whether an emitted model computes what it should."""
+"""Whether an emitted model computes what it should; a ``VerificationError`` stands for a no with its reason."""
 
 Reasons = tuple[str, ...]
 Tensors = Mapping[str, torch.Tensor]
@@ -97,7 +99,12 @@ def emit(
         return Emission(None, refused)
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     task = EmissionTask(model, layout, model_rebuilder(model, layout), wanted, removed, numbered or {})
-    return _first_that_fits(task, tensors, agrees, runs=run_on_meta(_same_class(twin)) is None)
+    return _first_that_fits(task, tensors, agrees, _running(_same_class(twin)))
+
+
+def _running(twin: PreTrainedModel) -> Reasons:
+    """Return the attention implementations under which the dense model runs on ``meta``: slim ones have to as well."""
+    return tuple(name for name in implementations(twin) if run_on_meta(twin, implementation=name) is None)
 
 
 def _same_class(twin: torch.nn.Module) -> PreTrainedModel:
@@ -118,19 +125,20 @@ def _refusals(model: PreTrainedModel, layout: Layout, tensors: Tensors, removed:
     return tuple(lines[:_MOST_REASONS])
 
 
-def _first_that_fits(task: EmissionTask, tensors: Tensors, agrees: Agrees | None, *, runs: bool) -> Emission:
+def _first_that_fits(task: EmissionTask, tensors: Tensors, agrees: Agrees | None, running: Sequence[str]) -> Emission:
     """Return the first candidate that holds the tensors and agrees; those that fail on ``meta`` are tried last.
 
     Args:
         task: what is emitted.
         tensors: by dense name.
         agrees: the caller's judgement.
-        runs: whether the dense model runs on ``meta``, so that a candidate is expected to.
+        running: attention implementations under which the dense model runs on ``meta``, so that a candidate is expected
+            to.
     """
     reasons: dict[str, None] = {}
     doubtful: list[Candidate] = []
     for candidate in _candidates(task):
-        failure = _failure(task, candidate, tensors) if runs else None
+        failure = _failure(task, candidate, tensors, running)
         if failure is not None:
             reasons.update(dict.fromkeys((*candidate.gaps, f"a candidate does not run: {failure}")))
             doubtful.append(candidate)
@@ -174,14 +182,15 @@ def _renaming(task: EmissionTask) -> Rename:
     return lambda name: slim_name(name, task.removed)
 
 
-def _failure(task: EmissionTask, candidate: Candidate, tensors: Tensors) -> Refusal | None:
+def _failure(task: EmissionTask, candidate: Candidate, tensors: Tensors, running: Sequence[str]) -> str | None:
     """Return what stops a candidate on ``meta``; None where it runs there, or cannot be built at all."""
     rename = _renaming(task)
-    slim = build_on_meta(rebuild, task.model, candidate.recipe, task.layout)
-    if isinstance(slim, Refusal) or _unfit(task, candidate, slim, tensors):
+    slim = build_on_meta(rebuild, task.model, candidate.recipe, task.layout) if running else None
+    if slim is None or isinstance(slim, Refusal) or _unfit(task, candidate, slim, tensors):
         return None
     assign(slim, task.model, standins(tensors), rename)
-    return run_on_meta(slim)
+    failures = ((name, run_on_meta(slim, implementation=name)) for name in running)
+    return next((f"under {name} attention: {failure}" for name, failure in failures if failure is not None), None)
 
 
 def _unfit(task: EmissionTask, candidate: Candidate, slim: PreTrainedModel, tensors: Tensors) -> Reasons:
@@ -216,9 +225,10 @@ def _make(
 
 def _disagreement(recipe: Recipe, slim: PreTrainedModel, agrees: Agrees) -> str | None:
     """Return in words what the caller has against a model, if anything."""
-    answer = attempt(agrees, slim)
+    answer = attempt(agrees, slim, refusals=(VerificationError,))
     if isinstance(answer, Refusal):
-        return f"a candidate does not run: {answer}"
+        fails = isinstance(answer.error, VerificationError)
+        return f"a candidate fails {answer.error}" if fails else f"a candidate does not run: {answer}"
     if answer:
         return None
     blocks = {path: dict(fields) for path, fields in list(recipe.block_fields.items())[:2]}  # two show the pattern

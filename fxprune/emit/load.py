@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from fxprune.emit.attention import attending, configs_of
 from fxprune.emit.meta import build_on_meta, on_meta
 from fxprune.emit.snapshot import shapes_of
 from fxprune.graph.attempts import Refusal
@@ -95,7 +96,7 @@ def _parameter(tensor: torch.Tensor, trained: bool) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=trained and floating)
 
 
-def run_on_meta(model: PreTrainedModel, samples: int = 1) -> Refusal | None:
+def run_on_meta(model: PreTrainedModel, samples: int = 1, implementation: str | None = None) -> Refusal | None:
     """Return what stops a forward pass on ``meta``; None where it runs.
 
     Args:
@@ -103,19 +104,20 @@ def run_on_meta(model: PreTrainedModel, samples: int = 1) -> Refusal | None:
             padding token, whose absence from the input cannot be checked without data, and multiplies experts
             in batches, since grouped kernels refuse some widths on ``meta`` that they take elsewhere.
         samples: number of sequences that go in.
+        implementation: of attention; its own if None. One that the model does not take stops nothing.
     """
-    vars(model.config).update(pad_token_id=None)
-    for config in _configs(model):
-        vars(config)["_experts_implementation_internal"] = "batched_mm"
+    for config in configs_of(model):
+        vars(config).update(pad_token_id=None, _experts_implementation_internal="batched_mm")
     with on_meta():
         tokens = torch.zeros(samples, 5, dtype=torch.long)
-    result = build_on_meta(model.eval(), input_ids=tokens)
+    with attending(model, implementation or str(model.config._attn_implementation)) as taken:
+        result = build_on_meta(model.eval(), input_ids=tokens) if taken else None
     return result if isinstance(result, Refusal) else None
 
 
 def suit_experts(model: PreTrainedModel) -> None:
     """Let experts run one by one where they have a width that grouped kernels do not take."""
-    for config in _configs(model) if has_odd_experts(model) else ():
+    for config in configs_of(model) if has_odd_experts(model) else ():
         if vars(config).get("_experts_implementation_internal") == "grouped_mm":
             vars(config)["_experts_implementation_internal"] = "eager"
 
@@ -125,13 +127,6 @@ def has_odd_experts(model: nn.Module) -> bool:
     foreign = (module for module in model.modules() if not type(module).__module__.startswith("torch.nn."))
     weights = (weight for module in foreign for weight in module.parameters(recurse=False) if weight.dim() == 3)
     return any(size * weight.element_size() % _ROW_BYTES for weight in weights for size in weight.shape[1:])
-
-
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Return the config of the model and those of its modules."""
-    own = [vars(module).get("config") for module in model.modules()]
-    found = {id(config): config for config in (model.config, *own) if isinstance(config, PreTrainedConfig)}
-    return list(found.values())
 
 
 def left_on_meta(model: nn.Module) -> list[str]:

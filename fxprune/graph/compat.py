@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_map, tree_unflatten
+from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.printers import PythonPrinter
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 __all__ = [
-    "REGION_OPS",
+    "AUTOCAST",
+    "GRADIENTS",
     "UNKNOWN_SIZE",
     "FakeTensorMode",
     "FakeTensorProp",
@@ -25,17 +32,22 @@ __all__ = [
     "argument_names",
     "enable_python_dispatcher",
     "fake_mode",
+    "guards_of",
+    "is_check",
     "is_free",
     "is_impure",
     "is_pointwise",
     "is_random",
     "largest_size",
     "size_hint",
+    "spell_expression",
     "tree_leaves",
+    "tree_map",
     "tree_unflatten",
+    "work_out",
 ]
 
-REGION_OPS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+GRADIENTS, AUTOCAST = "wrap_with_set_grad_enabled", "wrap_with_autocast"
 """Higher-order ops that only set a mode around a subgraph: number and place of their arguments differ."""
 
 UNKNOWN_SIZE = 2**31 - 1
@@ -69,6 +81,41 @@ def largest_size(size: int | torch.SymInt) -> int | None:
     return None if bound is int_oo else int(bound)
 
 
+def guards_of(size: torch.SymInt) -> list[tuple[Any, str]]:
+    """Return the conditions under which a trace holds that the code of a model asked about, and where it did.
+
+    What torch asks for itself, to choose among layouts in memory, does not change what is computed.
+
+    Args:
+        size: any size of the trace; the conditions, sympy expressions, are those on all of them.
+    """
+    asked = [(guard.expr, guard.sloc.framework_loc) for guard in size.node.shape_env.guards]
+    return [
+        (expression, f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}")
+        for expression, frame in asked
+        if isinstance(frame, traceback.FrameSummary) and not _is_torch(Path(frame.filename))
+    ]
+
+
+def _is_torch(file: Path) -> bool:
+    """Whether ``file`` is torch's own, other than its modules, which are code of models too."""
+    root = Path(torch.__file__).parent
+    return file.is_relative_to(root) and not file.is_relative_to(root / "nn")
+
+
+def work_out(expression: Any, values: dict[Any, Any]) -> Any:
+    """Return the value of a sympy expression for ``values`` of its symbols, which may be proxies of a graph."""
+    return sympy_interp(PythonReferenceAnalysis, values, expression)
+
+
+def spell_expression(expression: Any, names: dict[Any, str]) -> str:
+    """Return a sympy expression as Python code, with ``names`` for its symbols."""
+    spelled = PythonPrinter().doprint(expression)
+    for symbol, name in names.items():
+        spelled = re.sub(rf"\b{symbol}\b", name, spelled)
+    return str(spelled)
+
+
 def argument_names(op: OpOverload) -> list[tuple[str, Any, bool]]:
     """Return name, default value (None if it has none) and whether it is keyword only, of each argument of ``op``."""
     return [(arg.name, arg.default_value, arg.kwarg_only) for arg in op._schema.arguments]
@@ -84,11 +131,16 @@ def is_random(op: object) -> bool:
     return isinstance(op, OpOverload) and torch.Tag.nondeterministic_seeded in op.tags
 
 
+def is_check(node: Node) -> bool:
+    """Whether ``node`` raises unless its first argument is true; its second one says why."""
+    return node.target is torch.ops.aten._assert_scalar.default
+
+
 def is_impure(node: Node) -> bool:
     """Whether ``node`` has to stay even if nothing uses it: it writes to a tensor, or is an input or output.
 
     torch's own answer also keeps everything that may draw random numbers, which attention may.
     """
-    if node.op in ("placeholder", "output"):
+    if node.op in ("placeholder", "output") or is_check(node):
         return True
     return isinstance(node.target, OpOverload) and bool(node.target._schema.is_mutable)

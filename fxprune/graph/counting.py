@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxprune.graph.compat import UNKNOWN_SIZE, fake_mode, is_free, size_hint
+from fxprune.graph.compat import UNKNOWN_SIZE, fake_mode, is_free, size_hint, tree_leaves
+from fxprune.graph.inputs import example_of
 from fxprune.graph.tensors import device_of, on_meta
 
 __all__ = ["count_macs", "count_parameters"]
@@ -33,10 +35,11 @@ def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS, run: type[fx.
             other inputs keep the traced shape.
         run: the interpreter; one of :mod:`fxprune.masking` leaves weights alone that the graph writes to.
     """
-    attempts = [(batch, real) for batch in (1, None) for real in ((False,) if on_meta(graph_module) else (False, True))]
-    for batch, real in attempts:
+    ways = (False,) if on_meta(graph_module) else (False, True)
+    sizes = ((1, tokens), (None, tokens), (None, None))
+    for (batch, length), real in [(size, real) for size in sizes for real in ways]:
         try:
-            make = partial(_inputs, graph_module, batch, tokens)
+            make = partial(_inputs, graph_module, batch, length)
             flops = size_hint(_flops(run(graph_module), make, nullcontext() if real else fake_mode()))
         except Exception:  # a batch the graph does not take, or an op that needs data: whatever torch raises then
             continue
@@ -46,7 +49,7 @@ def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS, run: type[fx.
 
 
 def _flops(
-    run: fx.Interpreter, make: Callable[[], Sequence[torch.Tensor]], mode: AbstractContextManager[object]
+    run: fx.Interpreter, make: Callable[[], Sequence[Any]], mode: AbstractContextManager[object]
 ) -> int | torch.SymInt:
     with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
         run.run(*make())
@@ -59,17 +62,21 @@ def count_parameters(graph_module: fx.GraphModule) -> int:
     return sum(parameter.numel() for parameter in graph_module.parameters())
 
 
-def _inputs(graph_module: fx.GraphModule, batch: int | None, tokens: int) -> list[torch.Tensor]:
-    """Return zeros: ``batch`` samples (None: as many as were traced) of ``tokens`` tokens.
+def _inputs(graph_module: fx.GraphModule, batch: int | None, tokens: int | None) -> list[Any]:
+    """Return zeros: ``batch`` samples of ``tokens`` tokens (None: as many as were traced); what is no tensor as it was.
 
     Sizes that tracing found to be the same stay the same.
     """
     values = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
     chosen: dict[str, int] = {}
-    for value in values:
-        if value.dim() == 2 and not value.is_floating_point():
+    for value in tree_leaves(values):
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point():
             wanted = zip(value.shape, (batch, tokens), strict=True)
             chosen |= {str(size): new for size, new in wanted if new is not None and is_free(size)}
-    shapes = [[chosen.get(str(size), size_hint(size)) for size in value.shape] for value in values]
     device = device_of(graph_module)
-    return [torch.zeros(shape, dtype=v.dtype, device=device) for v, shape in zip(values, shapes, strict=True)]
+
+    def zeros(value: torch.Tensor) -> torch.Tensor:
+        shape = [chosen.get(str(size), size_hint(size)) for size in value.shape]
+        return torch.zeros(shape, dtype=value.dtype, device=device)
+
+    return [example_of(value, zeros) for value in values]

@@ -121,7 +121,9 @@ class Facts:
         *others, last = [name for find in _givers for name in find(kind)] or [""]
         givers = f"{', '.join(others)} or {last}" if others else last
         remedy = f"Run {givers} first" if givers else "Start from fxprune.trace(model).graph_module"
-        return kind.missing_error(what, where=where, remedy=f"{remedy}. {kind.remedy}" if kind.remedy else remedy)
+        return kind.missing_error(
+            what, where=where or "graph_module", remedy=f"{remedy}. {kind.remedy}" if kind.remedy else remedy
+        )
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,14 @@ def facts_of(graph_module: fx.GraphModule) -> Facts:
     Raises:
         PassError: the module did not come from :func:`fxprune.trace`.
     """
-    facts = graph_module.meta.get(_KEY)
+    meta = getattr(graph_module, "meta", None)
+    facts = meta.get(_KEY) if isinstance(meta, dict) else None
     if not isinstance(facts, Facts):
-        raise PassError("nothing is known about this graph", remedy="Start from fxprune.trace(model).graph_module")
+        raise PassError(
+            f"nothing is known about this {type(graph_module).__name__}",
+            where="graph_module",
+            remedy="Start from fxprune.trace(model).graph_module",
+        )
     return facts
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "delete_tensor",
     "device_of",
     "get_tensor",
+    "name_of_nonfinite",
     "names_by_identity",
     "on_meta",
     "require_weights",
@@ -82,6 +83,12 @@ def weights(graph_module: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
 def on_meta(graph_module: fx.GraphModule) -> bool:
     """Whether the graph reads a tensor that has no values."""
     return any(tensor.is_meta for _, tensor in weights(graph_module))
+
+
+def name_of_nonfinite(graph_module: fx.GraphModule) -> str:
+    """The name of the first parameter the graph reads that holds NaN or an infinity; empty where none does."""
+    trained = ((name, t) for name, t in weights(graph_module) if isinstance(t, nn.Parameter) and not t.is_meta)
+    return next((name for name, tensor in trained if not bool(tensor.isfinite().all())), "")
 
 
 def require_weights(graph_module: fx.GraphModule, name: str) -> None:

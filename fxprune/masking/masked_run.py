@@ -19,6 +19,7 @@ from fxprune.axes import Expr, Keep, factors, kept_mask, kept_size
 from fxprune.discovery.dependency import AxisMap
 from fxprune.graph.arguments import with_argument
 from fxprune.graph.compat import tree_leaves
+from fxprune.graph.inputs import example_of
 from fxprune.graph.names import output_name, tensor_name
 from fxprune.rules.aliasing import written_sources
 
@@ -31,7 +32,7 @@ class UntouchedRun(fx.Interpreter):
     def __init__(self, graph_module: fx.GraphModule, garbage_collect_values: bool = True) -> None:
         super().__init__(graph_module, garbage_collect_values=garbage_collect_values)
         self._written = written_sources(graph_module.graph)
-        self._copies: dict[str, torch.Tensor] = {}
+        self._copies: dict[str, Any] = {}
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Return an input; a copy of it where it is written to."""
@@ -42,20 +43,36 @@ class UntouchedRun(fx.Interpreter):
         return self._copied(str(target), super().get_attr(target, args, kwargs))
 
     def _copied(self, name: str, value: Any) -> Any:
-        if name not in self._written or not isinstance(value, torch.Tensor):
+        if name not in self._written:
             return value
-        return self._copies.setdefault(name, value.clone())
+        if name not in self._copies:
+            self._copies[name] = example_of(value, torch.clone)
+        return self._copies[name]
+
+
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 class PreciseRun(UntouchedRun):
-    """An interpreter that runs a graph in float32 at least, whatever the dtype of its weights."""
+    """An interpreter that runs a graph in float32 at least, whatever the dtypes of its weights and casts."""
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return an input, cast up where it is a narrower float."""
+        return example_of(super().placeholder(target, args, kwargs), _widened)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return the weight ``target``, cast up when it is a narrower float."""
+        """Return the weight ``target``, cast up where it is a narrower float."""
         value = super().get_attr(target, args, kwargs)
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.element_size() < 4:
-            return value.float()
-        return value
+        return _widened(value) if isinstance(value, torch.Tensor) else value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run an op; what it would cast to, or make in, a narrower float is in float32."""
+        args, kwargs = fx.node.map_aggregate((args, kwargs), lambda value: torch.float32 if value in _NARROW else value)
+        return super().call_function(target, args, kwargs)
+
+
+def _widened(value: torch.Tensor) -> torch.Tensor:
+    return value.float() if value.dtype in _NARROW else value
 
 
 class MaskedRun(PreciseRun):

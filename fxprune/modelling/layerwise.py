@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -41,6 +41,8 @@ class Layerwise:
     """A model that builds its blocks from ``config.per_layer_config``; to be mixed in before its stock class."""
 
     config: Any
+    part_of_model: ClassVar[str] = ""
+    """Where a model of this class is in the one that the config describes: its module path there."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         """Build the stock model, then those blocks again that differ, and set what no config field drives."""
@@ -52,8 +54,9 @@ class Layerwise:
         vars(_blocks_config(config, section)).update(overrides.built_with)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         assert isinstance(self, nn.Module)
-        build_blocks(self, _blocks_config(self.config, section), overrides)
-        apply_overrides(self, overrides)
+        own = overrides.below(type(self).part_of_model)
+        build_blocks(self, _blocks_config(self.config, section), own)
+        apply_overrides(self, own)
         vars(self)[OVERRIDES] = overrides
         vars(_blocks_config(self.config, section)).update(overrides.written_afterwards)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,21 @@ class Overrides:
     shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     buffers: Mapping[str, Sequence[int]] = field(default_factory=dict)
     inputs: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+
+    def below(self, root: str) -> Overrides:
+        """Return the overrides of a module of the model, by names in that module.
+
+        Args:
+            root: its path; empty for the model itself.
+        """
+        whole = {"built_with", "written_afterwards"}
+        named = {entry.name: getattr(self, entry.name) for entry in fields(Overrides) if entry.name not in whole}
+        return replace(self, **{name: _below(values, root) for name, values in named.items()}) if root else self
+
+
+def _below(values: Mapping[str, Any], root: str) -> dict[str, Any]:
+    inside = {path: value for path, value in values.items() if f"{path}.".startswith(f"{root}.")}
+    return {path[len(root) + 1 :]: value for path, value in inside.items()}
 
 
 def build_blocks(

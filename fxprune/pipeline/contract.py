@@ -26,7 +26,7 @@ from fxprune.pipeline.spelling import spell
 
 __all__ = ["STAGES", "Pass", "PassResult", "run_apart"]
 
-STAGES = ("prepare", "discover", "importance", "select", "compensate", "shrink", "verify", "emit")
+STAGES = ("prepare", "discover", "importance", "select", "compensate", "shrink", "verify", "tune", "emit")
 """The stages of a prune, in order."""
 
 Kinds = tuple[type[Fact], ...]

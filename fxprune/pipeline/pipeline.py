@@ -5,17 +5,20 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
-from fxprune.errors import FxpruneError
+from fxprune.errors import FxpruneError, PassError
 from fxprune.graph.facts import Change, Fact, facts_of
+from fxprune.pipeline.arguments import function, refuse
 from fxprune.pipeline.contract import Pass, PassResult, run_apart
 from fxprune.pipeline.registry import parse_pass
 from fxprune.pipeline.spelling import split
 
 __all__ = ["PassSequence", "Pipeline"]
+
+_WANTED = "passes, their names, or a text such as 'find-groups, l2, select-by-ratio'"
 
 OnPass = Callable[[Pass], None]
 
@@ -81,13 +84,18 @@ class PassSequence(Pass):
             return run_apart(self, self.call, graph_module)
         return self.call(graph_module)
 
+    def check_arguments(self) -> None:
+        """Raise where the arguments of a step are not complete."""
+        for step in self.leaves():
+            step.check_arguments()
+
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Raise where a step needs what is not known by its turn, or its arguments are not complete."""
+        self.check_arguments()
         facts = facts_of(graph_module)
         known = {type(fact) for fact in facts}
         dropped: dict[type[Fact], str] = {}
         for step in self.leaves():
-            step.check_arguments()
             for kind in step.needs:
                 if kind not in known:
                     error = facts.missing(kind, where=f"pass {step.name}", by=dropped.get(kind, ""))
@@ -132,8 +140,14 @@ class Pipeline(PassSequence):
     on_pass: OnPass | None = field(default=None, metadata={"spelled": False})
 
     def __init__(self, passes: str | Sequence[Pass | str], on_pass: OnPass | None = None) -> None:
-        listed = _read(passes) if isinstance(passes, str) else passes
-        object.__setattr__(self, "passes", tuple(_read_one(p) if isinstance(p, str) else p for p in listed))
+        if not isinstance(passes, str | Sequence):
+            raise refuse("passes", passes, _WANTED)
+        made = [_as_pass(p) for p in (_read(passes) if isinstance(passes, str) else passes)]
+        if not made:
+            raise PassError("there is no pass", where="pipeline", remedy=f"Pass {_WANTED}")
+        if on_pass is not None:
+            function("on_pass", on_pass, "a function that is called with each pass, or None")
+        object.__setattr__(self, "passes", tuple(made))
         object.__setattr__(self, "on_pass", on_pass)
 
     @property
@@ -159,6 +173,10 @@ def _read(text: str) -> list[str]:
     return [part for part in split(lines, ",\n;") if part]
 
 
-def _read_one(text: str) -> Pass:
-    text = text.strip()
+def _as_pass(step: Any) -> Pass:
+    if isinstance(step, Pass):
+        return step
+    if not isinstance(step, str):
+        raise refuse("a step of the pipeline", step, "a pass, as in fxprune.load_pass(name), or the spelling of one")
+    text = step.strip()
     return Pipeline(text[1:-1]) if text.startswith("(") and text.endswith(")") else parse_pass(text)

@@ -8,6 +8,7 @@ from typing import Any
 
 from fxprune.errors import PassError, UnknownNameError
 from fxprune.graph.facts import Fact, tell_givers
+from fxprune.pipeline.arguments import one_of
 from fxprune.pipeline.contract import Pass
 from fxprune.pipeline.spelling import read_spelling, spelled_fields
 
@@ -34,9 +35,7 @@ def pass_class(name: str) -> type[Pass]:
         UnknownNameError: no such pass.
         PassError: its package cannot be imported, or what it registers is no pass.
     """
-    if name not in _entries():
-        raise UnknownNameError("pass", name, _entries())
-    entry = _entries()[name]
+    entry = _entries()[one_of("pass", name, _entries())]
     try:
         found = entry.load()
     except Exception as error:  # importing a stranger's package may raise anything

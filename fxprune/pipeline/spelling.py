@@ -14,6 +14,10 @@ __all__ = ["read_spelling", "spell", "spelled_fields", "split"]
 
 _FORM = "Write it as name{key=value, key=value}"
 _BARE = re.compile(r"[A-Za-z_][\w.\-]*")
+_DEEPEST = 20
+"""Brackets in brackets: a list in the arguments of a pass in a pipeline takes four."""
+_SHOWN = 60
+"""Characters of a long text that a message repeats."""
 _CLOSING = {"{": "}", "[": "]", "(": ")"}
 
 
@@ -32,6 +36,8 @@ def split(text: str, parting: str) -> Iterator[str]:
             quote = sign
         elif sign in _CLOSING:
             expected.append(_CLOSING[sign])
+            if len(expected) > _DEEPEST:
+                raise PassError("brackets are nested too deep", where=f"{text[:_SHOWN]}...", remedy=_FORM)
         elif expected and sign == expected[-1]:
             expected.pop()
         elif sign in parting and not expected:

@@ -17,6 +17,7 @@ from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group
 from fxprune.graph.facts import Change, Fact
 from fxprune.removal.plan import Plan, kept_of_constants, plan_of
+from fxprune.removal.scores import Scores
 
 __all__ = ["Bypassed", "Removal", "Removed", "Sliced"]
 
@@ -31,6 +32,7 @@ class Removal(Fact):
         keep: the kept units of each factor that loses some.
         removed_blocks: module paths of blocks that go as a whole.
         asked: what selection was asked for, for the report: ``ratio`` or ``group_ratio``.
+        scores: what it was decided by; None where it was not by scores.
     """
 
     about: ClassVar[Change] = "graph"
@@ -39,6 +41,7 @@ class Removal(Fact):
     keep: Keep
     removed_blocks: tuple[str, ...] = ()
     asked: Mapping[str, float] = field(default_factory=dict)
+    scores: Scores | None = None
 
     @cached_property
     def plan(self) -> Plan:

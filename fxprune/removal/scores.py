@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,13 +11,18 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from fxprune.axes import unit_index
 from fxprune.discovery.groups import Group, Member
-from fxprune.errors import UnknownNameError
+from fxprune.errors import PlanError, UnknownNameError
 from fxprune.graph.facts import Change, Fact
 
 __all__ = ["REDUCTIONS", "PositionScores", "Scores", "score_groups", "unit_scores"]
+
+_FORMAT, _VERSION = "fxprune.scores", 1
+"""The entry that marks a file of scores, and how it is laid out."""
 
 Array = npt.NDArray[np.float64]
 PositionScores = Mapping[tuple[str, int], torch.Tensor]
@@ -34,15 +40,57 @@ REDUCTIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True)
 class Scores(Fact):
-    """What each unit is worth.
+    """What each unit is worth. They hold for the model as it was scored, for any ratio.
 
     Args:
         units: for each group name ``(units,)``, or ``(outer units, units)`` where units may be chosen separately
             inside each outer unit.
+        source: the spelling of the pass that made them.
     """
 
     about: ClassVar[Change] = "weights"
     units: Mapping[str, Array]
+    source: str = ""
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Write the scores as safetensors: one float64 tensor for each group."""
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(row)) for name, row in self.units.items()}
+        save_file(tensors, file, {_FORMAT: str(_VERSION), "source": self.source})
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str]) -> Scores:
+        """Return the scores that :meth:`save` wrote.
+
+        Raises:
+            PlanError: there is no such file, or it holds something else.
+        """
+        try:
+            with safe_open(file, "pt") as opened:
+                metadata = opened.metadata() or {}
+                if metadata.get(_FORMAT) != str(_VERSION):
+                    raise ValueError(f"no scores of version {_VERSION}")
+                units = {name: opened.get_tensor(name).numpy() for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise PlanError(
+                f"cannot be read: {error}", where=str(file), remedy="Use a file that Scores.save wrote"
+            ) from error
+        return cls(units, metadata.get("source", ""))
+
+    def check(self, groups: Iterable[Group]) -> None:
+        """Refuse scores that are not those of ``groups``; some may have none.
+
+        Raises:
+            PlanError: there are scores for a group that is not there, or more or fewer than it has units.
+        """
+        shapes = {g.name: (g.size,) if g.outer is None else (g.outer.size, g.size) for g in groups}
+        for name, row in self.units.items():
+            if shapes.get(name) != row.shape or not np.isfinite(row).all():
+                found = "no such group" if name not in shapes else f"units {shapes[name]}"
+                raise PlanError(
+                    f"{found}, where there are finite scores for {row.shape}",
+                    where=name,
+                    remedy="Use scores of this model as it is, or score it again",
+                )
 
 
 def score_groups(groups: Iterable[Group], positions: PositionScores, reduction: str) -> Scores:

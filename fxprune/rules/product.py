@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
 from fxprune.graph.names import tensor_name
+from fxprune.graph.tensors import get_tensor
 from fxprune.rules.apply import run_alone
 from fxprune.rules.registry import Values, find_rule
 from fxprune.rules.write import Arguments
 
-__all__ = ["WeightProduct", "weight_product"]
+__all__ = ["LoneProduct", "WeightProduct", "lone_products", "weight_product"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,46 @@ def weight_product(node: fx.Node) -> WeightProduct | None:
         if last:
             return WeightProduct(source, weight, axis, added if isinstance(added, fx.Node) else None)
     return None
+
+
+@dataclass(frozen=True)
+class LoneProduct(WeightProduct):
+    """A product with a parameter of two axes that nothing else reads, under this name or another.
+
+    Args:
+        node: the product.
+        bias: the name of what it adds, where that is a parameter that nothing else reads either; else None.
+    """
+
+    node: fx.Node
+    bias: str | None
+
+    @property
+    def name(self) -> str:
+        """The name of the weight."""
+        return str(self.weight.target)
+
+
+def lone_products(graph_module: fx.GraphModule) -> Iterator[LoneProduct]:
+    """Yield the products, in order of execution, whose weight may be changed without anything else changing.
+
+    Those that take one row of activations without a batch are left out.
+    """
+    uses: dict[int, int] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            tensor = get_tensor(graph_module, str(node.target))
+            uses[id(tensor)] = uses.get(id(tensor), 0) + len(node.users)
+
+    def alone(node: fx.Node, rank: int) -> bool:
+        tensor = get_tensor(graph_module, str(node.target)) if node.op == "get_attr" else None
+        return isinstance(tensor, nn.Parameter) and tensor.dim() == rank and uses[id(tensor)] == 1
+
+    for node in graph_module.graph.nodes:
+        found = weight_product(node)
+        if found is not None and alone(found.weight, 2) and found.source.meta["val"].dim() >= 2:
+            bias = str(found.added.target) if found.added is not None and alone(found.added, 1) else None
+            yield LoneProduct(found.source, found.weight, found.axis, found.added, node, bias)
 
 
 def _reads_weight(node: fx.Node) -> bool:

@@ -7,8 +7,6 @@ model is traced in bfloat16: only so does the graph tell a cast *to float32* (a 
 
 from __future__ import annotations
 
-import copy
-import inspect
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,19 +18,23 @@ from torch import fx, nn
 
 from fxprune.errors import TraceError
 from fxprune.graph.blocks import Blocks, find_blocks
-from fxprune.graph.compat import FakeTensorMode, fake_mode, is_impure
+from fxprune.graph.compat import fake_mode, is_impure, tree_map
 from fxprune.graph.facts import Facts, Notes, Runnable, Shaped, set_facts
 from fxprune.graph.silence import quiet
 from fxprune.graph.source import Constants, Source
-from fxprune.graph.tensors import as_parameter, names_by_identity, weights
+from fxprune.graph.tensors import names_by_identity, weights
 from fxprune.trace.canonical import canonicalize, plain_in_place
 from fxprune.trace.checks import check_model, model_dtype
+from fxprune.trace.dtypes import differs_by_dtype
+from fxprune.trace.fidelity import Fidelity, assess
 from fxprune.trace.fold import fold_constants, place_constants
-from fxprune.trace.inputs import default_inputs, dynamic_dims, is_hugging_face
+from fxprune.trace.inputs import default_inputs, dynamic_dims
+from fxprune.trace.limits import limit_sizes, sizes_of
 from fxprune.trace.lower import lower
 from fxprune.trace.sizes import pin_sizes
+from fxprune.trace.twin import fake_twin, hooks_left_out, without_cache
 
-__all__ = ["Traced", "meta_twin", "trace"]
+__all__ = ["Traced", "trace"]
 
 
 @dataclass(frozen=True)
@@ -50,56 +52,115 @@ class Traced:
     notes: tuple[str, ...] = ()
 
 
-def trace(model: nn.Module, example_inputs: Mapping[str, Any] | None = None, *, dynamic: bool = True) -> Traced:
-    """Trace ``model`` to a graph that shares its weights; the model itself is not touched.
+def trace(
+    model: nn.Module, example_inputs: Mapping[str, Any] | None = None, *, dynamic: bool = True, check: bool = True
+) -> Traced:
+    """Trace ``model`` to a graph that shares its weights and computes the same; the model itself is not touched.
 
     Args:
         model: any module that ``torch.export`` can trace, with real weights or on ``meta``, in any dtype.
         example_inputs: keyword inputs of ``forward``; for a Hugging Face model None, and ``input_ids`` is made.
         dynamic: let batch and sequence vary. Without, tracing takes half the time, which is enough for discovery;
             the graph then runs at the traced shape alone.
+        check: run the model and the graph on a few inputs, and compare outputs and gradients.
 
     Raises:
         UnsupportedModelError: the model is quantised, on several devices, or has no parameters.
-        TraceError: the module cannot be traced; says at which line of its code.
+        TraceError: the module cannot be traced, or does not compute what its graph does; says at which line of its
+            code, or at which node.
     """
     check_model(model)
     inputs = default_inputs(model, example_inputs)
     own = model_dtype(model)
-    attempts = [(torch.bfloat16 if own == torch.float32 else own, dynamic), (own, dynamic), (own, False)]
     notes: list[str] = []
+    portable = torch.bfloat16 if own == torch.float32 else own
+    if portable != own and (call := differs_by_dtype(model, inputs, own, portable)):
+        notes.append(f"runs in {own} alone: what the model computes depends on its dtype, in {call}")
+        portable = own
     failure: Exception | None = None
-    for dtype, free in dict.fromkeys(attempts):
+    fidelity: Fidelity | None = None
+    for dtype, free in dict.fromkeys([(portable, dynamic), (own, dynamic), (own, False)]):
         try:
             program = _export(model, inputs, own, dtype, free)
-            break
         except Exception as error:  # torch.export raises whatever the model's own code does
             failure = failure or error
             notes.append(f"not traceable in {dtype}, dynamic={free}: {_first_line(error)}")
+            continue
+        graph_module, limits = _graph_of(program, model, inputs, own, dtype)
+        fidelity = assess(graph_module, model, example_inputs) if check else Fidelity(None)
+        if not fidelity.where:
+            break
+        notes.append(f"not the same as the module if traced in {dtype}, dynamic={free}: {fidelity.where}")
     else:
-        assert failure is not None
-        raise TraceError(
-            f"{type(model).__name__} cannot be traced: {_first_line(failure)}",
-            where=_culprit(failure),
-            remedy="Rewrite that line without data-dependent Python, or pass other example_inputs",
-        ) from failure
-    portable = dtype if dtype != torch.float32 else None
-    graph_module = lower(program, model, portable)
+        raise _refusal(model, failure, fidelity)
+    notes += [*limits, *fidelity.notes, *_left_out(model)]
+    graph_module.recompile()
+    _learn(graph_module, model, example_inputs, notes, fidelity)
+    return Traced(graph_module, model, tuple(notes))
+
+
+def _graph_of(
+    program: torch.export.ExportedProgram,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    own: torch.dtype,
+    dtype: torch.dtype,
+) -> tuple[fx.GraphModule, list[str]]:
+    """Return a program as a canonical graph bound to the weights, and the sizes that it holds for, in words."""
+    graph_module = lower(program, model, dtype if dtype != torch.float32 else None, fixed={"use_cache"} - set(inputs))
     _restore_inputs(graph_module, own, dtype)
     plain_in_place(graph_module)
     fold_constants(graph_module, model)
     canonicalize(graph_module)
     place_constants(graph_module, model)
+    sizes = sizes_of(graph_module.graph)
     graph_module.graph.eliminate_dead_code(is_impure)
-    graph_module.recompile()
-    pinned = pin_sizes(graph_module) if dynamic else ""
-    notes += [f"runs at {pinned}"] if pinned else []
-    _learn(graph_module, model, example_inputs, notes)
-    return Traced(graph_module, model, tuple(notes))
+    pinned = pin_sizes(graph_module)
+    limits = [f"runs at {pinned}"] if pinned else []
+    limits += [f"holds for {limit}" for limit in limit_sizes(graph_module, sizes)]
+    graph_module.graph.eliminate_dead_code(is_impure)
+    return graph_module, limits
+
+
+def _refusal(model: nn.Module, failure: Exception | None, fidelity: Fidelity | None) -> TraceError:
+    name = type(model).__name__
+    if fidelity is not None and fidelity.where:
+        return TraceError(
+            f"the graph of {name} computes something else than {name} does: outputs differ by {fidelity.error:.1e}",
+            where=fidelity.where,
+            remedy="What that code does must follow from inputs and weights alone; pass other inputs, or freeze "
+            "what depends on state, time or global settings",
+        )
+    assert failure is not None
+    error = TraceError(
+        f"{name} cannot be traced: {_first_line(failure)}",
+        where=_culprit(failure),
+        remedy="Rewrite that line without data-dependent Python, or pass other example_inputs",
+    )
+    error.__cause__ = failure
+    return error
+
+
+def _left_out(model: nn.Module) -> list[str]:
+    """Return what of a model is not in its graph, in words."""
+    hooked = hooks_left_out(model)
+    dropping = [
+        path
+        for path, module in model.named_modules()
+        if module.training and getattr(module, "p", 0) and "Dropout" in type(module).__name__
+    ]
+    notes = [f"without the hooks of {', '.join(hooked)}"] if hooked else []
+    return notes + (
+        [f"without the dropout of {', '.join(dropping)}: the graph is the model in eval()"] if dropping else []
+    )
 
 
 def _learn(
-    graph_module: fx.GraphModule, model: nn.Module, example_inputs: Mapping[str, Any] | None, notes: list[str]
+    graph_module: fx.GraphModule,
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | None,
+    notes: list[str],
+    fidelity: Fidelity,
 ) -> None:
     """Give the graph the facts that are known once it is traced."""
     own = names_by_identity(model)
@@ -110,6 +171,7 @@ def _learn(
     facts.put(Blocks(find_blocks(model)))
     facts.put(Constants(tuple(name for name in names if name not in held)))
     facts.put(Notes(tuple(notes)))
+    facts.put(fidelity)
     facts.put(Runnable())
     facts.put(Shaped())
     set_facts(graph_module, facts)
@@ -119,18 +181,16 @@ def _export(
     model: nn.Module, inputs: dict[str, Any], own: torch.dtype, dtype: torch.dtype, dynamic: bool
 ) -> torch.export.ExportedProgram:
     mode = fake_mode()
-    twin = _fake_copy(model, mode, own, dtype)
-    inputs = {name: _traced_input(value, own, dtype) for name, value in inputs.items()}
-    fixed: dict[str, Any] = {}
-    if is_hugging_face(model):
-        _prefer_traceable_attention(twin)
-        fixed = _without_cache(twin)
-    dims = dynamic_dims(inputs) | {name: None for name in fixed}
+    twin = fake_twin(model, mode, own, dtype)
+    inputs = tree_map(lambda value: _traced_input(value, own, dtype), inputs) | without_cache(twin)
+    dims = dynamic_dims(inputs)
     if not dynamic:
         with mode:
-            inputs = {k: torch.empty_like(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    with quiet(), _without_fast_path():
-        return torch.export.export(twin, (), inputs | fixed, dynamic_shapes=dims if dynamic else None, strict=False)
+            inputs = tree_map(
+                lambda value: torch.empty_like(value) if isinstance(value, torch.Tensor) else value, inputs
+            )
+    with quiet(), _without_fast_path(), torch.enable_grad():
+        return torch.export.export(twin, (), inputs, dynamic_shapes=dims if dynamic else None, strict=False)
 
 
 @contextmanager
@@ -144,24 +204,6 @@ def _without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def _fake_copy(model: nn.Module, mode: FakeTensorMode, own: torch.dtype, dtype: torch.dtype) -> nn.Module:
-    """Return a copy whose parameters and buffers have no storage, the parameters of dtype ``own`` made ``dtype``."""
-    memo: dict[int, Any] = {}
-    with mode:
-        for tensor in (*model.parameters(), *model.buffers()):
-            wanted = dtype if isinstance(tensor, nn.Parameter) and tensor.dtype == own else tensor.dtype
-            memo[id(tensor)] = as_parameter(torch.empty(tensor.shape, dtype=wanted, device="cpu"), tensor)
-    return copy.deepcopy(model, memo).eval()
-
-
-def meta_twin(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` that has everything but storage."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        memo[id(tensor)] = as_parameter(torch.empty_like(tensor, device="meta"), tensor)
-    return copy.deepcopy(model, memo)
-
-
 def _traced_input(value: Any, own: torch.dtype, dtype: torch.dtype) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
@@ -171,28 +213,11 @@ def _traced_input(value: Any, own: torch.dtype, dtype: torch.dtype) -> Any:
 def _restore_inputs(graph_module: fx.GraphModule, own: torch.dtype, dtype: torch.dtype) -> None:
     """Give inputs that were made ``dtype`` for tracing the dtype ``own`` again, which is what the graph runs on."""
     for node in graph_module.graph.nodes:
-        if node.op == "placeholder" and node.meta["val"].dtype == dtype:
-            node.meta["val"] = node.meta["val"].to(own)
-
-
-def _prefer_traceable_attention(model: Any) -> None:
-    """Choose attention and experts that trace to plain ATen ops; ``model`` is our own copy."""
-    if model.config._attn_implementation not in ("sdpa", "eager"):
-        model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
-    if getattr(model.config, "_experts_implementation", None) is not None:
-        model.config._experts_implementation = "batched_mm"
-
-
-def _without_cache(model: Any) -> dict[str, bool]:
-    """Keep ``model``, our own copy, from returning a cache; return the arguments that this takes besides its config.
-
-    An argument that ``forward`` takes among its keywords only would fix all sizes: exporting does not allow it beside
-    dynamic ones.
-    """
-    for config in (model.config, model.config.get_text_config()):
-        if hasattr(config, "use_cache"):
-            config.use_cache = False
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        if node.op == "placeholder":
+            node.meta["val"] = tree_map(
+                lambda value: value.to(own) if isinstance(value, torch.Tensor) and value.dtype == dtype else value,
+                node.meta["val"],
+            )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,14 +1,12 @@
 """From an ``ExportedProgram`` to a plain ``GraphModule`` bound to the real weights.
 
-Parameters become ``get_attr`` nodes under their own names, regions that only set a mode are inlined, asserts about
-metadata go, as nothing uses them, and devices and the dtype of the model are read from the inputs and weights at run
-time, so that the module may move between both.
+Parameters become ``get_attr`` nodes under their own names, asserts about metadata go, as nothing uses them, and devices
+and the dtype of the model are read from the inputs and weights at run time, so that the module may move between both.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -16,33 +14,43 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind, InputSpec
 
 from fxprune.errors import TraceError
-from fxprune.graph.compat import REGION_OPS, HigherOrderOperator, TreeSpec, is_impure
+from fxprune.graph.compat import TreeSpec, is_impure
+from fxprune.trace.regions import copy_body
+from fxprune.trace.signature import add_inputs, called_with, read_leaves
 
 __all__ = ["lower"]
 
 _WEIGHTS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 
+Specs = Sequence[tuple[fx.Node, InputSpec]]
 
-def lower(program: torch.export.ExportedProgram, model: nn.Module, dtype: torch.dtype | None) -> fx.GraphModule:
-    """Return a program as a graph module that shares the tensors of ``model``.
+
+def lower(
+    program: torch.export.ExportedProgram, model: nn.Module, dtype: torch.dtype | None, fixed: Container[str] = ()
+) -> fx.GraphModule:
+    """Return a program as a graph module that shares the tensors of ``model`` and is called as the model is.
 
     Args:
         program: what ``torch.export`` made.
         model: the module whose parameters and buffers the graph shall use.
         dtype: the dtype that stands for the dtype of the model in ``program``; None to leave dtypes literal.
+        fixed: names of inputs that the graph shall not have.
 
     Raises:
         TraceError: the program takes or returns something that is not a tensor or a container of tensors.
     """
     graph = fx.Graph()
+    nodes = [node for node in program.graph_module.graph.nodes if node.op == "placeholder"]
+    specs = list(zip(nodes, program.graph_signature.input_specs, strict=True))
+    called = {name: value for name, value in called_with(program, specs).items() if name not in fixed}
+    made = add_inputs(graph, called, {spec.target for _, spec in specs})
     env: dict[fx.Node, Any] = {}
-    attributes = _lower_placeholders(program, model, graph, env)
-    _copy_body(program.graph_module, graph, env)
-    results = program.graph_module.graph.output_node().args[0]
-    assert isinstance(results, tuple | list)
-    leaves = [env[value] if isinstance(value, fx.Node) else value for value in results]
+    attributes = _lower_weights(program, model, specs, graph, env)
+    env.update(read_leaves(graph, called, made))
+    device = next(iter(attributes.values())).device.type if attributes else "cpu"
+    results = copy_body(program.graph_module, graph, env, device)
     assert program.call_spec.out_spec is not None
-    graph.output(_rebuild(program.call_spec.out_spec, leaves, graph))
+    graph.output(_rebuild(program.call_spec.out_spec, results, graph))
     _make_portable(graph, attributes, dtype)
     graph.eliminate_dead_code(is_impure)
     _sink_weights(graph)
@@ -50,23 +58,14 @@ def lower(program: torch.export.ExportedProgram, model: nn.Module, dtype: torch.
     return fx.GraphModule({name: value for name, value in attributes.items() if name in used}, graph)
 
 
-def _lower_placeholders(
-    program: torch.export.ExportedProgram, model: nn.Module, graph: fx.Graph, env: dict[fx.Node, Any]
+def _lower_weights(
+    program: torch.export.ExportedProgram, model: nn.Module, specs: Specs, graph: fx.Graph, env: dict[fx.Node, Any]
 ) -> dict[str, torch.Tensor]:
-    """Make placeholders of inputs and ``get_attr`` nodes of weights; return the weights by name.
+    """Make ``get_attr`` nodes of weights; return the weights by name.
 
-    No other node has the name of a weight then: those without a dot are made here, under their own names.
+    No other node has the name of a weight: those without a dot are made under their own names.
     """
-    nodes = [node for node in program.graph_module.graph.nodes if node.op == "placeholder"]
-    specs = list(zip(nodes, program.graph_signature.input_specs, strict=True))
     attributes: dict[str, torch.Tensor] = {}
-    names = {spec.target for _, spec in specs}
-    for node, spec in specs:
-        if spec.kind == InputKind.USER_INPUT and isinstance(node.meta.get("val"), torch.Tensor):
-            target = str(node.target)
-            free = f"{target}_input" if target in names else target
-            env[node] = new = graph.create_node("placeholder", target, node.args, name=free)
-            new.meta = dict(node.meta)
     for node, spec in specs:
         if spec.kind == InputKind.USER_INPUT:
             continue
@@ -90,32 +89,6 @@ def _real_tensor(program: torch.export.ExportedProgram, model: nn.Module, spec: 
     return value
 
 
-def _copy_body(source: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]) -> None:
-    """Copy the operations of ``source``, inlining regions that only set a mode."""
-    for node in source.graph.nodes:
-        if node.op in ("placeholder", "output", "get_attr"):
-            continue
-        if isinstance(node.target, HigherOrderOperator) and node.target.name() in REGION_OPS:
-            env[node] = _inline(node, source, graph, env)
-        elif node.target is operator.getitem and isinstance(env.get(node.args[0]), tuple | list):
-            env[node] = env[node.args[0]][node.args[1]]
-        else:
-            env[node] = graph.node_copy(node, lambda old: env[old])
-
-
-def _inline(region: fx.Node, source: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]) -> Any:
-    """Copy the subgraph of ``region`` into ``graph``; return what it returned, in terms of the new nodes."""
-    position = next(i for i, arg in enumerate(region.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
-    inner = getattr(source, str(region.args[position].target))  # type: ignore[union-attr]
-    inputs = [node for node in inner.graph.nodes if node.op == "placeholder"]
-    below: dict[fx.Node, Any] = {
-        node: env[value] if isinstance(value, fx.Node) else value
-        for node, value in zip(inputs, region.args[position + 1 :], strict=True)
-    }
-    _copy_body(inner, graph, below)
-    return fx.map_arg(inner.graph.output_node().args[0], lambda old: below[old])
-
-
 def _rebuild(spec: TreeSpec, leaves: list[Any], graph: fx.Graph) -> Any:
     """Return the output structure: containers as they are, other registered types as a call with their fields."""
     if spec.is_leaf():
@@ -131,7 +104,8 @@ def _rebuild(spec: TreeSpec, leaves: list[Any], graph: fx.Graph) -> Any:
 
 def _make_portable(graph: fx.Graph, attributes: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
     """Replace device literals, and ``dtype`` where it stands for the model's, by what is there at run time."""
-    tensors = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
+    sources = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
+    tensors = [node for node in sources if isinstance(node.meta["val"], torch.Tensor)]
     body = next((node for node in graph.nodes if node.op not in ("placeholder", "get_attr")), None)
     if not tensors or body is None:
         return

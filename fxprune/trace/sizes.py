@@ -9,6 +9,8 @@ import torch
 from torch import fx
 
 from fxprune.graph.compat import fake_mode, is_free, largest_size, size_hint
+from fxprune.graph.inputs import example_of
+from fxprune.trace.inputs import free_axes
 
 __all__ = ["pin_sizes"]
 
@@ -32,10 +34,11 @@ def pin_sizes(graph_module: fx.GraphModule) -> str:
         What was fixed, in words; empty if nothing was.
     """
     inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    pinned = [note for node in inputs if (note := _pin(node, _ends_early))]
+    tensors = [node for node in inputs if isinstance(node.meta["val"], torch.Tensor)]
+    pinned = [note for node in tensors if (note := _pin(node, _ends_early))]
     divided = any(node.target in _LOSSY for node in graph_module.graph.nodes)
     if divided and not _runs(graph_module, inputs):
-        pinned = [note for node in inputs if (note := _pin(node, lambda _, axis: axis > 0))] or pinned
+        pinned = [note for node in tensors if (note := _pin(node, lambda _, axis: axis > 0))] or pinned
     return ", ".join(dict.fromkeys(pinned))
 
 
@@ -54,19 +57,20 @@ def _pin(node: fx.Node, fixed: Callable[[int | torch.SymInt, int], bool]) -> str
     with value.fake_mode:
         node.meta["val"] = torch.empty(sizes, dtype=value.dtype, device=value.device)
     shape = ", ".join(str(size) if isinstance(size, int) else "any" for size in sizes)
-    return f"{node.target} of shape ({shape}) alone" if any(isinstance(size, int) for size in sizes) else ""
+    fixes = bool(pinned) or any(not is_free(size) for size in value.shape[: free_axes(value)])
+    return f"{node.target} of shape ({shape}) alone" if fixes else ""
 
 
 def _runs(graph_module: fx.GraphModule, inputs: list[fx.Node]) -> bool:
     """Whether the graph computes at all at sizes other than the traced ones."""
-    shapes = [
-        [_OTHER[min(axis, 1)] if is_free(size) else size_hint(size) for axis, size in enumerate(node.meta["val"].shape)]
-        for node in inputs
-    ]
+
+    def other(value: torch.Tensor) -> torch.Tensor:
+        wanted = [_OTHER[min(i, 1)] if is_free(size) else size_hint(size) for i, size in enumerate(value.shape)]
+        return torch.zeros(wanted, dtype=value.dtype)
+
     try:
         with fake_mode(), torch.no_grad():
-            values = [torch.zeros(s, dtype=n.meta["val"].dtype) for s, n in zip(shapes, inputs, strict=True)]
-            fx.Interpreter(graph_module).run(*values)
+            fx.Interpreter(graph_module).run(*(example_of(node.meta["val"], other) for node in inputs))
     except Exception:  # ops refuse sizes that they do not take with whatever error they like
         return False
     return True

@@ -13,15 +13,16 @@ from torch import fx, nn
 from fxprune.axes import factors, kept_mask
 from fxprune.data.calibration import Calibration, stacked
 from fxprune.discovery.dependency import Dependencies
-from fxprune.errors import CalibrationError, FxpruneError
+from fxprune.errors import CalibrationError
 from fxprune.graph.blocks import owner_block
 from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
 from fxprune.graph.source import Source
 from fxprune.graph.tensors import as_parameter, get_tensor, require_weights, set_tensor
 from fxprune.masking.compare import Expected
 from fxprune.masking.side_by_side import SideBySide
+from fxprune.pipeline.arguments import number, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
-from fxprune.pipeline.progress import Track, no_progress
+from fxprune.pipeline.progress import Track, check_track, no_progress
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 from fxprune.rules.product import weight_product
@@ -148,12 +149,12 @@ class LeastSquaresPass(Pass):
         """Refuse numbers that make no sense.
 
         Raises:
-            FxpruneError: the damping is not above 0, or the batch below 1.
+            ArgumentError: the damping is not above 0, or the batch below 1.
         """
-        if self.damping is not None and not self.damping > 0:
-            raise FxpruneError(f"{self.damping}, it must be above 0", where="damping")
-        if self.batch < 1:
-            raise FxpruneError(f"{self.batch}, it must be at least 1", where="batch")
+        if self.damping is not None:
+            object.__setattr__(self, "damping", number("damping", self.damping, above=0))
+        object.__setattr__(self, "batch", whole_number("batch", self.batch, least=1))
+        check_track(self.track)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Raise unless there are calibration samples and real weights."""

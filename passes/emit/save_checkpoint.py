@@ -10,6 +10,7 @@ from torch import fx
 from transformers import AutoTokenizer
 
 from fxprune.checkpoint import save_pretrained
+from fxprune.checkpoint.write import check_request
 from fxprune.emit.emitted import Emitted
 from fxprune.errors import CheckpointError
 from fxprune.graph.facts import Change, Fact, facts_of
@@ -54,11 +55,13 @@ class SaveCheckpointPass(Pass):
     max_shard_size: int | str = "5GB"
 
     def check_arguments(self) -> None:
-        """Raise where it is not said where to.
+        """Raise where it is not said where to, or nothing could be written there.
 
         Raises:
-            CheckpointError: there is no folder.
+            CheckpointError: there is no folder, or an argument is of the wrong type.
         """
+        tokenizer = None if isinstance(self.tokenizer, str) else self.tokenizer
+        check_request(self.folder or "slim", tokenizer, self.max_shard_size)
         if not self.folder:
             raise CheckpointError("no folder", where=f"pass {self.name}", remedy="Write save-checkpoint{folder=slim}")
 
@@ -69,10 +72,6 @@ class SaveCheckpointPass(Pass):
             CheckpointError: there is no slim Hugging Face model, or the folder holds something else.
         """
         facts = facts_of(graph_module)
-        if not self.folder:
-            raise CheckpointError(
-                "no folder", where=f"pass {self.name}", remedy="Say where: save-checkpoint{folder=slim}"
-            )
         structure = save_pretrained(
             facts[Emitted].require_model(),
             self.folder,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import fx
 
 from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds
-from fxprune.errors import UnknownNameError
 from fxprune.graph.facts import Change, Fact, facts_of
+from fxprune.pipeline.arguments import one_of
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.scores import REDUCTIONS, Scores, score_groups
 
@@ -38,13 +38,13 @@ class ImportancePass(Pass):
     def __post_init__(self) -> None:
         """Refuse unknown names before any work is done; one kind may stand alone."""
         object.__setattr__(self, "kinds", as_kinds(self.kinds))
-        if self.reduction not in REDUCTIONS:
-            raise UnknownNameError("reduction", self.reduction, REDUCTIONS)
+        one_of("reduction", self.reduction, REDUCTIONS)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Score; the graph is not changed."""
         facts = facts_of(graph_module)
-        facts.put(self.score(graph_module, facts[Groups].of_kinds(self.kinds)))
+        scores = self.score(graph_module, facts[Groups].of_kinds(self.kinds))
+        facts.put(replace(scores, source=str(self)))
         return PassResult(graph_module, False)
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxprune.discovery.groups import Group
+from fxprune.pipeline.arguments import as_seed
 from fxprune.removal.scores import Scores
 
 from .base import ImportancePass
@@ -27,6 +28,11 @@ class RandomImportancePass(ImportancePass):
 
     name: ClassVar[str] = "random"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no seed."""
+        super().__post_init__()
+        object.__setattr__(self, "seed", as_seed("seed", self.seed))
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
         """One number for each unit, in the order of ``groups``."""

@@ -13,13 +13,14 @@ import torch
 from torch import fx
 from torch.func import functional_call
 
-from fxprune.data.calibration import Calibration, Sample, next_token_loss
+from fxprune.data.calibration import Calibration, Sample, computing, next_token_loss, require_logits
 from fxprune.discovery.groups import Groups
-from fxprune.errors import CalibrationError, UnknownNameError
+from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Fact, Runnable, facts_of
-from fxprune.graph.tensors import require_weights, weights
+from fxprune.graph.tensors import name_of_nonfinite, require_weights, weights
 from fxprune.masking.masked_run import output_tensors
-from fxprune.pipeline.progress import Track, no_progress
+from fxprune.pipeline.arguments import number, one_of
+from fxprune.pipeline.progress import Track, check_track, no_progress
 from fxprune.rules.aliasing import written_sources
 
 from .base import ImportancePass, axis_sums
@@ -65,8 +66,9 @@ class TaylorImportancePass(ImportancePass):
     def __post_init__(self) -> None:
         """Refuse unknown names before any work is done."""
         super().__post_init__()
-        if self.order not in ORDERS:
-            raise UnknownNameError("taylor order", self.order, ORDERS)
+        one_of("taylor order", self.order, ORDERS)
+        object.__setattr__(self, "memory", number("memory", self.memory, above=0))
+        check_track(self.track)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Raise unless there are calibration samples and real weights."""
@@ -128,13 +130,16 @@ def _backward(graph_module: fx.GraphModule, sample: Sample, sums: _Sums, written
         alias.register_post_accumulate_grad_hook(_receiver(sums, name))
     device = next(iter(aliases.values())).device
     inputs = {name: _input(value, device, name in written) for name, value in sample.inputs.items()}
-    logits = output_tensors(functional_call(graph_module, aliases, kwargs=inputs))[0]
-    loss = next_token_loss(logits, sample.labels.to(device))
+    with computing(inputs):
+        outputs = output_tensors(functional_call(graph_module, aliases, kwargs=inputs))
+    labels = sample.labels.to(device)
+    loss = next_token_loss(require_logits(outputs, labels, TaylorImportancePass.name), labels)
     if not bool(loss.isfinite()):
+        bad = name_of_nonfinite(graph_module)
         raise CalibrationError(
-            f"the loss is {loss.item()}",
+            f"the loss is {loss.item()}{f': {bad} has values that are not finite' if bad else ''}",
             where="calibration",
-            remedy="Check the weights and the samples for NaN",
+            remedy="Mend the weights, or look for samples that the model cannot take",
         )
     loss.backward()
 

@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from fxprune.data.calibration import Calibration, read_calibration, read_rows
+from fxprune.data.calibration import Calibration
+from fxprune.data.samples import check_kind, read_calibration, read_rows
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Change, facts_of
+from fxprune.pipeline.arguments import as_path
 from fxprune.pipeline.contract import Pass, PassResult
 
 __all__ = ["CalibratePass"]
@@ -37,12 +39,16 @@ class CalibratePass(Pass):
         """Raise where there is nothing to read.
 
         Raises:
-            CalibrationError: there is neither data nor a file.
+            CalibrationError: there is neither data nor a file, or the data is of a kind that holds no samples.
         """
-        if self.data is None and not self.file:
+        if self.data is not None:
+            check_kind(self.data)
+        elif not self.file:
             raise CalibrationError(
                 "no data", where=f"pass {self.name}", remedy="Pass data, or file with the path of JSON lines"
             )
+        else:
+            as_path("file", self.file)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Put down the samples.

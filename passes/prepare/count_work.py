@@ -10,6 +10,7 @@ from torch import fx
 from fxprune.graph.counting import TOKENS, count_macs, count_parameters
 from fxprune.graph.facts import Change, Fact, Runnable, facts_of
 from fxprune.masking.masked_run import UntouchedRun
+from fxprune.pipeline.arguments import whole_number
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.report import Work
 
@@ -31,6 +32,10 @@ class CountWorkPass(Pass):
     gives: ClassVar[tuple[type[Fact], ...]] = (Work,)
 
     tokens: int = TOKENS
+
+    def __post_init__(self) -> None:
+        """Refuse what is no length."""
+        object.__setattr__(self, "tokens", whole_number("tokens", self.tokens, least=1))
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Count without running anything."""

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from fxprune.data.verification import VerificationInputs, make_inputs
+from fxprune.data.verification import VerificationInputs, check_names, make_inputs
 from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.graph.source import Source
 from fxprune.masking.compare import Expected
+from fxprune.pipeline.arguments import as_seed
 from fxprune.pipeline.contract import Pass, PassResult
 
 __all__ = ["MakeVerificationInputsPass"]
@@ -34,6 +35,11 @@ class MakeVerificationInputsPass(Pass):
 
     example_inputs: Mapping[str, Any] | None = field(default=None, metadata={"spelled": False})
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no seed, and what is no inputs by name."""
+        object.__setattr__(self, "seed", as_seed("seed", self.seed))
+        check_names(self.example_inputs)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Put down the inputs."""

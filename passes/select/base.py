@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
 from fxprune.checkpoint.stock import stock_test
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds
-from fxprune.errors import FxpruneError, PassError, UnknownNameError
+from fxprune.errors import FxpruneError, PassError
 from fxprune.graph.facts import Change, Fact, add_note, facts_of
 from fxprune.graph.source import Source
 from fxprune.masking.compare import Expected
+from fxprune.pipeline.arguments import flag, numbers, one_of, refuse, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 
-from .budget import ParameterBudget
+from .budget import ParameterBudget, parameters_by_kind
+from .by_kind import read_by_kind
+from .rounding import Rounding
 from .slots import Slot, make_keep, make_slots, protected_blocks, removed_layers
 
 __all__ = ["RANKINGS", "Choice", "SelectPass", "Selection"]
@@ -41,6 +44,7 @@ class Selection:
         slots: places where units go.
         scores: of all units.
         budget: counts parameters.
+        sizes: parameters in the structures of each kind, protected ones too.
         plan_for: the plan that choices for all slots make.
         accepts: whether a stock config can say what a plan leaves; always true where there is no stock class to ask.
         note: tells the user something.
@@ -49,6 +53,7 @@ class Selection:
     slots: Sequence[Slot]
     scores: Scores
     budget: ParameterBudget
+    sizes: Mapping[str, float]
     plan_for: Callable[[Sequence[Choice]], Plan]
     accepts: Callable[[Plan], bool]
     note: Callable[[str], None]
@@ -65,14 +70,18 @@ class SelectPass(Pass):
         protect: number of blocks kept whole at the front and at the end; None for the paper's 4 and 2 of 32, scaled
             to the depth; ``()`` for none.
         round_to: widths of parameters stay multiples of this where they shrink; the number of experts is no width.
+            Numbers by kind, as in ``{"mlp": 64, "head": 2}``, count units of that kind.
+        tensor_parallel: devices that are to share each layer: MLP channels, query heads and key/value heads of each
+            stay multiples of it where they shrink.
         uniform: the same widths in all layers, such that the stock config takes them where there is one.
     """
 
     kinds: tuple[str, ...] = DEFAULT_KINDS
     ranking: str = "local"
     protect: tuple[int, int] | tuple[()] | None = None
-    round_to: int = 1
+    round_to: int | tuple[tuple[str, int], ...] = 1
     uniform: bool = False
+    tensor_parallel: int = 1
 
     stage: ClassVar[str] = "select"
     changes: ClassVar[Change] = "nothing"
@@ -83,12 +92,13 @@ class SelectPass(Pass):
     def __post_init__(self) -> None:
         """Refuse nonsense before any work is done."""
         object.__setattr__(self, "kinds", as_kinds(self.kinds))
-        if self.ranking not in RANKINGS:
-            raise UnknownNameError("ranking", self.ranking, RANKINGS)
-        if self.round_to < 1:
-            raise FxpruneError(f"round_to is {self.round_to}", where="round_to", remedy="Pass 1 or more")
-        if self.protect is not None and (len(self.protect) not in (0, 2) or any(n < 0 for n in self.protect)):
-            raise FxpruneError(f"protect is {self.protect}", where="protect", remedy="Pass (first, last), () or None")
+        one_of("ranking", self.ranking, RANKINGS)
+        width = partial(whole_number, least=1)
+        object.__setattr__(self, "round_to", read_by_kind("round_to", self.round_to, width))
+        object.__setattr__(self, "tensor_parallel", width("tensor_parallel", self.tensor_parallel))
+        object.__setattr__(self, "uniform", flag("uniform", self.uniform))
+        if self.protect is not None:
+            object.__setattr__(self, "protect", _protect(self.protect))
         if self.uniform and (any(self.protect or ()) or self.ranking != "local"):
             raise FxpruneError(
                 f"the same widths in all layers cannot be had with protect={self.protect} and ranking={self.ranking!r}",
@@ -106,17 +116,17 @@ class SelectPass(Pass):
         axes, groups, scores = facts[Dependencies].axes, facts[Groups], facts[Scores]
         self._check_scores(groups.of_kinds(self.kinds), scores)
         protected = protected_blocks(axes.blocks, () if self.uniform else self.protect)
-        slots = make_slots(groups.all, scores, self.kinds, protected, self.round_to)
+        rounding = Rounding(self.round_to, self.tensor_parallel)
+        slots = make_slots(groups.all, scores, self.kinds, protected, rounding)
 
         def removal(choices: Sequence[Choice], **asked: float) -> Removal:
             keep = make_keep(slots, choices, scores)
-            return Removal(axes, groups.all, keep, removed_layers(slots, choices), asked)
+            return Removal(axes, groups.all, keep, removed_layers(slots, choices), asked, scores)
 
         accepts = stock_test(facts.get(Source)) if self.uniform else lambda _: True
-        note = partial(add_note, graph_module)
-        selection = Selection(
-            slots, scores, ParameterBudget(axes), lambda choices: removal(choices).plan, accepts, note
-        )
+        note, budget = partial(add_note, graph_module), ParameterBudget(axes)
+        sizes = parameters_by_kind(budget, groups.of_kinds(self.kinds))
+        selection = Selection(slots, scores, budget, sizes, lambda choices: removal(choices).plan, accepts, note)
         facts.put(removal(self.choose(selection), **self.asked))
         return PassResult(graph_module, False)
 
@@ -137,3 +147,16 @@ class SelectPass(Pass):
     @abstractmethod
     def choose(self, selection: Selection) -> list[Choice]:
         """Return a choice for each slot."""
+
+
+def _protect(value: Any) -> tuple[int, ...]:
+    """Return how many blocks stay whole at the front and at the end; nothing for none.
+
+    Raises:
+        ArgumentError: it is neither.
+    """
+    wanted = "(first, last) with the numbers of layers kept whole, () for none, or None"
+    found = numbers("protect", value, wanted)
+    if len(found) not in (0, 2):
+        raise refuse("protect", value, wanted)
+    return found

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 from fxprune.axes import Concat, Expr, Factor, factors
 from fxprune.discovery.dependency import AxisMap
+from fxprune.discovery.groups import Group
 from fxprune.graph.blocks import owner_block
 
-__all__ = ["ParameterBudget"]
+__all__ = ["ParameterBudget", "parameters_by_kind"]
 
 Counts = Mapping[Factor, float]
 
@@ -47,6 +48,17 @@ class ParameterBudget:
             left = prod(_size(expr, counts) for expr in exprs) * (1 - share)
             gone += size - left
         return gone
+
+
+def parameters_by_kind(budget: ParameterBudget, groups: Sequence[Group]) -> dict[str, float]:
+    """Return the parameters in the structures of each kind: what would go with all of its ``groups``."""
+    found: dict[str, float] = {}
+    for kind in {group.kind for group in groups}:
+        alike = [group for group in groups if group.kind == kind]
+        counts = {group.factor: 0.0 for group in alike if group.factor is not None}
+        blocks = {group.block: 1.0 for group in alike if group.factor is None and group.block is not None}
+        found[kind] = budget.removed(counts, blocks)
+    return found
 
 
 def _size(expr: Expr, counts: Counts) -> float:

@@ -13,6 +13,7 @@ from fxprune.discovery.groups import Groups
 from fxprune.errors import PlanError
 from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.masking.compare import Expected
+from fxprune.pipeline.arguments import as_path, refuse
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.plan import Plan, keep_of
 from fxprune.removal.removal import Removal
@@ -38,6 +39,23 @@ class PlanFromJsonPass(Pass):
 
     text: str = ""
     file: str = ""
+
+    def check_arguments(self) -> None:
+        """Raise where there is nothing to read a plan from.
+
+        Raises:
+            PlanError: there is neither a text nor a file.
+        """
+        if not isinstance(self.text, str):
+            raise refuse("text", self.text, "what Plan.to_json wrote", PlanError)
+        if not self.text and not self.file:
+            raise PlanError(
+                "no plan",
+                where=f"pass {self.name}",
+                remedy="Pass text, or file with the path of what Plan.to_json wrote",
+            )
+        if not self.text:
+            as_path("file", self.file, error=PlanError)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Put down the removal.

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import gcd
 
 import numpy as np
 import numpy.typing as npt
 
-from fxprune.axes import Factor, Keep, unit_index
+from fxprune.axes import Factor, Keep
 from fxprune.discovery.groups import Group
 from fxprune.removal.scores import Scores
+
+from .rounding import Rounding
 
 __all__ = [
     "Option",
@@ -114,14 +115,14 @@ def protected_blocks(blocks: Sequence[str], protect: tuple[int, int] | tuple[()]
 
 
 def make_slots(
-    groups: Sequence[Group], scores: Scores, kinds: Sequence[str], protected: frozenset[str], round_to: int
+    groups: Sequence[Group], scores: Scores, kinds: Sequence[str], protected: frozenset[str], rounding: Rounding
 ) -> list[Slot]:
     """The slots of ``kinds`` outside ``protected`` blocks."""
     chosen = [g for g in groups if g.kind in kinds and g.block not in protected and g.name in scores.units]
     shared: dict[tuple[str, object], list[Option]] = {}
     for group in chosen:
         if group.factor is not None:
-            shared.setdefault((group.kind, _place(group)), []).append(_option(group, scores, round_to))
+            shared.setdefault((group.kind, _place(group)), []).append(_option(group, scores, rounding))
     slots = [Slot(kind, tuple(sorted(options, key=_preference))) for (kind, _), options in shared.items()]
     layers = [group for group in chosen if group.kind == "layer"]
     if layers:
@@ -174,10 +175,6 @@ def _preference(option: Option) -> tuple[bool, int]:
     return option.group is not None and option.group.outer is not None, -option.size
 
 
-def _option(group: Group, scores: Scores, round_to: int) -> Option:
-    assert group.factor is not None
+def _option(group: Group, scores: Scores, rounding: Rounding) -> Option:
     table = np.sort(scores.units[group.name], axis=-1)
-    spans = [int((unit_index(m.expr, group.factor) == 0).sum()) for m in group.parameters]
-    span = min(spans)
-    step = 1 if group.kind == "expert" else min(round_to // gcd(round_to, span), group.size)
-    return Option(group.size, step, table.reshape(-1, group.size).mean(axis=0), group)
+    return Option(group.size, rounding.step(group), table.reshape(-1, group.size).mean(axis=0), group)

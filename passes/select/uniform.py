@@ -13,19 +13,19 @@ _MOST_TRIALS = 40
 """A trial builds the model on ``meta``; a width that fits, if any does, is found among the nearest few."""
 
 
-def choose_uniform(selection: Selection, fraction_for: Callable[[Mapping[int, Choice]], float]) -> list[Choice]:
+def choose_uniform(selection: Selection, fraction_for: Callable[[Mapping[int, Choice], str], float]) -> list[Choice]:
     """Slots that are alike get the same choice: the nearest to the fraction wanted that the stock config accepts.
 
     Kinds with large units come first, so that the small ones make up for what rounding leaves.
 
     Args:
         selection: what to choose from.
-        fraction_for: the fraction of units wanted of the slots that have no choice yet.
+        fraction_for: the fraction of units wanted of the slots of a kind that have no choice yet, given the others'.
     """
     fixed: dict[int, Choice] = {}
     for alike in _classes(selection):
         slot = selection.slots[alike[0]]
-        fraction = fraction_for(fixed)
+        fraction = fraction_for(fixed, slot.kind)
         for pick in _nearest(slot, fraction):
             trial = {**fixed, **dict.fromkeys(alike, pick)}
             if pick[1] == 0 or _accepts(selection, trial):

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxprune.graph.compat import FakeTensorProp, enable_python_dispatcher, fake_mode
+from fxprune.graph.compat import FakeTensorProp, enable_python_dispatcher, fake_mode, tree_leaves
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, facts_of
+from fxprune.graph.inputs import example_of
 from fxprune.graph.tensors import device_of
 from fxprune.pipeline.contract import Pass, PassResult
 
@@ -32,11 +33,12 @@ class PropagateShapesPass(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Run the graph on fake tensors."""
         inputs = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
-        mode = next((value.fake_mode for value in inputs if hasattr(value, "fake_mode")), None) or fake_mode()
+        leaves = tree_leaves(inputs)
+        mode = next((value.fake_mode for value in leaves if hasattr(value, "fake_mode")), None) or fake_mode()
         mode.allow_non_fake_inputs = True
         device = device_of(graph_module)
         with mode:
-            inputs = [torch.empty(value.shape, dtype=value.dtype, device=device) for value in inputs]
+            inputs = [example_of(v, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device)) for v in inputs]
         with enable_python_dispatcher():  # symbolic sizes are only understood by the Python side of torch's dispatcher
             _Shapes(graph_module, mode).propagate_dont_convert_inputs(*inputs)
         facts_of(graph_module).put(Shaped())

@@ -15,7 +15,7 @@ from fxprune.graph.tensors import as_parameter, copy_tensor, get_tensor, names_b
 from fxprune.masking.compare import Expected
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.removal import Bypassed, Removal, Sliced
-from fxprune.trace.capture import meta_twin
+from fxprune.trace.twin import meta_twin
 
 __all__ = ["SliceParametersPass", "cut_tensor", "slice_tensor"]
 

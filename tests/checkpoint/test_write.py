@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fxprune.checkpoint import write
+from fxprune.checkpoint.modelling_file import MODELLING
 from fxprune.checkpoint.structure import describe
-from fxprune.checkpoint.write import MODELLING, save_pretrained
+from fxprune.checkpoint.write import save_pretrained
 from tests.checkpoint.small import narrow
 from tests.models import tiny
 
@@ -22,35 +21,13 @@ def slim() -> Any:
     return narrow()
 
 
-def test_the_modelling_file_stands_alone() -> None:
-    text = write._modelling("LlamaForCausalLM", "LlamaConfig")
-    tree = ast.parse(text)
-    roots = {
-        name.partition(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)])
-    }
-    assert "fxprune" not in roots and {"torch", "transformers"} <= roots
-    space: dict[str, Any] = {"__name__": __name__}
-    exec(compile(tree, "modelling", "exec"), space)
-    assert [kind.__name__ for kind in space["LlamaForCausalLM"].__mro__[:2]] == ["LlamaForCausalLM", "Layerwise"]
-
-
-def test_an_import_of_several_lines_is_left_out_as_a_whole(tmp_path: Path) -> None:
-    path = tmp_path / "module.py"
-    path.write_text("from fxprune.a import (\n    b,\n    c,\n)\nimport os\n")
-    module = type(write)("module")
-    module.__file__ = str(path)
-    assert write._standing_alone(module).split() == ["import", "os"]
-
-
 def test_the_config_says_how_blocks_differ(slim: Any, tmp_path: Path) -> None:
     structure = save_pretrained(slim, tmp_path / "slim")
     config = json.loads((tmp_path / "slim/config.json").read_text())
     assert config["per_layer_config"] == {"1": {"intermediate_size": 24}}
     assert config["fxprune"]["blocks"] == "model.layers" and config["fxprune"]["class"] == type(slim).__name__
-    assert config["auto_map"]["AutoModelForCausalLM"] == f"{MODELLING}.{type(slim).__name__}"
+    classes = {"AutoConfig": "LlamaConfig", "AutoModel": "LlamaModel", "AutoModelForCausalLM": type(slim).__name__}
+    assert list(config["auto_map"].items()) == [(name, f"{MODELLING}.{kind}") for name, kind in classes.items()]
     assert structure == describe(slim)
 
 

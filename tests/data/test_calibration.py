@@ -10,14 +10,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fxprune.data.calibration import (
-    IGNORED,
-    embedding_rows,
-    next_token_loss,
-    read_calibration,
-    read_rows,
-    stacked,
-)
+from fxprune.data.calibration import IGNORED, embedding_rows, next_token_loss, stacked
+from fxprune.data.samples import read_calibration, read_rows
 from fxprune.errors import CalibrationError
 from fxprune.trace.capture import trace
 from tests.oracle import Net
@@ -60,7 +54,7 @@ def test_padding_is_cut_off_and_labels_are_kept(graph_module: fx.GraphModule) ->
     ("data", "says"),
     [
         ([], "empty"),
-        (7, "cannot read int"),
+        (7, "cannot read 7"),
         (torch.zeros(2, 5), r"float32 tensor of shape \(2, 5\)"),
         ([{"y": [1, 2]}], r"without 'x', only \['y'\]"),
         (torch.ones(2, 1, dtype=torch.long), "fewer than two tokens"),

@@ -73,6 +73,8 @@ def ready_for(name: str, tmp_path: Any) -> tuple[fx.GraphModule, Pass]:
         decided = facts_of(_after(NAMES.index("count-work")))
         text = next(fact.plan.to_json() for fact in decided if hasattr(fact, "plan"))
         return fork(_after(NAMES.index("l2"))), dataclasses.replace(made, text=text)
+    if name == "load-scores":
+        made = dataclasses.replace(made, scores=facts_of(_after(NAMES.index("select-by-ratio")))[Scores])
     counts = range(len(NAMES)) if name not in NAMES else [NAMES.index(name)]
     count = next(n for n in counts if all(kind in facts_of(_after(n)) for kind in made.needs))
     return fork(_after(count)), made
@@ -120,7 +122,7 @@ def test_a_pass_refuses_a_graph_about_which_it_does_not_know_enough(name: str, t
 def test_a_graph_of_unknown_origin_is_refused() -> None:
     graph_module = fx.symbolic_trace(nn.Linear(2, 2))
     for name in ("find-groups", "l2", "slice-parameters"):
-        with pytest.raises(PassError, match="nothing is known about this graph"):
+        with pytest.raises(PassError, match="nothing is known about this Linear"):
             load_pass(name)(graph_module)
 
 
@@ -264,7 +266,7 @@ def test_a_pipeline_runs_passes_in_turn_and_says_whether_one_changed_anything() 
 
 def test_what_goes_wrong_in_a_pipeline_names_the_pass() -> None:
     for pipeline in (Pipeline("find-groups, select-by-ratio"), Pipeline("find-groups, (select-by-ratio)")):
-        with pytest.raises(PassError, match=r"Scores is not known. Run l1, l2, random or taylor first") as caught:
+        with pytest.raises(PassError, match=r"Scores is not known. Run .*l1, l2, .* or .* first") as caught:
             pipeline(llama())
         assert caught.value.__notes__ == ["in pass select-by-ratio"]
 
@@ -297,7 +299,7 @@ def follow(steps: list[str], graph_module: fx.GraphModule) -> fx.GraphModule:
         except PassError as error:
             found = re.search(r"Run ([a-z0-9-]+(?:(?:, | or )[a-z0-9-]+)*) first", str(error))
             assert found, error
-            pending.insert(0, next(name for name in re.split(", | or ", found[1]) if name != "plan-from-json"))
+            pending.insert(0, min(re.split(", | or ", found[1]), key=lambda name: name not in NAMES))
     raise AssertionError(f"never done: {pending}")
 
 

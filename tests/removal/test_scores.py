@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from fxprune.discovery.groups import Group
-from fxprune.errors import UnknownNameError
-from fxprune.removal.scores import REDUCTIONS, score_groups, unit_scores
+from fxprune.errors import PlanError, UnknownNameError
+from fxprune.removal.scores import REDUCTIONS, Scores, score_groups, unit_scores
 from tests.oracle import Net, discover, groups_of
 
 
@@ -56,3 +60,33 @@ def test_a_reduction_that_nobody_knows_is_told(group: Group) -> None:
     assert list(REDUCTIONS) == ["sum", "prod", "max", "mean", "first", "last"]
     with pytest.raises(UnknownNameError, match="'mean'"):
         score_groups([group], positions(group), "means")
+
+
+def test_scores_are_kept_bit_by_bit(group: Group, tmp_path: Path) -> None:
+    scores = Scores({group.name: np.array([0.1, 1e-300, 7.0]), "other": np.ones((2, 3))}, "l2{reduction=max}")
+    scores.save(tmp_path / "scores.safetensors")
+    again = Scores.load(tmp_path / "scores.safetensors")
+    assert again.source == "l2{reduction=max}" and set(again.units) == set(scores.units)
+    assert all((again.units[name] == row).all() and row.dtype == np.float64 for name, row in scores.units.items())
+
+
+def test_a_file_that_holds_no_scores_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    with pytest.raises(PlanError, match=r"weights.safetensors: cannot be read.*Use a file that Scores.save wrote"):
+        Scores.load(file)
+    for content in (b"", b"text", b"\xff" * 64):
+        file.write_bytes(content)
+        with pytest.raises(PlanError, match="cannot be read"):
+            Scores.load(file)
+    save_file({"w": torch.ones(2)}, file)
+    with pytest.raises(PlanError, match="no scores of version 1"):
+        Scores.load(file)
+
+
+@pytest.mark.parametrize("row", [np.ones(4), np.ones((1, 3)), np.array([1, np.nan, 2])])
+def test_scores_of_another_model_are_refused(group: Group, row: np.ndarray) -> None:
+    Scores({group.name: np.ones(3)}).check([group])
+    with pytest.raises(PlanError, match=f"{group.name}: units .*Use scores of this model"):
+        Scores({group.name: row}).check([group])
+    with pytest.raises(PlanError, match="stranger: no such group"):
+        Scores({"stranger": np.ones(3)}).check([group])

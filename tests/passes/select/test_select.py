@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 from fxprune.passes.select.budget import ParameterBudget
+from fxprune.passes.select.rounding import Rounding
 from fxprune.passes.select.slots import Option, default_protect, make_slots, protected_blocks
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
 from fxprune.discovery.groups import Group
-from fxprune.errors import FxpruneError, RatioError, UnknownNameError
+from fxprune.errors import ArgumentError, FxpruneError, RatioError, UnknownNameError
 from fxprune.graph.counting import count_parameters
 from fxprune.graph.facts import Notes, facts_of
-from fxprune.pipeline.registry import load_pass
+from fxprune.pipeline.registry import load_pass, parse_pass
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
@@ -183,6 +184,59 @@ def test_nothing_goes_where_nothing_is_asked_for(dense: fx.GraphModule) -> None:
         assert state.plan == Plan() and not state.keep.units
 
 
+# ------------------------------------------------------------------------------------------- numbers by kind
+
+
+def test_a_ratio_by_kind_counts_the_parameters_of_each_kind(dense: fx.GraphModule) -> None:
+    inside = {
+        "mlp": sum(p.numel() for n, p in dense.named_parameters() if ".mlp." in n),
+        "head": sum(p.numel() for n, p in dense.named_parameters() if ".self_attn." in n),
+    }
+    state = select(dense, ratio={"mlp": 0.3, "head": 0.125}, protect=(1, 0))
+    for kind, place, ratio in (("mlp", ".mlp.", 0.3), ("head", ".self_attn.", 0.125)):
+        kept = {name: axes for name, axes in state.plan.kept.items() if place in name}
+        gone = count_parameters(dense) - parameters_left(dense, Plan(kept))
+        assert gone / inside[kind] == pytest.approx(ratio, abs=0.005)
+    assert not state.asked
+    state = select(dense, ratio=[["head", 0.2]], ranking="global")
+    assert {group.kind for group in state.groups if group.factor in state.keep.units} == {"head"}
+    with pytest.raises(RatioError, match=r"99.0% .* the largest reachable"):
+        select(dense, ratio={"mlp": 0.1, "head": 0.99})
+
+
+def test_a_group_ratio_by_kind_is_a_fraction_of_the_units_of_each(dense: fx.GraphModule) -> None:
+    for uniform in (False, True):
+        state = select(dense, "group-ratio", group_ratio={"mlp": 0.3, "head": 0.5}, protect=(), uniform=uniform)
+        assert set(widths(state, "mlp")) == {round(FFN * 0.7)}
+        assert set(widths(state, "head", KV)) == {KV // 2}
+
+
+def test_numbers_by_kind_have_a_spelling() -> None:
+    made = load_pass("select-by-ratio", ratio={"mlp": 0.3, "head": 0.1}, round_to={"mlp": 64, "head": 2})
+    spelled = "ratio=[[mlp, 0.3], [head, 0.1]]"
+    assert spelled in str(made) and "round_to=[[mlp, 64], [head, 2]]" in str(made)
+    assert str(parse_pass(str(made))) == str(made) and made.kinds == ("mlp", "head")  # type: ignore[attr-defined]
+    assert load_pass("select-by-ratio", ratio={"mlp": 0.3}).kinds == ("mlp",)  # type: ignore[attr-defined]
+
+
+def test_widths_by_kind_count_units(dense: fx.GraphModule) -> None:
+    state = select(dense, ratio={"mlp": 0.3, "head": 0.2}, round_to={"mlp": 64, "head": 2})
+    assert {count for count in widths(state, "mlp") if count < FFN} <= {64 * i for i in range(1, 6)}
+    assert {count for count in widths(state, "head", KV) if count < KV} == {2}
+    state = select(dense, ratio=0.2, round_to={"head": 2})
+    assert any(count % 64 for count in widths(state, "mlp") if count < FFN)
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_each_device_gets_as_many_heads_and_channels(dense: fx.GraphModule, devices: int) -> None:
+    state = select(dense, ratio={"mlp": 0.3, "head": 0.2} if devices == 2 else 0.2, tensor_parallel=devices)
+    assert all(count % devices == 0 for count in widths(state, "mlp") if count < FFN)
+    keys = widths(state, "head", KV)
+    queries = [k * q for k, q in zip(keys, widths(state, "head", 2), strict=True)]
+    assert all(count % devices == 0 for count in queries) and all(max(k, devices) % min(k, devices) == 0 for k in keys)
+    assert (set(keys) == {KV}) is (devices > 2), "four key heads have nothing to spare where four or eight share them"
+
+
 # ------------------------------------------------------------------------------------------------ protection
 
 
@@ -250,6 +304,13 @@ def test_an_unreachable_ratio_says_what_can_be_reached(dense: fx.GraphModule, ki
         ("ratio", {"round_to": 0}, FxpruneError),
         ("ratio", {"protect": (1,)}, FxpruneError),
         ("ratio", {"protect": (-1, 0)}, FxpruneError),
+        ("ratio", {"ratio": {"mlp": 1.2}}, RatioError),
+        ("ratio", {"ratio": {}}, ArgumentError),
+        ("ratio", {"ratio": [["mlp", 0.1], ["mlp", 0.2]]}, ArgumentError),
+        ("ratio", {"ratio": ["mlp", 0.1]}, ArgumentError),
+        ("ratio", {"round_to": {"mpl": 64}}, UnknownNameError),
+        ("ratio", {"tensor_parallel": 0}, ArgumentError),
+        ("group-ratio", {"group_ratio": {"head": 1}}, RatioError),
     ],
 )
 def test_nonsense_is_refused_before_any_work(name: str, arguments: dict[str, Any], error: type[Exception]) -> None:
@@ -278,8 +339,8 @@ def test_groups_that_share_a_place_are_options_of_one_slot(dense: fx.GraphModule
     state = decide(dense)
     whole, inside = group_of(state, "model.layers.0/head"), group_of(state, "model.layers.0/head.2")
     scores = Scores({whole.name: np.ones(4), inside.name: np.ones((4, 2))})
-    slots = make_slots(state.groups, scores, ("head",), frozenset(), 1)
+    slots = make_slots(state.groups, scores, ("head",), frozenset(), Rounding())
     assert [option.group for slot in slots for option in slot.options] == [whole, inside]
     assert slots[0].choose(0.5)[0] == 0
-    shielded = make_slots([replace(whole, block="b")], scores, ("head",), frozenset({"b"}), 1)
+    shielded = make_slots([replace(whole, block="b")], scores, ("head",), frozenset({"b"}), Rounding())
     assert shielded == []

@@ -1,0 +1,264 @@
+"""Reading of calibration data: what users have, as single samples with labels, each checked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxprune.data.calibration import IGNORED, Sample, embedding_rows
+from fxprune.errors import CalibrationError, FxpruneError
+from fxprune.graph.attempts import Refusal
+from fxprune.graph.compat import is_free, size_hint
+from fxprune.pipeline.arguments import told
+
+__all__ = ["check_kind", "read_calibration", "read_rows"]
+
+Tensors = Mapping[str, torch.Tensor]
+
+_WANTED = "Pass token ids as a LongTensor (samples, tokens), a list of tokenised dicts or a DataLoader"
+_TOKENISE = "Tokenise the text first, as in tokenizer(text, return_tensors='pt').input_ids"
+
+
+def check_kind(data: Any) -> None:
+    """Refuse data of a kind that holds no samples, without reading any.
+
+    Raises:
+        CalibrationError: it is no tensor or array of token ids, no mapping and nothing to iterate over.
+    """
+    if isinstance(data, str | bytes | os.PathLike):
+        raise _error(f"cannot read {type(data).__name__}", remedy=_TOKENISE)
+    if isinstance(data, type) or not isinstance(data, torch.Tensor | np.ndarray | Mapping | Iterable):
+        raise _error(f"cannot read {told(data)}")
+    if isinstance(data, torch.Tensor):
+        _check_tensor("it", data, "calibration")
+    if isinstance(data, torch.Tensor | np.ndarray) and (data.ndim != 2 or not _is_whole(data)):
+        raise _error(told(data))
+
+
+def read_calibration(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, ...]:
+    """Return one sample for each row of ``data``, without padding.
+
+    Args:
+        data: token ids ``(samples, tokens)``; a batch by name of the input, as tokenizers return it; a list of
+            tokenised dicts with ``input_ids`` and, if padded, ``attention_mask`` and, if given, ``labels``; or any
+            iterable of such batches (a DataLoader).
+        graph_module: the graph the samples are for.
+
+    Raises:
+        CalibrationError: no samples, a sample of fewer than two tokens, a value that is not finite, token ids the
+            model has no embedding for, or what else the graph does not take.
+    """
+    check_kind(data)
+    inputs = _inputs(graph_module)
+    samples: list[Sample] = []
+    for batch in _batches(data, inputs[0].name):
+        for row in _rows(batch, inputs, len(samples)):
+            sample = _sample(row, inputs, f"calibration sample {len(samples)}")
+            samples.append(sample)
+    if not samples:
+        raise CalibrationError("the calibration data is empty", where="calibration", remedy="Pass at least one sample")
+    return tuple(samples)
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the tokenised rows in a file of JSON lines.
+
+    Raises:
+        CalibrationError: the file cannot be read, or a line is no JSON object of lists of numbers.
+    """
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [{name: torch.tensor(value) for name, value in row.items()} for row in rows]
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+        raise CalibrationError(
+            f"not tokenised JSON lines: {error}", where=str(path), remedy='Write {"input_ids": [...]} on each line'
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What a graph says of one of its inputs.
+
+    Args:
+        name: its name.
+        shape: its sizes; None where one may vary.
+        whole: whether it holds integers.
+        rows: of the embedding that it is looked up in; None where there is none.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    whole: bool
+    rows: int | None
+
+
+def _inputs(graph_module: fx.GraphModule) -> list[_Input]:
+    rows = embedding_rows(graph_module)
+    found = []
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder":
+            name, value = str(node.target), node.meta["val"]
+            shape = tuple(None if is_free(size) else size_hint(size) for size in value.shape)
+            found.append(_Input(name, shape, not value.is_floating_point(), rows.get(name)))
+    if not found:
+        raise _error("the graph takes no tensor", remedy="Choose an importance that needs no data, such as l1 or l2")
+    return found
+
+
+def _error(what: str, where: str = "calibration", remedy: str = _WANTED) -> CalibrationError:
+    return CalibrationError(what, where=where, remedy=remedy)
+
+
+def _batches(data: Any, name: str) -> Iterator[Tensors]:
+    """Yield batches: the tensors in each by name."""
+    if isinstance(data, torch.Tensor | np.ndarray):
+        yield {name: torch.as_tensor(data)}
+        return
+    items = iter([data] if isinstance(data, Mapping) else data)
+    number = 0
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except FxpruneError:
+            raise
+        except Exception as error:  # data sets and loaders run code of the user
+            raise _error(f"item {number} cannot be read: {Refusal(error)}") from error
+        yield _as_batch(item, name, f"calibration item {number}")
+        number += 1
+
+
+def _as_batch(item: Any, name: str, where: str) -> Tensors:
+    """Return the tensors of a batch, or of a single sample as a batch of one, by name."""
+    if isinstance(item, list | tuple) and item and isinstance(item[0], torch.Tensor | np.ndarray | Sequence):
+        item = item[0]  # a data set of tensors gives tuples of them
+    fields: Mapping[str, Any] = item if isinstance(item, Mapping) else {name: item}
+    if name not in fields:
+        raise _error(f"a sample without {name!r}, only {sorted(map(str, fields))}", where, _TOKENISE)
+    tensors = {str(key): _tensor(key, value, where) for key, value in fields.items() if _is_numbers(value, key == name)}
+    first = tensors[name]
+    if not first.dim():
+        raise _error(f"{name} is the single number {told(first)}", where)
+    return {key: value[None] if first.dim() == 1 else value for key, value in tensors.items()}
+
+
+def _is_numbers(value: Any, needed: bool) -> bool:
+    """Whether a field is to be read: what is no list of numbers belongs to a sample and not to the model."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return True
+    return needed or (isinstance(value, Sequence) and not isinstance(value, str | bytes) and _flat(value))
+
+
+def _flat(value: Sequence[Any]) -> bool:
+    return all(isinstance(item, int | float | Sequence) and not isinstance(item, str | bytes) for item in value)
+
+
+def _tensor(name: Any, value: Any, where: str) -> torch.Tensor:
+    if isinstance(value, str | bytes) or (isinstance(value, Sequence) and any(isinstance(i, str) for i in value)):
+        raise _error(f"{name} is text", where, _TOKENISE)
+    try:
+        found = torch.as_tensor(value)
+    except (ValueError, TypeError, RuntimeError, RecursionError, OverflowError) as error:
+        raise _error(f"{name} is {told(value)}, no tensor: {Refusal(error)}", where) from error
+    _check_tensor(str(name), found, where)
+    return found
+
+
+def _check_tensor(name: str, value: torch.Tensor, where: str) -> None:
+    """Refuse tensors that hold no values to read."""
+    if value.is_meta:
+        raise _error(f"{name} is on meta and has no values", where)
+    if value.layout != torch.strided or value.is_quantized or value.is_nested:
+        raise _error(f"{name} is not a plain tensor, it is {value.layout}", where)
+    if value.is_complex():
+        raise _error(f"{name} is {told(value)}", where)
+
+
+def _is_whole(value: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+    kind = value.dtype
+    if isinstance(kind, torch.dtype):
+        return not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+    return kind.kind in "iu"
+
+
+def _rows(batch: Tensors, inputs: Sequence[_Input], number: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the rows of a batch, padding cut off."""
+    names = [known.name for known in inputs]
+    batch = {key: value for key, value in batch.items() if key in (*names, "attention_mask", "labels")}
+    size = len(batch[names[0]])
+    for i in range(size):
+        where = f"calibration sample {number + i}"
+        odd = next((key for key, value in batch.items() if not value.dim() or len(value) != size), None)
+        if odd is not None:
+            raise _error(f"{odd} is {told(batch[odd])} beside {size} samples of {names[0]}", where)
+        row = {key: value[i : i + 1] for key, value in batch.items()}
+        mask = row.pop("attention_mask", None) if "attention_mask" not in names else None
+        yield row if mask is None else _without_padding(row, mask, row[names[0]].shape, where)
+
+
+def _without_padding(
+    row: dict[str, torch.Tensor], mask: torch.Tensor, shape: torch.Size, where: str
+) -> dict[str, torch.Tensor]:
+    if mask.shape != shape:
+        raise _error(
+            f"attention_mask is of shape {tuple(mask.shape)} beside input of shape {tuple(shape)}",
+            where,
+            "Pass a mask with one number for each token, or none",
+        )
+    keep = mask[0].bool()
+    return {key: value[:, keep] if value.shape == shape else value for key, value in row.items()}
+
+
+def _sample(row: Tensors, inputs: Sequence[_Input], where: str) -> Sample:
+    """Return a row as a sample that the graph takes."""
+    for known in inputs:
+        if known.name not in row:
+            raise _error(f"a sample without {known.name!r}, which the model takes", where)
+    values = {known.name: _checked(row[known.name], known, where) for known in inputs}
+    first = inputs[0]
+    if "labels" not in row and not first.whole:
+        raise _error("a sample without 'labels'", where, "Pass labels (samples, tokens) beside such input")
+    labels = row.get("labels", values[first.name])
+    if labels.dim() != 2 or not _is_whole(labels):
+        raise _error(f"labels are {told(labels)}", where, f"Pass labels (samples, tokens), {IGNORED} where none counts")
+    if labels.shape[1] < 2:
+        raise _error("fewer than two tokens: there is nothing to predict", where, "Pass longer samples")
+    if bool((labels[:, 1:] == IGNORED).all()):
+        raise _error(f"all labels are {IGNORED}: there is nothing to predict", where, "Leave labels out, or count some")
+    return Sample(values, labels.long())
+
+
+def _checked(value: torch.Tensor, known: _Input, where: str) -> torch.Tensor:
+    """Return the value of one input, integers as torch's own.
+
+    Raises:
+        CalibrationError: another dtype or shape, values that are not finite, or token ids out of range.
+    """
+    name = known.name
+    if known.whole and known.rows is not None and not _is_whole(value):
+        raise _error(f"{name} is {told(value)}", where)
+    fixed = [size for size in (known.shape[0], 1) if size is not None][:1]  # samples come one by one
+    wanted = (*fixed, *known.shape[1:])
+    fits = value.dim() == len(wanted) and all(w in (None, n) for n, w in zip(value.shape[1:], wanted[1:], strict=False))
+    if not fits:
+        sizes = ", ".join("any" if size is None else str(size) for size in known.shape)
+        raise _error(f"{name} is {told(value)}, the model takes ({sizes})", where)
+    if value.is_floating_point() and not bool(value.isfinite().all()):
+        raise _error(f"{name} has values that are not finite", where, "Clean the data")
+    if known.rows is not None and value.numel() and not 0 <= int(value.min()) <= int(value.max()) < known.rows:
+        bad = int(value.max()) if int(value.max()) >= known.rows else int(value.min())
+        raise _error(
+            f"{name} holds {bad}, the model knows 0 to {known.rows - 1}",
+            where,
+            "Tokenise with the tokenizer of this model",
+        )
+    return value.long() if known.rows is not None else value

@@ -1,0 +1,91 @@
+"""Whether what a model computes depends on the dtype of its weights by more than the dtype of its results.
+
+A float32 model is traced in bfloat16 (see :mod:`fxprune.trace.capture`). That is only right if its code makes the same
+calls with the same numbers in both: one that reads ``torch.finfo(x.dtype).eps``, branches on ``x.dtype`` or makes a
+constant of it does not. Both are run without storage, and the calls are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from fxprune.graph.compat import fake_mode, tree_leaves
+from fxprune.graph.silence import quiet
+from fxprune.trace.twin import fake_twin, without_cache
+
+__all__ = ["differs_by_dtype"]
+
+Call = tuple[Any, ...]
+
+
+def differs_by_dtype(model: nn.Module, inputs: Mapping[str, Any], own: torch.dtype, other: torch.dtype) -> str:
+    """Return the first call that ``model`` makes otherwise in dtype ``other`` than in its ``own``; empty if none.
+
+    Args:
+        model: the model; it is not run, copies without storage are.
+        inputs: keyword inputs, of which only shape and dtype matter.
+        own: the dtype of its weights.
+        other: the dtype to try.
+    """
+    try:
+        mine, others = (_calls(model, inputs, own, dtype) for dtype in (own, other))
+    except Exception:  # whatever the model's code raises without storage: tracing will say what
+        return ""
+    for a, b in zip_longest(mine, others, fillvalue=()):
+        if not _alike(a, b, own, other):
+            return str((a or b)[0])
+    return ""
+
+
+class _Log(TorchFunctionMode):
+    """Writes down each call of a torch function: its name, its numbers, and the dtypes it takes and gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = resolve_name(func) or getattr(func, "__name__", str(func))
+        if not name.endswith("__get__"):
+            self.calls.append((name, *map(_said, tree_leaves((args, kwargs, result)))))
+        return result
+
+
+def _said(value: Any) -> Any:
+    """What matters of an argument or a result."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    return value if isinstance(value, bool | int | float | str | torch.dtype) else type(value).__name__
+
+
+def _calls(model: nn.Module, inputs: Mapping[str, Any], own: torch.dtype, dtype: torch.dtype) -> Sequence[Call]:
+    mode = fake_mode()
+    twin = fake_twin(model, mode, own, dtype)
+    with mode, quiet(), torch.no_grad():
+        values = {
+            name: torch.zeros(value.shape, dtype=dtype if value.dtype == own else value.dtype)
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in inputs.items()
+        }
+        with _Log() as log:
+            twin(**values, **without_cache(twin))
+    calls: Sequence[tuple[Any, ...]] = log.calls
+    return calls
+
+
+def _alike(mine: Call, others: Call, own: torch.dtype, other: torch.dtype) -> bool:
+    """Whether two calls are the same but for the dtype of the model, or for an infinity of it."""
+    same = {(own, other)} | {
+        (getattr(torch.finfo(own), end), getattr(torch.finfo(other), end)) for end in ("min", "max")
+    }
+    return len(mine) == len(others) and all(
+        (a, b) in same or (a == b and a != other) for a, b in zip(mine, others, strict=True)
+    )

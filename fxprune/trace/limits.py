@@ -1,0 +1,121 @@
+"""The sizes a graph holds for, as checks in it.
+
+Where the code of a model asks for a size, as in ``if x.shape[1] > 512``, tracing follows the answer of the example and
+drops the rest. The conditions under which the answer is the same come from torch's symbolic shapes: ranges, holes,
+remainders, equal sizes of two inputs. The graph checks them, and says where in the code they arose.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxprune.graph.compat import guards_of, is_free, size_hint, spell_expression, work_out
+from fxprune.graph.inputs import input_tensors
+from fxprune.trace.inputs import free_axes
+
+__all__ = ["Size", "forbid", "limit_sizes", "sizes_of"]
+
+aten = torch.ops.aten
+
+Size = tuple[fx.Node, int]
+"""An axis of an input: the node of the tensor, and which axis of it."""
+
+
+def sizes_of(graph: fx.Graph) -> dict[Size, int | torch.SymInt]:
+    """Return the sizes of the inputs along the axes that tracing lets vary if it can."""
+    return {
+        (node, axis): node.meta["val"].shape[axis]
+        for node, _ in input_tensors(graph)
+        for axis in range(free_axes(node.meta["val"]))
+    }
+
+
+def limit_sizes(graph_module: fx.GraphModule, found: Mapping[Size, int | torch.SymInt]) -> tuple[str, ...]:
+    """Let a graph refuse inputs of sizes for which its model would compute something else.
+
+    Args:
+        graph_module: the graph, changed in place.
+        found: the sizes as tracing found them.
+
+    Returns:
+        The limits that come from branches of the code, in words.
+    """
+    checks = _Checks(graph_module.graph)
+    free: dict[Size, Any] = {
+        place: size for place, size in found.items() if isinstance(size, torch.SymInt) and is_free(size)
+    }
+    for place, size in free.items():
+        checks.tie(place, size)
+    asked = guards_of(next(iter(free.values()))) if free else []
+    notes = [note for expression, line in asked if (note := checks.guard(expression, line))]
+    for place, size in found.items():
+        if place not in free:
+            checks.compare(operator.eq, place, int(size))
+    return tuple(dict.fromkeys(notes))
+
+
+def forbid(graph_module: fx.GraphModule, place: Size, size: int) -> str:
+    """Let a graph refuse a ``size`` of an axis; return the limit in words."""
+    return _Checks(graph_module.graph).compare(operator.ne, place, size)
+
+
+class _Checks:
+    """Reads sizes and compares them, before anything else in a graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        inputs = dict(input_tensors(graph))
+        heads = {node for node in graph.nodes if node.op == "placeholder"} | set(inputs)
+        self.first = next(node for node in graph.nodes if node not in heads)
+        self.said = {(node, axis): f"{name}.shape[{axis}]" for node, name in inputs.items() for axis in (0, 1)}
+        self.symbols: dict[Any, Size] = {}
+        self.traced: dict[Size, int] = {}
+
+    def tie(self, place: Size, size: torch.SymInt) -> None:
+        """A size that tracing found to follow from others has to; one that does not is known from now on."""
+        expression = size.node.expr
+        self.traced[place] = size_hint(size)
+        if expression.is_Symbol and expression not in self.symbols:
+            self.symbols[expression] = place
+        elif expression.free_symbols <= set(self.symbols):
+            text = f"{self.said[place]} == {self._spelled(expression)}"
+            self._require(lambda values: operator.eq(self._read(place), work_out(expression, values)), expression, text)
+
+    def guard(self, expression: Any, line: str) -> str:
+        """A condition on sizes has to hold, as far as inputs have them; return it in words."""
+        if not expression.free_symbols or not expression.free_symbols <= set(self.symbols):
+            return ""
+        text = f"{self._spelled(expression)} ({line})"
+        try:
+            self._require(lambda values: work_out(expression, values), expression, text)
+        except Exception:  # torch's arithmetic on sizes may ask for numbers: then the traced ones are all there are
+            places = [self.symbols[symbol] for symbol in expression.free_symbols]
+            text = ", ".join(self.compare(operator.eq, place, self.traced[place], f" ({line})") for place in places)
+        return text
+
+    def compare(self, how: Callable[[Any, Any], Any], place: Size, number: int, why: str = "") -> str:
+        """A size has to be, or not to be, a number; return the condition in words."""
+        text = f"{self.said[place]} {'==' if how is operator.eq else '!='} {number}{why}"
+        self._assert(lambda: how(self._read(place), number), text)
+        return text
+
+    def _read(self, place: Size) -> fx.Proxy:
+        node = self.graph.call_function(aten.sym_size.int, place)
+        node.meta["val"] = place[0].meta["val"].shape[place[1]]
+        return fx.Proxy(node)
+
+    def _require(self, condition: Callable[[dict[Any, Any]], Any], expression: Any, text: str) -> None:
+        self._assert(lambda: condition({s: self._read(self.symbols[s]) for s in expression.free_symbols}), text)
+
+    def _assert(self, condition: Callable[[], Any], text: str) -> None:
+        with self.graph.inserting_before(self.first):
+            said = f"this graph was traced for inputs with {text}"
+            self.graph.call_function(aten._assert_scalar.default, (condition().node, said))
+
+    def _spelled(self, expression: Any) -> str:
+        return spell_expression(expression, {s: self.said[place] for s, place in self.symbols.items()})

@@ -1,0 +1,104 @@
+"""Put down what the dense model says, before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import fx
+
+from fxprune.data.calibration import Calibration, Sample, spread
+from fxprune.data.samples import check_kind, read_calibration
+from fxprune.data.text import offline_docstrings, token_windows
+from fxprune.errors import CalibrationError
+from fxprune.graph.facts import Change, Fact, Runnable, facts_of
+from fxprune.graph.tensors import require_weights
+from fxprune.pipeline.arguments import whole_number
+from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.pipeline.progress import Track, check_track, no_progress
+
+from .teacher import Teacher, learn
+
+__all__ = ["RecordTeacherPass"]
+
+_HELD = 16
+"""Held-out samples: two thousand tokens tell whether a model gets better, and cost little each time they are read."""
+
+_SHARE = 8
+"""Without a text of another kind, one in so many calibration samples is held out."""
+
+
+@dataclass(frozen=True, eq=False)
+class RecordTeacherPass(Pass):
+    """Runs the dense graph over the samples and puts down the likeliest classes, for ``tune`` to learn from.
+
+    Stopping by a text of another kind than the one that is learned from keeps a tuned model from being good at that one
+    alone. With a tokenizer, such a text is there: documentation of Python's own library.
+
+    Args:
+        samples: calibration samples to take, evenly spread; None for all.
+        heldout: samples to stop by, in any form that calibration data has. None for ones of the built-in text where
+            there is a tokenizer, else for an eighth of the calibration samples.
+        tokenizer: turns the built-in text into samples.
+        kept: classes to put down at each position; the others count as one.
+        batch: samples that run at once.
+        track: shows progress, as ``track(items, what, total)``.
+    """
+
+    name: ClassVar[str] = "record-teacher"
+    stage: ClassVar[str] = "tune"
+    changes: ClassVar[Change] = "nothing"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Calibration, Runnable)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Teacher,)
+
+    samples: int | None = None
+    heldout: Any = field(default=None, metadata={"spelled": False})
+    tokenizer: Any = field(default=None, metadata={"spelled": False})
+    kept: int = 64
+    batch: int = 4
+    track: Track = field(default=no_progress, metadata={"spelled": False})
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that make no sense."""
+        for name in ("kept", "batch", *(["samples"] if self.samples is not None else [])):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
+        if self.heldout is not None:
+            check_kind(self.heldout)
+        check_track(self.track)
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Raise unless there are calibration samples and real weights."""
+        super().requires(graph_module)
+        require_weights(graph_module, self.name)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Run over what is learned from and over what is held out."""
+        samples = spread(facts_of(graph_module)[Calibration].samples, self.samples)
+        samples, heldout, where = self._parted(samples, graph_module)
+
+        def track(batches: Iterable[Any], total: int) -> Iterable[Any]:
+            return self.track(batches, "dense model", total)
+
+        lessons = learn(graph_module, (*samples, *heldout), self.kept, self.batch, track)
+        facts_of(graph_module).put(Teacher(lessons[: len(samples)], lessons[len(samples) :], where))
+        return PassResult(graph_module, False)
+
+    def _parted(
+        self, samples: tuple[Sample, ...], graph_module: fx.GraphModule
+    ) -> tuple[tuple[Sample, ...], tuple[Sample, ...], str]:
+        """Samples to learn from, samples to stop by, and where the latter come from."""
+        if self.heldout is not None:
+            return samples, read_calibration(self.heldout, graph_module), "the held-out samples given"
+        if self.tokenizer is not None:
+            tokens = max(value.shape[-1] for value in samples[0].inputs.values())
+            windows = token_windows(self.tokenizer, offline_docstrings(), tokens)
+            heldout = spread(read_calibration(windows, graph_module), _HELD)
+            return samples, heldout, "built-in text of another kind"
+        held = spread(samples, max(1, len(samples) // _SHARE))
+        rest = tuple(sample for sample in samples if all(sample is not other for other in held))
+        if not rest:
+            raise CalibrationError(
+                "one sample is too few to learn from and to hold out", remedy="Pass more samples, or a tokenizer"
+            )
+        return rest, held, "calibration samples held out"

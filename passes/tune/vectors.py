@@ -1,0 +1,157 @@
+"""The vectors that tuning learns: where each acts while the graph runs, and what it is folded into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxprune.axes import factors
+from fxprune.graph.tensors import get_tensor, weights
+from fxprune.masking.masked_run import UntouchedRun
+from fxprune.removal.removal import Removal
+from fxprune.rules.product import LoneProduct, lone_products
+
+__all__ = ["TunedRun", "Vectors"]
+
+_REACH = 0.5
+"""A scale stays between a half and one and a half: a unit is turned up or down, and never off."""
+
+_CAREFUL = 0.2
+"""Parameters of one axis move a fifth as fast as scales: what a norm multiplies, all of the stream behind it has."""
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Names and sizes of the vectors, which lie one after the other in one flat tensor of numbers, all 0 at first.
+
+    Args:
+        products: by node name, the products whose inputs or outputs are scaled.
+        sizes: for each vector its key and size: ``in`` and ``out`` with the name of a product, ``own`` with that of a
+            parameter of one axis.
+    """
+
+    products: Mapping[str, LoneProduct]
+    sizes: Mapping[tuple[str, str], int]
+
+    @classmethod
+    def of(cls, graph_module: fx.GraphModule, removal: Removal, everywhere: bool) -> Vectors:
+        """Return the vectors of a slim graph.
+
+        Args:
+            graph_module: the slim graph.
+            removal: what was removed from it.
+            everywhere: scale the inputs and outputs of all products, not only of those that lost inputs.
+        """
+        products = {p.node.name: p for p in lone_products(graph_module) if everywhere or _lost_inputs(p, removal)}
+        sizes = {}
+        for name, product in products.items():
+            shape = get_tensor(graph_module, product.name).shape
+            sizes["in", name] = shape[product.axis]
+            if product.added is None or product.bias is not None:
+                sizes["out", name] = shape[1 - product.axis]
+        seen: set[int] = set()
+        for name, tensor in weights(graph_module):
+            alone = isinstance(tensor, nn.Parameter) and tensor.dim() == 1 and tensor.is_floating_point()
+            if alone and id(tensor) not in seen:
+                sizes["own", name] = len(tensor)
+                seen.add(id(tensor))
+        return cls(products, sizes)
+
+    @property
+    def count(self) -> int:
+        """How many numbers there are."""
+        return sum(self.sizes.values())
+
+    @cached_property
+    def _begins(self) -> dict[tuple[str, str], int]:
+        begins, at = {}, 0
+        for key, size in self.sizes.items():
+            begins[key] = at
+            at += size
+        return begins
+
+    def part(self, numbers: torch.Tensor, key: tuple[str, str]) -> torch.Tensor | None:
+        """Return the vector ``key`` among ``numbers``; None where there is none."""
+        if key not in self.sizes:
+            return None
+        begin = self._begins[key]
+        return numbers[begin : begin + self.sizes[key]]
+
+    def scale(self, numbers: torch.Tensor, key: tuple[str, str]) -> torch.Tensor | None:
+        """Return what the vector ``key`` of a product multiplies by; None where there is none."""
+        part = self.part(numbers, key)
+        return None if part is None else 1 + _REACH * torch.tanh(part)
+
+    def moved(self, numbers: torch.Tensor, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Return a parameter of one axis, moved in units of its root mean square."""
+        part = self.part(numbers, ("own", name))
+        if part is None:
+            return value
+        wide = value.float()
+        return (wide + _CAREFUL * wide.square().mean().sqrt() * part).to(value.dtype)
+
+    def folded(self, numbers: torch.Tensor, graph_module: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the name and the new value of each tensor that a vector is folded into."""
+        values = {name: self.moved(numbers, name, get_tensor(graph_module, name)) for _, name in self._own}
+        for node, product in self.products.items():
+            W = get_tensor(graph_module, product.name)
+            wide, rows, columns = W.float(), self.scale(numbers, ("out", node)), self.scale(numbers, ("in", node))
+            assert columns is not None
+            wide = wide * (columns if product.axis == 1 else columns[:, None])
+            if rows is not None:
+                wide = wide * (rows[:, None] if product.axis == 1 else rows)
+            values[product.name] = wide.to(W.dtype)
+            if rows is not None and product.bias is not None:
+                bias = values.get(product.bias, get_tensor(graph_module, product.bias))
+                values[product.bias] = (bias.float() * rows).to(bias.dtype)
+        yield from values.items()
+
+    @property
+    def _own(self) -> list[tuple[str, str]]:
+        return [key for key in self.sizes if key[0] == "own"]
+
+
+class TunedRun(UntouchedRun):
+    """An interpreter that runs a graph as if the vectors were folded in; its weights themselves get no gradient.
+
+    Args:
+        graph_module: the slim graph.
+        vectors: where what acts.
+        numbers: the numbers that are learned.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, vectors: Vectors, numbers: torch.Tensor) -> None:
+        super().__init__(graph_module)
+        self.vectors, self.numbers = vectors, numbers
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return a weight without its gradient; one of one axis moved."""
+        value = super().get_attr(target, args, kwargs)
+        if not isinstance(value, torch.Tensor):
+            return value
+        return self.vectors.moved(self.numbers, str(target), value.detach())
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Return the value of ``n``; of a product, between its two scales."""
+        product = self.vectors.products.get(n.name)
+        if product is None:
+            return super().run_node(n)
+        source = self.env[product.source]
+        self.env[product.source] = self._scaled(source, ("in", n.name))
+        value = self._scaled(super().run_node(n), ("out", n.name))
+        self.env[product.source] = source
+        return value
+
+    def _scaled(self, value: torch.Tensor, key: tuple[str, str]) -> torch.Tensor:
+        scale = self.vectors.scale(self.numbers, key)
+        return value if scale is None else value * scale.to(value.dtype)
+
+
+def _lost_inputs(product: LoneProduct, removal: Removal) -> bool:
+    exprs = removal.axes.tensors.get(product.name)
+    return exprs is not None and any(removal.keep.touches(factor) for factor in factors(exprs[product.axis]))

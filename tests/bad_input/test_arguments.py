@@ -1,0 +1,208 @@
+"""Arguments of the wrong type or out of range are refused before anything is traced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fxprune
+from fxprune.errors import RatioError, UnknownNameError
+from fxprune.pipeline.registry import pass_class
+from fxprune.pipeline.spelling import spelled_fields
+from tests.bad_input.refusals import IDS, INPUTS, NO_NUMBERS, NOT_NUMBERS, Net, check_clear, each, one
+
+NOT_FLAGS = ("yes", "", None, 2, 0.0, [], torch.tensor([True, False]))
+NOT_WHOLE = (*NOT_NUMBERS, *NO_NUMBERS, 1.5, "3", np.array([1, 2]))
+
+
+class Stranger:
+    """What is no argument of anything."""
+
+
+OPTIONS = [
+    *each(
+        "ratio", (*NOT_NUMBERS, *NO_NUMBERS, -0.1, 1, 1.0, 2, 10**400, np.array([0.1, 0.2])), "ratio is .*Pass a number"
+    ),
+    *each("group_ratio", (*NOT_NUMBERS[1:], *NO_NUMBERS, -0.1, 1), "group_ratio is .*Pass a number"),
+    *each("round_to", (*NOT_WHOLE, 0, -4), "round_to is .*Pass a.* number"),
+    *each("seed", (*NOT_WHOLE, -1, 2**64), "seed is .*whole number"),
+    *each(
+        "protect", ((1, 2, 3), (1,), 4, True, "4", "42", b"42", (-1, 0), (1.5, 2), ("1", "2"), (True, False)), "protect"
+    ),
+    *each(
+        "protect", ((None, None), [float("nan"), 1], {1, 2}, {1: 2, 3: 4}, torch.ones(2, 2), Stranger()), "protect is"
+    ),
+    *each(
+        "kinds",
+        ((), "", [], "mpl", "mlp,head", ("mlp", "mpl"), None, 3, ["mlp", None], [["mlp"]], b"mlp", object()),
+        "kind",
+    ),
+    *each("importance", ("tailor", "", None, 3, True, [], {}, "taylor}", "l1, l2", "L1", lambda x: x), "importance"),
+    *each("importance", ("select-by-ratio", "shrink"), "unknown importance.*Known: l1, l2, random, taylor"),
+    *each("importance", (pass_class("l1"), pass_class("taylor")), "importance is the class .*load_pass"),
+    *each("importance", (fxprune.load_pass("shrink"), fxprune.load_pass("select-by-ratio")), "importance is the pass"),
+    *each("importance", ("taylor{", "taylor{order}", "taylor{order=}", "taylor{=mix}"), "name{key=value"),
+    *each(
+        "importance",
+        ("taylor{order=mixed}", "taylor{order=3}", "taylor{order=[mix]}", "taylor{order=None}", "taylor{order=mix}}"),
+        "taylor order|no value",
+    ),
+    *each(
+        "importance",
+        ("taylor{memory=-1}", "taylor{memory=0}", "taylor{memory=abc}", "taylor{memory=True}"),
+        "memory is",
+    ),
+    *each("importance", ("taylor{ordr=mix}", "l1{order=mix}"), "unknown argument of pass"),
+    *each("importance", ("random{seed=-1}", "random{seed=x}"), "seed is"),
+    *each("importance", ("l1{kinds=mpl}", "l1{kinds=[]}"), "kind"),
+    *each("importance", ("taylor{track=3}", "taylor{track=None}"), "track is"),
+    *each("taylor", ("mixed", 3, True, "", ["mix"]), "taylor order|order="),
+    one("taylor.*importance=.*Leave one", taylor="mix", importance="l1"),
+    *each("reduction", ("summ", "", None, 3, sum, ["sum"]), "reduction"),
+    *each("ranking", ("locale", "", None, 3, ["local"]), "ranking"),
+    *each("uniform", NOT_FLAGS, "uniform is .*True or False"),
+    one("same widths.*protect", uniform=True, protect=(1, 1)),
+    one("same widths.*ranking", uniform=True, ranking="global"),
+    *each(
+        "select",
+        ("select-by-ratoi", 3, "l1", [], pass_class("select-by-ratio"), fxprune.load_pass("l1")),
+        "selection|select",
+    ),
+    *each(
+        "select", ("select-by-ratio{ratio=2}", "select-by-ratio{ratio=x}", "select-by-ratio{ratio=None}"), "ratio is"
+    ),
+    *each("select", ("plan-from-json", "plan-from-json{file=''}"), "no plan.*text"),
+    *each("compensate", ("least-sqaures", "", 3, True, "l1", [], pass_class("least-squares")), "compensat"),
+    *each(
+        "compensate",
+        ("least-squares{damping=-1}", "least-squares{damping=0}", "least-squares{damping=x}"),
+        "damping is",
+    ),
+    *each(
+        "compensate", ("least-squares{batch=0}", "least-squares{batch=1.5}", "least-squares{batch=None}"), "batch is"
+    ),
+    *each("verify", NOT_FLAGS, "verify is .*True or False"),
+    *each("inplace", NOT_FLAGS, "inplace is .*True or False"),
+    *each("track", (3, "bar", True, []), "track is"),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), OPTIONS)
+def test_options_of_a_prune(
+    options: dict[str, Any], says: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxprune.api.trace", lambda *_: pytest.fail("nothing is traced before its arguments are seen"))
+    model = Net()
+    check_clear(lambda: fxprune.prune(model, IDS, **options), says, capfd, model=model)
+
+
+@pytest.mark.parametrize("options", [{"ratio": "0.2"}, {"kinds": "mpl"}, {"verify": "no"}, {"plan": "{}"}], ids=str)
+def test_options_of_a_pipeline(options: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+    check_clear(lambda: fxprune.prune_pipeline(IDS, **options), next(iter(options)).removesuffix("s"), capfd)
+
+
+ARGUMENTS = [
+    pytest.param(name, field.name, id=f"{name}-{field.name}")
+    for name in fxprune.pass_names()
+    for field in spelled_fields(pass_class(name))
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
+def test_every_argument_of_every_pass(name: str, argument: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """What is no argument of anything is refused as the pass is made, or before a pipeline runs its first pass."""
+
+    def use() -> None:
+        fxprune.load_pass(name, **{argument: Stranger()}).check_arguments()
+
+    check_clear(use, rf"\b{argument}|{argument.removesuffix('s')} is|cannot read a Stranger", capfd)
+
+
+@pytest.mark.parametrize("name", fxprune.pass_names())
+def test_unknown_arguments_of_every_pass(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    check_clear(lambda: fxprune.load_pass(name, nonsense=1), f"argument of pass {name} 'nonsense'", capfd)
+
+
+def test_scalars_of_other_libraries_are_numbers() -> None:
+    """They are taken where they say exactly what a number of Python would."""
+    given = {
+        "ratio": np.float32(0.25),
+        "round_to": torch.tensor(8),
+        "protect": np.array([1, 2]),
+        "uniform": np.bool_(0),
+    }
+    made = fxprune.load_pass("select-by-ratio", **given)
+    assert str(made) == "select-by-ratio{protect=[1, 2], round_to=8, ratio=0.25}"
+
+
+def test_errors_keep_their_kind() -> None:
+    with pytest.raises(RatioError):
+        fxprune.prune_pipeline(ratio="0.2")  # type: ignore[arg-type]
+    with pytest.raises(UnknownNameError):
+        fxprune.prune_pipeline(ranking="locale")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="seed is -1"):
+        fxprune.prune_pipeline(seed=-1)
+
+
+APPLY = [
+    *each("plan", (None, "plan.json", "{}", {}, 3, fxprune.Plan, Stranger()), "plan is .*Plan"),
+    *each("compensate", ("least-sqaures", 3), "compensat", plan=fxprune.Plan()),
+    *each("verify", ("yes", None), "verify is", plan=fxprune.Plan()),
+    *each("inplace", ("yes", None), "inplace is", plan=fxprune.Plan()),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), APPLY)
+def test_options_of_applying(
+    options: dict[str, Any], says: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxprune.api.trace", lambda *_: pytest.fail("nothing is traced before its arguments are seen"))
+    model = Net()
+    options = dict(options)
+    plan = options.pop("plan")
+    check_clear(lambda: fxprune.apply(model, plan, example_inputs=INPUTS, **options), says, capfd, model=model)
+
+
+PIPELINES = [
+    ("", "no pass"),
+    ("# nothing", "no pass"),
+    ([], "no pass"),
+    (None, "passes is None"),
+    (3, "passes is 3"),
+    ([3], "3"),
+    ([None], "None"),
+    ([pass_class("l1")], "the class L1ImportancePass"),
+    (pass_class("l1"), "the class L1ImportancePass"),
+    ("find-groups, l3", "unknown pass 'l3'.*l1"),
+    ("find-groups l1", "unknown pass|key=value"),
+    ("find-groups, l1{reduction=summ}", "Did you mean 'sum'"),
+    ("find-groups, l1{reduction}", "key=value"),
+    ("find-groups, l1{", "closing brace"),
+    ("find-groups, (l1", "not closed"),
+    ("find-groups, l1{kinds=[mlp}", "not closed|no closing"),
+    ("find-groups, l1{kinds='mlp}", "not closed|no closing"),
+    ("find-groups, l1{kinds=mlp} x", "behind the closing brace"),
+    ("find-groups, select-by-ratio{ratio=1+}", "no value"),
+    ("find-groups, select-by-ratio{ratio=__import__('os')}", "no value"),
+    ("find-groups, select-by-ratio{ratio=" + "[" * 5000 + "]" * 5000 + "}", "ratio|deep"),
+    ("find-groups, select-by-ratio{ratio=1e999}", "ratio is inf"),
+    ("(find-groups, l1), (select-by-ratoi)", "Did you mean 'select-by-ratio'"),
+    ("()", "no pass"),
+]
+
+
+@pytest.mark.parametrize(("passes", "says"), PIPELINES, ids=range(len(PIPELINES)))
+def test_texts_of_pipelines(passes: Any, says: str, capfd: pytest.CaptureFixture[str]) -> None:
+    check_clear(lambda: fxprune.Pipeline(passes), says, capfd)
+
+
+@pytest.mark.parametrize("name", [None, 3, "", "l3", ["l1"], b"l1", "l1{}"])
+def test_names_of_passes(name: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    check_clear(lambda: fxprune.load_pass(name), "pass", capfd)
+
+
+def test_on_pass_is_called(capfd: pytest.CaptureFixture[str]) -> None:
+    check_clear(lambda: fxprune.Pipeline("l1", on_pass=3), "on_pass is 3", capfd)  # type: ignore[arg-type]

@@ -1,0 +1,226 @@
+"""Tuning: what is learned is folded in exactly, never ends worse, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fxprune.passes.tune import RecordTeacherPass, TunePass
+from fxprune.passes.tune.teacher import Teacher, divergence, lesson_batches, logits_of
+from fxprune.passes.tune.vectors import TunedRun, Vectors
+from torch import fx, nn
+
+import fxprune
+from fxprune.errors import ArgumentError, CalibrationError, PassError
+from fxprune.graph.facts import Notes, facts_of
+from fxprune.graph.fork import fork
+from fxprune.graph.tensors import get_tensor, set_tensor, weights
+from fxprune.masking.compare import Verified
+from fxprune.masking.masked_run import UntouchedRun
+
+IDS = torch.randint(20, (12, 9), generator=torch.Generator().manual_seed(0))
+
+
+class Block(nn.Module):
+    """A norm, two maps with biases around a ReLU, and a third without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.c(self.b(self.a(self.norm(x)).relu()))  # type: ignore[no-any-return]
+
+
+class Language(nn.Module):
+    """Two blocks between an embedding and a readout that is tied to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 8)
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        for block in self.blocks:
+            x = block(x)
+        return x @ self.table.weight.T  # type: ignore[no-any-return]
+
+
+STEPS = "find-groups, l2{kinds=[mlp]}, select-by-ratio{kinds=[mlp], ratio=0.3, protect=[]}, count-work"
+CUT = "make-verification-inputs, record-expected, shrink, verify-removal"
+
+
+@pytest.fixture(scope="module")
+def slim() -> fx.GraphModule:
+    """A slim graph, verified, that knows what the dense one said."""
+    torch.manual_seed(3)
+    model = Language().eval()
+    for block in model.blocks:
+        nn.init.normal_(block.b.bias)  # type: ignore[union-attr, arg-type]
+    dense = fxprune.trace(model, {"ids": IDS[:2]}).graph_module
+    first = fxprune.Pipeline(
+        [fxprune.load_pass("calibrate", data=IDS), STEPS_OF(STEPS), "record-teacher", STEPS_OF(CUT)]
+    )
+    return first(dense).graph_module
+
+
+def STEPS_OF(text: str) -> fxprune.Pipeline:  # noqa: N802
+    """A pipeline as one step of another."""
+    return fxprune.Pipeline(text)
+
+
+def heldout(graph_module: fx.GraphModule, lessons: fx.GraphModule) -> float:
+    """The divergence of a graph on what was held out, without any vectors."""
+    (batch,) = lesson_batches(facts_of(lessons)[Teacher].heldout, lessons, 64)
+    with torch.no_grad():
+        return float(divergence(logits_of(UntouchedRun(graph_module), batch.inputs), batch))
+
+
+def test_what_the_dense_model_said_is_its_likeliest_classes(slim: fx.GraphModule) -> None:
+    teacher = facts_of(slim)[Teacher]
+    assert (len(teacher.lessons), len(teacher.heldout)) == (11, 1)
+    assert teacher.heldout_from == "calibration samples held out"
+    held = teacher.heldout[0].sample.inputs["ids"]
+    assert all(not torch.equal(lesson.sample.inputs["ids"], held) for lesson in teacher.lessons)
+    lesson = teacher.lessons[0]
+    assert lesson.classes.shape == (9, 20) and lesson.likelihoods.shape == (9, 21)
+    assert torch.allclose(lesson.likelihoods.float().exp().sum(-1), torch.ones(9), atol=1e-2)
+
+
+@pytest.mark.parametrize("kept", [4, 20])
+def test_the_divergence_is_that_of_the_likeliest_classes_and_the_rest(slim: fx.GraphModule, kept: int) -> None:
+    (batch,) = lesson_batches(facts_of(slim)[Teacher].heldout, slim, 1)
+    p = torch.zeros(1, 9, 20).scatter_(-1, batch.classes, batch.likelihoods[..., :20].exp())
+    logits = torch.randn(1, 9, 20, generator=torch.Generator().manual_seed(1))
+    q = logits.softmax(-1)
+    order = p.argsort(-1, descending=True)
+    p, q = p.gather(-1, order), q.gather(-1, order)
+    least = 1e-7
+    pairs = [(p[..., i], q[..., i]) for i in range(kept)]
+    pairs.append((p[..., kept:].sum(-1).clamp_min(least), q[..., kept:].sum(-1).clamp_min(least)))
+    by_hand = sum((a * (a / b).log()).mean() for a, b in pairs)
+    rest = pairs[-1][0][..., None].log()
+    few = type(batch)(batch.inputs, order[..., :kept], torch.cat((p[..., :kept].log(), rest), -1))
+    assert torch.allclose(divergence(logits, few), by_hand, atol=1e-4)
+    assert few.likelihoods.shape[-1] == kept + 1
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_folding_gives_what_the_vectors_gave(slim: fx.GraphModule, everywhere: bool) -> None:
+    removal = facts_of(slim)[fxprune.Removed].removal
+    vectors = Vectors.of(slim, removal, everywhere)
+    kinds = [kind for kind, _ in vectors.sizes]
+    assert kinds.count("own") == 8 and kinds.count("in") == kinds.count("out") == (6 if everywhere else 4)
+    numbers = torch.randn(vectors.count, generator=torch.Generator().manual_seed(4))
+    folded = fork(slim)
+    with torch.no_grad():
+        wanted = TunedRun(slim, vectors, numbers).run(IDS)
+        for name, value in list(vectors.folded(numbers, slim)):
+            set_tensor(folded, name, nn.Parameter(value))
+        assert torch.allclose(folded(IDS), wanted, atol=1e-4)
+        assert not torch.allclose(slim(IDS), wanted, atol=1e-1)
+        assert torch.equal(TunedRun(slim, vectors, torch.zeros(vectors.count)).run(IDS), slim(IDS))
+
+
+def test_a_tuned_model_is_nearer_to_the_dense_one_and_has_its_shapes(slim: fx.GraphModule) -> None:
+    tuned = TunePass(epochs=20)(slim).graph_module
+    assert heldout(tuned, slim) < heldout(slim, slim) * 0.9
+    assert [(n, w.shape) for n, w in weights(tuned)] == [(n, w.shape) for n, w in weights(slim)]
+    assert torch.equal(get_tensor(tuned, "table.weight"), get_tensor(slim, "table.weight"))
+    assert Teacher not in facts_of(tuned) and Verified in facts_of(tuned)
+    note = facts_of(tuned)[Notes].lines[-1]
+    assert re.match(r"tuned: \d+ numbers, 11 samples; divergence from the dense model from 0.0\d+ to", note)
+    assert all(w.grad is None for _, w in weights(tuned))
+
+
+def test_it_never_ends_worse_than_it_began(slim: fx.GraphModule) -> None:
+    tuned = TunePass(rate=50.0, epochs=3)(slim)
+    assert not tuned.modified
+    assert all(torch.equal(get_tensor(slim, name), value) for name, value in weights(tuned.graph_module))
+    assert "nothing was better than no change" in facts_of(tuned.graph_module)[Notes].lines[-1]
+
+
+class Stopped(Exception):
+    """Raised in the middle of a run."""
+
+
+def test_it_goes_on_where_it_stopped(slim: fx.GraphModule, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def stopping(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+        for item in items:
+            if len(seen) == 15:
+                raise Stopped
+            seen.append(item)
+            yield item
+
+    def counting(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+        for item in items:
+            seen.append(item)
+            yield item
+
+    settings: dict[str, Any] = {"epochs": 8, "measurements": 4, "patience": 9}
+    whole = TunePass(**settings)(slim).graph_module
+    with pytest.raises(Stopped):
+        TunePass(**settings, folder=str(tmp_path), track=stopping)(slim)
+    tuned = TunePass(**settings, folder=str(tmp_path), track=counting)(slim).graph_module
+    assert seen == [*range(15), *range(12, 24)]
+    assert all(torch.equal(get_tensor(whole, name), value) for name, value in weights(tuned))
+    seen.clear()
+    TunePass(**settings | {"seed": 1}, folder=str(tmp_path), track=counting)(slim)
+    assert seen == list(range(24)), "another run begins anew"
+    (tmp_path / "tuning.safetensors").write_bytes(b"half a file")
+    seen.clear()
+    TunePass(**settings, folder=str(tmp_path), track=counting)(slim)
+    assert seen == list(range(24))
+
+
+def test_in_place_the_tensors_themselves_change(slim: fx.GraphModule) -> None:
+    """A run in place on a graph that shares its tensors with the model leaves it sharing them."""
+    torch.manual_seed(3)
+    model = Language().eval()
+    dense = fxprune.trace(model, {"ids": IDS[:2]}).graph_module
+    steps = [
+        fxprune.load_pass("calibrate", data=IDS),
+        STEPS_OF(STEPS),
+        "record-teacher",
+        STEPS_OF(CUT),
+        "tune{epochs=8}",
+    ]
+    tuned = fxprune.Pipeline(steps)(dense, inplace=True).graph_module
+    assert torch.equal(model(IDS), tuned(IDS))
+    assert get_tensor(tuned, "blocks.0.b.weight") is model.blocks[0].b.weight  # type: ignore[union-attr]
+
+
+def test_held_out_samples_may_be_given(slim: fx.GraphModule) -> None:
+    made = RecordTeacherPass(samples=5, heldout=IDS[:3], kept=2)
+    teacher = facts_of(made(fork(slim)).graph_module)[Teacher]
+    assert (len(teacher.lessons), len(teacher.heldout)) == (5, 3)
+    assert teacher.lessons[0].classes.shape == (9, 2)
+
+
+@pytest.mark.parametrize("arguments", [{"epochs": 0}, {"rate": -1}, {"batch": 0}, {"patience": 0}, {"everywhere": 1}])
+def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError):
+        TunePass(**arguments)
+
+
+def test_one_sample_cannot_be_learned_from_and_held_out(slim: fx.GraphModule) -> None:
+    with pytest.raises(CalibrationError, match="one sample is too few"):
+        RecordTeacherPass(samples=1)(fork(slim))
+
+
+def test_a_model_without_logits_is_refused() -> None:
+    class Sum(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).sum()
+
+    graph = fxprune.trace(Sum(3, 3), {"x": torch.randn(2, 3)}).graph_module
+    with pytest.raises(PassError, match="no logits"):
+        logits_of(UntouchedRun(graph), {"x": torch.randn(2, 3)})
