@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import fxprune
-import fxprune.export
+import fxprune.export.program
 from fxprune.errors import ExportError, UnknownNameError, VerificationError
 from fxprune.graph.tensors import set_tensor, weights
 from tests.models import FAMILIES, tiny, token_ids
@@ -232,7 +232,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(
 def test_a_program_that_differs_is_not_written(
     suffix: str, llama: fxprune.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = fxprune.export._for_inference
+    prepare = fxprune.export.program._for_inference
 
     def spoiled(graph_module: GraphModule) -> GraphModule:
         work = prepare(graph_module)
@@ -240,7 +240,7 @@ def test_a_program_that_differs_is_not_written(
         set_tensor(work, name, nn.Parameter(tensor * 2))
         return work
 
-    monkeypatch.setattr(fxprune.export, "_for_inference", spoiled)
+    monkeypatch.setattr(fxprune.export.program, "_for_inference", spoiled)
     path = tmp_path / f"slim.{suffix}"
     path.write_text("what was there")
     with pytest.raises(VerificationError, match="the exported program differs from the graph"):

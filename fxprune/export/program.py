@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from torch import fx
 
 from fxprune.data.verification import VerificationInputs, make_inputs
 from fxprune.errors import ExportError, UnknownNameError, VerificationError
+from fxprune.export.files import as_export_error, replacing, require_packages
 from fxprune.graph.compat import is_free, is_impure, size_hint, tree_unflatten
 from fxprune.graph.facts import facts_of
 from fxprune.graph.fork import fork
@@ -85,22 +83,22 @@ def _write_program(graph_module: fx.GraphModule, path: Path, inputs: Inputs, ver
     if verify:
         with torch.no_grad():
             _require_same(graph_module, inputs, output_tensors(program.module()(**inputs)), path)
-    with _replacing(path) as unfinished:
+    with replacing(path) as unfinished:
         torch.export.save(program, unfinished)
 
 
 def _write_onnx(graph_module: fx.GraphModule, path: Path, inputs: Inputs, verify: bool) -> None:
-    _require_packages("onnx", "onnxscript", *(["onnxruntime"] if verify else []))
+    require_packages("onnx", "onnxscript", *(["onnxruntime"] if verify else []))
     program = _program(graph_module, inputs)
     names: dict[str, Any] = {
         "input_names": list(inputs),
         "output_names": _output_names(program),
         "dynamic_shapes": _axis_names(program),
     }
-    with quiet(logging.WARNING), _as_export_error(path):
+    with quiet(logging.WARNING), as_export_error(path):
         model = torch.onnx.export(program, (), dynamo=True, verbose=False, **names)
     assert model is not None
-    with _replacing(path) as unfinished:
+    with replacing(path) as unfinished:
         model.save(unfinished)
         if verify and _has_kernels(graph_module):
             _require_same(graph_module, inputs, _run_onnx(unfinished, inputs), path)
@@ -121,7 +119,7 @@ def _program(graph_module: fx.GraphModule, inputs: Inputs) -> torch.export.Expor
         sizes = [size_hint(size) for size in shape]
         traced[name] = torch.zeros(sizes, dtype=inputs[name].dtype, device=device_of(work))
         dims[name] = {axis: torch.export.Dim.AUTO if is_free(size) else None for axis, size in enumerate(shape)}
-    with quiet(logging.WARNING), _as_export_error():
+    with quiet(logging.WARNING), as_export_error():
         program = torch.export.export(work, (), traced, dynamic_shapes=dims, strict=False)
     program.example_inputs = None
     for node in program.graph.nodes:
@@ -225,34 +223,7 @@ def _run_onnx(path: Path, inputs: Inputs) -> tuple[torch.Tensor, ...]:
     """Run an ONNX model and return its float outputs."""
     import onnxruntime
 
-    with _as_export_error(path):
+    with as_export_error(path):
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         feeds = {entry.name: inputs[entry.name].cpu().numpy() for entry in session.get_inputs()}
         return output_tensors([torch.from_numpy(value) for value in session.run(None, feeds)])
-
-
-def _require_packages(*names: str) -> None:
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(f"ONNX needs {', '.join(missing)}", remedy="pip install 'fxprune[onnx]'")
-
-
-@contextmanager
-def _as_export_error(path: Path | None = None) -> Iterator[None]:
-    """Turn what torch or onnxruntime raise into an error of one line."""
-    try:
-        yield
-    except Exception as error:  # torch and onnxruntime raise errors of many kinds, some of their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        where = path.name if path is not None else ""
-        raise ExportError(f"cannot be exported: {reason}", where=where, remedy="The cause has the details") from error
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to beside ``path``; move what is there into place at the end, unless something raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        yield Path(folder) / path.name
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
-            file.replace(path.parent / file.name)

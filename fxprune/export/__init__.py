@@ -1,0 +1,5 @@
+"""A graph or a model as one file that runs without this package."""
+
+from fxprune.export.program import export_graph
+
+__all__ = ["export_graph"]
