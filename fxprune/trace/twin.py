@@ -45,10 +45,10 @@ def fake_twin(model: nn.Module, mode: FakeTensorMode, own: torch.dtype, dtype: t
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         wanted = dtype if isinstance(tensor, nn.Parameter) and tensor.dtype == own else tensor.dtype
-        return as_parameter(torch.empty(tensor.shape, dtype=wanted, device="cpu"), tensor)
+        with mode:  # around this alone: a plain tensor among the attributes is copied with its storage
+            return as_parameter(torch.empty(tensor.shape, dtype=wanted, device="cpu"), tensor)
 
-    with mode:
-        return _as_traced(_twin(model, fake))
+    return _as_traced(_twin(model, fake))
 
 
 def alias_twin(model: nn.Module) -> nn.Module:
