@@ -1,4 +1,4 @@
-"""What every test starts from: one thread, the same seed, a quiet transformers."""
+"""What every test starts from: one thread, the same seed, a quiet transformers, a memory of exported programs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import torch
 from hypothesis import settings
 from transformers.utils import logging
 
+from tests.exports import remember_exports
+
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 settings.register_profile("house", deadline=None, derandomize=True)
 settings.load_profile("house")
+remember_exports()
 
 
 @pytest.fixture(autouse=True)

@@ -1,25 +1,37 @@
 """One ``torch.export`` a session for each module that is the same: tests trace the same tiny models hundreds of times.
 
 A program depends on the code of a module, on its state and on what it is called with, and only on the shapes of its
-weights, which are fake by then. All of that makes up the key; two modules share a program if nothing in it differs.
-What cannot be written down (a lambda, a class made in a test) is exported as ever, and so is everything in the tests
-of tracing itself. The graph that is made of a program belongs to its caller: lowering only reads programs.
+weights, which are fake by then; and on modes of torch. All of that makes up the key. Two modules share a program if
+nothing in it differs: a function that a test puts in the place of another one is another function here.
+
+What is not known to be the same is exported as ever: code of a page or of one test, whatever has no name that a pickle
+could write, and everything in the tests of tracing itself. The graph that is made of a program belongs to its caller:
+lowering only reads programs, and a program about whose sizes something was found out since is not given again.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import io
 import pickle
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
+
+_LASTING = {*sys.stdlib_module_names, "torch", "transformers", "huggingface_hub", "peft", "fxprune"} - {"__main__"}
+"""The packages whose code stays as it is while tests run, but for what tests patch."""
+
+_CALLED = ("torch", "torch.nn.functional", "torch.utils.checkpoint")
+"""What forwards of all kinds call, beside what is around them and transformers' own helpers."""
 
 _WHENCE = {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version"}
 """Where a model was read from, which no forward asks."""
@@ -31,27 +43,40 @@ class Exports:
     Attributes:
         fresh: whether to export anew, whatever is known.
         made: how many programs were exported, ``found``: how many were known.
+        export: torch's own function.
     """
 
     def __init__(self, export: Callable[..., ExportedProgram]) -> None:
         self.fresh = False
         self.made = self.found = 0
-        self._export = export
-        self._known: dict[bytes, tuple[ExportedProgram, object]] = {}
+        self.export = export
+        self._known: dict[object, tuple[ExportedProgram, object]] = {}
+        self._seen: dict[int, object] = {}
         functools.update_wrapper(self, export)
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> ExportedProgram:
         """The program of a module; of one that is the same where there was one."""
-        key = None if self.fresh or isinstance(module, fx.GraphModule) else key_of(module, args, kwargs)
-        known = self._known.get(key) if key is not None else None
-        if known is not None and sizes_of(known[0]) == known[1]:
+        key = None if self.fresh or isinstance(module, fx.GraphModule) else self.key_of(module, args, kwargs)
+        program, sizes = self._known.get(key, (None, None)) if key is not None else (None, None)
+        if program is not None and sizes_of(program) == sizes:
             self.found += 1
-            return known[0]
+            return _with_constants_of_its_own(program)
         self.made += 1
-        program = self._export(module, *args, **kwargs)
-        if key is not None:
-            self._known[key] = program, sizes_of(program)
-        return program
+        program = self.export(module, *args, **kwargs)
+        if key is None:
+            return program
+        self._known[key] = program, sizes_of(program)
+        return _with_constants_of_its_own(program)
+
+    def key_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        """All that a program depends on; None if something of it may change unseen."""
+        state = digest_of(module, args, kwargs)
+        if state is None:
+            return None
+        digest, classes = state
+        code = list(code_around(classes))
+        self._seen |= {id(value): value for value in code}  # an id stands for its object as long as that is there
+        return digest, modes(), hashlib.sha256(repr([id(value) for value in code]).encode()).digest()
 
 
 def remember_exports() -> Exports:
@@ -64,33 +89,85 @@ def remember_exports() -> Exports:
 def sizes_of(program: ExportedProgram) -> object:
     """What is known about the sizes of a program that vary: a graph that fixes one fixes it for the program."""
     modes = (node.meta["val"].fake_mode for node in program.graph.nodes if isinstance(node.meta.get("val"), FakeTensor))
-    env = next(modes).shape_env
-    return None if env is None else (dict(env.replacements), dict(env.var_to_range), len(env.deferred_runtime_asserts))
+    env = getattr(next(modes, None), "shape_env", None)
+    if env is None:
+        return ()
+    counts = [len(found) for found in (env.guards, env.axioms, env.divisible, env.deferred_runtime_asserts)]
+    return dict(env.replacements), dict(env.var_to_range), counts
 
 
-def key_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes | None:
-    """A digest of all that a program depends on; None if something has no name that a pickle could write."""
-    code = {type(part): getattr(type(part).forward, "__wrapped__", type(part).forward) for part in module.modules()}
-    modes = (
+def modes() -> tuple[object, ...]:
+    """The settings of torch that tracing asks for."""
+    return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_default_dtype(),
+        torch.get_default_device(),
         torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.mha.get_fastpath_enabled(),
+        *(torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()),
+        *(torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled()),
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
     )
-    forwards = [id(function.__code__) for function in code.values() if hasattr(function, "__code__")]
+
+
+def digest_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[bytes, tuple[type | FunctionType, ...]] | None:
+    """A digest of a module with its state and of what it is called with, and the classes and functions in them.
+
+    None if something has no name that a pickle could write, or is code that lasts no longer than a test.
+    """
     written = io.BytesIO()
+    writer = _Writer(written)
     try:
-        _Writer(written).dump((module, args, kwargs, modes, forwards))
-    except (pickle.PicklingError, AttributeError, TypeError):  # what pickle raises for what it cannot write
+        writer.dump((module, args, kwargs))
+    except Exception:  # pickle, and objects asked for their state, refuse with whatever error they like
         return None
-    return hashlib.sha256(written.getvalue()).digest()
+    bases = [base for found in writer.code.values() if isinstance(found, type) for base in found.__mro__]
+    code = tuple({id(found): found for found in (*writer.code.values(), *bases) if found is not object}.values())
+    lasting = all(str(found.__module__).partition(".")[0] in _LASTING for found in code)
+    return (hashlib.sha256(written.getvalue()).digest(), code) if lasting else None
+
+
+def code_around(code: tuple[type | FunctionType, ...]) -> Iterator[object]:
+    """The attributes of classes, and what stands in the modules of classes and functions, and in transformers'."""
+    for found in code:
+        if isinstance(found, type):
+            yield from vars(found).values()
+    helpers = [name for name in sys.modules if name.startswith("transformers.") and ".models." not in name]
+    for name in dict.fromkeys([*(str(found.__module__) for found in code), *_CALLED, *helpers]):
+        for value in list(vars(sys.modules[name]).values()):
+            if isinstance(value, Mapping):
+                yield from (entry for entry in list(value.values()) if callable(entry) or isinstance(entry, tuple))
+            elif callable(value):
+                yield value
+    yield from vars(torch.Tensor).values()
+
+
+def _with_constants_of_its_own(program: ExportedProgram) -> ExportedProgram:
+    """A program whose constants nobody else can write to."""
+    own = copy.copy(program)
+    own._constants = {
+        name: value.clone() if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) else value
+        for name, value in program.constants.items()
+    }
+    return own
 
 
 class _Writer(pickle.Pickler):
-    """Writes modules with their state, fake tensors as shapes, other tensors with their values."""
+    """Writes modules with their state, fake tensors as shapes, other tensors with their values.
+
+    Attributes:
+        code: the classes and functions that it met.
+    """
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5)
+        self.code: dict[int, type | FunctionType] = {}
         self._order: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> Any:
@@ -108,18 +185,16 @@ class _Writer(pickle.Pickler):
             str(obj.device),
             obj.requires_grad,
         )
-        return (
-            told
-            if isinstance(obj, FakeTensor) or obj.is_meta
-            else (*told, obj.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        )
+        if isinstance(obj, FakeTensor) or obj.is_meta:
+            return told
+        return *told, obj.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
     def reducer_override(self, obj: Any) -> Any:
-        """A model and its config without where they were read from."""
-        if isinstance(obj, PreTrainedModel | PreTrainedConfig):
-            return (
-                object.__new__,
-                (type(obj),),
-                {name: value for name, value in vars(obj).items() if name not in _WHENCE},
-            )
+        """Modules and configs with all their state, but where they were read from; classes and functions are noted."""
+        if isinstance(obj, type | FunctionType):
+            self.code[id(obj)] = obj
+        if isinstance(obj, nn.Module | PreTrainedConfig):  # what else their classes write may leave something out
+            self.code[id(type(obj))] = type(obj)
+            state = {name: value for name, value in vars(obj).items() if name not in _WHENCE}
+            return object.__new__, (type(obj),), state
         return NotImplemented
