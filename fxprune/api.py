@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from fxprune.discovery.groups import DEFAULT_KINDS, as_kinds
-from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
+from fxprune.data.text import check_tokenizer
+from fxprune.discovery.groups import as_kinds
 from fxprune.graph.facts import facts_of
 from fxprune.graph.source import Source, put_back
 from fxprune.pipeline.arguments import as_seed, flag, refuse
 from fxprune.pipeline.contract import Pass
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.progress import Track, check_track, no_progress
-from fxprune.pipeline.registry import load_pass, parse_pass, pass_names
-from fxprune.pipeline.spelling import read_spelling
+from fxprune.pipeline.registry import load_pass
+from fxprune.recipes import Making, Recipe, Wishes, as_recipe, compose
+from fxprune.recipes.choices import NONE, kept_scores, needs_no_data, said, stage_passes, unless, with_order
 from fxprune.removal.plan import Plan
 from fxprune.removal.scores import Scores
 from fxprune.result import Result
@@ -28,28 +30,31 @@ __all__ = ["Result", "apply", "prune", "prune_pipeline"]
 _LITTLE_MEMORY = 0.1
 """In place, memory matters more than time: sums of gradients take a tenth of the bytes of the weights."""
 
-_WORDS = {"compensate": "compensation", "select": "selection"}
-"""What a stage is called in messages, where not by its own name."""
+_DEFAULT, _PUBLISHED = "balanced", "llm-pruner"
+"""The recipe of a call that leaves the choice, and of one that names an importance."""
 
 
 def prune(
     model: nn.Module,
     calibration: Any = None,
     *,
-    ratio: float | Mapping[str, float] = 0.2,
-    kinds: str | Sequence[str] = DEFAULT_KINDS,
-    importance: str | Pass = "taylor",
+    recipe: str | Recipe | os.PathLike[str] | None = None,
+    ratio: float | Mapping[str, float] | None = None,
+    kinds: str | Sequence[str] | None = None,
+    importance: str | Pass | None = None,
     taylor: str | None = None,
     scores: Scores | str | os.PathLike[str] | None = None,
-    reduction: str = "sum",
-    ranking: str = "local",
+    reduction: str | None = None,
+    ranking: str | None = None,
     group_ratio: float | Mapping[str, float] | None = None,
-    protect: tuple[int, int] | tuple[()] | None = None,
+    protect: tuple[float, float] | tuple[()] | None = None,
     round_to: int | Mapping[str, int] = 1,
     uniform: bool = False,
     tensor_parallel: int = 1,
     select: str | Pass | None = None,
     compensate: str | Pass | None = None,
+    tune: str | Pass | None = None,
+    tokenizer: Any = None,
     seed: int = 0,
     verify: bool = True,
     inplace: bool = False,
@@ -58,29 +63,40 @@ def prune(
 ) -> Result:
     """Remove the least important structures of ``model``, which stays as it is: run :func:`prune_pipeline` on it.
 
+    What is left out, or None, is as the recipe says.
+
     Args:
         model: a Hugging Face model, or any module that ``torch.export`` can trace.
-        calibration: token ids ``(samples, tokens)``, a list of tokenised dicts, a DataLoader, or None for criteria
-            that need no data.
-        ratio: fraction of the parameters that goes, in [0, 1); reached within half a percentage point. By kind, as in
-            ``{"mlp": 0.3, "head": 0.1}``: the fraction of the parameters in structures of that kind.
+        calibration: token ids ``(samples, tokens)``, a list of tokenised dicts, a DataLoader; or None for built-in text
+            where there is a tokenizer, else for criteria that need no data.
+        recipe: ``balanced``, ``fast``, ``best`` or ``llm-pruner``, as ``fxprune recipes`` lists them; a file with one;
+            or a pipeline in text. None: ``balanced``, but where an importance is named ``llm-pruner``, the paper as
+            published, which adds nothing to what the other arguments say.
+        ratio: fraction of the parameters that goes, in [0, 1), 0.2 by default; reached within half a percentage point.
+            By kind, as in ``{"mlp": 0.3, "head": 0.1}``: the fraction of the parameters in structures of that kind.
         kinds: what may go: ``mlp``, ``head``, ``channel``, ``head_dim``, ``expert``, ``layer``; or a ratio by kind.
         importance: ``taylor``, ``l1``, ``l2``, ``random`` or another registered importance pass, with arguments of its
-            own as in ``"taylor{order=second}"``; or a pass.
+            own as in ``"taylor{order=second}"``; or a pass. One that needs no samples, where there are none, fits
+            nothing either.
         taylor: ``vector``, ``first``, ``second`` or ``mix``; the same as ``importance="taylor{order=...}"``.
         scores: kept from an earlier run, or the path of a file with such; they take the place of ``importance``.
         reduction: how members of a group are combined: ``sum``, ``prod``, ``max``, ``mean``, ``first``, ``last``.
         ranking: ``local``: the same fraction in every group; ``global``: the lowest scores anywhere.
         group_ratio: the paper's ratio, a fraction of the units of every group; takes the place of ``ratio``.
-        protect: layers kept whole at the front and the end; None: 4 and 2 of 32 as in the paper, scaled; ``()``: none.
+        protect: layers kept whole at the front and the end, or fractions of the depth; ``()``: none. The paper's are
+            4 and 2 of 32, scaled.
         round_to: slim widths are multiples of this. By kind, as in ``{"mlp": 64, "head": 2}``, it counts units.
         uniform: the same widths in every layer, and such that the model's own config class takes them: the checkpoint
             then loads in stock transformers, and in whatever reads its format. ``protect`` must be empty or None.
         tensor_parallel: devices that share each layer: MLP channels and heads of one that shrinks are multiples of it.
         select: a registered selection pass, or a pass, in place of what ``ratio`` or ``group_ratio`` stands for.
         compensate: ``least-squares``, perhaps with arguments: weights that lost inputs are fitted to what the dense
-            model computes on the calibration data; or a pass. None leaves every kept number as it is.
-        seed: for ``random`` importance and the verification inputs.
+            model computes on the calibration data; or a pass. ``"none"`` leaves every kept number as it is.
+        tune: ``tune``, perhaps with arguments as in ``"tune{epochs=2}"``: a few vectors are learned end to end on the
+            slim model; or a pass. ``"none"``: no tuning.
+        tokenizer: the model's own: it turns built-in text into calibration samples where none are given, and into
+            held-out text of another kind for tuning to stop by.
+        seed: for ``random`` importance, the verification inputs and the order of samples in tuning.
         verify: check that masking equals shrinking, and that the emitted model equals the graph.
         inplace: free each dense tensor as its slim one is made; ``model`` then *becomes* the slim model.
         example_inputs: keyword inputs for modules that are not Hugging Face models.
@@ -99,6 +115,8 @@ def apply(
     calibration: Any = None,
     *,
     compensate: str | Pass | None = None,
+    tune: str | Pass | None = None,
+    tokenizer: Any = None,
     verify: bool = True,
     inplace: bool = False,
     example_inputs: Mapping[str, Any] | None = None,
@@ -108,8 +126,10 @@ def apply(
     Args:
         model: the model the plan was made for, or one of the same shape.
         plan: from an earlier result or :meth:`Plan.from_json`.
-        calibration: as for :func:`prune`; for ``compensate`` alone.
-        compensate: as for :func:`prune`.
+        calibration: as for :func:`prune`; for ``compensate`` and ``tune`` alone.
+        compensate: as for :func:`prune`; None leaves every kept number as it is.
+        tune: as for :func:`prune`; None for no tuning.
+        tokenizer: as for :func:`prune`.
         verify: as for :func:`prune`.
         inplace: as for :func:`prune`.
         example_inputs: as for :func:`prune`.
@@ -119,8 +139,11 @@ def apply(
     """
     pipeline = prune_pipeline(
         calibration,
+        recipe=_PUBLISHED,
         plan=_plan(plan),
         compensate=compensate,
+        tune=tune,
+        tokenizer=tokenizer,
         verify=verify,
         inplace=inplace,
     )
@@ -143,20 +166,23 @@ def _run(pipeline: Pipeline, model: nn.Module, example_inputs: Mapping[str, Any]
 def prune_pipeline(
     calibration: Any = None,
     *,
-    ratio: float | Mapping[str, float] = 0.2,
-    kinds: str | Sequence[str] = DEFAULT_KINDS,
-    importance: str | Pass = "taylor",
+    recipe: str | Recipe | os.PathLike[str] | None = None,
+    ratio: float | Mapping[str, float] | None = None,
+    kinds: str | Sequence[str] | None = None,
+    importance: str | Pass | None = None,
     taylor: str | None = None,
     scores: Scores | str | os.PathLike[str] | None = None,
-    reduction: str = "sum",
-    ranking: str = "local",
+    reduction: str | None = None,
+    ranking: str | None = None,
     group_ratio: float | Mapping[str, float] | None = None,
-    protect: tuple[int, int] | tuple[()] | None = None,
+    protect: tuple[float, float] | tuple[()] | None = None,
     round_to: int | Mapping[str, int] = 1,
     uniform: bool = False,
     tensor_parallel: int = 1,
     select: str | Pass | None = None,
     compensate: str | Pass | None = None,
+    tune: str | Pass | None = None,
+    tokenizer: Any = None,
     seed: int = 0,
     verify: bool = True,
     inplace: bool = False,
@@ -171,34 +197,42 @@ def prune_pipeline(
     Args:
         plan: the decision of an earlier run, in place of importance and selection: what :func:`apply` runs.
     """
-    verify, inplace, track = flag("verify", verify), flag("inplace", inplace), _track(track)
+    flags = {"verify": flag("verify", verify), "inplace": flag("inplace", inplace), "uniform": flag("uniform", uniform)}
+    check_tokenizer(tokenizer)
+    importance = with_order("taylor", importance, taylor)
+    free = calibration is None and (plan is not None or scores is not None or needs_no_data(importance))
+    paper = importance is not None or plan is not None or free
+    chosen = as_recipe((_PUBLISHED if paper else _DEFAULT) if recipe is None else recipe)
+    shared = said({"seed": as_seed("seed", seed) or None, "track": None if track is None else _track(track)})
     kinds, wanted = _wanted(kinds, ratio, group_ratio)
-    shared = {"kinds": kinds, "reduction": reduction, "seed": as_seed("seed", seed), "track": track}
-    widths = {"ranking": ranking, "protect": protect, "round_to": round_to, "uniform": uniform}
-    widths |= {"tensor_parallel": tensor_parallel}
-    by = "select-by-ratio" if group_ratio is None else "select-by-group-ratio"
-    scoring = {"memory": _LITTLE_MEMORY} if inplace else {}
-    importance = _with_order("taylor", importance, taylor) if scores is None else _kept("load-scores", scores)
+    widths = {"ranking": ranking, "protect": protect, "round_to": unless(1, round_to)}
+    widths |= {"tensor_parallel": unless(1, tensor_parallel), **wanted}
+    widths |= {"uniform": True, "protect": () if protect is None else protect} if flags["uniform"] else {}
+    options = {
+        "": shared,
+        "importance": said({"kinds": kinds, "reduction": reduction, "memory": _LITTLE_MEMORY if inplace else None}),
+        "select": said({"kinds": kinds, **widths}),
+        "tune": said({"tokenizer": tokenizer}),
+    }
+    choices: dict[str, str | Pass | None] = {
+        "importance": importance if scores is None else kept_scores("load-scores", scores),
+        "select": select if select is not None or group_ratio is None else "select-by-group-ratio",
+        "compensate": compensate,
+        "tune": tune,
+    }
+    places: dict[str, Making] = {
+        stage: partial(stage_passes, choice, stage, {**shared, **options.get(stage, {})})
+        for stage, choice in choices.items()
+        if choice is not None
+    }
     if plan is not None:
-        decide = [load_pass("plan-from-json", text=_plan(plan).to_json())]
-    else:
-        decide = [
-            _stage(importance, "importance", **shared, **scoring),
-            _stage(by if select is None else select, "select", **shared, **widths, **wanted),
-        ]
-    return Pipeline(
-        [
-            *([] if calibration is None else [load_pass("calibrate", data=calibration)]),
-            "find-groups",
-            *decide,
-            "count-work",
-            *([] if compensate is None else [_stage(compensate, "compensate", **shared)]),
-            load_pass("make-verification-inputs", seed=seed),
-            *(["record-expected", "shrink", "verify-removal"] if verify else ["shrink"]),
-            "emit-model",
-            "make-report",
-        ]
-    )
+        carried = load_pass("plan-from-json", text=_plan(plan).to_json())
+        places |= {"importance": lambda _: (), "select": lambda _: (carried,)}
+    asked = any(choice not in (None, NONE) for choice in (compensate, tune))
+    own = None if free and not asked else tokenizer
+    reads = calibration is not None or own is not None
+    samples = load_pass("calibrate", data=calibration, tokenizer=own) if reads else None
+    return Pipeline(compose(chosen, Wishes(places, options, samples, free, flags["verify"])))
 
 
 def _track(track: Track | None) -> Track:
@@ -215,46 +249,11 @@ def _plan(plan: Any) -> Plan:
     raise refuse("plan", plan, "a Plan, as in fxprune.Plan.from_json(text)")
 
 
-def _wanted(kinds: Any, ratio: Any, group_ratio: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Return the kinds that may go, and what is wanted of them; a ratio by kind says which they are."""
+def _wanted(kinds: Any, ratio: Any, group_ratio: Any) -> tuple[tuple[str, ...] | None, dict[str, Any]]:
+    """Return the kinds that may go, None for those of the recipe, and what is wanted of them.
+
+    A ratio by kind says which they are.
+    """
     asked = ratio if group_ratio is None else group_ratio
     named = tuple(asked) or kinds if isinstance(asked, Mapping) else kinds
-    return as_kinds(named), {"ratio" if group_ratio is None else "group_ratio": asked}
-
-
-def _kept(name: str, scores: Scores | str | os.PathLike[str]) -> Pass:
-    """Return the pass ``name``, which takes scores, or a file of them."""
-    return load_pass(name, scores=scores) if isinstance(scores, Scores) else load_pass(name, file=scores)
-
-
-def _with_order(name: str, importance: str | Pass, order: str | None) -> str | Pass:
-    """Return the spelling of the importance ``name`` with an order, unless another importance is asked for."""
-    if order is None:
-        return importance
-    spelled = f"{name}{{order={order}}}"
-    if importance == name:
-        return spelled
-    raise FxpruneError(
-        f"{name}={order!r} beside importance={str(importance)!r}",
-        where=name,
-        remedy=f"Leave one of them out; importance={spelled!r} says both",
-    )
-
-
-def _stage(choice: str | Pass, stage: str, **defaults: Any) -> Pass:
-    """Return the pass, or the one of ``stage`` spelled so; ``defaults`` fill in what the spelling leaves open."""
-    known = pass_names(stage)
-    if isinstance(choice, Pass):
-        if choice.stage in ("", stage):
-            return choice
-        raise ArgumentError(
-            f"{stage} is the pass {choice.name}, of the stage {choice.stage!r}",
-            where=stage,
-            remedy=f"Pass one of {', '.join(known)}, or a pass of your own of the stage {stage!r}",
-        )
-    if not isinstance(choice, str):
-        raise refuse(stage, choice, f"one of {', '.join(known)}, or a pass, as in fxprune.load_pass({known[0]!r})")
-    name = read_spelling(choice)[0]
-    if name not in known:
-        raise UnknownNameError(_WORDS.get(stage, stage), name, known)
-    return parse_pass(choice, **defaults)
+    return None if named is None else as_kinds(named), {"ratio" if group_ratio is None else "group_ratio": asked}

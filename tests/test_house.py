@@ -40,12 +40,13 @@ ROOMS = (
     "recovery",
     "export",
     "result",
+    "recipes",
     "api",
     "cli",
 )
 """The rooms of the framework from bottom to top. A module imports from its own room and from those before it."""
 
-FACE = {"", "result", "api", "cli"}
+FACE = {"", "result", "recipes", "api", "cli"}
 """What the suite does not know."""
 
 LONGEST_FUNCTION = 60

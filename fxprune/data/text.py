@@ -13,8 +13,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fxprune.errors import DataError
+from fxprune.pipeline.arguments import refuse
 
 __all__ = [
+    "check_tokenizer",
     "offline_docstrings",
     "offline_text",
     "paragraphs",
@@ -136,6 +138,16 @@ def split_calibration_heldout(text: str, calibration: float = 0.5) -> tuple[str,
             "give a longer text, with blank lines between its paragraphs"
         )
     return _join(front), _join(rest)
+
+
+def check_tokenizer(value: Any) -> None:
+    """Refuse what turns no text into token ids; None stands for no tokenizer.
+
+    Raises:
+        ArgumentError: it cannot be called with a text.
+    """
+    if value is not None and (isinstance(value, type) or not callable(value)):
+        raise refuse("tokenizer", value, "a tokenizer of transformers, as AutoTokenizer.from_pretrained gives")
 
 
 def token_windows(

@@ -1,5 +1,6 @@
 """Compensation: what stays is adjusted to what went."""
 
 from .least_squares import LeastSquaresPass
+from .rotation import RotationPass
 
-__all__ = ["LeastSquaresPass"]
+__all__ = ["LeastSquaresPass", "RotationPass"]

@@ -13,15 +13,16 @@ import torch
 from torch import fx
 from torch.func import functional_call
 
-from fxprune.data.calibration import Calibration, Sample, computing, next_token_loss, require_logits
+from fxprune.data.calibration import Calibration, Sample, computing, next_token_loss, require_logits, spread
 from fxprune.discovery.groups import Groups
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Fact, Runnable, facts_of
 from fxprune.graph.tensors import name_of_nonfinite, require_weights, weights
 from fxprune.masking.masked_run import output_tensors
-from fxprune.pipeline.arguments import number, one_of
+from fxprune.pipeline.arguments import number, one_of, whole_number
 from fxprune.pipeline.progress import Track, check_track, no_progress
 from fxprune.rules.aliasing import written_sources
+from fxprune.trace.fidelity import require_gradients
 
 from .base import ImportancePass, axis_sums
 
@@ -53,6 +54,7 @@ class TaylorImportancePass(ImportancePass):
         order: one of :data:`ORDERS`.
         memory: bytes for sums of gradients, as a fraction of the bytes of all weights. Less memory, more sweeps.
             ``mix`` keeps two float32 numbers for each weight, so 0.6 takes four sweeps of a float32 model.
+        samples: calibration samples to take, evenly spread; None for all.
         track: shows progress, as ``track(items, what, total)``.
     """
 
@@ -61,6 +63,7 @@ class TaylorImportancePass(ImportancePass):
 
     order: str = "mix"
     memory: float = 0.6
+    samples: int | None = None
     track: Track = field(default=no_progress, metadata={"spelled": False})
 
     def __post_init__(self) -> None:
@@ -68,19 +71,22 @@ class TaylorImportancePass(ImportancePass):
         super().__post_init__()
         one_of("taylor order", self.order, ORDERS)
         object.__setattr__(self, "memory", number("memory", self.memory, above=0))
+        if self.samples is not None:
+            object.__setattr__(self, "samples", whole_number("samples", self.samples, least=1))
         check_track(self.track)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raise unless there are calibration samples and real weights."""
+        """Raise unless there are calibration samples, real weights and the gradients of the module."""
         super().requires(graph_module)
         require_weights(graph_module, self.name)
+        require_gradients(graph_module, self.name)
 
     def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
         """Slice scores of every wanted axis."""
         axes: dict[str, list[int]] = {}
         for name, axis in wanted:
             axes.setdefault(name, []).append(axis)
-        samples = facts_of(graph_module)[Calibration].samples
+        samples = spread(facts_of(graph_module)[Calibration].samples, self.samples)
         chunks = list(self._chunks(graph_module, axes))
         found: Positions = {}
         written = written_sources(graph_module.graph)

@@ -7,14 +7,20 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from fxprune.data.calibration import Calibration
+from fxprune.data.calibration import Calibration, spread
 from fxprune.data.samples import check_kind, read_calibration, read_rows
+from fxprune.data.text import check_tokenizer, offline_text, token_windows
 from fxprune.errors import CalibrationError
-from fxprune.graph.facts import Change, facts_of
-from fxprune.pipeline.arguments import as_path
+from fxprune.graph.facts import Change, add_note, facts_of
+from fxprune.pipeline.arguments import as_path, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
 
 __all__ = ["CalibratePass"]
+
+_BUILT_IN = (
+    "calibrated on built-in text, the documentation of Python, for want of other samples; some hundred samples of text "
+    "like what the model is to be used on, passed as calibration, do better"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +31,10 @@ class CalibratePass(Pass):
         data: token ids ``(samples, tokens)``, a list of tokenised dicts, or a DataLoader.
         file: in place of ``data``, a file of JSON lines, each with ``input_ids`` and perhaps ``attention_mask`` and
             ``labels``.
+        tokenizer: where there is neither, turns the built-in text, documentation of Python, into samples. It is English
+            prose of one kind; text like what the model is to be used on does better.
+        tokens: of a sample of the built-in text.
+        samples: how many to take, evenly spread; None for all.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -34,6 +44,16 @@ class CalibratePass(Pass):
 
     data: Any = field(default=None, metadata={"spelled": False})
     file: str = ""
+    tokenizer: Any = field(default=None, metadata={"spelled": False})
+    tokens: int = 128
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that make no sense, and what turns no text into ids."""
+        object.__setattr__(self, "tokens", whole_number("tokens", self.tokens, least=2))
+        if self.samples is not None:
+            object.__setattr__(self, "samples", whole_number("samples", self.samples, least=1))
+        check_tokenizer(self.tokenizer)
 
     def check_arguments(self) -> None:
         """Raise where there is nothing to read.
@@ -43,12 +63,14 @@ class CalibratePass(Pass):
         """
         if self.data is not None:
             check_kind(self.data)
-        elif not self.file:
-            raise CalibrationError(
-                "no data", where=f"pass {self.name}", remedy="Pass data, or file with the path of JSON lines"
-            )
-        else:
+        elif self.file:
             as_path("file", self.file)
+        elif self.tokenizer is None:
+            raise CalibrationError(
+                "no data",
+                where=f"pass {self.name}",
+                remedy="Pass data, file with the path of JSON lines, or a tokenizer for the built-in text",
+            )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Put down the samples.
@@ -56,6 +78,10 @@ class CalibratePass(Pass):
         Raises:
             CalibrationError: there are none, or they do not fit the model.
         """
-        data = self.data if self.data is not None else read_rows(self.file)
-        facts_of(graph_module).put(Calibration(read_calibration(data, graph_module)))
+        if self.data is not None or self.file:
+            data = self.data if self.data is not None else read_rows(self.file)
+        else:
+            data = token_windows(self.tokenizer, offline_text(), self.tokens)
+            add_note(graph_module, _BUILT_IN)
+        facts_of(graph_module).put(Calibration(spread(read_calibration(data, graph_module), self.samples)))
         return PassResult(graph_module, False)

@@ -68,7 +68,7 @@ class SelectPass(Pass):
         ranking: ``local``: the same fraction in every group; ``global``: the lowest scores anywhere, normalised
             within groups of the same kind.
         protect: number of blocks kept whole at the front and at the end; None for the paper's 4 and 2 of 32, scaled
-            to the depth; ``()`` for none.
+            to the depth; ``()`` for none. Fractions, as in ``(0.07, 0.04)``, are of the depth.
         round_to: widths of parameters stay multiples of this where they shrink; the number of experts is no width.
             Numbers by kind, as in ``{"mlp": 64, "head": 2}``, count units of that kind.
         tensor_parallel: devices that are to share each layer: MLP channels, query heads and key/value heads of each
@@ -78,7 +78,7 @@ class SelectPass(Pass):
 
     kinds: tuple[str, ...] = DEFAULT_KINDS
     ranking: str = "local"
-    protect: tuple[int, int] | tuple[()] | None = None
+    protect: tuple[float, float] | tuple[()] | None = None
     round_to: int | tuple[tuple[str, int], ...] = 1
     uniform: bool = False
     tensor_parallel: int = 1
@@ -149,13 +149,16 @@ class SelectPass(Pass):
         """Return a choice for each slot."""
 
 
-def _protect(value: Any) -> tuple[int, ...]:
-    """Return how many blocks stay whole at the front and at the end; nothing for none.
+def _protect(value: Any) -> tuple[float, ...]:
+    """Return how many blocks, or what fractions of them, stay whole at the front and at the end; nothing for none.
 
     Raises:
         ArgumentError: it is neither.
     """
-    wanted = "(first, last) with the numbers of layers kept whole, () for none, or None"
+    wanted = "(first, last) with the numbers of layers kept whole or fractions of them, () for none, or None"
+    parts = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(part, float | int) for part in value)
+    if parts and any(0 < part < 1 for part in value) and all(0 <= part < 1 for part in value):
+        return tuple(map(float, value))
     found = numbers("protect", value, wanted)
     if len(found) not in (0, 2):
         raise refuse("protect", value, wanted)

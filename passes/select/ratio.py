@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
+from fxprune.discovery.groups import as_kinds
 from fxprune.errors import RatioError
 from fxprune.pipeline.arguments import number
 from fxprune.removal.plan import Plan
@@ -21,6 +22,10 @@ __all__ = ["SelectByRatioPass"]
 _FAR = 0.05
 """How much less than the ratio may go where only some widths are allowed."""
 
+_ENOUGH = 0.75
+"""The most of the units of the kinds that come first that may go before the others shrink too: what is left of a layer
+that loses more does little, and a few heads are then the smaller loss."""
+
 
 @dataclass(frozen=True, eq=False)
 class SelectByRatioPass(SelectPass):
@@ -32,16 +37,20 @@ class SelectByRatioPass(SelectPass):
     Args:
         ratio: fraction of all parameters, in [0, 1). By kind, as in ``{"mlp": 0.3, "head": 0.1}``: the fraction of the
             parameters in structures of that kind, in all layers together; these are then the kinds that shrink.
+        first: kinds that shrink alone, as long as no more than three quarters of their units have to go; past that, and
+            in models without any, all ``kinds`` shrink.
     """
 
     name: ClassVar[str] = "select-by-ratio"
     ratio: float | tuple[tuple[str, float], ...] = 0.2
+    first: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse a ratio outside [0, 1)."""
         value = read_by_kind("ratio", self.ratio, partial(number, least=0, below=1, error=RatioError))
         object.__setattr__(self, "ratio", value)
         object.__setattr__(self, "kinds", as_pairs(value) or self.kinds)
+        object.__setattr__(self, "first", as_kinds(self.first) if self.first != () else ())
         super().__post_init__()
 
     @property
@@ -56,14 +65,23 @@ class SelectByRatioPass(SelectPass):
             RatioError: even with one unit left in every group, less than the ratio goes.
         """
         if not isinstance(self.ratio, tuple):
-            return self._choose(selection, self.ratio, selection.budget.total)
+            total = selection.budget.total
+            first = _places(selection, self.first)
+            if first and Solver(_part(selection, first), self.ratio * total).fraction({}) <= _ENOUGH:
+                return self._of_part(selection, first, [(0, 0)] * len(selection.slots), self.ratio, total)
+            return self._choose(selection, self.ratio, total)
         decided = [(0, 0)] * len(selection.slots)
         for kind, ratio in self.ratio:
-            places = [place for place, slot in enumerate(selection.slots) if slot.kind == kind]
-            choices = self._choose(_part(selection, places, decided), ratio, selection.sizes.get(kind, 0.0))
-            for place, choice in zip(places, choices, strict=True):
-                decided[place] = choice
+            whole = selection.sizes.get(kind, 0.0)
+            decided = self._of_part(selection, _places(selection, (kind,)), decided, ratio, whole)
         return decided
+
+    def _of_part(
+        self, selection: Selection, places: Sequence[int], decided: Sequence[Choice], ratio: float, whole: float
+    ) -> list[Choice]:
+        """What is ``decided``, and for the slots at ``places`` what removes the fraction ``ratio`` of ``whole``."""
+        choices = dict(zip(places, self._choose(_part(selection, places, decided), ratio, whole), strict=True))
+        return [choices.get(place, choice) for place, choice in enumerate(decided)]
 
     def _choose(self, selection: Selection, ratio: float, whole: float) -> list[Choice]:
         """Choices that remove the fraction ``ratio`` of ``whole`` parameters."""
@@ -94,7 +112,11 @@ class SelectByRatioPass(SelectPass):
         return choices
 
 
-def _part(selection: Selection, places: Sequence[int], decided: Sequence[Choice]) -> Selection:
+def _places(selection: Selection, kinds: Sequence[str]) -> list[int]:
+    return [place for place, slot in enumerate(selection.slots) if slot.kind in kinds]
+
+
+def _part(selection: Selection, places: Sequence[int], decided: Sequence[Choice] = ()) -> Selection:
     """The selection of some slots alone, the others being ``decided``."""
 
     def plan_for(choices: Sequence[Choice]) -> Plan:

@@ -108,9 +108,10 @@ def default_protect(depth: int) -> tuple[int, int]:
     return round(depth * 4 / 32), round(depth * 2 / 32)
 
 
-def protected_blocks(blocks: Sequence[str], protect: tuple[int, int] | tuple[()] | None) -> frozenset[str]:
-    """The blocks that stay whole: ``protect`` of them at the front and at the end."""
-    front, back = default_protect(len(blocks)) if protect is None else protect or (0, 0)
+def protected_blocks(blocks: Sequence[str], protect: tuple[float, float] | tuple[()] | None) -> frozenset[str]:
+    """The blocks that stay whole: ``protect`` of them at the front and at the end; of one below 1 that fraction."""
+    wanted = default_protect(len(blocks)) if protect is None else protect or (0, 0)
+    front, back = (int(part) if part >= 1 else round(part * len(blocks)) for part in wanted)
     return frozenset((*blocks[:front], *blocks[max(len(blocks) - back, 0) :]))
 
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxprune.data.calibration import Calibration, Sample, spread
 from fxprune.data.samples import check_kind, read_calibration
-from fxprune.data.text import offline_docstrings, token_windows
+from fxprune.data.text import check_tokenizer, offline_docstrings, token_windows
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Change, Fact, Runnable, facts_of
 from fxprune.graph.tensors import require_weights
@@ -65,6 +65,7 @@ class RecordTeacherPass(Pass):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
         if self.heldout is not None:
             check_kind(self.heldout)
+        check_tokenizer(self.tokenizer)
         check_track(self.track)
 
     def requires(self, graph_module: fx.GraphModule) -> None:

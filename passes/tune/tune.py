@@ -15,7 +15,7 @@ from fxprune.graph.facts import Change, Fact, Runnable, Shaped, add_note, facts_
 from fxprune.graph.source import Source
 from fxprune.graph.tensors import as_parameter, device_of, get_tensor, require_weights, set_tensor
 from fxprune.masking.compare import Verified
-from fxprune.pipeline.arguments import as_seed, flag, number, whole_number
+from fxprune.pipeline.arguments import as_path, as_seed, flag, number, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.pipeline.progress import Track, check_track, no_progress
 from fxprune.removal.removal import Removed
@@ -79,6 +79,8 @@ class TunePass(Pass):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
         object.__setattr__(self, "everywhere", flag("everywhere", self.everywhere))
         object.__setattr__(self, "seed", as_seed("seed", self.seed))
+        if self.folder != "":
+            object.__setattr__(self, "folder", as_path("folder", self.folder))
         check_track(self.track)
 
     def requires(self, graph_module: fx.GraphModule) -> None:

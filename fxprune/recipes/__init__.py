@@ -1,0 +1,6 @@
+"""Recipes: whole prunes as text, and what becomes of one where arguments say otherwise."""
+
+from fxprune.recipes.compose import Making, Wishes, compose
+from fxprune.recipes.recipe import Recipe, as_recipe, read_recipe, recipe_names
+
+__all__ = ["Making", "Recipe", "Wishes", "as_recipe", "compose", "read_recipe", "recipe_names"]

@@ -1,0 +1,123 @@
+"""What compensation passes share: the dense and the masked graph side by side, one weight fitted after the other."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from fxprune.data.calibration import Calibration, spread, stacked
+from fxprune.discovery.dependency import Dependencies
+from fxprune.errors import CalibrationError
+from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
+from fxprune.graph.source import Source
+from fxprune.graph.tensors import as_parameter, get_tensor, require_weights, set_tensor
+from fxprune.masking.compare import Expected
+from fxprune.masking.side_by_side import SideBySide
+from fxprune.pipeline.arguments import flag, whole_number
+from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.pipeline.progress import Track, check_track, no_progress
+from fxprune.removal.removal import Removal
+from fxprune.removal.scores import Scores
+
+from .sites import Site, find_sites, targets
+
+__all__ = ["FitPass", "pairs"]
+
+
+@dataclass(frozen=True, eq=False)
+class FitPass(Pass):
+    """Fits weights that lost inputs, in order of execution, to what the dense graph computes.
+
+    Weights before a fitted one are fitted already, so it makes up for what they could not.
+
+    Args:
+        samples: calibration samples to take, evenly spread; None for all.
+        batch: samples that run at once.
+        stream: fit those weights too that lost no inputs, where what they give is added to a value that changed, such
+            as the projections of attention behind a feed-forward network that shrank.
+        track: shows progress, as ``track(items, what, total)``.
+    """
+
+    stage: ClassVar[str] = "compensate"
+    writes: ClassVar[bool] = False
+    changes: ClassVar[Change] = "weights"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Removal, Calibration, Runnable)
+    drops: ClassVar[tuple[type[Fact], ...]] = (Scores, Expected)
+
+    samples: int | None = None
+    batch: int = 16
+    stream: bool = False
+    track: Track = field(default=no_progress, metadata={"spelled": False})
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that make no sense."""
+        for name in ("batch", *(["samples"] if self.samples is not None else [])):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
+        object.__setattr__(self, "stream", flag("stream", self.stream))
+        check_track(self.track)
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Raise unless there are calibration samples and real weights."""
+        super().requires(graph_module)
+        require_weights(graph_module, self.name)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Fit one weight after the other.
+
+        Raises:
+            CalibrationError: an activation is not finite.
+        """
+        facts = facts_of(graph_module)
+        removal = facts[Removal]
+        sites = {site.product.node: site for site in find_sites(graph_module, removal, self.stream)}
+        if not sites:
+            return PassResult(graph_module, False)
+        samples = spread(facts[Calibration].samples, self.samples)
+        batches = list(stacked(samples, graph_module, self.batch))
+        run = SideBySide(graph_module, removal.axes, removal.keep, removal.removed_blocks, batches)
+        with torch.no_grad():
+            wanted = (sites[node] for node in run if node in sites)
+            # the range comes first, so that the graph is not run on after the last weight
+            for _, site in zip(range(len(sites)), self.track(wanted, self.name, len(sites)), strict=False):
+                for node, value in self.fitted(graph_module, site, run).items():
+                    _put(graph_module, str(node.target), value)
+                    run.read_again(node)
+        add_note(graph_module, f"{len(sites)} weights were fitted by {self.name}")
+        return PassResult(graph_module, True)
+
+    @abstractmethod
+    def fitted(self, graph_module: fx.GraphModule, site: Site, run: SideBySide) -> Mapping[fx.Node, torch.Tensor]:
+        """Return the whole weight of ``site``, its kept inputs fitted, by what reads it; and its bias, where it moves.
+
+        Raises:
+            CalibrationError: an activation is not finite.
+        """
+
+
+def pairs(site: Site, run: SideBySide) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield for each batch the kept inputs ``(tokens, in)`` in the masked graph and what is wanted ``(tokens, out)``.
+
+    Raises:
+        CalibrationError: one of them is not finite.
+    """
+    for (_, x), y in zip(run.values(site.product.source), targets(site, run), strict=True):
+        X = x[..., site.kept].flatten(0, -2)
+        if not (X.isfinite().all() and y.isfinite().all()):
+            raise CalibrationError(
+                "its inputs or outputs are not finite", where=site.name, remedy="Check the weights and the samples"
+            )
+        yield X, y
+
+
+def _put(graph_module: fx.GraphModule, name: str, value: torch.Tensor) -> None:
+    """Write into the tensor itself where the model holds it too and is to change, else into a new one."""
+    old, source = get_tensor(graph_module, name), facts_of(graph_module).get(Source)
+    if source is not None and source.shares:
+        old.copy_(value)
+    else:
+        set_tensor(graph_module, name, as_parameter(value.to(old.dtype).contiguous(), old))

@@ -1,0 +1,107 @@
+"""What a fit needs to know of tokens, and the fit itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Damping", "Moments", "best_damping"]
+
+_LADDER = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+_FIRST = 3
+"""Where the search on the ladder begins; most weights do best near 1."""
+
+
+@dataclass(frozen=True)
+class Damping:
+    """How much a fit is held back.
+
+    Args:
+        strength: how much the old weights count; infinite for no change.
+        each: in units of the mean square of each input; else of that of all inputs.
+    """
+
+    strength: float
+    each: bool = False
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a fit needs to know of tokens ``X (tokens, in)`` and what they lack ``D (tokens, out)``.
+
+    Args:
+        square: ``X' X``.
+        product: ``X' D``.
+        free: whether the last input is a constant, which is not held back.
+    """
+
+    square: torch.Tensor
+    product: torch.Tensor
+    free: bool = False
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, free: bool = False) -> Moments:
+        """Of no tokens yet, for a weight ``(out, in)``, and a constant beside its inputs where ``free``."""
+        rows, columns = weight.shape
+        columns += free
+        square, product = (weight.new_zeros(columns, size, dtype=torch.float64) for size in (columns, rows))
+        return cls(square, product, free)
+
+    def add(self, X: torch.Tensor, D: torch.Tensor) -> None:
+        """Take in more tokens."""
+        X = torch.cat((X, X.new_ones(len(X), 1)), dim=1) if self.free else X
+        self.square.add_(X.T @ X)
+        self.product.add_(X.T @ D)
+
+    def plus(self, other: Moments) -> Moments:
+        """Of the tokens of both."""
+        return Moments(self.square + other.square, self.product + other.product, self.free)
+
+    def finite(self) -> bool:
+        """Whether every number is one."""
+        return bool(self.square.isfinite().all() and self.product.isfinite().all())
+
+    def solve(self, damping: Damping) -> torch.Tensor:
+        """The change of the weight, transposed: ``(in, out)``; none where the damping is infinite."""
+        if damping.strength == float("inf"):
+            return torch.zeros_like(self.product)
+        damped, own = self.square.clone(), self.square.diagonal()
+        inputs = own[: len(own) - self.free]
+        ridge = own.clone() if damping.each else torch.full_like(own, float(inputs.mean()))
+        if self.free:
+            ridge[-1] = 0
+        # the tiny number keeps inputs that are all zero from making the matrix singular
+        damped.diagonal().add_(damping.strength * ridge + torch.finfo(torch.float32).tiny)
+        return torch.cholesky_solve(self.product, torch.linalg.cholesky(damped))
+
+    def error(self, change: torch.Tensor) -> float:
+        """The squared error on these tokens after a change of the weight, less the error without it."""
+        return float(((self.square @ change - 2 * self.product) * change).sum())
+
+
+def best_damping(front: Moments, back: Moments) -> Damping:
+    """Return the damping with which a fit on ``front`` does best on ``back``; infinite where none does better than 0.
+
+    Of each kind the strengths are tried from the middle of the ladder on, in the direction that gets better.
+    """
+    tried = [(0.0, Damping(float("inf")))]
+    for each in (False, True):
+        tried.extend(_climb(front, back, each))
+    return min(tried, key=lambda pair: pair[0])[1]
+
+
+def _climb(front: Moments, back: Moments, each: bool) -> Iterator[tuple[float, Damping]]:
+    def error(place: int) -> float:
+        return back.error(front.solve(Damping(_LADDER[place], each)))
+
+    best = error(_FIRST)
+    yield best, Damping(_LADDER[_FIRST], each)
+    for step in (1, -1):
+        place, least = _FIRST + step, best
+        while 0 <= place < len(_LADDER) and (found := error(place)) < least:
+            yield found, Damping(_LADDER[place], each)
+            place, least = place + step, found
+        if least < best:
+            return
