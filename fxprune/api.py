@@ -205,13 +205,13 @@ def prune_pipeline(
     chosen = as_recipe((_PUBLISHED if paper else _DEFAULT) if recipe is None else recipe)
     shared = said({"seed": as_seed("seed", seed) or None, "track": None if track is None else _track(track)})
     kinds, wanted = _wanted(kinds, ratio, group_ratio)
-    widths = {"ranking": ranking, "protect": protect, "round_to": unless(1, round_to)}
-    widths |= {"tensor_parallel": unless(1, tensor_parallel), **wanted}
+    widths = said({"kinds": kinds, "ranking": ranking, "protect": protect, **wanted})
+    widths |= unless("round_to", round_to, 1) | unless("tensor_parallel", tensor_parallel, 1)
     widths |= {"uniform": True, "protect": () if protect is None else protect} if flags["uniform"] else {}
     options = {
         "": shared,
         "importance": said({"kinds": kinds, "reduction": reduction, "memory": _LITTLE_MEMORY if inplace else None}),
-        "select": said({"kinds": kinds, **widths}),
+        "select": widths,
         "tune": said({"tokenizer": tokenizer}),
     }
     choices: dict[str, str | Pass | None] = {

@@ -43,8 +43,8 @@ DEFAULT_KINDS = ("mlp", "head")
 """What goes unless the caller says otherwise: the kinds of the paper, which every language model has."""
 
 
-def as_kinds(kinds: str | Sequence[str]) -> tuple[str, ...]:
-    """Return ``kinds`` as a tuple; a single name may stand alone.
+def as_kinds(kinds: str | Sequence[str], name: str = "kinds") -> tuple[str, ...]:
+    """Return ``kinds``, an argument called ``name``, as a tuple; a single kind may stand alone.
 
     Raises:
         UnknownNameError: no such kind; the nearest is suggested.
@@ -52,10 +52,10 @@ def as_kinds(kinds: str | Sequence[str]) -> tuple[str, ...]:
     """
     given: Any = kinds
     if not isinstance(given, Collection) or isinstance(given, bytes):
-        raise refuse("kinds", kinds, f"one or more of {', '.join(KINDS)}")
+        raise refuse(name, kinds, f"one or more of {', '.join(KINDS)}")
     named = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not named:
-        raise ArgumentError("kinds is empty", where="kinds", remedy=f"Name one or more of {', '.join(KINDS)}")
+        raise ArgumentError(f"{name} is empty", where=name, remedy=f"Name one or more of {', '.join(KINDS)}")
     return tuple(one_of("kind", kind, KINDS) for kind in named)
 
 

@@ -39,9 +39,9 @@ def said(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def unless(default: Any, value: Any) -> Any:
-    """Return ``value``; None where it is the default."""
-    return None if type(value) is type(default) and value == default else value
+def unless(name: str, value: Any, default: Any) -> dict[str, Any]:
+    """Return ``value`` by its name; nothing where it is the default."""
+    return {} if type(value) is type(default) and value == default else {name: value}
 
 
 def stage_passes(

@@ -50,7 +50,7 @@ class SelectByRatioPass(SelectPass):
         value = read_by_kind("ratio", self.ratio, partial(number, least=0, below=1, error=RatioError))
         object.__setattr__(self, "ratio", value)
         object.__setattr__(self, "kinds", as_pairs(value) or self.kinds)
-        object.__setattr__(self, "first", as_kinds(self.first) if self.first != () else ())
+        object.__setattr__(self, "first", as_kinds(self.first, "first") if self.first != () else ())
         super().__post_init__()
 
     @property

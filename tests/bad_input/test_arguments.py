@@ -24,7 +24,9 @@ class Stranger:
 
 OPTIONS = [
     *each(
-        "ratio", (*NOT_NUMBERS, *NO_NUMBERS, -0.1, 1, 1.0, 2, 10**400, np.array([0.1, 0.2])), "ratio is .*Pass a number"
+        "ratio",
+        (*NOT_NUMBERS[1:], *NO_NUMBERS, -0.1, 1, 1.0, 2, 10**400, np.array([0.1, 0.2])),
+        "ratio is .*Pass a number",
     ),
     *each("group_ratio", (*NOT_NUMBERS[1:], *NO_NUMBERS, -0.1, 1), "group_ratio is .*Pass a number"),
     *each("round_to", (*NOT_WHOLE, 0, -4), "round_to is .*Pass a.* number"),
@@ -37,11 +39,11 @@ OPTIONS = [
     ),
     *each(
         "kinds",
-        ((), "", [], "mpl", "mlp,head", ("mlp", "mpl"), None, 3, ["mlp", None], [["mlp"]], b"mlp", object()),
+        ((), "", [], "mpl", "mlp,head", ("mlp", "mpl"), 3, ["mlp", None], [["mlp"]], b"mlp", object()),
         "kind",
     ),
-    *each("importance", ("tailor", "", None, 3, True, [], {}, "taylor}", "l1, l2", "L1", lambda x: x), "importance"),
-    *each("importance", ("select-by-ratio", "shrink"), "unknown importance.*Known: l1, l2, random, taylor"),
+    *each("importance", ("tailor", "", 3, True, [], {}, "taylor}", "l1, l2", "L1", lambda x: x), "importance"),
+    *each("importance", ("select-by-ratio", "shrink"), "unknown importance.*Known: .*l1, l2"),
     *each("importance", (pass_class("l1"), pass_class("taylor")), "importance is the class .*load_pass"),
     *each("importance", (fxprune.load_pass("shrink"), fxprune.load_pass("select-by-ratio")), "importance is the pass"),
     *each("importance", ("taylor{", "taylor{order}", "taylor{order=}", "taylor{=mix}"), "name{key=value"),
@@ -61,8 +63,8 @@ OPTIONS = [
     *each("importance", ("taylor{track=3}", "taylor{track=None}"), "track is"),
     *each("taylor", ("mixed", 3, True, "", ["mix"]), "taylor order|order="),
     one("taylor.*importance=.*Leave one", taylor="mix", importance="l1"),
-    *each("reduction", ("summ", "", None, 3, sum, ["sum"]), "reduction"),
-    *each("ranking", ("locale", "", None, 3, ["local"]), "ranking"),
+    *each("reduction", ("summ", "", 3, sum, ["sum"]), "reduction"),
+    *each("ranking", ("locale", "", 3, ["local"]), "ranking"),
     *each("uniform", NOT_FLAGS, "uniform is .*True or False"),
     one("same widths.*protect", uniform=True, protect=(1, 1)),
     one("same widths.*ranking", uniform=True, ranking="global"),
@@ -84,6 +86,14 @@ OPTIONS = [
     *each(
         "compensate", ("least-squares{batch=0}", "least-squares{batch=1.5}", "least-squares{batch=None}"), "batch is"
     ),
+    *each("tune", ("tuna", "", 3, True, "l1", "record-teacher{kept=0}", pass_class("tune")), "tun|kept"),
+    *each("tune", ("tune{epochs=0}", "tune{rate=x}"), "epochs is|rate is"),
+    *each(
+        "recipe",
+        ("balance", 3, True, [], "", "no-such-file.txt", "find-groups, l3"),
+        "recipe|no-such-file|unknown pass",
+    ),
+    *each("tokenizer", (3, "gpt2", [], Stranger), "tokenizer is"),
     *each("verify", NOT_FLAGS, "verify is .*True or False"),
     *each("inplace", NOT_FLAGS, "inplace is .*True or False"),
     *each("track", (3, "bar", True, []), "track is"),

@@ -30,9 +30,9 @@ from tests.oracle import Net, discover
 OWN = tuple(name for stage in STAGES for name in pass_names(stage))
 
 WHOLE = """
-calibrate, find-groups, l2, select-by-ratio{protect=()}, count-work, least-squares, make-verification-inputs,
-record-expected, bypass-blocks, eliminate-dead-code, slice-parameters, rewrite-literals, propagate-shapes,
-eliminate-dead-code, verify-removal, emit-model, make-report, save-checkpoint
+calibrate, find-groups, l2, select-by-ratio{protect=()}, count-work, record-teacher, least-squares,
+make-verification-inputs, record-expected, bypass-blocks, eliminate-dead-code, slice-parameters, rewrite-literals,
+propagate-shapes, eliminate-dead-code, verify-removal, tune, emit-model, make-report, save-checkpoint
 """
 
 

@@ -146,8 +146,8 @@ def test_it_never_ends_worse_than_it_began(slim: fx.GraphModule) -> None:
     assert "nothing was better than no change" in facts_of(tuned.graph_module)[Notes].lines[-1]
 
 
-class Stopped(Exception):
-    """Raised in the middle of a run."""
+class Stopped(KeyboardInterrupt):
+    """Raised in the middle of a run, as by Ctrl-C."""
 
 
 def test_it_goes_on_where_it_stopped(slim: fx.GraphModule, tmp_path: Path) -> None:
