@@ -33,6 +33,9 @@ _LASTING = {*sys.stdlib_module_names, "torch", "transformers", "huggingface_hub"
 _CALLED = ("torch", "torch.nn.functional", "torch.utils.checkpoint")
 """What forwards of all kinds call, beside what is around them and transformers' own helpers."""
 
+_WORKED_OUT = {"_can_set_attn_implementation_cached_value", "___needs_generation_tag_patch"}
+"""What transformers and torch write to classes: it follows from their code."""
+
 _WHENCE = {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version"}
 """Where a model was read from, which no forward asks."""
 
@@ -51,7 +54,8 @@ class Exports:
         self.made = self.found = 0
         self.export = export
         self._known: dict[object, tuple[ExportedProgram, object]] = {}
-        self._seen: dict[int, object] = {}
+        self._first: dict[object, dict[str, object]] = {}
+        self._held: dict[int, object] = {}
         functools.update_wrapper(self, export)
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> ExportedProgram:
@@ -73,10 +77,22 @@ class Exports:
         state = digest_of(module, args, kwargs)
         if state is None:
             return None
-        digest, classes = state
-        code = list(code_around(classes))
-        self._seen |= {id(value): value for value in code}  # an id stands for its object as long as that is there
-        return digest, modes(), hashlib.sha256(repr([id(value) for value in code]).encode()).digest()
+        digest, code = state
+        return digest, modes(), self._patched(code)
+
+    def _patched(self, code: tuple[type | FunctionType, ...]) -> frozenset[tuple[object, str, int]]:
+        """What is not as it was when it was first seen: where, its name, and which object it is now."""
+        patched = []
+        for owner, names in namespaces(code):
+            first = self._first.setdefault(owner, dict(names))
+            for name, value in names.items():
+                if name not in first and not isinstance(owner, type):  # a class may inherit what has this name
+                    first[name] = value
+                if first.get(name) is not value:
+                    self._held[id(value)] = value  # an id stands for its object as long as that is there
+                    patched.append((owner, name, id(value)))
+            patched += [(owner, name, 0) for name in first.keys() - names.keys()]
+        return frozenset(patched)
 
 
 def remember_exports() -> Exports:
@@ -133,19 +149,19 @@ def digest_of(
     return (hashlib.sha256(written.getvalue()).digest(), code) if lasting else None
 
 
-def code_around(code: tuple[type | FunctionType, ...]) -> Iterator[object]:
-    """The attributes of classes, and what stands in the modules of classes and functions, and in transformers'."""
-    for found in code:
+def namespaces(code: tuple[type | FunctionType, ...]) -> Iterator[tuple[object, Mapping[str, object]]]:
+    """The attributes of classes, what can be called in their modules and in transformers', and registries in those."""
+    for found in (*code, torch.Tensor):
         if isinstance(found, type):
-            yield from vars(found).values()
+            yield found, {name: value for name, value in vars(found).items() if name not in _WORKED_OUT}
     helpers = [name for name in sys.modules if name.startswith("transformers.") and ".models." not in name]
     for name in dict.fromkeys([*(str(found.__module__) for found in code), *_CALLED, *helpers]):
-        for value in list(vars(sys.modules[name]).values()):
-            if isinstance(value, Mapping):
-                yield from (entry for entry in list(value.values()) if callable(entry) or isinstance(entry, tuple))
-            elif callable(value):
-                yield value
-    yield from vars(torch.Tensor).values()
+        names = dict(vars(sys.modules[name]))
+        yield name, {key: value for key, value in names.items() if callable(value)}
+        for key, value in names.items():
+            if isinstance(value, Mapping) and key != "__builtins__":
+                entries = {str(k): entry for k, entry in list(value.items())}
+                yield (name, key), {k: entry for k, entry in entries.items() if callable(entry) or type(entry) is tuple}
 
 
 def _with_constants_of_its_own(program: ExportedProgram) -> ExportedProgram:

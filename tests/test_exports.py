@@ -54,7 +54,7 @@ def key(
 ) -> object:
     """The key of a module as tracing exports it."""
     twin = fake_twin(model, fake_mode(), torch.float32, dtype)
-    return Exports(remember_exports().export).key_of(twin, (), {"input_ids": token_ids(), **(kwargs or {}), **more})
+    return remember_exports().key_of(twin, (), {"input_ids": token_ids(), **(kwargs or {}), **more})
 
 
 def test_what_is_the_same_shares_a_program_and_computes_with_its_own_weights(memory: Exports) -> None:
