@@ -1,8 +1,25 @@
 """Estimation: what each unit is worth."""
 
+from .block_influence import BlockInfluenceImportancePass
+from .fisher import FisherImportancePass
+from .forward import FlapImportancePass, WandaImportancePass
 from .load_scores import LoadScoresPass
 from .magnitude import L1ImportancePass, L2ImportancePass
 from .randomly import RandomImportancePass
+from .reap import ReapImportancePass
+from .reconstruction import ReconstructionImportancePass
 from .taylor import TaylorImportancePass
 
-__all__ = ["L1ImportancePass", "L2ImportancePass", "LoadScoresPass", "RandomImportancePass", "TaylorImportancePass"]
+__all__ = [
+    "BlockInfluenceImportancePass",
+    "FisherImportancePass",
+    "FlapImportancePass",
+    "L1ImportancePass",
+    "L2ImportancePass",
+    "LoadScoresPass",
+    "RandomImportancePass",
+    "ReapImportancePass",
+    "ReconstructionImportancePass",
+    "TaylorImportancePass",
+    "WandaImportancePass",
+]
