@@ -10,7 +10,13 @@ from pathlib import Path
 
 from fxprune.errors import ExportError
 
-__all__ = ["as_export_error", "replacing", "require_packages"]
+__all__ = ["ROUGH", "as_export_error", "replacing", "require_packages"]
+
+ROUGH = 2e-2
+"""Accepted difference where weights are narrower than float32: two runtimes round at different places.
+
+One rounding to bfloat16 is off by up to ``2**-8``; this leaves room for five that add up.
+"""
 
 
 def require_packages(*names: str) -> None:

@@ -14,7 +14,7 @@ from torch import fx
 
 from fxprune.data.verification import VerificationInputs, make_inputs
 from fxprune.errors import ExportError, UnknownNameError, VerificationError
-from fxprune.export.files import as_export_error, replacing, require_packages
+from fxprune.export.files import ROUGH, as_export_error, replacing, require_packages
 from fxprune.graph.compat import is_free, is_impure, size_hint, tree_unflatten
 from fxprune.graph.facts import facts_of
 from fxprune.graph.fork import fork
@@ -27,12 +27,6 @@ from fxprune.trace.inputs import dynamic_dims
 __all__ = ["export_graph"]
 
 Inputs = Mapping[str, torch.Tensor]
-
-_ROUGH = 2e-2
-"""Accepted difference where weights are narrower than float32: two runtimes round at different places.
-
-One rounding to bfloat16 is off by up to ``2**-8``; this leaves room for five that add up.
-"""
 
 
 def export_graph(
@@ -199,7 +193,7 @@ def _warn_of_fixed_axes(program: torch.export.ExportedProgram) -> None:
 def _require_same(graph_module: fx.GraphModule, inputs: Inputs, got: tuple[torch.Tensor, ...], path: Path) -> None:
     with torch.no_grad():
         want = output_tensors(graph_module(**inputs))
-    tolerance = TOLERANCE if want[0].element_size() >= 4 else _ROUGH
+    tolerance = TOLERANCE if want[0].element_size() >= 4 else ROUGH
     error = compare([value.float().cpu() for value in want], [value.float().cpu() for value in got])
     if not error <= tolerance:
         raise VerificationError(

@@ -1,0 +1,117 @@
+"""What the format calls things: architectures, what their graphs do and the tensors that they have, read from data."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import gguf
+
+__all__ = ["Arch", "arch_named", "candidates", "names_in_format"]
+
+_BLOCK = "blk.{bid}."
+
+
+@dataclass(frozen=True)
+class Arch:
+    """An architecture of the format: what its graph computes, as far as it is not told by which tensors are there.
+
+    Args:
+        name: as the format spells it.
+        arrays: whether numbers of heads and widths may differ from block to block.
+        no_attention: whether a block may be without attention.
+        rotary: ``halves`` or ``pairs``: which channels of a head are turned together; ``none``.
+        factors: whether a tensor may divide the frequencies of the rotation.
+        partial: whether a part of each head may be left as it is.
+        biases: tensors of a block that may come with a bias.
+        requires: tensors that every block has.
+        fused: whether queries, keys and values are one tensor.
+        stacked: whether the gate of an MLP stands above what it gates, in one tensor.
+        tied_only: whether the output is always the embedding.
+        norm: ``rms`` or ``layer``.
+        offset: what is added to the weights of normalisations.
+        activation: of the MLP.
+        parallel: whether attention and MLP read the same.
+        unturned_every: of so many blocks the last turns nothing; 0 where all do.
+        window_every: of so many blocks the last sees everything, and the others a window; 0 where all do.
+        keys: further entries of the file: the field of the config, and the value where the config has none.
+        scales: what is multiplied, ``embedding`` or ``output``, by which entry.
+    """
+
+    name: str
+    arrays: bool = False
+    no_attention: bool = False
+    rotary: str = "halves"
+    factors: bool = False
+    partial: bool = True
+    biases: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    fused: bool = False
+    stacked: bool = False
+    tied_only: bool = False
+    norm: str = "rms"
+    offset: float = 0.0
+    activation: str = "silu"
+    parallel: bool = False
+    unturned_every: int = 0
+    window_every: int = 0
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    scales: Mapping[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def tensors(self) -> frozenset[str]:
+        """The names of its tensors, those of a block with ``{bid}`` for its number."""
+        number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
+        return frozenset(gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[number])
+
+
+@functools.cache
+def _data() -> Any:
+    return json.loads(resources.files("fxprune.export.gguf").joinpath("archs.json").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def arch_named(name: str) -> Arch:
+    """Return an architecture by its name in the format."""
+    told = _data()["archs"][name]
+    return Arch(name, **{key: tuple(value) if isinstance(value, list) else value for key, value in told.items()})
+
+
+def candidates(model_type: str) -> list[Arch]:
+    """Return the architectures that may say a model, the one of its own type first."""
+    data = _data()
+    own = data["model_types"].get(model_type)
+    return [arch_named(name) for name in dict.fromkeys([*([own] if own else []), *data["general"]])]
+
+
+@functools.cache
+def _known_names() -> dict[str, tuple[str, ...]]:
+    """What the tensors of every model that the format knows are called there, by the name of the module here."""
+    names: dict[str, list[str]] = {}
+    tables = gguf.TensorNameMap
+    for table in (tables.mappings_cfg, tables.block_mappings_cfg):
+        for tensor, modules in table.items():
+            for module in modules:
+                names.setdefault(module, []).append(gguf.TENSOR_NAMES[tensor])
+    return {module: tuple(dict.fromkeys(found)) for module, found in names.items()}
+
+
+def names_in_format(parameter: str) -> tuple[int | None, tuple[str, ...]]:
+    """Return the number of the block that a parameter is in, and what the format may call it.
+
+    Args:
+        parameter: its name in the model.
+
+    Returns:
+        None for a parameter outside blocks; names as ``attn_q.weight``, none where the format knows no such tensor.
+    """
+    module, _, leaf = parameter.rpartition(".")
+    number = re.search(r"\.(\d+)\.", parameter)
+    found = _known_names().get(re.sub(r"\.\d+\.", ".{bid}.", f"{module}.", count=1).rstrip("."), ())
+    block = None if number is None else int(number[1])
+    return block, tuple(f"{name.removeprefix(_BLOCK)}.{leaf}" for name in found if name.startswith(_BLOCK) == (block is not None))

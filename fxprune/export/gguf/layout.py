@@ -1,0 +1,291 @@
+"""From the parameters of a model to the tensors of a file: split, permuted, joined, and what they say about sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxprune.errors import ExportError
+from fxprune.export.gguf.archs import Arch, names_in_format
+from fxprune.export.gguf.decoder import Decoder
+
+__all__ = ["LAYOUTS", "Contents", "Layout", "lay_out"]
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model orders the rows of its projections, which no name tells.
+
+    Args:
+        fused: of one tensor for queries, keys and values: ``parts`` (all queries, all keys, all values), ``heads``
+            (these three for each head), ``groups`` (these three for each key/value head).
+        rotary: which channels of a head the model turns together: ``halves``, or ``pairs``.
+    """
+
+    fused: str = "parts"
+    rotary: str = "halves"
+
+
+LAYOUTS = (Layout(), Layout("heads"), Layout("groups"), Layout(rotary="pairs"), Layout("groups", "pairs"))
+"""In the order in which they are tried: the most common first."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds.
+
+    Args:
+        arch: its architecture.
+        tensors: by their names in the format, in float or what the model has; as torch orders axes.
+        keys: the entries about the model, without the name of the architecture before them.
+    """
+
+    arch: Arch
+    tensors: Mapping[str, torch.Tensor]
+    keys: Mapping[str, Any]
+
+
+@dataclass
+class _Block:
+    """One block on its way into a file."""
+
+    number: int
+    parts: Tensors
+    sizes: tuple[int, int, int] | None
+    heads: int = 0
+    width: int = 0
+
+
+def lay_out(decoder: Decoder, arch: Arch, layout: Layout) -> Contents:
+    """Return what a file of an architecture holds for a model.
+
+    Raises:
+        ExportError: the architecture cannot say it; with the reason.
+    """
+    whole, blocks = _named(decoder, arch)
+    _tie(whole, arch)
+    blocks = [block for block in blocks if _split(block, layout)]
+    key, value = _head_sizes(decoder, blocks)
+    for block in blocks:
+        _stand_in(block, arch, (key, value), whole["token_embd.weight"])
+        _require_room(block, arch)
+    _require_equal(blocks, arch)
+    tensors = dict(whole)
+    for number, block in enumerate(blocks):
+        _turn(block, arch, decoder, layout)
+        tensors |= {f"blk.{number}.{name}": tensor for name, tensor in _joined(block, arch).items()}
+    if arch.offset:
+        tensors |= {name: t + arch.offset for name, t in tensors.items() if name.endswith("norm.weight")}
+    tensors |= _rotation(decoder, arch, key)
+    return Contents(arch, tensors, _keys(decoder, arch, blocks, whole, (key, value)))
+
+
+def _named(decoder: Decoder, arch: Arch) -> tuple[Tensors, list[_Block]]:
+    """Return the tensors outside blocks, and the blocks, by the names that the architecture has for them."""
+    known = {name.removeprefix("blk.{bid}.") for name in arch.tensors} | {"attn_qkv", "attn_q", "attn_k", "attn_v"}
+    whole: Tensors = {}
+    blocks: dict[int, _Block] = {}
+    for parameter, tensor in decoder.tensors.items():
+        number, names = names_in_format(parameter)
+        fitting = [name for name in names if name.rpartition(".")[0] in known]
+        if not fitting:
+            told = f"has no place for {names[0].rpartition('.')[0]}" if names else "has no name for such a tensor"
+            raise ExportError(f"architecture {arch.name} {told}", where=parameter)
+        if number is None:
+            whole[fitting[0]] = tensor
+        else:
+            blocks.setdefault(number, _Block(number, {}, decoder.cached.get(number))).parts[fitting[0]] = tensor
+    return whole, [blocks[number] for number in sorted(blocks)]
+
+
+def _tie(whole: Tensors, arch: Arch) -> None:
+    if arch.tied_only and "output.weight" in whole:
+        raise ExportError(f"architecture {arch.name} has the embedding for its output, and this model an output layer")
+
+
+def _split(block: _Block, layout: Layout) -> bool:
+    """Split tensors that are several; tell numbers of heads and width. Return whether the block does anything."""
+    parts = block.parts
+    if block.sizes is not None:
+        for leaf in ("weight", "bias"):
+            fused = parts.pop(f"attn_qkv.{leaf}", None)
+            if fused is not None:
+                names = (f"attn_q.{leaf}", f"attn_k.{leaf}", f"attn_v.{leaf}")
+                parts |= dict(zip(names, _unfused(fused, block.sizes, layout), strict=True))
+        if "attn_q.weight" not in parts:
+            raise ExportError("has attention of a kind that the format does not know", where=f"block {block.number}")
+        block.heads = len(parts["attn_q.weight"]) // block.sizes[1]
+    if "ffn_down.weight" in parts:
+        block.width = parts["ffn_down.weight"].shape[1]
+        for leaf in ("weight", "bias"):
+            both = parts.get(f"ffn_up.{leaf}")
+            if both is not None and len(both) == 2 * block.width:
+                parts[f"ffn_gate.{leaf}"], parts[f"ffn_up.{leaf}"] = both.chunk(2)
+    return block.sizes is not None or block.width > 0
+
+
+def _unfused(fused: torch.Tensor, sizes: tuple[int, int, int], layout: Layout) -> Iterator[torch.Tensor]:
+    """Yield queries, keys and values."""
+    pairs, key, value = sizes
+    heads = (len(fused) - pairs * (key + value)) // key
+    each = [heads * key, pairs * key, pairs * value]
+    if layout.fused == "parts":
+        yield from fused.split(each)
+        return
+    groups = pairs if layout.fused == "groups" or heads != pairs else heads
+    for part in fused.unflatten(0, (groups, -1)).split([size // groups for size in each], dim=1):
+        yield part.flatten(0, 1)
+
+
+def _head_sizes(decoder: Decoder, blocks: list[_Block]) -> tuple[int, int]:
+    """Return the sizes of a key and of a value, which the format has once."""
+    found = {block.sizes[1:] for block in blocks if block.sizes is not None}
+    if len(found) != 1:
+        told = ", ".join(f"{key} and {value}" for key, value in sorted(found)) or "no attention at all"
+        raise ExportError(
+            f"the format has one size of keys and one of values, and this model has {told}",
+            remedy="Leave the kind head_dim out of what is pruned",
+        )
+    return next(iter(found))
+
+
+def _stand_in(block: _Block, arch: Arch, sizes: tuple[int, int], embedding: torch.Tensor) -> None:
+    """Give a block that lacks attention, or an MLP, a small one of zeros where the format cannot leave it out.
+
+    An architecture takes its sizes from block 0; and one that leaves attention out drops a block without an MLP.
+    """
+    hidden = embedding.shape[1]
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=embedding.dtype)
+
+    if block.sizes is None and not (arch.no_attention and block.number):
+        key, value = sizes
+        block.sizes, block.heads = (1, key, value), 1
+        block.parts |= {"attn_q.weight": zeros(key, hidden), "attn_k.weight": zeros(key, hidden)}
+        block.parts |= {"attn_v.weight": zeros(value, hidden), "attn_output.weight": zeros(hidden, value)}
+        block.parts["attn_norm.weight"] = zeros(hidden)
+        block.parts |= {f"{name}.weight": zeros(key) for name in arch.requires if name.endswith(("q_norm", "k_norm"))}
+    if not block.width:
+        block.width = _LEAST
+        block.parts |= {f"ffn_{name}.weight": zeros(_LEAST, hidden) for name in ("gate", "up")}
+        block.parts |= {"ffn_down.weight": zeros(hidden, _LEAST), "ffn_norm.weight": zeros(hidden)}
+
+
+_LEAST = 256
+"""Width of an MLP of zeros: the largest block of any quantised type."""
+
+
+def _require_room(block: _Block, arch: Arch) -> None:
+    where = f"block {block.number}"
+    names = {name.rpartition(".")[0] for name in block.parts}
+    for name in block.parts:
+        tensor, _, leaf = name.rpartition(".")
+        if leaf == "bias" and arch.norm == "rms" and tensor not in arch.biases:
+            raise ExportError(f"architecture {arch.name} has no bias for {tensor}", where=where)
+    lacking = [name for name in arch.requires if name not in names and block.sizes is not None]
+    if lacking:
+        raise ExportError(f"architecture {arch.name} needs {lacking[0]}, which this model has not", where=where)
+
+
+def _require_equal(blocks: list[_Block], arch: Arch) -> None:
+    told = {"heads": [b.heads for b in blocks], "key/value heads": [b.sizes[0] if b.sizes else 0 for b in blocks]}
+    told["MLP widths"] = [block.width for block in blocks]
+    for what, numbers in told.items():
+        if len(set(numbers)) > 1 and not arch.arrays:
+            raise ExportError(f"architecture {arch.name} has one number of {what} for all blocks, and here are {numbers}")
+
+
+def _turn(block: _Block, arch: Arch, decoder: Decoder, layout: Layout) -> None:
+    """Put the channels of queries and keys in the order in which the architecture turns them."""
+    if decoder.rotary is None or block.sizes is None or arch.rotary == layout.rotary:
+        return
+    for name in ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias", "attn_q_norm.weight", "attn_k_norm.weight"):
+        if name in block.parts:
+            block.parts[name] = _reordered(block.parts[name], block.sizes[1], decoder.rotary.dims, arch.rotary)
+
+
+def _reordered(rows: torch.Tensor, size: int, turned: int, order: str) -> torch.Tensor:
+    heads = rows.unflatten(0, (-1, size))
+    first, rest = heads[:, :turned], heads[:, turned:]
+    shape = (2, turned // 2) if order == "pairs" else (turned // 2, 2)
+    first = first.unflatten(1, shape).transpose(1, 2).flatten(1, 2)
+    return torch.cat([first, rest], 1).flatten(0, 1)
+
+
+def _joined(block: _Block, arch: Arch) -> Tensors:
+    """Return the tensors of a block as the architecture has them: fused, stacked, or apart."""
+    parts = dict(block.parts)
+    for whole, pieces in (("attn_qkv", ("attn_q", "attn_k", "attn_v")), ("ffn_up", ("ffn_gate", "ffn_up"))):
+        wanted = arch.fused if whole == "attn_qkv" else arch.stacked
+        for leaf in ("weight", "bias") if wanted else ():
+            if f"{pieces[0]}.{leaf}" in parts:
+                parts[f"{whole}.{leaf}"] = torch.cat([parts.pop(f"{piece}.{leaf}") for piece in pieces])
+    return parts
+
+
+def _rotation(decoder: Decoder, arch: Arch, size: int) -> Tensors:
+    """Return the tensor that divides frequencies, if one is needed."""
+    rotary = decoder.rotary
+    if rotary is None:
+        return {}
+    if rotary.dims < size and not arch.partial:
+        raise ExportError(f"architecture {arch.name} turns whole heads, and this model {rotary.dims} of {size} channels")
+    if rotary.scaling != 1:
+        raise ExportError("scales what it turns (by position embeddings of a kind that is not written here)")
+    factors = rotary.factors
+    if factors is None:
+        return {}
+    if not arch.factors:
+        raise ExportError(f"architecture {arch.name} has the frequencies of its base alone, and this model has others")
+    return {"rope_freqs.weight": factors}
+
+
+def _keys(decoder: Decoder, arch: Arch, blocks: list[_Block], whole: Tensors, sizes: tuple[int, int]) -> dict[str, Any]:
+    epsilon = "layer_norm_rms_epsilon" if arch.norm == "rms" else "layer_norm_epsilon"
+    rows, hidden = whole["token_embd.weight"].shape
+    keys: dict[str, Any] = {
+        "vocab_size": rows,
+        "context_length": _context(decoder, arch),
+        "embedding_length": hidden,
+        "block_count": len(blocks),
+        "feed_forward_length": _one_or_all([block.width for block in blocks]),
+        "attention.head_count": _one_or_all([block.heads for block in blocks]),
+        "attention.head_count_kv": _one_or_all([block.sizes[0] if block.sizes else 0 for block in blocks]),
+        "attention.key_length": sizes[0],
+        "attention.value_length": sizes[1],
+        f"attention.{epsilon}": decoder.epsilon,
+    }
+    if decoder.rotary is not None:
+        keys |= {"rope.dimension_count": decoder.rotary.dims, "rope.freq_base": decoder.rotary.base}
+    for key, told in arch.keys.items():
+        value = _value(decoder.config, told)
+        if value is not None:
+            keys[key] = value
+    return keys
+
+
+def _context(decoder: Decoder, arch: Arch) -> int:
+    """Return how many tokens a file may see: the model's window, where the architecture has no such windows."""
+    kinds = list(getattr(decoder.config, "layer_types", None) or ())
+    every = arch.window_every
+    told = [(number + 1) % every == 0 for number in range(len(kinds))] if every else []
+    if decoder.window is None or (kinds and told == [kind == "full_attention" for kind in kinds]):
+        return decoder.context
+    return min(decoder.context, decoder.window)
+
+
+def _value(config: Any, told: Any) -> Any:
+    """Return what an entry of the data stands for: the value of a config's field, or itself."""
+    return getattr(config, told, None) if isinstance(told, str) else told
+
+
+def _one_or_all(numbers: list[int]) -> int | list[int]:
+    return numbers[0] if len(set(numbers)) == 1 else numbers
+
+

@@ -1,0 +1,152 @@
+"""What a program that reads GGUF files computes from one, in torch: a file is compared with its model before it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fxprune.export.gguf.layout import Contents
+
+__all__ = ["logits_of"]
+
+_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "relu_squared": lambda x: F.relu(x).square(),
+}
+
+
+def logits_of(contents: Contents, tokens: torch.Tensor) -> torch.Tensor:
+    """Return what a file says to tokens.
+
+    Args:
+        contents: of the file.
+        tokens: ``(1, n)``.
+
+    Returns:
+        Float32 logits ``(1, n, vocabulary)``.
+    """
+    with torch.no_grad():
+        return _Reader(contents).logits(tokens[0])[None]
+
+
+class _Reader:
+    """A forward pass by the tensors of a file, each taken in float32 when it is its turn."""
+
+    def __init__(self, contents: Contents) -> None:
+        self.arch, self.keys, self.tensors = contents.arch, contents.keys, contents.tensors
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.tensors["token_embd.weight"][tokens.to(self.tensors["token_embd.weight"].device)].float().cpu()
+        x = x * self.scale("embedding", x.shape[-1])
+        if "position_embd.weight" in self.tensors:
+            x = x + self.get("position_embd.weight")[: len(tokens)]
+        if "token_embd_norm.weight" in self.tensors:
+            x = self.norm(x, "token_embd_norm")
+        for number in range(self.keys["block_count"]):
+            x = self.block(x, number)
+        x = self.norm(x, "output_norm")
+        x = self.linear(x, "output" if "output.weight" in self.tensors else "token_embd")
+        x = x * self.scale("output", 1)
+        cap = self.keys.get("final_logit_softcapping")
+        return x if not cap else cap * torch.tanh(x / cap)
+
+    def scale(self, what: str, size: int) -> float:
+        told = self.arch.scales.get(what)
+        if told is None:
+            return 1.0
+        if told == "sqrt":
+            return float(size**0.5)
+        inverse = told.startswith("1/")
+        value = self.keys.get(told.removeprefix("1/"))
+        return 1.0 if not value else float(1 / value if inverse else value)
+
+    def get(self, name: str) -> torch.Tensor:
+        return self.tensors[name].float().cpu()
+
+    def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        bias = f"{name}.bias"
+        return F.linear(x, self.get(f"{name}.weight"), self.get(bias) if bias in self.tensors else None)
+
+    def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        if f"{name}.weight" not in self.tensors:
+            return x
+        weight, bias = self.get(f"{name}.weight"), f"{name}.bias"
+        if self.arch.norm == "rms":
+            return F.rms_norm(x, x.shape[-1:], None, self.keys["attention.layer_norm_rms_epsilon"]) * weight
+        made = F.layer_norm(x, x.shape[-1:], None, None, self.keys["attention.layer_norm_epsilon"]) * weight
+        return made + self.get(bias) if bias in self.tensors else made
+
+    def number(self, key: str, block: int) -> int:
+        value = self.keys[key]
+        return int(value[block] if isinstance(value, list) else value)
+
+    def block(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        at, step = f"blk.{number}.", self.scale("residual", 1)
+        if not self.number("attention.head_count", number):
+            return x + step * self.mlp(self.norm(x, f"{at}ffn_norm"), at)
+        normed = self.norm(x, f"{at}attn_norm")
+        attended = self.norm(self.attention(normed, number), f"{at}post_attention_norm")
+        if self.arch.parallel:
+            return x + attended + self.mlp(self.norm(x, f"{at}ffn_norm") if f"{at}ffn_norm.weight" in self.tensors else normed, at)
+        x = x + step * attended
+        return x + step * self.norm(self.mlp(self.norm(x, f"{at}ffn_norm"), at), f"{at}post_ffw_norm")
+
+    def mlp(self, x: torch.Tensor, at: str) -> torch.Tensor:
+        act = _ACTIVATIONS[self.arch.activation]
+        up = self.linear(x, f"{at}ffn_up")
+        if f"{at}ffn_gate.weight" in self.tensors:
+            up = act(self.linear(x, f"{at}ffn_gate")) * up
+        elif self.arch.stacked:
+            gate, up = up.chunk(2, -1)
+            up = act(gate) * up
+        else:
+            up = act(up)
+        return self.linear(up, f"{at}ffn_down")
+
+    def attention(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        at = f"blk.{number}."
+        heads, pairs = self.number("attention.head_count", number), self.number("attention.head_count_kv", number)
+        key, value = self.keys["attention.key_length"], self.keys["attention.value_length"]
+        if self.arch.fused:
+            q, k, v = self.linear(x, f"{at}attn_qkv").split([heads * key, pairs * key, pairs * value], -1)
+        else:
+            q, k, v = (self.linear(x, f"{at}attn_{name}") for name in "qkv")
+        q, k = (self.head_norm(t, f"{at}attn_{name}_norm", key) for t, name in ((q, "q"), (k, "k")))
+        q, k = (self.turn(t.unflatten(-1, (-1, key)), number) for t in (q, k))
+        v = v.unflatten(-1, (pairs, value))
+        q, k, v = (t.transpose(0, 1) for t in (q, k.repeat_interleave(heads // pairs, 1), v.repeat_interleave(heads // pairs, 1)))
+        scores = q @ k.transpose(1, 2) * (self.keys.get("attention.scale") or key**-0.5)
+        cap = self.keys.get("attn_logit_softcapping")
+        scores = scores if not cap else cap * torch.tanh(scores / cap)
+        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(ahead, -torch.inf).softmax(-1)
+        return self.linear((weights @ v).transpose(0, 1).flatten(1), f"{at}attn_output")
+
+    def head_norm(self, x: torch.Tensor, name: str, size: int) -> torch.Tensor:
+        """Normalise queries or keys: each head, or all of them as one, as the weight has it."""
+        if f"{name}.weight" not in self.tensors:
+            return x
+        whole = self.tensors[f"{name}.weight"].shape[0] == x.shape[-1] and x.shape[-1] != size
+        return self.norm(x, name) if whole else self.norm(x.unflatten(-1, (-1, size)), name).flatten(-2)
+
+    def turn(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        """Turn channels ``(n, heads, size)`` by position."""
+        dims = self.keys.get("rope.dimension_count", 0)
+        every = self.arch.unturned_every
+        if not dims or self.arch.rotary == "none" or (every and (number + 1) % every == 0):
+            return x
+        angles = self.keys["rope.freq_base"] ** -(torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+        if "rope_freqs.weight" in self.tensors:
+            angles = angles / self.get("rope_freqs.weight").double()
+        angles = (torch.arange(len(x), dtype=torch.float64)[:, None, None] * angles).float()
+        first, rest = x[..., :dims], x[..., dims:]
+        a, b = first.chunk(2, -1) if self.arch.rotary == "halves" else (first[..., 0::2], first[..., 1::2])
+        parts = (a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin())
+        turned = torch.cat(parts, -1) if self.arch.rotary == "halves" else torch.stack(parts, -1).flatten(-2)
+        return torch.cat([turned, rest], -1)
+
+

@@ -1,0 +1,196 @@
+"""The entries of a GGUF file about its tokenizer: made from a tokenizer, or copied from the file of the dense model."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import gguf
+
+from fxprune.errors import ExportError
+
+__all__ = ["Entry", "copy_tokenizer", "describe_tokenizer"]
+
+_REMEDY = "Pass like='dense.gguf', a GGUF file of the dense model, and its entries are copied"
+_PREFIX = "tokenizer."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a file.
+
+    Args:
+        key: its whole name.
+        value: a string, a number, or a list of these.
+        kind: the type that the format stores it as.
+        inner: that of the items of a list.
+    """
+
+    key: str
+    value: Any
+    kind: gguf.GGUFValueType
+    inner: gguf.GGUFValueType | None = None
+
+
+def copy_tokenizer(path: str | os.PathLike[str], rows: int) -> list[Entry]:
+    """Return every entry of a file about its tokenizer.
+
+    Args:
+        path: a GGUF file.
+        rows: of the embedding that the tokens have to fit.
+
+    Raises:
+        ExportError: it cannot be read, has no tokenizer, or one of another size.
+    """
+    try:
+        fields = gguf.GGUFReader(path).fields
+    except (OSError, ValueError, IndexError) as error:
+        raise ExportError(f"cannot be read as a GGUF file: {error}", where=os.fspath(path)) from error
+    found = [
+        Entry(name, entry.contents(), entry.types[0], entry.types[-1] if len(entry.types) > 1 else None)
+        for name, entry in fields.items()
+        if name.startswith(_PREFIX)
+    ]
+    tokens = next((len(entry.value) for entry in found if entry.key == f"{_PREFIX}ggml.tokens"), None)
+    if tokens != rows:
+        has = "no tokens" if tokens is None else f"{tokens:,} tokens"
+        raise ExportError(f"has {has}, and the model {rows:,}", where=os.fspath(path))
+    return found
+
+
+def describe_tokenizer(tokenizer: Any, rows: int) -> list[Entry]:
+    """Return the entries that say a tokenizer.
+
+    Args:
+        tokenizer: of transformers, a fast one: byte pair encoding over bytes, or with bytes for unknown characters.
+        rows: of the embedding that the tokens have to fit; names are made up for rows that no token has.
+
+    Raises:
+        ExportError: it is of another kind, has more tokens than rows, or splits text as no entry of the format says.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ExportError(f"{type(tokenizer).__name__} is not a fast tokenizer", where="tokenizer", remedy=_REMEDY)
+    told = json.loads(backend.to_str())
+    if told["model"]["type"] != "BPE":
+        raise ExportError(f"is of the kind {told['model']['type']}", where="tokenizer", remedy=_REMEDY)
+    made = _over_bytes(told) if _parts(told, "ByteLevel") else _with_byte_fallback(told)
+    tokens, types = _tokens(tokenizer, told, rows)
+    made |= {"tokens": tokens, "token_type": types}
+    if "scores" in made:
+        made["scores"] = [made["scores"].get(token, -1e6) for token in tokens]
+    made |= _special(tokenizer)
+    entries = [_entry(f"{_PREFIX}ggml.{name}", value) for name, value in made.items()]
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    return [*entries, _entry(f"{_PREFIX}chat_template", template)] if template else entries
+
+
+def _entry(key: str, value: Any) -> Entry:
+    kind = gguf.GGUFValueType.get_type(value)
+    if kind == gguf.GGUFValueType.INT32:
+        kind = gguf.GGUFValueType.UINT32
+    return Entry(key, value, kind)
+
+
+def _parts(told: Mapping[str, Any], kind: str = "") -> list[Mapping[str, Any]]:
+    """Return the steps that split text, those of a kind alone if one is given."""
+    step = told.get("pre_tokenizer") or {}
+    steps = step.get("pretokenizers", [step] if step else [])
+    return [one for one in steps if kind in ("", one["type"])]
+
+
+def _over_bytes(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of byte pair encoding over bytes."""
+    return {"model": "gpt2", "pre": _splitting(told), "merges": _merges(told)}
+
+
+def _merges(told: Mapping[str, Any]) -> list[str]:
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in told["model"]["merges"]]
+
+
+@functools.cache
+def _ways_to_split() -> list[dict[str, Any]]:
+    text = resources.files("fxprune.export.gguf").joinpath("tokenizers.json").read_text(encoding="utf-8")
+    found: list[dict[str, Any]] = json.loads(text)["pre"]
+    return found
+
+
+def _splitting(told: Mapping[str, Any]) -> str:
+    """Return the format's name for the way in which a tokenizer splits text before it merges bytes."""
+    (last, *_) = _parts(told, "ByteLevel")
+    found = {
+        "split": list(_patterns(told)),
+        "byte_level_regex": bool(last.get("use_regex", True)),
+        "ignore_merges": bool(told["model"].get("ignore_merges")),
+    }
+    for way in _ways_to_split():
+        name = way["name"]
+        if found == {"ignore_merges": False} | {key: value for key, value in way.items() if key != "name"}:
+            return str(name)
+    raise ExportError(f"splits text in a way that has no name here: {found['split']}", where="tokenizer", remedy=_REMEDY)
+
+
+def _patterns(told: Mapping[str, Any]) -> Iterator[str]:
+    for step in _parts(told):
+        if step["type"] == "Digits" and step.get("individual_digits"):
+            yield "digits"
+        elif step["type"] == "Split" and not step.get("invert") and step["behavior"] == "Isolated":
+            yield str(step["pattern"].get("Regex", step["pattern"]))
+        elif step["type"] != "ByteLevel":
+            yield str(step)
+
+
+def _with_byte_fallback(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of byte pair encoding over characters: a token's score tells how late it was merged."""
+    if not told["model"].get("byte_fallback"):
+        raise ExportError("encodes neither bytes nor falls back on them", where="tokenizer", remedy=_REMEDY)
+    scores: dict[str, float] = {}
+    for rank, merge in enumerate(_merges(told)):
+        left, _, right = merge.partition(" ")
+        scores.setdefault(left + right, -float(rank))
+    return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": _adds_space(told)}
+
+
+def _adds_space(told: Mapping[str, Any]) -> bool:
+    """Whether a blank is put before the text."""
+    normalizer = told.get("normalizer") or {}
+    steps = [*normalizer.get("normalizers", [normalizer] if normalizer else []), *_parts(told)]
+    return any(step["type"] == "Prepend" or step.get("prepend_scheme") in ("always", "first") for step in steps)
+
+
+def _tokens(tokenizer: Any, told: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
+    """Return text and type of each token, by its number."""
+    kinds = gguf.TokenType
+    by_number = {number: text for text, number in tokenizer.get_vocab().items()}
+    highest = max(by_number)
+    if highest >= rows:
+        raise ExportError(f"has {highest + 1:,} tokens, and the model {rows:,}", where="tokenizer")
+    types = {number: kinds.NORMAL for number in by_number}
+    if told["model"].get("byte_fallback"):
+        types |= {number: kinds.BYTE for number, text in by_number.items() if _is_byte(text)}
+    for number, token in tokenizer.added_tokens_decoder.items():
+        types[number] = kinds.CONTROL if token.special else kinds.USER_DEFINED
+    if tokenizer.unk_token_id is not None and not _parts(told, "ByteLevel"):
+        types[tokenizer.unk_token_id] = kinds.UNKNOWN
+    texts = [by_number.get(number, f"[PAD{number}]") for number in range(rows)]
+    return texts, [int(types.get(number, kinds.UNUSED)) for number in range(rows)]
+
+
+def _is_byte(text: str) -> bool:
+    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+
+
+def _special(tokenizer: Any) -> dict[str, Any]:
+    """Return the numbers of special tokens, and whether a text starts or ends with one."""
+    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "seperator": "sep", "padding": "pad", "mask": "mask"}  # codespell:ignore
+    found = {f"{name}_token_id": getattr(tokenizer, f"{own}_token_id", None) for name, own in names.items()}
+    ids = tokenizer("a")["input_ids"]
+    adds = {"add_bos_token": ids[:1] == [tokenizer.bos_token_id], "add_eos_token": ids[-1:] == [tokenizer.eos_token_id]}
+    return {name: value for name, value in found.items() if value is not None} | adds
