@@ -39,6 +39,7 @@ class FxpruneError(Exception):
     """
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
+        what = what.rstrip(". ")
         self.what, self.where, self.remedy = what, where, remedy
         text = f"{where}: {what}" if where and not what.startswith(f"{where} ") else what
         super().__init__(f"{text}. {remedy}" if remedy else text)

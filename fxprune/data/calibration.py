@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +14,7 @@ from fxprune.errors import CalibrationError, FxpruneError, PassError
 from fxprune.graph.attempts import Refusal
 from fxprune.graph.compat import is_free
 from fxprune.graph.facts import Fact
+from fxprune.graph.silence import unprinted
 from fxprune.graph.tensors import device_of, get_tensor
 
 __all__ = [
@@ -82,9 +82,15 @@ def require_logits(outputs: Sequence[torch.Tensor], labels: torch.Tensor, name: 
 
     Raises:
         PassError: the first output is not of shape ``(batch, tokens, vocabulary)``.
-        CalibrationError: a label is no token of the vocabulary.
+        CalibrationError: there are more or fewer labels than logits, or one is no token of the vocabulary.
     """
     logits = outputs[0] if outputs else None
+    if logits is not None and logits.dim() == 3 and len(logits) == len(labels) and logits.shape[1] != labels.shape[1]:
+        raise CalibrationError(
+            f"{labels.shape[1]} labels for logits {tuple(logits.shape)}",
+            where="calibration",
+            remedy="Pass as many labels as tokens, or none where they are the tokens themselves",
+        )
     if logits is None or logits.dim() != 3 or logits.shape[:2] != labels.shape:
         found = "no float tensor" if logits is None else f"a tensor of shape {tuple(logits.shape)}"
         raise PassError(
@@ -111,7 +117,7 @@ def computing(inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
         CalibrationError: the graph cannot compute ``inputs``.
     """
     try:
-        with redirect_stderr(io.StringIO()):  # a graph module prints its code before it lets an error pass
+        with unprinted():
             yield
     except (FxpruneError, torch.OutOfMemoryError):
         raise

@@ -120,21 +120,17 @@ def _error(what: str, where: str = "calibration", remedy: str = _WANTED) -> Cali
 def _batches(data: Any, name: str) -> Iterator[Tensors]:
     """Yield batches: the tensors in each by name."""
     if isinstance(data, torch.Tensor | np.ndarray):
-        yield {name: torch.as_tensor(data)}
+        yield {name: _tensor(name, data, "calibration")}
         return
-    items = iter([data] if isinstance(data, Mapping) else data)
     number = 0
-    while True:
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        except FxpruneError:
-            raise
-        except Exception as error:  # data sets and loaders run code of the user
-            raise _error(f"item {number} cannot be read: {Refusal(error)}") from error
-        yield _as_batch(item, name, f"calibration item {number}")
-        number += 1
+    try:
+        for item in [data] if isinstance(data, Mapping) else data:
+            yield _as_batch(item, name, f"calibration item {number}")
+            number += 1
+    except FxpruneError:
+        raise
+    except Exception as error:  # data sets and loaders run code of the user
+        raise _error(f"item {number} cannot be read: {Refusal(error)}") from error
 
 
 def _as_batch(item: Any, name: str, where: str) -> Tensors:
@@ -144,18 +140,23 @@ def _as_batch(item: Any, name: str, where: str) -> Tensors:
     fields: Mapping[str, Any] = item if isinstance(item, Mapping) else {name: item}
     if name not in fields:
         raise _error(f"a sample without {name!r}, only {sorted(map(str, fields))}", where, _TOKENISE)
-    tensors = {str(key): _tensor(key, value, where) for key, value in fields.items() if _is_numbers(value, key == name)}
+    needed = (name, "labels", "attention_mask")
+    tensors = {
+        str(key): _tensor(key, value, where)
+        for key, value in fields.items()
+        if key == name or (value is not None and (key in needed or _is_numbers(value)))
+    }
     first = tensors[name]
     if not first.dim():
         raise _error(f"{name} is the single number {told(first)}", where)
     return {key: value[None] if first.dim() == 1 else value for key, value in tensors.items()}
 
 
-def _is_numbers(value: Any, needed: bool) -> bool:
+def _is_numbers(value: Any) -> bool:
     """Whether a field is to be read: what is no list of numbers belongs to a sample and not to the model."""
     if isinstance(value, torch.Tensor | np.ndarray):
         return True
-    return needed or (isinstance(value, Sequence) and not isinstance(value, str | bytes) and _flat(value))
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and _flat(value)
 
 
 def _flat(value: Sequence[Any]) -> bool:
@@ -166,11 +167,19 @@ def _tensor(name: Any, value: Any, where: str) -> torch.Tensor:
     if isinstance(value, str | bytes) or (isinstance(value, Sequence) and any(isinstance(i, str) for i in value)):
         raise _error(f"{name} is text", where, _TOKENISE)
     try:
-        found = torch.as_tensor(value)
+        found = torch.as_tensor(_native(value) if isinstance(value, np.ndarray) else value)
     except (ValueError, TypeError, RuntimeError, RecursionError, OverflowError) as error:
         raise _error(f"{name} is {told(value)}, no tensor: {Refusal(error)}", where) from error
     _check_tensor(str(name), found, where)
     return found
+
+
+def _native(value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return an array as torch takes it: in the machine's order of bytes, laid out forwards, integers signed."""
+    kind = value.dtype.newbyteorder("=")
+    if kind.kind == "u" and kind.itemsize > 1:
+        value, kind = np.minimum(value, np.iinfo(np.int64).max), np.dtype(np.int64)  # no vocabulary is that large
+    return np.ascontiguousarray(value, dtype=kind)
 
 
 def _check_tensor(name: str, value: torch.Tensor, where: str) -> None:
@@ -214,6 +223,8 @@ def _without_padding(
             where,
             "Pass a mask with one number for each token, or none",
         )
+    if mask.is_floating_point() and not bool(mask.isfinite().all()):
+        raise _error("attention_mask has values that are not finite", where, "Pass 1 for tokens and 0 for padding")
     keep = mask[0].bool()
     return {key: value[:, keep] if value.shape == shape else value for key, value in row.items()}
 

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from fxprune.data.calibration import embedding_rows
-from fxprune.graph.compat import is_free, size_hint, tree_map
+from fxprune.errors import ArgumentError
+from fxprune.graph.compat import is_free, size_hint, tree_leaves, tree_map
 from fxprune.graph.facts import Fact
 from fxprune.graph.inputs import example_of
 from fxprune.graph.size_checks import refusal
@@ -36,17 +37,43 @@ class VerificationInputs(Fact):
     values: Mapping[str, Any]
 
 
-def check_names(example_inputs: Any) -> None:
-    """Refuse inputs that are not given by name.
+def check_names(example_inputs: Any, *, on_meta: bool = True) -> None:
+    """Refuse inputs that are not given by name, or hold what no graph takes.
+
+    Args:
+        example_inputs: what was passed.
+        on_meta: whether tensors may be on ``meta``.
 
     Raises:
-        ArgumentError: they are neither None nor a mapping from names to what is passed.
+        ArgumentError: they are neither None nor a mapping from names to what is passed; or names the input.
     """
+    if example_inputs is None:
+        return
     named = isinstance(example_inputs, Mapping) and example_inputs and all(isinstance(n, str) for n in example_inputs)
-    if example_inputs is not None and not named:
-        raise refuse(
-            "example_inputs", example_inputs, "the keyword arguments of forward, {'name': tensor, ...}, or None"
-        )
+    if not named:
+        raise refuse("example_inputs", example_inputs, _NAMED)
+    leaves = {name: tree_leaves(value) for name, value in example_inputs.items()}
+    for name, values in leaves.items():
+        for value in values:
+            _check_value(f"example_inputs[{name!r}]", value, on_meta)
+    sizes = [value.numel() for values in leaves.values() for value in values if isinstance(value, torch.Tensor)]
+    if sizes and not any(sizes):
+        raise ArgumentError("they are empty", where="example_inputs", remedy="Pass a sample or more")
+
+
+def _check_value(name: str, value: Any, on_meta: bool) -> None:
+    if not isinstance(value, torch.Tensor):
+        if value is not None and not isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+            raise refuse(name, value, "a tensor, or lists, tuples and dicts of tensors")
+        return
+    if value.is_meta:
+        wrong = "" if on_meta else "on meta, without values, and the model is not"
+    elif value.layout != torch.strided or value.is_nested or value.is_quantized:
+        wrong = "no plain tensor"
+    else:
+        wrong = "not a number in places" if value.is_floating_point() and bool(value.isnan().any()) else ""
+    if wrong:
+        raise ArgumentError(f"it is {wrong}", where=name, remedy="Pass a tensor that holds numbers")
 
 
 def make_inputs(graph_module: fx.GraphModule, given: Mapping[str, Any] | None, seed: int) -> dict[str, Any]:

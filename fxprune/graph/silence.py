@@ -1,13 +1,14 @@
-"""Keep warnings and logs of other packages quiet for a while."""
+"""Keep warnings, logs and prints of other packages quiet for a while."""
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 
-__all__ = ["quiet"]
+__all__ = ["quiet", "unprinted"]
 
 
 @contextmanager
@@ -15,13 +16,21 @@ def quiet(level: int = logging.ERROR) -> Iterator[None]:
     """Hide warnings, and log messages up to ``level``, while the context lasts.
 
     Args:
-        level: the highest level that is hidden. What another ``quiet`` around this one hides stays hidden.
+        level: the highest level that is hidden. What another ``quiet`` around this one hides stays hidden. Where errors
+            are, what is printed about them is too; see :func:`unprinted`.
     """
     before = logging.root.manager.disable
     logging.disable(max(before, level))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), unprinted() if level >= logging.ERROR else nullcontext():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def unprinted() -> Iterator[None]:
+    """Hide what is written to ``sys.stderr``: torch prints a whole graph there before it lets an error pass."""
+    with redirect_stderr(io.StringIO()):
+        yield

@@ -189,7 +189,7 @@ def told(value: Any) -> str:
         return f"the class {value.__name__}"
     if isinstance(value, torch.Tensor | np.ndarray):
         kind = "tensor" if isinstance(value, torch.Tensor) else "array"
-        return f"a {value.dtype} {kind} of shape {tuple(value.shape)}"
+        return f"{_article(str(value.dtype))} {kind} of shape {tuple(value.shape)}"
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | list | tuple | set | Mapping):
         text = _REPR.repr(value)
         return text if len(text) <= _LONGEST and "\n" not in text and " object at 0x" not in text else _kind(value)
@@ -201,7 +201,11 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = _LONGEST
 
 
 def _kind(value: Any) -> str:
-    return f"a {type(value).__name__}"
+    return _article(type(value).__name__)
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
 
 
 def _scalar(value: Any) -> Any:

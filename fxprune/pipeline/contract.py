@@ -18,9 +18,11 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxprune.errors import PassError
+from fxprune.graph.attempts import clear_errors
 from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.graph.fork import fork, unshare
 from fxprune.graph.source import Source
+from fxprune.graph.surroundings import neutral
 from fxprune.graph.tensors import weights
 from fxprune.pipeline.spelling import spell
 
@@ -32,6 +34,8 @@ STAGES = ("prepare", "discover", "importance", "select", "compensate", "shrink",
 Kinds = tuple[type[Fact], ...]
 
 _REPORT = "This is a defect of the pass"
+
+_CHECK = "Check that the model runs on the inputs and samples given, and the arguments of the pass"
 
 
 class Pass(PassBase):
@@ -71,13 +75,15 @@ class Pass(PassBase):
             The graph module, and whether its graph or its weights differ from those of the one that came in.
 
         Raises:
-            PassError: a fact is missing, a promised one was not given, or something changed that was not declared.
+            PassError: a fact is missing, a promised one was not given, something changed that was not declared, or the
+                pass failed with what is no error of this package.
         """
-        self.check_arguments()
-        self.requires(graph_module)
-        if self.changes != "nothing" and not inplace:
-            return run_apart(self, self._run, graph_module)
-        return self._run(graph_module)
+        with neutral(), clear_errors(f"pass {self.name}", _CHECK, PassError):
+            self.check_arguments()
+            self.requires(graph_module)
+            if self.changes != "nothing" and not inplace:
+                return run_apart(self, self._run, graph_module)
+            return self._run(graph_module)
 
     @abstractmethod
     def call(self, graph_module: fx.GraphModule) -> PassResult:

@@ -11,6 +11,7 @@ from torch import fx
 
 from fxprune.errors import FxpruneError, PassError
 from fxprune.graph.facts import Change, Fact, facts_of
+from fxprune.graph.surroundings import neutral
 from fxprune.pipeline.arguments import function, refuse
 from fxprune.pipeline.contract import Pass, PassResult, run_apart
 from fxprune.pipeline.registry import parse_pass
@@ -79,10 +80,11 @@ class PassSequence(Pass):
             PassError: the order cannot work; nothing has been done then.
             FxpruneError: whatever a step raises, with a note that names the step.
         """
-        self.requires(graph_module)
-        if self.changes != "nothing" and not inplace:
-            return run_apart(self, self.call, graph_module)
-        return self.call(graph_module)
+        with neutral():
+            self.requires(graph_module)
+            if self.changes != "nothing" and not inplace:
+                return run_apart(self, self.call, graph_module)
+            return self.call(graph_module)
 
     def check_arguments(self) -> None:
         """Raise where the arguments of a step are not complete."""

@@ -7,6 +7,7 @@ model is traced in bfloat16: only so does the graph tell a cast *to float32* (a 
 
 from __future__ import annotations
 
+import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,14 +18,25 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import TraceError
+from fxprune.graph.attempts import clear_errors
 from fxprune.graph.blocks import Blocks, find_blocks
 from fxprune.graph.compat import fake_mode, is_impure, tree_map
 from fxprune.graph.facts import Facts, Notes, Runnable, Shaped, set_facts
 from fxprune.graph.silence import quiet
 from fxprune.graph.source import Constants, Source
+from fxprune.graph.surroundings import neutral
 from fxprune.graph.tensors import names_by_identity, weights
+from fxprune.pipeline.arguments import flag
 from fxprune.trace.canonical import canonicalize, plain_in_place
-from fxprune.trace.checks import check_model, model_dtype
+from fxprune.trace.checks import (
+    check_copies,
+    check_inputs,
+    check_model,
+    check_outputs,
+    check_runs,
+    check_values,
+    model_dtype,
+)
 from fxprune.trace.dtypes import differs_by_dtype
 from fxprune.trace.fidelity import Fidelity, assess
 from fxprune.trace.fold import fold_constants, place_constants
@@ -52,6 +64,8 @@ class Traced:
     notes: tuple[str, ...] = ()
 
 
+@neutral()
+@clear_errors("model", "Pass a module that runs on example_inputs, and check the arguments", TraceError)
 def trace(
     model: nn.Module, example_inputs: Mapping[str, Any] | None = None, *, dynamic: bool = True, check: bool = True
 ) -> Traced:
@@ -66,10 +80,16 @@ def trace(
 
     Raises:
         UnsupportedModelError: the model is quantised, on several devices, or has no parameters.
+        ArgumentError: ``forward`` does not take the example inputs.
         TraceError: the module cannot be traced, or does not compute what its graph does; says at which line of its
             code, or at which node.
     """
+    dynamic, check = flag("dynamic", dynamic), flag("check", check)
     check_model(model)
+    if example_inputs is not None:
+        check_inputs(model, example_inputs)
+    if check:
+        check_values(model)
     inputs = default_inputs(model, example_inputs)
     own = model_dtype(model)
     notes: list[str] = []
@@ -93,6 +113,8 @@ def trace(
         notes.append(f"not the same as the module if traced in {dtype}, dynamic={free}: {fidelity.where}")
     else:
         raise _refusal(model, failure, fidelity)
+    if check and fidelity.error is None and example_inputs is not None:
+        check_runs(model, example_inputs)
     notes += [*limits, *fidelity.notes, *_left_out(model)]
     graph_module.recompile()
     _learn(graph_module, model, example_inputs, notes, fidelity)
@@ -115,6 +137,7 @@ def _graph_of(
     place_constants(graph_module, model)
     sizes = sizes_of(graph_module.graph)
     graph_module.graph.eliminate_dead_code(is_impure)
+    check_outputs(graph_module, model)
     pinned = pin_sizes(graph_module)
     limits = [f"runs at {pinned}"] if pinned else []
     limits += [f"holds for {limit}" for limit in limit_sizes(graph_module, sizes)]
@@ -132,9 +155,10 @@ def _refusal(model: nn.Module, failure: Exception | None, fidelity: Fidelity | N
             "what depends on state, time or global settings",
         )
     assert failure is not None
+    check_copies(model)
     error = TraceError(
         f"{name} cannot be traced: {_first_line(failure)}",
-        where=_culprit(failure),
+        where=_culprit(failure) or f"forward of {name}",
         remedy="Rewrite that line without data-dependent Python, or pass other example_inputs",
     )
     error.__cause__ = failure
@@ -226,8 +250,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _culprit(error: Exception) -> str:
-    """Return file, line and code of the innermost frame that is the model's own, not torch's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and "/fxprune/" not in f.filename]
-    last = (own or frames)[-1]
-    return f"{last.filename}:{last.lineno} in {last.name}: {last.line}"
+    """Return file, line and code of the innermost frame that is the model's own; empty where none is."""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_machinery(frame.filename)]
+    return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}: {own[-1].line}" if own else ""
+
+
+def _is_machinery(file: str) -> bool:
+    """Whether a file belongs to torch, to this package or to Python itself, or is none."""
+    library = file.startswith(sysconfig.get_path("stdlib")) and "site-packages" not in file
+    return library or "/torch/" in file or "/fxprune/" in file or file.startswith("<")

@@ -1,13 +1,33 @@
-"""Checks of a model before it is traced; a refusal names the parameter and the remedy."""
+"""Checks of a model and its inputs before it is traced; a refusal names the parameter or input, and the remedy."""
 
 from __future__ import annotations
 
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-from torch import nn
+from torch import fx, nn
 
-from fxprune.errors import UnsupportedModelError
+from fxprune.data.verification import check_names
+from fxprune.errors import ArgumentError, FxpruneError, TraceError, UnsupportedModelError
+from fxprune.graph.attempts import Refusal, attempt
+from fxprune.graph.silence import quiet
+from fxprune.pipeline.arguments import refuse, told
+from fxprune.trace.twin import alias_twin
 
-__all__ = ["check_model", "clear_marks", "is_marked", "model_dtype"]
+__all__ = [
+    "check_copies",
+    "check_inputs",
+    "check_model",
+    "check_outputs",
+    "check_runs",
+    "check_values",
+    "clear_marks",
+    "is_marked",
+    "model_dtype",
+]
 
 _MARKS = (
     "is_quantized",
@@ -22,24 +42,20 @@ _MARKS = (
 _DEQUANTISE = "Load it in float32, bfloat16 or float16, or call model.dequantize() first"
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse what cannot be pruned: a model without parameters, quantised, or spread over devices.
+def check_model(model: Any) -> None:
+    """Refuse what cannot be pruned: what is no module, or one without weights, quantised, or spread over devices.
 
     Raises:
         UnsupportedModelError: names the parameter concerned and what to do.
     """
+    _check_module(model)
     named = list(model.named_parameters())
     if not named:
-        raise UnsupportedModelError(f"{type(model).__name__} has no parameters", remedy="Pass a model with weights")
+        raise UnsupportedModelError("it has no parameters", where=type(model).__name__, remedy="Pass one with weights")
     if is_marked(model):
         _check_plain(model)
     for name, parameter in named:
-        if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
-            raise UnsupportedModelError(
-                f"dtype {parameter.dtype} is a quantised format",
-                where=name,
-                remedy="Dequantise the model first",
-            )
+        _check_parameter(name, parameter)
     first, device = named[0][0], named[0][1].device
     for name, parameter in named:
         if parameter.device != device:
@@ -48,6 +64,173 @@ def check_model(model: nn.Module) -> None:
                 where=name,
                 remedy=f"Move the whole model to one device, as in model.to({str(device)!r})",
             )
+
+
+def _check_module(model: Any) -> None:
+    """Refuse what is no module of Python, with all that makes one."""
+    if not isinstance(model, nn.Module):
+        inner = any(hasattr(model, name) for name in ("graph_module", "model"))
+        wanted = (
+            "its .model, or the module it is of"
+            if inner
+            else "an instance of torch.nn.Module, such as a model of transformers"
+        )
+        raise refuse("model", model, wanted, UnsupportedModelError)
+    if "_parameters" not in vars(model) and not isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError(
+            "it was never initialised", where=type(model).__name__, remedy="Call super().__init__() in its __init__"
+        )
+    for path, module in model.named_modules():
+        where = path or type(model).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError("it is TorchScript", where=where, remedy="Pass the module of Python it is from")
+        if "_orig_mod" in module._modules:
+            raise UnsupportedModelError(
+                "it is compiled", where=where, remedy="Pass what was compiled, its ._orig_mod; compile the slim model"
+            )
+        packed = next((name for name, value in vars(module).items() if isinstance(value, torch.ScriptObject)), None)
+        if packed is not None:
+            raise UnsupportedModelError(f"its {packed} holds packed weights", where=where, remedy=_DEQUANTISE)
+
+
+def _check_parameter(name: str, parameter: torch.Tensor) -> None:
+    """Refuse a parameter that is no plain tensor of floats."""
+    if nn.parameter.is_lazy(parameter):
+        raise UnsupportedModelError(
+            "it is lazy and has no shape yet", where=name, remedy="Run the model once on any input first"
+        )
+    if parameter.is_complex():
+        raise UnsupportedModelError(
+            f"its dtype is {parameter.dtype}", where=name, remedy="Keep real and imaginary parts as two parameters"
+        )
+    if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
+        raise UnsupportedModelError(
+            f"dtype {parameter.dtype} is a quantised format", where=name, remedy="Dequantise the model first"
+        )
+    if parameter.layout != torch.strided or parameter.is_nested:
+        raise UnsupportedModelError(
+            f"its layout is {'nested' if parameter.is_nested else parameter.layout}",
+            where=name,
+            remedy="Make it a dense tensor first, as in weight.to_dense()",
+        )
+    if not parameter.numel():
+        raise UnsupportedModelError(
+            f"it is empty, of shape {tuple(parameter.shape)}",
+            where=name,
+            remedy="Take it out of the model; of weights that are spread over processes, gather them first",
+        )
+
+
+def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Refuse inputs that ``forward`` does not take, or no graph does.
+
+    Args:
+        model: the model.
+        inputs: keyword inputs.
+
+    Raises:
+        UnsupportedModelError: the model has no ``forward``.
+        ArgumentError: names the input.
+    """
+    check_names(inputs)
+    if type(model).forward is nn.Module.forward and "forward" not in vars(model):
+        raise UnsupportedModelError(
+            "it has no forward", where=type(model).__name__, remedy="Pass a module that can be called"
+        )
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(**inputs)
+    except TypeError as error:
+        raise ArgumentError(
+            f"{type(model).__name__} takes {signature}: {error}",
+            where="example_inputs",
+            remedy="Pass what forward takes, each by its name",
+        ) from error
+    check_names(inputs, on_meta=any(parameter.is_meta for parameter in model.parameters()))
+
+
+def check_values(model: nn.Module) -> None:
+    """Refuse weights that are not finite: no score of theirs means anything, and no outputs can be compared.
+
+    Raises:
+        UnsupportedModelError: names the parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            continue
+        value = parameter.detach()  # a sum is not finite where a term is not, and needs no memory; it may overflow
+        if not bool(value.sum().isfinite()) and not bool(value.isfinite().all()):
+            raise UnsupportedModelError(
+                "it holds values that are NaN or infinite", where=name, remedy="Load the weights again, or mend them"
+            )
+
+
+def check_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Refuse inputs on which the model itself fails.
+
+    Args:
+        model: the model; a copy of it runs.
+        inputs: keyword inputs.
+
+    Raises:
+        ArgumentError: says what the model says.
+    """
+    twin = alias_twin(model)
+    with quiet(), torch.no_grad():
+        found = attempt(twin, **dict(inputs))
+    if isinstance(found, Refusal):
+        raise ArgumentError(
+            f"{type(model).__name__} does not run on them: {found}",
+            where="example_inputs",
+            remedy="Pass inputs on which model(**example_inputs) runs",
+        ) from found.error
+
+
+def check_outputs(graph_module: fx.GraphModule, model: nn.Module) -> None:
+    """Refuse a graph from which nothing comes out: all of it would be dead.
+
+    Raises:
+        TraceError: it returns no tensor.
+    """
+    output = graph_module.graph.output_node()
+    if not output.all_input_nodes:
+        raise TraceError(
+            "it returns no tensor",
+            where=f"forward of {type(model).__name__}",
+            remedy="Return tensors, or lists, tuples and dicts of them",
+        )
+
+
+def check_copies(model: nn.Module) -> None:
+    """Refuse a model that Python cannot copy; a graph is traced from a copy.
+
+    Raises:
+        UnsupportedModelError: names the attribute.
+    """
+    own = {id(part): part for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            refused = None if name.endswith("_hooks") else _refused_copy(value, own)
+            if refused is not None:
+                raise UnsupportedModelError(
+                    f"{told(value)} that cannot be copied: {refused}",
+                    where=f"{path}.{name}" if path else name,
+                    remedy="Take the attribute off the model while it is pruned, or give it a __deepcopy__",
+                )
+    for path, module in model.named_modules():
+        others = {key: value for key, value in own.items() if value is not module}
+        refused = _refused_copy(module, others)
+        if refused is not None:
+            raise UnsupportedModelError(
+                f"a {type(module).__name__} that cannot be copied: {refused}",
+                where=path or "model",
+                remedy="Mend its __deepcopy__ or __getstate__",
+            )
+
+
+def _refused_copy(value: Any, known: Mapping[int, Any]) -> Refusal | None:
+    found = attempt(copy.deepcopy, value, dict(known), refusals=(FxpruneError,))
+    return found if isinstance(found, Refusal) else None
 
 
 def is_marked(model: nn.Module) -> bool:

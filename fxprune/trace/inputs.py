@@ -40,6 +40,7 @@ def default_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> dict[st
     if not is_hugging_face(model) or getattr(model, "main_input_name", "") != "input_ids":
         raise TraceError(
             f"cannot make inputs for {type(model).__name__}",
+            where="example_inputs",
             remedy="Pass example_inputs={'name': tensor, ...}, the keyword arguments of its forward",
         )
     return {"input_ids": torch.zeros(BATCH, TOKENS, dtype=torch.long)}

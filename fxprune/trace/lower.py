@@ -70,7 +70,11 @@ def _lower_weights(
         if spec.kind == InputKind.USER_INPUT:
             continue
         if spec.kind not in _WEIGHTS or spec.target is None:
-            raise TraceError(f"input {node.name} of kind {spec.kind.name} is not a tensor")
+            raise TraceError(
+                f"it takes the input {node.name}, a {spec.kind.name} and no tensor",
+                where=f"forward of {type(model).__name__}",
+                remedy="Keep what is no tensor out of its attributes and inputs",
+            )
         name = spec.target
         attributes[name] = _real_tensor(program, model, spec)
         env[node] = new = graph.create_node("get_attr", name, name=node.name if "." in name else name)
@@ -97,7 +101,9 @@ def _rebuild(spec: TreeSpec, leaves: list[Any], graph: fx.Graph) -> Any:
     if spec.type in (tuple, list):
         return spec.type(children)
     if not isinstance(spec.context, list) or not all(isinstance(key, str) for key in spec.context):
-        raise TraceError(f"output of type {spec.type} has no named fields", remedy="Return tensors, tuples or dicts")
+        raise TraceError(
+            f"{spec.type} has no named fields", where="what forward returns", remedy="Return tensors, tuples or dicts"
+        )
     fields = dict(zip(spec.context, children, strict=True))
     return fields if spec.type is dict else graph.call_function(spec.type, (), fields)
 

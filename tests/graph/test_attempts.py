@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.errors import FxpruneError
-from fxprune.graph.attempts import Refusal, attempt, call_foreign
+from fxprune.errors import FxpruneError, PlanError
+from fxprune.graph.attempts import Refusal, attempt, call_foreign, clear_errors
 from fxprune.graph.tensors import get_tensor
 
 
@@ -102,3 +102,34 @@ def test_a_copy_that_python_refuses_is_a_refusal() -> None:
             raise RuntimeError("no copy of me")
 
     assert str(attempt(copy.deepcopy, Stubborn())) == "RuntimeError: no copy of me"
+
+
+def fail(error: BaseException) -> None:
+    """Raise, as code that is not ours."""
+    raise error
+
+
+def test_the_last_net_says_where_and_what_to_do() -> None:
+    with (
+        pytest.raises(PlanError, match="^here: KeyError: 'x'. Do that$") as caught,
+        clear_errors("here", "Do that", PlanError),
+    ):
+        fail(KeyError("x"))
+    assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(FxpruneError, match=r"ValueError: y+ \.\.\.") as caught, clear_errors("here", "Do that"):
+        fail(ValueError("\n" + "y" * 5000 + "\nz"))
+    assert len(str(caught.value)) < 400
+
+
+def test_the_last_net_tells_a_defect_from_a_refusal() -> None:
+    run = ours("def run(): return None + 1")
+    with pytest.raises(FxpruneError, match=r"TypeError: .*<string>:1.*Do that. If .* please report it"):
+        clear_errors("here", "Do that")(run)()
+
+
+def test_the_last_net_lets_through_what_is_none_of_its_business() -> None:
+    own, memory = FxpruneError("mine"), torch.OutOfMemoryError()
+    for error in (own, memory, MemoryError(), KeyboardInterrupt(), SystemExit(3)):
+        with pytest.raises(type(error)) as caught, clear_errors("here", "Do that"):
+            fail(error)
+        assert caught.value is error

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 
 import pytest
 
-from fxprune.graph.silence import quiet
+from fxprune.graph.silence import quiet, unprinted
 
 
 def test_warnings_and_logs_are_hidden_and_come_back(caplog: pytest.LogCaptureFixture) -> None:
@@ -39,3 +40,11 @@ def test_inside_another_the_stricter_one_holds_and_an_error_ends_both(caplog: py
         raise KeyError
     log.warning("heard")
     assert caplog.messages == ["heard"]
+
+
+def test_what_is_printed_about_errors_is_hidden_with_them(capfd: pytest.CaptureFixture[str]) -> None:
+    with quiet(), unprinted():
+        print("hidden", file=sys.stderr)
+    with quiet(logging.WARNING):
+        print("heard", file=sys.stderr)
+    assert capfd.readouterr().err == "heard\n"

@@ -45,7 +45,7 @@ def marked(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        (nn.ReLU(), "ReLU has no parameters"),
+        (nn.ReLU(), "ReLU: it has no parameters"),
         (marked(Packed()), "packed: torch.int32 of shape"),
         (marked(Wrapped()), "weight: a Sub is a quantised weight"),
         (

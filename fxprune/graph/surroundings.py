@@ -1,0 +1,31 @@
+"""The state of torch around a call: what a user has set for code of their own is not for ours to compute in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+__all__ = ["neutral"]
+
+_DEVICES = ("cpu", "cuda", "xpu", "mps")
+"""Those that autocast knows."""
+
+
+@contextmanager
+def neutral() -> Iterator[None]:
+    """Compute as outside of any context of torch: with gradients, in the dtypes of the tensors, on the CPU by default.
+
+    So a call does the same under ``torch.inference_mode()``, ``torch.no_grad()``, ``torch.autocast`` and
+    ``torch.device`` as without. Code that was compiled runs as it was written. Also as a decorator.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in _DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
