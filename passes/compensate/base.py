@@ -87,7 +87,7 @@ class FitPass(Pass):
                 for node, value in self.fitted(graph_module, site, run).items():
                     _put(graph_module, str(node.target), value)
                     run.read_again(node)
-        add_note(graph_module, f"{len(sites)} weights were fitted by {self.name}")
+        add_note(graph_module, f"{len(sites)} weights were fitted by {self.name.replace('-', ' ')}")
         return PassResult(graph_module, True)
 
     @abstractmethod

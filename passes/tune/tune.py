@@ -46,6 +46,8 @@ class TunePass(Pass):
         rate: of Adam, at first; it falls to 0 along a cosine.
         batch: samples in a step.
         everywhere: scale the inputs and outputs of all products, not only of those that lost inputs.
+        rank: of what is added to the weight of each of these products, beside the scales, as in LoRA; 0 for nothing. It
+            learns more from much text, and more of what is peculiar to little text.
         measurements: how often the held-out samples are read.
         patience: how many measurements may do no better before it stops.
         folder: where progress is written, and read again by a run with the same arguments; none is without one.
@@ -65,6 +67,7 @@ class TunePass(Pass):
     rate: float = 0.02
     batch: int = 4
     everywhere: bool = False
+    rank: int = 0
     measurements: int = 8
     patience: int = 3
     folder: str = ""
@@ -77,6 +80,7 @@ class TunePass(Pass):
             object.__setattr__(self, name, number(name, getattr(self, name), above=0))
         for name in ("batch", "measurements", "patience"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
+        object.__setattr__(self, "rank", whole_number("rank", self.rank, least=0))
         object.__setattr__(self, "everywhere", flag("everywhere", self.everywhere))
         object.__setattr__(self, "seed", as_seed("seed", self.seed))
         if self.folder != "":
@@ -96,7 +100,7 @@ class TunePass(Pass):
         """
         facts = facts_of(graph_module)
         teacher = facts[Teacher]
-        vectors = Vectors.of(graph_module, facts[Removed].removal, self.everywhere)
+        vectors = Vectors.of(graph_module, facts[Removed].removal, self.everywhere, self.rank)
         training = _Training(self, graph_module, vectors, teacher)
         progress = training.run()
         better = progress.best < progress.first

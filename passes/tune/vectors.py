@@ -21,6 +21,9 @@ __all__ = ["TunedRun", "Vectors"]
 _REACH = 0.5
 """A scale stays between a half and one and a half: a unit is turned up or down, and never off."""
 
+_START = 0
+"""Seed of the numbers that low-rank factors start from."""
+
 _CAREFUL = 0.2
 """Parameters of one axis move a fifth as fast as scales: what a norm multiplies, all of the stream behind it has."""
 
@@ -32,20 +35,24 @@ class Vectors:
     Args:
         products: by node name, the products whose inputs or outputs are scaled.
         sizes: for each vector its key and size: ``in`` and ``out`` with the name of a product, ``own`` with that of a
-            parameter of one axis.
+            parameter of one axis; ``down`` and ``up`` with the name of a product for the two factors, ``(in, rank)``
+            and ``(rank, out)``, of what is added to its weight.
+        rank: of what is added to each weight; 0 where nothing is.
     """
 
     products: Mapping[str, LoneProduct]
     sizes: Mapping[tuple[str, str], int]
+    rank: int = 0
 
     @classmethod
-    def of(cls, graph_module: fx.GraphModule, removal: Removal, everywhere: bool) -> Vectors:
+    def of(cls, graph_module: fx.GraphModule, removal: Removal, everywhere: bool, rank: int = 0) -> Vectors:
         """Return the vectors of a slim graph.
 
         Args:
             graph_module: the slim graph.
             removal: what was removed from it.
             everywhere: scale the inputs and outputs of all products, not only of those that lost inputs.
+            rank: of what is added to the weights of these products; 0 for nothing.
         """
         products = {p.node.name: p for p in lone_products(graph_module) if everywhere or _lost_inputs(p, removal)}
         sizes = {}
@@ -54,13 +61,16 @@ class Vectors:
             sizes["in", name] = shape[product.axis]
             if product.added is None or product.bias is not None:
                 sizes["out", name] = shape[1 - product.axis]
+            if rank:
+                sizes["down", name] = shape[product.axis] * rank
+                sizes["up", name] = shape[1 - product.axis] * rank
         seen: set[int] = set()
         for name, tensor in weights(graph_module):
             alone = isinstance(tensor, nn.Parameter) and tensor.dim() == 1 and tensor.is_floating_point()
             if alone and id(tensor) not in seen:
                 sizes["own", name] = len(tensor)
                 seen.add(id(tensor))
-        return cls(products, sizes)
+        return cls(products, sizes, rank)
 
     @property
     def count(self) -> int:
@@ -87,6 +97,22 @@ class Vectors:
         part = self.part(numbers, key)
         return None if part is None else 1 + _REACH * torch.tanh(part)
 
+    def factors(
+        self, numbers: torch.Tensor, node: str, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the two factors, ``(in, rank)`` and ``(rank, out)``, of what is added to a product's weight.
+
+        The first starts at random numbers, the same each time, and the second at 0, so that nothing is added at first;
+        both are in units that make a number of 1 count as much as a fifth of the weight.
+        """
+        down, up = self.part(numbers, ("down", node)), self.part(numbers, ("up", node))
+        if down is None or up is None:
+            return None
+        down = down.view(-1, self.rank)
+        start = torch.randn(down.shape, generator=torch.Generator().manual_seed(_START))
+        unit = _CAREFUL * weight.detach().float().square().mean().sqrt() / self.rank**0.5
+        return unit * (start.to(down.device) + down), up.view(self.rank, -1)
+
     def moved(self, numbers: torch.Tensor, name: str, value: torch.Tensor) -> torch.Tensor:
         """Return a parameter of one axis, moved in units of its root mean square."""
         part = self.part(numbers, ("own", name))
@@ -105,6 +131,10 @@ class Vectors:
             wide = wide * (columns if product.axis == 1 else columns[:, None])
             if rows is not None:
                 wide = wide * (rows[:, None] if product.axis == 1 else rows)
+            low = self.factors(numbers, node, W)
+            if low is not None:
+                added = low[0] @ low[1]
+                wide = wide + (added.T if product.axis == 1 else added)
             values[product.name] = wide.to(W.dtype)
             if rows is not None and product.bias is not None:
                 bias = values.get(product.bias, get_tensor(graph_module, product.bias))
@@ -145,7 +175,8 @@ class TunedRun(UntouchedRun):
         self.env[product.source] = self._scaled(source, ("in", n.name))
         value = self._scaled(super().run_node(n), ("out", n.name))
         self.env[product.source] = source
-        return value
+        low = self.vectors.factors(self.numbers, n.name, self.env[product.weight])
+        return value if low is None else value + source @ low[0].to(source.dtype) @ low[1].to(source.dtype)
 
     def _scaled(self, value: torch.Tensor, key: tuple[str, str]) -> torch.Tensor:
         scale = self.vectors.scale(self.numbers, key)

@@ -63,11 +63,14 @@ def planned(model: nn.Module, inputs: dict[str, torch.Tensor], stay: int) -> fx.
     return dense
 
 
-def by_hand(w: torch.Tensor, x: torch.Tensor, y: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
+def by_hand(
+    w: torch.Tensor, x: torch.Tensor, y: torch.Tensor, damping: float = DAMPING, each: bool = False
+) -> torch.Tensor:
     """Ridge regression towards ``w`` on rows ``x`` and ``y``, as a stacked least-squares problem."""
-    weight = (damping * x.square().sum(0).mean()).sqrt()
-    left = torch.cat([x, weight * torch.eye(x.shape[1])]).double()
-    right = torch.cat([y, weight * w.T]).double()
+    squares = x.square().sum(0)
+    weight = (damping * (squares if each else squares.mean().expand(len(squares)))).sqrt().diag()
+    left = torch.cat([x, weight]).double()
+    right = torch.cat([y, weight @ w.T]).double()
     return torch.linalg.lstsq(left, right).solution.T.float()
 
 
@@ -75,7 +78,7 @@ def test_the_kept_columns_are_the_ridge_solution() -> None:
     model = network()
     dense = planned(model, {"x": X}, 7)
     work = fork(dense)
-    assert LeastSquaresPass(DAMPING)(work, inplace=True).modified
+    assert LeastSquaresPass(damping=DAMPING, bias=False)(work, inplace=True).modified
     hidden = model.a(X).relu().flatten(0, 1)
     expected = by_hand(model.b.weight[:, :7], hidden[:, :7], hidden @ model.b.weight.T)
     assert torch.allclose(get_tensor(work, "b.weight")[:, :7], expected, atol=1e-5)
@@ -86,7 +89,7 @@ def test_a_sum_is_fitted_and_not_its_term() -> None:
     """The second network makes up for what the first could not, and so on: its target is what the stream lacks."""
     model = deep()
     work = fork(planned(model, {"input": X}, 7))
-    LeastSquaresPass(DAMPING)(work, inplace=True)
+    LeastSquaresPass(damping=DAMPING, bias=False)(work, inplace=True)
     with torch.no_grad():
         x = slim = X.flatten(0, 1)
         for i in range(3):
@@ -101,17 +104,58 @@ def test_a_sum_is_fitted_and_not_its_term() -> None:
 def test_the_damping_that_does_best_on_other_tokens_is_taken() -> None:
     model = network()
     work = fork(planned(model, {"x": X}, 7))
-    LeastSquaresPass()(work, inplace=True)
+    LeastSquaresPass(bias=False)(work, inplace=True)
     hidden = model.a(X).relu().flatten(0, 1).detach()
     w, x, y = model.b.weight[:, :7].detach(), hidden[:, :7], hidden @ model.b.weight.detach().T
     front = len(x) * 3 // 4
     errors = {}
-    for damping in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0):
-        fitted = by_hand(w, x[:front], y[:front], damping)
+    for damping in ((d, each) for d in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0) for each in (False, True)):
+        fitted = by_hand(w, x[:front], y[:front], *damping)
         errors[damping] = float((x[front:] @ fitted.T - y[front:]).square().sum())
     best = min(errors, key=errors.__getitem__)
     assert errors[best] < float((x[front:] @ w.T - y[front:]).square().sum())
-    assert torch.allclose(get_tensor(work, "b.weight")[:, :7], by_hand(w, x, y, best), atol=1e-5)
+    assert torch.allclose(get_tensor(work, "b.weight")[:, :7], by_hand(w, x, y, *best), atol=1e-5)
+
+
+def test_a_bias_takes_up_the_mean_of_what_went() -> None:
+    model = network()
+    work = fork(planned(model, {"x": X}, 7))
+    LeastSquaresPass(damping=1e9)(work, inplace=True)  # the weight hardly moves
+    gone = model.a(X).relu().flatten(0, 1)[:, 7:] @ model.b.weight[:, 7:].T
+    assert torch.allclose(get_tensor(work, "b.bias"), model.b.bias + gone.mean(0), atol=1e-5)
+    assert torch.allclose(get_tensor(work, "b.weight"), model.b.weight, atol=1e-5)
+    work = fork(planned(model, {"x": X}, 7))
+    LeastSquaresPass(damping=0.1, each=True)(work, inplace=True)
+    hidden = torch.cat([model.a(X).relu().flatten(0, 1)[:, :7], torch.ones(35, 1)], 1).double()
+    lost = (model.a(X).relu().flatten(0, 1) @ model.b.weight.T + model.b.bias).double()
+    ridge = (0.1 * hidden.square().sum(0) * torch.tensor([1.0] * 7 + [0.0])).diag()
+    start = torch.cat([model.b.weight[:, :7], model.b.bias[:, None]], 1).double()
+    wanted = start.T + torch.linalg.solve(hidden.T @ hidden + ridge, hidden.T @ (lost - hidden @ start.T))
+    assert torch.allclose(get_tensor(work, "b.weight")[:, :7], wanted[:7].T.float(), atol=1e-4)
+    assert torch.allclose(get_tensor(work, "b.bias"), wanted[7].float(), atol=1e-4)
+
+
+def test_what_lost_nothing_makes_up_for_what_the_stream_lost() -> None:
+    """The last of three networks is whole, and is fitted too where that is asked for."""
+    model = deep()
+    dense = planned(model, {"input": X}, 7)
+    removal = facts_of(dense)[Removal]
+    last = next(member for member in removal.groups if any(m.name == "2.b.weight" for m in member.members))
+    units = {factor: kept for factor, kept in removal.keep.units.items() if factor is not last.factor}
+    decide(dense, Keep(units))
+    errors = []
+    for stream in (False, True):
+        work = fork(dense)
+        LeastSquaresPass(stream=stream, damping=1e-3)(work, inplace=True)
+        assert torch.equal(get_tensor(work, "2.b.weight"), model[2].b.weight) is not stream  # type: ignore[union-attr]
+        slim = slim_graph_of(work)
+        errors.append(float((slim(X) - model(X)).square().sum().detach()))
+    assert errors[1] < errors[0] * 0.9
+
+
+def slim_graph_of(work: fx.GraphModule) -> fx.GraphModule:
+    """What is left of a graph with a plan."""
+    return load_pass("shrink")(work, inplace=True).graph_module
 
 
 def test_a_weight_stays_where_a_fit_does_not_carry_over() -> None:
@@ -143,8 +187,9 @@ def test_what_others_can_say_is_not_lost() -> None:
     plan = facts_of(planned(model, {"x": X}, 6))[Removal].plan
     fit = LeastSquaresPass(damping=1e-7)
     errors = []
+    samples = [{"x": x[None], "labels": torch.zeros(1, 7, dtype=torch.long)} for x in X]
     for compensate in (None, fit):
-        result = fxprune.apply(model, plan, [{"x": x} for x in X], example_inputs={"x": X}, compensate=compensate)
+        result = fxprune.apply(model, plan, samples, example_inputs={"x": X}, compensate=compensate)
         assert result.report.verification_error is not None and result.report.verification_error < 1e-5
         errors.append(float((result.graph_module(X) - dense).detach().abs().max()))
     assert errors[0] > 0.1
@@ -166,9 +211,12 @@ def test_the_dense_model_stays_and_in_place_gives_the_same() -> None:
 
 def test_parameters_outside_the_plan_keep_every_bit() -> None:
     model = tiny("gpt2")
-    result = fxprune.prune(model, token_ids(4, 12), group_ratio=0.5, compensate="least-squares", protect=())
+    result = fxprune.prune(
+        model, token_ids(4, 12), taylor="mix", group_ratio=0.5, compensate="least-squares", protect=()
+    )
     slim = result.model.state_dict()
-    whole = [name for name in slim if name not in result.plan.kept]
+    moved = {name.replace(".weight", ".bias") for name, axes in result.plan.kept.items() if 0 in axes}
+    whole = [name for name in slim if name not in result.plan.kept and name not in moved]
     assert len(whole) > 10
     assert all(torch.equal(slim[name], model.state_dict()[name]) for name in whole)
 

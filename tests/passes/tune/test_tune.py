@@ -111,11 +111,12 @@ def test_the_divergence_is_that_of_the_likeliest_classes_and_the_rest(slim: fx.G
     assert few.likelihoods.shape[-1] == kept + 1
 
 
-@pytest.mark.parametrize("everywhere", [False, True])
-def test_folding_gives_what_the_vectors_gave(slim: fx.GraphModule, everywhere: bool) -> None:
+@pytest.mark.parametrize(("everywhere", "rank"), [(False, 0), (True, 0), (True, 3)])
+def test_folding_gives_what_the_vectors_gave(slim: fx.GraphModule, everywhere: bool, rank: int) -> None:
     removal = facts_of(slim)[fxprune.Removed].removal
-    vectors = Vectors.of(slim, removal, everywhere)
+    vectors = Vectors.of(slim, removal, everywhere, rank)
     kinds = [kind for kind, _ in vectors.sizes]
+    assert kinds.count("down") == kinds.count("up") == (6 if rank else 0)
     assert kinds.count("own") == 8 and kinds.count("in") == kinds.count("out") == (6 if everywhere else 4)
     numbers = torch.randn(vectors.count, generator=torch.Generator().manual_seed(4))
     folded = fork(slim)
@@ -137,6 +138,12 @@ def test_a_tuned_model_is_nearer_to_the_dense_one_and_has_its_shapes(slim: fx.Gr
     note = facts_of(tuned)[Notes].lines[-1]
     assert re.match(r"tuned: \d+ numbers, 11 samples; divergence from the dense model from 0.0\d+ to", note)
     assert all(w.grad is None for _, w in weights(tuned))
+
+
+def test_what_is_added_to_weights_is_learned_too(slim: fx.GraphModule) -> None:
+    tuned = TunePass(epochs=20, rank=2, everywhere=True, patience=8)(slim).graph_module
+    plain = TunePass(epochs=20, everywhere=True, patience=8)(slim).graph_module
+    assert heldout(tuned, slim) < heldout(plain, slim) < heldout(slim, slim)
 
 
 def test_it_never_ends_worse_than_it_began(slim: fx.GraphModule) -> None:
