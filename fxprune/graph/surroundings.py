@@ -26,6 +26,7 @@ def neutral() -> Iterator[None]:
         for device in _DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(torch.device("cpu"))
+        if torch.get_default_device().type != "cpu":  # each context in force costs every call of torch some time
+            stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
