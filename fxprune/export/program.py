@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxprune.data.verification import VerificationInputs, make_inputs
 from fxprune.errors import ExportError, UnknownNameError, VerificationError
-from fxprune.export.files import ROUGH, as_export_error, replacing, require_packages
-from fxprune.graph.compat import is_free, is_impure, size_hint, tree_unflatten
+from fxprune.export.files import ROUGH, as_export_error, replacing
+from fxprune.export.onnx import run_onnx, write_onnx
+from fxprune.graph.compat import is_free, is_impure, size_hint, tree_leaves, tree_map, tree_unflatten
 from fxprune.graph.facts import facts_of
 from fxprune.graph.fork import fork
 from fxprune.graph.silence import quiet
@@ -24,9 +25,9 @@ from fxprune.masking.compare import TOLERANCE, compare
 from fxprune.masking.masked_run import output_tensors
 from fxprune.trace.inputs import dynamic_dims
 
-__all__ = ["export_graph"]
+__all__ = ["export_graph", "has_kernels", "plain_tensor", "require_close", "strip"]
 
-Inputs = Mapping[str, torch.Tensor]
+Inputs = Mapping[str, Any]
 
 
 def export_graph(
@@ -82,20 +83,20 @@ def _write_program(graph_module: fx.GraphModule, path: Path, inputs: Inputs, ver
 
 
 def _write_onnx(graph_module: fx.GraphModule, path: Path, inputs: Inputs, verify: bool) -> None:
-    require_packages("onnx", "onnxscript", *(["onnxruntime"] if verify else []))
     program = _program(graph_module, inputs)
-    names: dict[str, Any] = {
-        "input_names": list(inputs),
-        "output_names": _output_names(program),
-        "dynamic_shapes": _axis_names(program),
-    }
-    with quiet(logging.WARNING), as_export_error(path):
-        model = torch.onnx.export(program, (), dynamo=True, verbose=False, **names)
-    assert model is not None
-    with replacing(path) as unfinished:
-        model.save(unfinished)
-        if verify and _has_kernels(graph_module):
-            _require_same(graph_module, inputs, _run_onnx(unfinished, inputs), path)
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+
+    def check(written: Path) -> None:
+        _require_same(graph_module, inputs, output_tensors(run_onnx(written, tensors)), path)
+
+    write_onnx(
+        program,
+        path,
+        inputs=_leaf_names(dict(inputs), ""),
+        outputs=_output_names(program),
+        axes=_axis_names(program),
+        check=check if verify and has_kernels(graph_module) else None,
+    )
 
 
 _WRITERS: dict[str, Callable[[fx.GraphModule, Path, Inputs, bool], None]] = {
@@ -109,18 +110,39 @@ def _program(graph_module: fx.GraphModule, inputs: Inputs) -> torch.export.Expor
     work = _for_inference(graph_module)
     traced, dims = {}, {}
     for node in (node for node in work.graph.nodes if node.op == "placeholder"):
-        name, shape = str(node.target), node.meta["val"].shape
-        sizes = [size_hint(size) for size in shape]
-        traced[name] = torch.zeros(sizes, dtype=inputs[name].dtype, device=device_of(work))
-        dims[name] = {axis: torch.export.Dim.AUTO if is_free(size) else None for axis, size in enumerate(shape)}
+        name, value = str(node.target), node.meta["val"]
+        traced[name] = _example(value, inputs[name], device_of(work))
+        dims[name] = tree_map(_free_dims, value)
     with quiet(logging.WARNING), as_export_error():
         program = torch.export.export(work, (), traced, dynamic_shapes=dims, strict=False)
+    strip(program)
+    _warn_of_fixed_axes(program)
+    return program
+
+
+def _example(traced: Any, given: Any, device: torch.device) -> Any:
+    """Return an input of the sizes that were traced, of the types that are given now."""
+    if isinstance(traced, torch.Tensor):
+        return torch.zeros([size_hint(size) for size in traced.shape], dtype=given.dtype, device=device)
+    if isinstance(traced, Mapping):
+        return {key: _example(value, given[key], device) for key, value in traced.items()}
+    if isinstance(traced, list | tuple):
+        return type(traced)(_example(value, item, device) for value, item in zip(traced, given, strict=True))
+    return traced
+
+
+def _free_dims(value: Any) -> dict[int, Any] | None:
+    if not isinstance(value, torch.Tensor):
+        return None
+    return {axis: torch.export.Dim.AUTO if is_free(size) else None for axis, size in enumerate(value.shape)}
+
+
+def strip(program: torch.export.ExportedProgram) -> None:
+    """Take example inputs off a program, and the places in source files that its ops came from."""
     program.example_inputs = None
     for node in program.graph.nodes:
         for fact in ("stack_trace", "from_node"):
             node.meta.pop(fact, None)
-    _warn_of_fixed_axes(program)
-    return program
 
 
 def _for_inference(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -129,7 +151,7 @@ def _for_inference(graph_module: fx.GraphModule) -> fx.GraphModule:
     plain: dict[int, torch.Tensor] = {}
     for name, tensor in weights(graph_module):
         if id(tensor) not in plain:
-            plain[id(tensor)] = _plain_tensor(tensor)
+            plain[id(tensor)] = plain_tensor(tensor)
         set_tensor(work, name, plain[id(tensor)])
     output = work.graph.output_node()
     output.args = fx.map_arg(output.args, _plain_output)
@@ -138,7 +160,7 @@ def _for_inference(graph_module: fx.GraphModule) -> fx.GraphModule:
     return work
 
 
-def _plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
+def plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor`` without gradient; a copy where it is part of a larger storage, which would be stored whole."""
     value = tensor.detach()
     if value.untyped_storage().nbytes() != value.nbytes:
@@ -162,23 +184,29 @@ def _output_names(program: torch.export.ExportedProgram) -> list[str]:
 
 
 def _leaf_names(structure: Any, name: str) -> list[str]:
+    """Return a name for each tensor in a structure; what is no tensor, and no number that stands for one, has none."""
     if not isinstance(structure, Mapping | tuple | list):
-        return [name or "output"]
+        return [name or "output"] if isinstance(structure, torch.Tensor | int) else []
     parts = structure.items() if isinstance(structure, Mapping) else enumerate(structure)
     return [leaf for key, part in parts for leaf in _leaf_names(part, f"{name}_{key}" if name else f"{key}")]
 
 
-def _axis_names(program: torch.export.ExportedProgram) -> dict[str, dict[int, str]]:
+def _axis_names(program: torch.export.ExportedProgram) -> list[dict[int, str]]:
     """Return names for the axes of the first input that vary; the others share them where they have to be equal."""
     shapes = [value.shape for value in _inputs_of(program).values()]
     first = {axis: name for axis, name in enumerate(("batch", "sequence")) if axis < len(shapes[0])}
     free = {axis: name for axis, name in first.items() if is_free(shapes[0][axis])}
-    return {name: {} if i else free for i, name in enumerate(_inputs_of(program))}
+    return [{} if i else free for i in range(len(shapes))]
 
 
 def _inputs_of(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
-    """Return the fake value of each input, by name."""
-    return {n.name: n.meta["val"] for n in program.graph.nodes if n.name in program.graph_signature.user_inputs}
+    """Return the fake value of each tensor that goes in, by name."""
+    taken = program.graph_signature.user_inputs
+    return {
+        node.name: node.meta["val"]
+        for node in program.graph.nodes
+        if node.name in taken and isinstance(node.meta.get("val"), torch.Tensor)
+    }
 
 
 def _warn_of_fixed_axes(program: torch.export.ExportedProgram) -> None:
@@ -192,7 +220,20 @@ def _warn_of_fixed_axes(program: torch.export.ExportedProgram) -> None:
 
 def _require_same(graph_module: fx.GraphModule, inputs: Inputs, got: tuple[torch.Tensor, ...], path: Path) -> None:
     with torch.no_grad():
-        want = output_tensors(graph_module(**inputs))
+        require_close(output_tensors(graph_module(**inputs)), got, path)
+
+
+def require_close(want: Sequence[torch.Tensor], got: Sequence[torch.Tensor], path: Path) -> None:
+    """Refuse a program that computes something else.
+
+    Args:
+        want: what it has to compute.
+        got: what it computes.
+        path: of its file, for the message.
+
+    Raises:
+        VerificationError: it does.
+    """
     tolerance = TOLERANCE if want[0].element_size() >= 4 else ROUGH
     error = compare([value.float().cpu() for value in want], [value.float().cpu() for value in got])
     if not error <= tolerance:
@@ -203,21 +244,11 @@ def _require_same(graph_module: fx.GraphModule, inputs: Inputs, got: tuple[torch
         )
 
 
-def _has_kernels(graph_module: fx.GraphModule) -> bool:
-    """Whether onnxruntime on a CPU can run the graph: it has few kernels for bfloat16."""
-    if not any(tensor.dtype == torch.bfloat16 for _, tensor in weights(graph_module)):
+def has_kernels(module: nn.Module) -> bool:
+    """Return whether onnxruntime on a CPU can run a module: it has few kernels for bfloat16."""
+    if not any(tensor.dtype == torch.bfloat16 for tensor in module.parameters()):
         return True
     warnings.warn(
         "not checked: onnxruntime does not run bfloat16 on a CPU; float() first for one that does", stacklevel=4
     )
     return False
-
-
-def _run_onnx(path: Path, inputs: Inputs) -> tuple[torch.Tensor, ...]:
-    """Run an ONNX model and return its float outputs."""
-    import onnxruntime
-
-    with as_export_error(path):
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        feeds = {entry.name: inputs[entry.name].cpu().numpy() for entry in session.get_inputs()}
-        return output_tensors([torch.from_numpy(value) for value in session.run(None, feeds)])

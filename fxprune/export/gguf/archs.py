@@ -12,7 +12,7 @@ from typing import Any
 
 import gguf
 
-__all__ = ["Arch", "arch_named", "candidates", "names_in_format"]
+__all__ = ["Arch", "arch_named", "candidates", "name_elsewhere", "names_in_format", "place_of"]
 
 _BLOCK = "blk.{bid}."
 
@@ -64,10 +64,10 @@ class Arch:
     scales: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
-    def tensors(self) -> frozenset[str]:
-        """The names of its tensors, those of a block with ``{bid}`` for its number."""
+    def tensors(self) -> frozenset[gguf.MODEL_TENSOR]:
+        """The tensors that it has."""
         number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
-        return frozenset(gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[number])
+        return frozenset(gguf.MODEL_TENSORS[number])
 
 
 @functools.cache
@@ -90,28 +90,52 @@ def candidates(model_type: str) -> list[Arch]:
 
 
 @functools.cache
-def _known_names() -> dict[str, tuple[str, ...]]:
-    """What the tensors of every model that the format knows are called there, by the name of the module here."""
-    names: dict[str, list[str]] = {}
+def _known_modules() -> dict[str, tuple[gguf.MODEL_TENSOR, ...]]:
+    """What the modules of every model that the format knows are in it, by path."""
+    found: dict[str, list[gguf.MODEL_TENSOR]] = {}
     tables = gguf.TensorNameMap
     for table in (tables.mappings_cfg, tables.block_mappings_cfg):
         for tensor, modules in table.items():
             for module in modules:
-                names.setdefault(module, []).append(gguf.TENSOR_NAMES[tensor])
-    return {module: tuple(dict.fromkeys(found)) for module, found in names.items()}
+                found.setdefault(module, []).append(tensor)
+    return {module: tuple(dict.fromkeys(tensors)) for module, tensors in found.items()}
 
 
-def names_in_format(parameter: str) -> tuple[int | None, tuple[str, ...]]:
-    """Return the number of the block that a parameter is in, and what the format may call it.
+def place_of(parameter: str) -> tuple[int | None, str]:
+    """Return the number of the block that a parameter is in, None outside blocks, and the path of its module there.
 
     Args:
         parameter: its name in the model.
+    """
+    module = parameter.rpartition(".")[0]
+    number = re.search(r"\.(\d+)\.", parameter)
+    return (None if number is None else int(number[1])), re.sub(r"\.\d+\.", ".{bid}.", f"{module}.", count=1)[:-1]
+
+
+def names_in_format(module: str, arch: Arch) -> tuple[str, ...]:
+    """Return what the tensors of a module are called in a block of the format, or outside blocks.
+
+    Args:
+        module: its path, with ``{bid}`` for the number of the block.
+        arch: names of tensors that it has come last, since the last one is meant; tensors that can be split or joined
+            to such count as well.
 
     Returns:
-        None for a parameter outside blocks; names as ``attn_q.weight``, none where the format knows no such tensor.
+        As ``attn_q``; none where the format knows no such tensor.
     """
-    module, _, leaf = parameter.rpartition(".")
-    number = re.search(r"\.(\d+)\.", parameter)
-    found = _known_names().get(re.sub(r"\.\d+\.", ".{bid}.", f"{module}.", count=1).rstrip("."), ())
-    block = None if number is None else int(number[1])
-    return block, tuple(f"{name.removeprefix(_BLOCK)}.{leaf}" for name in found if name.startswith(_BLOCK) == (block is not None))
+    known = _known_modules().get(module, ())
+    return tuple(_name(tensor) for tensor in known if tensor in arch.tensors or tensor in _SPLIT_OR_JOINED)
+
+
+def name_elsewhere(module: str) -> str:
+    """Return what a module is called in some architecture of the format; empty where there is none."""
+    return next((_name(tensor) for tensor in _known_modules().get(module, ())), "")
+
+
+def _name(tensor: gguf.MODEL_TENSOR) -> str:
+    return str(gguf.TENSOR_NAMES[tensor]).removeprefix(_BLOCK)
+
+
+_SPLIT_OR_JOINED = {
+    tensor for tensor in gguf.MODEL_TENSOR if tensor.name in ("ATTN_Q", "ATTN_K", "ATTN_V", "ATTN_Q" + "KV")
+}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fxprune.errors import ExportError
-from fxprune.export.gguf.archs import Arch, names_in_format
+from fxprune.export.gguf.archs import Arch, name_elsewhere, names_in_format, place_of
 from fxprune.export.gguf.decoder import Decoder
 
 __all__ = ["LAYOUTS", "Contents", "Layout", "lay_out"]
@@ -87,19 +87,19 @@ def lay_out(decoder: Decoder, arch: Arch, layout: Layout) -> Contents:
 
 def _named(decoder: Decoder, arch: Arch) -> tuple[Tensors, list[_Block]]:
     """Return the tensors outside blocks, and the blocks, by the names that the architecture has for them."""
-    known = {name.removeprefix("blk.{bid}.") for name in arch.tensors} | {"attn_qkv", "attn_q", "attn_k", "attn_v"}
     whole: Tensors = {}
     blocks: dict[int, _Block] = {}
     for parameter, tensor in decoder.tensors.items():
-        number, names = names_in_format(parameter)
-        fitting = [name for name in names if name.rpartition(".")[0] in known]
-        if not fitting:
-            told = f"has no place for {names[0].rpartition('.')[0]}" if names else "has no name for such a tensor"
+        number, module = place_of(parameter)
+        names, leaf = names_in_format(module, arch), parameter.rpartition(".")[2]
+        if not names:
+            other = name_elsewhere(module)
+            told = f"has no place for {other}" if other else "has no name for such a tensor"
             raise ExportError(f"architecture {arch.name} {told}", where=parameter)
-        if number is None:
-            whole[fitting[0]] = tensor
-        else:
-            blocks.setdefault(number, _Block(number, {}, decoder.cached.get(number))).parts[fitting[0]] = tensor
+        if number is not None:
+            blocks.setdefault(number, _Block(number, {}, decoder.cached.get(number)))
+        parts = whole if number is None else blocks[number].parts
+        parts[f"{names[-1]}.{leaf}"] = tensor
     return whole, [blocks[number] for number in sorted(blocks)]
 
 
