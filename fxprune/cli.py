@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import re
 import shutil
 import subprocess
@@ -21,10 +20,12 @@ from rich.progress import track
 from rich.table import Column, Table
 
 import fxprune
+from fxprune.data.files import calibration_text, calibration_windows
 from fxprune.discovery.explain import frozen_axes
-from fxprune.errors import CalibrationError, FxpruneError, PassError, UnknownNameError
+from fxprune.errors import FxpruneError, PassError, UnknownNameError
 from fxprune.pipeline.contract import STAGES
 from fxprune.pipeline.registry import pass_class
+from fxprune.recipes import read_recipe, recipe_names
 
 __all__ = ["app"]
 
@@ -43,21 +44,29 @@ Gguf = Annotated[str | None, typer.Option(help="GGUF file inside the folder.")]
 def prune(
     model: Folder,
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
-    ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = 0.2,
+    recipe: Annotated[
+        str | None, typer.Option(help="balanced, fast, best, llm-pruner or a .txt file; see `fxprune recipes`.")
+    ] = None,
+    ratio: Annotated[float | None, typer.Option(help="Fraction of the parameters to remove; 0.2 by default.")] = None,
     group_ratio: Annotated[float | None, typer.Option(help="Fraction of each group's units, instead.")] = None,
-    kinds: Annotated[str, typer.Option(help="Comma-separated kinds.")] = "mlp,head",
+    kinds: Annotated[str | None, typer.Option(help="Comma-separated kinds, as in 'mlp,head'.")] = None,
     importance: Annotated[
-        str, typer.Option(help="taylor, l1, l2, random or another pass, as in 'taylor{order=second}'.")
-    ] = "taylor",
+        str | None, typer.Option(help="taylor, l1, l2, random or another pass, as in 'taylor{order=second}'.")
+    ] = None,
     taylor: Annotated[str | None, typer.Option(help="Order of taylor: vector, first, second or mix.")] = None,
-    reduction: Annotated[str, typer.Option(help="sum, prod, max, mean, first or last.")] = "sum",
-    ranking: Annotated[str, typer.Option(help="local (in each group) or global.")] = "local",
+    reduction: Annotated[str | None, typer.Option(help="sum, prod, max, mean, first or last.")] = None,
+    ranking: Annotated[str | None, typer.Option(help="local (in each group) or global.")] = None,
     protect: Annotated[tuple[int, int] | None, typer.Option(help="Layers kept whole in front and at the end.")] = None,
     round_to: Annotated[int, typer.Option(help="Widths stay multiples of this.")] = 1,
     uniform: Annotated[bool, typer.Option("--uniform", help="Equal layers, for a stock checkpoint.")] = False,
-    compensate: Annotated[str | None, typer.Option(help="least-squares: refit what stays; needs text.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Text to calibrate on: .txt, or .jsonl with 'text'.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 10,
+    compensate: Annotated[str | None, typer.Option(help="least-squares: refit what stays; none: do not.")] = None,
+    tune: Annotated[str | None, typer.Option(help="tune, as in 'tune{epochs=2}', or none.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text to calibrate on: .txt, or .jsonl with 'text'; else built-in text.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Calibration samples; else as many as the recipe has use for.")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = 128,
     seed: Annotated[int, typer.Option(help="For random importance and verification.")] = 0,
     in_place: Annotated[bool, typer.Option("--in-place", help="Free dense tensors early: less memory.")] = False,
@@ -67,6 +76,8 @@ def prune(
     with _clear_errors():
         options = dict[str, Any](ratio=ratio, group_ratio=group_ratio, importance=importance, taylor=taylor, seed=seed)
         options.update(
+            recipe=recipe,
+            kinds=None if kinds is None else [kind.strip() for kind in kinds.split(",")],
             reduction=reduction,
             ranking=ranking,
             protect=protect,
@@ -74,12 +85,14 @@ def prune(
             inplace=in_place,
             uniform=uniform,
             compensate=compensate,
+            tune=tune,
         )
-        chosen = [kind.strip() for kind in kinds.split(",")]
-        text = None if calibration is None else _read_text(calibration)
+        text = None if calibration is None else calibration_text(calibration)
         dense, tokenizer = _load(model, gguf_file, with_tokenizer=text is not None)
-        data = None if text is None else _samples(tokenizer, text, samples, tokens, str(calibration))
-        result = fxprune.prune(dense, data, kinds=chosen, track=_progress, **options)
+        published = recipe == "llm-pruner" or (recipe is None and (importance or taylor))
+        most = 10 if published and samples is None else samples  # ten are what the paper uses
+        data = None if text is None else calibration_windows(tokenizer, text, most, tokens, str(calibration))
+        result = fxprune.prune(dense, data, tokenizer=tokenizer, track=_progress, **options)
         _tell(result, out, loading=_write(result, tokenizer, out))
 
 
@@ -130,6 +143,21 @@ def passes() -> None:
     order = {stage: i for i, stage in enumerate(STAGES)}
     for row in sorted(found, key=lambda row: order.get(row[1], len(order))):
         table.add_row(*row)
+    console.print(table)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print the passes of this one, to be edited in a file.")] = None,
+) -> None:
+    """List the recipes with what they cost, or print one."""
+    if name is not None:
+        with _clear_errors():
+            console.print(str(read_recipe(name)), end="", markup=False, highlight=False)
+        return
+    table = Table("recipe", "what it does", "what it costs")
+    for recipe in map(read_recipe, recipe_names()):
+        table.add_row(recipe.name, recipe.summary, recipe.costs, end_section=True)
     console.print(table)
 
 
@@ -228,34 +256,6 @@ def _group(dependencies: Any, name: str | None) -> fxprune.Group | None:
     if name not in groups:
         raise UnknownNameError("group", name, groups)
     return groups[name]
-
-
-def _read_text(path: Path) -> str:
-    """The text of a file; of JSON lines, the field ``text`` of each, parted by blank lines."""
-    content = path.read_text(encoding="utf-8", errors="replace")
-    if path.suffix != ".jsonl":
-        return content
-    try:
-        return "\n\n".join(str(json.loads(line)["text"]) for line in content.splitlines() if line.strip())
-    except (ValueError, KeyError, TypeError) as error:
-        remedy = "Each line has to be a JSON object with a field 'text'"
-        raise CalibrationError(f"not JSON lines: {error!r}", where=str(path), remedy=remedy) from error
-
-
-def _samples(tokenizer: Any, text: str, samples: int, tokens: int, where: str) -> Any:
-    """Token ids ``(samples, tokens)``: windows that do not overlap, spread evenly over the text."""
-    import torch
-
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    windows = len(ids) // tokens
-    if windows < samples:
-        raise CalibrationError(
-            f"{len(ids):,} tokens are fewer than {samples} samples of {tokens}",
-            where=where,
-            remedy="Give a longer text, or smaller --samples or --tokens",
-        )
-    starts = [i * windows // samples * tokens for i in range(samples)]
-    return torch.tensor([ids[start : start + tokens] for start in starts])
 
 
 def _draw(dependencies: Any, path: Path, **what: Any) -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import fxprune
 import fxprune.cli
 from fxprune.cli import app
+from fxprune.recipes import read_recipe
 from tests.models import tiny, token_ids
 
 
@@ -107,7 +108,7 @@ def test_prune_calibrates_on_a_file(folder: str, out: Path, suffix: str, monkeyp
         return prune(model, data, **options)
 
     monkeypatch.setattr(fxprune, "prune", watched)
-    options = ("--ratio", "0.05", "--calibration", path, "--samples", 4, "--tokens", 6)
+    options = ("--ratio", "0.05", "--calibration", path, "--samples", 4, "--tokens", 6, "--recipe", "llm-pruner")
     code, output = run("prune", folder, "--out", out, *options)
     assert code == 0, output
     assert seen[0].tolist() == [[1, 2, 3, 1, 2, 3]] * 4
@@ -122,12 +123,28 @@ def test_prune_passes_its_options_on(folder: str, out: Path, monkeypatch: pytest
 
     monkeypatch.setattr(fxprune, "prune", prune)
     values = {"ratio": 0.3, "group_ratio": 0.25, "importance": "l1", "taylor": "first", "reduction": "max"}
-    values |= {"ranking": "global", "round_to": 4, "seed": 7, "compensate": "least-squares"}
+    values |= {"ranking": "global", "round_to": 4, "seed": 7, "compensate": "least-squares", "tune": "none"}
+    values |= {"recipe": "fast"}
     flags = [item for name, value in values.items() for item in (f"--{name.replace('_', '-')}", value)]
     code, _ = run("prune", folder, "--out", out, "--kinds", "mlp, expert", "--protect", 1, 2, "--in-place", *flags)
     assert code == 2
-    assert callable(seen.pop("track"))
+    assert callable(seen.pop("track")) and callable(seen.pop("tokenizer"))
     assert seen == values | {"kinds": ["mlp", "expert"], "protect": (1, 2), "inplace": True, "uniform": False}
+
+
+def test_recipes_are_listed_and_printed_to_be_edited(folder: str, out: Path) -> None:
+    code, output = run("recipes")
+    assert code == 0 and all(name in output for name in ("balanced", "fast", "best", "llm-pruner", "what it costs"))
+    code, printed = run("recipes", "llm-pruner")
+    text = read_recipe("llm-pruner").text
+    assert code == 0 and printed.split() == text.split()
+    mine = out.with_name("mine.txt")
+    mine.write_text(text.replace("\ntaylor\n", "\nl1{kinds=[mlp]}\n").replace("ratio\n", "ratio{kinds=[mlp]}\n"))
+    code, output = run("prune", folder, "--out", out, "--recipe", mine, "--protect", 0, 0, "--ratio", "0.1")
+    assert code == 0, output
+    assert "mlp: 88 to" in output and "head" not in output
+    code, output = run("recipes", "blanced")
+    assert code == 2 and "Did you mean 'balanced'" in output
 
 
 def test_graph_lists_groups_and_frozen_axes_without_weights(folder: str, tmp_path: Path) -> None:
