@@ -18,6 +18,7 @@ from fxprune.discovery.explain import frozen_axes
 from fxprune.discovery.groups import Group, Groups
 from fxprune.graph.facts import facts_of
 from fxprune.graph.fork import fork
+from fxprune.graph.tensors import computed_tensors
 from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
 from fxprune.masking.masked_run import output_tensors
 from fxprune.pipeline.registry import load_pass
@@ -105,9 +106,14 @@ def slim_graph(dense: fx.GraphModule, keep: Keep, blocks: tuple[str, ...] = ()) 
     return load_pass("shrink")(work, inplace=True).graph_module
 
 
+def copy_of(module: nn.Module) -> nn.Module:
+    """A copy; torch refuses to copy what a module computed with gradients and keeps."""
+    return copy.deepcopy(module, {id(tensor): tensor.detach().clone() for tensor in computed_tensors(module)})
+
+
 def zeroed(module: nn.Module, plan: Plan) -> nn.Module:
     """A copy of `module` with the slices that `plan` removes set to zero by hand; parameters that are one stay one."""
-    twin = copy.deepcopy(module)
+    twin = copy_of(module)
     tensors = dict(twin.named_parameters(remove_duplicate=False)) | dict(twin.named_buffers(remove_duplicate=False))
     with torch.no_grad():
         for name in set(plan.kept) & set(tensors):

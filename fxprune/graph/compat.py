@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -24,6 +24,7 @@ __all__ = [
     "AUTOCAST",
     "GRADIENTS",
     "UNKNOWN_SIZE",
+    "FakeTensor",
     "FakeTensorMode",
     "FakeTensorProp",
     "HigherOrderOperator",
@@ -81,10 +82,14 @@ def largest_size(size: int | torch.SymInt) -> int | None:
     return None if bound is int_oo else int(bound)
 
 
+_CODE_OF_OPS = ("_decomp", "_meta_registrations.py", "_refs")
+
+
 def guards_of(size: torch.SymInt) -> list[tuple[Any, str]]:
     """Return the conditions under which a trace holds that the code of a model asked about, and where it did.
 
-    What torch asks for itself, to choose among layouts in memory, does not change what is computed.
+    What torch asks for itself, to choose among layouts in memory, does not change what is computed; an equation among
+    sizes in the code of its ops does, such as how many parts there are of a tensor that is split.
 
     Args:
         size: any size of the trace; the conditions, sympy expressions, are those on all of them.
@@ -93,14 +98,16 @@ def guards_of(size: torch.SymInt) -> list[tuple[Any, str]]:
     return [
         (expression, f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}")
         for expression, frame in asked
-        if isinstance(frame, traceback.FrameSummary) and not _is_torch(Path(frame.filename))
+        if isinstance(frame, traceback.FrameSummary) and _matters(expression, Path(frame.filename))
     ]
 
 
-def _is_torch(file: Path) -> bool:
-    """Whether ``file`` is torch's own, other than its modules, which are code of models too."""
+def _matters(expression: Any, file: Path) -> bool:
+    """Whether what was asked in ``file`` decides what is computed; modules of torch are code of models, too."""
     root = Path(torch.__file__).parent
-    return file.is_relative_to(root) and not file.is_relative_to(root / "nn")
+    if not file.is_relative_to(root) or file.is_relative_to(root / "nn"):
+        return True
+    return getattr(expression, "rel_op", "") == "==" and file.relative_to(root).parts[0] in _CODE_OF_OPS
 
 
 def work_out(expression: Any, values: dict[Any, Any]) -> Any:

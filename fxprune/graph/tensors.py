@@ -8,9 +8,11 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import PassError
+from fxprune.graph.compat import tree_leaves
 
 __all__ = [
     "as_parameter",
+    "computed_tensors",
     "copy_tensor",
     "delete_tensor",
     "device_of",
@@ -52,6 +54,18 @@ def as_parameter(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor with memory of its own and the same values; of a parameter, a parameter."""
     return as_parameter(tensor.detach().clone(), tensor)
+
+
+def computed_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield what ``module`` computed with gradients and keeps among its attributes: torch refuses to copy that.
+
+    Weights made of others by a hook are such tensors, and so are activations that code of a model keeps to show.
+    """
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name not in ("_parameters", "_modules"):
+                leaves = tree_leaves(value)
+                yield from (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None)
 
 
 def delete_tensor(module: nn.Module, name: str) -> None:

@@ -67,12 +67,16 @@ class PreciseRun(UntouchedRun):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run an op; what it would cast to, or make in, a narrower float is in float32."""
-        args, kwargs = fx.node.map_aggregate((args, kwargs), lambda value: torch.float32 if value in _NARROW else value)
+        args, kwargs = fx.node.map_aggregate((args, kwargs), _widened_dtype)
         return super().call_function(target, args, kwargs)
 
 
 def _widened(value: torch.Tensor) -> torch.Tensor:
     return value.float() if value.dtype in _NARROW else value
+
+
+def _widened_dtype(value: Any) -> Any:
+    return torch.float32 if isinstance(value, torch.dtype) and value in _NARROW else value
 
 
 class MaskedRun(PreciseRun):

@@ -48,6 +48,9 @@ class Report(Fact):
         frozen: for each parameter axis that had to keep units, ``{"name[axis]": reason}``.
         verification_error: largest difference between slim and masked dense outputs, relative to the largest output
             or 1; None where it was not checked.
+        fidelity: largest difference between the dense graph and the module it was traced from, relative to the largest
+            output; None where it was not checked, as on ``meta``.
+        gradient_fidelity: the same of the gradients of the parameters; None where there are none.
         model_reasons: why there is no slim Hugging Face model; empty where there is one.
         notes: what else the user should know.
     """
@@ -61,6 +64,8 @@ class Report(Fact):
     removed_blocks: tuple[str, ...] = ()
     frozen: dict[str, str] = field(default_factory=dict)
     verification_error: float | None = None
+    fidelity: float | None = None
+    gradient_fidelity: float | None = None
     model_reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -14,6 +14,7 @@ from fxprune.data.verification import check_names
 from fxprune.errors import ArgumentError, FxpruneError, TraceError, UnsupportedModelError
 from fxprune.graph.attempts import Refusal, attempt
 from fxprune.graph.silence import quiet
+from fxprune.graph.tensors import computed_tensors
 from fxprune.pipeline.arguments import refuse, told
 from fxprune.trace.twin import alias_twin
 
@@ -207,7 +208,8 @@ def check_copies(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: names the attribute.
     """
-    own = {id(part): part for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    parts = (*model.modules(), *model.parameters(), *model.buffers(), *computed_tensors(model))
+    own = {id(part): part for part in parts}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             refused = None if name.endswith("_hooks") else _refused_copy(value, own)

@@ -8,21 +8,22 @@ parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxprune.graph.facts import Fact
+from fxprune.errors import PassError
+from fxprune.graph.facts import Fact, facts_of
 from fxprune.graph.inputs import input_tensors
 from fxprune.graph.tensors import on_meta
 from fxprune.trace.inputs import free_axes
 from fxprune.trace.limits import forbid
 from fxprune.trace.probe import TOLERANCE, Probe
 
-__all__ = ["Fidelity", "assess"]
+__all__ = ["Fidelity", "assess", "require_gradients"]
 
 _SECOND = (3, 5)
 """Batch and tokens of the second comparison: the first one has two samples of more tokens."""
@@ -74,10 +75,34 @@ def assess(graph_module: fx.GraphModule, model: nn.Module, given: Mapping[str, A
     apart = tuple(name for name, difference in gradients.items() if not difference <= accepted * _GRADIENTS)
     if apart:
         notes += (
-            f"gradients differ from the module's, of {apart[0]} and {len(apart) - 1} more parameters: do not train "
-            "the graph, or prune by a criterion of gradients",
+            f"the gradients of {_listed(apart)} differ from the module's: do not train the graph, or prune by a "
+            "criterion of gradients",
         )
     return Fidelity(error, max(gradients.values(), default=None), apart, notes)
+
+
+def require_gradients(graph_module: fx.GraphModule, asked_by: str) -> None:
+    """Raise if the gradients of a graph are known to be others than those of its module.
+
+    Args:
+        graph_module: a graph that was traced.
+        asked_by: the name of the pass that needs them.
+
+    Raises:
+        PassError: they are.
+    """
+    found = facts_of(graph_module).get(Fidelity)
+    if found is not None and found.apart:
+        raise PassError(
+            f"the gradients of {_listed(found.apart)} are not those of the module: its code gives them a backward of "
+            "their own",
+            where=f"pass {asked_by}",
+            remedy="Choose a criterion without gradients, such as l2, or take the custom autograd.Function out",
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -96,10 +121,8 @@ def _forbid_one(probe: Probe, graph_module: fx.GraphModule, accepted: float) -> 
         error = None if inputs is None else probe.error(inputs)
         return error is not None and not error <= accepted
 
-    if not differs((1, 1)):
-        return []
     notes = []
-    for axis, sizes in enumerate([(1, _SECOND[1]), (_SECOND[0], 1)]):
+    for axis, sizes in ((0, (1, _SECOND[1])), (1, (_SECOND[0], 1)), (0, (1, 1))):
         if differs(sizes):
             places = [(n, axis) for n, _ in input_tensors(graph_module.graph) if axis < free_axes(n.meta["val"])]
             notes += [f"holds for {forbid(graph_module, place, 1)}" for place in places]

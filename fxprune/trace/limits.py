@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from fxprune.graph.compat import guards_of, is_free, size_hint, spell_expression, work_out
-from fxprune.graph.inputs import input_tensors
+from fxprune.graph.inputs import input_tensors, is_input
 from fxprune.trace.inputs import free_axes
 
 __all__ = ["Size", "forbid", "limit_sizes", "sizes_of"]
@@ -40,38 +40,43 @@ def limit_sizes(graph_module: fx.GraphModule, found: Mapping[Size, int | torch.S
 
     Args:
         graph_module: the graph, changed in place.
-        found: the sizes as tracing found them.
+        found: the sizes as tracing found them, before some of them were fixed.
 
     Returns:
         The limits that come from branches of the code, in words.
     """
-    checks = _Checks(graph_module.graph)
     free: dict[Size, Any] = {
         place: size for place, size in found.items() if isinstance(size, torch.SymInt) and is_free(size)
     }
+    fixed = {place: size_hint(now) for place, now in sizes_of(graph_module.graph).items() if not is_free(now)}
+    checks = _Checks(graph_module.graph, fixed)
     for place, size in free.items():
         checks.tie(place, size)
     asked = guards_of(next(iter(free.values()))) if free else []
     notes = [note for expression, line in asked if (note := checks.guard(expression, line))]
-    for place, size in found.items():
-        if place not in free:
-            checks.compare(operator.eq, place, int(size))
+    for place, number in fixed.items():
+        checks.compare(operator.eq, place, number)
     return tuple(dict.fromkeys(notes))
 
 
 def forbid(graph_module: fx.GraphModule, place: Size, size: int) -> str:
     """Let a graph refuse a ``size`` of an axis; return the limit in words."""
-    return _Checks(graph_module.graph).compare(operator.ne, place, size)
+    return _Checks(graph_module.graph, {}).compare(operator.ne, place, size)
 
 
 class _Checks:
-    """Reads sizes and compares them, before anything else in a graph."""
+    """Reads sizes and compares them, before anything else in a graph.
 
-    def __init__(self, graph: fx.Graph) -> None:
+    Args:
+        graph: the graph.
+        fixed: the sizes that can be one number only; what is asked of them alone is answered.
+    """
+
+    def __init__(self, graph: fx.Graph, fixed: Mapping[Size, int]) -> None:
         self.graph = graph
+        self.fixed = fixed
         inputs = dict(input_tensors(graph))
-        heads = {node for node in graph.nodes if node.op == "placeholder"} | set(inputs)
-        self.first = next(node for node in graph.nodes if node not in heads)
+        self.first = next(node for node in graph.nodes if not is_input(node))
         self.said = {(node, axis): f"{name}.shape[{axis}]" for node, name in inputs.items() for axis in (0, 1)}
         self.symbols: dict[Any, Size] = {}
         self.traced: dict[Size, int] = {}
@@ -88,7 +93,8 @@ class _Checks:
 
     def guard(self, expression: Any, line: str) -> str:
         """A condition on sizes has to hold, as far as inputs have them; return it in words."""
-        if not expression.free_symbols or not expression.free_symbols <= set(self.symbols):
+        known = expression.free_symbols <= set(self.symbols)
+        if not known or all(self.symbols[symbol] in self.fixed for symbol in expression.free_symbols):
             return ""
         text = f"{self._spelled(expression)} ({line})"
         try:

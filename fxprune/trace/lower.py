@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind, InputSpec
 
 from fxprune.errors import TraceError
-from fxprune.graph.compat import TreeSpec, is_impure
+from fxprune.graph.compat import FakeTensor, TreeSpec, is_impure
 from fxprune.trace.regions import copy_body
 from fxprune.trace.signature import add_inputs, called_with, read_leaves
 
@@ -43,7 +43,7 @@ def lower(
     nodes = [node for node in program.graph_module.graph.nodes if node.op == "placeholder"]
     specs = list(zip(nodes, program.graph_signature.input_specs, strict=True))
     called = {name: value for name, value in called_with(program, specs).items() if name not in fixed}
-    made = add_inputs(graph, called, {spec.target for _, spec in specs})
+    made = add_inputs(graph, called, model.forward, {spec.target for _, spec in specs})
     env: dict[fx.Node, Any] = {}
     attributes = _lower_weights(program, model, specs, graph, env)
     env.update(read_leaves(graph, called, made))
@@ -90,6 +90,12 @@ def _real_tensor(program: torch.export.ExportedProgram, model: nn.Module, spec: 
     except AttributeError:
         value = program.constants[spec.target]
     assert isinstance(value, torch.Tensor)
+    if isinstance(value, FakeTensor):
+        raise TraceError(
+            f"what is computed from inputs becomes a constant, a tensor of shape {tuple(value.shape)}",
+            where=f"forward of {type(model).__name__}",
+            remedy="Tracing does not follow x.data; write x.detach()",
+        )
     return value
 
 

@@ -1,13 +1,14 @@
 """The inputs of a graph: called as the module is, with lists and dicts of tensors, and with what is no tensor.
 
 A container is one input, and the tensors in it are read off it first thing. What is no tensor decided what was traced,
-so the graph takes it, by default as it was, and refuses any other value.
+so the graph takes it, and refuses any other value; it may be left out if it was what the module takes it for then.
 """
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,16 +31,19 @@ def called_with(program: torch.export.ExportedProgram, specs: Specs) -> dict[str
     return dict(keywords)
 
 
-def add_inputs(graph: fx.Graph, called: Mapping[str, Any], taken: Container[str | None]) -> dict[str, fx.Node]:
+def add_inputs(
+    graph: fx.Graph, called: Mapping[str, Any], forward: Callable[..., Any], taken: Container[str | None]
+) -> dict[str, fx.Node]:
     """Make a placeholder for each keyword.
 
     Args:
         graph: where to, still empty.
         called: what :func:`called_with` found.
+        forward: what was traced.
         taken: names that nodes of weights have; an input of such a name gets another as a node.
     """
     made: dict[str, fx.Node] = {}
-    optional = _optional(called)
+    optional = _optional(called, forward)
     for name, value in called.items():
         default = (_example(value),) if name in optional else ()
         node = graph.create_node("placeholder", name, default, name=f"{name}_input" if name in taken else name)
@@ -69,12 +73,15 @@ def _example(value: Any) -> Any:
     return value.meta.get("val") if isinstance(value, fx.Node) else value
 
 
-def _optional(called: Mapping[str, Any]) -> set[str]:
-    """The inputs with a default: those that are no tensor, from where on there are no others (as Python wants it)."""
+def _optional(called: Mapping[str, Any], forward: Callable[..., Any]) -> set[str]:
+    """The inputs that may be left out: the last ones, as Python wants it, that were what they are if left out."""
+    parameters = inspect.signature(forward).parameters
     found: set[str] = set()
     for name in reversed(list(called)):
-        value = called[name]
-        if not isinstance(value, fx.Node) or isinstance(_example(value), torch.Tensor):
+        value, parameter = called[name], parameters.get(name)
+        if parameter is None or not isinstance(value, fx.Node) or isinstance(_example(value), torch.Tensor):
+            break
+        if type(_example(value)) is not type(parameter.default) or _example(value) != parameter.default:
             break
         found.add(name)
     return found

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fxprune.graph.compat import FakeTensorMode
-from fxprune.graph.tensors import as_parameter
+from fxprune.graph.tensors import as_parameter, computed_tensors
 from fxprune.trace.inputs import is_hugging_face
 
 __all__ = ["alias_twin", "fake_twin", "hooks_left_out", "meta_twin", "without_cache"]
@@ -88,6 +88,8 @@ def _twin(model: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> nn.
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         memo[id(tensor)] = make(tensor)
+    for tensor in computed_tensors(model):
+        memo[id(tensor)] = tensor.detach().clone()
     for _, table, key in _hooks(model, _is_foreign):
         memo[id(table[key])] = None  # it may hold anything: it is not copied
     twin = copy.deepcopy(model, memo)

@@ -15,6 +15,7 @@ from fxprune.masking.masked_run import UntouchedRun
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.removal import Removed
 from fxprune.removal.report import Report, Work, frozen_reasons, widths_of
+from fxprune.trace.fidelity import Fidelity
 
 __all__ = ["MakeReportPass"]
 
@@ -34,6 +35,7 @@ class MakeReportPass(Pass):
         facts = facts_of(graph_module)
         work, removal = facts[Work], facts[Removed].removal
         verified, emitted, notes = facts.get(Verified), facts.get(Emitted), facts.get(Notes)
+        traced = facts.get(Fidelity) or Fidelity(None)
         report = Report(
             parameters=(work.parameters, count_parameters(graph_module)),
             macs=(work.macs, count_macs(graph_module, work.tokens, UntouchedRun)),
@@ -44,6 +46,8 @@ class MakeReportPass(Pass):
             removed_blocks=removal.removed_blocks,
             frozen=frozen_reasons(removal.axes),
             verification_error=None if verified is None else verified.error,
+            fidelity=traced.error,
+            gradient_fidelity=traced.gradients,
             model_reasons=() if emitted is None or emitted.model is not None else emitted.reasons,
             notes=() if notes is None else notes.lines,
         )

@@ -11,7 +11,8 @@ from torch import nn
 from fxprune.errors import TraceError
 from fxprune.graph.facts import Notes, Runnable, Shaped, facts_of
 from fxprune.graph.tensors import weights
-from fxprune.trace.twin import meta_twin, trace
+from fxprune.trace.capture import trace
+from fxprune.trace.twin import meta_twin
 from tests.models import tiny, token_ids
 from tests.oracle import Net
 

@@ -20,8 +20,8 @@ class Pair(NamedTuple):
     x: torch.Tensor
 
 
-def lowered(net: nn.Module, *args: torch.Tensor, dtype: torch.dtype | None = None) -> fx.GraphModule:
-    return lower(torch.export.export(net.eval(), args, strict=False), net, dtype)
+def lowered(net: nn.Module, x: torch.Tensor, dtype: torch.dtype | None = None) -> fx.GraphModule:
+    return lower(torch.export.export(net.eval(), (), {"x": x}, strict=False), net, dtype)
 
 
 def targets(graph_module: fx.GraphModule, op: str) -> list[Any]:
@@ -44,7 +44,7 @@ def test_regions_are_inlined_and_asserts_go() -> None:
         return net.a(x) * scale.float()
 
     net = Net(body, a=nn.Linear(3, 4))
-    program = torch.export.export(net, (torch.randn(2, 3),), strict=False)
+    program = torch.export.export(net, (), {"x": torch.randn(2, 3)}, strict=False)
     graph_module = lower(program, net, None)
     assert any("wrap_with" in str(target) for target in (node.target for node in program.graph.nodes))
     assert not any("wrap_with" in str(t) or "assert" in str(t) for t in targets(graph_module, "call_function"))

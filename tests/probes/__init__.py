@@ -1,0 +1,1 @@
+"""Modules whose graph is easily something else than the module: by dtype, by size, by state and by gradients."""

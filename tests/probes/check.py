@@ -1,0 +1,175 @@
+"""What must hold of every probe: each graph computes what its module does, or refuses and says why."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+import fxprune
+from fxprune.errors import FxpruneError
+from fxprune.graph.compat import tree_leaves, tree_map
+from fxprune.graph.facts import facts_of
+from fxprune.masking.compare import compare
+from fxprune.pipeline.registry import load_pass
+from fxprune.trace.fidelity import Fidelity, tolerance
+from tests.oracle import axes_of, copy_of, decide, groups_of, keeps, slim_graph, zeroed
+
+Inputs = Mapping[str, Any]
+Middle = Callable[[Any, torch.Tensor], Any]
+
+WIDTH = 6
+
+
+class Between(nn.Module):
+    """Two linear layers with something between them; units of the first may go where all else allows it."""
+
+    def __init__(self, middle: Middle, out: int = WIDTH, **parts: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.middle = middle
+        self.a = nn.Linear(4, WIDTH)
+        self.b = nn.Linear(out, 3)
+        for name, part in parts.items():
+            if isinstance(part, torch.Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (batch, tokens, 3) for (batch, tokens, 4)."""
+        return self.b(self.middle(self, self.a(x)))  # type: ignore[no-any-return]
+
+
+def numbers(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return the same random numbers for the same sizes."""
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(sum(sizes))).to(dtype)
+
+
+def outcome(module: nn.Module, inputs: Inputs, others: Sequence[Inputs] = ()) -> str:
+    """Return ``exact``, ``frozen`` if nothing could go, or what was said where the module, or an input, was refused.
+
+    Args:
+        module: the probe.
+        inputs: what it is traced with.
+        others: inputs that the graph has to compute as the module does, or has to refuse.
+
+    Raises:
+        AssertionError: something is silently wrong.
+    """
+    before = state_of(module), copied(inputs)
+    try:
+        dense = fxprune.trace(module, inputs).graph_module
+        said = [line for at in (inputs, *others) if (line := same(module, dense, at))]
+        check_gradients(module, dense, inputs)
+        load_pass("find-groups")(dense, inplace=True)
+        gone = 0
+        for slim, masked in () if is_random(module, inputs) else removals(module, dense):
+            gone += 1
+            said += [line for at in (inputs, *others) if (line := same(masked, slim, at))]
+    except FxpruneError as error:
+        assert error.what and "\n" not in error.what, error
+        said = [str(error)]
+        gone = 0
+    finally:
+        assert equal((state_of(module), inputs), before), "the module or its inputs changed"
+    return said[0] if said else "exact" if gone else "frozen"
+
+
+def removals(module: nn.Module, dense: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, nn.Module]]:
+    """Yield slim graphs, each with the module in which what went is zeroed by hand."""
+    for group in groups_of(dense):
+        if group.factor is None or group.renormalised:
+            continue
+        keep = next(keeps(group))
+        slim = slim_graph(dense, keep)
+        plan = decide(dense, keep).plan
+        assert axes_of(dense)
+        yield slim, zeroed(module, plan)
+
+
+def same(module: nn.Module, graph_module: fx.GraphModule, inputs: Inputs) -> str:
+    """Compare both on ``inputs``; return what the graph said if it refused them, nothing if all is well."""
+    wanted = run(copy_of(module).eval(), inputs)
+    got = run(copy.deepcopy(graph_module), inputs)
+    if isinstance(got, Exception):
+        return "" if isinstance(wanted, Exception) else str(got).split("\n")[0]
+    assert not isinstance(wanted, Exception), f"the module refuses what its graph computes: {wanted}"
+    assert [value.dtype for value in wanted] == [value.dtype for value in got]
+    assert [value.shape for value in wanted] == [value.shape for value in got]
+    accepted = max(tolerance(parameter.dtype) for parameter in module.parameters())
+    assert compare(tuple(v.double() for v in wanted), tuple(v.double() for v in got)) <= 2 * accepted
+    return ""
+
+
+def is_random(module: nn.Module, inputs: Inputs) -> bool:
+    """Whether a module draws random numbers, of which a slim one draws fewer."""
+    found = [run(copy_of(module).eval(), inputs, seed) for seed in (0, 1)]
+    return not equal(*found)
+
+
+def run(module: nn.Module, inputs: Inputs, seed: int = 0) -> Sequence[torch.Tensor] | Exception:
+    """Return all tensors that come out, or what was raised."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return [leaf for leaf in tree_leaves(module(**copied(inputs))) if isinstance(leaf, torch.Tensor)]
+    except Exception as error:  # whatever code of a probe raises
+        return error
+
+
+def check_gradients(module: nn.Module, dense: fx.GraphModule, inputs: Inputs) -> None:
+    """Gradients of the graph are those of the module, or it is known which are not."""
+    apart = facts_of(dense)[Fidelity].apart
+    twin = copy_of(module).eval()
+    wanted = gradients(twin, twin, inputs)
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    got = gradients(dense, module, inputs)
+    for name, value in before.items():  # the graph writes to them as the module does
+        module.get_buffer(name).copy_(value)
+    for name in wanted.keys() - set(apart):
+        scale = wanted[name].norm().clamp_min(1e-12)
+        assert (wanted[name] - got[name]).norm() / scale <= 1e-3 if wanted[name].any() else not got[name].any(), name
+    for parameter in module.parameters():
+        parameter.grad = None
+
+
+def gradients(computes: nn.Module, owns: nn.Module, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Return the gradient of each parameter of ``owns`` when ``computes`` runs; zeros where there is none."""
+    with torch.enable_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        outputs = [leaf for leaf in tree_leaves(computes(**copied(inputs))) if isinstance(leaf, torch.Tensor)]
+        parts = [(value.float() * numbers(*value.shape)).sum() for value in outputs if value.requires_grad]
+        if parts:
+            torch.stack(parts).sum().backward()
+    found = {name: parameter.grad for name, parameter in owns.named_parameters()}
+    return {
+        name: torch.zeros_like(owns.get_parameter(name)) if gradient is None else gradient.clone()
+        for name, gradient in found.items()
+    }
+
+
+def state_of(module: nn.Module) -> Any:
+    """Return all that a run could change of a module: tensors, modes, and plain attributes."""
+    tensors = {name: value.detach().clone() for name, value in module.state_dict(keep_vars=True).items()}
+    plain = {
+        f"{path}.{name}": copy.copy(value)
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, bool | int | float | str | list)
+    }
+    return tensors, plain
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of inputs."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, value)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two structures hold the same values, bit for bit."""
+    pairs = list(zip(tree_leaves(a), tree_leaves(b), strict=True))
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
