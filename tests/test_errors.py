@@ -46,7 +46,9 @@ IDS = token_ids(4, 12)
     ],
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception], says: str) -> None:
-    check_refused(lambda model: fxprune.prune(model, IDS, **({"protect": ()} | options)), error, says)
+    check_refused(
+        lambda model: fxprune.prune(model, IDS, **({"recipe": "llm-pruner", "protect": ()} | options)), error, says
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ def test_a_wrong_slim_module_is_caught_and_located(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(RewriteLiteralsPass, "call", sabotage)
     with pytest.raises(VerificationError, match=r"silu.*in model.layers.0.mlp"):
-        fxprune.prune(tiny("llama"), IDS, protect=())
+        fxprune.prune(tiny("llama"), IDS, recipe="llm-pruner", protect=())
     with pytest.raises(VerificationError):
         require_equal(float("nan"), "nowhere")
 

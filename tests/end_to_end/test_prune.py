@@ -23,16 +23,16 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def result(model: PreTrainedModel) -> fxprune.Result:
-    return fxprune.prune(model, token_ids(4, 12), ratio=0.2, protect=())
+    return fxprune.prune(model, token_ids(4, 12), recipe="llm-pruner", protect=())
 
 
 def test_signature_is_as_promised() -> None:
     parameters = inspect.signature(fxprune.prune).parameters
     defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
     promised = {
-        "ratio": 0.2, "kinds": ("mlp", "head"), "importance": "taylor", "taylor": None, "reduction": "sum",
-        "ranking": "local", "group_ratio": None, "protect": None, "round_to": 1, "seed": 0, "verify": True,
-        "inplace": False, "example_inputs": None,
+        "recipe": None, "ratio": None, "kinds": None, "importance": None, "taylor": None, "reduction": None,
+        "ranking": None, "group_ratio": None, "protect": None, "round_to": 1, "compensate": None, "tune": None,
+        "tokenizer": None, "seed": 0, "verify": True, "inplace": False, "example_inputs": None,
     }  # fmt: skip
     assert promised.items() <= defaults.items()
     assert list(parameters)[:2] == ["model", "calibration"]
@@ -51,7 +51,7 @@ def test_model_is_bit_identical_and_shares_nothing(model: PreTrainedModel) -> No
     before = {name: value.clone() for name, value in model.state_dict().items()}
     flags = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
     config = copy.deepcopy(model.config.to_dict())
-    slim = fxprune.prune(model, token_ids(4, 12), protect=())
+    slim = fxprune.prune(model, token_ids(4, 12), recipe="llm-pruner", protect=())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert flags == {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
     assert model.config.to_dict() == config
@@ -107,7 +107,7 @@ def test_nested_units_may_differ_by_outer_unit(model: PreTrainedModel) -> None:
 
 def test_inplace_turns_the_model_into_the_slim_one(model: PreTrainedModel, result: fxprune.Result) -> None:
     own = copy.deepcopy(model)
-    slim = fxprune.prune(own, token_ids(4, 12), ratio=0.2, protect=(), inplace=True)
+    slim = fxprune.prune(own, token_ids(4, 12), recipe="llm-pruner", protect=(), inplace=True)
     assert slim.model is own
     assert slim.plan == result.plan
     ids = token_ids()
@@ -157,7 +157,7 @@ def test_shapes_in_the_graph_are_those_of_the_slim_module(result: fxprune.Result
 
 def test_half_precision_models_are_pruned_and_verified() -> None:
     model = tiny("llama").to(torch.bfloat16)
-    result = fxprune.prune(model, token_ids(4, 12), protect=())
+    result = fxprune.prune(model, token_ids(4, 12), recipe="llm-pruner", protect=())
     assert result.report.verification_error is not None and result.report.verification_error < 1e-5
     assert result.model is not None and result.model.dtype == torch.bfloat16
 
@@ -171,7 +171,7 @@ def test_ungrouped_calibration_forms_agree(model: PreTrainedModel, result: fxpru
     ]
     loader = torch.utils.data.DataLoader(ids, batch_size=3)
     for data in (dicts, padded, loader):
-        assert fxprune.prune(model, data, ratio=0.2, protect=()).plan == result.plan
+        assert fxprune.prune(model, data, recipe="llm-pruner", protect=()).plan == result.plan
 
 
 def test_plain_modules_are_pruned_with_example_inputs() -> None:

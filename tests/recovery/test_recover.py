@@ -44,7 +44,7 @@ def dense() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def pruned(dense: PreTrainedModel) -> fxprune.Result:
-    return fxprune.prune(dense, token_ids(4, 12), ratio=0.2)
+    return fxprune.prune(dense, token_ids(4, 12), recipe="llm-pruner")
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ class _Callable:
 
 
 def test_a_model_that_lost_blocks_alone_trains_all_its_linear_maps() -> None:
-    result = fxprune.prune(tiny("llama"), token_ids(4, 12), ratio=0.2, kinds=("layer",), protect=())
+    result = fxprune.prune(tiny("llama"), token_ids(4, 12), recipe="llm-pruner", kinds=("layer",), protect=())
     assert result.plan.removed_blocks and not result.plan.kept
     targets = find_targets(result.model, result.plan)
     linear = [name for name, module in result.model.named_modules() if isinstance(module, nn.Linear)]
@@ -319,7 +319,7 @@ KILLED = """
             os.kill(os.getpid(), signal.SIGKILL)
 
     train._Watch.on_step_end = stop
-    pruned = fxprune.prune(tiny("llama"), token_ids(4, 12), ratio=0.2)
+    pruned = fxprune.prune(tiny("llama"), token_ids(4, 12), recipe="llm-pruner")
     fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, folder=sys.argv[1])
 """
 
@@ -352,7 +352,7 @@ SPREAD = """
     from tests.models import tiny, token_ids
     from tests.recovery.test_recover import QUICK, SUMS, TOKENIZER
 
-    pruned = fxprune.prune(tiny("llama"), token_ids(4, 12), ratio=0.2)
+    pruned = fxprune.prune(tiny("llama"), token_ids(4, 12), recipe="llm-pruner")
     done = fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, dropout=0.0, folder=sys.argv[1])
     open(os.path.join(sys.argv[1], f"rank{os.environ['RANK']}.json"), "w").write(done.to_json())
 """

@@ -385,7 +385,7 @@ def test_writing_at_positions_passes_the_other_axes(op: str) -> None:
 def test_pruning_experts_of_a_model(family: str) -> None:
     model = tiny(family)
     before = copy.deepcopy(model.state_dict())
-    result = prune(model, token_ids(4, 12), ratio=0.2, kinds=("mlp", "expert"), protect=())
+    result = prune(model, token_ids(4, 12), recipe="llm-pruner", kinds=("mlp", "expert"), protect=())
     assert result.report.verification_error is not None and result.report.verification_error <= TOLERANCE
     assert result.model is not None, result.report.model_reasons
     experts = [p.shape[0] for name, p in result.model.named_parameters() if name.endswith(".mlp.gate.weight")]
