@@ -12,7 +12,9 @@ from torch import fx
 
 from fxprune.checkpoint import Structure, save_pretrained
 from fxprune.emit.emitted import Emitted
-from fxprune.export import export_graph
+from fxprune.errors import ExportError
+from fxprune.export import export_graph, export_model
+from fxprune.export.model import check_options
 from fxprune.graph.facts import facts_of
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removed
@@ -73,13 +75,31 @@ class Result:
         )
 
     def export(
-        self, path: str | os.PathLike[str], *, example_inputs: Mapping[str, Any] | None = None, verify: bool = True
+        self,
+        path: str | os.PathLike[str],
+        *,
+        tokenizer: Any = None,
+        like: str | os.PathLike[str] | None = None,
+        quantization: str | None = None,
+        cache: bool = False,
+        example_inputs: Mapping[str, Any] | None = None,
+        verify: bool = True,
     ) -> Path:
-        """Write the slim graph as a program, ``.pt2`` or ``.onnx``; see :func:`fxprune.export_graph`.
+        """Write one file that runs without this package.
+
+        The slim graph becomes a program, ``.pt2`` or ``.onnx``, see :func:`fxprune.export_graph`; the slim model a GGUF
+        file, or with ``cache=True`` a program that generates, see :func:`fxprune.export_model`.
 
         Raises:
-            UnknownNameError: the suffix is neither of the two.
-            ExportError: the graph cannot be exported, or the packages for ONNX are missing.
+            UnknownNameError: there is no such suffix, or no such quantisation.
+            ExportError: the graph or the model cannot be exported, there is no slim model, or packages are missing.
             VerificationError: the program computes something else; nothing is written.
         """
-        return export_graph(self.graph_module, path, example_inputs=example_inputs, verify=verify)
+        options: dict[str, Any] = {"tokenizer": tokenizer, "like": like, "quantization": quantization, "cache": cache}
+        check_options(Path(path), **options)
+        if not cache and Path(path).suffix != ".gguf":
+            return export_graph(self.graph_module, path, example_inputs=example_inputs, verify=verify)
+        if self.model is None:
+            reasons = "; ".join(self.report.model_reasons[:3])
+            raise ExportError(f"there is no slim model: {reasons}", remedy="Export the graph, as .pt2 or .onnx")
+        return export_model(self.model, path, verify=verify, **options)

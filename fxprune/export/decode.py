@@ -34,7 +34,7 @@ def export_decoder(model: PreTrainedModel, path: str | os.PathLike[str], *, veri
 
     Args:
         model: a decoder-only language model. Sequences of a batch are of one length, without padding.
-        path: where to: ``.pt2`` or ``.onnx``. Folders are made; what was there is replaced when the new file is complete.
+        path: where to: ``.pt2`` or ``.onnx``. Folders are made; what was there is replaced when the file is complete.
         verify: run what was exported, from an empty past and on, and compare.
 
     Returns:
@@ -59,10 +59,12 @@ class _Step(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        rows = model.get_input_embeddings().weight.shape[0]
-        self.ids = torch.randint(rows, (2, 7), generator=torch.Generator().manual_seed(0)).to(model.device)
+        embedding: Any = model.get_input_embeddings()
+        self.ids = torch.randint(len(embedding.weight), (2, 7), generator=torch.Generator().manual_seed(0)).to(
+            model.device
+        )
         with torch.no_grad(), quiet(logging.ERROR), as_export_error():
-            cache = DynamicCache()
+            cache: Any = DynamicCache()
             model(input_ids=self.ids, past_key_values=cache, use_cache=True)
         self.blocks = [number for number, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
         if not self.blocks:
@@ -71,7 +73,7 @@ class _Step(nn.Module):
         self.empty: Past = [(keys[:, :, :0].clone(), values[:, :, :0].clone()) for keys, values in kept]
 
     def forward(self, input_ids: torch.Tensor, past: Past) -> dict[str, Any]:
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         for number, (keys, values) in zip(self.blocks, past, strict=True):
             cache.update(keys, values, number)
         logits = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits

@@ -56,7 +56,9 @@ def _beside_constants(program: torch.export.ExportedProgram, axes: Sequence[dict
     """Return for each input the names of its axes, None for one that is no tensor."""
     left = iter(axes)
     nodes = {node.name for node in program.graph.nodes}
-    return [next(left) if isinstance(name, str) and name in nodes else None for name in program.graph_signature.user_inputs]
+    return [
+        next(left) if isinstance(name, str) and name in nodes else None for name in program.graph_signature.user_inputs
+    ]
 
 
 def run_onnx(path: Path, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -78,8 +78,9 @@ def _data() -> Any:
 @functools.cache
 def arch_named(name: str) -> Arch:
     """Return an architecture by its name in the format."""
-    told = _data()["archs"][name]
-    return Arch(name, **{key: tuple(value) if isinstance(value, list) else value for key, value in told.items()})
+    told: dict[str, Any] = _data()["archs"][name]
+    options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
+    return Arch(name, **options)
 
 
 def candidates(model_type: str) -> list[Arch]:

@@ -1,4 +1,4 @@
-"""The architecture and the layout that say a model, found by trying: what a file computes is compared with the model."""
+"""The architecture and the layout that say a model, found by trying: what a file computes is compared with it."""
 
 from __future__ import annotations
 

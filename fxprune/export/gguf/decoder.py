@@ -84,8 +84,10 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
     if meta is not None:
         raise ExportError("has no values to export", where=meta, remedy="Give the model real weights instead of meta")
     config = model.config.get_text_config(decoder=True)
-    rows = model.get_input_embeddings().weight.shape[0]
-    tokens = torch.randint(rows, (1, _TOKENS), generator=torch.Generator().manual_seed(0)).to(model.device)
+    embedding: Any = model.get_input_embeddings()
+    tokens = torch.randint(len(embedding.weight), (1, _TOKENS), generator=torch.Generator().manual_seed(0)).to(
+        model.device
+    )
     with torch.no_grad(), quiet(logging.ERROR):
         output = model(input_ids=tokens, use_cache=True)
     return Decoder(
@@ -122,7 +124,7 @@ def _cached(output: Any) -> Iterator[tuple[int, tuple[int, int, int]]]:
     cache = vars(output).get("cache") or output.get("past_key_values")
     layers = getattr(cache, "layers", None)
     if layers is None:
-        raise ExportError("keeps no cache of keys and values", remedy="Only decoders with attention go into this format")
+        raise ExportError("keeps no cache of keys and values", remedy="The format takes decoders with attention")
     for number, layer in enumerate(layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is not None and values is not None:
@@ -132,7 +134,10 @@ def _cached(output: Any) -> Iterator[tuple[int, tuple[int, int, int]]]:
 
 
 def _rotary(model: nn.Module, config: Any) -> Rotary | None:
-    found = {path: module for path, module in model.named_modules() if isinstance(vars(module)["_buffers"].get("inv_freq"), torch.Tensor)}
+    buffers = {path: module._buffers.get("inv_freq") for path, module in model.named_modules()}
+    found: dict[str, Any] = {
+        path: model.get_submodule(path) for path, held in buffers.items() if isinstance(held, torch.Tensor)
+    }
     if not found:
         return None
     told = getattr(config, "rope_parameters", None) or {}
@@ -168,5 +173,5 @@ def _context(config: Any) -> int:
 def _window(config: Any) -> int | None:
     """Return how many tokens some blocks see; None where all see everything."""
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    windowed = window and (kinds is None or any(kind != "full_attention" for kind in kinds))
-    return int(window) if windowed else None
+    windowed = kinds is None or any(kind != "full_attention" for kind in kinds)
+    return int(window) if window and windowed else None

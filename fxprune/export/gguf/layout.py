@@ -198,14 +198,23 @@ def _require_equal(blocks: list[_Block], arch: Arch) -> None:
     told["MLP widths"] = [block.width for block in blocks]
     for what, numbers in told.items():
         if len(set(numbers)) > 1 and not arch.arrays:
-            raise ExportError(f"architecture {arch.name} has one number of {what} for all blocks, and here are {numbers}")
+            raise ExportError(
+                f"architecture {arch.name} has one number of {what} for all blocks, and here are {numbers}"
+            )
 
 
 def _turn(block: _Block, arch: Arch, decoder: Decoder, layout: Layout) -> None:
     """Put the channels of queries and keys in the order in which the architecture turns them."""
     if decoder.rotary is None or block.sizes is None or arch.rotary == layout.rotary:
         return
-    for name in ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias", "attn_q_norm.weight", "attn_k_norm.weight"):
+    for name in (
+        "attn_q.weight",
+        "attn_q.bias",
+        "attn_k.weight",
+        "attn_k.bias",
+        "attn_q_norm.weight",
+        "attn_k_norm.weight",
+    ):
         if name in block.parts:
             block.parts[name] = _reordered(block.parts[name], block.sizes[1], decoder.rotary.dims, arch.rotary)
 
@@ -235,7 +244,9 @@ def _rotation(decoder: Decoder, arch: Arch, size: int) -> Tensors:
     if rotary is None:
         return {}
     if rotary.dims < size and not arch.partial:
-        raise ExportError(f"architecture {arch.name} turns whole heads, and this model {rotary.dims} of {size} channels")
+        raise ExportError(
+            f"architecture {arch.name} turns whole heads, and this model {rotary.dims} of {size} channels"
+        )
     if rotary.scaling != 1:
         raise ExportError("scales what it turns (by position embeddings of a kind that is not written here)")
     factors = rotary.factors
@@ -287,5 +298,3 @@ def _value(config: Any, told: Any) -> Any:
 
 def _one_or_all(numbers: list[int]) -> int | list[int]:
     return numbers[0] if len(set(numbers)) == 1 else numbers
-
-

@@ -1,9 +1,8 @@
-"""What a program that reads GGUF files computes from one, in torch: a file is compared with its model before it is written."""
+"""What is computed from a GGUF file, in torch: a file is compared with its model before it is written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +90,11 @@ class _Reader:
         normed = self.norm(x, f"{at}attn_norm")
         attended = self.norm(self.attention(normed, number), f"{at}post_attention_norm")
         if self.arch.parallel:
-            return x + attended + self.mlp(self.norm(x, f"{at}ffn_norm") if f"{at}ffn_norm.weight" in self.tensors else normed, at)
+            return (
+                x
+                + attended
+                + self.mlp(self.norm(x, f"{at}ffn_norm") if f"{at}ffn_norm.weight" in self.tensors else normed, at)
+            )
         x = x + step * attended
         return x + step * self.norm(self.mlp(self.norm(x, f"{at}ffn_norm"), at), f"{at}post_ffw_norm")
 
@@ -118,7 +121,10 @@ class _Reader:
         q, k = (self.head_norm(t, f"{at}attn_{name}_norm", key) for t, name in ((q, "q"), (k, "k")))
         q, k = (self.turn(t.unflatten(-1, (-1, key)), number) for t in (q, k))
         v = v.unflatten(-1, (pairs, value))
-        q, k, v = (t.transpose(0, 1) for t in (q, k.repeat_interleave(heads // pairs, 1), v.repeat_interleave(heads // pairs, 1)))
+        q, k, v = (
+            t.transpose(0, 1)
+            for t in (q, k.repeat_interleave(heads // pairs, 1), v.repeat_interleave(heads // pairs, 1))
+        )
         scores = q @ k.transpose(1, 2) * (self.keys.get("attention.scale") or key**-0.5)
         cap = self.keys.get("attn_logit_softcapping")
         scores = scores if not cap else cap * torch.tanh(scores / cap)
@@ -148,5 +154,3 @@ class _Reader:
         parts = (a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin())
         turned = torch.cat(parts, -1) if self.arch.rotary == "halves" else torch.stack(parts, -1).flatten(-2)
         return torch.cat([turned, rest], -1)
-
-

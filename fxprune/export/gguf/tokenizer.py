@@ -134,7 +134,9 @@ def _splitting(told: Mapping[str, Any]) -> str:
         name = way["name"]
         if found == {"ignore_merges": False} | {key: value for key, value in way.items() if key != "name"}:
             return str(name)
-    raise ExportError(f"splits text in a way that has no name here: {found['split']}", where="tokenizer", remedy=_REMEDY)
+    raise ExportError(
+        f"splits text in a way that has no name here: {found['split']}", where="tokenizer", remedy=_REMEDY
+    )
 
 
 def _patterns(told: Mapping[str, Any]) -> Iterator[str]:
@@ -189,7 +191,14 @@ def _is_byte(text: str) -> bool:
 
 def _special(tokenizer: Any) -> dict[str, Any]:
     """Return the numbers of special tokens, and whether a text starts or ends with one."""
-    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "seperator": "sep", "padding": "pad", "mask": "mask"}  # codespell:ignore
+    names = {
+        "bos": "bos",
+        "eos": "eos",
+        "unknown": "unk",
+        "seperator": "sep",
+        "padding": "pad",
+        "mask": "mask",
+    }  # codespell:ignore
     found = {f"{name}_token_id": getattr(tokenizer, f"{own}_token_id", None) for name, own in names.items()}
     ids = tokenizer("a")["input_ids"]
     adds = {"add_bos_token": ids[:1] == [tokenizer.bos_token_id], "add_eos_token": ids[-1:] == [tokenizer.eos_token_id]}

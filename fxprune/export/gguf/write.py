@@ -20,6 +20,7 @@ __all__ = ["require_rows", "type_named", "write_file"]
 Type = gguf.GGMLQuantizationType
 
 _PLAIN = (Type.F32, Type.F16)
+_NOT_FOR_WEIGHTS = {kind for kind in Type if kind.name.startswith("I") or kind is Type.F64}
 _COARSE_BITS = 6.5
 """Types with fewer bits for each weight leave embedding and output at eight bits, which costs little and saves much."""
 
@@ -45,7 +46,11 @@ def type_named(quantization: str) -> Type:
     Raises:
         UnknownNameError: there is none, or none that can be written here.
     """
-    known = {kind.name.lower(): kind for kind in Type if kind.name.startswith(("F", "BF", "Q", "TQ", "MX")) and _can_write(kind)}
+    known = {
+        kind.name.lower(): kind
+        for kind in Type
+        if kind.name.startswith(("F", "BF", "Q", "TQ", "MX")) and _can_write(kind)
+    }
     if str(quantization).lower() not in known:
         raise UnknownNameError("quantization", quantization, known)
     return known[quantization.lower()]
@@ -66,7 +71,9 @@ def require_rows(contents: Contents, kind: Type) -> None:
             misfits.setdefault(what, (name, row, step))
     if not misfits:
         return
-    told = "; ".join(f"{name} has rows of {row:,}: {_advice(what, step)}" for what, (name, row, step) in misfits.items())
+    told = "; ".join(
+        f"{name} has rows of {row:,}: {_advice(what, step)}" for what, (name, row, step) in misfits.items()
+    )
     size = gguf.GGML_QUANT_SIZES[kind][0]
     raise ExportError(f"{kind.name.lower()} stores blocks of {size} values along a row. {told}", remedy="Or choose f16")
 
