@@ -10,7 +10,7 @@ from fxprune.dot import write_dot
 from fxprune.emit.emitted import Emitted
 from fxprune.errors import FxpruneError
 from fxprune.evaluation import Evaluation, evaluate
-from fxprune.export import export_graph
+from fxprune.export import export_graph, export_model
 from fxprune.graph.facts import Fact, facts_of
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.pipeline.pipeline import Pipeline
@@ -53,6 +53,7 @@ __all__ = [
     "evaluate",
     "explain",
     "export_graph",
+    "export_model",
     "facts_of",
     "find_groups",
     "from_pretrained",
