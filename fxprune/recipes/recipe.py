@@ -16,7 +16,7 @@ from fxprune.pipeline.pipeline import Pipeline
 __all__ = ["Recipe", "as_recipe", "read_recipe", "recipe_names"]
 
 _SUFFIX = ".txt"
-_COSTS = "costs:"
+_COSTS = "Costs:"
 _WANTED = "the name of a recipe, the path of a file with one, or a pipeline in text with a pass on each line"
 
 _ORDER = ("fast", "balanced", "best", "llm-pruner")
@@ -30,7 +30,7 @@ class Recipe:
     Args:
         name: what it is called.
         text: the passes, one a line; lines that start with ``#`` are comments. Of the comments above the first pass,
-            those that follow one that starts with ``costs:`` say what it costs, those before say what it does.
+            those that follow one that starts with ``Costs:`` say what it costs, those before say what it does.
     """
 
     name: str
