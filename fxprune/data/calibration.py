@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import fx, nn
@@ -30,6 +30,8 @@ __all__ = [
     "spread",
     "stacked",
 ]
+
+T = TypeVar("T")
 
 IGNORED = -100
 """Label of a token that does not count in the loss: what torch and transformers ignore by default."""
@@ -171,7 +173,7 @@ def batched(samples: Sequence[Sample], graph_module: fx.GraphModule) -> dict[str
     return {name: torch.cat([s.inputs[name] for s in samples]).to(device) for name in samples[0].inputs}
 
 
-def spread(samples: Sequence[Sample], most: int | None) -> tuple[Sample, ...]:
+def spread(samples: Sequence[T], most: int | None) -> tuple[T, ...]:
     """Return no more than ``most`` of the samples, evenly spread over them; all of them for None."""
     if most is None or most >= len(samples):
         return tuple(samples)

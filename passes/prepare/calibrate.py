@@ -81,7 +81,8 @@ class CalibratePass(Pass):
         if self.data is not None or self.file:
             data = self.data if self.data is not None else read_rows(self.file)
         else:
-            data = token_windows(self.tokenizer, offline_text(), self.tokens)
+            windows = token_windows(self.tokenizer, offline_text(), self.tokens)
+            data = windows[list(spread(range(len(windows)), self.samples))]
             add_note(graph_module, _BUILT_IN)
         facts_of(graph_module).put(Calibration(spread(read_calibration(data, graph_module), self.samples)))
         return PassResult(graph_module, False)

@@ -1,0 +1,60 @@
+"""Recipes from the call to the slim model: what the default does, with and without data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import fxprune
+from fxprune.recipes import read_recipe
+from tests.models import tiny, token_ids
+from tests.tokens import character_tokenizer
+
+SMALL = {"calibrate": "calibrate{tokens=16, samples=24}", "samples=384": "samples=16", "epochs=1": "epochs=4"}
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny("llama")
+
+
+def small(name: str) -> str:
+    """An installed recipe with fewer and shorter samples."""
+    text = read_recipe(name).text
+    for old, new in SMALL.items():
+        text = text.replace(old, new, 1)
+    return text
+
+
+def test_the_default_recipe_needs_a_tokenizer_alone(model: PreTrainedModel) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = fxprune.prune(model, tokenizer=character_tokenizer(), recipe=small("balanced"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert abs(result.report.achieved - 0.2) < 0.005
+    assert result.report.verification_error is not None and result.report.verification_error < 1e-4
+    notes = "\n".join(result.report.notes)
+    assert "calibrated on built-in text" in notes and "passed as calibration, do better" in notes
+    assert "weights were fitted by least squares" in notes and "on built-in text of another kind" in notes
+    assert {name.rpartition("/")[2] for name in result.report.widths} == {"mlp"}, "MLP channels go before heads"
+    with torch.no_grad():
+        ids = token_ids(2, 9)
+        assert torch.allclose(result.graph_module(ids).logits, result.model(ids).logits, atol=1e-4)
+
+
+def test_a_model_without_mlp_channels_loses_heads(model: PreTrainedModel) -> None:
+    """The kinds that come first are no more than that."""
+    result = fxprune.prune(model, token_ids(6, 12), recipe=small("balanced"), kinds="head", ratio=0.05)
+    assert {name.rpartition("/")[2] for name in result.report.widths} == {"head"}
+
+
+def test_an_importance_without_data_does_what_it_did(model: PreTrainedModel) -> None:
+    plain = fxprune.prune(model, importance="l2")
+    same = fxprune.prune(model, importance="l2", tokenizer=character_tokenizer())
+    whole = model.state_dict()
+    for name, value in plain.model.state_dict().items():
+        kept = whole[name]
+        for axis, units in plain.plan.kept.get(name, {}).items():
+            kept = kept.index_select(axis, torch.tensor(units))
+        assert torch.equal(value, kept) and torch.equal(value, same.model.state_dict()[name])
+    assert plain.report == same.report and not any("fitted" in note for note in plain.report.notes)
