@@ -23,7 +23,7 @@ from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 
-from .budget import ParameterBudget, parameters_by_kind
+from .budget import Budget, by_kind, check_budget, make_budget
 from .by_kind import read_by_kind
 from .rounding import Rounding
 from .slots import Slot, make_keep, make_slots, protected_blocks, removed_layers
@@ -43,20 +43,24 @@ class Selection:
     Args:
         slots: places where units go.
         scores: of all units.
-        budget: counts parameters.
-        sizes: parameters in the structures of each kind, protected ones too.
-        plan_for: the plan that choices for all slots make.
+        budget: counts what the ratio is of.
+        sizes: what the structures of each kind cost, protected ones too.
+        removal_for: the removal that choices for all slots make.
         accepts: whether a stock config can say what a plan leaves; always true where there is no stock class to ask.
         note: tells the user something.
+        graph_module: the dense graph.
+        by: the same with other scores.
     """
 
     slots: Sequence[Slot]
     scores: Scores
-    budget: ParameterBudget
+    budget: Budget
     sizes: Mapping[str, float]
-    plan_for: Callable[[Sequence[Choice]], Plan]
+    removal_for: Callable[[Sequence[Choice]], Removal]
     accepts: Callable[[Plan], bool]
     note: Callable[[str], None]
+    graph_module: fx.GraphModule
+    by: Callable[[Scores], Selection]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +78,8 @@ class SelectPass(Pass):
         tensor_parallel: devices that are to share each layer: MLP channels, query heads and key/value heads of each
             stay multiples of it where they shrink.
         uniform: the same widths in all layers, such that the stock config takes them where there is one.
+        budget: what a ratio is a fraction of: ``params``, ``macs``, ``kv`` for the bytes of the key-value cache, or
+            ``bytes@q8_0`` and the like for bytes at a quantisation.
     """
 
     kinds: tuple[str, ...] = DEFAULT_KINDS
@@ -82,6 +88,7 @@ class SelectPass(Pass):
     round_to: int | tuple[tuple[str, int], ...] = 1
     uniform: bool = False
     tensor_parallel: int = 1
+    budget: str = "params"
 
     stage: ClassVar[str] = "select"
     changes: ClassVar[Change] = "nothing"
@@ -97,6 +104,7 @@ class SelectPass(Pass):
         object.__setattr__(self, "round_to", read_by_kind("round_to", self.round_to, width))
         object.__setattr__(self, "tensor_parallel", width("tensor_parallel", self.tensor_parallel))
         object.__setattr__(self, "uniform", flag("uniform", self.uniform))
+        check_budget(self.budget)
         if self.protect is not None:
             object.__setattr__(self, "protect", _protect(self.protect))
         if self.uniform and (any(self.protect or ()) or self.ranking != "local"):
@@ -116,19 +124,26 @@ class SelectPass(Pass):
         axes, groups, scores = facts[Dependencies].axes, facts[Groups], facts[Scores]
         self._check_scores(groups.of_kinds(self.kinds), scores)
         protected = protected_blocks(axes.blocks, () if self.uniform else self.protect)
-        rounding = Rounding(self.round_to, self.tensor_parallel)
-        slots = make_slots(groups.all, scores, self.kinds, protected, rounding)
-
-        def removal(choices: Sequence[Choice], **asked: float) -> Removal:
-            keep = make_keep(slots, choices, scores)
-            return Removal(axes, groups.all, keep, removed_layers(slots, choices), asked, scores)
-
+        rounding, budget = Rounding(self.round_to, self.tensor_parallel), make_budget(self.budget, graph_module, axes)
+        sizes = by_kind(budget, groups.of_kinds(self.kinds))
         accepts = stock_test(facts.get(Source)) if self.uniform else lambda _: True
-        note, budget = partial(add_note, graph_module), ParameterBudget(axes)
-        sizes = parameters_by_kind(budget, groups.of_kinds(self.kinds))
-        selection = Selection(slots, scores, budget, sizes, lambda choices: removal(choices).plan, accepts, note)
-        facts.put(removal(self.choose(selection), **self.asked))
+        note = partial(add_note, graph_module)
+
+        def selection_by(scores: Scores) -> Selection:
+            slots = make_slots(groups.all, scores, self.kinds, protected, rounding)
+
+            def removal(choices: Sequence[Choice]) -> Removal:
+                keep = make_keep(slots, choices, scores)
+                return Removal(axes, groups.all, keep, removed_layers(slots, choices), self.asked, scores)
+
+            return Selection(slots, scores, budget, sizes, removal, accepts, note, graph_module, selection_by)
+
+        facts.put(self.decide(selection_by(scores)))
         return PassResult(graph_module, False)
+
+    def decide(self, selection: Selection) -> Removal:
+        """Return what goes: by default the lowest scores, as many as are chosen."""
+        return selection.removal_for(self.choose(selection))
 
     def _check_scores(self, groups: Sequence[Group], scores: Scores) -> None:
         for group in groups:

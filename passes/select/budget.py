@@ -1,57 +1,135 @@
-"""Counting parameters: what is left of a model for given numbers of units."""
+"""What a model costs for given numbers of units: parameters, work, cache or bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
+from typing import NamedTuple
+
+import gguf
+import torch
+from torch import fx
 
 from fxprune.axes import Concat, Expr, Factor, factors
+from fxprune.discovery.consumers import find_consumers
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group
+from fxprune.errors import PassError
 from fxprune.graph.blocks import owner_block
+from fxprune.graph.compat import is_free
+from fxprune.graph.names import tensor_name
+from fxprune.pipeline.arguments import one_of
+from fxprune.rules.apply import run_alone
+from fxprune.rules.registry import Values, find_rule
 
-__all__ = ["ParameterBudget", "parameters_by_kind"]
+__all__ = ["BUDGETS", "Budget", "ParameterBudget", "Term", "by_kind", "check_budget", "make_budget"]
+
+BUDGETS = ("params", "macs", "kv")
+"""What may be counted, beside ``bytes@`` with the name of a quantisation."""
+
+_BYTES = "bytes@"
+_TOKENS = 64
+"""The length of a sample whose work is counted, as in the report."""
 
 Counts = Mapping[Factor, float]
 
 
-class ParameterBudget:
-    """The number of parameters of a model as a function of unit counts; tied parameters count once.
+class Term(NamedTuple):
+    """A part of what a model costs: a number times the sizes of some axes.
 
-    The count is a polynomial: the product over axes of their sizes, summed over parameters. Fractional counts are
-    allowed, so that a ratio can be solved for before it is rounded.
+    Args:
+        exprs: the axes.
+        block: the block it goes with; None if it stays.
+        each: what one element costs.
     """
 
-    def __init__(self, axes: AxisMap) -> None:
-        self._shapes: list[tuple[tuple[Expr, ...], frozenset[Factor], str | None, float]] = []
-        for name in axes.parameters:
-            if name in axes.tied:
-                continue
-            exprs = axes.tensors[name]
-            touched = frozenset(factor for expr in exprs for factor in factors(expr))
-            size = prod(expr.size for expr in exprs)
-            self._shapes.append((exprs, touched, owner_block(name, axes.blocks), size))
-        self.total = int(sum(size for *_, size in self._shapes))
+    exprs: tuple[Expr, ...]
+    block: str | None
+    each: float
+
+
+class Budget:
+    """What a model costs as a function of unit counts.
+
+    The cost is a polynomial: the sum of the products of the sizes of axes. Fractional counts are allowed, so that a
+    ratio can be solved for before it is rounded.
+
+    Args:
+        terms: the parts.
+        word: what is counted, in words.
+    """
+
+    def __init__(self, terms: Iterable[Term], word: str) -> None:
+        self.word = word
+        self._terms: list[tuple[Term, frozenset[Factor], float]] = []
+        for term in terms:
+            touched = frozenset(factor for expr in term.exprs for factor in factors(expr))
+            self._terms.append((term, touched, term.each * prod(expr.size for expr in term.exprs)))
+        self.total = int(sum(size for *_, size in self._terms))
 
     def removed(self, counts: Counts, blocks: Mapping[str, float]) -> float:
-        """Parameters that go.
+        """What goes.
 
         Args:
             counts: units left of each factor that shrinks.
             blocks: for each block that goes, the fraction of it that goes (1, or less while solving).
         """
         gone = 0.0
-        for exprs, touched, block, size in self._shapes:
-            share = blocks.get(block, 0.0) if block is not None else 0.0
+        for term, touched, size in self._terms:
+            share = blocks.get(term.block, 0.0) if term.block is not None else 0.0
             if share == 0.0 and touched.isdisjoint(counts):
                 continue
-            left = prod(_size(expr, counts) for expr in exprs) * (1 - share)
-            gone += size - left
+            gone += size - term.each * prod(_size(expr, counts) for expr in term.exprs) * (1 - share)
         return gone
 
 
-def parameters_by_kind(budget: ParameterBudget, groups: Sequence[Group]) -> dict[str, float]:
-    """Return the parameters in the structures of each kind: what would go with all of its ``groups``."""
+class ParameterBudget(Budget):
+    """The number of parameters of a model; tied ones count once."""
+
+    def __init__(self, axes: AxisMap) -> None:
+        super().__init__(_weights(axes, lambda _: 1.0), "parameters")
+
+
+def check_budget(name: str) -> str:
+    """Return ``name``, which is one of :data:`BUDGETS` or ``bytes@`` and a quantisation.
+
+    Raises:
+        UnknownNameError: no such budget or quantisation.
+    """
+    if str(name).startswith(_BYTES):
+        one_of("quantisation", name.removeprefix(_BYTES), [kind.name.lower() for kind in gguf.GGML_QUANT_SIZES])
+        return name
+    return one_of("budget", name, (*BUDGETS, f"{_BYTES}q8_0"))
+
+
+def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budget:
+    """Return what is counted, as a function of unit counts.
+
+    Args:
+        name: ``params``, ``macs`` of a sample of 64 tokens, bytes of key-value cache a token as ``kv``, or bytes on
+            disk as ``bytes@q8_0``: weights of two and more axes at that quantisation, others in float32.
+        graph_module: the graph.
+        axes: its solved axes.
+
+    Raises:
+        PassError: there is nothing to count.
+    """
+    if name == "macs":
+        found = Budget(_work(graph_module.graph, axes), "multiply-accumulates")
+    elif name == "kv":
+        found = Budget(_cache(graph_module.graph, axes), "bytes of the key-value cache")
+    elif name.startswith(_BYTES):
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.removeprefix(_BYTES).upper()]]
+        found = Budget(_weights(axes, lambda exprs: size / block if len(exprs) > 1 else 4.0), "bytes")
+    else:
+        found = ParameterBudget(axes)
+    if not found.total:
+        raise PassError(f"the model has no {found.word}", where="budget", remedy="Choose another budget")
+    return found
+
+
+def by_kind(budget: Budget, groups: Sequence[Group]) -> dict[str, float]:
+    """Return what the structures of each kind cost: what would go with all of its ``groups``."""
     found: dict[str, float] = {}
     for kind in {group.kind for group in groups}:
         alike = [group for group in groups if group.kind == kind]
@@ -66,3 +144,71 @@ def _size(expr: Expr, counts: Counts) -> float:
         return counts.get(expr, expr.size)
     sizes = [_size(part, counts) for part in expr.parts]
     return sum(sizes) if isinstance(expr, Concat) else prod(sizes)
+
+
+def _weights(axes: AxisMap, each: Callable[[tuple[Expr, ...]], float]) -> Iterator[Term]:
+    for name in axes.parameters:
+        if name not in axes.tied:
+            exprs = axes.tensors[name]
+            yield Term(exprs, owner_block(name, axes.blocks), each(exprs))
+
+
+def _work(graph: fx.Graph, axes: AxisMap) -> Iterator[Term]:
+    """The products of a sample: sizes of each output, times those of what is added up over."""
+    nodes = {tensor_name(node): node for node in graph.nodes}
+    for node in graph.nodes:
+        rule = find_rule(node.target) if node.op == "call_function" else None
+        if rule is None or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        block = owner_block(axes.modules.get(node.name, ""), axes.blocks)
+        exprs, tokens = _own(node, axes)
+        if _is_attention(node):
+            yield Term(exprs, block, tokens * _TOKENS)
+            yield Term((*exprs[:-1], axes.tensors[tensor_name(node.args[0])][-1]), block, tokens * _TOKENS)
+            continue
+        for found in run_alone(node)[1].sums if rule.values is Values.PRODUCT else ():
+            if len(found.places) == 2:
+                place = found.places[0]
+                free = is_free(nodes[place.tensor].meta["val"].shape[place.dim])
+                own = () if free else (axes.tensors[place.tensor][place.dim],)
+                yield Term((*exprs, *own), block, tokens * (_TOKENS if free else 1))
+
+
+def _cache(graph: fx.Graph, axes: AxisMap) -> Iterator[Term]:
+    """Keys and values of a token, two bytes a number, before heads are repeated."""
+    products = {consumer.node for consumer in find_consumers(graph, axes)}
+    for node in graph.nodes:
+        if not _is_attention(node):
+            continue
+        key, value = node.args[1], node.args[2]
+        stored = _smallest(value, products)
+        exprs, _ = _own(stored, axes)
+        block = owner_block(axes.modules.get(node.name, ""), axes.blocks)
+        yield Term(exprs, block, 2.0)
+        width = axes.tensors[tensor_name(value)][-1]
+        held = [factor for expr in exprs for factor in factors(expr) if factor not in set(factors(width))]
+        yield Term((*held, axes.tensors[tensor_name(key)][-1]), block, 2.0)
+
+
+def _is_attention(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten.scaled_dot_product_attention.default
+
+
+def _smallest(node: fx.Node, products: set[fx.Node]) -> fx.Node:
+    """Return the first value with the fewest numbers on the way from a product with a weight to ``node``."""
+    found = node
+    while node.op == "call_function" and node not in products and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.numel() <= found.meta["val"].numel():
+            found = node
+    return found
+
+
+def _own(node: fx.Node, axes: AxisMap) -> tuple[tuple[Expr, ...], float]:
+    """The axes of a value that are the model's own, and the size of the others for one sample."""
+    value, exprs = node.meta["val"], axes.tensors[tensor_name(node)]
+    own = tuple(expr for expr, size in zip(exprs, value.shape, strict=True) if not is_free(size))
+    free = [i for i, size in enumerate(value.shape) if is_free(size)]
+    # of a batch, of tokens, or of both in one; a second axis of tokens is that of the keys
+    return own, float(_TOKENS ** max(1, len(free) - 1)) if free else 1.0

@@ -12,10 +12,12 @@ __all__ = ["count_below", "normalised"]
 
 
 def normalised(slots: Sequence[Slot]) -> list[Array]:
-    """The scores of each slot's first option, cheapest first, divided by the mean score of all units of its kind."""
+    """The scores of each slot's first option, cheapest first, divided by the mean magnitude of all of its kind."""
     rows = [slot.options[0].scores for slot in slots]
     means = {
-        kind: float(np.concatenate([row for slot, row in zip(slots, rows, strict=True) if slot.kind == kind]).mean())
+        kind: float(
+            np.abs(np.concatenate([row for slot, row in zip(slots, rows, strict=True) if slot.kind == kind])).mean()
+        )
         for kind in {slot.kind for slot in slots}
     }
     return [row / (means[slot.kind] or 1.0) for slot, row in zip(slots, rows, strict=True)]

@@ -10,7 +10,7 @@ from typing import ClassVar
 from fxprune.discovery.groups import as_kinds
 from fxprune.errors import RatioError
 from fxprune.pipeline.arguments import number
-from fxprune.removal.plan import Plan
+from fxprune.removal.removal import Removal
 
 from .base import Choice, Selection, SelectPass
 from .by_kind import as_pairs, read_by_kind
@@ -89,8 +89,8 @@ class SelectByRatioPass(SelectPass):
         largest = solver.removed(solver.most()) / max(whole, 1)
         if ratio > largest + CLOSE:
             raise RatioError(
-                f"{ratio:.1%} of the parameters cannot go: with kinds={self.kinds}, protect={self.protect}, "
-                f"round_to={self.round_to} and tensor_parallel={self.tensor_parallel} "
+                f"{ratio:.1%} of the {selection.budget.word} cannot go: with kinds={self.kinds}, "
+                f"protect={self.protect}, round_to={self.round_to} and tensor_parallel={self.tensor_parallel} "
                 f"the largest reachable ratio is {largest:.1%}",
                 where="ratio",
                 remedy="Ask for less, protect fewer layers or allow more kinds",
@@ -102,7 +102,7 @@ class SelectByRatioPass(SelectPass):
         achieved = solver.removed(choices) / max(whole, 1)
         if self.uniform and ratio - achieved > _FAR:
             raise RatioError(
-                f"{ratio:.1%} of the parameters cannot go with the same widths in all layers: "
+                f"{ratio:.1%} of the {selection.budget.word} cannot go with the same widths in all layers: "
                 f"with kinds={self.kinds} the stock config takes {achieved:.1%}",
                 where="uniform",
                 remedy="Leave out uniform; the checkpoint then carries a modelling file of its own",
@@ -119,8 +119,8 @@ def _places(selection: Selection, kinds: Sequence[str]) -> list[int]:
 def _part(selection: Selection, places: Sequence[int], decided: Sequence[Choice] = ()) -> Selection:
     """The selection of some slots alone, the others being ``decided``."""
 
-    def plan_for(choices: Sequence[Choice]) -> Plan:
+    def removal_for(choices: Sequence[Choice]) -> Removal:
         chosen = dict(zip(places, choices, strict=True))
-        return selection.plan_for([chosen.get(place, choice) for place, choice in enumerate(decided)])
+        return selection.removal_for([chosen.get(place, choice) for place, choice in enumerate(decided)])
 
-    return replace(selection, slots=[selection.slots[place] for place in places], plan_for=plan_for)
+    return replace(selection, slots=[selection.slots[place] for place in places], removal_for=removal_for)

@@ -20,12 +20,20 @@ _HALVINGS = 40
 
 
 class Solver:
-    """Finds numbers of units that remove a number of parameters."""
+    """Finds numbers of units that remove a number of parameters, or of whatever the budget counts.
 
-    def __init__(self, selection: Selection, target: float) -> None:
+    Args:
+        selection: what to choose from.
+        target: how much has to go.
+        shares: how many times as large a fraction goes from each slot as from one with 1; none of one with 0. None for
+            1 everywhere.
+    """
+
+    def __init__(self, selection: Selection, target: float, shares: Sequence[float] | None = None) -> None:
         self.slots = selection.slots
         self.budget = selection.budget
         self.target = target
+        self.shares = [1.0] * len(self.slots) if shares is None else shares
 
     def removed(self, choices: Sequence[tuple[int, float]]) -> float:
         """Parameters removed by choices for all slots, fractional ones too."""
@@ -47,13 +55,13 @@ class Solver:
         return best
 
     def local(self) -> list[Choice]:
-        """The same fraction everywhere, kinds with the largest units rounded first."""
+        """The same fraction everywhere, times the share, kinds with the largest units rounded first."""
         fixed: dict[int, Choice] = {}
         for kind in self._kinds_by_unit():
             fraction = self.fraction(fixed)
             for number, slot in enumerate(self.slots):
                 if slot.kind == kind:
-                    fixed[number] = slot.choose(fraction)
+                    fixed[number] = slot.choose(min(fraction * self.shares[number], 1.0))
         return [fixed[number] for number in range(len(self.slots))]
 
     def globally(self) -> list[Choice]:
@@ -106,7 +114,7 @@ class Solver:
         """One step more (or less) in each slot of ``kind``, lowest score first to remove, highest to give back."""
         found: list[tuple[float, int, Choice]] = []
         for number, (slot, (i, removed)) in enumerate(zip(self.slots, choices, strict=True)):
-            if slot.kind != kind:
+            if slot.kind != kind or not self.shares[number]:
                 continue
             if removed == 0 and up:
                 i = next((j for j, option in enumerate(slot.options) if option.most), i)
@@ -122,10 +130,12 @@ class Solver:
         """The fraction of units of the slots not ``fixed`` that removes what is left to remove."""
 
         def choices(fraction: float) -> list[tuple[int, float]]:
-            free = [(0, min(fraction * slot.options[0].size, slot.options[0].most)) for slot in self.slots]
+            firsts = [(slot.options[0], share) for slot, share in zip(self.slots, self.shares, strict=True)]
+            free = [(0, min(fraction * share * option.size, option.most)) for option, share in firsts]
             return [fixed.get(number, pick) for number, pick in enumerate(free)]
 
-        return _bisect(lambda fraction: self.removed(choices(fraction)), self.target)
+        largest = 1 / min((share for share in self.shares if share), default=1.0)
+        return _bisect(lambda fraction: self.removed(choices(fraction)), self.target, max(largest, 1.0))
 
     def _kinds_by_unit(self) -> list[str]:
         """The kinds present, largest unit first."""
@@ -139,9 +149,9 @@ class Solver:
         return self.removed([pick if i == number else (0, 0) for i in range(len(self.slots))])
 
 
-def _bisect(function: Callable[[float], float], target: float) -> float:
-    """Where a growing function on [0, 1] takes the value ``target``; an end where it never does."""
-    low, high = 0.0, 1.0
+def _bisect(function: Callable[[float], float], target: float, high: float) -> float:
+    """Where a growing function on [0, high] takes the value ``target``; an end where it never does."""
+    low = 0.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if function(middle) < target else (low, middle)

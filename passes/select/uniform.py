@@ -77,4 +77,4 @@ def _nearest(slot: Slot, fraction: float) -> Iterator[Choice]:
 
 
 def _accepts(selection: Selection, choices: Mapping[int, Choice]) -> bool:
-    return selection.accepts(selection.plan_for([choices.get(n, (0, 0)) for n in range(len(selection.slots))]))
+    return selection.accepts(selection.removal_for([choices.get(n, (0, 0)) for n in range(len(selection.slots))]).plan)
