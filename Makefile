@@ -20,7 +20,7 @@ ARGS ?=
 CASES ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo recover-demo test fuzz lint format type bench bench-quality bench-recover bench-discovery coverage families results docs clean
+.PHONY: help setup demo recover-demo test fuzz lint format type bench bench-criteria bench-quality bench-recover bench-discovery coverage families results docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -60,7 +60,10 @@ type: $(STAMP) ## Check types
 bench: $(STAMP) ## Paired latency of the demo model, dense and slim
 	$(RUN) -m benchmarks.latency --json $(ARGS)
 
-bench-quality: $(STAMP) ## Perplexity of the demo model by criterion, and without grouping
+bench-criteria: $(STAMP) ## Perplexity of the demo model by criterion, and without grouping
+	$(RUN) -m benchmarks.criteria --json $(ARGS)
+
+bench-quality: $(STAMP) ## Recipes and their ingredients, one changed at a time: ARGS="--data FOLDER --model FOLDER"
 	$(RUN) -m benchmarks.quality --json $(ARGS)
 
 bench-recover: $(STAMP) ## Recovery of the demo model on rows of your own: ARGS="--data rows.json --questions quiz.jsonl"
@@ -75,8 +78,9 @@ coverage: $(STAMP) ## Examine every model type of transformers, write docs/cover
 families: $(STAMP) ## Prune, save, load and run a model of each family, write docs/families.md (ARGS="FAMILY ..." prints)
 	$(call threaded,1) -m tests.families_table $(ARGS)
 
-results: $(STAMP) ## Write docs/results.md from benchmarks/results/
+results: $(STAMP) ## Write docs/results.md and docs/quality.md from benchmarks/results/
 	$(RUN) -m benchmarks.tables
+	$(RUN) -m benchmarks.quality_page
 
 docs: $(STAMP) ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

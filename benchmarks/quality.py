@@ -1,168 +1,330 @@
-"""Perplexity of the demo model by criterion, and without grouping: `python -m benchmarks.quality`."""
+"""Recipes and their ingredients, one changed at a time, at several ratios: `python -m benchmarks.quality`.
+
+Everything is calibrated and tuned on one text and measured on others, each once. With `--data` the texts are files of a
+folder; without, they are built-in ones that share no paragraph. What was measured is in the file of results already and
+is not measured again, so a run that was stopped goes on.
+"""
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 import fxprune
 from benchmarks.demo_model import load_demo_model
 from benchmarks.environment import environment
-from benchmarks.perplexity import perplexity
-from benchmarks.text import offline_text, read_text, split_calibration_heldout, token_windows
-from fxprune.axes import unit_index
-from fxprune.graph.tensors import get_tensor
-from fxprune.removal.scores import PositionScores, unit_scores
+from fxprune.data.files import calibration_text
+from fxprune.data.text import offline_docstrings, offline_text, split_calibration_heldout, token_windows
+from fxprune.evaluation import LocalTask, evaluate, perplexity
 
-__all__ = ["CRITERIA", "QualityRow", "app", "prune_without_groups", "quality_rows"]
+__all__ = ["ENTRIES", "Entry", "Protocol", "Row", "Texts", "app", "entries", "measure", "texts_of"]
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
-CRITERIA: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("random", {"importance": "random"}),
-    ("l1", {"importance": "l1"}),
-    ("l2", {"importance": "l2"}),
-    ("taylor vector", {"taylor": "vector"}),
-    ("taylor first", {"taylor": "first"}),
-    ("taylor second", {"taylor": "second"}),
-    ("taylor second, least squares", {"taylor": "second", "compensate": "least-squares"}),
-    ("taylor mix", {"taylor": "mix"}),
-)
 
 app = typer.Typer(add_completion=False)
 
 
 @dataclass(frozen=True)
-class QualityRow:
-    """One criterion: what is left, and how well it predicts held-out text."""
+class Entry:
+    """A prune to be measured.
 
-    criterion: str
+    Attributes:
+        name: What it is called in tables.
+        options: Passed on to `fxprune.prune`.
+        needs: Passes that have to be installed.
+        samples: The most calibration samples it gets; None for all.
+    """
+
+    name: str
+    options: dict[str, Any]
+    needs: tuple[str, ...] = ()
+    samples: int | None = None
+
+
+HEADS = "select-by-ratio{kinds=[mlp, head], protect=[0.07, 0.04], ratio=%s}"
+WHOLE = "select-by-ratio{first=[mlp], protect=[], ratio=%s}"
+
+ENTRIES = (
+    Entry("llm-pruner", {"recipe": "llm-pruner"}, samples=10),
+    Entry("FLAP", {"recipe": "llm-pruner", "importance": "flap", "ranking": "global"}, ("flap",), samples=64),
+    Entry("fast", {"recipe": "fast"}),
+    Entry("balanced", {}),
+    Entry("best", {"recipe": "best"}),
+    Entry("balanced, neither fitted nor tuned", {"compensate": "none", "tune": "none"}),
+    Entry("balanced, not tuned", {"tune": "none"}),
+    Entry("balanced, not fitted", {"compensate": "none"}),
+    Entry("balanced, heads too", {"select": HEADS, "tune": "none"}),
+    Entry("balanced, no layer protected", {"select": WHOLE, "tune": "none"}),
+    Entry("balanced, one ridge", {"compensate": "least-squares{samples=64, damping=1.0}", "tune": "none"}),
+    Entry(
+        "balanced, a fit of the whole stream", {"compensate": "least-squares{samples=64, stream=True}", "tune": "none"}
+    ),
+    Entry("balanced, rotation", {"compensate": "rotation{samples=64}", "tune": "none"}, ("rotation",)),
+    Entry("balanced, tuned everywhere", {"tune": "tune{epochs=1, everywhere=True}"}),
+    Entry("balanced, tuned with rank 8", {"tune": "tune{epochs=1, everywhere=True, rank=8}"}),
+    *(
+        Entry(f"balanced, {name}", {"recipe": "balanced", "importance": spelled, "tune": "none"}, (name,))
+        for name, spelled in (
+            ("taylor mix", "taylor{order=mix, samples=32}"),
+            ("wanda", "wanda"),
+            ("flap", "flap"),
+            ("fisher", "fisher"),
+            ("reconstruction", "reconstruction"),
+        )
+    ),
+)
+"""What is measured: recipes first, then the default one with a single thing changed; most without tuning, which evens
+out differences between what it starts from and takes the most time."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How everything is measured.
+
+    Attributes:
+        model: Name of the model.
+        calibration: The text that is calibrated and tuned on.
+        samples: The most calibration samples.
+        tokens: Of a calibration sample.
+        windows: Of each text that is measured on, from its start.
+        window: Tokens of such a window; windows do not overlap.
+        questions: Of each task; 0 for no tasks.
+    """
+
+    model: str
+    calibration: str
+    samples: int
+    tokens: int
+    windows: int
+    window: int
+    questions: int
+
+    def __str__(self) -> str:
+        asked = f", {self.questions} questions of each task" if self.questions else ""
+        return (
+            f"{self.model}, calibrated on up to {self.samples} x {self.tokens} tokens of {self.calibration}; "
+            f"perplexity on the first {self.windows} x {self.window} tokens of each text{asked}"
+        )
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids and tasks.
+
+    Attributes:
+        calibration: `(samples, tokens)`, all there are.
+        heldout: By name, `(windows, window)`.
+        tasks: By name.
+    """
+
+    calibration: torch.Tensor
+    heldout: dict[str, torch.Tensor]
+    tasks: dict[str, LocalTask] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one prune.
+
+    Attributes:
+        entry: Name of the entry; `dense` for the dense model.
+        ratio: Fraction of all parameters asked for.
+        draw: Which samples were drawn.
+        parameters: That are left.
+        perplexities: By name of the text.
+        tasks: Accuracy by name of the task.
+        seconds: The prune took, wall clock.
+        peak_gb: Largest resident memory while it ran, in 10^9 bytes.
+        passes: The pipeline, as it is spelled.
+    """
+
+    entry: str
+    ratio: float
+    draw: int
     parameters: int
-    perplexity: float
-    verification_error: float | None
+    perplexities: dict[str, float]
+    tasks: dict[str, float]
+    seconds: float
+    peak_gb: float
+    passes: str
 
 
-def quality_rows(model: Any, calibration: torch.Tensor, heldout: torch.Tensor, **options: Any) -> Iterator[QualityRow]:
-    """The dense model, each criterion, and the default one without grouping, in turn.
+def entries(names: Sequence[str] = ()) -> list[Entry]:
+    """The entries whose passes are installed; of those whose name is one of `names` where there are any."""
+    known = fxprune.pass_names()
+    found = [entry for entry in ENTRIES if all(name in known for name in entry.needs)]
+    return [entry for entry in found if not names or entry.name in names]
+
+
+def texts_of(tokenizer: Any, data: Path | None, calibration: str, protocol: Protocol) -> Texts:
+    """What is calibrated and measured on.
 
     Args:
-        model: The dense model.
-        calibration: Token ids `(samples, tokens)`.
-        heldout: Token ids `(windows, tokens)` that share no text with `calibration`.
-        options: Passed on to `fxprune.prune`.
+        tokenizer: Turns text into ids.
+        data: A folder: text files, those with `test` in their path or at the top of it are measured on, and
+            `zeroshot/*.jsonl` are tasks. None for built-in text.
+        calibration: Name of the file in it that is calibrated on.
+        protocol: Sizes.
     """
-    dense = sum(parameter.numel() for parameter in model.parameters())
-    yield QualityRow("dense", dense, perplexity(model, heldout), None)
-    for name, choice in CRITERIA:
-        result = fxprune.prune(model, calibration, **choice, **options)
-        slim = result.model or result.graph_module
-        parameters = result.report.parameters[1]
-        yield QualityRow(name, parameters, perplexity(slim, heldout), result.report.verification_error)
-    ungrouped = prune_without_groups(model, calibration, result)
-    yield QualityRow("taylor mix, no groups", parameters, perplexity(ungrouped, heldout), None)
+    if data is None:
+        front, back = split_calibration_heldout(offline_text())
+        held = {"Python's reference": back, "Python's docstrings": offline_docstrings()}
+    else:
+        front = calibration_text(data / calibration)
+        files = [*sorted(data.glob("*.txt")), *sorted(data.glob("*/test.txt"))]
+        held = {str(path.relative_to(data)): calibration_text(path) for path in files}
+    tasks = sorted((data / "zeroshot").glob("*.jsonl")) if data is not None and protocol.questions else []
+    return Texts(
+        token_windows(tokenizer, front, protocol.tokens),
+        {name: token_windows(tokenizer, text, protocol.window, limit=protocol.windows) for name, text in held.items()},
+        {path.stem: LocalTask(path) for path in tasks},
+    )
 
 
-def prune_without_groups(model: Any, calibration: torch.Tensor, result: fxprune.Result) -> Any:
-    """A copy of `model` in which each tensor lost its own lowest slices, as many as `result` removed from it.
+def measure(model: Any, tokenizer: Any, texts: Texts, entry: Entry, ratio: float, draw: int, protocol: Protocol) -> Row:
+    """One prune, and what it left.
 
-    The same criterion and the same number of slices of every parameter as in `result`, but each tensor is ranked by
-    its own scores alone, so that what one tensor keeps another may have dropped. Slices are zeroed, not removed.
+    Args:
+        model: The dense model, which stays as it is.
+        tokenizer: Its tokenizer.
+        texts: What is calibrated and measured on.
+        entry: The prune.
+        ratio: Fraction of all parameters.
+        draw: Seed of the draw of calibration samples.
+        protocol: Sizes.
     """
-    removal = fxprune.facts_of(result.graph_module)[fxprune.Removed].removal
-    keep = removal.keep
-    groups = tuple(g for g in removal.groups if g.factor is not None and keep.touches(g.factor))
-    dense = copy.deepcopy(model)
-    positions = _position_scores(dense, calibration, groups)
-    with torch.no_grad():
-        for group in groups:
-            assert group.factor is not None
-            gone = group.size - keep.count(group.factor)
-            for member in group.parameters:
-                scores = unit_scores(group, member, positions)
-                rank = np.argsort(np.argsort(scores, axis=-1), axis=-1)
-                _zero(get_tensor(dense, member.name), member, group, rank < gone)
-    return dense
+    order = torch.randperm(len(texts.calibration), generator=torch.Generator().manual_seed(draw))
+    samples = texts.calibration[order[: min(protocol.samples, entry.samples or protocol.samples)]]
+    options = {key: _with_ratio(value, ratio) for key, value in entry.options.items()}
+    passes = str(fxprune.prune_pipeline(samples, tokenizer=tokenizer, ratio=ratio, **options))
+    _forget_peak()
+    begin = time.perf_counter()
+    result = fxprune.prune(model, samples, tokenizer=tokenizer, ratio=ratio, **options)
+    seconds, peak = time.perf_counter() - begin, _peak_gb()
+    slim = result.model or result.graph_module
+    perplexities, tasks = _worth(slim, tokenizer, texts, protocol)
+    left = result.report.parameters[1]
+    return Row(entry.name, ratio, draw, left, perplexities, tasks, seconds, peak, passes)
 
 
-def _position_scores(model: Any, calibration: torch.Tensor, groups: tuple[fxprune.Group, ...]) -> PositionScores:
-    traced = fxprune.trace(model)
-    fxprune.load_pass("calibrate", data=calibration)(traced.graph_module)
-    wanted = tuple(dict.fromkeys((m.name, m.axis) for group in groups for m in group.parameters))
-    criterion: Any = fxprune.load_pass("taylor", order="mix")
-    positions: PositionScores = criterion.positions(traced.graph_module, wanted)
-    return positions
+def _with_ratio(value: Any, ratio: float) -> Any:
+    """A selection spelled out gets its ratio."""
+    return value % ratio if isinstance(value, str) and "%s" in value else value
 
 
-def _zero(tensor: torch.Tensor, member: fxprune.Member, group: fxprune.Group, gone: Any) -> None:
-    """Zero the slices of one member whose units are `gone`, a mask `(units,)` or `(outer units, units)`."""
-    assert group.factor is not None
-    unit = unit_index(member.expr, group.factor)
-    outer = unit_index(member.expr, group.outer) if group.outer is not None else None
-    lost = gone[unit] if outer is None else gone[outer, unit]
-    index = torch.from_numpy(np.flatnonzero((unit >= 0) & lost))
-    tensor.index_fill_(member.axis, index, 0.0)
+def _worth(model: Any, tokenizer: Any, texts: Texts, protocol: Protocol) -> tuple[dict[str, float], dict[str, float]]:
+    found = {name: float(perplexity(model, ids)) for name, ids in texts.heldout.items()}
+    if not texts.tasks:
+        return found, {}
+    scores = evaluate(model, tokenizer, texts=(), tasks=texts.tasks, questions=protocol.questions).tasks
+    return found, {name: score.value for name, score in scores.items()}
 
 
-def quality_table(rows: list[QualityRow], title: str) -> Table:
-    """The rows as a table for the terminal."""
-    table = Table("criterion", title=title)
-    for heading in ("parameters", "perplexity", "verification error"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        error = "" if row.verification_error is None else f"{row.verification_error:.1e}"
-        table.add_row(row.criterion, f"{row.parameters:,}", f"{row.perplexity:.1f}", error)
-    return table
+def _dense(model: Any, tokenizer: Any, texts: Texts, protocol: Protocol) -> Row:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return Row("dense", 0.0, 0, count, *_worth(model, tokenizer, texts, protocol), 0.0, 0.0, "")
+
+
+def _forget_peak() -> None:
+    """The kernel forgets the largest memory so far; elsewhere than on Linux it does not."""
+    if os.path.exists("/proc/self/clear_refs"):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_gb() -> float:
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM")), 0.0)
+
+
+def told(row: Row, dense: Row) -> str:
+    """A row in one line."""
+    texts = [
+        f"{name} {value:.1f} (x{value / dense.perplexities[name]:.2f})" for name, value in row.perplexities.items()
+    ]
+    tasks = [f"{name} {value:.3f} ({dense.tasks[name]:.3f})" for name, value in row.tasks.items()]
+    took = f"{row.seconds:.0f} s, {row.peak_gb:.1f} GB" if row.passes else "as it is"
+    where = f"{row.ratio:.0%}, draw {row.draw}: " if row.passes else ""
+    return f"{where}{row.entry}: {', '.join(texts + tasks)}; {row.parameters:,} parameters, {took}"
+
+
+def _missing(
+    done: Sequence[Row], ratios: Sequence[float], draws: int, names: Sequence[str]
+) -> Iterator[tuple[Any, ...]]:
+    """What is not measured yet, the first draw of everything first."""
+    seen = {(row.entry, row.ratio, row.draw) for row in done}
+    for draw in range(draws):
+        for ratio in ratios:
+            for entry in entries(names):
+                if (entry.name, ratio, draw) not in seen:
+                    yield entry, ratio, draw
+
+
+def _read(path: Path, protocol: Protocol) -> list[Row]:
+    """Rows measured before under the same protocol."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return [Row(**row) for row in found["rows"]] if found.get("protocol") == asdict(protocol) else []
+
+
+def _write(path: Path, protocol: Protocol, rows: Sequence[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"environment": environment(), "protocol": asdict(protocol), "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _load(folder: Path | None) -> tuple[Any, Any, str]:
+    if folder is None:
+        return *load_demo_model(), "SmolLM2-135M-Instruct"
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), folder.name
 
 
 @app.command()
 def main(
-    ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = 0.2,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 10,
-    tokens: Annotated[int, typer.Option(help="Tokens of a calibration sample.")] = 128,
-    windows: Annotated[int, typer.Option(help="Held-out windows of 256 tokens.")] = 60,
-    calibration: Annotated[Path | None, typer.Option(help="Text to calibrate on (.txt, .jsonl, .json).")] = None,
-    heldout: Annotated[Path | None, typer.Option(help="Text to measure on.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help=f"Write results/{RESULTS.name} as well.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Folder of texts and zeroshot/*.jsonl; else built-in text.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a model; else the demo model.")] = None,
+    calibration: Annotated[str, typer.Option(help="File of the folder to calibrate on.")] = "c4_sample.jsonl",
+    ratio: Annotated[list[float] | None, typer.Option(help="Fractions of the parameters; 0.2, 0.35 and 0.5.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Names of entries; all of them without.")] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Draws of calibration samples.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="The most calibration samples.")] = 1024,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of one.")] = 128,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each text to measure on.")] = 60,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of one.")] = 128,
+    questions: Annotated[int, typer.Option(min=0, help="Questions of each task; 0 for none.")] = 0,
+    json_: Annotated[bool, typer.Option("--json", help=f"Keep results in results/{RESULTS.name}.")] = False,
 ) -> None:
-    """Prune the demo model by every criterion and measure perplexity on held-out text."""
-    console = Console()
-    model, tokenizer = load_demo_model()
-    front, back = split_calibration_heldout(offline_text())
-    front = front if calibration is None else read_text(calibration)
-    back = back if heldout is None else read_text(heldout)
-    title = (
-        f"SmolLM2-135M-Instruct, {ratio:.0%} removed; calibrated on {samples} x {tokens} tokens of "
-        f"{_named(calibration)}, measured on {windows} x 256 of {_named(heldout)}"
-    )
-    rows = []
-    for row in quality_rows(
-        model,
-        token_windows(tokenizer, front, tokens, limit=samples),
-        token_windows(tokenizer, back, 256, limit=windows),
-        ratio=ratio,
-    ):
-        console.print(f"{row.criterion}: perplexity {row.perplexity:.1f}")
-        rows.append(row)
-    console.print(quality_table(rows, title))
-    if json_:
-        suffix = "" if heldout is None else f"-{heldout.stem}"
-        path = RESULTS.with_stem(RESULTS.stem + suffix)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"environment": environment(), "title": title, "rows": [asdict(row) for row in rows]}
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _named(path: Path | None) -> str:
-    return "the standard library's own text" if path is None else path.name
+    """Prune by every recipe, and by the default one with one thing changed, and measure what is left."""
+    console = Console(soft_wrap=True)
+    dense, tokenizer, name = _load(model)
+    source = "the standard library's own text" if data is None else calibration
+    protocol = Protocol(name, source, samples, tokens, windows, window, questions)
+    texts = texts_of(tokenizer, data, calibration, protocol)
+    say: Callable[[str], None] = lambda line: console.print(line, markup=False, highlight=False)  # noqa: E731
+    say(str(protocol))
+    rows = _read(RESULTS, protocol) if json_ else []
+    rows = rows or [_dense(dense, tokenizer, texts, protocol)]
+    for row in rows:
+        say(told(row, rows[0]))
+    for entry, part, draw in _missing(rows, ratio or (0.2, 0.35, 0.5), draws, only or ()):
+        try:
+            rows.append(measure(dense, tokenizer, texts, entry, part, draw, protocol))
+        except fxprune.FxpruneError as error:
+            say(f"{part:.0%}, draw {draw}: {entry.name}: {error}")
+            continue
+        say(told(rows[-1], rows[0]))
+        if json_:
+            _write(RESULTS, protocol, rows)
 
 
 if __name__ == "__main__":

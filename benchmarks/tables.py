@@ -16,8 +16,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 def results_page(folder: Path = RESULTS) -> str:
     """The page as Markdown: quality, latency and discovery, each with what it ran on."""
     parts = ["# Results\n\nMade by `make results` from `benchmarks/results/`, which the commands named here wrote.\n"]
-    for path in sorted(folder.glob("quality*.json")):
-        parts.append(_quality(json.loads(path.read_text())))
+    for path in sorted(folder.glob("criteria*.json")):
+        parts.append(_criteria(json.loads(path.read_text())))
     sections = (
         ("recovery", _recovery),
         ("latency", _latency),
@@ -31,10 +31,10 @@ def results_page(folder: Path = RESULTS) -> str:
     return "\n".join(parts)
 
 
-def _quality(data: dict[str, Any]) -> str:
+def _criteria(data: dict[str, Any]) -> str:
     rows = [(r["criterion"], f"{r['parameters']:,}", f"{r['perplexity']:.1f}") for r in data["rows"]]
     return (
-        f"## Quality: `make bench-quality`\n\n{data['title']}. {_ran_on(data)}\n\n"
+        f"## Criteria: `make bench-criteria`\n\n{data['title']}. {_ran_on(data)}\n\n"
         + _table(("criterion", "parameters", "perplexity"), rows)
         + "\n*No groups*: the same criterion and as many slices of every tensor, but each tensor is ranked by its own "
         "scores alone, and the slices are zeroed.\n"

@@ -51,6 +51,8 @@ class Wishes:
         calibration: reads the samples; None where there are none, but those that the recipe reads itself.
         without_data: leave out what works on samples, unless the call decides on it itself.
         verify: whether removing is compared with masking.
+        again: makes a pass that scores in steps, given the spellings of what scores, selects and compensates; None
+            where it scores once.
     """
 
     places: Mapping[str, Making] = field(default_factory=dict)
@@ -58,6 +60,7 @@ class Wishes:
     calibration: Pass | None = None
     without_data: bool = False
     verify: bool = True
+    again: Callable[..., Pass] | None = None
 
 
 def compose(recipe: Recipe, wishes: Wishes) -> list[Pass]:
@@ -72,7 +75,16 @@ def compose(recipe: Recipe, wishes: Wishes) -> list[Pass]:
     passes = _with_samples([_with_options(step, wishes.options) for step in passes], wishes)
     for stage in sorted(wishes.places, key=STAGES.index):  # what is tuned by is inserted last, before what compensates
         passes = _replaced(passes, stage, wishes.places[stage])
-    return passes
+    return passes if wishes.again is None else _in_steps(passes, wishes.again)
+
+
+def _in_steps(passes: Sequence[Pass], again: Callable[..., Pass]) -> list[Pass]:
+    """The passes with what scores replaced by what scores in steps, where something scores and selects."""
+    first = {step.stage: step for step in reversed(passes)}
+    if "importance" not in first or "select" not in first:
+        return list(passes)
+    spelled = {stage: str(first[stage]) for stage in ("importance", "select", "compensate") if stage in first}
+    return [again(**spelled) if step is first["importance"] else step for step in passes]
 
 
 def _with_samples(passes: Sequence[Pass], wishes: Wishes) -> list[Pass]:

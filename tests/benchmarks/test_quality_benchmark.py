@@ -1,0 +1,85 @@
+"""The quality benchmark: what is measured, what is not measured twice, and the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fxprune
+from benchmarks import quality
+from benchmarks.quality import ENTRIES, Entry, Protocol, Row, entries
+from benchmarks.quality_page import quality_page, write_picture
+from tests.models import tiny
+from tests.tokens import character_tokenizer
+
+
+def test_every_entry_is_a_pipeline_that_can_be_made() -> None:
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
+    for entry in entries():
+        options = {key: quality._with_ratio(value, 0.35) for key, value in entry.options.items()}
+        assert "ratio=0.35" in str(fxprune.prune_pipeline(ids, ratio=0.35, **options)), entry.name
+    assert [entry.name for entry in entries(["fast"])] == ["fast"]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A tiny model, two cheap entries, and a folder of texts."""
+    cheap = tuple(Entry(name, {"importance": name}) for name in ("l1", "l2"))
+    monkeypatch.setattr(quality, "ENTRIES", (*cheap, Entry("none", {}, ("no-such-pass",))))
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "results" / "quality.json")
+    monkeypatch.setattr(quality, "_load", lambda _: (tiny("llama"), character_tokenizer(), "tiny"))
+    (tmp_path / "some").mkdir()
+    (tmp_path / "c4.jsonl").write_text("\n".join(json.dumps({"text": "abcd" * 20}) for _ in range(3)))
+    (tmp_path / "some" / "test.txt").write_text("held out " * 30)
+    (tmp_path / "other.txt").write_text("another kind " * 30)
+    return tmp_path
+
+
+def run(folder: Path, *more: str) -> str:
+    """What the benchmark prints."""
+    sizes = ["--samples", "3", "--tokens", "8", "--windows", "2", "--window", "16", "--ratio", "0.1", "--json"]
+    arguments = ["--data", str(folder), "--calibration", "c4.jsonl", *sizes, *more]
+    result = CliRunner().invoke(quality.app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+def test_it_measures_each_entry_once_and_prints_the_protocol(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = run(small, "--only", "l1")
+    assert "tiny, calibrated on up to 3 x 8 tokens of c4.jsonl; perplexity on the first 2 x 16 tokens" in printed
+    assert "dense: other.txt" in printed and "10%, draw 0: l1: other.txt" in printed and "l2" not in printed
+    calls: list[str] = []
+    prune = fxprune.prune
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        calls.append(options["importance"])
+        return prune(*arguments, **options)
+
+    monkeypatch.setattr(fxprune, "prune", watched)
+    printed = run(small)
+    assert calls == ["l2"] and "draw 0: l1" in printed
+    data = json.loads(quality.RESULTS.read_text())
+    assert [row["entry"] for row in data["rows"]] == ["dense", "l1", "l2"]
+    assert set(data["rows"][1]["perplexities"]) == {"other.txt", "some/test.txt"}
+    assert data["rows"][1]["passes"].startswith("calibrate\nfind-groups\nl1\nselect-by-ratio{ratio=0.1}")
+    page = quality_page(data)
+    assert "## 10% of the parameters" in page and page.count("| x") >= 2 and "| l1 | " in page
+
+
+def test_the_page_and_the_picture_show_draws(tmp_path: Path) -> None:
+    def row(name: str, draw: int, value: float) -> dict[str, Any]:
+        return Row(name, 0.2, draw, 80, {"text": value}, {"quiz": 0.5}, 10.0, 1.0, "l1").__dict__
+
+    protocol = Protocol("m", "c4", 4, 8, 2, 16, 5).__dict__
+    environment = {"cpu": "c", "threads": 1, "torch": "t", "transformers": "t"}
+    rows = [row("dense", 0, 10.0), row("balanced", 0, 14.0), row("balanced", 1, 15.0)]
+    data = {"protocol": protocol, "environment": environment, "rows": rows}
+    assert "| balanced | 80 | x1.45 (1.40 to 1.50) | 0.500 | 10 | 1.0 | 2 |" in quality_page(data)
+    write_picture(data, tmp_path / "picture.svg")
+    assert "balanced" in (tmp_path / "picture.svg").read_text() or (tmp_path / "picture.svg").stat().st_size > 1000
