@@ -12,17 +12,20 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.data.verification import VerificationInputs, make_inputs
+from fxprune.data.verification import VerificationInputs, check_names, make_inputs
 from fxprune.errors import ExportError, UnknownNameError, VerificationError
 from fxprune.export.files import ROUGH, as_export_error, replacing
 from fxprune.export.onnx import run_onnx, write_onnx
+from fxprune.graph.attempts import clear_errors
 from fxprune.graph.compat import is_free, is_impure, size_hint, tree_leaves, tree_map, tree_unflatten
 from fxprune.graph.facts import facts_of
 from fxprune.graph.fork import fork
 from fxprune.graph.silence import quiet
+from fxprune.graph.surroundings import neutral
 from fxprune.graph.tensors import as_parameter, device_of, set_tensor, weights
 from fxprune.masking.compare import TOLERANCE, compare
 from fxprune.masking.masked_run import output_tensors
+from fxprune.pipeline.arguments import as_path, flag, instance
 from fxprune.trace.inputs import dynamic_dims
 
 __all__ = ["export_graph", "has_kernels", "plain_tensor", "require_close", "strip"]
@@ -30,6 +33,8 @@ __all__ = ["export_graph", "has_kernels", "plain_tensor", "require_close", "stri
 Inputs = Mapping[str, Any]
 
 
+@neutral()
+@clear_errors("export", "Pass a graph, a path and inputs that fit it", ExportError)
 def export_graph(
     graph_module: fx.GraphModule,
     path: str | os.PathLike[str],
@@ -61,7 +66,11 @@ def export_graph(
         ExportError: the graph has no weights yet, torch cannot export it, or the packages for ONNX are missing.
         VerificationError: the program computes something else; nothing is written.
     """
-    path = Path(path)
+    instance(
+        "graph_module", graph_module, fx.GraphModule, "fxprune.trace(model).graph_module, or a result's", ExportError
+    )
+    path, verify = Path(as_path("path", path, error=ExportError)), flag("verify", verify)
+    check_names(example_inputs, on_meta=False)
     if path.suffix not in _WRITERS:
         raise UnknownNameError("suffix", path.suffix, _WRITERS)
     meta = next((name for name, tensor in weights(graph_module) if tensor.is_meta), None)

@@ -72,7 +72,7 @@ def lay_out(decoder: Decoder, arch: Arch, layout: Layout) -> Contents:
     blocks = [block for block in blocks if _split(block, layout)]
     key, value = _head_sizes(decoder, blocks)
     for block in blocks:
-        _stand_in(block, arch, (key, value), whole["token_embd.weight"])
+        _stand_in(block, arch, (key, value), whole["token_embd.weight"], block is blocks[0])
         _require_room(block, arch)
     _require_equal(blocks, arch)
     tensors = dict(whole)
@@ -154,7 +154,7 @@ def _head_sizes(decoder: Decoder, blocks: list[_Block]) -> tuple[int, int]:
     return next(iter(found))
 
 
-def _stand_in(block: _Block, arch: Arch, sizes: tuple[int, int], embedding: torch.Tensor) -> None:
+def _stand_in(block: _Block, arch: Arch, sizes: tuple[int, int], embedding: torch.Tensor, first: bool) -> None:
     """Give a block that lacks attention, or an MLP, a small one of zeros where the format cannot leave it out.
 
     An architecture takes its sizes from block 0; and one that leaves attention out drops a block without an MLP.
@@ -164,7 +164,9 @@ def _stand_in(block: _Block, arch: Arch, sizes: tuple[int, int], embedding: torc
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=embedding.dtype)
 
-    if block.sizes is None and not (arch.no_attention and block.number):
+    absent = (["attn_"] if block.sizes is None else []) + ([] if block.width else ["ffn_"])
+    block.parts = {name: part for name, part in block.parts.items() if not name.startswith(tuple(absent))}
+    if block.sizes is None and not (arch.no_attention and not first):
         key, value = sizes
         block.sizes, block.heads = (1, key, value), 1
         block.parts |= {"attn_q.weight": zeros(key, hidden), "attn_k.weight": zeros(key, hidden)}

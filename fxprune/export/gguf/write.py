@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from fxprune.errors import ExportError, UnknownNameError
 from fxprune.export.gguf.layout import Contents
 from fxprune.export.gguf.tokenizer import Entry
 
-__all__ = ["require_rows", "type_named", "write_file"]
+__all__ = ["require_rows", "type_in", "type_named", "write_file"]
 
 Type = gguf.GGMLQuantizationType
 
@@ -54,6 +56,15 @@ def type_named(quantization: str) -> Type:
     if str(quantization).lower() not in known:
         raise UnknownNameError("quantization", quantization, known)
     return known[quantization.lower()]
+
+
+def type_in(path: str | os.PathLike[str]) -> str:
+    """Return the type that most weights of a GGUF file have; ``q8_0`` for one that cannot be written here."""
+    sizes: Counter[Type] = Counter()
+    for tensor in gguf.GGUFReader(path).tensors:
+        sizes[tensor.tensor_type] += int(tensor.n_elements)
+    (kind, _) = sizes.most_common(1)[0]
+    return kind.name.lower() if _can_write(kind) else "q8_0"
 
 
 def require_rows(contents: Contents, kind: Type) -> None:

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import fxprune
-import fxprune.cli
+import fxprune.cli.console
+import fxprune.cli.graph
 from fxprune.cli import app
 from fxprune.recipes import read_recipe
 from tests.models import tiny, token_ids
@@ -36,7 +37,9 @@ def out(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    fxprune.cli.console.width = 200  # a console takes its width from where it was made, which may be a worker process
+    fxprune.cli.console.console.width = (
+        200  # a console takes its width from where it was made, which may be a worker process
+    )
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, " ".join(result.output.split())
@@ -171,7 +174,7 @@ def test_graph_renders_where_graphviz_is(folder: str, tmp_path: Path, monkeypatc
     code, output = run("graph", folder, "--dot", tmp_path / "a.svg", "--layer", "-1")
     assert code == 0 and "model.layers.2" in (tmp_path / "a.dot").read_text()
     assert (tmp_path / "a.svg").exists() == (shutil.which("dot") is not None)
-    monkeypatch.setattr(fxprune.cli.shutil, "which", lambda name: None)
+    monkeypatch.setattr(fxprune.cli.graph.shutil, "which", lambda name: None)
     code, output = run("graph", folder, "--dot", tmp_path / "b.png")
     assert code == 0 and "no graphviz here" in output
     assert (tmp_path / "b.dot").exists() and not (tmp_path / "b.png").exists()
@@ -208,7 +211,9 @@ def test_passes_lists_all_with_their_stage() -> None:
     ],
 )
 def test_nonsense_ends_in_one_line(folder: str, out: Path, arguments: tuple[str, ...], says: str) -> None:
-    fxprune.cli.console.width = 200  # a console takes its width from where it was made, which may be a worker process
+    fxprune.cli.console.console.width = (
+        200  # a console takes its width from where it was made, which may be a worker process
+    )
     result = CliRunner().invoke(app, ["prune", folder, "--out", str(out), "--tokens", "9000", *arguments])
     assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

@@ -1,0 +1,74 @@
+"""The command that writes a model as one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import fxprune
+from fxprune.checkpoint.manifest import MANIFEST
+from fxprune.cli.console import Folder, Gguf, app, clear_errors, console
+from fxprune.cli.load import is_gguf, load
+from fxprune.export.gguf.write import type_in
+
+__all__ = ["Quantization", "export", "gguf_options", "runs"]
+
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a .gguf file: f32, f16, bf16, q8_0, q4_0, ...; else as in the GGUF file it is made of, or f16."
+    ),
+]
+
+
+@app.command()
+def export(
+    model: Folder,
+    out: Annotated[Path, typer.Argument(help="File to write: .gguf, .pt2 or .onnx.")],
+    quantization: Quantization = None,
+    like: Annotated[Path | None, typer.Option(help="GGUF file of the dense model: its tokenizer is copied.")] = None,
+    cache: Annotated[bool, typer.Option("--cache", help="A .pt2 or .onnx file that takes and gives a cache.")] = False,
+    gguf_file: Gguf = None,
+) -> None:
+    """Write MODEL, pruned or not, as one file that runs without this package."""
+    with clear_errors():
+        gguf = out.suffix == ".gguf"
+        loaded, tokenizer = _load(model, gguf_file, with_tokenizer=gguf and like is None)
+        options: dict[str, Any] = {"quantization": quantization, "like": like}
+        if gguf and like is None:
+            options = gguf_options(model, tokenizer, quantization)
+        fxprune.export_model(loaded, out, cache=cache, **options)
+        console.print(f"{out} written: {runs(out)}", markup=False, highlight=False)
+
+
+def gguf_options(source: str, tokenizer: Any, quantization: str | None) -> dict[str, Any]:
+    """Return how a GGUF file is written: like the one that the model was read from, if it was.
+
+    Args:
+        source: what the user named.
+        tokenizer: of the model.
+        quantization: what the user asked for.
+    """
+    if not is_gguf(source):
+        return {"tokenizer": tokenizer, "quantization": quantization}
+    return {"like": source, "quantization": quantization or type_in(source)}
+
+
+def runs(out: Path) -> str:
+    """Return what runs a file, by its suffix."""
+    return {
+        ".gguf": "programs that read GGUF files run it",
+        ".onnx": "onnxruntime runs it",
+        ".pt2": "torch.export.load runs it",
+    }[out.suffix]
+
+
+def _load(model: str, gguf_file: str | None, *, with_tokenizer: bool) -> tuple[Any, Any]:
+    """Return a model and its tokenizer, from a checkpoint of ours too."""
+    if not (Path(model) / MANIFEST).is_file():
+        return load(model, gguf_file, with_tokenizer=with_tokenizer)
+    from transformers import AutoTokenizer
+
+    return fxprune.from_pretrained(model), AutoTokenizer.from_pretrained(model) if with_tokenizer else None

@@ -1,0 +1,83 @@
+"""The command line on GGUF files: one goes in, one comes out; and checkpoints become files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import fxprune
+import fxprune.cli.console
+import fxprune.cli.export
+import fxprune.cli.lists
+import fxprune.cli.load
+import fxprune.cli.prune
+from fxprune.cli import app
+from fxprune.export.gguf.write import type_in
+from tests.export.runtime import Engine
+from tests.export.small import even, tokenizer
+from tests.models import VOCABULARY, token_ids
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF file in eight bits."""
+    path = tmp_path_factory.mktemp("dense") / "dense.gguf"
+    model = even("llama", hidden_size=64, intermediate_size=128, num_attention_heads=8, num_key_value_heads=4)
+    return fxprune.export_model(model, path, tokenizer=tokenizer(), quantization="q8_0")
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    fxprune.cli.console.console.width = 200
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_a_gguf_file_goes_in_and_a_smaller_one_comes_out(dense: Path, tmp_path: Path) -> None:
+    """It has the type and the tokenizer of the one that went in, and says what the plan makes of the model."""
+    out = tmp_path / "slim.gguf"
+    options = ("--importance", "l2", "--kinds", "mlp", "--ratio", 0.1, "--protect", 1, 0)
+    code, output = run("prune", dense, "--out", out, *options)
+    assert code == 0, output
+    assert f"written to {out}: programs that read GGUF files run it" in output
+    assert {path.name for path in tmp_path.iterdir()} == {"slim.gguf", "slim.plan.json", "slim.report.json"}
+    assert 0.05 < json.loads((tmp_path / "slim.report.json").read_text())["achieved"] < 0.15
+    before, after = gguf.GGUFReader(dense).fields, gguf.GGUFReader(out).fields
+    assert after["general.architecture"].contents() == "deci"
+    assert after["deci.feed_forward_length"].contents() == [128, 96]
+    copied = [name for name in before if name.startswith("tokenizer.")]
+    assert len(copied) > 5 and all(before[name].contents() == after[name].contents() for name in copied)
+    assert type_in(out) == "q8_0"
+    model = AutoModelForCausalLM.from_pretrained(dense.parent, gguf_file=dense.name)
+    plan = fxprune.Plan.from_json((tmp_path / "slim.plan.json").read_text())
+    ids = token_ids(1, 9)
+    with torch.no_grad():
+        want = fxprune.apply(model, plan)(input_ids=ids).logits[0, -1].log_softmax(-1)
+    got = Engine(out).log_probabilities(ids[0].tolist(), VOCABULARY)
+    torch.testing.assert_close(got, want, atol=0.05, rtol=0)
+
+
+def test_a_folder_becomes_a_file(tmp_path: Path) -> None:
+    model = even("llama")
+    model.save_pretrained(tmp_path / "stock")
+    tokenizer().save_pretrained(tmp_path / "stock")
+    code, output = run("export", tmp_path / "stock", tmp_path / "slim.gguf", "--quantization", "f32")
+    assert code == 0 and output.endswith("slim.gguf written: programs that read GGUF files run it"), output
+    code, output = run("export", tmp_path / "stock", tmp_path / "again.gguf", "--like", tmp_path / "slim.gguf")
+    assert code == 0, output
+    names = [name for name in gguf.GGUFReader(tmp_path / "slim.gguf").fields if name.startswith("tokenizer.")]
+    assert set(names) <= set(gguf.GGUFReader(tmp_path / "again.gguf").fields)
+
+
+def test_options_of_other_files_are_refused(dense: Path, tmp_path: Path) -> None:
+    code, output = run("export", dense, tmp_path / "slim.pt2", "--quantization", "f16")
+    assert code == 2 and "quantization is for GGUF files" in output
+    code, output = run("export", dense, tmp_path / "slim.bin")
+    assert code == 2 and "unknown suffix '.bin'" in output
+    assert list(tmp_path.iterdir()) == []
