@@ -293,3 +293,28 @@ def test_uniform_checkpoints_survive_gguf(tmp_path: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="slim.gguf", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(again(token_ids()).logits, result(token_ids()).logits, atol=1e-5, rtol=1e-5)
+
+
+class Several(nn.Module):
+    """A list of tensors goes in, and a number that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(3, 4)
+
+    def forward(self, parts: list[torch.Tensor], times: int = 2) -> torch.Tensor:
+        return (self.first(parts[0]) + self.second(parts[1])) * times
+
+
+def test_inputs_may_be_lists_of_tensors_and_what_is_no_tensor(tmp_path: Path) -> None:
+    net, example = Several(), {"parts": [torch.randn(4, 5), torch.randn(4, 3)], "times": 3}
+    graph = fxprune.trace(net, example).graph_module
+    parts = [torch.randn(7, 5), torch.randn(7, 3)]
+    want = net(parts, 3)
+    program = torch.export.load(fxprune.export_graph(graph, tmp_path / "net.pt2")).module()
+    torch.testing.assert_close(program(parts=parts, times=3), want)
+    session = onnxruntime.InferenceSession(fxprune.export_graph(graph, tmp_path / "net.onnx"))
+    names = [entry.name for entry in session.get_inputs()]
+    assert names[:2] == ["parts_0", "parts_1"]
+    feeds = dict(zip(names, (part.numpy() for part in parts), strict=False))
+    torch.testing.assert_close(torch.from_numpy(session.run(None, feeds)[0]), want)

@@ -1,0 +1,115 @@
+"""Programs with a cache generate, token by token, what their models generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import fxprune
+from fxprune.errors import ExportError, UnknownNameError, VerificationError
+from fxprune.export import decode
+from fxprune.export.decode import export_decoder
+from fxprune.export.files import ROUGH
+from fxprune.export.onnx import run_onnx
+from tests.export.small import PAIRS, even, uneven
+from tests.models import tiny, token_ids
+
+Past = list[tuple[torch.Tensor, torch.Tensor]]
+Step = Callable[[torch.Tensor, Past], tuple[torch.Tensor, Past]]
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return uneven("llama")
+
+
+def greedy(step: Step, ids: torch.Tensor, past: Past, count: int) -> torch.Tensor:
+    """What a program generates: the prompt goes in at once, then one token at a time."""
+    found, following = ids, ids
+    for _ in range(count):
+        logits, past = step(following, past)
+        following = logits[:, -1:].argmax(-1)
+        found = torch.cat([found, following], 1)
+    return found
+
+
+def nothing(batch: int) -> Past:
+    return [(torch.zeros(batch, pairs, 0, 8), torch.zeros(batch, pairs, 0, 8)) for pairs in PAIRS]
+
+
+def generated(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    model.generation_config.eos_token_id = None
+    return model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+
+
+def test_a_program_goes_on_where_it_was(model: PreTrainedModel, tmp_path: Path) -> None:
+    path = fxprune.export_model(model, tmp_path / "slim.pt2", cache=True)
+    program = torch.export.load(path).module()
+
+    def step(ids: torch.Tensor, past: Past) -> tuple[torch.Tensor, Past]:
+        out = program(input_ids=ids, past=past)
+        return out["logits"], out["present"]
+
+    for batch, tokens in ((1, 1), (3, 6)):
+        ids = token_ids(batch, tokens)
+        assert torch.equal(greedy(step, ids, nothing(batch), 8), generated(model, ids))
+
+
+def test_an_onnx_model_goes_on_where_it_was(model: PreTrainedModel, tmp_path: Path) -> None:
+    path = fxprune.export_model(model, tmp_path / "slim.onnx", cache=True)
+    session = onnxruntime.InferenceSession(path)
+    shapes = {entry.name: entry.shape for entry in (*session.get_inputs(), *session.get_outputs())}
+    assert shapes["input_ids"] == ["batch", "sequence"]
+    assert shapes["past_key_values.1.key"] == ["batch", 2, "past", 8]
+    assert shapes["present.3.value"][:2] == ["batch", 1]
+    names = [entry.name for entry in session.get_inputs()]
+
+    def step(ids: torch.Tensor, past: Past) -> tuple[torch.Tensor, Past]:
+        flat = [ids, *(tensor for pair in past for tensor in pair)]
+        feeds = {name: tensor.numpy() for name, tensor in zip(names, flat, strict=True)}
+        logits, *present = (torch.from_numpy(value) for value in session.run(None, feeds))
+        return logits, list(zip(present[0::2], present[1::2], strict=True))
+
+    ids = token_ids(2, 5)
+    assert torch.equal(greedy(step, ids, nothing(2), 8), generated(model, ids))
+    assert [tuple(t.shape) for t in run_onnx(path, [ids, *(t for pair in nothing(2) for t in pair)])[:1]] == [
+        (2, 5, 131)
+    ]
+
+
+def test_a_program_that_differs_is_not_written(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = decode._calls
+
+    def spoiled(step: Any) -> Any:
+        return [(ids, past, [want[0] * (1 + 10 * ROUGH), *want[1:]]) for ids, past, want in calls(step)]
+
+    monkeypatch.setattr(decode, "_calls", spoiled)
+    monkeypatch.setattr(decode, "_program", lambda step: Runs(step))
+    with pytest.raises(VerificationError, match="the exported program differs"):
+        export_decoder(model, tmp_path / "slim.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Runs:
+    """A program that is the module itself."""
+
+    def __init__(self, step: torch.nn.Module) -> None:
+        self.step = step
+
+    def module(self) -> torch.nn.Module:
+        return self.step
+
+
+def test_what_keeps_no_cache_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown suffix '\.bin'"):
+        export_decoder(even("llama"), tmp_path / "slim.bin")
+    with pytest.raises(ExportError, match="cannot be exported|keeps no keys and values"):
+        export_decoder(tiny("mamba", hidden_size=16, state_size=4, num_hidden_layers=1), tmp_path / "slim.pt2")

@@ -1,0 +1,209 @@
+"""What a GGUF file holds: architectures, layouts, what is refused and why, types, tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import fxprune
+from fxprune.errors import ExportError, UnknownNameError
+from fxprune.export.gguf.archs import arch_named, candidates, names_in_format, place_of
+from fxprune.export.gguf.choose import contents_for
+from fxprune.export.gguf.decoder import read_decoder
+from fxprune.export.gguf.file import export_gguf
+from fxprune.export.gguf.layout import LAYOUTS, lay_out
+from fxprune.export.gguf.reference import logits_of
+from fxprune.export.gguf.tokenizer import copy_tokenizer, describe_tokenizer
+from fxprune.export.gguf.write import type_in, type_named
+from tests.export.runtime import Engine
+from tests.export.small import even, tokenizer, uneven
+from tests.models import VOCABULARY, token_ids
+
+
+def test_every_architecture_is_one_of_the_format_and_can_be_reached() -> None:
+    reached = {arch.name for family in ("llama", "qwen2", "none") for arch in candidates(family)}
+    assert reached == {"llama", "qwen2", "deci", "openelm"}
+    for name in ("llama", "gemma2", "openelm", "phi3", "command-r"):
+        assert gguf.MODEL_TENSOR.TOKEN_EMBD in arch_named(name).tensors
+    assert place_of("model.layers.12.mlp.down_proj.weight") == (12, "model.layers.{bid}.mlp.down_proj")
+    assert place_of("lm_head.weight") == (None, "lm_head")
+    assert names_in_format("model.layers.{bid}.post_attention_layernorm", arch_named("llama"))[-1] == "ffn_norm"
+    assert (
+        names_in_format("model.layers.{bid}.post_attention_layernorm", arch_named("gemma2"))[-1]
+        == "post_attention_norm"
+    )
+
+
+def test_uniform_files_are_read_by_transformers_to_the_same_logits(tmp_path: Path) -> None:
+    model = even("llama")
+    export_gguf(model, tmp_path / "slim.gguf", tokenizer=tokenizer(), quantization="f32")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="slim.gguf", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(again(token_ids()).logits, model(token_ids()).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_file_is_what_its_model_says_or_is_not_written(tmp_path: Path) -> None:
+    """A model that scales what attention gives has an architecture's names and shapes, and computes something else."""
+    model = uneven("llama")
+    model.model.layers[2].self_attn.scaling *= 2
+    with pytest.raises(ExportError, match=r"architecture deci computes something else, by .*e-0\d"):
+        export_gguf(model, tmp_path / "slim.gguf", tokenizer=tokenizer())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "says"),
+    [
+        ("qwen3", {}, "architecture qwen3 has one number of heads for all blocks, and here are .6, 4, 2, 3."),
+        ("qwen3", {}, "architecture deci has no place for attn_q_norm"),
+        ("qwen3", {}, "architecture openelm has no place for output"),
+        ("gemma", {}, "architecture deci computes something else"),
+        ("starcoder2", {}, "architecture deci has no bias for attn_norm"),
+        ("olmo2", {}, "architecture openelm has no place for post_ffw_norm"),
+    ],
+)
+def test_what_no_architecture_says_is_refused_with_the_reason_of_each(
+    family: str, changes: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match=f"the format cannot say this model.*{says}.*uniform=True"):
+        export_gguf(uneven(family, **changes), tmp_path / "slim.gguf", tokenizer=tokenizer())
+
+
+def test_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="real weights instead of meta"):
+        export_gguf(even("llama").to("meta"), tmp_path / "slim.gguf", tokenizer=tokenizer())
+    with pytest.raises(ExportError, match=r"holds its tokenizer.*Pass tokenizer=, or like="):
+        export_gguf(even("llama"), tmp_path / "slim.gguf")
+    odd = uneven("llama")
+    odd.model.layers[1].input_layernorm.variance_epsilon = 1e-3
+    with pytest.raises(ExportError, match=r"normalisations differ in epsilon: \[1e-06, 0.001\]"):
+        export_gguf(odd, tmp_path / "slim.gguf", tokenizer=tokenizer())
+    extra = even("llama")
+    extra.model.layers[0].self_attn.q_proj.scale = nn.Parameter(torch.ones(3))
+    extra.model.layers[0].more = nn.Linear(2, 2)
+    with pytest.raises(ExportError, match=r"model\.layers\.0\.more\.weight: .*no name for such a tensor"):
+        export_gguf(extra, tmp_path / "slim.gguf", tokenizer=tokenizer())
+
+
+def test_a_window_limits_the_context_where_the_architecture_has_none() -> None:
+    keys = contents_for(read_decoder(uneven("mistral", sliding_window=64)), 1e-4).keys
+    assert keys["context_length"] == 64
+    assert contents_for(read_decoder(uneven("mistral", sliding_window=None)), 1e-4).keys["context_length"] == 256
+
+
+def test_fused_rows_are_told_apart_by_trying() -> None:
+    decoder = read_decoder(uneven("phi3"))
+    logits = [logits_of(lay_out(decoder, arch_named("deci"), layout), decoder.tokens) for layout in LAYOUTS[:2]]
+    assert (logits[0] - decoder.logits).abs().max() < 1e-5
+    assert (logits[1] - decoder.logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("quantization", ["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+def test_files_of_every_type_say_about_the_same(quantization: str, tmp_path: Path) -> None:
+    wide = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
+    model, path = even("llama", **wide), tmp_path / "slim.gguf"
+    fxprune.export_model(model, path, tokenizer=tokenizer(), quantization=quantization)
+    assert type_in(path) == quantization
+    ids = token_ids(1, 9)
+    with torch.no_grad():
+        want = model(ids).logits[0, -1].log_softmax(-1)
+    error = (Engine(path).log_probabilities(ids[0].tolist(), VOCABULARY) - want).abs().max()
+    assert error < {"f16": 0.01, "bf16": 0.05, "q8_0": 0.05}.get(quantization, 0.6)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert kinds["blk.0.attn_norm.weight"] == "F32"
+    assert kinds["token_embd.weight"] == ("Q8_0" if quantization[:2] in ("q4", "q5") else quantization.upper())
+
+
+def test_rows_that_fill_no_blocks_name_the_multiple_that_would(tmp_path: Path) -> None:
+    wide = {"hidden_size": 96}
+    with pytest.raises(ExportError) as caught:
+        export_gguf(uneven("llama", **wide), tmp_path / "slim.gguf", tokenizer=tokenizer(), quantization="q8_0")
+    told = str(caught.value)
+    assert "q8_0 stores blocks of 32 values along a row" in told
+    assert "blk.3.attn_output.weight has rows of 48: round_to=2 for the kind head would do" in told
+    assert "blk.0.ffn_down.weight has rows of 88: round_to=32 for the kind mlp would do" in told
+    assert "channel" not in told and told.endswith("Or choose f16")
+    with pytest.raises(UnknownNameError, match=r"unknown quantization 'q8'. Did you mean 'q8_0'"):
+        type_named("q8")
+    with pytest.raises(UnknownNameError, match="unknown quantization 'q4_k'"):
+        type_named("q4_k")
+
+
+WORDS = ("the cat sat", " Ωμέγα и кот", "  1234 x_y\n\n\tz", "漢字かな한글", "naïve … 😀", "ab<s>ab</s>")
+
+
+def trained(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that has learned merges from a few words."""
+    from tokenizers import trainers
+
+    special = ["<unk>", "<s>", "</s>"]
+    if kind == "fallback":
+        made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        special += [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, limit_alphabet=30)
+    else:
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = {
+            "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+            "smollm": pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            ),
+        }[kind]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    made.train_from_iterator([*WORDS, "the cats sat on the cat"] * 3, trainer)
+    if kind == "fallback":
+        for byte in range(256):
+            made.get_vocab()[f"<0x{byte:02X}>"]
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "smollm", "fallback"])
+def test_the_engine_sees_the_tokens_that_the_tokenizer_sees(kind: str, tmp_path: Path) -> None:
+    made = trained(kind)
+    path = tmp_path / "slim.gguf"
+    export_gguf(even("llama", vocab_size=len(made) + 3), path, tokenizer=made)
+    engine = Engine(path)
+    assert {text: engine.tokenize(text) for text in WORDS[:5]} == {text: made(text)["input_ids"] for text in WORDS[:5]}
+
+
+def test_a_tokenizer_is_copied_whole_from_another_file(tmp_path: Path) -> None:
+    made = tokenizer()
+    made.chat_template = "{{ messages[0].content }}"
+    dense = export_gguf(even("llama"), tmp_path / "dense.gguf", tokenizer=made)
+    made.chat_template = None
+    slim = export_gguf(uneven("llama"), tmp_path / "slim.gguf", like=dense)
+    before, after = gguf.GGUFReader(dense).fields, gguf.GGUFReader(slim).fields
+    names = [name for name in before if name.startswith("tokenizer.")]
+    assert {"tokenizer.chat_template", "tokenizer.ggml.tokens", "tokenizer.ggml.add_bos_token"} <= set(names)
+    for name in names:
+        assert before[name].contents() == after[name].contents() and before[name].types == after[name].types
+    with pytest.raises(ExportError, match="has 131 tokens, and the model 140"):
+        copy_tokenizer(dense, 140)
+    (tmp_path / "none.gguf").write_bytes(np.zeros(8, np.uint8).tobytes())
+    with pytest.raises(ExportError, match="cannot be read as a GGUF file"):
+        copy_tokenizer(tmp_path / "none.gguf", 140)
+
+
+def test_tokenizers_that_have_no_name_in_the_format_are_refused() -> None:
+    with pytest.raises(ExportError, match=r"has 131 tokens, and the model 100"):
+        describe_tokenizer(tokenizer(), 100)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    with pytest.raises(ExportError, match=r"is of the kind WordLevel.*like='dense.gguf'"):
+        describe_tokenizer(PreTrainedTokenizerFast(tokenizer_object=words), 10)
+    odd = trained("gpt-2")
+    odd.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    with pytest.raises(ExportError, match=r"splits text in a way that has no name here.*Punctuation"):
+        describe_tokenizer(odd, 400)
+    with pytest.raises(ExportError, match="object is not a fast tokenizer"):
+        describe_tokenizer(object(), 10)
