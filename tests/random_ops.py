@@ -11,9 +11,12 @@ from torch import nn
 if TYPE_CHECKING:
     from tests.random_networks import RandomNet
 
-__all__ = ["BATCH", "CHOICES", "OPS", "ROWS", "TOKENS", "WIDE", "WIDTH", "Picks"]
+__all__ = ["CHOICES", "OPS", "ROWS", "SIZES", "WIDE", "WIDTH", "Picks"]
 
-BATCH, TOKENS, WIDTH, WIDE, ROWS = 2, 3, 5, 12, 7
+SIZES = ((2, 3), (3, 4))
+"""Batch and tokens that a network is made for, and those that it is run at as well."""
+
+WIDTH, WIDE, ROWS = 5, 12, 7
 CHOICES = 12
 
 T = TypeVar("T")
@@ -300,12 +303,12 @@ def attention(net: RandomNet, v: str, picks: Picks) -> None:
     """Attention over the tokens: plain or grouped queries, fused or written out, with softmax or a feature map."""
     if net[v].dim() != 3:
         return
-    width, tokens = net[v].shape[-1], net[v].shape[1]
+    width, batch, tokens = net[v].shape[-1], *net.sizes(v)[:2]
     heads, groups, dim = picks.of(((2, 2, 4), (4, 2, 4), (4, 1, 2), (1, 1, 6), (6, 3, 2)))
     core, form = picks.lines(CORES), picks.number()
     if form % 5 > 2 and heads == groups:
         fused = _linear(net, v, 3 * heads * dim)
-        parts = (f"{BATCH}, {tokens}, 3, {heads}, {dim}).unbind(2)", f"{BATCH}, {tokens}, {heads}, -1).chunk(3, -1)")
+        parts = (f"{batch}, {tokens}, 3, {heads}, {dim}).unbind(2)", f"{batch}, {tokens}, {heads}, -1).chunk(3, -1)")
         if not net.run(f"a{fused} = {fused}.view({parts[form % 2]}"):
             return
         flat = [f"a{fused}[{i}]" for i in range(3)]
@@ -318,7 +321,7 @@ def attention(net: RandomNet, v: str, picks: Picks) -> None:
         flat = [_linear(net, v, n * dim, bias=form % 3 == 0) for n in (heads, groups, groups)]
     counts = (heads, groups, groups)
     q, k, w = (
-        net.put(f"{x}.view({BATCH}, {tokens}, {n}, {dim}).transpose(1, 2)") for x, n in zip(flat, counts, strict=True)
+        net.put(f"{x}.view({batch}, {tokens}, {n}, {dim}).transpose(1, 2)") for x, n in zip(flat, counts, strict=True)
     )
     if not (q and k and w):
         return
@@ -326,9 +329,11 @@ def attention(net: RandomNet, v: str, picks: Picks) -> None:
     spare = {"n": dim, "m": dim // 2, "w": net.weight(dim, positive=True), "c": net.constant(dim)}
     q, k = (net.put(prepare.format(x=x, **spare)) or x for x in (q, k))
     k, w = _repeat_keys(net, k, w, heads // groups, core, picks.number())
-    mask = net.weight(heads, tokens, tokens) if picks.number() % 2 else net.constant(tokens, tokens)
+    most = SIZES[1][1]
+    mask = net.weight(heads, most, most) if picks.number() % 2 else net.constant(most, most)
+    mask = f"{mask}[..., :{tokens}, :{tokens}]"
     out = net.put(core.format(q=q, k=k, v=w, dim=dim, gqa=heads != groups, mask=mask))
-    flat_out = out and net.put(f"{out}.transpose(1, 2).reshape({BATCH}, {tokens}, -1)")
+    flat_out = out and net.put(f"{out}.transpose(1, 2).reshape({batch}, {tokens}, -1)")
     if flat_out and picks.number() % 3:
         net.put(f"{v} + {_linear(net, flat_out, width)}")
 
@@ -365,10 +370,10 @@ def _repeat_keys(net: RandomNet, k: str, v: str, times: int, core: str, form: in
     """Keys and values once for each query head, in one of the usual spellings, where the core does not do it."""
     if times == 1 or "gqa" in core:
         return k, v
-    shape = list(net[k].shape)
+    shape, count = net.sizes(k), net[k].shape[1]
     wide = f"{shape[0]}, {shape[1]}, {times}, {shape[2]}, {shape[3]}"
-    merged = f"{shape[0]}, {shape[1] * times}, {shape[2]}, {shape[3]}"
-    if form % 5 == 4 and shape[1] == 1:  # one head of keys is broadcast to all
+    merged = f"{shape[0]}, {count * times}, {shape[2]}, {shape[3]}"
+    if form % 5 == 4 and count == 1:  # one head of keys is broadcast to all
         return k, v
     code = (
         f"{{x}}.repeat_interleave({times}, 1)",
@@ -385,20 +390,20 @@ def latent_attention(net: RandomNet, v: str, picks: Picks) -> None:
     if net[v].dim() != 3:
         return
     heads, plain, turned, out, rank = picks.of((2, 4)), picks.of((2, 3)), 2, picks.of((3, 4)), picks.of((6, 4))
-    tokens, width = net[v].shape[1:]
-    shape = f"{BATCH}, {tokens}, {heads}"
+    (batch, tokens, _), width = net.sizes(v), net[v].shape[-1]
+    shape = f"{batch}, {tokens}, {heads}"
     down = _linear(net, v, rank + turned, bias=False)
     latent = net.put(f"F.rms_norm({down}[..., :{rank}], ({rank},), {net.weight(rank, positive=True)}, 1e-5)") or v
     both = net.put(f"{_linear(net, latent, heads * (plain + out))}.view({shape}, -1).transpose(1, 2)")
     q = net.put(f"{_linear(net, v, heads * (plain + turned))}.view({shape}, {plain + turned}).transpose(1, 2)")
     if not (both and q):
         return
-    key = f"{down}[..., {rank}:].view({BATCH}, 1, {tokens}, {turned}).expand(-1, {heads}, -1, -1)"
+    key = f"{down}[..., {rank}:].view({batch}, 1, {tokens}, {turned}).expand(-1, {heads}, -1, -1)"
     k = net.put(f"torch.cat(({both}[..., :{plain}], {key} * {net.constant(turned)}), -1)")
     w = net.put(f"{both}.split([{plain}, {out}], -1)[1]")
     core = picks.lines("F.scaled_dot_product_attention({q}, {k}, {w})\n({q} @ {k}.mT).softmax(-1) @ {w}")
     found = net.put(core.format(q=q, k=k, w=w))
-    flat = net.put(f"{found}.transpose(1, 2).reshape({BATCH}, {tokens}, {heads * out})")
+    flat = net.put(f"{found}.transpose(1, 2).reshape({batch}, {tokens}, {heads * out})")
     if flat and picks.number() % 2 == 0:
         net.put(f"{v} + {_linear(net, flat, width, bias=False)}")
 
@@ -458,7 +463,7 @@ def looked_up(net: RandomNet, v: str, picks: Picks) -> None:
     index = net._named("c", torch.arange(size).flip(0))
     scale = net._named("w", nn.Parameter(net._draw(())))
     spare = {"i": index, "s": scale, "a": axis, "c": net.constant(size), "n": size, "w": net.weight(3, size)}
-    net.put(picks.lines(code).format(v=v, t=net[v].shape[-2] if axis else 1, **spare))
+    net.put(picks.lines(code).format(v=v, t=net.sizes(v)[-2] if axis else 1, **spare))
 
 
 @op
@@ -532,12 +537,13 @@ def view(net: RandomNet, v: str, picks: Picks) -> None:
     if not divisors:
         return
     outer = picks.of(divisors)
-    shape = [*net[v].shape[:axis], outer, size // outer, *net[v].shape[axis + 1 :]]
+    sizes = net.sizes(v)
+    shape = [*sizes[:axis], outer, size // outer, *sizes[axis + 1 :]]
     code = (
         f"{v}.view({', '.join(map(str, shape))})",
         f"{v}.unflatten({axis}, ({outer}, {size // outer}))",
         f"{v}.reshape({', '.join(map(str, [*shape[:-1], -1]))})",
-        f"{v}.view(*{v}.shape[:{axis}], -1, *{tuple(shape[axis + 1 :])})",
+        f"{v}.view(*{v}.shape[:{axis}], -1, {', '.join(map(str, shape[axis + 1 :]))})",
     )
     net.put(picks.of(code))
 
@@ -547,9 +553,10 @@ def flatten(net: RandomNet, v: str, picks: Picks) -> None:
     """Neighbouring axes joined."""
     axis = _axis(net, v, picks)
     if axis:
-        shape = net[v].shape
-        joined = (*shape[: axis - 1], shape[axis - 1] * shape[axis], *shape[axis + 1 :])
-        code = (f"{v}.flatten({axis - 1}, {axis})", f"{v}.reshape{joined}", f"{v}.reshape({(-1, *joined[1:])})")
+        shape = net.sizes(v)
+        joined = (*shape[: axis - 1], f"{shape[axis - 1]} * {shape[axis]}", *shape[axis + 1 :])
+        spelled, rest = ", ".join(map(str, joined)), ", ".join(map(str, (-1, *joined[1:])))
+        code = (f"{v}.flatten({axis - 1}, {axis})", f"{v}.reshape({spelled})", f"{v}.reshape({rest})")
         net.put(picks.of(code))
 
 
@@ -622,7 +629,7 @@ def select(net: RandomNet, v: str, picks: Picks) -> None:
     size = net[v].shape[axis]
     code = (
         f"{v}.select({axis}, {size - 1})",
-        f"{v}.unbind({axis})[0] + torch.sigmoid({v}.unbind({axis})[{size - 1}])",
+        f"{v}.unbind({axis})[0] + torch.sigmoid({v}.unbind({axis})[-1])",
         f"torch.stack({v}.unbind({axis})[::-1], {axis})",
         f"{v}.select({axis}, 0).unsqueeze({axis}) - {v}",
     )
@@ -633,8 +640,8 @@ def select(net: RandomNet, v: str, picks: Picks) -> None:
 def expand(net: RandomNet, v: str, picks: Picks) -> None:
     """An axis of copies: new, or along an old one."""
     axis, times = _axis(net, v, picks), picks.of((2, 3))
-    shape = list(net[v].shape)
-    wide = [*shape[:axis], times, *shape[axis:]]
+    shape = net.sizes(v)
+    wide, spelled = (f"({', '.join(map(str, s))},)" for s in ([*shape[:axis], times, *shape[axis:]], shape))
     ones = ", ".join(["1"] * axis)
     repeats = ", ".join(str(times if i == axis else 1) for i in range(len(shape)))
     code = (
@@ -648,8 +655,8 @@ def expand(net: RandomNet, v: str, picks: Picks) -> None:
         f"{v}.unsqueeze({axis}).squeeze()",
         f"{v}.unsqueeze(0).squeeze((0, {axis + 1}))",
         f"{v}.unsqueeze({axis}).repeat({ones}{', ' if ones else ''}{times}{', 1' * (len(shape) - axis)})",
-        f"{v}.mean({axis}, keepdim=True).expand({shape})",
-        f"torch.broadcast_to({v}.select({axis}, 0).unsqueeze({axis}), {tuple(shape)})",
+        f"{v}.mean({axis}, keepdim=True).expand({spelled})",
+        f"torch.broadcast_to({v}.select({axis}, 0).unsqueeze({axis}), {spelled})",
     )
     net.put(picks.of(code))
 
@@ -691,7 +698,7 @@ def scan(net: RandomNet, v: str, picks: Picks) -> None:
 @op
 def positions(net: RandomNet, v: str, picks: Picks) -> None:
     """Constants that the code makes: numbered, equal, masks."""
-    n = net[v].shape[-1]
+    n = net.sizes(v)[-1]
     code = """{v} * torch.arange({n})
         {v} + torch.ones({n})
         {v} * torch.linspace(0, 1, {n})

@@ -183,6 +183,10 @@ class ZeroWalk:
         if op.values in (Values.POINTWISE, Values.CAST, Values.COMPARED):
             return self.called(op.node, factor, sources)
         if op.values is Values.PRODUCT:
+            factors_of = [source for source in sources if source.tensor != op.added]
+            inside = self.count(place, factor) > max((self.count(source, factor) for source in factors_of), default=0)
+            if inside and not all(self.numbers(source, factor) == _ZERO for source in factors_of):
+                return _ANYTHING  # units of one lie within those of another, which stay
             return self.multiplied(factor, sources, op.added)
         moves = op.values in (Values.MOVED, Values.PICKED)
         carried = [source for source in sources if source.tensor in op.first] if moves else sources

@@ -8,14 +8,14 @@ experts it means that those that go are never chosen, as if their scores were mi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
-from fxprune.axes import Expr, Keep, factors, kept_mask, kept_size
+from fxprune.axes import UNIT, Expr, Factor, Keep, Product, concat, factors, kept_mask, kept_size, product
 from fxprune.discovery.dependency import AxisMap
 from fxprune.graph.arguments import with_argument
 from fxprune.graph.compat import tree_leaves
@@ -104,6 +104,7 @@ class MaskedRun(PreciseRun):
         self.touched = {factor for factor in keep.units if keep.touches(factor)}
         self.bypassed = {axes.bypasses[b].target: axes.bypasses[b].source for b in removed_blocks}
         self.nodes = {node.name: node for node in graph_module.graph.nodes}
+        self.sizes: dict[Factor, int] = {}
         self.statistics: dict[str, Keep] = {}
         for factor, nodes in axes.renormalised.items():
             for name in nodes if factor in self.touched else ():
@@ -118,6 +119,14 @@ class MaskedRun(PreciseRun):
         if last is not None and last < user:
             self.user_to_last_uses[last].remove(value)
             self.user_to_last_uses.setdefault(user, []).append(value)
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return an input; its sizes, other than the traced ones perhaps, are those of its axes in this run."""
+        value = super().placeholder(target, args, kwargs)
+        if isinstance(value, torch.Tensor):
+            found = zip(self.axes.tensors.get(str(target), ()), value.shape, strict=False)
+            self.sizes |= {expr: size for expr, size in found if isinstance(expr, Factor)}
+        return value
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Return the weight ``target`` with the slices that go set to zero."""
@@ -142,13 +151,14 @@ class MaskedRun(PreciseRun):
         def compress(source: fx.Node) -> Any:
             value = self.env[source]
             key = tensor_name(source)
-            value = _compress(value, self.axes.tensors.get(key, ()), keep)
+            value = _compress(value, self.axes.tensors.get(key, ()), keep, self.sizes)
             return _renumber(value, self.axes.positions.get(key), keep, to_kept=True)
 
         args = fx.map_arg((node.args, node.kwargs), compress)
         for literal in self.axes.size_arguments:
             if literal.node == node.name:
-                args = with_argument(args, literal.path, kept_size(literal.expr, keep) + literal.offset)
+                size = kept_size(_resized(literal.expr, self.sizes), keep) + literal.offset
+                args = with_argument(args, literal.path, size)
         value = node.target(*args[0], **args[1])  # type: ignore[operator]
         if isinstance(value, torch.Tensor):
             return self._on_all(value, node.name, keep)
@@ -157,7 +167,7 @@ class MaskedRun(PreciseRun):
     def _on_all(self, value: torch.Tensor, name: str, keep: Keep) -> torch.Tensor:
         """Return what was computed on kept units with zeros at the others, and positions counted among all units."""
         value = _renumber(value, self.axes.positions.get(name), keep, to_kept=False)
-        return _expand(value, self.axes.tensors[name], keep)
+        return _expand(value, self.axes.tensors[name], keep, self.sizes)
 
 
 def output_tensors(output: Any) -> tuple[torch.Tensor, ...]:
@@ -182,17 +192,47 @@ def _renumber(value: Any, expr: Expr | None, keep: Keep, *, to_kept: bool) -> An
     return torch.searchsorted(index, value.long()).to(value.dtype)
 
 
-def _compress(value: Any, exprs: Sequence[Expr], keep: Keep) -> Any:
+def _compress(value: Any, exprs: Sequence[Expr], keep: Keep, sizes: Mapping[Factor, int]) -> Any:
     for axis, expr in enumerate(exprs):
-        index = _kept_positions(expr, keep, value.device)
-        value = value if index is None else value.index_select(axis, index)
+        if any(keep.touches(factor) for factor in factors(expr)):
+            expr = _fitted(expr, value.shape[axis], lambda found: found.size, keep, sizes)
+            value = value.index_select(axis, _kept_positions(expr, keep, value.device))
     return value
 
 
-def _expand(value: torch.Tensor, exprs: Sequence[Expr], keep: Keep) -> torch.Tensor:
+def _expand(value: torch.Tensor, exprs: Sequence[Expr], keep: Keep, sizes: Mapping[Factor, int]) -> torch.Tensor:
     for axis, expr in enumerate(exprs):
-        index = _kept_positions(expr, keep, value.device)
-        if index is not None:
+        if any(keep.touches(factor) for factor in factors(expr)):
+            expr = _fitted(expr, value.shape[axis], lambda found: kept_size(found, keep), keep, sizes)
+            index = _kept_positions(expr, keep, value.device)
             shape = [*value.shape[:axis], expr.size, *value.shape[axis + 1 :]]
-            value = value.new_zeros(shape).index_copy(axis, index, value)
+            value = value.new_zeros(shape).index_copy(axis, index, value)  # type: ignore[arg-type]
     return value
+
+
+def _fitted(expr: Expr, size: int, measure: Callable[[Expr], int], keep: Keep, sizes: Mapping[Factor, int]) -> Expr:
+    """Return ``expr`` with the sizes of this run, so that it measures ``size``.
+
+    Where the sizes of the inputs do not tell, as for a number of tokens and one more, a factor that stays whole is
+    given the size that fits.
+    """
+    if measure(expr) == size:
+        return expr
+    whole = [factor for factor in dict.fromkeys(factors(expr)) if not keep.touches(factor)]
+    known = {factor: sizes[factor] for factor in whole if factor in sizes}
+    tries = [known]
+    for factor in whole:
+        rest = {other: number for other, number in known.items() if other != factor}
+        one, two = (measure(_resized(expr, {**rest, factor: number})) for number in (1, 2))
+        tries.append({**rest, factor: 1 + (size - one) // max(two - one, 1)})
+    fitting = (_resized(expr, tried) for tried in tries if all(number > 0 for number in tried.values()))
+    return next((found for found in fitting if measure(found) == size), expr)
+
+
+def _resized(expr: Expr, sizes: Mapping[Factor, int]) -> Expr:
+    """Return ``expr`` with factors of other sizes."""
+    if isinstance(expr, Factor):
+        size = sizes.get(expr, expr.size)
+        return UNIT if size == 1 else Factor(size, expr.uid)
+    parts = [_resized(part, sizes) for part in expr.parts]
+    return product(*parts) if isinstance(expr, Product) else concat(*parts)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import string
 
+from fxprune.axes import product
 from fxprune.rules.patterns import state_product_roles
 from fxprune.rules.registry import rule
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import TensorAxes
 
-__all__ = ["einsum", "matmul", "tensordot"]
+__all__ = ["einsum", "kron", "matmul", "tensordot", "vecdot"]
 
 rule("linear", notation="input[*b, i], weight[o?, i], bias[o?]? -> out[*b, o?]  sums i", values="product")
 rule("mm", notation="self[n, k], mat2[k, m] -> out[n, m]  sums k", values="product")
@@ -55,6 +56,31 @@ def tensordot(op: OpSite) -> None:
     free = [(x, i) for x, gone in ((a, first), (b, second)) for i in range(x.rank) if i not in gone]
     for j, (x, i) in enumerate(free):
         op.tie(x, i, op.out, j)
+
+
+@rule("kron", values="product")
+def kron(op: OpSite) -> None:
+    """Each axis is that of ``self`` times that of ``other``, counted from the last."""
+    for j in range(1, op.out.rank + 1):
+        held = [x for x in (op.need("self"), op.need("other")) if j <= x.rank]
+        op.equate(product(*(x.axes[-j] for x in held)), op.out.axes[-j])
+        for x in held:
+            op.link(x, -j, op.out, -j)
+
+
+@rule("linalg_vecdot", values="product")
+def vecdot(op: OpSite) -> None:
+    """``x * y`` with broadcast axes, summed over ``dim``, which counts among the axes of the product."""
+    x, y = op.need("x"), op.need("y")
+    rank = op.out.rank + 1
+    summed = rank - op.arg("dim", -1) % rank
+    for i in range(1, rank + 1):
+        held = [z for z in (x, y) if i <= z.rank and z.sizes[-i] != 1]
+        if i == summed and held:
+            op.add_up(*((z, -i) for z in held))
+            op.tie(held[0], -i, held[-1], -i)
+        for z in held if i != summed else ():
+            op.tie(z, -i, op.out, -i if i < summed else 1 - i)
 
 
 @rule("einsum", values="product")

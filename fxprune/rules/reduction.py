@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fxprune.axes import product
 from fxprune.rules.registry import rule
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import TensorAxes
 
-__all__ = ["add_up", "best", "cumsum", "order", "reduce", "scan", "share", "spread"]
+__all__ = ["add_up", "best", "cumsum", "matrix_norm", "order", "reduce", "scan", "share", "spread"]
 
 
 def _dims(op: OpSite, x: TensorAxes) -> tuple[int, ...]:
@@ -33,6 +34,20 @@ def add_up(op: OpSite) -> None:
     _keep_others(op, x, dims)
 
 
+@rule("linalg_norm", "linalg_matrix_norm", values="reduced")
+def matrix_norm(op: OpSite) -> None:
+    """The root of a sum of squares, as :func:`add_up`; a norm by rows, columns or singular values keeps its axes."""
+    x, order = op.need("self" if op.has("self") else "A"), op.arg("ord")
+    two = op.name == "linalg_matrix_norm" and op.arg("dim") is None
+    dims = tuple(range(x.rank))[-2:] if two else _dims(op, x)
+    for i in dims:
+        if order in (None, "fro") or (order == 2 and len(dims) == 1):
+            op.add_up((x, i))
+        else:
+            op.freeze(x, i, f"{op.node.target} of this order picks from this axis")
+    _keep_others(op, x, dims)
+
+
 @rule("var", "std", "var_mean", "std_mean", values="reduced")
 def spread(op: OpSite) -> None:
     """As :func:`reduce`; a spread divided by one less than the number of units needs two of them."""
@@ -41,8 +56,8 @@ def spread(op: OpSite) -> None:
     dims = _dims(op, x)
     given = op.arg("correction", None)
     correction = int(op.arg("unbiased", True)) if given is None else int(given)
-    if len(dims) == 1 and correction > 0:
-        op.need_units(x, dims[0], correction + 1)
+    if correction > 0:
+        op.need_units_of(product(*(x.axes[i] for i in dims)), correction + 1)
 
 
 @rule("logsumexp")
@@ -104,13 +119,14 @@ def cumsum(op: OpSite) -> None:
             op.keep_zeros(op.out, i, (x, i))
 
 
-@rule("flip", "roll", values="moved")
+@rule("flip", "fliplr", "flipud", "roll", values="moved")
 @rule("cumprod", "logcumsumexp")
 def scan(op: OpSite) -> None:
     """Each value depends on all, or on those before it, along ``dim``: that axis keeps its units."""
     x = op.need("self")
     op.tie_all(x)
-    listed = tuple(i % x.rank for i in op.arg("dims", ())) or tuple(range(x.rank))  # a roll of none rolls all
+    named = {"fliplr": (1,), "flipud": (0,)}.get(op.name) or op.arg("dims", ())
+    listed = tuple(i % x.rank for i in named) or tuple(range(x.rank))  # a roll of none rolls all
     dims = _dims(op, x) if op.has("dim") else listed
     for i in dims:
         op.freeze(x, i, f"{op.node.target} runs over this axis")

@@ -244,7 +244,11 @@ class OpSite:
 
     def need_units(self, x: TensorAxes, i: int, count: int) -> None:
         """State that axis ``i`` of ``x`` has to keep ``count`` units or more."""
-        self._stated.at_least.append(AtLeast(x.axes[i], count))
+        self.need_units_of(x.axes[i], count)
+
+    def need_units_of(self, expr: Expr, count: int) -> None:
+        """State that ``expr`` has to keep ``count`` units or more."""
+        self._stated.at_least.append(AtLeast(expr, count))
 
     # ------------------------------------------------------------------------------------------ what axes are used for
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 import fxprune
 from fxprune.discovery.groups import KINDS
 from fxprune.errors import RatioError
+from tests.end_to_end.conftest import COUNTS
 from tests.oracle import groups_of
-from tests.random_networks import RandomNet, Record, check_network, descriptions
+from tests.random_networks import RandomNet, Record, check_network, descriptions, used_and_cut
 
 ASKED = os.environ.get("FXPRUNE_RANDOM_NETWORKS")
 CASES = int(ASKED or 160)
@@ -38,20 +40,24 @@ def hunt(test: Any, part: int, cases: int) -> None:
 
 
 @pytest.mark.parametrize("part", range(-(-CASES // PART)))
-def test_removals_from_random_networks_are_exact(part: int) -> None:
+def test_removals_from_random_networks_are_exact(part: int, record_property: Callable[[str, object], None]) -> None:
     seen: Counter[str] = Counter()
 
     @given(descriptions(), st.integers(0, 4))
-    def check(description: tuple[list[Record], int], static: int) -> None:
+    def check(description: tuple[list[Record], int], form: int) -> None:
         note(repr(RandomNet(*description)))
-        dense = check_network(*description, dynamic=static == 4)
+        dense, sizes = check_network(*description, form)
         for group in groups_of(dense):
             seen["renormalised" if group.renormalised else "exact"] += 1
-        seen["networks"] += 1
+        used, cut = used_and_cut(dense)
+        seen.update({"networks": 1, "at two sizes": sizes > 1})
+        seen.update([*(f"used {name}" for name in used), *(f"cut {name}" for name in cut)])
 
     hunt(check, part, PART)
+    record_property(COUNTS, dict(seen))
     assert seen["networks"] >= PART
     assert seen["exact"] > PART / 2, seen
+    assert seen["at two sizes"] > PART / 2, seen
 
 
 @pytest.mark.parametrize("part", range(-(-CASES // PART)))
