@@ -51,6 +51,8 @@ def prune(
     round_to: int | Mapping[str, int] = 1,
     uniform: bool = False,
     tensor_parallel: int = 1,
+    budget: str = "params",
+    steps: int = 1,
     select: str | Pass | None = None,
     compensate: str | Pass | None = None,
     tune: str | Pass | None = None,
@@ -89,6 +91,8 @@ def prune(
         uniform: the same widths in every layer, and such that the model's own config class takes them: the checkpoint
             then loads in stock transformers, and in whatever reads its format. ``protect`` must be empty or None.
         tensor_parallel: devices that share each layer: MLP channels and heads of one that shrinks are multiples of it.
+        budget: what ``ratio`` is of: ``params``, ``macs``, ``kv`` (bytes of the key-value cache), ``bytes@q8_0``, ..
+        steps: how often it scores: after each step a part has gone, what stays is fitted, and the rest scored again.
         select: a registered selection pass, or a pass, in place of what ``ratio`` or ``group_ratio`` stands for.
         compensate: ``least-squares``, perhaps with arguments: weights that lost inputs are fitted to what the dense
             model computes on the calibration data; or a pass. ``"none"`` leaves every kept number as it is.
@@ -179,6 +183,8 @@ def prune_pipeline(
     round_to: int | Mapping[str, int] = 1,
     uniform: bool = False,
     tensor_parallel: int = 1,
+    budget: str = "params",
+    steps: int = 1,
     select: str | Pass | None = None,
     compensate: str | Pass | None = None,
     tune: str | Pass | None = None,
@@ -207,6 +213,7 @@ def prune_pipeline(
     kinds, wanted = _wanted(kinds, ratio, group_ratio)
     widths = said({"kinds": kinds, "ranking": ranking, "protect": protect, **wanted})
     widths |= unless("round_to", round_to, 1) | unless("tensor_parallel", tensor_parallel, 1)
+    widths |= unless("budget", budget, "params")
     widths |= {"uniform": True, "protect": () if protect is None else protect} if flags["uniform"] else {}
     options = {
         "": shared,
@@ -232,7 +239,8 @@ def prune_pipeline(
     own = None if free and not asked else tokenizer
     reads = calibration is not None or own is not None
     samples = load_pass("calibrate", data=calibration, tokenizer=own) if reads else None
-    return Pipeline(compose(chosen, Wishes(places, options, samples, free, flags["verify"])))
+    again = partial(load_pass, "score-in-steps", steps=steps) if steps != 1 else None
+    return Pipeline(compose(chosen, Wishes(places, options, samples, free, flags["verify"], again)))
 
 
 def _track(track: Track | None) -> Track:

@@ -9,8 +9,10 @@ import pytest
 
 from fxprune.api import apply, prune, prune_pipeline
 from fxprune.errors import FxpruneError, PassError, UnknownNameError
-from fxprune.pipeline.registry import load_pass
+from fxprune.pipeline.contract import STAGES
+from fxprune.pipeline.registry import load_pass, parse_pass
 from fxprune.removal.plan import Plan
+from tests.models import token_ids
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,9 @@ from fxprune.removal.plan import Plan
         ({"kinds": ("heads",)}, UnknownNameError, "Did you mean 'head'"),
         ({"kinds": ()}, FxpruneError, "kinds is empty"),
         ({"ratio": 1.0}, FxpruneError, r"\[0, 1\)"),
+        ({"budget": "parms"}, UnknownNameError, "Did you mean 'params'"),
+        ({"budget": "bytes@q8"}, UnknownNameError, "Did you mean 'q8_"),
+        ({"steps": 0, "importance": "l2"}, FxpruneError, "of 1 or more"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], error: type[Exception], text: str) -> None:
@@ -51,3 +56,13 @@ def test_passes_are_taken_as_they_are() -> None:
     mine = load_pass("l1", kinds=("channel",))
     assert prune_pipeline(importance=mine, verify=False).passes[1] is mine
     assert not {"record-expected", "verify-removal"} & {step.name for step in prune_pipeline(verify=False).passes}
+
+
+def test_steps_and_budgets_are_spelled() -> None:
+    pipeline = prune_pipeline(token_ids(), recipe="fast", steps=3, budget="bytes@q8_0", compensate="least-squares")
+    scoring, selecting = (next(step for step in pipeline.passes if step.stage == stage) for stage in STAGES[2:4])
+    assert scoring.name == "score-in-steps" and scoring.steps == 3  # type: ignore[attr-defined]
+    assert scoring.select == str(selecting) and "budget='bytes@q8_0'" in str(selecting)  # type: ignore[attr-defined]
+    assert scoring.compensate.startswith("least-squares")  # type: ignore[attr-defined]
+    assert str(parse_pass(str(scoring))) == str(scoring)
+    assert [step.name for step in prune_pipeline(plan=Plan(), steps=2).passes][1] == "plan-from-json"

@@ -3,6 +3,7 @@
 from .block_influence import BlockInfluenceImportancePass
 from .fisher import FisherImportancePass
 from .forward import FlapImportancePass, WandaImportancePass
+from .in_steps import ScoreInStepsPass
 from .load_scores import LoadScoresPass
 from .magnitude import L1ImportancePass, L2ImportancePass
 from .randomly import RandomImportancePass
@@ -20,6 +21,7 @@ __all__ = [
     "RandomImportancePass",
     "ReapImportancePass",
     "ReconstructionImportancePass",
+    "ScoreInStepsPass",
     "TaylorImportancePass",
     "WandaImportancePass",
 ]

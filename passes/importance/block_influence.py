@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.data.calibration import Calibration
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Group
 from fxprune.graph.facts import facts_of
@@ -64,7 +63,7 @@ class BlockInfluenceImportancePass(ForwardImportancePass):
                 before[node] = value
 
         watch = {node: partial(see, node) for node in {*opening, *closing}}
-        observe(graph_module, facts[Calibration].samples, watch, self.batch, self.tracked)
+        observe(graph_module, self.calibration(graph_module), watch, self.batch, self.tracked)
         return Scores({name: np.asarray([1 - turn.mean]) for name, turn in turns.items()})
 
     def positions(

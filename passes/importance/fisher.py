@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.data.calibration import Calibration, Sample, batched, computing, next_token_loss, require_logits
+from fxprune.data.calibration import Sample, batched, computing, next_token_loss, require_logits
 from fxprune.discovery.consumers import Consumer, consumers_of, find_consumers, units_at
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Group
@@ -110,7 +110,7 @@ class FisherImportancePass(ForwardImportancePass):
                 raise refuse_group(group, self.name, "weight that adds up over its units")
             places += [(group, consumer, units_at(group, consumer, axes)) for consumer in own]
         gates = torch.ones(sum(map(_count, groups)), device=device_of(graph_module), requires_grad=True)
-        samples, rows = facts_of(graph_module)[Calibration].samples, []
+        samples, rows = self.calibration(graph_module), []
         for sample in self.tracked(samples, len(samples)):
             by_consumer: dict[Consumer, torch.Tensor] = {}
             for group, consumer, units in places:

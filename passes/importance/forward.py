@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxprune.data.calibration import Calibration
+from fxprune.data.calibration import Calibration, Sample, spread
 from fxprune.discovery.consumers import Consumer, consumers_of, find_consumers
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Group, Groups
@@ -32,19 +32,22 @@ class ForwardImportancePass(ImportancePass):
     """A criterion that looks at what the graph computes on the calibration samples.
 
     Args:
+        samples: calibration samples to take, evenly spread; None for all.
         batch: samples that run at once.
         track: shows progress, as ``track(items, what, total)``.
     """
 
     needs: ClassVar[tuple[type[Fact], ...]] = (Groups, Dependencies, Calibration, Runnable)
 
+    samples: int | None = None
     batch: int = 8
     track: Track = field(default=no_progress, metadata={"spelled": False})
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense."""
         super().__post_init__()
-        object.__setattr__(self, "batch", whole_number("batch", self.batch, least=1))
+        for name in ("batch", *(["samples"] if self.samples is not None else [])):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
         check_track(self.track)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
@@ -58,8 +61,11 @@ class ForwardImportancePass(ImportancePass):
 
     def moments(self, graph_module: fx.GraphModule, consumers: list[Consumer]) -> dict[Consumer, Moments]:
         """Return the moments of what consumers take in, over the calibration samples."""
-        samples = facts_of(graph_module)[Calibration].samples
-        return input_moments(graph_module, samples, consumers, self.batch, self.tracked)
+        return input_moments(graph_module, self.calibration(graph_module), consumers, self.batch, self.tracked)
+
+    def calibration(self, graph_module: fx.GraphModule) -> tuple[Sample, ...]:
+        """Return the samples that are taken."""
+        return spread(facts_of(graph_module)[Calibration].samples, self.samples)
 
 
 @dataclass(frozen=True, eq=False)

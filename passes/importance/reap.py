@@ -11,7 +11,6 @@ import torch
 from torch import fx
 
 from fxprune.axes import Factor, factors, unit_index
-from fxprune.data.calibration import Calibration
 from fxprune.discovery.consumers import Consumer, find_consumers
 from fxprune.discovery.dependency import AxisMap, Dependencies
 from fxprune.discovery.groups import Group
@@ -80,7 +79,7 @@ class ReapImportancePass(ForwardImportancePass):
             total = sums[group.name] = np.zeros((2, group.size))
             _watch(watch, site, axes, group.factor, total)
         seen = {node: partial(_tell, told) for node, told in watch.items()}
-        observe(graph_module, facts[Calibration].samples, seen, self.batch, self.tracked)
+        observe(graph_module, self.calibration(graph_module), seen, self.batch, self.tracked)
         return Scores({name: total[0] / np.maximum(total[1], 1) for name, total in sums.items()})
 
     def positions(

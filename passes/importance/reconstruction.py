@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.data.calibration import Calibration
 from fxprune.discovery.consumers import Consumer, consumers_of, find_consumers, units_at
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Group
@@ -113,7 +112,7 @@ class ReconstructionImportancePass(ForwardImportancePass):
 
     def _grams(self, graph_module: fx.GraphModule, chunk: list[Work]) -> tuple[Grams, int]:
         """``X' X`` of every input of the consumers, and the number of positions of the samples."""
-        samples = facts_of(graph_module)[Calibration].samples
+        samples = self.calibration(graph_module)
         grams: Grams = {}
         dims: dict[fx.Node, set[int]] = {}
         for _, consumers in chunk:

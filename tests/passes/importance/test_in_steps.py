@@ -1,0 +1,79 @@
+"""Scores in steps are those of the slim graph, and what went stays gone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import fx, nn
+
+from fxprune.data.calibration import Calibration, Sample
+from fxprune.errors import ArgumentError, CalibrationError
+from fxprune.graph.facts import facts_of
+from fxprune.graph.fork import fork
+from fxprune.pipeline.pipeline import Pipeline
+from fxprune.pipeline.registry import load_pass
+from fxprune.removal.removal import Removal
+from fxprune.removal.scores import Scores
+from tests.oracle import Net, discover, groups_of
+
+X = torch.randn(6, 5, 6, generator=torch.Generator().manual_seed(0))
+SELECT = "select-by-group-ratio{group_ratio=0.5, protect=[], kinds=[mlp]}"
+
+
+@pytest.fixture(scope="module")
+def dense() -> fx.GraphModule:
+    """Two products of twelve units each, with calibration data."""
+    torch.manual_seed(1)
+    net = Net(lambda m, x: m.c(m.b(m.a(x).relu()).relu()), a=nn.Linear(6, 12), b=nn.Linear(12, 12), c=nn.Linear(12, 6))
+    graph = discover(net, {"x": X[0]})
+    facts_of(graph).put(Calibration(tuple(Sample({"x": x}, torch.zeros(1, 5)) for x in X)))
+    return graph
+
+
+def scored(dense: fx.GraphModule, **arguments: Any) -> Scores:
+    load_pass("score-in-steps", select=SELECT, **arguments)(dense)
+    return facts_of(dense)[Scores]
+
+
+@pytest.mark.parametrize("compensate", ["", "least-squares{damping=0.1}"])
+def test_what_stays_is_scored_on_the_slim_graph(dense: fx.GraphModule, compensate: str) -> None:
+    before = {name: p.clone() for name, p in dense.named_parameters()}
+    found = scored(dense, importance="l2", compensate=compensate, steps=2)
+    half = "select-by-group-ratio{group_ratio=0.25, protect=[], kinds=[mlp]}"
+    steps = ["l2", half, *([compensate] if compensate else [])]
+    once = Pipeline(steps)(fork(dense)).graph_module
+    gone = facts_of(once)[Removal]
+    slim = Pipeline(["shrink", "find-groups", "l2"])(once).graph_module
+    names = [group.name for group in groups_of(dense)]
+    assert [group.name for group in groups_of(slim)] == names and len(names) == 2
+    for group in groups_of(dense):
+        assert group.factor is not None
+        kept = gone.keep.units[group.factor]
+        np.testing.assert_allclose(found.units[group.name][kept], facts_of(slim)[Scores].units[group.name], rtol=1e-5)
+        assert found.units[group.name][~kept].max() < min(row.min() for row in facts_of(slim)[Scores].units.values())
+    load_pass("select-by-group-ratio", group_ratio=0.5, protect=(), kinds="mlp")(dense)
+    final = facts_of(dense)[Removal]
+    assert all(not final.keep.units[factor][~mask].any() for factor, mask in gone.keep.units.items())
+    assert all(torch.equal(p, before[name]) for name, p in dense.named_parameters())
+    assert found.source.startswith("score-in-steps{")
+
+
+def test_one_step_scores_as_the_criterion_itself(dense: fx.GraphModule) -> None:
+    once = scored(dense, importance="wanda", steps=1)
+    load_pass("wanda", kinds="mlp")(dense)
+    assert all((facts_of(dense)[Scores].units[name] == row).all() for name, row in once.units.items())
+
+
+def test_what_the_steps_need_is_asked_for_before_any_work(dense: fx.GraphModule) -> None:
+    work = fork(dense)
+    facts_of(work).drop(Calibration, by="test")
+    with pytest.raises(CalibrationError, match="Calibration is stale"):
+        load_pass("score-in-steps", importance="wanda")(work)
+    for arguments in ({"importance": "select-by-ratio"}, {"select": "l2"}, {"compensate": "shrink"}, {"steps": 0}):
+        with pytest.raises(ArgumentError):
+            load_pass("score-in-steps", **arguments)
+    with pytest.raises(ArgumentError, match="no ratio to take in steps"):
+        load_pass("score-in-steps", select="plan-from-json")
