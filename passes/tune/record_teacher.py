@@ -100,6 +100,8 @@ class RecordTeacherPass(Pass):
         rest = tuple(sample for sample in samples if all(sample is not other for other in held))
         if not rest:
             raise CalibrationError(
-                "one sample is too few to learn from and to hold out", remedy="Pass more samples, or a tokenizer"
+                "one sample is too few to learn from and to hold out",
+                where="calibration",
+                remedy="Pass more samples, or a tokenizer",
             )
         return rest, held, "calibration samples held out"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -38,11 +38,13 @@ class Vectors:
             parameter of one axis; ``down`` and ``up`` with the name of a product for the two factors, ``(in, rank)``
             and ``(rank, out)``, of what is added to its weight.
         rank: of what is added to each weight; 0 where nothing is.
+        units: for each product what a number of 1 in both factors adds to each element of its weight.
     """
 
     products: Mapping[str, LoneProduct]
     sizes: Mapping[tuple[str, str], int]
     rank: int = 0
+    units: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, removal: Removal, everywhere: bool, rank: int = 0) -> Vectors:
@@ -70,7 +72,7 @@ class Vectors:
             if alone and id(tensor) not in seen:
                 sizes["own", name] = len(tensor)
                 seen.add(id(tensor))
-        return cls(products, sizes, rank)
+        return cls(products, sizes, rank, {name: _unit(graph_module, p, rank) for name, p in products.items() if rank})
 
     @property
     def count(self) -> int:
@@ -97,21 +99,17 @@ class Vectors:
         part = self.part(numbers, key)
         return None if part is None else 1 + _REACH * torch.tanh(part)
 
-    def factors(
-        self, numbers: torch.Tensor, node: str, weight: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def factors(self, numbers: torch.Tensor, node: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the two factors, ``(in, rank)`` and ``(rank, out)``, of what is added to a product's weight.
 
-        The first starts at random numbers, the same each time, and the second at 0, so that nothing is added at first;
-        both are in units that make a number of 1 count as much as a fifth of the weight.
+        The first starts at random numbers, the same each time, and the second at 0, so that nothing is added at first.
         """
         down, up = self.part(numbers, ("down", node)), self.part(numbers, ("up", node))
         if down is None or up is None:
             return None
         down = down.view(-1, self.rank)
         start = torch.randn(down.shape, generator=torch.Generator().manual_seed(_START))
-        unit = _CAREFUL * weight.detach().float().square().mean().sqrt() / self.rank**0.5
-        return unit * (start.to(down.device) + down), up.view(self.rank, -1)
+        return self.units[node] * (start.to(down.device) + down), up.view(self.rank, -1)
 
     def moved(self, numbers: torch.Tensor, name: str, value: torch.Tensor) -> torch.Tensor:
         """Return a parameter of one axis, moved in units of its root mean square."""
@@ -131,7 +129,7 @@ class Vectors:
             wide = wide * (columns if product.axis == 1 else columns[:, None])
             if rows is not None:
                 wide = wide * (rows[:, None] if product.axis == 1 else rows)
-            low = self.factors(numbers, node, W)
+            low = self.factors(numbers, node)
             if low is not None:
                 added = low[0] @ low[1]
                 wide = wide + (added.T if product.axis == 1 else added)
@@ -175,12 +173,18 @@ class TunedRun(UntouchedRun):
         self.env[product.source] = self._scaled(source, ("in", n.name))
         value = self._scaled(super().run_node(n), ("out", n.name))
         self.env[product.source] = source
-        low = self.vectors.factors(self.numbers, n.name, self.env[product.weight])
+        low = self.vectors.factors(self.numbers, n.name)
         return value if low is None else value + source @ low[0].to(source.dtype) @ low[1].to(source.dtype)
 
     def _scaled(self, value: torch.Tensor, key: tuple[str, str]) -> torch.Tensor:
         scale = self.vectors.scale(self.numbers, key)
         return value if scale is None else value * scale.to(value.dtype)
+
+
+def _unit(graph_module: fx.GraphModule, product: LoneProduct, rank: int) -> float:
+    """A fifth of the root mean square of a weight, shared by the ranks."""
+    W = get_tensor(graph_module, product.name).detach().float()
+    return float(_CAREFUL * W.square().mean().sqrt() / rank**0.5)
 
 
 def _lost_inputs(product: LoneProduct, removal: Removal) -> bool:
