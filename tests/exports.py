@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.mutation_guard import install_generation_tagging_init
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from transformers import PreTrainedConfig
@@ -33,8 +34,8 @@ _LASTING = {*sys.stdlib_module_names, "torch", "transformers", "huggingface_hub"
 _CALLED = ("torch", "torch.nn.functional", "torch.utils.checkpoint")
 """What forwards of all kinds call, beside what is around them and transformers' own helpers."""
 
-_WORKED_OUT = {"_can_set_attn_implementation_cached_value", "___needs_generation_tag_patch"}
-"""What transformers and torch write to classes: it follows from their code."""
+_WORKED_OUT = {"_can_set_attn_implementation_cached_value"}
+"""What transformers writes to classes: it follows from their code."""
 
 _WHENCE = {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version"}
 """Where a model was read from, which no forward asks."""
@@ -98,6 +99,7 @@ class Exports:
 def remember_exports() -> Exports:
     """Put the memory in the place of ``torch.export.export`` until the process ends; return it."""
     if not isinstance(torch.export.export, Exports):
+        install_generation_tagging_init()  # torch patches its modules once it compiles anything, which is no change
         torch.export.export = Exports(torch.export.export)
     return torch.export.export
 
