@@ -32,6 +32,7 @@ from fxprune.pipeline.registry import load_pass, pass_names
 from fxprune.pipeline.spelling import spelled_fields
 from fxprune.rules import registry as rules_by_op
 from fxprune.trace import trace
+from tests.export.small import tokenizer as byte_tokenizer
 from tests.models import tiny, token_ids
 from tests.tokens import character_tokenizer
 
@@ -103,6 +104,7 @@ def furnish(folder: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 8, "num_key_value_heads": 4}
     tiny("llama", num_hidden_layers=2, **sizes).save_pretrained(folder / "path/to/model")
     character_tokenizer(chat=True).save_pretrained(folder / "path/to/model")
+    fxprune.export_model(tiny("llama", num_hidden_layers=2), folder / "dense.gguf", tokenizer=byte_tokenizer())
     (folder / "some.txt").write_text(text_of("docs/design.md"))
     (folder / "held-out.txt").write_text(text_of("docs/checkpoints.md")[:1500])
     rows = [{"instruction": f"What is {i} and one?", "output": f"It is {i + 1}."} for i in range(16)]
