@@ -272,7 +272,7 @@ def test_what_goes_wrong_in_a_pipeline_names_the_pass() -> None:
 
 
 def test_passes_run_under_torchs_own_pass_manager() -> None:
-    model = tiny("llama")
+    model = tiny("llama", num_hidden_layers=2)
     dense = trace(model).graph_module
     steps = ["find-groups", "l2", "select-by-ratio{protect=()}", "make-verification-inputs", "record-expected"]
     manager = PassManager([parse_pass(step) for step in (*steps, "shrink", "verify-removal")])
