@@ -16,7 +16,7 @@ from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group
 from fxprune.errors import PassError
 from fxprune.graph.blocks import owner_block
-from fxprune.graph.compat import is_free
+from fxprune.graph.compat import is_free, size_hint
 from fxprune.graph.names import tensor_name
 from fxprune.pipeline.arguments import one_of
 from fxprune.rules.apply import run_alone
@@ -155,13 +155,13 @@ def _weights(axes: AxisMap, each: Callable[[tuple[Expr, ...]], float]) -> Iterat
 
 def _work(graph: fx.Graph, axes: AxisMap) -> Iterator[Term]:
     """The products of a sample: sizes of each output, times those of what is added up over."""
-    nodes = {tensor_name(node): node for node in graph.nodes}
+    nodes, traced = {tensor_name(node): node for node in graph.nodes}, _traced(graph)
     for node in graph.nodes:
         rule = find_rule(node.target) if node.op == "call_function" else None
         if rule is None or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
         block = owner_block(axes.modules.get(node.name, ""), axes.blocks)
-        exprs, tokens = _own(node, axes)
+        exprs, tokens = _own(node, axes, traced)
         if _is_attention(node):
             yield Term(exprs, block, tokens * _TOKENS)
             yield Term((*exprs[:-1], axes.tensors[tensor_name(node.args[0])][-1]), block, tokens * _TOKENS)
@@ -182,7 +182,7 @@ def _cache(graph: fx.Graph, axes: AxisMap) -> Iterator[Term]:
             continue
         key, value = node.args[1], node.args[2]
         stored = _smallest(value, products)
-        exprs, _ = _own(stored, axes)
+        exprs, _ = _own(stored, axes, (1, 1))
         block = owner_block(axes.modules.get(node.name, ""), axes.blocks)
         yield Term(exprs, block, 2.0)
         width = axes.tensors[tensor_name(value)][-1]
@@ -205,10 +205,22 @@ def _smallest(node: fx.Node, products: set[fx.Node]) -> fx.Node:
     return found
 
 
-def _own(node: fx.Node, axes: AxisMap) -> tuple[tuple[Expr, ...], float]:
+def _own(node: fx.Node, axes: AxisMap, traced: tuple[int, int]) -> tuple[tuple[Expr, ...], float]:
     """The axes of a value that are the model's own, and the size of the others for one sample."""
     value, exprs = node.meta["val"], axes.tensors[tensor_name(node)]
     own = tuple(expr for expr, size in zip(exprs, value.shape, strict=True) if not is_free(size))
-    free = [i for i, size in enumerate(value.shape) if is_free(size)]
-    # of a batch, of tokens, or of both in one; a second axis of tokens is that of the keys
-    return own, float(_TOKENS ** max(1, len(free) - 1)) if free else 1.0
+    return own, prod(_of_sample(size_hint(size), traced) for size in value.shape if is_free(size))
+
+
+def _of_sample(size: int, traced: tuple[int, int]) -> float:
+    """A size that varies, for one sample: of a batch, of tokens, or of both in one axis."""
+    batch, tokens = traced
+    if size == batch:
+        return 1.0
+    return size / (batch * tokens if size % (batch * tokens) == 0 else tokens) * _TOKENS
+
+
+def _traced(graph: fx.Graph) -> tuple[int, int]:
+    """The numbers of samples and of tokens that the graph was traced with."""
+    shapes = [node.meta["val"].shape for node in graph.nodes if node.op == "placeholder" and "val" in node.meta]
+    return next(((size_hint(shape[0]), size_hint(shape[1])) for shape in shapes if len(shape) > 1), (1, _TOKENS))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fxprune.passes.select.budget import Budget, ParameterBudget, make_budget
 from fxprune.passes.select.judge import Judge
+from fxprune.passes.select.ranking import normalised
 from fxprune.passes.select.search import SelectBySearchPass
 from fxprune.passes.select.shares import move, picture, shares_of
 from fxprune.passes.select.slots import Option, Slot
@@ -88,6 +89,17 @@ def test_a_ratio_is_of_what_is_counted(dense: fx.GraphModule) -> None:
 def test_a_budget_that_nobody_knows_is_refused(name: str) -> None:
     with pytest.raises(UnknownNameError):
         load_pass("select-by-ratio", budget=name)
+
+
+def test_work_of_experts_is_that_of_the_tokens_routed_to_them() -> None:
+    graph = discover(tiny("mixtral", num_hidden_layers=1))
+    attention = 2 * 64**2 * KV * 2 * WIDTH
+    assert make_budget("macs", graph, axes_of(graph)).total == pytest.approx(count_macs(graph) + attention, rel=1e-6)
+
+
+def test_standardised_scores_are_compared_by_their_magnitude() -> None:
+    slots = [Slot("mlp", (Option(2, 1, row),)) for row in (np.array([-1.0, 1.0]), np.array([-3.0, 3.0]))]
+    np.testing.assert_allclose(normalised(slots), [[-0.5, 0.5], [-1.5, 1.5]])
 
 
 def test_a_model_without_a_cache_has_none_to_count() -> None:
