@@ -64,9 +64,9 @@ ENTRIES = (
     Entry("balanced, not fitted", {"compensate": "none"}),
     Entry("balanced, heads too", {"select": HEADS, "tune": "none"}),
     Entry("balanced, no layer protected", {"select": WHOLE, "tune": "none"}),
-    Entry("balanced, one ridge", {"compensate": "least-squares{samples=64, damping=1.0}", "tune": "none"}),
+    Entry("balanced, one ridge", {"compensate": "least-squares{samples=64, reach=stream, damping=1.0}", "tune": "none"}),
     Entry(
-        "balanced, a fit of the whole stream", {"compensate": "least-squares{samples=64, stream=True}", "tune": "none"}
+        "balanced, what lost inputs fitted alone", {"compensate": "least-squares{samples=64, reach=lost}", "tune": "none"}
     ),
     Entry("balanced, rotation", {"compensate": "rotation{samples=64}", "tune": "none"}, ("rotation",)),
     Entry("balanced, tuned everywhere", {"tune": "tune{epochs=1, everywhere=True}"}),

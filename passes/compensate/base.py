@@ -18,13 +18,13 @@ from fxprune.graph.source import Source
 from fxprune.graph.tensors import as_parameter, get_tensor, require_weights, set_tensor
 from fxprune.masking.compare import Expected
 from fxprune.masking.side_by_side import SideBySide
-from fxprune.pipeline.arguments import flag, whole_number
+from fxprune.pipeline.arguments import one_of, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.pipeline.progress import Track, check_track, no_progress
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 
-from .sites import Site, find_sites, targets
+from .sites import REACHES, Site, find_sites, targets
 
 __all__ = ["FitPass", "pairs"]
 
@@ -33,13 +33,15 @@ __all__ = ["FitPass", "pairs"]
 class FitPass(Pass):
     """Fits weights that lost inputs, in order of execution, to what the dense graph computes.
 
-    Weights before a fitted one are fitted already, so it makes up for what they could not.
+    Weights before a fitted one are fitted already, so it makes up for what they could not; and one that lost nothing can
+    make up for what those before it lost.
 
     Args:
         samples: calibration samples to take, evenly spread; None for all.
         batch: samples that run at once.
-        stream: fit those weights too that lost no inputs, where what they give is added to a value that changed, such
-            as the projections of attention behind a feed-forward network that shrank.
+        reach: ``lost``: fit the weights that lost inputs; ``stream``: and those whose output is added to a value that
+            changed, such as the projections of attention behind a feed-forward network that shrank; ``all``: and those
+            that only read such a value.
         track: shows progress, as ``track(items, what, total)``.
     """
 
@@ -51,14 +53,14 @@ class FitPass(Pass):
 
     samples: int | None = None
     batch: int = 16
-    stream: bool = False
+    reach: str = "lost"
     track: Track = field(default=no_progress, metadata={"spelled": False})
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense."""
         for name in ("batch", *(["samples"] if self.samples is not None else [])):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
-        object.__setattr__(self, "stream", flag("stream", self.stream))
+        one_of("reach", self.reach, REACHES)
         check_track(self.track)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
@@ -74,7 +76,7 @@ class FitPass(Pass):
         """
         facts = facts_of(graph_module)
         removal = facts[Removal]
-        sites = {site.product.node: site for site in find_sites(graph_module, removal, self.stream)}
+        sites = {site.product.node: site for site in find_sites(graph_module, removal, self.reach)}
         if not sites:
             return PassResult(graph_module, False)
         samples = spread(facts[Calibration].samples, self.samples)

@@ -17,9 +17,13 @@ from fxprune.removal.removal import Removal
 from fxprune.rules.product import LoneProduct, lone_products
 from fxprune.rules.registry import is_sum
 
-__all__ = ["Site", "find_sites", "targets"]
+__all__ = ["REACHES", "Site", "find_sites", "targets"]
 
 aten = torch.ops.aten
+
+REACHES = ("lost", "stream", "all")
+"""Which products are fitted: those that lost inputs; and those whose output is added to a value that changed; and all
+in blocks behind the first that lost inputs."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,13 @@ class Site:
         return self.product.name
 
 
-def find_sites(graph_module: fx.GraphModule, removal: Removal, stream: bool = False) -> Iterator[Site]:
-    """Yield the products that lost inputs, in order of execution.
+def find_sites(graph_module: fx.GraphModule, removal: Removal, reach: str = "lost") -> Iterator[Site]:
+    """Yield the products to fit, in order of execution.
 
     Args:
         graph_module: the dense graph.
         removal: what goes.
-        stream: yield those too that lost none, but are added to a value that something before changed.
+        reach: one of :data:`REACHES`.
     """
     axes, keep = removal.axes, removal.keep
     changed = False
@@ -60,7 +64,8 @@ def find_sites(graph_module: fx.GraphModule, removal: Removal, stream: bool = Fa
         lost = any(keep.touches(factor) for factor in factors(expr))
         other = _added_to(product.node)
         changed = changed or lost
-        if lost or (stream and changed and other is not None):
+        inside = owner_block(product.name, axes.blocks) is not None
+        if lost or (changed and ((reach != "lost" and other is not None) or (reach == "all" and inside))):
             kept = np.flatnonzero(kept_mask(expr, keep)) if lost else np.arange(expr.size)
             yield Site(product, torch.from_numpy(kept).to(get_tensor(graph_module, product.name).device), other)
 

@@ -11,7 +11,6 @@ from fxprune.recipes.recipe import read_recipe
 from tests.models import token_ids
 
 IDS = token_ids(4, 12)
-FIT, TUNE = "least-squares{samples=64}", "record-teacher"
 
 
 def lines(**options: Any) -> list[str]:

@@ -146,7 +146,7 @@ def test_what_lost_nothing_makes_up_for_what_the_stream_lost() -> None:
     errors = []
     for stream in (False, True):
         work = fork(dense)
-        LeastSquaresPass(stream=stream, damping=1e-3)(work, inplace=True)
+        LeastSquaresPass(reach="stream" if stream else "lost", damping=1e-3)(work, inplace=True)
         assert torch.equal(get_tensor(work, "2.b.weight"), model[2].b.weight) is not stream  # type: ignore[union-attr]
         slim = slim_graph_of(work)
         errors.append(float((slim(X) - model(X)).square().sum().detach()))
