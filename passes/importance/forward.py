@@ -113,7 +113,7 @@ class FlapImportancePass(ForwardImportancePass):
     and a unit as the sum over its inputs, in all consumers.
 
     Source: An, Zhao, Yu, Tang, Wang, "Fluctuation-based Adaptive Structured Pruning for Large Language Models" (arXiv
-    2312.11983), equation 3; ``standardise`` is equation 5.
+    2312.11983): the weighted fluctuation of inputs, and its standardised form.
 
     Args:
         standardise: scores of a group less their mean, over their standard deviation, so that they can be compared

@@ -53,8 +53,7 @@ class ReapImportancePass(ForwardImportancePass):
 
     An expert that no token is routed to is worth nothing.
 
-    Source: Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression" (arXiv 2510.13999),
-    equation 9.
+    Source: Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression" (arXiv 2510.13999).
     """
 
     name: ClassVar[str] = "reap"

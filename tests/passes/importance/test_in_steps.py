@@ -7,17 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fxprune.passes.importance.in_steps import without
 from torch import fx, nn
 
+from fxprune.axes import Keep
 from fxprune.data.calibration import Calibration, Sample
 from fxprune.errors import ArgumentError, CalibrationError
 from fxprune.graph.facts import facts_of
 from fxprune.graph.fork import fork
+from fxprune.masking.compare import masked_outputs
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
-from tests.oracle import Net, discover, groups_of
+from tests.oracle import Net, axes_of, discover, groups_of
 
 X = torch.randn(6, 5, 6, generator=torch.Generator().manual_seed(0))
 SELECT = "select-by-group-ratio{group_ratio=0.5, protect=[], kinds=[mlp]}"
@@ -77,3 +80,31 @@ def test_what_the_steps_need_is_asked_for_before_any_work(dense: fx.GraphModule)
             load_pass("score-in-steps", **arguments)
     with pytest.raises(ArgumentError, match="no ratio to take in steps"):
         load_pass("score-in-steps", select="plan-from-json")
+
+
+def test_layers_that_went_add_nothing_and_stay_gone() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.b(self.a(x).relu())  # type: ignore[no-any-return]
+
+    torch.manual_seed(2)
+    graph = discover(
+        nn.Sequential(nn.Sequential(*(Block() for _ in range(4))), nn.Linear(6, 6)).eval(), {"input": X[0]}
+    )
+    layers = [group for group in groups_of(graph) if group.kind == "layer"]
+    assert len(layers) == 4
+    importance, select = "l2{kinds=[layer]}", "select-by-group-ratio{group_ratio=0.5, protect=[], kinds=[layer]}"
+    load_pass(importance.split("{")[0], kinds="layer")(graph)
+    alone = {name: float(row[0]) for name, row in facts_of(graph)[Scores].units.items()}
+    load_pass("score-in-steps", importance=importance, select=select, steps=2)(graph)
+    found = {name: float(row[0]) for name, row in facts_of(graph)[Scores].units.items()}
+    first = min(alone, key=lambda name: alone[name])
+    assert min(found, key=lambda name: found[name]) == first and found[first] < 0
+    removal = Removal(axes_of(graph), groups_of(graph), Keep(), (first.removesuffix("/layer"),))
+    work = without(graph, removal, None)
+    (masked,) = masked_outputs(graph, removal.axes, Keep(), removal.removed_blocks, {"input": X[0]})
+    torch.testing.assert_close(work(X[0]), masked)
