@@ -33,8 +33,8 @@ __all__ = ["FitPass", "pairs"]
 class FitPass(Pass):
     """Fits weights that lost inputs, in order of execution, to what the dense graph computes.
 
-    Weights before a fitted one are fitted already, so it makes up for what they could not; and one that lost nothing can
-    make up for what those before it lost.
+    Weights before a fitted one are fitted already, so it makes up for what they could not; and one that lost nothing
+    can make up for what those before it lost.
 
     Args:
         samples: calibration samples to take, evenly spread; None for all.
