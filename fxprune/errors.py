@@ -29,6 +29,10 @@ _LISTED = 30
 """Names that a message lists: all passes, and not all tensors of a model."""
 
 
+_LONGEST = 80
+"""Characters of a name that nothing is called by."""
+
+
 class FxpruneError(Exception):
     """Root of all errors of this package.
 
@@ -39,7 +43,8 @@ class FxpruneError(Exception):
     """
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
-        what = what.rstrip(". ")
+        what, where = (" ".join(part.splitlines()) for part in (what, where))
+        what = what if what.endswith("...") else what.removesuffix(".")
         self.what, self.where, self.remedy = what, where, remedy
         text = f"{where}: {what}" if where and not what.startswith(f"{where} ") else what
         super().__init__(f"{text}. {remedy}" if remedy else text)
@@ -111,10 +116,11 @@ class UnknownNameError(FxpruneError, ValueError):
     """
 
     def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
-        names = sorted(known)
-        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+        names, given = sorted(known), str(name)
+        near = difflib.get_close_matches(given[:_LONGEST], names, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
         listed = f"Known: {', '.join(names[:_LISTED])}{more}" if names else f"There is no {kind} here"
-        super().__init__(f"unknown {kind} {name!r}", remedy=f"{hint}{listed}")
+        shown = repr(name) if len(given) <= _LONGEST else f"{given[:_LONGEST]!r}..."
+        super().__init__(f"unknown {kind} {shown}", remedy=f"{hint}{listed}")
         self.where = kind

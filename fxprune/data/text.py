@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fxprune.errors import DataError
-from fxprune.pipeline.arguments import refuse
+from fxprune.graph.attempts import clear_errors
+from fxprune.pipeline.arguments import as_path, refuse
 
 __all__ = [
     "check_tokenizer",
@@ -86,7 +87,12 @@ def read_text(path: str | Path) -> str:
     Raises:
         DataError: the file has another suffix, or a record without text.
     """
-    path = Path(path)
+    path = Path(as_path("path", path, error=DataError))
+    with clear_errors(str(path), "Give a text file in UTF-8, .txt, .jsonl or .json", DataError):
+        return _text_of(path)
+
+
+def _text_of(path: Path) -> str:
     content = path.read_text(encoding="utf-8")
     if path.suffix == ".txt":
         return content
@@ -97,7 +103,9 @@ def read_text(path: str | Path) -> str:
         records = loaded if isinstance(loaded, list) else [loaded]
     else:
         raise DataError(
-            f"{path}: cannot read text from a {path.suffix or 'suffixless'} file; give .txt, .jsonl or .json"
+            f"cannot read text from a {path.suffix or 'suffixless'} file",
+            where=str(path),
+            remedy="Give .txt, .jsonl or .json",
         )
     return "\n\n".join(_record_text(record, path, number) for number, record in enumerate(records, start=1))
 
@@ -120,7 +128,7 @@ def split_calibration_heldout(text: str, calibration: float = 0.5) -> tuple[str,
         DataError: the fraction is out of range, or one of the two parts would be empty.
     """
     if not 0 < calibration < 1:
-        raise DataError(f"calibration={calibration} is not a fraction between 0 and 1")
+        raise refuse("calibration", calibration, "a fraction between 0 and 1", DataError)
     parts = list(paragraphs(text))
     wanted = calibration * sum(map(len, parts))
     front: list[str] = []
@@ -134,8 +142,9 @@ def split_calibration_heldout(text: str, calibration: float = 0.5) -> tuple[str,
     rest = [paragraph for paragraph in parts[len(front) :] if paragraph not in seen]
     if not front or not rest:
         raise DataError(
-            f"{len(parts)} paragraphs leave no held-out text after {calibration:.0%} for calibration; "
-            "give a longer text, with blank lines between its paragraphs"
+            f"{len(parts)} paragraphs leave no held-out text after {calibration:.0%} for calibration",
+            where="text",
+            remedy="Give a longer text, with blank lines between its paragraphs",
         )
     return _join(front), _join(rest)
 
@@ -168,12 +177,14 @@ def token_windows(
         DataError: the text is shorter than one window, or a number is not positive.
     """
     if tokens < 1 or (limit is not None and limit < 1):
-        raise DataError(f"tokens={tokens} and limit={limit} must be positive")
+        raise DataError(f"tokens={tokens} and limit={limit}", where="tokens", remedy="Pass positive numbers")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     windows = len(ids) // tokens if limit is None else min(limit, len(ids) // tokens)
     if not windows:
         raise DataError(
-            f"a text of {len(ids)} tokens holds no window of {tokens}; give a longer text or shorter windows"
+            f"a text of {len(ids)} tokens holds no window of {tokens}",
+            where="text",
+            remedy="Give a longer text or shorter windows",
         )
     return torch.LongTensor(ids[: windows * tokens]).view(windows, tokens)  # type: ignore[return-value]
 
@@ -187,5 +198,7 @@ def _record_text(record: Any, path: Path, number: int) -> str:
     """The text of one JSON record, a string or an object with a field "text"."""
     text = record.get("text") if isinstance(record, dict) else record
     if not isinstance(text, str):
-        raise DataError(f'{path}: record {number} has no text; give strings or objects with a field "text"')
+        raise DataError(
+            f"record {number} has no text", where=str(path), remedy='Give strings or objects with a field "text"'
+        )
     return text

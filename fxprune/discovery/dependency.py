@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import networkx as nx
 import torch
@@ -24,6 +24,7 @@ from fxprune.graph.inputs import is_input
 from fxprune.graph.names import tensor_name
 from fxprune.graph.source import Constants
 from fxprune.graph.tensors import get_tensor
+from fxprune.pipeline.arguments import instance, refuse
 from fxprune.rules.apply import apply_rule, fresh_axes
 from fxprune.rules.descriptions import Descriptions
 from fxprune.rules.site import OpSite
@@ -90,8 +91,14 @@ def dependency_graph(traced: Traced | fx.GraphModule) -> nx.Graph[Axis]:
     solved axes are ``graph.graph["axes"]``, an :class:`AxisMap`.
 
     Complexity: linear in the number of graph nodes.
+
+    Raises:
+        ArgumentError: it is no traced model.
+        PassError: it is a graph that did not come from :func:`fxprune.trace`.
     """
     graph_module = traced.graph_module if isinstance(traced, Traced) else traced
+    instance("traced", graph_module, fx.GraphModule, "what fxprune.trace(model) returns")
+    facts_of(graph_module)
     stated, rules = _state_equations(graph_module)
     axes = _solve(graph_module, stated, rules)
     graph: nx.Graph[Axis] = nx.Graph(axes=axes)
@@ -125,9 +132,15 @@ class Dependencies(Fact):
 
 
 def axis_map(graph: nx.Graph[Axis]) -> AxisMap:
-    """The solved axes of a dependency graph."""
-    axes = graph.graph["axes"]
-    assert isinstance(axes, AxisMap)
+    """The solved axes of a dependency graph.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    asked: Any = graph
+    axes = asked.graph.get("axes") if isinstance(asked, nx.Graph) else None
+    if not isinstance(axes, AxisMap):
+        raise refuse("graph", graph, "a dependency graph, as in fxprune.dependency_graph(fxprune.trace(model))")
     return axes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 
@@ -11,6 +12,7 @@ from fxprune.axes import Freeze, contains, factors
 from fxprune.discovery.dependency import AxisMap, axis_map
 from fxprune.discovery.groups import Group, axes_by_factor, find_groups
 from fxprune.errors import FxpruneError, UnknownNameError
+from fxprune.pipeline.arguments import instance, refuse
 from fxprune.rules.statements import Axis
 
 __all__ = ["Step", "explain", "frozen_axes", "frozen_in"]
@@ -44,10 +46,16 @@ def explain(graph: nx.Graph[Axis], member: Axis | tuple[str, int], group: Group 
         group: the group meant, where the axis is in several; None for the first.
 
     Raises:
+        ArgumentError: an argument is of the wrong type.
         UnknownNameError: no such tensor.
         FxpruneError: the axis is in no group; says why it is frozen if it is.
     """
     axes = axis_map(graph)
+    asked: Any = member
+    if not isinstance(asked, tuple) or [type(part) for part in member] != [str, int]:
+        raise refuse("member", member, "the name of a tensor and the number of its axis, as in ('lm_head.weight', 0)")
+    if group is not None:
+        instance("group", group, Group, "one of fxprune.find_groups(graph), or None")
     target = Axis(*member)
     if target not in graph:
         raise UnknownNameError("axis", target.tensor, axes.weights())
@@ -56,7 +64,11 @@ def explain(graph: nx.Graph[Axis], member: Axis | tuple[str, int], group: Group 
     chosen = group or next(iter(found), None)
     if chosen is None or chosen.factor is None or chosen.trigger is None or not contains(expr, chosen.factor):
         reason = next((str(axes.frozen[f]) for f in factors(expr) if f in axes.frozen), "it holds no removable unit")
-        raise FxpruneError(f"axis {target.dim} is in no such group: {reason}", where=target.tensor)
+        raise FxpruneError(
+            f"axis {target.dim} is in no such group: {reason}",
+            where=target.tensor,
+            remedy="Ask for an axis of one of fxprune.find_groups(graph), and of this graph",
+        )
     inside = graph.subgraph(axes_by_factor(graph)[chosen.factor])
     path = nx.shortest_path(inside, chosen.trigger, target)
     edges = itertools.pairwise(path)

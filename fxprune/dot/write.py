@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,13 @@ from fxprune.dot.draw import draw
 from fxprune.dot.view import View, contracted, searched
 from fxprune.errors import FxpruneError, UnknownNameError
 from fxprune.graph.blocks import within
+from fxprune.pipeline.arguments import as_path, flag, instance, refuse
 from fxprune.rules.statements import Axis
 
 __all__ = ["write_dot"]
+
+_INDEX = re.compile(r"-?[0-9]{1,9}")
+"""The index of a block, as text."""
 
 
 def write_dot(
@@ -42,9 +47,11 @@ def write_dot(
         everything: show the parameters of the whole model.
 
     Raises:
+        ArgumentError: an argument is of the wrong type.
         UnknownNameError: no such layer or group; suggests the nearest.
         FxpruneError: the file cannot be written.
     """
+    everything, target = flag("everything", everything), Path(as_path("path", path))
     atlas = Atlas(graph)
     if group is not None:
         view = _group_view(atlas, _find_group(atlas, group), layer)
@@ -52,15 +59,18 @@ def write_dot(
         view = contracted(atlas, "Axes of all parameters", _below(atlas, ""))
     else:
         view = _module_view(atlas, _find_module(atlas, layer))
-    target = Path(path)
     try:
         target.write_text(draw(atlas, view).to_string(), encoding="utf-8")
     except OSError as error:
-        raise FxpruneError(f"cannot be written: {error.strerror}", where=str(target)) from error
+        raise FxpruneError(
+            f"cannot be written: {error.strerror}",
+            where=str(target),
+            remedy="Choose a file in a folder that is there and can be written to",
+        ) from error
 
 
 def _find_group(atlas: Atlas, group: Group | str) -> Group:
-    name = group if isinstance(group, str) else group.name
+    name = group if isinstance(group, str) else instance("group", group, Group, "a group, or the name of one").name
     found = next((g for g in atlas.groups if g.name == name), None)
     if found is None:
         raise UnknownNameError("group", name, (g.name for g in atlas.groups))
@@ -72,7 +82,9 @@ def _find_module(atlas: Atlas, layer: str | int | None) -> str:
     blocks = atlas.axes.blocks
     if layer is None:
         return blocks[len(blocks) // 2]
-    if isinstance(layer, int) or layer.lstrip("-").isdigit():
+    if isinstance(layer, bool) or not isinstance(layer, int | str):
+        raise refuse("layer", layer, "the index of a block, or a module path")
+    if isinstance(layer, int) or _INDEX.fullmatch(layer):
         if not -len(blocks) <= int(layer) < len(blocks):
             raise UnknownNameError("layer", int(layer), (f"{i}" for i in range(len(blocks))))
         return blocks[int(layer)]

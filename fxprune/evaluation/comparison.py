@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from torch import nn
 from torch.utils.benchmark import Timer
 
 from fxprune.errors import EvaluationError
 from fxprune.evaluation import Evaluation, evaluate
+from fxprune.graph.attempts import clear_errors
 from fxprune.graph.counting import TOKENS, count_macs
+from fxprune.pipeline.arguments import instance, numbers, refuse, whole_number
 from fxprune.trace import trace
 
 __all__ = ["Column", "Comparison", "compare_models"]
@@ -154,6 +157,7 @@ class Comparison:
         yield "accuracy", {n: [(e.tasks[n].value, e.tasks[n].standard_error) for e in whole] for n in tasks}
 
 
+@clear_errors("compare_models", "Pass language models, and the tokenizer of all of them", EvaluationError)
 def compare_models(
     models: Mapping[str, Any],
     tokenizer: Any,
@@ -173,6 +177,14 @@ def compare_models(
         settings: written beside the numbers.
         options: for :func:`fxprune.evaluate`.
     """
+    wanted = "models by name, as in {'dense': model, 'pruned': result.model}"
+    if not isinstance(models, Mapping) or not models:
+        raise refuse("models", models, wanted, EvaluationError)
+    for name, model in models.items():
+        instance(f"models[{name!r}]", model, nn.Module, "a Hugging Face model", EvaluationError)
+    if len(numbers("latency_shape", latency_shape, "(samples, tokens)")) != 2 or not all(latency_shape):
+        raise refuse("latency_shape", latency_shape, "(samples, tokens)", EvaluationError)
+    rounds = whole_number("rounds", rounds, least=1, error=EvaluationError)
     latencies = _latencies(models, latency_shape, rounds)
     columns = []
     for name, model in models.items():

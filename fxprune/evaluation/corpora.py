@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fxprune.data.text import read_text
 from fxprune.errors import EvaluationError, UnknownNameError
+from fxprune.pipeline.arguments import refuse
 
 __all__ = ["CORPORA", "load_corpus", "named_corpora"]
 
@@ -33,9 +34,16 @@ def named_corpora(texts: str | Path | Sequence[str | Path] | Mapping[str, str | 
         texts: names out of :data:`CORPORA` and paths, alone or in a sequence; or a mapping from names of your own to
             those, or to text itself.
     """
+    wanted = "names of texts, paths of files, or a mapping from names to these or to text itself"
+    if isinstance(texts, bytes) or not isinstance(texts, str | Path | Iterable):
+        raise refuse("texts", texts, wanted, EvaluationError)
+    named = dict(texts) if isinstance(texts, Mapping) else {}
+    items = named.values() if named else [texts] if isinstance(texts, str | Path) else list(texts)
+    for item in (*items, *named):
+        if not isinstance(item, str | Path) or not str(item):
+            raise refuse("texts", item, wanted, EvaluationError)
     if isinstance(texts, Mapping):
-        return dict(texts)
-    items = [texts] if isinstance(texts, str | Path) else list(texts)
+        return named
     return {str(item) if str(item) in CORPORA else Path(item).stem: item for item in items}
 
 

@@ -14,6 +14,7 @@ from fxprune.evaluation.corpora import load_corpus, named_corpora
 from fxprune.evaluation.perplexity import Perplexity, text_perplexity
 from fxprune.evaluation.tasks import LocalTask
 from fxprune.evaluation.zeroshot import TaskScore, zero_shot
+from fxprune.graph.attempts import clear_errors
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -48,6 +49,7 @@ class Evaluation:
         return json.dumps(self.to_dict(), indent=2)
 
 
+@clear_errors("evaluate", "Pass a language model, its own tokenizer, and texts or tasks", EvaluationError)
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -79,7 +81,7 @@ def evaluate(
     Raises:
         FxpruneError: a text or a task cannot be read; the message says which, and why.
     """
-    if hasattr(model, "graph_module"):
+    if hasattr(model, "graph_module") and not isinstance(model, type):
         model = model.model if model.model is not None else model.graph_module
     corpora = named_corpora(texts)
     if not corpora and not tasks:

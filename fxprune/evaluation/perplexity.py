@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,17 @@ from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from fxprune.errors import EvaluationError
+from fxprune.graph.attempts import clear_errors
+from fxprune.graph.silence import unprinted
+from fxprune.pipeline.arguments import function, instance, told, whole_number
 
 __all__ = ["Perplexity", "logits_of", "perplexity", "sliding_windows", "text_perplexity"]
+
+
+_RUNS = "Pass a language model that takes input_ids, and the tokenizer that belongs to it"
+
+_LARGEST = 700.0
+"""Nats: exp of more than 709 is more than a float holds."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class Perplexity:
     predicted: int
 
 
+@clear_errors("perplexity", _RUNS, EvaluationError)
 def text_perplexity(
     model: Callable[..., Any],
     tokenizer: Any,
@@ -66,12 +76,13 @@ def text_perplexity(
         EvaluationError: the text is shorter than one window, or a number is out of range.
     """
     stride = window if stride is None else stride
+    function("tokenizer", tokenizer, "the tokenizer of the model", EvaluationError)
+    instance("text", text, str, "the text itself", EvaluationError)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
     windows, first = sliding_windows(ids, window, stride, limit)
     sums = _loss_sums(model, windows, first, batch, progress)
     counts = (window - first).double()
-    mean = float(sums.sum() / counts.sum())
-    value = math.exp(mean)
+    value = _exp(float(sums.sum() / counts.sum()))
     return Perplexity(value, value * _ratio_error(sums, counts), window, stride, len(windows), int(counts.sum()))
 
 
@@ -91,6 +102,8 @@ def sliding_windows(ids: Tensor, window: int, stride: int, limit: int | None = N
     Raises:
         EvaluationError: nothing would be predicted.
     """
+    window, stride = _size("window", window), _size("stride", stride)
+    limit = None if limit is None else _size("limit", limit)
     if window < 2 or not 1 <= stride <= window or (limit is not None and limit < 1):
         raise EvaluationError(
             f"window={window}, stride={stride}, limit={limit}",
@@ -112,6 +125,7 @@ def sliding_windows(ids: Tensor, window: int, stride: int, limit: int | None = N
     return found, first
 
 
+@clear_errors("perplexity", _RUNS, EvaluationError)
 def perplexity(
     model: Callable[..., Any],
     ids: torch.Tensor,
@@ -133,20 +147,40 @@ def perplexity(
         progress: show a progress bar.
 
     Raises:
-        EvaluationError: there is nothing to predict.
-        TypeError: the model returned something without logits.
+        EvaluationError: there is nothing to predict, or the model returned something without logits.
     """
-    if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
-        raise EvaluationError(f"ids of shape {tuple(ids.shape)} hold no next token; give (windows, tokens >= 2)")
+    wanted = "token ids (windows, tokens), integers with two tokens a window or more"
+    instance("ids", ids, Tensor, wanted, EvaluationError)
+    if ids.dim() != 2 or ids.is_floating_point() or ids.is_meta or not len(ids):
+        raise EvaluationError(f"ids are {told(ids)}", where="ids", remedy=f"Pass {wanted}")
+    if ids.shape[1] < 2:
+        raise EvaluationError(f"{told(ids)} holds no next token", where="ids", remedy=f"Pass {wanted}")
     sums = _loss_sums(model, ids, torch.ones(len(ids), dtype=torch.long), batch, progress)
-    return math.exp(float(sums.sum()) / (ids.shape[0] * (ids.shape[1] - 1)))
+    return _exp(float(sums.sum()) / (ids.shape[0] * (ids.shape[1] - 1)))
+
+
+def _size(name: str, value: Any) -> int:
+    return whole_number(name, value, least=1, error=EvaluationError)
+
+
+def _exp(mean: float) -> float:
+    """Return the perplexity of a mean cross-entropy in nats.
+
+    Raises:
+        EvaluationError: it is no number.
+    """
+    if math.isnan(mean):
+        raise EvaluationError(
+            "the loss is NaN", where="model", remedy="Check its weights for values that are not finite"
+        )
+    return math.exp(mean) if mean < _LARGEST else math.inf
 
 
 def logits_of(output: Any) -> Tensor:
     """Return the logits in what a model returned: an object with ``.logits``, a mapping, a tuple or the tensor itself.
 
     Raises:
-        TypeError: there are none.
+        EvaluationError: there are none.
     """
     if isinstance(output, Tensor):
         return output
@@ -156,17 +190,24 @@ def logits_of(output: Any) -> Tensor:
     if found is None and isinstance(output, (tuple, list)) and output:
         found = output[0]
     if not isinstance(found, Tensor):
-        raise TypeError(f"no logits in a {type(output).__name__}; the model must return a tensor, a tuple or .logits")
+        raise EvaluationError(
+            f"there are no logits in {told(output)}",
+            where="what the model returns",
+            remedy="Let it return a tensor, a tuple or an object with .logits",
+        )
     return found
 
 
 def _loss_sums(model: Callable[..., Any], ids: Tensor, first: Tensor, batch: int, progress: bool) -> Tensor:
     """Return sums of next-token cross-entropies in nats, ``(windows,)``, over positions from ``first`` on."""
+    if isinstance(model, type) or not callable(model):
+        raise EvaluationError(f"model is {told(model)}", where="model", remedy=_RUNS)
+    batch = _size("batch", batch)
     options = {"use_cache": False} if isinstance(model, PreTrainedModel) else {}
     device = _device_of(model)
     sums: list[Tensor] = []
     parts = list(zip(ids.split(batch), first.split(batch), strict=True))
-    with torch.inference_mode(), _evaluation(model):
+    with torch.inference_mode(), _evaluation(model), unprinted() if not progress else nullcontext():
         for chunk, start in track(parts, description="perplexity", disable=not progress, transient=True):
             chunk = chunk.to(device)
             sums.append(_window_sums(logits_of(model(input_ids=chunk, **options)), chunk, start).cpu())

@@ -75,7 +75,9 @@ def read_questions(local: LocalTask) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"cannot be read: {error}", where=str(path)) from error
+        raise EvaluationError(
+            f"cannot be read: {error}", where=str(path), remedy="Pass the path of a file of questions, one on a line"
+        ) from error
     rows: list[dict[str, Any]] = []
     bad: list[str] = []
     kinds: set[bool] = set()
@@ -102,7 +104,7 @@ def _question(line: str, suffix: str) -> tuple[dict[str, Any], str]:
     """Return a checked question, or what is wrong with the line."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return {}, f"not JSON ({error})"
     if not isinstance(row, Mapping):
         return {}, f"a {type(row).__name__}, not an object"

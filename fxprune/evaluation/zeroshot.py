@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from fxprune.errors import EvaluationError
 from fxprune.evaluation.tasks import LocalTask, make_task
+from fxprune.graph.attempts import clear_errors
 from fxprune.graph.silence import quiet
+from fxprune.pipeline.arguments import refuse, whole_number
 
 __all__ = ["PAPER_TASKS", "TaskScore", "named_tasks", "zero_shot"]
 
@@ -60,6 +62,12 @@ def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, 
         tasks: names that lm-evaluation-harness knows, JSONL files (by path or :class:`LocalTask`), alone or in a
             sequence; or a mapping from names of your own.
     """
+    wanted = "names of tasks, JSONL files of questions, or a mapping from names to these"
+    if isinstance(tasks, bytes) or not isinstance(tasks, str | Path | LocalTask | Iterable):
+        raise refuse("tasks", tasks, wanted, EvaluationError)
+    for item in tasks.values() if isinstance(tasks, Mapping) else tasks if isinstance(tasks, Iterable) else ():
+        if not isinstance(item, str | Path | LocalTask):
+            raise refuse("tasks", item, wanted, EvaluationError)
     if isinstance(tasks, Mapping):
         return dict(tasks)
     items: list[Task] = [tasks] if isinstance(tasks, str | Path | LocalTask) else list(tasks)
@@ -70,6 +78,7 @@ def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, 
     return named
 
 
+@clear_errors("tasks", "Pass a language model, its own tokenizer, and tasks by name or as files", EvaluationError)
 def zero_shot(
     model: Any,
     tokenizer: Any,
@@ -91,6 +100,9 @@ def zero_shot(
         EvaluationError: the harness is missing, a task is unknown or cannot be loaded, or the model is not a Hugging
             Face one.
     """
+    batch = whole_number("batch", batch, least=1, error=EvaluationError)
+    if limit is not None:
+        limit = whole_number("questions", limit, least=1, error=EvaluationError)
     if not isinstance(model, PreTrainedModel):
         raise EvaluationError(
             f"tasks need a Hugging Face model, not a {type(model).__name__}",

@@ -11,7 +11,7 @@ import os
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "as_seed",
     "flag",
     "function",
+    "instance",
     "number",
     "numbers",
     "one_of",
@@ -31,6 +32,8 @@ __all__ = [
     "told",
     "whole_number",
 ]
+
+T = TypeVar("T")
 
 LARGEST_SEED = 2**64 - 1
 """What a generator of torch takes."""
@@ -147,15 +150,26 @@ def one_of(kind: str, value: Any, known: Iterable[str]) -> str:
     return value
 
 
-def function(name: str, value: Any, wanted: str) -> Callable[..., Any]:
-    """Return ``value``, which can be called.
+def function(name: str, value: Any, wanted: str, error: type[FxpruneError] = ArgumentError) -> Callable[..., Any]:
+    """Return ``value``, which can be called and is no class.
 
     Raises:
-        ArgumentError: it cannot.
+        FxpruneError: of the class ``error``: it cannot.
     """
-    if callable(value):
+    if callable(value) and not isinstance(value, type):
         return value  # type: ignore[no-any-return]
-    raise refuse(name, value, wanted)
+    raise refuse(name, value, wanted, error)
+
+
+def instance(name: str, value: Any, kind: type[T], wanted: str, error: type[FxpruneError] = ArgumentError) -> T:
+    """Return ``value``, which is of class ``kind``.
+
+    Raises:
+        FxpruneError: of the class ``error``: it is not.
+    """
+    if isinstance(value, kind):
+        return value
+    raise refuse(name, value, wanted, error)
 
 
 def as_path(name: str, value: Any, *, error: type[FxpruneError] = ArgumentError) -> str:

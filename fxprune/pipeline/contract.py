@@ -24,6 +24,7 @@ from fxprune.graph.fork import fork, unshare
 from fxprune.graph.source import Source
 from fxprune.graph.surroundings import neutral
 from fxprune.graph.tensors import weights
+from fxprune.pipeline.arguments import flag
 from fxprune.pipeline.spelling import spell
 
 __all__ = ["STAGES", "Pass", "PassResult", "run_apart"]
@@ -79,6 +80,7 @@ class Pass(PassBase):
                 pass failed with what is no error of this package.
         """
         with neutral(), clear_errors(f"pass {self.name}", _CHECK, PassError):
+            flag("inplace", inplace)
             self.check_arguments()
             self.requires(graph_module)
             if self.changes != "nothing" and not inplace:

@@ -12,7 +12,7 @@ from torch import fx
 from fxprune.errors import FxpruneError, PassError
 from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.graph.surroundings import neutral
-from fxprune.pipeline.arguments import function, refuse
+from fxprune.pipeline.arguments import flag, function, refuse
 from fxprune.pipeline.contract import Pass, PassResult, run_apart
 from fxprune.pipeline.registry import parse_pass
 from fxprune.pipeline.spelling import split
@@ -81,6 +81,7 @@ class PassSequence(Pass):
             FxpruneError: whatever a step raises, with a note that names the step.
         """
         with neutral():
+            flag("inplace", inplace)
             self.requires(graph_module)
             if self.changes != "nothing" and not inplace:
                 return run_apart(self, self.call, graph_module)

@@ -9,7 +9,7 @@ from typing import Any
 from fxprune.errors import PassError, UnknownNameError
 from fxprune.graph.facts import Fact, tell_givers
 from fxprune.pipeline.arguments import one_of
-from fxprune.pipeline.contract import Pass
+from fxprune.pipeline.contract import STAGES, Pass
 from fxprune.pipeline.spelling import read_spelling, spelled_fields
 
 __all__ = ["load_pass", "parse_pass", "pass_class", "pass_names"]
@@ -23,7 +23,13 @@ def _entries() -> dict[str, EntryPoint]:
 
 
 def pass_names(stage: str | None = None) -> tuple[str, ...]:
-    """Names of all installed passes, or of those of one stage that can be imported, such as ``"importance"``."""
+    """Names of all installed passes, or of those of one stage that can be imported, such as ``"importance"``.
+
+    Raises:
+        UnknownNameError: no such stage.
+    """
+    if stage is not None:
+        one_of("stage", stage, STAGES)
     names = tuple(sorted(_entries()))
     return names if stage is None else tuple(name for name in names if _stage(name) == stage)
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from fxprune.data.calibration import IGNORED
 from fxprune.errors import RecoveryError
+from fxprune.pipeline.arguments import instance, number
 from fxprune.recovery.lora import evaluating
 
 __all__ = ["Distillation", "distillation_sum"]
@@ -45,10 +47,10 @@ class Distillation:
         Raises:
             RecoveryError: a number makes no sense.
         """
-        if not 0 < self.weight <= 1:
-            raise RecoveryError(f"{self.weight}, it must be in (0, 1]", where="weight")
-        if not self.temperature > 0:
-            raise RecoveryError(f"{self.temperature}, it must be above 0", where="temperature")
+        weight = number("weight", self.weight, above=0, most=1, error=RecoveryError)
+        object.__setattr__(self, "weight", weight)
+        temperature = number("temperature", self.temperature, above=0, error=RecoveryError)
+        object.__setattr__(self, "temperature", temperature)
 
     def check(self, student: Any) -> None:
         """Refuse a student that the teacher cannot teach.
@@ -57,8 +59,10 @@ class Distillation:
             student: the model to train.
 
         Raises:
-            RecoveryError: the vocabularies of both differ in size, or the teacher is the student.
+            RecoveryError: the teacher is no Hugging Face model, or the student itself; or the vocabularies of both
+                differ in size.
         """
+        instance("teacher", self.teacher, PreTrainedModel, "the dense model, one of transformers'", RecoveryError)
         sizes = [_vocabulary(model) for model in (self.teacher, student)]
         if sizes[0] != sizes[1]:
             raise RecoveryError(

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fxprune.errors import RecoveryError, VerificationError
+from fxprune.graph.attempts import clear_errors
 from fxprune.graph.fork import fork
 from fxprune.graph.tensors import get_tensor, names_by_identity, set_tensor, weights
 
@@ -66,7 +67,11 @@ def as_before(model: PreTrainedModel) -> Iterator[None]:
         for name, module in model.named_modules():
             module.training = modes.get(name, False)
     if {name: tensor.shape for name, tensor in model.state_dict().items()} != shapes:
-        raise VerificationError("training changed the model's names or shapes", where="merge")
+        raise VerificationError(
+            "training changed the model's names or shapes",
+            where="merge",
+            remedy="Please report the model's config and the settings",
+        )
 
 
 @contextmanager
@@ -78,7 +83,8 @@ def run_folder(folder: str | Path | None) -> Iterator[Path]:
     """
     if folder is not None:
         path = Path(folder).expanduser()
-        path.mkdir(parents=True, exist_ok=True)
+        with clear_errors(str(path), "Pass a folder that can be made and written to", RecoveryError):
+            path.mkdir(parents=True, exist_ok=True)
         yield path
         return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

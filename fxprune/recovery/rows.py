@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fxprune.data.text import offline_text
 from fxprune.errors import DataError
+from fxprune.pipeline.arguments import told
 
 __all__ = ["BadRow", "read_rows"]
 
@@ -49,9 +52,9 @@ def read_rows(data: Any) -> Iterator[tuple[str, Any]]:
         return _from_file(Path(data))
     if isinstance(data, str):
         return _numbered(_from_hub(data))
-    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+    if isinstance(data, Mapping | bytes | type | torch.Tensor) or not isinstance(data, Iterable):
         raise DataError(
-            f"cannot read a {type(data).__name__}",
+            f"cannot read {told(data)}",
             where="data",
             remedy="Pass a path, the id of a data set, a datasets.Dataset, or a list of rows",
         )
@@ -66,13 +69,13 @@ def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix not in _SUFFIXES:
         raise DataError(f"a {path.suffix or 'suffixless'} file", where=str(path), remedy=f"Give one of {_SUFFIXES}")
     if not path.is_file():
-        raise DataError("there is no such file", where=str(path))
+        raise DataError("there is no such file", where=str(path), remedy=f"Give the path of one of {_SUFFIXES}")
     if path.suffix == ".parquet":
         return _numbered(_load("parquet", str(path), data_files=str(path)))
     try:
         content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text: {error}", where=str(path)) from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise DataError(f"not UTF-8 text: {error}", where=str(path), remedy="Give a text file in UTF-8") from error
     if path.suffix == ".txt":
         return iter([(path.name, content)])
     return _lines(content) if path.suffix == ".jsonl" else _document(content, path)
@@ -82,7 +85,7 @@ def _document(content: str, path: Path) -> Iterator[tuple[str, Any]]:
     """Return the rows of a JSON document: a list, a list under one key, or objects on lines of their own."""
     try:
         loaded = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") == "Extra data":
             return _lines(content)
         raise DataError(
@@ -102,7 +105,7 @@ def _lines(content: str) -> Iterator[tuple[str, Any]]:
         where = f"line {number}"
         try:
             yield where, json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield where, BadRow(where, f"not JSON: {getattr(error, 'msg', error)}")
 
 

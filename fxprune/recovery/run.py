@@ -15,7 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 from fxprune.errors import DataError, RecoveryError, UnsupportedModelError
+from fxprune.graph.attempts import clear_errors
 from fxprune.masking.compare import TOLERANCE
+from fxprune.pipeline.arguments import as_path, flag, function, instance, refuse
 from fxprune.recovery.data import DataReport, TrainingData, collate, read_training_data
 from fxprune.recovery.distil import Distillation
 from fxprune.recovery.lora import Targets, attach_lora, find_targets, merge_lora
@@ -72,6 +74,7 @@ class Recovery:
         return json.dumps(self.to_dict(), indent=2)
 
 
+@clear_errors("recover", "Check the settings, and that the model and its tokenizer belong together", RecoveryError)
 def recover(
     pruned: Any,
     data: Any = None,
@@ -113,6 +116,7 @@ def recover(
     chosen = settings_from(settings, changes)
     result = pruned if _is_result(pruned) else None
     _check(pruned, result, tokenizer)
+    _check_options(plan, distil, folder, inplace, arguments)
     if isinstance(distil, PreTrainedModel):
         distil = Distillation(distil)
     source: PreTrainedModel = pruned if result is None else result.model
@@ -217,7 +221,8 @@ class _Job:
 
 def _is_result(pruned: Any) -> TypeGuard[Result]:
     """Whether ``pruned`` is what a prune gives, by its parts: the module of its class stands above this one."""
-    return all(hasattr(pruned, name) for name in ("graph_module", "model", "plan", "report"))
+    parts = ("graph_module", "model", "plan", "report")
+    return not isinstance(pruned, type) and all(hasattr(pruned, name) for name in parts)
 
 
 def _check(pruned: Any, result: Result | None, tokenizer: Any) -> None:
@@ -231,8 +236,25 @@ def _check(pruned: Any, result: Result | None, tokenizer: Any) -> None:
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UnsupportedModelError("its weights are on meta", where="pruned", remedy="Load the weights first")
-    if not callable(tokenizer):
-        raise RecoveryError("there is no tokenizer", where="tokenizer", remedy="Pass the tokenizer of the model")
+    function("tokenizer", tokenizer, "the tokenizer of the model", RecoveryError)
+    missing = [name for name in ("pad_token_id", "eos_token_id") if not hasattr(tokenizer, name)]
+    if missing:
+        raise RecoveryError(f"it has no {missing[0]}", where="tokenizer", remedy="Pass the tokenizer of the model")
+
+
+def _check_options(plan: Any, distil: Any, folder: Any, inplace: Any, arguments: Any) -> None:
+    if plan is not None:
+        instance("plan", plan, Plan, "a Plan, as in result.plan, or None", RecoveryError)
+    if distil is not None and not isinstance(distil, Distillation | PreTrainedModel):
+        raise refuse("distil", distil, "the dense model, a Distillation, or None", RecoveryError)
+    if folder is not None:
+        as_path("folder", folder, error=RecoveryError)
+    flag("inplace", inplace)
+    named = isinstance(arguments, Mapping) and all(isinstance(name, str) for name in arguments)
+    if arguments is not None and not named:
+        raise refuse(
+            "arguments", arguments, "arguments of transformers.TrainingArguments by name, or None", RecoveryError
+        )
 
 
 def _check_ids(samples: TrainingData, model: PreTrainedModel) -> None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import SchedulerType
+
 from fxprune.errors import RecoveryError, UnknownNameError
+from fxprune.pipeline.arguments import as_seed, flag, instance, number, one_of, whole_number
 
 __all__ = ["FORMATS", "PRECISIONS", "RecoverySettings", "settings_from"]
+
+_LARGEST_SEED = 2**32 - 1
+"""What numpy takes, which transformers seeds as well."""
 
 FORMATS = ("auto", "instruction", "chat", "text")
 PRECISIONS = ("auto", "bf16", "float32")
@@ -72,21 +79,21 @@ class RecoverySettings:
             UnknownNameError: a name is not one of those known.
         """
         for name in ("rank", "batch", "micro_batch", "evaluations", "patience"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("learning_rate", "epochs", "clip", "alpha"):
-            self._require(name, getattr(self, name) > 0, "above 0")
-        self._require("max_tokens", self.max_tokens >= 2, "at least 2")
-        self._require("held_out", self.held_out > 0, "above 0: early stopping needs samples that are not trained on")
+            self._check(whole_number, name, least=1)
+        self._check(whole_number, "max_tokens", least=2)
+        for name in ("learning_rate", "epochs", "clip", "alpha", "held_out"):
+            self._check(number, name, above=0)
         for name in ("warmup", "dropout"):
-            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        if self.precision not in PRECISIONS:
-            raise UnknownNameError("precision", self.precision, PRECISIONS)
-        if self.data_format not in FORMATS:
-            raise UnknownNameError("data_format", self.data_format, FORMATS)
+            self._check(number, name, least=0, below=1)
+        self._check(as_seed, "seed", most=_LARGEST_SEED)
+        flag("response_only", self.response_only)
+        one_of("precision", self.precision, PRECISIONS)
+        one_of("data_format", self.data_format, FORMATS)
+        one_of("schedule", self.schedule, (schedule.value for schedule in SchedulerType))
 
-    def _require(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise RecoveryError(f"{getattr(self, name)!r}, it must be {wanted}", where=name)
+    def _check(self, check: Callable[..., Any], name: str, **bounds: float) -> None:
+        """Put the number that ``check`` reads in the place of what was given."""
+        object.__setattr__(self, name, check(name, getattr(self, name), error=RecoveryError, **bounds))
 
 
 def settings_from(settings: RecoverySettings | None, changes: dict[str, Any]) -> RecoverySettings:
@@ -99,4 +106,6 @@ def settings_from(settings: RecoverySettings | None, changes: dict[str, Any]) ->
     for name in changes:
         if name not in names:
             raise UnknownNameError("setting", name, names)
+    if settings is not None:
+        instance("settings", settings, RecoverySettings, "a RecoverySettings, or None", RecoveryError)
     return dataclasses.replace(settings or RecoverySettings(), **changes)

@@ -133,7 +133,11 @@ def make_trainer(
     try:
         training = TrainingArguments(**_arguments(settings, folder, len(data.train), dict(arguments or {})))
     except (TypeError, ValueError) as error:
-        raise RecoveryError(f"transformers refuses them: {error}", where="arguments") from error
+        raise RecoveryError(
+            f"transformers refuses them: {error}",
+            where="arguments",
+            remedy="Pass what transformers.TrainingArguments takes",
+        ) from error
     if training.fp16:
         raise RecoveryError("fp16 loses small updates", where="arguments", remedy="Leave fp16 out; bf16 is used")
     vocabulary = int(model.get_output_embeddings().weight.shape[0])

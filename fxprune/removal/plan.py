@@ -14,11 +14,16 @@ from fxprune.axes import Expr, Factor, Keep, factors, kept_mask, unit_index
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group
 from fxprune.errors import PlanError
+from fxprune.graph.attempts import clear_errors
 from fxprune.graph.blocks import within
+from fxprune.pipeline.arguments import told
 
 __all__ = ["Plan", "keep_of", "kept_of_constants", "plan_of"]
 
 _VERSION = 1
+
+_WRITTEN = "Use the text that Plan.to_json returned"
+_OWN = "Use the plan's own model, or make the plan again"
 
 
 @dataclass(frozen=True)
@@ -28,15 +33,40 @@ class Plan:
     Args:
         kept: for each name, for each axis that shrinks, the kept indices in order.
         removed_blocks: module paths of blocks that go as a whole.
+        sizes: for each name and axis in ``kept``, the size of the axis in the model that the plan was made for; where
+            it is not known, a plan of a smaller model is not told from one of this.
+
+    Raises:
+        PlanError: it is made of something else.
     """
 
     kept: Mapping[str, Mapping[int, list[int]]] = field(default_factory=dict)
     removed_blocks: tuple[str, ...] = ()
+    sizes: Mapping[str, Mapping[int, int]] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what is no plan."""
+        for what, value in (("kept", self.kept), ("sizes", self.sizes)):
+            for name, axes in _items(what, value):
+                for axis, held in _items(f"{what}[{name!r}]", axes):
+                    place = f"{what}[{name!r}][{axis!r}]"
+                    if not isinstance(name, str) or type(axis) is not int:
+                        raise _no_plan(place, "it is not by name and by number of an axis")
+                    numbers = held if what == "kept" else [held]
+                    if not isinstance(numbers, list | tuple) or not all(type(i) is int for i in numbers):
+                        raise _no_plan(place, f"it is {told(held)}, not whole numbers")
+        blocks: Any = self.removed_blocks
+        if not isinstance(blocks, tuple) or not all(isinstance(block, str) for block in blocks):
+            raise _no_plan("removed_blocks", f"they are {told(blocks)}, not a tuple of module paths")
 
     def to_json(self) -> str:
         """Return the plan as a JSON document."""
-        kept = {name: {str(axis): index for axis, index in axes.items()} for name, axes in self.kept.items()}
-        return json.dumps({"version": _VERSION, "kept": kept, "removed_blocks": list(self.removed_blocks)})
+        kept, sizes = (
+            {name: {str(axis): value for axis, value in axes.items()} for name, axes in held.items()}
+            for held in (self.kept, self.sizes)
+        )
+        blocks = list(self.removed_blocks)
+        return json.dumps({"version": _VERSION, "kept": kept, "removed_blocks": blocks, "sizes": sizes})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -45,25 +75,49 @@ class Plan:
         Raises:
             PlanError: the text is not such a document.
         """
-        try:
-            data: dict[str, Any] = json.loads(text)
-            version = data["version"]
-            kept = {
-                str(name): {int(axis): [int(i) for i in index] for axis, index in axes.items()}
-                for name, axes in data["kept"].items()
-            }
-            removed = tuple(str(block) for block in data["removed_blocks"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"not a plan: {error!r}", remedy="Use the text that Plan.to_json returned") from error
-        if version != _VERSION:
-            raise PlanError(f"plan of version {version}, this release reads {_VERSION}", remedy="Make the plan again")
-        return cls(kept, removed)
+        with clear_errors("plan", _WRITTEN, PlanError):
+            data: Any = json.loads(text)
+        if not isinstance(data, Mapping):
+            raise _no_plan("plan", f"it is {told(data)}")
+        version = data.get("version")
+        if type(version) is not int or version != _VERSION:
+            raise PlanError(
+                f"it is of version {told(version)}, this release reads {_VERSION}",
+                where="plan",
+                remedy="Make the plan again",
+            )
+        blocks = data.get("removed_blocks")
+        kept, sizes = (_by_axis(what, data.get(what, default)) for what, default in (("kept", None), ("sizes", {})))
+        return cls(kept, tuple(blocks) if isinstance(blocks, list) else blocks, sizes)  # type: ignore[arg-type]
+
+
+def _no_plan(where: str, what: str) -> PlanError:
+    return PlanError(what, where=where, remedy=_WRITTEN)
+
+
+def _items(where: str, value: Any) -> Iterable[tuple[Any, Any]]:
+    if not isinstance(value, Mapping):
+        raise _no_plan(where, f"it is {told(value)}, not a mapping")
+    return value.items()
+
+
+def _by_axis(what: str, value: Any) -> dict[str, dict[int, Any]]:
+    """Return what a JSON document says by name and axis; numbers of axes are text there."""
+    found: dict[str, dict[int, Any]] = {}
+    for name, axes in _items(what, value):
+        for axis, held in _items(f"{what}[{name!r}]", axes):
+            if not (axis.isascii() and axis.isdigit() and len(axis) < 3):
+                raise _no_plan(f"{what}[{name!r}]", f"{told(axis)} is no number of an axis")
+            found.setdefault(name, {})[int(axis)] = held
+    return found
 
 
 def plan_of(axes: AxisMap, keep: Keep, removed_blocks: tuple[str, ...] = ()) -> Plan:
     """Return the plan that leaves the units of ``keep``."""
     own = [name for name in axes.weights() if name not in axes.constants and not within(name, removed_blocks)]
-    return Plan(_kept(axes, keep, own), removed_blocks)
+    kept = _kept(axes, keep, own)
+    sizes = {name: {axis: axes.tensors[name][axis].size for axis in by_axis} for name, by_axis in kept.items()}
+    return Plan(kept, removed_blocks, sizes)
 
 
 def kept_of_constants(axes: AxisMap, keep: Keep) -> dict[str, dict[int, list[int]]]:
@@ -103,7 +157,7 @@ def keep_of(axes: AxisMap, groups: tuple[Group, ...], plan: Plan) -> Keep:
             raise PlanError(
                 f"{int(found.sum(axis=-1).min())} units of {group.size} stay where {group.least} have to",
                 where=group.name,
-                remedy="Use the plan's own model, or make the plan again",
+                remedy=_OWN,
             )
         if group.outer is not None and found.ndim == 2:
             outer[group.factor] = group.outer
@@ -115,16 +169,19 @@ def keep_of(axes: AxisMap, groups: tuple[Group, ...], plan: Plan) -> Keep:
 def _plan_masks(axes: AxisMap, plan: Plan) -> dict[tuple[str, int], npt.NDArray[np.bool_]]:
     blocks = set(plan.removed_blocks) - set(axes.bypasses)
     if blocks:
-        raise PlanError(f"the model has no removable block {sorted(blocks)[0]}", remedy="Use the plan's own model")
+        raise PlanError("the model has no removable block of this name", where=min(blocks), remedy=_OWN)
     masks: dict[tuple[str, int], npt.NDArray[np.bool_]] = {}
     for name, by_axis in plan.kept.items():
         for axis, index in by_axis.items():
             exprs = axes.tensors.get(name)
             if exprs is None or name not in axes.weights() or not 0 <= axis < len(exprs):
-                raise PlanError(
-                    "the model has no such axis", where=f"{name}[{axis}]", remedy="Use the plan's own model"
-                )
+                raise PlanError("the model has no such axis", where=f"{name}[{axis}]", remedy=_OWN)
             size = exprs[axis].size
+            made_for = plan.sizes.get(name, {}).get(axis, size)
+            if made_for != size:
+                raise PlanError(
+                    f"the plan is for {made_for} here, the model has {size}", where=f"{name}[{axis}]", remedy=_OWN
+                )
             if not index or min(index) < 0 or max(index) >= size or len(set(index)) < len(index):
                 raise PlanError(
                     f"kept indices do not fit an axis of {size}",
@@ -167,4 +224,4 @@ def _check_plan(axes: AxisMap, keep: Keep, masks: Mapping[tuple[str, int], npt.N
     for name, by_axis in again.items():
         for axis in by_axis:
             if (name, axis) not in masks:
-                raise PlanError("shrinks with others but is not in the plan", where=f"{name}[{axis}]")
+                raise PlanError("shrinks with others but is not in the plan", where=f"{name}[{axis}]", remedy=_OWN)

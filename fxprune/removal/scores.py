@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 
 from fxprune.axes import unit_index
 from fxprune.discovery.groups import Group, Member
-from fxprune.errors import PlanError, UnknownNameError
+from fxprune.errors import PassError, PlanError, UnknownNameError
+from fxprune.graph.attempts import clear_errors
 from fxprune.graph.facts import Change, Fact
+from fxprune.pipeline.arguments import as_path, told
 
 __all__ = ["REDUCTIONS", "PositionScores", "Scores", "score_groups", "unit_scores"]
 
@@ -53,9 +55,15 @@ class Scores(Fact):
     source: str = ""
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """Write the scores as safetensors: one float64 tensor for each group."""
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(row)) for name, row in self.units.items()}
-        save_file(tensors, file, {_FORMAT: str(_VERSION), "source": self.source})
+        """Write the scores as safetensors: one float64 tensor for each group.
+
+        Raises:
+            PlanError: nothing can be written there.
+        """
+        path = as_path("file", file, error=PlanError)
+        with clear_errors(path, "Choose a file in a folder that is there and can be written to", PlanError):
+            tensors = {name: torch.from_numpy(np.ascontiguousarray(row)) for name, row in self.units.items()}
+            save_file(tensors, path, {_FORMAT: str(_VERSION), "source": self.source})
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Scores:
@@ -64,15 +72,16 @@ class Scores(Fact):
         Raises:
             PlanError: there is no such file, or it holds something else.
         """
+        path = as_path("file", file, error=PlanError)
         try:
-            with safe_open(file, "pt") as opened:
+            with safe_open(path, "pt") as opened:
                 metadata = opened.metadata() or {}
                 if metadata.get(_FORMAT) != str(_VERSION):
                     raise ValueError(f"no scores of version {_VERSION}")
                 units = {name: opened.get_tensor(name).numpy() for name in opened.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise PlanError(
-                f"cannot be read: {error}", where=str(file), remedy="Use a file that Scores.save wrote"
+                f"cannot be read: {error}", where=path, remedy="Use a file that Scores.save wrote"
             ) from error
         return cls(units, metadata.get("source", ""))
 
@@ -82,8 +91,12 @@ class Scores(Fact):
         Raises:
             PlanError: there are scores for a group that is not there, or more or fewer than it has units.
         """
+        if not isinstance(self.units, Mapping):
+            raise PlanError(f"they are {told(self.units)}", where="scores", remedy="Use scores of an earlier run")
         shapes = {g.name: (g.size,) if g.outer is None else (g.outer.size, g.size) for g in groups}
         for name, row in self.units.items():
+            if not isinstance(row, np.ndarray):
+                raise PlanError(f"its scores are {told(row)}", where=str(name), remedy="Pass arrays of float64")
             if shapes.get(name) != row.shape or not np.isfinite(row).all():
                 found = "no such group" if name not in shapes else f"units {shapes[name]}"
                 raise PlanError(
@@ -115,7 +128,10 @@ def score_groups(groups: Iterable[Group], positions: PositionScores, reduction: 
 
 def unit_scores(group: Group, member: Member, positions: PositionScores) -> Array:
     """Return the sum of the position scores of each unit of ``group`` in one member."""
-    score = positions[member.name, member.axis].to(torch.float64).cpu().numpy()
+    found = positions[member.name, member.axis]
+    if found.is_meta:
+        raise PassError("its weights are on meta", where=member.name, remedy="Load the weights first")
+    score = found.to(torch.float64).cpu().numpy()
     if group.factor is None:
         return np.asarray([score.sum()])
     unit = unit_index(member.expr, group.factor)

@@ -63,7 +63,11 @@ class TensorPattern:
             else:
                 found.append((letter.name, 0))
         if len(found) != rank:
-            raise FxpruneError(f"{rank} axes do not match {', '.join(self.names())}", where=self.name)
+            raise FxpruneError(
+                f"{rank} axes do not match {', '.join(self.names())}",
+                where=self.name,
+                remedy="Let the notation name as many axes, or as many as there are with *",
+            )
         return found
 
     def lacks(self, rank: int) -> set[str]:

@@ -22,6 +22,7 @@ from torch import fx
 
 from fxprune.errors import UnknownNameError
 from fxprune.graph.compat import OpOverload, is_pointwise
+from fxprune.pipeline.arguments import function, instance, refuse
 from fxprune.rules.notation import read_notation
 from fxprune.rules.site import OpSite
 
@@ -101,9 +102,15 @@ def rule(
         adds: whether the op is the sum of its first two arguments.
 
     Raises:
+        ArgumentError: there is no name, or an argument is of the wrong type.
         FxpruneError: the notation makes no sense.
         UnknownNameError: there is no such word for ``values``.
     """
+    given: tuple[Any, ...] = names
+    if not given or not all(isinstance(name, str) and name for name in given):
+        raise refuse("names", names[0] if len(names) == 1 else names, "names of ops, such as 'mylib::turn'")
+    if notation is not None:
+        instance("notation", notation, str, "text such as 'x[*b, i, j] -> out[*b, j, i]'")
     if values is not None and values not in tuple(Values):
         raise UnknownNameError("values", str(values), tuple(Values))
     properties: dict[str, Any] = {
@@ -120,6 +127,7 @@ def rule(
 
     def decorate(decorated: Decorated) -> Decorated:
         if notation is None:
+            function("rule", decorated, "a function of an OpSite, or a notation")
             for name in names:
                 register_rule(name, decorated, **properties)  # type: ignore[arg-type]
         return decorated

@@ -76,7 +76,7 @@ def test_perplexity_runs_in_evaluation_mode_and_gives_the_mode_back(one_block: P
 def test_perplexity_refuses_what_has_no_next_token(one_block: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="next token"):
         perplexity(one_block, torch.zeros(3, 1, dtype=torch.long))
-    with pytest.raises(TypeError, match="logits"):
+    with pytest.raises(EvaluationError, match="logits"):
         perplexity(lambda input_ids: "text", torch.zeros(3, 2, dtype=torch.long))
 
 

@@ -111,7 +111,7 @@ def fail(error: BaseException) -> None:
 
 def test_the_last_net_says_where_and_what_to_do() -> None:
     with (
-        pytest.raises(PlanError, match="^here: KeyError: 'x'. Do that$") as caught,
+        pytest.raises(PlanError, match=r"^here: KeyError: 'x'\. Do that$") as caught,
         clear_errors("here", "Do that", PlanError),
     ):
         fail(KeyError("x"))

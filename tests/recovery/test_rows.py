@@ -46,7 +46,7 @@ def test_a_broken_line_is_named_and_the_others_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("data", "says"),
-    [(7, "cannot read a int"), ({"text": "one"}, "cannot read a dict"), (Path("a.csv"), r"a \.csv file")],
+    [(7, "cannot read 7"), ({"text": "one"}, "cannot read .'text'"), (Path("a.csv"), r"a \.csv file")],
 )
 def test_what_holds_no_rows_is_refused(data: Any, says: str) -> None:
     with pytest.raises(DataError, match=says):
