@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
@@ -14,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_map, tree_unflatten
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.numbers import int_oo
@@ -29,18 +33,20 @@ __all__ = [
     "FakeTensorProp",
     "HigherOrderOperator",
     "OpOverload",
+    "TorchDispatchMode",
     "TreeSpec",
     "argument_names",
     "enable_python_dispatcher",
     "fake_mode",
+    "forgetting",
     "guards_of",
     "is_check",
     "is_free",
     "is_impure",
     "is_pointwise",
     "is_random",
-    "largest_size",
     "size_hint",
+    "size_range",
     "spell_expression",
     "tree_leaves",
     "tree_map",
@@ -48,8 +54,11 @@ __all__ = [
     "work_out",
 ]
 
-GRADIENTS, AUTOCAST = "wrap_with_set_grad_enabled", "wrap_with_autocast"
-"""Higher-order ops that only set a mode around a subgraph: number and place of their arguments differ."""
+GRADIENTS = "wrap_with_set_grad_enabled"
+"""A higher-order op that sets a mode around a subgraph; the mode, whether there are gradients, comes first."""
+
+AUTOCAST = "wrap_with_autocast"
+"""The same for autocast: device, dtype, whether it is on, and whether casts are kept come first."""
 
 UNKNOWN_SIZE = 2**31 - 1
 """Stands for a size that only the data decides; such an axis is frozen.
@@ -63,6 +72,43 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
+class _Remembered(dict[Any, Any]):
+    """What torch remembers of calls on tensors without storage while :func:`forgetting` lasts."""
+
+
+@contextmanager
+def forgetting() -> Iterator[None]:
+    """Let torch forget, when the outermost of these contexts ends, what it learnt about symbolic sizes in it.
+
+    Its caches of results and of answers about sizes have no bound, and what is in them keeps itself alive, as C++ holds
+    the sizes, where the garbage collector does not look. The next trace has other symbols, and no use for them.
+    """
+    results, start = FakeTensorMode.cache, ShapeEnv.__init__
+    if isinstance(results, _Remembered):
+        yield
+        return
+
+    def started(sizes: ShapeEnv, *args: Any, **kwargs: Any) -> None:
+        start(sizes, *args, **kwargs)
+        _SIZES.add(sizes)
+
+    FakeTensorMode.cache, ShapeEnv.__init__ = _Remembered(), started  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        FakeTensorMode.cache, ShapeEnv.__init__ = results, start  # type: ignore[method-assign]
+        for method in vars(ShapeEnv).values():
+            if hasattr(method, "cache_clear"):
+                method.cache_clear()
+        for sizes in _SIZES:
+            sizes.fake_tensor_cache.clear()
+            (sizes.tracked_fakes or []).clear()
+
+
+_SIZES: WeakSet[ShapeEnv] = WeakSet()
+"""The symbolic sizes of traces that are still there: their caches fill again when a later pass works with them."""
+
+
 def size_hint(size: int | torch.SymInt) -> int:
     """The size seen while tracing, for a symbolic size too; a large prime where it depends on the data."""
     hint = size if isinstance(size, int) else size.node.hint
@@ -74,12 +120,12 @@ def is_free(size: int | torch.SymInt) -> bool:
     return not isinstance(size, int) and size.node.maybe_as_int() is None
 
 
-def largest_size(size: int | torch.SymInt) -> int | None:
-    """The largest value that tracing found ``size`` may have; None if there is none."""
+def size_range(size: int | torch.SymInt) -> tuple[int, int | None]:
+    """The smallest and the largest value that tracing found ``size`` may have; None if there is no largest."""
     if isinstance(size, int):
-        return size
-    bound = size.node.shape_env.bound_sympy(size.node.expr).upper
-    return None if bound is int_oo else int(bound)
+        return size, size
+    bounds = size.node.shape_env.bound_sympy(size.node.expr)
+    return int(bounds.lower), None if bounds.upper is int_oo else int(bounds.upper)
 
 
 _CODE_OF_OPS = ("_decomp", "_meta_registrations.py", "_refs")

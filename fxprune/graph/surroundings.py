@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from fxprune.graph.compat import forgetting
+
 __all__ = ["neutral"]
 
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
@@ -18,9 +20,11 @@ def neutral() -> Iterator[None]:
     """Compute as outside of any context of torch: with gradients, in the dtypes of the tensors, on the CPU by default.
 
     So a call does the same under ``torch.inference_mode()``, ``torch.no_grad()``, ``torch.autocast`` and
-    ``torch.device`` as without. Code that was compiled runs as it was written. Also as a decorator.
+    ``torch.device`` as without. Code that was compiled runs as it was written, and torch remembers nothing of the call.
+    Also as a decorator.
     """
     with ExitStack() as stack:
+        stack.enter_context(forgetting())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for device in _DEVICES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ INPUTS = "fxprune_inputs"
 
 class _SelectInputs:
     """A forward pre-hook that selects units of what is passed to a module."""
+
+    part_of_model: ClassVar[bool] = True  # without it the model computes something else, so copies have it too
 
     def __init__(self, names: list[str], entries: Mapping[str, Mapping[str, Any]]) -> None:
         self.names, self.entries = names, entries

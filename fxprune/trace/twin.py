@@ -119,5 +119,10 @@ def _hooks(model: nn.Module, wanted: Callable[[Any], bool]) -> Iterator[tuple[st
 
 
 def _is_foreign(hook: Any) -> bool:
-    """Whether somebody else than torch registered ``hook``: weight norm, say, computes weights in hooks of torch."""
-    return str(getattr(hook, "__module__", None) or type(hook).__module__).split(".")[0] != "torch"
+    """Whether ``hook`` is none of torch, which computes weights in some, and does not say that the model needs it."""
+    return not getattr(hook, "part_of_model", False) and _root_of(hook) != "torch"
+
+
+def _root_of(hook: Any) -> str:
+    """Return the name of the package that ``hook`` comes from."""
+    return str(getattr(hook, "__module__", None) or type(hook).__module__).partition(".")[0]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fxprune.graph.compat import (
     UNKNOWN_SIZE,
+    FakeTensorMode,
     argument_names,
     fake_mode,
+    forgetting,
     is_free,
     is_impure,
     is_pointwise,
     is_random,
-    largest_size,
     size_hint,
+    size_range,
 )
 
 aten = torch.ops.aten
@@ -33,7 +36,7 @@ def test_a_symbolic_size_is_free_and_has_a_hint_and_a_bound() -> None:
     batch, width = sizes()
     assert (is_free(batch), is_free(width)) == (True, False)
     assert (size_hint(batch), size_hint(width)) == (3, 6)
-    assert (largest_size(batch), largest_size(width)) == (50, 6)
+    assert (size_range(batch)[1], size_range(width)) == (50, (6, 6))
 
 
 def test_a_size_that_only_the_data_decides_has_no_hint() -> None:
@@ -57,3 +60,18 @@ def test_what_writes_stays_and_what_draws_may_go() -> None:
     drawn = graph.call_function(aten.rand.default, ([2],))
     out = graph.output(x)
     assert [is_impure(node) for node in (x, written, drawn, out)] == [True, True, False, True]
+
+
+def test_nothing_is_remembered_of_a_trace_that_is_over() -> None:
+    """Each trace left its symbols and all results on them, a megabyte or two, where no garbage collector looks."""
+    before, start = FakeTensorMode.cache, ShapeEnv.__init__
+    with forgetting():
+        with forgetting():
+            found = ShapeEnv()
+            found.fake_tensor_cache["a call"] = "its result"  # type: ignore[index,assignment]
+        assert found.fake_tensor_cache and FakeTensorMode.cache is not before
+    assert not found.fake_tensor_cache
+    assert FakeTensorMode.cache is before and ShapeEnv.__init__ is start
+    with forgetting():
+        found.fake_tensor_cache["a later call"] = "its result"  # type: ignore[index,assignment]
+    assert not found.fake_tensor_cache

@@ -1,0 +1,45 @@
+"""Tokens that vLLM says: run by the Python of an environment that has it, where nothing of ours is installed.
+
+python vllm_tokens.py FOLDER REQUEST.json ANSWER.json
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["answer"]
+
+
+def answer(folder: str, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    """Return what vLLM makes of a checkpoint, in float32.
+
+    Args:
+        folder: the checkpoint.
+        prompts: token ids.
+        tokens: how many come after each, the likeliest every time.
+
+    Returns:
+        ``tokens`` for each prompt, and the ``versions`` of what ran.
+    """
+    vllm = importlib.import_module("vllm")
+    engine = vllm.LLM(
+        folder,
+        model_impl="transformers",
+        trust_remote_code=True,
+        enforce_eager=True,
+        dtype="float32",
+        max_model_len=256,
+    )
+    greedy = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    said = engine.generate([{"prompt_token_ids": ids} for ids in prompts], greedy)
+    versions = {name: importlib.import_module(name).__version__ for name in ("vllm", "torch", "transformers")}
+    return {"tokens": [list(one.outputs[0].token_ids) for one in said], "versions": versions}
+
+
+if __name__ == "__main__":
+    request = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    Path(sys.argv[3]).write_text(json.dumps(answer(sys.argv[1], **request)), encoding="utf-8")
