@@ -116,3 +116,16 @@ def test_units_inside_and_outside_of_heads(name: str) -> None:
     groups = groups_of(dense)
     found = [sorted(group.size for group in groups if bool(group.renormalised) is inexact) for inexact in (False, True)]
     assert found == [exact, renormalised]
+
+
+def test_units_times_all_units_are_zero_where_both_are() -> None:
+    """A Kronecker product of units with what they are mapped to was taken for zero where one of the two is."""
+
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        h = m.a(x).relu()
+        return m.b(torch.kron(h, h.cos()).sum(-1))
+
+    net = Net(body, a=nn.Linear(5, 6), b=nn.Linear(49, 3))
+    dense = check_every_removal(net, {"x": torch.randn(7, 5)})
+    (group,) = (group for group in groups_of(dense) if group.size == 6)
+    assert group.renormalised

@@ -39,6 +39,18 @@ def test_a_statistic_is_taken_over_the_units_that_stay() -> None:
     assert torch.allclose(found, by_hand, atol=1e-6)
 
 
+def test_a_statistic_is_taken_at_other_sizes_than_the_traced_ones() -> None:
+    """A mean over tokens and units joined to one axis was taken over the units of as many tokens as were traced."""
+    net = Net(lambda m, x: m.b(m.a(x).flatten(1).mean(1, keepdim=True).exp()), a=nn.Linear(3, 6), b=nn.Linear(1, 2))
+    dense = discover(net, {"x": torch.randn(2, 5, 3)})
+    (group,) = (group for group in groups_of(dense) if group.size == 6)
+    assert group.factor is not None and group.renormalised
+    x = torch.randn(3, 4, 3)
+    by_hand = net.b(net.a(x)[..., torch.from_numpy(UNITS)].mean((1, 2))[:, None].exp())
+    found = MaskedRun(dense, axes_of(dense), Keep({group.factor: UNITS})).run(x)
+    assert torch.allclose(found, by_hand, atol=1e-6)
+
+
 def test_a_removed_block_is_gone_around() -> None:
     model = tiny("llama")
     dense = discover(model)

@@ -1,0 +1,389 @@
+"""Modules written by hand that mix caches, masks, writes in place, windows, scatters and products of units.
+
+Each removal equals masking, at two sizes; what cannot go is frozen, so the groups that are left are listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxprune.discovery.explain import frozen_axes
+from fxprune.graph.size_checks import refusal
+from tests.oracle import Net, graph_of, groups_of
+from tests.random_networks import check_every_removal
+
+Body = Callable[[Any, torch.Tensor], Any]
+AT_ONCE = 5
+
+PINNED = "low-rank-kronecker-of-values"
+"""torch asks for numbers where it joins the axes of a Kronecker product, so batch and tokens are those of the trace."""
+
+FOUND: dict[str, tuple[Body, list[int], list[int]]] = {}
+
+
+def mixed(exact: list[int], renormalised: list[int]) -> Callable[[Body], Body]:
+    """Make a function a module, whose groups have these sizes."""
+
+    def add(body: Body) -> Body:
+        FOUND[body.__name__.replace("_", "-")] = body, exact, renormalised
+        return body
+
+    return add
+
+
+def heads(h: torch.Tensor) -> torch.Tensor:
+    return h.unflatten(-1, (3, 4)).transpose(1, 2)
+
+
+def joined(h: torch.Tensor) -> torch.Tensor:
+    return h.transpose(1, 2).flatten(2)
+
+
+# ------------------------------------------------------------------------------------------------------------- caches
+
+
+@mixed([12], [])
+def cache_written_by_slice(m: Any, x: torch.Tensor) -> Any:
+    k = m.k(x)
+    cache = k.new_zeros(k.shape[0], 8, 12)
+    cache[:, : x.shape[1]] = k
+    return m.o((m.q(x) @ cache.mT).softmax(-1) @ cache)
+
+
+@mixed([12, 12], [])
+def cache_copied_by_number(m: Any, x: torch.Tensor) -> Any:
+    k = m.k(x)
+    cache = torch.zeros_like(F.pad(k, (0, 0, 0, 3))).index_copy(1, torch.arange(x.shape[1]), k)
+    return m.o((m.q(x) @ cache.mT).softmax(-1) @ m.v(F.pad(x, (0, 0, 0, 3))))
+
+
+@mixed([3, 4], [])
+def cache_of_heads_with_a_past(m: Any, x: torch.Tensor) -> Any:
+    past = heads(m.past.expand(x.shape[0], -1, -1))
+    k, v = (torch.cat((past, heads(part(x))), 2) for part in (m.k, m.v))
+    return m.o(joined(F.scaled_dot_product_attention(heads(m.q(x)), k, v)))
+
+
+@mixed([12], [])
+def cache_rolled_by_a_token(m: Any, x: torch.Tensor) -> Any:
+    cache = m.k(x).roll(1, 1)
+    cache[:, 0] = 0
+    return m.o((m.q(x) @ cache.mT) @ m.v(x).cumsum(1) + cache)
+
+
+@mixed([12], [])
+def keys_and_values_in_one_buffer(m: Any, x: torch.Tensor) -> Any:
+    both = x.new_zeros(2, *x.shape[:2], 12)
+    both[0], both[1] = m.k(x), m.v(x)
+    k, v = both.unbind(0)
+    return m.o((m.q(x) @ k.mT).relu() @ v)
+
+
+@mixed([12], [])
+def states_in_a_list(m: Any, x: torch.Tensor) -> Any:
+    h, states = m.k(x), [m.v(x)[:, 0]]
+    for i in range(3):
+        states.append(states[-1] * h[:, i].sigmoid() + h[:, i])
+    return m.o(torch.stack(states, 1))
+
+
+@mixed([12, 12], [])
+def fast_weights_in_a_loop(m: Any, x: torch.Tensor) -> Any:
+    q, k, v = m.q(x), m.k(x), m.v(x)
+    state = x.new_zeros(x.shape[0], 12, 12)
+    for i in range(3):
+        state = state + k[:, i, :, None] * (v[:, i] - (k[:, i, None] @ state)[:, 0])[:, None]
+    return m.o(q @ state)
+
+
+@mixed([3, 4, 4], [])
+def cache_of_heads_written_in_parts(m: Any, x: torch.Tensor) -> Any:
+    k = heads(m.k(x))
+    cache = k.new_zeros(k.shape[0], 3, 8, 4)
+    cache[:, :, :2] = k[:, :, :2]
+    cache.narrow(2, 2, 1).copy_(k[:, :, 2:3])
+    return m.o(joined((heads(m.q(x)) @ cache.mT).softmax(-1) @ F.pad(heads(m.v(x)), (0, 0, 0, 8))[:, :, :8]))
+
+
+# -------------------------------------------------------------------------------------------------- masks and diagonals
+
+
+@mixed([3, 4, 4], [])
+def mask_filled_in_place(m: Any, x: torch.Tensor) -> Any:
+    scores = heads(m.q(x)) @ heads(m.k(x)).mT
+    scores.masked_fill_(torch.ones(scores.shape[-2:]).tril() == 0, -9.0)
+    return m.o(joined(scores.softmax(-1) @ heads(m.v(x))))
+
+
+@mixed([12, 12], [])
+def band_of_scores(m: Any, x: torch.Tensor) -> Any:
+    return m.o((m.q(x) @ m.k(x).mT).triu(-1).tril(1) @ m.v(x))
+
+
+@mixed([], [])
+def diagonal_put_to_zero(m: Any, x: torch.Tensor) -> Any:
+    h = m.k(x)
+    s = h.mT @ h
+    s.diagonal(dim1=-2, dim2=-1).zero_()
+    return m.o(s)
+
+
+@mixed([12], [])
+def diagonal_of_sums(m: Any, x: torch.Tensor) -> Any:
+    h = m.k(x)
+    return m.o((h @ h.mT + torch.diag_embed(h.sum(-1))) @ h)
+
+
+@mixed([12], [])
+def trace_as_a_scale(m: Any, x: torch.Tensor) -> Any:
+    h = m.k(x)
+    return m.o(h * torch.einsum("bii->b", h.mT @ h)[:, None, None])
+
+
+@mixed([12], [])
+def diagonal_gate(m: Any, x: torch.Tensor) -> Any:
+    return m.o(m.k(x) @ torch.diag_embed(m.p.exp()))
+
+
+@mixed([12], [])
+def pooled_by_a_mask(m: Any, x: torch.Tensor) -> Any:
+    mask = (x[..., :1] > 0).to(x.dtype)
+    return m.o((m.k(x) * mask).sum(1) / mask.sum(1).clamp_min(1))
+
+
+@mixed([12], [12])
+def filled_where_another_is_small(m: Any, x: torch.Tensor) -> Any:
+    h = m.k(x)
+    return m.o(h.masked_fill(m.q(x).mean(-1, keepdim=True) < 0, 0.0))
+
+
+# -------------------------------------------------------------------------------------------- products of units, einsum
+
+
+@mixed([3, 4], [])
+def kronecker_gate(m: Any, x: torch.Tensor) -> Any:
+    return m.o(m.k(x) * torch.kron(m.three, m.four).sigmoid())
+
+
+@mixed([3, 4], [])
+def kronecker_layer(m: Any, x: torch.Tensor) -> Any:
+    return m.o(F.linear(m.k(x), torch.kron(torch.outer(m.three, m.three), torch.outer(m.four, m.four))))
+
+
+@mixed([12], [])
+def rank_one_update(m: Any, x: torch.Tensor) -> Any:
+    return m.o(F.linear(m.k(x), m.w + torch.outer(m.p, m.p.cos())))
+
+
+@mixed([12, 12], [])
+def state_of_outer_products(m: Any, x: torch.Tensor) -> Any:
+    state = torch.einsum("btk,btv->bkv", F.relu(m.k(x)), m.v(x))
+    return m.o(F.relu(m.q(x)) @ state)
+
+
+@mixed([3, 4, 4], [])
+def blocks_of_a_weight(m: Any, x: torch.Tensor) -> Any:
+    return m.o(torch.einsum("bthd,hde->bthe", m.k(x).unflatten(-1, (3, 4)), m.blocks).flatten(-2))
+
+
+@mixed([12, 12, 12], [])
+def bilinear_of_two(m: Any, x: torch.Tensor) -> Any:
+    return m.o(torch.einsum("btd,bte,de->bt", m.k(x), m.v(x), m.w)[..., None] * m.q(x))
+
+
+@mixed([12], [])
+def differences_of_all_pairs(m: Any, x: torch.Tensor) -> Any:
+    h = m.k(x)
+    return m.o((h[:, :, None] - h[:, None]).abs().mean(2))
+
+
+# ---------------------------------------------------------------------------------------------- softmaxes and scatters
+
+
+@mixed([3], [])
+def gate_of_grouped_softmax(m: Any, x: torch.Tensor) -> Any:
+    return m.o(m.q(x).unflatten(-1, (3, 4)).softmax(-1).flatten(-2) * m.k(x))
+
+
+@mixed([4, 8], [])
+def mixture_across_groups(m: Any, x: torch.Tensor) -> Any:
+    q, k = (part(x).unflatten(-1, (3, 4)) for part in (m.q, m.k))
+    return (q.softmax(-2) * k).sum(-2) @ m.w[:4]
+
+
+@mixed([4, 8, 9], [3])
+def experts_by_scatter(m: Any, x: torch.Tensor) -> Any:
+    score = m.k(x)[..., :3]
+    best = score.topk(2, -1)
+    gate = torch.zeros_like(score).scatter(-1, best.indices, best.values.softmax(-1))
+    return torch.einsum("bte,eio,bti->bto", gate, m.blocks, m.q(x)[..., :4])
+
+
+@mixed([5], [4])
+def experts_of_a_router(m: Any, x: torch.Tensor) -> Any:
+    score = F.linear(x, m.router)
+    best = score.topk(2, -1)
+    gate = torch.zeros_like(score).scatter(-1, best.indices, best.values.softmax(-1))
+    inner = torch.einsum("bti,eoi->bteo", x, m.up).relu()
+    return torch.einsum("bteo,eoj,bte->btj", inner, m.down, gate)
+
+
+@mixed([12], [])
+def tokens_added_the_other_way_round(m: Any, x: torch.Tensor) -> Any:
+    h = m.k(x)
+    return m.o(torch.zeros_like(h).index_add(1, torch.arange(h.shape[1]).flip(0), h.relu()))
+
+
+@mixed([], [])
+def token_written_over(m: Any, x: torch.Tensor) -> Any:
+    h = m.k(x)
+    return m.o(h.index_put((torch.tensor([1, 0]),), m.v(x)[:1], accumulate=True).select_scatter(h[:, 0].cos(), 1, 1))
+
+
+@mixed([4, 8], [3])
+def heads_picked_by_value(m: Any, x: torch.Tensor) -> Any:
+    h = heads(m.k(x))
+    best = h.sum(-1, keepdim=True).argmax(1, keepdim=True)
+    return h.gather(1, best.expand(-1, -1, -1, 4))[:, 0] @ m.w[:4]
+
+
+# ---------------------------------------------------------------------------------------------------- order and windows
+
+
+@mixed([12], [])
+def mixed_with_the_token_before(m: Any, x: torch.Tensor) -> Any:
+    h = m.k(x)
+    before = h.roll(1, 1)
+    before[:, 0] = 0
+    return m.o(h * m.p.sigmoid() + before * (1 - m.p.sigmoid()))
+
+
+@mixed([12], [])
+def both_directions(m: Any, x: torch.Tensor) -> Any:
+    h = m.k(x)
+    return m.o(h.cumsum(1) - h.flip(1).cumsum(1).flip(1))
+
+
+@mixed([12], [])
+def taps_over_windows(m: Any, x: torch.Tensor) -> Any:
+    return m.o(F.pad(m.k(x), (0, 0, 2, 0)).unfold(1, 3, 1) @ m.three)
+
+
+@mixed([12, 12], [])
+def local_attention(m: Any, x: torch.Tensor) -> Any:
+    k, v = (F.pad(part(x), (0, 0, 2, 0)).unfold(1, 3, 1) for part in (m.k, m.v))
+    share = torch.einsum("btd,btdw->btw", m.q(x), k).softmax(-1)
+    return m.o(torch.einsum("btw,btdw->btd", share, v))
+
+
+@mixed([3], [])
+def units_rolled_within_heads(m: Any, x: torch.Tensor) -> Any:
+    return m.o(m.k(x).unflatten(-1, (3, 4)).roll(1, -1).flatten(-2) * m.q(x))
+
+
+@mixed([6], [])
+def halves_swapped_in_place(m: Any, x: torch.Tensor) -> Any:
+    h = m.k(x)
+    w = h.clone()
+    w[..., :6], w[..., 6:] = h[..., 6:] * 2, h[..., :6]
+    return m.o(w * m.q(x))
+
+
+@mixed([4], [])
+def one_head_doubled_through_a_view(m: Any, x: torch.Tensor) -> Any:
+    w = m.k(x).clone()
+    w.view(*x.shape[:2], 3, 4)[:, :, 0].mul_(2.0)
+    return m.o(w)
+
+
+@mixed([4, 8], [])
+def parts_added_up_in_place(m: Any, x: torch.Tensor) -> Any:
+    total = x.new_zeros(*x.shape[:2], 4)
+    for part in m.k(x).chunk(3, -1):
+        total += part.relu()
+    return total @ m.w[:4]
+
+
+# --------------------------------------------------------------------------------------------- norms over several axes
+
+
+@mixed([12], [])
+def norm_of_tokens_and_units(m: Any, x: torch.Tensor) -> Any:
+    h = m.k(x)
+    return m.o(h / h.norm(dim=(1, 2), keepdim=True) + h / (1 + torch.linalg.matrix_norm(h, keepdim=True)))
+
+
+@mixed([3, 4], [])
+def norm_of_tokens_and_a_head(m: Any, x: torch.Tensor) -> Any:
+    h = heads(m.k(x))
+    return m.o(joined(h / (0.1 + torch.linalg.vector_norm(h, 3, (1, 3), keepdim=True))))
+
+
+@mixed([], [12])
+def spread_of_tokens_and_units(m: Any, x: torch.Tensor) -> Any:
+    h = m.k(x)
+    return m.o((h - h.mean((1, 2), keepdim=True)) / (h.var((1, 2), keepdim=True) + 0.1).sqrt())
+
+
+@mixed([], [12])
+def ratio_of_norms(m: Any, x: torch.Tensor) -> Any:
+    h = m.k(x)
+    return m.o(h * h.norm(dim=-1, keepdim=True) / h.abs().amax((1, 2), keepdim=True))
+
+
+@mixed([3], [])
+def low_rank_kronecker_of_values(m: Any, x: torch.Tensor) -> Any:
+    return F.linear(torch.kron(m.k(x), m.three), torch.kron(m.p[:, None] * m.p, m.three))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def module(body: Body) -> Net:
+    """The module whose forward is ``body``, with the layers and weights that it names."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w": (12, 12), "p": (12,), "past": (2, 12), "three": (3,), "four": (4,), "blocks": (3, 4, 4)}
+    shapes |= {"router": (4, 6), "up": (4, 5, 6), "down": (4, 5, 6)}
+    parts: dict[str, nn.Module | torch.Tensor] = {}
+    for name in sorted({*body.__code__.co_names} & {*"qkvo", *shapes}):  # type: ignore[attr-defined]
+        if name in shapes:
+            draw = torch.randn(*shapes[name], generator=generator, dtype=torch.float64)
+            parts[name] = nn.Parameter(draw / 3)
+            continue
+        parts[name] = layer = nn.Linear(12, 3) if name == "o" else nn.Linear(6, 12)
+        for tensor in layer.to(torch.float64).parameters():
+            tensor.data.normal_(generator=generator).div_(3)
+    return Net(body, **parts)
+
+
+class Several(nn.Module):
+    """Modules beside each other, which are traced at once in little more time than one of them."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(module(FOUND[name][0]) for name in names)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """What each of them makes of ``x``."""
+        return tuple(part(x) for part in self.parts)
+
+
+@pytest.mark.parametrize("start", range(0, len(FOUND), AT_ONCE))
+def test_what_goes_from_mixed_modules_equals_masking(start: int) -> None:
+    names = list(FOUND)[start : start + AT_ONCE]
+    x, other = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 5, 6), (3, 4, 6)))
+    dense = check_every_removal(
+        Several(names), {"x": x}, others={"x": other}, dynamic=True, thorough=False, accepted=1e-9
+    )
+    assert bool(refusal(dense, {"x": other})) == (PINNED in names)
+    groups = groups_of(dense)
+    for i, name in enumerate(names):
+        own = [group for group in groups if group.members[0].name.startswith(f"parts.{i}.")]
+        sizes = [sorted(group.size for group in own if bool(group.renormalised) is some) for some in (False, True)]
+        assert sizes == list(FOUND[name][1:]), (name, frozen_axes(graph_of(dense)))
