@@ -25,7 +25,7 @@ from fxprune.graph.facts import Facts, Notes, Runnable, Shaped, set_facts
 from fxprune.graph.silence import quiet
 from fxprune.graph.source import Constants, Source
 from fxprune.graph.surroundings import neutral
-from fxprune.graph.tensors import names_by_identity, weights
+from fxprune.graph.tensors import names_by_identity, on_meta, weights
 from fxprune.pipeline.arguments import flag
 from fxprune.trace.canonical import canonicalize, plain_in_place
 from fxprune.trace.checks import (
@@ -113,7 +113,7 @@ def trace(
         notes.append(f"not the same as the module if traced in {dtype}, dynamic={free}: {fidelity.where}")
     else:
         raise _refusal(model, failure, fidelity)
-    if check and fidelity.error is None and example_inputs is not None:
+    if check and fidelity.error is None and example_inputs is not None and not on_meta(graph_module):
         check_runs(model, example_inputs)
     notes += [*limits, *fidelity.notes, *_left_out(model)]
     graph_module.recompile()

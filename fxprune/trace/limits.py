@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.graph.compat import guards_of, is_free, size_hint, spell_expression, work_out
+from fxprune.graph.compat import guards_of, is_free, size_hint, size_range, spell_expression, work_out
 from fxprune.graph.inputs import input_tensors, is_input
 from fxprune.trace.inputs import free_axes
 
@@ -54,6 +54,7 @@ def limit_sizes(graph_module: fx.GraphModule, found: Mapping[Size, int | torch.S
         checks.tie(place, size)
     asked = guards_of(next(iter(free.values()))) if free else []
     notes = [note for expression, line in asked if (note := checks.guard(expression, line))]
+    notes += [note for place, size in free.items() if (note := checks.bound(place, size))]
     for place, number in fixed.items():
         checks.compare(operator.eq, place, number)
     return tuple(dict.fromkeys(notes))
@@ -62,6 +63,9 @@ def limit_sizes(graph_module: fx.GraphModule, found: Mapping[Size, int | torch.S
 def forbid(graph_module: fx.GraphModule, place: Size, size: int) -> str:
     """Let a graph refuse a ``size`` of an axis; return the limit in words."""
     return _Checks(graph_module.graph, {}).compare(operator.ne, place, size)
+
+
+_SPELLED = {operator.eq: "==", operator.ne: "!=", operator.le: "<="}
 
 
 class _Checks:
@@ -80,6 +84,7 @@ class _Checks:
         self.said = {(node, axis): f"{name}.shape[{axis}]" for node, name in inputs.items() for axis in (0, 1)}
         self.symbols: dict[Any, Size] = {}
         self.traced: dict[Size, int] = {}
+        self.bounded: set[Size] = set()
 
     def tie(self, place: Size, size: torch.SymInt) -> None:
         """A size that tracing found to follow from others has to; one that does not is known from now on."""
@@ -96,6 +101,8 @@ class _Checks:
         known = expression.free_symbols <= set(self.symbols)
         if not known or all(self.symbols[symbol] in self.fixed for symbol in expression.free_symbols):
             return ""
+        if len(expression.free_symbols) == 1 and getattr(expression, "rel_op", "") in ("<", "<="):
+            self.bounded.update(self.symbols[symbol] for symbol in expression.free_symbols)
         text = f"{self._spelled(expression)} ({line})"
         try:
             self._require(lambda values: work_out(expression, values), expression, text)
@@ -104,9 +111,16 @@ class _Checks:
             text = ", ".join(self.compare(operator.eq, place, self.traced[place], f" ({line})") for place in places)
         return text
 
+    def bound(self, place: Size, size: torch.SymInt) -> str:
+        """A size that cannot be large, as of the rows of a table, has not to be; return the condition in words."""
+        largest = size_range(size)[1]
+        if largest is None or place in self.bounded or place in self.fixed or not size.node.expr.is_Symbol:
+            return ""
+        return self.compare(operator.le, place, largest)
+
     def compare(self, how: Callable[[Any, Any], Any], place: Size, number: int, why: str = "") -> str:
-        """A size has to be, or not to be, a number; return the condition in words."""
-        text = f"{self.said[place]} {'==' if how is operator.eq else '!='} {number}{why}"
+        """A size has to compare so with a number; return the condition in words."""
+        text = f"{self.said[place]} {_SPELLED[how]} {number}{why}"
         self._assert(lambda: how(self._read(place), number), text)
         return text
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxprune.graph.compat import AUTOCAST, GRADIENTS, HigherOrderOperator, is_check, tree_leaves
+from fxprune.graph.compat import AUTOCAST, GRADIENTS, HigherOrderOperator, TorchDispatchMode, is_check, tree_leaves
 
 __all__ = ["copy_body"]
 

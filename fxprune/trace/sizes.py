@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from fxprune.graph.compat import fake_mode, is_free, largest_size, size_hint
+from fxprune.graph.compat import fake_mode, is_free, size_hint, size_range
 from fxprune.graph.inputs import example_of
 from fxprune.trace.inputs import free_axes
 
@@ -27,24 +27,24 @@ Other than those traced with, and as many tokens as work is counted at, so that 
 def pin_sizes(graph_module: fx.GraphModule) -> str:
     """Write the size into the metadata of inputs of which the graph takes one size only.
 
-    A size may be free, one number, or a range, which counts as one number where it ends early. Where a graph divides
-    sizes it is also run without storage at other ones.
+    A size may be free, in a range, or one number. Where a graph divides sizes it is also run without storage at other
+    ones.
 
     Returns:
         What was fixed, in words; empty if nothing was.
     """
     inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     tensors = [node for node in inputs if isinstance(node.meta["val"], torch.Tensor)]
-    pinned = [note for node in tensors if (note := _pin(node, _ends_early))]
+    pinned = [note for node in tensors if (note := _pin(node, _is_one_number))]
     divided = any(node.target in _LOSSY for node in graph_module.graph.nodes)
     if divided and not _runs(graph_module, inputs):
         pinned = [note for node in tensors if (note := _pin(node, lambda _, axis: axis > 0))] or pinned
     return ", ".join(dict.fromkeys(pinned))
 
 
-def _ends_early(size: int | torch.SymInt, axis: int) -> bool:
-    largest = largest_size(size)
-    return largest is not None and largest < _OTHER[min(axis, 1)]
+def _is_one_number(size: int | torch.SymInt, axis: int) -> bool:
+    smallest, largest = size_range(size)
+    return smallest == largest
 
 
 def _pin(node: fx.Node, fixed: Callable[[int | torch.SymInt, int], bool]) -> str:

@@ -66,10 +66,9 @@ def outcome(module: nn.Module, inputs: Inputs, others: Sequence[Inputs] = ()) ->
         said = [line for at in (inputs, *others) if (line := same(module, dense, at))]
         check_gradients(module, dense, inputs)
         load_pass("find-groups")(dense, inplace=True)
-        gone = 0
-        for slim, masked in () if is_random(module, inputs) else removals(module, dense):
-            gone += 1
-            said += [line for at in (inputs, *others) if (line := same(masked, slim, at))]
+        pairs = [] if is_random(module, inputs) else list(removals(module, dense))
+        said += [line for slim, masked in pairs for at in (inputs, *others) if (line := same(masked, slim, at))]
+        gone = len(pairs)
     except FxpruneError as error:
         assert error.what and "\n" not in error.what, error
         said = [str(error)]
