@@ -60,7 +60,9 @@ class Engine:
 
     def greedy(self, tokens: list[int], count: int, stop: int) -> list[int]:
         """The likeliest tokens, without the one that stops."""
-        answer = self._complete(tokens, n_predict=count, n_probs=1, samplers=["top_k"], top_k=1, logit_bias=[[stop, False]])
+        answer = self._complete(
+            tokens, n_predict=count, n_probs=1, samplers=["top_k"], top_k=1, logit_bias=[[stop, False]]
+        )
         return [entry["id"] for entry in answer["choices"][0]["logprobs"]["content"]]
 
     def tokenize(self, text: str) -> list[int]:

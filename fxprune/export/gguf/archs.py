@@ -12,7 +12,7 @@ from typing import Any
 
 import gguf
 
-__all__ = ["Arch", "arch_named", "candidates", "name_elsewhere", "names_in_format", "place_of"]
+__all__ = ["Arch", "arch_named", "candidates", "file_type", "joined", "name_elsewhere", "names_in_format", "place_of"]
 
 _BLOCK = "blk.{bid}."
 
@@ -75,6 +75,21 @@ def _data() -> Any:
     return json.loads(resources.files("fxprune.export.gguf").joinpath("archs.json").read_text(encoding="utf-8"))
 
 
+def joined(part: str) -> tuple[str, ...]:
+    """Return the name of a tensor that is several in one, and the names of these, in their order.
+
+    Args:
+        part: of a block: ``attention`` or ``mlp``.
+    """
+    return tuple(_data()["joined"][part])
+
+
+def file_type(quantization: str) -> int:
+    """Return the number that a file has for the type of most of its weights."""
+    numbers: dict[str, int] = _data()["file_types"]
+    return numbers.get(quantization, numbers["other"])
+
+
 @functools.cache
 def arch_named(name: str) -> Arch:
     """Return an architecture by its name in the format."""
@@ -125,7 +140,8 @@ def names_in_format(module: str, arch: Arch) -> tuple[str, ...]:
         As ``attn_q``; none where the format knows no such tensor.
     """
     known = _known_modules().get(module, ())
-    return tuple(_name(tensor) for tensor in known if tensor in arch.tensors or tensor in _SPLIT_OR_JOINED)
+    others = set(joined("attention"))
+    return tuple(_name(tensor) for tensor in known if tensor in arch.tensors or _name(tensor) in others)
 
 
 def name_elsewhere(module: str) -> str:
@@ -135,8 +151,3 @@ def name_elsewhere(module: str) -> str:
 
 def _name(tensor: gguf.MODEL_TENSOR) -> str:
     return str(gguf.TENSOR_NAMES[tensor]).removeprefix(_BLOCK)
-
-
-_SPLIT_OR_JOINED = {
-    tensor for tensor in gguf.MODEL_TENSOR if tensor.name in ("ATTN_Q", "ATTN_K", "ATTN_V", "ATTN_Q" + "KV")
-}

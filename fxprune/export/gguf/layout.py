@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fxprune.errors import ExportError
-from fxprune.export.gguf.archs import Arch, name_elsewhere, names_in_format, place_of
+from fxprune.export.gguf.archs import Arch, joined, name_elsewhere, names_in_format, place_of
 from fxprune.export.gguf.decoder import Decoder
 
 __all__ = ["LAYOUTS", "Contents", "Layout", "lay_out"]
@@ -113,9 +113,9 @@ def _split(block: _Block, layout: Layout) -> bool:
     parts = block.parts
     if block.sizes is not None:
         for leaf in ("weight", "bias"):
-            fused = parts.pop(f"attn_qkv.{leaf}", None)
+            whole, *names = (f"{name}.{leaf}" for name in joined("attention"))
+            fused = parts.pop(whole, None)
             if fused is not None:
-                names = (f"attn_q.{leaf}", f"attn_k.{leaf}", f"attn_v.{leaf}")
                 parts |= dict(zip(names, _unfused(fused, block.sizes, layout), strict=True))
         if "attn_q.weight" not in parts:
             raise ExportError("has attention of a kind that the format does not know", where=f"block {block.number}")
@@ -232,8 +232,8 @@ def _reordered(rows: torch.Tensor, size: int, turned: int, order: str) -> torch.
 def _joined(block: _Block, arch: Arch) -> Tensors:
     """Return the tensors of a block as the architecture has them: fused, stacked, or apart."""
     parts = dict(block.parts)
-    for whole, pieces in (("attn_qkv", ("attn_q", "attn_k", "attn_v")), ("ffn_up", ("ffn_gate", "ffn_up"))):
-        wanted = arch.fused if whole == "attn_qkv" else arch.stacked
+    for part, wanted in (("attention", arch.fused), ("mlp", arch.stacked)):
+        whole, *pieces = joined(part)
         for leaf in ("weight", "bias") if wanted else ():
             if f"{pieces[0]}.{leaf}" in parts:
                 parts[f"{whole}.{leaf}"] = torch.cat([parts.pop(f"{piece}.{leaf}") for piece in pieces])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 
+from fxprune.export.gguf.archs import joined
 from fxprune.export.gguf.layout import Contents
 
 __all__ = ["logits_of"]
@@ -115,9 +116,11 @@ class _Reader:
         heads, pairs = self.number("attention.head_count", number), self.number("attention.head_count_kv", number)
         key, value = self.keys["attention.key_length"], self.keys["attention.value_length"]
         if self.arch.fused:
-            q, k, v = self.linear(x, f"{at}attn_qkv").split([heads * key, pairs * key, pairs * value], -1)
+            q, k, v = self.linear(x, f"{at}{joined('attention')[0]}").split(
+                [heads * key, pairs * key, pairs * value], -1
+            )
         else:
-            q, k, v = (self.linear(x, f"{at}attn_{name}") for name in "qkv")
+            q, k, v = (self.linear(x, f"{at}{name}") for name in joined("attention")[1:])
         q, k = (self.head_norm(t, f"{at}attn_{name}_norm", key) for t, name in ((q, "q"), (k, "k")))
         q, k = (self.turn(t.unflatten(-1, (-1, key)), number) for t in (q, k))
         v = v.unflatten(-1, (pairs, value))

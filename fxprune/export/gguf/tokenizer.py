@@ -108,7 +108,7 @@ def _parts(told: Mapping[str, Any], kind: str = "") -> list[Mapping[str, Any]]:
 
 def _over_bytes(told: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of byte pair encoding over bytes."""
-    return {"model": "gpt2", "pre": _splitting(told), "merges": _merges(told)}
+    return {"model": _data()["models"]["bytes"], "pre": _splitting(told), "merges": _merges(told)}
 
 
 def _merges(told: Mapping[str, Any]) -> list[str]:
@@ -116,10 +116,8 @@ def _merges(told: Mapping[str, Any]) -> list[str]:
 
 
 @functools.cache
-def _ways_to_split() -> list[dict[str, Any]]:
-    text = resources.files("fxprune.export.gguf").joinpath("tokenizers.json").read_text(encoding="utf-8")
-    found: list[dict[str, Any]] = json.loads(text)["pre"]
-    return found
+def _data() -> Any:
+    return json.loads(resources.files("fxprune.export.gguf").joinpath("tokenizers.json").read_text(encoding="utf-8"))
 
 
 def _splitting(told: Mapping[str, Any]) -> str:
@@ -130,7 +128,7 @@ def _splitting(told: Mapping[str, Any]) -> str:
         "byte_level_regex": bool(last.get("use_regex", True)),
         "ignore_merges": bool(told["model"].get("ignore_merges")),
     }
-    for way in _ways_to_split():
+    for way in _data()["pre"]:
         name = way["name"]
         if found == {"ignore_merges": False} | {key: value for key, value in way.items() if key != "name"}:
             return str(name)
@@ -157,7 +155,12 @@ def _with_byte_fallback(told: Mapping[str, Any]) -> dict[str, Any]:
     for rank, merge in enumerate(_merges(told)):
         left, _, right = merge.partition(" ")
         scores.setdefault(left + right, -float(rank))
-    return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": _adds_space(told)}
+    return {
+        "model": _data()["models"]["characters"],
+        "pre": "default",
+        "scores": scores,
+        "add_space_prefix": _adds_space(told),
+    }
 
 
 def _adds_space(told: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fxprune.errors import ExportError, UnknownNameError
+from fxprune.export.gguf.archs import file_type
 from fxprune.export.gguf.layout import Contents
 from fxprune.export.gguf.tokenizer import Entry
 
@@ -122,7 +123,7 @@ def write_file(contents: Contents, tokenizer: Iterable[Entry], path: Path, kind:
     writer = gguf.GGUFWriter(path, contents.arch.name)
     try:
         writer.add_name(name)
-        writer.add_file_type(_file_type(kind))
+        writer.add_file_type(file_type(kind.name.lower()))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in contents.keys.items():
             _add(writer, f"{contents.arch.name}.{key}", value)
@@ -145,12 +146,6 @@ def _write_tensors(writer: gguf.GGUFWriter, contents: Contents, kind: Type) -> N
     for name, tensor in contents.tensors.items():
         values = tensor.detach().float().cpu().contiguous().numpy()
         writer.write_tensor_data(gguf.quants.quantize(values, types[name]))
-
-
-def _file_type(kind: Type) -> int:
-    names = gguf.LlamaFileType.__members__
-    found = next((names[name] for name in (f"ALL_{kind.name}", f"MOSTLY_{kind.name}") if name in names), None)
-    return int(gguf.LlamaFileType.GUESSED if found is None else found)
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
