@@ -9,7 +9,10 @@ from tests.random_ops import CHOICES, Picks, op
 if TYPE_CHECKING:
     from tests.random_networks import RandomNet
 
-__all__: list[str] = []
+__all__ = ["LINES"]
+
+LINES: dict[str, bool] = {}
+"""Every line that was among those to choose from, and whether it was ever part of a network."""
 
 
 def _put(net: RandomNet, picks: Picks, code: str, **names: object) -> str | None:
@@ -17,7 +20,11 @@ def _put(net: RandomNet, picks: Picks, code: str, **names: object) -> str | None
     lines = [line.strip() for line in code.strip().splitlines()]
     chosen = lines[(picks.number() + CHOICES * picks.number()) % len(lines)]
     asked = {name: make for name, make in names.items() if f"{{{name}}}" in chosen}
-    return net.put(chosen.format(**{name: make() if callable(make) else make for name, make in asked.items()}))
+    found = net.put(chosen.format(**{name: make() if callable(make) else make for name, make in asked.items()}))
+    for line in lines:
+        LINES.setdefault(line, False)
+    LINES[chosen] |= found is not None
+    return found
 
 
 def _axes(net: RandomNet, v: str, picks: Picks) -> tuple[int, int]:
@@ -108,7 +115,7 @@ def diagonals(net: RandomNet, v: str, picks: Picks) -> None:
         {v} * {m}.diagonal()
         {v} * {m}.diag()
         F.linear({v}, torch.block_diag({m}, {m})[:{n}, :{n}])
-        {v} @ torch.block_diag({m}, {q})
+        {v} @ torch.block_diag({m}, {q})[:{n}]
         ({v}.mT @ {v}) - torch.diag_embed(({v}.mT @ {v}).diagonal(dim1=-2, dim2=-1))
         torch.tril({v} @ {v}.mT).diagonal(dim1=-2, dim2=-1)"""
     _put(net, picks, code, v=v, n=n, p=lambda: net.weight(n), m=lambda: net.weight(n, n), q=lambda: net.weight(3, 4))
