@@ -13,22 +13,8 @@ from fxprune.recipes.recipe import Recipe
 
 __all__ = ["Making", "Wishes", "compose"]
 
-_CARRIED = frozenset(
-    [
-        "kinds",
-        "reduction",
-        "ranking",
-        "protect",
-        "round_to",
-        "uniform",
-        "tensor_parallel",
-        "budget",
-        "ratio",
-        "first",
-        "samples",
-        "reach",
-    ]
-)
+_WIDTHS = ("kinds", "ranking", "protect", "round_to", "uniform", "tensor_parallel", "budget", "ratio", "first")
+_CARRIED = (*_WIDTHS, "reduction", "samples", "reach")
 """Arguments that mean the same in all passes of a stage: one that takes the place of another has them from it."""
 
 _DATA_STAGES = ("compensate", "tune")
