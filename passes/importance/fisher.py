@@ -45,15 +45,19 @@ class FisherImportancePass(ForwardImportancePass):
         1/2 1' F_SS 1,   F = mean over samples of g_s g_s'
 
     ``F`` has the rank of the number of samples, and is never formed: with the sums ``r_s`` of ``g_s`` over what went,
-    the next unit ``u`` costs ``mean over s of (1 - shrinkage) r_s g_su + 1/2 g_su ** 2``. All units of a kind are in
-    one order; the score of a unit is what it cost at its turn, or what the dearest before it cost.
+    the next unit ``u`` costs::
+
+        1/2 mean over s of g_su ** 2 + (1 - shrinkage) * max(mean over s of r_s g_su, 0)
+
+    So units that do the same cost more together. That units make up for each other counts for nothing: among many units
+    there are always some whose gradients on a few samples happen to cancel, important ones too. All units of a kind
+    are in one order; the score of a unit is what it cost at its turn, or what the dearest before it cost.
 
     Source: Kwon et al., "A Fast Post-Training Pruning Framework for Transformers" (arXiv 2204.09656), section 4: the
     Fisher matrix of masks, there diagonal and then in blocks, one for each layer.
 
     Args:
-        shrinkage: by how much interactions count less than estimated, in [0, 1]: with fewer samples than units most of
-            them are chance. At 1 this is the diagonal alone.
+        shrinkage: by how much interactions count less than estimated, in [0, 1]. At 1 this is the diagonal alone.
         steps: turns for a kind; as many units go in each.
     """
 
@@ -150,7 +154,7 @@ def greedy_costs(rows: torch.Tensor, shrinkage: float, steps: int) -> Array:
     gone = rows.new_zeros(samples)
     each = max(1, -(-count // steps))
     while len(left):
-        together = ((gone @ rows) * ((1 - shrinkage) / samples)).double().cpu().numpy()[left]
+        together = ((gone @ rows) * ((1 - shrinkage) / samples)).clamp_min(0).double().cpu().numpy()[left]
         found = alone[left] + together
         picked = np.argpartition(found, each)[:each] if each < len(left) else np.arange(len(left))
         picked = picked[np.argsort(found[picked], kind="stable")]

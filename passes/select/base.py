@@ -12,8 +12,9 @@ from torch import fx
 
 from fxprune.checkpoint.stock import stock_test
 from fxprune.discovery.dependency import Dependencies
+from fxprune.discovery.explain import unruled
 from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds
-from fxprune.errors import FxpruneError, PassError
+from fxprune.errors import FxpruneError, PassError, RatioError
 from fxprune.graph.facts import Change, Fact, add_note, facts_of
 from fxprune.graph.source import Source
 from fxprune.masking.compare import Expected
@@ -138,7 +139,13 @@ class SelectPass(Pass):
 
             return Selection(slots, scores, budget, sizes, removal, accepts, note, graph_module, selection_by)
 
-        facts.put(self.decide(selection_by(scores)))
+        try:
+            facts.put(self.decide(selection_by(scores)))
+        except RatioError as error:
+            frozen = unruled(axes)
+            if not frozen:
+                raise
+            raise _with_unruled(error, frozen) from error
         return PassResult(graph_module, False)
 
     def decide(self, selection: Selection) -> Removal:
@@ -162,6 +169,18 @@ class SelectPass(Pass):
     @abstractmethod
     def choose(self, selection: Selection) -> list[Choice]:
         """Return a choice for each slot."""
+
+
+def _with_unruled(error: RatioError, frozen: Mapping[str, Sequence[str]]) -> RatioError:
+    """Return an error that names ops without a rule, where such froze what might have gone."""
+    op, axes = max(frozen.items(), key=lambda item: len(item[1]))
+    others = f" and {len(frozen) - 1} more ops" if len(frozen) > 1 else ""
+    more = f" and {len(axes) - 1} more axes" if len(axes) > 1 else ""
+    return RatioError(
+        f"{error.what}; {op}{others} has no rule and froze {axes[0]}{more}",
+        where=error.where,
+        remedy=f"{error.remedy}; or say what the op does to axes, with fxprune.rule",
+    )
 
 
 def _protect(value: Any) -> tuple[float, ...]:

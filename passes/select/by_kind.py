@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from fxprune.discovery.groups import KINDS
+from fxprune.discovery.groups import as_kinds, bare_kind
 from fxprune.errors import ArgumentError
-from fxprune.pipeline.arguments import one_of, refuse
+from fxprune.pipeline.arguments import refuse
 
 __all__ = ["as_pairs", "of_kind", "read_by_kind"]
 
@@ -31,8 +31,8 @@ def read_by_kind(name: str, value: Any, read: Callable[[str, Any], T]) -> T | tu
     items = list(value.items() if isinstance(value, Mapping) else value)
     if not items or not all(isinstance(item, tuple | list) and len(item) == 2 for item in items):
         raise refuse(name, value, "a number, or numbers by kind as in {'mlp': .., 'head': ..}")
-    pairs = tuple((one_of("kind", kind, KINDS), read(f"{name}[{kind!r}]", number)) for kind, number in items)
-    if len(dict(pairs)) < len(pairs):
+    pairs = tuple((as_kinds([kind])[0], read(f"{name}[{kind!r}]", number)) for kind, number in items)
+    if len({bare_kind(kind) for kind, _ in pairs}) < len(pairs):
         raise ArgumentError("a kind comes twice", where=name, remedy="Give one number for each kind")
     return pairs
 
@@ -44,4 +44,4 @@ def as_pairs(value: T | tuple[tuple[str, T], ...]) -> dict[str, T] | None:
 
 def of_kind(value: T | tuple[tuple[str, T], ...], kind: str, default: T) -> T:
     """Return the number for ``kind``, ``default`` where kinds have numbers and this one has none."""
-    return dict(value).get(kind, default) if isinstance(value, tuple) else value
+    return {bare_kind(key): number for key, number in value}.get(kind, default) if isinstance(value, tuple) else value

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
-from fxprune.discovery.groups import as_kinds
+from fxprune.discovery.groups import as_kinds, bare_kind
 from fxprune.errors import RatioError
 from fxprune.pipeline.arguments import number
 from fxprune.removal.removal import Removal
@@ -55,8 +55,8 @@ class SelectByRatioPass(SelectPass):
 
     @property
     def asked(self) -> dict[str, float]:
-        """The ratio, where there is one for all kinds."""
-        return {} if isinstance(self.ratio, tuple) else {"ratio": self.ratio}
+        """The ratio, where there is one for all kinds, of all parameters."""
+        return {} if isinstance(self.ratio, tuple) or self.budget != "params" else {"ratio": self.ratio}
 
     def choose(self, selection: Selection) -> list[Choice]:
         """As many units from each slot as make the ratio, of each kind where it is given by kind.
@@ -71,7 +71,8 @@ class SelectByRatioPass(SelectPass):
                 return self._of_part(selection, first, [(0, 0)] * len(selection.slots), self.ratio, total)
             return self._choose(selection, self.ratio, total)
         decided = [(0, 0)] * len(selection.slots)
-        for kind, ratio in self.ratio:
+        for spelled, ratio in self.ratio:
+            kind = bare_kind(spelled)
             whole = selection.sizes.get(kind, 0.0)
             decided = self._of_part(selection, _places(selection, (kind,)), decided, ratio, whole)
         return decided
@@ -107,6 +108,8 @@ class SelectByRatioPass(SelectPass):
                 where="uniform",
                 remedy="Leave out uniform; the checkpoint then carries a modelling file of its own",
             )
+        if self.budget != "params":
+            selection.note(f"{achieved:.1%} of {whole:,.0f} {selection.budget.word} went")
         if abs(achieved - ratio) > CLOSE:
             selection.note(f"ratio {achieved:.2%} instead of {ratio:.2%}: the units are too large to come nearer")
         return choices

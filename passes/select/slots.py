@@ -119,7 +119,7 @@ def make_slots(
     groups: Sequence[Group], scores: Scores, kinds: Sequence[str], protected: frozenset[str], rounding: Rounding
 ) -> list[Slot]:
     """The slots of ``kinds`` outside ``protected`` blocks."""
-    chosen = [g for g in groups if g.kind in kinds and g.block not in protected and g.name in scores.units]
+    chosen = [g for g in groups if g.is_of(kinds) and g.block not in protected and g.name in scores.units]
     shared: dict[tuple[str, object], list[Option]] = {}
     for group in chosen:
         if group.factor is not None:

@@ -80,6 +80,8 @@ def test_a_ratio_is_of_what_is_counted(dense: fx.GraphModule) -> None:
         load_pass("random", kinds=kinds)(dense)
         load_pass("select-by-ratio", ratio=0.3, kinds=kinds, protect=(), budget=name)(dense)
         budget = make_budget(name, dense, axes_of(dense))
+        assert f"of {budget.total:,} {budget.word} went" in " ".join(facts_of(dense)[Notes].lines)
+        assert not facts_of(dense)[Removal].asked
         gone = 1 - left(dense, budget, facts_of(dense)[Removal]) / budget.total
         assert gone == pytest.approx(0.3, abs=0.03 if name == "kv" else 0.01)
     load_pass("random", kinds=BOTH)(dense)
