@@ -205,9 +205,9 @@ def test_passes_lists_all_with_their_stage() -> None:
         (("--ratio", "1.5", "--importance", "l2"), "ratio is 1.5"),
         (("--kinds", "mpl", "--importance", "l2"), "Did you mean 'mlp'"),
         (("--importance", "l3"), "unknown importance 'l3'. Did you mean"),
-        ((), "the fact Calibration is not known. Run calibrate first. Pass token ids"),
+        (("--recipe", "blanced"), "Did you mean 'balanced'"),
         (("--calibration", "/no/such/file.txt"), "No such file"),
-        (("--calibration", __file__), "tokens are fewer than 10 samples of 9000"),
+        (("--calibration", __file__, "--samples", "10"), "tokens are fewer than 10 samples of 9000"),
     ],
 )
 def test_nonsense_ends_in_one_line(folder: str, out: Path, arguments: tuple[str, ...], says: str) -> None:
