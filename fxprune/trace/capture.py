@@ -27,6 +27,7 @@ from fxprune.graph.source import Constants, Source
 from fxprune.graph.surroundings import neutral
 from fxprune.graph.tensors import names_by_identity, on_meta, weights
 from fxprune.pipeline.arguments import flag
+from fxprune.trace.calls import differs_by_dtype, differs_in_training
 from fxprune.trace.canonical import canonicalize, plain_in_place
 from fxprune.trace.checks import (
     check_copies,
@@ -37,7 +38,6 @@ from fxprune.trace.checks import (
     check_values,
     model_dtype,
 )
-from fxprune.trace.dtypes import differs_by_dtype
 from fxprune.trace.fidelity import Fidelity, assess
 from fxprune.trace.fold import fold_constants, place_constants
 from fxprune.trace.inputs import default_inputs, dynamic_dims
@@ -115,7 +115,7 @@ def trace(
         raise _refusal(model, failure, fidelity)
     if check and fidelity.error is None and example_inputs is not None and not on_meta(graph_module):
         check_runs(model, example_inputs)
-    notes += [*limits, *fidelity.notes, *_left_out(model)]
+    notes += [*limits, *fidelity.notes, *_left_out(model, inputs)]
     graph_module.recompile()
     _learn(graph_module, model, example_inputs, notes, fidelity)
     return Traced(graph_module, model, tuple(notes))
@@ -165,18 +165,11 @@ def _refusal(model: nn.Module, failure: Exception | None, fidelity: Fidelity | N
     return error
 
 
-def _left_out(model: nn.Module) -> list[str]:
+def _left_out(model: nn.Module, inputs: Mapping[str, Any]) -> list[str]:
     """Return what of a model is not in its graph, in words."""
-    hooked = hooks_left_out(model)
-    dropping = [
-        path
-        for path, module in model.named_modules()
-        if module.training and getattr(module, "p", 0) and "Dropout" in type(module).__name__
-    ]
+    hooked, call = hooks_left_out(model), differs_in_training(model, inputs)
     notes = [f"without the hooks of {', '.join(hooked)}"] if hooked else []
-    return notes + (
-        [f"without the dropout of {', '.join(dropping)}: the graph is the model in eval()"] if dropping else []
-    )
+    return notes + ([f"the graph is the model in eval(): in train() it differs, first in {call}"] if call else [])
 
 
 def _learn(

@@ -1,4 +1,4 @@
-"""Whether what a module does depends on its dtype is seen by the calls that it makes."""
+"""Whether what a module does depends on its dtype, or on its mode, is seen by the calls that it makes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.trace.dtypes import differs_by_dtype
+from fxprune.trace.calls import differs_by_dtype, differs_in_training
 from tests.models import tiny
 from tests.oracle import Net
 
@@ -57,3 +57,23 @@ def test_a_language_model_does_not_depend_on_its_dtype() -> None:
 
 def test_a_module_that_does_not_run_is_left_to_tracing() -> None:
     assert first(lambda m, x: m.b(x)) == ""
+
+
+@pytest.mark.parametrize(
+    ("body", "call"),
+    [
+        (lambda m, x: m.drop(m.a(x)), "dropout"),
+        (lambda m, x: torch.nn.functional.dropout(m.a(x), 0.5, m.training), "dropout"),
+        (lambda m, x: m.a(x).relu() if m.training else m.a(x), "relu"),
+        (lambda m, x: m.norm(m.a(x)), "batch_norm"),
+        (lambda m, x: torch.nn.functional.dropout(m.a(x), p=0.0, training=m.training), ""),
+        (lambda m, x: m.a(x).relu(), ""),
+    ],
+    ids=["module", "function", "branch", "batch norm", "idle dropout", "none"],
+)
+def test_what_differs_in_training_is_named(body: Callable[[Any, torch.Tensor], torch.Tensor], call: str) -> None:
+    model = Net(body, a=nn.Linear(3, 4), drop=nn.Dropout(0.5), norm=nn.BatchNorm1d(4))
+    inputs = {"x": torch.ones(2, 3)}
+    found = differs_in_training(model.train(), inputs)
+    assert call in found and bool(found) == bool(call)
+    assert differs_in_training(model.eval(), inputs) == ""

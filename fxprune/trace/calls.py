@@ -1,13 +1,14 @@
-"""Whether what a model computes depends on the dtype of its weights by more than the dtype of its results.
+"""What calls of torch a model makes: whether they depend on the dtype of its weights, or on its mode.
 
 A float32 model is traced in bfloat16 (see :mod:`fxprune.trace.capture`). That is only right if its code makes the same
 calls with the same numbers in both: one that reads ``torch.finfo(x.dtype).eps``, branches on ``x.dtype`` or makes a
-constant of it does not. Both are run without storage, and the calls are compared.
+constant of it does not. And a graph is the model in evaluation mode, which is another than in training if the calls
+differ. Both are run without storage, and the calls are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -19,9 +20,12 @@ from fxprune.graph.compat import fake_mode, tree_leaves
 from fxprune.graph.silence import quiet
 from fxprune.trace.twin import fake_twin, without_cache
 
-__all__ = ["differs_by_dtype"]
+__all__ = ["differs_by_dtype", "differs_in_training"]
 
 Call = tuple[Any, ...]
+
+_EVAL: Mapping[str, bool] = {}
+"""A twin is in evaluation mode."""
 
 
 def differs_by_dtype(model: nn.Module, inputs: Mapping[str, Any], own: torch.dtype, other: torch.dtype) -> str:
@@ -33,11 +37,27 @@ def differs_by_dtype(model: nn.Module, inputs: Mapping[str, Any], own: torch.dty
         own: the dtype of its weights.
         other: the dtype to try.
     """
-    try:
-        mine, others = (_calls(model, inputs, own, dtype) for dtype in (own, other))
-    except Exception:  # whatever the model's code raises without storage: tracing will say what
+    return _first_apart([_calls(model, inputs, own, dtype) for dtype in (own, other)], own, other)
+
+
+def differs_in_training(model: nn.Module, inputs: Mapping[str, Any]) -> str:
+    """Return the first call that ``model`` makes otherwise in its mode than in evaluation mode; empty if none.
+
+    Args:
+        model: the model; it is not run, copies without storage are.
+        inputs: keyword inputs, of which only shape and dtype matter.
+    """
+    if not any(module.training for module in model.modules()):
         return ""
-    for a, b in zip_longest(mine, others, fillvalue=()):
+    own = next(model.parameters()).dtype
+    modes = {path: module.training for path, module in model.named_modules()}
+    return _first_apart([_calls(model, inputs, own, own, mode) for mode in ({}, modes)], own, own)
+
+
+def _first_apart(runs: list[list[Call] | None], own: torch.dtype, other: torch.dtype) -> str:
+    """Return the first call in which two runs differ; empty where they do not, or one did not come to an end."""
+    mine, others = runs
+    for a, b in zip_longest(mine or (), others or (), fillvalue=()) if mine and others else ():
         if not _alike(a, b, own, other):
             return str((a or b)[0])
     return ""
@@ -53,7 +73,8 @@ class _Log(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = resolve_name(func) or getattr(func, "__name__", str(func))
-        if not name.endswith("__get__"):
+        idle = name.endswith("dropout") and 0.0 in (*args[1:2], (kwargs or {}).get("p"))
+        if not name.endswith("__get__") and not idle:
             self.calls.append((name, *map(_said, tree_leaves((args, kwargs, result)))))
         return result
 
@@ -65,20 +86,27 @@ def _said(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str | torch.dtype) else type(value).__name__
 
 
-def _calls(model: nn.Module, inputs: Mapping[str, Any], own: torch.dtype, dtype: torch.dtype) -> Sequence[Call]:
+def _calls(
+    model: nn.Module, inputs: Mapping[str, Any], own: torch.dtype, dtype: torch.dtype, modes: Mapping[str, bool] = _EVAL
+) -> list[Call] | None:
+    """Return the calls of a run without storage; None where the code of the model raises without it."""
     mode = fake_mode()
     twin = fake_twin(model, mode, own, dtype)
-    with mode, quiet(), torch.no_grad():
-        values = {
-            name: torch.zeros(value.shape, dtype=dtype if value.dtype == own else value.dtype)
-            if isinstance(value, torch.Tensor)
-            else value
-            for name, value in inputs.items()
-        }
-        with _Log() as log:
+    for path, training in modes.items():
+        twin.get_submodule(path).training = training
+    try:
+        with mode, quiet(), torch.no_grad(), _Log() as log:
+            values = {
+                name: torch.zeros(value.shape, dtype=dtype if value.dtype == own else value.dtype)
+                if isinstance(value, torch.Tensor)
+                else value
+                for name, value in inputs.items()
+            }
+            log.calls.clear()
             twin(**values, **without_cache(twin))
-    calls: Sequence[tuple[Any, ...]] = log.calls
-    return calls
+    except Exception:  # whatever the model's code raises without storage: tracing will say what
+        return None
+    return list(log.calls)
 
 
 def _alike(mine: Call, others: Call, own: torch.dtype, other: torch.dtype) -> bool:
