@@ -15,7 +15,9 @@ from fxprune.emit.emitted import Emitted
 from fxprune.errors import ExportError
 from fxprune.export import export_graph, export_model
 from fxprune.export.model import check_options
+from fxprune.graph.attempts import clear_errors
 from fxprune.graph.facts import facts_of
+from fxprune.graph.silence import unprinted
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removed
 from fxprune.removal.report import Report
@@ -58,8 +60,13 @@ class Result:
         return cls(graph_module, model, removal.plan, facts[Report], removal.scores)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the slim graph."""
-        return self.graph_module(*args, **kwargs)
+        """Run the slim graph.
+
+        Raises:
+            FxpruneError: it does not run on these inputs.
+        """
+        with clear_errors("inputs", "Pass what the dense model takes, each by its name"), unprinted():
+            return self.graph_module(*args, **kwargs)
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], tokenizer: Any = None, *, max_shard_size: int | str = "5GB"

@@ -15,7 +15,7 @@ from fxprune.errors import FxpruneError, UnknownNameError
 from fxprune.pipeline.arguments import instance, refuse
 from fxprune.rules.statements import Axis
 
-__all__ = ["Step", "explain", "frozen_axes", "frozen_in"]
+__all__ = ["Step", "explain", "frozen_axes", "frozen_in", "unruled"]
 
 
 @dataclass(frozen=True)
@@ -93,4 +93,13 @@ def frozen_in(axes: AxisMap) -> dict[str, Freeze]:
             reason = next((axes.frozen[f] for f in factors(expr) if f in axes.frozen), None)
             if reason is not None:
                 found[f"{name}[{i}]"] = reason
+    return found
+
+
+def unruled(axes: AxisMap) -> dict[str, list[str]]:
+    """Return the parameter axes that ops without a rule froze, by op; the first reason of each axis counts."""
+    found: dict[str, list[str]] = {}
+    for axis, freeze in frozen_in(axes).items():
+        if freeze.node in axes.unruled:
+            found.setdefault(axes.unruled[freeze.node], []).append(axis)
     return found

@@ -15,6 +15,7 @@ from fxprune.evaluation.perplexity import Perplexity, text_perplexity
 from fxprune.evaluation.tasks import LocalTask
 from fxprune.evaluation.zeroshot import TaskScore, zero_shot
 from fxprune.graph.attempts import clear_errors
+from fxprune.pipeline.arguments import whole_number
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -83,6 +84,8 @@ def evaluate(
     """
     if hasattr(model, "graph_module") and not isinstance(model, type):
         model = model.model if model.model is not None else model.graph_module
+    if questions is not None:
+        whole_number("questions", questions, least=1, error=EvaluationError)
     corpora = named_corpora(texts)
     if not corpora and not tasks:
         raise EvaluationError("no texts and no tasks", where="evaluate", remedy="Give at least one of them")

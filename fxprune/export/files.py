@@ -37,7 +37,7 @@ def as_export_error(path: Path | None = None) -> Iterator[None]:
         yield
     except Exception as error:  # torch and onnxruntime raise errors of many kinds, some of their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        where = path.name if path is not None else ""
+        where = path.name if path is not None else "graph_module"
         raise ExportError(f"cannot be exported: {reason}", where=where, remedy="The cause has the details") from error
 
 

@@ -25,7 +25,7 @@ from fxprune.graph.surroundings import neutral
 from fxprune.graph.tensors import as_parameter, device_of, set_tensor, weights
 from fxprune.masking.compare import TOLERANCE, compare
 from fxprune.masking.masked_run import output_tensors
-from fxprune.pipeline.arguments import as_path, flag, instance
+from fxprune.pipeline.arguments import as_path, flag, instance, one_of
 from fxprune.trace.inputs import dynamic_dims
 
 __all__ = ["export_graph", "has_kernels", "plain_tensor", "require_close", "strip"]
@@ -71,13 +71,16 @@ def export_graph(
     )
     path, verify = Path(as_path("path", path, error=ExportError)), flag("verify", verify)
     check_names(example_inputs, on_meta=False)
+    known = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
+    for name in example_inputs or ():
+        one_of("input of the graph", name, known)
     if path.suffix not in _WRITERS:
         raise UnknownNameError("suffix", path.suffix, _WRITERS)
     meta = next((name for name, tensor in weights(graph_module) if tensor.is_meta), None)
     if meta is not None:
         raise ExportError("has no values to export", where=meta, remedy="Give the model real weights instead of meta")
-    known = facts_of(graph_module).get(VerificationInputs)
-    given = example_inputs if example_inputs is not None or known is None else known.values
+    verified = facts_of(graph_module).get(VerificationInputs)
+    given = example_inputs if example_inputs is not None or verified is None else verified.values
     _WRITERS[path.suffix](graph_module, path, make_inputs(graph_module, given, seed=0), verify)
     return path
 

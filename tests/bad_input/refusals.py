@@ -101,15 +101,18 @@ def fingerprint(model: nn.Module) -> list[Any]:
     """All of a model that can be compared."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     values = [
-        (name, id(t), t.dtype, t.device, tuple(t.shape), t.requires_grad, t.grad is None, _values(t))
-        for name, t in tensors
+        (name, id(t), t.dtype, t.device, _shape(t), t.requires_grad, t.grad is None, _values(t)) for name, t in tensors
     ]
     modules = [(name, id(m), m.training, sorted(vars(m)), len(m._forward_hooks)) for name, m in model.named_modules()]
     return [*values, *modules]
 
 
+def _shape(tensor: torch.Tensor) -> Any:
+    return None if nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
+
+
 def _values(tensor: torch.Tensor) -> Any:
-    if tensor.is_meta or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if tensor.is_meta or nn.parameter.is_lazy(tensor):
         return None
     return repr(tensor.detach().to_dense().reshape(-1).tolist())
 

@@ -1,0 +1,268 @@
+"""Models that cannot be pruned, and inputs that a model does not take, are refused before anything is done to them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from tests.bad_input.refusals import IDS, INPUTS, VOCABULARY, Net, check_clear, said
+
+VALUES = {"x": torch.ones(2, 4)}
+
+
+class Returning(Net):
+    """Returns something else than logits."""
+
+    def __init__(self, make: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        """What ``make`` makes of the logits."""
+        return self.make(super().forward(input_ids))
+
+
+class Thing:
+    """What no graph returns."""
+
+
+class Single:
+    """What cannot be copied."""
+
+    def __deepcopy__(self, memo: object) -> None:
+        raise RuntimeError("I am one of a kind")
+
+
+class Chain(nn.Module):
+    """Two linear maps."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Both, one after the other."""
+        return self.second(self.first(x).relu())
+
+
+class Unfinished(nn.Module):
+    """Its ``__init__`` does not call that of its base."""
+
+    def __init__(self) -> None:
+        pass
+
+
+class Branching(Net):
+    """Branches on data."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits, twice as large for some inputs."""
+        if input_ids.sum() > 3:
+            return super().forward(input_ids)
+        return super().forward(input_ids) * 2
+
+
+def with_attribute(value: Any, path: str = "", name: str = "odd") -> Net:
+    """A model one of whose modules holds ``value``."""
+    model = Net()
+    setattr(model.get_submodule(path), name, value)
+    return model
+
+
+def with_weight(name: str, value: torch.Tensor | None) -> Net:
+    """A model with another weight."""
+    model = Net()
+    path, _, leaf = name.rpartition(".")
+    parameter = None if value is None else nn.Parameter(value, requires_grad=value.is_floating_point())
+    model.get_submodule(path)._parameters[leaf] = parameter
+    return model
+
+
+def filled(name: str, value: float) -> Net:
+    """A model with one number of a weight changed."""
+    model = Net()
+    model.get_parameter(name).data.view(-1)[3] = value
+    return model
+
+
+MODELS: dict[str, tuple[Any, str]] = {
+    "None": (None, "model is None.*torch.nn.Module"),
+    "class": (Net, "model is the class Net"),
+    "text": ("gpt2", "model is 'gpt2'"),
+    "number": (3, "model is 3"),
+    "function": (len, "model is a builtin"),
+    "dict": ({}, r"model is \{\}"),
+    "state dict": (Net().state_dict(), "model is OrderedDict"),
+    "tensor": (torch.ones(2), "model is a torch.float32 tensor"),
+    "pass": (fxprune.load_pass("l1"), "model is .*L1"),
+    "what holds a model": (fxprune.trace(Net(), INPUTS, dynamic=False, check=False), "Pass its .model"),
+    "lazy": (Chain(nn.LazyLinear(6), nn.Linear(6, 3)), "first.weight: it is lazy.*Run the model once"),
+    "never initialised": (Unfinished(), r"Unfinished: it was never initialised.*super\(\)"),
+    "no parameters": (nn.ReLU(), "ReLU: it has no parameters"),
+    "no modules": (nn.Sequential(), "Sequential: it has no parameters"),
+    "no forward": (nn.ModuleList([nn.Linear(3, 3)]), "ModuleList: it has no forward"),
+    "complex": (
+        with_weight("up.weight", torch.ones(12, 6, dtype=torch.complex64)),
+        "up.weight: its dtype is .*complex64",
+    ),
+    "int8": (with_weight("up.weight", torch.ones(12, 6, dtype=torch.int8)), "up.weight: dtype torch.int8 .*Dequantise"),
+    "float8": (Net().to(torch.float8_e4m3fn), "dtype torch.float8_e4m3fn"),
+    "sparse": (
+        with_weight("up.weight", torch.ones(12, 6).to_sparse()),
+        "up.weight: its layout is torch.sparse_coo.*dense",
+    ),
+    "empty weight": (with_weight("up.weight", torch.ones(0, 6)), r"up.weight: it is empty, of shape \(0, 6\)"),
+    "empty weight aside": (with_weight("more", torch.ones(0)), "more: it is empty"),
+    "no weight": (with_weight("up.weight", None), "refusals.py.*cannot be traced"),
+    "two devices": (
+        with_weight("up.weight", torch.ones(12, 6, device="meta")),
+        "up.weight: is on meta while .* on cpu",
+    ),
+    "NaN": (filled("up.weight", float("nan")), "up.weight: it holds values that are NaN"),
+    "infinity": (filled("head.bias", float("inf")), "head.bias: it holds values that are NaN or infinite"),
+    "minus infinity": (filled("embed.weight", float("-inf")), "embed.weight: it holds"),
+    "scripted": (torch.jit.script(nn.Sequential(nn.Linear(4, 3))), "it is TorchScript"),
+    "script inside": (with_attribute(torch.jit.script(nn.Linear(2, 2)), "down"), "down.odd: it is TorchScript"),
+    "compiled": (torch.compile(Net()), "OptimizedModule: it is compiled.*_orig_mod"),
+    "compiled inside": (with_attribute(torch.compile(nn.Linear(2, 2)), "down"), "down.odd: it is compiled"),
+    "lock": (with_attribute(threading.Lock(), "down"), "down.odd: a lock that cannot be copied"),
+    "generator": (with_attribute(i for i in range(3)), "^odd: a generator that cannot be copied"),
+    "lock in a dict": (
+        with_attribute({"a": [threading.Lock()]}, "up"),
+        "up.odd: a dict that cannot be copied.*__deepcopy__",
+    ),
+    "one of a kind": (with_attribute(Single(), "head"), "head.odd: a Single .* RuntimeError: I am one of a kind"),
+    "returns None": (Returning(lambda _: None), "forward of Returning: it returns no tensor"),
+    "returns a number": (Returning(lambda _: 3), "returns no tensor"),
+    "returns text": (Returning(lambda _: "logits"), "returns no tensor"),
+    "returns nothing": (Returning(lambda _: []), "returns no tensor"),
+    "returns a dict of nothing": (Returning(lambda _: {"a": None}), "returns no tensor"),
+    "returns a set": (Returning(lambda logits: {logits}), "cannot be traced: .*set"),
+    "returns an object": (Returning(lambda _: Thing()), "cannot be traced: .*Thing"),
+    "returns a generator": (Returning(lambda logits: (x for x in logits)), "cannot be traced: .*generator"),
+    "raises": (Returning(lambda _: {}["nope"]), "test_models.py.*KeyError: 'nope'"),
+    "branches": (Branching(), "test_models.py:.* in forward: if input_ids.sum"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    model, says = MODELS[name]
+    watched = model if type(model) in (Net, Returning, Branching, Chain) else None
+    check_clear(
+        lambda: fxprune.prune(model, importance="l1", protect=(), example_inputs=INPUTS), says, capfd, model=watched
+    )
+
+
+@pytest.mark.parametrize("name", ["None", "class", "text", "lazy", "no parameters", "complex", "scripted"])
+def test_models_to_trace(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    model, says = MODELS[name]
+    check_clear(lambda: fxprune.trace(model, INPUTS), says, capfd)
+
+
+@pytest.mark.parametrize(
+    ("importance", "says"), [("l1", "on meta.*Load the weights"), ("taylor", "on meta.*Load the weights")]
+)
+def test_models_on_meta(importance: str, says: str, capfd: pytest.CaptureFixture[str]) -> None:
+    model = Net().to("meta")
+    call = lambda: fxprune.prune(model, IDS, importance=importance, protect=(), example_inputs=INPUTS)  # noqa: E731
+    check_clear(call, says, capfd, model=model)
+
+
+def test_criteria_that_need_a_language_model(capfd: pytest.CaptureFixture[str]) -> None:
+    model = Chain(nn.Linear(4, 8), nn.Linear(8, 3))
+    labelled = [{"x": torch.ones(1, 4), "labels": torch.tensor([[1, 2]])}]
+    options: dict[str, Any] = {"importance": "taylor", "protect": (), "example_inputs": VALUES}
+    check_clear(lambda: fxprune.prune(model, labelled, **options), "pass taylor: .*needs a language model.*l2", capfd)
+    check_clear(lambda: fxprune.prune(model, torch.ones(3, 4), **options), "calibration: a torch.float32", capfd)
+    numbers = Returning(lambda logits: logits.argmax(-1))
+    options["example_inputs"] = INPUTS
+    check_clear(lambda: fxprune.prune(numbers, IDS, **options), "needs a language model", capfd, model=numbers)
+
+
+EXAMPLES: list[tuple[Any, str]] = [
+    ([IDS], "example_inputs is a list|example_inputs is"),
+    (IDS, "example_inputs is a torch.int64 tensor"),
+    ({}, "example_inputs is {}"),
+    ("x", "example_inputs is 'x'"),
+    (3, "example_inputs is 3"),
+    (dict, "example_inputs is the class dict"),
+    ({1: IDS}, "example_inputs is"),
+    ({"ids": IDS}, "missing a required argument: 'input_ids'.*by its name"),
+    ({**INPUTS, "more": IDS}, "unexpected keyword argument 'more'"),
+    ({"input_ids": "text"}, "cannot be traced.*not str"),
+    ({"input_ids": None}, "not NoneType"),
+    ({"input_ids": [1, 2]}, "not list"),
+    ({"input_ids": object()}, r"example_inputs\['input_ids'\] is an object"),
+    ({"input_ids": IDS.numpy()}, r"example_inputs\['input_ids'\] is an int64 array.*Pass a tensor"),
+    ({"input_ids": IDS.float()}, "cannot be traced"),
+    ({"input_ids": torch.full((2, 3), float("nan"))}, "not a number"),
+    ({"input_ids": IDS.to("meta")}, "on meta"),
+    ({"input_ids": IDS.to_sparse()}, "no plain tensor"),
+    ({"input_ids": IDS[:0]}, "they are empty"),
+    ({"input_ids": IDS[:, :0]}, "they are empty"),
+    ({"input_ids": IDS + 100}, "Net does not run on them: IndexError"),
+]
+
+
+@pytest.mark.parametrize(("given", "says"), EXAMPLES, ids=[said(given) for given, _ in EXAMPLES])
+def test_example_inputs(given: Any, says: str, capfd: pytest.CaptureFixture[str]) -> None:
+    model = Net()
+    options: Mapping[str, Any] = {"importance": "l1", "protect": (), "example_inputs": given}
+    check_clear(lambda: fxprune.prune(model, **options), says, capfd, model=model)
+
+
+@pytest.mark.parametrize(("option", "value"), [("dynamic", "yes"), ("dynamic", None), ("check", 3), ("check", "no")])
+def test_flags_of_a_trace(option: str, value: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    check_clear(lambda: fxprune.trace(Net(), INPUTS, **{option: value}), f"{option} is", capfd)
+
+
+@torch.library.custom_op("fxprune_bad_input::twist", mutates_args=())
+def twist(x: torch.Tensor) -> torch.Tensor:
+    """An op that nobody knows."""
+    return x.flip(-1)
+
+
+@twist.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Twisted(nn.Module):
+    """All that could go passes an op without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 6)
+        self.up = nn.Linear(6, 12)
+        self.down = nn.Linear(12, VOCABULARY)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        return self.down(twist(self.up(twist(self.embed(input_ids)))))
+
+
+def test_the_ratio_error_names_an_op_without_a_rule(capfd: pytest.CaptureFixture[str]) -> None:
+    model = Twisted()
+    call = lambda: fxprune.prune(model, importance="l1", protect=(), example_inputs=INPUTS)  # noqa: E731
+    check_clear(call, r"^ratio: .*twist.* has no rule and froze embed.weight\[1\].*fxprune.rule", capfd, model=model)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.device("meta")],
+    ids=["inference_mode", "no_grad", "autocast", "device"],
+)
+def test_what_is_set_around_a_prune_changes_nothing(context: Any) -> None:
+    model = Net()
+    options: Mapping[str, Any] = {"importance": "taylor", "protect": (), "example_inputs": INPUTS}
+    plain = fxprune.prune(model, IDS, **options)
+    with context:
+        found = fxprune.prune(model, IDS, **options)
+    assert found.plan == plain.plan and found.report.verification_error == plain.report.verification_error
