@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import gguf
@@ -18,7 +19,7 @@ from fxprune.export.gguf.archs import arch_named, candidates, names_in_format, p
 from fxprune.export.gguf.choose import contents_for
 from fxprune.export.gguf.decoder import read_decoder
 from fxprune.export.gguf.file import export_gguf
-from fxprune.export.gguf.layout import LAYOUTS, lay_out
+from fxprune.export.gguf.layout import LAYOUTS, Layout, lay_out
 from fxprune.export.gguf.reference import logits_of
 from fxprune.export.gguf.tokenizer import copy_tokenizer, describe_tokenizer
 from fxprune.export.gguf.write import type_in, type_named
@@ -105,6 +106,20 @@ def test_fused_rows_are_told_apart_by_trying() -> None:
     assert (logits[1] - decoder.logits).abs().max() > 1e-3
 
 
+def test_rows_by_group_are_the_same_tensors_as_rows_by_part() -> None:
+    decoder = read_decoder(uneven("phi3"))
+    tensors = dict(decoder.tensors)
+    for name in [name for name in tensors if "qkv" in name]:
+        pairs, key, _ = decoder.cached[int(name.split(".")[2])]
+        queries, *others = tensors[name].split([len(tensors[name]) - 2 * pairs * key, pairs * key, pairs * key])
+        groups = [part.unflatten(0, (pairs, -1)) for part in (queries, *others)]
+        tensors[name] = torch.cat(groups, 1).flatten(0, 1)
+    by_part = lay_out(decoder, arch_named("deci"), Layout()).tensors
+    by_group = lay_out(dataclasses.replace(decoder, tensors=tensors), arch_named("deci"), Layout("groups")).tensors
+    assert by_part.keys() == by_group.keys()
+    assert all(torch.equal(by_part[name], by_group[name]) for name in by_part)
+
+
 @pytest.mark.parametrize("quantization", ["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
 def test_files_of_every_type_say_about_the_same(quantization: str, tmp_path: Path) -> None:
     wide = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -160,9 +175,6 @@ def trained(kind: str) -> PreTrainedTokenizerFast:
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
     made.train_from_iterator([*WORDS, "the cats sat on the cat"] * 3, trainer)
-    if kind == "fallback":
-        for byte in range(256):
-            made.get_vocab()[f"<0x{byte:02X}>"]
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 

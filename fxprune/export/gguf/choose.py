@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fxprune.errors import ExportError
-from fxprune.export.gguf.archs import Arch, candidates
+from fxprune.export.gguf.archs import Arch, candidates, joined, names_in_format, place_of
 from fxprune.export.gguf.decoder import Decoder
-from fxprune.export.gguf.layout import LAYOUTS, Contents, lay_out
+from fxprune.export.gguf.layout import LAYOUTS, Contents, Layout, lay_out
 from fxprune.export.gguf.reference import logits_of
 from fxprune.masking.compare import compare
 
@@ -41,7 +41,7 @@ def contents_for(decoder: Decoder, tolerance: float) -> Contents:
 def _first_that_agrees(decoder: Decoder, arch: Arch, tolerance: float) -> Contents | str:
     """Return the contents of a file of one architecture, or why there are none."""
     reason = ""
-    for layout in LAYOUTS:
+    for layout in _layouts(decoder, arch):
         try:
             contents = lay_out(decoder, arch, layout)
         except ExportError as error:
@@ -51,3 +51,11 @@ def _first_that_agrees(decoder: Decoder, arch: Arch, tolerance: float) -> Conten
             return contents
         reason = reason or f"architecture {arch.name} computes something else, by {error_of_logits:.1e}"
     return reason
+
+
+def _layouts(decoder: Decoder, arch: Arch) -> list[Layout]:
+    """Return the layouts that may matter: a model without a fused tensor, or without rotation, has fewer."""
+    whole = joined("attention")[0]
+    fused = any(whole in names_in_format(place_of(name)[1], arch) for name in decoder.tensors)
+    found = [layout for layout in LAYOUTS if fused or layout.fused == LAYOUTS[0].fused]
+    return [layout for layout in found if decoder.rotary is not None or layout.rotary == LAYOUTS[0].rotary]

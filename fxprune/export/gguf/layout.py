@@ -22,8 +22,8 @@ class Layout:
     """How a model orders the rows of its projections, which no name tells.
 
     Args:
-        fused: of one tensor for queries, keys and values: ``parts`` (all queries, all keys, all values), ``heads``
-            (these three for each head), ``groups`` (these three for each key/value head).
+        fused: of one tensor for queries, keys and values: ``parts`` (all queries, all keys, all values), or ``groups``
+            (these three for each key/value head).
         rotary: which channels of a head the model turns together: ``halves``, or ``pairs``.
     """
 
@@ -31,7 +31,7 @@ class Layout:
     rotary: str = "halves"
 
 
-LAYOUTS = (Layout(), Layout("heads"), Layout("groups"), Layout(rotary="pairs"), Layout("groups", "pairs"))
+LAYOUTS = tuple(Layout(fused, rotary) for rotary in ("halves", "pairs") for fused in ("parts", "groups"))
 """In the order in which they are tried: the most common first."""
 
 
@@ -80,7 +80,7 @@ def lay_out(decoder: Decoder, arch: Arch, layout: Layout) -> Contents:
         _turn(block, arch, decoder, layout)
         tensors |= {f"blk.{number}.{name}": tensor for name, tensor in _joined(block, arch).items()}
     if arch.offset:
-        tensors |= {name: t + arch.offset for name, t in tensors.items() if name.endswith("norm.weight")}
+        tensors |= {name: t.float() + arch.offset for name, t in tensors.items() if name.endswith("norm.weight")}
     tensors |= _rotation(decoder, arch, key)
     return Contents(arch, tensors, _keys(decoder, arch, blocks, whole, (key, value)))
 
@@ -137,8 +137,7 @@ def _unfused(fused: torch.Tensor, sizes: tuple[int, int, int], layout: Layout) -
     if layout.fused == "parts":
         yield from fused.split(each)
         return
-    groups = pairs if layout.fused == "groups" or heads != pairs else heads
-    for part in fused.unflatten(0, (groups, -1)).split([size // groups for size in each], dim=1):
+    for part in fused.unflatten(0, (pairs, -1)).split([size // pairs for size in each], dim=1):
         yield part.flatten(0, 1)
 
 
