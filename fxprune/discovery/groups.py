@@ -23,6 +23,7 @@ from fxprune.rules.statements import Axis, Role
 
 __all__ = [
     "DEFAULT_KINDS",
+    "EXACT",
     "KINDS",
     "Group",
     "Groups",
@@ -30,6 +31,7 @@ __all__ = [
     "Member",
     "as_kinds",
     "axes_by_factor",
+    "bare_kind",
     "find_groups",
     "propagate",
 ]
@@ -43,8 +45,14 @@ DEFAULT_KINDS = ("mlp", "head")
 """What goes unless the caller says otherwise: the kinds of the paper, which every language model has."""
 
 
+EXACT = "exact-"
+"""In front of a kind: only those of its groups that no norm or other statistic runs over."""
+
+
 def as_kinds(kinds: str | Sequence[str], name: str = "kinds") -> tuple[str, ...]:
     """Return ``kinds``, an argument called ``name``, as a tuple; a single kind may stand alone.
+
+    ``exact-`` in front of one leaves out its groups that a norm runs over.
 
     Raises:
         UnknownNameError: no such kind; the nearest is suggested.
@@ -56,7 +64,18 @@ def as_kinds(kinds: str | Sequence[str], name: str = "kinds") -> tuple[str, ...]
     named = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not named:
         raise ArgumentError(f"{name} is empty", where=name, remedy=f"Name one or more of {', '.join(KINDS)}")
-    return tuple(one_of("kind", kind, KINDS) for kind in named)
+    return tuple(_as_kind(kind) for kind in named)
+
+
+def _as_kind(kind: Any) -> str:
+    """Return ``kind`` as it was spelled; no norm runs over a layer, which is the same with the prefix or without."""
+    bare = one_of("kind", bare_kind(kind), KINDS)
+    return bare if bare == "layer" else str(kind)
+
+
+def bare_kind(kind: Any) -> Any:
+    """Return the kind meant, whether or not all its groups are: ``mlp`` of ``exact-mlp``."""
+    return kind.removeprefix(EXACT) if isinstance(kind, str) else kind
 
 
 @dataclass(frozen=True)
@@ -107,6 +126,10 @@ class Group:
         """Number of units (inside one outer unit, where there is an outer factor)."""
         return 1 if self.factor is None else self.factor.size
 
+    def is_of(self, kinds: Sequence[str]) -> bool:
+        """Whether its units are of one of ``kinds``; ``exact-mlp`` are those of kind ``mlp`` that no norm runs over."""
+        return self.kind in kinds or (not self.renormalised and f"{EXACT}{self.kind}" in kinds)
+
     @property
     def parameters(self) -> tuple[Member, ...]:
         """The members that are trained."""
@@ -134,7 +157,7 @@ class Groups(Fact):
 
     def of_kinds(self, kinds: Sequence[str]) -> tuple[Group, ...]:
         """The groups whose units are of one of ``kinds``."""
-        return tuple(group for group in self.all if group.kind in kinds)
+        return tuple(group for group in self.all if group.is_of(kinds))
 
 
 def find_groups(graph: nx.Graph[Axis]) -> tuple[Group, ...]:

@@ -15,7 +15,7 @@ from fxprune.discovery.explain import frozen_in
 from fxprune.discovery.groups import Group
 from fxprune.graph.facts import Fact
 
-__all__ = ["Report", "Work", "frozen_reasons", "widths_of"]
+__all__ = ["Report", "Work", "frozen_reasons", "renormalised_in", "widths_of"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Report(Fact):
         macs: multiply-accumulates of one sample of ``tokens`` tokens, dense and slim.
         tokens: the sequence length ``macs`` is for.
         widths: for each group that shrank, ``{group name: (units before, units after)}``.
+        renormalised: of these, the groups that a norm or another statistic runs over, with the nodes that take it:
+            removing such units equals zeroing them only up to that statistic, which is then of the units that stay.
         removed_blocks: blocks that went as a whole.
         frozen: for each parameter axis that had to keep units, ``{"name[axis]": reason}``.
         verification_error: largest difference between slim and masked dense outputs, relative to the largest output
@@ -61,6 +63,7 @@ class Report(Fact):
     ratio: float | None = None
     group_ratio: float | None = None
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
+    renormalised: dict[str, tuple[str, ...]] = field(default_factory=dict)
     removed_blocks: tuple[str, ...] = ()
     frozen: dict[str, str] = field(default_factory=dict)
     verification_error: float | None = None
@@ -97,6 +100,12 @@ class Report(Fact):
 def frozen_reasons(axes: AxisMap) -> dict[str, str]:
     """Return the reason, in words, of each parameter axis that keeps units."""
     return {axis: str(freeze) for axis, freeze in frozen_in(axes).items()}
+
+
+def renormalised_in(groups: tuple[Group, ...], keep: Keep) -> dict[str, tuple[str, ...]]:
+    """Return the groups that shrank under a statistic, with the nodes that take it."""
+    shrunk = widths_of(groups, keep)
+    return {group.name: group.renormalised for group in groups if group.renormalised and group.name in shrunk}
 
 
 def widths_of(groups: tuple[Group, ...], keep: Keep) -> dict[str, tuple[int, int]]:

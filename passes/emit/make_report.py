@@ -14,7 +14,7 @@ from fxprune.masking.compare import Verified
 from fxprune.masking.masked_run import UntouchedRun
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.removal import Removed
-from fxprune.removal.report import Report, Work, frozen_reasons, widths_of
+from fxprune.removal.report import Report, Work, frozen_reasons, renormalised_in, widths_of
 from fxprune.trace.fidelity import Fidelity
 
 __all__ = ["MakeReportPass"]
@@ -43,6 +43,7 @@ class MakeReportPass(Pass):
             ratio=removal.asked.get("ratio"),
             group_ratio=removal.asked.get("group_ratio"),
             widths=widths_of(removal.groups, removal.keep),
+            renormalised=renormalised_in(removal.groups, removal.keep),
             removed_blocks=removal.removed_blocks,
             frozen=frozen_reasons(removal.axes),
             verification_error=None if verified is None else verified.error,

@@ -13,6 +13,7 @@ from fxprune.graph.source import Source
 from fxprune.masking.compare import TOLERANCE, Expected, Verified, compare, find_divergence, require_equal, slim_outputs
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.removal import Removed
+from fxprune.trace.inputs import is_hugging_face
 
 __all__ = ["VerifyRemovalPass"]
 
@@ -43,8 +44,8 @@ class VerifyRemovalPass(Pass):
         facts.put(replace(expected, dense=None))  # what it was kept for is over
         facts.put(Verified(error))
         source = facts.get(Source)
-        if source is not None and source.cut:
-            facts.put(replace(source, cut=()))  # so is this
+        if source is not None and source.cut and is_hugging_face(source.model):
+            facts.put(replace(source, cut=()))  # so is this; the code of another module is not checked yet
         return PassResult(graph_module, False)
 
     def _where(self, slim: fx.GraphModule, dense: fx.GraphModule | None) -> str:

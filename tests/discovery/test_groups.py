@@ -37,6 +37,9 @@ def test_kinds_of_a_language_model() -> None:
 def test_kinds_are_checked_and_one_may_stand_alone() -> None:
     assert as_kinds("mlp") == ("mlp",) and as_kinds(["head", "layer"]) == ("head", "layer")
     assert as_kinds(DEFAULT_KINDS) == DEFAULT_KINDS
+    assert as_kinds(["exact-mlp", "exact-layer"]) == ("exact-mlp", "layer")
+    with pytest.raises(UnknownNameError, match="Did you mean 'mlp'"):
+        as_kinds("exact-mpl")
     with pytest.raises(UnknownNameError, match="Did you mean 'head'"):
         as_kinds(("heads",))
     with pytest.raises(FxpruneError, match="kinds is empty"):

@@ -52,3 +52,32 @@ def test_what_is_no_hugging_face_model_gets_none_and_the_reason(tmp_path: Path) 
     with pytest.raises(CheckpointError, match="not a Hugging Face model"):
         SaveCheckpointPass(str(tmp_path / "slim"))(slim)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_groups_under_a_norm_are_named_and_can_be_left_out() -> None:
+    """They were taken like others, and called exact: the norm runs over fewer units afterwards."""
+    inner = nn.LayerNorm(16)
+    net = Net(
+        lambda m, x: m.b(m.norm(m.a(x))) + m.d(m.c(x).relu()),
+        a=nn.Linear(10, 16),
+        norm=inner,
+        b=nn.Linear(16, 10),
+        c=nn.Linear(10, 16),
+        d=nn.Linear(16, 10),
+    )
+    graph = trace(net, {"x": torch.randn(2, 10)}).graph_module
+    shrink = "find-groups, l2{kinds=[%s]}, select-by-group-ratio{%s, group_ratio=%s, protect=()}, count-work"
+    shrink += ", make-verification-inputs, record-expected, shrink, verify-removal, make-report"
+    reports = []
+    for kinds, given, ratio in (
+        ("mlp", "kinds=[mlp]", "0.25"),
+        ("exact-mlp", "kinds=[exact-mlp]", "0.25"),
+        ("exact-mlp", "kinds=[mlp]", "[[exact-mlp, 0.25]]"),
+    ):
+        slim = Pipeline(shrink % (kinds, given, ratio))(graph).graph_module
+        reports.append(facts_of(slim)[Report])
+    assert [len(report.widths) for report in reports] == [2, 1, 1]
+    (nodes,) = reports[0].renormalised.values()
+    assert any("norm" in node for node in nodes) and set(reports[0].renormalised) < set(reports[0].widths)
+    assert reports[1].renormalised == reports[2].renormalised == {} and reports[1].widths == reports[2].widths
+    assert max(report.verification_error or 0 for report in reports) < 1e-5
