@@ -98,18 +98,35 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError("missing", where=str(path), remedy=remedy)
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] not in _READABLE:
+        if type(data["format"]) is not int or data["format"] not in _READABLE:
             raise CheckpointError(
                 f"written in format {data['format']}, this release reads {_FORMAT}",
                 where=str(path),
                 remedy="Load it with the release that wrote it: " + str(data.get("versions", {}).get("fxprune")),
             )
         weights = {str(name): WeightFile(**entry) for name, entry in data.pop("weights").items()}
-        return Manifest(weights=weights, **data)
+        found = Manifest(weights=weights, **data)
+        _check_types(found)
+        return found
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"not a manifest: {error!r}", where=str(path), remedy="Save the model again") from error
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raise a ``TypeError`` where what was read is not what the class says."""
+    optional = (dict, type(None))
+    fields = {"source": dict, "stock": bool, "files": dict, "plan": optional, "report": optional, "versions": dict}
+    wrong = [name for name, kind in fields.items() if not isinstance(getattr(manifest, name), kind)]
+    wrong += [name for name, digest in manifest.files.items() if not isinstance(digest, str)] if not wrong else []
+    for name, file in manifest.weights.items():
+        shapes = file.tensors.values() if isinstance(file.tensors, dict) else [None]
+        plain = all(isinstance(shape, list) and all(type(size) is int for size in shape) for shape in shapes)
+        if not plain or type(file.size) is not int or not isinstance(file.sha256, str):
+            wrong.append(name)
+    if wrong:
+        raise TypeError(f"{wrong[0]} is of another type")
 
 
 def weight_files(folder: Path) -> dict[str, WeightFile]:
@@ -182,7 +199,11 @@ def check_weights(folder: Path, weights: Mapping[str, WeightFile], *, digests: b
     for name, expected in weights.items():
         path = folder / name
         if Path(name).name != name:
-            raise CheckpointError(f"a weight file {name!r} outside the folder", where=str(folder / MANIFEST))
+            raise CheckpointError(
+                f"a weight file {name!r} outside the folder",
+                where=str(folder / MANIFEST),
+                remedy="Save the model again",
+            )
         wrong = _wrong(path, expected, digests=digests)
         if wrong:
             raise CheckpointError(wrong, where=str(path), remedy=_AGAIN)

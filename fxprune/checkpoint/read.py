@@ -18,8 +18,9 @@ from fxprune.emit.meta import on_meta
 from fxprune.emit.names import slim_name
 from fxprune.emit.snapshot import Shape, shapes_of
 from fxprune.errors import CheckpointError, PlanError
-from fxprune.graph.attempts import Refusal, attempt
+from fxprune.graph.attempts import Refusal, attempt, clear_errors
 from fxprune.modelling.layerwise import SECTION, overrides_in
+from fxprune.pipeline.arguments import as_path, flag, refuse
 from fxprune.removal.plan import Plan
 
 __all__ = ["from_pretrained"]
@@ -49,18 +50,22 @@ def from_pretrained(
     Raises:
         CheckpointError: a file is missing, damaged or does not fit the others; its name is in the message.
     """
-    path = _local(folder)
-    heal(path)
-    before = identity(path)
-    try:
-        model = _loaded(path, verify, model_class, options)
-    except Exception:  # files of two checkpoints, read as one, may fail anywhere
-        if identity(path) == before:
-            raise
-    else:
-        if identity(path) == before:
-            return model
-    return _loaded_beside_writers(path, verify, model_class, options)
+    name, verify = as_path("folder", folder, error=CheckpointError), flag("verify", verify)
+    if model_class is not None and not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise refuse("model_class", model_class, "a class of models of transformers, or None", CheckpointError)
+    with clear_errors(name, "Check the options, and copy the folder again or save the model again", CheckpointError):
+        path = _local(name)
+        heal(path)
+        before = identity(path)
+        try:
+            model = _loaded(path, verify, model_class, options)
+        except Exception:  # files of two checkpoints, read as one, may fail anywhere
+            if identity(path) == before:
+                raise
+        else:
+            if identity(path) == before:
+                return model
+        return _loaded_beside_writers(path, verify, model_class, options)
 
 
 def _loaded_beside_writers(
@@ -92,7 +97,11 @@ def _loaded(
     model, info = loaded
     lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys") or ())
     if lost:
-        raise CheckpointError(f"no weights for {lost[0]} and {len(lost) - 1} more", where=str(path))
+        raise CheckpointError(
+            f"no weights for {lost[0]} and {len(lost) - 1} more",
+            where=str(path),
+            remedy="Copy the folder again, or save the model again",
+        )
     return _as_stock(model, stock)
 
 
@@ -117,7 +126,11 @@ def _local(folder: str | os.PathLike[str]) -> Path:
 
     found = attempt(snapshot_download, name)
     if isinstance(found, Refusal):
-        raise CheckpointError(f"neither a folder nor on the hub: {found.error}", where=name) from found.error
+        raise CheckpointError(
+            f"neither a folder nor on the hub: {found}",
+            where=name,
+            remedy="Pass a folder that save_pretrained wrote, or the id of a repository that can be reached",
+        ) from found.error
     return Path(found)
 
 
@@ -133,7 +146,7 @@ def _classes(path: Path, model_class: type[PreTrainedModel] | None) -> tuple[typ
         config: PreTrainedConfig = relaxed.from_dict(data)
         overrides_in(config)
         return stock, config
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"not a config that can be loaded: {error!r}",
             where=str(file),
@@ -190,5 +203,7 @@ def _built_shapes(file: Path, slim: type[PreTrainedModel]) -> dict[str, Shape]:
     with on_meta():
         model = attempt(build, refusals=_DAMAGE)
     if isinstance(model, Refusal):
-        raise CheckpointError(f"no model can be built from it: {model}", where=str(file)) from model.error
+        raise CheckpointError(
+            f"no model can be built from it: {model}", where=str(file), remedy="Save the model again"
+        ) from model.error
     return shapes_of(model)
