@@ -26,6 +26,9 @@ from .vectors import TunedRun, Vectors
 
 __all__ = ["TunePass"]
 
+_RISE = 10
+"""The rate rises over one in so many steps."""
+
 
 @dataclass(frozen=True, eq=False)
 class TunePass(Pass):
@@ -43,7 +46,7 @@ class TunePass(Pass):
 
     Args:
         epochs: how often each sample is learned from.
-        rate: of Adam, at first; it falls to 0 along a cosine.
+        rate: of Adam, at most: it rises over the first tenth of the steps and falls to 0 along a cosine.
         batch: samples in a step.
         everywhere: scale the inputs and outputs of all products, not only of those that lost inputs.
         rank: of what is added to the weight of each of these products, beside the scales, as in LoRA; 0 for nothing. It
@@ -181,7 +184,7 @@ class _Training:
 
     def _learn(self, batch: LessonBatch, step: int) -> None:
         for group in self.adam.param_groups:
-            group["lr"] = self.settings.rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+            group["lr"] = self.settings.rate * _share(step, self.steps)
         with torch.enable_grad():
             loss = divergence(logits_of(TunedRun(self.graph_module, self.vectors, self.numbers), batch.inputs), batch)
             self.adam.zero_grad()
@@ -198,6 +201,11 @@ class _Training:
                 for b in self.heldout
             ]
         return sum(found) / sum(b.classes.shape[:2].numel() for b in self.heldout)
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the rate, at a step: the first steps of Adam are as long as any, and know the least."""
+    return min(1.0, (step + 1) * _RISE / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _put(graph_module: fx.GraphModule, name: str, value: torch.Tensor) -> None:

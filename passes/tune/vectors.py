@@ -21,6 +21,10 @@ __all__ = ["TunedRun", "Vectors"]
 _REACH = 0.5
 """A scale stays between a half and one and a half: a unit is turned up or down, and never off."""
 
+_SLIGHT = 0.05
+"""What is added to weights grows a quarter as fast as parameters of one axis move: it has many more numbers to move by,
+and at a fifth, twelve steps made a model worse on text that it does not learn from."""
+
 _START = 0
 """Seed of the numbers that low-rank factors start from."""
 
@@ -182,9 +186,9 @@ class TunedRun(UntouchedRun):
 
 
 def _unit(graph_module: fx.GraphModule, product: LoneProduct, rank: int) -> float:
-    """A fifth of the root mean square of a weight, shared by the ranks."""
+    """A part of the root mean square of a weight, shared by the ranks."""
     W = get_tensor(graph_module, product.name).detach().float()
-    return float(_CAREFUL * W.square().mean().sqrt() / rank**0.5)
+    return float(_SLIGHT * W.square().mean().sqrt() / rank**0.5)
 
 
 def _lost_inputs(product: LoneProduct, removal: Removal) -> bool:
