@@ -46,6 +46,8 @@ _SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_SHOWN = 34
+"""Characters of a text in the table."""
 app = typer.Typer(add_completion=False)
 console = Console(width=110)
 
@@ -158,8 +160,8 @@ def same_tokens(
     table = Table("prompt", "transformers", "vLLM", "tokens")
     for ids, want, have in zip(prompts, wanted, got, strict=True):
         count = next((i for i, pair in enumerate(zip(want, have, strict=False)) if pair[0] != pair[1]), len(want))
-        said = (tokenizer.decode(text) for text in (list(ids), want, have))
-        table.add_row(*said, f"{count} of {len(want)} the same")
+        said = (repr(tokenizer.decode(text)) for text in (list(ids), want, have))
+        table.add_row(*(text[:_SHOWN] for text in said), f"{count} of {len(want)} the same")
     return table
 
 

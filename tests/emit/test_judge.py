@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
+from fxprune.checkpoint.structure import describe
 from fxprune.emit.attention import implementations
 from fxprune.emit.judge import Judge, _agree
 from fxprune.errors import VerificationError
@@ -130,6 +131,9 @@ def test_heads_without_key_heads_of_their_own_go_under_every_implementation() ->
         slim.set_attn_implementation(name)
         with torch.compiler.set_stance("force_eager"):
             assert distance(logits(slim), wanted) < 1e-5, name
+    stock = cut(model, ("head",), ranking="local", uniform=True)
+    assert describe(stock.model).is_stock, "what a stock checkpoint says has to fit as well"
+    assert stock.model.config.num_attention_heads == stock.model.config.num_key_value_heads < 6
 
 
 def test_outputs_agree_but_for_rounding() -> None:
@@ -140,3 +144,15 @@ def test_outputs_agree_but_for_rounding() -> None:
     off[:, 0] += 1
     assert _agree(half, off), "a router sent one token elsewhere"
     assert not _agree(half, half + 1)
+
+
+def test_a_model_in_training_gets_its_slim_model() -> None:
+    """Dropout made every candidate fail, and the reasons spoke of shapes; each module's mode is kept."""
+    model = tiny("llama", num_hidden_layers=1, hidden_size=24, attention_dropout=0.5).train()
+    model.model.norm.eval()
+    result = cut(model, ("mlp",))
+    assert result.model is not None, result.report.model_reasons
+    modes = {path: module.training for path, module in result.model.named_modules()}
+    assert modes == {path: module.training for path, module in model.named_modules()}
+    assert not modes["model.norm"] and modes["model.layers.0.self_attn"]
+    assert distance(logits(result.model.eval()), logits(result.graph_module)) < 1e-5
