@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import fx, nn
@@ -42,11 +42,11 @@ class Sample:
     """One sample.
 
     Args:
-        inputs: keyword inputs of the graph, batch of one.
+        inputs: keyword inputs of the graph, in its order: tensors of a batch of one, and what else it was traced with.
         labels: what each position of the input is: ``(1, tokens)``; the loss shifts them by one.
     """
 
-    inputs: Mapping[str, torch.Tensor]
+    inputs: Mapping[str, Any]
     labels: torch.Tensor
 
 
@@ -112,7 +112,7 @@ def require_logits(outputs: Sequence[torch.Tensor], labels: torch.Tensor, name: 
 
 
 @contextmanager
-def computing(inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def computing(inputs: Mapping[str, Any]) -> Iterator[None]:
     """Turn what torch raises while a graph computes calibration samples into one error, and print nothing.
 
     Raises:
@@ -124,7 +124,9 @@ def computing(inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
     except (FxpruneError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # ops refuse values that they do not take with whatever error they like
-        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
+        shapes = ", ".join(
+            f"{name} {tuple(value.shape)}" for name, value in inputs.items() if isinstance(value, torch.Tensor)
+        )
         raise CalibrationError(
             f"the model cannot compute a sample of {shapes}: {Refusal(error)}",
             where="calibration",
@@ -143,7 +145,7 @@ def embedding_rows(graph_module: fx.GraphModule) -> dict[str, int]:
     return found
 
 
-def stacked(samples: Sequence[Sample], graph_module: fx.GraphModule, most: int) -> Iterator[dict[str, torch.Tensor]]:
+def stacked(samples: Sequence[Sample], graph_module: fx.GraphModule, most: int) -> Iterator[dict[str, Any]]:
     """Yield batches of inputs, each of samples of the same shape.
 
     Args:
@@ -157,20 +159,24 @@ def stacked(samples: Sequence[Sample], graph_module: fx.GraphModule, most: int) 
 
 def alike(samples: Sequence[Sample], graph_module: fx.GraphModule, most: int) -> Iterator[tuple[int, ...]]:
     """Yield the numbers of samples that make up a batch, as :func:`stacked` yields the batches."""
-    inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    size = most if all(is_free(node.meta["val"].shape[0]) for node in inputs) else 1
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    tensors = [node.meta["val"] for node in placeholders if isinstance(node.meta["val"], torch.Tensor)]
+    size = most if all(is_free(value.shape[0]) for value in tensors) else 1
     shapes: dict[tuple[torch.Size, ...], list[int]] = {}
     for i, sample in enumerate(samples):
-        shapes.setdefault(tuple(value.shape for value in sample.inputs.values()), []).append(i)
+        shapes.setdefault(tuple(v.shape for v in sample.inputs.values() if isinstance(v, torch.Tensor)), []).append(i)
     for group in shapes.values():
         for start in range(0, len(group), size):
             yield tuple(group[start : start + size])
 
 
-def batched(samples: Sequence[Sample], graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
+def batched(samples: Sequence[Sample], graph_module: fx.GraphModule) -> dict[str, Any]:
     """Return samples of the same shape as one batch of inputs, on the device of the graph."""
     device = device_of(graph_module)
-    return {name: torch.cat([s.inputs[name] for s in samples]).to(device) for name in samples[0].inputs}
+    return {
+        name: torch.cat([s.inputs[name] for s in samples]).to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in samples[0].inputs.items()
+    }
 
 
 def spread(samples: Sequence[T], most: int | None) -> tuple[T, ...]:

@@ -16,7 +16,7 @@ from torch import fx
 from fxprune.data.calibration import IGNORED, Sample, embedding_rows
 from fxprune.errors import CalibrationError, FxpruneError
 from fxprune.graph.attempts import Refusal
-from fxprune.graph.compat import is_free, size_hint
+from fxprune.graph.compat import is_free, size_hint, tree_leaves
 from fxprune.pipeline.arguments import told
 
 __all__ = ["check_kind", "read_calibration", "read_rows"]
@@ -24,6 +24,7 @@ __all__ = ["check_kind", "read_calibration", "read_rows"]
 Tensors = Mapping[str, torch.Tensor]
 
 _WANTED = "Pass token ids as a LongTensor (samples, tokens), a list of tokenised dicts or a DataLoader"
+_NO_DATA = "Choose an importance that needs no data, such as l1 or l2"
 _TOKENISE = "Tokenise the text first, as in tokenizer(text, return_tensors='pt').input_ids"
 
 
@@ -57,12 +58,12 @@ def read_calibration(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, .
             model has no embedding for, or what else the graph does not take.
     """
     check_kind(data)
-    inputs = _inputs(graph_module)
+    inputs, settings = _inputs(graph_module)
     samples: list[Sample] = []
     for batch in _batches(data, inputs[0].name):
         for row in _rows(batch, inputs, len(samples)):
             sample = _sample(row, inputs, f"calibration sample {len(samples)}")
-            samples.append(sample)
+            samples.append(Sample(_in_order(sample.inputs, settings, graph_module), sample.labels))
     if not samples:
         raise CalibrationError("the calibration data is empty", where="calibration", remedy="Pass at least one sample")
     return tuple(samples)
@@ -100,17 +101,29 @@ class _Input:
     rows: int | None
 
 
-def _inputs(graph_module: fx.GraphModule) -> list[_Input]:
+def _inputs(graph_module: fx.GraphModule) -> tuple[list[_Input], dict[str, Any]]:
+    """Return what a graph says of its tensors, and the other inputs, by name, as they were when it was traced."""
     rows = embedding_rows(graph_module)
-    found = []
-    for node in graph_module.graph.nodes:
-        if node.op == "placeholder":
-            name, value = str(node.target), node.meta["val"]
+    found: list[_Input] = []
+    settings: dict[str, Any] = {}
+    for node in (node for node in graph_module.graph.nodes if node.op == "placeholder"):
+        name, value = str(node.target), node.meta["val"]
+        if isinstance(value, torch.Tensor):
             shape = tuple(None if is_free(size) else size_hint(size) for size in value.shape)
             found.append(_Input(name, shape, not value.is_floating_point(), rows.get(name)))
+        elif any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
+            raise _error(f"the model takes a {type(value).__name__} for {name}, samples hold tensors", remedy=_NO_DATA)
+        else:
+            settings[name] = value
     if not found:
-        raise _error("the graph takes no tensor", remedy="Choose an importance that needs no data, such as l1 or l2")
-    return found
+        raise _error("the graph takes no tensor", remedy=_NO_DATA)
+    return found, settings
+
+
+def _in_order(tensors: Tensors, settings: Mapping[str, Any], graph_module: fx.GraphModule) -> dict[str, Any]:
+    """Return all inputs in the order in which the graph takes them."""
+    names = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
+    return {name: tensors[name] if name in tensors else settings[name] for name in names}
 
 
 def _error(what: str, where: str = "calibration", remedy: str = _WANTED) -> CalibrationError:

@@ -80,7 +80,7 @@ class _Checks:
         self.graph = graph
         self.fixed = fixed
         inputs = dict(input_tensors(graph))
-        self.first = next(node for node in graph.nodes if not is_input(node))
+        self.first = [node for node in graph.nodes if is_input(node)][-1].next
         self.said = {(node, axis): f"{name}.shape[{axis}]" for node, name in inputs.items() for axis in (0, 1)}
         self.symbols: dict[Any, Size] = {}
         self.traced: dict[Size, int] = {}

@@ -135,7 +135,10 @@ def _backward(graph_module: fx.GraphModule, sample: Sample, sums: _Sums, written
         alias = aliases[name].requires_grad_()
         alias.register_post_accumulate_grad_hook(_receiver(sums, name))
     device = next(iter(aliases.values())).device
-    inputs = {name: _input(value, device, name in written) for name, value in sample.inputs.items()}
+    inputs = {
+        name: _input(value, device, name in written) if isinstance(value, torch.Tensor) else value
+        for name, value in sample.inputs.items()
+    }
     with computing(inputs):
         outputs = output_tensors(functional_call(graph_module, aliases, kwargs=inputs))
     labels = sample.labels.to(device)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from fxprune.data.calibration import Calibration, Sample, spread
@@ -92,7 +93,7 @@ class RecordTeacherPass(Pass):
         if self.heldout is not None:
             return samples, read_calibration(self.heldout, graph_module), "the held-out samples given"
         if self.tokenizer is not None:
-            tokens = max(value.shape[-1] for value in samples[0].inputs.values())
+            tokens = max(v.shape[-1] for v in samples[0].inputs.values() if isinstance(v, torch.Tensor))
             windows = token_windows(self.tokenizer, offline_docstrings(), tokens)
             heldout = spread(read_calibration(windows, graph_module), _HELD)
             return samples, heldout, "built-in text of another kind"

@@ -88,3 +88,31 @@ def test_samples_of_one_shape_are_stacked(graph_module: fx.GraphModule) -> None:
     shapes = [tuple(batch["x"].shape) for batch in stacked(samples, graph_module, 2)]
     assert shapes == [(2, 6), (1, 6), (1, 4)]
     assert embedding_rows(graph_module) == {"x": ROWS}
+
+
+class Takes(nn.Module):
+    """A language model with an input that is no tensor, and one that may be a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(ROWS, 4), nn.Linear(4, ROWS)
+
+    def forward(self, scale: float, ids: Any) -> torch.Tensor:
+        """Return logits."""
+        total = self.embed(ids) if isinstance(ids, torch.Tensor) else sum(self.embed(part) for part in ids)
+        return self.head(total * scale)  # type: ignore[no-any-return]
+
+
+def test_what_is_no_tensor_is_as_it_was_when_the_model_was_traced() -> None:
+    graph_module = trace(Takes(), {"scale": 2.0, "ids": torch.zeros(2, 5, dtype=torch.long)}).graph_module
+    samples = read_calibration(torch.ones(3, 4, dtype=torch.long), graph_module)
+    assert [list(sample.inputs) for sample in samples] == [["scale", "ids"]] * 3
+    (batch,) = stacked(samples, graph_module, 8)
+    assert batch["scale"] == 2.0 and graph_module(**batch).shape == (3, 4, ROWS)
+
+
+def test_a_model_that_takes_a_list_has_no_samples() -> None:
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    graph_module = trace(Takes(), {"scale": 2.0, "ids": [ids, ids]}).graph_module
+    with pytest.raises(CalibrationError, match="takes a list for ids"):
+        read_calibration(torch.ones(3, 4, dtype=torch.long), graph_module)

@@ -13,6 +13,7 @@ import fxprune
 from fxprune.errors import FxpruneError
 from fxprune.graph.compat import tree_leaves, tree_map
 from fxprune.graph.facts import facts_of
+from fxprune.graph.fork import fork, unshare
 from fxprune.masking.compare import compare
 from fxprune.pipeline.registry import load_pass
 from fxprune.trace.fidelity import Fidelity, tolerance
@@ -93,7 +94,9 @@ def removals(module: nn.Module, dense: fx.GraphModule) -> Iterator[tuple[fx.Grap
 def same(module: nn.Module, graph_module: fx.GraphModule, inputs: Inputs) -> str:
     """Compare both on ``inputs``; return what the graph said if it refused them, nothing if all is well."""
     wanted = run(copy_of(module).eval(), inputs)
-    got = run(copy.deepcopy(graph_module), inputs)
+    twin = fork(graph_module)
+    unshare(twin, graph_module)
+    got = run(twin, inputs)
     if isinstance(got, Exception):
         return "" if isinstance(wanted, Exception) else str(got).split("\n")[0]
     assert not isinstance(wanted, Exception), f"the module refuses what its graph computes: {wanted}"
