@@ -43,7 +43,7 @@ test: $(STAMP) ## Run the tests (ARGS=... passes options to pytest, such as --co
 	$(call threaded,1) -m pytest --numprocesses $(THREADS) --dist worksteal $(ARGS)
 
 fuzz: $(STAMP) ## Remove from CASES=5000 random networks; what fails is kept in .hypothesis/ and tried first next time
-	FXPRUNE_RANDOM_NETWORKS=$(CASES) $(call threaded,1) -m pytest --numprocesses $(THREADS) --dist worksteal \
+	FXPRUNE_RANDOM_NETWORKS=$(CASES) TORCH_FAKE_TENSOR_DISPATCH_CACHE=0 $(call threaded,1) -m pytest --numprocesses $(THREADS) --dist worksteal \
 	    --timeout=0 tests/end_to_end/test_random_networks.py $(ARGS)
 
 lint: $(STAMP) ## Check style and formatting

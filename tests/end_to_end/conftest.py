@@ -33,5 +33,5 @@ def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
         f"{name} {1000 * n / networks:.0f}/{1000 * seen[f'cut {name}'] / networks:.0f}"
         for name, n in used.most_common()
     ]
-    for i in range(0, len(cells), 4):
-        terminalreporter.write_line("  " + "".join(f"{cell:<36}" for cell in cells[i : i + 4]).rstrip())
+    for i in range(0, len(cells), 3):
+        terminalreporter.write_line("  " + "".join(f"{cell:<39}" for cell in cells[i : i + 3]).rstrip())
