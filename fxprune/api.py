@@ -77,6 +77,7 @@ def prune(
         ratio: fraction of the parameters that goes, in [0, 1), 0.2 by default; reached within half a percentage point.
             By kind, as in ``{"mlp": 0.3, "head": 0.1}``: the fraction of the parameters in structures of that kind.
         kinds: what may go: ``mlp``, ``head``, ``channel``, ``head_dim``, ``expert``, ``layer``; or a ratio by kind.
+            ``exact-`` in front of one, as in ``exact-mlp``, leaves out its groups that a norm runs over.
         importance: ``taylor``, ``l1``, ``l2``, ``random`` or another registered importance pass, with arguments of its
             own as in ``"taylor{order=second}"``; or a pass. One that needs no samples, where there are none, fits
             nothing either.

@@ -92,7 +92,7 @@ def forgetting() -> Iterator[None]:
         start(sizes, *args, **kwargs)
         _SIZES.add(sizes)
 
-    FakeTensorMode.cache, ShapeEnv.__init__ = _Remembered(), started  # type: ignore[method-assign]
+    FakeTensorMode.cache, ShapeEnv.__init__ = _Remembered(), started  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
