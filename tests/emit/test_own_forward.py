@@ -9,6 +9,11 @@ import torch
 from torch import nn
 
 import fxprune
+from fxprune.emit.own_forward import check_own_forward
+from fxprune.errors import PlanError
+from fxprune.graph.facts import facts_of
+from fxprune.graph.source import Source
+from fxprune.trace import trace
 
 
 class Attending(nn.Module):
@@ -46,6 +51,17 @@ def prune(model: nn.Module, kinds: tuple[str, ...], **more: Any) -> fxprune.Resu
         example_inputs=given,
         **more,
     )
+
+
+def test_a_module_is_compared_with_its_graph_and_left_alone() -> None:
+    model, inputs = Attending("width").train(), {"x": torch.randn(2, 5, 12)}
+    graph = trace(model, inputs).graph_module
+    source = facts_of(graph)[Source]
+    check_own_forward(graph, source, inputs)
+    assert model.training
+    model.down.bias = nn.Parameter(model.down.bias.detach() + 1)
+    with pytest.raises(PlanError, match="computes something else"):
+        check_own_forward(graph, source, inputs)
 
 
 @pytest.mark.parametrize(("fixed", "kinds"), [("width", ("head", "mlp")), ("heads", ("mlp",))])

@@ -13,7 +13,7 @@ import fxprune
 from tests.models import tiny
 
 PRUNES = int(os.environ.get("FXPRUNE_PRUNES", "3"))
-"""``FXPRUNE_PRUNES=50 pytest -s`` also shows what the process takes by then."""
+"""``FXPRUNE_PRUNES=50 pytest -s --timeout=0`` also shows what the process takes by then."""
 WATCHED = ("GraphModule", "Graph", "ShapeEnv", "FakeTensorMode", "_DispatchCacheKey", "SymNode", "Facts", "Result")
 
 
