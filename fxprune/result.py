@@ -108,5 +108,7 @@ class Result:
             return export_graph(self.graph_module, path, example_inputs=example_inputs, verify=verify)
         if self.model is None:
             reasons = "; ".join(self.report.model_reasons[:3])
-            raise ExportError(f"there is no slim model: {reasons}", remedy="Export the graph, as .pt2 or .onnx")
+            raise ExportError(
+                f"there is no slim model: {reasons}", where="model", remedy="Export the graph, as .pt2 or .onnx"
+            )
         return export_model(self.model, path, verify=verify, **options)

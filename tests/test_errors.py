@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 import fxprune
+from fxprune import errors
 from fxprune.errors import (
     CalibrationError,
     PlanError,
@@ -159,6 +162,23 @@ def test_a_wrong_slim_module_is_caught_and_located(monkeypatch: pytest.MonkeyPat
         fxprune.prune(tiny("llama"), IDS, recipe="llm-pruner", protect=())
     with pytest.raises(VerificationError):
         require_equal(float("nan"), "nowhere")
+
+
+@pytest.mark.parametrize("room", ["fxprune", "passes"])
+def test_every_error_says_where_and_what_to_do(room: str) -> None:
+    """Other errors than those of the axis algebra, which become reasons, reach a user.
+
+    What a GGUF file cannot say is told by its own tests.
+    """
+    kinds = {name for name in dir(errors) if name.endswith("Error")} - {"UnknownNameError"}
+    found = []
+    files = sorted((Path(__file__).parents[1] / room).rglob("*.py"))
+    for file in (file for file in files if "gguf" not in file.parts):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds:
+                said = {keyword.arg for keyword in node.keywords}
+                found += [] if {"where", "remedy"} <= said else [f"{file.name}:{node.lineno} {node.func.id}"]
+    assert found == []
 
 
 def check_refused(call: Callable[[Any], Any], error: type[Exception], says: str, family: str = "llama") -> None:

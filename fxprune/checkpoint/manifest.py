@@ -114,10 +114,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"not a manifest: {error!r}", where=str(path), remedy="Save the model again") from error
 
 
-def _check_types(manifest: Manifest) -> None:
+def _check_types(manifest: Any) -> None:
     """Raise a ``TypeError`` where what was read is not what the class says."""
     optional = (dict, type(None))
-    fields = {"source": dict, "stock": bool, "files": dict, "plan": optional, "report": optional, "versions": dict}
+    fields: dict[str, Any] = {
+        "source": dict,
+        "stock": bool,
+        "files": dict,
+        "plan": optional,
+        "report": optional,
+        "versions": dict,
+    }
     wrong = [name for name, kind in fields.items() if not isinstance(getattr(manifest, name), kind)]
     wrong += [name for name, digest in manifest.files.items() if not isinstance(digest, str)] if not wrong else []
     for name, file in manifest.weights.items():

@@ -51,7 +51,8 @@ def from_pretrained(
         CheckpointError: a file is missing, damaged or does not fit the others; its name is in the message.
     """
     name, verify = as_path("folder", folder, error=CheckpointError), flag("verify", verify)
-    if model_class is not None and not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+    chosen: Any = model_class
+    if chosen is not None and not (isinstance(chosen, type) and issubclass(chosen, PreTrainedModel)):
         raise refuse("model_class", model_class, "a class of models of transformers, or None", CheckpointError)
     with clear_errors(name, "Check the options, and copy the folder again or save the model again", CheckpointError):
         path = _local(name)

@@ -121,6 +121,10 @@ def _draw(dependencies: Any, path: Path, **what: Any) -> None:
         command = [program, f"-T{picture[1:]}", str(text), "-o", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise FxpruneError(f"graphviz failed: {done.stderr.strip().partition(chr(10))[0]}", where=str(text))
+            raise FxpruneError(
+                f"graphviz failed: {done.stderr.strip().partition(chr(10))[0]}",
+                where=str(text),
+                remedy="Draw less, with --layer or --group, or draw the file by hand",
+            )
     elif picture:
         errors.print(f"note: no graphviz here; wrote {text}, of which dot makes {path.name}", markup=False)

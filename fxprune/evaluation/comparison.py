@@ -178,7 +178,8 @@ def compare_models(
         options: for :func:`fxprune.evaluate`.
     """
     wanted = "models by name, as in {'dense': model, 'pruned': result.model}"
-    if not isinstance(models, Mapping) or not models:
+    given: Any = models
+    if not isinstance(given, Mapping) or not given:
         raise refuse("models", models, wanted, EvaluationError)
     for name, model in models.items():
         instance(f"models[{name!r}]", model, nn.Module, "a Hugging Face model", EvaluationError)

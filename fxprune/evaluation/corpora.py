@@ -35,8 +35,9 @@ def named_corpora(texts: str | Path | Sequence[str | Path] | Mapping[str, str | 
             those, or to text itself.
     """
     wanted = "names of texts, paths of files, or a mapping from names to these or to text itself"
-    if isinstance(texts, bytes) or not isinstance(texts, str | Path | Iterable):
-        raise refuse("texts", texts, wanted, EvaluationError)
+    given: Any = texts
+    if isinstance(given, bytes) or not isinstance(given, str | Path | Iterable):
+        raise refuse("texts", given, wanted, EvaluationError)
     named = dict(texts) if isinstance(texts, Mapping) else {}
     items = named.values() if named else [texts] if isinstance(texts, str | Path) else list(texts)
     for item in (*items, *named):

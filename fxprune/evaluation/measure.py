@@ -13,7 +13,7 @@ from fxprune.errors import EvaluationError
 from fxprune.evaluation.corpora import load_corpus, named_corpora
 from fxprune.evaluation.perplexity import Perplexity, text_perplexity
 from fxprune.evaluation.tasks import LocalTask
-from fxprune.evaluation.zeroshot import TaskScore, zero_shot
+from fxprune.evaluation.zeroshot import TaskScore, named_tasks, zero_shot
 from fxprune.graph.attempts import clear_errors
 from fxprune.pipeline.arguments import whole_number
 
@@ -86,13 +86,13 @@ def evaluate(
         model = model.model if model.model is not None else model.graph_module
     if questions is not None:
         whole_number("questions", questions, least=1, error=EvaluationError)
-    corpora = named_corpora(texts)
-    if not corpora and not tasks:
+    corpora, asked = named_corpora(texts), named_tasks(tasks)
+    if not corpora and not asked:
         raise EvaluationError("no texts and no tasks", where="evaluate", remedy="Give at least one of them")
     loaded = {name: load_corpus(source) for name, source in corpora.items()}
     perplexities = {
         name: text_perplexity(model, tokenizer, text, window=window, stride=stride, limit=windows, batch=batch)
         for name, text in loaded.items()
     }
-    scores = zero_shot(model, tokenizer, tasks, limit=questions, batch=batch) if tasks else {}
+    scores = zero_shot(model, tokenizer, tasks, limit=questions, batch=batch) if asked else {}
     return Evaluation(perplexities, scores)

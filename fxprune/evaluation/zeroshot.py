@@ -63,9 +63,10 @@ def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, 
             sequence; or a mapping from names of your own.
     """
     wanted = "names of tasks, JSONL files of questions, or a mapping from names to these"
-    if isinstance(tasks, bytes) or not isinstance(tasks, str | Path | LocalTask | Iterable):
-        raise refuse("tasks", tasks, wanted, EvaluationError)
-    for item in tasks.values() if isinstance(tasks, Mapping) else tasks if isinstance(tasks, Iterable) else ():
+    given: Any = tasks
+    if isinstance(given, bytes) or not isinstance(given, str | Path | LocalTask | Iterable):
+        raise refuse("tasks", given, wanted, EvaluationError)
+    for item in given.values() if isinstance(given, Mapping) else given if isinstance(given, Iterable) else ():
         if not isinstance(item, str | Path | LocalTask):
             raise refuse("tasks", item, wanted, EvaluationError)
     if isinstance(tasks, Mapping):
@@ -100,6 +101,7 @@ def zero_shot(
         EvaluationError: the harness is missing, a task is unknown or cannot be loaded, or the model is not a Hugging
             Face one.
     """
+    named = named_tasks(tasks)
     batch = whole_number("batch", batch, least=1, error=EvaluationError)
     if limit is not None:
         limit = whole_number("questions", limit, least=1, error=EvaluationError)
@@ -109,7 +111,7 @@ def zero_shot(
             where="model",
             remedy="Pass result.model; where there is none, report.model_reasons says why",
         )
-    named, mode = named_tasks(tasks), model.training
+    mode = model.training
     with quiet(logging.WARNING):
         try:
             found = _run(model, copy.deepcopy(tokenizer), named, limit, batch)

@@ -68,7 +68,9 @@ class _Step(nn.Module):
             model(input_ids=self.ids, past_key_values=cache, use_cache=True)
         self.blocks = [number for number, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
         if not self.blocks:
-            raise ExportError("keeps no keys and values", remedy="Export the plain forward, with cache=False")
+            raise ExportError(
+                "keeps no keys and values", where="cache", remedy="Export the plain forward, with cache=False"
+            )
         kept = [(cache.layers[number].keys, cache.layers[number].values) for number in self.blocks]
         self.empty: Past = [(keys[:, :, :0].clone(), values[:, :, :0].clone()) for keys, values in kept]
 

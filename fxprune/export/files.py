@@ -27,7 +27,7 @@ def require_packages(*names: str) -> None:
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(f"ONNX needs {', '.join(missing)}", remedy="pip install 'fxprune[onnx]'")
+        raise ExportError(f"ONNX needs {', '.join(missing)}", where="packages", remedy="pip install 'fxprune[onnx]'")
 
 
 @contextmanager

@@ -115,5 +115,7 @@ def logits_of(run: fx.Interpreter, inputs: Mapping[str, torch.Tensor]) -> torch.
     """
     outputs = output_tensors(run.run(*inputs.values()))
     if not outputs or outputs[0].dim() < 2:
-        raise PassError("the model gives no logits to learn from", remedy="Leave tuning out of the pipeline")
+        raise PassError(
+            "the model gives no logits to learn from", where="model", remedy="Leave tuning out of the pipeline"
+        )
     return outputs[0].flatten(1, -2) if outputs[0].dim() > 2 else outputs[0][:, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from fxprune.errors import DataError, RecoveryError, UnsupportedModelError
 from fxprune.graph.attempts import clear_errors
+from fxprune.graph.silence import quiet
 from fxprune.masking.compare import TOLERANCE
 from fxprune.pipeline.arguments import as_path, flag, function, instance, refuse
 from fxprune.recovery.data import DataReport, TrainingData, collate, read_training_data
@@ -168,7 +170,8 @@ class _Job:
         notes = [f"no update of {name}: {why}" for name, why in self.targets.skipped.items()]
         notes += _leave_fp16(self.model)
         sharded = _is_sharded(self.arguments)
-        wrapped = attach_lora(copy.deepcopy(self.model) if sharded else self.model, self.targets, self.settings)
+        with quiet(logging.WARNING):
+            wrapped = attach_lora(copy.deepcopy(self.model) if sharded else self.model, self.targets, self.settings)
         try:
             trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
             start = last_checkpoint(self.folder)

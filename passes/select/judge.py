@@ -89,7 +89,9 @@ def heldout_parts(graph_module: fx.GraphModule, given: Any, most: int) -> tuple[
     heldout = spread(samples, min(most, len(samples) // 3 or 1))
     rest = without(samples, heldout)
     if not rest:
-        raise CalibrationError("one sample is too few to measure on and to compare on", remedy="Pass more samples")
+        raise CalibrationError(
+            "one sample is too few to measure on and to compare on", where="calibration", remedy="Pass more samples"
+        )
     return rest, heldout
 
 

@@ -18,7 +18,7 @@ from tests.bad_input.refusals import IDS, VOCABULARY, Net, check_clear, said
 from tests.models import tiny
 
 TEXT = "hello there " * 50
-ROWS = ["a b c d"] * 20
+ROWS = [f"{number} {TEXT}" for number in range(20)]
 NONSENSE: tuple[Any, ...] = (None, 3, "x", b"x", [], {}, object(), float("nan"), Net, torch.ones(2), True)
 
 
