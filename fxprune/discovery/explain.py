@@ -53,7 +53,7 @@ def explain(graph: nx.Graph[Axis], member: Axis | tuple[str, int], group: Group 
     axes = axis_map(graph)
     asked: Any = member
     if not isinstance(asked, tuple) or [type(part) for part in member] != [str, int]:
-        raise refuse("member", member, "the name of a tensor and the number of its axis, as in ('lm_head.weight', 0)")
+        raise refuse("member", member, "the name of a tensor and the number of its axis, as in ('embed.weight', 0)")
     if group is not None:
         instance("group", group, Group, "one of fxprune.find_groups(graph), or None")
     target = Axis(*member)

@@ -1,0 +1,80 @@
+"""Checks of arguments give back Python's own values, and say what was passed and what has to be."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fxprune.errors import ArgumentError, FxpruneError, RatioError
+from fxprune.pipeline.arguments import as_path, as_seed, flag, function, instance, number, numbers, told, whole_number
+
+
+@pytest.mark.parametrize("value", [0.25, Fraction(1, 4), np.float32(0.25), torch.tensor(0.25), np.array(0.25)])
+def test_numbers_of_any_library_are_numbers(value: Any) -> None:
+    found = number("ratio", value, least=0, below=1)
+    assert found == 0.25 and type(found) is float
+
+
+@pytest.mark.parametrize("value", [3, np.int8(3), torch.tensor(3)])
+def test_whole_numbers_are_exact(value: Any) -> None:
+    found = whole_number("batch", value, least=1, most=3)
+    assert found == 3 and type(found) is int
+    assert numbers("protect", [value, value], "two numbers") == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "says"),
+    [
+        (1, {"least": 0, "below": 1}, r"ratio is 1\. Pass a number in \[0, 1\)"),
+        (0, {"above": 0}, r"ratio is 0\. Pass a number above 0"),
+        (-1, {"least": 0}, r"a number of 0 or more"),
+        (2, {"most": 1}, r"a number of 1 or less"),
+        (True, {}, "ratio is True"),
+        (10**400, {}, "ratio is 1000"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_with_the_range(value: Any, bounds: dict[str, float], says: str) -> None:
+    with pytest.raises(RatioError, match=says):
+        number("ratio", value, error=RatioError, **bounds)
+
+
+def test_flags_seeds_paths_functions_and_instances() -> None:
+    assert flag("verify", np.bool_(True)) is True and as_seed("seed", 2**64 - 1) == 2**64 - 1
+    assert as_path("file", Path("a/b")) == "a/b" and function("track", len, "one") is len
+    assert instance("text", "a", str, "text") == "a"
+    for call in (
+        lambda: flag("verify", "no"),
+        lambda: as_seed("seed", 2**64),
+        lambda: as_path("file", "a\0b"),
+        lambda: function("track", int, "a function and no class"),
+        lambda: instance("text", b"a", str, "text"),
+    ):
+        with pytest.raises(ArgumentError):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "None"),
+        (int, "the class int"),
+        (object(), "an object"),
+        (torch.ones(2, 3), "a torch.float32 tensor of shape (2, 3)"),
+        (np.ones(2, dtype=int), "an int64 array of shape (2,)"),
+        (torch.tensor(3), "3"),
+        ([1, 2], "[1, 2]"),
+    ],
+)
+def test_values_are_told_in_few_words(value: Any, words: str) -> None:
+    assert told(value) == words
+    assert len(told("x" * 5000)) < 100
+
+
+def test_an_error_is_one_line_with_what_where_and_remedy() -> None:
+    error = FxpruneError("it is\nbroken.", where="here", remedy="Mend it")
+    assert str(error) == "here: it is broken. Mend it"
