@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ print(json.dumps(told))
 """
 
 
-def test_the_modelling_file_stands_alone() -> None:
+def test_the_modelling_file_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     text = modelling_file._modelling("LlamaForCausalLM", "LlamaConfig", ("LlamaModel", "model"))
     tree = ast.parse(text)
     roots = {
@@ -49,7 +50,9 @@ def test_the_modelling_file_stands_alone() -> None:
         for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)])
     }
     assert "fxprune" not in roots and {"torch", "transformers"} <= roots
-    space: dict[str, Any] = {"__name__": __name__}
+    module = ModuleType("modelling")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # transformers looks annotations up there
+    space = vars(module)
     exec(compile(tree, "modelling", "exec"), space)
     for name in ("LlamaForCausalLM", "LlamaModel"):
         assert [kind.__name__ for kind in space[name].__mro__[:2]] == [name, "Layerwise"]
