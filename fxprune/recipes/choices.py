@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from fxprune.data.calibration import Calibration
@@ -12,9 +13,10 @@ from fxprune.pipeline.arguments import refuse
 from fxprune.pipeline.contract import Pass
 from fxprune.pipeline.registry import load_pass, parse_pass, pass_class, pass_names
 from fxprune.pipeline.spelling import read_spelling
+from fxprune.recipes.compose import Making
 from fxprune.removal.scores import Scores
 
-__all__ = ["NONE", "kept_scores", "needs_no_data", "said", "stage_passes", "unless", "with_order"]
+__all__ = ["NONE", "kept_scores", "made_places", "needs_no_data", "said", "stage_passes", "unless", "with_order"]
 
 NONE = "none"
 """Spells that a stage is left out, whatever the recipe says."""
@@ -44,8 +46,27 @@ def unless(name: str, value: Any, default: Any) -> dict[str, Any]:
     return {} if type(value) is type(default) and value == default else {name: value}
 
 
+def made_places(
+    choices: Mapping[str, Any], options: Mapping[str, Mapping[str, Any]], before: Mapping[str, str]
+) -> dict[str, Making]:
+    """Return what makes the passes of each stage that a call decides itself.
+
+    Args:
+        choices: by stage the pass, or its spelling; None where the recipe decides.
+        options: by stage the arguments that the call gives; under ``""`` those of all stages.
+        before: by stage the name of a pass that has to go before.
+    """
+    return {
+        stage: partial(
+            stage_passes, choice, stage, {**options.get("", {}), **options.get(stage, {})}, before.get(stage, "")
+        )
+        for stage, choice in choices.items()
+        if choice is not None
+    }
+
+
 def stage_passes(
-    choice: str | Pass, stage: str, options: Mapping[str, Any], old: Mapping[str, Any]
+    choice: str | Pass, stage: str, options: Mapping[str, Any], before: str, old: Mapping[str, Any]
 ) -> tuple[Pass, ...]:
     """Return the passes that a choice for a stage stands for.
 
@@ -53,12 +74,13 @@ def stage_passes(
         choice: the pass, or its spelling; ``none`` for no pass.
         stage: the stage.
         options: arguments where the spelling does not say otherwise.
+        before: the name of a pass that has to go before; empty for none.
         old: arguments of the passes whose place it takes, where neither does.
     """
     if stage in _OPTIONAL and isinstance(choice, str) and choice == NONE:
         return ()
     made = _stage(choice, stage, **{**old, **options})
-    return (parse_pass("record-teacher", **options), made) if stage == "tune" else (made,)
+    return (parse_pass(before, **options), made) if before else (made,)
 
 
 def kept_scores(name: str, scores: Scores | str | os.PathLike[str]) -> Pass:

@@ -10,8 +10,9 @@ from fxprune.data.calibration import Calibration
 from fxprune.pipeline.contract import STAGES, Pass
 from fxprune.pipeline.spelling import spelled_fields
 from fxprune.recipes.recipe import Recipe
+from fxprune.removal.report import Work
 
-__all__ = ["Making", "Wishes", "compose"]
+__all__ = ["Making", "Wishes", "compose", "selects_by_samples"]
 
 _WIDTHS = ("kinds", "ranking", "protect", "round_to", "uniform", "tensor_parallel", "budget", "ratio", "first")
 _CARRIED = (*_WIDTHS, "reduction", "samples", "reach")
@@ -92,6 +93,13 @@ def _has_file(step: Pass) -> bool:
     return Calibration in step.gives and bool(_arguments(step).get("file"))
 
 
+def selects_by_samples(recipe: Recipe) -> bool:
+    """Whether a selection of the recipe needs samples, which it does not read itself."""
+    passes = recipe.passes
+    needed = any(step.stage == "select" and Calibration in step.needs for step in passes)
+    return needed and not any(map(_has_file, passes))
+
+
 def _replaced(passes: Sequence[Pass], stage: str, make: Making) -> list[Pass]:
     """The passes with those of a stage replaced; of tuning those that learn, where what they learn from is there."""
     old = [step for step in passes if step.stage == stage]
@@ -120,7 +128,7 @@ def _turn(passes: Sequence[Pass], stage: str, made: Pass) -> int:
     """Where a pass goes that takes the place of none."""
     if stage == "tune" and made.changes != "nothing":
         return next((i for i, step in enumerate(passes) if step.stage == "emit"), len(passes))
-    before = [i for i, step in enumerate(passes) if step.stage in _BEFORE or step.name == "count-work"]
+    before = [i for i, step in enumerate(passes) if step.stage in _BEFORE or Work in step.gives]
     return max(before, default=-1) + 1
 
 

@@ -17,25 +17,25 @@ def test_which_importance_needs_no_samples() -> None:
 
 def test_a_spelling_wins_over_options_and_these_over_what_was_there() -> None:
     options, old = {"kinds": ("head",), "reduction": "max"}, {"kinds": ("layer",), "samples": 3}
-    (made,) = stage_passes("taylor{kinds=[mlp]}", "importance", options, old)
+    (made,) = stage_passes("taylor{kinds=[mlp]}", "importance", options, "", old)
     assert str(made) == "taylor{kinds=[mlp], reduction=max, samples=3}"
-    (made,) = stage_passes("taylor", "importance", {}, old)
+    (made,) = stage_passes("taylor", "importance", {}, "", old)
     assert str(made) == "taylor{kinds=[layer], samples=3}"
     mine = load_pass("l1")
-    assert stage_passes(mine, "importance", options, old) == (mine,)
+    assert stage_passes(mine, "importance", options, "", old) == (mine,)
 
 
 def test_none_leaves_out_what_may_be_left_out() -> None:
-    assert stage_passes("none", "compensate", {}, {}) == stage_passes("none", "tune", {}, {}) == ()
+    assert stage_passes("none", "compensate", {}, "", {}) == stage_passes("none", "tune", {}, "", {}) == ()
     with pytest.raises(UnknownNameError, match="unknown importance 'none'"):
-        stage_passes("none", "importance", {}, {})
-    teacher, tune = stage_passes("tune{epochs=3}", "tune", {"seed": 5}, {})
+        stage_passes("none", "importance", {}, "", {})
+    teacher, tune = stage_passes("tune{epochs=3}", "tune", {"seed": 5}, "record-teacher", {})
     assert (teacher.name, str(tune)) == ("record-teacher", "tune{epochs=3.0, seed=5}")
 
 
 def test_what_is_of_another_stage_is_refused() -> None:
     with pytest.raises(ArgumentError, match="importance is the pass shrink, of the stage 'shrink'"):
-        stage_passes(load_pass("shrink"), "importance", {}, {})
+        stage_passes(load_pass("shrink"), "importance", {}, "", {})
 
 
 def test_an_order_is_one_of_its_own_importance() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fxprune.api import prune_pipeline
+from fxprune.recipes.compose import Wishes, compose
 from fxprune.recipes.recipe import read_recipe
 from tests.models import token_ids
 
@@ -24,6 +25,13 @@ def names(**options: Any) -> list[str]:
 @pytest.mark.parametrize("name", ["fast", "balanced", "best", "llm-pruner"])
 def test_a_recipe_runs_as_it_is_printed(name: str) -> None:
     assert lines(calibration=IDS, recipe=name) == [str(step) for step in read_recipe(name).passes]
+
+
+def test_nothing_said_leaves_the_recipe_but_for_samples_that_there_are_not() -> None:
+    recipe = read_recipe("balanced")
+    assert [str(step) for step in compose(recipe, Wishes())] == [str(step) for step in recipe.passes][1:]
+    bare = compose(recipe, Wishes(without_data=True, verify=False))
+    assert not {step.stage for step in bare} & {"compensate", "tune", "verify"}
 
 
 def test_the_default_is_balanced_and_a_named_importance_stands_alone() -> None:
