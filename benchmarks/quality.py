@@ -67,8 +67,8 @@ ENTRIES = (
     Entry("balanced, one ridge", {"compensate": "least-squares{samples=64, reach=stream, damping=1}", "tune": "none"}),
     Entry("balanced, the stream not fitted", {"compensate": "least-squares{samples=64, reach=lost}", "tune": "none"}),
     Entry("balanced, rotation", {"compensate": "rotation{samples=64}", "tune": "none"}, ("rotation",)),
-    Entry("balanced, tuned everywhere", {"tune": "tune{epochs=1, everywhere=True}"}),
-    Entry("balanced, tuned with rank 8", {"tune": "tune{epochs=1, everywhere=True, rank=8}"}),
+    Entry("balanced, tuned everywhere", {"tune": "tune{epochs=1, everywhere=True, rate=0.005}"}),
+    Entry("balanced, tuned with rank 8", {"tune": "tune{epochs=1, rank=8, rate=0.005}"}),
     *(
         Entry(f"balanced, {name}", {"recipe": "balanced", "importance": spelled, "tune": "none"}, (name,))
         for name, spelled in (
