@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.errors import PassError
+from fxprune.errors import PassError, UnknownNameError
 from fxprune.pipeline.registry import pass_names
 
 PLUGIN = '''
@@ -64,7 +64,8 @@ def run(folder: Path, code: str) -> str:
 def test_the_stages_have_their_passes() -> None:
     assert set(pass_names("importance")) >= {"random", "l1", "l2", "taylor"}
     assert set(pass_names("shrink")) >= {"shrink", "bypass-blocks", "slice-parameters", "rewrite-literals"}
-    assert set(pass_names("nothing")) == set()
+    with pytest.raises(UnknownNameError, match="nothing"):
+        pass_names("nothing")
 
 
 def test_a_foreign_package_registers_a_pass_that_keeps_the_contract(tmp_path: Path) -> None:
