@@ -24,7 +24,7 @@ from tests.random_networks import OPS, RandomNet, Record, check_network, descrip
 from tests.random_ops import CHOICES
 
 ASKED = os.environ.get("FXPRUNE_RANDOM_NETWORKS")
-CASES = int(ASKED or 80)
+CASES = int(ASKED or 160)
 PART = max(min(CASES, 40), CASES // 50)
 """Cases in one test, so that several processes share them."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 import fxprune
+from fxprune.trace.regions import copy_body
 from tests.oracle import Net
 
 aten = torch.ops.aten
@@ -54,3 +55,19 @@ def test_autocast_of_another_device_does_nothing() -> None:
             return m.a(x)  # type: ignore[no-any-return]
 
     assert nodes(Net(body, a=nn.Linear(3, 4)), aten.to.dtype) == []
+
+
+def test_the_body_of_a_program_is_copied_without_its_regions() -> None:
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return x.exp().log()
+
+    program = torch.export.export(Net(body), (), X, strict=False)
+    graph = fx.Graph()
+    env: dict[fx.Node, Any] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = graph.placeholder(node.name)
+    (result,) = copy_body(program.graph_module, graph, env, "cpu")
+    assert [node.target for node in graph.nodes][1:] == [aten.exp.default, aten.log.default, aten.detach.default]
+    assert result.target is aten.detach.default

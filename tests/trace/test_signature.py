@@ -11,6 +11,7 @@ from torch import fx, nn
 
 import fxprune
 from fxprune.errors import FxpruneError
+from fxprune.trace.signature import add_inputs, called_with, read_leaves
 
 
 class Takes(nn.Module):
@@ -70,3 +71,15 @@ def test_another_value_is_refused_and_said_by_name() -> None:
 def test_a_container_that_is_no_list_tuple_or_dict_is_refused() -> None:
     with pytest.raises(FxpruneError, match="xs"):
         graph_of(xs={T})
+
+
+def test_placeholders_of_a_program_are_found_in_the_containers_that_it_was_called_with() -> None:
+    program = torch.export.export(Takes(), (), {"xs": {"p": [T], "q": T}, "mode": "sum"}, strict=False)
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+    called = called_with(program, list(zip(nodes, program.graph_signature.input_specs, strict=True)))
+    assert list(called) == ["xs", "mode"] and list(called["xs"]) == ["p", "q"]
+    graph = fx.Graph()
+    made = add_inputs(graph, called, Takes().forward, {"mode"})
+    assert made["mode"].name == "mode_input" and made["mode"].args == ("sum",)
+    leaves = read_leaves(graph, called, made)
+    assert {leaves[called["xs"]["p"][0]].name, leaves[called["xs"]["q"]].name} == {"xs_p_0", "xs_q"}
