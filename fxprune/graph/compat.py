@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import traceback
 from collections.abc import Iterator
@@ -72,37 +73,39 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
-class _Remembered(dict[Any, Any]):
-    """What torch remembers of calls on tensors without storage while :func:`forgetting` lasts."""
-
-
 @contextmanager
 def forgetting() -> Iterator[None]:
     """Let torch forget, when the outermost of these contexts ends, what it learnt about symbolic sizes in it.
 
     Its caches of results and of answers about sizes have no bound, and what is in them keeps itself alive, as C++ holds
-    the sizes, where the garbage collector does not look. The next trace has other symbols, and no use for them.
+    the sizes, where the garbage collector does not look. The next trace has other symbols, and no use for them. What it
+    learnt about sizes that are numbers serves the next trace as well, and stays.
     """
-    results, start = FakeTensorMode.cache, ShapeEnv.__init__
-    if isinstance(results, _Remembered):
+    start = ShapeEnv.__init__
+    if start.__name__ == _started.__name__:
         yield
         return
 
+    @functools.wraps(_started)
     def started(sizes: ShapeEnv, *args: Any, **kwargs: Any) -> None:
         start(sizes, *args, **kwargs)
         _SIZES.add(sizes)
 
-    FakeTensorMode.cache, ShapeEnv.__init__ = _Remembered(), started  # type: ignore[assignment,method-assign]
+    ShapeEnv.__init__ = started  # type: ignore[method-assign]
     try:
         yield
     finally:
-        FakeTensorMode.cache, ShapeEnv.__init__ = results, start  # type: ignore[method-assign]
+        ShapeEnv.__init__ = start  # type: ignore[method-assign]
         for method in vars(ShapeEnv).values():
             if hasattr(method, "cache_clear"):
                 method.cache_clear()
         for sizes in _SIZES:
             sizes.fake_tensor_cache.clear()
             (sizes.tracked_fakes or []).clear()
+
+
+def _started(sizes: ShapeEnv) -> None:
+    """Stands for ``ShapeEnv.__init__`` while :func:`forgetting` lasts."""
 
 
 _SIZES: WeakSet[ShapeEnv] = WeakSet()
