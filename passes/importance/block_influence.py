@@ -30,7 +30,8 @@ class BlockInfluenceImportancePass(ForwardImportancePass):
 
         1 - mean over tokens of x_l . x_l+1 / (norm(x_l) norm(x_l+1))
 
-    Source: Men et al., "Layers in Large Language Models are More Redundant Than You Expect" (arXiv 2403.03853), equation 1.
+    Source: Men et al., "Layers in Large Language Models are More Redundant Than You Expect" (arXiv
+    2403.03853), equation 1.
     """
 
     name: ClassVar[str] = "block-influence"
