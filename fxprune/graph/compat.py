@@ -91,7 +91,7 @@ def forgetting() -> Iterator[None]:
         start(sizes, *args, **kwargs)
         _SIZES.add(sizes)
 
-    ShapeEnv.__init__ = started  # type: ignore[method-assign]
+    ShapeEnv.__init__ = started  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
