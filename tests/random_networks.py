@@ -154,7 +154,7 @@ class RandomNet(nn.Module):
         try:
             exec(line, self._scope)
             exec(line, self._second)
-        except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
+        except (AssertionError, RuntimeError, IndexError, ValueError, TypeError, AttributeError):
             return False
         self._lines.append(line)
         return True

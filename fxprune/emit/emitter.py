@@ -24,6 +24,7 @@ from fxprune.emit.load import (
     standins,
     suit_experts,
 )
+from fxprune.emit.mend import mended
 from fxprune.emit.meta import build_on_meta
 from fxprune.emit.names import slim_name
 from fxprune.emit.rebuilders import model_rebuilder
@@ -139,6 +140,10 @@ def _first_that_fits(task: EmissionTask, tensors: Tensors, agrees: Agrees | None
     doubtful: list[Candidate] = []
     for candidate in _candidates(task):
         failure = _failure(task, candidate, tensors, running)
+        if failure is not None:
+            others = mended(candidate, task.wanted)
+            better = next((other for other in others if _failure(task, other, tensors, running) is None), None)
+            failure, candidate = (failure, candidate) if better is None else (None, better)
         if failure is not None:
             reasons.update(dict.fromkeys((*candidate.gaps, f"a candidate does not run: {failure}")))
             doubtful.append(candidate)

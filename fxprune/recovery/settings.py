@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import SchedulerType
-
 from fxprune.errors import RecoveryError, UnknownNameError
 from fxprune.pipeline.arguments import as_seed, flag, instance, number, one_of, whole_number
 
@@ -89,6 +87,8 @@ class RecoverySettings:
         flag("response_only", self.response_only)
         one_of("precision", self.precision, PRECISIONS)
         one_of("data_format", self.data_format, FORMATS)
+        from transformers import SchedulerType  # it brings peft along, which only recovery needs
+
         one_of("schedule", self.schedule, (schedule.value for schedule in SchedulerType))
 
     def _check(self, check: Callable[..., Any], name: str, **bounds: float) -> None:

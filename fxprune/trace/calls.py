@@ -91,10 +91,10 @@ def _calls(
 ) -> list[Call] | None:
     """Return the calls of a run without storage; None where the code of the model raises without it."""
     mode = fake_mode()
-    twin = fake_twin(model, mode, own, dtype)
-    for path, training in modes.items():
-        twin.get_submodule(path).training = training
     try:
+        twin = fake_twin(model, mode, own, dtype)
+        for path, training in modes.items():
+            twin.get_submodule(path).training = training
         with mode, quiet(), torch.no_grad(), _Log() as log:
             values = {
                 name: torch.zeros(value.shape, dtype=dtype if value.dtype == own else value.dtype)
@@ -104,7 +104,7 @@ def _calls(
             }
             log.calls.clear()
             twin(**values, **without_cache(twin))
-    except Exception:  # whatever the model's code raises without storage: tracing will say what
+    except Exception:  # whatever the model's code raises, copied or run without storage: tracing will say what
         return None
     return list(log.calls)
 

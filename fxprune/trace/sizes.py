@@ -10,6 +10,7 @@ from torch import fx
 
 from fxprune.graph.compat import fake_mode, is_free, size_hint, size_range
 from fxprune.graph.inputs import example_of
+from fxprune.graph.silence import quiet
 from fxprune.trace.inputs import free_axes
 
 __all__ = ["pin_sizes"]
@@ -69,7 +70,7 @@ def _runs(graph_module: fx.GraphModule, inputs: list[fx.Node]) -> bool:
         return torch.zeros(wanted, dtype=value.dtype)
 
     try:
-        with fake_mode(), torch.no_grad():
+        with quiet(), fake_mode(), torch.no_grad():
             fx.Interpreter(graph_module).run(*(example_of(node.meta["val"], other) for node in inputs))
     except Exception:  # ops refuse sizes that they do not take with whatever error they like
         return False

@@ -15,7 +15,7 @@ from fxprune.errors import ArgumentError
 from fxprune.graph.facts import Change, Fact, Runnable, facts_of
 from fxprune.graph.fork import fork
 from fxprune.graph.tensors import as_parameter, get_tensor, require_weights, set_tensor
-from fxprune.pipeline.arguments import whole_number
+from fxprune.pipeline.arguments import instance, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.pipeline.progress import Track, check_track, no_progress
 from fxprune.pipeline.registry import parse_pass
@@ -156,6 +156,7 @@ def part_of(select: Pass, part: float) -> Pass:
 
 
 def _of_stage(name: str, spelling: str, stage: str, track: Track) -> Pass:
+    instance(name, spelling, str, f"a pass of the stage {stage!r} as text")
     made = parse_pass(spelling, track=track)
     if made.stage != stage:
         raise ArgumentError(

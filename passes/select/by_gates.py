@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxprune.data.calibration import Calibration, Sample
+from fxprune.data.samples import check_kind
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError
@@ -89,6 +90,8 @@ class SelectByGatesPass(SelectByRatioPass):
         object.__setattr__(self, "scales", flag("scales", self.scales))
         object.__setattr__(self, "seed", as_seed("seed", self.seed))
         check_track(self.track)
+        if self.heldout is not None:
+            check_kind(self.heldout)
         if self.uniform or isinstance(self.ratio, tuple) or "layer" in self.kinds:
             raise ArgumentError(
                 "gates choose single units freely: not the same widths in all layers, a ratio by kind, or whole layers",

@@ -15,7 +15,7 @@ from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError
 from fxprune.graph.facts import Fact, Runnable
 from fxprune.graph.tensors import require_weights
-from fxprune.pipeline.arguments import whole_number
+from fxprune.pipeline.arguments import instance, whole_number
 from fxprune.pipeline.contract import Pass
 from fxprune.pipeline.progress import Track, check_track, no_progress
 from fxprune.pipeline.registry import parse_pass
@@ -140,7 +140,7 @@ class SelectBySearchPass(SelectByRatioPass):
 
     def _fit(self) -> Pass | None:
         """The compensation that is carried out before each measurement."""
-        return parse_pass(self.fit) if self.fit else None
+        return parse_pass(instance("fit", self.fit, str, "a compensation as text, or ''")) if self.fit else None
 
     def _search(self, selection: Selection, begun: list[Choice], judge: Judge) -> Iterator[_Trial]:
         """Measure one allocation after the other, the beginning first; each move is from the best so far."""

@@ -320,7 +320,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "outside the folder",
     ),
     "plan of another model": (swap_plan, "fxprune.json", "plan is of another model"),
-    "plan no plan": (lambda f: edit(f / "fxprune.json", lambda d: d.update(plan=[])), "fxprune.json", "not a plan"),
+    "plan no plan": (
+        lambda f: edit(f / "fxprune.json", lambda d: d.update(plan=[])),
+        "fxprune.json",
+        "plan is of another type",
+    ),
     "config missing": (lambda f: (f / "config.json").unlink(), "config.json", "config"),
     "config of another width": (
         lambda f: edit(f / "config.json", lambda data: data["per_layer_config"].popitem()[1].clear()),

@@ -168,7 +168,7 @@ def test_an_axis_that_tracing_fixed_is_told(tmp_path: Path) -> None:
     assert result.report.parameters[1] < result.report.parameters[0]
     for suffix in ("pt2", "onnx"):
         with pytest.warns(UserWarning, match="ids: axis 1 is fixed; the program runs at 5 alone"):
-            path = result.export(tmp_path / f"net.{suffix}", example_inputs={})
+            path = result.export(tmp_path / f"net.{suffix}", example_inputs=None)
     ids = torch.randint(20, (3, 5))
     session = onnxruntime.InferenceSession(path)
     assert session.get_inputs()[0].shape == ["batch", 5]

@@ -65,7 +65,7 @@ def test_misspelled_passes_are_refused(spelled: str, error: type[Exception], tex
 def test_only_real_arguments_are_offered() -> None:
     with pytest.raises(UnknownNameError) as caught:
         load_pass("taylor", speed=1)
-    assert caught.value.remedy.endswith("Known: kinds, memory, order, reduction, track")
+    assert caught.value.remedy.endswith("Known: kinds, memory, order, reduction, samples, track")
 
 
 @given(

@@ -165,7 +165,7 @@ def test_a_chat_without_a_template_is_told(tokenizer: PreTrainedTokenizerFast) -
         ([], "the data set is empty"),
         ([{"question": "a", "answer": "b"}] * 2, r"none of 2 rows .*its fields are \['answer', 'question'\]"),
         (SUMS[:1], "0 samples to train on and 1 held out"),
-        ({"text": "a"}, "cannot read a dict"),
+        ({"text": "a"}, "cannot read {'text': 'a'}"),
     ],
 )
 def test_data_that_cannot_be_used_is_refused(tokenizer: PreTrainedTokenizerFast, rows: Any, message: str) -> None:

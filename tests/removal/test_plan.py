@@ -55,7 +55,7 @@ def test_a_plan_survives_json_and_gives_its_units_back(dense: fx.GraphModule) ->
 
 @pytest.mark.parametrize("text", ["", "[]", '{"version": 1, "kept": {"a": 3}, "removed_blocks": []}'])
 def test_what_is_no_plan_is_refused(text: str) -> None:
-    with pytest.raises(PlanError, match="Plan.to_json returned"):
+    with pytest.raises(PlanError, match=r"Plan\.to_json returned"):
         Plan.from_json(text)
 
 

@@ -32,6 +32,7 @@ THEMES = {
     "fxprune.rules.convolution",
     "fxprune.rules.creation",
     "fxprune.rules.cutting",
+    "fxprune.rules.diagonals",
     "fxprune.rules.indexing",
     "fxprune.rules.norm",
     "fxprune.rules.pointwise",

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fxprune.passes.select.rounding import Rounding
 from fxprune.passes.select.slots import make_slots
 from torch import fx, nn
 from transformers import AutoModelForCausalLM
@@ -231,7 +232,7 @@ def test_experts_in_groups_go_from_every_group_at_once_or_with_their_group(
 def test_experts_go_from_groups_or_with_their_group_but_not_both() -> None:
     dense = discover(Mixture(in_groups), tokens())
     Pipeline([load_pass("l2", kinds=("expert",))])(dense)
-    (slot,) = make_slots(groups_of(dense), facts_of(dense)[Scores], ("expert",), frozenset(), 8)
+    (slot,) = make_slots(groups_of(dense), facts_of(dense)[Scores], ("expert",), frozenset(), Rounding(8))
     assert [(option.size, option.most) for option in slot.options] == [(3, 1), (2, 1)]
 
 
