@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from transformers.models.auto import configuration_auto, modeling_auto
 from transformers.utils import logging
 
 from tests.exports import remember_exports
@@ -26,3 +28,17 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def stock_classes() -> Iterator[None]:
+    """The classes that transformers knows: a folder with code of its own that a test loads registers others."""
+    known = {**vars(modeling_auto), **vars(configuration_auto)}
+    mappings = [
+        value for name, value in known.items() if name.endswith("_MAPPING") and hasattr(value, "_extra_content")
+    ]
+    before = [dict(mapping._extra_content) for mapping in mappings]
+    yield
+    for mapping, extra in zip(mappings, before, strict=True):
+        mapping._extra_content.clear()
+        mapping._extra_content.update(extra)

@@ -14,7 +14,7 @@ _LARGEST = 16
 
 
 def mended(candidate: Candidate, tensors: Collection[str]) -> Iterator[Candidate]:
-    """Yield a candidate with one small integer attribute divided, the likeliest first.
+    """Yield a candidate with one small integer attribute divided, in all modules where it is the same number.
 
     Where widths were set by hand, an attribute of the module around them, such as how many queries share a key, may be
     the one of more heads: one kernel works it out from shapes, another reads it.
@@ -24,13 +24,17 @@ def mended(candidate: Candidate, tensors: Collection[str]) -> Iterator[Candidate
         tensors: names of tensors; modules that own one have widths for attributes, which are right already.
     """
     owners = {name.rpartition(".")[0] for name in tensors}
-    found = [
-        (value, path, name)
-        for path, attributes in candidate.recipe.attributes.items()
-        for name, value in attributes.items()
+    attributes = candidate.recipe.attributes
+    found = {
+        (value, name)
+        for path, here in attributes.items()
+        for name, value in here.items()
         if path not in owners and isinstance(value, int) and 1 < value <= _LARGEST
-    ]
-    for value, path, name in sorted(found):
+    }
+    for value, name in sorted(found):
         for smaller in (n for n in range(1, value) if value % n == 0):
-            changed = {**candidate.recipe.attributes, path: {**candidate.recipe.attributes[path], name: smaller}}
+            changed = {
+                path: {**here, name: smaller} if path not in owners and here.get(name) == value else here
+                for path, here in attributes.items()
+            }
             yield dataclasses.replace(candidate, recipe=dataclasses.replace(candidate.recipe, attributes=changed))
