@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from fxprune.graph.facts import Fact
+from fxprune.graph.facts import Fact, facts_of
 from fxprune.graph.tensors import as_parameter, get_tensor, set_tensor
 
-__all__ = ["Constants", "Cut", "Source", "put_back"]
+__all__ = ["Constants", "Cut", "Source", "put_back", "put_values"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,3 +74,12 @@ def put_back(source: Source) -> None:
         whole = as_parameter(value, slim)
         for name in cut.names:
             set_tensor(source.model, name, whole)
+
+
+def put_values(graph_module: fx.GraphModule, name: str, value: torch.Tensor) -> None:
+    """Give the tensor ``name`` other values: in place where the model holds it too and is to change, else anew."""
+    old, source = get_tensor(graph_module, name), facts_of(graph_module).get(Source)
+    if source is not None and source.shares:
+        old.copy_(value)
+    else:
+        set_tensor(graph_module, name, as_parameter(value.to(old.dtype).contiguous(), old))

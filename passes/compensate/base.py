@@ -14,8 +14,8 @@ from fxprune.data.calibration import Calibration, spread, stacked
 from fxprune.discovery.dependency import Dependencies
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
-from fxprune.graph.source import Source
-from fxprune.graph.tensors import as_parameter, get_tensor, require_weights, set_tensor
+from fxprune.graph.source import put_values
+from fxprune.graph.tensors import require_weights
 from fxprune.masking.compare import Expected
 from fxprune.masking.side_by_side import SideBySide
 from fxprune.pipeline.arguments import one_of, whole_number
@@ -87,7 +87,7 @@ class FitPass(Pass):
             # the range comes first, so that the graph is not run on after the last weight
             for _, site in zip(range(len(sites)), self.track(wanted, self.name, len(sites)), strict=False):
                 for node, value in self.fitted(graph_module, site, run).items():
-                    _put(graph_module, str(node.target), value)
+                    put_values(graph_module, str(node.target), value)
                     run.read_again(node)
         add_note(graph_module, f"{len(sites)} weights were fitted by {self.name.replace('-', ' ')}")
         return PassResult(graph_module, True)
@@ -114,12 +114,3 @@ def pairs(site: Site, run: SideBySide) -> Iterator[tuple[torch.Tensor, torch.Ten
                 "its inputs or outputs are not finite", where=site.name, remedy="Check the weights and the samples"
             )
         yield X, y
-
-
-def _put(graph_module: fx.GraphModule, name: str, value: torch.Tensor) -> None:
-    """Write into the tensor itself where the model holds it too and is to change, else into a new one."""
-    old, source = get_tensor(graph_module, name), facts_of(graph_module).get(Source)
-    if source is not None and source.shares:
-        old.copy_(value)
-    else:
-        set_tensor(graph_module, name, as_parameter(value.to(old.dtype).contiguous(), old))

@@ -12,8 +12,8 @@ from torch import fx
 
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, add_note, facts_of
-from fxprune.graph.source import Source
-from fxprune.graph.tensors import as_parameter, device_of, get_tensor, require_weights, set_tensor
+from fxprune.graph.source import put_values
+from fxprune.graph.tensors import device_of, require_weights
 from fxprune.masking.compare import Verified
 from fxprune.pipeline.arguments import as_path, as_seed, flag, number, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
@@ -110,7 +110,7 @@ class TunePass(Pass):
         if better:
             with torch.no_grad():
                 for name, value in list(vectors.folded(progress.kept, graph_module)):
-                    _put(graph_module, name, value)
+                    put_values(graph_module, name, value)
         words = f"from {progress.first:.3f} to {progress.best:.3f} nats a token on {teacher.heldout_from}"
         outcome = f"divergence from the dense model {words}" if better else "nothing was better than no change"
         add_note(graph_module, f"tuned: {vectors.count:,} numbers, {len(teacher.lessons)} samples; {outcome}")
@@ -206,12 +206,3 @@ class _Training:
 def _share(step: int, steps: int) -> float:
     """Of the rate, at a step: the first steps of Adam are as long as any, and know the least."""
     return min(1.0, (step + 1) * _RISE / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def _put(graph_module: fx.GraphModule, name: str, value: torch.Tensor) -> None:
-    """Write into the tensor itself where the model holds it too and is to change, else into a new one."""
-    old, source = get_tensor(graph_module, name), facts_of(graph_module).get(Source)
-    if source is not None and source.shares:
-        old.copy_(value)
-    else:
-        set_tensor(graph_module, name, as_parameter(value.contiguous(), old))

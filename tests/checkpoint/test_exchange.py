@@ -23,7 +23,7 @@ from fxprune.errors import CheckpointError
 from tests.checkpoint.small import narrow
 
 WIDTHS = (16, 24)
-KILLS = int(os.environ.get("FXPRUNE_KILLS", "25"))
+KILLS = int(os.environ.get("FXPRUNE_KILLS", "100"))
 """How many saves are killed at a random moment; ``FXPRUNE_KILLS=200 pytest -s`` also says how they ended."""
 
 
