@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -17,68 +20,73 @@ _LLAMA_LIKE = {
     "max_position_embeddings": 256,
 }
 
-FAMILIES: dict[str, dict[str, object]] = {
-    "llama": _LLAMA_LIKE,
-    "qwen3": {**_LLAMA_LIKE, "head_dim": 10},
-    "phi3": {**_LLAMA_LIKE, "original_max_position_embeddings": 256},
-    "gemma3_text": {**_LLAMA_LIKE, "head_dim": 10, "sliding_window": 64},
-    "gpt2": {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_inner": 88, "n_positions": 256},
-    "gpt_neox": {
-        "hidden_size": 48,
-        "intermediate_size": 88,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-    },
-    "bloom": {"hidden_size": 48, "n_layer": 3, "n_head": 4},
-    "falcon": {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_hidden_size": 88},
-}
+FAMILIES: Mapping[str, Mapping[str, object]] = MappingProxyType(
+    {
+        "llama": _LLAMA_LIKE,
+        "qwen3": {**_LLAMA_LIKE, "head_dim": 10},
+        "phi3": {**_LLAMA_LIKE, "original_max_position_embeddings": 256},
+        "gemma3_text": {**_LLAMA_LIKE, "head_dim": 10, "sliding_window": 64},
+        "gpt2": {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_inner": 88, "n_positions": 256},
+        "gpt_neox": {
+            "hidden_size": 48,
+            "intermediate_size": 88,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+        },
+        "bloom": {"hidden_size": 48, "n_layer": 3, "n_head": 4},
+        "falcon": {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_hidden_size": 88},
+    }
+)
 """The families that every test about families runs on."""
 
 _SMALL = {**_LLAMA_LIKE, "num_hidden_layers": 2}
 _GPT2_LIKE = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_inner": 88, "n_positions": 256}
 _EXPERTS = {**_SMALL, "num_experts_per_tok": 2}
 
-MORE_FAMILIES: dict[str, dict[str, object]] = {
-    "mistral": {**_SMALL, "sliding_window": 64},
-    "qwen2": _SMALL,
-    "gemma": {**_SMALL, "head_dim": 10},
-    "gemma2": {**_SMALL, "head_dim": 10, "sliding_window": 64, "query_pre_attn_scalar": 14},
-    "phi": _SMALL,
-    "gptj": {**_GPT2_LIKE, "rotary_dim": 4},
-    "opt": {
-        "hidden_size": 48,
-        "ffn_dim": 88,
-        "word_embed_proj_dim": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-    },
-    "starcoder2": {**_SMALL, "sliding_window": 64},
-    "olmo2": _SMALL,
-    "cohere2": {**_SMALL, "sliding_window": 64, "logit_scale": 0.7},
-    "glm4": {**_SMALL, "head_dim": 12},
-    "granite": {**_SMALL, "residual_multiplier": 0.6, "attention_multiplier": 0.3},
-    "smollm3": {**_SMALL, "no_rope_layers": [1, 0]},
-    "mixtral": {**_EXPERTS, "num_local_experts": 5},
-    "qwen2_moe": {
-        **_EXPERTS,
-        "num_experts": 5,
-        "moe_intermediate_size": 40,
-        "shared_expert_intermediate_size": 56,
-        "mlp_only_layers": [0],
-    },
-    "stablelm": _SMALL,
-    "mpt": {"d_model": 48, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 256},
-    "gpt_bigcode": _GPT2_LIKE,
-}
+MORE_FAMILIES: Mapping[str, Mapping[str, object]] = MappingProxyType(
+    {
+        "mistral": {**_SMALL, "sliding_window": 64},
+        "qwen2": _SMALL,
+        "gemma": {**_SMALL, "head_dim": 10},
+        "gemma2": {**_SMALL, "head_dim": 10, "sliding_window": 64, "query_pre_attn_scalar": 14},
+        "phi": _SMALL,
+        "gptj": {**_GPT2_LIKE, "rotary_dim": 4},
+        "opt": {
+            "hidden_size": 48,
+            "ffn_dim": 88,
+            "word_embed_proj_dim": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+        },
+        "starcoder2": {**_SMALL, "sliding_window": 64},
+        "olmo2": _SMALL,
+        "cohere2": {**_SMALL, "sliding_window": 64, "logit_scale": 0.7},
+        "glm4": {**_SMALL, "head_dim": 12},
+        "granite": {**_SMALL, "residual_multiplier": 0.6, "attention_multiplier": 0.3},
+        "smollm3": {**_SMALL, "no_rope_layers": [1, 0]},
+        "mixtral": {**_EXPERTS, "num_local_experts": 5},
+        "qwen2_moe": {
+            **_EXPERTS,
+            "num_experts": 5,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 56,
+            "mlp_only_layers": [0],
+        },
+        "stablelm": _SMALL,
+        "mpt": {"d_model": 48, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 256},
+        "gpt_bigcode": _GPT2_LIKE,
+    }
+)
 """Further families, with two layers each, for the tests on emitted models."""
 
 
 def tiny(family: str, **changes: object) -> PreTrainedModel:
-    """A random model of ``family`` in evaluation mode, the same at every call."""
+    """A random model of ``family`` in evaluation mode, the same at every call; of no family here, ``changes`` say all."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**_COMMON, **(FAMILIES | MORE_FAMILIES)[family], **changes})
+    sizes = FAMILIES.get(family) or MORE_FAMILIES.get(family, {})
+    config = AutoConfig.for_model(family, **{**_COMMON, **sizes, **changes})
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import re
@@ -34,7 +35,7 @@ from fxprune.rules import registry as rules_by_op
 from fxprune.trace import trace
 from tests.export.small import tokenizer as byte_tokenizer
 from tests.models import tiny, token_ids
-from tests.tokens import character_tokenizer
+from tests.tokens import TEMPLATE
 
 ROOT = Path(__file__).parents[1]
 WRITTEN_BY_COMMANDS = {"docs/coverage.md", "docs/families.md", "docs/quality.md", "docs/results.md", "docs/rules.md"}
@@ -103,7 +104,9 @@ def furnish(folder: Path) -> None:
     """Put into a folder what the pages speak of: a model with its tokenizer, texts, rows and questions."""
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 8, "num_key_value_heads": 4}
     tiny("llama", num_hidden_layers=2, **sizes).save_pretrained(folder / "path/to/model")
-    character_tokenizer(chat=True).save_pretrained(folder / "path/to/model")
+    tokenizer = copy.copy(byte_tokenizer())
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "path/to/model")
     fxprune.export_model(tiny("llama", num_hidden_layers=2), folder / "dense.gguf", tokenizer=byte_tokenizer())
     (folder / "some.txt").write_text(text_of("docs/design.md"))
     (folder / "held-out.txt").write_text(text_of("docs/checkpoints.md")[:1500])

@@ -34,8 +34,8 @@ def uneven(family: str, **changes: Any) -> PreTrainedModel:
 
 def even(family: str, **changes: Any) -> PreTrainedModel:
     """A model whose blocks are alike."""
-    MORE_FAMILIES.setdefault(family, {**PLAIN, "max_position_embeddings": 256, "num_hidden_layers": 2})
-    return fill(tiny(family, **changes))
+    sizes = {} if family in MORE_FAMILIES else {**PLAIN, "max_position_embeddings": 256, "num_hidden_layers": 2}
+    return fill(tiny(family, **{**sizes, **changes}))
 
 
 def fill(module: Any) -> Any:
@@ -71,8 +71,10 @@ def without(model: PreTrainedModel, attention: tuple[int, ...] = (), mlp: tuple[
 
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, one merge, and three special tokens."""
-    letters = [byte for byte in sorted(pre_tokenizers.ByteLevel.alphabet()) if byte not in "ab"]
+    """Bytes, those of English text first, one merge, and three special tokens."""
+    blank, line_break = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(" \n")[0][0]
+    rest = [byte for byte in sorted(pre_tokenizers.ByteLevel.alphabet()) if byte not in ("a", "b", blank, line_break)]
+    letters = [blank, line_break, *rest]
     tokens = ["<pad>", "<s>", "</s>", "a", "b", "ab", *letters][:VOCABULARY]
     made = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, [("a", "b")]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
