@@ -83,7 +83,7 @@ MORE_FAMILIES: Mapping[str, Mapping[str, object]] = MappingProxyType(
 
 
 def tiny(family: str, **changes: object) -> PreTrainedModel:
-    """A random model of ``family`` in evaluation mode, the same at every call; ``changes`` say all of other families."""
+    """A random model of a family in evaluation mode, the same at every call; ``changes`` say all of other families."""
     torch.manual_seed(0)
     sizes = FAMILIES.get(family) or MORE_FAMILIES.get(family, {})
     config = AutoConfig.for_model(family, **{**_COMMON, **sizes, **changes})
