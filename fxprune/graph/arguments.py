@@ -5,11 +5,12 @@ A path is ``("args", 1, 0)`` or ``("kwargs", "size", 0)``: which arguments, whic
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import fx
 
-__all__ = ["read_argument", "set_argument", "with_argument"]
+__all__ = ["comparable", "read_argument", "set_argument", "with_argument"]
 
 _ROOTS = {"args": 0, "kwargs": 1}
 
@@ -45,3 +46,14 @@ def _replaced(container: Any, keys: tuple[Any, ...], value: Any) -> Any:
     items = list(container)
     items[keys[0]] = _replaced(items[keys[0]], keys[1:], value)
     return tuple(items) if isinstance(container, tuple) else items
+
+
+def comparable(value: Any) -> Any:
+    """Return arguments as something that compares: nodes by name, containers by content, the rest by its text."""
+    if isinstance(value, fx.Node):
+        return ("node", value.name)
+    if isinstance(value, Mapping):
+        return tuple((key, comparable(item)) for key, item in value.items())
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return (type(value).__name__, *(comparable(item) for item in value))
+    return repr(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxprune.errors import PassError
+from fxprune.graph.arguments import comparable
 from fxprune.graph.attempts import clear_errors
 from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.graph.fork import fork, unshare
@@ -237,15 +238,4 @@ def _same(before: tuple[_NodePrint, ...], after: tuple[_NodePrint, ...]) -> bool
 
 def _spelled(node: _NodePrint) -> tuple[object, ...]:
     own, target, args, kwargs = node
-    return own.name, own.op, target, _frozen(args), _frozen(kwargs)
-
-
-def _frozen(value: Any) -> Any:
-    """Arguments as something that compares: nodes by name, containers by content, the rest by its text."""
-    if isinstance(value, fx.Node):
-        return ("node", value.name)
-    if isinstance(value, Mapping):
-        return tuple((key, _frozen(item)) for key, item in value.items())
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return (type(value).__name__, *(_frozen(item) for item in value))
-    return repr(value)
+    return own.name, own.op, target, comparable(args), comparable(kwargs)

@@ -22,6 +22,7 @@ from fxprune.graph.attempts import clear_errors
 from fxprune.graph.blocks import Blocks, find_blocks
 from fxprune.graph.compat import fake_mode, is_impure, tree_map
 from fxprune.graph.facts import Facts, Notes, Runnable, Shaped, set_facts
+from fxprune.graph.shapes import ShapedCalls, calls_of, retyped
 from fxprune.graph.silence import quiet
 from fxprune.graph.source import Constants, Source
 from fxprune.graph.surroundings import neutral
@@ -130,7 +131,8 @@ def _graph_of(
 ) -> tuple[fx.GraphModule, list[str]]:
     """Return a program as a canonical graph bound to the weights, and the sizes that it holds for, in words."""
     graph_module = lower(program, model, dtype if dtype != torch.float32 else None, fixed={"use_cache"} - set(inputs))
-    _restore_inputs(graph_module, own, dtype)
+    if dtype != own:
+        _restore_values(graph_module, own, dtype)
     plain_in_place(graph_module)
     fold_constants(graph_module, model)
     canonicalize(graph_module)
@@ -191,6 +193,7 @@ def _learn(
     facts.put(fidelity)
     facts.put(Runnable())
     facts.put(Shaped())
+    facts.put(ShapedCalls(calls_of(graph_module.graph)))
     set_facts(graph_module, facts)
 
 
@@ -227,13 +230,12 @@ def _traced_input(value: Any, own: torch.dtype, dtype: torch.dtype) -> Any:
     return torch.zeros(value.shape, dtype=dtype if value.dtype == own else value.dtype)
 
 
-def _restore_inputs(graph_module: fx.GraphModule, own: torch.dtype, dtype: torch.dtype) -> None:
-    """Give inputs that were made ``dtype`` for tracing the dtype ``own`` again, which is what the graph runs on."""
+def _restore_values(graph_module: fx.GraphModule, own: torch.dtype, dtype: torch.dtype) -> None:
+    """Give values that were made ``dtype`` for tracing the dtype ``own`` again, which is what the graph runs on."""
     for node in graph_module.graph.nodes:
-        if node.op == "placeholder":
+        if "val" in node.meta:
             node.meta["val"] = tree_map(
-                lambda value: value.to(own) if isinstance(value, torch.Tensor) and value.dtype == dtype else value,
-                node.meta["val"],
+                lambda value: retyped(value, own) if getattr(value, "dtype", None) is dtype else value, node.meta["val"]
             )
 
 

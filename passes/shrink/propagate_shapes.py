@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from fxprune.graph.compat import FakeTensorProp, enable_python_dispatcher, fake_mode, tree_leaves
+from fxprune.graph.compat import FakeTensorMode, FakeTensorProp, enable_python_dispatcher, fake_mode, tree_leaves
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, facts_of
 from fxprune.graph.inputs import example_of
+from fxprune.graph.shapes import ShapedCalls, calls_of, same_shapes, usable
 from fxprune.graph.tensors import device_of
 from fxprune.pipeline.contract import Pass, PassResult
 
@@ -21,14 +23,15 @@ __all__ = ["PropagateShapesPass"]
 class PropagateShapesPass(Pass):
     """Works out ``node.meta["val"]`` of every node again, symbolic where it was.
 
-    A shape that does not fit shows here, at the node where it arises, before anything is run.
+    Only nodes that are called in another way than before, or on values of other shapes, are looked at. A shape that
+    does not fit shows here, at the node where it arises, before anything is run.
     """
 
     name: ClassVar[str] = "propagate-shapes"
     stage: ClassVar[str] = "shrink"
     changes: ClassVar[Change] = "nothing"
     needs: ClassVar[tuple[type[Fact], ...]] = (Runnable,)
-    gives: ClassVar[tuple[type[Fact], ...]] = (Shaped,)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Shaped, ShapedCalls)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Run the graph on fake tensors."""
@@ -39,16 +42,57 @@ class PropagateShapesPass(Pass):
         device = device_of(graph_module)
         with mode:
             inputs = [example_of(v, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device)) for v in inputs]
+        facts = facts_of(graph_module)
+        known = facts.get(ShapedCalls)
+        calls = calls_of(graph_module.graph)
+        alike = {name for name, call in calls.items() if known is not None and known.calls.get(name) == call}
         with enable_python_dispatcher():  # symbolic sizes are only understood by the Python side of torch's dispatcher
-            _Shapes(graph_module, mode).propagate_dont_convert_inputs(*inputs)
-        facts_of(graph_module).put(Shaped())
+            _Shapes(graph_module, mode, alike).propagate_dont_convert_inputs(*inputs)
+        facts.put(ShapedCalls(calls))
+        facts.put(Shaped())
         return PassResult(graph_module, False)
 
 
 class _Shapes(FakeTensorProp):
-    """Reads weights as fake tensors, so that an op that writes to one does not write to the real one."""
+    """Works out what changed; reads weights as fake tensors, so that an op that writes to one does not write to it.
+
+    Args:
+        graph_module: the graph.
+        mode: of its fake tensors.
+        alike: the names of the nodes that are called as they were.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, mode: FakeTensorMode, alike: Set[str]) -> None:
+        super().__init__(graph_module, mode)
+        self._alike = alike
+        self._changed = set[fx.Node]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Return what was known of ``n`` if that still holds."""
+        before = n.meta.get("val")
+        if self._stands(n, before):
+            return before
+        result = super().run_node(n)
+        after = n.meta.get("val")
+        if before is None or after is None or not same_shapes(before, after):
+            self._changed.add(n)
+        return result
+
+    def _stands(self, n: fx.Node, known: Any) -> bool:
+        if n.op in ("placeholder", "output") or n.name not in self._alike or not usable(known, self._mode):
+            return False
+        if n.op == "get_attr":
+            value = self.fetch_attr(str(n.target))
+            return isinstance(value, torch.Tensor) and _is_of(value, known)
+        return self._changed.isdisjoint(n.all_input_nodes)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Return a weight without its values."""
         value = super().get_attr(target, args, kwargs)
         return self._mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
+
+
+def _is_of(weight: torch.Tensor, known: Any) -> bool:
+    """Whether what is known is the shape of this very weight."""
+    told = [(t.shape, t.stride(), t.dtype, t.device) for t in (weight, known)]
+    return isinstance(known, torch.Tensor) and told[0] == told[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fxprune.errors import ExportError
 from fxprune.export.gguf.archs import Arch, candidates, joined, names_in_format, place_of
 from fxprune.export.gguf.decoder import Decoder
-from fxprune.export.gguf.layout import LAYOUTS, Contents, Layout, lay_out
+from fxprune.export.gguf.layout import LAYOUTS, Contents, Layout, Unsaid, lay_out
 from fxprune.export.gguf.reference import logits_of
 from fxprune.masking.compare import compare
 
@@ -44,7 +44,7 @@ def _first_that_agrees(decoder: Decoder, arch: Arch, tolerance: float) -> Conten
     for layout in _layouts(decoder, arch):
         try:
             contents = lay_out(decoder, arch, layout)
-        except ExportError as error:
+        except Unsaid as error:
             return reason or str(error)
         error_of_logits = compare([decoder.logits], [logits_of(contents, decoder.tokens)])
         if error_of_logits <= tolerance:

@@ -17,6 +17,8 @@ from fxprune.graph.silence import quiet
 
 __all__ = ["Decoder", "Rotary", "read_decoder"]
 
+_OTHERS = "GGUF files hold decoders whose blocks share all but widths; export a .pt2 or .onnx file instead"
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -124,12 +126,12 @@ def _cached(output: Any) -> Iterator[tuple[int, tuple[int, int, int]]]:
     cache = vars(output).get("cache") or output.get("past_key_values")
     layers = getattr(cache, "layers", None)
     if layers is None:
-        raise ExportError("keeps no cache of keys and values", remedy="The format takes decoders with attention")
+        raise ExportError("keeps no cache of keys and values", where="the model", remedy=_OTHERS)
     for number, layer in enumerate(layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is not None and values is not None:
             if keys.dim() != 4:
-                raise ExportError(f"block {number} keeps something else than keys and values")
+                raise ExportError("keeps something else than keys and values", where=f"block {number}", remedy=_OTHERS)
             yield number, (keys.shape[1], keys.shape[3], values.shape[3])
 
 
@@ -147,7 +149,7 @@ def _rotary(model: nn.Module, config: Any) -> Rotary | None:
         for module in found.values()
     ]
     if any(not torch.equal(one.frequencies, made[0].frequencies) or one.scaling != made[0].scaling for one in made):
-        raise ExportError("turns keys in several ways, and the format has one", where=next(iter(found)))
+        raise ExportError("turns keys in several ways, and the format has one", where=next(iter(found)), remedy=_OTHERS)
     return made[0]
 
 
@@ -160,7 +162,8 @@ def _epsilon(model: nn.Module) -> float:
         if value is not None
     }
     if len(set(found.values())) > 1:
-        raise ExportError(f"normalisations differ in epsilon: {sorted(set(found.values()))}", where=next(iter(found)))
+        told = f"normalisations differ in epsilon: {sorted(set(found.values()))}"
+        raise ExportError(told, where=next(iter(found)), remedy=_OTHERS)
     return next(iter(found.values()), 1e-5)
 
 

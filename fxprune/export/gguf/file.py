@@ -52,7 +52,9 @@ def export_gguf(
     path, kind = Path(path), type_named(quantization)
     if like is None and tokenizer is None:
         raise ExportError(
-            "a GGUF file holds its tokenizer", remedy="Pass tokenizer=, or like= and a GGUF file to copy from"
+            "a GGUF file holds its tokenizer, and none is given",
+            where="tokenizer",
+            remedy="Pass tokenizer=, or like= and a GGUF file to copy from",
         )
     decoder = read_decoder(model)
     narrow = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in decoder.tensors.values())

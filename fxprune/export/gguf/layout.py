@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 
-from fxprune.errors import ExportError
 from fxprune.export.gguf.archs import Arch, joined, name_elsewhere, names_in_format, place_of
 from fxprune.export.gguf.decoder import Decoder
 
-__all__ = ["LAYOUTS", "Contents", "Layout", "lay_out"]
+__all__ = ["LAYOUTS", "Contents", "Layout", "Unsaid", "lay_out"]
 
 Tensors = dict[str, torch.Tensor]
+
+
+class Unsaid(Exception):
+    """Why an architecture of the format cannot say a model; another one may."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def lay_out(decoder: Decoder, arch: Arch, layout: Layout) -> Contents:
     """Return what a file of an architecture holds for a model.
 
     Raises:
-        ExportError: the architecture cannot say it; with the reason.
+        Unsaid: the architecture cannot say it; with the reason.
     """
     whole, blocks = _named(decoder, arch)
     _tie(whole, arch)
@@ -95,7 +98,7 @@ def _named(decoder: Decoder, arch: Arch) -> tuple[Tensors, list[_Block]]:
         if not names:
             other = name_elsewhere(module)
             told = f"has no place for {other}" if other else "has no name for such a tensor"
-            raise ExportError(f"architecture {arch.name} {told}", where=parameter)
+            raise Unsaid(f"{parameter}: architecture {arch.name} {told}")
         if number is not None:
             blocks.setdefault(number, _Block(number, {}, decoder.cached.get(number)))
         parts = whole if number is None else blocks[number].parts
@@ -105,7 +108,7 @@ def _named(decoder: Decoder, arch: Arch) -> tuple[Tensors, list[_Block]]:
 
 def _tie(whole: Tensors, arch: Arch) -> None:
     if arch.tied_only and "output.weight" in whole:
-        raise ExportError(f"architecture {arch.name} has the embedding for its output, and this model an output layer")
+        raise Unsaid(f"architecture {arch.name} has the embedding for its output, and this model an output layer")
 
 
 def _split(block: _Block, layout: Layout) -> bool:
@@ -118,7 +121,7 @@ def _split(block: _Block, layout: Layout) -> bool:
             if fused is not None:
                 parts |= dict(zip(names, _unfused(fused, block.sizes, layout), strict=True))
         if "attn_q.weight" not in parts:
-            raise ExportError("has attention of a kind that the format does not know", where=f"block {block.number}")
+            raise Unsaid(f"block {block.number} has attention of a kind that the format does not know")
         block.heads = len(parts["attn_q.weight"]) // block.sizes[1]
     if "ffn_down.weight" in parts:
         block.width = parts["ffn_down.weight"].shape[1]
@@ -146,9 +149,9 @@ def _head_sizes(decoder: Decoder, blocks: list[_Block]) -> tuple[int, int]:
     found = {block.sizes[1:] for block in blocks if block.sizes is not None}
     if len(found) != 1:
         told = ", ".join(f"{key} and {value}" for key, value in sorted(found)) or "no attention at all"
-        raise ExportError(
-            f"the format has one size of keys and one of values, and this model has {told}",
-            remedy="Leave the kind head_dim out of what is pruned",
+        raise Unsaid(
+            f"the format has one size of keys and one of values, and this model has {told}. "
+            "Leave the kind head_dim out of what is pruned"
         )
     return next(iter(found))
 
@@ -188,10 +191,10 @@ def _require_room(block: _Block, arch: Arch) -> None:
     for name in block.parts:
         tensor, _, leaf = name.rpartition(".")
         if leaf == "bias" and arch.norm == "rms" and tensor not in arch.biases:
-            raise ExportError(f"architecture {arch.name} has no bias for {tensor}", where=where)
+            raise Unsaid(f"{where}: architecture {arch.name} has no bias for {tensor}")
     lacking = [name for name in arch.requires if name not in names and block.sizes is not None]
     if lacking:
-        raise ExportError(f"architecture {arch.name} needs {lacking[0]}, which this model has not", where=where)
+        raise Unsaid(f"{where}: architecture {arch.name} needs {lacking[0]}, which this model has not")
 
 
 def _require_equal(blocks: list[_Block], arch: Arch) -> None:
@@ -199,9 +202,7 @@ def _require_equal(blocks: list[_Block], arch: Arch) -> None:
     told["MLP widths"] = [block.width for block in blocks]
     for what, numbers in told.items():
         if len(set(numbers)) > 1 and not arch.arrays:
-            raise ExportError(
-                f"architecture {arch.name} has one number of {what} for all blocks, and here are {numbers}"
-            )
+            raise Unsaid(f"architecture {arch.name} has one number of {what} for all blocks, and here are {numbers}")
 
 
 def _turn(block: _Block, arch: Arch, decoder: Decoder, layout: Layout) -> None:
@@ -245,16 +246,14 @@ def _rotation(decoder: Decoder, arch: Arch, size: int) -> Tensors:
     if rotary is None:
         return {}
     if rotary.dims < size and not arch.partial:
-        raise ExportError(
-            f"architecture {arch.name} turns whole heads, and this model {rotary.dims} of {size} channels"
-        )
+        raise Unsaid(f"architecture {arch.name} turns whole heads, and this model {rotary.dims} of {size} channels")
     if rotary.scaling != 1:
-        raise ExportError("scales what it turns (by position embeddings of a kind that is not written here)")
+        raise Unsaid("scales what it turns (by position embeddings of a kind that is not written here)")
     factors = rotary.factors
     if factors is None:
         return {}
     if not arch.factors:
-        raise ExportError(f"architecture {arch.name} has the frequencies of its base alone, and this model has others")
+        raise Unsaid(f"architecture {arch.name} has the frequencies of its base alone, and this model has others")
     return {"rope_freqs.weight": factors}
 
 

@@ -16,6 +16,7 @@ from fxprune.errors import ExportError
 
 __all__ = ["Entry", "copy_tokenizer", "describe_tokenizer"]
 
+_OWN = "Pass the tokenizer that the model was trained with, or a GGUF file that holds it"
 _REMEDY = "Pass like='dense.gguf', a GGUF file of the dense model, and its entries are copied"
 _PREFIX = "tokenizer."
 
@@ -50,7 +51,8 @@ def copy_tokenizer(path: str | os.PathLike[str], rows: int) -> list[Entry]:
     try:
         fields = gguf.GGUFReader(path).fields
     except (OSError, ValueError, IndexError) as error:
-        raise ExportError(f"cannot be read as a GGUF file: {error}", where=os.fspath(path)) from error
+        told = f"cannot be read as a GGUF file: {error}"
+        raise ExportError(told, where=os.fspath(path), remedy="Pass the GGUF file of the dense model") from error
     found = [
         Entry(name, entry.contents(), entry.types[0], entry.types[-1] if len(entry.types) > 1 else None)
         for name, entry in fields.items()
@@ -59,7 +61,7 @@ def copy_tokenizer(path: str | os.PathLike[str], rows: int) -> list[Entry]:
     tokens = next((len(entry.value) for entry in found if entry.key == f"{_PREFIX}ggml.tokens"), None)
     if tokens != rows:
         has = "no tokens" if tokens is None else f"{tokens:,} tokens"
-        raise ExportError(f"has {has}, and the model {rows:,}", where=os.fspath(path))
+        raise ExportError(f"has {has}, and the model {rows:,}", where=os.fspath(path), remedy=_OWN)
     return found
 
 
@@ -176,7 +178,7 @@ def _tokens(tokenizer: Any, told: Mapping[str, Any], rows: int) -> tuple[list[st
     by_number = {number: text for text, number in tokenizer.get_vocab().items()}
     highest = max(by_number)
     if highest >= rows:
-        raise ExportError(f"has {highest + 1:,} tokens, and the model {rows:,}", where="tokenizer")
+        raise ExportError(f"has {highest + 1:,} tokens, and the model {rows:,}", where="tokenizer", remedy=_OWN)
     types = {number: kinds.NORMAL for number in by_number}
     if told["model"].get("byte_fallback"):
         types |= {number: kinds.BYTE for number, text in by_number.items() if _is_byte(text)}

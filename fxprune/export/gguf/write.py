@@ -87,7 +87,11 @@ def require_rows(contents: Contents, kind: Type) -> None:
         f"{name} has rows of {row:,}: {_advice(what, step)}" for what, (name, row, step) in misfits.items()
     )
     size = gguf.GGML_QUANT_SIZES[kind][0]
-    raise ExportError(f"{kind.name.lower()} stores blocks of {size} values along a row. {told}", remedy="Or choose f16")
+    raise ExportError(
+        f"{kind.name.lower()} stores blocks of {size} values along a row. {told}",
+        where="quantization",
+        remedy="Or choose f16",
+    )
 
 
 def _step(name: str, contents: Contents, size: int) -> tuple[int, str]:

@@ -10,17 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+import fxprune
 from fxprune.axes import Keep
 from fxprune.errors import PassError, VerificationError
 from fxprune.graph.blocks import Blocks
+from fxprune.graph.compat import FakeTensorProp, tree_leaves
 from fxprune.graph.facts import facts_of
 from fxprune.graph.fork import fork
+from fxprune.graph.shapes import ShapedCalls
 from fxprune.graph.source import Source
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.masking.compare import Expected, Verified
 from fxprune.pipeline.contract import PassResult
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Bypassed
+from tests.models import tiny
 from tests.oracle import Net, axes_of, decide, discover, groups_of
 
 
@@ -267,6 +271,43 @@ def test_propagate_shapes_tells_new_shapes_and_where_they_do_not_fit() -> None:
         "flatten": (4,),
         "layer_norm": (4,),
         "linear_1": (5,),
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("kinds", ["mlp", "head", "layer"])
+def test_shapes_worked_out_where_something_changed_are_those_of_all(family: str, kinds: str) -> None:
+    options = {"importance": "l2", "group_ratio": 0.34, "protect": (), "kinds": kinds, "verify": False}
+    slim = fxprune.prune(tiny(family), **options).graph_module
+    some = shapes_of(slim)
+    facts_of(slim).drop(ShapedCalls, "the test")
+    run("propagate-shapes", slim)
+    assert shapes_of(slim) == some
+
+
+def test_shapes_are_worked_out_again_only_where_something_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = list[str]()
+    run_node = FakeTensorProp.run_node
+    monkeypatch.setattr(FakeTensorProp, "run_node", lambda self, n: looked.append(n.name) or run_node(self, n))
+    work = shapely()
+    run("propagate-shapes", work)
+    looked.clear()
+    run("propagate-shapes", work)
+    always = [node.name for node in work.graph.nodes if node.op == "output" or node.meta.get("val") is None]
+    assert looked == ["x", *always] and "repeat" not in looked
+    looked.clear()
+    repeat = next(node for node in work.graph.nodes if node.name == "repeat")
+    repeat.args = (repeat.args[0], [1, 1, 2])  # twice as long in the other direction: a weight of 18 fits as well
+    run("propagate-shapes", work)
+    assert [name for name in looked if name not in always] == ["x", "repeat", "flatten"]
+
+
+def shapes_of(graph_module: fx.GraphModule) -> dict[str, Any]:
+    """Shape and type of what each node computes."""
+    leaves = {node.name: tree_leaves(node.meta.get("val")) for node in graph_module.graph.nodes if node.op != "output"}
+    return {
+        name: [(str(v.shape), v.dtype) if isinstance(v, torch.Tensor) else str(v) for v in values]
+        for name, values in leaves.items()
     }
 
 
