@@ -68,9 +68,16 @@ A prime larger than any axis of a model, so that it equals no size and no size d
 """
 
 
-def fake_mode() -> FakeTensorMode:
-    """A mode whose tensors have shape, dtype and device but no storage, with symbolic sizes allowed."""
-    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+def fake_mode(fixed: bool = False) -> FakeTensorMode:
+    """A mode whose tensors have shape, dtype and device but no storage, with symbolic sizes allowed.
+
+    Args:
+        fixed: sizes will be numbers: what torch keeps of what ops make of shapes then pays, even if it is off for
+            sizes that vary.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode.cache_enabled = mode.cache_enabled or fixed
+    return mode
 
 
 @contextmanager

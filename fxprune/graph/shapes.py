@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from fxprune.graph.arguments import comparable
-from fxprune.graph.compat import FakeTensor, FakeTensorMode, tree_leaves
+from fxprune.graph.compat import FakeTensor, FakeTensorMode, tree_leaves, tree_map
 from fxprune.graph.facts import Fact
 
-__all__ = ["ShapedCalls", "calls_of", "retyped", "same_shapes", "usable"]
+__all__ = ["ShapedCalls", "calls_of", "retype", "same_shapes", "usable"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,22 @@ def usable(value: Any, mode: FakeTensorMode) -> bool:
     )
 
 
-def retyped(value: FakeTensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a value of the same shape and strides with elements of another type."""
-    with value.fake_mode:
-        return torch.empty_strided(value.shape, value.stride(), dtype=dtype, device=value.device)
+def retype(graph: fx.Graph, before: torch.dtype, after: torch.dtype) -> None:
+    """Give values of a graph that have elements of one type another one; shapes and strides stay as they are."""
+    made: dict[object, torch.Tensor] = {}
+
+    def other(value: Any) -> Any:
+        if not isinstance(value, FakeTensor) or value.dtype != before:
+            return value
+        key = str(_traits(value))
+        if key not in made:
+            with value.fake_mode:
+                made[key] = torch.empty_strided(value.shape, value.stride(), dtype=after, device=value.device)
+        return made[key]
+
+    for node in graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = tree_map(other, node.meta["val"])
 
 
 def same_shapes(one: Any, other: Any) -> bool:

@@ -90,7 +90,7 @@ def _calls(
     model: nn.Module, inputs: Mapping[str, Any], own: torch.dtype, dtype: torch.dtype, modes: Mapping[str, bool] = _EVAL
 ) -> list[Call] | None:
     """Return the calls of a run without storage; None where the code of the model raises without it."""
-    mode = fake_mode()
+    mode = fake_mode(fixed=True)
     try:
         twin = fake_twin(model, mode, own, dtype)
         for path, training in modes.items():

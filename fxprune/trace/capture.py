@@ -22,7 +22,7 @@ from fxprune.graph.attempts import clear_errors
 from fxprune.graph.blocks import Blocks, find_blocks
 from fxprune.graph.compat import fake_mode, is_impure, tree_map
 from fxprune.graph.facts import Facts, Notes, Runnable, Shaped, set_facts
-from fxprune.graph.shapes import ShapedCalls, calls_of, retyped
+from fxprune.graph.shapes import ShapedCalls, calls_of, retype
 from fxprune.graph.silence import quiet
 from fxprune.graph.source import Constants, Source
 from fxprune.graph.surroundings import neutral
@@ -131,8 +131,8 @@ def _graph_of(
 ) -> tuple[fx.GraphModule, list[str]]:
     """Return a program as a canonical graph bound to the weights, and the sizes that it holds for, in words."""
     graph_module = lower(program, model, dtype if dtype != torch.float32 else None, fixed={"use_cache"} - set(inputs))
-    if dtype != own:
-        _restore_values(graph_module, own, dtype)
+    if dtype != own:  # the graph runs on what it was not traced in
+        retype(graph_module.graph, dtype, own)
     plain_in_place(graph_module)
     fold_constants(graph_module, model)
     canonicalize(graph_module)
@@ -228,15 +228,6 @@ def _traced_input(value: Any, own: torch.dtype, dtype: torch.dtype) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return torch.zeros(value.shape, dtype=dtype if value.dtype == own else value.dtype)
-
-
-def _restore_values(graph_module: fx.GraphModule, own: torch.dtype, dtype: torch.dtype) -> None:
-    """Give values that were made ``dtype`` for tracing the dtype ``own`` again, which is what the graph runs on."""
-    for node in graph_module.graph.nodes:
-        if "val" in node.meta:
-            node.meta["val"] = tree_map(
-                lambda value: retyped(value, own) if getattr(value, "dtype", None) is dtype else value, node.meta["val"]
-            )
 
 
 def _first_line(error: Exception) -> str:
