@@ -49,17 +49,18 @@ def told_elsewhere(folder: Path, loader: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def demo() -> tuple[Any, Any]:
-    """The model and its tokenizer; pruning leaves both as they are."""
+def demo() -> tuple[fxprune.Traced, Any]:
+    """The model's graph, and its tokenizer; pruning leaves both as they are."""
     dense, tokenizer = load_demo_model()
-    return dense.float(), tokenizer
+    return fxprune.trace(dense.float()), tokenizer
 
 
 @pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "uneven"])
-def test_the_demo_model_is_saved_and_loaded(uniform: bool, demo: tuple[Any, Any], tmp_path: Path) -> None:
-    dense, tokenizer = demo
+def test_the_demo_model_is_saved_and_loaded(uniform: bool, demo: tuple[fxprune.Traced, Any], tmp_path: Path) -> None:
+    traced, tokenizer = demo
     folder = tmp_path / "slim"
-    result = fxprune.prune(dense, None, ratio=0.2, importance="l2", uniform=uniform)
+    pipeline = fxprune.prune_pipeline(ratio=0.2, importance="l2", uniform=uniform)
+    result = fxprune.Result.of(pipeline(traced.graph_module).graph_module)
     structure = result.save_pretrained(folder, tokenizer)
     assert structure.is_stock == uniform
     assert abs(result.report.achieved - 0.2) < 0.005

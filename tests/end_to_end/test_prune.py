@@ -190,9 +190,11 @@ def test_paper_table_for_the_7b_shape() -> None:
     config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
+    traced = fxprune.trace(model).graph_module
     published = ((0.25, (4, 2), 5.42, 340), (0.6, (3, 1), 3.35, 207))
     for group_ratio, protect, billions, giga in published:
-        result = fxprune.prune(model, None, importance="random", group_ratio=group_ratio, protect=protect)
+        pipeline = fxprune.prune_pipeline(None, importance="random", group_ratio=group_ratio, protect=protect)
+        result = fxprune.Result.of(pipeline(traced).graph_module)
         assert result.report.parameters[0] / 1e9 == pytest.approx(6.74, abs=0.005)
         assert result.report.parameters[1] / 1e9 == pytest.approx(billions, abs=0.005)
         assert result.report.macs[0] / 1e9 == pytest.approx(424, abs=0.5)
