@@ -18,7 +18,10 @@ def limits_of(graph_module: fx.GraphModule) -> tuple[str, ...]:
 
 
 def refusal(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> str:
-    """Return what the first check says that refuses ``inputs``; empty where all take them. Nothing else is run."""
+    """Return what the first check says that refuses ``inputs``; empty where all take them. Nothing else is run.
+
+    Sizes at which a check cannot be worked out are refused as well: the graph does not run at them.
+    """
     checks = [node for node in graph_module.graph.nodes if is_check(node)]
     needed: set[fx.Node] = set()
     pending = list(checks)
@@ -37,5 +40,8 @@ def refusal(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> str:
             if not args[0]:
                 return str(args[1])
             continue
-        values[node] = node.target(*args) if callable(node.target) else None
+        try:
+            values[node] = node.target(*args) if callable(node.target) else None
+        except ZeroDivisionError:  # parts of a size that is too small to have that many
+            return f"{node.name} divides by zero"
     return ""

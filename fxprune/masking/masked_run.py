@@ -124,8 +124,8 @@ class MaskedRun(PreciseRun):
         """Return an input; its sizes, other than the traced ones perhaps, are those of its axes in this run."""
         value = super().placeholder(target, args, kwargs)
         if isinstance(value, torch.Tensor):
-            found = zip(self.axes.tensors.get(str(target), ()), value.shape, strict=False)
-            self.sizes |= {expr: size for expr, size in found if isinstance(expr, Factor)}
+            for expr, size in zip(self.axes.tensors.get(str(target), ()), value.shape, strict=False):
+                self.sizes |= _size_in(expr, size)
         return value
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -227,6 +227,20 @@ def _fitted(expr: Expr, size: int, measure: Callable[[Expr], int], keep: Keep, s
         tries.append({**rest, factor: 1 + (size - one) // max(two - one, 1)})
     fitting = (_resized(expr, tried) for tried in tries if all(number > 0 for number in tried.values()))
     return next((found for found in fitting if measure(found) == size), expr)
+
+
+def _size_in(expr: Expr, size: int) -> dict[Factor, int]:
+    """Return the size of the factor of an axis of this size; of none where several are part of it.
+
+    One that code took the first entries of is an entry and a factor, say.
+    """
+    found = set(factors(expr))
+    if len(found) != 1:
+        return {}
+    (factor,) = found
+    one, two = (_resized(expr, {factor: number}).size for number in (1, 2))
+    number = 1 + (size - one) // max(two - one, 1)
+    return {factor: number} if number > 0 and _resized(expr, {factor: number}).size == size else {}
 
 
 def _resized(expr: Expr, sizes: Mapping[Factor, int]) -> Expr:

@@ -36,3 +36,13 @@ def test_the_first_check_that_refuses_speaks() -> None:
     assert check(x=torch.zeros(2, 5)) == ""  # which the product would refuse: it is not run
     assert check(x=torch.zeros(2, 6)) == check(x=torch.zeros(2, 6), mode="max") == "at most five"
     assert check(x=torch.zeros(2, 5), mode="max") == "sums"
+
+
+def test_sizes_that_a_check_cannot_be_worked_out_for_are_refused() -> None:
+    graph = fx.Graph()
+    size = graph.call_function(aten.sym_size.int, (graph.placeholder("x"), 0))
+    parts = graph.call_function(operator.mod, (12, graph.call_function(operator.floordiv, (size, 4))))
+    graph.call_function(aten._assert_scalar.default, (graph.call_function(operator.eq, (parts, 0)), "parts of twelve"))
+    graph.output(size)
+    made = fx.GraphModule(nn.Module(), graph)
+    assert [refusal(made, {"x": torch.zeros(n)}) for n in (8, 20, 3)] == ["", "parts of twelve", "mod divides by zero"]

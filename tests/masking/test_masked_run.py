@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fxprune.axes import Keep
+from fxprune.graph.fork import fork
 from fxprune.masking.masked_run import MaskedRun, PreciseRun, output_tensors
+from fxprune.pipeline.pipeline import Pipeline
 from tests.models import tiny, token_ids
-from tests.oracle import Net, axes_of, discover, groups_of
+from tests.oracle import Net, axes_of, decide, discover, groups_of
 
 UNITS = np.array([True, False, True, True, False, True])
 
@@ -49,6 +53,29 @@ def test_a_statistic_is_taken_at_other_sizes_than_the_traced_ones() -> None:
     by_hand = net.b(net.a(x)[..., torch.from_numpy(UNITS)].mean((1, 2))[:, None].exp())
     found = MaskedRun(dense, axes_of(dense), Keep({group.factor: UNITS})).run(x)
     assert torch.allclose(found, by_hand, atol=1e-6)
+
+
+def test_an_axis_of_which_code_took_the_first_entries_has_the_size_of_the_run() -> None:
+    """The tokens were one and a rest whose size no input told; units were taken to be more of them than there are."""
+
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        h = m.a(x)
+        first, second = h[..., :3], h[..., 3:]
+        both = torch.cat((second, first), -1).flatten(1).std(1, keepdim=True)
+        return m.b(both.exp()) + h[:, :1].mean() + m.c(second).mean()
+
+    net = Net(body, a=nn.Linear(3, 6), b=nn.Linear(1, 2), c=nn.Linear(3, 2))
+    dense = discover(net, {"x": torch.randn(2, 3, 3)})
+    halves = [group for group in groups_of(dense) if group.size == 3 and group.renormalised]
+    for group in halves:
+        assert group.factor is not None
+        keep = Keep({group.factor: np.array([True, True, False])})
+        x = torch.randn(3, 4, 3)
+        work = fork(dense)
+        decide(work, keep)
+        slim = Pipeline("shrink")(work).graph_module
+        assert torch.allclose(MaskedRun(dense, axes_of(dense), keep).run(x), slim(x), atol=1e-6)
+    assert halves
 
 
 def test_a_removed_block_is_gone_around() -> None:
