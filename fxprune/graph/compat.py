@@ -148,11 +148,13 @@ def guards_of(size: torch.SymInt) -> list[tuple[Any, str]]:
     sizes in the code of its ops does, such as how many parts there are of a tensor that is split.
 
     Args:
-        size: any size of the trace; the conditions, sympy expressions, are those on all of them.
+        size: any size of the trace; the conditions, sympy expressions, are those on all of them. Sizes that turned out
+            to be a number, or another size, after they were asked about are that in them.
     """
-    asked = [(guard.expr, guard.sloc.framework_loc) for guard in size.node.shape_env.guards]
+    env = size.node.shape_env
+    asked = [(guard.expr, guard.sloc.framework_loc) for guard in env.guards]
     return [
-        (expression, f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}")
+        (env.replace(expression), f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}")
         for expression, frame in asked
         if isinstance(frame, traceback.FrameSummary) and _matters(expression, Path(frame.filename))
     ]

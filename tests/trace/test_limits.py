@@ -58,3 +58,26 @@ def test_a_size_can_be_forbidden() -> None:
     assert name == "x" and set(sizes_of(graph_module.graph)) == {(node, 0), (node, 1)}
     assert forbid(graph_module, (node, 1), 1) == "x.shape[1] != 1"
     assert refusal(graph_module, {"x": torch.randn(2, 1, 3)}) and not refusal(graph_module, {"x": torch.randn(2, 2, 3)})
+
+
+class FixedLater(nn.Module):
+    """Asks about the product of two sizes, one of which turns out to be a number afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 8)
+        self.read = nn.Linear(24, 2)
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first result has as many rows as the batch was traced with; the second fixes the number of tokens."""
+        rows = self.table(ids)
+        return rows.flatten(0, 1).reshape(2, 3, -1).relu(), self.read(rows.flatten(1))
+
+
+def test_what_was_asked_of_a_size_that_is_fixed_later_is_a_limit() -> None:
+    """It was dropped: the graph ran at another batch, on the numbers of the traced one."""
+    found = fxprune.trace(FixedLater(), {"ids": torch.zeros(2, 3, dtype=torch.long)})
+    assert any("ids.shape[0]) == 8" in note for note in found.notes), found.notes
+    assert not any("not the same" in note for note in found.notes)
+    assert refusal(found.graph_module, {"ids": torch.zeros(3, 3, dtype=torch.long)})
+    assert not refusal(found.graph_module, {"ids": torch.zeros(2, 3, dtype=torch.long)})
