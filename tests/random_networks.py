@@ -149,6 +149,19 @@ class RandomNet(nn.Module):
         self.values.append(name)
         return name
 
+    def distinct(self, name: str, axis: int) -> bool:
+        """Whether no two numbers of a value tie along an axis, but for zeros.
+
+        Which of two equal numbers is the larger one is up to the last digit: rows of a weight that are there twice give
+        such, and a matrix product of another size rounds them differently.
+        """
+        for scope in (self._scope, self._second):
+            ordered = scope[name].detach().double().sort(axis)[0]
+            steps, size = ordered.diff(dim=axis), ordered.narrow(axis, 1, ordered.shape[axis] - 1).abs()
+            if bool(((steps <= 1e-5 * size) & (size > 0)).any()):
+                return False
+        return True
+
     def run(self, line: str) -> bool:
         """Whether ``line`` runs; if it does it is part of the network."""
         try:
