@@ -288,7 +288,7 @@ def _check_removal(
 
 
 def _sliced(dense: fx.GraphModule, keep: Keep) -> fx.GraphModule:
-    """The slim graph, without the pass that works out shapes, which takes longer than all others together."""
+    """The slim graph, without the pass that works out shapes, which nothing here asks for."""
     work = fork(dense)
     decide(work, keep)
     return Pipeline("bypass-blocks, slice-parameters, rewrite-literals")(work, inplace=True).graph_module

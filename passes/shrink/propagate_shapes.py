@@ -94,5 +94,9 @@ class _Shapes(FakeTensorProp):
 
 def _is_of(weight: torch.Tensor, known: Any) -> bool:
     """Whether what is known is the shape of this very weight."""
-    told = [(t.shape, t.stride(), t.dtype, t.device) for t in (weight, known)]
-    return isinstance(known, torch.Tensor) and told[0] == told[1]
+    alike = ("shape", "dtype", "device")
+    return (
+        isinstance(known, torch.Tensor)
+        and all(getattr(weight, trait) == getattr(known, trait) for trait in alike)
+        and weight.stride() == known.stride()
+    )
