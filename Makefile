@@ -60,7 +60,7 @@ format: $(STAMP) ## Mend what style mistakes can be mended, and format
 type: $(STAMP) ## Check types
 	$(BIN)/mypy
 
-bench: $(STAMP) ## Paired latency of the demo model, dense and slim
+bench: $(STAMP) ## Latency of the demo model, dense against slim in every engine (ARGS="--engine ONE --shape 1x512", --sweep)
 	$(RUN) -m benchmarks.latency --json $(ARGS)
 
 bench-criteria: $(STAMP) ## Perplexity of the demo model by criterion, and without grouping
@@ -81,8 +81,9 @@ coverage: $(STAMP) ## Examine every model type of transformers, write docs/cover
 families: $(STAMP) ## Prune, save, load and run a model of each family, write docs/families.md (ARGS="FAMILY ..." prints)
 	$(call threaded,1) -m tests.families_table $(ARGS)
 
-results: $(STAMP) ## Write docs/results.md and docs/quality.md from benchmarks/results/
+results: $(STAMP) ## Write docs/results.md, docs/latency.md and docs/quality.md from benchmarks/results/
 	$(RUN) -m benchmarks.tables
+	$(RUN) -m benchmarks.latency.page
 	$(RUN) -m benchmarks.quality_page
 
 docs: $(STAMP) ## Build the documentation into site/

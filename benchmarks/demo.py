@@ -14,7 +14,7 @@ from rich.table import Table
 
 import fxprune
 from benchmarks.demo_model import load_demo_model
-from benchmarks.paired import paired_latency
+from benchmarks.latency.timing import paired_latency
 from benchmarks.perplexity import perplexity
 from benchmarks.text import offline_text, split_calibration_heldout, token_windows
 

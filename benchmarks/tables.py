@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["results_page"]
+__all__ = ["markdown_table", "ran_on", "results_page"]
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 
 
 def results_page(folder: Path = RESULTS) -> str:
-    """The page as Markdown: quality, latency and discovery, each with what it ran on."""
+    """The page as Markdown: quality and discovery, each with what it ran on."""
     parts = ["# Results\n\nMade by `make results` from `benchmarks/results/`, which the commands named here wrote.\n"]
     for path in sorted(folder.glob("criteria*.json")):
         parts.append(_criteria(json.loads(path.read_text())))
     sections = (
         ("recovery", _recovery),
-        ("latency", _latency),
         ("discovery", _discovery),
         ("discovery_scaling", _scaling),
     )
@@ -34,8 +33,8 @@ def results_page(folder: Path = RESULTS) -> str:
 def _criteria(data: dict[str, Any]) -> str:
     rows = [(r["criterion"], f"{r['parameters']:,}", f"{r['perplexity']:.1f}") for r in data["rows"]]
     return (
-        f"## Criteria: `make bench-criteria`\n\n{data['title']}. {_ran_on(data)}\n\n"
-        + _table(("criterion", "parameters", "perplexity"), rows)
+        f"## Criteria: `make bench-criteria`\n\n{data['title']}. {ran_on(data)}\n\n"
+        + markdown_table(("criterion", "parameters", "perplexity"), rows)
         + "\n*No groups*: the same criterion and as many slices of every tensor, but each tensor is ranked by its own "
         "scores alone, and the slices are zeroed.\n"
     )
@@ -69,22 +68,7 @@ def _recovery(data: dict[str, Any]) -> str:
         f"standard error; measured in {settings['measured_in'].removeprefix('torch.')}."
     )
     heading = ("", *(column["name"] for column in columns))
-    return f"## Recovery: `make bench-recover`\n\n{told} {_ran_on(data)}\n\n" + _table(heading, rows)
-
-
-def _latency(data: dict[str, Any]) -> str:
-    rows = []
-    for row in data["rows"]:
-        timing = row["latency"]
-        interval = f"{timing['low']:.2f} to {timing['high']:.2f}"
-        numbers = (f"{timing['dense_ms']:.1f}", f"{timing['slim_ms']:.1f}", f"{timing['speedup']:.2f}", interval)
-        rows.append((row["output"], f"{row['batch']} x {row['tokens']}", *numbers))
-    settings = data["settings"]
-    return (
-        f"## Latency: `make bench`\n\n{settings['model']}, {settings['ratio']:.0%} of the parameters removed. "
-        f"{_ran_on(data)}\n\n"
-        + _table(("output", "batch x tokens", "dense ms", "slim ms", "speed-up", "95% interval"), rows)
-    )
+    return f"## Recovery: `make bench-recover`\n\n{told} {ran_on(data)}\n\n" + markdown_table(heading, rows)
 
 
 def _discovery(data: dict[str, Any]) -> str:
@@ -95,7 +79,8 @@ def _discovery(data: dict[str, Any]) -> str:
     return (
         f"## Discovery: `make bench-discovery`\n\nTrace, graph and groups with no weights in memory, against "
         f"Torch-Pruning 1.6.1 (*theirs*) on fake tensors; median and least of {data['settings']['repeats']} runs. "
-        f"{_ran_on(data)}\n\n" + _table(("Llama shape", "tool", "median s", "least s", "peak GB", "groups"), rows)
+        f"{ran_on(data)}\n\n"
+        + markdown_table(("Llama shape", "tool", "median s", "least s", "peak GB", "groups"), rows)
     )
 
 
@@ -104,18 +89,20 @@ def _scaling(data: dict[str, Any]) -> str:
     for row in data["rows"]:
         per_node = row["least_s"] / row["nodes"] * 1e6
         rows.append((str(row["shape"]["layers"]), str(row["nodes"]), f"{row['least_s']:.2f}", f"{per_node:.0f}"))
-    return "### Depth\n\nThe 7B shape with more layers; least of the runs.\n\n" + _table(
+    return "### Depth\n\nThe 7B shape with more layers; least of the runs.\n\n" + markdown_table(
         ("layers", "graph nodes", "seconds", "microseconds per node"), rows
     )
 
 
-def _ran_on(data: dict[str, Any]) -> str:
+def ran_on(data: Mapping[str, Any]) -> str:
+    """What a file of results was measured on, in a sentence."""
     ran = data["environment"]
     versions = f"torch {ran['torch']}, transformers {ran['transformers']}, Python {ran['python']}"
     return f"{ran['cpu']}, {ran['threads']} threads, {versions}."
 
 
-def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * len(heading)]
     lines.extend("| " + " | ".join(row) + " |" for row in rows)
     return "\n".join(lines) + "\n"

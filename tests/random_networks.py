@@ -172,12 +172,17 @@ class RandomNet(nn.Module):
         self._lines.append(line)
         return True
 
+    def _read(self) -> set[str]:
+        return {word for line in self._lines for word in re.findall(r"\w+", line.partition(" = ")[2])}
+
     def _finish(self, finish: int) -> None:
         """What no line uses is read out by a linear layer: as it is, flattened, averaged over tokens, or turned.
 
-        Axes whose sizes are not fixed are summed over where they come last.
+        Axes whose sizes are not fixed are summed over where they come last. Parts of which none was used are left out.
         """
-        read = {word for line in self._lines for word in re.findall(r"\w+", line.partition(" = ")[2])}
+        read = self._read()
+        self._lines = [line for line in self._lines if _named(line) in (None, *self.values, *read)]
+        read = self._read()
         outputs = []
         for name in [name for name in self.values if name not in read][-4:]:
             rank, how, finish = self[name].dim(), finish % 4, finish // 4
@@ -192,6 +197,12 @@ class RandomNet(nn.Module):
                 code = f"{code}.sum(-1)"
             outputs.append(f"F.linear({code}, {self.weight(3, *width)})" if width else code)
         self._lines.append(f"return ({', '.join(outputs)},)")
+
+
+def _named(line: str) -> str | None:
+    """What a line gives a name to; None where it does something else."""
+    name = line.partition(" = ")[0]
+    return name if name.isidentifier() else None
 
 
 def _fits(value: Any) -> bool:

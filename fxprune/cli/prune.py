@@ -36,7 +36,8 @@ def prune(
     ranking: Annotated[str | None, typer.Option(help="local (in each group) or global.")] = None,
     protect: Annotated[tuple[int, int] | None, typer.Option(help="Layers kept whole in front and at the end.")] = None,
     round_to: Annotated[
-        int | None, typer.Option(help="Widths stay multiples of this; MLPs of 32 by default in a .gguf file, else 1.")
+        str | None,
+        typer.Option(help="Widths stay multiples of this, or auto; MLPs of 32 by default in a .gguf file, else 1."),
     ] = None,
     uniform: Annotated[bool, typer.Option("--uniform", help="Equal layers, for a stock checkpoint.")] = False,
     compensate: Annotated[str | None, typer.Option(help="least-squares: refit what stays; none: do not.")] = None,
@@ -106,11 +107,11 @@ def _write_facts(result: fxprune.Result, plan: Path, report: Path) -> None:
     report.write_text(result.report.to_json(), encoding="utf-8")
 
 
-def _multiple(round_to: int | None, out: Path) -> Any:
+def _multiple(round_to: str | None, out: Path) -> Any:
     """Return what widths are multiples of; those of MLPs fill the blocks of quantised types."""
     if round_to is None:
         return {"mlp": 32} if out.suffix == ".gguf" else 1
-    return round_to
+    return int(round_to) if round_to.strip().lstrip("+-").isdecimal() else round_to
 
 
 def _tell(result: fxprune.Result, out: Path, loading: str) -> None:

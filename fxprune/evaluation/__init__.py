@@ -1,9 +1,10 @@
-"""Measurements of what a model is worth: perplexity on texts, accuracy on tasks without examples."""
+"""Measurements of what a model is worth: perplexity on texts, accuracy on tasks without examples, time of widths."""
 
 from fxprune.evaluation.corpora import CORPORA
 from fxprune.evaluation.measure import Evaluation, evaluate
 from fxprune.evaluation.perplexity import Perplexity, logits_of, perplexity, text_perplexity
 from fxprune.evaluation.tasks import LocalTask
+from fxprune.evaluation.widths import Widths, measure_widths, read_widths, write_widths
 from fxprune.evaluation.zeroshot import PAPER_TASKS, TaskScore, zero_shot
 
 __all__ = [
@@ -13,9 +14,13 @@ __all__ = [
     "LocalTask",
     "Perplexity",
     "TaskScore",
+    "Widths",
     "evaluate",
     "logits_of",
+    "measure_widths",
     "perplexity",
+    "read_widths",
     "text_perplexity",
+    "write_widths",
     "zero_shot",
 ]

@@ -51,10 +51,20 @@ def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS, run: type[fx.
 def _flops(
     run: fx.Interpreter, make: Callable[[], Sequence[Any]], mode: AbstractContextManager[object]
 ) -> int | torch.SymInt:
-    with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with mode, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
         run.run(*make())
     total: int | torch.SymInt = counter.get_total_flops()
     return total
+
+
+def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Return the operations of scores and of weighted values, from shapes ``(batch, heads, tokens, size)``."""
+    batch, heads, rows, size = query
+    return 2 * batch * heads * rows * key[-2] * (size + value[-1])
+
+
+_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+"""torch's counter knows the attention kernels of GPUs alone."""
 
 
 def count_parameters(graph_module: fx.GraphModule) -> int:

@@ -50,6 +50,7 @@ class Options:
         protect: layers kept whole at the front and the end, or fractions of the depth; ``()``: none. The paper's are
             4 and 2 of 32, scaled.
         round_to: slim widths are multiples of this. By kind, as in ``{"mlp": 64, "head": 2}``, it counts units.
+            ``"auto"``: of what :func:`fxprune.evaluation.measure_widths` found worth it on the device of the model.
         uniform: the same widths in every layer, and such that the model's own config class takes them: the checkpoint
             then loads in stock transformers, and in whatever reads its format. ``protect`` must be empty or None.
         tensor_parallel: devices that share each layer: MLP channels and heads of one that shrinks are multiples of it.
@@ -79,7 +80,7 @@ class Options:
     ranking: str | None = None
     group_ratio: float | Mapping[str, float] | None = None
     protect: tuple[float, float] | tuple[()] | None = None
-    round_to: int | Mapping[str, int] = 1
+    round_to: int | str | Mapping[str, int] = 1
     uniform: bool = False
     tensor_parallel: int = 1
     budget: str = "params"

@@ -26,7 +26,7 @@ from fxprune.removal.scores import Scores
 
 from .budget import Budget, by_kind, check_budget, make_budget
 from .by_kind import read_by_kind
-from .rounding import Rounding
+from .rounding import AUTO, Rounding
 from .slots import Slot, make_keep, make_slots, protected_blocks, removed_layers
 
 __all__ = ["RANKINGS", "Choice", "SelectPass", "Selection"]
@@ -75,7 +75,8 @@ class SelectPass(Pass):
         protect: number of blocks kept whole at the front and at the end; None for the paper's 4 and 2 of 32, scaled
             to the depth; ``()`` for none. Fractions, as in ``(0.07, 0.04)``, are of the depth.
         round_to: widths of parameters stay multiples of this where they shrink; the number of experts is no width.
-            Numbers by kind, as in ``{"mlp": 64, "head": 2}``, count units of that kind.
+            Numbers by kind, as in ``{"mlp": 64, "head": 2}``, count units of that kind. ``auto``: the finest multiple
+            that is about as fast as any, by what :func:`fxprune.evaluation.measure_widths` measured on the device.
         tensor_parallel: devices that are to share each layer: MLP channels, query heads and key/value heads of each
             stay multiples of it where they shrink.
         uniform: the same widths in all layers, such that the stock config takes them where there is one.
@@ -86,7 +87,7 @@ class SelectPass(Pass):
     kinds: tuple[str, ...] = DEFAULT_KINDS
     ranking: str = "local"
     protect: tuple[float, float] | tuple[()] | None = None
-    round_to: int | tuple[tuple[str, int], ...] = 1
+    round_to: int | str | tuple[tuple[str, int], ...] = 1
     uniform: bool = False
     tensor_parallel: int = 1
     budget: str = "params"
@@ -102,7 +103,8 @@ class SelectPass(Pass):
         object.__setattr__(self, "kinds", as_kinds(self.kinds))
         one_of("ranking", self.ranking, RANKINGS)
         width = partial(whole_number, least=1)
-        object.__setattr__(self, "round_to", read_by_kind("round_to", self.round_to, width))
+        if not (isinstance(self.round_to, str) and self.round_to == AUTO):
+            object.__setattr__(self, "round_to", read_by_kind("round_to", self.round_to, width))
         object.__setattr__(self, "tensor_parallel", width("tensor_parallel", self.tensor_parallel))
         object.__setattr__(self, "uniform", flag("uniform", self.uniform))
         check_budget(self.budget)
@@ -125,7 +127,7 @@ class SelectPass(Pass):
         axes, groups, scores = facts[Dependencies].axes, facts[Groups], facts[Scores]
         self._check_scores(groups.of_kinds(self.kinds), scores)
         protected = protected_blocks(axes.blocks, () if self.uniform else self.protect)
-        rounding, budget = Rounding(self.round_to, self.tensor_parallel), make_budget(self.budget, graph_module, axes)
+        rounding, budget = Rounding.on(graph_module, self), make_budget(self.budget, graph_module, axes)
         sizes = by_kind(budget, groups.of_kinds(self.kinds))
         accepts = stock_test(facts.get(Source)) if self.uniform else lambda _: True
         note = partial(add_note, graph_module)

@@ -4,13 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd, lcm
+from typing import Protocol
+
+from torch import fx
 
 from fxprune.axes import unit_index
 from fxprune.discovery.groups import Group
+from fxprune.evaluation.widths import read_widths
+from fxprune.graph.facts import add_note
+from fxprune.graph.tensors import device_of
 
 from .by_kind import as_pairs, of_kind
 
-__all__ = ["Rounding"]
+__all__ = ["AUTO", "Rounding"]
+
+AUTO = "auto"
+"""Widths are multiples of what was measured to be worth it on the device."""
+
+
+class Asked(Protocol):
+    """What a selection says of it."""
+
+    @property
+    def round_to(self) -> int | str | tuple[tuple[str, int], ...]:
+        """One number, numbers by kind, or ``auto``."""
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Devices that share each layer."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +47,19 @@ class Rounding:
 
     round_to: int | tuple[tuple[str, int], ...] = 1
     tensor_parallel: int = 1
+
+    @classmethod
+    def on(cls, graph_module: fx.GraphModule, asked: Asked) -> Rounding:
+        """Return what was asked for, with what the device of the weights wants where that is ``auto``.
+
+        Raises:
+            ArgumentError: nothing was measured on the device.
+        """
+        if not isinstance(asked.round_to, str):
+            return cls(asked.round_to, asked.tensor_parallel)
+        widths = read_widths(device_of(graph_module))
+        add_note(graph_module, f"round_to=auto is {widths.best()}, as measured on {widths.device}")
+        return cls(widths.best(), asked.tensor_parallel)
 
     def step(self, group: Group) -> int:
         """Return the number whose multiples may stay; at most the size of the group."""

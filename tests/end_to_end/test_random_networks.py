@@ -53,6 +53,11 @@ def test_every_line_that_mixes_units_is_part_of_some_network() -> None:
     assert [line for line, taken in random_mixes.LINES.items() if not taken] == []
 
 
+def test_a_network_whose_parts_are_not_used_gives_what_was_parted() -> None:
+    net = RandomNet([Record("cut", (0, 1, 4))])
+    assert "return (F.linear(v0," in net.source and "chunk" not in net.source
+
+
 @pytest.mark.parametrize("part", range(-(-CASES // PART)))
 def test_removals_from_random_networks_are_exact(part: int, record_property: Callable[[str, object], None]) -> None:
     seen: Counter[str] = Counter()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fxprune.graph.compat import UNKNOWN_SIZE
@@ -31,6 +33,26 @@ def test_tokens_scale_the_count_and_tied_weights_count_once() -> None:
     assert count_macs(graph_module, tokens=8) == 8 * 6 * 11
     assert count_macs(graph_module) == 64 * 6 * 11
     assert count_parameters(graph_module) == 11 * 6
+
+
+class Attention(nn.Module):
+    """Fused attention; key and value heads may be fewer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q * self.scale, k, v, enable_gqa=q.shape[1] > k.shape[1])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("pairs", [6, 2])
+def test_fused_attention_counts_as_its_two_products(device: str, pairs: int) -> None:
+    sizes = {"q": (2, 6, 5, 8), "k": (2, pairs, 7, 8), "v": (2, pairs, 7, 8)}
+    inputs = {name: torch.zeros(shape, device=device) for name, shape in sizes.items()}
+    traced = trace(Attention().to(device), inputs, dynamic=False)
+    assert count_macs(traced.graph_module) == 2 * 6 * 5 * 7 * (8 + 8)
 
 
 def test_work_that_depends_on_data_is_unknown_without_values() -> None:

@@ -1,0 +1,58 @@
+"""A model run by onnxruntime, with a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+import fxprune
+from benchmarks.engines.base import Engine, Source, load_model, token_ids
+from benchmarks.latency.timing import timed
+from benchmarks.latency.work import Case
+
+__all__ = ["OnnxEngine"]
+
+
+class OnnxEngine(Engine):
+    """onnxruntime: past keys and values go in and present ones come out; there is an output for every position."""
+
+    name: ClassVar[str] = "onnxruntime"
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnxscript")
+    last_only: ClassVar[bool] = False
+
+    def __init__(self, source: Source, device: str, largest: Case) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        provider = "CPUExecutionProvider" if device == "cpu" else "CUDAExecutionProvider"
+        self.session = onnxruntime.InferenceSession(self.prepare(source), options, providers=[provider])
+        self.shapes = {entry.name: entry.shape for entry in self.session.get_inputs()}
+        self.vocabulary = int(self.session.get_outputs()[0].shape[-1])
+
+    @classmethod
+    def prepare(cls, source: Source) -> Path:
+        """The program with a cache."""
+        path = source.folder / "decoder.onnx"
+        if not path.exists():
+            fxprune.export_model(load_model(source.folder), path, cache=True, verify=False)
+        return path
+
+    @classmethod
+    def number_bytes(cls, device: str) -> tuple[float, float]:
+        """It keeps float32 everywhere."""
+        return 4, 4
+
+    def job(self, case: Case) -> Callable[[], float]:
+        """One run of the session."""
+        new = case.tokens if case.phase == "prefill" else 1
+        fed: dict[str, Any] = {"input_ids": token_ids(case.batch, new, self.vocabulary).numpy()}
+        for name, shape in self.shapes.items():
+            if name != "input_ids":
+                past = (case.batch, shape[1], case.tokens if case.phase == "decode" else 0, shape[3])
+                fed[name] = np.zeros(past, dtype=np.float32)
+        return timed(lambda: self.session.run(None, fed))

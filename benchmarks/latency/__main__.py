@@ -1,0 +1,117 @@
+"""Is it faster, and as much as it should be? Dense against slim, engine by engine: `make bench`."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.demo_model import load_demo_model
+from benchmarks.engines import ENGINES
+from benchmarks.environment import environment
+from benchmarks.latency.candidates import candidates
+from benchmarks.latency.measure import Row, Settings, measure
+from benchmarks.latency.sweep import sweep
+
+__all__ = ["RESULTS", "app"]
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    model: Annotated[Path | None, typer.Option(help="Folder of a model; else the demo model.")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="Fractions of the parameters; 0.2 and 0.5.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="Sequences x tokens; 1x256 and 8x64.")] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="Names of engines; all that are installed.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of two measurements of each model.")] = 5,
+    round_to: Annotated[int, typer.Option(min=1, help="Widths of MLPs are multiples of it.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu or cuda; a GPU where there is one.")] = "",
+    only_sweep: Annotated[bool, typer.Option("--sweep", help="Measure what aligned widths buy here instead.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Keep results in benchmarks/results/.")] = False,
+) -> None:
+    """Time the dense model, slim ones, and those of other makes, side by side."""
+    console = Console(soft_wrap=True)
+    console.print("  ".join(f"{name}: {value}" for name, value in environment().items()), highlight=False)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dense, tokenizer = _load(model)
+    if only_sweep:
+        sweep(dense.config, device, console)
+        return
+    shapes = [_shape(text) for text in shape or ("1x256", "8x64")]
+    settings = Settings(device, torch.get_num_threads(), rounds, shapes)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        lengths = [tokens for _, tokens in shapes]
+        made = list(candidates(dense, tokenizer, ratio or (0.2, 0.5), round_to, lengths, Path(folder)))
+        for name in engine or ENGINES:
+            missing = ENGINES[name].missing(device)
+            if missing:
+                console.print(f"{name}: {missing}", highlight=False)
+                continue
+            found = list(measure(name, made, settings, lambda line: console.print(line, markup=False)))
+            rows += found
+            console.print(_table(name, found))
+            if json_:
+                _write(RESULTS / f"latency_{device}.json", rows, model, settings, round_to)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is not sequences x tokens, as in 8x64")
+    return int(found[1]), int(found[2])
+
+
+def _load(folder: Path | None) -> tuple[Any, Any]:
+    if folder is None:
+        return load_demo_model()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def _table(name: str, rows: Sequence[Row]) -> Table:
+    table = Table(title=name)
+    for heading in ("", "model", "ms", "tokens/s", "GB", "MB on disk", "speed-up", "95% interval", "ideal", "of it"):
+        table.add_column(heading, justify="left" if heading in ("", "model") else "right")
+    for row in rows:
+        table.add_row(
+            str(row.case),
+            row.candidate,
+            f"{row.seconds * 1e3:.1f}",
+            f"{row.tokens_per_second:.0f}",
+            f"{row.memory / 1e9:.2f}",
+            f"{row.disk / 1e6:.0f}",
+            f"{row.speedup.median:.2f}",
+            f"{row.speedup.low:.2f} to {row.speedup.high:.2f}",
+            f"{row.ideal:.2f}",
+            f"{row.over_ideal:.2f}",
+        )
+    return table
+
+
+def _write(path: Path, rows: Sequence[Row], model: Path | None, settings: Settings, round_to: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = "SmolLM2-135M-Instruct" if model is None else model.name
+    content = {
+        "environment": environment(),
+        "settings": {"model": name, "round_to": round_to, **asdict(settings)},
+        "rows": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app()

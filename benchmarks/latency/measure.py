@@ -1,0 +1,136 @@
+"""Candidates measured in an engine, case by case, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.engines import ENGINES
+from benchmarks.latency.candidates import Candidate
+from benchmarks.latency.timing import Speedup, interleaved, speedup
+from benchmarks.latency.work import Case
+from benchmarks.latency.workers import EngineFailed, Task, Worker
+
+__all__ = ["Row", "Settings", "measure"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How it is measured.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        threads: Of each engine.
+        rounds: Of `interleaved`.
+        shapes: Sequences at once, and tokens in each; each is measured as `prefill` and as `decode`.
+    """
+
+    device: str
+    threads: int
+    rounds: int
+    shapes: Sequence[tuple[int, int]]
+
+    @property
+    def cases(self) -> list[Case]:
+        """What is timed."""
+        return [Case(phase, *shape) for phase in ("prefill", "decode") for shape in self.shapes]
+
+    @property
+    def largest(self) -> Case:
+        """As many sequences, and as many tokens in each, as any case has."""
+        return Case("prefill", max(batch for batch, _ in self.shapes), max(tokens for _, tokens in self.shapes))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a candidate in one case.
+
+    Attributes:
+        engine: Name of the engine.
+        case: What was timed.
+        candidate: Name of the candidate.
+        ratio: Fraction of its parameters that went.
+        seconds: Of one call, median over rounds.
+        tokens_per_second: Read or given.
+        memory: The most that the process held more than before it loaded the model, in bytes; on a GPU what torch held.
+        disk: Bytes of the file or the folder's weights that are loaded.
+        speedup: Over the dense model, in the same rounds; of the dense model itself 1.
+        ideal: How much faster it would be if only operations (`prefill`) or bytes read (`decode`) counted.
+    """
+
+    engine: str
+    case: Case
+    candidate: str
+    ratio: float
+    seconds: float
+    tokens_per_second: float
+    memory: float
+    disk: int
+    speedup: Speedup
+    ideal: float
+
+    @property
+    def over_ideal(self) -> float:
+        """The part of the ideal that was reached."""
+        return self.speedup.median / self.ideal
+
+
+def measure(name: str, candidates: Sequence[Candidate], settings: Settings, say: Callable[[str], Any]) -> Iterator[Row]:
+    """Yield what an engine makes of the candidates, the first of which is the dense one.
+
+    Args:
+        name: Of the engine.
+        candidates: Those that the engine is not for are left out.
+        settings: How.
+        say: Told what goes wrong.
+    """
+    engine = ENGINES[name]
+    running: dict[str, tuple[Candidate, Worker]] = {}
+    try:
+        for candidate in (c for c in candidates if c.runs_in(engine)):
+            engine.prepare(candidate.source)
+            task = Task(name, candidate.source, settings.device, settings.threads, settings.largest)
+            running[candidate.name] = candidate, Worker(task)
+        for case in (case for case in settings.cases if case.phase in engine.phases):
+            jobs = {key: worker.job(case) for key, (_, worker) in running.items()}
+            yield from _rows(name, case, running, interleaved(jobs, settings.rounds), settings.device)
+    except EngineFailed as error:
+        say(f"{name}: {error}")
+    finally:
+        for _, worker in running.values():
+            worker.close()
+
+
+def _rows(
+    name: str, case: Case, running: dict[str, tuple[Candidate, Worker]], found: dict[str, list[float]], device: str
+) -> Iterator[Row]:
+    engine = ENGINES[name]
+    weight, cache = engine.number_bytes(device)
+    dense, _ = next(iter(running.values()))
+
+    def least(candidate: Candidate) -> float:
+        return candidate.work.least(case, last_only=engine.last_only, weight_bytes=weight, cache_bytes=cache)
+
+    for key, (candidate, worker) in running.items():
+        seconds = median(found[key])
+        yield Row(
+            engine=name,
+            case=case,
+            candidate=key,
+            ratio=candidate.ratio,
+            seconds=seconds,
+            tokens_per_second=case.made / seconds,
+            memory=worker.peaks[case],
+            disk=_size(engine.prepare(candidate.source)),
+            speedup=speedup(found[dense.name], found[key]),
+            ideal=least(dense) / least(candidate),
+        )
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file and of the data beside it, or of the weights in a folder."""
+    files = path.glob("*.safetensors") if path.is_dir() else path.parent.glob(f"{path.name}*")
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,112 @@
+"""Write docs/latency.md and its picture from what `make bench` left: `make results`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.latency.measure import Row
+from benchmarks.latency.timing import Speedup
+from benchmarks.latency.work import Case
+from benchmarks.tables import markdown_table, ran_on
+
+__all__ = ["latency_page", "read_rows", "write_picture"]
+
+RESULTS = Path(__file__).parent.parent / "results"
+PAGE = Path(__file__).parents[2] / "docs" / "latency.md"
+
+_HEADING = ("", "model", "ms", "tokens/s", "GB", "MB on disk", "speed-up", "95% interval", "ideal", "of the ideal")
+_EXPLAINED = (
+    "Each model is in a process of its own, and they take turns: dense, slim, slim, dense, and so on. *Speed-up* is "
+    "the median over rounds of dense over slim time, with a bootstrap interval. *Ideal* is what it would be if only "
+    "multiply-accumulates (prefill) or bytes of weights and cache (decode) took time. GB is what the process held at "
+    "most beyond what it held before it loaded the model. *Stock* is the uniform model of the same class as the dense "
+    "one, *Torch-Pruning* the dense model cut by Torch-Pruning 1.6.1 to our widths, where no heads went. Which "
+    "units went makes no difference here; the numbers of those that stay are as the default recipe has them.\n"
+)
+
+
+def read_rows(data: Mapping[str, Any]) -> list[Row]:
+    """The rows of a file that `make bench` wrote."""
+    return [Row(**{**row, "case": Case(**row["case"]), "speedup": Speedup(**row["speedup"])}) for row in data["rows"]]
+
+
+def latency_page(files: Iterable[Mapping[str, Any]]) -> str:
+    """The page as Markdown, a section for each device and a table for each engine.
+
+    Args:
+        files: What `make bench` wrote, device by device.
+    """
+    parts = ["# Latency\n\nMade by `make results` from what `make bench` measured.\n", _EXPLAINED]
+    for data in files:
+        rows, settings = read_rows(data), data["settings"]
+        device = settings["device"]
+        parts.append(
+            f"## On {'a GPU' if device == 'cuda' else 'a CPU'}\n\n{settings['model']}, widths of MLPs multiples of "
+            f"{settings['round_to']}, {settings['rounds']} rounds. {ran_on(data)}\n\n"
+            f"![Speed-up and what sizes promise](latency_{device}.svg)\n"
+        )
+        for engine in dict.fromkeys(row.engine for row in rows):
+            cells = [_cells(row) for row in rows if row.engine == engine]
+            parts.append(f"### {engine}\n\n{markdown_table(_HEADING, cells)}")
+    return "\n".join(parts)
+
+
+def _cells(row: Row) -> Sequence[str]:
+    return (
+        str(row.case),
+        row.candidate,
+        f"{row.seconds * 1e3:.1f}",
+        f"{row.tokens_per_second:.0f}",
+        f"{row.memory / 1e9:.2f}",
+        f"{row.disk / 1e6:.0f}",
+        f"{row.speedup.median:.2f}",
+        f"{row.speedup.low:.2f} to {row.speedup.high:.2f}",
+        f"{row.ideal:.2f}",
+        f"{row.over_ideal:.2f}",
+    )
+
+
+def write_picture(data: Mapping[str, Any], path: Path) -> None:
+    """A picture of the speed-up of our slim models, case by case and engine by engine, and of the ideal.
+
+    Args:
+        data: What `make bench` wrote.
+        path: An `.svg` file.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "fxprune"
+    rows = [row for row in read_rows(data) if row.candidate.startswith("slim")]
+    cases = list(dict.fromkeys(row.case for row in rows))
+    names = list(dict.fromkeys(row.candidate for row in rows))
+    figure, grid = pyplot.subplots(1, len(cases), figsize=(3.2 * len(cases), 4), sharey=True, squeeze=False)
+    for axes, case in zip(grid[0], cases, strict=True):
+        engines = list(dict.fromkeys(row.engine for row in rows if row.case == case))
+        for number, name in enumerate(names):
+            found = {row.engine: row for row in rows if (row.case, row.candidate) == (case, name)}
+            places = [engines.index(engine) + 0.35 * (number - (len(names) - 1) / 2) for engine in found]
+            heights = [row.speedup.median for row in found.values()]
+            spans = [(r.speedup.median - r.speedup.low, r.speedup.high - r.speedup.median) for r in found.values()]
+            axes.bar(places, heights, 0.33, yerr=list(zip(*spans, strict=True)), label=name, capsize=2)
+            for place, row in zip(places, found.values(), strict=True):
+                axes.hlines(row.ideal, place - 0.17, place + 0.17, colors="black", linewidth=2)
+        axes.axhline(1, color="grey", linewidth=0.5)
+        axes.set_xticks(range(len(engines)), engines, rotation=60, ha="right")
+        axes.set_title(str(case))
+    grid[0][0].set_ylabel("speed-up over dense; black: ideal")
+    grid[0][0].legend()
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("latency_*.json"))]
+    PAGE.write_text(latency_page(files), encoding="utf-8")
+    for data in files:
+        write_picture(data, PAGE.with_name(f"latency_{data['settings']['device']}.svg"))

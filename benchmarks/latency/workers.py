@@ -1,0 +1,136 @@
+"""Each model in a process of its own, so that its memory can be told from that of others."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.engines import ENGINES, Source
+from benchmarks.latency.work import Case
+
+__all__ = ["EngineFailed", "Task", "Worker", "forget_peak", "peak_bytes"]
+
+
+class EngineFailed(RuntimeError):
+    """An engine could not load or run a model; holds what it said."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process loads.
+
+    Attributes:
+        engine: Name of the engine.
+        source: The model.
+        device: `cpu` or `cuda`.
+        threads: Of the engine.
+        largest: No case has more sequences or more tokens in each.
+    """
+
+    engine: str
+    source: Source
+    device: str
+    threads: int
+    largest: Case
+
+
+class Worker:
+    """A process that holds a loaded model and measures when it is asked.
+
+    Args:
+        task: What it loads.
+
+    Raises:
+        EngineFailed: The model cannot be loaded.
+    """
+
+    def __init__(self, task: Task) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(task, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.peaks: dict[Case, float] = {}
+        self._receive()
+
+    def job(self, case: Case) -> Callable[[], float]:
+        """A job that has the seconds of one call of `case` measured, and puts down the peak of memory, in bytes."""
+
+        def measured() -> float:
+            self._pipe.send(case)
+            seconds, peak = self._receive()
+            self.peaks[case] = max(peak, self.peaks.get(case, 0.0))
+            return float(seconds)
+
+        return measured
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.is_alive():
+            self._process.terminate()
+        self._process.join()
+        self._pipe.close()
+
+    def _receive(self) -> Any:
+        try:
+            failed, said = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise EngineFailed(f"the process ended with {self._process.exitcode}") from None
+        if failed:
+            self.close()
+            raise EngineFailed(said)
+        return said
+
+
+def _serve(task: Task, pipe: Connection) -> None:
+    torch.set_num_threads(task.threads)
+    jobs: dict[Case, Callable[[], float]] = {}
+    before = _resident_bytes()
+    try:
+        engine = ENGINES[task.engine](task.source, task.device, task.largest)
+        pipe.send((False, None))
+        while True:
+            case = pipe.recv()
+            if case not in jobs:
+                jobs[case] = engine.job(case)
+                jobs[case]()
+            forget_peak()
+            seconds = jobs[case]()
+            pipe.send((False, (seconds, peak_bytes() - (0 if task.device == "cuda" else before))))
+    except EOFError:  # nobody asks any more
+        return
+    except Exception as error:  # whatever an engine raises is told where it was asked for
+        pipe.send((True, f"{type(error).__name__}: {error}"))
+
+
+def forget_peak() -> None:
+    """The peak of memory is what is held now; on systems other than Linux the old one stays."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    if os.path.exists("/proc/self/clear_refs"):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> float:
+    """The most memory since the peak was forgotten: of torch on a GPU where one was used, else resident."""
+    if torch.cuda.is_available() and (found := torch.cuda.max_memory_allocated()):
+        return float(found)
+    return _status("VmHWM")
+
+
+def _resident_bytes() -> float:
+    return _status("VmRSS")
+
+
+def _status(key: str) -> float:
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024.0 for line in lines if line.startswith(key)), 0.0)

@@ -1,0 +1,284 @@
+"""The latency benchmark: what sizes promise, what engines do, and the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from typer.testing import CliRunner
+
+import fxprune
+from benchmarks.engines import ENGINES, Engine, Source, in_torch, vllm
+from benchmarks.engines.base import load_model, token_ids
+from benchmarks.latency import __main__ as command
+from benchmarks.latency.candidates import Candidate, candidates
+from benchmarks.latency.measure import Row, Settings, measure
+from benchmarks.latency.page import latency_page, read_rows, write_picture
+from benchmarks.latency.timing import Speedup
+from benchmarks.latency.work import Case, Work, work_of
+from benchmarks.latency.workers import EngineFailed, Task, Worker
+from tests.export.small import even, tokenizer, uneven
+
+LARGER = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+CASES = [Case(phase, 2, 5) for phase in ("prefill", "decode")]
+
+
+def saved(model: PreTrainedModel, folder: Path) -> Source:
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return Source(folder)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return saved(even("llama"), tmp_path_factory.mktemp("models") / "dense")
+
+
+def work(model: PreTrainedModel, *lengths: int) -> Work:
+    return work_of(model, fxprune.trace(model).graph_module, lengths)
+
+
+# Work
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_work_is_what_the_sizes_say(tied: bool) -> None:
+    model = even("llama", tie_word_embeddings=tied)
+    found, config = work(model, 4, 8), model.config
+    table = config.vocab_size * config.hidden_size
+    assert found.head == table and found.parameters == sum(p.numel() for p in model.parameters())
+    assert found.weights == found.parameters - (0 if tied else table)
+    assert (
+        found.cache
+        == 2 * config.num_hidden_layers * config.num_key_value_heads * model.model.layers[0].self_attn.head_dim
+    )
+    products = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    scores = 2 * config.num_hidden_layers * config.num_attention_heads * model.model.layers[0].self_attn.head_dim
+    assert found.macs[4] >= 4 * products + 4 * 4 * scores and set(found.macs) == {4, 8}
+    assert found.macs[8] - 2 * found.macs[4] == (8 * 8 - 2 * 4 * 4) * scores, "attention alone grows with the square"
+
+
+def test_caches_of_uneven_layers_are_added_up() -> None:
+    model = uneven("llama")
+    assert work(model, 4).cache == 2 * 8 * (3 + 2 + 1 + 1)
+
+
+def test_least_work_counts_the_output_layer_where_it_runs() -> None:
+    found = Work(parameters=100, macs={5: 1000}, head=10, weights=90, cache=4)
+    kinds = {"weight_bytes": 2.0, "cache_bytes": 4.0}
+    assert found.least(Case("prefill", 3, 5), last_only=False, **kinds) == 3000
+    assert found.least(Case("prefill", 3, 5), last_only=True, **kinds) == 3 * (1000 - 40)
+    assert found.least(Case("decode", 3, 5), last_only=True, **kinds) == 180 + 3 * 5 * 16
+    assert (Case("prefill", 3, 5).made, Case("decode", 3, 5).made) == (15, 3)
+
+
+# Engines
+
+
+@pytest.mark.parametrize("name", ["transformers", "graph", "onnxruntime", "llama.cpp f16", "llama.cpp q8_0"])
+def test_an_engine_reads_a_prompt_and_gives_tokens(name: str, tmp_path: Path) -> None:
+    kind = ENGINES[name]
+    assert kind.missing("cpu") == ""
+    source = saved(
+        even("llama", **LARGER),
+        tmp_path / "model",
+    )
+    assert kind.prepare(source).exists()
+    engine = kind(source, "cpu", CASES[0])
+    for case in (case for case in CASES if case.phase in kind.phases):
+        job = engine.job(case)
+        assert job() > 0 and job() > 0
+
+
+def test_a_decoding_step_is_always_after_as_many_tokens(dense: Source) -> None:
+    engine: Any = ENGINES["transformers"](dense, "cpu", CASES[0])
+    seen: list[int] = []
+    call = engine.call
+    engine.call = lambda **given: (seen.append(given["past_key_values"].get_seq_length()), call(**given))
+    engine.job(CASES[1])()
+    assert len(seen) > 2 and set(seen) == {5}
+
+
+def test_a_compiled_model_makes_the_same_calls(dense: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(in_torch.torch, "compile", lambda model, **options: asked.update(options) or model)
+    assert ENGINES["torch.compile"](dense, "cpu", CASES[0]).job(CASES[0])() > 0
+    assert asked == {"dynamic": False, "mode": "default"}
+
+
+def test_vllm_is_asked_for_so_many_tokens(dense: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Module:
+        def __init__(self) -> None:
+            self.asked: list[int] = []
+
+        def SamplingParams(self, max_tokens: int, **_: Any) -> int:  # noqa: N802
+            return max_tokens
+
+        def LLM(self, folder: str, **given: Any) -> Module:  # noqa: N802
+            self.given = given
+            return self
+
+        def generate(self, prompts: list[Any], count: int, **_: Any) -> None:
+            assert len(prompts) == 2 and len(prompts[0]["prompt_token_ids"]) == 5
+            self.asked.append(count)
+
+    module = Module()
+    monkeypatch.setattr(vllm, "import_module", lambda _: module)
+    engine = ENGINES["vLLM"](dense, "cpu", CASES[0])
+    assert engine.job(CASES[0])() > 0 and module.asked == [1]
+    engine.job(CASES[1])()
+    assert module.asked == [1, 25, 1] and module.given["max_num_seqs"] == 2
+
+
+def test_an_engine_that_is_not_there_says_so() -> None:
+    class Absent(Engine):
+        packages = ("no_such_package",)
+        devices = ("cpu",)
+
+    assert (
+        Absent.missing("cpu") == "not installed: no_such_package" and Absent.missing("cuda") == "not measured on cuda"
+    )
+
+
+def test_token_ids_are_the_same_each_time() -> None:
+    assert torch.equal(token_ids(2, 5, 9), token_ids(2, 5, 9)) and token_ids(2, 5, 9).shape == (2, 5)
+
+
+# Other makes
+
+
+def test_torch_pruning_gives_the_widths_asked_for(dense: Source, tmp_path: Path) -> None:
+    narrow = fxprune.prune(even("llama"), importance="l2", kinds="mlp", ratio=0.2, protect=(1, 0))
+    narrow.save_pretrained(tmp_path / "narrow", tokenizer())
+    engine: Any = ENGINES["transformers"](Source(dense.folder, widths_of=tmp_path / "narrow"), "cpu", CASES[0])
+    shapes = [tuple(parameter.shape) for parameter in engine.model.parameters()]
+    assert shapes == [tuple(parameter.shape) for parameter in narrow.model.parameters()]
+    assert engine.job(CASES[1])() > 0
+
+
+def test_what_torch_pruning_cannot_make_is_refused(dense: Source) -> None:
+    like = even("llama", intermediate_size=100)
+    with pytest.raises(ValueError, match="cannot make"):
+        in_torch.cut_by_torch_pruning(load_model(dense.folder), like)
+
+
+def test_candidates_are_saved_and_counted(tmp_path: Path) -> None:
+    model = even(
+        "llama",
+        num_hidden_layers=4,
+        hidden_size=64,
+        intermediate_size=192,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    found = list(candidates(model, tokenizer(), (0.2,), 8, (5,), tmp_path))
+    assert [c.name for c in found] == ["dense", "slim 20%", "Torch-Pruning 20%", "stock 20%"]
+    assert found[1].work.parameters < found[0].work.parameters and found[2].work == found[1].work
+    assert [c.runs_in(ENGINES["onnxruntime"]) for c in found] == [True, True, False, False]
+    assert type(load_model(found[3].source.folder)) is type(model)
+
+
+# Processes
+
+
+def test_a_worker_measures_and_says_what_went_wrong(dense: Source, tmp_path: Path) -> None:
+    worker = Worker(Task("transformers", dense, "cpu", 1, CASES[0]))
+    assert worker.job(CASES[0])() > 0 and worker.peaks[CASES[0]] > 0
+    with pytest.raises(EngineFailed, match="TypeError"):
+        worker.job(Case("decode", 1, None))()  # type: ignore[arg-type]
+    with pytest.raises(EngineFailed, match="no_such_folder"):
+        Worker(Task("transformers", Source(tmp_path / "no_such_folder"), "cpu", 1, CASES[0]))
+
+
+class Stub:
+    """A worker that needs no process."""
+
+    def __init__(self, task: Task) -> None:
+        self.peaks: dict[Case, float] = {}
+        self.fast = "slim" in task.source.folder.name
+        self.closed = False
+
+    def job(self, case: Case) -> Callable[[], float]:
+        self.peaks[case] = 3e9
+        return lambda: 1.0 if self.fast else 2.0
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def stubbed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr("benchmarks.latency.measure.Worker", Stub)
+    model = even(
+        "llama",
+        num_hidden_layers=4,
+        hidden_size=64,
+        intermediate_size=192,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    monkeypatch.setattr(command, "_load", lambda _: (model, tokenizer()))
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_the_command_prints_and_keeps_what_it_measured(stubbed: Path) -> None:
+    arguments = ["--ratio", "0.2", "--shape", "2x5", "--engine", "graph", "--engine", "transformers", "--round-to", "8"]
+    result = CliRunner().invoke(command.app, [*arguments, "--json"], catch_exceptions=False)
+    assert result.exit_code == 0 and "graph" in result.output and "torch:" in result.output
+    data = json.loads((stubbed / "latency_cpu.json").read_text())
+    rows = read_rows(data)
+    assert [(row.engine, row.case.phase, row.candidate) for row in rows][:3] == [
+        ("graph", "prefill", "dense"),
+        ("graph", "prefill", "slim 20%"),
+        ("transformers", "prefill", "dense"),
+    ]
+    slim = rows[1]
+    assert slim.speedup == Speedup(2.0, 2.0, 2.0) and slim.tokens_per_second == 10 and slim.memory == 3e9
+    assert 1 < slim.ideal < 1.5 and slim.over_ideal == pytest.approx(2 / slim.ideal) and slim.disk > 0
+    assert data["settings"]["shapes"] == [[2, 5]] and data["environment"]["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("shape", ["2", "0x5", "2x", "axb"])
+def test_the_command_refuses_what_is_no_shape(stubbed: Path, shape: str) -> None:
+    result = CliRunner().invoke(command.app, ["--shape", shape])
+    assert result.exit_code == 2 and "sequences" in result.output
+
+
+def test_an_engine_that_fails_leaves_the_others(dense: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(task: Task) -> Stub:
+        raise EngineFailed("it broke")
+
+    monkeypatch.setattr("benchmarks.latency.measure.Worker", failing)
+    said: list[str] = []
+    found = work(even("llama"), 5)
+    candidate = Candidate("dense", 0.0, dense, found)
+    assert list(measure("transformers", [candidate], Settings("cpu", 1, 1, [(2, 5)]), said.append)) == []
+    assert said == ["transformers: it broke"]
+
+
+# The page
+
+
+def test_the_page_has_a_table_for_each_engine_and_a_picture(tmp_path: Path) -> None:
+    rows = [
+        Row("transformers", case, name, ratio, 0.01 / gain, 100.0, 1e9, 5_000_000, Speedup(gain, gain, gain), ideal)
+        for case in CASES
+        for name, ratio, gain, ideal in (("dense", 0.0, 1.0, 1.0), ("slim 20%", 0.2, 1.2, 1.25))
+    ]
+    ran = {"cpu": "some", "threads": 2, "torch": "2", "transformers": "5", "python": "3"}
+    settings = {"model": "tiny", "round_to": 32, "rounds": 5, "device": "cpu"}
+    data = {"environment": ran, "settings": settings, "rows": [asdict(row) for row in rows]}
+    page = latency_page([data])
+    assert "| prefill 2 x 5 | slim 20% | 8.3 | 100 | 1.00 | 5 | 1.20 | 1.20 to 1.20 | 1.25 | 0.96 |" in page
+    assert "### transformers" in page and "latency_cpu.svg" in page
+    write_picture(data, tmp_path / "latency.svg")
+    first = (tmp_path / "latency.svg").read_text()
+    write_picture(data, tmp_path / "latency.svg")
+    assert "decode 2 x 5" in first and first == (tmp_path / "latency.svg").read_text()
