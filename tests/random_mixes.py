@@ -74,8 +74,6 @@ def windows(net: RandomNet, v: str, picks: Picks) -> None:
 def scattered(net: RandomNet, v: str, picks: Picks) -> None:
     """Values written or added at positions along an axis: fixed ones, those of a top-k, those that a mask names."""
     a, _ = _axes(net, v, picks)
-    if not net.distinct(v, a):
-        return
     names = {"v": v, "a": a, "r": net[v].dim() - 1 - a, "i": "torch.tensor([1, 0])", "t": f"{v}.topk(2, {a})[1]"}
     code = """{v}.scatter({a}, {t}, 0.5)
         torch.zeros_like({v}).scatter({a}, {t}, 1.0) * {v}

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -35,9 +36,20 @@ from tests import random_mixes  # noqa: F401  its ops are among OPS from here on
 from tests.oracle import Inputs, axes_of, decide, groups_of, plain_outputs, zeroed
 from tests.random_ops import CHOICES, OPS, ROWS, SIZES, WIDE, WIDTH, Picks
 
-__all__ = ["OPS", "RandomNet", "Record", "check_every_removal", "check_network", "descriptions", "used_and_cut"]
+__all__ = [
+    "OPS",
+    "RandomNet",
+    "Record",
+    "check_every_removal",
+    "check_network",
+    "descriptions",
+    "steady",
+    "used_and_cut",
+]
 
 LARGEST, MOST_AXES, MOST_VALUES = 1e3, 5, 4000
+_SHAKE, _MOVED = 1e-5, 1e-3
+"""How much a number is larger or smaller, and by how much of the largest one what is made of it may then differ."""
 RECENT = (0, 0, 0, 0, 0, 1, 1, 1, 2, 3, 4, 5)
 """How far back the value that a number names lies: mostly the last one, so that networks get deep."""
 
@@ -149,26 +161,16 @@ class RandomNet(nn.Module):
         self.values.append(name)
         return name
 
-    def distinct(self, name: str, axis: int) -> bool:
-        """Whether no two numbers of a value tie along an axis, but for zeros.
-
-        Which of two equal numbers is the larger one is up to the last digit: rows of a weight that are there twice give
-        such, and a matrix product of another size rounds them differently.
-        """
-        for scope in (self._scope, self._second):
-            ordered = scope[name].detach().double().sort(axis)[0]
-            steps, size = ordered.diff(dim=axis), ordered.narrow(axis, 1, ordered.shape[axis] - 1).abs()
-            if bool(((steps <= 1e-5 * size) & (size > 0)).any()):
-                return False
-        return True
-
     def run(self, line: str) -> bool:
-        """Whether ``line`` runs; if it does it is part of the network."""
+        """Whether ``line`` runs, and is steady; if so it is part of the network."""
+        scopes = self._scope, self._second
         try:
-            exec(line, self._scope)
-            exec(line, self._second)
+            if not all(steady(line, scope) for scope in scopes):
+                return False
         except (AssertionError, RuntimeError, IndexError, ValueError, TypeError, AttributeError):
             return False
+        for scope in scopes:
+            exec(line, scope)
         self._lines.append(line)
         return True
 
@@ -197,6 +199,44 @@ class RandomNet(nn.Module):
                 code = f"{code}.sum(-1)"
             outputs.append(f"F.linear({code}, {self.weight(3, *width)})" if width else code)
         self._lines.append(f"return ({', '.join(outputs)},)")
+
+
+def steady(line: str, scope: dict[str, Any]) -> bool:
+    """Whether a line gives about the same where each number that it reads is a little larger or smaller.
+
+    Which of two equal numbers is the larger one is up to the last digit, and a matrix product of another size rounds
+    differently. Numbers are shaken in both directions, so that each of two equal ones is once the larger. Zeros stay
+    zeros. What the names in ``scope`` stand for stays as it is.
+    """
+    words = set(re.findall(r"\w+", line))
+
+    def copied(value: Any, share: float, generator: torch.Generator) -> Any:
+        if isinstance(value, tuple):
+            return tuple(copied(part, share, generator) for part in value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        noise = share * (torch.rand(value.shape, generator=generator) * 2 - 1)
+        return value * (1 + noise).to(value.dtype) if value.is_floating_point() else value.clone()
+
+    def seeded(name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(crc32(name.encode()))
+
+    with torch.no_grad():
+        plain, *shaken = (
+            {name: copied(value, share, seeded(name)) if name in words else value for name, value in scope.items()}
+            for share in (0.0, _SHAKE, -_SHAKE)
+        )
+        for run in (plain, *shaken):
+            exec(line, run)
+    return all(_close(plain[name], other[name]) for name in words & plain.keys() for other in shaken)
+
+
+def _close(value: Any, other: Any) -> bool:
+    if isinstance(value, tuple):
+        return len(value) == len(other) and all(map(_close, value, other))
+    if not isinstance(value, torch.Tensor) or not value.numel() or not value.isfinite().all():
+        return True  # whether it fits is asked elsewhere
+    return bool((value.double() - other.double()).abs().max() <= _MOVED * value.double().abs().max() + _SHAKE)
 
 
 def _named(line: str) -> str | None:
