@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 import fxprune
 from benchmarks.engines.base import Engine, Source, load_model, token_ids, vocabulary_of
+from benchmarks.engines.llama_server import LlamaServer
 from benchmarks.latency.work import Case
 
 __all__ = ["LlamaCppEngine", "LlamaCppQuantisedEngine"]
@@ -30,18 +31,15 @@ class LlamaCppEngine(Engine):
     weight_bytes: ClassVar[float] = 2
 
     def __init__(self, source: Source, device: str, largest: Case) -> None:
-        import xllamacpp
-
-        settings = xllamacpp.CommonParams()
-        settings.model.path = str(self.prepare(source))
-        settings.n_parallel = settings.n_threads_http = largest.batch
-        settings.n_ctx = largest.batch * (largest.tokens + _STEPS + 8)
-        settings.n_batch = settings.n_ubatch = max(512, largest.batch * largest.tokens)
-        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
-        settings.n_gpu_layers = 0 if device == "cpu" else 999
-        settings.warmup = settings.fit_params = False
-        settings.verbosity = 0
-        self.server = xllamacpp.Server(settings)
+        self.server = LlamaServer(
+            self.prepare(source),
+            context=largest.batch * (largest.tokens + _STEPS + 8),
+            sequences=largest.batch,
+            batch=max(512, largest.batch * largest.tokens),
+            narrow=True,
+            threads=torch.get_num_threads(),
+            gpu=device == "cuda",
+        )
         self.vocabulary = vocabulary_of(source.folder)
         self.pool = ThreadPoolExecutor(largest.batch)
 
@@ -73,10 +71,7 @@ class LlamaCppEngine(Engine):
         return measured
 
     def _ask(self, ids: list[int], steps: int) -> dict[str, Any]:
-        asked = {"prompt": ids, "n_predict": steps, "ignore_eos": True, "cache_prompt": False, "samplers": []}
-        answer: dict[str, Any] = self.server.handle_completions(asked | {"temperature": 0})
-        if "timings" not in answer:
-            raise RuntimeError(f"llama.cpp: {answer}")
+        answer = self.server.complete(ids, n_predict=steps, ignore_eos=True, cache_prompt=False)
         timings: dict[str, Any] = answer["timings"]
         return timings
 

@@ -108,8 +108,10 @@ def uneven_demo(folder: Path, ratio: float) -> Any:
     return tokenizer
 
 
-def greedy_tokens(model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-    """Return the likeliest tokens after each prompt, by transformers with its cache."""
+def greedy_tokens(
+    model: Any, prompts: Sequence[Sequence[int]], tokens: int, without: int | None = None
+) -> list[list[int]]:
+    """Return the likeliest tokens after each prompt, by transformers with its cache; one of them may be left out."""
     found = []
     for ids in prompts:
         given = torch.tensor([list(ids)])
@@ -120,6 +122,7 @@ def greedy_tokens(model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> 
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
+            suppress_tokens=None if without is None else [without],
         )
         found.append(said[0, len(ids) :].tolist())
     return found

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
-from benchmarks.engines import vllm_serve, vllm_tokens
+import fxprune
+from benchmarks.engines import llama_quality, vllm_serve, vllm_tokens
+from tests.export.small import even, tokenizer
 from tests.models import tiny
 
 
@@ -69,3 +73,19 @@ def test_the_other_side_asks_for_the_likeliest_tokens(monkeypatch: pytest.Monkey
     found = vllm_tokens.answer("slim", [[1, 2]], 4)
     assert found["tokens"] == [[2, 3]] and set(found["versions"]) == {"vllm", "torch", "transformers"}
     assert engine.given == {"temperature": 0, "max_tokens": 4, "ignore_eos": True}
+
+
+def test_llama_cpp_is_compared_with_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = even("llama", hidden_size=64, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2)
+    result = fxprune.prune(model, importance="l2", ratio=0.1, round_to={"mlp": 32}, kinds="mlp", protect=())
+    result.save_pretrained(tmp_path / "slim", tokenizer())
+    (tmp_path / "held.txt").write_text("abcdefgh " * 40)
+    monkeypatch.setattr(llama_quality, "load_demo_model", lambda: (model, tokenizer()))
+    monkeypatch.setattr(llama_quality, "PROMPTS", ("abc", "de"))
+    monkeypatch.setattr(llama_quality, "console", Console(width=110))
+    asked = ["--slim", str(tmp_path / "slim"), "--text", str(tmp_path / "held.txt"), "--windows", "1", "--tokens", "16"]
+    outcome = CliRunner().invoke(llama_quality.app, asked, catch_exceptions=False)
+    assert outcome.exit_code == 0 and "q8_0" in outcome.output, outcome.output
+    found = re.search(r"f16\D+[\d.]+[^\d+-]+([+-][\d.]+)%", outcome.output)
+    assert found is not None, outcome.output
+    assert abs(float(found[1])) < 0.5

@@ -17,9 +17,9 @@ import fxprune.cli.export
 import fxprune.cli.lists
 import fxprune.cli.load
 import fxprune.cli.prune
+from benchmarks.engines.llama_server import LlamaServer
 from fxprune.cli import app
 from fxprune.export.gguf.write import type_in
-from tests.export.runtime import Engine
 from tests.export.small import even, tokenizer
 from tests.models import VOCABULARY, token_ids
 
@@ -59,7 +59,7 @@ def test_a_gguf_file_goes_in_and_a_smaller_one_comes_out(dense: Path, tmp_path: 
     ids = token_ids(1, 9)
     with torch.no_grad():
         want = fxprune.apply(model, plan)(input_ids=ids).logits[0, -1].log_softmax(-1)
-    got = Engine(out).log_probabilities(ids[0].tolist(), VOCABULARY)
+    got = LlamaServer(out).log_probabilities(ids[0].tolist(), VOCABULARY)
     torch.testing.assert_close(got, want, atol=0.05, rtol=0)
 
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fxprune
 from benchmarks.demo_model import load_demo_model
+from benchmarks.engines.llama_server import LlamaServer
 from benchmarks.text import offline_text
-from tests.export.runtime import Engine
 
 SCRIPTS = (
     "Η ιστορία της πόλης αρχίζει με ένα μικρό χωριό",
@@ -48,11 +48,6 @@ def demo() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def perplexity(engine: Engine, ids: list[int]) -> float:
-    told = [engine.log_probability(ids[:place], ids[place]) for place in range(1, len(ids))]
-    return math.exp(-sum(told) / len(told))
-
-
 def test_the_engine_says_what_transformers_says(
     demo: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
 ) -> None:
@@ -66,15 +61,16 @@ def test_the_engine_says_what_transformers_says(
     options = {"max_new_tokens": 32, "do_sample": False, "suppress_tokens": [stop]}
     following = model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
 
-    engine = Engine(fxprune.export_model(model, tmp_path / "slim.gguf", tokenizer=tokenizer), context=256, narrow=True)
-    assert perplexity(engine, ids) == pytest.approx(want, rel=0.005)
+    path = fxprune.export_model(model, tmp_path / "slim.gguf", tokenizer=tokenizer)
+    engine = LlamaServer(path, context=256, narrow=True)
+    assert engine.perplexity(ids) == pytest.approx(want, rel=0.005)
     assert engine.greedy(prompt, 32, stop) == following
     differ = [line for line in lines() if engine.tokenize(line) != tokenizer(line)["input_ids"]]
     assert differ == []
 
     path = fxprune.export_model(model, tmp_path / "q8.gguf", tokenizer=tokenizer, quantization="q8_0")
     assert path.stat().st_size < 0.6 * (tmp_path / "slim.gguf").stat().st_size
-    assert perplexity(Engine(path, context=256, narrow=True), ids) == pytest.approx(want, rel=0.02)
+    assert LlamaServer(path, context=256, narrow=True).perplexity(ids) == pytest.approx(want, rel=0.02)
 
 
 def lines() -> list[str]:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.engines.llama_server import LlamaServer
 from fxprune.export.gguf.archs import arch_named
 from fxprune.export.gguf.file import export_gguf
-from tests.export.runtime import Engine
 from tests.export.small import even, tokenizer, uneven, without
 from tests.models import VOCABULARY, token_ids
 
@@ -70,7 +70,7 @@ def named(case: tuple[str, dict[str, Any], str]) -> str:
 
 def largest_difference(model: PreTrainedModel, path: Path, *, flash: bool) -> float:
     """Of the log-probabilities of the next token, after a few and after many."""
-    engine, found = Engine(path, flash=flash), []
+    engine, found = LlamaServer(path, flash=flash), []
     for count in (1, 20):
         ids = token_ids(1, count)
         with torch.no_grad():

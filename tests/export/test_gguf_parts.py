@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import fxprune
+from benchmarks.engines.llama_server import LlamaServer
 from fxprune.errors import ExportError, UnknownNameError
 from fxprune.export.gguf.archs import arch_named, candidates, names_in_format, place_of
 from fxprune.export.gguf.choose import contents_for
@@ -23,7 +24,6 @@ from fxprune.export.gguf.layout import LAYOUTS, Layout, lay_out
 from fxprune.export.gguf.reference import logits_of
 from fxprune.export.gguf.tokenizer import copy_tokenizer, describe_tokenizer
 from fxprune.export.gguf.write import type_in, type_named
-from tests.export.runtime import Engine
 from tests.export.small import even, tokenizer, uneven
 from tests.models import VOCABULARY, token_ids
 
@@ -129,7 +129,7 @@ def test_files_of_every_type_say_about_the_same(quantization: str, tmp_path: Pat
     ids = token_ids(1, 9)
     with torch.no_grad():
         want = model(ids).logits[0, -1].log_softmax(-1)
-    error = (Engine(path).log_probabilities(ids[0].tolist(), VOCABULARY) - want).abs().max()
+    error = (LlamaServer(path).log_probabilities(ids[0].tolist(), VOCABULARY) - want).abs().max()
     assert error < {"f16": 0.01, "bf16": 0.05, "q8_0": 0.05}.get(quantization, 0.6)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert kinds["blk.0.attn_norm.weight"] == "F32"
@@ -183,7 +183,7 @@ def test_the_engine_sees_the_tokens_that_the_tokenizer_sees(kind: str, tmp_path:
     made = trained(kind)
     path = tmp_path / "slim.gguf"
     export_gguf(even("llama", vocab_size=len(made) + 3), path, tokenizer=made)
-    engine = Engine(path)
+    engine = LlamaServer(path)
     assert {text: engine.tokenize(text) for text in WORDS[:5]} == {text: made(text)["input_ids"] for text in WORDS[:5]}
 
 
