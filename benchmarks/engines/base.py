@@ -55,6 +55,10 @@ class Engine(ABC):
     def job(self, case: Case) -> Callable[[], float]:
         """Return a job that returns the seconds of one call of `case`, on tokens that are always the same."""
 
+    def products(self, case: Case) -> float | None:
+        """Seconds that one call of `case` spends in matrix products and attention; None where that cannot be told."""
+        return None
+
     @classmethod
     @abstractmethod
     def prepare(cls, source: Source) -> Path:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.profiler import profile
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import fxprune
@@ -18,6 +19,22 @@ from benchmarks.latency.timing import timed
 from benchmarks.latency.work import Case
 
 __all__ = ["CompiledEngine", "GraphEngine", "TransformersEngine"]
+
+
+_PROFILED = 5
+"""Calls under the profiler."""
+
+_PRODUCTS = {
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+}
+"""What torch's counter of operations counts of a language model, by the names that its profiler uses."""
 
 
 class TransformersEngine(Engine):
@@ -38,6 +55,24 @@ class TransformersEngine(Engine):
 
     def job(self, case: Case) -> Callable[[], float]:
         """One call of the model."""
+        return _without_gradients(timed(self._one(case)))
+
+    def products(self, case: Case) -> float | None:
+        """By torch's profiler, which slows down everything else a little."""
+        call = self._one(case)
+        with torch.no_grad():
+            call()
+            with profile() as told:
+                for _ in range(_PROFILED):
+                    call()
+        found = [e for e in told.key_averages() if e.key.removeprefix("aten::") in _PRODUCTS]
+        return (
+            sum(e.self_device_time_total + e.self_cpu_time_total * (self.device == "cpu") for e in found)
+            / 1e6
+            / _PROFILED
+        )
+
+    def _one(self, case: Case) -> Callable[[], None]:
         vocabulary = self.model.config.get_text_config().vocab_size
         ids = token_ids(case.batch, case.tokens, vocabulary).to(self.device)
 
@@ -51,13 +86,17 @@ class TransformersEngine(Engine):
             self.call(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache.crop(-1)
 
-        return _without_gradients(timed(prefill if case.phase == "prefill" else decode))
+        return prefill if case.phase == "prefill" else decode
 
 
 class CompiledEngine(TransformersEngine):
     """The same calls, compiled; on a GPU as a CUDA graph."""
 
     name: ClassVar[str] = "torch.compile"
+
+    def products(self, case: Case) -> float | None:
+        """Compiled code mixes products with the rest."""
+        return None
 
     def __init__(self, source: Source, device: str, largest: Case) -> None:
         super().__init__(source, device, largest)
@@ -76,11 +115,10 @@ class GraphEngine(TransformersEngine):
         super().__init__(source, device, largest)
         self.graph_module = fxprune.trace(self.model).graph_module
 
-    def job(self, case: Case) -> Callable[[], float]:
-        """One call of the graph."""
+    def _one(self, case: Case) -> Callable[[], None]:
         vocabulary = self.model.config.get_text_config().vocab_size
         ids = token_ids(case.batch, case.tokens, vocabulary).to(self.device)
-        return _without_gradients(timed(lambda: self.graph_module(input_ids=ids)))
+        return lambda: self.graph_module(input_ids=ids)
 
 
 def _without_gradients(job: Callable[[], float]) -> Callable[[], float]:

@@ -59,6 +59,7 @@ class Row:
         disk: Bytes of the file or the folder's weights that are loaded.
         speedup: Over the dense model, in the same rounds; of the dense model itself 1.
         ideal: How much faster it would be if only operations (`prefill`) or bytes read (`decode`) counted.
+        products: Seconds of one call that went into matrix products and attention; None where that cannot be told.
     """
 
     engine: str
@@ -71,6 +72,7 @@ class Row:
     disk: int
     speedup: Speedup
     ideal: float
+    products: float | None = None
 
     @property
     def over_ideal(self) -> float:
@@ -96,7 +98,8 @@ def measure(name: str, candidates: Sequence[Candidate], settings: Settings, say:
             running[candidate.name] = candidate, Worker(task)
         for case in (case for case in settings.cases if case.phase in engine.phases):
             jobs = {key: worker.job(case) for key, (_, worker) in running.items()}
-            yield from _rows(name, case, running, interleaved(jobs, settings.rounds), settings.device)
+            found = interleaved(jobs, settings.rounds)
+            yield from _rows(name, case, running, found, settings.device)
     except EngineFailed as error:
         say(f"{name}: {error}")
     finally:
@@ -127,6 +130,7 @@ def _rows(
             disk=_size(engine.prepare(candidate.source)),
             speedup=speedup(found[dense.name], found[key]),
             ideal=least(dense) / least(candidate),
+            products=worker.products(case),
         )
 
 

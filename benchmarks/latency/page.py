@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,12 @@ _EXPLAINED = (
     "one, *Torch-Pruning* the dense model cut by Torch-Pruning 1.6.1 to our widths, where no heads went. Which "
     "units went makes no difference here; the numbers of those that stay are as the default recipe has them.\n"
 )
+
+_EATEN = (
+    "Matrix products and attention are all that the ideal of a prefill knows. By torch's profiler, what a call spends "
+    "in them and in everything else (norms, activations, rotary embeddings, the cache, Python), in ms:\n"
+)
+_EATEN_HEADING = ("engine", "", "model", "ideal", "products, dense to slim", "the rest, dense to slim")
 
 
 def read_rows(data: Mapping[str, Any]) -> list[Row]:
@@ -51,7 +57,20 @@ def latency_page(files: Iterable[Mapping[str, Any]]) -> str:
         for engine in dict.fromkeys(row.engine for row in rows):
             cells = [_cells(row) for row in rows if row.engine == engine]
             parts.append(f"### {engine}\n\n{markdown_table(_HEADING, cells)}")
+        parts.append(f"### What eats the rest\n\n{_EATEN}\n{markdown_table(_EATEN_HEADING, _eaten(rows))}")
     return "\n".join(parts)
+
+
+def _eaten(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
+    """Products and the rest of a call, dense beside slim."""
+    dense = {(row.engine, row.case): row for row in rows if row.candidate == "dense"}
+    for row in (row for row in rows if row.candidate.startswith("slim")):
+        whole = dense[row.engine, row.case]
+        if row.products is None or whole.products is None:
+            continue
+        pairs = (whole.products, row.products), (whole.seconds - whole.products, row.seconds - row.products)
+        cells = [f"{before * 1e3:.1f} to {after * 1e3:.1f} (x{before / after:.2f})" for before, after in pairs]
+        yield row.engine, str(row.case), row.candidate, f"x{row.ideal:.2f}", *cells
 
 
 def _cells(row: Row) -> Sequence[str]:

@@ -64,12 +64,22 @@ class Worker:
         """A job that has the seconds of one call of `case` measured, and puts down the peak of memory, in bytes."""
 
         def measured() -> float:
-            self._pipe.send(case)
+            self._pipe.send(("job", case))
             seconds, peak = self._receive()
             self.peaks[case] = max(peak, self.peaks.get(case, 0.0))
             return float(seconds)
 
         return measured
+
+    def products(self, case: Case) -> float | None:
+        """Seconds of one call that went into matrix products; None where that cannot be told.
+
+        Raises:
+            EngineFailed: It could not be measured.
+        """
+        self._pipe.send(("products", case))
+        found: float | None = self._receive()
+        return found
 
     def close(self) -> None:
         """End the process."""
@@ -98,7 +108,10 @@ def _serve(task: Task, pipe: Connection) -> None:
         engine = ENGINES[task.engine](task.source, task.device, task.largest)
         pipe.send((False, None))
         while True:
-            case = pipe.recv()
+            asked, case = pipe.recv()
+            if asked == "products":
+                pipe.send((False, engine.products(case)))
+                continue
             if case not in jobs:
                 jobs[case] = engine.job(case)
                 jobs[case]()

@@ -189,7 +189,8 @@ def test_candidates_are_saved_and_counted(tmp_path: Path) -> None:
 
 def test_a_worker_measures_and_says_what_went_wrong(dense: Source, tmp_path: Path) -> None:
     worker = Worker(Task("transformers", dense, "cpu", 1, CASES[0]))
-    assert worker.job(CASES[0])() > 0 and worker.peaks[CASES[0]] > 0
+    seconds = worker.job(CASES[0])()
+    assert seconds > 0 and worker.peaks[CASES[0]] > 0 and worker.products(CASES[0]) > 0
     with pytest.raises(EngineFailed, match="TypeError"):
         worker.job(Case("decode", 1, None))()  # type: ignore[arg-type]
     with pytest.raises(EngineFailed, match="no_such_folder"):
@@ -207,6 +208,9 @@ class Stub:
     def job(self, case: Case) -> Callable[[], float]:
         self.peaks[case] = 3e9
         return lambda: 1.0 if self.fast else 2.0
+
+    def products(self, case: Case) -> float | None:
+        return 0.25 if self.fast else 0.5
 
     def close(self) -> None:
         self.closed = True
@@ -268,7 +272,19 @@ def test_an_engine_that_fails_leaves_the_others(dense: Source, monkeypatch: pyte
 
 def test_the_page_has_a_table_for_each_engine_and_a_picture(tmp_path: Path) -> None:
     rows = [
-        Row("transformers", case, name, ratio, 0.01 / gain, 100.0, 1e9, 5_000_000, Speedup(gain, gain, gain), ideal)
+        Row(
+            "transformers",
+            case,
+            name,
+            ratio,
+            0.01 / gain,
+            100.0,
+            1e9,
+            5_000_000,
+            Speedup(gain, gain, gain),
+            ideal,
+            4e-3,
+        )
         for case in CASES
         for name, ratio, gain, ideal in (("dense", 0.0, 1.0, 1.0), ("slim 20%", 0.2, 1.2, 1.25))
     ]
@@ -277,6 +293,7 @@ def test_the_page_has_a_table_for_each_engine_and_a_picture(tmp_path: Path) -> N
     data = {"environment": ran, "settings": settings, "rows": [asdict(row) for row in rows]}
     page = latency_page([data])
     assert "| prefill 2 x 5 | slim 20% | 8.3 | 100 | 1.00 | 5 | 1.20 | 1.20 to 1.20 | 1.25 | 0.96 |" in page
+    assert "| transformers | prefill 2 x 5 | slim 20% | x1.25 | 4.0 to 4.0 (x1.00) | 6.0 to 4.3 (x1.38) |" in page
     assert "### transformers" in page and "latency_cpu.svg" in page
     write_picture(data, tmp_path / "latency.svg")
     first = (tmp_path / "latency.svg").read_text()
