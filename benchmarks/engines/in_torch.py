@@ -55,22 +55,18 @@ class TransformersEngine(Engine):
 
     def job(self, case: Case) -> Callable[[], float]:
         """One call of the model."""
-        return _without_gradients(timed(self._one(case)))
+        return timed(torch.no_grad()(self._one(case)))
 
     def products(self, case: Case) -> float | None:
         """By torch's profiler, which slows down everything else a little."""
-        call = self._one(case)
-        with torch.no_grad():
-            call()
-            with profile() as told:
-                for _ in range(_PROFILED):
-                    call()
-        found = [e for e in told.key_averages() if e.key.removeprefix("aten::") in _PRODUCTS]
-        return (
-            sum(e.self_device_time_total + e.self_cpu_time_total * (self.device == "cpu") for e in found)
-            / 1e6
-            / _PROFILED
-        )
+        call = torch.no_grad()(self._one(case))
+        call()
+        with profile() as told:
+            for _ in range(_PROFILED):
+                call()
+        found = [event for event in told.key_averages() if event.key.removeprefix("aten::") in _PRODUCTS]
+        attribute = "self_cpu_time_total" if self.device == "cpu" else "self_device_time_total"
+        return float(sum(getattr(event, attribute) for event in found)) / 1e6 / _PROFILED
 
     def _one(self, case: Case) -> Callable[[], None]:
         vocabulary = self.model.config.get_text_config().vocab_size
@@ -119,14 +115,6 @@ class GraphEngine(TransformersEngine):
         vocabulary = self.model.config.get_text_config().vocab_size
         ids = token_ids(case.batch, case.tokens, vocabulary).to(self.device)
         return lambda: self.graph_module(input_ids=ids)
-
-
-def _without_gradients(job: Callable[[], float]) -> Callable[[], float]:
-    def measured() -> float:
-        with torch.no_grad():
-            return job()
-
-    return measured
 
 
 def _load(source: Source) -> Any:
