@@ -276,7 +276,7 @@ def test_the_page_has_a_table_for_each_engine_and_a_picture(tmp_path: Path) -> N
             "transformers",
             case,
             name,
-            ratio,
+            0.2,
             0.01 / gain,
             100.0,
             1e9,
