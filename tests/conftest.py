@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import tempfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,6 +17,7 @@ from transformers.utils import logging
 from tests.exports import remember_exports
 
 torch.set_num_threads(1)
+os.environ["FXPRUNE_WIDTHS"] = os.path.join(tempfile.gettempdir(), f"fxprune-widths-{os.getpid()}.json")
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 settings.register_profile("house", deadline=None, derandomize=True)
