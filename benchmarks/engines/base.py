@@ -48,6 +48,9 @@ class Engine(ABC):
     last_only: ClassVar[bool] = True
     """Whether the output layer runs at the last position alone when a prompt is read."""
 
+    first_shape_only: ClassVar[bool] = False
+    """Whether getting ready for a shape takes so long that the others are left out."""
+
     @abstractmethod
     def __init__(self, source: Source, device: str, largest: Case) -> None: ...
 

@@ -89,6 +89,7 @@ class CompiledEngine(TransformersEngine):
     """The same calls, compiled; on a GPU as a CUDA graph."""
 
     name: ClassVar[str] = "torch.compile"
+    first_shape_only: ClassVar[bool] = True
 
     def products(self, case: Case) -> float | None:
         """Compiled code mixes products with the rest."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.engines import ENGINES
+from benchmarks.engines import ENGINES, Engine
 from benchmarks.latency.candidates import Candidate
 from benchmarks.latency.timing import Speedup, interleaved, speedup
 from benchmarks.latency.work import Case
@@ -33,10 +33,10 @@ class Settings:
     rounds: int
     shapes: Sequence[tuple[int, int]]
 
-    @property
-    def cases(self) -> list[Case]:
-        """What is timed."""
-        return [Case(phase, *shape) for phase in ("prefill", "decode") for shape in self.shapes]
+    def cases_of(self, engine: type[Engine]) -> list[Case]:
+        """What is timed in an engine."""
+        shapes = self.shapes[:1] if engine.first_shape_only else self.shapes
+        return [Case(phase, *shape) for phase in engine.phases for shape in shapes]
 
     @property
     def largest(self) -> Case:
@@ -96,7 +96,7 @@ def measure(name: str, candidates: Sequence[Candidate], settings: Settings, say:
             engine.prepare(candidate.source)
             task = Task(name, candidate.source, settings.device, settings.threads, settings.largest)
             running[candidate.name] = candidate, Worker(task)
-        for case in (case for case in settings.cases if case.phase in engine.phases):
+        for case in settings.cases_of(engine):
             jobs = {key: worker.job(case) for key, (_, worker) in running.items()}
             found = interleaved(jobs, settings.rounds)
             yield from _rows(name, case, running, found, settings.device)

@@ -150,6 +150,12 @@ def test_token_ids_are_the_same_each_time() -> None:
     assert torch.equal(token_ids(2, 5, 9), token_ids(2, 5, 9)) and token_ids(2, 5, 9).shape == (2, 5)
 
 
+def test_what_takes_long_to_get_ready_has_one_shape() -> None:
+    settings = Settings("cpu", 1, 1, [(1, 4), (2, 5)])
+    assert settings.cases_of(ENGINES["torch.compile"]) == [Case("prefill", 1, 4), Case("decode", 1, 4)]
+    assert settings.cases_of(ENGINES["graph"]) == [Case("prefill", 1, 4), Case("prefill", 2, 5)]
+
+
 # Other makes
 
 
