@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import fxprune
@@ -21,7 +21,7 @@ from benchmarks.latency.work import Case
 __all__ = ["CompiledEngine", "GraphEngine", "TransformersEngine"]
 
 
-_PROFILED = 5
+_PROFILED = 2
 """Calls under the profiler."""
 
 _PRODUCTS = {
@@ -61,7 +61,8 @@ class TransformersEngine(Engine):
         """By torch's profiler, which slows down everything else a little."""
         call = torch.no_grad()(self._one(case))
         call()
-        with profile() as told:
+        activity = ProfilerActivity.CPU if self.device == "cpu" else ProfilerActivity.CUDA
+        with profile(activities=[activity]) as told:
             for _ in range(_PROFILED):
                 call()
         found = [event for event in told.key_averages() if event.key.removeprefix("aten::") in _PRODUCTS]

@@ -21,6 +21,7 @@ from benchmarks.environment import environment
 from benchmarks.latency.candidates import candidates
 from benchmarks.latency.measure import Row, Settings, measure
 from benchmarks.latency.sweep import sweep
+from benchmarks.latency.workers import quiet
 
 __all__ = ["RESULTS", "app"]
 
@@ -33,15 +34,16 @@ app = typer.Typer(add_completion=False)
 def main(
     model: Annotated[Path | None, typer.Option(help="Folder of a model; else the demo model.")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Fractions of the parameters; 0.2 and 0.5.")] = None,
-    shape: Annotated[list[str] | None, typer.Option(help="Sequences x tokens; 1x256 and 8x64.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="Sequences x tokens; 1x128 and 8x32.")] = None,
     engine: Annotated[list[str] | None, typer.Option(help="Names of engines; all that are installed.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of two measurements of each model.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of two measurements of each model.")] = 4,
     round_to: Annotated[int, typer.Option(min=1, help="Widths of MLPs are multiples of it.")] = 32,
     device: Annotated[str, typer.Option(help="cpu or cuda; a GPU where there is one.")] = "",
     only_sweep: Annotated[bool, typer.Option("--sweep", help="Measure what aligned widths buy here instead.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Keep results in benchmarks/results/.")] = False,
 ) -> None:
     """Time the dense model, slim ones, and those of other makes, side by side."""
+    quiet()
     console = Console(soft_wrap=True)
     console.print("  ".join(f"{name}: {value}" for name, value in environment().items()), highlight=False)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,7 +51,7 @@ def main(
     if only_sweep:
         sweep(dense.config, device, console)
         return
-    shapes = [_shape(text) for text in shape or ("1x256", "8x64")]
+    shapes = [_shape(text) for text in shape or ("1x128", "8x32")]
     settings = Settings(device, torch.get_num_threads(), rounds, shapes)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from benchmarks.latency.work import Work, work_of
 
 __all__ = ["SELECT", "Candidate", "candidates"]
 
-SELECT = "select-by-ratio{protect=[0.07, 0.04], first=[mlp], ratio=%s, round_to=%s}"
+SELECT = "select-by-ratio{protect=[0.07, 0.04], first=[mlp], ratio=%s, round_to=[[mlp, %s]]}"
 """As the default recipe selects. Which units go makes no difference to speed, so that scores need no data here."""
 
 _ALONE = "transformers"
@@ -63,10 +63,15 @@ def candidates(
     source = Source(folder / "dense")
     dense.save_pretrained(source.folder)
     tokenizer.save_pretrained(source.folder)
-    work = work_of(dense, fxprune.trace(dense).graph_module, lengths)
-    yield Candidate("dense", 0.0, source, work)
+    traced = fxprune.trace(dense).graph_module
+    yield Candidate("dense", 0.0, source, work_of(dense, traced, lengths))
+
+    def pruned(**options: Any) -> fxprune.Result:
+        pipeline = fxprune.prune_pipeline(importance="l2", **options)
+        return fxprune.Result.of(pipeline(traced).graph_module)
+
     for ratio in ratios:
-        slim = fxprune.prune(dense, importance="l2", select=SELECT % (ratio, {"mlp": round_to}))
+        slim = pruned(select=SELECT % (ratio, round_to))
         here = folder / f"slim-{ratio}"
         slim.save_pretrained(here, tokenizer)
         work = work_of(slim.model, slim.graph_module, lengths)
@@ -74,7 +79,7 @@ def candidates(
         if all(name.endswith("/mlp") for name in slim.report.widths):
             cut = Source(source.folder, widths_of=here)
             yield Candidate(f"Torch-Pruning {ratio:.0%}", ratio, cut, work, everywhere=False)
-        uniform = fxprune.prune(dense, importance="l2", ratio=ratio, uniform=True, round_to=round_to)
+        uniform = pruned(ratio=ratio, uniform=True, round_to=round_to)
         here = folder / f"stock-{ratio}"
         uniform.save_pretrained(here, tokenizer)
         work = work_of(uniform.model, uniform.graph_module, lengths)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from benchmarks.engines import ENGINES, Source
 from benchmarks.latency.work import Case
 
-__all__ = ["EngineFailed", "Task", "Worker", "forget_peak", "peak_bytes"]
+__all__ = ["EngineFailed", "Task", "Worker", "forget_peak", "peak_bytes", "quiet"]
 
 
 class EngineFailed(RuntimeError):
@@ -100,7 +102,15 @@ class Worker:
         return said
 
 
+def quiet() -> None:
+    """Leave out what packages have to say; tables are printed here."""
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def _serve(task: Task, pipe: Connection) -> None:
+    quiet()
     torch.set_num_threads(task.threads)
     jobs: dict[Case, Callable[[], float]] = {}
     before = _resident_bytes()
