@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import compile_regions
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import fxprune
@@ -61,12 +62,12 @@ class TransformersEngine(Engine):
         """By torch's profiler, which slows down everything else a little."""
         call = torch.no_grad()(self._one(case))
         call()
-        activity = ProfilerActivity.CPU if self.device == "cpu" else ProfilerActivity.CUDA
-        with profile(activities=[activity]) as told:
+        on_gpu = self.device == "cuda"
+        with profile(use_device="cuda" if on_gpu else None, use_kineto=on_gpu) as told:
             for _ in range(_PROFILED):
                 call()
         found = [event for event in told.key_averages() if event.key.removeprefix("aten::") in _PRODUCTS]
-        attribute = "self_cpu_time_total" if self.device == "cpu" else "self_device_time_total"
+        attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         return float(sum(getattr(event, attribute) for event in found)) / 1e6 / _PROFILED
 
     def _one(self, case: Case) -> Callable[[], None]:
@@ -87,7 +88,7 @@ class TransformersEngine(Engine):
 
 
 class CompiledEngine(TransformersEngine):
-    """The same calls, compiled; on a GPU as a CUDA graph."""
+    """The same calls, compiled block by block, so that like ones are compiled once; on a GPU as CUDA graphs."""
 
     name: ClassVar[str] = "torch.compile"
     first_shape_only: ClassVar[bool] = True
@@ -99,7 +100,7 @@ class CompiledEngine(TransformersEngine):
     def __init__(self, source: Source, device: str, largest: Case) -> None:
         super().__init__(source, device, largest)
         mode = "default" if device == "cpu" else "reduce-overhead"
-        self.call = torch.compile(self.model, dynamic=False, mode=mode)
+        self.call = compile_regions(self.model, dynamic=False, mode=mode)
 
 
 class GraphEngine(TransformersEngine):

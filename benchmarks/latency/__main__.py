@@ -19,7 +19,7 @@ from benchmarks.demo_model import load_demo_model
 from benchmarks.engines import ENGINES
 from benchmarks.environment import environment
 from benchmarks.latency.candidates import candidates
-from benchmarks.latency.measure import Row, Settings, measure
+from benchmarks.latency.measure import Row, Settings, measure, read_rows
 from benchmarks.latency.sweep import sweep
 from benchmarks.latency.workers import quiet
 
@@ -44,7 +44,7 @@ def main(
 ) -> None:
     """Time the dense model, slim ones, and those of other makes, side by side."""
     quiet()
-    console = Console(soft_wrap=True)
+    console = Console(width=130, soft_wrap=True)
     console.print("  ".join(f"{name}: {value}" for name, value in environment().items()), highlight=False)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dense, tokenizer = _load(model)
@@ -53,7 +53,9 @@ def main(
         return
     shapes = [_shape(text) for text in shape or ("1x128", "8x32")]
     settings = Settings(device, torch.get_num_threads(), rounds, shapes)
-    rows: list[Row] = []
+    path = RESULTS / f"latency_{device}.json"
+    told = _told(model, settings, round_to)
+    rows = _before(path, told, list(engine or ENGINES)) if json_ else []
     with tempfile.TemporaryDirectory() as folder:
         lengths = [tokens for _, tokens in shapes]
         made = list(candidates(dense, tokenizer, ratio or (0.2, 0.5), round_to, lengths, Path(folder)))
@@ -66,7 +68,7 @@ def main(
             rows += found
             console.print(_table(name, found))
             if json_:
-                _write(RESULTS / f"latency_{device}.json", rows, model, settings, round_to)
+                _write(path, rows, told)
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -104,14 +106,26 @@ def _table(name: str, rows: Sequence[Row]) -> Table:
     return table
 
 
-def _write(path: Path, rows: Sequence[Row], model: Path | None, settings: Settings, round_to: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _told(model: Path | None, settings: Settings, round_to: int) -> dict[str, Any]:
+    """What is measured, in plain values."""
     name = "SmolLM2-135M-Instruct" if model is None else model.name
-    content = {
-        "environment": environment(),
-        "settings": {"model": name, "round_to": round_to, **asdict(settings)},
-        "rows": [asdict(row) for row in rows],
-    }
+    shapes = [list(shape) for shape in settings.shapes]
+    return {"model": name, "round_to": round_to, **asdict(settings), "shapes": shapes}
+
+
+def _before(path: Path, told: dict[str, Any], again: Sequence[str]) -> list[Row]:
+    """What was measured before of the same in the same environment, but for the engines that are measured again."""
+    data = json.loads(path.read_text()) if path.exists() else {}
+    if (data.get("settings"), data.get("environment")) != (told, environment()):
+        return []
+    return [row for row in read_rows(data) if row.engine not in again]
+
+
+def _write(path: Path, rows: Sequence[Row], told: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    order = list(ENGINES)
+    rows = sorted(rows, key=lambda row: order.index(row.engine))
+    content = {"environment": environment(), "settings": told, "rows": [asdict(row) for row in rows]}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

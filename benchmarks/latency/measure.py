@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -14,7 +14,7 @@ from benchmarks.latency.timing import Speedup, interleaved, speedup
 from benchmarks.latency.work import Case
 from benchmarks.latency.workers import EngineFailed, Task, Worker
 
-__all__ = ["Row", "Settings", "measure"]
+__all__ = ["Row", "Settings", "measure", "read_rows"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ class Row:
     def over_ideal(self) -> float:
         """The part of the ideal that was reached."""
         return self.speedup.median / self.ideal
+
+
+def read_rows(data: Mapping[str, Any]) -> list[Row]:
+    """The rows of a file that `make bench` wrote."""
+    return [Row(**{**row, "case": Case(**row["case"]), "speedup": Speedup(**row["speedup"])}) for row in data["rows"]]
 
 
 def measure(name: str, candidates: Sequence[Candidate], settings: Settings, say: Callable[[str], Any]) -> Iterator[Row]:

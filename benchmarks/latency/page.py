@@ -7,12 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.latency.measure import Row
-from benchmarks.latency.timing import Speedup
-from benchmarks.latency.work import Case
+from benchmarks.latency.measure import Row, read_rows
 from benchmarks.tables import markdown_table, ran_on
 
-__all__ = ["latency_page", "read_rows", "write_picture"]
+__all__ = ["latency_page", "write_picture"]
 
 RESULTS = Path(__file__).parent.parent / "results"
 PAGE = Path(__file__).parents[2] / "docs" / "latency.md"
@@ -32,11 +30,6 @@ _EATEN = (
     "in them and in everything else (norms, activations, rotary embeddings, the cache, Python), in ms:\n"
 )
 _EATEN_HEADING = ("engine", "", "model", "ideal", "products, dense to slim", "the rest, dense to slim")
-
-
-def read_rows(data: Mapping[str, Any]) -> list[Row]:
-    """The rows of a file that `make bench` wrote."""
-    return [Row(**{**row, "case": Case(**row["case"]), "speedup": Speedup(**row["speedup"])}) for row in data["rows"]]
 
 
 def latency_page(files: Iterable[Mapping[str, Any]]) -> str:

@@ -18,8 +18,8 @@ from benchmarks.engines import ENGINES, Engine, Source, in_torch, vllm
 from benchmarks.engines.base import load_model, token_ids
 from benchmarks.latency import __main__ as command
 from benchmarks.latency.candidates import Candidate, candidates
-from benchmarks.latency.measure import Row, Settings, measure
-from benchmarks.latency.page import latency_page, read_rows, write_picture
+from benchmarks.latency.measure import Row, Settings, measure, read_rows
+from benchmarks.latency.page import latency_page, write_picture
 from benchmarks.latency.timing import Speedup
 from benchmarks.latency.work import Case, Work, work_of
 from benchmarks.latency.workers import EngineFailed, Task, Worker
@@ -107,7 +107,7 @@ def test_a_decoding_step_is_always_after_as_many_tokens(dense: Source) -> None:
 
 def test_a_compiled_model_makes_the_same_calls(dense: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(in_torch.torch, "compile", lambda model, **options: asked.update(options) or model)
+    monkeypatch.setattr(in_torch, "compile_regions", lambda model, **options: asked.update(options) or model)
     assert ENGINES["torch.compile"](dense, "cpu", CASES[0]).job(CASES[0])() > 0
     assert asked == {"dynamic": False, "mode": "default"}
 
@@ -244,15 +244,26 @@ def test_the_command_prints_and_keeps_what_it_measured(stubbed: Path) -> None:
     assert result.exit_code == 0 and "graph" in result.output and "torch:" in result.output
     data = json.loads((stubbed / "latency_cpu.json").read_text())
     rows = read_rows(data)
-    assert [(row.engine, row.case.phase, row.candidate) for row in rows][:3] == [
+    assert [(row.engine, row.case.phase, row.candidate) for row in rows][-2:] == [
         ("graph", "prefill", "dense"),
         ("graph", "prefill", "slim 20%"),
-        ("transformers", "prefill", "dense"),
     ]
-    slim = rows[1]
+    assert len(rows) == 2 + 2 * 4, "models of other makes are measured in transformers alone"
+    slim = rows[-1]
     assert slim.speedup == Speedup(2.0, 2.0, 2.0) and slim.tokens_per_second == 10 and slim.memory == 3e9
     assert 1 < slim.ideal < 1.5 and slim.over_ideal == pytest.approx(2 / slim.ideal) and slim.disk > 0
     assert data["settings"]["shapes"] == [[2, 5]] and data["environment"]["threads"] == torch.get_num_threads()
+
+
+def test_engines_measured_before_stay_in_the_file(stubbed: Path) -> None:
+    common = ["--ratio", "0.2", "--shape", "2x5", "--json", "--round-to", "8"]
+    for names in (["graph"], ["transformers"], ["graph"]):
+        arguments = [*common, *(part for name in names for part in ("--engine", name))]
+        assert CliRunner().invoke(command.app, arguments, catch_exceptions=False).exit_code == 0
+    kept = [row.engine for row in read_rows(json.loads((stubbed / "latency_cpu.json").read_text()))]
+    assert list(dict.fromkeys(kept)) == ["transformers", "graph"] and kept.count("graph") == 2
+    CliRunner().invoke(command.app, [*common, "--engine", "graph", "--rounds", "2"], catch_exceptions=False)
+    assert {row["engine"] for row in json.loads((stubbed / "latency_cpu.json").read_text())["rows"]} == {"graph"}
 
 
 @pytest.mark.parametrize("shape", ["2", "0x5", "2x", "axb"])
