@@ -48,8 +48,8 @@ class Engine(ABC):
     last_only: ClassVar[bool] = True
     """Whether the output layer runs at the last position alone when a prompt is read."""
 
-    first_shape_only: ClassVar[bool] = False
-    """Whether getting ready for a shape takes so long that the others are left out."""
+    by_name_only: ClassVar[bool] = False
+    """Whether getting ready takes so long that it is measured where it is asked for alone, and at the first shape."""
 
     @abstractmethod
     def __init__(self, source: Source, device: str, largest: Case) -> None: ...

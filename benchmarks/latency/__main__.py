@@ -35,7 +35,7 @@ def main(
     model: Annotated[Path | None, typer.Option(help="Folder of a model; else the demo model.")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Fractions of the parameters; 0.2 and 0.5.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="Sequences x tokens; 1x128 and 8x32.")] = None,
-    engine: Annotated[list[str] | None, typer.Option(help="Names of engines; all that are installed.")] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="Names of engines; all but torch.compile.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of two measurements of each model.")] = 4,
     round_to: Annotated[int, typer.Option(min=1, help="Widths of MLPs are multiples of it.")] = 32,
     device: Annotated[str, typer.Option(help="cpu or cuda; a GPU where there is one.")] = "",
@@ -55,11 +55,15 @@ def main(
     settings = Settings(device, torch.get_num_threads(), rounds, shapes)
     path = RESULTS / f"latency_{device}.json"
     told = _told(model, settings, round_to)
-    rows = _before(path, told, list(engine or ENGINES)) if json_ else []
+    unknown = [name for name in engine or () if name not in ENGINES]
+    if unknown:
+        raise typer.BadParameter(f"there is no engine {unknown[0]!r}; there are {', '.join(ENGINES)}")
+    names = engine or [name for name, kind in ENGINES.items() if not kind.by_name_only]
+    rows = _before(path, told, names) if json_ else []
     with tempfile.TemporaryDirectory() as folder:
         lengths = [tokens for _, tokens in shapes]
         made = list(candidates(dense, tokenizer, ratio or (0.2, 0.5), round_to, lengths, Path(folder)))
-        for name in engine or ENGINES:
+        for name in names:
             missing = ENGINES[name].missing(device)
             if missing:
                 console.print(f"{name}: {missing}", highlight=False)

@@ -35,7 +35,7 @@ class Settings:
 
     def cases_of(self, engine: type[Engine]) -> list[Case]:
         """What is timed in an engine."""
-        shapes = self.shapes[:1] if engine.first_shape_only else self.shapes
+        shapes = self.shapes[:1] if engine.by_name_only else self.shapes
         return [Case(phase, *shape) for phase in engine.phases for shape in shapes]
 
     @property

@@ -107,7 +107,7 @@ def test_a_decoding_step_is_always_after_as_many_tokens(dense: Source) -> None:
 
 def test_a_compiled_model_makes_the_same_calls(dense: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(in_torch, "compile_regions", lambda model, **options: asked.update(options) or model)
+    monkeypatch.setattr(in_torch.torch, "compile", lambda model, **options: asked.update(options) or model)
     assert ENGINES["torch.compile"](dense, "cpu", CASES[0]).job(CASES[0])() > 0
     assert asked == {"dynamic": False, "mode": "default"}
 
@@ -270,6 +270,11 @@ def test_engines_measured_before_stay_in_the_file(stubbed: Path) -> None:
 def test_the_command_refuses_what_is_no_shape(stubbed: Path, shape: str) -> None:
     result = CliRunner().invoke(command.app, ["--shape", shape])
     assert result.exit_code == 2 and "sequences" in result.output
+
+
+def test_the_command_names_the_engines(stubbed: Path) -> None:
+    result = CliRunner().invoke(command.app, ["--engine", "tensorrt"])
+    assert result.exit_code == 2 and "onnxruntime" in result.output
 
 
 def test_an_engine_that_fails_leaves_the_others(dense: Source, monkeypatch: pytest.MonkeyPatch) -> None:
