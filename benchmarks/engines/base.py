@@ -24,12 +24,16 @@ class Source:
     """A model on disk.
 
     Attributes:
-        folder: A saved model and its tokenizer; files of other formats are written beside it.
+        folder: A saved model and its tokenizer.
         widths_of: Another such folder: Torch-Pruning gives the model the MLP widths of that one.
     """
 
     folder: Path
     widths_of: Path | None = None
+
+    def beside(self, name: str) -> Path:
+        """Where a file of another format is: not among those of the model, which are checked when they are loaded."""
+        return self.folder.with_name(f"{self.folder.name}-files") / name
 
 
 class Engine(ABC):
@@ -59,7 +63,7 @@ class Engine(ABC):
         """Return a job that returns the seconds of one call of `case`, on tokens that are always the same."""
 
     def products(self, case: Case) -> float | None:
-        """Seconds that one call of `case` spends in matrix products and attention; None where that cannot be told."""
+        """The part of a call of `case` that goes into matrix products and attention; None where that cannot be told."""
         return None
 
     @classmethod

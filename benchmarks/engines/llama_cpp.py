@@ -46,7 +46,7 @@ class LlamaCppEngine(Engine):
     @classmethod
     def prepare(cls, source: Source) -> Path:
         """The file of its type."""
-        path = source.folder / f"{cls.quantization}.gguf"
+        path = source.beside(f"{cls.quantization}.gguf")
         if not path.exists():
             model, tokenizer = load_model(source.folder), AutoTokenizer.from_pretrained(source.folder)
             fxprune.export_model(model, path, tokenizer=tokenizer, quantization=cls.quantization)

@@ -37,7 +37,7 @@ class OnnxEngine(Engine):
     @classmethod
     def prepare(cls, source: Source) -> Path:
         """The program with a cache."""
-        path = source.folder / "decoder.onnx"
+        path = source.beside("decoder.onnx")
         if not path.exists():
             fxprune.export_model(load_model(source.folder), path, cache=True, verify=False)
         return path

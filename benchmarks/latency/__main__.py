@@ -101,7 +101,7 @@ def _table(name: str, rows: Sequence[Row]) -> Table:
             f"{row.seconds * 1e3:.1f}",
             f"{row.tokens_per_second:.0f}",
             f"{row.memory / 1e9:.2f}",
-            f"{row.disk / 1e6:.0f}",
+            f"{row.disk / 1e6:.0f}" if row.disk else "",
             f"{row.speedup.median:.2f}",
             f"{row.speedup.low:.2f} to {row.speedup.high:.2f}",
             f"{row.ideal:.2f}",

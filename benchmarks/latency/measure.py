@@ -56,10 +56,10 @@ class Row:
         seconds: Of one call, median over rounds.
         tokens_per_second: Read or given.
         memory: The most that the process held more than before it loaded the model, in bytes; on a GPU what torch held.
-        disk: Bytes of the file or the folder's weights that are loaded.
+        disk: Bytes of the file or the folder's weights that are loaded; 0 where nothing was written.
         speedup: Over the dense model, in the same rounds; of the dense model itself 1.
         ideal: How much faster it would be if only operations (`prefill`) or bytes read (`decode`) counted.
-        products: Seconds of one call that went into matrix products and attention; None where that cannot be told.
+        products: The part of a call that went into matrix products and attention; None where that cannot be told.
     """
 
     engine: str
@@ -132,7 +132,7 @@ def _rows(
             seconds=seconds,
             tokens_per_second=case.made / seconds,
             memory=worker.peaks[case],
-            disk=_size(engine.prepare(candidate.source)),
+            disk=0 if candidate.source.widths_of else _size(engine.prepare(candidate.source)),
             speedup=speedup(found[dense.name], found[key]),
             ideal=least(dense) / least(candidate),
             products=worker.products(case),

@@ -26,8 +26,8 @@ _EXPLAINED = (
 )
 
 _EATEN = (
-    "Matrix products and attention are all that the ideal of a prefill knows. By torch's profiler, what a call spends "
-    "in them and in everything else (norms, activations, rotary embeddings, the cache, Python), in ms:\n"
+    "Matrix products and attention are all that the ideal of a prefill knows. The time of a call, in ms, as torch's "
+    "profiler parts it: they, and everything else (norms, activations, rotary embeddings, the cache, Python):\n"
 )
 _EATEN_HEADING = ("engine", "", "model", "ideal", "products, dense to slim", "the rest, dense to slim")
 
@@ -50,7 +50,9 @@ def latency_page(files: Iterable[Mapping[str, Any]]) -> str:
         for engine in dict.fromkeys(row.engine for row in rows):
             cells = [_cells(row) for row in rows if row.engine == engine]
             parts.append(f"### {engine}\n\n{markdown_table(_HEADING, cells)}")
-        parts.append(f"### What eats the rest\n\n{_EATEN}\n{markdown_table(_EATEN_HEADING, _eaten(rows))}")
+        eaten = list(_eaten(rows))
+        if eaten:
+            parts.append(f"### What eats the rest\n\n{_EATEN}\n{markdown_table(_EATEN_HEADING, eaten)}")
     return "\n".join(parts)
 
 
@@ -61,8 +63,9 @@ def _eaten(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
         whole = dense[row.engine, row.case]
         if row.products is None or whole.products is None:
             continue
-        pairs = (whole.products, row.products), (whole.seconds - whole.products, row.seconds - row.products)
-        cells = [f"{before * 1e3:.1f} to {after * 1e3:.1f} (x{before / after:.2f})" for before, after in pairs]
+        products = [each.seconds * (each.products or 0) for each in (whole, row)]
+        rest = [each.seconds - part for each, part in zip((whole, row), products, strict=True)]
+        cells = [f"{a * 1e3:.1f} to {b * 1e3:.1f} (x{a / max(b, 1e-9):.2f})" for a, b in (products, rest)]
         yield row.engine, str(row.case), row.candidate, f"x{row.ideal:.2f}", *cells
 
 
@@ -73,7 +76,7 @@ def _cells(row: Row) -> Sequence[str]:
         f"{row.seconds * 1e3:.1f}",
         f"{row.tokens_per_second:.0f}",
         f"{row.memory / 1e9:.2f}",
-        f"{row.disk / 1e6:.0f}",
+        f"{row.disk / 1e6:.0f}" if row.disk else "",
         f"{row.speedup.median:.2f}",
         f"{row.speedup.low:.2f} to {row.speedup.high:.2f}",
         f"{row.ideal:.2f}",

@@ -74,7 +74,7 @@ class Worker:
         return measured
 
     def products(self, case: Case) -> float | None:
-        """Seconds of one call that went into matrix products; None where that cannot be told.
+        """The part of a call that goes into matrix products; None where that cannot be told.
 
         Raises:
             EngineFailed: It could not be measured.

@@ -85,11 +85,11 @@ def test_least_work_counts_the_output_layer_where_it_runs() -> None:
 def test_an_engine_reads_a_prompt_and_gives_tokens(name: str, tmp_path: Path) -> None:
     kind = ENGINES[name]
     assert kind.missing("cpu") == ""
-    source = saved(
-        even("llama", **LARGER),
-        tmp_path / "model",
-    )
-    assert kind.prepare(source).exists()
+    result = fxprune.prune(even("llama", **LARGER), importance="l2", kinds="mlp", ratio=0.1, round_to={"mlp": 32})
+    result.save_pretrained(tmp_path / "model", tokenizer())
+    source = Source(tmp_path / "model")
+    for other in (e for e in ENGINES.values() if e.missing("cpu") == ""):
+        assert other.prepare(source).exists(), "what is written for one engine is in the way of no other"
     engine = kind(source, "cpu", CASES[0])
     for case in (case for case in CASES if case.phase in kind.phases):
         job = engine.job(case)
@@ -196,7 +196,7 @@ def test_candidates_are_saved_and_counted(tmp_path: Path) -> None:
 def test_a_worker_measures_and_says_what_went_wrong(dense: Source, tmp_path: Path) -> None:
     worker = Worker(Task("transformers", dense, "cpu", 1, CASES[0]))
     seconds = worker.job(CASES[0])()
-    assert seconds > 0 and worker.peaks[CASES[0]] > 0 and worker.products(CASES[0]) > 0
+    assert seconds > 0 and worker.peaks[CASES[0]] > 0 and 0 < worker.products(CASES[0]) <= 1
     with pytest.raises(EngineFailed, match="TypeError"):
         worker.job(Case("decode", 1, None))()  # type: ignore[arg-type]
     with pytest.raises(EngineFailed, match="no_such_folder"):
@@ -305,7 +305,7 @@ def test_the_page_has_a_table_for_each_engine_and_a_picture(tmp_path: Path) -> N
             5_000_000,
             Speedup(gain, gain, gain),
             ideal,
-            4e-3,
+            0.4,
         )
         for case in CASES
         for name, gain, ideal in (("dense", 1.0, 1.0), ("slim 20%", 1.2, 1.25))
@@ -315,7 +315,7 @@ def test_the_page_has_a_table_for_each_engine_and_a_picture(tmp_path: Path) -> N
     data = {"environment": ran, "settings": settings, "rows": [asdict(row) for row in rows]}
     page = latency_page([data])
     assert "| prefill 2 x 5 | slim 20% | 8.3 | 100 | 1.00 | 5 | 1.20 | 1.20 to 1.20 | 1.25 | 0.96 |" in page
-    assert "| transformers | prefill 2 x 5 | slim 20% | x1.25 | 4.0 to 4.0 (x1.00) | 6.0 to 4.3 (x1.38) |" in page
+    assert "| transformers | prefill 2 x 5 | slim 20% | x1.25 | 4.0 to 3.3 (x1.20) | 6.0 to 5.0 (x1.20) |" in page
     assert "### transformers" in page and "latency_cpu.svg" in page
     write_picture(data, tmp_path / "latency.svg")
     first = (tmp_path / "latency.svg").read_text()
