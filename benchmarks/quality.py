@@ -8,7 +8,6 @@ is not measured again, so a run that was stopped goes on.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,8 +19,9 @@ import typer
 from rich.console import Console
 
 import fxprune
-from benchmarks.demo_model import load_demo_model
+from benchmarks.demo_model import load_named
 from benchmarks.environment import environment
+from benchmarks.memory import forget_peak, peak_bytes
 from fxprune.data.files import calibration_text
 from fxprune.data.text import offline_docstrings, offline_text, split_calibration_heldout, token_windows
 from fxprune.evaluation import LocalTask, evaluate, perplexity
@@ -204,10 +204,10 @@ def measure(model: Any, tokenizer: Any, texts: Texts, entry: Entry, ratio: float
     samples = texts.calibration[order[: min(protocol.samples, entry.samples or protocol.samples)]]
     options = {key: _with_ratio(value, ratio) for key, value in entry.options.items()}
     passes = str(fxprune.prune_pipeline(samples, tokenizer=tokenizer, ratio=ratio, **options))
-    _forget_peak()
+    forget_peak()
     begin = time.perf_counter()
     result = fxprune.prune(model, samples, tokenizer=tokenizer, ratio=ratio, **options)
-    seconds, peak = time.perf_counter() - begin, _peak_gb()
+    seconds, peak = time.perf_counter() - begin, peak_bytes() / 1e9
     slim = result.model or result.graph_module
     perplexities, tasks = _worth(slim, tokenizer, texts, protocol)
     left = result.report.parameters[1]
@@ -230,18 +230,6 @@ def _worth(model: Any, tokenizer: Any, texts: Texts, protocol: Protocol) -> tupl
 def _dense(model: Any, tokenizer: Any, texts: Texts, protocol: Protocol) -> Row:
     count = sum(parameter.numel() for parameter in model.parameters())
     return Row("dense", 0.0, 0, count, *_worth(model, tokenizer, texts, protocol), 0.0, 0.0, "")
-
-
-def _forget_peak() -> None:
-    """The kernel forgets the largest memory so far; elsewhere than on Linux it does not."""
-    if os.path.exists("/proc/self/clear_refs"):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_gb() -> float:
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM")), 0.0)
 
 
 def told(row: Row, dense: Row) -> str:
@@ -279,14 +267,6 @@ def _write(path: Path, protocol: Protocol, rows: Sequence[Row]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _load(folder: Path | None) -> tuple[Any, Any, str]:
-    if folder is None:
-        return *load_demo_model(), "SmolLM2-135M-Instruct"
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), folder.name
-
-
 @app.command()
 def main(
     data: Annotated[Path | None, typer.Option(help="Folder of texts and zeroshot/*.jsonl; else built-in text.")] = None,
@@ -304,7 +284,7 @@ def main(
 ) -> None:
     """Prune by every recipe, and by the default one with one thing changed, and measure what is left."""
     console = Console(soft_wrap=True)
-    dense, tokenizer, name = _load(model)
+    dense, tokenizer, name = load_named(model)
     source = "the standard library's own text" if data is None else calibration
     protocol = Protocol(name, source, samples, tokens, windows, window, questions)
     texts = texts_of(tokenizer, data, calibration, protocol)

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.quality import Protocol, Row
+from benchmarks.tables import markdown_table
 
 __all__ = ["quality_page", "write_picture"]
 
@@ -44,15 +45,15 @@ def quality_page(data: dict[str, Any]) -> str:
 
 def _table(dense: Row, rows: Sequence[Row]) -> str:
     heading = ("", "parameters", *dense.perplexities, *dense.tasks, "seconds", "GB", "draws")
-    lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * len(heading)]
+    lines = []
     for name in dict.fromkeys(row.entry for row in rows):
         drawn = [row for row in rows if row.entry == name]
         cells = [name, f"{fmean(row.parameters for row in drawn):,.0f}"]
         cells += [f"x{_over(dense, drawn, text):.2f}{_spread(dense, drawn, text)}" for text in dense.perplexities]
         cells += [f"{fmean(row.tasks[task] for row in drawn):.3f}" for task in dense.tasks]
         cells += [f"{fmean(row.seconds for row in drawn):.0f}", f"{max(row.peak_gb for row in drawn):.1f}"]
-        lines.append("| " + " | ".join((*cells, str(len(drawn)))) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append((*cells, str(len(drawn))))
+    return markdown_table(heading, lines)
 
 
 def _over(dense: Row, rows: Iterable[Row], text: str) -> float:

@@ -74,13 +74,18 @@ class TransformersEngine(Engine):
         attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         return min(1.0, float(sum(getattr(event, attribute) for event in found)) / 1e6 / took)
 
-    def _one(self, case: Case) -> Callable[[], None]:
+    def _ids(self, case: Case) -> torch.Tensor:
         vocabulary = self.model.config.get_text_config().vocab_size
-        ids = token_ids(case.batch, case.tokens, vocabulary).to(self.device)
+        return token_ids(case.batch, case.tokens, vocabulary).to(self.device)
+
+    def _one(self, case: Case) -> Callable[[], None]:
+        ids = self._ids(case)
 
         def prefill() -> None:
             self.call(input_ids=ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
 
+        if case.phase == "prefill":
+            return prefill
         with torch.no_grad():
             cache: Any = self.model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values
 
@@ -88,7 +93,7 @@ class TransformersEngine(Engine):
             self.call(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache.crop(-1)
 
-        return prefill if case.phase == "prefill" else decode
+        return decode
 
 
 class CompiledEngine(TransformersEngine):
@@ -119,8 +124,7 @@ class GraphEngine(TransformersEngine):
         self.graph_module = fxprune.trace(self.model).graph_module
 
     def _one(self, case: Case) -> Callable[[], None]:
-        vocabulary = self.model.config.get_text_config().vocab_size
-        ids = token_ids(case.batch, case.tokens, vocabulary).to(self.device)
+        ids = self._ids(case)
         return lambda: self.graph_module(input_ids=ids)
 
 

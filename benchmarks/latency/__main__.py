@@ -15,11 +15,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.demo_model import load_demo_model
+from benchmarks.demo_model import load_named
 from benchmarks.engines import ENGINES
 from benchmarks.environment import environment
 from benchmarks.latency.candidates import candidates
-from benchmarks.latency.measure import Row, Settings, measure, read_rows
+from benchmarks.latency.measure import HEADING, Row, Settings, measure, read_rows
 from benchmarks.latency.sweep import sweep
 from benchmarks.latency.workers import quiet
 
@@ -47,14 +47,14 @@ def main(
     console = Console(width=130, soft_wrap=True)
     console.print("  ".join(f"{name}: {value}" for name, value in environment().items()), highlight=False)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dense, tokenizer = _load(model)
+    dense, tokenizer, name = load_named(model)
     if only_sweep:
         sweep(dense.config, device, console)
         return
     shapes = [_shape(text) for text in shape or ("1x128", "8x32")]
     settings = Settings(device, torch.get_num_threads(), rounds, shapes)
     path = RESULTS / f"latency_{device}.json"
-    told = _told(model, settings, round_to)
+    told = _told(name, settings, round_to)
     unknown = [name for name in engine or () if name not in ENGINES]
     if unknown:
         raise typer.BadParameter(f"there is no engine {unknown[0]!r}; there are {', '.join(ENGINES)}")
@@ -63,14 +63,14 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         lengths = [tokens for _, tokens in shapes]
         made = list(candidates(dense, tokenizer, ratio or (0.2, 0.5), round_to, lengths, Path(folder)))
-        for name in names:
-            missing = ENGINES[name].missing(device)
+        for one in names:
+            missing = ENGINES[one].missing(device)
             if missing:
-                console.print(f"{name}: {missing}", highlight=False)
+                console.print(f"{one}: {missing}", highlight=False)
                 continue
-            found = list(measure(name, made, settings, lambda line: console.print(line, markup=False)))
+            found = list(measure(one, made, settings, lambda line: console.print(line, markup=False)))
             rows += found
-            console.print(_table(name, found))
+            console.print(_table(one, found))
             if json_:
                 _write(path, rows, told)
 
@@ -82,37 +82,17 @@ def _shape(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _load(folder: Path | None) -> tuple[Any, Any]:
-    if folder is None:
-        return load_demo_model()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-
-
 def _table(name: str, rows: Sequence[Row]) -> Table:
     table = Table(title=name)
-    for heading in ("", "model", "ms", "tokens/s", "GB", "MB on disk", "speed-up", "95% interval", "ideal", "of it"):
-        table.add_column(heading, justify="left" if heading in ("", "model") else "right")
+    for heading in HEADING:
+        table.add_column(heading, justify="left" if heading in HEADING[:2] else "right")
     for row in rows:
-        table.add_row(
-            str(row.case),
-            row.candidate,
-            f"{row.seconds * 1e3:.1f}",
-            f"{row.tokens_per_second:.0f}",
-            f"{row.memory / 1e9:.2f}",
-            f"{row.disk / 1e6:.0f}" if row.disk else "",
-            f"{row.speedup.median:.2f}",
-            f"{row.speedup.low:.2f} to {row.speedup.high:.2f}",
-            f"{row.ideal:.2f}",
-            f"{row.over_ideal:.2f}",
-        )
+        table.add_row(*row.cells)
     return table
 
 
-def _told(model: Path | None, settings: Settings, round_to: int) -> dict[str, Any]:
+def _told(name: str, settings: Settings, round_to: int) -> dict[str, Any]:
     """What is measured, in plain values."""
-    name = "SmolLM2-135M-Instruct" if model is None else model.name
     shapes = [list(shape) for shape in settings.shapes]
     return {"model": name, "round_to": round_to, **asdict(settings), "shapes": shapes}
 

@@ -14,7 +14,10 @@ from benchmarks.latency.timing import Speedup, interleaved, speedup
 from benchmarks.latency.work import Case
 from benchmarks.latency.workers import EngineFailed, Task, Worker
 
-__all__ = ["Row", "Settings", "measure", "read_rows"]
+__all__ = ["HEADING", "Row", "Settings", "measure", "read_rows"]
+
+HEADING = ("", "model", "ms", "tokens/s", "GB", "MB on disk", "speed-up", "95% interval", "ideal", "of the ideal")
+"""Of a table of rows."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,22 @@ class Row:
     def over_ideal(self) -> float:
         """The part of the ideal that was reached."""
         return self.speedup.median / self.ideal
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """What stands under each heading."""
+        return (
+            str(self.case),
+            self.candidate,
+            f"{self.seconds * 1e3:.1f}",
+            f"{self.tokens_per_second:.0f}",
+            f"{self.memory / 1e9:.2f}",
+            f"{self.disk / 1e6:.0f}" if self.disk else "",
+            f"{self.speedup.median:.2f}",
+            f"{self.speedup.low:.2f} to {self.speedup.high:.2f}",
+            f"{self.ideal:.2f}",
+            f"{self.over_ideal:.2f}",
+        )
 
 
 def read_rows(data: Mapping[str, Any]) -> list[Row]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.latency.measure import Row, read_rows
+from benchmarks.latency.measure import HEADING, Row, read_rows
 from benchmarks.tables import markdown_table, ran_on
 
 __all__ = ["latency_page", "write_picture"]
@@ -15,7 +15,6 @@ __all__ = ["latency_page", "write_picture"]
 RESULTS = Path(__file__).parent.parent / "results"
 PAGE = Path(__file__).parents[2] / "docs" / "latency.md"
 
-_HEADING = ("", "model", "ms", "tokens/s", "GB", "MB on disk", "speed-up", "95% interval", "ideal", "of the ideal")
 _EXPLAINED = (
     "Each model is in a process of its own, and they take turns: dense, slim, slim, dense, and so on. *Speed-up* is "
     "the median over rounds of dense over slim time, with a bootstrap interval. *Ideal* is what it would be if only "
@@ -48,8 +47,8 @@ def latency_page(files: Iterable[Mapping[str, Any]]) -> str:
             f"![Speed-up and what sizes promise](latency_{device}.svg)\n"
         )
         for engine in dict.fromkeys(row.engine for row in rows):
-            cells = [_cells(row) for row in rows if row.engine == engine]
-            parts.append(f"### {engine}\n\n{markdown_table(_HEADING, cells)}")
+            cells = [row.cells for row in rows if row.engine == engine]
+            parts.append(f"### {engine}\n\n{markdown_table(HEADING, cells)}")
         eaten = list(_eaten(rows))
         if eaten:
             parts.append(f"### What eats the rest\n\n{_EATEN}\n{markdown_table(_EATEN_HEADING, eaten)}")
@@ -67,21 +66,6 @@ def _eaten(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
         rest = [each.seconds - part for each, part in zip((whole, row), products, strict=True)]
         cells = [f"{a * 1e3:.1f} to {b * 1e3:.1f} (x{a / max(b, 1e-9):.2f})" for a, b in (products, rest)]
         yield row.engine, str(row.case), row.candidate, f"x{row.ideal:.2f}", *cells
-
-
-def _cells(row: Row) -> Sequence[str]:
-    return (
-        str(row.case),
-        row.candidate,
-        f"{row.seconds * 1e3:.1f}",
-        f"{row.tokens_per_second:.0f}",
-        f"{row.memory / 1e9:.2f}",
-        f"{row.disk / 1e6:.0f}" if row.disk else "",
-        f"{row.speedup.median:.2f}",
-        f"{row.speedup.low:.2f} to {row.speedup.high:.2f}",
-        f"{row.ideal:.2f}",
-        f"{row.over_ideal:.2f}",
-    )
 
 
 def write_picture(data: Mapping[str, Any], path: Path) -> None:

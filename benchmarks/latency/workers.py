@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +14,9 @@ from transformers.utils import logging
 
 from benchmarks.engines import ENGINES, Source
 from benchmarks.latency.work import Case
+from benchmarks.memory import forget_peak, peak_bytes, resident_bytes
 
-__all__ = ["EngineFailed", "Task", "Worker", "forget_peak", "peak_bytes", "quiet"]
+__all__ = ["EngineFailed", "Task", "Worker", "quiet"]
 
 
 class EngineFailed(RuntimeError):
@@ -113,7 +112,7 @@ def _serve(task: Task, pipe: Connection) -> None:
     quiet()
     torch.set_num_threads(task.threads)
     jobs: dict[Case, Callable[[], float]] = {}
-    before = _resident_bytes()
+    before = resident_bytes()
     try:
         engine = ENGINES[task.engine](task.source, task.device, task.largest)
         pipe.send((False, None))
@@ -125,35 +124,23 @@ def _serve(task: Task, pipe: Connection) -> None:
             if case not in jobs:
                 jobs[case] = engine.job(case)
                 jobs[case]()
-            forget_peak()
+            _forget_peak()
             seconds = jobs[case]()
-            pipe.send((False, (seconds, peak_bytes() - (0 if task.device == "cuda" else before))))
+            pipe.send((False, (seconds, _peak() - (0 if task.device == "cuda" else before))))
     except EOFError:  # nobody asks any more
         return
     except Exception as error:  # whatever an engine raises is told where it was asked for
         pipe.send((True, f"{type(error).__name__}: {error}"))
 
 
-def forget_peak() -> None:
-    """The peak of memory is what is held now; on systems other than Linux the old one stays."""
+def _forget_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    if os.path.exists("/proc/self/clear_refs"):
-        Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
 
 
-def peak_bytes() -> float:
+def _peak() -> float:
     """The most memory since the peak was forgotten: of torch on a GPU where one was used, else resident."""
     if torch.cuda.is_available() and (found := torch.cuda.max_memory_allocated()):
         return float(found)
-    return _status("VmHWM")
-
-
-def _resident_bytes() -> float:
-    return _status("VmRSS")
-
-
-def _status(key: str) -> float:
-    path = Path("/proc/self/status")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) * 1024.0 for line in lines if line.startswith(key)), 0.0)
+    return peak_bytes()

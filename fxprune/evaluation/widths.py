@@ -73,12 +73,9 @@ def measure_widths(hidden: int, width: int, device: torch.device | str = "cpu", 
     whole_number("width", width, least=4 * MULTIPLES[-1])
     device = torch.device(device)
     sizes = {multiple: _near(width, multiple) for multiple in MULTIPLES}
-    found = {
-        multiple: max(_over_least(times)[multiple] for times in _times(hidden, sizes, device, rounds))
-        for multiple in MULTIPLES
-    }
-    least = min(found.values())
-    return Widths(device_name(device), {multiple: cost / least for multiple, cost in found.items()})
+    over = [_over_least(times) for times in _times(hidden, sizes, device, rounds)]
+    costs = {multiple: max(found[multiple] for found in over) for multiple in MULTIPLES}
+    return Widths(device_name(device), _over_least(costs))
 
 
 def _near(width: int, multiple: int) -> list[int]:
@@ -121,8 +118,7 @@ def _job(rows: int, hidden: int, width: int, device: torch.device) -> Callable[[
     x, gate, up, down = drawn(rows, hidden), drawn(width, hidden), drawn(width, hidden), drawn(hidden, width)
 
     def call() -> Any:
-        out: torch.Tensor = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-        return out
+        return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     with torch.inference_mode():

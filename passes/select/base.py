@@ -127,7 +127,8 @@ class SelectPass(Pass):
         axes, groups, scores = facts[Dependencies].axes, facts[Groups], facts[Scores]
         self._check_scores(groups.of_kinds(self.kinds), scores)
         protected = protected_blocks(axes.blocks, () if self.uniform else self.protect)
-        rounding, budget = Rounding.on(graph_module, self), make_budget(self.budget, graph_module, axes)
+        rounding = Rounding.on(graph_module, self.round_to, self.tensor_parallel)
+        budget = make_budget(self.budget, graph_module, axes)
         sizes = by_kind(budget, groups.of_kinds(self.kinds))
         accepts = stock_test(facts.get(Source)) if self.uniform else lambda _: True
         note = partial(add_note, graph_module)

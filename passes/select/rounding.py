@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd, lcm
-from typing import Protocol
 
 from torch import fx
 
@@ -22,18 +21,6 @@ AUTO = "auto"
 """Widths are multiples of what was measured to be worth it on the device."""
 
 
-class Asked(Protocol):
-    """What a selection says of it."""
-
-    @property
-    def round_to(self) -> int | str | tuple[tuple[str, int], ...]:
-        """One number, numbers by kind, or ``auto``."""
-
-    @property
-    def tensor_parallel(self) -> int:
-        """Devices that share each layer."""
-
-
 @dataclass(frozen=True)
 class Rounding:
     """Which numbers of units may stay where some go.
@@ -49,17 +36,19 @@ class Rounding:
     tensor_parallel: int = 1
 
     @classmethod
-    def on(cls, graph_module: fx.GraphModule, asked: Asked) -> Rounding:
+    def on(
+        cls, graph_module: fx.GraphModule, round_to: int | str | tuple[tuple[str, int], ...], tensor_parallel: int
+    ) -> Rounding:
         """Return what was asked for, with what the device of the weights wants where that is ``auto``.
 
         Raises:
             ArgumentError: nothing was measured on the device.
         """
-        if not isinstance(asked.round_to, str):
-            return cls(asked.round_to, asked.tensor_parallel)
-        widths = read_widths(device_of(graph_module))
-        add_note(graph_module, f"round_to=auto is {widths.best()}, as measured on {widths.device}")
-        return cls(widths.best(), asked.tensor_parallel)
+        if isinstance(round_to, str):
+            widths = read_widths(device_of(graph_module))
+            round_to = widths.best()
+            add_note(graph_module, f"round_to={AUTO} is {round_to}, as measured on {widths.device}")
+        return cls(round_to, tensor_parallel)
 
     def step(self, group: Group) -> int:
         """Return the number whose multiples may stay; at most the size of the group."""

@@ -175,14 +175,7 @@ def test_what_torch_pruning_cannot_make_is_refused(dense: Source) -> None:
 
 
 def test_candidates_are_saved_and_counted(tmp_path: Path) -> None:
-    model = even(
-        "llama",
-        num_hidden_layers=4,
-        hidden_size=64,
-        intermediate_size=192,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    model = even("llama", **LARGER, num_hidden_layers=4)
     found = list(candidates(model, tokenizer(), (0.2,), 8, (5,), tmp_path))
     assert [c.name for c in found] == ["dense", "slim 20%", "Torch-Pruning 20%", "stock 20%"]
     assert found[1].work.parameters < found[0].work.parameters and found[2].work == found[1].work
@@ -225,15 +218,8 @@ class Stub:
 @pytest.fixture
 def stubbed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr("benchmarks.latency.measure.Worker", Stub)
-    model = even(
-        "llama",
-        num_hidden_layers=4,
-        hidden_size=64,
-        intermediate_size=192,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    monkeypatch.setattr(command, "_load", lambda _: (model, tokenizer()))
+    model = even("llama", **LARGER, num_hidden_layers=4)
+    monkeypatch.setattr(command, "load_named", lambda _: (model, tokenizer(), "tiny"))
     monkeypatch.setattr(command, "RESULTS", tmp_path)
     return tmp_path
 

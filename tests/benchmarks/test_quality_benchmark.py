@@ -33,7 +33,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     cheap = tuple(Entry(name, {"importance": name}) for name in ("l1", "l2"))
     monkeypatch.setattr(quality, "ENTRIES", (*cheap, Entry("none", {}, ("no-such-pass",))))
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "results" / "quality.json")
-    monkeypatch.setattr(quality, "_load", lambda _: (tiny("llama"), character_tokenizer(), "tiny"))
+    monkeypatch.setattr(quality, "load_named", lambda _: (tiny("llama"), character_tokenizer(), "tiny"))
     (tmp_path / "some").mkdir()
     (tmp_path / "c4.jsonl").write_text("\n".join(json.dumps({"text": "abcd" * 20}) for _ in range(3)))
     (tmp_path / "some" / "test.txt").write_text("held out " * 30)

@@ -36,6 +36,14 @@ def test_costs_are_over_the_least() -> None:
     assert found.device == widths.device_name(CPU)
 
 
+def test_each_width_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [{multiple: 1.0 + multiple for multiple in widths.MULTIPLES}, dict.fromkeys(widths.MULTIPLES, 2.0)]
+    calls: list[int] = []
+    monkeypatch.setattr(widths, "_times", lambda *_: calls.append(1) or times)
+    found = measure_widths(8, 512)
+    assert len(calls) == 1 and found.costs == {multiple: (1 + multiple) / 2 for multiple in widths.MULTIPLES}
+
+
 def test_the_best_is_the_finest_that_costs_little_more() -> None:
     assert Widths("x", {1: 1.2, 8: 1.04, 16: 1.02, 32: 1.0}).best() == 16
     assert Widths("x", {1: 1.0, 32: 1.0}).best() == 1
