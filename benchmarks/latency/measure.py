@@ -120,6 +120,8 @@ def measure(name: str, candidates: Sequence[Candidate], settings: Settings, say:
             engine.prepare(candidate.source)
             task = Task(name, candidate.source, settings.device, settings.threads, settings.largest)
             running[candidate.name] = candidate, Worker(task)
+        for _, worker in running.values():
+            worker.wait()
         for case in settings.cases_of(engine):
             jobs = {key: worker.job(case) for key, (_, worker) in running.items()}
             found = interleaved(jobs, settings.rounds)

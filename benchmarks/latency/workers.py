@@ -18,6 +18,9 @@ from benchmarks.memory import forget_peak, peak_bytes, resident_bytes
 
 __all__ = ["EngineFailed", "Task", "Worker", "quiet"]
 
+_PATIENCE = 10
+"""Seconds for a process to end."""
+
 
 class EngineFailed(RuntimeError):
     """An engine could not load or run a model; holds what it said."""
@@ -43,13 +46,10 @@ class Task:
 
 
 class Worker:
-    """A process that holds a loaded model and measures when it is asked.
+    """A process that loads a model and measures when it is asked.
 
     Args:
-        task: What it loads.
-
-    Raises:
-        EngineFailed: The model cannot be loaded.
+        task: What it loads. Several load at the same time; `wait` for each before any measures.
     """
 
     def __init__(self, task: Task) -> None:
@@ -59,6 +59,13 @@ class Worker:
         self._process.start()
         theirs.close()
         self.peaks: dict[Case, float] = {}
+
+    def wait(self) -> None:
+        """Until the model is loaded.
+
+        Raises:
+            EngineFailed: It cannot be loaded.
+        """
         self._receive()
 
     def job(self, case: Case) -> Callable[[], float]:
@@ -82,19 +89,25 @@ class Worker:
         found: float | None = self._receive()
         return found
 
+    @property
+    def exitcode(self) -> int | None:
+        """How the process ended; None while it has not."""
+        return self._process.exitcode
+
     def close(self) -> None:
-        """End the process."""
+        """End the process, which stops by itself where it is not at work."""
+        self._pipe.close()
+        self._process.join(_PATIENCE)
         if self._process.is_alive():
             self._process.terminate()
-        self._process.join()
-        self._pipe.close()
+            self._process.join()
 
     def _receive(self) -> Any:
         try:
             failed, said = self._pipe.recv()
         except EOFError:
             self._process.join()
-            raise EngineFailed(f"the process ended with {self._process.exitcode}") from None
+            raise EngineFailed(f"the process ended with {self.exitcode}") from None
         if failed:
             self.close()
             raise EngineFailed(said)

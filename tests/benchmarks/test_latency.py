@@ -188,12 +188,18 @@ def test_candidates_are_saved_and_counted(tmp_path: Path) -> None:
 
 def test_a_worker_measures_and_says_what_went_wrong(dense: Source, tmp_path: Path) -> None:
     worker = Worker(Task("transformers", dense, "cpu", 1, CASES[0]))
+    missing = Worker(Task("transformers", Source(tmp_path / "no_such_folder"), "cpu", 1, CASES[0]))
+    worker.wait()
     seconds = worker.job(CASES[0])()
     assert seconds > 0 and worker.peaks[CASES[0]] > 0 and 0 < worker.products(CASES[0]) <= 1
     with pytest.raises(EngineFailed, match="TypeError"):
         worker.job(Case("decode", 1, None))()  # type: ignore[arg-type]
     with pytest.raises(EngineFailed, match="no_such_folder"):
-        Worker(Task("transformers", Source(tmp_path / "no_such_folder"), "cpu", 1, CASES[0]))
+        missing.wait()
+    other = Worker(Task("transformers", dense, "cpu", 1, CASES[0]))
+    other.wait()
+    other.close()
+    assert other.exitcode == 0, "it ends by itself"
 
 
 class Stub:
@@ -207,6 +213,9 @@ class Stub:
     def job(self, case: Case) -> Callable[[], float]:
         self.peaks[case] = 3e9
         return lambda: 1.0 if self.fast else 2.0
+
+    def wait(self) -> None:
+        pass
 
     def products(self, case: Case) -> float | None:
         return 0.25 if self.fast else 0.5

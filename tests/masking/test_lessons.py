@@ -8,7 +8,7 @@ from torch import nn
 
 from fxprune.data.calibration import Sample
 from fxprune.errors import PassError
-from fxprune.masking.lessons import divergence, learn, lesson_batches, logits_of
+from fxprune.masking.lessons import LessonBatch, divergence, learn, lesson_batches, logits_of
 from fxprune.masking.masked_run import UntouchedRun
 from tests.oracle import Net, discover
 
@@ -33,6 +33,28 @@ def test_all_classes_kept_give_the_divergence_and_few_give_less() -> None:
     whole = float((wanted.exp() * (wanted - said)).sum(-1).mean())
     assert found[0] == pytest.approx(whole, rel=0.01)
     assert 0 < found[1] < whole
+
+
+@pytest.mark.parametrize("sure", [False, True])
+def test_the_gradient_is_that_of_the_formula(sure: bool) -> None:
+    """Also where all probability is on kept classes, so that what is left for the others counts as the least."""
+    torch.manual_seed(0)
+    wanted = torch.randn(2, 3, 9, dtype=torch.float64).log_softmax(-1)
+    likely, classes = wanted.topk(4, dim=-1)
+    likelihoods = torch.cat((likely, (1 - likely.exp().sum(-1, keepdim=True)).log()), dim=-1)
+    logits = torch.randn(2, 3, 9)
+    if sure:
+        logits.scatter_add_(-1, classes, torch.full(classes.shape, 40.0))
+    logits.requires_grad_()
+    batch = LessonBatch({}, classes, likelihoods.float())
+    found = divergence(logits, batch)
+    (gradient,) = torch.autograd.grad(3 * found, logits)
+
+    said = logits.log_softmax(-1).gather(-1, classes)
+    others = (1 - said.exp().sum(-1, keepdim=True)).clamp_min(1e-7).log()
+    by_formula = (batch.likelihoods.exp() * (batch.likelihoods - torch.cat((said, others), dim=-1))).sum(-1).mean()
+    torch.testing.assert_close(found, by_formula)
+    torch.testing.assert_close(gradient, torch.autograd.grad(3 * by_formula, logits)[0])
 
 
 def test_a_model_that_says_nothing_at_each_position_is_refused() -> None:
