@@ -205,6 +205,24 @@ def test_units_go_in_the_order_that_trying_each_would_give(sizes: list[int]) -> 
     np.testing.assert_allclose(scores[order], np.maximum.accumulate(costs), rtol=1e-5)
 
 
+def test_large_units_cost_the_same_on_two_threads() -> None:
+    """Batched LU factors of such blocks fail, or never end, on two threads in torch 2.13 on some CPUs."""
+    X, B = torch.randn(2000, 576, dtype=torch.float64), torch.randn(576, 20, dtype=torch.float64)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            fitted = Fitted.of(X.T @ X, B, np.repeat(np.arange(3), 192), 3, 0.1)
+            costs = [fitted.costs()]
+            fitted.remove(np.array([0]))
+            found.append(torch.cat((*costs, fitted.costs())))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found[0], found[1])
+    assert bool((found[0][[0, 1, 2, 4, 5]] > 0).all())
+
+
 def test_reconstruction_looks_at_consumers_and_needs_no_more_memory_than_it_may_have(case: Case) -> None:
     model, dense = case
     layer = model.model.layers[0]
