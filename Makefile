@@ -20,7 +20,7 @@ ARGS ?=
 CASES ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo recover-demo test fuzz lint format type bench bench-criteria bench-quality bench-recover bench-discovery coverage families results docs clean
+.PHONY: help setup demo recover-demo test fuzz lint format type bench bench-criteria bench-quality bench-reference bench-recover bench-discovery coverage families results docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,9 @@ bench-criteria: $(STAMP) ## Perplexity of the demo model by criterion, and witho
 
 bench-quality: $(STAMP) ## Recipes and their ingredients, one changed at a time: ARGS="--data FOLDER --model FOLDER"
 	$(RUN) -m benchmarks.quality --json $(ARGS)
+
+bench-reference: $(STAMP) ## The paper's method beside its reference implementation: ARGS="--data FOLDER"
+	$(RUN) -m benchmarks.reference --json $(ARGS)
 
 bench-recover: $(STAMP) ## Recovery of the demo model on rows of your own: ARGS="--data rows.json --questions quiz.jsonl"
 	$(RUN) -m benchmarks.recover --json $(ARGS)

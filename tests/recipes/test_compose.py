@@ -64,7 +64,7 @@ def test_a_tokenizer_stands_in_for_samples() -> None:
 
 def test_arguments_win_over_the_recipe() -> None:
     found = lines(calibration=IDS, kinds="head", ratio=0.3, protect=(1, 1), seed=7, reduction="max")
-    assert any(line.startswith("taylor{kinds=[head], reduction=max, order=second") for line in found)
+    assert any(line.startswith("wanda{kinds=[head], reduction=max, ") for line in found)
     assert any("kinds=[head]" in line and "protect=[1, 1]" in line and "ratio=0.3" in line for line in found)
     assert "make-verification-inputs{seed=7}" in found and any("tune{" in line and "seed=7" in line for line in found)
     shared = "calibrate, find-groups, l1, select-by-ratio{ratio=0.4, protect=[1, 0]}, shrink"
