@@ -40,6 +40,9 @@ def prune(
         typer.Option(help="Widths stay multiples of this, or auto; MLPs of 32 by default in a .gguf file, else 1."),
     ] = None,
     uniform: Annotated[bool, typer.Option("--uniform", help="Equal layers, for a stock checkpoint.")] = False,
+    norm: Annotated[
+        str | None, typer.Option(help="Norms over units that go: masked (kept as with these zeroed) or sliced.")
+    ] = None,
     compensate: Annotated[str | None, typer.Option(help="least-squares: refit what stays; none: do not.")] = None,
     tune: Annotated[str | None, typer.Option(help="tune, as in 'tune{epochs=2}', or none.")] = None,
     calibration: Annotated[
@@ -66,6 +69,7 @@ def prune(
             round_to=_multiple(round_to, out),
             inplace=in_place,
             uniform=uniform,
+            norm=norm,
             compensate=compensate,
             tune=tune,
         )
