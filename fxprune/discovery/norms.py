@@ -43,11 +43,13 @@ class ScaledNumber:
         node: name of the node.
         path: where in the node it stands.
         power: the power.
+        value: what it is in this graph.
     """
 
     node: str
     path: tuple[Any, ...]
     power: float
+    value: float
 
 
 @dataclass(frozen=True)
@@ -187,9 +189,10 @@ class _Walk:
     def _begin(self, node: fx.Node, average: Average) -> dict[fx.Node, float]:
         """The results of the node that takes the average, each with its power."""
         if average.epsilon:
-            if isinstance(read_argument(node, average.epsilon), fx.Node):
+            value = read_argument(node, average.epsilon)
+            if isinstance(value, fx.Node):
                 raise _Lost("what it adds to the average is no number")
-            self.numbers.append(ScaledNumber(node.name, average.epsilon, 1.0))
+            self.numbers.append(ScaledNumber(node.name, average.epsilon, 1.0, value))
         weight = read_argument(node, average.weight) if average.weight else None
         if isinstance(weight, fx.Node) and self._ends_at(weight, node, average.power):
             return {}
@@ -225,7 +228,7 @@ class _Walk:
         if literal is None:
             raise _Lost(f"{node.target} works with what it gives, and neither a number nor a weight there makes up")
         path, lacks, power = literal
-        self.numbers.append(ScaledNumber(node.name, path, lacks))
+        self.numbers.append(ScaledNumber(node.name, path, lacks, read_argument(node, path)))
         return power
 
     def _ends_at(self, source: fx.Node, user: fx.Node, power: float) -> bool:

@@ -14,7 +14,7 @@ from fxprune.axes import Keep, factors, kept_size
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.norms import KeptNorm
 
-__all__ = ["Scaling", "scaled_numbers", "scaled_weights", "unkept_in"]
+__all__ = ["Change", "Scaling", "scaled_numbers", "scaled_weights", "unkept_in"]
 
 _MOST_LINES = 6
 """Reasons that a reader of a report can still take in."""
@@ -49,11 +49,21 @@ class Scaling:
         return (wide + self.offset) * self.factor - self.offset
 
 
-def scaled_numbers(axes: AxisMap, keep: Keep) -> dict[tuple[str, tuple[Any, ...]], float]:
-    """Return what numbers in the graph are multiplied by: by the name of a node and their place in it."""
+@dataclass(frozen=True)
+class Change:
+    """A number before and after."""
+
+    before: float
+    after: float
+
+
+def scaled_numbers(axes: AxisMap, keep: Keep) -> dict[tuple[str, tuple[Any, ...]], Change]:
+    """Return how numbers in the graph change: by the name of a node and where in it they stand."""
     found = {}
     for norm, ratio in _touched(axes, keep):
-        found.update({(number.node, number.path): float(ratio) ** number.power for number in norm.numbers})
+        for number in norm.numbers:
+            after = number.value * float(ratio) ** number.power
+            found[number.node, number.path] = Change(number.value, after)
     return found
 
 

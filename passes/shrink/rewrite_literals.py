@@ -53,9 +53,9 @@ class RewriteLiteralsPass(Pass):
             size = _scaled(node, current, old, new) if dynamic else new + literal.offset
             set_argument(node, literal.path, size)
             changed = True
-        for (name, path), factor in scaled_numbers(removal.axes, removal.keep).items():
+        for (name, path), number in scaled_numbers(removal.axes, removal.keep).items():
             if name in nodes:
-                set_argument(nodes[name], path, read_argument(nodes[name], path) * factor)
+                set_argument(nodes[name], path, number.after)
                 changed = True
         facts.put(Removed(removal))
         facts.put(Runnable())
