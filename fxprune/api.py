@@ -83,6 +83,7 @@ def apply(
     *,
     compensate: str | Pass | None = None,
     tune: str | Pass | None = None,
+    norm: str | None = None,
     tokenizer: Any = None,
     verify: bool = True,
     inplace: bool = False,
@@ -96,6 +97,7 @@ def apply(
         calibration: as for :func:`prune`; for ``compensate`` and ``tune`` alone.
         compensate: as for :func:`prune`; None leaves every kept number as it is.
         tune: as for :func:`prune`; None for no tuning.
+        norm: as for :func:`prune`; None for what the plan says.
         tokenizer: as for :func:`prune`.
         verify: as for :func:`prune`.
         inplace: as for :func:`prune`.
@@ -110,6 +112,7 @@ def apply(
         plan=_plan(plan),
         compensate=compensate,
         tune=tune,
+        norm=norm,
         tokenizer=tokenizer,
         verify=verify,
         inplace=inplace,
@@ -167,7 +170,8 @@ def prune_pipeline(
     Args:
         plan: the decision of an earlier run, in place of importance and selection: what :func:`apply` runs.
     """
-    given = Options(**{name: value for name, value in locals().items() if name != "plan"})
+    options = {name: value for name, value in locals().items() if name != "plan"}
+    given = Options(**options | ({} if plan is None or norm is not None else {"norm": _plan(plan).norm}))
     scoring = with_order("taylor", importance, taylor)
     free = calibration is None and (plan is not None or scores is not None or needs_no_data(scoring))
     default = _DEFAULT if scoring is None and plan is None and not free else _PUBLISHED

@@ -58,6 +58,7 @@ class AxisMap:
         positions: for tensors that hold positions along an axis, what that axis is made of.
         constants: names of those buffers that the model's code makes, and that are none of the model's own.
         rules: for the node of each op, its rule by itself as text.
+        norm: what becomes of norms over units that go, ``sliced`` or ``masked``.
         norms: averages that are kept as masking has them, which are then not among ``renormalised``.
         unkept: where norms are to be kept, the nodes whose average cannot be, with the reason.
     """
@@ -80,6 +81,7 @@ class AxisMap:
     positions: dict[str, Expr] = field(default_factory=dict)
     constants: tuple[str, ...] = ()
     rules: dict[str, str] = field(default_factory=dict)
+    norm: str = "sliced"
     norms: tuple[KeptNorm, ...] = ()
     unkept: dict[str, str] = field(default_factory=dict)
 
@@ -236,6 +238,7 @@ def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, st
         positions={name: solver.resolve(found.expr) for name, found in stated.positions.items()},
         constants=tuple(name for name in attributes if name in constants),
         rules=rules,
+        norm=norm,
         norms=norms.kept,
         unkept=dict(norms.reasons),
     )
