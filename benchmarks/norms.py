@@ -1,7 +1,7 @@
 """Norms over fewer units, as masking has them and as an average of those that stay: `python -m benchmarks.norms`.
 
-Both sides remove the same units. Width is measured on the demo model, by the perplexity of held-out text. Latents under
-a norm, and heads under a norm over all of them, no model at hand has with trained weights: there the weights are random,
+Both sides remove the same units. Width is measured on the demo model, by the perplexity of held-out text. No model at
+hand has trained weights and latents under a norm, or heads under a norm over all of them: there the weights are random,
 and what is measured is how far the predictions move, as a Kullback-Leibler divergence.
 """
 
@@ -148,7 +148,9 @@ def _distances(what: str, kind: str, ratio: float, criterion: str, seed: int) ->
 def _only(result: fxprune.Result, names: set[str]) -> fxprune.Plan:
     """The plan of a prune, of the groups of these names alone."""
     removal = fxprune.facts_of(result.graph_module)[fxprune.Removed].removal
-    members = {(member.name, member.axis) for group in removal.groups if group.name in names for member in group.members}
+    members = {
+        (member.name, member.axis) for group in removal.groups if group.name in names for member in group.members
+    }
     plan = result.plan
     kept = {
         name: {axis: index for axis, index in by_axis.items() if (name, axis) in members}
@@ -200,7 +202,9 @@ def main(
         rows.append(row)
         error = "" if row.error is None else f" (difference ± {row.error:.3f})"
         fitted = "yes" if row.fitted else "no"
-        table.add_row(row.what, f"{row.removed:.0%}", fitted, row.measure, f"{row.sliced:.3f}", f"{row.masked:.3f}{error}")
+        table.add_row(
+            row.what, f"{row.removed:.0%}", fitted, row.measure, f"{row.sliced:.3f}", f"{row.masked:.3f}{error}"
+        )
         print(row, flush=True)
     Console().print(table)
     told = {"environment": environment(), "samples": samples, "windows": windows, "rows": [asdict(r) for r in rows]}

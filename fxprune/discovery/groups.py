@@ -106,8 +106,8 @@ class Group:
         factor: the factor of the axis algebra whose units these are; None for a layer.
         block: module path of the block it lies in; None if it spans several.
         outer: the factor that is always around this one: each of its units may keep a choice of its own.
-        renormalised: nodes that take a statistic over this axis; removal then equals masking up to that statistic. Norms
-            that are kept as masking has them are not among these.
+        renormalised: nodes that take a statistic over this axis; removal then equals masking up to that statistic.
+            Norms that are kept as masking has them are not among these.
         trigger: the parameter axis from which the search started.
         least: how many units have to stay, such as those a top-k chooses.
     """

@@ -25,7 +25,7 @@ from fxprune.graph.arguments import read_argument
 from fxprune.graph.names import tensor_name
 from fxprune.rules.aliasing import writes
 from fxprune.rules.registry import Values, find_rule
-from fxprune.rules.scaling import power_of, scaled_literal, shift_of, takes_scale
+from fxprune.rules.scaling import power_of, scaled_literal, shift_of
 from fxprune.rules.statements import Average
 from fxprune.rules.write import nodes_in
 
@@ -141,7 +141,8 @@ def _shared(graph: fx.Graph, kept: Collection[KeptNorm], owners: Mapping[str, st
     readers: dict[str, set[str]] = {}
     for node in graph.nodes:
         if node.op == "get_attr" and str(node.target) in owners:
-            readers.setdefault(owners[str(node.target)], set()).update(user.name for user in node.users)
+            own = readers.setdefault(owners[str(node.target)], set())
+            own.update(user.name for user in node.users if _reads_values(user))
     asked: dict[str, list[tuple[KeptNorm, ScaledWeight]]] = {}
     for norm in kept:
         for weight in norm.weights:
@@ -152,6 +153,12 @@ def _shared(graph: fx.Graph, kept: Collection[KeptNorm], owners: Mapping[str, st
         if len(alike) > 1 or readers[name] != {weight.reader for _, weight in wishes}:
             found.update(norm.node for norm, _ in wishes)
     return found
+
+
+def _reads_values(user: fx.Node) -> bool:
+    """Whether an op looks at more of a tensor than its shape, or its dtype."""
+    rule = find_rule(user.target) if user.op == "call_function" else None
+    return user.target is not getattr and (rule is None or rule.values is not Values.SHAPE)
 
 
 class _Walk:
@@ -217,11 +224,11 @@ class _Walk:
                 return found.pop()
         if values not in (Values.POINTWISE, Values.COMPARED):
             raise _Lost(f"{node.target} takes what it gives, and no weight of its own has been multiplied with it")
-        others = [source for source in node.all_input_nodes if source not in scaled]
-        for other in others:
-            if takes_scale(node, scaled, other) and self._ends_at(other, node, next(iter(scaled.values()))):
-                return 0.0
         power = power_of(node, scaled)
+        for other in node.all_input_nodes if power else ():
+            degree = power_of(node, {other: 1.0}) if other not in scaled else None
+            if power and degree and self._ends_at(other, node, power / degree):
+                return 0.0
         if power is not None:
             return power
         literal = scaled_literal(node, scaled)
@@ -231,23 +238,25 @@ class _Walk:
         self.numbers.append(ScaledNumber(node.name, path, lacks, read_argument(node, path)))
         return power
 
-    def _ends_at(self, source: fx.Node, user: fx.Node, power: float) -> bool:
-        """Whether ``source`` is a weight of the model's own, perhaps cast or with a number added; it is put down."""
-        offset = 0.0
-        while source.op != "get_attr":
-            rule = find_rule(source.target) if source.op == "call_function" else None
-            if rule is None or len(source.all_input_nodes) != 1 or len(source.users) != 1:
-                return False
-            if rule.values is Values.POINTWISE:
-                shift = shift_of(source)
-                if shift is None or offset:
-                    return False
-                offset = shift
-            elif rule.values not in (Values.MOVED, Values.CAST):
-                return False
-            user, source = source, source.all_input_nodes[0]
-        name = self.owners.get(tensor_name(source))
-        if name is None:
+    def _ends_at(self, source: fx.Node, user: fx.Node, power: float, offset: float = 0.0) -> bool:
+        """Whether ``source`` is made of a weight of the model's own that can be scaled in its place; it is put down.
+
+        That may be cast on the way, have a number added, or have been multiplied with something else before.
+        """
+        if source.op == "get_attr":
+            name = self.owners.get(tensor_name(source))
+            if name is not None:
+                self.weights.append(ScaledWeight(name, power, offset, user.name))
+            return name is not None
+        rule = find_rule(source.target) if source.op == "call_function" else None
+        if rule is None or len(source.users) != 1:
             return False
-        self.weights.append(ScaledWeight(name, power, offset, user.name))
-        return True
+        if rule.values in (Values.MOVED, Values.CAST):
+            first = nodes_in(source.args[0]) if source.args else []
+            return len(first) == 1 and self._ends_at(first[0], source, power, offset)
+        if rule.values is not Values.POINTWISE or offset:
+            return False
+        if len(source.all_input_nodes) == 1 and (shift := shift_of(source)) is not None:
+            return self._ends_at(source.all_input_nodes[0], source, power, shift)
+        factors = (one for one in source.all_input_nodes if power_of(source, {one: 1.0}) == 1.0)
+        return any(self._ends_at(one, source, power) for one in factors)

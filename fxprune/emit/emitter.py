@@ -184,7 +184,7 @@ def _adding(candidate: Candidate, epsilons: Places, fields: Mapping[str, float])
     attributes = {path: dict(own) for path, own in recipe.attributes.items()}
     for path, own in epsilons.attributes.items():
         attributes.setdefault(path, {}).update(own)
-    changed = dataclasses.replace(recipe, attributes=attributes, fields={**recipe.fields, **fields})
+    changed = dataclasses.replace(recipe, attributes=attributes, epsilons=fields)
     return dataclasses.replace(candidate, recipe=changed)
 
 

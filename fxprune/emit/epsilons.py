@@ -1,7 +1,7 @@
 """The numbers that norms add, in the modules and the config of a model: found by the values that the graph has.
 
-A norm that is kept as masking has it over fewer units adds another number than it did. In the graph that is an argument
-of an op; in the model it is an attribute of the module whose code made the op, or a field of the config for all of them.
+A norm that is kept as masking has it adds another number over fewer units. In the graph that is an argument of an op;
+in the model it is an attribute of the module whose code made the op, or a field of the config for all of them.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def _place(node: fx.Node, modules: Mapping[str, nn.Module], value: float) -> Pla
     return f"{stack[-1] if stack else 'the model'}: no attribute is {value}, which its norm adds"
 
 
-def driving_fields(model: PreTrainedModel, part: str, places: Places, removed: tuple[str, ...] = ()) -> dict[str, float]:
+def driving_fields(
+    model: PreTrainedModel, part: str, places: Places, removed: tuple[str, ...] = ()
+) -> dict[str, float]:
     """Return the config field that gives all places their new value and changes nothing else; none if there is none.
 
     Args:

@@ -71,7 +71,9 @@ class Plan:
             for held in (self.kept, self.sizes)
         )
         blocks = list(self.removed_blocks)
-        return json.dumps({"version": _VERSION, "kept": kept, "removed_blocks": blocks, "sizes": sizes, "norm": self.norm})
+        return json.dumps(
+            {"version": _VERSION, "kept": kept, "removed_blocks": blocks, "sizes": sizes, "norm": self.norm}
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

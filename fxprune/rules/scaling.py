@@ -13,7 +13,7 @@ from fxprune.graph.arguments import read_argument, with_argument
 from fxprune.graph.compat import size_hint, tree_leaves
 from fxprune.rules.outcome import drawn
 
-__all__ = ["power_of", "scaled_literal", "shift_of", "takes_scale"]
+__all__ = ["power_of", "scaled_literal", "shift_of"]
 
 _SCALES = (2.0, 3.0)
 """Inputs are multiplied by powers of each: a power that one of them shows by accident the other does not."""
@@ -53,24 +53,6 @@ def scaled_literal(node: fx.Node, powers: Mapping[fx.Node, float]) -> tuple[tupl
         if power is not None:
             return path, lacks, power
     return None
-
-
-def takes_scale(node: fx.Node, powers: Mapping[fx.Node, float], weight: fx.Node) -> bool:
-    """Whether multiplying an input ``weight`` does the same as multiplying others, all of them by one power.
-
-    Args:
-        node: an elementwise op.
-        powers: of the inputs that are multiplied by powers of ``r``, all of them one power.
-        weight: another input.
-    """
-    if len(set(powers.values())) != 1:
-        return False
-    power = next(iter(powers.values()))
-    found = []
-    for scale in _SCALES:
-        others, own = _call(node, _factors(powers, scale)), _call(node, {weight: scale**power})
-        found.append(others is not None and own is not None and _ratio(others, own) == 1.0)
-    return all(found)
 
 
 def shift_of(node: fx.Node) -> float | None:
@@ -138,6 +120,4 @@ def _ratio(a: torch.Tensor, b: torch.Tensor) -> float | None:
     if not len(quotients) or not quotients.isfinite().all():
         return None
     middle = float(quotients.median())
-    if not bool(((quotients - middle).abs() <= _NEAR * abs(middle)).all()):
-        return None
-    return 1.0 if abs(middle - 1) <= _NEAR else middle
+    return middle if bool(((quotients - middle).abs() <= _NEAR * abs(middle)).all()) else None
