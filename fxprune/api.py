@@ -164,14 +164,13 @@ def prune_pipeline(
 ) -> Pipeline:
     """Return the passes that :func:`prune` runs with these options; see there for what they mean.
 
-    ``str()`` of it is its spelling, and ``Pipeline(text)`` reads that back; objects such as calibration data have none.
-    Run it on ``fxprune.trace(model).graph_module``.
+    ``Pipeline(str(it))`` reads it back, but for data in memory. Run it on ``fxprune.trace(model).graph_module``.
 
     Args:
         plan: the decision of an earlier run, in place of importance and selection: what :func:`apply` runs.
     """
-    options = {name: value for name, value in locals().items() if name != "plan"}
-    given = Options(**options | ({} if plan is None or norm is not None else {"norm": _plan(plan).norm}))
+    norm = _plan(plan).norm if plan is not None and norm is None else norm
+    given = Options(**{name: value for name, value in locals().items() if name != "plan"})
     scoring = with_order("taylor", importance, taylor)
     free = calibration is None and (plan is not None or scores is not None or needs_no_data(scoring))
     default = _DEFAULT if scoring is None and plan is None and not free else _PUBLISHED

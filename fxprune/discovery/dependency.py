@@ -14,7 +14,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from fxprune.axes import Expr, Factor, Freeze
+from fxprune.axes import Expr, Factor, Freeze, factors
 from fxprune.discovery.bypasses import Bypass, find_bypasses
 from fxprune.discovery.norms import NORMS, KeptNorm, NormReport, find_norms
 from fxprune.discovery.roles import settle_experts
@@ -88,6 +88,10 @@ class AxisMap:
     def weights(self) -> tuple[str, ...]:
         """Names of parameters and buffers."""
         return (*self.parameters, *self.buffers)
+
+    def keeps_norm_over(self, factor: Factor) -> bool:
+        """Whether a norm that is kept as masking has it runs over a factor."""
+        return any(factor in factors(expr) for norm in self.norms for expr in norm.axes)
 
 
 def dependency_graph(traced: Traced | fx.GraphModule, norm: str = "sliced") -> nx.Graph[Axis]:

@@ -107,7 +107,6 @@ class Group:
         block: module path of the block it lies in; None if it spans several.
         outer: the factor that is always around this one: each of its units may keep a choice of its own.
         renormalised: nodes that take a statistic over this axis; removal then equals masking up to that statistic.
-            Norms that are kept as masking has them are not among these.
         trigger: the parameter axis from which the search started.
         least: how many units have to stay, such as those a top-k chooses.
     """
@@ -214,8 +213,7 @@ def _make_group(axes: AxisMap, factor: Factor, trigger: Axis, reached: set[Axis]
     block = next(iter(owners)) if len(owners) == 1 else None
     kind = _kind(_roles(axes, factor, members), len(owners))
     renormalised = axes.renormalised.get(factor, ())
-    averaged = any(factor in factors(expr) for norm in axes.norms for expr in norm.axes)
-    outer = None if renormalised or averaged else _outer_factor(axes, factor, reached)
+    outer = None if renormalised or axes.keeps_norm_over(factor) else _outer_factor(axes, factor, reached)
     least = axes.least.get(factor, 1)
     return Group(f"{block or 'model'}/{kind}", kind, members, factor, block, outer, renormalised, trigger, least)
 
