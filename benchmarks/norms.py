@@ -114,7 +114,15 @@ def width_rows(ratios: tuple[float, ...], samples: int, windows: int) -> Iterato
             for norm in NORMS:
                 result = fxprune.prune(model, **options, ratio=ratio, scores=scores, compensate=fit, norm=norm)
                 found[norm] = perplexity(result.model or result.graph_module, heldout)
-            yield Row("width, SmolLM2-135M-Instruct", ratio, fit != "none", "perplexity", **found, dense=dense)
+            yield Row(
+                "width, SmolLM2-135M-Instruct",
+                ratio,
+                fit != "none",
+                "perplexity",
+                found["sliced"],
+                found["masked"],
+                dense,
+            )
 
 
 def small_rows(ratio: float, models: int, steps: int) -> Iterator[Row]:
@@ -183,7 +191,8 @@ def trained(what: str, windows: torch.Tensor, steps: int, seed: int) -> PreTrain
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         schedule.step()
-    return model.eval()
+    model.eval()
+    return model
 
 
 @torch.no_grad()
@@ -197,9 +206,9 @@ def loss(model: Any, windows: torch.Tensor) -> float:
 def main(
     ratios: Annotated[str, typer.Option(help="Fractions of the parameters, comma-separated.")] = "0.1,0.2",
     samples: Annotated[int, typer.Option(help="Samples of 128 tokens to score and fit by.")] = 32,
-    windows: Annotated[int, typer.Option(help="Windows of 128 tokens to measure on.")] = 48,
+    windows: Annotated[int, typer.Option(help="Windows of 128 tokens to measure on.")] = 32,
     models: Annotated[int, typer.Option(help="Small models of each type.")] = 2,
-    steps: Annotated[int, typer.Option(help="Steps to train each of them.")] = 300,
+    steps: Annotated[int, typer.Option(help="Steps to train each of them.")] = 250,
     out: Annotated[Path, typer.Option(help="File to write.")] = RESULTS,
 ) -> None:
     """Measure both ways of keeping norms, print a table and write it to a file."""
