@@ -67,16 +67,20 @@ ENTRIES = (
     Entry("balanced, one ridge", {"compensate": "least-squares{samples=64, reach=stream, damping=1}", "tune": "none"}),
     Entry("balanced, the stream not fitted", {"compensate": "least-squares{samples=64, reach=lost}", "tune": "none"}),
     Entry("balanced, rotation", {"compensate": "rotation{samples=64}", "tune": "none"}, ("rotation",)),
-    Entry("balanced, tuned everywhere", {"tune": "tune{epochs=1, everywhere=True, rate=0.005}"}),
-    Entry("balanced, tuned with rank 8", {"tune": "tune{epochs=1, rank=8, rate=0.005}"}),
+    Entry("balanced, tuned everywhere", {"tune": "tune{epochs=2, measurements=4, everywhere=True, rate=0.005}"}),
+    Entry("balanced, tuned with rank 8", {"tune": "tune{epochs=2, measurements=4, rank=8, rate=0.005}"}),
     *(
-        Entry(f"balanced, {name}", {"recipe": "balanced", "importance": spelled, "tune": "none"}, (name,))
+        Entry(
+            f"balanced, {name}",
+            {"recipe": "balanced", "importance": spelled, "tune": "none"},
+            (spelled.partition("{")[0],),
+        )
         for name, spelled in (
             ("taylor mix", "taylor{order=mix, samples=32}"),
-            ("wanda", "wanda"),
-            ("flap", "flap"),
-            ("fisher", "fisher"),
-            ("reconstruction", "reconstruction"),
+            ("taylor second", "taylor{order=second, samples=32}"),
+            ("flap", "flap{samples=64}"),
+            ("fisher", "fisher{samples=64}"),
+            ("reconstruction", "reconstruction{samples=64}"),
         )
     ),
 )

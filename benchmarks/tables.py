@@ -47,10 +47,10 @@ def _reference(data: dict[str, Any]) -> str:
         for r in data["rows"]
     ]
     return (
-        "## The paper's method: `make bench-reference`\n\nSmolLM2-135M-Instruct without a quarter of the MLP channels of "
-        "all layers but the first four and the last two, scored on the first 64 tokens of the first ten texts of a C4 "
-        "sample that have as many; perplexity on 60 x 128 tokens of WikiText-2's test text, where the dense model has "
-        f"{data['dense']:.1f}. *Reference*: LLM-Pruner's own code. {ran_on(data)}\n\n"
+        "## The paper's method: `make bench-reference`\n\nSmolLM2-135M-Instruct without a quarter of the MLP channels "
+        "of all layers but the first four and the last two, scored on the first 64 tokens of the first ten texts of a "
+        "C4 sample that have as many; perplexity on 60 x 128 tokens of WikiText-2's test text, where the dense "
+        f"model has {data['dense']:.1f}. *Reference*: LLM-Pruner's own code. {ran_on(data)}\n\n"
         + markdown_table(("Taylor expansion", "reference", '`recipe="llm-pruner"`', "difference"), rows)
     )
 

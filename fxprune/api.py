@@ -47,6 +47,7 @@ def prune(
     uniform: bool = False,
     tensor_parallel: int = 1,
     budget: str = "params",
+    norm: str | None = None,
     steps: int = 1,
     select: str | Pass | None = None,
     compensate: str | Pass | None = None,
@@ -82,6 +83,7 @@ def apply(
     *,
     compensate: str | Pass | None = None,
     tune: str | Pass | None = None,
+    norm: str | None = None,
     tokenizer: Any = None,
     verify: bool = True,
     inplace: bool = False,
@@ -95,6 +97,7 @@ def apply(
         calibration: as for :func:`prune`; for ``compensate`` and ``tune`` alone.
         compensate: as for :func:`prune`; None leaves every kept number as it is.
         tune: as for :func:`prune`; None for no tuning.
+        norm: as for :func:`prune`; None for what the plan says.
         tokenizer: as for :func:`prune`.
         verify: as for :func:`prune`.
         inplace: as for :func:`prune`.
@@ -109,6 +112,7 @@ def apply(
         plan=_plan(plan),
         compensate=compensate,
         tune=tune,
+        norm=norm,
         tokenizer=tokenizer,
         verify=verify,
         inplace=inplace,
@@ -146,6 +150,7 @@ def prune_pipeline(
     uniform: bool = False,
     tensor_parallel: int = 1,
     budget: str = "params",
+    norm: str | None = None,
     steps: int = 1,
     select: str | Pass | None = None,
     compensate: str | Pass | None = None,
@@ -159,12 +164,12 @@ def prune_pipeline(
 ) -> Pipeline:
     """Return the passes that :func:`prune` runs with these options; see there for what they mean.
 
-    ``str()`` of it is its spelling, and ``Pipeline(text)`` reads that back; objects such as calibration data have none.
-    Run it on ``fxprune.trace(model).graph_module``.
+    ``Pipeline(str(it))`` reads it back, but for data in memory. Run it on ``fxprune.trace(model).graph_module``.
 
     Args:
         plan: the decision of an earlier run, in place of importance and selection: what :func:`apply` runs.
     """
+    norm = _plan(plan).norm if plan is not None and norm is None else norm
     given = Options(**{name: value for name, value in locals().items() if name != "plan"})
     scoring = with_order("taylor", importance, taylor)
     free = calibration is None and (plan is not None or scores is not None or needs_no_data(scoring))

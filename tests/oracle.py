@@ -46,10 +46,10 @@ class Net(nn.Module):
         return self.body(self, x)
 
 
-def discover(module: nn.Module, inputs: Inputs | None = None) -> fx.GraphModule:
+def discover(module: nn.Module, inputs: Inputs | None = None, norm: str = "sliced") -> fx.GraphModule:
     """The graph of `module` with its groups among the facts."""
     dense = trace(module.eval(), inputs).graph_module
-    load_pass("find-groups")(dense)
+    load_pass("find-groups", norm=norm)(dense)
     return dense
 
 
@@ -129,18 +129,21 @@ def plain_outputs(module: nn.Module, inputs: Inputs) -> tuple[torch.Tensor, ...]
         return output_tensors(module(**inputs))
 
 
-def check_removes_exactly(module: nn.Module, inputs: Inputs, groups: Sequence[int] | None = None) -> fx.GraphModule:
+def check_removes_exactly(
+    module: nn.Module, inputs: Inputs, groups: Sequence[int] | None = None, norm: str = "sliced"
+) -> fx.GraphModule:
     """Remove units of every group in turn and compare the slim graph with masking and with zeroing by hand.
 
     Args:
         module: what to prune.
         inputs: keyword inputs of its forward.
         groups: the sizes the groups that are not renormalised must have; None where that is not the point.
+        norm: what becomes of norms over units that go.
 
     Returns:
         The dense graph, for further questions.
     """
-    dense = discover(module, inputs)
+    dense = discover(module, inputs, norm)
     dense_outputs = plain_outputs(module, inputs)
     assert compare(dense_outputs, slim_outputs(dense, inputs)) <= TOLERANCE, "the graph is not the module"
     free = [group for group in groups_of(dense) if group.factor is not None and not group.renormalised]

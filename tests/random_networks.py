@@ -24,6 +24,7 @@ from torch import fx, nn
 
 from fxprune.axes import Keep, factors
 from fxprune.discovery.groups import Group
+from fxprune.discovery.norms import NORMS
 from fxprune.graph.fork import fork
 from fxprune.graph.names import tensor_name
 from fxprune.graph.size_checks import refusal
@@ -268,6 +269,7 @@ def check_every_removal(
     dynamic: bool = False,
     thorough: bool = True,
     accepted: float = TOLERANCE,
+    norm: str = "sliced",
 ) -> fx.GraphModule:
     """Every group goes alone, then all at once; the slim graph does what masking, and zeroing by hand, would.
 
@@ -280,13 +282,14 @@ def check_every_removal(
         dynamic: trace with sizes that vary.
         thorough: few, half and nearly all units of each group go, in turn; else one of these.
         accepted: the largest difference of outputs.
+        norm: what becomes of norms over units that go.
 
     Returns:
         The dense graph, for further questions.
     """
     module.eval()
     dense = trace(module, inputs, dynamic=dynamic).graph_module
-    Pipeline(["find-groups"])(dense)
+    Pipeline(f"find-groups{{norm={norm}}}")(dense)
     sets = [inputs] if others is None or refusal(dense, others) else [inputs, others]
     for given in sets:
         _check_equal(plain_outputs(module, given), slim_outputs(dense, given), accepted, "the graph is not the module")
@@ -380,7 +383,8 @@ EXACT = 1e-9
 
 
 def _check(net: RandomNet, accepted: float) -> tuple[fx.GraphModule, int]:
-    several = {"others": net.others, "dynamic": True, "thorough": False}
+    norm = NORMS[len(net.source) % len(NORMS)]  # as good as a coin
+    several = {"others": net.others, "dynamic": True, "thorough": False, "norm": norm}
     dense = check_every_removal(net, net.inputs, accepted=accepted, **several)  # type: ignore[arg-type]
     return dense, 1 if refusal(dense, net.others) else 2
 

@@ -258,6 +258,8 @@ def norm(net: RandomNet, v: str, picks: Picks) -> None:
     w, b = net.weight(n, positive=True), net.weight(n)
     code = """F.layer_norm({v}, ({n},), {w}, {b})
         F.rms_norm({v}, ({n},), {w}, 1e-5)
+        {w} * ({v} * ({v}.pow(2).mean(-1, keepdim=True) + 0.1).rsqrt())
+        {v} / ({v}.square().mean(-1, keepdim=True) + 0.1).sqrt() * (1 + {w})
         {v} * torch.rsqrt({v}.pow(2).mean(-1, keepdim=True) + 1e-5) * {w}
         F.layer_norm({v}, ({n},))
         F.rms_norm({v}, ({n},))

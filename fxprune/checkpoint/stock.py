@@ -8,6 +8,7 @@ import torch
 
 from fxprune.checkpoint import describe
 from fxprune.emit import emit
+from fxprune.emit.epsilons import Places
 from fxprune.errors import CheckpointError
 from fxprune.graph.blocks import within
 from fxprune.graph.source import Source
@@ -19,11 +20,17 @@ from fxprune.trace.twin import meta_twin
 __all__ = ["stock_test"]
 
 
-def stock_test(source: Source | None) -> Callable[[Plan], bool]:
+def stock_test(
+    source: Source | None, epsilons: Callable[[Plan], Places] = lambda _: Places()
+) -> Callable[[Plan], bool]:
     """Return a test of plans: would the slim model load in stock transformers from its config alone?
 
     The slim model is built without storage, so that a plan is tested in the time its class takes to be built. Of what
     is no Hugging Face model every plan passes.
+
+    Args:
+        source: the dense model.
+        epsilons: where it holds the numbers that norms add, of those that a plan changes.
     """
     if source is None or not is_hugging_face(source.model):
         return lambda _: True
@@ -36,7 +43,7 @@ def stock_test(source: Source | None) -> Callable[[Plan], bool]:
         for aliases in names.values():
             tensor = _cut(tensors[aliases[0]], next((plan.kept[name] for name in aliases if name in plan.kept), {}))
             slim.update((name, tensor) for name in aliases if not within(name, plan.removed_blocks))
-        model = emit(empty, slim, plan.removed_blocks).model  # type: ignore[arg-type]
+        model = emit(empty, slim, plan.removed_blocks, epsilons=epsilons(plan)).model  # type: ignore[arg-type]
         try:
             return model is not None and describe(model).is_stock
         except CheckpointError:

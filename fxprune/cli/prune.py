@@ -40,6 +40,10 @@ def prune(
         typer.Option(help="Widths stay multiples of this, or auto; MLPs of 32 by default in a .gguf file, else 1."),
     ] = None,
     uniform: Annotated[bool, typer.Option("--uniform", help="Equal layers, for a stock checkpoint.")] = False,
+    norm: Annotated[
+        str | None,
+        typer.Option(help="Norms over units that go: masked, as with these zeroed, or sliced; a .gguf file: sliced."),
+    ] = None,
     compensate: Annotated[str | None, typer.Option(help="least-squares: refit what stays; none: do not.")] = None,
     tune: Annotated[str | None, typer.Option(help="tune, as in 'tune{epochs=2}', or none.")] = None,
     calibration: Annotated[
@@ -57,15 +61,12 @@ def prune(
     """Prune MODEL and write a checkpoint, plan.json and report.json to OUT; or one file, and these two beside it."""
     with clear_errors():
         options = dict[str, Any](ratio=ratio, group_ratio=group_ratio, importance=importance, taylor=taylor, seed=seed)
+        options.update(reduction=reduction, ranking=ranking, protect=protect, inplace=in_place, uniform=uniform)
         options.update(
             recipe=recipe,
             kinds=None if kinds is None else [kind.strip() for kind in kinds.split(",")],
-            reduction=reduction,
-            ranking=ranking,
-            protect=protect,
             round_to=_multiple(round_to, out),
-            inplace=in_place,
-            uniform=uniform,
+            norm=norm or ("sliced" if out.suffix == ".gguf" else None),  # the format has one epsilon for all norms
             compensate=compensate,
             tune=tune,
         )

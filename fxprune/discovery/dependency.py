@@ -6,7 +6,7 @@ graph whose nodes are :class:`~fxprune.rules.statements.Axis` and whose edges ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -14,8 +14,9 @@ import networkx as nx
 import torch
 from torch import fx
 
-from fxprune.axes import Expr, Factor, Freeze
+from fxprune.axes import Expr, Factor, Freeze, factors
 from fxprune.discovery.bypasses import Bypass, find_bypasses
+from fxprune.discovery.norms import NORMS, KeptNorm, NormReport, find_norms
 from fxprune.discovery.roles import settle_experts
 from fxprune.discovery.zeros import follow_zeros
 from fxprune.graph.blocks import Blocks
@@ -24,7 +25,7 @@ from fxprune.graph.inputs import is_input
 from fxprune.graph.names import tensor_name
 from fxprune.graph.source import Constants
 from fxprune.graph.tensors import get_tensor
-from fxprune.pipeline.arguments import instance, refuse
+from fxprune.pipeline.arguments import instance, one_of, refuse
 from fxprune.rules.apply import apply_rule, fresh_axes
 from fxprune.rules.descriptions import Descriptions
 from fxprune.rules.site import OpSite
@@ -57,6 +58,9 @@ class AxisMap:
         positions: for tensors that hold positions along an axis, what that axis is made of.
         constants: names of those buffers that the model's code makes, and that are none of the model's own.
         rules: for the node of each op, its rule by itself as text.
+        norm: what becomes of norms over units that go, ``sliced`` or ``masked``.
+        norms: averages that are kept as masking has them, which are then not among ``renormalised``.
+        unkept: where norms are to be kept, the nodes whose average cannot be, with the reason.
     """
 
     tensors: dict[str, tuple[Expr, ...]]
@@ -77,30 +81,43 @@ class AxisMap:
     positions: dict[str, Expr] = field(default_factory=dict)
     constants: tuple[str, ...] = ()
     rules: dict[str, str] = field(default_factory=dict)
+    norm: str = "sliced"
+    norms: tuple[KeptNorm, ...] = ()
+    unkept: dict[str, str] = field(default_factory=dict)
 
     def weights(self) -> tuple[str, ...]:
         """Names of parameters and buffers."""
         return (*self.parameters, *self.buffers)
 
+    def keeps_norm_over(self, factor: Factor) -> bool:
+        """Whether a norm that is kept as masking has it runs over a factor."""
+        return any(factor in factors(expr) for norm in self.norms for expr in norm.axes)
 
-def dependency_graph(traced: Traced | fx.GraphModule) -> nx.Graph[Axis]:
+
+def dependency_graph(traced: Traced | fx.GraphModule, norm: str = "sliced") -> nx.Graph[Axis]:
     """The dependency graph of a traced model.
 
     Nodes are axes ``(tensor, index)`` with attributes ``expr``, ``size``, ``role`` (``parameter``, ``buffer`` or
     ``activation``) and ``module``. Edges are the couplings an op imposed, with attributes ``op`` and ``node``. The
     solved axes are ``graph.graph["axes"]``, an :class:`AxisMap`.
 
+    Args:
+        traced: a traced model.
+        norm: what becomes of a norm over fewer units, ``sliced`` or ``masked``; see :mod:`fxprune.discovery.norms`.
+
     Complexity: linear in the number of graph nodes.
 
     Raises:
         ArgumentError: it is no traced model.
+        UnknownNameError: there is no such word for ``norm``.
         PassError: it is a graph that did not come from :func:`fxprune.trace`.
     """
+    one_of("norm", norm, NORMS)
     graph_module = traced.graph_module if isinstance(traced, Traced) else traced
     instance("traced", graph_module, fx.GraphModule, "what fxprune.trace(model) returns")
     facts_of(graph_module)
     stated, rules = _state_equations(graph_module)
-    axes = _solve(graph_module, stated, rules)
+    axes = _solve(graph_module, stated, rules, norm)
     graph: nx.Graph[Axis] = nx.Graph(axes=axes)
     roles = dict.fromkeys(axes.parameters, "parameter") | dict.fromkeys(axes.buffers, "buffer")
     for name, exprs in axes.tensors.items():
@@ -188,7 +205,7 @@ def _freeze_output(node: fx.Node, stated: Statements) -> None:
                 stated.solver.freeze(expr, "positions along it are an output of the model", result.name)
 
 
-def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, str]) -> AxisMap:
+def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, str], norm: str) -> AxisMap:
     solver, facts = stated.solver, facts_of(graph_module)
     blocks, constants = facts[Blocks].paths, facts[Constants].names
     least = settle_experts(stated)
@@ -201,12 +218,16 @@ def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, st
         solver.freeze(factor, freeze.reason, freeze.node)
     attributes = {str(n.target): n for n in graph_module.graph.nodes if n.op == "get_attr"}
     is_parameter = {name: isinstance(get_tensor(graph_module, name), torch.nn.Parameter) for name in attributes}
+    tied = _tied(graph_module, tuple(attributes))
+    own = {name: tied.get(name, name) for name in attributes if name not in constants}
+    averages = {one: tuple(tensors[place.tensor][place.dim] for place in one.places) for one in stated.averages}
+    norms = find_norms(graph_module.graph, averages, zeros.averaged, own) if norm == "masked" else NormReport()
     position = {node: place for place, node in enumerate(graph_module.graph.nodes)}
     return AxisMap(
         tensors=tensors,
         frozen=solver.frozen_factors(),
         tags=solver.tagged_factors(),
-        renormalised=zeros.renormalised,
+        renormalised=_without(zeros.renormalised, {kept.node for kept in norms.kept}),
         summed=zeros.summed,
         size_arguments=tuple(replace(size, expr=solver.resolve(size.expr)) for size in stated.size_arguments),
         unruled=dict(stated.unruled),
@@ -216,12 +237,21 @@ def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, st
         buffers=tuple(name for name, yes in is_parameter.items() if not yes),
         blocks=blocks,
         bypasses=find_bypasses(graph_module.graph, blocks),
-        tied=_tied(graph_module, tuple(attributes)),
+        tied=tied,
         least=least,
         positions={name: solver.resolve(found.expr) for name, found in stated.positions.items()},
         constants=tuple(name for name in attributes if name in constants),
         rules=rules,
+        norm=norm,
+        norms=norms.kept,
+        unkept=dict(norms.reasons),
     )
+
+
+def _without(found: Mapping[Factor, tuple[str, ...]], nodes: Collection[str]) -> dict[Factor, tuple[str, ...]]:
+    """Nodes by factor without some, and without factors that none is left of."""
+    left = {factor: tuple(name for name in names if name not in nodes) for factor, names in found.items()}
+    return {factor: names for factor, names in left.items() if names}
 
 
 def _order(attributes: Mapping[str, fx.Node], position: Mapping[fx.Node, int]) -> dict[str, int]:

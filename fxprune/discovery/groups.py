@@ -213,7 +213,7 @@ def _make_group(axes: AxisMap, factor: Factor, trigger: Axis, reached: set[Axis]
     block = next(iter(owners)) if len(owners) == 1 else None
     kind = _kind(_roles(axes, factor, members), len(owners))
     renormalised = axes.renormalised.get(factor, ())
-    outer = None if renormalised else _outer_factor(axes, factor, reached)
+    outer = None if renormalised or axes.keeps_norm_over(factor) else _outer_factor(axes, factor, reached)
     least = axes.least.get(factor, 1)
     return Group(f"{block or 'model'}/{kind}", kind, members, factor, block, outer, renormalised, trigger, least)
 

@@ -47,11 +47,13 @@ class ZeroReport:
         renormalised: for each factor the nodes that have to run on its kept units, since zeros are not enough there.
         frozen: factors that have to stay, with the reason.
         summed: for each factor the nodes that add up over it.
+        averaged: names of the nodes that take an average over units which are zero there once they are masked.
     """
 
     renormalised: dict[Factor, tuple[str, ...]]
     frozen: dict[Factor, Freeze]
     summed: dict[Factor, tuple[str, ...]]
+    averaged: frozenset[str] = frozenset()
 
 
 def follow_zeros(
@@ -71,7 +73,7 @@ def follow_zeros(
     for node in graph.nodes:
         if node.op == "call_function":
             walk.visit(node)
-    return ZeroReport(_as_tuples(walk.renormalised), walk.frozen, _as_tuples(walk.summed))
+    return ZeroReport(_as_tuples(walk.renormalised), walk.frozen, _as_tuples(walk.summed), frozenset(walk.averaged))
 
 
 def _as_tuples(found: Mapping[Factor, Mapping[str, None]]) -> dict[Factor, tuple[str, ...]]:
@@ -112,6 +114,8 @@ class ZeroWalk:
         self.held: dict[tuple[Axis, Factor], Numbers] = {}
         self.renormalised: dict[Factor, dict[str, None]] = {}
         self.summed: dict[Factor, dict[str, None]] = {}
+        self.averaged: set[str] = set()
+        self.averages = {average.node: average.places for average in stated.averages}
         self.frozen: dict[Factor, Freeze] = {}
         self.outs: dict[str, list[str]] = {}
         for name in tensors:
@@ -137,6 +141,9 @@ class ZeroWalk:
                 self.summed.setdefault(factor, {})[node.name] = None
                 if not any(self.numbers(place, factor) == _ZERO for place in places):
                     self.renormalise(node, factor)
+        averaged = [(place, factor) for place in self.averages.get(node.name, ()) for factor in self.free(place)]
+        if averaged and all(self.numbers(place, factor) == _ZERO for place, factor in averaged):
+            self.averaged.add(node.name)
         for place in self.places(node.name):
             for factor in self.free(place):
                 found = self.result(op, place, factor)

@@ -10,12 +10,15 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from fxprune.emit.emitter import Emission, emit
+from fxprune.emit.epsilons import exaggerated, find_places
 from fxprune.emit.judge import Judge
+from fxprune.emit.names import slim_name
 from fxprune.errors import CheckpointError
 from fxprune.graph.blocks import Blocks, within
 from fxprune.graph.facts import Fact, facts_of
 from fxprune.graph.source import Constants, Source
 from fxprune.graph.tensors import copy_tensor, weights
+from fxprune.removal.norms import scaled_numbers
 from fxprune.removal.plan import kept_of_constants
 from fxprune.removal.removal import Removal
 
@@ -62,7 +65,15 @@ def emit_from_graph(
     """
     dense: PreTrainedModel = source.model if source.dense is None else source.dense  # type: ignore[assignment]
     judge = Judge(slim, dense, inputs)
-    return emit(dense, _tensors(slim, source, removal), removal.removed_blocks, judge, _numbered(slim, removal))
+    epsilons = find_places(slim.graph, dense, scaled_numbers(removal.axes, removal.keep))
+    tensors, removed = _tensors(slim, source, removal), removal.removed_blocks
+    emission = emit(dense, tensors, removed, judge, _numbered(slim, removal), epsilons)
+    if emission.model is None or not epsilons.values:
+        return emission
+    names = {path: slim_name(path, removed) or path for path, _ in epsilons.values}
+    with exaggerated(slim.graph, emission.model, epsilons, names):
+        reads = Judge(slim, dense, inputs).agrees(emission.model)
+    return emission if reads else Emission(None, (f"{next(iter(names))}: its norm does not read what it is to add",))
 
 
 def _tensors(slim: fx.GraphModule, source: Source, removal: Removal) -> dict[str, torch.Tensor]:

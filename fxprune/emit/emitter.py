@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fxprune.emit.assemble import Candidate, candidates_for
 from fxprune.emit.attention import implementations
+from fxprune.emit.epsilons import Places, driving_fields
 from fxprune.emit.layout import Layout, survey
 from fxprune.emit.load import (
     Rename,
@@ -73,6 +74,7 @@ def emit(
     removed_blocks: Sequence[str] = (),
     agrees: Agrees | None = None,
     numbered: Numbered | None = None,
+    epsilons: Places | None = None,
 ) -> Emission:
     """Return a model of the same class that holds the slim tensors, or the reasons why none can.
 
@@ -88,6 +90,7 @@ def emit(
             ``meta`` is taken.
         numbered: which units remain of those that the model's code knows by number: by module path of a block
             (empty for all blocks), by number of units before.
+        epsilons: where the model holds the numbers that norms add, of those that change.
     """
     removed = tuple(removed_blocks)
     layout, twin = attempt(survey, model), attempt(meta_twin, model)
@@ -99,7 +102,10 @@ def emit(
     if refused:
         return Emission(None, refused)
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    task = EmissionTask(model, layout, model_rebuilder(model, layout), wanted, removed, numbered or {})
+    places = epsilons or Places()
+    if places.reasons:
+        return Emission(None, places.reasons[:_MOST_REASONS])
+    task = EmissionTask(model, layout, model_rebuilder(model, layout), wanted, removed, numbered or {}, places)
     return _first_that_fits(task, tensors, agrees, _running(_same_class(twin)))
 
 
@@ -163,11 +169,23 @@ def _candidates(task: EmissionTask) -> Iterator[Candidate]:
     """Yield different candidates, the likeliest first; they are made as they are asked for."""
     tried: list[Recipe] = []
     shared_widths = shared_widths_for(task.rebuilder, task.outside())
-    plain = chain.from_iterable(candidates_for(task, shared) for shared in shared_widths)
+    fields = driving_fields(task.model, task.layout.part, task.epsilons, task.removed)
+    made = chain.from_iterable(candidates_for(task, shared) for shared in shared_widths)
+    plain = (_adding(candidate, task.epsilons, fields) for candidate in made)
     for candidate in chain.from_iterable((*_selecting(task, one), one) for one in plain):
         if candidate.recipe not in tried:
             tried.append(candidate.recipe)
             yield candidate
+
+
+def _adding(candidate: Candidate, epsilons: Places, fields: Mapping[str, float]) -> Candidate:
+    """Return a candidate whose norms add the numbers that they are to."""
+    recipe = candidate.recipe
+    attributes = {path: dict(own) for path, own in recipe.attributes.items()}
+    for path, own in epsilons.attributes.items():
+        attributes.setdefault(path, {}).update(own)
+    changed = dataclasses.replace(recipe, attributes=attributes, epsilons=fields)
+    return dataclasses.replace(candidate, recipe=changed)
 
 
 def _selecting(task: EmissionTask, candidate: Candidate) -> Iterator[Candidate]:

@@ -38,7 +38,7 @@ def part_of(config: PreTrainedConfig, part: str) -> PreTrainedConfig:
     return nested
 
 
-def write_fields(config: PreTrainedConfig, fields: Mapping[str, int]) -> None:
+def write_fields(config: PreTrainedConfig, fields: Mapping[str, float]) -> None:
     """Give fields their values with no validation: widths that no stock config allows are the point."""
     vars(config).update(fields)
 

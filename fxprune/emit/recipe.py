@@ -29,10 +29,12 @@ class Recipe(Overrides):
 
     Args:
         fields: config fields that the whole model changes.
+        epsilons: config fields with what norms add, of those that it changes.
         removed: module paths of the blocks that are gone.
     """
 
     fields: Mapping[str, int] = field(default_factory=dict)
+    epsilons: Mapping[str, float] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def rebuild(dense: PreTrainedModel, recipe: Recipe, layout: Layout | None = None
     overrides = dataclasses.replace(recipe, built_at=built_at, inputs=combined_inputs(dense, recipe.inputs))
     with on_meta():
         config = copy.deepcopy(dense.config)
-        write_fields(part_of(config, layout.part), recipe.fields)
+        write_fields(part_of(config, layout.part), {**recipe.fields, **recipe.epsilons})
         model = call_foreign(type(dense), config)
         build_blocks(model, part_of(model.config, layout.part), overrides, like=dense)
     carry_over(dense, model)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
+from fxprune.emit.epsilons import Places
 from fxprune.emit.layout import Layout
 from fxprune.emit.rebuilders import Rebuilder
 from fxprune.emit.snapshot import Shape
@@ -27,6 +28,7 @@ class EmissionTask:
         wanted: shape by dense name of every tensor that remains.
         removed: module paths of the blocks that are gone.
         numbered: which units remain of those that the model knows by number.
+        epsilons: where it holds the numbers that norms add, of those that change.
     """
 
     model: PreTrainedModel
@@ -35,6 +37,7 @@ class EmissionTask:
     wanted: Mapping[str, Shape]
     removed: tuple[str, ...] = ()
     numbered: Numbered = field(default_factory=dict)
+    epsilons: Places = field(default_factory=Places)
 
     def outside(self) -> dict[str, Shape]:
         """Return the wanted shapes outside the blocks."""

@@ -22,10 +22,12 @@ class Cut:
     Args:
         names: the names of the tensor in the model.
         pieces: for each axis that was cut, in turn, the kept positions, those that went, and what stood there.
+        whole: the tensor as it was, where what is left of it has other values; there are no pieces then.
     """
 
     names: tuple[str, ...]
     pieces: tuple[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor], ...]
+    whole: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +73,7 @@ def put_back(source: Source) -> None:
         for axis, kept, gone, piece in reversed(cut.pieces):
             shape = [*value.shape[:axis], len(kept) + len(gone), *value.shape[axis + 1 :]]
             value = value.new_empty(shape).index_copy_(axis, kept, value).index_copy_(axis, gone, piece)
-        whole = as_parameter(value, slim)
+        whole = as_parameter(value, slim) if cut.whole is None else cut.whole
         for name in cut.names:
             set_tensor(source.model, name, whole)
 

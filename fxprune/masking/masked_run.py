@@ -4,6 +4,9 @@ Weights are read, cast to float32 and masked one at a time as the graph asks for
 model is ever held. Where a statistic runs over a masked axis (a norm over fewer channels) it is taken over the kept
 units: that is what ``renormalised`` means, and the only place where masking is more than zeroing. For a top-k over
 experts it means that those that go are never chosen, as if their scores were minus infinity.
+
+Norms that are kept as masking has them see the zeros. In half precision their weights are read as the slim graph will
+have them, rounded to that precision once they are multiplied by what fewer units lack.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from fxprune.graph.arguments import with_argument
 from fxprune.graph.compat import tree_leaves
 from fxprune.graph.inputs import example_of
 from fxprune.graph.names import output_name, tensor_name
+from fxprune.removal.norms import scaled_weights
 from fxprune.rules.aliasing import written_sources
 
 __all__ = ["MaskedRun", "PreciseRun", "UntouchedRun", "output_tensors"]
@@ -110,6 +114,7 @@ class MaskedRun(PreciseRun):
             for name in nodes if factor in self.touched else ():
                 units = {**self.statistics.get(name, Keep()).units, factor: keep.units[factor]}
                 self.statistics[name] = Keep(units)
+        self.scaled = scaled_weights(axes, keep)
         for target, source in self.bypassed.items() if garbage_collect_values else ():
             self._keep_until(self.nodes[source], self.nodes[target])
 
@@ -131,6 +136,10 @@ class MaskedRun(PreciseRun):
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Return the weight ``target`` with the slices that go set to zero."""
         value = super().get_attr(target, args, kwargs)
+        scaling = self.scaled.get(self.axes.tied.get(str(target), str(target)))
+        if scaling is not None:
+            stored = fx.Interpreter.get_attr(self, target, args, kwargs)
+            value = scaling.rounded(stored).to(value.dtype) if stored.dtype in _NARROW else value
         for axis, expr in enumerate(self.axes.tensors.get(str(target), ())):
             if self.touched.intersection(factors(expr)):
                 mask = torch.from_numpy(kept_mask(expr, self.keep).copy()).to(value.device)

@@ -55,6 +55,10 @@ class Options:
             then loads in stock transformers, and in whatever reads its format. ``protect`` must be empty or None.
         tensor_parallel: devices that share each layer: MLP channels and heads of one that shrinks are multiples of it.
         budget: what ``ratio`` is of: ``params``, ``macs``, ``kv`` (bytes of the key-value cache), ``bytes@q8_0``, ..
+        norm: what becomes of a norm over units that go, such as channels of the residual stream: ``sliced``, an average
+            of those that stay; or ``masked``, what it is with the others zeroed, so that removing them is exact: its
+            weight and its epsilon change. A norm that has no such form stays sliced, and the notes say so. With
+            ``uniform`` they are sliced unless this says otherwise: a stock config may have one epsilon for all.
         steps: how often it scores: after each step a part has gone, what stays is fitted, and the rest scored again.
         select: a registered selection pass, or a pass, in place of what ``ratio`` or ``group_ratio`` stands for.
         compensate: ``least-squares``, perhaps with arguments: weights that lost inputs are fitted to what the dense
@@ -84,6 +88,7 @@ class Options:
     uniform: bool = False
     tensor_parallel: int = 1
     budget: str = "params"
+    norm: str | None = None
     steps: int = 1
     select: str | Pass | None = None
     compensate: str | Pass | None = None
@@ -115,6 +120,7 @@ class Options:
         memory = _LITTLE_MEMORY if self.inplace else None
         return {
             "": said({"seed": self.seed or None, "track": self.track}),
+            "discover": said({"norm": self.norm or ("sliced" if self.uniform else None)}),
             "importance": said({"kinds": kinds, "reduction": self.reduction, "memory": memory}),
             "select": widths,
             "tune": said({"tokenizer": self.tokenizer}),

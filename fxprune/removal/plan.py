@@ -13,6 +13,7 @@ import numpy.typing as npt
 from fxprune.axes import Expr, Factor, Keep, factors, kept_mask, unit_index
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group
+from fxprune.discovery.norms import NORMS
 from fxprune.errors import PlanError
 from fxprune.graph.attempts import clear_errors
 from fxprune.graph.blocks import within
@@ -35,6 +36,7 @@ class Plan:
         removed_blocks: module paths of blocks that go as a whole.
         sizes: for each name and axis in ``kept``, the size of the axis in the model that the plan was made for; where
             it is not known, a plan of a smaller model is not told from one of this.
+        norm: what becomes of norms over units that go, ``sliced`` or ``masked``, as in :func:`fxprune.prune`.
 
     Raises:
         PlanError: it is made of something else.
@@ -43,6 +45,7 @@ class Plan:
     kept: Mapping[str, Mapping[int, list[int]]] = field(default_factory=dict)
     removed_blocks: tuple[str, ...] = ()
     sizes: Mapping[str, Mapping[int, int]] = field(default_factory=dict, compare=False)
+    norm: str = "sliced"
 
     def __post_init__(self) -> None:
         """Refuse what is no plan."""
@@ -58,6 +61,8 @@ class Plan:
         blocks: Any = self.removed_blocks
         if not isinstance(blocks, tuple) or not all(isinstance(block, str) for block in blocks):
             raise _no_plan("removed_blocks", f"they are {told(blocks)}, not a tuple of module paths")
+        if self.norm not in NORMS:
+            raise _no_plan("norm", f"it is {told(self.norm)}, not one of {', '.join(NORMS)}")
 
     def to_json(self) -> str:
         """Return the plan as a JSON document."""
@@ -66,7 +71,9 @@ class Plan:
             for held in (self.kept, self.sizes)
         )
         blocks = list(self.removed_blocks)
-        return json.dumps({"version": _VERSION, "kept": kept, "removed_blocks": blocks, "sizes": sizes})
+        return json.dumps(
+            {"version": _VERSION, "kept": kept, "removed_blocks": blocks, "sizes": sizes, "norm": self.norm}
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -88,7 +95,8 @@ class Plan:
             )
         blocks = data.get("removed_blocks")
         kept, sizes = (_by_axis(what, data.get(what, default)) for what, default in (("kept", None), ("sizes", {})))
-        return cls(kept, tuple(blocks) if isinstance(blocks, list) else blocks, sizes)  # type: ignore[arg-type]
+        held: Any = tuple(blocks) if isinstance(blocks, list) else blocks
+        return cls(kept, held, sizes, data.get("norm", NORMS[0]))
 
 
 def _no_plan(where: str, what: str) -> PlanError:
@@ -117,7 +125,7 @@ def plan_of(axes: AxisMap, keep: Keep, removed_blocks: tuple[str, ...] = ()) -> 
     own = [name for name in axes.weights() if name not in axes.constants and not within(name, removed_blocks)]
     kept = _kept(axes, keep, own)
     sizes = {name: {axis: axes.tensors[name][axis].size for axis in by_axis} for name, by_axis in kept.items()}
-    return Plan(kept, removed_blocks, sizes)
+    return Plan(kept, removed_blocks, sizes, axes.norm)
 
 
 def kept_of_constants(axes: AxisMap, keep: Keep) -> dict[str, dict[int, list[int]]]:

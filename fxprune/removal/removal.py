@@ -16,6 +16,7 @@ from fxprune.axes import Keep
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group
 from fxprune.graph.facts import Change, Fact
+from fxprune.removal.norms import Scaling, scaled_weights
 from fxprune.removal.plan import Plan, kept_of_constants, plan_of
 from fxprune.removal.scores import Scores
 
@@ -52,6 +53,11 @@ class Removal(Fact):
     def kept(self) -> dict[str, Mapping[int, list[int]]]:
         """Kept indices of every tensor the graph reads, what the model's code makes included."""
         return {**self.plan.kept, **kept_of_constants(self.axes, self.keep)}
+
+    @cached_property
+    def scaled(self) -> dict[str, Scaling]:
+        """How the weights of norms change that are kept as masking has them."""
+        return scaled_weights(self.axes, self.keep)
 
 
 @dataclass(frozen=True, eq=False)

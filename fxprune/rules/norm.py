@@ -33,6 +33,8 @@ def layer_norm(op: OpSite) -> None:
             parameter = op.tensor(name)
             if parameter is not None:
                 op.tie(parameter, j, x, first + j)
+    if op.name != "layer_norm" and op.arg("eps") is not None:  # w x / sqrt(mean(x x) + eps); without eps, one by dtype
+        op.average(x, range(first, x.rank), power=0.5, epsilon="eps", weight="weight")
 
 
 @rule("instance_norm")

@@ -13,7 +13,7 @@ from torch import fx
 
 from fxprune.graph.compat import size_hint, tree_leaves
 
-__all__ = ["outcome"]
+__all__ = ["drawn", "outcome"]
 
 _DRAWS = 32
 """Numbers that stand for anything: enough to hold both signs, small and large ones, and both truth values for sure."""
@@ -69,8 +69,8 @@ def _results(function: Callable[..., Any], args: Any, kwargs: Any, use_numbers: 
 
     def fill(argument: Any) -> Any:
         if isinstance(argument, _Stand):
-            drawn = _drawn(argument.dtype, generator)
-            return torch.full_like(drawn, argument.number) if use_numbers and argument.number is not None else drawn
+            found = drawn(argument.dtype, generator)
+            return torch.full_like(found, argument.number) if use_numbers and argument.number is not None else found
         if isinstance(argument, list | tuple):
             return [fill(item) for item in argument]
         return {name: fill(item) for name, item in argument.items()} if isinstance(argument, dict) else argument
@@ -80,7 +80,7 @@ def _results(function: Callable[..., Any], args: Any, kwargs: Any, use_numbers: 
     return torch.cat([part.reshape(-1).to(torch.float64) for part in parts])
 
 
-def _drawn(dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+def drawn(dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """Floats of both signs, small and large; complex ones; whole numbers above zero; both truth values."""
     if dtype == torch.bool:
         return torch.rand(_DRAWS, generator=generator) < 0.5

@@ -68,6 +68,8 @@ def reduce(op: OpSite) -> None:
     dims = _dims(op, x)
     for i in dims:
         op.take_statistic(x, i)
+    if op.name == "mean":
+        op.average(x, dims, power=-1)
     _keep_others(op, x, dims)
 
 

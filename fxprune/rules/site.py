@@ -16,6 +16,7 @@ from fxprune.graph.names import tensor_name
 from fxprune.rules.statements import (
     ActivationProduct,
     AtLeast,
+    Average,
     Axis,
     Competition,
     Coupling,
@@ -215,6 +216,12 @@ class OpSite:
     def take_statistic_of(self, expr: Expr) -> None:
         """State that this op takes a statistic over ``expr``: removing units changes it."""
         self._stated.statistics.append(Statistic(expr, self.node.name))
+
+    def average(self, x: TensorAxes, dims: Sequence[int], power: float, epsilon: str = "", weight: str = "") -> None:
+        """State that this op takes an average over axes of ``x``; see :class:`~fxprune.rules.statements.Average`."""
+        places = tuple(Axis(x.name, i % x.rank) for i in dims)
+        paths = (self.arguments.path(name) if name and self.arg(name) is not None else () for name in (epsilon, weight))
+        self._stated.averages.append(Average(self.node.name, places, power, *paths))
 
     def add_up(self, *places: tuple[TensorAxes, int]) -> None:
         """State that this op multiplies tensors and adds up over one axis, which ``places`` name in each of them.

@@ -15,6 +15,7 @@ from fxprune.axes import Expr, Freeze, Solver
 __all__ = [
     "ActivationProduct",
     "AtLeast",
+    "Average",
     "Axis",
     "Competition",
     "Coupling",
@@ -127,6 +128,28 @@ class Statistic:
 
 
 @dataclass(frozen=True)
+class Average:
+    """An op adds up over axes and divides by how many units they have, or works with what comes of that.
+
+    Where masked units are zero there, the average of ``k`` kept ones of ``n`` is ``n / k`` times that of all.
+
+    Args:
+        node: name of the node.
+        places: the axes, in its input.
+        power: what the result has to be multiplied by to be that of all, as a power of ``n / k``.
+        epsilon: where in the node a number stands that is added to the average, and has to be multiplied by ``n / k``
+            for that; empty where there is none.
+        weight: where in the node the tensor stands that multiplies the result; empty where there is none.
+    """
+
+    node: str
+    places: tuple[Axis, ...]
+    power: float
+    epsilon: tuple[Any, ...] = ()
+    weight: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sum:
     """An op multiplies tensors and adds up over one axis: units that are zero in one of them can go.
 
@@ -233,6 +256,7 @@ class Statements:
         couplings: pairs of axes that ops couple.
         size_arguments: numbers in the graph that are sizes.
         statistics: what runs over an axis and needs the kept units alone.
+        averages: those that are averages, which can be told what they would be over all units.
         sums: what adds up over an axis.
         held: what masked units hold along axes of results, where the rule says so.
         positions: for integer tensors that hold positions along an axis, which axis.
@@ -249,6 +273,7 @@ class Statements:
     couplings: list[Coupling] = field(default_factory=list)
     size_arguments: list[SizeArgument] = field(default_factory=list)
     statistics: list[Statistic] = field(default_factory=list)
+    averages: list[Average] = field(default_factory=list)
     sums: list[Sum] = field(default_factory=list)
     held: dict[Axis, Held] = field(default_factory=dict)
     positions: dict[str, Positions] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from fxprune.emit.own_forward import check_own_forward
 from fxprune.graph.facts import Change, Fact, Runnable, facts_of
 from fxprune.graph.source import Source
 from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.removal.norms import scaled_numbers
 from fxprune.removal.removal import Removed
 from fxprune.trace.inputs import is_hugging_face
 
@@ -47,7 +48,8 @@ class EmitModelPass(Pass):
         if not is_hugging_face(source.model):
             removal = facts[Removed].removal
             if source.shares and (removal.kept or removal.removed_blocks):
-                check_own_forward(graph_module, source, facts[VerificationInputs].values)
+                numbers = scaled_numbers(removal.axes, removal.keep)
+                check_own_forward(graph_module, source, facts[VerificationInputs].values, numbers)
             facts.put(Emitted(None, ("the model passed is not a Hugging Face model",)))
             return PassResult(graph_module, False)
         emission = emit_from_graph(graph_module, source, facts[Removed].removal, facts[VerificationInputs].values)

@@ -13,6 +13,7 @@ from fxprune.graph.facts import Change, Fact, Notes, Runnable, facts_of
 from fxprune.masking.compare import Verified
 from fxprune.masking.masked_run import UntouchedRun
 from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.removal.norms import unkept_in
 from fxprune.removal.removal import Removed
 from fxprune.removal.report import Report, Work, frozen_reasons, renormalised_in, widths_of
 from fxprune.trace.fidelity import Fidelity
@@ -36,6 +37,8 @@ class MakeReportPass(Pass):
         work, removal = facts[Work], facts[Removed].removal
         verified, emitted, notes = facts.get(Verified), facts.get(Emitted), facts.get(Notes)
         traced = facts.get(Fidelity) or Fidelity(None)
+        renormalised = renormalised_in(removal.groups, removal.keep)
+        unkept = unkept_in(removal.axes, dict.fromkeys(node for nodes in renormalised.values() for node in nodes))
         report = Report(
             parameters=(work.parameters, count_parameters(graph_module)),
             macs=(work.macs, count_macs(graph_module, work.tokens, UntouchedRun)),
@@ -43,14 +46,14 @@ class MakeReportPass(Pass):
             ratio=removal.asked.get("ratio"),
             group_ratio=removal.asked.get("group_ratio"),
             widths=widths_of(removal.groups, removal.keep),
-            renormalised=renormalised_in(removal.groups, removal.keep),
+            renormalised=renormalised,
             removed_blocks=removal.removed_blocks,
             frozen=frozen_reasons(removal.axes),
             verification_error=None if verified is None else verified.error,
             fidelity=traced.error,
             gradient_fidelity=traced.gradients,
             model_reasons=() if emitted is None or emitted.model is not None else emitted.reasons,
-            notes=() if notes is None else notes.lines,
+            notes=(*(() if notes is None else notes.lines), *unkept),
         )
         facts.put(report)
         return PassResult(graph_module, False)

@@ -11,16 +11,18 @@ from typing import Any, ClassVar
 from torch import fx
 
 from fxprune.checkpoint.stock import stock_test
-from fxprune.discovery.dependency import Dependencies
+from fxprune.discovery.dependency import AxisMap, Dependencies
 from fxprune.discovery.explain import unruled
 from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds
+from fxprune.emit.epsilons import Places, find_places
 from fxprune.errors import FxpruneError, PassError, RatioError
 from fxprune.graph.facts import Change, Fact, add_note, facts_of
 from fxprune.graph.source import Source
 from fxprune.masking.compare import Expected
 from fxprune.pipeline.arguments import flag, numbers, one_of, refuse, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
-from fxprune.removal.plan import Plan
+from fxprune.removal.norms import scaled_numbers
+from fxprune.removal.plan import Plan, keep_of
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 
@@ -130,7 +132,7 @@ class SelectPass(Pass):
         rounding = Rounding.on(graph_module, self.round_to, self.tensor_parallel)
         budget = make_budget(self.budget, graph_module, axes)
         sizes = by_kind(budget, groups.of_kinds(self.kinds))
-        accepts = stock_test(facts.get(Source)) if self.uniform else lambda _: True
+        accepts = _stock_test(graph_module, axes, groups.all) if self.uniform else lambda _: True
         note = partial(add_note, graph_module)
 
         def selection_by(scores: Scores) -> Selection:
@@ -172,6 +174,18 @@ class SelectPass(Pass):
     @abstractmethod
     def choose(self, selection: Selection) -> list[Choice]:
         """Return a choice for each slot."""
+
+
+def _stock_test(graph_module: fx.GraphModule, axes: AxisMap, groups: tuple[Group, ...]) -> Callable[[Plan], bool]:
+    """Return a test of plans: would the slim model load in stock transformers from its config alone?"""
+    source = facts_of(graph_module).get(Source)
+
+    def epsilons(plan: Plan) -> Places:
+        if source is None or not axes.norms:
+            return Places()
+        return find_places(graph_module.graph, source.model, scaled_numbers(axes, keep_of(axes, groups, plan)))
+
+    return stock_test(source, epsilons)
 
 
 def _with_unruled(error: RatioError, frozen: Mapping[str, Sequence[str]]) -> RatioError:

@@ -13,6 +13,7 @@ from fxprune.graph.arguments import read_argument, set_argument
 from fxprune.graph.facts import Fact, Runnable, facts_of
 from fxprune.masking.compare import Expected
 from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.removal.norms import scaled_numbers
 from fxprune.removal.removal import Removed, Sliced
 
 __all__ = ["RewriteLiteralsPass"]
@@ -22,7 +23,8 @@ __all__ = ["RewriteLiteralsPass"]
 class RewriteLiteralsPass(Pass):
     """Makes view sizes, slice bounds, split sizes, normalised shapes, repeat and group counts fit the slim axes.
 
-    A size computed at run time that has a pruned part (batch times heads) is scaled by new over old.
+    A size computed at run time that has a pruned part (batch times heads) is scaled by new over old. What is added to
+    an average is multiplied by old over new where a norm is kept as masking has it.
     """
 
     name: ClassVar[str] = "rewrite-literals"
@@ -51,6 +53,10 @@ class RewriteLiteralsPass(Pass):
             size = _scaled(node, current, old, new) if dynamic else new + literal.offset
             set_argument(node, literal.path, size)
             changed = True
+        for (name, path), number in scaled_numbers(removal.axes, removal.keep).items():
+            if name in nodes:
+                set_argument(nodes[name], path, number.after)
+                changed = True
         facts.put(Removed(removal))
         facts.put(Runnable())
         graph_module.recompile()

@@ -14,6 +14,7 @@ from fxprune.graph.source import Cut, Source
 from fxprune.graph.tensors import as_parameter, copy_tensor, get_tensor, names_by_identity, set_tensor, weights
 from fxprune.masking.compare import Expected
 from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.removal.norms import Scaling
 from fxprune.removal.removal import Bypassed, Removal, Sliced
 from fxprune.trace.twin import meta_twin
 
@@ -23,6 +24,8 @@ __all__ = ["SliceParametersPass", "cut_tensor", "slice_tensor"]
 @dataclass(frozen=True, eq=False)
 class SliceParametersPass(Pass):
     """Leaves of every tensor the kept indices alone, and of constants of the code too; tied tensors stay tied.
+
+    Weights of norms that are kept as masking has them are multiplied by what these lack over fewer units.
 
     What loses nothing is copied, so that nothing is shared with the dense model. In place on a graph that shares its
     tensors with the model it was traced from, it is left alone, and the model is given the slim tensors as well, one at
@@ -46,19 +49,30 @@ class SliceParametersPass(Pass):
         if source is not None and source.shares:
             _cut_in_place(graph_module, removal, source)
         else:
-            for names, kept in _tied(graph_module, removal):
-                _put(graph_module, names, slice_tensor(get_tensor(graph_module, names[0]), kept))
+            for names, kept, scaling in _tied(graph_module, removal):
+                slim = slice_tensor(get_tensor(graph_module, names[0]), kept)
+                _put(graph_module, names, _scaled(slim, scaling))
         facts.put(Sliced(removal))
-        return PassResult(graph_module, bool(removal.kept))
+        return PassResult(graph_module, bool(removal.kept or removal.scaled))
 
 
-def _tied(graph_module: fx.GraphModule, removal: Removal) -> list[tuple[list[str], Mapping[int, list[int]]]]:
-    """For each tensor the graph reads, its names there and the kept indices of the axes that it loses from."""
+def _tied(
+    graph_module: fx.GraphModule, removal: Removal
+) -> list[tuple[list[str], Mapping[int, list[int]], Scaling | None]]:
+    """For each tensor the graph reads, its names there, the kept indices of axes it loses from, and how it changes."""
     tied: dict[int, list[str]] = {}
     for name, tensor in weights(graph_module):
         tied.setdefault(id(tensor), []).append(name)
-    kept_of = removal.kept
-    return [(names, next((kept_of[name] for name in names if name in kept_of), {})) for names in tied.values()]
+    kept_of, scaled = removal.kept, removal.scaled
+    found = []
+    for names in tied.values():
+        kept = next((kept_of[name] for name in names if name in kept_of), {})
+        found.append((names, kept, next((scaled[name] for name in names if name in scaled), None)))
+    return found
+
+
+def _scaled(tensor: torch.Tensor, scaling: Scaling | None) -> torch.Tensor:
+    return tensor if scaling is None else as_parameter(scaling.of(tensor.detach()), tensor)
 
 
 def _cut_in_place(graph_module: fx.GraphModule, removal: Removal, source: Source) -> None:
@@ -66,15 +80,17 @@ def _cut_in_place(graph_module: fx.GraphModule, removal: Removal, source: Source
     facts, model = facts_of(graph_module), source.model
     aliases, source = names_by_identity(model), replace(source, dense=meta_twin(model))
     facts.put(source)
-    for names, kept in _tied(graph_module, removal):
-        if not kept:
+    for names, kept, scaling in _tied(graph_module, removal):
+        if not kept and scaling is None:
             continue
         dense = get_tensor(graph_module, names[0])
         slim, pieces = cut_tensor(dense, kept)
         own = aliases.get(id(dense), ())
         if own:
-            source = replace(source, cut=(*source.cut, Cut(own, pieces)))
+            cut = Cut(own, pieces) if scaling is None else Cut(own, (), dense)
+            source = replace(source, cut=(*source.cut, cut))
             facts.put(source)
+        slim = _scaled(slim, scaling)
         _put(model, own, slim)
         _put(graph_module, names, slim)
 

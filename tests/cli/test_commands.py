@@ -127,7 +127,7 @@ def test_prune_passes_its_options_on(folder: str, out: Path, monkeypatch: pytest
     monkeypatch.setattr(fxprune, "prune", prune)
     values = {"ratio": 0.3, "group_ratio": 0.25, "importance": "l1", "taylor": "first", "reduction": "max"}
     values |= {"ranking": "global", "round_to": 4, "seed": 7, "compensate": "least-squares", "tune": "none"}
-    values |= {"recipe": "fast"}
+    values |= {"recipe": "fast", "norm": "masked"}
     flags = [item for name, value in values.items() for item in (f"--{name.replace('_', '-')}", value)]
     code, _ = run("prune", folder, "--out", out, "--kinds", "mlp, expert", "--protect", 1, 2, "--in-place", *flags)
     assert code == 2

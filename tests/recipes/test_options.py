@@ -24,9 +24,11 @@ def test_what_is_said_reaches_its_stage() -> None:
     assert given["importance"] == {"kinds": ("mlp",), "reduction": "max", "memory": 0.1}
     assert given["select"] == {"kinds": ("mlp",), "ratio": 0.3, "round_to": 8}
     assert given[""] == {"seed": 3} and given["tune"] == {}
-    assert Options().by_stage == {"": {}, "importance": {}, "select": {}, "tune": {}}
+    assert Options().by_stage == {"": {}, "discover": {}, "importance": {}, "select": {}, "tune": {}}
     assert Options(ratio={"mlp": 0.1}).by_stage["select"]["kinds"] == ("mlp",)
     assert Options(uniform=True).by_stage["select"] == {"uniform": True, "protect": ()}
+    assert Options(uniform=True).by_stage["discover"] == {"norm": "sliced"}
+    assert Options(uniform=True, norm="masked").by_stage["discover"] == {"norm": "masked"}
 
 
 def test_what_makes_no_sense_is_refused() -> None:

@@ -163,7 +163,8 @@ def _epsilon(model: nn.Module) -> float:
     }
     if len(set(found.values())) > 1:
         told = f"normalisations differ in epsilon: {sorted(set(found.values()))}"
-        raise ExportError(told, where=next(iter(found)), remedy=_OTHERS)
+        remedy = f"{_OTHERS}; a prune with norm='sliced' leaves them as they were"
+        raise ExportError(told, where=next(iter(found)), remedy=remedy)
     return next(iter(found.values()), 1e-5)
 
 

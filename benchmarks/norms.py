@@ -1,0 +1,228 @@
+"""Norms over fewer units, as masking has them and as an average of those that stay: `python -m benchmarks.norms`.
+
+Both sides remove the same units. Width is measured on the demo model, by the perplexity of held-out text. No model at
+hand has latents under a norm, or heads under a norm over all of them: small ones are trained here, for a minute or two
+each, on the bytes of the built-in text, and measured on held-out bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import fxprune
+from benchmarks.demo_model import load_demo_model
+from benchmarks.environment import environment
+from benchmarks.perplexity import perplexity
+from benchmarks.text import offline_text, split_calibration_heldout, token_windows
+
+__all__ = ["SMALL", "Row", "app", "loss", "small_rows", "trained", "width_rows"]
+
+RESULTS = Path(__file__).parent / "results" / "norms.json"
+
+NORMS = ("sliced", "masked")
+
+_SMALL = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 256,
+}
+_LATENT = {
+    **_SMALL,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 48,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+}
+SMALL: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
+    "latents": ("deepseek_v3", _LATENT, "mlp"),
+    "heads under one norm": ("olmo2", {**_SMALL, "num_key_value_heads": 8}, "head"),
+}
+"""By what is removed: a type of model, its sizes, and the kind of groups; of these, those that a norm runs over."""
+
+app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: the same units removed, norms one way and the other.
+
+    Attributes:
+        what: what is removed, and from what.
+        removed: the fraction of it.
+        fitted: whether what stays was fitted by least squares.
+        measure: what the figures are.
+        sliced: with an average of the units that stay.
+        masked: as masking has it.
+        dense: the same figure before.
+        models: over how many models the figures are means.
+    """
+
+    what: str
+    removed: float
+    fitted: bool
+    measure: str
+    sliced: float
+    masked: float
+    dense: float
+    models: int = 1
+
+
+def width_rows(ratios: tuple[float, ...], samples: int, windows: int) -> Iterator[Row]:
+    """Perplexity of the demo model with channels of the residual stream removed.
+
+    Args:
+        ratios: fractions of the parameters.
+        samples: of calibration text, to score and to fit by.
+        windows: of held-out text, of 128 tokens.
+    """
+    model, tokenizer = load_demo_model()
+    texts = split_calibration_heldout(offline_text())
+    calibration, heldout = (
+        token_windows(tokenizer, text, 128, limit) for text, limit in zip(texts, (samples, windows), strict=True)
+    )
+    options: dict[str, Any] = {"kinds": ["channel"], "protect": (), "recipe": "llm-pruner", "calibration": calibration}
+    scored = fxprune.prune(model, **options, ratio=ratios[0], taylor="second", verify=False)
+    scores = fxprune.facts_of(scored.graph_module)[fxprune.Removed].removal.scores
+    del scored
+    dense = perplexity(model, heldout)
+    for ratio in ratios:
+        for fit in ("none", "least-squares{reach=stream}"):
+            found = {}
+            for norm in NORMS:
+                result = fxprune.prune(model, **options, ratio=ratio, scores=scores, compensate=fit, norm=norm)
+                found[norm] = perplexity(result.model or result.graph_module, heldout)
+            yield Row(
+                "width, SmolLM2-135M-Instruct",
+                ratio,
+                fit != "none",
+                "perplexity",
+                found["sliced"],
+                found["masked"],
+                dense,
+            )
+
+
+def small_rows(ratio: float, models: int, steps: int) -> Iterator[Row]:
+    """Loss of small models with units removed that a norm runs over.
+
+    Args:
+        ratio: fraction of the units of each group.
+        models: how many of each type, trained from other random weights.
+        steps: of training.
+    """
+    texts = split_calibration_heldout(offline_text(), 0.8)
+    learned, heldout = (_windows(text.encode(), count) for text, count in zip(texts, (4096, 256), strict=True))
+    for what in SMALL:
+        found: dict[str, list[tuple[float, ...]]] = {}
+        for seed in range(models):
+            model = trained(what, learned, steps, seed)
+            for criterion in ("random", "taylor{order=second}"):
+                losses = (loss(slim, heldout) for slim in _slim(what, model, learned[:16], ratio, criterion, seed))
+                found.setdefault(criterion, []).append((loss(model, heldout), *losses))
+        for criterion, several in found.items():
+            dense, sliced, masked = (mean(column) for column in zip(*several, strict=True))
+            told = f"{what}, {criterion.partition('{')[0]} scores"
+            yield Row(told, ratio, False, "nats per byte", sliced, masked, dense, models)
+
+
+def _windows(text: bytes, count: int) -> torch.Tensor:
+    """Windows of 64 bytes, spread over a text: `(windows, 64)`."""
+    starts = torch.linspace(0, len(text) - 64, count).long()
+    return torch.stack([torch.tensor(list(text[start : start + 64])) for start in starts.tolist()])
+
+
+def _slim(
+    what: str, model: PreTrainedModel, ids: torch.Tensor, ratio: float, criterion: str, seed: int
+) -> Iterator[torch.nn.Module]:
+    """The model with the same units removed, norms sliced and then masked."""
+    kind = SMALL[what][2]
+    groups = fxprune.find_groups(fxprune.dependency_graph(fxprune.trace(model)))
+    names = {group.name for group in groups if group.renormalised and group.kind == kind}
+    options: dict[str, Any] = {"kinds": [kind], "group_ratio": ratio, "protect": (), "importance": criterion}
+    whole = fxprune.prune(model, ids, seed=seed, recipe="llm-pruner", norm="sliced", **options)
+    kept = _only(whole, names)
+    yield from (fxprune.apply(model, kept, norm=norm).graph_module for norm in NORMS)
+
+
+def _only(result: fxprune.Result, names: set[str]) -> fxprune.Plan:
+    """The plan of a prune, of the groups of these names alone."""
+    groups = fxprune.facts_of(result.graph_module)[fxprune.Removed].removal.groups
+    members = {(member.name, member.axis) for group in groups if group.name in names for member in group.members}
+    kept = {
+        name: {axis: index for axis, index in by_axis.items() if (name, axis) in members}
+        for name, by_axis in result.plan.kept.items()
+    }
+    return fxprune.Plan({name: by_axis for name, by_axis in kept.items() if by_axis})
+
+
+def trained(what: str, windows: torch.Tensor, steps: int, seed: int) -> PreTrainedModel:
+    """A small model, trained on windows of bytes; the same for the same seed."""
+    kind, sizes, _ = SMALL[what]
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in range(steps):
+        batch = windows[torch.randint(len(windows), (16,))]
+        optimizer.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    return model
+
+
+@torch.no_grad()
+def loss(model: Any, windows: torch.Tensor) -> float:
+    """The mean loss of the next byte, in nats."""
+    logits = model(input_ids=windows).logits[:, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten()))
+
+
+@app.command()
+def main(
+    ratios: Annotated[str, typer.Option(help="Fractions of the parameters, comma-separated.")] = "0.1,0.2",
+    samples: Annotated[int, typer.Option(help="Samples of 128 tokens to score and fit by.")] = 32,
+    windows: Annotated[int, typer.Option(help="Windows of 128 tokens to measure on.")] = 32,
+    models: Annotated[int, typer.Option(help="Small models of each type.")] = 2,
+    steps: Annotated[int, typer.Option(help="Steps to train each of them.")] = 250,
+    out: Annotated[Path, typer.Option(help="File to write.")] = RESULTS,
+) -> None:
+    """Measure both ways of keeping norms, print a table and write it to a file."""
+    rows: list[Row] = []
+    table = Table("removed", "part", "fitted", "measure", "dense", "sliced", "masked")
+    parts = tuple(float(part) for part in ratios.split(","))
+    for row in chain(small_rows(0.25, models, steps), width_rows(parts, samples, windows)):
+        rows.append(row)
+        figures = (f"{value:.3f}" for value in (row.dense, row.sliced, row.masked))
+        table.add_row(row.what, f"{row.removed:.0%}", "yes" if row.fitted else "no", row.measure, *figures)
+    Console().print(table)
+    told = {"environment": environment(), "samples": samples, "windows": windows, "rows": [asdict(r) for r in rows]}
+    out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,219 @@
+"""Whole prunes with norms kept as masking has them: exact, emitted, saved and loaded, and exported where one can be."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import fxprune
+from fxprune.errors import ExportError, RatioError
+from fxprune.graph.facts import facts_of
+from fxprune.masking.compare import TOLERANCE
+from tests.emit.test_judge import LATENT
+from tests.emitted import distance, logits, through_disk
+from tests.export.small import tokenizer
+from tests.models import tiny, token_ids
+from tests.oracle import zeroed
+
+EPS = 0.05
+"""Large, so that a norm that adds the wrong number shows in the logits."""
+
+# name: type of model, its changes, the kind that goes, and whether the config alone says what norms add afterwards
+CASES: dict[str, tuple[str, dict[str, Any], str, bool]] = {
+    "width": ("llama", {"rms_norm_eps": EPS}, "channel", True),
+    "width-one-plus-weight": ("gemma2", {"rms_norm_eps": EPS}, "channel", False),
+    "width-beside-norms-in-heads": ("qwen3", {"rms_norm_eps": EPS}, "channel", False),
+    "heads-under-one-norm": ("olmo2", {"rms_norm_eps": EPS}, "head", False),
+    "latents": ("deepseek_v3", LATENT, "mlp", False),
+}
+
+
+def made(name: str, **more: Any) -> PreTrainedModel:
+    """The dense model of a case."""
+    kind, changes, _, _ = CASES[name]
+    if kind != "deepseek_v3":
+        return tiny(kind, **{"num_hidden_layers": 2, **changes, **more})
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**changes, **more})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.dim() == 1))
+    return model
+
+
+def prune(model: Any, kind: str, **options: Any) -> fxprune.Result:
+    """The model without a quarter of its units of a kind."""
+    given = {"importance": "random", "group_ratio": 0.25, "protect": (), "norm": "masked", **options}
+    return fxprune.prune(model, None, kinds=[kind], **given)
+
+
+@cache
+def slim(name: str) -> fxprune.Result:
+    """The case, pruned."""
+    return prune(made(name), CASES[name][2])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_removing_equals_zeroing_and_the_emitted_model_says_the_same(name: str) -> None:
+    """The report counts such groups as exact; the logits are those of the dense model with the same units zeroed."""
+    result, dense = slim(name), made(name)
+    assert result.report.verification_error is not None and result.report.verification_error < TOLERANCE
+    assert result.report.renormalised == {} and result.report.widths, result.report.notes
+    assert result.plan.norm == "masked"
+    wanted = logits(zeroed(dense, result.plan))
+    assert distance(wanted, logits(result.graph_module)) < 1e-3
+    assert result.model is not None, result.report.model_reasons
+    assert distance(logits(result.model), logits(result.graph_module)) < 1e-5
+    sliced = prune(made(name), CASES[name][2], norm="sliced")
+    assert sliced.report.renormalised and sliced.plan.norm == "sliced"
+    assert distance(logits(sliced.graph_module), wanted) > 1e-3, "both are the same, so the comparison says nothing"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_norms_add_goes_to_disk_and_back(name: str) -> None:
+    """In the config where one number does, else beside it."""
+    result = slim(name)
+    assert result.model is not None
+    read = through_disk(result)
+    assert distance(logits(read.model), logits(result.model)) == 0
+    assert read.stock or not CASES[name][3]
+
+
+def test_one_number_for_all_norms_is_in_the_config(tmp_path: Path) -> None:
+    result = slim("width")
+    result.save_pretrained(tmp_path / "slim")
+    before, after = result.report.widths["model/channel"]
+    written = json.loads((tmp_path / "slim" / "config.json").read_text())
+    assert written["rms_norm_eps"] == EPS * (before / after) and "fxprune" not in written
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "slim")
+    assert distance(logits(stock), logits(result.model)) == 0
+
+
+def test_a_plan_is_applied_with_the_norms_that_it_was_made_with() -> None:
+    result = slim("width")
+    plan = fxprune.Plan.from_json(result.plan.to_json())
+    assert plan == result.plan
+    assert distance(logits(fxprune.apply(made("width"), plan).graph_module), logits(result.graph_module)) == 0
+    other = fxprune.apply(made("width"), plan, norm="sliced")
+    assert other.report.renormalised and distance(logits(other.graph_module), logits(result.graph_module)) > 1e-3
+
+
+def test_blocks_that_go_leave_the_norms_of_the_others_right() -> None:
+    plan = fxprune.Plan(slim("width").plan.kept, ("model.layers.0",), {}, "masked")
+    kept = {name: own for name, own in plan.kept.items() if not name.startswith("model.layers.0.")}
+    result = fxprune.apply(made("width"), fxprune.Plan(kept, plan.removed_blocks, {}, "masked"))
+    assert result.model is not None, result.report.model_reasons
+    assert distance(logits(result.model), logits(result.graph_module)) < 1e-5
+
+
+def test_in_half_precision_only_the_rounding_of_weights_is_left() -> None:
+    """Multiplied weights are rounded to bfloat16 again: masking is compared with what they would have been."""
+    result = prune(made("width").to(torch.bfloat16), "channel")
+    assert result.model is not None, result.report.model_reasons
+    assert result.report.verification_error is not None and result.report.verification_error < TOLERANCE
+    weight = result.model.model.norm.weight
+    before, after = result.report.widths["model/channel"]
+    kept = result.plan.kept["model.norm.weight"][0]
+    wanted = made("width").to(torch.bfloat16).model.norm.weight[kept].float() * (before / after) ** 0.5
+    assert weight.dtype == torch.bfloat16 and torch.equal(weight, wanted.to(torch.bfloat16))
+
+
+def test_what_stays_is_fitted_to_masked_norms() -> None:
+    ids = token_ids(8, 32)
+    result = fxprune.prune(
+        made("width"),
+        ids,
+        kinds=["channel"],
+        group_ratio=0.34,
+        importance="l2",
+        protect=(),
+        compensate="least-squares",
+        norm="masked",
+    )
+    assert result.report.renormalised == {} and result.report.verification_error is not None
+
+
+def test_in_place_the_model_becomes_the_slim_one() -> None:
+    model = made("width-beside-norms-in-heads")
+    result = prune(model, "channel", inplace=True)
+    assert result.model is model, result.report.model_reasons
+    again = prune(made("width-beside-norms-in-heads"), "channel")
+    assert distance(logits(model), logits(again.model)) < 1e-5
+
+
+class Own(nn.Module):
+    """A module of the user's own; its norm has its number as an attribute, or written in its code."""
+
+    def __init__(self, written: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer = nn.Linear(6, 12, bias=False), nn.Linear(12, 5)
+        self.norm = nn.RMSNorm(12, eps=EPS)
+        self.written = written
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Two products with a norm between them."""
+        h = self.inner(x)
+        h = torch.rms_norm(h, (h.shape[-1],), self.norm.weight, 0.05 + 1e-3) if self.written else self.norm(h)
+        return self.outer(h)  # type: ignore[no-any-return]
+
+
+def test_a_module_of_ones_own_is_told_in_place_what_its_norms_add() -> None:
+    x = {"x": torch.randn(3, 6, generator=torch.Generator().manual_seed(0))}
+    model = Own(written=False)
+    model.norm.normalized_shape = (12,)
+    whole = Own(written=False)
+    result = fxprune.prune(
+        whole, None, kinds=["mlp"], group_ratio=0.5, importance="l2", norm="masked", example_inputs=x
+    )
+    assert result.report.renormalised == {} and whole.norm.eps == EPS
+    with pytest.raises(fxprune.FxpruneError, match=r"no attribute is 0\.051"):
+        code = Own(written=True)
+        before = {name: p.clone() for name, p in code.named_parameters()}
+        prune(code, "mlp", example_inputs=x, inplace=True)
+    assert all(torch.equal(p, before[name]) for name, p in code.named_parameters()), "it is whole again"
+
+
+def test_exact_kinds_take_in_what_masked_norms_make_exact() -> None:
+    result = fxprune.prune(
+        made("width"), None, kinds=["exact-channel"], ratio=0.2, importance="l2", protect=(), norm="masked"
+    )
+    assert set(result.report.widths) == {"model/channel"}
+    with pytest.raises(RatioError):
+        fxprune.prune(
+            made("width"), None, kinds=["exact-channel"], ratio=0.2, importance="l2", protect=(), norm="sliced"
+        )
+
+
+def test_the_notes_say_which_norm_has_no_such_form() -> None:
+    result = prune(tiny("gpt2", n_layer=1), "channel")
+    assert list(result.report.renormalised) == ["model/channel"]
+    assert facts_of(result.graph_module)[fxprune.Removed].removal.axes.norms == ()
+
+
+def test_equal_layers_are_such_that_the_config_says_what_norms_add() -> None:
+    """Where it cannot, as beside norms in heads that lose nothing, no width is taken; norms are sliced unless asked."""
+    result = prune(made("width"), "channel", uniform=True)
+    assert through_disk(result).stock and result.report.renormalised == {} and result.report.widths
+    result = prune(made("width-beside-norms-in-heads"), "channel", uniform=True)
+    assert result.report.widths == {} and "channel stays whole" in result.report.notes[0]
+    result = prune(made("width-beside-norms-in-heads"), "channel", uniform=True, norm=None, recipe="balanced")
+    assert through_disk(result).stock and result.report.renormalised and result.plan.norm == "sliced"
+
+
+def test_gguf_has_one_number_for_all_norms(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    result = slim("width")
+    result.export(tmp_path / "slim.gguf", tokenizer=tokenizer())
+    field = gguf.GGUFReader(tmp_path / "slim.gguf").fields["llama.attention.layer_norm_rms_epsilon"]
+    before, after = result.report.widths["model/channel"]
+    assert abs(float(field.parts[field.data[0]][0]) - EPS * before / after) < 1e-7
+    with pytest.raises(ExportError, match="normalisations differ in epsilon"):
+        slim("width-beside-norms-in-heads").export(tmp_path / "other.gguf", tokenizer=tokenizer())
