@@ -101,7 +101,8 @@ def divergence(logits: torch.Tensor, batch: LessonBatch) -> torch.Tensor:
         logits: ``(batch, positions, classes)``.
         batch: what the dense model said there.
     """
-    return _Divergence.apply(logits.float(), batch.classes, batch.likelihoods)  # type: ignore[no-any-return]
+    found: torch.Tensor = _Divergence.apply(logits.float(), batch.classes, batch.likelihoods)  # type: ignore[no-untyped-call]
+    return found
 
 
 class _Divergence(torch.autograd.Function):
@@ -113,9 +114,7 @@ class _Divergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, logits: torch.Tensor, classes: torch.Tensor, likelihoods: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, classes: torch.Tensor, likelihoods: torch.Tensor) -> torch.Tensor:
         said = logits.log_softmax(-1)
         likely = said.gather(-1, classes)
         left = 1 - likely.exp().sum(-1, keepdim=True)
@@ -125,7 +124,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         said, classes, likelihoods, left = ctx.saved_tensors
         wanted = likelihoods.exp() * (gradient / left.numel())
         kept, others = wanted[..., :-1], wanted[..., -1:]
