@@ -58,6 +58,7 @@ ENTRIES = (
     Entry("FLAP", {"recipe": "llm-pruner", "importance": "flap", "ranking": "global"}, ("flap",), samples=64),
     Entry("fast", {"recipe": "fast"}),
     Entry("balanced", {}),
+    Entry("balanced, MLPs of multiples of 32", {"round_to": {"mlp": 32}}),
     Entry("best", {"recipe": "best"}),
     Entry("balanced, neither fitted nor tuned", {"compensate": "none", "tune": "none"}),
     Entry("balanced, not tuned", {"tune": "none"}),
