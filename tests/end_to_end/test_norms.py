@@ -96,6 +96,17 @@ def test_one_number_for_all_norms_is_in_the_config(tmp_path: Path) -> None:
     assert distance(logits(stock), logits(result.model)) == 0
 
 
+def test_transformers_sets_numbers_that_no_config_field_says(tmp_path: Path) -> None:
+    """Norms in heads have the dense number, all others a larger one; the modelling file says so."""
+    result = slim("width-beside-norms-in-heads")
+    result.save_pretrained(tmp_path / "slim")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "slim", trust_remote_code=True)
+    assert distance(logits(read), logits(result.model)) == 0
+    block, (before, after) = read.model.layers[0], result.report.widths["model/channel"]
+    assert block.input_layernorm.variance_epsilon == EPS * (before / after)
+    assert block.self_attn.q_norm.variance_epsilon == EPS
+
+
 def test_a_plan_is_applied_with_the_norms_that_it_was_made_with() -> None:
     result = slim("width")
     plan = fxprune.Plan.from_json(result.plan.to_json())
