@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 from benchmarks.latency.measure import HEADING, Row, read_rows
@@ -13,6 +14,8 @@ from benchmarks.tables import markdown_table, ran_on
 __all__ = ["latency_page", "write_picture"]
 
 RESULTS = Path(__file__).parent.parent / "results"
+_POINTS = 3
+"""Models that a line goes through, at least."""
 PAGE = Path(__file__).parents[2] / "docs" / "latency.md"
 
 _EXPLAINED = (
@@ -28,6 +31,12 @@ _EATEN = (
     "Matrix products and attention are all that the ideal of a prefill knows. The time of a call, in ms, as torch's "
     "profiler parts it: they, and everything else (norms, activations, rotary embeddings, the cache, Python):\n"
 )
+_FIXED = (
+    "In every engine, the part of a call that does not shrink with the model: where a straight line through the times "
+    "of the dense model and of our slim ones, over what the ideal counts, meets nothing left to count. It is what an "
+    "engine does for each token and layer however narrow it is, and the copying of logits and cache:\n"
+)
+_FIXED_HEADING = ("engine", "", "dense, ms", "does not shrink, ms", "part")
 _EATEN_HEADING = ("engine", "", "model", "ideal", "products, dense to slim", "the rest, dense to slim")
 
 
@@ -52,6 +61,9 @@ def latency_page(files: Iterable[Mapping[str, Any]]) -> str:
         eaten = list(_eaten(rows))
         if eaten:
             parts.append(f"### What eats the rest\n\n{_EATEN}\n{markdown_table(_EATEN_HEADING, eaten)}")
+        fixed = list(_fixed(rows))
+        if fixed:
+            parts.append(f"### What does not shrink\n\n{_FIXED}\n{markdown_table(_FIXED_HEADING, fixed)}")
     return "\n".join(parts)
 
 
@@ -66,6 +78,18 @@ def _eaten(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
         rest = [each.seconds - part for each, part in zip((whole, row), products, strict=True)]
         cells = [f"{a * 1e3:.1f} to {b * 1e3:.1f} (x{a / max(b, 1e-9):.2f})" for a, b in (products, rest)]
         yield row.engine, str(row.case), row.candidate, f"x{row.ideal:.2f}", *cells
+
+
+def _fixed(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
+    """Times at no work, by a straight line through those of the dense model and of at least two slim ones."""
+    for engine, case in dict.fromkeys((row.engine, row.case) for row in rows):
+        own = [row for row in rows if (row.engine, row.case) == (engine, case)]
+        used = [row for row in own if row.candidate == "dense" or row.candidate.startswith("slim")]
+        if len(used) < _POINTS or used[0].candidate != "dense":
+            continue
+        line = linear_regression([1 / row.ideal for row in used], [row.seconds for row in used])
+        whole, left = used[0].seconds, max(0.0, line.intercept)
+        yield engine, str(case), f"{whole * 1e3:.1f}", f"{left * 1e3:.1f}", f"{left / whole:.0%}"
 
 
 def write_picture(data: Mapping[str, Any], path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from torch.utils.benchmark import Timer
+from torch.utils import benchmark
 
 __all__ = ["Paired", "Speedup", "interleaved", "paired_latency", "speedup", "timed"]
 
@@ -87,16 +88,22 @@ def speedup(first: Sequence[float], second: Sequence[float]) -> Speedup:
 
 
 def timed(call: Callable[[], Any], least_s: float = 0.05) -> Callable[[], float]:
-    """A job that makes calls until they take about `least_s` and returns the mean seconds of one.
+    """A job that makes a call to warm up, then calls until they take about `least_s`, and returns the seconds of one.
 
     It waits for a GPU where there is one. Finding out how many calls that are warms up, compiles what is compiled
-    at the first call, and has more calls made than one before.
+    at the first call, and has more calls made than one before. `torch.utils.benchmark.Timer` would make two calls or
+    more before each measurement, which for calls of half a second is most of the time.
     """
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    timer = timeit.Timer(call, timer=benchmark.timer)
     for _ in range(2):
-        once = timer.timeit(1).mean
+        once = timer.timeit(1)
     number = max(1, math.ceil(least_s / once))
-    return lambda: float(timer.timeit(number).mean)
+
+    def job() -> float:
+        call()
+        return timer.timeit(number) / number
+
+    return job
 
 
 def paired_latency(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +312,12 @@ def test_the_page_has_a_table_for_each_engine_and_a_picture(tmp_path: Path) -> N
     assert "| prefill 2 x 5 | slim 20% | 8.3 | 100 | 1.00 | 5 | 1.20 | 1.20 to 1.20 | 1.25 | 0.96 |" in page
     assert "| transformers | prefill 2 x 5 | slim 20% | x1.25 | 4.0 to 3.3 (x1.20) | 6.0 to 5.0 (x1.20) |" in page
     assert "### transformers" in page and "latency_cpu.svg" in page
+    assert "does not shrink" not in page, "two models are no line"
+    # 2 ms, and 8 ms times what the ideal counts
+    more = [replace(row, candidate="slim 50%", seconds=0.006, ideal=2.0) for row in rows if row.candidate == "dense"]
+    rows = [replace(row, seconds=0.0084) if row.candidate == "slim 20%" else row for row in rows]
+    page = latency_page([{**data, "rows": [asdict(row) for row in (*rows, *more)]}])
+    assert "| transformers | prefill 2 x 5 | 10.0 | 2.0 | 20% |" in page
     write_picture(data, tmp_path / "latency.svg")
     first = (tmp_path / "latency.svg").read_text()
     write_picture(data, tmp_path / "latency.svg")
