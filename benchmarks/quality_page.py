@@ -69,6 +69,8 @@ def _spread(dense: Row, rows: Sequence[Row], text: str) -> str:
 def write_picture(data: dict[str, Any], path: Path = PICTURE) -> None:
     """A picture of perplexity over dense, against seconds, of the recipes at each ratio; the first text is shown.
 
+    Where no recipe was measured as it is, everything is drawn.
+
     Args:
         data: What `benchmarks.quality` writes.
         path: An `.svg` file.
@@ -81,9 +83,11 @@ def write_picture(data: dict[str, Any], path: Path = PICTURE) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "fxprune"
     dense, *rows = [Row(**row) for row in data["rows"]]
     text = next(iter(dense.perplexities))
+    measured = dict.fromkeys(row.entry for row in rows)
+    names = [name for name in RECIPES if name in measured] or list(measured)
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for ratio in sorted({row.ratio for row in rows}):
-        drawn = [[row for row in rows if (row.entry, row.ratio) == (name, ratio)] for name in RECIPES]
+        drawn = [[row for row in rows if (row.entry, row.ratio) == (name, ratio)] for name in names]
         points = [(fmean(r.seconds for r in d), _over(dense, d, text), d[0].entry) for d in drawn if d]
         axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], label=f"{ratio:.0%} removed")
         for x, y, name in points:

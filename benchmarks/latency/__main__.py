@@ -59,7 +59,7 @@ def main(
     if unknown:
         raise typer.BadParameter(f"there is no engine {unknown[0]!r}; there are {', '.join(ENGINES)}")
     names = engine or [name for name, kind in ENGINES.items() if not kind.by_name_only]
-    rows = _before(path, told, names) if json_ else []
+    rows = _before(path, told) if json_ else []
     with tempfile.TemporaryDirectory() as folder:
         lengths = [tokens for _, tokens in shapes]
         made = list(candidates(dense, tokenizer, ratio or (0.2, 0.5), round_to, lengths, Path(folder)))
@@ -69,7 +69,7 @@ def main(
                 console.print(f"{one}: {missing}", highlight=False)
                 continue
             found = list(measure(one, made, settings, lambda line: console.print(line, markup=False)))
-            rows += found
+            rows = [row for row in rows if row.engine != one] + found
             console.print(_table(one, found))
             if json_:
                 _write(path, rows, told)
@@ -97,12 +97,12 @@ def _told(name: str, settings: Settings, round_to: int) -> dict[str, Any]:
     return {"model": name, "round_to": round_to, **asdict(settings), "shapes": shapes}
 
 
-def _before(path: Path, told: dict[str, Any], again: Sequence[str]) -> list[Row]:
-    """What was measured before of the same in the same environment, but for the engines that are measured again."""
+def _before(path: Path, told: dict[str, Any]) -> list[Row]:
+    """What was measured before of the same in the same environment."""
     data = json.loads(path.read_text()) if path.exists() else {}
     if (data.get("settings"), data.get("environment")) != (told, environment()):
         return []
-    return [row for row in read_rows(data) if row.engine not in again]
+    return read_rows(data)
 
 
 def _write(path: Path, rows: Sequence[Row], told: dict[str, Any]) -> None:

@@ -82,4 +82,7 @@ def test_the_page_and_the_picture_show_draws(tmp_path: Path) -> None:
     data = {"protocol": protocol, "environment": environment, "rows": rows}
     assert "| balanced | 80 | x1.45 (1.40 to 1.50) | 0.500 | 10 | 1.0 | 2 |" in quality_page(data)
     write_picture(data, tmp_path / "picture.svg")
+    other = {**data, "rows": [row("dense", 0, 10.0), row("balanced, otherwise", 0, 14.0)]}
+    write_picture(other, tmp_path / "other.svg")
+    assert "balanced, otherwise" in (tmp_path / "other.svg").read_text()
     assert "balanced" in (tmp_path / "picture.svg").read_text() or (tmp_path / "picture.svg").stat().st_size > 1000
