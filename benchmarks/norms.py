@@ -8,6 +8,7 @@ each, on the bytes of the built-in text, and measured on held-out bytes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -195,11 +196,9 @@ def trained(what: str, windows: torch.Tensor, steps: int, seed: int) -> PreTrain
     return model
 
 
-@torch.no_grad()
 def loss(model: Any, windows: torch.Tensor) -> float:
     """The mean loss of the next byte, in nats."""
-    logits = model(input_ids=windows).logits[:, :-1]
-    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten()))
+    return math.log(perplexity(model, windows))
 
 
 @app.command()

@@ -22,6 +22,7 @@ from benchmarks.demo_model import load_demo_model
 from benchmarks.environment import environment
 from benchmarks.perplexity import perplexity
 from benchmarks.text import read_text, token_windows
+from fxprune.data.files import calibration_texts
 
 __all__ = ["REFERENCE", "ReferenceRow", "app", "first_tokens", "reference_rows"]
 
@@ -87,8 +88,7 @@ def main(
     """Prune the demo model as the paper's reference implementation did, and compare perplexities."""
     console = Console(soft_wrap=True)
     model, tokenizer = load_demo_model()
-    lines = (data / "c4_sample.jsonl").read_text(encoding="utf-8").splitlines()
-    samples = first_tokens(tokenizer, (json.loads(line)["text"] for line in lines), samples=10, tokens=64)
+    samples = first_tokens(tokenizer, calibration_texts(data / "c4_sample.jsonl"), samples=10, tokens=64)
     heldout = token_windows(tokenizer, read_text(data / "wikitext2" / "test.txt"), 128, limit=60)
     dense = float(perplexity(model, heldout))
     console.print(f"dense: {dense:.1f}", highlight=False)

@@ -14,9 +14,10 @@ from benchmarks.tables import markdown_table, ran_on
 __all__ = ["latency_page", "write_picture"]
 
 RESULTS = Path(__file__).parent.parent / "results"
+PAGE = Path(__file__).parents[2] / "docs" / "latency.md"
+
 _POINTS = 3
 """Models that a line goes through, at least."""
-PAGE = Path(__file__).parents[2] / "docs" / "latency.md"
 
 _EXPLAINED = (
     "Each model is in a process of its own, and they take turns: dense, slim, slim, dense, and so on. *Speed-up* is "

@@ -136,7 +136,6 @@ def _serve(task: Task, pipe: Connection) -> None:
                 continue
             if case not in jobs:
                 jobs[case] = engine.job(case)
-                jobs[case]()
             _forget_peak()
             seconds = jobs[case]()
             pipe.send((False, (seconds, _peak() - (0 if task.device == "cuda" else before))))

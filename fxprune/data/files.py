@@ -10,7 +10,7 @@ import torch
 
 from fxprune.errors import CalibrationError
 
-__all__ = ["calibration_text", "calibration_windows"]
+__all__ = ["calibration_text", "calibration_texts", "calibration_windows"]
 
 _MOST_SAMPLES = 1024
 """Where no number is asked for: more than the recipes have use for would only have to be read."""
@@ -22,11 +22,20 @@ def calibration_text(path: Path) -> str:
     Raises:
         CalibrationError: a line is no JSON object with a field ``text``.
     """
+    return "\n\n".join(calibration_texts(path))
+
+
+def calibration_texts(path: Path) -> list[str]:
+    """Return the texts of a file: of JSON lines, the field ``text`` of each; else the whole.
+
+    Raises:
+        CalibrationError: a line is no JSON object with a field ``text``.
+    """
     content = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix != ".jsonl":
-        return content
+        return [content]
     try:
-        return "\n\n".join(str(json.loads(line)["text"]) for line in content.splitlines() if line.strip())
+        return [str(json.loads(line)["text"]) for line in content.splitlines() if line.strip()]
     except (ValueError, KeyError, TypeError) as error:
         remedy = "Each line has to be a JSON object with a field 'text'"
         raise CalibrationError(f"not JSON lines: {error!r}", where=str(path), remedy=remedy) from error

@@ -126,31 +126,28 @@ def driving_fields(
     if len(pairs) != 1:
         return {}
     ((before, after),) = pairs
-    names = [name for name, value in vars(part_of(model.config, part)).items() if type(value) is float]
-    for name in names if before != after else ():
-        if vars(part_of(model.config, part))[name] == before:
-            moved = _moved(model, part, {name: after})
-            if {key: new for key, new in moved.items() if not within(f"{key[0]}.", removed)} == dict.fromkeys(
-                places.values, after
-            ):
-                return {name: after}
+    held = vars(part_of(model.config, part)).items()
+    names = [name for name, value in held if type(value) is float and value == before != after]
+    old = _scalars(model, part, {}) if names else {}
+    for name in names:
+        new = _scalars(model, part, {name: after}).items()
+        moved = {key: value for key, value in new if old.get(key) != value and not within(f"{key[0]}.", removed)}
+        if old and moved == dict.fromkeys(places.values, after):
+            return {name: after}
     return {}
 
 
-def _moved(model: PreTrainedModel, part: str, fields: Mapping[str, float]) -> dict[Place, float]:
-    """Return the float attributes that change with fields of the config, with their new values."""
+def _scalars(model: PreTrainedModel, part: str, fields: Mapping[str, float]) -> Mapping[Place, float]:
+    """Return the float attributes of a model with other fields of the config; none where it cannot be built."""
 
-    def build(changed: Mapping[str, float]) -> nn.Module:
+    def build() -> nn.Module:
         config = copy.deepcopy(model.config)
-        write_fields(part_of(config, part), changed)
+        write_fields(part_of(config, part), fields)
         made: nn.Module = type(model)(config)
         return made
 
-    plain, other = build_on_meta(build, {}), build_on_meta(build, fields)
-    if isinstance(plain, Refusal) or isinstance(other, Refusal):
-        return {}
-    old, new = take_snapshot(plain).scalars, take_snapshot(other).scalars
-    return {key: value for key, value in new.items() if old.get(key) != value}
+    built = build_on_meta(build)
+    return {} if isinstance(built, Refusal) else take_snapshot(built).scalars
 
 
 def set_attributes(model: nn.Module, attributes: Attributes) -> dict[str, dict[str, float]]:
