@@ -52,6 +52,9 @@ class Engine(ABC):
     last_only: ClassVar[bool] = True
     """Whether the output layer runs at the last position alone when a prompt is read."""
 
+    writes: ClassVar[bool] = False
+    """Whether it loads a file of its own."""
+
     by_name_only: ClassVar[bool] = False
     """Whether getting ready takes so long that it is measured where it is asked for alone, and at the first shape."""
 
@@ -67,9 +70,9 @@ class Engine(ABC):
         return None
 
     @classmethod
-    @abstractmethod
     def prepare(cls, source: Source) -> Path:
-        """Return the file or the folder that is loaded; it is written where it is not there yet."""
+        """Return what is loaded: the folder, or a file that is written where it is not there yet."""
+        return source.folder
 
     @classmethod
     def missing(cls, device: str) -> str:

@@ -6,7 +6,6 @@ import json
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -48,11 +47,6 @@ class TransformersEngine(Engine):
         self.model = model.to(device=device, dtype=torch.float32 if device == "cpu" else torch.float16)
         self.device = device
         self.call: Callable[..., Any] = self.model
-
-    @classmethod
-    def prepare(cls, source: Source) -> Path:
-        """The folder is loaded as it is."""
-        return source.folder
 
     def job(self, case: Case) -> Callable[[], float]:
         """One call of the model."""

@@ -27,6 +27,7 @@ class LlamaCppEngine(Engine):
 
     name: ClassVar[str] = "llama.cpp f16"
     packages: ClassVar[tuple[str, ...]] = ("xllamacpp",)
+    writes: ClassVar[bool] = True
     quantization: ClassVar[str] = "f16"
     weight_bytes: ClassVar[float] = 2
 

@@ -22,6 +22,7 @@ class OnnxEngine(Engine):
 
     name: ClassVar[str] = "onnxruntime"
     packages: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnxscript")
+    writes: ClassVar[bool] = True
     last_only: ClassVar[bool] = False
 
     def __init__(self, source: Source, device: str, largest: Case) -> None:

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any, ClassVar
 
 from benchmarks.engines.base import Engine, Source, token_ids, vocabulary_of
@@ -39,11 +38,6 @@ class VllmEngine(Engine):
             max_num_seqs=largest.batch,
             enable_prefix_caching=False,
         )
-
-    @classmethod
-    def prepare(cls, source: Source) -> Path:
-        """The folder is loaded as it is."""
-        return source.folder
 
     def job(self, case: Case) -> Callable[[], float]:
         """All sequences at once."""

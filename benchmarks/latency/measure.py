@@ -12,7 +12,7 @@ from benchmarks.engines import ENGINES, Engine
 from benchmarks.latency.candidates import Candidate
 from benchmarks.latency.timing import Speedup, interleaved, speedup
 from benchmarks.latency.work import Case
-from benchmarks.latency.workers import EngineFailed, Task, Worker
+from benchmarks.latency.workers import EngineFailed, Task, Worker, prepare
 
 __all__ = ["HEADING", "Row", "Settings", "measure", "read_rows"]
 
@@ -116,8 +116,10 @@ def measure(name: str, candidates: Sequence[Candidate], settings: Settings, say:
     engine = ENGINES[name]
     running: dict[str, tuple[Candidate, Worker]] = {}
     try:
-        for candidate in (c for c in candidates if c.runs_in(engine)):
-            engine.prepare(candidate.source)
+        chosen = [candidate for candidate in candidates if candidate.runs_in(engine)]
+        if engine.writes:
+            prepare(name, [candidate.source for candidate in chosen], settings.threads)
+        for candidate in chosen:
             task = Task(name, candidate.source, settings.device, settings.threads, settings.largest)
             running[candidate.name] = candidate, Worker(task)
         for _, worker in running.values():

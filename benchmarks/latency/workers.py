@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,7 +17,7 @@ from benchmarks.engines import ENGINES, Source
 from benchmarks.latency.work import Case
 from benchmarks.memory import forget_peak, peak_bytes, resident_bytes
 
-__all__ = ["EngineFailed", "Task", "Worker", "quiet"]
+__all__ = ["EngineFailed", "Task", "Worker", "prepare", "quiet"]
 
 _PATIENCE = 10
 """Seconds for a process to end."""
@@ -112,6 +113,30 @@ class Worker:
             self.close()
             raise EngineFailed(said)
         return said
+
+
+def prepare(name: str, sources: Sequence[Source], threads: int) -> None:
+    """Write what an engine loads, `threads` models at a time.
+
+    Args:
+        name: Of the engine.
+        sources: The models.
+        threads: Each model is written by one.
+
+    Raises:
+        EngineFailed: One could not be written.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(threads, context, initializer=_alone) as pool:
+        try:
+            list(pool.map(ENGINES[name].prepare, sources))
+        except Exception as error:  # whatever an engine raises is told where it was asked for
+            raise EngineFailed(f"{type(error).__name__}: {error}") from error
+
+
+def _alone() -> None:
+    quiet()
+    torch.set_num_threads(1)
 
 
 def quiet() -> None:

@@ -22,6 +22,9 @@ __all__ = ["export_decoder"]
 
 Past = list[tuple[torch.Tensor, torch.Tensor]]
 
+_SIZES = {"batch": 1, "sequence": 1, "past": 0}
+"""What varies, and its least value."""
+
 
 def export_decoder(model: PreTrainedModel, path: str | os.PathLike[str], *, verify: bool = True) -> Path:
     """Write a program for generation with a cache, that needs neither this package nor the model's.
@@ -84,19 +87,33 @@ class _Step(nn.Module):
 
 def _program(step: _Step) -> torch.export.ExportedProgram:
     """Return one call as a program, at any batch, any number of tokens and any length of the past."""
-    auto = torch.export.Dim.AUTO
-    free = {0: auto, 2: auto}
     with torch.no_grad(), quiet(logging.ERROR), as_export_error():
         past = step(step.ids[:, :5], step.empty)["present"]
         inputs = {"input_ids": step.ids[:, :3].clone(), "past": [tuple(t.clone() for t in pair) for pair in past]}
-        dims = {"input_ids": {0: auto, 1: auto}, "past": [(dict(free), dict(free)) for _ in past]}
-        program = torch.export.export(step, (), inputs, dynamic_shapes=dims, strict=False)
+        program = _traced(step, inputs)
     plain: dict[int, torch.Tensor] = {}
     for name, tensor in list(program.state_dict.items()):
         plain.setdefault(id(tensor), plain_tensor(tensor))
         program.state_dict[name] = plain[id(tensor)]
     strip(program)
     return program
+
+
+def _traced(step: _Step, inputs: dict[str, Any]) -> torch.export.ExportedProgram:
+    """Return a program over one batch and one length of the past; where a model bounds these, over what torch finds.
+
+    Torch takes half as long where it is told that blocks share their lengths as where it has to find out.
+    """
+
+    def traced(batch: Any, sequence: Any, length: Any) -> torch.export.ExportedProgram:
+        pair = ({0: batch, 2: length}, {0: batch, 2: length})
+        dims = {"input_ids": {0: batch, 1: sequence}, "past": [pair for _ in inputs["past"]]}
+        return torch.export.export(step, (), inputs, dynamic_shapes=dims, strict=False)
+
+    try:
+        return traced(*(torch.export.Dim(name, min=least) for name, least in _SIZES.items()))
+    except Exception:  # whatever torch raises of sizes that are bounded, or of a model that it cannot export either way
+        return traced(*[torch.export.Dim.AUTO] * len(_SIZES))
 
 
 def _calls(step: _Step) -> list[tuple[torch.Tensor, Past, list[torch.Tensor]]]:

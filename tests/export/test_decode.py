@@ -9,7 +9,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import fxprune
 from fxprune.errors import ExportError, UnknownNameError, VerificationError
@@ -81,6 +81,23 @@ def test_an_onnx_model_goes_on_where_it_was(model: PreTrainedModel, tmp_path: Pa
     assert [tuple(t.shape) for t in run_onnx(path, [ids, *(t for pair in nothing(2) for t in pair)])[:1]] == [
         (2, 5, 131)
     ]
+
+
+class Bounded(LlamaForCausalLM):
+    """Takes no more than 64 tokens at once."""
+
+    def forward(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        torch._check(input_ids.shape[1] <= 64)
+        return super().forward(input_ids, **given)
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_blocks_share_the_length_of_their_past(model: PreTrainedModel, tmp_path: Path, bounded: bool) -> None:
+    kind = Bounded if bounded else LlamaForCausalLM
+    path = export_decoder(kind(even("llama").config).eval(), tmp_path / "even.pt2")
+    limits = torch.export.load(path).range_constraints
+    assert bounded or sorted(limit.lower for limit in limits.values()) == [0, 1, 1]
+    assert any(limit.upper == 64 for limit in limits.values()) == bounded
 
 
 def test_a_program_that_differs_is_not_written(
