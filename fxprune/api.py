@@ -56,6 +56,7 @@ def prune(
     seed: int = 0,
     verify: bool = True,
     inplace: bool = False,
+    memory: str | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     track: Track | None = None,
 ) -> Result:
@@ -159,6 +160,7 @@ def prune_pipeline(
     seed: int = 0,
     verify: bool = True,
     inplace: bool = False,
+    memory: str | None = None,
     plan: Plan | None = None,
     track: Track | None = None,
 ) -> Pipeline:

@@ -21,7 +21,7 @@ from benchmarks.latency.work import Case
 __all__ = ["CompiledEngine", "GraphEngine", "TransformersEngine"]
 
 
-_PROFILED = 4
+_PROFILED = 2
 """Calls under the profiler."""
 
 _PRODUCTS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +18,10 @@ from rich.table import Table
 from benchmarks.demo_model import load_named
 from benchmarks.engines import ENGINES
 from benchmarks.environment import environment
-from benchmarks.latency.candidates import candidates
+from benchmarks.latency.candidates import Candidate, candidates
 from benchmarks.latency.measure import HEADING, Row, Settings, measure, read_rows
 from benchmarks.latency.sweep import sweep
-from benchmarks.latency.workers import quiet
+from benchmarks.latency.workers import Writers, quiet
 
 __all__ = ["RESULTS", "app"]
 
@@ -60,19 +60,31 @@ def main(
         raise typer.BadParameter(f"there is no engine {unknown[0]!r}; there are {', '.join(ENGINES)}")
     names = engine or [name for name, kind in ENGINES.items() if not kind.by_name_only]
     rows = _before(path, told) if json_ else []
+    absent = {one: why for one in names if (why := ENGINES[one].missing(device))}
     with tempfile.TemporaryDirectory() as folder:
         lengths = [tokens for _, tokens in shapes]
-        made = list(candidates(dense, tokenizer, ratio or (0.2, 0.5), round_to, lengths, Path(folder)))
+        models = candidates(dense, tokenizer, ratio or (0.2, 0.5), round_to, lengths, Path(folder))
+        made, failed = _made(models, [one for one in names if one not in absent], settings.threads)
         for one in names:
-            missing = ENGINES[one].missing(device)
-            if missing:
-                console.print(f"{one}: {missing}", highlight=False)
+            if one in absent | failed:
+                console.print(f"{one}: {(absent | failed)[one]}", highlight=False, markup=False)
                 continue
             found = list(measure(one, made, settings, lambda line: console.print(line, markup=False)))
             rows = [row for row in rows if row.engine != one] + found
             console.print(_table(one, found))
             if json_:
                 _write(path, rows, told)
+
+
+def _made(models: Iterable[Candidate], names: Sequence[str], threads: int) -> tuple[list[Candidate], dict[str, str]]:
+    """The models, written for all engines as they come, and what went wrong by name of the engine."""
+    writers, made = Writers(threads), []
+    for candidate in models:
+        made.append(candidate)
+        for kind in (ENGINES[name] for name in names if ENGINES[name].writes):
+            if candidate.runs_in(kind):
+                writers.write(kind.name, candidate.source)
+    return made, writers.wait()
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from benchmarks.engines import ENGINES, Engine
 from benchmarks.latency.candidates import Candidate
 from benchmarks.latency.timing import Speedup, interleaved, speedup
 from benchmarks.latency.work import Case
-from benchmarks.latency.workers import EngineFailed, Task, Worker, prepare
+from benchmarks.latency.workers import EngineFailed, Task, Worker
 
 __all__ = ["HEADING", "Row", "Settings", "measure", "read_rows"]
 
@@ -116,10 +116,7 @@ def measure(name: str, candidates: Sequence[Candidate], settings: Settings, say:
     engine = ENGINES[name]
     running: dict[str, tuple[Candidate, Worker]] = {}
     try:
-        chosen = [candidate for candidate in candidates if candidate.runs_in(engine)]
-        if engine.writes:
-            prepare(name, [candidate.source for candidate in chosen], settings.threads)
-        for candidate in chosen:
+        for candidate in (c for c in candidates if c.runs_in(engine)):
             task = Task(name, candidate.source, settings.device, settings.threads, settings.largest)
             running[candidate.name] = candidate, Worker(task)
         for _, worker in running.values():
@@ -158,7 +155,7 @@ def _rows(
             disk=0 if candidate.source.widths_of else _size(engine.prepare(candidate.source)),
             speedup=speedup(found[dense.name], found[key]),
             ideal=least(dense) / least(candidate),
-            products=worker.products(case),
+            products=worker.products(case) if candidate.everywhere else None,
         )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -17,7 +17,7 @@ from benchmarks.engines import ENGINES, Source
 from benchmarks.latency.work import Case
 from benchmarks.memory import forget_peak, peak_bytes, resident_bytes
 
-__all__ = ["EngineFailed", "Task", "Worker", "prepare", "quiet"]
+__all__ = ["EngineFailed", "Task", "Worker", "Writers", "quiet"]
 
 _PATIENCE = 10
 """Seconds for a process to end."""
@@ -115,23 +115,30 @@ class Worker:
         return said
 
 
-def prepare(name: str, sources: Sequence[Source], threads: int) -> None:
-    """Write what an engine loads, `threads` models at a time.
+class Writers:
+    """Processes that write what engines load, while other models are still being made.
 
     Args:
-        name: Of the engine.
-        sources: The models.
-        threads: Each model is written by one.
-
-    Raises:
-        EngineFailed: One could not be written.
+        threads: As many write at the same time, each with one thread.
     """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(threads, context, initializer=_alone) as pool:
-        try:
-            list(pool.map(ENGINES[name].prepare, sources))
-        except Exception as error:  # whatever an engine raises is told where it was asked for
-            raise EngineFailed(f"{type(error).__name__}: {error}") from error
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ProcessPoolExecutor(threads, multiprocessing.get_context("spawn"), initializer=_alone)
+        self._written: dict[str, list[Future[Any]]] = {}
+
+    def write(self, name: str, source: Source) -> None:
+        """Begin to write a model for an engine."""
+        self._written.setdefault(name, []).append(self._pool.submit(ENGINES[name].prepare, source))
+
+    def wait(self) -> dict[str, str]:
+        """Until everything is written; returns by name of an engine what went wrong."""
+        failed: dict[str, str] = {}
+        for name, files in self._written.items():
+            for error in (file.exception() for file in files):
+                if error is not None:
+                    failed.setdefault(name, f"{type(error).__name__}: {error}")
+        self._pool.shutdown()
+        return failed
 
 
 def _alone() -> None:

@@ -42,6 +42,7 @@ __all__ = [
     "forgetting",
     "guards_of",
     "is_check",
+    "is_composite",
     "is_free",
     "is_impure",
     "is_pointwise",
@@ -184,6 +185,11 @@ def spell_expression(expression: Any, names: dict[Any, str]) -> str:
 def argument_names(op: OpOverload) -> list[tuple[str, Any, bool]]:
     """Return name, default value (None if it has none) and whether it is keyword only, of each argument of ``op``."""
     return [(arg.name, arg.default_value, arg.kwarg_only) for arg in op._schema.arguments]
+
+
+def is_composite(op: OpOverload) -> bool:
+    """Whether torch makes ``op`` of others where it is run."""
+    return bool(op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))
 
 
 def is_pointwise(op: object) -> bool:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from fxprune.graph.compat import UNKNOWN_SIZE, fake_mode, is_free, size_hint, tree_leaves
+from fxprune.graph.arguments import comparable
+from fxprune.graph.compat import (
+    UNKNOWN_SIZE,
+    HigherOrderOperator,
+    OpOverload,
+    fake_mode,
+    is_composite,
+    is_free,
+    size_hint,
+    tree_leaves,
+    tree_map,
+    work_out,
+)
 from fxprune.graph.inputs import example_of
 from fxprune.graph.tensors import device_of, on_meta
 
@@ -26,8 +38,9 @@ def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS, run: type[fx.
 
     Half of what :class:`torch.utils.flop_counter.FlopCounterMode` counts: matrix products, attention and
     convolutions. Embedding look-ups, norms and pointwise ops do not count. The traced batch stands for one sample where
-    the graph does not take one row alone. Where the work depends on the data, the graph is run on zeros; without
-    weights to run on, the count is unknown and ``2**30 - 1``.
+    the graph does not take one row alone. Shapes follow from those that are known of the graph, and ops that are called
+    alike are counted once. Where some are not known, the graph is run without values; where the work depends on the
+    data, on zeros; without weights to run on, the count is unknown and ``2**30 - 1``.
 
     Args:
         graph_module: the graph.
@@ -37,6 +50,11 @@ def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS, run: type[fx.
     """
     ways = (False,) if on_meta(graph_module) else (False, True)
     sizes = ((1, tokens), (None, tokens), (None, None))
+    for batch, length in sizes:
+        try:
+            return _by_shapes(graph_module.graph, _chosen(graph_module.graph, batch, length)) // 2
+        except Exception:  # a shape that is not known, an op that needs data, a batch that the graph does not take
+            continue
     for (batch, length), real in [(size, real) for size in sizes for real in ways]:
         try:
             make = partial(_inputs, graph_module, batch, length)
@@ -78,11 +96,7 @@ def _inputs(graph_module: fx.GraphModule, batch: int | None, tokens: int | None)
     Sizes that tracing found to be the same stay the same.
     """
     values = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
-    chosen: dict[str, int] = {}
-    for value in tree_leaves(values):
-        if isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point():
-            wanted = zip(value.shape, (batch, tokens), strict=True)
-            chosen |= {str(size): new for size, new in wanted if new is not None and is_free(size)}
+    chosen = _chosen(graph_module.graph, batch, tokens)
     device = device_of(graph_module)
 
     def zeros(value: torch.Tensor) -> torch.Tensor:
@@ -90,3 +104,90 @@ def _inputs(graph_module: fx.GraphModule, batch: int | None, tokens: int | None)
         return torch.zeros(shape, dtype=value.dtype, device=device)
 
     return [example_of(value, zeros) for value in values]
+
+
+def _chosen(graph: fx.Graph, batch: int | None, tokens: int | None) -> dict[str, int]:
+    """Return the numbers that stand for sizes of integer inputs of two axes, by how the sizes are spelled."""
+    values = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
+    chosen: dict[str, int] = {}
+    for value in tree_leaves(values):
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point():
+            wanted = zip(value.shape, (batch, tokens), strict=True)
+            chosen |= {str(size): new for size, new in wanted if new is not None and is_free(size)}
+    return chosen
+
+
+def _by_shapes(graph: fx.Graph, chosen: Mapping[str, int]) -> int:
+    """Return the operations of a graph from the shapes of its values, without running it.
+
+    Raises:
+        Exception: a value is not known, or an op cannot work on shapes alone.
+    """
+    sizes = _Sizes(chosen)
+    known: dict[object, int] = {}
+    total = 0
+    for node in graph.nodes:
+        if isinstance(node.target, HigherOrderOperator) or node.op == "call_module":
+            raise TypeError(f"{node.target} holds a graph")
+        if not isinstance(node.target, OpOverload) or not _may_count(node.target):
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), sizes.of)
+        key = node.target, comparable(tree_map(_shape_of, (args, kwargs)))
+        if key not in known:
+            known[key] = _flops_of(node.target, args, kwargs)
+        total += known[key]
+    return total
+
+
+@cache
+def _may_count(op: OpOverload) -> bool:
+    """Whether torch's counter counts an op, or may count one of those that it is made of."""
+    return op.overloadpacket in flop_registry or op.overloadpacket in _ATTENTION or is_composite(op)
+
+
+def _flops_of(op: OpOverload, args: Any, kwargs: Any) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+        op(*args, **kwargs)
+    return int(counter.get_total_flops())
+
+
+def _shape_of(value: Any) -> Any:
+    return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value
+
+
+class _Sizes:
+    """Values of a graph with numbers for their sizes.
+
+    Args:
+        chosen: numbers, by how a size is spelled; others are as they were traced.
+    """
+
+    def __init__(self, chosen: Mapping[str, int]) -> None:
+        self.chosen = chosen
+        self.known: dict[Any, int] = {}
+
+    def of(self, node: fx.Node) -> Any:
+        """Return the value of a node with numbers for sizes, and tensors on ``meta``."""
+        if node.target is getattr:
+            source, name = node.args
+            assert isinstance(source, fx.Node) and isinstance(name, str)
+            return getattr(self.of(source), name)
+        return tree_map(self._leaf, node.meta["val"])
+
+    def _leaf(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return torch.empty([self._number(size) for size in value.shape], dtype=value.dtype, device="meta")
+        return self._number(value) if isinstance(value, torch.SymInt) else value
+
+    def _number(self, size: int | torch.SymInt) -> int:
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        if expression not in self.known:
+            symbols = {symbol: self._symbol(symbol, size) for symbol in expression.free_symbols}
+            self.known[expression] = int(work_out(expression, symbols))
+        return self.known[expression]
+
+    def _symbol(self, symbol: Any, size: torch.SymInt) -> int:
+        hint = size.node.shape_env.backed_var_to_val[symbol] if str(symbol) not in self.chosen else None
+        return self.chosen[str(symbol)] if hint is None else int(hint)

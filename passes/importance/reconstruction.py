@@ -16,7 +16,7 @@ from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Group
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import facts_of
-from fxprune.graph.tensors import get_tensor, weights
+from fxprune.graph.tensors import get_tensor
 from fxprune.masking.observe import observe
 from fxprune.pipeline.arguments import number, whole_number
 from fxprune.removal.scores import Scores
@@ -24,6 +24,7 @@ from fxprune.removal.scores import Scores
 from .forward import ForwardImportancePass
 from .gram import Fitted, removal_order
 from .inputs import refuse_group, rows_of
+from .memory import allowed, amount
 
 __all__ = ["ReconstructionImportancePass"]
 
@@ -54,21 +55,22 @@ class ReconstructionImportancePass(ForwardImportancePass):
     Args:
         ridge: in units of the mean square of an input.
         steps: turns for a group; as many units go in each.
-        memory: bytes for ``X' X``, as a fraction of the bytes of all weights. Less memory, more sweeps over the data.
+        memory: for ``X' X``: ``fast``, ``low``, ``auto`` or a fraction of the bytes of all weights, as in taylor. Less
+            memory, more sweeps over the data.
     """
 
     name: ClassVar[str] = "reconstruction"
 
     ridge: float = 0.1
     steps: int = 64
-    memory: float = 0.6
+    memory: float | str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense."""
         super().__post_init__()
         object.__setattr__(self, "ridge", number("ridge", self.ridge, above=0))
         object.__setattr__(self, "steps", whole_number("steps", self.steps, least=1))
-        object.__setattr__(self, "memory", number("memory", self.memory, above=0))
+        object.__setattr__(self, "memory", amount(self.memory))
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
         """What each unit costs at its turn.
@@ -94,18 +96,23 @@ class ReconstructionImportancePass(ForwardImportancePass):
     def _chunks(self, graph_module: fx.GraphModule, groups: Sequence[Group]) -> Iterator[list[Work]]:
         """Groups whose matrices fit into the memory allowed together."""
         consumers = find_consumers(graph_module.graph, facts_of(graph_module)[Dependencies].axes)
-        budget = self.memory * sum(t.numel() * t.element_size() for _, t in weights(graph_module))
-        chunk: list[Work] = []
-        used: dict[tuple[fx.Node, int], int] = {}
+        works: list[tuple[Work, dict[tuple[fx.Node, int], int]]] = []
         for group in groups:
             own = consumers_of(group, consumers)
             if not own:
                 raise refuse_group(group, self.name, "weight that adds up over its units")
-            new = {(c.source, c.dim): 4 * get_tensor(graph_module, c.name).shape[c.axis] ** 2 for c in own}
+            sizes = {(c.source, c.dim): 4 * get_tensor(graph_module, c.name).shape[c.axis] ** 2 for c in own}
+            works.append(((group, own), sizes))
+        budget = allowed(
+            self.memory, graph_module, sum({k: v for _, sizes in works for k, v in sizes.items()}.values())
+        )
+        chunk: list[Work] = []
+        used: dict[tuple[fx.Node, int], int] = {}
+        for work, new in works:
             if chunk and sum((used | new).values()) > budget:
                 yield chunk
                 chunk, used = [], {}
-            chunk.append((group, own))
+            chunk.append(work)
             used |= new
         if chunk:
             yield chunk

@@ -5,26 +5,29 @@ Source: Ma, Fang, Wang, "LLM-Pruner", NeurIPS 2023, section 3.2; equation number
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
-from torch.func import functional_call
 
-from fxprune.data.calibration import Calibration, Sample, computing, next_token_loss, require_logits, spread
+from fxprune.data.calibration import Calibration, Sample, next_token_loss, require_logits, spread
 from fxprune.discovery.groups import Groups
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Fact, Runnable, facts_of
-from fxprune.graph.tensors import name_of_nonfinite, require_weights, weights
+from fxprune.graph.shelf import stored
+from fxprune.graph.tensors import device_of, name_of_nonfinite, require_weights, weights
+from fxprune.masking.in_parts import Part, PartRuns, cut
 from fxprune.masking.masked_run import output_tensors
-from fxprune.pipeline.arguments import number, one_of, whole_number
+from fxprune.pipeline.arguments import one_of, whole_number
 from fxprune.pipeline.progress import Track, check_track, no_progress
 from fxprune.rules.aliasing import written_sources
 from fxprune.trace.fidelity import require_gradients
 
 from .base import ImportancePass, axis_sums
+from .memory import allowed, amount
 
 __all__ = ["ORDERS", "TaylorImportancePass"]
 
@@ -48,12 +51,14 @@ class TaylorImportancePass(ImportancePass):
 
     Gradients come one sample at a time and are turned into slice sums as they arrive. ``vector`` and ``second`` are
     linear in what arrives, so nothing is kept. ``first`` and ``mix`` take an absolute value per element and need
-    sums of gradients: parameters are then taken in turns, so that the sums never exceed ``memory`` of the weights.
+    sums of gradients. Where ``memory`` does not hold them all, the graph runs in parts, each for all samples, which
+    takes one more forward run and gives the same scores.
 
     Args:
         order: one of :data:`ORDERS`.
-        memory: bytes for sums of gradients, as a fraction of the bytes of all weights. Less memory, more sweeps.
-            ``mix`` keeps two float32 numbers for each weight, so 0.6 takes four sweeps of a float32 model.
+        memory: for sums of gradients: ``fast`` takes what all of them need, ``low`` a tenth of the bytes of the weights
+            or what those of the largest need, ``auto`` the one that fits into half the memory that is free; or a
+            fraction of the bytes of all weights. ``mix`` keeps two float32 numbers for each weight, ``first`` one.
         samples: calibration samples to take, evenly spread; None for all.
         track: shows progress, as ``track(items, what, total)``.
     """
@@ -62,7 +67,7 @@ class TaylorImportancePass(ImportancePass):
     needs: ClassVar[tuple[type[Fact], ...]] = (Groups, Calibration, Runnable)
 
     order: str = "mix"
-    memory: float = 0.6
+    memory: float | str = "auto"
     samples: int | None = None
     track: Track = field(default=no_progress, metadata={"spelled": False})
 
@@ -70,7 +75,7 @@ class TaylorImportancePass(ImportancePass):
         """Refuse unknown names before any work is done."""
         super().__post_init__()
         one_of("taylor order", self.order, ORDERS)
-        object.__setattr__(self, "memory", number("memory", self.memory, above=0))
+        object.__setattr__(self, "memory", amount(self.memory))
         if self.samples is not None:
             object.__setattr__(self, "samples", whole_number("samples", self.samples, least=1))
         check_track(self.track)
@@ -87,84 +92,111 @@ class TaylorImportancePass(ImportancePass):
         for name, axis in wanted:
             axes.setdefault(name, []).append(axis)
         samples = spread(facts_of(graph_module)[Calibration].samples, self.samples)
-        chunks = list(self._chunks(graph_module, axes))
-        found: Positions = {}
-        written = written_sources(graph_module.graph)
-        steps = [(chunk, sample) for chunk in chunks for sample in (*samples, None)]
-        sums: _Sums | None = None
-        for chunk, sample in self.track(steps, "gradients", len(steps)):
-            if sums is None:
-                sums = _SUMS[self.order](chunk, len(samples))
-            if sample is None:
-                found.update(sums.finish(dict(weights(graph_module))))
-                sums = None
-            else:
-                _backward(graph_module, sample, sums, written)
-        return found
+        return _Sweep(graph_module, samples, axes, self.order, self._parts(graph_module, axes)).run(self.track)
 
-    def _chunks(self, graph_module: fx.GraphModule, axes: Axes) -> Iterator[Axes]:
-        """Parameters to take in one sweep, so that their sums fit into the memory allowed."""
+    def _parts(self, graph_module: fx.GraphModule, axes: Axes) -> list[Part]:
+        """The parts of the graph whose sums fit into the memory allowed."""
         tensors = dict(weights(graph_module))
-        per_element = 4 * _SUMS[self.order].tensors
-        budget = self.memory * sum(t.numel() * t.element_size() for t in tensors.values())
-        chunk: dict[str, list[int]] = {}
-        used = 0.0
-        for name in axes:
-            cost = per_element * tensors[name].numel()
-            if chunk and used + cost > budget:
-                yield chunk
-                chunk, used = {}, 0.0
-            chunk[name] = axes[name]
-            used += cost
-        if chunk:
-            yield chunk
+        kept = _SUMS[self.order].tensors
+        cost = {name: 4.0 * (max(kept, 1) if self.memory == "low" else kept) * tensors[name].numel() for name in axes}
+        return cut(graph_module.graph, cost, allowed(self.memory, graph_module, sum(cost.values())))
 
 
-def _backward(graph_module: fx.GraphModule, sample: Sample, sums: _Sums, written: set[str]) -> None:
-    """One sample forward and back; each gradient goes to ``sums`` as it arrives and is freed.
+class _Sweep:
+    """Samples forward and back, part by part; each gradient goes to sums as it arrives and is freed.
 
     The graph runs on detached aliases of its parameters, so that the caller's ``.grad`` stays as it is; tied names
-    share one alias, whose gradient is then that of all its uses. Weights and inputs that are ``written`` to are copies.
+    share one alias, whose gradient is then that of all its uses. Weights and inputs that are written to are copies.
+    The gradient of a weight that several parts read is added up sample by sample before it counts.
     """
-    shared: dict[int, torch.Tensor] = {}
-    aliases = {
-        name: shared.setdefault(id(t), t.detach().clone() if name in written else t.detach())
-        for name, t in weights(graph_module)
-    }
-    for name in sums.axes:
-        alias = aliases[name].requires_grad_()
-        alias.register_post_accumulate_grad_hook(_receiver(sums, name))
-    device = next(iter(aliases.values())).device
-    inputs = {
-        name: _input(value, device, name in written) if isinstance(value, torch.Tensor) else value
-        for name, value in sample.inputs.items()
-    }
-    with computing(inputs):
-        outputs = output_tensors(functional_call(graph_module, aliases, kwargs=inputs))
-    labels = sample.labels.to(device)
-    loss = next_token_loss(require_logits(outputs, labels, TaylorImportancePass.name), labels)
-    if not bool(loss.isfinite()):
-        bad = name_of_nonfinite(graph_module)
-        raise CalibrationError(
-            f"the loss is {loss.item()}{f': {bad} has values that are not finite' if bad else ''}",
-            where="calibration",
-            remedy="Mend the weights, or look for samples that the model cannot take",
-        )
-    loss.backward()
 
+    def __init__(
+        self, graph_module: fx.GraphModule, samples: Sequence[Sample], axes: Axes, order: str, parts: Sequence[Part]
+    ) -> None:
+        self.graph_module, self.samples, self.order = graph_module, samples, order
+        self.parts = parts
+        self.tensors = dict(weights(graph_module))
+        self.written = written_sources(graph_module.graph)
+        names = {id(self.tensors[name]): name for name in axes}
+        self.wanted = {name: names[id(t)] for name, t in self.tensors.items() if id(t) in names}
+        self.reads = [{self.wanted[name] for name in part.reads if name in self.wanted} for part in parts]
+        self.axes = axes
+        self.late: dict[tuple[str, int], torch.Tensor] = {}
+        self.runs = PartRuns(graph_module, parts, [self._inputs(sample) for sample in samples], self.wanted)
 
-def _input(value: torch.Tensor, device: torch.device, written: bool) -> torch.Tensor:
-    """An input on the device of the graph; one that the graph writes to is a copy."""
-    return value.to(device, copy=written)
+    def run(self, track: Track) -> Positions:
+        """The slice scores."""
+        found: Positions = {}
+        count = (len(self.parts) * 2 - 1) * len(self.samples)
+        for done in track(self._steps(), "gradients", count):
+            found.update(done)
+        return found
 
+    def _steps(self) -> Iterator[Positions]:
+        """Yield after each sample what is known by then."""
+        for part in self.parts[:-1]:
+            for _ in self.runs.forward(part):
+                yield {}
+        for number, part in reversed(list(enumerate(self.parts))):
+            if not self.runs.needs_gradients(part):
+                yield from [{}] * len(self.samples)
+                continue
+            before = set[str]().union(*self.reads[:number])
+            own = {name: self.axes[name] for name in self.axes if name in self.reads[number] - before}
+            sums = _SUMS[self.order](own, len(self.samples))
+            for sample in self.runs.backward(part, partial(self._aliases, part, sums), self._loss):
+                yield self._finished(sums) if sample == len(self.samples) - 1 else {}
 
-def _receiver(sums: _Sums, name: str) -> Callable[[torch.Tensor], None]:
-    def receive(alias: torch.Tensor) -> None:
+    def _inputs(self, sample: Sample) -> dict[str, Any]:
+        """The inputs of a sample on the device of the graph; one that the graph writes to is a copy."""
+        device = device_of(self.graph_module)
+        return {
+            name: value.to(device, copy=name in self.written) if isinstance(value, torch.Tensor) else value
+            for name, value in sample.inputs.items()
+        }
+
+    def _aliases(self, part: Part, sums: _Sums, sample: int) -> dict[str, torch.Tensor]:
+        """What a part reads in place of its weights."""
+        shared: dict[int, torch.Tensor] = {}
+        for name in part.reads:
+            tensor = self.tensors[name]
+            if id(tensor) not in shared:
+                alias = tensor.detach().clone() if name in self.written else tensor.detach()
+                if name in self.wanted:
+                    alias.requires_grad_().register_post_accumulate_grad_hook(
+                        partial(self._receive, self.wanted[name], sums, sample)
+                    )
+                shared[id(tensor)] = alias
+        return {name: shared[id(self.tensors[name])] for name in part.reads}
+
+    def _receive(self, name: str, sums: _Sums, sample: int, alias: torch.Tensor) -> None:
+        """Take in the gradient of a weight; where parts before read it too, put it down until theirs is there."""
         gradient, alias.grad = alias.grad, None
         assert gradient is not None
-        sums.add(name, alias.detach().float(), gradient.float())
+        late = self.late.pop((name, sample), None)
+        whole = gradient.float() if late is None else gradient.float() + late
+        if name in sums.axes:
+            sums.add(name, alias.detach().float(), whole)
+        else:
+            self.late[name, sample] = stored(whole)
 
-    return receive
+    def _finished(self, sums: _Sums) -> Positions:
+        """The scores of weights that no part before this one reads; one that it reads the dtype of alone has none."""
+        for name, sample in [key for key in self.late if key[0] in sums.axes]:
+            sums.add(name, self.tensors[name].detach().float(), self.late.pop((name, sample)))
+        return sums.finish(self.tensors)
+
+    def _loss(self, sample: int, output: Any) -> torch.Tensor:
+        labels = self.samples[sample].labels.to(device_of(self.graph_module))
+        loss = next_token_loss(require_logits(output_tensors(output), labels, TaylorImportancePass.name), labels)
+        if not bool(loss.isfinite()):
+            bad = name_of_nonfinite(self.graph_module)
+            raise CalibrationError(
+                f"the loss is {loss.item()}{f': {bad} has values that are not finite' if bad else ''}",
+                where="calibration",
+                remedy="Mend the weights, or look for samples that the model cannot take",
+            )
+        return loss
 
 
 @dataclass

@@ -55,8 +55,9 @@ OPTIONS = [
     *each(
         "importance",
         ("taylor{memory=-1}", "taylor{memory=0}", "taylor{memory=abc}", "taylor{memory=True}"),
-        "memory is",
+        "memory is|unknown memory",
     ),
+    *each("memory", ("little", 0.5, True), "memory"),
     *each("importance", ("taylor{ordr=mix}", "l1{order=mix}"), "unknown argument of pass"),
     *each("importance", ("random{seed=-1}", "random{seed=x}"), "seed is"),
     *each("importance", ("l1{kinds=mpl}", "l1{kinds=[]}"), "kind"),

@@ -22,7 +22,7 @@ from benchmarks.latency.measure import Row, Settings, measure, read_rows
 from benchmarks.latency.page import latency_page, write_picture
 from benchmarks.latency.timing import Speedup
 from benchmarks.latency.work import Case, Work, work_of
-from benchmarks.latency.workers import EngineFailed, Task, Worker, prepare
+from benchmarks.latency.workers import EngineFailed, Task, Worker, Writers
 from tests.export.small import even, tokenizer, uneven
 
 LARGER = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -98,10 +98,12 @@ def test_an_engine_reads_a_prompt_and_gives_tokens(name: str, tmp_path: Path) ->
 
 def test_files_that_engines_load_are_written_side_by_side(dense: Source, tmp_path: Path) -> None:
     other = saved(even("llama", **LARGER), tmp_path / "other")
-    prepare("llama.cpp f16", [dense, other], threads=2)
+    writers = Writers(threads=2)
+    for source in (dense, other, Source(tmp_path / "none")):
+        writers.write("llama.cpp f16", source)
+    failed = writers.wait()
     assert dense.beside("f16.gguf").exists() and other.beside("f16.gguf").exists()
-    with pytest.raises(EngineFailed, match="Error"):
-        prepare("llama.cpp f16", [Source(tmp_path / "none")], threads=1)
+    assert list(failed) == ["llama.cpp f16"] and "Error" in failed["llama.cpp f16"]
 
 
 def test_a_decoding_step_is_always_after_as_many_tokens(dense: Source) -> None:

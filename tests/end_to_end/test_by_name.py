@@ -126,7 +126,8 @@ def test_prune_runs_the_pipeline_it_prints(inplace: bool) -> None:
     [
         ({"taylor": "first"}, "taylor{order=first}"),
         ({"importance": "taylor{order=second}"}, "taylor{order=second}"),
-        ({"inplace": True}, "taylor{memory=0.1}"),
+        ({"inplace": True}, "taylor{memory=low}"),
+        ({"inplace": True, "memory": "fast"}, "taylor{memory=fast}"),
         ({"inplace": True, "importance": "taylor{memory=0.5}"}, "taylor{memory=0.5}"),
         ({"kinds": "mlp", "reduction": "max"}, "taylor{kinds=[mlp], reduction=max}"),
         ({"importance": "random", "seed": 3}, "random{seed=3}"),

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxprune.graph import counting
 from fxprune.graph.compat import UNKNOWN_SIZE
 from fxprune.graph.counting import count_macs, count_parameters
 from fxprune.trace.capture import trace
+from tests.models import tiny
 from tests.oracle import Net
 
 
@@ -63,3 +65,12 @@ def test_work_that_depends_on_data_is_unknown_without_values() -> None:
     x = {"x": torch.zeros(4, 5)}
     assert count_macs(trace(net, x).graph_module) % (5 * 7) == 0
     assert count_macs(trace(net.to("meta"), x).graph_module) == UNKNOWN_SIZE // 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "qwen2_moe", "mamba", "falcon", "phi"])
+def test_shapes_alone_count_what_a_run_counts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph_module = trace(tiny(family)).graph_module
+    quick = [count_macs(graph_module, tokens) for tokens in (64, 7)]
+    assert quick[0] == counting._by_shapes(graph_module.graph, counting._chosen(graph_module.graph, 1, 64)) // 2
+    monkeypatch.setattr(counting, "_by_shapes", None)
+    assert quick == [count_macs(graph_module, tokens) for tokens in (64, 7)]

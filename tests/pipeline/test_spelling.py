@@ -17,7 +17,7 @@ from fxprune.pipeline.spelling import read_spelling, split
 @pytest.mark.parametrize(
     ("spelled", "fields"),
     [
-        ("taylor{order=first reduction=prod}", {"order": "first", "reduction": "prod", "memory": 0.6}),
+        ("taylor{order=first reduction=prod}", {"order": "first", "reduction": "prod", "memory": "auto"}),
         ("taylor{order=first, reduction=prod}", {"order": "first", "reduction": "prod"}),
         (" taylor ", {"order": "mix", "reduction": "sum"}),
         ("taylor{}", {"order": "mix"}),

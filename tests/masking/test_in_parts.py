@@ -1,0 +1,126 @@
+"""Parts of a graph: where it is cut, and that running them is running it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune.graph.shelf import shelved
+from fxprune.graph.tensors import weights
+from fxprune.masking.in_parts import Part, PartRuns, cut
+from fxprune.masking.masked_run import output_tensors
+from fxprune.pipeline.registry import load_pass
+from tests.models import tiny, token_ids
+from tests.oracle import discover
+
+
+def calibrate(dense: torch.fx.GraphModule, data: torch.Tensor) -> None:
+    load_pass("calibrate", data=data)(dense)
+
+
+def costs(graph_module: torch.fx.GraphModule) -> dict[str, float]:
+    return {name: float(tensor.numel()) for name, tensor in weights(graph_module)}
+
+
+def parts_of(model: nn.Module, share: float) -> tuple[torch.fx.GraphModule, list[Part]]:
+    dense = fxprune.trace(model).graph_module
+    cost = costs(dense)
+    return dense, cut(dense.graph, cost, share * sum(cost.values()))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3, 0.1, 1e-9])
+def test_every_op_is_in_one_part_and_parts_are_no_larger_than_allowed(share: float) -> None:
+    dense, parts = parts_of(tiny("llama", num_hidden_layers=3), share)
+    ops = [node for part in parts for node in part.nodes if node.op != "get_attr"]
+    assert ops == [node for node in dense.graph.nodes if node.op not in ("get_attr", "placeholder")]
+    cost = costs(dense)
+    for part in parts:
+        readers = {user for node in part.nodes if node.op == "get_attr" for user in node.users if user in part.nodes}
+        assert sum(cost[name] for name in part.reads) <= share * sum(cost.values()) or len(readers) == 1
+    assert (len(parts) == 1) == (share == 1.0)
+
+
+def test_parts_meet_where_the_fewest_numbers_are_alive() -> None:
+    dense, parts = parts_of(tiny("llama", num_hidden_layers=4), 0.25)
+    hidden = next(t for name, t in weights(dense) if "embed_tokens" in name).shape[1]
+    given = [[n.meta["val"].shape for n in part.gives if n.meta["val"].dim() == 3] for part in parts[1:-1]]
+    assert given and all([shape[-1] for shape in shapes] == [hidden] for shapes in given), "the residual stream alone"
+
+
+@pytest.mark.parametrize("share", [0.3, 0.05])
+def test_parts_compute_what_the_graph_computes(share: float) -> None:
+    model = tiny("gpt2").eval()
+    dense, parts = parts_of(model, share)
+    ids = token_ids(3)
+    runs = PartRuns(dense, parts, [{"input_ids": row[None]} for row in ids], ())
+    assert len(parts) > 2
+    for part in parts[:-1]:
+        assert list(runs.forward(part)) == [0, 1, 2]
+    outputs: list[torch.Tensor] = []
+
+    def loss(number: int, output: object) -> torch.Tensor:
+        outputs.append(output_tensors(output)[0])
+        return outputs[-1].sum() + torch.zeros((), requires_grad=True)
+
+    list(runs.backward(parts[-1], lambda _: {}, loss))
+    torch.testing.assert_close(torch.cat(outputs), model(ids).logits)
+
+
+class Writing(nn.Module):
+    """Writes to a buffer, and to a value that is used later on."""
+
+    def __init__(self, buffer: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.register_buffer("seen", torch.zeros(8))
+        self.buffer = buffer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layers[0](x)
+        z = self.layers[1](y)
+        y.mul_(2)
+        if self.buffer:
+            self.seen.add_(1)
+        return self.layers[3](self.layers[2](y + z) + self.seen)
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_no_part_writes_to_what_another_one_keeps(buffer: bool) -> None:
+    torch.manual_seed(0)
+    model = Writing(buffer)
+    dense = fxprune.trace(model, {"x": torch.randn(2, 8)}).graph_module
+    parts = cut(dense.graph, costs(dense), 1.0)
+    assert (len(parts) == 1) == buffer
+    x = torch.randn(2, 8)
+    want = model(x.clone()).detach()
+    model.seen.zero_()
+    runs = PartRuns(dense, parts, [{"x": x}], ())
+    for part in parts[:-1]:
+        list(runs.forward(part))
+    got: list[torch.Tensor] = []
+    end = torch.zeros((), requires_grad=True)
+    list(runs.backward(parts[-1], lambda _: {}, lambda _, output: got.append(output_tensors(output)[0]) or end * 1))
+    torch.testing.assert_close(got[0], want)
+
+
+@pytest.mark.parametrize("order", ["vector", "first", "second", "mix"])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_weight_that_several_parts_read_counts_once(order: str, on_disk: bool, tmp_path) -> None:
+    model = tiny("llama", tie_word_embeddings=True)
+    found = []
+    for memory in ("fast", "low"):
+        dense = discover(model)
+        calibrate(dense, token_ids(3))
+        taylor = load_pass("taylor", order=order, memory=memory, kinds=("channel", "mlp", "head"))
+        if on_disk:
+            with shelved(tmp_path):
+                taylor(dense)
+        else:
+            taylor(dense)
+        found.append(fxprune.facts_of(dense)[fxprune.Scores].units)
+    assert any("channel" in name for name in found[0]) and list(tmp_path.iterdir()) == []
+    for name, row in found[0].items():
+        np.testing.assert_allclose(found[1][name], row, rtol=1e-5)
