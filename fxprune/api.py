@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from fxprune.checkpoint.low_memory import load_mapped, on_disk, request_of
+from fxprune.checkpoint.write import check_request
 from fxprune.graph.facts import facts_of
 from fxprune.graph.source import Source, put_back
 from fxprune.pipeline.arguments import refuse
@@ -23,7 +25,7 @@ from fxprune.removal.scores import Scores
 from fxprune.result import Result
 from fxprune.trace import trace
 
-__all__ = ["Result", "apply", "prune", "prune_pipeline"]
+__all__ = ["Result", "apply", "prune", "prune_checkpoint", "prune_pipeline"]
 
 _DEFAULT, _PUBLISHED = "balanced", "llm-pruner"
 """The recipe of a call that leaves the choice, and of one that names an importance."""
@@ -75,6 +77,50 @@ def prune(
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "example_inputs")}
     return _run(prune_pipeline(**options), model, example_inputs, inplace)
+
+
+def prune_checkpoint(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    calibration: Any = None,
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = "500MB",
+    **options: Any,
+) -> Result:
+    """Prune a model in a folder, larger than memory perhaps, and write the slim one to another folder.
+
+    Weights are read from the files of the folder where a part of the model runs, and what is fitted and what is left
+    are in files as well: memory is for a part of the model and the activations of the samples. It takes the time that
+    reading takes; a run that was killed is gone on with where it is asked the same of the same files, from the last
+    part scored and the last weight fitted. Until it is done it keeps what it found in ``<out>.unfinished``.
+
+    Tuning reads all weights twice a step, so that there is none unless ``tune`` asks for it. Weights that transformers
+    builds from several tensors of a file, as those of experts side by side, are held in memory.
+
+    Args:
+        source: a folder of safetensors that transformers loads, or the id of one on a hub.
+        out: where to, as for :func:`fxprune.save_pretrained`.
+        calibration: as for :func:`prune`.
+        tokenizer: as for :func:`prune`; saved with the model.
+        max_shard_size: the largest file of weights; one is in memory when it is written.
+        options: as for :func:`prune`.
+
+    Returns:
+        What :func:`prune` returns; its weights are in files without a name.
+
+    Raises:
+        CheckpointError: ``source`` cannot be loaded, or ``out`` holds something else.
+        FxpruneError: as for :func:`prune`.
+    """
+    settings = {"memory": "low", "tune": NONE, **options}
+    check_request(out, tokenizer, max_shard_size)
+    example_inputs = settings.pop("example_inputs", None)
+    pipeline = prune_pipeline(calibration, tokenizer=tokenizer, **settings)
+    with on_disk(out, request_of(source, calibration, str(pipeline))):
+        result = _run(pipeline, load_mapped(source), example_inputs, inplace=False)
+        result.save_pretrained(out, tokenizer, max_shard_size=max_shard_size)
+    return result
 
 
 def apply(

@@ -18,7 +18,7 @@ from benchmarks.latency.work import Case
 
 __all__ = ["LlamaCppEngine", "LlamaCppQuantisedEngine"]
 
-_STEPS = 24
+_STEPS = 16
 """Tokens that a decoding step is timed over, by the engine's own clock."""
 
 

@@ -88,11 +88,12 @@ def speedup(first: Sequence[float], second: Sequence[float]) -> Speedup:
 
 
 def timed(call: Callable[[], Any], least_s: float = 0.05) -> Callable[[], float]:
-    """A job that makes a call to warm up, then calls until they take about `least_s`, and returns the seconds of one.
+    """A job that calls until that takes about `least_s`, after one call to warm up, and returns the seconds of one.
 
     It waits for a GPU where there is one. Finding out how many calls that are warms up, compiles what is compiled
-    at the first call, and has more calls made than one before. `torch.utils.benchmark.Timer` would make two calls or
-    more before each measurement, which for calls of half a second is most of the time.
+    at the first call, and has more calls made than one before. A call that alone takes `least_s` is not made twice: what
+    waking up costs is little of it. `torch.utils.benchmark.Timer` would make two calls or more before each measurement,
+    which for calls of half a second is most of the time.
     """
     timer = timeit.Timer(call, timer=benchmark.timer)
     for _ in range(2):
@@ -100,7 +101,8 @@ def timed(call: Callable[[], Any], least_s: float = 0.05) -> Callable[[], float]
     number = max(1, math.ceil(least_s / once))
 
     def job() -> float:
-        call()
+        if number > 1:
+            call()
         return timer.timeit(number) / number
 
     return job

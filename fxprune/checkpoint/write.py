@@ -20,6 +20,7 @@ from fxprune.checkpoint.exchange import put_in_place, real_target, staged
 from fxprune.checkpoint.manifest import MANIFEST, Manifest, other_files, strangers, weight_files
 from fxprune.checkpoint.modelling_file import write_modelling
 from fxprune.checkpoint.structure import Structure, describe
+from fxprune.data.ranks import first_alone
 from fxprune.emit.load import has_odd_experts
 from fxprune.errors import CheckpointError
 from fxprune.modelling import layerwise
@@ -27,7 +28,7 @@ from fxprune.pipeline.arguments import as_path, refuse, whole_number
 from fxprune.removal.plan import Plan
 from fxprune.removal.report import Report
 
-__all__ = ["check_request", "save_pretrained"]
+__all__ = ["check_place", "check_request", "save_pretrained"]
 
 _SIZE = re.compile(r"\s*(?=[\d.]*[1-9])\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
 """What transformers reads as a size."""
@@ -43,6 +44,8 @@ def save_pretrained(
     max_shard_size: int | str = "5GB",
 ) -> Structure:
     """Save a slim model: it is written beside the folder and takes its place in one step, or not at all.
+
+    Where several processes of torch call it, the first one writes and the others wait.
 
     In it: safetensors, ``config.json``, the generation config, the tokenizer, ``fxprune.json``, and, where stock
     classes do not build the model from its config, a modelling file with which they do (``trust_remote_code=True``).
@@ -64,27 +67,42 @@ def save_pretrained(
     """
     check_request(folder, tokenizer, max_shard_size)
     _check_parts(model, plan, report)
-    with _on_disk(folder):
-        target = real_target(folder)
-        _refuse_foreign(target)
+    target = check_place(folder)
     structure = describe(model)
-    with _on_disk(folder), staged(target) as work:
-        _write_model(model, work, structure, max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(work)
-        manifest = Manifest(
-            source=_source(model, report),
-            stock=structure.is_stock,
-            weights=weight_files(work),
-            files=other_files(work),
-            plan=None if plan is None else json.loads(plan.to_json()),
-            report=None if report is None else report.to_dict(),
-        )
-        (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        _open_to_readers(work)
-        _keep_others(target, work)
-        put_in_place(work, target)
+
+    def write() -> None:
+        with _on_disk(folder), staged(target) as work:
+            _fill(work, model, structure, tokenizer, plan, report, max_shard_size)
+            _keep_others(target, work)
+            put_in_place(work, target)
+
+    first_alone(write, CheckpointError)
     return structure
+
+
+def _fill(
+    work: Path,
+    model: PreTrainedModel,
+    structure: Structure,
+    tokenizer: Any,
+    plan: Plan | None,
+    report: Report | None,
+    max_shard_size: int | str,
+) -> None:
+    """Write everything into an empty folder."""
+    _write_model(model, work, structure, max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(work)
+    manifest = Manifest(
+        source=_source(model, report),
+        stock=structure.is_stock,
+        weights=weight_files(work),
+        files=other_files(work),
+        plan=None if plan is None else json.loads(plan.to_json()),
+        report=None if report is None else report.to_dict(),
+    )
+    (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    _open_to_readers(work)
 
 
 @contextmanager
@@ -119,6 +137,18 @@ def check_request(folder: Any, tokenizer: Any, max_shard_size: Any) -> None:
             raise refuse("max_shard_size", max_shard_size, "a number of bytes, or text such as '5GB'", CheckpointError)
     else:
         whole_number("max_shard_size", max_shard_size, least=1, error=CheckpointError)
+
+
+def check_place(folder: str | os.PathLike[str]) -> Path:
+    """Return where a checkpoint for a folder really goes.
+
+    Raises:
+        CheckpointError: the folder holds something else, or is a file.
+    """
+    with _on_disk(folder):
+        target = real_target(folder)
+        _refuse_foreign(target)
+    return target
 
 
 def _check_parts(model: Any, plan: Any, report: Any) -> None:

@@ -38,5 +38,9 @@ def clear_errors() -> Iterator[None]:
 
 
 def progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-    """Show how far a pass is."""
+    """Show how far a pass is; of several processes the first one does."""
+    from fxprune.data.ranks import is_first
+
+    if not is_first():
+        return items
     return track(items, what, total, console=errors, transient=True)

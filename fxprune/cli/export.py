@@ -8,10 +8,8 @@ from typing import Annotated, Any
 import typer
 
 import fxprune
-from fxprune.checkpoint.manifest import MANIFEST
 from fxprune.cli.console import Folder, Gguf, app, clear_errors, console
 from fxprune.cli.load import is_gguf, load
-from fxprune.export.gguf.write import type_in
 
 __all__ = ["Quantization", "export", "gguf_options", "runs"]
 
@@ -51,6 +49,8 @@ def gguf_options(source: str, tokenizer: Any, quantization: str | None) -> dict[
         tokenizer: of the model.
         quantization: what the user asked for.
     """
+    from fxprune.export.gguf.write import type_in
+
     if not is_gguf(source):
         return {"tokenizer": tokenizer, "quantization": quantization}
     return {"like": source, "quantization": quantization or type_in(source)}
@@ -67,6 +67,8 @@ def runs(out: Path) -> str:
 
 def _load(model: str, gguf_file: str | None, *, with_tokenizer: bool) -> tuple[Any, Any]:
     """Return a model and its tokenizer, from a checkpoint of ours too."""
+    from fxprune.checkpoint.manifest import MANIFEST
+
     if not (Path(model) / MANIFEST).is_file():
         return load(model, gguf_file, with_tokenizer=with_tokenizer)
     from transformers import AutoTokenizer

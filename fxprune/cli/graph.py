@@ -16,7 +16,6 @@ from rich.table import Column, Table
 import fxprune
 from fxprune.cli.console import Folder, Gguf, app, clear_errors, console, errors
 from fxprune.cli.load import readable, where_and_file
-from fxprune.discovery.explain import frozen_axes
 from fxprune.errors import FxpruneError, UnknownNameError
 
 __all__ = ["explain", "graph"]
@@ -91,6 +90,8 @@ def _groups_table(groups: Iterable[fxprune.Group]) -> Table:
 
 
 def _frozen_lines(dependencies: Any) -> list[str]:
+    from fxprune.discovery.explain import frozen_axes
+
     axes = frozen_axes(dependencies).items()
     counts = Counter(f"frozen {_starred(axis)}: {freeze.reason}" for axis, freeze in axes)
     return [line if n == 1 else f"{line} ({n:,} axes)" for line, n in counts.items()]

@@ -12,9 +12,6 @@ from rich.table import Table
 import fxprune
 from fxprune.cli.console import app, clear_errors, console
 from fxprune.errors import PassError
-from fxprune.pipeline.contract import STAGES
-from fxprune.pipeline.registry import pass_class
-from fxprune.recipes import read_recipe, recipe_names
 
 __all__ = ["passes", "recipes"]
 
@@ -22,6 +19,8 @@ __all__ = ["passes", "recipes"]
 @app.command()
 def passes() -> None:
     """List the installed passes."""
+    from fxprune.pipeline.contract import STAGES
+
     table = Table("pass", "stage", "what it does")
     found = [_described(name) for name in fxprune.pass_names()]
     order = {stage: i for i, stage in enumerate(STAGES)}
@@ -35,6 +34,8 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="Print the passes of this one, to be edited in a file.")] = None,
 ) -> None:
     """List the recipes with what they cost, or print one."""
+    from fxprune.recipes import read_recipe, recipe_names
+
     if name is not None:
         with clear_errors():
             console.print(str(read_recipe(name)), end="", markup=False, highlight=False)
@@ -47,6 +48,8 @@ def recipes(
 
 def _described(name: str) -> tuple[str, str, str]:
     """Name, stage and first line of a pass; of one that cannot be imported, why."""
+    from fxprune.pipeline.registry import pass_class
+
     try:
         made = pass_class(name)
     except PassError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +13,7 @@ import fxprune
 from fxprune.cli.console import Folder, Gguf, app, clear_errors, console, progress
 from fxprune.cli.export import Quantization, gguf_options, runs
 from fxprune.cli.load import is_gguf, load
-from fxprune.data.files import calibration_text, calibration_windows
-from fxprune.export.model import SUFFIXES
+from fxprune.errors import FxpruneError
 
 __all__ = ["prune"]
 
@@ -55,11 +55,18 @@ def prune(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = 128,
     seed: Annotated[int, typer.Option(help="For random importance and verification.")] = 0,
     in_place: Annotated[bool, typer.Option("--in-place", help="Free dense tensors early: less memory.")] = False,
+    low_memory: Annotated[
+        bool,
+        typer.Option("--low-memory", help="Weights stay on disk; a run that stopped goes on."),
+    ] = False,
     gguf_file: Gguf = None,
     quantization: Quantization = None,
 ) -> None:
     """Prune MODEL and write a checkpoint, plan.json and report.json to OUT; or one file, and these two beside it."""
     with clear_errors():
+        from fxprune.data.files import calibration_text, calibration_windows
+        from fxprune.export.model import SUFFIXES
+
         options = dict[str, Any](ratio=ratio, group_ratio=group_ratio, importance=importance, taylor=taylor, seed=seed)
         options.update(reduction=reduction, ranking=ranking, protect=protect, inplace=in_place, uniform=uniform)
         options.update(
@@ -76,6 +83,11 @@ def prune(
         published = recipe == "llm-pruner" or (recipe is None and (importance or taylor))
         most = 10 if published and samples is None else samples  # ten are what the paper uses
         data = None if text is None else calibration_windows(tokenizer, text, most, tokens, str(calibration))
+        if low_memory:
+            result = fxprune.prune_checkpoint(model, out, data, tokenizer=tokenizer, track=progress, **options)
+            _write_facts(result, out / "plan.json", out / "report.json")
+            _tell(result, out, loading="fxprune.from_pretrained loads it")
+            return
         result = fxprune.prune(dense, data, tokenizer=tokenizer, track=progress, **options)
         made = _write_file if out.suffix in SUFFIXES else _write
         _tell(result, out, loading=made(result, tokenizer, out, like=model, quantization=quantization))
@@ -83,9 +95,11 @@ def prune(
 
 def _write(result: fxprune.Result, tokenizer: Any, out: Path, **_: Any) -> str:
     """Write all there is to ``out``; returns how to load it."""
+    from fxprune.data.ranks import first_alone
+
     if result.model is None:
         out.mkdir(parents=True, exist_ok=True)
-        result.export(out / "model.pt2")
+        first_alone(partial(result.export, out / "model.pt2"), FxpruneError)
         loading = "there is no slim model of this class, torch.export.load runs model.pt2"
     elif result.save_pretrained(out, tokenizer).is_stock:
         loading = "any transformers loads it"
@@ -97,13 +111,19 @@ def _write(result: fxprune.Result, tokenizer: Any, out: Path, **_: Any) -> str:
 
 def _write_file(result: fxprune.Result, tokenizer: Any, out: Path, *, like: str, quantization: str | None) -> str:
     """Write one file, with plan and report beside it; returns what runs it."""
+    from fxprune.data.ranks import first_alone
+
     options = gguf_options(like, tokenizer, quantization) if out.suffix == ".gguf" else {"quantization": quantization}
-    result.export(out, **options)
+    first_alone(partial(result.export, out, **options), FxpruneError)
     _write_facts(result, out.with_suffix(".plan.json"), out.with_suffix(".report.json"))
     return runs(out)
 
 
 def _write_facts(result: fxprune.Result, plan: Path, report: Path) -> None:
+    from fxprune.data.ranks import is_first
+
+    if not is_first():
+        return
     plan.write_text(result.plan.to_json(), encoding="utf-8")
     report.write_text(result.report.to_json(), encoding="utf-8")
 
@@ -117,6 +137,10 @@ def _multiple(round_to: str | None, out: Path) -> Any:
 
 def _tell(result: fxprune.Result, out: Path, loading: str) -> None:
     """Print the numbers, the widths that changed, and what the user should know, such as how to load the model."""
+    from fxprune.data.ranks import is_first
+
+    if not is_first():
+        return
     report = result.report
     console.print(report.table())
     shrunk = Counter((name.rpartition("/")[2], *width) for name, width in report.widths.items())

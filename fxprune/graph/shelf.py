@@ -1,4 +1,7 @@
-"""Tensors in files, where there is not the memory for them: the operating system reads and writes their pages."""
+"""Tensors in files, where there is not the memory for them, and what a run that was stopped had found out already.
+
+The operating system reads the pages of such tensors when they are used, and writes them back when memory is short.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,17 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["shelved", "stored"]
+__all__ = ["recalled", "remembering", "shelved", "stored"]
 
 _LEAST = 1 << 16
 """Bytes of a tensor below which it stays in memory: a mapping takes whole pages, and there may be only so many."""
 
 _shelf: ContextVar[Path | None] = ContextVar("shelf", default=None)
+_memory: ContextVar[Path | None] = ContextVar("memory", default=None)
 
 
 @contextmanager
-def shelved(folder: Path) -> Iterator[None]:
+def shelved(folder: Path, memory: Path | None = None) -> Iterator[None]:
     """Keep tensors that passes make, and that last, in files of a folder.
 
     The files have no name once they are open, so that the space is free when the last tensor in one is gone, however
@@ -28,12 +32,34 @@ def shelved(folder: Path) -> Iterator[None]:
 
     Args:
         folder: on a disk with room for them.
+        memory: a folder for what is found out on the way; a second run of the same passes on the same data, with this
+            folder as the first left it, does not find it out again.
     """
-    token = _shelf.set(folder)
+    tokens = _shelf.set(folder), _memory.set(memory)
     try:
         yield
     finally:
-        _shelf.reset(token)
+        _shelf.reset(tokens[0])
+        _memory.reset(tokens[1])
+
+
+def recalled(name: str) -> Path | None:
+    """Return the file of this name that an earlier run left; None where there is none."""
+    folder = _memory.get()
+    path = None if folder is None else folder / name
+    return path if path is not None and path.exists() else None
+
+
+@contextmanager
+def remembering(name: str) -> Iterator[Path | None]:
+    """Yield a path to write to for a later run; None where none is to be. It has its name when it is complete."""
+    folder = _memory.get()
+    if folder is None:
+        yield None
+        return
+    unfinished = folder / f"{name}.part"
+    yield unfinished
+    os.replace(unfinished, folder / name)
 
 
 def stored(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.graph.facts import Fact, facts_of
+from fxprune.graph.shelf import stored
 from fxprune.graph.tensors import as_parameter, get_tensor, set_tensor
 
 __all__ = ["Constants", "Cut", "Source", "put_back", "put_values"]
@@ -84,4 +85,4 @@ def put_values(graph_module: fx.GraphModule, name: str, value: torch.Tensor) -> 
     if source is not None and source.shares:
         old.copy_(value)
     else:
-        set_tensor(graph_module, name, as_parameter(value.to(old.dtype).contiguous(), old))
+        set_tensor(graph_module, name, as_parameter(stored(value.to(old.dtype).contiguous()), old))

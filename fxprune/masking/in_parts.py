@@ -212,6 +212,20 @@ class PartRuns:
             yield number
         self._forget(part)
 
+    def gradients_by_name(self) -> dict[str, torch.Tensor]:
+        """The gradients of values that parts which are still to run back have given, for :meth:`take_gradients`."""
+        numbered = enumerate(self.gradients)
+        return {f"gradient {i} {node.name}": value for i, found in numbered for node, value in found.items()}
+
+    def take_gradients(self, named: Mapping[str, torch.Tensor]) -> None:
+        """Go on with gradients of an earlier run; other tensors among them are left out."""
+        nodes = {node.name: node for part in self.parts for node in part.nodes}
+        self.gradients = [{} for _ in self.values]
+        for key, value in named.items():
+            what, number, name = key.split(" ", 2)
+            if what == "gradient":
+                self.gradients[int(number)][nodes[name]] = value
+
     def needs_gradients(self, part: Part) -> bool:
         """Whether gradients of weights that a part reads, or of values that it takes, are wanted."""
         return any(node in self.behind for node in part.nodes)

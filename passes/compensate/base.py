@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import fx
 
 from fxprune.data.calibration import Calibration, spread, stacked
+from fxprune.data.ranks import as_first, own
 from fxprune.discovery.dependency import Dependencies
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
+from fxprune.graph.shelf import recalled, remembering
 from fxprune.graph.source import put_values
 from fxprune.graph.tensors import require_weights
 from fxprune.masking.compare import Expected
@@ -79,18 +82,30 @@ class FitPass(Pass):
         sites = {site.product.node: site for site in find_sites(graph_module, removal, self.reach)}
         if not sites:
             return PassResult(graph_module, False)
-        samples = spread(facts[Calibration].samples, self.samples)
+        samples = own(spread(facts[Calibration].samples, self.samples))
         batches = list(stacked(samples, graph_module, self.batch))
         run = SideBySide(graph_module, removal.axes, removal.keep, removal.removed_blocks, batches)
         with torch.no_grad():
             wanted = (sites[node] for node in run if node in sites)
             # the range comes first, so that the graph is not run on after the last weight
             for _, site in zip(range(len(sites)), self.track(wanted, self.name, len(sites)), strict=False):
-                for node, value in self.fitted(graph_module, site, run).items():
+                for node, value in self._recalled(graph_module, site, run).items():
                     put_values(graph_module, str(node.target), value)
                     run.read_again(node)
         add_note(graph_module, f"{len(sites)} weights were fitted by {self.name.replace('-', ' ')}")
         return PassResult(graph_module, True)
+
+    def _recalled(self, graph_module: fx.GraphModule, site: Site, run: SideBySide) -> Mapping[fx.Node, torch.Tensor]:
+        """Return what an earlier run fitted, or fit it."""
+        known, name = recalled(f"{site.name}.fit"), {str(n.target): n for n in graph_module.graph.nodes}
+        if known is not None:
+            return {name[key]: value for key, value in load_file(known).items()}
+        found = {node: value.contiguous() for node, value in self.fitted(graph_module, site, run).items()}
+        as_first(found.values())
+        with remembering(f"{site.name}.fit") as file:
+            if file is not None:
+                save_file({str(node.target): value for node, value in found.items()}, file)
+        return found
 
     @abstractmethod
     def fitted(self, graph_module: fx.GraphModule, site: Site, run: SideBySide) -> Mapping[fx.Node, torch.Tensor]:

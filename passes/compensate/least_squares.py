@@ -84,6 +84,7 @@ class LeastSquaresPass(FitPass):
             parts = max(1, len(X) * 3 // 4)
             front.add(X[:parts], D[:parts])
             back.add(X[parts:], D[parts:])
+        front, back = front.over_all(), back.over_all()
         if not (front.finite() and back.finite()):
             raise CalibrationError(
                 "its inputs or outputs are too large", where=site.name, remedy="Check the weights and the samples"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fxprune.data.ranks import add_up
+
 __all__ = ["Damping", "Moments", "best_damping"]
 
 _LADDER = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -54,6 +56,11 @@ class Moments:
         X = torch.cat((X, X.new_ones(len(X), 1)), dim=1) if self.free else X
         self.square.add_(X.T @ X)
         self.product.add_(X.T @ D)
+
+    def over_all(self) -> Moments:
+        """Of the tokens of all processes, where several share the samples."""
+        add_up((self.square, self.product))
+        return self
 
     def plus(self, other: Moments) -> Moments:
         """Of the tokens of both."""

@@ -9,13 +9,18 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from fxprune.data.ranks import of_first
 from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds
 from fxprune.graph.facts import Change, Fact, facts_of
+from fxprune.graph.shelf import recalled, remembering
 from fxprune.pipeline.arguments import one_of
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.scores import REDUCTIONS, Scores, score_groups
 
 __all__ = ["ImportancePass", "axis_sums"]
+
+_FILE = "scores.safetensors"
+"""Where a run that may be stopped keeps its scores."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +48,15 @@ class ImportancePass(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Score; the graph is not changed."""
         facts = facts_of(graph_module)
-        scores = self.score(graph_module, facts[Groups].of_kinds(self.kinds))
-        facts.put(replace(scores, source=str(self)))
+        known = recalled(_FILE)
+        if known is not None:
+            facts.put(Scores.load(known))
+            return PassResult(graph_module, False)
+        scores = replace(of_first(self.score(graph_module, facts[Groups].of_kinds(self.kinds))), source=str(self))
+        with remembering(_FILE) as file:
+            if file is not None:
+                scores.save(file)
+        facts.put(scores)
         return PassResult(graph_module, False)
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fxprune.data.calibration import Sample
+from fxprune.data.ranks import add_up, own
 from fxprune.discovery.consumers import Consumer
 from fxprune.discovery.groups import Group
 from fxprune.errors import CalibrationError, PassError
@@ -32,6 +33,12 @@ class Moments:
     sums: torch.Tensor
     squares: torch.Tensor
     count: int = 0
+
+    def add_up(self) -> None:
+        """Make it the sums of all processes, where several share the samples."""
+        count = torch.tensor(self.count, device=self.sums.device)
+        add_up((self.sums, self.squares, count))
+        self.count = int(count)
 
     @property
     def mean_square(self) -> torch.Tensor:
@@ -77,7 +84,9 @@ def input_moments(
             sums.squares += rows.square().sum(0)
             sums.count += len(rows)
 
-    observe(graph_module, samples, {node: partial(add, node) for node in watched}, batch, track)
+    observe(graph_module, own(samples), {node: partial(add, node) for node in watched}, batch, track)
+    for moments in found.values():
+        moments.add_up()
     for consumer in consumers:
         if not bool(found[consumer.source, consumer.dim].squares.isfinite().all()):
             raise CalibrationError(

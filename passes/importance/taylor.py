@@ -11,13 +11,15 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import fx
 
 from fxprune.data.calibration import Calibration, Sample, next_token_loss, require_logits, spread
+from fxprune.data.ranks import add_up, own
 from fxprune.discovery.groups import Groups
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Fact, Runnable, facts_of
-from fxprune.graph.shelf import stored
+from fxprune.graph.shelf import recalled, remembering, stored
 from fxprune.graph.tensors import device_of, name_of_nonfinite, require_weights, weights
 from fxprune.masking.in_parts import Part, PartRuns, cut
 from fxprune.masking.masked_run import output_tensors
@@ -92,7 +94,8 @@ class TaylorImportancePass(ImportancePass):
         for name, axis in wanted:
             axes.setdefault(name, []).append(axis)
         samples = spread(facts_of(graph_module)[Calibration].samples, self.samples)
-        return _Sweep(graph_module, samples, axes, self.order, self._parts(graph_module, axes)).run(self.track)
+        parts = self._parts(graph_module, axes)
+        return _Sweep(graph_module, own(samples), len(samples), axes, self.order, parts).run(self.track)
 
     def _parts(self, graph_module: fx.GraphModule, axes: Axes) -> list[Part]:
         """The parts of the graph whose sums fit into the memory allowed."""
@@ -111,9 +114,15 @@ class _Sweep:
     """
 
     def __init__(
-        self, graph_module: fx.GraphModule, samples: Sequence[Sample], axes: Axes, order: str, parts: Sequence[Part]
+        self,
+        graph_module: fx.GraphModule,
+        samples: Sequence[Sample],
+        total: int,
+        axes: Axes,
+        order: str,
+        parts: Sequence[Part],
     ) -> None:
-        self.graph_module, self.samples, self.order = graph_module, samples, order
+        self.graph_module, self.samples, self.total, self.order = graph_module, samples, total, order
         self.parts = parts
         self.tensors = dict(weights(graph_module))
         self.written = written_sources(graph_module.graph)
@@ -126,26 +135,30 @@ class _Sweep:
 
     def run(self, track: Track) -> Positions:
         """The slice scores."""
-        found: Positions = {}
-        count = (len(self.parts) * 2 - 1) * len(self.samples)
-        for done in track(self._steps(), "gradients", count):
+        left, found = self._recalled()
+        count = max(2 * left - 1, 0) * len(self.samples)
+        for done in track(self._steps(left), "gradients", count):
             found.update(done)
         return found
 
-    def _steps(self) -> Iterator[Positions]:
-        """Yield after each sample what is known by then."""
-        for part in self.parts[:-1]:
+    def _steps(self, left: int) -> Iterator[Positions]:
+        """Do the first ``left`` parts; yield after each sample what is known by then."""
+        for part in self.parts[: max(left - 1, 0)]:
             for _ in self.runs.forward(part):
                 yield {}
-        for number, part in reversed(list(enumerate(self.parts))):
+        for number, part in reversed(list(enumerate(self.parts[:left]))):
             if not self.runs.needs_gradients(part):
                 yield from [{}] * len(self.samples)
                 continue
             before = set[str]().union(*self.reads[:number])
-            own = {name: self.axes[name] for name in self.axes if name in self.reads[number] - before}
-            sums = _SUMS[self.order](own, len(self.samples))
+            mine = {name: self.axes[name] for name in self.axes if name in self.reads[number] - before}
+            sums = _SUMS[self.order](mine, self.total)
             for sample in self.runs.backward(part, partial(self._aliases, part, sums), self._loss):
-                yield self._finished(sums) if sample == len(self.samples) - 1 else {}
+                if sample < len(self.samples) - 1:
+                    yield {}
+            found = self._finished(sums)
+            self._remember(number, found)
+            yield found
 
     def _inputs(self, sample: Sample) -> dict[str, Any]:
         """The inputs of a sample on the device of the graph; one that the graph writes to is a copy."""
@@ -184,7 +197,38 @@ class _Sweep:
         """The scores of weights that no part before this one reads; one that it reads the dtype of alone has none."""
         for name, sample in [key for key in self.late if key[0] in sums.axes]:
             sums.add(name, self.tensors[name].detach().float(), self.late.pop((name, sample)))
+        sums.add_up()
         return sums.finish(self.tensors)
+
+    def _remember(self, number: int, found: Positions) -> None:
+        """Put down for a run that goes on from here what is known when a part is done."""
+        with remembering(f"part-{number}.safetensors") as file:
+            if file is not None:
+                scores = {f"score {axis} {name}": value for (name, axis), value in found.items()}
+                late = {f"late {sample} {name}": value for (name, sample), value in self.late.items()}
+                tensors = scores | late | self.runs.gradients_by_name()
+                save_file(
+                    {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}, file
+                )
+
+    def _recalled(self) -> tuple[int, Positions]:
+        """How many parts are left to do, and the scores of those that are done."""
+        found: Positions = {}
+        left = len(self.parts)
+        for number in reversed(range(len(self.parts))):
+            file = recalled(f"part-{number}.safetensors")
+            if file is None:
+                continue
+            left, known = number, load_file(file)
+            self.runs.take_gradients(known)
+            self.late = {}
+            for key, value in known.items():
+                what, which, name = key.split(" ", 2)
+                if what == "score":
+                    found[name, int(which)] = value
+                elif what == "late":
+                    self.late[name, int(which)] = value
+        return left, found
 
     def _loss(self, sample: int, output: Any) -> torch.Tensor:
         labels = self.samples[sample].labels.to(device_of(self.graph_module))
@@ -213,6 +257,11 @@ class _Sums:
     def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
         """Take in the gradient of one sample."""
         raise NotImplementedError
+
+    def add_up(self) -> None:
+        """Make them the sums of all processes, where several share the samples."""
+        for kept in (self.kept, self.squares, self.slices):
+            add_up(kept[key] for key in sorted(kept))  # type: ignore[attr-defined]
 
     def finish(self, values: Mapping[str, torch.Tensor]) -> Positions:
         """The slice scores; ``values`` are the weights."""

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, facts_of
+from fxprune.graph.shelf import stored
 from fxprune.graph.source import Cut, Source
 from fxprune.graph.tensors import as_parameter, copy_tensor, get_tensor, names_by_identity, set_tensor, weights
 from fxprune.masking.compare import Expected
@@ -105,7 +106,8 @@ def slice_tensor(tensor: torch.Tensor, kept: Mapping[int, list[int]]) -> torch.T
     value = tensor.detach()
     for axis, index in kept.items():
         value = value.index_select(axis, torch.tensor(index, device=value.device))
-    return as_parameter(value, tensor) if kept else copy_tensor(tensor)
+    held = stored(value)
+    return as_parameter(held, tensor) if kept or held is not value else copy_tensor(tensor)
 
 
 def cut_tensor(

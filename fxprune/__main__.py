@@ -1,0 +1,6 @@
+"""``python -m fxprune``, and under ``torchrun`` a process of several."""
+
+from fxprune.cli import main
+
+if __name__ == "__main__":
+    main()

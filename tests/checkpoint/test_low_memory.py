@@ -1,0 +1,127 @@
+"""Folders pruned with weights in files: the same slim model as in memory, also where a run was stopped on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fxprune
+from fxprune.checkpoint.low_memory import request_of
+from fxprune.errors import CheckpointError
+from tests.models import tiny, token_ids
+
+OPTIONS: dict[str, Any] = {
+    "recipe": "llm-pruner",
+    "ratio": 0.2,
+    "compensate": "least-squares{reach=stream}",
+    "protect": (),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    tiny("llama", num_hidden_layers=4, intermediate_size=200).save_pretrained(folder, max_shard_size="200KB")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def in_memory(source: Path) -> fxprune.Result:
+    model = type(tiny("llama")).from_pretrained(source)
+    return fxprune.prune(model, token_ids(6), memory="fast", **OPTIONS)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(fxprune.from_pretrained(folder).state_dict())
+
+
+def require_same(found: dict[str, torch.Tensor], want: fxprune.Result) -> None:
+    wanted = dict(want.model.state_dict())
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_becomes_the_slim_folder_that_memory_would_give(
+    source: Path, in_memory: fxprune.Result, tmp_path: Path
+) -> None:
+    result = fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(6), **OPTIONS)
+    assert result.plan == in_memory.plan and result.report.verification_error is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["slim"], "nothing is left of the way there"
+    require_same(weights_of(tmp_path / "slim"), in_memory)
+
+
+class Stopped(BaseException):
+    """As when a process is killed: nothing of ours catches it."""
+
+
+def stopping(at: int, seen: list[str]) -> Any:
+    """A way to show progress that stops after so many steps of all passes together."""
+
+    def track(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+        for item in items:
+            if len(seen) == at:
+                raise Stopped
+            seen.append(what)
+            yield item
+
+    return track
+
+
+@pytest.mark.parametrize("at", [3, 200, 300, 344])
+def test_a_run_that_was_stopped_is_gone_on_with(
+    source: Path, in_memory: fxprune.Result, tmp_path: Path, at: int
+) -> None:
+    whole: list[str] = []
+    fxprune.prune_checkpoint(source, tmp_path / "whole", token_ids(6), track=stopping(-1, whole), **OPTIONS)
+    assert at < len(whole), "it is stopped before it is done"
+    before: list[str] = []
+    with pytest.raises(Stopped):
+        fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(6), track=stopping(at, before), **OPTIONS)
+    assert not (tmp_path / "slim").exists() and (tmp_path / "slim.unfinished").exists()
+    again: list[str] = []
+    result = fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(6), track=stopping(-1, again), **OPTIONS)
+    if at > 180:
+        assert again.count("gradients") < whole.count("gradients"), "what was found out is not found out again"
+    assert result.plan == in_memory.plan and not (tmp_path / "slim.unfinished").exists()
+    require_same(weights_of(tmp_path / "slim"), in_memory)
+
+
+def test_another_request_begins_anew(source: Path, in_memory: fxprune.Result, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        options = {**OPTIONS, "ratio": 0.3}
+        fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(6).flip(0), track=stopping(344, []), **options)
+    result = fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(6), **OPTIONS)
+    assert result.plan == in_memory.plan
+
+
+def test_requests_differ_where_files_or_data_do(source: Path, tmp_path: Path) -> None:
+    ids = token_ids(2)
+    one = request_of(source, ids, "passes")
+    assert one == request_of(source, ids.clone(), "passes")
+    assert one != request_of(source, ids + 1, "passes") and one != request_of(source, ids, "others")
+    assert request_of(source, [{"input_ids": ids}], "passes") is None, "which rows these are is not known beforehand"
+    assert request_of(tmp_path, None, "passes") != request_of(source, None, "passes")
+
+
+def test_what_cannot_be_written_or_read_is_refused_before_any_work(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(CheckpointError, match="not an fxprune checkpoint"):
+        fxprune.prune_checkpoint(tmp_path / "nothing", tmp_path / "mine")
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        fxprune.prune_checkpoint(tmp_path / "nothing", tmp_path / "slim", importance="l2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "slim.unfinished"]
+
+
+def test_a_slim_folder_is_pruned_again(source: Path, tmp_path: Path) -> None:
+    first = fxprune.prune_checkpoint(source, tmp_path / "once", importance="l2", ratio=0.2)
+    second = fxprune.prune_checkpoint(tmp_path / "once", tmp_path / "twice", importance="l2", ratio=0.2)
+    assert second.report.parameters[0] == first.report.parameters[1]
+    ids = token_ids(2)
+    twice = fxprune.from_pretrained(tmp_path / "twice")
+    torch.testing.assert_close(twice(ids).logits, second.model(ids).logits)

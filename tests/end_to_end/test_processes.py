@@ -1,0 +1,88 @@
+"""Two and three processes under torchrun come to the plan of one, and one of them writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fxprune
+from tests.models import tiny, token_ids
+
+ROOT = Path(__file__).parents[2]
+
+_SCRIPT = """
+import sys, torch, torch.distributed as dist, fxprune
+from tests.models import tiny, token_ids
+
+dist.init_process_group("gloo")
+out, importance, compensate = sys.argv[1:4]
+torch.set_num_threads(1)
+options = {"importance": importance, "compensate": compensate, "recipe": "llm-pruner"}
+result = fxprune.prune(tiny("llama"), token_ids(6), ratio=0.3, protect=(), **options)
+result.save_pretrained(f"{out}/slim")
+open(f"{out}/plan-{dist.get_rank()}.json", "w").write(result.plan.to_json())
+dist.destroy_process_group()
+"""
+
+
+def torchrun(count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *arguments]
+    paths = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=paths)
+
+
+@pytest.mark.parametrize(
+    ("count", "importance", "compensate"),
+    [
+        (2, "taylor{order=mix}", "least-squares{damping=1, reach=stream}"),
+        (3, "taylor{order=first, memory=low}", "none"),
+        (2, "wanda", "none"),
+    ],
+)
+def test_processes_come_to_the_plan_of_one(count: int, importance: str, compensate: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT)
+    done = torchrun(count, str(script), str(tmp_path), importance, compensate)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = fxprune.prune(
+        tiny("llama"),
+        token_ids(6),
+        importance=importance,
+        ratio=0.3,
+        compensate=compensate,
+        protect=(),
+        recipe="llm-pruner",
+    )
+    plans = [(tmp_path / f"plan-{rank}.json").read_text() for rank in range(count)]
+    assert all(json.loads(plan) == json.loads(alone.plan.to_json()) for plan in plans)
+    model = fxprune.from_pretrained(tmp_path / "slim")
+    ids = token_ids(2)
+    torch.testing.assert_close(model(ids).logits, alone.model(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_the_command_line_in_two_processes(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    rows = "\n".join(json.dumps({"input_ids": row.tolist()}) for row in token_ids(4))
+    assert rows
+    command = ["-m", "fxprune", "prune", str(tmp_path / "dense"), "--out", str(tmp_path / "slim"), "--importance", "l2"]
+    done = torchrun(2, *command, "--ratio", "0.2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("parameters removed") == 1
+    assert fxprune.from_pretrained(tmp_path / "slim").num_parameters() < tiny("llama").num_parameters()
+    failed = torchrun(2, *command, "--ratio", "1.5")
+    assert failed.returncode != 0 and "ratio" in failed.stderr
+
+
+def test_a_process_that_dies_ends_all_and_nothing_is_half_written(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    dying = "if dist.get_rank() == 1: import os; os._exit(7)\nresult.save_pretrained"
+    script.write_text(_SCRIPT.replace("result.save_pretrained", dying))
+    done = torchrun(2, str(script), str(tmp_path), "l2", "none")
+    assert done.returncode != 0 and "exitcode" in done.stderr
+    assert not (tmp_path / "plan-0.json").exists()
