@@ -224,12 +224,9 @@ def prune_pipeline(
     default = _DEFAULT if scoring is None and plan is None and not free else _PUBLISHED
     chosen = as_recipe(default if recipe is None else recipe)
     plain = "select-by-ratio" if free and selects_by_samples(chosen) else None
-    choices = {
-        "importance": scoring if scores is None else kept_scores("load-scores", scores),
-        "select": select if select is not None else plain if group_ratio is None else "select-by-group-ratio",
-        "compensate": compensate,
-        "tune": tune,
-    }
+    scorer = scoring if scores is None else kept_scores("load-scores", scores)
+    selector = select if select is not None else plain if group_ratio is None else "select-by-group-ratio"
+    choices = {"importance": scorer, "select": selector, "compensate": compensate, "tune": tune}
     places = made_places(choices, given.by_stage, {"tune": "record-teacher"})
     if plan is not None:
         carried = load_pass("plan-from-json", text=_plan(plan).to_json())

@@ -91,9 +91,9 @@ def timed(call: Callable[[], Any], least_s: float = 0.05) -> Callable[[], float]
     """A job that calls until that takes about `least_s`, after one call to warm up, and returns the seconds of one.
 
     It waits for a GPU where there is one. Finding out how many calls that are warms up, compiles what is compiled
-    at the first call, and has more calls made than one before. A call that alone takes `least_s` is not made twice: what
-    waking up costs is little of it. `torch.utils.benchmark.Timer` would make two calls or more before each measurement,
-    which for calls of half a second is most of the time.
+    at the first call, and has more calls made than one before. A call that alone takes `least_s` is not made
+    twice: what waking up costs is little of it. `torch.utils.benchmark.Timer` would make two calls or more before each
+    measurement, which for calls of half a second is most of the time.
     """
     timer = timeit.Timer(call, timer=benchmark.timer)
     for _ in range(2):

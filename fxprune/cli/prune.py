@@ -17,6 +17,8 @@ from fxprune.errors import FxpruneError
 
 __all__ = ["prune"]
 
+_OURS = "fxprune.from_pretrained loads it, and transformers with trust_remote_code=True"
+
 
 @app.command()
 def prune(
@@ -69,14 +71,9 @@ def prune(
 
         options = dict[str, Any](ratio=ratio, group_ratio=group_ratio, importance=importance, taylor=taylor, seed=seed)
         options.update(reduction=reduction, ranking=ranking, protect=protect, inplace=in_place, uniform=uniform)
-        options.update(
-            recipe=recipe,
-            kinds=None if kinds is None else [kind.strip() for kind in kinds.split(",")],
-            round_to=_multiple(round_to, out),
-            norm=norm or ("sliced" if out.suffix == ".gguf" else None),  # the format has one epsilon for all norms
-            compensate=compensate,
-            tune=tune,
-        )
+        options.update(recipe=recipe, compensate=compensate, tune=tune, kinds=_names(kinds))
+        options["round_to"] = _multiple(round_to, out)
+        options["norm"] = norm or ("sliced" if out.suffix == ".gguf" else None)  # it has one epsilon for all norms
         text = None if calibration is None else calibration_text(calibration)
         wanted = out.suffix == ".gguf" and not is_gguf(model)
         dense, tokenizer = load(model, gguf_file, with_tokenizer=text is not None or wanted)
@@ -84,13 +81,17 @@ def prune(
         most = 10 if published and samples is None else samples  # ten are what the paper uses
         data = None if text is None else calibration_windows(tokenizer, text, most, tokens, str(calibration))
         if low_memory:
+            options = {name: value for name, value in options.items() if name != "tune" or value is not None}
             result = fxprune.prune_checkpoint(model, out, data, tokenizer=tokenizer, track=progress, **options)
             _write_facts(result, out / "plan.json", out / "report.json")
-            _tell(result, out, loading="fxprune.from_pretrained loads it")
-            return
+            return _tell(result, out, loading=_OURS)
         result = fxprune.prune(dense, data, tokenizer=tokenizer, track=progress, **options)
         made = _write_file if out.suffix in SUFFIXES else _write
         _tell(result, out, loading=made(result, tokenizer, out, like=model, quantization=quantization))
+
+
+def _names(kinds: str | None) -> list[str] | None:
+    return None if kinds is None else [kind.strip() for kind in kinds.split(",")]
 
 
 def _write(result: fxprune.Result, tokenizer: Any, out: Path, **_: Any) -> str:
@@ -104,7 +105,7 @@ def _write(result: fxprune.Result, tokenizer: Any, out: Path, **_: Any) -> str:
     elif result.save_pretrained(out, tokenizer).is_stock:
         loading = "any transformers loads it"
     else:
-        loading = "fxprune.from_pretrained loads it, and transformers with trust_remote_code=True"
+        loading = _OURS
     _write_facts(result, out / "plan.json", out / "report.json")
     return loading
 

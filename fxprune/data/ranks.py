@@ -88,7 +88,7 @@ def first_alone(work: Callable[[], T], refusal: type[Exception]) -> T | None:
     try:
         found = work()
         failed = ""
-    except Exception as error:
+    except Exception as error:  # whatever it is, the others have to be told
         failed = f"the first process: {error}"
         raise
     finally:

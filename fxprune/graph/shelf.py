@@ -70,8 +70,10 @@ def stored(tensor: torch.Tensor) -> torch.Tensor:
     handle, name = tempfile.mkstemp(dir=folder)
     try:
         os.truncate(handle, tensor.nbytes)
-        mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+        mapped.copy_(tensor)
+        os.fsync(handle)  # pages that are not written yet cannot be given up where memory is short
     finally:
         os.close(handle)
         os.unlink(name)
-    return mapped.view(tensor.shape).copy_(tensor)
+    return mapped

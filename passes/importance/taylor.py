@@ -5,7 +5,7 @@ Source: Ma, Fang, Wang, "LLM-Pruner", NeurIPS 2023, section 3.2; equation number
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import fx
 
 from fxprune.data.calibration import Calibration, Sample, next_token_loss, require_logits, spread
-from fxprune.data.ranks import add_up, own
+from fxprune.data.ranks import own
 from fxprune.discovery.groups import Groups
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Fact, Runnable, facts_of
@@ -28,15 +28,13 @@ from fxprune.pipeline.progress import Track, check_track, no_progress
 from fxprune.rules.aliasing import written_sources
 from fxprune.trace.fidelity import require_gradients
 
-from .base import ImportancePass, axis_sums
+from .base import ImportancePass
 from .memory import allowed, amount
+from .sums import SUMS, Axes, Positions, Sums
 
 __all__ = ["ORDERS", "TaylorImportancePass"]
 
 ORDERS = ("vector", "first", "second", "mix")
-
-Positions = dict[tuple[str, int], torch.Tensor]
-Axes = Mapping[str, list[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +98,7 @@ class TaylorImportancePass(ImportancePass):
     def _parts(self, graph_module: fx.GraphModule, axes: Axes) -> list[Part]:
         """The parts of the graph whose sums fit into the memory allowed."""
         tensors = dict(weights(graph_module))
-        kept = _SUMS[self.order].tensors
+        kept = SUMS[self.order].tensors
         cost = {name: 4.0 * (max(kept, 1) if self.memory == "low" else kept) * tensors[name].numel() for name in axes}
         return cut(graph_module.graph, cost, allowed(self.memory, graph_module, sum(cost.values())))
 
@@ -152,7 +150,7 @@ class _Sweep:
                 continue
             before = set[str]().union(*self.reads[:number])
             mine = {name: self.axes[name] for name in self.axes if name in self.reads[number] - before}
-            sums = _SUMS[self.order](mine, self.total)
+            sums = SUMS[self.order](mine, self.total)
             for sample in self.runs.backward(part, partial(self._aliases, part, sums), self._loss):
                 if sample < len(self.samples) - 1:
                     yield {}
@@ -168,7 +166,7 @@ class _Sweep:
             for name, value in sample.inputs.items()
         }
 
-    def _aliases(self, part: Part, sums: _Sums, sample: int) -> dict[str, torch.Tensor]:
+    def _aliases(self, part: Part, sums: Sums, sample: int) -> dict[str, torch.Tensor]:
         """What a part reads in place of its weights."""
         shared: dict[int, torch.Tensor] = {}
         for name in part.reads:
@@ -182,7 +180,7 @@ class _Sweep:
                 shared[id(tensor)] = alias
         return {name: shared[id(self.tensors[name])] for name in part.reads}
 
-    def _receive(self, name: str, sums: _Sums, sample: int, alias: torch.Tensor) -> None:
+    def _receive(self, name: str, sums: Sums, sample: int, alias: torch.Tensor) -> None:
         """Take in the gradient of a weight; where parts before read it too, put it down until theirs is there."""
         gradient, alias.grad = alias.grad, None
         assert gradient is not None
@@ -193,7 +191,7 @@ class _Sweep:
         else:
             self.late[name, sample] = stored(whole)
 
-    def _finished(self, sums: _Sums) -> Positions:
+    def _finished(self, sums: Sums) -> Positions:
         """The scores of weights that no part before this one reads; one that it reads the dtype of alone has none."""
         for name, sample in [key for key in self.late if key[0] in sums.axes]:
             sums.add(name, self.tensors[name].detach().float(), self.late.pop((name, sample)))
@@ -241,95 +239,3 @@ class _Sweep:
                 remedy="Mend the weights, or look for samples that the model cannot take",
             )
         return loss
-
-
-@dataclass
-class _Sums:
-    """What is kept of the gradients of some parameters during one sweep."""
-
-    axes: Axes
-    samples: int
-    tensors: ClassVar[int] = 0
-    kept: dict[str, torch.Tensor] = field(default_factory=dict)
-    squares: dict[str, torch.Tensor] = field(default_factory=dict)
-    slices: Positions = field(default_factory=dict)
-
-    def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Take in the gradient of one sample."""
-        raise NotImplementedError
-
-    def add_up(self) -> None:
-        """Make them the sums of all processes, where several share the samples."""
-        for kept in (self.kept, self.squares, self.slices):
-            add_up(kept[key] for key in sorted(kept))  # type: ignore[attr-defined]
-
-    def finish(self, values: Mapping[str, torch.Tensor]) -> Positions:
-        """The slice scores; ``values`` are the weights."""
-        raise NotImplementedError
-
-    def _add_slices(self, name: str, value: torch.Tensor) -> None:
-        for axis in self.axes[name]:
-            part = axis_sums(value, axis) / self.samples
-            self.slices[name, axis] = self.slices[name, axis] + part if (name, axis) in self.slices else part
-
-
-class _VectorSums(_Sums):
-    """Signed slice sums of ``w * g``; the absolute value at the end."""
-
-    def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        self._add_slices(name, weight * gradient)
-
-    def finish(self, values: Mapping[str, torch.Tensor]) -> Positions:
-        return {key: value.abs() for key, value in self.slices.items()}
-
-
-class _SecondSums(_Sums):
-    """Slice sums of ``w * g_s ** 2 * w``, never negative."""
-
-    def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        self._add_slices(name, (weight * gradient).square())
-
-    def finish(self, values: Mapping[str, torch.Tensor]) -> Positions:
-        return dict(self.slices)
-
-
-class _FirstSums(_Sums):
-    """``g`` by element."""
-
-    tensors: ClassVar[int] = 1
-
-    def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        self.kept[name] = self.kept[name].add_(gradient) if name in self.kept else gradient.clone()
-
-    def finish(self, values: Mapping[str, torch.Tensor]) -> Positions:
-        found: Positions = {}
-        for name, axes in self.axes.items():
-            saliency = self._saliency(name, values[name].detach().float())
-            found.update({(name, axis): axis_sums(saliency, axis) for axis in axes})
-        return found
-
-    def _saliency(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        return (weight * self.kept.pop(name).div_(self.samples)).abs_()
-
-
-class _MixSums(_FirstSums):
-    """``g`` and ``h`` by element."""
-
-    tensors: ClassVar[int] = 2
-
-    def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        super().add(name, weight, gradient)
-        square = gradient.square()
-        self.squares[name] = self.squares[name].add_(square) if name in self.squares else square
-
-    def _saliency(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        g, h = self.kept.pop(name).div_(self.samples), self.squares.pop(name).div_(self.samples)
-        return (weight * (g - h.mul_(weight).mul_(0.5))).abs_()
-
-
-_SUMS: dict[str, type[_Sums]] = {
-    "vector": _VectorSums,
-    "first": _FirstSums,
-    "second": _SecondSums,
-    "mix": _MixSums,
-}

@@ -75,6 +75,15 @@ def test_differing_widths_save_a_checkpoint_of_ours(folder: str, out: Path) -> N
     assert run("prune", folder, "--out", out, *options)[0] == 0, "an earlier checkpoint is replaced"
 
 
+def test_a_folder_is_pruned_with_its_weights_on_disk(folder: str, out: Path) -> None:
+    options = ("--importance", "l2", "--kinds", "mlp", "--ratio", "0.05")
+    code, output = run("prune", folder, "--out", out, *options, "--low-memory")
+    assert code == 0 and "fxprune.from_pretrained loads it" in output, output
+    assert (out / "plan.json").exists() and [path.name for path in out.parent.iterdir()] == ["out"]
+    assert run("prune", folder, "--out", out.with_name("plain"), *options)[0] == 0
+    assert (out / "plan.json").read_text() == (out.with_name("plain") / "plan.json").read_text()
+
+
 def test_widths_that_the_config_refuses_save_a_checkpoint_of_ours(folder: str, out: Path) -> None:
     """A config may validate itself as it is saved, which ended in a traceback after all the work."""
     code, output = run("prune", folder, "--out", out, "--importance", "l1", "--kinds", "channel")

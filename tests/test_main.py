@@ -1,0 +1,32 @@
+"""The package as a command, and how little of it a start needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import fxprune
+import fxprune.__main__
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_package_is_a_command() -> None:
+    done = python("-m", "fxprune", "--help")
+    assert done.returncode == 0 and "prune" in done.stdout
+    assert fxprune.__main__.main is fxprune.cli.main
+
+
+def test_help_needs_nothing_heavy() -> None:
+    heavy = "[m for m in ('torch', 'transformers', 'networkx', 'numpy', 'peft') if m in sys.modules]"
+    done = python("-c", f"import sys, fxprune.cli; print({heavy})")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_function_keeps_the_name_that_its_room_has_too() -> None:
+    done = python("-c", "import fxprune.trace.capture, fxprune; print(callable(fxprune.trace), fxprune.trace.__name__)")
+    assert done.stdout.strip() == "True trace", done.stderr
+    assert set(fxprune.__all__) <= set(dir(fxprune))
+    assert all(getattr(fxprune, name).__name__ == name for name in ("prune", "trace", "Result", "explain"))
