@@ -19,6 +19,10 @@ def test_the_package_is_a_command() -> None:
     assert fxprune.__main__.main is fxprune.cli.main
 
 
+def test_it_tells_its_version() -> None:
+    assert python("-m", "fxprune", "--version").stdout.strip() == f"fxprune {fxprune.__version__}"
+
+
 def test_help_needs_nothing_heavy() -> None:
     heavy = "[m for m in ('torch', 'transformers', 'networkx', 'numpy', 'peft') if m in sys.modules]"
     done = python("-c", f"import sys, fxprune.cli; print({heavy})")

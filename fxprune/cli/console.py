@@ -22,6 +22,24 @@ errors = Console(stderr=True, soft_wrap=True)
 
 _LONGEST_ERROR = 600
 
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from fxprune import __version__
+
+        console.print(f"fxprune {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Structural pruning of language models."""
+
+
 Folder = Annotated[str, typer.Argument(help="Model folder, id on a hub, or GGUF file.")]
 Gguf = Annotated[str | None, typer.Option(help="GGUF file inside the folder.")]
 

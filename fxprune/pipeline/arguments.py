@@ -71,7 +71,10 @@ def number(
         inside = _inside(found, least=least, above=above, below=below, most=most)
         if inside and math.isfinite(as_float := _as_float(found)):
             return as_float
-    raise refuse(name, value, f"a number{_range(least=least, above=above, below=below, most=most)}", error)
+    wanted = f"a number{_range(least=least, above=above, below=below, most=most)}"
+    if 1 in (below, most) and isinstance(found, int | float) and 1 < found <= 100:
+        wanted = f"{wanted}; {found:g}% is {found / 100:g}"
+    raise refuse(name, value, wanted, error)
 
 
 def whole_number(

@@ -257,3 +257,9 @@ def test_broken_lines_of_json_are_named(folder: str, out: Path) -> None:
 def test_folder_without_a_config_is_named(tmp_path: Path) -> None:
     code, output = run("graph", tmp_path)
     assert code == 2 and f"{tmp_path}: cannot be loaded" in output
+
+
+@pytest.mark.parametrize(("ratio", "meant"), [("20", "20% is 0.2"), ("35.5", "35.5% is 0.355"), ("-1", "ratio is -1")])
+def test_percent_are_told_from_fractions(folder: str, out: Path, ratio: str, meant: str) -> None:
+    code, output = run("prune", folder, "--out", out, "--importance", "l2", "--ratio", ratio)
+    assert code == 2 and meant in output and not out.exists(), output
