@@ -66,28 +66,55 @@ def prune(
 ) -> None:
     """Prune MODEL and write a checkpoint, plan.json and report.json to OUT; or one file, and these two beside it."""
     with clear_errors():
-        from fxprune.data.files import calibration_text, calibration_windows
-        from fxprune.export.model import SUFFIXES
-
         options = dict[str, Any](ratio=ratio, group_ratio=group_ratio, importance=importance, taylor=taylor, seed=seed)
         options.update(reduction=reduction, ranking=ranking, protect=protect, inplace=in_place, uniform=uniform)
         options.update(recipe=recipe, compensate=compensate, tune=tune, kinds=_names(kinds))
         options["round_to"] = _multiple(round_to, out)
         options["norm"] = norm or ("sliced" if out.suffix == ".gguf" else None)  # it has one epsilon for all norms
-        text = None if calibration is None else calibration_text(calibration)
-        wanted = out.suffix == ".gguf" and not is_gguf(model)
-        dense, tokenizer = load(model, gguf_file, with_tokenizer=text is not None or wanted)
-        published = recipe == "llm-pruner" or (recipe is None and (importance or taylor))
-        most = 10 if published and samples is None else samples  # ten are what the paper uses
-        data = None if text is None else calibration_windows(tokenizer, text, most, tokens, str(calibration))
-        if low_memory:
-            options = {name: value for name, value in options.items() if name != "tune" or value is not None}
-            result = fxprune.prune_checkpoint(model, out, data, tokenizer=tokenizer, track=progress, **options)
-            _write_facts(result, out / "plan.json", out / "report.json")
-            return _tell(result, out, loading=_OURS)
-        result = fxprune.prune(dense, data, tokenizer=tokenizer, track=progress, **options)
-        made = _write_file if out.suffix in SUFFIXES else _write
-        _tell(result, out, loading=made(result, tokenizer, out, like=model, quantization=quantization))
+        windows = {"file": calibration, "samples": samples, "tokens": tokens}
+        _run(model, out, options, windows, gguf_file, low_memory=low_memory, quantization=quantization)
+
+
+def _run(
+    model: str,
+    out: Path,
+    options: dict[str, Any],
+    windows: dict[str, Any],
+    gguf_file: str | None,
+    *,
+    low_memory: bool,
+    quantization: str | None,
+) -> None:
+    """Load, prune and write.
+
+    Args:
+        model: what the user named.
+        out: where to.
+        options: of a prune.
+        windows: the calibration text, how many samples are taken of it, and how long they are.
+        gguf_file: in the folder.
+        low_memory: whether weights stay on disk.
+        quantization: of a GGUF file.
+    """
+    from fxprune.data.files import calibration_text, calibration_windows
+    from fxprune.export.model import SUFFIXES
+
+    file, most = windows["file"], windows["samples"]
+    text = None if file is None else calibration_text(file)
+    wanted = out.suffix == ".gguf" and not is_gguf(model)
+    dense, tokenizer = load(model, gguf_file, with_tokenizer=text is not None or wanted)
+    scored = options["importance"] or options["taylor"]
+    published = options["recipe"] == "llm-pruner" or (options["recipe"] is None and scored)
+    most = 10 if published and most is None else most  # ten are what the paper uses
+    data = None if text is None else calibration_windows(tokenizer, text, most, windows["tokens"], str(file))
+    if low_memory:
+        options = {name: value for name, value in options.items() if name != "tune" or value is not None}
+        result = fxprune.prune_checkpoint(model, out, data, tokenizer=tokenizer, track=progress, **options)
+        _write_facts(result, out / "plan.json", out / "report.json")
+        return _tell(result, out, loading=_OURS)
+    result = fxprune.prune(dense, data, tokenizer=tokenizer, track=progress, **options)
+    made = _write_file if out.suffix in SUFFIXES else _write
+    return _tell(result, out, loading=made(result, tokenizer, out, like=model, quantization=quantization))
 
 
 def _names(kinds: str | None) -> list[str] | None:

@@ -21,7 +21,7 @@ def test_options_are_the_arguments_of_a_prune_and_each_is_explained() -> None:
 
 def test_what_is_said_reaches_its_stage() -> None:
     given = Options(kinds="mlp", ratio=0.3, reduction="max", round_to=8, seed=3, inplace=True).by_stage
-    assert given["importance"] == {"kinds": ("mlp",), "reduction": "max", "memory": 0.1}
+    assert given["importance"] == {"kinds": ("mlp",), "reduction": "max", "memory": "low"}
     assert given["select"] == {"kinds": ("mlp",), "ratio": 0.3, "round_to": 8}
     assert given[""] == {"seed": 3} and given["tune"] == {}
     assert Options().by_stage == {"": {}, "discover": {}, "importance": {}, "select": {}, "tune": {}}
