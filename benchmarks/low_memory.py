@@ -1,9 +1,8 @@
 """A model of twice the memory that is allowed, pruned from folder to folder: `python -m benchmarks.low_memory`.
 
 The model is a random Llama of a given shape, written shard by shard. A process prunes it with Taylor scores and least
-squares under a limit that the kernel holds: `systemd-run` where systemd runs, else a memory cgroup of its own, for
-which it takes root. Prints the peak that the kernel counted, page cache included, and what the process held of its
-own, pages of files left out.
+squares under a limit that the kernel holds, in a memory cgroup of its own, for which it takes root. Prints the peak
+that the kernel counted, page cache included.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ result = fxprune.prune_checkpoint(
     source, out, ids, taylor="mix", kinds="mlp", ratio=0.2, compensate="least-squares{reach=stream}"
 )
 took = time.perf_counter() - begin
-
 print(f"pruned in {took:.0f} s: {result.report.parameters[0]:,} to {result.report.parameters[1]:,} parameters")
 print(f"verified: masked and slim outputs differ by {result.report.verification_error:.1e} at most")
 """

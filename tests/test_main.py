@@ -32,5 +32,5 @@ def test_help_needs_nothing_heavy() -> None:
 def test_a_function_keeps_the_name_that_its_room_has_too() -> None:
     done = python("-c", "import fxprune.trace.capture, fxprune; print(callable(fxprune.trace), fxprune.trace.__name__)")
     assert done.stdout.strip() == "True trace", done.stderr
-    assert set(fxprune.__all__) <= set(dir(fxprune))
+    assert set(fxprune.__all__) <= set(dir(fxprune)) and all(hasattr(fxprune, name) for name in fxprune.__all__)
     assert all(getattr(fxprune, name).__name__ == name for name in ("prune", "trace", "Result", "explain"))

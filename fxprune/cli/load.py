@@ -9,7 +9,7 @@ from typing import Any
 
 from fxprune.errors import FxpruneError
 
-__all__ = ["is_gguf", "load", "readable", "where_and_file"]
+__all__ = ["is_gguf", "load", "load_tokenizer", "readable", "where_and_file"]
 
 
 def is_gguf(model: str) -> bool:
@@ -26,15 +26,21 @@ def where_and_file(model: str, gguf_file: str | None) -> dict[str, Any]:
 
 def load(model: str, gguf_file: str | None, *, with_tokenizer: bool) -> tuple[Any, Any]:
     """Return the dense model, and its tokenizer; None where there is none and none is needed."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    where = where_and_file(model, gguf_file)
     with readable(model):
-        dense = AutoModelForCausalLM.from_pretrained(**where)
+        dense = AutoModelForCausalLM.from_pretrained(**where_and_file(model, gguf_file))
+    return dense, load_tokenizer(model, gguf_file, needed=with_tokenizer)
+
+
+def load_tokenizer(model: str, gguf_file: str | None, *, needed: bool) -> Any:
+    """Return the tokenizer of a model; None where there is none and none is needed."""
+    from transformers import AutoTokenizer
+
     tokenizer = None
-    with readable(model) if with_tokenizer else contextlib.suppress(Exception):
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-    return dense, tokenizer
+    with readable(model) if needed else contextlib.suppress(Exception):
+        tokenizer = AutoTokenizer.from_pretrained(**where_and_file(model, gguf_file))
+    return tokenizer
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import typer
 import fxprune
 from fxprune.cli.console import Folder, Gguf, app, clear_errors, console, progress
 from fxprune.cli.export import Quantization, gguf_options, runs
-from fxprune.cli.load import is_gguf, load
+from fxprune.cli.load import is_gguf, load, load_tokenizer
 from fxprune.errors import FxpruneError
 
 __all__ = ["prune"]
@@ -101,8 +101,12 @@ def _run(
 
     file, most = windows["file"], windows["samples"]
     text = None if file is None else calibration_text(file)
-    wanted = out.suffix == ".gguf" and not is_gguf(model)
-    dense, tokenizer = load(model, gguf_file, with_tokenizer=text is not None or wanted)
+    wanted = text is not None or (out.suffix == ".gguf" and not is_gguf(model))
+    dense: Any = None
+    if low_memory:  # the weights are not read here
+        tokenizer = load_tokenizer(model, gguf_file, needed=wanted)
+    else:
+        dense, tokenizer = load(model, gguf_file, with_tokenizer=wanted)
     scored = options["importance"] or options["taylor"]
     published = options["recipe"] == "llm-pruner" or (options["recipe"] is None and scored)
     most = 10 if published and most is None else most  # ten are what the paper uses

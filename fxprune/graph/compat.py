@@ -50,6 +50,7 @@ __all__ = [
     "size_hint",
     "size_range",
     "spell_expression",
+    "symbol_hint",
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
@@ -124,6 +125,11 @@ def size_hint(size: int | torch.SymInt) -> int:
     """The size seen while tracing, for a symbolic size too; a large prime where it depends on the data."""
     hint = size if isinstance(size, int) else size.node.hint
     return UNKNOWN_SIZE if hint is None else int(hint)
+
+
+def symbol_hint(symbol: Any, size: torch.SymInt) -> int:
+    """The number that was seen while tracing for a symbol in the expression of ``size``."""
+    return int(size.node.shape_env.backed_var_to_val[symbol])
 
 
 def is_free(size: int | torch.SymInt) -> bool:

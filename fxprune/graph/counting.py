@@ -20,6 +20,7 @@ from fxprune.graph.compat import (
     is_composite,
     is_free,
     size_hint,
+    symbol_hint,
     tree_leaves,
     tree_map,
     work_out,
@@ -184,10 +185,7 @@ class _Sizes:
             return size
         expression = size.node.expr
         if expression not in self.known:
-            symbols = {symbol: self._symbol(symbol, size) for symbol in expression.free_symbols}
+            given = self.chosen
+            symbols = {s: given[str(s)] if str(s) in given else symbol_hint(s, size) for s in expression.free_symbols}
             self.known[expression] = int(work_out(expression, symbols))
         return self.known[expression]
-
-    def _symbol(self, symbol: Any, size: torch.SymInt) -> int:
-        hint = size.node.shape_env.backed_var_to_val[symbol] if str(symbol) not in self.chosen else None
-        return self.chosen[str(symbol)] if hint is None else int(hint)

@@ -8,7 +8,8 @@ the price is one more forward run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,14 +111,7 @@ def _alive(ops: Sequence[fx.Node]) -> list[int]:
 
 def _numbers(node: fx.Node) -> int:
     leaves = (leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor))
-    return sum(_product(size_hint(size) for size in leaf.shape) for leaf in leaves)
-
-
-def _product(sizes: Iterable[int]) -> int:
-    found = 1
-    for size in sizes:
-        found *= size
-    return found
+    return sum(math.prod(size_hint(size) for size in leaf.shape) for leaf in leaves)
 
 
 def _closed(graph: fx.Graph, ops: Sequence[fx.Node]) -> set[int]:

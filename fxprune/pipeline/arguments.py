@@ -20,6 +20,7 @@ from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
 
 __all__ = [
     "LARGEST_SEED",
+    "MEMORY",
     "as_path",
     "as_seed",
     "flag",
@@ -34,6 +35,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+MEMORY = ("auto", "fast", "low")
+"""Words for how much memory sums over samples take."""
 
 LARGEST_SEED = 2**64 - 1
 """What a generator of torch takes."""

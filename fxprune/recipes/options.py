@@ -10,7 +10,7 @@ from typing import Any
 
 from fxprune.data.text import check_tokenizer
 from fxprune.discovery.groups import as_kinds
-from fxprune.pipeline.arguments import as_seed, flag, one_of
+from fxprune.pipeline.arguments import MEMORY, as_seed, flag, one_of
 from fxprune.pipeline.contract import Pass
 from fxprune.pipeline.progress import Track, check_track
 from fxprune.recipes.choices import said, unless
@@ -109,7 +109,7 @@ class Options:
             object.__setattr__(self, name, flag(name, getattr(self, name)))
         object.__setattr__(self, "seed", as_seed("seed", self.seed))
         if self.memory is not None:
-            one_of("memory", self.memory, ("auto", "fast", "low"))
+            one_of("memory", self.memory, MEMORY)
         check_tokenizer(self.tokenizer)
         if self.track is not None:
             check_track(self.track)

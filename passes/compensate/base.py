@@ -97,8 +97,9 @@ class FitPass(Pass):
 
     def _recalled(self, graph_module: fx.GraphModule, site: Site, run: SideBySide) -> Mapping[fx.Node, torch.Tensor]:
         """Return what an earlier run fitted, or fit it."""
-        known, name = recalled(f"{site.name}.fit"), {str(n.target): n for n in graph_module.graph.nodes}
+        known = recalled(f"{site.name}.fit")
         if known is not None:
+            name = {str(node.target): node for node in graph_module.graph.nodes}
             return {name[key]: value for key, value in load_file(known).items()}
         found = {node: value.contiguous() for node, value in self.fitted(graph_module, site, run).items()}
         as_first(found.values())

@@ -10,12 +10,9 @@ import torch
 from torch import fx
 
 from fxprune.graph.tensors import device_of, weights
-from fxprune.pipeline.arguments import number, one_of
+from fxprune.pipeline.arguments import MEMORY, number, one_of
 
-__all__ = ["MEMORY", "allowed", "amount"]
-
-MEMORY = ("auto", "fast", "low")
-"""Words for an amount."""
+__all__ = ["allowed", "amount"]
 
 _LOW = 0.1
 """Of the bytes of the weights."""
