@@ -9,7 +9,7 @@ import typer
 
 import fxprune
 from fxprune.cli.console import Folder, Gguf, app, clear_errors, console
-from fxprune.cli.load import is_gguf, load
+from fxprune.cli.load import is_gguf, load_either
 
 __all__ = ["Quantization", "export", "gguf_options", "runs"]
 
@@ -33,7 +33,7 @@ def export(
     """Write MODEL, pruned or not, as one file that runs without this package."""
     with clear_errors():
         gguf = out.suffix == ".gguf"
-        loaded, tokenizer = _load(model, gguf_file, with_tokenizer=gguf and like is None)
+        loaded, tokenizer = load_either(model, gguf_file, with_tokenizer=gguf and like is None)
         options: dict[str, Any] = {"quantization": quantization, "like": like}
         if gguf and like is None:
             options = gguf_options(model, tokenizer, quantization)
@@ -63,14 +63,3 @@ def runs(out: Path) -> str:
         ".onnx": "onnxruntime runs it",
         ".pt2": "torch.export.load runs it",
     }[out.suffix]
-
-
-def _load(model: str, gguf_file: str | None, *, with_tokenizer: bool) -> tuple[Any, Any]:
-    """Return a model and its tokenizer, from a checkpoint of ours too."""
-    from fxprune.checkpoint.manifest import MANIFEST
-
-    if not (Path(model) / MANIFEST).is_file():
-        return load(model, gguf_file, with_tokenizer=with_tokenizer)
-    from transformers import AutoTokenizer
-
-    return fxprune.from_pretrained(model), AutoTokenizer.from_pretrained(model) if with_tokenizer else None

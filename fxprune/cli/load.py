@@ -1,4 +1,4 @@
-"""Dense models read from what a user names: a folder, an id on a hub, a GGUF file."""
+"""Models read from what a user names: a folder, an id on a hub, a GGUF file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from fxprune.errors import FxpruneError
 
-__all__ = ["is_gguf", "load", "load_tokenizer", "readable", "where_and_file"]
+__all__ = ["is_gguf", "load", "load_either", "load_tokenizer", "readable", "where_and_file"]
 
 
 def is_gguf(model: str) -> bool:
@@ -31,6 +31,17 @@ def load(model: str, gguf_file: str | None, *, with_tokenizer: bool) -> tuple[An
     with readable(model):
         dense = AutoModelForCausalLM.from_pretrained(**where_and_file(model, gguf_file))
     return dense, load_tokenizer(model, gguf_file, needed=with_tokenizer)
+
+
+def load_either(model: str, gguf_file: str | None, *, with_tokenizer: bool) -> tuple[Any, Any]:
+    """Return a model, dense or slim, and its tokenizer; None where there is none and none is needed."""
+    from fxprune.checkpoint.manifest import MANIFEST
+
+    if not (Path(model) / MANIFEST).is_file():
+        return load(model, gguf_file, with_tokenizer=with_tokenizer)
+    import fxprune
+
+    return fxprune.from_pretrained(model), load_tokenizer(model, None, needed=with_tokenizer)
 
 
 def load_tokenizer(model: str, gguf_file: str | None, *, needed: bool) -> Any:
