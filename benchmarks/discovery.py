@@ -1,8 +1,9 @@
-"""Time and memory of discovery with no weights, beside Torch-Pruning: `python -m benchmarks.discovery`.
+"""Time and memory of discovery and of a whole prune with no weights: `python -m benchmarks.discovery`.
 
 Ours is trace, dependency graph and groups of a model on `meta`. Theirs is `DependencyGraph().build_dependency` on fake
-tensors, then a walk over `get_all_groups`, counted and dropped one by one as its pruner does. Every measurement
-has a process of its own and is the first call there; imports and building the model are not counted.
+tensors, then a walk over `get_all_groups`, counted and dropped one by one as its pruner does. A whole prune of ours has
+random scores and takes a quarter of each group. Every measurement has a process of its own and is the first call there;
+imports and building the model are not counted.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "discovery.json"
 LAYERS = (2, 8, 20, 40, 80)
 VOCABULARY = 32000
+STAGES = ("trace", "graph", "groups", "removal")
 
 app = typer.Typer(add_completion=False)
 
@@ -54,6 +56,7 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
+        Shape("125m", 768, 3072, 12, 12, 12),
         Shape("7b", 4096, 11008, 32, 32, 32),
         Shape("70b", 8192, 28672, 80, 64, 8),
         Shape("405b", 16384, 53248, 126, 128, 8),
@@ -138,7 +141,28 @@ def measure_theirs(shape: Shape) -> Measurement:
     return Measurement(_stages(("graph", "groups"), times), len(graph.module2node), groups, start_gb, _peak_gb())
 
 
-TOOLS: dict[str, Callable[[Shape], Measurement]] = {"ours": measure_ours, "theirs": measure_theirs}
+def measure_prune(shape: Shape) -> Measurement:
+    """A whole prune of `shape` on `meta`, its trace and the rest, timed here and now."""
+    import fxprune
+
+    with torch.device("meta"):
+        model = _llama(shape)
+    start_gb = _peak_gb()
+    pipeline = fxprune.prune_pipeline(importance="random", group_ratio=0.25)
+    times = [time.perf_counter()]
+    traced = fxprune.trace(model)
+    times.append(time.perf_counter())
+    nodes = len(traced.graph_module.graph.nodes)
+    result = fxprune.Result.of(pipeline(traced.graph_module).graph_module)
+    times.append(time.perf_counter())
+    return Measurement(_stages(("trace", "removal"), times), nodes, len(result.report.widths), start_gb, _peak_gb())
+
+
+TOOLS: dict[str, Callable[[Shape], Measurement]] = {
+    "ours": measure_ours,
+    "theirs": measure_theirs,
+    "prune": measure_prune,
+}
 
 
 def measure_apart(tool: str, shape: Shape, threads: int, timeout_s: float | None = None) -> Measurement:
@@ -203,16 +227,18 @@ def compare(
 
 def discovery_table(rows: Iterable[Summary]) -> Table:
     """A line a shape and tool: medians in seconds, then the least total, memory, and how often ours fits into it."""
-    table = Table(title="Discovery with no weights in memory, seconds", box=SIMPLE, padding=(0, 1, 0, 0))
-    for heading in ("shape", "tool", "trace", "graph", "groups", "total", "least", "GB", "found", "x ours"):
+    table = Table(title="With no weights in memory, seconds", box=SIMPLE, padding=(0, 1, 0, 0))
+    more = ("total", "least", "GB", "found", "x ours", "x trace")
+    for heading in ("shape", "tool", *STAGES, *more):
         table.add_column(heading, justify="left" if heading in ("shape", "tool") else "right")
     ours_s: dict[str, float] = {}
     for row in rows:
         base = ours_s.setdefault(row.shape.name, row.total_s)
-        stages = [f"{row.seconds[s]:.2f}" if s in row.seconds else "" for s in ("trace", "graph", "groups")]
+        stages = [f"{row.seconds[s]:.2f}" if s in row.seconds else "" for s in STAGES]
         totals = (f"{row.total_s:.2f}", f"{row.least_s:.2f}", f"{row.peak_gb:.2f}")
-        again = f"{row.total_s / base:.1f}" if row.tool != "ours" else ""
-        table.add_row(row.shape.name, row.tool, *stages, *totals, str(row.groups), again)
+        again = f"{row.total_s / base:.1f}" if row.tool == "theirs" else ""
+        whole = f"{row.total_s / row.seconds['trace']:.2f}" if row.tool == "prune" else ""
+        table.add_row(row.shape.name, row.tool, *stages, *totals, str(row.groups), again, whole)
     return table
 
 
@@ -258,12 +284,13 @@ def main(
     torch.set_num_threads(threads)
     console = Console()
     console.print("  ".join(f"{name}: {value}" for name, value in environment().items()))
-    tools = ("ours", "theirs") if find_spec("torch_pruning") and not scaling else ("ours",)
+    theirs = find_spec("torch_pruning") is not None
+    tools = ("ours",) if scaling else ("ours", "theirs", "prune") if theirs else ("ours", "prune")
     chosen = [replace(SHAPES["7b"], layers=n) for n in LAYERS] if scaling else [SHAPES[s] for s in shapes.split(",")]
     with console.status("measuring"):
         rows = compare(chosen, tools, repeats, lambda tool, shape: measure_apart(tool, shape, threads))
     console.print(scaling_table(rows) if scaling else discovery_table(rows))
-    if not scaling and len(tools) == 1:
+    if not scaling and not theirs:
         console.print("torch_pruning is not installed, so theirs is left out.")
     if json_:
         path = RESULTS.with_name("discovery_scaling.json") if scaling else RESULTS

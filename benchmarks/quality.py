@@ -145,9 +145,10 @@ class Row:
         parameters: That are left.
         perplexities: By name of the text.
         tasks: Accuracy by name of the task.
-        seconds: The prune took, wall clock.
+        seconds: The prune took: wall clock, or with one thread the processor's time, in which other work does not count.
         peak_gb: Largest resident memory while it ran, in 10^9 bytes.
         passes: The pipeline, as it is spelled.
+        threads: It ran with.
     """
 
     entry: str
@@ -159,6 +160,7 @@ class Row:
     seconds: float
     peak_gb: float
     passes: str
+    threads: int
 
 
 def entries(names: Sequence[str] = ()) -> list[Entry]:
@@ -209,14 +211,16 @@ def measure(model: Any, tokenizer: Any, texts: Texts, entry: Entry, ratio: float
     samples = texts.calibration[order[: min(protocol.samples, entry.samples or protocol.samples)]]
     options = {key: _with_ratio(value, ratio) for key, value in entry.options.items()}
     passes = str(fxprune.prune_pipeline(samples, tokenizer=tokenizer, ratio=ratio, **options))
+    threads = torch.get_num_threads()
+    clock = time.process_time if threads == 1 else time.perf_counter
     forget_peak()
-    begin = time.perf_counter()
+    begin = clock()
     result = fxprune.prune(model, samples, tokenizer=tokenizer, ratio=ratio, **options)
-    seconds, peak = time.perf_counter() - begin, peak_bytes() / 1e9
+    seconds, peak = clock() - begin, peak_bytes() / 1e9
     slim = result.model or result.graph_module
     perplexities, tasks = _worth(slim, tokenizer, texts, protocol)
     left = result.report.parameters[1]
-    return Row(entry.name, ratio, draw, left, perplexities, tasks, seconds, peak, passes)
+    return Row(entry.name, ratio, draw, left, perplexities, tasks, seconds, peak, passes, threads)
 
 
 def _with_ratio(value: Any, ratio: float) -> Any:
@@ -234,7 +238,7 @@ def _worth(model: Any, tokenizer: Any, texts: Texts, protocol: Protocol) -> tupl
 
 def _dense(model: Any, tokenizer: Any, texts: Texts, protocol: Protocol) -> Row:
     count = sum(parameter.numel() for parameter in model.parameters())
-    return Row("dense", 0.0, 0, count, *_worth(model, tokenizer, texts, protocol), 0.0, 0.0, "")
+    return Row("dense", 0.0, 0, count, *_worth(model, tokenizer, texts, protocol), 0.0, 0.0, "", 0)
 
 
 def told(row: Row, dense: Row) -> str:
@@ -243,7 +247,7 @@ def told(row: Row, dense: Row) -> str:
         f"{name} {value:.1f} (x{value / dense.perplexities[name]:.2f})" for name, value in row.perplexities.items()
     ]
     tasks = [f"{name} {value:.3f} ({dense.tasks[name]:.3f})" for name, value in row.tasks.items()]
-    took = f"{row.seconds:.0f} s, {row.peak_gb:.1f} GB" if row.passes else "as it is"
+    took = f"{row.seconds:.0f} s with {row.threads} thread(s), {row.peak_gb:.1f} GB" if row.passes else "as it is"
     where = f"{row.ratio:.0%}, draw {row.draw}: " if row.passes else ""
     return f"{where}{row.entry}: {', '.join(texts + tasks)}; {row.parameters:,} parameters, {took}"
 

@@ -16,7 +16,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_map, tree_unflatten
@@ -41,6 +41,7 @@ __all__ = [
     "fake_mode",
     "forgetting",
     "guards_of",
+    "has_unbacked_sizes",
     "is_check",
     "is_composite",
     "is_free",
@@ -146,6 +147,14 @@ def size_range(size: int | torch.SymInt) -> tuple[int, int | None]:
 
 
 _CODE_OF_OPS = ("_decomp", "_meta_registrations.py", "_refs")
+
+
+def has_unbacked_sizes(value: Any) -> bool:
+    """Whether the shape of a tensor in ``value``, or a number in it, depends on data."""
+    return any(free_unbacked_symbols(leaf) for leaf in tree_leaves(value) if isinstance(leaf, _SIZED))
+
+
+_SIZED = torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool
 
 
 def guards_of(size: torch.SymInt) -> list[tuple[Any, str]]:

@@ -13,7 +13,7 @@ from fxprune.graph.arguments import comparable
 from fxprune.graph.compat import FakeTensor, FakeTensorMode, tree_leaves, tree_map
 from fxprune.graph.facts import Fact
 
-__all__ = ["ShapedCalls", "calls_of", "retype", "same_shapes", "usable"]
+__all__ = ["ShapedCalls", "calls_of", "described", "retype", "same_shapes", "usable"]
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,26 @@ def same_shapes(one: Any, other: Any) -> bool:
     return len(ones) == len(others) and all(_traits(a) == _traits(b) for a, b in zip(ones, others, strict=True))
 
 
+def described(value: Any) -> object:
+    """Return what ``value``, an argument of an op, has that decides the shape of its result, as something that hashes.
+
+    Raises:
+        TypeError: it holds something else than tensors without numbers, sizes and constants.
+    """
+    if isinstance(value, tuple | list):
+        return type(value), tuple(described(item) for item in value)
+    if isinstance(value, torch.Tensor):
+        if not isinstance(value, FakeTensor) or value.constant is not None:
+            raise TypeError(f"a tensor with numbers: {value}")
+        return _traits(value)
+    hash(value if getattr(value, "node", None) is None else value.node.expr)
+    return _spelled(value)
+
+
 def _traits(value: Any) -> object:
     if not isinstance(value, torch.Tensor):
         return _spelled(value)
-    sizes = [_spelled(size) for size in (*value.shape, *value.stride())]
+    sizes = tuple(_spelled(size) for size in (*value.shape, *value.stride()))
     return type(value) is FakeTensor, value.dtype, value.device, sizes
 
 

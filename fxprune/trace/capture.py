@@ -7,6 +7,7 @@ model is traced in bfloat16: only so does the graph tell a cast *to float32* (a 
 
 from __future__ import annotations
 
+import gc
 import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
@@ -209,8 +210,22 @@ def _export(
             inputs = tree_map(
                 lambda value: torch.empty_like(value) if isinstance(value, torch.Tensor) else value, inputs
             )
-    with quiet(), _without_fast_path(), torch.enable_grad():
+    with quiet(), _without_fast_path(), _lean(), torch.enable_grad():
         return torch.export.export(twin, (), inputs, dynamic_shapes=dims if dynamic else None, strict=False)
+
+
+@contextmanager
+def _lean() -> Iterator[None]:
+    """Trace without what nobody reads: Python's stack at each node; and without looking for garbage all the time."""
+    kept, collects = fx.config.do_not_emit_stack_traces, gc.isenabled()
+    fx.config.do_not_emit_stack_traces = True
+    gc.disable()
+    try:
+        yield
+    finally:
+        fx.config.do_not_emit_stack_traces = kept
+        if collects:
+            gc.enable()
 
 
 @contextmanager

@@ -9,10 +9,18 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxprune.graph.compat import FakeTensorMode, FakeTensorProp, enable_python_dispatcher, fake_mode, tree_leaves
+from fxprune.graph.compat import (
+    FakeTensorMode,
+    FakeTensorProp,
+    OpOverload,
+    enable_python_dispatcher,
+    fake_mode,
+    has_unbacked_sizes,
+    tree_leaves,
+)
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, facts_of
 from fxprune.graph.inputs import example_of
-from fxprune.graph.shapes import ShapedCalls, calls_of, same_shapes, usable
+from fxprune.graph.shapes import ShapedCalls, calls_of, described, same_shapes, usable
 from fxprune.graph.tensors import device_of
 from fxprune.pipeline.contract import Pass, PassResult
 
@@ -23,8 +31,9 @@ __all__ = ["PropagateShapesPass"]
 class PropagateShapesPass(Pass):
     """Works out ``node.meta["val"]`` of every node again, symbolic where it was.
 
-    Only nodes that are called in another way than before, or on values of other shapes, are looked at. A shape that
-    does not fit shows here, at the node where it arises, before anything is run.
+    Only nodes that are called in another way than before, or on values of other shapes, are looked at, and of those
+    that are called alike, as in blocks that lost as much as others, one. A shape that does not fit shows here, at the
+    node where it arises, before anything is run.
     """
 
     name: ClassVar[str] = "propagate-shapes"
@@ -66,17 +75,34 @@ class _Shapes(FakeTensorProp):
         super().__init__(graph_module, mode)
         self._alike = alike
         self._changed = set[fx.Node]()
+        self._made: dict[object, tuple[Any, Any]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Return what was known of ``n`` if that still holds."""
+        """Return what was known of ``n`` if that still holds, or what a node made that is called alike."""
         before = n.meta.get("val")
         if self._stands(n, before):
             return before
-        result = super().run_node(n)
+        call = self._call(n)
+        if call is not None and call in self._made:
+            result, n.meta["val"] = self._made[call]
+        else:
+            result = super().run_node(n)
+            if call is not None and not has_unbacked_sizes(result):
+                self._made[call] = result, n.meta.get("val")
         after = n.meta.get("val")
         if before is None or after is None or not same_shapes(before, after):
             self._changed.add(n)
         return result
+
+    def _call(self, n: fx.Node) -> object:
+        """What decides the shape of the result; None where that is more than the shapes of what goes in."""
+        if n.op != "call_function" or not isinstance(n.target, OpOverload) or n.target._schema.is_mutable:
+            return None
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        try:
+            return n.target, described(args), tuple((name, described(value)) for name, value in kwargs.items())
+        except TypeError:
+            return None
 
     def _stands(self, n: fx.Node, known: Any) -> bool:
         if n.op in ("placeholder", "output") or n.name not in self._alike or not usable(known, self._mode):

@@ -42,6 +42,11 @@ def test_theirs_counts_attention_and_mlp_of_every_layer_and_the_width():
     assert found.nodes > 0
 
 
+def test_a_whole_prune_is_told_from_its_trace():
+    found = discovery.measure_prune(TINY)
+    assert list(found.seconds) == ["trace", "removal"] and found.groups == 2 * TINY.layers
+
+
 def test_a_layer_more_adds_the_same_nodes_and_groups():
     found = [discovery.measure_ours(replace(TINY, layers=n)) for n in (2, 3, 4)]
     nodes = [m.nodes for m in found]
@@ -103,13 +108,16 @@ def test_the_command_prints_a_line_for_each_tool_and_writes_json(monkeypatch, tm
     monkeypatch.setattr(discovery, "version", lambda name: "1")
     result, seen = _run(monkeypatch, tmp_path, "--shapes", "7b,70b", "--json")
     assert result.exit_code == 0, result.output
-    assert seen == [("ours", "7b", 32), ("theirs", "7b", 32), ("ours", "70b", 80), ("theirs", "70b", 80)]
+    tools = ("ours", "theirs", "prune")
+    assert seen == [(tool, *shape) for shape in (("7b", 32), ("70b", 80)) for tool in tools]
     content = json.loads((tmp_path / "discovery.json").read_text())
     assert [(row["tool"], row["shape"]["name"], row["total_s"]) for row in content["rows"]] == [
         ("ours", "7b", 2.25),
         ("theirs", "7b", 4.5),
+        ("prune", "7b", 4.5),
         ("ours", "70b", 2.25),
         ("theirs", "70b", 4.5),
+        ("prune", "70b", 4.5),
     ]
     assert content["environment"]["torch"] == torch.__version__
     assert "2.0" in result.output
@@ -118,7 +126,7 @@ def test_the_command_prints_a_line_for_each_tool_and_writes_json(monkeypatch, tm
 def test_without_torch_pruning_theirs_is_left_out_with_a_note(monkeypatch, tmp_path):
     monkeypatch.setattr(discovery, "find_spec", lambda name: None)
     result, seen = _run(monkeypatch, tmp_path, "--shapes", "7b")
-    assert seen == [("ours", "7b", 32)]
+    assert seen == [("ours", "7b", 32), ("prune", "7b", 32)]
     assert "not installed" in result.output
 
 
@@ -135,4 +143,4 @@ def test_an_unknown_shape_is_named(monkeypatch, tmp_path):
     assert result.exit_code != 0
     assert "8b" in result.output
     assert not seen
-    assert set(SHAPES) == {"7b", "70b", "405b"}
+    assert set(SHAPES) == {"125m", "7b", "70b", "405b"}

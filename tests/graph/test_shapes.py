@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 import fxprune
 from fxprune.graph.compat import fake_mode
 from fxprune.graph.facts import facts_of
-from fxprune.graph.shapes import ShapedCalls, calls_of, same_shapes, usable
+from fxprune.graph.shapes import ShapedCalls, calls_of, described, same_shapes, usable
 
 
 def test_calls_tell_targets_and_literals_apart() -> None:
@@ -34,6 +35,19 @@ def test_values_agree_in_shape_stride_type_and_kind() -> None:
         assert not same_shapes(x, other)
     assert usable((x, 3), mode) and not usable(x, fake_mode()) and not usable(None, mode)
     assert not usable(torch.empty(3), mode)
+
+
+def test_arguments_are_described_by_what_decides_the_shape_of_a_result() -> None:
+    mode = fake_mode()
+    with mode:
+        x, other, number = torch.empty(3, 4), torch.empty(3, 4), torch.tensor(3)
+    same = ([x, 2], None, "relu"), ([other, 2], None, "relu")
+    assert described(same[0]) == described(same[1]) and hash(described(same[0])) == hash(described(same[1]))
+    for one, two in (([x, 2], (x, 2)), ([x, 2], [x, 2.0]), (x, x[:2]), (x, x.half()), (1, True)):
+        assert described(one) != described(two)
+    for unknown in (number, torch.empty(3), {"a": x}):
+        with pytest.raises(TypeError):
+            described(unknown)
 
 
 def test_sizes_that_vary_agree_if_they_are_spelled_alike() -> None:

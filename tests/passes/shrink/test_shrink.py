@@ -23,6 +23,7 @@ from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.masking.compare import Expected, Verified
 from fxprune.pipeline.contract import PassResult
 from fxprune.pipeline.registry import load_pass
+from fxprune.passes.shrink import propagate_shapes
 from fxprune.removal.removal import Bypassed
 from tests.models import tiny
 from tests.oracle import Net, axes_of, decide, discover, groups_of
@@ -300,6 +301,33 @@ def test_shapes_are_worked_out_again_only_where_something_changed(monkeypatch: p
     repeat.args = (repeat.args[0], [1, 1, 2])  # twice as long in the other direction: a weight of 18 fits as well
     run("propagate-shapes", work)
     assert [name for name in looked if name not in always] == ["x", "repeat", "flatten"]
+
+
+def test_of_blocks_that_lost_as_much_one_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the shapes are those of looking at all, at other depths too."""
+    counts = []
+    for layers in (2, 6):
+        model = tiny("llama", num_hidden_layers=layers)
+        options = {"importance": "l2", "group_ratio": 0.34, "protect": (), "kinds": "mlp", "verify": False}
+        slim = fxprune.prune(model, **options).graph_module
+        facts_of(slim).drop(ShapedCalls, "the test")
+        looked = list[str]()
+        with monkeypatch.context() as patch:
+            run_node = FakeTensorProp.run_node
+            patch.setattr(FakeTensorProp, "run_node", lambda self, n: looked.append(n.name) or run_node(self, n))
+            run("propagate-shapes", slim)
+        counts.append(len([name for name in looked if "linear" in name or "mul" in name]))
+        some = shapes_of(slim)
+        facts_of(slim).drop(ShapedCalls, "the test")
+        with monkeypatch.context() as patch:
+            patch.setattr(propagate_shapes, "described", _unknown)
+            run("propagate-shapes", slim)
+        assert shapes_of(slim) == some
+    assert counts[0] == counts[1]
+
+
+def _unknown(value: object) -> object:
+    raise TypeError(f"cannot describe {value}")
 
 
 def shapes_of(graph_module: fx.GraphModule) -> dict[str, Any]:
