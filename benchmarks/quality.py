@@ -145,7 +145,7 @@ class Row:
         parameters: That are left.
         perplexities: By name of the text.
         tasks: Accuracy by name of the task.
-        seconds: The prune took: wall clock, or with one thread the processor's time, in which other work does not count.
+        seconds: The prune took: wall clock, or with one thread the processor's time, which other work is no part of.
         peak_gb: Largest resident memory while it ran, in 10^9 bytes.
         passes: The pipeline, as it is spelled.
         threads: It ran with.

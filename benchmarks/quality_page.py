@@ -31,8 +31,8 @@ def quality_page(data: dict[str, Any]) -> str:
         "# Quality\n\nMade by `make results` from what `make bench-quality` measured.\n",
         f"{protocol}. {ran['cpu']}, torch {ran['torch']}, transformers {ran['transformers']}. Times are of the prune "
         "alone: wall clock, or with one thread the processor's time, since other work ran beside it; memory is the "
-        "largest resident size while it ran. What follows *x* is perplexity over that of the dense model. One draw of samples and one "
-        "small model: differences under 5% mean nothing.\n",
+        "largest resident size while it ran. What follows *x* is perplexity over that of the dense model. One draw of "
+        "samples and one small model: differences under 5% mean nothing.\n",
         "![Perplexity over dense against time](quality.svg)\n",
         "Dense: " + ", ".join(f"{name} {value:.1f}" for name, value in dense.perplexities.items()) + ".\n",
     ]
@@ -51,7 +51,8 @@ def _table(dense: Row, rows: Sequence[Row]) -> str:
         cells = [name, f"{fmean(row.parameters for row in drawn):,.0f}"]
         cells += [f"x{_over(dense, drawn, text):.2f}{_spread(dense, drawn, text)}" for text in dense.perplexities]
         cells += [f"{fmean(row.tasks[task] for row in drawn):.3f}" for task in dense.tasks]
-        cells += [f"{fmean(row.seconds for row in drawn):.0f}", _threads(drawn), f"{max(row.peak_gb for row in drawn):.1f}"]
+        cells += [f"{fmean(row.seconds for row in drawn):.0f}", _threads(drawn)]
+        cells += [f"{max(row.peak_gb for row in drawn):.1f}"]
         lines.append((*cells, str(len(drawn))))
     return markdown_table(heading, lines)
 

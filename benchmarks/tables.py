@@ -94,8 +94,8 @@ def _discovery(data: dict[str, Any]) -> str:
         rows.append((row["shape"]["name"], row["tool"], traced, *numbers))
     return (
         f"## Discovery: `make bench-discovery`\n\nTrace, graph and groups with no weights in memory, against "
-        f"Torch-Pruning 1.6.1 (*theirs*) on fake tensors; then a whole prune, of which the trace takes the part that is "
-        f"given; median and least of {data['settings']['repeats']} runs. {ran_on(data)}\n\n"
+        f"Torch-Pruning 1.6.1 (*theirs*) on fake tensors; then a whole prune, with what its trace takes; "
+        f"median and least of {data['settings']['repeats']} runs. {ran_on(data)}\n\n"
         + markdown_table(("Llama shape", "tool", "of it trace", "median s", "least s", "peak GB", "groups"), rows)
     )
 

@@ -9,6 +9,7 @@ differ. Both are run without storage, and the calls are compared.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -20,7 +21,7 @@ from fxprune.graph.compat import fake_mode, tree_leaves
 from fxprune.graph.silence import quiet
 from fxprune.trace.twin import fake_twin, without_cache
 
-__all__ = ["differs_by_dtype", "differs_in_training"]
+__all__ = ["Dependence", "dependence"]
 
 Call = tuple[Any, ...]
 
@@ -28,8 +29,24 @@ _EVAL: Mapping[str, bool] = {}
 """A twin is in evaluation mode."""
 
 
-def differs_by_dtype(model: nn.Module, inputs: Mapping[str, Any], own: torch.dtype, other: torch.dtype) -> str:
-    """Return the first call that ``model`` makes otherwise in dtype ``other`` than in its ``own``; empty if none.
+@dataclass(frozen=True)
+class Dependence:
+    """The first calls that a model makes otherwise; empty where there is none.
+
+    Args:
+        dtype: than with weights of its own dtype.
+        mode: than in evaluation mode.
+    """
+
+    dtype: str = ""
+    mode: str = ""
+
+
+def dependence(model: nn.Module, inputs: Mapping[str, Any], own: torch.dtype, other: torch.dtype) -> Dependence:
+    """Return in which calls ``model`` depends on the dtype of its weights, and on the mode that it is in.
+
+    A run that takes both away from what the graph is compares with one that has both, if neither matters; only where
+    it does not, each is looked at alone.
 
     Args:
         model: the model; it is not run, copies without storage are.
@@ -37,26 +54,23 @@ def differs_by_dtype(model: nn.Module, inputs: Mapping[str, Any], own: torch.dty
         own: the dtype of its weights.
         other: the dtype to try.
     """
-    return _first_apart([_calls(model, inputs, own, dtype) for dtype in (own, other)], own, other)
+    training = {path: module.training for path, module in model.named_modules()}
+    trains, varies = any(training.values()), other != own
+    if not trains and not varies:
+        return Dependence()
+    plain = _calls(model, inputs, own, own)
+    if trains and varies:
+        neither = _calls(model, inputs, own, other, training)
+        if plain and neither and not _first_apart(plain, neither, own, other):
+            return Dependence()
+    return Dependence(
+        _first_apart(plain, _calls(model, inputs, own, other), own, other) if varies else "",
+        _first_apart(plain, _calls(model, inputs, own, own, training), own, own) if trains else "",
+    )
 
 
-def differs_in_training(model: nn.Module, inputs: Mapping[str, Any]) -> str:
-    """Return the first call that ``model`` makes otherwise in its mode than in evaluation mode; empty if none.
-
-    Args:
-        model: the model; it is not run, copies without storage are.
-        inputs: keyword inputs, of which only shape and dtype matter.
-    """
-    if not any(module.training for module in model.modules()):
-        return ""
-    own = next(model.parameters()).dtype
-    modes = {path: module.training for path, module in model.named_modules()}
-    return _first_apart([_calls(model, inputs, own, own, mode) for mode in ({}, modes)], own, own)
-
-
-def _first_apart(runs: list[list[Call] | None], own: torch.dtype, other: torch.dtype) -> str:
+def _first_apart(mine: list[Call] | None, others: list[Call] | None, own: torch.dtype, other: torch.dtype) -> str:
     """Return the first call in which two runs differ; empty where they do not, or one did not come to an end."""
-    mine, others = runs
     for a, b in zip_longest(mine or (), others or (), fillvalue=()) if mine and others else ():
         if not _alike(a, b, own, other):
             return str((a or b)[0])

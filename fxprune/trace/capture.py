@@ -29,7 +29,7 @@ from fxprune.graph.source import Constants, Source
 from fxprune.graph.surroundings import neutral
 from fxprune.graph.tensors import names_by_identity, on_meta, weights
 from fxprune.pipeline.arguments import flag
-from fxprune.trace.calls import differs_by_dtype, differs_in_training
+from fxprune.trace.calls import dependence
 from fxprune.trace.canonical import canonicalize, plain_in_place
 from fxprune.trace.checks import (
     check_copies,
@@ -96,8 +96,9 @@ def trace(
     own = model_dtype(model)
     notes: list[str] = []
     portable = torch.bfloat16 if own == torch.float32 else own
-    if portable != own and (call := differs_by_dtype(model, inputs, own, portable)):
-        notes.append(f"runs in {own} alone: what the model computes depends on its dtype, in {call}")
+    depends = dependence(model, inputs, own, portable)
+    if depends.dtype:
+        notes.append(f"runs in {own} alone: what the model computes depends on its dtype, in {depends.dtype}")
         portable = own
     failure: Exception | None = None
     fidelity: Fidelity | None = None
@@ -117,7 +118,7 @@ def trace(
         raise _refusal(model, failure, fidelity)
     if check and fidelity.error is None and example_inputs is not None and not on_meta(graph_module):
         check_runs(model, example_inputs)
-    notes += [*limits, *fidelity.notes, *_left_out(model, inputs)]
+    notes += [*limits, *fidelity.notes, *_left_out(model, depends.mode)]
     graph_module.recompile()
     _learn(graph_module, model, example_inputs, notes, fidelity)
     return Traced(graph_module, model, tuple(notes))
@@ -168,9 +169,9 @@ def _refusal(model: nn.Module, failure: Exception | None, fidelity: Fidelity | N
     return error
 
 
-def _left_out(model: nn.Module, inputs: Mapping[str, Any]) -> list[str]:
-    """Return what of a model is not in its graph, in words."""
-    hooked, call = hooks_left_out(model), differs_in_training(model, inputs)
+def _left_out(model: nn.Module, call: str) -> list[str]:
+    """Return what is not in the graph, in words; ``call`` is the first that the model makes otherwise in train()."""
+    hooked = hooks_left_out(model)
     notes = [f"without the hooks of {', '.join(hooked)}"] if hooked else []
     return notes + ([f"the graph is the model in eval(): in train() it differs, first in {call}"] if call else [])
 

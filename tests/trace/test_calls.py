@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.trace.calls import differs_by_dtype, differs_in_training
+from fxprune.trace.calls import Dependence, dependence
 from tests.models import tiny
 from tests.oracle import Net
 
@@ -36,7 +36,9 @@ def _under_autocast(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 def first(body: Callable[[Any, torch.Tensor], torch.Tensor]) -> str:
     model = Net(body, a=nn.Linear(3, 4))
-    return differs_by_dtype(model, {"x": torch.ones(2, 3)}, torch.float32, torch.bfloat16)
+    found = dependence(model.eval(), {"x": torch.ones(2, 3)}, torch.float32, torch.bfloat16)
+    assert not found.mode and dependence(model.train(), {"x": torch.ones(2, 3)}, torch.float32, torch.bfloat16) == found
+    return found.dtype
 
 
 @pytest.mark.parametrize("name", FOLLOWS)
@@ -52,7 +54,7 @@ def test_what_depends_on_it_is_named_by_the_first_call_that_differs(name: str) -
 def test_a_language_model_does_not_depend_on_its_dtype() -> None:
     model = tiny("llama")
     inputs = {"input_ids": torch.zeros(2, 7, dtype=torch.long)}
-    assert differs_by_dtype(model, inputs, torch.float32, torch.bfloat16) == ""
+    assert dependence(model, inputs, torch.float32, torch.bfloat16) == Dependence()
 
 
 def test_a_module_that_does_not_run_is_left_to_tracing() -> None:
@@ -74,6 +76,7 @@ def test_a_module_that_does_not_run_is_left_to_tracing() -> None:
 def test_what_differs_in_training_is_named(body: Callable[[Any, torch.Tensor], torch.Tensor], call: str) -> None:
     model = Net(body, a=nn.Linear(3, 4), drop=nn.Dropout(0.5), norm=nn.BatchNorm1d(4))
     inputs = {"x": torch.ones(2, 3)}
-    found = differs_in_training(model.train(), inputs)
-    assert call in found and bool(found) == bool(call)
-    assert differs_in_training(model.eval(), inputs) == ""
+    for other in (torch.float32, torch.bfloat16):
+        found = dependence(model.train(), inputs, torch.float32, other)
+        assert call in found.mode and bool(found.mode) == bool(call) and not found.dtype
+        assert dependence(model.eval(), inputs, torch.float32, other) == Dependence()

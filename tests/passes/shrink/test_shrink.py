@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fxprune.passes.shrink import propagate_shapes
 from torch import fx, nn
 
 import fxprune
@@ -23,7 +24,6 @@ from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.masking.compare import Expected, Verified
 from fxprune.pipeline.contract import PassResult
 from fxprune.pipeline.registry import load_pass
-from fxprune.passes.shrink import propagate_shapes
 from fxprune.removal.removal import Bypassed
 from tests.models import tiny
 from tests.oracle import Net, axes_of, decide, discover, groups_of
@@ -305,17 +305,16 @@ def test_shapes_are_worked_out_again_only_where_something_changed(monkeypatch: p
 
 def test_of_blocks_that_lost_as_much_one_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the shapes are those of looking at all, at other depths too."""
-    counts = []
+    counts, looked = list[int](), list[str]()
+    run_node = FakeTensorProp.run_node
+    monkeypatch.setattr(FakeTensorProp, "run_node", lambda self, n: looked.append(n.name) or run_node(self, n))
     for layers in (2, 6):
         model = tiny("llama", num_hidden_layers=layers)
         options = {"importance": "l2", "group_ratio": 0.34, "protect": (), "kinds": "mlp", "verify": False}
         slim = fxprune.prune(model, **options).graph_module
         facts_of(slim).drop(ShapedCalls, "the test")
-        looked = list[str]()
-        with monkeypatch.context() as patch:
-            run_node = FakeTensorProp.run_node
-            patch.setattr(FakeTensorProp, "run_node", lambda self, n: looked.append(n.name) or run_node(self, n))
-            run("propagate-shapes", slim)
+        looked.clear()
+        run("propagate-shapes", slim)
         counts.append(len([name for name in looked if "linear" in name or "mul" in name]))
         some = shapes_of(slim)
         facts_of(slim).drop(ShapedCalls, "the test")
