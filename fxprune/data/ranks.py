@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from fxprune.errors import CalibrationError
 
-__all__ = ["add_up", "as_first", "first_alone", "is_first", "of_first", "own", "rank", "started"]
+__all__ = ["add_up", "as_first", "first_alone", "is_first", "of_first", "own", "rank", "started", "turns"]
 
 T = TypeVar("T")
 
@@ -47,6 +47,18 @@ def own(samples: Sequence[T]) -> tuple[T, ...]:
             remedy="Pass a sample at least for each process, or start fewer",
         )
     return tuple(samples[rank::count])
+
+
+def turns(count: int) -> range:
+    """Return which of ``count`` pieces of work this process does; as many in each, so that some reach past the end.
+
+    A model whose weights are spread over processes runs in all of them or in none. What is past the end is done again
+    from the start, ``piece % count``, and does not count.
+    """
+    if not _together():
+        return range(count)
+    processes = dist.get_world_size()
+    return range(dist.get_rank(), -(-count // processes) * processes, processes)
 
 
 def add_up(tensors: Iterable[torch.Tensor]) -> None:

@@ -65,6 +65,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure the perplexity of ``model`` on texts and its accuracy on tasks.
 
+    Several processes of one process group of torch share the windows of a text; all of them have to call.
+
     Args:
         model: a Hugging Face model, or, for texts alone, whatever takes ``input_ids=`` and returns logits; or the
             result of :func:`fxprune.prune`, of which the model is measured, else the graph.

@@ -13,6 +13,7 @@ from rich.progress import track
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
+from fxprune.data.ranks import add_up, turns
 from fxprune.errors import EvaluationError
 from fxprune.graph.attempts import clear_errors
 from fxprune.graph.silence import unprinted
@@ -199,19 +200,27 @@ def logits_of(output: Any) -> Tensor:
 
 
 def _loss_sums(model: Callable[..., Any], ids: Tensor, first: Tensor, batch: int, progress: bool) -> Tensor:
-    """Return sums of next-token cross-entropies in nats, ``(windows,)``, over positions from ``first`` on."""
+    """Return sums of next-token cross-entropies in nats, ``(windows,)``, over positions from ``first`` on.
+
+    Several processes share the windows; all of them have to call.
+    """
     if isinstance(model, type) or not callable(model):
         raise EvaluationError(f"model is {told(model)}", where="model", remedy=_RUNS)
     batch = _size("batch", batch)
     options = {"use_cache": False} if isinstance(model, PreTrainedModel) else {}
     device = _device_of(model)
-    sums: list[Tensor] = []
     parts = list(zip(ids.split(batch), first.split(batch), strict=True))
+    sums = [torch.zeros(len(start), dtype=torch.double, device=device) for _, start in parts]
     with torch.inference_mode(), _evaluation(model), unprinted() if not progress else nullcontext():
-        for chunk, start in track(parts, description="perplexity", disable=not progress, transient=True):
+        for turn in track(turns(len(parts)), description="perplexity", disable=not progress, transient=True):
+            chunk, start = parts[turn % len(parts)]
             chunk = chunk.to(device)
-            sums.append(_window_sums(logits_of(model(input_ids=chunk, **options)), chunk, start).cpu())
-    return torch.cat(sums)
+            found = _window_sums(logits_of(model(input_ids=chunk, **options)), chunk, start)
+            if turn < len(parts):
+                sums[turn] = found.to(device)
+    together = torch.cat(sums)
+    add_up([together])
+    return together.cpu()
 
 
 def _window_sums(logits: Tensor, ids: Tensor, first: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxprune.data.ranks import add_up, as_first, first_alone, is_first, of_first, own, rank, started
+from fxprune.data.ranks import add_up, as_first, first_alone, is_first, of_first, own, rank, started, turns
 from fxprune.errors import FxpruneError
 
 
@@ -15,7 +15,7 @@ def test_one_process_does_everything() -> None:
     as_first([sums])
     with started():
         assert own([3, 4, 5]) == (3, 4, 5) and rank() == 0 and is_first() and of_first("x") == "x"
-    assert sums.tolist() == [1.0, 2.0]
+    assert sums.tolist() == [1.0, 2.0] and list(turns(3)) == [0, 1, 2]
     assert first_alone(lambda: 7, FxpruneError) == 7
     with pytest.raises(KeyError):
         first_alone(lambda: {}["missing"], FxpruneError)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fxprune
+from fxprune.evaluation import perplexity
 from tests.models import tiny, token_ids
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,35 @@ def test_processes_come_to_the_plan_of_one(count: int, importance: str, compensa
     model = fxprune.from_pretrained(tmp_path / "slim")
     ids = token_ids(2)
     torch.testing.assert_close(model(ids).logits, alone.model(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+_MEASURE = """
+import sys, torch, torch.distributed as dist, fxprune
+from fxprune.evaluation import perplexity
+from tests.models import tiny, token_ids
+
+dist.init_process_group("gloo")
+torch.set_num_threads(1)
+torch.manual_seed(dist.get_rank())
+calls = []
+model = tiny("llama")
+model.register_forward_hook(lambda *_: calls.append(1))
+found = [float(perplexity(model, token_ids(count, 12), batch=2)) for count in (5, 1)]
+open(f"{sys.argv[1]}/{dist.get_rank()}.json", "w").write(str([*found, len(calls)]))
+dist.destroy_process_group()
+"""
+
+
+def test_processes_share_the_windows_of_a_text(tmp_path: Path) -> None:
+    """As many calls in each, so that a model may be spread over them."""
+    script = tmp_path / "script.py"
+    script.write_text(_MEASURE)
+    done = torchrun(2, str(script), str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = [float(perplexity(tiny("llama"), token_ids(count, 12), batch=2)) for count in (5, 1)]
+    for rank in (0, 1):
+        *found, calls = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == pytest.approx(alone, rel=1e-6) and calls == 2 + 1
 
 
 def test_the_command_line_in_two_processes(tmp_path: Path) -> None:

@@ -346,24 +346,29 @@ def test_a_killed_run_resumes_and_ends_with_the_same_losses(
 
 
 SPREAD = """
-    import os, sys, torch
+    import json, os, sys, torch
     torch.set_num_threads(1)
     import fxprune
     from tests.models import tiny, token_ids
     from tests.recovery.test_recover import QUICK, SUMS, TOKENIZER
 
     pruned = fxprune.prune(tiny("llama"), token_ids(4, 12), recipe="llm-pruner")
-    done = fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, dropout=0.0, folder=sys.argv[1])
+    arguments = json.loads(sys.argv[2])
+    done = fxprune.recover(
+        pruned, SUMS, TOKENIZER, settings=QUICK, dropout=0.0, folder=sys.argv[1], arguments=arguments
+    )
     open(os.path.join(sys.argv[1], f"rank{os.environ['RANK']}.json"), "w").write(done.to_json())
 """
 
 
-def test_two_processes_train_what_one_does(pruned: fxprune.Result, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [{}, {"fsdp": True, "fsdp_config": {"version": 2}}], ids=["copies", "sharded"])
+def test_two_processes_train_what_one_does(pruned: fxprune.Result, arguments: dict[str, Any], tmp_path: Path) -> None:
+    """Of layers that are not alike."""
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(SPREAD))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command.append(str(tmp_path))
+    command += [str(tmp_path), json.dumps(arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290)
     assert done.returncode == 0, done.stderr[-3000:]
     alone = fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, dropout=0.0)
