@@ -23,7 +23,7 @@ import typer
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-__all__ = ["app", "limited", "write_random"]
+__all__ = ["app", "limited", "llama", "write_random"]
 
 app = typer.Typer(add_completion=False)
 
@@ -39,6 +39,19 @@ took = time.perf_counter() - begin
 print(f"pruned in {took:.0f} s: {result.report.parameters[0]:,} to {result.report.parameters[1]:,} parameters")
 print(f"verified: masked and slim outputs differ by {result.report.verification_error:.1e} at most")
 """
+
+
+def llama(hidden: int, ffn: int, layers: int) -> LlamaConfig:
+    """A config with heads of 64 numbers, eight of which share keys and values."""
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 512),
+        vocab_size=32000,
+        tie_word_embeddings=False,
+    )
 
 
 def write_random(folder: Path, config: LlamaConfig, shard_bytes: int = 500_000_000) -> int:
@@ -107,18 +120,9 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="Where there is room for both models; else temporary.")] = None,
 ) -> None:
     """Write a model, prune it with half the memory, and load what came out."""
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 512),
-        vocab_size=32000,
-        tie_word_embeddings=False,
-    )
     with tempfile.TemporaryDirectory(dir=folder) as place:
         source, out = Path(place) / "dense", Path(place) / "slim"
-        total = write_random(source, config)
+        total = write_random(source, llama(hidden, ffn, layers))
         limit = int(share * total)
         print(f"weights: {total / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} files")
         print(f"memory allowed: {limit / 1e9:.2f} GB", flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["forget_peak", "peak_bytes", "resident_bytes"]
+__all__ = ["anonymous_bytes", "forget_peak", "peak_bytes", "resident_bytes"]
 
 
 def forget_peak() -> None:
@@ -22,6 +22,11 @@ def peak_bytes() -> float:
 def resident_bytes() -> float:
     """What is resident now."""
     return _status("VmRSS")
+
+
+def anonymous_bytes() -> float:
+    """What is resident now and no page of a file."""
+    return _status("RssAnon")
 
 
 def _status(key: str) -> float:

@@ -23,6 +23,7 @@ def results_page(folder: Path = RESULTS) -> str:
         ("recovery", _recovery),
         ("discovery", _discovery),
         ("discovery_scaling", _scaling),
+        ("score_memory", _score_memory),
     )
     for name, section in sections:
         path = folder / f"{name}.json"
@@ -107,6 +108,22 @@ def _scaling(data: dict[str, Any]) -> str:
         rows.append((str(row["shape"]["layers"]), str(row["nodes"]), f"{row['least_s']:.2f}", f"{per_node:.0f}"))
     return "### Depth\n\nThe 7B shape with more layers; least of the runs.\n\n" + markdown_table(
         ("layers", "graph nodes", "seconds", "microseconds per node"), rows
+    )
+
+
+def _score_memory(data: dict[str, Any]) -> str:
+    settings, (plain, *_) = data["settings"], data["rows"]
+    rows = [
+        (r["way"], f"{r['seconds']:.0f}", f"{r['seconds'] / plain['seconds']:.2f}")
+        + (f"{r['peak_gb']:.2f}", f"{r['over_weights']:.2f}")
+        for r in data["rows"]
+    ]
+    return (
+        "## Exact scores: `python -m benchmarks.score_memory`\n\nTaylor scores of the order `mix` of a random Llama of "
+        f"{settings['layers']} layers, {data['weights'] / 1e9:.2f} GB of weights, on {settings['samples']} x "
+        f"{settings['tokens']} tokens, beside a forward and a backward run for each sample. Memory is what the process "
+        f"has beyond the pages of files that it maps, Python and its packages with it. {ran_on(data)}\n\n"
+        + markdown_table(("", "seconds", "of plain", "GB", "of the weights"), rows)
     )
 
 
