@@ -113,11 +113,11 @@ def _scaling(data: dict[str, Any]) -> str:
 
 def _score_memory(data: dict[str, Any]) -> str:
     settings, (plain, *_) = data["settings"], data["rows"]
-    rows = [
-        (r["way"], f"{r['seconds']:.0f}", f"{r['seconds'] / plain['seconds']:.2f}")
-        + (f"{r['peak_gb']:.2f}", f"{r['over_weights']:.2f}")
-        for r in data["rows"]
-    ]
+    rows = []
+    for row in data["rows"]:
+        again = f"{row['seconds'] / plain['seconds']:.2f}"
+        memory = (f"{row['peak_gb']:.2f}", f"{row['over_weights']:.2f}")
+        rows.append((row["way"], f"{row['seconds']:.0f}", again, *memory))
     return (
         "## Exact scores: `python -m benchmarks.score_memory`\n\nTaylor scores of the order `mix` of a random Llama of "
         f"{settings['layers']} layers, {data['weights'] / 1e9:.2f} GB of weights, on {settings['samples']} x "
