@@ -1,4 +1,4 @@
-"""Commands that are stopped at different moments: one line, an exit code that names the signal, nothing half written."""
+"""Commands that are stopped at any moment: one line, an exit code that names the signal, nothing half written."""
 
 from __future__ import annotations
 
