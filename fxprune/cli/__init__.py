@@ -1,15 +1,31 @@
 """The command line: prune a model, write it as one file, look at its groups, ask why, list passes and recipes."""
 
+from __future__ import annotations
+
 import os
+from typing import TYPE_CHECKING, Any
 
-from fxprune.cli import export, graph, lists, prune
-from fxprune.cli.console import app
+from fxprune.cli import interrupts
 
-__all__ = ["app", "export", "graph", "lists", "main", "prune"]
+if TYPE_CHECKING:
+    from fxprune.cli.console import app
+
+__all__ = ["app", "main"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fxprune.cli import console, export, graph, lists, prune  # noqa: F401 - each adds its commands
+
+    return console.app
 
 
 def main() -> None:
     """Run a command; under ``torchrun`` in several processes that share the samples."""
+    interrupts.install()
+    from fxprune.cli import app
+
     if "WORLD_SIZE" not in os.environ:
         app()
         return

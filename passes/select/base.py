@@ -21,6 +21,7 @@ from fxprune.graph.source import Source
 from fxprune.masking.compare import Expected
 from fxprune.pipeline.arguments import flag, numbers, one_of, refuse, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.pipeline.words import RANKINGS
 from fxprune.removal.norms import scaled_numbers
 from fxprune.removal.plan import Plan, keep_of
 from fxprune.removal.removal import Removal
@@ -32,8 +33,6 @@ from .rounding import AUTO, Rounding
 from .slots import Slot, make_keep, make_slots, protected_blocks, removed_layers
 
 __all__ = ["RANKINGS", "Choice", "SelectPass", "Selection"]
-
-RANKINGS = ("local", "global")
 
 Choice = tuple[int, int]
 """Of a slot, the option taken and how many of its units go."""
@@ -193,11 +192,13 @@ def _with_unruled(error: RatioError, frozen: Mapping[str, Sequence[str]]) -> Rat
     op, axes = max(frozen.items(), key=lambda item: len(item[1]))
     others = f" and {len(frozen) - 1} more ops" if len(frozen) > 1 else ""
     more = f" and {len(axes) - 1} more axes" if len(axes) > 1 else ""
-    return RatioError(
+    told = RatioError(
         f"{error.what}; {op}{others} has no rule and froze {axes[0]}{more}",
         where=error.where,
         remedy=f"{error.remedy}; or say what the op does to axes, with fxprune.rule",
     )
+    told.reachable = error.reachable
+    return told
 
 
 def _protect(value: Any) -> tuple[float, ...]:
