@@ -1,11 +1,24 @@
-"""The command line: prune a model, write it as one file, look at its groups, ask why, list passes and recipes."""
+"""The command line: prune a model, look at what went, measure, train and time what came of it, write it as a file."""
 
 import os
 
-from fxprune.cli import export, graph, lists, prune
+from fxprune.cli import apply, bench, evaluate, export, generate, graph, lists, plan, prune, recover
 from fxprune.cli.console import app
 
-__all__ = ["app", "export", "graph", "lists", "main", "prune"]
+__all__ = [
+    "app",
+    "apply",
+    "bench",
+    "evaluate",
+    "export",
+    "generate",
+    "graph",
+    "lists",
+    "main",
+    "plan",
+    "prune",
+    "recover",
+]
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from fxprune.cli.export import Quantization, gguf_options, runs
 from fxprune.cli.load import is_gguf, load, load_tokenizer
 from fxprune.errors import FxpruneError
 
-__all__ = ["prune"]
+__all__ = ["prune", "tell", "write", "write_file"]
 
 _OURS = "fxprune.from_pretrained loads it, and transformers with trust_remote_code=True"
 
@@ -115,17 +115,17 @@ def _run(
         options = {name: value for name, value in options.items() if name != "tune" or value is not None}
         result = fxprune.prune_checkpoint(model, out, data, tokenizer=tokenizer, track=progress, **options)
         _write_facts(result, out / "plan.json", out / "report.json")
-        return _tell(result, out, loading=_OURS)
+        return tell(result, out, loading=_OURS)
     result = fxprune.prune(dense, data, tokenizer=tokenizer, track=progress, **options)
-    made = _write_file if out.suffix in SUFFIXES else _write
-    return _tell(result, out, loading=made(result, tokenizer, out, like=model, quantization=quantization))
+    made = write_file if out.suffix in SUFFIXES else write
+    return tell(result, out, loading=made(result, tokenizer, out, like=model, quantization=quantization))
 
 
 def _names(kinds: str | None) -> list[str] | None:
     return None if kinds is None else [kind.strip() for kind in kinds.split(",")]
 
 
-def _write(result: fxprune.Result, tokenizer: Any, out: Path, **_: Any) -> str:
+def write(result: fxprune.Result, tokenizer: Any, out: Path, **_: Any) -> str:
     """Write all there is to ``out``; returns how to load it."""
     from fxprune.data.ranks import first_alone
 
@@ -141,7 +141,7 @@ def _write(result: fxprune.Result, tokenizer: Any, out: Path, **_: Any) -> str:
     return loading
 
 
-def _write_file(result: fxprune.Result, tokenizer: Any, out: Path, *, like: str, quantization: str | None) -> str:
+def write_file(result: fxprune.Result, tokenizer: Any, out: Path, *, like: str, quantization: str | None) -> str:
     """Write one file, with plan and report beside it; returns what runs it."""
     from fxprune.data.ranks import first_alone
 
@@ -167,7 +167,7 @@ def _multiple(round_to: str | None, out: Path) -> Any:
     return int(round_to) if round_to.strip().lstrip("+-").isdecimal() else round_to
 
 
-def _tell(result: fxprune.Result, out: Path, loading: str) -> None:
+def tell(result: fxprune.Result, out: Path, loading: str) -> None:
     """Print the numbers, the widths that changed, and what the user should know, such as how to load the model."""
     from fxprune.data.ranks import is_first
 

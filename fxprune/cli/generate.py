@@ -1,0 +1,81 @@
+"""The command that lets a saved model go on with a text."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated, Any
+
+import typer
+
+from fxprune.cli.console import Device, Folder, Gguf, Json, app, clear_errors, console, print_json
+from fxprune.cli.several import check_places, named, opened
+from fxprune.errors import ArgumentError
+
+__all__ = ["generate"]
+
+
+@app.command()
+def generate(
+    model: Folder,
+    prompt: Annotated[str, typer.Argument(help="Text to go on with, or to answer.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 32,
+    compare: Annotated[str | None, typer.Option(help="Model whose text comes first, as a rule the dense one.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Go on with the prompt as it is, without a chat template.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(min=0, help="Above 0: sample; 0 takes the likeliest token.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="For sampling.")] = 0,
+    device: Device = None,
+    gguf_file: Gguf = None,
+    as_json: Json = False,
+) -> None:
+    """Print what MODEL, dense or slim, makes of PROMPT, as it comes; a model that chats answers."""
+    with clear_errors():
+        if not prompt.strip():
+            raise ArgumentError("the prompt is empty", where="PROMPT", remedy="Give some text")
+        models = named(list(dict.fromkeys([*([compare] if compare else []), model])))
+        check_places(*models.values())
+        texts = {}
+        for name, place in models.items():
+            loaded, tokenizer = opened(place, gguf_file if place == model else None, device=device, with_tokenizer=True)
+            inputs = _inputs(tokenizer, prompt, raw=raw).to(loaded.device)
+            if len(models) > 1:
+                console.print(f"{name}:", markup=False, highlight=False)
+            options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+            texts[name] = _continued(loaded, tokenizer, inputs, options, streams=not as_json)
+        if as_json:
+            print_json(texts)
+
+
+def _inputs(tokenizer: Any, prompt: str, *, raw: bool) -> Any:
+    """Return the tokens of a prompt: a turn of a chat where the tokenizer has a template, else the text itself."""
+    if raw or not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    chat = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def _continued(model: Any, tokenizer: Any, inputs: Any, options: dict[str, Any], *, streams: bool) -> str:
+    """Return the text that a model goes on with, printed as it comes where asked."""
+    import torch
+    from transformers import TextStreamer
+
+    from fxprune.graph.silence import quiet
+
+    torch.manual_seed(options["seed"])
+    sampling = (
+        {"temperature": options["temperature"]}
+        if options["temperature"]
+        else {"temperature": None, "top_p": None, "top_k": None}
+    )
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
+    with quiet(logging.WARNING):
+        ids = model.generate(
+            **inputs,
+            **sampling,
+            do_sample=options["temperature"] > 0,
+            max_new_tokens=options["max_new_tokens"],
+            streamer=streamer,
+        )
+    text: str = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
