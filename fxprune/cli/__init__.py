@@ -1,28 +1,43 @@
 """The command line: prune a model, look at what went, measure, train and time what came of it, write it as a file."""
 
+from __future__ import annotations
+
 import os
+from typing import TYPE_CHECKING, Any
 
-from fxprune.cli import apply, bench, evaluate, export, generate, graph, lists, plan, prune, recover
-from fxprune.cli.console import app
+from fxprune.cli import interrupts
 
-__all__ = [
-    "app",
-    "apply",
-    "bench",
-    "evaluate",
-    "export",
-    "generate",
-    "graph",
-    "lists",
-    "main",
-    "plan",
-    "prune",
-    "recover",
-]
+if TYPE_CHECKING:
+    from fxprune.cli.console import app
+
+__all__ = ["app", "main"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fxprune.cli import (  # noqa: F401 - each adds its commands
+        apply,
+        bench,
+        console,
+        evaluate,
+        export,
+        generate,
+        graph,
+        lists,
+        plan,
+        prune,
+        recover,
+    )
+
+    return console.app
 
 
 def main() -> None:
     """Run a command; under ``torchrun`` in several processes that share the samples."""
+    interrupts.install()
+    from fxprune.cli import app
+
     if "WORLD_SIZE" not in os.environ:
         app()
         return

@@ -1,9 +1,12 @@
-"""The command line application, where it prints to, and how errors end."""
+"""The command line application: where it prints to, options that commands share, progress, and how errors end."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import textwrap
+import time
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
@@ -11,16 +14,72 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
+from typer.core import TyperGroup
 
+from fxprune.cli.wording import in_options
 from fxprune.errors import FxpruneError
 
-__all__ = ["Folder", "Gguf", "app", "clear_errors", "console", "errors", "progress"]
-
-app = typer.Typer(add_completion=False, help="Structural pruning of language models.", no_args_is_help=True)
-console = Console(soft_wrap=True)
-errors = Console(stderr=True, soft_wrap=True)
+__all__ = [
+    "Device",
+    "Dtype",
+    "Folder",
+    "Force",
+    "Gguf",
+    "Json",
+    "Quiet",
+    "Verbose",
+    "app",
+    "clear_errors",
+    "console",
+    "errors",
+    "notes",
+    "print_json",
+    "progress",
+    "set_output",
+    "working",
+]
 
 _LONGEST_ERROR = 600
+
+_FIRST_LINE, _NEXT_LINE = 2.0, 10.0
+"""Seconds until a piped output is told how far something is, and between two such lines."""
+
+console = Console(soft_wrap=True)
+"""Where results go."""
+
+errors = Console(stderr=True, soft_wrap=True)
+"""Where it is said why a command stopped."""
+
+notes = Console(stderr=True, soft_wrap=True)
+"""Where progress and remarks go; ``--quiet`` silences it."""
+
+Folder = Annotated[str, typer.Argument(help="Model folder, id on a hub, GGUF file, or 'demo'.")]
+Gguf = Annotated[str | None, typer.Option(help="GGUF file inside the folder.")]
+Force = Annotated[bool, typer.Option("--force", help="Write where something else is; other files are kept.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print each pass with its time as it runs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16; else that of the files.")
+]
+Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps; cpu by default.")]
+
+
+class _Commands(TyperGroup):
+    """Commands whose wrong uses end in one line."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run a command, as :meth:`typer.core.TyperGroup.main` does."""
+        if not extra.pop("standalone_mode", True):
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except typer.TyperException as error:
+            code = _refuse(error.format_message())
+        raise SystemExit(code if isinstance(code, int) else 0)
+
+
+app = typer.Typer(add_completion=False, cls=_Commands)
 
 
 def _tell_version(asked: bool) -> None:
@@ -31,17 +90,16 @@ def _tell_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Structural pruning of language models."""
-
-
-Folder = Annotated[str, typer.Argument(help="Model folder, id on a hub, or GGUF file.")]
-Gguf = Annotated[str | None, typer.Option(help="GGUF file inside the folder.")]
+    if context.invoked_subcommand is None:
+        console.print(context.get_help(), end="")
 
 
 @contextlib.contextmanager
@@ -49,16 +107,90 @@ def clear_errors() -> Iterator[None]:
     """End what is the user's to mend in one line and exit code 2."""
     try:
         yield
-    except (FxpruneError, OSError) as error:
-        text = textwrap.shorten(str(error), _LONGEST_ERROR, placeholder=" ...")
-        errors.print(f"[red]error: {escape(text)}[/red]", highlight=False)
-        raise typer.Exit(2) from error
+    except FxpruneError as error:
+        raise typer.Exit(_refuse(in_options(str(error), error.where, _option_names()))) from error
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        raise typer.Exit(_refuse(f"{place}{error.strerror or error}")) from error
+
+
+def _option_names() -> set[str]:
+    """The names of the options of all commands, as functions have them."""
+    commands = typer.main.get_group(app).commands.values()
+    return {parameter.name for command in commands for parameter in command.params if parameter.name}
+
+
+def _refuse(text: str) -> int:
+    """Say in one line what is wrong, and return the exit code."""
+    line = textwrap.shorten(text, _LONGEST_ERROR, placeholder=" ...")
+    errors.print(f"[red]error: {escape(line)}[/red]", highlight=False)
+    return 2
+
+
+def set_output(*, quiet: bool = False, verbose: bool = False, as_json: bool = False) -> None:
+    """Choose what is printed; errors always are.
+
+    Args:
+        quiet: neither results nor progress.
+        verbose: each pass with its time.
+        as_json: no results but what :func:`print_json` prints.
+    """
+    console.quiet = quiet or as_json
+    notes.quiet = quiet
+    logger = logging.getLogger("fxprune")
+    logger.handlers = [_Lines()] if verbose else []
+    logger.setLevel(logging.INFO if verbose else logging.NOTSET)
+
+
+def print_json(data: Any) -> None:
+    """Print one JSON document, whatever :func:`set_output` silenced."""
+    typer.echo(json.dumps(data, indent=2))
+
+
+class _Lines(logging.Handler):
+    """Prints what the package logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record in one line."""
+        notes.print(record.getMessage(), markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show that something is being done of which nobody knows how long it takes."""
+    if not _is_told():
+        yield
+    elif notes.is_terminal:
+        with notes.status(what):
+            yield
+    else:
+        notes.print(f"{what} ...", markup=False, highlight=False)
+        yield
 
 
 def progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-    """Show how far a pass is; of several processes the first one does."""
+    """Show how far something is and how long it takes; of several processes the first one does."""
+    if not _is_told():
+        return items
+    if notes.is_terminal:
+        return track(items, what, total, console=notes, transient=True)
+    return _with_lines(items, what, total)
+
+
+def _with_lines(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+    """Yield items and print a line now and then, for an output that is no terminal."""
+    start = time.monotonic()
+    due = start + _FIRST_LINE
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now >= due:
+            left = (now - start) / done * max(total - done, 0)
+            notes.print(f"{what}: {done:,} of {total:,}, about {left:,.0f} s left", markup=False, highlight=False)
+            due = now + _NEXT_LINE
+        yield item
+
+
+def _is_told() -> bool:
     from fxprune.data.ranks import is_first
 
-    if not is_first():
-        return items
-    return track(items, what, total, console=errors, transient=True)
+    return not notes.quiet and is_first()

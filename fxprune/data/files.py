@@ -1,44 +1,76 @@
-"""Calibration samples from a file of text."""
+"""Calibration samples from a file of text. What can be checked of the file needs no torch."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from fxprune.data.rows import SUFFIXES, BadRow, kind_of, rows_in_file, text_of
 from fxprune.errors import CalibrationError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["calibration_text", "calibration_texts", "calibration_windows"]
 
 _MOST_SAMPLES = 1024
 """Where no number is asked for: more than the recipes have use for would only have to be read."""
 
+_WANTED = (
+    "Give a text file in UTF-8; or .json, .jsonl or .parquet, whose rows have a field 'text', 'instruction' and "
+    "'output', or 'messages'"
+)
+
 
 def calibration_text(path: Path) -> str:
-    """Return the text of a file; of JSON lines, the field ``text`` of each, parted by blank lines.
+    """Return the text of a file; of rows of data, the text of each, parted by blank lines.
 
     Raises:
-        CalibrationError: a line is no JSON object with a field ``text``.
+        CalibrationError: there is no text in it, or a row is of no known form.
+        DataError: it is not there, or cannot be read.
     """
     return "\n\n".join(calibration_texts(path))
 
 
 def calibration_texts(path: Path) -> list[str]:
-    """Return the texts of a file: of JSON lines, the field ``text`` of each; else the whole.
+    """Return the texts of a file: of rows in .json, .jsonl or .parquet the text of each; else the whole.
+
+    The rows are those that :func:`fxprune.recover` reads: texts, instructions with their outputs, and chats.
 
     Raises:
-        CalibrationError: a line is no JSON object with a field ``text``.
+        CalibrationError: there is no text in it, or a row is of no known form.
+        DataError: it is not there, or cannot be read.
     """
-    content = path.read_text(encoding="utf-8", errors="replace")
-    if path.suffix != ".jsonl":
-        return [content]
+    if path.is_dir():
+        raise CalibrationError("it is a folder", where=str(path), remedy=_WANTED)
+    texts = list(_texts_of_rows(path)) if path.suffix in SUFFIXES and path.suffix != ".txt" else [_plain(path)]
+    if not any(text.strip() for text in texts):
+        raise CalibrationError("there is no text in it", where=str(path), remedy=_WANTED)
+    return texts
+
+
+def _plain(path: Path) -> str:
+    content = path.read_bytes()
     try:
-        return [str(json.loads(line)["text"]) for line in content.splitlines() if line.strip()]
-    except (ValueError, KeyError, TypeError) as error:
-        remedy = "Each line has to be a JSON object with a field 'text'"
-        raise CalibrationError(f"not JSON lines: {error!r}", where=str(path), remedy=remedy) from error
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"it is no text in UTF-8: byte {error.start:,} is {content[error.start]:#04x}",
+            where=str(path),
+            remedy=_WANTED,
+        ) from error
+    if "\0" in text:
+        raise CalibrationError("it is a binary file: it has bytes that are 0", where=str(path), remedy=_WANTED)
+    return text
+
+
+def _texts_of_rows(path: Path) -> Iterator[str]:
+    for where, row in rows_in_file(path):
+        kind, why = ("", row.why) if isinstance(row, BadRow) else kind_of(row, "auto")
+        if not kind:
+            raise CalibrationError(f"{where}: {why}", where=str(path), remedy=_WANTED)
+        yield text_of(row, kind)
 
 
 def calibration_windows(tokenizer: Any, text: str, samples: int | None, tokens: int, where: str) -> torch.Tensor:
@@ -54,6 +86,8 @@ def calibration_windows(tokenizer: Any, text: str, samples: int | None, tokens: 
     Raises:
         CalibrationError: the text is too short.
     """
+    import torch
+
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     windows = len(ids) // tokens
     samples = min(max(windows, 1), _MOST_SAMPLES) if samples is None else samples

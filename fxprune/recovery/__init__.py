@@ -1,9 +1,9 @@
 """Recovery of what pruning took: low-rank updates of the pruned projections, trained a little and merged."""
 
+from fxprune.data.rows import BadRow
 from fxprune.recovery.data import DataReport
 from fxprune.recovery.distil import Distillation
 from fxprune.recovery.lora import Targets
-from fxprune.recovery.rows import BadRow
 from fxprune.recovery.run import Recovery, recover
 from fxprune.recovery.settings import RecoverySettings
 

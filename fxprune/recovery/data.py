@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from fxprune.data.calibration import IGNORED
+from fxprune.data.rows import BadRow, kind_of
 from fxprune.data.text import paragraphs
 from fxprune.errors import DataError
-from fxprune.recovery.formats import Example, Formatter, kind_of
-from fxprune.recovery.rows import BadRow, read_rows
+from fxprune.recovery.formats import Example, Formatter
+from fxprune.recovery.rows import read_rows
 from fxprune.recovery.settings import RecoverySettings
 
 __all__ = ["DataReport", "TrainingData", "collate", "read_training_data"]

@@ -7,23 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxprune.data.calibration import IGNORED
-from fxprune.recovery.rows import BadRow
+from fxprune.data.rows import BadRow, prompt_of
 
-__all__ = ["TEMPLATE", "TEMPLATE_WITH_INPUT", "Example", "Formatter", "kind_of"]
-
-TEMPLATE = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-TEMPLATE_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-"""Prompts, without and with an input. Source: Taori et al., Stanford Alpaca (2023)."""
-
-_FIELDS = {"instruction": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
-"""The fields that a row of each format must have."""
+__all__ = ["Example", "Formatter"]
 
 _LONGEST = 80
 """Characters of a chat template's error that are repeated: rows are named by the reason, which has to stay short."""
@@ -42,27 +28,6 @@ class Example:
     ids: tuple[int, ...]
     labels: tuple[int, ...]
     cut: bool = False
-
-
-def kind_of(row: Any, wanted: str) -> tuple[str, str]:
-    """Return the format of a row and no reason, or no format and the reason why.
-
-    Args:
-        row: as it was read.
-        wanted: one of ``instruction``, ``chat``, ``text``; or ``auto``, by the fields that the row has.
-    """
-    if isinstance(row, str):
-        return ("text", "") if wanted in ("auto", "text") else ("", f"plain text, not {wanted}")
-    if not isinstance(row, Mapping):
-        return "", f"a {type(row).__name__}, not an object"
-    for kind, needed in _FIELDS.items():
-        if wanted in ("auto", kind):
-            missing = [name for name in needed if row.get(name) is None]
-            if not missing:
-                return kind, ""
-            if wanted == kind:
-                return "", f"no {missing[0]!r}; its fields are {sorted(map(str, row))}"
-    return "", f"none of the known fields; its fields are {sorted(map(str, row))}"
 
 
 @dataclass(frozen=True)
@@ -107,7 +72,7 @@ class Formatter:
                 return f"{name!r} is a {type(value).__name__}, not text"
             if not value.strip() and name != "input":
                 return f"{name!r} is empty"
-        prompt = (TEMPLATE_WITH_INPUT if fields["input"].strip() else TEMPLATE).format(**fields)
+        prompt = prompt_of(fields)
         whole = self._closed(self.encode(prompt + fields["output"], special=True))
         start = _shared(whole, self.encode(prompt, special=True)) if self.response_only else 0
         return tuple(whole), tuple([IGNORED] * start + whole[start:])

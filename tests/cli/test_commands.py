@@ -251,7 +251,7 @@ def test_broken_lines_of_json_are_named(folder: str, out: Path) -> None:
     path = out.with_name("calibration.jsonl")
     path.write_text('{"words": "red"}\n')
     code, output = run("prune", folder, "--out", out, "--calibration", path)
-    assert code == 2 and "not JSON lines" in output and "field 'text'" in output
+    assert code == 2 and "line 1: none of the known fields" in output and "field 'text'" in output
 
 
 def test_folder_without_a_config_is_named(tmp_path: Path) -> None:

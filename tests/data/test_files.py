@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fxprune.data.files import calibration_text, calibration_windows
-from fxprune.errors import CalibrationError
+from fxprune.errors import CalibrationError, DataError
 
 
 def letters(text: str, **_: object) -> dict[str, list[int]]:
@@ -32,5 +32,48 @@ def test_lines_of_json_are_read_by_their_text(tmp_path: Path) -> None:
     path.write_text("\n".join(json.dumps({"text": line}) for line in ("one", "two")) + "\n\n")
     assert calibration_text(path) == "one\n\ntwo"
     path.write_text('{"words": "one"}')
-    with pytest.raises(CalibrationError, match="not JSON lines"):
+    with pytest.raises(CalibrationError, match="line 1: none of the known fields"):
         calibration_text(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("a.txt", "plain text", "plain text"),
+        ("a.md", "plain text", "plain text"),
+        ("a.json", json.dumps([{"text": "one"}, "two"]), "one\n\ntwo"),
+        ("a.json", json.dumps({"rows": [{"instruction": "Add.", "output": "4"}]}), "### Response:\n4"),
+        ("a.jsonl", json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"content": "Ho"}]}), "Hi\n\nHo"),
+    ],
+)
+def test_what_recovery_reads_is_read_for_calibration(tmp_path: Path, name: str, content: str, text: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert calibration_text(tmp_path / name).endswith(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", b"", "no text in it"),
+        ("a.txt", b"\n \n", "no text in it"),
+        ("a.txt", b"\x89PNG\r\n", "byte 0 is 0x89"),
+        ("a.txt", b"GGUF\0\0", "binary file"),
+        ("a.txt", "schön".encode("latin-1"), "no text in UTF-8: byte 3"),
+        ("a.json", b"{", "not JSON"),
+        ("a.json", b"[]", "no text in it"),
+        ("a.json", b"[3]", "row 1: a int, not an object"),
+        ("a.jsonl", b'{"text": "a"}\n{"text"\n', "line 2: not JSON"),
+        ("a.jsonl", b'{"text": 7}', "should be text"),
+        ("a.jsonl", b'{"messages": []}', "should be text"),
+        ("a.json", b'{"question": "a"}', "its fields are .'question'"),
+    ],
+)
+def test_what_is_no_text_is_told_by_what_was_found(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((CalibrationError, DataError), match=says):
+        calibration_text(tmp_path / name)
+
+
+def test_a_folder_is_no_file_of_text(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="it is a folder"):
+        calibration_text(tmp_path)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from fxprune.data.calibration import IGNORED
-from fxprune.recovery.formats import TEMPLATE, TEMPLATE_WITH_INPUT, Example, Formatter, kind_of
-from fxprune.recovery.rows import BadRow
+from fxprune.data.rows import TEMPLATE, TEMPLATE_WITH_INPUT, BadRow, kind_of
+from fxprune.recovery.formats import Example, Formatter
 from tests.tokens import character_tokenizer
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from fxprune.data.rows import BadRow
 from fxprune.data.text import offline_text
 from fxprune.errors import DataError
-from fxprune.recovery.rows import BadRow, read_rows
+from fxprune.recovery.rows import read_rows
 
 ROWS = [{"text": "one"}, {"text": "two"}]
 

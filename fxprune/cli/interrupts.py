@@ -1,0 +1,56 @@
+"""Signals that stop a command: one line, an exit code that names the signal, and nothing half written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+__all__ = ["at_once", "install"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_PATIENCE = 5.0
+"""Seconds for which further signals wait for the tidying up that the first one started."""
+
+_state = {"at_once": False, "since": 0.0}
+
+
+def install() -> None:
+    """Let Ctrl-C end the process with exit code 130, and SIGTERM with 143.
+
+    Temporary files and folders are taken away on the way out, so that a result is there as a whole or not at all.
+    """
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell tells background jobs to ignore interrupts
+            signal.signal(number, _stop)
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Stop without tidying up while this lasts, for imports: code in C swallows what is raised inside them.
+
+    Nothing may be written meanwhile.
+    """
+    _state["at_once"] = True
+    try:
+        yield
+    finally:
+        _state["at_once"] = False
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    now = time.monotonic()
+    if _state["since"] and now - _state["since"] < _PATIENCE:
+        return
+    first, _state["since"] = not _state["since"], now
+    if first:
+        # a stream of Python may be in the middle of a write, which cannot be entered twice
+        os.write(2, b"\r\x1b[Kstopped\n" if sys.__stderr__ is not None and sys.__stderr__.isatty() else b"stopped\n")
+    if _state["at_once"] or not first:
+        os._exit(128 + number)
+    raise SystemExit(128 + number)
