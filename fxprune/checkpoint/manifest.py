@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fxprune.errors import CheckpointError
+from fxprune.pipeline.words import MANIFEST
 
 __all__ = [
     "MANIFEST",
@@ -26,7 +27,6 @@ __all__ = [
     "weight_files",
 ]
 
-MANIFEST = "fxprune.json"
 _FORMAT = 2
 """Counted up when an earlier release could no longer read the file, or would not see what it has to."""
 _READABLE = (1, _FORMAT)

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import track
 from typer.core import TyperGroup
 
+from fxprune.cli.naming import check_exists
 from fxprune.cli.wording import in_options
 from fxprune.errors import FxpruneError
 
@@ -53,7 +54,6 @@ errors = Console(stderr=True, soft_wrap=True)
 notes = Console(stderr=True, soft_wrap=True)
 """Where progress and remarks go; ``--quiet`` silences it."""
 
-Folder = Annotated[str, typer.Argument(help="Model folder, id on a hub, GGUF file, or 'demo'.")]
 Gguf = Annotated[str | None, typer.Option(help="GGUF file inside the folder.")]
 Force = Annotated[bool, typer.Option("--force", help="Write where something else is; other files are kept.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")]
@@ -125,6 +125,17 @@ def _refuse(text: str) -> int:
     line = textwrap.shorten(text, _LONGEST_ERROR, placeholder=" ...")
     errors.print(f"[red]error: {escape(line)}[/red]", highlight=False)
     return 2
+
+
+def _exists(model: str) -> str:
+    with clear_errors():
+        check_exists(model)
+    return model
+
+
+Folder = Annotated[
+    str, typer.Argument(metavar="MODEL", callback=_exists, help="Model folder, id on a hub, GGUF file, or 'demo'.")
+]
 
 
 def set_output(*, quiet: bool = False, verbose: bool = False, as_json: bool = False) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import networkx as nx
 
@@ -19,6 +19,7 @@ from fxprune.errors import ArgumentError
 from fxprune.graph.blocks import owner_block
 from fxprune.graph.facts import Change, Fact
 from fxprune.pipeline.arguments import one_of, refuse
+from fxprune.pipeline.words import EXACT, KINDS, Kind
 from fxprune.rules.statements import Axis, Role
 
 __all__ = [
@@ -36,17 +37,8 @@ __all__ = [
     "propagate",
 ]
 
-Kind = Literal["mlp", "head", "channel", "head_dim", "expert", "layer"]
-
-KINDS: tuple[Kind, ...] = ("mlp", "head", "channel", "head_dim", "expert", "layer")
-
-
 DEFAULT_KINDS = ("mlp", "head")
 """What goes unless the caller says otherwise: the kinds of the paper, which every language model has."""
-
-
-EXACT = "exact-"
-"""In front of a kind: only those of its groups that no norm or other statistic runs over."""
 
 
 def as_kinds(kinds: str | Sequence[str], name: str = "kinds") -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from torch import fx
 from fxprune.axes import Expr
 from fxprune.graph.arguments import read_argument
 from fxprune.graph.names import tensor_name
+from fxprune.pipeline.words import NORMS
 from fxprune.rules.aliasing import writes
 from fxprune.rules.registry import Values, find_rule
 from fxprune.rules.scaling import power_of, scaled_literal, shift_of
@@ -30,9 +31,6 @@ from fxprune.rules.statements import Average
 from fxprune.rules.write import nodes_in
 
 __all__ = ["NORMS", "KeptNorm", "NormReport", "ScaledNumber", "ScaledWeight", "find_norms"]
-
-NORMS = ("sliced", "masked")
-"""What becomes of a norm over fewer units: an average of those that stay, or what it is with the others masked."""
 
 
 @dataclass(frozen=True)

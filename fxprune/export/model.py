@@ -12,11 +12,10 @@ from fxprune.errors import ExportError, UnknownNameError
 from fxprune.export.decode import export_decoder
 from fxprune.export.gguf.file import export_gguf
 from fxprune.export.program import export_graph
+from fxprune.pipeline.words import SUFFIXES
 from fxprune.trace import trace
 
 __all__ = ["SUFFIXES", "check_options", "export_model"]
-
-SUFFIXES = (".pt2", ".onnx", ".gguf")
 
 
 def export_model(

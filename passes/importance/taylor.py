@@ -25,6 +25,7 @@ from fxprune.masking.in_parts import Part, PartRuns, cut
 from fxprune.masking.masked_run import output_tensors
 from fxprune.pipeline.arguments import one_of, whole_number
 from fxprune.pipeline.progress import Track, check_track, no_progress
+from fxprune.pipeline.words import ORDERS
 from fxprune.rules.aliasing import written_sources
 from fxprune.trace.fidelity import require_gradients
 
@@ -33,8 +34,6 @@ from .memory import allowed, amount
 from .sums import SUMS, Axes, Positions, Sums
 
 __all__ = ["ORDERS", "TaylorImportancePass"]
-
-ORDERS = ("vector", "first", "second", "mix")
 
 
 @dataclass(frozen=True, eq=False)

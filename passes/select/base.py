@@ -21,6 +21,7 @@ from fxprune.graph.source import Source
 from fxprune.masking.compare import Expected
 from fxprune.pipeline.arguments import flag, numbers, one_of, refuse, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.pipeline.words import RANKINGS
 from fxprune.removal.norms import scaled_numbers
 from fxprune.removal.plan import Plan, keep_of
 from fxprune.removal.removal import Removal
@@ -32,8 +33,6 @@ from .rounding import AUTO, Rounding
 from .slots import Slot, make_keep, make_slots, protected_blocks, removed_layers
 
 __all__ = ["RANKINGS", "Choice", "SelectPass", "Selection"]
-
-RANKINGS = ("local", "global")
 
 Choice = tuple[int, int]
 """Of a slot, the option taken and how many of its units go."""

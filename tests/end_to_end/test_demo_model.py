@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import demo_model
+from benchmarks.demo_model import load_demo_model
 from benchmarks.text import offline_text, token_windows
+from fxprune.cli import demo as demo_files
+from fxprune.errors import FxpruneError
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +26,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory):
             seen.append(original(path))
             return seen[-1]
 
-        original = demo_model.load_gguf
-        patch.setattr(demo_model, "load_gguf", load_gguf)
-        loaded = [demo_model.load_demo_model() for _ in range(2)]
-        folder = demo_model.demo_checkpoint()
+        original = demo_files.load_gguf
+        patch.setattr(demo_files, "load_gguf", load_gguf)
+        loaded = [load_demo_model() for _ in range(2)]
+        folder = demo_files.demo_checkpoint()
     return SimpleNamespace(gguf=seen, loaded=loaded, folder=folder)
 
 
@@ -66,6 +68,6 @@ def test_demo_model_saves_and_loads_and_trains(demo, tmp_path):
 
 
 def test_demo_model_missing_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(demo_model, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="make setup"):
-        demo_model.load_demo_model()
+    monkeypatch.setattr(demo_files, "find_spec", lambda name: None)
+    with pytest.raises(FxpruneError, match="not installed. Install it: pip install"):
+        load_demo_model()
