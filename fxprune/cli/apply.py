@@ -11,9 +11,9 @@ import fxprune
 from fxprune.cli.console import Folder, Gguf, app, clear_errors, progress
 from fxprune.cli.export import Quantization
 from fxprune.cli.load import is_gguf, load_either
+from fxprune.cli.naming import check_model
 from fxprune.cli.plan import Source, read_plan
 from fxprune.cli.prune import tell, write, write_file
-from fxprune.cli.several import check_places
 
 __all__ = ["apply"]
 
@@ -39,7 +39,7 @@ def apply(
 ) -> None:
     """Remove from MODEL what PLAN says, made for it or for a sibling of its shape; write what `prune` writes."""
     with clear_errors():
-        check_places(model)
+        check_model(model, gguf_file, with_weights=True)
         decided = read_plan(plan).plan
         _check_out(out)
         windows = {"file": calibration, "samples": samples, "tokens": tokens}

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from fxprune.cli.console import Device, Folder, Json, app, clear_errors, console, print_json, progress
-from fxprune.cli.several import check_places, named, opened
+from fxprune.cli.console import Device, Dtype, Folder, Json, app, clear_errors, console, print_json, progress
+from fxprune.cli.load import load_either
+from fxprune.cli.several import checked
 
 if TYPE_CHECKING:
     from fxprune.evaluation.speed import Speed
@@ -27,16 +28,17 @@ def bench(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens generated after it.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Prompts side by side.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each model generates; medians are told.")] = 5,
+    dtype: Dtype = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Time MODEL and OTHERS, dense or slim, as they generate in transformers."""
     with clear_errors():
-        models = named([model, *(others or ())])
-        check_places(*models.values())
+        models = checked([model, *(others or ())])
         from fxprune.evaluation.speed import measure_speed
 
-        loaded = {name: opened(place, device=device, with_tokenizer=False)[0] for name, place in models.items()}
+        options = {"with_tokenizer": False, "dtype": dtype, "device": device}
+        loaded = {name: load_either(place, None, **options)[0] for name, place in models.items()}
         speeds = measure_speed(loaded, prompt=prompt, tokens=tokens, batch=batch, rounds=rounds, track=progress)
         if as_json:
             print_json({name: speed.to_dict() for name, speed in speeds.items()})

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxprune.cli.console import Device, Json, app, clear_errors, console, print_json, progress
-from fxprune.cli.several import check_places, named, opened
+from fxprune.cli.console import Device, Dtype, Json, app, clear_errors, console, print_json, progress
+from fxprune.cli.load import load_either
+from fxprune.cli.several import checked
 from fxprune.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -38,18 +39,18 @@ def evaluate(
     ] = None,
     questions: Annotated[int | None, typer.Option(min=1, help="The most questions of a task.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows or questions in one call.")] = 8,
+    dtype: Dtype = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Measure MODELS, dense or slim: their size, their perplexity on a text, their accuracy on tasks."""
     with clear_errors():
-        compared = named(list(dict.fromkeys([*([compare] if compare else []), *models])))
-        check_places(*compared.values())
+        compared = checked([*([compare] if compare else []), *models])
         options: dict[str, Any] = {"window": window, "windows": windows, "questions": questions, "batch": batch}
         options |= {"texts": _texts(text, tasks), "tasks": _tasks(tasks), "track": progress}
         if not text:
             options["windows"] = windows or _WINDOWS
-        columns = _measured(compared, device, options)
+        columns = _measured(compared, {"dtype": dtype, "device": device}, options)
         from fxprune.evaluation.comparison import Comparison
 
         settings = {"window": window, "windows": options["windows"], "questions": questions}
@@ -60,13 +61,13 @@ def evaluate(
             console.print(comparison.table())
 
 
-def _measured(models: dict[str, str], device: str | None, options: dict[str, Any]) -> tuple[Column, ...]:
+def _measured(models: dict[str, str], loading: dict[str, Any], options: dict[str, Any]) -> tuple[Column, ...]:
     """Measure one model after the other; one that was saved without a tokenizer has that of the one before."""
     from fxprune.evaluation.comparison import measure_model
 
     columns, tokenizer = [], None
     for name, place in models.items():
-        model, own = opened(place, device=device, with_tokenizer=tokenizer is None)
+        model, own = load_either(place, None, with_tokenizer=tokenizer is None, **loading)
         tokenizer = own or tokenizer
         columns.append(measure_model(name, model, tokenizer, **options))
     return tuple(columns)

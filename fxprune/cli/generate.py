@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fxprune.cli.console import Device, Folder, Gguf, Json, app, clear_errors, console, print_json
-from fxprune.cli.several import check_places, named, opened
+from fxprune.cli.console import Device, Dtype, Folder, Json, app, clear_errors, console, print_json
+from fxprune.cli.load import load_either
+from fxprune.cli.several import checked
 from fxprune.errors import ArgumentError
 
 __all__ = ["generate"]
@@ -25,24 +26,24 @@ def generate(
     ] = False,
     temperature: Annotated[float, typer.Option(min=0, help="Above 0: sample; 0 takes the likeliest token.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="For sampling.")] = 0,
+    dtype: Dtype = None,
     device: Device = None,
-    gguf_file: Gguf = None,
     as_json: Json = False,
 ) -> None:
     """Print what MODEL, dense or slim, makes of PROMPT, as it comes; a model that chats answers."""
     with clear_errors():
         if not prompt.strip():
             raise ArgumentError("the prompt is empty", where="PROMPT", remedy="Give some text")
-        models = named(list(dict.fromkeys([*([compare] if compare else []), model])))
-        check_places(*models.values())
+        models = checked([*([compare] if compare else []), model])
+        options = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
+        options |= {"temperature": temperature} if temperature else {}
         texts = {}
         for name, place in models.items():
-            loaded, tokenizer = opened(place, gguf_file if place == model else None, device=device, with_tokenizer=True)
-            inputs = _inputs(tokenizer, prompt, raw=raw).to(loaded.device)
-            if len(models) > 1:
+            loaded, tokenizer = load_either(place, None, with_tokenizer=True, dtype=dtype, device=device)
+            if len(models) > 1 and not as_json:
                 console.print(f"{name}:", markup=False, highlight=False)
-            options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-            texts[name] = _continued(loaded, tokenizer, inputs, options, streams=not as_json)
+            inputs = _inputs(tokenizer, prompt, raw=raw).to(loaded.device)
+            texts[name] = _continued(loaded, tokenizer, inputs, {**options, "seed": seed}, streams=not as_json)
         if as_json:
             print_json(texts)
 
@@ -56,26 +57,23 @@ def _inputs(tokenizer: Any, prompt: str, *, raw: bool) -> Any:
 
 
 def _continued(model: Any, tokenizer: Any, inputs: Any, options: dict[str, Any], *, streams: bool) -> str:
-    """Return the text that a model goes on with, printed as it comes where asked."""
+    """Return the text that a model goes on with.
+
+    Args:
+        model: the model.
+        tokenizer: its own.
+        inputs: tokens to go on with, with their mask.
+        options: of generation, and the seed.
+        streams: whether text is printed as it comes.
+    """
     import torch
     from transformers import TextStreamer
 
     from fxprune.graph.silence import quiet
 
-    torch.manual_seed(options["seed"])
-    sampling = (
-        {"temperature": options["temperature"]}
-        if options["temperature"]
-        else {"temperature": None, "top_p": None, "top_k": None}
-    )
+    torch.manual_seed(options.pop("seed"))
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
     with quiet(logging.WARNING):
-        ids = model.generate(
-            **inputs,
-            **sampling,
-            do_sample=options["temperature"] > 0,
-            max_new_tokens=options["max_new_tokens"],
-            streamer=streamer,
-        )
+        ids = model.generate(**inputs, **options, streamer=streamer)
     text: str = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text

@@ -71,17 +71,24 @@ def load_either(
     """Return a model, dense or slim, and its tokenizer; see :func:`load`."""
     if not (Path(model).expanduser() / MANIFEST).is_file():
         return load(model, gguf_file, with_tokenizer=with_tokenizer, dtype=dtype, device=device)
-    tokenizer = load_tokenizer(model, None, needed=with_tokenizer)
     with at_once():
         import fxprune.checkpoint
     check_device(device)
     with working(f"loading {model}"):
         slim: Any = fxprune.checkpoint.from_pretrained(Path(model).expanduser())
+    tokenizer = load_tokenizer(model, None, needed=with_tokenizer, config=slim.config)
     return slim.to(device=device, dtype=None if dtype is None else _torch_dtype(dtype)), tokenizer
 
 
-def load_tokenizer(model: str, gguf_file: str | None, *, needed: bool) -> Any:
-    """Return the tokenizer of a model; None where there is none and none is needed."""
+def load_tokenizer(model: str, gguf_file: str | None, *, needed: bool, config: Any = None) -> Any:
+    """Return the tokenizer of a model; None where there is none and none is needed.
+
+    Args:
+        model: what the user named.
+        gguf_file: inside the folder.
+        needed: whether it is an error that there is none.
+        config: of the model where it was read already; stock classes refuse to read that of some slim ones.
+    """
     check_model(model, gguf_file)
     with at_once():
         from transformers import AutoTokenizer
@@ -89,7 +96,7 @@ def load_tokenizer(model: str, gguf_file: str | None, *, needed: bool) -> Any:
     tokenizer = None
     # whatever keeps a tokenizer from being read: there is none, and nothing asked for one
     with readable(model) if needed else contextlib.suppress(Exception):
-        tokenizer = AutoTokenizer.from_pretrained(**where_and_file(model, gguf_file))
+        tokenizer = AutoTokenizer.from_pretrained(config=config, **where_and_file(model, gguf_file))
     return tokenizer
 
 

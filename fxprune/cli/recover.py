@@ -10,7 +10,7 @@ import typer
 
 from fxprune.cli.console import app, clear_errors, console, progress
 from fxprune.cli.load import load_either
-from fxprune.cli.several import check_places
+from fxprune.cli.several import checked
 
 __all__ = ["recover"]
 
@@ -49,7 +49,7 @@ def recover(
         from fxprune.recovery.settings import settings_from
 
         settings = settings_from(None, {name: value for name, value in given.items() if value is not None})
-        check_places(model, distil)
+        checked([model, *([distil] if distil else [])])
         check_place(out)
         if Path(data).suffix:
             read_rows(data)  # a file that cannot be read is told before the model is read
