@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -29,6 +32,8 @@ __all__ = ["Result", "apply", "prune", "prune_checkpoint", "prune_pipeline"]
 
 _DEFAULT, _PUBLISHED = "balanced", "llm-pruner"
 """The recipe of a call that leaves the choice, and of one that names an importance."""
+
+_LOGGER = logging.getLogger("fxprune")
 
 
 def prune(
@@ -86,6 +91,8 @@ def prune_checkpoint(
     *,
     tokenizer: Any = None,
     max_shard_size: int | str = "500MB",
+    force: bool = False,
+    also: Callable[[Result, Path], object] | None = None,
     **options: Any,
 ) -> Result:
     """Prune a model in a folder, larger than memory perhaps, and write the slim one to another folder.
@@ -104,6 +111,8 @@ def prune_checkpoint(
         calibration: as for :func:`prune`.
         tokenizer: as for :func:`prune`; saved with the model.
         max_shard_size: the largest file of weights; one is in memory when it is written.
+        force: as for :func:`fxprune.save_pretrained`.
+        also: is called with the result and the new folder before it takes its place, to write more files into it.
         options: as for :func:`prune`.
 
     Returns:
@@ -117,9 +126,10 @@ def prune_checkpoint(
     check_request(out, tokenizer, max_shard_size)
     example_inputs = settings.pop("example_inputs", None)
     pipeline = prune_pipeline(calibration, tokenizer=tokenizer, **settings)
-    with on_disk(out, request_of(source, calibration, str(pipeline))):
+    with on_disk(out, request_of(source, calibration, str(pipeline)), force=force):
         result = _run(pipeline, load_mapped(source), example_inputs, inplace=False)
-        result.save_pretrained(out, tokenizer, max_shard_size=max_shard_size)
+        more = None if also is None else partial(also, result)
+        result.save_pretrained(out, tokenizer, max_shard_size=max_shard_size, force=force, also=more)
     return result
 
 
@@ -173,7 +183,9 @@ def apply(
 def _run(pipeline: Pipeline, model: nn.Module, example_inputs: Mapping[str, Any] | None, inplace: bool) -> Result:
     """Run a pipeline on a model; where it fails in place, put back what was cut off the model."""
     pipeline.check_arguments()
+    start = time.perf_counter()
     graph_module = trace(model, example_inputs).graph_module
+    _LOGGER.info("trace: %.1f s", time.perf_counter() - start)
     try:
         return Result.of(pipeline(graph_module, inplace=inplace).graph_module)
     except BaseException:  # whatever stops it, an interrupt too: the model is not left half cut

@@ -69,6 +69,9 @@ class AxisMismatch(FxpruneError):
 class RatioError(FxpruneError, ValueError):
     """The ratio asked for is invalid or cannot be reached."""
 
+    reachable: float | None = None
+    """The largest ratio that can be reached, where that was found out."""
+
 
 class CheckpointError(FxpruneError, ValueError):
     """A checkpoint cannot be written, or what is in a folder is not one that can be loaded."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,13 @@ class Result:
             return self.graph_module(*args, **kwargs)
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], tokenizer: Any = None, *, max_shard_size: int | str = "5GB"
+        self,
+        folder: str | os.PathLike[str],
+        tokenizer: Any = None,
+        *,
+        max_shard_size: int | str = "5GB",
+        force: bool = False,
+        also: Callable[[Path], object] | None = None,
     ) -> Structure:
         """Write the slim model with its plan and report to ``folder``; see :func:`fxprune.save_pretrained`.
 
@@ -77,9 +83,8 @@ class Result:
             CheckpointError: there is no slim Hugging Face model, or the folder holds something else.
         """
         model = Emitted(self.model, self.report.model_reasons).require_model()
-        return save_pretrained(
-            model, folder, tokenizer, plan=self.plan, report=self.report, max_shard_size=max_shard_size
-        )
+        options: dict[str, Any] = {"max_shard_size": max_shard_size, "force": force, "also": also}
+        return save_pretrained(model, folder, tokenizer, plan=self.plan, report=self.report, **options)
 
     def export(
         self,

@@ -29,18 +29,19 @@ _REQUEST = "request.json"
 
 
 @contextmanager
-def on_disk(out: str | os.PathLike[str], request: str | None = None) -> Iterator[None]:
+def on_disk(out: str | os.PathLike[str], request: str | None = None, *, force: bool = False) -> Iterator[None]:
     """Keep what passes make in a folder ``<out>.unfinished`` beside ``out``, which goes when all is done.
 
     Args:
         out: where the result goes.
         request: spells what is asked for; a run that was stopped is gone on with where it was asked the same. None
             where that cannot be told.
+        force: whether ``out`` may hold something else.
 
     Raises:
         CheckpointError: ``out`` holds something else, or nothing can be written beside it.
     """
-    target = check_place(out)
+    target = check_place(out, force=force)
     work = target.with_name(f"{target.name}.unfinished{f'-{rank()}' if rank() else ''}")
     try:
         if not _asked_before(work, request):

@@ -154,7 +154,9 @@ def _is_other(path: Path) -> bool:
 
 
 def strangers(folder: Path) -> list[Path]:
-    """Return what someone put into the folder of a checkpoint, and no loader takes; nothing where that is not known."""
+    """Return what someone put into a folder, and no loader takes; nothing where that is not known."""
+    if not (folder / MANIFEST).is_file():
+        return sorted(path for path in folder.iterdir() if not _is_taken(path.name)) if folder.is_dir() else []
     manifest = read_manifest(folder)
     known = _known(manifest)
     others = (path for path in folder.iterdir() if path.name not in known and not _is_taken(path.name))

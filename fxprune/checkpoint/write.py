@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from fxprune.pipeline.arguments import as_path, refuse, whole_number
 from fxprune.removal.plan import Plan
 from fxprune.removal.report import Report
 
-__all__ = ["check_place", "check_request", "save_pretrained"]
+__all__ = ["check_place", "check_request", "save_pretrained", "write_folder"]
 
 _SIZE = re.compile(r"\s*(?=[\d.]*[1-9])\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
 """What transformers reads as a size."""
@@ -42,6 +42,8 @@ def save_pretrained(
     plan: Plan | None = None,
     report: Report | None = None,
     max_shard_size: int | str = "5GB",
+    force: bool = False,
+    also: Callable[[Path], object] | None = None,
 ) -> Structure:
     """Save a slim model: it is written beside the folder and takes its place in one step, or not at all.
 
@@ -58,6 +60,8 @@ def save_pretrained(
         plan: what was removed.
         report: what that did.
         max_shard_size: the largest file of weights, in bytes or as text such as ``"5GB"``.
+        force: replace the model in a folder that holds something else, too; other files are kept.
+        also: is called with the new folder before it takes its place, to write more files into it.
 
     Returns:
         How the model differs from what its stock class builds.
@@ -67,17 +71,35 @@ def save_pretrained(
     """
     check_request(folder, tokenizer, max_shard_size)
     _check_parts(model, plan, report)
-    target = check_place(folder)
+    check_place(folder, force=force)
     structure = describe(model)
 
-    def write() -> None:
-        with _on_disk(folder), staged(target) as work:
-            _fill(work, model, structure, tokenizer, plan, report, max_shard_size)
-            _keep_others(target, work)
-            put_in_place(work, target)
+    def fill(work: Path) -> None:
+        _fill(work, model, structure, tokenizer, plan, report, max_shard_size)
+        if also is not None:
+            also(work)
 
-    first_alone(write, CheckpointError)
+    first_alone(lambda: write_folder(folder, fill, force=force), CheckpointError)
     return structure
+
+
+def write_folder(folder: str | os.PathLike[str], fill: Callable[[Path], object], *, force: bool = False) -> None:
+    """Fill a new folder and put it in the place of ``folder``, in one step, with what someone else put there.
+
+    Args:
+        folder: where to.
+        fill: is called with the new folder.
+        force: whether ``folder`` may hold something else.
+
+    Raises:
+        CheckpointError: it holds something else, or nothing can be written there.
+    """
+    target = check_place(folder, force=force)
+    with _on_disk(folder), staged(target) as work:
+        fill(work)
+        _open_to_readers(work)
+        _keep_others(target, work)
+        put_in_place(work, target)
 
 
 def _fill(
@@ -102,7 +124,6 @@ def _fill(
         report=None if report is None else report.to_dict(),
     )
     (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    _open_to_readers(work)
 
 
 @contextmanager
@@ -139,15 +160,19 @@ def check_request(folder: Any, tokenizer: Any, max_shard_size: Any) -> None:
         whole_number("max_shard_size", max_shard_size, least=1, error=CheckpointError)
 
 
-def check_place(folder: str | os.PathLike[str]) -> Path:
+def check_place(folder: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Return where a checkpoint for a folder really goes.
+
+    Args:
+        folder: as the caller names it.
+        force: whether it may hold something else.
 
     Raises:
         CheckpointError: the folder holds something else, or is a file.
     """
     with _on_disk(folder):
         target = real_target(folder)
-        _refuse_foreign(target)
+        _refuse_foreign(target, force=force)
     return target
 
 
@@ -164,15 +189,15 @@ def _check_parts(model: Any, plan: Any, report: Any) -> None:
 
 
 def _keep_others(target: Path, work: Path) -> None:
-    """Copy what someone put into an earlier checkpoint, beside what we wrote, into the new one."""
-    for path in strangers(target) if (target / MANIFEST).is_file() else ():
+    """Copy what someone put into the folder, beside what we wrote, into the new one."""
+    for path in strangers(target):
         copy = shutil.copytree if path.is_dir() else shutil.copy2
         if not (work / path.name).exists():
             copy(path, work / path.name)
 
 
-def _refuse_foreign(target: Path) -> None:
-    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+def _refuse_foreign(target: Path, *, force: bool) -> None:
+    if not force and target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
         remedy = "Choose a new folder, or empty this one"
         raise CheckpointError("holds files that are not an fxprune checkpoint", where=str(target), remedy=remedy)
     if target.exists() and not target.is_dir():

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from collections.abc import Mapping
+from typing import Any
 
 import fxprune
-from fxprune.cli.console import Folder, Gguf, app, clear_errors, progress
-from fxprune.cli.export import Quantization
+from fxprune.cli import options as flags
+from fxprune.cli.checks import check_dtype_and_device, check_pass
+from fxprune.cli.console import Device, Dtype, Folder, Force, Gguf, Json, app, clear_errors, progress, working
 from fxprune.cli.load import is_gguf, load_either
 from fxprune.cli.naming import check_model
+from fxprune.cli.place import check_output, is_file
 from fxprune.cli.plan import Source, read_plan
-from fxprune.cli.prune import tell, write, write_file
+from fxprune.cli.prune import samples_of, tell, write, write_file
+from fxprune.data.files import calibration_text
+from fxprune.errors import ArgumentError
 
 __all__ = ["apply"]
 
@@ -22,75 +24,71 @@ __all__ = ["apply"]
 def apply(
     model: Folder,
     plan: Source,
-    out: Annotated[Path, typer.Option(help="Folder to write to, or a file: .gguf, .pt2 or .onnx.")],
-    compensate: Annotated[str | None, typer.Option(help="least-squares: refit what stays; else nothing is.")] = None,
-    tune: Annotated[str | None, typer.Option(help="tune, as in 'tune{epochs=2}'; else nothing is.")] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Text for these two: .txt, or .jsonl with 'text'; else built-in text.")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples; else all, up to 1,024.")] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = 128,
-    norm: Annotated[
-        str | None, typer.Option(help="Norms over units that go: masked or sliced; as the plan says, a .gguf: sliced.")
-    ] = None,
-    in_place: Annotated[bool, typer.Option("--in-place", help="Free dense tensors early: less memory.")] = False,
+    out: flags.Out = None,
+    compensate: flags.Compensate = None,
+    tune: flags.Tune = None,
+    norm: flags.Norm = None,
+    calibration: flags.Calibration = None,
+    samples: flags.Samples = None,
+    tokens: flags.Tokens = None,
+    in_place: flags.InPlace = False,
     gguf_file: Gguf = None,
-    quantization: Quantization = None,
+    quantization: flags.Quantization = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Remove from MODEL what PLAN says, made for it or for a sibling of its shape; write what `prune` writes."""
+    values = dict(locals())
     with clear_errors():
-        check_model(model, gguf_file, with_weights=True)
-        decided = read_plan(plan).plan
-        _check_out(out)
-        windows = {"file": calibration, "samples": samples, "tokens": tokens}
-        options: dict[str, Any] = {"compensate": compensate, "tune": tune, "inplace": in_place, "track": progress}
-        options["norm"] = norm or ("sliced" if out.suffix == ".gguf" else None)  # it has one epsilon for all norms
-        _run(model, decided, out, options, windows, gguf_file, quantization)
+        _check(values)
+        _run(values, read_plan(plan).plan)
 
 
-def _run(
-    model: str,
-    plan: fxprune.Plan,
-    out: Path,
-    options: dict[str, Any],
-    windows: dict[str, Any],
-    gguf_file: str | None,
-    quantization: str | None,
-) -> None:
+def _check(values: Mapping[str, Any]) -> None:
+    """Refuse what cannot work, before anything is read.
+
+    Raises:
+        FxpruneError: says which option, what is wrong with it, and what would do.
+    """
+    if values["out"] is None:
+        raise ArgumentError("there is no place to write to", where="out", remedy="Give --out")
+    check_dtype_and_device(values["dtype"], values["device"])
+    for stage in ("compensate", "tune"):
+        check_pass(stage, values[stage], optional=True)
+    check_model(values["model"], values["gguf_file"], with_weights=True)
+    if values["quantization"] is not None and values["out"].suffix != ".gguf":
+        raise ArgumentError("--quantization is for GGUF files", remedy="Leave it out, or let --out end in .gguf")
+    check_output(values["out"], values["model"], force=values["force"])
+    if values["calibration"] is not None:
+        calibration_text(values["calibration"])
+
+
+def _run(values: Mapping[str, Any], plan: fxprune.Plan) -> None:
     """Load, apply and write.
 
     Args:
-        model: what the user named.
+        values: of the options of the command.
         plan: what goes.
-        out: where to.
-        options: of :func:`fxprune.apply`.
-        windows: the calibration text, how many samples are taken of it, and how long they are.
-        gguf_file: in the folder.
-        quantization: of a GGUF file.
     """
-    from fxprune.data.files import calibration_text, calibration_windows
-    from fxprune.export.model import SUFFIXES
-
-    file = windows["file"]
-    text = None if file is None else calibration_text(file)
-    reads = options["compensate"] or options["tune"] or (out.suffix == ".gguf" and not is_gguf(model))
-    dense, tokenizer = load_either(model, gguf_file, with_tokenizer=bool(reads))
-    data = None
-    if text is not None:
-        data = calibration_windows(tokenizer, text, windows["samples"], windows["tokens"], str(file))
-    result = fxprune.apply(dense, plan, data, tokenizer=tokenizer, **options)
-    made = write_file if out.suffix in SUFFIXES else write
-    tell(result, out, loading=made(result, tokenizer, out, like=model, quantization=quantization))
-
-
-def _check_out(out: Path) -> None:
-    """Refuse a folder that holds something else, before any work.
-
-    Raises:
-        CheckpointError: it does.
-    """
-    from fxprune.checkpoint.write import check_place
-    from fxprune.export.model import SUFFIXES
-
-    if out.suffix not in SUFFIXES:
-        check_place(out)
+    model, out, gguf_file = values["model"], values["out"], values["gguf_file"]
+    to_gguf = out.suffix == ".gguf"
+    needed = any(values[name] for name in ("compensate", "tune", "calibration")) or (to_gguf and not is_gguf(model))
+    loading = {"dtype": values["dtype"], "device": values["device"]}
+    dense, tokenizer = load_either(model, gguf_file, with_tokenizer=needed, **loading)
+    with working("pruning"):
+        result = fxprune.apply(
+            dense,
+            plan,
+            samples_of({**values, "recipe": None, "importance": None, "taylor": None}, tokenizer),
+            compensate=values["compensate"],
+            tune=values["tune"],
+            norm=values["norm"] or ("sliced" if to_gguf else None),  # it has one epsilon for all norms
+            tokenizer=tokenizer,
+            inplace=values["in_place"],
+            track=progress,
+        )
+    made = write_file if is_file(out) else write
+    how = {"like": model, "quantization": values["quantization"], "force": values["force"]}
+    tell(result, out, made(result, tokenizer, out, **how), as_json=values["as_json"])

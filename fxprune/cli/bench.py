@@ -34,7 +34,7 @@ def bench(
 ) -> None:
     """Time MODEL and OTHERS, dense or slim, as they generate in transformers."""
     with clear_errors():
-        models = checked([model, *(others or ())])
+        models = checked([model, *(others or ())], dtype, device)
         from fxprune.evaluation.speed import measure_speed
 
         options = {"with_tokenizer": False, "dtype": dtype, "device": device}

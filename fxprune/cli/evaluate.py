@@ -45,7 +45,7 @@ def evaluate(
 ) -> None:
     """Measure MODELS, dense or slim: their size, their perplexity on a text, their accuracy on tasks."""
     with clear_errors():
-        compared = checked([*([compare] if compare else []), *models])
+        compared = checked([*([compare] if compare else []), *models], dtype, device)
         options: dict[str, Any] = {"window": window, "windows": windows, "questions": questions, "batch": batch}
         options |= {"texts": _texts(text, tasks), "tasks": _tasks(tasks), "track": progress}
         if not text:

@@ -10,6 +10,11 @@ import typer
 import fxprune
 from fxprune.cli.console import Folder, Gguf, app, clear_errors, console
 from fxprune.cli.load import is_gguf, load_either
+from fxprune.cli.naming import check_model
+from fxprune.cli.place import check_output
+from fxprune.cli.wording import option
+from fxprune.errors import ArgumentError, UnknownNameError
+from fxprune.pipeline.words import SUFFIXES
 
 __all__ = ["Quantization", "export", "gguf_options", "runs"]
 
@@ -32,6 +37,8 @@ def export(
 ) -> None:
     """Write MODEL, pruned or not, as one file that runs without this package."""
     with clear_errors():
+        check_model(model, gguf_file, with_weights=True)
+        _check(model, out, quantization=quantization, like=like, cache=cache)
         gguf = out.suffix == ".gguf"
         loaded, tokenizer = load_either(model, gguf_file, with_tokenizer=gguf and like is None)
         options: dict[str, Any] = {"quantization": quantization, "like": like}
@@ -39,6 +46,21 @@ def export(
             options = gguf_options(model, tokenizer, quantization)
         fxprune.export_model(loaded, out, cache=cache, **options)
         console.print(f"{out} written: {runs(out)}", markup=False, highlight=False)
+
+
+def _check(model: str, out: Path, *, cache: bool, **of_gguf: Any) -> None:
+    """Refuse a file that cannot be written, and options that mean nothing to its kind, before anything is imported."""
+    if out.suffix not in SUFFIXES:
+        raise UnknownNameError("suffix", out.suffix, SUFFIXES)
+    check_output(out, model, force=True)  # a file that is there is replaced when the new one is complete
+    if out.suffix == ".gguf" and cache:
+        raise ArgumentError("--cache is for .pt2 and .onnx files", remedy="Leave it out: GGUF files have it always")
+    for name, value in of_gguf.items():
+        if value is not None and out.suffix != ".gguf":
+            raise ArgumentError(f"{option(name)} is for GGUF files", remedy=f"Leave it out with {out.name}")
+    like = of_gguf["like"]
+    if like is not None and not is_gguf(str(like)):
+        raise ArgumentError(f"--like is {like}, which is no GGUF file", remedy="Name the .gguf file of the dense model")
 
 
 def gguf_options(source: str, tokenizer: Any, quantization: str | None) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def generate(
     with clear_errors():
         if not prompt.strip():
             raise ArgumentError("the prompt is empty", where="PROMPT", remedy="Give some text")
-        models = checked([*([compare] if compare else []), model])
+        models = checked([*([compare] if compare else []), model], dtype, device)
         options = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
         options |= {"temperature": temperature} if temperature else {}
         texts = {}

@@ -14,7 +14,16 @@ from fxprune.cli.naming import check_model, is_gguf
 from fxprune.errors import ArgumentError, FxpruneError
 from fxprune.pipeline.words import MANIFEST
 
-__all__ = ["is_gguf", "load", "load_either", "load_tokenizer", "readable", "where_and_file"]
+__all__ = [
+    "check_device",
+    "is_gguf",
+    "load_either",
+    "load_empty",
+    "load_model",
+    "load_tokenizer",
+    "readable",
+    "where_and_file",
+]
 
 
 def where_and_file(model: str, gguf_file: str | None) -> dict[str, Any]:
@@ -32,7 +41,7 @@ def where_and_file(model: str, gguf_file: str | None) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": str(path) if path.exists() else model, "gguf_file": gguf_file}
 
 
-def load(
+def load_either(
     model: str,
     gguf_file: str | None,
     *,
@@ -40,7 +49,7 @@ def load(
     dtype: str | None = None,
     device: str | None = None,
 ) -> tuple[Any, Any]:
-    """Return the dense model, and its tokenizer; None where there is none and none is needed.
+    """Return a model, dense or slim, and its tokenizer; None where there is none and none is needed.
 
     Args:
         model: what the user named.
@@ -50,53 +59,55 @@ def load(
         device: where the model is put.
     """
     tokenizer = load_tokenizer(model, gguf_file, needed=with_tokenizer)
+    return load_model(model, gguf_file, dtype=dtype, device=device), tokenizer
+
+
+def load_model(model: str, gguf_file: str | None, *, dtype: str | None = None, device: str | None = None) -> Any:
+    """Return a model, dense or slim; see :func:`load_either`."""
+    check_model(model, gguf_file, with_weights=True)
     with at_once():
+        import torch
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
-    check_device(device)
-    options = {} if dtype is None else {"dtype": dtype}
-    with working(f"loading {model}"), readable(model):
-        dense = AutoModelForCausalLM.from_pretrained(**where_and_file(model, gguf_file), **options)
-    return (dense if device is None else dense.to(device)), tokenizer
-
-
-def load_either(
-    model: str,
-    gguf_file: str | None,
-    *,
-    with_tokenizer: bool,
-    dtype: str | None = None,
-    device: str | None = None,
-) -> tuple[Any, Any]:
-    """Return a model, dense or slim, and its tokenizer; see :func:`load`."""
-    if not (Path(model).expanduser() / MANIFEST).is_file():
-        return load(model, gguf_file, with_tokenizer=with_tokenizer, dtype=dtype, device=device)
-    with at_once():
         import fxprune.checkpoint
+    logging.disable_progress_bar()
     check_device(device)
-    with working(f"loading {model}"):
-        slim: Any = fxprune.checkpoint.from_pretrained(Path(model).expanduser())
-    tokenizer = load_tokenizer(model, None, needed=with_tokenizer, config=slim.config)
-    return slim.to(device=device, dtype=None if dtype is None else _torch_dtype(dtype)), tokenizer
+    folder = Path(model).expanduser()
+    with working(f"loading {model}"), readable(model):
+        if (folder / MANIFEST).is_file():
+            loaded: Any = fxprune.checkpoint.from_pretrained(folder)
+            return loaded.to(device=device, dtype=None if dtype is None else getattr(torch, dtype))
+        options = {} if dtype is None else {"dtype": dtype}
+        loaded = AutoModelForCausalLM.from_pretrained(**where_and_file(model, gguf_file), **options)
+        return loaded if device is None else loaded.to(device)
 
 
-def load_tokenizer(model: str, gguf_file: str | None, *, needed: bool, config: Any = None) -> Any:
-    """Return the tokenizer of a model; None where there is none and none is needed.
-
-    Args:
-        model: what the user named.
-        gguf_file: inside the folder.
-        needed: whether it is an error that there is none.
-        config: of the model where it was read already; stock classes refuse to read that of some slim ones.
-    """
+def load_empty(model: str, gguf_file: str | None) -> Any:
+    """Return a model without weights, built on ``meta`` from its config alone."""
     check_model(model, gguf_file)
     with at_once():
-        from transformers import AutoTokenizer
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+    with readable(model):
+        config = AutoConfig.from_pretrained(**where_and_file(model, gguf_file))
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+
+def load_tokenizer(model: str, gguf_file: str | None, *, needed: bool) -> Any:
+    """Return the tokenizer of a model; None where there is none and none is needed."""
+    check_model(model, gguf_file)
+    with at_once():
+        from transformers import AutoTokenizer, PreTrainedConfig
 
     tokenizer = None
+    options: dict[str, Any] = {}
     # whatever keeps a tokenizer from being read: there is none, and nothing asked for one
     with readable(model) if needed else contextlib.suppress(Exception):
-        tokenizer = AutoTokenizer.from_pretrained(config=config, **where_and_file(model, gguf_file))
+        if (Path(model).expanduser() / MANIFEST).is_file():  # stock classes refuse the config of some slim models
+            options["config"] = PreTrainedConfig.from_pretrained(Path(model).expanduser())
+        tokenizer = AutoTokenizer.from_pretrained(**where_and_file(model, gguf_file), **options)
     return tokenizer
 
 
@@ -130,9 +141,3 @@ def readable(model: str) -> Iterator[None]:
         reason = str(error).strip().partition("\n")[0]
         remedy = "Pass a folder that save_pretrained wrote, a GGUF file, or an id on a hub that can be reached"
         raise FxpruneError(f"cannot be loaded: {reason}", where=model, remedy=remedy) from error
-
-
-def _torch_dtype(name: str) -> Any:
-    import torch
-
-    return getattr(torch, name)

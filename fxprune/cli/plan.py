@@ -6,17 +6,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Column, Table
 
 from fxprune.cli.console import Json, app, clear_errors, console, print_json
-from fxprune.errors import PlanError
+from fxprune.cli.place import is_file
+from fxprune.errors import FxpruneError, PlanError
+from fxprune.pipeline.words import MANIFEST
 
 if TYPE_CHECKING:
     from fxprune.removal.differences import Difference
     from fxprune.removal.plan import Plan
+    from fxprune.removal.report import Report
 
 __all__ = ["WrittenPlan", "diff", "read_plan", "show"]
 
@@ -34,16 +37,11 @@ class WrittenPlan:
 
     Args:
         plan: the plan.
-        report: the report as plain data; empty where there is none.
+        report: the report; None where there is none.
     """
 
     plan: Plan
-    report: Mapping[str, Any]
-
-    @property
-    def widths(self) -> Mapping[str, tuple[int, int]]:
-        """Units before and after, by group; empty where there is no report."""
-        return {name: (before, after) for name, (before, after) in self.report.get("widths", {}).items()}
+    report: Report | None = None
 
 
 @plans.command()
@@ -55,22 +53,23 @@ def show(plan: Source, as_json: Json = False) -> None:
 
         written = read_plan(plan)
         axes = differences(written.plan, Plan())
+        widths = written.report.widths if written.report else {}
         blocks, norm = list(written.plan.removed_blocks), written.plan.norm
         if as_json:
             cut = [{"block": one.block, "axes": one.axes, "size": one.size, "removed": one.first} for one in axes]
-            print_json({"norm": norm, "removed_blocks": blocks, "widths": written.widths, "axes": cut})
+            print_json({"norm": norm, "removed_blocks": blocks, "widths": widths, "axes": cut})
             return
         lines = [f"layer removed: {block}" for block in blocks]
-        if written.widths:
-            console.print(_widths_table(written.widths))
+        if widths:
+            console.print(_widths_table(widths))
         elif axes:
             console.print(_axes_table(axes, ("removed", "first")))
             lines.append("note: there is no report.json beside the plan, so that these are axes of parameters")
         if not axes and not blocks:
             lines.append("the plan removes nothing")
         if written.report:
-            dense, slim = written.report["parameters"]
-            lines.append(f"parameters: {dense:,} to {slim:,}, {1 - slim / dense:.2%} removed")
+            dense, slim = written.report.parameters
+            lines.append(f"parameters: {dense:,} to {slim:,}, {written.report.achieved:.2%} removed")
         lines.append(f"norms over units that go: {norm}")
         for line in lines:
             console.print(line, markup=False, highlight=False)
@@ -105,10 +104,10 @@ def read_plan(path: Path) -> WrittenPlan:
     Raises:
         PlanError: there is none, or it is something else.
     """
-    from fxprune.checkpoint.manifest import MANIFEST, read_manifest
-    from fxprune.export.model import SUFFIXES
+    from fxprune.checkpoint.manifest import read_manifest
+    from fxprune.removal.report import Report
 
-    if path.suffix in SUFFIXES:
+    if is_file(path):
         return _from_files(path.with_suffix(f".{_FILE}"), path.with_suffix(f".{_REPORT}"))
     if not path.is_dir():
         return _from_files(path, path.with_name(path.name.removesuffix(_FILE) + _REPORT))
@@ -117,20 +116,23 @@ def read_plan(path: Path) -> WrittenPlan:
     manifest = read_manifest(path)
     if manifest.plan is None:
         raise PlanError("the checkpoint was saved without a plan", where=str(path), remedy="Name a plan.json")
-    return WrittenPlan(_parsed(json.dumps(manifest.plan), path), manifest.report or {})
+    report = Report.from_dict(manifest.report) if manifest.report else None
+    return WrittenPlan(_parsed(json.dumps(manifest.plan), path), report)
 
 
 def _from_files(plan: Path, report: Path) -> WrittenPlan:
+    from fxprune.removal.report import Report
+
     if not plan.is_file():
         remedy = "Name a plan.json, a folder that has one, or the file that a prune wrote"
         raise PlanError("there is no plan", where=str(plan), remedy=remedy)
     parsed = _parsed(plan.read_text(encoding="utf-8", errors="replace"), plan)
-    known = report.is_file() and report != plan
+    if not report.is_file() or report == plan:
+        return WrittenPlan(parsed)
     try:
-        told = json.loads(report.read_text(encoding="utf-8")) if known else {}
-    except ValueError as error:
-        raise PlanError(f"not a report: {error}", where=str(report), remedy="Take it away, or prune again") from error
-    return WrittenPlan(parsed, told)
+        return WrittenPlan(parsed, Report.from_dict(json.loads(report.read_text(encoding="utf-8"))))
+    except (ValueError, FxpruneError) as error:
+        raise PlanError("it is not a report", where=str(report), remedy="Take it away, or prune again") from error
 
 
 def _parsed(text: str, path: Path) -> Plan:

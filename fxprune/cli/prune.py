@@ -3,177 +3,257 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 import fxprune
-from fxprune.cli.console import Folder, Gguf, app, clear_errors, console, progress
-from fxprune.cli.export import Quantization, gguf_options, runs
-from fxprune.cli.load import is_gguf, load, load_tokenizer
+from fxprune.cli import options as flags
+from fxprune.cli.checks import check_prune
+from fxprune.cli.config import run_file, spelled_run
+from fxprune.cli.console import (
+    Device,
+    Dtype,
+    Folder,
+    Force,
+    Gguf,
+    Json,
+    Quiet,
+    Verbose,
+    app,
+    clear_errors,
+    console,
+    print_json,
+    progress,
+    set_output,
+    working,
+)
+from fxprune.cli.dry_run import recipe_of, tell_expected
+from fxprune.cli.export import gguf_options, runs
+from fxprune.cli.interrupts import at_once
+from fxprune.cli.load import is_gguf, load_model, load_tokenizer, where_and_file
+from fxprune.cli.place import is_file
 from fxprune.errors import FxpruneError
 
-__all__ = ["prune", "tell", "write", "write_file"]
+__all__ = ["prune", "prune_options", "samples_of", "tell", "write", "write_file"]
 
 _OURS = "fxprune.from_pretrained loads it, and transformers with trust_remote_code=True"
+
+_TOKENS = 128
+"""Of a sample, where no number is asked for."""
+
+_PUBLISHED_SAMPLES = 10
+"""What the paper uses."""
+
+_SAME = (
+    *("recipe", "ratio", "group_ratio", "importance", "taylor", "reduction", "ranking"),
+    *("protect", "uniform", "compensate", "tune", "seed"),
+)
+"""Options that are arguments of the same name."""
 
 
 @app.command()
 def prune(
     model: Folder,
-    out: Annotated[Path, typer.Option(help="Folder to write to, or a file: .gguf, .pt2 or .onnx.")],
-    recipe: Annotated[
-        str | None, typer.Option(help="balanced, fast, best, llm-pruner or a .txt file; see `fxprune recipes`.")
-    ] = None,
-    ratio: Annotated[float | None, typer.Option(help="Fraction of the parameters to remove; 0.2 by default.")] = None,
-    group_ratio: Annotated[float | None, typer.Option(help="Fraction of each group's units, instead.")] = None,
-    kinds: Annotated[str | None, typer.Option(help="Comma-separated kinds, as in 'mlp,head'.")] = None,
-    importance: Annotated[
-        str | None, typer.Option(help="taylor, l1, l2, random or another pass, as in 'taylor{order=second}'.")
-    ] = None,
-    taylor: Annotated[str | None, typer.Option(help="Order of taylor: vector, first, second or mix.")] = None,
-    reduction: Annotated[str | None, typer.Option(help="sum, prod, max, mean, first or last.")] = None,
-    ranking: Annotated[str | None, typer.Option(help="local (in each group) or global.")] = None,
-    protect: Annotated[tuple[int, int] | None, typer.Option(help="Layers kept whole in front and at the end.")] = None,
-    round_to: Annotated[
-        str | None,
-        typer.Option(help="Widths stay multiples of this, or auto; MLPs of 32 by default in a .gguf file, else 1."),
-    ] = None,
-    uniform: Annotated[bool, typer.Option("--uniform", help="Equal layers, for a stock checkpoint.")] = False,
-    norm: Annotated[
-        str | None,
-        typer.Option(help="Norms over units that go: masked, as with these zeroed, or sliced; a .gguf file: sliced."),
-    ] = None,
-    compensate: Annotated[str | None, typer.Option(help="least-squares: refit what stays; none: do not.")] = None,
-    tune: Annotated[str | None, typer.Option(help="tune, as in 'tune{epochs=2}', or none.")] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Text to calibrate on: .txt, or .jsonl with 'text'; else built-in text.")
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="Calibration samples; else as many as the recipe has use for.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = 128,
-    seed: Annotated[int, typer.Option(help="For random importance and verification.")] = 0,
-    in_place: Annotated[bool, typer.Option("--in-place", help="Free dense tensors early: less memory.")] = False,
-    low_memory: Annotated[
-        bool,
-        typer.Option("--low-memory", help="Weights stay on disk; a run that stopped goes on."),
-    ] = False,
+    out: flags.Out = None,
+    config: flags.Config = None,
+    dry_run: flags.DryRun = False,
+    recipe: flags.Recipe = None,
+    ratio: flags.Ratio = None,
+    group_ratio: flags.GroupRatio = None,
+    kinds: flags.Kinds = None,
+    importance: flags.Importance = None,
+    taylor: flags.Taylor = None,
+    reduction: flags.Reduction = None,
+    ranking: flags.Ranking = None,
+    protect: flags.Protect = None,
+    round_to: flags.RoundTo = None,
+    uniform: flags.Uniform = False,
+    norm: flags.Norm = None,
+    compensate: flags.Compensate = None,
+    tune: flags.Tune = None,
+    calibration: flags.Calibration = None,
+    samples: flags.Samples = None,
+    tokens: flags.Tokens = None,
+    seed: flags.Seed = 0,
+    in_place: flags.InPlace = False,
+    low_memory: flags.LowMemory = False,
     gguf_file: Gguf = None,
-    quantization: Quantization = None,
+    quantization: flags.Quantization = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    force: Force = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
 ) -> None:
-    """Prune MODEL and write a checkpoint, plan.json and report.json to OUT; or one file, and these two beside it."""
+    """Prune MODEL and write a checkpoint, plan.json, report.json and run.yaml to OUT; or one file, and these beside."""
+    values = dict(locals())
     with clear_errors():
-        options = dict[str, Any](ratio=ratio, group_ratio=group_ratio, importance=importance, taylor=taylor, seed=seed)
-        options.update(reduction=reduction, ranking=ranking, protect=protect, inplace=in_place, uniform=uniform)
-        options.update(recipe=recipe, compensate=compensate, tune=tune, kinds=_names(kinds))
-        options["round_to"] = _multiple(round_to, out)
-        options["norm"] = norm or ("sliced" if out.suffix == ".gguf" else None)  # it has one epsilon for all norms
-        windows = {"file": calibration, "samples": samples, "tokens": tokens}
-        _run(model, out, options, windows, gguf_file, low_memory=low_memory, quantization=quantization)
+        set_output(quiet=quiet, verbose=verbose, as_json=as_json)
+        check_prune(values)
+        if dry_run:
+            tell_expected(values, prune_options(values))
+        else:
+            _run(values, prune_options(values))
 
 
-def _run(
-    model: str,
-    out: Path,
-    options: dict[str, Any],
-    windows: dict[str, Any],
-    gguf_file: str | None,
-    *,
-    low_memory: bool,
-    quantization: str | None,
-) -> None:
+def prune_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of :func:`fxprune.prune` that the options of the command stand for."""
+    to_gguf = values["out"] is not None and values["out"].suffix == ".gguf"
+    options = {name: values[name] for name in _SAME}
+    options["kinds"] = _names(values["kinds"])
+    options["round_to"] = _multiple(values["round_to"], to_gguf=to_gguf)
+    options["norm"] = values["norm"] or ("sliced" if to_gguf else None)  # it has one epsilon for all norms
+    options["inplace"] = values["in_place"]
+    return options
+
+
+def _run(values: Mapping[str, Any], options: dict[str, Any]) -> None:
     """Load, prune and write.
 
     Args:
-        model: what the user named.
-        out: where to.
+        values: of the options of the command.
         options: of a prune.
-        windows: the calibration text, how many samples are taken of it, and how long they are.
-        gguf_file: in the folder.
-        low_memory: whether weights stay on disk.
-        quantization: of a GGUF file.
     """
-    from fxprune.data.files import calibration_text, calibration_windows
-    from fxprune.export.model import SUFFIXES
-
-    file, most = windows["file"], windows["samples"]
-    text = None if file is None else calibration_text(file)
-    wanted = text is not None or (out.suffix == ".gguf" and not is_gguf(model))
-    dense: Any = None
-    if low_memory:  # the weights are not read here
-        tokenizer = load_tokenizer(model, gguf_file, needed=wanted)
-    else:
-        dense, tokenizer = load(model, gguf_file, with_tokenizer=wanted)
-    scored = options["importance"] or options["taylor"]
-    published = options["recipe"] == "llm-pruner" or (options["recipe"] is None and scored)
-    most = 10 if published and most is None else most  # ten are what the paper uses
-    data = None if text is None else calibration_windows(tokenizer, text, most, windows["tokens"], str(file))
-    if low_memory:
+    model, out, gguf_file = values["model"], values["out"], values["gguf_file"]
+    with working("starting"), at_once():
+        import fxprune.api
+    _check_names(options, values["quantization"])
+    wanted = values["calibration"] is not None or (out.suffix == ".gguf" and not is_gguf(model))
+    tokenizer = load_tokenizer(model, gguf_file, needed=wanted)
+    data = samples_of(values, tokenizer)
+    run = spelled_run(values)
+    force = values["force"] or run_file(out, is_file=is_file(out)).is_file()
+    if values["low_memory"]:
         options = {name: value for name, value in options.items() if name != "tune" or value is not None}
-        result = fxprune.prune_checkpoint(model, out, data, tokenizer=tokenizer, track=progress, **options)
-        _write_facts(result, out / "plan.json", out / "report.json")
-        return tell(result, out, loading=_OURS)
-    result = fxprune.prune(dense, data, tokenizer=tokenizer, track=progress, **options)
-    made = write_file if out.suffix in SUFFIXES else write
-    return tell(result, out, loading=made(result, tokenizer, out, like=model, quantization=quantization))
+        source = where_and_file(model, gguf_file)["pretrained_model_name_or_path"]
+        written: dict[str, Any] = {"force": force, "also": partial(_fill, run=run)}
+        result = fxprune.prune_checkpoint(source, out, data, tokenizer=tokenizer, track=progress, **written, **options)
+        loading = _OURS
+    else:
+        dense = load_model(model, gguf_file, dtype=values["dtype"], device=values["device"])
+        with working("pruning"):
+            result = fxprune.prune(dense, data, tokenizer=tokenizer, track=progress, **options)
+        made = write_file if is_file(out) else write
+        with working(f"writing {out}"):
+            loading = made(
+                result, tokenizer, out, like=model, quantization=values["quantization"], run=run, force=force
+            )
+    tell(result, out, loading, as_json=values["as_json"])
+
+
+def _check_names(options: Mapping[str, Any], quantization: str | None) -> None:
+    """Refuse arguments that a pass does not take, and types that are not written, before weights are read."""
+    fxprune.prune_pipeline(None, **options)
+    if quantization is not None:
+        from fxprune.export.gguf.write import type_named
+
+        type_named(quantization)
+
+
+def samples_of(values: Mapping[str, Any], tokenizer: Any) -> Any:
+    """The calibration samples of the text that was named; None where none was."""
+    file, most = values["calibration"], values["samples"]
+    if file is None:
+        return None
+    from fxprune.data.files import calibration_text, calibration_windows
+
+    most = _PUBLISHED_SAMPLES if recipe_of(values) == "llm-pruner" and most is None else most
+    return calibration_windows(tokenizer, calibration_text(file), most, values["tokens"] or _TOKENS, str(file))
 
 
 def _names(kinds: str | None) -> list[str] | None:
     return None if kinds is None else [kind.strip() for kind in kinds.split(",")]
 
 
-def write(result: fxprune.Result, tokenizer: Any, out: Path, **_: Any) -> str:
-    """Write all there is to ``out``; returns how to load it."""
+def write(
+    result: fxprune.Result, tokenizer: Any, out: Path, *, run: str | None = None, force: bool = False, **_: Any
+) -> str:
+    """Write all there is to ``out``; returns how to load it.
+
+    Args:
+        result: of a prune.
+        tokenizer: of the model.
+        out: a folder; what is written takes its place in one step.
+        run: what :func:`fxprune.cli.config.spelled_run` made of the arguments.
+        force: whether it may hold something else.
+    """
+    from fxprune.checkpoint.write import write_folder
     from fxprune.data.ranks import first_alone
 
     if result.model is None:
-        out.mkdir(parents=True, exist_ok=True)
-        first_alone(partial(result.export, out / "model.pt2"), FxpruneError)
-        loading = "there is no slim model of this class, torch.export.load runs model.pt2"
-    elif result.save_pretrained(out, tokenizer).is_stock:
-        loading = "any transformers loads it"
-    else:
-        loading = _OURS
-    _write_facts(result, out / "plan.json", out / "report.json")
-    return loading
+
+        def fill(folder: Path) -> None:
+            result.export(folder / "model.pt2")
+            _fill(result, folder, run=run)
+
+        first_alone(lambda: write_folder(out, fill, force=force), FxpruneError)
+        return "there is no slim model of this class, torch.export.load runs model.pt2"
+    structure = result.save_pretrained(out, tokenizer, force=force, also=partial(_fill, result, run=run))
+    return "any transformers loads it" if structure.is_stock else _OURS
 
 
-def write_file(result: fxprune.Result, tokenizer: Any, out: Path, *, like: str, quantization: str | None) -> str:
+def write_file(
+    result: fxprune.Result,
+    tokenizer: Any,
+    out: Path,
+    *,
+    like: str,
+    quantization: str | None,
+    run: str | None = None,
+    **_: Any,
+) -> str:
     """Write one file, with plan and report beside it; returns what runs it."""
     from fxprune.data.ranks import first_alone
+    from fxprune.export.files import replacing
 
     options = gguf_options(like, tokenizer, quantization) if out.suffix == ".gguf" else {"quantization": quantization}
-    first_alone(partial(result.export, out, **options), FxpruneError)
-    _write_facts(result, out.with_suffix(".plan.json"), out.with_suffix(".report.json"))
+
+    def write() -> None:
+        with replacing(out) as path:
+            result.export(path, **options)
+            _write_facts(result, path.with_suffix(".plan.json"), path.with_suffix(".report.json"))
+            _write_run(run, run_file(path, is_file=True))
+
+    first_alone(write, FxpruneError)
     return runs(out)
 
 
-def _write_facts(result: fxprune.Result, plan: Path, report: Path) -> None:
-    from fxprune.data.ranks import is_first
+def _fill(result: fxprune.Result, folder: Path, *, run: str | None) -> None:
+    """Write what is known of a prune into its folder."""
+    _write_facts(result, folder / "plan.json", folder / "report.json")
+    _write_run(run, run_file(folder, is_file=False))
 
-    if not is_first():
-        return
+
+def _write_facts(result: fxprune.Result, plan: Path, report: Path) -> None:
     plan.write_text(result.plan.to_json(), encoding="utf-8")
     report.write_text(result.report.to_json(), encoding="utf-8")
 
 
-def _multiple(round_to: str | None, out: Path) -> Any:
+def _write_run(run: str | None, file: Path) -> None:
+    if run is not None:
+        file.write_text(run, encoding="utf-8")
+
+
+def _multiple(round_to: str | None, *, to_gguf: bool) -> Any:
     """Return what widths are multiples of; those of MLPs fill the blocks of quantised types."""
     if round_to is None:
-        return {"mlp": 32} if out.suffix == ".gguf" else 1
-    return int(round_to) if round_to.strip().lstrip("+-").isdecimal() else round_to
+        return {"mlp": 32} if to_gguf else 1
+    return int(round_to) if round_to.isdecimal() else round_to
 
 
-def tell(result: fxprune.Result, out: Path, loading: str) -> None:
+def tell(result: fxprune.Result, out: Path, loading: str, *, as_json: bool = False) -> None:
     """Print the numbers, the widths that changed, and what the user should know, such as how to load the model."""
     from fxprune.data.ranks import is_first
 
     if not is_first():
         return
     report = result.report
+    if as_json:
+        print_json({"out": str(out), "loading": loading, **report.to_dict()})
+        return
     console.print(report.table())
     shrunk = Counter((name.rpartition("/")[2], *width) for name, width in report.widths.items())
     lines = [f"{what}: {before:,} to {after:,} units in {n:,} group(s)" for (what, before, after), n in shrunk.items()]

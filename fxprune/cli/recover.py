@@ -8,9 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from fxprune.cli.console import app, clear_errors, console, progress
+from fxprune.cli.console import Force, app, clear_errors, console, progress
 from fxprune.cli.load import load_either
+from fxprune.cli.place import check_output, is_file
 from fxprune.cli.several import checked
+from fxprune.data.rows import SUFFIXES
+from fxprune.errors import ArgumentError
 
 __all__ = ["recover"]
 
@@ -38,25 +41,30 @@ def recover(
     ] = None,
     precision: Annotated[str | None, typer.Option(help="bf16, float32, or auto by default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the split, the order and the updates.")] = None,
+    force: Force = False,
 ) -> None:
     """Train MODEL a little, by LoRA on what was pruned, and write it to OUT as it came, with its plan and report."""
     given = {"epochs": epochs, "learning_rate": learning_rate, "rank": rank, "alpha": alpha, "batch": batch}
     given |= {"micro_batch": micro_batch, "max_tokens": max_tokens, "held_out": held_out}
     given |= {"precision": precision, "seed": seed}
     with clear_errors():
-        from fxprune.checkpoint.write import check_place
+        checked([model, *([distil] if distil else [])])
+        if is_file(out):
+            raise ArgumentError(
+                f"out is {out}, a file", where="out", remedy="Name a folder; `fxprune export` writes files"
+            )
+        check_output(out, model, force=force)
         from fxprune.recovery.rows import read_rows
         from fxprune.recovery.settings import settings_from
 
         settings = settings_from(None, {name: value for name, value in given.items() if value is not None})
-        checked([model, *([distil] if distil else [])])
-        check_place(out)
-        if Path(data).suffix:
-            read_rows(data)  # a file that cannot be read is told before the model is read
-        _run(model, data, out, {"distil": distil, "folder": folder, "settings": settings})
+        rows = Path(data) if Path(data).exists() or Path(data).suffix in SUFFIXES else data
+        if isinstance(rows, Path):
+            read_rows(rows)  # a file that cannot be read is told before the model is read
+        _run(model, rows, out, {"distil": distil, "folder": folder, "settings": settings}, force=force)
 
 
-def _run(model: str, data: str, out: Path, options: dict[str, Any]) -> None:
+def _run(model: str, data: str | Path, out: Path, options: dict[str, Any], *, force: bool) -> None:
     """Load, train and write.
 
     Args:
@@ -64,6 +72,7 @@ def _run(model: str, data: str, out: Path, options: dict[str, Any]) -> None:
         data: what to train on.
         out: where to.
         options: of :func:`fxprune.recover`; a teacher by what the user named.
+        force: whether ``out`` may hold something else.
     """
     import fxprune
     from fxprune.checkpoint.manifest import MANIFEST, read_manifest
@@ -80,12 +89,15 @@ def _run(model: str, data: str, out: Path, options: dict[str, Any]) -> None:
     if options["distil"] is not None:
         options["distil"] = load_either(options["distil"], None, with_tokenizer=False)[0]
     recovery = fxprune.recover(loaded, data, tokenizer, plan=plan, inplace=True, track=progress, **options)
-    fxprune.save_pretrained(recovery.model, out, tokenizer, plan=plan, report=report)
+
+    def also(folder: Path) -> None:
+        for name, facts in {"plan": plan, "report": report, "recovery": recovery}.items():
+            if facts is not None:
+                (folder / f"{name}.json").write_text(facts.to_json(), encoding="utf-8")
+
+    fxprune.save_pretrained(recovery.model, out, tokenizer, plan=plan, report=report, force=force, also=also)
     if not is_first():
         return
-    for name, facts in {"plan": plan, "report": report, "recovery": recovery}.items():
-        if facts is not None:
-            (out / f"{name}.json").write_text(facts.to_json(), encoding="utf-8")
     before, after = recovery.held_out
     lines = [f"note: {note}" for note in recovery.notes]
     lines.append(

@@ -7,6 +7,8 @@ unless the caller asks for the work to be done in place, and what comes out then
 
 from __future__ import annotations
 
+import logging
+import time
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -32,6 +34,9 @@ __all__ = ["STAGES", "Pass", "PassResult", "run_apart"]
 
 STAGES = ("prepare", "discover", "importance", "select", "compensate", "shrink", "verify", "tune", "emit")
 """The stages of a prune, in order."""
+
+_LOGGER = logging.getLogger("fxprune")
+"""Is told of each pass that has run, at the level ``INFO``."""
 
 Kinds = tuple[type[Fact], ...]
 
@@ -80,13 +85,15 @@ class Pass(PassBase):
             PassError: a fact is missing, a promised one was not given, something changed that was not declared, or the
                 pass failed with what is no error of this package.
         """
+        start = time.perf_counter()
         with neutral(), clear_errors(f"pass {self.name}", _CHECK, PassError):
             flag("inplace", inplace)
             self.check_arguments()
             self.requires(graph_module)
-            if self.changes != "nothing" and not inplace:
-                return run_apart(self, self._run, graph_module)
-            return self._run(graph_module)
+            apart = self.changes != "nothing" and not inplace
+            result = run_apart(self, self._run, graph_module) if apart else self._run(graph_module)
+        _LOGGER.info("%s: %.1f s", self.name, time.perf_counter() - start)
+        return result
 
     @abstractmethod
     def call(self, graph_module: fx.GraphModule) -> PassResult:

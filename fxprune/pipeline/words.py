@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-__all__ = ["EXACT", "KINDS", "MANIFEST", "NORMS", "ORDERS", "RANKINGS", "REDUCTIONS", "SUFFIXES", "Kind"]
+__all__ = ["EXACT", "KINDS", "MANIFEST", "NORMS", "ORDERS", "RANKINGS", "SUFFIXES", "Kind"]
 
 Kind = Literal["mlp", "head", "channel", "head_dim", "expert", "layer"]
 
@@ -21,9 +21,6 @@ ORDERS = ("vector", "first", "second", "mix")
 
 RANKINGS = ("local", "global")
 """Whether scores are compared inside a group, or anywhere."""
-
-REDUCTIONS = ("sum", "prod", "max", "mean", "first", "last")
-"""How the scores of the members of a group are combined."""
 
 SUFFIXES = (".pt2", ".onnx", ".gguf")
 """How names of files end that a model is exported to."""

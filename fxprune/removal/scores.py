@@ -20,7 +20,6 @@ from fxprune.errors import PassError, PlanError, UnknownNameError
 from fxprune.graph.attempts import clear_errors
 from fxprune.graph.facts import Change, Fact
 from fxprune.pipeline.arguments import as_path, told
-from fxprune.pipeline.words import REDUCTIONS
 
 __all__ = ["REDUCTIONS", "PositionScores", "Scores", "score_groups", "unit_scores"]
 
@@ -31,8 +30,10 @@ Array = npt.NDArray[np.float64]
 PositionScores = Mapping[tuple[str, int], torch.Tensor]
 """For each member ``(name, axis)`` one score per position along that axis: ``(size,)``."""
 
-_REDUCE: dict[str, Callable[[Array], Array]] = {
-    **{name: partial(getattr(np, name), axis=0) for name in REDUCTIONS[:4]},
+_OVER_MEMBERS: tuple[Callable[..., Array], ...] = (np.sum, np.prod, np.max, np.mean)
+
+REDUCTIONS: dict[str, Callable[[Array], Array]] = {
+    **{reduce.__name__: partial(reduce, axis=0) for reduce in _OVER_MEMBERS},
     "first": lambda members: members[0],
     "last": lambda members: members[-1],
 }
@@ -121,7 +122,7 @@ def score_groups(groups: Iterable[Group], positions: PositionScores, reduction: 
     units: dict[str, Array] = {}
     for group in groups:
         rows = [unit_scores(group, member, positions) for member in group.parameters]
-        units[group.name] = _REDUCE[reduction](np.stack(rows))
+        units[group.name] = REDUCTIONS[reduction](np.stack(rows))
     return Scores(units)
 
 

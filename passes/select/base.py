@@ -192,11 +192,13 @@ def _with_unruled(error: RatioError, frozen: Mapping[str, Sequence[str]]) -> Rat
     op, axes = max(frozen.items(), key=lambda item: len(item[1]))
     others = f" and {len(frozen) - 1} more ops" if len(frozen) > 1 else ""
     more = f" and {len(axes) - 1} more axes" if len(axes) > 1 else ""
-    return RatioError(
+    told = RatioError(
         f"{error.what}; {op}{others} has no rule and froze {axes[0]}{more}",
         where=error.where,
         remedy=f"{error.remedy}; or say what the op does to axes, with fxprune.rule",
     )
+    told.reachable = error.reachable
+    return told
 
 
 def _protect(value: Any) -> tuple[float, ...]:

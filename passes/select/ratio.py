@@ -89,13 +89,15 @@ class SelectByRatioPass(SelectPass):
         solver = Solver(selection, ratio * whole)
         largest = solver.removed(solver.most()) / max(whole, 1)
         if ratio > largest + CLOSE:
-            raise RatioError(
+            error = RatioError(
                 f"{ratio:.1%} of the {selection.budget.word} cannot go: with kinds={self.kinds}, "
                 f"protect={self.protect}, round_to={self.round_to} and tensor_parallel={self.tensor_parallel} "
                 f"the largest reachable ratio is {largest:.1%}",
                 where="ratio",
                 remedy="Ask for less, protect fewer layers or allow more kinds",
             )
+            error.reachable = largest
+            raise error
         if self.uniform:
             choices = choose_uniform(selection, lambda fixed, _: solver.fraction(fixed))
         else:

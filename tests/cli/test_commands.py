@@ -103,7 +103,7 @@ def test_without_a_slim_model_the_graph_is_saved(folder: str, out: Path) -> None
     code, output = run("prune", folder, "--out", out, "--importance", "l2", "--kinds", "head_dim", "--ratio", "0.05")
     assert code == 0, output
     assert "torch.export.load" in output
-    assert {path.name for path in out.iterdir()} == {"model.pt2", "plan.json", "report.json"}
+    assert {path.name for path in out.iterdir()} == {"model.pt2", "plan.json", "report.json", "run.yaml"}
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
@@ -134,14 +134,15 @@ def test_prune_passes_its_options_on(folder: str, out: Path, monkeypatch: pytest
         raise fxprune.FxpruneError("seen")
 
     monkeypatch.setattr(fxprune, "prune", prune)
-    values = {"ratio": 0.3, "group_ratio": 0.25, "importance": "l1", "taylor": "first", "reduction": "max"}
-    values |= {"ranking": "global", "round_to": 4, "seed": 7, "compensate": "least-squares", "tune": "none"}
+    values = {"ratio": 0.3, "importance": "taylor", "taylor": "first", "reduction": "max", "ranking": "global"}
+    values |= {"round_to": 4, "seed": 7, "compensate": "least-squares", "tune": "none"}
     values |= {"recipe": "fast", "norm": "masked"}
     flags = [item for name, value in values.items() for item in (f"--{name.replace('_', '-')}", value)]
     code, _ = run("prune", folder, "--out", out, "--kinds", "mlp, expert", "--protect", 1, 2, "--in-place", *flags)
     assert code == 2
     assert callable(seen.pop("track")) and callable(seen.pop("tokenizer"))
-    assert seen == values | {"kinds": ["mlp", "expert"], "protect": (1, 2), "inplace": True, "uniform": False}
+    values |= {"kinds": ["mlp", "expert"], "protect": (1, 2), "inplace": True, "uniform": False, "group_ratio": None}
+    assert seen == values
 
 
 def test_recipes_are_listed_and_printed_to_be_edited(folder: str, out: Path) -> None:
@@ -216,14 +217,17 @@ def test_passes_lists_all_with_their_stage() -> None:
         (("--importance", "l3"), "unknown importance 'l3'. Did you mean"),
         (("--recipe", "blanced"), "Did you mean 'balanced'"),
         (("--calibration", "/no/such/file.txt"), "No such file"),
-        (("--calibration", __file__, "--samples", "10"), "tokens are fewer than 10 samples of 9000"),
+        (
+            ("--calibration", __file__, "--samples", "10", "--tokens", "9000"),
+            "tokens are fewer than 10 samples of 9000",
+        ),
     ],
 )
 def test_nonsense_ends_in_one_line(folder: str, out: Path, arguments: tuple[str, ...], says: str) -> None:
     fxprune.cli.console.console.width = (
         200  # a console takes its width from where it was made, which may be a worker process
     )
-    result = CliRunner().invoke(app, ["prune", folder, "--out", str(out), "--tokens", "9000", *arguments])
+    result = CliRunner().invoke(app, ["prune", folder, "--out", str(out), *arguments])
     assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and says in lines[0]
@@ -233,8 +237,8 @@ def test_nonsense_ends_in_one_line(folder: str, out: Path, arguments: tuple[str,
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("graph", "/no/such/folder"), "error: /no/such/folder: no such folder"),
-        (("prune", "./no/such", "--out", "x"), "error: ./no/such: no such folder"),
+        (("graph", "/no/such/folder"), "error: /no/such/folder: no such folder or file"),
+        (("prune", "./no/such", "--out", "x"), "error: ./no/such: no such folder or file"),
         (("graph", "FOLDER", "--dot", "x.dot", "--layer", "9"), "unknown layer 9"),
         (("graph", "FOLDER", "--dot", "x.dot", "--group", "model/chanel"), "Did you mean 'model/channel'"),
         (("explain", "FOLDER", "lm_head.wight", "0"), "Did you mean 'lm_head.weight'"),

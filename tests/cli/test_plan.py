@@ -9,6 +9,7 @@ import pytest
 
 import fxprune
 from fxprune.cli.plan import read_plan
+from fxprune.removal.report import Report
 from tests.cli.running import refused, run
 
 NAME = "model.layers.{}.mlp.{}.weight"
@@ -49,10 +50,13 @@ def test_a_plan_without_a_report_is_shown_by_parameters(tmp_path: Path) -> None:
 
 def test_a_plan_beside_a_file_is_found(tmp_path: Path) -> None:
     written(tmp_path / "slim.plan.json", plan(0))
-    (tmp_path / "slim.report.json").write_text('{"widths": {"model.layers.0/mlp": [8, 5]}, "parameters": [10, 9]}')
+    report = Report((10, 9), (20, 18), 64, widths={"model.layers.0/mlp": (8, 5)})
+    (tmp_path / "slim.report.json").write_text(report.to_json())
     found = read_plan(tmp_path / "slim.gguf")
-    assert found.plan == plan(0) and found.widths == {"model.layers.0/mlp": (8, 5)}
+    assert found.plan == plan(0) and found.report == report
     assert read_plan(tmp_path / "slim.plan.json") == found
+    (tmp_path / "slim.report.json").write_text("[]")
+    assert "slim.report.json: it is not a report" in refused("plan", "show", tmp_path / "slim.gguf")
 
 
 def test_json_has_all_axes(tmp_path: Path) -> None:

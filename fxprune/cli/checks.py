@@ -1,0 +1,242 @@
+"""Options of a prune, each against what it may be and against the others, before any work. It needs no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from importlib.metadata import entry_points
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fxprune.cli.naming import check_model, is_gguf
+from fxprune.cli.place import check_output, is_file
+from fxprune.cli.wording import option
+from fxprune.errors import ArgumentError, FxpruneError, RatioError, UnknownNameError
+from fxprune.pipeline.spelling import read_spelling
+from fxprune.pipeline.words import EXACT, KINDS, NORMS, ORDERS, RANKINGS
+
+__all__ = ["DTYPES", "check_dtype_and_device", "check_pass", "check_printing", "check_prune"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+_DEVICE = re.compile(r"(cpu|mps|(cuda|xpu)(:\d+)?)")
+
+_LARGEST_SEED = 2**64 - 1
+
+_APART = (
+    ("ratio", "group_ratio", "both say how much goes"),
+    ("taylor", "importance", "both say how units are scored; importance 'taylor{order=second}' says both"),
+    ("low_memory", "in_place", "weights on disk are not changed in place"),
+    ("low_memory", "dtype", "weights on disk are used in the dtype of their files"),
+    ("low_memory", "device", "weights on disk are used where they are"),
+    ("low_memory", "gguf_file", "weights of a GGUF file cannot stay on disk"),
+    ("uniform", "protect", "no layer is kept whole where all have the same widths"),
+    ("quiet", "verbose", "one asks for less, the other for more"),
+)
+"""Options that cannot be given together, and why."""
+
+_WORDS = {"ranking": RANKINGS, "norm": NORMS, "taylor": ORDERS, "dtype": DTYPES}
+
+Values = Mapping[str, Any]
+
+
+def check_prune(values: Values) -> None:
+    """Refuse a prune that cannot work, as far as that can be told without torch.
+
+    Args:
+        values: of all arguments by name; None, False where not given.
+
+    Raises:
+        FxpruneError: says which option, what is wrong with it, and what would do.
+    """
+    out = values["out"]
+    if out is None and not values["dry_run"]:
+        raise ArgumentError("there is no place to write to", where="out", remedy="Give --out, or --dry-run to look")
+    _check_together(values)
+    _check_numbers(values)
+    _check_names(values)
+    check_dtype_and_device(values["dtype"], values["device"])
+    _check_recipe(values["recipe"])
+    check_model(values["model"], values["gguf_file"], with_weights=not values["dry_run"])
+    _check_output(values)
+    if values["calibration"] is not None:
+        from fxprune.data.files import calibration_text
+
+        calibration_text(values["calibration"])
+
+
+def check_printing(*, quiet: bool, verbose: bool) -> None:
+    """Refuse to print less and more at the same time."""
+    _check_together({"quiet": quiet, "verbose": verbose})
+
+
+def check_dtype_and_device(dtype: str | None, device: str | None) -> None:
+    """Refuse a dtype or a device that nothing is called by; whether the device is there, only torch can say.
+
+    Raises:
+        UnknownNameError: there is no such dtype.
+        ArgumentError: it is no device.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UnknownNameError("dtype", dtype, DTYPES)
+    if device is not None and not _DEVICE.fullmatch(device):
+        raise ArgumentError(f"device is {device!r}", where="device", remedy="Give cpu, cuda, cuda:1 or mps")
+
+
+def check_pass(stage: str, spelled: str | None, *, optional: bool = False) -> None:
+    """Refuse a spelling of what is no pass of a stage.
+
+    Args:
+        stage: the stage, and the option.
+        spelled: as in ``taylor{order=second}``; None is fine.
+        optional: whether ``none`` is, too.
+
+    Raises:
+        FxpruneError: it is no spelling.
+        UnknownNameError: there is no such pass.
+    """
+    if spelled is None or (optional and spelled == "none"):
+        return
+    name, _ = read_spelling(spelled)
+    known = _passes(stage)
+    if name not in known:
+        raise UnknownNameError(stage, name, (*known, "none") if optional else known)
+
+
+def _passes(stage: str) -> tuple[str, ...]:
+    """The installed passes of a stage, as the folders of the suite are called; those of other packages too."""
+    suite = "fxprune.passes."
+    entries = {entry.name: entry.module for entry in entry_points(group="fxprune.passes")}
+    return tuple(
+        name
+        for name, module in entries.items()
+        if not module.startswith(suite) or module.removeprefix(suite).startswith(stage)
+    )
+
+
+def _given(values: Values, name: str) -> bool:
+    value = values.get(name)
+    return value is not None and value is not False
+
+
+def _check_together(values: Values) -> None:
+    allowed = {"importance"} if (values.get("importance") or "") == "taylor" else set()
+    if values.get("protect") == (0, 0):
+        allowed.add("protect")
+    for one, other, why in _APART:
+        if other not in allowed and _given(values, one) and _given(values, other):
+            raise ArgumentError(
+                f"{option(one)} and {option(other)} cannot be given together: {why}",
+                where="",
+                remedy="Leave one of them out",
+            )
+    if values.get("uniform") and values.get("ranking") == "global":
+        raise ArgumentError(
+            "--uniform and --ranking global cannot be given together: layers then differ",
+            remedy="Leave one of them out",
+        )
+    if "calibration" in values and values["calibration"] is None:
+        for name in ("samples", "tokens"):
+            if _given(values, name):
+                raise ArgumentError(
+                    f"{option(name)} is of a calibration text, and there is none",
+                    remedy=f"Give --calibration, or leave {option(name)} out",
+                )
+
+
+def _check_numbers(values: Values) -> None:
+    for name in ("ratio", "group_ratio"):
+        _check_ratio(name, values[name])
+    for name, least in (("samples", 1), ("tokens", 2), ("seed", 0)):
+        value = values[name]
+        if value is not None and value < least:
+            raise ArgumentError(f"{name} is {value}", where=name, remedy=f"Give a number of {least} or more")
+    if values["seed"] > _LARGEST_SEED:
+        raise ArgumentError(f"seed is {values['seed']}", where="seed", remedy="Give a number below 2**64")
+    if values["protect"] is not None and min(values["protect"]) < 0:
+        first, last = values["protect"]
+        raise ArgumentError(f"protect is {first} {last}", where="protect", remedy="Give two numbers of 0 or more")
+    rounding = values["round_to"]
+    if (
+        rounding is not None
+        and rounding != "auto"
+        and not (rounding.isascii() and rounding.isdigit() and int(rounding))
+    ):
+        raise ArgumentError(f"round_to is {rounding!r}", where="round_to", remedy="Give a number of 1 or more, or auto")
+
+
+def _check_ratio(name: str, value: float | None) -> None:
+    if value is None or 0 <= value < 1:
+        return
+    meant = f". Did you mean {value / 100:g}? {value:g}% is {value / 100:g}" if 1 < value < 100 else ""
+    shown = value if math.isfinite(value) else str(value)
+    raise RatioError(f"{name} is {shown}", where=name, remedy=f"Give a fraction, 0 or more and below 1{meant}")
+
+
+def _check_names(values: Values) -> None:
+    for name, known in _WORDS.items():
+        if values[name] is not None and values[name] not in known:
+            raise UnknownNameError(name, values[name], known)
+    if values["kinds"] is not None:
+        _check_kinds(values["kinds"])
+    check_pass("importance", values["importance"])
+    check_pass("compensate", values["compensate"], optional=True)
+    check_pass("tune", values["tune"], optional=True)
+
+
+def _check_kinds(text: str) -> None:
+    kinds = [kind.strip() for kind in text.split(",")]
+    for kind in kinds:
+        if kind.removeprefix(EXACT) not in KINDS:
+            raise UnknownNameError("kind", kind, KINDS)
+    if len(set(kinds)) < len(kinds):
+        raise ArgumentError(f"a kind comes twice in {text!r}", where="kinds", remedy="Name each once")
+
+
+def _check_recipe(recipe: str | None) -> None:
+    """Refuse a recipe that is not installed, no file, and no pipeline in text."""
+    if recipe is None:
+        return
+    if recipe.endswith(".txt"):
+        _check_recipe_file(Path(recipe))
+    elif "," not in recipe and "\n" not in recipe:
+        known = _recipes()
+        if recipe not in known:
+            raise UnknownNameError("recipe", recipe, known)
+
+
+def _check_recipe_file(path: Path) -> None:
+    remedy = "Give a text file with a pass on each line, as `fxprune recipes balanced` prints one"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        what = "no such file" if isinstance(error, FileNotFoundError) else f"it cannot be read: {error}"
+        raise FxpruneError(what, where=str(path), remedy=remedy) from error
+    if not any(line.strip() and not line.startswith("#") for line in text.splitlines()):
+        raise FxpruneError("there is no pass in it", where=str(path), remedy=remedy)
+
+
+def _recipes() -> Collection[str]:
+    """The names of the installed recipes."""
+    folder = files("fxprune").joinpath("recipes")
+    return [path.name.removesuffix(".txt") for path in folder.iterdir() if path.name.endswith(".txt")]
+
+
+def _check_output(values: Values) -> None:
+    out, low_memory = values["out"], values["low_memory"]
+    if values["quantization"] is not None and (out is None or out.suffix != ".gguf"):
+        raise ArgumentError("--quantization is for GGUF files", remedy="Leave it out, or let --out end in .gguf")
+    if low_memory and is_gguf(values["model"]):
+        raise ArgumentError(
+            "--low-memory takes a folder of safetensors; weights of a GGUF file cannot stay on disk",
+            remedy="Leave it out",
+        )
+    if low_memory and out is not None and is_file(out):
+        raise ArgumentError(
+            f"--low-memory writes a folder, and {out} is a file",
+            remedy="Prune to a folder, and make the file of it with `fxprune export`",
+        )
+    if out is not None:
+        check_output(out, values["model"], force=values["force"])

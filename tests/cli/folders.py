@@ -1,0 +1,71 @@
+"""Small folders of models for tests of the command line, and folders and files that are something else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.models import tiny
+
+__all__ = ["fill_with_wrong_things", "save_tiny"]
+
+
+def save_tiny(folder: Path) -> None:
+    """Save a tiny model with a tokenizer of three words."""
+    tiny("llama").save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "red": 1, "green": 2, "blue": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+
+
+def fill_with_wrong_things(folder: Path) -> None:
+    """Make the folders and files that `wrong_uses.txt` names: what is no model, no text, no run, or in the way."""
+    configs = {
+        "no-json": "{",
+        "no-type": "{}",
+        "list-json": "[]",
+        "no-weights": (folder / "model/config.json").read_text(),
+        "encoder": json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}),
+        "vision": json.dumps({"model_type": "vit", "architectures": ["ViTForImageClassification"]}),
+        "both": json.dumps(
+            {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
+        ),
+    }
+    files = {
+        "nothing/notes": "",
+        "adapter/adapter_config.json": "{}",
+        "holds-gguf/some.gguf": "none",
+        "full/notes": "mine",
+        "full.gguf/notes": "mine",
+        "deep/folder/notes": "mine",
+        "text": "red green blue",
+        "text.txt": "red green blue " * 50,
+        "fake.gguf": "fake\0",
+        "taken.gguf": "mine",
+        "taken.pt2": "mine",
+        "empty.txt": "",
+        "blank.txt": "\n \n",
+        "strange.txt": "calibrate\nnonsense\n",
+        "broken.json": "{",
+        "other.json": '[{"question": "?"}]',
+        "other.jsonl": '{"text": "red"}\n{"question": "?"}\n',
+        "numbers.json": "[3]",
+        "none.json": "[]",
+        "list.yaml": "- model\n",
+        "broken.yaml": "model: [\n",
+        "unknown.yaml": "model: model\nout: out\nratoi: 0.2\n",
+        "nested.yaml": "model: model\nout: out\nratio: {mlp: 0.2}\n",
+        "wrong.yaml": "model: model\nout: out\nratio: much\n",
+        "percent.yaml": "model: model\nout: out\nratio: 20\n",
+        "good.yaml": "model: model\nout: out\nratio: 0.2\n",
+        **{f"{name}/config.json": text for name, text in configs.items()},
+    }
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    (folder / "binary.txt").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    (folder / "latin.txt").write_text("schön", encoding="latin-1")
