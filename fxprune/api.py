@@ -145,6 +145,7 @@ def apply(
     verify: bool = True,
     inplace: bool = False,
     example_inputs: Mapping[str, Any] | None = None,
+    track: Track | None = None,
 ) -> Result:
     """Remove from ``model`` what ``plan`` says.
 
@@ -159,6 +160,7 @@ def apply(
         verify: as for :func:`prune`.
         inplace: as for :func:`prune`.
         example_inputs: as for :func:`prune`.
+        track: as for :func:`prune`.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -173,6 +175,7 @@ def apply(
         tokenizer=tokenizer,
         verify=verify,
         inplace=inplace,
+        track=track,
     )
     return _run(pipeline, model, example_inputs, inplace)
 

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import typer.main
 from transformers import logging
+from typer.testing import CliRunner
 
 import fxprune
 from fxprune.cli import app
@@ -298,8 +299,10 @@ def check_make(words: list[str]) -> None:
 
 def check_fxprune(words: list[str]) -> None:
     """Refuse a command or an option that there is not."""
-    group: Any = typer.main.get_command(app)
-    command = group.commands[words[0]]
+    command: Any = typer.main.get_command(app)
+    rest = iter(words)
+    while hasattr(command, "commands"):  # one of a group of commands is called by two names
+        command = command.commands[next(rest)]
     options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
     assert {word for word in words if word.startswith("--")} <= options, words
 
@@ -323,6 +326,22 @@ def test_there_are_commands_to_check() -> None:
     for check, words in ((check_make, ["nothing"]), (check_fxprune, ["prune", "--nothing"]), (check_pip, [".[none]"])):
         with pytest.raises(AssertionError):
             check(words)
+
+
+def test_the_commands_of_their_page_run_one_after_the_other(
+    start: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a small model in place of the one that the page prints the output of; a comment says what ends in 1."""
+    shutil.copytree(start[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    shown = [block.text.replace("\\\n", " ") for block in blocks_of("docs/commands.md", "sh")]
+    lines = [line for text in shown for line in text.splitlines() if line.startswith("fxprune ")]
+    told = {shlex.split(line)[1] for line in lines}
+    assert told == set(typer.main.get_group(app).commands), "every command is shown"
+    for line in lines:
+        words = ["path/to/model" if word == "demo" else word for word in shlex.split(line, comments=True)[1:]]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == ("# ends in 1" in line), f"{line}\n{result.output}"
 
 
 # ---------------------------------------------------------------------------------------------------------- plug-ins

@@ -1,4 +1,4 @@
-"""The command line: prune a model, write it as one file, look at its groups, ask why, list passes and recipes."""
+"""The command line: prune a model, look at what went, measure, train and time what came of it, write it as a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,19 @@ __all__ = ["app", "main"]
 def __getattr__(name: str) -> Any:
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fxprune.cli import console, export, graph, lists, prune  # noqa: F401 - each adds its commands
+    from fxprune.cli import (  # noqa: F401 - each adds its commands
+        apply,
+        bench,
+        console,
+        evaluate,
+        export,
+        generate,
+        graph,
+        lists,
+        plan,
+        prune,
+        recover,
+    )
 
     return console.app
 

@@ -17,15 +17,19 @@ __all__ = ["passes", "recipes"]
 
 
 @app.command()
-def passes() -> None:
-    """List the installed passes."""
-    from fxprune.pipeline.contract import STAGES
+def passes(
+    name: Annotated[str | None, typer.Argument(help="Tell all about this one.")] = None,
+) -> None:
+    """List the installed passes in the order of a pipeline, or tell all about one."""
+    if name is not None:
+        with clear_errors():
+            _tell_pass(name)
+        return
+    from fxprune.pipeline.description import in_order
 
     table = Table("pass", "stage", "what it does")
-    found = [_described(name) for name in fxprune.pass_names()]
-    order = {stage: i for i, stage in enumerate(STAGES)}
-    for row in sorted(found, key=lambda row: order.get(row[1], len(order))):
-        table.add_row(*row)
+    for each in in_order(fxprune.pass_names()):
+        table.add_row(*_described(each))
     console.print(table)
 
 
@@ -46,12 +50,34 @@ def recipes(
     console.print(table)
 
 
+def _tell_pass(name: str) -> None:
+    """Print what a pass does and takes, what it needs and gives, and an example of its text."""
+    from fxprune.pipeline.description import arguments_of, example_of, plain
+    from fxprune.pipeline.registry import load_pass
+
+    step = load_pass(name)
+    made = type(step)
+    said = inspect.cleandoc(made.__doc__ or "").partition("\nArgs:")[0]
+    console.print(plain(said.rstrip()), markup=False, highlight=False)
+    arguments = arguments_of(made)
+    if arguments:
+        table = Table("argument", "default", "what it is")
+        for one in arguments:
+            table.add_row(one.name, escape(one.default), escape(one.doc), end_section=True)
+        console.print(table)
+    facts = {"needs": step.needs, "gives": step.gives, "drops": step.drops, "keeps": step.keeps}
+    lines = [f"{word}: {', '.join(kind.__name__ for kind in kinds)}" for word, kinds in facts.items() if kinds]
+    for line in (f"stage: {made.stage}", f"changes: {made.changes}", *lines, f"in a pipeline: {example_of(made)}"):
+        console.print(line, markup=False, highlight=False)
+
+
 def _described(name: str) -> tuple[str, str, str]:
     """Name, stage and first line of a pass; of one that cannot be imported, why."""
+    from fxprune.pipeline.description import plain
     from fxprune.pipeline.registry import pass_class
 
     try:
         made = pass_class(name)
     except PassError as error:
         return name, "", escape(error.what)
-    return name, made.stage, (inspect.getdoc(made) or "").partition("\n")[0]
+    return name, made.stage, plain((inspect.getdoc(made) or "").partition("\n")[0])

@@ -99,12 +99,15 @@ def load_tokenizer(model: str, gguf_file: str | None, *, needed: bool) -> Any:
     """Return the tokenizer of a model; None where there is none and none is needed."""
     check_model(model, gguf_file)
     with at_once():
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedConfig
 
     tokenizer = None
+    options: dict[str, Any] = {}
     # whatever keeps a tokenizer from being read: there is none, and nothing asked for one
     with readable(model) if needed else contextlib.suppress(Exception):
-        tokenizer = AutoTokenizer.from_pretrained(**where_and_file(model, gguf_file))
+        if (Path(model).expanduser() / MANIFEST).is_file():  # stock classes refuse the config of some slim models
+            options["config"] = PreTrainedConfig.from_pretrained(Path(model).expanduser())
+        tokenizer = AutoTokenizer.from_pretrained(**where_and_file(model, gguf_file), **options)
     return tokenizer
 
 

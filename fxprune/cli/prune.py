@@ -36,7 +36,7 @@ from fxprune.cli.load import is_gguf, load_model, load_tokenizer, where_and_file
 from fxprune.cli.place import is_file
 from fxprune.errors import FxpruneError
 
-__all__ = ["prune", "prune_options"]
+__all__ = ["prune", "prune_options", "samples_of", "tell", "write", "write_file"]
 
 _OURS = "fxprune.from_pretrained loads it, and transformers with trust_remote_code=True"
 
@@ -123,7 +123,7 @@ def _run(values: Mapping[str, Any], options: dict[str, Any]) -> None:
     _check_names(options, values["quantization"])
     wanted = values["calibration"] is not None or (out.suffix == ".gguf" and not is_gguf(model))
     tokenizer = load_tokenizer(model, gguf_file, needed=wanted)
-    data = _samples(values, tokenizer)
+    data = samples_of(values, tokenizer)
     run = spelled_run(values)
     force = values["force"] or run_file(out, is_file=is_file(out)).is_file()
     if values["low_memory"]:
@@ -136,12 +136,12 @@ def _run(values: Mapping[str, Any], options: dict[str, Any]) -> None:
         dense = load_model(model, gguf_file, dtype=values["dtype"], device=values["device"])
         with working("pruning"):
             result = fxprune.prune(dense, data, tokenizer=tokenizer, track=progress, **options)
-        made = _write_file if is_file(out) else _write
+        made = write_file if is_file(out) else write
         with working(f"writing {out}"):
             loading = made(
                 result, tokenizer, out, like=model, quantization=values["quantization"], run=run, force=force
             )
-    _tell(result, out, loading, as_json=values["as_json"])
+    tell(result, out, loading, as_json=values["as_json"])
 
 
 def _check_names(options: Mapping[str, Any], quantization: str | None) -> None:
@@ -153,7 +153,7 @@ def _check_names(options: Mapping[str, Any], quantization: str | None) -> None:
         type_named(quantization)
 
 
-def _samples(values: Mapping[str, Any], tokenizer: Any) -> Any:
+def samples_of(values: Mapping[str, Any], tokenizer: Any) -> Any:
     """The calibration samples of the text that was named; None where none was."""
     file, most = values["calibration"], values["samples"]
     if file is None:
@@ -168,7 +168,7 @@ def _names(kinds: str | None) -> list[str] | None:
     return None if kinds is None else [kind.strip() for kind in kinds.split(",")]
 
 
-def _write(
+def write(
     result: fxprune.Result, tokenizer: Any, out: Path, *, run: str | None = None, force: bool = False, **_: Any
 ) -> str:
     """Write all there is to ``out``; returns how to load it.
@@ -195,7 +195,7 @@ def _write(
     return "any transformers loads it" if structure.is_stock else _OURS
 
 
-def _write_file(
+def write_file(
     result: fxprune.Result,
     tokenizer: Any,
     out: Path,
@@ -244,7 +244,7 @@ def _multiple(round_to: str | None, *, to_gguf: bool) -> Any:
     return int(round_to) if round_to.isdecimal() else round_to
 
 
-def _tell(result: fxprune.Result, out: Path, loading: str, *, as_json: bool = False) -> None:
+def tell(result: fxprune.Result, out: Path, loading: str, *, as_json: bool = False) -> None:
     """Print the numbers, the widths that changed, and what the user should know, such as how to load the model."""
     from fxprune.data.ranks import is_first
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median, variance
 from typing import Any
@@ -21,7 +21,7 @@ from fxprune.graph.counting import TOKENS, count_macs
 from fxprune.pipeline.arguments import instance, numbers, refuse, whole_number
 from fxprune.trace import trace
 
-__all__ = ["Column", "Comparison", "compare_models"]
+__all__ = ["Column", "Comparison", "compare_models", "measure_model"]
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,18 @@ class Column:
     Args:
         name: ``dense``, ``pruned``, ``recovered``, ...
         parameters: their number, tied ones once.
-        macs: multiply-accumulates of one sample of :data:`fxprune.graph.counting.TOKENS` tokens.
+        macs: multiply-accumulates of one sample of :data:`fxprune.graph.counting.TOKENS` tokens; None where they were
+            not counted.
         memory: bytes of parameters and buffers.
-        latency_ms: median time of one forward pass, in milliseconds.
+        latency_ms: median time of one forward pass, in milliseconds; None where not taken.
         evaluation: perplexities and accuracies.
     """
 
     name: str
     parameters: int
-    macs: int
+    macs: int | None
     memory: int
-    latency_ms: float
+    latency_ms: float | None
     evaluation: Evaluation
 
 
@@ -77,11 +78,13 @@ class Comparison:
     def rows(self) -> Iterator[tuple[str, ...]]:
         """Yield the table line by line, as text: a name, and a value for each model."""
         yield "parameters", *(f"{column.parameters:,}" for column in self.columns)
-        yield f"MACs at {TOKENS} tokens", *(f"{column.macs:,}" for column in self.columns)
+        if self.columns[0].macs is not None:
+            yield f"MACs at {TOKENS} tokens", *(f"{column.macs:,}" for column in self.columns)
         yield "memory, MB", *(f"{column.memory / 1e6:.1f}" for column in self.columns)
         shape = self.settings.get("latency_shape", ())
         label = f"latency, ms at {' x '.join(map(str, shape))}" if shape else "latency, ms"
-        yield label, *(f"{column.latency_ms:.1f}" for column in self.columns)
+        if self.columns[0].latency_ms is not None:
+            yield label, *(f"{column.latency_ms:.1f}" for column in self.columns)
         for text in self.columns[0].evaluation.perplexities:
             values = [column.evaluation.perplexities[text] for column in self.columns]
             yield f"perplexity, {text}", *(f"{v.value:.2f} ± {v.standard_error:.2f}" for v in values)
@@ -187,21 +190,39 @@ def compare_models(
         raise refuse("latency_shape", latency_shape, "(samples, tokens)", EvaluationError)
     rounds = whole_number("rounds", rounds, least=1, error=EvaluationError)
     latencies = _latencies(models, latency_shape, rounds)
-    columns = []
-    for name, model in models.items():
-        tensors = [*model.parameters(), *model.buffers()]
-        columns.append(
-            Column(
-                name=name,
-                parameters=sum(parameter.numel() for parameter in model.parameters()),
-                macs=count_macs(trace(model).graph_module),
-                memory=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-                latency_ms=latencies[name],
-                evaluation=evaluate(model, tokenizer, **options),
-            )
+    columns = [
+        replace(
+            measure_model(name, model, tokenizer, **options),
+            macs=count_macs(trace(model).graph_module),
+            latency_ms=latencies[name],
         )
+        for name, model in models.items()
+    ]
     measured = {"latency_shape": list(latency_shape), "rounds": rounds, "threads": torch.get_num_threads()}
     return Comparison(tuple(columns), {**measured, **(settings or {})})
+
+
+def measure_model(name: str, model: Any, tokenizer: Any, **options: Any) -> Column:
+    """Return what one model is worth and how large it is; its work and its time are left out.
+
+    Args:
+        name: of the column.
+        model: a Hugging Face model.
+        tokenizer: its own.
+        options: for :func:`fxprune.evaluate`.
+
+    Raises:
+        FxpruneError: as :func:`fxprune.evaluate` does.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    return Column(
+        name=name,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        macs=None,
+        memory=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        latency_ms=None,
+        evaluation=evaluate(model, tokenizer, **options),
+    )
 
 
 def _latencies(models: Mapping[str, Any], shape: tuple[int, int], rounds: int) -> dict[str, float]:

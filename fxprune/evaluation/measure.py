@@ -16,6 +16,7 @@ from fxprune.evaluation.tasks import LocalTask
 from fxprune.evaluation.zeroshot import TaskScore, named_tasks, zero_shot
 from fxprune.graph.attempts import clear_errors
 from fxprune.pipeline.arguments import whole_number
+from fxprune.pipeline.progress import Track, check_track, no_progress
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -62,6 +63,7 @@ def evaluate(
     windows: int | None = None,
     questions: int | None = None,
     batch: int = 8,
+    track: Track = no_progress,
 ) -> Evaluation:
     """Measure the perplexity of ``model`` on texts and its accuracy on tasks.
 
@@ -80,12 +82,14 @@ def evaluate(
         windows: the most windows of a text, spread over it; None for all.
         questions: the most questions of a task, from its start; None for all.
         batch: sequences in one call.
+        track: shows progress on texts, as ``track(items, what, total)``.
 
     Raises:
         FxpruneError: a text or a task cannot be read; the message says which, and why.
     """
     if hasattr(model, "graph_module") and not isinstance(model, type):
         model = model.model if model.model is not None else model.graph_module
+    check_track(track)
     if questions is not None:
         whole_number("questions", questions, least=1, error=EvaluationError)
     corpora, asked = named_corpora(texts), named_tasks(tasks)
@@ -93,7 +97,9 @@ def evaluate(
         raise EvaluationError("no texts and no tasks", where="evaluate", remedy="Give at least one of them")
     loaded = {name: load_corpus(source) for name, source in corpora.items()}
     perplexities = {
-        name: text_perplexity(model, tokenizer, text, window=window, stride=stride, limit=windows, batch=batch)
+        name: text_perplexity(
+            model, tokenizer, text, window=window, stride=stride, limit=windows, batch=batch, track=track
+        )
         for name, text in loaded.items()
     }
     scores = zero_shot(model, tokenizer, tasks, limit=questions, batch=batch) if asked else {}

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from fxprune.errors import EvaluationError
 from fxprune.graph.attempts import clear_errors
 from fxprune.graph.silence import unprinted
 from fxprune.pipeline.arguments import function, instance, told, whole_number
+from fxprune.pipeline.progress import Track, no_progress
 
 __all__ = ["Perplexity", "logits_of", "perplexity", "sliding_windows", "text_perplexity"]
 
@@ -59,7 +59,7 @@ def text_perplexity(
     stride: int | None = None,
     limit: int | None = None,
     batch: int = 4,
-    progress: bool = False,
+    track: Track = no_progress,
 ) -> Perplexity:
     """Return the perplexity of a text as one run of tokens.
 
@@ -71,7 +71,7 @@ def text_perplexity(
         stride: tokens between the starts of two windows; None for ``window``, so that windows do not overlap.
         limit: the most windows, taken at even distances through the text; None for all.
         batch: windows in one call.
-        progress: show a progress bar.
+        track: shows progress, as ``track(items, what, total)``.
 
     Raises:
         EvaluationError: the text is shorter than one window, or a number is out of range.
@@ -81,7 +81,7 @@ def text_perplexity(
     instance("text", text, str, "the text itself", EvaluationError)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
     windows, first = sliding_windows(ids, window, stride, limit)
-    sums = _loss_sums(model, windows, first, batch, progress)
+    sums = _loss_sums(model, windows, first, batch, track)
     counts = (window - first).double()
     value = _exp(float(sums.sum() / counts.sum()))
     return Perplexity(value, value * _ratio_error(sums, counts), window, stride, len(windows), int(counts.sum()))
@@ -132,7 +132,7 @@ def perplexity(
     ids: torch.Tensor,
     batch: int = 4,
     *,
-    progress: bool = False,
+    track: Track = no_progress,
 ) -> float:
     """Return exp of the mean next-token cross-entropy over all windows.
 
@@ -145,7 +145,7 @@ def perplexity(
             evaluation mode and get their mode back; a GraphModule keeps the mode that it was traced in.
         ids: token ids ``(windows, tokens)``, with at least two tokens a window.
         batch: windows in one call; the last call may have fewer.
-        progress: show a progress bar.
+        track: shows progress, as ``track(items, what, total)``.
 
     Raises:
         EvaluationError: there is nothing to predict, or the model returned something without logits.
@@ -156,7 +156,7 @@ def perplexity(
         raise EvaluationError(f"ids are {told(ids)}", where="ids", remedy=f"Pass {wanted}")
     if ids.shape[1] < 2:
         raise EvaluationError(f"{told(ids)} holds no next token", where="ids", remedy=f"Pass {wanted}")
-    sums = _loss_sums(model, ids, torch.ones(len(ids), dtype=torch.long), batch, progress)
+    sums = _loss_sums(model, ids, torch.ones(len(ids), dtype=torch.long), batch, track)
     return _exp(float(sums.sum()) / (ids.shape[0] * (ids.shape[1] - 1)))
 
 
@@ -199,7 +199,7 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-def _loss_sums(model: Callable[..., Any], ids: Tensor, first: Tensor, batch: int, progress: bool) -> Tensor:
+def _loss_sums(model: Callable[..., Any], ids: Tensor, first: Tensor, batch: int, track: Track) -> Tensor:
     """Return sums of next-token cross-entropies in nats, ``(windows,)``, over positions from ``first`` on.
 
     Several processes share the windows; all of them have to call.
@@ -211,8 +211,10 @@ def _loss_sums(model: Callable[..., Any], ids: Tensor, first: Tensor, batch: int
     device = _device_of(model)
     parts = list(zip(ids.split(batch), first.split(batch), strict=True))
     sums = [torch.zeros(len(start), dtype=torch.double, device=device) for _, start in parts]
-    with torch.inference_mode(), _evaluation(model), unprinted() if not progress else nullcontext():
-        for turn in track(turns(len(parts)), description="perplexity", disable=not progress, transient=True):
+    shown = nullcontext() if track is not no_progress else unprinted()
+    own = turns(len(parts))
+    with torch.inference_mode(), _evaluation(model), shown:
+        for turn in track(own, "perplexity", len(own)):
             chunk, start = parts[turn % len(parts)]
             chunk = chunk.to(device)
             found = _window_sums(logits_of(model(input_ids=chunk, **options)), chunk, start)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from fxprune.errors import EvaluationError
-from fxprune.evaluation.tasks import LocalTask, make_task
+from fxprune.errors import EvaluationError, UnknownNameError
+from fxprune.evaluation.tasks import LocalTask, make_task, read_questions
 from fxprune.graph.attempts import clear_errors
 from fxprune.graph.silence import quiet
 from fxprune.pipeline.arguments import refuse, whole_number
 
-__all__ = ["PAPER_TASKS", "TaskScore", "named_tasks", "zero_shot"]
+__all__ = ["PAPER_TASKS", "TaskScore", "check_tasks", "named_tasks", "zero_shot"]
 
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The seven tasks of LLM-Pruner (arXiv 2305.11627, table 1)."""
@@ -79,6 +80,42 @@ def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, 
     return named
 
 
+def check_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> None:
+    """Refuse tasks that cannot be asked, before a model is read for them.
+
+    Args:
+        tasks: as for :func:`named_tasks`.
+
+    Raises:
+        UnknownNameError: the harness has no task of this name; the nearest is suggested.
+        EvaluationError: the harness is missing, or a file holds something else than questions.
+    """
+    with _installed(), quiet(logging.WARNING):
+        from lm_eval.tasks import TaskManager
+    named = named_tasks(tasks)
+    for task in named.values():
+        if _is_file(task):
+            read_questions(task if isinstance(task, LocalTask) else LocalTask(task))
+    names = [str(task) for task in named.values() if not _is_file(task)]
+    known = TaskManager().all_tasks if names else ()
+    for name in names:
+        if name not in known:
+            raise UnknownNameError("task", name, known)
+
+
+@contextmanager
+def _installed() -> Iterator[None]:
+    """Say what to install where the harness is missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise EvaluationError(
+            f"the package `lm-eval` is not installed ({error})",
+            where="tasks",
+            remedy="pip install 'fxprune[eval]'",
+        ) from error
+
+
 @clear_errors("tasks", "Pass a language model, its own tokenizer, and tasks by name or as files", EvaluationError)
 def zero_shot(
     model: Any,
@@ -131,16 +168,10 @@ def zero_shot(
 
 def _run(model: Any, tokenizer: Any, named: Mapping[str, Task], limit: int | None, batch: int) -> Mapping[str, Any]:
     """Run the harness, leaving random number generators alone; return what it found."""
-    try:
+    with _installed():
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise EvaluationError(
-            f"the package `lm-eval` is not installed ({error})",
-            where="tasks",
-            remedy="pip install 'fxprune[eval]'",
-        ) from error
     hub = any(not _is_file(task) for task in named.values())
     found: Mapping[str, Any] = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),

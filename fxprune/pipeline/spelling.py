@@ -10,7 +10,7 @@ from typing import Any
 
 from fxprune.errors import PassError
 
-__all__ = ["read_spelling", "spell", "spelled_fields", "split"]
+__all__ = ["default_of", "read_spelling", "spell", "spelled_fields", "spelled_value", "split"]
 
 _FORM = "Write it as name{key=value, key=value}"
 _BARE = re.compile(r"[A-Za-z_][\w.\-]*")
@@ -98,7 +98,7 @@ def spell(name: str, made: object) -> str:
     said: Mapping[str, Any] = {
         field.name: getattr(made, field.name)
         for field in spelled_fields(made)
-        if field.metadata.get("spelled", True) and _has_spelling(getattr(made, field.name), _default(field))
+        if field.metadata.get("spelled", True) and _has_spelling(getattr(made, field.name), default_of(field))
     }
     arguments = ", ".join(f"{key}={_text(value)}" for key, value in said.items())
     return f"{name}{{{arguments}}}" if arguments else name
@@ -111,8 +111,14 @@ def _has_spelling(value: Any, default: Any) -> bool:
     return (value is None or isinstance(value, str | int | float)) and value != default
 
 
-def _default(field: Field[Any]) -> Any:
+def default_of(field: Field[Any]) -> Any:
+    """Return the default of a field of a dataclass."""
     return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def spelled_value(value: Any) -> str | None:
+    """Return the text for the value of an argument; None where it is no plain data."""
+    return _text(value) if _has_spelling(value, ...) else None
 
 
 def _text(value: Any) -> str:

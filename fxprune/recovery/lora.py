@@ -107,7 +107,10 @@ def attach_lora(model: Any, targets: Targets, settings: RecoverySettings) -> Any
         target_modules=list(targets.modules),
         fan_in_fan_out=transposed,
     )
-    return get_peft_model(model, config)
+    wrapped = get_peft_model(model, config)
+    # PEFT would read the config again where the model came from, with stock code that refuses some slim ones
+    wrapped.peft_config["default"].base_model_name_or_path = ""
+    return wrapped
 
 
 def merge_lora(wrapped: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, float]:

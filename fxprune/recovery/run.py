@@ -20,6 +20,7 @@ from fxprune.graph.attempts import clear_errors
 from fxprune.graph.silence import quiet
 from fxprune.masking.compare import TOLERANCE
 from fxprune.pipeline.arguments import as_path, flag, function, instance, refuse
+from fxprune.pipeline.progress import Track, check_track, no_progress
 from fxprune.recovery.data import DataReport, TrainingData, collate, read_training_data
 from fxprune.recovery.distil import Distillation
 from fxprune.recovery.lora import Targets, attach_lora, find_targets, merge_lora
@@ -88,6 +89,7 @@ def recover(
     folder: str | Path | None = None,
     inplace: bool = False,
     arguments: Mapping[str, Any] | None = None,
+    track: Track = no_progress,
     **changes: Any,
 ) -> Recovery:
     """Train low-rank updates of the pruned projections and merge them: no parameter more, the same names.
@@ -107,6 +109,7 @@ def recover(
         folder: for checkpoints; a run that was stopped goes on from the last one there. None for a temporary folder.
         inplace: train ``pruned`` itself; else a copy.
         arguments: for ``transformers.TrainingArguments``.
+        track: shows progress, as ``track(items, what, total)``.
         changes: single settings by name, over ``settings``: ``learning_rate=2e-4``, ``epochs=1``, ...
 
     Raises:
@@ -119,6 +122,7 @@ def recover(
     result = pruned if _is_result(pruned) else None
     _check(pruned, result, tokenizer)
     _check_options(plan, distil, folder, inplace, arguments)
+    check_track(track)
     if isinstance(distil, PreTrainedModel):
         distil = Distillation(distil)
     source: PreTrainedModel = pruned if result is None else result.model
@@ -129,7 +133,7 @@ def recover(
     _check_ids(samples, source)
     model, result = own(source, result, inplace)
     with run_folder(folder) as path, as_before(model):
-        job = _Job(model, samples, targets, chosen, path, tokenizer, distil, dict(arguments or {}))
+        job = _Job(model, samples, targets, chosen, path, tokenizer, distil, dict(arguments or {}), track)
         claim(path, job.identity())
         outcome = job.run()
     notes = (*samples.report.notes(), *outcome.pop("notes"))
@@ -148,6 +152,7 @@ class _Job:
     tokenizer: Any
     distillation: Distillation | None
     arguments: dict[str, Any]
+    track: Track
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this training from others: it goes on from a checkpoint only where all of it is equal."""
@@ -183,6 +188,7 @@ class _Job:
                 padding=_padding(self.tokenizer),
                 distillation=self.distillation,
                 arguments={"eval_on_start": start is None, **self.arguments},
+                track=self.track,
             )
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
             plain = trainer.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
@@ -255,9 +261,7 @@ def _check_options(plan: Any, distil: Any, folder: Any, inplace: Any, arguments:
     flag("inplace", inplace)
     named = isinstance(arguments, Mapping) and all(isinstance(name, str) for name in arguments)
     if arguments is not None and not named:
-        raise refuse(
-            "arguments", arguments, "arguments of transformers.TrainingArguments by name, or None", RecoveryError
-        )
+        raise refuse("arguments", arguments, "arguments of TrainingArguments by name, or None", RecoveryError)
 
 
 def _check_ids(samples: TrainingData, model: PreTrainedModel) -> None:

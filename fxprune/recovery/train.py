@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from fxprune.data.calibration import IGNORED
 from fxprune.errors import RecoveryError
+from fxprune.pipeline.progress import Track, no_progress
 from fxprune.recovery.data import TrainingData, collate
 from fxprune.recovery.distil import Distillation
 from fxprune.recovery.settings import RecoverySettings
@@ -102,6 +103,27 @@ class _Watch(TrainerCallback):
         )
 
 
+class _Progress(TrainerCallback):
+    """Shows how many of the steps are done."""
+
+    def __init__(self, track: Track) -> None:
+        self.track = track
+        self.steps: Iterator[int] = iter(())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        left = range(state.global_step, state.max_steps)
+        self.steps = iter(self.track(left, "training", len(left)))
+        next(self.steps, None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        next(self.steps, None)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """End what is shown, also after fewer steps."""
+        for _step in self.steps:
+            pass
+
+
 _WORDS = {"loss": "training loss", "eval_loss": "held-out loss"}
 
 
@@ -114,6 +136,7 @@ def make_trainer(
     padding: int,
     distillation: Distillation | None = None,
     arguments: Mapping[str, Any] | None = None,
+    track: Track = no_progress,
 ) -> RecoveryTrainer:
     """Return a trainer of ``model``, ready to start or to resume.
 
@@ -126,6 +149,7 @@ def make_trainer(
         distillation: the teacher.
         arguments: for ``transformers.TrainingArguments``, over what the recipe says: ``fsdp``, ``deepspeed``,
             ``gradient_checkpointing``, ``report_to``, ``use_cpu``, ...
+        track: shows how many steps are done, as ``track(items, what, total)``.
 
     Raises:
         RecoveryError: the batch cannot be divided over the devices, or an argument is not one.
@@ -147,7 +171,7 @@ def make_trainer(
         train_dataset=list(data.train),
         eval_dataset=list(data.held_out),
         data_collator=lambda examples: collate(examples, padding),
-        callbacks=[_Watch(settings, vocabulary)],
+        callbacks=[_Watch(settings, vocabulary), _Progress(track)],
         distillation=distillation,
     )
     trainer.remove_callback(PrinterCallback)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,8 @@ from fxprune.axes import Keep
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.explain import frozen_in
 from fxprune.discovery.groups import Group
+from fxprune.errors import ArgumentError
+from fxprune.graph.attempts import clear_errors
 from fxprune.graph.facts import Fact
 
 __all__ = ["Report", "Work", "frozen_reasons", "renormalised_in", "widths_of"]
@@ -86,6 +89,17 @@ class Report(Fact):
         """Return everything as a JSON document."""
         return json.dumps(self.to_dict(), indent=2)
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Return the report that :meth:`to_dict` gave, also where it was a JSON document meanwhile.
+
+        Raises:
+            ArgumentError: it is something else.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        with clear_errors("report", "Pass what Report.to_dict returned", ArgumentError):
+            return cls(**{name: _as_tuples(value) for name, value in data.items() if name in known})
+
     def table(self) -> Table:
         """Return dense against slim as a table for a terminal."""
         table = Table("", "dense", "slim", "change", title="fxprune")
@@ -95,6 +109,13 @@ class Report(Fact):
         ):
             table.add_row(name, f"{dense:,}", f"{slim:,}", f"{slim / max(dense, 1) - 1:+.1%}")
         return table
+
+
+def _as_tuples(value: Any) -> Any:
+    """Return plain data with tuples in place of lists, which JSON has in place of tuples."""
+    if isinstance(value, Mapping):
+        return {name: _as_tuples(item) for name, item in value.items()}
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def frozen_reasons(axes: AxisMap) -> dict[str, str]:

@@ -123,3 +123,15 @@ def test_limited_windows_are_spread_over_the_text() -> None:
 def test_windows_that_predict_nothing_are_refused(window: int, stride: int, limit: int | None, tokens: int) -> None:
     with pytest.raises(EvaluationError, match=r"window|stride|limit"):
         sliding_windows(torch.arange(tokens), window, stride, limit)
+
+
+def test_progress_is_shown_batch_by_batch(model: PreTrainedModel) -> None:
+    seen: list[tuple[int, str, int]] = []
+
+    def track(items: list[object], what: str, total: int) -> list[object]:
+        seen.append((len(items), what, total))
+        return items
+
+    found = text_perplexity(model, TOKENIZER, TEXT, window=20, batch=3, track=track)
+    batches = -(-found.windows // 3)
+    assert seen == [(batches, "perplexity", batches)]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from fxprune.errors import EvaluationError
+from fxprune.errors import EvaluationError, UnknownNameError
 from fxprune.evaluation.tasks import LocalTask
-from fxprune.evaluation.zeroshot import PAPER_TASKS, named_tasks, zero_shot
+from fxprune.evaluation.zeroshot import PAPER_TASKS, check_tasks, named_tasks, zero_shot
 from tests.evaluation.samples import QUESTIONS, SCHEMAS, TOKENIZER, write
 
 
@@ -59,3 +59,12 @@ def test_tasks_are_named_by_the_harness_or_by_their_file() -> None:
 def test_a_task_that_nobody_knows_is_told(model: PreTrainedModel) -> None:
     with pytest.raises(EvaluationError, match=r"no_such_task.*jsonl"):
         zero_shot(model, TOKENIZER, "no_such_task")
+
+
+def test_tasks_are_checked_before_a_model_is_asked(tmp_path: Path) -> None:
+    check_tasks(["boolq", write(tmp_path / "even.jsonl", QUESTIONS)])
+    check_tasks(())
+    with pytest.raises(UnknownNameError, match="Did you mean 'boolq'"):
+        check_tasks(["piqa", "bolq"])
+    with pytest.raises(EvaluationError, match="lines cannot be used"):
+        check_tasks(LocalTask(write(tmp_path / "odd.jsonl", [{"a": 1}])))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -47,6 +50,18 @@ def test_updates_are_all_that_is_trained_and_merge_into_the_weights() -> None:
     assert merged is model and error < 1e-4 and set(model.state_dict()) == set(before)
     changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
     assert changed == ["model.layers.0.mlp.up_proj.weight"]
+
+
+def test_updates_of_a_model_whose_config_stock_classes_refuse_are_kept(tmp_path: Path) -> None:
+    """PEFT read the config in the folder that the model came from, and training stopped at its first checkpoint."""
+    model = tiny("llama", num_hidden_layers=1)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": 5}))
+    model.name_or_path = str(tmp_path)
+    wrapped = attach_lora(model, find_targets(model, None), RecoverySettings(rank=2))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
 
 
 def test_a_model_evaluates_for_a_while() -> None:

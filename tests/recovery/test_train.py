@@ -11,7 +11,7 @@ import torch
 from fxprune.errors import RecoveryError
 from fxprune.recovery.data import TrainingData, read_training_data
 from fxprune.recovery.settings import RecoverySettings
-from fxprune.recovery.train import _divided, _Watch, has_bf16, make_trainer
+from fxprune.recovery.train import _divided, _Progress, _Watch, has_bf16, make_trainer
 from tests.models import tiny
 from tests.tokens import character_tokenizer
 
@@ -75,3 +75,21 @@ def test_the_recipe_reaches_the_trainer(data: TrainingData, tmp_path: Any) -> No
 
 def test_bfloat16_is_native_or_not() -> None:
     assert has_bf16(torch.device("xpu")) and not has_bf16(torch.device("meta"))
+
+
+def test_progress_counts_the_steps_that_are_left_and_ends_early() -> None:
+    seen: list[Any] = []
+
+    def track(items: range, what: str, total: int) -> Any:
+        seen.append((what, total))
+        for item in items:
+            yield item
+            seen.append(item)
+
+    shown, state = _Progress(track), SimpleNamespace(global_step=2, max_steps=6)
+    shown.on_train_begin(None, state, None)
+    assert seen == [("training", 4)]
+    shown.on_step_end(None, state, None)
+    assert seen[1:] == [2]
+    shown.on_train_end(None, state, None)
+    assert seen[1:] == [2, 3, 4, 5]

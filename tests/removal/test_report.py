@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from fxprune.axes import Keep
+from fxprune.errors import ArgumentError
 from fxprune.removal.report import Report, frozen_reasons, widths_of
 from tests.oracle import Net, axes_of, discover, groups_of
 
@@ -44,3 +46,10 @@ def test_widths_are_of_groups_that_shrank_and_frozen_axes_have_their_reason() ->
     reasons = frozen_reasons(axes_of(dense))
     assert "input" in reasons["a.weight[1]"] and "output" in reasons["b.weight[0]"]
     assert "a.weight[0]" not in reasons
+
+
+def test_a_report_is_read_back_from_its_data() -> None:
+    again = Report.from_dict(json.loads(REPORT.to_json()))
+    assert again == REPORT and again.to_json() == REPORT.to_json()
+    with pytest.raises(ArgumentError, match=r"Report\.to_dict"):
+        Report.from_dict({"parameters": [1, 2]})

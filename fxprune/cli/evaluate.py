@@ -1,0 +1,105 @@
+"""The command that says what saved models are worth, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fxprune.cli.console import Device, Dtype, Json, app, clear_errors, console, print_json, progress
+from fxprune.cli.load import load_either
+from fxprune.cli.several import checked
+from fxprune.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from fxprune.evaluation.comparison import Column
+
+__all__ = ["evaluate"]
+
+_BUILT_IN = "docstrings of Python"
+_WINDOWS = 64
+"""Of the built-in text: a minute or less with a small model on a processor."""
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Model folders, ids on a hub, or GGUF files.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to predict: a .txt, .jsonl or .json file, wikitext2 or ptb; may be given again."),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Comma-separated tasks of lm-eval, as in 'piqa,arc_easy', or .jsonl files.")
+    ] = None,
+    compare: Annotated[str | None, typer.Option(help="Model to compare with, as a rule the dense one.")] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that a model sees at once.")] = 256,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help=f"The most windows of a text; all, and {_WINDOWS} of the built-in text.")
+    ] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="The most questions of a task.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows or questions in one call.")] = 8,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure MODELS, dense or slim: their size, their perplexity on a text, their accuracy on tasks."""
+    with clear_errors():
+        compared = checked([*([compare] if compare else []), *models], dtype, device)
+        options: dict[str, Any] = {"window": window, "windows": windows, "questions": questions, "batch": batch}
+        options |= {"texts": _texts(text, tasks), "tasks": _tasks(tasks), "track": progress}
+        if not text:
+            options["windows"] = windows or _WINDOWS
+        columns = _measured(compared, {"dtype": dtype, "device": device}, options)
+        from fxprune.evaluation.comparison import Comparison
+
+        settings = {"window": window, "windows": options["windows"], "questions": questions}
+        comparison = Comparison(columns, settings)
+        if as_json:
+            print_json(comparison.to_dict())
+        else:
+            console.print(comparison.table())
+
+
+def _measured(models: dict[str, str], loading: dict[str, Any], options: dict[str, Any]) -> tuple[Column, ...]:
+    """Measure one model after the other; one that was saved without a tokenizer has that of the one before."""
+    from fxprune.evaluation.comparison import measure_model
+
+    columns, tokenizer = [], None
+    for name, place in models.items():
+        model, own = load_either(place, None, with_tokenizer=tokenizer is None, **loading)
+        tokenizer = own or tokenizer
+        columns.append(measure_model(name, model, tokenizer, **options))
+    return tuple(columns)
+
+
+def _texts(given: list[str] | None, tasks: str | None) -> dict[str, str | Path]:
+    """Return texts by name, read once to see that they are there.
+
+    Raises:
+        EvaluationError: one is empty.
+    """
+    from fxprune.data.text import offline_docstrings
+    from fxprune.evaluation.corpora import load_corpus, named_corpora
+
+    if not given:
+        return {} if tasks else {_BUILT_IN: offline_docstrings()}
+    texts = named_corpora(given)
+    for name, source in texts.items():
+        if not load_corpus(source).strip():
+            raise EvaluationError("the text is empty", where=name, remedy="Give a file with text in it")
+    return texts
+
+
+def _tasks(given: str | None) -> list[str]:
+    """Return the names of tasks.
+
+    Raises:
+        UnknownNameError: there is no such task.
+    """
+    names = [name.strip() for name in (given or "").split(",") if name.strip()]
+    if names:
+        from fxprune.evaluation.zeroshot import check_tasks
+
+        check_tasks(names)
+    return names

@@ -1,0 +1,36 @@
+"""Folders that the tests of commands read: a dense model, and what prunes of it wrote."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+
+import fxprune
+from tests.export.small import tokenizer
+from tests.models import tiny
+from tests.tokens import TEMPLATE
+
+
+@pytest.fixture(scope="package")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``dense``, which chats, and ``slim``: a third of its heads is gone, and more of one layer's MLP.
+
+    What is left of the heads is more than a config of the class may say.
+    """
+    folder = tmp_path_factory.mktemp("models")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
+    dense = tiny("llama", num_hidden_layers=2, **sizes)
+    chats = copy.copy(tokenizer())
+    chats.chat_template = TEMPLATE
+    dense.save_pretrained(folder / "dense")
+    chats.save_pretrained(folder / "dense")
+    recipe = "find-groups, l2, select-by-ratio{ratio=0.2, protect=[]}, count-work, make-verification-inputs, "
+    recipe += "record-expected, shrink, verify-removal, emit-model, make-report"
+    slim = fxprune.Pipeline(recipe)(fxprune.trace(dense).graph_module).graph_module
+    result = fxprune.Result.of(slim)
+    result.save_pretrained(folder / "slim", chats)
+    (folder / "slim/plan.json").write_text(result.plan.to_json())
+    (folder / "slim/report.json").write_text(result.report.to_json())
+    return folder

@@ -1,0 +1,78 @@
+"""Saved models measured from the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import fxprune
+import fxprune.cli.evaluate
+from fxprune.data.text import offline_docstrings
+from tests.cli.running import refused, run
+
+TEXT = "A quiet river runs past the old mill, and nobody counts the boats on it. " * 8
+
+
+def test_slim_stands_beside_dense(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text(TEXT)
+    more = ("--text", tmp_path / "story.txt", "--window", 32)
+    code, output, _ = run("eval", models / "slim", "--compare", models / "dense", *more)
+    assert code == 0 and "┃ dense ┃ slim ┃" in output
+    assert all(word in output for word in ("│ parameters │", "│ memory, MB │", "│ perplexity, story │"))
+    assert "latency" not in output and "MACs" not in output, "these are not measured"
+    code, output, _ = run("eval", models / "slim", "--compare", models / "dense", *more, "--json")
+    dense, slim = json.loads(output)["columns"]
+    model = fxprune.from_pretrained(models / "slim")
+    assert slim["parameters"] == sum(p.numel() for p in model.parameters()) < dense["parameters"]
+    assert slim["evaluation"]["perplexities"]["story"]["window"] == 32
+    assert (slim["name"], slim["macs"], slim["latency_ms"]) == ("slim", None, None)
+
+
+def test_built_in_text_is_taken_in_part(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, object] = {}
+
+    def measured(compared: object, loading: object, options: dict[str, object]) -> None:
+        seen.update(options)
+        raise fxprune.FxpruneError("seen")
+
+    monkeypatch.setattr(fxprune.cli.evaluate, "_measured", measured)
+    refused("eval", models / "slim")
+    assert seen["texts"] == {"docstrings of Python": offline_docstrings()} and seen["windows"] == 64
+    refused("eval", models / "slim", "--windows", 3)
+    assert seen["windows"] == 3
+
+
+def test_tasks_in_a_file_are_asked(models: Path, tmp_path: Path) -> None:
+    question = {"query": "Two and two is", "choices": [" four", " five"], "gold": 0}
+    (tmp_path / "sums.jsonl").write_text(json.dumps(question))
+    code, output, _ = run("eval", models / "dense", models / "slim", "--tasks", tmp_path / "sums.jsonl")
+    assert (
+        code == 0 and "│ sums, acc_norm │" in output and "│ retained │ 100.0%" in output and "perplexity" not in output
+    )
+
+
+def test_a_model_without_a_tokenizer_has_that_of_the_dense_one(models: Path, tmp_path: Path) -> None:
+    fxprune.save_pretrained(fxprune.from_pretrained(models / "slim"), tmp_path / "slim")
+    (tmp_path / "story.txt").write_text(TEXT)
+    more = ("--text", tmp_path / "story.txt", "--window", 32, "--json")
+    code, output, line = run("eval", tmp_path / "slim", "--compare", models / "dense", *more)
+    assert code == 0, line
+    assert output.startswith('{ "settings"')
+    assert "cannot be loaded" in refused("eval", tmp_path / "slim", *more)
+
+
+def test_wrong_uses_end_in_one_line(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("a b")
+    slim = models / "slim"
+    assert "empty: the text is empty" in refused("eval", slim, "--text", tmp_path / "empty.txt")
+    assert "holds no window of 256" in refused("eval", slim, "--text", tmp_path / "short.txt")
+    assert "Did you mean 'wikitext2'" in refused("eval", slim, "--text", "wikitext")
+    assert "Did you mean 'piqa'" in refused("eval", slim, "--tasks", "arc_easy, piqqa")
+    assert "cannot be read" in refused("eval", slim, "--tasks", tmp_path / "none.jsonl")
+    assert "no such folder" in refused("eval", slim, "--compare", tmp_path / "none")
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    assert "pip install 'fxprune[eval]'" in refused("eval", slim, "--tasks", "piqa")

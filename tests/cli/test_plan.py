@@ -1,0 +1,105 @@
+"""Plans shown and compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import fxprune
+from fxprune.cli.plan import read_plan
+from fxprune.removal.report import Report
+from tests.cli.running import refused, run
+
+NAME = "model.layers.{}.mlp.{}.weight"
+
+
+def plan(*blocks: int, kept: int = 5, removed: tuple[str, ...] = (), norm: str = "sliced") -> fxprune.Plan:
+    """A plan that leaves the first of 8 channels of some blocks."""
+    axes = {NAME.format(b, part): {axis: list(range(kept))} for b in blocks for part, axis in (("up", 0), ("down", 1))}
+    sizes = {name: dict.fromkeys(by_axis, 8) for name, by_axis in axes.items()}
+    return fxprune.Plan(axes, removed, sizes, norm)
+
+
+def written(path: Path, what: fxprune.Plan) -> Path:
+    path.write_text(what.to_json())
+    return path
+
+
+def test_what_went_is_shown_by_block_and_kind(models: Path) -> None:
+    code, output, _ = run("plan", "show", models / "slim")
+    assert code == 0 and "│ model.layers.0 │ 4 to 3 │ 96 to" in output and "25.0% of 8 gone" in output
+    dense, slim = json.loads((models / "slim/report.json").read_text())["parameters"]
+    assert f"parameters: {dense:,} to {slim:,}, " in output and "norms over units that go: sliced" in output
+    assert run("plan", "show", models / "slim/plan.json") == (code, output, "")
+
+
+def test_a_checkpoint_alone_has_its_plan(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "fxprune.json").write_bytes((models / "slim/fxprune.json").read_bytes())
+    assert run("plan", "show", tmp_path) == run("plan", "show", models / "slim")
+
+
+def test_a_plan_without_a_report_is_shown_by_parameters(tmp_path: Path) -> None:
+    path = written(tmp_path / "plan.json", plan(0, removed=("model.layers.1",)))
+    code, output, _ = run("plan", "show", path)
+    assert code == 0 and "│ model.layers.0 │ mlp.up.weight[0] and 1 more │ 8 │ 3 │" in output
+    assert "layer removed: model.layers.1" in output and "there is no report.json" in output
+    assert "the plan removes nothing" in run("plan", "show", written(path, fxprune.Plan()))[1]
+
+
+def test_a_plan_beside_a_file_is_found(tmp_path: Path) -> None:
+    written(tmp_path / "slim.plan.json", plan(0))
+    report = Report((10, 9), (20, 18), 64, widths={"model.layers.0/mlp": (8, 5)})
+    (tmp_path / "slim.report.json").write_text(report.to_json())
+    found = read_plan(tmp_path / "slim.gguf")
+    assert found.plan == plan(0) and found.report == report
+    assert read_plan(tmp_path / "slim.plan.json") == found
+    (tmp_path / "slim.report.json").write_text("[]")
+    assert "slim.report.json: it is not a report" in refused("plan", "show", tmp_path / "slim.gguf")
+
+
+def test_json_has_all_axes(tmp_path: Path) -> None:
+    code, output, _ = run("plan", "show", written(tmp_path / "plan.json", plan(0, norm="masked")), "--json")
+    axes = [{"block": "model.layers.0", "axes": ["mlp.up.weight[0]", "mlp.down.weight[1]"], "size": 8, "removed": 3}]
+    assert code == 0
+    assert json.loads(output) == {"norm": "masked", "removed_blocks": [], "widths": {}, "axes": axes}
+
+
+def test_equal_plans_say_so(models: Path, tmp_path: Path) -> None:
+    path = written(tmp_path / "again.json", read_plan(models / "slim").plan)
+    assert run("plan", "diff", models / "slim", path) == (0, "the plans remove the same", "")
+
+
+def test_plans_that_differ_end_in_1(tmp_path: Path) -> None:
+    one = written(tmp_path / "a.json", plan(0, 1, removed=("model.layers.3",)))
+    other = written(tmp_path / "b.json", plan(1, 2, kept=6, norm="masked"))
+    code, output, _ = run("plan", "diff", one, other)
+    assert code == 1
+    for block, alone, second, both in ((0, 3, 0, 0), (1, 1, 0, 2), (2, 0, 2, 0)):
+        row = f"│ model.layers.{block} │ mlp.up.weight[0] and 1 more │ 8 │ {alone} │ {second} │ {both} │"
+        assert row in output
+    assert "layer removed by the first alone: model.layers.3" in output
+    assert "norms over units that go: sliced by the first, masked by the second" in output
+    code, output, _ = run("plan", "diff", one, other, "--json")
+    data = json.loads(output)
+    assert code == 1 and not data["same"] and data["removed_blocks"] == {"first": ["model.layers.3"], "second": []}
+    assert [one["first"] for one in data["axes"]] == [3, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "there is no plan"), ("{", "Name the plan.json that a prune wrote"), ('{"a": 1}', "it is of version None")],
+)
+def test_what_is_no_plan_is_told(tmp_path: Path, content: str | None, says: str) -> None:
+    path = tmp_path / "plan.json"
+    if content is not None:
+        path.write_text(content)
+    assert says in refused("plan", "show", path) and says in refused("plan", "diff", path, path)
+
+
+def test_plans_for_models_of_different_sizes_are_not_compared(tmp_path: Path) -> None:
+    one, other = plan(0), plan(0)
+    other.sizes[NAME.format(0, "up")][0] = 9  # type: ignore[index]
+    line = refused("plan", "diff", written(tmp_path / "a.json", one), written(tmp_path / "b.json", other))
+    assert "model.layers.0.mlp.up.weight[0]: the plans are for axes of different sizes" in line
