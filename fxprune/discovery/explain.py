@@ -15,7 +15,7 @@ from fxprune.errors import FxpruneError, UnknownNameError
 from fxprune.pipeline.arguments import instance, refuse
 from fxprune.rules.statements import Axis
 
-__all__ = ["Step", "explain", "frozen_axes", "frozen_in", "unruled"]
+__all__ = ["Step", "exactness", "explain", "frozen_axes", "frozen_in", "unruled"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,17 @@ def explain(graph: nx.Graph[Axis], member: Axis | tuple[str, int], group: Group 
 def _step(graph: nx.Graph[Axis], a: Axis, b: Axis) -> Step:
     edge = graph.edges[a, b]
     return Step(a, b, edge["op"], edge["node"], axis_map(graph).rules.get(edge["node"], ""))
+
+
+def exactness(axes: AxisMap, group: Group) -> str:
+    """Return what removing units of ``group`` is, next to masking them.
+
+    ``exact``: the same. ``masked``: the same, as a norm that runs over them is kept as masking has it. ``renormalised``:
+    the same up to a norm, or another statistic, that is then one of the units that stay.
+    """
+    if group.renormalised:
+        return "renormalised"
+    return "masked" if group.factor is not None and axes.keeps_norm_over(group.factor) else "exact"
 
 
 def frozen_axes(graph: nx.Graph[Axis]) -> dict[str, Freeze]:

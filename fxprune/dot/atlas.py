@@ -7,24 +7,35 @@ from functools import cached_property
 
 import networkx as nx
 
-from fxprune.axes import Factor, factors
+from fxprune.axes import Factor, Keep, factors
 from fxprune.discovery.dependency import AxisMap, axis_map
 from fxprune.discovery.groups import Group, find_groups
 from fxprune.graph.names import maker_of
+from fxprune.removal.plan import Plan, keep_of
 from fxprune.rules.statements import Axis
 
 __all__ = ["Atlas"]
 
 
 class Atlas:
-    """A dependency graph, its groups, and what is quick to look up in them."""
+    """A dependency graph, its groups, and what is quick to look up in them.
 
-    def __init__(self, graph: nx.Graph[Axis]) -> None:
+    Args:
+        graph: the dependency graph.
+        plan: what goes of the model; None where nothing is said of that.
+
+    Raises:
+        PlanError: the plan is of another model.
+    """
+
+    def __init__(self, graph: nx.Graph[Axis], plan: Plan | None = None) -> None:
         self.graph = graph
         self.axes: AxisMap = axis_map(graph)
         self.groups: tuple[Group, ...] = find_groups(graph)
         self.by_factor: dict[Factor, Group] = {g.factor: g for g in self.groups if g.factor is not None}
         self.weights: frozenset[str] = frozenset(self.axes.weights())
+        self.keep: Keep | None = None if plan is None else keep_of(self.axes, self.groups, plan)
+        self.removed: tuple[str, ...] = () if plan is None else plan.removed_blocks
 
     @cached_property
     def holding(self) -> dict[Factor, list[Axis]]:
@@ -34,6 +45,32 @@ class Atlas:
             for factor in self.factors(axis):
                 found.setdefault(factor, []).append(axis)
         return found
+
+    @cached_property
+    def shades(self) -> dict[Factor, int]:
+        """For the factor of each group, which it is of the groups of its kind in its block."""
+        found: dict[Factor, int] = {}
+        taken: dict[tuple[str | None, str], int] = {}
+        for group in self.groups:
+            if group.factor is not None:
+                count = taken[group.block, group.kind] = taken.get((group.block, group.kind), -1) + 1
+                found[group.factor] = count
+        return found
+
+    def is_sum(self, axis: Axis) -> bool:
+        """Return whether ``axis`` is one of the sum of a residual stream and what a branch adds to it."""
+        return axis.tensor in self.axes.residuals
+
+    @cached_property
+    def sums(self) -> list[Axis]:
+        """The axes of residual sums along which a parameter has units, in order of execution."""
+        held = {factor for name in self.axes.parameters for expr in self.axes.tensors[name] for factor in factors(expr)}
+        return [
+            Axis(name, dim)
+            for name in self.axes.residuals
+            for dim, expr in enumerate(self.axes.tensors[name])
+            if held.intersection(factors(expr))
+        ]
 
     def module(self, axis: Axis) -> str:
         """Return the path of the module that ``axis`` belongs to."""
