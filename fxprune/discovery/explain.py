@@ -83,8 +83,8 @@ def _step(graph: nx.Graph[Axis], a: Axis, b: Axis) -> Step:
 def exactness(axes: AxisMap, group: Group) -> str:
     """Return what removing units of ``group`` is, next to masking them.
 
-    ``exact``: the same. ``masked``: the same, as a norm that runs over them is kept as masking has it. ``renormalised``:
-    the same up to a norm, or another statistic, that is then one of the units that stay.
+    ``exact``: the same. ``masked``: the same, as a norm that runs over them is kept as masking has it.
+    ``renormalised``: the same up to a norm, or another statistic, that is then one of the units that stay.
     """
     if group.renormalised:
         return "renormalised"

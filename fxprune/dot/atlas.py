@@ -21,7 +21,7 @@ class Atlas:
     """A dependency graph, its groups, and what is quick to look up in them.
 
     Args:
-        graph: the dependency graph.
+        graph: the dependency graph; ``Atlas.graph`` has the uses of tied weights at the names that their modules have.
         plan: what goes of the model; None where nothing is said of that.
 
     Raises:
@@ -29,8 +29,8 @@ class Atlas:
     """
 
     def __init__(self, graph: nx.Graph[Axis], plan: Plan | None = None) -> None:
-        self.graph = graph
         self.axes: AxisMap = axis_map(graph)
+        self.graph = _with_own_uses(graph, self.axes)
         self.groups: tuple[Group, ...] = find_groups(graph)
         self.by_factor: dict[Factor, Group] = {g.factor: g for g in self.groups if g.factor is not None}
         self.weights: frozenset[str] = frozenset(self.axes.weights())
@@ -57,6 +57,10 @@ class Atlas:
                 found[group.factor] = count
         return found
 
+    def is_activation(self, axis: Axis) -> bool:
+        """Return whether ``axis`` is of no parameter or buffer."""
+        return axis.tensor not in self.weights
+
     def is_sum(self, axis: Axis) -> bool:
         """Return whether ``axis`` is one of the sum of a residual stream and what a branch adds to it."""
         return axis.tensor in self.axes.residuals
@@ -81,12 +85,22 @@ class Atlas:
         return list(dict.fromkeys(factors(self.graph.nodes[axis]["expr"])))
 
     def in_order(self, axes: Iterable[Axis]) -> list[Axis]:
-        """Return ``axes`` in order of execution; of parallel ones, matrices before what is added to them."""
+        """Return ``axes`` in order of execution; of parallel ones, matrices before what is added to them.
+
+        Weights come before activations.
+        """
         order, tensors = self.axes.order, self.axes.tensors
         place = {name: i for i, name in enumerate(tensors)}
         return sorted(
             axes,
-            key=lambda a: (self.rank(a), -len(tensors[a.tensor]), order.get(a.tensor, 0), place[a.tensor], a.dim),
+            key=lambda a: (
+                self.rank(a),
+                self.is_activation(a),
+                -len(tensors[a.tensor]),
+                order.get(a.tensor, 0),
+                place[a.tensor],
+                a.dim,
+            ),
         )
 
     def rank(self, axis: Axis) -> float:
@@ -130,3 +144,20 @@ class Atlas:
                 later = max(maker_of(a.tensor), maker_of(b.tensor), key=position.__getitem__)
                 found.setdefault(later, []).append((a, b))
         return dict(sorted(found.items(), key=lambda item: position[item[0]]))
+
+
+def _with_own_uses(graph: nx.Graph[Axis], axes: AxisMap) -> nx.Graph[Axis]:
+    """Return ``graph`` with each use of a tied weight at the name that the module using it has for the weight.
+
+    A traced graph reads such a weight by one of its names alone.
+    """
+    names = {(owner, name.rpartition(".")[0]): name for name, owner in axes.tied.items()}
+    names |= {(owner, owner.rpartition(".")[0]): owner for owner in axes.tied.values()}
+    owners = axes.tied | {owner: owner for owner in axes.tied.values()}
+    weights, told = set(axes.weights()), nx.Graph(graph)
+    for a, b, data in graph.edges(owners and [axis for axis in graph if axis.tensor in owners], data=True):
+        name = names.get((owners[a.tensor], axes.modules.get(data["node"], "")), a.tensor)
+        if name != a.tensor and b.tensor not in weights:
+            told.remove_edge(a, b)
+            told.add_edge(Axis(name, a.dim), b, **data)
+    return told

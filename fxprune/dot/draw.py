@@ -80,11 +80,19 @@ class _Picture:
         """Return the axes shown as a tree of module paths."""
         root = _Box("")
         for axis in self.view.axes:
-            box, path = root, "" if axis in self.view.entering else self.atlas.module(axis)
+            box, path = root, self._home(axis)
             for part in path.split(".") if path else ():
                 box = box.inner.setdefault(part, _Box(f"{box.path}.{part}" if box.path else part))
             box.axes.append(axis)
         return root
+
+    def _home(self, axis: Axis) -> str:
+        """Return the path of the frame that ``axis`` is drawn in: none that is there for it alone."""
+        path = self.atlas.module(axis)
+        block = owner_block(path, self.atlas.axes.blocks) if axis in self.view.entering else None
+        if axis not in self.view.entering or (self.view.folds and block is None):
+            return path
+        return block.rpartition(".")[0] if block is not None and self.view.folds else ""
 
     def _fill(self, into: pydot.Graph, box: _Box, above: str = "", depth: int = 0) -> None:
         """Draw what is in ``box``; leave out paths with nothing of their own and a single box in them."""
@@ -108,7 +116,7 @@ class _Picture:
             label = f"{label}: removed as a whole"
         return pydot.Subgraph(
             _quoted(f"cluster_{path}"),
-            label=_quoted(label),
+            label=_quoted(label).replace("\\n", "\\l"),
             tooltip=_quoted(f"module {path}"),
             style=_quoted("rounded,filled,dashed" if gone else "rounded,filled"),
             color=_quoted(hue_of("layer", strong=True) if path in self.atlas.axes.bypasses else "#b8b8b8"),
@@ -130,7 +138,7 @@ class _Picture:
         if not any(sizes):
             told = f"{names}: {plural(len(fold.blocks), 'block')}, the same" if fold.hidden else names
         gone = [block for block in fold.blocks if block in self.atlas.removed]
-        return f"{told}\n{numbered(gone, among)} removed as a whole" if gone else told
+        return f"{told}\n{numbered(gone, among)} removed as a whole\n" if gone else told
 
     def _node(self, axis: Axis) -> pydot.Node:
         """Return a box in the colours of its groups; activations are rounded, the trigger has a thick double frame.
@@ -147,7 +155,7 @@ class _Picture:
             return pydot.Node(_name(axis), label=_quoted("+"), fontsize=20, **round_box, **paint, **own)
         label = f"stream\n{self.words.expression(axis)}" if axis in self.view.entering else self.words.label(axis)
         fill, style = self._painted(axis)
-        if axis.tensor not in self.atlas.weights and style == "filled":
+        if self.atlas.is_activation(axis) and style == "filled":
             style = "filled,rounded"
         return pydot.Node(
             _name(axis),
@@ -193,9 +201,8 @@ class _Picture:
         )
 
     def _carries_stream(self, coupling: Coupling) -> bool:
-        """Whether ``coupling`` leads to a residual sum as the stream, not as what a branch adds."""
-        source = self.atlas.axes.residuals.get(coupling.target.tensor)
-        return any(way[-2].tensor == source for way in coupling.ways.values())
+        """Whether ``coupling`` leads to a residual sum as the stream, not as what a branch adds, or through blocks."""
+        return self.atlas.is_activation(coupling.source) and self.atlas.is_activation(coupling.target)
 
     def _inside_tensors(self) -> Iterable[pydot.Edge]:
         """Yield thin lines from the axis of a parameter that is used first to the next: the way the data goes."""

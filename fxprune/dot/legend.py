@@ -94,36 +94,32 @@ class Legend:
 
     def _width_rows(self) -> list[str]:
         """A row for each kind of group in blocks, with a cell for each block: what stays, or how wide it is."""
-        found: dict[tuple[str, int], dict[str, tuple[int, int]]] = {}
+        shares: dict[tuple[str, int], dict[str, float]] = {}
         for group in self.atlas.groups if self.view.folds else ():
-            if group.factor is None or group.block is None:
-                continue
-            keep, size = self.atlas.keep, group.size
-            kept = 0 if group.block in self.atlas.removed else size if keep is None else keep.count(group.factor)
-            row = found.setdefault((self.words.kind(group), self.atlas.shades[group.factor]), {})
-            row[group.block] = kept, size
-        uneven = [key for key, row in found.items() if len({size for _, size in row.values()}) > 1]
-        if self.atlas.keep is None and not uneven:
-            return []
-        blocks = self.atlas.axes.blocks
-        parts = [blocks[i : i + _COLUMNS] for i in range(0, len(blocks), _COLUMNS)]
-        return [line for part in parts for line in self._width_part(part, found)]
-
-    def _width_part(
-        self, blocks: tuple[str, ...], found: Mapping[tuple[str, int], Mapping[str, tuple[int, int]]]
-    ) -> list[str]:
-        numbers = "".join(f"<TD>{html.escape(block.rpartition('.')[2])}</TD>" for block in blocks)
-        rows = [f'<TR><TD ALIGN="LEFT"><B>% that stays in block</B></TD>{numbers}</TR>']
+            if group.factor is not None and group.block is not None:
+                row = shares.setdefault((self.words.kind(group), self.atlas.shades[group.factor]), {})
+                row[group.block] = self._width(group)
         if self.atlas.keep is None:
-            rows = [f'<TR><TD ALIGN="LEFT"><B>% of the widest block</B></TD>{numbers}</TR>']
-        for (kind, shade), row in found.items():
-            widest = max(size for _, size in row.values())
-            cells = []
-            for block in blocks:
-                kept, size = row.get(block, (0, 0))
-                share = kept / (widest if self.atlas.keep is None else max(size, 1))
-                cells.append(_cell(share, hue_of(kind, shade)) if size else "<TD></TD>")
-            number = f" {shade + 1}" if (kind, 1) in found else ""
+            shares = {key: {b: size / max(row.values()) for b, size in row.items()} for key, row in shares.items()}
+        uneven = {key: row for key, row in shares.items() if min(row.values()) < 1}
+        blocks = self.atlas.axes.blocks if uneven else ()
+        parts = (blocks[i : i + _COLUMNS] for i in range(0, len(blocks), _COLUMNS))
+        return [line for part in parts for line in self._width_part(part, uneven)]
+
+    def _width(self, group: Group) -> float:
+        """The fraction of a group's units that a plan leaves; without a plan, how many units there are."""
+        assert group.factor is not None
+        if self.atlas.keep is None:
+            return group.size
+        return 0.0 if group.block in self.atlas.removed else self.atlas.keep.count(group.factor) / group.size
+
+    def _width_part(self, blocks: Iterable[str], shares: Mapping[tuple[str, int], Mapping[str, float]]) -> list[str]:
+        head = "% of the widest block" if self.atlas.keep is None else "% that stays in block"
+        numbers = "".join(f"<TD>{html.escape(block.rpartition('.')[2])}</TD>" for block in blocks)
+        rows = [f'<TR><TD ALIGN="LEFT"><B>{head}</B></TD>{numbers}</TR>']
+        for (kind, shade), row in shares.items():
+            number = f" {shade + 1}" if sum(other == kind for other, _ in shares) > 1 else ""
+            cells = (_cell(row[block], hue_of(kind, shade)) if block in row else "<TD></TD>" for block in blocks)
             rows.append(f'<TR><TD ALIGN="LEFT">{kind}{number}</TD>{"".join(cells)}</TR>')
         return rows
 

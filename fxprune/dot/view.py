@@ -88,7 +88,8 @@ def contracted(atlas: Atlas, title: str, shown: Iterable[Axis]) -> View:
         known = {p: ways[factor].get(p) or web.way(p) for p in pairs if ends.issuperset(p)} if len(ends) > 1 else {}
         for pair, way in _tree(atlas, {p: w for p, w in known.items() if w}).items():
             lines.setdefault(pair, {})[factor] = way
-    couplings = (Coupling(a, b, found, ranks=atlas.rank(a) < atlas.rank(b)) for (a, b), found in lines.items())
+    place = {axis: (atlas.rank(axis), atlas.is_activation(axis)) for axis in axes}
+    couplings = (Coupling(a, b, found, ranks=place[a] < place[b]) for (a, b), found in lines.items())
     return View(title, tuple(axes), tuple(couplings))
 
 
@@ -132,16 +133,19 @@ class _Web:
 
 
 def _tree(atlas: Atlas, ways: Mapping[_Pair, _Way]) -> dict[_Pair, _Way]:
-    """Return the ways of a minimum spanning tree; those between parallel branches count as longer than all others.
+    """Return the ways of a minimum spanning tree.
 
-    Those of a stream, from one activation to the next, come first.
+    Those of a stream, from one activation to the next, come first. Those between parallel branches count as longer than
+    all others, and those between names of one tensor as longer still.
     """
     metric: nx.Graph[Axis] = nx.Graph()
     longest = max(map(len, ways.values()), default=0)
     for (a, b), way in ways.items():
         parallel = atlas.rank(a) == atlas.rank(b)
-        stream = atlas.weights.isdisjoint((a.tensor, b.tensor))
-        metric.add_edge(a, b, weight=0 if stream else len(way) + parallel * longest, pair=(a, b))
+        stream = atlas.is_activation(a) and atlas.is_activation(b)
+        tied = not any(map(atlas.is_activation, way))
+        weight = 0 if stream else len(way) + parallel * longest + 2 * tied * longest
+        metric.add_edge(a, b, weight=weight, pair=(a, b))
     pairs = (data["pair"] for _, _, data in nx.minimum_spanning_edges(metric, data=True))
     return {pair: ways[pair] for pair in pairs}
 

@@ -74,24 +74,22 @@ class Words:
         return before if before == after else f"{before}→{after}"
 
     def share(self, axis: Axis) -> float:
-        """Return how much of ``axis`` a plan leaves, from 0 to 1; of blocks drawn as one, on average."""
+        """Return how much of ``axis`` a plan leaves, from 0 to 1; of blocks drawn as one, on average of those that stay."""
         keep, nodes = self._atlas.keep, self._atlas.graph.nodes
         if keep is None:
             return 1.0
-        alike = self._axes.get(axis, (axis,))
-        sizes = [(nodes[a]["size"], 0 if self._is_removed(a) else kept_size(nodes[a]["expr"], keep)) for a in alike]
-        return sum(kept / size for size, kept in sizes) / len(sizes)
+        left = [nodes[a] for a in self._axes.get(axis, (axis,)) if not self._is_removed(a)]
+        return sum(kept_size(node["expr"], keep) / node["size"] for node in left) / len(left) if left else 0.0
 
     def label(self, axis: Axis) -> str:
         """``axis`` in two or three short lines."""
         tensor = axis.tensor
         if tensor in self._atlas.weights:
             tensor = ".".join(tensor.split(".")[-2:])
+        lines = textwrap.wrap(self.expression(axis), _WIDTH, break_long_words=False, break_on_hyphens=False)
         share = self.share(axis)
-        left = f" {share:.0%} stays" if share < 1 else ""
-        text = f"{self.expression(axis)}{left}"
-        lines = textwrap.wrap(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
-        return "\n".join((f"{tensor}[{axis.dim}]", *lines))
+        stays = [f"{share:.0%} stays"] if share < 1 else []
+        return "\n".join((f"{tensor}[{axis.dim}]", *lines, *stays))
 
     def about(self, axis: Axis) -> str:
         """Everything about ``axis``."""
@@ -139,8 +137,8 @@ class Words:
         ops = [op for op, _ in steps]
         names = [self.op(op) for op in ops if not moves_values(op)] or [self.op(op) for op in ops]
         names = [name for name, _ in itertools.groupby(names)]
-        inner = {owner_block(self._atlas.module(axis), self._hidden) for axis in way} - {None}
-        if inner:
+        inner = {owner_block(self._atlas.module(axis), self._hidden) for axis in way[1:]} - {None}
+        if inner and self._atlas.is_activation(coupling.source):
             return textwrap.fill(f"through {plural(len(inner), 'more block')}", _WIDTH)
         if len(names) > _OPS_SHOWN:
             names = [*names[: _OPS_SHOWN // 2], "...", *names[-_OPS_SHOWN // 2 :]]

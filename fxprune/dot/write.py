@@ -128,7 +128,7 @@ def _whole_view(atlas: Atlas, fold: bool) -> View:
     """Return a picture of the axes of all parameters; of blocks that are the same, of those of the first."""
     folds = find_folds(atlas) if fold else ()
     sums = _outside(atlas, atlas.sums, folds)
-    entering = frozenset(_sources(atlas, sums)).difference(_outside(atlas, atlas.graph.nodes, folds))
+    entering = frozenset(_sources(atlas, sums)).difference(sums)
     shown = [*_outside(atlas, _coupled(atlas, _below(atlas, "")), folds), *sums, *entering]
     count, drawn = len(atlas.axes.blocks), len(folds)
     title = f"The whole model: {plural(count, 'block')}, of which {drawn} drawn" if drawn < count and fold else ""
