@@ -11,6 +11,7 @@ from fxprune.dot.atlas import Atlas
 from fxprune.dot.colours import FROZEN, WHITE, hue_of
 from fxprune.dot.view import View
 from fxprune.dot.words import Words, plural
+from fxprune.graph.blocks import owner_block
 
 __all__ = ["Legend"]
 
@@ -81,7 +82,7 @@ class Legend:
         if self.view.trigger is not None:
             notes[1] = ("→", "ops couple two axes: the search went this way from the trigger")
             notes.append(("⇢", "dashed: couples, too, and was not needed to get here"))
-        if any(set(self.atlas.axes.bypasses).intersection(fold.blocks) for fold in self.view.folds):
+        if any(owner_block(self.atlas.module(axis), tuple(self.atlas.axes.bypasses)) for axis in self.view.axes):
             notes.append((_coloured("▢", hue_of("layer", strong=True)), "a block that can go as a whole"))
         if any(fold.hidden for fold in self.view.folds):
             notes.append(("<B>▢</B>", "thick frame: blocks that are the same, drawn once; 8..12 is from 8 to 12"))

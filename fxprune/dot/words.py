@@ -74,7 +74,7 @@ class Words:
         return before if before == after else f"{before}→{after}"
 
     def share(self, axis: Axis) -> float:
-        """Return how much of ``axis`` a plan leaves, from 0 to 1; of blocks drawn as one, on average of those that stay."""
+        """Return how much of ``axis`` a plan leaves, from 0 to 1; of blocks drawn as one, on average of those left."""
         keep, nodes = self._atlas.keep, self._atlas.graph.nodes
         if keep is None:
             return 1.0

@@ -10,6 +10,7 @@ from dataclasses import replace
 import networkx as nx
 
 from fxprune.discovery.groups import Group
+from fxprune.discovery.lookup import find_group
 from fxprune.dot.atlas import Atlas
 from fxprune.dot.draw import draw
 from fxprune.dot.fold import Fold, find_folds
@@ -73,18 +74,11 @@ def write_dot(
 def _view(atlas: Atlas, layer: str | int | None, group: Group | str | None, everything: bool, fold: bool) -> View:
     """Return the picture that the arguments of :func:`write_dot` ask for."""
     if group is not None:
-        return _group_view(atlas, _find_group(atlas, group), layer, fold)
+        name = group if isinstance(group, str) else instance("group", group, Group, "a group, or the name of one").name
+        return _group_view(atlas, find_group(atlas.groups, name), layer, fold)
     if everything or (layer is None and not atlas.axes.blocks):
         return _whole_view(atlas, fold)
     return _module_view(atlas, _find_module(atlas, layer))
-
-
-def _find_group(atlas: Atlas, group: Group | str) -> Group:
-    name = group if isinstance(group, str) else instance("group", group, Group, "a group, or the name of one").name
-    found = next((g for g in atlas.groups if g.name == name), None)
-    if found is None:
-        raise UnknownNameError("group", name, (g.name for g in atlas.groups))
-    return found
 
 
 def _find_module(atlas: Atlas, layer: str | int | None) -> str:
