@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
 
@@ -48,13 +49,18 @@ class Atlas:
 
     @cached_property
     def shades(self) -> dict[Factor, int]:
-        """For the factor of each group, which it is of the groups of its kind in its block."""
+        """For the factor of each group, which it is of the groups of its kind that its block has to do with.
+
+        Those that span blocks come first.
+        """
         found: dict[Factor, int] = {}
-        taken: dict[tuple[str | None, str], int] = {}
-        for group in self.groups:
+        taken: Counter[tuple[str | None, str]] = Counter()
+        for group in sorted(self.groups, key=lambda group: group.block is not None):
             if group.factor is not None:
-                count = taken[group.block, group.kind] = taken.get((group.block, group.kind), -1) + 1
-                found[group.factor] = count
+                found[group.factor] = taken[group.block, group.kind]
+                if group.block is not None:
+                    found[group.factor] += taken[None, group.kind]
+                taken[group.block, group.kind] += 1
         return found
 
     def is_activation(self, axis: Axis) -> bool:
