@@ -183,7 +183,7 @@ def _axis_lines(dependencies: Any, name: str, dim: int | None, wanted: str | Non
 
     axis = find_axis(dependencies, name, dim)
     found = groups_of(dependencies, axis)
-    group = find_group(fxprune.find_groups(dependencies), wanted) if wanted else next(iter(found), None)
+    group = find_group(found, wanted) if wanted and found else next(iter(found), None)
     steps = fxprune.explain(dependencies, axis, group)
     assert group is not None  # explain refuses an axis in none
     lines = [f"{axis.tensor}[{axis.dim}] is in {_told(dependencies, group)}"]

@@ -52,7 +52,7 @@ def find_axis(graph: nx.Graph[Axis], name: str, dim: int | None = None) -> Axis:
 
 
 def find_group(groups: Iterable[Group], name: str) -> Group:
-    """Return the group of this name, or the one whose name ends so after a dot.
+    """Return the group of this name, or the one whose name ends so: ``layers.3/mlp``, or ``mlp`` among a few.
 
     Raises:
         UnknownNameError: no group is called so; suggests the nearest.
@@ -97,9 +97,9 @@ def _only(name: str, found: list[str]) -> str:
 
 
 def _ends(full: str, name: str) -> bool:
-    """Whether ``full`` is ``name``, or ends so after a dot; ``*`` stands for any number."""
+    """Whether ``full`` is ``name``, or ends so after a dot or a slash; ``*`` stands for any number."""
     pattern = re.escape(name).replace(r"\*", r"\d+")
-    return re.search(rf"(^|\.){pattern}$", full) is not None
+    return re.search(rf"(^|[./]){pattern}$", full) is not None
 
 
 def _has(count: int) -> str:
