@@ -20,7 +20,7 @@ ARGS ?=
 CASES ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo recover-demo test fuzz lint format type bench bench-criteria bench-quality bench-reference bench-recover bench-discovery coverage families results docs clean
+.PHONY: help setup demo recover-demo test fuzz lint format type bench bench-criteria bench-quality bench-reference bench-recover bench-discovery coverage families results pictures docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -88,6 +88,9 @@ results: $(STAMP) ## Write docs/results.md, docs/latency.md and docs/quality.md 
 	$(RUN) -m benchmarks.tables
 	$(RUN) -m benchmarks.latency.page
 	$(RUN) -m benchmarks.quality_page
+
+pictures: $(STAMP) ## Draw the pictures of the documentation into docs/pictures/ (needs Graphviz)
+	$(RUN) -m benchmarks.pictures
 
 docs: $(STAMP) ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

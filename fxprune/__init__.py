@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fxprune.discovery.dependency import Dependencies, dependency_graph
     from fxprune.discovery.explain import explain
     from fxprune.discovery.groups import Group, Groups, Member, find_groups
-    from fxprune.dot import write_dot
+    from fxprune.dot.write import write_dot
     from fxprune.emit.emitted import Emitted
     from fxprune.errors import FxpruneError
     from fxprune.evaluation import Evaluation, evaluate
@@ -43,7 +43,7 @@ _PLACES = {
     "discovery.dependency": ("Dependencies", "dependency_graph"),
     "discovery.explain": ("explain",),
     "discovery.groups": ("Group", "Groups", "Member", "find_groups"),
-    "dot": ("write_dot",),
+    "dot.write": ("write_dot",),
     "emit.emitted": ("Emitted",),
     "errors": ("FxpruneError",),
     "evaluation": ("Evaluation", "evaluate"),

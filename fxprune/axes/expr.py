@@ -148,16 +148,21 @@ def beside(
             yield from beside(part, factor, before + left, right + after)
 
 
-def render(expr: Expr, name: Callable[[Factor], str] = lambda factor: f"f{factor.uid}") -> str:
+def render(
+    expr: Expr,
+    name: Callable[[Factor], str] = lambda factor: f"f{factor.uid}",
+    size: Callable[[Factor], object] = lambda factor: factor.size,
+) -> str:
     """``expr`` as text, as in ``(kv:2 * rep:2 * [rot:8 | rot:8])``.
 
     Args:
         expr: the expression.
         name: gives each factor its name.
+        size: gives what stands behind the name.
     """
     if isinstance(expr, Factor):
-        return f"{name(expr)}:{expr.size}"
+        return f"{name(expr)}:{size(expr)}"
     if not expr.parts:
         return "1"
-    inner = [render(part, name) for part in expr.parts]
+    inner = [render(part, name, size) for part in expr.parts]
     return f"({' * '.join(inner)})" if isinstance(expr, Product) else f"[{' | '.join(inner)}]"

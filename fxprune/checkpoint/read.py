@@ -23,7 +23,7 @@ from fxprune.modelling.layerwise import SECTION, overrides_in
 from fxprune.pipeline.arguments import as_path, flag, refuse
 from fxprune.removal.plan import Plan
 
-__all__ = ["from_pretrained"]
+__all__ = ["build_empty", "from_pretrained"]
 
 _TURNS = 20
 """A turn is lost where another process takes the folder away within the moment in which its files are linked."""
@@ -104,6 +104,17 @@ def _loaded(
             remedy="Copy the folder again, or save the model again",
         )
     return _as_stock(model, stock)
+
+
+def build_empty(folder: str | os.PathLike[str]) -> PreTrainedModel:
+    """Return the model of a folder that :func:`~fxprune.save_pretrained` wrote, on ``meta``; no weight is read.
+
+    Raises:
+        CheckpointError: the config in the folder is not one that can be loaded.
+    """
+    stock, config = _classes(_local(folder), None)
+    with on_meta():
+        return _as_stock(pruned_class(stock, type(config))(config), stock)
 
 
 def _as_stock(model: PreTrainedModel, stock: type[PreTrainedModel]) -> PreTrainedModel:

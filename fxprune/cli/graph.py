@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
-import subprocess
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,30 +13,44 @@ import typer
 from rich.table import Column, Table
 
 import fxprune
-from fxprune.cli.console import Folder, Gguf, app, clear_errors, console, errors
+from fxprune.cli.console import Folder, Gguf, app, clear_errors, console
 from fxprune.cli.load import readable, where_and_file
-from fxprune.errors import FxpruneError, UnknownNameError
+from fxprune.errors import ArgumentError
 
 __all__ = ["explain", "graph"]
 
-_PICTURES = (".png", ".svg")
+Norm = Annotated[
+    str | None, typer.Option(help="Norms over units that go: masked, as with these zeroed (default), or sliced.")
+]
 
 
 @app.command()
 def graph(
     model: Folder,
-    dot: Annotated[Path | None, typer.Option(help="Write a picture: .dot, or .svg/.png with graphviz.")] = None,
+    dot: Annotated[
+        Path | None, typer.Option(help="Write a picture: .html, .dot, or with Graphviz .svg, .png, .pdf.")
+    ] = None,
     layer: Annotated[str | None, typer.Option(help="Block to draw: its index, or a module path.")] = None,
     group: Annotated[str | None, typer.Option(help="Group to draw.")] = None,
-    everything: Annotated[bool, typer.Option("--everything", help="Draw the whole model.")] = False,
+    everything: Annotated[bool, typer.Option("--everything", help="Draw the whole model, equal blocks once.")] = False,
+    no_fold: Annotated[bool, typer.Option("--no-fold", help="Draw equal blocks each by itself.")] = False,
+    plan: Annotated[Path | None, typer.Option(help="Show in the picture what this plan.json takes.")] = None,
+    norm: Norm = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print groups and frozen axes as JSON.")] = False,
     gguf_file: Gguf = None,
 ) -> None:
     """List the groups of MODEL and its frozen axes; needs the config alone."""
     with clear_errors():
-        dependencies = _graph(model, gguf_file)
+        what = {"--layer": layer, "--group": group, "--everything": everything, "--no-fold": no_fold, "--plan": plan}
+        _check_picture(dot, what)
+        removal = None if plan is None else fxprune.Plan.from_json(plan.read_text(encoding="utf-8"))
+        dependencies = _graph(model, gguf_file, norm or (removal.norm if removal else "masked"))
         if dot is not None:
-            _draw(dependencies, dot, layer=layer, group=group, everything=everything)
-    console.print(_groups_table(fxprune.find_groups(dependencies)))
+            fxprune.write_dot(dependencies, dot, layer, group, everything=everything, plan=removal, fold=not no_fold)
+    if as_json:
+        typer.echo(json.dumps(_as_data(dependencies), indent=2))
+        return
+    console.print(_groups_table(dependencies))
     for line in _frozen_lines(dependencies):
         console.print(line, markup=False, highlight=False)
 
@@ -45,48 +58,81 @@ def graph(
 @app.command()
 def explain(
     model: Folder,
-    parameter: Annotated[str, typer.Argument(help="Name of a parameter or buffer.")],
-    axis: Annotated[int, typer.Argument(help="Which of its axes, from 0.")],
+    name: Annotated[
+        str, typer.Argument(help="Parameter, buffer or group, or the end of its name: mlp.up_proj.weight[0].")
+    ],
+    axis: Annotated[int | None, typer.Argument(help="Which axis of the parameter, from 0.")] = None,
     group: Annotated[str | None, typer.Option(help="Group meant, where the axis is in several.")] = None,
+    norm: Norm = None,
     gguf_file: Gguf = None,
 ) -> None:
-    """Print the chain of ops that ties AXIS of PARAMETER to the trigger of its group."""
+    """Print the chain of ops that ties an axis to the trigger of its group, or a group with all its axes."""
     with clear_errors():
-        dependencies = _graph(model, gguf_file)
-        steps = fxprune.explain(dependencies, (parameter, axis), _group(dependencies, group))
-    if not steps:
-        console.print(f"{parameter}[{axis}] is the trigger of its group", markup=False, highlight=False)
-    for step in steps:
-        source, target = f"{step.source.tensor}[{step.source.dim}]", f"{step.target.tensor}[{step.target.dim}]"
-        console.print(f"{source} -> {target}  by {step.op} (at {step.node})", markup=False, highlight=False)
-        console.print(f"    {step.rule}", markup=False, highlight=False)
+        dependencies = _graph(model, gguf_file, norm or "masked")
+        lines = _group_lines(dependencies, name) if "/" in name else _axis_lines(dependencies, name, axis, group)
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
 
 
-def _graph(model: str, gguf_file: str | None) -> Any:
+def _check_picture(dot: Path | None, what: Mapping[str, Any]) -> None:
+    """Refuse a file that no picture can be written to, and options of a picture where none is asked for."""
+    from fxprune.dot.render import check_target
+
+    if dot is not None:
+        check_target(dot)
+    given = [option for option, value in what.items() if value]
+    if dot is None and given:
+        raise ArgumentError(
+            "it says what to draw, and no picture is asked for", where=given[0], remedy="Add --dot FILE"
+        )
+
+
+def _graph(model: str, gguf_file: str | None, norm: str) -> Any:
     """The dependency graph of a model that is built on meta, from its config."""
+    from fxprune.discovery.norms import NORMS
+    from fxprune.pipeline.arguments import one_of
+
+    one_of("norm", norm, NORMS)
+    return fxprune.dependency_graph(fxprune.trace(_empty(model, gguf_file), dynamic=False), norm)
+
+
+def _empty(model: str, gguf_file: str | None) -> Any:
+    """A model on meta, dense or slim."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from fxprune.checkpoint.manifest import MANIFEST
+    from fxprune.checkpoint.read import build_empty
+
+    if (Path(model) / MANIFEST).is_file():
+        return build_empty(model)
     with readable(model):
         config = AutoConfig.from_pretrained(**where_and_file(model, gguf_file))
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config)
-    return fxprune.dependency_graph(fxprune.trace(empty, dynamic=False))
+            return AutoModelForCausalLM.from_config(config)
 
 
-def _groups_table(groups: Iterable[fxprune.Group]) -> Table:
+def _groups_table(dependencies: Any) -> Table:
     """One row for the groups that are alike in every block, with ``*`` for the number of the block."""
+    from fxprune.dot.words import REMOVAL
+
     counts: Counter[tuple[str, ...]] = Counter()
-    for group in groups:
-        removal = "renormalised" if group.renormalised else "exact"
+    for group in fxprune.find_groups(dependencies):
         members = dict.fromkeys(".".join(_starred(f"{m.name}[{m.axis}]").split(".")[-2:]) for m in group.members)
         held = "all parameters" if group.factor is None else ", ".join(members)
-        counts[_starred(group.name), f"{group.size:,}", removal, held] += 1
+        counts[_starred(group.name), f"{group.size:,}", REMOVAL[_exactness(dependencies, group)], held] += 1
     first, last = Column("group (where/kind)", overflow="fold"), Column("members", overflow="fold")
     table = Table(first, "count", "units", "removal", last)
     for (name, units, removal, held), count in counts.items():
         table.add_row(name, f"{count:,}", units, removal, held, end_section=True)
     return table
+
+
+def _exactness(dependencies: Any, group: fxprune.Group) -> str:
+    from fxprune.discovery.dependency import axis_map
+    from fxprune.discovery.explain import exactness
+
+    return exactness(axis_map(dependencies), group)
 
 
 def _frozen_lines(dependencies: Any) -> list[str]:
@@ -103,29 +149,86 @@ def _starred(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", path) + slash + kind
 
 
-def _group(dependencies: Any, name: str | None) -> fxprune.Group | None:
-    if name is None:
-        return None
-    groups = {group.name: group for group in fxprune.find_groups(dependencies)}
-    if name not in groups:
-        raise UnknownNameError("group", name, groups)
-    return groups[name]
+def _as_data(dependencies: Any) -> dict[str, Any]:
+    """Groups and frozen axes as plain data."""
+    from fxprune.discovery.dependency import axis_map
+    from fxprune.discovery.explain import frozen_axes
+
+    axes = axis_map(dependencies)
+    groups = [
+        {
+            "name": group.name,
+            "kind": group.kind,
+            "units": group.size,
+            "least": group.least,
+            "block": group.block,
+            "removal": _exactness(dependencies, group),
+            "renormalised_by": list(group.renormalised),
+            "trigger": None if group.trigger is None else f"{group.trigger.tensor}[{group.trigger.dim}]",
+            "members": [f"{m.name}[{m.axis}]" if group.factor else m.name for m in group.members],
+        }
+        for group in fxprune.find_groups(dependencies)
+    ]
+    frozen = [
+        {"axis": axis, "reason": freeze.reason, "node": freeze.node}
+        for axis, freeze in frozen_axes(dependencies).items()
+    ]
+    return {"norm": axes.norm, "blocks": list(axes.blocks), "groups": groups, "frozen": frozen}
 
 
-def _draw(dependencies: Any, path: Path, **what: Any) -> None:
-    """Write the DOT file; for a name that ends in .png or .svg the picture too, beside it."""
-    picture = path.suffix if path.suffix in _PICTURES else ""
-    text = path.with_suffix(".dot") if picture else path
-    fxprune.write_dot(dependencies, text, **what)
-    program = shutil.which("dot")
-    if picture and program is not None:
-        command = [program, f"-T{picture[1:]}", str(text), "-o", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise FxpruneError(
-                f"graphviz failed: {done.stderr.strip().partition(chr(10))[0]}",
-                where=str(text),
-                remedy="Draw less, with --layer or --group, or draw the file by hand",
-            )
-    elif picture:
-        errors.print(f"note: no graphviz here; wrote {text}, of which dot makes {path.name}", markup=False)
+def _axis_lines(dependencies: Any, name: str, dim: int | None, wanted: str | None) -> Iterable[str]:
+    """What group an axis is in, and the chain of ops from the trigger of the group."""
+    from fxprune.discovery.explain import groups_of
+    from fxprune.discovery.lookup import find_axis, find_group
+
+    axis = find_axis(dependencies, name, dim)
+    found = groups_of(dependencies, axis)
+    group = find_group(found, wanted) if wanted and found else next(iter(found), None)
+    steps = fxprune.explain(dependencies, axis, group)
+    assert group is not None  # explain refuses an axis in none
+    lines = [f"{axis.tensor}[{axis.dim}] is in {_told(dependencies, group)}"]
+    others = [other.name for other in found if other != group]
+    if others:
+        lines.append(f"and in {', '.join(others)}: ask with --group")
+    if not steps:
+        lines.append(f"{axis.tensor}[{axis.dim}] is the trigger of its group")
+    for step in steps:
+        source, target = f"{step.source.tensor}[{step.source.dim}]", f"{step.target.tensor}[{step.target.dim}]"
+        lines += [f"{source} -> {target}  by {step.op} (at {step.node})", f"    {step.rule}"]
+    return lines
+
+
+def _group_lines(dependencies: Any, name: str) -> Iterable[str]:
+    """What a group is, and each axis in it with the ops on the way from the trigger."""
+    from fxprune.discovery.lookup import find_group
+    from fxprune.rules.registry import moves_values
+
+    group = find_group(fxprune.find_groups(dependencies), name)
+    lines = [_told(dependencies, group)]
+    if group.factor is None or group.trigger is None:
+        return [*lines, *(f"    {member.name}" for member in group.members)]
+    lines.append(f"    {group.trigger.tensor}[{group.trigger.dim}]  the trigger")
+    for member in group.members:
+        steps = fxprune.explain(dependencies, (member.name, member.axis), group)
+        ops = [step.op for step in steps if not moves_values(step.op)]
+        if ops:
+            lines.append(f"    {member.name}[{member.axis}]  by {', '.join(ops)}")
+    return lines
+
+
+def _told(dependencies: Any, group: fxprune.Group) -> str:
+    """What a group is, how many units it has, and what removing them means."""
+    from fxprune.discovery.dependency import axis_map
+
+    axes = axis_map(dependencies)
+    if group.renormalised:
+        nodes = group.renormalised[:3]
+        reasons = dict.fromkeys(axes.unkept[node] for node in nodes if node in axes.unkept)
+        told = f"renormalised: {', '.join(nodes)} take a statistic over the units, then over those that stay"
+        removal = "; ".join((told, *reasons))
+    elif _exactness(dependencies, group) == "masked":
+        removal = "exact: the norms that run over the units are kept as masking has them"
+    else:
+        removal = "exact: the same as masking"
+    units = "the whole block" if group.factor is None else f"{group.size:,} units"
+    return f"group {group.name}: {group.kind}, {units}; {removal}"

@@ -1,4 +1,4 @@
-"""Which blocks can be bypassed: a block that only *adds* to what came in can go as a whole."""
+"""Where a model adds to what came in: which blocks only do that and can go as a whole, and which sums are residual."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxprune.graph.names import tensor_name
 from fxprune.rules.registry import is_sum
 
-__all__ = ["Bypass", "find_bypasses"]
+__all__ = ["Bypass", "find_bypasses", "find_residuals"]
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,34 @@ def _residual_source(target: fx.Node, block: str, owner: dict[fx.Node, str]) -> 
             (pending if owner.get(term) == block else outside).append(term)
     same = [node for node in outside if node.meta["val"].shape == target.meta["val"].shape]
     return same[0] if len(outside) == len(same) == 1 else None
+
+
+def find_residuals(graph: fx.Graph) -> dict[str, str]:
+    """For each node that adds to a value what was computed from it with weights, the name of that value's tensor.
+
+    Complexity: linear in the number of nodes between a value and where it is added to.
+    """
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        terms = [term for term in node.args[:2] if isinstance(term, fx.Node)] if node.op == "call_function" else []
+        if len(terms) == 2 and is_sum(node):
+            stream, branch = sorted(terms, key=place.__getitem__)
+            if _is_branch(branch, stream, place):
+                found[node.name] = tensor_name(stream)
+    return found
+
+
+def _is_branch(branch: fx.Node, stream: fx.Node, place: dict[fx.Node, int]) -> bool:
+    """Whether ``branch`` is computed from ``stream``, and a matrix of weights takes part in it."""
+    between, pending = {branch}, [branch]
+    reached = weighed = False
+    while pending:
+        node = pending.pop()
+        for source in node.all_input_nodes:
+            reached = reached or source is stream
+            weighed = weighed or (source.op == "get_attr" and source.meta["val"].ndim > 1)
+            if source not in between and place[source] > place[stream]:
+                between.add(source)
+                pending.append(source)
+    return reached and weighed

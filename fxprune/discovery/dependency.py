@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from fxprune.axes import Expr, Factor, Freeze, factors
-from fxprune.discovery.bypasses import Bypass, find_bypasses
+from fxprune.discovery.bypasses import Bypass, find_bypasses, find_residuals
 from fxprune.discovery.norms import NORMS, KeptNorm, NormReport, find_norms
 from fxprune.discovery.roles import settle_experts
 from fxprune.discovery.zeros import follow_zeros
@@ -61,6 +61,7 @@ class AxisMap:
         norm: what becomes of norms over units that go, ``sliced`` or ``masked``.
         norms: averages that are kept as masking has them, which are then not among ``renormalised``.
         unkept: where norms are to be kept, the nodes whose average cannot be, with the reason.
+        residuals: nodes that add to a value what was computed from it, with the tensor of that value.
     """
 
     tensors: dict[str, tuple[Expr, ...]]
@@ -84,6 +85,7 @@ class AxisMap:
     norm: str = "sliced"
     norms: tuple[KeptNorm, ...] = ()
     unkept: dict[str, str] = field(default_factory=dict)
+    residuals: dict[str, str] = field(default_factory=dict)
 
     def weights(self) -> tuple[str, ...]:
         """Names of parameters and buffers."""
@@ -245,6 +247,7 @@ def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, st
         norm=norm,
         norms=norms.kept,
         unkept=dict(norms.reasons),
+        residuals=find_residuals(graph_module.graph),
     )
 
 

@@ -11,11 +11,12 @@ import networkx as nx
 from fxprune.axes import Freeze, contains, factors
 from fxprune.discovery.dependency import AxisMap, axis_map
 from fxprune.discovery.groups import Group, axes_by_factor, find_groups
-from fxprune.errors import FxpruneError, UnknownNameError
+from fxprune.discovery.lookup import find_axis
+from fxprune.errors import FxpruneError
 from fxprune.pipeline.arguments import instance, refuse
 from fxprune.rules.statements import Axis
 
-__all__ = ["Step", "explain", "frozen_axes", "frozen_in", "unruled"]
+__all__ = ["Step", "exactness", "explain", "frozen_axes", "frozen_in", "groups_of", "unruled"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ def explain(graph: nx.Graph[Axis], member: Axis | tuple[str, int], group: Group 
 
     Args:
         graph: the dependency graph.
-        member: tensor name and axis.
+        member: tensor name and axis; of the name so much as tells it from others, as in ``("layers.3.mixer.proj", 0)``.
         group: the group meant, where the axis is in several; None for the first.
 
     Raises:
-        ArgumentError: an argument is of the wrong type.
-        UnknownNameError: no such tensor.
+        ArgumentError: an argument is of the wrong type, several tensors are called so, or there is no such axis.
+        UnknownNameError: no such tensor; suggests the nearest.
         FxpruneError: the axis is in no group; says why it is frozen if it is.
     """
     axes = axis_map(graph)
@@ -56,12 +57,9 @@ def explain(graph: nx.Graph[Axis], member: Axis | tuple[str, int], group: Group 
         raise refuse("member", member, "the name of a tensor and the number of its axis, as in ('embed.weight', 0)")
     if group is not None:
         instance("group", group, Group, "one of fxprune.find_groups(graph), or None")
-    target = Axis(*member)
-    if target not in graph:
-        raise UnknownNameError("axis", target.tensor, axes.weights())
+    target = find_axis(graph, *member)
     expr = graph.nodes[target]["expr"]
-    found = [g for g in find_groups(graph) if g.factor is not None and contains(expr, g.factor)]
-    chosen = group or next(iter(found), None)
+    chosen = group or next(iter(groups_of(graph, target)), None)
     if chosen is None or chosen.factor is None or chosen.trigger is None or not contains(expr, chosen.factor):
         reason = next((str(axes.frozen[f]) for f in factors(expr) if f in axes.frozen), "it holds no removable unit")
         raise FxpruneError(
@@ -75,9 +73,26 @@ def explain(graph: nx.Graph[Axis], member: Axis | tuple[str, int], group: Group 
     return [_step(graph, a, b) for a, b in edges]
 
 
+def groups_of(graph: nx.Graph[Axis], axis: Axis) -> list[Group]:
+    """Return the groups whose units ``axis`` holds, in order of execution of their triggers."""
+    expr = graph.nodes[axis]["expr"]
+    return [group for group in find_groups(graph) if group.factor is not None and contains(expr, group.factor)]
+
+
 def _step(graph: nx.Graph[Axis], a: Axis, b: Axis) -> Step:
     edge = graph.edges[a, b]
     return Step(a, b, edge["op"], edge["node"], axis_map(graph).rules.get(edge["node"], ""))
+
+
+def exactness(axes: AxisMap, group: Group) -> str:
+    """Return what removing units of ``group`` is, next to masking them.
+
+    ``exact``: the same. ``masked``: the same, as a norm that runs over them is kept as masking has it.
+    ``renormalised``: the same up to a norm, or another statistic, that is then one of the units that stay.
+    """
+    if group.renormalised:
+        return "renormalised"
+    return "masked" if group.factor is not None and axes.keeps_norm_over(group.factor) else "exact"
 
 
 def frozen_axes(graph: nx.Graph[Axis]) -> dict[str, Freeze]:

@@ -1,5 +1,1 @@
-"""Pictures of the dependency graph, as Graphviz text."""
-
-from fxprune.dot.write import write_dot
-
-__all__ = ["write_dot"]
+"""Pictures of the dependency graph: Graphviz text, what Graphviz draws of it, and pages in HTML."""

@@ -1,34 +1,25 @@
-"""Pictures as Graphviz text: clusters, boxes, lines and a legend, made from a view."""
+"""Pictures as Graphviz text: clusters, boxes and lines, made from a view."""
 
 from __future__ import annotations
 
-import colorsys
-import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pydot
 
 from fxprune.axes import Factor
-from fxprune.discovery.groups import Group
 from fxprune.dot.atlas import Atlas
+from fxprune.dot.colours import FROZEN, LINE, WHITE, hue_of
+from fxprune.dot.fold import Fold, numbered
+from fxprune.dot.legend import Legend
 from fxprune.dot.view import Coupling, View
-from fxprune.dot.words import Words, exactness, plural
+from fxprune.dot.words import Words, plural
+from fxprune.graph.blocks import owner_block
 from fxprune.rules.statements import Axis
 
 __all__ = ["draw"]
 
-_GREY, _WHITE, _LINE = "#d0d0d0", "#ffffff", "#8a8a8a"
 _FONT = "Helvetica"
-_LEGEND_ROWS = 24
-"""Rows that fit beside a picture of one block; a model of many blocks has hundreds of groups."""
-_NOTES = (
-    "box: an axis, as tensor[axis], and what it is made of; hover for more",
-    "line: these ops couple two axes; what one loses, the other loses too",
-    "dotted line: two axes of one tensor",
-)
-_HUES = (0.58, 0.09, 0.36, 0.93, 0.15, 0.76, 0.49, 0.02)
-"""Hues of the first groups, far apart; more follow by the golden angle."""
 
 
 def draw(atlas: Atlas, view: View) -> pydot.Dot:
@@ -47,109 +38,171 @@ class _Box:
 
 class _Picture:
     def __init__(self, atlas: Atlas, view: View) -> None:
-        self.atlas, self.view, self.words = atlas, view, Words(atlas)
-        shown = {factor: None for axis in view.axes for factor in atlas.factors(axis)}
-        self.groups = [g for g in atlas.groups if g.factor in shown]
-        self.paint: Mapping[Factor, int] = {g.factor: i for i, g in enumerate(self.groups) if g.factor is not None}
-        self.has_frozen = any(factor in atlas.axes.frozen for factor in shown)
+        self.atlas, self.view, self.words = atlas, view, Words(atlas, view.folds)
+        self.folds = {fold.blocks[0]: fold for fold in view.folds}
 
     def make(self) -> pydot.Dot:
-        """Return everything in one graph."""
+        """Return everything in one graph, with the legend below."""
+        legend = Legend(self.atlas, self.view, self.words, self._colour)
         dot = pydot.Dot(
             "fxprune",
             graph_type="digraph",
-            label=_quoted(self.view.title),
-            labelloc="t",
+            label=f"<{legend.table()}>",
+            labelloc="b",
             fontname=_FONT,
-            fontsize=16,
+            fontsize=11,
             tooltip=_quoted(self.view.title),
             rankdir="TB",
             nodesep=0.25,
-            ranksep=0.45,
+            ranksep=0.4,
             forcelabels="false",
         )
         dot.set_node_defaults(shape="box", fontname=_FONT, fontsize=11, margin=_quoted("0.12,0.06"))
         dot.set_edge_defaults(fontname=_FONT, fontsize=9, fontcolor=_quoted("#555555"), arrowsize=0.6)
-        self._fill(dot, self._boxes())
-        for coupling in self.view.couplings:
-            dot.add_edge(self._line(coupling))
-        for edge in self._inside_tensors():
+        whole = pydot.Subgraph(
+            "cluster_picture",
+            label=_quoted(self.view.title),
+            labelloc="t",
+            fontname=_FONT,
+            fontsize=16,
+            peripheries="0",
+            tooltip=_quoted(self.view.title),
+        )
+        self._fill(whole, self._boxes())
+        dot.add_subgraph(whole)
+        lines = (*map(self._line, self.view.couplings), *self._inside_tensors())
+        for number, edge in enumerate(lines):
+            edge.set("id", f"line{number}")
             dot.add_edge(edge)
-        dot.add_subgraph(self._legend())
         return dot
 
     def _boxes(self) -> _Box:
         """Return the axes shown as a tree of module paths."""
         root = _Box("")
         for axis in self.view.axes:
-            box, path = root, self.atlas.module(axis)
+            box, path = root, self._home(axis)
             for part in path.split(".") if path else ():
                 box = box.inner.setdefault(part, _Box(f"{box.path}.{part}" if box.path else part))
             box.axes.append(axis)
         return root
+
+    def _home(self, axis: Axis) -> str:
+        """Return the path of the frame that ``axis`` is drawn in: none that is there for it alone."""
+        path = self.atlas.module(axis)
+        block = owner_block(path, self.atlas.axes.blocks) if axis in self.view.entering else None
+        if axis not in self.view.entering or (self.view.folds and block is None):
+            return path
+        return block.rpartition(".")[0] if block is not None and self.view.folds else ""
 
     def _fill(self, into: pydot.Graph, box: _Box, above: str = "", depth: int = 0) -> None:
         """Draw what is in ``box``; leave out paths with nothing of their own and a single box in them."""
         for axis in box.axes:
             into.add_node(self._node(axis))
         for inner in box.inner.values():
-            while not inner.axes and len(inner.inner) == 1:
+            while not inner.axes and len(inner.inner) == 1 and inner.path not in self.atlas.axes.blocks:
                 inner = next(iter(inner.inner.values()))
-            label = inner.path[len(above) + 1 :] if above else inner.path
-            cluster = pydot.Subgraph(
-                _quoted(f"cluster_{inner.path}"),
-                label=_quoted(label),
-                tooltip=_quoted(f"module {inner.path}"),
-                style=_quoted("rounded,filled"),
-                color=_quoted("#b8b8b8"),
-                fillcolor=_quoted("#f7f7f7" if depth % 2 == 0 else "#eeeeee"),
-                fontname=_FONT,
-                fontsize=12,
-                labeljust="l",
-            )
+            cluster = self._cluster(inner.path, above, depth)
             self._fill(cluster, inner, inner.path, depth + 1)
             into.add_subgraph(cluster)
 
-    def _node(self, axis: Axis) -> pydot.Node:
-        """Return a box in the colours of its groups; activations are rounded, the trigger has a thick double frame."""
-        colours = [self._colour(factor) for factor in self.atlas.factors(axis)]
-        distinct = list(dict.fromkeys(colours)) or [_WHITE]
-        style = "filled" if len(distinct) == 1 else "striped"
-        if axis.tensor not in self.atlas.weights:
-            style = f"{style},rounded" if style == "filled" else style
-        first = axis == self.view.trigger
-        mark = "trigger: " if first else ""
-        return pydot.Node(
-            _name(axis),
-            label=_quoted(mark + self.words.label(axis)),
-            tooltip=_quoted(mark + self.words.about(axis)),
-            style=_quoted(style),
-            fillcolor=_quoted(":".join(distinct)),
-            color=_quoted("#000000" if first else _LINE),
-            penwidth="2.5" if first else "1",
-            peripheries="2" if first else "1",
+    def _cluster(self, path: str, above: str, depth: int) -> pydot.Subgraph:
+        """Return a frame for a module; that of blocks drawn as one is thick, that of a removed one dashed."""
+        label, fold = path[len(above) + 1 :] if above else path, self.folds.get(path)
+        many = fold is not None and bool(fold.hidden)
+        gone = owner_block(path, self.atlas.removed) is not None and not many
+        if fold is not None:
+            label = self._fold_label(fold, above)
+        elif path in self.atlas.removed:
+            label = f"{label}: removed as a whole"
+        return pydot.Subgraph(
+            _quoted(f"cluster_{path}"),
+            label=_quoted(label).replace("\\n", "\\l"),
+            tooltip=_quoted(f"module {path}"),
+            style=_quoted("rounded,filled,dashed" if gone else "rounded,filled"),
+            color=_quoted(hue_of("layer", strong=True) if path in self.atlas.axes.bypasses else "#b8b8b8"),
+            fillcolor=_quoted("#f7f7f7" if depth % 2 == 0 else "#eeeeee"),
+            peripheries="1",
+            penwidth="4" if many else "1.5" if path in self.atlas.axes.blocks else "1",
+            fontname=_FONT,
+            fontsize=15 if many else 12,
+            labeljust="l",
         )
 
+    def _fold_label(self, fold: Fold, above: str) -> str:
+        """Which blocks a frame stands for, how they differ, and which of them go."""
+        among = self.atlas.axes.blocks
+        names = numbered(fold.blocks, among)
+        names = names[len(above) + 1 :] if above else names
+        sizes = (len({factor.size for factor in alike}) > 1 for alike in fold.factors.values())
+        told = f"{names}: {plural(len(fold.blocks), 'block')}, alike but for widths"
+        if not any(sizes):
+            told = f"{names}: {plural(len(fold.blocks), 'block')}, the same" if fold.hidden else names
+        gone = [block for block in fold.blocks if block in self.atlas.removed]
+        return f"{told}\n{numbered(gone, among)} removed as a whole\n" if gone else told
+
+    def _node(self, axis: Axis) -> pydot.Node:
+        """Return a box in the colours of its groups; activations are rounded, the trigger has a thick double frame.
+
+        Of what a plan takes, so much of the box is white. The sum of a stream and a branch is a plus in a circle.
+        """
+        first = axis == self.view.trigger
+        mark = "trigger: " if first else ""
+        own = {"id": f"axis{self.view.axes.index(axis)}", "tooltip": _quoted(mark + self.words.about(axis))}
+        strong = self._colours(axis, strong=True)[0]
+        if self.atlas.is_sum(axis) and axis not in self.view.entering and not first:
+            round_box = {"shape": "circle", "width": "0.34", "fixedsize": "true", "margin": "0"}
+            paint = {"style": "filled", "fillcolor": _quoted(WHITE), "color": _quoted(strong), "penwidth": "3"}
+            return pydot.Node(_name(axis), label=_quoted("+"), fontsize=20, **round_box, **paint, **own)
+        label = f"stream\n{self.words.expression(axis)}" if axis in self.view.entering else self.words.label(axis)
+        fill, style = self._painted(axis)
+        if self.atlas.is_activation(axis) and style == "filled":
+            style = "filled,rounded"
+        return pydot.Node(
+            _name(axis),
+            label=_quoted(mark + label),
+            style=_quoted(style),
+            fillcolor=_quoted(fill),
+            color=_quoted("#000000" if first else LINE),
+            penwidth="2.5" if first else "1",
+            peripheries="2" if first else "1",
+            **own,
+        )
+
+    def _painted(self, axis: Axis) -> tuple[str, str]:
+        """Return the colours of a box, and the style that shows them: a stripe for each, white for what goes."""
+        colours, share = list(dict.fromkeys(self._colours(axis))), self.words.share(axis)
+        if share < 1:
+            parts = [f"{colour};{share / len(colours):.4f}" for colour in colours if share > 0]
+            return ":".join((*parts, WHITE)), "striped" if parts else "filled"
+        return ":".join(colours), "filled" if len(colours) == 1 else "striped"
+
     def _line(self, coupling: Coupling) -> pydot.Edge:
-        """Return one line with a strand for each group that is coupled over it.
+        """Return one line with a strand for each group that is coupled over it; that of a stream is thick.
 
         Only lines that follow the execution say what stands above what. The others get an ``xlabel``, which shows where
         there is room: on a ``label`` of a line inside one row of nested clusters, Graphviz 2 fails with "trouble in
         init_rank".
         """
-        text = _quoted(self.words.ops(coupling))
-        colours = list(dict.fromkeys(self._colour(factor, strong=True) for factor in coupling.ways))
+        text, way = _quoted(self.words.ops(coupling)), _quoted(self.words.way(coupling))
+        colours = dict.fromkeys(self._colour(factor, strong=True) for factor in coupling.ways)
+        stream = self._carries_stream(coupling)
         return pydot.Edge(
             _name(coupling.source),
             _name(coupling.target),
-            tooltip=_quoted(self.words.way(coupling)),
-            labeltooltip=_quoted(self.words.way(coupling)),
+            tooltip=way,
+            labeltooltip=way,
             color=_quoted(":".join(colours)),
             style="solid" if coupling.settled else "dashed",
-            penwidth="1.6",
+            penwidth="5" if stream else "1.6",
+            weight="8" if stream else "1",
+            arrowsize="0.5" if stream else "0.6",
             constraint="true" if coupling.ranks else "false",
             **{"label" if coupling.ranks else "xlabel": text},  # type: ignore[arg-type]
         )
+
+    def _carries_stream(self, coupling: Coupling) -> bool:
+        """Whether ``coupling`` leads to a residual sum as the stream, not as what a branch adds, or through blocks."""
+        return self.atlas.is_activation(coupling.source) and self.atlas.is_activation(coupling.target)
 
     def _inside_tensors(self) -> Iterable[pydot.Edge]:
         """Yield thin lines from the axis of a parameter that is used first to the next: the way the data goes."""
@@ -167,46 +220,15 @@ class _Picture:
                 )
             last[axis.tensor] = axis
 
+    def _colours(self, axis: Axis, strong: bool = False) -> list[str]:
+        return [self._colour(factor, strong) for factor in self.atlas.factors(axis)] or [WHITE]
+
     def _colour(self, factor: Factor, strong: bool = False) -> str:
-        number = self.paint.get(factor)
-        if number is None:
-            return _LINE if strong else _GREY if factor in self.atlas.axes.frozen else _WHITE
-        # the golden angle keeps away from the hues it gave before; lines are dark to show, boxes light to be read
-        hue = _HUES[number] if number < len(_HUES) else number * 0.6180339887 % 1
-        lightness = 0.45 if strong else 0.82 - 0.06 * (number // len(_HUES) % 2)
-        red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(hue, lightness, 0.65))
-        return f"#{red:02x}{green:02x}{blue:02x}"
-
-    def _legend(self) -> pydot.Subgraph:
-        """Return a table of groups: colour, name, units, whether removal is exact, and how many axes hold them."""
-        rows = [self._legend_row(group) for group in self.groups[:_LEGEND_ROWS]]
-        if len(self.groups) > _LEGEND_ROWS:
-            rest = f"and {plural(len(self.groups) - _LEGEND_ROWS, 'more group')}: their names are in the tooltips"
-            rows.append(_row(_WHITE, (rest, "", "", "")))
-        if self.has_frozen:
-            rows.append(_row(_GREY, ("frozen: cannot be removed", "fixed", "", "reason in the tooltip")))
-        notes = (*_NOTES, "dashed line: not needed to get here") if self.view.trigger else _NOTES
-        rows += [f'<TR><TD></TD><TD ALIGN="LEFT" COLSPAN="4"><I>{text}</I></TD></TR>' for text in notes]
-        head = "".join(f"<TD><B>{text}</B></TD>" for text in ("group", "a unit is", "units", "removal"))
-        table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="4"><TR><TD></TD>{head}</TR>{"".join(rows)}</TABLE>'
-        legend = pydot.Subgraph("cluster_legend", label="legend", fontname=_FONT, fontsize=12, color=_quoted("#b8b8b8"))
-        legend.add_node(pydot.Node("legend", label=f"<{table}>", shape="plain", tooltip="legend", fontsize=11))
-        return legend
-
-    def _legend_row(self, group: Group) -> str:
-        assert group.factor is not None
-        total = len(group.members)
-        here = len({(m.name, m.axis) for m in group.members}.intersection(self.view.axes))
-        held = f"{here} of {total} axes shown" if here < total else plural(total, "axis", "axes")
-        return _row(
-            self._colour(group.factor),
-            (group.name, self.words.kind(group), f"{group.size:,}", f"{exactness(group)}, {held}"),
-        )
-
-
-def _row(colour: str, cells: Iterable[str]) -> str:
-    written = "".join(f'<TD ALIGN="LEFT">{html.escape(cell)}</TD>' for cell in cells)
-    return f'<TR><TD BGCOLOR="{colour}" BORDER="1" WIDTH="24"></TD>{written}</TR>'
+        """Return the colour of a factor: by the kind of its group, grey if frozen, white if it is neither."""
+        group = self.atlas.by_factor.get(factor)
+        if group is not None:
+            return hue_of(self.words.kind(group), self.atlas.shades[factor], strong)
+        return LINE if strong else FROZEN if factor in self.atlas.axes.frozen else WHITE
 
 
 def _name(axis: Axis) -> str:

@@ -8,7 +8,7 @@ between them. Of all such edges a minimum spanning tree for each factor is drawn
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import networkx as nx
@@ -16,6 +16,7 @@ import networkx as nx
 from fxprune.axes import Factor
 from fxprune.discovery.groups import Group
 from fxprune.dot.atlas import Atlas
+from fxprune.dot.fold import Fold
 from fxprune.rules.statements import Axis
 
 __all__ = ["Coupling", "View", "contracted", "searched"]
@@ -52,12 +53,16 @@ class View:
         axes: the axes shown, in order of execution.
         couplings: the lines between them.
         trigger: the axis where the search started, if one is shown.
+        entering: activations that stand for what is computed before.
+        folds: the blocks of the model, those that are the same together; empty where each is shown by itself.
     """
 
     title: str
     axes: tuple[Axis, ...]
     couplings: tuple[Coupling, ...]
     trigger: Axis | None = None
+    entering: frozenset[Axis] = frozenset()
+    folds: tuple[Fold, ...] = ()
 
 
 def contracted(atlas: Atlas, title: str, shown: Iterable[Axis]) -> View:
@@ -83,7 +88,8 @@ def contracted(atlas: Atlas, title: str, shown: Iterable[Axis]) -> View:
         known = {p: ways[factor].get(p) or web.way(p) for p in pairs if ends.issuperset(p)} if len(ends) > 1 else {}
         for pair, way in _tree(atlas, {p: w for p, w in known.items() if w}).items():
             lines.setdefault(pair, {})[factor] = way
-    couplings = (Coupling(a, b, found, ranks=atlas.rank(a) < atlas.rank(b)) for (a, b), found in lines.items())
+    place = {axis: (atlas.rank(axis), atlas.is_activation(axis)) for axis in axes}
+    couplings = (Coupling(a, b, found, ranks=place[a] < place[b]) for (a, b), found in lines.items())
     return View(title, tuple(axes), tuple(couplings))
 
 
@@ -127,12 +133,19 @@ class _Web:
 
 
 def _tree(atlas: Atlas, ways: Mapping[_Pair, _Way]) -> dict[_Pair, _Way]:
-    """Return the ways of a minimum spanning tree; those between parallel branches count as longer than all others."""
+    """Return the ways of a minimum spanning tree.
+
+    Those of a stream, from one activation to the next, come first. Those between parallel branches count as longer than
+    all others, and those between names of one tensor as longer still.
+    """
     metric: nx.Graph[Axis] = nx.Graph()
     longest = max(map(len, ways.values()), default=0)
     for (a, b), way in ways.items():
         parallel = atlas.rank(a) == atlas.rank(b)
-        metric.add_edge(a, b, weight=len(way) + parallel * longest, pair=(a, b))
+        stream = atlas.is_activation(a) and atlas.is_activation(b)
+        tied = not any(map(atlas.is_activation, way))
+        weight = 0 if stream else len(way) + parallel * longest + 2 * tied * longest
+        metric.add_edge(a, b, weight=weight, pair=(a, b))
     pairs = (data["pair"] for _, _, data in nx.minimum_spanning_edges(metric, data=True))
     return {pair: ways[pair] for pair in pairs}
 
@@ -147,14 +160,26 @@ def searched(atlas: Atlas, title: str, group: Group, inside: Iterable[Axis] | No
         inside: the axes that may be shown; None for all.
     """
     assert group.factor is not None and group.trigger is not None
-    reach = atlas.graph.subgraph(atlas.holding[group.factor])
+    factor, reach = group.factor, atlas.graph.subgraph(atlas.holding[group.factor])
     tree = list(nx.bfs_edges(reach, group.trigger))
     reached = {group.trigger, *itertools.chain.from_iterable(tree)}
     wanted = reached if inside is None else reached.intersection(inside)
-    settled = set(tree)
-    couplings = [Coupling(a, b, {group.factor: (a, b)}) for a, b in tree if a in wanted and b in wanted]
+    before = {b: a for a, b in tree}
+    ways = [way for axis in atlas.in_order(wanted) if (way := _way_back(axis, before, wanted))]
+    couplings = [Coupling(way[0], way[-1], {factor: way}) for way in ways]
+    settled = {(way[0], way[-1]) for way in ways}
     for a, b in reach.edges:
         if a in wanted and b in wanted and (a, b) not in settled and (b, a) not in settled:
-            couplings.append(Coupling(a, b, {group.factor: (a, b)}, ranks=False, settled=False))
+            couplings.append(Coupling(a, b, {factor: (a, b)}, ranks=False, settled=False))
     trigger = group.trigger if group.trigger in wanted else None
     return View(title, tuple(atlas.in_order(wanted)), tuple(couplings), trigger)
+
+
+def _way_back(axis: Axis, before: Mapping[Axis, Axis], wanted: Collection[Axis]) -> _Way:
+    """Return the way that the search took to ``axis`` from the last wanted axis before it; empty if there is none."""
+    way = [axis]
+    while way[-1] in before:
+        way.append(before[way[-1]])
+        if way[-1] in wanted:
+            return tuple(reversed(way))
+    return ()

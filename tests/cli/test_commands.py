@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from typer.testing import CliRunner
 
 import fxprune
 import fxprune.cli.console
-import fxprune.cli.graph
 from fxprune.cli import app
 from fxprune.recipes import read_recipe
 from tests.cli.folders import save_tiny
@@ -155,47 +153,6 @@ def test_recipes_are_listed_and_printed_to_be_edited(folder: str, out: Path) -> 
     assert "mlp: 88 to" in output and "head" not in output
     code, output = run("recipes", "blanced")
     assert code == 2 and "Did you mean 'balanced'" in output
-
-
-def test_graph_lists_groups_and_frozen_axes_without_weights(folder: str, tmp_path: Path) -> None:
-    shutil.copy(Path(folder) / "config.json", tmp_path / "config.json")
-    code, output = run("graph", tmp_path)
-    assert code == 0, output
-    assert "│ model/channel │ 1 │ 48 │ renormalised │" in output
-    assert "│ model.layers.*/head │ 3 │ 3 │ exact │" in output
-    assert "│ model.layers.*/head.2 │ 3 │ 2 │ exact │ q_proj.weight[0], o_proj.weight[1] │" in output
-    assert "│ model.layers.*/layer │ 3 │ 1 │ exact │ all parameters │" in output
-    assert "frozen lm_head.weight[0]: an output of the model" in output
-
-
-def test_graph_draws(folder: str, tmp_path: Path) -> None:
-    code, output = run("graph", folder, "--dot", tmp_path / "layer.dot", "--layer", "model.layers.1.mlp")
-    assert code == 0, output
-    text = (tmp_path / "layer.dot").read_text()
-    assert text.startswith("digraph") and "layers.1.mlp.up_proj" in text and "self_attn" not in text
-    code, output = run("graph", folder, "--dot", tmp_path / "group.gv", "--group", "model.layers.0/mlp")
-    assert code == 0 and "trigger: " in (tmp_path / "group.gv").read_text()
-
-
-def test_graph_renders_where_graphviz_is(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, output = run("graph", folder, "--dot", tmp_path / "a.svg", "--layer", "-1")
-    assert code == 0 and "model.layers.2" in (tmp_path / "a.dot").read_text()
-    assert (tmp_path / "a.svg").exists() == (shutil.which("dot") is not None)
-    monkeypatch.setattr(fxprune.cli.graph.shutil, "which", lambda name: None)
-    code, output = run("graph", folder, "--dot", tmp_path / "b.png")
-    assert code == 0 and "no graphviz here" in output
-    assert (tmp_path / "b.dot").exists() and not (tmp_path / "b.png").exists()
-
-
-def test_explain_prints_the_chain(folder: str) -> None:
-    code, output = run("explain", folder, "model.layers.0.mlp.down_proj.weight", "1")
-    assert code == 0 and output.startswith("model.layers.0.mlp.gate_proj.weight[0] -> ")
-    assert "aten.silu.default" in output and output.count(" (at ") == 4 and "sums i" in output
-    code, output = run("explain", folder, "model.layers.0.mlp.gate_proj.weight", "0")
-    assert code == 0 and "is the trigger of its group" in output
-    member = ("model.layers.0.self_attn.o_proj.weight", "1")
-    code, output = run("explain", folder, *member, "--group", "model.layers.0/head_dim")
-    assert code == 0 and output.startswith("model.layers.0.self_attn.v_proj.weight[0] -> ")
 
 
 def test_passes_lists_all_with_their_stage() -> None:

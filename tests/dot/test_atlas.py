@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import networkx as nx
+import torch
+from torch import nn
 
+from fxprune.discovery.dependency import dependency_graph
 from fxprune.dot.atlas import Atlas
+from fxprune.rules.statements import Axis
+from fxprune.trace import trace
+from tests.models import tiny
+from tests.oracle import Net, discover, graph_of
 
 
 def test_axes_are_found_by_factor_and_stand_in_order_of_execution(small: nx.Graph) -> None:
@@ -23,3 +30,22 @@ def test_an_input_axis_comes_half_a_step_before_the_output_axis(small: nx.Graph)
     rank = {f"{axis.tensor}[{axis.dim}]": atlas.rank(axis) for axis in small.nodes}
     assert rank["a.weight[1]"] == rank["a.weight[0]"] - 0.5
     assert rank["a.weight[0]"] == rank["a.bias[0]"] < rank["b.weight[1]"] < rank["b.weight[0]"]
+
+
+def test_a_tied_weight_is_used_where_its_modules_use_it() -> None:
+    """A traced graph reads it by one name; both ends of the model hung on the last of them."""
+    atlas = Atlas(dependency_graph(trace(tiny("gpt2", n_layer=1), dynamic=False)))
+    users = {name: {b.tensor for b in atlas.graph[Axis(name, 1)]} - atlas.weights for name in TIED}
+    assert all(any(user.startswith(op) for user in users[name]) for name, op in TIED.items()), users
+    assert atlas.rank(Axis("transformer.wte.weight", 1)) < atlas.rank(Axis("lm_head.weight", 1))
+
+
+TIED = {"transformer.wte.weight": "embedding", "lm_head.weight": "alias"}
+
+
+def test_residual_sums_are_found_along_the_width(small: nx.Graph) -> None:
+    assert Atlas(small).sums == []
+    net = Net(lambda net, x: (y := net.up(x)) + net.down(y.tanh()), up=nn.Linear(3, 4), down=nn.Linear(4, 4))
+    atlas = Atlas(graph_of(discover(net, {"x": torch.randn(2, 3)})))
+    (axis,) = atlas.sums
+    assert axis.dim == 1 and atlas.is_sum(axis) and atlas.is_activation(axis)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import networkx as nx
 
 from fxprune.dot.atlas import Atlas
-from fxprune.dot.words import Words, exactness, plural
+from fxprune.dot.words import Words, plural
 
 
 def test_an_axis_has_a_short_label_and_a_full_description(small: nx.Graph) -> None:
@@ -15,7 +15,7 @@ def test_an_axis_has_a_short_label_and_a_full_description(small: nx.Graph) -> No
     assert units.factor is not None and units.trigger is not None
     assert words.unit(units.factor) == words.kind(units)
     assert words.label(units.trigger).splitlines()[0] == f"{units.trigger.tensor}[{units.trigger.dim}]"
-    assert f"group {units.name}: 4 units, {exactness(units)}" in words.about(units.trigger)
+    assert f"group {units.name}: 4 units, {words.removal(units)}" in words.about(units.trigger)
     frozen = next(axis for axis in small.nodes if axis.tensor == "b.weight" and axis.dim == 0)
     assert "frozen, 2 units: " in words.about(frozen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -18,9 +19,11 @@ import fxprune
 from fxprune.axes import contains
 from fxprune.discovery.explain import frozen_axes
 from fxprune.discovery.groups import propagate
+from fxprune.dot.colours import hue_of
 from fxprune.dot.draw import _quoted
 from fxprune.dot.write import write_dot
-from fxprune.errors import UnknownNameError
+from fxprune.errors import FxpruneError, PlanError, UnknownNameError
+from fxprune.removal.plan import Plan
 from tests.models import tiny
 
 GREY = "#d0d0d0"
@@ -61,10 +64,11 @@ class Picture:
         self.dot = parsed[0]
         self.clusters = {plain(c.get_name()): c for c in inner_clusters(self.dot)}
         found = [n for c in (self.dot, *self.clusters.values()) for n in c.get_nodes()]
-        self.nodes = {plain(n.get_name()): n for n in found if n.get_name() not in ("node", "edge", "legend")}
+        self.nodes = {plain(n.get_name()): n for n in found if n.get("id")}
         lines = [e for e in self.dot.get_edges() if e.get("style") != "dotted"]
         self.lines = {(plain(e.get_source()), plain(e.get_destination())): e for e in lines}
-        self.legend = self.clusters["cluster_legend"].get_node("legend")[0].get("label")
+        self.legend = self.dot.get("label")
+        self.title = plain(self.clusters["cluster_picture"].get("label"))
 
     def colours(self, name: str) -> list[str]:
         return plain(self.nodes[name].get("fillcolor")).split(":")
@@ -138,7 +142,7 @@ def test_tooltips_tell_tensor_axis_expression_op_and_node(first: Picture) -> Non
     assert plain(line.get("label")).replace("\\n", " ") == "linear · silu · mul · linear"
     assert "aten.silu.default (at silu) to silu[2]" in plain(line.get("tooltip"))
     for item in (*first.nodes.values(), *first.dot.get_edges(), *first.clusters.values()):
-        assert item.get("tooltip") or item.get_name() == "cluster_legend"
+        assert item.get("tooltip")
 
 
 def test_labels_are_the_end_of_the_name_and_the_expression(first: Picture) -> None:
@@ -154,9 +158,10 @@ def test_lines_of_each_group_form_a_tree_in_order_of_execution(family: str, tmp_
     picture = Picture(tmp_path, graph, layer=0)
     most = 0
     for group in fxprune.find_groups(graph):
-        shown = {f"{m.name}[{m.axis}]" for m in group.members} & picture.nodes.keys()
         if group.factor is None:
             continue
+        holding = (a for a, data in graph.nodes(data=True) if contains(data["expr"], group.factor))
+        shown = {f"{a.tensor}[{a.dim}]" for a in holding} & picture.nodes.keys()
         most += len(shown) - 1
         tree = nx.Graph()
         tree.add_nodes_from(shown)
@@ -202,7 +207,7 @@ def test_group_in_a_layer_shows_the_part_there(llama: nx.Graph, tmp_path: Path) 
     picture = Picture(tmp_path, llama, group="model/channel", layer=1)
     assert "model.layers.1.mlp.up_proj.weight[1]" in picture.nodes
     assert not any("layers.0" in name or "layers.2" in name for name in picture.nodes)
-    assert "the part in model.layers.1" in picture.dot.get("label")
+    assert "the part in model.layers.1" in picture.title
 
 
 def test_layer_group_shows_the_block(first: Picture, llama: nx.Graph, tmp_path: Path) -> None:
@@ -225,13 +230,100 @@ def test_layer_by_path_of_any_module(llama: nx.Graph, tmp_path: Path) -> None:
 
 def test_everything_holds_every_parameter_axis(deep: nx.Graph, tmp_path: Path) -> None:
     path = tmp_path / "all.dot"
-    write_dot(deep, path, everything=True)
+    write_dot(deep, path, everything=True, fold=False)
     text = path.read_text()
     wanted = [axis for axis, data in deep.nodes(data=True) if data["role"] == "parameter"]
     assert len(wanted) > 500
     assert all(f'"{a.tensor}[{a.dim}]" [' in text for a in wanted)
     assert text.count('" -> "') < 2.5 * len(wanted)
     assert "more groups: their names are in the tooltips" in text
+
+
+def test_a_model_of_equal_blocks_is_one_page(deep: nx.Graph, tmp_path: Path) -> None:
+    picture = Picture(tmp_path, deep, everything=True)
+    assert picture.title == "The whole model: 32 blocks, of which 1 drawn"
+    assert plain(picture.clusters["cluster_model.layers.0"].get("label")) == "layers.0 to 31: 32 blocks, the same"
+    assert len(picture.nodes) < 40 and not any(".layers.1." in name for name in picture.nodes)
+    assert "model.layers.0/mlp and 31 alike" in picture.legend and "thick frame" in picture.legend
+    (line,) = (line for pair, line in picture.lines.items() if pair[1] == "model.norm.weight[0]")
+    assert plain(line.get("label")) == "through 31 more blocks"
+
+
+def test_a_group_across_the_model_is_drawn_folded(llama: nx.Graph, tmp_path: Path) -> None:
+    picture = Picture(tmp_path, llama, group="model/channel")
+    assert plain(picture.clusters["cluster_model.layers.0"].get("label")) == "layers.0 to 2: 3 blocks, the same"
+    assert {"model.embed_tokens.weight[1]", "lm_head.weight[1]"} <= picture.nodes.keys()
+    assert not any(".layers.1." in name for name in picture.nodes)
+    shown = nx.Graph(picture.lines.keys())
+    assert nx.is_connected(shown) and set(shown) == picture.nodes.keys()
+    whole = Picture(tmp_path, llama, group="model/channel", fold=False)
+    assert any(".layers.1." in name for name in whole.nodes)
+
+
+def test_the_stream_runs_through_its_sums(llama: nx.Graph, first: Picture, tmp_path: Path) -> None:
+    sums = [name for name, node in first.nodes.items() if node.get("shape") == "circle"]
+    assert len(sums) == 2 and all(plain(first.nodes[name].get("label")) == "+" for name in sums)
+    assert all("residual add" in first.tip(name) for name in sums) and "residual add" in first.legend
+    (source,) = (name for name, node in first.nodes.items() if plain(node.get("label")).startswith("stream"))
+    thick = [pair for pair, line in first.lines.items() if line.get("penwidth") == "5"]
+    assert sorted(thick) == sorted([(source, sums[0]), (sums[0], sums[1])])
+    assert {a for a, b in first.lines if b in sums} > {f"model.layers.0.{p}.weight[0]" for p in BRANCHES}
+    assert "residual add" not in Picture(tmp_path, llama, layer="model.layers.0.mlp").legend
+
+
+BRANCHES = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def test_one_hue_for_each_kind_in_every_picture(llama: nx.Graph, first: Picture, tmp_path: Path) -> None:
+    whole = Picture(tmp_path, llama, everything=True)
+    for name in ("mlp.down_proj.weight[1]", "mlp.down_proj.weight[0]", "self_attn.q_proj.weight[0]"):
+        assert first.colours(f"model.layers.0.{name}") == whole.colours(f"model.layers.0.{name}")
+    assert whole.colours("model.layers.0.mlp.down_proj.weight[1]") == [hue_of("mlp")]
+    assert whole.colours("lm_head.weight[1]") == [hue_of("channel")]
+
+
+@pytest.fixture(scope="module")
+def plan(llama: nx.Graph) -> Plan:
+    """Fewer channels in the MLPs, fewest in the first block; the last block goes."""
+    kept = {}
+    for block, left in ((0, 22), (1, 66)):
+        up, down = ({axis: list(range(left))} for axis in (0, 1))
+        names = {"gate_proj": up, "up_proj": up, "down_proj": down}
+        kept |= {f"model.layers.{block}.mlp.{name}.weight": axes for name, axes in names.items()}
+    return Plan(kept, ("model.layers.2",))
+
+
+def test_a_plan_is_laid_over_a_layer(llama: nx.Graph, plan: Plan, tmp_path: Path) -> None:
+    picture = Picture(tmp_path, llama, layer=0, plan=plan)
+    name = "model.layers.0.mlp.down_proj.weight[1]"
+    assert plain(picture.nodes[name].get("label")) == "down_proj.weight[1]\\nmlp:88→22\\n25% stays"
+    assert plain(picture.nodes[name].get("fillcolor")) == f"{hue_of('mlp')};0.2500:#ffffff"
+    assert plain(picture.nodes[name].get("style")) == "striped"
+    assert "the plan leaves 25.0% of it" in picture.tip(name)
+    untouched = "model.layers.0.mlp.down_proj.weight[0]"
+    assert picture.colours(untouched) == [hue_of("channel")] and "100.0%" in picture.tip(untouched)
+    assert "88 → 22" in picture.legend and "untouched" in picture.legend
+
+
+def test_a_plan_is_laid_over_the_whole_model(llama: nx.Graph, plan: Plan, tmp_path: Path) -> None:
+    picture = Picture(tmp_path, llama, everything=True, plan=plan)
+    label = plain(picture.clusters["cluster_model.layers.0"].get("label"))
+    assert label == "layers.0 to 2: 3 blocks, the same\\lmodel.layers.2 removed as a whole\\l"
+    name = "model.layers.0.mlp.down_proj.weight[1]"
+    assert plain(picture.nodes[name].get("label")) == "down_proj.weight[1]\\nmlp:88→22..66\\n50% stays"
+    row = picture.legend.partition("% that stays in block")[2].partition(">mlp</TD>")[2]
+    assert re.findall(r">(\d+)</TD>", row) == ["25", "75", "0"]
+    single = Picture(tmp_path, llama, everything=True, plan=plan, fold=False)
+    assert plain(single.clusters["cluster_model.layers.2"].get("label")) == "2: removed as a whole"
+    assert "dashed" in single.clusters["cluster_model.layers.2"].get("style")
+
+
+def test_a_plan_of_another_model_is_refused(llama: nx.Graph, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="no such axis"):
+        write_dot(llama, tmp_path / "no.dot", plan=Plan({"up.weight": {0: [1]}}))
+    with pytest.raises(FxpruneError, match="plan"):
+        write_dot(llama, tmp_path / "no.dot", plan="plan.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_text_is_the_same_every_time(llama: nx.Graph, tmp_path: Path) -> None:
