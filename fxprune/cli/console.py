@@ -203,5 +203,5 @@ def _with_lines(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
 
 
 def _is_told() -> bool:
-    """Whether progress is shown: of several processes of ``torchrun`` the first one does, which is told without torch."""
+    """Whether progress is shown: of several processes of ``torchrun`` by the first, which is told without torch."""
     return not notes.quiet and os.environ.get("RANK", "0") == "0"

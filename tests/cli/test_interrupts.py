@@ -14,6 +14,11 @@ import fxprune.cli.interrupts
 from tests.cli.folders import save_tiny
 
 
+def heed() -> None:
+    """Let a process heed interrupts, also where the tests run in the background of a shell, which ignores them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model"
@@ -36,9 +41,8 @@ def test_a_stopped_prune_leaves_nothing_half_written(
 ) -> None:
     command = [sys.executable, "-m", "fxprune", "prune", str(model), "--out", out, "--importance", "l2", "--verbose"]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=heed, text=True, **pipes) as process:
         assert process.stdout is not None and process.stderr is not None
         for line in process.stderr:
             if line.startswith(moment):
@@ -61,6 +65,7 @@ def test_an_interrupt_during_imports_stops_at_once() -> None:
         "    try: os.kill(os.getpid(), signal.SIGINT)\n"
         "    except BaseException: print('swallowed')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=heed)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
     assert fxprune.cli.interrupts.at_once is not None
