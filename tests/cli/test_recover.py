@@ -68,5 +68,7 @@ def test_wrong_uses_end_in_one_line_and_write_nothing(models: Path, rows: Path, 
     assert "no such folder" in refused("recover", slim, *right, "--distil", tmp_path / "none")
     assert "rank is 0" in refused("recover", slim, *right, "--rank", 0)
     assert "unknown precision 'fp17'" in refused("recover", slim, *right, "--precision", "fp17")
-    assert "is a file" in refused("recover", slim, "--data", rows, "--out", tmp_path / "rows.json")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.jsonl", "rows.json"]
+    (tmp_path / "taken").touch()
+    assert "is a file" in refused("recover", slim, "--data", rows, "--out", tmp_path / "taken")
+    assert "Name a folder" in refused("recover", slim, "--data", rows, "--out", tmp_path / "slim.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.jsonl", "rows.json", "taken"]

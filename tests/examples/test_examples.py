@@ -1,0 +1,56 @@
+"""The examples run to their end and say what they should."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from examples.models import load, wants_demo
+from fxprune.rules import registry
+
+ROOT = Path(__file__).parents[2]
+
+PRINTED = {
+    "mixture_of_experts": r"layers\.1/expert: 8 to 6\n.*with 6 experts, of which a token asks two\nit generates 8",
+    "op_rule": r"without a rule: 0 groups.*\nwith a rule: 40 units of gate\.weight.*down\.weight\n2\d\.\d%",
+    "own_criterion": r"\d+\.\d% of the parameters are gone\n\d+ of \d+ parameters lose the same",
+    "plain_module": r"2\d\.\d% of the.*\nstep 0: loss \d.*\nstep 9: loss [01]\..*\nthe program gives the same: True",
+    "serve_with_llama_cpp": r"\d+\.\d% of the parameters are gone\nthe file has 0\.\d MB\nThe capital of France is.+",
+}
+"""What each example prints."""
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On the tiny model; and no rule of an example is left behind."""
+    monkeypatch.setattr(sys, "argv", ["example"])
+    before = dict(registry._RULES)
+    yield
+    registry._RULES.clear()
+    registry._RULES.update(before)
+
+
+def test_there_is_one_test_an_example() -> None:
+    scripts = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"__init__", "models"}
+    assert scripts == set(PRINTED)
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"examples/{name}.py" in readme for name in scripts)
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_an_example_runs(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    importlib.import_module(f"examples.{name}").main()
+    printed = capfd.readouterr().out
+    assert re.search(PRINTED[name], printed), printed
+
+
+def test_the_demo_model_is_taken_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = load()
+    assert model.config.hidden_size == 64 and tokenizer("the").input_ids == [259, *tokenizer("e").input_ids]
+    monkeypatch.setattr(sys, "argv", ["example", "--demo"])
+    assert wants_demo()
