@@ -64,7 +64,7 @@ def prune(
     gguf_file: Gguf = None,
     quantization: Quantization = None,
 ) -> None:
-    """Prune MODEL and write a checkpoint, plan.json and report.json to OUT; or one file, and these two beside it."""
+    """Prune MODEL and write a checkpoint, its plan and its report to OUT; or one file, and these beside it."""
     with clear_errors():
         options = dict[str, Any](ratio=ratio, group_ratio=group_ratio, importance=importance, taylor=taylor, seed=seed)
         options.update(reduction=reduction, ranking=ranking, protect=protect, inplace=in_place, uniform=uniform)
@@ -158,6 +158,7 @@ def _write_facts(result: fxprune.Result, plan: Path, report: Path) -> None:
         return
     plan.write_text(result.plan.to_json(), encoding="utf-8")
     report.write_text(result.report.to_json(), encoding="utf-8")
+    result.write_report(report.with_suffix(".html"))
 
 
 def _multiple(round_to: str | None, out: Path) -> Any:
