@@ -79,7 +79,8 @@ class Plan:
 
     @property
     def _told(self) -> str:
-        blocks = f", {len(self.removed_blocks)} blocks removed" if self.removed_blocks else ""
+        gone = len(self.removed_blocks)
+        blocks = f", {gone} block{'s' if gone > 1 else ''} removed" if gone else ""
         return f"{len(self.kept):,} tensors shrink{blocks}, norms {self.norm}"
 
     def _rows(self) -> list[tuple[str, str]]:
