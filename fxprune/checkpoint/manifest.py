@@ -30,8 +30,9 @@ __all__ = [
 ]
 
 MANIFEST = "fxprune.json"
-CARD, PAGE = "README.md", "report.html"
-"""What a person reads: loading does not mind if it was edited or taken away."""
+CARD = "README.md"
+PAGE = "report.html"
+"""What a person reads, these two: loading does not mind if they were edited or taken away."""
 _FORMAT = 2
 """Counted up when an earlier release could no longer read the file, or would not see what it has to."""
 _READABLE = (1, _FORMAT)

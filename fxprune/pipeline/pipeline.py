@@ -34,10 +34,10 @@ class Ran(Fact):
     """The passes of pipelines that ran on a graph.
 
     Args:
-        passes: the spelling of each pass and its seconds, in order.
+        passes: the stage, the spelling and the seconds of each pass, in order.
     """
 
-    passes: tuple[tuple[str, float], ...] = ()
+    passes: tuple[tuple[str, str, float], ...] = ()
 
 
 class PassSequence(Pass):
@@ -202,7 +202,7 @@ class Pipeline(PassSequence):
         if not isinstance(step, Pipeline):
             facts, spelling = facts_of(graph_module), str(step)
             told = spelling if len(spelling) <= _LONGEST else f"{step.name}{{...}}"
-            facts.put(Ran((*(facts.get(Ran) or Ran()).passes, (told, seconds))))
+            facts.put(Ran((*(facts.get(Ran) or Ran()).passes, (step.stage, told, seconds))))
 
 
 def _line(pipeline: Pipeline) -> str:

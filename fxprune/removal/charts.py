@@ -25,6 +25,9 @@ _LOGARITHMIC = 30
 _DECADES = 8
 """What a logarithmic scale reaches down from the largest score; smaller ones lie at its foot."""
 
+_OUTLIERS = 0.5
+"""How far a chart goes on above the highest third quartile; single scores may be a hundred times as high."""
+
 Five = tuple[float, ...]
 
 
@@ -55,9 +58,13 @@ def bars(columns: Sequence[Column], before: Sequence[int], after: Sequence[int])
 
 
 def boxes(columns: Sequence[Column], kept: Sequence[Five], removed: Sequence[Five]) -> Markup:
-    """Return a box for what was kept and one for what went, side by side: from quartile to quartile, with whiskers."""
-    values = [value for five in (*kept, *removed) for value in five]
-    height, ticks = _scale(values)
+    """Return a box for what was kept and one for what went, side by side: from quartile to quartile, with whiskers.
+
+    Whiskers far above all boxes are cut, so that boxes can be told apart.
+    """
+    spreads = [five for five in (*kept, *removed) if five]
+    top = max((five[3] + _OUTLIERS * abs(five[3]) for five in spreads), default=1.0)
+    height, ticks = _scale([min(value, top) for five in spreads for value in five])
     step = _step(columns)
     drawn = [_axis(ticks, _LEFT + len(columns) * step)]
     for place, (column, stays, went) in enumerate(zip(columns, kept, removed, strict=True)):
@@ -86,7 +93,7 @@ def _scale(values: Sequence[float]) -> tuple[Callable[[float], float], list[tupl
 def _box(name: str, five: Five, left: float, width: float, height: Callable[[float], float]) -> Markup:
     if not five:
         return Markup()
-    least, first, median, third, most = (_place(height(value)) for value in five)
+    least, first, median, third, most = (_place(min(height(value), 1.0)) for value in five)
     middle = left + width / 2
     whisker = Markup('<line class="{}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(
         name, middle, middle, most, least

@@ -31,6 +31,9 @@ _UNITS = {
 }
 """What the units of a kind are called."""
 
+_DECISIVE = {"importance": "Scored by", "select": "chosen by", "compensate": "fitted by", "tune": "tuned by"}
+"""Stages in which it is decided what goes and what becomes of the rest, in words."""
+
 _NESTED = {"head": "query heads of each key/value head", "head_dim": "channels of each head"}
 """What they are called where they are counted inside a unit of another group."""
 
@@ -107,7 +110,8 @@ def page(report: Report) -> str:
         frozen=_folded(report.frozen),
         renormalised=_folded({group: _nodes(nodes) for group, nodes in report.renormalised.items()}),
         kept_norms=Counter(map(starred, report.kept_norms)),
-        seconds=sum(seconds for _, seconds in report.passes),
+        decided=[(_DECISIVE[stage], spelling) for stage, spelling, _ in report.passes if stage in _DECISIVE],
+        seconds=sum(seconds for *_, seconds in report.passes),
     )
 
 

@@ -134,7 +134,7 @@ class Report(Fact):
         scores: for each place of ``groups`` that was scored, how the scores are spread.
         criterion: the spelling of the pass that made the scores.
         kept_norms: modules whose norm runs over units that went and is kept as masking has it.
-        passes: the passes that ran, each with its seconds.
+        passes: the passes that ran, each with its stage, its spelling and its seconds.
         versions: of the packages that the result depends on.
         measured: quality and speed where they were measured, in rows of text; the first row names the columns.
         picture: one layer of the slim model as SVG; no part of the plain data.
@@ -161,7 +161,7 @@ class Report(Fact):
     scores: Mapping[str, Spread] = field(default_factory=dict)
     criterion: str = ""
     kept_norms: tuple[str, ...] = ()
-    passes: tuple[tuple[str, float], ...] = field(default=(), compare=False)
+    passes: tuple[tuple[str, str, float], ...] = field(default=(), compare=False)
     versions: Mapping[str, str] = field(default_factory=package_versions)
     measured: tuple[tuple[str, ...], ...] = ()
     picture: str = field(default="", repr=False, compare=False)

@@ -20,8 +20,9 @@ def test_passes_are_noted_in_order_and_one_inside_another_once() -> None:
     slim = Pipeline(steps)(dense).graph_module
     ran = facts_of(slim)[Ran].passes
     spellings = ["find-groups", "l2", "select-by-ratio{protect=[], ratio=0.25}", "count-work", "shrink"]
-    assert [spelling for spelling, _ in ran] == spellings
-    assert all(seconds >= 0 for _, seconds in ran) and Ran not in facts_of(dense)
+    assert [spelling for _, spelling, _ in ran] == spellings
+    assert [stage for stage, *_ in ran] == ["discover", "importance", "select", "prepare", "shrink"]
+    assert all(seconds >= 0 for *_, seconds in ran) and Ran not in facts_of(dense)
 
 
 def test_a_long_spelling_is_cut() -> None:
@@ -31,4 +32,4 @@ def test_a_long_spelling_is_cut() -> None:
     find = Pipeline("find-groups, l2, select-by-ratio{protect=()}")(dense).graph_module
     plan = facts_of(find)[Removal].plan
     Pipeline(["find-groups", load_pass("plan-from-json", text=plan.to_json())])(dense)
-    assert facts_of(dense)[Ran].passes[-1][0] == "plan-from-json{...}"
+    assert facts_of(dense)[Ran].passes[-1][1] == "plan-from-json{...}"

@@ -39,7 +39,7 @@ def test_labels_of_many_blocks_do_not_run_into_each_other() -> None:
         ((1e-4, 1e-3, 1e-2, 1e-1, 1.0), ["1e-4", "1e-3", "1e-2", "1e-1", "1e0"]),
         ((0.0, 1e-30, 1e-2, 1e-1, 1.0), ["1e-8", "1e-6", "1e-4", "1e-2", "1e0"]),
         ((1.0, 2.0, 3.0, 4.0, 5.0), ["0", "2.5", "5"]),
-        ((-1.0, -0.5, 0.0, 0.5, 1.0), ["-1", "0", "1"]),
+        ((-1.0, -0.5, 0.0, 0.5, 0.6), ["-1", "-0.2", "0.6"]),
         ((0.0,) * 5, ["0", "0.5", "1"]),
     ],
 )
@@ -50,3 +50,9 @@ def test_scores_lie_between_the_numbers_at_the_axis(values: tuple[float, ...], t
     assert len(marks(chart, "rect", "kept")) == 2 and len(marks(chart, "rect", "removed")) == 1
     for line in marks(chart, "line", "kept"):
         assert 7.9 <= float(line["y1"]) <= float(line["y2"]) <= 130.1
+
+
+def test_a_score_far_above_all_boxes_does_not_press_them_together() -> None:
+    chart = boxes(COLUMNS[:1], [(1.0, 2.0, 3.0, 4.0, 1e6)], [()])
+    (box,), (whisker,) = marks(chart, "rect", "kept"), marks(chart, "line", "kept")
+    assert float(box["height"]) > 30 and float(whisker["y1"]) == 8

@@ -87,7 +87,13 @@ def test_what_a_reader_looks_for_first_is_on_the_page(result: fxprune.Result) ->
     text = re.sub(r"\s+", " ", Page(report.to_html()).text)
     for size in headlines(report):
         assert f"{size.name}{100 * (size.left - 1):+.1f}%{size.dense:,} → {size.slim:,}" in text
-    for wanted in ("MLP channels by block", "Layers that went as a whole", "an output of the model", "Passes", "l2"):
+    for wanted in (
+        "MLP channels by block",
+        "Layers that went as a whole",
+        "an output of the model",
+        "Passes",
+        "Scored by l2, chosen by select-by-ratio",
+    ):
         assert wanted in text
     assert f"{report.verification_error:.1e} at most" in text
     assert report.removed_blocks[0] in text
