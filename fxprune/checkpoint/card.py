@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from fxprune.checkpoint.classes import stock_class
 from fxprune.checkpoint.manifest import Manifest
 from fxprune.graph.attempts import Refusal, attempt
+from fxprune.graph.silence import quiet
 from fxprune.removal.page import headlines, kinds_of
 from fxprune.removal.report import Report
 
@@ -57,14 +59,17 @@ def model_card(model: PreTrainedModel, work: Path, folder: Path, manifest: Manif
         headlines=() if report is None else headlines(report),
         kinds=() if report is None else tuple(kinds_of(report)),
     )
-    return f"{str(card).rstrip()}\n"
+    return re.sub(r"\n{3,}", "\n\n", str(card).rstrip()) + "\n"  # what was left out leaves its blank lines
 
 
 def _from_dense(folder: Path) -> dict[str, str | list[str]]:
     """Return what the card in the dense model's folder says of license and language; nothing where there is none."""
     file = folder / "README.md"
-    card = attempt(ModelCard.load, file, ignore_metadata_errors=True) if folder.name and file.is_file() else None
-    if card is None or isinstance(card, Refusal):
+    if not folder.name or not file.is_file():
+        return {}
+    with quiet(logging.WARNING):  # one without a head is no card, and no reason to warn
+        card = attempt(ModelCard.load, file, ignore_metadata_errors=True)
+    if isinstance(card, Refusal):
         return {}
     said = card.data.to_dict()
     return {name: said[name] for name in _KEPT if name in said}

@@ -92,7 +92,8 @@ def test_what_a_reader_looks_for_first_is_on_the_page(result: fxprune.Result) ->
         "Layers that went as a whole",
         "an output of the model",
         "Passes",
-        "Scored by l2, chosen by select-by-ratio",
+        "Scored by l2{",
+        "chosen by select-by-ratio{",
     ):
         assert wanted in text
     assert f"{report.verification_error:.1e} at most" in text
