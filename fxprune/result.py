@@ -23,7 +23,7 @@ from fxprune.graph.facts import facts_of
 from fxprune.graph.silence import unprinted
 from fxprune.pipeline.arguments import as_path, instance
 from fxprune.pipeline.shown import html_table
-from fxprune.removal.page import headlines, kinds_of
+from fxprune.removal.page import Headline, headlines, kinds_of
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removed
 from fxprune.removal.report import Report
@@ -79,9 +79,9 @@ class Result:
         return html_table(self.report.model or "Result", self._rows(), ("", "dense", "slim", "left"))
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
-        sizes = [(size.name, size.dense, size.slim) for size in headlines(self.report)]
-        sizes += [(kind.units, kind.before, kind.after) for kind in kinds_of(self.report) if kind.shrunk]
-        return [(name, f"{dense:,}", f"{slim:,}", f"{slim / max(dense, 1):.1%}") for name, dense, slim in sizes]
+        sizes = [*headlines(self.report)]
+        sizes += [Headline(kind.units, kind.before, kind.after) for kind in kinds_of(self.report) if kind.shrunk]
+        return [(size.name, f"{size.dense:,}", f"{size.slim:,}", f"{size.left:.1%}") for size in sizes]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the slim graph.

@@ -140,7 +140,7 @@ def _kind(report: Report, kind: str, name: str, groups: Sequence[GroupSize]) -> 
         before[group.place] += group.before
         after[group.place] += group.after
     shrunk = sum(group.after < group.before for group in groups)
-    labels = [str(i) if block else "all" for i, block in enumerate(places.values())]
+    labels = [block.rpartition(".")[2] if block else "all" for block in places.values()]  # a block goes by its number
     columns = [
         Column(label, f"{place}: {after[place]:,} of {before[place]:,} left ({after[place] / before[place]:.0%})")
         for label, place in zip(labels, places, strict=True)

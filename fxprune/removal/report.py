@@ -19,7 +19,7 @@ from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.explain import frozen_in
 from fxprune.discovery.groups import Group
 from fxprune.graph.facts import Fact
-from fxprune.removal.page import page
+from fxprune.removal.page import headlines, page
 from fxprune.removal.scores import Scores
 
 __all__ = [
@@ -189,11 +189,8 @@ class Report(Fact):
     def table(self) -> Table:
         """Return dense against slim as a table for a terminal."""
         table = Table("", "dense", "slim", "change", title="fxprune")
-        for name, (dense, slim) in (
-            ("parameters", self.parameters),
-            (f"MACs at {self.tokens} tokens", self.macs),
-        ):
-            table.add_row(name, f"{dense:,}", f"{slim:,}", f"{slim / max(dense, 1) - 1:+.1%}")
+        for size in headlines(self):
+            table.add_row(size.name, f"{size.dense:,}", f"{size.slim:,}", f"{size.left - 1:+.1%}")
         return table
 
 
