@@ -20,7 +20,7 @@ ARGS ?=
 CASES ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo recover-demo test fuzz lint format type bench bench-criteria bench-quality bench-reference bench-recover bench-discovery coverage families results pictures docs clean
+.PHONY: help setup demo recover-demo test fuzz package lint format type bench bench-criteria bench-quality bench-reference bench-recover bench-discovery coverage families results pictures docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,9 @@ test: $(STAMP) ## Run the tests (ARGS=... passes options to pytest, such as --co
 fuzz: $(STAMP) ## Remove from CASES=5000 random networks; what fails is kept in .hypothesis/ and tried first next time
 	FXPRUNE_RANDOM_NETWORKS=$(CASES) $(call threaded,1) -m pytest --numprocesses $(THREADS) --dist worksteal \
 	    --timeout=0 tests/end_to_end/test_random_networks.py $(ARGS)
+
+package: $(STAMP) ## Build wheel and source archive, and install and try each in an environment of its own
+	FXPRUNE_PACKAGE=1 $(RUN) -m pytest tests/test_package.py $(ARGS)
 
 lint: $(STAMP) ## Check style and formatting
 	$(BIN)/ruff check .

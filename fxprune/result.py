@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
 from fxprune.checkpoint import Structure, save_pretrained
+from fxprune.dot.inline import layer_svg
 from fxprune.emit.emitted import Emitted
-from fxprune.errors import ExportError
+from fxprune.errors import ExportError, FxpruneError
+from fxprune.evaluation.comparison import Comparison
 from fxprune.export import export_graph, export_model
 from fxprune.export.model import check_options
 from fxprune.graph.attempts import clear_errors
 from fxprune.graph.facts import facts_of
 from fxprune.graph.silence import unprinted
+from fxprune.pipeline.arguments import as_path, instance
+from fxprune.pipeline.shown import html_table
+from fxprune.removal.page import Headline, headlines, kinds_of
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removed
 from fxprune.removal.report import Report
@@ -59,6 +65,24 @@ class Result:
         removal = facts[Removed].removal
         return cls(graph_module, model, removal.plan, facts[Report], removal.scores)
 
+    def __repr__(self) -> str:
+        """What went, in a line."""
+        dense, slim = self.report.parameters
+        name = self.report.model or "a model"
+        return f"<Result {name}: {dense:,} to {slim:,} parameters ({-self.report.achieved:+.1%})>"
+
+    def __str__(self) -> str:
+        """Sizes before and after, and what is left of each kind, one a line."""
+        return "\n".join((repr(self), *(f"  {name}: {dense} to {slim}" for name, dense, slim, _ in self._rows())))
+
+    def _repr_html_(self) -> str:
+        return html_table(self.report.model or "Result", self._rows(), ("", "dense", "slim", "left"))
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        sizes = [*headlines(self.report)]
+        sizes += [Headline(kind.units, kind.before, kind.after) for kind in kinds_of(self.report) if kind.shrunk]
+        return [(size.name, f"{size.dense:,}", f"{size.slim:,}", f"{size.left:.1%}") for size in sizes]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the slim graph.
 
@@ -77,14 +101,64 @@ class Result:
         force: bool = False,
         also: Callable[[Path], object] | None = None,
     ) -> Structure:
-        """Write the slim model with its plan and report to ``folder``; see :func:`fxprune.save_pretrained`.
+        """Write the slim model with its plan, report and model card to ``folder``; see :func:`fxprune.save_pretrained`.
 
         Raises:
             CheckpointError: there is no slim Hugging Face model, or the folder holds something else.
         """
         model = Emitted(self.model, self.report.model_reasons).require_model()
         options: dict[str, Any] = {"max_shard_size": max_shard_size, "force": force, "also": also}
-        return save_pretrained(model, folder, tokenizer, plan=self.plan, report=self.report, **options)
+        return save_pretrained(model, folder, tokenizer, plan=self.plan, report=self._drawn, **options)
+
+    def to_html(self, comparison: Comparison | None = None) -> str:
+        """Return the report as one HTML page that needs no other file.
+
+        It has the picture of a layer where graphviz is installed.
+
+        Args:
+            comparison: quality and speed, from :func:`fxprune.evaluation.comparison.compare_models`; None to leave
+                them out.
+
+        Raises:
+            ArgumentError: it is no comparison.
+        """
+        if comparison is None:
+            return self._drawn.to_html()
+        instance("comparison", comparison, Comparison, "what compare_models returns, or None")
+        names = ("", *(column.name for column in comparison.columns))
+        return replace(self._drawn, measured=(names, *comparison.rows())).to_html()
+
+    def write_report(self, path: str | os.PathLike[str], comparison: Comparison | None = None) -> Path:
+        """Write :meth:`to_html` to a file.
+
+        Args:
+            path: the file to write.
+            comparison: as for :meth:`to_html`.
+
+        Raises:
+            ArgumentError: ``comparison`` is no comparison.
+            FxpruneError: the file cannot be written.
+        """
+        target = Path(as_path("path", path))
+        text = self.to_html(comparison)
+        try:
+            target.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise FxpruneError(
+                f"cannot be written: {error.strerror}",
+                where=str(target),
+                remedy="Choose a file in a folder that is there and can be written to",
+            ) from error
+        return target
+
+    @cached_property
+    def _drawn(self) -> Report:
+        """The report with the picture of a layer."""
+        return (
+            self.report
+            if self.report.picture
+            else replace(self.report, picture=layer_svg(self.graph_module, self.plan.norm))
+        )
 
     def export(
         self,

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,26 @@ from safetensors import SafetensorError, safe_open
 
 from fxprune.errors import CheckpointError
 from fxprune.pipeline.words import MANIFEST
+from fxprune.removal.report import package_versions
 
 __all__ = [
+    "CARD",
     "MANIFEST",
+    "PAGE",
     "Manifest",
     "WeightFile",
     "check_files",
     "check_weights",
+    "has_own_card",
     "other_files",
     "read_manifest",
     "strangers",
     "weight_files",
 ]
 
+CARD = "README.md"
+PAGE = "report.html"
+"""What a person reads, these two: loading does not mind if they were edited or taken away."""
 _FORMAT = 2
 """Counted up when an earlier release could no longer read the file, or would not see what it has to."""
 _READABLE = (1, _FORMAT)
@@ -35,7 +41,6 @@ _DECIDES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 """How names end of files that loaders look for by themselves, and take in place of others."""
 _DECIDING = ("adapter_config.json", "generation_config.json", "config.json")
 """Other names that they look for."""
-_PACKAGES: tuple[str, ...] = ("fxprune", "torch", "transformers", "safetensors")
 
 _AGAIN = "Copy the folder again, or save the model again"
 
@@ -76,7 +81,7 @@ class Manifest:
     files: Mapping[str, str] = field(default_factory=dict)
     plan: Mapping[str, Any] | None = None
     report: Mapping[str, Any] | None = None
-    versions: Mapping[str, str] = field(default_factory=lambda: {name: version(name) for name in _PACKAGES})
+    versions: Mapping[str, str] = field(default_factory=package_versions)
     format: int = _FORMAT
 
     def to_json(self) -> str:
@@ -163,6 +168,14 @@ def strangers(folder: Path) -> list[Path]:
     return sorted(others) if manifest.files else []
 
 
+def has_own_card(folder: Path) -> bool:
+    """Whether someone wrote the model card of a checkpoint, or edited ours."""
+    card = folder / CARD
+    if not (folder / MANIFEST).is_file():
+        return card.is_file()
+    return card.is_file() and _digest(card) != read_manifest(folder).files.get(CARD)
+
+
 def _known(manifest: Manifest) -> set[str]:
     return {MANIFEST, *manifest.weights, *manifest.files}
 
@@ -179,6 +192,8 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         CheckpointError: a file is missing, was changed, or does not belong; names it.
     """
     for name, digest in manifest.files.items():
+        if name in (CARD, PAGE):
+            continue
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise CheckpointError("this file is missing", where=str(path), remedy=_AGAIN)

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,19 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
+from fxprune.checkpoint.card import model_card
 from fxprune.checkpoint.classes import pruned_class, stock_class
 from fxprune.checkpoint.exchange import put_in_place, real_target, staged
-from fxprune.checkpoint.manifest import MANIFEST, Manifest, other_files, strangers, weight_files
+from fxprune.checkpoint.manifest import (
+    CARD,
+    MANIFEST,
+    PAGE,
+    Manifest,
+    has_own_card,
+    other_files,
+    strangers,
+    weight_files,
+)
 from fxprune.checkpoint.modelling_file import write_modelling
 from fxprune.checkpoint.structure import Structure, describe
 from fxprune.data.ranks import first_alone
@@ -49,13 +60,14 @@ def save_pretrained(
 
     Where several processes of torch call it, the first one writes and the others wait.
 
-    In it: safetensors, ``config.json``, the generation config, the tokenizer, ``fxprune.json``, and, where stock
-    classes do not build the model from its config, a modelling file with which they do (``trust_remote_code=True``).
+    In it: safetensors, ``config.json``, the generation config, the tokenizer, ``fxprune.json``, a model card
+    ``README.md``, the report as a page ``report.html``, and, where stock classes do not build the model from its
+    config, a modelling file with which they do (``trust_remote_code=True``).
 
     Args:
         model: an emitted model, also after training; adapters merged.
         folder: where to, or a link to it; replaced where it is empty or holds an earlier checkpoint of ours. Files that
-            someone else put into that one are kept.
+            someone else put into that one are kept, and so is a model card that was written or edited by hand.
         tokenizer: saved with it.
         plan: what was removed.
         report: what that did.
@@ -75,7 +87,7 @@ def save_pretrained(
     structure = describe(model)
 
     def fill(work: Path) -> None:
-        _fill(work, model, structure, tokenizer, plan, report, max_shard_size)
+        _fill(work, Path(folder), model, structure, tokenizer, plan, report, max_shard_size)
         if also is not None:
             also(work)
 
@@ -104,6 +116,7 @@ def write_folder(folder: str | os.PathLike[str], fill: Callable[[Path], object],
 
 def _fill(
     work: Path,
+    target: Path,
     model: PreTrainedModel,
     structure: Structure,
     tokenizer: Any,
@@ -111,7 +124,7 @@ def _fill(
     report: Report | None,
     max_shard_size: int | str,
 ) -> None:
-    """Write everything into an empty folder."""
+    """Write everything into an empty folder, which is to take the place of ``target``."""
     _write_model(model, work, structure, max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(work)
@@ -119,10 +132,14 @@ def _fill(
         source=_source(model, report),
         stock=structure.is_stock,
         weights=weight_files(work),
-        files=other_files(work),
         plan=None if plan is None else json.loads(plan.to_json()),
         report=None if report is None else report.to_dict(),
     )
+    if report is not None:
+        (work / PAGE).write_text(report.to_html(), encoding="utf-8")
+    if not has_own_card(target):
+        (work / CARD).write_text(model_card(model, work, target, manifest, report), encoding="utf-8")
+    manifest = replace(manifest, files=other_files(work))
     (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
@@ -189,8 +206,8 @@ def _check_parts(model: Any, plan: Any, report: Any) -> None:
 
 
 def _keep_others(target: Path, work: Path) -> None:
-    """Copy what someone put into the folder, beside what we wrote, into the new one."""
-    for path in strangers(target):
+    """Copy what someone put into the folder, beside what we wrote, or made of its model card, into the new one."""
+    for path in [*strangers(target), *([target / CARD] if has_own_card(target) else [])]:
         copy = shutil.copytree if path.is_dir() else shutil.copy2
         if not (work / path.name).exists():
             copy(path, work / path.name)

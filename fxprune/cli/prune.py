@@ -88,7 +88,7 @@ def prune(
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Prune MODEL and write a checkpoint, plan.json, report.json and run.yaml to OUT; or one file, and these beside."""
+    """Prune MODEL and write a checkpoint, its plan, report and run.yaml to OUT; or one file, and these beside it."""
     values = dict(locals())
     with clear_errors():
         set_output(quiet=quiet, verbose=verbose, as_json=as_json)
@@ -230,6 +230,7 @@ def _fill(result: fxprune.Result, folder: Path, *, run: str | None) -> None:
 def _write_facts(result: fxprune.Result, plan: Path, report: Path) -> None:
     plan.write_text(result.plan.to_json(), encoding="utf-8")
     report.write_text(result.report.to_json(), encoding="utf-8")
+    result.write_report(report.with_suffix(".html"))
 
 
 def _write_run(run: str | None, file: Path) -> None:

@@ -7,19 +7,20 @@ triggers those that depend on it, these trigger the next, until nothing new is f
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import networkx as nx
 
 from fxprune.axes import Expr, Factor, Product, beside, factors
 from fxprune.discovery.dependency import AxisMap, axis_map
-from fxprune.errors import ArgumentError
+from fxprune.discovery.kinds import DEFAULT_KINDS, EXACT, KINDS, Kind, as_kinds, bare_kind
 from fxprune.graph.blocks import owner_block
 from fxprune.graph.facts import Change, Fact
-from fxprune.pipeline.arguments import one_of, refuse
-from fxprune.pipeline.words import EXACT, KINDS, Kind
+from fxprune.graph.names import starred
+from fxprune.pipeline.shown import html_table
 from fxprune.rules.statements import Axis, Role
 
 __all__ = [
@@ -37,38 +38,6 @@ __all__ = [
     "propagate",
 ]
 
-DEFAULT_KINDS = ("mlp", "head")
-"""What goes unless the caller says otherwise: the kinds of the paper, which every language model has."""
-
-
-def as_kinds(kinds: str | Sequence[str], name: str = "kinds") -> tuple[str, ...]:
-    """Return ``kinds``, an argument called ``name``, as a tuple; a single kind may stand alone.
-
-    ``exact-`` in front of one leaves out its groups that a norm runs over.
-
-    Raises:
-        UnknownNameError: no such kind; the nearest is suggested.
-        ArgumentError: no kinds at all, or something else.
-    """
-    given: Any = kinds
-    if not isinstance(given, Collection) or isinstance(given, bytes):
-        raise refuse(name, kinds, f"one or more of {', '.join(KINDS)}")
-    named = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    if not named:
-        raise ArgumentError(f"{name} is empty", where=name, remedy=f"Name one or more of {', '.join(KINDS)}")
-    return tuple(_as_kind(kind) for kind in named)
-
-
-def _as_kind(kind: Any) -> str:
-    """Return ``kind`` as it was spelled; no norm runs over a layer, which is the same with the prefix or without."""
-    bare = one_of("kind", bare_kind(kind), KINDS)
-    return bare if bare == "layer" else str(kind)
-
-
-def bare_kind(kind: Any) -> Any:
-    """Return the kind meant, whether or not all its groups are: ``mlp`` of ``exact-mlp``."""
-    return kind.removeprefix(EXACT) if isinstance(kind, str) else kind
-
 
 @dataclass(frozen=True)
 class Member:
@@ -85,6 +54,10 @@ class Member:
     axis: int
     expr: Expr
     trained: bool = True
+
+    def __str__(self) -> str:
+        """The axis by its name, as in ``"embed.weight[1]"``."""
+        return f"{self.name}[{self.axis}]"
 
 
 @dataclass(frozen=True)
@@ -112,6 +85,28 @@ class Group:
     renormalised: tuple[str, ...] = ()
     trigger: Axis | None = None
     least: int = 1
+
+    def __repr__(self) -> str:
+        """The group in a line."""
+        return f"<Group {self.name}: {self._told}>"
+
+    def __str__(self) -> str:
+        """The group with its members, one a line; those of alike blocks together, with their number."""
+        lines = (f"  {axis}{f' ({count})' if count > 1 else ''}" for axis, count in self._axes().items())
+        return "\n".join((f"{self.name}: {self._told}", *lines))
+
+    def _repr_html_(self) -> str:
+        return html_table(f"{self.name}: {self._told}", self._axes().items(), ("axis", "number"))
+
+    def _axes(self) -> Counter[str]:
+        return Counter(starred(str(member)) for member in self.members)
+
+    @property
+    def _told(self) -> str:
+        inside = "" if self.outer is None else f" inside each of {self.outer.size}"
+        exact = "" if not self.renormalised else ", renormalised"
+        units = "unit" if self.size == 1 else "units"
+        return f"{self.size:,} {units} of kind {self.kind}{inside}, on {len(self.members)} axes{exact}"
 
     @property
     def size(self) -> int:

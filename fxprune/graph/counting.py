@@ -28,7 +28,7 @@ from fxprune.graph.compat import (
 from fxprune.graph.inputs import example_of
 from fxprune.graph.tensors import device_of, on_meta
 
-__all__ = ["count_macs", "count_parameters"]
+__all__ = ["count_bytes", "count_macs", "count_parameters"]
 
 TOKENS = 64
 """Sequence length of the paper's count (LLM-Pruner, arXiv 2305.11627)."""
@@ -89,6 +89,11 @@ _ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _atten
 def count_parameters(graph_module: fx.GraphModule) -> int:
     """Return the number of elements of all parameters, tied ones once."""
     return sum(parameter.numel() for parameter in graph_module.parameters())
+
+
+def count_bytes(graph_module: fx.GraphModule) -> int:
+    """Return the bytes of all parameters in the types that they have, tied ones once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in graph_module.parameters())
 
 
 def _inputs(graph_module: fx.GraphModule, batch: int | None, tokens: int | None) -> list[Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import fx
 
-__all__ = ["maker_of", "output_name", "tensor_name"]
+__all__ = ["maker_of", "output_name", "starred", "tensor_name"]
 
 _SIGN = "#"
 """Between the name of a node and the number of its output; no name of a node or weight has it."""
@@ -23,3 +25,9 @@ def output_name(node: fx.Node | str, i: int) -> str:
 def maker_of(tensor: str) -> str:
     """The name of the node that makes ``tensor``; that of the tensor itself for a weight."""
     return tensor.partition(_SIGN)[0]
+
+
+def starred(name: str) -> str:
+    """Return ``name``, of a tensor, a module or a group, with ``*`` for the numbers in its module path."""
+    path, slash, kind = name.partition("/")
+    return re.sub(r"(?<=\.)\d+(?=[.\[]|$)", "*", path) + slash + kind

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any, ClassVar
 
 from torch import fx
@@ -15,13 +16,28 @@ from fxprune.graph.surroundings import neutral
 from fxprune.pipeline.arguments import flag, function, refuse
 from fxprune.pipeline.contract import Pass, PassResult, run_apart
 from fxprune.pipeline.registry import parse_pass
+from fxprune.pipeline.shown import html_table
 from fxprune.pipeline.spelling import split
 
-__all__ = ["PassSequence", "Pipeline"]
+__all__ = ["PassSequence", "Pipeline", "Ran"]
 
 _WANTED = "passes, their names, or a text such as 'find-groups, l2, select-by-ratio'"
 
 OnPass = Callable[[Pass], None]
+
+_LONGEST = 1000
+"""Characters of a spelling that are noted; a plan as text has many more."""
+
+
+@dataclass(frozen=True)
+class Ran(Fact):
+    """The passes of pipelines that ran on a graph.
+
+    Args:
+        passes: the stage, the spelling and the seconds of each pass, in order.
+    """
+
+    passes: tuple[tuple[str, str, float], ...] = ()
 
 
 class PassSequence(Pass):
@@ -113,17 +129,22 @@ class PassSequence(Pass):
         modified = False
         for step in self.steps:
             self._begin(step)
+            start = perf_counter()
             try:
                 result = step(graph_module, inplace=True)
             except FxpruneError as error:
                 if not getattr(error, "__notes__", ()):
                     error.add_note(f"in pass {step.name}")
                 raise
+            self._end(step, result.graph_module, perf_counter() - start)
             graph_module, modified = result.graph_module, modified or result.modified
         return PassResult(graph_module, modified)
 
     def _begin(self, step: Pass) -> None:
         """Called with each step before it runs."""
+
+    def _end(self, step: Pass, graph_module: fx.GraphModule, seconds: float) -> None:
+        """Called with each step after it ran, with what it returned and the time it took."""
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -162,9 +183,26 @@ class Pipeline(PassSequence):
         """The spelling of the pipeline."""
         return "\n".join(f"({_line(p)})" if isinstance(p, Pipeline) else str(p) for p in self.passes)
 
+    def __repr__(self) -> str:
+        """The same as a call."""
+        return f"Pipeline({', '.join(str(self).splitlines())!r})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (str(p), p.stage, p.changes, ", ".join(k.__name__ for k in p.needs), ", ".join(k.__name__ for k in p.gives))
+            for p in self.passes
+        ]
+        return html_table("Pipeline", rows, ("pass", "stage", "changes", "needs", "gives"))
+
     def _begin(self, step: Pass) -> None:
         if self.on_pass is not None:
             self.on_pass(step)
+
+    def _end(self, step: Pass, graph_module: fx.GraphModule, seconds: float) -> None:
+        if not isinstance(step, Pipeline):
+            facts, spelling = facts_of(graph_module), str(step)
+            told = spelling if len(spelling) <= _LONGEST else f"{step.name}{{...}}"
+            facts.put(Ran((*(facts.get(Ran) or Ran()).passes, (step.stage, told, seconds))))
 
 
 def _line(pipeline: Pipeline) -> str:

@@ -14,7 +14,7 @@ from fxprune.axes import Keep, factors, kept_size
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.norms import KeptNorm
 
-__all__ = ["Change", "Scaling", "scaled_numbers", "scaled_weights", "unkept_in"]
+__all__ = ["Change", "Scaling", "kept_in", "scaled_numbers", "scaled_weights", "unkept_in"]
 
 _MOST_LINES = 6
 """Reasons that a reader of a report can still take in."""
@@ -73,6 +73,11 @@ def scaled_weights(axes: AxisMap, keep: Keep) -> dict[str, Scaling]:
     for norm, ratio in _touched(axes, keep):
         found.update({w.name: Scaling(float(ratio) ** w.power, w.offset) for w in norm.weights})
     return found
+
+
+def kept_in(axes: AxisMap, keep: Keep) -> tuple[str, ...]:
+    """Return the modules whose norm runs over units that went, and is kept as masking has it."""
+    return tuple(axes.modules.get(norm.node) or norm.node for norm, _ in _touched(axes, keep))
 
 
 def unkept_in(axes: AxisMap, nodes: Collection[str]) -> tuple[str, ...]:

@@ -17,7 +17,9 @@ from fxprune.discovery.norms import NORMS
 from fxprune.errors import PlanError
 from fxprune.graph.attempts import clear_errors
 from fxprune.graph.blocks import within
+from fxprune.graph.names import starred
 from fxprune.pipeline.arguments import told
+from fxprune.pipeline.shown import html_table
 
 __all__ = ["Plan", "keep_of", "kept_of_constants", "plan_of"]
 
@@ -63,6 +65,37 @@ class Plan:
             raise _no_plan("removed_blocks", f"they are {told(blocks)}, not a tuple of module paths")
         if self.norm not in NORMS:
             raise _no_plan("norm", f"it is {told(self.norm)}, not one of {', '.join(NORMS)}")
+
+    def __repr__(self) -> str:
+        """How much goes, in a line."""
+        return f"<Plan {self._told}>"
+
+    def __str__(self) -> str:
+        """The same, and what stays of each axis, alike ones on one line."""
+        return "\n".join((self._told, *(f"  {axis}: {left} kept" for axis, left in self._rows())))
+
+    def _repr_html_(self) -> str:
+        return html_table(f"Plan: {self._told}", self._rows(), ("axis", "units kept"))
+
+    @property
+    def _told(self) -> str:
+        gone = len(self.removed_blocks)
+        blocks = f", {gone} block{'s' if gone > 1 else ''} removed" if gone else ""
+        return f"{len(self.kept):,} tensors shrink{blocks}, norms {self.norm}"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """What stays of axes whose names differ in numbers alone: least and most, and of how many."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for name, axes in self.kept.items():
+            for axis, index in axes.items():
+                size = self.sizes.get(name, {}).get(axis, 0)
+                found.setdefault(f"{starred(name)}[{axis}]", []).append((len(index), size))
+        rows = [(block, "0") for block in self.removed_blocks]
+        for axis, pairs in found.items():
+            left, whole = sorted({left for left, _ in pairs}), max(size for _, size in pairs)
+            span = f"{left[0]:,}" if len(left) == 1 else f"{left[0]:,} to {left[-1]:,}"
+            rows.append((axis, f"{span} of {whole:,}" if whole else span))
+        return rows
 
     def to_json(self) -> str:
         """Return the plan as a JSON document."""

@@ -22,13 +22,16 @@ from fxprune.errors import TraceError
 from fxprune.graph.attempts import clear_errors
 from fxprune.graph.blocks import Blocks, find_blocks
 from fxprune.graph.compat import fake_mode, is_impure, tree_map
+from fxprune.graph.counting import count_parameters
 from fxprune.graph.facts import Facts, Notes, Runnable, Shaped, set_facts
+from fxprune.graph.inputs import is_input
 from fxprune.graph.shapes import ShapedCalls, calls_of, retype
 from fxprune.graph.silence import quiet
 from fxprune.graph.source import Constants, Source
 from fxprune.graph.surroundings import neutral
 from fxprune.graph.tensors import names_by_identity, on_meta, weights
 from fxprune.pipeline.arguments import flag
+from fxprune.pipeline.shown import html_table
 from fxprune.trace.calls import dependence
 from fxprune.trace.canonical import canonicalize, plain_in_place
 from fxprune.trace.checks import (
@@ -64,6 +67,26 @@ class Traced:
     graph_module: fx.GraphModule
     model: nn.Module
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """The model and the size of its graph, in a line."""
+        return f"<Traced {'; '.join(f'{name}: {value}' for name, value in self._rows())}>"
+
+    def __str__(self) -> str:
+        """The same, and the notes, one a line."""
+        return "\n".join((*(f"{name}: {value}" for name, value in self._rows()), *self.notes))
+
+    def _repr_html_(self) -> str:
+        return html_table("Traced", [*self._rows(), *(("note", note) for note in self.notes)])
+
+    def _rows(self) -> list[tuple[str, str]]:
+        inputs = [node.name for node in self.graph_module.graph.nodes if is_input(node)]
+        return [
+            ("model", type(self.model).__name__),
+            ("parameters", f"{count_parameters(self.graph_module):,}"),
+            ("nodes", f"{len(self.graph_module.graph.nodes):,}"),
+            ("inputs", ", ".join(inputs)),
+        ]
 
 
 @neutral()

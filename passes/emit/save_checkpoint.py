@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from fxprune.checkpoint import save_pretrained
 from fxprune.checkpoint.write import check_request
+from fxprune.dot.inline import layer_svg
 from fxprune.emit.emitted import Emitted
 from fxprune.errors import CheckpointError
 from fxprune.graph.facts import Change, Fact, facts_of
@@ -72,12 +73,13 @@ class SaveCheckpointPass(Pass):
             CheckpointError: there is no slim Hugging Face model, or the folder holds something else.
         """
         facts = facts_of(graph_module)
+        plan = facts[Removed].removal.plan
         structure = save_pretrained(
             facts[Emitted].require_model(),
             self.folder,
             self._tokenizer(),
-            plan=facts[Removed].removal.plan,
-            report=facts[Report],
+            plan=plan,
+            report=replace(facts[Report], picture=layer_svg(graph_module, plan.norm)),
             max_shard_size=self.max_shard_size,
         )
         facts.put(Saved(Path(self.folder), structure.is_stock))

@@ -191,11 +191,13 @@ def test_a_checkpoint_is_as_large_as_its_parameters(uneven: fxprune.Result, fold
     dense = sum(p.numel() for p in tiny("llama").parameters())
     assert parameters / dense == pytest.approx(1 - uneven.report.achieved, abs=1e-9)
     assert {path.name for path in folder.iterdir()} == {
+        "README.md",
         "config.json",
         "fxprune.json",
         "generation_config.json",
         "model.safetensors",
         "modeling_fxprune.py",
+        "report.html",
     }
 
 

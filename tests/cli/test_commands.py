@@ -98,7 +98,8 @@ def test_without_a_slim_model_the_graph_is_saved(folder: str, out: Path) -> None
     code, output = run("prune", folder, "--out", out, "--importance", "l2", "--kinds", "head_dim", "--ratio", "0.05")
     assert code == 0, output
     assert "torch.export.load" in output
-    assert {path.name for path in out.iterdir()} == {"model.pt2", "plan.json", "report.json", "run.yaml"}
+    names = {"model.pt2", "plan.json", "report.json", "report.html", "run.yaml"}
+    assert {path.name for path in out.iterdir()} == names
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])

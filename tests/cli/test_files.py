@@ -47,7 +47,7 @@ def test_a_gguf_file_goes_in_and_a_smaller_one_comes_out(dense: Path, tmp_path: 
     assert code == 0, output
     assert f"written to {out}: programs that read GGUF files run it" in output
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("slim.gguf", "slim.plan.json", "slim.report.json", "slim.run.yaml")
+        *("slim.gguf", "slim.plan.json", "slim.report.json", "slim.report.html", "slim.run.yaml")
     }
     assert 0.05 < json.loads((tmp_path / "slim.report.json").read_text())["achieved"] < 0.15
     before, after = gguf.GGUFReader(dense).fields, gguf.GGUFReader(out).fields

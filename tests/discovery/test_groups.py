@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import networkx as nx
-import pytest
 import torch
 from torch import nn
 
-from fxprune.discovery.groups import DEFAULT_KINDS, Groups, as_kinds, axes_by_factor, find_groups, propagate
-from fxprune.errors import FxpruneError, UnknownNameError
+from fxprune.discovery.groups import Groups, axes_by_factor, find_groups, propagate
 from tests.models import tiny
 from tests.oracle import Net, discover, graph_of
 
@@ -32,15 +30,3 @@ def test_kinds_of_a_language_model() -> None:
     assert {group.kind for group in found} == {"mlp", "head", "channel", "head_dim", "layer"}
     assert len({group.name for group in found}) == len(found)
     assert [group.size for group in found.of_kinds(("mlp",))] == [88, 88]
-
-
-def test_kinds_are_checked_and_one_may_stand_alone() -> None:
-    assert as_kinds("mlp") == ("mlp",) and as_kinds(["head", "layer"]) == ("head", "layer")
-    assert as_kinds(DEFAULT_KINDS) == DEFAULT_KINDS
-    assert as_kinds(["exact-mlp", "exact-layer"]) == ("exact-mlp", "layer")
-    with pytest.raises(UnknownNameError, match="Did you mean 'mlp'"):
-        as_kinds("exact-mpl")
-    with pytest.raises(UnknownNameError, match="Did you mean 'head'"):
-        as_kinds(("heads",))
-    with pytest.raises(FxpruneError, match="kinds is empty"):
-        as_kinds(())

@@ -11,7 +11,7 @@ from torch import nn
 
 from fxprune.graph import counting
 from fxprune.graph.compat import UNKNOWN_SIZE
-from fxprune.graph.counting import count_macs, count_parameters
+from fxprune.graph.counting import count_bytes, count_macs, count_parameters
 from fxprune.trace.capture import trace
 from tests.models import tiny
 from tests.oracle import Net
@@ -35,6 +35,7 @@ def test_tokens_scale_the_count_and_tied_weights_count_once() -> None:
     assert count_macs(graph_module, tokens=8) == 8 * 6 * 11
     assert count_macs(graph_module) == 64 * 6 * 11
     assert count_parameters(graph_module) == 11 * 6
+    assert count_bytes(graph_module) == 4 * 11 * 6 and count_bytes(graph_module.half()) == 2 * 11 * 6
 
 
 class Attention(nn.Module):

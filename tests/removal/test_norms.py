@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fxprune.axes import Keep
-from fxprune.removal.norms import Change, Scaling, scaled_numbers, scaled_weights, unkept_in
+from fxprune.removal.norms import Change, Scaling, kept_in, scaled_numbers, scaled_weights, unkept_in
 from tests.oracle import Net, axes_of, discover, groups_of
 
 
@@ -65,6 +65,7 @@ def test_numbers_and_weights_of_a_removal() -> None:
     ((name, scaling),) = scaled_weights(axes, keep).items()
     assert name == "w" and scaling.offset == 0 and abs(scaling.factor - (12 / 9) ** 0.5) < 1e-12
     assert scaled_numbers(axes, Keep()) == scaled_weights(axes, Keep()) == {}
+    assert len(kept_in(axes, keep)) == 1 and kept_in(axes, Keep()) == ()
 
 
 def test_what_is_not_kept_is_told_with_its_reason() -> None:

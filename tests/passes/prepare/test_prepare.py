@@ -13,6 +13,8 @@ from fxprune.data.calibration import Calibration
 from fxprune.data.verification import VerificationInputs
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import facts_of
+from fxprune.pipeline.pipeline import Pipeline
+from fxprune.removal.removal import Removal
 from fxprune.removal.report import Work
 from fxprune.trace import trace
 from tests.models import tiny, token_ids
@@ -49,7 +51,20 @@ def test_count_work_counts_parameters_and_macs() -> None:
     net = Net(lambda m, x: m.b(m.a(x)), a=nn.Linear(10, 12), b=nn.Linear(12, 5, bias=False))
     dense = trace(net, {"x": torch.randn(1, 10)}).graph_module
     CountWorkPass()(dense)
-    assert facts_of(dense)[Work] == Work(10 * 12 + 12 + 12 * 5, 10 * 12 + 12 * 5, 64)
+    parameters = 10 * 12 + 12 + 12 * 5
+    assert facts_of(dense)[Work] == Work(parameters, 10 * 12 + 12 * 5, 64, memory=4 * parameters, model="Net")
+
+
+def test_count_work_counts_the_cache_before_and_after_what_is_decided() -> None:
+    """Keys and values of a token: two bytes a number, for the key/value heads of each layer."""
+    dense = trace(tiny("llama")).graph_module
+    Pipeline("find-groups, l2{kinds=[head]}, count-work")(dense)
+    assert facts_of(dense)[Work].cache is None
+    Pipeline("select-by-group-ratio{kinds=[head], group_ratio=0.34, protect=[1, 0]}, count-work")(dense)
+    removal = facts_of(dense)[Removal]
+    left = sum(removal.keep.count(g.factor) for g in removal.groups if g.name.endswith("/head") and g.factor)
+    assert left == 3 + 2 + 2
+    assert facts_of(dense)[Work].cache == (2 * 2 * 8 * 9, 2 * 2 * 8 * left)
 
 
 def test_verification_inputs_are_those_of_the_trace_or_random_by_seed() -> None:

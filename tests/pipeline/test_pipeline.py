@@ -1,0 +1,35 @@
+"""A pipeline notes which passes ran and how long they took."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fxprune.graph.facts import facts_of
+from fxprune.pipeline.pipeline import Pipeline, Ran
+from fxprune.pipeline.registry import load_pass
+from fxprune.removal.removal import Removal
+from fxprune.trace import trace
+from tests.oracle import Net
+
+
+def test_passes_are_noted_in_order_and_one_inside_another_once() -> None:
+    net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 12), b=nn.Linear(12, 5))
+    dense = trace(net, {"x": torch.randn(2, 10)}).graph_module
+    steps = "find-groups, (l2, select-by-ratio{ratio=0.25, protect=()}), count-work, shrink"
+    slim = Pipeline(steps)(dense).graph_module
+    ran = facts_of(slim)[Ran].passes
+    spellings = ["find-groups", "l2", "select-by-ratio{protect=[], ratio=0.25}", "count-work", "shrink"]
+    assert [spelling for _, spelling, _ in ran] == spellings
+    assert [stage for stage, *_ in ran] == ["discover", "importance", "select", "prepare", "shrink"]
+    assert all(seconds >= 0 for *_, seconds in ran) and Ran not in facts_of(dense)
+
+
+def test_a_long_spelling_is_cut() -> None:
+    """The one of a plan as text repeats the plan."""
+    net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 1200), b=nn.Linear(1200, 5))
+    dense = trace(net, {"x": torch.randn(2, 10)}).graph_module
+    find = Pipeline("find-groups, l2, select-by-ratio{protect=()}")(dense).graph_module
+    plan = facts_of(find)[Removal].plan
+    Pipeline(["find-groups", load_pass("plan-from-json", text=plan.to_json())])(dense)
+    assert facts_of(dense)[Ran].passes[-1][1] == "plan-from-json{...}"
