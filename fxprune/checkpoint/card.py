@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
@@ -62,7 +63,7 @@ def model_card(model: PreTrainedModel, work: Path, folder: Path, manifest: Manif
     return re.sub(r"\n{3,}", "\n\n", str(card).rstrip()) + "\n"  # what was left out leaves its blank lines
 
 
-def _from_dense(folder: Path) -> dict[str, str | list[str]]:
+def _from_dense(folder: Path) -> dict[str, Any]:
     """Return what the card in the dense model's folder says of license and language; nothing where there is none."""
     file = folder / "README.md"
     if not folder.name or not file.is_file():

@@ -91,10 +91,10 @@ class Plan:
                 size = self.sizes.get(name, {}).get(axis, 0)
                 found.setdefault(f"{starred(name)}[{axis}]", []).append((len(index), size))
         rows = [(block, "0") for block in self.removed_blocks]
-        for axis, pairs in found.items():
-            left, whole = sorted({left for left, _ in pairs}), max(size for _, size in pairs)
-            span = f"{left[0]:,}" if len(left) == 1 else f"{left[0]:,} to {left[-1]:,}"
-            rows.append((axis, f"{span} of {whole:,}" if whole else span))
+        for label, pairs in found.items():
+            counts, whole = sorted({left for left, _ in pairs}), max(size for _, size in pairs)
+            span = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+            rows.append((label, f"{span} of {whole:,}" if whole else span))
         return rows
 
     def to_json(self) -> str:

@@ -262,7 +262,7 @@ def spreads_of(
         if units is None:
             continue
         stays: Any = size.after > 0
-        if size.after and group.factor in keep.units:
+        if size.after and group.factor is not None and group.factor in keep.units:
             stays = keep.units[group.factor]
         mask = np.broadcast_to(stays, units.shape)
         kept.setdefault(size.place, []).append(units[mask])
