@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fxprune.cli.naming
-from fxprune.cli import demo, load
+from fxprune.cli import load
+from fxprune.cli.demo import demo_gguf, demo_name
 from fxprune.errors import FxpruneError
 from tests.cli.folders import save_tiny
 
@@ -26,7 +27,7 @@ def test_paths_never_go_to_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_demo_is_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "demo_checkpoint", lambda: tmp_path)
     assert load.where_and_file("demo", None)["pretrained_model_name_or_path"] == str(tmp_path)
-    assert demo.demo_name().endswith("135M-Instruct") and demo.demo_gguf().suffix == ".gguf"
+    assert demo_name().endswith("135M-Instruct") and demo_gguf().suffix == ".gguf"
 
 
 def test_a_model_comes_in_the_dtype_and_on_the_device_that_were_asked_for(tmp_path: Path) -> None:
