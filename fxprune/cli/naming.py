@@ -42,7 +42,7 @@ def check_exists(model: str) -> None:
         demo_gguf()
     elif path.is_file():
         _check_file(path)
-    elif not path.exists() and _is_path(model):
+    elif not model or (not path.exists() and _is_path(model)):
         raise FxpruneError("no such folder or file", where=model or "MODEL", remedy=_REMEDY)
 
 

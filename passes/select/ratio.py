@@ -89,15 +89,7 @@ class SelectByRatioPass(SelectPass):
         solver = Solver(selection, ratio * whole)
         largest = solver.removed(solver.most()) / max(whole, 1)
         if ratio > largest + CLOSE:
-            error = RatioError(
-                f"{ratio:.1%} of the {selection.budget.word} cannot go: with kinds={self.kinds}, "
-                f"protect={self.protect}, round_to={self.round_to} and tensor_parallel={self.tensor_parallel} "
-                f"the largest reachable ratio is {largest:.1%}",
-                where="ratio",
-                remedy="Ask for less, protect fewer layers or allow more kinds",
-            )
-            error.reachable = largest
-            raise error
+            raise self._too_large(f"{ratio:.1%} of the {selection.budget.word}", largest)
         if self.uniform:
             choices = choose_uniform(selection, lambda fixed, _: solver.fraction(fixed))
         else:
@@ -115,6 +107,19 @@ class SelectByRatioPass(SelectPass):
         if abs(achieved - ratio) > CLOSE:
             selection.note(f"ratio {achieved:.2%} instead of {ratio:.2%}: the units are too large to come nearer")
         return choices
+
+    def _too_large(self, asked: str, largest: float) -> RatioError:
+        """The error of a ratio that cannot be reached, with what keeps it from being larger."""
+        names = ("protect", "round_to", "tensor_parallel")
+        changed = [name for name in names if getattr(self, name) != getattr(type(self), name)]
+        said = [f"{name}={getattr(self, name)}" for name in ("kinds", *changed)]
+        error = RatioError(
+            f"{asked} cannot go: with {', '.join(said)} the largest reachable ratio is {largest:.1%}",
+            where="ratio",
+            remedy="Ask for less, protect fewer layers or allow more kinds",
+        )
+        error.reachable = largest
+        return error
 
 
 def _places(selection: Selection, kinds: Sequence[str]) -> list[int]:

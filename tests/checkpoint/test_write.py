@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from fxprune.checkpoint.modelling_file import MODELLING
+from fxprune.checkpoint.read import from_pretrained
 from fxprune.checkpoint.structure import describe
-from fxprune.checkpoint.write import save_pretrained
+from fxprune.checkpoint.write import save_pretrained, write_folder
+from fxprune.errors import CheckpointError
 from tests.checkpoint.small import narrow
 from tests.models import tiny
 
@@ -45,3 +47,27 @@ def test_where_a_stock_model_comes_from(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "stock/fxprune.json").read_text())
     assert manifest["source"] == {"class": type(model).__name__, "name": "owner/name"} and manifest["stock"]
     assert not (tmp_path / f"stock/{MODELLING}.py").exists()
+
+
+def test_more_files_go_into_the_folder_with_the_model(slim: Any, tmp_path: Path) -> None:
+    """A folder that holds something else is taken by force: plain files stay, weights that a loader would take go."""
+    target = tmp_path / "slim"
+    target.mkdir()
+    for name in ("notes", "model-00001-of-00002.safetensors", "pytorch_model.bin"):
+        (target / name).write_text("mine")
+    with pytest.raises(CheckpointError, match="not an fxprune checkpoint"):
+        save_pretrained(slim, target)
+    save_pretrained(slim, target, force=True, also=lambda folder: (folder / "run").write_text(str(folder != target)))
+    assert (target / "run").read_text() == "True" and (target / "notes").read_text() == "mine"
+    assert [path.name for path in target.glob("*.safetensors")] == ["model.safetensors"]
+    assert not (target / "pytorch_model.bin").exists() and from_pretrained(target) is not None
+
+
+def test_a_folder_is_filled_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "a").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "new", fill)
+    assert list(tmp_path.iterdir()) == []

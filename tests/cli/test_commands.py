@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import fxprune
@@ -17,6 +16,7 @@ import fxprune.cli.console
 import fxprune.cli.graph
 from fxprune.cli import app
 from fxprune.recipes import read_recipe
+from tests.cli.folders import save_tiny
 from tests.models import tiny, token_ids
 
 
@@ -24,10 +24,7 @@ from tests.models import tiny, token_ids
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny model with a tokenizer of three words."""
     path = tmp_path_factory.mktemp("model")
-    tiny("llama").save_pretrained(path)
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "red": 1, "green": 2, "blue": 3}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(path)
+    save_tiny(path)
     return str(path)
 
 

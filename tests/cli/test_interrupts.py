@@ -1,0 +1,71 @@
+"""Commands that are stopped at any moment: one line, an exit code that names the signal, nothing half written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fxprune.cli.interrupts
+from tests.cli.folders import save_tiny
+
+
+def heed() -> None:
+    """Let a process heed interrupts, also where the tests run in the background of a shell, which ignores them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model"
+    save_tiny(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "out"),
+    [
+        ("starting", signal.SIGINT, "slim"),
+        ("loading", signal.SIGINT, "slim"),
+        ("pruning", signal.SIGINT, "slim"),
+        ("find-groups", signal.SIGTERM, "slim.gguf"),
+        ("writing", signal.SIGINT, "slim"),
+    ],
+)
+def test_a_stopped_prune_leaves_nothing_half_written(
+    model: Path, tmp_path: Path, moment: str, number: int, out: str
+) -> None:
+    command = [sys.executable, "-m", "fxprune", "prune", str(model), "--out", out, "--importance", "l2", "--verbose"]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=heed, text=True, **pipes) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(moment):
+                break
+        process.send_signal(number)
+        printed, told = process.stdout.read(), process.stderr.read()
+        assert process.wait(timeout=120) == 128 + number, told
+    lines = [line for line in told.splitlines() if not line.endswith((" s", " ..."))]
+    assert lines == ["stopped"] and printed == "", told
+    left = [path.name for path in tmp_path.iterdir()]
+    assert left == [] or (tmp_path / out / "run.yaml").is_file()
+    assert not any(name.startswith(".") for name in left)
+
+
+def test_an_interrupt_during_imports_stops_at_once() -> None:
+    code = (
+        "import os, signal; from fxprune.cli.interrupts import at_once, install\n"
+        "install()\n"
+        "with at_once():\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except BaseException: print('swallowed')\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=heed)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+    assert fxprune.cli.interrupts.at_once is not None
