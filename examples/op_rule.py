@@ -29,7 +29,8 @@ class Network(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``(batch, 16)`` for ``(batch, 16)``."""
         hidden: torch.Tensor = gated(self.gate(x), self.up(x))
-        return self.down(hidden)
+        out: torch.Tensor = self.down(hidden)
+        return out
 
 
 def main() -> None:

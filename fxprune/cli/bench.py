@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -37,7 +37,7 @@ def bench(
         models = checked([model, *(others or ())], dtype, device)
         from fxprune.evaluation.speed import measure_speed
 
-        options = {"with_tokenizer": False, "dtype": dtype, "device": device}
+        options: dict[str, Any] = {"with_tokenizer": False, "dtype": dtype, "device": device}
         loaded = {name: load_either(place, None, **options)[0] for name, place in models.items()}
         speeds = measure_speed(loaded, prompt=prompt, tokens=tokens, batch=batch, rounds=rounds, track=progress)
         if as_json:

@@ -99,6 +99,7 @@ def options(
     ] = False,
 ) -> None:
     """Structural pruning of language models."""
+    set_output()
     if context.invoked_subcommand is None:
         console.print(context.get_help(), end="")
 

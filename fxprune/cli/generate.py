@@ -35,7 +35,7 @@ def generate(
         if not prompt.strip():
             raise ArgumentError("the prompt is empty", where="PROMPT", remedy="Give some text")
         models = checked([*([compare] if compare else []), model], dtype, device)
-        options = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
+        options: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
         options |= {"temperature": temperature} if temperature else {}
         texts = {}
         for name, place in models.items():

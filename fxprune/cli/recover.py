@@ -44,7 +44,13 @@ def recover(
     force: Force = False,
 ) -> None:
     """Train MODEL a little, by LoRA on what was pruned, and write it to OUT as it came, with its plan and report."""
-    given = {"epochs": epochs, "learning_rate": learning_rate, "rank": rank, "alpha": alpha, "batch": batch}
+    given: dict[str, Any] = {
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "rank": rank,
+        "alpha": alpha,
+        "batch": batch,
+    }
     given |= {"micro_batch": micro_batch, "max_tokens": max_tokens, "held_out": held_out}
     given |= {"precision": precision, "seed": seed}
     with clear_errors():

@@ -101,7 +101,7 @@ def measure_speed(
     ids = torch.randint(smallest, (batch, prompt), generator=torch.Generator().manual_seed(0))
     turns: dict[str, list[_Turn]] = {name: [] for name in models}
     for number in track(range(rounds + 1), "generating", rounds + 1):
-        for name in models if number % 2 else reversed(models):
+        for name in models if number % 2 else reversed([*models]):
             turn = _turn(models[name], ids, tokens)
             if number:
                 turns[name].append(turn)

@@ -70,7 +70,7 @@ def in_order(names: Iterable[str]) -> list[str]:
     ordered: list[str] = []
     for stage in STAGES:
         here = [name for name, made in found.items() if made.stage == stage]
-        graph = nx.DiGraph()
+        graph: nx.DiGraph[str] = nx.DiGraph()
         graph.add_nodes_from(here)
         graph.add_edges_from((a, b) for a in here for b in here if _before(found[a], found[b]))
         ordered += nx.lexicographical_topological_sort(graph)

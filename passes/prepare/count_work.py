@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fxprune.passes.select.budget import make_budget
 from torch import fx
 
 from fxprune.errors import PassError
@@ -17,6 +16,8 @@ from fxprune.pipeline.arguments import whole_number
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.removal import Removal
 from fxprune.removal.report import Work
+
+from ..select.budget import make_budget
 
 __all__ = ["CountWorkPass"]
 

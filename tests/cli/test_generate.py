@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests.cli.running import refused, run
 
 def greedy(folder: Path, prompt: str, tokens: int) -> str:
     """What a slim model goes on with."""
-    model = fxprune.from_pretrained(folder)
+    model: Any = fxprune.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     with torch.no_grad():

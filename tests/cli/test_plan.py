@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import fxprune
+import fxprune.cli.console
 from fxprune.cli.plan import read_plan
 from fxprune.removal.report import Report
 from tests.cli.running import refused, run
@@ -38,6 +39,12 @@ def test_what_went_is_shown_by_block_and_kind(models: Path) -> None:
 def test_a_checkpoint_alone_has_its_plan(models: Path, tmp_path: Path) -> None:
     (tmp_path / "fxprune.json").write_bytes((models / "slim/fxprune.json").read_bytes())
     assert run("plan", "show", tmp_path) == run("plan", "show", models / "slim")
+
+
+def test_a_command_before_it_that_was_quiet_does_not_silence_it(tmp_path: Path) -> None:
+    path = written(tmp_path / "plan.json", fxprune.Plan())
+    fxprune.cli.console.set_output(quiet=True)
+    assert "the plan removes nothing" in run("plan", "show", path)[1]
 
 
 def test_a_plan_without_a_report_is_shown_by_parameters(tmp_path: Path) -> None:

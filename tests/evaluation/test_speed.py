@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +17,7 @@ def test_models_generate_as_many_tokens_and_keep_as_many_keys(model: PreTrainedM
     slim = fxprune.prune(model, importance="l2", kinds="head", ratio=0.05, protect=()).model
     seen: list[tuple[str, int]] = []
 
-    def track(items: range, what: str, total: int) -> range:
+    def track(items: Any, what: str, total: int) -> Any:
         seen.append((what, total))
         return items
 
@@ -25,7 +27,8 @@ def test_models_generate_as_many_tokens_and_keep_as_many_keys(model: PreTrainedM
     assert (dense.batch, dense.prompt, dense.tokens, dense.peak) == (2, 7, 4, None)
     heads, layers, width = model.config.num_key_value_heads, model.config.num_hidden_layers, 8
     assert dense.cache == 2 * layers * 2 * heads * (7 + 4 - 1) * width * 4, "keys and values of all but the last token"
-    assert less.cache is not None and less.cache < dense.cache and less.weights < dense.weights
+    assert less.cache is not None and less.cache < 2 * layers * 2 * heads * (7 + 4 - 1) * width * 4
+    assert less.weights < dense.weights
     assert dense.prefill_rate == pytest.approx(2 * 7 / dense.prefill_ms * 1e3)
     assert dense.to_dict()["decode_rate"] == pytest.approx(2 / dense.decode_ms * 1e3)
 
@@ -45,7 +48,7 @@ def test_a_model_is_left_as_it_was(model: PreTrainedModel) -> None:
     ("options", "says"),
     [({"tokens": 1}, "tokens is 1"), ({"prompt": 0}, "prompt is 0"), ({"prompt": 999}, "the model takes 256")],
 )
-def test_what_cannot_be_timed_is_refused(model: PreTrainedModel, options: dict[str, int], says: str) -> None:
+def test_what_cannot_be_timed_is_refused(model: PreTrainedModel, options: dict[str, Any], says: str) -> None:
     with pytest.raises(EvaluationError, match=says):
         measure_speed({"dense": model}, **options)
     with pytest.raises(EvaluationError, match="models by name"):
