@@ -58,9 +58,7 @@ def graph(
 @app.command()
 def explain(
     model: Folder,
-    name: Annotated[
-        str, typer.Argument(help="Parameter, buffer or group, or the end of its name: mlp.up_proj.weight[0].")
-    ],
+    name: Annotated[str, typer.Argument(help="Parameter, buffer or group, or the end of its name.")],
     axis: Annotated[int | None, typer.Argument(help="Which axis of the parameter, from 0.")] = None,
     group: Annotated[str | None, typer.Option(help="Group meant, where the axis is in several.")] = None,
     norm: Norm = None,

@@ -26,8 +26,8 @@ def find_axis(graph: nx.Graph[Axis], name: str, dim: int | None = None) -> Axis:
 
     Args:
         graph: the dependency graph.
-        name: of a tensor: all of it, its end, or the end of the module that it is in, as in ``layers.3.mlp``; of a
-            module's tensors the weight is meant. A ``*`` stands for any number. The axis may follow in brackets.
+        name: of a tensor: all of it, its end, or the end of the module that it is in, as in ``layers.3.norm``; of
+            a module's tensors the weight is meant. A ``*`` stands for any number. The axis may follow in brackets.
         dim: which axis of it; None where it has one, or where ``name`` says it.
 
     Raises:
@@ -70,8 +70,7 @@ def _find_tensor(name: str, weights: Collection[str]) -> str:
     found = [full for full in weights if _ends(full, name)]
     if not found:
         inside = [full for full in weights if _ends(full.rpartition(".")[0], name)]
-        modules = {full.rpartition(".")[0] for full in inside}
-        found = [full for full in inside if len(modules) > 1 or full.endswith(".weight")] or inside
+        found = [full for full in inside if full.endswith(".weight")] or inside
     if not found:
         parts = name.count(".") + 1
         ends = {".".join(full.split(".")[-parts:]) for full in weights}

@@ -6,7 +6,9 @@ import colorsys
 
 __all__ = ["FROZEN", "LINE", "WHITE", "hue_of"]
 
-FROZEN, WHITE, LINE = "#d0d0d0", "#ffffff", "#8a8a8a"
+FROZEN = "#d0d0d0"
+WHITE = "#ffffff"
+LINE = "#8a8a8a"
 
 _HUES = {
     "channel": 0.58,
