@@ -52,7 +52,8 @@ def spelled_run(arguments: Mapping[str, Any]) -> str:
         if name not in _UNWRITTEN and value is not None and value is not False
     }
     head = "# Repeats the run: fxprune prune --config run.yaml, from the folder in which it was started.\n"
-    return head + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return head + text
 
 
 def _said(path: Path, known: Mapping[str, str]) -> dict[str, Any]:

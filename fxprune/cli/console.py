@@ -8,7 +8,7 @@ import logging
 import os
 import textwrap
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -69,12 +69,12 @@ Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, c
 class _Commands(TyperGroup):
     """Commands whose wrong uses end in one line."""
 
-    def main(self, *args: Any, **extra: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:
         """Run a command, as :meth:`typer.core.TyperGroup.main` does."""
         if not extra.pop("standalone_mode", True):
-            return super().main(*args, standalone_mode=False, **extra)
+            return super().main(args, standalone_mode=False, **extra)
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(args, standalone_mode=False, **extra)
         except typer.TyperException as error:
             code = _refuse(error.format_message())
         raise SystemExit(code if isinstance(code, int) else 0)

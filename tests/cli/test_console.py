@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from fxprune.cli import app, console
@@ -29,7 +31,7 @@ def test_a_piped_output_is_told_now_and_then_how_far_it_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(0, 1000, 3))
-    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     assert list(console.progress(range(10), "scoring", 10)) == list(range(10))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "scoring: 1 of 10, about 54 s left" and len(lines) == 3
@@ -43,7 +45,7 @@ def test_quiet_prints_errors_alone(capsys: pytest.CaptureFixture[str]) -> None:
     console.console.print("result")
     with console.working("tracing"):
         assert list(console.progress(iter("ab"), "scoring", 2)) == ["a", "b"]
-    with pytest.raises(console.typer.Exit), console.clear_errors():
+    with pytest.raises(typer.Exit), console.clear_errors():
         raise OSError(2, "No such file", "here.txt")
     told = capsys.readouterr()
     assert told.out == "" and told.err == "error: here.txt: No such file\n"

@@ -41,8 +41,10 @@ def test_a_stopped_prune_leaves_nothing_half_written(
 ) -> None:
     command = [sys.executable, "-m", "fxprune", "prune", str(model), "--out", out, "--importance", "l2", "--verbose"]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=heed, text=True, **pipes) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, preexec_fn=heed, text=True, stdout=pipe, stderr=pipe
+    ) as process:
         assert process.stdout is not None and process.stderr is not None
         for line in process.stderr:
             if line.startswith(moment):
