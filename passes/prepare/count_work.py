@@ -14,10 +14,9 @@ from fxprune.graph.source import Source
 from fxprune.masking.masked_run import UntouchedRun
 from fxprune.pipeline.arguments import whole_number
 from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.removal.budget import make_budget
 from fxprune.removal.removal import Removal
 from fxprune.removal.report import Work
-
-from ..select.budget import make_budget
 
 __all__ = ["CountWorkPass"]
 

@@ -22,12 +22,12 @@ from fxprune.masking.compare import Expected
 from fxprune.pipeline.arguments import flag, numbers, one_of, refuse, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.pipeline.words import RANKINGS
+from fxprune.removal.budget import Budget, by_kind, check_budget, make_budget
 from fxprune.removal.norms import scaled_numbers
 from fxprune.removal.plan import Plan, keep_of
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 
-from .budget import Budget, by_kind, check_budget, make_budget
 from .by_kind import read_by_kind
 from .rounding import AUTO, Rounding
 from .slots import Slot, make_keep, make_slots, protected_blocks, removed_layers

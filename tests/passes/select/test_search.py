@@ -8,24 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fxprune.passes.select.budget import Budget, ParameterBudget, make_budget
 from fxprune.passes.select.judge import Judge
 from fxprune.passes.select.ranking import normalised
 from fxprune.passes.select.search import SelectBySearchPass
 from fxprune.passes.select.shares import move, picture, shares_of
 from fxprune.passes.select.slots import Option, Slot
-from torch import fx, nn
+from torch import fx
 
 from fxprune.axes import Keep
 from fxprune.data.calibration import Calibration
-from fxprune.errors import ArgumentError, CalibrationError, PassError, UnknownNameError
+from fxprune.errors import ArgumentError, CalibrationError, UnknownNameError
 from fxprune.graph.counting import count_macs, count_parameters
 from fxprune.graph.facts import Notes, facts_of
 from fxprune.masking.compare import masked_outputs
 from fxprune.pipeline.registry import load_pass
+from fxprune.removal.budget import Budget, ParameterBudget, make_budget
 from fxprune.removal.removal import Removal
 from tests.models import tiny, token_ids
-from tests.oracle import Net, axes_of, decide, discover, groups_of, slim_graph
+from tests.oracle import axes_of, decide, discover, groups_of, slim_graph
 
 BOTH = ("mlp", "head")
 WIDTH, KV, LAYERS = 8, 3, 4
@@ -91,20 +91,9 @@ def test_a_budget_that_nobody_knows_is_refused(name: str) -> None:
         load_pass("select-by-ratio", budget=name)
 
 
-def test_work_of_experts_is_that_of_the_tokens_routed_to_them() -> None:
-    graph = discover(tiny("mixtral", num_hidden_layers=1))
-    assert make_budget("macs", graph, axes_of(graph)).total == pytest.approx(count_macs(graph), rel=1e-6)
-
-
 def test_standardised_scores_are_compared_by_their_magnitude() -> None:
     slots = [Slot("mlp", (Option(2, 1, row),)) for row in (np.array([-1.0, 1.0]), np.array([-3.0, 3.0]))]
     np.testing.assert_allclose(normalised(slots), [[-0.5, 0.5], [-1.5, 1.5]])
-
-
-def test_a_model_without_a_cache_has_none_to_count() -> None:
-    plain = discover(Net(lambda m, x: m.b(m.a(x)), a=nn.Linear(3, 4), b=nn.Linear(4, 2)), {"x": torch.randn(2, 3)})
-    with pytest.raises(PassError, match="no bytes of the key-value cache"):
-        make_budget("kv", plain, axes_of(plain))
 
 
 # ------------------------------------------------------------------------------------------------------- the judge

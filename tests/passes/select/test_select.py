@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fxprune.passes.select.budget import ParameterBudget
 from fxprune.passes.select.rounding import Rounding
 from fxprune.passes.select.slots import Option, default_protect, make_slots, protected_blocks
 from hypothesis import given
@@ -22,6 +21,7 @@ from fxprune.errors import ArgumentError, FxpruneError, RatioError, UnknownNameE
 from fxprune.graph.counting import count_parameters
 from fxprune.graph.facts import Notes, facts_of
 from fxprune.pipeline.registry import load_pass, parse_pass
+from fxprune.removal.budget import ParameterBudget
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
