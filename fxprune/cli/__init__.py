@@ -36,6 +36,7 @@ def __getattr__(name: str) -> Any:
 def main() -> None:
     """Run a command; under ``torchrun`` in several processes that share the samples."""
     interrupts.install()
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # one line says what is wrong, and not each try
     from fxprune.cli import app
 
     if "WORLD_SIZE" not in os.environ:

@@ -9,6 +9,7 @@ import os
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -69,12 +70,21 @@ Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, c
 class _Commands(TyperGroup):
     """Commands whose wrong uses end in one line."""
 
-    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Run a command, as :meth:`typer.core.TyperGroup.main` does."""
-        if not extra.pop("standalone_mode", True):
-            return super().main(args, standalone_mode=False, **extra)
+        run = partial(super().main, args, prog_name, complete_var, False, windows_expand_args, **extra)
+        if not standalone_mode:
+            return run()
         try:
-            code = super().main(args, standalone_mode=False, **extra)
+            code = run()
         except typer.TyperException as error:
             code = _refuse(error.format_message())
         raise SystemExit(code if isinstance(code, int) else 0)

@@ -99,8 +99,11 @@ def load_tokenizer(model: str, gguf_file: str | None, *, needed: bool) -> Any:
     """Return the tokenizer of a model; None where there is none and none is needed."""
     check_model(model, gguf_file)
     with at_once():
-        from transformers import AutoTokenizer, PreTrainedConfig
+        from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
+    if model != DEMO and not Path(model).expanduser().exists():  # a hub that cannot be reached is asked once
+        with readable(model):
+            AutoConfig.from_pretrained(model)
     tokenizer = None
     options: dict[str, Any] = {}
     # whatever keeps a tokenizer from being read: there is none, and nothing asked for one
