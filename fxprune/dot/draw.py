@@ -22,6 +22,12 @@ __all__ = ["draw"]
 
 _FONT = "Helvetica"
 
+_SUM: dict[str, Any] = {
+    **{"shape": "circle", "width": "0.34", "fixedsize": "true", "margin": "0", "fontsize": 20},
+    **{"style": "filled", "fillcolor": f'"{WHITE}"', "penwidth": "3"},
+}
+"""How a sum is drawn."""
+
 
 def draw(atlas: Atlas, view: View) -> pydot.Dot:
     """Return the picture of ``view``."""
