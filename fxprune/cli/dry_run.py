@@ -83,7 +83,7 @@ def _lines(found: Expected, before: int, after: int) -> Iterator[str]:
     yield f"parameters: {before:,} to {after:,}, {1 - after / before:.2%} fewer"
     if found.reachable is not None:
         yield f"reachable: ratios of 0 to {found.reachable:.3f} with these options"
-    yield f"there are {', '.join(f'{count:,} groups of the kind {kind}' for kind, count in found.groups.items())}"
+    yield f"groups there are: {', '.join(f'{count:,} of the kind {kind}' for kind, count in found.groups.items())}"
     yield f"frozen: {found.frozen:,} axes of parameters; `fxprune graph` says why"
     yield f"memory: about {found.memory / 1e9:.1f} GB at the peak, and that of the activations of a batch"
     yield f"time: about {_spoken(found.seconds)} on this machine, a rough guess from the size of the model"
