@@ -160,8 +160,8 @@ def _with_own_uses(graph: nx.Graph[Axis], axes: AxisMap) -> nx.Graph[Axis]:
     names = {(owner, name.rpartition(".")[0]): name for name, owner in axes.tied.items()}
     names |= {(owner, owner.rpartition(".")[0]): owner for owner in axes.tied.values()}
     owners = axes.tied | {owner: owner for owner in axes.tied.values()}
-    weights, told = set(axes.weights()), nx.Graph(graph)
-    for a, b, data in graph.edges(owners and [axis for axis in graph if axis.tensor in owners], data=True):
+    weights, told = set(axes.weights()), graph.copy()
+    for a, b, data in graph.edges([axis for axis in graph if axis.tensor in owners], data=True):
         name = names.get((owners[a.tensor], axes.modules.get(data["node"], "")), a.tensor)
         if name != a.tensor and b.tensor not in weights:
             told.remove_edge(a, b)

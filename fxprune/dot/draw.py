@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pydot
 
@@ -147,12 +148,26 @@ class _Picture:
         """
         first = axis == self.view.trigger
         mark = "trigger: " if first else ""
-        own = {"id": f"axis{self.view.axes.index(axis)}", "tooltip": _quoted(mark + self.words.about(axis))}
+        own: dict[str, Any] = {
+            "id": f"axis{self.view.axes.index(axis)}",
+            "tooltip": _quoted(mark + self.words.about(axis)),
+        }
         strong = self._colours(axis, strong=True)[0]
         if self.atlas.is_sum(axis) and axis not in self.view.entering and not first:
-            round_box = {"shape": "circle", "width": "0.34", "fixedsize": "true", "margin": "0"}
-            paint = {"style": "filled", "fillcolor": _quoted(WHITE), "color": _quoted(strong), "penwidth": "3"}
-            return pydot.Node(_name(axis), label=_quoted("+"), fontsize=20, **round_box, **paint, **own)
+            return pydot.Node(
+                _name(axis),
+                label=_quoted("+"),
+                fontsize="20",
+                shape="circle",
+                width="0.34",
+                fixedsize="true",
+                margin="0",
+                style="filled",
+                fillcolor=_quoted(WHITE),
+                color=_quoted(strong),
+                penwidth="3",
+                **own,
+            )
         label = f"stream\n{self.words.expression(axis)}" if axis in self.view.entering else self.words.label(axis)
         fill, style = self._painted(axis)
         if self.atlas.is_activation(axis) and style == "filled":

@@ -41,7 +41,7 @@ def _items(dot: pydot.Dot) -> dict[str, dict[str, str]]:
         node.get("id"): {"name": _plain(name), "text": _plain(node.get("tooltip"))} for name, node in nodes.items()
     }
     for edge in dot.get_edges():
-        source, target = edge.get_source(), edge.get_destination()
+        source, target = str(edge.get_source()), str(edge.get_destination())
         items[edge.get("id")] = {
             "name": f"{_plain(source)} → {_plain(target)}",
             "text": _plain(edge.get("tooltip")),
