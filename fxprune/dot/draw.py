@@ -160,14 +160,7 @@ class _Picture:
         }
         strong = self._colours(axis, strong=True)[0]
         if self.atlas.is_sum(axis) and axis not in self.view.entering and not first:
-            round_box: dict[str, Any] = {"shape": "circle", "width": "0.34", "fixedsize": "true", "margin": "0"}
-            paint: dict[str, Any] = {
-                "style": "filled",
-                "fillcolor": _quoted(WHITE),
-                "color": _quoted(strong),
-                "penwidth": "3",
-            }
-            return pydot.Node(_name(axis), label=_quoted("+"), fontsize=20, **round_box, **paint, **own)
+            return pydot.Node(_name(axis), label=_quoted("+"), color=_quoted(strong), **_SUM, **own)
         label = f"stream\n{self.words.expression(axis)}" if axis in self.view.entering else self.words.label(axis)
         fill, style = self._painted(axis)
         if self.atlas.is_activation(axis) and style == "filled":

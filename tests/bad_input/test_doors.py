@@ -194,13 +194,16 @@ def test_groups_to_explain(group: Any, graph: Any, capfd: pytest.CaptureFixture[
 
 PICTURES: list[tuple[dict[str, Any], str]] = [
     *[({"path": path}, "path is") for path in (None, 3, "", "a\0b", [], b"x", Path)],
-    *[({"path": path}, "cannot be written.*Choose a file") for path in ("/", "no/such/folder/x.dot", "/proc/x")],
+    *[({"path": path}, "cannot be written.*Choose a file") for path in ("no/such/folder/x.dot", "/proc/x.dot")],
+    *[({"path": path}, "no picture is written as.*\\.html") for path in ("/", "/proc/x", "x.jpg")],
     *[
         ({"layer": layer}, "layer")
         for layer in (99, -99, "nope", 0.5, [], True, b"x", object(), "--3", "²", "9" * 5000)
     ],
     *[({"group": group}, "group") for group in ("nope", 3, [], True, object(), fxprune.Group)],
     *[({"everything": value}, "everything is") for value in ("yes", None, 3)],
+    *[({"fold": value}, "fold is") for value in ("yes", None, 3)],
+    *[({"plan": plan}, "plan is") for plan in ("plan.json", 3, [], {}, True)],
 ]
 
 
