@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 import fxprune
 from fxprune.cli.console import Folder, Gguf, app, clear_errors, console
-from fxprune.cli.load import readable, where_and_file
+from fxprune.cli.load import load_empty
 from fxprune.errors import ArgumentError
 
 __all__ = ["explain", "graph"]
@@ -91,23 +91,7 @@ def _graph(model: str, gguf_file: str | None, norm: str) -> Any:
     from fxprune.pipeline.arguments import one_of
 
     one_of("norm", norm, NORMS)
-    return fxprune.dependency_graph(fxprune.trace(_empty(model, gguf_file), dynamic=False), norm)
-
-
-def _empty(model: str, gguf_file: str | None) -> Any:
-    """A model on meta, dense or slim."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from fxprune.checkpoint.manifest import MANIFEST
-    from fxprune.checkpoint.read import build_empty
-
-    if (Path(model) / MANIFEST).is_file():
-        return build_empty(model)
-    with readable(model):
-        config = AutoConfig.from_pretrained(**where_and_file(model, gguf_file))
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+    return fxprune.dependency_graph(fxprune.trace(load_empty(model, gguf_file), dynamic=False), norm)
 
 
 def _groups_table(dependencies: Any) -> Table:
@@ -116,9 +100,9 @@ def _groups_table(dependencies: Any) -> Table:
 
     counts: Counter[tuple[str, ...]] = Counter()
     for group in fxprune.find_groups(dependencies):
-        members = dict.fromkeys(".".join(_starred(f"{m.name}[{m.axis}]").split(".")[-2:]) for m in group.members)
+        members = dict.fromkeys(".".join(starred(f"{m.name}[{m.axis}]").split(".")[-2:]) for m in group.members)
         held = "all parameters" if group.factor is None else ", ".join(members)
-        counts[_starred(group.name), f"{group.size:,}", REMOVAL[_exactness(dependencies, group)], held] += 1
+        counts[starred(group.name), f"{group.size:,}", REMOVAL[_exactness(dependencies, group)], held] += 1
     first, last = Column("group (where/kind)", overflow="fold"), Column("members", overflow="fold")
     table = Table(first, "count", "units", "removal", last)
     for (name, units, removal, held), count in counts.items():
@@ -137,14 +121,8 @@ def _frozen_lines(dependencies: Any) -> list[str]:
     from fxprune.discovery.explain import frozen_axes
 
     axes = frozen_axes(dependencies).items()
-    counts = Counter(f"frozen {_starred(axis)}: {freeze.reason}" for axis, freeze in axes)
+    counts = Counter(f"frozen {starred(axis)}: {freeze.reason}" for axis, freeze in axes)
     return [line if n == 1 else f"{line} ({n:,} axes)" for line, n in counts.items()]
-
-
-def _starred(name: str) -> str:
-    """``name`` with ``*`` for the numbers in its module path."""
-    path, slash, kind = name.partition("/")
-    return re.sub(r"\.\d+(?=\.|$)", ".*", path) + slash + kind
 
 
 def _as_data(dependencies: Any) -> dict[str, Any]:

@@ -84,11 +84,16 @@ def load_model(model: str, gguf_file: str | None, *, dtype: str | None = None, d
 
 
 def load_empty(model: str, gguf_file: str | None) -> Any:
-    """Return a model without weights, built on ``meta`` from its config alone."""
+    """Return a model without weights, dense or slim, built on ``meta`` from its config alone."""
     check_model(model, gguf_file)
     with at_once():
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
+
+        from fxprune.checkpoint.read import build_empty
+    folder = Path(model).expanduser()
+    if (folder / MANIFEST).is_file():
+        return build_empty(folder)
     with readable(model):
         config = AutoConfig.from_pretrained(**where_and_file(model, gguf_file))
         with torch.device("meta"):
