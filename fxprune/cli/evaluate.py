@@ -51,8 +51,11 @@ def evaluate(
         if not text:
             options["windows"] = windows or _WINDOWS
         columns = _measured(compared, {"dtype": dtype, "device": device}, options)
+        from fxprune.data.ranks import is_first
         from fxprune.evaluation.comparison import Comparison
 
+        if not is_first():  # processes that share the windows come to the same
+            return
         settings = {"window": window, "windows": options["windows"], "questions": questions}
         comparison = Comparison(columns, settings)
         if as_json:

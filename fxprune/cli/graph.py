@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -97,6 +96,7 @@ def _graph(model: str, gguf_file: str | None, norm: str) -> Any:
 def _groups_table(dependencies: Any) -> Table:
     """One row for the groups that are alike in every block, with ``*`` for the number of the block."""
     from fxprune.dot.words import REMOVAL
+    from fxprune.graph.names import starred
 
     counts: Counter[tuple[str, ...]] = Counter()
     for group in fxprune.find_groups(dependencies):
@@ -119,6 +119,7 @@ def _exactness(dependencies: Any, group: fxprune.Group) -> str:
 
 def _frozen_lines(dependencies: Any) -> list[str]:
     from fxprune.discovery.explain import frozen_axes
+    from fxprune.graph.names import starred
 
     axes = frozen_axes(dependencies).items()
     counts = Counter(f"frozen {starred(axis)}: {freeze.reason}" for axis, freeze in axes)
