@@ -126,11 +126,11 @@ def test_svg_needs_graphviz(folder: str, tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_any_work(
-    arguments: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: str, arguments: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fxprune.cli.graph, "_empty", lambda *_: pytest.fail("a model was built"))
-    code, output = run("graph", "/no/such/folder", *arguments)
+    monkeypatch.setattr(fxprune.cli.graph, "load_empty", lambda *_: pytest.fail("a model was built"))
+    code, output = run("graph", folder, *arguments)
     assert code == 2 and says in output and not list(tmp_path.iterdir())
 
 
