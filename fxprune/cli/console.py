@@ -86,7 +86,7 @@ class _Commands(TyperGroup):
         try:
             code = run()
         except typer.TyperException as error:
-            code = _refuse(error.format_message() or "Missing command. See --help")
+            code = _refuse(error.format_message())
         raise SystemExit(code if isinstance(code, int) else 0)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WrittenPlan", "diff", "read_plan", "show"]
 
-plans = typer.Typer(no_args_is_help=True, help="Show what a plan removes, or in what two plans differ.")
+plans = typer.Typer(help="Show what a plan removes, or in what two plans differ.")
 app.add_typer(plans, name="plan")
 
 _FILE, _REPORT = "plan.json", "report.json"
