@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.quality import Protocol, Row
+from benchmarks.quality import ENTRIES, Protocol, Row
 from benchmarks.tables import markdown_table
 
 __all__ = ["quality_page", "write_picture"]
@@ -17,6 +17,11 @@ RESULTS = Path(__file__).parent / "results" / "quality.json"
 PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
 PICTURE = PAGE.with_suffix(".svg")
 RECIPES = ("llm-pruner", "FLAP", "fast", "balanced", "best")
+_NEARLY = {"balanced": ("balanced, MLPs of multiples of 32",)}
+"""Entries that are drawn as a recipe, since they are one but for widths that engines like."""
+
+_TICKS = (1, 1.5, 2, 3, 5, 10, 20)
+_WORST = 20
 
 
 def quality_page(data: dict[str, Any]) -> str:
@@ -33,7 +38,7 @@ def quality_page(data: dict[str, Any]) -> str:
         "alone: wall clock, or with one thread the processor's time, since other work ran beside it; memory is the "
         "largest resident size while it ran. What follows *x* is perplexity over that of the dense model. One draw of "
         "samples and one small model: differences under 5% mean nothing.\n",
-        "![Perplexity over dense against time](quality.svg)\n",
+        "![Perplexity over dense against what is left](quality.svg)\n",
         "Dense: " + ", ".join(f"{name} {value:.1f}" for name, value in dense.perplexities.items()) + ".\n",
     ]
     for ratio in sorted({row.ratio for row in rows}):
@@ -46,7 +51,9 @@ def quality_page(data: dict[str, Any]) -> str:
 def _table(dense: Row, rows: Sequence[Row]) -> str:
     heading = ("", "parameters", *dense.perplexities, *dense.tasks, "seconds", "threads", "GB", "draws")
     lines = []
-    for name in dict.fromkeys(row.entry for row in rows):
+    known = [entry.name for entry in ENTRIES]
+    measured = dict.fromkeys(row.entry for row in rows)
+    for name in [*(name for name in known if name in measured), *(name for name in measured if name not in known)]:
         drawn = [row for row in rows if row.entry == name]
         cells = [name, f"{fmean(row.parameters for row in drawn):,.0f}"]
         cells += [f"x{_over(dense, drawn, text):.2f}{_spread(dense, drawn, text)}" for text in dense.perplexities]
@@ -72,9 +79,10 @@ def _spread(dense: Row, rows: Sequence[Row], text: str) -> str:
 
 
 def write_picture(data: dict[str, Any], path: Path = PICTURE) -> None:
-    """A picture of perplexity over dense, against seconds, of the recipes at each ratio; the first text is shown.
+    """A picture of perplexity over dense against what is left of the parameters, a panel for each text.
 
-    Where no recipe was measured as it is, everything is drawn.
+    The recipes are drawn; where none was measured as it is, everything. What does worse than twenty times the dense
+    model leaves the picture.
 
     Args:
         data: What `benchmarks.quality` writes.
@@ -87,18 +95,22 @@ def write_picture(data: dict[str, Any], path: Path = PICTURE) -> None:
 
     matplotlib.rcParams["svg.hashsalt"] = "fxprune"
     dense, *rows = [Row(**row) for row in data["rows"]]
-    text = next(iter(dense.perplexities))
-    measured = dict.fromkeys(row.entry for row in rows)
-    names = [name for name in RECIPES if name in measured] or list(measured)
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for ratio in sorted({row.ratio for row in rows}):
-        drawn = [[row for row in rows if (row.entry, row.ratio) == (name, ratio)] for name in names]
-        points = [(fmean(r.seconds for r in d), _over(dense, d, text), d[0].entry) for d in drawn if d]
-        axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], label=f"{ratio:.0%} removed")
-        for x, y, name in points:
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    axes.set(xlabel="seconds", ylabel=f"perplexity over dense, {text}", xscale="log", yscale="log")
-    axes.legend()
+    names = [name for name in RECIPES if any(row.entry == name for row in rows)]
+    texts = list(dense.perplexities)
+    figure, panels = pyplot.subplots(1, len(texts), figsize=(4.5 * len(texts), 4), sharey=True, squeeze=False)
+    for axes, text in zip(panels[0], texts, strict=True):
+        for name in names or dict.fromkeys(row.entry for row in rows):
+            drawn = [row for row in rows if row.entry in (name, *_NEARLY.get(name, ()))]
+            left = sorted({row.parameters for row in drawn}, reverse=True)
+            over = [_over(dense, [row for row in drawn if row.parameters == count], text) for count in left]
+            shares = [100 * count / dense.parameters for count in left]
+            axes.plot([100, *shares], [1, *over], marker="o", label=name)
+        axes.set(title=text, xlabel="% of the parameters left", yscale="log", ylim=(0.95, _WORST))
+        axes.set_yticks(_TICKS, [f"x{tick:g}" for tick in _TICKS])
+        axes.invert_xaxis()
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("perplexity over dense")
+    panels[0][0].legend()
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
     pyplot.close(figure)
 
