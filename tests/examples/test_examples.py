@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import json
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,6 +50,23 @@ def test_an_example_runs(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     importlib.import_module(f"examples.{name}").main()
     printed = capfd.readouterr().out
     assert re.search(PRINTED[name], printed), printed
+
+
+def test_the_notebook_runs_and_shows_what_it_ends_cells_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = json.loads((ROOT / "examples/tour.ipynb").read_text())["cells"]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    shown = []
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            body = ast.parse("".join(cell["source"]))
+            last = body.body.pop() if isinstance(body.body[-1], ast.Expr) else None
+            exec(compile(body, f"cell {number}", "exec"), names)
+            value = None if last is None else eval(compile(ast.Expression(last.value), f"cell {number}", "eval"), names)
+            shown += [type(value).__name__] if "<table" in getattr(value, "_repr_html_", str)() else []
+    assert shown == ["Traced", "Group", "Pipeline", "Result", "Plan"]
+    assert {"layer.html", "report.html", "slim"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_the_demo_model_is_taken_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
