@@ -59,7 +59,9 @@ def _check(values: Mapping[str, Any]) -> None:
         check_pass(stage, values[stage], optional=True)
     check_model(values["model"], values["gguf_file"], with_weights=True)
     if values["quantization"] is not None and values["out"].suffix != ".gguf":
-        raise ArgumentError("--quantization is for GGUF files", remedy="Leave it out, or let --out end in .gguf")
+        raise ArgumentError(
+            "--quantization is for GGUF files", where="--quantization", remedy="Leave it out, or let --out end in .gguf"
+        )
     check_output(values["out"], values["model"], force=values["force"])
     if values["calibration"] is not None:
         calibration_text(values["calibration"])

@@ -129,12 +129,13 @@ def _check_together(values: Values) -> None:
         if other not in allowed and _given(values, one) and _given(values, other):
             raise ArgumentError(
                 f"{option(one)} and {option(other)} cannot be given together: {why}",
-                where="",
+                where=option(one),
                 remedy="Leave one of them out",
             )
     if values.get("uniform") and values.get("ranking") == "global":
         raise ArgumentError(
             "--uniform and --ranking global cannot be given together: layers then differ",
+            where="--uniform",
             remedy="Leave one of them out",
         )
     if "calibration" in values and values["calibration"] is None:
@@ -142,6 +143,7 @@ def _check_together(values: Values) -> None:
             if _given(values, name):
                 raise ArgumentError(
                     f"{option(name)} is of a calibration text, and there is none",
+                    where=option(name),
                     remedy=f"Give --calibration, or leave {option(name)} out",
                 )
 
@@ -227,15 +229,19 @@ def _recipes() -> Collection[str]:
 def _check_output(values: Values) -> None:
     out, low_memory = values["out"], values["low_memory"]
     if values["quantization"] is not None and (out is None or out.suffix != ".gguf"):
-        raise ArgumentError("--quantization is for GGUF files", remedy="Leave it out, or let --out end in .gguf")
+        raise ArgumentError(
+            "--quantization is for GGUF files", where="--quantization", remedy="Leave it out, or let --out end in .gguf"
+        )
     if low_memory and is_gguf(values["model"]):
         raise ArgumentError(
             "--low-memory takes a folder of safetensors; weights of a GGUF file cannot stay on disk",
+            where="--low-memory",
             remedy="Leave it out",
         )
     if low_memory and out is not None and is_file(out):
         raise ArgumentError(
             f"--low-memory writes a folder, and {out} is a file",
+            where="--low-memory",
             remedy="Prune to a folder, and make the file of it with `fxprune export`",
         )
     if out is not None:

@@ -54,13 +54,19 @@ def _check(model: str, out: Path, *, cache: bool, **of_gguf: Any) -> None:
         raise UnknownNameError("suffix", out.suffix, SUFFIXES)
     check_output(out, model, force=True)  # a file that is there is replaced when the new one is complete
     if out.suffix == ".gguf" and cache:
-        raise ArgumentError("--cache is for .pt2 and .onnx files", remedy="Leave it out: GGUF files have it always")
+        raise ArgumentError(
+            "--cache is for .pt2 and .onnx files", where="--cache", remedy="Leave it out: GGUF files have it always"
+        )
     for name, value in of_gguf.items():
         if value is not None and out.suffix != ".gguf":
-            raise ArgumentError(f"{option(name)} is for GGUF files", remedy=f"Leave it out with {out.name}")
+            raise ArgumentError(
+                f"{option(name)} is for GGUF files", where=option(name), remedy=f"Leave it out with {out.name}"
+            )
     like = of_gguf["like"]
     if like is not None and not is_gguf(str(like)):
-        raise ArgumentError(f"--like is {like}, which is no GGUF file", remedy="Name the .gguf file of the dense model")
+        raise ArgumentError(
+            f"--like is {like}, which is no GGUF file", where="--like", remedy="Name the .gguf file of the dense model"
+        )
 
 
 def gguf_options(source: str, tokenizer: Any, quantization: str | None) -> dict[str, Any]:

@@ -33,7 +33,9 @@ def test_a_sibling_loses_the_same_structures_and_keeps_its_own_numbers(models: P
     sibling.save_pretrained(tmp_path / "tuned")
     code, _, line = run("apply", tmp_path / "tuned", models / "slim/plan.json", "--out", tmp_path / "slim.pt2")
     assert code == 0, line
-    assert {path.name for path in tmp_path.iterdir()} == {"tuned", "slim.pt2", "slim.plan.json", "slim.report.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("tuned", "slim.pt2", "slim.plan.json", "slim.report.json", "slim.report.html")
+    }
     assert run("plan", "diff", models / "slim", tmp_path / "slim.pt2")[0] == 0
     program = torch.export.load(tmp_path / "slim.pt2").module()
     with torch.no_grad():
