@@ -20,7 +20,7 @@ from benchmarks.text import offline_text, split_calibration_heldout, token_windo
 
 __all__ = ["app", "demo_table"]
 
-PROMPT = "The capital of France is"
+PROMPT = "What is the capital of France?"
 app = typer.Typer(add_completion=False)
 
 
@@ -57,9 +57,12 @@ def _progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
     return track(items, what, total)
 
 
-def _sentence(model: Any, tokenizer: Any) -> str:
-    inputs = tokenizer(PROMPT, return_tensors="pt")
-    return str(tokenizer.decode(model.generate(**inputs, max_new_tokens=24, do_sample=False)[0]))
+def _answer(model: Any, tokenizer: Any) -> str:
+    """What an instruct model says, asked in the way that it was trained to be."""
+    asked = [{"role": "user", "content": PROMPT}]
+    inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 @app.command()
@@ -85,7 +88,7 @@ def main(
     console.print(f"verification: slim and masked dense outputs differ by {report.verification_error:.1e} at most")
     for name, model in (("dense", dense), ("slim", result.model)):
         if model is not None:
-            console.print(f"{name}: {_sentence(model, tokenizer)!r}", markup=False)
+            console.print(f"{name}, asked {PROMPT!r}: {_answer(model, tokenizer)!r}", markup=False)
     for reason in (*report.model_reasons, *report.notes):
         console.print(f"note: {reason}", markup=False)
     console.print(f"done in {time.perf_counter() - begin:.0f} s")
