@@ -139,7 +139,8 @@ def main(
 ) -> None:
     """Score by `mix` in every way, beside plain training."""
     if worker:
-        print(json.dumps(asdict(measure(**{**json.loads(worker), "source": Path(json.loads(worker)["source"])}))))
+        task = json.loads(worker)
+        print(json.dumps(asdict(measure(**{**task, "source": Path(task["source"])}))))
         return
     with tempfile.TemporaryDirectory() as place:
         source = Path(place) / "dense"

@@ -7,7 +7,7 @@ from typing import Any
 
 import fxprune
 from fxprune.cli import options as flags
-from fxprune.cli.checks import check_dtype_and_device, check_pass
+from fxprune.cli.checks import check_dtype_and_device, check_pass, check_quantization
 from fxprune.cli.console import Device, Dtype, Folder, Force, Gguf, Json, app, clear_errors, progress, working
 from fxprune.cli.load import is_gguf, load_either
 from fxprune.cli.naming import check_model
@@ -58,10 +58,7 @@ def _check(values: Mapping[str, Any]) -> None:
     for stage in ("compensate", "tune"):
         check_pass(stage, values[stage], optional=True)
     check_model(values["model"], values["gguf_file"], with_weights=True)
-    if values["quantization"] is not None and values["out"].suffix != ".gguf":
-        raise ArgumentError(
-            "--quantization is for GGUF files", where="--quantization", remedy="Leave it out, or let --out end in .gguf"
-        )
+    check_quantization(values["quantization"], values["out"])
     check_output(values["out"], values["model"], force=values["force"])
     if values["calibration"] is not None:
         calibration_text(values["calibration"])

@@ -17,7 +17,7 @@ from fxprune.errors import ArgumentError, FxpruneError, RatioError, UnknownNameE
 from fxprune.pipeline.spelling import read_spelling
 from fxprune.pipeline.words import EXACT, KINDS, NORMS, ORDERS, RANKINGS
 
-__all__ = ["DTYPES", "check_dtype_and_device", "check_pass", "check_printing", "check_prune"]
+__all__ = ["DTYPES", "check_dtype_and_device", "check_pass", "check_printing", "check_prune", "check_quantization"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -103,6 +103,18 @@ def check_pass(stage: str, spelled: str | None, *, optional: bool = False) -> No
     known = _passes(stage)
     if name not in known:
         raise UnknownNameError(stage, name, (*known, "none") if optional else known)
+
+
+def check_quantization(quantization: str | None, out: Path | None) -> None:
+    """Refuse a quantisation of what is no GGUF file.
+
+    Raises:
+        ArgumentError: ``out`` is something else, or nothing.
+    """
+    if quantization is not None and (out is None or out.suffix != ".gguf"):
+        raise ArgumentError(
+            "--quantization is for GGUF files", where="--quantization", remedy="Leave it out, or let --out end in .gguf"
+        )
 
 
 def _passes(stage: str) -> tuple[str, ...]:
@@ -228,10 +240,7 @@ def _recipes() -> Collection[str]:
 
 def _check_output(values: Values) -> None:
     out, low_memory = values["out"], values["low_memory"]
-    if values["quantization"] is not None and (out is None or out.suffix != ".gguf"):
-        raise ArgumentError(
-            "--quantization is for GGUF files", where="--quantization", remedy="Leave it out, or let --out end in .gguf"
-        )
+    check_quantization(values["quantization"], out)
     if low_memory and is_gguf(values["model"]):
         raise ArgumentError(
             "--low-memory takes a folder of safetensors; weights of a GGUF file cannot stay on disk",

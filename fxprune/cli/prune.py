@@ -215,6 +215,7 @@ def write_file(
         with replacing(out) as path:
             result.export(path, **options)
             _write_facts(result, path.with_suffix(".plan.json"), path.with_suffix(".report.json"))
+            result.write_report(path.with_suffix(".report.html"))
             _write_run(run, run_file(path, is_file=True))
 
     first_alone(write, FxpruneError)
@@ -222,15 +223,16 @@ def write_file(
 
 
 def _fill(result: fxprune.Result, folder: Path, *, run: str | None) -> None:
-    """Write what is known of a prune into its folder."""
+    """Write what is known of a prune into its folder; the page is in that of a model already."""
     _write_facts(result, folder / "plan.json", folder / "report.json")
+    if result.model is None:
+        result.write_report(folder / "report.html")
     _write_run(run, run_file(folder, is_file=False))
 
 
 def _write_facts(result: fxprune.Result, plan: Path, report: Path) -> None:
     plan.write_text(result.plan.to_json(), encoding="utf-8")
     report.write_text(result.report.to_json(), encoding="utf-8")
-    result.write_report(report.with_suffix(".html"))
 
 
 def _write_run(run: str | None, file: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,6 +12,7 @@ from torch import fx
 
 from fxprune.discovery.dependency import dependency_graph
 from fxprune.dot.write import write_dot
+from fxprune.errors import FxpruneError
 
 __all__ = ["layer_svg"]
 
@@ -23,12 +24,11 @@ def layer_svg(graph_module: fx.GraphModule, norm: str = "sliced") -> str:
         graph_module: a traced graph.
         norm: as for :func:`fxprune.dependency_graph`.
     """
-    program = shutil.which("dot")
-    if program is None:
+    if shutil.which("dot") is None:
         return ""
     with TemporaryDirectory() as folder:
-        text = Path(folder) / "layer.dot"
-        write_dot(dependency_graph(graph_module, norm), text)
-        done = subprocess.run([program, "-Tsvg", str(text)], capture_output=True, check=False)
-    found = re.search(r"<svg.*</svg>", done.stdout.decode("utf-8", "replace"), re.S) if not done.returncode else None
+        file = Path(folder) / "layer.svg"
+        with suppress(FxpruneError):
+            write_dot(dependency_graph(graph_module, norm), file)
+        found = re.search(r"<svg.*</svg>", file.read_text(encoding="utf-8"), re.S) if file.exists() else None
     return re.sub(r' xmlns(:\w+)?="[^"]*"', "", found[0]) if found else ""  # a page knows SVG without them

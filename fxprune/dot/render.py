@@ -73,7 +73,8 @@ def write_picture(dot: pydot.Dot, title: str, target: Path) -> None:
 
 def _drawn(text: str, form: str) -> bytes:
     """What Graphviz makes of DOT text."""
-    done = subprocess.run(["dot", f"-T{form}"], input=text.encode("utf-8"), capture_output=True, check=False)
+    command = [str(shutil.which("dot")), f"-T{form}"]
+    done = subprocess.run(command, input=text.encode("utf-8"), capture_output=True, check=False)
     if done.returncode:
         said = done.stderr.decode("utf-8", errors="replace").strip().partition("\n")[0]
         raise FxpruneError(

@@ -15,7 +15,7 @@ from tests.models import tiny
 
 _PROGRAM = """#!/bin/sh
 echo '<?xml version="1.0"?><!DOCTYPE svg><svg xmlns="there" xmlns:xlink="here"><g>'
-grep -c label "$2"
+grep -c label
 echo '</g></svg>'
 """
 
