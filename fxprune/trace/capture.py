@@ -122,8 +122,9 @@ def trace(
     own = model_dtype(model)
     notes: list[str] = []
     portable = torch.bfloat16 if own == torch.float32 else own
-    seen = observe(model, inputs, own)
-    depends = dependence(model, inputs, own, portable, seen)
+    with _tidy_later():
+        seen = observe(model, inputs, own)
+        depends = dependence(model, inputs, own, portable, seen)
     if depends.dtype:
         notes.append(f"runs in {own} alone: what the model computes depends on its dtype, in {depends.dtype}")
         portable = own
@@ -132,14 +133,16 @@ def trace(
     none, repeats = Repeats(), Repeats() if seen is None else seen.repeats
     attempts = [(portable, dynamic, repeats), (portable, dynamic, none), (own, dynamic, none), (own, False, none)]
     for dtype, free, copied in dict.fromkeys(attempts):
-        try:
-            program = _export(model, inputs, own, dtype, free, copied)
-        except Exception as error:  # torch.export raises whatever the model's own code does
-            if copied == none:
-                failure = failure or error
-                notes.append(f"not traceable in {dtype}, dynamic={free}: {_first_line(error)}")
-            continue
-        graph_module, limits = _graph_of(program, model, inputs, own, dtype)
+        with _tidy_later():
+            try:
+                program = _export(model, inputs, own, dtype, free, copied)
+            except Exception as error:  # torch.export raises whatever the model's own code does
+                if copied == none:
+                    failure = failure or error
+                    notes.append(f"not traceable in {dtype}, dynamic={free}: {_first_line(error)}")
+                continue
+            graph_module, limits = _graph_of(program, model, inputs, own, dtype)
+            del program
         fidelity = assess(graph_module, model, example_inputs) if check else Fidelity(None)
         if not fidelity.where:
             break
@@ -249,17 +252,27 @@ def _export(
 
 @contextmanager
 def _lean() -> Iterator[None]:
-    """Trace without what nobody reads, stacks at nodes and code of graphs, and without looking for garbage."""
-    kept, collects = fx.config.do_not_emit_stack_traces, gc.isenabled()
+    """Trace without what nobody reads: stacks at nodes, and code of graphs."""
+    kept = fx.config.do_not_emit_stack_traces
     fx.config.do_not_emit_stack_traces = True
-    gc.disable()
     try:
         with compiled_later():
             yield
     finally:
         fx.config.do_not_emit_stack_traces = kept
+
+
+@contextmanager
+def _tidy_later() -> Iterator[None]:
+    """Look for garbage when this is over, among what was made here: what there was before is not all looked through."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
         if collects:
             gc.enable()
+            gc.collect(0)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Blocks that are alike, exported by copying: what the code of one of them was traced to is written down for others.
 
-Of each group of blocks that are alike, the code of the first, the second and the last is run. What the second became in
-the graph is copied for all after it, with their own weights, inputs and names; and it is what the last has to become,
-or nothing of it counts. Copies are made while the export goes on, so that nodes are numbered as they would have been.
+Of each group of blocks that are alike, the code of the first and the last is run. What the first became in the graph is
+copied for all after it, with their own weights, inputs and names; and it is what the last has to become, or nothing of
+it counts. Copies are made while the export goes on, so that nodes are numbered as they would have been.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def stand_in(twin: nn.Module, repeats: Repeats) -> None:
         group = _Group()
         for place, path in enumerate(paths):
             block: Any = twin.get_submodule(path)
-            roles = {1: "source", len(paths) - 1: "check"}
-            block.forward = _Forward(block, group, roles.get(place, "first" if place == 0 else "copy"))
+            roles = {0: "source", len(paths) - 1: "check"}
+            block.forward = _Forward(block, group, roles.get(place, "copy"))
 
 
 @dataclass
@@ -90,7 +90,7 @@ class _Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tracer, group = current_tracer(), self.group
-        if tracer is None or self.role == "first":
+        if tracer is None:
             return self._run(args, kwargs)
         if self.role == "source":
             traced, result = self._trace(tracer, args, kwargs)

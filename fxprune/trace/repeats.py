@@ -26,8 +26,8 @@ from fxprune.trace.watch import Call, Watch
 
 __all__ = ["Observed", "Repeats", "calls_dry", "observe"]
 
-_FEWEST = 4
-"""So many blocks that are alike are worth it: the first two and the last are exported in any case."""
+_FEWEST = 3
+"""So many blocks that are alike are worth it: the first and the last are exported in any case."""
 
 _EVAL: Mapping[str, bool] = {}
 """A twin is in evaluation mode."""
@@ -38,15 +38,15 @@ class Repeats:
     """The blocks that are alike.
 
     Args:
-        groups: their paths, those that are alike together, in the order in which they are called; at least four each.
+        groups: their paths, those that are alike together, in the order in which they are called; at least three each.
     """
 
     groups: tuple[tuple[str, ...], ...] = ()
 
     @property
     def left_out(self) -> frozenset[str]:
-        """The blocks that others speak for: of each group, all but the first two and the last."""
-        return frozenset(path for group in self.groups for path in group[2:-1])
+        """The blocks that others speak for: of each group, all but the first and the last."""
+        return frozenset(path for group in self.groups for path in group[1:-1])
 
 
 _NONE = Repeats()
@@ -107,7 +107,7 @@ def calls_dry(
         inputs: keyword inputs, of which only shape and dtype matter.
         own: the dtype of its weights.
         dtype: the dtype they get.
-        repeats: blocks that are alike, most of which do nothing but return what the second returns.
+        repeats: blocks that are alike, most of which do nothing but return what the first returns.
         modes: which modules are in training, by path; none if left out.
     """
     log = CallLog()
@@ -231,9 +231,9 @@ _COMPARED = (int, float, str, bytes, complex, set, frozenset, torch.dtype, torch
 
 
 def _speak_for(twin: nn.Module, group: tuple[str, ...]) -> None:
-    """Let most of some blocks that are alike do nothing but return what the second one would for their inputs."""
+    """Let most of some blocks that are alike do nothing but return what the first one would for their inputs."""
     said: dict[str, Any] = {}
-    speaker: Any = twin.get_submodule(group[1])
+    speaker: Any = twin.get_submodule(group[0])
 
     def speak(*args: Any, **kwargs: Any) -> Any:
         result = type(speaker).forward(speaker, *args, **kwargs)
@@ -256,7 +256,7 @@ def _speak_for(twin: nn.Module, group: tuple[str, ...]) -> None:
             return tree_unflatten([another(leaf) for leaf in said["leaves"]], said["spec"])
 
     speaker.forward = speak
-    for path in group[2:-1]:
+    for path in group[1:-1]:
         block: Any = twin.get_submodule(path)
         block.forward = repeat
 
