@@ -2,7 +2,8 @@
 
 Of each group of blocks that are alike, the code of the first and the last is run. What the first became in the graph is
 copied for all after it, with their own weights, inputs and names; and it is what the last has to become, or nothing of
-it counts. Copies are made while the export goes on, so that nodes are numbered as they would have been.
+it counts. If the second is not called as the first, as where inputs of the model have no gradients, it is what is copied.
+Copies are made while the export goes on, so that nodes are numbered as they would have been.
 """
 
 from __future__ import annotations
@@ -93,10 +94,7 @@ class _Forward:
         if tracer is None:
             return self._run(args, kwargs)
         if self.role == "source":
-            traced, result = self._trace(tracer, args, kwargs)
-            with unseen():
-                group.source = traced if _can_be_copied(traced) else None
-            return result
+            return self._become_source(tracer, args, kwargs)
         source = group.source
         if source is None or source.tracer is not tracer:
             return self._run(args, kwargs)
@@ -106,8 +104,14 @@ class _Forward:
                 if _same_inputs(source, here):
                     group.copies += 1
                     return _copy(source, here)
-            return self._run(args, kwargs)
+            return self._run(args, kwargs) if group.copies else self._become_source(tracer, args, kwargs)
         return self._check(source, args, kwargs)
+
+    def _become_source(self, tracer: Any, args: Any, kwargs: Any) -> Any:
+        traced, result = self._trace(tracer, args, kwargs)
+        with unseen():
+            self.group.source = traced if _can_be_copied(traced) else None
+        return result
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         return type(self.block).forward(self.block, *args, **kwargs)
