@@ -2,7 +2,7 @@
 
 Of each group of blocks that are alike, the code of the first and the last is run. What the first became in the graph is
 copied for all after it, with their own weights, inputs and names; and it is what the last has to become, or nothing of
-it counts. If the second is not called as the first, as where inputs of the model have no gradients, it is what is copied.
+it counts. If the second is not called as the first (it may have gradients), it is what is copied.
 Copies are made while the export goes on, so that nodes are numbered as they would have been.
 """
 
