@@ -55,6 +55,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python(tmp_path: Path) -> Path:
     """An environment that has what this package needs, and not this package."""
     call(sys.executable, "-m", "venv", tmp_path / "venv")
+    # Python 3.11 puts a setuptools into it that is too old, and would be found before the one in `needed.pth`
+    call(tmp_path / "venv/bin/python", "-m", "pip", "uninstall", "--yes", "setuptools")
     (packages,) = (tmp_path / "venv/lib").glob("python*/site-packages")
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.origin is not None

@@ -7,8 +7,22 @@ from typing import Any
 
 import fxprune
 from fxprune.cli import options as flags
-from fxprune.cli.checks import check_dtype_and_device, check_pass, check_quantization
-from fxprune.cli.console import Device, Dtype, Folder, Force, Gguf, Json, app, clear_errors, progress, working
+from fxprune.cli.checks import check_dtype_and_device, check_pass, check_printing, check_quantization
+from fxprune.cli.console import (
+    Device,
+    Dtype,
+    Folder,
+    Force,
+    Gguf,
+    Json,
+    Quiet,
+    Verbose,
+    app,
+    clear_errors,
+    progress,
+    set_output,
+    working,
+)
 from fxprune.cli.load import is_gguf, load_either
 from fxprune.cli.naming import check_model
 from fxprune.cli.place import check_output, is_file
@@ -37,11 +51,14 @@ def apply(
     dtype: Dtype = None,
     device: Device = None,
     force: Force = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Remove from MODEL what PLAN says, made for it or for a sibling of its shape; write what `prune` writes."""
     values = dict(locals())
     with clear_errors():
+        set_output(quiet=quiet, verbose=verbose, as_json=as_json)
         _check(values)
         _run(values, read_plan(plan).plan)
 
@@ -54,6 +71,7 @@ def _check(values: Mapping[str, Any]) -> None:
     """
     if values["out"] is None:
         raise ArgumentError("there is no place to write to", where="out", remedy="Give --out")
+    check_printing(quiet=values["quiet"], verbose=values["verbose"])
     check_dtype_and_device(values["dtype"], values["device"])
     for stage in ("compensate", "tune"):
         check_pass(stage, values[stage], optional=True)

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from fxprune.cli.console import Device, Dtype, Folder, Json, app, clear_errors, console, print_json, progress
+from fxprune.cli.console import (
+    Device,
+    Dtype,
+    Folder,
+    Json,
+    QuietButResult,
+    app,
+    clear_errors,
+    console,
+    print_json,
+    progress,
+    set_output,
+)
 from fxprune.cli.load import load_either
 from fxprune.cli.several import checked
 
@@ -30,10 +42,12 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Times that each model generates; medians are told.")] = 5,
     dtype: Dtype = None,
     device: Device = None,
+    quiet: QuietButResult = False,
     as_json: Json = False,
 ) -> None:
     """Time MODEL and OTHERS, dense or slim, as they generate in transformers."""
     with clear_errors():
+        set_output(quiet=quiet, as_json=as_json, results=True)
         models = checked([model, *(others or ())], dtype, device)
         from fxprune.evaluation.speed import measure_speed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +14,7 @@ from fxprune.cli.naming import check_model, is_gguf
 from fxprune.cli.place import check_output, is_file
 from fxprune.cli.wording import option
 from fxprune.errors import ArgumentError, FxpruneError, RatioError, UnknownNameError
-from fxprune.pipeline.spelling import read_spelling
+from fxprune.pipeline.spelling import read_spelling, read_steps
 from fxprune.pipeline.words import EXACT, KINDS, NORMS, ORDERS, RANKINGS
 
 __all__ = ["DTYPES", "check_dtype_and_device", "check_pass", "check_printing", "check_prune", "check_quantization"]
@@ -22,6 +22,9 @@ __all__ = ["DTYPES", "check_dtype_and_device", "check_pass", "check_printing", "
 DTYPES = ("float32", "bfloat16", "float16")
 
 _DEVICE = re.compile(r"(cpu|mps|(cuda|xpu)(:\d+)?)")
+
+_GROUP = "fxprune.passes"
+"""Of the entry points of passes."""
 
 _LARGEST_SEED = 2**64 - 1
 
@@ -94,33 +97,55 @@ def check_pass(stage: str, spelled: str | None, *, optional: bool = False) -> No
         optional: whether ``none`` is, too.
 
     Raises:
-        FxpruneError: it is no spelling.
-        UnknownNameError: there is no such pass.
+        FxpruneError: it is no spelling, or the pass refuses one of the arguments.
+        UnknownNameError: there is no such pass, or it takes no such argument.
     """
     if spelled is None or (optional and spelled == "none"):
         return
-    name, _ = read_spelling(spelled)
+    name, arguments = read_spelling(spelled)
     known = _passes(stage)
     if name not in known:
         raise UnknownNameError(stage, name, (*known, "none") if optional else known)
+    _check_arguments(name, arguments)
+
+
+def check_pass_name(name: str) -> None:
+    """Refuse a name that no installed pass has."""
+    known = entry_points(group=_GROUP).names
+    if name not in known:
+        raise UnknownNameError("pass", name, known)
+
+
+def check_recipe_name(name: str) -> None:
+    """Refuse a name that no installed recipe has."""
+    folder = files("fxprune").joinpath("recipes")
+    known = [path.name.removesuffix(".txt") for path in folder.iterdir() if path.name.endswith(".txt")]
+    if name not in known:
+        raise UnknownNameError("recipe", name, known)
 
 
 def check_quantization(quantization: str | None, out: Path | None) -> None:
-    """Refuse a quantisation of what is no GGUF file.
+    """Refuse a quantisation of what is no GGUF file, and one that cannot be written.
 
     Raises:
         ArgumentError: ``out`` is something else, or nothing.
+        UnknownNameError: there is no such type.
     """
-    if quantization is not None and (out is None or out.suffix != ".gguf"):
+    if quantization is None:
+        return
+    if out is None or out.suffix != ".gguf":
         raise ArgumentError(
             "--quantization is for GGUF files", where="--quantization", remedy="Leave it out, or let --out end in .gguf"
         )
+    from fxprune.export.gguf.types import type_named
+
+    type_named(quantization)
 
 
 def _passes(stage: str) -> tuple[str, ...]:
     """The installed passes of a stage, as the folders of the suite are called; those of other packages too."""
     suite = "fxprune.passes."
-    entries = {entry.name: entry.module for entry in entry_points(group="fxprune.passes")}
+    entries = {entry.name: entry.module for entry in entry_points(group=_GROUP)}
     return tuple(
         name
         for name, module in entries.items()
@@ -193,6 +218,11 @@ def _check_names(values: Values) -> None:
     for name, known in _WORDS.items():
         if values[name] is not None and values[name] not in known:
             raise UnknownNameError(name, values[name], known)
+    if values["reduction"] is not None:
+        from fxprune.removal.reductions import REDUCTIONS
+
+        if values["reduction"] not in REDUCTIONS:
+            raise UnknownNameError("reduction", values["reduction"], REDUCTIONS)
     if values["kinds"] is not None:
         _check_kinds(values["kinds"])
     check_pass("importance", values["importance"])
@@ -216,9 +246,9 @@ def _check_recipe(recipe: str | None) -> None:
     if recipe.endswith(".txt"):
         _check_recipe_file(Path(recipe))
     elif "," not in recipe and "\n" not in recipe:
-        known = _recipes()
-        if recipe not in known:
-            raise UnknownNameError("recipe", recipe, known)
+        check_recipe_name(recipe)
+    else:
+        _check_steps(recipe)
 
 
 def _check_recipe_file(path: Path) -> None:
@@ -230,12 +260,26 @@ def _check_recipe_file(path: Path) -> None:
         raise FxpruneError(what, where=str(path), remedy=remedy) from error
     if not any(line.strip() and not line.startswith("#") for line in text.splitlines()):
         raise FxpruneError("there is no pass in it", where=str(path), remedy=remedy)
+    _check_steps(text)
 
 
-def _recipes() -> Collection[str]:
-    """The names of the installed recipes."""
-    folder = files("fxprune").joinpath("recipes")
-    return [path.name.removesuffix(".txt") for path in folder.iterdir() if path.name.endswith(".txt")]
+def _check_arguments(name: str, arguments: Values) -> None:
+    """Refuse arguments that a pass refuses, by its source."""
+    if arguments:
+        from fxprune.cli.unimported import check_spelled
+
+        check_spelled(name, arguments)
+
+
+def _check_steps(text: str) -> None:
+    """Refuse a pipeline with a step that is no pass, or that the pass refuses."""
+    for step in read_steps(text):
+        if step.startswith("(") and step.endswith(")"):
+            _check_steps(step[1:-1])
+            continue
+        name, arguments = read_spelling(step)
+        check_pass_name(name)
+        _check_arguments(name, arguments)
 
 
 def _check_output(values: Values) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "Gguf",
     "Json",
     "Quiet",
+    "QuietButResult",
     "Verbose",
     "app",
     "clear_errors",
@@ -59,6 +60,9 @@ notes = Console(stderr=True, soft_wrap=True)
 Gguf = Annotated[str | None, typer.Option(help="GGUF file inside the folder.")]
 Force = Annotated[bool, typer.Option("--force", help="Write where something else is; other files are kept.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")]
+QuietButResult = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print the result and errors alone: no progress and no remarks.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print each pass with its time as it runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Dtype = Annotated[
@@ -67,8 +71,17 @@ Dtype = Annotated[
 Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps; cpu by default.")]
 
 
+_ORDER = ("prune", "apply", "eval", "recover", "generate", "bench", "export", "graph", "explain", "plan", "recipes")
+"""Commands in the order in which they are of use; others come last."""
+
+
 class _Commands(TyperGroup):
     """Commands whose wrong uses end in one line."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the commands in the order of use."""
+        found = super().list_commands(ctx)
+        return sorted(found, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
 
     def main(
         self,
@@ -150,15 +163,16 @@ Folder = Annotated[
 ]
 
 
-def set_output(*, quiet: bool = False, verbose: bool = False, as_json: bool = False) -> None:
+def set_output(*, quiet: bool = False, verbose: bool = False, as_json: bool = False, results: bool = False) -> None:
     """Choose what is printed; errors always are.
 
     Args:
-        quiet: neither results nor progress.
+        quiet: no progress, and no results but with ``results``.
         verbose: each pass with its time.
         as_json: no results but what :func:`print_json` prints.
+        results: whether results are all that a command is for, so that ``quiet`` leaves them.
     """
-    console.quiet = quiet or as_json
+    console.quiet = as_json or (quiet and not results)
     notes.quiet = quiet
     logger = logging.getLogger("fxprune")
     logger.handlers = [_Lines()] if verbose else []

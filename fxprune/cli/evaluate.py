@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxprune.cli.console import Device, Dtype, Json, app, clear_errors, console, print_json, progress
+from fxprune.cli.console import (
+    Device,
+    Dtype,
+    Json,
+    QuietButResult,
+    app,
+    clear_errors,
+    console,
+    print_json,
+    progress,
+    set_output,
+)
 from fxprune.cli.load import load_either
 from fxprune.cli.several import checked
 from fxprune.errors import EvaluationError
@@ -18,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["evaluate"]
 
 _BUILT_IN = "docstrings of Python"
+_FILES = (".txt", ".jsonl", ".json")
+
 _WINDOWS = 64
 """Of the built-in text: a minute or less with a small model on a processor."""
 
@@ -41,11 +54,14 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Windows or questions in one call.")] = 8,
     dtype: Dtype = None,
     device: Device = None,
+    quiet: QuietButResult = False,
     as_json: Json = False,
 ) -> None:
     """Measure MODELS, dense or slim: their size, their perplexity on a text, their accuracy on tasks."""
     with clear_errors():
+        set_output(quiet=quiet, as_json=as_json, results=True)
         compared = checked([*([compare] if compare else []), *models], dtype, device)
+        _check_files(text, tasks)
         options: dict[str, Any] = {"window": window, "windows": windows, "questions": questions, "batch": batch}
         options |= {"texts": _texts(text, tasks), "tasks": _tasks(tasks), "track": progress}
         if not text:
@@ -62,6 +78,17 @@ def evaluate(
             print_json(comparison.to_dict())
         else:
             console.print(comparison.table())
+
+
+def _check_files(texts: list[str] | None, tasks: str | None) -> None:
+    """Refuse files that are not there, before anything is imported.
+
+    Raises:
+        EvaluationError: says which.
+    """
+    for file in (*(texts or ()), *_named(tasks)):
+        if Path(file).suffix in _FILES and not Path(file).is_file():
+            raise EvaluationError("there is no such file", where=file, remedy="Give the path of one")
 
 
 def _measured(models: dict[str, str], loading: dict[str, Any], options: dict[str, Any]) -> tuple[Column, ...]:
@@ -100,9 +127,13 @@ def _tasks(given: str | None) -> list[str]:
     Raises:
         UnknownNameError: there is no such task.
     """
-    names = [name.strip() for name in (given or "").split(",") if name.strip()]
+    names = _named(given)
     if names:
         from fxprune.evaluation.zeroshot import check_tasks
 
         check_tasks(names)
     return names
+
+
+def _named(given: str | None) -> list[str]:
+    return [name.strip() for name in (given or "").split(",") if name.strip()]

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 import fxprune
-from fxprune.cli.console import Folder, Gguf, app, clear_errors, console
+from fxprune.cli.checks import check_quantization
+from fxprune.cli.console import Folder, Gguf, Quiet, app, clear_errors, console, set_output
 from fxprune.cli.load import is_gguf, load_either
 from fxprune.cli.naming import check_model
 from fxprune.cli.place import check_output
@@ -34,9 +35,11 @@ def export(
     like: Annotated[Path | None, typer.Option(help="GGUF file of the dense model: its tokenizer is copied.")] = None,
     cache: Annotated[bool, typer.Option("--cache", help="A .pt2 or .onnx file that takes and gives a cache.")] = False,
     gguf_file: Gguf = None,
+    quiet: Quiet = False,
 ) -> None:
     """Write MODEL, pruned or not, as one file that runs without this package."""
     with clear_errors():
+        set_output(quiet=quiet)
         check_model(model, gguf_file, with_weights=True)
         _check(model, out, quantization=quantization, like=like, cache=cache)
         gguf = out.suffix == ".gguf"
@@ -62,6 +65,7 @@ def _check(model: str, out: Path, *, cache: bool, **of_gguf: Any) -> None:
             raise ArgumentError(
                 f"{option(name)} is for GGUF files", where=option(name), remedy=f"Leave it out with {out.name}"
             )
+    check_quantization(of_gguf["quantization"], out)
     like = of_gguf["like"]
     if like is not None and not is_gguf(str(like)):
         raise ArgumentError(

@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from fxprune.cli.console import Device, Dtype, Folder, Json, app, clear_errors, console, print_json
+from fxprune.cli.console import (
+    Device,
+    Dtype,
+    Folder,
+    Json,
+    QuietButResult,
+    app,
+    clear_errors,
+    console,
+    print_json,
+    set_output,
+)
 from fxprune.cli.load import load_either
 from fxprune.cli.several import checked
 from fxprune.errors import ArgumentError
@@ -28,10 +39,12 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="For sampling.")] = 0,
     dtype: Dtype = None,
     device: Device = None,
+    quiet: QuietButResult = False,
     as_json: Json = False,
 ) -> None:
     """Print what MODEL, dense or slim, makes of PROMPT, as it comes; a model that chats answers."""
     with clear_errors():
+        set_output(quiet=quiet, as_json=as_json, results=True)
         if not prompt.strip():
             raise ArgumentError("the prompt is empty", where="PROMPT", remedy="Give some text")
         models = checked([*([compare] if compare else []), model], dtype, device)

@@ -14,7 +14,10 @@ from rich.table import Column, Table
 import fxprune
 from fxprune.cli.console import Folder, Gguf, app, clear_errors, console
 from fxprune.cli.load import load_empty
-from fxprune.errors import ArgumentError
+from fxprune.cli.naming import check_model
+from fxprune.cli.plan import read_plan
+from fxprune.errors import ArgumentError, UnknownNameError
+from fxprune.pipeline.words import NORMS
 
 __all__ = ["explain", "graph"]
 
@@ -41,8 +44,9 @@ def graph(
     """List the groups of MODEL and its frozen axes; needs the config alone."""
     with clear_errors():
         what = {"--layer": layer, "--group": group, "--everything": everything, "--no-fold": no_fold, "--plan": plan}
+        _check(model, gguf_file, norm)
         _check_picture(dot, what)
-        removal = None if plan is None else fxprune.Plan.from_json(plan.read_text(encoding="utf-8"))
+        removal = None if plan is None else read_plan(plan).plan
         dependencies = _graph(model, gguf_file, norm or (removal.norm if removal else "masked"))
         if dot is not None:
             fxprune.write_dot(dependencies, dot, layer, group, everything=everything, plan=removal, fold=not no_fold)
@@ -65,10 +69,18 @@ def explain(
 ) -> None:
     """Print the chain of ops that ties an axis to the trigger of its group, or a group with all its axes."""
     with clear_errors():
+        _check(model, gguf_file, norm)
         dependencies = _graph(model, gguf_file, norm or "masked")
         lines = _group_lines(dependencies, name) if "/" in name else _axis_lines(dependencies, name, axis, group)
     for line in lines:
         console.print(line, markup=False, highlight=False)
+
+
+def _check(model: str, gguf_file: str | None, norm: str | None) -> None:
+    """Refuse a model that is none and an unknown word, before anything is imported."""
+    check_model(model, gguf_file)
+    if norm is not None and norm not in NORMS:
+        raise UnknownNameError("norm", norm, NORMS)
 
 
 def _check_picture(dot: Path | None, what: Mapping[str, Any]) -> None:
@@ -86,10 +98,6 @@ def _check_picture(dot: Path | None, what: Mapping[str, Any]) -> None:
 
 def _graph(model: str, gguf_file: str | None, norm: str) -> Any:
     """The dependency graph of a model that is built on meta, from its config."""
-    from fxprune.discovery.norms import NORMS
-    from fxprune.pipeline.arguments import one_of
-
-    one_of("norm", norm, NORMS)
     return fxprune.dependency_graph(fxprune.trace(load_empty(model, gguf_file), dynamic=False), norm)
 
 

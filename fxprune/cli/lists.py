@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import fxprune
+from fxprune.cli.checks import check_pass_name, check_recipe_name
 from fxprune.cli.console import app, clear_errors, console
 from fxprune.errors import PassError
 
@@ -23,6 +24,7 @@ def passes(
     """List the installed passes in the order of a pipeline, or tell all about one."""
     if name is not None:
         with clear_errors():
+            check_pass_name(name)
             _tell_pass(name)
         return
     from fxprune.pipeline.description import in_order
@@ -38,11 +40,13 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="Print the passes of this one, to be edited in a file.")] = None,
 ) -> None:
     """List the recipes with what they cost, or print one."""
+    if name is not None:
+        with clear_errors():
+            check_recipe_name(name)
     from fxprune.recipes import read_recipe, recipe_names
 
     if name is not None:
-        with clear_errors():
-            console.print(str(read_recipe(name)), end="", markup=False, highlight=False)
+        console.print(str(read_recipe(name)), end="", markup=False, highlight=False)
         return
     table = Table("recipe", "what it does", "what it costs")
     for recipe in map(read_recipe, recipe_names()):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fxprune.cli.demo import DEMO, demo_gguf
+from fxprune.cli.hub import check_hub
 from fxprune.errors import FxpruneError, UnsupportedModelError
 from fxprune.pipeline.words import MANIFEST
 
@@ -47,7 +48,7 @@ def check_exists(model: str) -> None:
 
 
 def check_model(model: str, gguf_file: str | None, *, with_weights: bool = False) -> None:
-    """Refuse a model that is not there, is none, or does not say what comes next in a text.
+    """Refuse a model that is not there, is none, or does not say what comes next in a text; a hub is asked once.
 
     Args:
         model: what the user named.
@@ -63,6 +64,8 @@ def check_model(model: str, gguf_file: str | None, *, with_weights: bool = False
         _check_folder(path, gguf_file, with_weights=with_weights)
     elif gguf_file is not None and (model == DEMO or path.is_file()):
         raise FxpruneError("it names a file inside a folder", where="gguf_file", remedy=f"Leave it out with {model}")
+    elif model != DEMO and not path.exists():
+        check_hub(model)
 
 
 def _is_path(model: str) -> bool:

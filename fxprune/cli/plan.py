@@ -28,6 +28,8 @@ app.add_typer(plans, name="plan")
 
 _FILE, _REPORT = "plan.json", "report.json"
 
+_REMEDY = "Name the plan.json that a prune wrote"
+
 Source = Annotated[Path, typer.Argument(help="A plan.json, a folder that has one, or the file that a prune wrote.")]
 
 
@@ -48,10 +50,10 @@ class WrittenPlan:
 def show(plan: Source, as_json: Json = False) -> None:
     """Print what PLAN removes, block by block."""
     with clear_errors():
+        written = read_plan(plan)
         from fxprune.removal.differences import differences
         from fxprune.removal.plan import Plan
 
-        written = read_plan(plan)
         axes = differences(written.plan, Plan())
         widths = written.report.widths if written.report else {}
         blocks, norm = list(written.plan.removed_blocks), written.plan.norm
@@ -79,9 +81,9 @@ def show(plan: Source, as_json: Json = False) -> None:
 def diff(first: Source, second: Source, as_json: Json = False) -> None:
     """Print what plan FIRST removes and SECOND keeps, and the other way round; exit with 1 where they differ."""
     with clear_errors():
+        one, other = read_plan(first).plan, read_plan(second).plan
         from fxprune.removal.differences import differences
 
-        one, other = read_plan(first).plan, read_plan(second).plan
         axes = differences(one, other)
         removed = set(one.removed_blocks), set(other.removed_blocks)
         same = not axes and removed[0] == removed[1] and one.norm == other.norm
@@ -104,15 +106,15 @@ def read_plan(path: Path) -> WrittenPlan:
     Raises:
         PlanError: there is none, or it is something else.
     """
-    from fxprune.checkpoint.manifest import read_manifest
-    from fxprune.removal.report import Report
-
     if is_file(path):
         return _from_files(path.with_suffix(f".{_FILE}"), path.with_suffix(f".{_REPORT}"))
     if not path.is_dir():
         return _from_files(path, path.with_name(path.name.removesuffix(_FILE) + _REPORT))
     if (path / _FILE).is_file() or not (path / MANIFEST).is_file():
         return _from_files(path / _FILE, path / _REPORT)
+    from fxprune.checkpoint.manifest import read_manifest
+    from fxprune.removal.report import Report
+
     manifest = read_manifest(path)
     if manifest.plan is None:
         raise PlanError("the checkpoint was saved without a plan", where=str(path), remedy="Name a plan.json")
@@ -121,14 +123,14 @@ def read_plan(path: Path) -> WrittenPlan:
 
 
 def _from_files(plan: Path, report: Path) -> WrittenPlan:
-    from fxprune.removal.report import Report
-
     if not plan.is_file():
         remedy = "Name a plan.json, a folder that has one, or the file that a prune wrote"
         raise PlanError("there is no plan", where=str(plan), remedy=remedy)
     parsed = _parsed(plan.read_text(encoding="utf-8", errors="replace"), plan)
     if not report.is_file() or report == plan:
         return WrittenPlan(parsed)
+    from fxprune.removal.report import Report
+
     try:
         return WrittenPlan(parsed, Report.from_dict(json.loads(report.read_text(encoding="utf-8"))))
     except (ValueError, FxpruneError) as error:
@@ -136,12 +138,23 @@ def _from_files(plan: Path, report: Path) -> WrittenPlan:
 
 
 def _parsed(text: str, path: Path) -> Plan:
+    _check_text(text, path)
     from fxprune.removal.plan import Plan
 
     try:
         return Plan.from_json(text)
     except PlanError as error:
-        raise PlanError(error.what, where=str(path), remedy="Name the plan.json that a prune wrote") from error
+        raise PlanError(error.what, where=str(path), remedy=_REMEDY) from error
+
+
+def _check_text(text: str, path: Path) -> None:
+    """Refuse what is no JSON object with a version, which can be told at once."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise PlanError(f"it is not JSON: {error}", where=str(path), remedy=_REMEDY) from error
+    if not isinstance(found, dict) or "version" not in found:
+        raise PlanError("it is JSON, and no plan", where=str(path), remedy=_REMEDY)
 
 
 def _widths_table(widths: Mapping[str, tuple[int, int]]) -> Table:

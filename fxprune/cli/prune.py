@@ -120,7 +120,7 @@ def _run(values: Mapping[str, Any], options: dict[str, Any]) -> None:
     model, out, gguf_file = values["model"], values["out"], values["gguf_file"]
     with working("starting"), at_once():
         import fxprune.api
-    _check_names(options, values["quantization"])
+    fxprune.prune_pipeline(None, **options)  # arguments that do not go together are told before weights are read
     wanted = values["calibration"] is not None or (out.suffix == ".gguf" and not is_gguf(model))
     tokenizer = load_tokenizer(model, gguf_file, needed=wanted)
     data = samples_of(values, tokenizer)
@@ -142,15 +142,6 @@ def _run(values: Mapping[str, Any], options: dict[str, Any]) -> None:
                 result, tokenizer, out, like=model, quantization=values["quantization"], run=run, force=force
             )
     tell(result, out, loading, as_json=values["as_json"])
-
-
-def _check_names(options: Mapping[str, Any], quantization: str | None) -> None:
-    """Refuse arguments that a pass does not take, and types that are not written, before weights are read."""
-    fxprune.prune_pipeline(None, **options)
-    if quantization is not None:
-        from fxprune.export.gguf.write import type_named
-
-        type_named(quantization)
 
 
 def samples_of(values: Mapping[str, Any], tokenizer: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fxprune.cli.console import Force, app, clear_errors, console, progress
+from fxprune.cli.console import Dtype, Force, Quiet, app, clear_errors, console, progress, set_output
 from fxprune.cli.load import load_either
 from fxprune.cli.place import check_output, is_file
 from fxprune.cli.several import checked
@@ -16,6 +16,10 @@ from fxprune.data.rows import SUFFIXES
 from fxprune.errors import ArgumentError
 
 __all__ = ["recover"]
+
+TrainingDevice = Annotated[
+    str | None, typer.Option(help="Where to train: cpu, cuda or mps; the accelerators that there are by default.")
+]
 
 
 @app.command()
@@ -41,7 +45,10 @@ def recover(
     ] = None,
     precision: Annotated[str | None, typer.Option(help="bf16, float32, or auto by default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the split, the order and the updates.")] = None,
+    dtype: Dtype = None,
+    device: TrainingDevice = None,
     force: Force = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train MODEL a little, by LoRA on what was pruned, and write it to OUT as it came, with its plan and report."""
     given: dict[str, Any] = {
@@ -54,23 +61,43 @@ def recover(
     given |= {"micro_batch": micro_batch, "max_tokens": max_tokens, "held_out": held_out}
     given |= {"precision": precision, "seed": seed}
     with clear_errors():
-        checked([model, *([distil] if distil else [])])
+        set_output(quiet=quiet)
+        checked([model, *([distil] if distil else [])], dtype, device)
+        _check_training_device(device)
         if is_file(out):
             raise ArgumentError(
                 f"out is {out}, a file", where="out", remedy="Name a folder; `fxprune export` writes files"
             )
         check_output(out, model, force=force)
-        from fxprune.recovery.rows import read_rows
+        from fxprune.data.rows import rows_in_file
         from fxprune.recovery.settings import settings_from
 
         settings = settings_from(None, {name: value for name, value in given.items() if value is not None})
         rows = Path(data) if Path(data).exists() or Path(data).suffix in SUFFIXES else data
         if isinstance(rows, Path):
-            read_rows(rows)  # a file that cannot be read is told before the model is read
-        _run(model, rows, out, {"distil": distil, "folder": folder, "settings": settings}, force=force)
+            rows_in_file(rows)  # a file that cannot be read is told before the model is read
+        loading = {"dtype": dtype, "device": device}
+        _run(model, rows, out, {"distil": distil, "folder": folder, "settings": settings}, loading, force=force)
 
 
-def _run(model: str, data: str | Path, out: Path, options: dict[str, Any], *, force: bool) -> None:
+def _check_training_device(device: str | None) -> None:
+    """Refuse one device of several: training takes all that the process sees.
+
+    Raises:
+        ArgumentError: it is one of several.
+    """
+    kind, _, number = (device or "").partition(":")
+    if number:
+        raise ArgumentError(
+            f"device is {device}, and training takes every {kind} device that it sees",
+            where="device",
+            remedy=f"Give --device {kind}, and let the process see one alone, as CUDA_VISIBLE_DEVICES={number} does",
+        )
+
+
+def _run(
+    model: str, data: str | Path, out: Path, options: dict[str, Any], loading: dict[str, Any], *, force: bool
+) -> None:
     """Load, train and write.
 
     Args:
@@ -78,13 +105,14 @@ def _run(model: str, data: str | Path, out: Path, options: dict[str, Any], *, fo
         data: what to train on.
         out: where to.
         options: of :func:`fxprune.recover`; a teacher by what the user named.
+        loading: dtype and device, of the model and of its teacher.
         force: whether ``out`` may hold something else.
     """
     import fxprune
     from fxprune.checkpoint.manifest import MANIFEST, read_manifest
     from fxprune.data.ranks import is_first
 
-    loaded, tokenizer = load_either(model, None, with_tokenizer=True)
+    loaded, tokenizer = load_either(model, None, with_tokenizer=True, **loading)
     plan: Any = None
     report: Any = None
     if (Path(model) / MANIFEST).is_file():
@@ -93,8 +121,11 @@ def _run(model: str, data: str | Path, out: Path, options: dict[str, Any], *, fo
         report = fxprune.Report.from_dict(manifest.report) if manifest.report else None
         loaded.config._name_or_path = manifest.source["name"]  # of the dense model
     if options["distil"] is not None:
-        options["distil"] = load_either(options["distil"], None, with_tokenizer=False)[0]
-    recovery = fxprune.recover(loaded, data, tokenizer, plan=plan, inplace=True, track=progress, **options)
+        options["distil"] = load_either(options["distil"], None, with_tokenizer=False, **loading)[0]
+    arguments = {"use_cpu": True} if loading["device"] == "cpu" else None
+    recovery = fxprune.recover(
+        loaded, data, tokenizer, plan=plan, inplace=True, arguments=arguments, track=progress, **options
+    )
 
     def also(folder: Path) -> None:
         for name, facts in {"plan": plan, "report": report, "recovery": recovery}.items():

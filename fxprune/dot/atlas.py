@@ -47,6 +47,18 @@ class Atlas:
                 found.setdefault(factor, []).append(axis)
         return found
 
+    def part(self, factor: Factor) -> nx.Graph[Axis]:
+        """Return the axes that hold a factor with what couples them, in the order of the graph.
+
+        A subgraph of networkx goes through a set, whose order, and with it which of two ways as short is shown, differs
+        from process to process.
+        """
+        inside = dict.fromkeys(self.holding[factor])
+        part: nx.Graph[Axis] = nx.Graph()
+        part.add_nodes_from(inside)
+        part.add_edges_from((a, b) for a in inside for b in self.graph.adj[a] if b in inside)
+        return part
+
     @cached_property
     def shades(self) -> dict[Factor, int]:
         """For the factor of each group, which it is of the groups of its kind that its block has to do with.

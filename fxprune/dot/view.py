@@ -78,8 +78,9 @@ def contracted(atlas: Atlas, title: str, shown: Iterable[Axis]) -> View:
     webs: dict[Factor, _Web] = {}
     for axis in axes:
         for factor in atlas.factors(axis):
-            web = webs.setdefault(factor, _Web(atlas.graph.subgraph(atlas.holding[factor]), []))
-            web.ends.append(axis)
+            if factor not in webs:
+                webs[factor] = _Web(atlas.part(factor), [])
+            webs[factor].ends.append(axis)
     ways = {factor: web.neighbours() for factor, web in webs.items()}
     pairs = dict.fromkeys(pair for found in ways.values() for pair in sorted(found, key=_by(number)))
     lines: dict[_Pair, dict[Factor, _Way]] = {}
@@ -112,7 +113,7 @@ class _Web:
         Source: K. Mehlhorn, "A faster approximation algorithm for the Steiner problem in graphs", 1988, section 2.
         """
         number = {axis: i for i, axis in enumerate(self.ends)}
-        nearest = nx.multi_source_dijkstra_path(nx.Graph(self.graph), self.ends)  # type: ignore[arg-type]
+        nearest = nx.multi_source_dijkstra_path(self.graph, self.ends)  # type: ignore[arg-type]
         best: dict[_Pair, _Way] = {}
         for a, b in self.graph.edges:
             if a not in nearest or number[nearest[a][0]] == number[nearest[b][0]]:
@@ -160,7 +161,7 @@ def searched(atlas: Atlas, title: str, group: Group, inside: Iterable[Axis] | No
         inside: the axes that may be shown; None for all.
     """
     assert group.factor is not None and group.trigger is not None
-    factor, reach = group.factor, atlas.graph.subgraph(atlas.holding[group.factor])
+    factor, reach = group.factor, atlas.part(group.factor)
     tree = list(nx.bfs_edges(reach, group.trigger))
     reached = {group.trigger, *itertools.chain.from_iterable(tree)}
     wanted = reached if inside is None else reached.intersection(inside)

@@ -1,7 +1,7 @@
 """Checks of arguments, one for each kind: a number, a whole number, a flag, one of some names, a path.
 
 Each returns the value as Python's own type, so that scalars of numpy and torch may be passed where they are exact. A
-bool is no number, and no check takes NaN or an infinity.
+bool is no number, and no check takes NaN or an infinity. It needs no torch: who passes a tensor has imported it.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 import os
 import reprlib
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import numpy as np
-import torch
 
 from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "LARGEST_SEED",
@@ -120,7 +123,7 @@ def numbers(name: str, value: Any, wanted: str) -> tuple[int, ...]:
     Raises:
         ArgumentError: it is no list, tuple or array of such numbers.
     """
-    if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 1:
+    if (_is_tensor(value) or isinstance(value, np.ndarray)) and value.ndim == 1:
         value = value.tolist()
     try:
         if isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -208,8 +211,8 @@ def told(value: Any) -> str:
     value = _scalar(value)
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    if isinstance(value, torch.Tensor | np.ndarray):
-        kind = "tensor" if isinstance(value, torch.Tensor) else "array"
+    if _is_tensor(value) or isinstance(value, np.ndarray):
+        kind = "tensor" if _is_tensor(value) else "array"
         return f"{_article(str(value.dtype))} {kind} of shape {tuple(value.shape)}"
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | list | tuple | set | Mapping):
         text = _REPR.repr(value)
@@ -229,11 +232,16 @@ def _article(name: str) -> str:
     return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
 
 
+def _is_tensor(value: Any) -> TypeGuard[torch.Tensor]:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
 def _scalar(value: Any) -> Any:
     """``value``, or what Python has for it where it is a scalar of numpy or torch."""
     if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
         return value.item()
-    if isinstance(value, torch.Tensor) and value.ndim == 0 and not value.is_meta:
+    if _is_tensor(value) and value.ndim == 0 and not value.is_meta:
         return value.item()
     return value
 

@@ -17,7 +17,7 @@ from fxprune.pipeline.arguments import flag, function, refuse
 from fxprune.pipeline.contract import Pass, PassResult, run_apart
 from fxprune.pipeline.registry import parse_pass
 from fxprune.pipeline.shown import html_table
-from fxprune.pipeline.spelling import split
+from fxprune.pipeline.spelling import read_steps
 
 __all__ = ["PassSequence", "Pipeline", "Ran"]
 
@@ -166,7 +166,7 @@ class Pipeline(PassSequence):
     def __init__(self, passes: str | Sequence[Pass | str], on_pass: OnPass | None = None) -> None:
         if not isinstance(passes, str | Sequence):
             raise refuse("passes", passes, _WANTED)
-        made = [_as_pass(p) for p in (_read(passes) if isinstance(passes, str) else passes)]
+        made = [_as_pass(p) for p in (read_steps(passes) if isinstance(passes, str) else passes)]
         if not made:
             raise PassError("there is no pass", where="pipeline", remedy=f"Pass {_WANTED}")
         if on_pass is not None:
@@ -207,11 +207,6 @@ class Pipeline(PassSequence):
 
 def _line(pipeline: Pipeline) -> str:
     return ", ".join(str(pipeline).split("\n"))
-
-
-def _read(text: str) -> list[str]:
-    lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
-    return [part for part in split(lines, ",\n;") if part]
 
 
 def _as_pass(step: Any) -> Pass:

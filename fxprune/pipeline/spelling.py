@@ -10,7 +10,7 @@ from typing import Any
 
 from fxprune.errors import PassError
 
-__all__ = ["default_of", "read_spelling", "spell", "spelled_fields", "spelled_value", "split"]
+__all__ = ["default_of", "read_spelling", "read_steps", "spell", "spelled_fields", "spelled_value", "split"]
 
 _FORM = "Write it as name{key=value, key=value}"
 _BARE = re.compile(r"[A-Za-z_][\w.\-]*")
@@ -73,6 +73,16 @@ def read_spelling(text: str) -> tuple[str, dict[str, Any]]:
         if item:
             arguments[key.replace("-", "_")] = _value(value)
     return name.strip(), arguments
+
+
+def read_steps(text: str) -> list[str]:
+    """Return the steps of a pipeline in text, as they are spelled: a pass each, or a pipeline in brackets.
+
+    Raises:
+        PassError: a bracket or a quote is not closed.
+    """
+    lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    return [part for part in split(lines, ",\n;") if part]
 
 
 def _value(text: str) -> Any:

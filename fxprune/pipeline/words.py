@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-__all__ = ["EXACT", "KINDS", "MANIFEST", "NORMS", "ORDERS", "RANKINGS", "SUFFIXES", "Kind"]
+__all__ = ["EXACT", "KINDS", "MANIFEST", "NORMS", "ORDERS", "RANKINGS", "REACHES", "SUFFIXES", "Kind"]
 
 Kind = Literal["mlp", "head", "channel", "head_dim", "expert", "layer"]
 
@@ -21,6 +21,10 @@ ORDERS = ("vector", "first", "second", "mix")
 
 RANKINGS = ("local", "global")
 """Whether scores are compared inside a group, or anywhere."""
+
+REACHES = ("lost", "stream", "all")
+"""Which products are fitted: those that lost inputs; and those whose output is added to a value that changed; and all
+in blocks behind the first that lost inputs."""
 
 SUFFIXES = (".pt2", ".onnx", ".gguf")
 """How names of files end that a model is exported to."""

@@ -87,9 +87,10 @@ class RecoverySettings:
         flag("response_only", self.response_only)
         one_of("precision", self.precision, PRECISIONS)
         one_of("data_format", self.data_format, FORMATS)
-        from transformers import SchedulerType  # it brings peft along, which only recovery needs
+        if self.schedule != type(self).schedule:
+            from transformers import SchedulerType  # it brings torch and peft along, which only training needs
 
-        one_of("schedule", self.schedule, (schedule.value for schedule in SchedulerType))
+            one_of("schedule", self.schedule, (schedule.value for schedule in SchedulerType))
 
     def _check(self, check: Callable[..., Any], name: str, **bounds: float) -> None:
         """Put the number that ``check`` reads in the place of what was given."""

@@ -24,10 +24,11 @@ from fxprune.masking.side_by_side import SideBySide
 from fxprune.pipeline.arguments import one_of, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.pipeline.progress import Track, check_track, no_progress
+from fxprune.pipeline.words import REACHES
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 
-from .sites import REACHES, Site, find_sites, targets
+from .sites import Site, find_sites, targets
 
 __all__ = ["FitPass", "pairs"]
 
@@ -61,8 +62,9 @@ class FitPass(Pass):
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense."""
-        for name in ("batch", *(["samples"] if self.samples is not None else [])):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
+        object.__setattr__(self, "batch", whole_number("batch", self.batch, least=1))
+        if self.samples is not None:
+            object.__setattr__(self, "samples", whole_number("samples", self.samples, least=1))
         one_of("reach", self.reach, REACHES)
         check_track(self.track)
 

@@ -17,13 +17,9 @@ from fxprune.removal.removal import Removal
 from fxprune.rules.product import LoneProduct, lone_products
 from fxprune.rules.registry import is_sum
 
-__all__ = ["REACHES", "Site", "find_sites", "targets"]
+__all__ = ["Site", "find_sites", "targets"]
 
 aten = torch.ops.aten
-
-REACHES = ("lost", "stream", "all")
-"""Which products are fitted: those that lost inputs; and those whose output is added to a value that changed; and all
-in blocks behind the first that lost inputs."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ def find_sites(graph_module: fx.GraphModule, removal: Removal, reach: str = "los
     Args:
         graph_module: the dense graph.
         removal: what goes.
-        reach: one of :data:`REACHES`.
+        reach: one of :data:`fxprune.pipeline.words.REACHES`.
     """
     axes, keep = removal.axes, removal.keep
     changed = False

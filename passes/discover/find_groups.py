@@ -9,11 +9,11 @@ from torch import fx
 
 from fxprune.discovery.dependency import Dependencies, dependency_graph
 from fxprune.discovery.groups import Groups, find_groups
-from fxprune.discovery.norms import NORMS
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, facts_of
 from fxprune.masking.compare import Expected
 from fxprune.pipeline.arguments import one_of
 from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.pipeline.words import NORMS
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 

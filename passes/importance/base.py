@@ -15,7 +15,8 @@ from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.graph.shelf import recalled, remembering
 from fxprune.pipeline.arguments import one_of
 from fxprune.pipeline.contract import Pass, PassResult
-from fxprune.removal.scores import REDUCTIONS, Scores, score_groups
+from fxprune.removal.reductions import REDUCTIONS
+from fxprune.removal.scores import Scores, score_groups
 
 __all__ = ["ImportancePass", "axis_sums"]
 

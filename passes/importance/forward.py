@@ -46,8 +46,9 @@ class ForwardImportancePass(ImportancePass):
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense."""
         super().__post_init__()
-        for name in ("batch", *(["samples"] if self.samples is not None else [])):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
+        object.__setattr__(self, "batch", whole_number("batch", self.batch, least=1))
+        if self.samples is not None:
+            object.__setattr__(self, "samples", whole_number("samples", self.samples, least=1))
         check_track(self.track)
 
     def requires(self, graph_module: fx.GraphModule) -> None:

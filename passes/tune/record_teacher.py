@@ -62,8 +62,10 @@ class RecordTeacherPass(Pass):
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense."""
-        for name in ("kept", "batch", *(["samples"] if self.samples is not None else [])):
+        for name in ("kept", "batch"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
+        if self.samples is not None:
+            object.__setattr__(self, "samples", whole_number("samples", self.samples, least=1))
         if self.heldout is not None:
             check_kind(self.heldout)
         check_tokenizer(self.tokenizer)

@@ -34,8 +34,8 @@ _RISE = 10
 class TunePass(Pass):
     """The slim model says what the dense one said, as nearly as a few vectors in it can make it.
 
-    All weights are frozen. What is learned is a scale ``1 + 0.5 tanh(t)`` for each input and output of each product with
-    a weight, and what is added to parameters of one axis, such as those of norms and biases, by Adam on the
+    All weights are frozen. What is learned is a scale ``1 + 0.5 tanh(t)`` for each input and output of each product
+    with a weight, and what is added to parameters of one axis, such as those of norms and biases, by Adam on the
     Kullback-Leibler divergence from the dense model. No gradient of a weight is needed, so memory is that of the
     activations of a batch. In the end all of it is folded into the weights: classes, names and sizes stay the same.
 

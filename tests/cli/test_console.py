@@ -27,6 +27,13 @@ def test_help_comes_without_a_command_and_errors_in_one_line() -> None:
     assert done.stderr.startswith("error: No such option")
 
 
+def test_commands_are_listed_in_the_order_of_use() -> None:
+    lines = CliRunner().invoke(app, ["--help"]).stdout.partition("Commands")[2].splitlines()
+    names = [line[2:].split()[0] for line in lines if line.startswith("│ ") and line[2] != " "]
+    wanted = ("prune", "apply", "eval", "recover", "generate", "bench", "export", "graph", "explain", "plan", "recipes")
+    assert names == [*wanted, "passes"]
+
+
 def test_a_piped_output_is_told_now_and_then_how_far_it_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

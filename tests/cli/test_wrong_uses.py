@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,9 @@ from typer.testing import CliRunner
 
 from fxprune.cli import app
 from tests.cli.folders import fill_with_wrong_things, save_tiny
+from tests.cli.uses import USES
 
-LINES = (Path(__file__).parent / "wrong_uses.txt").read_text(encoding="utf-8").splitlines()
-USES = [tuple(line.split(" => ")) for line in LINES if line.strip() and not line.startswith("#")]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +32,17 @@ def seen(folder: Path) -> dict[Path, int]:
 
 
 def test_there_are_many_of_them() -> None:
-    assert len({arguments for arguments, _ in USES}) == len(USES) >= 150
+    assert len({use.arguments for use in USES}) == len(USES) >= 300
+    assert sum(not use.at_once for use in USES) <= 20
 
 
-@pytest.mark.parametrize(("arguments", "says"), USES, ids=[arguments for arguments, _ in USES])
+def test_those_that_are_told_at_once_need_no_torch(folder: Path) -> None:
+    command = [sys.executable, "-m", "tests.cli.uses", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(("arguments", "says"), [use[:2] for use in USES], ids=[use.arguments for use in USES])
 def test_it_ends_in_one_line(folder: Path, arguments: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     before = seen(folder)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import networkx as nx
 import torch
 from torch import nn
@@ -12,6 +17,8 @@ from fxprune.rules.statements import Axis
 from fxprune.trace import trace
 from tests.models import tiny
 from tests.oracle import Net, discover, graph_of
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_axes_are_found_by_factor_and_stand_in_order_of_execution(small: nx.Graph) -> None:
@@ -49,3 +56,24 @@ def test_residual_sums_are_found_along_the_width(small: nx.Graph) -> None:
     atlas = Atlas(graph_of(discover(net, {"x": torch.randn(2, 3)})))
     (axis,) = atlas.sums
     assert axis.dim == 1 and atlas.is_sum(axis) and atlas.is_activation(axis)
+
+
+CODE = """
+import sys
+import fxprune
+from tests.models import tiny
+graph = fxprune.dependency_graph(fxprune.trace(tiny("llama"), dynamic=False), "masked")
+fxprune.write_dot(graph, sys.argv[1] + "/layer.dot", layer=0)
+fxprune.write_dot(graph, sys.argv[1] + "/model.dot", everything=True)
+"""
+
+
+def test_pictures_are_the_same_in_every_process(tmp_path: Path) -> None:
+    """Sets of names have another order in each process; a way that another is as short as was drawn now and then."""
+    drawn = []
+    for seed in ("0", "1", "2"):
+        (tmp_path / seed).mkdir()
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", CODE, str(tmp_path / seed)], check=True, cwd=ROOT, env=env)
+        drawn.append([(tmp_path / seed / name).read_text() for name in ("layer.dot", "model.dot")])
+    assert drawn[0] == drawn[1] == drawn[2]

@@ -23,7 +23,8 @@ from fxprune.export.gguf.file import export_gguf
 from fxprune.export.gguf.layout import LAYOUTS, Layout, lay_out
 from fxprune.export.gguf.reference import logits_of
 from fxprune.export.gguf.tokenizer import copy_tokenizer, describe_tokenizer
-from fxprune.export.gguf.write import type_in, type_named
+from fxprune.export.gguf.types import type_named
+from fxprune.export.gguf.write import type_in
 from tests.export.small import even, tokenizer, uneven
 from tests.models import VOCABULARY, token_ids
 

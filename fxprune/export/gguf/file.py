@@ -14,7 +14,8 @@ from fxprune.export.files import ROUGH, replacing
 from fxprune.export.gguf.choose import contents_for
 from fxprune.export.gguf.decoder import read_decoder
 from fxprune.export.gguf.tokenizer import copy_tokenizer, describe_tokenizer
-from fxprune.export.gguf.write import require_rows, type_named, write_file
+from fxprune.export.gguf.types import type_named
+from fxprune.export.gguf.write import require_rows, write_file
 from fxprune.masking.compare import TOLERANCE
 
 __all__ = ["export_gguf"]

@@ -13,16 +13,14 @@ import gguf
 import numpy as np
 import torch
 
-from fxprune.errors import ExportError, UnknownNameError
+from fxprune.errors import ExportError
 from fxprune.export.gguf.archs import file_type
 from fxprune.export.gguf.layout import Contents
 from fxprune.export.gguf.tokenizer import Entry
+from fxprune.export.gguf.types import Type, can_write
 
-__all__ = ["require_rows", "type_in", "type_named", "write_file"]
+__all__ = ["require_rows", "type_in", "write_file"]
 
-Type = gguf.GGMLQuantizationType
-
-_PLAIN = (Type.F32, Type.F16)
 _NOT_FOR_WEIGHTS = {kind for kind in Type if kind.name.startswith("I") or kind is Type.F64}
 _COARSE_BITS = 6.5
 """Types with fewer bits for each weight leave embedding and output at eight bits, which costs little and saves much."""
@@ -33,39 +31,13 @@ def _bits(kind: Type) -> float:
     return 8 * stored / size
 
 
-def _can_write(kind: Type) -> bool:
-    if kind in _PLAIN:
-        return True
-    try:
-        gguf.quants.quantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][0]), np.float32), kind)
-    except (NotImplementedError, KeyError):
-        return False
-    return True
-
-
-def type_named(quantization: str) -> Type:
-    """Return a type of the format by its name, in letters of any case.
-
-    Raises:
-        UnknownNameError: there is none, or none that can be written here.
-    """
-    known = {
-        kind.name.lower(): kind
-        for kind in Type
-        if kind.name.startswith(("F", "BF", "Q", "TQ", "MX")) and _can_write(kind)
-    }
-    if str(quantization).lower() not in known:
-        raise UnknownNameError("quantization", quantization, known)
-    return known[quantization.lower()]
-
-
 def type_in(path: str | os.PathLike[str]) -> str:
     """Return the type that most weights of a GGUF file have; ``q8_0`` for one that cannot be written here."""
     sizes: Counter[Type] = Counter()
     for tensor in gguf.GGUFReader(path).tensors:
         sizes[tensor.tensor_type] += int(tensor.n_elements)
     (kind, _) = sizes.most_common(1)[0]
-    return kind.name.lower() if _can_write(kind) else "q8_0"
+    return kind.name.lower() if can_write(kind) else "q8_0"
 
 
 def require_rows(contents: Contents, kind: Type) -> None:

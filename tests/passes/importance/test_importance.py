@@ -15,7 +15,8 @@ from torch import fx, nn
 from fxprune.errors import CalibrationError, PassError, UnknownNameError
 from fxprune.graph.facts import facts_of
 from fxprune.pipeline.registry import load_pass
-from fxprune.removal.scores import REDUCTIONS, Scores
+from fxprune.removal.reductions import REDUCTIONS
+from fxprune.removal.scores import Scores
 from tests.models import tiny, token_ids
 from tests.oracle import discover, groups_of
 
