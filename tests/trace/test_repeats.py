@@ -136,7 +136,6 @@ FAMILIES = {
     "gpt2": {"n_layer": 5},
     "gpt_neox": {"num_hidden_layers": 5},
     "bloom": {"n_layer": 5},
-    "falcon": {"num_hidden_layers": 5},
     "mistral": {"num_hidden_layers": 5},
     "opt": {"num_hidden_layers": 5},
     "mixtral": {"num_hidden_layers": 5},
@@ -150,6 +149,10 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_graph_of_a_family_is_the_same(family: str, dynamic: bool) -> None:
     assert copied(tiny(family, **FAMILIES[family]).to("meta"), dynamic=dynamic) > 0
+
+
+def test_a_family_whose_blocks_make_tensors_of_numbers_is_traced_plainly() -> None:
+    assert copied(tiny("falcon", num_hidden_layers=5).to("meta")) == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
