@@ -50,6 +50,7 @@ class Entry:
     samples: int | None = None
 
 
+TUNE = "tune{epochs=2, measurements=3"
 HEADS = "select-by-ratio{kinds=[mlp, head], protect=[0.07, 0.04], ratio=%s}"
 WHOLE = "select-by-ratio{first=[mlp], protect=[], ratio=%s}"
 
@@ -68,8 +69,8 @@ ENTRIES = (
     Entry("balanced, one ridge", {"compensate": "least-squares{samples=64, reach=stream, damping=1}", "tune": "none"}),
     Entry("balanced, the stream not fitted", {"compensate": "least-squares{samples=64, reach=lost}", "tune": "none"}),
     Entry("balanced, rotation", {"compensate": "rotation{samples=64}", "tune": "none"}, ("rotation",)),
-    Entry("balanced, tuned everywhere", {"tune": "tune{epochs=2, measurements=4, everywhere=True, rate=0.005}"}),
-    Entry("balanced, tuned with rank 8", {"tune": "tune{epochs=2, measurements=4, rank=8, rate=0.005}"}),
+    Entry("balanced, tuned where inputs went", {"tune": f"{TUNE}, everywhere=False, rate=0.02}}"}),
+    Entry("balanced, tuned with rank 8", {"tune": f"{TUNE}, rank=8}}"}),
     *(
         Entry(
             f"balanced, {name}",

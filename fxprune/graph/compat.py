@@ -16,10 +16,16 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    track_tensor,
+)
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
@@ -28,6 +34,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 __all__ = [
     "AUTOCAST",
     "GRADIENTS",
+    "SIZE",
     "UNKNOWN_SIZE",
     "FakeTensor",
     "FakeTensorMode",
@@ -37,9 +44,12 @@ __all__ = [
     "TorchDispatchMode",
     "TreeSpec",
     "argument_names",
+    "disable_proxy_modes_tracing",
     "enable_python_dispatcher",
     "fake_mode",
     "forgetting",
+    "get_proxy_mode",
+    "get_proxy_slot",
     "guards_of",
     "has_unbacked_sizes",
     "is_check",
@@ -48,10 +58,15 @@ __all__ = [
     "is_impure",
     "is_pointwise",
     "is_random",
+    "is_size",
+    "known_of_sizes",
     "size_hint",
     "size_range",
     "spell_expression",
+    "storage_of",
     "symbol_hint",
+    "track_tensor",
+    "tree_flatten",
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
@@ -154,7 +169,15 @@ def has_unbacked_sizes(value: Any) -> bool:
     return any(free_unbacked_symbols(leaf) for leaf in tree_leaves(value) if isinstance(leaf, _SIZED))
 
 
-_SIZED = torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool
+SIZE = torch.SymInt | torch.SymFloat | torch.SymBool
+"""What is worked out of sizes that vary."""
+
+_SIZED = torch.Tensor | SIZE
+
+
+def is_size(node: Node) -> bool:
+    """Whether ``node`` is an op that works out something of sizes that vary."""
+    return node.op == "call_function" and isinstance(node.meta.get("val"), SIZE)
 
 
 def guards_of(size: torch.SymInt) -> list[tuple[Any, str]]:
@@ -182,6 +205,20 @@ def _matters(expression: Any, file: Path) -> bool:
     if not file.is_relative_to(root) or file.is_relative_to(root / "nn"):
         return True
     return getattr(expression, "rel_op", "") == "==" and file.relative_to(root).parts[0] in _CODE_OF_OPS
+
+
+def known_of_sizes(mode: FakeTensorMode) -> object:
+    """Return what was found out about the sizes of ``mode`` so far, as something that compares."""
+    env = mode.shape_env
+    if env is None:
+        return None
+    counts = tuple(len(found) for found in (env.guards, env.axioms, env.divisible, env.deferred_runtime_asserts))
+    return dict(env.replacements), dict(env.var_to_range), counts
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """Return what tells the storage of ``tensor`` from others that are there, without values too."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def work_out(expression: Any, values: dict[Any, Any]) -> Any:

@@ -6,10 +6,15 @@ import re
 
 from torch import fx
 
-__all__ = ["maker_of", "output_name", "starred", "tensor_name"]
+__all__ = ["base_name", "maker_of", "output_name", "starred", "tensor_name"]
 
 _SIGN = "#"
 """Between the name of a node and the number of its output; no name of a node or weight has it."""
+
+
+def base_name(node: fx.Node) -> str:
+    """The name of ``node`` without the number that its graph gave it."""
+    return re.sub(r"_\d+$", "", node.name)
 
 
 def tensor_name(node: fx.Node) -> str:

@@ -54,7 +54,8 @@ class Options:
         uniform: the same widths in every layer, and such that the model's own config class takes them: the checkpoint
             then loads in stock transformers, and in whatever reads its format. ``protect`` must be empty or None.
         tensor_parallel: devices that share each layer: MLP channels and heads of one that shrinks are multiples of it.
-        budget: what ``ratio`` is of: ``params``, ``macs``, ``kv`` (bytes of the key-value cache), ``bytes@q8_0``, ..
+        budget: what ``ratio`` is of: ``params``, ``macs``, ``kv`` (bytes of the key-value cache), ``bytes@q8_0``, ..;
+            or ``prefill@times.json``, ``decode@times.json``, by times that ``fxprune bench DENSE SLIM --json`` told.
         norm: what becomes of a norm over units that go, such as channels of the residual stream: ``sliced``, an average
             of those that stay; or ``masked``, what it is with the others zeroed, so that removing them is exact: its
             weight and its epsilon change. A norm that has no such form stays sliced, and the notes say so. With

@@ -1,4 +1,4 @@
-"""What a model costs for given numbers of units: parameters, work, cache or bytes."""
+"""What a model costs for given numbers of units: parameters, work, cache, bytes or time."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from fxprune.graph.blocks import owner_block
 from fxprune.graph.compat import is_free, size_hint
 from fxprune.graph.names import tensor_name
 from fxprune.pipeline.arguments import one_of
+from fxprune.removal.timings import PHASES, Timing, read_timing
 from fxprune.rules.apply import run_alone
 from fxprune.rules.registry import Values, find_rule
 
 __all__ = ["BUDGETS", "Budget", "ParameterBudget", "Term", "by_kind", "check_budget", "make_budget"]
 
 BUDGETS = ("params", "macs", "kv")
-"""What may be counted, beside ``bytes@`` with the name of a quantisation."""
+"""What may be counted, beside ``bytes@`` with the name of a quantisation, and ``prefill@`` or ``decode@`` with a table
+of measured times."""
 
 _BYTES = "bytes@"
 _TOKENS = 64
@@ -67,6 +69,11 @@ class Budget:
             self._terms.append((term, touched, term.each * prod(expr.size for expr in term.exprs)))
         self.total = int(sum(size for *_, size in self._terms))
 
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The parts."""
+        return tuple(term for term, *_ in self._terms)
+
     def removed(self, counts: Counts, blocks: Mapping[str, float]) -> float:
         """What goes.
 
@@ -91,11 +98,15 @@ class ParameterBudget(Budget):
 
 
 def check_budget(name: str) -> str:
-    """Return ``name``, which is one of :data:`BUDGETS` or ``bytes@`` and a quantisation.
+    """Return ``name``, which is one of :data:`BUDGETS`, ``bytes@`` and a quantisation, or a phase, ``@`` and a table.
 
     Raises:
-        UnknownNameError: no such budget or quantisation.
+        UnknownNameError: no such budget or quantisation, or no such engine in the table.
+        FxpruneError: there is no table of times at that place.
     """
+    if _timed(str(name)):
+        read_timing(*_timed(name))
+        return name
     if str(name).startswith(_BYTES):
         one_of("quantisation", name.removeprefix(_BYTES), [kind.name.lower() for kind in gguf.GGML_QUANT_SIZES])
         return name
@@ -107,7 +118,9 @@ def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budge
 
     Args:
         name: ``params``, ``macs`` of a sample of 64 tokens, bytes of key-value cache a token as ``kv``, or bytes on
-            disk as ``bytes@q8_0``: weights of two and more axes at that quantisation, others in float32.
+            disk as ``bytes@q8_0``: weights of two and more axes at that quantisation, others in float32; or time, as
+            ``decode@times.json`` or ``prefill@times.json:llama.cpp f16``, by models that were measured: it goes with
+            the weights in decoding, with the multiply-accumulates in prefill, beside a part that stays.
         graph_module: the graph.
         axes: its solved axes.
 
@@ -118,6 +131,9 @@ def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budge
         found = Budget(_work(graph_module.graph, axes), "multiply-accumulates")
     elif name == "kv":
         found = Budget(_cache(graph_module.graph, axes), "bytes of the key-value cache")
+    elif _timed(name):
+        work = _work(graph_module.graph, axes) if name.startswith(PHASES[0]) else _weights(axes, lambda _: 1.0)
+        found = _time_budget(Budget(work, "work"), read_timing(*_timed(name)))
     elif name.startswith(_BYTES):
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.removeprefix(_BYTES).upper()]]
         found = Budget(_weights(axes, lambda exprs: size / block if len(exprs) > 1 else 4.0), "bytes")
@@ -126,6 +142,20 @@ def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budge
     if not found.total:
         raise PassError(f"the model has no {found.word}", where="budget", remedy="Choose another budget")
     return found
+
+
+def _timed(name: str) -> tuple[str, ...]:
+    """The phase and the place of its table; empty if another budget is named."""
+    phase, at, place = name.partition("@")
+    return (phase, place) if at and phase in PHASES else ()
+
+
+def _time_budget(work: Budget, timing: Timing) -> Budget:
+    """Microseconds, in place of work: a part that stays, and one that goes with the work."""
+    microseconds = timing.seconds * 1e6
+    each = microseconds * (1 - timing.fixed) / max(work.total, 1)
+    terms = [Term(term.exprs, term.block, term.each * each) for term in work.terms]
+    return Budget([Term((), None, microseconds * timing.fixed), *terms], f"microseconds of {timing.what}")
 
 
 def by_kind(budget: Budget, groups: Sequence[Group]) -> dict[str, float]:

@@ -8,22 +8,22 @@ differ. Both are run without storage, and the calls are compared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode, resolve_name
 
-from fxprune.graph.compat import fake_mode, tree_leaves
+from fxprune.graph.compat import fake_mode
 from fxprune.graph.silence import quiet
+from fxprune.trace.log import CallLog, Said
+from fxprune.trace.repeats import Observed, calls_dry
 from fxprune.trace.twin import fake_twin, without_cache
 
 __all__ = ["Dependence", "dependence"]
-
-Call = tuple[Any, ...]
 
 _EVAL: Mapping[str, bool] = {}
 """A twin is in evaluation mode."""
@@ -42,34 +42,59 @@ class Dependence:
     mode: str = ""
 
 
-def dependence(model: nn.Module, inputs: Mapping[str, Any], own: torch.dtype, other: torch.dtype) -> Dependence:
+def dependence(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    own: torch.dtype,
+    other: torch.dtype,
+    seen: Observed | None = None,
+) -> Dependence:
     """Return in which calls ``model`` depends on the dtype of its weights, and on the mode that it is in.
 
     A run that takes both away from what the graph is compares with one that has both, if neither matters; only where
-    it does not, each is looked at alone.
+    it does not, each is looked at alone. Code that does not run on ``meta`` is run with fake tensors.
 
     Args:
         model: the model; it is not run, copies without storage are.
         inputs: keyword inputs, of which only shape and dtype matter.
         own: the dtype of its weights.
         other: the dtype to try.
+        seen: what it does in its dtype and in evaluation mode on ``meta``, if it runs there.
     """
     training = {path: module.training for path, module in model.named_modules()}
     trains, varies = any(training.values()), other != own
     if not trains and not varies:
         return Dependence()
-    plain = _calls(model, inputs, own, own)
-    if trains and varies:
-        neither = _calls(model, inputs, own, other, training)
-        if plain and neither and not _first_apart(plain, neither, own, other):
-            return Dependence()
-    return Dependence(
-        _first_apart(plain, _calls(model, inputs, own, other), own, other) if varies else "",
-        _first_apart(plain, _calls(model, inputs, own, own, training), own, own) if trains else "",
-    )
+    modes = training if trains else {}
+    if seen is not None and (not seen.repeats.groups or len(set(training.values())) == 1):
+        dry = partial(calls_dry, model, inputs, own, repeats=seen.repeats)
+        found, finished = _found(dry, seen.calls, own, other, modes)
+        if finished:
+            return found
+    slow = partial(_calls, model, inputs, own)
+    return _found(slow, slow(own), own, other, modes)[0]
 
 
-def _first_apart(mine: list[Call] | None, others: list[Call] | None, own: torch.dtype, other: torch.dtype) -> str:
+def _found(
+    run: Callable[..., list[Said] | None],
+    plain: list[Said] | None,
+    own: torch.dtype,
+    other: torch.dtype,
+    modes: Mapping[str, bool],
+) -> tuple[Dependence, bool]:
+    """Return what a model depends on, and whether all runs that should tell came to an end."""
+    varies = other != own
+    if plain and modes and varies:
+        neither = run(other, modes=modes)
+        if neither and not _first_apart(plain, neither, own, other):
+            return Dependence(), True
+    by_dtype = run(other) if varies else plain
+    by_mode = run(own, modes=modes) if modes else plain
+    finished = plain is not None and by_dtype is not None and by_mode is not None
+    return Dependence(_first_apart(plain, by_dtype, own, other), _first_apart(plain, by_mode, own, own)), finished
+
+
+def _first_apart(mine: list[Said] | None, others: list[Said] | None, own: torch.dtype, other: torch.dtype) -> str:
     """Return the first call in which two runs differ; empty where they do not, or one did not come to an end."""
     for a, b in zip_longest(mine or (), others or (), fillvalue=()) if mine and others else ():
         if not _alike(a, b, own, other):
@@ -77,39 +102,16 @@ def _first_apart(mine: list[Call] | None, others: list[Call] | None, own: torch.
     return ""
 
 
-class _Log(TorchFunctionMode):
-    """Writes down each call of a torch function: its name, its numbers, and the dtypes it takes and gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[Call] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = resolve_name(func) or getattr(func, "__name__", str(func))
-        idle = name.endswith("dropout") and 0.0 in (*args[1:2], (kwargs or {}).get("p"))
-        if not name.endswith("__get__") and not idle:
-            self.calls.append((name, *map(_said, tree_leaves((args, kwargs, result)))))
-        return result
-
-
-def _said(value: Any) -> Any:
-    """What matters of an argument or a result."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype
-    return value if isinstance(value, bool | int | float | str | torch.dtype) else type(value).__name__
-
-
 def _calls(
     model: nn.Module, inputs: Mapping[str, Any], own: torch.dtype, dtype: torch.dtype, modes: Mapping[str, bool] = _EVAL
-) -> list[Call] | None:
+) -> list[Said] | None:
     """Return the calls of a run without storage; None where the code of the model raises without it."""
     mode = fake_mode(fixed=True)
     try:
         twin = fake_twin(model, mode, own, dtype)
         for path, training in modes.items():
             twin.get_submodule(path).training = training
-        with mode, quiet(), torch.no_grad(), _Log() as log:
+        with mode, quiet(), torch.no_grad(), CallLog() as log:
             values = {
                 name: torch.zeros(value.shape, dtype=dtype if value.dtype == own else value.dtype)
                 if isinstance(value, torch.Tensor)
@@ -123,7 +125,7 @@ def _calls(
     return list(log.calls)
 
 
-def _alike(mine: Call, others: Call, own: torch.dtype, other: torch.dtype) -> bool:
+def _alike(mine: Said, others: Said, own: torch.dtype, other: torch.dtype) -> bool:
     """Whether two calls are the same but for the dtype of the model, or for an infinity of it."""
     same = {(own, other)} | {
         (getattr(torch.finfo(own), end), getattr(torch.finfo(other), end)) for end in ("min", "max")

@@ -23,6 +23,7 @@ from fxprune.graph.attempts import clear_errors
 from fxprune.graph.blocks import Blocks, find_blocks
 from fxprune.graph.compat import fake_mode, is_impure, tree_map
 from fxprune.graph.counting import count_parameters
+from fxprune.graph.exporting import compiled_later
 from fxprune.graph.facts import Facts, Notes, Runnable, Shaped, set_facts
 from fxprune.graph.inputs import is_input
 from fxprune.graph.shapes import ShapedCalls, calls_of, retype
@@ -43,11 +44,13 @@ from fxprune.trace.checks import (
     check_values,
     model_dtype,
 )
+from fxprune.trace.copies import stand_in
 from fxprune.trace.fidelity import Fidelity, assess
 from fxprune.trace.fold import fold_constants, place_constants
 from fxprune.trace.inputs import default_inputs, dynamic_dims
 from fxprune.trace.limits import limit_sizes, sizes_of
 from fxprune.trace.lower import lower
+from fxprune.trace.repeats import Repeats, observe
 from fxprune.trace.sizes import pin_sizes
 from fxprune.trace.twin import fake_twin, hooks_left_out, without_cache
 
@@ -119,24 +122,32 @@ def trace(
     own = model_dtype(model)
     notes: list[str] = []
     portable = torch.bfloat16 if own == torch.float32 else own
-    depends = dependence(model, inputs, own, portable)
+    with _tidy_later():
+        seen = observe(model, inputs, own)
+        depends = dependence(model, inputs, own, portable, seen)
     if depends.dtype:
         notes.append(f"runs in {own} alone: what the model computes depends on its dtype, in {depends.dtype}")
         portable = own
     failure: Exception | None = None
     fidelity: Fidelity | None = None
-    for dtype, free in dict.fromkeys([(portable, dynamic), (own, dynamic), (own, False)]):
-        try:
-            program = _export(model, inputs, own, dtype, free)
-        except Exception as error:  # torch.export raises whatever the model's own code does
-            failure = failure or error
-            notes.append(f"not traceable in {dtype}, dynamic={free}: {_first_line(error)}")
-            continue
-        graph_module, limits = _graph_of(program, model, inputs, own, dtype)
+    none, repeats = Repeats(), Repeats() if seen is None else seen.repeats
+    attempts = [(portable, dynamic, repeats), (portable, dynamic, none), (own, dynamic, none), (own, False, none)]
+    for dtype, free, copied in dict.fromkeys(attempts):
+        with _tidy_later():
+            try:
+                program = _export(model, inputs, own, dtype, free, copied)
+            except Exception as error:  # torch.export raises whatever the model's own code does
+                if copied == none:
+                    failure = failure or error
+                    notes.append(f"not traceable in {dtype}, dynamic={free}: {_first_line(error)}")
+                continue
+            graph_module, limits = _graph_of(program, model, inputs, own, dtype)
+            del program
         fidelity = assess(graph_module, model, example_inputs) if check else Fidelity(None)
         if not fidelity.where:
             break
-        notes.append(f"not the same as the module if traced in {dtype}, dynamic={free}: {fidelity.where}")
+        if copied == none:
+            notes.append(f"not the same as the module if traced in {dtype}, dynamic={free}: {fidelity.where}")
     else:
         raise _refusal(model, failure, fidelity)
     if check and fidelity.error is None and example_inputs is not None and not on_meta(graph_module):
@@ -223,12 +234,13 @@ def _learn(
 
 
 def _export(
-    model: nn.Module, inputs: dict[str, Any], own: torch.dtype, dtype: torch.dtype, dynamic: bool
+    model: nn.Module, inputs: dict[str, Any], own: torch.dtype, dtype: torch.dtype, dynamic: bool, repeats: Repeats
 ) -> torch.export.ExportedProgram:
     mode = fake_mode()
     twin = fake_twin(model, mode, own, dtype)
     inputs = tree_map(lambda value: _traced_input(value, own, dtype), inputs) | without_cache(twin)
     dims = dynamic_dims(inputs)
+    stand_in(twin, repeats)
     if not dynamic:
         with mode:
             inputs = tree_map(
@@ -240,16 +252,27 @@ def _export(
 
 @contextmanager
 def _lean() -> Iterator[None]:
-    """Trace without what nobody reads: Python's stack at each node; and without looking for garbage all the time."""
-    kept, collects = fx.config.do_not_emit_stack_traces, gc.isenabled()
+    """Trace without what nobody reads: stacks at nodes, and code of graphs."""
+    kept = fx.config.do_not_emit_stack_traces
     fx.config.do_not_emit_stack_traces = True
+    try:
+        with compiled_later():
+            yield
+    finally:
+        fx.config.do_not_emit_stack_traces = kept
+
+
+@contextmanager
+def _tidy_later() -> Iterator[None]:
+    """Look for garbage when this is over, among what was made here: what there was before is not all looked through."""
+    collects = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        fx.config.do_not_emit_stack_traces = kept
         if collects:
             gc.enable()
+            gc.collect(0)
 
 
 @contextmanager

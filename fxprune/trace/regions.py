@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.graph.compat import AUTOCAST, GRADIENTS, HigherOrderOperator, TorchDispatchMode, is_check, tree_leaves
+from fxprune.graph.compat import (
+    AUTOCAST,
+    GRADIENTS,
+    HigherOrderOperator,
+    TorchDispatchMode,
+    has_unbacked_sizes,
+    is_check,
+    is_size,
+    tree_leaves,
+)
+from fxprune.graph.names import base_name
 
 __all__ = ["copy_body"]
 
@@ -43,6 +53,7 @@ class _Copier:
         self.graph = graph
         self.device = device
         self.stopped: dict[fx.Node, fx.Node | None] = {}
+        self.sizes: dict[object, fx.Node] = {}
 
     def copy(self, source: fx.GraphModule, env: Env, grad: bool = True, autocast: Autocast | None = None) -> None:
         """Copy the body of ``source``, which runs with or without gradients, under autocast or not."""
@@ -54,8 +65,10 @@ class _Copier:
             elif node.target is operator.getitem and isinstance(env.get(node.args[0]), tuple | list):
                 env[node] = env[node.args[0]][node.args[1]]
             else:
-                casts = {} if autocast is None else _casts(node, *autocast)
-                env[node] = self._node(node, env, grad, casts)
+                known = self.sizes.get(_size_of(node))
+                casts = {} if autocast is None or known is not None else _casts(node, *autocast)
+                env[node] = new = known or self._node(node, env, grad, casts)
+                self.sizes.setdefault(_size_of(node), new)
 
     def read(self, value: Any, grad: bool) -> Any:
         """Return ``value`` as it is seen where there are gradients or not."""
@@ -70,7 +83,10 @@ class _Copier:
         return found
 
     def _node(self, node: fx.Node, env: Env, grad: bool, casts: Mapping[fx.Node, torch.dtype]) -> fx.Node:
-        """Copy one op; those of its inputs that ``casts`` names are cast before it."""
+        """Copy one op; those of its inputs that ``casts`` names are cast before it.
+
+        Ops of a name are numbered anew: what torch worked out for nothing while it traced left gaps.
+        """
 
         def argument(old: fx.Node) -> Any:
             value = self.read(env[old], grad)
@@ -80,7 +96,9 @@ class _Copier:
             cast.meta = {**old.meta, "val": old.meta["val"].to(casts[old])}
             return cast
 
-        new = self.graph.node_copy(node, argument)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), argument)
+        new = self.graph.create_node(node.op, node.target, args, kwargs, name=base_name(node), type_expr=node.type)
+        new.meta = dict(node.meta)
         if not grad and isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].is_floating_point():
             self.stopped[new] = None
         return new
@@ -102,6 +120,13 @@ class _Copier:
 
 _TRACED_ON = "cpu"
 """Where the tensors of a trace are, whatever the device of the model."""
+
+
+def _size_of(node: fx.Node) -> object:
+    """Return what ``node`` works out of sizes, of which the graph needs one node only; itself if that is no size."""
+    if not is_size(node) or has_unbacked_sizes(node.meta["val"]):
+        return node
+    return type(node.meta["val"]), node.meta["val"].node.expr
 
 
 def _results(source: fx.GraphModule) -> Any:

@@ -18,7 +18,7 @@ from fxprune.graph.compat import FakeTensorMode
 from fxprune.graph.tensors import as_parameter, computed_tensors
 from fxprune.trace.inputs import is_hugging_face
 
-__all__ = ["alias_twin", "fake_twin", "hooks_left_out", "meta_twin", "without_cache"]
+__all__ = ["alias_twin", "dry_twin", "fake_twin", "hooks_left_out", "meta_twin", "without_cache"]
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -49,6 +49,22 @@ def fake_twin(model: nn.Module, mode: FakeTensorMode, own: torch.dtype, dtype: t
             return as_parameter(torch.empty(tensor.shape, dtype=wanted, device="cpu"), tensor)
 
     return _as_traced(_twin(model, fake))
+
+
+def dry_twin(model: nn.Module, own: torch.dtype, dtype: torch.dtype) -> nn.Module:
+    """Return a copy to run on ``meta``, in evaluation mode: nothing is computed, and it is quicker than fake tensors.
+
+    Args:
+        model: the model.
+        own: the dtype of the parameters that get another one.
+        dtype: the dtype they get.
+    """
+
+    def dry(tensor: torch.Tensor) -> torch.Tensor:
+        wanted = dtype if isinstance(tensor, nn.Parameter) and tensor.dtype == own else tensor.dtype
+        return as_parameter(torch.empty(tensor.shape, dtype=wanted, device="meta"), tensor)
+
+    return _as_traced(_twin(model, dry))
 
 
 def alias_twin(model: nn.Module) -> nn.Module:

@@ -81,8 +81,9 @@ class SelectPass(Pass):
         tensor_parallel: devices that are to share each layer: MLP channels, query heads and key/value heads of each
             stay multiples of it where they shrink.
         uniform: the same widths in all layers, such that the stock config takes them where there is one.
-        budget: what a ratio is a fraction of: ``params``, ``macs``, ``kv`` for the bytes of the key-value cache, or
-            ``bytes@q8_0`` and the like for bytes at a quantisation.
+        budget: what a ratio is a fraction of: ``params``, ``macs``, ``kv`` for the bytes of the key-value cache,
+            ``bytes@q8_0`` and the like for bytes at a quantisation, or time, as ``decode@times.json``: see
+            :func:`fxprune.removal.budget.make_budget`.
     """
 
     kinds: tuple[str, ...] = DEFAULT_KINDS

@@ -11,7 +11,7 @@ from fxprune.recipes import read_recipe
 from tests.models import tiny, token_ids
 from tests.tokens import character_tokenizer
 
-SMALL = {"calibrate": "calibrate{tokens=16, samples=24}", "samples=352": "samples=16", "epochs=2": "epochs=4"}
+SMALL = {"calibrate": "calibrate{tokens=16, samples=24}", "samples=192": "samples=16", "epochs=2": "epochs=4"}
 
 
 @pytest.fixture(scope="module")

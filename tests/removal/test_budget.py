@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from fxprune.errors import PassError
+import fxprune
+from fxprune.errors import FxpruneError, PassError
 from fxprune.graph.counting import count_macs
-from fxprune.removal.budget import make_budget
+from fxprune.removal.budget import check_budget, make_budget
+from fxprune.removal.timings import read_timing
 from tests.models import tiny
 from tests.oracle import Net, axes_of, discover
 
@@ -22,3 +27,65 @@ def test_a_model_without_a_cache_has_none_to_count() -> None:
     plain = discover(Net(lambda m, x: m.b(m.a(x)), a=nn.Linear(3, 4), b=nn.Linear(4, 2)), {"x": torch.randn(2, 3)})
     with pytest.raises(PassError, match="no bytes of the key-value cache"):
         make_budget("kv", plain, axes_of(plain))
+
+
+def bench_table(folder: Path, engines: tuple[str, ...] = ("transformers",), fixed: float = 0.25) -> Path:
+    """A table as the benchmark of latency writes it: a fixed part, and one that goes with the work."""
+    rows = [
+        {
+            "engine": engine,
+            "case": {"phase": phase, "batch": batch, "tokens": 128},
+            "candidate": "slim" if share < 1 else "dense",
+            "seconds": batch * (fixed + (1 - fixed) * share),
+            "ideal": 1 / share,
+        }
+        for engine in engines
+        for phase in ("prefill", "decode")
+        for batch in (1, 8)
+        for share in (1.0, 0.8, 0.5)
+    ]
+    path = folder / "times.json"
+    path.write_text(json.dumps({"rows": rows}))
+    return path
+
+
+def test_a_table_tells_which_part_of_the_time_stays(tmp_path: Path) -> None:
+    timing = read_timing("decode", str(bench_table(tmp_path)))
+    assert (timing.seconds, timing.fixed) == (1.0, pytest.approx(0.25))
+    speeds = {"dense": {"parameters": 100, "prefill_ms": 8.0, "decode_ms": 4.0}}
+    speeds["slim"] = {"parameters": 50, "prefill_ms": 4.0, "decode_ms": 3.0}
+    path = tmp_path / "speeds.json"
+    path.write_text(json.dumps(speeds))
+    assert read_timing("prefill", str(path)).fixed == pytest.approx(0)
+    assert read_timing("decode", str(path)).fixed == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_a_fraction_of_the_time_goes(tmp_path: Path, phase: str) -> None:
+    place = f"{phase}@{bench_table(tmp_path, ('transformers', 'other: engine'))}:transformers"
+    dense = tiny("llama", num_hidden_layers=2)
+    result = fxprune.prune(
+        dense, importance="l2", recipe="llm-pruner", ratio=0.15, budget=place, kinds=["mlp"], protect=()
+    )
+    work = {"decode": "parameters", "prefill": "macs"}[phase]
+    before, after = getattr(result.report, work)
+    assert after / before == pytest.approx(1 - 0.15 / 0.75, abs=0.02)
+    assert any("microseconds of" in note for note in result.report.notes)
+
+
+def test_what_holds_no_times_is_refused(tmp_path: Path) -> None:
+    table = bench_table(tmp_path, ("one", "two"))
+    for place, said in (
+        ("nowhere.json", "no such file"),
+        (f"{table}:three", "unknown engine"),
+        (str(table), "unknown engine"),
+    ):
+        with pytest.raises(FxpruneError, match=said):
+            check_budget(f"decode@{place}")
+    for content, said in (("[]", "no measurements"), ('{"rows": [{}]}', "no measurements"), ("no", "cannot be read")):
+        table.write_text(content)
+        with pytest.raises(FxpruneError, match=said):
+            check_budget(f"decode@{table}")
+    table.write_text(json.dumps({"dense": {"parameters": 9, "prefill_ms": 1.0, "decode_ms": 1.0}}))
+    with pytest.raises(FxpruneError, match="no slim model"):
+        check_budget(f"prefill@{table}")

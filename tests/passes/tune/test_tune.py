@@ -130,7 +130,7 @@ def test_folding_gives_what_the_vectors_gave(slim: fx.GraphModule, everywhere: b
 
 
 def test_a_tuned_model_is_nearer_to_the_dense_one_and_has_its_shapes(slim: fx.GraphModule) -> None:
-    tuned = TunePass(epochs=20)(slim).graph_module
+    tuned = TunePass(epochs=20, rate=0.02)(slim).graph_module
     assert heldout(tuned, slim) < heldout(slim, slim) * 0.9
     assert [(n, w.shape) for n, w in weights(tuned)] == [(n, w.shape) for n, w in weights(slim)]
     assert torch.equal(get_tensor(tuned, "table.weight"), get_tensor(slim, "table.weight"))
@@ -141,8 +141,8 @@ def test_a_tuned_model_is_nearer_to_the_dense_one_and_has_its_shapes(slim: fx.Gr
 
 
 def test_what_is_added_to_weights_is_learned_too(slim: fx.GraphModule) -> None:
-    tuned = TunePass(epochs=20, rank=2, everywhere=True, patience=8)(slim).graph_module
-    plain = TunePass(epochs=20, everywhere=True, patience=8)(slim).graph_module
+    tuned = TunePass(epochs=20, rate=0.02, rank=2, patience=8)(slim).graph_module
+    plain = TunePass(epochs=20, rate=0.02, patience=8)(slim).graph_module
     assert heldout(tuned, slim) < heldout(plain, slim) < heldout(slim, slim)
 
 

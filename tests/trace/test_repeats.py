@@ -1,0 +1,400 @@
+"""Blocks that are alike are exported by copying: the graph is what it is without; those that are not alike are not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxprune
+from fxprune.graph.exporting import current_tracer
+from fxprune.trace import copies
+from fxprune.trace.capture import Traced
+from fxprune.trace.copies import stand_in
+from fxprune.trace.log import CallLog
+from fxprune.trace.repeats import Observed, Repeats, calls_dry, observe
+from fxprune.trace.watch import Watch
+from tests.models import tiny, token_ids
+
+CAPTURE = sys.modules["fxprune.trace.capture"]
+DEPTH = 6
+
+
+class Block(nn.Module):
+    """A block whose forward is a function of itself, its input and what all blocks share."""
+
+    def __init__(self, body: Callable[..., Any], number: int, shared: Any) -> None:
+        super().__init__()
+        self.body, self.number, self.shared = body, number, shared
+        self.a, self.b = nn.Linear(6, 10), nn.Linear(10, 6)
+        self.register_buffer("shift", torch.full((6,), float(number)))
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Whatever the function makes of it."""
+        return self.body(self, x, *args, **kwargs)
+
+
+class Shared:
+    """What all blocks of a model see."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.kept: list[torch.Tensor] = []
+        self.table = [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, *[1.0] * 200]
+
+
+def run(model: Any, x: torch.Tensor) -> Any:
+    """All blocks in turn."""
+    for block in model.blocks:
+        x = block(x)
+    return x
+
+
+class Stack(nn.Module):
+    """Some blocks, and what calls them."""
+
+    def __init__(
+        self, body: Callable[..., Any], call: Callable[[Any, torch.Tensor], Any] = run, depth: int = DEPTH
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.call, self.state = call, Shared()
+        self.blocks = nn.ModuleList(Block(body, i, self.state) for i in range(depth))
+        self.head = nn.Linear(6, 7)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """What the blocks make of the input, then the head."""
+        self.state.count, self.state.kept = 0, []
+        return self.head(self.call(self, x))
+
+
+def mlp(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """A residual block."""
+    return x + m.b(F.silu(m.a(x))) + m.shift
+
+
+@contextmanager
+def counted() -> Iterator[list[str]]:
+    """Which blocks are copied."""
+    made: list[str] = []
+    copy = copies._copy
+
+    def noted(source: Any, here: Any) -> Any:
+        made.append(here.stack[-1][0])
+        return copy(source, here)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copies, "_copy", noted)
+        yield made
+
+
+def plainly(model: nn.Module, inputs: Mapping[str, Any] | None, dynamic: bool, check: bool) -> Traced:
+    """A model with each block exported by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CAPTURE, "observe", lambda *_: None)
+        return fxprune.trace(model, inputs, dynamic=dynamic, check=check)
+
+
+def rows(traced: Traced) -> list[tuple[str, ...]]:
+    """All there is to know of each node."""
+    return [
+        (
+            *(node.op, str(node.target), str(node.args), str(node.kwargs), node.name),
+            *(str(node.meta.get("val")), str(node.meta.get("nn_module_stack"))),
+        )
+        for node in traced.graph_module.graph.nodes
+    ]
+
+
+def copied(model: nn.Module, inputs: Mapping[str, Any] | None = None, dynamic: bool = True, check: bool = False) -> int:
+    """How many blocks are copied; the graph is the same as if none were."""
+    with counted() as made:
+        short = fxprune.trace(model, inputs, dynamic=dynamic, check=check)
+    plain = plainly(model, inputs, dynamic, check)
+    assert rows(short) == rows(plain)
+    assert short.notes == plain.notes
+    return len(made)
+
+
+def copied_stack(body: Callable[..., Any], call: Callable[[Any, torch.Tensor], Any] = run, dynamic: bool = True) -> int:
+    """How many blocks of a stack are copied; the graph computes what the stack does."""
+    model = Stack(body, call).eval()
+    return copied(model, {"x": torch.randn(2, 5, 6)}, dynamic, check=True)
+
+
+FAMILIES = {
+    "llama": {"num_hidden_layers": 5},
+    "gemma3_text": {"num_hidden_layers": 7},
+    "qwen3": {"num_hidden_layers": 4},
+    "gpt2": {"n_layer": 5},
+    "gpt_neox": {"num_hidden_layers": 5},
+    "bloom": {"n_layer": 5},
+    "falcon": {"num_hidden_layers": 5},
+    "mistral": {"num_hidden_layers": 5},
+    "opt": {"num_hidden_layers": 5},
+    "mixtral": {"num_hidden_layers": 5},
+    "qwen2_moe": {"num_hidden_layers": 6},
+    "cohere2": {"num_hidden_layers": 8},
+    "smollm3": {"num_hidden_layers": 8, "no_rope_layers": [1, 1, 1, 1, 1, 0, 0, 0]},
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_graph_of_a_family_is_the_same(family: str, dynamic: bool) -> None:
+    assert copied(tiny(family, **FAMILIES[family]).to("meta"), dynamic=dynamic) > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_graph_of_other_dtypes_is_the_same(family: str) -> None:
+    model = tiny(family, num_hidden_layers=5)
+    assert copied(model.train(), check=True) == 3
+    assert copied(model.bfloat16(), check=True) == 3
+
+
+def test_blocks_of_two_kinds_are_two_groups() -> None:
+    model = tiny("gemma3_text", num_hidden_layers=12, layer_types=["sliding_attention", "full_attention"] * 6)
+    with counted() as made:
+        fxprune.trace(model, dynamic=False, check=False)
+    assert len(made) == 8
+    assert copied(model) == 8
+
+
+def twice(m: Any, x: torch.Tensor) -> Any:
+    """A tuple, as many models return."""
+    return mlp(m, x), None, {"same": x}
+
+
+def run_twice(m: Any, x: torch.Tensor) -> torch.Tensor:
+    for block in m.blocks:
+        x, _, rest = block(x, None, mask=None)
+        x = x + rest["same"]
+    return x
+
+
+ALIKE: dict[str, tuple[Callable[..., Any], Callable[[Any, torch.Tensor], Any]]] = {
+    "plain": (mlp, run),
+    "a tuple, a dict, None and an input": (lambda m, x, _, mask: twice(m, x), run_twice),
+    "a number of all": (lambda m, x: mlp(m, x) * m.shared.table[0], run),
+    "in place on its own": (lambda m, x: mlp(m, x).relu_().add_(1), run),
+    "a view of its own": (lambda m, x: mlp(m, x).transpose(0, 1).contiguous().transpose(0, 1)[..., :6], run),
+    "detached": (lambda m, x: x + m.b(F.silu(m.a(x))).detach().relu(), run),
+    "without gradients": (lambda m, x: x + _without_gradients(m, x), run),
+    "sizes": (lambda m, x: mlp(m, x.reshape(x.shape[0] * x.shape[1], 6)).reshape(x.shape[0], x.shape[1], 6), run),
+    "halves": (lambda m, x: torch.cat([mlp(m, x[:, : x.shape[1] // 2]), x[:, x.shape[1] // 2 :]], 1), run),
+    "outputs of all at the end": (mlp, lambda m, x: torch.stack([x := block(x) for block in m.blocks]).sum(0)),
+}
+
+
+def _without_gradients(m: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return m.b(m.a(x).relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", ALIKE)
+def test_blocks_that_are_alike_are_copied(name: str, dynamic: bool) -> None:
+    assert copied_stack(*ALIKE[name], dynamic=dynamic) >= DEPTH - 3
+
+
+def counts(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.shared.count += 1
+    return mlp(m, x) * m.shared.count
+
+
+def counts_unseen(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.shared.count += 1
+    return mlp(m, x)
+
+
+def keeps(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """What is made inside is kept for later blocks, or for what comes after them."""
+    hidden = F.silu(m.a(x))
+    m.shared.kept.append(hidden)
+    return x + m.b(hidden)
+
+
+def keeps_a_view(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = mlp(m, x)
+    m.shared.kept.append(y.transpose(0, 1))
+    return y * 2
+
+
+def uses_the_first(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.shared.kept.append(x)
+    return mlp(m, x) + m.shared.kept[0]
+
+
+def writes(m: Any, x: torch.Tensor) -> torch.Tensor:
+    x.add_(1)
+    return mlp(m, x)
+
+
+def writes_to_a_view(m: Any, x: torch.Tensor) -> torch.Tensor:
+    x[:, :1].mul_(2)
+    return mlp(m, x)
+
+
+UNLIKE: dict[str, tuple[Callable[..., Any], Callable[[Any, torch.Tensor], Any]]] = {
+    "a number of each": (lambda m, x: mlp(m, x) * m.shared.table[m.number], run),
+    "a number of each, 0 or -0": (lambda m, x: mlp(m, x) + (0.0, -0.0, 1.0)[m.number % 3], run),
+    "a branch on the number": (lambda m, x: (F.relu, F.silu, torch.tanh)[m.number % 3](mlp(m, x)), run),
+    "a place of each": (lambda m, x: torch.cat([mlp(m, x)[..., m.number :], x[..., : m.number]], -1), run),
+    "a constant of each": (lambda m, x: mlp(m, x) * torch.tensor(m.shared.table[m.number]), run),
+    "a count": (counts, run),
+    "a count for the rest": (counts_unseen, lambda m, x: run(m, x) * m.state.count),
+    "what blocks keep": (keeps, lambda m, x: run(m, x) + sum(h.sum() for h in m.state.kept)),
+    "a view that blocks keep": (keeps_a_view, lambda m, x: run(m, x) + sum(h.sum() for h in m.state.kept)),
+    "the input of the first block": (uses_the_first, run),
+    "blocks called twice": (mlp, lambda m, x: run(m, run(m, x))),
+    "a block in a block": (lambda m, x, inner: inner(mlp(m, x)), lambda m, x: _nested(m.blocks, x)),
+    "writes to its input": (writes, lambda m, x: run(m, x * 1)),
+    "writes to its input by a view": (writes_to_a_view, lambda m, x: run(m, x * 1)),
+}
+
+
+def _nested(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+    def last(y: torch.Tensor) -> torch.Tensor:
+        return y
+
+    inner: Callable[[torch.Tensor], torch.Tensor] = last
+    for block in blocks:
+        inner = partial(block, inner=inner)
+    return inner(x)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", UNLIKE)
+def test_blocks_that_are_not_alike_are_exported_by_themselves(name: str, dynamic: bool) -> None:
+    assert copied_stack(*UNLIKE[name], dynamic=dynamic) == 0
+
+
+def test_random_numbers_are_drawn_in_each_block() -> None:
+    model = Stack(lambda m, x: mlp(m, x) + torch.randn_like(x)).eval()
+    assert copied(model, {"x": torch.randn(2, 5, 6)}) == DEPTH - 3
+
+
+def test_blocks_that_ask_otherwise_about_sizes_are_exported_by_themselves() -> None:
+    """Whether there are more than ten tokens for each block so far is asked in each, with the same answer at five."""
+
+    def asks(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return mlp(m, x).relu() if x.shape[1] > 10 * (m.number + 1) else mlp(m, x)
+
+    copied_stack(asks)
+    notes = fxprune.trace(Stack(asks).eval(), {"x": torch.randn(2, 5, 6)}).notes
+    assert notes == plainly(Stack(asks).eval(), {"x": torch.randn(2, 5, 6)}, True, True).notes
+    assert copied_stack(asks, dynamic=False) == DEPTH - 3
+
+
+def test_blocks_with_thresholds_of_their_own_are_not_alike() -> None:
+    def asks(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return mlp(m, x).relu() if x.shape[1] > m.limit else mlp(m, x)
+
+    model = Stack(asks).eval()
+    for i, block in enumerate(model.blocks):
+        block.limit = 100 + (7 * i) % 4
+    assert copied(model, {"x": torch.randn(2, 5, 6)}) == 0
+
+
+def test_weights_of_others_are_not_a_block_s_own() -> None:
+    model = Stack(lambda m, x: mlp(m, x) * m.other[0].weight.sum()).eval()
+    for block in model.blocks:
+        block.other = [model.blocks[0].a]
+    assert copied(model, {"x": torch.randn(2, 5, 6)}) == 0
+
+
+def test_weights_that_blocks_share_are_shared_in_the_graph() -> None:
+    model = Stack(mlp).eval()
+    for block in model.blocks:
+        block.a.weight = model.blocks[0].a.weight
+    assert copied(model, {"x": torch.randn(2, 5, 6)}, check=True) == DEPTH - 3
+    model.blocks[3].b.weight = nn.Parameter(model.blocks[3].a.weight.T.detach().clone())
+    assert copied(model, {"x": torch.randn(2, 5, 6)}, check=True) == DEPTH - 3
+    model.blocks[3].b.bias.requires_grad_(False)
+    assert copied(model, {"x": torch.randn(2, 5, 6)}, check=True) == DEPTH - 4
+
+
+def test_blocks_of_other_widths_are_not_alike() -> None:
+    model = Stack(mlp).eval()
+    model.blocks[2].a, model.blocks[2].b = nn.Linear(6, 11), nn.Linear(11, 6)
+    assert copied(model, {"x": torch.randn(2, 5, 6)}, check=True) == DEPTH - 4
+
+
+def test_modules_with_two_names_are_left_to_torch() -> None:
+    model = Stack(mlp).eval()
+    model.blocks[1].a = model.blocks[0].a
+    assert copied(model, {"x": torch.randn(2, 5, 6)}, check=True) == 0
+
+
+def test_what_differs_in_training_only_is_seen() -> None:
+    model = Stack(lambda m, x: mlp(m, x) + F.dropout(x, m.rate, m.training))
+    for i, block in enumerate(model.blocks):
+        block.rate = 0.1 * i
+    traced = fxprune.trace(model, {"x": torch.randn(2, 5, 6)})
+    assert "dropout" in traced.notes[-1]
+    model = Stack(lambda m, x: mlp(m, x) + F.dropout(x, 0.1, m.training)).eval()
+    model.blocks[3].train()
+    assert "dropout" in fxprune.trace(model, {"x": torch.randn(2, 5, 6)}).notes[-1]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_the_code_of_two_of_many_blocks_is_run(dynamic: bool) -> None:
+    model, ran = Stack(mlp, depth=126).eval(), []
+    with pytest.MonkeyPatch.context() as patch:
+        forward = Block.forward
+
+        def noted(self: Any, x: torch.Tensor) -> Any:
+            if current_tracer() is not None:
+                ran.append(self.number)
+            return forward(self, x)
+
+        patch.setattr(Block, "forward", noted)
+        traced = fxprune.trace(model, {"x": torch.randn(2, 5, 6)}, dynamic=dynamic, check=False)
+    assert ran == [0, 1, 125]
+    read = [str(n.target) for n in traced.graph_module.graph.nodes if n.op == "get_attr"]
+    assert read[-7:-2] == [f"blocks.125.{name}" for name in ("a.weight", "a.bias", "b.weight", "b.bias", "shift")]
+    assert len(read) == 126 * 5 + 2
+
+
+def test_a_source_that_the_last_block_is_not_like_counts_for_nothing() -> None:
+    """Only while it is exported does the last block do otherwise."""
+
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return mlp(m, x).relu() if m.number == DEPTH - 1 and current_tracer() is not None else mlp(m, x)
+
+    model = Stack(body).eval()
+    with counted() as made:
+        short = fxprune.trace(model, {"x": torch.randn(2, 5, 6)}, check=False)
+    assert len(made) == DEPTH - 3
+    assert rows(short) == rows(plainly(model, {"x": torch.randn(2, 5, 6)}, True, False))
+
+
+def test_what_is_observed() -> None:
+    model, inputs = tiny("llama", num_hidden_layers=5), {"input_ids": token_ids()}
+    seen = observe(model, inputs, torch.float32)
+    assert isinstance(seen, Observed)
+    assert seen.repeats == Repeats((tuple(f"model.layers.{i}" for i in range(5)),))
+    assert seen.repeats.left_out == {f"model.layers.{i}" for i in (1, 2, 3)}
+    full = calls_dry(model, inputs, torch.float32, torch.float32)
+    assert full is not None and len(seen.calls) < len(full)
+    assert observe(Stack(lambda m, x: x.sum().item() * x), {"x": torch.ones(2, 5, 6)}, torch.float32) is None
+
+
+def test_outside_of_an_export_stand_ins_are_the_blocks() -> None:
+    model, x = Stack(mlp).eval(), torch.randn(2, 5, 6)
+    expected = model(x)
+    stand_in(model, Repeats((tuple(f"blocks.{i}" for i in range(DEPTH)),)))
+    assert torch.equal(model(x), expected)
+
+
+def test_functions_are_logged_and_ops_watched() -> None:
+    with CallLog() as log, Watch() as watch:
+        torch.ones(2).relu()
+    assert [name for name, *_ in log.calls] == ["torch.ones", "torch.Tensor.relu"] and watch.alike() == []
