@@ -171,10 +171,11 @@ def _runs(passes: Sequence[Any], samples: int) -> float:
     """How many samples run forward, all in all."""
     from fxprune.data.calibration import Calibration
 
-    total = 0.0
+    total, taught = 0.0, samples
     for step in passes:
         reads = Calibration in step.needs or step.stage in ("compensate", "tune")
-        taken = min(getattr(step, "samples", None) or samples, samples)
+        taken = min(getattr(step, "samples", None) or (taught if step.stage == "tune" else samples), samples)
+        taught = taken if step.stage == "tune" else taught  # what tunes learns from the samples recorded before it
         learns = hasattr(step, "epochs") or (step.stage == "importance" and hasattr(step, "order"))
         gradients = _GRADIENTS if learns else 1.0
         times = getattr(step, "epochs", 1.0) or 1.0
