@@ -88,7 +88,7 @@ def _check_files(texts: list[str] | None, tasks: str | None) -> None:
     """
     for file in (*(texts or ()), *_named(tasks)):
         if Path(file).suffix in _FILES and not Path(file).is_file():
-            raise EvaluationError("there is no such file", where=file, remedy="Give the path of one")
+            raise EvaluationError("it cannot be read: there is no such file", where=file, remedy="Give the path of one")
 
 
 def _measured(models: dict[str, str], loading: dict[str, Any], options: dict[str, Any]) -> tuple[Column, ...]:

@@ -15,7 +15,7 @@ import fxprune
 from fxprune.cli.console import Folder, Gguf, app, clear_errors, console
 from fxprune.cli.load import load_empty
 from fxprune.cli.naming import check_model
-from fxprune.cli.plan import read_plan
+from fxprune.cli.plan import check_text
 from fxprune.errors import ArgumentError, UnknownNameError
 from fxprune.pipeline.words import NORMS
 
@@ -46,7 +46,7 @@ def graph(
         what = {"--layer": layer, "--group": group, "--everything": everything, "--no-fold": no_fold, "--plan": plan}
         _check(model, gguf_file, norm)
         _check_picture(dot, what)
-        removal = None if plan is None else read_plan(plan).plan
+        removal = None if plan is None else _read(plan)
         dependencies = _graph(model, gguf_file, norm or (removal.norm if removal else "masked"))
         if dot is not None:
             fxprune.write_dot(dependencies, dot, layer, group, everything=everything, plan=removal, fold=not no_fold)
@@ -81,6 +81,13 @@ def _check(model: str, gguf_file: str | None, norm: str | None) -> None:
     check_model(model, gguf_file)
     if norm is not None and norm not in NORMS:
         raise UnknownNameError("norm", norm, NORMS)
+
+
+def _read(plan: Path) -> fxprune.Plan:
+    """Return the plan in a file."""
+    text = plan.read_text(encoding="utf-8")
+    check_text(text, plan)
+    return fxprune.Plan.from_json(text)
 
 
 def _check_picture(dot: Path | None, what: Mapping[str, Any]) -> None:

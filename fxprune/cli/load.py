@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,13 +107,15 @@ def load_tokenizer(model: str, gguf_file: str | None, *, needed: bool) -> Any:
     with at_once():
         from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
+        from fxprune.graph.silence import quiet
     if model != DEMO and not Path(model).expanduser().exists():  # a hub that cannot be reached is asked once
         with readable(model):
             AutoConfig.from_pretrained(model)
     tokenizer = None
     options: dict[str, Any] = {}
     # whatever keeps a tokenizer from being read: there is none, and nothing asked for one
-    with readable(model) if needed else contextlib.suppress(Exception):
+    # and what transformers warns of the config of a slim model says nothing of its tokenizer
+    with readable(model) if needed else contextlib.suppress(Exception), quiet(logging.WARNING):
         if (Path(model).expanduser() / MANIFEST).is_file():  # stock classes refuse the config of some slim models
             options["config"] = PreTrainedConfig.from_pretrained(Path(model).expanduser())
         tokenizer = AutoTokenizer.from_pretrained(**where_and_file(model, gguf_file), **options)

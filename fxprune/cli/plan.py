@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fxprune.removal.plan import Plan
     from fxprune.removal.report import Report
 
-__all__ = ["WrittenPlan", "diff", "read_plan", "show"]
+__all__ = ["WrittenPlan", "check_text", "diff", "read_plan", "show"]
 
 plans = typer.Typer(help="Show what a plan removes, or in what two plans differ.")
 app.add_typer(plans, name="plan")
@@ -138,7 +138,7 @@ def _from_files(plan: Path, report: Path) -> WrittenPlan:
 
 
 def _parsed(text: str, path: Path) -> Plan:
-    _check_text(text, path)
+    check_text(text, path)
     from fxprune.removal.plan import Plan
 
     try:
@@ -147,13 +147,21 @@ def _parsed(text: str, path: Path) -> Plan:
         raise PlanError(error.what, where=str(path), remedy=_REMEDY) from error
 
 
-def _check_text(text: str, path: Path) -> None:
-    """Refuse what is no JSON object with a version, which can be told at once."""
+def check_text(text: str, path: Path) -> None:
+    """Refuse what is no JSON object, which can be told before anything is imported.
+
+    Args:
+        text: the text.
+        path: where it is from.
+
+    Raises:
+        PlanError: it is something else.
+    """
     try:
         found = json.loads(text)
     except ValueError as error:
         raise PlanError(f"it is not JSON: {error}", where=str(path), remedy=_REMEDY) from error
-    if not isinstance(found, dict) or "version" not in found:
+    if not isinstance(found, dict):
         raise PlanError("it is JSON, and no plan", where=str(path), remedy=_REMEDY)
 
 

@@ -113,7 +113,7 @@ class _Web:
         Source: K. Mehlhorn, "A faster approximation algorithm for the Steiner problem in graphs", 1988, section 2.
         """
         number = {axis: i for i, axis in enumerate(self.ends)}
-        nearest = nx.multi_source_dijkstra_path(self.graph, self.ends)  # type: ignore[arg-type]
+        nearest = nx.multi_source_dijkstra_path(self.graph, self.ends)
         best: dict[_Pair, _Way] = {}
         for a, b in self.graph.edges:
             if a not in nearest or number[nearest[a][0]] == number[nearest[b][0]]:

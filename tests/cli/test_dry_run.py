@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 import fxprune
 from fxprune.cli import app
-from fxprune.cli.dry_run import recipe_of
+from fxprune.cli.dry_run import _counted, _runs, _samples_of, recipe_of
+from fxprune.cli.load import load_empty
+from fxprune.graph.counting import count_macs
 from tests.models import tiny
 
 
@@ -49,3 +51,24 @@ def test_it_prints_what_a_person_reads(config: Path) -> None:
 )
 def test_the_recipe_is_that_of_a_prune(given: dict[str, str], recipe: str) -> None:
     assert recipe_of({"recipe": None, "importance": None, "taylor": None, **given}) == recipe
+
+
+@pytest.mark.parametrize(
+    ("recipe", "runs"),
+    [
+        ("fast", 64 + 4 * 64),  # scores, and a fit
+        ("balanced", 64 + 192 + 4 * 64 + 2 * 3 * 192),  # scores, what the dense model says, a fit, two epochs of tuning
+        ("llm-pruner", 3 * 352),  # gradients
+    ],
+)
+def test_the_work_is_that_of_the_samples_that_a_recipe_takes(recipe: str, runs: int) -> None:
+    passes = fxprune.prune_pipeline(None, recipe=recipe, ratio=0.2).passes
+    assert _runs(passes, _samples_of(recipe)) == runs
+
+
+def test_work_is_counted_by_the_token(config: Path) -> None:
+    """A graph for one size counts the work of that size, whatever length was asked for."""
+    traced = fxprune.trace(load_empty(str(config), None), dynamic=False).graph_module
+    free = fxprune.trace(tiny("llama")).graph_module
+    length = next(node.meta["val"].shape[-1] for node in traced.graph.find_nodes(op="placeholder"))
+    assert count_macs(traced) / (_counted(traced) or 0) == pytest.approx(count_macs(free, length) / length, rel=0.01)
