@@ -119,7 +119,7 @@ def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budge
     Args:
         name: ``params``, ``macs`` of a sample of 64 tokens, bytes of key-value cache a token as ``kv``, or bytes on
             disk as ``bytes@q8_0``: weights of two and more axes at that quantisation, others in float32; or time, as
-            ``decode@times.json`` or ``prefill@times.json:llama.cpp f16``, by models that were measured: it goes with
+            ``decode@times.json`` or ``prefill@times.json:onnxruntime``, by models that were measured: it goes with
             the weights in decoding, with the multiply-accumulates in prefill, beside a part that stays.
         graph_module: the graph.
         axes: its solved axes.

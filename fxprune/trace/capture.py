@@ -113,11 +113,7 @@ def trace(
             code, or at which node.
     """
     dynamic, check = flag("dynamic", dynamic), flag("check", check)
-    check_model(model)
-    if example_inputs is not None:
-        check_inputs(model, example_inputs)
-    if check:
-        check_values(model)
+    _check(model, example_inputs, values=check)
     inputs = default_inputs(model, example_inputs)
     own = model_dtype(model)
     notes: list[str] = []
@@ -156,6 +152,15 @@ def trace(
     graph_module.recompile()
     _learn(graph_module, model, example_inputs, notes, fidelity)
     return Traced(graph_module, model, tuple(notes))
+
+
+def _check(model: nn.Module, example_inputs: Mapping[str, Any] | None, *, values: bool) -> None:
+    """Refuse what cannot be traced, before any of it is."""
+    check_model(model)
+    if example_inputs is not None:
+        check_inputs(model, example_inputs)
+    if values:
+        check_values(model)
 
 
 def _graph_of(
