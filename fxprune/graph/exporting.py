@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -11,7 +12,18 @@ from torch.fx import GraphModule, Node, Proxy
 
 from fxprune.graph.compat import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot, track_tensor
 
-__all__ = ["as_exported", "compiled_later", "current_tracer", "node_of", "track", "unseen", "untraced"]
+__all__ = [
+    "as_exported",
+    "compiled_later",
+    "current_tracer",
+    "lean",
+    "node_of",
+    "tidy_later",
+    "track",
+    "unseen",
+    "untraced",
+    "without_fast_path",
+]
 
 
 @contextmanager
@@ -75,3 +87,39 @@ def untraced() -> Iterator[None]:
 def unseen() -> AbstractContextManager[None]:
     """Return a context in which no mode of torch functions sees calls."""
     return torch._C.DisableTorchFunction()
+
+
+@contextmanager
+def lean() -> Iterator[None]:
+    """Trace without what nobody reads: stacks at nodes, and code of graphs."""
+    kept = torch.fx.config.do_not_emit_stack_traces
+    torch.fx.config.do_not_emit_stack_traces = True
+    try:
+        with compiled_later():
+            yield
+    finally:
+        torch.fx.config.do_not_emit_stack_traces = kept
+
+
+@contextmanager
+def tidy_later() -> Iterator[None]:
+    """Look for garbage when this is over, among what was made here: what there was before is not all looked through."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+            gc.collect(0)
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Make attention modules of torch trace to many small ops, not to one op for a whole block."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -7,11 +7,9 @@ model is traced in bfloat16: only so does the graph tell a cast *to float32* (a 
 
 from __future__ import annotations
 
-import gc
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +21,7 @@ from fxprune.graph.attempts import clear_errors
 from fxprune.graph.blocks import Blocks, find_blocks
 from fxprune.graph.compat import fake_mode, is_impure, tree_map
 from fxprune.graph.counting import count_parameters
-from fxprune.graph.exporting import compiled_later
+from fxprune.graph.exporting import lean, tidy_later, without_fast_path
 from fxprune.graph.facts import Facts, Notes, Runnable, Shaped, set_facts
 from fxprune.graph.inputs import is_input
 from fxprune.graph.shapes import ShapedCalls, calls_of, retype
@@ -118,7 +116,7 @@ def trace(
     own = model_dtype(model)
     notes: list[str] = []
     portable = torch.bfloat16 if own == torch.float32 else own
-    with _tidy_later():
+    with tidy_later():
         seen = observe(model, inputs, own)
         depends = dependence(model, inputs, own, portable, seen)
     if depends.dtype:
@@ -129,7 +127,7 @@ def trace(
     none, repeats = Repeats(), Repeats() if seen is None else seen.repeats
     attempts = [(portable, dynamic, repeats), (portable, dynamic, none), (own, dynamic, none), (own, False, none)]
     for dtype, free, copied in dict.fromkeys(attempts):
-        with _tidy_later():
+        with tidy_later():
             try:
                 program = _export(model, inputs, own, dtype, free, copied)
             except Exception as error:  # torch.export raises whatever the model's own code does
@@ -251,44 +249,8 @@ def _export(
             inputs = tree_map(
                 lambda value: torch.empty_like(value) if isinstance(value, torch.Tensor) else value, inputs
             )
-    with quiet(), _without_fast_path(), _lean(), torch.enable_grad():
+    with quiet(), without_fast_path(), lean(), torch.enable_grad():
         return torch.export.export(twin, (), inputs, dynamic_shapes=dims if dynamic else None, strict=False)
-
-
-@contextmanager
-def _lean() -> Iterator[None]:
-    """Trace without what nobody reads: stacks at nodes, and code of graphs."""
-    kept = fx.config.do_not_emit_stack_traces
-    fx.config.do_not_emit_stack_traces = True
-    try:
-        with compiled_later():
-            yield
-    finally:
-        fx.config.do_not_emit_stack_traces = kept
-
-
-@contextmanager
-def _tidy_later() -> Iterator[None]:
-    """Look for garbage when this is over, among what was made here: what there was before is not all looked through."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-            gc.collect(0)
-
-
-@contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """Make attention modules of torch trace to many small ops, not to one op for a whole block."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _traced_input(value: Any, own: torch.dtype, dtype: torch.dtype) -> Any:
