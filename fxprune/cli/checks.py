@@ -17,7 +17,16 @@ from fxprune.errors import ArgumentError, FxpruneError, RatioError, UnknownNameE
 from fxprune.pipeline.spelling import read_spelling, read_steps
 from fxprune.pipeline.words import EXACT, KINDS, NORMS, ORDERS, RANKINGS
 
-__all__ = ["DTYPES", "check_dtype_and_device", "check_pass", "check_printing", "check_prune", "check_quantization"]
+__all__ = [
+    "DTYPES",
+    "check_dtype_and_device",
+    "check_pass",
+    "check_pass_name",
+    "check_printing",
+    "check_prune",
+    "check_quantization",
+    "check_recipe_name",
+]
 
 DTYPES = ("float32", "bfloat16", "float16")
 

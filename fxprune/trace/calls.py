@@ -19,14 +19,12 @@ from torch import nn
 
 from fxprune.graph.compat import fake_mode
 from fxprune.graph.silence import quiet
+from fxprune.trace.inputs import blank
 from fxprune.trace.log import CallLog, Said
-from fxprune.trace.repeats import Observed, calls_dry
+from fxprune.trace.repeats import EVAL, Observed, calls_dry
 from fxprune.trace.twin import fake_twin, without_cache
 
 __all__ = ["Dependence", "dependence"]
-
-_EVAL: Mapping[str, bool] = {}
-"""A twin is in evaluation mode."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def _first_apart(mine: list[Said] | None, others: list[Said] | None, own: torch.
 
 
 def _calls(
-    model: nn.Module, inputs: Mapping[str, Any], own: torch.dtype, dtype: torch.dtype, modes: Mapping[str, bool] = _EVAL
+    model: nn.Module, inputs: Mapping[str, Any], own: torch.dtype, dtype: torch.dtype, modes: Mapping[str, bool] = EVAL
 ) -> list[Said] | None:
     """Return the calls of a run without storage; None where the code of the model raises without it."""
     mode = fake_mode(fixed=True)
@@ -112,12 +110,7 @@ def _calls(
         for path, training in modes.items():
             twin.get_submodule(path).training = training
         with mode, quiet(), torch.no_grad(), CallLog() as log:
-            values = {
-                name: torch.zeros(value.shape, dtype=dtype if value.dtype == own else value.dtype)
-                if isinstance(value, torch.Tensor)
-                else value
-                for name, value in inputs.items()
-            }
+            values = {name: blank(value, own, dtype) for name, value in inputs.items()}
             log.calls.clear()
             twin(**values, **without_cache(twin))
     except Exception:  # whatever the model's code raises, copied or run without storage: tracing will say what

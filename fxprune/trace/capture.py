@@ -45,7 +45,7 @@ from fxprune.trace.checks import (
 from fxprune.trace.copies import stand_in
 from fxprune.trace.fidelity import Fidelity, assess
 from fxprune.trace.fold import fold_constants, place_constants
-from fxprune.trace.inputs import default_inputs, dynamic_dims
+from fxprune.trace.inputs import blank, default_inputs, dynamic_dims
 from fxprune.trace.limits import limit_sizes, sizes_of
 from fxprune.trace.lower import lower
 from fxprune.trace.repeats import Repeats, observe
@@ -241,7 +241,7 @@ def _export(
 ) -> torch.export.ExportedProgram:
     mode = fake_mode()
     twin = fake_twin(model, mode, own, dtype)
-    inputs = tree_map(lambda value: _traced_input(value, own, dtype), inputs) | without_cache(twin)
+    inputs = tree_map(lambda value: blank(value, own, dtype), inputs) | without_cache(twin)
     dims = dynamic_dims(inputs)
     stand_in(twin, repeats)
     if not dynamic:
@@ -251,12 +251,6 @@ def _export(
             )
     with quiet(), without_fast_path(), lean(), torch.enable_grad():
         return torch.export.export(twin, (), inputs, dynamic_shapes=dims if dynamic else None, strict=False)
-
-
-def _traced_input(value: Any, own: torch.dtype, dtype: torch.dtype) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return torch.zeros(value.shape, dtype=dtype if value.dtype == own else value.dtype)
 
 
 def _first_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 from fxprune.errors import TraceError
 from fxprune.graph.compat import tree_map
 
-__all__ = ["default_inputs", "dynamic_dims", "free_axes", "is_hugging_face"]
+__all__ = ["blank", "default_inputs", "dynamic_dims", "free_axes", "is_hugging_face"]
 
 BATCH, TOKENS = 2, 7
 """``torch.export`` takes a size of 1 for a constant, and widths and numbers of heads are hardly ever multiples of 7."""
@@ -69,3 +69,16 @@ def dynamic_dims(inputs: Mapping[str, Any]) -> dict[str, Any]:
         return dict.fromkeys(range(free_axes(value)), auto) if isinstance(value, torch.Tensor) else None
 
     return {name: tree_map(free, value) for name, value in inputs.items()}
+
+
+def blank(value: Any, own: torch.dtype, dtype: torch.dtype) -> Any:
+    """Return zeros in place of a tensor, wherever tensors are made just now; anything else as it is.
+
+    Args:
+        value: an input of a model.
+        own: the dtype of the weights of the model.
+        dtype: what a tensor of that dtype gets.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.zeros(value.shape, dtype=dtype if value.dtype == own else value.dtype)

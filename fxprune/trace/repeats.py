@@ -20,16 +20,17 @@ from fxprune.graph.blocks import find_blocks
 from fxprune.graph.compat import tree_flatten, tree_leaves, tree_unflatten
 from fxprune.graph.exporting import as_exported, unseen
 from fxprune.graph.silence import quiet
+from fxprune.trace.inputs import blank
 from fxprune.trace.log import CallLog, Said
 from fxprune.trace.twin import dry_twin, without_cache
 from fxprune.trace.watch import Call, Watch
 
-__all__ = ["Observed", "Repeats", "calls_dry", "observe"]
+__all__ = ["EVAL", "Observed", "Repeats", "calls_dry", "observe"]
 
 _FEWEST = 3
 """So many blocks that are alike are worth it: the first and the last are exported in any case."""
 
-_EVAL: Mapping[str, bool] = {}
+EVAL: Mapping[str, bool] = {}
 """A twin is in evaluation mode."""
 
 
@@ -98,7 +99,7 @@ def calls_dry(
     own: torch.dtype,
     dtype: torch.dtype,
     repeats: Repeats = _NONE,
-    modes: Mapping[str, bool] = _EVAL,
+    modes: Mapping[str, bool] = EVAL,
 ) -> list[Said] | None:
     """Return the calls of torch functions that a copy of ``model`` makes on ``meta``; None where its code raises there.
 
@@ -141,12 +142,7 @@ def _run(
     watch: Watch | None = None,
 ) -> None:
     with torch.device("meta"), as_exported(), quiet(), torch.no_grad():
-        values = {
-            name: torch.zeros(value.shape, dtype=dtype if value.dtype == own else value.dtype)
-            if isinstance(value, torch.Tensor)
-            else value
-            for name, value in inputs.items()
-        }
+        values = {name: blank(value, own, dtype) for name, value in inputs.items()}
         with log, watch or nullcontext():
             result = twin(**values, **without_cache(twin))
     if watch is not None:
