@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LARGEST_SEED",
     "MEMORY",
+    "PRECISIONS",
     "as_path",
     "as_seed",
     "flag",
@@ -41,6 +42,9 @@ T = TypeVar("T")
 
 MEMORY = ("auto", "fast", "low")
 """Words for how much memory sums over samples take."""
+
+PRECISIONS = ("auto", "bf16", "float32")
+"""Without fp16, which loses small updates."""
 
 LARGEST_SEED = 2**64 - 1
 """What a generator of torch takes."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from fxprune.errors import DataError, RecoveryError, UnsupportedModelError
 from fxprune.graph.attempts import clear_errors
+from fxprune.graph.precision import has_bf16
 from fxprune.graph.silence import quiet
 from fxprune.masking.compare import TOLERANCE
 from fxprune.pipeline.arguments import as_path, flag, function, instance, refuse
@@ -278,8 +279,6 @@ def _check_ids(samples: TrainingData, model: PreTrainedModel) -> None:
 
 def _leave_fp16(model: PreTrainedModel) -> list[str]:
     """Turn weights in fp16, which loses small updates, into bfloat16 where the device has it, else float32."""
-    from fxprune.recovery.train import has_bf16
-
     if not any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         return []
     dtype = torch.bfloat16 if has_bf16(model.device) else torch.float32

@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxprune.errors import RecoveryError, UnknownNameError
-from fxprune.pipeline.arguments import as_seed, flag, instance, number, one_of, whole_number
+from fxprune.pipeline.arguments import PRECISIONS, as_seed, flag, instance, number, one_of, whole_number
 
-__all__ = ["FORMATS", "PRECISIONS", "RecoverySettings", "settings_from"]
+__all__ = ["FORMATS", "RecoverySettings", "settings_from"]
 
 _LARGEST_SEED = 2**32 - 1
 """What numpy takes, which transformers seeds as well."""
 
 FORMATS = ("auto", "instruction", "chat", "text")
-PRECISIONS = ("auto", "bf16", "float32")
-"""Without fp16, which loses small updates."""
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from fxprune.data.calibration import IGNORED
 from fxprune.errors import RecoveryError
+from fxprune.graph.precision import has_bf16
 from fxprune.pipeline.progress import Track, no_progress
 from fxprune.recovery.data import TrainingData, collate
 from fxprune.recovery.distil import Distillation
 from fxprune.recovery.settings import RecoverySettings
 
-__all__ = ["RecoveryTrainer", "has_bf16", "make_trainer"]
+__all__ = ["RecoveryTrainer", "make_trainer"]
 
 _WORSE_STEPS = 3
 """Logged steps in a row that must be bad before training counts as diverged: a single batch may be hard."""
@@ -176,16 +177,6 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16 itself, and not by way of float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "xpu":
-        return True
-    can: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
 def _arguments(settings: RecoverySettings, folder: Path, samples: int, own: dict[str, Any]) -> dict[str, Any]:

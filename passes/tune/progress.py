@@ -24,29 +24,29 @@ class Progress:
         misses: measurements in a row that did no better.
         first: held-out divergence at the start, in nats a position.
         best: the lowest so far.
-        kept: the numbers it was measured with.
+        kept: the numbers it was measured with; none where nothing was better than the start.
     """
 
     step: int
     misses: int
     first: float
     best: float
-    kept: torch.Tensor
+    kept: tuple[torch.Tensor, ...]
 
 
-def write_progress(folder: str, mark: str, progress: Progress, numbers: torch.Tensor, adam: torch.optim.Adam) -> None:
+def write_progress(folder: str, mark: str, progress: Progress, adam: torch.optim.Adam) -> None:
     """Write all that is needed to go on, in place of what was written before.
 
     Args:
         folder: where to; it is made.
         mark: what tells this run from others.
         progress: how far it is.
-        numbers: what is learned, as it is now.
-        adam: the optimiser of ``numbers``.
+        adam: the optimiser of what is learned.
     """
-    state = adam.state[numbers]
-    held = {"numbers": numbers.detach(), "kept": progress.kept}
-    held.update({name: torch.as_tensor(state[name]) for name in ("step", "exp_avg", "exp_avg_sq")} if state else {})
+    held = {f"kept.{i}": tensor for i, tensor in enumerate(progress.kept)}
+    for i, numbers in enumerate(_learned(adam)):
+        held[f"numbers.{i}"] = numbers.detach()
+        held.update({f"{name}.{i}": torch.as_tensor(value) for name, value in adam.state[numbers].items()})
     said = {"step": progress.step, "misses": progress.misses, "first": progress.first, "best": progress.best}
     path = Path(folder) / _FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,8 +56,8 @@ def write_progress(folder: str, mark: str, progress: Progress, numbers: torch.Te
     new.replace(path)
 
 
-def read_progress(folder: str, mark: str, numbers: torch.Tensor, adam: torch.optim.Adam) -> Progress | None:
-    """Take up ``numbers`` and the state of ``adam`` again; None where the folder holds no run with this mark."""
+def read_progress(folder: str, mark: str, adam: torch.optim.Adam) -> Progress | None:
+    """Take up the state of ``adam`` and what it learns again; None where the folder holds no run with this mark."""
     path = Path(folder) / _FILE
     if not folder or not path.is_file():
         return None
@@ -66,11 +66,22 @@ def read_progress(folder: str, mark: str, numbers: torch.Tensor, adam: torch.opt
             said = file.metadata() or {}
             if said.get("mark") != mark:
                 return None
-            held = {name: file.get_tensor(name).to(numbers.device) for name in file.keys()}  # noqa: SIM118
+            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):  # half a file, or another one: begin anew
         return None
-    with torch.no_grad():
-        numbers.copy_(held["numbers"])
-    if "exp_avg" in held:
-        adam.state[numbers].update(step=held["step"].cpu(), exp_avg=held["exp_avg"], exp_avg_sq=held["exp_avg_sq"])
-    return Progress(**json.loads(said["progress"]), kept=held["kept"])
+    learned, kept = _learned(adam), []
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for i, numbers in enumerate(learned):
+        with torch.no_grad():
+            numbers.copy_(held.pop(f"numbers.{i}"))
+        if f"kept.{i}" in held:  # none where nothing was better yet
+            kept.append(held.pop(f"kept.{i}").to(numbers.device))
+    for key, value in held.items():
+        name, _, i = key.rpartition(".")
+        states.setdefault(int(i), {})[name] = value
+    adam.load_state_dict({"state": states, "param_groups": adam.state_dict()["param_groups"]})
+    return Progress(**json.loads(said["progress"]), kept=tuple(kept))
+
+
+def _learned(adam: torch.optim.Adam) -> list[torch.Tensor]:
+    return [numbers for group in adam.param_groups for numbers in group["params"]]

@@ -9,17 +9,19 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxprune.data.calibration import Calibration, Sample, spread
+from fxprune.data.calibration import Calibration, Sample, batched, spread
 from fxprune.data.samples import check_kind, read_calibration
 from fxprune.data.text import check_tokenizer, offline_docstrings, token_windows
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Change, Fact, Runnable, facts_of
-from fxprune.graph.tensors import require_weights
-from fxprune.pipeline.arguments import whole_number
+from fxprune.graph.precision import autocast, narrowed
+from fxprune.graph.tensors import device_of, require_weights
+from fxprune.masking.masked_run import UntouchedRun
+from fxprune.pipeline.arguments import PRECISIONS, one_of, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.pipeline.progress import Track, check_track, no_progress
 
-from .teacher import Teacher, learn
+from .teacher import Teacher, learn, logits_of
 
 __all__ = ["RecordTeacherPass"]
 
@@ -44,6 +46,8 @@ class RecordTeacherPass(Pass):
         tokenizer: turns the built-in text into samples.
         kept: classes to put down at each position; the others count as one.
         batch: samples that run at once.
+        precision: of the products: ``bf16``, ``float32``, or ``auto``, which is ``bf16`` where the device computes in
+            it itself and no op of the graph refuses it.
         track: shows progress, as ``track(items, what, total)``.
     """
 
@@ -58,6 +62,7 @@ class RecordTeacherPass(Pass):
     tokenizer: Any = field(default=None, metadata={"spelled": False})
     kept: int = 64
     batch: int = 4
+    precision: str = "auto"
     track: Track = field(default=no_progress, metadata={"spelled": False})
 
     def __post_init__(self) -> None:
@@ -68,6 +73,7 @@ class RecordTeacherPass(Pass):
             object.__setattr__(self, "samples", whole_number("samples", self.samples, least=1))
         if self.heldout is not None:
             check_kind(self.heldout)
+        one_of("precision", self.precision, PRECISIONS)
         check_tokenizer(self.tokenizer)
         check_track(self.track)
 
@@ -84,7 +90,12 @@ class RecordTeacherPass(Pass):
         def track(batches: Iterable[Any], total: int) -> Iterable[Any]:
             return self.track(batches, "dense model", total)
 
-        lessons = learn(graph_module, (*samples, *heldout), self.kept, self.batch, track)
+        def trial() -> torch.Tensor:
+            return logits_of(UntouchedRun(graph_module), batched(samples[:1], graph_module))
+
+        narrow = narrowed(self.precision, graph_module, trial, self.name)
+        with autocast(device_of(graph_module), narrow):
+            lessons = learn(graph_module, (*samples, *heldout), self.kept, self.batch, track)
         facts_of(graph_module).put(Teacher(lessons[: len(samples)], lessons[len(samples) :], where))
         return PassResult(graph_module, False)
 

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import fx
 
-from fxprune.errors import CalibrationError
+from fxprune.errors import ArgumentError
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, add_note, facts_of
 from fxprune.graph.source import put_values
-from fxprune.graph.tensors import device_of, require_weights
+from fxprune.graph.tensors import require_weights
 from fxprune.masking.compare import Verified
-from fxprune.pipeline.arguments import as_path, as_seed, flag, number, whole_number
+from fxprune.pipeline.arguments import PRECISIONS, as_path, as_seed, flag, number, one_of, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.pipeline.progress import Track, check_track, no_progress
 from fxprune.removal.removal import Removed
 
-from .progress import Progress, read_progress, write_progress
-from .teacher import LessonBatch, Teacher, divergence, lesson_batches, logits_of
-from .vectors import TunedRun, Vectors
+from .teacher import Teacher
+from .training import Learned, Training
+from .vectors import Vectors
+from .weights import Weights
 
 __all__ = ["TunePass"]
-
-_RISE = 10
-"""The rate rises over one in so many steps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +48,13 @@ class TunePass(Pass):
             less, and does best at four times the rate.
         rank: of what is added to the weight of each of these products, beside the scales, as in LoRA; 0 for nothing. It
             learns more from much text, and more of what is peculiar to little text.
+        weights: learn the weights of these products themselves, and the parameters of one axis, in the place of scales.
+            It learns the most, and takes five times the memory of these weights beside them: gradients, two moments,
+            themselves and the best so far. Each moves by a part of its root mean square, so that a rate means the same
+            for models of all sizes.
+        precision: of the products in a step: ``bf16``, ``float32``, or ``auto``, which is ``bf16`` where the device
+            computes in it itself and no op of the graph refuses it. What is learned, and all that is measured, stays in
+            the model's own.
         measurements: how often the held-out samples are read.
         patience: how many measurements may do no better before it stops.
         folder: where progress is written, and read again by a run with the same arguments; none is without one.
@@ -72,6 +75,8 @@ class TunePass(Pass):
     batch: int = 4
     everywhere: bool = True
     rank: int = 0
+    weights: bool = False
+    precision: str = "auto"
     measurements: int = 8
     patience: int = 3
     folder: str = ""
@@ -85,7 +90,13 @@ class TunePass(Pass):
         for name in ("batch", "measurements", "patience"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
         object.__setattr__(self, "rank", whole_number("rank", self.rank, least=0))
-        object.__setattr__(self, "everywhere", flag("everywhere", self.everywhere))
+        for name in ("everywhere", "weights"):
+            object.__setattr__(self, name, flag(name, getattr(self, name)))
+        if self.weights and self.rank:
+            raise ArgumentError(
+                "with weights learned themselves nothing is added to them", where="rank", remedy="Leave rank out"
+            )
+        one_of("precision", self.precision, PRECISIONS)
         object.__setattr__(self, "seed", as_seed("seed", self.seed))
         if self.folder != "":
             object.__setattr__(self, "folder", as_path("folder", self.folder))
@@ -104,106 +115,20 @@ class TunePass(Pass):
         """
         facts = facts_of(graph_module)
         teacher = facts[Teacher]
-        vectors = Vectors.of(graph_module, facts[Removed].removal, self.everywhere, self.rank)
-        training = _Training(self, graph_module, vectors, teacher)
-        progress = training.run()
+        learned = self._learned(graph_module)
+        progress = Training(self, graph_module, learned, teacher).run()
         better = progress.best < progress.first
         if better:
             with torch.no_grad():
-                for name, value in list(vectors.folded(progress.kept, graph_module)):
+                for name, value in list(learned.folded(progress.kept, graph_module)):
                     put_values(graph_module, name, value)
         words = f"from {progress.first:.3f} to {progress.best:.3f} nats a token on {teacher.heldout_from}"
         outcome = f"divergence from the dense model {words}" if better else "nothing was better than no change"
-        add_note(graph_module, f"tuned: {vectors.count:,} numbers, {len(teacher.lessons)} samples; {outcome}")
+        add_note(graph_module, f"tuned: {learned.count:,} numbers, {len(teacher.lessons)} samples; {outcome}")
         return PassResult(graph_module, better)
 
-
-class _Training:
-    """The run of one tuning.
-
-    Args:
-        settings: the pass.
-        graph_module: the slim graph.
-        vectors: what is learned.
-        teacher: what the dense model said.
-    """
-
-    def __init__(self, settings: TunePass, graph_module: fx.GraphModule, vectors: Vectors, teacher: Teacher) -> None:
-        self.settings, self.graph_module, self.vectors = settings, graph_module, vectors
-        self.heldout = list(lesson_batches(teacher.heldout, graph_module, settings.batch))
-        self.batches = list(lesson_batches(teacher.lessons, graph_module, settings.batch))
-        self.numbers = torch.zeros(vectors.count, device=device_of(graph_module), requires_grad=True)
-        self.adam = torch.optim.Adam([self.numbers], lr=settings.rate)
-        self.steps = max(1, round(settings.epochs * len(self.batches)))
-
-    def run(self) -> Progress:
-        """Learn until the end, or until it does no better."""
-        progress = self._begun()
-        every = max(1, self.steps // self.settings.measurements)
-        order = list(self._order())
-        steps = range(progress.step, self.steps)
-        for step in self.settings.track(steps, "tuning", len(steps)):
-            self._learn(self.batches[order[step]], step)
-            if (step + 1) % every and step + 1 < self.steps:
-                continue
-            error = self._measure()
-            better = error < progress.best
-            progress = Progress(
-                step=step + 1,
-                misses=0 if better else progress.misses + 1,
-                first=progress.first,
-                best=error if better else progress.best,
-                kept=self.numbers.detach().clone() if better else progress.kept,
-            )
-            self._write(progress)
-            if progress.misses >= self.settings.patience:
-                break
-        return progress
-
-    def _begun(self) -> Progress:
-        first = self._measure()
-        if not math.isfinite(first):
-            raise CalibrationError(
-                "what the slim model says is not finite", where="tuning", remedy="Check the weights and the samples"
-            )
-        found = read_progress(self.settings.folder, self._mark(first), self.numbers, self.adam)
-        return found or Progress(0, 0, first, first, self.numbers.detach().clone())
-
-    def _write(self, progress: Progress) -> None:
-        if self.settings.folder:
-            write_progress(self.settings.folder, self._mark(progress.first), progress, self.numbers, self.adam)
-
-    def _mark(self, first: float) -> str:
-        """What tells this run from others: its arguments, its vectors, its samples and where it began."""
-        return f"{self.settings} {self.vectors.count} {len(self.batches)} {first:.4g}"
-
-    def _order(self) -> Iterator[int]:
-        """The batches, shuffled anew each time all have had their turn."""
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        for _ in range(math.ceil(self.steps / len(self.batches))):
-            yield from torch.randperm(len(self.batches), generator=generator).tolist()
-
-    def _learn(self, batch: LessonBatch, step: int) -> None:
-        for group in self.adam.param_groups:
-            group["lr"] = self.settings.rate * _share(step, self.steps)
-        with torch.enable_grad():
-            loss = divergence(logits_of(TunedRun(self.graph_module, self.vectors, self.numbers), batch.inputs), batch)
-            self.adam.zero_grad()
-            loss.backward()
-        if self.numbers.grad is not None and bool(self.numbers.grad.isfinite().all()):
-            self.adam.step()
-
-    def _measure(self) -> float:
-        """The divergence on held-out samples, in nats a position."""
-        with torch.no_grad():
-            found = [
-                float(divergence(logits_of(TunedRun(self.graph_module, self.vectors, self.numbers), b.inputs), b))
-                * b.classes.shape[:2].numel()
-                for b in self.heldout
-            ]
-        return sum(found) / sum(b.classes.shape[:2].numel() for b in self.heldout)
-
-
-def _share(step: int, steps: int) -> float:
-    """Of the rate, at a step: the first steps of Adam are as long as any, and know the least."""
-    return min(1.0, (step + 1) * _RISE / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    def _learned(self, graph_module: fx.GraphModule) -> Learned:
+        removal = facts_of(graph_module)[Removed].removal
+        if self.weights:
+            return Weights.of(graph_module, removal, self.everywhere)
+        return Vectors.of(graph_module, removal, self.everywhere, self.rank)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,12 +12,12 @@ import torch
 from torch import fx, nn
 
 from fxprune.axes import factors
-from fxprune.graph.tensors import get_tensor, weights
+from fxprune.graph.tensors import device_of, get_tensor, weights
 from fxprune.masking.masked_run import UntouchedRun
 from fxprune.removal.removal import Removal
 from fxprune.rules.product import LoneProduct, lone_products
 
-__all__ = ["TunedRun", "Vectors"]
+__all__ = ["CAREFUL", "TunedRun", "Vectors", "single_axes", "tuned_products"]
 
 _REACH = 0.5
 """A scale stays between a half and one and a half: a unit is turned up or down, and never off."""
@@ -28,7 +29,7 @@ and at a fifth, twelve steps made a model worse on text that it does not learn f
 _START = 0
 """Seed of the numbers that low-rank factors start from."""
 
-_CAREFUL = 0.2
+CAREFUL = 0.2
 """Parameters of one axis move a fifth as fast as scales: what a norm multiplies, all of the stream behind it has."""
 
 
@@ -60,7 +61,7 @@ class Vectors:
             everywhere: scale the inputs and outputs of all products, not only of those that lost inputs.
             rank: of what is added to the weights of these products; 0 for nothing.
         """
-        products = {p.node.name: p for p in lone_products(graph_module) if everywhere or _lost_inputs(p, removal)}
+        products = {product.node.name: product for product in tuned_products(graph_module, removal, everywhere)}
         sizes = {}
         for name, product in products.items():
             shape = get_tensor(graph_module, product.name).shape
@@ -70,18 +71,25 @@ class Vectors:
             if rank:
                 sizes["down", name] = shape[product.axis] * rank
                 sizes["up", name] = shape[1 - product.axis] * rank
-        seen: set[int] = set()
-        for name, tensor in weights(graph_module):
-            alone = isinstance(tensor, nn.Parameter) and tensor.dim() == 1 and tensor.is_floating_point()
-            if alone and id(tensor) not in seen:
-                sizes["own", name] = len(tensor)
-                seen.add(id(tensor))
+        sizes.update({("own", name): get_tensor(graph_module, name).numel() for name in single_axes(graph_module)})
         return cls(products, sizes, rank, {name: _unit(graph_module, p, rank) for name, p in products.items() if rank})
 
     @property
     def count(self) -> int:
         """How many numbers there are."""
         return sum(self.sizes.values())
+
+    def begin(self, graph_module: fx.GraphModule) -> list[torch.Tensor]:
+        """Return the numbers at the start, all in one tensor."""
+        return [torch.zeros(self.count, device=device_of(graph_module))]
+
+    def rates(self, graph_module: fx.GraphModule) -> list[float]:
+        """Return how fast each tensor of numbers moves, as a part of the rate of a scale."""
+        return [1.0]
+
+    def run(self, graph_module: fx.GraphModule, numbers: Sequence[torch.Tensor]) -> TunedRun:
+        """Return an interpreter that runs the graph as if ``numbers`` were folded in."""
+        return TunedRun(graph_module, self, *numbers)
 
     @cached_property
     def _begins(self) -> dict[tuple[str, str], int]:
@@ -121,19 +129,22 @@ class Vectors:
         if part is None:
             return value
         wide = value.float()
-        return (wide + _CAREFUL * wide.square().mean().sqrt() * part).to(value.dtype)
+        return (wide + CAREFUL * wide.square().mean().sqrt() * part).to(value.dtype)
 
-    def folded(self, numbers: torch.Tensor, graph_module: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
+    def folded(
+        self, numbers: Sequence[torch.Tensor], graph_module: fx.GraphModule
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the name and the new value of each tensor that a vector is folded into."""
-        values = {name: self.moved(numbers, name, get_tensor(graph_module, name)) for _, name in self._own}
+        (flat,) = numbers
+        values = {name: self.moved(flat, name, get_tensor(graph_module, name)) for _, name in self._own}
         for node, product in self.products.items():
             W = get_tensor(graph_module, product.name)
-            wide, rows, columns = W.float(), self.scale(numbers, ("out", node)), self.scale(numbers, ("in", node))
+            wide, rows, columns = W.float(), self.scale(flat, ("out", node)), self.scale(flat, ("in", node))
             assert columns is not None
             wide = wide * (columns if product.axis == 1 else columns[:, None])
             if rows is not None:
                 wide = wide * (rows[:, None] if product.axis == 1 else rows)
-            low = self.factors(numbers, node)
+            low = self.factors(flat, node)
             if low is not None:
                 added = low[0] @ low[1]
                 wide = wide + (added.T if product.axis == 1 else added)
@@ -189,6 +200,30 @@ def _unit(graph_module: fx.GraphModule, product: LoneProduct, rank: int) -> floa
     """A part of the root mean square of a weight, shared by the ranks."""
     W = get_tensor(graph_module, product.name).detach().float()
     return float(_SLIGHT * W.square().mean().sqrt() / rank**0.5)
+
+
+def tuned_products(graph_module: fx.GraphModule, removal: Removal, everywhere: bool) -> Iterator[LoneProduct]:
+    """Yield the products that are tuned.
+
+    Args:
+        graph_module: the slim graph.
+        removal: what was removed from it.
+        everywhere: all whose weight nothing else reads, not only those that lost inputs.
+    """
+    for product in lone_products(graph_module):
+        if everywhere or _lost_inputs(product, removal):
+            yield product
+
+
+def single_axes(graph_module: fx.GraphModule) -> Iterator[str]:
+    """Yield the names of the parameters of one axis, such as those of norms and biases, that have no second name."""
+    names = [name for name, tensor in weights(graph_module) if _of_one_axis(tensor)]
+    uses = Counter(id(get_tensor(graph_module, name)) for name in names)
+    yield from (name for name in names if uses[id(get_tensor(graph_module, name))] == 1)
+
+
+def _of_one_axis(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and tensor.dim() == 1 and tensor.is_floating_point()
 
 
 def _lost_inputs(product: LoneProduct, removal: Removal) -> bool:

@@ -6,12 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from fxprune.errors import RecoveryError
 from fxprune.recovery.data import TrainingData, read_training_data
 from fxprune.recovery.settings import RecoverySettings
-from fxprune.recovery.train import _divided, _Progress, _Watch, has_bf16, make_trainer
+from fxprune.recovery.train import _divided, _Progress, _Watch, make_trainer
 from tests.models import tiny
 from tests.tokens import character_tokenizer
 
@@ -71,10 +70,6 @@ def test_the_recipe_reaches_the_trainer(data: TrainingData, tmp_path: Any) -> No
         make_trainer(model, data, settings, tmp_path, padding=0, arguments={"use_cpu": True, "fp16": True})
     with pytest.raises(RecoveryError, match=r"arguments: .*no_such"):
         make_trainer(model, data, settings, tmp_path, padding=0, arguments={"no_such": 1})
-
-
-def test_bfloat16_is_native_or_not() -> None:
-    assert has_bf16(torch.device("xpu")) and not has_bf16(torch.device("meta"))
 
 
 def test_progress_counts_the_steps_that_are_left_and_ends_early() -> None:

@@ -12,10 +12,11 @@ import torch
 from fxprune.passes.tune import RecordTeacherPass, TunePass
 from fxprune.passes.tune.teacher import Teacher, divergence, lesson_batches, logits_of
 from fxprune.passes.tune.vectors import TunedRun, Vectors
+from fxprune.passes.tune.weights import Weights
 from torch import fx, nn
 
 import fxprune
-from fxprune.errors import ArgumentError, CalibrationError, PassError
+from fxprune.errors import ArgumentError, CalibrationError, PassError, UnknownNameError
 from fxprune.graph.facts import Notes, facts_of
 from fxprune.graph.fork import fork
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
@@ -122,7 +123,7 @@ def test_folding_gives_what_the_vectors_gave(slim: fx.GraphModule, everywhere: b
     folded = fork(slim)
     with torch.no_grad():
         wanted = TunedRun(slim, vectors, numbers).run(IDS)
-        for name, value in list(vectors.folded(numbers, slim)):
+        for name, value in list(vectors.folded([numbers], slim)):
             set_tensor(folded, name, nn.Parameter(value))
         assert torch.allclose(folded(IDS), wanted, atol=1e-4)
         assert not torch.allclose(slim(IDS), wanted, atol=1e-1)
@@ -146,6 +147,42 @@ def test_what_is_added_to_weights_is_learned_too(slim: fx.GraphModule) -> None:
     assert heldout(tuned, slim) < heldout(plain, slim) < heldout(slim, slim)
 
 
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_weights_are_learned_themselves(slim: fx.GraphModule, everywhere: bool) -> None:
+    learned = Weights.of(slim, facts_of(slim)[fxprune.Removed].removal, everywhere)
+    assert len(learned.sizes) == 8 + (6 if everywhere else 4) and "table.weight" not in learned.sizes
+    numbers = learned.begin(slim)
+    assert learned.count == sum(n.numel() for n in numbers)
+    with torch.no_grad():
+        assert torch.equal(learned.run(slim, numbers).run(IDS), slim(IDS))
+        for n in numbers:
+            n.add_(0.3 * torch.randn(n.shape, generator=torch.Generator().manual_seed(4)))
+        folded = fork(slim)
+        for name, value in learned.folded(numbers, slim):
+            set_tensor(folded, name, nn.Parameter(value))
+        assert torch.equal(folded(IDS), learned.run(slim, numbers).run(IDS))
+
+
+def test_they_learn_more_than_scales_and_move_by_their_own_size(slim: fx.GraphModule) -> None:
+    tuned = TunePass(epochs=20, rate=0.05, weights=True, patience=8)(slim).graph_module
+    plain = TunePass(epochs=20, rate=0.02, patience=8)(slim).graph_module
+    assert heldout(tuned, slim) < heldout(plain, slim) < heldout(slim, slim)
+    assert all(w.grad is None for _, w in weights(tuned))
+    learned = Weights.of(slim, facts_of(slim)[fxprune.Removed].removal, True)
+    sizes = [float(get_tensor(slim, name).detach().square().mean().sqrt()) for name in learned.sizes]
+    assert learned.rates(slim) == pytest.approx([0.2 * size for size in sizes])
+
+
+@pytest.mark.parametrize("weighty", [False, True])
+def test_steps_in_bfloat16_learn_as_well(slim: fx.GraphModule, weighty: bool) -> None:
+    settings: dict[str, Any] = {"epochs": 20, "rate": 0.02, "patience": 8, "weights": weighty}
+    narrow = TunePass(**settings, precision="bf16")(slim).graph_module
+    wide = TunePass(**settings, precision="float32")(slim).graph_module
+    first = heldout(slim, slim)
+    assert heldout(narrow, slim) < 0.95 * first and abs(heldout(narrow, slim) - heldout(wide, slim)) < 0.05 * first
+    assert all(w.dtype == torch.float32 for _, w in weights(narrow))
+
+
 def test_it_never_ends_worse_than_it_began(slim: fx.GraphModule) -> None:
     tuned = TunePass(rate=50.0, epochs=3)(slim)
     assert not tuned.modified
@@ -157,7 +194,8 @@ class Stopped(KeyboardInterrupt):
     """Raised in the middle of a run, as by Ctrl-C."""
 
 
-def test_it_goes_on_where_it_stopped(slim: fx.GraphModule, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weighty", [False, True])
+def test_it_goes_on_where_it_stopped(slim: fx.GraphModule, tmp_path: Path, weighty: bool) -> None:
     seen: list[int] = []
 
     def stopping(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
@@ -172,7 +210,7 @@ def test_it_goes_on_where_it_stopped(slim: fx.GraphModule, tmp_path: Path) -> No
             seen.append(item)
             yield item
 
-    settings: dict[str, Any] = {"epochs": 8, "measurements": 4, "patience": 9}
+    settings: dict[str, Any] = {"epochs": 8, "measurements": 4, "patience": 9, "weights": weighty}
     whole = TunePass(**settings)(slim).graph_module
     with pytest.raises(Stopped):
         TunePass(**settings, folder=str(tmp_path), track=stopping)(slim)
@@ -212,9 +250,21 @@ def test_held_out_samples_may_be_given(slim: fx.GraphModule) -> None:
     assert teacher.lessons[0].classes.shape == (9, 2)
 
 
-@pytest.mark.parametrize("arguments", [{"epochs": 0}, {"rate": -1}, {"batch": 0}, {"patience": 0}, {"everywhere": 1}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"epochs": 0},
+        {"rate": -1},
+        {"batch": 0},
+        {"patience": 0},
+        {"everywhere": 1},
+        {"weights": 1},
+        {"weights": True, "rank": 2},
+        {"precision": "fp16"},
+    ],
+)
 def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ArgumentError):
+    with pytest.raises((ArgumentError, UnknownNameError)):
         TunePass(**arguments)
 
 
