@@ -141,8 +141,8 @@ class Training:
             self.adam.step()
 
     def _measure(self) -> float:
-        """The divergence on held-out samples, in nats a position, in the graph's own precision."""
-        with torch.no_grad():
+        """The divergence on held-out samples, in nats a position, in the precision of a step."""
+        with torch.no_grad(), autocast(self.device, self.narrow):
             found = [float(self._divergence(b)) * b.classes.shape[:2].numel() for b in self.heldout]
         return sum(found) / sum(b.classes.shape[:2].numel() for b in self.heldout)
 

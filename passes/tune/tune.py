@@ -52,9 +52,8 @@ class TunePass(Pass):
             It learns the most, and takes five times the memory of these weights beside them: gradients, two moments,
             themselves and the best so far. Each moves by a part of its root mean square, so that a rate means the same
             for models of all sizes.
-        precision: of the products in a step: ``bf16``, ``float32``, or ``auto``, which is ``bf16`` where the device
-            computes in it itself and no op of the graph refuses it. What is learned, and all that is measured, stays in
-            the model's own.
+        precision: of the products in a step and a measurement: ``bf16``, ``float32``, or ``auto``, which is ``bf16``
+            where the device computes in it itself and no op of the graph refuses it. What is learned stays in float32.
         measurements: how often the held-out samples are read.
         patience: how many measurements may do no better before it stops.
         folder: where progress is written, and read again by a run with the same arguments; none is without one.

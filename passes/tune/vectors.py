@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from functools import cache
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -18,6 +18,9 @@ from fxprune.removal.removal import Removal
 from fxprune.rules.product import LoneProduct, lone_products
 
 __all__ = ["CAREFUL", "TunedRun", "Vectors", "single_axes", "tuned_products"]
+
+Parts: TypeAlias = Mapping[tuple[str, str], torch.Tensor]
+"""Vectors by key."""
 
 _REACH = 0.5
 """A scale stays between a half and one and a half: a unit is turned up or down, and never off."""
@@ -91,41 +94,29 @@ class Vectors:
         """Return an interpreter that runs the graph as if ``numbers`` were folded in."""
         return TunedRun(graph_module, self, *numbers)
 
-    @cached_property
-    def _begins(self) -> dict[tuple[str, str], int]:
-        begins, at = {}, 0
-        for key, size in self.sizes.items():
-            begins[key] = at
-            at += size
-        return begins
+    def parts(self, numbers: torch.Tensor) -> Parts:
+        """Return each vector by its key, cut from ``numbers`` at once: one step back gives the gradient of them all."""
+        return dict(zip(self.sizes, numbers.split(list(self.sizes.values())), strict=True))
 
-    def part(self, numbers: torch.Tensor, key: tuple[str, str]) -> torch.Tensor | None:
-        """Return the vector ``key`` among ``numbers``; None where there is none."""
-        if key not in self.sizes:
-            return None
-        begin = self._begins[key]
-        return numbers[begin : begin + self.sizes[key]]
-
-    def scale(self, numbers: torch.Tensor, key: tuple[str, str]) -> torch.Tensor | None:
+    def scale(self, parts: Parts, key: tuple[str, str]) -> torch.Tensor | None:
         """Return what the vector ``key`` of a product multiplies by; None where there is none."""
-        part = self.part(numbers, key)
+        part = parts.get(key)
         return None if part is None else 1 + _REACH * torch.tanh(part)
 
-    def factors(self, numbers: torch.Tensor, node: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def factors(self, parts: Parts, node: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the two factors, ``(in, rank)`` and ``(rank, out)``, of what is added to a product's weight.
 
         The first starts at random numbers, the same each time, and the second at 0, so that nothing is added at first.
         """
-        down, up = self.part(numbers, ("down", node)), self.part(numbers, ("up", node))
+        down, up = parts.get(("down", node)), parts.get(("up", node))
         if down is None or up is None:
             return None
         down = down.view(-1, self.rank)
-        start = torch.randn(down.shape, generator=torch.Generator().manual_seed(_START))
-        return self.units[node] * (start.to(down.device) + down), up.view(self.rank, -1)
+        return self.units[node] * (_start(len(down), self.rank).to(down.device) + down), up.view(self.rank, -1)
 
-    def moved(self, numbers: torch.Tensor, name: str, value: torch.Tensor) -> torch.Tensor:
+    def moved(self, parts: Parts, name: str, value: torch.Tensor) -> torch.Tensor:
         """Return a parameter of one axis, moved in units of its root mean square."""
-        part = self.part(numbers, ("own", name))
+        part = parts.get(("own", name))
         if part is None:
             return value
         wide = value.float()
@@ -136,15 +127,16 @@ class Vectors:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the name and the new value of each tensor that a vector is folded into."""
         (flat,) = numbers
-        values = {name: self.moved(flat, name, get_tensor(graph_module, name)) for _, name in self._own}
+        parts = self.parts(flat)
+        values = {name: self.moved(parts, name, get_tensor(graph_module, name)) for _, name in self._own}
         for node, product in self.products.items():
             W = get_tensor(graph_module, product.name)
-            wide, rows, columns = W.float(), self.scale(flat, ("out", node)), self.scale(flat, ("in", node))
+            wide, rows, columns = W.float(), self.scale(parts, ("out", node)), self.scale(parts, ("in", node))
             assert columns is not None
             wide = wide * (columns if product.axis == 1 else columns[:, None])
             if rows is not None:
                 wide = wide * (rows[:, None] if product.axis == 1 else rows)
-            low = self.factors(flat, node)
+            low = self.factors(parts, node)
             if low is not None:
                 added = low[0] @ low[1]
                 wide = wide + (added.T if product.axis == 1 else added)
@@ -170,14 +162,14 @@ class TunedRun(UntouchedRun):
 
     def __init__(self, graph_module: fx.GraphModule, vectors: Vectors, numbers: torch.Tensor) -> None:
         super().__init__(graph_module)
-        self.vectors, self.numbers = vectors, numbers
+        self.vectors, self.parts = vectors, vectors.parts(numbers)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Return a weight without its gradient; one of one axis moved."""
         value = super().get_attr(target, args, kwargs)
         if not isinstance(value, torch.Tensor):
             return value
-        return self.vectors.moved(self.numbers, str(target), value.detach())
+        return self.vectors.moved(self.parts, str(target), value.detach())
 
     def run_node(self, n: fx.Node) -> Any:
         """Return the value of ``n``; of a product, between its two scales."""
@@ -188,11 +180,11 @@ class TunedRun(UntouchedRun):
         self.env[product.source] = self._scaled(source, ("in", n.name))
         value = self._scaled(super().run_node(n), ("out", n.name))
         self.env[product.source] = source
-        low = self.vectors.factors(self.numbers, n.name)
+        low = self.vectors.factors(self.parts, n.name)
         return value if low is None else value + source @ low[0].to(source.dtype) @ low[1].to(source.dtype)
 
     def _scaled(self, value: torch.Tensor, key: tuple[str, str]) -> torch.Tensor:
-        scale = self.vectors.scale(self.numbers, key)
+        scale = self.vectors.scale(self.parts, key)
         return value if scale is None else value * scale.to(value.dtype)
 
 
@@ -224,6 +216,12 @@ def single_axes(graph_module: fx.GraphModule) -> Iterator[str]:
 
 def _of_one_axis(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) and tensor.dim() == 1 and tensor.is_floating_point()
+
+
+@cache
+def _start(rows: int, rank: int) -> torch.Tensor:
+    """What a factor starts from, the same each time."""
+    return torch.randn(rows, rank, generator=torch.Generator().manual_seed(_START))
 
 
 def _lost_inputs(product: LoneProduct, removal: Removal) -> bool:
