@@ -50,7 +50,7 @@ class Entry:
     samples: int | None = None
 
 
-TUNE = "tune{epochs=2, measurements=3"
+TUNE = "tune{epochs=1, measurements=3"
 HEADS = "select-by-ratio{kinds=[mlp, head], protect=[0.07, 0.04], ratio=%s}"
 WHOLE = "select-by-ratio{first=[mlp], protect=[], ratio=%s}"
 
@@ -70,7 +70,8 @@ ENTRIES = (
     Entry("balanced, the stream not fitted", {"compensate": "least-squares{samples=64, reach=lost}", "tune": "none"}),
     Entry("balanced, rotation", {"compensate": "rotation{samples=64}", "tune": "none"}, ("rotation",)),
     Entry("balanced, tuned where inputs went", {"tune": f"{TUNE}, everywhere=False, rate=0.02}}"}),
-    Entry("balanced, tuned with rank 8", {"tune": f"{TUNE}, rank=8}}"}),
+    Entry("balanced, scales alone tuned", {"tune": f"{TUNE}}}"}),
+    Entry("balanced, the weights tuned", {"tune": f"{TUNE}, weights=True}}"}),
     *(
         Entry(
             f"balanced, {name}",
