@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.models import tiny
 
-__all__ = ["fill_with_wrong_things", "save_tiny"]
+__all__ = ["fill_with_wrong_things", "save_tiny", "write_gguf"]
 
 
 def save_tiny(folder: Path) -> None:
@@ -19,6 +20,19 @@ def save_tiny(folder: Path) -> None:
     words = Tokenizer(models.WordLevel({"<unk>": 0, "red": 1, "green": 2, "blue": 3}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+
+
+def write_gguf(path: Path, arch: str, widths: int | list[int]) -> None:
+    """Write a GGUF file of two blocks that holds entries and no tensors."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(2)
+    writer.add_rope_freq_base(1e4)
+    writer.add_feed_forward_length(widths)
+    writer.add_tokenizer_model("gpt2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def fill_with_wrong_things(folder: Path) -> None:
@@ -67,5 +81,8 @@ def fill_with_wrong_things(folder: Path) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    write_gguf(folder / "uneven.gguf", "deci", [88, 66])
+    write_gguf(folder / "even.gguf", "deci", 88)
+    (folder / "cut.gguf").write_bytes((folder / "uneven.gguf").read_bytes()[:90])
     (folder / "binary.txt").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
     (folder / "latin.txt").write_text("schön", encoding="latin-1")
