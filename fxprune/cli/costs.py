@@ -8,7 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Sizes", "Weights", "memory_of", "most_samples", "recipe_of", "runs_of", "sizes_of", "there_are"]
+from fxprune.errors import ArgumentError
+
+__all__ = [
+    "Sizes",
+    "Weights",
+    "check_removes",
+    "memory_of",
+    "most_samples",
+    "recipe_of",
+    "runs_of",
+    "sizes_of",
+    "there_are",
+]
 
 _CHARACTERS = 4
 """A token of English text stands for, about: of the built-in one, 4.04 with the tokenizer of the demo model."""
@@ -83,6 +95,18 @@ class Weights:
     def held(self, *, both: bool) -> float:
         """Return what is in memory: the dense ones, and where ``both`` the slim ones beside them."""
         return 0.0 if self.on_disk else self.dense + (self.slim if both and not self.in_place else 0.0)
+
+
+def check_removes(passes: Sequence[Any]) -> None:
+    """Refuse a pipeline that takes nothing away.
+
+    Raises:
+        ArgumentError: nothing in it selects, or nothing removes.
+    """
+    left = [stage for stage in ("select", "shrink") if not any(step.stage == stage for step in passes)]
+    if left:
+        what = f"no pass of it is of the stage {left[0]}, and nothing would go"
+        raise ArgumentError(what, where="recipe", remedy="Add one; `fxprune recipes fast` prints a whole pipeline")
 
 
 def recipe_of(values: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from fxprune.cli.console import console, print_json, working
-from fxprune.cli.costs import Weights, memory_of, recipe_of, runs_of, sizes_of, there_are
+from fxprune.cli.costs import Weights, check_removes, memory_of, recipe_of, runs_of, sizes_of, there_are
 from fxprune.cli.interrupts import at_once
 from fxprune.cli.load import load_empty
 from fxprune.errors import RatioError
@@ -97,6 +97,7 @@ def expect(values: Mapping[str, Any], options: Mapping[str, Any]) -> Expected:
         import fxprune.api
         from fxprune.discovery.groups import Groups
     planned = _planned(values, options)
+    check_removes(planned)
     empty = load_empty(values["model"], values["gguf_file"])
     traced = fxprune.trace(empty, dynamic=False).graph_module
     named = {name: value for name, value in options.items() if name not in ("importance", "taylor", "inplace")}

@@ -50,6 +50,8 @@ def check_exists(model: str) -> None:
         _check_file(path)
     elif not model or (not path.exists() and _is_path(model)):
         raise FxpruneError("no such folder or file", where=model or "MODEL", remedy=_REMEDY)
+    elif path.exists() and not path.is_dir():
+        raise FxpruneError("it is neither a folder nor a file", where=model, remedy=_REMEDY)
 
 
 def check_model(model: str, gguf_file: str | None, *, with_weights: bool = False) -> None:

@@ -29,7 +29,7 @@ from fxprune.cli.console import (
     set_output,
     working,
 )
-from fxprune.cli.costs import most_samples
+from fxprune.cli.costs import check_removes, most_samples
 from fxprune.cli.dry_run import tell_expected
 from fxprune.cli.export import gguf_options, runs
 from fxprune.cli.interrupts import at_once
@@ -118,9 +118,14 @@ def _run(values: Mapping[str, Any], options: dict[str, Any]) -> None:
     model, out, gguf_file = values["model"], values["out"], values["gguf_file"]
     with working("starting"), at_once():
         import fxprune.api
-    fxprune.prune_pipeline(None, **options)  # arguments that do not go together are told before weights are read
-    wanted = values["calibration"] is not None or (out.suffix == ".gguf" and not is_gguf(model))
-    tokenizer = load_tokenizer(model, gguf_file, needed=wanted)
+        from fxprune.data.calibration import Calibration
+    passes = fxprune.prune_pipeline(None, **options).passes  # what does not go together is told before weights are read
+    check_removes(passes)
+    reads = any(Calibration in step.gives for step in passes)
+    built_in = not reads and any(Calibration in step.needs for step in passes)  # and a tokenizer makes samples of it
+    wanted = built_in or values["calibration"] is not None or (out.suffix == ".gguf" and not is_gguf(model))
+    otherwise = "; a prune by weights alone, as with --importance l2, needs none" if built_in else ""
+    tokenizer = load_tokenizer(model, gguf_file, needed=wanted, otherwise=otherwise)
     data = samples_of(values, tokenizer)
     run = spelled_run(values)
     force = values["force"] or run_file(out, is_file=is_file(out)).is_file()
