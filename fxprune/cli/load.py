@@ -8,7 +8,7 @@ from logging import WARNING
 from pathlib import Path
 from typing import Any
 
-from fxprune.cli.console import working
+from fxprune.cli.console import notes, working
 from fxprune.cli.demo import DEMO, demo_checkpoint
 from fxprune.cli.interrupts import at_once
 from fxprune.cli.naming import check_model, is_gguf
@@ -74,7 +74,7 @@ def load_model(model: str, gguf_file: str | None, *, dtype: str | None = None, d
         from transformers.utils import logging
 
         import fxprune.checkpoint
-        from fxprune.graph.silence import quiet
+        from fxprune.graph.silence import quiet, unprinted
     logging.disable_progress_bar()
     check_device(device)
     folder = Path(model).expanduser()
@@ -85,7 +85,8 @@ def load_model(model: str, gguf_file: str | None, *, dtype: str | None = None, d
         read: Any = AutoModelForCausalLM.from_pretrained
         options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         options |= {} if dtype is None else {"dtype": dtype}
-        with quiet(WARNING):  # what is left at random is refused below, in one line
+        bars = unprinted() if notes.quiet else contextlib.nullcontext()
+        with quiet(WARNING), bars:  # what is left at random is refused below, in one line
             loaded, found = read(**where_and_file(model, gguf_file), **options)
         _check_whole(model, found)
         return loaded if device is None else loaded.to(device)
