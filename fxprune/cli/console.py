@@ -140,9 +140,10 @@ def clear_errors() -> Iterator[None]:
 
 
 def _option_names() -> set[str]:
-    """The names of the options of all commands, as functions have them."""
+    """The names of the options of all commands, as functions have them; what is given by its place is none."""
     commands = typer.main.get_group(app).commands.values()
-    return {parameter.name for command in commands for parameter in command.params if parameter.name}
+    told = (parameter for command in commands for parameter in command.params)
+    return {one.name for one in told if one.name and one.param_type_name == "option"}
 
 
 def _refuse(text: str) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
 
 from fxprune.cli.console import console, print_json, working
+from fxprune.cli.costs import Weights, check_removes, memory_of, recipe_of, runs_of, sizes_of, there_are
 from fxprune.cli.interrupts import at_once
 from fxprune.cli.load import load_empty
 from fxprune.errors import RatioError
@@ -21,23 +22,11 @@ __all__ = ["Expected", "expect", "tell_expected"]
 _ALL = 0.999
 """A ratio that no model reaches: the refusal says which one it does."""
 
-_SAMPLES, _TOKENS = 352, 128
-"""What recipes have use for, where no number is given."""
-
-_RUNS = {"importance": 1.0, "select": 1.0, "compensate": 4.0, "tune": 1.0}
-"""How often a stage runs a sample forward, or does about as much work, for each time that it takes it.
-
-So that the times told are those of `docs/commands.md`, within a factor of two.
-"""
-
-_GRADIENTS = 3.0
-"""A run forward and backward, in runs forward."""
+_TOKENS = 128
+"""Of a sample, where no number is asked for."""
 
 _PRODUCTS = 12
 """Of which the quickest says how fast a machine is; others may have had to wait for what else runs on it."""
-
-_BASE = 0.5e9
-"""Bytes that Python, torch and transformers take."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +80,9 @@ def _lines(found: Expected, before: int, after: int) -> Iterator[str]:
         yield f"reachable: ratios of 0 to {found.reachable:.3f} with these options"
     yield f"groups there are: {', '.join(f'{count:,} of the kind {kind}' for kind, count in found.groups.items())}"
     yield f"frozen: {found.frozen:,} axes of parameters; `fxprune graph` says why"
-    yield f"memory: about {found.memory / 1e9:.1f} GB at the peak, and that of the activations of a batch"
-    yield f"time: about {_spoken(found.seconds)} with nothing else running, a rough guess: half or twice that may be"
-    yield "nothing was read but the config, and nothing was written; scores may part the widths otherwise"
+    yield f"memory: about {found.memory / 1e9:.1f} GB at the peak, by the samples that the passes take: an estimate"
+    yield f"time: about {_spoken(found.seconds)} with nothing else running, an estimate: half or twice that may be"
+    yield "no weight was read, and nothing was written; scores may part the widths otherwise"
 
 
 def expect(values: Mapping[str, Any], options: Mapping[str, Any]) -> Expected:
@@ -107,7 +96,8 @@ def expect(values: Mapping[str, Any], options: Mapping[str, Any]) -> Expected:
 
         import fxprune.api
         from fxprune.discovery.groups import Groups
-    planned = fxprune.prune_pipeline(None, **options)
+    planned = _planned(values, options)
+    check_removes(planned)
     empty = load_empty(values["model"], values["gguf_file"])
     traced = fxprune.trace(empty, dynamic=False).graph_module
     named = {name: value for name, value in options.items() if name not in ("importance", "taylor", "inplace")}
@@ -119,23 +109,49 @@ def expect(values: Mapping[str, Any], options: Mapping[str, Any]) -> Expected:
     facts = fxprune.facts_of(traced)
     kept = result.report.parameters
     size = getattr(torch, values["dtype"]).itemsize if values["dtype"] else _size_of(empty)
-    slim_too = 0 if values["in_place"] else kept[1]
-    samples, tokens = values["samples"] or _samples_of(recipe_of(values)), values["tokens"] or _TOKENS
-    macs = result.report.macs[0] / (_counted(traced) or result.report.tokens) * tokens
+    there, tokens = _samples(planned, values)
+    counted = _counted(traced) or result.report.tokens
+    sizes = sizes_of(traced, counted, size)
+    weights = Weights(size * kept[0], size * kept[1], values["in_place"], values["low_memory"])
+    macs = result.report.macs[0] / counted * tokens
     return Expected(
         parameters=kept,
         widths=dict(result.report.widths),
         groups=dict(Counter(group.kind for group in facts[Groups].all)),
         frozen=len(result.report.frozen),
         reachable=_reachable(quick[choosing], traced),
-        memory=_BASE + size * (kept[0] + slim_too),
-        seconds=2 * macs * _runs(planned.passes, samples) / _speed(),
+        memory=memory_of(planned, there, tokens, sizes, weights),
+        seconds=2 * macs * runs_of(planned, there) / _speed(),
     )
 
 
-def recipe_of(values: Mapping[str, Any]) -> str:
-    """Return the recipe of a prune: the paper's where an importance is named, unless another is asked for."""
-    return values["recipe"] or ("llm-pruner" if values["importance"] or values["taylor"] else "balanced")
+def _planned(values: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The passes that would run, with samples that are not read yet."""
+    import fxprune.api
+
+    named = dict(options)
+    if values["low_memory"]:
+        named |= {"memory": "low", "tune": options["tune"] or "none"}
+    given = None if values["calibration"] is None else ()
+    return tuple(fxprune.prune_pipeline(given, tokenizer=_unread, **named).passes)
+
+
+def _unread(*_: Any) -> Any:
+    """Stands for a tokenizer that is not read."""
+    raise NotImplementedError
+
+
+def _samples(passes: tuple[Any, ...], values: Mapping[str, Any]) -> tuple[int, int]:
+    """How many samples there are, and the tokens of one."""
+    from fxprune.data.calibration import Calibration
+
+    reader = next((step for step in passes if Calibration in step.gives), None)
+    file = getattr(reader, "file", "")
+    if file and values["calibration"] is None:  # rows of tokens, of a recipe of one's own
+        with open(file, encoding="utf-8") as rows:
+            return sum(1 for row in rows if row.strip()), _TOKENS
+    tokens = values["tokens"] or (getattr(reader, "tokens", _TOKENS) if values["calibration"] is None else _TOKENS)
+    return there_are(values, tokens) if reader is not None else 1, tokens
 
 
 def _counted(graph_module: Any) -> int | None:
@@ -147,15 +163,6 @@ def _counted(graph_module: Any) -> int | None:
     return next((shape.numel() for shape in shapes), None)
 
 
-def _samples_of(recipe: str) -> int:
-    """Return how many samples a recipe takes of built-in text."""
-    from fxprune.data.calibration import Calibration
-    from fxprune.recipes import as_recipe
-
-    read = (getattr(step, "samples", None) for step in as_recipe(recipe).passes if Calibration in step.gives)
-    return next(filter(None, read), _SAMPLES)
-
-
 def _reachable(choice: Any, graph_module: Any) -> float | None:
     """The largest ratio that a selection can reach; None where it goes by another number."""
     if not hasattr(choice, "ratio"):
@@ -165,22 +172,6 @@ def _reachable(choice: Any, graph_module: Any) -> float | None:
     except RatioError as error:
         return error.reachable
     return _ALL
-
-
-def _runs(passes: Sequence[Any], samples: int) -> float:
-    """How many samples run forward, all in all."""
-    from fxprune.data.calibration import Calibration
-
-    total, taught = 0.0, samples
-    for step in passes:
-        reads = Calibration in step.needs or step.stage in ("compensate", "tune")
-        taken = min(getattr(step, "samples", None) or (taught if step.stage == "tune" else samples), samples)
-        taught = taken if step.stage == "tune" else taught  # what tunes learns from the samples recorded before it
-        learns = hasattr(step, "epochs") or (step.stage == "importance" and hasattr(step, "order"))
-        gradients = _GRADIENTS if learns else 1.0
-        times = getattr(step, "epochs", 1.0) or 1.0
-        total += _RUNS.get(step.stage, 0.0) * taken * gradients * times if reads else 0.0
-    return total
 
 
 def _speed() -> float:

@@ -12,7 +12,7 @@ from fxprune.cli.checks import check_quantization
 from fxprune.cli.console import Folder, Gguf, Quiet, app, clear_errors, console, set_output
 from fxprune.cli.load import is_gguf, load_either
 from fxprune.cli.naming import check_model
-from fxprune.cli.place import check_output
+from fxprune.cli.place import at_home, check_output
 from fxprune.cli.wording import option
 from fxprune.errors import ArgumentError, UnknownNameError
 from fxprune.pipeline.words import SUFFIXES
@@ -30,7 +30,7 @@ Quantization = Annotated[
 @app.command()
 def export(
     model: Folder,
-    out: Annotated[Path, typer.Argument(help="File to write: .gguf, .pt2 or .onnx.")],
+    out: Annotated[Path, typer.Argument(callback=at_home, help="File to write: .gguf, .pt2 or .onnx.")],
     quantization: Quantization = None,
     like: Annotated[Path | None, typer.Option(help="GGUF file of the dense model: its tokenizer is copied.")] = None,
     cache: Annotated[bool, typer.Option("--cache", help="A .pt2 or .onnx file that takes and gives a cache.")] = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Annotated, Any
 
 import typer
@@ -19,11 +20,13 @@ from fxprune.cli.console import (
     print_json,
     set_output,
 )
-from fxprune.cli.load import load_either
+from fxprune.cli.load import load_either, readable
 from fxprune.cli.several import checked
 from fxprune.errors import ArgumentError
 
 __all__ = ["generate"]
+
+_CHECK = "Check its weights for values that are not finite, and --temperature"
 
 
 @app.command()
@@ -36,7 +39,7 @@ def generate(
         bool, typer.Option("--raw", help="Go on with the prompt as it is, without a chat template.")
     ] = False,
     temperature: Annotated[float, typer.Option(min=0, help="Above 0: sample; 0 takes the likeliest token.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="For sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="For sampling.")] = 0,
     dtype: Dtype = None,
     device: Device = None,
     quiet: QuietButResult = False,
@@ -45,6 +48,8 @@ def generate(
     """Print what MODEL, dense or slim, makes of PROMPT, as it comes; a model that chats answers."""
     with clear_errors():
         set_output(quiet=quiet, as_json=as_json, results=True)
+        if not math.isfinite(temperature):
+            raise ArgumentError(f"temperature is {temperature}", where="temperature", remedy="Give a finite number")
         if not prompt.strip():
             raise ArgumentError("the prompt is empty", where="PROMPT", remedy="Give some text")
         models = checked([*([compare] if compare else []), model], dtype, device)
@@ -56,7 +61,8 @@ def generate(
             if len(models) > 1 and not as_json:
                 console.print(f"{name}:", markup=False, highlight=False)
             inputs = _inputs(tokenizer, prompt, raw=raw).to(loaded.device)
-            texts[name] = _continued(loaded, tokenizer, inputs, {**options, "seed": seed}, streams=not as_json)
+            with readable(place, "cannot generate", _CHECK):
+                texts[name] = _continued(loaded, tokenizer, inputs, {**options, "seed": seed}, streams=not as_json)
         if as_json:
             print_json(texts)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
-from fxprune.cli.console import working
+from fxprune.cli.console import notes, working
 from fxprune.cli.demo import DEMO, demo_checkpoint
 from fxprune.cli.interrupts import at_once
 from fxprune.cli.naming import check_model, is_gguf
@@ -25,6 +25,8 @@ __all__ = [
     "readable",
     "where_and_file",
 ]
+
+_REMEDY = "Pass a folder that save_pretrained wrote, a GGUF file, or an id on a hub that can be reached"
 
 
 def where_and_file(model: str, gguf_file: str | None) -> dict[str, Any]:
@@ -72,6 +74,7 @@ def load_model(model: str, gguf_file: str | None, *, dtype: str | None = None, d
         from transformers.utils import logging
 
         import fxprune.checkpoint
+        from fxprune.graph.silence import quiet, unprinted
     logging.disable_progress_bar()
     check_device(device)
     folder = Path(model).expanduser()
@@ -79,8 +82,13 @@ def load_model(model: str, gguf_file: str | None, *, dtype: str | None = None, d
         if (folder / MANIFEST).is_file():
             loaded: Any = fxprune.checkpoint.from_pretrained(folder)
             return loaded.to(device=device, dtype=None if dtype is None else getattr(torch, dtype))
-        options = {} if dtype is None else {"dtype": dtype}
-        loaded = AutoModelForCausalLM.from_pretrained(**where_and_file(model, gguf_file), **options)
+        read: Any = AutoModelForCausalLM.from_pretrained
+        options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        options |= {} if dtype is None else {"dtype": dtype}
+        bars = unprinted() if notes.quiet else contextlib.nullcontext()
+        with quiet(WARNING), bars:  # what is left at random is refused below, in one line
+            loaded, found = read(**where_and_file(model, gguf_file), **options)
+        _check_whole(model, found)
         return loaded if device is None else loaded.to(device)
 
 
@@ -101,8 +109,15 @@ def load_empty(model: str, gguf_file: str | None) -> Any:
             return AutoModelForCausalLM.from_config(config)
 
 
-def load_tokenizer(model: str, gguf_file: str | None, *, needed: bool) -> Any:
-    """Return the tokenizer of a model; None where there is none and none is needed."""
+def load_tokenizer(model: str, gguf_file: str | None, *, needed: bool, otherwise: str = "") -> Any:
+    """Return the tokenizer of a model; None where there is none and none is needed.
+
+    Args:
+        model: what the user named.
+        gguf_file: inside the folder.
+        needed: whether one is.
+        otherwise: what does without, for the message.
+    """
     check_model(model, gguf_file)
     with at_once():
         from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
@@ -115,7 +130,11 @@ def load_tokenizer(model: str, gguf_file: str | None, *, needed: bool) -> Any:
     options: dict[str, Any] = {}
     # whatever keeps a tokenizer from being read: there is none, and nothing asked for one
     # and what transformers warns of the config of a slim model says nothing of its tokenizer
-    with readable(model) if needed else contextlib.suppress(Exception), quiet(logging.WARNING):
+    remedy = "Save its tokenizer beside it" + otherwise
+    with (
+        readable(model, "its tokenizer cannot be read", remedy) if needed else contextlib.suppress(Exception),
+        quiet(WARNING),
+    ):
         if (Path(model).expanduser() / MANIFEST).is_file():  # stock classes refuse the config of some slim models
             options["config"] = PreTrainedConfig.from_pretrained(Path(model).expanduser())
         tokenizer = AutoTokenizer.from_pretrained(**where_and_file(model, gguf_file), **options)
@@ -141,14 +160,32 @@ def check_device(device: str | None) -> None:
         ) from error
 
 
+def _check_whole(model: str, found: Mapping[str, Any]) -> None:
+    """Refuse a model that transformers filled up with random numbers."""
+    for what, key in (("missing", "missing_keys"), ("of another shape than its config says", "mismatched_keys")):
+        names = sorted(name if isinstance(name, str) else name[0] for name in found.get(key) or ())
+        if names:
+            others = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+            verb = "are" if others else "is"
+            told = f"cannot be loaded: {names[0]}{others} {verb} {what}"
+            raise FxpruneError(told, where=model, remedy="Fetch it or save it again, with all its weights")
+
+
 @contextlib.contextmanager
-def readable(model: str) -> Iterator[None]:
-    """Say in one line what transformers says of a model that it cannot read."""
+def readable(model: str, what: str = "cannot be loaded", remedy: str = _REMEDY) -> Iterator[None]:
+    """Say in one line what transformers says of a model that it cannot read.
+
+    Args:
+        model: what the user named.
+        what: is wrong, in front of the reason.
+        remedy: what to do.
+    """
     try:
         yield
-    except FxpruneError:
+    except (FxpruneError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        remedy = "Pass a folder that save_pretrained wrote, a GGUF file, or an id on a hub that can be reached"
-        raise FxpruneError(f"cannot be loaded: {reason}", where=model, remedy=remedy) from error
+    except Exception as error:  # a config or a file of weights may be wrong in any way, and stop any line
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        kind = "" if isinstance(error, OSError | ValueError | KeyError) else f"{type(error).__name__}: "
+        raise FxpruneError(f"{what}: {kind}{reason.rstrip(',:')}", where=model, remedy=remedy) from error

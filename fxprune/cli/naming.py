@@ -23,6 +23,11 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 _REMEDY = "Pass a folder that save_pretrained wrote, a GGUF file, an id on a hub, or 'demo'"
 
+_ELSEWHERE = (
+    "Programs that read GGUF files run it; for this command name the folder that it was exported from, or prune to a "
+    "folder"
+)
+
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How classes end that say what comes next in a text."""
 
@@ -45,6 +50,8 @@ def check_exists(model: str) -> None:
         _check_file(path)
     elif not model or (not path.exists() and _is_path(model)):
         raise FxpruneError("no such folder or file", where=model or "MODEL", remedy=_REMEDY)
+    elif path.exists() and not path.is_dir():
+        raise FxpruneError("it is neither a folder nor a file", where=model, remedy=_REMEDY)
 
 
 def check_model(model: str, gguf_file: str | None, *, with_weights: bool = False) -> None:
@@ -83,6 +90,23 @@ def _check_file(path: Path) -> None:
         start = file.read(4)
     if start != b"GGUF":
         raise FxpruneError(f"it is no GGUF file: it starts with {start!r}", where=str(path), remedy=_REMEDY)
+    _check_layers(path)
+
+
+def _check_layers(path: Path) -> None:
+    """Refuse a GGUF file that transformers cannot read: one that is cut off, or whose layers differ."""
+    from fxprune.export.gguf.archs import general_archs
+    from fxprune.export.gguf.header import layers_differ, read_header
+
+    try:
+        header = read_header(path)
+    except (OSError, ValueError) as error:
+        remedy = "Fetch or export it again"
+        raise FxpruneError(f"it is no whole GGUF file: {error}", where=str(path), remedy=remedy) from error
+    name = header.get("general.architecture")
+    if name in general_archs():
+        what = "a GGUF file with uneven layers" if layers_differ(header) else f"a GGUF file of the architecture {name}"
+        raise UnsupportedModelError(f"it is {what}, which transformers cannot read", where=str(path), remedy=_ELSEWHERE)
 
 
 def _check_folder(folder: Path, gguf_file: str | None, *, with_weights: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fxprune.cli.config import read_config
+from fxprune.cli.place import at_home
 
 __all__ = [
     "Calibration",
@@ -36,7 +37,9 @@ __all__ = [
     "Uniform",
 ]
 
-Out = Annotated[Path | None, typer.Option(help="Folder to write to, or a file: .gguf, .pt2 or .onnx.")]
+Out = Annotated[
+    Path | None, typer.Option(callback=at_home, help="Folder to write to, or a file: .gguf, .pt2 or .onnx.")
+]
 Config = Annotated[
     Path | None,
     typer.Option(

@@ -10,7 +10,7 @@ from fxprune.cli.config import run_file
 from fxprune.errors import CheckpointError, UnknownNameError
 from fxprune.pipeline.words import MANIFEST, SUFFIXES
 
-__all__ = ["check_output", "is_file"]
+__all__ = ["at_home", "check_output", "is_file"]
 
 _FILES = (".bin", ".ckpt", ".h5", ".json", ".pt", ".pth", ".safetensors", ".tar", ".txt", ".yaml", ".zip")
 """How names of files end that this package does not write; folders may have dots in their names."""
@@ -19,6 +19,11 @@ _FILES = (".bin", ".ckpt", ".h5", ".json", ".pt", ".pth", ".safetensors", ".tar"
 def is_file(out: Path) -> bool:
     """Return whether a name means a file, and not a folder."""
     return out.suffix in SUFFIXES
+
+
+def at_home(path: Path | None) -> Path | None:
+    """Return a path with the folder of the user in place of ``~``, which shells leave in ``--out=~/slim``."""
+    return None if path is None else path.expanduser()
 
 
 def check_output(out: Path, model: str, *, force: bool) -> None:

@@ -29,7 +29,8 @@ from fxprune.cli.console import (
     set_output,
     working,
 )
-from fxprune.cli.dry_run import recipe_of, tell_expected
+from fxprune.cli.costs import check_removes, most_samples
+from fxprune.cli.dry_run import tell_expected
 from fxprune.cli.export import gguf_options, runs
 from fxprune.cli.interrupts import at_once
 from fxprune.cli.load import is_gguf, load_model, load_tokenizer, where_and_file
@@ -42,9 +43,6 @@ _OURS = "fxprune.from_pretrained loads it, and transformers with trust_remote_co
 
 _TOKENS = 128
 """Of a sample, where no number is asked for."""
-
-_PUBLISHED_SAMPLES = 10
-"""What the paper uses."""
 
 _SAME = (
     *("recipe", "ratio", "group_ratio", "importance", "taylor", "reduction", "ranking"),
@@ -120,9 +118,14 @@ def _run(values: Mapping[str, Any], options: dict[str, Any]) -> None:
     model, out, gguf_file = values["model"], values["out"], values["gguf_file"]
     with working("starting"), at_once():
         import fxprune.api
-    fxprune.prune_pipeline(None, **options)  # arguments that do not go together are told before weights are read
-    wanted = values["calibration"] is not None or (out.suffix == ".gguf" and not is_gguf(model))
-    tokenizer = load_tokenizer(model, gguf_file, needed=wanted)
+        from fxprune.data.calibration import Calibration
+    passes = fxprune.prune_pipeline(None, **options).passes  # what does not go together is told before weights are read
+    check_removes(passes)
+    reads = any(Calibration in step.gives for step in passes)
+    built_in = not reads and any(Calibration in step.needs for step in passes)  # and a tokenizer makes samples of it
+    wanted = built_in or values["calibration"] is not None or (out.suffix == ".gguf" and not is_gguf(model))
+    otherwise = "; a prune by weights alone, as with --importance l2, needs none" if built_in else ""
+    tokenizer = load_tokenizer(model, gguf_file, needed=wanted, otherwise=otherwise)
     data = samples_of(values, tokenizer)
     run = spelled_run(values)
     force = values["force"] or run_file(out, is_file=is_file(out)).is_file()
@@ -146,12 +149,12 @@ def _run(values: Mapping[str, Any], options: dict[str, Any]) -> None:
 
 def samples_of(values: Mapping[str, Any], tokenizer: Any) -> Any:
     """The calibration samples of the text that was named; None where none was."""
-    file, most = values["calibration"], values["samples"]
+    file = values["calibration"]
     if file is None:
         return None
     from fxprune.data.files import calibration_text, calibration_windows
 
-    most = _PUBLISHED_SAMPLES if recipe_of(values) == "llm-pruner" and most is None else most
+    most = most_samples(values)
     return calibration_windows(tokenizer, calibration_text(file), most, values["tokens"] or _TOKENS, str(file))
 
 

@@ -10,7 +10,7 @@ import typer
 
 from fxprune.cli.console import Dtype, Force, Quiet, app, clear_errors, console, progress, set_output
 from fxprune.cli.load import load_either
-from fxprune.cli.place import check_output, is_file
+from fxprune.cli.place import at_home, check_output, is_file
 from fxprune.cli.several import checked
 from fxprune.data.rows import SUFFIXES
 from fxprune.errors import ArgumentError
@@ -28,7 +28,7 @@ def recover(
     data: Annotated[
         str, typer.Option(help="Rows to train on: a .json, .jsonl, .txt or .parquet file, or the id of a hub data set.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    out: Annotated[Path, typer.Option(callback=at_home, help="Folder to write to.")],
     distil: Annotated[str | None, typer.Option(help="Dense model as teacher.")] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Folder for checkpoints; a run that stopped goes on from the last one there.")

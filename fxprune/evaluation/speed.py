@@ -162,7 +162,9 @@ def _turn(model: Any, ids: torch.Tensor, tokens: int) -> _Turn:
         )
     steps = [after - at for at, after in zip(clock.times, clock.times[1:], strict=False)]
     peak = torch.cuda.max_memory_allocated(model.device) - before if on_gpu else None
-    return _Turn(clock.times[0] - start, median(steps), _cache_bytes(found.past_key_values), peak)
+    held = vars(found)  # its name changed from one version to the next, and asking by the old one prints a warning
+    cache = held.get("cache", held.get("past_key_values"))
+    return _Turn(clock.times[0] - start, median(steps), _cache_bytes(cache), peak)
 
 
 def _cache_bytes(cache: Any) -> int | None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import gguf
+import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.models import tiny
 
-__all__ = ["fill_with_wrong_things", "save_tiny"]
+__all__ = ["fill_with_wrong_things", "save_tiny", "write_gguf"]
 
 
 def save_tiny(folder: Path) -> None:
@@ -19,6 +23,44 @@ def save_tiny(folder: Path) -> None:
     words = Tokenizer(models.WordLevel({"<unk>": 0, "red": 1, "green": 2, "blue": 3}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+
+
+def _write_wrong_models(folder: Path) -> None:
+    """Write models that look like some: with weights that are not there, or not whole, or not numbers."""
+    good = folder / "model"
+    config, weights = json.loads((good / "config.json").read_text()), load_file(good / "model.safetensors")
+    name = next(key for key, value in weights.items() if value.dim() == 2 and ".1." in key)
+    others = {key: value for key, value in weights.items() if key != name}
+    held = {
+        "less": others,
+        "shapes": {**others, name: torch.zeros(3, 3)},
+        "nan": {**others, name: torch.full_like(weights[name], torch.nan)},
+        "no-tokens": weights,
+        "no-size": weights,
+        "no-heads": weights,
+    }
+    changed = {"no-size": {"hidden_size": "many"}, "no-heads": {"num_attention_heads": 0}}
+    for place, tensors in held.items():
+        (folder / place).mkdir()
+        (folder / place / "config.json").write_text(json.dumps({**config, **changed.get(place, {})}))
+        save_file(tensors, folder / place / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(good, folder / "cut")
+    (folder / "cut/model.safetensors").write_bytes((good / "model.safetensors").read_bytes()[:5000])
+    for file in good.glob("token*"):
+        shutil.copy(file, folder / "nan")
+
+
+def write_gguf(path: Path, arch: str, widths: int | list[int]) -> None:
+    """Write a GGUF file of two blocks that holds entries and no tensors."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(2)
+    writer.add_rope_freq_base(1e4)
+    writer.add_feed_forward_length(widths)
+    writer.add_tokenizer_model("gpt2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def fill_with_wrong_things(folder: Path) -> None:
@@ -67,5 +109,9 @@ def fill_with_wrong_things(folder: Path) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    _write_wrong_models(folder)
+    write_gguf(folder / "uneven.gguf", "deci", [88, 66])
+    write_gguf(folder / "even.gguf", "deci", 88)
+    (folder / "cut.gguf").write_bytes((folder / "uneven.gguf").read_bytes()[:90])
     (folder / "binary.txt").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
     (folder / "latin.txt").write_text("schön", encoding="latin-1")

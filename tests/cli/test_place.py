@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from fxprune.cli.place import check_output, is_file
+from fxprune.cli.place import at_home, check_output, is_file
 from fxprune.errors import CheckpointError, FxpruneError
+
+
+def test_a_tilde_is_the_folder_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave it in `--out=~/slim`, and a file was then written into a folder called so."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert at_home(Path("~/slim.gguf")) == Path("/home/me/slim.gguf") and at_home(None) is None
 
 
 @pytest.mark.parametrize("name", ["slim", "slim-0.2", "model-3.2-1b", "v1.0", "slim.gguf", "new/slim", "new/a/b.pt2"])

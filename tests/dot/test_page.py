@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -47,11 +46,9 @@ def test_the_page_stands_alone(text: str) -> None:
     assert not re.findall(r"(?:src|href)=|url\(|@import|https?://", text.replace("http://www.w3.org", ""))
 
 
-def test_a_browser_searches_and_tells(small: nx.Graph, tmp_path: Path) -> None:
+@pytest.mark.browser
+def test_a_browser_searches_and_tells(small: nx.Graph, tmp_path: Path, browser: str) -> None:
     """Typing marks what is found, Enter chooses it, and the panel has its rule."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("there is no Chromium here to show it; what is in it is tested without")
     write_dot(small, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     (tmp_path / "page.html").write_text(text.replace("</body>", f"<script>{TYPED}</script></body>"), encoding="utf-8")

@@ -13,7 +13,7 @@ from tests.models import tiny, token_ids
 
 pytestmark = [
     pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here that CUDA can use"),
 ]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import generic
 
 import fxprune
 from fxprune.errors import EvaluationError
@@ -31,6 +32,14 @@ def test_models_generate_as_many_tokens_and_keep_as_many_keys(model: PreTrainedM
     assert less.weights < dense.weights
     assert dense.prefill_rate == pytest.approx(2 * 7 / dense.prefill_ms * 1e3)
     assert dense.to_dict()["decode_rate"] == pytest.approx(2 / dense.decode_ms * 1e3)
+
+
+def test_nothing_is_asked_for_by_an_old_name(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a bar of progress `fxprune bench` printed that `past_key_values` is deprecated."""
+    warned: list[str] = []
+    monkeypatch.setattr(generic.logger, "warning_once", warned.append)
+    assert measure_speed({"dense": model}, prompt=3, tokens=2, rounds=1)["dense"].cache
+    assert [words for words in warned if "past_key_values" in words] == []
 
 
 def test_a_model_is_left_as_it_was(model: PreTrainedModel) -> None:

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import fxprune
 from benchmarks.engines.llama_server import LlamaServer
 from fxprune.errors import ExportError, UnknownNameError
-from fxprune.export.gguf.archs import arch_named, candidates, names_in_format, place_of
+from fxprune.export.gguf.archs import arch_named, candidates, general_archs, names_in_format, place_of
 from fxprune.export.gguf.choose import contents_for
 from fxprune.export.gguf.decoder import read_decoder
 from fxprune.export.gguf.file import export_gguf
+from fxprune.export.gguf.header import layers_differ, read_header
 from fxprune.export.gguf.layout import LAYOUTS, Layout, lay_out
 from fxprune.export.gguf.reference import logits_of
 from fxprune.export.gguf.tokenizer import copy_tokenizer, describe_tokenizer
@@ -49,6 +50,29 @@ def test_uniform_files_are_read_by_transformers_to_the_same_logits(tmp_path: Pat
     again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="slim.gguf", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(again(token_ids()).logits, model(token_ids()).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", [even("llama"), uneven("llama")], ids=["even", "uneven"])
+def test_a_header_says_what_the_reader_of_the_format_says(model: nn.Module, tmp_path: Path) -> None:
+    """Commands left a file with uneven layers to transformers, which named an architecture nobody had asked for."""
+    path = export_gguf(model, tmp_path / "slim.gguf", tokenizer=tokenizer(), quantization="f32")
+    told, header = gguf.GGUFReader(path).fields, read_header(path)
+    assert header == {name: told[name].contents() for name in header}
+    assert set(header) == {name for name in told if not name.startswith(("GGUF.", "tokenizer."))}
+    assert layers_differ(header) == (header["general.architecture"] in general_archs())
+
+
+@pytest.mark.parametrize("kept", [3, 6, 20, 40, 90])
+def test_a_file_that_is_cut_off_has_no_header(kept: int, tmp_path: Path) -> None:
+    path = export_gguf(even("llama"), tmp_path / "slim.gguf", tokenizer=tokenizer(), quantization="f32")
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="too early"):
+        read_header(path)
+    path.write_bytes(b"GGUF" + bytes([9, 0, 0, 0]) + bytes(kept))  # of a version to come
+    assert read_header(path) == {}
+    path.write_bytes(b"GGML" + bytes(kept))
+    with pytest.raises(ValueError, match="does not begin"):
+        read_header(path)
 
 
 def test_a_file_is_what_its_model_says_or_is_not_written(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -146,11 +145,9 @@ def test_quality_and_a_picture_are_there_where_they_are_given() -> None:
     assert "picture" not in full.to_dict()
 
 
-def test_a_browser_draws_the_page(result: fxprune.Result, tmp_path: Path) -> None:
+@pytest.mark.browser
+def test_a_browser_draws_the_page(result: fxprune.Result, tmp_path: Path, browser: str) -> None:
     """A screenshot with the colours of the charts, in light and in dark."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("there is no Chromium here to draw it; its structure is tested without")
     from PIL import Image
 
     result.write_report(tmp_path / "report.html")

@@ -12,7 +12,17 @@ from typing import Any
 
 import gguf
 
-__all__ = ["Arch", "arch_named", "candidates", "file_type", "joined", "name_elsewhere", "names_in_format", "place_of"]
+__all__ = [
+    "Arch",
+    "arch_named",
+    "candidates",
+    "file_type",
+    "general_archs",
+    "joined",
+    "name_elsewhere",
+    "names_in_format",
+    "place_of",
+]
 
 _BLOCK = "blk.{bid}."
 
@@ -103,6 +113,11 @@ def candidates(model_type: str) -> list[Arch]:
     data = _data()
     own = data["model_types"].get(model_type)
     return [arch_named(name) for name in dict.fromkeys([*([own] if own else []), *data["general"]])]
+
+
+def general_archs() -> tuple[str, ...]:
+    """Return the names of the architectures whose blocks may differ, which say models of several types."""
+    return tuple(_data()["general"])
 
 
 @functools.cache
