@@ -52,6 +52,9 @@ _OUTPUTS = 3
 _SUMS = {"first": 1, "mix": 2}
 """Numbers in four bytes that a Taylor expansion keeps of each weight, by its order."""
 
+_LEARNING = 5
+"""Copies of weights that are learned: themselves, gradients, two moments of these, and the best so far."""
+
 _LITTLE = 0.1
 """Part of the bytes of the weights that it keeps with little memory."""
 
@@ -264,5 +267,7 @@ def _numbers(step: Any, taken: int, sizes: Sizes) -> float:
 
 def _sums(step: Any, weights: Weights) -> float:
     """Bytes of what a pass keeps of each weight, at the most: where memory is short, it takes less and longer."""
+    if step.stage == "tune" and getattr(step, "weights", False):
+        return _LEARNING * weights.slim
     kept = _SUMS.get(getattr(step, "order", ""), 0)
     return (_LITTLE if getattr(step, "memory", "auto") == "low" else kept) * weights.dense if kept else 0.0
