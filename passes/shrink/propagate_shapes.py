@@ -18,6 +18,7 @@ from fxprune.graph.compat import (
     has_unbacked_sizes,
     tree_leaves,
 )
+from fxprune.graph.exporting import tidy_later
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, facts_of
 from fxprune.graph.inputs import example_of
 from fxprune.graph.shapes import ShapedCalls, calls_of, described, same_shapes, usable
@@ -55,7 +56,8 @@ class PropagateShapesPass(Pass):
         known = facts.get(ShapedCalls)
         calls = calls_of(graph_module.graph)
         alike = {name for name, call in calls.items() if known is not None and known.calls.get(name) == call}
-        with enable_python_dispatcher():  # symbolic sizes are only understood by the Python side of torch's dispatcher
+        # symbolic sizes are only understood by the Python side of torch's dispatcher
+        with tidy_later(), enable_python_dispatcher():
             _Shapes(graph_module, mode, alike, device).propagate_dont_convert_inputs(*inputs)
         facts.put(ShapedCalls(calls))
         facts.put(Shaped())
