@@ -1,4 +1,4 @@
-"""Runs without storage, under each attention implementation that has them: what stops a slim model, and no dense one."""
+"""Runs without storage under each attention implementation that has them: what stops a slim model, and no dense one."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def quiet(level: int = logging.ERROR) -> Iterator[None]:
 
 
 def _disable(level: int) -> None:
-    """Hide log messages up to ``level``; where they are hidden already, every logger is spared to forget what it knows."""
+    """Hide log messages up to ``level``; if they are hidden already, no logger has to forget what it shows."""
     if logging.root.manager.disable != level:
         logging.disable(level)
 

@@ -80,6 +80,7 @@ class _Shapes(FakeTensorProp):
         super().__init__(graph_module, mode)
         self._alike = alike
         self._device = device
+        self._weights: dict[object, torch.Tensor] = {}
         self._changed = set[fx.Node]()
         self._made: dict[object, tuple[Any, Any]] = {}
 
@@ -125,8 +126,11 @@ class _Shapes(FakeTensorProp):
             return value
         if self._seen_on(value) == value.device:
             return self._mode.from_tensor(value, static_shapes=True)
-        with self._mode:
-            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=self._device)
+        traits = value.shape, value.stride(), value.dtype
+        if traits not in self._weights:
+            with self._mode:
+                self._weights[traits] = torch.empty_strided(*traits[:2], dtype=value.dtype, device=self._device)
+        return self._weights[traits]
 
     def _seen_on(self, weight: torch.Tensor) -> torch.device:
         return self._device if weight.is_meta else weight.device
