@@ -20,6 +20,7 @@ from fxprune.discovery.norms import NORMS, KeptNorm, NormReport, find_norms
 from fxprune.discovery.roles import settle_experts
 from fxprune.discovery.zeros import follow_zeros
 from fxprune.graph.blocks import Blocks
+from fxprune.graph.exporting import tidy_later
 from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.graph.inputs import is_input
 from fxprune.graph.names import tensor_name
@@ -96,6 +97,7 @@ class AxisMap:
         return any(factor in factors(expr) for norm in self.norms for expr in norm.axes)
 
 
+@tidy_later()
 def dependency_graph(traced: Traced | fx.GraphModule, norm: str = "sliced") -> nx.Graph[Axis]:
     """The dependency graph of a traced model.
 

@@ -18,6 +18,7 @@ from fxprune.axes import Expr, Factor, Product, beside, factors
 from fxprune.discovery.dependency import AxisMap, axis_map
 from fxprune.discovery.kinds import DEFAULT_KINDS, EXACT, KINDS, Kind, as_kinds, bare_kind
 from fxprune.graph.blocks import owner_block
+from fxprune.graph.exporting import tidy_later
 from fxprune.graph.facts import Change, Fact
 from fxprune.graph.names import starred
 from fxprune.pipeline.shown import html_table
@@ -147,6 +148,7 @@ class Groups(Fact):
         return tuple(group for group in self.all if group.is_of(kinds))
 
 
+@tidy_later()
 def find_groups(graph: nx.Graph[Axis]) -> tuple[Group, ...]:
     """Every group of the model, in order of execution of their triggers; frozen ones are not among them.
 

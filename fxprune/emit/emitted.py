@@ -15,7 +15,9 @@ from fxprune.emit.judge import Judge
 from fxprune.emit.names import slim_name
 from fxprune.errors import CheckpointError
 from fxprune.graph.blocks import Blocks, within
+from fxprune.graph.exporting import tidy_later
 from fxprune.graph.facts import Fact, facts_of
+from fxprune.graph.silence import quiet
 from fxprune.graph.source import Constants, Source
 from fxprune.graph.tensors import copy_tensor, weights
 from fxprune.removal.norms import scaled_numbers
@@ -67,7 +69,8 @@ def emit_from_graph(
     judge = Judge(slim, dense, inputs)
     epsilons = find_places(slim.graph, dense, scaled_numbers(removal.axes, removal.keep))
     tensors, removed = _tensors(slim, source, removal), removal.removed_blocks
-    emission = emit(dense, tensors, removed, judge, _numbered(slim, removal), epsilons)
+    with tidy_later(), quiet():  # around all that is built and run: each of these alone costs more than a small block
+        emission = emit(dense, tensors, removed, judge, _numbered(slim, removal), epsilons)
     if emission.model is None or not epsilons.values:
         return emission
     names = {path: slim_name(path, removed) or path for path, _ in epsilons.values}

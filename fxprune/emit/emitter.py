@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fxprune.emit.assemble import Candidate, candidates_for
-from fxprune.emit.attention import implementations
+from fxprune.emit.dry_runs import DryRuns
 from fxprune.emit.epsilons import Places, driving_fields
 from fxprune.emit.layout import Layout, survey
 from fxprune.emit.load import (
@@ -21,7 +21,6 @@ from fxprune.emit.load import (
     left_on_meta,
     misfits,
     missing_modules,
-    run_on_meta,
     standins,
     suit_experts,
 )
@@ -106,12 +105,7 @@ def emit(
     if places.reasons:
         return Emission(None, places.reasons[:_MOST_REASONS])
     task = EmissionTask(model, layout, model_rebuilder(model, layout), wanted, removed, numbered or {}, places)
-    return _first_that_fits(task, tensors, agrees, _running(_same_class(twin)))
-
-
-def _running(twin: PreTrainedModel) -> Reasons:
-    """Return the attention implementations under which the dense model runs on ``meta``: slim ones have to as well."""
-    return tuple(name for name in implementations(twin) if run_on_meta(twin, implementation=name) is None)
+    return _first_that_fits(task, tensors, agrees, DryRuns(_same_class(twin)))
 
 
 def _same_class(twin: torch.nn.Module) -> PreTrainedModel:
@@ -132,23 +126,22 @@ def _refusals(model: PreTrainedModel, layout: Layout, tensors: Tensors, removed:
     return tuple(lines[:_MOST_REASONS])
 
 
-def _first_that_fits(task: EmissionTask, tensors: Tensors, agrees: Agrees | None, running: Sequence[str]) -> Emission:
+def _first_that_fits(task: EmissionTask, tensors: Tensors, agrees: Agrees | None, runs: DryRuns) -> Emission:
     """Return the first candidate that holds the tensors and agrees; those that fail on ``meta`` are tried last.
 
     Args:
         task: what is emitted.
         tensors: by dense name.
         agrees: the caller's judgement.
-        running: attention implementations under which the dense model runs on ``meta``, so that a candidate is expected
-            to.
+        runs: says how candidates run on ``meta``.
     """
     reasons: dict[str, None] = {}
     doubtful: list[Candidate] = []
     for candidate in _candidates(task):
-        failure = _failure(task, candidate, tensors, running)
+        failure = _failure(task, candidate, tensors, runs)
         if failure is not None:
             others = mended(candidate, task.wanted)
-            better = next((other for other in others if _failure(task, other, tensors, running) is None), None)
+            better = next((other for other in others if _failure(task, other, tensors, runs) is None), None)
             failure, candidate = (failure, candidate) if better is None else (None, better)
         if failure is not None:
             reasons.update(dict.fromkeys((*candidate.gaps, f"a candidate does not run: {failure}")))
@@ -205,15 +198,14 @@ def _renaming(task: EmissionTask) -> Rename:
     return lambda name: slim_name(name, task.removed)
 
 
-def _failure(task: EmissionTask, candidate: Candidate, tensors: Tensors, running: Sequence[str]) -> str | None:
+def _failure(task: EmissionTask, candidate: Candidate, tensors: Tensors, runs: DryRuns) -> str | None:
     """Return what stops a candidate on ``meta``; None where it runs there, or cannot be built at all."""
     rename = _renaming(task)
-    slim = build_on_meta(rebuild, task.model, candidate.recipe, task.layout) if running else None
-    if slim is None or isinstance(slim, Refusal) or _unfit(task, candidate, slim, tensors):
+    slim = build_on_meta(rebuild, task.model, candidate.recipe, task.layout)
+    if isinstance(slim, Refusal) or _unfit(task, candidate, slim, tensors):
         return None
     assign(slim, task.model, standins(tensors), rename)
-    failures = ((name, run_on_meta(slim, implementation=name)) for name in running)
-    return next((f"under {name} attention: {failure}" for name, failure in failures if failure is not None), None)
+    return runs.failure_of(slim)
 
 
 def _unfit(task: EmissionTask, candidate: Candidate, slim: PreTrainedModel, tensors: Tensors) -> Reasons:

@@ -12,6 +12,7 @@ from fxprune.emit.attention import attending, configs_of
 from fxprune.emit.meta import build_on_meta, on_meta
 from fxprune.emit.snapshot import shapes_of
 from fxprune.graph.attempts import Refusal
+from fxprune.graph.dry import WorkedOutOnce
 
 __all__ = [
     "Rename",
@@ -111,7 +112,10 @@ def run_on_meta(model: PreTrainedModel, samples: int = 1, implementation: str | 
     with on_meta():
         tokens = torch.zeros(samples, 5, dtype=torch.long)
     with attending(model, implementation or str(model.config._attn_implementation)) as taken:
-        result = build_on_meta(model.eval(), input_ids=tokens) if taken else None
+        with WorkedOutOnce():
+            result = build_on_meta(model.eval(), input_ids=tokens) if taken else None
+        if isinstance(result, Refusal):  # the word of a run in which nothing takes the place of an op is the last
+            result = build_on_meta(model, input_ids=tokens)
     return result if isinstance(result, Refusal) else None
 
 

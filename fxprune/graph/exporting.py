@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.fx import GraphModule, Node, Proxy
@@ -40,11 +41,16 @@ def as_exported() -> Iterator[None]:
 
 
 @contextmanager
-def compiled_later() -> Iterator[None]:
-    """Write the Python code of graphs that are made in this context once they are run, if they ever are."""
+def compiled_later() -> Iterator[WeakSet[GraphModule]]:
+    """Write the Python code of graphs that are made in this context once they are run, if they ever are.
+
+    Yields those whose code may not be written yet.
+    """
     recompile = GraphModule.recompile
+    waiting = WeakSet[GraphModule]()
 
     def later(graph_module: GraphModule) -> None:
+        waiting.add(graph_module)
         kind: Any = type(graph_module)
 
         def forward(self: GraphModule, *args: Any, **kwargs: Any) -> Any:
@@ -55,7 +61,7 @@ def compiled_later() -> Iterator[None]:
 
     GraphModule.recompile = later  # type: ignore[method-assign,assignment]
     try:
-        yield
+        yield waiting
     finally:
         GraphModule.recompile = recompile  # type: ignore[method-assign]
 

@@ -20,13 +20,19 @@ def quiet(level: int = logging.ERROR) -> Iterator[None]:
             are, what is printed about them is too; see :func:`unprinted`.
     """
     before = logging.root.manager.disable
-    logging.disable(max(before, level))
+    _disable(max(before, level))
     try:
         with warnings.catch_warnings(), unprinted() if level >= logging.ERROR else nullcontext():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        _disable(before)
+
+
+def _disable(level: int) -> None:
+    """Hide log messages up to ``level``; if they are hidden already, no logger has to forget what it shows."""
+    if logging.root.manager.disable != level:
+        logging.disable(level)
 
 
 @contextmanager

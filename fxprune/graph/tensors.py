@@ -29,9 +29,20 @@ __all__ = [
 def get_tensor(module: nn.Module, name: str) -> torch.Tensor:
     """The parameter or buffer ``name`` of ``module``."""
     owner, _, leaf = name.rpartition(".")
-    value = getattr(module.get_submodule(owner), leaf)
+    value = getattr(_submodule(module, owner), leaf)
     assert isinstance(value, torch.Tensor), f"{name} is not a tensor"
     return value
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module:
+    """Return what ``get_submodule`` does; where modules lie plainly inside each other, in a fraction of the time."""
+    inner = module
+    for part in path.split(".") if path else ():
+        child = inner._modules.get(part)
+        if child is None:
+            return module.get_submodule(path)
+        inner = child
+    return inner
 
 
 def set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:

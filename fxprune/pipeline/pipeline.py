@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from fxprune.errors import FxpruneError, PassError
+from fxprune.graph.exporting import compiled_later
 from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.graph.surroundings import neutral
 from fxprune.pipeline.arguments import flag, function, refuse
@@ -92,6 +93,8 @@ class PassSequence(Pass):
     def __call__(self, graph_module: fx.GraphModule, *, inplace: bool = False) -> PassResult:
         """Run all steps on ``graph_module``, or on one copy of it if one of them changes something.
 
+        The Python code of the graph is written once they are done; where a step runs the graph by it, before that.
+
         Raises:
             PassError: the order cannot work; nothing has been done then.
             FxpruneError: whatever a step raises, with a note that names the step.
@@ -99,9 +102,12 @@ class PassSequence(Pass):
         with neutral():
             flag("inplace", inplace)
             self.requires(graph_module)
-            if self.changes != "nothing" and not inplace:
-                return run_apart(self, self.call, graph_module)
-            return self.call(graph_module)
+            apart = self.changes != "nothing" and not inplace
+            with compiled_later() as waiting:
+                result = run_apart(self, self.call, graph_module) if apart else self.call(graph_module)
+            if result.graph_module in waiting:
+                result.graph_module.recompile()
+            return result
 
     def check_arguments(self) -> None:
         """Raise where the arguments of a step are not complete."""

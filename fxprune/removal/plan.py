@@ -58,7 +58,7 @@ class Plan:
                     if not isinstance(name, str) or type(axis) is not int:
                         raise _no_plan(place, "it is not by name and by number of an axis")
                     numbers = held if what == "kept" else [held]
-                    if not isinstance(numbers, list | tuple) or not all(type(i) is int for i in numbers):
+                    if not isinstance(numbers, list | tuple) or not {int}.issuperset(map(type, numbers)):
                         raise _no_plan(place, f"it is {told(held)}, not whole numbers")
         blocks: Any = self.removed_blocks
         if not isinstance(blocks, tuple) or not all(isinstance(block, str) for block in blocks):

@@ -18,6 +18,7 @@ from torch import nn
 
 from fxprune.graph.blocks import find_blocks
 from fxprune.graph.compat import tree_flatten, tree_leaves, tree_unflatten
+from fxprune.graph.dry import WorkedOutOnce
 from fxprune.graph.exporting import as_exported, unseen
 from fxprune.graph.silence import quiet
 from fxprune.trace.inputs import blank
@@ -143,7 +144,7 @@ def _run(
 ) -> None:
     with torch.device("meta"), as_exported(), quiet(), torch.no_grad():
         values = {name: blank(value, own, dtype) for name, value in inputs.items()}
-        with log, watch or nullcontext():
+        with WorkedOutOnce(), log, watch or nullcontext():
             result = twin(**values, **without_cache(twin))
     if watch is not None:
         watch.outside(result)

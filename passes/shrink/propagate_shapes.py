@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from fxprune.graph.compat import (
     has_unbacked_sizes,
     tree_leaves,
 )
+from fxprune.graph.exporting import tidy_later
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, facts_of
 from fxprune.graph.inputs import example_of
 from fxprune.graph.shapes import ShapedCalls, calls_of, described, same_shapes, usable
@@ -48,15 +49,16 @@ class PropagateShapesPass(Pass):
         leaves = tree_leaves(inputs)
         mode = next((value.fake_mode for value in leaves if hasattr(value, "fake_mode")), None) or fake_mode()
         mode.allow_non_fake_inputs = True
-        device = device_of(graph_module)
+        device = _place(graph_module, leaves)
         with mode:
             inputs = [example_of(v, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device)) for v in inputs]
         facts = facts_of(graph_module)
         known = facts.get(ShapedCalls)
         calls = calls_of(graph_module.graph)
         alike = {name for name, call in calls.items() if known is not None and known.calls.get(name) == call}
-        with enable_python_dispatcher():  # symbolic sizes are only understood by the Python side of torch's dispatcher
-            _Shapes(graph_module, mode, alike).propagate_dont_convert_inputs(*inputs)
+        # symbolic sizes are only understood by the Python side of torch's dispatcher
+        with tidy_later(), enable_python_dispatcher():
+            _Shapes(graph_module, mode, alike, device).propagate_dont_convert_inputs(*inputs)
         facts.put(ShapedCalls(calls))
         facts.put(Shaped())
         return PassResult(graph_module, False)
@@ -69,11 +71,16 @@ class _Shapes(FakeTensorProp):
         graph_module: the graph.
         mode: of its fake tensors.
         alike: the names of the nodes that are called as they were.
+        device: where weights without storage are said to be.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, mode: FakeTensorMode, alike: Set[str]) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, mode: FakeTensorMode, alike: Set[str], device: torch.device
+    ) -> None:
         super().__init__(graph_module, mode)
         self._alike = alike
+        self._device = device
+        self._weights: dict[object, torch.Tensor] = {}
         self._changed = set[fx.Node]()
         self._made: dict[object, tuple[Any, Any]] = {}
 
@@ -109,20 +116,41 @@ class _Shapes(FakeTensorProp):
             return False
         if n.op == "get_attr":
             value = self.fetch_attr(str(n.target))
-            return isinstance(value, torch.Tensor) and _is_of(value, known)
+            return isinstance(value, torch.Tensor) and _is_of(value, known, self._seen_on(value))
         return self._changed.isdisjoint(n.all_input_nodes)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Return a weight without its values."""
         value = super().get_attr(target, args, kwargs)
-        return self._mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
+        if not isinstance(value, torch.Tensor):
+            return value
+        if self._seen_on(value) == value.device:
+            return self._mode.from_tensor(value, static_shapes=True)
+        traits = value.shape, value.stride(), value.dtype
+        if traits not in self._weights:
+            with self._mode:
+                self._weights[traits] = torch.empty_strided(*traits[:2], dtype=value.dtype, device=self._device)
+        return self._weights[traits]
+
+    def _seen_on(self, weight: torch.Tensor) -> torch.device:
+        return self._device if weight.is_meta else weight.device
 
 
-def _is_of(weight: torch.Tensor, known: Any) -> bool:
-    """Whether what is known is the shape of this very weight."""
-    alike = ("shape", "dtype", "device")
+def _place(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> torch.device:
+    """Return where the graph computes: where its weights are, or where it was traced if they have no storage.
+
+    Values of a trace are said to be on the CPU. If they were looked for on ``meta``, none of them would stand.
+    """
+    device = device_of(graph_module)
+    if device.type != "meta":
+        return device
+    return next((leaf.device for leaf in inputs if isinstance(leaf, torch.Tensor)), device)
+
+
+def _is_of(weight: torch.Tensor, known: Any, device: torch.device) -> bool:
+    """Whether what is known is the shape of this very weight, which is said to be on ``device``."""
     return (
         isinstance(known, torch.Tensor)
-        and all(getattr(weight, trait) == getattr(known, trait) for trait in alike)
+        and (weight.shape, weight.dtype, device) == (known.shape, known.dtype, known.device)
         and weight.stride() == known.stride()
     )

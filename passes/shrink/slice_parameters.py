@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import fx, nn
 
@@ -105,7 +106,7 @@ def slice_tensor(tensor: torch.Tensor, kept: Mapping[int, list[int]]) -> torch.T
     """Return the kept indices of each axis, or a copy where all are kept; of a parameter, a parameter."""
     value = tensor.detach()
     for axis, index in kept.items():
-        value = value.index_select(axis, torch.tensor(index, device=value.device))
+        value = value.index_select(axis, torch.from_numpy(np.asarray(index, dtype=np.int64)).to(value.device))
     held = stored(value)
     return as_parameter(held, tensor) if kept or held is not value else copy_tensor(tensor)
 

@@ -46,8 +46,8 @@ def test_code_finds_that_it_is_exported_and_modes_see_no_calls() -> None:
 
 def test_code_of_a_graph_is_written_once_it_is_run() -> None:
     graph = torch.fx.symbolic_trace(Doubled()).graph
-    with compiled_later():
+    with compiled_later() as waiting:
         module = torch.fx.GraphModule(nn.Module(), graph)
-        assert not hasattr(module, "_code")
+        assert not hasattr(module, "_code") and set(waiting) == {module}
     assert torch.equal(module(torch.ones(3)), torch.full((3,), 2.0))
     assert "return" in module.code

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxprune.graph.facts import facts_of
 from fxprune.pipeline.pipeline import Pipeline, Ran
@@ -23,6 +24,19 @@ def test_passes_are_noted_in_order_and_one_inside_another_once() -> None:
     assert [spelling for _, spelling, _ in ran] == spellings
     assert [stage for stage, *_ in ran] == ["discover", "importance", "select", "prepare", "shrink"]
     assert all(seconds >= 0 for *_, seconds in ran) and Ran not in facts_of(dense)
+
+
+def test_the_code_of_a_graph_is_written_once_and_is_that_of_the_slim_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net(lambda m, x: m.b(m.a(x).view(-1, 3, 4).relu().flatten(1)), a=nn.Linear(10, 12), b=nn.Linear(12, 5))
+    dense = trace(net, {"x": torch.randn(2, 10)}).graph_module
+    before, written = dense.code, list[fx.GraphModule]()
+    recompile = fx.GraphModule.recompile
+    monkeypatch.setattr(fx.GraphModule, "recompile", lambda self: written.append(self) or recompile(self))
+    slim = Pipeline("find-groups, l2, select-by-ratio{ratio=0.3, protect=()}, shrink")(dense).graph_module
+    assert written == [slim] and dense.code == before and slim.code != before
+    assert slim(torch.randn(2, 10)).shape == (2, 5) and written == [slim]
+    inner = Pipeline("(find-groups, l2, select-by-ratio{ratio=0.3, protect=()}, shrink), count-work")(dense)
+    assert inner.graph_module.code == slim.code and written == [slim, inner.graph_module]
 
 
 def test_a_long_spelling_is_cut() -> None:

@@ -325,6 +325,26 @@ def test_of_blocks_that_lost_as_much_one_is_looked_at(monkeypatch: pytest.Monkey
     assert counts[0] == counts[1]
 
 
+def test_without_storage_what_stands_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of a trace are said to be on the CPU: worked out on ``meta``, none stood, and all were looked at again."""
+    looked = dict[str, list[str]]()
+    run_node = FakeTensorProp.run_node
+    options = {"importance": "random", "group_ratio": 0.34, "protect": (), "kinds": "mlp", "verify": False}
+    model, shapes = tiny("llama"), {}
+    for device in ("cpu", "meta"):
+        seen = looked.setdefault(device, [])
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                FakeTensorProp, "run_node", lambda self, n, seen=seen: seen.append(n.name) or run_node(self, n)
+            )
+            slim = fxprune.prune(model.to(device), **options).graph_module
+        shapes[device] = shapes_of(slim)
+        leaves = [leaf for node in slim.graph.nodes for leaf in tree_leaves(node.meta.get("val"))]
+        assert {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)} == {"cpu"}
+    assert looked["meta"] == looked["cpu"] and "cos" not in looked["meta"]
+    assert shapes["meta"] == shapes["cpu"]
+
+
 def _unknown(value: object) -> object:
     raise TypeError(f"cannot describe {value}")
 
