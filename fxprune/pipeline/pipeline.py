@@ -103,10 +103,14 @@ class PassSequence(Pass):
             flag("inplace", inplace)
             self.requires(graph_module)
             apart = self.changes != "nothing" and not inplace
-            with compiled_later() as waiting:
-                result = run_apart(self, self.call, graph_module) if apart else self.call(graph_module)
-            if result.graph_module in waiting:
-                result.graph_module.recompile()
+            made = graph_module
+            try:
+                with compiled_later() as waiting:
+                    result = run_apart(self, self.call, graph_module) if apart else self.call(graph_module)
+                made = result.graph_module
+            finally:  # where a step raised, too: what it left behind is the caller's graph
+                if made in waiting:
+                    made.recompile()
             return result
 
     def check_arguments(self) -> None:

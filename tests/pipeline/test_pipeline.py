@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch import fx, nn
 
+from fxprune.errors import PassError
 from fxprune.graph.facts import facts_of
+from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.pipeline.pipeline import Pipeline, Ran
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Removal
 from fxprune.trace import trace
 from tests.oracle import Net
+
+CUT = "find-groups, l2, select-by-ratio{ratio=0.3, protect=()}, shrink"
 
 
 def test_passes_are_noted_in_order_and_one_inside_another_once() -> None:
@@ -32,11 +36,34 @@ def test_the_code_of_a_graph_is_written_once_and_is_that_of_the_slim_one(monkeyp
     before, written = dense.code, list[fx.GraphModule]()
     recompile = fx.GraphModule.recompile
     monkeypatch.setattr(fx.GraphModule, "recompile", lambda self: written.append(self) or recompile(self))
-    slim = Pipeline("find-groups, l2, select-by-ratio{ratio=0.3, protect=()}, shrink")(dense).graph_module
+    slim = Pipeline(CUT)(dense).graph_module
     assert written == [slim] and dense.code == before and slim.code != before
     assert slim(torch.randn(2, 10)).shape == (2, 5) and written == [slim]
-    inner = Pipeline("(find-groups, l2, select-by-ratio{ratio=0.3, protect=()}, shrink), count-work")(dense)
+    inner = Pipeline(f"({CUT}), count-work")(dense)
     assert inner.graph_module.code == slim.code and written == [slim, inner.graph_module]
+
+
+class Stop(Pass):
+    """A pass that raises."""
+
+    name = "stop"
+    stage = "verify"
+    changes = "nothing"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Raise."""
+        raise PassError("it stops", where="stop", remedy="Leave it out")
+
+
+def test_where_a_step_raises_in_place_the_code_is_that_of_the_graph() -> None:
+    net = Net(lambda m, x: m.b(m.a(x).view(-1, 3, 4).relu().flatten(1)), a=nn.Linear(10, 12), b=nn.Linear(12, 5))
+    dense = trace(net, {"x": torch.randn(2, 10)}).graph_module
+    before = dense.code
+    with pytest.raises(PassError, match="it stops"):
+        Pipeline([Pipeline(CUT), Stop()])(dense, inplace=True)
+    left = dense.code
+    dense.recompile()
+    assert left == dense.code != before
 
 
 def test_a_long_spelling_is_cut() -> None:
