@@ -20,7 +20,7 @@ ARGS ?=
 CASES ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo recover-demo test fuzz package lint format type bench bench-criteria bench-quality bench-reference bench-recover bench-discovery coverage families results pictures docs clean
+.PHONY: help setup demo recover-demo test fuzz package lint format type bench bench-criteria bench-quality bench-reference bench-recover bench-discovery bench-memory bench-norms coverage families results pictures docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -80,6 +80,12 @@ bench-recover: $(STAMP) ## Recovery of the demo model on rows of your own: ARGS=
 
 bench-discovery: $(STAMP) ## Time and memory of discovery at 7B, 70B and 405B, beside Torch-Pruning
 	$(RUN) -m benchmarks.discovery $(ARGS)
+
+bench-memory: $(STAMP) ## Time and memory of exact Taylor scores beside plain training, on a model of 1.1 billion parameters
+	$(RUN) -m benchmarks.score_memory $(ARGS)
+
+bench-norms: $(STAMP) ## Norms over units that go: kept as masking has them, or averaging over what is left
+	$(RUN) -m benchmarks.norms $(ARGS)
 
 coverage: $(STAMP) ## Examine every model type of transformers, write docs/coverage.md (ARGS="TYPE ..." does some anew)
 	$(call threaded,1) -m tests.coverage_table --workers $(THREADS) $(ARGS)

@@ -151,7 +151,9 @@ def _samples(passes: tuple[Any, ...], values: Mapping[str, Any]) -> tuple[int, i
         with open(file, encoding="utf-8") as rows:
             return sum(1 for row in rows if row.strip()), _TOKENS
     tokens = values["tokens"] or (getattr(reader, "tokens", _TOKENS) if values["calibration"] is None else _TOKENS)
-    return there_are(values, tokens) if reader is not None else 1, tokens
+    there = there_are(values, tokens) if reader is not None else 1
+    most = getattr(reader, "built_in", None) if values["calibration"] is None else None
+    return min(there, most or there), tokens
 
 
 def _counted(graph_module: Any) -> int | None:

@@ -35,6 +35,7 @@ class CalibratePass(Pass):
             prose of one kind; text like what the model is to be used on does better.
         tokens: of a sample of the built-in text.
         samples: how many to take, evenly spread; None for all.
+        built_in: the same of the built-in text alone, which has hundreds; None for all.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -47,12 +48,14 @@ class CalibratePass(Pass):
     tokenizer: Any = field(default=None, metadata={"spelled": False})
     tokens: int = 128
     samples: int | None = None
+    built_in: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense, and what turns no text into ids."""
         object.__setattr__(self, "tokens", whole_number("tokens", self.tokens, least=2))
-        if self.samples is not None:
-            object.__setattr__(self, "samples", whole_number("samples", self.samples, least=1))
+        for name in ("samples", "built_in"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
         check_tokenizer(self.tokenizer)
 
     def check_arguments(self) -> None:
@@ -82,7 +85,8 @@ class CalibratePass(Pass):
             data = self.data if self.data is not None else read_rows(self.file)
         else:
             windows = token_windows(self.tokenizer, offline_text(), self.tokens)
-            data = windows[list(spread(range(len(windows)), self.samples))]
+            few = min(filter(None, (self.samples, self.built_in)), default=None)
+            data = windows[list(spread(range(len(windows)), few))]
             add_note(graph_module, _BUILT_IN)
         facts_of(graph_module).put(Calibration(spread(read_calibration(data, graph_module), self.samples)))
         return PassResult(graph_module, False)

@@ -19,6 +19,7 @@ from fxprune.removal.report import Work
 from fxprune.trace import trace
 from tests.models import tiny, token_ids
 from tests.oracle import Net
+from tests.tokens import character_tokenizer
 
 
 def test_calibrate_reads_rows_from_a_call_or_a_file(tmp_path: Path) -> None:
@@ -45,6 +46,15 @@ def test_calibrate_refuses_files_of_another_form(text: str, tmp_path: Path) -> N
         with pytest.raises(CalibrationError):
             step(dense)
     assert Calibration not in facts_of(dense)
+
+
+@pytest.mark.parametrize(("arguments", "count"), [({"built_in": 3}, 3), ({"built_in": 5, "samples": 2}, 2)])
+def test_of_the_built_in_text_a_recipe_may_take_less(arguments: dict[str, int], count: int) -> None:
+    graph_module = trace(tiny("llama", vocab_size=300), {"input_ids": token_ids(2, 8)}).graph_module
+    found = CalibratePass(tokenizer=character_tokenizer(), tokens=16, **arguments)(graph_module).graph_module
+    assert len(facts_of(found)[Calibration].samples) == count
+    given = CalibratePass(data=token_ids(9, 8), tokenizer=character_tokenizer(), built_in=3)(graph_module).graph_module
+    assert len(facts_of(given)[Calibration].samples) == 9
 
 
 def test_count_work_counts_parameters_and_macs() -> None:
