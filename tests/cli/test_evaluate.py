@@ -62,7 +62,7 @@ def test_a_model_without_a_tokenizer_has_that_of_the_dense_one(models: Path, tmp
     code, output, line = run("eval", tmp_path / "slim", "--compare", models / "dense", *more)
     assert code == 0, line
     assert output.startswith('{ "settings"')
-    assert "cannot be loaded" in refused("eval", tmp_path / "slim", *more)
+    assert "its tokenizer cannot be read" in refused("eval", tmp_path / "slim", *more)
 
 
 def test_wrong_uses_end_in_one_line(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
