@@ -88,8 +88,8 @@ class FitPass(Pass):
         batches = list(stacked(samples, graph_module, self.batch))
         run = SideBySide(graph_module, removal.axes, removal.keep, removal.removed_blocks, batches)
         for node, site in sites.items():
-            for value in site.held:
-                run.hold(value, node)
+            for held in site.held:
+                run.hold(held, node)
         with torch.no_grad():
             wanted = (sites[node] for node in run if node in sites)
             # the range comes first, so that the graph is not run on after the last weight

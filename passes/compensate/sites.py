@@ -77,10 +77,11 @@ class Site:
     @property
     def kept(self) -> torch.Tensor:
         """Which inputs of the matrices stay: the channels, at each tap where there are taps."""
-        taps = math.prod(self.weight.meta["val"].shape[i] for i in _order(self.product)[2:])
         if not isinstance(self.product, SlidingProduct):
             return self.channels
-        return (self.channels[:, None] * taps + torch.arange(taps, device=self.channels.device)).flatten()
+        taps = math.prod(int(self.weight.meta["val"].shape[i]) for i in self.product.order[2:])
+        places = self.channels[:, None] * taps + torch.arange(taps, device=self.channels.device)
+        return places.flatten()
 
     def matrices(self, graph_module: fx.GraphModule) -> torch.Tensor:
         """The weight in float32 at least, as ``(matrices, out, in)``."""
