@@ -46,6 +46,13 @@ class UntouchedRun(fx.Interpreter):
         """Return a weight; the same copy of it at every place where it is written to."""
         return self._copied(str(target), super().get_attr(target, args, kwargs))
 
+    def keep_until(self, value: fx.Node, user: fx.Node) -> None:
+        """Free ``value`` no earlier than after ``user``."""
+        last = next((node for node, freed in self.user_to_last_uses.items() if value in freed), None)
+        if last is not None and last < user:
+            self.user_to_last_uses[last].remove(value)
+            self.user_to_last_uses.setdefault(user, []).append(value)
+
     def _copied(self, name: str, value: Any) -> Any:
         if name not in self._written:
             return value
@@ -116,14 +123,7 @@ class MaskedRun(PreciseRun):
                 self.statistics[name] = Keep(units)
         self.scaled = scaled_weights(axes, keep)
         for target, source in self.bypassed.items() if garbage_collect_values else ():
-            self._keep_until(self.nodes[source], self.nodes[target])
-
-    def _keep_until(self, value: fx.Node, user: fx.Node) -> None:
-        """Free ``value`` no earlier than after ``user``, which passes it on instead of what it would compute."""
-        last = next((node for node, freed in self.user_to_last_uses.items() if value in freed), None)
-        if last is not None and last < user:
-            self.user_to_last_uses[last].remove(value)
-            self.user_to_last_uses.setdefault(user, []).append(value)
+            self.keep_until(self.nodes[source], self.nodes[target])  # which passes it on
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Return an input; its sizes, other than the traced ones perhaps, are those of its axes in this run."""

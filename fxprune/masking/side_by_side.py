@@ -63,9 +63,15 @@ class SideBySide:
         """Whether both values of ``node`` are there."""
         return node in self.dense[0].env and node in self.masked[0].env
 
-    def read_again(self, weight: fx.Node) -> None:
-        """Read a weight, changed after they had read it, again in the masked runs."""
-        self._step(self.masked, weight)
+    def hold(self, value: fx.Node, user: fx.Node) -> None:
+        """Free ``value`` no earlier than after ``user``; to be said before the first node is run."""
+        for run in (*self.dense, *self.masked):
+            run.keep_until(value, user)
+
+    def read_again(self, *nodes: fx.Node) -> None:
+        """Run nodes again in the masked runs: a weight, changed after they had read it, and what is picked from it."""
+        for node in nodes:
+            self._step(self.masked, node)
 
     def _step(self, runs: Sequence[fx.Interpreter], node: fx.Node) -> None:
         for run in runs:

@@ -28,7 +28,7 @@ from fxprune.pipeline.words import REACHES
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 
-from .sites import Site, find_sites, targets
+from .sites import Site, find_sites, tokens
 
 __all__ = ["FitPass", "pairs"]
 
@@ -87,6 +87,9 @@ class FitPass(Pass):
         samples = own(spread(facts[Calibration].samples, self.samples))
         batches = list(stacked(samples, graph_module, self.batch))
         run = SideBySide(graph_module, removal.axes, removal.keep, removal.removed_blocks, batches)
+        for node, site in sites.items():
+            for held in site.held:
+                run.hold(held, node)
         with torch.no_grad():
             wanted = (sites[node] for node in run if node in sites)
             # the range comes first, so that the graph is not run on after the last weight
@@ -94,6 +97,7 @@ class FitPass(Pass):
                 for node, value in self._recalled(graph_module, site, run).items():
                     put_values(graph_module, str(node.target), value)
                     run.read_again(node)
+                run.read_again(*site.behind)
         add_note(graph_module, f"{len(sites)} weights were fitted by {self.name.replace('-', ' ')}")
         return PassResult(graph_module, True)
 
@@ -119,16 +123,15 @@ class FitPass(Pass):
         """
 
 
-def pairs(site: Site, run: SideBySide) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield for each batch the kept inputs ``(tokens, in)`` in the masked graph and what is wanted ``(tokens, out)``.
+def pairs(site: Site, run: SideBySide) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield for each batch, and each matrix of the weight that has tokens there, what :func:`.sites.tokens` yields.
 
     Raises:
         CalibrationError: one of them is not finite.
     """
-    for (_, x), y in zip(run.values(site.product.source), targets(site, run), strict=True):
-        X = x[..., site.kept].flatten(0, -2)
+    for matrix, X, y in tokens(site, run):
         if not (X.isfinite().all() and y.isfinite().all()):
             raise CalibrationError(
                 "its inputs or outputs are not finite", where=site.name, remedy="Check the weights and the samples"
             )
-        yield X, y
+        yield matrix, X, y

@@ -15,7 +15,7 @@ from fxprune.masking.side_by_side import SideBySide
 from fxprune.pipeline.arguments import flag, number
 
 from .base import FitPass, pairs
-from .moments import Damping, Moments, best_damping
+from .moments import Damping, Stack, best_damping
 from .sites import Site
 
 __all__ = ["LeastSquaresPass"]
@@ -36,8 +36,14 @@ class LeastSquaresPass(FitPass):
     that the product adds moves with it, as the weight of one more input that is always 1 and is not held back: it
     takes up the mean of what went.
 
-    Weights that are used more than once, or that no plain product reads, stay as they are: those of convolutions and
-    of experts side by side. Names and shapes stay the same.
+    Of matrices that lie side by side in one weight, as those of experts do, each is fitted to what the same matrix
+    gives in the dense graph, its *own* output and not what a sum lacks, on the tokens that reach it in both graphs. All
+    share one ``d``, and ``R`` is what a matrix has on average: the fewer tokens reach one, the more its old columns
+    count, and where none does it stays. Biases of experts stay. In a convolution each channel at each tap is an input.
+
+    Weights that are used more than once, or that no plain product reads, stay as they are: those of convolutions in
+    groups, and of experts whose tokens are sorted into runs of a length that depends on the data. Names and shapes stay
+    the same.
 
     Source: He, Zhang, Sun, "Channel Pruning for Accelerating Very Deep Neural Networks" (arXiv 1707.06168), sections
     3.1 (equation 1 for given channels) and 3.3 (residual branches); the bias after An et al., "Fluctuation-based
@@ -72,28 +78,24 @@ class LeastSquaresPass(FitPass):
 
     def fitted(self, graph_module: fx.GraphModule, site: Site, run: SideBySide) -> Mapping[fx.Node, torch.Tensor]:
         """Return the weight, and the bias where there is one, that give what is wanted as nearly as they can."""
-        product = site.product
-        W = get_tensor(graph_module, product.name).detach()
-        W = W.to(torch.promote_types(W.dtype, torch.float32))
-        W = W if product.axis == 1 else W.T
-        w = W[:, site.kept]
-        added = product.added if self.bias and product.bias is not None else None
-        front, back = Moments.of(w, added is not None), Moments.of(w, added is not None)
-        for X, y in pairs(site, run):
-            D = y - X @ w.T
+        W = site.matrices(graph_module)
+        w = W[..., site.kept]
+        added = site.bias if self.bias else None
+        front, back = Stack.of(w, added is not None), Stack.of(w, added is not None)
+        for matrix, X, y in pairs(site, run):
+            D = y - X @ w[matrix].T
             parts = max(1, len(X) * 3 // 4)
-            front.add(X[:parts], D[:parts])
-            back.add(X[parts:], D[parts:])
+            front.of_each[matrix].add(X[:parts], D[:parts])
+            back.of_each[matrix].add(X[parts:], D[parts:])
         front, back = front.over_all(), back.over_all()
         if not (front.finite() and back.finite()):
             raise CalibrationError(
                 "its inputs or outputs are too large", where=site.name, remedy="Check the weights and the samples"
             )
         damping = best_damping(front, back) if self.damping is None else Damping(self.damping, self.each)
-        change = front.plus(back).solve(damping).T.to(w.dtype)
-        W = W.index_copy(1, site.kept, w + change[:, : w.shape[1]])
-        found = {product.weight: W if product.axis == 1 else W.T}
+        change = front.plus(back).solve(damping).mT.to(w.dtype)
+        found = {site.weight: site.weight_of(W.index_copy(2, site.kept, w + change[..., : w.shape[2]]))}
         if added is not None:
             old = get_tensor(graph_module, str(added.target)).detach()
-            found[added] = (old.to(change.dtype) + change[:, -1]).to(old.dtype)
+            found[added] = (old.to(change.dtype) + change[0, :, -1]).to(old.dtype)
         return found

@@ -9,7 +9,7 @@ import torch
 
 from fxprune.data.ranks import add_up
 
-__all__ = ["Damping", "Moments", "best_damping"]
+__all__ = ["Damping", "Moments", "Stack", "best_damping"]
 
 _LADDER = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _FIRST = 3
@@ -70,11 +70,16 @@ class Moments:
         """Whether every number is one."""
         return bool(self.square.isfinite().all() and self.product.isfinite().all())
 
-    def solve(self, damping: Damping) -> torch.Tensor:
-        """The change of the weight, transposed: ``(in, out)``; none where the damping is infinite."""
+    def solve(self, damping: Damping, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """The change of the weight, transposed: ``(in, out)``; none where the damping is infinite.
+
+        Args:
+            damping: how much it is held back.
+            scale: the squares ``(in,)`` that the damping is in units of; None for those of these tokens.
+        """
         if damping.strength == float("inf"):
             return torch.zeros_like(self.product)
-        damped, own = self.square.clone(), self.square.diagonal()
+        damped, own = self.square.clone(), self.square.diagonal() if scale is None else scale
         inputs = own[: len(own) - self.free]
         ridge = own.clone() if damping.each else torch.full_like(own, float(inputs.mean()))
         if self.free:
@@ -88,7 +93,49 @@ class Moments:
         return float(((self.square @ change - 2 * self.product) * change).sum())
 
 
-def best_damping(front: Moments, back: Moments) -> Damping:
+@dataclass(frozen=True)
+class Stack:
+    """The moments of matrices side by side, each with tokens of its own.
+
+    All are held back by what a matrix has on average, so that one with few tokens stays nearer to what it was, and one
+    with none as it was.
+
+    Args:
+        of_each: of each matrix.
+    """
+
+    of_each: tuple[Moments, ...]
+
+    @classmethod
+    def of(cls, weights: torch.Tensor, free: bool = False) -> Stack:
+        """Of no tokens yet, for weights ``(matrices, out, in)``, and a constant beside their inputs where ``free``."""
+        return cls(tuple(Moments.of(weight, free) for weight in weights))
+
+    def over_all(self) -> Stack:
+        """Of the tokens of all processes, where several share the samples."""
+        return Stack(tuple(moments.over_all() for moments in self.of_each))
+
+    def plus(self, other: Stack) -> Stack:
+        """Of the tokens of both."""
+        return Stack(tuple(a.plus(b) for a, b in zip(self.of_each, other.of_each, strict=True)))
+
+    def finite(self) -> bool:
+        """Whether every number is one."""
+        return all(moments.finite() for moments in self.of_each)
+
+    def solve(self, damping: Damping) -> torch.Tensor:
+        """The changes of the weights, each transposed: ``(matrices, in, out)``."""
+        squares = torch.stack([moments.square.diagonal() for moments in self.of_each])
+        reached = squares.any(dim=1)
+        scale = squares.sum(dim=0) / reached.sum().clamp(min=1)
+        return torch.stack([moments.solve(damping, scale) for moments in self.of_each])
+
+    def error(self, change: torch.Tensor) -> float:
+        """The squared error on these tokens after a change of the weights, less the error without it."""
+        return sum(moments.error(part) for moments, part in zip(self.of_each, change, strict=True))
+
+
+def best_damping(front: Moments | Stack, back: Moments | Stack) -> Damping:
     """Return the damping with which a fit on ``front`` does best on ``back``; infinite where none does better than 0.
 
     Of each kind the strengths are tried from the middle of the ladder on, in the direction that gets better.
@@ -99,7 +146,7 @@ def best_damping(front: Moments, back: Moments) -> Damping:
     return min(tried, key=lambda pair: pair[0])[1]
 
 
-def _climb(front: Moments, back: Moments, each: bool) -> Iterator[tuple[float, Damping]]:
+def _climb(front: Moments | Stack, back: Moments | Stack, each: bool) -> Iterator[tuple[float, Damping]]:
     def error(place: int) -> float:
         return back.error(front.solve(Damping(_LADDER[place], each)))
 

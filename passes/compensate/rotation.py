@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxprune.graph.tensors import get_tensor
 from fxprune.masking.side_by_side import SideBySide
 from fxprune.pipeline.arguments import number
 
@@ -29,6 +28,7 @@ class RotationPass(FitPass):
     column changes, so it cannot overfit as much as a free fit does, and does with fewer samples.
 
     As with ``least-squares``, ``Y`` is what the sum lacks where the product is added to another value; biases stay.
+    Matrices side by side, as those of experts, have a rotation each, from the tokens that reach them.
 
     Source: "Rotation-Constrained Error Update" (RCPU), the orthogonal Procrustes problem; Schönemann, "A generalized
     solution of the orthogonal Procrustes problem", Psychometrika 1966.
@@ -53,18 +53,18 @@ class RotationPass(FitPass):
 
     def fitted(self, graph_module: fx.GraphModule, site: Site, run: SideBySide) -> Mapping[fx.Node, torch.Tensor]:
         """Return the weight, turned."""
-        W = get_tensor(graph_module, site.name).detach()
-        W = W.to(torch.promote_types(W.dtype, torch.float32))
-        W = W if site.product.axis == 1 else W.T
-        w = W[:, site.kept]
-        both = W.new_zeros(len(W), len(W), dtype=torch.float64)
-        scale = 0.0
-        for X, y in pairs(site, run):
-            Z = X @ w.T
-            both += y.T @ Z
-            scale += float(Z.square().sum()) / len(W)
-        # the tiny number keeps outputs that are all zero as they are
-        both.diagonal().add_(self.damping * scale + torch.finfo(torch.float32).tiny)
-        left, _, right = torch.linalg.svd(both)
-        W = W.index_copy(1, site.kept, (left @ right).to(w.dtype) @ w)
-        return {site.product.weight: W if site.product.axis == 1 else W.T}
+        W = site.matrices(graph_module)
+        w = W[..., site.kept]
+        both = W.new_zeros(len(W), W.shape[1], W.shape[1], dtype=torch.float64)
+        scale = both.new_zeros(len(W))
+        for matrix, X, y in pairs(site, run):
+            Z = X @ w[matrix].T
+            both[matrix] += y.T @ Z
+            scale[matrix] += Z.square().sum() / W.shape[1]
+        held = float(scale.sum()) / max(1, int(scale.count_nonzero()))
+        turned = w.clone()
+        for matrix in scale.nonzero().flatten().tolist():
+            both[matrix].diagonal().add_(self.damping * held)
+            left, _, right = torch.linalg.svd(both[matrix])
+            turned[matrix] = (left @ right).to(w.dtype) @ w[matrix]
+        return {site.weight: site.weight_of(W.index_copy(2, site.kept, turned))}

@@ -52,3 +52,15 @@ def test_a_weight_that_changed_is_read_again() -> None:
                 ((_, seen),) = both.values(node.args[0])
     assert seen is not None
     assert torch.allclose(seen, dense.get_parameter("b.bias").expand(2, 2))
+
+
+def test_a_value_is_held_until_a_later_node_has_run() -> None:
+    _, _, both = beside([{"x": torch.randn(2, 3)}])
+    by_name = {str(node.target): node for node in both.graph.nodes}
+    weight = by_name["a.weight"]
+    (product,) = weight.users
+    behind = next(iter(product.users))
+    both.hold(weight, behind)
+    with torch.no_grad():
+        for node in both:
+            assert both.has(weight) == (weight < node < behind or node is behind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fxprune.passes.compensate.moments import Damping, Moments, best_damping
+from fxprune.passes.compensate.moments import Damping, Moments, Stack, best_damping
 
 
 def moments(seed: int, tokens: int, noise: float) -> Moments:
@@ -39,3 +39,20 @@ def test_infinite_damping_changes_nothing() -> None:
     found = moments(0, 20, 1.0)
     assert not found.solve(Damping(float("inf"))).any() and found.error(found.solve(Damping(float("inf")))) == 0
     assert best_damping(found, moments(2, 20, 0.0)).strength < float("inf")
+
+
+def test_matrices_with_few_tokens_are_held_back_more() -> None:
+    """All by what a matrix has on average; one with none stays, and one alone is as without the others."""
+    few, many, none = moments(0, 3, 0.01), moments(0, 60, 0.01), Moments.of(torch.zeros(1, 4))
+    stack = Stack((few, many, none))
+    for each in (False, True):
+        damping = Damping(1.0, each)
+        change = stack.solve(damping)
+        assert float(change[0].norm()) < float(few.solve(damping).norm())
+        assert float(change[1].norm()) > float(many.solve(damping).norm())
+        assert not change[2].any()
+        assert torch.equal(Stack((few,)).solve(damping)[0], few.solve(damping))
+        assert stack.error(change) == few.error(change[0]) + many.error(change[1])
+    both = stack.plus(Stack((none, few, none)))
+    assert torch.equal(both.of_each[1].square, many.square + few.square) and both.finite()
+    assert best_damping(stack, Stack((moments(3, 3, 0.01), moments(1, 60, 0.01), none))).strength < float("inf")
