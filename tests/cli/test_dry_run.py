@@ -117,7 +117,7 @@ def test_what_is_kept_on_disk_is_not_tuned() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "measured"), [("fast", 1.7e9), ("balanced", 3.0e9), ("best", 3.2e9), ("llm-pruner", 2.3e9)]
+    ("recipe", "measured"), [("fast", 1.7e9), ("balanced", 3.0e9), ("best", 4.5e9), ("llm-pruner", 2.3e9)]
 )
 def test_memory_is_about_what_was_measured(recipe: str, measured: float) -> None:
     """It left out what samples take: 1.5 GB were expected of ``balanced``, which took twice that."""
