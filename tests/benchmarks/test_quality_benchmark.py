@@ -67,7 +67,7 @@ def test_it_measures_each_entry_once_and_prints_the_protocol(small: Path, monkey
     data = json.loads(quality.RESULTS.read_text())
     assert [row["entry"] for row in data["rows"]] == ["dense", "l1", "l2"]
     assert set(data["rows"][1]["perplexities"]) == {"other.txt", "some/test.txt"}
-    assert data["rows"][1]["passes"].startswith("calibrate\nfind-groups\nl1\nselect-by-ratio{ratio=0.1}")
+    assert data["rows"][1]["passes"].startswith("calibrate{built_in=10}\nfind-groups\nl1\nselect-by-ratio{ratio=0.1}")
     page = quality_page(data)
     assert "## 10% of the parameters" in page and page.count("| x") >= 2 and "| l1 | " in page
 
