@@ -33,7 +33,8 @@ _START = 0
 """Seed of the numbers that low-rank factors start from."""
 
 CAREFUL = 0.2
-"""Parameters of one axis move a fifth as fast as scales: what a norm multiplies, all of the stream behind it has."""
+"""Parameters of one axis move a fifth as fast as scales: what a norm multiplies, all of the stream behind it has. So do
+weights that are learned themselves, each by its own size."""
 
 
 @dataclass(frozen=True)
@@ -209,9 +210,9 @@ def tuned_products(graph_module: fx.GraphModule, removal: Removal, everywhere: b
 
 def single_axes(graph_module: fx.GraphModule) -> Iterator[str]:
     """Yield the names of the parameters of one axis, such as those of norms and biases, that have no second name."""
-    names = [name for name, tensor in weights(graph_module) if _of_one_axis(tensor)]
-    uses = Counter(id(get_tensor(graph_module, name)) for name in names)
-    yield from (name for name in names if uses[id(get_tensor(graph_module, name))] == 1)
+    found = [(name, id(tensor)) for name, tensor in weights(graph_module) if _of_one_axis(tensor)]
+    names = Counter(tensor for _, tensor in found)
+    yield from (name for name, tensor in found if names[tensor] == 1)
 
 
 def _of_one_axis(tensor: torch.Tensor) -> bool:
