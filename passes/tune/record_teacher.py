@@ -12,9 +12,12 @@ from torch import fx
 from fxprune.data.calibration import Calibration, Sample, batched, spread
 from fxprune.data.samples import check_kind, read_calibration
 from fxprune.data.text import check_tokenizer, offline_docstrings, token_windows
+from fxprune.data.written import can_write, write_samples
 from fxprune.errors import CalibrationError
-from fxprune.graph.facts import Change, Fact, Runnable, facts_of
+from fxprune.graph.attempts import Refusal, attempt
+from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
 from fxprune.graph.precision import autocast, narrowed
+from fxprune.graph.source import Source
 from fxprune.graph.tensors import device_of, require_weights
 from fxprune.masking.masked_run import UntouchedRun
 from fxprune.pipeline.arguments import PRECISIONS, one_of, whole_number
@@ -28,8 +31,13 @@ __all__ = ["RecordTeacherPass"]
 _HELD = 16
 """Held-out samples: two thousand tokens tell whether a model gets better, and cost little each time they are read."""
 
+_START = 2
+"""Tokens of a calibration sample that one which the model writes begins with: more, and it would be about the same."""
+
 _SHARE = 8
 """Without a text of another kind, one in so many calibration samples is held out."""
+
+_ALONE = "tuning learns from the samples given alone"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +47,13 @@ class RecordTeacherPass(Pass):
     Stopping by a text of another kind than the one that is learned from keeps a tuned model from being good at that one
     alone. With a tokenizer, such a text is there: documentation of Python's own library.
 
+    With ``written``, the dense model also continues the first two tokens of the samples by text of its own. What it
+    says there is learned from as well, which keeps what it knew beyond the kind of text that was given. A model that
+    cannot write, or that encodes first, is learned from without; the report says so.
+
     Args:
         samples: calibration samples to take, evenly spread; None for all.
+        written: samples, each as long as the longest of those, that the model writes beside them.
         heldout: samples to stop by, in any form that calibration data has. None for ones of the built-in text where
             there is a tokenizer, else for an eighth of the calibration samples.
         tokenizer: turns the built-in text into samples.
@@ -58,6 +71,7 @@ class RecordTeacherPass(Pass):
     gives: ClassVar[tuple[type[Fact], ...]] = (Teacher,)
 
     samples: int | None = None
+    written: int = 0
     heldout: Any = field(default=None, metadata={"spelled": False})
     tokenizer: Any = field(default=None, metadata={"spelled": False})
     kept: int = 64
@@ -69,6 +83,7 @@ class RecordTeacherPass(Pass):
         """Refuse numbers that make no sense."""
         for name in ("kept", "batch"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
+        object.__setattr__(self, "written", whole_number("written", self.written, least=0))
         if self.samples is not None:
             object.__setattr__(self, "samples", whole_number("samples", self.samples, least=1))
         if self.heldout is not None:
@@ -95,9 +110,34 @@ class RecordTeacherPass(Pass):
 
         narrow = narrowed(self.precision, graph_module, trial, self.name)
         with autocast(device_of(graph_module), narrow):
+            samples = (*samples, *self._write(samples, graph_module))
             lessons = learn(graph_module, (*samples, *heldout), self.kept, self.batch, track)
         facts_of(graph_module).put(Teacher(lessons[: len(samples)], lessons[len(samples) :], where))
         return PassResult(graph_module, False)
+
+    def _write(self, samples: tuple[Sample, ...], graph_module: fx.GraphModule) -> tuple[Sample, ...]:
+        """Samples that the dense model writes itself; none where it cannot."""
+        source = facts_of(graph_module).get(Source)
+        ids = [i for sample in samples if isinstance(i := sample.inputs.get("input_ids"), torch.Tensor)]
+        if not self.written:
+            return ()
+        if source is None or len(ids) < len(samples) or not can_write(source.model):
+            add_note(graph_module, f"{_ALONE}: the model writes no text")
+            return ()
+        tokens = max(i.shape[-1] for i in ids)
+        start = min(_START, *(i.shape[-1] - 1 for i in ids))
+
+        def track(batches: Iterable[Any], total: int) -> Iterable[Any]:
+            return self.track(batches, "the model writes", total)
+
+        found = attempt(
+            write_samples, source.model, torch.cat([i[:, :start] for i in ids]), self.written, tokens, 0, track
+        )
+        if isinstance(found, Refusal):
+            add_note(graph_module, f"{_ALONE}: the model wrote none ({found})")
+            return ()
+        add_note(graph_module, f"tuning learns from {self.written:,} samples more that the dense model wrote")
+        return read_calibration(found, graph_module)
 
     def _parted(
         self, samples: tuple[Sample, ...], graph_module: fx.GraphModule
