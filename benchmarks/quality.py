@@ -52,6 +52,7 @@ class Entry:
 
 TUNE = "tune{epochs=1, measurements=3"
 HEADS = "select-by-ratio{kinds=[mlp, head], protect=[0.07, 0.04], ratio=%s}"
+CHOSEN = "protect=[0.07, 0.04], first=[mlp], ratio=%s"
 WHOLE = "select-by-ratio{first=[mlp], protect=[], ratio=%s}"
 
 ENTRIES = (
@@ -66,6 +67,9 @@ ENTRIES = (
     Entry("balanced, not fitted", {"compensate": "none"}),
     Entry("balanced, heads too", {"select": HEADS, "tune": "none"}),
     Entry("balanced, no layer protected", {"select": WHOLE, "tune": "none"}),
+    Entry("balanced, searched", {"select": f"select-by-search{{{CHOSEN}}}", "tune": "none"}),
+    Entry("balanced, gates", {"select": f"select-by-gates{{{CHOSEN}}}", "tune": "none"}, samples=512),
+    Entry("balanced, gates, tuned", {"select": f"select-by-gates{{{CHOSEN}}}"}, samples=512),
     Entry("balanced, one ridge", {"compensate": "least-squares{samples=64, reach=stream, damping=1}", "tune": "none"}),
     Entry("balanced, the stream not fitted", {"compensate": "least-squares{samples=64, reach=lost}", "tune": "none"}),
     Entry("balanced, rotation", {"compensate": "rotation{samples=64}", "tune": "none"}, ("rotation",)),
