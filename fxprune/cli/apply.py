@@ -27,7 +27,8 @@ from fxprune.cli.load import is_gguf, load_either
 from fxprune.cli.naming import check_model
 from fxprune.cli.place import check_output, is_file
 from fxprune.cli.plan import Source, read_plan
-from fxprune.cli.prune import samples_of, tell, write, write_file
+from fxprune.cli.preparation import samples_of
+from fxprune.cli.prune import tell, write, write_file
 from fxprune.data.files import calibration_text
 from fxprune.errors import ArgumentError
 
@@ -98,7 +99,7 @@ def _run(values: Mapping[str, Any], plan: fxprune.Plan) -> None:
         result = fxprune.apply(
             dense,
             plan,
-            samples_of({**values, "recipe": None, "importance": None, "taylor": None}, tokenizer),
+            samples_of(values, tokenizer, values["samples"]),
             compensate=values["compensate"],
             tune=values["tune"],
             norm=values["norm"] or ("sliced" if to_gguf else None),  # it has one epsilon for all norms
