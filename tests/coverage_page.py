@@ -56,8 +56,9 @@ that no longer have a unit to lose at these sizes are left out.
 _MASKED = """Norms over units that go are as all recipes but the paper's have them: masked where that is possible.
 """
 
-_SLICED = """Some of the types, or all, were examined with norms that are sliced, as the paper's recipe has them. All other
-recipes keep root-mean-square norms as masking has them: what is renormalised here under one of these then goes exactly.
+_SLICED = """Some of the types, or all, were examined with norms that are sliced, as the paper's recipe has them. All
+other recipes keep root-mean-square norms as masking has them: what is renormalised here under one of these then goes
+exactly.
 """
 
 _FAILING = """## Types that cannot be built, run or exported
