@@ -54,6 +54,7 @@ that no longer have a unit to lose at these sizes are left out.
 """
 
 _MASKED = """Norms over units that go are as all recipes but the paper's have them: masked where that is possible.
+Counts of what is exact have these in.
 """
 
 _SLICED = """Some of the types, or all, were examined with norms that are sliced, as the paper's recipe has them. All

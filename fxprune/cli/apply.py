@@ -7,7 +7,7 @@ from typing import Any
 
 import fxprune
 from fxprune.cli import options as flags
-from fxprune.cli.checks import check_dtype_and_device, check_pass, check_printing, check_quantization
+from fxprune.cli.checks import check_dtype_and_device, check_pass, check_printing, check_quantization, check_word
 from fxprune.cli.console import (
     Device,
     Dtype,
@@ -25,6 +25,7 @@ from fxprune.cli.console import (
 )
 from fxprune.cli.load import is_gguf, load_either
 from fxprune.cli.naming import check_model
+from fxprune.cli.numbers import check_samples
 from fxprune.cli.place import check_output, is_file
 from fxprune.cli.plan import Source, read_plan
 from fxprune.cli.preparation import samples_of
@@ -73,6 +74,8 @@ def _check(values: Mapping[str, Any]) -> None:
     if values["out"] is None:
         raise ArgumentError("there is no place to write to", where="out", remedy="Give --out")
     check_printing(quiet=values["quiet"], verbose=values["verbose"])
+    check_samples(values)
+    check_word("norm", values["norm"])
     check_dtype_and_device(values["dtype"], values["device"])
     for stage in ("compensate", "tune"):
         check_pass(stage, values[stage], optional=True)

@@ -58,7 +58,7 @@ def check_exists(model: str) -> None:
         demo_gguf()
     elif path.is_file():
         _check_file(path)
-    elif not model or (not path.exists() and _is_path(model)):
+    elif not model or (not path.exists() and (path.is_symlink() or _is_path(model))):
         raise FxpruneError("no such folder or file", where=model or "MODEL", remedy=_REMEDY)
     elif path.exists() and not path.is_dir():
         raise FxpruneError("it is neither a folder nor a file", where=model, remedy=_REMEDY)
