@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fxprune.passes.importance.base import ImportancePass
 from torch import fx, nn
 
 from fxprune.errors import CalibrationError, PassError, UnknownNameError
 from fxprune.graph.facts import facts_of
-from fxprune.passes.importance.base import ImportancePass
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.reductions import REDUCTIONS
 from fxprune.removal.scores import Scores
@@ -285,5 +285,5 @@ def test_names_that_do_not_exist_are_refused_with_the_nearest(arguments: dict[st
 def test_a_criterion_that_writes_no_formula_says_so() -> None:
     """Those that score units as a whole had to write a `positions` that nothing called."""
     graph_module = discover(tiny("llama", num_hidden_layers=1))
-    with pytest.raises(PassError, match="it scores nothing.*Write `positions`, or `score`"):
+    with pytest.raises(PassError, match=r"it scores nothing.*Write `positions`, or `score`"):
         NothingPass()(graph_module)
