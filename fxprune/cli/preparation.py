@@ -65,8 +65,10 @@ def prepare(values: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
     samples = None
     if tokenizer is not None:
         samples = samples_of(values, tokenizer, values["samples"] or most_samples(passes))
+    reader = reader_of(passes)
+    rows = getattr(reader, "file", "")
     for step in passes:
-        if step is not reader_of(passes) or getattr(step, "file", ""):
+        if step is not reader or rows:
             step.check_arguments()
     return Prepared(passes, tokenizer, samples)
 
