@@ -22,7 +22,15 @@ def page(data: Mapping[str, Any]) -> str:
     """The page as Markdown: counts, one line a type, and the types that did not come so far."""
     rows: list[Row] = data["rows"]
     traced = [row for row in rows if row["stage"] not in _ENDED]
-    parts = [_HEAD, _summary(rows), _ran_on(data), "## By type\n", _table(map(_line, traced))]
+    kept = all(row.get("norm", "sliced") == "masked" for row in traced)
+    parts = [
+        _HEAD,
+        _MASKED if kept else _SLICED,
+        _summary(rows),
+        _ran_on(data),
+        "## By type\n",
+        _table(map(_line, traced)),
+    ]
     failing = [row for row in rows if row["stage"] in _ENDED]
     if failing:
         parts += [_FAILING, _failures(failing)]
@@ -40,8 +48,18 @@ _HEAD = """# Coverage
 Every model type that transformers can make a causal language model of, at tiny sizes and with random weights: made by
 `make coverage`. For each kind of unit found, one random unit of every group of that kind is removed, and what the slim
 graph computes is compared with the dense graph in which the same units are zeroed (below 1e-4 of the largest output).
-*Exact*: the two agree. *Renormalised*: a norm takes a statistic over the axis; they agree once it is taken over the
-units that stay. Groups that no longer have a unit to lose at these sizes are left out.
+*Exact*: the two agree. *Masked*: they agree as well, and a norm that runs over the units is kept as masking has it.
+*Renormalised*: a norm takes a statistic over the axis; they agree once it is taken over the units that stay. Groups
+that no longer have a unit to lose at these sizes are left out.
+"""
+
+_MASKED = """Norms over units that go are as all recipes but the paper's have them: masked where that is possible.
+Counts of what is exact have these in.
+"""
+
+_SLICED = """Some of the types, or all, were examined with norms that are sliced, as the paper's recipe has them. All
+other recipes keep root-mean-square norms as masking has them: what is renormalised here under one of these then goes
+exactly.
 """
 
 _FAILING = """## Types that cannot be built, run or exported
@@ -109,19 +127,24 @@ def _verdict(row: Row, step: str) -> str:
 
 
 def _line(row: Row) -> tuple[str, ...]:
-    exact, renormalised = (_kinds(row, with_statistic) for with_statistic in (False, True))
+    removals = (_kinds(row, how) for how in ("exact", "masked", "renormalised"))
     reasons = Counter({reason: count for reason, count in row["frozen"].items() if reason not in _EXPECTED})
     frozen = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(2))
-    return (f"`{row['type']}`", f"{row['nodes']}", exact, renormalised, _cell(frozen), _emitted(row))
+    return (f"`{row['type']}`", f"{row['nodes']}", *removals, _cell(frozen), _emitted(row))
 
 
-def _kinds(row: Row, with_statistic: bool) -> str:
-    """The kinds whose units go, with the number of groups."""
-    groups = [g for g in row["groups"] if g["renormalised"] == with_statistic]
+def _kinds(row: Row, how: str) -> str:
+    """The kinds whose units go so, with the number of groups."""
+    groups = [g for g in row["groups"] if _how(g) == how]
     counts = Counter(group["kind"] for group in groups if group["removal"] == "exact")
     failing = Counter(group["kind"] for group in groups if group["removal"] not in _FINE)
     text = [f"{kind} {counts[kind]}" for kind in KINDS if counts[kind]]
     return ", ".join(text + [f"*{kind} {failing[kind]} fail*" for kind in KINDS if failing[kind]])
+
+
+def _how(group: Row) -> str:
+    """How units of a group go: ``exact``, ``masked`` or ``renormalised``."""
+    return "renormalised" if group["renormalised"] else "masked" if group.get("masked") else "exact"
 
 
 def _emitted(row: Row) -> str:
@@ -174,7 +197,9 @@ def _ran_on(data: Mapping[str, Any]) -> str:
 
 
 def _table(lines: Iterable[tuple[str, ...]]) -> str:
-    return _rows(("type", "nodes", "exact", "renormalised", "frozen, most common reasons", "emitted"), list(lines))
+    return _rows(
+        ("type", "nodes", "exact", "masked", "renormalised", "frozen, most common reasons", "emitted"), list(lines)
+    )
 
 
 def _rows(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

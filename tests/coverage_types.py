@@ -17,7 +17,7 @@ from torch import fx, nn
 
 import fxprune
 from fxprune.axes import Keep
-from fxprune.discovery.explain import frozen_axes
+from fxprune.discovery.explain import exactness, frozen_axes
 from fxprune.discovery.groups import Group
 from fxprune.graph.fork import fork
 from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
@@ -46,7 +46,9 @@ class Coverage:
         error: why it ended there.
         parameters: number of parameters of the tiny model.
         nodes: number of nodes of its graph.
-        groups: name, kind, size and ``renormalised`` of each group, and what its removal gave: ``exact``, ``inert``
+        norm: how norms over units that go are taken.
+        groups: name, kind, size, ``renormalised`` and ``masked`` (under a norm that is kept as masking has it) of each
+            group, and what its removal gave: ``exact``, ``inert``
             (exact, but no output changed), ``nothing can go``, or what went wrong.
         frozen: number of parameter axes by reason.
         unruled: number of nodes by op without a rule.
@@ -61,6 +63,7 @@ class Coverage:
     error: str = ""
     parameters: int = 0
     nodes: int = 0
+    norm: str = "masked"
     groups: list[dict[str, Any]] = field(default_factory=list)
     frozen: dict[str, int] = field(default_factory=dict)
     unruled: dict[str, int] = field(default_factory=dict)
@@ -118,11 +121,12 @@ def _discover(found: Coverage, keep: Callable[[Coverage], None]) -> Traced:
     found.notes, found.nodes = list(traced.notes), len(dense.graph.nodes)
     found.stage = "graph"
     keep(found)
-    Pipeline(["find-groups"])(dense)
+    Pipeline(f"find-groups{{norm={found.norm}}}")(dense)
     found.unruled = dict(Counter(axes_of(dense).unruled.values()))
     found.frozen = dict(Counter(re.sub(r"\d+", "n", f.reason) for f in frozen_axes(graph_of(dense)).values()))
     found.groups = [
-        {"name": g.name, "kind": g.kind, "size": g.size, "renormalised": bool(g.renormalised), "removal": ALONE}
+        {"name": g.name, "kind": g.kind, "size": g.size, "removal": ALONE}
+        | {how: exactness(axes_of(dense), g) == how for how in ("renormalised", "masked")}
         for g in groups_of(dense)
     ]
     found.stage = "remove"

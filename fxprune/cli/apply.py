@@ -7,7 +7,7 @@ from typing import Any
 
 import fxprune
 from fxprune.cli import options as flags
-from fxprune.cli.checks import check_dtype_and_device, check_pass, check_printing, check_quantization
+from fxprune.cli.checks import check_dtype_and_device, check_pass, check_printing, check_quantization, check_word
 from fxprune.cli.console import (
     Device,
     Dtype,
@@ -25,9 +25,11 @@ from fxprune.cli.console import (
 )
 from fxprune.cli.load import is_gguf, load_either
 from fxprune.cli.naming import check_model
+from fxprune.cli.numbers import check_samples
 from fxprune.cli.place import check_output, is_file
 from fxprune.cli.plan import Source, read_plan
-from fxprune.cli.prune import samples_of, tell, write, write_file
+from fxprune.cli.preparation import samples_of
+from fxprune.cli.prune import tell, write, write_file
 from fxprune.data.files import calibration_text
 from fxprune.errors import ArgumentError
 
@@ -72,6 +74,8 @@ def _check(values: Mapping[str, Any]) -> None:
     if values["out"] is None:
         raise ArgumentError("there is no place to write to", where="out", remedy="Give --out")
     check_printing(quiet=values["quiet"], verbose=values["verbose"])
+    check_samples(values)
+    check_word("norm", values["norm"])
     check_dtype_and_device(values["dtype"], values["device"])
     for stage in ("compensate", "tune"):
         check_pass(stage, values[stage], optional=True)
@@ -98,7 +102,7 @@ def _run(values: Mapping[str, Any], plan: fxprune.Plan) -> None:
         result = fxprune.apply(
             dense,
             plan,
-            samples_of({**values, "recipe": None, "importance": None, "taylor": None}, tokenizer),
+            samples_of(values, tokenizer, values["samples"]),
             compensate=values["compensate"],
             tune=values["tune"],
             norm=values["norm"] or ("sliced" if to_gguf else None),  # it has one epsilon for all norms

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from importlib.metadata import entry_points
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fxprune.cli.naming import check_model, is_gguf
+from fxprune.cli.numbers import check_numbers, check_samples
 from fxprune.cli.place import check_output, is_file
 from fxprune.cli.wording import option
-from fxprune.errors import ArgumentError, FxpruneError, RatioError, UnknownNameError
+from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
 from fxprune.pipeline.spelling import read_spelling, read_steps
 from fxprune.pipeline.words import EXACT, KINDS, NORMS, ORDERS, RANKINGS
 
@@ -26,6 +26,7 @@ __all__ = [
     "check_prune",
     "check_quantization",
     "check_recipe_name",
+    "check_word",
 ]
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -34,8 +35,6 @@ _DEVICE = re.compile(r"(cpu|mps|(cuda|xpu)(:\d+)?)")
 
 _GROUP = "fxprune.passes"
 """Of the entry points of passes."""
-
-_LARGEST_SEED = 2**64 - 1
 
 _APART = (
     ("ratio", "group_ratio", "both say how much goes"),
@@ -67,7 +66,8 @@ def check_prune(values: Values) -> None:
     if out is None and not values["dry_run"]:
         raise ArgumentError("there is no place to write to", where="out", remedy="Give --out, or --dry-run to look")
     _check_together(values)
-    _check_numbers(values)
+    check_samples(values)
+    check_numbers(values)
     _check_names(values)
     check_dtype_and_device(values["dtype"], values["device"])
     _check_recipe(values["recipe"])
@@ -95,6 +95,12 @@ def check_dtype_and_device(dtype: str | None, device: str | None) -> None:
         raise UnknownNameError("dtype", dtype, DTYPES)
     if device is not None and not _DEVICE.fullmatch(device):
         raise ArgumentError(f"device is {device!r}", where="device", remedy="Give cpu, cuda, cuda:1 or mps")
+
+
+def check_word(name: str, value: str | None) -> None:
+    """Refuse a word that an option does not know: of ``ranking``, ``norm``, ``taylor`` or ``dtype``."""
+    if value is not None and value not in _WORDS[name]:
+        raise UnknownNameError(name, value, _WORDS[name])
 
 
 def check_pass(stage: str, spelled: str | None, *, optional: bool = False) -> None:
@@ -184,49 +190,11 @@ def _check_together(values: Values) -> None:
             where="--uniform",
             remedy="Leave one of them out",
         )
-    if "calibration" in values and values["calibration"] is None:
-        for name in ("samples", "tokens"):
-            if _given(values, name):
-                raise ArgumentError(
-                    f"{option(name)} is of a calibration text, and there is none",
-                    where=option(name),
-                    remedy=f"Give --calibration, or leave {option(name)} out",
-                )
-
-
-def _check_numbers(values: Values) -> None:
-    for name in ("ratio", "group_ratio"):
-        _check_ratio(name, values[name])
-    for name, least in (("samples", 1), ("tokens", 2), ("seed", 0)):
-        value = values[name]
-        if value is not None and value < least:
-            raise ArgumentError(f"{name} is {value}", where=name, remedy=f"Give a number of {least} or more")
-    if values["seed"] > _LARGEST_SEED:
-        raise ArgumentError(f"seed is {values['seed']}", where="seed", remedy="Give a number below 2**64")
-    if values["protect"] is not None and min(values["protect"]) < 0:
-        first, last = values["protect"]
-        raise ArgumentError(f"protect is {first} {last}", where="protect", remedy="Give two numbers of 0 or more")
-    rounding = values["round_to"]
-    if (
-        rounding is not None
-        and rounding != "auto"
-        and not (rounding.isascii() and rounding.isdigit() and int(rounding))
-    ):
-        raise ArgumentError(f"round_to is {rounding!r}", where="round_to", remedy="Give a number of 1 or more, or auto")
-
-
-def _check_ratio(name: str, value: float | None) -> None:
-    if value is None or 0 <= value < 1:
-        return
-    meant = f". Did you mean {value / 100:g}? {value:g}% is {value / 100:g}" if 1 < value < 100 else ""
-    shown = value if math.isfinite(value) else str(value)
-    raise RatioError(f"{name} is {shown}", where=name, remedy=f"Give a fraction, 0 or more and below 1{meant}")
 
 
 def _check_names(values: Values) -> None:
-    for name, known in _WORDS.items():
-        if values[name] is not None and values[name] not in known:
-            raise UnknownNameError(name, values[name], known)
+    for name in _WORDS:
+        check_word(name, values[name])
     if values["reduction"] is not None:
         from fxprune.removal.reductions import REDUCTIONS
 

@@ -16,6 +16,9 @@ __all__ = ["read_config", "run_file", "spelled_run"]
 
 _REMEDY = "Give a YAML file with an argument on each line, as in 'ratio: 0.2'"
 
+_ITSELF = "config"
+"""The argument that names the file, which no file says."""
+
 _UNWRITTEN = ("config", "dry_run", "force", "quiet", "verbose", "as_json")
 """Arguments that say how a run is looked at, and not what it does."""
 
@@ -28,9 +31,9 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     """
     if path is not None:
         with clear_errors():
-            known = {_key(parameter): parameter.name for parameter in context.command.params if parameter.name}
+            known = {_key(parameter): parameter for parameter in context.command.params if parameter.name != _ITSELF}
             context.default_map = {
-                known[key]: _as_typed(path, key, value)
+                known[key].name: _as_typed(path, key, value, flag=getattr(known[key], "is_flag", False))
                 for key, value in _said(path, known).items()
                 if value is not None
             }
@@ -56,24 +59,39 @@ def spelled_run(arguments: Mapping[str, Any]) -> str:
     return head + text
 
 
-def _said(path: Path, known: Mapping[str, str]) -> dict[str, Any]:
+def _said(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of a file, each of which is an argument."""
-    import yaml
-
-    if not path.is_file():
-        raise FxpruneError("there is no such file", where=str(path), remedy=_REMEDY)
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FxpruneError(f"it is not YAML: {error}", where=str(path), remedy=_REMEDY) from error
+    found, keys = _read(path)
     if not isinstance(found, dict):
         what = "it is empty" if found is None else f"it holds a {type(found).__name__}"
         raise FxpruneError(what, where=str(path), remedy=_REMEDY)
-    said = {str(key).replace("_", "-"): value for key, value in found.items()}
-    for key in said:
+    for key in keys:
         if key not in known:
             raise UnknownNameError(f"entry of {path.name}", key, known)
-    return said
+        if keys.count(key) > 1:
+            raise FxpruneError(f"it says {key} {keys.count(key)} times", where=str(path), remedy="Leave one of them")
+    return {_dashed(key): value for key, value in found.items()}
+
+
+def _read(path: Path) -> tuple[Any, list[str]]:
+    """Return what a file holds, and the keys of its entries as they come: YAML keeps the last of two alike."""
+    import yaml
+
+    if not path.is_file():
+        what = "it is a folder" if path.is_dir() else "there is no such file"
+        raise FxpruneError(what, where=str(path), remedy=_REMEDY)
+    text = path.read_bytes()
+    try:
+        found, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
+        raise FxpruneError(f"it is not YAML: {error}", where=str(path), remedy=_REMEDY) from error
+    entries = node.value if isinstance(node, yaml.MappingNode) else ()
+    return found, [_dashed(key.value) for key, _ in entries]
+
+
+def _dashed(key: Any) -> str:
+    """Return a key as an option is spelled; both ways are read."""
+    return str(key).replace("_", "-")
 
 
 def _key(parameter: Any) -> str:
@@ -82,13 +100,16 @@ def _key(parameter: Any) -> str:
     return str(longest.lstrip("-").replace("_", "-")).lower()
 
 
-def _as_typed(path: Path, key: str, value: Any) -> Any:
+def _as_typed(path: Path, key: str, value: Any, *, flag: bool) -> Any:
     """Return a value as it would stand on a command line."""
-    if isinstance(value, bool):
+    if isinstance(value, bool) and flag:
         return value
+    if isinstance(value, bool):
+        said, remedy = str(value).lower(), "Put words that YAML takes for it, as yes, no, on and off, into quotes"
+        raise FxpruneError(f"{key} is {said}", where=str(path), remedy=remedy)
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return ",".join(value)
-    if isinstance(value, list) and all(isinstance(item, int | float) for item in value):
+    if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
         return [str(item) for item in value]
     if isinstance(value, str | int | float):
         return str(value)

@@ -12,18 +12,17 @@ from typing import Any
 from rich.table import Table
 
 from fxprune.cli.console import console, print_json, working
-from fxprune.cli.costs import Weights, check_removes, memory_of, recipe_of, runs_of, sizes_of, there_are
+from fxprune.cli.costs import runs_of, there_are
 from fxprune.cli.interrupts import at_once
 from fxprune.cli.load import load_empty
+from fxprune.cli.memory import Weights, memory_of, sizes_of
+from fxprune.cli.preparation import TOKENS, Prepared, most_samples, prepare, reader_of
 from fxprune.errors import RatioError
 
 __all__ = ["Expected", "expect", "tell_expected"]
 
 _ALL = 0.999
 """A ratio that no model reaches: the refusal says which one it does."""
-
-_TOKENS = 128
-"""Of a sample, where no number is asked for."""
 
 _PRODUCTS = 12
 """Of which the quickest says how fast a machine is; others may have had to wait for what else runs on it."""
@@ -90,18 +89,18 @@ def expect(values: Mapping[str, Any], options: Mapping[str, Any]) -> Expected:
 
     Raises:
         RatioError: the ratio cannot be reached.
+        FxpruneError: as :func:`fxprune.cli.preparation.prepare`.
     """
     with at_once():
         import torch
 
         import fxprune.api
         from fxprune.discovery.groups import Groups
-    planned = _planned(values, options)
-    check_removes(planned)
+    prepared = prepare(values, options)
     empty = load_empty(values["model"], values["gguf_file"])
     traced = fxprune.trace(empty, dynamic=False).graph_module
     named = {name: value for name, value in options.items() if name not in ("importance", "taylor", "inplace")}
-    named |= {"recipe": recipe_of(values), "importance": "random", "compensate": "none", "tune": "none"}
+    named |= {"recipe": _recipe_of(values), "importance": "random", "compensate": "none", "tune": "none"}
     quick = [step for step in fxprune.prune_pipeline(None, verify=False, **named).passes if step.name != "emit-model"]
     choosing = next(place for place, step in enumerate(quick) if step.stage == "select")
     fxprune.Pipeline(quick[:choosing])(traced)  # these change nothing: what they find out is put down in the graph
@@ -109,7 +108,7 @@ def expect(values: Mapping[str, Any], options: Mapping[str, Any]) -> Expected:
     facts = fxprune.facts_of(traced)
     kept = result.report.parameters
     size = getattr(torch, values["dtype"]).itemsize if values["dtype"] else _size_of(empty)
-    there, tokens = _samples(planned, values)
+    there, tokens = _samples(prepared, values)
     counted = _counted(traced) or result.report.tokens
     sizes = sizes_of(traced, counted, size)
     weights = Weights(size * kept[0], size * kept[1], values["in_place"], values["low_memory"])
@@ -120,40 +119,28 @@ def expect(values: Mapping[str, Any], options: Mapping[str, Any]) -> Expected:
         groups=dict(Counter(group.kind for group in facts[Groups].all)),
         frozen=len(result.report.frozen),
         reachable=_reachable(quick[choosing], traced),
-        memory=memory_of(planned, there, tokens, sizes, weights),
-        seconds=2 * macs * runs_of(planned, there) / _speed(),
+        memory=memory_of(prepared.passes, there, tokens, sizes, weights),
+        seconds=2 * macs * runs_of(prepared.passes, there) / _speed(),
     )
 
 
-def _planned(values: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The passes that would run, with samples that are not read yet."""
-    import fxprune.api
-
-    named = dict(options)
-    if values["low_memory"]:
-        named |= {"memory": "low", "tune": options["tune"] or "none"}
-    given = None if values["calibration"] is None else ()
-    return tuple(fxprune.prune_pipeline(given, tokenizer=_unread, **named).passes)
+def _recipe_of(values: Mapping[str, Any]) -> str:
+    """The recipe of a prune: the paper's where an importance is named, unless another is asked for."""
+    return values["recipe"] or ("llm-pruner" if values["importance"] or values["taylor"] else "balanced")
 
 
-def _unread(*_: Any) -> Any:
-    """Stands for a tokenizer that is not read."""
-    raise NotImplementedError
-
-
-def _samples(passes: tuple[Any, ...], values: Mapping[str, Any]) -> tuple[int, int]:
+def _samples(prepared: Prepared, values: Mapping[str, Any]) -> tuple[int, int]:
     """How many samples there are, and the tokens of one."""
-    from fxprune.data.calibration import Calibration
-
-    reader = next((step for step in passes if Calibration in step.gives), None)
+    if prepared.samples is not None:
+        return len(prepared.samples), prepared.samples.shape[1]
+    reader, named = reader_of(prepared.passes), values["calibration"]
     file = getattr(reader, "file", "")
-    if file and values["calibration"] is None:  # rows of tokens, of a recipe of one's own
+    if file and named is None:  # rows of tokens, of a recipe of one's own
         with open(file, encoding="utf-8") as rows:
-            return sum(1 for row in rows if row.strip()), _TOKENS
-    tokens = values["tokens"] or (getattr(reader, "tokens", _TOKENS) if values["calibration"] is None else _TOKENS)
-    there = there_are(values, tokens) if reader is not None else 1
-    most = getattr(reader, "built_in", None) if values["calibration"] is None else None
-    return min(there, most or there), tokens
+            return sum(1 for row in rows if row.strip()), TOKENS
+    tokens = values["tokens"] or (getattr(reader, "tokens", TOKENS) if named is None else TOKENS)
+    most = values["samples"] or most_samples(prepared.passes)
+    return 1 if reader is None else there_are(named, tokens, most), tokens
 
 
 def _counted(graph_module: Any) -> int | None:

@@ -81,11 +81,14 @@ def evaluate(
 
 
 def _check_files(texts: list[str] | None, tasks: str | None) -> None:
-    """Refuse files that are not there, before anything is imported.
+    """Refuse files that are not there or not of their kind, before anything is imported.
 
     Raises:
         EvaluationError: says which.
     """
+    for task in _named(tasks):
+        if Path(task).suffix in _FILES and Path(task).suffix != ".jsonl":
+            raise EvaluationError("it is no file of questions", where=task, remedy="Give a .jsonl file, one a line")
     for file in (*(texts or ()), *_named(tasks)):
         if Path(file).suffix in _FILES and not Path(file).is_file():
             raise EvaluationError("it cannot be read: there is no such file", where=file, remedy="Give the path of one")

@@ -91,12 +91,16 @@ def _read(plan: Path) -> fxprune.Plan:
 
 
 def _check_picture(dot: Path | None, what: Mapping[str, Any]) -> None:
-    """Refuse a file that no picture can be written to, and options of a picture where none is asked for."""
+    """Refuse a file that no picture can be written to, and options that draw different things, or nothing."""
     from fxprune.dot.render import check_target
 
     if dot is not None:
         check_target(dot)
     given = [option for option, value in what.items() if value]
+    part = next((option for option in given if option in ("--layer", "--group")), None)
+    if part and what["--everything"]:
+        told = f"{part} and --everything cannot be given together: one draws a part, the other the whole"
+        raise ArgumentError(told, where=part, remedy="Leave one of them out")
     if dot is None and given:
         raise ArgumentError(
             "it says what to draw, and no picture is asked for", where=given[0], remedy="Add --dot FILE"

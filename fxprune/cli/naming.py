@@ -13,7 +13,7 @@ from fxprune.cli.hub import check_hub
 from fxprune.errors import FxpruneError, UnsupportedModelError
 from fxprune.pipeline.words import MANIFEST
 
-__all__ = ["check_exists", "check_model", "is_gguf"]
+__all__ = ["check_exists", "check_model", "is_config_alone", "is_gguf"]
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _LONGEST_ID = 96
@@ -37,6 +37,16 @@ def is_gguf(model: str) -> bool:
     return Path(model).suffix == ".gguf" and Path(model).expanduser().is_file()
 
 
+def is_config_alone(model: str, gguf_file: str | None) -> bool:
+    """Return whether a user named a folder without weights, of which no more than the shape of a model can be told."""
+    path = Path(model).expanduser()
+    return model != DEMO and gguf_file is None and path.is_dir() and not _has_weights(path)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in _WEIGHTS)
+
+
 def check_exists(model: str) -> None:
     """Refuse a name that means a path, with nothing there that could be a model; and the demo model where it is not.
 
@@ -48,7 +58,7 @@ def check_exists(model: str) -> None:
         demo_gguf()
     elif path.is_file():
         _check_file(path)
-    elif not model or (not path.exists() and _is_path(model)):
+    elif not model or (not path.exists() and (path.is_symlink() or _is_path(model))):
         raise FxpruneError("no such folder or file", where=model or "MODEL", remedy=_REMEDY)
     elif path.exists() and not path.is_dir():
         raise FxpruneError("it is neither a folder nor a file", where=model, remedy=_REMEDY)
@@ -116,7 +126,7 @@ def _check_folder(folder: Path, gguf_file: str | None, *, with_weights: bool) ->
         _check_file(folder / gguf_file)
         return
     _check_task(folder, _config(folder))
-    if with_weights and not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+    if with_weights and not _has_weights(folder):
         raise FxpruneError("there is a config and no file of weights", where=str(folder), remedy=_REMEDY)
 
 

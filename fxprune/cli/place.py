@@ -39,6 +39,7 @@ def check_output(out: Path, model: str, *, force: bool) -> None:
         CheckpointError: says what is in the way.
     """
     _check_suffix(out.suffix)
+    _check_name(out)
     if out.exists() and Path(model).exists() and out.samefile(Path(model)):
         raise CheckpointError("it is the model itself", where=str(out), remedy="Choose another place")
     _check_parents(out)
@@ -53,6 +54,22 @@ def _check_suffix(suffix: str) -> None:
     near = suffix[1:].isalpha() and difflib.get_close_matches(suffix.lower(), SUFFIXES, cutoff=0.7)
     if suffix not in SUFFIXES and (suffix.lower() in known or near):
         raise UnknownNameError("suffix", suffix, SUFFIXES)
+
+
+def _check_name(out: Path) -> None:
+    """Refuse a name that nothing can have, or where links lead in a circle."""
+    if str(out).startswith("-"):
+        remedy = "Give --out a name before it, or a path such as ./-slim if that is what is meant"
+        raise CheckpointError("it is spelled like an option", where=str(out), remedy=remedy)
+    try:
+        out.stat()
+    except (FileNotFoundError, NotADirectoryError):  # a folder on the way that is a file is told with its name
+        return
+    except (OSError, ValueError) as error:
+        what = f"nothing can be written there: {getattr(error, 'strerror', '') or error}"
+        raise CheckpointError(what, where=str(out), remedy="Choose another place") from error
+    if not out.is_dir() and not out.is_file():
+        raise CheckpointError("it is neither a folder nor a file", where=str(out), remedy="Choose another place")
 
 
 def _check_parents(out: Path) -> None:

@@ -29,20 +29,16 @@ from fxprune.cli.console import (
     set_output,
     working,
 )
-from fxprune.cli.costs import check_removes, most_samples
 from fxprune.cli.dry_run import tell_expected
 from fxprune.cli.export import gguf_options, runs
-from fxprune.cli.interrupts import at_once
-from fxprune.cli.load import is_gguf, load_model, load_tokenizer, where_and_file
+from fxprune.cli.load import load_model, where_and_file
 from fxprune.cli.place import is_file
+from fxprune.cli.preparation import prepare
 from fxprune.errors import FxpruneError
 
-__all__ = ["prune", "prune_options", "samples_of", "tell", "write", "write_file"]
+__all__ = ["prune", "prune_options", "tell", "write", "write_file"]
 
 _OURS = "fxprune.from_pretrained loads it, and transformers with trust_remote_code=True"
-
-_TOKENS = 128
-"""Of a sample, where no number is asked for."""
 
 _SAME = (
     *("recipe", "ratio", "group_ratio", "importance", "taylor", "reduction", "ranking"),
@@ -116,17 +112,9 @@ def _run(values: Mapping[str, Any], options: dict[str, Any]) -> None:
         options: of a prune.
     """
     model, out, gguf_file = values["model"], values["out"], values["gguf_file"]
-    with working("starting"), at_once():
-        import fxprune.api
-        from fxprune.data.calibration import Calibration
-    passes = fxprune.prune_pipeline(None, **options).passes  # what does not go together is told before weights are read
-    check_removes(passes)
-    reads = any(Calibration in step.gives for step in passes)
-    built_in = not reads and any(Calibration in step.needs for step in passes)  # and a tokenizer makes samples of it
-    wanted = built_in or values["calibration"] is not None or (out.suffix == ".gguf" and not is_gguf(model))
-    otherwise = "; a prune by weights alone, as with --importance l2, needs none" if built_in else ""
-    tokenizer = load_tokenizer(model, gguf_file, needed=wanted, otherwise=otherwise)
-    data = samples_of(values, tokenizer)
+    with working("starting"):
+        prepared = prepare(values, options)
+    tokenizer, data = prepared.tokenizer, prepared.samples
     run = spelled_run(values)
     force = values["force"] or run_file(out, is_file=is_file(out)).is_file()
     if values["low_memory"]:
@@ -145,17 +133,6 @@ def _run(values: Mapping[str, Any], options: dict[str, Any]) -> None:
                 result, tokenizer, out, like=model, quantization=values["quantization"], run=run, force=force
             )
     tell(result, out, loading, as_json=values["as_json"])
-
-
-def samples_of(values: Mapping[str, Any], tokenizer: Any) -> Any:
-    """The calibration samples of the text that was named; None where none was."""
-    file = values["calibration"]
-    if file is None:
-        return None
-    from fxprune.data.files import calibration_text, calibration_windows
-
-    most = most_samples(values)
-    return calibration_windows(tokenizer, calibration_text(file), most, values["tokens"] or _TOKENS, str(file))
 
 
 def _names(kinds: str | None) -> list[str] | None:

@@ -12,9 +12,9 @@ from fxprune.errors import CalibrationError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["calibration_text", "calibration_texts", "calibration_windows"]
+__all__ = ["MOST_SAMPLES", "calibration_text", "calibration_texts", "calibration_windows"]
 
-_MOST_SAMPLES = 1024
+MOST_SAMPLES = 1024
 """Where no number is asked for: more than the recipes have use for would only have to be read."""
 
 _WANTED = (
@@ -53,7 +53,7 @@ def calibration_texts(path: Path) -> list[str]:
 def _plain(path: Path) -> str:
     content = path.read_bytes()
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")  # some editors mark the beginning
     except UnicodeDecodeError as error:
         raise CalibrationError(
             f"it is no text in UTF-8: byte {error.start:,} is {content[error.start]:#04x}",
@@ -90,10 +90,10 @@ def calibration_windows(tokenizer: Any, text: str, samples: int | None, tokens: 
 
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     windows = len(ids) // tokens
-    samples = min(max(windows, 1), _MOST_SAMPLES) if samples is None else samples
+    samples = min(max(windows, 1), MOST_SAMPLES) if samples is None else samples
     if windows < samples:
         raise CalibrationError(
-            f"{len(ids):,} tokens are fewer than {samples} samples of {tokens}",
+            f"{len(ids):,} tokens are fewer than {samples:,} sample{'s' if samples > 1 else ''} of {tokens:,}",
             where=where,
             remedy="Give a longer text, or smaller --samples or --tokens",
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fxprune.errors import DataError
+from fxprune.graph.silence import quiet
 
 __all__ = [
     "SUFFIXES",
@@ -118,7 +119,7 @@ def rows_in_file(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".parquet":
         return numbered(load_rows("parquet", str(path), data_files=str(path)))
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # some editors mark the beginning
     except (UnicodeDecodeError, OSError) as error:
         raise DataError(f"not UTF-8 text: {error}", where=str(path), remedy="Give a text file in UTF-8") from error
     if path.suffix == ".txt":
@@ -152,7 +153,8 @@ def load_rows(path: str, where: str, *args: Any, **options: Any) -> Iterable[Any
             remedy="pip install 'fxprune[recover]', or give a .json, .jsonl or .txt file",
         ) from error
     try:
-        rows: Iterable[Any] = datasets.load_dataset(path, *args, split="train", **options)
+        with quiet():  # it logs what it raises
+            rows: Iterable[Any] = datasets.load_dataset(path, *args, split="train", **options)
     except Exception as error:  # the network, the hub and the loader of the data set raise what they like
         raise DataError(
             f"cannot be loaded: {type(error).__name__}: {str(error)[:_LONGEST]}",

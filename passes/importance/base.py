@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,6 +10,7 @@ from torch import fx
 
 from fxprune.data.ranks import of_first
 from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds
+from fxprune.errors import PassError
 from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.graph.shelf import recalled, remembering
 from fxprune.pipeline.arguments import one_of
@@ -65,11 +65,19 @@ class ImportancePass(Pass):
         wanted = {(m.name, m.axis): None for group in groups for m in group.parameters}
         return score_groups(groups, self.positions(graph_module, tuple(wanted)), self.reduction)
 
-    @abstractmethod
     def positions(
         self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]
     ) -> dict[tuple[str, int], torch.Tensor]:
-        """For each wanted ``(parameter, axis)`` one score per position along the axis."""
+        """For each wanted ``(parameter, axis)`` one score per position along the axis.
+
+        A criterion that scores units as a whole writes :meth:`score` in place of this.
+
+        Raises:
+            PassError: it writes neither.
+        """
+        raise PassError(
+            "it scores nothing", where=f"pass {self.name}", remedy="Write `positions`, or `score` for units as a whole"
+        )
 
 
 def axis_sums(value: torch.Tensor, axis: int) -> torch.Tensor:

@@ -67,12 +67,6 @@ class BlockInfluenceImportancePass(ForwardImportancePass):
         observe(graph_module, self.calibration(graph_module), watch, self.batch, self.tracked)
         return Scores({name: np.asarray([1 - turn.mean]) for name, turn in turns.items()})
 
-    def positions(
-        self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]
-    ) -> dict[tuple[str, int], torch.Tensor]:
-        """Not used: layers are scored directly."""
-        return {}
-
 
 class _Cosines:
     """The mean cosine of pairs of vectors, taken in batch by batch."""

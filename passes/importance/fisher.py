@@ -95,12 +95,6 @@ class FisherImportancePass(ForwardImportancePass):
                 units[group.name] = row if group.outer is None else row.reshape(group.outer.size, group.size)
         return Scores(units)
 
-    def positions(
-        self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]
-    ) -> dict[tuple[str, int], torch.Tensor]:
-        """Not used: units are scored directly."""
-        return {}
-
     def _gradients(
         self, graph_module: fx.GraphModule, groups: tuple[Group, ...], begins: Mapping[str, int]
     ) -> torch.Tensor:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import fx
 
 from fxprune.discovery.groups import Group
@@ -39,9 +38,3 @@ class RandomImportancePass(ImportancePass):
         generator = np.random.default_rng(self.seed)
         shapes = {g.name: (g.outer.size, g.size) if g.outer is not None else (g.size,) for g in groups}
         return Scores({name: generator.random(shape) for name, shape in shapes.items()})
-
-    def positions(
-        self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]
-    ) -> dict[tuple[str, int], torch.Tensor]:
-        """Not used: units are scored directly."""
-        return {}

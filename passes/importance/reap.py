@@ -81,12 +81,6 @@ class ReapImportancePass(ForwardImportancePass):
         observe(graph_module, self.calibration(graph_module), seen, self.batch, self.tracked)
         return Scores({name: total[0] / np.maximum(total[1], 1) for name, total in sums.items()})
 
-    def positions(
-        self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]
-    ) -> dict[tuple[str, int], torch.Tensor]:
-        """Not used: experts are scored directly."""
-        return {}
-
 
 def _tell(told: list[partial[None]], value: torch.Tensor) -> None:
     for see in told:

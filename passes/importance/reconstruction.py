@@ -87,12 +87,6 @@ class ReconstructionImportancePass(ForwardImportancePass):
                 units[group.name] = row if group.outer is None else row.reshape(group.outer.size, group.size)
         return Scores(units)
 
-    def positions(
-        self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]
-    ) -> dict[tuple[str, int], torch.Tensor]:
-        """Not used: units are scored directly."""
-        return {}
-
     def _chunks(self, graph_module: fx.GraphModule, groups: Sequence[Group]) -> Iterator[list[Work]]:
         """Groups whose matrices fit into the memory allowed together."""
         consumers = find_consumers(graph_module.graph, facts_of(graph_module)[Dependencies].axes)

@@ -35,7 +35,8 @@ class CalibratePass(Pass):
             prose of one kind; text like what the model is to be used on does better.
         tokens: of a sample of the built-in text.
         samples: how many to take, evenly spread; None for all.
-        built_in: the same of the built-in text alone, which has hundreds; None for all.
+        built_in: the same of the built-in text alone, which has hundreds, and of a text that a command is given; None
+            for all.
     """
 
     name: ClassVar[str] = "calibrate"

@@ -102,6 +102,19 @@ def fill_with_wrong_things(folder: Path) -> None:
         "nested.yaml": "model: model\nout: out\nratio: {mlp: 0.2}\n",
         "wrong.yaml": "model: model\nout: out\nratio: much\n",
         "percent.yaml": "model: model\nout: out\nratio: 20\n",
+        "twice.yaml": "model: model\nout: out\nratio: 0.2\nratio: 0.3\n",
+        "both.yaml": "model: model\nout: out\nin_place: true\nin-place: false\n",
+        "itself.yaml": "model: model\nout: out\nconfig: good.yaml\n",
+        "deep.yaml": "model: " + "[" * 3000,
+        "true.yaml": "model: model\nout: true\n",
+        "no.yaml": "model: model\nout: out\nnorm: no\n",
+        "none.yaml": "model: model\nout: out\nkinds: []\n",
+        "two.yaml": "model: model\n---\nout: out\n",
+        "code.yaml": '!!python/object/apply:os.system ["touch out"]\n',
+        "day.yaml": "model: model\nout: out\nseed: 2026-02-31\n",
+        "zero.yaml": 'model: model\nout: "o\\0ut"\n',
+        "short.parquet": "PAR1",
+        "marked.json": "\ufeff" + '[{"text": "red green"}]',
         "good.yaml": "model: model\nout: out\nratio: 0.2\n",
         **{f"{name}/config.json": text for name, text in configs.items()},
     }
@@ -109,6 +122,7 @@ def fill_with_wrong_things(folder: Path) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    (folder / "loop").symlink_to("loop")
     _write_wrong_models(folder)
     write_gguf(folder / "uneven.gguf", "deci", [88, 66])
     write_gguf(folder / "even.gguf", "deci", 88)

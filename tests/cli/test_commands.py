@@ -174,7 +174,7 @@ def test_passes_lists_all_with_their_stage() -> None:
         (("--calibration", "/no/such/file.txt"), "No such file"),
         (
             ("--calibration", __file__, "--samples", "10", "--tokens", "9000"),
-            "tokens are fewer than 10 samples of 9000",
+            "tokens are fewer than 10 samples of 9,000",
         ),
     ],
 )

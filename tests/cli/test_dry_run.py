@@ -12,11 +12,15 @@ from typer.testing import CliRunner
 
 import fxprune
 from fxprune.cli import app
-from fxprune.cli.costs import Sizes, Weights, memory_of, most_samples, recipe_of, runs_of, sizes_of, there_are
-from fxprune.cli.dry_run import _counted, _planned, _samples
+from fxprune.cli.costs import runs_of, there_are
+from fxprune.cli.dry_run import _counted, _recipe_of, _samples
 from fxprune.cli.load import load_empty
+from fxprune.cli.memory import Sizes, Weights, memory_of, sizes_of
+from fxprune.cli.preparation import Prepared, most_samples, prepare
+from fxprune.cli.preparation import planned as passes_of
 from fxprune.data.text import offline_text
 from fxprune.graph.counting import count_macs
+from tests.cli.folders import save_tiny
 from tests.models import tiny
 
 
@@ -53,7 +57,7 @@ def test_it_prints_what_a_person_reads(config: Path) -> None:
     ("given", "recipe"), [({}, "balanced"), ({"taylor": "mix"}, "llm-pruner"), ({"recipe": "fast"}, "fast")]
 )
 def test_the_recipe_is_that_of_a_prune(given: dict[str, str], recipe: str) -> None:
-    assert recipe_of({"recipe": None, "importance": None, "taylor": None, **given}) == recipe
+    assert _recipe_of({"recipe": None, "importance": None, "taylor": None, **given}) == recipe
 
 
 VALUES = {
@@ -68,8 +72,10 @@ DEMO_WEIGHTS = Weights(0.538e9, 0.43e9)
 def planned(**given: Any) -> tuple[tuple[Any, ...], int, int]:
     """The passes of a prune, the samples there are to take from, and the tokens of one."""
     values = {**VALUES, **given}
-    passes = _planned(values, {name: values[name] for name in ("recipe", "importance", "taylor", "compensate", "tune")})
-    return (passes, *_samples(passes, values))
+    passes = passes_of(
+        values, {name: values[name] for name in ("recipe", "importance", "taylor", "compensate", "tune")}
+    )
+    return (passes, *_samples(Prepared(passes, None, None), values))
 
 
 @pytest.mark.parametrize(
@@ -100,13 +106,14 @@ def test_samples_are_those_of_the_text_there_is(tmp_path: Path) -> None:
     assert planned(calibration=text, tokens=50)[1:] == (5000 // 200, 50)
     assert planned(calibration=text, samples=3, tokens=50)[1] == 3
     assert planned(recipe="calibrate{tokens=64}\nfind-groups\nwanda\nselect-by-ratio")[1:] == (
-        there_are(VALUES, 64),
+        there_are(None, 64),
         64,
     )
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"input_ids": [1, 2]}\n' * 7)
     assert planned(recipe=f"calibrate{{file={json.dumps(str(rows))}}}\nfind-groups\nwanda\nselect-by-ratio")[1] == 7
-    assert most_samples({**VALUES, "taylor": "mix"}) == 10 and most_samples(VALUES) is None
+    assert most_samples(planned(taylor="mix")[0]) == 10 and most_samples(planned()[0]) is None
+    assert planned(taylor="mix", calibration=text, tokens=50)[1] == 10
 
 
 def test_what_is_kept_on_disk_is_not_tuned() -> None:
@@ -143,3 +150,20 @@ def test_work_is_counted_by_the_token(config: Path) -> None:
     free = fxprune.trace(tiny("llama")).graph_module
     length = next(node.meta["val"].shape[-1] for node in traced.graph.find_nodes(op="placeholder"))
     assert count_macs(traced) / (_counted(traced) or 0) == pytest.approx(count_macs(free, length) / length, rel=0.01)
+
+
+def test_the_samples_of_a_text_are_those_of_the_prune(tmp_path: Path) -> None:
+    """They were guessed by the characters of the text, also where there is a tokenizer that counts them."""
+    save_tiny(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("red " * 1280)
+    values = {**VALUES, "model": str(tmp_path / "model"), "out": None, "gguf_file": None, "calibration": text}
+    values |= {"dry_run": True, "device": None}
+    options = {name: None for name in ("recipe", "importance", "taylor", "compensate", "tune")}
+    prepared = prepare(values, options)
+    assert prepared.samples.shape == (10, 128) and _samples(prepared, values) == (10, 128)
+    (tmp_path / "model/model.safetensors").unlink()
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    assert prepare(values, options).samples is None, "a config alone has no tokenizer"
+    assert _samples(prepare(values, options), values)[1] == 128

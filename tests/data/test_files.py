@@ -77,3 +77,10 @@ def test_what_is_no_text_is_told_by_what_was_found(tmp_path: Path, name: str, co
 def test_a_folder_is_no_file_of_text(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="it is a folder"):
         calibration_text(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "red"), ("a.json", '[{"text": "red"}]')])
+def test_a_mark_at_the_beginning_is_no_text(tmp_path: Path, name: str, content: str) -> None:
+    """A JSON file that an editor had marked as UTF-8 was refused, and the mark was a token of a text."""
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert calibration_text(tmp_path / name) == "red"

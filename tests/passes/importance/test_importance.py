@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fxprune.passes.importance.base import ImportancePass
 from torch import fx, nn
 
 from fxprune.errors import CalibrationError, PassError, UnknownNameError
@@ -40,6 +41,12 @@ class TinyLM(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits."""
         return F.linear(self.down(torch.tanh(self.up(self.embed(ids)))), self.embed.weight)
+
+
+class NothingPass(ImportancePass):
+    """Scores nothing."""
+
+    name = "nothing"
 
 
 def runs(units: Iterable[int], width: int) -> list[list[int]]:
@@ -273,3 +280,10 @@ def test_what_cannot_be_scored_is_refused() -> None:
 def test_names_that_do_not_exist_are_refused_with_the_nearest(arguments: dict[str, Any], hint: str) -> None:
     with pytest.raises(UnknownNameError, match=f"Did you mean '{hint}'"):
         load_pass("taylor", **arguments)
+
+
+def test_a_criterion_that_writes_no_formula_says_so() -> None:
+    """Those that score units as a whole had to write a `positions` that nothing called."""
+    graph_module = discover(tiny("llama", num_hidden_layers=1))
+    with pytest.raises(PassError, match=r"it scores nothing.*Write `positions`, or `score`"):
+        NothingPass()(graph_module)
