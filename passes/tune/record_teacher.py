@@ -13,9 +13,10 @@ from fxprune.data.calibration import Calibration, Sample, batched, spread
 from fxprune.data.samples import check_kind, read_calibration
 from fxprune.data.text import check_tokenizer, offline_docstrings, token_windows
 from fxprune.errors import CalibrationError
+from fxprune.graph.carrier import place_of
 from fxprune.graph.facts import Change, Fact, Runnable, facts_of
 from fxprune.graph.precision import autocast, narrowed
-from fxprune.graph.tensors import device_of, require_weights
+from fxprune.graph.tensors import require_weights
 from fxprune.masking.masked_run import UntouchedRun
 from fxprune.pipeline.arguments import PRECISIONS, one_of, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
@@ -54,6 +55,7 @@ class RecordTeacherPass(Pass):
     name: ClassVar[str] = "record-teacher"
     stage: ClassVar[str] = "tune"
     changes: ClassVar[Change] = "nothing"
+    carries: ClassVar[bool] = True
     needs: ClassVar[tuple[type[Fact], ...]] = (Calibration, Runnable)
     gives: ClassVar[tuple[type[Fact], ...]] = (Teacher,)
 
@@ -94,7 +96,7 @@ class RecordTeacherPass(Pass):
             return logits_of(UntouchedRun(graph_module), batched(samples[:1], graph_module))
 
         narrow = narrowed(self.precision, graph_module, trial, self.name)
-        with autocast(device_of(graph_module), narrow):
+        with autocast(place_of(graph_module), narrow):
             lessons = learn(graph_module, (*samples, *heldout), self.kept, self.batch, track)
         facts_of(graph_module).put(Teacher(lessons[: len(samples)], lessons[len(samples) :], where))
         return PassResult(graph_module, False)
