@@ -14,8 +14,10 @@ from torch import nn
 
 from fxprune.checkpoint.low_memory import load_mapped, on_disk, request_of
 from fxprune.checkpoint.write import check_request
+from fxprune.graph.carrier import carrier_to, carrying, check_device
 from fxprune.graph.facts import facts_of
 from fxprune.graph.source import Source, put_back
+from fxprune.graph.tensors import device_of
 from fxprune.pipeline.arguments import refuse
 from fxprune.pipeline.contract import Pass
 from fxprune.pipeline.pipeline import Pipeline
@@ -64,6 +66,7 @@ def prune(
     verify: bool = True,
     inplace: bool = False,
     memory: str | None = None,
+    device: Any = None,
     example_inputs: Mapping[str, Any] | None = None,
     track: Track | None = None,
 ) -> Result:
@@ -75,13 +78,16 @@ def prune(
         model: a Hugging Face model, or any module that ``torch.export`` can trace.
         calibration: token ids ``(samples, tokens)``, a list of tokenised dicts, a DataLoader; or None for built-in text
             where there is a tokenizer, else for criteria that need no data.
+        device: where to compute, such as ``"cuda"``, while the weights stay where they are: those of a part of the
+            model go there and are given up again, the next ones on their way. Passes that cannot do so compute where
+            the weights are; None for all of them.
         example_inputs: keyword inputs for modules that are not Hugging Face models.
 
     Raises:
         FxpruneError: one of its subclasses, naming what is wrong and what to do; the model is then unchanged.
     """
-    options = {name: value for name, value in locals().items() if name not in ("model", "example_inputs")}
-    return _run(prune_pipeline(**options), model, example_inputs, inplace)
+    options = {name: value for name, value in locals().items() if name not in ("model", "example_inputs", "device")}
+    return _run(prune_pipeline(**options), model, example_inputs, inplace, device)
 
 
 def prune_checkpoint(
@@ -113,7 +119,7 @@ def prune_checkpoint(
         max_shard_size: the largest file of weights; one is in memory when it is written.
         force: as for :func:`fxprune.save_pretrained`.
         also: is called with the result and the new folder before it takes its place, to write more files into it.
-        options: as for :func:`prune`.
+        options: as for :func:`prune`; ``device="cuda"`` computes there, a part of the model after the other.
 
     Returns:
         What :func:`prune` returns; its weights are in files without a name.
@@ -124,10 +130,10 @@ def prune_checkpoint(
     """
     settings = {"memory": "low", "tune": NONE, **options}
     check_request(out, tokenizer, max_shard_size)
-    example_inputs = settings.pop("example_inputs", None)
+    example_inputs, device = settings.pop("example_inputs", None), check_device(settings.pop("device", None))
     pipeline = prune_pipeline(calibration, tokenizer=tokenizer, **settings)
     with on_disk(out, request_of(source, calibration, str(pipeline)), force=force):
-        result = _run(pipeline, load_mapped(source), example_inputs, inplace=False)
+        result = _run(pipeline, load_mapped(source), example_inputs, inplace=False, device=device)
         more = None if also is None else partial(also, result)
         result.save_pretrained(out, tokenizer, max_shard_size=max_shard_size, force=force, also=more)
     return result
@@ -144,6 +150,7 @@ def apply(
     tokenizer: Any = None,
     verify: bool = True,
     inplace: bool = False,
+    device: Any = None,
     example_inputs: Mapping[str, Any] | None = None,
     track: Track | None = None,
 ) -> Result:
@@ -159,6 +166,7 @@ def apply(
         tokenizer: as for :func:`prune`.
         verify: as for :func:`prune`.
         inplace: as for :func:`prune`.
+        device: as for :func:`prune`.
         example_inputs: as for :func:`prune`.
         track: as for :func:`prune`.
 
@@ -177,17 +185,21 @@ def apply(
         inplace=inplace,
         track=track,
     )
-    return _run(pipeline, model, example_inputs, inplace)
+    return _run(pipeline, model, example_inputs, inplace, device)
 
 
-def _run(pipeline: Pipeline, model: nn.Module, example_inputs: Mapping[str, Any] | None, inplace: bool) -> Result:
+def _run(
+    pipeline: Pipeline, model: nn.Module, example_inputs: Mapping[str, Any] | None, inplace: bool, device: Any
+) -> Result:
     """Run a pipeline on a model; where it fails in place, put back what was cut off the model."""
     pipeline.check_arguments()
+    check_device(device)
     start = time.perf_counter()
     graph_module = trace(model, example_inputs).graph_module
     _LOGGER.info("trace: %.1f s", time.perf_counter() - start)
     try:
-        return Result.of(pipeline(graph_module, inplace=inplace).graph_module)
+        with carrying(carrier_to(device, device_of(graph_module))):
+            return Result.of(pipeline(graph_module, inplace=inplace).graph_module)
     except BaseException:  # whatever stops it, an interrupt too: the model is not left half cut
         source = facts_of(graph_module).get(Source)
         if source is not None and source.cut:

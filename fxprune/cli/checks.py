@@ -41,7 +41,6 @@ _APART = (
     ("taylor", "importance", "both say how units are scored; importance 'taylor{order=second}' says both"),
     ("low_memory", "in_place", "weights on disk are not changed in place"),
     ("low_memory", "dtype", "weights on disk are used in the dtype of their files"),
-    ("low_memory", "device", "weights on disk are used where they are"),
     ("low_memory", "gguf_file", "weights of a GGUF file cannot stay on disk"),
     ("uniform", "protect", "no layer is kept whole where all have the same widths"),
     ("quiet", "verbose", "one asks for less, the other for more"),

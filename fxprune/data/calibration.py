@@ -12,10 +12,11 @@ from torch import fx, nn
 
 from fxprune.errors import CalibrationError, FxpruneError, PassError
 from fxprune.graph.attempts import Refusal
+from fxprune.graph.carrier import place_of
 from fxprune.graph.compat import is_free
 from fxprune.graph.facts import Fact
 from fxprune.graph.silence import unprinted
-from fxprune.graph.tensors import device_of, get_tensor
+from fxprune.graph.tensors import get_tensor
 
 __all__ = [
     "IGNORED",
@@ -171,8 +172,8 @@ def alike(samples: Sequence[Sample], graph_module: fx.GraphModule, most: int) ->
 
 
 def batched(samples: Sequence[Sample], graph_module: fx.GraphModule) -> dict[str, Any]:
-    """Return samples of the same shape as one batch of inputs, on the device of the graph."""
-    device = device_of(graph_module)
+    """Return samples of the same shape as one batch of inputs, on the device that the graph runs on."""
+    device = place_of(graph_module)
     return {
         name: torch.cat([s.inputs[name] for s in samples]).to(device) if isinstance(value, torch.Tensor) else value
         for name, value in samples[0].inputs.items()

@@ -16,6 +16,7 @@ from fxprune.data.ranks import add_up, turns
 from fxprune.errors import EvaluationError
 from fxprune.graph.attempts import clear_errors
 from fxprune.graph.silence import unprinted
+from fxprune.graph.spread import input_device, is_sharded
 from fxprune.pipeline.arguments import function, instance, told, whole_number
 from fxprune.pipeline.progress import Track, no_progress
 
@@ -213,7 +214,8 @@ def _loss_sums(model: Callable[..., Any], ids: Tensor, first: Tensor, batch: int
     sums = [torch.zeros(len(start), dtype=torch.double, device=device) for _, start in parts]
     shown = nullcontext() if track is not no_progress else unprinted()
     own = turns(len(parts))
-    with torch.inference_mode(), _evaluation(model), shown:
+    sharded = isinstance(model, nn.Module) and is_sharded(model)  # what gathers weights counts their versions
+    with torch.no_grad() if sharded else torch.inference_mode(), _evaluation(model), shown:
         for turn in track(own, "perplexity", len(own)):
             chunk, start = parts[turn % len(parts)]
             chunk = chunk.to(device)
@@ -245,10 +247,8 @@ def _ratio_error(sums: Tensor, counts: Tensor) -> float:
 
 
 def _device_of(model: Callable[..., Any]) -> torch.device | None:
-    """Return where the model's first parameter lives; None where it has none, and ids stay where they are."""
-    if not isinstance(model, nn.Module):
-        return None
-    return next((parameter.device for parameter in model.parameters()), None)
+    """Return where ids go; None where that cannot be told, and they stay where they are."""
+    return input_device(model) if isinstance(model, nn.Module) else None
 
 
 @contextmanager

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from fxprune.errors import PassError
-from fxprune.graph.tensors import device_of, weights
+from fxprune.graph.carrier import place_of
+from fxprune.graph.tensors import weights
 
 __all__ = ["autocast", "has_bf16", "narrowed"]
 
@@ -37,7 +38,7 @@ def narrowed(precision: str, graph_module: fx.GraphModule, trial: Callable[[], t
     Raises:
         PassError: ``bf16`` was asked for, and an op of the graph refuses what comes of it.
     """
-    device = device_of(graph_module)
+    device = place_of(graph_module)
     floats = [tensor.dtype for _, tensor in weights(graph_module) if tensor.is_floating_point()]
     if precision == "float32" or any(dtype != torch.float32 for dtype in floats):
         return False

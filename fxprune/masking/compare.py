@@ -12,7 +12,9 @@ from torch import fx
 from fxprune.axes import Keep, kept_mask
 from fxprune.discovery.dependency import AxisMap
 from fxprune.errors import VerificationError
+from fxprune.graph.carrier import place_of, to_place
 from fxprune.graph.facts import Change, Fact
+from fxprune.graph.inputs import example_of
 from fxprune.graph.names import tensor_name
 from fxprune.masking.masked_run import MaskedRun, PreciseRun, output_tensors
 
@@ -70,13 +72,20 @@ def masked_outputs(
 ) -> tuple[torch.Tensor, ...]:
     """Return the float outputs of the dense graph with the removed structures zeroed, without copying its weights."""
     with torch.no_grad():
-        return output_tensors(MaskedRun(graph_module, axes, keep, removed_blocks).run(*inputs.values()))
+        run = MaskedRun(graph_module, axes, keep, removed_blocks)
+        return output_tensors(run.run(*_there(graph_module, inputs)))
 
 
 def slim_outputs(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
     """Return the float outputs of a graph, computed in float32 at least."""
     with torch.no_grad():
-        return output_tensors(PreciseRun(graph_module).run(*inputs.values()))
+        return output_tensors(PreciseRun(graph_module).run(*_there(graph_module, inputs)))
+
+
+def _there(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> list[Any]:
+    """The inputs of a graph, in order, on the device that it runs on."""
+    place = place_of(graph_module)
+    return [example_of(value, lambda tensor: to_place(tensor, place)) for value in inputs.values()]
 
 
 def compare(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor]) -> float:
@@ -103,8 +112,8 @@ def find_divergence(
     masked = MaskedRun(dense, axes, keep, removed_blocks, garbage_collect_values=False)
     plain = PreciseRun(slim, garbage_collect_values=False)
     with torch.no_grad():
-        masked.run(*inputs.values())
-        plain.run(*inputs.values())
+        masked.run(*_there(dense, inputs))
+        plain.run(*_there(slim, inputs))
     values = {node.name: value for node, value in masked.env.items()}
     for node, got in plain.env.items():
         want = values.get(node.name)

@@ -4,140 +4,33 @@ Plain training runs all parts for one sample and then for the next. Here a part 
 one begins, so that sums over samples, and weights where these are read from files, are in memory for one part at a
 time. What is alive where two parts meet is kept for each sample; a part runs again when its gradients are due, so that
 the price is one more forward run.
+
+Where weights are carried to another device, those of the part that runs are there, and those of the next one on their
+way. What is kept between parts is where the weights are.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxprune.data.calibration import computing
-from fxprune.graph.compat import size_hint, tree_leaves
+from fxprune.graph.carrier import current_carrier, place_of, to_place
+from fxprune.graph.inputs import example_of
 from fxprune.graph.shelf import stored
-from fxprune.masking.masked_run import UntouchedRun
-from fxprune.rules.aliasing import alias_roots, writes, written_sources
+from fxprune.graph.tensors import device_of, get_tensor
+from fxprune.masking.cuts import Part
+from fxprune.masking.masked_run import PreciseRun, UntouchedRun, widened
 
-__all__ = ["Part", "PartRuns", "cut"]
+__all__ = ["PartRuns"]
 
 Inputs = Mapping[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """Ops that run together.
-
-    Args:
-        nodes: in order of execution: ops, and before the first op of the part that needs it each weight.
-        takes: values that ops before it, or the caller, made.
-        gives: values that ops behind it use.
-    """
-
-    nodes: tuple[fx.Node, ...]
-    takes: tuple[fx.Node, ...]
-    gives: tuple[fx.Node, ...]
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The names of the weights it reads."""
-        return tuple(str(node.target) for node in self.nodes if node.op == "get_attr")
-
-
-def cut(graph: fx.Graph, cost: Mapping[str, float], limit: float) -> list[Part]:
-    """Return the parts of a graph, in order of execution.
-
-    It is cut where the values alive are smallest, as they are where two blocks meet; a graph that writes to its weights
-    or inputs is not cut at all.
-
-    Args:
-        graph: the graph.
-        cost: of each weight, by name; 0 for others.
-        limit: the cost of the weights in a part; one that is more than that has a part of its own.
-    """
-    ops = [node for node in graph.nodes if node.op not in ("get_attr", "placeholder")]
-    if written_sources(graph):
-        return [_part(ops)]
-    reads = [{str(w.target) for w in op.all_input_nodes if w.op == "get_attr"} & cost.keys() for op in ops]
-    alive, closed = _alive(ops), _closed(graph, ops)
-    found, begin = [], 0
-    while begin < len(ops):
-        end = begin + _end([(reads[i], alive[i + 1], i + 1 in closed) for i in range(begin, len(ops))], cost, limit)
-        found.append(_part(ops[begin:end]))
-        begin = end
-    return found
-
-
-def _end(steps: Sequence[tuple[Collection[str], int, bool]], cost: Mapping[str, float], limit: float) -> int:
-    """How many of the steps make up a part: in its second half by cost, until the fewest numbers are alive.
-
-    Args:
-        steps: of each op, the weights it reads, how many numbers are alive behind it, and whether no cut may be there.
-        cost: of each weight.
-        limit: of the cost of a part.
-    """
-    read, reach = set[str](), dict[int, float]()
-    for count, (names, _, closed) in enumerate(steps, start=1):
-        read.update(names)
-        spent = sum(cost[name] for name in read)
-        if spent > limit and reach:
-            break
-        if not closed:
-            reach[count] = spent
-    else:
-        if spent <= limit:
-            return len(steps)
-    half = max(reach.values()) / 2
-    return min((count for count in reach if reach[count] >= half), key=lambda count: (steps[count - 1][1], -count))
-
-
-def _alive(ops: Sequence[fx.Node]) -> list[int]:
-    """How many numbers are alive before each op, and after the last."""
-    place = {op: i for i, op in enumerate(ops)}
-    change = [0] * (len(ops) + 2)
-    for op, i in place.items():
-        last = max((place[user] for user in op.users), default=i)
-        change[i + 1] += _numbers(op)
-        change[last + 1] -= _numbers(op)
-    found, now = [], 0
-    for step in change[: len(ops) + 1]:
-        now += step
-        found.append(now)
-    return found
-
-
-def _numbers(node: fx.Node) -> int:
-    leaves = (leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor))
-    return sum(math.prod(size_hint(size) for size in leaf.shape) for leaf in leaves)
-
-
-def _closed(graph: fx.Graph, ops: Sequence[fx.Node]) -> set[int]:
-    """Where no cut may be: between an op that writes to a value and what has to do with the same memory."""
-    root, place = alias_roots(graph), {op: i for i, op in enumerate(ops)}
-    written = {root[value] for op in ops if writes(op) for value in op.all_input_nodes}
-    span: dict[fx.Node, list[int]] = {}
-    for op, i in place.items():
-        for value in (op, *op.all_input_nodes):
-            if root[value] in written:
-                span.setdefault(root[value], []).append(i)
-    return {position for places in span.values() for position in range(min(places) + 1, max(places) + 1)}
-
-
-def _part(ops: Sequence[fx.Node]) -> Part:
-    inside = set(ops)
-    nodes, takes = dict[fx.Node, None](), dict[fx.Node, None]()
-    for op in ops:
-        for value in op.all_input_nodes:
-            if value.op == "get_attr":
-                nodes[value] = None
-            elif value not in inside:
-                takes[value] = None
-        nodes[op] = None
-    gives = tuple(op for op in ops if any(user not in inside for user in op.users))
-    return Part(tuple(nodes), tuple(takes), gives)
+Watch = Mapping[fx.Node, Callable[[Any], None]]
+NOTHING: Watch = MappingProxyType({})
 
 
 class PartRuns:
@@ -146,8 +39,9 @@ class PartRuns:
     Args:
         graph_module: the graph.
         parts: from :func:`cut`.
-        samples: the inputs of each sample, by name, on the device of the graph.
+        samples: the inputs of each sample, by name.
         reached: names of weights whose gradients are wanted.
+        precise: compute in float32 at least, whatever the dtypes of weights and casts.
     """
 
     def __init__(
@@ -156,21 +50,36 @@ class PartRuns:
         parts: Sequence[Part],
         samples: Sequence[Inputs],
         reached: Collection[str],
+        *,
+        precise: bool = False,
     ) -> None:
         self.parts = parts
-        self.run = _PartRun(graph_module)
+        self.graph_module = graph_module
+        self.home, self.place, self.carrier = device_of(graph_module), place_of(graph_module), current_carrier()
+        self.run = (_PrecisePartRun if precise else _PartRun)(graph_module)
         self.behind = _behind(graph_module.graph, reached)
         places = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         self.inputs = samples
-        self.values: list[dict[fx.Node, Any]] = [dict(zip(places, inputs.values(), strict=True)) for inputs in samples]
+        self.values: list[dict[fx.Node, Any]] = [
+            {node: self.run.taken(value) for node, value in zip(places, inputs.values(), strict=True)}
+            for inputs in samples
+        ]
         self.gradients: list[dict[fx.Node, torch.Tensor]] = [{} for _ in samples]
+        self.brought: Part | None = None
 
-    def forward(self, part: Part) -> Iterator[int]:
-        """Run a part for each sample and keep what it gives; yields the number of each sample when it is done."""
+    def forward(self, part: Part, watch: Watch | None = None) -> Iterator[int]:
+        """Run a part for each sample and keep what it gives; yields the number of each sample when it is done.
+
+        Args:
+            part: the first one, or one before which :meth:`forward` has run.
+            watch: what to call with the value of a node, where the part has it.
+        """
+        self._bring(part, 1)
         for number, values in enumerate(self.values):
             with torch.no_grad(), computing(self.inputs[number]):
-                env = self.run.part(part, {node: values[node] for node in part.takes}, {})
-            values.update({node: _kept(env[node]) for node in part.gives})
+                takes = {node: to_place(values[node], self.place) for node in part.takes}
+                env = self.run.part(part, takes, {}, watch or {})
+            values.update({node: self._kept(env[node]) for node in part.gives})
             yield number
 
     def backward(
@@ -187,6 +96,7 @@ class PartRuns:
             loss: of the last part, given the number of a sample and what the graph returns.
         """
         last = part is self.parts[-1]
+        self._bring(part, -1)
         for number, values in enumerate(self.values):
             gradients = self.gradients[number]
             leaves = {node: self._leaf(node, values[node]) for node in part.takes}
@@ -197,12 +107,14 @@ class PartRuns:
             else:
                 ends = [node for node in part.gives if node in gradients and env[node].requires_grad]
                 if ends:
-                    torch.autograd.backward([env[node] for node in ends], [gradients.pop(node) for node in ends])
+                    torch.autograd.backward(
+                        [env[node] for node in ends], [self._there(gradients.pop(node)) for node in ends]
+                    )
             del env
             for node, leaf in leaves.items():
                 if isinstance(leaf, torch.Tensor) and leaf.grad is not None:
-                    found = gradients.get(node)
-                    gradients[node] = _kept(leaf.grad if found is None else found + leaf.grad)
+                    found, more = gradients.get(node), to_place(leaf.grad, self.home)
+                    gradients[node] = self._kept(more if found is None else found + more)
             yield number
         self._forget(part)
 
@@ -224,7 +136,32 @@ class PartRuns:
         """Whether gradients of weights that a part reads, or of values that it takes, are wanted."""
         return any(node in self.behind for node in part.nodes)
 
+    def tensor(self, name: str) -> torch.Tensor:
+        """A weight that the part reads which runs, or ran last, on the device that it runs on."""
+        return self.run.held[name] if name in self.run.held else get_tensor(self.graph_module, name)
+
+    def _bring(self, part: Part, step: int) -> None:
+        """Have the weights of a part on the device, and those of the one that runs next on their way there."""
+        if self.carrier is None or part is self.brought:
+            return
+        self.brought = part
+        self.run.held = {name: self.run.held[name] for name in part.reads if name in self.run.held}
+        missing = [name for name in part.reads if name not in self.run.held]
+        there = self.carrier.carry([get_tensor(self.graph_module, name) for name in missing])
+        self.run.held = self.run.held | dict(zip(missing, there, strict=True))
+        number = self.parts.index(part) + step
+        following = self.parts[number].reads if 0 <= number < len(self.parts) else ()
+        self.carrier.ahead(get_tensor(self.graph_module, name) for name in following if name not in self.run.held)
+
+    def _there(self, value: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = to_place(value, self.place)
+        return found
+
+    def _kept(self, value: Any) -> Any:
+        return stored(to_place(value.detach(), self.home)) if isinstance(value, torch.Tensor) else value
+
     def _leaf(self, node: fx.Node, value: Any) -> Any:
+        value = to_place(value, self.place)
         if node not in self.behind or not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
         return value.detach().requires_grad_()
@@ -243,9 +180,16 @@ class _PartRun(UntouchedRun):
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
         self.weights: Mapping[str, torch.Tensor] = {}
+        self.held: dict[str, torch.Tensor] = {}
         self.last_uses: dict[Part, dict[fx.Node, list[fx.Node]]] = {}
 
-    def part(self, part: Part, takes: Mapping[fx.Node, Any], weights: Mapping[str, torch.Tensor]) -> Mapping[Any, Any]:
+    def part(
+        self,
+        part: Part,
+        takes: Mapping[fx.Node, Any],
+        weights: Mapping[str, torch.Tensor],
+        watch: Watch = NOTHING,
+    ) -> Mapping[Any, Any]:
         """Return the values of what a part gives, and of the output of the graph."""
         if part not in self.last_uses:
             self.last_uses[part] = _last_uses(part)
@@ -253,14 +197,32 @@ class _PartRun(UntouchedRun):
         self.weights, self.env, self._copies = weights, dict(takes), {}
         for node in part.nodes:
             self.env[node] = self.run_node(node)
+            if node in watch:
+                watch[node](self.env[node])
             for value in freed.get(node, ()):
                 del self.env[value]
         found, self.env, self.weights = self.env, {}, {}
         return found
 
+    def read(self, name: str) -> Any:
+        """Return a weight where it was brought to."""
+        return self.held[name] if name in self.held else super().read(name)
+
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Return a weight, or what is read in its place."""
         return self.weights[target] if target in self.weights else super().get_attr(target, args, kwargs)
+
+    def taken(self, value: Any) -> Any:
+        """Return an input as it is taken."""
+        return value
+
+
+class _PrecisePartRun(_PartRun, PreciseRun):
+    """One that computes in float32 at least."""
+
+    def taken(self, value: Any) -> Any:
+        """Return an input, cast up where it is a narrower float."""
+        return example_of(value, widened)
 
 
 def _last_uses(part: Part) -> dict[fx.Node, list[fx.Node]]:
@@ -280,10 +242,6 @@ def _behind(graph: fx.Graph, reached: Collection[str]) -> set[fx.Node]:
         if (node.op == "get_attr" and node.target in reached) or any(v in found for v in node.all_input_nodes):
             found.add(node)
     return found
-
-
-def _kept(value: Any) -> Any:
-    return stored(value.detach()) if isinstance(value, torch.Tensor) else value
 
 
 def _on(leaf: Any) -> Any:

@@ -11,6 +11,7 @@ have them, rounded to that precision once they are multiplied by what fewer unit
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,13 +22,14 @@ from torch import fx
 from fxprune.axes import UNIT, Expr, Factor, Keep, Product, concat, factors, kept_mask, kept_size, product
 from fxprune.discovery.dependency import AxisMap
 from fxprune.graph.arguments import with_argument
+from fxprune.graph.carrier import current_carrier
 from fxprune.graph.compat import tree_leaves
 from fxprune.graph.inputs import example_of
 from fxprune.graph.names import output_name, tensor_name
 from fxprune.removal.norms import scaled_weights
 from fxprune.rules.aliasing import written_sources
 
-__all__ = ["MaskedRun", "PreciseRun", "UntouchedRun", "output_tensors"]
+__all__ = ["MaskedRun", "PreciseRun", "UntouchedRun", "output_tensors", "widened"]
 
 
 class UntouchedRun(fx.Interpreter):
@@ -37,6 +39,11 @@ class UntouchedRun(fx.Interpreter):
         super().__init__(graph_module, garbage_collect_values=garbage_collect_values)
         self._written = written_sources(graph_module.graph)
         self._copies: dict[str, Any] = {}
+        self._carrier = current_carrier()
+        self._following: dict[str, str] = {}
+        if self._carrier is not None:
+            read = list(dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"))
+            self._following = dict(itertools.pairwise(read))
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Return an input; a copy of it where it is written to."""
@@ -44,7 +51,22 @@ class UntouchedRun(fx.Interpreter):
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Return a weight; the same copy of it at every place where it is written to."""
-        return self._copied(str(target), super().get_attr(target, args, kwargs))
+        return self._copied(str(target), self.read(str(target)))
+
+    def read(self, name: str) -> Any:
+        """Return a weight as it is, on the device that the graph runs on; the next one is copied there ahead."""
+        value = self.fetch_attr(name)
+        if self._carrier is None or not isinstance(value, torch.Tensor):
+            return value
+        (there,) = self._carrier.carry([value])
+        following = self._following.pop(name, None)  # what is read again is in no order
+        if following is not None:
+            self._carrier.ahead([self.fetch_attr(following)])
+        return there
+
+    def writes_to(self, name: str) -> bool:
+        """Whether an op writes to the weight or input ``name``, of which this run has a copy then."""
+        return name in self._written
 
     def keep_until(self, value: fx.Node, user: fx.Node) -> None:
         """Free ``value`` no earlier than after ``user``."""
@@ -69,12 +91,12 @@ class PreciseRun(UntouchedRun):
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Return an input, cast up where it is a narrower float."""
-        return example_of(super().placeholder(target, args, kwargs), _widened)
+        return example_of(super().placeholder(target, args, kwargs), widened)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Return the weight ``target``, cast up where it is a narrower float."""
         value = super().get_attr(target, args, kwargs)
-        return _widened(value) if isinstance(value, torch.Tensor) else value
+        return widened(value) if isinstance(value, torch.Tensor) else value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run an op; what it would cast to, or make in, a narrower float is in float32."""
@@ -82,7 +104,8 @@ class PreciseRun(UntouchedRun):
         return super().call_function(target, args, kwargs)
 
 
-def _widened(value: torch.Tensor) -> torch.Tensor:
+def widened(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float32 where it is a narrower float; else as it is."""
     return value.float() if value.dtype in _NARROW else value
 
 
@@ -138,8 +161,8 @@ class MaskedRun(PreciseRun):
         value = super().get_attr(target, args, kwargs)
         scaling = self.scaled.get(self.axes.tied.get(str(target), str(target)))
         if scaling is not None:
-            stored = fx.Interpreter.get_attr(self, target, args, kwargs)
-            value = scaling.rounded(stored).to(value.dtype) if stored.dtype in _NARROW else value
+            stored = self.fetch_attr(str(target))
+            value = scaling.rounded(stored).to(value.device, value.dtype) if stored.dtype in _NARROW else value
         for axis, expr in enumerate(self.axes.tensors.get(str(target), ())):
             if self.touched.intersection(factors(expr)):
                 mask = torch.from_numpy(kept_mask(expr, self.keep).copy()).to(value.device)

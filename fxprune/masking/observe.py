@@ -9,11 +9,19 @@ import torch
 from torch import fx
 
 from fxprune.data.calibration import Sample, computing, stacked
+from fxprune.graph.carrier import current_carrier
+from fxprune.graph.tensors import weights
+from fxprune.masking.cuts import cut
+from fxprune.masking.in_parts import PartRuns
 from fxprune.masking.masked_run import PreciseRun
+from fxprune.rules.aliasing import written_sources
 
 __all__ = ["observe"]
 
 Watch = Mapping[fx.Node, Callable[[Any], None]]
+
+_PART = 0.1
+"""Of the bytes of the weights: a part of the graph that runs at a time."""
 
 
 def observe(
@@ -22,6 +30,8 @@ def observe(
     watch: Watch,
     batch: int,
     track: Callable[[Iterable[Any], int], Iterable[Any]],
+    *,
+    in_turn: bool = True,
 ) -> None:
     """Run a graph, in float32 at least, over samples, as far as the last node that is watched.
 
@@ -33,6 +43,8 @@ def observe(
         watch: what to call with the value of a node, once for each batch.
         batch: samples that run at once.
         track: shows progress over the batches.
+        in_turn: all values of a batch have to be seen before those of the next one. Without, weights that are carried
+            to another device go there once for all batches, and the graph runs in parts.
 
     Raises:
         CalibrationError: the graph cannot compute the samples.
@@ -40,10 +52,29 @@ def observe(
     nodes = list(graph_module.graph.nodes)
     last = max((i for i, node in enumerate(nodes) if node in watch), default=-1)
     batches = list(stacked(samples, graph_module, batch))
+    if not in_turn and current_carrier() is not None and not written_sources(graph_module.graph):
+        _run_in_parts(graph_module, batches, watch, track)
+        return
     with torch.no_grad():
         for inputs in track(batches, len(batches)):
             with computing(inputs):
                 _run(PreciseRun(graph_module), inputs, nodes[: last + 1], watch)
+
+
+def _run_in_parts(
+    graph_module: fx.GraphModule,
+    batches: Sequence[Mapping[str, Any]],
+    watch: Watch,
+    track: Callable[[Iterable[Any], int], Iterable[Any]],
+) -> None:
+    """Run all batches through one part of the graph, and then through the next one."""
+    cost = {name: float(tensor.nbytes) for name, tensor in weights(graph_module)}
+    parts = cut(graph_module.graph, cost, _PART * sum(cost.values()))
+    last = max((i for i, part in enumerate(parts) if not watch.keys().isdisjoint(part.nodes)), default=-1)
+    runs = PartRuns(graph_module, parts, batches, (), precise=True)
+    steps = (number for part in parts[: last + 1] for number in runs.forward(part, watch))
+    for _ in track(steps, len(batches) * (last + 1)):
+        pass
 
 
 def _run(run: fx.Interpreter, inputs: Mapping[str, torch.Tensor], nodes: Sequence[fx.Node], watch: Watch) -> None:

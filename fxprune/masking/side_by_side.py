@@ -10,7 +10,7 @@ from torch import fx
 
 from fxprune.axes import Keep
 from fxprune.discovery.dependency import AxisMap
-from fxprune.masking.masked_run import MaskedRun, PreciseRun
+from fxprune.masking.masked_run import MaskedRun, PreciseRun, UntouchedRun
 
 __all__ = ["SideBySide"]
 
@@ -73,9 +73,11 @@ class SideBySide:
         for node in nodes:
             self._step(self.masked, node)
 
-    def _step(self, runs: Sequence[fx.Interpreter], node: fx.Node) -> None:
+    def _step(self, runs: Sequence[UntouchedRun], node: fx.Node) -> None:
+        shared = node.op == "get_attr" and not runs[0].writes_to(str(node.target))
+        value = runs[0].run_node(node) if shared else None  # a weight is read, and masked, once for all batches
         for run in runs:
-            run.env[node] = run.run_node(node)
+            run.env[node] = value if shared else run.run_node(node)
 
 
 def _begun(run: _Run, inputs: Inputs) -> _Run:

@@ -22,6 +22,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from fxprune.errors import PassError
 from fxprune.graph.arguments import comparable
 from fxprune.graph.attempts import clear_errors
+from fxprune.graph.carrier import at_place
 from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.graph.fork import fork, unshare
 from fxprune.graph.source import Source
@@ -67,6 +68,9 @@ class Pass(PassBase):
     """Classes of the facts that are known after."""
     drops: ClassVar[Kinds] = ()
     """Classes of the facts that no longer hold after, whether or not anything changed."""
+    carries: ClassVar[bool] = False
+    """Whether it computes where a carrier brings weights to, if there is one: what it reads weights for are runs of
+    :mod:`fxprune.masking`, and what it gives is on the device of the weights."""
     keeps: ClassVar[Kinds] = ()
     """Classes of facts about what it changes that still hold after; all others about it are dropped."""
 
@@ -86,7 +90,7 @@ class Pass(PassBase):
                 pass failed with what is no error of this package.
         """
         start = time.perf_counter()
-        with neutral(), clear_errors(f"pass {self.name}", _CHECK, PassError):
+        with neutral(), at_place(self.carries), clear_errors(f"pass {self.name}", _CHECK, PassError):
             flag("inplace", inplace)
             self.check_arguments()
             self.requires(graph_module)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from fxprune.data.calibration import IGNORED
 from fxprune.errors import RecoveryError
+from fxprune.graph.spread import input_device
 from fxprune.pipeline.arguments import instance, number
 from fxprune.recovery.lora import evaluating
 
@@ -80,7 +81,7 @@ class Distillation:
             inputs: the student's: ids, mask and labels ``(samples, tokens)``.
             logits: the student's ``(samples, tokens, vocabulary)``.
         """
-        device, mask = next(self.teacher.parameters()).device, inputs.get("attention_mask")
+        device, mask = input_device(self.teacher), inputs.get("attention_mask")
         with torch.no_grad(), evaluating(self.teacher):
             theirs = self.teacher(
                 input_ids=inputs["input_ids"].to(device),

@@ -19,6 +19,7 @@ from fxprune.errors import DataError, RecoveryError, UnsupportedModelError
 from fxprune.graph.attempts import clear_errors
 from fxprune.graph.precision import has_bf16
 from fxprune.graph.silence import quiet
+from fxprune.graph.spread import check_loaded
 from fxprune.masking.compare import TOLERANCE
 from fxprune.pipeline.arguments import as_path, flag, function, instance, refuse
 from fxprune.pipeline.progress import Track, check_track, no_progress
@@ -244,8 +245,7 @@ def _check(pruned: Any, result: Result | None, tokenizer: Any) -> None:
             where="pruned",
             remedy="Pass the result of a prune that gave one; a graph trains in a loop of your own",
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise UnsupportedModelError("its weights are on meta", where="pruned", remedy="Load the weights first")
+    check_loaded(model, "pruned")
     function("tokenizer", tokenizer, "the tokenizer of the model", RecoveryError)
     missing = [name for name in ("pad_token_id", "eos_token_id") if not hasattr(tokenizer, name)]
     if missing:

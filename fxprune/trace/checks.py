@@ -14,6 +14,7 @@ from fxprune.data.verification import check_names
 from fxprune.errors import ArgumentError, FxpruneError, TraceError, UnsupportedModelError
 from fxprune.graph.attempts import Refusal, attempt
 from fxprune.graph.silence import quiet
+from fxprune.graph.spread import check_together, check_whole
 from fxprune.graph.tensors import computed_tensors
 from fxprune.pipeline.arguments import refuse, told
 from fxprune.trace.twin import alias_twin
@@ -44,7 +45,7 @@ _DEQUANTISE = "Load it in float32, bfloat16 or float16, or call model.dequantize
 
 
 def check_model(model: Any) -> None:
-    """Refuse what cannot be pruned: what is no module, or one without weights, quantised, or spread over devices.
+    """Refuse what cannot be pruned: what is no module, or one without weights, quantised, or spread out.
 
     Raises:
         UnsupportedModelError: names the parameter concerned and what to do.
@@ -53,18 +54,12 @@ def check_model(model: Any) -> None:
     named = list(model.named_parameters())
     if not named:
         raise UnsupportedModelError("it has no parameters", where=type(model).__name__, remedy="Pass one with weights")
+    check_whole(model)
     if is_marked(model):
         _check_plain(model)
     for name, parameter in named:
         _check_parameter(name, parameter)
-    first, device = named[0][0], named[0][1].device
-    for name, parameter in named:
-        if parameter.device != device:
-            raise UnsupportedModelError(
-                f"is on {parameter.device} while {first} is on {device}",
-                where=name,
-                remedy=f"Move the whole model to one device, as in model.to({str(device)!r})",
-            )
+    check_together(model)
 
 
 def _check_module(model: Any) -> None:

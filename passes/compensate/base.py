@@ -15,10 +15,11 @@ from fxprune.data.calibration import Calibration, spread, stacked
 from fxprune.data.ranks import as_first, own
 from fxprune.discovery.dependency import Dependencies
 from fxprune.errors import CalibrationError
+from fxprune.graph.carrier import to_place
 from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
 from fxprune.graph.shelf import recalled, remembering
 from fxprune.graph.source import put_values
-from fxprune.graph.tensors import require_weights
+from fxprune.graph.tensors import device_of, require_weights
 from fxprune.masking.compare import Expected
 from fxprune.masking.side_by_side import SideBySide
 from fxprune.pipeline.arguments import one_of, whole_number
@@ -54,6 +55,7 @@ class FitPass(Pass):
     changes: ClassVar[Change] = "weights"
     needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Removal, Calibration, Runnable)
     drops: ClassVar[tuple[type[Fact], ...]] = (Scores, Expected)
+    carries: ClassVar[bool] = True
 
     samples: int | None = None
     batch: int = 16
@@ -107,7 +109,9 @@ class FitPass(Pass):
         if known is not None:
             name = {str(node.target): node for node in graph_module.graph.nodes}
             return {name[key]: value for key, value in load_file(known).items()}
-        found = {node: value.contiguous() for node, value in self.fitted(graph_module, site, run).items()}
+        home = device_of(graph_module)
+        fitted = self.fitted(graph_module, site, run)
+        found = {node: to_place(value.contiguous(), home) for node, value in fitted.items()}
         as_first(found.values())
         with remembering(f"{site.name}.fit") as file:
             if file is not None:

@@ -96,6 +96,6 @@ class LeastSquaresPass(FitPass):
         change = front.plus(back).solve(damping).mT.to(w.dtype)
         found = {site.weight: site.weight_of(W.index_copy(2, site.kept, w + change[..., : w.shape[2]]))}
         if added is not None:
-            old = get_tensor(graph_module, str(added.target)).detach()
+            old = get_tensor(graph_module, str(added.target)).detach().to(change.device)
             found[added] = (old.to(change.dtype) + change[0, :, -1]).to(old.dtype)
         return found

@@ -12,6 +12,7 @@ from torch import fx
 
 from fxprune.axes import factors, kept_mask
 from fxprune.graph.blocks import owner_block
+from fxprune.graph.carrier import place_of
 from fxprune.graph.tensors import get_tensor
 from fxprune.masking.side_by_side import SideBySide
 from fxprune.removal.removal import Removal
@@ -84,8 +85,8 @@ class Site:
         return places.flatten()
 
     def matrices(self, graph_module: fx.GraphModule) -> torch.Tensor:
-        """The weight in float32 at least, as ``(matrices, out, in)``."""
-        W = get_tensor(graph_module, self.name).detach()
+        """The weight in float32 at least, as ``(matrices, out, in)``, on the device that the graph runs on."""
+        W = get_tensor(graph_module, self.name).detach().to(place_of(graph_module))
         W = W.to(torch.promote_types(W.dtype, torch.float32)).permute(_order(self.product))
         return W if isinstance(self.product, StackedProduct) else W.flatten(1)[None]
 
@@ -125,7 +126,7 @@ def find_sites(graph_module: fx.GraphModule, removal: Removal, reach: str = "los
         inside = owner_block(name, axes.blocks) is not None
         if lost or (changed and ((reach != "lost" and other is not None) or (reach == "all" and inside))):
             kept = np.flatnonzero(kept_mask(expr, keep)) if lost else np.arange(expr.size)
-            yield Site(product, torch.from_numpy(kept).to(get_tensor(graph_module, name).device), other)
+            yield Site(product, torch.from_numpy(kept).to(place_of(graph_module)), other)
 
 
 def _products(graph_module: fx.GraphModule) -> Iterator[Product]:

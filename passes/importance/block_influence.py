@@ -35,6 +35,7 @@ class BlockInfluenceImportancePass(ForwardImportancePass):
     """
 
     name: ClassVar[str] = "block-influence"
+    carries: ClassVar[bool] = True
 
     kinds: tuple[str, ...] = ("layer",)
 

@@ -84,6 +84,7 @@ class WandaImportancePass(ForwardImportancePass):
     """
 
     name: ClassVar[str] = "wanda"
+    carries: ClassVar[bool] = True
 
     def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
         """Slice sums of ``|W| * norm(X) / sqrt(tokens)``."""
@@ -122,6 +123,7 @@ class FlapImportancePass(ForwardImportancePass):
     """
 
     name: ClassVar[str] = "flap"
+    carries: ClassVar[bool] = True
 
     standardise: bool = False
 

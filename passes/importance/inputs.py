@@ -36,7 +36,7 @@ class Moments:
 
     def add_up(self) -> None:
         """Make it the sums of all processes, where several share the samples."""
-        count = torch.tensor(self.count, device=self.sums.device)
+        count = self.sums.new_full((), self.count, dtype=torch.int64)
         add_up((self.sums, self.squares, count))
         self.count = int(count)
 
@@ -84,7 +84,8 @@ def input_moments(
             sums.squares += rows.square().sum(0)
             sums.count += len(rows)
 
-    observe(graph_module, own(samples), {node: partial(add, node) for node in watched}, batch, track)
+    seen = {node: partial(add, node) for node in watched}
+    observe(graph_module, own(samples), seen, batch, track, in_turn=False)
     for moments in found.values():
         moments.add_up()
     for consumer in consumers:

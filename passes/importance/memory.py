@@ -9,7 +9,8 @@ import psutil
 import torch
 from torch import fx
 
-from fxprune.graph.tensors import device_of, weights
+from fxprune.graph.carrier import place_of
+from fxprune.graph.tensors import weights
 from fxprune.pipeline.arguments import MEMORY, number, one_of
 
 __all__ = ["allowed", "amount"]
@@ -42,7 +43,7 @@ def allowed(memory: float | str, graph_module: fx.GraphModule, wanted: float) ->
     total = float(sum(tensor.nbytes for _, tensor in weights(graph_module)))
     if not isinstance(memory, str):
         return memory * total
-    fits = memory == "fast" or (memory == "auto" and 2 * wanted <= _free(device_of(graph_module)))
+    fits = memory == "fast" or (memory == "auto" and 2 * wanted <= _free(place_of(graph_module)))
     return math.inf if fits else _LOW * total
 
 

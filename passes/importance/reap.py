@@ -57,6 +57,7 @@ class ReapImportancePass(ForwardImportancePass):
     """
 
     name: ClassVar[str] = "reap"
+    carries: ClassVar[bool] = True
 
     kinds: tuple[str, ...] = ("expert",)
 

@@ -18,10 +18,12 @@ from fxprune.data.calibration import Calibration, Sample, next_token_loss, requi
 from fxprune.data.ranks import own
 from fxprune.discovery.groups import Groups
 from fxprune.errors import CalibrationError
+from fxprune.graph.carrier import current_carrier, place_of, to_place
 from fxprune.graph.facts import Fact, Runnable, facts_of
 from fxprune.graph.shelf import recalled, remembering, stored
 from fxprune.graph.tensors import device_of, name_of_nonfinite, require_weights, weights
-from fxprune.masking.in_parts import Part, PartRuns, cut
+from fxprune.masking.cuts import Part, cut
+from fxprune.masking.in_parts import PartRuns
 from fxprune.masking.masked_run import output_tensors
 from fxprune.pipeline.arguments import one_of, whole_number
 from fxprune.pipeline.progress import Track, check_track, no_progress
@@ -64,6 +66,7 @@ class TaylorImportancePass(ImportancePass):
 
     name: ClassVar[str] = "taylor"
     needs: ClassVar[tuple[type[Fact], ...]] = (Groups, Calibration, Runnable)
+    carries: ClassVar[bool] = True
 
     order: str = "mix"
     memory: float | str = "auto"
@@ -95,10 +98,12 @@ class TaylorImportancePass(ImportancePass):
         return _Sweep(graph_module, own(samples), len(samples), axes, self.order, parts).run(self.track)
 
     def _parts(self, graph_module: fx.GraphModule, axes: Axes) -> list[Part]:
-        """The parts of the graph whose sums fit into the memory allowed."""
+        """The parts of the graph whose sums fit into the memory allowed, and whose weights where they are carried."""
         tensors = dict(weights(graph_module))
         kept = SUMS[self.order].tensors
         cost = {name: 4.0 * (max(kept, 1) if self.memory == "low" else kept) * tensors[name].numel() for name in axes}
+        if current_carrier() is not None:
+            cost = {name: cost.get(name, 0.0) + tensor.nbytes for name, tensor in tensors.items()}
         return cut(graph_module.graph, cost, allowed(self.memory, graph_module, sum(cost.values())))
 
 
@@ -120,7 +125,7 @@ class _Sweep:
         parts: Sequence[Part],
     ) -> None:
         self.graph_module, self.samples, self.total, self.order = graph_module, samples, total, order
-        self.parts = parts
+        self.parts, self.home = parts, device_of(graph_module)
         self.tensors = dict(weights(graph_module))
         self.written = written_sources(graph_module.graph)
         names = {id(self.tensors[name]): name for name in axes}
@@ -158,10 +163,9 @@ class _Sweep:
             yield found
 
     def _inputs(self, sample: Sample) -> dict[str, Any]:
-        """The inputs of a sample on the device of the graph; one that the graph writes to is a copy."""
-        device = device_of(self.graph_module)
+        """The inputs of a sample on the device of the weights; one that the graph writes to is a copy."""
         return {
-            name: value.to(device, copy=name in self.written) if isinstance(value, torch.Tensor) else value
+            name: value.to(self.home, copy=name in self.written) if isinstance(value, torch.Tensor) else value
             for name, value in sample.inputs.items()
         }
 
@@ -169,7 +173,7 @@ class _Sweep:
         """What a part reads in place of its weights."""
         shared: dict[int, torch.Tensor] = {}
         for name in part.reads:
-            tensor = self.tensors[name]
+            tensor = self.runs.tensor(name)
             if id(tensor) not in shared:
                 alias = tensor.detach().clone() if name in self.written else tensor.detach()
                 if name in self.wanted:
@@ -177,25 +181,27 @@ class _Sweep:
                         partial(self._receive, self.wanted[name], sums, sample)
                     )
                 shared[id(tensor)] = alias
-        return {name: shared[id(self.tensors[name])] for name in part.reads}
+        return {name: shared[id(self.runs.tensor(name))] for name in part.reads}
 
     def _receive(self, name: str, sums: Sums, sample: int, alias: torch.Tensor) -> None:
         """Take in the gradient of a weight; where parts before read it too, put it down until theirs is there."""
         gradient, alias.grad = alias.grad, None
         assert gradient is not None
         late = self.late.pop((name, sample), None)
-        whole = gradient.float() if late is None else gradient.float() + late
+        whole = gradient.float() if late is None else gradient.float() + to_place(late, gradient.device)
         if name in sums.axes:
             sums.add(name, alias.detach().float(), whole)
         else:
-            self.late[name, sample] = stored(whole)
+            self.late[name, sample] = stored(to_place(whole, self.home))
 
     def _finished(self, sums: Sums) -> Positions:
         """The scores of weights that no part before this one reads; one that it reads the dtype of alone has none."""
         for name, sample in [key for key in self.late if key[0] in sums.axes]:
-            sums.add(name, self.tensors[name].detach().float(), self.late.pop((name, sample)))
+            weight = self.runs.tensor(name).detach().float()
+            sums.add(name, weight, to_place(self.late.pop((name, sample)), weight.device))
         sums.add_up()
-        return sums.finish(self.tensors)
+        found = sums.finish({name: self.runs.tensor(name) for name in sums.axes})
+        return {place: to_place(value, self.home) for place, value in found.items()}
 
     def _remember(self, number: int, found: Positions) -> None:
         """Put down for a run that goes on from here what is known when a part is done."""
@@ -228,7 +234,7 @@ class _Sweep:
         return left, found
 
     def _loss(self, sample: int, output: Any) -> torch.Tensor:
-        labels = self.samples[sample].labels.to(device_of(self.graph_module))
+        labels = self.samples[sample].labels.to(place_of(self.graph_module))
         loss = next_token_loss(require_logits(output_tensors(output), labels, TaylorImportancePass.name), labels)
         if not bool(loss.isfinite()):
             bad = name_of_nonfinite(self.graph_module)

@@ -15,6 +15,7 @@ from fxprune.data.text import check_tokenizer, offline_docstrings, token_windows
 from fxprune.data.written import can_write, write_samples
 from fxprune.errors import CalibrationError
 from fxprune.graph.attempts import Refusal, attempt
+from fxprune.graph.carrier import place_of
 from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
 from fxprune.graph.precision import autocast, narrowed
 from fxprune.graph.source import Source
@@ -67,6 +68,7 @@ class RecordTeacherPass(Pass):
     name: ClassVar[str] = "record-teacher"
     stage: ClassVar[str] = "tune"
     changes: ClassVar[Change] = "nothing"
+    carries: ClassVar[bool] = True
     needs: ClassVar[tuple[type[Fact], ...]] = (Calibration, Runnable)
     gives: ClassVar[tuple[type[Fact], ...]] = (Teacher,)
 
@@ -109,8 +111,10 @@ class RecordTeacherPass(Pass):
             return logits_of(UntouchedRun(graph_module), batched(samples[:1], graph_module))
 
         narrow = narrowed(self.precision, graph_module, trial, self.name)
-        with autocast(device_of(graph_module), narrow):
+        home, place = device_of(graph_module), place_of(graph_module)
+        with autocast(home, narrow and home == place):  # the model writes where it is
             samples = (*samples, *self._write(samples, graph_module))
+        with autocast(place, narrow):
             lessons = learn(graph_module, (*samples, *heldout), self.kept, self.batch, track)
         facts_of(graph_module).put(Teacher(lessons[: len(samples)], lessons[len(samples) :], where))
         return PassResult(graph_module, False)

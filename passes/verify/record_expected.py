@@ -27,6 +27,7 @@ class RecordExpectedPass(Pass):
     name: ClassVar[str] = "record-expected"
     stage: ClassVar[str] = "verify"
     changes: ClassVar[Change] = "nothing"
+    carries: ClassVar[bool] = True
     needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Removal, VerificationInputs, Runnable)
     gives: ClassVar[tuple[type[Fact], ...]] = (Expected,)
 

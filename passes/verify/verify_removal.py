@@ -25,6 +25,7 @@ class VerifyRemovalPass(Pass):
     name: ClassVar[str] = "verify-removal"
     stage: ClassVar[str] = "verify"
     changes: ClassVar[Change] = "nothing"
+    carries: ClassVar[bool] = True
     needs: ClassVar[tuple[type[Fact], ...]] = (Expected, VerificationInputs, Removed, Runnable)
     gives: ClassVar[tuple[type[Fact], ...]] = (Verified,)
 

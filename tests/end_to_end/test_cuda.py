@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fxprune
+from fxprune.graph.carrier import StreamCarrier
 from tests.models import tiny, token_ids
 
 pytestmark = [
@@ -72,3 +73,38 @@ def test_a_slim_model_generates_there_and_loads_there(tmp_path: Any) -> None:
     ids = token_ids(2, 5).cuda()
     asked = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(loaded.generate(ids, **asked), result.model.generate(ids, **asked))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_are_carried_there_by_a_thread_and_a_stream(dtype: torch.dtype) -> None:
+    carrier = StreamCarrier(torch.device("cuda", 0))
+    tensors = [torch.randn(300, 200).to(dtype) for _ in range(8)]
+    carrier.ahead(tensors[:2])
+    for i, tensor in enumerate(tensors):
+        (moved,) = carrier.carry([tensor])
+        carrier.ahead(tensors[i + 1 : i + 3])
+        assert moved.device == carrier.device and torch.equal((moved * 1).cpu(), tensor)
+    carrier.close()
+
+
+@pytest.mark.parametrize("importance", ["taylor{order=mix}", "taylor{order=first}", "wanda"])
+@pytest.mark.parametrize("memory", ["low", "fast"])
+def test_a_model_on_the_cpu_is_pruned_there(importance: str, memory: str) -> None:
+    options = {**OPTIONS, "importance": importance, "compensate": "least-squares", "recipe": "llm-pruner"}
+    options |= {"memory": memory} if importance != "wanda" else {}
+    model = tiny("llama")
+    here = fxprune.prune(model, token_ids(8), **options)
+    there = fxprune.prune(model, token_ids(8), device="cuda", **options)
+    assert there.plan == here.plan and next(there.model.parameters()).device.type == "cpu"
+    for name, value in here.model.state_dict().items():
+        torch.testing.assert_close(there.model.state_dict()[name], value, rtol=1e-3, atol=1e-3)
+
+
+def test_a_folder_is_pruned_there(tmp_path: Any) -> None:
+    tiny("llama", num_hidden_layers=4).save_pretrained(tmp_path / "dense", max_shard_size="200KB")
+    options = {**OPTIONS, "compensate": "least-squares", "recipe": "llm-pruner"}
+    here = fxprune.prune_checkpoint(tmp_path / "dense", tmp_path / "here", token_ids(8), **options)
+    there = fxprune.prune_checkpoint(tmp_path / "dense", tmp_path / "there", token_ids(8), device="cuda", **options)
+    assert there.plan == here.plan
+    ids = token_ids(2)
+    torch.testing.assert_close(there.model(ids).logits, here.model(ids).logits, rtol=1e-3, atol=1e-3)

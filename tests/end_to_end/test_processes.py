@@ -116,3 +116,51 @@ def test_a_process_that_dies_ends_all_and_nothing_is_half_written(tmp_path: Path
     done = torchrun(2, str(script), str(tmp_path), "l2", "none")
     assert done.returncode != 0 and "exitcode" in done.stderr
     assert not (tmp_path / "plan-0.json").exists()
+
+
+_SHARDED = """
+import json, sys, torch, torch.distributed as dist, fxprune
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from fxprune.errors import UnsupportedModelError
+from fxprune.evaluation import perplexity
+from tests.models import tiny, token_ids
+
+dist.init_process_group("gloo")
+torch.set_num_threads(1)
+mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+slim = fxprune.prune(tiny("llama"), importance="l2", kinds="mlp", ratio=0.2, ranking="global").model
+
+def sharded(model):
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+said = []
+for importance in ("l2", "taylor"):
+    try:
+        fxprune.prune(sharded(tiny("llama")), token_ids(4), importance=importance)
+    except UnsupportedModelError as error:
+        said.append(str(error))
+try:
+    fxprune.recover(sharded(tiny("llama")), "text", None)
+except UnsupportedModelError as error:
+    said.append(str(error))
+measured = [float(perplexity(model, token_ids(5, 12), batch=2)) for model in (slim, sharded(slim))]
+open(f"{sys.argv[1]}/{dist.get_rank()}.json", "w").write(json.dumps([said, measured]))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_model_that_is_sharded_is_measured_and_not_pruned(count: int, tmp_path: Path) -> None:
+    """The refusal was of an attribute that could not be copied; in one process perplexity failed."""
+    script = tmp_path / "script.py"
+    script.write_text(_SHARDED)
+    done = torchrun(count, str(script), str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(count):
+        said, measured = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert all("sharded over processes (a DTensor)" in line for line in said) and len(said) == 3
+        assert "prune_checkpoint" in said[0] and said[0] == said[1] and "fsdp" in said[2]
+        assert measured[1] == pytest.approx(measured[0], rel=1e-5)

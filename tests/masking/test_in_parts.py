@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fxprune
+from fxprune.graph.carrier import Carrier, at_place, carrying
 from fxprune.graph.shelf import shelved
 from fxprune.graph.tensors import weights
-from fxprune.masking.in_parts import Part, PartRuns, cut
+from fxprune.masking.cuts import Part, cut
+from fxprune.masking.in_parts import PartRuns
 from fxprune.masking.masked_run import output_tensors
 from fxprune.pipeline.registry import load_pass
 from tests.models import tiny, token_ids
@@ -124,3 +130,83 @@ def test_a_weight_that_several_parts_read_counts_once(order: str, on_disk: bool,
     assert any("channel" in name for name in found[0]) and list(tmp_path.iterdir()) == []
     for name, row in found[0].items():
         np.testing.assert_allclose(found[1][name], row, rtol=1e-5)
+
+
+class Watched(Carrier):
+    """Carries by copies, and notes which weights are there each time that one more is copied."""
+
+    def __init__(self, graph_module: torch.fx.GraphModule) -> None:
+        super().__init__(torch.device("cpu"))
+        self.names = {tensor.data_ptr(): name for name, tensor in weights(graph_module)}
+        self.copies: list[tuple[str, weakref.ref[torch.Tensor]]] = []
+        self.there: list[set[str]] = []
+
+    def begin(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Copy a weight and note all that are there."""
+        moved = tensor.clone()
+        self.copies.append((self.names[tensor.data_ptr()], weakref.ref(moved)))
+        self.there.append({name for name, copy in self.copies if copy() is not None})
+        return lambda: moved
+
+    @property
+    def order(self) -> list[str]:
+        """The weights that were copied."""
+        return [name for name, _ in self.copies]
+
+
+def test_weights_of_one_part_are_there_and_those_of_the_next_on_their_way() -> None:
+    dense, parts = parts_of(tiny("llama", num_hidden_layers=4), 0.2)
+    carrier = Watched(dense)
+    samples = [{"input_ids": row[None]} for row in token_ids(3)]
+    with carrying(carrier), at_place(True):
+        runs = PartRuns(dense, parts, samples, ())
+        for part in parts[:-1]:
+            list(runs.forward(part))
+        end = torch.zeros((), requires_grad=True)
+        for part in reversed(parts):
+            list(runs.backward(part, lambda _: {}, lambda _, output: end * output_tensors(output)[0].sum()))
+        del runs
+    read = [set(part.reads) for part in parts]
+    forward = list(dict.fromkeys(name for part in parts for name in part.reads))
+    assert carrier.order[: len(forward)] == forward, "in order of execution, each once for all samples"
+    back = [name for i in reversed(range(len(parts) - 1)) for name in parts[i].reads if name not in read[i + 1]]
+    assert carrier.order[len(forward) :] == back, "and the other way, but for what the part before has there"
+    assert len(parts) > 3
+    for there in carrier.there:
+        assert any(there <= one | other for one, other in itertools.pairwise(read)), there
+    assert all(copy() is None for _, copy in carrier.copies[:-1]), "and given up in the end"
+
+
+@pytest.mark.parametrize("order", ["vector", "first", "second", "mix"])
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_scores_are_the_same_where_weights_are_carried(order: str, memory: str, tmp_path) -> None:
+    model = tiny("llama", tie_word_embeddings=True, num_hidden_layers=3)
+    found, carriers = [], []
+    for carried in (False, True):
+        dense = discover(model)
+        calibrate(dense, token_ids(3))
+        carriers.append(Watched(dense))
+        taylor = load_pass("taylor", order=order, memory=memory, kinds=("channel", "mlp", "head"))
+        with carrying(carriers[-1] if carried else None), shelved(tmp_path):
+            taylor(dense)
+        found.append(fxprune.facts_of(dense)[fxprune.Scores].units)
+    assert not carriers[0].order and carriers[1].order
+    for name, row in found[0].items():
+        np.testing.assert_allclose(found[1][name], row, rtol=1e-6)
+
+
+@pytest.mark.parametrize("importance", ["wanda", "flap", "block-influence"])
+def test_forward_criteria_are_the_same_where_weights_are_carried(importance: str) -> None:
+    model, found = tiny("llama", num_hidden_layers=3), []
+    dense = discover(model)
+    calibrate(dense, token_ids(12))
+    carrier = Watched(dense)
+    kinds = ("layer",) if importance == "block-influence" else ("mlp", "head")
+    for used in (None, carrier):
+        with carrying(used):
+            load_pass(importance, kinds=kinds, batch=4)(dense)
+        found.append(fxprune.facts_of(dense)[fxprune.Scores].units)
+    if importance != "block-influence":
+        assert len(carrier.order) == len(set(carrier.order)), "each is copied once for all batches"
+    for name, row in found[0].items():
+        np.testing.assert_allclose(found[1][name], row, rtol=1e-6)

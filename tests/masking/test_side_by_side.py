@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import fx, nn
 
 from fxprune.axes import Keep
+from fxprune.graph.carrier import Carrier, at_place, carrying
 from fxprune.masking.compare import compare, masked_outputs, slim_outputs
 from fxprune.masking.side_by_side import SideBySide
 from tests.oracle import Net, axes_of, discover, groups_of
@@ -52,6 +55,35 @@ def test_a_weight_that_changed_is_read_again() -> None:
                 ((_, seen),) = both.values(node.args[0])
     assert seen is not None
     assert torch.allclose(seen, dense.get_parameter("b.bias").expand(2, 2))
+
+
+class Counting(Carrier):
+    """Carries by copies, and counts them."""
+
+    copies = 0
+
+    def begin(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Copy a weight."""
+        self.copies += 1
+        return super().begin(tensor.clone())
+
+
+def test_a_weight_is_carried_once_for_all_batches_of_both_runs_and_again_where_it_changed() -> None:
+    batches = [{"x": torch.randn(2, 3)} for _ in range(3)]
+    carrier = Counting(torch.device("cpu"))
+    with carrying(carrier), at_place(True), torch.no_grad():
+        dense, keep, both = beside(batches)
+        weight = dense.get_parameter("b.weight")
+        for node in both:
+            if "b.weight" in [str(used.target) for used in node.all_input_nodes]:
+                weight.zero_()
+                both.read_again(*[used for used in node.all_input_nodes if used.target == "b.weight"])
+            if node.op == "output":
+                found = list(both.values(node.args[0]))
+    assert carrier.copies == 4 + 1, "four tensors, and one anew"
+    for batch, (whole, masked) in zip(batches, found, strict=True):
+        assert compare(masked_outputs(dense, axes_of(dense), keep, (), batch), [masked]) == 0
+        assert not torch.equal(whole, masked)
 
 
 def test_a_value_is_held_until_a_later_node_has_run() -> None:

@@ -15,7 +15,8 @@ from fxprune.recipes.options import Options
 def test_options_are_the_arguments_of_a_prune_and_each_is_explained() -> None:
     fields = {field.name: field.default for field in dataclasses.fields(Options)}
     arguments = {name: p.default for name, p in inspect.signature(fxprune.prune).parameters.items()}
-    assert fields == {name: value for name, value in arguments.items() if name not in ("model", "example_inputs")}
+    others = ("model", "example_inputs", "device")
+    assert fields == {name: value for name, value in arguments.items() if name not in others}
     assert all(f"        {name}:" in (inspect.getsource(Options).split('"""')[1]) for name in fields)
 
 

@@ -361,16 +361,33 @@ SPREAD = """
 """
 
 
-@pytest.mark.parametrize("arguments", [{}, {"fsdp": True, "fsdp_config": {"version": 2}}], ids=["copies", "sharded"])
-def test_two_processes_train_what_one_does(pruned: fxprune.Result, arguments: dict[str, Any], tmp_path: Path) -> None:
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+ACCELERATE = ("accelerate.commands.launch", "--num_machines=1", "--num_processes=2", "--main_process_port=0")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "arguments"),
+    [
+        (TORCHRUN, {}),
+        (TORCHRUN, {"fsdp": True, "fsdp_config": {"version": 2}}),
+        ((*ACCELERATE, "--use_fsdp", "--fsdp_version=2"), {}),
+    ],
+    ids=["copies", "sharded", "launched"],
+)
+def test_two_processes_train_what_one_does(
+    pruned: fxprune.Result, launcher: tuple[str, ...], arguments: dict[str, Any], tmp_path: Path
+) -> None:
     """Of layers that are not alike."""
+    layers = [dict(layer.named_parameters()) for layer in pruned.model.model.layers]
+    assert len({tuple(value.shape for value in layer.values()) for layer in layers}) > 1
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(SPREAD))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    command = [sys.executable, "-m", *launcher, str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command += [str(tmp_path), json.dumps(arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "adapter").exists() == (launcher != TORCHRUN or bool(arguments)), "gathered where it was sharded"
     alone = fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, dropout=0.0)
     for rank in (0, 1):
         spread = json.loads((tmp_path / f"rank{rank}.json").read_text())

@@ -1,0 +1,104 @@
+"""Weights carried to another device: what is held there, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fxprune.errors import ArgumentError
+from fxprune.graph.carrier import (
+    Carrier,
+    at_place,
+    carrier_to,
+    carrying,
+    check_device,
+    current_carrier,
+    place_of,
+    to_place,
+)
+from tests.models import tiny
+from tests.oracle import discover
+
+
+class Noting(Carrier):
+    """Carries to the CPU, by copies, and notes what it copies."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.begun: list[float] = []
+
+    def begin(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Note the first number of a tensor."""
+        self.begun.append(float(tensor.flatten()[0]))
+        return super().begin(tensor.clone())
+
+
+def numbered(count: int) -> list[torch.Tensor]:
+    return [torch.full((2,), float(i)) for i in range(count)]
+
+
+def test_what_was_copied_ahead_is_not_copied_again() -> None:
+    carrier, (a, b, c) = Noting(), numbered(3)
+    carrier.ahead([a, b, a])
+    assert carrier.begun == [0, 1]
+    first, second, again = carrier.carry([a, b, a])
+    assert carrier.begun == [0, 1] and first is again and torch.equal(second, b)
+    carrier.carry([c])
+    carrier.carry([c])
+    assert carrier.begun == [0, 1, 2], "the last one is there"
+
+
+def test_it_holds_what_comes_next_alone() -> None:
+    carrier, (a, b, c) = Noting(), numbered(3)
+    carrier.ahead([a, b])
+    carrier.ahead([b, c])
+    carrier.carry([b, c])
+    assert carrier.begun == [0, 1, 2]
+    carrier.carry([a])
+    assert carrier.begun == [0, 1, 2, 0], "a was given up"
+    carrier.ahead([b])
+    carrier.close()
+    carrier.carry([b])
+    assert carrier.begun[-2:] == [1, 1]
+
+
+def test_a_weight_that_was_written_to_is_copied_anew() -> None:
+    carrier, (a, _) = Noting(), numbered(2)
+    carrier.ahead([a])
+    a.add_(5)
+    (moved,) = carrier.carry([a])
+    assert torch.equal(moved, a)
+    a.add_(5)
+    assert torch.equal(carrier.carry([a])[0], a)
+
+
+def test_passes_that_do_not_want_it_compute_where_the_weights_are() -> None:
+    dense, carrier = discover(tiny("llama")), Noting()
+    carrier.device = torch.device("meta")
+    with carrying(carrier):
+        assert current_carrier() is None and place_of(dense) == torch.device("cpu")
+        with at_place(True):
+            assert current_carrier() is carrier and place_of(dense).type == "meta"
+            with at_place(False):
+                assert current_carrier() is None
+    with at_place(True):
+        assert current_carrier() is None, "none is offered any more"
+    with carrying(None), at_place(True):
+        assert current_carrier() is None
+
+
+def test_none_is_needed_where_the_weights_are_there() -> None:
+    cpu = torch.device("cpu")
+    assert carrier_to(None, cpu) is None and carrier_to("cpu", cpu) is None and check_device(None) is None
+    assert to_place("text", cpu) == "text"
+    value = torch.ones(1)
+    assert to_place(value, cpu) is value
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", 3.5])
+def test_a_device_that_is_not_there_is_refused(device: object) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        check_device(device)
+    assert caught.value.where == "device" and caught.value.remedy
