@@ -23,6 +23,9 @@ So that the times told are those of `docs/commands.md`, within a factor of two.
 _GRADIENTS = 3.0
 """A run forward and backward, in runs forward."""
 
+_WRITING = 3.0
+"""A sample that the model writes, a token at a time, in runs forward."""
+
 _COMPARISONS = 4.0
 """Runs of a search beside its trials: the dense model's, and those of what is compared in the end."""
 
@@ -65,7 +68,7 @@ def taking(passes: Sequence[Any], there: int) -> Iterator[tuple[Any, int, int]]:
         elif hasattr(step, "importance"):
             yield step, there, there
         elif step.stage == "tune":  # what tunes learns from the samples recorded before it
-            taught = min(asked or taught, there)
+            taught = (taught if asked is None else min(asked, there)) + getattr(step, "written", 0)
             yield step, taught, there
         elif Calibration in step.needs or step.stage == "compensate":
             yield step, min(asked or there, there), there
@@ -86,7 +89,8 @@ def _work(step: Any, taken: int, there: int) -> float:
         return learned * (1 + _GRADIENTS * float(step.epochs)) + _COMPARISONS * taken
     if step.stage == "tune":
         measured = getattr(step, "measurements", 0) + 1
-        return taken * (_GRADIENTS * float(step.epochs) if hasattr(step, "epochs") else 1.0) + _HELD * float(measured)
+        runs = taken * (_GRADIENTS * float(step.epochs) if hasattr(step, "epochs") else 1.0) + _HELD * float(measured)
+        return runs + _WRITING * float(getattr(step, "written", 0))
     return _RUNS.get(step.stage, 1.0) * taken * (_GRADIENTS if learns(step) else 1.0)
 
 

@@ -85,8 +85,8 @@ def planned(**given: Any) -> tuple[tuple[Any, ...], int, int]:
         # scores, what the dense model says, a fit, an epoch of tuning by what was recorded, four measurements
         ("balanced", 64 + (288 + 16) + 4 * 64 + 3 * 288 + 4 * 16),
         ("balanced, twice", 64 + (288 + 16) + 4 * 64 + 2 * 3 * 288 + 4 * 16),
-        # gradients, a search, what the dense model says of all there is, a fit, two epochs, nine measurements
-        ("best", 3 * 128 + 24 * 16 + 4 * 16 + (BUILT_IN + 16) + 4 * 256 + 2 * 3 * BUILT_IN + 9 * 16),
+        # scores, what it writes, what it says of all that and of all there is, a fit, an epoch, nine measurements
+        ("best", 128 + 3 * 2048 + (BUILT_IN + 2048 + 16) + 4 * 128 + 3 * (BUILT_IN + 2048) + 9 * 16),
         ("llm-pruner", 3 * 10),  # gradients, of as many samples of the built-in text as the paper uses
         ("calibrate{samples=40}\nfind-groups\nwanda{samples=64}\nselect-by-search{trials=2, samples=8}", 40 + 6 * 8),
         ("calibrate\nfind-groups\nscore-in-steps{steps=3, importance='wanda{samples=5}'}\nselect-by-ratio", 3 * 5),
