@@ -71,6 +71,7 @@ require_same(*(fxprune.apply(model, plan, token_ids(6), device=name, **options) 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", [_TAYLOR, _OTHERS, _FOLDER], ids=["taylor", "others", "folder"])
 def test_a_prune_there_is_the_same(work: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(_SCRIPT + work)

@@ -152,6 +152,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_model_that_is_sharded_is_measured_and_not_pruned(count: int, tmp_path: Path) -> None:
     """The refusal was of an attribute that could not be copied; in one process perplexity failed."""
