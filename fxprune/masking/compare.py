@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from fxprune.axes import Keep, kept_mask
+from fxprune.axes import Keep
 from fxprune.discovery.dependency import AxisMap
 from fxprune.errors import VerificationError
 from fxprune.graph.facts import Change, Fact
 from fxprune.graph.names import tensor_name
+from fxprune.masking.by_block import Leaving, kept_part
 from fxprune.masking.masked_run import MaskedRun, PreciseRun, output_tensors
 
 __all__ = [
@@ -42,11 +43,13 @@ class Expected(Fact):
     Args:
         outputs: float tensors, in order; None where the weights are on ``meta`` and nothing can be run.
         dense: the dense graph, to say at which node the two part if they do; None where its tensors are given up.
+        leaving: what leaves each block, by the name of the node, where blocks are compared one by one.
     """
 
     about: ClassVar[Change] = "weights"
     outputs: tuple[torch.Tensor, ...] | None
     dense: fx.GraphModule | None = None
+    leaving: Mapping[str, Leaving] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,20 @@ class Verified(Fact):
     """The outcome of comparing the slim graph with the masked dense one.
 
     Args:
-        error: the largest difference of outputs, relative to the largest output or 1; None if nothing could be run.
+        error: the largest difference of outputs, and of what leaves a block where blocks are compared one by one,
+            relative to the largest value or 1; None if nothing could be run.
+        blocks: the largest difference of what leaves each block, by its module path in the dense model; empty where
+            blocks were not compared one by one.
     """
 
     about: ClassVar[Change] = "weights"
     error: float | None
+    blocks: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> str:
+        """The block with the largest difference; empty where blocks were not compared one by one."""
+        return max(self.blocks, key=lambda block: self.blocks[block], default="")
 
 
 def masked_outputs(
@@ -111,9 +123,7 @@ def find_divergence(
         if not isinstance(got, torch.Tensor) or not isinstance(want, torch.Tensor) or not got.is_floating_point():
             continue
         try:
-            for axis, expr in enumerate(axes.tensors[tensor_name(node)]):
-                mask = torch.from_numpy(kept_mask(expr, keep).copy())
-                want = want if mask.all() else want.index_select(axis, mask.nonzero()[:, 0])
+            want = kept_part(want, axes.tensors[tensor_name(node)], keep)
         except KeyError:  # a choice per outer unit that lies on another axis: no single index to compare by
             continue
         if compare([want], [got]) > TOLERANCE:
