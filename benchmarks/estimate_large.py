@@ -134,9 +134,9 @@ def score_seconds(model: Model, device: Device, samples: int, tokens: int, cards
     """Seconds of `mix` in parts, of samples that several cards share.
 
     A forward run, a second one and a backward run are four times the work of the first. For each sample a weight is
-    read three times, its gradient written and read for each of two sums, and these read and written. Weights come over the
-    link and from the disk twice, sums go over the link twice where cards add them up, and what is alive between layers
-    is moved there and back, and so are its gradients.
+    read three times, its gradient written and read for each of two sums, and these read and written. Weights come over
+    the link and from the disk twice, sums go over the link twice where cards add them up, and what is alive between
+    layers is moved there and back, and so are its gradients.
     """
     mine = samples / cards
     compute = 4 * 2 * model.macs * mine / device.flops
@@ -220,8 +220,8 @@ def _check(hidden: int, ffn: int, layers: int, samples: int, tokens: int) -> Non
     """Print what the formula says of a run on this processor, and what the run took."""
     torch.set_num_threads(1)
     config = llama(hidden, ffn, layers)
-    heads = config.num_attention_heads
-    shape = Shape("check", hidden, ffn, layers, heads, config.num_key_value_heads)
+    heads, shared = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    shape = Shape("check", hidden, ffn, layers, heads, shared)
     model = counted(shape, tokens, 4)
     expected = score_seconds(model, calibrated(hidden, ffn, tokens), samples, tokens)
     with tempfile.TemporaryDirectory() as place:
@@ -261,8 +261,8 @@ def main(
     unknown = set(shapes.split(",")) - set(SHAPES)
     if unknown:
         raise typer.BadParameter(f"no such shape: {', '.join(sorted(unknown))}", param_hint="--shapes")
-    sustains = (speed * sustained * 1e12 for speed in (tflops, single, double))
-    device = Device(*sustains, memory * 1e9, pcie * 1e9, disk * 1e9, capacity * 1e9)
+    most, one, two = (speed * sustained * 1e12 for speed in (tflops, single, double))
+    device = Device(most, one, two, memory * 1e9, pcie * 1e9, disk * 1e9, capacity * 1e9)
     title = f"Estimates, not measured: {samples} x {tokens} tokens, {each} bytes a weight"
     table = Table(title=title, box=SIMPLE)
     for heading in (
