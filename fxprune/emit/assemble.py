@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -49,26 +49,40 @@ class _Block:
     Args:
         own: fields in which the dense block already differs from the model's config.
         kind: the class and the axes that change; blocks of one kind are built the same way.
-        choices: ways to build it; their fields come on top of ``own``.
         rebuilder: builds it again; None where its class cannot be called.
+        pending: the ways to build it that were not asked for yet; their fields come on top of ``own``.
     """
 
     own: Mapping[str, int]
     kind: tuple[type, frozenset[Axis]]
-    choices: list[Choice]
     rebuilder: Rebuilder | None
+    pending: Iterator[Choice]
+    _found: list[Choice] = field(default_factory=list)
+
+    def likeliest(self) -> Choice:
+        """Return the first way to build it, of which there is always one."""
+        if not self._found:
+            self._found.append(next(self.pending))
+        return self._found[0]
+
+    def choices(self) -> list[Choice]:
+        """Return all ways to build it: looking for them takes its time."""
+        self._found.extend(self.pending)
+        return self._found
 
 
 def candidates_for(task: EmissionTask, shared: SharedWidths) -> Iterator[Candidate]:
     """Yield candidate models for one choice of shared widths, the likeliest first; at most a few dozen."""
     blocks = _blocks(task, shared)
+    yield _candidate(task, shared, blocks, {path: block.likeliest() for path, block in blocks.items()})
     kinds = {block.kind: 0 for block in blocks.values()}
     for block in blocks.values():
-        kinds[block.kind] = max(kinds[block.kind], len(block.choices))
+        kinds[block.kind] = max(kinds[block.kind], len(block.choices()))
     picks = sorted(product(*(range(count) for count in kinds.values())), key=sum)
-    for pick in picks[:_MOST_CANDIDATES]:
+    for pick in picks[1:_MOST_CANDIDATES]:
         rank = dict(zip(kinds, pick, strict=True))
-        chosen = {path: block.choices[min(rank[block.kind], len(block.choices) - 1)] for path, block in blocks.items()}
+        ways = {path: block.choices() for path, block in blocks.items()}
+        chosen = {path: found[min(rank[blocks[path].kind], len(found) - 1)] for path, found in ways.items()}
         yield _candidate(task, shared, blocks, chosen)
 
 
@@ -114,7 +128,7 @@ def _block(
     wanted = _built_by(module, rebuilder, wanted)
     bases = [shared.fields, {}] if shared.fields else [{}]
     choices = choices_for(module, rebuilder, bases, wanted, harm)
-    return _Block(own, (type(module), mismatches(shapes_of(module), wanted)), choices, rebuilder)
+    return _Block(own, (type(module), mismatches(shapes_of(module), wanted)), rebuilder, choices)
 
 
 def _built_by(module: nn.Module, rebuilder: Rebuilder | None, wanted: Mapping[str, Shape]) -> Mapping[str, Shape]:

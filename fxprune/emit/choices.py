@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice, product
@@ -55,8 +55,8 @@ def choices_for(
     bases: Sequence[Mapping[str, int]],
     wanted: Mapping[str, Shape],
     outside: Outside,
-) -> list[Choice]:
-    """Return ways to reach the wanted shapes, the likeliest first.
+) -> Iterator[Choice]:
+    """Yield different ways to reach the wanted shapes, the likeliest first; each is looked for as it is asked for.
 
     First config fields alone, then fields for what they reach and attributes for the rest as a block of
     another size would have them, last the attributes of the resized tensors' own modules alone.
@@ -70,35 +70,41 @@ def choices_for(
     """
     if rebuilder is None:
         have = shapes_of(block)
-        if have == wanted:
-            return [Choice({})]
-        return [Choice({}, leaf_patches(block, wanted), gap_between(have, wanted), as_dense=True)]
+        patches, gap = leaf_patches(block, wanted), gap_between(have, wanted)
+        yield Choice({}) if have == wanted else Choice({}, patches, gap, as_dense=True)
+        return
     found: list[Choice] = []
     for base in bases:
-        found.extend(_from(block, rebuilder, base, wanted, outside))
+        for choice in _from(block, rebuilder, base, wanted, outside):
+            if choice not in found:
+                found.append(choice)
+                yield choice
         if found and not found[0].gap:
             break
-    return _distinct([*found, _by_leaves(block, rebuilder, {}, wanted)])
+    last = _by_leaves(block, rebuilder, {}, wanted)
+    if last not in found:
+        yield last
 
 
 def _from(
     block: nn.Module, rebuilder: Rebuilder, base: Mapping[str, int], wanted: Mapping[str, Shape], outside: Outside
-) -> list[Choice]:
+) -> Iterator[Choice]:
     dense = rebuilder.observe(base)
     if dense is None:
-        return []
+        return
     if not mismatches(dense.shapes, wanted):
-        return [Choice(base)]
+        yield Choice(base)
+        return
     optional = explicit_fields(rebuilder, dense)
     fixed = {**base, **optional}
     search = Search(rebuilder, fixed, wanted)
     solved = [with_companions(rebuilder, fixed, fields) for fields in search.solutions()]
     direct = [minimal(rebuilder, base, fields, optional) for fields in solved]
     rank = _Rank(rebuilder, base, take_snapshot(block), wanted, outside)
-    direct.sort(key=rank)
-    found = [Choice({**base, **fields}) for fields in direct]
+    for fields in sorted(direct, key=rank) if len(direct) > 1 else direct:
+        yield Choice({**base, **fields})
     partial = {**base, **minimal(rebuilder, base, search.best, optional)}
-    return found + _virtual(block, rebuilder, {**fixed, **search.best}, partial, rank)
+    yield from _virtual(block, rebuilder, {**fixed, **search.best}, partial, rank)
 
 
 @dataclass(frozen=True)

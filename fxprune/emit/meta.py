@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from fxprune.graph.attempts import Refusal, attempt
+from fxprune.graph.compat import DeviceContext
 from fxprune.graph.silence import quiet
 from fxprune.modelling.blocks import CannotBuildError
 
@@ -22,12 +22,15 @@ T = TypeVar("T")
 @contextmanager
 def on_meta() -> Iterator[None]:
     """Build modules without storage, without gradients and without chatter about odd configs."""
-    with quiet(), torch.device("meta"), _Uninitialised(), torch.no_grad():
+    with quiet(), _Uninitialised("meta"), torch.no_grad():
         yield
 
 
-class _Uninitialised(TorchFunctionMode):
-    """Lets what draws the first values of weights leave them: without storage there are none, and it takes its time."""
+class _Uninitialised(DeviceContext):
+    """A device on which what draws the first values of weights leaves them: without storage there are none.
+
+    Drawing takes its time all the same, and so does each context that sees the calls of torch: this is one for both.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -35,7 +38,7 @@ class _Uninitialised(TorchFunctionMode):
             tensor = args[0] if args else kwargs.get("tensor")
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 return tensor
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
 
 def build_on_meta(build: Callable[..., T], /, *args: Any, **kwargs: Any) -> T | Refusal:

@@ -14,6 +14,8 @@ __all__ = ["comparable", "read_argument", "set_argument", "with_argument"]
 
 _ROOTS = {"args": 0, "kwargs": 1}
 
+_PLAIN = frozenset((bool, int, float, str, type(None)))
+
 
 def read_argument(node: fx.Node, path: tuple[Any, ...]) -> Any:
     """Return the value at ``path`` of ``node``; None where the argument was left to its default."""
@@ -50,6 +52,8 @@ def _replaced(container: Any, keys: tuple[Any, ...], value: Any) -> Any:
 
 def comparable(value: Any) -> Any:
     """Return arguments as something that compares: nodes by name, containers by content, the rest by its text."""
+    if type(value) in _PLAIN:  # most are: asking for the abstract classes below takes longer than all the rest
+        return repr(value)
     if isinstance(value, fx.Node):
         return ("node", value.name)
     if isinstance(value, Mapping):

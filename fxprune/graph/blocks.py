@@ -40,12 +40,22 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
 
 def owner_block(name: str, blocks: tuple[str, ...]) -> str | None:
     """Return the block that ``name`` (a module path or tensor name) is or lies in; None if it is in none."""
-    return next((block for block in blocks if name == block or within(name, (block,))), None)
+    around = {name, *_around(name)}
+    return next((block for block in blocks if block in around), None)
 
 
 def within(name: str, paths: Iterable[str]) -> bool:
     """Whether ``name`` (a module path or tensor name) lies below one of the modules at ``paths``."""
-    return any(name.startswith(f"{path}.") for path in paths)
+    return not _around(name).isdisjoint(paths)
+
+
+def _around(name: str) -> set[str]:
+    """Return the paths of all modules that ``name`` lies below."""
+    found, end = set[str](), name.find(".")
+    while end >= 0:
+        found.add(name[:end])
+        end = name.find(".", end + 1)
+    return found
 
 
 def _are_blocks(module: nn.ModuleList | nn.Sequential) -> bool:

@@ -5,7 +5,7 @@ The weights stay where they are, in memory or in files. What runs next is copied
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fxprune.errors import ArgumentError
+from fxprune.graph.inputs import example_of
 from fxprune.graph.tensors import device_of
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "carrying",
     "check_device",
     "current_carrier",
+    "inputs_at_place",
     "place_of",
     "to_place",
 ]
@@ -187,6 +189,12 @@ def place_of(graph_module: fx.GraphModule) -> torch.device:
 def to_place(value: Any, place: torch.device) -> Any:
     """Return a value on a device, a tensor that is there already as it is."""
     return value.to(place) if isinstance(value, torch.Tensor) and value.device != place else value
+
+
+def inputs_at_place(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> list[Any]:
+    """Return the inputs of a graph, in order, on the device that it runs on."""
+    place = place_of(graph_module)
+    return [example_of(value, lambda tensor: to_place(tensor, place)) for value in inputs.values()]
 
 
 def _key(tensor: torch.Tensor) -> _Key:

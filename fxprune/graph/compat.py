@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils._sympy.interp import sympy_interp
@@ -36,6 +37,7 @@ __all__ = [
     "GRADIENTS",
     "SIZE",
     "UNKNOWN_SIZE",
+    "DeviceContext",
     "FakeTensor",
     "FakeTensorMode",
     "FakeTensorProp",

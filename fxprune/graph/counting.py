@@ -137,10 +137,9 @@ def _by_shapes(graph: fx.Graph, chosen: Mapping[str, int]) -> int:
             raise TypeError(f"{node.target} holds a graph")
         if not isinstance(node.target, OpOverload) or not _may_count(node.target):
             continue
-        args, kwargs = fx.map_arg((node.args, node.kwargs), sizes.of)
-        key = node.target, comparable(tree_map(_shape_of, (args, kwargs)))
+        key = node.target, sizes.described(node.args), sizes.described(node.kwargs)
         if key not in known:
-            known[key] = _flops_of(node.target, args, kwargs)
+            known[key] = _flops_of(node.target, *fx.map_arg((node.args, node.kwargs), sizes.of))
         total += known[key]
     return total
 
@@ -157,10 +156,6 @@ def _flops_of(op: OpOverload, args: Any, kwargs: Any) -> int:
     return int(counter.get_total_flops())
 
 
-def _shape_of(value: Any) -> Any:
-    return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value
-
-
 class _Sizes:
     """Values of a graph with numbers for their sizes.
 
@@ -171,6 +166,20 @@ class _Sizes:
     def __init__(self, chosen: Mapping[str, int]) -> None:
         self.chosen = chosen
         self.known: dict[Any, int] = {}
+        self._described: dict[fx.Node, object] = {}
+
+    def described(self, argument: Any) -> object:
+        """Return an argument of a node, with nodes by the shapes and numbers that they stand for, as what hashes."""
+        if isinstance(argument, fx.Node):
+            if argument not in self._described:
+                value = self.of(argument) if argument.target is getattr else argument.meta["val"]
+                self._described[argument] = comparable(tree_map(self._traits, value))
+            return self._described[argument]
+        if isinstance(argument, tuple | list):
+            return type(argument).__name__, *map(self.described, argument)
+        if isinstance(argument, Mapping):
+            return tuple((key, self.described(item)) for key, item in argument.items())
+        return comparable(argument)
 
     def of(self, node: fx.Node) -> Any:
         """Return the value of a node with numbers for sizes, and tensors on ``meta``."""
@@ -179,6 +188,11 @@ class _Sizes:
             assert isinstance(source, fx.Node) and isinstance(name, str)
             return getattr(self.of(source), name)
         return tree_map(self._leaf, node.meta["val"])
+
+    def _traits(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return tuple(self._number(size) for size in value.shape), value.dtype
+        return self._number(value) if isinstance(value, torch.SymInt) else value
 
     def _leaf(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

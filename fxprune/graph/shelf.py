@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +20,9 @@ __all__ = ["recalled", "remembering", "shelved", "stored"]
 
 _LEAST = 1 << 16
 """Bytes of a tensor below which it stays in memory: a mapping takes whole pages, and there may be only so many."""
+
+_UNWRITTEN = 1 << 26
+"""Bytes that may be on their way to files while the next are computed: less than a part of a model takes anyway."""
 
 _shelf: ContextVar[Path | None] = ContextVar("shelf", default=None)
 _memory: ContextVar[Path | None] = ContextVar("memory", default=None)
@@ -72,8 +77,56 @@ def stored(tensor: torch.Tensor) -> torch.Tensor:
         os.truncate(handle, tensor.nbytes)
         mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
         mapped.copy_(tensor)
-        os.fsync(handle)  # pages that are not written yet cannot be given up where memory is short
-    finally:
+    except BaseException:  # whatever it is, the file is not for anyone
         os.close(handle)
+        raise
+    finally:
         os.unlink(name)
+    _writers.start(handle, tensor.nbytes)
     return mapped
+
+
+class _Writer(threading.Thread):
+    """Writes what was put into a mapped file to the disk, and closes it."""
+
+    def __init__(self, handle: int, size: int) -> None:
+        super().__init__(daemon=True)
+        self.handle, self.size = handle, size
+        self.error: OSError | None = None
+
+    def run(self) -> None:
+        try:
+            os.fsync(self.handle)
+        except OSError as error:
+            self.error = error
+        finally:
+            os.close(self.handle)
+
+
+class _Writers:
+    """Files that are written while the next tensors are computed: few bytes at a time.
+
+    Pages that are not written yet cannot be given up where memory is short. Waiting for each file takes as long as all
+    else where others use the disk too.
+    """
+
+    def __init__(self) -> None:
+        self.pending: deque[_Writer] = deque()
+
+    def start(self, handle: int, size: int) -> None:
+        """Begin to write a file; go on once no more than :data:`_UNWRITTEN` bytes are on their way.
+
+        Raises:
+            OSError: one that was begun before, or this one, could not be written.
+        """
+        writer = _Writer(handle, size)
+        writer.start()
+        self.pending.append(writer)
+        while self.pending and (sum(one.size for one in self.pending) > _UNWRITTEN or not self.pending[0].is_alive()):
+            first = self.pending.popleft()
+            first.join()
+            if first.error is not None:
+                raise first.error
+
+
+_writers = _Writers()

@@ -29,7 +29,10 @@ __all__ = [
 def get_tensor(module: nn.Module, name: str) -> torch.Tensor:
     """The parameter or buffer ``name`` of ``module``."""
     owner, _, leaf = name.rpartition(".")
-    value = getattr(_submodule(module, owner), leaf)
+    inner = _submodule(module, owner)
+    value = inner._parameters.get(leaf)
+    if value is None:
+        value = getattr(inner, leaf)
     assert isinstance(value, torch.Tensor), f"{name} is not a tensor"
     return value
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from fxprune.axes import Keep, kept_mask
+from fxprune.axes import Keep
 from fxprune.discovery.dependency import AxisMap
 from fxprune.errors import VerificationError
-from fxprune.graph.carrier import place_of, to_place
+from fxprune.graph.carrier import inputs_at_place
 from fxprune.graph.facts import Change, Fact
-from fxprune.graph.inputs import example_of
 from fxprune.graph.names import tensor_name
+from fxprune.masking.by_block import Leaving, kept_part
 from fxprune.masking.masked_run import MaskedRun, PreciseRun, output_tensors
 
 __all__ = [
@@ -44,11 +44,13 @@ class Expected(Fact):
     Args:
         outputs: float tensors, in order; None where the weights are on ``meta`` and nothing can be run.
         dense: the dense graph, to say at which node the two part if they do; None where its tensors are given up.
+        leaving: what leaves each block, by the name of the node, where blocks are compared one by one.
     """
 
     about: ClassVar[Change] = "weights"
     outputs: tuple[torch.Tensor, ...] | None
     dense: fx.GraphModule | None = None
+    leaving: Mapping[str, Leaving] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,20 @@ class Verified(Fact):
     """The outcome of comparing the slim graph with the masked dense one.
 
     Args:
-        error: the largest difference of outputs, relative to the largest output or 1; None if nothing could be run.
+        error: the largest difference of outputs, and of what leaves a block where blocks are compared one by one,
+            relative to the largest value or 1; None if nothing could be run.
+        blocks: the largest difference of what leaves each block, by its module path in the dense model; empty where
+            blocks were not compared one by one.
     """
 
     about: ClassVar[Change] = "weights"
     error: float | None
+    blocks: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> str:
+        """The block with the largest difference; empty where blocks were not compared one by one."""
+        return max(self.blocks, key=lambda block: self.blocks[block], default="")
 
 
 def masked_outputs(
@@ -73,19 +84,13 @@ def masked_outputs(
     """Return the float outputs of the dense graph with the removed structures zeroed, without copying its weights."""
     with torch.no_grad():
         run = MaskedRun(graph_module, axes, keep, removed_blocks)
-        return output_tensors(run.run(*_there(graph_module, inputs)))
+        return output_tensors(run.run(*inputs_at_place(graph_module, inputs)))
 
 
 def slim_outputs(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
     """Return the float outputs of a graph, computed in float32 at least."""
     with torch.no_grad():
-        return output_tensors(PreciseRun(graph_module).run(*_there(graph_module, inputs)))
-
-
-def _there(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> list[Any]:
-    """The inputs of a graph, in order, on the device that it runs on."""
-    place = place_of(graph_module)
-    return [example_of(value, lambda tensor: to_place(tensor, place)) for value in inputs.values()]
+        return output_tensors(PreciseRun(graph_module).run(*inputs_at_place(graph_module, inputs)))
 
 
 def compare(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor]) -> float:
@@ -112,17 +117,15 @@ def find_divergence(
     masked = MaskedRun(dense, axes, keep, removed_blocks, garbage_collect_values=False)
     plain = PreciseRun(slim, garbage_collect_values=False)
     with torch.no_grad():
-        masked.run(*_there(dense, inputs))
-        plain.run(*_there(slim, inputs))
+        masked.run(*inputs_at_place(dense, inputs))
+        plain.run(*inputs_at_place(slim, inputs))
     values = {node.name: value for node, value in masked.env.items()}
     for node, got in plain.env.items():
         want = values.get(node.name)
         if not isinstance(got, torch.Tensor) or not isinstance(want, torch.Tensor) or not got.is_floating_point():
             continue
         try:
-            for axis, expr in enumerate(axes.tensors[tensor_name(node)]):
-                mask = torch.from_numpy(kept_mask(expr, keep).copy())
-                want = want if mask.all() else want.index_select(axis, mask.nonzero()[:, 0])
+            want = kept_part(want, axes.tensors[tensor_name(node)], keep)
         except KeyError:  # a choice per outer unit that lies on another axis: no single index to compare by
             continue
         if compare([want], [got]) > TOLERANCE:

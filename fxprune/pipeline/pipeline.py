@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, ClassVar
@@ -11,9 +12,10 @@ from typing import Any, ClassVar
 from torch import fx
 
 from fxprune.errors import FxpruneError, PassError
-from fxprune.graph.exporting import compiled_later
+from fxprune.graph.exporting import compiled_later, tidy_later
 from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.graph.surroundings import neutral
+from fxprune.graph.tensors import on_meta
 from fxprune.pipeline.arguments import flag, function, refuse
 from fxprune.pipeline.contract import Pass, PassResult, run_apart
 from fxprune.pipeline.registry import parse_pass
@@ -94,6 +96,7 @@ class PassSequence(Pass):
         """Run all steps on ``graph_module``, or on one copy of it if one of them changes something.
 
         The Python code of the graph is written once they are done; where a step runs the graph by it, before that.
+        Garbage of a graph without weights holds no storage, and is looked for once they are done as well.
 
         Raises:
             PassError: the order cannot work; nothing has been done then.
@@ -105,7 +108,7 @@ class PassSequence(Pass):
             apart = self.changes != "nothing" and not inplace
             made = graph_module
             try:
-                with compiled_later() as waiting:
+                with compiled_later() as waiting, tidy_later() if on_meta(graph_module) else nullcontext():
                     result = run_apart(self, self.call, graph_module) if apart else self.call(graph_module)
                 made = result.graph_module
             finally:  # where a step raised, too: what it left behind is the caller's graph

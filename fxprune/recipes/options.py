@@ -73,7 +73,7 @@ class Options:
         inplace: free each dense tensor as its slim one is made; ``model`` then *becomes* the slim model.
         memory: for sums of gradients: ``low`` takes a part of the model after the other, a tenth of the bytes of the
             weights at a time, and one more forward run; ``fast`` all at once; ``auto``, the default, what fits; in
-            place ``low``. The scores are the same.
+            place ``low``. The scores are the same. Given as ``low``, removing is compared with masking block by block.
         track: shows progress, as ``track(items, what, total)``.
     """
 
@@ -130,6 +130,7 @@ class Options:
             "discover": said({"norm": self.norm or ("sliced" if self.uniform else None)}),
             "importance": said({"kinds": kinds, "reduction": self.reduction, "memory": memory}),
             "select": widths,
+            "verify": said({"by_block": self.memory == _LITTLE_MEMORY or None}),
             "tune": said({"tokenizer": self.tokenizer}),
         }
 

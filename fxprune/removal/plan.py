@@ -172,10 +172,13 @@ def kept_of_constants(axes: AxisMap, keep: Keep) -> dict[str, dict[int, list[int
 def _kept(axes: AxisMap, keep: Keep, names: Iterable[str]) -> dict[str, dict[int, list[int]]]:
     touched = {factor for factor in keep.units if keep.touches(factor)}
     kept: dict[str, dict[int, list[int]]] = {}
+    known: dict[Expr, list[int]] = {}
     for name in names:
         for i, expr in enumerate(axes.tensors[name]):
             if touched.intersection(factors(expr)):
-                kept.setdefault(name, {})[i] = np.flatnonzero(kept_mask(expr, keep)).tolist()
+                if expr not in known:
+                    known[expr] = np.flatnonzero(kept_mask(expr, keep)).tolist()
+                kept.setdefault(name, {})[i] = known[expr].copy()
     return kept
 
 

@@ -98,8 +98,10 @@ class _MixSums(_FirstSums):
 
     def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
         super().add(name, weight, gradient)
-        square = gradient.square()
-        self.squares[name] = self.squares[name].add_(square) if name in self.squares else square
+        if name in self.squares:
+            self.squares[name].addcmul_(gradient, gradient)  # no square in memory beside the sum
+        else:
+            self.squares[name] = gradient.square()
 
     def _saliency(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         g, h = self.kept.pop(name).div_(self.samples), self.squares.pop(name).div_(self.samples)

@@ -36,6 +36,7 @@ class EliminateDeadCodePass(Pass):
                 delete_tensor(graph_module, name)
                 changed = True
         graph_module.delete_all_unused_submodules()
-        graph_module.graph.lint()
+        if changed:  # one that is as it was has been linted to begin with
+            graph_module.graph.lint()
         graph_module.recompile()
         return PassResult(graph_module, changed)

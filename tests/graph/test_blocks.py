@@ -41,7 +41,15 @@ def test_blocks_of_a_few_classes_may_repeat_in_a_list_alone() -> None:
 
 @pytest.mark.parametrize(
     ("name", "owner"),
-    [("m.layers.1", "m.layers.1"), ("m.layers.1.a.weight", "m.layers.1"), ("m.layers.10.a", None), ("m.norm", None)],
+    [
+        ("m.layers.1", "m.layers.1"),
+        ("m.layers.1.a.weight", "m.layers.1"),
+        ("m.layers.10.a", None),
+        ("m.norm", None),
+        ("layers.1", None),
+        ("m.layers.1.", "m.layers.1"),
+        ("", None),
+    ],
 )
 def test_names_belong_to_the_block_they_lie_in(name: str, owner: str | None) -> None:
     blocks = ("m.layers.0", "m.layers.1")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from fxprune.graph import shelf
 from fxprune.graph.shelf import shelved, stored
 
 
@@ -22,3 +25,35 @@ def test_a_stored_tensor_is_as_it_was_and_leaves_no_file(dtype: torch.dtype, tmp
     found.add_(1)
     assert torch.equal(found, value + 1)
     assert stored(value) is value, "where nothing was said, memory is"
+
+
+def test_files_are_written_while_the_next_tensors_are_made_few_bytes_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each was waited for, as long as scoring itself took where others used the disk too."""
+    value = torch.randn(200, 100)
+    go, written = threading.Event(), list[int]()
+    monkeypatch.setattr(os, "fsync", lambda handle: written.append(handle) if go.wait(60) else None)
+    monkeypatch.setattr(shelf, "_UNWRITTEN", 2 * value.nbytes)
+    monkeypatch.setattr(shelf, "_writers", shelf._Writers())
+    with shelved(tmp_path):
+        found = [stored(value), stored(value)]
+        assert written == [] and len(shelf._writers.pending) == 2
+        threading.Timer(0.05, go.set).start()
+        found.append(stored(value))
+        assert written and len(shelf._writers.pending) <= 2, "the third waits for the first"
+    for writer in list(shelf._writers.pending):
+        writer.join()
+    assert len(written) == 3 and all(torch.equal(one, value) for one in found)
+
+
+def test_a_file_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handle: int) -> None:
+        raise OSError(28, "no room")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(shelf, "_UNWRITTEN", 0)
+    monkeypatch.setattr(shelf, "_writers", shelf._Writers())
+    with shelved(tmp_path), pytest.raises(OSError, match="no room"):
+        stored(torch.randn(200, 100))
+    assert list(tmp_path.iterdir()) == []

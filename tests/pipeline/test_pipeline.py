@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import fx, nn
@@ -74,3 +78,33 @@ def test_a_long_spelling_is_cut() -> None:
     plan = facts_of(find)[Removal].plan
     Pipeline(["find-groups", load_pass("plan-from-json", text=plan.to_json())])(dense)
     assert facts_of(dense)[Ran].passes[-1][1] == "plan-from-json{...}"
+
+
+@contextmanager
+def collecting() -> Iterator[None]:
+    """The collector is on, and afterwards as it was."""
+    before = gc.isenabled()
+    gc.enable()
+    try:
+        yield
+    finally:
+        if not before:
+            gc.disable()
+
+
+@pytest.mark.parametrize(("device", "expected"), [("meta", False), ("cpu", True)])
+def test_garbage_of_a_graph_without_weights_is_looked_for_when_all_is_done(device: str, expected: bool) -> None:
+    """Full collections over all that was imported took a tenth of a whole prune, in whichever pass they came due."""
+    net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 12), b=nn.Linear(12, 5)).to(device)
+    dense = trace(net, {"x": torch.randn(2, 10)}).graph_module
+    seen = list[bool]()
+    scores = "random, select-by-ratio{ratio=0.3, protect=()}"
+    with collecting():
+        Pipeline(["find-groups", Pipeline(scores, on_pass=lambda _: seen.append(gc.isenabled())), "shrink"])(dense)
+        assert gc.isenabled() and seen == [expected] * 2
+        with pytest.raises(PassError, match="it stops"):
+            Pipeline(["find-groups", Pipeline([Stop()])])(dense)
+        assert gc.isenabled()
+        gc.disable()
+        Pipeline("find-groups")(dense)
+        assert not gc.isenabled(), "what a user switched off stays off"
