@@ -96,7 +96,7 @@ def masked_by_block(
             found[node.name] = Leaving(nodes[node], stored(part.clone() if part is value else part))
         return value
 
-    outputs = _run(MaskedRun(graph_module, axes, keep, removed_blocks), inputs, visit)
+    outputs = _run(MaskedRun(graph_module, axes, keep, removed_blocks), inputs_at_place(graph_module, inputs), visit)
     return outputs, found
 
 
@@ -128,11 +128,11 @@ def slim_by_block(
         found[leaving.block] = max(found.get(leaving.block, 0.0), error)
         return leaving.value if apart and value.shape == leaving.value.shape else value
 
-    return _run(PreciseRun(graph_module), inputs, visit), found
+    return _run(PreciseRun(graph_module), inputs_at_place(graph_module, inputs), visit), found
 
 
-def _run(run: fx.Interpreter, inputs: Mapping[str, Any], visit: Visit) -> tuple[torch.Tensor, ...]:
-    run.args_iter = iter(inputs_at_place(run.module, inputs))
+def _run(run: fx.Interpreter, inputs: Sequence[Any], visit: Visit) -> tuple[torch.Tensor, ...]:
+    run.args_iter = iter(inputs)
     value: Any = None
     with torch.no_grad():
         for node in run.module.graph.nodes:  # type: ignore[union-attr]
