@@ -17,7 +17,7 @@ from fxprune.rules.apply import run_alone
 from fxprune.rules.registry import Values, find_rule
 from fxprune.rules.statements import Axis
 
-__all__ = ["Consumer", "consumers_of", "find_consumers", "read_weight", "units_at"]
+__all__ = ["Consumer", "consumers_of", "find_consumers", "read_weight", "takes_parameter", "units_at"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ def find_consumers(graph: fx.Graph, axes: AxisMap) -> tuple[Consumer, ...]:
     """
     trained = set(axes.parameters)
     return tuple(found for node in graph.nodes for found in _consumers(node, axes, trained))
+
+
+def takes_parameter(node: fx.Node, axes: AxisMap) -> bool:
+    """Whether a node is a product of activations with a parameter."""
+    return any(True for _ in _consumers(node, axes, set(axes.parameters)))
 
 
 def consumers_of(group: Group, consumers: tuple[Consumer, ...]) -> tuple[Consumer, ...]:

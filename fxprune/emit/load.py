@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 from fxprune.emit.attention import attending, configs_of
 from fxprune.emit.meta import build_on_meta, on_meta
 from fxprune.emit.snapshot import shapes_of
-from fxprune.graph.attempts import Refusal
+from fxprune.graph.attempts import Refusal, attempt
 from fxprune.graph.dry import WorkedOutOnce
+from fxprune.graph.silence import quiet
+from fxprune.graph.tensors import submodule
 
 __all__ = [
     "Rename",
@@ -77,7 +79,7 @@ def assign(model: PreTrainedModel, dense: PreTrainedModel, tensors: Mapping[str,
         if new is None:
             continue
         owner_path, _, leaf = new.rpartition(".")
-        owner = model.get_submodule(owner_path)
+        owner = submodule(model, owner_path)
         if leaf not in owner._parameters:
             owner._buffers[leaf] = tensor
             continue
@@ -87,7 +89,7 @@ def assign(model: PreTrainedModel, dense: PreTrainedModel, tensors: Mapping[str,
     for path, module in dense.named_modules():
         new = rename(path)
         if new is not None:
-            model.get_submodule(new).training = module.training
+            submodule(model, new).training = module.training
 
 
 def _parameter(tensor: torch.Tensor, trained: bool) -> nn.Parameter:
@@ -112,8 +114,8 @@ def run_on_meta(model: PreTrainedModel, samples: int = 1, implementation: str | 
     with on_meta():
         tokens = torch.zeros(samples, 5, dtype=torch.long)
     with attending(model, implementation or str(model.config._attn_implementation)) as taken:
-        with WorkedOutOnce():
-            result = build_on_meta(model.eval(), input_ids=tokens) if taken else None
+        with WorkedOutOnce(), quiet(), torch.device("meta"), torch.no_grad():  # draws nothing: no need to look for it
+            result = attempt(model.eval(), input_ids=tokens) if taken else None
         if isinstance(result, Refusal):  # the word of a run in which nothing takes the place of an op is the last
             result = build_on_meta(model, input_ids=tokens)
     return result if isinstance(result, Refusal) else None

@@ -13,7 +13,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, ClassVar
 
 import torch
@@ -178,11 +178,11 @@ class _Print:
     """What a graph module is, as far as a change can be seen.
 
     Args:
-        nodes: each node in order, with its target and arguments; what holds these is replaced and never changed.
+        nodes: the nodes, with their targets and arguments; what holds these is replaced and never changed.
         tensors: each tensor by name, as it was.
     """
 
-    nodes: tuple[_NodePrint, ...]
+    nodes: _NodePrint
     tensors: Mapping[str, _TensorPrint]
 
     @classmethod
@@ -233,20 +233,25 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-_NodePrint = tuple[fx.Node, Any, Any, Any]
+_NodePrint = tuple[tuple[Any, ...], ...]
+"""Of all nodes, in order, these themselves, their targets, their arguments, and those by name."""
 
 
-def _nodes(graph_module: fx.GraphModule) -> tuple[_NodePrint, ...]:
-    return tuple((node, node.target, node.args, node.kwargs) for node in graph_module.graph.nodes)
+def _nodes(graph_module: fx.GraphModule) -> _NodePrint:
+    nodes = tuple(graph_module.graph.nodes)
+    return nodes, *(tuple(map(attrgetter(part), nodes)) for part in ("target", "args", "kwargs"))
 
 
-def _same(before: tuple[_NodePrint, ...], after: tuple[_NodePrint, ...]) -> bool:
+def _same(before: _NodePrint, after: _NodePrint) -> bool:
     """Whether two graphs have the same nodes, in name, op, target and arguments."""
-    return len(before) == len(after) and all(
-        all(map(is_, old, new)) or _spelled(old) == _spelled(new) for old, new in zip(before, after, strict=True)
-    )
+    if len(before[0]) != len(after[0]):
+        return False
+    if all(all(map(is_, old, new)) for old, new in zip(before, after, strict=True)):  # as after most passes
+        return True
+    nodes = zip(zip(*before, strict=True), zip(*after, strict=True), strict=True)
+    return all(all(map(is_, old, new)) or _spelled(old) == _spelled(new) for old, new in nodes)
 
 
-def _spelled(node: _NodePrint) -> tuple[object, ...]:
+def _spelled(node: tuple[Any, ...]) -> tuple[object, ...]:
     own, target, args, kwargs = node
     return own.name, own.op, target, comparable(args), comparable(kwargs)

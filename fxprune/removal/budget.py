@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fxprune.axes import Concat, Expr, Factor, factors
-from fxprune.discovery.consumers import find_consumers
+from fxprune.discovery.consumers import takes_parameter
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group
 from fxprune.errors import PassError
@@ -206,12 +206,11 @@ def _work(graph: fx.Graph, axes: AxisMap) -> Iterator[Term]:
 
 def _cache(graph: fx.Graph, axes: AxisMap) -> Iterator[Term]:
     """Keys and values of a token, two bytes a number, before heads are repeated."""
-    products = {consumer.node for consumer in find_consumers(graph, axes)}
     for node in graph.nodes:
         if not _is_attention(node):
             continue
         key, value = node.args[1], node.args[2]
-        stored = _smallest(value, products)
+        stored = _smallest(value, axes)
         exprs, _ = _own(stored, axes, (1, 1))
         block = owner_block(axes.modules.get(node.name, ""), axes.blocks)
         yield Term(exprs, block, 2.0)
@@ -224,10 +223,10 @@ def _is_attention(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.scaled_dot_product_attention.default
 
 
-def _smallest(node: fx.Node, products: set[fx.Node]) -> fx.Node:
+def _smallest(node: fx.Node, axes: AxisMap) -> fx.Node:
     """Return the first value with the fewest numbers on the way from a product with a weight to ``node``."""
     found = node
-    while node.op == "call_function" and node not in products and node.all_input_nodes:
+    while node.op == "call_function" and node.all_input_nodes and not takes_parameter(node, axes):
         node = node.all_input_nodes[0]
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.numel() <= found.meta["val"].numel():
