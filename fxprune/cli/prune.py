@@ -125,6 +125,8 @@ def _run(values: Mapping[str, Any], options: dict[str, Any]) -> None:
         loading = _OURS
     else:
         dense = load_model(model, gguf_file, dtype=values["dtype"], device=values["device"])
+        if out.suffix == ".gguf":
+            _check_gguf(dense, gguf_options(model, tokenizer, values["quantization"]))
         with working("pruning"):
             result = fxprune.prune(dense, data, tokenizer=tokenizer, track=progress, **options)
         made = write_file if is_file(out) else write
@@ -133,6 +135,14 @@ def _run(values: Mapping[str, Any], options: dict[str, Any]) -> None:
                 result, tokenizer, out, like=model, quantization=values["quantization"], run=run, force=force
             )
     tell(result, out, loading, as_json=values["as_json"])
+
+
+def _check_gguf(dense: Any, options: dict[str, Any]) -> None:
+    """Refuse a model that no GGUF file can say before it is pruned for one."""
+    from fxprune.export.gguf.file import check_gguf
+
+    with working("looking how a GGUF file says the model"):
+        check_gguf(dense, **{name: value for name, value in options.items() if name != "quantization"})
 
 
 def _names(kinds: str | None) -> list[str] | None:

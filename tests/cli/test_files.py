@@ -65,6 +65,16 @@ def test_a_gguf_file_goes_in_and_a_smaller_one_comes_out(dense: Path, tmp_path: 
     torch.testing.assert_close(got, want, atol=0.05, rtol=0)
 
 
+def test_what_no_gguf_file_says_is_refused_before_it_is_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was refused when the file was to be written, which may be an hour later."""
+    even("gpt_neox").save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(fxprune, "prune", lambda *_, **__: pytest.fail("it was pruned"))
+    code, output = run("prune", tmp_path / "dense", "--out", tmp_path / "slim.gguf", "--importance", "l2")
+    assert code == 2 and "the format cannot say this model" in output, output
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
 def test_a_folder_becomes_a_file(tmp_path: Path) -> None:
     model = even("llama")
     model.save_pretrained(tmp_path / "stock")

@@ -13,12 +13,13 @@ from fxprune.errors import ExportError
 from fxprune.export.files import ROUGH, replacing
 from fxprune.export.gguf.choose import contents_for
 from fxprune.export.gguf.decoder import read_decoder
-from fxprune.export.gguf.tokenizer import copy_tokenizer, describe_tokenizer
+from fxprune.export.gguf.layout import Contents
+from fxprune.export.gguf.tokenizer import Entry, copy_tokenizer, describe_tokenizer
 from fxprune.export.gguf.types import type_named
 from fxprune.export.gguf.write import require_rows, write_file
 from fxprune.masking.compare import TOLERANCE
 
-__all__ = ["export_gguf"]
+__all__ = ["check_gguf", "export_gguf"]
 
 
 def export_gguf(
@@ -57,12 +58,33 @@ def export_gguf(
             where="tokenizer",
             remedy="Pass tokenizer=, or like= and a GGUF file to copy from",
         )
-    decoder = read_decoder(model)
-    narrow = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in decoder.tensors.values())
-    contents = contents_for(decoder, ROUGH if narrow else TOLERANCE)
+    contents, entries = _said(model, tokenizer, like)
     require_rows(contents, kind)
-    rows = contents.keys["vocab_size"]
-    entries = copy_tokenizer(like, rows) if like is not None else describe_tokenizer(tokenizer, rows)
     with replacing(path) as unfinished:
         write_file(contents, entries, unfinished, kind, path.stem)
     return path
+
+
+def check_gguf(model: PreTrainedModel, *, tokenizer: Any = None, like: str | os.PathLike[str] | None = None) -> None:
+    """Refuse a model that no GGUF file can say, or whose tokenizer none can, before it is pruned for one.
+
+    What a prune changes, widths and numbers of heads, the format may refuse later on.
+
+    Args:
+        model: a decoder-only language model with its weights.
+        tokenizer: of the model.
+        like: a GGUF file with the same tokens to copy the tokenizer from instead.
+
+    Raises:
+        ExportError: the format cannot say the model or the tokenizer, with the reason.
+    """
+    _said(model, tokenizer, like)
+
+
+def _said(model: PreTrainedModel, tokenizer: Any, like: str | os.PathLike[str] | None) -> tuple[Contents, list[Entry]]:
+    """Return what a file holds of a model, and of its tokenizer."""
+    decoder = read_decoder(model)
+    narrow = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in decoder.tensors.values())
+    contents = contents_for(decoder, ROUGH if narrow else TOLERANCE)
+    rows = contents.keys["vocab_size"]
+    return contents, copy_tokenizer(like, rows) if like is not None else describe_tokenizer(tokenizer, rows)
