@@ -25,7 +25,9 @@ def test_what_is_said_reaches_its_stage() -> None:
     assert given["importance"] == {"kinds": ("mlp",), "reduction": "max", "memory": "low"}
     assert given["select"] == {"kinds": ("mlp",), "ratio": 0.3, "round_to": 8}
     assert given[""] == {"seed": 3} and given["tune"] == {}
-    assert Options().by_stage == {"": {}, "discover": {}, "importance": {}, "select": {}, "tune": {}}
+    stages = ("", "discover", "importance", "select", "verify", "tune")
+    assert Options().by_stage == {stage: {} for stage in stages}
+    assert given["verify"] == {} and Options(memory="low").by_stage["verify"] == {"by_block": True}
     assert Options(ratio={"mlp": 0.1}).by_stage["select"]["kinds"] == ("mlp",)
     assert Options(uniform=True).by_stage["select"] == {"uniform": True, "protect": ()}
     assert Options(uniform=True).by_stage["discover"] == {"norm": "sliced"}
