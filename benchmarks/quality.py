@@ -25,6 +25,7 @@ from benchmarks.memory import forget_peak, peak_bytes
 from fxprune.data.files import calibration_text
 from fxprune.data.text import offline_docstrings, offline_text, split_calibration_heldout, token_windows
 from fxprune.evaluation import LocalTask, evaluate, perplexity
+from fxprune.recipes import read_recipe
 
 __all__ = ["ENTRIES", "Entry", "Protocol", "Row", "Texts", "app", "entries", "measure", "texts_of"]
 
@@ -55,6 +56,15 @@ HEADS = "select-by-ratio{kinds=[mlp, head], protect=[0.07, 0.04], ratio=%s}"
 CHOSEN = "protect=[0.07, 0.04], first=[mlp], ratio=%s"
 WHOLE = "select-by-ratio{first=[mlp], protect=[], ratio=%s}"
 
+BEST = read_recipe("best").text
+WRITTEN = BEST.replace("record-teacher", "record-teacher{written=2048}")
+SEARCHED = (
+    BEST.replace("wanda{samples=128}", "taylor{order=second, samples=128}")
+    .replace("select-by-ratio", "select-by-search")
+    .replace("least-squares{samples=128", "least-squares{samples=256")
+    .replace("epochs=1", "epochs=2")
+)
+
 ENTRIES = (
     Entry("llm-pruner", {"recipe": "llm-pruner"}, samples=10),
     Entry("FLAP", {"recipe": "llm-pruner", "importance": "flap", "ranking": "global"}, ("flap",), samples=64),
@@ -62,6 +72,8 @@ ENTRIES = (
     Entry("balanced", {}),
     Entry("balanced, MLPs of multiples of 32", {"round_to": {"mlp": 32}}),
     Entry("best", {"recipe": "best"}),
+    Entry("best, 2,048 samples more of its own", {"recipe": WRITTEN}),
+    Entry("best, searched, fitted by 256 samples, read twice", {"recipe": SEARCHED}),
     Entry("balanced, neither fitted nor tuned", {"compensate": "none", "tune": "none"}),
     Entry("balanced, not tuned", {"tune": "none"}),
     Entry("balanced, not fitted", {"compensate": "none"}),
