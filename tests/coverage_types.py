@@ -73,15 +73,22 @@ class Coverage:
     notes: list[str] = field(default_factory=list)
 
 
-def examine(model_type: str, keep: Callable[[Coverage], None] = lambda _: None, *, emit: bool = True) -> Coverage:
+def examine(
+    model_type: str,
+    keep: Callable[[Coverage], None] = lambda _: None,
+    *,
+    emit: bool = True,
+    norm: str = "masked",
+) -> Coverage:
     """Everything the table says about a type; never raises.
 
     Args:
         model_type: one of :func:`tests.zoo.types`.
         keep: is given what was found so far before what may take long.
         emit: also make, store and run slim models of the type's own class.
+        norm: how norms over units that go are taken.
     """
-    found = Coverage(model_type)
+    found = Coverage(model_type, norm=norm)
     try:
         traced = _discover(found, keep)
         if emit:

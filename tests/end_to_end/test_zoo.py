@@ -118,8 +118,9 @@ def test_a_slim_model_is_stored_loaded_and_run(model_type: str) -> None:
     """Also one whose config has an infinite number, or a width for a kind of layer, or a second stack of layers.
 
     And one whose class cannot fill modules of new widths with initial values, which transformers' loader asks of it.
+    Norms are sliced: the heads of one of them lie under a norm, and with it kept as masking has it no class has them.
     """
-    found = examine(model_type)
+    found = examine(model_type, norm="sliced")
     assert (found.stage, found.error) == ("done", "")
     assert found.emitted == found.reloaded == found.generated == {"mlp+head": "yes"}
 
