@@ -11,6 +11,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from fxprune.graph.silence import quiet
+from fxprune.graph.surroundings import evaluating
 
 __all__ = ["can_write", "write_samples"]
 
@@ -62,16 +63,10 @@ def write_samples(
     )  # fmt: skip
     begun = starts[torch.arange(samples) % len(starts)].to(device).split(_BATCH)
     forked: Sequence[torch.device] = [device] if device.type == "cuda" else []
-    held = [(module, module.training) for module in model.modules()]
     written: list[torch.Tensor] = []
-    try:
-        model.eval()
-        with torch.random.fork_rng(forked), torch.no_grad(), quiet(logging.WARNING):
-            torch.manual_seed(seed)
-            for ids in track(begun, len(begun)):
-                mask = torch.ones_like(ids)
-                written.append(model.generate(ids, attention_mask=mask, generation_config=drawn).cpu())
-    finally:
-        for module, training in held:
-            module.training = training
+    with evaluating(model), torch.random.fork_rng(forked), torch.no_grad(), quiet(logging.WARNING):
+        torch.manual_seed(seed)
+        for ids in track(begun, len(begun)):
+            mask = torch.ones_like(ids)
+            written.append(model.generate(ids, attention_mask=mask, generation_config=drawn).cpu())
     return torch.cat(written)

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fxprune.graph.attempts import Refusal, attempt
 from fxprune.graph.silence import quiet
 
-__all__ = ["attending", "configs_of", "evaluating", "implementations"]
+__all__ = ["attending", "configs_of", "implementations"]
 
 _HELD = "_attn_implementation_internal"
 
@@ -53,18 +52,6 @@ def attending(model: PreTrainedModel, implementation: str) -> Iterator[bool]:
     finally:
         for config, value in held:
             vars(config)[_HELD] = value
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode while the context lasts; each of its modules is then as it was."""
-    held = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in held:
-            module.training = training
 
 
 def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:

@@ -10,10 +10,11 @@ import torch
 from torch import fx
 from transformers import PreTrainedModel
 
-from fxprune.emit.attention import attending, evaluating, implementations
+from fxprune.emit.attention import attending, implementations
 from fxprune.emit.load import run_on_meta
 from fxprune.errors import VerificationError
 from fxprune.graph.attempts import Refusal, attempt
+from fxprune.graph.surroundings import evaluating
 from fxprune.graph.tensors import on_meta
 from fxprune.masking.compare import TOLERANCE, compare
 from fxprune.masking.masked_run import UntouchedRun, output_tensors

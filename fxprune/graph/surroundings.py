@@ -1,4 +1,4 @@
-"""The state of torch around a call: what a user has set for code of their own is not for ours to compute in."""
+"""The state of torch and of models around a call: what a user has set for own code is not for ours to compute in."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import nn
 
 from fxprune.graph.compat import forgetting
 
-__all__ = ["neutral"]
+__all__ = ["evaluating", "neutral"]
 
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
 """Those that autocast knows."""
@@ -34,3 +35,15 @@ def neutral() -> Iterator[None]:
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode while the context lasts; each of its modules is then as it was."""
+    held = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in held:
+            module.training = training
