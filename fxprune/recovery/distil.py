@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from fxprune.data.calibration import IGNORED
 from fxprune.errors import RecoveryError
 from fxprune.graph.spread import input_device
+from fxprune.graph.surroundings import evaluating
 from fxprune.pipeline.arguments import instance, number
-from fxprune.recovery.lora import evaluating
 
 __all__ = ["Distillation", "distillation_sum"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from fxprune.emit.names import slim_name
 from fxprune.errors import RecoveryError, VerificationError
+from fxprune.graph.surroundings import evaluating
 from fxprune.masking.compare import TOLERANCE, compare
 from fxprune.recovery.settings import RecoverySettings
 from fxprune.removal.plan import Plan
 
-__all__ = ["Targets", "attach_lora", "evaluating", "find_targets", "merge_lora"]
+__all__ = ["Targets", "attach_lora", "find_targets", "merge_lora"]
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,6 @@ class Targets:
 
     modules: tuple[str, ...]
     skipped: Mapping[str, str] = field(default_factory=dict)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Keep a model in evaluation mode for a while."""
-    mode = model.training
-    if mode:
-        model.eval()
-    try:
-        yield
-    finally:
-        if mode:
-            model.train()
 
 
 def find_targets(model: nn.Module, plan: Plan | None) -> Targets:

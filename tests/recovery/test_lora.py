@@ -11,7 +11,8 @@ from torch import nn
 
 from fxprune.emit.names import slim_name
 from fxprune.errors import RecoveryError
-from fxprune.recovery.lora import attach_lora, evaluating, find_targets, merge_lora
+from fxprune.graph.surroundings import evaluating
+from fxprune.recovery.lora import attach_lora, find_targets, merge_lora
 from fxprune.recovery.settings import RecoverySettings
 from fxprune.removal.plan import Plan
 from tests.models import tiny, token_ids
