@@ -43,6 +43,7 @@ def shelved(folder: Path, memory: Path | None = None) -> Iterator[None]:
     tokens = _shelf.set(folder), _memory.set(memory)
     try:
         yield
+        _writers.wait(0)
     finally:
         _shelf.reset(tokens[0])
         _memory.reset(tokens[1])
@@ -122,7 +123,15 @@ class _Writers:
         writer = _Writer(handle, size)
         writer.start()
         self.pending.append(writer)
-        while self.pending and (sum(one.size for one in self.pending) > _UNWRITTEN or not self.pending[0].is_alive()):
+        self.wait(_UNWRITTEN)
+
+    def wait(self, size: int) -> None:
+        """Go on once no more than ``size`` bytes are on their way.
+
+        Raises:
+            OSError: a file that was begun could not be written.
+        """
+        while self.pending and (sum(one.size for one in self.pending) > size or not self.pending[0].is_alive()):
             first = self.pending.popleft()
             first.join()
             if first.error is not None:
