@@ -160,9 +160,8 @@ def test_merging_that_changes_the_logits_is_refused(pruned: fxprune.Result) -> N
     wrapped = attach_lora(own.model, find_targets(own.model, own.plan), RecoverySettings())
     unfaithful = SimpleNamespace(
         parameters=wrapped.parameters,
-        training=False,
-        eval=lambda: None,
-        train=lambda mode: None,
+        modules=wrapped.modules,
+        eval=wrapped.eval,
         merge_and_unload=lambda safe_merge: tiny("llama"),
     )
     with pytest.raises(VerificationError, match="merging moved the logits"):
