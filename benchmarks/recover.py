@@ -16,6 +16,7 @@ from rich.console import Console
 import fxprune
 from benchmarks.demo_model import load_demo_model
 from benchmarks.environment import environment
+from fxprune.checkpoint.manifest import read_manifest
 from fxprune.data.text import offline_text, read_text, split_calibration_heldout, token_windows
 from fxprune.evaluation import LocalTask
 from fxprune.evaluation.comparison import Comparison, compare_models
@@ -71,15 +72,15 @@ def without(rows: Iterable[Any], heldout: str) -> list[Any]:
 @app.command()
 def main(
     ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = 0.2,
-    taylor: Annotated[str, typer.Option(help="Order of the criterion.")] = "second",
-    ranking: Annotated[str, typer.Option(help="local or global.")] = "global",
-    samples: Annotated[int, typer.Option(help="Calibration samples of 128 tokens, out of the training rows.")] = 64,
-    compensate: Annotated[str, typer.Option(help="Fit of what stays; empty for none.")] = "least-squares",
-    damping: Annotated[float, typer.Option(help="Of the fit; 0 for what does best on held-out tokens.")] = 0.5,
+    recipe: Annotated[str, typer.Option(help="Recipe it is pruned by, or was.")] = "balanced",
+    samples: Annotated[int, typer.Option(help="Calibration samples of 128 tokens.")] = 352,
+    calibration: Annotated[Path | None, typer.Option(help="Text to calibrate on; else the training rows.")] = None,
+    slim: Annotated[Path | None, typer.Option(help="A slim model saved before; else it is pruned first.")] = None,
     data: Annotated[list[Path] | None, typer.Option(help="Rows to train on; else half the built-in text.")] = None,
     rows: Annotated[int, typer.Option(help="The most rows.")] = 300,
     text: Annotated[list[Path] | None, typer.Option(help="Text to measure on; else the other half.")] = None,
-    windows: Annotated[int, typer.Option(help="Windows of 256 tokens of each text.")] = 40,
+    windows: Annotated[int, typer.Option(help="Windows of each text.")] = 60,
+    window: Annotated[int, typer.Option(help="Tokens in a window of a text.")] = 128,
     questions: Annotated[list[Path] | None, typer.Option(help="JSONL files of multiple-choice questions.")] = None,
     asked: Annotated[int, typer.Option(help="The most questions of a file.")] = 200,
     half: Annotated[str, typer.Option(help="Half of each file that is asked: first or second.")] = "second",
@@ -101,18 +102,21 @@ def main(
     console = Console()
     dense, tokenizer = load_demo_model()
     trained_on, measured_on = _texts(data, rows, seed, text)
-    console.print(f"pruning {ratio:.0%} of the parameters, calibrated on {samples} x 128 tokens ...")
-    calibration = calibration_windows(tokenizer, trained_on, samples, 128)
-    begin = time.perf_counter()
-    fit = fxprune.load_pass(compensate, damping=damping or None) if compensate else None
-    pruned = fxprune.prune(dense, calibration, ratio=ratio, taylor=taylor, ranking=ranking, compensate=fit)
-    pruning = (time.perf_counter() - begin) / 60
+    if slim is None:
+        console.print(f"pruning {ratio:.0%} of the parameters, calibrated on {samples} x 128 tokens ...")
+        source = trained_on if calibration is None else _rows(calibration)
+        ids = calibration_windows(tokenizer, source, samples, 128)
+        result = fxprune.prune(dense, ids, tokenizer=tokenizer, ratio=ratio, recipe=recipe)
+        pruned, plan, report = result.model, result.plan, result.report
+    else:
+        pruned, plan, report = _read(slim)
     console.print(f"training on {len(trained_on)} rows ...")
     begin = time.perf_counter()
     recovery = fxprune.recover(
         pruned,
         trained_on,
         tokenizer,
+        plan=plan,
         distil=Distillation(dense.bfloat16(), distil, temperature) if distil else None,
         folder=folder,
         rank=rank,
@@ -126,18 +130,28 @@ def main(
     _tell(console, recovery, minutes)
     dtype = torch.bfloat16 if bf16 else torch.float32
     dense, _ = load_demo_model(dtype)
-    models = {"dense": dense, "pruned": pruned.model.to(dtype=dtype), "recovered": recovery.model.to(dtype=dtype)}
+    models = {"dense": dense, "pruned": pruned.to(dtype=dtype), "recovered": recovery.model.to(dtype=dtype)}
     comparison = compare_models(
         models,
         tokenizer,
         texts=measured_on,
         tasks=local_tasks(questions or [], half),
         windows=windows,
+        window=window,
         questions=asked,
-        settings={**settings, **_outcome(pruned, recovery), "minutes": [pruning, minutes], "measured_in": str(dtype)},
+        settings={**settings, **_outcome(report, recovery), "training_minutes": minutes, "measured_in": str(dtype)},
     )
     console.print(comparison.table(f"SmolLM2-135M-Instruct, {ratio:.0%} removed; ± one standard error"))
     _write(comparison, out, json_)
+
+
+def _read(folder: Path) -> tuple[Any, fxprune.Plan, fxprune.Report]:
+    """A slim model that was saved, with what was removed from it and what was said of that."""
+    manifest = read_manifest(folder)
+    if manifest.plan is None or manifest.report is None:
+        raise typer.BadParameter(f"{folder} holds no plan and report of a prune")
+    plan, report = fxprune.Plan.from_json(json.dumps(manifest.plan)), fxprune.Report.from_dict(manifest.report)
+    return fxprune.from_pretrained(folder), plan, report
 
 
 def _texts(
@@ -169,25 +183,27 @@ def _text_of(row: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
+    """An option as it is written down: of files the names alone."""
     if isinstance(value, list):
-        return [
-            path.name if path.stem not in ("test", "valid") else f"{path.parent.name}/{path.name}" for path in value
-        ]
+        return [_plain(part) for part in value]
+    if isinstance(value, Path):
+        return f"{value.parent.name}/{value.name}" if value.stem in ("test", "valid") else value.name
     return value
 
 
-def _outcome(pruned: fxprune.Result, recovery: fxprune.Recovery) -> dict[str, Any]:
+def _outcome(report: fxprune.Report, recovery: fxprune.Recovery) -> dict[str, Any]:
     """What beside the columns belongs in the report."""
     return {
-        "achieved": pruned.report.achieved,
-        "verification_error": pruned.report.verification_error,
+        "achieved": report.achieved,
+        "passes": [list(ran) for ran in report.passes],
+        "verification_error": report.verification_error,
         "held_out_loss": list(recovery.held_out),
         "steps": recovery.steps,
         "trained_parameters": recovery.trained,
         "training_tokens": recovery.data.tokens,
         "counted_tokens": recovery.data.counted,
         "merge_error": recovery.merge_error,
-        "notes": [*pruned.report.notes, *recovery.notes],
+        "notes": [*report.notes, *recovery.notes],
     }
 
 

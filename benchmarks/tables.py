@@ -71,17 +71,19 @@ def _recovery(data: dict[str, Any]) -> str:
     if evaluations[0]["tasks"]:
         kept = [(column["retained"], column["retained_standard_error"]) for column in columns]
         rows.append(("average accuracy retained", *(f"{value:.1%} ± {error:.1%}" for value, error in kept)))
-    (before, after), (pruning, training) = settings["held_out_loss"], settings["minutes"]
+    before, after = settings["held_out_loss"]
+    pruning = sum(seconds for *_, seconds in settings["passes"]) / 60
     files = ", ".join(settings["data"] or ["the built-in text"])
     told = (
-        f"SmolLM2-135M-Instruct, {settings['achieved']:.1%} of the parameters removed (`{settings['taylor']}`, "
-        f"{settings['ranking']} ranking, compensation {settings['compensate'] or 'none'}, "
-        f"{settings['samples']} samples of 128 tokens, {pruning:.1f} minutes). {settings['steps']} steps of "
-        f"{settings['batch']} samples on {settings['training_tokens']:,} tokens in {training:.1f} minutes: rank "
-        f"{settings['rank']}, learning rate {settings['learning_rate']:g}, teacher's weight {settings['distil']:g}, "
-        f"rows of {files}. Held-out loss {before:.3f} before, {after:.3f} after. "
-        f"Tasks: {settings['asked']} questions each of the {settings['half']} half of the file. Values after ± are one "
-        f"standard error; measured in {settings['measured_in'].removeprefix('torch.')}."
+        f"SmolLM2-135M-Instruct, {settings['achieved']:.1%} of the parameters removed by the recipe "
+        f"`{settings['recipe']}` (up to {settings['samples']:,} samples of 128 tokens of "
+        f"{settings['calibration'] or 'the rows'}, {pruning:.1f} minutes). {settings['steps']} steps of "
+        f"{settings['batch']} samples on {settings['training_tokens']:,} tokens in {settings['training_minutes']:.1f} "
+        f"minutes: rank {settings['rank']}, learning rate {settings['learning_rate']:g}, teacher's weight "
+        f"{settings['distil']:g}, rows of {files}. Held-out loss {before:.3f} before, {after:.3f} after. Perplexity: "
+        f"{settings['windows']} windows of {settings['window']} tokens. Tasks: up to {settings['asked']} questions of "
+        f"the {settings['half']} half of each file. Values after ± are one standard error; measured in "
+        f"{settings['measured_in'].removeprefix('torch.')}."
     )
     heading = ("", *(column["name"] for column in columns))
     return f"## Recovery: `make bench-recover`\n\n{told} {ran_on(data)}\n\n" + markdown_table(heading, rows)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import fxprune
 from benchmarks import recover
 from benchmarks.tables import results_page
 from tests.models import tiny
@@ -53,7 +54,21 @@ def test_it_runs_and_writes_what_the_results_page_shows(
 ) -> None:
     monkeypatch.setattr(recover, "load_demo_model", lambda *_: (tiny("llama"), character_tokenizer()))
     monkeypatch.setattr(recover, "RESULTS", tmp_path / "results" / "recovery.json")
-    options = ["--samples", "2", "--windows", "2", "--asked", "3", "--learning-rate", "5e-3", "--json"]
+    options = [
+        "--samples",
+        "2",
+        "--recipe",
+        "fast",
+        "--windows",
+        "2",
+        "--window",
+        "64",
+        "--asked",
+        "3",
+        "--learning-rate",
+        "5e-3",
+        "--json",
+    ]
     paths = [
         "--data",
         str(files["rows.json"]),
@@ -62,7 +77,7 @@ def test_it_runs_and_writes_what_the_results_page_shows(
         "--questions",
         str(files["quiz.jsonl"]),
     ]
-    command = [*options, *paths, "--out", str(tmp_path / "out")]
+    command = [*options, *paths, "--learning-rate", "5e-3", "--out", str(tmp_path / "out")]
     outcome = CliRunner().invoke(recover.app, command, catch_exceptions=False)
     assert outcome.exit_code == 0
     data = json.loads((tmp_path / "results" / "recovery.json").read_text())
@@ -72,4 +87,22 @@ def test_it_runs_and_writes_what_the_results_page_shows(
     assert data["settings"]["data"] == ["rows.json"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"comparison.{s}" for s in ("json", "md", "png")}
     page = results_page(tmp_path / "results")
+    assert "recipe `fast`" in page and "2 windows of 64 tokens" in page
     assert "## Recovery: `make bench-recover`" in page and "| average accuracy retained | 100.0% ± 0.0% |" in page
+
+
+def test_a_slim_model_saved_before_is_recovered(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recover, "load_demo_model", lambda *_: (tiny("llama"), character_tokenizer()))
+    monkeypatch.setattr(recover, "RESULTS", tmp_path / "results" / "recovery.json")
+    result = fxprune.prune(tiny("llama"), ratio=0.2, importance="l2")
+    result.save_pretrained(tmp_path / "slim")
+    command = ["--slim", str(tmp_path / "slim"), "--recipe", "fast", "--windows", "2", "--window", "64", "--json"]
+    command += ["--data", str(files["rows.json"]), "--text", str(files["book.txt"])]
+    outcome = CliRunner().invoke(recover.app, command, catch_exceptions=False)
+    assert outcome.exit_code == 0
+    data = json.loads((tmp_path / "results" / "recovery.json").read_text())
+    assert data["columns"][1]["parameters"] == result.report.parameters[1]
+    assert data["settings"]["passes"] == json.loads(json.dumps(result.report.passes))
+    assert data["settings"]["slim"] == "slim"
