@@ -46,7 +46,6 @@ class Coverage:
         error: why it ended there.
         parameters: number of parameters of the tiny model.
         nodes: number of nodes of its graph.
-        norm: how norms over units that go are taken.
         groups: name, kind, size, ``renormalised`` and ``masked`` (under a norm that is kept as masking has it) of each
             group, and what its removal gave: ``exact``, ``inert``
             (exact, but no output changed), ``nothing can go``, or what went wrong.
@@ -73,22 +72,15 @@ class Coverage:
     notes: list[str] = field(default_factory=list)
 
 
-def examine(
-    model_type: str,
-    keep: Callable[[Coverage], None] = lambda _: None,
-    *,
-    emit: bool = True,
-    norm: str = "masked",
-) -> Coverage:
+def examine(model_type: str, keep: Callable[[Coverage], None] = lambda _: None, *, emit: bool = True) -> Coverage:
     """Everything the table says about a type; never raises.
 
     Args:
         model_type: one of :func:`tests.zoo.types`.
         keep: is given what was found so far before what may take long.
         emit: also make, store and run slim models of the type's own class.
-        norm: how norms over units that go are taken.
     """
-    found = Coverage(model_type, norm=norm)
+    found = Coverage(model_type)
     try:
         traced = _discover(found, keep)
         if emit:

@@ -23,6 +23,7 @@ from fxprune.emit.snapshot import (
     take_snapshot,
 )
 from fxprune.emit.solve import Search, explicit_fields, minimal
+from fxprune.graph.blocks import within
 
 __all__ = ["Choice", "Outside", "choices_for", "gap_between"]
 
@@ -143,8 +144,8 @@ def _virtual(
     found: list[Choice] = []
     inside = dict(module.named_modules())
     for moved in moves:
-        inner = {path: patch for path, patch in moved.items() if path in inside and not _is_leaf(inside[path])}
-        patches = merged(inner, leaf_patches(module, rank.wanted))
+        here_too = {path: patch for path, patch in moved.items() if path in inside}
+        patches = merged(here_too, leaf_patches(module, rank.wanted))
         found.append(Choice(partial, patches, gap_between(shapes_of(module), rank.wanted)))
     return [*_distinct(found), _by_leaves(block, rebuilder, partial, rank.wanted)]
 
@@ -169,12 +170,21 @@ def _moves(rebuilder: Rebuilder, here: Mapping[str, int], wrong: frozenset[Axis]
     solutions = [with_companions(rebuilder, here, fields) for fields in solutions]
     solutions.sort(key=lambda fields: rank({**here, **fields}))
     seen = (rebuilder.observe({**here, **fields}) for fields in solutions)
-    return [scope_patches(now, after, wrong) for after in seen if after is not None]
+    return [
+        {path: patch for path, patch in scope_patches(now, after, wrong).items() if not _sized_apart(path, after, rank)}
+        for after in seen
+        if after is not None
+    ]
 
 
-def _is_leaf(module: nn.Module) -> bool:
-    """Whether a module has tensors and no modules inside: its sizes are then those of its tensors."""
-    return bool(module._parameters) and not module._modules
+def _sized_apart(path: str, after: Snapshot, rank: _Rank) -> bool:
+    """Whether a module holds tensors alone, and they are of other sizes than wanted: its attributes follow from them.
+
+    Where they are as wanted, an attribute that no tensor tells, such as in how many groups a norm is taken, is right.
+    """
+    inside = {name: shape for name, shape in after.shapes.items() if within(name, (path,))}
+    is_leaf = all(name.rpartition(".")[0] == path for name in inside)
+    return is_leaf and any(rank.wanted.get(name, shape) != shape for name, shape in inside.items())
 
 
 def _ratios(now: Snapshot, wanted: Mapping[str, Shape], wrong: frozenset[Axis]) -> frozenset[Fraction]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import time
@@ -11,11 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from fxprune.pipeline.pipeline import Pipeline
+from fxprune.trace import trace
 from tests.coverage_page import has_any, has_exact, is_complete, page
 from tests.coverage_table import rows_of
-from tests.coverage_types import Coverage, examine, told
+from tests.coverage_types import Coverage, emission, examine, told, use
+from tests.oracle import groups_of
 from tests.zoo import NO_ATTENTION, VOCABULARY, forward, tiny_config, tiny_model, token_ids, types
 
 DIVERSE = {
@@ -118,11 +123,26 @@ def test_a_slim_model_is_stored_loaded_and_run(model_type: str) -> None:
     """Also one whose config has an infinite number, or a width for a kind of layer, or a second stack of layers.
 
     And one whose class cannot fill modules of new widths with initial values, which transformers' loader asks of it.
-    Norms are sliced: the heads of one of them lie under a norm, and with it kept as masking has it no class has them.
+    And one with heads under a norm over a group of them, which has the group's size as a number of its own.
     """
-    found = examine(model_type, norm="sliced")
+    found = examine(model_type)
     assert (found.stage, found.error) == ("done", "")
     assert found.emitted == found.reloaded == found.generated == {"mlp+head": "yes"}
+
+
+@pytest.mark.parametrize("within", [1, 2])
+def test_heads_go_where_their_width_is_no_multiple_of_the_models(within: int) -> None:
+    """Their norm knows how many units it is taken over, which no tensor tells; no field gives such a width."""
+    config = copy.deepcopy(tiny_config("bamba"))
+    vars(config).update(mamba_n_heads=8, mamba_d_head=12, mamba_n_groups=within)
+    torch.manual_seed(0)
+    traced = trace(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+    Pipeline("find-groups{norm=masked}")(traced.graph_module)
+    found = groups_of(traced.graph_module)
+    heads = [group for group in found if group.kind == "head" and group.size == 8 // within]
+    result, verdict = emission(traced, heads)
+    assert verdict == "yes" and result is not None
+    assert use(result, traced) == ("yes", "yes")
 
 
 def test_what_the_stock_class_cannot_do_is_told_of_the_dense_model() -> None:
