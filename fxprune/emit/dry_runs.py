@@ -29,9 +29,15 @@ class DryRuns:
         self._names = (own, *(name for name in others if name != _NEEDS_STORAGE))
         self._stands: dict[str, bool] = {}
 
-    def failure_of(self, slim: PreTrainedModel) -> str | None:
-        """Return what stops ``slim``, a model to be thrown away, in words; None where it runs as the dense one does."""
-        for name in self._names:
+    def failure_of(self, slim: PreTrainedModel, patched: bool = True) -> str | None:
+        """Return what stops ``slim``, a model to be thrown away, in words; None where it runs as the dense one does.
+
+        Args:
+            slim: the model.
+            patched: whether attributes of its modules are set by hand, which each implementation may read in its own
+                way. A model that its class makes of a config alone is run under its own implementation.
+        """
+        for name in self._names if patched else self._names[:1]:
             found = run_on_meta(slim, implementation=name)
             if found is not None and self._dense_runs(name):
                 return f"under {name} attention: {found}"

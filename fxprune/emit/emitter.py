@@ -205,7 +205,7 @@ def _failure(task: EmissionTask, candidate: Candidate, tensors: Tensors, runs: D
     if isinstance(slim, Refusal) or _unfit(task, candidate, slim, tensors):
         return None
     assign(slim, task.model, standins(tensors), rename)
-    return runs.failure_of(slim)
+    return runs.failure_of(slim, patched=bool(candidate.recipe.attributes))
 
 
 def _unfit(task: EmissionTask, candidate: Candidate, slim: PreTrainedModel, tensors: Tensors) -> Reasons:

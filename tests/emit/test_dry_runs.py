@@ -51,6 +51,9 @@ def test_the_dense_model_is_not_run_where_the_slim_one_runs(asked: Asked) -> Non
     dense, slim = blank(), blank()
     assert DryRuns(dense).failure_of(slim) is None
     assert asked == [(id(slim), "sdpa"), (id(slim), "eager")]
+    asked.clear()
+    assert DryRuns(dense).failure_of(slim, patched=False) is None
+    assert asked == [(id(slim), "sdpa")]
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
