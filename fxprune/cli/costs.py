@@ -68,7 +68,8 @@ def taking(passes: Sequence[Any], there: int) -> Iterator[tuple[Any, int, int]]:
         elif hasattr(step, "importance"):
             yield step, there, there
         elif step.stage == "tune":  # what tunes learns from the samples recorded before it
-            taught = (taught if asked is None else min(asked, there)) + getattr(step, "written", 0)
+            taught = taught if asked is None else min(asked, there)
+            taught = taught * getattr(step, "copies", 1) + getattr(step, "written", 0)
             yield step, taught, there
         elif Calibration in step.needs or step.stage == "compensate":
             yield step, min(asked or there, there), there

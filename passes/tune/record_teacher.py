@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxprune.data.calibration import Calibration, Sample, batched, spread
+from fxprune.data.calibration import Calibration, Sample, batched, embedding_rows, spread
+from fxprune.data.noise import noised, plain_tokens
 from fxprune.data.samples import check_kind, read_calibration
 from fxprune.data.text import check_tokenizer, offline_docstrings, token_windows
 from fxprune.data.written import can_write, write_samples
-from fxprune.errors import CalibrationError
+from fxprune.errors import ArgumentError, CalibrationError
 from fxprune.graph.attempts import Refusal, attempt
 from fxprune.graph.carrier import place_of
 from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
@@ -21,7 +22,7 @@ from fxprune.graph.precision import autocast, narrowed
 from fxprune.graph.source import Source
 from fxprune.graph.tensors import device_of, require_weights
 from fxprune.masking.masked_run import UntouchedRun
-from fxprune.pipeline.arguments import PRECISIONS, one_of, whole_number
+from fxprune.pipeline.arguments import PRECISIONS, number, one_of, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.pipeline.progress import Track, check_track, no_progress
 
@@ -52,8 +53,14 @@ class RecordTeacherPass(Pass):
     says there is learned from as well, which keeps what it knew beyond the kind of text that was given. A model that
     cannot write, or that encodes first, is learned from without; the report says so.
 
+    With ``noise``, what is put down is what the dense model says of ``copies`` of each sample, in most of which some
+    tokens are replaced by others. To read a small text several times teaches it by heart; to read it each time with
+    other words amiss does not.
+
     Args:
         samples: calibration samples to take, evenly spread; None for all.
+        copies: how often each of these is put down, each time with noise of its own.
+        noise: part of the tokens of a copy that is replaced at most; one copy in four keeps them all.
         written: samples, each as long as the longest of those, that the model writes beside them.
         heldout: samples to stop by, in any form that calibration data has. None for ones of the built-in text where
             there is a tokenizer, else for an eighth of the calibration samples.
@@ -73,6 +80,8 @@ class RecordTeacherPass(Pass):
     gives: ClassVar[tuple[type[Fact], ...]] = (Teacher,)
 
     samples: int | None = None
+    copies: int = 1
+    noise: float = 0.0
     written: int = 0
     heldout: Any = field(default=None, metadata={"spelled": False})
     tokenizer: Any = field(default=None, metadata={"spelled": False})
@@ -83,9 +92,16 @@ class RecordTeacherPass(Pass):
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense."""
-        for name in ("kept", "batch"):
+        for name in ("kept", "batch", "copies"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
         object.__setattr__(self, "written", whole_number("written", self.written, least=0))
+        object.__setattr__(self, "noise", number("noise", self.noise, least=0, below=1))
+        if self.copies > 1 and not self.noise:
+            raise ArgumentError(
+                f"{self.copies} copies without noise are all alike",
+                where="copies",
+                remedy="Say noise=0.2, or let tune read each sample more often: epochs=2",
+            )
         if self.samples is not None:
             object.__setattr__(self, "samples", whole_number("samples", self.samples, least=1))
         if self.heldout is not None:
@@ -113,7 +129,11 @@ class RecordTeacherPass(Pass):
         narrow = narrowed(self.precision, graph_module, trial, self.name)
         home, place = device_of(graph_module), place_of(graph_module)
         with autocast(home, narrow and home == place):  # the model writes where it is
-            samples = (*samples, *self._write(samples, graph_module))
+            written = self._write(samples, graph_module)
+        if self.noise:
+            rows = embedding_rows(graph_module).get(next(iter(samples[0].inputs)), 0)
+            samples = noised(samples, self.copies, self.noise, plain_tokens(self.tokenizer, rows), 0)
+        samples = (*samples, *written)
         with autocast(place, narrow):
             lessons = learn(graph_module, (*samples, *heldout), self.kept, self.batch, track)
         facts_of(graph_module).put(Teacher(lessons[: len(samples)], lessons[len(samples) :], where))

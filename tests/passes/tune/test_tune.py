@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fxprune.passes.tune import RecordTeacherPass, TunePass
-from fxprune.passes.tune.teacher import Teacher, divergence, lesson_batches, logits_of
+from fxprune.passes.tune.teacher import Lesson, Teacher, divergence, lesson_batches, logits_of
 from fxprune.passes.tune.vectors import TunedRun, Vectors
 from fxprune.passes.tune.weights import Weights
 from torch import fx, nn
@@ -268,6 +268,31 @@ def test_a_model_that_writes_nothing_is_learned_from_by_what_is_given(slim: fx.G
     made = RecordTeacherPass(samples=5, written=3)(fork(slim)).graph_module
     assert len(facts_of(made)[Teacher].lessons) == 4
     assert any("writes no text" in line for line in facts_of(made)[Notes].lines)
+
+
+def _ids(lesson: Lesson) -> torch.Tensor:
+    ids: torch.Tensor = next(iter(lesson.sample.inputs.values()))
+    return ids
+
+
+def test_copies_with_noise_are_learned_from_and_nothing_held_out_is_changed(slim: fx.GraphModule) -> None:
+    plain = facts_of(RecordTeacherPass(samples=8)(fork(slim)).graph_module)[Teacher]
+    noisy = facts_of(RecordTeacherPass(samples=8, copies=3, noise=0.9)(fork(slim)).graph_module)[Teacher]
+    assert (len(plain.lessons), len(noisy.lessons)) == (7, 21)
+    ids, before = ([_ids(lesson) for lesson in teacher.lessons] for teacher in (noisy, plain))
+    changed = [not torch.equal(after, before[i % 7]) for i, after in enumerate(ids)]
+    assert any(changed) and not all(changed)
+    number = changed.index(True)
+    lesson, other = noisy.lessons[number], plain.lessons[number % 7]
+    assert not torch.equal(lesson.likelihoods, other.likelihoods), "the dense model says what it says of the copy"
+    for one, two in zip(noisy.heldout, plain.heldout, strict=True):
+        assert torch.equal(_ids(one), _ids(two))
+
+
+@pytest.mark.parametrize("arguments", [{"noise": -0.1}, {"noise": 1}, {"copies": 0}, {"copies": 2}])
+def test_noise_that_makes_no_sense_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(arguments))):
+        RecordTeacherPass(**arguments)
 
 
 @pytest.mark.parametrize(
