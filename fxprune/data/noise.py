@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fxprune.data.calibration import Sample
+from fxprune.data.calibration import IGNORED, Sample
 
 __all__ = ["noised", "plain_tokens"]
 
@@ -42,7 +42,8 @@ def noised(
     """Return copies of samples with other tokens in some places; all samples once, then all of them again.
 
     In one copy out of four nothing is replaced. In the others, a part of the tokens that is drawn anew for each, from
-    none to ``most``: by tokens of other places of the samples, or by any of the vocabulary. The first token stays. What
+    none to ``most``: by tokens of other places of the samples, or by any of the vocabulary. The first token stays, and
+    as labels those that were put in do not count. What
     a model says after words that do not belong there is as much of what it knows, and no copy is like another to learn
     by heart.
 
@@ -77,5 +78,7 @@ def _copy(sample: Sample, most: float, known: torch.Tensor, vocabulary: torch.Te
     if len(vocabulary):
         any_token = vocabulary[torch.randint(len(vocabulary), (size,), generator=draw)]
         other = torch.where(torch.rand(size, generator=draw) < _ANY, any_token, other)
-    replaced = torch.where(hit, other.to(ids.dtype), ids.reshape(-1).cpu()).view(ids.shape).to(ids.device)
-    return dataclasses.replace(sample, inputs={**sample.inputs, name: replaced})
+    hit = hit.view(ids.shape).to(ids.device)
+    replaced = torch.where(hit, other.to(ids).view(ids.shape), ids)
+    labels = sample.labels.masked_fill(hit, IGNORED) if sample.labels.shape == ids.shape else sample.labels
+    return dataclasses.replace(sample, inputs={**sample.inputs, name: replaced}, labels=labels)

@@ -44,11 +44,13 @@ class LessonBatch:
         inputs: keyword inputs of the graph.
         classes: ``(batch, positions, kept)``.
         likelihoods: ``(batch, positions, kept + 1)``.
+        labels: what each position of the input is, as in the samples: ``(batch, tokens)``.
     """
 
     inputs: Mapping[str, torch.Tensor]
     classes: torch.Tensor
     likelihoods: torch.Tensor
+    labels: torch.Tensor
 
 
 def learn(
@@ -88,7 +90,8 @@ def lesson_batches(lessons: Sequence[Lesson], graph_module: fx.GraphModule, most
         inputs = batched([lesson.sample for lesson in part], graph_module)
         device = next(iter(inputs.values())).device
         classes = torch.stack([lesson.classes for lesson in part]).long().to(device)
-        yield LessonBatch(inputs, classes, torch.stack([lesson.likelihoods for lesson in part]).float().to(device))
+        likelihoods = torch.stack([lesson.likelihoods for lesson in part]).float().to(device)
+        yield LessonBatch(inputs, classes, likelihoods, torch.cat([lesson.sample.labels for lesson in part]).to(device))
 
 
 def divergence(logits: torch.Tensor, batch: LessonBatch) -> torch.Tensor:

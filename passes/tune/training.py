@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import fx
 
-from fxprune.errors import CalibrationError
+from fxprune.data.calibration import IGNORED, next_token_loss
+from fxprune.errors import CalibrationError, PassError
 from fxprune.graph.precision import autocast, narrowed
 from fxprune.graph.tensors import device_of
 
@@ -133,7 +134,7 @@ class Training:
             group["lr"] = rate * _share(step, self.steps)
         with torch.enable_grad():
             with autocast(self.device, self.narrow):
-                loss = self._divergence(batch)
+                loss = self._loss(batch)
             self.adam.zero_grad()
             loss.backward()
         gradients = [numbers.grad for numbers in self.numbers if numbers.grad is not None]
@@ -146,8 +147,29 @@ class Training:
             found = [float(self._divergence(b)) * b.classes.shape[:2].numel() for b in self.heldout]
         return sum(found) / sum(b.classes.shape[:2].numel() for b in self.heldout)
 
+    def _loss(self, batch: LessonBatch) -> torch.Tensor:
+        """What a step makes smaller.
+
+        Raises:
+            PassError: the text's own tokens are to count, and the model does not say a token at each position.
+        """
+        logits = self._logits(batch)
+        loss = divergence(logits, batch)
+        if not self.settings.truth or not bool((batch.labels[:, 1:] != IGNORED).any()):
+            return loss
+        if logits.shape[:2] != batch.labels.shape:
+            raise PassError(
+                f"the model says something else than a next token at {tuple(batch.labels.shape)} positions",
+                where="truth",
+                remedy="Leave truth out",
+            )
+        return loss + self.settings.truth * next_token_loss(logits, batch.labels)
+
     def _divergence(self, batch: LessonBatch) -> torch.Tensor:
-        return divergence(logits_of(self.learned.run(self.graph_module, self.numbers), batch.inputs), batch)
+        return divergence(self._logits(batch), batch)
+
+    def _logits(self, batch: LessonBatch) -> torch.Tensor:
+        return logits_of(self.learned.run(self.graph_module, self.numbers), batch.inputs)
 
 
 def _share(step: int, steps: int) -> float:

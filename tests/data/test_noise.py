@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fxprune.data.calibration import Sample
+from fxprune.data.calibration import IGNORED, Sample
 from fxprune.data.noise import noised, plain_tokens
 from tests.tokens import character_tokenizer
 
@@ -48,6 +48,13 @@ def test_tokens_are_replaced_by_those_of_the_samples_and_of_the_vocabulary() -> 
     other, replaced = torch.isin(found, torch.tensor([3, 7])), found != _ids(tuple(samples)).repeat(2, 1)
     assert set(found[other].tolist()) == {3, 7}
     assert 0.4 < float(other.sum() / replaced.sum()) < 0.6
+
+
+def test_what_was_put_in_is_no_label() -> None:
+    for sample in noised(_samples(20, 30), 1, 0.5, torch.tensor([3]), 0):
+        kept = sample.labels != IGNORED
+        assert torch.equal(sample.inputs["input_ids"][kept], sample.labels[kept])
+        assert not bool((sample.inputs["input_ids"] == 3)[kept].any())
 
 
 def test_the_seed_decides() -> None:

@@ -46,7 +46,7 @@ def test_the_gradient_is_that_of_the_formula(sure: bool) -> None:
     if sure:
         logits.scatter_add_(-1, classes, torch.full(classes.shape, 40.0))
     logits.requires_grad_()
-    batch = LessonBatch({}, classes, likelihoods.float())
+    batch = LessonBatch({}, classes, likelihoods.float(), classes[..., 0])
     found = divergence(logits, batch)
     (gradient,) = torch.autograd.grad(3 * found, logits)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,17 +12,20 @@ import pytest
 import torch
 from fxprune.passes.tune import RecordTeacherPass, TunePass
 from fxprune.passes.tune.teacher import Lesson, Teacher, divergence, lesson_batches, logits_of
+from fxprune.passes.tune.training import Training
 from fxprune.passes.tune.vectors import TunedRun, Vectors
 from fxprune.passes.tune.weights import Weights
 from torch import fx, nn
 
 import fxprune
+from fxprune.data.calibration import next_token_loss
 from fxprune.errors import ArgumentError, CalibrationError, PassError, UnknownNameError
 from fxprune.graph.facts import Notes, facts_of
 from fxprune.graph.fork import fork
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.masking.compare import Verified
 from fxprune.masking.masked_run import UntouchedRun
+from fxprune.removal.removal import Removed
 from tests.models import tiny, token_ids
 
 IDS = torch.randint(20, (12, 9), generator=torch.Generator().manual_seed(0))
@@ -108,7 +112,8 @@ def test_the_divergence_is_that_of_the_likeliest_classes_and_the_rest(slim: fx.G
     pairs.append((p[..., kept:].sum(-1).clamp_min(least), q[..., kept:].sum(-1).clamp_min(least)))
     by_hand = sum((a * (a / b).log()).mean() for a, b in pairs)
     rest = pairs[-1][0][..., None].log()
-    few = type(batch)(batch.inputs, order[..., :kept], torch.cat((p[..., :kept].log(), rest), -1))
+    likelihoods = torch.cat((p[..., :kept].log(), rest), -1)
+    few = dataclasses.replace(batch, classes=order[..., :kept], likelihoods=likelihoods)
     assert torch.allclose(divergence(logits, few), by_hand, atol=1e-4)
     assert few.likelihoods.shape[-1] == kept + 1
 
@@ -270,6 +275,33 @@ def test_a_model_that_writes_nothing_is_learned_from_by_what_is_given(slim: fx.G
     assert any("writes no text" in line for line in facts_of(made)[Notes].lines)
 
 
+def test_the_tokens_of_the_text_count_as_much_as_is_said(slim: fx.GraphModule) -> None:
+    settings = TunePass(truth=0.3, weights=True)
+    training = Training(
+        settings, slim, Weights.of(slim, facts_of(slim)[Removed].removal, True), facts_of(slim)[Teacher]
+    )
+    batch = training.batches[0]
+    with torch.no_grad():
+        logits = logits_of(UntouchedRun(slim), batch.inputs)
+        said = logits[:, :-1].log_softmax(-1).gather(-1, batch.labels[:, 1:, None])
+        assert torch.equal(batch.labels, batch.inputs["ids"])
+        assert torch.allclose(training._loss(batch), divergence(logits, batch) - 0.3 * said.mean(), atol=1e-5)
+        none = dataclasses.replace(batch, labels=torch.full_like(batch.labels, -100))
+        assert torch.equal(training._loss(none), training._divergence(none))
+        with pytest.raises(PassError, match="Leave truth out"):
+            training._loss(dataclasses.replace(batch, labels=batch.labels[:, :-1]))
+
+
+def test_with_the_text_itself_to_learn_the_text_is_likelier(slim: fx.GraphModule) -> None:
+    def loss(truth: float) -> float:
+        tuned = TunePass(epochs=4, rate=0.05, weights=True, truth=truth, measurements=1)(fork(slim)).graph_module
+        batches = lesson_batches(facts_of(slim)[Teacher].lessons, slim, 64)
+        with torch.no_grad():
+            return sum(float(next_token_loss(logits_of(UntouchedRun(tuned), b.inputs), b.labels)) for b in batches)
+
+    assert loss(1.0) < loss(0.0)
+
+
 def _ids(lesson: Lesson) -> torch.Tensor:
     ids: torch.Tensor = next(iter(lesson.sample.inputs.values()))
     return ids
@@ -306,6 +338,7 @@ def test_noise_that_makes_no_sense_is_refused(arguments: dict[str, Any]) -> None
         {"weights": 1},
         {"weights": True, "rank": 2},
         {"precision": "fp16"},
+        {"truth": -0.1},
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any]) -> None:
