@@ -39,10 +39,13 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # one line says what is wrong, and not each try
     from fxprune.cli import app
 
-    if "WORLD_SIZE" not in os.environ:
-        app()
-        return
-    from fxprune.data.ranks import started
+    try:
+        if "WORLD_SIZE" not in os.environ:
+            app()
+            return
+        from fxprune.data.ranks import started
 
-    with started():
-        app()
+        with started():
+            app()
+    finally:
+        interrupts.over()

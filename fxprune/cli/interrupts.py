@@ -6,18 +6,22 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["at_once", "install"]
+__all__ = ["at_once", "install", "over"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _PATIENCE = 5.0
 """Seconds for which further signals wait for the tidying up that the first one started."""
 
-_state = {"at_once": False, "since": 0.0}
+_AGAIN = 0.01
+"""Seconds after which a stop that something swallowed is tried again."""
+
+_state = {"at_once": False, "since": 0.0, "swallowed": False}
 
 
 def install() -> None:
@@ -28,6 +32,14 @@ def install() -> None:
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # a shell tells background jobs to ignore interrupts
             signal.signal(number, _stop)
+    sys.unraisablehook = _unraisable
+
+
+def over() -> None:
+    """Ignore signals from here on: a command whose work is done ends as it would have."""
+    if not _state["since"]:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -43,7 +55,22 @@ def at_once() -> Iterator[None]:
         _state["at_once"] = False
 
 
+def _unraisable(found: sys.UnraisableHookArgs) -> None:
+    """Stop again where a stop came while Python called back for something that went, which cannot raise."""
+    if not _state["since"] or not isinstance(found.exc_value, SystemExit):
+        sys.__unraisablehook__(found)
+        return
+    _state["swallowed"] = True
+    number = int(str(found.exc_value)) - 128
+    again = threading.Timer(_AGAIN, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
+    if _state["swallowed"]:
+        _state["swallowed"] = False
+        raise SystemExit(128 + number)
     now = time.monotonic()
     if _state["since"] and now - _state["since"] < _PATIENCE:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -77,3 +78,62 @@ def test_an_interrupt_during_imports_stops_at_once() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=heed)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
     assert fxprune.cli.interrupts.at_once is not None
+
+
+@pytest.mark.parametrize(
+    "swallows",
+    [
+        "class A:\n    def __del__(self): os.kill(os.getpid(), signal.SIGINT)\nA()\n",
+        "a = type('A', (), {})(); r = weakref.ref(a, lambda _: os.kill(os.getpid(), signal.SIGINT)); del a\n",
+    ],
+)
+def test_a_stop_that_comes_where_nothing_can_be_raised_stops_a_little_later(swallows: str) -> None:
+    code = (
+        "import os, signal, time, weakref; from fxprune.cli.interrupts import install\n"
+        f"install()\n{swallows}"
+        "for _ in range(3000): time.sleep(0.01)\n"
+        "print('went on')\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=heed)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+def test_what_is_done_is_done_whatever_comes_after() -> None:
+    code = (
+        "import atexit, os, signal; from fxprune.cli.interrupts import install, over\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "install(); print('written'); over()\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=heed)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "written\n", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "moment"),
+    [
+        (("eval", "MODEL"), "loading"),
+        (("export", "MODEL", "slim.pt2"), "loading"),
+        (("recover", "MODEL", "--data", "rows.json", "--out", "new"), "loading"),
+        (("generate", "MODEL", "red"), "loading"),
+        (("bench", "MODEL"), "loading"),
+    ],
+)
+def test_other_commands_stop_as_well(model: Path, tmp_path: Path, command: tuple[str, ...], moment: str) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": "red green blue " * 90}] * 3))
+    arguments = [str(model) if word == "MODEL" else word for word in command]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "fxprune", *arguments],
+        cwd=tmp_path, env=environment, preexec_fn=heed, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(moment):
+                break
+        process.send_signal(signal.SIGINT)
+        printed, told = process.stdout.read(), process.stderr.read()
+        assert process.wait(timeout=120) == 130, told
+    assert printed == "" and told.splitlines()[-1] == "stopped", told
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
