@@ -111,7 +111,7 @@ def measure(way: str, source: Path, samples: int, tokens: int) -> Measurement:
     """
     from fxprune.checkpoint.low_memory import load_mapped, on_disk
 
-    model: Any = load_mapped(source)
+    model: Any = load_mapped(source, source)
     if way != list(WAYS)[-1]:
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()

@@ -112,7 +112,8 @@ def prune_checkpoint(
     builds from several tensors of a file, as those of experts side by side, are held in memory.
 
     Args:
-        source: a folder of safetensors that transformers loads, or the id of one on a hub.
+        source: a folder of safetensors that transformers loads, or the id of one on a hub; or a GGUF file, which is
+            unpacked to float32 beside ``out`` first.
         out: where to, as for :func:`fxprune.save_pretrained`.
         calibration: as for :func:`prune`.
         tokenizer: as for :func:`prune`; saved with the model.
@@ -132,8 +133,8 @@ def prune_checkpoint(
     check_request(out, tokenizer, max_shard_size)
     example_inputs, device = settings.pop("example_inputs", None), check_device(settings.pop("device", None))
     pipeline = prune_pipeline(calibration, tokenizer=tokenizer, **settings)
-    with on_disk(out, request_of(source, calibration, str(pipeline)), force=force):
-        result = _run(pipeline, load_mapped(source), example_inputs, inplace=False, device=device)
+    with on_disk(out, request_of(source, calibration, str(pipeline)), force=force) as work:
+        result = _run(pipeline, load_mapped(source, work), example_inputs, inplace=False, device=device)
         more = None if also is None else partial(also, result)
         result.save_pretrained(out, tokenizer, max_shard_size=max_shard_size, force=force, also=more)
     return result

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from fxprune.checkpoint.manifest import MANIFEST
 from fxprune.checkpoint.read import from_pretrained
+from fxprune.checkpoint.unpack import unpack
 from fxprune.checkpoint.write import check_place
 from fxprune.data.ranks import rank
 from fxprune.errors import CheckpointError
@@ -29,8 +31,8 @@ _REQUEST = "request.json"
 
 
 @contextmanager
-def on_disk(out: str | os.PathLike[str], request: str | None = None, *, force: bool = False) -> Iterator[None]:
-    """Keep what passes make in a folder ``<out>.unfinished`` beside ``out``, which goes when all is done.
+def on_disk(out: str | os.PathLike[str], request: str | None = None, *, force: bool = False) -> Iterator[Path]:
+    """Keep what passes make in a folder ``<out>.unfinished`` beside ``out``, which is given, and goes when all is done.
 
     Args:
         out: where the result goes.
@@ -53,7 +55,7 @@ def on_disk(out: str | os.PathLike[str], request: str | None = None, *, force: b
             f"cannot be written: {error.strerror}", where=str(work), remedy="Choose a folder that can be written to"
         ) from error
     with shelved(work, work if request is not None else None):
-        yield
+        yield work
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -64,36 +66,55 @@ def _asked_before(work: Path, request: str | None) -> bool:
         return False
 
 
-def load_mapped(source: str | os.PathLike[str]) -> PreTrainedModel:
+def load_mapped(source: str | os.PathLike[str], work: Path) -> PreTrainedModel:
     """Return the model in a folder, with its weights where they are: in files, read when they are used.
 
-    transformers maps files of safetensors and takes the weights as they are, in their own dtype.
+    transformers maps files of safetensors and takes the weights as they are, in their own dtype. A GGUF file is written
+    as such files first, in float32, unless a run that was stopped did so.
+
+    Args:
+        source: the folder, or the GGUF file.
+        work: a folder for what a GGUF file holds.
 
     Raises:
         CheckpointError: it cannot be loaded.
     """
     if (Path(source) / MANIFEST).is_file():
         return from_pretrained(source)
-    loaded = attempt(AutoModelForCausalLM.from_pretrained, source, dtype="auto")
+    loaded = attempt(_load, source, work / "dense")
     if isinstance(loaded, Refusal):
         raise CheckpointError(
-            f"cannot be loaded: {loaded}", where=os.fspath(source), remedy="Pass a folder that save_pretrained wrote"
+            f"cannot be loaded: {loaded}",
+            where=os.fspath(source),
+            remedy="Pass a folder that save_pretrained wrote, or a GGUF file that transformers loads",
         ) from loaded.error
     model: PreTrainedModel = loaded
+    model.config._name_or_path = os.fspath(source)
     return model
+
+
+def _load(source: str | os.PathLike[str], unpacked: Path) -> PreTrainedModel:
+    if not Path(source).is_file():
+        found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        return found
+    if not (unpacked / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        unpacked.mkdir(exist_ok=True)
+        unpack(source, unpacked)
+    return _load(unpacked, unpacked)
 
 
 def request_of(source: str | os.PathLike[str], calibration: Any, passes: str) -> str | None:
     """Spell a prune of a folder, so that another one can be told from it; None where that is not possible.
 
     Args:
-        source: the folder; on a hub, its name.
+        source: the folder or file; on a hub, its name.
         calibration: token ids, or None; of other data it cannot be told cheaply whether they are the same.
         passes: the pipeline, as it is spelled.
     """
     if calibration is not None and not isinstance(calibration, torch.Tensor):
         return None
     folder = Path(source)
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.safetensors"))]
+    paths = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     data = None if calibration is None else hashlib.sha256(calibration.cpu().numpy().tobytes()).hexdigest()
     return json.dumps([str(folder.resolve() if folder.exists() else source), files, data, passes, torch.__version__])

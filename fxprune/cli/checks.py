@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fxprune.cli.naming import check_model, is_gguf
+from fxprune.cli.naming import check_model
 from fxprune.cli.numbers import check_numbers, check_samples
 from fxprune.cli.place import check_output, is_file
 from fxprune.cli.wording import option
@@ -41,7 +41,6 @@ _APART = (
     ("taylor", "importance", "both say how units are scored; importance 'taylor{order=second}' says both"),
     ("low_memory", "in_place", "weights on disk are not changed in place"),
     ("low_memory", "dtype", "weights on disk are used in the dtype of their files"),
-    ("low_memory", "gguf_file", "weights of a GGUF file cannot stay on disk"),
     ("uniform", "protect", "no layer is kept whole where all have the same widths"),
     ("quiet", "verbose", "one asks for less, the other for more"),
 )
@@ -261,12 +260,6 @@ def _check_steps(text: str) -> None:
 def _check_output(values: Values) -> None:
     out, low_memory = values["out"], values["low_memory"]
     check_quantization(values["quantization"], out)
-    if low_memory and is_gguf(values["model"]):
-        raise ArgumentError(
-            "--low-memory takes a folder of safetensors; weights of a GGUF file cannot stay on disk",
-            where="--low-memory",
-            remedy="Leave it out",
-        )
     if low_memory and out is not None and is_file(out):
         raise ArgumentError(
             f"--low-memory writes a folder, and {out} is a file",

@@ -119,7 +119,8 @@ def _run(values: Mapping[str, Any], options: dict[str, Any]) -> None:
     force = values["force"] or run_file(out, is_file=is_file(out)).is_file()
     if values["low_memory"]:
         options = {name: value for name, value in options.items() if name != "tune" or value is not None}
-        source = where_and_file(model, gguf_file)["pretrained_model_name_or_path"]
+        folder, file = where_and_file(model, gguf_file).values()
+        source = folder if file is None else Path(folder) / file
         written: dict[str, Any] = {"force": force, "also": partial(_fill, run=run), "device": values["device"]}
         result = fxprune.prune_checkpoint(source, out, data, tokenizer=tokenizer, track=progress, **written, **options)
         loading = _OURS

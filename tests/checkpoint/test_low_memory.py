@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import fxprune
-from fxprune.checkpoint.low_memory import request_of
+from fxprune.checkpoint.low_memory import load_mapped, request_of
 from fxprune.errors import CheckpointError
+from tests.export.small import tokenizer
 from tests.models import tiny, token_ids
 
 OPTIONS: dict[str, Any] = {
@@ -53,6 +55,32 @@ def test_a_folder_becomes_the_slim_folder_that_memory_would_give(
     assert result.plan == in_memory.plan and result.report.verification_error is not None
     assert [path.name for path in tmp_path.iterdir()] == ["slim"], "nothing is left of the way there"
     require_same(weights_of(tmp_path / "slim"), in_memory)
+
+
+@pytest.fixture(scope="module")
+def file(source: Path) -> Path:
+    """The model in a file of rounded weights."""
+    path = source.with_suffix(".gguf")
+    model = type(tiny("llama")).from_pretrained(source)
+    fxprune.export_model(model, path, tokenizer=tokenizer(), quantization="f16")
+    return path
+
+
+def test_a_gguf_file_becomes_the_slim_folder_that_memory_would_give(file: Path, tmp_path: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    want = fxprune.prune(dense, token_ids(6), memory="fast", **OPTIONS)
+    result = fxprune.prune_checkpoint(file, tmp_path / "slim", token_ids(6), **OPTIONS)
+    assert result.plan == want.plan
+    assert [path.name for path in tmp_path.iterdir()] == ["slim"], "nothing is left of the way there"
+    require_same(weights_of(tmp_path / "slim"), want)
+    assert str(file) in (tmp_path / "slim/fxprune.json").read_text(), "the source is the file that was named"
+
+
+def test_a_gguf_file_is_unpacked_once(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_mapped(file, tmp_path)
+    monkeypatch.setattr("fxprune.checkpoint.unpack.load_gguf_checkpoint", None)
+    load_mapped(file, tmp_path)
+    assert request_of(file, None, "") != request_of(file.parent, None, "")
 
 
 class Stopped(BaseException):
