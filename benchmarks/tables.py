@@ -72,12 +72,13 @@ def _recovery(data: dict[str, Any]) -> str:
         kept = [(column["retained"], column["retained_standard_error"]) for column in columns]
         rows.append(("average accuracy retained", *(f"{value:.1%} ± {error:.1%}" for value, error in kept)))
     before, after = settings["held_out_loss"]
-    pruning = sum(seconds for *_, seconds in settings["passes"]) / 60
+    pruning = sum(seconds for _, _, seconds in settings["passes"]) / 60
+    passes = ", ".join(spelling for _, spelling, _ in settings["passes"])
     files = ", ".join(settings["data"] or ["the built-in text"])
     told = (
-        f"SmolLM2-135M-Instruct, {settings['achieved']:.1%} of the parameters removed by the recipe "
-        f"`{settings['recipe']}` (up to {settings['samples']:,} samples of 128 tokens of "
-        f"{settings['calibration'] or 'the rows'}, {pruning:.1f} minutes). {settings['steps']} steps of "
+        f"SmolLM2-135M-Instruct, {settings['achieved']:.1%} of the parameters removed in {pruning:.1f} minutes by the "
+        f"recipe `{settings['recipe']}` as it was then (`{passes}`), on up to {settings['samples']:,} samples of 128 "
+        f"tokens of {settings['calibration'] or 'the rows'}. {settings['steps']} steps of "
         f"{settings['batch']} samples on {settings['training_tokens']:,} tokens in {settings['training_minutes']:.1f} "
         f"minutes: rank {settings['rank']}, learning rate {settings['learning_rate']:g}, teacher's weight "
         f"{settings['distil']:g}, rows of {files}. Held-out loss {before:.3f} before, {after:.3f} after. Perplexity: "
