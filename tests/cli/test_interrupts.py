@@ -22,6 +22,22 @@ def heed() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def stopped(arguments: list[str], folder: Path, moment: str, number: int) -> tuple[int, str, str]:
+    """The exit code of a command that is stopped once a line of what it tells begins so, what it printed and told."""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
+    command, pipe = [sys.executable, "-m", "fxprune", *arguments], subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, preexec_fn=heed, text=True, stdout=pipe, stderr=pipe
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(moment):
+                break
+        process.send_signal(number)
+        printed, told = process.stdout.read(), process.stderr.read()
+        return process.wait(timeout=120), printed, told
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model"
@@ -46,19 +62,9 @@ def test_a_stopped_prune_leaves_nothing_half_written(
         shutil.copytree(model, tmp_path.with_suffix(".model"))
         model = tmp_path.with_suffix(".model")
         tokenizer().save_pretrained(model)
-    command = [sys.executable, "-m", "fxprune", "prune", str(model), "--out", out, "--importance", "l2", "--verbose"]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, preexec_fn=heed, text=True, stdout=pipe, stderr=pipe
-    ) as process:
-        assert process.stdout is not None and process.stderr is not None
-        for line in process.stderr:
-            if line.startswith(moment):
-                break
-        process.send_signal(number)
-        printed, told = process.stdout.read(), process.stderr.read()
-        assert process.wait(timeout=120) == 128 + number, told
+    command = ["prune", str(model), "--out", out, "--importance", "l2", "--verbose"]
+    code, printed, told = stopped(command, tmp_path, moment, number)
+    assert code == 128 + number, told
     lines = [line for line in told.splitlines() if not line.endswith((" s", " ..."))]
     assert lines == ["stopped"] and printed == "", told
     left = [path.name for path in tmp_path.iterdir()]
@@ -123,17 +129,6 @@ def test_what_is_done_is_done_whatever_comes_after() -> None:
 def test_other_commands_stop_as_well(model: Path, tmp_path: Path, command: tuple[str, ...], moment: str) -> None:
     (tmp_path / "rows.json").write_text(json.dumps([{"text": "red green blue " * 90}] * 3))
     arguments = [str(model) if word == "MODEL" else word for word in command]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "fxprune", *arguments],
-        cwd=tmp_path, env=environment, preexec_fn=heed, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
-        assert process.stdout is not None and process.stderr is not None
-        for line in process.stderr:
-            if line.startswith(moment):
-                break
-        process.send_signal(signal.SIGINT)
-        printed, told = process.stdout.read(), process.stderr.read()
-        assert process.wait(timeout=120) == 130, told
-    assert printed == "" and told.splitlines()[-1] == "stopped", told
+    code, printed, told = stopped(arguments, tmp_path, moment, signal.SIGINT)
+    assert (code, printed, told.splitlines()[-1]) == (130, "", "stopped"), told
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
