@@ -57,9 +57,10 @@ CHOSEN = "protect=[0.07, 0.04], first=[mlp], ratio=%s"
 WHOLE = "select-by-ratio{first=[mlp], protect=[], ratio=%s}"
 
 BEST = read_recipe("best").text
-WRITTEN = BEST.replace("record-teacher", "record-teacher{written=2048}")
+ONCE = BEST.replace("{copies=3, noise=0.2}", "").replace(", truth=0.2", "")
+WRITTEN = ONCE.replace("record-teacher", "record-teacher{written=2048}")
 SEARCHED = (
-    BEST.replace("wanda{samples=128}", "taylor{order=second, samples=128}")
+    ONCE.replace("wanda{samples=128}", "taylor{order=second, samples=128}")
     .replace("select-by-ratio", "select-by-search")
     .replace("least-squares{samples=128", "least-squares{samples=256")
     .replace("epochs=1", "epochs=2")
@@ -72,8 +73,11 @@ ENTRIES = (
     Entry("balanced", {}),
     Entry("balanced, MLPs of multiples of 32", {"round_to": {"mlp": 32}}),
     Entry("best", {"recipe": "best"}),
-    Entry("best, 2,048 samples more of its own", {"recipe": WRITTEN}),
-    Entry("best, searched, fitted by 256 samples, read twice", {"recipe": SEARCHED}),
+    Entry("best, the text itself not counted", {"recipe": BEST.replace(", truth=0.2", "")}),
+    Entry("best, each sample once", {"recipe": BEST.replace("{copies=3, noise=0.2}", "")}),
+    Entry("best, each sample once, the text not counted", {"recipe": ONCE}),
+    Entry("the same, and 2,048 samples of its own", {"recipe": WRITTEN}),
+    Entry("the same, searched, fitted by 256 samples, read twice", {"recipe": SEARCHED}),
     Entry("balanced, neither fitted nor tuned", {"compensate": "none", "tune": "none"}),
     Entry("balanced, not tuned", {"tune": "none"}),
     Entry("balanced, not fitted", {"compensate": "none"}),
