@@ -61,7 +61,6 @@ def _recovery(data: dict[str, Any]) -> str:
     rows = [
         ("parameters", *(f"{column['parameters']:,}" for column in columns)),
         ("multiply-accumulates", *(f"{column['macs']:,}" for column in columns)),
-        ("latency ms, 1 x 128 tokens", *(f"{column['latency_ms']:.1f}" for column in columns)),
     ]
     evaluations = [column["evaluation"] for column in columns]
     for key, label, digits in (("perplexities", "perplexity, ", 2), ("tasks", "", 3)):
