@@ -86,10 +86,11 @@ def planned(**given: Any) -> tuple[tuple[Any, ...], int, int]:
         # scores, what the dense model says, a fit, an epoch of tuning by what was recorded, four measurements
         ("balanced", 64 + (288 + 16) + 4 * 64 + 3 * 288 + 4 * 16),
         ("balanced, twice", 64 + (288 + 16) + 4 * 64 + 2 * 3 * 288 + 4 * 16),
-        # scores, what the dense model says of all there is, a fit, an epoch of tuning, nine measurements
-        ("best", 128 + (BUILT_IN + 16) + 4 * 128 + 3 * BUILT_IN + 9 * 16),
+        # scores, what the dense model says of three copies of all there is, a fit, an epoch of tuning by them, nine
+        # measurements
+        ("best", 128 + (3 * BUILT_IN + 16) + 4 * 128 + 3 * 3 * BUILT_IN + 9 * 16),
         # of what the dense model writes as well
-        ("best, written", 128 + 3 * 50 + (BUILT_IN + 50 + 16) + 4 * 128 + 3 * (BUILT_IN + 50) + 9 * 16),
+        ("best, written", 128 + 3 * 50 + (3 * BUILT_IN + 50 + 16) + 4 * 128 + 3 * (3 * BUILT_IN + 50) + 9 * 16),
         ("llm-pruner", 3 * 10),  # gradients, of as many samples of the built-in text as the paper uses
         ("calibrate{samples=40}\nfind-groups\nwanda{samples=64}\nselect-by-search{trials=2, samples=8}", 40 + 6 * 8),
         ("calibrate\nfind-groups\nscore-in-steps{steps=3, importance='wanda{samples=5}'}\nselect-by-ratio", 3 * 5),
@@ -99,7 +100,7 @@ def planned(**given: Any) -> tuple[tuple[Any, ...], int, int]:
 def test_the_work_is_that_of_the_samples_that_the_pipeline_says(recipe: str, runs: int) -> None:
     """It assumed 352 samples of built-in text, of which there are twice as many, whatever a pipeline said."""
     longer = {"recipe": "balanced", "tune": "tune{epochs=2, measurements=3}"}
-    written = {"recipe": read_recipe("best").text.replace("record-teacher", "record-teacher{written=50}")}
+    written = {"recipe": read_recipe("best").text.replace("record-teacher{", "record-teacher{written=50, ")}
     other = {"balanced, twice": longer, "best, written": written}
     passes, there, tokens = planned(**other.get(recipe, {"recipe": recipe}))
     assert runs_of(passes, there) == runs and tokens == 128
