@@ -43,9 +43,8 @@ def noised(
 
     In one copy out of four nothing is replaced. In the others, a part of the tokens that is drawn anew for each, from
     none to ``most``: by tokens of other places of the samples, or by any of the vocabulary. The first token stays, and
-    as labels those that were put in do not count. What
-    a model says after words that do not belong there is as much of what it knows, and no copy is like another to learn
-    by heart.
+    as labels those that were put in do not count. What a model says after words that do not belong there is as much of
+    what it knows, and no copy is like another to learn by heart.
 
     Args:
         samples: with token ids ``(1, tokens)`` as their first input; others are copied as they are.

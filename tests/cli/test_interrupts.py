@@ -38,6 +38,13 @@ def stopped(arguments: list[str], folder: Path, moment: str, number: int) -> tup
         return process.wait(timeout=120), printed, told
 
 
+def ran(code: str) -> tuple[int, str, str]:
+    """The exit code of a process that runs some code, what it printed and told."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=heed)
+    return done.returncode, done.stdout, done.stderr
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model"
@@ -80,9 +87,7 @@ def test_an_interrupt_during_imports_stops_at_once() -> None:
         "    try: os.kill(os.getpid(), signal.SIGINT)\n"
         "    except BaseException: print('swallowed')\n"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=heed)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+    assert ran(code) == (130, "", "stopped\n")
     assert fxprune.cli.interrupts.at_once is not None
 
 
@@ -100,9 +105,7 @@ def test_a_stop_that_comes_where_nothing_can_be_raised_stops_a_little_later(swal
         "for _ in range(3000): time.sleep(0.01)\n"
         "print('went on')\n"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=heed)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+    assert ran(code) == (130, "", "stopped\n")
 
 
 def test_what_is_done_is_done_whatever_comes_after() -> None:
@@ -111,9 +114,7 @@ def test_what_is_done_is_done_whatever_comes_after() -> None:
         "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
         "install(); print('written'); over()\n"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=heed)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "written\n", "")
+    assert ran(code) == (0, "written\n", "")
 
 
 @pytest.mark.parametrize(
