@@ -20,7 +20,7 @@ ARGS ?=
 CASES ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo recover-demo test fuzz package lint format type bench bench-criteria bench-quality bench-reference bench-recover bench-discovery bench-memory bench-norms coverage families results pictures docs clean
+.PHONY: help setup demo recover-demo test fuzz package lint format type bench bench-criteria bench-quality bench-reference bench-recover bench-discovery bench-memory bench-large bench-norms coverage families results pictures docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -99,7 +99,7 @@ families: $(STAMP) ## Prune, save, load and run a model of each family, write do
 results: $(STAMP) ## Write docs/results.md, docs/latency.md and docs/quality.md from benchmarks/results/
 	$(RUN) -m benchmarks.tables
 	$(RUN) -m benchmarks.latency.page
-	$(RUN) -m benchmarks.quality_page
+	$(RUN) -m benchmarks.quality.page
 
 pictures: $(STAMP) ## Draw the pictures of the documentation into docs/pictures/ (needs Graphviz)
 	$(RUN) -m benchmarks.pictures

@@ -148,9 +148,9 @@ def main(
 def _read(folder: Path) -> tuple[Any, fxprune.Plan, fxprune.Report]:
     """A slim model that was saved, with what was removed from it and what was said of that."""
     manifest = read_manifest(folder)
-    if manifest.plan is None or manifest.report is None:
+    plan, report = manifest.read_plan(), manifest.read_report()
+    if plan is None or report is None:
         raise typer.BadParameter(f"{folder} holds no plan and report of a prune")
-    plan, report = fxprune.Plan.from_json(json.dumps(manifest.plan)), fxprune.Report.from_dict(manifest.report)
     return fxprune.from_pretrained(folder), plan, report
 
 

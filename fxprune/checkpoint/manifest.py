@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from fxprune.errors import CheckpointError
 from fxprune.pipeline.words import MANIFEST
-from fxprune.removal.report import package_versions
+from fxprune.removal.plan import Plan
+from fxprune.removal.report import Report, package_versions
 
 __all__ = [
     "CARD",
@@ -87,6 +88,22 @@ class Manifest:
     def to_json(self) -> str:
         """Return the manifest as a JSON document."""
         return json.dumps(asdict(self), indent=1)
+
+    def read_plan(self) -> Plan | None:
+        """Return what was removed; None where it is not known.
+
+        Raises:
+            PlanError: what is written there is no plan.
+        """
+        return None if self.plan is None else Plan.from_json(json.dumps(self.plan))
+
+    def read_report(self) -> Report | None:
+        """Return what the prune said of itself; None where it is not known.
+
+        Raises:
+            ArgumentError: what is written there is no report.
+        """
+        return None if self.report is None else Report.from_dict(self.report)
 
 
 def read_manifest(folder: Path) -> Manifest:

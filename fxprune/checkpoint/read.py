@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fxprune.checkpoint.classes import parse_config, pruned_class, stock_config
 from fxprune.checkpoint.exchange import heal, identity, snapshot
-from fxprune.checkpoint.manifest import MANIFEST, check_files, check_weights, read_manifest
+from fxprune.checkpoint.manifest import MANIFEST, Manifest, check_files, check_weights, read_manifest
 from fxprune.emit.meta import on_meta
 from fxprune.emit.names import slim_name
 from fxprune.emit.snapshot import Shape, shapes_of
@@ -93,7 +92,7 @@ def _loaded(
     check_files(path, manifest)
     stock, config = _classes(path, model_class)
     slim = pruned_class(stock, type(config))
-    _check_plan(path, slim, manifest.plan)
+    _check_plan(path, slim, manifest)
     loaded: Any = slim.from_pretrained(path, config=config, output_loading_info=True, **options)
     model, info = loaded
     lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys") or ())
@@ -166,19 +165,19 @@ def _classes(path: Path, model_class: type[PreTrainedModel] | None) -> tuple[typ
         ) from error
 
 
-def _check_plan(path: Path, slim: type[PreTrainedModel], data: Mapping[str, Any] | None) -> None:
+def _check_plan(path: Path, slim: type[PreTrainedModel], manifest: Manifest) -> None:
     """Check that the plan left as many indices as the model has.
 
     Raises:
         CheckpointError: it is the plan of another model.
     """
-    if data is None:
-        return
     where, remedy = str(path / MANIFEST), "Save the model again"
     try:
-        plan = Plan.from_json(json.dumps(data))
+        plan = manifest.read_plan()
     except PlanError as error:
         raise CheckpointError(str(error), where=where, remedy=remedy) from error
+    if plan is None:
+        return
     misfit = next(_misfits(plan, _built_shapes(path / "config.json", slim)), None)
     if misfit is not None:
         raise CheckpointError(f"the plan is of another model: {misfit}", where=where, remedy=remedy)

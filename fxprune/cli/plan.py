@@ -113,13 +113,15 @@ def read_plan(path: Path) -> WrittenPlan:
     if (path / _FILE).is_file() or not (path / MANIFEST).is_file():
         return _from_files(path / _FILE, path / _REPORT)
     from fxprune.checkpoint.manifest import read_manifest
-    from fxprune.removal.report import Report
 
     manifest = read_manifest(path)
-    if manifest.plan is None:
+    try:
+        plan, report = manifest.read_plan(), manifest.read_report()
+    except PlanError as error:
+        raise PlanError(error.what, where=str(path), remedy=_REMEDY) from error
+    if plan is None:
         raise PlanError("the checkpoint was saved without a plan", where=str(path), remedy="Name a plan.json")
-    report = Report.from_dict(manifest.report) if manifest.report else None
-    return WrittenPlan(_parsed(json.dumps(manifest.plan), path), report)
+    return WrittenPlan(plan, report)
 
 
 def _from_files(plan: Path, report: Path) -> WrittenPlan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -117,8 +116,7 @@ def _run(
     report: Any = None
     if (Path(model) / MANIFEST).is_file():
         manifest = read_manifest(Path(model))
-        plan = fxprune.Plan.from_json(json.dumps(manifest.plan)) if manifest.plan else None
-        report = fxprune.Report.from_dict(manifest.report) if manifest.report else None
+        plan, report = manifest.read_plan(), manifest.read_report()
         loaded.config._name_or_path = manifest.source["name"]  # of the dense model
     if options["distil"] is not None:
         options["distil"] = load_either(options["distil"], None, with_tokenizer=False, **loading)[0]

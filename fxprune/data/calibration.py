@@ -30,9 +30,29 @@ __all__ = [
     "require_logits",
     "spread",
     "stacked",
+    "token_input",
 ]
 
 T = TypeVar("T")
+
+aten = torch.ops.aten
+
+_LAID_OUT = {
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.expand.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten._to_copy.default,
+    aten.to.dtype,
+}
+"""What moves token ids, and leaves them as they are."""
 
 IGNORED = -100
 """Label of a token that does not count in the loss: what torch and transformers ignore by default."""
@@ -136,14 +156,26 @@ def computing(inputs: Mapping[str, Any]) -> Iterator[None]:
 
 
 def embedding_rows(graph_module: fx.GraphModule) -> dict[str, int]:
-    """Return how many rows the embedding has, for each input that is looked up in one."""
+    """Return how many rows the embedding has, for each input that is looked up in one, in the order of the lookups.
+
+    Of an input that is looked up in several, the fewest rows count. An input may be laid out otherwise before.
+    """
     found: dict[str, int] = {}
     for node in graph_module.graph.nodes:
-        if node.target is torch.ops.aten.embedding.default and node.args[1].op == "placeholder":
-            table = node.args[0]
-            if table.op == "get_attr":
-                found[str(node.args[1].target)] = get_tensor(graph_module, str(table.target)).shape[0]
+        if node.target is not aten.embedding.default:
+            continue
+        table, looked_up = node.args[:2]
+        while looked_up.target in _LAID_OUT:
+            looked_up = looked_up.args[0]
+        if table.op == "get_attr" and looked_up.op == "placeholder":
+            name, rows = str(looked_up.target), get_tensor(graph_module, str(table.target)).shape[0]
+            found[name] = min(rows, found.get(name, rows))
     return found
+
+
+def token_input(graph_module: fx.GraphModule) -> str | None:
+    """Return the name of the input that holds token ids, the first that is looked up; None where none is."""
+    return next(iter(embedding_rows(graph_module)), None)
 
 
 def stacked(samples: Sequence[Sample], graph_module: fx.GraphModule, most: int) -> Iterator[dict[str, Any]]:

@@ -12,8 +12,6 @@ from fxprune.data.calibration import IGNORED, Sample
 
 __all__ = ["noised", "plain_tokens"]
 
-_WHOLE = (torch.int64, torch.int32)
-
 _UNTOUCHED = 0.25
 """Of the copies, so many keep all their tokens: what a model is used for is text without noise."""
 
@@ -37,7 +35,7 @@ def plain_tokens(tokenizer: Any, classes: int) -> torch.Tensor:
 
 
 def noised(
-    samples: Sequence[Sample], copies: int, most: float, vocabulary: torch.Tensor, seed: int
+    samples: Sequence[Sample], name: str, copies: int, most: float, vocabulary: torch.Tensor, seed: int
 ) -> tuple[Sample, ...]:
     """Return copies of samples with other tokens in some places; all samples once, then all of them again.
 
@@ -47,29 +45,24 @@ def noised(
     what it knows, and no copy is like another to learn by heart.
 
     Args:
-        samples: with token ids ``(1, tokens)`` as their first input; others are copied as they are.
+        samples: without noise.
+        name: of the input that holds token ids, ``(1, tokens)``.
         copies: of each sample.
         most: part of the tokens that is replaced at most.
         vocabulary: token ids to replace by; empty for those of the samples alone.
         seed: for the draws.
     """
     draw = torch.Generator().manual_seed(seed)
-    read = [ids.reshape(-1).cpu() for _, ids in filter(None, map(_token_ids, samples))]
-    known = torch.cat(read) if read else torch.empty(0, dtype=torch.long)
-    return tuple(_copy(sample, most, known, vocabulary, draw) for _ in range(copies) for sample in samples)
+    known = torch.cat([sample.inputs[name].reshape(-1).cpu() for sample in samples])
+    return tuple(_copy(sample, name, most, known, vocabulary, draw) for _ in range(copies) for sample in samples)
 
 
-def _token_ids(sample: Sample) -> tuple[str, torch.Tensor] | None:
-    """The token ids of a sample and the name of that input; None where it holds none."""
-    name, ids = next(iter(sample.inputs.items()))
-    return (name, ids) if isinstance(ids, torch.Tensor) and ids.dtype in _WHOLE else None
-
-
-def _copy(sample: Sample, most: float, known: torch.Tensor, vocabulary: torch.Tensor, draw: torch.Generator) -> Sample:
-    found = _token_ids(sample)
-    if found is None or float(torch.rand((), generator=draw)) < _UNTOUCHED:
+def _copy(
+    sample: Sample, name: str, most: float, known: torch.Tensor, vocabulary: torch.Tensor, draw: torch.Generator
+) -> Sample:
+    if float(torch.rand((), generator=draw)) < _UNTOUCHED:
         return sample
-    name, ids = found
+    ids = sample.inputs[name]
     size, part = ids.numel(), most * float(torch.rand((), generator=draw))
     hit = torch.rand(size, generator=draw) < part
     hit[0] = False

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxprune.data.calibration import Calibration, Sample, batched, embedding_rows, spread
+from fxprune.data.calibration import Calibration, Sample, batched, embedding_rows, spread, token_input
 from fxprune.data.noise import noised, plain_tokens
 from fxprune.data.samples import check_kind, read_calibration
 from fxprune.data.text import check_tokenizer, offline_docstrings, token_windows
@@ -130,24 +130,32 @@ class RecordTeacherPass(Pass):
         home, place = device_of(graph_module), place_of(graph_module)
         with autocast(home, narrow and home == place):  # the model writes where it is
             written = self._write(samples, graph_module)
-        if self.noise:
-            rows = embedding_rows(graph_module).get(next(iter(samples[0].inputs)), 0)
-            samples = noised(samples, self.copies, self.noise, plain_tokens(self.tokenizer, rows), 0)
-        samples = (*samples, *written)
+        samples = (*self._noised(samples, graph_module), *written)
         with autocast(place, narrow):
             lessons = learn(graph_module, (*samples, *heldout), self.kept, self.batch, track)
         facts_of(graph_module).put(Teacher(lessons[: len(samples)], lessons[len(samples) :], where))
         return PassResult(graph_module, False)
 
+    def _noised(self, samples: tuple[Sample, ...], graph_module: fx.GraphModule) -> tuple[Sample, ...]:
+        """The samples, or noisy copies of them; as they are where the graph looks up no token."""
+        name = token_input(graph_module)
+        if not self.noise:
+            return samples
+        if name is None:
+            add_note(graph_module, f"{_ALONE}, without noise: the graph looks up no token")
+            return samples
+        vocabulary = plain_tokens(self.tokenizer, embedding_rows(graph_module)[name])
+        return noised(samples, name, self.copies, self.noise, vocabulary, 0)
+
     def _write(self, samples: tuple[Sample, ...], graph_module: fx.GraphModule) -> tuple[Sample, ...]:
         """Samples that the dense model writes itself; none where it cannot."""
-        source = facts_of(graph_module).get(Source)
-        ids = [i for sample in samples if isinstance(i := sample.inputs.get("input_ids"), torch.Tensor)]
         if not self.written:
             return ()
-        if source is None or len(ids) < len(samples) or not can_write(source.model):
+        source, name = facts_of(graph_module).get(Source), token_input(graph_module)
+        if source is None or name is None or not can_write(source.model):
             add_note(graph_module, f"{_ALONE}: the model writes no text")
             return ()
+        ids = [sample.inputs[name] for sample in samples]
         tokens = max(i.shape[-1] for i in ids)
         start = min(_START, *(i.shape[-1] - 1 for i in ids))
 

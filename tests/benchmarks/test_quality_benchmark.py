@@ -11,9 +11,11 @@ import torch
 from typer.testing import CliRunner
 
 import fxprune
-from benchmarks import quality
-from benchmarks.quality import ENTRIES, Entry, Protocol, Row, entries
-from benchmarks.quality_page import quality_page, write_picture
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality import entries as entries_module
+from benchmarks.quality.entries import ENTRIES, Entry, entries
+from benchmarks.quality.measure import Protocol, Row, with_ratio
+from benchmarks.quality.page import quality_page, write_picture
 from tests.models import tiny
 from tests.tokens import character_tokenizer
 
@@ -22,7 +24,7 @@ def test_every_entry_is_a_pipeline_that_can_be_made() -> None:
     ids = torch.zeros(2, 8, dtype=torch.long)
     assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
     for entry in entries():
-        options = {key: quality._with_ratio(value, 0.35) for key, value in entry.options.items()}
+        options = {key: with_ratio(value, 0.35) for key, value in entry.options.items()}
         assert "ratio=0.35" in str(fxprune.prune_pipeline(ids, ratio=0.35, **options)), entry.name
     assert [entry.name for entry in entries(["fast"])] == ["fast"]
 
@@ -31,7 +33,7 @@ def test_every_entry_is_a_pipeline_that_can_be_made() -> None:
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A tiny model, two cheap entries, and a folder of texts."""
     cheap = tuple(Entry(name, {"importance": name}) for name in ("l1", "l2"))
-    monkeypatch.setattr(quality, "ENTRIES", (*cheap, Entry("none", {}, ("no-such-pass",))))
+    monkeypatch.setattr(entries_module, "ENTRIES", (*cheap, Entry("none", {}, ("no-such-pass",))))
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "results" / "quality.json")
     monkeypatch.setattr(quality, "load_named", lambda _: (tiny("llama"), character_tokenizer(), "tiny"))
     (tmp_path / "some").mkdir()

@@ -35,6 +35,7 @@ def test_a_manifest_is_read_as_it_was_written(folder: Path) -> None:
     manifest = read_manifest(folder)
     assert manifest == Manifest({"class": "Stock"}, True, weight_files(folder))
     assert manifest.plan is None and "torch" in manifest.versions
+    assert manifest.read_plan() is None and manifest.read_report() is None
     check_weights(folder, manifest.weights, digests=True)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fxprune.data.calibration import IGNORED, embedding_rows, next_token_loss, stacked
+from fxprune.data.calibration import IGNORED, embedding_rows, next_token_loss, stacked, token_input
 from fxprune.data.samples import read_calibration, read_rows
 from fxprune.errors import CalibrationError
 from fxprune.trace.capture import trace
@@ -87,7 +87,29 @@ def test_samples_of_one_shape_are_stacked(graph_module: fx.GraphModule) -> None:
     samples = [sample for tokens in (ids(3, 6), ids(1, 4)) for sample in read_calibration(tokens, graph_module)]
     shapes = [tuple(batch["x"].shape) for batch in stacked(samples, graph_module, 2)]
     assert shapes == [(2, 6), (1, 6), (1, 4)]
-    assert embedding_rows(graph_module) == {"x": ROWS}
+    assert embedding_rows(graph_module) == {"x": ROWS} and token_input(graph_module) == "x"
+
+
+class Flattens(nn.Module):
+    """A language model that lays out its token ids otherwise before it looks them up, in two tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.small, self.head = nn.Embedding(ROWS, 4), nn.Embedding(7, 4), nn.Linear(4, ROWS)
+
+    def forward(self, mask: torch.Tensor, x: torch.Tensor) -> Any:
+        flat = x.view(-1, x.shape[-1])[:, 1:].unsqueeze(1).transpose(1, 2).long()
+        found = self.table(flat).squeeze(2) + self.small(x[:, 0][:, None])
+        return self.head(found * mask[:, 1:, None])
+
+
+def test_ids_that_are_laid_out_otherwise_before_they_are_looked_up_are_token_ids() -> None:
+    """GPT-2 flattens its batch, models of several codebooks take one row for each."""
+    inputs = {"mask": torch.ones(2, 5, dtype=torch.long), "x": torch.zeros(2, 5, dtype=torch.int32)}
+    graph_module = trace(Flattens(), inputs).graph_module
+    assert embedding_rows(graph_module) == {"x": 7} and token_input(graph_module) == "x"
+    bare = trace(Net(lambda net, x: net.out(x), out=nn.Linear(4, 4)), {"x": torch.zeros(2, 4)}).graph_module
+    assert token_input(bare) is None
 
 
 class Takes(nn.Module):

@@ -321,6 +321,15 @@ def test_copies_with_noise_are_learned_from_and_nothing_held_out_is_changed(slim
         assert torch.equal(_ids(one), _ids(two))
 
 
+def test_without_tokens_there_is_no_noise_and_the_report_says_so(
+    slim: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxprune.passes.tune.record_teacher.token_input", lambda _: None)
+    graph_module = RecordTeacherPass(samples=8, copies=3, noise=0.9)(fork(slim)).graph_module
+    assert len(facts_of(graph_module)[Teacher].lessons) == 7
+    assert any("looks up no token" in note for note in facts_of(graph_module)[Notes].lines)
+
+
 @pytest.mark.parametrize("arguments", [{"noise": -0.1}, {"noise": 1}, {"copies": 0}, {"copies": 2}])
 def test_noise_that_makes_no_sense_is_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match=next(iter(arguments))):

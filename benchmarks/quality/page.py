@@ -8,13 +8,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.quality import ENTRIES, Protocol, Row
+from benchmarks.quality.entries import ENTRIES
+from benchmarks.quality.measure import Protocol, Row
 from benchmarks.tables import markdown_table
 
 __all__ = ["quality_page", "write_picture"]
 
-RESULTS = Path(__file__).parent / "results" / "quality.json"
-PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
+RESULTS = Path(__file__).parent.parent / "results" / "quality.json"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "quality.md"
 PICTURE = PAGE.with_suffix(".svg")
 RECIPES = ("llm-pruner", "FLAP", "fast", "balanced", "best")
 _NEARLY = {"balanced": ("balanced, MLPs of multiples of 32",)}

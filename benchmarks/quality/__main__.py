@@ -1,0 +1,91 @@
+"""The command: `python -m benchmarks.quality`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import fxprune
+from benchmarks.demo_model import load_named
+from benchmarks.environment import environment
+from benchmarks.quality.entries import entries
+from benchmarks.quality.measure import Protocol, Row, measure, measure_dense, texts_of, told
+
+__all__ = ["RESULTS", "app"]
+
+RESULTS = Path(__file__).parent.parent / "results" / "quality.json"
+
+app = typer.Typer(add_completion=False)
+
+
+def _missing(
+    done: Sequence[Row], ratios: Sequence[float], draws: int, names: Sequence[str]
+) -> Iterator[tuple[Any, ...]]:
+    """What is not measured yet, the first draw of everything first."""
+    seen = {(row.entry, row.ratio, row.draw) for row in done}
+    for draw in range(draws):
+        for ratio in ratios:
+            for entry in entries(names):
+                if (entry.name, ratio, draw) not in seen:
+                    yield entry, ratio, draw
+
+
+def _read(path: Path, protocol: Protocol) -> list[Row]:
+    """Rows measured before under the same protocol."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return [Row(**row) for row in found["rows"]] if found.get("protocol") == asdict(protocol) else []
+
+
+def _write(path: Path, protocol: Protocol, rows: Sequence[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"environment": environment(), "protocol": asdict(protocol), "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def main(
+    data: Annotated[Path | None, typer.Option(help="Folder of texts and zeroshot/*.jsonl; else built-in text.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a model; else the demo model.")] = None,
+    calibration: Annotated[str, typer.Option(help="File of the folder to calibrate on.")] = "c4_sample.jsonl",
+    ratio: Annotated[list[float] | None, typer.Option(help="Fractions of the parameters; 0.2, 0.35 and 0.5.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Names of entries; all of them without.")] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Draws of calibration samples.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="The most calibration samples.")] = 1024,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of one.")] = 128,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each text to measure on.")] = 60,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of one.")] = 128,
+    questions: Annotated[int, typer.Option(min=0, help="Questions of each task; 0 for none.")] = 0,
+    keep: Annotated[Path | None, typer.Option(help="Save each slim model into a folder of its own in here.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help=f"Keep results in results/{RESULTS.name}.")] = False,
+) -> None:
+    """Prune by every recipe, and by the default one with one thing changed, and measure what is left."""
+    console = Console(soft_wrap=True)
+    dense, tokenizer, name = load_named(model)
+    source = "the standard library's own text" if data is None else calibration
+    protocol = Protocol(name, source, samples, tokens, windows, window, questions)
+    texts = texts_of(tokenizer, data, calibration, protocol)
+    say: Callable[[str], None] = lambda line: console.print(line, markup=False, highlight=False)  # noqa: E731
+    say(str(protocol))
+    rows = _read(RESULTS, protocol) if json_ else []
+    rows = rows or [measure_dense(dense, tokenizer, texts, protocol)]
+    for row in rows:
+        say(told(row, rows[0]))
+    for entry, part, draw in _missing(rows, ratio or (0.2, 0.35, 0.5), draws, only or ()):
+        try:
+            rows.append(measure(dense, tokenizer, texts, entry, part, draw, protocol, keep))
+        except fxprune.FxpruneError as error:
+            say(f"{part:.0%}, draw {draw}: {entry.name}: {error}")
+            continue
+        say(told(rows[-1], rows[0]))
+        if json_:
+            _write(RESULTS, protocol, rows)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,96 @@
+"""What is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fxprune
+from fxprune.recipes import read_recipe
+
+__all__ = ["ENTRIES", "Entry", "entries"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A prune to be measured.
+
+    Attributes:
+        name: What it is called in tables.
+        options: Passed on to `fxprune.prune`.
+        needs: Passes that have to be installed.
+        samples: The most calibration samples it gets; None for all.
+    """
+
+    name: str
+    options: dict[str, Any]
+    needs: tuple[str, ...] = ()
+    samples: int | None = None
+
+
+TUNE = "tune{epochs=1, measurements=3"
+HEADS = "select-by-ratio{kinds=[mlp, head], protect=[0.07, 0.04], ratio=%s}"
+CHOSEN = "protect=[0.07, 0.04], first=[mlp], ratio=%s"
+WHOLE = "select-by-ratio{first=[mlp], protect=[], ratio=%s}"
+
+BEST = read_recipe("best").text
+ONCE = BEST.replace("{copies=3, noise=0.2}", "").replace(", truth=0.2", "")
+WRITTEN = ONCE.replace("record-teacher", "record-teacher{written=2048}")
+SEARCHED = (
+    ONCE.replace("wanda{samples=128}", "taylor{order=second, samples=128}")
+    .replace("select-by-ratio", "select-by-search")
+    .replace("least-squares{samples=128", "least-squares{samples=256")
+    .replace("epochs=1", "epochs=2")
+)
+
+ENTRIES = (
+    Entry("llm-pruner", {"recipe": "llm-pruner"}, samples=10),
+    Entry("FLAP", {"recipe": "llm-pruner", "importance": "flap", "ranking": "global"}, ("flap",), samples=64),
+    Entry("fast", {"recipe": "fast"}),
+    Entry("balanced", {}),
+    Entry("balanced, MLPs of multiples of 32", {"round_to": {"mlp": 32}}),
+    Entry("best", {"recipe": "best"}),
+    Entry("best, the text itself not counted", {"recipe": BEST.replace(", truth=0.2", "")}),
+    Entry("best, each sample once", {"recipe": BEST.replace("{copies=3, noise=0.2}", "")}),
+    Entry("best, each sample once, the text not counted", {"recipe": ONCE}),
+    Entry("the same, and 2,048 samples of its own", {"recipe": WRITTEN}),
+    Entry("the same, searched, fitted by 256 samples, read twice", {"recipe": SEARCHED}),
+    Entry("balanced, neither fitted nor tuned", {"compensate": "none", "tune": "none"}),
+    Entry("balanced, not tuned", {"tune": "none"}),
+    Entry("balanced, not fitted", {"compensate": "none"}),
+    Entry("balanced, heads too", {"select": HEADS, "tune": "none"}),
+    Entry("balanced, no layer protected", {"select": WHOLE, "tune": "none"}),
+    Entry("balanced, searched", {"select": f"select-by-search{{{CHOSEN}}}", "tune": "none"}),
+    Entry("balanced, gates", {"select": f"select-by-gates{{{CHOSEN}}}", "tune": "none"}, samples=512),
+    Entry("balanced, gates, tuned", {"select": f"select-by-gates{{{CHOSEN}}}"}, samples=512),
+    Entry("balanced, one ridge", {"compensate": "least-squares{samples=64, reach=stream, damping=1}", "tune": "none"}),
+    Entry("balanced, the stream not fitted", {"compensate": "least-squares{samples=64, reach=lost}", "tune": "none"}),
+    Entry("balanced, rotation", {"compensate": "rotation{samples=64}", "tune": "none"}, ("rotation",)),
+    Entry("balanced, tuned where inputs went", {"tune": f"{TUNE}, everywhere=False, rate=0.02}}"}),
+    Entry("balanced, scales alone tuned", {"tune": f"{TUNE}}}"}),
+    Entry("balanced, the weights tuned", {"tune": f"{TUNE}, weights=True}}"}),
+    *(
+        Entry(
+            f"balanced, {name}",
+            {"recipe": "balanced", "importance": spelled, "tune": "none"},
+            (spelled.partition("{")[0],),
+        )
+        for name, spelled in (
+            ("taylor mix", "taylor{order=mix, samples=32}"),
+            ("taylor second", "taylor{order=second, samples=32}"),
+            ("flap", "flap{samples=64}"),
+            ("fisher", "fisher{samples=64}"),
+            ("reconstruction", "reconstruction{samples=64}"),
+        )
+    ),
+)
+"""What is measured: recipes first, then the default one with a single thing changed; most without tuning, which evens
+out differences between what it starts from and takes the most time."""
+
+
+def entries(names: Sequence[str] = ()) -> list[Entry]:
+    """The entries whose passes are installed; of those whose name is one of `names` where there are any."""
+    known = fxprune.pass_names()
+    found = [entry for entry in ENTRIES if all(name in known for name in entry.needs)]
+    return [entry for entry in found if not names or entry.name in names]
