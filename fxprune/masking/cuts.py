@@ -12,7 +12,7 @@ from torch import fx
 from fxprune.graph.compat import size_hint, tree_leaves
 from fxprune.rules.aliasing import alias_roots, writes, written_sources
 
-__all__ = ["Part", "cut"]
+__all__ = ["Part", "cut", "numbers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +88,8 @@ def _alive(ops: Sequence[fx.Node]) -> list[int]:
     change = [0] * (len(ops) + 2)
     for op, i in place.items():
         last = max((place[user] for user in op.users), default=i)
-        change[i + 1] += _numbers(op)
-        change[last + 1] -= _numbers(op)
+        change[i + 1] += numbers(op)
+        change[last + 1] -= numbers(op)
     found, now = [], 0
     for step in change[: len(ops) + 1]:
         now += step
@@ -97,7 +97,8 @@ def _alive(ops: Sequence[fx.Node]) -> list[int]:
     return found
 
 
-def _numbers(node: fx.Node) -> int:
+def numbers(node: fx.Node) -> int:
+    """Return how many numbers a node gives, at the sizes that the graph was traced with."""
     leaves = (leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor))
     return sum(math.prod(size_hint(size) for size in leaf.shape) for leaf in leaves)
 

@@ -26,10 +26,11 @@ from fxprune.graph.tensors import device_of, get_tensor
 from fxprune.masking.cuts import Part
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, widened
 
-__all__ = ["PartRuns"]
+__all__ = ["PartRuns", "Watch"]
 
 Inputs = Mapping[str, Any]
-Watch = Mapping[fx.Node, Callable[[Any], None]]
+Watch = Mapping[fx.Node, Callable[[Any], Any]]
+"""What to call with the value of a node; what it returns takes the place of the value, where that is anything."""
 NOTHING: Watch = MappingProxyType({})
 
 
@@ -87,6 +88,7 @@ class PartRuns:
         part: Part,
         weights: Callable[[int], Mapping[str, torch.Tensor]],
         loss: Callable[[int, Any], torch.Tensor],
+        watch: Callable[[int], Watch] = lambda _: NOTHING,
     ) -> Iterator[int]:
         """Run a part again for each sample, and back; yields the number of each sample when it is done.
 
@@ -94,6 +96,7 @@ class PartRuns:
             part: the last one, or one behind which :meth:`backward` has run.
             weights: given the number of a sample, what is read in place of weights.
             loss: of the last part, given the number of a sample and what the graph returns.
+            watch: given the number of a sample, what to call with the value of a node on the way forward.
         """
         last = part is self.parts[-1]
         self._bring(part, -1)
@@ -101,7 +104,8 @@ class PartRuns:
             gradients = self.gradients[number]
             leaves = {node: self._leaf(node, values[node]) for node in part.takes}
             with computing(self.inputs[number]):
-                env = self.run.part(part, {node: _on(leaf) for node, leaf in leaves.items()}, weights(number))
+                takes = {node: _on(leaf) for node, leaf in leaves.items()}
+                env = self.run.part(part, takes, weights(number), watch(number))
             if last:
                 loss(number, env[part.nodes[-1]]).backward()
             else:
@@ -135,6 +139,10 @@ class PartRuns:
     def needs_gradients(self, part: Part) -> bool:
         """Whether gradients of weights that a part reads, or of values that it takes, are wanted."""
         return any(node in self.behind for node in part.nodes)
+
+    def value(self, node: fx.Node) -> Any:
+        """What a node gave in the part that runs, while something behind it is still to use it."""
+        return self.run.env[node]
 
     def tensor(self, name: str) -> torch.Tensor:
         """A weight that the part reads which runs, or ran last, on the device that it runs on."""
@@ -198,7 +206,8 @@ class _PartRun(UntouchedRun):
         for node in part.nodes:
             self.env[node] = self.run_node(node)
             if node in watch:
-                watch[node](self.env[node])
+                other = watch[node](self.env[node])
+                self.env[node] = self.env[node] if other is None else other
             for value in freed.get(node, ()):
                 del self.env[value]
         found, self.env, self.weights = self.env, {}, {}

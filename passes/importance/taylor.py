@@ -5,7 +5,7 @@ Source: Ma, Fang, Wang, "LLM-Pruner", NeurIPS 2023, section 3.2; equation number
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -22,18 +22,20 @@ from fxprune.graph.carrier import current_carrier, place_of, to_place
 from fxprune.graph.facts import Fact, Runnable, facts_of
 from fxprune.graph.shelf import recalled, remembering, stored
 from fxprune.graph.tensors import device_of, name_of_nonfinite, require_weights, weights
-from fxprune.masking.cuts import Part, cut
-from fxprune.masking.in_parts import PartRuns
+from fxprune.masking.cuts import Part
+from fxprune.masking.in_parts import PartRuns, Watch
 from fxprune.masking.masked_run import output_tensors
 from fxprune.pipeline.arguments import one_of, whole_number
 from fxprune.pipeline.progress import Track, check_track, no_progress
 from fxprune.pipeline.words import ORDERS
 from fxprune.rules.aliasing import written_sources
+from fxprune.rules.product import LoneProduct
 from fxprune.trace.fidelity import require_gradients
 
+from .activations import Recorded, recordable, tokens_of
 from .base import ImportancePass
-from .memory import allowed, amount
-from .sums import SUMS, Axes, Positions, Sums
+from .memory import amount, parts_within
+from .sums import SUMS, Axes, ElementSums, Positions, Sums
 
 __all__ = ["ORDERS", "TaylorImportancePass"]
 
@@ -53,13 +55,15 @@ class TaylorImportancePass(ImportancePass):
     Gradients come one sample at a time and are turned into slice sums as they arrive. ``vector`` and ``second`` are
     linear in what arrives, so nothing is kept. ``first`` and ``mix`` take an absolute value per element and need
     sums of gradients. Where ``memory`` does not hold them all, the graph runs in parts, each for all samples, which
-    takes one more forward run and gives the same scores.
+    takes one more forward run and gives the same scores. With few samples what a product read, and the gradients of
+    what it gave, are less than those sums: then they are kept, and sums are made of some rows of a weight at a time.
 
     Args:
         order: one of :data:`ORDERS`.
-        memory: for sums of gradients: ``fast`` takes what all of them need, ``low`` a tenth of the bytes of the weights
-            or what those of the largest need, ``auto`` the one that fits into half the memory that is free; or a
-            fraction of the bytes of all weights. ``mix`` keeps two float32 numbers for each weight, ``first`` one.
+        memory: for sums of gradients: ``fast`` takes what all of them need, ``low`` as little as it can, a tenth of the
+            bytes of the weights or what those of the largest need at the most, ``auto`` the one that fits into half the
+            memory that is free; or a fraction of the bytes of all weights. ``mix`` keeps two float32 numbers for each
+            weight, ``first`` one.
         samples: calibration samples to take, evenly spread; None for all.
         track: shows progress, as ``track(items, what, total)``.
     """
@@ -94,17 +98,26 @@ class TaylorImportancePass(ImportancePass):
         for name, axis in wanted:
             axes.setdefault(name, []).append(axis)
         samples = spread(facts_of(graph_module)[Calibration].samples, self.samples)
-        parts = self._parts(graph_module, axes)
-        return _Sweep(graph_module, own(samples), len(samples), axes, self.order, parts).run(self.track)
+        tokens = tokens_of(samples)
+        costs, recorded = self._costs(graph_module, axes, tokens)
+        parts = parts_within(self.memory, graph_module, costs, tokens)
+        return _Sweep(graph_module, own(samples), len(samples), axes, self.order, parts, recorded).run(self.track)
 
-    def _parts(self, graph_module: fx.GraphModule, axes: Axes) -> list[Part]:
-        """The parts of the graph whose sums fit into the memory allowed, and whose weights where they are carried."""
+    def _costs(
+        self, graph_module: fx.GraphModule, axes: Axes, tokens: int
+    ) -> tuple[dict[str, float], dict[str, LoneProduct]]:
+        """The bytes kept of each weight, itself among them where it is carried, and the products that are recorded."""
         tensors = dict(weights(graph_module))
         kept = SUMS[self.order].tensors
-        cost = {name: 4.0 * (max(kept, 1) if self.memory == "low" else kept) * tensors[name].numel() for name in axes}
+        costs = {name: 4.0 * (max(kept, 1) if self.memory == "low" else kept) * tensors[name].numel() for name in axes}
+        recorded: dict[str, LoneProduct] = {}
+        for name, product in recordable(graph_module).items() if kept else ():
+            activations = 4.0 * tokens * sum(tensors[name].shape)
+            if activations < costs.get(name, 0.0):
+                recorded[name], costs[name] = product, activations
         if current_carrier() is not None:
-            cost = {name: cost.get(name, 0.0) + tensor.nbytes for name, tensor in tensors.items()}
-        return cut(graph_module.graph, cost, allowed(self.memory, graph_module, sum(cost.values())))
+            costs = {name: costs.get(name, 0.0) + tensor.nbytes for name, tensor in tensors.items()}
+        return costs, recorded
 
 
 class _Sweep:
@@ -123,6 +136,7 @@ class _Sweep:
         axes: Axes,
         order: str,
         parts: Sequence[Part],
+        recorded: Mapping[str, LoneProduct],
     ) -> None:
         self.graph_module, self.samples, self.total, self.order = graph_module, samples, total, order
         self.parts, self.home = parts, device_of(graph_module)
@@ -132,6 +146,7 @@ class _Sweep:
         self.wanted = {name: names[id(t)] for name, t in self.tensors.items() if id(t) in names}
         self.reads = [{self.wanted[name] for name in part.reads if name in self.wanted} for part in parts]
         self.axes = axes
+        self.recorded = {name: Recorded(product) for name, product in recorded.items()}
         self.late: dict[tuple[str, int], torch.Tensor] = {}
         self.runs = PartRuns(graph_module, parts, [self._inputs(sample) for sample in samples], self.wanted)
 
@@ -154,11 +169,13 @@ class _Sweep:
                 continue
             before = set[str]().union(*self.reads[:number])
             mine = {name: self.axes[name] for name in self.axes if name in self.reads[number] - before}
-            sums = SUMS[self.order](mine, self.total)
-            for sample in self.runs.backward(part, partial(self._aliases, part, sums), self._loss):
+            records = [self.recorded[name] for name in mine if name in self.recorded]
+            sums = SUMS[self.order]({name: mine[name] for name in mine if name not in self.recorded}, self.total)
+            watch = partial(self._watch, records)
+            for sample in self.runs.backward(part, partial(self._aliases, part, sums), self._loss, watch):
                 if sample < len(self.samples) - 1:
                     yield {}
-            found = self._finished(sums)
+            found = self._finished(sums) | self._by_rows(records)
             self._remember(number, found)
             yield found
 
@@ -176,7 +193,7 @@ class _Sweep:
             tensor = self.runs.tensor(name)
             if id(tensor) not in shared:
                 alias = tensor.detach().clone() if name in self.written else tensor.detach()
-                if name in self.wanted:
+                if name in self.wanted and name not in self.recorded:
                     alias.requires_grad_().register_post_accumulate_grad_hook(
                         partial(self._receive, self.wanted[name], sums, sample)
                     )
@@ -193,6 +210,25 @@ class _Sweep:
             sums.add(name, alias.detach().float(), whole)
         else:
             self.late[name, sample] = stored(to_place(whole, self.home))
+
+    def _watch(self, records: Sequence[Recorded], sample: int) -> Watch:
+        """What takes in what the products of recorded weights read and gave."""
+
+        def take(record: Recorded, value: torch.Tensor) -> torch.Tensor:
+            return record.take(sample, self.runs.value(record.product.source), value)
+
+        return {record.product.node: partial(take, record) for record in records}
+
+    def _by_rows(self, records: Sequence[Recorded]) -> Positions:
+        """The scores of recorded weights."""
+        found: Positions = {}
+        for record in records:
+            name = record.product.name
+            sums = SUMS[self.order]({name: self.axes[name]}, self.total)
+            assert isinstance(sums, ElementSums)
+            found.update(sums.by_rows(name, self.runs.tensor(name), record.gradients))
+            record.forget()
+        return {place: to_place(value, self.home) for place, value in found.items()}
 
     def _finished(self, sums: Sums) -> Positions:
         """The scores of weights that no part before this one reads; one that it reads the dtype of alone has none."""

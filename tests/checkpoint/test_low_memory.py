@@ -100,29 +100,43 @@ def stopping(at: int, seen: list[str]) -> Any:
     return track
 
 
-@pytest.mark.parametrize("at", [3, 200, 300, 344])
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The steps of a run that is not stopped."""
+    seen: list[str] = []
+    out = tmp_path_factory.mktemp("whole") / "slim"
+    fxprune.prune_checkpoint(source, out, token_ids(6), track=stopping(-1, seen), **OPTIONS)
+    return seen
+
+
+def place(moment: str, whole: list[str]) -> int:
+    """After how many steps a moment is."""
+    first, count = whole.index("gradients"), whole.count("gradients")
+    last = len(whole) - 1 - whole[::-1].index("least-squares")
+    return {"begun": 3, "scoring": first + count * 3 // 4, "scored": first + count + 1, "fitted": last}[moment]
+
+
+@pytest.mark.parametrize("moment", ["begun", "scoring", "scored", "fitted"])
 def test_a_run_that_was_stopped_is_gone_on_with(
-    source: Path, in_memory: fxprune.Result, tmp_path: Path, at: int
+    source: Path, in_memory: fxprune.Result, tmp_path: Path, whole: list[str], moment: str
 ) -> None:
-    whole: list[str] = []
-    fxprune.prune_checkpoint(source, tmp_path / "whole", token_ids(6), track=stopping(-1, whole), **OPTIONS)
-    assert at < len(whole), "it is stopped before it is done"
     before: list[str] = []
+    at = place(moment, whole)
     with pytest.raises(Stopped):
         fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(6), track=stopping(at, before), **OPTIONS)
     assert not (tmp_path / "slim").exists() and (tmp_path / "slim.unfinished").exists()
     again: list[str] = []
     result = fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(6), track=stopping(-1, again), **OPTIONS)
-    if at > 180:
+    if moment != "begun":
         assert again.count("gradients") < whole.count("gradients"), "what was found out is not found out again"
     assert result.plan == in_memory.plan and not (tmp_path / "slim.unfinished").exists()
     require_same(weights_of(tmp_path / "slim"), in_memory)
 
 
-def test_another_request_begins_anew(source: Path, in_memory: fxprune.Result, tmp_path: Path) -> None:
+def test_another_request_begins_anew(source: Path, in_memory: fxprune.Result, tmp_path: Path, whole: list[str]) -> None:
     with pytest.raises(Stopped):
-        options = {**OPTIONS, "ratio": 0.3}
-        fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(6).flip(0), track=stopping(344, []), **options)
+        options, track = {**OPTIONS, "ratio": 0.3}, stopping(place("fitted", whole), [])
+        fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(6).flip(0), track=track, **options)
     result = fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(6), **OPTIONS)
     assert result.plan == in_memory.plan
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fxprune.passes.importance import activations, sums, taylor
 from fxprune.passes.importance.base import ImportancePass
+from fxprune.passes.importance.memory import parts_within
 from torch import fx, nn
 
 from fxprune.errors import CalibrationError, PassError, UnknownNameError
@@ -212,6 +214,70 @@ def test_parts_give_the_scores_of_the_whole(
     for name in slices:
         for scores in found:
             np.testing.assert_allclose(scores.units[name], once.units[name], rtol=1e-5)
+
+
+class Cut(nn.Module):
+    """Some of its products read what no gradient comes to, or give what nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.gate = nn.Embedding(30, 6), nn.Linear(6, 8), nn.Linear(6, 8)
+        self.down, self.head = nn.Linear(8, 6), nn.Linear(6, 30)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        y = self.up(x.detach()) * self.gate(x).sigmoid()
+        return self.head(x + self.down(y).relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("order", ["first", "mix"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "cut"])
+def test_scores_from_activations_are_those_from_gradients(
+    name: str, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    dense = discover(Cut().eval(), {"ids": token_ids() % 30}) if name == "cut" else discover(tiny(name))
+    calibrate(dense, token_ids(3) % 30)
+    taken: list[str] = []
+    take = activations.Recorded.take
+
+    def watched(record: activations.Recorded, *arguments: Any) -> torch.Tensor:
+        taken.append(record.product.name)
+        return take(record, *arguments)
+
+    monkeypatch.setattr(activations.Recorded, "take", watched)
+    monkeypatch.setattr(sums, "_BLOCK", 100)
+    monkeypatch.setattr(taylor, "tokens_of", lambda _: 10**9)
+    want = scores_of(dense, "taylor", order=order, memory="fast")
+    assert not taken
+    monkeypatch.setattr(taylor, "tokens_of", lambda _: 1)
+    for memory in ("fast", "low", 1e-9):
+        taken.clear()
+        found = scores_of(dense, "taylor", order=order, memory=memory)
+        assert len(set(taken)) >= 3 and taken.count(taken[0]) == 3
+        for group, row in want.units.items():
+            np.testing.assert_allclose(found.units[group], row, rtol=1e-5, atol=1e-6 * row.max())
+
+
+def test_a_graph_that_writes_to_values_has_no_product_to_record() -> None:
+    class Writes(Cut):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(ids)
+            y = self.up(x)
+            y[:, 0] = 0
+            return self.head(self.down(y))  # type: ignore[no-any-return]
+
+    for kind, there in ((Cut, True), (Writes, False)):
+        dense = discover(kind().eval(), {"ids": token_ids() % 30})
+        assert bool(activations.recordable(dense)) is there
+
+
+def test_with_little_memory_parts_are_small_while_what_is_between_them_is_little() -> None:
+    dense = discover(tiny("llama", num_hidden_layers=24))
+    costs = {name: 4.0 * tensor.numel() for name, tensor in dense.named_parameters()}
+    few, many = (parts_within("low", dense, costs, tokens) for tokens in (1, 10**6))
+    assert len(few) > len(many) > 1
+    assert [len(parts_within(memory, dense, costs, 1)) for memory in ("fast", 0.9)] == [1, 2]
 
 
 def test_the_callers_gradients_and_flags_stay_as_they_are() -> None:
