@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,9 +22,12 @@ from fxprune.evaluation import LocalTask
 from fxprune.evaluation.comparison import Comparison, compare_models
 from fxprune.recovery import Distillation
 
-__all__ = ["app", "calibration_windows", "local_tasks", "training_rows", "without"]
+__all__ = ["app", "calibration_windows", "local_tasks", "starts", "training_rows", "without"]
 
 RESULTS = Path(__file__).parent / "results" / "recovery.json"
+_PLACES = ("folder", "out", "keep", "json_")
+"""Options that say where things are written, and nothing of what is measured."""
+
 SUFFIX = "\nAnswer:"
 app = typer.Typer(add_completion=False)
 
@@ -64,6 +67,20 @@ def local_tasks(files: Iterable[Path], half: str) -> dict[str, LocalTask]:
     return tasks
 
 
+def starts(tokenizer: Any, texts: Mapping[str, str | Path], windows: int, window: int) -> dict[str, str]:
+    """The beginnings of texts, of so many tokens as are measured on, which is where `make bench-quality` measures.
+
+    Args:
+        tokenizer: Turns text into ids, and back.
+        texts: By name; those that are files.
+        windows: Of each.
+        window: Tokens of one.
+    """
+    files = {name: read_text(path) for name, path in texts.items() if isinstance(path, Path)}
+    ids = {name: token_windows(tokenizer, text, window, limit=windows).flatten() for name, text in files.items()}
+    return {f"{name}, its start": tokenizer.decode(tokens) for name, tokens in ids.items()}
+
+
 def without(rows: Iterable[Any], heldout: str) -> list[Any]:
     """The rows whose text is not part of the text that is measured on."""
     return [row for row in rows if _text_of(row)[:200] not in heldout]
@@ -95,10 +112,11 @@ def main(
     bf16: Annotated[bool, typer.Option("--bf16", help="Measure in bfloat16: faster where the CPU has it.")] = False,
     folder: Annotated[Path | None, typer.Option(help="Keep checkpoints here, and resume from them.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write comparison.json, .md and .png into this folder.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Save the recovered model into this folder.")] = None,
     json_: Annotated[bool, typer.Option("--json", help=f"Write results/{RESULTS.name} as well.")] = False,
 ) -> None:
     """Prune SmolLM2-135M, recover it with LoRA, and compare."""
-    settings = {name: _plain(value) for name, value in locals().items() if name not in ("folder", "out", "json_")}
+    settings = {name: _plain(value) for name, value in locals().items() if name not in _PLACES}
     console = Console()
     dense, tokenizer = load_demo_model()
     trained_on, measured_on = _texts(data, rows, seed, text)
@@ -134,7 +152,7 @@ def main(
     comparison = compare_models(
         models,
         tokenizer,
-        texts=measured_on,
+        texts={**measured_on, **starts(tokenizer, measured_on, windows, window)},
         tasks=local_tasks(questions or [], half),
         windows=windows,
         window=window,
@@ -143,6 +161,8 @@ def main(
     )
     console.print(comparison.table(f"SmolLM2-135M-Instruct, {ratio:.0%} removed; ± one standard error"))
     _write(comparison, out, json_)
+    if keep is not None:
+        fxprune.save_pretrained(recovery.model, keep, tokenizer, plan=plan, report=report)
 
 
 def _read(folder: Path) -> tuple[Any, fxprune.Plan, fxprune.Report]:

@@ -53,7 +53,8 @@ def run(folder: Path, *more: str) -> str:
 
 
 def test_it_measures_each_entry_once_and_prints_the_protocol(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    printed = run(small, "--only", "l1")
+    printed = run(small, "--only", "l1", "--keep", str(small / "kept"))
+    assert fxprune.from_pretrained(small / "kept" / "l1-0.1-0").num_parameters() < tiny("llama").num_parameters()
     assert "tiny, calibrated on up to 3 x 8 tokens of c4.jsonl; perplexity on the first 2 x 16 tokens" in printed
     assert "dense: other.txt" in printed and "10%, draw 0: l1: other.txt" in printed and "l2" not in printed
     calls: list[str] = []

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import fxprune
 from benchmarks import recover
 from benchmarks.tables import results_page
+from fxprune.checkpoint.manifest import read_manifest
 from tests.models import tiny
 from tests.tokens import character_tokenizer
 
@@ -23,7 +24,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
     found = {name: tmp_path / name for name in ("rows.json", "texts.jsonl", "book.txt", "quiz.jsonl")}
     found["rows.json"].write_text(json.dumps(SUMS))
     found["texts.jsonl"].write_text("\n".join(json.dumps({"text": f"Text number {i}."}) for i in range(30)))
-    found["book.txt"].write_text("x" * 4100)
+    found["book.txt"].write_text("x " * 2050)
     found["quiz.jsonl"].write_text("\n".join(map(json.dumps, QUESTIONS)))
     return found
 
@@ -42,6 +43,12 @@ def test_calibration_is_spread_over_the_rows() -> None:
     windows = recover.calibration_windows(tokenizer, [{"text": "a" * 50}, {"text": "b" * 50}], samples=3, tokens=20)
     assert windows.shape == (3, 20)
     assert [tokenizer.decode(window)[0] for window in windows] == ["a", "a", "b"]
+
+
+def test_the_start_of_a_text_is_measured_as_well(files: dict[str, Path]) -> None:
+    files["book.txt"].write_text("abcdefgh" * 20)
+    found = recover.starts(character_tokenizer(), {"book": files["book.txt"], "built-in": "some text"}, 3, 16)
+    assert found == {"book, its start": "abcdefgh" * 6}
 
 
 def test_each_half_of_the_questions_is_asked_by_itself(files: dict[str, Path]) -> None:
@@ -99,10 +106,14 @@ def test_a_slim_model_saved_before_is_recovered(
     result = fxprune.prune(tiny("llama"), ratio=0.2, importance="l2")
     result.save_pretrained(tmp_path / "slim")
     command = ["--slim", str(tmp_path / "slim"), "--recipe", "fast", "--windows", "2", "--window", "64", "--json"]
-    command += ["--data", str(files["rows.json"]), "--text", str(files["book.txt"])]
+    command += ["--data", str(files["rows.json"]), "--text", str(files["book.txt"]), "--keep", str(tmp_path / "kept")]
     outcome = CliRunner().invoke(recover.app, command, catch_exceptions=False)
     assert outcome.exit_code == 0
     data = json.loads((tmp_path / "results" / "recovery.json").read_text())
     assert data["columns"][1]["parameters"] == result.report.parameters[1]
     assert data["settings"]["passes"] == json.loads(json.dumps(result.report.passes))
-    assert data["settings"]["slim"] == "slim"
+    assert data["settings"]["slim"] == "slim" and "keep" not in data["settings"]
+    kept = fxprune.from_pretrained(tmp_path / "kept")
+    assert kept.num_parameters() == result.report.parameters[1]
+    manifest = read_manifest(tmp_path / "kept")
+    assert manifest.read_plan() == result.plan and manifest.read_report() is not None
