@@ -20,7 +20,7 @@ class Entry:
         name: What it is called in tables.
         options: Passed on to `fxprune.prune`.
         needs: Passes that have to be installed.
-        samples: The most calibration samples it gets; None for all.
+        samples: The most calibration samples it gets; None for all, 0 for the built-in text in their place.
     """
 
     name: str
@@ -49,6 +49,7 @@ ENTRIES = (
     Entry("FLAP", {"recipe": "llm-pruner", "importance": "flap", "ranking": "global"}, ("flap",), samples=64),
     Entry("fast", {"recipe": "fast"}),
     Entry("balanced", {}),
+    Entry("balanced, on built-in text", {}, samples=0),
     Entry("balanced, MLPs of multiples of 32", {"round_to": {"mlp": 32}}),
     Entry("best", {"recipe": "best"}),
     Entry("best, the text itself not counted", {"recipe": BEST.replace(", truth=0.2", "")}),

@@ -141,7 +141,8 @@ def measure(
         keep: Folder that the slim model is saved into, in one of its own.
     """
     order = torch.randperm(len(texts.calibration), generator=torch.Generator().manual_seed(draw))
-    samples = texts.calibration[order[: min(protocol.samples, entry.samples or protocol.samples)]]
+    most = protocol.samples if entry.samples is None else min(protocol.samples, entry.samples)
+    samples = texts.calibration[order[:most]] if most else None
     options = {key: with_ratio(value, ratio) for key, value in entry.options.items()}
     passes = str(fxprune.prune_pipeline(samples, tokenizer=tokenizer, ratio=ratio, **options))
     threads = torch.get_num_threads()

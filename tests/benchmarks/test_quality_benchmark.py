@@ -32,7 +32,7 @@ def test_every_entry_is_a_pipeline_that_can_be_made() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A tiny model, two cheap entries, and a folder of texts."""
-    cheap = tuple(Entry(name, {"importance": name}) for name in ("l1", "l2"))
+    cheap = (Entry("l1", {"importance": "l1"}), Entry("l2", {"importance": "l2"}, samples=0))
     monkeypatch.setattr(entries_module, "ENTRIES", (*cheap, Entry("none", {}, ("no-such-pass",))))
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "results" / "quality.json")
     monkeypatch.setattr(quality, "load_named", lambda _: (tiny("llama"), character_tokenizer(), "tiny"))
@@ -62,6 +62,7 @@ def test_it_measures_each_entry_once_and_prints_the_protocol(small: Path, monkey
 
     def watched(*arguments: Any, **options: Any) -> Any:
         calls.append(options["importance"])
+        assert arguments[1] is None, "it is the entry without samples"
         return prune(*arguments, **options)
 
     monkeypatch.setattr(fxprune, "prune", watched)
