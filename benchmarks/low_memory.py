@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import typer
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-__all__ = ["app", "limited", "llama", "write_random"]
+__all__ = ["app", "limited", "llama", "write_gguf", "write_random"]
 
 app = typer.Typer(add_completion=False)
 
@@ -91,6 +92,27 @@ def write_random(folder: Path, config: LlamaConfig, shard_bytes: int = 500_000_0
     return total
 
 
+def write_gguf(folder: Path, config: LlamaConfig) -> tuple[Path, int]:
+    """Write a model of random weights as a GGUF file of half precision, with the tokenizer of the demo model.
+
+    Args:
+        folder: of the file; the model is in memory meanwhile.
+        config: of the model, which gets as many tokens as that tokenizer has.
+
+    Returns:
+        The file, and the bytes of the weights once they are unpacked to float32.
+    """
+    import fxprune
+    from benchmarks.demo_model import load_demo_model
+
+    source, file, (_, tokenizer) = folder / "unpacked", folder / "dense.gguf", load_demo_model()
+    config.vocab_size = len(tokenizer)
+    total = write_random(source, config)
+    fxprune.export_model(LlamaForCausalLM.from_pretrained(source), file, tokenizer=tokenizer, quantization="f16")
+    shutil.rmtree(source)
+    return file, total
+
+
 @contextmanager
 def limited(limit: int) -> Iterator[tuple[list[str], Path]]:
     """Yield what to put before a command so that it has so many bytes of memory, and the file with its peak.
@@ -117,14 +139,20 @@ def main(
     share: Annotated[float, typer.Option(help="Memory allowed, of the bytes of the weights.")] = 0.5,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 16,
     tokens: Annotated[int, typer.Option(help="Tokens of one.")] = 64,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Prune from a GGUF file of half precision.")] = False,
     folder: Annotated[Path | None, typer.Option(help="Where there is room for both models; else temporary.")] = None,
 ) -> None:
     """Write a model, prune it with half the memory, and load what came out."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         source, out = Path(place) / "dense", Path(place) / "slim"
-        total = write_random(source, llama(hidden, ffn, layers))
+        if gguf:
+            source, total = write_gguf(Path(place), llama(hidden, ffn, layers))
+            said = f"{total / 1e9:.2f} GB unpacked, {source.stat().st_size / 1e9:.2f} GB in the GGUF file"
+        else:
+            total = write_random(source, llama(hidden, ffn, layers))
+            said = f"{total / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} files"
         limit = int(share * total)
-        print(f"weights: {total / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} files")
+        print(f"weights: {said}")
         print(f"memory allowed: {limit / 1e9:.2f} GB", flush=True)
         begin = time.perf_counter()
         with limited(limit) as (before, peak):

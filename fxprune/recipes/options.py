@@ -72,8 +72,9 @@ class Options:
         verify: check that masking equals shrinking, and that the emitted model equals the graph.
         inplace: free each dense tensor as its slim one is made; ``model`` then *becomes* the slim model.
         memory: for sums of gradients: ``low`` takes a part of the model after the other, a tenth of the bytes of the
-            weights at a time, and one more forward run; ``fast`` all at once; ``auto``, the default, what fits; in
-            place ``low``. The scores are the same. Given as ``low``, removing is compared with masking block by block.
+            weights at a time at the most, and one more forward run; ``fast`` all at once; ``auto``, the default, what
+            fits; in place ``low``. The scores are the same. Given as ``low``, removing is compared with masking block
+            by block.
         track: shows progress, as ``track(items, what, total)``.
     """
 
