@@ -67,9 +67,10 @@ def _recovery(data: dict[str, Any]) -> str:
         for name in evaluations[0][key]:
             found = [evaluation[key][name] for evaluation in evaluations]
             rows.append((label + name, *(f"{f['value']:.{digits}f} ± {f['standard_error']:.{digits}f}" for f in found)))
-    if evaluations[0]["tasks"]:
-        kept = [(column["retained"], column["retained_standard_error"]) for column in columns]
-        rows.append(("average accuracy retained", *(f"{value:.1%} ± {error:.1%}" for value, error in kept)))
+    kept = [(column["retained"], column["retained_standard_error"]) for column in columns]
+    if kept[0][0] is not None:
+        label = f"average accuracy retained on {', '.join(data['retained_of'])}"
+        rows.append((label, *(f"{value:.1%} ± {error:.1%}" for value, error in kept)))
     before, after = settings["held_out_loss"]
     pruning = sum(seconds for _, _, seconds in settings["passes"]) / 60
     passes = ", ".join(spelling for _, spelling, _ in settings["passes"])

@@ -61,19 +61,26 @@ class Comparison:
     def retained(self, name: str) -> tuple[float, float] | None:
         """Return the average accuracy of a model as a fraction of the first one's, and its standard error.
 
-        The error is that of the ratio over the same questions, by linearisation: models that err on the same questions
-        are told apart by fewer of them. None where no task was run.
+        It is taken over the tasks in :attr:`informed`, since of a guess nothing can be lost. The error is that of the
+        ratio over the same questions, by linearisation: models that err on the same questions are told apart by fewer
+        of them. None where there is no such task.
         """
-        base = self.columns[0].evaluation
-        other = next(column.evaluation for column in self.columns if column.name == name)
-        if not base.average or other.average is None:
+        base = {task: self.columns[0].evaluation.tasks[task] for task in self.informed}
+        other = next(column.evaluation.tasks for column in self.columns if column.name == name)
+        if not base or not base.keys() <= other.keys():
             return None
-        ratio = other.average / base.average
+        total = sum(score.value for score in base.values())
+        ratio = sum(other[task].value for task in base) / total
         spread = 0.0
-        for task, score in base.tasks.items():
-            rest = [b - ratio * a for a, b in zip(score.correct, other.tasks[task].correct, strict=True)]
+        for task, score in base.items():
+            rest = [b - ratio * a for a, b in zip(score.correct, other[task].correct, strict=True)]
             spread += variance(rest) / len(rest) if len(rest) > 1 else 0.0
-        return ratio, spread**0.5 / len(base.tasks) / base.average
+        return ratio, spread**0.5 / total
+
+    @property
+    def informed(self) -> tuple[str, ...]:
+        """The tasks on which the first model does better than guessing, by more than a standard error."""
+        return tuple(task for task, score in self.columns[0].evaluation.tasks.items() if score.informed)
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """Yield the table line by line, as text: a name, and a value for each model."""
@@ -93,8 +100,11 @@ class Comparison:
             yield f"{task}, {score.metric}", *(f"{s.value:.3f} ± {s.standard_error:.3f}" for s in scores)
         if self.columns[0].evaluation.tasks:
             yield "average", *(f"{column.evaluation.average:.3f}" for column in self.columns)
+        if self.informed:
             kept = [self.retained(column.name) for column in self.columns]
-            yield "retained", *(f"{k[0]:.1%} ± {k[1]:.1%}" if k else "" for k in kept)
+            guessed = [task for task in self.columns[0].evaluation.tasks if task not in self.informed]
+            label = f"retained, but for {', '.join(guessed)}" if guessed else "retained"
+            yield label, *(f"{k[0]:.1%} ± {k[1]:.1%}" if k else "" for k in kept)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
@@ -103,7 +113,7 @@ class Comparison:
             kept = self.retained(column.name)
             numbers = {**asdict(column), "evaluation": column.evaluation.to_dict()}
             columns.append({**numbers, "retained": kept and kept[0], "retained_standard_error": kept and kept[1]})
-        return {"settings": dict(self.settings), "columns": columns}
+        return {"settings": dict(self.settings), "columns": columns, "retained_of": list(self.informed)}
 
     def to_json(self) -> str:
         """Return :meth:`to_dict` as a JSON document."""

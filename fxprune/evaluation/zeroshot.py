@@ -46,6 +46,8 @@ class TaskScore:
         samples: questions asked.
         others: further metrics of the task.
         correct: question by question, whether the answer was right by ``metric``; for paired comparison.
+        chance: what guessing would give: the mean of one by the number of choices; 0 where there are none to choose
+            from.
     """
 
     metric: str
@@ -54,6 +56,12 @@ class TaskScore:
     samples: int
     others: Mapping[str, float] = field(default_factory=dict)
     correct: tuple[float, ...] = ()
+    chance: float = 0.0
+
+    @property
+    def informed(self) -> bool:
+        """Whether the model does better than guessing, by more than one standard error."""
+        return self.value - self.standard_error > self.chance
 
 
 def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, Task]:
@@ -210,4 +218,10 @@ def _score(name: str, found: Mapping[str, Any]) -> TaskScore:
         samples=len(samples),
         others=others,
         correct=tuple(float(sample[metric]) for sample in samples),
+        chance=_chance([len(sample["arguments"]) for sample in samples]),
     )
+
+
+def _chance(choices: Sequence[int]) -> float:
+    """What guessing gives, by the number of choices of each question; 0 where one has none."""
+    return sum(1 / n for n in choices) / len(choices) if choices and min(choices) > 1 else 0.0

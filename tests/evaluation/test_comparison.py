@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,24 @@ def test_retained_fraction_and_its_error_are_those_of_paired_answers() -> None:
     assert "correct" not in data["columns"][0]["evaluation"]["tasks"]["quiz"]
 
 
+def test_what_the_first_model_guesses_is_no_part_of_what_is_retained() -> None:
+    quiz, guess = (1.0, 1.0, 1.0, 0.0), (0.0, 1.0, 0.0, 0.0)
+
+    def asked(name: str, right: tuple[float, ...]) -> Column:
+        plain = column(name, right)
+        score = TaskScore("acc", 0.25, 0.2, 4, correct=guess, chance=0.25)
+        tasks = {"quiz": replace(plain.evaluation.tasks["quiz"], chance=0.5), "guess": score}
+        return replace(plain, evaluation=Evaluation({}, tasks))
+
+    comparison = Comparison((asked("dense", quiz), asked("slim", (1.0, 1.0, 0.0, 0.0))))
+    kept = comparison.retained("slim")
+    assert comparison.informed == ("quiz",) and kept is not None and kept[0] == pytest.approx(2 / 3)
+    assert dict((row[0], row[1]) for row in comparison.rows())["retained, but for guess"] == "100.0% ± 0.0%"
+    assert comparison.to_dict()["retained_of"] == ["quiz"]
+    nothing = Comparison((asked("dense", (1.0, 0.0, 1.0, 0.0)),))
+    assert nothing.retained("dense") is None
+
+
 def test_three_models_are_measured_alike(model: PreTrainedModel, tmp_path: Path) -> None:
     result = fxprune.prune(model, None, importance="l2", protect=())
     models = {"dense": model, "pruned": result.model, "recovered": result.model}
@@ -51,9 +70,9 @@ def test_three_models_are_measured_alike(model: PreTrainedModel, tmp_path: Path)
     assert table[0] == "|  | dense | pruned | recovered |"
     assert [line.split("|")[1].strip() for line in table[2:]] == [
         "parameters", "MACs at 64 tokens", "memory, MB", "latency, ms at 1 x 8", "perplexity, text", "even, acc_norm",
-        "average", "retained",
+        "average", *(["retained"] if comparison.informed else []),
     ]  # fmt: skip
-    assert comparison.table("title").row_count == 8
+    assert comparison.table("title").row_count == len(table) - 2
     picture = comparison.plot(tmp_path / "comparison.png")
     assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 5000
 

@@ -35,6 +35,7 @@ def test_local_questions_are_scored_as_by_hand(model: PreTrainedModel, tmp_path:
         right.append((plain == question["gold"], by_length == question["gold"]))
     assert score.metric == "acc_norm" and score.samples == len(QUESTIONS)
     assert score.correct == tuple(float(norm) for _, norm in right)
+    assert score.chance == pytest.approx(sum(1 / len(q["choices"]) for q in QUESTIONS) / len(QUESTIONS))
     assert score.value == pytest.approx(sum(score.correct) / len(right))
     assert score.others["acc"] == pytest.approx(sum(plain for plain, _ in right) / len(right))
     p, n = score.value, score.samples
@@ -47,7 +48,7 @@ def test_questions_by_context_are_scored_as_by_hand(model: PreTrainedModel, tmp_
         max((0, 1), key=lambda i, row=row: log_likelihood(model, row["context_options"][i], f" {row['continuation']}"))
         for row in SCHEMAS
     ]
-    assert score.metric == "acc"
+    assert score.metric == "acc" and score.chance == 0.5
     assert score.correct == tuple(float(b == row["gold"]) for b, row in zip(best, SCHEMAS, strict=True))
 
 
