@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from fxprune.checkpoint.manifest import MANIFEST
 from fxprune.checkpoint.read import from_pretrained
 from fxprune.checkpoint.unpack import unpack
+from fxprune.checkpoint.whole import LOADING, require_whole
 from fxprune.checkpoint.write import check_place
 from fxprune.data.ranks import rank
 from fxprune.errors import CheckpointError
 from fxprune.graph.attempts import Refusal, attempt
 from fxprune.graph.shelf import shelved
+from fxprune.graph.silence import quiet
 
 __all__ = ["load_mapped", "on_disk", "request_of"]
 
@@ -82,6 +85,8 @@ def load_mapped(source: str | os.PathLike[str], work: Path) -> PreTrainedModel:
     if (Path(source) / MANIFEST).is_file():
         return from_pretrained(source)
     loaded = attempt(_load, source, work / "dense")
+    if isinstance(loaded, Refusal) and isinstance(loaded.error, CheckpointError):
+        raise loaded.error
     if isinstance(loaded, Refusal):
         raise CheckpointError(
             f"cannot be loaded: {loaded}",
@@ -95,8 +100,12 @@ def load_mapped(source: str | os.PathLike[str], work: Path) -> PreTrainedModel:
 
 def _load(source: str | os.PathLike[str], unpacked: Path) -> PreTrainedModel:
     if not Path(source).is_file():
-        found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-        return found
+        read: Any = AutoModelForCausalLM.from_pretrained
+        with quiet(WARNING):  # what is left at random is refused
+            found, told = read(source, dtype="auto", **LOADING)
+        require_whole(source, told)
+        model: PreTrainedModel = found
+        return model
     if not (unpacked / SAFE_WEIGHTS_INDEX_NAME).is_file():
         unpacked.mkdir(exist_ok=True)
         unpack(source, unpacked)

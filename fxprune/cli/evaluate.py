@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +21,7 @@ from fxprune.cli.console import (
     progress,
     set_output,
 )
-from fxprune.cli.load import load_either
+from fxprune.cli.load import load_either, load_on_disk
 from fxprune.cli.several import checked
 from fxprune.errors import EvaluationError
 
@@ -54,19 +56,26 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Windows or questions in one call.")] = 8,
     dtype: Dtype = None,
     device: Device = None,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="Weights stay on disk, and are read once for each text.")
+    ] = False,
     quiet: QuietButResult = False,
     as_json: Json = False,
 ) -> None:
     """Measure MODELS, dense or slim: their size, their perplexity on a text, their accuracy on tasks."""
     with clear_errors():
         set_output(quiet=quiet, as_json=as_json, results=True)
+        _check_low_memory(low_memory, {"--dtype": dtype, "--device": device, "--tasks": tasks})
         compared = checked([*([compare] if compare else []), *models], dtype, device)
         _check_files(text, tasks)
         options: dict[str, Any] = {"window": window, "windows": windows, "questions": questions, "batch": batch}
         options |= {"texts": _texts(text, tasks), "tasks": _tasks(tasks), "track": progress}
+        options["memory"] = "low" if low_memory else "fast"
         if not text:
             options["windows"] = windows or _WINDOWS
-        columns = _measured(compared, {"dtype": dtype, "device": device}, options)
+        loading = {"dtype": dtype, "device": device}
+        with tempfile.TemporaryDirectory() if low_memory else nullcontext() as place:
+            columns = _measured(compared, loading, options, None if place is None else Path(place))
         from fxprune.data.ranks import is_first
         from fxprune.evaluation.comparison import Comparison
 
@@ -94,13 +103,41 @@ def _check_files(texts: list[str] | None, tasks: str | None) -> None:
             raise EvaluationError("it cannot be read: there is no such file", where=file, remedy="Give the path of one")
 
 
-def _measured(models: dict[str, str], loading: dict[str, Any], options: dict[str, Any]) -> tuple[Column, ...]:
-    """Measure one model after the other; one that was saved without a tokenizer has that of the one before."""
+def _check_low_memory(low_memory: bool, others: dict[str, str | None]) -> None:
+    """Refuse what does not go with weights on disk.
+
+    Raises:
+        EvaluationError: says which option.
+    """
+    reasons = {
+        "--dtype": "weights on disk are used in the dtype of their files",
+        "--device": "weights on disk are used on the processor",
+        "--tasks": "each question would read all weights",
+    }
+    for name, reason in reasons.items() if low_memory else ():
+        if others[name] is not None:
+            raise EvaluationError(reason, where=f"--low-memory with {name}", remedy="Leave one of the two out")
+
+
+def _measured(
+    models: dict[str, str], loading: dict[str, Any], options: dict[str, Any], work: Path | None
+) -> tuple[Column, ...]:
+    """Measure one model after the other; one that was saved without a tokenizer has that of the one before.
+
+    Args:
+        models: what the user named, by the name of the column.
+        loading: dtype and device.
+        options: of :func:`fxprune.evaluate`.
+        work: a folder for what GGUF files hold, where weights stay on disk; else None.
+    """
     from fxprune.evaluation.comparison import measure_model
 
     columns, tokenizer = [], None
-    for name, place in models.items():
-        model, own = load_either(place, None, with_tokenizer=tokenizer is None, **loading)
+    for number, (name, place) in enumerate(models.items()):
+        if work is None:
+            model, own = load_either(place, None, with_tokenizer=tokenizer is None, **loading)
+        else:
+            model, own = load_on_disk(place, work / str(number), with_tokenizer=tokenizer is None)
         tokenizer = own or tokenizer
         columns.append(measure_model(name, model, tokenizer, **options))
     return tuple(columns)

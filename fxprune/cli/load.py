@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from logging import WARNING
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ __all__ = [
     "load_either",
     "load_empty",
     "load_model",
+    "load_on_disk",
     "load_tokenizer",
     "readable",
+    "source_of",
     "where_and_file",
 ]
 
@@ -74,6 +76,7 @@ def load_model(model: str, gguf_file: str | None, *, dtype: str | None = None, d
         from transformers.utils import logging
 
         import fxprune.checkpoint
+        from fxprune.checkpoint.whole import LOADING, require_whole
         from fxprune.graph.silence import quiet, unprinted
     logging.disable_progress_bar()
     check_device(device)
@@ -83,13 +86,40 @@ def load_model(model: str, gguf_file: str | None, *, dtype: str | None = None, d
             loaded: Any = fxprune.checkpoint.from_pretrained(folder)
             return loaded.to(device=device, dtype=None if dtype is None else getattr(torch, dtype))
         read: Any = AutoModelForCausalLM.from_pretrained
-        options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        options |= {} if dtype is None else {"dtype": dtype}
+        options: dict[str, Any] = {**LOADING, **({} if dtype is None else {"dtype": dtype})}
         bars = unprinted() if notes.quiet else contextlib.nullcontext()
         with quiet(WARNING), bars:  # what is left at random is refused below, in one line
             loaded, found = read(**where_and_file(model, gguf_file), **options)
-        _check_whole(model, found)
+        require_whole(model, found)
         return loaded if device is None else loaded.to(device)
+
+
+def load_on_disk(model: str, work: Path, *, with_tokenizer: bool) -> tuple[Any, Any]:
+    """Return a model whose weights stay in their files, and its tokenizer, where one is needed.
+
+    Args:
+        model: what the user named.
+        work: a folder, made here, for what a GGUF file holds.
+        with_tokenizer: whether one is needed.
+    """
+    tokenizer = load_tokenizer(model, None, needed=with_tokenizer)
+    check_model(model, None, with_weights=True)
+    with at_once():
+        from fxprune.checkpoint.low_memory import load_mapped
+    with working(f"loading {model}"), readable(model):
+        work.mkdir()
+        return load_mapped(source_of(model, None), work), tokenizer
+
+
+def source_of(model: str, gguf_file: str | None) -> str | Path:
+    """Return the folder, the GGUF file or the id on a hub that a user named.
+
+    Args:
+        model: what the user named.
+        gguf_file: inside the folder.
+    """
+    folder, file = where_and_file(model, gguf_file).values()
+    return str(folder) if file is None else Path(folder) / file
 
 
 def load_empty(model: str, gguf_file: str | None) -> Any:
@@ -158,17 +188,6 @@ def check_device(device: str | None) -> None:
         raise ArgumentError(
             f"device {device} cannot be used: {reason}", where="device", remedy="Leave it out to compute on the CPU"
         ) from error
-
-
-def _check_whole(model: str, found: Mapping[str, Any]) -> None:
-    """Refuse a model that transformers filled up with random numbers."""
-    for what, key in (("missing", "missing_keys"), ("of another shape than its config says", "mismatched_keys")):
-        names = sorted(name if isinstance(name, str) else name[0] for name in found.get(key) or ())
-        if names:
-            others = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-            verb = "are" if others else "is"
-            told = f"cannot be loaded: {names[0]}{others} {verb} {what}"
-            raise FxpruneError(told, where=model, remedy="Fetch it or save it again, with all its weights")
 
 
 @contextlib.contextmanager

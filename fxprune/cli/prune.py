@@ -31,7 +31,7 @@ from fxprune.cli.console import (
 )
 from fxprune.cli.dry_run import tell_expected
 from fxprune.cli.export import gguf_options, runs
-from fxprune.cli.load import load_model, where_and_file
+from fxprune.cli.load import load_model, source_of
 from fxprune.cli.place import is_file
 from fxprune.cli.preparation import prepare
 from fxprune.errors import FxpruneError
@@ -119,8 +119,7 @@ def _run(values: Mapping[str, Any], options: dict[str, Any]) -> None:
     force = values["force"] or run_file(out, is_file=is_file(out)).is_file()
     if values["low_memory"]:
         options = {name: value for name, value in options.items() if name != "tune" or value is not None}
-        folder, file = where_and_file(model, gguf_file).values()
-        source = folder if file is None else Path(folder) / file
+        source = source_of(model, gguf_file)
         written: dict[str, Any] = {"force": force, "also": partial(_fill, run=run), "device": values["device"]}
         result = fxprune.prune_checkpoint(source, out, data, tokenizer=tokenizer, track=progress, **written, **options)
         loading = _OURS

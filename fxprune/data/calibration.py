@@ -35,25 +35,6 @@ __all__ = [
 
 T = TypeVar("T")
 
-aten = torch.ops.aten
-
-_LAID_OUT = {
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.select.int,
-    aten.slice.Tensor,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.expand.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten._to_copy.default,
-    aten.to.dtype,
-}
-"""What moves token ids, and leaves them as they are."""
-
 IGNORED = -100
 """Label of a token that does not count in the loss: what torch and transformers ignore by default."""
 
@@ -162,15 +143,22 @@ def embedding_rows(graph_module: fx.GraphModule) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for node in graph_module.graph.nodes:
-        if node.target is not aten.embedding.default:
+        if node.target is not torch.ops.aten.embedding.default:
             continue
         table, looked_up = node.args[:2]
-        while looked_up.target in _LAID_OUT:
+        while _is_view(looked_up):
             looked_up = looked_up.args[0]
         if table.op == "get_attr" and looked_up.op == "placeholder":
             name, rows = str(looked_up.target), get_tensor(graph_module, str(table.target)).shape[0]
             found[name] = min(rows, found.get(name, rows))
     return found
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether an op gives what its first argument holds, and does nothing to it."""
+    schema = getattr(node.target, "_schema", None)
+    alias = schema.returns[0].alias_info if schema is not None and len(schema.returns) == 1 else None
+    return alias is not None and not alias.is_write
 
 
 def token_input(graph_module: fx.GraphModule) -> str | None:

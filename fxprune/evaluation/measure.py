@@ -11,11 +11,12 @@ from typing import Any
 
 from fxprune.errors import EvaluationError
 from fxprune.evaluation.corpora import load_corpus, named_corpora
+from fxprune.evaluation.in_blocks import InBlocks
 from fxprune.evaluation.perplexity import Perplexity, text_perplexity
 from fxprune.evaluation.tasks import LocalTask
 from fxprune.evaluation.zeroshot import TaskScore, named_tasks, zero_shot
 from fxprune.graph.attempts import clear_errors
-from fxprune.pipeline.arguments import whole_number
+from fxprune.pipeline.arguments import one_of, whole_number
 from fxprune.pipeline.progress import Track, check_track, no_progress
 
 __all__ = ["Evaluation", "evaluate"]
@@ -63,6 +64,7 @@ def evaluate(
     windows: int | None = None,
     questions: int | None = None,
     batch: int = 8,
+    memory: str = "fast",
     track: Track = no_progress,
 ) -> Evaluation:
     """Measure the perplexity of ``model`` on texts and its accuracy on tasks.
@@ -82,6 +84,9 @@ def evaluate(
         windows: the most windows of a text, spread over it; None for all.
         questions: the most questions of a task, from its start; None for all.
         batch: sequences in one call.
+        memory: ``low``: texts go through a part of the model after the other, all windows through each, so that weights
+            in files that memory cannot hold are read once. The numbers are the same. Tasks are asked of the model as it
+            is.
         track: shows progress on texts, as ``track(items, what, total)``.
 
     Raises:
@@ -95,10 +100,12 @@ def evaluate(
     corpora, asked = named_corpora(texts), named_tasks(tasks)
     if not corpora and not asked:
         raise EvaluationError("no texts and no tasks", where="evaluate", remedy="Give at least one of them")
+    one_of("memory", memory, ("fast", "low"))
+    predicts = InBlocks(model) if memory == "low" and corpora else model
     loaded = {name: load_corpus(source) for name, source in corpora.items()}
     perplexities = {
         name: text_perplexity(
-            model, tokenizer, text, window=window, stride=stride, limit=windows, batch=batch, track=track
+            predicts, tokenizer, text, window=window, stride=stride, limit=windows, batch=batch, track=track
         )
         for name, text in loaded.items()
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from fxprune.data.ranks import add_up, turns
 from fxprune.errors import EvaluationError
+from fxprune.evaluation.in_blocks import InBlocks
 from fxprune.graph.attempts import clear_errors
 from fxprune.graph.silence import unprinted
 from fxprune.graph.spread import input_device, is_sharded
@@ -208,7 +209,6 @@ def _loss_sums(model: Callable[..., Any], ids: Tensor, first: Tensor, batch: int
     if isinstance(model, type) or not callable(model):
         raise EvaluationError(f"model is {told(model)}", where="model", remedy=_RUNS)
     batch = _size("batch", batch)
-    options = {"use_cache": False} if isinstance(model, PreTrainedModel) else {}
     device = _device_of(model)
     parts = list(zip(ids.split(batch), first.split(batch), strict=True))
     sums = [torch.zeros(len(start), dtype=torch.double, device=device) for _, start in parts]
@@ -216,15 +216,24 @@ def _loss_sums(model: Callable[..., Any], ids: Tensor, first: Tensor, batch: int
     own = turns(len(parts))
     sharded = isinstance(model, nn.Module) and is_sharded(model)  # what gathers weights counts their versions
     with torch.no_grad() if sharded else torch.inference_mode(), _evaluation(model), shown:
-        for turn in track(own, "perplexity", len(own)):
-            chunk, start = parts[turn % len(parts)]
-            chunk = chunk.to(device)
-            found = _window_sums(logits_of(model(input_ids=chunk, **options)), chunk, start)
+        chunks = [parts[turn % len(parts)][0].to(device) for turn in own]
+        for turn, chunk, output in zip(own, chunks, _outputs(model, chunks, track), strict=True):
+            found = _window_sums(logits_of(output), chunk, parts[turn % len(parts)][1])
             if turn < len(parts):
                 sums[turn] = found.to(device)
     together = torch.cat(sums)
     add_up([together])
     return together.cpu()
+
+
+def _outputs(model: Any, chunks: Sequence[Tensor], track: Track) -> Iterator[Any]:
+    """Yield what a model returns for each batch of windows."""
+    if isinstance(model, InBlocks):
+        yield from model.outputs(chunks, lambda steps, total: track(steps, "perplexity", total))
+        return
+    options = {"use_cache": False} if isinstance(model, PreTrainedModel) else {}
+    for chunk in track(chunks, "perplexity", len(chunks)):
+        yield model(input_ids=chunk, **options)
 
 
 def _window_sums(logits: Tensor, ids: Tensor, first: Tensor) -> Tensor:
@@ -248,6 +257,8 @@ def _ratio_error(sums: Tensor, counts: Tensor) -> float:
 
 def _device_of(model: Callable[..., Any]) -> torch.device | None:
     """Return where ids go; None where that cannot be told, and they stay where they are."""
+    if isinstance(model, InBlocks):
+        return model.device
     return input_device(model) if isinstance(model, nn.Module) else None
 
 

@@ -22,16 +22,25 @@ from fxprune.data.calibration import computing
 from fxprune.graph.carrier import current_carrier, place_of, to_place
 from fxprune.graph.inputs import example_of
 from fxprune.graph.shelf import stored
-from fxprune.graph.tensors import device_of, get_tensor
-from fxprune.masking.cuts import Part
+from fxprune.graph.tensors import device_of, get_tensor, weights
+from fxprune.masking.cuts import Part, cut
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, widened
 
-__all__ = ["PartRuns", "Watch"]
+__all__ = ["PartRuns", "Watch", "parts_by_weights"]
 
 Inputs = Mapping[str, Any]
 Watch = Mapping[fx.Node, Callable[[Any], Any]]
 """What to call with the value of a node; what it returns takes the place of the value, where that is anything."""
 NOTHING: Watch = MappingProxyType({})
+
+_PART = 0.1
+"""Of the bytes of the weights: a part of the graph that runs at a time."""
+
+
+def parts_by_weights(graph_module: fx.GraphModule) -> list[Part]:
+    """Return the parts of a graph, each with a tenth of the bytes of its weights, or with one that is more."""
+    costs = {name: float(tensor.nbytes) for name, tensor in weights(graph_module)}
+    return cut(graph_module.graph, costs, _PART * sum(costs.values()))
 
 
 class PartRuns:

@@ -10,18 +10,13 @@ from torch import fx
 
 from fxprune.data.calibration import Sample, computing, stacked
 from fxprune.graph.carrier import current_carrier
-from fxprune.graph.tensors import weights
-from fxprune.masking.cuts import cut
-from fxprune.masking.in_parts import PartRuns
+from fxprune.masking.in_parts import PartRuns, parts_by_weights
 from fxprune.masking.masked_run import PreciseRun
 from fxprune.rules.aliasing import written_sources
 
 __all__ = ["observe"]
 
 Watch = Mapping[fx.Node, Callable[[Any], None]]
-
-_PART = 0.1
-"""Of the bytes of the weights: a part of the graph that runs at a time."""
 
 
 def observe(
@@ -68,8 +63,7 @@ def _run_in_parts(
     track: Callable[[Iterable[Any], int], Iterable[Any]],
 ) -> None:
     """Run all batches through one part of the graph, and then through the next one."""
-    cost = {name: float(tensor.nbytes) for name, tensor in weights(graph_module)}
-    parts = cut(graph_module.graph, cost, _PART * sum(cost.values()))
+    parts = parts_by_weights(graph_module)
     last = max((i for i, part in enumerate(parts) if not watch.keys().isdisjoint(part.nodes)), default=-1)
     runs = PartRuns(graph_module, parts, batches, (), precise=True)
     steps = (number for part in parts[: last + 1] for number in runs.forward(part, watch))

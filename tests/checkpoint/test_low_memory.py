@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import fxprune
 from fxprune.checkpoint.low_memory import load_mapped, request_of
+from fxprune.checkpoint.whole import require_whole
 from fxprune.errors import CheckpointError
 from tests.export.small import tokenizer
 from tests.models import tiny, token_ids
@@ -158,6 +159,17 @@ def test_what_cannot_be_written_or_read_is_refused_before_any_work(source: Path,
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         fxprune.prune_checkpoint(tmp_path / "nothing", tmp_path / "slim", importance="l2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "slim.unfinished"]
+
+
+def test_a_folder_that_lacks_weights_is_refused(source: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(source)
+    weights = model.state_dict()
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    model.save_pretrained(tmp_path / "less", state_dict=weights)
+    with pytest.raises(CheckpointError, match=r"model.layers.1.mlp.up_proj.weight is missing"):
+        load_mapped(tmp_path / "less", tmp_path)
+    with pytest.raises(CheckpointError, match=r"cannot be loaded: model.norm.weight and 1 more are missing"):
+        require_whole("there", {"missing_keys": {"model.norm.weight", "x"}})
 
 
 def test_a_slim_folder_is_pruned_again(source: Path, tmp_path: Path) -> None:

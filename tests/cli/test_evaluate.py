@@ -32,10 +32,21 @@ def test_slim_stands_beside_dense(models: Path, tmp_path: Path) -> None:
     assert (slim["name"], slim["macs"], slim["latency_ms"]) == ("slim", None, None)
 
 
+def test_weights_stay_on_disk_where_that_is_asked(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text(TEXT)
+    more = ("--text", tmp_path / "story.txt", "--window", 32, "--json")
+    found = []
+    for option in ((), ("--low-memory",)):
+        code, output, _ = run("eval", models / "slim", "--compare", models / "dense", *more, *option)
+        assert code == 0
+        found.append([c["evaluation"]["perplexities"]["story"]["value"] for c in json.loads(output)["columns"]])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_built_in_text_is_taken_in_part(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def measured(compared: object, loading: object, options: dict[str, Any]) -> None:
+    def measured(compared: object, loading: object, options: dict[str, Any], work: object) -> None:
         seen.update(options)
         raise fxprune.FxpruneError("seen")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from transformers import PreTrainedModel
 import fxprune
 from fxprune.errors import EvaluationError, UnknownNameError
 from fxprune.evaluation.corpora import CORPORA
+from fxprune.evaluation.in_blocks import InBlocks
 from fxprune.evaluation.measure import Evaluation
 from fxprune.evaluation.zeroshot import TaskScore, zero_shot
+from fxprune.masking.in_parts import parts_by_weights
 from tests.evaluation.samples import QUESTIONS, TEXT, TOKENIZER, write
-from tests.models import token_ids
+from tests.models import tiny, token_ids
 from tests.tokens import character_tokenizer
 
 
@@ -48,6 +51,44 @@ def test_a_graph_is_measured_on_texts_and_refused_on_tasks(model: PreTrainedMode
     assert of_graph.perplexities["a"].value == pytest.approx(of_result.perplexities["a"].value, rel=1e-4)
     with pytest.raises(EvaluationError, match="tasks need a Hugging Face model, not a"):
         zero_shot(result.graph_module, TOKENIZER, write(tmp_path / "q.jsonl", QUESTIONS))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_texts_that_go_through_a_part_of_the_model_after_the_other_are_worth_the_same(family: str) -> None:
+    model = tiny(family, num_hidden_layers=3)
+    steps: list[str] = []
+
+    def track(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+        for done, item in enumerate(items, start=1):
+            steps.append(f"{done} of {total}")
+            yield item
+
+    texts, sizes = {"a": TEXT, "b": TEXT[:90]}, {"window": 40, "batch": 2}
+    whole = fxprune.evaluate(model, TOKENIZER, texts=texts, **sizes)
+    parts = fxprune.evaluate(model, TOKENIZER, texts=texts, **sizes, memory="low", track=track)
+    for name, found in whole.perplexities.items():
+        assert parts.perplexities[name].value == pytest.approx(found.value, rel=1e-5)
+        assert parts.perplexities[name].windows == found.windows
+    batches = -(-whole.perplexities["a"].windows // 2)
+    count = len(parts_by_weights(fxprune.trace(model).graph_module)) * batches
+    assert count > batches and f"{count} of {count}" in steps
+
+
+def test_a_graph_is_measured_a_part_after_the_other_too(model: PreTrainedModel) -> None:
+    graph_module = fxprune.trace(model).graph_module
+    found = fxprune.evaluate(graph_module, TOKENIZER, texts={"a": TEXT}, window=40, memory="low")
+    whole = fxprune.evaluate(model, TOKENIZER, texts={"a": TEXT}, window=40)
+    assert found.perplexities["a"].value == pytest.approx(whole.perplexities["a"].value, rel=1e-5)
+    assert InBlocks(model)(token_ids(2)).logits.shape[:2] == token_ids(2).shape
+
+
+def test_parts_are_refused_where_the_graph_takes_more_than_token_ids(model: PreTrainedModel) -> None:
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    graph_module = fxprune.trace(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).graph_module
+    with pytest.raises(EvaluationError, match="takes input_ids, attention_mask"):
+        fxprune.evaluate(graph_module, TOKENIZER, texts={"a": TEXT}, window=40, memory="low")
+    with pytest.raises(UnknownNameError, match="'lo'"):
+        fxprune.evaluate(model, TOKENIZER, texts={"a": TEXT}, window=40, memory="lo")
 
 
 def test_measuring_leaves_model_tokenizer_and_random_numbers_alone(model: PreTrainedModel, tmp_path: Path) -> None:
