@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from fxprune.graph.shelf import written_through
 from fxprune.graph.silence import unprinted
 
 __all__ = ["unpack"]
@@ -47,6 +48,18 @@ def unpack(file: str | os.PathLike[str], folder: Path) -> None:
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     reader = gguf.GGUFReader(path)
+    with written_through(folder):
+        places, size = _write_parts(path, reader, model, folder)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
+
+
+def _write_parts(path: Path, reader: Any, model: PreTrainedModel, folder: Path) -> tuple[dict[str, str], int]:
+    """Write the tensors of one block after the other; return the file of each by its name, and the bytes of all."""
     places: dict[str, str] = {}
     size = 0
     for number, tensors in enumerate(_parts(reader.tensors)):
@@ -57,12 +70,7 @@ def unpack(file: str | os.PathLike[str], folder: Path) -> None:
             save_file({key: tensor.contiguous() for key, tensor in found.items()}, folder / name, {"format": "pt"})
             places |= dict.fromkeys(found, name)
             size += sum(tensor.nbytes for tensor in found.values())
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    index = {"metadata": {"total_size": size}, "weight_map": places}
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
+    return places, size
 
 
 def _parts(tensors: Sequence[Any]) -> Iterator[list[Any]]:

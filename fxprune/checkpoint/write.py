@@ -34,6 +34,7 @@ from fxprune.checkpoint.structure import Structure, describe
 from fxprune.data.ranks import first_alone
 from fxprune.emit.load import has_odd_experts
 from fxprune.errors import CheckpointError
+from fxprune.graph.shelf import written_through
 from fxprune.modelling import layerwise
 from fxprune.pipeline.arguments import as_path, refuse, whole_number
 from fxprune.removal.plan import Plan
@@ -108,7 +109,8 @@ def write_folder(folder: str | os.PathLike[str], fill: Callable[[Path], object],
     """
     target = check_place(folder, force=force)
     with _on_disk(folder), staged(target) as work:
-        fill(work)
+        with written_through(work):
+            fill(work)
         _open_to_readers(work)
         _keep_others(target, work)
         put_in_place(work, target)

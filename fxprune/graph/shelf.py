@@ -10,19 +10,22 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
 import torch
 
-__all__ = ["recalled", "remembering", "shelved", "stored"]
+__all__ = ["recalled", "remembering", "shelved", "stored", "written_through"]
 
 _LEAST = 1 << 16
 """Bytes of a tensor below which it stays in memory: a mapping takes whole pages, and there may be only so many."""
 
 _UNWRITTEN = 1 << 26
 """Bytes that may be on their way to files while the next are computed: less than a part of a model takes anyway."""
+
+_PAUSE = 0.05
+"""Seconds between two looks at files that grow."""
 
 _shelf: ContextVar[Path | None] = ContextVar("shelf", default=None)
 _memory: ContextVar[Path | None] = ContextVar("memory", default=None)
@@ -85,6 +88,49 @@ def stored(tensor: torch.Tensor) -> torch.Tensor:
         os.unlink(name)
     _writers.start(handle, tensor.nbytes)
     return mapped
+
+
+@contextmanager
+def written_through(folder: Path) -> Iterator[None]:
+    """Have what others write into a folder written to the disk at once, where tensors are to be in files.
+
+    Pages of files that are not on the disk yet cannot be given up, and a system that limits the memory of a process may
+    end it for them.
+
+    Args:
+        folder: of the files, and of folders with more.
+    """
+    if _shelf.get() is None:
+        yield
+        return
+    done = threading.Event()
+    flusher = threading.Thread(target=_flush, args=(folder, done), daemon=True)
+    flusher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        flusher.join()
+
+
+def _flush(folder: Path, done: threading.Event) -> None:
+    """Write files that grew to the disk, again and again until all is done."""
+    sizes: dict[Path, int] = {}
+    while not done.wait(_PAUSE):
+        with suppress(OSError):  # a file that has gone meanwhile, or that cannot be synced, is looked at again
+            for path in folder.rglob("*"):
+                size = path.stat().st_size if path.is_file() else 0
+                if size > sizes.get(path, 0):
+                    _sync(path)
+                    sizes[path] = size
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class _Writer(threading.Thread):

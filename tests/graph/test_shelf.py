@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fxprune.graph import shelf
-from fxprune.graph.shelf import shelved, stored
+from fxprune.graph.shelf import shelved, stored, written_through
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
@@ -57,3 +57,25 @@ def test_a_file_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pyte
     with shelved(tmp_path), pytest.raises(OSError, match="no room"):
         stored(torch.randn(200, 100))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_others_write_is_on_the_disk_while_they_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit of memory counted pages of the slim model that were not, and the process was ended for them."""
+    synced, seen = list[int](), threading.Event()
+
+    def fsync(handle: int) -> None:
+        synced.append(os.fstat(handle).st_size)
+        seen.set()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    (tmp_path / "out").mkdir()
+    with shelved(tmp_path), written_through(tmp_path / "out"):
+        for part in (b"some", b"more"):
+            with open(tmp_path / "out" / "weights", "ab") as file:
+                file.write(part)
+            assert seen.wait(60)
+            seen.clear()
+    assert synced == [4, 8], "each time it grew, and not again"
+    threads = threading.active_count()
+    with written_through(tmp_path):
+        assert threading.active_count() == threads, "where tensors are in memory there is nothing to do"
