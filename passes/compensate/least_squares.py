@@ -93,7 +93,9 @@ class LeastSquaresPass(FitPass):
                 "its inputs or outputs are too large", where=site.name, remedy="Check the weights and the samples"
             )
         damping = best_damping(front, back) if self.damping is None else Damping(self.damping, self.each)
-        change = front.plus(back).solve(damping).mT.to(w.dtype)
+        front.take(back)
+        del back
+        change = front.solve(damping).mT.to(w.dtype)
         found = {site.weight: site.weight_of(W.index_copy(2, site.kept, w + change[..., : w.shape[2]]))}
         if added is not None:
             old = get_tensor(graph_module, str(added.target)).detach().to(change.device)

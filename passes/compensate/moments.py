@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -62,9 +63,10 @@ class Moments:
         add_up((self.square, self.product))
         return self
 
-    def plus(self, other: Moments) -> Moments:
-        """Of the tokens of both."""
-        return Moments(self.square + other.square, self.product + other.product, self.free)
+    def take(self, other: Moments) -> None:
+        """Take in the tokens of another."""
+        self.square.add_(other.square)
+        self.product.add_(other.product)
 
     def finite(self) -> bool:
         """Whether every number is one."""
@@ -79,14 +81,26 @@ class Moments:
         """
         if damping.strength == float("inf"):
             return torch.zeros_like(self.product)
-        damped, own = self.square.clone(), self.square.diagonal() if scale is None else scale
+        own = self.square.diagonal().clone() if scale is None else scale
         inputs = own[: len(own) - self.free]
         ridge = own.clone() if damping.each else torch.full_like(own, float(inputs.mean()))
         if self.free:
             ridge[-1] = 0
+        with self._damped(damping.strength * ridge):
+            factor = torch.linalg.cholesky(self.square)
+        return torch.cholesky_solve(self.product, factor)
+
+    @contextmanager
+    def _damped(self, ridge: torch.Tensor) -> Iterator[None]:
+        """Add to the diagonal for a while: a copy of the matrix would be the largest thing in memory."""
+        diagonal = self.square.diagonal()
+        before = diagonal.clone()
         # the tiny number keeps inputs that are all zero from making the matrix singular
-        damped.diagonal().add_(damping.strength * ridge + torch.finfo(torch.float32).tiny)
-        return torch.cholesky_solve(self.product, torch.linalg.cholesky(damped))
+        diagonal.add_(ridge + torch.finfo(torch.float32).tiny)
+        try:
+            yield
+        finally:
+            diagonal.copy_(before)
 
     def error(self, change: torch.Tensor) -> float:
         """The squared error on these tokens after a change of the weight, less the error without it."""
@@ -115,9 +129,10 @@ class Stack:
         """Of the tokens of all processes, where several share the samples."""
         return Stack(tuple(moments.over_all() for moments in self.of_each))
 
-    def plus(self, other: Stack) -> Stack:
-        """Of the tokens of both."""
-        return Stack(tuple(a.plus(b) for a, b in zip(self.of_each, other.of_each, strict=True)))
+    def take(self, other: Stack) -> None:
+        """Take in the tokens of another."""
+        for mine, others in zip(self.of_each, other.of_each, strict=True):
+            mine.take(others)
 
     def finite(self) -> bool:
         """Whether every number is one."""

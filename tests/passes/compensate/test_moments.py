@@ -53,6 +53,19 @@ def test_matrices_with_few_tokens_are_held_back_more() -> None:
         assert not change[2].any()
         assert torch.equal(Stack((few,)).solve(damping)[0], few.solve(damping))
         assert stack.error(change) == few.error(change[0]) + many.error(change[1])
-    both = stack.plus(Stack((none, few, none)))
-    assert torch.equal(both.of_each[1].square, many.square + few.square) and both.finite()
     assert best_damping(stack, Stack((moments(3, 3, 0.01), moments(1, 60, 0.01), none))).strength < float("inf")
+    both = many.square + few.square
+    stack.take(Stack((none, few, none)))
+    assert torch.equal(stack.of_each[1].square, both) and stack.finite()
+
+
+def test_a_solution_leaves_what_is_known_of_the_tokens_as_it_was() -> None:
+    known = moments(0, 60, 0.01)
+    square = known.square.clone()
+    for each in (False, True):
+        assert torch.equal(known.solve(Damping(0.3, each)), known.solve(Damping(0.3, each)))
+    known.square[0, 0] = -1e9
+    with pytest.raises(torch.linalg.LinAlgError):
+        known.solve(Damping(0.3))
+    known.square[0, 0] = square[0, 0]
+    assert torch.equal(known.square, square)
