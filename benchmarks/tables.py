@@ -75,12 +75,13 @@ def _recovery(data: dict[str, Any]) -> str:
     pruning = sum(seconds for _, _, seconds in settings["passes"]) / 60
     passes = ", ".join(spelling for _, spelling, _ in settings["passes"])
     files = ", ".join(settings["data"] or ["the built-in text"])
+    resumed = next((f", counted from where it was {note}" for note in settings["notes"] if "resumed" in note), "")
     told = (
         f"SmolLM2-135M-Instruct, {settings['achieved']:.1%} of the parameters removed in {pruning:.1f} minutes by the "
         f"recipe `{settings['recipe']}` as it was then (`{passes}`), on up to {settings['samples']:,} samples of 128 "
         f"tokens of {settings['calibration'] or 'the rows'}. {settings['steps']} steps of "
         f"{settings['batch']} samples on {settings['training_tokens']:,} tokens in {settings['training_minutes']:.1f} "
-        f"minutes: rank {settings['rank']}, learning rate {settings['learning_rate']:g}, teacher's weight "
+        f"minutes{resumed}: rank {settings['rank']}, learning rate {settings['learning_rate']:g}, teacher's weight "
         f"{settings['distil']:g}, rows of {files}. Held-out loss {before:.3f} before, {after:.3f} after. Perplexity: "
         f"{settings['windows']} windows of {settings['window']} tokens. Tasks: up to {settings['asked']} questions of "
         f"the {settings['half']} half of each file. Values after ± are one standard error; measured in "
