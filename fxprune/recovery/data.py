@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -206,7 +206,7 @@ def _passages(texts: Iterable[str]) -> list[list[str]]:
     seen: set[str] = set()
     for text in texts:
         run: list[str] = []
-        for part in paragraphs(text):
+        for part in (piece for paragraph in paragraphs(text) for piece in _pieces(paragraph)):
             if part not in seen:
                 seen.add(part)
                 run.append(part)
@@ -215,6 +215,21 @@ def _passages(texts: Iterable[str]) -> list[list[str]]:
                 run = []
         found += [run] if run else []
     return found
+
+
+def _pieces(paragraph: str) -> Iterator[str]:
+    """Yield a paragraph, or runs of its lines where it is as long as two passages, as text without blank lines is."""
+    if len(paragraph) < 2 * _PASSAGE:
+        yield paragraph
+        return
+    run = ""
+    for line in paragraph.splitlines(keepends=True):
+        run += line
+        if len(run) >= _PASSAGE:
+            yield run.strip()
+            run = ""
+    if run.strip():
+        yield run.strip()
 
 
 def _packed(passages: Iterable[Sequence[str]], formatter: Formatter, elsewhere: set[str]) -> list[Example]:

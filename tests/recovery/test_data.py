@@ -110,6 +110,17 @@ def test_text_file_is_read_as_one_text(tmp_path: Path, tokenizer: PreTrainedToke
     assert data.report.formats == {"text": 1} and data.report.held_out > 1
 
 
+def test_a_text_without_blank_lines_is_split_by_its_lines(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("\n \n".join(f"Line {i}. " + "word " * 60 for i in range(60)))
+    data = read(path, tokenizer, max_tokens=100)
+    lines = [
+        {part for x in side for part in counted_text(tokenizer, x).split("\n")} for side in (data.train, data.held_out)
+    ]
+    assert data.report.held_out > 1 and len(data.train) > 1
+    assert not {line for line in lines[0] & lines[1] if line.startswith("Line")}
+
+
 def test_hub_data_set_is_asked_for_by_name_and_config(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
