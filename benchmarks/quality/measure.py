@@ -173,6 +173,7 @@ def _worth(model: Any, tokenizer: Any, texts: Texts, protocol: Protocol) -> tupl
 
 
 def measure_dense(model: Any, tokenizer: Any, texts: Texts, protocol: Protocol) -> Row:
+    """What the dense model is worth, as a row to compare the others with."""
     count = sum(parameter.numel() for parameter in model.parameters())
     return Row("dense", 0.0, 0, count, *_worth(model, tokenizer, texts, protocol), 0.0, 0.0, "", 0)
 

@@ -138,9 +138,9 @@ class RecordTeacherPass(Pass):
 
     def _noised(self, samples: tuple[Sample, ...], graph_module: fx.GraphModule) -> tuple[Sample, ...]:
         """The samples, or noisy copies of them; as they are where the graph looks up no token."""
-        name = token_input(graph_module)
         if not self.noise:
             return samples
+        name = token_input(graph_module)
         if name is None:
             add_note(graph_module, f"{_ALONE}, without noise: the graph looks up no token")
             return samples
