@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-__all__ = ["environment"]
+__all__ = ["cpu_name", "environment"]
 
 
 def environment() -> dict[str, str | int]:
@@ -18,15 +18,16 @@ def environment() -> dict[str, str | int]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
+        "cpu": cpu_name(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads": torch.get_num_threads(),
     }
 
 
-def _cpu_name() -> str:
-    """The processor's name as Linux tells it, else what `platform` knows."""
+def cpu_name() -> str:
+    """The processor's name as Linux tells it, else what `platform` knows, and what torch makes use of in it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
+    name = next(names, platform.processor() or "unknown")
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import fxprune
+from benchmarks.environment import cpu_name
 from benchmarks.memory import forget_peak, peak_bytes
 from benchmarks.quality.entries import Entry
 from fxprune.data.files import calibration_text
@@ -79,6 +80,7 @@ class Row:
         peak_gb: Largest resident memory while it ran, in 10^9 bytes.
         passes: The pipeline, as it is spelled.
         threads: It ran with.
+        cpu: It ran on.
     """
 
     entry: str
@@ -91,6 +93,7 @@ class Row:
     peak_gb: float
     passes: str
     threads: int
+    cpu: str
 
 
 def texts_of(tokenizer: Any, data: Path | None, calibration: str, protocol: Protocol) -> Texts:
@@ -155,8 +158,8 @@ def measure(
         result.save_pretrained(keep / f"{entry.name}-{ratio:g}-{draw}", tokenizer)
     slim = result.model or result.graph_module
     perplexities, tasks = _worth(slim, tokenizer, texts, protocol)
-    left = result.report.parameters[1]
-    return Row(entry.name, ratio, draw, left, perplexities, tasks, seconds, peak, passes, threads)
+    left, cpu = result.report.parameters[1], cpu_name()
+    return Row(entry.name, ratio, draw, left, perplexities, tasks, seconds, peak, passes, threads, cpu)
 
 
 def with_ratio(value: Any, ratio: float) -> Any:
@@ -175,7 +178,7 @@ def _worth(model: Any, tokenizer: Any, texts: Texts, protocol: Protocol) -> tupl
 def measure_dense(model: Any, tokenizer: Any, texts: Texts, protocol: Protocol) -> Row:
     """What the dense model is worth, as a row to compare the others with."""
     count = sum(parameter.numel() for parameter in model.parameters())
-    return Row("dense", 0.0, 0, count, *_worth(model, tokenizer, texts, protocol), 0.0, 0.0, "", 0)
+    return Row("dense", 0.0, 0, count, *_worth(model, tokenizer, texts, protocol), 0.0, 0.0, "", 0, cpu_name())
 
 
 def told(row: Row, dense: Row) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -35,10 +36,10 @@ def quality_page(data: dict[str, Any]) -> str:
     ran = data["environment"]
     parts = [
         "# Quality\n\nMade by `make results` from what `make bench-quality` measured.\n",
-        f"{protocol}. {ran['cpu']}, torch {ran['torch']}, transformers {ran['transformers']}. Times are of the prune "
-        "alone: wall clock, or with one thread the processor's time, since other work ran beside it; memory is the "
-        "largest resident size while it ran. What follows *x* is perplexity over that of the dense model. One draw of "
-        "samples and one small model: differences under 5% mean nothing.\n",
+        f"{protocol}. {_processors(rows)}, torch {ran['torch']}, transformers {ran['transformers']}. Times are of the "
+        "prune alone: wall clock, or with one thread the processor's time, since other work ran beside it; memory is "
+        "the largest resident size while it ran. What follows *x* is perplexity over that of the dense model. One draw "
+        "of samples and one small model: differences under 5% mean nothing.\n",
         "![Perplexity over dense against what is left](quality.svg)\n",
         "Dense: " + ", ".join(f"{name} {value:.1f}" for name, value in dense.perplexities.items()) + ".\n",
     ]
@@ -63,6 +64,16 @@ def _table(dense: Row, rows: Sequence[Row]) -> str:
         cells += [f"{max(row.peak_gb for row in drawn):.1f}"]
         lines.append((*cells, str(len(drawn))))
     return markdown_table(heading, lines)
+
+
+def _processors(rows: Sequence[Row]) -> str:
+    """What the rows ran on: the processor of most, then which ones another."""
+    counted = Counter(row.cpu for row in rows).most_common()
+    others = (
+        f"{cpu}: {', '.join(dict.fromkeys(f'{row.entry} at {row.ratio:.0%}' for row in rows if row.cpu == cpu))}"
+        for cpu, _ in counted[1:]
+    )
+    return "; but for ".join((counted[0][0], *others))
 
 
 def _threads(rows: Iterable[Row]) -> str:

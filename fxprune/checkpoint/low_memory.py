@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from logging import WARNING
 from pathlib import Path
@@ -85,27 +85,25 @@ def load_mapped(source: str | os.PathLike[str], work: Path) -> PreTrainedModel:
     if (Path(source) / MANIFEST).is_file():
         return from_pretrained(source)
     loaded = attempt(_load, source, work / "dense")
-    if isinstance(loaded, Refusal) and isinstance(loaded.error, CheckpointError):
-        raise loaded.error
     if isinstance(loaded, Refusal):
         raise CheckpointError(
             f"cannot be loaded: {loaded}",
             where=os.fspath(source),
             remedy="Pass a folder that save_pretrained wrote, or a GGUF file that transformers loads",
         ) from loaded.error
-    model: PreTrainedModel = loaded
+    model, told = loaded
+    require_whole(source, told)
     model.config._name_or_path = os.fspath(source)
     return model
 
 
-def _load(source: str | os.PathLike[str], unpacked: Path) -> PreTrainedModel:
+def _load(source: str | os.PathLike[str], unpacked: Path) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """Return the model in a folder or a GGUF file, and what transformers says of its loading."""
     if not Path(source).is_file():
         read: Any = AutoModelForCausalLM.from_pretrained
         with quiet(WARNING):  # what is left at random is refused
-            found, told = read(source, dtype="auto", **LOADING)
-        require_whole(source, told)
-        model: PreTrainedModel = found
-        return model
+            model, told = read(source, dtype="auto", **LOADING)
+        return model, told
     if not (unpacked / SAFE_WEIGHTS_INDEX_NAME).is_file():
         unpacked.mkdir(exist_ok=True)
         unpack(source, unpacked)

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fxprune.checkpoint.classes import parse_config, pruned_class, stock_config
 from fxprune.checkpoint.exchange import heal, identity, snapshot
 from fxprune.checkpoint.manifest import MANIFEST, Manifest, check_files, check_weights, read_manifest
+from fxprune.checkpoint.whole import LOADING, require_whole
 from fxprune.emit.meta import on_meta
 from fxprune.emit.names import slim_name
 from fxprune.emit.snapshot import Shape, shapes_of
@@ -93,15 +94,9 @@ def _loaded(
     stock, config = _classes(path, model_class)
     slim = pruned_class(stock, type(config))
     _check_plan(path, slim, manifest)
-    loaded: Any = slim.from_pretrained(path, config=config, output_loading_info=True, **options)
-    model, info = loaded
-    lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys") or ())
-    if lost:
-        raise CheckpointError(
-            f"no weights for {lost[0]} and {len(lost) - 1} more",
-            where=str(path),
-            remedy="Copy the folder again, or save the model again",
-        )
+    read: Any = slim.from_pretrained
+    model, told = read(path, config=config, **LOADING, **options)
+    require_whole(path, told)
     return _as_stock(model, stock)
 
 

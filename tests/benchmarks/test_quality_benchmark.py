@@ -77,14 +77,17 @@ def test_it_measures_each_entry_once_and_prints_the_protocol(small: Path, monkey
 
 
 def test_the_page_and_the_picture_show_draws(tmp_path: Path) -> None:
-    def row(name: str, draw: int, value: float) -> dict[str, Any]:
-        return Row(name, 0.2, draw, 80, {"text": value}, {"quiz": 0.5}, 10.0, 1.0, "l1", 2).__dict__
+    def row(name: str, draw: int, value: float, cpu: str = "fast one") -> dict[str, Any]:
+        return Row(name, 0.2, draw, 80, {"text": value}, {"quiz": 0.5}, 10.0, 1.0, "l1", 2, cpu).__dict__
 
     protocol = Protocol("m", "c4", 4, 8, 2, 16, 5).__dict__
     environment = {"cpu": "c", "threads": 1, "torch": "t", "transformers": "t"}
     rows = [row("dense", 0, 10.0), row("balanced", 0, 14.0), row("balanced", 1, 15.0)]
     data = {"protocol": protocol, "environment": environment, "rows": rows}
     assert "| balanced | 80 | x1.45 (1.40 to 1.50) | 0.500 | 10 | 2 | 1.0 | 2 |" in quality_page(data)
+    assert " fast one, torch t" in quality_page(data), "the processor of the rows, not that of the last run"
+    slower = {**data, "rows": [*rows, row("best", 0, 13.0, "slow one")]}
+    assert " fast one; but for slow one: best at 20%, torch t" in quality_page(slower)
     write_picture(data, tmp_path / "picture.svg")
     other = {**data, "rows": [row("dense", 0, 10.0), row("balanced, otherwise", 0, 14.0)]}
     write_picture(other, tmp_path / "other.svg")
