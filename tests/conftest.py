@@ -18,6 +18,7 @@ from transformers.utils import logging
 from tests.exports import remember_exports
 
 torch.set_num_threads(1)
+os.environ.pop("COLUMNS", None)  # what is printed is what goes to a pipe, however wide the terminal of this run is
 os.environ["FXPRUNE_WIDTHS"] = os.path.join(tempfile.gettempdir(), f"fxprune-widths-{os.getpid()}.json")
 logging.set_verbosity_error()
 logging.disable_progress_bar()

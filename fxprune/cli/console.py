@@ -48,6 +48,9 @@ _LONGEST_ERROR = 600
 _FIRST_LINE, _NEXT_LINE = 2.0, 10.0
 """Seconds until a piped output is told how far something is, and between two such lines."""
 
+_WIDTH_OF_FILES = 200
+"""Characters of a line of a table that goes to a file or a pipe: names stay whole, to be searched and copied."""
+
 console = Console(soft_wrap=True)
 """Where results go."""
 
@@ -173,6 +176,8 @@ def set_output(*, quiet: bool = False, verbose: bool = False, as_json: bool = Fa
         as_json: no results but what :func:`print_json` prints.
         results: whether results are all that a command is for, so that ``quiet`` leaves them.
     """
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDTH_OF_FILES
     console.quiet = as_json or (quiet and not results)
     notes.quiet = quiet
     logger = logging.getLogger("fxprune")

@@ -122,7 +122,7 @@ def _groups_table(dependencies: Any) -> Table:
         members = dict.fromkeys(".".join(starred(f"{m.name}[{m.axis}]").split(".")[-2:]) for m in group.members)
         held = "all parameters" if group.factor is None else ", ".join(members)
         counts[starred(group.name), f"{group.size:,}", REMOVAL[_exactness(dependencies, group)], held] += 1
-    first, last = Column("group (where/kind)", overflow="fold"), Column("members", overflow="fold")
+    first, last = Column("group (where/kind)", no_wrap=True), Column("members", overflow="fold")
     table = Table(first, "count", "units", "removal", last)
     for (name, units, removal, held), count in counts.items():
         table.add_row(name, f"{count:,}", units, removal, held, end_section=True)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typer.testing import CliRunner
 
-import fxprune.cli.console
 from fxprune.cli import app
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
     """The exit code of a command, and what it printed to its two outputs, with single blanks."""
-    for console in (fxprune.cli.console.console, fxprune.cli.console.errors):
-        console.width = 200  # a console takes its width from where it was made, which may be a worker process
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, " ".join(result.stdout.split()), " ".join(result.stderr.split())

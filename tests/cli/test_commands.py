@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import fxprune
-import fxprune.cli.console
 from fxprune.cli import app
 from fxprune.recipes import read_recipe
 from tests.cli.folders import save_tiny
@@ -32,9 +31,6 @@ def out(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    fxprune.cli.console.console.width = (
-        200  # a console takes its width from where it was made, which may be a worker process
-    )
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, " ".join(result.output.split())
@@ -179,9 +175,6 @@ def test_passes_lists_all_with_their_stage() -> None:
     ],
 )
 def test_nonsense_ends_in_one_line(folder: str, out: Path, arguments: tuple[str, ...], says: str) -> None:
-    fxprune.cli.console.console.width = (
-        200  # a console takes its width from where it was made, which may be a worker process
-    )
     result = CliRunner().invoke(app, ["prune", folder, "--out", str(out), *arguments])
     assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

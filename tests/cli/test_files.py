@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import fxprune
-import fxprune.cli.console
 import fxprune.cli.export
 import fxprune.cli.lists
 import fxprune.cli.load
@@ -33,7 +32,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    fxprune.cli.console.console.width = 200
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, " ".join(result.output.split())

@@ -11,7 +11,6 @@ import pytest
 from typer.testing import CliRunner
 
 import fxprune
-import fxprune.cli.console
 import fxprune.cli.graph
 from fxprune.cli import app
 from tests.models import tiny
@@ -34,10 +33,16 @@ def result() -> fxprune.Result:
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    fxprune.cli.console.console.width = 200
     done = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done.exit_code, " ".join(done.output.split())
+
+
+def test_names_stay_whole_where_the_table_goes_to_a_pipe(folder: str) -> None:
+    """They were broken at 80 characters, and could be neither searched nor copied."""
+    lines = CliRunner().invoke(app, ["graph", folder]).stdout.splitlines()
+    assert any("post_attention_layernorm.weight[0]" in line for line in lines)
+    assert max(map(len, lines)) <= 200
 
 
 def test_groups_and_frozen_axes_are_listed_without_weights(folder: str) -> None:
