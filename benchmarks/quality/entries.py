@@ -20,7 +20,7 @@ class Entry:
         name: What it is called in tables.
         options: Passed on to `fxprune.prune`.
         needs: Passes that have to be installed.
-        samples: The most calibration samples it gets; None for all, 0 for the built-in text in their place.
+        samples: The most calibration samples it gets; None for all, 0 for what stands in for them.
     """
 
     name: str
@@ -34,9 +34,9 @@ HEADS = "select-by-ratio{kinds=[mlp, head], protect=[0.07, 0.04], ratio=%s}"
 CHOSEN = "protect=[0.07, 0.04], first=[mlp], ratio=%s"
 WHOLE = "select-by-ratio{first=[mlp], protect=[], ratio=%s}"
 
+TOLD = read_recipe("balanced").text.replace("{written=288}", "{built_in=288}")
 BEST = read_recipe("best").text
 ONCE = BEST.replace("{copies=3, noise=0.2}", "").replace(", truth=0.2", "")
-WRITTEN = ONCE.replace("record-teacher", "record-teacher{written=2048}")
 SEARCHED = (
     ONCE.replace("wanda{samples=128}", "taylor{order=second, samples=128}")
     .replace("select-by-ratio", "select-by-search")
@@ -49,13 +49,13 @@ ENTRIES = (
     Entry("FLAP", {"recipe": "llm-pruner", "importance": "flap", "ranking": "global"}, ("flap",), samples=64),
     Entry("fast", {"recipe": "fast"}),
     Entry("balanced", {}),
-    Entry("balanced, on built-in text", {}, samples=0),
+    Entry("balanced, no samples given", {}, samples=0),
+    Entry("balanced, on built-in text alone", {"recipe": TOLD}, samples=0),
     Entry("balanced, MLPs of multiples of 32", {"round_to": {"mlp": 32}}),
     Entry("best", {"recipe": "best"}),
     Entry("best, the text itself not counted", {"recipe": BEST.replace(", truth=0.2", "")}),
     Entry("best, each sample once", {"recipe": BEST.replace("{copies=3, noise=0.2}", "")}),
     Entry("best, each sample once, the text not counted", {"recipe": ONCE}),
-    Entry("the same, and 2,048 samples of its own", {"recipe": WRITTEN}),
     Entry("the same, searched, fitted by 256 samples, read twice", {"recipe": SEARCHED}),
     Entry("balanced, neither fitted nor tuned", {"compensate": "none", "tune": "none"}),
     Entry("balanced, not tuned", {"tune": "none"}),

@@ -53,7 +53,8 @@ def runs_of(passes: Sequence[Any], there: int) -> float:
         passes: of a prune, in order.
         there: samples to take from.
     """
-    return sum(_work(step, taken, rest) for step, taken, rest in taking(passes, there))
+    written = sum(float(getattr(step, "to_write", 0)) for step in passes)
+    return _WRITING * written + sum(_work(step, taken, rest) for step, taken, rest in taking(passes, there))
 
 
 def taking(passes: Sequence[Any], there: int) -> Iterator[tuple[Any, int, int]]:
@@ -69,7 +70,7 @@ def taking(passes: Sequence[Any], there: int) -> Iterator[tuple[Any, int, int]]:
             yield step, there, there
         elif step.stage == "tune":  # what tunes learns from the samples recorded before it
             taught = taught if asked is None else min(asked, there)
-            taught = taught * getattr(step, "copies", 1) + getattr(step, "written", 0)
+            taught *= getattr(step, "copies", 1)
             yield step, taught, there
         elif Calibration in step.needs or step.stage == "compensate":
             yield step, min(asked or there, there), there
@@ -90,8 +91,7 @@ def _work(step: Any, taken: int, there: int) -> float:
         return learned * (1 + _GRADIENTS * float(step.epochs)) + _COMPARISONS * taken
     if step.stage == "tune":
         measured = getattr(step, "measurements", 0) + 1
-        runs = taken * (_GRADIENTS * float(step.epochs) if hasattr(step, "epochs") else 1.0) + _HELD * float(measured)
-        return runs + _WRITING * float(getattr(step, "written", 0))
+        return taken * (_GRADIENTS * float(step.epochs) if hasattr(step, "epochs") else 1.0) + _HELD * float(measured)
     return _RUNS.get(step.stage, 1.0) * taken * (_GRADIENTS if learns(step) else 1.0)
 
 

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from fxprune.graph.attempts import Refusal, attempt
 from fxprune.graph.silence import quiet
 from fxprune.graph.surroundings import evaluating
 
-__all__ = ["can_write", "write_samples"]
+__all__ = ["can_write", "chat_start", "own_samples", "write_samples"]
 
 _TEMPERATURE = 0.8
 """At 1 a small model rambles, and far below it repeats itself."""
 
-_BATCH = 128
-"""Samples that are written at once: a step reads all weights, however few samples there are."""
+_BATCH = 64
+"""Samples that are written at once: a step reads all weights, however few they are, and what they keep takes memory."""
+
+_MARK = "0a9f3c"
+"""What a user is made to say, to find out what stands before it."""
+
+_LONGEST = 4
+"""One in so many tokens of a sample is of the template of a chat, at the most: longer ones lose their start."""
 
 
 def can_write(model: nn.Module) -> bool:
@@ -42,10 +50,6 @@ def write_samples(
     track: Callable[[Iterable[Any], int], Iterable[Any]],
 ) -> torch.Tensor:
     """Return token ids that a model draws from what it says itself, ``(samples, tokens)``.
-
-    With text of its own a model can be taught what it knew beyond the kind of text that was given. Source: Liu et al.,
-    "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models" (arXiv 2305.17888), which draws the first
-    token at random.
 
     Args:
         model: one that :func:`can_write`.
@@ -70,3 +74,61 @@ def write_samples(
             mask = torch.ones_like(ids)
             written.append(model.generate(ids, attention_mask=mask, generation_config=drawn).cpu())
     return torch.cat(written)
+
+
+def own_samples(
+    model: Any,
+    tokenizer: Any,
+    vocabulary: torch.Tensor,
+    samples: int,
+    tokens: int,
+    seed: int,
+    track: Callable[[Iterable[Any], str, int], Iterable[Any]],
+) -> torch.Tensor:
+    """Return token ids of what a model has to say by itself, ``(samples, tokens)``, for want of other text.
+
+    Each sample begins with one token drawn from the vocabulary; every other one, where the tokenizer has a template for
+    chats, as a chat does, up to where a user would speak. Sources: Liu et al., "LLM-QAT: Data-Free Quantization Aware
+    Training for Large Language Models" (arXiv 2305.17888), for the token; Xu et al., "Magpie: Alignment Data Synthesis
+    from Scratch by Prompting Aligned LLMs with Nothing" (arXiv 2406.08464), for the chat.
+
+    Args:
+        model: one that :func:`can_write`.
+        tokenizer: its tokenizer.
+        vocabulary: the token ids to draw from, ``(ids,)``.
+        samples: how many to write.
+        tokens: of each.
+        seed: for the draws.
+        track: shows progress, as ``track(items, what, total)``.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    chat = chat_start(tokenizer)[-max(1, tokens // _LONGEST) :]
+    chats = samples // 2 if chat else 0
+    starts = vocabulary[torch.randint(len(vocabulary), (samples - chats,), generator=draw)][:, None]
+    kinds = (("the model writes", starts, len(starts)), ("the model chats", torch.tensor([chat]), chats))
+    written = [
+        write_samples(model, begun, count, tokens, seed, partial(_named, track, what))
+        for what, begun, count in kinds
+        if count
+    ]
+    return torch.cat(written)[torch.randperm(samples, generator=draw)]
+
+
+def _named(
+    track: Callable[[Iterable[Any], str, int], Iterable[Any]], what: str, batches: Iterable[Any], total: int
+) -> Iterable[Any]:
+    return track(batches, what, total)
+
+
+def chat_start(tokenizer: Any) -> list[int]:
+    """Return the token ids that a chat begins with, up to where a user speaks; none without a template for chats.
+
+    Args:
+        tokenizer: one of transformers, or None.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    asked = [{"role": "user", "content": _MARK}]
+    text = attempt(tokenizer.apply_chat_template, asked, tokenize=False)
+    before, found, _ = ("", "", "") if isinstance(text, Refusal) else str(text).partition(_MARK)
+    return list(tokenizer(before, add_special_tokens=False)["input_ids"]) if found else []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["recalled", "remembering", "shelved", "stored", "written_through"]
+__all__ = ["is_shelved", "recalled", "remembering", "shelved", "stored", "written_through"]
 
 _LEAST = 1 << 16
 """Bytes of a tensor below which it stays in memory: a mapping takes whole pages, and there may be only so many."""
@@ -50,6 +50,11 @@ def shelved(folder: Path, memory: Path | None = None) -> Iterator[None]:
     finally:
         _shelf.reset(tokens[0])
         _memory.reset(tokens[1])
+
+
+def is_shelved() -> bool:
+    """Whether what lasts is kept in files, for want of memory."""
+    return _shelf.get() is not None
 
 
 def recalled(name: str) -> Path | None:

@@ -30,8 +30,8 @@ class Options:
     What is left out, or None, is as the recipe says.
 
     Args:
-        calibration: token ids ``(samples, tokens)``, a list of tokenised dicts, a DataLoader; or None for built-in text
-            where there is a tokenizer, else for criteria that need no data.
+        calibration: token ids ``(samples, tokens)``, a list of tokenised dicts, a DataLoader; or None: with a tokenizer
+            for what the model writes itself, a third of built-in text among it, else for criteria that need no data.
         recipe: ``balanced``, ``fast``, ``best`` or ``llm-pruner``, as ``fxprune recipes`` lists them; a file with one;
             or a pipeline in text. None: ``balanced``, but where an importance is named ``llm-pruner``, the paper as
             published, which adds nothing to what the other arguments say.
@@ -66,9 +66,10 @@ class Options:
             model computes on the calibration data; or a pass. ``"none"`` leaves every kept number as it is.
         tune: ``tune``, perhaps with arguments as in ``"tune{epochs=2}"``: a few vectors are learned end to end on the
             slim model; or a pass. ``"none"``: no tuning.
-        tokenizer: the model's own: it turns built-in text into calibration samples where none are given, and into
-            held-out text of another kind for tuning to stop by.
-        seed: for ``random`` importance, the verification inputs and the order of samples in tuning.
+        tokenizer: the model's own: with it there are calibration samples where none are given, and held-out text
+            of another kind for tuning to stop by.
+        seed: for ``random`` importance, what the model writes, the verification inputs and the order of samples in
+            tuning.
         verify: check that masking equals shrinking, and that the emitted model equals the graph.
         inplace: free each dense tensor as its slim one is made; ``model`` then *becomes* the slim model.
         memory: for sums of gradients: ``low`` takes a part of the model after the other, a tenth of the bytes of the

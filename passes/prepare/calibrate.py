@@ -5,22 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
-from fxprune.data.calibration import Calibration, spread
+from fxprune.data.calibration import Calibration, embedding_rows, spread, token_input
+from fxprune.data.noise import plain_tokens
 from fxprune.data.samples import check_kind, read_calibration, read_rows
 from fxprune.data.text import check_tokenizer, offline_text, token_windows
+from fxprune.data.written import can_write, own_samples
 from fxprune.errors import CalibrationError
+from fxprune.graph.attempts import Refusal, attempt
 from fxprune.graph.facts import Change, add_note, facts_of
-from fxprune.pipeline.arguments import as_path, whole_number
+from fxprune.graph.shelf import is_shelved
+from fxprune.graph.source import Source
+from fxprune.graph.tensors import require_weights
+from fxprune.pipeline.arguments import as_path, as_seed, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.pipeline.progress import Track, check_track, no_progress
 
 __all__ = ["CalibratePass"]
 
-_BUILT_IN = (
-    "calibrated on built-in text, the documentation of Python, for want of other samples; some hundred samples of text "
-    "like what the model is to be used on, passed as calibration, do better"
+_FOR_WANT = (
+    "for want of other samples; some hundred samples of text like what the model is to be used on, passed as "
+    "calibration, do better"
 )
+_TEXT = 3
+"""Beside what the model writes, one sample in so many is built-in text: what is written knows it least."""
+
+_BUILT_IN = f"calibrated on built-in text, the documentation of Python, {_FOR_WANT}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +45,15 @@ class CalibratePass(Pass):
             ``labels``.
         tokenizer: where there is neither, turns the built-in text, documentation of Python, into samples. It is English
             prose of one kind; text like what the model is to be used on does better.
-        tokens: of a sample of the built-in text.
+        tokens: of a sample of the built-in text, or of one that the model writes.
         samples: how many to take, evenly spread; None for all.
         built_in: the same of the built-in text alone, which has hundreds, and of a text that a command is given; None
             for all.
+        written: samples in place of the built-in text alone. One in three is built-in text; the others the model
+            writes itself, text of all the kinds that it knows. A model that cannot write, or whose weights stay in
+            files, has the built-in text.
+        seed: for what the model writes.
+        track: shows progress, as ``track(items, what, total)``.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -50,6 +67,9 @@ class CalibratePass(Pass):
     tokens: int = 128
     samples: int | None = None
     built_in: int | None = None
+    written: int = 0
+    seed: int = 0
+    track: Track = field(default=no_progress, metadata={"spelled": False})
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense, and what turns no text into ids."""
@@ -57,7 +77,15 @@ class CalibratePass(Pass):
         for name in ("samples", "built_in"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
+        object.__setattr__(self, "written", whole_number("written", self.written, least=0))
+        object.__setattr__(self, "seed", as_seed("seed", self.seed))
         check_tokenizer(self.tokenizer)
+        check_track(self.track)
+
+    @property
+    def to_write(self) -> int:
+        """Return how many samples the model is to write: none where there are others."""
+        return self.written if self.data is None and not self.file else 0
 
     def check_arguments(self) -> None:
         """Raise where there is nothing to read.
@@ -85,9 +113,39 @@ class CalibratePass(Pass):
         if self.data is not None or self.file:
             data = self.data if self.data is not None else read_rows(self.file)
         else:
-            windows = token_windows(self.tokenizer, offline_text(), self.tokens)
-            few = min(filter(None, (self.samples, self.built_in)), default=None)
-            data = windows[list(spread(range(len(windows)), few))]
-            add_note(graph_module, _BUILT_IN)
+            data = self._stand_in(graph_module)
         facts_of(graph_module).put(Calibration(spread(read_calibration(data, graph_module), self.samples)))
         return PassResult(graph_module, False)
+
+    def _stand_in(self, graph_module: fx.GraphModule) -> torch.Tensor:
+        """Samples for want of any: what the model writes beside built-in text, else that text alone."""
+        windows = token_windows(self.tokenizer, offline_text(), self.tokens)
+        few = min(filter(None, (self.samples, self.built_in or self.to_write)), default=len(windows))
+        told = few // _TEXT if self.to_write else few
+        written = self._written(graph_module, few - told) if self.to_write else None
+        if not isinstance(written, torch.Tensor):
+            add_note(graph_module, _BUILT_IN if written is None else f"{_BUILT_IN} ({written})")
+            return windows[list(spread(range(len(windows)), few))]
+        add_note(
+            graph_module,
+            f"calibrated on {len(written):,} samples that the model wrote itself, and {told:,} of built-in text, "
+            f"{_FOR_WANT}",
+        )
+        samples = torch.cat([windows[list(spread(range(len(windows)), told))] if told else windows[:0], written])
+        return samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(self.seed))]
+
+    def _written(self, graph_module: fx.GraphModule, count: int) -> torch.Tensor | str:
+        """What the model writes, or why it writes nothing."""
+        source, name = facts_of(graph_module).get(Source), token_input(graph_module)
+        if source is None or name is None or not can_write(source.model):
+            return "the model writes no text"
+        if is_shelved():
+            return "the weights are in files, and each token that is written would read them all"
+        require_weights(graph_module, self.name)
+        rows = embedding_rows(graph_module)[name]
+        vocabulary = plain_tokens(self.tokenizer, rows)
+        vocabulary = vocabulary if len(vocabulary) else torch.arange(rows)
+        found = attempt(
+            own_samples, source.model, self.tokenizer, vocabulary, count, self.tokens, self.seed, self.track
+        )
+        return f"the model wrote none: {found}" if isinstance(found, Refusal) else found

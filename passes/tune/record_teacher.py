@@ -13,14 +13,11 @@ from fxprune.data.calibration import Calibration, Sample, batched, embedding_row
 from fxprune.data.noise import noised, plain_tokens
 from fxprune.data.samples import check_kind, read_calibration
 from fxprune.data.text import check_tokenizer, offline_docstrings, token_windows
-from fxprune.data.written import can_write, write_samples
 from fxprune.errors import ArgumentError, CalibrationError
-from fxprune.graph.attempts import Refusal, attempt
 from fxprune.graph.carrier import place_of
 from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
 from fxprune.graph.precision import autocast, narrowed
-from fxprune.graph.source import Source
-from fxprune.graph.tensors import device_of, require_weights
+from fxprune.graph.tensors import require_weights
 from fxprune.masking.masked_run import UntouchedRun
 from fxprune.pipeline.arguments import PRECISIONS, number, one_of, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
@@ -33,13 +30,8 @@ __all__ = ["RecordTeacherPass"]
 _HELD = 16
 """Held-out samples: two thousand tokens tell whether a model gets better, and cost little each time they are read."""
 
-_START = 2
-"""Tokens of a calibration sample that one which the model writes begins with: more, and it would be about the same."""
-
 _SHARE = 8
 """Without a text of another kind, one in so many calibration samples is held out."""
-
-_ALONE = "tuning learns from the samples given alone"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +41,6 @@ class RecordTeacherPass(Pass):
     Stopping by a text of another kind than the one that is learned from keeps a tuned model from being good at that one
     alone. With a tokenizer, such a text is there: documentation of Python's own library.
 
-    With ``written``, the dense model also continues the first two tokens of the samples by text of its own. What it
-    says there is learned from as well, which keeps what it knew beyond the kind of text that was given. A model that
-    cannot write, or that encodes first, is learned from without; the report says so.
-
     With ``noise``, what is put down is what the dense model says of ``copies`` of each sample, in most of which some
     tokens are replaced by others. To read a small text several times teaches it by heart; to read it each time with
     other words amiss does not.
@@ -61,7 +49,6 @@ class RecordTeacherPass(Pass):
         samples: calibration samples to take, evenly spread; None for all.
         copies: how often each of these is put down, each time with noise of its own.
         noise: part of the tokens of a copy that is replaced at most; one copy in four keeps them all.
-        written: samples, each as long as the longest of those, that the model writes beside them.
         heldout: samples to stop by, in any form that calibration data has. None for ones of the built-in text where
             there is a tokenizer, else for an eighth of the calibration samples.
         tokenizer: turns the built-in text into samples.
@@ -82,7 +69,6 @@ class RecordTeacherPass(Pass):
     samples: int | None = None
     copies: int = 1
     noise: float = 0.0
-    written: int = 0
     heldout: Any = field(default=None, metadata={"spelled": False})
     tokenizer: Any = field(default=None, metadata={"spelled": False})
     kept: int = 64
@@ -94,7 +80,6 @@ class RecordTeacherPass(Pass):
         """Refuse numbers that make no sense."""
         for name in ("kept", "batch", "copies"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
-        object.__setattr__(self, "written", whole_number("written", self.written, least=0))
         object.__setattr__(self, "noise", number("noise", self.noise, least=0, below=1))
         if self.copies > 1 and not self.noise:
             raise ArgumentError(
@@ -127,11 +112,8 @@ class RecordTeacherPass(Pass):
             return logits_of(UntouchedRun(graph_module), batched(samples[:1], graph_module))
 
         narrow = narrowed(self.precision, graph_module, trial, self.name)
-        home, place = device_of(graph_module), place_of(graph_module)
-        with autocast(home, narrow and home == place):  # the model writes where it is
-            written = self._write(samples, graph_module)
-        samples = (*self._noised(samples, graph_module), *written)
-        with autocast(place, narrow):
+        samples = self._noised(samples, graph_module)
+        with autocast(place_of(graph_module), narrow):
             lessons = learn(graph_module, (*samples, *heldout), self.kept, self.batch, track)
         facts_of(graph_module).put(Teacher(lessons[: len(samples)], lessons[len(samples) :], where))
         return PassResult(graph_module, False)
@@ -142,34 +124,10 @@ class RecordTeacherPass(Pass):
             return samples
         name = token_input(graph_module)
         if name is None:
-            add_note(graph_module, f"{_ALONE}, without noise: the graph looks up no token")
+            add_note(graph_module, "tuning learns from the samples without noise: the graph looks up no token")
             return samples
         vocabulary = plain_tokens(self.tokenizer, embedding_rows(graph_module)[name])
         return noised(samples, name, self.copies, self.noise, vocabulary, 0)
-
-    def _write(self, samples: tuple[Sample, ...], graph_module: fx.GraphModule) -> tuple[Sample, ...]:
-        """Samples that the dense model writes itself; none where it cannot."""
-        if not self.written:
-            return ()
-        source, name = facts_of(graph_module).get(Source), token_input(graph_module)
-        if source is None or name is None or not can_write(source.model):
-            add_note(graph_module, f"{_ALONE}: the model writes no text")
-            return ()
-        ids = [sample.inputs[name] for sample in samples]
-        tokens = max(i.shape[-1] for i in ids)
-        start = min(_START, *(i.shape[-1] - 1 for i in ids))
-
-        def track(batches: Iterable[Any], total: int) -> Iterable[Any]:
-            return self.track(batches, "the model writes", total)
-
-        found = attempt(
-            write_samples, source.model, torch.cat([i[:, :start] for i in ids]), self.written, tokens, 0, track
-        )
-        if isinstance(found, Refusal):
-            add_note(graph_module, f"{_ALONE}: the model wrote none ({found})")
-            return ()
-        add_note(graph_module, f"tuning learns from {self.written:,} samples more that the dense model wrote")
-        return read_calibration(found, graph_module)
 
     def _parted(
         self, samples: tuple[Sample, ...], graph_module: fx.GraphModule

@@ -20,7 +20,6 @@ from fxprune.cli.preparation import Prepared, most_samples, prepare
 from fxprune.cli.preparation import planned as passes_of
 from fxprune.data.text import offline_text
 from fxprune.graph.counting import count_macs
-from fxprune.recipes import read_recipe
 from tests.cli.folders import save_tiny
 from tests.models import tiny
 
@@ -82,26 +81,26 @@ def planned(**given: Any) -> tuple[tuple[Any, ...], int, int]:
 @pytest.mark.parametrize(
     ("recipe", "runs"),
     [
-        ("fast", 64 + 4 * 64),  # scores, and a fit
-        # scores, what the dense model says, a fit, an epoch of tuning by what was recorded, four measurements
-        ("balanced", 64 + (288 + 16) + 4 * 64 + 3 * 288 + 4 * 16),
-        ("balanced, twice", 64 + (288 + 16) + 4 * 64 + 2 * 3 * 288 + 4 * 16),
-        # scores, what the dense model says of three copies of all there is, a fit, an epoch of tuning by them, nine
-        # measurements
-        ("best", 128 + (3 * BUILT_IN + 16) + 4 * 128 + 3 * 3 * BUILT_IN + 9 * 16),
-        # of what the dense model writes as well
-        ("best, written", 128 + 3 * 50 + (3 * BUILT_IN + 50 + 16) + 4 * 128 + 3 * (3 * BUILT_IN + 50) + 9 * 16),
+        ("fast", 3 * 64 + 64 + 4 * 64),  # what the model writes, scores, and a fit
+        ("fast, given text", 64 + 4 * 64),
+        # what the model writes, scores, what the dense model says, a fit, an epoch of tuning by that, four measurements
+        ("balanced", 3 * 288 + 64 + (288 + 16) + 4 * 64 + 3 * 288 + 4 * 16),
+        ("balanced, twice", 3 * 288 + 64 + (288 + 16) + 4 * 64 + 2 * 3 * 288 + 4 * 16),
+        # what the model writes, scores, what the dense model says of three copies of it, a fit, an epoch of tuning by
+        # them, nine measurements
+        ("best", 3 * 1024 + 128 + (3 * 1024 + 16) + 4 * 128 + 3 * 3 * 1024 + 9 * 16),
         ("llm-pruner", 3 * 10),  # gradients, of as many samples of the built-in text as the paper uses
         ("calibrate{samples=40}\nfind-groups\nwanda{samples=64}\nselect-by-search{trials=2, samples=8}", 40 + 6 * 8),
         ("calibrate\nfind-groups\nscore-in-steps{steps=3, importance='wanda{samples=5}'}\nselect-by-ratio", 3 * 5),
         ("calibrate{samples=26}\nfind-groups\nl2\nselect-by-gates{samples=6, epochs=1}", 20 * 4 + 4 * 6),
     ],
 )
-def test_the_work_is_that_of_the_samples_that_the_pipeline_says(recipe: str, runs: int) -> None:
+def test_the_work_is_that_of_the_samples_that_the_pipeline_says(recipe: str, runs: int, tmp_path: Path) -> None:
     """It assumed 352 samples of built-in text, of which there are twice as many, whatever a pipeline said."""
     longer = {"recipe": "balanced", "tune": "tune{epochs=2, measurements=3}"}
-    written = {"recipe": read_recipe("best").text.replace("record-teacher{", "record-teacher{written=50, ")}
-    other = {"balanced, twice": longer, "best, written": written}
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 10_000)
+    other = {"balanced, twice": longer, "fast, given text": {"recipe": "fast", "calibration": text, "tokens": 128}}
     passes, there, tokens = planned(**other.get(recipe, {"recipe": recipe}))
     assert runs_of(passes, there) == runs and tokens == 128
 

@@ -14,7 +14,7 @@ from tests.models import tiny, token_ids
 from tests.tokens import character_tokenizer
 
 SMALL = {
-    r"^calibrate.*$": "calibrate{tokens=16, samples=24}",
+    r"^calibrate.*$": "calibrate{tokens=16, samples=24, written=24}",
     r"record-teacher.*$": "record-teacher{samples=16}",
     r"epochs=[12]": "epochs=4",
 }
@@ -40,7 +40,10 @@ def test_the_default_recipe_needs_a_tokenizer_alone(model: PreTrainedModel) -> N
     assert abs(result.report.achieved - 0.2) < 0.005
     assert result.report.verification_error is not None and result.report.verification_error < 1e-4
     notes = "\n".join(result.report.notes)
-    assert "calibrated on built-in text" in notes and "passed as calibration, do better" in notes
+    assert (
+        "calibrated on 16 samples that the model wrote itself, and 8 of built-in text" in notes
+        and "passed as calibration, do better" in notes
+    )
     assert "weights were fitted by least squares" in notes and "on built-in text of another kind" in notes
     assert {name.rpartition("/")[2] for name in result.report.widths} == {"mlp"}, "MLP channels go before heads"
     with torch.no_grad():

@@ -21,9 +21,11 @@ def test_every_argument_has_a_doc_line_and_every_example_is_read_back(name: str)
 
 def test_an_argument_that_is_an_object_has_no_default_to_write() -> None:
     arguments = {one.name: one for one in arguments_of(pass_class("calibrate"))}
-    assert arguments["tokens"] == Argument("tokens", "128", "of a sample of the built-in text.")
+    assert arguments["tokens"] == Argument(
+        "tokens", "128", "of a sample of the built-in text, or of one that the model writes."
+    )
     assert arguments["data"].default == "" and arguments["file"].default == "''"
-    assert example_of(pass_class("calibrate")) == "calibrate{tokens=128}"
+    assert example_of(pass_class("calibrate")) == "calibrate{tokens=128, written=0, seed=0}"
 
 
 def test_givers_stand_before_takers_and_broken_ones_last(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fxprune.passes.prepare import CalibratePass, CountWorkPass, MakeVerificationInputsPass
-from torch import nn
+from torch import fx, nn
 
 from fxprune.data.calibration import Calibration
 from fxprune.data.verification import VerificationInputs
 from fxprune.errors import CalibrationError
-from fxprune.graph.facts import facts_of
+from fxprune.graph.facts import Notes, facts_of
+from fxprune.graph.shelf import shelved
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.removal.removal import Removal
 from fxprune.removal.report import Work
@@ -55,6 +57,40 @@ def test_of_the_built_in_text_a_recipe_may_take_less(arguments: dict[str, int], 
     assert len(facts_of(found)[Calibration].samples) == count
     given = CalibratePass(data=token_ids(9, 8), tokenizer=character_tokenizer(), built_in=3)(graph_module).graph_module
     assert len(facts_of(given)[Calibration].samples) == 9
+
+
+def _written(graph_module: fx.GraphModule, **arguments: Any) -> tuple[torch.Tensor, str]:
+    """The samples that came of a call without any, and what the report says of them."""
+    step = CalibratePass(tokenizer=character_tokenizer(), tokens=16, **arguments)
+    facts = facts_of(step(graph_module).graph_module)
+    ids = torch.cat([sample.inputs["input_ids"] for sample in facts[Calibration].samples])
+    return ids, "; ".join(facts[Notes].lines)
+
+
+def test_for_want_of_samples_the_model_writes_them_itself() -> None:
+    graph_module = trace(tiny("llama", vocab_size=300), {"input_ids": token_ids(2, 8)}).graph_module
+    text = {tuple(row) for row in _written(graph_module)[0].tolist()}
+    ids, note = _written(graph_module, written=5)
+    assert ids.shape == (5, 16) and sum(tuple(row) in text for row in ids.tolist()) == 1, "one in three"
+    assert "4 samples that the model wrote itself, and 1 of built-in text, for want of other samples" in note
+    assert torch.equal(ids, _written(graph_module, written=5)[0])
+    assert not torch.equal(ids, _written(graph_module, written=5, seed=1)[0])
+    assert len(_written(graph_module, written=5, samples=2)[0]) == 2
+    assert CalibratePass(data=token_ids(9, 8), written=5).to_write == 0, "there are others"
+
+
+def test_what_cannot_write_gets_the_built_in_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = tiny("llama", vocab_size=300)
+    graph_module = trace(model, {"input_ids": token_ids(2, 8)}).graph_module
+    plain = _written(graph_module)[0]
+    with shelved(tmp_path):
+        ids, note = _written(graph_module, written=5)
+    assert len(ids) == 5 and all(any(torch.equal(row, other) for other in plain) for row in ids)
+    assert "calibrated on built-in text" in note and "each token that is written would read them all" in note
+    monkeypatch.setattr(type(model), "generate", lambda *_, **__: torch.empty(0, -1))
+    assert "the model wrote none: RuntimeError" in _written(graph_module, written=5)[1]
+    monkeypatch.setattr(type(model), "can_generate", classmethod(lambda _: False))
+    assert "the model writes no text" in _written(graph_module, written=5)[1]
 
 
 def test_count_work_counts_parameters_and_macs() -> None:

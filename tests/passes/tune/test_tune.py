@@ -26,7 +26,6 @@ from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.masking.compare import Verified
 from fxprune.masking.masked_run import UntouchedRun
 from fxprune.removal.removal import Removed
-from tests.models import tiny, token_ids
 
 IDS = torch.randint(20, (12, 9), generator=torch.Generator().manual_seed(0))
 
@@ -254,25 +253,6 @@ def test_held_out_samples_may_be_given(slim: fx.GraphModule) -> None:
     teacher = facts_of(made(fork(slim)).graph_module)[Teacher]
     assert (len(teacher.lessons), len(teacher.heldout)) == (5, 3)
     assert teacher.lessons[0].classes.shape == (9, 2)
-
-
-def test_the_dense_model_writes_samples_to_learn_from() -> None:
-    graph = fxprune.trace(tiny("llama")).graph_module
-    ids = token_ids(6, 9)
-    result = fxprune.Pipeline([fxprune.load_pass("calibrate", data=ids), "record-teacher{samples=4, written=5}"])(graph)
-    teacher = facts_of(result.graph_module)[Teacher]
-    learned = torch.cat([lesson.sample.inputs["input_ids"] for lesson in teacher.lessons])
-    assert learned.shape == (8, 9) and len(teacher.heldout) == 1  # of four samples one is held out
-    assert torch.equal(learned[3:, :2], learned[[0, 1, 2, 0, 1], :2])
-    assert any(
-        "5 samples more that the dense model wrote" in line for line in facts_of(result.graph_module)[Notes].lines
-    )
-
-
-def test_a_model_that_writes_nothing_is_learned_from_by_what_is_given(slim: fx.GraphModule) -> None:
-    made = RecordTeacherPass(samples=5, written=3)(fork(slim)).graph_module
-    assert len(facts_of(made)[Teacher].lessons) == 4
-    assert any("writes no text" in line for line in facts_of(made)[Notes].lines)
 
 
 def test_the_tokens_of_the_text_count_as_much_as_is_said(slim: fx.GraphModule) -> None:
