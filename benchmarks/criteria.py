@@ -21,6 +21,7 @@ from benchmarks.environment import environment
 from benchmarks.perplexity import perplexity
 from benchmarks.text import offline_text, read_text, split_calibration_heldout, token_windows
 from fxprune.axes import unit_index
+from fxprune.cli.console import widened
 from fxprune.graph.tensors import get_tensor
 from fxprune.removal.scores import PositionScores, unit_scores
 
@@ -134,7 +135,7 @@ def main(
     json_: Annotated[bool, typer.Option("--json", help=f"Write results/{RESULTS.name} as well.")] = False,
 ) -> None:
     """Prune the demo model by every criterion and measure perplexity on held-out text."""
-    console = Console()
+    console = widened(Console())
     model, tokenizer = load_demo_model()
     front, back = split_calibration_heldout(offline_text())
     front = front if calibration is None else read_text(calibration)

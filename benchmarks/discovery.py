@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment
+from fxprune.cli.console import widened
 
 __all__ = ["SHAPES", "TOOLS", "Measurement", "Shape", "Summary", "app", "compare", "measure_apart"]
 
@@ -286,7 +287,7 @@ def main(
     if unknown:
         raise typer.BadParameter(f"no such shape: {', '.join(sorted(unknown))}", param_hint="--shapes")
     torch.set_num_threads(threads)
-    console = Console()
+    console = widened(Console())
     console.print("  ".join(f"{name}: {value}" for name, value in environment().items()))
     theirs = find_spec("torch_pruning") is not None
     tools = ("ours",) if scaling else ("ours", "theirs", "prune") if theirs else ("ours", "prune")

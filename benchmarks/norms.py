@@ -27,6 +27,7 @@ from benchmarks.demo_model import load_demo_model
 from benchmarks.environment import environment
 from benchmarks.perplexity import perplexity
 from benchmarks.text import offline_text, split_calibration_heldout, token_windows
+from fxprune.cli.console import widened
 
 __all__ = ["SMALL", "Row", "app", "loss", "small_rows", "trained", "width_rows"]
 
@@ -218,7 +219,7 @@ def main(
         rows.append(row)
         figures = (f"{value:.3f}" for value in (row.dense, row.sliced, row.masked))
         table.add_row(row.what, f"{row.removed:.0%}", "yes" if row.fitted else "no", row.measure, *figures)
-    Console().print(table)
+    widened(Console()).print(table)
     told = {"environment": environment(), "samples": samples, "windows": windows, "rows": [asdict(r) for r in rows]}
     out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 

@@ -17,6 +17,7 @@ import fxprune
 from benchmarks.demo_model import load_demo_model
 from benchmarks.environment import environment
 from fxprune.checkpoint.manifest import read_manifest
+from fxprune.cli.console import widened
 from fxprune.data.text import offline_text, read_text, split_calibration_heldout, token_windows
 from fxprune.evaluation import LocalTask
 from fxprune.evaluation.comparison import Comparison, compare_models
@@ -117,7 +118,7 @@ def main(
 ) -> None:
     """Prune SmolLM2-135M, recover it with LoRA, and compare."""
     settings = {name: _plain(value) for name, value in locals().items() if name not in _PLACES}
-    console = Console()
+    console = widened(Console())
     dense, tokenizer = load_demo_model()
     trained_on, measured_on = _texts(data, rows, seed, text)
     if slim is None:

@@ -40,6 +40,7 @@ __all__ = [
     "print_json",
     "progress",
     "set_output",
+    "widened",
     "working",
 ]
 
@@ -176,13 +177,23 @@ def set_output(*, quiet: bool = False, verbose: bool = False, as_json: bool = Fa
         as_json: no results but what :func:`print_json` prints.
         results: whether results are all that a command is for, so that ``quiet`` leaves them.
     """
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _WIDTH_OF_FILES
+    widened(console)
     console.quiet = as_json or (quiet and not results)
     notes.quiet = quiet
     logger = logging.getLogger("fxprune")
     logger.handlers = [_Lines()] if verbose else []
     logger.setLevel(logging.INFO if verbose else logging.NOTSET)
+
+
+def widened(console: Console) -> Console:
+    """Return a console whose tables are wide enough for whole names where they go to a pipe or a file.
+
+    Args:
+        console: given another width if it is no terminal and the environment says none.
+    """
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDTH_OF_FILES
+    return console
 
 
 def print_json(data: Any) -> None:
