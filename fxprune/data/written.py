@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from transformers import GenerationConfig
 from fxprune.graph.attempts import Refusal, attempt
 from fxprune.graph.silence import quiet
 from fxprune.graph.surroundings import evaluating
+from fxprune.pipeline.progress import Track, no_progress
 
 __all__ = ["can_write", "chat_start", "own_samples", "write_samples"]
 
@@ -47,7 +47,8 @@ def write_samples(
     samples: int,
     tokens: int,
     seed: int,
-    track: Callable[[Iterable[Any], int], Iterable[Any]],
+    track: Track = no_progress,
+    what: str = "the model writes",
 ) -> torch.Tensor:
     """Return token ids that a model draws from what it says itself, ``(samples, tokens)``.
 
@@ -57,7 +58,8 @@ def write_samples(
         samples: how many to write.
         tokens: of each, its start among them.
         seed: for the draws; those of the caller stay as they were.
-        track: shows progress over the batches.
+        track: shows progress over the batches, as ``track(items, what, total)``.
+        what: what progress is called.
     """
     device = next(model.parameters()).device
     length = tokens - starts.shape[1]
@@ -70,7 +72,7 @@ def write_samples(
     written: list[torch.Tensor] = []
     with evaluating(model), torch.random.fork_rng(forked), torch.no_grad(), quiet(logging.WARNING):
         torch.manual_seed(seed)
-        for ids in track(begun, len(begun)):
+        for ids in track(begun, what, len(begun)):
             mask = torch.ones_like(ids)
             written.append(model.generate(ids, attention_mask=mask, generation_config=drawn).cpu())
     return torch.cat(written)
@@ -83,7 +85,7 @@ def own_samples(
     samples: int,
     tokens: int,
     seed: int,
-    track: Callable[[Iterable[Any], str, int], Iterable[Any]],
+    track: Track,
 ) -> torch.Tensor:
     """Return token ids of what a model has to say by itself, ``(samples, tokens)``, for want of other text.
 
@@ -106,18 +108,8 @@ def own_samples(
     chats = samples // 2 if chat else 0
     starts = vocabulary[torch.randint(len(vocabulary), (samples - chats,), generator=draw)][:, None]
     kinds = (("the model writes", starts, len(starts)), ("the model chats", torch.tensor([chat]), chats))
-    written = [
-        write_samples(model, begun, count, tokens, seed, partial(_named, track, what))
-        for what, begun, count in kinds
-        if count
-    ]
+    written = [write_samples(model, begun, count, tokens, seed, track, what) for what, begun, count in kinds if count]
     return torch.cat(written)[torch.randperm(samples, generator=draw)]
-
-
-def _named(
-    track: Callable[[Iterable[Any], str, int], Iterable[Any]], what: str, batches: Iterable[Any], total: int
-) -> Iterable[Any]:
-    return track(batches, what, total)
 
 
 def chat_start(tokenizer: Any) -> list[int]:

@@ -121,17 +121,21 @@ class CalibratePass(Pass):
         """Samples for want of any: what the model writes beside built-in text, else that text alone."""
         windows = token_windows(self.tokenizer, offline_text(), self.tokens)
         few = min(filter(None, (self.samples, self.built_in or self.to_write)), default=len(windows))
-        told = few // _TEXT if self.to_write else few
-        written = self._written(graph_module, few - told) if self.to_write else None
-        if not isinstance(written, torch.Tensor):
-            add_note(graph_module, _BUILT_IN if written is None else f"{_BUILT_IN} ({written})")
-            return windows[list(spread(range(len(windows)), few))]
-        add_note(
-            graph_module,
-            f"calibrated on {len(written):,} samples that the model wrote itself, and {told:,} of built-in text, "
-            f"{_FOR_WANT}",
-        )
-        samples = torch.cat([windows[list(spread(range(len(windows)), told))] if told else windows[:0], written])
+
+        def built_in(count: int) -> torch.Tensor:
+            return windows[list(spread(range(len(windows)), count))]
+
+        if not self.to_write:
+            add_note(graph_module, _BUILT_IN)
+            return built_in(few)
+        written = self._written(graph_module, few - few // _TEXT)
+        if isinstance(written, str):
+            add_note(graph_module, f"{_BUILT_IN} ({written})")
+            return built_in(few)
+        text = built_in(few // _TEXT)
+        told = f"{len(written):,} samples that the model wrote itself, and {len(text):,} of built-in text"
+        add_note(graph_module, f"calibrated on {told}, {_FOR_WANT}")
+        samples = torch.cat([text, written])
         return samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(self.seed))]
 
     def _written(self, graph_module: fx.GraphModule, count: int) -> torch.Tensor | str:

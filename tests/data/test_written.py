@@ -16,7 +16,7 @@ STARTS = token_ids(3, 2)
 
 
 def _write(seed: int, samples: int = 5) -> torch.Tensor:
-    return write_samples(tiny("llama"), STARTS, samples, 7, seed, lambda batches, _: batches)
+    return write_samples(tiny("llama"), STARTS, samples, 7, seed)
 
 
 def test_samples_begin_as_they_are_told_in_turn_and_are_all_as_long() -> None:
@@ -33,7 +33,7 @@ def test_the_same_seed_writes_the_same_and_another_does_not() -> None:
 def test_the_draws_of_the_caller_and_the_mode_of_the_model_stay() -> None:
     model = tiny("llama").train()
     state = torch.random.get_rng_state()
-    write_samples(model, STARTS, 2, 5, 0, lambda batches, _: batches)
+    write_samples(model, STARTS, 2, 5, 0)
     assert torch.equal(state, torch.random.get_rng_state())
     assert model.training and all(module.training for module in model.modules())
 
@@ -44,7 +44,7 @@ def test_tokens_are_drawn_by_what_the_model_says() -> None:
     readout = model.get_output_embeddings().weight
     with torch.no_grad():
         readout.zero_()
-    written = write_samples(model, STARTS, 64, 34, 0, lambda batches, _: batches)[:, 2:]
+    written = write_samples(model, STARTS, 64, 34, 0)[:, 2:]
     assert len(written.unique()) > len(readout) // 2
 
 
