@@ -6,7 +6,7 @@ A dry run prepares as a prune does, so that both refuse the same in the same wor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fxprune.cli.interrupts import at_once
@@ -86,7 +86,14 @@ def planned(values: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Any,
     if values["low_memory"]:
         named |= {"memory": "low", "tune": options["tune"] or "none"}
     given = None if values["calibration"] is None else ()
-    return tuple(fxprune.prune_pipeline(given, tokenizer=_unread, **named).passes)
+    passes = fxprune.prune_pipeline(given, tokenizer=_unread, **named).passes
+    return tuple(map(_silent, passes)) if values["low_memory"] else tuple(passes)
+
+
+def _silent(step: Any) -> Any:
+    """A pass as it runs where weights stay in files: no samples are written, and built-in text takes their place."""
+    few = getattr(step, "to_write", 0)
+    return replace(step, written=0, built_in=step.built_in or few) if few else step
 
 
 def check_removes(passes: Sequence[Any]) -> None:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from click.testing import Result
 from typer.testing import CliRunner
 
 from fxprune.cli import app
 
 
-def run(*arguments: object) -> tuple[int, str, str]:
-    """The exit code of a command, and what it printed to its two outputs, with single blanks."""
+def invoked(*arguments: object) -> Result:
+    """What came of a command that ended by itself."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """The exit code of a command, and what it printed to its two outputs, with single blanks."""
+    result = invoked(*arguments)
     return result.exit_code, " ".join(result.stdout.split()), " ".join(result.stderr.split())
+
+
+def shown(*arguments: object) -> tuple[int, str]:
+    """The exit code of a command, and what a terminal shows of it, with single blanks."""
+    result = invoked(*arguments)
+    return result.exit_code, " ".join(result.output.split())
 
 
 def refused(*arguments: object) -> str:

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 import fxprune
 import fxprune.cli.options
-from fxprune.cli import app
 from fxprune.cli.config import run_file, spelled_run
 from tests.cli.folders import save_tiny
+from tests.cli.running import invoked
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = invoked(*arguments)
     return result.exit_code, result.stdout, result.stderr
 
 

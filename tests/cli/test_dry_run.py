@@ -83,6 +83,7 @@ def planned(**given: Any) -> tuple[tuple[Any, ...], int, int]:
     [
         ("fast", 3 * 64 + 64 + 4 * 64),  # what the model writes, scores, and a fit
         ("fast, given text", 64 + 4 * 64),
+        ("fast, from files", 64 + 4 * 64),  # the model writes nothing, and as much built-in text takes its place
         # what the model writes, scores, what the dense model says, a fit, an epoch of tuning by that, four measurements
         ("balanced", 3 * 288 + 64 + (288 + 16) + 4 * 64 + 3 * 288 + 4 * 16),
         ("balanced, twice", 3 * 288 + 64 + (288 + 16) + 4 * 64 + 2 * 3 * 288 + 4 * 16),
@@ -100,7 +101,10 @@ def test_the_work_is_that_of_the_samples_that_the_pipeline_says(recipe: str, run
     longer = {"recipe": "balanced", "tune": "tune{epochs=2, measurements=3}"}
     text = tmp_path / "text.txt"
     text.write_text("word " * 10_000)
-    other = {"balanced, twice": longer, "fast, given text": {"recipe": "fast", "calibration": text, "tokens": 128}}
+    other = {
+        **{"balanced, twice": longer, "fast, from files": {"recipe": "fast", "low_memory": True}},
+        "fast, given text": {"recipe": "fast", "calibration": text, "tokens": 128},
+    }
     passes, there, tokens = planned(**other.get(recipe, {"recipe": recipe}))
     assert runs_of(passes, there) == runs and tokens == 128
 

@@ -9,7 +9,6 @@ import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import fxprune
 import fxprune.cli.export
@@ -17,8 +16,8 @@ import fxprune.cli.lists
 import fxprune.cli.load
 import fxprune.cli.prune
 from benchmarks.engines.llama_server import LlamaServer
-from fxprune.cli import app
 from fxprune.export.gguf.write import type_in
+from tests.cli.running import shown
 from tests.export.small import even, tokenizer
 from tests.models import VOCABULARY, token_ids
 
@@ -31,17 +30,11 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fxprune.export_model(model, path, tokenizer=tokenizer(), quantization="q8_0")
 
 
-def run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, " ".join(result.output.split())
-
-
 def test_a_gguf_file_goes_in_and_a_smaller_one_comes_out(dense: Path, tmp_path: Path) -> None:
     """It has the type and the tokenizer of the one that went in, and says what the plan makes of the model."""
     out = tmp_path / "slim.gguf"
     options = ("--importance", "l2", "--kinds", "mlp", "--ratio", 0.1, "--protect", 1, 0)
-    code, output = run("prune", dense, "--out", out, *options)
+    code, output = shown("prune", dense, "--out", out, *options)
     assert code == 0, output
     assert f"written to {out}: programs that read GGUF files run it" in output
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -68,7 +61,7 @@ def test_what_no_gguf_file_says_is_refused_before_it_is_pruned(tmp_path: Path, m
     even("gpt_neox").save_pretrained(tmp_path / "dense")
     tokenizer().save_pretrained(tmp_path / "dense")
     monkeypatch.setattr(fxprune, "prune", lambda *_, **__: pytest.fail("it was pruned"))
-    code, output = run("prune", tmp_path / "dense", "--out", tmp_path / "slim.gguf", "--importance", "l2")
+    code, output = shown("prune", tmp_path / "dense", "--out", tmp_path / "slim.gguf", "--importance", "l2")
     assert code == 2 and "the format cannot say this model" in output, output
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
@@ -77,17 +70,17 @@ def test_a_folder_becomes_a_file(tmp_path: Path) -> None:
     model = even("llama")
     model.save_pretrained(tmp_path / "stock")
     tokenizer().save_pretrained(tmp_path / "stock")
-    code, output = run("export", tmp_path / "stock", tmp_path / "slim.gguf", "--quantization", "f32")
+    code, output = shown("export", tmp_path / "stock", tmp_path / "slim.gguf", "--quantization", "f32")
     assert code == 0 and output.endswith("slim.gguf written: programs that read GGUF files run it"), output
-    code, output = run("export", tmp_path / "stock", tmp_path / "again.gguf", "--like", tmp_path / "slim.gguf")
+    code, output = shown("export", tmp_path / "stock", tmp_path / "again.gguf", "--like", tmp_path / "slim.gguf")
     assert code == 0, output
     names = [name for name in gguf.GGUFReader(tmp_path / "slim.gguf").fields if name.startswith("tokenizer.")]
     assert set(names) <= set(gguf.GGUFReader(tmp_path / "again.gguf").fields)
 
 
 def test_options_of_other_files_are_refused(dense: Path, tmp_path: Path) -> None:
-    code, output = run("export", dense, tmp_path / "slim.pt2", "--quantization", "f16")
+    code, output = shown("export", dense, tmp_path / "slim.pt2", "--quantization", "f16")
     assert code == 2 and "quantization is for GGUF files" in output
-    code, output = run("export", dense, tmp_path / "slim.bin")
+    code, output = shown("export", dense, tmp_path / "slim.bin")
     assert code == 2 and "unknown suffix '.bin'" in output
     assert list(tmp_path.iterdir()) == []

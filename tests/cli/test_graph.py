@@ -8,11 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 import fxprune
 import fxprune.cli.graph
-from fxprune.cli import app
+from tests.cli.running import invoked, shown
 from tests.models import tiny
 
 
@@ -32,33 +31,27 @@ def result() -> fxprune.Result:
     return fxprune.prune(model, ratio=0.2, protect=(0, 0), recipe="fast", **options)
 
 
-def run(*arguments: object) -> tuple[int, str]:
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-    return done.exit_code, " ".join(done.output.split())
-
-
 def test_names_stay_whole_where_the_table_goes_to_a_pipe(folder: str) -> None:
     """They were broken at 80 characters, and could be neither searched nor copied."""
-    lines = CliRunner().invoke(app, ["graph", folder]).stdout.splitlines()
+    lines = invoked("graph", folder).stdout.splitlines()
     assert any("post_attention_layernorm.weight[0]" in line for line in lines)
     assert max(map(len, lines)) <= 200
 
 
 def test_groups_and_frozen_axes_are_listed_without_weights(folder: str) -> None:
-    code, output = run("graph", folder)
+    code, output = shown("graph", folder)
     assert code == 0, output
     assert "│ model/channel │ 1 │ 48 │ exact, norms as masked │" in output
     assert "│ model.layers.*/head │ 3 │ 3 │ exact │" in output
     assert "│ model.layers.*/head.2 │ 3 │ 2 │ exact │ q_proj.weight[0], o_proj.weight[1] │" in output
     assert "│ model.layers.*/layer │ 3 │ 1 │ exact │ all parameters │" in output
     assert "frozen lm_head.weight[0]: an output of the model" in output
-    code, output = run("graph", folder, "--norm", "sliced")
+    code, output = shown("graph", folder, "--norm", "sliced")
     assert code == 0 and "│ model/channel │ 1 │ 48 │ renormalised │" in output
 
 
 def test_groups_and_frozen_axes_as_data(folder: str) -> None:
-    done = CliRunner().invoke(app, ["graph", folder, "--json"])
+    done = invoked("graph", folder, "--json")
     assert done.exit_code == 0
     data = json.loads(done.stdout)
     assert data["norm"] == "masked" and data["blocks"] == [f"model.layers.{i}" for i in range(3)]
@@ -80,7 +73,7 @@ def test_a_slim_model_has_its_own_widths(result: fxprune.Result, tmp_path: Path)
     result.save_pretrained(tmp_path / "slim")
     for weights in (tmp_path / "slim").glob("*.safetensors"):
         weights.unlink()
-    done = CliRunner().invoke(app, ["graph", str(tmp_path / "slim"), "--json"])
+    done = invoked("graph", str(tmp_path / "slim"), "--json")
     assert done.exit_code == 0, done.output
     groups = {group["name"]: group["units"] for group in json.loads(done.stdout)["groups"]}
     for name, (_, slim) in result.report.widths.items():
@@ -89,16 +82,16 @@ def test_a_slim_model_has_its_own_widths(result: fxprune.Result, tmp_path: Path)
 
 
 def test_pictures_of_a_layer_a_group_and_the_whole_model(folder: str, tmp_path: Path) -> None:
-    code, output = run("graph", folder, "--dot", tmp_path / "layer.dot", "--layer", "model.layers.1.mlp")
+    code, output = shown("graph", folder, "--dot", tmp_path / "layer.dot", "--layer", "model.layers.1.mlp")
     assert code == 0, output
     text = (tmp_path / "layer.dot").read_text()
     assert text.startswith("digraph") and "layers.1.mlp.up_proj" in text and "self_attn" not in text
-    code, output = run("graph", folder, "--dot", tmp_path / "group.gv", "--group", "layers.0/mlp")
+    code, output = shown("graph", folder, "--dot", tmp_path / "group.gv", "--group", "layers.0/mlp")
     assert code == 0 and "trigger: " in (tmp_path / "group.gv").read_text()
-    code, output = run("graph", folder, "--dot", tmp_path / "whole.html", "--everything")
+    code, output = shown("graph", folder, "--dot", tmp_path / "whole.html", "--everything")
     page = (tmp_path / "whole.html").read_text()
     assert code == 0 and "3 blocks, of which 1 drawn" in page and "the same in model.layers.0 to 2" in page
-    code, output = run("graph", folder, "--dot", tmp_path / "each.dot", "--everything", "--no-fold")
+    code, output = shown("graph", folder, "--dot", tmp_path / "each.dot", "--everything", "--no-fold")
     assert code == 0 and "model.layers.2.mlp" in (tmp_path / "each.dot").read_text()
 
 
@@ -107,17 +100,17 @@ def test_a_plan_is_laid_over_with_its_own_norm(folder: str, result: fxprune.Resu
         plan = dataclasses.replace(result.plan, norm=norm)
         (tmp_path / "plan.json").write_text(plan.to_json())
         arguments = ("--dot", tmp_path / "plan.dot", "--everything", "--plan", tmp_path / "plan.json")
-        code, output = run("graph", folder, *arguments)
+        code, output = shown("graph", folder, *arguments)
         text = (tmp_path / "plan.dot").read_text()
         assert code == 0 and "stays" in text and "% that stays in block" in text and told in text, output
 
 
 def test_svg_needs_graphviz(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("dot") is not None:
-        code, output = run("graph", folder, "--dot", tmp_path / "a.svg", "--layer", "-1")
+        code, output = shown("graph", folder, "--dot", tmp_path / "a.svg", "--layer", "-1")
         assert code == 0 and "model.layers.2" in (tmp_path / "a.svg").read_text()
     monkeypatch.setenv("PATH", str(tmp_path))
-    code, output = run("graph", folder, "--dot", tmp_path / "b.png")
+    code, output = shown("graph", folder, "--dot", tmp_path / "b.png")
     assert code == 2 and "no program dot here" in output and not (tmp_path / "b.png").exists()
 
 
@@ -136,42 +129,42 @@ def test_what_cannot_be_drawn_is_refused_before_any_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fxprune.cli.graph, "load_empty", lambda *_: pytest.fail("a model was built"))
-    code, output = run("graph", folder, *arguments)
+    code, output = shown("graph", folder, *arguments)
     assert code == 2 and says in output and not list(tmp_path.iterdir())
 
 
 def test_norms_are_one_of_two_words(folder: str) -> None:
-    code, output = run("graph", folder, "--norm", "maskd")
+    code, output = shown("graph", folder, "--norm", "maskd")
     assert code == 2 and "Did you mean 'masked'" in output
 
 
 def test_an_axis_is_explained_by_its_short_name(folder: str) -> None:
-    code, output = run("explain", folder, "model.layers.0.mlp.down_proj.weight", "1")
+    code, output = shown("explain", folder, "model.layers.0.mlp.down_proj.weight", "1")
     told = "mlp.down_proj.weight[1] is in group model.layers.0/mlp: mlp, 88 units; exact: the same as masking"
     assert code == 0 and output.startswith(f"model.layers.0.{told} model.layers.0.mlp.gate_proj.weight[0] -> ")
     assert "aten.silu.default" in output and output.count(" (at ") == 4 and "sums i" in output
     for short in (("layers.0.mlp.down_proj", "1"), ("0.mlp.down_proj.weight[1]",), ("layers.0.mlp.down_proj[1]",)):
-        assert run("explain", folder, *short) == (0, output)
-    code, output = run("explain", folder, "layers.0.mlp.gate_proj", "0")
+        assert shown("explain", folder, *short) == (0, output)
+    code, output = shown("explain", folder, "layers.0.mlp.gate_proj", "0")
     assert code == 0 and "is the trigger of its group" in output
-    code, output = run("explain", folder, "layers.0.self_attn.o_proj", "1", "--group", "head_dim")
+    code, output = shown("explain", folder, "layers.0.self_attn.o_proj", "1", "--group", "head_dim")
     assert code == 0 and "model.layers.0.self_attn.v_proj.weight[0] -> " in output
     assert "and in model.layers.0/head, model.layers.0/head.2: ask with --group" in output
 
 
 def test_what_norms_make_of_a_removal_is_explained(folder: str) -> None:
-    code, output = run("explain", folder, "lm_head", "1")
+    code, output = shown("explain", folder, "lm_head", "1")
     assert code == 0 and "exact: the norms that run over the units are kept as masking has them" in output
-    code, output = run("explain", folder, "lm_head", "1", "--norm", "sliced")
+    code, output = shown("explain", folder, "lm_head", "1", "--norm", "sliced")
     assert code == 0 and "renormalised: " in output and "take a statistic over the units" in output
 
 
 def test_a_group_is_explained_with_all_its_axes(folder: str) -> None:
-    code, output = run("explain", folder, "layers.1/mlp")
+    code, output = shown("explain", folder, "layers.1/mlp")
     assert code == 0 and output.startswith("group model.layers.1/mlp: mlp, 88 units; exact")
     assert "gate_proj.weight[0] the trigger" in output
     assert "down_proj.weight[1] by aten.linear.default, aten.silu.default, aten.mul.Tensor, aten.linear" in output
-    code, output = run("explain", folder, "layers.1/layer")
+    code, output = shown("explain", folder, "layers.1/layer")
     assert code == 0 and "the whole block" in output and "model.layers.1.mlp.up_proj.weight" in output
 
 
@@ -187,5 +180,5 @@ def test_a_group_is_explained_with_all_its_axes(folder: str) -> None:
     ],
 )
 def test_wrong_names_and_axes_are_told_apart(folder: str, arguments: tuple[str, ...], says: str) -> None:
-    code, output = run("explain", folder, *arguments)
+    code, output = shown("explain", folder, *arguments)
     assert code == 2 and output.startswith("error: ") and says in output
