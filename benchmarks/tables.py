@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["markdown_table", "ran_on", "results_page"]
+from fxprune.cli.demo import demo_name
+
+__all__ = ["about_demo", "markdown_table", "ran_on", "results_page"]
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
@@ -15,7 +17,10 @@ PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 
 def results_page(folder: Path = RESULTS) -> str:
     """The page as Markdown: quality and discovery, each with what it ran on."""
-    parts = ["# Results\n\nMade by `make results` from `benchmarks/results/`, which the commands named here wrote.\n"]
+    parts = [
+        "# Results\n\nMade by `make results` from `benchmarks/results/`, which the commands named here wrote. "
+        f"{about_demo()}\n"
+    ]
     for path in sorted(folder.glob("criteria*.json")):
         parts.append(_criteria(json.loads(path.read_text())))
     sections = (
@@ -30,6 +35,15 @@ def results_page(folder: Path = RESULTS) -> str:
         if path.exists():
             parts.append(section(json.loads(path.read_text())))
     return "\n".join(parts)
+
+
+def about_demo() -> str:
+    """What the demo model is, for a page that shows figures of it."""
+    return (
+        f"{demo_name()} is the demo model: its weights were rounded to 4 bits (Q4_1) in the file that its package "
+        "carries, and are used here in float32. Figures compare with each other, and not with published ones of the "
+        "model before rounding."
+    )
 
 
 def _criteria(data: dict[str, Any]) -> str:
@@ -51,7 +65,8 @@ def _reference(data: dict[str, Any]) -> str:
         "## The paper's method: `make bench-reference`\n\nSmolLM2-135M-Instruct without a quarter of the MLP channels "
         "of all layers but the first four and the last two, scored on the first 64 tokens of the first ten texts of a "
         "C4 sample that have as many; perplexity on 60 x 128 tokens of WikiText-2's test text, where the dense "
-        f"model has {data['dense']:.1f}. *Reference*: LLM-Pruner's own code. {ran_on(data)}\n\n"
+        f"model has {data['dense']:.1f}. *Reference*: measured once with LLM-Pruner's own code, and kept in "
+        f"`benchmarks/reference.py`. {ran_on(data)}\n\n"
         + markdown_table(("Taylor expansion", "reference", '`recipe="llm-pruner"`', "difference"), rows)
     )
 
@@ -75,12 +90,12 @@ def _recovery(data: dict[str, Any]) -> str:
     pruning = sum(seconds for _, _, seconds in settings["passes"]) / 60
     passes = ", ".join(spelling for _, spelling, _ in settings["passes"])
     files = ", ".join(settings["data"] or ["the built-in text"])
-    resumed = next((f", counted from where it was {note}" for note in settings["notes"] if "resumed" in note), "")
+    resumed = next((f" after it was {note}" for note in settings["notes"] if "resumed" in note), "")
     told = (
         f"SmolLM2-135M-Instruct, {settings['achieved']:.1%} of the parameters removed in {pruning:.1f} minutes by the "
         f"recipe `{settings['recipe']}` as it was then (`{passes}`), on up to {settings['samples']:,} samples of 128 "
         f"tokens of {settings['calibration'] or 'the rows'}. {settings['steps']} steps of "
-        f"{settings['batch']} samples on {settings['training_tokens']:,} tokens in {settings['training_minutes']:.1f} "
+        f"{settings['batch']} samples on {settings['training_tokens']:,} tokens, {settings['training_minutes']:.1f} "
         f"minutes{resumed}: rank {settings['rank']}, learning rate {settings['learning_rate']:g}, teacher's weight "
         f"{settings['distil']:g}, rows of {files}. Held-out loss {before:.3f} before, {after:.3f} after. Perplexity: "
         f"{settings['windows']} windows of {settings['window']} tokens. Tasks: up to {settings['asked']} questions of "

@@ -57,7 +57,7 @@ _MASKED = """Norms over units that go are as all recipes but the paper's have th
 Counts of what is exact have these in.
 """
 
-_SLICED = """Some of the types, or all, were examined with norms that are sliced, as the paper's recipe has them. All
+_SLICED = """These types, some or all, were examined with sliced norms, which is what the paper's recipe has. All
 other recipes keep root-mean-square norms as masking has them: what is renormalised here under one of these then goes
 exactly.
 """

@@ -21,7 +21,8 @@ _POINTS = 3
 
 _EXPLAINED = (
     "Each model is in a process of its own, and they take turns: dense, slim, slim, dense, and so on. *Speed-up* is "
-    "the median over rounds of dense over slim time, with a bootstrap interval. *Ideal* is what it would be if only "
+    "the median over rounds of dense over slim time, with a bootstrap interval: where that "
+    "holds 1, no difference is shown. *Ideal* is what it would be if only "
     "multiply-accumulates (prefill) or bytes of weights and cache (decode) took time. GB is what the process held at "
     "most beyond what it held before it loaded the model. *Stock* is the uniform model of the same class as the dense "
     "one, *Torch-Pruning* the dense model cut by Torch-Pruning 1.6.1 to our widths, where no heads went. Which "

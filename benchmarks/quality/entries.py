@@ -56,7 +56,7 @@ ENTRIES = (
     Entry("best, the text itself not counted", {"recipe": BEST.replace(", truth=0.2", "")}),
     Entry("best, each sample once", {"recipe": BEST.replace("{copies=3, noise=0.2}", "")}),
     Entry("best, each sample once, the text not counted", {"recipe": ONCE}),
-    Entry("the same, searched, fitted by 256 samples, read twice", {"recipe": SEARCHED}),
+    Entry("best, searched, fitted by 256 samples, each read twice", {"recipe": SEARCHED}),
     Entry("balanced, neither fitted nor tuned", {"compensate": "none", "tune": "none"}),
     Entry("balanced, not tuned", {"tune": "none"}),
     Entry("balanced, not fitted", {"compensate": "none"}),

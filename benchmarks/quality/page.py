@@ -11,7 +11,8 @@ from typing import Any
 
 from benchmarks.quality.entries import ENTRIES
 from benchmarks.quality.measure import Protocol, Row
-from benchmarks.tables import markdown_table
+from benchmarks.tables import about_demo, markdown_table
+from fxprune.cli.demo import demo_name
 
 __all__ = ["quality_page", "write_picture"]
 
@@ -36,10 +37,12 @@ def quality_page(data: dict[str, Any]) -> str:
     ran = data["environment"]
     parts = [
         "# Quality\n\nMade by `make results` from what `make bench-quality` measured.\n",
-        f"{protocol}. {_processors(rows)}, torch {ran['torch']}, transformers {ran['transformers']}. Times are of the "
-        "prune alone: wall clock, or with one thread the processor's time, since other work ran beside it; memory is "
-        "the largest resident size while it ran. What follows *x* is perplexity over that of the dense model. One draw "
-        "of samples and one small model: differences under 5% mean nothing.\n",
+        f"{protocol}. {_processors(rows)}; torch {ran['torch']}, transformers {ran['transformers']}. Times are of the "
+        "prune alone: wall clock, or with one thread the processor's time, since other work ran beside it, so that "
+        "they compare within a processor and a number of threads; memory is the largest resident size while it ran. "
+        "What follows *x* is perplexity over that of the dense model. One draw of samples and one small model: "
+        "differences under 5% mean nothing.\n",
+        *([f"{about_demo()}\n"] if protocol.model == demo_name() else []),
         "![Perplexity over dense against what is left](quality.svg)\n",
         "Dense: " + ", ".join(f"{name} {value:.1f}" for name, value in dense.perplexities.items()) + ".\n",
     ]
@@ -73,7 +76,7 @@ def _processors(rows: Sequence[Row]) -> str:
         f"{cpu}: {', '.join(dict.fromkeys(f'{row.entry} at {row.ratio:.0%}' for row in rows if row.cpu == cpu))}"
         for cpu, _ in counted[1:]
     )
-    return "; but for ".join((counted[0][0], *others))
+    return "; but these ran on ".join((f"Ran on {counted[0][0]}", *others))
 
 
 def _threads(rows: Iterable[Row]) -> str:

@@ -15,7 +15,7 @@ import fxprune
 from fxprune.cli.console import Folder, Gguf, app, clear_errors, console
 from fxprune.cli.load import load_empty
 from fxprune.cli.naming import check_model
-from fxprune.cli.plan import check_text
+from fxprune.cli.plan import read_plan
 from fxprune.errors import ArgumentError, UnknownNameError
 from fxprune.pipeline.words import NORMS
 
@@ -36,7 +36,10 @@ def graph(
     group: Annotated[str | None, typer.Option(help="Group to draw.")] = None,
     everything: Annotated[bool, typer.Option("--everything", help="Draw the whole model, equal blocks once.")] = False,
     no_fold: Annotated[bool, typer.Option("--no-fold", help="Draw equal blocks each by itself.")] = False,
-    plan: Annotated[Path | None, typer.Option(help="Show in the picture what this plan.json takes.")] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Show in the picture what this plan takes: its file, or the folder of a slim model."),
+    ] = None,
     norm: Norm = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print groups and frozen axes as JSON.")] = False,
     gguf_file: Gguf = None,
@@ -46,7 +49,7 @@ def graph(
         what = {"--layer": layer, "--group": group, "--everything": everything, "--no-fold": no_fold, "--plan": plan}
         _check(model, gguf_file, norm)
         _check_picture(dot, what)
-        removal = None if plan is None else _read(plan)
+        removal = None if plan is None else read_plan(plan).plan
         dependencies = _graph(model, gguf_file, norm or (removal.norm if removal else "masked"))
         if dot is not None:
             fxprune.write_dot(dependencies, dot, layer, group, everything=everything, plan=removal, fold=not no_fold)
@@ -81,13 +84,6 @@ def _check(model: str, gguf_file: str | None, norm: str | None) -> None:
     check_model(model, gguf_file)
     if norm is not None and norm not in NORMS:
         raise UnknownNameError("norm", norm, NORMS)
-
-
-def _read(plan: Path) -> fxprune.Plan:
-    """Return the plan in a file."""
-    text = plan.read_text(encoding="utf-8")
-    check_text(text, plan)
-    return fxprune.Plan.from_json(text)
 
 
 def _check_picture(dot: Path | None, what: Mapping[str, Any]) -> None:

@@ -48,13 +48,17 @@ Config = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what to expect, by the config alone; write nothing.")]
 Recipe = Annotated[
-    str | None, typer.Option(help="balanced, fast, best, llm-pruner or a .txt file; see `fxprune recipes`.")
+    str | None,
+    typer.Option(help="balanced (the default), fast, best, llm-pruner or a .txt file; see `fxprune recipes`."),
 ]
 Ratio = Annotated[float | None, typer.Option(help="Fraction of the parameters to remove; 0.2 by default.")]
 GroupRatio = Annotated[float | None, typer.Option(help="Fraction of each group's units, instead.")]
 Kinds = Annotated[str | None, typer.Option(help="Comma-separated kinds, as in 'mlp,head'.")]
 Importance = Annotated[
-    str | None, typer.Option(help="taylor, l1, l2, random or another pass, as in 'taylor{order=second}'.")
+    str | None,
+    typer.Option(
+        help="taylor, l2, ..., as in 'taylor{order=second}'; without --recipe nothing is then fitted or tuned."
+    ),
 ]
 Taylor = Annotated[str | None, typer.Option(help="Order of taylor: vector, first, second or mix.")]
 Reduction = Annotated[str | None, typer.Option(help="sum, prod, max, mean, first or last.")]
@@ -79,7 +83,9 @@ Samples = Annotated[
     int | None, typer.Option(help="Samples of the calibration text; else as many as the recipe has use for.")
 ]
 Tokens = Annotated[int | None, typer.Option(help="Tokens of a sample of the calibration text; 128 by default.")]
-Seed = Annotated[int, typer.Option(help="For random importance and verification.")]
+Seed = Annotated[
+    int, typer.Option(help="For random scores, samples that are written, verification and the order of tuning.")
+]
 InPlace = Annotated[bool, typer.Option("--in-place", help="Free dense tensors early: less memory.")]
 LowMemory = Annotated[bool, typer.Option("--low-memory", help="Weights stay on disk; a run that stopped goes on.")]
 Quantization = Annotated[

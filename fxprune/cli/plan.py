@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fxprune.removal.plan import Plan
     from fxprune.removal.report import Report
 
-__all__ = ["WrittenPlan", "check_text", "diff", "read_plan", "show"]
+__all__ = ["WrittenPlan", "diff", "read_plan", "show"]
 
 plans = typer.Typer(help="Show what a plan removes, or in what two plans differ.")
 app.add_typer(plans, name="plan")
@@ -140,7 +140,7 @@ def _from_files(plan: Path, report: Path) -> WrittenPlan:
 
 
 def _parsed(text: str, path: Path) -> Plan:
-    check_text(text, path)
+    _check_text(text, path)
     from fxprune.removal.plan import Plan
 
     try:
@@ -149,7 +149,7 @@ def _parsed(text: str, path: Path) -> Plan:
         raise PlanError(error.what, where=str(path), remedy=_REMEDY) from error
 
 
-def check_text(text: str, path: Path) -> None:
+def _check_text(text: str, path: Path) -> None:
     """Refuse what is no JSON object, which can be told before anything is imported.
 
     Args:

@@ -85,9 +85,9 @@ def test_the_page_and_the_picture_show_draws(tmp_path: Path) -> None:
     rows = [row("dense", 0, 10.0), row("balanced", 0, 14.0), row("balanced", 1, 15.0)]
     data = {"protocol": protocol, "environment": environment, "rows": rows}
     assert "| balanced | 80 | x1.45 (1.40 to 1.50) | 0.500 | 10 | 2 | 1.0 | 2 |" in quality_page(data)
-    assert " fast one, torch t" in quality_page(data), "the processor of the rows, not that of the last run"
+    assert "Ran on fast one; torch t" in quality_page(data), "the processor of the rows, not that of the last run"
     slower = {**data, "rows": [*rows, row("best", 0, 13.0, "slow one")]}
-    assert " fast one; but for slow one: best at 20%, torch t" in quality_page(slower)
+    assert "Ran on fast one; but these ran on slow one: best at 20%; torch t" in quality_page(slower)
     write_picture(data, tmp_path / "picture.svg")
     other = {**data, "rows": [row("dense", 0, 10.0), row("balanced, otherwise", 0, 14.0)]}
     write_picture(other, tmp_path / "other.svg")

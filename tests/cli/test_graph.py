@@ -105,6 +105,15 @@ def test_a_plan_is_laid_over_with_its_own_norm(folder: str, result: fxprune.Resu
         assert code == 0 and "stays" in text and "% that stays in block" in text and told in text, output
 
 
+def test_the_plan_of_a_folder_that_python_wrote_is_laid_over(
+    folder: str, result: fxprune.Result, tmp_path: Path
+) -> None:
+    """There is no ``plan.json`` in it, and no other way to name its plan."""
+    result.save_pretrained(tmp_path / "slim")
+    code, output = shown("graph", folder, "--dot", tmp_path / "plan.dot", "--everything", "--plan", tmp_path / "slim")
+    assert code == 0 and "% that stays in block" in (tmp_path / "plan.dot").read_text(), output
+
+
 def test_svg_needs_graphviz(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("dot") is not None:
         code, output = shown("graph", folder, "--dot", tmp_path / "a.svg", "--layer", "-1")
@@ -121,7 +130,7 @@ def test_svg_needs_graphviz(folder: str, tmp_path: Path, monkeypatch: pytest.Mon
         (("--dot", "no/x.dot"), "cannot be written: no such folder"),
         (("--layer", "1"), "--layer: it says what to draw, and no picture is asked for. Add --dot FILE"),
         (("--plan", "plan.json"), "Add --dot FILE"),
-        (("--dot", "x.dot", "--plan", "none.json"), "No such file"),
+        (("--dot", "x.dot", "--plan", "none.json"), "there is no plan"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_any_work(
