@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -18,12 +18,13 @@ from benchmarks.demo_model import load_demo_model
 from benchmarks.environment import environment
 from fxprune.checkpoint.manifest import read_manifest
 from fxprune.cli.console import widened
+from fxprune.data.rows import BadRow, json_lines, kind_of, rows_in_file, text_of
 from fxprune.data.text import offline_text, read_text, split_calibration_heldout, token_windows
 from fxprune.evaluation import LocalTask
 from fxprune.evaluation.comparison import Comparison, compare_models
 from fxprune.recovery import Distillation
 
-__all__ = ["app", "calibration_windows", "local_tasks", "starts", "training_rows", "without"]
+__all__ = ["app", "calibration_windows", "local_tasks", "named", "starts", "training_rows", "without"]
 
 RESULTS = Path(__file__).parent / "results" / "recovery.json"
 _PLACES = ("folder", "out", "keep", "json_")
@@ -63,8 +64,9 @@ def local_tasks(files: Iterable[Path], half: str) -> dict[str, LocalTask]:
     """
     tasks = {}
     for path in files:
-        lines = sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").splitlines())
-        tasks[path.stem] = LocalTask(path, suffix=SUFFIX, start=lines // 2 if half == "second" else 0)
+        middle = sum(1 for _ in json_lines(path.read_text(encoding="utf-8"))) // 2
+        start, stop = (middle, None) if half == "second" else (0, middle)
+        tasks[path.stem] = LocalTask(path, suffix=SUFFIX, start=start, stop=stop)
     return tasks
 
 
@@ -84,7 +86,8 @@ def starts(tokenizer: Any, texts: Mapping[str, str | Path], windows: int, window
 
 def without(rows: Iterable[Any], heldout: str) -> list[Any]:
     """The rows whose text is not part of the text that is measured on."""
-    return [row for row in rows if _text_of(row)[:200] not in heldout]
+    starts = ((row, _text_of(row)[:200]) for row in rows)
+    return [row for row, start in starts if not start or start not in heldout]
 
 
 @app.command()
@@ -101,7 +104,7 @@ def main(
     window: Annotated[int, typer.Option(help="Tokens in a window of a text.")] = 128,
     questions: Annotated[list[Path] | None, typer.Option(help="JSONL files of multiple-choice questions.")] = None,
     asked: Annotated[int, typer.Option(help="The most questions of a file.")] = 200,
-    half: Annotated[str, typer.Option(help="Half of each file that is asked: first or second.")] = "second",
+    half: Annotated[Literal["first", "second"], typer.Option(help="Half of each file that is asked.")] = "second",
     rank: Annotated[int, typer.Option(help="Of the updates.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="The largest, after warm-up.")] = 1e-3,
     epochs: Annotated[float, typer.Option(help="Passes over the rows.")] = 1.0,
@@ -180,26 +183,32 @@ def _texts(
 ) -> tuple[list[Any], dict[str, str | Path]]:
     """Rows to train on and texts to measure on, which share nothing."""
     front, back = split_calibration_heldout(offline_text())
-    measured: dict[str, str | Path] = {"built-in": back} if not text else {path.parent.name: path for path in text}
+    measured: dict[str, str | Path] = {"built-in": back} if not text else named(text)
     if not data:
         return [{"text": front}], measured
     everything = "".join(value if isinstance(value, str) else read_text(value) for value in measured.values())
     return without(training_rows(data, limit, seed), everything), measured
 
 
+def named(files: Sequence[Path]) -> dict[str, str | Path]:
+    """Files of text by the names of their folders; with their own where one folder has several."""
+    folders = [path.parent.name for path in files]
+    names = (f if folders.count(f) == 1 else f"{f}/{path.stem}" for f, path in zip(folders, files, strict=True))
+    return dict(zip(names, files, strict=True))
+
+
 def _rows(path: Path) -> list[Any]:
-    content = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        loaded: list[Any] = json.loads(content)
-        return loaded
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in content.splitlines() if line.strip()]
+    if path.suffix != ".txt":
+        return [row for _, row in rows_in_file(path) if not isinstance(row, BadRow)]
+    content = read_text(path)
     return [{"text": content[start : start + 2000]} for start in range(0, len(content), 2000)]
 
 
 def _text_of(row: Any) -> str:
-    if "text" in row:
-        return str(row["text"])
+    """The text of a row, of an instruction without the words that a prompt puts around it."""
+    kind, _ = kind_of(row, "auto")
+    if kind != "instruction":
+        return text_of(row, kind) if kind else ""
     return "\n".join(str(row[name]) for name in ("instruction", "input", "output") if row.get(name))
 
 

@@ -32,14 +32,24 @@ def _missing(
     for draw in range(draws):
         for ratio in ratios:
             for entry in entries(names):
-                if (entry.name, ratio, draw) not in seen:
+                alike = draw > 0 and entry.samples == 0  # it draws none
+                if not alike and (entry.name, ratio, draw) not in seen:
                     yield entry, ratio, draw
 
 
 def _read(path: Path, protocol: Protocol) -> list[Row]:
-    """Rows measured before under the same protocol."""
-    found = json.loads(path.read_text()) if path.exists() else {}
-    return [Row(**row) for row in found["rows"]] if found.get("protocol") == asdict(protocol) else []
+    """Rows measured before under the same protocol.
+
+    Raises:
+        BadParameter: they were measured under another, and would be lost.
+    """
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    if found["protocol"] != asdict(protocol):
+        told = f"{path.name} has rows of another protocol, {Protocol(**found['protocol'])}"
+        raise typer.BadParameter(f"{told}; move it away or leave --json out")
+    return [Row(**row) for row in found["rows"]]
 
 
 def _write(path: Path, protocol: Protocol, rows: Sequence[Row]) -> None:

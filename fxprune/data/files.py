@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxprune.data.rows import SUFFIXES, BadRow, kind_of, rows_in_file, text_of
-from fxprune.errors import CalibrationError
+from fxprune.errors import CalibrationError, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,10 @@ def calibration_texts(path: Path) -> list[str]:
 
 
 def _plain(path: Path) -> str:
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"it cannot be read: {error.strerror}", where=str(path), remedy=_WANTED) from error
     try:
         text = content.decode("utf-8-sig")  # some editors mark the beginning
     except UnicodeDecodeError as error:

@@ -16,6 +16,7 @@ __all__ = [
     "TEMPLATE",
     "TEMPLATE_WITH_INPUT",
     "BadRow",
+    "json_lines",
     "kind_of",
     "load_rows",
     "numbered",
@@ -180,11 +181,17 @@ def _document(content: str, path: Path) -> Iterator[tuple[str, Any]]:
     return numbered(loaded if isinstance(loaded, list) else [loaded])
 
 
+def json_lines(content: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file of JSON lines that are not blank, each with its number, from 1.
+
+    A line feed alone ends one: what else ends lines of text, such as U+2028, may stand in a string of JSON.
+    """
+    return ((number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip())
+
+
 def _lines(content: str) -> Iterator[tuple[str, Any]]:
     """Yield one row a line, so that a broken one is named and the others are read."""
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in json_lines(content):
         where = f"line {number}"
         try:
             yield where, json.loads(line)

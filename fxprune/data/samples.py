@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from fxprune.data.calibration import IGNORED, Sample, embedding_rows
+from fxprune.data.rows import json_lines
 from fxprune.errors import CalibrationError, FxpruneError
 from fxprune.graph.attempts import Refusal
 from fxprune.graph.compat import is_free, size_hint, tree_leaves
@@ -24,6 +25,7 @@ __all__ = ["check_kind", "read_calibration", "read_rows"]
 Tensors = Mapping[str, torch.Tensor]
 
 _WANTED = "Pass token ids as a LongTensor (samples, tokens), a list of tokenised dicts or a DataLoader"
+_NAMED = "Pass dicts that name them, as in {'input_ids': ids, 'attention_mask': mask}"
 _NO_DATA = "Choose an importance that needs no data, such as l1 or l2"
 _TOKENISE = "Tokenise the text first, as in tokenizer(text, return_tensors='pt').input_ids"
 
@@ -50,7 +52,8 @@ def read_calibration(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, .
     Args:
         data: token ids ``(samples, tokens)``; a batch by name of the input, as tokenizers return it; a list of
             tokenised dicts with ``input_ids`` and, if padded, ``attention_mask`` and, if given, ``labels``; or any
-            iterable of such batches (a DataLoader).
+            iterable of such batches (a DataLoader). Where the graph takes the mask as well and always as many tokens,
+            padding stays, and what is padded does not count as a next token.
         graph_module: the graph the samples are for.
 
     Raises:
@@ -76,7 +79,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         CalibrationError: the file cannot be read, or a line is no JSON object of lists of numbers.
     """
     try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for _, line in json_lines(Path(path).read_text(encoding="utf-8-sig"))]
         return [{name: torch.tensor(value) for name, value in row.items()} for row in rows]
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise CalibrationError(
@@ -148,8 +151,11 @@ def _batches(data: Any, name: str) -> Iterator[Tensors]:
 
 def _as_batch(item: Any, name: str, where: str) -> Tensors:
     """Return the tensors of a batch, or of a single sample as a batch of one, by name."""
-    if isinstance(item, list | tuple) and item and isinstance(item[0], torch.Tensor | np.ndarray | Sequence):
-        item = item[0]  # a data set of tensors gives tuples of them
+    if isinstance(item, list | tuple) and item and isinstance(item[0], torch.Tensor | np.ndarray):
+        several = sum(isinstance(part, torch.Tensor | np.ndarray) and part.ndim > 0 for part in item)
+        if several > 1:
+            raise _error(f"{several} tensors, and no word of which is what", where, _NAMED)
+        item = item[0] if several else item  # a data set of tensors gives tuples of them
     fields: Mapping[str, Any] = item if isinstance(item, Mapping) else {name: item}
     if name not in fields:
         raise _error(f"a sample without {name!r}, only {sorted(map(str, fields))}", where, _TOKENISE)
@@ -223,8 +229,16 @@ def _rows(batch: Tensors, inputs: Sequence[_Input], number: int) -> Iterator[dic
         if odd is not None:
             raise _error(f"{odd} is {told(batch[odd])} beside {size} samples of {names[0]}", where)
         row = {key: value[i : i + 1] for key, value in batch.items()}
-        mask = row.pop("attention_mask", None) if "attention_mask" not in names else None
+        mask = row.get("attention_mask") if _is_cut(inputs) else None
+        if "attention_mask" not in names:
+            row.pop("attention_mask", None)
         yield row if mask is None else _without_padding(row, mask, row[names[0]].shape, where)
+
+
+def _is_cut(inputs: Sequence[_Input]) -> bool:
+    """Whether padding can be cut off: where the graph takes the mask too, only if it takes fewer tokens as well."""
+    mask = next((known for known in inputs if known.name == "attention_mask"), None)
+    return mask is None or (mask.whole and mask.shape == inputs[0].shape and mask.shape[-1:] == (None,))
 
 
 def _without_padding(
@@ -252,6 +266,9 @@ def _sample(row: Tensors, inputs: Sequence[_Input], where: str) -> Sample:
     if "labels" not in row and not first.whole:
         raise _error("a sample without 'labels'", where, "Pass labels (samples, tokens) beside such input")
     labels = row.get("labels", values[first.name])
+    mask = values.get("attention_mask")
+    if "labels" not in row and mask is not None and not mask.is_floating_point() and mask.shape == labels.shape:
+        labels = labels.masked_fill(mask == 0, IGNORED)
     if labels.dim() != 2 or not _is_whole(labels):
         raise _error(f"labels are {told(labels)}", where, f"Pass labels (samples, tokens), {IGNORED} where none counts")
     if labels.shape[1] < 2:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fxprune.data.rows import json_lines
 from fxprune.errors import DataError
 from fxprune.graph.attempts import clear_errors
 from fxprune.pipeline.arguments import as_path, refuse
@@ -93,11 +94,11 @@ def read_text(path: str | Path) -> str:
 
 
 def _text_of(path: Path) -> str:
-    content = path.read_text(encoding="utf-8")
+    content = path.read_text(encoding="utf-8-sig")  # some editors mark the beginning
     if path.suffix == ".txt":
         return content
     if path.suffix == ".jsonl":
-        records = [json.loads(line) for line in content.splitlines() if line.strip()]
+        records = [json.loads(line) for _, line in json_lines(content)]
     elif path.suffix == ".json":
         loaded = json.loads(content)
         records = loaded if isinstance(loaded, list) else [loaded]

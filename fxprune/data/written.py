@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import GenerationConfig
 
 from fxprune.graph.attempts import Refusal, attempt
 from fxprune.graph.silence import quiet
-from fxprune.graph.surroundings import evaluating
+from fxprune.graph.surroundings import evaluating, own_randomness
 from fxprune.pipeline.progress import Track, no_progress
 
 __all__ = ["can_write", "chat_start", "own_samples", "write_samples"]
@@ -68,14 +69,26 @@ def write_samples(
         repetition_penalty=1.0, min_new_tokens=length, max_new_tokens=length,
     )  # fmt: skip
     begun = starts[torch.arange(samples) % len(starts)].to(device).split(_BATCH)
-    forked: Sequence[torch.device] = [device] if device.type == "cuda" else []
     written: list[torch.Tensor] = []
-    with evaluating(model), torch.random.fork_rng(forked), torch.no_grad(), quiet(logging.WARNING):
+    with evaluating(model), _plainly(model), own_randomness(), torch.no_grad(), quiet(logging.WARNING):
         torch.manual_seed(seed)
         for ids in track(begun, what, len(begun)):
             mask = torch.ones_like(ids)
             written.append(model.generate(ids, attention_mask=mask, generation_config=drawn).cpu())
     return torch.cat(written)
+
+
+@contextmanager
+def _plainly(model: Any) -> Iterator[None]:
+    """Generate by what is asked alone: transformers fills in what the model's own settings say of all else."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def own_samples(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fxprune.data.rows import json_lines
 from fxprune.errors import EvaluationError
 
 __all__ = ["LocalTask", "make_task", "read_questions"]
@@ -30,12 +31,14 @@ class LocalTask:
         suffix: put after each query, trailing white space of which is dropped first; for instance ``"\\nAnswer:"``.
         delimiter: between context and choice.
         start: the first line used, from 0.
+        stop: the first line that is used no more; None for all.
     """
 
     path: str | Path
     suffix: str = ""
     delimiter: str = " "
     start: int = 0
+    stop: int | None = None
 
 
 def make_task(name: str, local: LocalTask) -> Any:
@@ -73,7 +76,7 @@ def read_questions(local: LocalTask) -> list[dict[str, Any]]:
     """
     path = Path(local.path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(
             f"cannot be read: {error}", where=str(path), remedy="Pass the path of a file of questions, one on a line"
@@ -81,23 +84,22 @@ def read_questions(local: LocalTask) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     bad: list[str] = []
     kinds: set[bool] = set()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in json_lines(content):
         row, why = _question(line, local.suffix)
         if why:
             bad.append(f"line {number}: {why}")
         else:
             rows.append(row)
             kinds.add("continuation" in row)
-    if bad or len(kinds) > 1 or not rows[local.start :]:
+    asked = rows[local.start : local.stop]
+    if bad or len(kinds) > 1 or not asked:
         named = "; ".join(bad[:_ROWS_NAMED]) or ("two kinds of question" if kinds else "no questions")
         raise EvaluationError(
             f"{len(bad)} of {len(bad) + len(rows)} lines cannot be used: {named}",
             where=str(path),
             remedy=f"Each line must be {_EXPECTED}",
         )
-    return rows[local.start :]
+    return asked
 
 
 def _question(line: str, suffix: str) -> tuple[dict[str, Any], str]:

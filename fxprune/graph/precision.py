@@ -47,6 +47,8 @@ def narrowed(precision: str, graph_module: fx.GraphModule, trial: Callable[[], t
     try:
         with torch.no_grad(), autocast(device, True):
             return bool(trial().isfinite().all())
+    except torch.OutOfMemoryError:  # a RuntimeError, too; with float32 there would be less yet
+        raise
     except RuntimeError as error:  # an op that takes two tensors of one type, of which one was narrowed
         if precision == "auto":
             return False

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["is_shelved", "recalled", "remembering", "shelved", "stored", "written_through"]
+__all__ = ["apart", "is_shelved", "recalled", "remembering", "shelved", "stored", "unremembered", "written_through"]
 
 _LEAST = 1 << 16
 """Bytes of a tensor below which it stays in memory: a mapping takes whole pages, and there may be only so many."""
@@ -52,6 +52,31 @@ def shelved(folder: Path, memory: Path | None = None) -> Iterator[None]:
         _memory.reset(tokens[1])
 
 
+@contextmanager
+def apart(name: str) -> Iterator[None]:
+    """Keep what is found out here apart from what the same passes find out at another place of the same run.
+
+    Args:
+        name: of the place: the same in a second run, and of no other place beside it.
+    """
+    folder = _memory.get()
+    token = _memory.set(None if folder is None else folder / name)
+    try:
+        yield
+    finally:
+        _memory.reset(token)
+
+
+@contextmanager
+def unremembered() -> Iterator[None]:
+    """Neither remember what is found out here nor take up what was."""
+    token = _memory.set(None)
+    try:
+        yield
+    finally:
+        _memory.reset(token)
+
+
 def is_shelved() -> bool:
     """Whether what lasts is kept in files, for want of memory."""
     return _shelf.get() is not None
@@ -71,6 +96,7 @@ def remembering(name: str) -> Iterator[Path | None]:
     if folder is None:
         yield None
         return
+    folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{name}.part"
     yield unfinished
     os.replace(unfinished, folder / name)

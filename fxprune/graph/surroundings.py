@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
 from fxprune.graph.compat import forgetting
 
-__all__ = ["evaluating", "neutral"]
+__all__ = ["evaluating", "neutral", "own_randomness"]
 
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
 """Those that autocast knows."""
@@ -35,6 +37,20 @@ def neutral() -> Iterator[None]:
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+@contextmanager
+def own_randomness() -> Iterator[None]:
+    """Leave the random states of Python, NumPy and torch, on all devices, as they were before the context."""
+    python, numbers = random.getstate(), np.random.get_state()
+    device = torch.accelerator.current_accelerator()
+    kind = "cuda" if device is None else device.type
+    try:
+        with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
 
 
 @contextmanager

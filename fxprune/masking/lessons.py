@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from fxprune.data.calibration import Sample, alike, batched
 from fxprune.errors import PassError
+from fxprune.graph.carrier import place_of
 from fxprune.masking.masked_run import UntouchedRun, output_tensors
 
 __all__ = ["Lesson", "LessonBatch", "divergence", "learn", "lesson_batches", "logits_of"]
@@ -41,13 +42,13 @@ class LessonBatch:
     """Lessons of the same shape, side by side.
 
     Args:
-        inputs: keyword inputs of the graph.
+        inputs: keyword inputs of the graph: tensors, and what else it was traced with.
         classes: ``(batch, positions, kept)``.
         likelihoods: ``(batch, positions, kept + 1)``.
         labels: what each position of the input is, as in the samples: ``(batch, tokens)``.
     """
 
-    inputs: Mapping[str, torch.Tensor]
+    inputs: Mapping[str, Any]
     classes: torch.Tensor
     likelihoods: torch.Tensor
     labels: torch.Tensor
@@ -88,7 +89,7 @@ def lesson_batches(lessons: Sequence[Lesson], graph_module: fx.GraphModule, most
     for numbers in alike([lesson.sample for lesson in lessons], graph_module, most):
         part = [lessons[i] for i in numbers]
         inputs = batched([lesson.sample for lesson in part], graph_module)
-        device = next(iter(inputs.values())).device
+        device = place_of(graph_module)
         classes = torch.stack([lesson.classes for lesson in part]).long().to(device)
         likelihoods = torch.stack([lesson.likelihoods for lesson in part]).float().to(device)
         yield LessonBatch(inputs, classes, likelihoods, torch.cat([lesson.sample.labels for lesson in part]).to(device))
@@ -137,7 +138,7 @@ class _Divergence(torch.autograd.Function):
         return said.exp().mul_(every).scatter_add_(-1, classes, likely * c - kept), None, None
 
 
-def logits_of(run: fx.Interpreter, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def logits_of(run: fx.Interpreter, inputs: Mapping[str, Any]) -> torch.Tensor:
     """Return what a run gives first, as ``(batch, positions, classes)``.
 
     Raises:

@@ -14,6 +14,7 @@ from torch import fx
 from fxprune.errors import FxpruneError, PassError
 from fxprune.graph.exporting import compiled_later, tidy_later
 from fxprune.graph.facts import Change, Fact, facts_of
+from fxprune.graph.shelf import apart
 from fxprune.graph.surroundings import neutral
 from fxprune.graph.tensors import on_meta
 from fxprune.pipeline.arguments import flag, function, refuse
@@ -140,11 +141,12 @@ class PassSequence(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Run all steps on ``graph_module`` itself."""
         modified = False
-        for step in self.steps:
+        for place, step in enumerate(self.steps):
             self._begin(step)
             start = perf_counter()
             try:
-                result = step(graph_module, inplace=True)
+                with apart(f"{place}-{step.name}"):
+                    result = step(graph_module, inplace=True)
             except FxpruneError as error:
                 if not getattr(error, "__notes__", ()):
                     error.add_note(f"in pass {step.name}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,7 +38,7 @@ class DataReport:
         held_out: samples kept for the held-out loss.
         bad: rows left out, each with the reason.
         formats: rows used, by format.
-        duplicates: rows left out because the same row came before.
+        duplicates: rows left out because one that gives the same sample came before.
         cut: samples that were longer than allowed, and lost their end.
         tokens: of the training samples; and ``counted``: those in the loss.
         counted: tokens that count in the loss.
@@ -105,8 +104,8 @@ def read_training_data(data: Any, tokenizer: Any, settings: RecoverySettings) ->
     generator = random.Random(settings.seed)
     train, held_out = _parted(sorted_rows.examples, settings.held_out, generator)
     front, back = _parted(_passages(sorted_rows.texts), settings.held_out, generator)
-    train += _packed(front, formatter, set())
-    held_out += _packed(back, formatter, {part for passage in front for part in passage})
+    train += _packed(front, formatter)
+    held_out += _packed(back, formatter)
     if not train or not held_out:
         raise DataError(
             f"{len(train)} samples to train on and {len(held_out)} held out",
@@ -156,7 +155,7 @@ class _Rows:
         self.texts: list[str] = []
         self.bad: list[BadRow] = []
         self.formats: Counter[str] = Counter()
-        self._seen: set[str] = set()
+        self._seen: set[Example | str] = set()
 
     def take(self, where: str, row: Any, wanted: str, formatter: Formatter) -> None:
         """Sort one row in."""
@@ -168,25 +167,25 @@ class _Rows:
         if not kind:
             self.bad.append(BadRow(where, why))
             return
-        key = json.dumps(row, sort_keys=True, default=str)
-        if key in self._seen:
-            self.duplicates += 1
-            return
-        self._seen.add(key)
-        made = self._text(row, where) if kind == "text" else formatter.example(row, kind, where)
+        made = _text(row, where) if kind == "text" else formatter.example(row, kind, where)
         if isinstance(made, BadRow):
             self.bad.append(made)
-            return
-        self.formats[kind] += 1
-        if isinstance(made, Example):
-            self.examples.append(made)
+        elif made in self._seen:  # whatever else the rows hold, such as a number
+            self.duplicates += 1
+        else:
+            self._seen.add(made)
+            self.formats[kind] += 1
+            if isinstance(made, Example):
+                self.examples.append(made)
+            else:
+                self.texts.append(made)
 
-    def _text(self, row: Any, where: str) -> BadRow | None:
-        text = row if isinstance(row, str) else row["text"]
-        if not isinstance(text, str) or not text.strip():
-            return BadRow(where, "'text' is empty" if isinstance(text, str) else "'text' is not text")
-        self.texts.append(text)
-        return None
+
+def _text(row: Any, where: str) -> BadRow | str:
+    text = row if isinstance(row, str) else row["text"]
+    if not isinstance(text, str) or not text.strip():
+        return BadRow(where, "'text' is empty" if isinstance(text, str) else "'text' is not text")
+    return text
 
 
 def _parted(items: Sequence[Any], held_out: float, generator: random.Random) -> tuple[list[Any], list[Any]]:
@@ -232,20 +231,12 @@ def _pieces(paragraph: str) -> Iterator[str]:
         yield run.strip()
 
 
-def _packed(passages: Iterable[Sequence[str]], formatter: Formatter, elsewhere: set[str]) -> list[Example]:
-    """Return passages one after the other, parted by the end-of-text token and cut into windows.
-
-    Args:
-        passages: runs of paragraphs.
-        formatter: encodes them.
-        elsewhere: paragraphs of the other part, which are left out.
-    """
+def _packed(passages: Iterable[Sequence[str]], formatter: Formatter) -> list[Example]:
+    """Return passages one after the other, parted by the end-of-text token and cut into windows."""
     ids: list[int] = []
     end = formatter.tokenizer.eos_token_id
     for passage in passages:
-        text = "\n\n".join(part for part in passage if part not in elsewhere)
-        if text:
-            ids += formatter.encode(text) + ([] if end is None else [end])
+        ids += formatter.encode("\n\n".join(passage)) + ([] if end is None else [end])
     size = formatter.max_tokens
     windows = [tuple(ids[start : start + size]) for start in range(0, len(ids), size)]
     return [Example(window, window) for window in windows if len(window) > 1]

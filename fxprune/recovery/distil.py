@@ -15,7 +15,7 @@ from fxprune.graph.spread import input_device
 from fxprune.graph.surroundings import evaluating
 from fxprune.pipeline.arguments import instance, number
 
-__all__ = ["Distillation", "distillation_sum"]
+__all__ = ["Distillation", "distillation_sum", "vocabulary_of"]
 
 _SLICE = 512
 """Positions compared at once: two float32 distributions over 128,000 tokens take half a gigabyte then."""
@@ -64,7 +64,7 @@ class Distillation:
                 differ in size.
         """
         instance("teacher", self.teacher, PreTrainedModel, "the dense model, one of transformers'", RecoveryError)
-        sizes = [_vocabulary(model) for model in (self.teacher, student)]
+        sizes = [vocabulary_of(model) for model in (self.teacher, student)]
         if sizes[0] != sizes[1]:
             raise RecoveryError(
                 f"the teacher knows {sizes[0]} tokens, the student {sizes[1]}",
@@ -112,7 +112,8 @@ def distillation_sum(student: torch.Tensor, teacher: torch.Tensor, temperature: 
     return total * temperature**2
 
 
-def _vocabulary(model: Any) -> int:
+def vocabulary_of(model: Any) -> int:
+    """Return how many tokens a language model can say."""
     output = model.get_output_embeddings()
     if output is not None and getattr(output, "weight", None) is not None:
         return int(output.weight.shape[0])

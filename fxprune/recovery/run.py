@@ -20,6 +20,7 @@ from fxprune.graph.attempts import clear_errors
 from fxprune.graph.precision import has_bf16
 from fxprune.graph.silence import quiet
 from fxprune.graph.spread import check_loaded
+from fxprune.graph.surroundings import own_randomness
 from fxprune.masking.compare import TOLERANCE
 from fxprune.pipeline.arguments import as_path, flag, function, instance, refuse
 from fxprune.pipeline.progress import Track, check_track, no_progress
@@ -134,7 +135,7 @@ def recover(
     samples = read_training_data(data, tokenizer, chosen)
     _check_ids(samples, source)
     model, result = own(source, result, inplace)
-    with run_folder(folder) as path, as_before(model):
+    with run_folder(folder) as path, as_before(model), own_randomness():
         job = _Job(model, samples, targets, chosen, path, tokenizer, distil, dict(arguments or {}), track)
         claim(path, job.identity())
         outcome = job.run()
@@ -176,7 +177,7 @@ class _Job:
         set_seed(self.settings.seed)
         notes = [f"no update of {name}: {why}" for name, why in self.targets.skipped.items()]
         notes += _leave_fp16(self.model)
-        sharded = _is_sharded(self.arguments)
+        sharded, padding = _is_sharded(self.arguments), _padding(self.tokenizer, self.model)
         with quiet(logging.WARNING):
             wrapped = attach_lora(copy.deepcopy(self.model) if sharded else self.model, self.targets, self.settings)
         try:
@@ -187,7 +188,7 @@ class _Job:
                 self.samples,
                 self.settings,
                 self.folder,
-                padding=_padding(self.tokenizer),
+                padding=padding,
                 distillation=self.distillation,
                 arguments={"eval_on_start": start is None, **self.arguments},
                 track=self.track,
@@ -195,7 +196,7 @@ class _Job:
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
             plain = trainer.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
             wrapped = self._gathered(trainer) if sharded else plain
-            inputs = collate(self.samples.held_out[:2], _padding(self.tokenizer))  # two tell if padding matters
+            inputs = collate(self.samples.held_out[:2], padding)  # two tell if padding matters
             del inputs["labels"]
             _, error = merge_lora(wrapped, inputs)
         except BaseException:  # an interrupt, too, must not leave updates in the caller's model
@@ -266,8 +267,7 @@ def _check_options(plan: Any, distil: Any, folder: Any, inplace: Any, arguments:
 
 
 def _check_ids(samples: TrainingData, model: PreTrainedModel) -> None:
-    embedding: Any = model.get_input_embeddings()
-    rows = int(embedding.weight.shape[0])
+    rows = _rows(model)
     largest = max(max(example.ids) for example in (*samples.train, *samples.held_out))
     if largest >= rows:
         raise DataError(
@@ -291,9 +291,15 @@ def _is_sharded(arguments: Mapping[str, Any]) -> bool:
     return launched or bool(arguments.get("fsdp") or arguments.get("deepspeed"))
 
 
-def _padding(tokenizer: Any) -> int:
+def _rows(model: PreTrainedModel) -> int:
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+def _padding(tokenizer: Any, model: PreTrainedModel) -> int:
+    """An id that the model knows: it is masked, and a tokenizer may have more ids than the model has rows."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return int(next(token for token in known if token is not None))
+    return int(next(token for token in known if token is not None and token < _rows(model)))
 
 
 def _judged(before: float, after: float, state: Any) -> list[str]:

@@ -16,7 +16,7 @@ from fxprune.errors import RecoveryError
 from fxprune.graph.precision import has_bf16
 from fxprune.pipeline.progress import Track, no_progress
 from fxprune.recovery.data import TrainingData, collate
-from fxprune.recovery.distil import Distillation
+from fxprune.recovery.distil import Distillation, vocabulary_of
 from fxprune.recovery.settings import RecoverySettings
 
 __all__ = ["RecoveryTrainer", "make_trainer"]
@@ -165,7 +165,7 @@ def make_trainer(
         ) from error
     if training.fp16:
         raise RecoveryError("fp16 loses small updates", where="arguments", remedy="Leave fp16 out; bf16 is used")
-    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    vocabulary = vocabulary_of(model)
     trainer = RecoveryTrainer(
         model=model,
         args=training,

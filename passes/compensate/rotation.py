@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from fxprune.data.ranks import add_up
 from fxprune.masking.side_by_side import SideBySide
 from fxprune.pipeline.arguments import number
 
@@ -61,6 +62,7 @@ class RotationPass(FitPass):
             Z = X @ w[matrix].T
             both[matrix] += y.T @ Z
             scale[matrix] += Z.square().sum() / W.shape[1]
+        add_up((both, scale))
         held = float(scale.sum()) / max(1, int(scale.count_nonzero()))
         turned = w.clone()
         for matrix in scale.nonzero().flatten().tolist():

@@ -14,6 +14,7 @@ from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError
 from fxprune.graph.facts import Change, Fact, Runnable, facts_of
 from fxprune.graph.fork import fork
+from fxprune.graph.shelf import apart
 from fxprune.graph.tensors import as_parameter, get_tensor, require_weights, set_tensor
 from fxprune.pipeline.arguments import instance, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
@@ -80,13 +81,14 @@ class ScoreInStepsPass(Pass):
         importance, select, compensate = self._made()
         work, gone = fork(graph_module), None
         for step in self.track(range(1, self.steps + 1), self.name, self.steps):
-            importance(work)
-            scores = below(facts_of(work)[Scores], gone)
-            facts_of(work).put(scores)
-            if step < self.steps:
-                part_of(select, step / self.steps)(work)
-                gone = facts_of(work)[Removal]
-                work = without(graph_module, gone, compensate)
+            with apart(f"step-{step}"):
+                importance(work)
+                scores = below(facts_of(work)[Scores], gone)
+                facts_of(work).put(scores)
+                if step < self.steps:
+                    part_of(select, step / self.steps)(work)
+                    gone = facts_of(work)[Removal]
+                    work = without(graph_module, gone, compensate)
         facts_of(graph_module).put(replace(scores, source=str(self)))
         return PassResult(graph_module, False)
 

@@ -13,6 +13,7 @@ from fxprune.data.samples import read_calibration
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import facts_of
 from fxprune.graph.fork import fork
+from fxprune.graph.shelf import unremembered
 from fxprune.masking.lessons import Lesson, divergence, learn, lesson_batches, logits_of
 from fxprune.masking.masked_run import MaskedRun
 from fxprune.pipeline.contract import Pass
@@ -68,7 +69,8 @@ class Judge:
         facts = facts_of(work)
         facts.put(removal)
         facts.put(Calibration(self.fit_samples))
-        fitted: fx.GraphModule = self.fit(work, inplace=True).graph_module
+        with unremembered():  # each trial has a fit of its own, to other weights under the same names
+            fitted: fx.GraphModule = self.fit(work, inplace=True).graph_module
         return fitted
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-__all__ = ["Progress", "read_progress", "write_progress"]
+from fxprune.data.ranks import rank
 
-_FILE = "tuning.safetensors"
+__all__ = ["Progress", "digest", "read_progress", "write_progress"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,15 @@ class Progress:
     kept: tuple[torch.Tensor, ...]
 
 
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """Return what tells these tensors, in this order, from others: by their types, shapes and values."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def write_progress(folder: str, mark: str, progress: Progress, adam: torch.optim.Adam) -> None:
     """Write all that is needed to go on, in place of what was written before.
 
@@ -48,7 +59,7 @@ def write_progress(folder: str, mark: str, progress: Progress, adam: torch.optim
         held[f"numbers.{i}"] = numbers.detach()
         held.update({f"{name}.{i}": torch.as_tensor(value) for name, value in adam.state[numbers].items()})
     said = {"step": progress.step, "misses": progress.misses, "first": progress.first, "best": progress.best}
-    path = Path(folder) / _FILE
+    path = _file(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in held.items()}
@@ -58,8 +69,8 @@ def write_progress(folder: str, mark: str, progress: Progress, adam: torch.optim
 
 def read_progress(folder: str, mark: str, adam: torch.optim.Adam) -> Progress | None:
     """Take up the state of ``adam`` and what it learns again; None where the folder holds no run with this mark."""
-    path = Path(folder) / _FILE
-    if not folder or not path.is_file():
+    path = _file(folder)
+    if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
@@ -81,6 +92,11 @@ def read_progress(folder: str, mark: str, adam: torch.optim.Adam) -> Progress | 
         states.setdefault(int(i), {})[name] = value
     adam.load_state_dict({"state": states, "param_groups": adam.state_dict()["param_groups"]})
     return Progress(**json.loads(said["progress"]), kept=tuple(kept))
+
+
+def _file(folder: str) -> Path:
+    """Several processes all do the same, each with a file of its own: none reads or renames half of another's."""
+    return Path(folder) / (f"tuning.{rank()}.safetensors" if rank() else "tuning.safetensors")
 
 
 def _learned(adam: torch.optim.Adam) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from statistics import median_low
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from fxprune.data.calibration import Calibration, Sample, batched, embedding_row
 from fxprune.data.noise import noised, plain_tokens
 from fxprune.data.samples import check_kind, read_calibration
 from fxprune.data.text import check_tokenizer, offline_docstrings, token_windows
-from fxprune.errors import ArgumentError, CalibrationError
+from fxprune.errors import ArgumentError, CalibrationError, DataError
 from fxprune.graph.carrier import place_of
 from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
 from fxprune.graph.precision import autocast, narrowed
@@ -50,7 +51,7 @@ class RecordTeacherPass(Pass):
         copies: how often each of these is put down, each time with noise of its own.
         noise: part of the tokens of a copy that is replaced at most; one copy in four keeps them all.
         heldout: samples to stop by, in any form that calibration data has. None for ones of the built-in text where
-            there is a tokenizer, else for an eighth of the calibration samples.
+            there is a tokenizer and the graph takes token ids alone, else for an eighth of the calibration samples.
         tokenizer: turns the built-in text into samples.
         kept: classes to put down at each position; the others count as one.
         batch: samples that run at once.
@@ -129,16 +130,26 @@ class RecordTeacherPass(Pass):
         vocabulary = plain_tokens(self.tokenizer, embedding_rows(graph_module)[name])
         return noised(samples, name, self.copies, self.noise, vocabulary, 0)
 
+    def _other_kind(self, samples: tuple[Sample, ...], graph_module: fx.GraphModule) -> tuple[Sample, ...]:
+        """Samples of built-in text, as long as the others; none without a tokenizer, or if ids alone are no sample."""
+        taken = [name for name, value in samples[0].inputs.items() if isinstance(value, torch.Tensor)]
+        if self.tokenizer is None or taken != [token_input(graph_module)]:
+            return ()
+        tokens = int(median_low(sample.inputs[taken[0]].shape[-1] for sample in samples))
+        try:
+            windows = token_windows(self.tokenizer, offline_docstrings(), tokens)
+        except DataError:  # samples longer than all of it
+            return ()
+        return spread(read_calibration(windows, graph_module), _HELD)
+
     def _parted(
         self, samples: tuple[Sample, ...], graph_module: fx.GraphModule
     ) -> tuple[tuple[Sample, ...], tuple[Sample, ...], str]:
         """Samples to learn from, samples to stop by, and where the latter come from."""
         if self.heldout is not None:
             return samples, read_calibration(self.heldout, graph_module), "the held-out samples given"
-        if self.tokenizer is not None:
-            tokens = max(v.shape[-1] for v in samples[0].inputs.values() if isinstance(v, torch.Tensor))
-            windows = token_windows(self.tokenizer, offline_docstrings(), tokens)
-            heldout = spread(read_calibration(windows, graph_module), _HELD)
+        heldout = self._other_kind(samples, graph_module)
+        if heldout:
             return samples, heldout, "built-in text of another kind"
         held = spread(samples, max(1, len(samples) // _SHARE))
         rest = tuple(sample for sample in samples if all(sample is not other for other in held))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -12,9 +13,9 @@ from torch import fx
 from fxprune.data.calibration import IGNORED, next_token_loss
 from fxprune.errors import CalibrationError, PassError
 from fxprune.graph.precision import autocast, narrowed
-from fxprune.graph.tensors import device_of
+from fxprune.graph.tensors import device_of, weights
 
-from .progress import Progress, read_progress, write_progress
+from .progress import Progress, digest, read_progress, write_progress
 from .teacher import LessonBatch, Teacher, divergence, lesson_batches, logits_of
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Training:
     """
 
     def __init__(self, settings: TunePass, graph_module: fx.GraphModule, learned: Learned, teacher: Teacher) -> None:
-        self.settings, self.graph_module, self.learned = settings, graph_module, learned
+        self.settings, self.graph_module, self.learned, self.teacher = settings, graph_module, learned, teacher
         self.device = device_of(graph_module)
         self.heldout = list(lesson_batches(teacher.heldout, graph_module, settings.batch))
         self.batches = list(lesson_batches(teacher.lessons, graph_module, settings.batch))
@@ -87,7 +88,7 @@ class Training:
         progress = self._begun()
         every = max(1, self.steps // self.settings.measurements)
         order = list(self._order())
-        steps = range(progress.step, self.steps)
+        steps = range(progress.step, self.steps if progress.misses < self.settings.patience else progress.step)
         for step in self.settings.track(steps, "tuning", len(steps)):
             self._learn(self.batches[order[step]], step)
             if (step + 1) % every and step + 1 < self.steps:
@@ -102,7 +103,7 @@ class Training:
                 kept=self._now() if better else progress.kept,
             )
             if self.settings.folder:
-                write_progress(self.settings.folder, self._mark(progress.first), progress, self.adam)
+                write_progress(self.settings.folder, self._mark, progress, self.adam)
             if progress.misses >= self.settings.patience:
                 break
         return progress
@@ -113,15 +114,20 @@ class Training:
             raise CalibrationError(
                 "what the slim model says is not finite", where="tuning", remedy="Check the weights and the samples"
             )
-        found = read_progress(self.settings.folder, self._mark(first), self.adam)
+        found = read_progress(self.settings.folder, self._mark, self.adam) if self.settings.folder else None
         return found or Progress(0, 0, first, first, ())
 
     def _now(self) -> tuple[torch.Tensor, ...]:
         return tuple(numbers.detach().clone() for numbers in self.numbers)
 
-    def _mark(self, first: float) -> str:
-        """What tells this run from others: its arguments, what it learns, its samples and where it began."""
-        return f"{self.settings} {self.learned.count} {len(self.batches)} {first:.4g}"
+    @cached_property
+    def _mark(self) -> str:
+        """What tells this run from others: its arguments, all that it learns from, and the weights it begins with."""
+        parts = [tensor for _, tensor in weights(self.graph_module)]
+        for lesson in (*self.teacher.lessons, *self.teacher.heldout):
+            taken = (value for value in lesson.sample.inputs.values() if isinstance(value, torch.Tensor))
+            parts += [*taken, lesson.sample.labels, lesson.classes, lesson.likelihoods]
+        return f"{self.settings} {self.learned.count} {digest(parts)}"
 
     def _order(self) -> Iterator[int]:
         """The batches, shuffled anew each time all have had their turn."""

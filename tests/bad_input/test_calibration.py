@@ -133,7 +133,7 @@ WHOLE: list[tuple[Any, str]] = [
     (DataLoader(["a", "b"]), "item 0: input_ids is text"),  # type: ignore[arg-type]
     (DataLoader([{"text": "a"}]), "item 0: a sample without 'input_ids'"),  # type: ignore[arg-type]
     (DataLoader(TensorDataset(FLOATS)), "sample 0: input_ids is a torch.float32"),
-    (DataLoader(TensorDataset(FLOATS, FLOATS)), "sample 0: input_ids is a torch.float32"),
+    (DataLoader(TensorDataset(FLOATS, FLOATS)), "item 0: 2 tensors, and no word of which is what"),
     (DataLoader([]), "the calibration data is empty"),  # type: ignore[arg-type]
 ]
 

@@ -76,6 +76,16 @@ def test_it_measures_each_entry_once_and_prints_the_protocol(small: Path, monkey
     assert "## 10% of the parameters" in page and page.count("| x") >= 2 and "| l1 | " in page
 
 
+def test_rows_of_another_protocol_are_not_lost_and_what_draws_nothing_is_measured_once(small: Path) -> None:
+    run(small, "--only", "l1", "--only", "l2", "--draws", "2")
+    rows = json.loads(quality.RESULTS.read_text())["rows"]
+    assert [(row["entry"], row["draw"]) for row in rows] == [("dense", 0), ("l1", 0), ("l2", 0), ("l1", 1)]
+    before = quality.RESULTS.read_text()
+    result = CliRunner().invoke(quality.app, ["--data", str(small), "--calibration", "c4.jsonl", "--json"])
+    assert result.exit_code == 2 and "rows of another protocol" in " ".join(result.output.split())
+    assert quality.RESULTS.read_text() == before
+
+
 def test_the_page_and_the_picture_show_draws(tmp_path: Path) -> None:
     def row(name: str, draw: int, value: float, cpu: str = "fast one") -> dict[str, Any]:
         return Row(name, 0.2, draw, 80, {"text": value}, {"quiz": 0.5}, 10.0, 1.0, "l1", 2, cpu).__dict__

@@ -38,6 +38,21 @@ def test_rows_are_drawn_alike_from_each_file(files: dict[str, Path]) -> None:
     assert len(recover.without(rows, f"... {rows[4]['text']} ...")) == 10
 
 
+def test_rows_of_every_form_are_kept_unless_they_are_measured_on(tmp_path: Path) -> None:
+    """Chats had no text, and no text is part of any."""
+    chat = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
+    rows = [chat, "a text", {"text": "another"}, SUMS[0]]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert sorted(map(str, recover.training_rows([tmp_path / "rows.json"], 9, 0))) == sorted(map(str, rows))
+    assert recover.without(rows, "measured on") == rows
+    assert recover.without(rows, "Hi.\n\nHello. And a text.") == rows[2:]
+
+
+def test_texts_of_one_folder_have_names_of_their_own() -> None:
+    found = recover.named([Path("a/test.txt"), Path("a/valid.txt"), Path("b/test.txt")])
+    assert found == {"a/test": Path("a/test.txt"), "a/valid": Path("a/valid.txt"), "b": Path("b/test.txt")}
+
+
 def test_calibration_is_spread_over_the_rows() -> None:
     tokenizer = character_tokenizer()
     windows = recover.calibration_windows(tokenizer, [{"text": "a" * 50}, {"text": "b" * 50}], samples=3, tokens=20)
@@ -52,8 +67,9 @@ def test_the_start_of_a_text_is_measured_as_well(files: dict[str, Path]) -> None
 
 
 def test_each_half_of_the_questions_is_asked_by_itself(files: dict[str, Path]) -> None:
-    assert recover.local_tasks([files["quiz.jsonl"]], "first")["quiz"].start == 0
-    assert recover.local_tasks([files["quiz.jsonl"]], "second")["quiz"].start == 4
+    first, second = (recover.local_tasks([files["quiz.jsonl"]], half)["quiz"] for half in ("first", "second"))
+    assert (first.start, first.stop, second.start, second.stop) == (0, 4, 4, None)
+    assert CliRunner().invoke(recover.app, ["--half", "secnd"]).exit_code == 2
 
 
 def test_it_runs_and_writes_what_the_results_page_shows(

@@ -14,6 +14,7 @@ import fxprune
 from fxprune.checkpoint.low_memory import load_mapped, request_of
 from fxprune.checkpoint.whole import require_whole
 from fxprune.errors import CheckpointError
+from fxprune.recipes import read_recipe
 from tests.export.small import tokenizer
 from tests.models import tiny, token_ids
 
@@ -131,6 +132,26 @@ def test_a_run_that_was_stopped_is_gone_on_with(
     if moment != "begun":
         assert again.count("gradients") < whole.count("gradients"), "what was found out is not found out again"
     assert result.plan == in_memory.plan and not (tmp_path / "slim.unfinished").exists()
+    require_same(weights_of(tmp_path / "slim"), in_memory)
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        ("least-squares{reach=stream}", "rotation\nleast-squares{damping=0.1}"),
+        ("\nwanda", "\nscore-in-steps{steps=2, importance=wanda, select='select-by-ratio{ratio=0.4}'}"),
+        ("select-by-ratio{", "select-by-search{fit=least-squares, trials=4, samples=2, "),
+    ],
+)
+def test_passes_that_run_twice_find_out_twice(source: Path, tmp_path: Path, was: str, becomes: str) -> None:
+    """The second fit of a weight, the scores of a second step and the fits of all trials were the first ones again."""
+    text = read_recipe("fast").text
+    assert text.count(was) == 1
+    options: dict[str, Any] = {"recipe": text.replace(was, becomes).replace("protect=[0.07, 0.04], ", ""), "ratio": 0.2}
+    model = type(tiny("llama")).from_pretrained(source)
+    in_memory = fxprune.prune(model, token_ids(6), memory="low", **options)
+    result = fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(6), **options)
+    assert result.plan == in_memory.plan
     require_same(weights_of(tmp_path / "slim"), in_memory)
 
 

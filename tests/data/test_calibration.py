@@ -25,6 +25,17 @@ def graph_module() -> fx.GraphModule:
     return trace(net, {"x": torch.zeros(2, 5, dtype=torch.long)}).graph_module
 
 
+class Masked(nn.Module):
+    """A model that takes the mask of padding as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(ROWS, 4), nn.Linear(4, ROWS)
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.out(self.table(x) * attention_mask[..., None])  # type: ignore[no-any-return]
+
+
 def ids(*shape: int) -> torch.Tensor:
     return torch.randint(ROWS, shape)
 
@@ -48,6 +59,27 @@ def test_padding_is_cut_off_and_labels_are_kept(graph_module: fx.GraphModule) ->
     (sample,) = read_calibration([row], graph_module)
     assert sample.inputs["x"].tolist() == [[3, 4, 5]]
     assert sample.labels.tolist() == [[IGNORED, 4, 5]]
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_padding_does_not_count_where_the_graph_takes_the_mask(free: bool) -> None:
+    """It was learned to be predicted."""
+    example = {"x": ids(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    graph_module = trace(Masked(), example, dynamic=free).graph_module
+    row = {"x": [4, 5, 6, 0, 0], "attention_mask": [1, 1, 1, 0, 0]}
+    (sample,) = read_calibration([row], graph_module)
+    assert sample.inputs["x"].tolist() == [[4, 5, 6] if free else [4, 5, 6, 0, 0]]
+    assert sample.inputs["attention_mask"].tolist() == [[1, 1, 1] if free else [1, 1, 1, 0, 0]]
+    assert sample.labels.tolist() == [[4, 5, 6] if free else [4, 5, 6, IGNORED, IGNORED]]
+
+
+def test_a_batch_of_lists_is_read_whole(graph_module: fx.GraphModule) -> None:
+    """Its first row alone was read, and the first of several tensors."""
+    tokens = ids(2, 6)
+    samples = read_calibration([tokens.tolist(), tokens[:1].tolist()], graph_module)
+    assert [sample.inputs["x"].tolist() for sample in samples] == [[row] for row in tokens[[0, 1, 0]].tolist()]
+    with pytest.raises(CalibrationError, match="2 tensors, and no word of which is what"):
+        read_calibration([(tokens, torch.ones_like(tokens))], graph_module)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,11 @@ def test_windows_are_spread_over_the_text() -> None:
             calibration_windows(letters, text, samples, tokens, "here")
 
 
+def test_a_text_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.txt: it cannot be read: No such file"):
+        calibration_text(tmp_path / "none.txt")
+
+
 def test_lines_of_json_are_read_by_their_text(tmp_path: Path) -> None:
     path = tmp_path / "some.jsonl"
     path.write_text("\n".join(json.dumps({"text": line}) for line in ("one", "two")) + "\n\n")

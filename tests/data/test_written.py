@@ -38,6 +38,15 @@ def test_the_draws_of_the_caller_and_the_mode_of_the_model_stay() -> None:
     assert model.training and all(module.training for module in model.modules())
 
 
+def test_settings_of_the_model_do_not_change_what_is_written() -> None:
+    """transformers fills in from them whatever a call leaves open."""
+    model = tiny("llama")
+    own = model.generation_config
+    own.update(return_dict_in_generate=True, num_return_sequences=2, max_time=0.0, num_beams=2, suppress_tokens=[3])
+    assert torch.equal(write_samples(model, STARTS, 5, 7, 0), _write(0))
+    assert model.generation_config is own and own.num_beams == 2
+
+
 def test_tokens_are_drawn_by_what_the_model_says() -> None:
     """With a readout of zeros all tokens are as likely."""
     model = tiny("llama", tie_word_embeddings=False)

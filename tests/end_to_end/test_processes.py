@@ -43,7 +43,7 @@ def torchrun(count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (2, "taylor{order=mix}", "least-squares{damping=1, reach=stream}"),
         (3, "taylor{order=first, memory=low}", "none"),
-        (2, "wanda", "none"),
+        (2, "wanda", "rotation"),
     ],
 )
 def test_processes_come_to_the_plan_of_one(count: int, importance: str, compensate: str, tmp_path: Path) -> None:

@@ -50,6 +50,18 @@ def test_products_of_float32_alone_are_narrowed(monkeypatch: pytest.MonkeyPatch,
     assert not narrowed("bf16", half, trial, "a")
 
 
+def test_memory_that_ran_out_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
+    graph_module, _ = trial_of(Pair(strict=False))
+
+    def full() -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    for asked in ("auto", "bf16"):
+        with pytest.raises(torch.OutOfMemoryError):
+            narrowed(asked, graph_module, full, "a")
+
+
 def test_where_an_op_refuses_it_nothing_is_narrowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)
     graph_module, trial = trial_of(Pair(strict=True))

@@ -153,6 +153,13 @@ def test_bad_rows_are_counted_and_named(tmp_path: Path, tokenizer: PreTrainedTok
     assert "5 of 27 rows left out" in notes and "line 22" in notes and "1 rows left out that repeat" in notes
 
 
+def test_rows_that_give_the_same_sample_are_one(tokenizer: PreTrainedTokenizerFast) -> None:
+    """With a number in each they were told apart, and what was held out was trained on."""
+    rows = [{"id": i, **SUMS[i % 20]} for i in range(60)]
+    data = read(rows, tokenizer)
+    assert data.report.duplicates == 40 and not set(data.train) & set(data.held_out)
+
+
 def test_a_prompt_that_fills_the_sample_is_a_bad_row(tokenizer: PreTrainedTokenizerFast) -> None:
     long = {"instruction": "word " * 100, "output": "yes"}
     data = read([*SUMS, long], tokenizer, max_tokens=200)

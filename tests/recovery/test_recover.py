@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -25,7 +26,7 @@ from fxprune.recovery import Distillation, RecoverySettings
 from fxprune.recovery.distil import distillation_sum
 from fxprune.recovery.lora import attach_lora, find_targets, merge_lora
 from fxprune.recovery.ownership import last_checkpoint
-from fxprune.recovery.run import Recovery
+from fxprune.recovery.run import Recovery, _padding
 from tests.models import tiny, token_ids
 from tests.tokens import character_tokenizer
 
@@ -118,6 +119,28 @@ def test_the_model_passed_is_unchanged_unless_asked(pruned: fxprune.Result) -> N
     assert any(not torch.equal(value, before[name]) for name, value in own.model.state_dict().items())
     with torch.no_grad():
         assert torch.allclose(own(token_ids()).logits, own.model(token_ids()).logits, atol=1e-5)
+
+
+def test_the_users_draws_go_on_as_if_nothing_had_been_trained(pruned: fxprune.Result) -> None:
+    random.seed(5)
+    torch.manual_seed(5)
+    fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, epochs=0.4)
+    found = random.random(), float(torch.rand(1))
+    random.seed(5)
+    torch.manual_seed(5)
+    assert found == (random.random(), float(torch.rand(1)))
+
+
+def test_a_tokenizer_that_pads_with_what_the_model_does_not_know(pruned: fxprune.Result) -> None:
+    """As where a token was added and the embedding not resized; padding is masked, and any id will do."""
+    tokenizer = character_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<none>"})
+    for i in range(40):
+        tokenizer.add_tokens(f"<{i}>")
+    rows = pruned.model.get_input_embeddings().weight.shape[0]
+    monkey = SimpleNamespace(pad_token_id=rows + 7, eos_token_id=2)
+    assert _padding(monkey, pruned.model) == 2 and _padding(tokenizer, pruned.model) < rows
+    assert _padding(SimpleNamespace(pad_token_id=None, eos_token_id=None), pruned.model) == 0
 
 
 def test_the_report_is_json(recovered: Recovery) -> None:

@@ -18,7 +18,7 @@ from fxprune.passes.tune.weights import Weights
 from torch import fx, nn
 
 import fxprune
-from fxprune.data.calibration import next_token_loss
+from fxprune.data.calibration import Calibration, Sample, next_token_loss
 from fxprune.errors import ArgumentError, CalibrationError, PassError, UnknownNameError
 from fxprune.graph.facts import Notes, facts_of
 from fxprune.graph.fork import fork
@@ -26,6 +26,7 @@ from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.masking.compare import Verified
 from fxprune.masking.masked_run import UntouchedRun
 from fxprune.removal.removal import Removed
+from tests.tokens import character_tokenizer
 
 IDS = torch.randint(20, (12, 9), generator=torch.Generator().manual_seed(0))
 
@@ -231,6 +232,43 @@ def test_it_goes_on_where_it_stopped(slim: fx.GraphModule, tmp_path: Path, weigh
     assert seen == list(range(24))
 
 
+def test_progress_of_other_lessons_or_other_weights_is_not_taken_up(slim: fx.GraphModule, tmp_path: Path) -> None:
+    """Only the number of batches was compared, and what another run had found was folded in as this one's."""
+    steps: list[int] = []
+
+    def counting(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+        steps.append(total)
+        yield from items
+
+    def tuned(graph_module: fx.GraphModule) -> fx.GraphModule:
+        return TunePass(epochs=2, folder=str(tmp_path), track=counting)(graph_module).graph_module
+
+    first = tuned(slim)
+    tuned(slim)
+    said, other = facts_of(slim)[Teacher], fork(slim)
+    lessons = tuple(dataclasses.replace(lesson, likelihoods=lesson.likelihoods - 0.1) for lesson in said.lessons)
+    facts_of(other).put(dataclasses.replace(said, lessons=lessons))
+    tuned(other)
+    facts_of(first).put(said)
+    tuned(first)
+    assert steps == [6, 0, 6, 6]
+
+
+def test_what_patience_ended_does_not_go_on(slim: fx.GraphModule, tmp_path: Path) -> None:
+    """A second run with the same folder went on behind the end, to other weights."""
+    steps: list[int] = []
+
+    def counting(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+        for item in items:
+            steps.append(item)
+            yield item
+
+    settings: dict[str, Any] = {"epochs": 12, "measurements": 12, "patience": 1, "rate": 2.0}
+    ended, again = (TunePass(**settings, folder=str(tmp_path), track=counting)(slim).graph_module for _ in range(2))
+    assert 0 < len(steps) < 36 and steps == [*range(len(steps))]
+    assert all(torch.equal(get_tensor(ended, name), value) for name, value in weights(again))
+
+
 def test_in_place_the_tensors_themselves_change(slim: fx.GraphModule) -> None:
     """A run in place on a graph that shares its tensors with the model leaves it sharing them."""
     torch.manual_seed(3)
@@ -253,6 +291,43 @@ def test_held_out_samples_may_be_given(slim: fx.GraphModule) -> None:
     teacher = facts_of(made(fork(slim)).graph_module)[Teacher]
     assert (len(teacher.lessons), len(teacher.heldout)) == (5, 3)
     assert teacher.lessons[0].classes.shape == (9, 2)
+
+
+class Several(Language):
+    """It takes a flag and a mask, too."""
+
+    def forward(self, flag: bool, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        x = super().forward(ids) * mask[..., None]
+        return x if flag else -x
+
+
+def test_a_graph_that_takes_more_than_ids_is_tuned_with_a_tokenizer_too() -> None:
+    """Held-out windows of ids alone were refused as calibration samples, and a flag has no device."""
+    torch.manual_seed(3)
+    data = {"ids": IDS, "mask": torch.ones_like(IDS)}
+    example = {"flag": True, **{name: value[:2] for name, value in data.items()}}
+    dense = fxprune.trace(Several().eval(), example).graph_module
+    teacher = fxprune.load_pass("record-teacher", tokenizer=character_tokenizer())
+    first = fxprune.Pipeline([fxprune.load_pass("calibrate", data=data), STEPS_OF(STEPS), teacher, STEPS_OF(CUT)])
+    slim = first(dense).graph_module
+    assert facts_of(slim)[Teacher].heldout_from == "calibration samples held out"
+    tuned = TunePass(epochs=8)(slim).graph_module
+    assert "divergence from the dense model from" in " ".join(facts_of(tuned)[Notes].lines)
+
+
+def test_built_in_text_is_as_long_as_most_samples(slim: fx.GraphModule) -> None:
+    """It was as long as the first, and what is longer than all of the text was an error."""
+
+    def letters(text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % 20 for letter in text]}
+
+    def held(lengths: list[int]) -> Teacher:
+        other = fork(slim)
+        samples = [Sample({"ids": IDS[:1, :n].expand(1, -1)}, IDS[:1, :n]) for n in lengths]
+        facts_of(other).put(Calibration(tuple(samples)))
+        return facts_of(RecordTeacherPass(tokenizer=letters)(other).graph_module)[Teacher]
+
+    assert {_ids(lesson).shape[-1] for lesson in held([2, 9, 9, 9]).heldout} == {9}
 
 
 def test_the_tokens_of_the_text_count_as_much_as_is_said(slim: fx.GraphModule) -> None:
