@@ -10,20 +10,19 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
-from fxprune.errors import DataError, RecoveryError, UnsupportedModelError
+from fxprune.errors import RecoveryError
 from fxprune.graph.attempts import clear_errors
 from fxprune.graph.precision import has_bf16
 from fxprune.graph.silence import quiet
-from fxprune.graph.spread import check_loaded
 from fxprune.graph.surroundings import own_randomness
 from fxprune.masking.compare import TOLERANCE
-from fxprune.pipeline.arguments import as_path, flag, function, instance, refuse
 from fxprune.pipeline.progress import Track, check_track, no_progress
+from fxprune.recovery.checks import check_ids, check_options, check_pruned, is_result, padding_of
 from fxprune.recovery.data import DataReport, TrainingData, collate, read_training_data
 from fxprune.recovery.distil import Distillation
 from fxprune.recovery.lora import Targets, attach_lora, find_targets, merge_lora
@@ -122,9 +121,9 @@ def recover(
         VerificationError: merging changed what the model computes.
     """
     chosen = settings_from(settings, changes)
-    result = pruned if _is_result(pruned) else None
-    _check(pruned, result, tokenizer)
-    _check_options(plan, distil, folder, inplace, arguments)
+    result = pruned if is_result(pruned) else None
+    check_pruned(pruned, result, tokenizer)
+    check_options(plan, distil, folder, inplace, arguments)
     check_track(track)
     if isinstance(distil, PreTrainedModel):
         distil = Distillation(distil)
@@ -133,7 +132,7 @@ def recover(
         distil.check(source)
     targets = find_targets(source, plan if result is None else result.plan)
     samples = read_training_data(data, tokenizer, chosen)
-    _check_ids(samples, source)
+    check_ids(samples, source)
     model, result = own(source, result, inplace)
     with run_folder(folder) as path, as_before(model), own_randomness():
         job = _Job(model, samples, targets, chosen, path, tokenizer, distil, dict(arguments or {}), track)
@@ -177,7 +176,7 @@ class _Job:
         set_seed(self.settings.seed)
         notes = [f"no update of {name}: {why}" for name, why in self.targets.skipped.items()]
         notes += _leave_fp16(self.model)
-        sharded, padding = _is_sharded(self.arguments), _padding(self.tokenizer, self.model)
+        sharded, padding = _is_sharded(self.arguments), padding_of(self.tokenizer, self.model)
         with quiet(logging.WARNING):
             wrapped = attach_lora(copy.deepcopy(self.model) if sharded else self.model, self.targets, self.settings)
         try:
@@ -231,52 +230,6 @@ class _Job:
         return PeftModel.from_pretrained(self.model, str(adapter), is_trainable=False)
 
 
-def _is_result(pruned: Any) -> TypeGuard[Result]:
-    """Whether ``pruned`` is what a prune gives, by its parts: the module of its class stands above this one."""
-    parts = ("graph_module", "model", "plan", "report")
-    return not isinstance(pruned, type) and all(hasattr(pruned, name) for name in parts)
-
-
-def _check(pruned: Any, result: Result | None, tokenizer: Any) -> None:
-    model = pruned if result is None else result.model
-    if not isinstance(model, PreTrainedModel):
-        reasons = "" if result is None else "; ".join(result.report.model_reasons[:3])
-        raise UnsupportedModelError(
-            f"there is no Hugging Face model to train{f': {reasons}' if reasons else ''}",
-            where="pruned",
-            remedy="Pass the result of a prune that gave one; a graph trains in a loop of your own",
-        )
-    check_loaded(model, "pruned")
-    function("tokenizer", tokenizer, "the tokenizer of the model", RecoveryError)
-    missing = [name for name in ("pad_token_id", "eos_token_id") if not hasattr(tokenizer, name)]
-    if missing:
-        raise RecoveryError(f"it has no {missing[0]}", where="tokenizer", remedy="Pass the tokenizer of the model")
-
-
-def _check_options(plan: Any, distil: Any, folder: Any, inplace: Any, arguments: Any) -> None:
-    if plan is not None:
-        instance("plan", plan, Plan, "a Plan, as in result.plan, or None", RecoveryError)
-    if distil is not None and not isinstance(distil, Distillation | PreTrainedModel):
-        raise refuse("distil", distil, "the dense model, a Distillation, or None", RecoveryError)
-    if folder is not None:
-        as_path("folder", folder, error=RecoveryError)
-    flag("inplace", inplace)
-    named = isinstance(arguments, Mapping) and all(isinstance(name, str) for name in arguments)
-    if arguments is not None and not named:
-        raise refuse("arguments", arguments, "arguments of TrainingArguments by name, or None", RecoveryError)
-
-
-def _check_ids(samples: TrainingData, model: PreTrainedModel) -> None:
-    rows = _rows(model)
-    largest = max(max(example.ids) for example in (*samples.train, *samples.held_out))
-    if largest >= rows:
-        raise DataError(
-            f"the tokenizer gives {largest}, the model knows 0 to {rows - 1}",
-            where="tokenizer",
-            remedy="Pass the tokenizer of this model",
-        )
-
-
 def _leave_fp16(model: PreTrainedModel) -> list[str]:
     """Turn weights in fp16, which loses small updates, into bfloat16 where the device has it, else float32."""
     if not any(parameter.dtype == torch.float16 for parameter in model.parameters()):
@@ -289,17 +242,6 @@ def _leave_fp16(model: PreTrainedModel) -> list[str]:
 def _is_sharded(arguments: Mapping[str, Any]) -> bool:
     launched = any(os.environ.get(name) == "true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
     return launched or bool(arguments.get("fsdp") or arguments.get("deepspeed"))
-
-
-def _rows(model: PreTrainedModel) -> int:
-    embedding: Any = model.get_input_embeddings()
-    return int(embedding.weight.shape[0])
-
-
-def _padding(tokenizer: Any, model: PreTrainedModel) -> int:
-    """An id that the model knows: it is masked, and a tokenizer may have more ids than the model has rows."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return int(next(token for token in known if token is not None and token < _rows(model)))
 
 
 def _judged(before: float, after: float, state: Any) -> list[str]:

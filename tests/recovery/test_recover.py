@@ -23,10 +23,11 @@ from fxprune.data.calibration import IGNORED, next_token_loss
 from fxprune.errors import DataError, RecoveryError, UnsupportedModelError, VerificationError
 from fxprune.graph.tensors import weights
 from fxprune.recovery import Distillation, RecoverySettings
+from fxprune.recovery.checks import padding_of
 from fxprune.recovery.distil import distillation_sum
 from fxprune.recovery.lora import attach_lora, find_targets, merge_lora
 from fxprune.recovery.ownership import last_checkpoint
-from fxprune.recovery.run import Recovery, _padding
+from fxprune.recovery.run import Recovery
 from tests.models import tiny, token_ids
 from tests.tokens import character_tokenizer
 
@@ -139,8 +140,8 @@ def test_a_tokenizer_that_pads_with_what_the_model_does_not_know(pruned: fxprune
         tokenizer.add_tokens(f"<{i}>")
     rows = pruned.model.get_input_embeddings().weight.shape[0]
     monkey = SimpleNamespace(pad_token_id=rows + 7, eos_token_id=2)
-    assert _padding(monkey, pruned.model) == 2 and _padding(tokenizer, pruned.model) < rows
-    assert _padding(SimpleNamespace(pad_token_id=None, eos_token_id=None), pruned.model) == 0
+    assert padding_of(monkey, pruned.model) == 2 and padding_of(tokenizer, pruned.model) < rows
+    assert padding_of(SimpleNamespace(pad_token_id=None, eos_token_id=None), pruned.model) == 0
 
 
 def test_the_report_is_json(recovered: Recovery) -> None:
