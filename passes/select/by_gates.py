@@ -9,16 +9,19 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxprune.data.calibration import Calibration, Sample
+from fxprune.data.calibration import Calibration, Sample, batched
 from fxprune.data.samples import check_kind
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError
+from fxprune.graph.carrier import place_of
 from fxprune.graph.facts import Fact, Runnable
+from fxprune.graph.precision import autocast, narrowed
 from fxprune.graph.tensors import require_weights
 from fxprune.masking.gated_run import GatedRun
 from fxprune.masking.lessons import LessonBatch, divergence, learn, lesson_batches, logits_of
-from fxprune.pipeline.arguments import as_seed, flag, number, whole_number
+from fxprune.masking.masked_run import UntouchedRun
+from fxprune.pipeline.arguments import PRECISIONS, as_seed, flag, number, one_of, whole_number
 from fxprune.pipeline.progress import Track, check_track, no_progress
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
@@ -60,6 +63,8 @@ class SelectByGatesPass(SelectByRatioPass):
         batch: samples in a step.
         samples: held-out samples to compare on in the end.
         heldout: those samples, in any form that calibration data has; None for calibration samples.
+        precision: of the products in a step: ``bf16``, ``float32``, or ``auto``, which is ``bf16`` where the device
+            computes in it itself and no op of the graph refuses it. Gates and scales stay in float32.
         seed: for the order of the samples.
         track: shows progress, as ``track(items, what, total)``.
     """
@@ -73,6 +78,7 @@ class SelectByGatesPass(SelectByRatioPass):
     batch: int = 4
     samples: int = 16
     heldout: Any = field(default=None, metadata={"spelled": False})
+    precision: str = "auto"
     seed: int = 0
     track: Track = field(default=no_progress, metadata={"spelled": False})
 
@@ -88,6 +94,7 @@ class SelectByGatesPass(SelectByRatioPass):
         for name in ("batch", "samples"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
         object.__setattr__(self, "scales", flag("scales", self.scales))
+        one_of("precision", self.precision, PRECISIONS)
         object.__setattr__(self, "seed", as_seed("seed", self.seed))
         check_track(self.track)
         if self.heldout is not None:
@@ -131,14 +138,23 @@ class SelectByGatesPass(SelectByRatioPass):
         return removals[int(after < before)]
 
     def _learn(self, graph_module: fx.GraphModule, gates: Gates, samples: Sequence[Sample]) -> None:
-        lessons = learn(graph_module, samples, _KEPT, self.batch, lambda batches, _: batches)
+        place = place_of(graph_module)
+        narrow = narrowed(
+            self.precision,
+            graph_module,
+            lambda: logits_of(UntouchedRun(graph_module), batched(samples[:1], graph_module)),
+            self.name,
+        )
+        with autocast(place, narrow):
+            lessons = learn(graph_module, samples, _KEPT, self.batch, lambda batches, _: batches)
         batches = list(lesson_batches(lessons, graph_module, self.batch))
         steps = max(1, round(self.epochs * len(batches)))
         adam = torch.optim.Adam(gates.learned, lr=self.rate)
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
         for batch in self.track(self._order(batches, steps), self.name, steps):
             run = GatedRun(graph_module, gates.by_consumer())
-            loss = divergence(logits_of(run, batch.inputs), batch)
+            with autocast(place, narrow):
+                loss = divergence(logits_of(run, batch.inputs), batch)
             adam.zero_grad()
             loss.backward()
             adam.step()

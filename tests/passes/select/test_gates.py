@@ -16,6 +16,7 @@ from torch import fx
 from fxprune.data.calibration import Calibration
 from fxprune.errors import ArgumentError, PassError
 from fxprune.graph.facts import Notes, facts_of
+from fxprune.masking.gated_run import GatedRun
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
@@ -129,6 +130,25 @@ def test_where_learning_made_it_worse_the_beginning_is_taken(
     monkeypatch.setattr(Judge, "divergence", lambda self, removal: float(next(counter)))
     found, told = learned(dense, kinds="mlp", ratio=0.2, epochs=0.5, samples=4)
     assert found.plan == begun.plan and told[0].endswith("; the beginning was taken")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_products_of_a_step_are_in_the_precision_that_was_asked_for(
+    dense: fx.GraphModule, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[torch.dtype] = set()
+    run_node = GatedRun.run_node
+
+    def watched(run: GatedRun, n: fx.Node) -> Any:
+        found = run_node(run, n)
+        if n in run.gates:
+            seen.add(found.dtype)
+            assert all(gate.dtype == torch.float32 for _, gate in run.gates[n])
+        return found
+
+    monkeypatch.setattr(GatedRun, "run_node", watched)
+    found, _ = learned(dense, kinds="mlp", ratio=0.2, epochs=30, rate=0.1, samples=4, precision=precision)
+    assert seen == {torch.bfloat16 if precision == "bf16" else torch.float32} and idle_among(found) > 0.8
 
 
 def test_the_same_seed_learns_the_same(dense: fx.GraphModule) -> None:
