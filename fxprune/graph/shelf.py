@@ -10,7 +10,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -53,28 +53,27 @@ def shelved(folder: Path, memory: Path | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def apart(name: str) -> Iterator[None]:
+def _remembered_in(folder: Path | None) -> Iterator[None]:
+    token = _memory.set(folder)
+    try:
+        yield
+    finally:
+        _memory.reset(token)
+
+
+def apart(name: str) -> AbstractContextManager[None]:
     """Keep what is found out here apart from what the same passes find out at another place of the same run.
 
     Args:
         name: of the place: the same in a second run, and of no other place beside it.
     """
     folder = _memory.get()
-    token = _memory.set(None if folder is None else folder / name)
-    try:
-        yield
-    finally:
-        _memory.reset(token)
+    return _remembered_in(None if folder is None else folder / name)
 
 
-@contextmanager
-def unremembered() -> Iterator[None]:
+def unremembered() -> AbstractContextManager[None]:
     """Neither remember what is found out here nor take up what was."""
-    token = _memory.set(None)
-    try:
-        yield
-    finally:
-        _memory.reset(token)
+    return _remembered_in(None)
 
 
 def is_shelved() -> bool:

@@ -13,9 +13,10 @@ from torch.autograd.function import once_differentiable
 from fxprune.data.calibration import Sample, alike, batched
 from fxprune.errors import PassError
 from fxprune.graph.carrier import place_of
+from fxprune.graph.precision import narrowed
 from fxprune.masking.masked_run import UntouchedRun, output_tensors
 
-__all__ = ["Lesson", "LessonBatch", "divergence", "learn", "lesson_batches", "logits_of"]
+__all__ = ["Lesson", "LessonBatch", "divergence", "learn", "lesson_batches", "logits_of", "narrowed_by"]
 
 _LEAST = 1e-7
 """No probability counts as less: a step of float32 at 1, below which a sum of probabilities cannot tell."""
@@ -52,6 +53,19 @@ class LessonBatch:
     classes: torch.Tensor
     likelihoods: torch.Tensor
     labels: torch.Tensor
+
+
+def narrowed_by(precision: str, graph_module: fx.GraphModule, sample: Sample, where: str) -> bool:
+    """Whether a graph is to be run in bfloat16: :func:`fxprune.graph.precision.narrowed`, tried on a sample.
+
+    Raises:
+        PassError: ``bf16`` was asked for, and an op of the graph refuses it.
+    """
+
+    def trial() -> torch.Tensor:
+        return logits_of(UntouchedRun(graph_module), batched([sample], graph_module))
+
+    return narrowed(precision, graph_module, trial, where)
 
 
 def learn(

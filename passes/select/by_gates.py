@@ -9,18 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxprune.data.calibration import Calibration, Sample, batched
+from fxprune.data.calibration import Calibration, Sample
 from fxprune.data.samples import check_kind
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError
 from fxprune.graph.carrier import place_of
 from fxprune.graph.facts import Fact, Runnable
-from fxprune.graph.precision import autocast, narrowed
+from fxprune.graph.precision import autocast
 from fxprune.graph.tensors import require_weights
 from fxprune.masking.gated_run import GatedRun
-from fxprune.masking.lessons import LessonBatch, divergence, learn, lesson_batches, logits_of
-from fxprune.masking.masked_run import UntouchedRun
+from fxprune.masking.lessons import LessonBatch, divergence, learn, lesson_batches, logits_of, narrowed_by
 from fxprune.pipeline.arguments import PRECISIONS, as_seed, flag, number, one_of, whole_number
 from fxprune.pipeline.progress import Track, check_track, no_progress
 from fxprune.removal.removal import Removal
@@ -139,12 +138,7 @@ class SelectByGatesPass(SelectByRatioPass):
 
     def _learn(self, graph_module: fx.GraphModule, gates: Gates, samples: Sequence[Sample]) -> None:
         place = place_of(graph_module)
-        narrow = narrowed(
-            self.precision,
-            graph_module,
-            lambda: logits_of(UntouchedRun(graph_module), batched(samples[:1], graph_module)),
-            self.name,
-        )
+        narrow = narrowed_by(self.precision, graph_module, samples[0], self.name)
         with autocast(place, narrow):
             lessons = learn(graph_module, samples, _KEPT, self.batch, lambda batches, _: batches)
         batches = list(lesson_batches(lessons, graph_module, self.batch))

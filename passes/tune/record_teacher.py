@@ -10,21 +10,21 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxprune.data.calibration import Calibration, Sample, batched, embedding_rows, spread, token_input
+from fxprune.data.calibration import Calibration, Sample, embedding_rows, spread, token_input
 from fxprune.data.noise import noised, plain_tokens
 from fxprune.data.samples import check_kind, read_calibration
 from fxprune.data.text import check_tokenizer, offline_docstrings, token_windows
 from fxprune.errors import ArgumentError, CalibrationError, DataError
 from fxprune.graph.carrier import place_of
 from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
-from fxprune.graph.precision import autocast, narrowed
+from fxprune.graph.precision import autocast
 from fxprune.graph.tensors import require_weights
-from fxprune.masking.masked_run import UntouchedRun
+from fxprune.masking.lessons import learn, narrowed_by
 from fxprune.pipeline.arguments import PRECISIONS, number, one_of, whole_number
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.pipeline.progress import Track, check_track, no_progress
 
-from .teacher import Teacher, learn, logits_of
+from .teacher import Teacher
 
 __all__ = ["RecordTeacherPass"]
 
@@ -109,10 +109,7 @@ class RecordTeacherPass(Pass):
         def track(batches: Iterable[Any], total: int) -> Iterable[Any]:
             return self.track(batches, "dense model", total)
 
-        def trial() -> torch.Tensor:
-            return logits_of(UntouchedRun(graph_module), batched(samples[:1], graph_module))
-
-        narrow = narrowed(self.precision, graph_module, trial, self.name)
+        narrow = narrowed_by(self.precision, graph_module, samples[0], self.name)
         samples = self._noised(samples, graph_module)
         with autocast(place_of(graph_module), narrow):
             lessons = learn(graph_module, (*samples, *heldout), self.kept, self.batch, track)

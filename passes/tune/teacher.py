@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fxprune.graph.facts import Change, Fact
-from fxprune.masking.lessons import Lesson, LessonBatch, divergence, learn, lesson_batches, logits_of
+from fxprune.masking.lessons import Lesson, LessonBatch, divergence, lesson_batches, logits_of
 
-__all__ = ["Lesson", "LessonBatch", "Teacher", "divergence", "learn", "lesson_batches", "logits_of"]
+__all__ = ["Lesson", "LessonBatch", "Teacher", "divergence", "lesson_batches", "logits_of"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -86,9 +86,11 @@ class Training:
             CalibrationError: what the model says is not finite.
         """
         progress = self._begun()
+        if progress.misses >= self.settings.patience:  # an earlier run with this folder ended so
+            return progress
         every = max(1, self.steps // self.settings.measurements)
         order = list(self._order())
-        steps = range(progress.step, self.steps if progress.misses < self.settings.patience else progress.step)
+        steps = range(progress.step, self.steps)
         for step in self.settings.track(steps, "tuning", len(steps)):
             self._learn(self.batches[order[step]], step)
             if (step + 1) % every and step + 1 < self.steps:
