@@ -16,21 +16,20 @@ from rich.console import Console
 import fxprune
 from benchmarks.demo_model import load_demo_model
 from benchmarks.environment import environment
+from benchmarks.questions import local_tasks
 from fxprune.checkpoint.manifest import read_manifest
 from fxprune.cli.console import widened
-from fxprune.data.rows import BadRow, json_lines, kind_of, rows_in_file, text_of
+from fxprune.data.rows import BadRow, kind_of, rows_in_file, text_of
 from fxprune.data.text import offline_text, read_text, split_calibration_heldout, token_windows
-from fxprune.evaluation import LocalTask
 from fxprune.evaluation.comparison import Comparison, compare_models
 from fxprune.recovery import Distillation
 
-__all__ = ["app", "calibration_windows", "local_tasks", "named", "starts", "training_rows", "without"]
+__all__ = ["app", "calibration_windows", "named", "starts", "training_rows", "without"]
 
 RESULTS = Path(__file__).parent / "results" / "recovery.json"
 _PLACES = ("folder", "out", "keep", "json_")
 """Options that say where things are written, and nothing of what is measured."""
 
-SUFFIX = "\nAnswer:"
 app = typer.Typer(add_completion=False)
 
 
@@ -53,21 +52,6 @@ def calibration_windows(tokenizer: Any, rows: Iterable[Any], samples: int, token
     text = "\n\n".join(_text_of(row) for row in rows)
     windows = token_windows(tokenizer, text, tokens)
     return windows[torch.linspace(0, len(windows) - 1, min(samples, len(windows))).long()]
-
-
-def local_tasks(files: Iterable[Path], half: str) -> dict[str, LocalTask]:
-    """Files of questions as tasks by name.
-
-    Args:
-        files: JSONL of questions.
-        half: `first` (to choose settings by) or `second` (to report).
-    """
-    tasks = {}
-    for path in files:
-        middle = sum(1 for _ in json_lines(path.read_text(encoding="utf-8"))) // 2
-        start, stop = (middle, None) if half == "second" else (0, middle)
-        tasks[path.stem] = LocalTask(path, suffix=SUFFIX, start=start, stop=stop)
-    return tasks
 
 
 def starts(tokenizer: Any, texts: Mapping[str, str | Path], windows: int, window: int) -> dict[str, str]:

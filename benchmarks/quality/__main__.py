@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -16,10 +17,13 @@ from benchmarks.demo_model import load_named
 from benchmarks.environment import environment
 from benchmarks.quality.entries import entries
 from benchmarks.quality.measure import Protocol, Row, measure, measure_dense, texts_of, told
+from benchmarks.quality.tasks import ask, kept_models
+from fxprune.cli.console import widened
 
-__all__ = ["RESULTS", "app"]
+__all__ = ["RESULTS", "TASKS", "app"]
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality.json"
+TASKS = RESULTS.with_name("quality_tasks.json")
 
 app = typer.Typer(add_completion=False)
 
@@ -52,10 +56,21 @@ def _read(path: Path, protocol: Protocol) -> list[Row]:
     return [Row(**row) for row in found["rows"]]
 
 
-def _write(path: Path, protocol: Protocol, rows: Sequence[Row]) -> None:
+def _write(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"environment": environment(), "protocol": asdict(protocol), "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"environment": environment(), **content}, indent=2) + "\n", encoding="utf-8")
+
+
+def _questions(data: Path | None, keep: Path | None, questions: int) -> list[Path]:
+    """Files of questions, where any are to be asked.
+
+    Raises:
+        BadParameter: there are none, or no place where slim models are kept.
+    """
+    files = sorted((data / "zeroshot").glob("*.jsonl")) if data is not None and questions else []
+    if questions and (keep is None or not files):
+        raise typer.BadParameter("--questions needs --keep FOLDER, and --data FOLDER with zeroshot/*.jsonl")
+    return files
 
 
 @app.command()
@@ -70,23 +85,28 @@ def main(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of one.")] = 128,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each text to measure on.")] = 60,
     window: Annotated[int, typer.Option(min=2, help="Tokens of one.")] = 128,
-    questions: Annotated[int, typer.Option(min=0, help="Questions of each task; 0 for none.")] = 0,
+    questions: Annotated[
+        int, typer.Option(min=0, help="Ask the dense model and those in --keep so many of each file; 0 for none.")
+    ] = 0,
     keep: Annotated[Path | None, typer.Option(help="Save each slim model into a folder of its own in here.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Ask in bfloat16: faster where the CPU has it.")] = False,
     json_: Annotated[bool, typer.Option("--json", help=f"Keep results in results/{RESULTS.name}.")] = False,
 ) -> None:
     """Prune by every recipe, and by the default one with one thing changed, and measure what is left."""
-    console = Console(soft_wrap=True)
+    asked = _questions(data, keep, questions)
+    console = widened(Console())
     dense, tokenizer, name = load_named(model)
     source = "the standard library's own text" if data is None else calibration
-    protocol = Protocol(name, source, samples, tokens, windows, window, questions)
+    protocol = Protocol(name, source, samples, tokens, windows, window)
     texts = texts_of(tokenizer, data, calibration, protocol)
-    say: Callable[[str], None] = lambda line: console.print(line, markup=False, highlight=False)  # noqa: E731
+    say: Callable[[str], None] = lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
     say(str(protocol))
     rows = _read(RESULTS, protocol) if json_ else []
-    rows = rows or [measure_dense(dense, tokenizer, texts, protocol)]
+    rows = rows or [measure_dense(dense, texts)]
     for row in rows:
         say(told(row, rows[0]))
-    for entry, part, draw in _missing(rows, ratio or (0.2, 0.35, 0.5), draws, only or ()):
+    ratios = ratio or [0.2, 0.35, 0.5]
+    for entry, part, draw in _missing(rows, ratios, draws, only or ()):
         try:
             rows.append(measure(dense, tokenizer, texts, entry, part, draw, protocol, keep))
         except fxprune.FxpruneError as error:
@@ -94,7 +114,13 @@ def main(
             continue
         say(told(rows[-1], rows[0]))
         if json_:
-            _write(RESULTS, protocol, rows)
+            _write(RESULTS, {"protocol": asdict(protocol), "rows": [asdict(row) for row in rows]})
+    if keep is not None and asked:
+        models = kept_models(keep, [row for row in rows if row.ratio in ratios and (not only or row.entry in only)])
+        found = ask(dense, tokenizer, models, asked, questions, torch.bfloat16 if bf16 else torch.float32)
+        console.print(found.table(f"{name}, up to {questions} questions of the second half of each file"))
+        if json_:
+            _write(TASKS, found.to_dict())
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from benchmarks.memory import forget_peak, peak_bytes
 from benchmarks.quality.entries import Entry
 from fxprune.data.files import calibration_text
 from fxprune.data.text import offline_docstrings, offline_text, split_calibration_heldout, token_windows
-from fxprune.evaluation import LocalTask, evaluate, perplexity
+from fxprune.evaluation import perplexity
 
-__all__ = ["Protocol", "Row", "Texts", "measure", "measure_dense", "texts_of", "told", "with_ratio"]
+__all__ = ["Protocol", "Row", "Texts", "kept_in", "measure", "measure_dense", "texts_of", "told", "with_ratio"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,6 @@ class Protocol:
         tokens: Of a calibration sample.
         windows: Of each text that is measured on, from its start.
         window: Tokens of such a window; windows do not overlap.
-        questions: Of each task; 0 for no tasks.
     """
 
     model: str
@@ -40,29 +39,25 @@ class Protocol:
     tokens: int
     windows: int
     window: int
-    questions: int
 
     def __str__(self) -> str:
-        asked = f", {self.questions} questions of each task" if self.questions else ""
         return (
             f"{self.model}, calibrated on up to {self.samples} x {self.tokens} tokens of {self.calibration}; "
-            f"perplexity on the first {self.windows} x {self.window} tokens of each text{asked}"
+            f"perplexity on the first {self.windows} x {self.window} tokens of each text"
         )
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Token ids and tasks.
+    """Token ids.
 
     Attributes:
         calibration: `(samples, tokens)`, all there are.
         heldout: By name, `(windows, window)`.
-        tasks: By name.
     """
 
     calibration: torch.Tensor
     heldout: dict[str, torch.Tensor]
-    tasks: dict[str, LocalTask] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,6 @@ class Row:
         draw: Which samples were drawn.
         parameters: That are left.
         perplexities: By name of the text.
-        tasks: Accuracy by name of the task.
         seconds: The prune took: wall clock, or with one thread the processor's time, which other work is no part of.
         peak_gb: Largest resident memory while it ran, in 10^9 bytes.
         passes: The pipeline, as it is spelled.
@@ -88,7 +82,6 @@ class Row:
     draw: int
     parameters: int
     perplexities: dict[str, float]
-    tasks: dict[str, float]
     seconds: float
     peak_gb: float
     passes: str
@@ -101,8 +94,7 @@ def texts_of(tokenizer: Any, data: Path | None, calibration: str, protocol: Prot
 
     Args:
         tokenizer: Turns text into ids.
-        data: A folder: text files, those with `test` in their path or at the top of it are measured on, and
-            `zeroshot/*.jsonl` are tasks. None for built-in text.
+        data: A folder of text files: those at the top of it, and `*/test.txt`, are measured on. None for built-in text.
         calibration: Name of the file in it that is calibrated on.
         protocol: Sizes.
     """
@@ -113,11 +105,9 @@ def texts_of(tokenizer: Any, data: Path | None, calibration: str, protocol: Prot
         front = calibration_text(data / calibration)
         files = [*sorted(data.glob("*.txt")), *sorted(data.glob("*/test.txt"))]
         held = {str(path.relative_to(data)): calibration_text(path) for path in files}
-    tasks = sorted((data / "zeroshot").glob("*.jsonl")) if data is not None and protocol.questions else []
     return Texts(
         token_windows(tokenizer, front, protocol.tokens),
         {name: token_windows(tokenizer, text, protocol.window, limit=protocol.windows) for name, text in held.items()},
-        {path.stem: LocalTask(path) for path in tasks},
     )
 
 
@@ -155,11 +145,15 @@ def measure(
     result = fxprune.prune(model, samples, tokenizer=tokenizer, ratio=ratio, **options)
     seconds, peak = clock() - begin, peak_bytes() / 1e9
     if keep is not None:
-        result.save_pretrained(keep / f"{entry.name}-{ratio:g}-{draw}", tokenizer)
-    slim = result.model or result.graph_module
-    perplexities, tasks = _worth(slim, tokenizer, texts, protocol)
+        result.save_pretrained(kept_in(keep, entry.name, ratio, draw), tokenizer)
+    perplexities = _perplexities(result.model or result.graph_module, texts)
     left, cpu = result.report.parameters[1], cpu_name()
-    return Row(entry.name, ratio, draw, left, perplexities, tasks, seconds, peak, passes, threads, cpu)
+    return Row(entry.name, ratio, draw, left, perplexities, seconds, peak, passes, threads, cpu)
+
+
+def kept_in(keep: Path, entry: str, ratio: float, draw: int) -> Path:
+    """The folder of a slim model among those that are kept."""
+    return keep / f"{entry}-{ratio:g}-{draw}"
 
 
 def with_ratio(value: Any, ratio: float) -> Any:
@@ -167,18 +161,19 @@ def with_ratio(value: Any, ratio: float) -> Any:
     return value % ratio if isinstance(value, str) and "%s" in value else value
 
 
-def _worth(model: Any, tokenizer: Any, texts: Texts, protocol: Protocol) -> tuple[dict[str, float], dict[str, float]]:
-    found = {name: float(perplexity(model, ids)) for name, ids in texts.heldout.items()}
-    if not texts.tasks:
-        return found, {}
-    scores = evaluate(model, tokenizer, texts=(), tasks=texts.tasks, questions=protocol.questions).tasks
-    return found, {name: score.value for name, score in scores.items()}
+def _perplexities(model: Any, texts: Texts) -> dict[str, float]:
+    return {name: float(perplexity(model, ids)) for name, ids in texts.heldout.items()}
 
 
-def measure_dense(model: Any, tokenizer: Any, texts: Texts, protocol: Protocol) -> Row:
-    """What the dense model is worth, as a row to compare the others with."""
+def measure_dense(model: Any, texts: Texts) -> Row:
+    """What the dense model is worth, as a row to compare the others with.
+
+    Args:
+        model: The dense model.
+        texts: What is measured on.
+    """
     count = sum(parameter.numel() for parameter in model.parameters())
-    return Row("dense", 0.0, 0, count, *_worth(model, tokenizer, texts, protocol), 0.0, 0.0, "", 0, cpu_name())
+    return Row("dense", 0.0, 0, count, _perplexities(model, texts), 0.0, 0.0, "", 0, cpu_name())
 
 
 def told(row: Row, dense: Row) -> str:
@@ -186,7 +181,6 @@ def told(row: Row, dense: Row) -> str:
     texts = [
         f"{name} {value:.1f} (x{value / dense.perplexities[name]:.2f})" for name, value in row.perplexities.items()
     ]
-    tasks = [f"{name} {value:.3f} ({dense.tasks[name]:.3f})" for name, value in row.tasks.items()]
     took = f"{row.seconds:.0f} s with {row.threads} thread(s), {row.peak_gb:.1f} GB" if row.passes else "as it is"
     where = f"{row.ratio:.0%}, draw {row.draw}: " if row.passes else ""
-    return f"{where}{row.entry}: {', '.join(texts + tasks)}; {row.parameters:,} parameters, {took}"
+    return f"{where}{row.entry}: {', '.join(texts)}; {row.parameters:,} parameters, {took}"

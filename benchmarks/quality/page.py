@@ -11,12 +11,13 @@ from typing import Any
 
 from benchmarks.quality.entries import ENTRIES
 from benchmarks.quality.measure import Protocol, Row
-from benchmarks.tables import about_demo, markdown_table
+from benchmarks.tables import about_demo, markdown_table, ran_on
 from fxprune.cli.demo import demo_name
 
 __all__ = ["quality_page", "write_picture"]
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality.json"
+TASKS = RESULTS.with_name("quality_tasks.json")
 PAGE = Path(__file__).parent.parent.parent / "docs" / "quality.md"
 PICTURE = PAGE.with_suffix(".svg")
 RECIPES = ("llm-pruner", "FLAP", "fast", "balanced", "best")
@@ -27,11 +28,12 @@ _TICKS = (1, 1.5, 2, 3, 5, 10, 20)
 _WORST = 20
 
 
-def quality_page(data: dict[str, Any]) -> str:
-    """The page as Markdown: a table for each ratio, the protocol above it.
+def quality_page(data: dict[str, Any], tasks: dict[str, Any] | None = None) -> str:
+    """The page as Markdown: a table for each ratio, the protocol above it, and one of questions.
 
     Args:
-        data: What `benchmarks.quality` writes.
+        data: What `benchmarks.quality` writes of perplexity.
+        tasks: What it writes of questions.
     """
     protocol, (dense, *rows) = Protocol(**data["protocol"]), [Row(**row) for row in data["rows"]]
     ran = data["environment"]
@@ -40,8 +42,8 @@ def quality_page(data: dict[str, Any]) -> str:
         f"{protocol}. {_processors(rows)}; torch {ran['torch']}, transformers {ran['transformers']}. Times are of the "
         "prune alone: wall clock, or with one thread the processor's time, since other work ran beside it, so that "
         "they compare within a processor and a number of threads; memory is the largest resident size while it ran. "
-        "What follows *x* is perplexity over that of the dense model. One draw of samples and one small model: "
-        "differences under 5% mean nothing.\n",
+        "What follows *x* is perplexity over that of the dense model, the mean where samples were drawn several "
+        "times, with the least and the most. One small model: differences under 5% mean nothing.\n",
         *([f"{about_demo()}\n"] if protocol.model == demo_name() else []),
         "![Perplexity over dense against what is left](quality.svg)\n",
         "Dense: " + ", ".join(f"{name} {value:.1f}" for name, value in dense.perplexities.items()) + ".\n",
@@ -50,11 +52,29 @@ def quality_page(data: dict[str, Any]) -> str:
         parts.append(
             f"## {ratio:.0%} of the parameters\n\n{_table(dense, [row for row in rows if row.ratio == ratio])}"
         )
-    return "\n".join(parts)
+    return "\n".join([*parts, *([_asked(tasks)] if tasks else [])])
+
+
+def _asked(data: dict[str, Any]) -> str:
+    """Accuracy on questions, a line for each model."""
+    settings, columns = data["settings"], data["columns"]
+    names = list(columns[0]["evaluation"]["tasks"])
+    lines = []
+    for column in columns:
+        found = [column["evaluation"]["tasks"][name]["value"] for name in names]
+        kept = f"{column['retained']:.1%} ± {column['retained_standard_error']:.1%}" if data["retained_of"] else ""
+        lines.append((column["name"], *(f"{value:.3f}" for value in found), kept))
+    return (
+        f"## Questions\n\nAccuracy on up to {settings['questions']} questions of the {settings['half']} half of each "
+        f"file, without examples, in {settings['measured_in'].removeprefix('torch.')}. *Retained*: the average over "
+        f"that of the dense model on {', '.join(data['retained_of'])}, where that does better than guessing, with one "
+        f"standard error of it, over the same questions. {ran_on(data)}\n\n"
+        + markdown_table(("", *names, "retained"), lines)
+    )
 
 
 def _table(dense: Row, rows: Sequence[Row]) -> str:
-    heading = ("", "parameters", *dense.perplexities, *dense.tasks, "seconds", "threads", "GB", "draws")
+    heading = ("", "parameters", *dense.perplexities, "seconds", "threads", "GB", "draws")
     lines = []
     known = [entry.name for entry in ENTRIES]
     measured = dict.fromkeys(row.entry for row in rows)
@@ -62,7 +82,6 @@ def _table(dense: Row, rows: Sequence[Row]) -> str:
         drawn = [row for row in rows if row.entry == name]
         cells = [name, f"{fmean(row.parameters for row in drawn):,.0f}"]
         cells += [f"x{_over(dense, drawn, text):.2f}{_spread(dense, drawn, text)}" for text in dense.perplexities]
-        cells += [f"{fmean(row.tasks[task] for row in drawn):.3f}" for task in dense.tasks]
         cells += [f"{fmean(row.seconds for row in drawn):.0f}", _threads(drawn)]
         cells += [f"{max(row.peak_gb for row in drawn):.1f}"]
         lines.append((*cells, str(len(drawn))))
@@ -133,5 +152,6 @@ def write_picture(data: dict[str, Any], path: Path = PICTURE) -> None:
 if __name__ == "__main__":
     if RESULTS.exists():
         found = json.loads(RESULTS.read_text())
-        PAGE.write_text(quality_page(found), encoding="utf-8")
+        asked = json.loads(TASKS.read_text()) if TASKS.exists() else None
+        PAGE.write_text(quality_page(found, asked), encoding="utf-8")
         write_picture(found)

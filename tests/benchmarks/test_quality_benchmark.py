@@ -86,15 +86,35 @@ def test_rows_of_another_protocol_are_not_lost_and_what_draws_nothing_is_measure
     assert quality.RESULTS.read_text() == before
 
 
+def test_the_models_that_are_kept_are_asked_beside_the_dense_one(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "TASKS", quality.RESULTS.with_name("quality_tasks.json"))
+    (small / "zeroshot").mkdir()
+    lines = [json.dumps({"query": c, "choices": ["a", "bb"], "gold": i % 2}) for i, c in enumerate("abcdefgh")]
+    (small / "zeroshot" / "quiz.jsonl").write_text("\n".join(lines))
+    kept = ["--keep", str(small / "kept")]
+    run(small, "--only", "l1", "--draws", "2", *kept)
+    run(small, "--only", "l2")  # is not kept
+    printed = run(small, "--questions", "3", "--bf16", *kept)
+    assert "up to 3 questions" in printed and "l1, 10%" in printed and "l2, 10%" not in printed
+    asked = json.loads(quality.TASKS.read_text())
+    assert [column["name"] for column in asked["columns"]] == ["dense", "l1, 10%"]
+    assert {column["evaluation"]["tasks"]["quiz"]["samples"] for column in asked["columns"]} == {3}
+    page = quality_page(json.loads(quality.RESULTS.read_text()), asked)
+    assert "## Questions" in page and "| l1, 10% | 0." in page and "up to 3 questions of the second half" in page
+    for options in (["--questions", "3"], ["--questions", "3", *kept, "--data", str(small / "some")]):
+        with pytest.raises(AssertionError, match="needs --keep FOLDER"):
+            run(small, *options)
+
+
 def test_the_page_and_the_picture_show_draws(tmp_path: Path) -> None:
     def row(name: str, draw: int, value: float, cpu: str = "fast one") -> dict[str, Any]:
-        return Row(name, 0.2, draw, 80, {"text": value}, {"quiz": 0.5}, 10.0, 1.0, "l1", 2, cpu).__dict__
+        return Row(name, 0.2, draw, 80, {"text": value}, 10.0, 1.0, "l1", 2, cpu).__dict__
 
-    protocol = Protocol("m", "c4", 4, 8, 2, 16, 5).__dict__
+    protocol = Protocol("m", "c4", 4, 8, 2, 16).__dict__
     environment = {"cpu": "c", "threads": 1, "torch": "t", "transformers": "t"}
     rows = [row("dense", 0, 10.0), row("balanced", 0, 14.0), row("balanced", 1, 15.0)]
     data = {"protocol": protocol, "environment": environment, "rows": rows}
-    assert "| balanced | 80 | x1.45 (1.40 to 1.50) | 0.500 | 10 | 2 | 1.0 | 2 |" in quality_page(data)
+    assert "| balanced | 80 | x1.45 (1.40 to 1.50) | 10 | 2 | 1.0 | 2 |" in quality_page(data)
     assert "Ran on fast one; torch t" in quality_page(data), "the processor of the rows, not that of the last run"
     slower = {**data, "rows": [*rows, row("best", 0, 13.0, "slow one")]}
     assert "Ran on fast one; but these ran on slow one: best at 20%; torch t" in quality_page(slower)

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import fxprune
 from benchmarks import recover
+from benchmarks.questions import local_tasks
 from benchmarks.tables import results_page
 from fxprune.checkpoint.manifest import read_manifest
 from tests.models import tiny
@@ -67,7 +68,7 @@ def test_the_start_of_a_text_is_measured_as_well(files: dict[str, Path]) -> None
 
 
 def test_each_half_of_the_questions_is_asked_by_itself(files: dict[str, Path]) -> None:
-    first, second = (recover.local_tasks([files["quiz.jsonl"]], half)["quiz"] for half in ("first", "second"))
+    first, second = (local_tasks([files["quiz.jsonl"]], half)["quiz"] for half in ("first", "second"))
     assert (first.start, first.stop, second.start, second.stop) == (0, 4, 4, None)
     assert CliRunner().invoke(recover.app, ["--half", "secnd"]).exit_code == 2
 

@@ -36,9 +36,29 @@ def test_distillation_refuses_numbers_out_of_range(dense: PreTrainedModel, numbe
 def test_slices_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = torch.randn(7, 5), torch.randn(7, 5)
     whole = distillation_sum(student, teacher, 2.0)
-    monkeypatch.setattr(distil, "_SLICE", 3)
+    monkeypatch.setattr(distil, "_CPU_SLICE", 3)
     assert torch.allclose(distillation_sum(student, teacher, 2.0), whole)
     assert distillation_sum(teacher, teacher, 2.0).item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_gradient_is_that_of_autograd(dtype: torch.dtype, temperature: float) -> None:
+    torch.manual_seed(0)
+    student, teacher = ((3 * torch.randn(9, 11)).to(dtype).requires_grad_() for _ in range(2))
+    before = student.detach().clone(), teacher.detach().clone()
+    (0.3 * distillation_sum(student, teacher, temperature)).backward()
+    assert student.grad is not None
+    assert student.grad.dtype == dtype
+    assert teacher.grad is None
+    assert torch.equal(student, before[0])
+    assert torch.equal(teacher, before[1])
+    plain = before[0].clone().requires_grad_()
+    said, wanted = ((logits.double() / temperature).log_softmax(-1) for logits in (plain, before[1]))
+    (0.3 * temperature**2 * torch.nn.functional.kl_div(said, wanted, reduction="sum", log_target=True)).backward()
+    assert plain.grad is not None
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}
+    assert torch.allclose(student.grad.double(), plain.grad.double(), **tolerance)
 
 
 def test_a_teacher_has_to_know_the_same_tokens_and_be_another(dense: PreTrainedModel) -> None:
