@@ -17,6 +17,7 @@ from benchmarks.demo_model import load_demo_model
 from benchmarks.latency.timing import paired_latency
 from benchmarks.perplexity import perplexity
 from benchmarks.text import offline_text, split_calibration_heldout, token_windows
+from fxprune.cli.allocator import keep_freed
 from fxprune.cli.console import widened
 
 __all__ = ["app", "demo_table"]
@@ -74,6 +75,7 @@ def main(
     recipe: Annotated[str | None, typer.Option(help="Another recipe than the default.")] = None,
 ) -> None:
     """Prune SmolLM2-135M by the default recipe, tuned for a shorter time, and compare it with what it was."""
+    keep_freed()
     console = widened(Console())
     begin = time.perf_counter()
     console.print("loading SmolLM2-135M-Instruct ...")

@@ -18,6 +18,7 @@ from benchmarks.demo_model import load_demo_model
 from benchmarks.environment import environment
 from benchmarks.questions import local_tasks
 from fxprune.checkpoint.manifest import read_manifest
+from fxprune.cli.allocator import keep_freed
 from fxprune.cli.console import widened
 from fxprune.data.rows import BadRow, kind_of, rows_in_file, text_of
 from fxprune.data.text import offline_text, read_text, split_calibration_heldout, token_windows
@@ -105,6 +106,7 @@ def main(
 ) -> None:
     """Prune SmolLM2-135M, recover it with LoRA, and compare."""
     settings = {name: _plain(value) for name, value in locals().items() if name not in _PLACES}
+    keep_freed()
     console = widened(Console())
     dense, tokenizer = load_demo_model()
     trained_on, measured_on = _texts(data, rows, seed, text)

@@ -18,6 +18,7 @@ from benchmarks.environment import environment
 from benchmarks.quality.entries import entries
 from benchmarks.quality.measure import Protocol, Row, measure, measure_dense, texts_of, told
 from benchmarks.quality.tasks import ask, kept_models
+from fxprune.cli.allocator import keep_freed
 from fxprune.cli.console import widened
 
 __all__ = ["RESULTS", "TASKS", "app"]
@@ -94,6 +95,7 @@ def main(
 ) -> None:
     """Prune by every recipe, and by the default one with one thing changed, and measure what is left."""
     asked = _questions(data, keep, questions)
+    keep_freed()
     console = widened(Console())
     dense, tokenizer, name = load_named(model)
     source = "the standard library's own text" if data is None else calibration

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fxprune.cli.allocator import keep_freed
 from fxprune.cli.console import (
     Device,
     Dtype,
@@ -74,6 +75,8 @@ def evaluate(
         if not text:
             options["windows"] = windows or _WINDOWS
         loading = {"dtype": dtype, "device": device}
+        if not low_memory:
+            keep_freed()
         with tempfile.TemporaryDirectory() if low_memory else nullcontext() as place:
             columns = _measured(compared, loading, options, None if place is None else Path(place))
         from fxprune.data.ranks import is_first

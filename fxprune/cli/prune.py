@@ -10,6 +10,7 @@ from typing import Any
 
 import fxprune
 from fxprune.cli import options as flags
+from fxprune.cli.allocator import keep_freed
 from fxprune.cli.checks import check_prune
 from fxprune.cli.config import run_file, spelled_run
 from fxprune.cli.console import (
@@ -124,6 +125,7 @@ def _run(values: Mapping[str, Any], options: dict[str, Any]) -> None:
         result = fxprune.prune_checkpoint(source, out, data, tokenizer=tokenizer, track=progress, **written, **options)
         loading = _OURS
     else:
+        keep_freed()
         dense = load_model(model, gguf_file, dtype=values["dtype"], device=values["device"])
         if out.suffix == ".gguf":
             _check_gguf(dense, gguf_options(model, tokenizer, values["quantization"]))

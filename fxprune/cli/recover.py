@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fxprune.cli.allocator import keep_freed
 from fxprune.cli.console import Dtype, Force, Quiet, app, clear_errors, console, progress, set_output
 from fxprune.cli.load import load_either
 from fxprune.cli.place import at_home, check_output, is_file
@@ -111,6 +112,7 @@ def _run(
     from fxprune.checkpoint.manifest import MANIFEST, read_manifest
     from fxprune.data.ranks import is_first
 
+    keep_freed()
     loaded, tokenizer = load_either(model, None, with_tokenizer=True, **loading)
     plan: Any = None
     report: Any = None
