@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -11,9 +12,10 @@ import torch
 from torch import fx
 
 from fxprune.data.calibration import IGNORED, next_token_loss
-from fxprune.errors import CalibrationError, PassError
+from fxprune.errors import CalibrationError
 from fxprune.graph.precision import autocast, narrowed
 from fxprune.graph.tensors import device_of, weights
+from fxprune.masking.compare import TOLERANCE
 
 from .progress import Progress, digest, read_progress, write_progress
 from .teacher import LessonBatch, Teacher, divergence, lesson_batches, logits_of
@@ -61,6 +63,9 @@ class Training:
         learned: what is learned.
         teacher: what the dense model said.
 
+    Attributes:
+        truth: weight of the text's own tokens; 0 where the model says something else than next tokens.
+
     Raises:
         PassError: bfloat16 was asked for, and an op of the graph refuses it.
     """
@@ -74,6 +79,7 @@ class Training:
         self.rates = [settings.rate * rate for rate in learned.rates(graph_module)]
         groups = [{"params": [n], "lr": rate} for n, rate in zip(self.numbers, self.rates, strict=True)]
         self.adam = torch.optim.Adam(groups, fused=self.device.type in _FUSED)
+        self.truth = settings.truth if self._says_next(self.batches[0]) else 0.0
         self.steps = max(1, round(settings.epochs * len(self.batches)))
         self.narrow = narrowed(
             settings.precision, graph_module, lambda: self._divergence(self.batches[0]), settings.name
@@ -156,22 +162,34 @@ class Training:
         return sum(found) / sum(b.classes.shape[:2].numel() for b in self.heldout)
 
     def _loss(self, batch: LessonBatch) -> torch.Tensor:
-        """What a step makes smaller.
-
-        Raises:
-            PassError: the text's own tokens are to count, and the model does not say a token at each position.
-        """
+        """What a step makes smaller."""
         logits = self._logits(batch)
         loss = divergence(logits, batch)
-        if not self.settings.truth or not bool((batch.labels[:, 1:] != IGNORED).any()):
+        if not self.truth or not bool((batch.labels[:, 1:] != IGNORED).any()):
             return loss
-        if logits.shape[:2] != batch.labels.shape:
-            raise PassError(
-                f"the model says something else than a next token at {tuple(batch.labels.shape)} positions",
-                where="truth",
-                remedy="Leave truth out",
-            )
-        return loss + self.settings.truth * next_token_loss(logits, batch.labels)
+        return loss + self.truth * next_token_loss(logits, batch.labels)
+
+    def _says_next(self, batch: LessonBatch) -> bool:
+        """Whether the model says at each position what comes next: it knows the tokens before, and not those behind."""
+        counted = batch.labels != IGNORED
+        read = [
+            name
+            for name, value in batch.inputs.items()
+            if isinstance(value, torch.Tensor)
+            and value.shape == counted.shape
+            and torch.equal(value[counted], batch.labels[counted].to(value.dtype))
+        ]
+        if not read:
+            return False
+        other = {name: batch.inputs[name].clone() for name in read}
+        for value in other.values():
+            value[:, -1] = torch.where(value[:, -1] == value[:, 0], value[:, -2], value[:, 0])
+        with torch.no_grad():
+            said = self._logits(batch)
+            again = self._logits(dataclasses.replace(batch, inputs={**batch.inputs, **other}))
+        if said.shape[:2] != counted.shape:
+            return False
+        return bool((said - again)[:, :-1].abs().max() <= TOLERANCE * said.abs().max())
 
     def _divergence(self, batch: LessonBatch) -> torch.Tensor:
         return divergence(self._logits(batch), batch)

@@ -55,7 +55,8 @@ class TunePass(Pass):
             It learns the most, and takes five times the memory of these weights beside them: gradients, two moments,
             themselves and the best so far. Each moves by a part of its root mean square, so that a rate means the same
             for models of all sizes.
-        truth: weight of the cross-entropy of the samples' own next tokens beside the divergence.
+        truth: weight of the cross-entropy of the samples' own next tokens beside the divergence; of no weight for a
+            model that says something else, which is tried on a batch: what it says may not depend on later tokens.
         precision: of the products in a step and a measurement: ``bf16``, ``float32``, or ``auto``, which is ``bf16``
             where the device computes in it itself and no op of the graph refuses it. What is learned stays in float32.
         measurements: how often the held-out samples are read.
@@ -121,7 +122,8 @@ class TunePass(Pass):
         facts = facts_of(graph_module)
         teacher = facts[Teacher]
         learned = self._learned(graph_module)
-        progress = Training(self, graph_module, learned, teacher).run()
+        training = Training(self, graph_module, learned, teacher)
+        progress = training.run()
         better = progress.best < progress.first
         if better:
             with torch.no_grad():
@@ -129,6 +131,8 @@ class TunePass(Pass):
                     put_values(graph_module, name, value)
         words = f"from {progress.first:.3f} to {progress.best:.3f} nats a token on {teacher.heldout_from}"
         outcome = f"divergence from the dense model {words}" if better else "nothing was better than no change"
+        if training.truth < self.truth:
+            add_note(graph_module, "the text itself was not counted in tuning: the model does not say next tokens")
         add_note(graph_module, f"tuned: {learned.count:,} numbers, {len(teacher.lessons)} samples; {outcome}")
         return PassResult(graph_module, better)
 

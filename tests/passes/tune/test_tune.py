@@ -343,8 +343,40 @@ def test_the_tokens_of_the_text_count_as_much_as_is_said(slim: fx.GraphModule) -
         assert torch.allclose(training._loss(batch), divergence(logits, batch) - 0.3 * said.mean(), atol=1e-5)
         none = dataclasses.replace(batch, labels=torch.full_like(batch.labels, -100))
         assert torch.equal(training._loss(none), training._divergence(none))
-        with pytest.raises(PassError, match="Leave truth out"):
-            training._loss(dataclasses.replace(batch, labels=batch.labels[:, :-1]))
+
+
+class Surrounded(Language):
+    """Reads the tokens around each, before it and behind, as models that fill in masks do."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        x = x + x.mean(1, keepdim=True)
+        for block in self.blocks:
+            x = block(x)
+        return x @ self.table.weight.T  # type: ignore[no-any-return]
+
+
+class Halved(Language):
+    """Says something of every other token alone."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids)[:, ::2]
+
+
+@pytest.mark.parametrize(("kind", "counts"), [(Language, True), (Surrounded, False), (Halved, False)])
+def test_the_text_counts_for_models_that_say_next_tokens_alone(kind: type[Language], counts: bool) -> None:
+    torch.manual_seed(3)
+    dense = fxprune.trace(kind().eval(), {"ids": IDS[:2]}).graph_module
+    cut = fxprune.Pipeline(
+        [fxprune.load_pass("calibrate", data=IDS), STEPS_OF(STEPS), "record-teacher", STEPS_OF(CUT)]
+    )(dense).graph_module
+    plain = TunePass(epochs=2, rate=0.02)(fork(cut)).graph_module
+    tuned = TunePass(epochs=2, rate=0.02, truth=0.5)(fork(cut)).graph_module
+    assert any(not torch.equal(a, b) for a, b in zip(plain.parameters(), cut.parameters(), strict=True))
+    same = all(torch.equal(a, b) for a, b in zip(tuned.parameters(), plain.parameters(), strict=True))
+    assert same != counts
+    notes = (facts_of(tuned).get(Notes) or Notes()).lines
+    assert any("the text itself was not counted" in note for note in notes) != counts
 
 
 def test_with_the_text_itself_to_learn_the_text_is_likelier(slim: fx.GraphModule) -> None:
