@@ -82,7 +82,8 @@ def _table(dense: Row, rows: Sequence[Row]) -> str:
         drawn = [row for row in rows if row.entry == name]
         cells = [name, f"{fmean(row.parameters for row in drawn):,.0f}"]
         cells += [f"x{_over(dense, drawn, text):.2f}{_spread(dense, drawn, text)}" for text in dense.perplexities]
-        cells += [f"{fmean(row.seconds for row in drawn):.0f}", _threads(drawn)]
+        threads = max(row.threads for row in drawn)  # times by other numbers of them do not compare
+        cells += [f"{fmean(row.seconds for row in drawn if row.threads == threads):.0f}", str(threads)]
         cells += [f"{max(row.peak_gb for row in drawn):.1f}"]
         lines.append((*cells, str(len(drawn))))
     return markdown_table(heading, lines)
@@ -96,10 +97,6 @@ def _processors(rows: Sequence[Row]) -> str:
         for cpu, _ in counted[1:]
     )
     return "; but these ran on ".join((f"Ran on {counted[0][0]}", *others))
-
-
-def _threads(rows: Iterable[Row]) -> str:
-    return ", ".join(str(n) for n in sorted({row.threads for row in rows}))
 
 
 def _over(dense: Row, rows: Iterable[Row], text: str) -> float:
