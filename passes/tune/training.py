@@ -79,7 +79,7 @@ class Training:
         self.rates = [settings.rate * rate for rate in learned.rates(graph_module)]
         groups = [{"params": [n], "lr": rate} for n, rate in zip(self.numbers, self.rates, strict=True)]
         self.adam = torch.optim.Adam(groups, fused=self.device.type in _FUSED)
-        self.truth = settings.truth if self._says_next(self.batches[0]) else 0.0
+        self.truth = settings.truth if settings.truth and self._says_next(self.batches[0]) else 0.0
         self.steps = max(1, round(settings.epochs * len(self.batches)))
         self.narrow = narrowed(
             settings.precision, graph_module, lambda: self._divergence(self.batches[0]), settings.name
