@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +16,12 @@ from rich.table import Table
 
 import fxprune
 from benchmarks.demo_model import load_demo_model
-from benchmarks.environment import environment
+from benchmarks.environment import write_results
 from benchmarks.perplexity import perplexity
-from benchmarks.text import offline_text, read_text, split_calibration_heldout, token_windows
 from fxprune.axes import unit_index
 from fxprune.cli.console import widened
+from fxprune.data.built_in import offline_text
+from fxprune.data.text import read_text, split_calibration_heldout, token_windows
 from fxprune.graph.tensors import get_tensor
 from fxprune.removal.scores import PositionScores, unit_scores
 
@@ -157,9 +157,7 @@ def main(
     if json_:
         suffix = "" if heldout is None else f"-{heldout.stem}"
         path = RESULTS.with_stem(RESULTS.stem + suffix)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"environment": environment(), "title": title, "rows": [asdict(row) for row in rows]}
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_results(path, {"title": title, "rows": [asdict(row) for row in rows]})
 
 
 def _named(path: Path | None) -> str:

@@ -16,9 +16,10 @@ import fxprune
 from benchmarks.demo_model import load_demo_model
 from benchmarks.latency.timing import paired_latency
 from benchmarks.perplexity import perplexity
-from benchmarks.text import offline_text, split_calibration_heldout, token_windows
 from fxprune.cli.allocator import keep_freed
 from fxprune.cli.console import widened
+from fxprune.data.built_in import general_text
+from fxprune.data.text import split_calibration_heldout, token_windows
 
 __all__ = ["app", "demo_table"]
 
@@ -80,7 +81,7 @@ def main(
     begin = time.perf_counter()
     console.print("loading SmolLM2-135M-Instruct ...")
     dense, tokenizer = load_demo_model()
-    front, back = split_calibration_heldout(offline_text())
+    front, back = split_calibration_heldout(general_text(), calibration=0.75)
     calibration = token_windows(tokenizer, front, 128, limit=samples)
     heldout = token_windows(tokenizer, back, 256, limit=windows)
     console.print(f"pruning {ratio:.0%} of the parameters, calibrated on {samples} x 128 tokens ...")

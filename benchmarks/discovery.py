@@ -28,7 +28,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_results
 from fxprune.cli.console import widened
 
 __all__ = ["SHAPES", "TOOLS", "Measurement", "Shape", "Summary", "app", "compare", "measure_apart"]
@@ -265,9 +265,7 @@ def scaling_table(rows: Sequence[Summary]) -> Table:
 def write_json(path: Path, rows: Iterable[Summary], settings: dict[str, Any]) -> None:
     """The file at `path` holds the rows, the settings and the environment."""
     versions = {name: version(name) for name in ("networkx", "torch-pruning") if find_spec(name.replace("-", "_"))}
-    content = {"environment": environment() | versions, "settings": settings, "rows": [asdict(row) for row in rows]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_results(path, {"settings": settings, "rows": [asdict(row) for row in rows]}, versions)
 
 
 @app.command()

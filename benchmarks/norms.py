@@ -7,7 +7,6 @@ each, on the bytes of the built-in text, and measured on held-out bytes.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -24,10 +23,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import fxprune
 from benchmarks.demo_model import load_demo_model
-from benchmarks.environment import environment
+from benchmarks.environment import write_results
 from benchmarks.perplexity import perplexity
-from benchmarks.text import offline_text, split_calibration_heldout, token_windows
 from fxprune.cli.console import widened
+from fxprune.data.built_in import offline_text
+from fxprune.data.text import split_calibration_heldout, token_windows
 
 __all__ = ["SMALL", "Row", "app", "loss", "small_rows", "trained", "width_rows"]
 
@@ -220,8 +220,7 @@ def main(
         figures = (f"{value:.3f}" for value in (row.dense, row.sliced, row.masked))
         table.add_row(row.what, f"{row.removed:.0%}", "yes" if row.fitted else "no", row.measure, *figures)
     widened(Console()).print(table)
-    told = {"environment": environment(), "samples": samples, "windows": windows, "rows": [asdict(r) for r in rows]}
-    out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    write_results(out, {"samples": samples, "windows": windows, "rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

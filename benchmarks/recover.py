@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,13 +14,14 @@ from rich.console import Console
 
 import fxprune
 from benchmarks.demo_model import load_demo_model
-from benchmarks.environment import environment
+from benchmarks.environment import write_results
 from benchmarks.questions import local_tasks
 from fxprune.checkpoint.manifest import read_manifest
 from fxprune.cli.allocator import keep_freed
 from fxprune.cli.console import widened
+from fxprune.data.built_in import offline_text
 from fxprune.data.rows import BadRow, kind_of, rows_in_file, text_of
-from fxprune.data.text import offline_text, read_text, split_calibration_heldout, token_windows
+from fxprune.data.text import read_text, split_calibration_heldout, token_windows
 from fxprune.evaluation.comparison import Comparison, compare_models
 from fxprune.recovery import Distillation
 
@@ -236,9 +236,7 @@ def _tell(console: Console, recovery: fxprune.Recovery, minutes: float) -> None:
 
 def _write(comparison: Comparison, out: Path | None, json_: bool) -> None:
     if json_:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        content = {"environment": environment(), **comparison.to_dict()}
-        RESULTS.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_results(RESULTS, comparison.to_dict())
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "comparison.json").write_text(comparison.to_json() + "\n", encoding="utf-8")

@@ -7,7 +7,6 @@ first 60 windows of 128 tokens of WikiText-2's test text. Here `fxprune` does th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ from rich.console import Console
 
 import fxprune
 from benchmarks.demo_model import load_demo_model
-from benchmarks.environment import environment
+from benchmarks.environment import write_results
 from benchmarks.perplexity import perplexity
-from benchmarks.text import read_text, token_windows
 from fxprune.data.files import calibration_texts
+from fxprune.data.text import read_text, token_windows
 
 __all__ = ["REFERENCE", "ReferenceRow", "app", "first_tokens", "reference_rows"]
 
@@ -97,8 +96,7 @@ def main(
         console.print(str(row), highlight=False)
         rows.append(asdict(row))
     if json_:
-        content = {"environment": environment(), "dense": dense, "rows": rows}
-        RESULTS.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_results(RESULTS, {"dense": dense, "rows": rows})
 
 
 if __name__ == "__main__":

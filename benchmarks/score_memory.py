@@ -25,7 +25,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_results
 from benchmarks.low_memory import llama, write_random
 from benchmarks.memory import anonymous_bytes
 
@@ -153,8 +153,8 @@ def main(
     Console(width=100).print(table)
     if json_:
         settings = {"hidden": hidden, "ffn": ffn, "layers": layers, "samples": samples, "tokens": tokens}
-        content = {"environment": environment(), "settings": settings, "weights": total}
-        RESULTS.write_text(json.dumps({**content, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+        content = {"settings": settings, "weights": total, "rows": [asdict(row) for row in rows]}
+        write_results(RESULTS, content)
 
 
 def _apart(way: str, source: Path, samples: int, tokens: int) -> Measurement:

@@ -77,7 +77,7 @@ def prune(
     Args:
         model: a Hugging Face model, or any module that ``torch.export`` can trace.
         calibration: token ids ``(samples, tokens)``, a list of tokenised dicts, a DataLoader; or None: with a tokenizer
-            for what the model writes itself, a third of built-in text among it, else for criteria that need no data.
+            for built-in text and what the model writes itself, else for criteria that need no data.
         device: where to compute, such as ``"cuda"``, while the weights stay where they are: those of a part of the
             model go there and are given up again, the next ones on their way. Passes that cannot do so compute where
             the weights are; None for all of them.

@@ -25,7 +25,8 @@ from benchmarks.demo_model import load_demo_model
 from benchmarks.engines.llama_server import LlamaServer
 from benchmarks.engines.vllm_serve import PROMPTS, greedy_tokens
 from benchmarks.environment import environment
-from benchmarks.text import offline_text, read_text, split_calibration_heldout, token_windows
+from fxprune.data.built_in import offline_text
+from fxprune.data.text import read_text, split_calibration_heldout, token_windows
 
 __all__ = ["app", "transformers_perplexity"]
 

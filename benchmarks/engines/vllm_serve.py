@@ -28,7 +28,8 @@ import fxprune
 from benchmarks.demo_model import load_demo_model
 from benchmarks.engines import vllm_tokens
 from benchmarks.environment import environment
-from benchmarks.text import offline_text, token_windows
+from fxprune.data.built_in import offline_text
+from fxprune.data.text import token_windows
 
 __all__ = ["app", "greedy_tokens", "make_environment", "same_tokens", "uneven_demo"]
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from benchmarks.demo_model import load_named
 from benchmarks.engines import ENGINES
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_results
 from benchmarks.latency.candidates import Candidate, candidates
 from benchmarks.latency.measure import HEADING, Row, Settings, measure, read_rows
 from benchmarks.latency.sweep import sweep
@@ -118,11 +118,9 @@ def _before(path: Path, told: dict[str, Any]) -> list[Row]:
 
 
 def _write(path: Path, rows: Sequence[Row], told: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     order = list(ENGINES)
     rows = sorted(rows, key=lambda row: order.index(row.engine))
-    content = {"environment": environment(), "settings": told, "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_results(path, {"settings": told, "rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from rich.console import Console
 
 import fxprune
 from benchmarks.demo_model import load_named
-from benchmarks.environment import environment
+from benchmarks.environment import write_results
 from benchmarks.quality.entries import entries
 from benchmarks.quality.measure import Protocol, Row, measure, measure_dense, texts_of, told
 from benchmarks.quality.tasks import ask, kept_models
@@ -57,11 +57,6 @@ def _read(path: Path, protocol: Protocol) -> list[Row]:
     return [Row(**row) for row in found["rows"]]
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), **content}, indent=2) + "\n", encoding="utf-8")
-
-
 def _questions(data: Path | None, keep: Path | None, questions: int) -> list[Path]:
     """Files of questions, where any are to be asked.
 
@@ -91,14 +86,16 @@ def main(
     ] = 0,
     keep: Annotated[Path | None, typer.Option(help="Save each slim model into a folder of its own in here.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Ask in bfloat16: faster where the CPU has it.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help=f"Keep results in results/{RESULTS.name}.")] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help=f"Keep results in results/{RESULTS.name}, answers beside it.")
+    ] = False,
 ) -> None:
     """Prune by every recipe, and by the default one with one thing changed, and measure what is left."""
     asked = _questions(data, keep, questions)
     keep_freed()
     console = widened(Console())
     dense, tokenizer, name = load_named(model)
-    source = "the standard library's own text" if data is None else calibration
+    source = "the general part of the built-in text" if data is None else calibration
     protocol = Protocol(name, source, samples, tokens, windows, window)
     texts = texts_of(tokenizer, data, calibration, protocol)
     say: Callable[[str], None] = lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
@@ -116,13 +113,13 @@ def main(
             continue
         say(told(rows[-1], rows[0]))
         if json_:
-            _write(RESULTS, {"protocol": asdict(protocol), "rows": [asdict(row) for row in rows]})
+            write_results(RESULTS, {"protocol": asdict(protocol), "rows": [asdict(row) for row in rows]})
     if keep is not None and asked:
         models = kept_models(keep, [row for row in rows if row.ratio in ratios and (not only or row.entry in only)])
         found = ask(dense, tokenizer, models, asked, questions, torch.bfloat16 if bf16 else torch.float32)
         console.print(found.table(f"{name}, up to {questions} questions of the second half of each file"))
         if json_:
-            _write(TASKS, found.to_dict())
+            write_results(TASKS, found.to_dict())
 
 
 if __name__ == "__main__":

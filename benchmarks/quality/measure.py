@@ -13,8 +13,9 @@ import fxprune
 from benchmarks.environment import cpu_name
 from benchmarks.memory import forget_peak, peak_bytes
 from benchmarks.quality.entries import Entry
+from fxprune.data.built_in import general_text, offline_text
 from fxprune.data.files import calibration_text
-from fxprune.data.text import offline_docstrings, offline_text, split_calibration_heldout, token_windows
+from fxprune.data.text import split_calibration_heldout, token_windows
 from fxprune.evaluation import perplexity
 
 __all__ = ["Protocol", "Row", "Texts", "kept_in", "measure", "measure_dense", "texts_of", "told", "with_ratio"]
@@ -99,8 +100,8 @@ def texts_of(tokenizer: Any, data: Path | None, calibration: str, protocol: Prot
         protocol: Sizes.
     """
     if data is None:
-        front, back = split_calibration_heldout(offline_text())
-        held = {"Python's reference": back, "Python's docstrings": offline_docstrings()}
+        front, back = split_calibration_heldout(general_text(), calibration=0.75)
+        held = {"the rest of the general text": back, "Python's reference": offline_text()}
     else:
         front = calibration_text(data / calibration)
         files = [*sorted(data.glob("*.txt")), *sorted(data.glob("*/test.txt"))]

@@ -8,9 +8,6 @@ from typing import Any
 
 __all__ = ["learns", "runs_of", "taking", "there_are"]
 
-_CHARACTERS = 4
-"""A token of English text stands for, about: of the built-in one, 4.04 with the tokenizer of the demo model."""
-
 _HELD = 16
 """Samples of built-in text that tuning stops by."""
 
@@ -38,11 +35,11 @@ def there_are(file: Path | None, tokens: int, most: int | None = None) -> int:
         tokens: of a sample.
         most: that are taken; None for as many as there are.
     """
+    from fxprune.data.built_in import CHARACTERS, built_in_text
     from fxprune.data.files import MOST_SAMPLES, calibration_text
-    from fxprune.data.text import offline_text
 
-    text = offline_text() if file is None else calibration_text(file)
-    windows = max(1, len(text) // (_CHARACTERS * tokens))
+    text = built_in_text() if file is None else calibration_text(file)
+    windows = max(1, len(text) // (CHARACTERS * tokens))
     return min(windows, most or (windows if file is None else MOST_SAMPLES))
 
 

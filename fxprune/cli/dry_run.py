@@ -140,8 +140,8 @@ def _samples(prepared: Prepared, values: Mapping[str, Any]) -> tuple[int, int]:
             return sum(1 for row in rows if row.strip()), TOKENS
     tokens = values["tokens"] or (getattr(reader, "tokens", TOKENS) if named is None else TOKENS)
     most = values["samples"] or most_samples(prepared.passes)
-    if getattr(reader, "to_write", 0):
-        return min(reader.to_write, most or reader.to_write), tokens
+    if stand_ins := getattr(reader, "stand_ins", 0):
+        return min(stand_ins, most or stand_ins), tokens
     return 1 if reader is None else there_are(named, tokens, most), tokens
 
 

@@ -152,7 +152,7 @@ def _texts(given: list[str] | None, tasks: str | None) -> dict[str, str | Path]:
     Raises:
         EvaluationError: one is empty.
     """
-    from fxprune.data.text import offline_docstrings
+    from fxprune.data.built_in import offline_docstrings
     from fxprune.evaluation.corpora import load_corpus, named_corpora
 
     if not given:

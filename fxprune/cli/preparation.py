@@ -92,7 +92,7 @@ def planned(values: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Any,
 
 def _silent(step: Any) -> Any:
     """A pass as it runs where weights stay in files: no samples are written, and built-in text takes their place."""
-    few = getattr(step, "to_write", 0)
+    few = getattr(step, "stand_ins", 0)
     return replace(step, written=0, built_in=step.built_in or few) if few else step
 
 

@@ -1,10 +1,8 @@
-"""Text for calibration, training and held-out measurements, available offline and never overlapping."""
+"""Text for calibration, training and held-out measurements: read, split with no overlap, and cut into windows."""
 
 from __future__ import annotations
 
-import ast
 import json
-import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,58 +17,12 @@ from fxprune.pipeline.arguments import as_path, refuse
 
 __all__ = [
     "check_tokenizer",
-    "offline_docstrings",
-    "offline_text",
+    "join",
     "paragraphs",
     "read_text",
     "split_calibration_heldout",
     "token_windows",
 ]
-
-
-def offline_text() -> str:
-    """Return English prose from the standard library, about 370,000 characters, the same on every call.
-
-    The text is ``pydoc_data.topics``, the language reference that ``help()`` prints, with topics in
-    alphabetical order. Topics quote each other at length: a fifth of the raw text is repetition. Each
-    paragraph is kept where it first appears, so that no two parts of the text share one. It differs a
-    little from one Python version to the next; report the version with numbers.
-    """
-    from pydoc_data.topics import topics
-
-    return _join(dict.fromkeys(p for name in sorted(topics) for p in paragraphs(topics[name])))
-
-
-_DOCUMENTED = (
-    "argparse collections/__init__ contextlib datetime decimal difflib email/message fractions functools http/client "
-    "inspect logging/__init__ mailbox optparse os pathlib random shutil socketserver statistics string subprocess "
-    "tarfile tempfile textwrap threading typing unittest/case unittest/mock urllib/request"
-)
-"""Modules of the standard library with much to say about themselves."""
-
-_SENTENCE = 80
-"""Characters: what is shorter is a heading, a signature or an item of a list more often than a sentence."""
-
-
-def offline_docstrings() -> str:
-    """Return prose from docstrings of the standard library, about 150,000 characters, the same on every call.
-
-    It is English of another kind than :func:`offline_text` and shares no paragraph with it; examples of code are left
-    out. It too differs a little from one Python version to the next.
-    """
-    library, seen = Path(sysconfig.get_path("stdlib")), set(paragraphs(offline_text()))
-    found: dict[str, None] = {}
-    for name in _DOCUMENTED.split():
-        tree = ast.parse((library / f"{name}.py").read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                prose = paragraphs(ast.get_docstring(node) or "")
-                found.update((p, None) for p in prose if _is_prose(p) and p not in seen)
-    return _join(found)
-
-
-def _is_prose(paragraph: str) -> bool:
-    return len(paragraph) > _SENTENCE and paragraph[0].isupper() and ">>>" not in paragraph
 
 
 def paragraphs(text: str) -> Iterator[str]:
@@ -147,7 +99,7 @@ def split_calibration_heldout(text: str, calibration: float = 0.5) -> tuple[str,
             where="text",
             remedy="Give a longer text, with blank lines between its paragraphs",
         )
-    return _join(front), _join(rest)
+    return join(front), join(rest)
 
 
 def check_tokenizer(value: Any) -> None:
@@ -190,8 +142,8 @@ def token_windows(
     return torch.LongTensor(ids[: windows * tokens]).view(windows, tokens)  # type: ignore[return-value]
 
 
-def _join(paragraphs: Iterable[str]) -> str:
-    """Return one text of many paragraphs."""
+def join(paragraphs: Iterable[str]) -> str:
+    """Return one text of many paragraphs, blank lines between them."""
     return "\n\n".join(paragraphs)
 
 

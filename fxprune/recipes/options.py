@@ -31,7 +31,7 @@ class Options:
 
     Args:
         calibration: token ids ``(samples, tokens)``, a list of tokenised dicts, a DataLoader; or None: with a tokenizer
-            for what the model writes itself, a third of built-in text among it, else for criteria that need no data.
+            for built-in text and what the model writes itself, else for criteria that need no data.
         recipe: ``balanced``, ``fast``, ``best`` or ``llm-pruner``, as ``fxprune recipes`` lists them; a file with one;
             or a pipeline in text. None: ``balanced``, but where an importance is named ``llm-pruner``, the paper as
             published, which adds nothing to what the other arguments say.

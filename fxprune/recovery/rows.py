@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from fxprune.data.built_in import built_in_text
 from fxprune.data.rows import SUFFIXES, load_rows, numbered, rows_in_file
-from fxprune.data.text import offline_text
 from fxprune.errors import DataError
 from fxprune.pipeline.arguments import told
 
@@ -20,7 +20,7 @@ def read_rows(data: Any) -> Iterator[tuple[str, Any]]:
     """Yield each row with its place, or a :class:`fxprune.data.rows.BadRow` in its stead.
 
     Args:
-        data: none for the standard library's own text; a path ending in .json, .jsonl, .txt or .parquet; the id of a
+        data: none for the built-in text; a path ending in .json, .jsonl, .txt or .parquet; the id of a
             hub data set, ``"owner/name"`` or ``"owner/name:config"``, of which the split ``train`` is taken; or rows
             in memory: a ``datasets.Dataset`` or any iterable of dicts or strings.
 
@@ -28,7 +28,7 @@ def read_rows(data: Any) -> Iterator[tuple[str, Any]]:
         DataError: the source is not there or is not of its kind.
     """
     if data is None:
-        return iter([("the built-in text", offline_text())])
+        return iter([("the built-in text", built_in_text())])
     if isinstance(data, Path) or (isinstance(data, str) and data.endswith(SUFFIXES)):
         return rows_in_file(Path(data))
     if isinstance(data, str):

@@ -103,7 +103,7 @@ def recover(
         pruned: the result of :func:`fxprune.prune`, or a slim Hugging Face model.
         data: a path (.json, .jsonl, .txt, .parquet), the id of a hub data set, a ``datasets.Dataset`` or a list of
             rows: instructions (``instruction``, ``input``, ``output``), chats (``messages``) or texts (``text``). None
-            for the standard library's own text.
+            for the built-in text.
         tokenizer: the model's.
         plan: what was removed, where a model is passed; without it all linear maps are trained.
         distil: the dense model as teacher, or a :class:`fxprune.recovery.Distillation` that also says how much.

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from fxprune.data.built_in import built_in_samples, general_samples
 from fxprune.data.calibration import Calibration, embedding_rows, spread, token_input
 from fxprune.data.noise import plain_tokens
 from fxprune.data.samples import check_kind, read_calibration, read_rows
-from fxprune.data.text import check_tokenizer, offline_text, token_windows
+from fxprune.data.text import check_tokenizer
 from fxprune.data.written import can_write, own_samples
 from fxprune.errors import CalibrationError
 from fxprune.graph.attempts import Refusal, attempt
@@ -29,10 +30,12 @@ _FOR_WANT = (
     "for want of other samples; some hundred samples of text like what the model is to be used on, passed as "
     "calibration, do better"
 )
-_TEXT = 3
-"""Beside what the model writes, one sample in so many is built-in text: what is written knows it least."""
+_BUILT_IN = f"calibrated on built-in text, {_FOR_WANT}"
 
-_BUILT_IN = f"calibrated on built-in text, the documentation of Python, {_FOR_WANT}"
+
+def _of_text(samples: int) -> int:
+    """How many of samples that stand in for others are of built-in text, if it has as many: two in three."""
+    return samples - -(-samples // 3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,15 +46,15 @@ class CalibratePass(Pass):
         data: token ids ``(samples, tokens)``, a list of tokenised dicts, or a DataLoader.
         file: in place of ``data``, a file of JSON lines, each with ``input_ids`` and perhaps ``attention_mask`` and
             ``labels``.
-        tokenizer: where there is neither, turns the built-in text, documentation of Python, into samples. It is English
-            prose of one kind; text like what the model is to be used on does better.
+        tokenizer: where there is neither, turns the built-in text into samples: English of many kinds, some 250 samples
+            of 128 tokens, then documentation of Python. Text like what the model is to be used on does better.
         tokens: of a sample of the built-in text, or of one that the model writes.
         samples: how many to take, evenly spread; None for all.
         built_in: the same of the built-in text alone, which has hundreds, and of a text that a command is given; None
             for all.
-        written: samples in place of the built-in text alone. One in three is built-in text; the others the model
-            writes itself, text of all the kinds that it knows. A model that cannot write, or whose weights stay in
-            files, has the built-in text.
+        written: samples in place of the built-in text alone. Two in three are of its general part, as far as that goes;
+            the others the model writes itself, text of all the kinds that it knows. A model that cannot write, or whose
+            weights stay in files, has the built-in text.
         seed: for what the model writes.
         track: shows progress, as ``track(items, what, total)``.
     """
@@ -83,9 +86,15 @@ class CalibratePass(Pass):
         check_track(self.track)
 
     @property
+    def stand_ins(self) -> int:
+        """Return how many samples take the place of others, some written by the model: none where there are others."""
+        given = self.data is not None or self.file
+        return 0 if given else min(self.written, self.samples or self.written)
+
+    @property
     def to_write(self) -> int:
-        """Return how many samples the model is to write: none where there are others."""
-        return self.written if self.data is None and not self.file else 0
+        """Return about how many of these the model is to write, by the length of the built-in text."""
+        return self.stand_ins - min(_of_text(self.stand_ins), general_samples(self.tokens))
 
     def check_arguments(self) -> None:
         """Raise where there is nothing to read.
@@ -119,20 +128,18 @@ class CalibratePass(Pass):
 
     def _stand_in(self, graph_module: fx.GraphModule) -> torch.Tensor:
         """Samples for want of any: what the model writes beside built-in text, else that text alone."""
-        windows = token_windows(self.tokenizer, offline_text(), self.tokens)
-        few = min(filter(None, (self.samples, self.built_in or self.to_write)), default=len(windows))
 
-        def built_in(count: int) -> torch.Tensor:
-            return windows[list(spread(range(len(windows)), count))]
+        def built_in(count: int | None) -> torch.Tensor:
+            return built_in_samples(self.tokenizer, self.tokens, count)
 
-        if not self.to_write:
+        if not self.stand_ins:
             add_note(graph_module, _BUILT_IN)
-            return built_in(few)
-        written = self._written(graph_module, few - few // _TEXT)
+            return built_in(min(filter(None, (self.samples, self.built_in)), default=None))
+        text = built_in_samples(self.tokenizer, self.tokens, _of_text(self.stand_ins), beyond=False)
+        written = self._written(graph_module, self.stand_ins - len(text))
         if isinstance(written, str):
             add_note(graph_module, f"{_BUILT_IN} ({written})")
-            return built_in(few)
-        text = built_in(few // _TEXT)
+            return built_in(min(self.stand_ins, self.built_in or self.stand_ins))
         told = f"{len(written):,} samples that the model wrote itself, and {len(text):,} of built-in text"
         add_note(graph_module, f"calibrated on {told}, {_FOR_WANT}")
         samples = torch.cat([text, written])

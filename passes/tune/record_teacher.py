@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from fxprune.data.built_in import offline_docstrings
 from fxprune.data.calibration import Calibration, Sample, embedding_rows, spread, token_input
 from fxprune.data.noise import noised, plain_tokens
 from fxprune.data.samples import check_kind, read_calibration
-from fxprune.data.text import check_tokenizer, offline_docstrings, token_windows
+from fxprune.data.text import check_tokenizer, token_windows
 from fxprune.errors import ArgumentError, CalibrationError, DataError
 from fxprune.graph.carrier import place_of
 from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of

@@ -18,7 +18,7 @@ from fxprune.cli.load import load_empty
 from fxprune.cli.memory import Sizes, Weights, memory_of, sizes_of
 from fxprune.cli.preparation import Prepared, most_samples, prepare
 from fxprune.cli.preparation import planned as passes_of
-from fxprune.data.text import offline_text
+from fxprune.data.built_in import built_in_text, general_text
 from fxprune.graph.counting import count_macs
 from tests.cli.folders import save_tiny
 from tests.models import tiny
@@ -64,7 +64,8 @@ VALUES = {
     **{"recipe": None, "importance": None, "taylor": None, "calibration": None, "samples": None, "tokens": None},
     **{"low_memory": False, "compensate": None, "tune": None},
 }
-BUILT_IN = len(offline_text()) // (4 * 128)
+BUILT_IN = len(built_in_text()) // (4 * 128)
+GENERAL = len(general_text()) // (4 * 128)
 DEMO = Sizes(all=800_000, alive=5_000, said=49_152)
 DEMO_WEIGHTS = Weights(0.538e9, 0.43e9)
 
@@ -81,15 +82,15 @@ def planned(**given: Any) -> tuple[tuple[Any, ...], int, int]:
 @pytest.mark.parametrize(
     ("recipe", "runs"),
     [
-        ("fast", 3 * 64 + 64 + 4 * 64),  # what the model writes, scores, and a fit
+        ("fast", 3 * 22 + 64 + 4 * 64),  # what the model writes of them, scores, and a fit
         ("fast, given text", 64 + 4 * 64),
         ("fast, from files", 64 + 4 * 64),  # the model writes nothing, and as much built-in text takes its place
         # what the model writes, scores, what the dense model says, a fit, an epoch of tuning by that, four measurements
-        ("balanced", 3 * 288 + 64 + (288 + 16) + 4 * 64 + 3 * 288 + 4 * 16),
-        ("balanced, twice", 3 * 288 + 64 + (288 + 16) + 4 * 64 + 2 * 3 * 288 + 4 * 16),
+        ("balanced", 3 * 96 + 64 + (288 + 16) + 4 * 64 + 3 * 288 + 4 * 16),
+        ("balanced, twice", 3 * 96 + 64 + (288 + 16) + 4 * 64 + 2 * 3 * 288 + 4 * 16),
         # what the model writes, scores, what the dense model says of three copies of it, a fit, an epoch of tuning by
         # them, nine measurements
-        ("best", 3 * 1024 + 128 + (3 * 1024 + 16) + 4 * 128 + 3 * 3 * 1024 + 9 * 16),
+        ("best", 3 * (1024 - GENERAL) + 128 + (3 * 1024 + 16) + 4 * 128 + 3 * 3 * 1024 + 9 * 16),
         ("llm-pruner", 3 * 10),  # gradients, of as many samples of the built-in text as the paper uses
         ("calibrate{samples=40}\nfind-groups\nwanda{samples=64}\nselect-by-search{trials=2, samples=8}", 40 + 6 * 8),
         ("calibrate\nfind-groups\nscore-in-steps{steps=3, importance='wanda{samples=5}'}\nselect-by-ratio", 3 * 5),
@@ -97,7 +98,7 @@ def planned(**given: Any) -> tuple[tuple[Any, ...], int, int]:
     ],
 )
 def test_the_work_is_that_of_the_samples_that_the_pipeline_says(recipe: str, runs: int, tmp_path: Path) -> None:
-    """It assumed 352 samples of built-in text, of which there are twice as many, whatever a pipeline said."""
+    """It assumed 352 samples of built-in text, whatever a pipeline said."""
     longer = {"recipe": "balanced", "tune": "tune{epochs=2, measurements=3}"}
     text = tmp_path / "text.txt"
     text.write_text("word " * 10_000)

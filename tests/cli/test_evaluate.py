@@ -11,7 +11,7 @@ import pytest
 
 import fxprune
 import fxprune.cli.evaluate
-from fxprune.data.text import offline_docstrings
+from fxprune.data.built_in import offline_docstrings
 from tests.cli.running import refused, run
 
 TEXT = "A quiet river runs past the old mill, and nobody counts the boats on it. " * 8

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fxprune.data.text import offline_text, paragraphs, read_text, split_calibration_heldout, token_windows
+from fxprune.data.built_in import offline_text
+from fxprune.data.text import paragraphs, read_text, split_calibration_heldout, token_windows
 
 
 class _Bytes:
@@ -15,14 +16,6 @@ class _Bytes:
 
     def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
         return {"input_ids": [ord(character) for character in text]}
-
-
-def test_offline_text_is_long_and_repeats_no_paragraph() -> None:
-    text = offline_text()
-    paragraphs = text.split("\n\n")
-    assert len(text) > 300_000
-    assert len(set(paragraphs)) == len(paragraphs)
-    assert offline_text() == text
 
 
 def test_split_parts_share_no_paragraph() -> None:

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.demo_model import load_demo_model
-from benchmarks.text import offline_text, token_windows
 from fxprune.cli import demo as demo_files
+from fxprune.data.built_in import offline_text
+from fxprune.data.text import token_windows
 from fxprune.errors import FxpruneError
 
 

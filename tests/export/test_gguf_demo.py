@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import fxprune
 from benchmarks.demo_model import load_demo_model
 from benchmarks.engines.llama_server import LlamaServer
-from benchmarks.text import offline_text
+from fxprune.data.built_in import offline_text
 
 SCRIPTS = (
     "Η ιστορία της πόλης αρχίζει με ένα μικρό χωριό",

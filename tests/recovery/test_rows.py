@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from fxprune.data.built_in import built_in_text
 from fxprune.data.rows import BadRow
-from fxprune.data.text import offline_text
 from fxprune.errors import DataError
 from fxprune.recovery.rows import read_rows
 
@@ -34,7 +34,7 @@ def test_files_of_each_form_give_the_same_rows(tmp_path: Path, name: str, conten
 
 def test_rows_in_memory_and_the_built_in_text_have_a_place() -> None:
     assert list(read_rows(iter(ROWS))) == [("row 1", ROWS[0]), ("row 2", ROWS[1])]
-    assert list(read_rows(None)) == [("the built-in text", offline_text())]
+    assert list(read_rows(None)) == [("the built-in text", built_in_text())]
 
 
 def test_a_broken_line_is_named_and_the_others_are_read(tmp_path: Path) -> None:

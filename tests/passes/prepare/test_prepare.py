@@ -10,6 +10,7 @@ import torch
 from fxprune.passes.prepare import CalibratePass, CountWorkPass, MakeVerificationInputsPass
 from torch import fx, nn
 
+from fxprune.data.built_in import general_samples
 from fxprune.data.calibration import Calibration
 from fxprune.data.verification import VerificationInputs
 from fxprune.errors import CalibrationError
@@ -71,12 +72,20 @@ def test_for_want_of_samples_the_model_writes_them_itself() -> None:
     graph_module = trace(tiny("llama", vocab_size=300), {"input_ids": token_ids(2, 8)}).graph_module
     text = {tuple(row) for row in _written(graph_module)[0].tolist()}
     ids, note = _written(graph_module, written=5)
-    assert ids.shape == (5, 16) and sum(tuple(row) in text for row in ids.tolist()) == 1, "one in three"
-    assert "4 samples that the model wrote itself, and 1 of built-in text, for want of other samples" in note
+    assert ids.shape == (5, 16) and sum(tuple(row) in text for row in ids.tolist()) == 3, "two in three"
+    assert "2 samples that the model wrote itself, and 3 of built-in text, for want of other samples" in note
     assert torch.equal(ids, _written(graph_module, written=5)[0])
     assert not torch.equal(ids, _written(graph_module, written=5, seed=1)[0])
     assert len(_written(graph_module, written=5, samples=2)[0]) == 2
-    assert CalibratePass(data=token_ids(9, 8), written=5).to_write == 0, "there are others"
+    assert CalibratePass(data=token_ids(9, 8), written=5).stand_ins == 0, "there are others"
+
+
+def test_more_is_written_where_there_is_too_little_built_in_text() -> None:
+    general = general_samples(128)
+    counts = [(written, CalibratePass(written=written).to_write) for written in (3, 288, 1024)]
+    assert counts == [(3, 1), (288, 96), (1024, 1024 - general)] and 240 < general < 270
+    assert CalibratePass(written=288, samples=9).to_write == 3
+    assert CalibratePass(data=token_ids(9, 8), written=288).to_write == 0
 
 
 def test_what_cannot_write_gets_the_built_in_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
