@@ -71,7 +71,7 @@ def _answer(model: Any, tokenizer: Any) -> str:
 @app.command()
 def main(
     ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = 0.2,
-    samples: Annotated[int, typer.Option(help="Calibration samples of 128 tokens; more of them tune longer.")] = 88,
+    samples: Annotated[int, typer.Option(help="Calibration samples of 128 tokens; more of them tune longer.")] = 160,
     windows: Annotated[int, typer.Option(help="Held-out windows of 256 tokens.")] = 20,
     recipe: Annotated[str | None, typer.Option(help="Another recipe than the default.")] = None,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import fxprune
 from fxprune.recipes import read_recipe
 
-__all__ = ["ENTRIES", "Entry", "entries"]
+__all__ = ["ENTRIES", "Entry", "entries", "order_of"]
 
 
 @dataclass(frozen=True)
@@ -102,3 +102,9 @@ def entries(names: Sequence[str] = ()) -> list[Entry]:
     known = fxprune.pass_names()
     found = [entry for entry in ENTRIES if all(name in known for name in entry.needs)]
     return [entry for entry in found if not names or entry.name in names]
+
+
+def order_of(name: str) -> int:
+    """Where an entry stands in tables; one that is no longer among them comes last."""
+    names = [entry.name for entry in ENTRIES]
+    return names.index(name) if name in names else len(names)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.quality.entries import ENTRIES
+from benchmarks.quality.entries import order_of
 from benchmarks.quality.measure import Protocol, Row
 from benchmarks.tables import about_demo, markdown_table, ran_on
 from fxprune.cli.demo import demo_name
@@ -76,9 +76,7 @@ def _asked(data: dict[str, Any]) -> str:
 def _table(dense: Row, rows: Sequence[Row]) -> str:
     heading = ("", "parameters", *dense.perplexities, "seconds", "threads", "GB", "draws")
     lines = []
-    known = [entry.name for entry in ENTRIES]
-    measured = dict.fromkeys(row.entry for row in rows)
-    for name in [*(name for name in known if name in measured), *(name for name in measured if name not in known)]:
+    for name in sorted(dict.fromkeys(row.entry for row in rows), key=order_of):
         drawn = [row for row in rows if row.entry == name]
         cells = [name, f"{fmean(row.parameters for row in drawn):,.0f}"]
         cells += [f"x{_over(dense, drawn, text):.2f}{_spread(dense, drawn, text)}" for text in dense.perplexities]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import fxprune
+from benchmarks.quality.entries import order_of
 from benchmarks.quality.measure import Row, kept_in
 from benchmarks.questions import local_tasks
 from fxprune.evaluation.comparison import Column, Comparison, measure_model
@@ -17,14 +18,14 @@ __all__ = ["ask", "kept_models"]
 
 
 def kept_models(keep: Path, rows: Iterable[Row]) -> dict[str, Path]:
-    """The folders of slim models that are there, by entry and ratio; of several draws the first.
+    """The folders of slim models that are there, by entry and ratio, as tables have them; of several draws the first.
 
     Args:
         keep: Folder that slim models were saved into.
         rows: What was measured.
     """
     found: dict[str, Path] = {}
-    for row in sorted(rows, key=lambda row: (row.ratio, row.draw)):
+    for row in sorted(rows, key=lambda row: (row.ratio, order_of(row.entry), row.draw)):
         folder = kept_in(keep, row.entry, row.ratio, row.draw)
         if folder.is_dir():
             found.setdefault(f"{row.entry}, {row.ratio:.0%}", folder)

@@ -77,7 +77,7 @@ Compensate = Annotated[str | None, typer.Option(help="least-squares: refit what 
 Tune = Annotated[str | None, typer.Option(help="tune, as in 'tune{epochs=2}', or none.")]
 Calibration = Annotated[
     Path | None,
-    typer.Option(help="Text to calibrate on, or rows in .json, .jsonl or .parquet; else what the model writes."),
+    typer.Option(help="Text to calibrate on, or rows in .json, .jsonl or .parquet; else built-in text."),
 ]
 Samples = Annotated[
     int | None, typer.Option(help="Samples of the calibration text; else as many as the recipe has use for.")

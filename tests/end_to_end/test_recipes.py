@@ -41,7 +41,7 @@ def test_the_default_recipe_needs_a_tokenizer_alone(model: PreTrainedModel) -> N
     assert result.report.verification_error is not None and result.report.verification_error < 1e-4
     notes = "\n".join(result.report.notes)
     assert (
-        "calibrated on 16 samples that the model wrote itself, and 8 of built-in text" in notes
+        "calibrated on 8 samples that the model wrote itself, and 16 of built-in text" in notes
         and "passed as calibration, do better" in notes
     )
     assert "weights were fitted by least squares" in notes and "on built-in text of another kind" in notes
