@@ -317,3 +317,16 @@ def _defined(node: ast.stmt) -> Iterator[str]:
 @pytest.mark.parametrize("path", FILES, ids=PATHS)
 def test_files_stay_readable(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 310
+
+
+def test_files_beside_the_code_are_packaged() -> None:
+    """A text, a page or a table that no pattern names is there in a clone, and missing once it is installed."""
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    kept = subprocess.check_output(["git", "ls-files", "fxprune", "passes"], cwd=ROOT, text=True)
+    beside = [Path(line) for line in kept.splitlines() if not line.endswith(".py")]
+    missed = [
+        str(path)
+        for path in beside
+        if not any(path.match(pattern) for pattern in told.get(".".join(path.parent.parts), ()))
+    ]
+    assert len(beside) > 5 and not missed

@@ -21,6 +21,7 @@ pytestmark = [
 TRY = """
 import importlib.resources, sys
 import torch, fxprune
+from fxprune.data.built_in import general_text
 from torch import nn
 
 assert fxprune.__file__.startswith(sys.prefix), fxprune.__file__
@@ -29,6 +30,7 @@ net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
 result = fxprune.prune(net, importance="l2", ratio=0.2, example_inputs={"input": torch.randn(2, 6)}, protect=())
 assert result.report.achieved > 0 and result.report.verification_error < 1e-5
 assert "<svg" in result.to_html()
+assert len(general_text()) > 100_000
 assert fxprune.prune_pipeline(importance="l2", recipe="llm-pruner") and "tune" in fxprune.pass_names()
 print("pruned")
 """
