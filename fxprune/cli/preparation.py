@@ -137,7 +137,8 @@ def samples_of(values: Mapping[str, Any], tokenizer: Any, most: int | None) -> A
         return None
     from fxprune.data.files import calibration_text, calibration_windows
 
-    return calibration_windows(tokenizer, calibration_text(file), most, values["tokens"] or TOKENS, str(file))
+    text = calibration_text(file, tokenizer)
+    return calibration_windows(tokenizer, text, most, values["tokens"] or TOKENS, str(file))
 
 
 def _writes_tokenizer(values: Mapping[str, Any]) -> bool:

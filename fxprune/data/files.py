@@ -23,28 +23,38 @@ _WANTED = (
 )
 
 
-def calibration_text(path: Path) -> str:
+def calibration_text(path: Path, tokenizer: Any = None) -> str:
     """Return the text of a file; of rows of data, the text of each, parted by blank lines.
 
+    Args:
+        path: of text or of rows.
+        tokenizer: its template for chats, where it has one, is what chats are written in.
+
     Raises:
-        CalibrationError: there is no text in it, or a row is of no known form.
+        CalibrationError: there is no text in it, or a row is of no known form, or one that the template refuses.
         DataError: it is not there, or cannot be read.
     """
-    return "\n\n".join(calibration_texts(path))
+    return "\n\n".join(calibration_texts(path, tokenizer))
 
 
-def calibration_texts(path: Path) -> list[str]:
+def calibration_texts(path: Path, tokenizer: Any = None) -> list[str]:
     """Return the texts of a file: of rows in .json, .jsonl or .parquet the text of each; else the whole.
 
     The rows are those that :func:`fxprune.recover` reads: texts, instructions with their outputs, and chats.
 
+    Args:
+        path: of text or of rows.
+        tokenizer: its template for chats, where it has one, is what chats are written in; else their messages stand
+            below each other.
+
     Raises:
-        CalibrationError: there is no text in it, or a row is of no known form.
+        CalibrationError: there is no text in it, or a row is of no known form, or one that the template refuses.
         DataError: it is not there, or cannot be read.
     """
     if path.is_dir():
         raise CalibrationError("it is a folder", where=str(path), remedy=_WANTED)
-    texts = list(_texts_of_rows(path)) if path.suffix in SUFFIXES and path.suffix != ".txt" else [_plain(path)]
+    of_rows = path.suffix in SUFFIXES and path.suffix != ".txt"
+    texts = list(_texts_of_rows(path, tokenizer)) if of_rows else [_plain(path)]
     if not any(text.strip() for text in texts):
         raise CalibrationError("there is no text in it", where=str(path), remedy=_WANTED)
     return texts
@@ -68,12 +78,24 @@ def _plain(path: Path) -> str:
     return text
 
 
-def _texts_of_rows(path: Path) -> Iterator[str]:
+def _texts_of_rows(path: Path, tokenizer: Any) -> Iterator[str]:
+    templated = getattr(tokenizer, "chat_template", None)
     for where, row in rows_in_file(path):
         kind, why = ("", row.why) if isinstance(row, BadRow) else kind_of(row, "auto")
         if not kind:
             raise CalibrationError(f"{where}: {why}", where=str(path), remedy=_WANTED)
-        yield text_of(row, kind)
+        text = text_of(row, kind)
+        yield _templated(tokenizer, row["messages"], where, path) if templated and kind == "chat" else text
+
+
+def _templated(tokenizer: Any, messages: Any, where: str, path: Path) -> str:
+    """A chat in the words that the model was trained to read it in."""
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
+    except Exception as error:  # a template is a program of the model's makers, and refuses in its own ways
+        told = f"{where}: the tokenizer's chat template refuses it: {error}"
+        remedy = "Give chats in the roles and the order that the model's template takes"
+        raise CalibrationError(told, where=str(path), remedy=remedy) from error
 
 
 def calibration_windows(tokenizer: Any, text: str, samples: int | None, tokens: int, where: str) -> torch.Tensor:

@@ -9,6 +9,7 @@ import pytest
 
 from fxprune.data.files import calibration_text, calibration_windows
 from fxprune.errors import CalibrationError, DataError
+from tests.tokens import character_tokenizer
 
 
 def letters(text: str, **_: object) -> dict[str, list[int]]:
@@ -54,6 +55,20 @@ def test_lines_of_json_are_read_by_their_text(tmp_path: Path) -> None:
 def test_what_recovery_reads_is_read_for_calibration(tmp_path: Path, name: str, content: str, text: str) -> None:
     (tmp_path / name).write_text(content)
     assert calibration_text(tmp_path / name).endswith(text)
+
+
+def test_chats_are_written_in_the_template_that_the_model_knows(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": chat}) + "\n" + json.dumps({"text": "one"}))
+    tokenizer = character_tokenizer(chat=True)
+    said = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert said not in ("", "Hi\n\nHo")
+    assert calibration_text(path, tokenizer) == f"{said}\n\none"
+    assert calibration_text(path, character_tokenizer()) == calibration_text(path) == "Hi\n\nHo\n\none"
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(CalibrationError, match=r"line 1: .* template refuses it: roles must alternate"):
+        calibration_text(path, tokenizer)
 
 
 @pytest.mark.parametrize(
