@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import ast
 import sysconfig
-from importlib.resources import files
+from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from fxprune.data.calibration import spread
+from fxprune.data.files import calibration_text
 from fxprune.data.text import join, paragraphs, token_windows
+from fxprune.errors import CalibrationError
 
 __all__ = [
     "CHARACTERS",
     "built_in_samples",
     "built_in_text",
+    "general_chats",
     "general_samples",
     "general_text",
     "offline_docstrings",
@@ -34,6 +38,23 @@ def general_text() -> str:
     answers, and a few short programs, in turn, so that any part of it has all of them. It was written for this package.
     """
     return files(__package__).joinpath("general.txt").read_text(encoding="utf-8").rstrip("\n")
+
+
+def general_chats(tokenizer: Any) -> str:
+    """Return short chats, in the template of a tokenizer, the same on every call; empty if it has none for them.
+
+    Questions and tasks of many kinds with their answers, 250 of them, written for this package.
+
+    Args:
+        tokenizer: one of transformers.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    with as_file(files(__package__).joinpath("chats.jsonl")) as path:
+        try:
+            return calibration_text(path, tokenizer)
+        except CalibrationError:  # a template of other roles, or for something else than chats
+            return ""
 
 
 def offline_text() -> str:
@@ -87,7 +108,7 @@ def built_in_text() -> str:
 
 
 def general_samples(tokens: int) -> int:
-    """Return about how many samples the general part of the built-in text has.
+    """Return about how many samples the general part of the built-in text has, chats not counted.
 
     Args:
         tokens: of a sample.
@@ -99,6 +120,8 @@ def built_in_samples(
     tokenizer: PreTrainedTokenizerBase, tokens: int, samples: int | None = None, beyond: bool = True
 ) -> torch.Tensor:
     """Return samples of the built-in text: of its general part as far as that goes, the rest of documentation.
+
+    The general part is :func:`general_text`, and for a tokenizer with a template for chats :func:`general_chats`.
 
     Args:
         tokenizer: turns text into ids.
@@ -112,9 +135,10 @@ def built_in_samples(
     Raises:
         DataError: samples are longer than the text, or a number is not positive.
     """
-    windows = token_windows(tokenizer, built_in_text(), tokens)
+    text = join(filter(None, (general_text(), general_chats(tokenizer))))
+    windows = token_windows(tokenizer, join([text, offline_text()]), tokens)
     places = range(len(windows))
-    general = len(tokenizer(general_text(), add_special_tokens=False, verbose=False)["input_ids"]) // tokens
+    general = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) // tokens
     taken = list(spread(places[:general], samples))
     if beyond:
         taken += spread(places[general:], None if samples is None else max(0, samples - general))

@@ -46,8 +46,9 @@ class CalibratePass(Pass):
         data: token ids ``(samples, tokens)``, a list of tokenised dicts, or a DataLoader.
         file: in place of ``data``, a file of JSON lines, each with ``input_ids`` and perhaps ``attention_mask`` and
             ``labels``.
-        tokenizer: where there is neither, turns the built-in text into samples: English of many kinds, some 250 samples
-            of 128 tokens, then documentation of Python. Text like what the model is to be used on does better.
+        tokenizer: where there is neither, turns the built-in text into samples: English of many kinds and chats, 250
+            samples of 128 tokens or more, then documentation of Python. Text like what the model is to be used on does
+            better.
         tokens: of a sample of the built-in text, or of one that the model writes.
         samples: how many to take, evenly spread; None for all.
         built_in: the same of the built-in text alone, which has hundreds, and of a text that a command is given; None

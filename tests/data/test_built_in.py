@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxprune.data.built_in import built_in_samples, built_in_text, general_text, offline_docstrings, offline_text
+from fxprune.data.built_in import (
+    built_in_samples,
+    built_in_text,
+    general_chats,
+    general_text,
+    offline_docstrings,
+    offline_text,
+)
 from fxprune.data.text import token_windows
 from tests.tokens import character_tokenizer
 
@@ -39,3 +46,16 @@ def test_samples_are_of_general_text_as_far_as_it_goes() -> None:
     assert built_in_samples(tokenizer, TOKENS, 0).shape == (0, TOKENS)
     assert torch.equal(built_in_samples(tokenizer, TOKENS, 10**9), windows)
     assert torch.equal(built_in_samples(tokenizer, TOKENS, 10**9, beyond=False), general)
+
+
+def test_a_model_that_chats_gets_chats_in_its_own_template() -> None:
+    tokenizer = character_tokenizer(chat=True)
+    chats = general_chats(tokenizer)
+    first = [{"role": "user", "content": "What is the largest planet in the solar system?"}]
+    assert chats.startswith(tokenizer.apply_chat_template(first, tokenize=False)) and len(chats) > 50_000
+    assert chats == general_chats(tokenizer) and general_chats(character_tokenizer()) == ""
+    plain, more = (built_in_samples(character_tokenizer(chat), TOKENS, 10**9, beyond=False) for chat in (False, True))
+    ids = tokenizer(f"{general_text()}\n\n{chats}", add_special_tokens=False)["input_ids"]
+    assert torch.equal(more[: len(plain)], plain) and len(more) == len(ids) // TOKENS > len(plain) + 100
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert general_chats(tokenizer) == "", "samples are there all the same"
