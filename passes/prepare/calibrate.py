@@ -35,7 +35,7 @@ _BUILT_IN = f"calibrated on built-in text, {_FOR_WANT}"
 
 def _of_text(samples: int) -> int:
     """How many of samples that stand in for others are of built-in text, if it has as many: two in three."""
-    return samples - -(-samples // 3)
+    return 2 * samples // 3
 
 
 @dataclass(frozen=True, eq=False)
