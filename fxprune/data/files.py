@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fxprune.data.rows import SUFFIXES, BadRow, kind_of, rows_in_file, text_of
 from fxprune.errors import CalibrationError, DataError
@@ -26,6 +27,8 @@ _WANTED = (
 def calibration_text(path: Path, tokenizer: Any = None) -> str:
     """Return the text of a file; of rows of data, the text of each, parted by blank lines.
 
+    Between two chats in a template there is nothing but what it ends them with.
+
     Args:
         path: of text or of rows.
         tokenizer: its template for chats, where it has one, is what chats are written in.
@@ -34,7 +37,9 @@ def calibration_text(path: Path, tokenizer: Any = None) -> str:
         CalibrationError: there is no text in it, or a row is of no known form, or one that the template refuses.
         DataError: it is not there, or cannot be read.
     """
-    return "\n\n".join(calibration_texts(path, tokenizer))
+    texts = _texts(path, tokenizer)
+    seams = ("" if a.templated and b.templated else "\n\n" for a, b in pairwise(texts))
+    return texts[0].text + "".join(seam + row.text for seam, row in zip(seams, texts[1:], strict=True))
 
 
 def calibration_texts(path: Path, tokenizer: Any = None) -> list[str]:
@@ -51,11 +56,22 @@ def calibration_texts(path: Path, tokenizer: Any = None) -> list[str]:
         CalibrationError: there is no text in it, or a row is of no known form, or one that the template refuses.
         DataError: it is not there, or cannot be read.
     """
+    return [row.text for row in _texts(path, tokenizer)]
+
+
+class _Text(NamedTuple):
+    """A text, and whether it is a chat in a template."""
+
+    text: str
+    templated: bool = False
+
+
+def _texts(path: Path, tokenizer: Any) -> list[_Text]:
     if path.is_dir():
         raise CalibrationError("it is a folder", where=str(path), remedy=_WANTED)
     of_rows = path.suffix in SUFFIXES and path.suffix != ".txt"
-    texts = list(_texts_of_rows(path, tokenizer)) if of_rows else [_plain(path)]
-    if not any(text.strip() for text in texts):
+    texts = list(_texts_of_rows(path, tokenizer)) if of_rows else [_Text(_plain(path))]
+    if not any(row.text.strip() for row in texts):
         raise CalibrationError("there is no text in it", where=str(path), remedy=_WANTED)
     return texts
 
@@ -78,14 +94,14 @@ def _plain(path: Path) -> str:
     return text
 
 
-def _texts_of_rows(path: Path, tokenizer: Any) -> Iterator[str]:
-    templated = getattr(tokenizer, "chat_template", None)
+def _texts_of_rows(path: Path, tokenizer: Any) -> Iterator[_Text]:
+    template = getattr(tokenizer, "chat_template", None)
     for where, row in rows_in_file(path):
         kind, why = ("", row.why) if isinstance(row, BadRow) else kind_of(row, "auto")
         if not kind:
             raise CalibrationError(f"{where}: {why}", where=str(path), remedy=_WANTED)
-        text = text_of(row, kind)
-        yield _templated(tokenizer, row["messages"], where, path) if templated and kind == "chat" else text
+        templated = bool(template) and kind == "chat"
+        yield _Text(_templated(tokenizer, row["messages"], where, path) if templated else text_of(row, kind), templated)
 
 
 def _templated(tokenizer: Any, messages: Any, where: str, path: Path) -> str:

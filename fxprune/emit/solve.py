@@ -7,6 +7,7 @@ and nothing else.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -95,7 +96,10 @@ def minimal(rebuilder: Rebuilder, base: Fields, fields: Fields, optional: Fields
 
 @dataclass
 class Search:
-    """A depth-first search over fields, one at a time, as long as fewer axes are wrong.
+    """A best-first search over fields, one at a time, as long as fewer axes are wrong.
+
+    Where the fewest are wrong it goes on first: of many fields that each mend axes of their own, any order leads there,
+    and a wrong value of one of them would else be tried with all values of the others.
 
     Args:
         rebuilder: what is built again.
@@ -128,16 +132,18 @@ class Search:
         if start is None:
             return []
         found: list[dict[str, int]] = []
-        pending: list[tuple[dict[str, int], frozenset[Axis]]] = [({}, start)]
+        pending: list[tuple[int, int, dict[str, int], frozenset[Axis]]] = [(len(start), 0, {}, start)]
         fewest = len(start)
         while pending and len(self._tried) < self.limit:
-            fields, wrong = pending.pop()
+            _, _, fields, wrong = heapq.heappop(pending)
             if not wrong:
                 found.append(fields)
                 continue
             if wrong <= start and len(wrong) < fewest:
                 self.best, fewest = fields, len(wrong)
-            pending.extend(self._next(fields, wrong))
+            for following, left in self._next(fields, wrong):
+                # of those that are as good, the last one first: no two have the same number
+                heapq.heappush(pending, (len(left), -len(self._tried), following, left))
         return found
 
     def _next(self, fields: dict[str, int], wrong: frozenset[Axis]) -> Iterator[tuple[dict[str, int], frozenset[Axis]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -40,29 +41,36 @@ def names_index(name: str) -> bool:
 
 def builder_of(block: nn.Module) -> Builder | None:
     """Return what builds a block like this one; None where its class cannot be called."""
-    return block_builder(type(block), vars(block).get(BUILT_AT))
+    return block_builder(type(block), vars(block).get(BUILT_AT), vars(block))
 
 
-def block_builder(kind: type[nn.Module], built_at: Mapping[str, Any] | None = None) -> Builder | None:
+def block_builder(
+    kind: type[nn.Module], built_at: Mapping[str, Any] | None = None, attributes: Mapping[str, Any] | None = None
+) -> Builder | None:
     """Return what builds a block from a config and an index; None where the class asks for more.
 
     Args:
         kind: the class of the block.
         built_at: index and fields at which the class builds the wanted kind of block, where that is not its index.
+        attributes: of such a block. A flag or a word that its class asks for beside is what the attribute of that name
+            says; a number is not, since it may be a size.
     """
     parameters = list(inspect.signature(kind).parameters.values())
     placed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    demanded = [p for p in parameters if p.kind is p.KEYWORD_ONLY] + placed[2:]
-    if not placed or any(p.default is p.empty for p in demanded):
+    at_index = len(placed) > 1 and names_index(placed[1].name)
+    others = [p for p in parameters if p.kind is p.KEYWORD_ONLY] + placed[2 if at_index else 1 :]
+    asked = [p.name for p in others if p.default is p.empty]
+    held = {name: (attributes or {}).get(name) for name in asked}
+    if not placed or not all(isinstance(value, bool | str) for value in held.values()):
         return None
-    if len(placed) > 1 and names_index(placed[1].name):
-        return lambda config, index: _build_at(kind, config, index, built_at or {})
-    if len(placed) > 1 and placed[1].default is inspect.Parameter.empty:
-        return None
-    return lambda config, index: kind(config)
+    if at_index:
+        return lambda config, index: _build_at(partial(kind, **held), config, index, built_at or {})
+    return lambda config, index: kind(config, **held)
 
 
-def _build_at(kind: type[nn.Module], config: PreTrainedConfig, index: int, built_at: Mapping[str, Any]) -> nn.Module:
+def _build_at(
+    kind: Callable[..., nn.Module], config: PreTrainedConfig, index: int, built_at: Mapping[str, Any]
+) -> nn.Module:
     start, fields, held = built_at.get("index", index), built_at.get("fields", {}), vars(config)
     own = {name: held[name] for name in fields}
     held.update(fields)

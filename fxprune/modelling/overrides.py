@@ -82,7 +82,8 @@ def build_blocks(
     source = model if like is None else like
     for path in dict.fromkeys((*overrides.block_fields, *overrides.absent, *overrides.built_at)):
         blocks, index = list_and_index(model, path)
-        build = block_builder(type(source.get_submodule(path)), overrides.built_at.get(path))
+        block = source.get_submodule(path)
+        build = block_builder(type(block), overrides.built_at.get(path), vars(block))
         if build is None:
             raise CannotBuildError(f"{path}: its class is not called with a config and an index")
         own = block_config(config, overrides.block_fields.get(path, {}), overrides.absent.get(path, ()))

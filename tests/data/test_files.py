@@ -60,12 +60,13 @@ def test_what_recovery_reads_is_read_for_calibration(tmp_path: Path, name: str, 
 def test_chats_are_written_in_the_template_that_the_model_knows(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"messages": chat}) + "\n" + json.dumps({"text": "one"}))
+    path.write_text("\n".join(json.dumps(row) for row in ({"messages": chat}, {"messages": chat}, {"text": "one"})))
     tokenizer = character_tokenizer(chat=True)
     said = tokenizer.apply_chat_template(chat, tokenize=False)
     assert said not in ("", "Hi\n\nHo")
-    assert calibration_text(path, tokenizer) == f"{said}\n\none"
-    assert calibration_text(path, character_tokenizer()) == calibration_text(path) == "Hi\n\nHo\n\none"
+    assert calibration_text(path, tokenizer) == f"{said}{said}\n\none", "a template says itself how a chat ends"
+    plain = "Hi\n\nHo\n\nHi\n\nHo\n\none"
+    assert calibration_text(path, character_tokenizer()) == calibration_text(path) == plain
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(CalibrationError, match=r"line 1: .* template refuses it: roles must alternate"):
         calibration_text(path, tokenizer)

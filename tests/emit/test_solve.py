@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from fxprune.emit.fields import record_reads
+from fxprune.emit.rebuilders import Rebuilder
 from fxprune.emit.snapshot import shapes_of
 from fxprune.emit.solve import Search, explicit_fields, minimal
 from tests.emit.small import rebuilder, small
@@ -46,3 +54,24 @@ def test_only_the_axes_that_count_have_to_be_right() -> None:
 def test_a_search_ends_at_its_limit() -> None:
     search = Search(rebuilder(small()), {}, shapes_of(small(inner=14).blocks[0]), limit=0)
     assert search.solutions() == []
+
+
+def test_a_wrong_value_of_one_field_is_not_tried_with_all_values_of_the_others() -> None:
+    """Nine fields mend axes of their own; a value width mends one that the number of heads has to."""
+    names = [f"inner{i}" for i in range(9)]
+
+    def build(config: PreTrainedConfig) -> nn.Module:
+        widths = {name: nn.Linear(2, getattr(config, name)) for name in names}
+        heads, value = (getattr(config, name) for name in ("heads", "value"))
+        return nn.ModuleDict({**widths, "kv": nn.Linear(2, heads * (10 + value)), "o": nn.Linear(heads * value, 2)})
+
+    def rebuilt(fields: Mapping[str, int]) -> nn.Module:
+        config = copy.deepcopy(dense)
+        vars(config).update(fields)
+        return build(config)
+
+    dense, slim = PreTrainedConfig(), PreTrainedConfig()
+    vars(dense).update(dict.fromkeys(names, 16), heads=6, value=14)
+    vars(slim).update(dict.fromkeys(names, 15), heads=5, value=14)
+    search = Search(Rebuilder(rebuilt, dense, record_reads(dense, build)), {}, shapes_of(build(slim)), limit=400)
+    assert dict.fromkeys(names, 15) | {"heads": 5} in search.solutions()

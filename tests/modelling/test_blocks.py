@@ -82,6 +82,32 @@ def test_a_class_that_asks_for_more_has_no_builder() -> None:
     assert block_builder(nn.Identity) is None, "it takes no config"
 
 
+def test_a_flag_or_a_word_that_a_class_asks_for_is_what_its_block_holds() -> None:
+    class Flagged(nn.Module):
+        """Wants a flag, and a word by name."""
+
+        def __init__(self, config: Any, layer_idx: int, causal: bool, *, mode: str) -> None:
+            super().__init__()
+            self.causal, self.mode, self.layer_idx = causal, mode, layer_idx
+
+    build = builder_of(Flagged(None, 0, True, mode="wide"))
+    assert build is not None
+    held = vars(build(config(), 3))
+    assert (held["causal"], held["mode"], held["layer_idx"]) == (True, "wide", 3)
+    assert block_builder(Flagged) is None
+    assert block_builder(Flagged, attributes={"causal": 8, "mode": "wide"}) is None, "it may be a size"
+
+    class Second(nn.Module):
+        """Wants a flag in the place of an index."""
+
+        def __init__(self, config: Any, causal: bool) -> None:
+            super().__init__()
+            self.causal = causal
+
+    again = builder_of(Second(None, False))
+    assert again is not None and vars(again(config(), 3))["causal"] is False
+
+
 def test_a_kind_is_built_where_its_class_builds_it() -> None:
     build = block_builder(Numbered, {"index": 2, "fields": {"depth": 3}})
     given = config(depth=1)
