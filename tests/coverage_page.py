@@ -22,10 +22,8 @@ def page(data: Mapping[str, Any]) -> str:
     """The page as Markdown: counts, one line a type, and the types that did not come so far."""
     rows: list[Row] = data["rows"]
     traced = [row for row in rows if row["stage"] not in _ENDED]
-    kept = all(row.get("norm", "sliced") == "masked" for row in traced)
     parts = [
         _HEAD,
-        _MASKED if kept else _SLICED,
         _summary(rows),
         _ran_on(data),
         "## By type\n",
@@ -50,16 +48,8 @@ Every model type that transformers can make a causal language model of, at tiny 
 graph computes is compared with the dense graph in which the same units are zeroed (below 1e-4 of the largest output).
 *Exact*: the two agree. *Masked*: they agree as well, and a norm that runs over the units is kept as masking has it.
 *Renormalised*: a norm takes a statistic over the axis; they agree once it is taken over the units that stay. Groups
-that no longer have a unit to lose at these sizes are left out.
-"""
-
-_MASKED = """Norms over units that go are as all recipes but the paper's have them: masked where that is possible.
-Counts of what is exact have these in.
-"""
-
-_SLICED = """These types, some or all, were examined with sliced norms, which is what the paper's recipe has. All
-other recipes keep root-mean-square norms as masking has them: what is renormalised here under one of these then goes
-exactly.
+that no longer have a unit to lose at these sizes are left out. Norms are as all recipes but the paper's have them, masked
+where that is possible; counts of what is exact have these in.
 """
 
 _FAILING = """## Types that cannot be built, run or exported

@@ -62,7 +62,6 @@ class Coverage:
     error: str = ""
     parameters: int = 0
     nodes: int = 0
-    norm: str = "masked"
     groups: list[dict[str, Any]] = field(default_factory=list)
     frozen: dict[str, int] = field(default_factory=dict)
     unruled: dict[str, int] = field(default_factory=dict)
@@ -120,7 +119,7 @@ def _discover(found: Coverage, keep: Callable[[Coverage], None]) -> Traced:
     found.notes, found.nodes = list(traced.notes), len(dense.graph.nodes)
     found.stage = "graph"
     keep(found)
-    Pipeline(f"find-groups{{norm={found.norm}}}")(dense)
+    Pipeline("find-groups{norm=masked}")(dense)
     found.unruled = dict(Counter(axes_of(dense).unruled.values()))
     found.frozen = dict(Counter(re.sub(r"\d+", "n", f.reason) for f in frozen_axes(graph_of(dense)).values()))
     found.groups = [
