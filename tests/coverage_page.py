@@ -48,8 +48,8 @@ Every model type that transformers can make a causal language model of, at tiny 
 graph computes is compared with the dense graph in which the same units are zeroed (below 1e-4 of the largest output).
 *Exact*: the two agree. *Masked*: they agree as well, and a norm that runs over the units is kept as masking has it.
 *Renormalised*: a norm takes a statistic over the axis; they agree once it is taken over the units that stay. Groups
-that no longer have a unit to lose at these sizes are left out. Norms are as all recipes but the paper's have them, masked
-where that is possible; counts of what is exact have these in.
+that no longer have a unit to lose at these sizes are left out. Norms are as all recipes but the paper's have them,
+masked where that is possible; counts of what is exact have these in.
 """
 
 _FAILING = """## Types that cannot be built, run or exported
