@@ -15,12 +15,13 @@ from typing import Any
 from torch import fx, nn
 from transformers import PreTrainedModel
 
-from fxprune.emit.fields import part_of, write_fields
+from fxprune.emit.fields import part_of
 from fxprune.emit.meta import build_on_meta
 from fxprune.emit.snapshot import take_snapshot
 from fxprune.graph.arguments import set_argument
 from fxprune.graph.attempts import Refusal
 from fxprune.graph.blocks import within
+from fxprune.modelling.block_config import put_fields
 from fxprune.removal.norms import Change
 
 __all__ = ["Attributes", "Place", "Places", "driving_fields", "exaggerated", "find_places", "set_attributes"]
@@ -142,7 +143,7 @@ def _scalars(model: PreTrainedModel, part: str, fields: Mapping[str, float]) -> 
 
     def build() -> nn.Module:
         config = copy.deepcopy(model.config)
-        write_fields(part_of(config, part), fields)
+        put_fields(part_of(config, part), fields)
         made: nn.Module = type(model)(config)
         return made
 

@@ -1,10 +1,10 @@
-"""Config fields: which one a constructor asks for, and how they are written past validation."""
+"""Config fields: which ones a constructor asks for, and what they hold."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from fxprune.emit.meta import build_on_meta
 from fxprune.graph.attempts import Refusal, call_foreign
 
-__all__ = ["Reads", "keep_blocks", "part_of", "record_reads", "value_of", "write_fields"]
+__all__ = ["Reads", "keep_blocks", "own_entries", "part_of", "record_reads", "value_of"]
 
 _SHARED = frozenset(field.name for field in dataclasses.fields(PreTrainedConfig))
 """Fields that every config has; none of them is a width."""
@@ -24,7 +24,7 @@ class Reads:
     """Names that a constructor read from its config.
 
     Args:
-        integers: fields that hold an integer.
+        integers: fields that hold an integer, or a list of the same integer throughout.
         hollow: fields that are None, or absent and asked for with a default.
     """
 
@@ -38,15 +38,23 @@ def part_of(config: PreTrainedConfig, part: str) -> PreTrainedConfig:
     return nested
 
 
-def write_fields(config: PreTrainedConfig, fields: Mapping[str, float]) -> None:
-    """Give fields their values with no validation: widths that no stock config allows are the point."""
-    vars(config).update(fields)
-
-
 def value_of(config: PreTrainedConfig, field: str) -> int | None:
-    """Return the integer a config holds under a name, or None."""
+    """Return the integer a config holds under a name, or as each entry of a list under it; else None."""
     value = vars(config).get(field)
-    return value if type(value) is int else None
+    entries = value if type(value) in (list, tuple) and value else [value]
+    return entries[0] if all(type(entry) is int and entry == entries[0] for entry in entries) else None
+
+
+def own_entries(config: PreTrainedConfig, total: int, index: int) -> dict[str, int]:
+    """Return what a block reads of the lists of integers that have one entry a block.
+
+    Args:
+        config: the config of the model.
+        total: the number of blocks.
+        index: of the block; none of them if it is in another list of blocks, which may be longer.
+    """
+    lists = _lists_by_block(config, total) if index < total else ()
+    return {name: value[index] for name, value in lists if all(type(entry) is int for entry in value)}
 
 
 def record_reads(config: PreTrainedConfig, build: Callable[[PreTrainedConfig], object]) -> Reads:
@@ -66,7 +74,7 @@ def record_reads(config: PreTrainedConfig, build: Callable[[PreTrainedConfig], o
     aliases = config.attribute_map
     names = {aliases.get(name, name) for name in read if not name.startswith("_")} - _SHARED
     held = vars(config)
-    integers = tuple(sorted(name for name in names if type(held.get(name)) is int))
+    integers = tuple(sorted(name for name in names if value_of(config, name) is not None))
     empty = (name for name in names if held.get(name) is None and not hasattr(type(config), name))
     nones = (name for name in names if name in held and held[name] is None)
     return Reads(integers, tuple(sorted({*empty, *nones})))

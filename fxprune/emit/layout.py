@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fxprune.emit.fields import keep_blocks, part_of, write_fields
+from fxprune.emit.fields import keep_blocks, part_of
 from fxprune.emit.meta import build_on_meta
 from fxprune.graph.blocks import within
+from fxprune.modelling.block_config import put_fields
 
 __all__ = ["Layout", "Stack", "survey"]
 
@@ -106,7 +107,7 @@ def _count_field(model: PreTrainedModel, stack: Stack, part: str) -> str | None:
         if lists:
             keep_blocks(part_of(config, part), name, total, range(total - 1))
         else:
-            write_fields(part_of(config, part), {name: total - 1})
+            put_fields(part_of(config, part), {name: total - 1})
         if total > 1 and _length(model, config, stack.path) == total - 1:
             return name
     return None

@@ -11,12 +11,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fxprune.emit.carry import carry_over
-from fxprune.emit.fields import part_of, write_fields
+from fxprune.emit.fields import part_of
 from fxprune.emit.layout import Layout, survey
 from fxprune.emit.meta import on_meta
 from fxprune.emit.remove_blocks import remove_blocks
 from fxprune.emit.tables import combined_inputs
 from fxprune.graph.attempts import call_foreign
+from fxprune.modelling.block_config import put_fields
 from fxprune.modelling.overrides import Overrides, apply_overrides, build_blocks
 from fxprune.trace.checks import clear_marks
 
@@ -64,12 +65,12 @@ def rebuild(dense: PreTrainedModel, recipe: Recipe, layout: Layout | None = None
     overrides = dataclasses.replace(recipe, built_at=built_at, inputs=combined_inputs(dense, recipe.inputs))
     with on_meta():
         config = copy.deepcopy(dense.config)
-        write_fields(part_of(config, layout.part), {**recipe.fields, **recipe.epsilons})
+        put_fields(part_of(config, layout.part), {**recipe.fields, **recipe.epsilons})
         model = call_foreign(type(dense), config)
         build_blocks(model, part_of(model.config, layout.part), overrides, like=dense)
     carry_over(dense, model)
     apply_overrides(model, overrides)
     remove_blocks(model, recipe.removed, layout)
-    write_fields(part_of(config, layout.part), recipe.written_afterwards)
+    put_fields(part_of(config, layout.part), recipe.written_afterwards)
     clear_marks(model)  # what was traced is plain floats, whatever file it came from
     return model

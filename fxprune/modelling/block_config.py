@@ -8,11 +8,27 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-__all__ = ["block_config"]
+__all__ = ["block_config", "put_fields"]
 
 _FOLLOWED = ("_attn_implementation_internal", "_experts_implementation_internal")
 _PARENT = "_fxprune_parent"
 _FOLLOWERS: dict[type, type] = {}
+
+
+def put_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> None:
+    """Give config fields their values with no validation: widths that no stock config allows are the point.
+
+    Args:
+        config: changed in place.
+        fields: the values. A number for a field that is a list, with one entry a block, becomes all of its entries:
+            a block reads its own.
+    """
+    held = vars(config)
+    for name, value in fields.items():
+        old = held.get(name)
+        if type(value) is int and isinstance(old, list | tuple):
+            value = [value] * len(old) if isinstance(old, list) else (value,) * len(old)
+        held[name] = value
 
 
 def block_config(config: PreTrainedConfig, fields: Mapping[str, Any], absent: Iterable[str] = ()) -> PreTrainedConfig:
@@ -23,11 +39,11 @@ def block_config(config: PreTrainedConfig, fields: Mapping[str, Any], absent: It
 
     Args:
         config: the config of the whole model; kept by reference.
-        fields: the values that differ for this block; written with no validation.
+        fields: the values that differ for this block, as :func:`put_fields` writes them.
         absent: fields that the copy lacks.
     """
     view = copy.deepcopy(config)
-    vars(view).update(fields)
+    put_fields(view, fields)
     for name in (*_FOLLOWED, *absent):
         vars(view).pop(name, None)
     vars(view)[_PARENT] = config

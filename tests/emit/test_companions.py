@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from fxprune.emit.companions import with_companions
-from fxprune.emit.fields import Reads, write_fields
+from fxprune.emit.fields import Reads
 from fxprune.emit.rebuilders import Rebuilder
+from fxprune.modelling.block_config import put_fields
 
 
 class Config(PreTrainedConfig):
@@ -37,7 +38,7 @@ class Attention(nn.Module):
 def builds(config: Config, divides: str = "heads", reads: tuple[str, ...] = ("heads",)) -> Rebuilder:
     def make(fields: Any) -> nn.Module:
         own = Config(**{**config.to_diff_dict()})
-        write_fields(own, {**{name: vars(config)[name] for name in ("heads", "partners", "depth", "groups")}, **fields})
+        put_fields(own, {**{name: vars(config)[name] for name in ("heads", "partners", "depth", "groups")}, **fields})
         return Attention(own, divides=divides)
 
     return Rebuilder(make, config, Reads(reads, ()))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fxprune.emit.fields import Reads, keep_blocks, part_of, record_reads, value_of, write_fields
+from fxprune.emit.fields import Reads, keep_blocks, own_entries, part_of, record_reads, value_of
+from fxprune.modelling.block_config import put_fields
 from tests.emit.small import SmallBlock, SmallConfig
 
 
@@ -27,9 +28,26 @@ def test_all_fields_count_where_the_constructor_refuses_the_config() -> None:
 
 def test_fields_are_written_past_validation() -> None:
     config = SmallConfig()
-    write_fields(config, {"hidden": 7, "new": 3})
+    put_fields(config, {"hidden": 7, "new": 3})
     assert (value_of(config, "hidden"), value_of(config, "new"), value_of(config, "head_dim")) == (7, 3, None)
     assert part_of(config, "") is config
+
+
+def test_a_list_of_the_same_integer_holds_that_one() -> None:
+    config = SmallConfig()
+    vars(config).update(same=[3, 3], others=(3, 4), flags=[True, True], none=[])
+    assert [value_of(config, name) for name in ("same", "others", "flags", "none")] == [3, None, None, None]
+    put_fields(config, {"same": 2, "others": 5, "hidden": 7})
+    assert (config.same, config.others, config.hidden) == ([2, 2], (5, 5), 7)
+    reads = record_reads(config, lambda config: (config.same[0], config.flags[0]))
+    assert reads.integers == ("same",)
+
+
+def test_a_block_reads_its_own_entries_of_lists() -> None:
+    config = SmallConfig()
+    vars(config).update(heads_of=[3, 4, 5], kinds=["a", "b", "c"], pairs=[1, 2], pad_token_ids=[1, 2, 3])
+    assert own_entries(config, 3, 1) == {"heads_of": 4}
+    assert own_entries(config, 3, 3) == {}, "of another list of blocks"
 
 
 def test_lists_with_one_entry_a_block_are_shortened() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from torch import nn
 
 from fxprune.emit.layout import survey
 from fxprune.emit.rebuilders import block_rebuilder, model_rebuilder
+from fxprune.emit.snapshot import shapes_of
+from fxprune.emit.solve import Search
 from tests.emit.small import SmallModel, rebuilder, small
 
 
@@ -25,6 +30,32 @@ def test_fields_of_its_own_are_where_a_block_starts() -> None:
     assert found is not None
     built = found.build({})
     assert isinstance(built, nn.Module) and built.up.out_features == 6 and built.layer_idx == 1
+
+
+class Listed(nn.Module):
+    """Is as wide as its entry of a list; wider where another list names its index."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(2, config.widths[layer_idx] + (layer_idx in config.wider))
+
+
+@pytest.mark.parametrize(("wider", "solved"), [([9, 9, 9, 9], [{"widths": 3}]), ([1, 0, 3, 2], [])])
+def test_a_block_of_a_width_in_a_list_is_built_from_its_entry(wider: list[int], solved: list[dict[str, int]]) -> None:
+    """Where it reads more of a list than its entry, lists are left as they are."""
+    model = small()
+    vars(model.config).update(widths=[4, 5, 6, 7], wider=wider)
+    block = Listed(model.config, 1)
+    found = block_rebuilder(model, survey(model), 1, block, {})
+    assert found is not None
+    seen = found.observe({})
+    assert seen is not None and seen.shapes == shapes_of(block)
+    wanted = {"up.weight": (3, 2), "up.bias": (3,)}
+    assert Search(found, {}, wanted).solutions() == solved
+    if solved:
+        built = found.build({"widths": 3})
+        assert isinstance(built, Listed) and shapes_of(built) == wanted
+    assert model.config.widths == [4, 5, 6, 7]
 
 
 def test_a_block_that_asks_for_more_is_not_built() -> None:
