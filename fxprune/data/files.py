@@ -31,7 +31,8 @@ def calibration_text(path: Path, tokenizer: Any = None) -> str:
 
     Args:
         path: of text or of rows.
-        tokenizer: its template for chats, where it has one, is what chats are written in.
+        tokenizer: its template for chats, where it has one, is what chats are written in; else their messages stand
+            below each other.
 
     Raises:
         CalibrationError: there is no text in it, or a row is of no known form, or one that the template refuses.
@@ -42,21 +43,17 @@ def calibration_text(path: Path, tokenizer: Any = None) -> str:
     return texts[0].text + "".join(seam + row.text for seam, row in zip(seams, texts[1:], strict=True))
 
 
-def calibration_texts(path: Path, tokenizer: Any = None) -> list[str]:
+def calibration_texts(path: Path) -> list[str]:
     """Return the texts of a file: of rows in .json, .jsonl or .parquet the text of each; else the whole.
 
-    The rows are those that :func:`fxprune.recover` reads: texts, instructions with their outputs, and chats.
-
-    Args:
-        path: of text or of rows.
-        tokenizer: its template for chats, where it has one, is what chats are written in; else their messages stand
-            below each other.
+    The rows are those that :func:`fxprune.recover` reads: texts, instructions with their outputs, and chats, whose
+    messages stand below each other.
 
     Raises:
-        CalibrationError: there is no text in it, or a row is of no known form, or one that the template refuses.
+        CalibrationError: there is no text in it, or a row is of no known form.
         DataError: it is not there, or cannot be read.
     """
-    return [row.text for row in _texts(path, tokenizer)]
+    return [row.text for row in _texts(path)]
 
 
 class _Text(NamedTuple):
@@ -66,7 +63,7 @@ class _Text(NamedTuple):
     templated: bool = False
 
 
-def _texts(path: Path, tokenizer: Any) -> list[_Text]:
+def _texts(path: Path, tokenizer: Any = None) -> list[_Text]:
     if path.is_dir():
         raise CalibrationError("it is a folder", where=str(path), remedy=_WANTED)
     of_rows = path.suffix in SUFFIXES and path.suffix != ".txt"

@@ -12,10 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fxprune.emit.fields import Reads, keep_blocks, own_entries, part_of, record_reads, value_of
 from fxprune.emit.layout import Layout
 from fxprune.emit.meta import build_on_meta
-from fxprune.emit.snapshot import Shape, Snapshot, shapes_of, take_snapshot
+from fxprune.emit.snapshot import Snapshot, take_snapshot
 from fxprune.graph.attempts import Refusal, call_foreign
 from fxprune.modelling.block_config import put_fields
-from fxprune.modelling.blocks import Builder, builder_of
+from fxprune.modelling.blocks import builder_of
 
 __all__ = ["Rebuilder", "block_rebuilder", "model_rebuilder"]
 
@@ -98,22 +98,17 @@ def block_rebuilder(
     if builder is None:
         return None
     start = copy.deepcopy(part_of(model.config, layout.part))
-    entries = own_entries(start, layout.depth, index)
-    if entries:
-        alone = copy.deepcopy(start)
-        put_fields(alone, entries)
-        if _shapes(builder, alone, index) == _shapes(builder, start, index):  # else it reads more than its own entry
-            start = alone
-    put_fields(start, own)
 
     def make(fields: Mapping[str, int]) -> nn.Module:
         config = copy.deepcopy(start)
         put_fields(config, fields)
         return builder(config, index)
 
+    entries = own_entries(start, layout.depth, index)
+    if entries:
+        trial = Rebuilder(make, start, Reads((), ()))
+        whole, alone = trial.observe({}), trial.observe(entries)
+        if whole is not None and alone is not None and whole.shapes == alone.shapes:  # it reads its own entries alone
+            put_fields(start, entries)
+    put_fields(start, own)
     return Rebuilder(make, start, record_reads(start, lambda config: builder(config, index)))
-
-
-def _shapes(builder: Builder, config: PreTrainedConfig, index: int) -> Mapping[str, Shape] | None:
-    built = build_on_meta(builder, copy.deepcopy(config), index)
-    return None if isinstance(built, Refusal) else shapes_of(built)

@@ -225,7 +225,7 @@ def test_the_page_parts_norms_that_are_kept_from_those_that_are_renormalised() -
     kept["groups"][1]["masked"] = True
     ran = {"torch": "2", "transformers": "5", "python": "3.11"}
     text = page({"environment": ran, "rows": [kept]})
-    assert "| `olmo2` | 0 | mlp 1 | head 1 | channel 1 |" in text
+    assert "| `olmo2` | 0 | mlp 1 | head 1 | channel 1 |" in text and "masked where that is possible" in text
 
 
 def test_the_page_is_the_one_made_from_the_data() -> None:
