@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from fxprune.data.rows import json_lines
+from fxprune.data.text import json_lines
 from fxprune.evaluation import LocalTask
 
 __all__ = ["local_tasks"]

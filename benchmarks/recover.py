@@ -20,8 +20,15 @@ from fxprune.checkpoint.manifest import read_manifest
 from fxprune.cli.allocator import keep_freed
 from fxprune.cli.console import widened
 from fxprune.data.built_in import offline_text
-from fxprune.data.rows import BadRow, kind_of, rows_in_file, text_of
-from fxprune.data.text import read_text, split_calibration_heldout, token_windows
+from fxprune.data.text import (
+    BadRow,
+    kind_of,
+    read_text,
+    rows_in_file,
+    split_calibration_heldout,
+    text_of,
+    token_windows,
+)
 from fxprune.evaluation.comparison import Comparison, compare_models
 from fxprune.recovery import Distillation
 

@@ -20,8 +20,7 @@ import fxprune
 from benchmarks.demo_model import load_demo_model
 from benchmarks.environment import write_results
 from benchmarks.perplexity import perplexity
-from fxprune.data.files import calibration_texts
-from fxprune.data.text import read_text, token_windows
+from fxprune.data.text import calibration_texts, read_text, token_windows
 
 __all__ = ["REFERENCE", "ReferenceRow", "app", "first_tokens", "reference_rows"]
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fxprune.discovery.dependency import Dependencies, dependency_graph
     from fxprune.discovery.explain import explain
     from fxprune.discovery.groups import Group, Groups, Member, find_groups
-    from fxprune.dot.write import write_dot
+    from fxprune.draw.write import write_dot
     from fxprune.emit.emitted import Emitted
     from fxprune.errors import FxpruneError
     from fxprune.evaluation import Evaluation, evaluate
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from fxprune.recovery import Recovery, recover
     from fxprune.removal.plan import Plan
     from fxprune.removal.removal import Removal, Removed
-    from fxprune.removal.report import Report
     from fxprune.removal.scores import Scores
+    from fxprune.report.report import Report
     from fxprune.rules import OpSite, TensorAxes, rule
     from fxprune.trace import Traced, trace
 
@@ -43,7 +43,7 @@ _PLACES = {
     "discovery.dependency": ("Dependencies", "dependency_graph"),
     "discovery.explain": ("explain",),
     "discovery.groups": ("Group", "Groups", "Member", "find_groups"),
-    "dot.write": ("write_dot",),
+    "draw.write": ("write_dot",),
     "emit.emitted": ("Emitted",),
     "errors": ("FxpruneError",),
     "evaluation": ("Evaluation", "evaluate"),
@@ -55,7 +55,7 @@ _PLACES = {
     "recovery": ("Recovery", "recover"),
     "removal.plan": ("Plan",),
     "removal.removal": ("Removal", "Removed"),
-    "removal.report": ("Report",),
+    "report.report": ("Report",),
     "removal.scores": ("Scores",),
     "rules": ("OpSite", "TensorAxes", "rule"),
     "trace": ("Traced", "trace"),

@@ -14,14 +14,12 @@ from torch import nn
 
 from fxprune.checkpoint.low_memory import load_mapped, on_disk, request_of
 from fxprune.checkpoint.write import check_request
-from fxprune.graph.carrier import carrier_to, carrying, check_device
-from fxprune.graph.facts import facts_of
-from fxprune.graph.source import Source, put_back
+from fxprune.graph.facts import Source, facts_of, put_back
 from fxprune.graph.tensors import device_of
+from fxprune.offload.prefetch import carrier_to, carrying, check_device
 from fxprune.pipeline.arguments import refuse
-from fxprune.pipeline.contract import Pass
+from fxprune.pipeline.contract import Pass, Track
 from fxprune.pipeline.pipeline import Pipeline
-from fxprune.pipeline.progress import Track
 from fxprune.pipeline.registry import load_pass
 from fxprune.recipes import Options, Recipe, Wishes, as_recipe, compose, selects_by_samples
 from fxprune.recipes.choices import NONE, kept_scores, made_places, needs_no_data, with_order

@@ -12,22 +12,21 @@ from typing import Any
 from torch import fx
 
 from fxprune.checkpoint import Structure, save_pretrained
-from fxprune.dot.inline import layer_svg
+from fxprune.draw.write import layer_svg
 from fxprune.emit.emitted import Emitted
 from fxprune.errors import ExportError, FxpruneError
 from fxprune.evaluation.comparison import Comparison
 from fxprune.export import export_graph, export_model
 from fxprune.export.model import check_options
-from fxprune.graph.attempts import clear_errors
+from fxprune.graph.context import clear_errors, unprinted
 from fxprune.graph.facts import facts_of
-from fxprune.graph.silence import unprinted
 from fxprune.pipeline.arguments import as_path, instance
-from fxprune.pipeline.shown import html_table
-from fxprune.removal.page import Headline, headlines, kinds_of
+from fxprune.pipeline.notebook import html_table
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removed
-from fxprune.removal.report import Report
 from fxprune.removal.scores import Scores
+from fxprune.report.page import Headline, headlines, kinds_of
+from fxprune.report.report import Report
 
 __all__ = ["Result"]
 

@@ -19,7 +19,7 @@ import fxprune
 from fxprune.axes import Keep
 from fxprune.discovery.explain import exactness, frozen_axes
 from fxprune.discovery.groups import Group
-from fxprune.graph.fork import fork
+from fxprune.graph.facts import fork
 from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
 from fxprune.masking.masked_run import output_tensors
 from fxprune.pipeline.pipeline import Pipeline

@@ -16,8 +16,7 @@ from fxprune.axes import Factor, Keep, render
 from fxprune.discovery.dependency import AxisMap, Dependencies
 from fxprune.discovery.explain import frozen_axes
 from fxprune.discovery.groups import Group, Groups
-from fxprune.graph.facts import facts_of
-from fxprune.graph.fork import fork
+from fxprune.graph.facts import facts_of, fork
 from fxprune.graph.tensors import computed_tensors
 from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
 from fxprune.masking.masked_run import output_tensors

@@ -25,13 +25,13 @@ from torch import fx, nn
 from fxprune.axes import Keep, factors
 from fxprune.discovery.groups import Group
 from fxprune.discovery.norms import NORMS
-from fxprune.graph.fork import fork
-from fxprune.graph.names import tensor_name
-from fxprune.graph.size_checks import refusal
+from fxprune.graph.facts import fork
+from fxprune.graph.shapes import refusal
+from fxprune.graph.tensors import tensor_name
 from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.removal.plan import Plan, keep_of, plan_of
-from fxprune.rules.write import op_name
+from fxprune.rules.site import op_name
 from fxprune.trace import trace
 from tests import random_mixes  # noqa: F401  its ops are among OPS from here on
 from tests.oracle import Inputs, axes_of, decide, groups_of, plain_outputs, zeroed

@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 from fxprune.graph.compat import fake_mode
 from fxprune.graph.tensors import get_tensor
 from fxprune.trace import trace
-from fxprune.trace.twin import fake_twin
+from fxprune.trace.inputs import fake_twin
 from tests import exports
 from tests.exports import Exports, remember_exports
 from tests.models import tiny, token_ids

@@ -14,8 +14,7 @@ from benchmarks.environment import cpu_name
 from benchmarks.memory import forget_peak, peak_bytes
 from benchmarks.quality.entries import Entry
 from fxprune.data.built_in import general_text, offline_text
-from fxprune.data.files import calibration_text
-from fxprune.data.text import split_calibration_heldout, token_windows
+from fxprune.data.text import calibration_text, split_calibration_heldout, token_windows
 from fxprune.evaluation import perplexity
 
 __all__ = ["Protocol", "Row", "Texts", "kept_in", "measure", "measure_dense", "texts_of", "told", "with_ratio"]

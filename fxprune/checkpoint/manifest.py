@@ -12,9 +12,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fxprune.errors import CheckpointError
-from fxprune.pipeline.words import MANIFEST
+from fxprune.pipeline.arguments import MANIFEST
 from fxprune.removal.plan import Plan
-from fxprune.removal.report import Report, package_versions
+from fxprune.report.report import Report, package_versions
 
 __all__ = [
     "CARD",

@@ -1,4 +1,4 @@
-"""Reading checkpoints: refused where they are not what was written, else loaded by transformers' own loader."""
+"""Reading checkpoints: verified against their manifest, loaded by transformers."""
 
 from __future__ import annotations
 
@@ -10,20 +10,40 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fxprune.checkpoint.classes import parse_config, pruned_class, stock_config
 from fxprune.checkpoint.exchange import heal, identity, snapshot
 from fxprune.checkpoint.manifest import MANIFEST, Manifest, check_files, check_weights, read_manifest
-from fxprune.checkpoint.whole import LOADING, require_whole
-from fxprune.emit.meta import on_meta
-from fxprune.emit.names import slim_name
-from fxprune.emit.snapshot import Shape, shapes_of
+from fxprune.checkpoint.structure import parse_config, pruned_class, stock_config
+from fxprune.emit.snapshot import Shape, on_meta, shapes_of, slim_name
 from fxprune.errors import CheckpointError, PlanError
-from fxprune.graph.attempts import Refusal, attempt, clear_errors
+from fxprune.graph.context import Refusal, attempt, clear_errors
 from fxprune.modelling.layerwise import SECTION, overrides_in
 from fxprune.pipeline.arguments import as_path, flag, refuse
 from fxprune.removal.plan import Plan
 
-__all__ = ["build_empty", "from_pretrained"]
+__all__ = ["LOADING", "build_empty", "from_pretrained", "require_whole"]
+
+LOADING: Mapping[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""What ``from_pretrained`` of transformers is told, so that it gives what :func:`require_whole` looks at."""
+
+
+def require_whole(source: str | os.PathLike[str], found: Mapping[str, Any]) -> None:
+    """Refuse a model that transformers filled up.
+
+    Args:
+        source: where it is from.
+        found: what transformers says of its loading.
+
+    Raises:
+        CheckpointError: weights are missing, or of another shape than the config says.
+    """
+    for what, key in (("missing", "missing_keys"), ("of another shape than its config says", "mismatched_keys")):
+        names = sorted(name if isinstance(name, str) else name[0] for name in found.get(key) or ())
+        if names:
+            others = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+            told = f"cannot be loaded: {names[0]}{others} {'are' if others else 'is'} {what}"
+            remedy = "Fetch it or save it again, with all its weights"
+            raise CheckpointError(told, where=os.fspath(source), remedy=remedy)
+
 
 _TURNS = 20
 """A turn is lost where another process takes the folder away within the moment in which its files are linked."""

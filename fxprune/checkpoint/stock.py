@@ -10,12 +10,10 @@ from fxprune.checkpoint import describe
 from fxprune.emit import emit
 from fxprune.emit.epsilons import Places
 from fxprune.errors import CheckpointError
-from fxprune.graph.blocks import within
-from fxprune.graph.source import Source
+from fxprune.graph.facts import Source, within
 from fxprune.graph.tensors import as_parameter, names_by_identity
 from fxprune.removal.plan import Plan
-from fxprune.trace.inputs import is_hugging_face
-from fxprune.trace.twin import meta_twin
+from fxprune.trace.inputs import is_hugging_face, meta_twin
 
 __all__ = ["stock_test"]
 

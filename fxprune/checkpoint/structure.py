@@ -1,31 +1,165 @@
-"""What a model's config does not say about it, found by building the model again from that config."""
+"""Structure of a slim model that its config does not hold, and the modelling file that builds it."""
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fxprune.checkpoint.classes import parse_config, pruned_class, stock_class, stock_config
-from fxprune.emit.fields import part_of
 from fxprune.emit.layout import survey
-from fxprune.emit.snapshot import shapes_of
+from fxprune.emit.snapshot import part_of, shapes_of
 from fxprune.errors import CheckpointError
-from fxprune.graph.attempts import Refusal, attempt
-from fxprune.graph.silence import quiet
+from fxprune.graph.context import Refusal, attempt, quiet
+from fxprune.modelling import block_config, blocks, layerwise, overrides, table_rows
 from fxprune.modelling.blocks import BUILT_AT, CannotBuildError
-from fxprune.modelling.layerwise import SECTION, section_of
+from fxprune.modelling.layerwise import SECTION, AnyWidths, Layerwise, section_of
 from fxprune.modelling.overrides import OVERRIDES, Overrides
 from fxprune.modelling.table_rows import INPUTS
 
-__all__ = ["Structure", "describe"]
+__all__ = [
+    "MODELLING",
+    "Structure",
+    "describe",
+    "parse_config",
+    "pruned_class",
+    "stock_class",
+    "stock_config",
+    "write_modelling",
+]
+
+
+def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """Return the class of a model, without what a loader of ours mixed in."""
+    found: type[PreTrainedModel] = next(c for c in type(model).__mro__ if not issubclass(c, Layerwise))  # type: ignore[assignment]
+    return found
+
+
+def stock_config(config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Return the class of a config, without what a loader of ours mixed in."""
+    found: type[PreTrainedConfig] = next(c for c in config.__mro__ if not issubclass(c, AnyWidths))  # type: ignore[assignment]
+    return found
+
+
+def pruned_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """Return a class like ``stock`` that builds blocks of their own widths from a config that allows them."""
+    if issubclass(config, AnyWidths):
+        relaxed: type[PreTrainedConfig] = config
+    else:
+        relaxed = type(config.__name__, (AnyWidths, config), {})
+    return type(stock.__name__, (Layerwise, stock), {"config_class": relaxed})
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """Return what a ``config.json`` says; transformers writes infinity and NaN as ``{"__float__": "Infinity"}``.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+
+    def decoded(value: dict[str, Any]) -> Any:
+        return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+    found: dict[str, Any] = json.loads(text, object_hook=decoded)
+    return found
+
+
+MODELLING = "modeling_fxprune"
+"""Name of the module saved beside weights that no stock class builds."""
+
+_TEXTS = (table_rows, block_config, blocks, overrides, layerwise)
+"""Modules whose text makes up that module, each behind those it imports from."""
+
+
+def write_modelling(model: PreTrainedModel, folder: Path) -> dict[str, str]:
+    """Write the modelling file of a model; return the classes in it, by the class of transformers that loads each.
+
+    Beside the model's own class it has that of the model inside which has no head of its own, as serving engines build
+    theirs around that one. Nothing is written for a class that is not one of transformers'.
+    """
+    stock, config = stock_class(model), stock_config(type(model.config))
+    if not _is_known(stock) or not hasattr(transformers, config.__name__):
+        return {}
+    base = type(model.base_model)
+    around = (
+        model.base_model is model
+        or not _is_known(base)
+        or getattr(base, "config_class", None) is not stock.config_class
+    )
+    inner = None if around else (base.__name__, stock.base_model_prefix)
+    text = _modelling(stock.__name__, config.__name__, inner)
+    (folder / f"{MODELLING}.py").write_text(text, encoding="utf-8")
+    classes = {"AutoConfig": config.__name__}  # engines read the first entry
+    classes |= {} if inner is None else {"AutoModel": inner[0]}
+    classes |= {"AutoModelForCausalLM": stock.__name__}
+    return {loader: f"{MODELLING}.{name}" for loader, name in classes.items()}
+
+
+def _is_known(kind: type) -> bool:
+    return getattr(transformers, kind.__name__, None) is kind
+
+
+def _modelling(model: str, config: str, base: tuple[str, str] | None = None) -> str:
+    """Return the text of a modelling file.
+
+    Args:
+        model: name of the stock class.
+        config: name of its config class.
+        base: name of the class of the model inside, and its module path there.
+    """
+    source = "\n\n".join(_standing_alone(module) for module in _TEXTS)
+    text = f'''from __future__ import annotations
+
+{source}
+
+from transformers import {config} as StockConfig  # noqa: E402
+from transformers import {model} as StockModel  # noqa: E402
+
+
+class {config}(AnyWidths, StockConfig):
+    """The config of a pruned model."""
+
+
+class {model}(Layerwise, StockModel):
+    """A pruned model; named like its stock class, by which names of weights on disk are looked up."""
+
+    config_class = {config}
+'''
+    if base is None:
+        return text
+    return f'''{text}
+
+from transformers import {base[0]} as StockBase  # noqa: E402
+
+
+class {base[0]}(Layerwise, StockBase):
+    """The pruned model without its head."""
+
+    config_class = {config}
+    part_of_model = "{base[1]}"
+'''
+
+
+def _standing_alone(module: ModuleType) -> str:
+    """Return the text of a module of ours, without imports from the package: it stands behind what it imports."""
+    assert module.__file__ is not None
+    text = Path(module.__file__).read_text(encoding="utf-8")
+    lines = text.splitlines()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in ("__future__", "fxprune"):
+            lines[node.lineno - 1 : node.end_lineno] = [""] * ((node.end_lineno or node.lineno) - node.lineno + 1)
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)

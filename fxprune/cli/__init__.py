@@ -43,7 +43,7 @@ def main() -> None:
         if "WORLD_SIZE" not in os.environ:
             app()
             return
-        from fxprune.data.ranks import started
+        from fxprune.offload.ranks import started
 
         with started():
             app()

@@ -30,7 +30,7 @@ from fxprune.cli.place import check_output, is_file
 from fxprune.cli.plan import Source, read_plan
 from fxprune.cli.preparation import samples_of
 from fxprune.cli.prune import tell, write, write_file
-from fxprune.data.files import calibration_text
+from fxprune.data.text import calibration_text
 from fxprune.errors import ArgumentError
 
 __all__ = ["apply"]

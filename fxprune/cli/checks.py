@@ -14,8 +14,8 @@ from fxprune.cli.numbers import check_numbers, check_samples
 from fxprune.cli.place import check_output, is_file
 from fxprune.cli.wording import option
 from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
+from fxprune.pipeline.arguments import EXACT, KINDS, NORMS, ORDERS, RANKINGS
 from fxprune.pipeline.spelling import read_spelling, read_steps
-from fxprune.pipeline.words import EXACT, KINDS, NORMS, ORDERS, RANKINGS
 
 __all__ = [
     "DTYPES",
@@ -72,7 +72,7 @@ def check_prune(values: Values) -> None:
     check_model(values["model"], values["gguf_file"], with_weights=not values["dry_run"])
     _check_output(values)
     if values["calibration"] is not None:
-        from fxprune.data.files import calibration_text
+        from fxprune.data.text import calibration_text
 
         calibration_text(values["calibration"])
 
@@ -150,7 +150,7 @@ def check_quantization(quantization: str | None, out: Path | None) -> None:
         raise ArgumentError(
             "--quantization is for GGUF files", where="--quantization", remedy="Leave it out, or let --out end in .gguf"
         )
-    from fxprune.export.gguf.types import type_named
+    from fxprune.export.gguf.format import type_named
 
     type_named(quantization)
 
@@ -194,7 +194,7 @@ def _check_names(values: Values) -> None:
     for name in _WORDS:
         check_word(name, values[name])
     if values["reduction"] is not None:
-        from fxprune.removal.reductions import REDUCTIONS
+        from fxprune.removal.scores import REDUCTIONS
 
         if values["reduction"] not in REDUCTIONS:
             raise UnknownNameError("reduction", values["reduction"], REDUCTIONS)

@@ -36,7 +36,7 @@ def there_are(file: Path | None, tokens: int, most: int | None = None) -> int:
         most: that are taken; None for as many as there are.
     """
     from fxprune.data.built_in import CHARACTERS, built_in_text
-    from fxprune.data.files import MOST_SAMPLES, calibration_text
+    from fxprune.data.text import MOST_SAMPLES, calibration_text
 
     text = built_in_text() if file is None else calibration_text(file)
     windows = max(1, len(text) // (CHARACTERS * tokens))

@@ -79,8 +79,8 @@ def evaluate(
             keep_freed()
         with tempfile.TemporaryDirectory() if low_memory else nullcontext() as place:
             columns = _measured(compared, loading, options, None if place is None else Path(place))
-        from fxprune.data.ranks import is_first
         from fxprune.evaluation.comparison import Comparison
+        from fxprune.offload.ranks import is_first
 
         if not is_first():  # processes that share the windows come to the same
             return
@@ -153,7 +153,7 @@ def _texts(given: list[str] | None, tasks: str | None) -> dict[str, str | Path]:
         EvaluationError: one is empty.
     """
     from fxprune.data.built_in import offline_docstrings
-    from fxprune.evaluation.corpora import load_corpus, named_corpora
+    from fxprune.evaluation.perplexity import load_corpus, named_corpora
 
     if not given:
         return {} if tasks else {_BUILT_IN: offline_docstrings()}
@@ -172,7 +172,7 @@ def _tasks(given: str | None) -> list[str]:
     """
     names = _named(given)
     if names:
-        from fxprune.evaluation.zeroshot import check_tasks
+        from fxprune.evaluation.tasks import check_tasks
 
         check_tasks(names)
     return names

@@ -15,7 +15,7 @@ from fxprune.cli.naming import check_model
 from fxprune.cli.place import at_home, check_output
 from fxprune.cli.wording import option
 from fxprune.errors import ArgumentError, UnknownNameError
-from fxprune.pipeline.words import SUFFIXES
+from fxprune.pipeline.arguments import SUFFIXES
 
 __all__ = ["Quantization", "export", "gguf_options", "runs"]
 

@@ -88,7 +88,7 @@ def _continued(model: Any, tokenizer: Any, inputs: Any, options: dict[str, Any],
     import torch
     from transformers import TextStreamer
 
-    from fxprune.graph.silence import quiet
+    from fxprune.graph.context import quiet
 
     torch.manual_seed(options.pop("seed"))
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None

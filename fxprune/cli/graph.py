@@ -17,7 +17,7 @@ from fxprune.cli.load import load_empty
 from fxprune.cli.naming import check_model
 from fxprune.cli.plan import read_plan
 from fxprune.errors import ArgumentError, UnknownNameError
-from fxprune.pipeline.words import NORMS
+from fxprune.pipeline.arguments import NORMS
 
 __all__ = ["explain", "graph"]
 
@@ -88,7 +88,7 @@ def _check(model: str, gguf_file: str | None, norm: str | None) -> None:
 
 def _check_picture(dot: Path | None, what: Mapping[str, Any]) -> None:
     """Refuse a file that no picture can be written to, and options that draw different things, or nothing."""
-    from fxprune.dot.render import check_target
+    from fxprune.draw.write import check_target
 
     if dot is not None:
         check_target(dot)
@@ -110,8 +110,8 @@ def _graph(model: str, gguf_file: str | None, norm: str) -> Any:
 
 def _groups_table(dependencies: Any) -> Table:
     """One row for the groups that are alike in every block, with ``*`` for the number of the block."""
-    from fxprune.dot.words import REMOVAL
-    from fxprune.graph.names import starred
+    from fxprune.draw.view import REMOVAL
+    from fxprune.graph.tensors import starred
 
     counts: Counter[tuple[str, ...]] = Counter()
     for group in fxprune.find_groups(dependencies):
@@ -134,7 +134,7 @@ def _exactness(dependencies: Any, group: fxprune.Group) -> str:
 
 def _frozen_lines(dependencies: Any) -> list[str]:
     from fxprune.discovery.explain import frozen_axes
-    from fxprune.graph.names import starred
+    from fxprune.graph.tensors import starred
 
     axes = frozen_axes(dependencies).items()
     counts = Counter(f"frozen {starred(axis)}: {freeze.reason}" for axis, freeze in axes)
@@ -170,8 +170,7 @@ def _as_data(dependencies: Any) -> dict[str, Any]:
 
 def _axis_lines(dependencies: Any, name: str, dim: int | None, wanted: str | None) -> Iterable[str]:
     """What group an axis is in, and the chain of ops from the trigger of the group."""
-    from fxprune.discovery.explain import groups_of
-    from fxprune.discovery.lookup import find_axis, find_group
+    from fxprune.discovery.explain import find_axis, find_group, groups_of
 
     axis = find_axis(dependencies, name, dim)
     found = groups_of(dependencies, axis)
@@ -192,7 +191,7 @@ def _axis_lines(dependencies: Any, name: str, dim: int | None, wanted: str | Non
 
 def _group_lines(dependencies: Any, name: str) -> Iterable[str]:
     """What a group is, and each axis in it with the ops on the way from the trigger."""
-    from fxprune.discovery.lookup import find_group
+    from fxprune.discovery.explain import find_group
     from fxprune.rules.registry import moves_values
 
     group = find_group(fxprune.find_groups(dependencies), name)

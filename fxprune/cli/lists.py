@@ -27,7 +27,7 @@ def passes(
             check_pass_name(name)
             _tell_pass(name)
         return
-    from fxprune.pipeline.description import in_order
+    from fxprune.pipeline.registry import in_order
 
     table = Table("pass", "stage", "what it does")
     for each in in_order(fxprune.pass_names()):
@@ -56,8 +56,7 @@ def recipes(
 
 def _tell_pass(name: str) -> None:
     """Print what a pass does and takes, what it needs and gives, and an example of its text."""
-    from fxprune.pipeline.description import arguments_of, example_of, plain
-    from fxprune.pipeline.registry import load_pass
+    from fxprune.pipeline.registry import arguments_of, example_of, load_pass, plain
 
     step = load_pass(name)
     made = type(step)
@@ -77,8 +76,7 @@ def _tell_pass(name: str) -> None:
 
 def _described(name: str) -> tuple[str, str, str]:
     """Name, stage and first line of a pass; of one that cannot be imported, why."""
-    from fxprune.pipeline.description import plain
-    from fxprune.pipeline.registry import pass_class
+    from fxprune.pipeline.registry import pass_class, plain
 
     try:
         made = pass_class(name)

@@ -13,7 +13,7 @@ from fxprune.cli.demo import DEMO, demo_checkpoint
 from fxprune.cli.interrupts import at_once
 from fxprune.cli.naming import check_model, is_gguf
 from fxprune.errors import ArgumentError, FxpruneError
-from fxprune.pipeline.words import MANIFEST
+from fxprune.pipeline.arguments import MANIFEST
 
 __all__ = [
     "check_device",
@@ -76,8 +76,8 @@ def load_model(model: str, gguf_file: str | None, *, dtype: str | None = None, d
         from transformers.utils import logging
 
         import fxprune.checkpoint
-        from fxprune.checkpoint.whole import LOADING, require_whole
-        from fxprune.graph.silence import quiet, unprinted
+        from fxprune.checkpoint.read import LOADING, require_whole
+        from fxprune.graph.context import quiet, unprinted
     logging.disable_progress_bar()
     check_device(device)
     folder = Path(model).expanduser()
@@ -152,7 +152,7 @@ def load_tokenizer(model: str, gguf_file: str | None, *, needed: bool, otherwise
     with at_once():
         from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-        from fxprune.graph.silence import quiet
+        from fxprune.graph.context import quiet
     if model != DEMO and not Path(model).expanduser().exists():  # a hub that cannot be reached is asked once
         with readable(model):
             AutoConfig.from_pretrained(model)

@@ -11,7 +11,7 @@ from typing import Any
 from fxprune.cli.demo import DEMO, demo_gguf
 from fxprune.cli.hub import check_hub
 from fxprune.errors import FxpruneError, UnsupportedModelError
-from fxprune.pipeline.words import MANIFEST
+from fxprune.pipeline.arguments import MANIFEST
 
 __all__ = ["check_exists", "check_model", "is_config_alone", "is_gguf"]
 
@@ -105,8 +105,7 @@ def _check_file(path: Path) -> None:
 
 def _check_layers(path: Path) -> None:
     """Refuse a GGUF file that transformers cannot read: one that is cut off, or whose layers differ."""
-    from fxprune.export.gguf.archs import general_archs
-    from fxprune.export.gguf.header import layers_differ, read_header
+    from fxprune.export.gguf.format import general_archs, layers_differ, read_header
 
     try:
         header = read_header(path)

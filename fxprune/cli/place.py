@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fxprune.cli.config import run_file
 from fxprune.errors import CheckpointError, UnknownNameError
-from fxprune.pipeline.words import MANIFEST, SUFFIXES
+from fxprune.pipeline.arguments import MANIFEST, SUFFIXES
 
 __all__ = ["at_home", "check_output", "is_file"]
 

@@ -14,12 +14,11 @@ from rich.table import Column, Table
 from fxprune.cli.console import Json, app, clear_errors, console, print_json
 from fxprune.cli.place import is_file
 from fxprune.errors import FxpruneError, PlanError
-from fxprune.pipeline.words import MANIFEST
+from fxprune.pipeline.arguments import MANIFEST
 
 if TYPE_CHECKING:
-    from fxprune.removal.differences import Difference
-    from fxprune.removal.plan import Plan
-    from fxprune.removal.report import Report
+    from fxprune.removal.plan import Difference, Plan
+    from fxprune.report.report import Report
 
 __all__ = ["WrittenPlan", "diff", "read_plan", "show"]
 
@@ -51,8 +50,7 @@ def show(plan: Source, as_json: Json = False) -> None:
     """Print what PLAN removes, block by block."""
     with clear_errors():
         written = read_plan(plan)
-        from fxprune.removal.differences import differences
-        from fxprune.removal.plan import Plan
+        from fxprune.removal.plan import Plan, differences
 
         axes = differences(written.plan, Plan())
         widths = written.report.widths if written.report else {}
@@ -82,7 +80,7 @@ def diff(first: Source, second: Source, as_json: Json = False) -> None:
     """Print what plan FIRST removes and SECOND keeps, and the other way round; exit with 1 where they differ."""
     with clear_errors():
         one, other = read_plan(first).plan, read_plan(second).plan
-        from fxprune.removal.differences import differences
+        from fxprune.removal.plan import differences
 
         axes = differences(one, other)
         removed = set(one.removed_blocks), set(other.removed_blocks)
@@ -131,7 +129,7 @@ def _from_files(plan: Path, report: Path) -> WrittenPlan:
     parsed = _parsed(plan.read_text(encoding="utf-8", errors="replace"), plan)
     if not report.is_file() or report == plan:
         return WrittenPlan(parsed)
-    from fxprune.removal.report import Report
+    from fxprune.report.report import Report
 
     try:
         return WrittenPlan(parsed, Report.from_dict(json.loads(report.read_text(encoding="utf-8"))))

@@ -135,7 +135,7 @@ def samples_of(values: Mapping[str, Any], tokenizer: Any, most: int | None) -> A
     file = values["calibration"]
     if file is None:
         return None
-    from fxprune.data.files import calibration_text, calibration_windows
+    from fxprune.data.text import calibration_text, calibration_windows
 
     text = calibration_text(file, tokenizer)
     return calibration_windows(tokenizer, text, most, values["tokens"] or TOKENS, str(file))

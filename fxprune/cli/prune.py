@@ -141,7 +141,7 @@ def _run(values: Mapping[str, Any], options: dict[str, Any]) -> None:
 
 def _check_gguf(dense: Any, options: dict[str, Any]) -> None:
     """Refuse a model that no GGUF file can say before it is pruned for one."""
-    from fxprune.export.gguf.file import check_gguf
+    from fxprune.export.gguf.write import check_gguf
 
     with working("looking how a GGUF file says the model"):
         check_gguf(dense, **{name: value for name, value in options.items() if name != "quantization"})
@@ -164,7 +164,7 @@ def write(
         force: whether it may hold something else.
     """
     from fxprune.checkpoint.write import write_folder
-    from fxprune.data.ranks import first_alone
+    from fxprune.offload.ranks import first_alone
 
     if result.model is None:
 
@@ -189,8 +189,8 @@ def write_file(
     **_: Any,
 ) -> str:
     """Write one file, with plan and report beside it; returns what runs it."""
-    from fxprune.data.ranks import first_alone
     from fxprune.export.files import replacing
+    from fxprune.offload.ranks import first_alone
 
     options = gguf_options(like, tokenizer, quantization) if out.suffix == ".gguf" else {"quantization": quantization}
 
@@ -232,7 +232,7 @@ def _multiple(round_to: str | None, *, to_gguf: bool) -> Any:
 
 def tell(result: fxprune.Result, out: Path, loading: str, *, as_json: bool = False) -> None:
     """Print the numbers, the widths that changed, and what the user should know, such as how to load the model."""
-    from fxprune.data.ranks import is_first
+    from fxprune.offload.ranks import is_first
 
     if not is_first():
         return

@@ -12,7 +12,7 @@ from fxprune.cli.console import Dtype, Force, Quiet, app, clear_errors, console,
 from fxprune.cli.load import load_either
 from fxprune.cli.place import at_home, check_output, is_file
 from fxprune.cli.several import checked
-from fxprune.data.rows import SUFFIXES
+from fxprune.data.text import SUFFIXES
 from fxprune.errors import ArgumentError
 
 __all__ = ["recover"]
@@ -69,7 +69,7 @@ def recover(
                 f"out is {out}, a file", where="out", remedy="Name a folder; `fxprune export` writes files"
             )
         check_output(out, model, force=force)
-        from fxprune.data.rows import rows_in_file
+        from fxprune.data.text import rows_in_file
         from fxprune.recovery.settings import settings_from
 
         settings = settings_from(None, {name: value for name, value in given.items() if value is not None})
@@ -110,7 +110,7 @@ def _run(
     """
     import fxprune
     from fxprune.checkpoint.manifest import MANIFEST, read_manifest
-    from fxprune.data.ranks import is_first
+    from fxprune.offload.ranks import is_first
 
     keep_freed()
     loaded, tokenizer = load_either(model, None, with_tokenizer=True, **loading)

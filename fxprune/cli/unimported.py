@@ -18,8 +18,8 @@ from typing import Any
 
 from fxprune.errors import UnknownNameError
 from fxprune.pipeline import arguments as known_checks
-from fxprune.pipeline import words
-from fxprune.removal import reductions
+from fxprune.pipeline import arguments as words
+from fxprune.removal import scores as reductions
 
 __all__ = ["check_spelled", "checks_of", "names_of"]
 

@@ -14,10 +14,10 @@ import torch
 from torch import fx
 
 from fxprune.data.calibration import IGNORED, Sample, embedding_rows
-from fxprune.data.rows import json_lines
+from fxprune.data.text import json_lines
 from fxprune.errors import CalibrationError, FxpruneError
-from fxprune.graph.attempts import Refusal
 from fxprune.graph.compat import is_free, size_hint, tree_leaves
+from fxprune.graph.context import Refusal
 from fxprune.pipeline.arguments import told
 
 __all__ = ["check_kind", "read_calibration", "read_rows"]

@@ -13,9 +13,8 @@ from fxprune.data.calibration import embedding_rows
 from fxprune.errors import ArgumentError
 from fxprune.graph.compat import is_free, size_hint, tree_leaves, tree_map
 from fxprune.graph.facts import Fact
-from fxprune.graph.inputs import example_of
-from fxprune.graph.size_checks import refusal
-from fxprune.graph.tensors import device_of
+from fxprune.graph.shapes import refusal
+from fxprune.graph.tensors import device_of, example_of
 from fxprune.pipeline.arguments import refuse
 
 __all__ = ["VerificationInputs", "check_names", "make_inputs", "resize_inputs"]

@@ -1,39 +1,203 @@
 """The dependency graph: every axis of every tensor, and the couplings that the ops impose.
 
+An expert is a unit that positions made by a top-k or the like pick, or weights side by side whose outputs a softmax
+mixes. A softmax runs over the experts that are left, and a product with an axis of experts is no attention. A softmax
+over anything else keeps its axis.
+
 Rules run once over the graph, in order; the equations they state are solved as they come. The result is a networkx
 graph whose nodes are :class:`~fxprune.rules.statements.Axis` and whose edges are couplings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, ClassVar
 
 import networkx as nx
 import torch
 from torch import fx
 
-from fxprune.axes import Expr, Factor, Freeze, factors
-from fxprune.discovery.bypasses import Bypass, find_bypasses, find_residuals
+from fxprune.axes import Concat, Expr, Factor, Freeze, factors
 from fxprune.discovery.norms import NORMS, KeptNorm, NormReport, find_norms
-from fxprune.discovery.roles import settle_experts
 from fxprune.discovery.zeros import follow_zeros
-from fxprune.graph.blocks import Blocks
-from fxprune.graph.exporting import tidy_later
-from fxprune.graph.facts import Change, Fact, facts_of
-from fxprune.graph.inputs import is_input
-from fxprune.graph.names import tensor_name
-from fxprune.graph.source import Constants
-from fxprune.graph.tensors import get_tensor
+from fxprune.graph.context import tidy_later
+from fxprune.graph.facts import Blocks, Change, Constants, Fact, facts_of
+from fxprune.graph.tensors import get_tensor, is_input, tensor_name
 from fxprune.pipeline.arguments import instance, one_of, refuse
-from fxprune.rules.apply import apply_rule, fresh_axes
-from fxprune.rules.descriptions import Descriptions
+from fxprune.rules.apply import Descriptions, apply_rule, fresh_axes
+from fxprune.rules.registry import is_sum
 from fxprune.rules.site import OpSite
-from fxprune.rules.statements import Axis, SizeArgument, Statements, TensorAxes
+from fxprune.rules.statements import Axis, Role, SizeArgument, Statements, Statistic, TensorAxes
 from fxprune.trace import Traced
 
-__all__ = ["AxisMap", "Dependencies", "axis_map", "dependency_graph"]
+__all__ = [
+    "AxisMap",
+    "Bypass",
+    "Dependencies",
+    "axis_map",
+    "dependency_graph",
+    "find_bypasses",
+    "find_residuals",
+    "settle_experts",
+]
+
+
+@dataclass(frozen=True)
+class Bypass:
+    """A residual block: its output is its input plus what it computes.
+
+    Args:
+        source: name of the node that goes in.
+        target: name of the node that comes out, to be replaced by ``source``.
+    """
+
+    source: str
+    target: str
+
+
+def find_bypasses(graph: fx.Graph, blocks: tuple[str, ...]) -> dict[str, Bypass]:
+    """For each block that is a residual one, how to go around it.
+
+    The only value that leaves the block has to be reached from a value that enters it through additions alone.
+    """
+    owner = _owners(graph, frozenset(blocks))
+    leaving: dict[str, list[fx.Node]] = {block: [] for block in blocks}
+    for node, block in owner.items():
+        is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
+        if is_tensor and any(owner.get(user) != block for user in node.users):
+            leaving[block].append(node)
+    found: dict[str, Bypass] = {}
+    for block, targets in leaving.items():
+        source = _residual_source(targets[0], block, owner) if len(targets) == 1 else None
+        if source is not None:
+            found[block] = Bypass(source.name, targets[0].name)
+    return found
+
+
+def _owners(graph: fx.Graph, blocks: frozenset[str]) -> dict[fx.Node, str]:
+    """The block each operation was made in, for those in one."""
+    found: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack") if node.op == "call_function" else None
+        block = next((path for path, _ in (stack or {}).values() if path in blocks), None)
+        if block is not None:
+            found[node] = block
+    return found
+
+
+def _residual_source(target: fx.Node, block: str, owner: dict[fx.Node, str]) -> fx.Node | None:
+    """The value outside ``block`` that ``target`` is a sum with, if there is exactly one."""
+    outside: list[fx.Node] = []
+    pending = [target]
+    while pending:
+        node = pending.pop()
+        if not is_sum(node):
+            continue
+        for term in node.args[:2]:
+            if not isinstance(term, fx.Node) or term.op == "get_attr":
+                continue
+            (pending if owner.get(term) == block else outside).append(term)
+    same = [node for node in outside if node.meta["val"].shape == target.meta["val"].shape]
+    return same[0] if len(outside) == len(same) == 1 else None
+
+
+def find_residuals(graph: fx.Graph) -> dict[str, str]:
+    """For each node that adds to a value what was computed from it with weights, the name of that value's tensor.
+
+    Complexity: linear in the number of nodes between a value and where it is added to.
+    """
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        terms = [term for term in node.args[:2] if isinstance(term, fx.Node)] if node.op == "call_function" else []
+        if len(terms) == 2 and is_sum(node):
+            stream, branch = sorted(terms, key=place.__getitem__)
+            if _is_branch(branch, stream, place):
+                found[node.name] = tensor_name(stream)
+    return found
+
+
+def _is_branch(branch: fx.Node, stream: fx.Node, place: dict[fx.Node, int]) -> bool:
+    """Whether ``branch`` is computed from ``stream``, and a matrix of weights takes part in it."""
+    between, pending = {branch}, [branch]
+    reached = weighed = False
+    while pending:
+        node = pending.pop()
+        for source in node.all_input_nodes:
+            reached = reached or source is stream
+            weighed = weighed or (source.op == "get_attr" and source.meta["val"].ndim > 1)
+            if source not in between and place[source] > place[stream]:
+                between.add(source)
+                pending.append(source)
+    return reached and weighed
+
+
+def settle_experts(stated: Statements) -> dict[Factor, int]:
+    """Settle the roles of factors, what a softmax means for its axis, and which axes have no unit to spare.
+
+    Returns:
+        For each factor that has to keep more than one unit, how many: the ``k`` of a top-k over it.
+    """
+    solver = stated.solver
+    experts = _experts(stated)
+    for factor in experts:
+        solver.tag(factor, Role.EXPERT)
+    for found in stated.competitions:
+        for factor in factors(solver.resolve(found.expr)):
+            if factor in experts:
+                stated.statistics.append(Statistic(factor, found.freeze.node))
+            else:
+                solver.freeze(factor, found.freeze.reason, found.freeze.node)
+    for product in stated.products:
+        solved = [(solver.resolve(expr), role) for expr, role in product.roles]
+        if not any(factor in experts for expr, _ in solved for factor in factors(expr)):
+            for expr, role in solved:
+                solver.tag(expr, role)
+    return _least(stated)
+
+
+def _experts(stated: Statements) -> frozenset[Factor]:
+    tags, frozen = stated.solver.tagged_factors(), stated.solver.frozen_factors()
+    return frozenset(factor for factor, own in tags.items() if factor not in frozen and _is_expert(own))
+
+
+def _is_expert(tags: frozenset[str]) -> bool:
+    return Role.EXPERT in tags or ({Role.SHARED_OUT, Role.SIDE_BY_SIDE} <= tags and Role.HEAD not in tags)
+
+
+def _least(stated: Statements) -> dict[Factor, int]:
+    """How many units have to stay; where several factors make an axis, the last ones have to make up for the others.
+
+    Units that are picked one at a time along an axis, by several ops, have to be as many.
+    """
+    solver, least = stated.solver, dict[Factor, int]()
+    frozen = solver.frozen_factors()
+    single = Counter(solver.resolve(found.expr) for found in stated.at_least if found.count == 1)
+    for expr, count in ((solver.resolve(found.expr), found.count) for found in stated.at_least):
+        count = max(count, single[expr])
+        for factor in reversed(list(_free(expr, frozen))):
+            while _fewest(expr, least, frozen) < count and least.get(factor, 1) < factor.size:
+                least[factor] = least.get(factor, 1) + 1
+    for factor, count in least.items():
+        if count >= factor.size:
+            node = next(s.node for s in stated.statistics if factor in factors(solver.resolve(s.expr)))
+            solver.freeze(factor, f"all {factor.size} units are needed", node)
+    return least
+
+
+def _free(expr: Expr, frozen: Mapping[Factor, object]) -> Iterator[Factor]:
+    return (factor for factor in factors(expr) if factor not in frozen)
+
+
+def _fewest(expr: Expr, least: Mapping[Factor, int], frozen: Mapping[Factor, object]) -> int:
+    """The smallest size that the axis ``expr`` may get."""
+    if isinstance(expr, Factor):
+        return expr.size if expr in frozen else least.get(expr, 1)
+    sizes = [_fewest(part, least, frozen) for part in expr.parts]
+    return sum(sizes) if isinstance(expr, Concat) else prod(sizes)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Groups: what must be removed together, found by trigger propagation in the dependency graph.
+"""Groups of units removed together, found by BFS in the dependency graph, and the products that read them.
 
 One unit of a parameter axis is the trigger. Breadth-first search follows the couplings as long as the axis reached
 holds the trigger's factor; the parameters met on the way are the members of the group. In the paper's words: a neuron
@@ -8,26 +8,32 @@ triggers those that depend on it, these trigger the next, until nothing new is f
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import networkx as nx
+import numpy as np
+import torch
+from torch import fx
 
-from fxprune.axes import Expr, Factor, Product, beside, factors
+from fxprune.axes import Expr, Factor, Product, beside, factors, unit_index
 from fxprune.discovery.dependency import AxisMap, axis_map
-from fxprune.discovery.kinds import DEFAULT_KINDS, EXACT, KINDS, Kind, as_kinds, bare_kind
-from fxprune.graph.blocks import owner_block
-from fxprune.graph.exporting import tidy_later
-from fxprune.graph.facts import Change, Fact
-from fxprune.graph.names import starred
-from fxprune.pipeline.shown import html_table
+from fxprune.errors import ArgumentError
+from fxprune.graph.context import tidy_later
+from fxprune.graph.facts import Change, Fact, owner_block
+from fxprune.graph.tensors import starred, tensor_name
+from fxprune.pipeline.arguments import EXACT, KINDS, Kind, one_of, refuse
+from fxprune.pipeline.notebook import html_table
+from fxprune.rules.apply import run_alone
+from fxprune.rules.registry import Values, find_rule
 from fxprune.rules.statements import Axis, Role
 
 __all__ = [
     "DEFAULT_KINDS",
     "EXACT",
     "KINDS",
+    "Consumer",
     "Group",
     "Groups",
     "Kind",
@@ -35,9 +41,46 @@ __all__ = [
     "as_kinds",
     "axes_by_factor",
     "bare_kind",
+    "consumers_of",
+    "find_consumers",
     "find_groups",
     "propagate",
+    "read_weight",
+    "takes_parameter",
+    "units_at",
 ]
+
+DEFAULT_KINDS = ("mlp", "head")
+"""What goes unless the caller says otherwise: the kinds of the paper, which every language model has."""
+
+
+def as_kinds(kinds: str | Sequence[str], name: str = "kinds") -> tuple[str, ...]:
+    """Return ``kinds``, an argument called ``name``, as a tuple; a single kind may stand alone.
+
+    ``exact-`` in front of one leaves out its groups that a norm runs over.
+
+    Raises:
+        UnknownNameError: no such kind; the nearest is suggested.
+        ArgumentError: no kinds at all, or something else.
+    """
+    given: Any = kinds
+    if not isinstance(given, Collection) or isinstance(given, bytes):
+        raise refuse(name, kinds, f"one or more of {', '.join(KINDS)}")
+    named = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    if not named:
+        raise ArgumentError(f"{name} is empty", where=name, remedy=f"Name one or more of {', '.join(KINDS)}")
+    return tuple(_as_kind(kind) for kind in named)
+
+
+def _as_kind(kind: Any) -> str:
+    """Return ``kind`` as it was spelled; no norm runs over a layer, which is the same with the prefix or without."""
+    bare = one_of("kind", bare_kind(kind), KINDS)
+    return bare if bare == "layer" else str(kind)
+
+
+def bare_kind(kind: Any) -> Any:
+    """Return the kind meant, whether or not all its groups are: ``mlp`` of ``exact-mlp``."""
+    return kind.removeprefix(EXACT) if isinstance(kind, str) else kind
 
 
 @dataclass(frozen=True)
@@ -297,3 +340,103 @@ def _layer_groups(axes: AxisMap) -> list[Group]:
 
 def _renamed(group: Group, name: str) -> Group:
     return replace(group, name=name)
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A product of activations with a weight, or with what is picked from one, and the axis that it adds up over.
+
+    Args:
+        node: the product.
+        source: the activations.
+        dim: their axis that is added up over.
+        name: the parameter.
+        axis: its axis that is added up over; positions along it are those along ``dim``.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    dim: int
+    name: str
+    axis: int
+
+
+def find_consumers(graph: fx.Graph, axes: AxisMap) -> tuple[Consumer, ...]:
+    """Return every product of activations with a parameter, in order of execution.
+
+    Args:
+        graph: the graph.
+        axes: its solved axes.
+    """
+    trained = set(axes.parameters)
+    return tuple(found for node in graph.nodes for found in _consumers(node, axes, trained))
+
+
+def takes_parameter(node: fx.Node, axes: AxisMap) -> bool:
+    """Whether a node is a product of activations with a parameter."""
+    return any(True for _ in _consumers(node, axes, set(axes.parameters)))
+
+
+def consumers_of(group: Group, consumers: tuple[Consumer, ...]) -> tuple[Consumer, ...]:
+    """Return the consumers that add up over units of ``group``; none for a layer."""
+    if group.factor is None:
+        return ()
+    held = {(member.name, member.axis) for member in group.parameters}
+    return tuple(consumer for consumer in consumers if (consumer.name, consumer.axis) in held)
+
+
+def units_at(group: Group, consumer: Consumer, axes: AxisMap) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Return which unit of ``group`` each position of a consumer's input belongs to, -1 where to none: ``(size,)``.
+
+    Units inside outer ones count through: unit ``u`` in outer unit ``o`` is ``o * group.size + u``.
+    """
+    assert group.factor is not None
+    expr = axes.tensors[consumer.name][consumer.axis]
+    unit = unit_index(expr, group.factor)
+    if group.outer is None:
+        return unit
+    return np.where(unit < 0, -1, unit_index(expr, group.outer) * group.size + unit)
+
+
+def read_weight(node: fx.Node) -> str | None:
+    """Return the name of the weight whose values ``node`` holds, moved, cast or picked; None where it holds others."""
+    while node.op == "call_function":
+        rule, first = find_rule(node.target), node.args[0] if node.args else None
+        if rule is None or rule.values not in (Values.MOVED, Values.CAST, Values.PICKED):
+            return None
+        if not isinstance(first, fx.Node):
+            return None
+        node = first
+    return tensor_name(node) if node.op == "get_attr" else None
+
+
+def _consumers(node: fx.Node, axes: AxisMap, trained: set[str]) -> Iterator[Consumer]:
+    rule = find_rule(node.target) if node.op == "call_function" else None
+    if rule is None or rule.values is not Values.PRODUCT or not isinstance(node.meta.get("val"), torch.Tensor):
+        return
+    read = {tensor_name(source): read_weight(source) for source in node.all_input_nodes}
+    if not trained.intersection(name for name in read.values() if name is not None):
+        return
+    nodes = {tensor_name(source): source for source in node.all_input_nodes}
+    for found in run_alone(node)[1].sums:
+        pairs = [(a, b) for a, b in _both_ways(found.places) if read[a.tensor] is None and read[b.tensor] in trained]
+        for taken, held in pairs:
+            name = read[held.tensor]
+            assert name is not None
+            axis = _same_axis(axes, held, name)
+            taken_expr = axes.tensors[taken.tensor][taken.dim]
+            if axis is not None and taken_expr.size == axes.tensors[name][axis].size:
+                yield Consumer(node, nodes[taken.tensor], taken.dim, axes.tied.get(name, name), axis)
+
+
+def _both_ways(places: tuple[Axis, ...]) -> tuple[tuple[Axis, Axis], ...]:
+    return ((places[0], places[1]), (places[1], places[0])) if len(places) == 2 else ()
+
+
+def _same_axis(axes: AxisMap, held: Axis, name: str) -> int | None:
+    """Return the axis of the parameter that an axis of what is read from it is; None where there is none like it."""
+    if held.tensor == name:
+        return held.dim
+    expr = axes.tensors[held.tensor][held.dim]
+    alike = [i for i, other in enumerate(axes.tensors[name]) if other == expr and any(True for _ in factors(expr))]
+    return alike[0] if len(alike) == 1 else None

@@ -21,14 +21,13 @@ import torch
 from torch import fx
 
 from fxprune.axes import Expr
-from fxprune.graph.arguments import read_argument
-from fxprune.graph.names import tensor_name
-from fxprune.pipeline.words import NORMS
+from fxprune.graph.tensors import read_argument, tensor_name
+from fxprune.pipeline.arguments import NORMS
 from fxprune.rules.aliasing import writes
+from fxprune.rules.probing import power_of, scaled_literal, shift_of
 from fxprune.rules.registry import Values, find_rule
-from fxprune.rules.scaling import power_of, scaled_literal, shift_of
+from fxprune.rules.site import nodes_in
 from fxprune.rules.statements import Average
-from fxprune.rules.write import nodes_in
 
 __all__ = ["NORMS", "KeptNorm", "NormReport", "ScaledNumber", "ScaledWeight", "find_norms"]
 

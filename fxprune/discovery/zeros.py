@@ -21,9 +21,9 @@ from functools import cached_property
 from torch import fx
 
 from fxprune.axes import Expr, Factor, Freeze, factors
-from fxprune.graph.names import maker_of, tensor_name
+from fxprune.graph.tensors import maker_of, tensor_name
 from fxprune.rules.aliasing import alias_roots, writes
-from fxprune.rules.outcome import outcome
+from fxprune.rules.probing import outcome
 from fxprune.rules.registry import Values, find_rule
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Axis, Held, Statements

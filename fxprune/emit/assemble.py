@@ -1,8 +1,9 @@
-"""Choices for all blocks put together into recipes, one candidate model at a time."""
+"""Choices for all blocks put together, one candidate model at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -10,18 +11,45 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from fxprune.emit.choices import Choice, choices_for
-from fxprune.emit.fields import part_of
-from fxprune.emit.names import names_in
+from fxprune.emit.choices import Choice, SharedWidths, choices_for
+from fxprune.emit.layout import Rebuilder, block_rebuilder
 from fxprune.emit.patch import Patches, merged, numbers_of
-from fxprune.emit.rebuilders import Rebuilder, block_rebuilder
-from fxprune.emit.recipe import Recipe
-from fxprune.emit.shared_widths import SharedWidths
-from fxprune.emit.snapshot import Axis, Shape, mismatches, shapes_of
-from fxprune.emit.task import EmissionTask
+from fxprune.emit.recipe import EmissionTask, Recipe
+from fxprune.emit.snapshot import Axis, Shape, mismatches, names_in, part_of, shapes_of
 from fxprune.modelling.blocks import BUILT_AT
 
-__all__ = ["Candidate", "candidates_for"]
+__all__ = ["Candidate", "candidates_for", "mended"]
+
+_LARGEST = 16
+"""Attributes that are quotients of numbers of heads are small; what is larger is a width."""
+
+
+def mended(candidate: Candidate, tensors: Collection[str]) -> Iterator[Candidate]:
+    """Yield a candidate with one small integer attribute divided, in all modules where it is the same number.
+
+    Where widths were set by hand, an attribute of the module around them, such as how many queries share a key, may be
+    the one of more heads: one kernel works it out from shapes, another reads it.
+
+    Args:
+        candidate: what fails.
+        tensors: names of tensors; modules that own one have widths for attributes, which are right already.
+    """
+    owners = {name.rpartition(".")[0] for name in tensors}
+    attributes = candidate.recipe.attributes
+    found = {
+        (value, name)
+        for path, here in attributes.items()
+        for name, value in here.items()
+        if path not in owners and isinstance(value, int) and 1 < value <= _LARGEST
+    }
+    for value, name in sorted(found):
+        for smaller in (n for n in range(1, value) if value % n == 0):
+            changed = {
+                path: {**here, name: smaller} if path not in owners and here.get(name) == value else here
+                for path, here in attributes.items()
+            }
+            yield dataclasses.replace(candidate, recipe=dataclasses.replace(candidate.recipe, attributes=changed))
+
 
 _MOST_CANDIDATES = 24
 """Bounds the time for one choice of shared widths: each is built and run. The likeliest come first."""

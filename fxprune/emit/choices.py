@@ -1,4 +1,4 @@
-"""Ways to give one block its wanted shapes, the likeliest first."""
+"""Ways to give one block its wanted shapes, likeliest first."""
 
 from __future__ import annotations
 
@@ -10,22 +10,71 @@ from itertools import islice, product
 
 from torch import nn
 
-from fxprune.emit.companions import with_companions
+from fxprune.emit.layout import Rebuilder
 from fxprune.emit.patch import Patches, leaf_patches, merged, scope_patches
-from fxprune.emit.rebuilders import Rebuilder
-from fxprune.emit.snapshot import (
-    MISSING_AXIS,
-    Axis,
-    Shape,
-    Snapshot,
-    mismatches,
-    shapes_of,
-    take_snapshot,
-)
-from fxprune.emit.solve import Search, explicit_fields, minimal
-from fxprune.graph.blocks import within
+from fxprune.emit.snapshot import MISSING_AXIS, Axis, Shape, Snapshot, mismatches, shapes_of, take_snapshot
+from fxprune.emit.solve import Search, explicit_fields, minimal, with_companions
+from fxprune.graph.facts import within
 
-__all__ = ["Choice", "Outside", "choices_for", "gap_between"]
+__all__ = ["Choice", "Outside", "SharedWidths", "choices_for", "gap_between", "shared_widths_for"]
+
+_MOST_SOLUTIONS = 3
+"""Bounds the time: each is combined with every choice for the blocks. Those with the fewest fields come first."""
+
+
+@dataclass(frozen=True)
+class SharedWidths:
+    """One way to give everything around the blocks its wanted shapes.
+
+    Args:
+        fields: config fields that the whole model is built with.
+        written_afterwards: config fields that no class accepts while it is built, and their values afterwards.
+    """
+
+    fields: Mapping[str, int]
+    written_afterwards: Mapping[str, int] = field(default_factory=dict)
+
+    def patches(self, rebuilder: Rebuilder, wanted: Mapping[str, Shape], extra: Mapping[str, int]) -> Patches:
+        """Return attributes to set outside the blocks, given further fields that the whole model is built with."""
+        module = rebuilder.build({**self.fields, **extra})
+        return {} if module is None else leaf_patches(module, wanted, rebuilder.skip)
+
+
+def shared_widths_for(rebuilder: Rebuilder, wanted: Mapping[str, Shape]) -> list[SharedWidths]:
+    """Return ways to reach the wanted shapes outside the blocks, the likeliest first.
+
+    Args:
+        rebuilder: the model around its blocks.
+        wanted: shapes by name outside the blocks.
+    """
+    dense = rebuilder.observe({})
+    if dense is None:
+        return []
+    wrong = mismatches(dense.shapes, wanted)
+    if not wrong:
+        return [SharedWidths({})]
+    optional = explicit_fields(rebuilder, dense)
+    search = Search(rebuilder, optional, wanted)
+    solutions = [minimal(rebuilder, {}, fields, optional) for fields in search.solutions()]
+    solutions.sort(key=len)
+    found = [SharedWidths(fields) for fields in solutions[:_MOST_SOLUTIONS]]
+    partial = SharedWidths(minimal(rebuilder, {}, search.best, optional)) if search.best else None
+    written_afterwards = {} if found else _foreseen(search)
+    return [*found, *([partial] if partial else []), SharedWidths({}, written_afterwards)]
+
+
+def _foreseen(search: Search) -> dict[str, int]:
+    """Return the one field that would mend every wrong axis, were its value not refused by a constructor."""
+    wrong = search.wrong({}) or frozenset()
+    axes = [axis for axis in wrong if axis[1] != MISSING_AXIS]
+    for name in search.rebuilder.known(search.base):
+        values = [search.steps({}, name, frozenset({axis})) for axis in axes]
+        if not axes or not all(value and value == values[0] for value in values):
+            continue
+        if search.rebuilder.observe({**search.base, name: values[0][0]}) is None:
+            return {name: values[0][0]}
+    return {}
+
 
 Outside = Callable[[Mapping[str, int]], int]
 """Counts the shapes outside the blocks that an assignment of config fields would get wrong."""

@@ -11,33 +11,19 @@ from itertools import chain
 import torch
 from transformers import PreTrainedModel
 
-from fxprune.emit.assemble import Candidate, candidates_for
-from fxprune.emit.dry_runs import DryRuns
+from fxprune.emit.assemble import Candidate, candidates_for, mended
+from fxprune.emit.blocks import Numbered, find_inputs
+from fxprune.emit.choices import shared_widths_for
 from fxprune.emit.epsilons import Places, driving_fields
-from fxprune.emit.layout import Layout, survey
-from fxprune.emit.load import (
-    Rename,
-    assign,
-    left_on_meta,
-    misfits,
-    missing_modules,
-    standins,
-    suit_experts,
-)
-from fxprune.emit.mend import mended
-from fxprune.emit.meta import build_on_meta
-from fxprune.emit.names import slim_name
-from fxprune.emit.rebuilders import model_rebuilder
-from fxprune.emit.recipe import Recipe, rebuild
-from fxprune.emit.shared_widths import shared_widths_for
-from fxprune.emit.snapshot import shapes_of
-from fxprune.emit.tables import Numbered, find_inputs
-from fxprune.emit.task import EmissionTask
+from fxprune.emit.layout import Layout, model_rebuilder, survey
+from fxprune.emit.load import DryRuns, Rename, assign, left_on_meta, misfits, missing_modules, standins, suit_experts
+from fxprune.emit.recipe import EmissionTask, Recipe, rebuild
+from fxprune.emit.snapshot import build_on_meta, shapes_of, slim_name
 from fxprune.errors import VerificationError
-from fxprune.graph.attempts import Refusal, attempt
-from fxprune.graph.blocks import within
+from fxprune.graph.context import Refusal, attempt
+from fxprune.graph.facts import within
 from fxprune.modelling.overrides import OVERRIDES, Overrides
-from fxprune.trace.twin import meta_twin
+from fxprune.trace.inputs import meta_twin
 
 __all__ = ["Agrees", "Emission", "emit"]
 

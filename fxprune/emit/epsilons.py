@@ -15,14 +15,12 @@ from typing import Any
 from torch import fx, nn
 from transformers import PreTrainedModel
 
-from fxprune.emit.fields import part_of
-from fxprune.emit.meta import build_on_meta
-from fxprune.emit.snapshot import take_snapshot
-from fxprune.graph.arguments import set_argument
-from fxprune.graph.attempts import Refusal
-from fxprune.graph.blocks import within
+from fxprune.emit.snapshot import build_on_meta, part_of, take_snapshot
+from fxprune.graph.context import Refusal
+from fxprune.graph.facts import within
+from fxprune.graph.tensors import set_argument
 from fxprune.modelling.block_config import put_fields
-from fxprune.removal.norms import Change
+from fxprune.removal.removal import RescaledNumber
 
 __all__ = ["Attributes", "Place", "Places", "driving_fields", "exaggerated", "find_places", "set_attributes"]
 
@@ -59,7 +57,9 @@ class Places:
         return found
 
 
-def find_places(graph: fx.Graph, model: nn.Module, changes: Mapping[tuple[str, tuple[Any, ...]], Change]) -> Places:
+def find_places(
+    graph: fx.Graph, model: nn.Module, changes: Mapping[tuple[str, tuple[Any, ...]], RescaledNumber]
+) -> Places:
     """Find the attributes of modules that hold numbers of a graph.
 
     An attribute is that of the innermost module around the op that has one of this value. All ops that would have it

@@ -1,25 +1,27 @@
-"""Tensors put into a model on ``meta``: assigned, never copied."""
+"""Tensors assigned to a model on ``meta``, and runs under each attention implementation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from fxprune.emit.attention import attending, configs_of
-from fxprune.emit.meta import build_on_meta, on_meta
-from fxprune.emit.snapshot import shapes_of
-from fxprune.graph.attempts import Refusal, attempt
-from fxprune.graph.dry import WorkedOutOnce
-from fxprune.graph.silence import quiet
+from fxprune.emit.snapshot import build_on_meta, on_meta, shapes_of
+from fxprune.graph.context import Refusal, attempt, quiet
+from fxprune.graph.shapes import WorkedOutOnce
 from fxprune.graph.tensors import submodule
 
 __all__ = [
+    "DryRuns",
     "Rename",
     "assign",
+    "attending",
+    "configs_of",
     "has_odd_experts",
+    "implementations",
     "left_on_meta",
     "misfits",
     "missing_modules",
@@ -27,6 +29,59 @@ __all__ = [
     "standins",
     "suit_experts",
 ]
+
+_HELD = "_attn_implementation_internal"
+
+_SWITCHABLE = {"eager": None, "sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+"""What runs on every device, and the attribute of a class that says whether it has it."""
+
+
+def implementations(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the names of the attention implementations that a model can be run under here, its own first.
+
+    Those that ask for a kind of device or a package of their own, as flash attention does, are left out unless the
+    model runs under one.
+    """
+    own = str(model.config._attn_implementation or "eager")
+    if not model._can_set_attn_implementation():
+        return (own,)
+    had = (name for name, flag in _SWITCHABLE.items() if flag is None or getattr(model, flag, False))
+    return tuple(dict.fromkeys((own, *had)))
+
+
+@contextmanager
+def attending(model: PreTrainedModel, implementation: str) -> Iterator[bool]:
+    """Run a model under an attention implementation while the context lasts; yields whether it takes that one.
+
+    What transformers would compile first runs as it is: compiling takes seconds for each shape.
+
+    Args:
+        model: its configs are as they were afterwards.
+        implementation: one of those that :func:`implementations` returns.
+    """
+    held = [(config, vars(config)[_HELD]) for config in configs_of(model) if _HELD in vars(config)]
+    try:
+        with quiet(), torch.compiler.set_stance("force_eager"):
+            taken = implementation == model.config._attn_implementation or not isinstance(
+                attempt(model.set_attn_implementation, implementation), Refusal
+            )
+            yield taken
+    finally:
+        for config, value in held:
+            vars(config)[_HELD] = value
+
+
+def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Return the config of a model, those of its modules, and those nested in them."""
+    pending = [model.config, *(vars(module).get("config") for module in model.modules())]
+    found: dict[int, PreTrainedConfig] = {}
+    while pending:
+        config = pending.pop(0)
+        if isinstance(config, PreTrainedConfig) and id(config) not in found:
+            found[id(config)] = config
+            pending.extend(vars(config).values())
+    return list(found.values())
+
 
 Rename = Callable[[str], str | None]
 """The slim name of a dense tensor or module; None where it is gone."""
@@ -151,3 +206,43 @@ def standins(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if id(tensor) not in made:
             made[id(tensor)] = torch.empty_like(tensor, device="meta")
     return {name: made[id(tensor)] for name, tensor in tensors.items()}
+
+
+_NEEDS_STORAGE = "flex_attention"
+"""Refuses tensors on ``meta``: a run under it tells nothing, and costs the import of a compiler."""
+
+
+class DryRuns:
+    """Says what stops a slim model on ``meta``.
+
+    It has to run under the attention implementations under which the dense model does. The dense model is only run
+    where a slim one fails, and once.
+
+    Args:
+        dense: a copy of the dense model on ``meta``, to be thrown away.
+    """
+
+    def __init__(self, dense: PreTrainedModel) -> None:
+        own, *others = implementations(dense)
+        self._dense = dense
+        self._names = (own, *(name for name in others if name != _NEEDS_STORAGE))
+        self._stands: dict[str, bool] = {}
+
+    def failure_of(self, slim: PreTrainedModel, patched: bool = True) -> str | None:
+        """Return what stops ``slim``, a model to be thrown away, in words; None where it runs as the dense one does.
+
+        Args:
+            slim: the model.
+            patched: whether attributes of its modules are set by hand, which each implementation may read in its own
+                way. A model that its class makes of a config alone is run under its own implementation.
+        """
+        for name in self._names if patched else self._names[:1]:
+            found = run_on_meta(slim, implementation=name)
+            if found is not None and self._dense_runs(name):
+                return f"under {name} attention: {found}"
+        return None
+
+    def _dense_runs(self, name: str) -> bool:
+        if name not in self._stands:
+            self._stands[name] = run_on_meta(self._dense, implementation=name) is None
+        return self._stands[name]

@@ -1,4 +1,4 @@
-"""How a slim model is built from a dense one's config: plain data, and the function that follows it."""
+"""A slim model as data: how it is built from the dense config."""
 
 from __future__ import annotations
 
@@ -10,18 +10,45 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from fxprune.emit.carry import carry_over
-from fxprune.emit.fields import part_of
-from fxprune.emit.layout import Layout, survey
-from fxprune.emit.meta import on_meta
-from fxprune.emit.remove_blocks import remove_blocks
-from fxprune.emit.tables import combined_inputs
-from fxprune.graph.attempts import call_foreign
+from fxprune.emit.blocks import Numbered, combined_inputs, remove_blocks
+from fxprune.emit.epsilons import Places
+from fxprune.emit.layout import Layout, Rebuilder, survey
+from fxprune.emit.patch import carry_over
+from fxprune.emit.snapshot import Shape, on_meta, part_of
+from fxprune.graph.context import call_foreign
+from fxprune.graph.facts import within
 from fxprune.modelling.block_config import put_fields
 from fxprune.modelling.overrides import Overrides, apply_overrides, build_blocks
 from fxprune.trace.checks import clear_marks
 
-__all__ = ["Recipe", "rebuild"]
+__all__ = ["EmissionTask", "Recipe", "rebuild"]
+
+
+@dataclass(frozen=True)
+class EmissionTask:
+    """A dense model and the shapes that a slim one is to have: what every candidate is made from.
+
+    Args:
+        model: the dense model.
+        layout: where its blocks are.
+        rebuilder: builds it again around its blocks.
+        wanted: shape by dense name of every tensor that remains.
+        removed: module paths of the blocks that are gone.
+        numbered: which units remain of those that the model knows by number.
+        epsilons: where it holds the numbers that norms add, of those that change.
+    """
+
+    model: PreTrainedModel
+    layout: Layout
+    rebuilder: Rebuilder
+    wanted: Mapping[str, Shape]
+    removed: tuple[str, ...] = ()
+    numbered: Numbered = field(default_factory=dict)
+    epsilons: Places = field(default_factory=Places)
+
+    def outside(self) -> dict[str, Shape]:
+        """Return the wanted shapes outside the blocks."""
+        return {name: shape for name, shape in self.wanted.items() if not within(name, self.rebuilder.skip)}
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
 """Measurements of what a model is worth: perplexity on texts, accuracy on tasks without examples, time of widths."""
 
-from fxprune.evaluation.corpora import CORPORA
-from fxprune.evaluation.measure import Evaluation, evaluate
-from fxprune.evaluation.perplexity import Perplexity, logits_of, perplexity, text_perplexity
-from fxprune.evaluation.tasks import LocalTask
-from fxprune.evaluation.widths import Widths, measure_widths, read_widths, write_widths
-from fxprune.evaluation.zeroshot import PAPER_TASKS, TaskScore, zero_shot
+from fxprune.evaluation.comparison import Evaluation, evaluate
+from fxprune.evaluation.perplexity import CORPORA, Perplexity, logits_of, perplexity, text_perplexity
+from fxprune.evaluation.speed import Widths, measure_widths, read_widths, write_widths
+from fxprune.evaluation.tasks import PAPER_TASKS, LocalTask, TaskScore, zero_shot
 
 __all__ = [
     "CORPORA",

@@ -16,7 +16,7 @@ from fxprune.errors import ExportError, UnknownNameError
 from fxprune.export.files import as_export_error, replacing
 from fxprune.export.onnx import run_onnx, write_onnx
 from fxprune.export.program import has_kernels, plain_tensor, require_close, strip
-from fxprune.graph.silence import quiet
+from fxprune.graph.context import quiet
 
 __all__ = ["export_decoder"]
 

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from fxprune.errors import ExportError, UnknownNameError
 from fxprune.export.decode import export_decoder
-from fxprune.export.gguf.file import export_gguf
+from fxprune.export.gguf.write import export_gguf
 from fxprune.export.program import export_graph
-from fxprune.pipeline.words import SUFFIXES
+from fxprune.pipeline.arguments import SUFFIXES
 from fxprune.trace import trace
 
 __all__ = ["SUFFIXES", "check_options", "export_model"]

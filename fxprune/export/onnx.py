@@ -11,7 +11,7 @@ import torch
 
 from fxprune.export.files import as_export_error, replacing, require_packages
 from fxprune.graph.compat import tree_unflatten
-from fxprune.graph.silence import quiet
+from fxprune.graph.context import quiet
 
 __all__ = ["run_onnx", "write_onnx"]
 

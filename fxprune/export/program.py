@@ -16,12 +16,9 @@ from fxprune.data.verification import VerificationInputs, check_names, make_inpu
 from fxprune.errors import ExportError, UnknownNameError, VerificationError
 from fxprune.export.files import ROUGH, as_export_error, replacing
 from fxprune.export.onnx import run_onnx, write_onnx
-from fxprune.graph.attempts import clear_errors
 from fxprune.graph.compat import is_free, is_impure, size_hint, tree_leaves, tree_map, tree_unflatten
-from fxprune.graph.facts import facts_of
-from fxprune.graph.fork import fork
-from fxprune.graph.silence import quiet
-from fxprune.graph.surroundings import neutral
+from fxprune.graph.context import clear_errors, neutral, quiet
+from fxprune.graph.facts import facts_of, fork
 from fxprune.graph.tensors import as_parameter, device_of, set_tensor, weights
 from fxprune.masking.compare import TOLERANCE, compare
 from fxprune.masking.masked_run import output_tensors

@@ -1,4 +1,4 @@
-"""Multiply-accumulate operations, counted by torch's own counter on tensors without storage."""
+"""MACs of a graph, counted by torch's own counter on fake tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from fxprune.graph.arguments import comparable
 from fxprune.graph.compat import (
     UNKNOWN_SIZE,
     HigherOrderOperator,
@@ -25,8 +24,7 @@ from fxprune.graph.compat import (
     tree_map,
     work_out,
 )
-from fxprune.graph.inputs import example_of
-from fxprune.graph.tensors import device_of, on_meta
+from fxprune.graph.tensors import comparable, device_of, example_of, on_meta
 
 __all__ = ["count_bytes", "count_macs", "count_parameters"]
 

@@ -1,4 +1,4 @@
-"""What is known about a graph: facts of different classes, at most one of each, kept in ``GraphModule.meta``.
+"""Facts about a graph, its source model and its repeated blocks, kept in ``GraphModule.meta``.
 
 A pass names the classes of the facts it needs, gives and makes stale. A stale fact is dropped, so that asking for it is
 an error that says what made it stale and which pass finds it again. Facts are defined beside what makes them; here
@@ -7,25 +7,38 @@ are those that any graph may have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, TypeVar
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from fxprune.errors import PassError
+from fxprune.graph.tensors import as_parameter, copy_tensor, get_tensor, set_tensor, weights
 
 __all__ = [
+    "Blocks",
     "Change",
+    "Constants",
+    "Cut",
     "Fact",
     "Facts",
     "Notes",
     "Runnable",
     "Shaped",
+    "Source",
     "add_note",
     "facts_of",
+    "find_blocks",
+    "fork",
+    "owner_block",
+    "put_back",
     "set_facts",
     "tell_givers",
+    "unshare",
+    "within",
 ]
 
 Change = Literal["graph", "weights", "nothing"]
@@ -175,3 +188,146 @@ def add_note(graph_module: fx.GraphModule, line: str) -> None:
     lines = (facts.get(Notes) or Notes()).lines
     if line not in lines:
         facts.put(Notes((*lines, line)))
+
+
+@dataclass(frozen=True)
+class Blocks(Fact):
+    """The repeated blocks of the model.
+
+    Args:
+        paths: their module paths, in order of definition.
+    """
+
+    paths: tuple[str, ...] = ()
+
+
+def find_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Return the module paths of the outermost repeated blocks, in order of definition.
+
+    A block is a child of a ``ModuleList`` or ``Sequential`` all of whose children are of one class and have
+    children with parameters themselves: a list of plain linears is not a list of blocks. A ``ModuleList`` may hold
+    blocks of a few classes that repeat, as those with and without attention do.
+    """
+    found: list[str] = []
+    for path, module in model.named_modules():
+        inside = path in found or within(path, found)
+        if isinstance(module, nn.ModuleList | nn.Sequential) and not inside and _are_blocks(module):
+            found.extend(f"{path}.{name}" if path else name for name, _ in module.named_children())
+    return tuple(found)
+
+
+def owner_block(name: str, blocks: tuple[str, ...]) -> str | None:
+    """Return the block that ``name`` (a module path or tensor name) is or lies in; None if it is in none."""
+    around = {name, *_around(name)}
+    return next((block for block in blocks if block in around), None)
+
+
+def within(name: str, paths: Iterable[str]) -> bool:
+    """Whether ``name`` (a module path or tensor name) lies below one of the modules at ``paths``."""
+    return not _around(name).isdisjoint(paths)
+
+
+def _around(name: str) -> set[str]:
+    """Return the paths of all modules that ``name`` lies below."""
+    found, end = set[str](), name.find(".")
+    while end >= 0:
+        found.add(name[:end])
+        end = name.find(".", end + 1)
+    return found
+
+
+def _are_blocks(module: nn.ModuleList | nn.Sequential) -> bool:
+    children = list(module)
+    classes = len({type(child) for child in children})
+    if classes != 1 and not (isinstance(module, nn.ModuleList) and 0 < classes < len(children)):
+        return False
+    return all(any(True for part in child.children() for _ in part.parameters()) for child in children)
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What a cut took off a tensor of the model: with what is left it takes no more memory than the whole.
+
+    Args:
+        names: the names of the tensor in the model.
+        pieces: for each axis that was cut, in turn, the kept positions, those that went, and what stood there.
+        whole: the tensor as it was, where what is left of it has other values; there are no pieces then.
+    """
+
+    names: tuple[str, ...]
+    pieces: tuple[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor], ...]
+    whole: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Source(Fact):
+    """The model that a graph was traced from.
+
+    Args:
+        model: the model.
+        names: for each tensor the graph reads, all its names in the model; none for what the model's code makes.
+        example_inputs: the keyword inputs the caller traced with; None where they were made.
+        shares: whether the graph still reads the model's own tensors, so that writing to one writes to the other. A
+            copy of the graph does not count as sharing: its tensors are replaced before they are written to.
+        dense: a copy of the model without storage, as it was before its own tensors were cut; None while it is whole.
+        cut: what was cut off the model's own tensors, to be put back should the removal fail.
+    """
+
+    model: nn.Module
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    example_inputs: Mapping[str, Any] | None = None
+    shares: bool = True
+    dense: nn.Module | None = None
+    cut: tuple[Cut, ...] = ()
+
+
+@dataclass(frozen=True)
+class Constants(Fact):
+    """The tensors a graph reads that are no parameter or buffer of the model: its code makes them.
+
+    Args:
+        names: in order of first use.
+    """
+
+    names: tuple[str, ...] = ()
+
+
+def put_back(source: Source) -> None:
+    """Make the model whole again of which tensors were cut in place."""
+    for cut in source.cut:
+        slim = get_tensor(source.model, cut.names[0])
+        if any(slim.shape[axis] != len(kept) for axis, kept, _, _ in cut.pieces):
+            continue  # stopped before the slim tensor was there
+        value = slim.detach()
+        for axis, kept, gone, piece in reversed(cut.pieces):
+            shape = [*value.shape[:axis], len(kept) + len(gone), *value.shape[axis + 1 :]]
+            value = value.new_empty(shape).index_copy_(axis, kept, value).index_copy_(axis, gone, piece)
+        whole = as_parameter(value, slim) if cut.whole is None else cut.whole
+        for name in cut.names:
+            set_tensor(source.model, name, whole)
+
+
+def fork(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Return a graph module with a graph and facts of its own that shares tensors with ``graph_module``.
+
+    Node names are kept. Replacing a tensor of one does not change the other.
+    """
+    twin = fx.GraphModule(dict(weights(graph_module)), copy.deepcopy(graph_module.graph))
+    twin.train(graph_module.training)
+    facts = facts_of(graph_module).copy()
+    source = facts.get(Source)
+    if source is not None:
+        facts.put(replace(source, shares=False))
+    set_facts(twin, facts)
+    return twin
+
+
+def unshare(graph_module: fx.GraphModule, other: fx.GraphModule) -> None:
+    """Give ``graph_module`` copies of its own of the tensors that it shares with ``other``; tied ones stay tied."""
+    shared = {id(tensor) for _, tensor in weights(other)}
+    copies = dict[int, torch.Tensor]()
+    for name, tensor in list(weights(graph_module)):
+        if id(tensor) in shared:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = copy_tensor(tensor)
+            set_tensor(graph_module, name, copies[id(tensor)])

@@ -1,4 +1,4 @@
-"""Interpreters that run a graph as it is, or with structures masked: zeroed in place instead of removed.
+"""Interpreters that run a graph dense, masked or gated.
 
 Weights are read, cast to float32 and masked one at a time as the graph asks for them, so that no second copy of the
 model is ever held. Where a statistic runs over a masked axis (a norm over fewer channels) it is taken over the kept
@@ -21,15 +21,14 @@ from torch import fx
 
 from fxprune.axes import UNIT, Expr, Factor, Keep, Product, concat, factors, kept_mask, kept_size, product
 from fxprune.discovery.dependency import AxisMap
-from fxprune.graph.arguments import with_argument
-from fxprune.graph.carrier import current_carrier
+from fxprune.discovery.groups import Consumer
 from fxprune.graph.compat import tree_leaves
-from fxprune.graph.inputs import example_of
-from fxprune.graph.names import output_name, tensor_name
-from fxprune.removal.norms import scaled_weights
+from fxprune.graph.tensors import example_of, output_name, tensor_name, with_argument
+from fxprune.offload.prefetch import current_carrier
+from fxprune.removal.removal import scaled_weights
 from fxprune.rules.aliasing import written_sources
 
-__all__ = ["MaskedRun", "PreciseRun", "UntouchedRun", "output_tensors", "widened"]
+__all__ = ["GatedRun", "MaskedRun", "PreciseRun", "UntouchedRun", "output_tensors", "spread_gates", "widened"]
 
 
 class UntouchedRun(fx.Interpreter):
@@ -282,3 +281,47 @@ def _resized(expr: Expr, sizes: Mapping[Factor, int]) -> Expr:
         return UNIT if size == 1 else Factor(size, expr.uid)
     parts = [_resized(part, sizes) for part in expr.parts]
     return product(*parts) if isinstance(expr, Product) else concat(*parts)
+
+
+class GatedRun(UntouchedRun):
+    """An interpreter that multiplies what products take in; gradients go to these numbers and to no weight.
+
+    Args:
+        graph_module: the graph.
+        gates: for each product that is gated, a number for each input: ``(in,)``.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, gates: Mapping[Consumer, torch.Tensor]) -> None:
+        super().__init__(graph_module)
+        self.gates: dict[fx.Node, list[tuple[Consumer, torch.Tensor]]] = {}
+        for consumer, gate in gates.items():
+            self.gates.setdefault(consumer.node, []).append((consumer, gate))
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return a weight that takes no gradient."""
+        value = super().get_attr(target, args, kwargs)
+        return value.detach() if isinstance(value, torch.Tensor) else value
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Return the value of ``n``; what a gated product takes in is multiplied for it alone."""
+        if n not in self.gates:
+            return super().run_node(n)
+        before = {consumer.source: self.env[consumer.source] for consumer, _ in self.gates[n]}
+        for consumer, gate in self.gates[n]:
+            value = self.env[consumer.source]
+            shaped = gate.view(-1, *[1] * (value.dim() - consumer.dim - 1))
+            self.env[consumer.source] = value * shaped.to(value.dtype)
+        found = super().run_node(n)
+        self.env.update(before)
+        return found
+
+
+def spread_gates(gates: torch.Tensor, units: np.ndarray[tuple[int], np.dtype[np.int64]]) -> torch.Tensor:
+    """Return the gate of each position: that of its unit, 1 where ``units`` has -1 for none.
+
+    Args:
+        gates: of all units, ``(units,)``.
+        units: the unit of each position, ``(size,)``.
+    """
+    index = torch.from_numpy(np.where(units < 0, len(gates), units)).to(gates.device)
+    return torch.cat((gates, gates.new_ones(1)))[index]

@@ -1,4 +1,4 @@
-"""Checks of arguments, one for each kind: a number, a whole number, a flag, one of some names, a path.
+"""Arguments: validation by kind, with errors that name argument and value.
 
 Each returns the value as Python's own type, so that scalars of numpy and torch may be passed where they are exact. A
 bool is no number, and no check takes NaN or an infinity. It needs no torch: who passes a tensor has imported it.
@@ -12,7 +12,7 @@ import reprlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -22,9 +22,18 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "EXACT",
+    "KINDS",
     "LARGEST_SEED",
+    "MANIFEST",
     "MEMORY",
+    "NORMS",
+    "ORDERS",
     "PRECISIONS",
+    "RANKINGS",
+    "REACHES",
+    "SUFFIXES",
+    "Kind",
     "as_path",
     "as_seed",
     "flag",
@@ -37,6 +46,33 @@ __all__ = [
     "told",
     "whole_number",
 ]
+
+Kind = Literal["mlp", "head", "channel", "head_dim", "expert", "layer"]
+
+KINDS: tuple[Kind, ...] = ("mlp", "head", "channel", "head_dim", "expert", "layer")
+
+EXACT = "exact-"
+"""In front of a kind: only those of its groups that no norm or other statistic runs over."""
+
+NORMS = ("sliced", "masked")
+"""What becomes of a norm over fewer units: an average of those that stay, or what it is with the others masked."""
+
+ORDERS = ("vector", "first", "second", "mix")
+"""Of the Taylor expansion of the loss."""
+
+RANKINGS = ("local", "global")
+"""Whether scores are compared inside a group, or anywhere."""
+
+REACHES = ("lost", "stream", "all")
+"""Which products are fitted: those that lost inputs; and those whose output is added to a value that changed; and all
+in blocks behind the first that lost inputs."""
+
+SUFFIXES = (".pt2", ".onnx", ".gguf")
+"""How names of files end that a model is exported to."""
+
+MANIFEST = "fxprune.json"
+"""The file that says of a folder that it is a checkpoint of this package."""
+
 
 T = TypeVar("T")
 

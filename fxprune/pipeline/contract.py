@@ -1,4 +1,4 @@
-"""What every pass is held to.
+"""The pass contract: facts needed and given, changes declared and checked.
 
 A pass takes a graph module and returns torch's ``PassResult``. It declares the facts that it needs, gives and makes
 stale, and what it changes; all of that is compared with what it did. A pass that changes something works on a copy
@@ -11,7 +11,7 @@ import logging
 import time
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter, is_
 from typing import Any, ClassVar
@@ -21,18 +21,28 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxprune.errors import PassError
-from fxprune.graph.arguments import comparable
-from fxprune.graph.attempts import clear_errors
-from fxprune.graph.carrier import at_place
-from fxprune.graph.facts import Change, Fact, facts_of
-from fxprune.graph.fork import fork, unshare
-from fxprune.graph.source import Source
-from fxprune.graph.surroundings import neutral
-from fxprune.graph.tensors import weights
-from fxprune.pipeline.arguments import flag
+from fxprune.graph.context import clear_errors, neutral
+from fxprune.graph.facts import Change, Fact, Source, facts_of, fork, unshare
+from fxprune.graph.tensors import comparable, weights
+from fxprune.offload.prefetch import at_place
+from fxprune.pipeline.arguments import flag, function
 from fxprune.pipeline.spelling import spell
 
-__all__ = ["STAGES", "Pass", "PassResult", "run_apart"]
+__all__ = ["STAGES", "Pass", "PassResult", "Track", "check_track", "no_progress", "run_apart"]
+
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+"""Yields what it is given and shows how far it is: ``track(items, what, total)``."""
+
+
+def no_progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+    """Return ``items`` as they are; nothing is shown."""
+    return items
+
+
+def check_track(track: Any) -> None:
+    """Raise :class:`~fxprune.errors.ArgumentError` unless ``track`` can be called."""
+    function("track", track, "a function that is called as track(items, what, total) and yields the items")
+
 
 STAGES = ("prepare", "discover", "importance", "select", "compensate", "shrink", "verify", "tune", "emit")
 """The stages of a prune, in order."""

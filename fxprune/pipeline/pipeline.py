@@ -12,15 +12,14 @@ from typing import Any, ClassVar
 from torch import fx
 
 from fxprune.errors import FxpruneError, PassError
-from fxprune.graph.exporting import compiled_later, tidy_later
+from fxprune.graph.context import compiled_later, neutral, tidy_later
 from fxprune.graph.facts import Change, Fact, facts_of
-from fxprune.graph.shelf import apart
-from fxprune.graph.surroundings import neutral
 from fxprune.graph.tensors import on_meta
+from fxprune.offload.files import apart
 from fxprune.pipeline.arguments import flag, function, refuse
 from fxprune.pipeline.contract import Pass, PassResult, run_apart
+from fxprune.pipeline.notebook import html_table
 from fxprune.pipeline.registry import parse_pass
-from fxprune.pipeline.shown import html_table
 from fxprune.pipeline.spelling import read_steps
 
 __all__ = ["PassSequence", "Pipeline", "Ran"]

@@ -10,7 +10,7 @@ from fxprune.data.calibration import Calibration
 from fxprune.pipeline.contract import STAGES, Pass
 from fxprune.pipeline.spelling import spelled_fields
 from fxprune.recipes.recipe import Recipe
-from fxprune.removal.report import Work
+from fxprune.report.report import Work
 
 __all__ = ["Making", "Wishes", "compose", "selects_by_samples"]
 

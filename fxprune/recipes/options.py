@@ -11,8 +11,7 @@ from typing import Any
 from fxprune.data.text import check_tokenizer
 from fxprune.discovery.groups import as_kinds
 from fxprune.pipeline.arguments import MEMORY, as_seed, flag, one_of
-from fxprune.pipeline.contract import Pass
-from fxprune.pipeline.progress import Track, check_track
+from fxprune.pipeline.contract import Pass, Track, check_track
 from fxprune.recipes.choices import said, unless
 from fxprune.recipes.recipe import Recipe
 from fxprune.removal.scores import Scores

@@ -1,4 +1,4 @@
-"""Training samples and held-out samples: formatted, cut, packed, and sharing no row and no paragraph."""
+"""Training and held-out samples: read, formatted, packed, without overlap."""
 
 from __future__ import annotations
 
@@ -7,19 +7,167 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from fxprune.data.built_in import built_in_text
 from fxprune.data.calibration import IGNORED
-from fxprune.data.rows import BadRow, kind_of
-from fxprune.data.text import paragraphs
+from fxprune.data.text import SUFFIXES, BadRow, kind_of, load_rows, numbered, paragraphs, prompt_of, rows_in_file
 from fxprune.errors import DataError
-from fxprune.recovery.formats import Example, Formatter
-from fxprune.recovery.rows import read_rows
+from fxprune.pipeline.arguments import told
 from fxprune.recovery.settings import RecoverySettings
 
-__all__ = ["DataReport", "TrainingData", "collate", "read_training_data"]
+__all__ = ["DataReport", "Example", "Formatter", "TrainingData", "collate", "read_rows", "read_training_data"]
+
+_LONGEST = 80
+"""Characters of a chat template's error that are repeated: rows are named by the reason, which has to stay short."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample.
+
+    Args:
+        ids: token ids.
+        labels: the same, :data:`fxprune.data.calibration.IGNORED` where a token does not count in the loss.
+        cut: whether it was longer than allowed.
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class Formatter:
+    """Turns rows of instructions and chats into examples.
+
+    Args:
+        tokenizer: the model's.
+        max_tokens: longest example.
+        response_only: whether prompts do not count in the loss.
+    """
+
+    tokenizer: Any
+    max_tokens: int
+    response_only: bool
+
+    def example(self, row: Mapping[str, Any], kind: str, where: str) -> Example | BadRow:
+        """Return the example of a row, or what is wrong with it.
+
+        Args:
+            row: an instruction or a chat.
+            kind: its format.
+            where: its place in the data, for messages.
+        """
+        made = self._instruction(row) if kind == "instruction" else self._chat(row)
+        if isinstance(made, str):
+            return BadRow(where, made)
+        ids, labels = made
+        example = Example(ids[: self.max_tokens], labels[: self.max_tokens], len(ids) > self.max_tokens)
+        if all(label == IGNORED for label in example.labels[1:]):
+            return BadRow(where, f"no response within {self.max_tokens} tokens")
+        return example
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Return the token ids of a text; with the tokens that the tokenizer puts around one, where ``special``."""
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def _instruction(self, row: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]] | str:
+        fields = {name: row.get(name) or "" for name in ("instruction", "input", "output")}
+        for name, value in fields.items():
+            if not isinstance(value, str):
+                return f"{name!r} is a {type(value).__name__}, not text"
+            if not value.strip() and name != "input":
+                return f"{name!r} is empty"
+        prompt = prompt_of(fields)
+        whole = self._closed(self.encode(prompt + fields["output"], special=True))
+        start = _shared(whole, self.encode(prompt, special=True)) if self.response_only else 0
+        return tuple(whole), tuple([IGNORED] * start + whole[start:])
+
+    def _closed(self, ids: list[int]) -> list[int]:
+        """Return the ids with the end-of-text token once at their end."""
+        end = self.tokenizer.eos_token_id
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+    def _chat(self, row: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]] | str:
+        messages = row["messages"]
+        why = _unfit(messages)
+        if why:
+            return why
+        if not getattr(self.tokenizer, "chat_template", None):
+            return "a chat, but the tokenizer has no chat template"
+        try:
+            whole = self._rendered(messages)
+            if not self.response_only:
+                return tuple(whole), tuple(whole)
+            labels = [IGNORED] * len(whole)
+            for turn, message in enumerate(messages):
+                if message["role"] == "assistant":
+                    start = _shared(whole, self._rendered(messages[:turn], prompt=True)) if turn else 0
+                    end = _shared(whole, self._rendered(messages[: turn + 1]))
+                    labels[start:end] = whole[start:end]
+        except Exception as error:  # a template is a program of the tokenizer's makers, and may raise anything
+            return f"the chat template refuses it: {type(error).__name__}: {str(error)[:_LONGEST]}"
+        return tuple(whole), tuple(labels)
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> list[int]:
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+        return self.encode(text)
+
+
+def _unfit(messages: Any) -> str:
+    """Return what is wrong with the messages of a chat; empty where nothing is."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        return "'messages' is not a list of messages"
+    for message in messages:
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            return "a message without 'role' and 'content' as text"
+    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+        return "no message of the assistant"
+    return ""
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens both begin with: a prompt's last one may merge with what follows it."""
+    for number, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return number
+    return min(len(first), len(second))
+
+
+def read_rows(data: Any) -> Iterator[tuple[str, Any]]:
+    """Yield each row with its place, or a :class:`fxprune.data.text.BadRow` in its stead.
+
+    Args:
+        data: none for the built-in text; a path ending in .json, .jsonl, .txt or .parquet; the id of a
+            hub data set, ``"owner/name"`` or ``"owner/name:config"``, of which the split ``train`` is taken; or rows
+            in memory: a ``datasets.Dataset`` or any iterable of dicts or strings.
+
+    Raises:
+        DataError: the source is not there or is not of its kind.
+    """
+    if data is None:
+        return iter([("the built-in text", built_in_text())])
+    if isinstance(data, Path) or (isinstance(data, str) and data.endswith(SUFFIXES)):
+        return rows_in_file(Path(data))
+    if isinstance(data, str):
+        return numbered(_from_hub(data))
+    if isinstance(data, Mapping | bytes | type | torch.Tensor) or not isinstance(data, Iterable):
+        raise DataError(
+            f"cannot read {told(data)}",
+            where="data",
+            remedy="Pass a path, the id of a data set, a datasets.Dataset, or a list of rows",
+        )
+    return numbered(data)
+
+
+def _from_hub(name: str) -> Iterable[Any]:
+    path, _, config = name.partition(":")
+    return load_rows(path, name, *([config] if config else []))
+
 
 _NAMED = 5
 """Reasons, and rows of each, that a message names: it fits a few lines, and shows what kind of row is bad."""
@@ -87,7 +235,7 @@ def read_training_data(data: Any, tokenizer: Any, settings: RecoverySettings) ->
     """Read samples and split them at random into training and held-out ones.
 
     Args:
-        data: as for :func:`fxprune.recovery.rows.read_rows`.
+        data: as for :func:`fxprune.recovery.data.read_rows`.
         tokenizer: the model's.
         settings: format, length, fraction held out, seed.
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fxprune.emit.names import slim_name
+from fxprune.emit.snapshot import slim_name
 from fxprune.errors import RecoveryError, VerificationError
-from fxprune.graph.surroundings import evaluating
+from fxprune.graph.context import evaluating
 from fxprune.masking.compare import TOLERANCE, compare
 from fxprune.recovery.settings import RecoverySettings
 from fxprune.removal.plan import Plan

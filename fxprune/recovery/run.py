@@ -1,4 +1,4 @@
-"""Recovery in one call: train a slim model a little, and give it back with the shape it had."""
+"""Recovery in one call: train a slim model with LoRA, merge, and return it."""
 
 from __future__ import annotations
 
@@ -7,33 +7,253 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from transformers import PreTrainedModel
 
-from fxprune.errors import RecoveryError
-from fxprune.graph.attempts import clear_errors
-from fxprune.graph.precision import has_bf16
-from fxprune.graph.silence import quiet
-from fxprune.graph.surroundings import own_randomness
+from fxprune.errors import DataError, RecoveryError, UnsupportedModelError, VerificationError
+from fxprune.graph.context import clear_errors, own_randomness, quiet
+from fxprune.graph.facts import fork
+from fxprune.graph.tensors import get_tensor, names_by_identity, set_tensor, weights
 from fxprune.masking.compare import TOLERANCE
-from fxprune.pipeline.progress import Track, check_track, no_progress
-from fxprune.recovery.checks import check_ids, check_options, check_pruned, is_result, padding_of
+from fxprune.offload.prefetch import has_bf16
+from fxprune.offload.ranks import check_loaded
+from fxprune.pipeline.arguments import as_path, flag, function, instance, refuse
+from fxprune.pipeline.contract import Track, check_track, no_progress
 from fxprune.recovery.data import DataReport, TrainingData, collate, read_training_data
-from fxprune.recovery.distil import Distillation
 from fxprune.recovery.lora import Targets, attach_lora, find_targets, merge_lora
-from fxprune.recovery.ownership import as_before, claim, fingerprint, last_checkpoint, own, run_folder
 from fxprune.recovery.settings import RecoverySettings, settings_from
+from fxprune.recovery.train import Distillation
 from fxprune.removal.plan import Plan
 
 if TYPE_CHECKING:
     from fxprune.result import Result
 
-__all__ = ["Recovery", "recover"]
+__all__ = [
+    "Recovery",
+    "as_before",
+    "check_ids",
+    "check_options",
+    "check_pruned",
+    "claim",
+    "fingerprint",
+    "is_result",
+    "last_checkpoint",
+    "own",
+    "padding_of",
+    "recover",
+    "run_folder",
+]
+
+
+def is_result(pruned: Any) -> TypeGuard[Result]:
+    """Whether ``pruned`` is what a prune gives, by its parts: the module of its class stands above this one."""
+    parts = ("graph_module", "model", "plan", "report")
+    return not isinstance(pruned, type) and all(hasattr(pruned, name) for name in parts)
+
+
+def check_pruned(pruned: Any, result: Result | None, tokenizer: Any) -> None:
+    """Refuse what is no model to train, or no tokenizer.
+
+    Args:
+        pruned: what the caller passed.
+        result: the same where it is what a prune gives; else None.
+        tokenizer: of the model.
+
+    Raises:
+        UnsupportedModelError: there is no Hugging Face model, or its weights are not here.
+        RecoveryError: it is no tokenizer.
+    """
+    model = pruned if result is None else result.model
+    if not isinstance(model, PreTrainedModel):
+        reasons = "" if result is None else "; ".join(result.report.model_reasons[:3])
+        raise UnsupportedModelError(
+            f"there is no Hugging Face model to train{f': {reasons}' if reasons else ''}",
+            where="pruned",
+            remedy="Pass the result of a prune that gave one; a graph trains in a loop of your own",
+        )
+    check_loaded(model, "pruned")
+    function("tokenizer", tokenizer, "the tokenizer of the model", RecoveryError)
+    missing = [name for name in ("pad_token_id", "eos_token_id") if not hasattr(tokenizer, name)]
+    if missing:
+        raise RecoveryError(f"it has no {missing[0]}", where="tokenizer", remedy="Pass the tokenizer of the model")
+
+
+def check_options(plan: Any, distil: Any, folder: Any, inplace: Any, arguments: Any) -> None:
+    """Refuse arguments of other types.
+
+    Raises:
+        RecoveryError: one is of another type.
+        ArgumentError: ``inplace`` is no bool.
+    """
+    if plan is not None:
+        instance("plan", plan, Plan, "a Plan, as in result.plan, or None", RecoveryError)
+    if distil is not None and not isinstance(distil, Distillation | PreTrainedModel):
+        raise refuse("distil", distil, "the dense model, a Distillation, or None", RecoveryError)
+    if folder is not None:
+        as_path("folder", folder, error=RecoveryError)
+    flag("inplace", inplace)
+    named = isinstance(arguments, Mapping) and all(isinstance(name, str) for name in arguments)
+    if arguments is not None and not named:
+        raise refuse("arguments", arguments, "arguments of TrainingArguments by name, or None", RecoveryError)
+
+
+def check_ids(samples: TrainingData, model: PreTrainedModel) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        DataError: there are such.
+    """
+    rows = _rows(model)
+    largest = max(max(example.ids) for example in (*samples.train, *samples.held_out))
+    if largest >= rows:
+        raise DataError(
+            f"the tokenizer gives {largest}, the model knows 0 to {rows - 1}",
+            where="tokenizer",
+            remedy="Pass the tokenizer of this model",
+        )
+
+
+def _rows(model: PreTrainedModel) -> int:
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+def padding_of(tokenizer: Any, model: PreTrainedModel) -> int:
+    """Return an id that the model knows, to pad with: it is masked, and tokenizers may have more ids than that."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(token for token in known if token is not None and token < _rows(model)))
+
+
+_RUN = "recovery.json"
+
+
+def own(source: PreTrainedModel, result: Result | None, inplace: bool) -> tuple[PreTrainedModel, Result | None]:
+    """Return a model to train and the result it belongs to, whose graph shares its tensors; copies unless in place."""
+    if inplace:
+        return source, result
+    model = copy.deepcopy(source)
+    if result is None:
+        return model, None
+    names, graph_module = names_by_identity(source), fork(result.graph_module)
+    for name, tensor in list(weights(graph_module)):
+        if id(tensor) in names:
+            set_tensor(graph_module, name, get_tensor(model, names[id(tensor)][0]))
+    return model, dataclasses.replace(result, model=model, graph_module=graph_module)
+
+
+@contextmanager
+def as_before(model: PreTrainedModel) -> Iterator[None]:
+    """Give a model its names, modes, flags, config and device back, whatever training does to it meanwhile.
+
+    Raises:
+        VerificationError: a parameter or buffer came or went, or changed its shape.
+    """
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    attributes, config, device = set(vars(model)), copy.deepcopy(vars(model.config)), model.device
+    try:
+        yield
+    finally:
+        for name in set(vars(model)) - attributes:
+            delattr(model, name)
+        vars(model.config).clear()
+        vars(model.config).update(config)
+        model.to(device=device)  # type: ignore[call-arg]
+        model.zero_grad(set_to_none=True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags.get(name, True))
+        for name, module in model.named_modules():
+            module.training = modes.get(name, False)
+    if {name: tensor.shape for name, tensor in model.state_dict().items()} != shapes:
+        raise VerificationError(
+            "training changed the model's names or shapes",
+            where="merge",
+            remedy="Please report the model's config and the settings",
+        )
+
+
+@contextmanager
+def run_folder(folder: str | Path | None) -> Iterator[Path]:
+    """Yield a folder for checkpoints: the caller's, or one that is gone afterwards.
+
+    Raises:
+        RecoveryError: several processes train, and have no folder in common.
+    """
+    if folder is not None:
+        path = Path(folder).expanduser()
+        with clear_errors(str(path), "Pass a folder that can be made and written to", RecoveryError):
+            path.mkdir(parents=True, exist_ok=True)
+        yield path
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecoveryError("several processes need one folder", where="folder", remedy="Pass folder=")
+    with tempfile.TemporaryDirectory(prefix="fxprune-recovery-") as temporary:
+        yield Path(temporary)
+
+
+def claim(folder: Path, run: Mapping[str, Any]) -> None:
+    """Make a folder that of the run described, unless it belongs to another.
+
+    Args:
+        folder: the folder.
+        run: what tells this run from others, as plain data.
+
+    Raises:
+        RecoveryError: it holds checkpoints of another run; the message says in what they differ.
+    """
+    if int(os.environ.get("RANK", "0")):
+        return
+    file, mine = folder / _RUN, json.loads(json.dumps(run))
+    if last_checkpoint(folder) is not None:
+        try:
+            theirs: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            theirs = {}
+        other = [name for name in mine if theirs.get(name) != mine[name]]
+        if other:
+            raise RecoveryError(
+                f"holds checkpoints of another run: {', '.join(other)} differ",
+                where=str(folder),
+                remedy="Pass another folder, or empty this one to start anew",
+            )
+    file.write_text(json.dumps(mine, indent=2), encoding="utf-8")
+
+
+def fingerprint(model: torch.nn.Module, names: tuple[str, ...]) -> list[float]:
+    """Return two numbers that tell the weights of named modules from others of the same shape.
+
+    They have six digits, so that sums taken in another order give the same.
+    """
+    tensors = [model.get_submodule(name)._parameters["weight"] for name in names]
+    sums = [float(t.detach().double().abs().sum()) for t in tensors if t is not None]
+    return [float(f"{sum(sums):.6g}"), float(f"{max(sums):.6g}")]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that was written to its end; None if there is none."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdigit() and _complete(path):
+            found.append((int(step), path))
+    return max(found)[1] if found else None
+
+
+def _complete(path: Path) -> bool:
+    """Whether a checkpoint was written to its end: the state is what the trainer writes last."""
+    try:
+        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 @dataclass(frozen=True)

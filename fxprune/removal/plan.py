@@ -1,10 +1,11 @@
-"""The plan: which indices of which parameters stay. Data only, so that it can be stored, read and applied again."""
+"""The plan: kept indices of each parameter, as data; and the differences of two plans."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,13 @@ from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group
 from fxprune.discovery.norms import NORMS
 from fxprune.errors import PlanError
-from fxprune.graph.attempts import clear_errors
-from fxprune.graph.blocks import within
-from fxprune.graph.names import starred
+from fxprune.graph.context import clear_errors
+from fxprune.graph.facts import within
+from fxprune.graph.tensors import starred
 from fxprune.pipeline.arguments import told
-from fxprune.pipeline.shown import html_table
+from fxprune.pipeline.notebook import html_table
 
-__all__ = ["Plan", "keep_of", "kept_of_constants", "plan_of"]
+__all__ = ["Difference", "Plan", "differences", "keep_of", "kept_of_constants", "plan_of"]
 
 _VERSION = 1
 
@@ -269,3 +270,83 @@ def _check_plan(axes: AxisMap, keep: Keep, masks: Mapping[tuple[str, int], npt.N
         for axis in by_axis:
             if (name, axis) not in masks:
                 raise PlanError("shrinks with others but is not in the plan", where=f"{name}[{axis}]", remedy=_OWN)
+
+
+_BLOCK = re.compile(r"(.*?\.\d+)\.")
+"""The path of a block in the name of a parameter: up to the first number."""
+
+_Lost = tuple[int, tuple[int, ...], tuple[int, ...]]
+"""The size of an axis, and the indices of it that two plans remove."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Axes of parameters that lose the same indices, in each of two plans.
+
+    Args:
+        block: module path of the block that they lie in; empty where they are in several, or in none.
+        axes: as in ``"mlp.weight[0]"``, after the path of the block.
+        size: indices of each axis in the dense model.
+        first: indices that the first plan alone removes.
+        second: indices that the second plan alone removes.
+        both: indices that both remove.
+    """
+
+    block: str
+    axes: tuple[str, ...]
+    size: int
+    first: int
+    second: int
+    both: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        return asdict(self)
+
+
+def differences(first: Plan, second: Plan) -> tuple[Difference, ...]:
+    """Return the axes of which two plans do not remove the same, those that are alike as one.
+
+    Compare with ``Plan()`` for what a plan removes at all. Blocks that go as a whole are not among them.
+
+    Args:
+        first: a plan.
+        second: a plan for the same model.
+
+    Raises:
+        PlanError: the plans are for models of different sizes, or do not say for which.
+    """
+    lost = {axis: _lost(axis, first, second) for axis in dict.fromkeys((*_axes(first), *_axes(second)))}
+    anywhere = {found for (name, _), found in lost.items() if not _BLOCK.match(name)}
+    alike: dict[tuple[str, _Lost], list[str]] = {}
+    for (name, axis), found in lost.items():
+        inside = _BLOCK.match(name)
+        block = "" if inside is None or found in anywhere else inside[1]
+        shown = name.removeprefix(f"{block}.") if block else name
+        alike.setdefault((block, found), []).append(f"{shown}[{axis}]")
+    return tuple(
+        Difference(block, tuple(axes), size, len({*one} - {*other}), len({*other} - {*one}), len({*one} & {*other}))
+        for (block, (size, one, other)), axes in alike.items()
+        if one != other
+    )
+
+
+def _axes(plan: Plan) -> Iterable[tuple[str, int]]:
+    return ((name, axis) for name, by_axis in plan.kept.items() for axis in by_axis)
+
+
+def _lost(at: tuple[str, int], first: Plan, second: Plan) -> _Lost:
+    name, axis = at
+    plans = [plan for plan in (first, second) if axis in plan.kept.get(name, {})]
+    sizes = {plan.sizes.get(name, {}).get(axis) for plan in plans}
+    where, size = f"{name}[{axis}]", next(iter(sizes))
+    if len(sizes) > 1:
+        raise PlanError("the plans are for axes of different sizes", where=where, remedy="Compare plans for one model")
+    if size is None:
+        raise PlanError("the plan does not say how long the axis was", where=where, remedy="Make the plan again")
+    return size, _gone(first, name, axis, size), _gone(second, name, axis, size)
+
+
+def _gone(plan: Plan, name: str, axis: int, size: int) -> tuple[int, ...]:
+    kept = set(plan.kept.get(name, {}).get(axis, range(size)))
+    return tuple(index for index in range(size) if index not in kept)

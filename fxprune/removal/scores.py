@@ -1,13 +1,15 @@
-"""What each unit of each group is worth."""
+"""Scores of units, and how those of a group's members combine."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -15,12 +17,23 @@ from safetensors.torch import save_file
 from fxprune.axes import unit_index
 from fxprune.discovery.groups import Group, Member
 from fxprune.errors import PassError, PlanError, UnknownNameError
-from fxprune.graph.attempts import clear_errors
+from fxprune.graph.context import clear_errors
 from fxprune.graph.facts import Change, Fact
 from fxprune.pipeline.arguments import as_path, told
-from fxprune.removal.reductions import REDUCTIONS, Array
 
-__all__ = ["REDUCTIONS", "PositionScores", "Scores", "score_groups", "unit_scores"]
+__all__ = ["REDUCTIONS", "Array", "PositionScores", "Scores", "score_groups", "unit_scores"]
+
+Array = npt.NDArray[np.float64]
+
+_OVER_MEMBERS: tuple[Callable[..., Array], ...] = (np.sum, np.prod, np.max, np.mean)
+
+REDUCTIONS: dict[str, Callable[[Array], Array]] = {
+    **{reduce.__name__: partial(reduce, axis=0) for reduce in _OVER_MEMBERS},
+    "first": lambda members: members[0],
+    "last": lambda members: members[-1],
+}
+"""How the scores of the members, stacked in order of execution, make the score of the group."""
+
 
 _FORMAT, _VERSION = "fxprune.scores", 1
 """The entry that marks a file of scores, and how it is laid out."""

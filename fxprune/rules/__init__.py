@@ -1,21 +1,7 @@
 """One small rule per op: which axes of its inputs and outputs are the same, and what it does with values."""
 
-from fxprune.rules import (
-    attention,
-    complex,
-    contraction,
-    convolution,
-    creation,
-    cutting,
-    diagonals,
-    indexing,
-    norm,
-    pointwise,
-    reduction,
-    routing,
-    shape,
-)
-from fxprune.rules.descriptions import describe
+from fxprune.rules import contraction, convolution, pointwise, reduction, routing, shape
+from fxprune.rules.apply import describe
 from fxprune.rules.registry import Values, find_rule, register_rule, registered_rules, rule
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Axis, Role, SizeArgument, TensorAxes
@@ -27,17 +13,10 @@ __all__ = [
     "SizeArgument",
     "TensorAxes",
     "Values",
-    "attention",
-    "complex",
     "contraction",
     "convolution",
-    "creation",
-    "cutting",
     "describe",
-    "diagonals",
     "find_rule",
-    "indexing",
-    "norm",
     "pointwise",
     "reduction",
     "register_rule",

@@ -1,15 +1,41 @@
-"""Which values of a graph may share memory, so that what is written to one is seen through the others."""
+"""Ops with several spellings, and values that share memory."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 from torch import fx
 
 from fxprune.graph.compat import OpOverload
 from fxprune.rules.registry import find_rule
 
-__all__ = ["alias_roots", "may_alias", "regroups", "writes", "written_sources"]
+__all__ = ["Respell", "alias_roots", "find_spelling", "may_alias", "regroups", "spelling", "writes", "written_sources"]
+
+Respell = Callable[[fx.Node, fx.GraphModule], None]
+"""Changes a node, and what is before it, in place; values do not change."""
+
+_SPELLINGS: dict[str, Respell] = {}
+
+
+def spelling(*names: str) -> Callable[[Respell], Respell]:
+    """Respell the ops ``names`` with the decorated function.
+
+    Args:
+        names: ops with their overload (``"slice.Tensor"``; ``"view"`` for the default one), of ATen unless they say.
+    """
+
+    def decorate(function: Respell) -> Respell:
+        for name in names:
+            _SPELLINGS[name if "::" in name else f"aten::{name}"] = function
+        return function
+
+    return decorate
+
+
+def find_spelling(target: object) -> Respell | None:
+    """What respells an op, if it has another spelling."""
+    return _SPELLINGS.get(target.name()) if isinstance(target, OpOverload) else None
 
 
 def may_alias(node: fx.Node) -> bool:

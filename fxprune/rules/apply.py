@@ -1,4 +1,4 @@
-"""Running the rule of an op: on its place in a graph, or by itself to see what it says."""
+"""Running the rule of an op, on a node of a graph or on its own."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import fx
 
 from fxprune.axes import new_factor
 from fxprune.graph.compat import UNKNOWN_SIZE, size_hint
-from fxprune.graph.names import output_name, tensor_name
-from fxprune.rules.positions import follow_positions
+from fxprune.graph.tensors import output_name, tensor_name
 from fxprune.rules.registry import find_rule
+from fxprune.rules.routing import follow_positions
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Statements, TensorAxes
 
-__all__ = ["apply_rule", "fresh_axes", "run_alone"]
+__all__ = ["Descriptions", "apply_rule", "describe", "fresh_axes", "run_alone"]
 
 
 def fresh_axes(name: str, value: Any, weight: bool = False) -> TensorAxes:
@@ -82,3 +82,35 @@ def _is_weight(node: fx.Node) -> bool:
         seen.update(new)
         pending += new
     return True
+
+
+def describe(node: fx.Node) -> str:
+    """The rule of ``node`` by itself, as text: ``linear  input[b, s, i], weight[o, i] -> out[b, s, o]  sums i``."""
+    return str(run_alone(node)[0])
+
+
+class Descriptions:
+    """The rules of many nodes. What is said depends on the op, on shapes and on the other arguments alone."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, str] = {}
+
+    def of(self, op: OpSite) -> str:
+        """As :func:`describe`."""
+        node = op.node
+        results = tuple(x.sizes for x in op.outs)  # sizes among the arguments may be computed at run time
+        keywords = tuple(node.kwargs), _form(op, tuple(node.kwargs.values()))
+        key = (node.target, _form(op, node.args), keywords, results)
+        if key not in self._known:
+            self._known[key] = describe(node)
+        return self._known[key]
+
+
+def _form(op: OpSite, argument: Any) -> Any:
+    """What stands for an argument: sizes for a tensor, whether it was met before, and all else as it is."""
+    if isinstance(argument, fx.Node):
+        found = op.all_of(argument)
+        return (op.node.all_input_nodes.index(argument), *(x.sizes for x in found))
+    if isinstance(argument, list | tuple):
+        return tuple(_form(op, item) for item in argument)
+    return argument if argument is None or isinstance(argument, int | str) else repr(argument)

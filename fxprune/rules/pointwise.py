@@ -1,12 +1,23 @@
-"""Ops that work on each element by itself: all axes broadcast and match."""
+"""Rules of elementwise ops, tensor constructors and complex numbers."""
 
 from __future__ import annotations
 
 from fxprune.axes import concat
 from fxprune.rules.registry import rule
 from fxprune.rules.site import OpSite
+from fxprune.rules.statements import TensorAxes
 
-__all__ = ["glu", "pointwise", "prelu"]
+__all__ = [
+    "constant",
+    "glu",
+    "numbered",
+    "pointwise",
+    "prelu",
+    "view_as_complex",
+    "view_as_real",
+    "zeros",
+    "zeros_like",
+]
 
 _SAME_SHAPE = (
     "add add_ sub sub_ mul mul_ div div_ pow neg where masked_fill masked_fill_ silu gelu relu tanh sigmoid softplus"
@@ -55,3 +66,64 @@ def glu(op: OpSite) -> None:
     op.link(x, dim, op.out, dim)
     for i in range(x.rank):
         op.keep_zeros(op.out, i, (x, i))
+
+
+rule(
+    *("ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
+    notation="self[*a] -> out[*a]",
+    values="shape",
+)
+rule("lift_fresh", notation="self[*a] -> out[*a]", values="moved")
+rule("scalar_tensor", notation="-> out[]")
+rule("sym_size", "sym_stride", "sym_numel", notation="self[*a] -> ", values="shape")
+
+
+@rule("full", "ones", "empty", "new_full", "new_ones", "new_empty", values="shape")
+def constant(op: OpSite) -> None:
+    """The same value everywhere: each axis takes the size of whatever it is used with."""
+    for i, axis in enumerate(op.out.axes):
+        op.size_argument("size", axis, i)
+
+
+@rule("zeros", "new_zeros", values="shape")
+def zeros(op: OpSite) -> None:
+    """As :func:`constant`, and zero for every unit."""
+    constant(op)
+    for i in range(op.out.rank):
+        op.keep_zeros(op.out, i)
+
+
+@rule("zeros_like", values="shape")
+def zeros_like(op: OpSite) -> None:
+    """The axes of ``self``, and zero for every unit."""
+    op.tie_all(op.need("self"))
+    for i in range(op.out.rank):
+        op.keep_zeros(op.out, i)
+
+
+@rule("arange", "linspace", "eye", "tril_indices", "triu_indices", "rand", "randn", "randint", "randperm")
+def numbered(op: OpSite) -> None:
+    """Values that depend on their position: every unit has to stay."""
+    for i in range(op.out.rank):
+        op.freeze(op.out, i, f"{op.node.target} numbers this axis")
+
+
+rule("_conj", "_conj_physical", "resolve_conj", "conj_physical", notation="self[*a] -> out[*a]", values="pointwise")
+
+
+@rule("view_as_complex", values="moved")
+def view_as_complex(op: OpSite) -> None:
+    """``self (.., 2)`` is ``out (..)``: the two parts of a number stay together."""
+    _pair(op, op.need("self"), op.out)
+
+
+@rule("view_as_real", values="moved")
+def view_as_real(op: OpSite) -> None:
+    """``self (..)`` is ``out (.., 2)``: the two parts of a number stay together."""
+    _pair(op, op.out, op.need("self"))
+
+
+def _pair(op: OpSite, real: TensorAxes, numbers: TensorAxes) -> None:
+    for i in range(numbers.rank):
+        op.tie(real, i, numbers, i)
+    op.freeze(real, -1, "the real and the imaginary part of a number")

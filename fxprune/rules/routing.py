@@ -1,4 +1,8 @@
-"""Ops that route: pick units by comparison, look up or write at positions, count them.
+"""Rules of gathers, scatters and routing by position.
+
+When units go, those that stay have new positions. That is nothing to care about as long as positions are only moved
+about, compared with each other, and used to pick from the axis that they belong to: whatever makes them runs over
+the smaller axis then. Arithmetic on positions, or a comparison with a number, keeps the axis as it is.
 
 Where it is known which axis an integer tensor holds positions along, that axis may lose units: what picks runs over
 those that are left, and what is looked up at the positions has lost the same ones.
@@ -6,14 +10,150 @@ those that are left, and what is looked up at the positions has lost the same on
 
 from __future__ import annotations
 
+import operator
+
+import torch
 from torch import fx
 
-from fxprune.rules.positions import look_up, pick
-from fxprune.rules.registry import rule
-from fxprune.rules.site import OpSite
+from fxprune.rules.registry import Values, rule
+from fxprune.rules.site import OpSite, nodes_in
 from fxprune.rules.statements import TensorAxes
 
-__all__ = ["gather", "histc", "index_add", "index_put", "one_hot", "scatter", "sort", "topk"]
+__all__ = [
+    "depends_on_position",
+    "follow_positions",
+    "gather",
+    "histc",
+    "index",
+    "index_add",
+    "index_put",
+    "index_select",
+    "look_up",
+    "one_hot",
+    "pick",
+    "scatter",
+    "sort",
+    "topk",
+]
+
+
+def pick(op: OpSite, index: TensorAxes, x: TensorAxes, i: int) -> bool:
+    """State that ``index`` is used along axis ``i`` of ``x``, which stays unless the positions are known as its own."""
+    known = op.picks(index, x, i)
+    if not known:
+        op.freeze(x, i, "looked up by number")
+    return known
+
+
+def look_up(op: OpSite, index: TensorAxes, x: TensorAxes, i: int) -> bool:
+    """As :func:`pick`, for an op that returns values of ``x``: if these are positions, so are its results."""
+    known = op.positions_of(x)
+    if known is not None:
+        op.understand(x)
+        op.hold_positions(op.out, known.tensor, known.dim)
+    return pick(op, index, x, i)
+
+
+def follow_positions(op: OpSite, values: Values | None) -> None:
+    """State what the results of an op hold: positions, or matrices picked from weights.
+
+    Positions that the op does something else with keep all units of their axis.
+
+    Args:
+        op: the op, after its rule ran.
+        values: what it does with values.
+    """
+    unread = [x for x in op.tensors if op.positions_of(x) is not None and x.name not in op.understood]
+    if unread:
+        _carry(op, unread, values)
+    floats = [x for node in op.node.all_input_nodes if _is_float(node) for x in _tensors(op, node)]
+    moved = op.node.target is operator.getitem or any(op.is_picked(x) for x in floats)
+    if moved and floats and all(op.is_weight(x) for x in floats):
+        for out in op.outs:
+            op.pick_weights(out)
+
+
+def _carry(op: OpSite, unread: list[TensorAxes], values: Values | None) -> None:
+    """State what the results are where an op moves positions or compares them; else freeze their axis."""
+    moves, compares = values in (Values.MOVED, Values.CAST), values is Values.COMPARED
+    known = [found for x in (unread if compares else op.first) if (found := op.positions_of(x)) is not None]
+    moved = moves and len(known) == len(op.first)
+    compared = compares and len(nodes_in(op.node.args)) == len(known) == 2
+    for other in known[1:] if moved or compared else ():
+        op.tie(known[0].tensor, known[0].dim, other.tensor, other.dim)
+    for out in op.outs if moved and known else ():
+        op.hold_positions(out, known[0].tensor, known[0].dim)
+    for x in unread:
+        shape_only = values is Values.SHAPE or (moves and x not in op.first)
+        found = op.positions_of(x)
+        if found is not None and not (shape_only or compared or moved):
+            op.freeze(found.tensor, found.dim, f"{op.node.target} computes with positions along this axis")
+
+
+def _tensors(op: OpSite, node: fx.Node) -> list[TensorAxes]:
+    """The tensor that ``node`` makes; of several, the one that is taken out."""
+    if op.node.target is operator.getitem:
+        return op.tensors
+    found = op.of(node)
+    return [] if found is None else [found]
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    several = value if isinstance(value, tuple | list) else (value,)
+    return any(isinstance(item, torch.Tensor) and item.is_floating_point() for item in several)
+
+
+rule("embedding", notation="weight[r, w], indices[*i] -> out[*i, w]  r by indices", values="picked")
+
+
+@rule("index", values="picked")
+def index(op: OpSite) -> None:
+    """``self[i, j, ..]``: indexed axes are replaced by the broadcast axes of the indices, the others stay."""
+    x, entries = op.need("self"), op.arg("indices")
+    indexed = [i for i, entry in enumerate(entries) if isinstance(entry, fx.Node)]
+    tensors = [op.of(entries[i]) for i in indexed]
+    shape_rank = max((t.rank for t in tensors if t is not None), default=0)
+    together = indexed == list(range(indexed[0], indexed[0] + len(indexed)))
+    at = indexed[0] if together else 0
+    for i, tensor in zip(indexed, tensors, strict=True):
+        if tensor is not None:
+            look_up(op, tensor, x, i)
+            op.freeze_tensor(tensor, "chosen by index")
+    for i in range(at, at + shape_rank):
+        op.freeze(op.out, i, "chosen by index")
+    free = [i for i in range(x.rank) if i not in indexed]
+    if op.out.rank != len(free) + shape_rank:
+        op.freeze_all("a boolean mask selects")
+        return
+    places = [j for j in range(op.out.rank) if not at <= j < at + shape_rank]
+    for i, j in zip(free, places, strict=True):
+        op.tie(x, i, op.out, j)
+    if op.is_weight(x) and len(free) >= 2:
+        op.pick_weights(op.out)
+
+
+@rule("index_select", values="picked")
+def index_select(op: OpSite) -> None:
+    """Units of axis ``dim`` picked by number."""
+    x, index, dim = op.need("self"), op.need("index"), op.arg("dim")
+    look_up(op, index, x, dim)
+    op.freeze_tensor(index, "chosen by index")
+    op.freeze(op.out, dim, "chosen by index")
+    op.tie_all(x, but=(dim,))
+    if op.is_weight(x) and x.rank >= 3:
+        op.pick_weights(op.out)
+
+
+@rule("tril", "triu", "tril_", "triu_", "diff", values="reduced")
+def depends_on_position(op: OpSite) -> None:
+    """Depends on the position along the last axes, which keep their units."""
+    x = op.need("self")
+    last = (-1,) if op.out.sizes != x.sizes else ()
+    op.tie_all(x, but=last)
+    for t in (x, op.out):
+        for i in range(max(-2, -t.rank), 0):
+            op.freeze(t, i, f"{op.node.target} depends on the position")
 
 
 @rule("topk")

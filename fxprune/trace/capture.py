@@ -17,22 +17,15 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import TraceError
-from fxprune.graph.attempts import clear_errors
-from fxprune.graph.blocks import Blocks, find_blocks
 from fxprune.graph.compat import fake_mode, is_impure, tree_map
+from fxprune.graph.context import clear_errors, lean, neutral, quiet, tidy_later, without_fast_path
 from fxprune.graph.counting import count_parameters
-from fxprune.graph.exporting import lean, tidy_later, without_fast_path
-from fxprune.graph.facts import Facts, Notes, Runnable, Shaped, set_facts
-from fxprune.graph.inputs import is_input
+from fxprune.graph.facts import Blocks, Constants, Facts, Notes, Runnable, Shaped, Source, find_blocks, set_facts
 from fxprune.graph.shapes import ShapedCalls, calls_of, retype
-from fxprune.graph.silence import quiet
-from fxprune.graph.source import Constants, Source
-from fxprune.graph.surroundings import neutral
-from fxprune.graph.tensors import names_by_identity, on_meta, weights
+from fxprune.graph.tensors import is_input, names_by_identity, on_meta, weights
 from fxprune.pipeline.arguments import flag
-from fxprune.pipeline.shown import html_table
-from fxprune.trace.calls import dependence
-from fxprune.trace.canonical import canonicalize, plain_in_place
+from fxprune.pipeline.notebook import html_table
+from fxprune.trace.canonical import canonicalize, fold_constants, place_constants, plain_in_place
 from fxprune.trace.checks import (
     check_copies,
     check_inputs,
@@ -42,15 +35,12 @@ from fxprune.trace.checks import (
     check_values,
     model_dtype,
 )
-from fxprune.trace.copies import stand_in
 from fxprune.trace.fidelity import Fidelity, assess
-from fxprune.trace.fold import fold_constants, place_constants
-from fxprune.trace.inputs import blank, default_inputs, dynamic_dims
-from fxprune.trace.limits import limit_sizes, sizes_of
+from fxprune.trace.inputs import blank, default_inputs, dynamic_dims, fake_twin, hooks_left_out, without_cache
+from fxprune.trace.limits import limit_sizes, pin_sizes, sizes_of
 from fxprune.trace.lower import lower
-from fxprune.trace.repeats import Repeats, observe
-from fxprune.trace.sizes import pin_sizes
-from fxprune.trace.twin import fake_twin, hooks_left_out, without_cache
+from fxprune.trace.repeats.copies import stand_in
+from fxprune.trace.repeats.grouping import Repeats, dependence, observe
 
 __all__ = ["Traced", "trace"]
 

@@ -12,12 +12,11 @@ from torch import fx, nn
 
 from fxprune.data.verification import check_names
 from fxprune.errors import ArgumentError, FxpruneError, TraceError, UnsupportedModelError
-from fxprune.graph.attempts import Refusal, attempt
-from fxprune.graph.silence import quiet
-from fxprune.graph.spread import check_together, check_whole
+from fxprune.graph.context import Refusal, attempt, quiet
 from fxprune.graph.tensors import computed_tensors
+from fxprune.offload.ranks import check_together, check_whole
 from fxprune.pipeline.arguments import refuse, told
-from fxprune.trace.twin import alias_twin
+from fxprune.trace.inputs import alias_twin
 
 __all__ = [
     "check_copies",

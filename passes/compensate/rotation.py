@@ -9,12 +9,11 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxprune.data.ranks import add_up
-from fxprune.masking.side_by_side import SideBySide
+from fxprune.masking.compare import SideBySide
+from fxprune.offload.ranks import add_up
 from fxprune.pipeline.arguments import number
 
-from .base import FitPass, pairs
-from .sites import Site
+from .base import FitPass, Site, pairs
 
 __all__ = ["RotationPass"]
 

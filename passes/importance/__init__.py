@@ -4,9 +4,7 @@ from .block_influence import BlockInfluenceImportancePass
 from .fisher import FisherImportancePass
 from .forward import FlapImportancePass, WandaImportancePass
 from .in_steps import ScoreInStepsPass
-from .load_scores import LoadScoresPass
-from .magnitude import L1ImportancePass, L2ImportancePass
-from .randomly import RandomImportancePass
+from .magnitude import L1ImportancePass, L2ImportancePass, LoadScoresPass, RandomImportancePass
 from .reap import ReapImportancePass
 from .reconstruction import ReconstructionImportancePass
 from .taylor import TaylorImportancePass

@@ -13,11 +13,10 @@ from torch import fx
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Group
 from fxprune.graph.facts import facts_of
-from fxprune.masking.observe import observe
+from fxprune.masking.parts import observe
 from fxprune.removal.scores import Scores
 
-from .forward import ForwardImportancePass
-from .inputs import refuse_group
+from .forward import ForwardImportancePass, refuse_group
 
 __all__ = ["BlockInfluenceImportancePass"]
 

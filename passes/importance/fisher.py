@@ -11,21 +11,18 @@ import torch
 from torch import fx
 
 from fxprune.data.calibration import Sample, batched, computing, next_token_loss, require_logits
-from fxprune.discovery.consumers import Consumer, consumers_of, find_consumers, units_at
 from fxprune.discovery.dependency import Dependencies
-from fxprune.discovery.groups import Group
+from fxprune.discovery.groups import Consumer, Group, consumers_of, find_consumers, units_at
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import facts_of
 from fxprune.graph.tensors import device_of
-from fxprune.masking.gated_run import GatedRun, spread_gates
-from fxprune.masking.masked_run import output_tensors
+from fxprune.masking.masked_run import GatedRun, output_tensors, spread_gates
 from fxprune.pipeline.arguments import number, whole_number
 from fxprune.removal.scores import Scores
 from fxprune.trace.fidelity import require_gradients
 
-from .forward import ForwardImportancePass
+from .forward import ForwardImportancePass, refuse_group
 from .gram import growing
-from .inputs import refuse_group
 
 __all__ = ["FisherImportancePass", "greedy_costs"]
 

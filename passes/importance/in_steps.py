@@ -12,13 +12,11 @@ from torch import fx
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError
-from fxprune.graph.facts import Change, Fact, Runnable, facts_of
-from fxprune.graph.fork import fork
-from fxprune.graph.shelf import apart
+from fxprune.graph.facts import Change, Fact, Runnable, facts_of, fork
 from fxprune.graph.tensors import as_parameter, get_tensor, require_weights, set_tensor
+from fxprune.offload.files import apart
 from fxprune.pipeline.arguments import instance, whole_number
-from fxprune.pipeline.contract import Pass, PassResult
-from fxprune.pipeline.progress import Track, check_track, no_progress
+from fxprune.pipeline.contract import Pass, PassResult, Track, check_track, no_progress
 from fxprune.pipeline.registry import parse_pass
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores

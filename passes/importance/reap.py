@@ -11,17 +11,15 @@ import torch
 from torch import fx
 
 from fxprune.axes import Factor, factors, unit_index
-from fxprune.discovery.consumers import Consumer, find_consumers
 from fxprune.discovery.dependency import AxisMap, Dependencies
-from fxprune.discovery.groups import Group
+from fxprune.discovery.groups import Consumer, Group, find_consumers
 from fxprune.graph.facts import facts_of
-from fxprune.graph.names import tensor_name
-from fxprune.masking.observe import observe
+from fxprune.graph.tensors import tensor_name
+from fxprune.masking.parts import observe
 from fxprune.removal.scores import Scores
 from fxprune.rules.registry import Values, find_rule
 
-from .forward import ForwardImportancePass
-from .inputs import refuse_group
+from .forward import ForwardImportancePass, refuse_group
 
 __all__ = ["ReapImportancePass"]
 

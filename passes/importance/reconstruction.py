@@ -11,20 +11,18 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.discovery.consumers import Consumer, consumers_of, find_consumers, units_at
 from fxprune.discovery.dependency import Dependencies
-from fxprune.discovery.groups import Group
+from fxprune.discovery.groups import Consumer, Group, consumers_of, find_consumers, units_at
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import facts_of
 from fxprune.graph.tensors import get_tensor
-from fxprune.masking.observe import observe
+from fxprune.masking.parts import observe
 from fxprune.pipeline.arguments import number, whole_number
 from fxprune.removal.scores import Scores
 
-from .forward import ForwardImportancePass
+from .base import allowed, amount
+from .forward import ForwardImportancePass, refuse_group, rows_of
 from .gram import Fitted, removal_order
-from .inputs import refuse_group, rows_of
-from .memory import allowed, amount
 
 __all__ = ["ReconstructionImportancePass"]
 

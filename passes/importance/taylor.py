@@ -1,11 +1,11 @@
-"""Taylor expansion of the loss: what removing a structure would cost, from gradients on a few samples.
+"""Taylor expansion of the loss, from per-sample gradients summed per slice.
 
 Source: Ma, Fang, Wang, "LLM-Pruner", NeurIPS 2023, section 3.2; equation numbers below are theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -15,29 +15,261 @@ from safetensors.torch import load_file, save_file
 from torch import fx
 
 from fxprune.data.calibration import Calibration, Sample, next_token_loss, require_logits, spread
-from fxprune.data.ranks import own
 from fxprune.discovery.groups import Groups
 from fxprune.errors import CalibrationError
-from fxprune.graph.carrier import current_carrier, place_of, to_place
 from fxprune.graph.facts import Fact, Runnable, facts_of
-from fxprune.graph.shelf import recalled, remembering, stored
 from fxprune.graph.tensors import device_of, name_of_nonfinite, require_weights, weights
-from fxprune.masking.cuts import Part
-from fxprune.masking.in_parts import PartRuns, Watch
 from fxprune.masking.masked_run import output_tensors
-from fxprune.pipeline.arguments import one_of, whole_number
-from fxprune.pipeline.progress import Track, check_track, no_progress
-from fxprune.pipeline.words import ORDERS
-from fxprune.rules.aliasing import written_sources
-from fxprune.rules.product import LoneProduct
+from fxprune.masking.parts import Hooks, Part, PartRuns
+from fxprune.offload.files import recalled, remembering, stored
+from fxprune.offload.prefetch import current_carrier, place_of, to_place
+from fxprune.offload.ranks import add_up, own
+from fxprune.pipeline.arguments import ORDERS, one_of, whole_number
+from fxprune.pipeline.contract import Track, check_track, no_progress
+from fxprune.rules.aliasing import writes, written_sources
+from fxprune.rules.products import LoneProduct, lone_products
 from fxprune.trace.fidelity import require_gradients
 
-from .activations import Recorded, recordable, tokens_of
-from .base import ImportancePass
-from .memory import amount, parts_within
-from .sums import SUMS, Axes, ElementSums, Positions, Sums
+from .base import ImportancePass, amount, axis_sums, parts_within
 
-__all__ = ["ORDERS", "TaylorImportancePass"]
+__all__ = [
+    "ORDERS",
+    "SUMS",
+    "Axes",
+    "ElementSums",
+    "Positions",
+    "Recorded",
+    "Sums",
+    "TaylorImportancePass",
+    "recordable",
+    "tokens_of",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """What a product of activations with a weight read, and the gradients of what it gave, sample by sample.
+
+    The gradient of the weight is the product of the two. It is never there as a whole: some rows of it are made at a
+    time, for one sample after the other.
+
+    Args:
+        product: the product.
+        read: by the number of the sample: ``(.., tokens, in)``.
+        asked: by the number of the sample: ``(.., tokens, out)``; none where nothing was asked of the product.
+    """
+
+    product: LoneProduct
+    read: dict[int, torch.Tensor] = field(default_factory=dict)
+    asked: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def take(self, sample: int, read: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """Take in what the product read and gave in a sample.
+
+        Args:
+            sample: its number.
+            read: the activations.
+            given: the product, of a weight that wants no gradient.
+
+        Returns:
+            What to go on with in place of the product, whose gradient is taken in where it arrives.
+        """
+        given = given if given.requires_grad else given.detach().requires_grad_()
+
+        def receive(gradient: torch.Tensor) -> None:
+            self.read[sample], self.asked[sample] = read.detach(), gradient
+
+        given.register_hook(receive)
+        return given
+
+    def gradients(self, rows: slice) -> Iterator[torch.Tensor]:
+        """Yield some rows of the gradient of the weight in float32, for each sample in which there is one."""
+        for sample, gradient in self.asked.items():
+            pair = gradient, self.read[sample]
+            asked, read = (value.reshape(-1, value.shape[-1]).float() for value in pair)
+            first, second = (asked, read) if self.product.axis == 1 else (read, asked)
+            yield first[:, rows].T @ second
+
+    def forget(self) -> None:
+        """Drop what was taken in."""
+        self.read.clear()
+        self.asked.clear()
+
+
+def recordable(graph_module: fx.GraphModule) -> dict[str, LoneProduct]:
+    """Return the products whose weights may do without gradients of their own, by the name of the weight.
+
+    There are none in a graph that writes to values: what a product read may be another value later on.
+    """
+    if any(writes(node) for node in graph_module.graph.nodes):
+        return {}
+    return {product.name: product for product in lone_products(graph_module)}
+
+
+def tokens_of(samples: tuple[Sample, ...]) -> int:
+    """Return how many tokens samples have together, or numbers of the largest input of each."""
+    return sum(max(map(_numbers, sample.inputs.values()), default=0) for sample in samples)
+
+
+def _numbers(value: Any) -> int:
+    return value.numel() if isinstance(value, torch.Tensor) else 0
+
+
+Positions = dict[tuple[str, int], torch.Tensor]
+"""By parameter and axis: a score for each position along it."""
+
+_BLOCK = 2**20
+"""Elements of a weight that are looked at together, where sums are not kept of all of them."""
+
+Axes = Mapping[str, list[int]]
+"""The axes of parameters that are wanted."""
+
+
+@dataclass
+class Sums:
+    """What is kept of the gradients of some parameters during one sweep."""
+
+    axes: Axes
+    samples: int
+    tensors: ClassVar[int] = 0
+    slices: Positions = field(default_factory=dict)
+
+    def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Take in the gradient of one sample."""
+        raise NotImplementedError
+
+    def add_up(self) -> None:
+        """Make them the sums of all processes, where several share the samples."""
+        add_up(self.slices[place] for place in sorted(self.slices))
+
+    def finish(self, values: Mapping[str, torch.Tensor]) -> Positions:
+        """The slice scores; ``values`` are the weights."""
+        raise NotImplementedError
+
+    def _add_slices(self, name: str, value: torch.Tensor) -> None:
+        for axis in self.axes[name]:
+            part = axis_sums(value, axis) / self.samples
+            self.slices[name, axis] = self.slices[name, axis] + part if (name, axis) in self.slices else part
+
+
+class _VectorSums(Sums):
+    """Signed slice sums of ``w * g``; the absolute value at the end."""
+
+    def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        self._add_slices(name, weight * gradient)
+
+    def finish(self, values: Mapping[str, torch.Tensor]) -> Positions:
+        return {key: value.abs() for key, value in self.slices.items()}
+
+
+class _SecondSums(Sums):
+    """Slice sums of ``w * g_s ** 2 * w``, never negative."""
+
+    def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        self._add_slices(name, (weight * gradient).square())
+
+    def finish(self, values: Mapping[str, torch.Tensor]) -> Positions:
+        return dict(self.slices)
+
+
+@dataclass
+class ElementSums(Sums):
+    """Sums for each element, which become slice sums when all samples are in them."""
+
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        self.kept[name] = self.kept[name].add_(gradient) if name in self.kept else gradient.clone()
+
+    def by_rows(
+        self, name: str, weight: torch.Tensor, gradients: Callable[[slice], Iterable[torch.Tensor]]
+    ) -> Positions:
+        """The slice scores of one weight, some rows of it at a time: sums are there for these alone.
+
+        Args:
+            name: of the weight.
+            weight: itself.
+            gradients: given rows, these rows of the gradient of each sample.
+        """
+        found: Positions = {}
+        step = max(1, _BLOCK // max(1, weight[:1].numel()))
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            values = weight[rows].detach().float()
+            self.start(name, values)
+            for gradient in gradients(rows):
+                self.add(name, values, gradient)
+            self.add_up()
+            saliency = self._saliency(name, values)
+            for axis in self.axes[name]:
+                part, before = axis_sums(saliency, axis), found.get((name, axis))
+                joined = part if before is None else torch.cat((before, part)) if axis == 0 else before + part
+                found[name, axis] = joined
+        return found
+
+    def start(self, name: str, weight: torch.Tensor) -> None:
+        """Begin with sums of no sample, which are there then whether a gradient arrives or not."""
+        self.kept[name] = torch.zeros_like(weight)
+
+    def add_up(self) -> None:
+        """Make them the sums of all processes, where several share the samples."""
+        add_up(self.kept[name] for name in sorted(self.kept))
+
+    def finish(self, values: Mapping[str, torch.Tensor]) -> Positions:
+        found: Positions = {}
+        for name, axes in self.axes.items():
+            saliency = self._saliency(name, values[name].detach().float())
+            found.update({(name, axis): axis_sums(saliency, axis) for axis in axes})
+        return found
+
+    def _saliency(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """What each element of a weight, or of rows of it, counts; its sums are taken away."""
+        raise NotImplementedError
+
+
+class _FirstSums(ElementSums):
+    """``g`` by element."""
+
+    tensors: ClassVar[int] = 1
+
+    def _saliency(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        return (weight * self.kept.pop(name).div_(self.samples)).abs_()
+
+
+@dataclass
+class _MixSums(ElementSums):
+    """``g`` and ``h`` by element."""
+
+    tensors: ClassVar[int] = 2
+    squares: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def start(self, name: str, weight: torch.Tensor) -> None:
+        super().start(name, weight)
+        self.squares[name] = torch.zeros_like(weight)
+
+    def add_up(self) -> None:
+        super().add_up()
+        add_up(self.squares[name] for name in sorted(self.squares))
+
+    def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        super().add(name, weight, gradient)
+        if name in self.squares:
+            self.squares[name].addcmul_(gradient, gradient)  # no square in memory beside the sum
+        else:
+            self.squares[name] = gradient.square()
+
+    def _saliency(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        g, h = self.kept.pop(name).div_(self.samples), self.squares.pop(name).div_(self.samples)
+        return (weight * (g - h.mul_(weight).mul_(0.5))).abs_()
+
+
+SUMS: dict[str, type[Sums]] = {
+    "vector": _VectorSums,
+    "first": _FirstSums,
+    "second": _SecondSums,
+    "mix": _MixSums,
+}
+"""By order of the expansion."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +443,7 @@ class _Sweep:
         else:
             self.late[name, sample] = stored(to_place(whole, self.home))
 
-    def _watch(self, records: Sequence[Recorded], sample: int) -> Watch:
+    def _watch(self, records: Sequence[Recorded], sample: int) -> Hooks:
         """What takes in what the products of recorded weights read and gave."""
 
         def take(record: Recorded, value: torch.Tensor) -> torch.Tensor:

@@ -16,15 +16,13 @@ from fxprune.errors import ArgumentError
 from fxprune.graph.facts import Fact, Runnable
 from fxprune.graph.tensors import require_weights
 from fxprune.pipeline.arguments import instance, whole_number
-from fxprune.pipeline.contract import Pass
-from fxprune.pipeline.progress import Track, check_track, no_progress
+from fxprune.pipeline.contract import Pass, Track, check_track, no_progress
 from fxprune.pipeline.registry import parse_pass
 from fxprune.removal.scores import Scores
 
 from .base import Choice, Selection
-from .judge import Judge, heldout_parts, without
+from .judge import Judge, Shares, allocations, heldout_parts, move, picture, shares_of, without
 from .ratio import SelectByRatioPass
-from .shares import Shares, allocations, move, picture, shares_of
 
 __all__ = ["SelectBySearchPass"]
 

@@ -18,11 +18,10 @@ from fxprune.graph.compat import (
     has_unbacked_sizes,
     tree_leaves,
 )
-from fxprune.graph.exporting import tidy_later
+from fxprune.graph.context import tidy_later
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, facts_of
-from fxprune.graph.inputs import example_of
 from fxprune.graph.shapes import ShapedCalls, calls_of, described, same_shapes, usable
-from fxprune.graph.tensors import device_of
+from fxprune.graph.tensors import device_of, example_of
 from fxprune.pipeline.contract import Pass, PassResult
 
 __all__ = ["PropagateShapesPass"]

@@ -10,15 +10,13 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxprune.graph.facts import Change, Fact, Runnable, Shaped, facts_of
-from fxprune.graph.shelf import stored
-from fxprune.graph.source import Cut, Source
+from fxprune.graph.facts import Change, Cut, Fact, Runnable, Shaped, Source, facts_of
 from fxprune.graph.tensors import as_parameter, copy_tensor, get_tensor, names_by_identity, set_tensor, weights
 from fxprune.masking.compare import Expected
+from fxprune.offload.files import stored
 from fxprune.pipeline.contract import Pass, PassResult
-from fxprune.removal.norms import Scaling
-from fxprune.removal.removal import Bypassed, Removal, Sliced
-from fxprune.trace.twin import meta_twin
+from fxprune.removal.removal import Bypassed, Removal, Scaling, Sliced
+from fxprune.trace.inputs import meta_twin
 
 __all__ = ["SliceParametersPass", "cut_tensor", "slice_tensor"]
 
@@ -114,7 +112,7 @@ def slice_tensor(tensor: torch.Tensor, kept: Mapping[int, list[int]]) -> torch.T
 def cut_tensor(
     tensor: torch.Tensor, kept: Mapping[int, list[int]]
 ) -> tuple[torch.Tensor, tuple[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor], ...]]:
-    """As :func:`slice_tensor`, with what is cut off: see :class:`~fxprune.graph.source.Cut`."""
+    """As :func:`slice_tensor`, with what is cut off: see :class:`~fxprune.graph.facts.Cut`."""
     pieces = []
     value = tensor.detach()
     for axis, index in kept.items():

@@ -1,6 +1,6 @@
 """Tuning: a few vectors learned end to end on the slim model, and folded into its weights."""
 
-from .record_teacher import RecordTeacherPass
+from .teacher import RecordTeacherPass
 from .tune import TunePass
 
 __all__ = ["RecordTeacherPass", "TunePass"]

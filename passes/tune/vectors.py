@@ -1,4 +1,4 @@
-"""The vectors that tuning learns: where each acts while the graph runs, and what it is folded into."""
+"""Trained parameters of tuning: vectors, low-rank updates or weights, and where each is folded."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fxprune.axes import factors
 from fxprune.graph.tensors import device_of, get_tensor, weights
 from fxprune.masking.masked_run import UntouchedRun
 from fxprune.removal.removal import Removal
-from fxprune.rules.product import LoneProduct, lone_products
+from fxprune.rules.products import LoneProduct, lone_products
 
-__all__ = ["CAREFUL", "TunedRun", "Vectors", "single_axes", "tuned_products"]
+__all__ = ["CAREFUL", "TunedRun", "TunedWeights", "Vectors", "Weights", "single_axes", "tuned_products"]
 
 Parts: TypeAlias = Mapping[tuple[str, str], torch.Tensor]
 """Vectors by key."""
@@ -228,3 +228,73 @@ def _start(rows: int, rank: int) -> torch.Tensor:
 def _lost_inputs(product: LoneProduct, removal: Removal) -> bool:
     exprs = removal.axes.tensors.get(product.name)
     return exprs is not None and any(removal.keep.touches(factor) for factor in factors(exprs[product.axis]))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Names of the weights that are learned; the numbers are the weights themselves, in float32.
+
+    Args:
+        sizes: by name, how many numbers a weight has.
+    """
+
+    sizes: dict[str, int]
+
+    @classmethod
+    def of(cls, graph_module: fx.GraphModule, removal: Removal, everywhere: bool) -> Weights:
+        """Return those of a slim graph: of products that nothing else reads, and all parameters of one axis.
+
+        Args:
+            graph_module: the slim graph.
+            removal: what was removed from it.
+            everywhere: the weights of all products, not only of those that lost inputs.
+        """
+        products = tuned_products(graph_module, removal, everywhere)
+        names = dict.fromkeys([*(product.name for product in products), *single_axes(graph_module)])
+        return cls({name: get_tensor(graph_module, name).numel() for name in names})
+
+    @property
+    def count(self) -> int:
+        """How many numbers there are."""
+        return sum(self.sizes.values())
+
+    def begin(self, graph_module: fx.GraphModule) -> list[torch.Tensor]:
+        """Return the numbers at the start, one tensor a weight."""
+        return [get_tensor(graph_module, name).detach().float().clone() for name in self.sizes]
+
+    def rates(self, graph_module: fx.GraphModule) -> list[float]:
+        """Return how fast each tensor of numbers moves, as a part of the rate of a scale: in units of its own size."""
+        found = (get_tensor(graph_module, name).detach().float() for name in self.sizes)
+        return [CAREFUL * float(weight.square().mean().sqrt()) for weight in found]
+
+    def run(self, graph_module: fx.GraphModule, numbers: Sequence[torch.Tensor]) -> UntouchedRun:
+        """Return an interpreter that runs the graph with ``numbers`` as its weights."""
+        return TunedWeights(graph_module, dict(zip(self.sizes, numbers, strict=True)))
+
+    def folded(
+        self, numbers: Sequence[torch.Tensor], graph_module: fx.GraphModule
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the name and the new value of each weight."""
+        for name, value in zip(self.sizes, numbers, strict=True):
+            yield name, value.to(get_tensor(graph_module, name).dtype)
+
+
+class TunedWeights(UntouchedRun):
+    """An interpreter that runs a graph with other weights; those of its own get no gradient.
+
+    Args:
+        graph_module: the slim graph.
+        weights: by name, what is read in the place of a weight of the graph, in float32.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, weights: dict[str, torch.Tensor]) -> None:
+        super().__init__(graph_module)
+        self.weights = weights
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return what is read in the place of a weight, in the weight's own type."""
+        value = super().get_attr(target, args, kwargs)
+        if not isinstance(value, torch.Tensor):
+            return value
+        learned = self.weights.get(str(target))
+        return value.detach() if learned is None else learned.to(value.dtype)

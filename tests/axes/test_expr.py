@@ -8,7 +8,7 @@ from math import prod
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fxprune.axes.expr import UNIT, Expr, Factor, beside, concat, contains, factors, new_factor, product, render
+from fxprune.axes import UNIT, Expr, Factor, beside, concat, contains, factors, new_factor, product, render
 from tests.positions import EMPTY, POOL, expand, exprs, is_normal
 
 

@@ -6,8 +6,7 @@ import numpy as np
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fxprune.axes.expr import Expr, Factor, concat, factors, product
-from fxprune.axes.keep import Keep, kept_mask, kept_size, unit_index
+from fxprune.axes import Expr, Factor, Keep, concat, factors, kept_mask, kept_size, product, unit_index
 from tests.positions import POOL, Position, expand, exprs
 
 

@@ -10,9 +10,20 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fxprune.axes.expr import UNIT, Concat, Expr, Factor, Product, concat, factors, new_factor, product
-from fxprune.axes.keep import Keep, kept_mask
-from fxprune.axes.solver import Solver
+from fxprune.axes import (
+    UNIT,
+    Concat,
+    Expr,
+    Factor,
+    Keep,
+    Product,
+    Solver,
+    concat,
+    factors,
+    kept_mask,
+    new_factor,
+    product,
+)
 from fxprune.errors import AxisMismatch
 from tests.positions import expand, exprs, is_normal
 

@@ -11,8 +11,8 @@ import torch
 from huggingface_hub import ModelCard
 
 import fxprune
-from fxprune.checkpoint.card import model_card
 from fxprune.checkpoint.manifest import Manifest, read_manifest
+from fxprune.checkpoint.write import model_card
 from tests.checkpoint.small import narrow
 from tests.models import tiny, token_ids
 

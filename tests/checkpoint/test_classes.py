@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fxprune.checkpoint.classes import parse_config, pruned_class, stock_class, stock_config
+from fxprune.checkpoint.structure import parse_config, pruned_class, stock_class, stock_config
 from fxprune.modelling.layerwise import AnyWidths, Layerwise
 from tests.models import tiny
 

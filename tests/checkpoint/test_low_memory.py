@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import fxprune
 from fxprune.checkpoint.low_memory import load_mapped, request_of
-from fxprune.checkpoint.whole import require_whole
+from fxprune.checkpoint.read import require_whole
 from fxprune.errors import CheckpointError
 from fxprune.recipes import read_recipe
 from tests.export.small import tokenizer
@@ -80,7 +80,7 @@ def test_a_gguf_file_becomes_the_slim_folder_that_memory_would_give(file: Path, 
 
 def test_a_gguf_file_is_unpacked_once(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load_mapped(file, tmp_path)
-    monkeypatch.setattr("fxprune.checkpoint.unpack.load_gguf_checkpoint", None)
+    monkeypatch.setattr("fxprune.checkpoint.low_memory.load_gguf_checkpoint", None)
     load_mapped(file, tmp_path)
     assert request_of(file, None, "") != request_of(file.parent, None, "")
 

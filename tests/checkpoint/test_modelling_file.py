@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fxprune.checkpoint import modelling_file
+from fxprune.checkpoint import structure as modelling_file
 from fxprune.checkpoint.write import save_pretrained
 from tests.checkpoint.small import narrow
 from tests.emit.small import small

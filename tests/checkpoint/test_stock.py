@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from fxprune.checkpoint.stock import stock_test
-from fxprune.graph.source import Source
+from fxprune.graph.facts import Source
 from fxprune.removal.plan import Plan
 from tests.models import tiny
 

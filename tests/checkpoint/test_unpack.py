@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import fxprune
-from fxprune.checkpoint.unpack import unpack
+from fxprune.checkpoint.low_memory import unpack
 from tests.export.small import tokenizer
 from tests.models import tiny
 
@@ -34,7 +34,7 @@ def test_a_gguf_file_is_read_a_block_at_a_time(file: Path, tmp_path: Path, monke
         read.append(len(found["tensors"]))
         return found
 
-    monkeypatch.setattr("fxprune.checkpoint.unpack.load_gguf_checkpoint", load)
+    monkeypatch.setattr("fxprune.checkpoint.low_memory.load_gguf_checkpoint", load)
     true_reader = gguf.GGUFReader
     unpack(file, tmp_path)
     whole = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).state_dict()

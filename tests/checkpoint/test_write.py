@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from fxprune.checkpoint.modelling_file import MODELLING
 from fxprune.checkpoint.read import from_pretrained
-from fxprune.checkpoint.structure import describe
+from fxprune.checkpoint.structure import MODELLING, describe
 from fxprune.checkpoint.write import save_pretrained, write_folder
 from fxprune.errors import CheckpointError
 from tests.checkpoint.small import narrow

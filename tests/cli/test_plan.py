@@ -10,7 +10,7 @@ import pytest
 import fxprune
 import fxprune.cli.console
 from fxprune.cli.plan import read_plan
-from fxprune.removal.report import Report
+from fxprune.report.report import Report
 from tests.cli.running import refused, run
 
 NAME = "model.layers.{}.mlp.{}.weight"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fxprune.data.files import calibration_text, calibration_windows
+from fxprune.data.text import calibration_text, calibration_windows
 from fxprune.errors import CalibrationError, DataError
 from tests.tokens import character_tokenizer
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fxprune.data.calibration import IGNORED, Sample
-from fxprune.data.noise import noised, plain_tokens
+from fxprune.data.calibration import IGNORED, Sample, noised, plain_tokens
 from tests.tokens import character_tokenizer
 
 NONE = torch.empty(0, dtype=torch.long)

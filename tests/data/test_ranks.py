@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxprune.data.ranks import add_up, as_first, first_alone, is_first, of_first, own, rank, started, turns
 from fxprune.errors import FxpruneError
+from fxprune.offload.ranks import add_up, as_first, first_alone, is_first, of_first, own, rank, started, turns
 
 
 def test_one_process_does_everything() -> None:

@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from fxprune.data.files import calibration_text
-from fxprune.data.rows import TEMPLATE, TEMPLATE_WITH_INPUT, prompt_of, rows_in_file, text_of
-from fxprune.data.text import read_text
+from fxprune.data.text import (
+    TEMPLATE,
+    TEMPLATE_WITH_INPUT,
+    calibration_text,
+    prompt_of,
+    read_text,
+    rows_in_file,
+    text_of,
+)
 from fxprune.errors import DataError
 from fxprune.evaluation.tasks import LocalTask, read_questions
 
@@ -50,6 +56,6 @@ def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
 
 
 def test_reading_needs_no_torch() -> None:
-    code = "import sys, fxprune.data.files, fxprune.data.rows; print('torch' in sys.modules)"
+    code = "import sys, fxprune.data.text, fxprune.data.text; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

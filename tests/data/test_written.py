@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.data.written import can_write, chat_start, own_samples, write_samples
+from fxprune.data.built_in import can_write, chat_start, own_samples, write_samples
 from tests.models import tiny, token_ids
 from tests.tokens import character_tokenizer
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.discovery.bypasses import find_bypasses
+from fxprune.discovery.dependency import find_bypasses
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fxprune.discovery.consumers import consumers_of, find_consumers, read_weight, units_at
+from fxprune.discovery.groups import consumers_of, find_consumers, read_weight, units_at
 from tests.oracle import Net, axes_of, discover, groups_of
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fxprune.discovery.kinds import DEFAULT_KINDS, as_kinds, bare_kind
+from fxprune.discovery.groups import DEFAULT_KINDS, as_kinds, bare_kind
 from fxprune.errors import FxpruneError, UnknownNameError
 
 

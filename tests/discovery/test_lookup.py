@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from fxprune.discovery.dependency import dependency_graph
-from fxprune.discovery.explain import explain
+from fxprune.discovery.explain import explain, find_axis, find_group
 from fxprune.discovery.groups import find_groups
-from fxprune.discovery.lookup import find_axis, find_group
 from fxprune.errors import ArgumentError, UnknownNameError
 from fxprune.trace import trace
 

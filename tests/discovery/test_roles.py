@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fxprune.axes import Factor, Freeze, new_factor
-from fxprune.discovery.roles import settle_experts
+from fxprune.discovery.dependency import settle_experts
 from fxprune.rules.statements import AtLeast, Competition, Role, Statements
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.discovery.explain import frozen_axes
-from fxprune.rules.outcome import outcome
+from fxprune.rules.probing import outcome
 from tests.oracle import Net, graph_of, groups_of
 from tests.random_networks import check_every_removal
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fxprune.discovery.dependency import dependency_graph
-from fxprune.dot.atlas import Atlas
+from fxprune.draw.atlas import Atlas
 from fxprune.rules.statements import Axis
 from fxprune.trace import trace
 from tests.models import tiny

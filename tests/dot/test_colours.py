@@ -6,7 +6,7 @@ import colorsys
 import itertools
 
 from fxprune.discovery.groups import KINDS
-from fxprune.dot.colours import hue_of
+from fxprune.draw.graphviz import hue_of
 
 
 def test_each_kind_has_a_hue_of_its_own_in_every_shade() -> None:

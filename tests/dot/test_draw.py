@@ -5,9 +5,9 @@ from __future__ import annotations
 import networkx as nx
 import pydot
 
-from fxprune.dot.atlas import Atlas
-from fxprune.dot.draw import _quoted, draw
-from fxprune.dot.view import contracted
+from fxprune.draw.atlas import Atlas
+from fxprune.draw.graphviz import _quoted, draw
+from fxprune.draw.view import contracted
 
 
 def test_every_axis_is_a_box_and_every_coupling_a_line(small: nx.Graph) -> None:

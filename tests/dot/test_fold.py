@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from fxprune.discovery.dependency import dependency_graph
-from fxprune.dot.atlas import Atlas
-from fxprune.dot.fold import find_folds, numbered
+from fxprune.draw.atlas import Atlas, find_folds, numbered
 from fxprune.trace import trace
 from tests.models import tiny
 

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 import fxprune
-from fxprune.dot.inline import layer_svg
+from fxprune.draw.write import layer_svg
 from tests.models import tiny
 
 _PROGRAM = """#!/bin/sh

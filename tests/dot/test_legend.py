@@ -10,12 +10,9 @@ import torch
 from torch import nn
 
 from fxprune.discovery.dependency import dependency_graph
-from fxprune.dot.atlas import Atlas
-from fxprune.dot.colours import hue_of
-from fxprune.dot.fold import find_folds
-from fxprune.dot.legend import Legend
-from fxprune.dot.view import View, contracted, searched
-from fxprune.dot.words import Words
+from fxprune.draw.atlas import Atlas, find_folds
+from fxprune.draw.graphviz import Legend, hue_of
+from fxprune.draw.view import View, Words, contracted, searched
 from fxprune.trace import trace
 
 

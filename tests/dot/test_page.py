@@ -10,11 +10,10 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
-from fxprune.dot.atlas import Atlas
-from fxprune.dot.draw import draw
-from fxprune.dot.page import page
-from fxprune.dot.view import contracted
-from fxprune.dot.write import write_dot
+from fxprune.draw.atlas import Atlas
+from fxprune.draw.graphviz import draw
+from fxprune.draw.view import contracted
+from fxprune.draw.write import page, write_dot
 
 SVG = '<?xml version="1.0"?><!-- x --><svg viewBox="0 0 9 9"><g id="axis0" class="node"></g></svg>'
 

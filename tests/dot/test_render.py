@@ -10,7 +10,7 @@ import pydot
 import pytest
 
 import fxprune
-from fxprune.dot.render import DRAWN, SUFFIXES, check_target, write_picture
+from fxprune.draw.write import DRAWN, SUFFIXES, check_target, write_picture
 from fxprune.errors import ArgumentError, FxpruneError
 
 STARTS = {".svg": b"<?xml", ".png": b"\x89PNG", ".pdf": b"%PDF", ".html": b"<!DOCTYPE html>", ".dot": b"digraph"}

@@ -8,8 +8,8 @@ import networkx as nx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxprune.dot.atlas import Atlas
-from fxprune.dot.view import _Web, contracted, searched
+from fxprune.draw.atlas import Atlas
+from fxprune.draw.view import _Web, contracted, searched
 
 
 def test_activations_between_parameters_are_contracted_to_one_line(small: nx.Graph) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import networkx as nx
 
-from fxprune.dot.atlas import Atlas
-from fxprune.dot.words import Words, plural
+from fxprune.draw.atlas import Atlas
+from fxprune.draw.view import Words, plural
 
 
 def test_an_axis_has_a_short_label_and_a_full_description(small: nx.Graph) -> None:

@@ -17,14 +17,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fxprune
-import fxprune.dot.write
+import fxprune.draw.write
 from fxprune.axes import contains
 from fxprune.discovery.explain import frozen_axes
 from fxprune.discovery.groups import propagate
-from fxprune.dot.colours import hue_of
-from fxprune.dot.draw import _quoted
-from fxprune.dot.render import write_picture
-from fxprune.dot.write import write_dot
+from fxprune.draw.graphviz import _quoted, hue_of
+from fxprune.draw.write import write_dot, write_picture
 from fxprune.errors import FxpruneError, PlanError, UnknownNameError
 from fxprune.removal.plan import Plan
 from tests.models import tiny

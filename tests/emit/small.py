@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fxprune.emit.layout import survey
-from fxprune.emit.rebuilders import Rebuilder, block_rebuilder
+from fxprune.emit.layout import Rebuilder, block_rebuilder, survey
 
 __all__ = ["SmallBlock", "SmallConfig", "SmallModel", "rebuilder", "small"]
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from fxprune.emit.assemble import candidates_for
-from fxprune.emit.layout import survey
-from fxprune.emit.rebuilders import model_rebuilder
-from fxprune.emit.shared_widths import SharedWidths
+from fxprune.emit.choices import SharedWidths
+from fxprune.emit.layout import model_rebuilder, survey
+from fxprune.emit.recipe import EmissionTask
 from fxprune.emit.snapshot import Shape, shapes_of
-from fxprune.emit.task import EmissionTask
 from tests.emit.small import SmallModel, small
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from fxprune.emit.attention import attending, configs_of, implementations
-from fxprune.graph.surroundings import evaluating
+from fxprune.emit.load import attending, configs_of, implementations
+from fxprune.graph.context import evaluating
 from fxprune.modelling.block_config import block_config
 from tests.emit.small import small
 from tests.models import tiny, token_ids

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import nn
 
-from fxprune.emit.carry import carry_over
+from fxprune.emit.patch import carry_over
 
 
 def scaled(x: torch.Tensor, by: float) -> torch.Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from fxprune.emit.companions import with_companions
-from fxprune.emit.fields import Reads
-from fxprune.emit.rebuilders import Rebuilder
+from fxprune.emit.layout import Rebuilder
+from fxprune.emit.snapshot import Reads
+from fxprune.emit.solve import with_companions
 from fxprune.modelling.block_config import put_fields
 
 

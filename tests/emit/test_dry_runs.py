@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-import fxprune.emit.dry_runs as dry_runs
-from fxprune.emit.dry_runs import DryRuns
-from fxprune.emit.load import run_on_meta
-from fxprune.trace.twin import meta_twin
+import fxprune.emit.load as dry_runs
+from fxprune.emit.load import DryRuns, run_on_meta
+from fxprune.trace.inputs import meta_twin
 from tests.models import tiny
 
 Asked = list[tuple[int, str]]

@@ -8,8 +8,7 @@ from fxprune.axes import Keep
 from fxprune.discovery.dependency import Dependencies
 from fxprune.emit.emitted import Emitted, emit_from_graph
 from fxprune.errors import CheckpointError
-from fxprune.graph.facts import facts_of
-from fxprune.graph.source import Source
+from fxprune.graph.facts import Source, facts_of
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.removal.removal import Removal
 from fxprune.trace import trace

@@ -11,7 +11,7 @@ from torch import nn
 
 from fxprune.emit.emitter import emit
 from fxprune.emit.epsilons import Places, driving_fields, exaggerated, find_places, set_attributes
-from fxprune.removal.norms import Change
+from fxprune.removal.removal import Change
 from fxprune.trace import trace
 from tests.models import tiny
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxprune.emit.fields import Reads, keep_blocks, own_entries, part_of, record_reads, value_of
+from fxprune.emit.snapshot import Reads, keep_blocks, own_entries, part_of, record_reads, value_of
 from fxprune.modelling.block_config import put_fields
 from tests.emit.small import SmallBlock, SmallConfig
 

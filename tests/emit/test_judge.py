@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from fxprune.checkpoint.structure import describe
-from fxprune.emit.attention import implementations
-from fxprune.emit.judge import Judge, _agree
+from fxprune.emit.emitted import Judge, _agree
+from fxprune.emit.load import implementations
 from fxprune.errors import VerificationError
 from fxprune.trace import trace
-from fxprune.trace.twin import meta_twin
+from fxprune.trace.inputs import meta_twin
 from tests.emitted import cut, distance, logits
 from tests.models import tiny, token_ids
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from fxprune.emit.assemble import Candidate
-from fxprune.emit.mend import mended
+from fxprune.emit.assemble import Candidate, mended
 from fxprune.emit.recipe import Recipe
 
 

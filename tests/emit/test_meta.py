@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.emit.meta import build_on_meta, on_meta
-from fxprune.graph.attempts import Refusal
+from fxprune.emit.snapshot import build_on_meta, on_meta
+from fxprune.graph.context import Refusal
 from fxprune.modelling.blocks import CannotBuildError
 
 

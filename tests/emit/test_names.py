@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fxprune.emit.names import names_in, slim_name
+from fxprune.emit.snapshot import names_in, slim_name
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.emit.own_forward import check_own_forward
+from fxprune.emit.emitted import check_own_forward
 from fxprune.errors import PlanError
-from fxprune.graph.facts import facts_of
-from fxprune.graph.source import Source
+from fxprune.graph.facts import Source, facts_of
 from fxprune.trace import trace
 
 

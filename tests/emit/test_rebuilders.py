@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from fxprune.emit.layout import survey
-from fxprune.emit.rebuilders import block_rebuilder, model_rebuilder
+from fxprune.emit.layout import block_rebuilder, model_rebuilder, survey
 from fxprune.emit.snapshot import shapes_of
 from fxprune.emit.solve import Search
 from tests.emit.small import SmallModel, rebuilder, small

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fxprune.emit.blocks import remove_blocks
 from fxprune.emit.layout import survey
-from fxprune.emit.remove_blocks import remove_blocks
 from fxprune.modelling.blocks import BUILT_AT
 from tests.emit.small import small
 

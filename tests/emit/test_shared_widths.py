@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from fxprune.emit.layout import survey
-from fxprune.emit.rebuilders import model_rebuilder
-from fxprune.emit.shared_widths import SharedWidths, shared_widths_for
+from fxprune.emit.choices import SharedWidths, shared_widths_for
+from fxprune.emit.layout import model_rebuilder, survey
 from fxprune.emit.snapshot import Shape
 from tests.emit.small import SmallModel, small
 

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from torch import nn
 from transformers import PreTrainedConfig
 
-from fxprune.emit.fields import record_reads
-from fxprune.emit.rebuilders import Rebuilder
-from fxprune.emit.snapshot import shapes_of
+from fxprune.emit.layout import Rebuilder
+from fxprune.emit.snapshot import record_reads, shapes_of
 from fxprune.emit.solve import Search, explicit_fields, minimal
 from tests.emit.small import rebuilder, small
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import fxprune
 from fxprune.emit import Recipe, emit, rebuild
-from fxprune.emit.tables import combined_inputs
+from fxprune.emit.blocks import combined_inputs
 from fxprune.modelling.blocks import BUILT_AT
 from fxprune.modelling.table_rows import INPUTS, select_inputs
 from tests.emitted import cut, distance, greedy, logits, padding_error, through_disk

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fxprune
-from fxprune.graph.carrier import StreamCarrier
+from fxprune.offload.prefetch import StreamCarrier
 from tests.models import tiny, token_ids
 
 pytestmark = [

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.discovery.explain import frozen_axes
-from fxprune.graph.size_checks import refusal
+from fxprune.graph.shapes import refusal
 from tests.oracle import Net, graph_of, groups_of
 from tests.random_networks import check_every_removal
 

@@ -10,8 +10,7 @@ from torch import nn
 
 import fxprune
 from fxprune.discovery.explain import frozen_axes
-from fxprune.graph.blocks import Blocks
-from fxprune.graph.facts import facts_of
+from fxprune.graph.facts import Blocks, facts_of
 from tests.architectures import glm, memory, modules, text, vision
 from tests.architectures.library import LIBRARY, stirred
 from tests.oracle import (

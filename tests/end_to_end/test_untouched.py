@@ -65,8 +65,8 @@ def test_a_removal_that_fails_in_place_leaves_the_model_whole(
     at: str, kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model was cut already when the check of the slim graph failed."""
-    from fxprune.passes.emit import emit_model
-    from fxprune.passes.verify import verify_removal
+    from fxprune.passes import emit as emit_model
+    from fxprune.passes import verify as verify_removal
 
     def stop(*_: Any) -> Any:
         raise KeyboardInterrupt if at == "interrupt" else RuntimeError("no")

@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 
 import fxprune
 from fxprune.errors import EvaluationError
-from fxprune.evaluation.comparison import Column, Comparison, compare_models
-from fxprune.evaluation.measure import Evaluation
+from fxprune.evaluation.comparison import Column, Comparison, Evaluation, compare_models
 from fxprune.evaluation.perplexity import Perplexity
-from fxprune.evaluation.zeroshot import TaskScore
+from fxprune.evaluation.tasks import TaskScore
 from tests.evaluation.samples import QUESTIONS, TEXT, TOKENIZER, write
 
 

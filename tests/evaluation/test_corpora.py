@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fxprune.errors import EvaluationError, UnknownNameError
-from fxprune.evaluation.corpora import load_corpus, named_corpora
+from fxprune.evaluation.perplexity import load_corpus, named_corpora
 
 
 def test_texts_are_named_by_the_corpus_or_the_file() -> None:

@@ -12,11 +12,10 @@ from transformers import PreTrainedModel
 
 import fxprune
 from fxprune.errors import EvaluationError, UnknownNameError
-from fxprune.evaluation.corpora import CORPORA
-from fxprune.evaluation.in_blocks import InBlocks
-from fxprune.evaluation.measure import Evaluation
-from fxprune.evaluation.zeroshot import TaskScore, zero_shot
-from fxprune.masking.in_parts import parts_by_weights
+from fxprune.evaluation.comparison import Evaluation
+from fxprune.evaluation.perplexity import CORPORA
+from fxprune.evaluation.tasks import TaskScore, zero_shot
+from fxprune.masking.parts import InBlocks, parts_by_weights
 from tests.evaluation.samples import QUESTIONS, TEXT, TOKENIZER, write
 from tests.models import tiny, token_ids
 from tests.tokens import character_tokenizer

@@ -10,8 +10,8 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import ArgumentError
-from fxprune.evaluation import widths
-from fxprune.evaluation.widths import Widths, measure_widths, read_widths, write_widths
+from fxprune.evaluation import speed as widths
+from fxprune.evaluation.speed import Widths, measure_widths, read_widths, write_widths
 from tests.models import tiny
 
 CPU = torch.device("cpu")

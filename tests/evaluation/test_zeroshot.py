@@ -9,8 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fxprune.errors import EvaluationError, UnknownNameError
-from fxprune.evaluation.tasks import LocalTask
-from fxprune.evaluation.zeroshot import PAPER_TASKS, check_tasks, named_tasks, zero_shot
+from fxprune.evaluation.tasks import PAPER_TASKS, LocalTask, check_tasks, named_tasks, zero_shot
 from tests.evaluation.samples import QUESTIONS, SCHEMAS, TOKENIZER, write
 
 

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.engines.llama_server import LlamaServer
-from fxprune.export.gguf.archs import arch_named
-from fxprune.export.gguf.file import export_gguf
+from fxprune.export.gguf.format import arch_named
+from fxprune.export.gguf.write import export_gguf
 from tests.export.small import even, tokenizer, uneven, without
 from tests.models import VOCABULARY, token_ids
 

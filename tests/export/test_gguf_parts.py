@@ -16,16 +16,20 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import fxprune
 from benchmarks.engines.llama_server import LlamaServer
 from fxprune.errors import ExportError, UnknownNameError
-from fxprune.export.gguf.archs import arch_named, candidates, general_archs, names_in_format, place_of
-from fxprune.export.gguf.choose import contents_for
-from fxprune.export.gguf.decoder import read_decoder
-from fxprune.export.gguf.file import export_gguf
-from fxprune.export.gguf.header import layers_differ, read_header
-from fxprune.export.gguf.layout import LAYOUTS, Layout, lay_out
-from fxprune.export.gguf.reference import logits_of
+from fxprune.export.gguf.format import (
+    arch_named,
+    candidates,
+    general_archs,
+    layers_differ,
+    names_in_format,
+    place_of,
+    read_header,
+    type_named,
+)
+from fxprune.export.gguf.layout import LAYOUTS, Layout, lay_out, read_decoder
+from fxprune.export.gguf.reference import contents_for, logits_of
 from fxprune.export.gguf.tokenizer import copy_tokenizer, describe_tokenizer
-from fxprune.export.gguf.types import type_named
-from fxprune.export.gguf.write import type_in
+from fxprune.export.gguf.write import export_gguf, type_in
 from tests.export.small import even, tokenizer, uneven
 from tests.models import VOCABULARY, token_ids
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxprune.graph.arguments import read_argument, set_argument, with_argument
+from fxprune.graph.tensors import read_argument, set_argument, with_argument
 
 
 def test_values_are_read_and_written_where_they_stand() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fxprune.errors import FxpruneError, PlanError
-from fxprune.graph.attempts import Refusal, attempt, call_foreign, clear_errors
+from fxprune.graph.context import Refusal, attempt, call_foreign, clear_errors
 from fxprune.graph.tensors import get_tensor
 
 

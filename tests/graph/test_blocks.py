@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from fxprune.graph.blocks import find_blocks, owner_block, within
+from fxprune.graph.facts import find_blocks, owner_block, within
 from tests.models import tiny
 
 

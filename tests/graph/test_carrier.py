@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fxprune.errors import ArgumentError
-from fxprune.graph.carrier import (
+from fxprune.offload.prefetch import (
     Carrier,
     at_place,
     carrier_to,

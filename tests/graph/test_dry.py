@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxprune.graph.dry import WorkedOutOnce
+from fxprune.graph.shapes import WorkedOutOnce
 
 aten = torch.ops.aten
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.graph.exporting import as_exported, compiled_later, current_tracer, node_of, track, unseen, untraced
-from fxprune.trace.log import CallLog
+from fxprune.graph.context import as_exported, compiled_later, current_tracer, node_of, track, unseen, untraced
+from fxprune.trace.repeats.watch import CallLog
 
 
 class Doubled(nn.Module):

@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fxprune.graph.facts import Notes, add_note, facts_of
-from fxprune.graph.fork import fork, unshare
-from fxprune.graph.source import Source
+from fxprune.graph.facts import Notes, Source, add_note, facts_of, fork, unshare
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.trace.capture import trace
 from tests.oracle import Net

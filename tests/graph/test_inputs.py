@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-from fxprune.graph.inputs import example_of, input_tensors, is_input
+from fxprune.graph.tensors import example_of, input_tensors, is_input
 
 
 def graph() -> tuple[fx.Graph, dict[str, fx.Node]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxprune.graph.names import maker_of, output_name, starred, tensor_name
+from fxprune.graph.tensors import maker_of, output_name, starred, tensor_name
 
 
 def test_weights_go_by_their_own_name_and_the_rest_by_their_node() -> None:

@@ -10,8 +10,8 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import PassError
-from fxprune.graph import precision
-from fxprune.graph.precision import autocast, has_bf16, narrowed
+from fxprune.offload import prefetch as precision
+from fxprune.offload.prefetch import autocast, has_bf16, narrowed
 
 CPU = torch.device("cpu")
 

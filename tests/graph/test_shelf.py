@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fxprune.graph import shelf
-from fxprune.graph.shelf import shelved, stored, written_through
+from fxprune.offload import files as shelf
+from fxprune.offload.files import shelved, stored, written_through
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from fxprune.graph.silence import quiet, unprinted
+from fxprune.graph.context import quiet, unprinted
 
 
 def test_warnings_and_logs_are_hidden_and_come_back(caplog: pytest.LogCaptureFixture) -> None:

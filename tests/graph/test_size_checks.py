@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.graph.size_checks import limits_of, refusal
+from fxprune.graph.shapes import limits_of, refusal
 
 aten = torch.ops.aten
 

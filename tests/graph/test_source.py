@@ -7,8 +7,8 @@ import dataclasses
 import torch
 from torch import nn
 
-from fxprune.graph.facts import facts_of
-from fxprune.graph.source import Constants, Source, put_values
+from fxprune.graph.facts import Constants, Source, facts_of
+from fxprune.offload.files import put_values
 from fxprune.trace.capture import trace
 from tests.oracle import Net
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import fxprune
 from fxprune.errors import UnsupportedModelError
 from fxprune.evaluation import perplexity
-from fxprune.graph.spread import check_loaded, check_together, check_whole, input_device, is_sharded
+from fxprune.offload.ranks import check_loaded, check_together, check_whole, input_device, is_sharded
 from tests.models import tiny, token_ids
 
 OPTIONS: dict[str, Any] = {"recipe": "llm-pruner", "ratio": 0.2, "protect": ()}

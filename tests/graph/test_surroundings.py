@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.graph.surroundings import neutral, own_randomness
+from fxprune.graph.context import neutral, own_randomness
 
 
 def test_nothing_of_a_users_context_reaches_inside() -> None:

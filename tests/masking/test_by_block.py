@@ -12,8 +12,16 @@ from torch import fx
 from fxprune.discovery.dependency import Dependencies
 from fxprune.errors import VerificationError
 from fxprune.graph.facts import Notes, facts_of
-from fxprune.masking.by_block import leaving_nodes, masked_by_block, slim_by_block
-from fxprune.masking.compare import TOLERANCE, Verified, compare, masked_outputs, slim_outputs
+from fxprune.masking.compare import (
+    TOLERANCE,
+    Verified,
+    compare,
+    leaving_nodes,
+    masked_by_block,
+    masked_outputs,
+    slim_by_block,
+    slim_outputs,
+)
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.removal.removal import Removal
 from fxprune.trace import trace

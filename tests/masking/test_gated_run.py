@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from fxprune.axes import Keep
-from fxprune.discovery.consumers import consumers_of, find_consumers, units_at
+from fxprune.discovery.groups import consumers_of, find_consumers, units_at
 from fxprune.masking.compare import compare, masked_outputs
-from fxprune.masking.gated_run import GatedRun, spread_gates
+from fxprune.masking.masked_run import GatedRun, spread_gates
 from tests.oracle import Net, axes_of, discover, groups_of
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))

@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.graph.carrier import Carrier, at_place, carrying
-from fxprune.graph.shelf import shelved
 from fxprune.graph.tensors import weights
-from fxprune.masking.cuts import Part, cut
-from fxprune.masking.in_parts import PartRuns
 from fxprune.masking.masked_run import output_tensors
+from fxprune.masking.parts import Part, PartRuns, cut
+from fxprune.offload.files import shelved
+from fxprune.offload.prefetch import Carrier, at_place, carrying
 from fxprune.pipeline.registry import load_pass
 from tests.models import tiny, token_ids
 from tests.oracle import discover

@@ -8,8 +8,8 @@ from torch import nn
 
 from fxprune.data.calibration import Sample
 from fxprune.errors import PassError
-from fxprune.masking.lessons import LessonBatch, divergence, learn, lesson_batches, logits_of
 from fxprune.masking.masked_run import UntouchedRun
+from fxprune.masking.teacher import LessonBatch, divergence, learn, lesson_batches, logits_of
 from tests.oracle import Net, discover
 
 SAMPLES = [Sample({"x": torch.randn(1, n, 3)}, torch.zeros(1, n)) for n in (4, 5, 4)]

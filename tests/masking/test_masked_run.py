@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.axes import Keep
-from fxprune.graph.fork import fork
+from fxprune.graph.facts import fork
 from fxprune.masking.masked_run import MaskedRun, PreciseRun, output_tensors
 from fxprune.pipeline.pipeline import Pipeline
 from tests.models import tiny, token_ids

@@ -11,7 +11,7 @@ from torch import nn
 
 from fxprune.data.calibration import Sample
 from fxprune.errors import CalibrationError
-from fxprune.masking.observe import observe
+from fxprune.masking.parts import observe
 from tests.oracle import Net, discover
 
 

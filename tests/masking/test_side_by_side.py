@@ -9,9 +9,8 @@ import torch
 from torch import fx, nn
 
 from fxprune.axes import Keep
-from fxprune.graph.carrier import Carrier, at_place, carrying
-from fxprune.masking.compare import compare, masked_outputs, slim_outputs
-from fxprune.masking.side_by_side import SideBySide
+from fxprune.masking.compare import SideBySide, compare, masked_outputs, slim_outputs
+from fxprune.offload.prefetch import Carrier, at_place, carrying
 from tests.oracle import Net, axes_of, discover, groups_of
 
 

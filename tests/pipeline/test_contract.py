@@ -16,8 +16,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
 from fxprune.errors import FxpruneError, PassError
-from fxprune.graph.facts import Change, Fact, Facts, facts_of
-from fxprune.graph.fork import fork
+from fxprune.graph.facts import Change, Fact, Facts, facts_of, fork
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.pipeline.contract import STAGES, Pass, PassResult
 from fxprune.pipeline.pipeline import PassSequence, Pipeline

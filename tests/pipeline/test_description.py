@@ -8,8 +8,7 @@ import pytest
 
 import fxprune
 from fxprune.pipeline import registry
-from fxprune.pipeline.description import Argument, arguments_of, example_of, in_order, plain
-from fxprune.pipeline.registry import pass_class
+from fxprune.pipeline.registry import Argument, arguments_of, example_of, in_order, pass_class, plain
 
 
 @pytest.mark.parametrize("name", fxprune.pass_names())

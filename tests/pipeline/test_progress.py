@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxprune.pipeline.progress import no_progress
+from fxprune.pipeline.contract import no_progress
 
 
 def test_items_pass_as_they_are() -> None:

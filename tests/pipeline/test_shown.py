@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import fxprune
+from fxprune.pipeline.notebook import html_table
 from fxprune.pipeline.pipeline import Pipeline
-from fxprune.pipeline.shown import html_table
 from tests.models import tiny
 
 

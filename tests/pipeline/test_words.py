@@ -9,13 +9,13 @@ import sys
 import pytest
 
 import fxprune
-import fxprune.pipeline.words
+import fxprune.pipeline.arguments
 from fxprune.discovery.groups import KINDS
 from tests.models import tiny
 
 
 def test_words_need_no_torch() -> None:
-    code = "import sys, fxprune.pipeline.words; print('torch' in sys.modules)"
+    code = "import sys, fxprune.pipeline.arguments; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
     assert fxprune.pipeline.words.KINDS is KINDS
 

@@ -12,8 +12,7 @@ from torch import fx, nn
 import fxprune
 from fxprune.errors import FxpruneError
 from fxprune.graph.compat import tree_leaves, tree_map
-from fxprune.graph.facts import facts_of
-from fxprune.graph.fork import fork, unshare
+from fxprune.graph.facts import facts_of, fork, unshare
 from fxprune.masking.compare import compare
 from fxprune.pipeline.registry import load_pass
 from fxprune.trace.fidelity import Fidelity, tolerance

@@ -11,10 +11,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from fxprune.data.calibration import IGNORED
-from fxprune.data.rows import TEMPLATE
+from fxprune.data.text import TEMPLATE
 from fxprune.errors import DataError
-from fxprune.recovery.data import TrainingData, collate, read_training_data
-from fxprune.recovery.formats import Example, Formatter
+from fxprune.recovery.data import Example, Formatter, TrainingData, collate, read_training_data
 from fxprune.recovery.settings import RecoverySettings, settings_from
 from tests.tokens import character_tokenizer
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import fxprune.recovery.distil as distil
+import fxprune.recovery.train as distil
 from fxprune.errors import RecoveryError
-from fxprune.recovery.distil import Distillation, distillation_sum
+from fxprune.recovery.train import Distillation, distillation_sum
 from tests.models import tiny
 
 

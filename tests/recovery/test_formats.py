@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from fxprune.data.calibration import IGNORED
-from fxprune.data.rows import TEMPLATE, TEMPLATE_WITH_INPUT, BadRow, kind_of
-from fxprune.recovery.formats import Example, Formatter
+from fxprune.data.text import TEMPLATE, TEMPLATE_WITH_INPUT, BadRow, kind_of
+from fxprune.recovery.data import Example, Formatter
 from tests.tokens import character_tokenizer
 
 

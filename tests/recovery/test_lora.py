@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.emit.names import slim_name
+from fxprune.emit.snapshot import slim_name
 from fxprune.errors import RecoveryError
-from fxprune.graph.surroundings import evaluating
+from fxprune.graph.context import evaluating
 from fxprune.recovery.lora import attach_lora, find_targets, merge_lora
 from fxprune.recovery.settings import RecoverySettings
 from fxprune.removal.plan import Plan

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fxprune.errors import RecoveryError, VerificationError
-from fxprune.recovery.ownership import as_before, claim, fingerprint, last_checkpoint, own, run_folder
+from fxprune.recovery.run import as_before, claim, fingerprint, last_checkpoint, own, run_folder
 from tests.models import tiny
 
 

@@ -23,11 +23,9 @@ from fxprune.data.calibration import IGNORED, next_token_loss
 from fxprune.errors import DataError, RecoveryError, UnsupportedModelError, VerificationError
 from fxprune.graph.tensors import weights
 from fxprune.recovery import Distillation, RecoverySettings
-from fxprune.recovery.checks import padding_of
-from fxprune.recovery.distil import distillation_sum
 from fxprune.recovery.lora import attach_lora, find_targets, merge_lora
-from fxprune.recovery.ownership import last_checkpoint
-from fxprune.recovery.run import Recovery
+from fxprune.recovery.run import Recovery, last_checkpoint, padding_of
+from fxprune.recovery.train import distillation_sum
 from tests.models import tiny, token_ids
 from tests.tokens import character_tokenizer
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fxprune.data.built_in import built_in_text
-from fxprune.data.rows import BadRow
+from fxprune.data.text import BadRow
 from fxprune.errors import DataError
-from fxprune.recovery.rows import read_rows
+from fxprune.recovery.data import read_rows
 
 ROWS = [{"text": "one"}, {"text": "two"}]
 

@@ -12,8 +12,7 @@ from torch import nn
 import fxprune
 from fxprune.errors import FxpruneError, PassError
 from fxprune.graph.counting import count_macs
-from fxprune.removal.budget import check_budget, make_budget
-from fxprune.removal.timings import read_timing
+from fxprune.removal.budget import check_budget, make_budget, read_timing
 from tests.models import tiny
 from tests.oracle import Net, axes_of, discover
 

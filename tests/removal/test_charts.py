@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fxprune.removal.charts import Column, bars, boxes
+from fxprune.report.page import Column, bars, boxes
 
 COLUMNS = [Column(str(i), f"block <{i}>") for i in range(40)]
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fxprune.errors import PlanError
-from fxprune.removal.differences import Difference, differences
-from fxprune.removal.plan import Plan
+from fxprune.removal.plan import Difference, Plan, differences
 
 
 def plan(**kept: list[int]) -> Plan:

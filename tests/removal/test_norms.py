@@ -1,4 +1,4 @@
-"""`fxprune.removal.norms`: how numbers and weights change where norms are kept, against the norm written out."""
+"""`fxprune.removal.removal`: how numbers and weights change where norms are kept, against the norm written out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fxprune.axes import Keep
-from fxprune.removal.norms import Change, Scaling, kept_in, scaled_numbers, scaled_weights, unkept_in
+from fxprune.removal.removal import Change, Scaling, kept_in, scaled_numbers, scaled_weights, unkept_in
 from tests.oracle import Net, axes_of, discover, groups_of
 
 

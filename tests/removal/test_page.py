@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.removal.page import headlines, kinds_of, page
-from fxprune.removal.report import GroupSize, Report, Spread
+from fxprune.report.page import headlines, kinds_of, page
+from fxprune.report.report import GroupSize, Report, Spread
 from tests.models import tiny, token_ids
 from tests.oracle import Net
 

@@ -13,7 +13,8 @@ from torch import nn
 from fxprune.axes import Factor, Keep
 from fxprune.discovery.groups import Group
 from fxprune.errors import ArgumentError
-from fxprune.removal.report import (
+from fxprune.removal.scores import Scores
+from fxprune.report.report import (
     GroupSize,
     Report,
     Spread,
@@ -23,7 +24,6 @@ from fxprune.removal.report import (
     spreads_of,
     widths_of,
 )
-from fxprune.removal.scores import Scores
 from tests.oracle import Net, axes_of, discover, groups_of
 
 REPORT = Report(parameters=(200, 150), macs=(1000, 800), tokens=64, widths={"g": (4, 3)}, notes=("a note",))

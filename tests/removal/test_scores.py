@@ -12,8 +12,7 @@ from torch import nn
 
 from fxprune.discovery.groups import Group
 from fxprune.errors import PlanError, UnknownNameError
-from fxprune.removal.reductions import REDUCTIONS
-from fxprune.removal.scores import Scores, score_groups, unit_scores
+from fxprune.removal.scores import REDUCTIONS, Scores, score_groups, unit_scores
 from tests.oracle import Net, discover, groups_of
 
 

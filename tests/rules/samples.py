@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_map_only
 
-from fxprune.graph.names import output_name
+from fxprune.graph.tensors import output_name
 from fxprune.rules import registered_rules
 from fxprune.rules.apply import apply_rule, fresh_axes
 from fxprune.rules.statements import Positions, Statements, TensorAxes

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxprune.rules.diagonals import diagonal
 from fxprune.rules.registry import find_rule
+from fxprune.rules.shape import diagonal
 from tests.rules.samples import Applied, call, x
 
 aten = torch.ops.aten

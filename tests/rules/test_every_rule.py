@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fxprune.axes import Expr, Factor, Keep, factors, kept_mask, kept_size
-from fxprune.discovery.roles import settle_experts
+from fxprune.discovery.dependency import settle_experts
 from fxprune.discovery.zeros import ZeroWalk
-from fxprune.graph.arguments import with_argument
 from fxprune.graph.compat import tree_leaves
+from fxprune.graph.tensors import with_argument
 from fxprune.rules.statements import Axis, TensorAxes
 from tests.rules.page import PAGE, page
 from tests.rules.samples import Applied, Sample, Tensors, samples

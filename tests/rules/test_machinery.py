@@ -10,35 +10,25 @@ from torch import fx, nn
 
 import fxprune
 from fxprune.graph.compat import tree_leaves
-from fxprune.rules.aliasing import alias_roots, may_alias, regroups, writes
-from fxprune.rules.apply import fresh_axes, run_alone
-from fxprune.rules.descriptions import Descriptions, describe
-from fxprune.rules.outcome import outcome
-from fxprune.rules.patterns import Letter, TensorPattern
-from fxprune.rules.positions import pick
-from fxprune.rules.product import weight_product
+from fxprune.rules.aliasing import alias_roots, find_spelling, may_alias, regroups, writes
+from fxprune.rules.apply import Descriptions, describe, fresh_axes, run_alone
+from fxprune.rules.notation import Letter, TensorPattern
+from fxprune.rules.probing import outcome
+from fxprune.rules.products import weight_product
 from fxprune.rules.registry import registered_rules
-from fxprune.rules.site import OpSite
-from fxprune.rules.spelling import find_spelling
+from fxprune.rules.routing import pick
+from fxprune.rules.site import Arguments, OpSite, op_name
 from fxprune.rules.statements import Statements
-from fxprune.rules.write import Arguments, op_name
 
 aten = torch.ops.aten
 
 THEMES = {
-    "fxprune.rules.attention",
-    "fxprune.rules.complex",
     "fxprune.rules.contraction",
-    "fxprune.rules.convolution",
-    "fxprune.rules.creation",
-    "fxprune.rules.cutting",
-    "fxprune.rules.diagonals",
-    "fxprune.rules.indexing",
-    "fxprune.rules.norm",
     "fxprune.rules.pointwise",
-    "fxprune.rules.reduction",
-    "fxprune.rules.routing",
+    "fxprune.rules.convolution",
     "fxprune.rules.shape",
+    "fxprune.rules.routing",
+    "fxprune.rules.reduction",
 }
 
 
@@ -63,7 +53,7 @@ def test_every_theme_has_rules_and_every_function_a_theme() -> None:
     made = {
         rule.state.__module__
         for rule in registered_rules().values()
-        if rule.state.__module__ != "fxprune.rules.patterns"
+        if rule.state.__module__ != "fxprune.rules.notation"
     }
     assert made == THEMES
     assert set(sys.modules) >= THEMES

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fxprune.passes.select.rounding import Rounding
-from fxprune.passes.select.slots import make_slots
+from fxprune.passes.select.base import Rounding, make_slots
 from torch import fx, nn
 from transformers import AutoModelForCausalLM
 

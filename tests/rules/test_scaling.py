@@ -1,4 +1,4 @@
-"""`fxprune.rules.scaling`: what becomes of a factor in an elementwise op, and which number has to have it too."""
+"""`fxprune.rules.probing`: what becomes of a factor in an elementwise op, and which number has to have it too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fxprune.rules.scaling import power_of, scaled_literal, shift_of
+from fxprune.rules.probing import power_of, scaled_literal, shift_of
 from fxprune.trace import trace
 
 

@@ -9,8 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.rules.sliding import lone_sliding_products, sliding_product
-from fxprune.rules.stacked import lone_stacked_products, picked_matrices, stacked_product
+from fxprune.rules.products import (
+    lone_sliding_products,
+    lone_stacked_products,
+    picked_matrices,
+    sliding_product,
+    stacked_product,
+)
 from fxprune.trace import trace
 from tests.oracle import Net
 

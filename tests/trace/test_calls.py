@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.trace.calls import Dependence, dependence
+from fxprune.trace.repeats.grouping import Dependence, dependence
 from tests.models import tiny
 from tests.oracle import Net
 

@@ -12,7 +12,7 @@ from fxprune.errors import TraceError
 from fxprune.graph.facts import Notes, Runnable, Shaped, facts_of
 from fxprune.graph.tensors import weights
 from fxprune.trace.capture import trace
-from fxprune.trace.twin import meta_twin
+from fxprune.trace.inputs import meta_twin
 from tests.models import tiny, token_ids
 from tests.oracle import Net
 

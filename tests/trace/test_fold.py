@@ -15,7 +15,7 @@ import fxprune
 from fxprune.axes import Keep
 from tests.oracle import Net, axes_of, check_removes_exactly, discover, groups_of, slim_graph
 
-fold = importlib.import_module("fxprune.trace.fold")  # the name ``trace`` of the package is the function
+fold = importlib.import_module("fxprune.trace.canonical")  # the name ``trace`` of the package is the function
 
 Body = Callable[[Any, torch.Tensor], torch.Tensor]
 

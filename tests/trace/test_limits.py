@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.graph.inputs import input_tensors
-from fxprune.graph.size_checks import limits_of, refusal
+from fxprune.graph.shapes import limits_of, refusal
+from fxprune.graph.tensors import input_tensors
 from fxprune.trace.limits import forbid, sizes_of
 from tests.oracle import Net
 

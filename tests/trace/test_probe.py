@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 import fxprune
-from fxprune.trace.probe import TOLERANCE, Probe
+from fxprune.trace.fidelity import TOLERANCE, Probe
 
 X = {"x": torch.randn(2, 5, 3)}
 

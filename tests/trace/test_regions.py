@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 import fxprune
-from fxprune.trace.regions import copy_body
+from fxprune.trace.lower import copy_body
 from tests.oracle import Net
 
 aten = torch.ops.aten

@@ -14,13 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune.graph.exporting import current_tracer
-from fxprune.trace import copies
+from fxprune.graph.context import current_tracer
 from fxprune.trace.capture import Traced
-from fxprune.trace.copies import stand_in
-from fxprune.trace.log import CallLog
-from fxprune.trace.repeats import Observed, Repeats, calls_dry, observe
-from fxprune.trace.watch import Watch
+from fxprune.trace.repeats import copies
+from fxprune.trace.repeats.copies import stand_in
+from fxprune.trace.repeats.grouping import Observed, Repeats, calls_dry, observe
+from fxprune.trace.repeats.watch import BlockWatch, CallLog
 from tests.models import tiny, token_ids
 
 CAPTURE = sys.modules["fxprune.trace.capture"]
@@ -398,6 +397,6 @@ def test_outside_of_an_export_stand_ins_are_the_blocks() -> None:
 
 
 def test_functions_are_logged_and_ops_watched() -> None:
-    with CallLog() as log, Watch() as watch:
+    with CallLog() as log, BlockWatch() as watch:
         torch.ones(2).relu()
     assert [name for name, *_ in log.calls] == ["torch.ones", "torch.Tensor.relu"] and watch.alike() == []

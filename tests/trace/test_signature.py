@@ -11,7 +11,7 @@ from torch import fx, nn
 
 import fxprune
 from fxprune.errors import FxpruneError
-from fxprune.trace.signature import add_inputs, called_with, read_leaves
+from fxprune.trace.lower import add_inputs, called_with, read_leaves
 
 
 class Takes(nn.Module):

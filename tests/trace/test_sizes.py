@@ -11,7 +11,7 @@ from fxprune.data.verification import make_inputs
 from fxprune.graph.compat import is_free
 from fxprune.graph.counting import count_macs
 from fxprune.trace.capture import trace
-from fxprune.trace.sizes import pin_sizes
+from fxprune.trace.limits import pin_sizes
 from tests.oracle import Net
 from tests.zoo import tiny_model, token_ids
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import weight_norm
 
 from fxprune.graph.compat import fake_mode
-from fxprune.trace.twin import alias_twin, fake_twin, hooks_left_out, meta_twin
+from fxprune.trace.inputs import alias_twin, fake_twin, hooks_left_out, meta_twin
 
 
 def net() -> nn.Sequential:

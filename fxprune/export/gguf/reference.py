@@ -1,4 +1,4 @@
-"""What is computed from a GGUF file, in torch: a file is compared with its model before it is written."""
+"""Logits computed from GGUF tensors, and the architecture found by comparing them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 
-from fxprune.export.gguf.archs import joined
-from fxprune.export.gguf.layout import Contents
+from fxprune.errors import ExportError
+from fxprune.export.gguf.format import Arch, candidates, joined, names_in_format, place_of
+from fxprune.export.gguf.layout import LAYOUTS, Contents, Decoder, Layout, Unsaid, lay_out
+from fxprune.masking.compare import compare
 
-__all__ = ["logits_of"]
+__all__ = ["contents_for", "logits_of"]
 
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -157,3 +159,52 @@ class _Reader:
         parts = (a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin())
         turned = torch.cat(parts, -1) if self.arch.rotary == "halves" else torch.stack(parts, -1).flatten(-2)
         return torch.cat([turned, rest], -1)
+
+
+def contents_for(decoder: Decoder, tolerance: float) -> Contents:
+    """Return what a file holds that computes what a model does.
+
+    The architecture of the model's own type comes first; those whose blocks may differ are tried where it does not do.
+
+    Args:
+        decoder: the model.
+        tolerance: largest accepted difference of logits, relative to the largest one.
+
+    Raises:
+        ExportError: none does; with the reason of each.
+    """
+    model_type = str(getattr(decoder.config, "model_type", ""))
+    reasons = []
+    for arch in candidates(model_type):
+        found = _first_that_agrees(decoder, arch, tolerance)
+        if isinstance(found, Contents):
+            return found
+        reasons.append(found)
+    raise ExportError(
+        f"the format cannot say this model: {'; '.join(dict.fromkeys(reasons))}",
+        where=model_type,
+        remedy="Prune to equal blocks with uniform=True, or export a .pt2 or .onnx file",
+    )
+
+
+def _first_that_agrees(decoder: Decoder, arch: Arch, tolerance: float) -> Contents | str:
+    """Return the contents of a file of one architecture, or why there are none."""
+    reason = ""
+    for layout in _layouts(decoder, arch):
+        try:
+            contents = lay_out(decoder, arch, layout)
+        except Unsaid as error:
+            return reason or str(error)
+        error_of_logits = compare([decoder.logits], [logits_of(contents, decoder.tokens)])
+        if error_of_logits <= tolerance:
+            return contents
+        reason = reason or f"architecture {arch.name} computes something else, by {error_of_logits:.1e}"
+    return reason
+
+
+def _layouts(decoder: Decoder, arch: Arch) -> list[Layout]:
+    """Return the layouts that may matter: a model without a fused tensor, or without rotation, has fewer."""
+    whole = joined("attention")[0]
+    fused = any(whole in names_in_format(place_of(name)[1], arch) for name in decoder.tensors)
+    found = [layout for layout in LAYOUTS if fused or layout.fused == LAYOUTS[0].fused]
+    return [layout for layout in found if decoder.rotary is not None or layout.rotary == LAYOUTS[0].rotary]

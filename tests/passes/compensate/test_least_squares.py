@@ -14,8 +14,7 @@ import fxprune
 from fxprune.axes import Keep
 from fxprune.data.calibration import Calibration, Sample, stacked
 from fxprune.errors import CalibrationError, FxpruneError, PassError, UnknownNameError
-from fxprune.graph.facts import facts_of
-from fxprune.graph.fork import fork
+from fxprune.graph.facts import facts_of, fork
 from fxprune.graph.tensors import get_tensor, weights
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass

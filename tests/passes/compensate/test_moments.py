@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fxprune.passes.compensate.moments import Damping, Moments, Stack, best_damping
+from fxprune.passes.compensate.least_squares import Damping, Moments, Stack, best_damping
 
 
 def moments(seed: int, tokens: int, noise: float) -> Moments:

@@ -7,7 +7,7 @@ import torch
 from fxprune.passes.compensate import RotationPass
 
 from fxprune.errors import ArgumentError
-from fxprune.graph.fork import fork
+from fxprune.graph.facts import fork
 from fxprune.graph.tensors import get_tensor
 from tests.passes.compensate.test_least_squares import X, network, planned
 

@@ -11,7 +11,7 @@ from fxprune.passes.compensate import LeastSquaresPass, RotationPass
 from torch import nn
 
 import fxprune
-from fxprune.graph.fork import fork
+from fxprune.graph.facts import fork
 from fxprune.graph.tensors import get_tensor
 from tests.models import tiny, token_ids
 from tests.oracle import Net

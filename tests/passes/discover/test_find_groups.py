@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from fxprune.passes.discover import FindGroupsPass
+from fxprune.passes.find_groups import FindGroupsPass
 from torch import nn
 
 from fxprune.discovery.dependency import Dependencies

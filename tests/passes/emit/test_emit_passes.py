@@ -7,16 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fxprune.passes.emit import EmitModelPass, MakeReportPass, SaveCheckpointPass
-from fxprune.passes.emit.save_checkpoint import Saved
+from fxprune.passes.emit import EmitModelPass, MakeReportPass, SaveCheckpointPass, Saved
 from torch import nn
 
 from fxprune.emit.emitted import Emitted
 from fxprune.errors import CheckpointError, PassError
-from fxprune.graph.facts import facts_of
-from fxprune.graph.source import Source
+from fxprune.graph.facts import Source, facts_of
 from fxprune.pipeline.pipeline import Pipeline
-from fxprune.removal.report import Report
+from fxprune.report.report import Report
 from fxprune.trace import trace
 from tests.models import tiny
 from tests.oracle import Net

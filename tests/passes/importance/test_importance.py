@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fxprune.passes.importance import activations, sums, taylor
-from fxprune.passes.importance.base import ImportancePass
-from fxprune.passes.importance.memory import parts_within
+from fxprune.passes.importance import taylor
+from fxprune.passes.importance import taylor as activations
+from fxprune.passes.importance import taylor as sums
+from fxprune.passes.importance.base import ImportancePass, parts_within
 from torch import fx, nn
 
 from fxprune.errors import CalibrationError, PassError, UnknownNameError
 from fxprune.graph.facts import facts_of
 from fxprune.pipeline.registry import load_pass
-from fxprune.removal.reductions import REDUCTIONS
-from fxprune.removal.scores import Scores
+from fxprune.removal.scores import REDUCTIONS, Scores
 from tests.models import tiny, token_ids
 from tests.oracle import discover, groups_of
 

@@ -13,8 +13,7 @@ from torch import fx, nn
 from fxprune.axes import Keep
 from fxprune.data.calibration import Calibration, Sample
 from fxprune.errors import ArgumentError, CalibrationError
-from fxprune.graph.facts import facts_of
-from fxprune.graph.fork import fork
+from fxprune.graph.facts import facts_of, fork
 from fxprune.masking.compare import masked_outputs
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from fxprune.passes.prepare import CalibratePass, CountWorkPass, MakeVerificationInputsPass
+from fxprune.passes.calibrate import CalibratePass
+from fxprune.passes.emit import CountWorkPass
+from fxprune.passes.verify import MakeVerificationInputsPass
 from torch import fx, nn
 
 from fxprune.data.built_in import general_samples
@@ -15,10 +17,10 @@ from fxprune.data.calibration import Calibration
 from fxprune.data.verification import VerificationInputs
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Notes, facts_of
-from fxprune.graph.shelf import shelved
+from fxprune.offload.files import shelved
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.removal.removal import Removal
-from fxprune.removal.report import Work
+from fxprune.report.report import Work
 from fxprune.trace import trace
 from tests.models import tiny, token_ids
 from tests.oracle import Net

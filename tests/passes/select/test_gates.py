@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from fxprune.passes.select import SelectByRatioPass
-from fxprune.passes.select.gates import Gates, project
+from fxprune.passes.select.by_gates import Gates, project
 from fxprune.passes.select.judge import Judge
 from torch import fx
 
 from fxprune.data.calibration import Calibration
 from fxprune.errors import ArgumentError, PassError
 from fxprune.graph.facts import Notes, facts_of
-from fxprune.masking.gated_run import GatedRun
+from fxprune.masking.masked_run import GatedRun
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fxprune.passes.select.judge import Judge
-from fxprune.passes.select.ranking import normalised
+from fxprune.passes.select.base import Option, Slot
+from fxprune.passes.select.judge import Judge, move, picture, shares_of
+from fxprune.passes.select.ratio import normalised
 from fxprune.passes.select.search import SelectBySearchPass
-from fxprune.passes.select.shares import move, picture, shares_of
-from fxprune.passes.select.slots import Option, Slot
 from torch import fx
 
 from fxprune.axes import Keep

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fxprune.passes.select.rounding import Rounding
-from fxprune.passes.select.slots import Option, default_protect, make_slots, protected_blocks
+from fxprune.passes.select.base import Option, Rounding, default_protect, make_slots, protected_blocks
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx

@@ -14,12 +14,9 @@ from torch import fx, nn
 import fxprune
 from fxprune.axes import Keep
 from fxprune.errors import PassError, VerificationError
-from fxprune.graph.blocks import Blocks
 from fxprune.graph.compat import FakeTensorProp, tree_leaves
-from fxprune.graph.facts import facts_of
-from fxprune.graph.fork import fork
+from fxprune.graph.facts import Blocks, Source, facts_of, fork
 from fxprune.graph.shapes import ShapedCalls
-from fxprune.graph.source import Source
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.masking.compare import Expected, Verified
 from fxprune.pipeline.contract import PassResult

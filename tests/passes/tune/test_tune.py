@@ -12,16 +12,14 @@ import pytest
 import torch
 from fxprune.passes.tune import RecordTeacherPass, TunePass
 from fxprune.passes.tune.teacher import Lesson, Teacher, divergence, lesson_batches, logits_of
-from fxprune.passes.tune.training import Training
-from fxprune.passes.tune.vectors import TunedRun, Vectors
-from fxprune.passes.tune.weights import Weights
+from fxprune.passes.tune.tune import Training
+from fxprune.passes.tune.vectors import TunedRun, Vectors, Weights
 from torch import fx, nn
 
 import fxprune
 from fxprune.data.calibration import Calibration, Sample, next_token_loss
 from fxprune.errors import ArgumentError, CalibrationError, PassError, UnknownNameError
-from fxprune.graph.facts import Notes, facts_of
-from fxprune.graph.fork import fork
+from fxprune.graph.facts import Notes, facts_of, fork
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.masking.compare import Verified
 from fxprune.masking.masked_run import UntouchedRun
@@ -411,7 +409,7 @@ def test_copies_with_noise_are_learned_from_and_nothing_held_out_is_changed(slim
 def test_without_tokens_there_is_no_noise_and_the_report_says_so(
     slim: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fxprune.passes.tune.record_teacher.token_input", lambda _: None)
+    monkeypatch.setattr("fxprune.passes.tune.teacher.token_input", lambda _: None)
     graph_module = RecordTeacherPass(samples=8, copies=3, noise=0.9)(fork(slim)).graph_module
     assert len(facts_of(graph_module)[Teacher].lessons) == 7
     assert any("looks up no token" in note for note in facts_of(graph_module)[Notes].lines)

@@ -1,0 +1,336 @@
+"""A dependency graph indexed for drawing, with equal blocks folded.
+
+Two blocks are the same where their part of the dependency graph is: the same axes made of the same kinds of units, with
+the same couplings by the same ops. Sizes may differ, as they do in a slim model, and so may names: those of weights
+count from the block on, activations by their place in it, and what comes in from the block before as such.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import networkx as nx
+
+from fxprune.axes import Factor, Keep, factors, render
+from fxprune.discovery.dependency import AxisMap, axis_map
+from fxprune.discovery.groups import Group, find_groups
+from fxprune.graph.facts import owner_block
+from fxprune.graph.tensors import maker_of
+from fxprune.removal.plan import Plan, keep_of
+from fxprune.rules.statements import Axis
+
+__all__ = ["Atlas", "Fold", "find_folds", "numbered"]
+
+
+class Atlas:
+    """A dependency graph, its groups, and what is quick to look up in them.
+
+    Args:
+        graph: the dependency graph; ``Atlas.graph`` has the uses of tied weights at the names that their modules have.
+        plan: what goes of the model; None where nothing is said of that.
+
+    Raises:
+        PlanError: the plan is of another model.
+    """
+
+    def __init__(self, graph: nx.Graph[Axis], plan: Plan | None = None) -> None:
+        self.axes: AxisMap = axis_map(graph)
+        self.graph = _with_own_uses(graph, self.axes)
+        self.groups: tuple[Group, ...] = find_groups(graph)
+        self.by_factor: dict[Factor, Group] = {g.factor: g for g in self.groups if g.factor is not None}
+        self.weights: frozenset[str] = frozenset(self.axes.weights())
+        self.keep: Keep | None = None if plan is None else keep_of(self.axes, self.groups, plan)
+        self.removed: tuple[str, ...] = () if plan is None else plan.removed_blocks
+
+    @cached_property
+    def holding(self) -> dict[Factor, list[Axis]]:
+        """The axes that hold each factor."""
+        found: dict[Factor, list[Axis]] = {}
+        for axis in self.graph.nodes:
+            for factor in self.factors(axis):
+                found.setdefault(factor, []).append(axis)
+        return found
+
+    def part(self, factor: Factor) -> nx.Graph[Axis]:
+        """Return the axes that hold a factor with what couples them, in the order of the graph.
+
+        A subgraph of networkx goes through a set, whose order, and with it which of two ways as short is shown, differs
+        from process to process.
+        """
+        inside = dict.fromkeys(self.holding[factor])
+        part: nx.Graph[Axis] = nx.Graph()
+        part.add_nodes_from(inside)
+        part.add_edges_from((a, b) for a in inside for b in self.graph.adj[a] if b in inside)
+        return part
+
+    @cached_property
+    def shades(self) -> dict[Factor, int]:
+        """For the factor of each group, which it is of the groups of its kind that its block has to do with.
+
+        Those that span blocks come first.
+        """
+        found: dict[Factor, int] = {}
+        taken: Counter[tuple[str | None, str]] = Counter()
+        for group in sorted(self.groups, key=lambda group: group.block is not None):
+            if group.factor is not None:
+                found[group.factor] = taken[group.block, group.kind]
+                if group.block is not None:
+                    found[group.factor] += taken[None, group.kind]
+                taken[group.block, group.kind] += 1
+        return found
+
+    def is_activation(self, axis: Axis) -> bool:
+        """Return whether ``axis`` is of no parameter or buffer."""
+        return axis.tensor not in self.weights
+
+    def is_sum(self, axis: Axis) -> bool:
+        """Return whether ``axis`` is one of the sum of a residual stream and what a branch adds to it."""
+        return axis.tensor in self.axes.residuals
+
+    @cached_property
+    def sums(self) -> list[Axis]:
+        """The axes of residual sums along which a parameter has units, in order of execution."""
+        held = {factor for name in self.axes.parameters for expr in self.axes.tensors[name] for factor in factors(expr)}
+        return [
+            Axis(name, dim)
+            for name in self.axes.residuals
+            for dim, expr in enumerate(self.axes.tensors[name])
+            if held.intersection(factors(expr))
+        ]
+
+    def module(self, axis: Axis) -> str:
+        """Return the path of the module that ``axis`` belongs to."""
+        return str(self.graph.nodes[axis]["module"]) or self.axes.modules.get(maker_of(axis.tensor), "")
+
+    def factors(self, axis: Axis) -> list[Factor]:
+        """Return the factors of ``axis``, each once."""
+        return list(dict.fromkeys(factors(self.graph.nodes[axis]["expr"])))
+
+    def in_order(self, axes: Iterable[Axis]) -> list[Axis]:
+        """Return ``axes`` in order of execution; of parallel ones, matrices before what is added to them.
+
+        Weights come before activations.
+        """
+        order, tensors = self.axes.order, self.axes.tensors
+        place = {name: i for i, name in enumerate(tensors)}
+        return sorted(
+            axes,
+            key=lambda a: (
+                self.rank(a),
+                self.is_activation(a),
+                -len(tensors[a.tensor]),
+                order.get(a.tensor, 0),
+                place[a.tensor],
+                a.dim,
+            ),
+        )
+
+    def rank(self, axis: Axis) -> float:
+        """Return how far along the computation ``axis`` is: the longest chain of ops to where it is first used.
+
+        An axis that an op consumes comes half a step before one it produces, so that the input axis of a projection
+        stands before its output axis. Axes of parallel branches have equal ranks. What is made of weights alone
+        takes no step.
+        """
+        return self._ranks.get(axis, 0.0)
+
+    @cached_property
+    def _ranks(self) -> dict[Axis, float]:
+        level: dict[str, int] = {}
+        found: dict[Axis, float] = {}
+        origins: dict[Axis, list[Axis]] = {}
+        derived = set(self.axes.parameters)
+        for op, edges in self._couplings().items():
+            sources = {end.tensor for edge in edges for end in edge if maker_of(end.tensor) != op}
+            if sources <= derived:
+                derived.add(op)
+                for a, b in edges:
+                    own, source = (a, b) if maker_of(a.tensor) == op else (b, a)
+                    origins.setdefault(own, []).extend(origins.get(source, [source]))
+                continue
+            level[op] = max(level.get(maker_of(tensor), 0) + 1 for tensor in sources - derived)
+            for a, b in edges:
+                rank = level[op] - (0.0 if op in (maker_of(a.tensor), maker_of(b.tensor)) else 0.5)
+                for axis in (a, b, *origins.get(a, ()), *origins.get(b, ())):
+                    found[axis] = min(found.get(axis, rank), rank)
+        return found
+
+    def _couplings(self) -> dict[str, list[tuple[Axis, Axis]]]:
+        """Return the couplings of each op in order of execution; none of tied names, where nothing executes."""
+        position = {node: i for i, node in enumerate(dict.fromkeys(map(maker_of, self.axes.tensors)))}
+        found: dict[str, list[tuple[Axis, Axis]]] = {}
+        for a, b, data in self.graph.edges(data=True):
+            if data["node"] in position:
+                found.setdefault(data["node"], []).append((a, b))
+            elif not self.weights.issuperset((a.tensor, b.tensor)):
+                later = max(maker_of(a.tensor), maker_of(b.tensor), key=position.__getitem__)
+                found.setdefault(later, []).append((a, b))
+        return dict(sorted(found.items(), key=lambda item: position[item[0]]))
+
+
+def _with_own_uses(graph: nx.Graph[Axis], axes: AxisMap) -> nx.Graph[Axis]:
+    """Return ``graph`` with each use of a tied weight at the name that the module using it has for the weight.
+
+    A traced graph reads such a weight by one of its names alone.
+    """
+    names = {(owner, name.rpartition(".")[0]): name for name, owner in axes.tied.items()}
+    names |= {(owner, owner.rpartition(".")[0]): owner for owner in axes.tied.values()}
+    owners = axes.tied | {owner: owner for owner in axes.tied.values()}
+    weights, told = set(axes.weights()), graph.copy()
+    for a, b, data in graph.edges([axis for axis in graph if axis.tensor in owners], data=True):
+        name = names.get((owners[a.tensor], axes.modules.get(data["node"], "")), a.tensor)
+        if name != a.tensor and b.tensor not in weights:
+            told.remove_edge(a, b)
+            told.add_edge(Axis(name, a.dim), b, **data)
+    return told
+
+
+_STREAM = "what comes in"
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Blocks that are the same; the first is drawn.
+
+    Args:
+        blocks: their module paths, in order.
+        axes: for each axis of the first block, those in its place in all of them, in order.
+        factors: the same of the factors that these axes are made of.
+    """
+
+    blocks: tuple[str, ...]
+    axes: Mapping[Axis, tuple[Axis, ...]]
+    factors: Mapping[Factor, tuple[Factor, ...]]
+
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """The blocks that are not drawn."""
+        return self.blocks[1:]
+
+
+def find_folds(atlas: Atlas) -> tuple[Fold, ...]:
+    """Return every block of the model, those that are the same together, in order of the first of each.
+
+    Complexity: linear in the size of the graph.
+    """
+    forms = _Forms(atlas)
+    alike: dict[object, list[str]] = {}
+    for block in atlas.axes.blocks:
+        alike.setdefault(forms.form(block), []).append(block)
+    return tuple(forms.fold(blocks) for blocks in alike.values())
+
+
+class _Forms:
+    """What blocks look like without their names."""
+
+    def __init__(self, atlas: Atlas) -> None:
+        self.atlas = atlas
+        self.home: dict[Axis, str | None] = {}
+        known: dict[str, str | None] = {}
+        for axis in atlas.graph.nodes:
+            module = atlas.module(axis)
+            if module not in known:
+                known[module] = owner_block(module, atlas.axes.blocks)
+            self.home[axis] = known[module]
+
+    @cached_property
+    def inside(self) -> dict[str, dict[Axis, str]]:
+        """For each block its axes in order, with the name of their tensor in the block."""
+        found: dict[str, dict[Axis, str]] = {block: {} for block in self.atlas.axes.blocks}
+        places: dict[str, dict[str, int]] = {block: {} for block in self.atlas.axes.blocks}
+        for axis, block in self.home.items():
+            if block is None:
+                continue
+            if axis.tensor in self.atlas.weights:
+                found[block][axis] = axis.tensor[len(block) + 1 :]
+            else:
+                found[block][axis] = f"#{places[block].setdefault(axis.tensor, len(places[block]))}"
+        return found
+
+    @cached_property
+    def edges(self) -> dict[str, list[tuple[Axis, Axis, str]]]:
+        """For each block the couplings by ops that are made in it."""
+        modules, blocks = self.atlas.axes.modules, self.atlas.axes.blocks
+        owners = {node: owner_block(module, blocks) for node, module in modules.items()}
+        found: dict[str, list[tuple[Axis, Axis, str]]] = {block: [] for block in blocks}
+        for a, b, data in self.atlas.graph.edges(data=True):
+            block = owners.get(data["node"])
+            if block is not None:
+                found[block].append((a, b, data["op"]))
+        return found
+
+    @cached_property
+    def readers(self) -> dict[str, set[str]]:
+        """For each tensor the blocks, other than its own, that it comes into."""
+        found: dict[str, set[str]] = {}
+        for block, edges in self.edges.items():
+            for axis in (axis for a, b, _ in edges for axis in (a, b)):
+                if self.home[axis] != block:
+                    found.setdefault(axis.tensor, set()).add(block)
+        return found
+
+    def form(self, block: str) -> object:
+        """What is equal for two blocks that are the same."""
+        names, numbers = self.inside[block], dict[Factor, int]()
+
+        def kind(factor: Factor) -> str:
+            group, freeze = self.atlas.by_factor.get(factor), self.atlas.axes.frozen.get(factor)
+            if group is not None and group.block != block:
+                return group.name
+            own = numbers.setdefault(factor, len(numbers))
+            return f"{freeze.reason} {own}" if freeze is not None else f"{group.kind if group else 'free'} {own}"
+
+        def end(axis: Axis) -> tuple[str, int]:
+            if axis in names:
+                return names[axis], axis.dim
+            shared = axis.tensor in self.atlas.weights or len(self.readers[axis.tensor]) > 1
+            return axis.tensor if shared else _STREAM, axis.dim
+
+        nodes = self.atlas.graph.nodes
+        axes = tuple((name, axis.dim, render(nodes[axis]["expr"], kind, lambda _: "")) for axis, name in names.items())
+        lines = sorted((*sorted((end(a), end(b))), op) for a, b, op in self.edges[block])
+        return axes, tuple(lines), block in self.atlas.axes.bypasses
+
+    def fold(self, blocks: Sequence[str]) -> Fold:
+        """Blocks of one form, with what is in the same place in each."""
+        axes = {column[0]: column for column in zip(*(self.inside[block] for block in blocks), strict=True)}
+        factors: dict[Factor, tuple[Factor, ...]] = {}
+        for column in axes.values():
+            for row in zip(*(self.atlas.factors(axis) for axis in column), strict=True):
+                factors.setdefault(row[0], row)
+        return Fold(tuple(blocks), axes, factors)
+
+
+def numbered(blocks: Iterable[str], among: Sequence[str]) -> str:
+    """Return module paths of blocks in short, as in ``model.layers.0 to 4, 6 to 10``.
+
+    Args:
+        blocks: some blocks of a model, in order.
+        among: all of them.
+    """
+    runs: list[list[str]] = []
+    for block in blocks:
+        follows = runs and among.index(runs[-1][-1]) + 1 == among.index(block) and _list(runs[-1][-1]) == _list(block)
+        if follows:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    told: list[str] = []
+    before = ""
+    for run in runs:
+        first = run[0] if _list(run[0]) != before else _number(run[0])
+        told.append(first if len(run) == 1 else f"{first} to {_number(run[-1])}")
+        before = _list(run[0])
+    return ", ".join(told)
+
+
+def _list(block: str) -> str:
+    return block.rpartition(".")[0] if re.search(r"\.\d+$", block) else block
+
+
+def _number(block: str) -> str:
+    return block.rpartition(".")[2]

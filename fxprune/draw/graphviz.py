@@ -1,0 +1,406 @@
+"""A view as Graphviz text: clusters, boxes, lines and legend."""
+
+from __future__ import annotations
+
+import colorsys
+import html
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pydot
+
+from fxprune.axes import Factor
+from fxprune.discovery.groups import Group
+from fxprune.draw.atlas import Atlas, Fold, numbered
+from fxprune.draw.view import Coupling, View, Words, plural
+from fxprune.graph.facts import owner_block
+from fxprune.rules.statements import Axis
+
+__all__ = ["FROZEN", "LINE", "WHITE", "Legend", "draw", "hue_of"]
+
+FROZEN = "#d0d0d0"
+WHITE = "#ffffff"
+LINE = "#8a8a8a"
+
+_HUES = {
+    "channel": 0.58,
+    "mlp": 0.08,
+    "head": 0.36,
+    "query_head": 0.36,
+    "kv_head": 0.92,
+    "head_dim": 0.75,
+    "expert": 0.15,
+    "layer": 0.48,
+}
+_SHADES = 3
+"""Lightnesses of one hue, for groups of one kind in one block."""
+
+
+def hue_of(kind: str, shade: int = 0, strong: bool = False) -> str:
+    """Return the colour of units of ``kind``, as ``#rrggbb``.
+
+    Args:
+        kind: what a unit is, as :meth:`fxprune.draw.view.Words.kind` has it.
+        shade: which of several groups of this kind in one block it is.
+        strong: dark, for a line; else light, for a box that is written on.
+    """
+    step = shade % _SHADES
+    lightness = 0.45 - 0.08 * step if strong else 0.85 - 0.09 * step
+    red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(_HUES[kind], lightness, 0.65))
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+_ROWS = 24
+"""Rows that fit below a picture; a model drawn without folds has hundreds of groups."""
+_COLUMNS = 32
+"""Layers side by side in the table of widths."""
+
+
+class Legend:
+    """What the colours and signs of a picture mean.
+
+    Args:
+        atlas: the graph.
+        view: what is shown of it.
+        words: how that is told.
+        colour: gives the colour of a factor.
+    """
+
+    def __init__(self, atlas: Atlas, view: View, words: Words, colour: Callable[[Factor], str]) -> None:
+        self.atlas, self.view, self.words, self.colour = atlas, view, words, colour
+        self.alike = {factor: row for fold in view.folds for factor, row in fold.factors.items()}
+        shown = {factor: None for axis in view.axes for factor in atlas.factors(axis)}
+        self.groups = [group for group in atlas.groups if group.factor in shown]
+        self.has_frozen = any(factor in atlas.axes.frozen for factor in shown)
+
+    def table(self) -> str:
+        """Return the whole legend."""
+        parts = (self._group_rows(), self._note_rows(), self._width_rows())
+        tables = (f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="3">{"".join(rows)}</TABLE>' for rows in parts if rows)
+        rows = "".join(f'<TR><TD ALIGN="LEFT">{table}</TD></TR>' for table in tables)
+        return f'<TABLE BORDER="1" COLOR="#b8b8b8" CELLBORDER="0" CELLSPACING="4">{rows}</TABLE>'
+
+    def _group_rows(self) -> list[str]:
+        """Colour, name, what a unit is, how many there are, whether removal is exact, and how many axes hold them."""
+        head = "".join(f'<TD ALIGN="LEFT"><B>{text}</B></TD>' for text in ("group", "a unit is", "units", "removal"))
+        rows = [f"<TR><TD></TD>{head}</TR>", *map(self._group_row, self.groups[:_ROWS])]
+        if len(self.groups) > _ROWS:
+            rest = f"and {plural(len(self.groups) - _ROWS, 'more group')}: their names are in the tooltips"
+            rows.append(_row(WHITE, (rest, "", "", "")))
+        if self.has_frozen:
+            rows.append(_row(FROZEN, ("frozen: cannot be removed", "fixed", "", "reason in the tooltip")))
+        return rows
+
+    def _group_row(self, group: Group) -> str:
+        assert group.factor is not None
+        alike = len(set(self.alike.get(group.factor, (group.factor,))))
+        here = len({(m.name, m.axis) for m in group.members}.intersection(self.view.axes))
+        total = len(group.members)
+        held = f"{here} of {total} axes shown" if here < total else plural(total, "axis", "axes")
+        name = f"{group.name} and {alike - 1} alike" if alike > 1 else group.name
+        amount = self.words.amount(group.factor).replace("→", " → ").replace("..", " to ")
+        return _row(
+            self.colour(group.factor), (name, self.words.kind(group), amount, f"{self.words.removal(group)}, {held}")
+        )
+
+    def _note_rows(self) -> list[str]:
+        stream = _coloured("━━▶", hue_of("channel", strong=True))
+        plus = _coloured("⊕", hue_of("channel", strong=True))
+        notes = [
+            ("▭", "an axis, as tensor[axis], and what it is made of"),
+            ("→", "ops couple two axes: what one loses, the other loses; it points the way the data goes"),
+            ("┄", "two axes of one tensor"),
+        ]
+        if any(map(self.atlas.is_sum, self.view.axes)):
+            notes.append((stream, "the residual stream"))
+            notes.append((plus, "residual add: what a branch computed is added to the stream"))
+        if self.view.trigger is not None:
+            notes[1] = ("→", "ops couple two axes: the search went this way from the trigger")
+            notes.append(("⇢", "dashed: couples, too, and was not needed to get here"))
+        if any(owner_block(self.atlas.module(axis), tuple(self.atlas.axes.bypasses)) for axis in self.view.axes):
+            notes.append((_coloured("▢", hue_of("layer", strong=True)), "a block that can go as a whole"))
+        if any(fold.hidden for fold in self.view.folds):
+            notes.append(("<B>▢</B>", "thick frame: blocks that are the same, drawn once; 8..12 is from 8 to 12"))
+        if self.atlas.keep is not None:
+            notes.append(("◧", "the plan leaves the coloured part; 12→8: of 12 units 8 stay; all coloured: untouched"))
+        return [
+            f'<TR><TD ALIGN="CENTER">{sign}</TD><TD ALIGN="LEFT"><I>{html.escape(text)}</I></TD></TR>'
+            for sign, text in notes
+        ]
+
+    def _width_rows(self) -> list[str]:
+        """A row for each kind of group in blocks, with a cell for each block: what stays, or how wide it is."""
+        shares: dict[tuple[str, int], dict[str, float]] = {}
+        for group in self.atlas.groups if self.view.folds else ():
+            if group.factor is not None and group.block is not None:
+                row = shares.setdefault((self.words.kind(group), self.atlas.shades[group.factor]), {})
+                row[group.block] = self._width(group)
+        if self.atlas.keep is None:
+            shares = {key: {b: size / max(row.values()) for b, size in row.items()} for key, row in shares.items()}
+        uneven = {key: row for key, row in shares.items() if min(row.values()) < 1}
+        blocks = self.atlas.axes.blocks if uneven else ()
+        parts = (blocks[i : i + _COLUMNS] for i in range(0, len(blocks), _COLUMNS))
+        return [line for part in parts for line in self._width_part(part, uneven)]
+
+    def _width(self, group: Group) -> float:
+        """The fraction of a group's units that a plan leaves; without a plan, how many units there are."""
+        assert group.factor is not None
+        if self.atlas.keep is None:
+            return group.size
+        return 0.0 if group.block in self.atlas.removed else self.atlas.keep.count(group.factor) / group.size
+
+    def _width_part(self, blocks: Iterable[str], shares: Mapping[tuple[str, int], Mapping[str, float]]) -> list[str]:
+        head = "% of the widest block" if self.atlas.keep is None else "% that stays in block"
+        numbers = "".join(f"<TD>{html.escape(block.rpartition('.')[2])}</TD>" for block in blocks)
+        rows = [f'<TR><TD ALIGN="LEFT"><B>{head}</B></TD>{numbers}</TR>']
+        for (kind, shade), row in shares.items():
+            number = f" {shade + 1}" if sum(other == kind for other, _ in shares) > 1 else ""
+            cells = (_cell(row[block], hue_of(kind, shade)) if block in row else "<TD></TD>" for block in blocks)
+            rows.append(f'<TR><TD ALIGN="LEFT">{kind}{number}</TD>{"".join(cells)}</TR>')
+        return rows
+
+
+def _cell(share: float, colour: str) -> str:
+    """A cell that is filled from below as far as ``share`` says."""
+    colours = colour if share >= 1 else WHITE if share <= 0 else f"{colour};{share:.3f}:{WHITE}"
+    angle = ' GRADIENTANGLE="90"' if ":" in colours else ""
+    return f'<TD BGCOLOR="{colours}"{angle} BORDER="1" COLOR="#b8b8b8" WIDTH="26">{share:.0%}</TD>'.replace("%<", "<")
+
+
+def _coloured(text: str, colour: str) -> str:
+    return f'<FONT COLOR="{colour}">{text}</FONT>'
+
+
+def _row(colour: str, cells: Iterable[str]) -> str:
+    written = "".join(f'<TD ALIGN="LEFT">{html.escape(cell)}</TD>' for cell in cells)
+    return f'<TR><TD BGCOLOR="{colour}" BORDER="1" WIDTH="24"></TD>{written}</TR>'
+
+
+_FONT = "Helvetica"
+
+_SUM: dict[str, Any] = {
+    **{"shape": "circle", "width": "0.34", "fixedsize": "true", "margin": "0", "fontsize": 20},
+    **{"style": "filled", "fillcolor": f'"{WHITE}"', "penwidth": "3"},
+}
+"""How a sum is drawn."""
+
+
+def draw(atlas: Atlas, view: View) -> pydot.Dot:
+    """Return the picture of ``view``."""
+    return _Picture(atlas, view).make()
+
+
+@dataclass
+class _Box:
+    """A module path with what is directly in it."""
+
+    path: str
+    axes: list[Axis] = field(default_factory=list)
+    inner: dict[str, _Box] = field(default_factory=dict)
+
+
+class _Picture:
+    def __init__(self, atlas: Atlas, view: View) -> None:
+        self.atlas, self.view, self.words = atlas, view, Words(atlas, view.folds)
+        self.folds = {fold.blocks[0]: fold for fold in view.folds}
+
+    def make(self) -> pydot.Dot:
+        """Return everything in one graph, with the legend below."""
+        legend = Legend(self.atlas, self.view, self.words, self._colour)
+        dot = pydot.Dot(
+            "fxprune",
+            graph_type="digraph",
+            label=f"<{legend.table()}>",
+            labelloc="b",
+            fontname=_FONT,
+            fontsize=11,
+            tooltip=_quoted(self.view.title),
+            rankdir="TB",
+            nodesep=0.25,
+            ranksep=0.4,
+            forcelabels="false",
+        )
+        dot.set_node_defaults(shape="box", fontname=_FONT, fontsize=11, margin=_quoted("0.12,0.06"))
+        dot.set_edge_defaults(fontname=_FONT, fontsize=9, fontcolor=_quoted("#555555"), arrowsize=0.6)
+        whole = pydot.Subgraph(
+            "cluster_picture",
+            label=_quoted(self.view.title),
+            labelloc="t",
+            fontname=_FONT,
+            fontsize=16,
+            peripheries="0",
+            tooltip=_quoted(self.view.title),
+        )
+        self._fill(whole, self._boxes())
+        dot.add_subgraph(whole)
+        lines = (*map(self._line, self.view.couplings), *self._inside_tensors())
+        for number, edge in enumerate(lines):
+            edge.set("id", f"line{number}")
+            dot.add_edge(edge)
+        return dot
+
+    def _boxes(self) -> _Box:
+        """Return the axes shown as a tree of module paths."""
+        root = _Box("")
+        for axis in self.view.axes:
+            box, path = root, self._home(axis)
+            for part in path.split(".") if path else ():
+                box = box.inner.setdefault(part, _Box(f"{box.path}.{part}" if box.path else part))
+            box.axes.append(axis)
+        return root
+
+    def _home(self, axis: Axis) -> str:
+        """Return the path of the frame that ``axis`` is drawn in: none that is there for it alone."""
+        path = self.atlas.module(axis)
+        block = owner_block(path, self.atlas.axes.blocks) if axis in self.view.entering else None
+        if axis not in self.view.entering or (self.view.folds and block is None):
+            return path
+        return block.rpartition(".")[0] if block is not None and self.view.folds else ""
+
+    def _fill(self, into: pydot.Graph, box: _Box, above: str = "", depth: int = 0) -> None:
+        """Draw what is in ``box``; leave out paths with nothing of their own and a single box in them."""
+        for axis in box.axes:
+            into.add_node(self._node(axis))
+        for inner in box.inner.values():
+            while not inner.axes and len(inner.inner) == 1 and inner.path not in self.atlas.axes.blocks:
+                inner = next(iter(inner.inner.values()))
+            cluster = self._cluster(inner.path, above, depth)
+            self._fill(cluster, inner, inner.path, depth + 1)
+            into.add_subgraph(cluster)
+
+    def _cluster(self, path: str, above: str, depth: int) -> pydot.Subgraph:
+        """Return a frame for a module; that of blocks drawn as one is thick, that of a removed one dashed."""
+        label, fold = path[len(above) + 1 :] if above else path, self.folds.get(path)
+        many = fold is not None and bool(fold.hidden)
+        gone = owner_block(path, self.atlas.removed) is not None and not many
+        if fold is not None:
+            label = self._fold_label(fold, above)
+        elif path in self.atlas.removed:
+            label = f"{label}: removed as a whole"
+        return pydot.Subgraph(
+            _quoted(f"cluster_{path}"),
+            label=_quoted(label).replace("\\n", "\\l"),
+            tooltip=_quoted(f"module {path}"),
+            style=_quoted("rounded,filled,dashed" if gone else "rounded,filled"),
+            color=_quoted(hue_of("layer", strong=True) if path in self.atlas.axes.bypasses else "#b8b8b8"),
+            fillcolor=_quoted("#f7f7f7" if depth % 2 == 0 else "#eeeeee"),
+            peripheries="1",
+            penwidth="4" if many else "1.5" if path in self.atlas.axes.blocks else "1",
+            fontname=_FONT,
+            fontsize=15 if many else 12,
+            labeljust="l",
+        )
+
+    def _fold_label(self, fold: Fold, above: str) -> str:
+        """Which blocks a frame stands for, how they differ, and which of them go."""
+        among = self.atlas.axes.blocks
+        names = numbered(fold.blocks, among)
+        names = names[len(above) + 1 :] if above else names
+        sizes = (len({factor.size for factor in alike}) > 1 for alike in fold.factors.values())
+        told = f"{names}: {plural(len(fold.blocks), 'block')}, alike but for widths"
+        if not any(sizes):
+            told = f"{names}: {plural(len(fold.blocks), 'block')}, the same" if fold.hidden else names
+        gone = [block for block in fold.blocks if block in self.atlas.removed]
+        return f"{told}\n{numbered(gone, among)} removed as a whole\n" if gone else told
+
+    def _node(self, axis: Axis) -> pydot.Node:
+        """Return a box in the colours of its groups; activations are rounded, the trigger has a thick double frame.
+
+        Of what a plan takes, so much of the box is white. The sum of a stream and a branch is a plus in a circle.
+        """
+        first = axis == self.view.trigger
+        mark = "trigger: " if first else ""
+        own: dict[str, Any] = {
+            "id": f"axis{self.view.axes.index(axis)}",
+            "tooltip": _quoted(mark + self.words.about(axis)),
+        }
+        strong = self._colours(axis, strong=True)[0]
+        if self.atlas.is_sum(axis) and axis not in self.view.entering and not first:
+            return pydot.Node(_name(axis), label=_quoted("+"), color=_quoted(strong), **_SUM, **own)
+        label = f"stream\n{self.words.expression(axis)}" if axis in self.view.entering else self.words.label(axis)
+        fill, style = self._painted(axis)
+        if self.atlas.is_activation(axis) and style == "filled":
+            style = "filled,rounded"
+        return pydot.Node(
+            _name(axis),
+            label=_quoted(mark + label),
+            style=_quoted(style),
+            fillcolor=_quoted(fill),
+            color=_quoted("#000000" if first else LINE),
+            penwidth="2.5" if first else "1",
+            peripheries="2" if first else "1",
+            **own,
+        )
+
+    def _painted(self, axis: Axis) -> tuple[str, str]:
+        """Return the colours of a box, and the style that shows them: a stripe for each, white for what goes."""
+        colours, share = list(dict.fromkeys(self._colours(axis))), self.words.share(axis)
+        if share < 1:
+            parts = [f"{colour};{share / len(colours):.4f}" for colour in colours if share > 0]
+            return ":".join((*parts, WHITE)), "striped" if parts else "filled"
+        return ":".join(colours), "filled" if len(colours) == 1 else "striped"
+
+    def _line(self, coupling: Coupling) -> pydot.Edge:
+        """Return one line with a strand for each group that is coupled over it; that of a stream is thick.
+
+        Only lines that follow the execution say what stands above what. The others get an ``xlabel``, which shows where
+        there is room: on a ``label`` of a line inside one row of nested clusters, Graphviz 2 fails with "trouble in
+        init_rank".
+        """
+        text, way = _quoted(self.words.ops(coupling)), _quoted(self.words.way(coupling))
+        colours = dict.fromkeys(self._colour(factor, strong=True) for factor in coupling.ways)
+        stream = self._carries_stream(coupling)
+        return pydot.Edge(
+            _name(coupling.source),
+            _name(coupling.target),
+            tooltip=way,
+            labeltooltip=way,
+            color=_quoted(":".join(colours)),
+            style="solid" if coupling.settled else "dashed",
+            penwidth="5" if stream else "1.6",
+            weight="8" if stream else "1",
+            arrowsize="0.5" if stream else "0.6",
+            constraint="true" if coupling.ranks else "false",
+            **{"label" if coupling.ranks else "xlabel": text},  # type: ignore[arg-type]
+        )
+
+    def _carries_stream(self, coupling: Coupling) -> bool:
+        """Whether ``coupling`` leads to a residual sum as the stream, not as what a branch adds, or through blocks."""
+        return self.atlas.is_activation(coupling.source) and self.atlas.is_activation(coupling.target)
+
+    def _inside_tensors(self) -> Iterable[pydot.Edge]:
+        """Yield thin lines from the axis of a parameter that is used first to the next: the way the data goes."""
+        last: dict[str, Axis] = {}
+        for axis in self.view.axes:
+            before = last.get(axis.tensor)
+            if before is not None and axis.tensor in self.atlas.weights:
+                yield pydot.Edge(
+                    _name(before),
+                    _name(axis),
+                    tooltip=_quoted(f"two axes of {axis.tensor}"),
+                    color=_quoted("#bbbbbb"),
+                    style="dotted",
+                    arrowhead="none",
+                )
+            last[axis.tensor] = axis
+
+    def _colours(self, axis: Axis, strong: bool = False) -> list[str]:
+        return [self._colour(factor, strong) for factor in self.atlas.factors(axis)] or [WHITE]
+
+    def _colour(self, factor: Factor, strong: bool = False) -> str:
+        """Return the colour of a factor: by the kind of its group, grey if frozen, white if it is neither."""
+        group = self.atlas.by_factor.get(factor)
+        if group is not None:
+            return hue_of(self.words.kind(group), self.atlas.shades[factor], strong)
+        return LINE if strong else FROZEN if factor in self.atlas.axes.frozen else WHITE
+
+
+def _name(axis: Axis) -> str:
+    return _quoted(f"{axis.tensor}[{axis.dim}]")
+
+
+def _quoted(text: str) -> str:
+    """Return ``text`` as a DOT string: quotes escaped, backslashes kept, line breaks as DOT writes them."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'

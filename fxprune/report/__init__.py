@@ -1,0 +1,1 @@
+"""The report of a prune, and its HTML page."""

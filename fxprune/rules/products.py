@@ -1,0 +1,371 @@
+"""Products of activations and weights: dense, convolutional, or batched over experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxprune.axes import UNIT, Expr
+from fxprune.graph.compat import UNKNOWN_SIZE
+from fxprune.graph.tensors import get_tensor, tensor_name
+from fxprune.rules.apply import run_alone
+from fxprune.rules.registry import Values, find_rule
+from fxprune.rules.site import Arguments
+from fxprune.rules.statements import Statements, TensorAxes
+
+__all__ = [
+    "Contraction",
+    "LoneProduct",
+    "Picked",
+    "SlidingProduct",
+    "StackedProduct",
+    "WeightProduct",
+    "contractions",
+    "lone_parameters",
+    "lone_products",
+    "lone_sliding_products",
+    "lone_stacked_products",
+    "picked_matrices",
+    "reads_weight",
+    "sliding_product",
+    "stacked_product",
+    "weight_product",
+]
+
+
+@dataclass(frozen=True)
+class WeightProduct:
+    """``out[.., o] = sum over i of source[.., i] * weight[..]``, plus something.
+
+    Args:
+        source: what makes the activations; their last axis is summed over.
+        weight: what reads the weight, of two axes.
+        axis: the axis of the weight that is summed over; the other one is the last of the output.
+        added: what makes the tensor that is added; None if none is.
+    """
+
+    source: fx.Node
+    weight: fx.Node
+    axis: int
+    added: fx.Node | None
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """An op multiplies two tensors and adds up over one axis, and does nothing else to them.
+
+    Args:
+        x: one tensor.
+        source: what makes it.
+        i: which of its axes is summed over.
+        w: the other one.
+        weight: what makes that.
+        axis: which of its axes is summed over.
+        out: the result.
+        stated: all that the rule of the op says.
+        added: what makes the tensor that is added; None if none is.
+    """
+
+    x: TensorAxes
+    source: fx.Node
+    i: int
+    w: TensorAxes
+    weight: fx.Node
+    axis: int
+    out: TensorAxes
+    stated: Statements
+    added: fx.Node | None
+
+    def axes(self, tensor: TensorAxes) -> list[Expr]:
+        """The axes of a tensor as they were solved."""
+        return [self.stated.solver.resolve(axis) for axis in tensor.axes]
+
+
+def contractions(node: fx.Node) -> Iterator[Contraction]:
+    """The parts of ``node`` if it multiplies two tensors and sums over one axis, with either tensor as the weight."""
+    rule = find_rule(node.target) if node.op == "call_function" else None
+    if rule is None or rule.values is not Values.PRODUCT:
+        return
+    arguments = Arguments(node)
+    if any(arguments.get(name, 1) != 1 for name in ("alpha", "beta")):
+        return
+    site, stated = run_alone(node)
+    if len(stated.sums) != 1 or len(stated.sums[0].places) != 2 or len(site.outs) != 1:
+        return
+    nodes = {tensor_name(source): source for source in node.all_input_nodes}
+    found = arguments.get(rule.added) if rule.added else None
+    added = found if isinstance(found, fx.Node) else None
+    places = stated.sums[0].places
+    for a, b in (places, places[::-1]):
+        x, w = site.of(nodes[a.tensor]), site.of(nodes[b.tensor])
+        if x is not None and w is not None:
+            yield Contraction(x, nodes[a.tensor], a.dim, w, nodes[b.tensor], b.dim, site.out, stated, added)
+
+
+def weight_product(node: fx.Node) -> WeightProduct | None:
+    """The parts of ``node`` if it multiplies activations by a weight of two axes, and does nothing else to them."""
+    for found in contractions(node) if reads_weight(node) else ():
+        x, out = found.x, found.out
+        if found.weight.op != "get_attr" or found.source.op == "get_attr" or found.w.rank != 2:
+            continue
+        passed = found.axes(found.w)[1 - found.axis]
+        if found.i == x.rank - 1 and out.rank == x.rank and found.axes(out)[-1] == passed:
+            return WeightProduct(found.source, found.weight, found.axis, found.added)
+    return None
+
+
+@dataclass(frozen=True)
+class LoneProduct(WeightProduct):
+    """A product with a parameter of two axes that nothing else reads, under this name or another.
+
+    Args:
+        node: the product.
+        bias: the name of what it adds, where that is a parameter that nothing else reads either; else None.
+    """
+
+    node: fx.Node
+    bias: str | None
+
+    @property
+    def name(self) -> str:
+        """The name of the weight."""
+        return str(self.weight.target)
+
+
+def lone_products(graph_module: fx.GraphModule) -> Iterator[LoneProduct]:
+    """Yield the products, in order of execution, whose weight may be changed without anything else changing.
+
+    Those that take one row of activations without a batch are left out.
+    """
+    alone = lone_parameters(graph_module)
+    for node in graph_module.graph.nodes:
+        found = weight_product(node)
+        if found is not None and alone(found.weight, 2) and found.source.meta["val"].dim() >= 2:
+            bias = str(found.added.target) if found.added is not None and alone(found.added, 1) else None
+            yield LoneProduct(found.source, found.weight, found.axis, found.added, node, bias)
+
+
+def lone_parameters(graph_module: fx.GraphModule) -> Callable[[fx.Node, int], bool]:
+    """Whether a node reads a parameter of so many axes that nothing else reads, under this name or another."""
+    uses: dict[int, int] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            tensor = get_tensor(graph_module, str(node.target))
+            uses[id(tensor)] = uses.get(id(tensor), 0) + len(node.users)
+
+    def alone(node: fx.Node, rank: int) -> bool:
+        tensor = get_tensor(graph_module, str(node.target)) if node.op == "get_attr" else None
+        return isinstance(tensor, nn.Parameter) and tensor.dim() == rank and uses[id(tensor)] == 1
+
+    return alone
+
+
+def reads_weight(node: fx.Node) -> bool:
+    """Whether one of the inputs of ``node`` is a parameter or a buffer."""
+    return any(source.op == "get_attr" for source in node.all_input_nodes)
+
+
+@dataclass(frozen=True)
+class SlidingProduct:
+    """``out[.., o, ..] = sum over i and taps of weight[o, i, taps..] * inputs[.., i, taps..]``, plus something.
+
+    The inputs are those numbers of ``source``, or zeros, that the op multiplies with each entry of the weight; each has
+    all channels, which are summed over as one axis. The axes of the weight may be in any order.
+
+    Args:
+        node: the product.
+        source: what makes the activations.
+        channel: the axis of the activations that is summed over.
+        weight: what reads the weight, of three axes or more.
+        order: all axes of the weight, that of outputs first, that of inputs second, taps last.
+        outputs: the axis of the result that has the outputs.
+        added: what makes the tensor that is added; None if none is.
+        bias: whether that is a parameter with one axis that nothing else reads.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    channel: int
+    weight: fx.Node
+    order: tuple[int, ...]
+    outputs: int
+    added: fx.Node | None
+    bias: bool = False
+
+    def inputs(self, env: Mapping[fx.Node, Any], kept: torch.Tensor) -> torch.Tensor:
+        """What the op multiplies with each entry of its weight: ``(.., kept * taps)``, axes as those of the result.
+
+        The op itself says it, given a weight with an output for each entry that takes in this entry alone.
+
+        Args:
+            env: values of the nodes that the product reads.
+            kept: which channels are wanted, ``(kept,)``.
+        """
+        weight, x = env[self.weight], env[self.source]
+        sizes = [len(kept), *(weight.shape[i] for i in self.order[2:])]
+        units = torch.eye(torch.Size(sizes).numel(), dtype=x.dtype, device=x.device)
+        own = sorted(range(len(self.order)), key=self.order.__getitem__)
+        given = {
+            self.source: x.index_select(self.channel, kept),
+            self.weight: units.view(-1, *sizes).permute(own),
+            self.added: None,
+        }
+        args, kwargs = fx.map_arg((self.node.args, self.node.kwargs), lambda n: given[n] if n in given else env[n])
+        found: torch.Tensor = self.node.target(*args, **kwargs)  # type: ignore[operator]
+        return found.movedim(self.outputs, -1)
+
+
+def sliding_product(node: fx.Node) -> SlidingProduct | None:
+    """The parts of ``node`` if it multiplies activations by a weight with taps, every output all channels."""
+    for found in contractions(node) if reads_weight(node) else ():
+        x, w, out = (found.axes(tensor) for tensor in (found.x, found.w, found.out))
+        free = [j for j in range(len(w)) if j != found.axis]
+        passed = [j for j in free if w[j] is not UNIT and out.count(w[j]) == 1 and w[j] not in x]
+        taps = [j for j in free if j not in passed]
+        if found.weight.op != "get_attr" or found.source.op == "get_attr" or len(w) < 3 or len(passed) != 1:
+            continue
+        if w[found.axis] is UNIT or x[found.i] != w[found.axis] or UNKNOWN_SIZE in found.x.sizes:
+            continue
+        if any(w[j] is not UNIT and w[j] in (*x, *out) for j in taps):
+            continue
+        order = (passed[0], found.axis, *taps)
+        outputs = out.index(w[passed[0]])
+        return SlidingProduct(node, found.source, found.i, found.weight, order, outputs, found.added)
+    return None
+
+
+def lone_sliding_products(graph_module: fx.GraphModule) -> Iterator[SlidingProduct]:
+    """Yield the products, in order of execution, whose weight may be changed without anything else changing."""
+    alone = lone_parameters(graph_module)
+    for node in graph_module.graph.nodes:
+        found = sliding_product(node)
+        if found is not None and alone(found.weight, len(found.order)):
+            bias = found.added is not None and alone(found.added, 1)
+            parts = (found.source, found.channel, found.weight, found.order, found.outputs, found.added)
+            yield SlidingProduct(node, *parts, bias)
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Matrices ``(picks, .., ..)`` that are picked by number from a weight of three axes.
+
+    Args:
+        node: what picks them.
+        weight: what reads the weight.
+        index: what makes the numbers ``(picks,)``.
+        along: the axis of the result that has the picks.
+        axes: for each axis of the result the axis of the weight that it is, or that it was picked along.
+    """
+
+    node: fx.Node
+    weight: fx.Node
+    index: fx.Node
+    along: int
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StackedProduct:
+    """``out[b, .., o] = sum over i of source[b, .., i] * weight[m, o, i]``, with ``m`` either ``b`` or ``index[b]``.
+
+    The axes of each tensor may be in any order; those that are not named are the same in ``source`` and ``out``. No
+    size depends on the data.
+
+    Args:
+        node: the product.
+        source: what makes the activations.
+        weight: what reads the weight, of three axes.
+        order: which axes of the weight are that of matrices, of outputs and of inputs.
+        source_order: all axes of the activations, that of matrices first and that of inputs last.
+        out_order: all axes of the result, that of matrices first and that of outputs last.
+        picked: what picks a matrix for each ``b``; None where there is one matrix for each.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    weight: fx.Node
+    order: tuple[int, int, int]
+    source_order: tuple[int, ...]
+    out_order: tuple[int, ...]
+    picked: Picked | None
+
+
+def picked_matrices(node: fx.Node) -> Picked | None:
+    """The parts of ``node`` if it picks matrices by number from a weight of three axes, and nothing else."""
+    rule = find_rule(node.target) if node.op == "call_function" else None
+    if rule is None or rule.values is not Values.PICKED or len(node.all_input_nodes) != 2:
+        return None
+    site, stated = run_alone(node)
+    nodes = {tensor_name(source): source for source in node.all_input_nodes}
+    if len(stated.lookups) != 1 or stated.lookups[0].index not in nodes or len(site.outs) != 1:
+        return None
+    index = nodes[stated.lookups[0].index]
+    (weight,) = (source for source in nodes.values() if source is not index)
+    w, numbers = site.of(weight), site.of(index)
+    if weight.op != "get_attr" or w is None or numbers is None or (w.rank, numbers.rank, site.out.rank) != (3, 1, 3):
+        return None
+    if index.meta["val"].dtype not in (torch.int64, torch.int32):
+        return None  # truth values pick as many as there are, and say of none which it is
+    along = [i for i, axis in enumerate(w.axes) if axis == stated.lookups[0].expr]
+    exprs = [stated.solver.resolve(axis) for axis in w.axes]
+    found = [_only(exprs, stated.solver.resolve(axis)) for axis in site.out.axes]
+    passed = [i for i in found if i is not None]
+    if len(along) != 1 or sorted(passed) != [i for i in range(3) if i != along[0]]:
+        return None
+    return Picked(node, weight, index, found.index(None), tuple(along[0] if i is None else i for i in found))
+
+
+def stacked_product(node: fx.Node) -> StackedProduct | None:
+    """The parts of ``node`` if it multiplies activations by matrices of a weight of three axes, each by one of them."""
+    for found in contractions(node):
+        picked = picked_matrices(found.weight)
+        weight = found.weight if picked is None else picked.weight
+        if weight.op != "get_attr" or found.source.op == "get_attr" or found.w.rank != 3 or found.added is not None:
+            continue
+        axes = None if UNKNOWN_SIZE in found.x.sizes else _roles(found)
+        if axes is None:
+            continue
+        stack, passed, source_order, out_order = axes
+        order = (stack, passed, found.axis)
+        if picked is not None:
+            if picked.along != stack:
+                continue
+            order = (picked.axes[stack], picked.axes[passed], picked.axes[found.axis])
+        return StackedProduct(node, found.source, weight, order, source_order, out_order, picked)
+    return None
+
+
+def lone_stacked_products(graph_module: fx.GraphModule) -> Iterator[StackedProduct]:
+    """Yield the products, in order of execution, whose weight may be changed without anything else changing."""
+    alone = lone_parameters(graph_module)
+    for node in graph_module.graph.nodes:
+        found = stacked_product(node)
+        if found is not None and alone(found.weight, 3) and (found.picked is None or len(found.picked.node.users) == 1):
+            yield found
+
+
+def _roles(found: Contraction) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:
+    """The axis of matrices and that of outputs in the weight, and the axes of activations and result in order."""
+    x, w, out = (found.axes(tensor) for tensor in (found.x, found.w, found.out))
+    free = [j for j in range(3) if j != found.axis]
+    stacks = [j for j in free if _only(x, w[j]) is not None and _only(out, w[j]) is not None]
+    passed = [j for j in free if w[j] not in x and _only(out, w[j]) is not None]
+    if len(stacks) != 1 or len(passed) != 1:
+        return None
+    first, last, at = _only(x, w[stacks[0]]), _only(out, w[passed[0]]), _only(out, w[stacks[0]])
+    assert first is not None and last is not None and at is not None
+    rows = [i for i in range(len(x)) if i not in (first, found.i)]
+    out_rows = [i for i in range(len(out)) if i not in (at, last)]
+    if [x[i] for i in rows] != [out[i] for i in out_rows]:
+        return None
+    return stacks[0], passed[0], (first, *rows, found.i), (at, *out_rows, last)
+
+
+def _only(exprs: Sequence[Expr], wanted: Expr) -> int | None:
+    """Where ``wanted`` is among axes; None if it is nowhere, at several places, or of size 1."""
+    places = [i for i, expr in enumerate(exprs) if expr == wanted]
+    return places[0] if len(places) == 1 and wanted is not UNIT else None
