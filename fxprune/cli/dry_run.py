@@ -15,11 +15,11 @@ from fxprune.cli.console import console, print_json, working
 from fxprune.cli.costs import runs_of, there_are
 from fxprune.cli.interrupts import at_once
 from fxprune.cli.load import load_empty
-from fxprune.cli.memory import Weights, memory_of, sizes_of
+from fxprune.cli.memory import ModelWeights, memory_of, sizes_of
 from fxprune.cli.preparation import TOKENS, Prepared, most_samples, prepare, reader_of
 from fxprune.errors import RatioError
 
-__all__ = ["Expected", "expect", "tell_expected"]
+__all__ = ["Estimate", "expect", "tell_expected"]
 
 _ALL = 0.999
 """A ratio that no model reaches: the refusal says which one it does."""
@@ -29,7 +29,7 @@ _PRODUCTS = 12
 
 
 @dataclass(frozen=True)
-class Expected:
+class Estimate:
     """What a prune would do.
 
     Args:
@@ -73,7 +73,7 @@ def tell_expected(values: Mapping[str, Any], options: Mapping[str, Any]) -> None
         console.print(line, markup=False, highlight=False)
 
 
-def _lines(found: Expected, before: int, after: int) -> Iterator[str]:
+def _lines(found: Estimate, before: int, after: int) -> Iterator[str]:
     yield f"parameters: {before:,} to {after:,}, {1 - after / before:.2%} fewer"
     if found.reachable is not None:
         yield f"reachable: ratios of 0 to {found.reachable:.3f} with these options"
@@ -84,7 +84,7 @@ def _lines(found: Expected, before: int, after: int) -> Iterator[str]:
     yield "no weight was read, and nothing was written; scores may part the widths otherwise"
 
 
-def expect(values: Mapping[str, Any], options: Mapping[str, Any]) -> Expected:
+def expect(values: Mapping[str, Any], options: Mapping[str, Any]) -> Estimate:
     """Return what a prune would do, with scores at random in place of those that need weights.
 
     Raises:
@@ -111,9 +111,9 @@ def expect(values: Mapping[str, Any], options: Mapping[str, Any]) -> Expected:
     there, tokens = _samples(prepared, values)
     counted = _counted(traced) or result.report.tokens
     sizes = sizes_of(traced, counted, size)
-    weights = Weights(size * kept[0], size * kept[1], values["in_place"], values["low_memory"])
+    weights = ModelWeights(size * kept[0], size * kept[1], values["in_place"], values["low_memory"])
     macs = result.report.macs[0] / counted * tokens
-    return Expected(
+    return Estimate(
         parameters=kept,
         widths=dict(result.report.widths),
         groups=dict(Counter(group.kind for group in facts[Groups].all)),

@@ -9,7 +9,7 @@ from typing import Any
 
 from fxprune.cli.costs import learns, taking
 
-__all__ = ["Sizes", "Weights", "memory_of", "sizes_of"]
+__all__ = ["ModelWeights", "Sizes", "memory_of", "sizes_of"]
 
 _OUTPUTS = 3
 """Copies of what a model says, beside the first, where it is compared: in full precision, as logarithms, a gradient."""
@@ -45,7 +45,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Weights:
+class ModelWeights:
     """What weights take, in bytes.
 
     Args:
@@ -65,7 +65,7 @@ class Weights:
         return 0.0 if self.on_disk else self.dense + (self.slim if both and not self.in_place else 0.0)
 
 
-def memory_of(passes: Sequence[Any], there: int, tokens: int, sizes: Sizes, weights: Weights) -> float:
+def memory_of(passes: Sequence[Any], there: int, tokens: int, sizes: Sizes, weights: ModelWeights) -> float:
     """Return bytes at the peak, about: of the weights, and of what the samples take in the pass that needs most.
 
     Args:
@@ -139,7 +139,7 @@ def _numbers(step: Any, taken: int, sizes: Sizes) -> float:
     return batch * (sizes.alive + sizes.said + (said if step.stage in ("select", "tune") else 0.0))
 
 
-def _sums(step: Any, weights: Weights) -> float:
+def _sums(step: Any, weights: ModelWeights) -> float:
     """Bytes of what a pass keeps of each weight, at the most: where memory is short, it takes less and longer."""
     if step.stage == "tune" and getattr(step, "weights", False):
         return _LEARNING * weights.slim

@@ -13,7 +13,7 @@ import pydot
 from fxprune.axes import Factor
 from fxprune.discovery.groups import Group
 from fxprune.draw.atlas import Atlas, Fold, numbered
-from fxprune.draw.view import Coupling, View, Words, plural
+from fxprune.draw.view import Edge, View, Words, plural
 from fxprune.graph.facts import owner_block
 from fxprune.rules.statements import Axis
 
@@ -341,7 +341,7 @@ class _Picture:
             return ":".join((*parts, WHITE)), "striped" if parts else "filled"
         return ":".join(colours), "filled" if len(colours) == 1 else "striped"
 
-    def _line(self, coupling: Coupling) -> pydot.Edge:
+    def _line(self, coupling: Edge) -> pydot.Edge:
         """Return one line with a strand for each group that is coupled over it; that of a stream is thick.
 
         Only lines that follow the execution say what stands above what. The others get an ``xlabel``, which shows where
@@ -365,7 +365,7 @@ class _Picture:
             **{"label" if coupling.ranks else "xlabel": text},  # type: ignore[arg-type]
         )
 
-    def _carries_stream(self, coupling: Coupling) -> bool:
+    def _carries_stream(self, coupling: Edge) -> bool:
         """Whether ``coupling`` leads to a residual sum as the stream, not as what a branch adds, or through blocks."""
         return self.atlas.is_activation(coupling.source) and self.atlas.is_activation(coupling.target)
 

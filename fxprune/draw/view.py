@@ -22,14 +22,14 @@ from fxprune.graph.facts import owner_block
 from fxprune.rules.registry import moves_values
 from fxprune.rules.statements import Axis
 
-__all__ = ["REMOVAL", "Coupling", "View", "Words", "contracted", "plural", "searched"]
+__all__ = ["REMOVAL", "Edge", "View", "Words", "contracted", "plural", "searched"]
 
 _Pair = tuple[Axis, Axis]
 _Way = tuple[Axis, ...]
 
 
 @dataclass(frozen=True)
-class Coupling:
+class Edge:
     """A line of the picture.
 
     Args:
@@ -62,7 +62,7 @@ class View:
 
     title: str
     axes: tuple[Axis, ...]
-    couplings: tuple[Coupling, ...]
+    couplings: tuple[Edge, ...]
     trigger: Axis | None = None
     entering: frozenset[Axis] = frozenset()
     folds: tuple[Fold, ...] = ()
@@ -93,7 +93,7 @@ def contracted(atlas: Atlas, title: str, shown: Iterable[Axis]) -> View:
         for pair, way in _tree(atlas, {p: w for p, w in known.items() if w}).items():
             lines.setdefault(pair, {})[factor] = way
     place = {axis: (atlas.rank(axis), atlas.is_activation(axis)) for axis in axes}
-    couplings = (Coupling(a, b, found, ranks=place[a] < place[b]) for (a, b), found in lines.items())
+    couplings = (Edge(a, b, found, ranks=place[a] < place[b]) for (a, b), found in lines.items())
     return View(title, tuple(axes), tuple(couplings))
 
 
@@ -170,11 +170,11 @@ def searched(atlas: Atlas, title: str, group: Group, inside: Iterable[Axis] | No
     wanted = reached if inside is None else reached.intersection(inside)
     before = {b: a for a, b in tree}
     ways = [way for axis in atlas.in_order(wanted) if (way := _way_back(axis, before, wanted))]
-    couplings = [Coupling(way[0], way[-1], {factor: way}) for way in ways]
+    couplings = [Edge(way[0], way[-1], {factor: way}) for way in ways]
     settled = {(way[0], way[-1]) for way in ways}
     for a, b in reach.edges:
         if a in wanted and b in wanted and (a, b) not in settled and (b, a) not in settled:
-            couplings.append(Coupling(a, b, {factor: (a, b)}, ranks=False, settled=False))
+            couplings.append(Edge(a, b, {factor: (a, b)}, ranks=False, settled=False))
     trigger = group.trigger if group.trigger in wanted else None
     return View(title, tuple(atlas.in_order(wanted)), tuple(couplings), trigger)
 
@@ -296,7 +296,7 @@ class Words:
         short = parts[1] if len(parts) > 1 else parts[0]
         return "".join(word[0] for word in short.split("_") if word) if len(short) > _LONG_OP else short
 
-    def ops(self, coupling: Coupling) -> str:
+    def ops(self, coupling: Edge) -> str:
         """The ops on the shortest way of ``coupling``; repeats, moves of data and the middle of long ones left out.
 
         The add that makes a residual sum is left out too, as its sign says it.
@@ -315,7 +315,7 @@ class Words:
             names = [*names[: _OPS_SHOWN // 2], "...", *names[-_OPS_SHOWN // 2 :]]
         return textwrap.fill(" · ".join(names), _WIDTH)
 
-    def way(self, coupling: Coupling) -> str:
+    def way(self, coupling: Edge) -> str:
         """Every op and tensor on the ways of ``coupling``, and what is coupled over each."""
         units: dict[tuple[Axis, ...], list[str]] = {}
         for factor, way in coupling.ways.items():

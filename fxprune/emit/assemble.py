@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from fxprune.emit.choices import Choice, SharedWidths, choices_for
 from fxprune.emit.layout import Rebuilder, block_rebuilder
 from fxprune.emit.patch import Patches, merged, numbers_of
-from fxprune.emit.recipe import EmissionTask, Recipe
+from fxprune.emit.recipe import Blueprint, EmissionTask
 from fxprune.emit.snapshot import Axis, Shape, mismatches, names_in, part_of, shapes_of
 from fxprune.modelling.blocks import BUILT_AT
 
@@ -65,7 +65,7 @@ class Candidate:
         gaps: what config fields alone do not reach, in words.
     """
 
-    recipe: Recipe
+    recipe: Blueprint
     loose: frozenset[str]
     gaps: tuple[str, ...]
 
@@ -178,7 +178,7 @@ def _candidate(
     differing = {path: _differing(dense, fields, own) for path, own in full.items()}
     lacking = {path: sorted(fields.keys() - dense.keys() - own.keys()) for path, own in full.items()}
     blocks_built_at = {p: vars(b)[BUILT_AT] for p, (_, b) in task.layout.blocks().items() if BUILT_AT in vars(b)}
-    recipe = Recipe(
+    recipe = Blueprint(
         fields=fields,
         block_fields={path: own for path, own in differing.items() if own},
         absent={path: names for path, names in lacking.items() if names},
@@ -250,7 +250,7 @@ def _block_attributes(task: EmissionTask, chosen: Mapping[str, Choice]) -> Patch
     return found
 
 
-def _judged(task: EmissionTask, recipe: Recipe, chosen: Mapping[str, Choice]) -> Candidate:
+def _judged(task: EmissionTask, recipe: Blueprint, chosen: Mapping[str, Choice]) -> Candidate:
     seen = task.rebuilder.observe(recipe.fields)
     wrong = mismatches(seen.shapes, task.outside()) if seen else frozenset()
     loose = {name for name, _ in wrong}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fxprune.emit.layout import Layout, Stack
+from fxprune.emit.layout import BlockStack, Layout
 from fxprune.emit.load import run_on_meta
 from fxprune.emit.snapshot import Number, build_on_meta, keep_blocks, part_of, take_snapshot
 from fxprune.graph.context import Refusal
@@ -37,7 +37,7 @@ def remove_blocks(model: PreTrainedModel, removed: Collection[str], layout: Layo
             _shorten(model, layout, stack, kept)
 
 
-def _shorten(model: PreTrainedModel, layout: Layout, stack: Stack, kept: Sequence[int]) -> None:
+def _shorten(model: PreTrainedModel, layout: Layout, stack: BlockStack, kept: Sequence[int]) -> None:
     """Shorten one list of blocks. The config counts those of the first alone."""
     counted = stack is layout.stacks[0]
     blocks, whole = model.get_submodule(stack.path), part_of(model.config, layout.part)
@@ -153,7 +153,7 @@ def find_inputs(
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path, (units, kept) in _shrunk(model, slim, layout, numbered).items():
-        watch = _Watch(found.setdefault(path, {}), units, kept)
+        watch = _TableWatch(found.setdefault(path, {}), units, kept)
         model.get_submodule(path).register_forward_pre_hook(watch, with_kwargs=True)
     run_on_meta(model, samples=_SAMPLES)
     taking = {path: entries for path, entries in found.items() if entries}
@@ -192,7 +192,7 @@ def _lost_units(
     return next(((units, list(kept)) for units, kept in known.items() if (units, len(kept)) in held), None)
 
 
-class _Watch:
+class _TableWatch:
     """A forward pre-hook that notes the arguments with an axis of units."""
 
     def __init__(self, found: dict[str, dict[str, Any]], units: int, kept: list[int]) -> None:

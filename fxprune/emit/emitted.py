@@ -26,14 +26,14 @@ from fxprune.removal.plan import kept_of_constants
 from fxprune.removal.removal import Removal, RescaledNumber, scaled_numbers
 from fxprune.trace.inputs import alias_twin, meta_twin
 
-__all__ = ["Emitted", "Judge", "check_own_forward", "emit_from_graph"]
+__all__ = ["Emitted", "SlimJudge", "check_own_forward", "emit_from_graph"]
 
 _ROUGH = 2e-2
 """Accepted difference in half precision, relative to the largest output: two orders of summation round apart."""
 
 
 @dataclass
-class Judge:
+class SlimJudge:
     """Says whether an emitted model computes what the slim graph does.
 
     Args:
@@ -232,7 +232,7 @@ def emit_from_graph(
         inputs: keyword inputs on which graph and model have to agree.
     """
     dense: PreTrainedModel = source.model if source.dense is None else source.dense  # type: ignore[assignment]
-    judge = Judge(slim, dense, inputs)
+    judge = SlimJudge(slim, dense, inputs)
     epsilons = find_places(slim.graph, dense, scaled_numbers(removal.axes, removal.keep))
     tensors, removed = _tensors(slim, source, removal), removal.removed_blocks
     with tidy_later(), quiet():  # around all that is built and run: each of these alone costs more than a small block
@@ -241,7 +241,7 @@ def emit_from_graph(
         return emission
     names = {path: slim_name(path, removed) or path for path, _ in epsilons.values}
     with exaggerated(slim.graph, emission.model, epsilons, names):
-        reads = Judge(slim, dense, inputs).agrees(emission.model)
+        reads = SlimJudge(slim, dense, inputs).agrees(emission.model)
     return emission if reads else Emission(None, (f"{next(iter(names))}: its norm does not read what it is to add",))
 
 

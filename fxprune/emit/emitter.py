@@ -17,7 +17,7 @@ from fxprune.emit.choices import shared_widths_for
 from fxprune.emit.epsilons import Places, driving_fields
 from fxprune.emit.layout import Layout, model_rebuilder, survey
 from fxprune.emit.load import DryRuns, Rename, assign, left_on_meta, misfits, missing_modules, standins, suit_experts
-from fxprune.emit.recipe import EmissionTask, Recipe, rebuild
+from fxprune.emit.recipe import Blueprint, EmissionTask, rebuild
 from fxprune.emit.snapshot import build_on_meta, shapes_of, slim_name
 from fxprune.errors import VerificationError
 from fxprune.graph.context import Refusal, attempt
@@ -45,7 +45,7 @@ class Emission:
         model: of the dense model's class, holding the given tensors. Two attributes say how it differs:
             ``fxprune_overrides`` (an ``Overrides``: the config fields in which a block differs from ``model.config``,
             and those that the class wants at their dense values while it is built), and ``fxprune_recipe`` (a
-            ``Recipe`` as JSON values, from which ``rebuild`` makes the same structure out of the dense config).
+            ``Blueprint`` as JSON values, from which ``rebuild`` makes the same structure out of the dense config).
         reasons: block, parameter, wanted and obtained shape of what has no expression; empty on success.
     """
 
@@ -146,7 +146,7 @@ def _first_that_fits(task: EmissionTask, tensors: Tensors, agrees: Agrees | None
 
 def _candidates(task: EmissionTask) -> Iterator[Candidate]:
     """Yield different candidates, the likeliest first; they are made as they are asked for."""
-    tried: list[Recipe] = []
+    tried: list[Blueprint] = []
     shared_widths = shared_widths_for(task.rebuilder, task.outside())
     fields = driving_fields(task.model, task.layout.part, task.epsilons, task.removed)
     made = chain.from_iterable(candidates_for(task, shared) for shared in shared_widths)
@@ -224,7 +224,7 @@ def _make(
     return slim if disagreement is None else (*candidate.gaps, disagreement)
 
 
-def _disagreement(recipe: Recipe, slim: PreTrainedModel, agrees: Agrees) -> str | None:
+def _disagreement(recipe: Blueprint, slim: PreTrainedModel, agrees: Agrees) -> str | None:
     """Return in words what the caller has against a model, if anything."""
     answer = attempt(agrees, slim, refusals=(VerificationError,))
     if isinstance(answer, Refusal):
@@ -237,7 +237,7 @@ def _disagreement(recipe: Recipe, slim: PreTrainedModel, agrees: Agrees) -> str 
     return f"a candidate computes something else: {told}"
 
 
-def _overrides(task: EmissionTask, recipe: Recipe) -> Overrides:
+def _overrides(task: EmissionTask, recipe: Blueprint) -> Overrides:
     """Return the overrides of a slim model, by its own names, that cannot be read off it afterwards."""
     kept = [path for stack in task.layout.stacks[:1] for path in stack.paths() if path not in recipe.removed]
     names = {path: slim_name(path, recipe.removed) or path for path in kept}

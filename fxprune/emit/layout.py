@@ -25,11 +25,11 @@ from fxprune.graph.facts import within
 from fxprune.modelling.block_config import put_fields
 from fxprune.modelling.blocks import builder_of
 
-__all__ = ["Layout", "Rebuilder", "Stack", "block_rebuilder", "model_rebuilder", "survey"]
+__all__ = ["BlockStack", "Layout", "Rebuilder", "block_rebuilder", "model_rebuilder", "survey"]
 
 
 @dataclass(frozen=True)
-class Stack:
+class BlockStack:
     """A module list of blocks.
 
     Args:
@@ -56,7 +56,7 @@ class Layout:
             it, None where nothing does.
     """
 
-    stacks: tuple[Stack, ...]
+    stacks: tuple[BlockStack, ...]
     part: str
     count_field: str | None
 
@@ -84,7 +84,7 @@ def survey(model: PreTrainedModel) -> Layout:
     return Layout(stacks, part, _count_field(model, stacks[0], part))
 
 
-def _stacks(model: nn.Module) -> Iterator[Stack]:
+def _stacks(model: nn.Module) -> Iterator[BlockStack]:
     outer: list[str] = []
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or within(path, outer):
@@ -92,7 +92,7 @@ def _stacks(model: nn.Module) -> Iterator[Stack]:
         blocks = tuple(module)
         if blocks and all(next(block.parameters(), None) is not None for block in blocks):
             outer.append(path)
-            yield Stack(path, blocks)
+            yield BlockStack(path, blocks)
 
 
 def _config_part(model: PreTrainedModel, path: str) -> str:
@@ -108,7 +108,7 @@ def _config_of(model: PreTrainedModel, path: str) -> object:
     return vars(model.get_submodule(path.rpartition(".")[0])).get("config")
 
 
-def _count_field(model: PreTrainedModel, stack: Stack, part: str) -> str | None:
+def _count_field(model: PreTrainedModel, stack: BlockStack, part: str) -> str | None:
     """Return the integer field, else the lists with one entry a block (empty name), that set how many there are."""
     total = len(stack.blocks)
     fields = vars(part_of(model.config, part)).items()

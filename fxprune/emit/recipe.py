@@ -21,7 +21,7 @@ from fxprune.modelling.block_config import put_fields
 from fxprune.modelling.overrides import Overrides, apply_overrides, build_blocks
 from fxprune.trace.checks import clear_marks
 
-__all__ = ["EmissionTask", "Recipe", "rebuild"]
+__all__ = ["Blueprint", "EmissionTask", "rebuild"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class EmissionTask:
 
 
 @dataclass(frozen=True)
-class Recipe(Overrides):
+class Blueprint(Overrides):
     """How a slim model is built from the dense one's config; JSON values throughout, names those of the dense model.
 
     Args:
@@ -70,12 +70,12 @@ class Recipe(Overrides):
         return {**asdict(self), "removed": list(self.removed)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+    def from_dict(cls, data: Mapping[str, Any]) -> Blueprint:
         """Return the recipe that ``as_dict``, and a trip through JSON, came from."""
         return cls(**{**data, "removed": tuple(data["removed"])})
 
 
-def rebuild(dense: PreTrainedModel, recipe: Recipe, layout: Layout | None = None) -> PreTrainedModel:
+def rebuild(dense: PreTrainedModel, recipe: Blueprint, layout: Layout | None = None) -> PreTrainedModel:
     """Build a model of the dense one's class on ``meta``, with the recipe's widths and blocks and no weights.
 
     Args:

@@ -19,7 +19,7 @@ from fxprune.graph.tensors import starred
 if TYPE_CHECKING:
     from fxprune.report.report import GroupSize, Report
 
-__all__ = ["Column", "Headline", "Kind", "bars", "boxes", "headlines", "kinds_of", "page"]
+__all__ = ["ChartColumn", "Headline", "Kind", "bars", "boxes", "headlines", "kinds_of", "page"]
 
 _WIDTH, _HEIGHT = 760, 150
 """Of a chart, in its own units; the page scales it."""
@@ -43,7 +43,7 @@ Five = tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Column:
+class ChartColumn:
     """What stands at one place of a chart.
 
     Args:
@@ -55,7 +55,7 @@ class Column:
     tooltip: str
 
 
-def bars(columns: Sequence[Column], before: Sequence[int], after: Sequence[int]) -> Markup:
+def bars(columns: Sequence[ChartColumn], before: Sequence[int], after: Sequence[int]) -> Markup:
     """Return a bar for each column: as high as what was there before, and filled as far as what is there after."""
     most = max(before, default=0) or 1
     step, floor = _step(columns), _HEIGHT - _BOTTOM
@@ -68,7 +68,7 @@ def bars(columns: Sequence[Column], before: Sequence[int], after: Sequence[int])
     return _svg("units of each block before and after", drawn)
 
 
-def boxes(columns: Sequence[Column], kept: Sequence[Five], removed: Sequence[Five]) -> Markup:
+def boxes(columns: Sequence[ChartColumn], kept: Sequence[Five], removed: Sequence[Five]) -> Markup:
     """Return a box for what was kept and one for what went, side by side: from quartile to quartile, with whiskers.
 
     Whiskers far above all boxes are cut, so that boxes can be told apart.
@@ -119,11 +119,11 @@ def _place(part: float) -> float:
     return _HEIGHT - _BOTTOM - part * (_HEIGHT - _BOTTOM - _TOP)
 
 
-def _step(columns: Sequence[Column]) -> float:
+def _step(columns: Sequence[ChartColumn]) -> float:
     return (_WIDTH - _LEFT - _RIGHT) / max(len(columns), 8)  # a few columns are not drawn as wide as a page
 
 
-def _column(column: Column, place: int, step: float, inner: Markup, columns: int) -> Markup:
+def _column(column: ChartColumn, place: int, step: float, inner: Markup, columns: int) -> Markup:
     every = -(-columns // _MOST_LABELS)
     label = Markup()
     if place % every == 0:
@@ -250,7 +250,7 @@ def page(report: Report) -> str:
 
 @cache
 def _template() -> Template:
-    loader = PackageLoader("fxprune.removal", "")
+    loader = PackageLoader("fxprune.report", "")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -275,7 +275,7 @@ def _kind(report: Report, kind: str, name: str, groups: Sequence[GroupSize]) -> 
     shrunk = sum(group.after < group.before for group in groups)
     labels = [block.rpartition(".")[2] if block else "all" for block in places.values()]  # a block goes by its number
     columns = [
-        Column(label, f"{place}: {after[place]:,} of {before[place]:,} left ({after[place] / before[place]:.0%})")
+        ChartColumn(label, f"{place}: {after[place]:,} of {before[place]:,} left ({after[place] / before[place]:.0%})")
         for label, place in zip(labels, places, strict=True)
     ]
     several = len(places) > 1  # a chart of one bar says less than the line of text does
@@ -301,7 +301,7 @@ def _scores(report: Report, places: Sequence[str], labels: Sequence[str]) -> Mar
     if not any(spread.kept and spread.removed for spread in spreads):
         return Markup()
     columns = [
-        Column(label, f"{place}: median kept {_median(spread.kept)}, removed {_median(spread.removed)}")
+        ChartColumn(label, f"{place}: median kept {_median(spread.kept)}, removed {_median(spread.removed)}")
         for (place, label), spread in zip(held, spreads, strict=True)
     ]
     return boxes(columns, [spread.kept for spread in spreads], [spread.removed for spread in spreads])

@@ -101,7 +101,7 @@ def write_rule(
         stated: the statements.
         letters: names that the rule gives to axes.
     """
-    writer = _Writer(stated, letters)
+    writer = _StatementWriter(stated, letters)
     given = list(_inputs(node, stated))
     inputs = ", ".join(writer.tensor(label, x) for label, x in given)
     results = ", ".join(writer.tensor(label, x) for label, x in _labelled(outs)) or "numbers"
@@ -125,7 +125,7 @@ def _inputs(node: fx.Node, stated: Statements) -> Iterator[tuple[str, TensorAxes
                 yield (label if len(several) == 1 else f"{label}#{i}"), x
 
 
-class _Writer:
+class _StatementWriter:
     """Gives letters to factors as they are met, those that the rule itself uses first."""
 
     def __init__(self, stated: Statements, letters: Sequence[tuple[Expr, str]]) -> None:

@@ -18,7 +18,7 @@ from fxprune.pipeline.arguments import flag, number
 
 from .base import FitPass, Site, pairs
 
-__all__ = ["Damping", "LeastSquaresPass", "Moments", "Stack", "best_damping"]
+__all__ = ["Damping", "FitMoments", "LeastSquaresPass", "Stack", "best_damping"]
 
 _LADDER = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _FIRST = 3
@@ -39,7 +39,7 @@ class Damping:
 
 
 @dataclass(frozen=True)
-class Moments:
+class FitMoments:
     """What a fit needs to know of tokens ``X (tokens, in)`` and what they lack ``D (tokens, out)``.
 
     Args:
@@ -53,7 +53,7 @@ class Moments:
     free: bool = False
 
     @classmethod
-    def of(cls, weight: torch.Tensor, free: bool = False) -> Moments:
+    def of(cls, weight: torch.Tensor, free: bool = False) -> FitMoments:
         """Of no tokens yet, for a weight ``(out, in)``, and a constant beside its inputs where ``free``."""
         rows, columns = weight.shape
         columns += free
@@ -66,12 +66,12 @@ class Moments:
         self.square.add_(X.T @ X)
         self.product.add_(X.T @ D)
 
-    def over_all(self) -> Moments:
+    def over_all(self) -> FitMoments:
         """Of the tokens of all processes, where several share the samples."""
         add_up((self.square, self.product))
         return self
 
-    def take(self, other: Moments) -> None:
+    def take(self, other: FitMoments) -> None:
         """Take in the tokens of another."""
         self.square.add_(other.square)
         self.product.add_(other.product)
@@ -126,12 +126,12 @@ class Stack:
         of_each: of each matrix.
     """
 
-    of_each: tuple[Moments, ...]
+    of_each: tuple[FitMoments, ...]
 
     @classmethod
     def of(cls, weights: torch.Tensor, free: bool = False) -> Stack:
         """Of no tokens yet, for weights ``(matrices, out, in)``, and a constant beside their inputs where ``free``."""
-        return cls(tuple(Moments.of(weight, free) for weight in weights))
+        return cls(tuple(FitMoments.of(weight, free) for weight in weights))
 
     def over_all(self) -> Stack:
         """Of the tokens of all processes, where several share the samples."""
@@ -158,7 +158,7 @@ class Stack:
         return sum(moments.error(part) for moments, part in zip(self.of_each, change, strict=True))
 
 
-def best_damping(front: Moments | Stack, back: Moments | Stack) -> Damping:
+def best_damping(front: FitMoments | Stack, back: FitMoments | Stack) -> Damping:
     """Return the damping with which a fit on ``front`` does best on ``back``; infinite where none does better than 0.
 
     Of each kind the strengths are tried from the middle of the ladder on, in the direction that gets better.
@@ -169,7 +169,7 @@ def best_damping(front: Moments | Stack, back: Moments | Stack) -> Damping:
     return min(tried, key=lambda pair: pair[0])[1]
 
 
-def _climb(front: Moments | Stack, back: Moments | Stack, each: bool) -> Iterator[tuple[float, Damping]]:
+def _climb(front: FitMoments | Stack, back: FitMoments | Stack, each: bool) -> Iterator[tuple[float, Damping]]:
     def error(place: int) -> float:
         return back.error(front.solve(Damping(_LADDER[place], each)))
 

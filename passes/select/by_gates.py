@@ -26,8 +26,8 @@ from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 
 from .base import Choice, Selection
-from .judge import Judge, heldout_parts, picture
-from .ratio import SelectByRatioPass, Solver
+from .judge import DivergenceJudge, heldout_parts, picture
+from .ratio import BudgetSolver, SelectByRatioPass
 
 __all__ = ["Gates", "SelectByGatesPass", "project"]
 
@@ -114,7 +114,7 @@ class Gates:
 
     def _costs(self, begun: Sequence[Choice]) -> tuple[np.ndarray, list[int], float]:
         """What each unit costs, how many of each slot have to stay, and how much has to go."""
-        solver = Solver(self.selection, 0.0)
+        solver = BudgetSolver(self.selection, 0.0)
         none = [(0, 0)] * len(self.groups)
         costs = []
         for i, slot in enumerate(self.selection.slots):
@@ -249,10 +249,10 @@ class SelectByGatesPass(SelectByRatioPass):
         gates = Gates(selection, begun, self.scales)
         self._learn(graph_module, gates, lessons)
         learned = selection.by(gates.scores())
-        solver = Solver(learned, Solver(selection, 0.0).removed(begun))
+        solver = BudgetSolver(learned, BudgetSolver(selection, 0.0).removed(begun))
         choices = solver.repair(gates.choices())
         removals = [selection.removal_for(begun), learned.removal_for(choices)]
-        judge = Judge(graph_module, heldout, self.batch)
+        judge = DivergenceJudge(graph_module, heldout, self.batch)
         before, after = map(judge.divergence, removals)
         selection.note(
             f"gates: on samples that were not learned from, divergence from the dense model {before:.3f} nats a token "

@@ -19,9 +19,19 @@ from fxprune.pipeline.contract import Pass, no_progress
 from fxprune.removal.removal import Removal
 
 from .base import Choice, Selection, Slot
-from .ratio import Solver
+from .ratio import BudgetSolver
 
-__all__ = ["Allocations", "Judge", "Shares", "allocations", "heldout_parts", "move", "picture", "shares_of", "without"]
+__all__ = [
+    "Allocations",
+    "DivergenceJudge",
+    "Shares",
+    "allocations",
+    "heldout_parts",
+    "move",
+    "picture",
+    "shares_of",
+    "without",
+]
 
 Shares = tuple[float, ...]
 
@@ -49,7 +59,7 @@ class Allocations:
         """Return choices by which each slot loses its share; None where that does not remove as much."""
         if not any(shares):
             return None
-        solver = Solver(self.selection, self.target, shares)
+        solver = BudgetSolver(self.selection, self.target, shares)
         found = solver.repair(solver.local())
         even = abs(solver.removed(found) - self.target) <= _EVEN * self.selection.budget.total
         return found if even else None
@@ -76,7 +86,7 @@ class Allocations:
 
 def allocations(selection: Selection, begun: Sequence[Choice]) -> Allocations:
     """Return allocations that remove as much as ``begun``."""
-    return Allocations(selection, Solver(selection, 0.0).removed(begun))
+    return Allocations(selection, BudgetSolver(selection, 0.0).removed(begun))
 
 
 def shares_of(slots: Sequence[Slot], choices: Sequence[Choice]) -> Shares:
@@ -111,7 +121,7 @@ _KEPT = 64
 """Likeliest classes that are compared one by one: they hold nearly all of the probability."""
 
 
-class Judge:
+class DivergenceJudge:
     """Measures removals by the Kullback-Leibler divergence from the dense model, in nats a position.
 
     Args:

@@ -29,9 +29,9 @@ from .base import (
 
 __all__ = [
     "CLOSE",
+    "BudgetSolver",
     "SelectByGroupRatioPass",
     "SelectByRatioPass",
-    "Solver",
     "choose_uniform",
     "count_below",
     "normalised",
@@ -62,7 +62,7 @@ _HALVINGS = 40
 """2 ** -40 of a unit is nothing: more halvings change no rounded index."""
 
 
-class Solver:
+class BudgetSolver:
     """Finds numbers of units that remove a index of parameters, or of whatever the budget counts.
 
     Args:
@@ -320,7 +320,7 @@ class SelectByRatioPass(SelectPass):
         if not isinstance(self.ratio, tuple):
             total = selection.budget.total
             first = _places(selection, self.first)
-            if first and Solver(_part(selection, first), self.ratio * total).fraction({}) <= _ENOUGH:
+            if first and BudgetSolver(_part(selection, first), self.ratio * total).fraction({}) <= _ENOUGH:
                 return self._of_part(selection, first, [(0, 0)] * len(selection.slots), self.ratio, total)
             return self._choose(selection, self.ratio, total)
         decided = [(0, 0)] * len(selection.slots)
@@ -339,7 +339,7 @@ class SelectByRatioPass(SelectPass):
 
     def _choose(self, selection: Selection, ratio: float, whole: float) -> list[Choice]:
         """Choices that remove the fraction ``ratio`` of ``whole`` parameters."""
-        solver = Solver(selection, ratio * whole)
+        solver = BudgetSolver(selection, ratio * whole)
         largest = solver.removed(solver.most()) / max(whole, 1)
         if ratio > largest + CLOSE:
             raise self._too_large(f"{ratio:.1%} of the {selection.budget.word}", largest)

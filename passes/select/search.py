@@ -21,7 +21,7 @@ from fxprune.pipeline.registry import parse_pass
 from fxprune.removal.scores import Scores
 
 from .base import Choice, Selection
-from .judge import Judge, Shares, allocations, heldout_parts, move, picture, shares_of, without
+from .judge import DivergenceJudge, Shares, allocations, heldout_parts, move, picture, shares_of, without
 from .ratio import SelectByRatioPass
 
 __all__ = ["SelectBySearchPass"]
@@ -122,10 +122,10 @@ class SelectBySearchPass(SelectByRatioPass):
         """
         begun = super().choose(selection)
         looked_at, heldout, rest = _parted(selection.graph_module, self.heldout, self.samples)
-        judge = Judge(selection.graph_module, looked_at, self.batch, self._fit(), rest)
+        judge = DivergenceJudge(selection.graph_module, looked_at, self.batch, self._fit(), rest)
         found = list(self._search(selection, begun, judge))
         first, best = found[0], min(found, key=lambda trial: trial.divergence)
-        judge = Judge(selection.graph_module, heldout, self.batch, self._fit(), rest)
+        judge = DivergenceJudge(selection.graph_module, heldout, self.batch, self._fit(), rest)
         before, after = (judge.divergence(selection.removal_for(trial.choices)) for trial in (first, best))
         better = after < before
         told = f"divergence from the dense model {before:.3f} nats a token before and {after:.3f} after"
@@ -140,7 +140,7 @@ class SelectBySearchPass(SelectByRatioPass):
         """The compensation that is carried out before each measurement."""
         return parse_pass(instance("fit", self.fit, str, "a compensation as text, or ''")) if self.fit else None
 
-    def _search(self, selection: Selection, begun: list[Choice], judge: Judge) -> Iterator[_Trial]:
+    def _search(self, selection: Selection, begun: list[Choice], judge: DivergenceJudge) -> Iterator[_Trial]:
         """Measure one allocation after the other, the beginning first; each move is from the best so far."""
         seen: dict[tuple[Choice, ...], float] = {}
         best: _Trial | None = None

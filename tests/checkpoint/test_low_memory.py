@@ -1,4 +1,4 @@
-"""Folders pruned with weights in files: the same slim model as in memory, also where a run was stopped on the way."""
+"""Tests: a prune from folder to folder, with weights on disk."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import fxprune
-from fxprune.checkpoint.low_memory import load_mapped, request_of
+from fxprune.checkpoint.low_memory import load_mapped, request_of, unpack
 from fxprune.checkpoint.read import require_whole
 from fxprune.errors import CheckpointError
 from fxprune.recipes import read_recipe
@@ -200,3 +203,40 @@ def test_a_slim_folder_is_pruned_again(source: Path, tmp_path: Path) -> None:
     ids = token_ids(2)
     twice = fxprune.from_pretrained(tmp_path / "twice")
     torch.testing.assert_close(twice(ids).logits, second.model(ids).logits)
+
+
+@pytest.fixture(scope="module")
+def file_test_unpack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in a file of rounded weights."""
+    path = tmp_path_factory.mktemp("models") / "dense.gguf"
+    fxprune.export_model(tiny("llama"), path, tokenizer=tokenizer(), quantization="f16")
+    return path
+
+
+def test_a_gguf_file_is_read_a_block_at_a_time(
+    file_test_unpack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = list[int]()
+
+    def load(path: str, tensors: bool, model: PreTrainedModel) -> Any:
+        found = load_gguf_checkpoint(path, tensors, model)
+        read.append(len(found["tensors"]))
+        return found
+
+    monkeypatch.setattr("fxprune.checkpoint.low_memory.load_gguf_checkpoint", load)
+    true_reader = gguf.GGUFReader
+    unpack(file_test_unpack, tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(file_test_unpack.parent, gguf_file=file_test_unpack.name).state_dict()
+    assert sum(read) == len(whole) and max(read) == 9, "a block has nine weights"
+    assert gguf.GGUFReader is true_reader
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(tiny("llama"))
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, whole[name])
+
+
+def test_what_transformers_reads_is_as_before_where_it_fails(file_test_unpack: Path, tmp_path: Path) -> None:
+    true_reader = gguf.GGUFReader
+    with pytest.raises(SafetensorError):
+        unpack(file_test_unpack, tmp_path / "none")
+    assert gguf.GGUFReader is true_reader

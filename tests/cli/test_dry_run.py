@@ -15,7 +15,7 @@ from fxprune.cli import app
 from fxprune.cli.costs import runs_of, there_are
 from fxprune.cli.dry_run import _counted, _recipe_of, _samples
 from fxprune.cli.load import load_empty
-from fxprune.cli.memory import Sizes, Weights, memory_of, sizes_of
+from fxprune.cli.memory import ModelWeights, Sizes, memory_of, sizes_of
 from fxprune.cli.preparation import Prepared, most_samples, prepare
 from fxprune.cli.preparation import planned as passes_of
 from fxprune.data.built_in import built_in_text, general_text
@@ -67,7 +67,7 @@ VALUES = {
 BUILT_IN = len(built_in_text()) // (4 * 128)
 GENERAL = len(general_text()) // (4 * 128)
 DEMO = Sizes(all=800_000, alive=5_000, said=49_152)
-DEMO_WEIGHTS = Weights(0.538e9, 0.43e9)
+DEMO_WEIGHTS = ModelWeights(0.538e9, 0.43e9)
 
 
 def planned(**given: Any) -> tuple[tuple[Any, ...], int, int]:
@@ -129,7 +129,7 @@ def test_samples_are_those_of_the_text_there_is(tmp_path: Path) -> None:
 def test_what_is_kept_on_disk_is_not_tuned() -> None:
     passes, there, _ = planned(low_memory=True)
     assert "tune" not in [step.name for step in passes]
-    on_disk = Weights(0.538e9, 0.43e9, on_disk=True)
+    on_disk = ModelWeights(0.538e9, 0.43e9, on_disk=True)
     assert memory_of(passes, there, 128, DEMO, on_disk) < memory_of(passes, there, 128, DEMO, DEMO_WEIGHTS) - 0.5e9
 
 
@@ -140,7 +140,7 @@ def test_memory_is_about_what_was_measured(recipe: str, measured: float) -> None
     """It left out what samples take: 1.5 GB were expected of ``balanced``, which took twice that."""
     passes, there, tokens = planned(recipe=recipe)
     assert memory_of(passes, there, tokens, DEMO, DEMO_WEIGHTS) == pytest.approx(measured, rel=0.2)
-    in_place = Weights(0.538e9, 0.43e9, in_place=True)
+    in_place = ModelWeights(0.538e9, 0.43e9, in_place=True)
     assert memory_of(passes, there, tokens, DEMO, in_place) <= memory_of(passes, there, tokens, DEMO, DEMO_WEIGHTS)
 
 

@@ -1,14 +1,28 @@
-"""Groups by propagation; families and random networks test them end to end."""
+"""Tests: groups of units removed together, found by BFS in the dependency graph, and the products that read them."""
 
 from __future__ import annotations
 
 import networkx as nx
+import pytest
 import torch
 from torch import nn
 
-from fxprune.discovery.groups import Groups, axes_by_factor, find_groups, propagate
+from fxprune.discovery.groups import (
+    DEFAULT_KINDS,
+    Groups,
+    as_kinds,
+    axes_by_factor,
+    bare_kind,
+    consumers_of,
+    find_consumers,
+    find_groups,
+    propagate,
+    read_weight,
+    units_at,
+)
+from fxprune.errors import FxpruneError, UnknownNameError
 from tests.models import tiny
-from tests.oracle import Net, discover, graph_of
+from tests.oracle import Net, axes_of, discover, graph_of, groups_of
 
 
 def test_a_trigger_reaches_what_holds_its_factor() -> None:
@@ -30,3 +44,64 @@ def test_kinds_of_a_language_model() -> None:
     assert {group.kind for group in found} == {"mlp", "head", "channel", "head_dim", "layer"}
     assert len({group.name for group in found}) == len(found)
     assert [group.size for group in found.of_kinds(("mlp",))] == [88, 88]
+
+
+def test_kinds_are_checked_and_one_may_stand_alone() -> None:
+    assert as_kinds("mlp") == ("mlp",) and as_kinds(["head", "layer"]) == ("head", "layer")
+    assert as_kinds(DEFAULT_KINDS) == DEFAULT_KINDS
+    assert as_kinds(["exact-mlp", "exact-layer"]) == ("exact-mlp", "layer")
+    with pytest.raises(UnknownNameError, match="Did you mean 'mlp'"):
+        as_kinds("exact-mpl")
+    with pytest.raises(UnknownNameError, match="Did you mean 'head'"):
+        as_kinds(("heads",))
+    with pytest.raises(FxpruneError, match="kinds is empty"):
+        as_kinds(())
+    assert bare_kind("exact-mlp") == bare_kind("mlp") == "mlp" and bare_kind(None) is None
+
+
+def test_products_say_what_they_take_in() -> None:
+    net = Net(
+        lambda m, x: torch.nn.functional.linear(m.b(m.a(x).relu()), m.a.weight.T),
+        a=nn.Linear(3, 4),
+        b=nn.Linear(4, 4),
+    )
+    dense = discover(net, {"x": torch.randn(2, 3)})
+    found = find_consumers(dense.graph, axes_of(dense))
+    assert [(c.name, c.axis, c.source.name, c.dim) for c in found] == [
+        ("a.weight", 1, "x", 1),
+        ("b.weight", 1, "relu", 1),
+        ("a.weight", 0, "linear_1", 1),
+    ]
+    assert [read_weight(node) for node in found[2].node.all_input_nodes] == [None, "a.weight"]
+
+
+def test_consumers_of_a_group_add_up_over_its_units() -> None:
+    net = Net(lambda m, x: m.c(m.b(m.a(x).relu())), a=nn.Linear(3, 4), b=nn.Linear(4, 5), c=nn.Linear(5, 2))
+    dense = discover(net, {"x": torch.randn(2, 3)})
+    found = find_consumers(dense.graph, axes_of(dense))
+    assert {g.size: [c.name for c in consumers_of(g, found)] for g in groups_of(dense)} == {
+        4: ["b.weight"],
+        5: ["c.weight"],
+    }
+
+
+def test_units_inside_outer_ones_count_through() -> None:
+    def body(m: Net, x: torch.Tensor) -> torch.Tensor:
+        q, k = m.q(x).view(5, 2, 3, 4), m.k(x).view(5, 2, 4)
+        scores = torch.einsum("tghd,sgd->ghts", q, k).softmax(-1)
+        return m.o(torch.einsum("ghts,sgd->tghd", scores, k).reshape(5, 24))  # type: ignore[no-any-return]
+
+    net = Net(body, q=nn.Linear(6, 24), k=nn.Linear(6, 8), o=nn.Linear(24, 6))
+    dense = discover(net, {"x": torch.randn(5, 6)})
+    (inner,) = (g for g in groups_of(dense) if g.outer is not None and g.size == 3)
+    found = find_consumers(dense.graph, axes_of(dense))
+    (consumer,) = consumers_of(inner, found)
+    assert consumer.name == "o.weight"
+    assert units_at(inner, consumer, axes_of(dense)).tolist() == [unit for unit in range(6) for _ in range(4)]
+
+
+def test_channels_of_convolutions_are_taken_in_and_those_in_groups_are_not() -> None:
+    net = Net(lambda m, x: m.b(m.a(x)), a=nn.Conv1d(4, 6, 3), b=nn.Conv1d(6, 6, 3, groups=3))
+    dense = discover(net, {"x": torch.randn(1, 4, 9)})
+    found = find_consumers(dense.graph, axes_of(dense))
+    assert [(c.name, c.axis, c.dim) for c in found] == [("a.weight", 1, 1)]

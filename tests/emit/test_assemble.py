@@ -1,11 +1,11 @@
-"""Choices for all blocks make recipes of whole models."""
+"""Tests: choices for all blocks put together, one candidate model at a time."""
 
 from __future__ import annotations
 
-from fxprune.emit.assemble import candidates_for
+from fxprune.emit.assemble import Candidate, candidates_for, mended
 from fxprune.emit.choices import SharedWidths
 from fxprune.emit.layout import model_rebuilder, survey
-from fxprune.emit.recipe import EmissionTask
+from fxprune.emit.recipe import Blueprint, EmissionTask
 from fxprune.emit.snapshot import Shape, shapes_of
 from tests.emit.small import SmallModel, small
 
@@ -86,3 +86,15 @@ def test_other_ways_to_build_blocks_are_looked_for_where_the_likeliest_does_not_
     tried = len(task.rebuilder._seen)
     others = [candidate.recipe for candidate in candidates]
     assert others and first.recipe not in others and len(task.rebuilder._seen) >= tried
+
+
+def test_small_attributes_around_widths_are_divided() -> None:
+    attributes = {
+        "layers.1.attention": {"groups": 4, "index": 1, "width": 48},
+        "layers.1.attention.query": {"out": 16},
+    }
+    candidate = Candidate(Blueprint(attributes=attributes), frozenset(), ())
+    found = list(mended(candidate, ["layers.1.attention.query.weight"]))
+    assert [one.recipe.attributes["layers.1.attention"]["groups"] for one in found] == [1, 2]
+    assert all(one.recipe.attributes["layers.1.attention.query"] == {"out": 16} for one in found)
+    assert candidate.recipe.attributes == attributes

@@ -13,7 +13,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from fxprune.emit import Emission, Recipe, emit, rebuild
+from fxprune.emit import Blueprint, Emission, emit, rebuild
 
 torch.set_num_threads(1)
 
@@ -435,7 +435,7 @@ def test_a_recipe_rebuilds_the_structure_from_the_dense_config(name: str) -> Non
     if family.attn:
         members[2] = family.attn([2, 3], [1] if family.kv == KV else [2, 3])
     slim = check(dense, cuts_of(family, members), (f"{family.layer}.1",))
-    recipe = Recipe.from_dict(json.loads(json.dumps(slim.fxprune_recipe)))
+    recipe = Blueprint.from_dict(json.loads(json.dumps(slim.fxprune_recipe)))
     with torch.device("meta"):
         blank = type(dense)(copy.deepcopy(dense.config))
     again = rebuild(blank, recipe)

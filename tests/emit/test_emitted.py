@@ -1,17 +1,29 @@
-"""The Hugging Face model of a graph: which tensors it holds, and what counts as the same output."""
+"""Tests: the slim Hugging Face model of a slim graph, judged against the graph."""
 
 from __future__ import annotations
 
-import pytest
+import copy
+from typing import Any
 
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
+
+import fxprune
 from fxprune.axes import Keep
+from fxprune.checkpoint.structure import describe
 from fxprune.discovery.dependency import Dependencies
-from fxprune.emit.emitted import Emitted, emit_from_graph
-from fxprune.errors import CheckpointError
+from fxprune.emit.emitted import Emitted, SlimJudge, _agree, check_own_forward, emit_from_graph
+from fxprune.emit.load import implementations
+from fxprune.errors import CheckpointError, PlanError, VerificationError
 from fxprune.graph.facts import Source, facts_of
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.removal.removal import Removal
 from fxprune.trace import trace
+from fxprune.trace.inputs import meta_twin
+from tests.emitted import cut, distance, logits
 from tests.models import tiny, token_ids
 
 
@@ -32,3 +44,242 @@ def test_without_a_model_the_reasons_are_told() -> None:
         Emitted(None, ("a", "b", "c", "d")).require_model()
     model = tiny("llama", num_hidden_layers=1)
     assert Emitted(model).require_model() is model
+
+
+LATENT = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 20,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def dense() -> Any:
+    return tiny("llama", num_hidden_layers=1, hidden_size=24)
+
+
+@pytest.fixture(scope="module")
+def graph(dense: Any) -> Any:
+    return trace(dense).graph_module
+
+
+@pytest.fixture
+def judge(dense: Any, graph: Any) -> SlimJudge:
+    return SlimJudge(graph, dense, {"input_ids": token_ids(2, 9)})
+
+
+@pytest.fixture
+def candidate(dense: Any) -> Any:
+    return copy.deepcopy(dense)
+
+
+def test_a_model_like_its_graph_is_taken(judge: SlimJudge, candidate: Any) -> None:
+    assert judge(candidate)
+    candidate.model.norm.weight.data[0] += 1
+    assert not judge(candidate)
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets what eager attention does after all: to its output, for a module."""
+    plain = modeling_llama.eager_attention_forward
+
+    def replace(act: Any) -> None:
+        def attention(module: Any, *args: Any, **more: Any) -> Any:
+            return act(module, plain(module, *args, **more)[0]), None
+
+        monkeypatch.setattr(modeling_llama, "eager_attention_forward", attention)
+
+    return replace
+
+
+def fail_if_broken(module: Any, output: torch.Tensor) -> torch.Tensor:
+    """As SDPA does without a number that eager attention needs."""
+    if vars(module).get("broken"):
+        raise RuntimeError("sizes of a module")
+    return output
+
+
+def test_what_fails_under_another_implementation_alone_is_refused(judge: SlimJudge, candidate: Any, eager: Any) -> None:
+    candidate.model.layers[0].self_attn.broken = True
+    eager(fail_if_broken)
+    for dense in (judge.dense, meta_twin(judge.dense)):
+        judge.dense = dense
+        with pytest.raises(VerificationError, match="under eager attention: it does not run: RuntimeError"):
+            judge(candidate)
+
+
+def test_what_differs_under_another_implementation_alone_is_refused(
+    judge: SlimJudge, candidate: Any, eager: Any
+) -> None:
+    """Where the dense model has no values any more, nobody knows what it would do."""
+    candidate.model.layers[0].self_attn.broken = True
+    eager(lambda module, output: output * (2 if vars(module).get("broken") else 1))
+    with pytest.raises(VerificationError, match="under eager attention: it computes something else"):
+        judge(candidate)
+    judge.dense = meta_twin(judge.dense)
+    assert judge(candidate)
+
+
+def test_an_implementation_that_the_dense_model_fails_says_nothing(
+    judge: SlimJudge, candidate: Any, eager: Any
+) -> None:
+    eager(lambda _, output: output * 2)
+    assert judge(candidate)
+    eager(lambda _, output: output.view(7))
+    assert judge(candidate)
+    judge.dense = meta_twin(judge.dense)
+    assert judge(candidate)
+
+
+def test_a_model_in_training_is_compared_in_evaluation_mode(judge: SlimJudge, candidate: Any) -> None:
+    """Dropout made every comparison fail, and the reasons spoke of shapes."""
+    candidate.model.layers[0].self_attn.attention_dropout = 0.5
+    assert judge(candidate.train())
+    assert all(module.training for module in candidate.modules())
+
+
+def test_heads_without_key_heads_of_their_own_go_under_every_implementation() -> None:
+    """The config said six key/value heads beside four heads: their quotient was zero, and eager attention broke."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **LATENT)).eval()
+    result = cut(model, ("head",))
+    slim, config = result.model, result.model.config
+    assert config.num_attention_heads == config.num_key_value_heads == 4, result.report.model_reasons
+    wanted = result.graph_module(token_ids())[0]
+    for name in implementations(slim):
+        slim.set_attn_implementation(name)
+        with torch.compiler.set_stance("force_eager"):
+            assert distance(logits(slim), wanted) < 1e-5, name
+    stock = cut(model, ("head",), ranking="local", uniform=True)
+    assert describe(stock.model).is_stock, "what a stock checkpoint says has to fit as well"
+    assert stock.model.config.num_attention_heads == stock.model.config.num_key_value_heads < 6
+
+
+def test_outputs_agree_but_for_rounding() -> None:
+    want = torch.randn(1, 8, 5)
+    assert _agree(want, want + 1e-5) and not _agree(want, want + 1e-2)
+    assert not _agree(want, want[:, :4])
+    half, off = want.bfloat16(), want.bfloat16()
+    off[:, 0] += 1
+    assert _agree(half, off), "a router sent one token elsewhere"
+    assert not _agree(half, half + 1)
+
+
+def test_a_model_in_training_gets_its_slim_model() -> None:
+    """Dropout made every candidate fail, and the reasons spoke of shapes; each module's mode is kept."""
+    model = tiny("llama", num_hidden_layers=1, hidden_size=24, attention_dropout=0.5).train()
+    model.model.norm.eval()
+    result = cut(model, ("mlp",))
+    assert result.model is not None, result.report.model_reasons
+    modes = {path: module.training for path, module in result.model.named_modules()}
+    assert modes == {path: module.training for path, module in model.named_modules()}
+    assert not modes["model.norm"] and modes["model.layers.0.self_attn"]
+    assert distance(logits(result.model.eval()), logits(result.graph_module)) < 1e-5
+
+
+class Attending(nn.Module):
+    """Two residual blocks with heads; ``fixed`` is how its code knows their number."""
+
+    def __init__(self, fixed: str) -> None:
+        super().__init__()
+        self.fixed = fixed
+        self.into, self.out = nn.Linear(12, 36, bias=False), nn.Linear(12, 12, bias=False)
+        self.up, self.down = nn.Linear(12, 16), nn.Linear(16, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Residual sums of ``(samples, tokens, 12)``."""
+        heads = 3 if self.fixed == "heads" else self.into.weight.shape[0] // 12
+        apart = self.into(x).view(*x.shape[:2], 3, heads, -1) if self.fixed != "width" else self._by_width(x)
+        q, k, v = (part.transpose(1, 2) for part in apart.unbind(2))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(self.up(x).relu())
+
+    def _by_width(self, x: torch.Tensor) -> torch.Tensor:
+        return self.into(x).view(*x.shape[:2], 3, -1, 4)
+
+
+def prune(model: nn.Module, kinds: tuple[str, ...], **more: Any) -> fxprune.Result:
+    given = {"x": torch.randn(2, 5, 12)}
+    return fxprune.prune(
+        model,
+        None,
+        importance="l2",
+        kinds=kinds,
+        group_ratio=0.34,
+        protect=(),
+        inplace=True,
+        example_inputs=given,
+        **more,
+    )
+
+
+def test_a_module_is_compared_with_its_graph_and_left_alone() -> None:
+    model, inputs = Attending("width").train(), {"x": torch.randn(2, 5, 12)}
+    graph = trace(model, inputs).graph_module
+    source = facts_of(graph)[Source]
+    check_own_forward(graph, source, inputs)
+    assert model.training
+    model.down.bias = nn.Parameter(model.down.bias.detach() + 1)
+    with pytest.raises(PlanError, match="computes something else"):
+        check_own_forward(graph, source, inputs)
+
+
+@pytest.mark.parametrize(("fixed", "kinds"), [("width", ("head", "mlp")), ("heads", ("mlp",))])
+def test_code_that_asks_its_tensors_runs_on(fixed: str, kinds: tuple[str, ...]) -> None:
+    model = Attending(fixed).eval()
+    result = prune(model, kinds)
+    assert model.up.out_features == 16 and model.up.weight.shape[0] < 16
+    x = torch.randn(1, 7, 12)
+    assert torch.allclose(model(x), result(x), atol=1e-5)
+
+
+def test_code_that_holds_a_number_of_heads_is_refused_and_made_whole() -> None:
+    """With two of three heads the module was left broken: its view has three."""
+    model = Attending("heads").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for verify in (True, False):
+        with pytest.raises(
+            fxprune.FxpruneError, match=r"inplace: the module's own code .*what is left.*result.graph_mod"
+        ):
+            prune(model, ("head", "mlp"), verify=verify)
+        after = model.state_dict()
+        assert all(torch.equal(after[name], before[name]) for name in before) and model.training
+
+
+def test_code_that_still_runs_the_blocks_that_went_is_refused() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(self.up(x).relu())
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    options: dict[str, Any] = {"importance": "l2", "group_ratio": 0.34, "protect": (), "kinds": ("layer",)}
+    given = {"x": torch.randn(2, 8)}
+    with pytest.raises(fxprune.FxpruneError, match="computes something else"):
+        fxprune.prune(Stack(), None, inplace=True, example_inputs=given, **options)
+    assert fxprune.prune(Stack(), None, example_inputs=given, **options).report.removed_blocks

@@ -1,11 +1,16 @@
-"""Where the blocks of a model are."""
+"""Tests: blocks of a model, their configs, and rebuilding them on ``meta``."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from torch import nn
 
-from fxprune.emit.layout import survey
-from tests.emit.small import small
+from fxprune.emit.layout import block_rebuilder, model_rebuilder, survey
+from fxprune.emit.snapshot import shapes_of
+from fxprune.emit.solve import Search
+from tests.emit.small import SmallModel, rebuilder, small
 from tests.models import tiny
 
 
@@ -38,3 +43,69 @@ def test_lists_may_count_blocks() -> None:
     layout = survey(tiny("gemma3_text"))
     assert layout.depth == 3 and layout.count_field is not None
     assert layout.stacks[0].path == "model.layers"
+
+
+def test_a_block_is_built_from_fields_and_remembered() -> None:
+    block = rebuilder(small())
+    seen = block.observe({"inner": 8})
+    assert seen is not None and seen.shapes["up.weight"] == (8, 12)
+    assert block.observe({"inner": 8}) is seen
+    assert block.observe({"inner": 7}) is None, "the constructor refuses odd widths"
+    assert block.value({"inner": 8}, "inner") == 8 and block.value({}, "inner") == 20
+    assert block.known({"head_dim": 2}) == ("heads", "hidden", "inner", "head_dim")
+
+
+def test_fields_of_its_own_are_where_a_block_starts() -> None:
+    model = small()
+    found = block_rebuilder(model, survey(model), 1, model.blocks[1], {"inner": 6})
+    assert found is not None
+    built = found.build({})
+    assert isinstance(built, nn.Module) and built.up.out_features == 6 and built.layer_idx == 1
+
+
+class Listed(nn.Module):
+    """Is as wide as its entry of a list; wider where another list names its index."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(2, config.widths[layer_idx] + (layer_idx in config.wider))
+
+
+@pytest.mark.parametrize(("wider", "solved"), [([9, 9, 9, 9], [{"widths": 3}]), ([1, 0, 3, 2], [])])
+def test_a_block_of_a_width_in_a_list_is_built_from_its_entry(wider: list[int], solved: list[dict[str, int]]) -> None:
+    """Where it reads more of a list than its entry, lists are left as they are."""
+    model = small()
+    vars(model.config).update(widths=[4, 5, 6, 7], wider=wider)
+    block = Listed(model.config, 1)
+    found = block_rebuilder(model, survey(model), 1, block, {})
+    assert found is not None
+    seen = found.observe({})
+    assert seen is not None and seen.shapes == shapes_of(block)
+    wanted = {"up.weight": (3, 2), "up.bias": (3,)}
+    assert Search(found, {}, wanted).solutions() == solved
+    if solved:
+        built = found.build({"widths": 3})
+        assert isinstance(built, Listed) and shapes_of(built) == wanted
+    assert model.config.widths == [4, 5, 6, 7]
+
+
+def test_a_block_that_asks_for_more_is_not_built() -> None:
+    class Demanding(nn.Module):
+        """Wants another module."""
+
+        def __init__(self, config: object, layer_idx: int, other: nn.Module) -> None:
+            super().__init__()
+
+    model = small()
+    assert block_rebuilder(model, survey(model), 0, Demanding(None, 0, model), {}) is None
+
+
+def test_the_model_is_built_with_few_blocks() -> None:
+    model = small()
+    around = model_rebuilder(model, survey(model))
+    built = around.build({"hidden": 24})
+    assert isinstance(built, SmallModel) and len(built.blocks) == 1 and built.norm.weight.shape == (24,)
+    assert around.skip == ("blocks",)
+    seen = around.observe({})
+    assert seen is not None and seen.shapes.keys() == {"embed.weight", "norm.weight", "norm.bias"}
+    assert len(model.blocks) == model.config.depth == 4

@@ -1,15 +1,22 @@
-"""Tensors put into models, and models run without storage."""
+"""Tests: tensors assigned to a model on ``meta``, and runs under each attention implementation."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+import fxprune.emit.load as dry_runs
 from fxprune.emit.load import (
+    DryRuns,
     assign,
+    attending,
+    configs_of,
     has_odd_experts,
+    implementations,
     left_on_meta,
     misfits,
     missing_modules,
@@ -17,7 +24,11 @@ from fxprune.emit.load import (
     standins,
     suit_experts,
 )
+from fxprune.graph.context import evaluating
+from fxprune.modelling.block_config import block_config
+from fxprune.trace.inputs import meta_twin
 from tests.emit.small import SmallConfig, SmallModel, small
+from tests.models import tiny, token_ids
 
 
 def blank(**fields: int) -> SmallModel:
@@ -98,3 +109,131 @@ def test_experts_of_odd_widths_run_one_by_one(width: int, odd: bool) -> None:
     assert has_odd_experts(model) is odd
     suit_experts(model)
     assert (vars(model.config)["_experts_implementation_internal"] == "eager") is odd
+
+
+def test_a_class_has_its_own_first_and_what_it_can_be_switched_to() -> None:
+    model = tiny("llama", num_hidden_layers=1)
+    assert implementations(model) == ("sdpa", "eager", "flex_attention")
+    model.set_attn_implementation("eager")
+    assert implementations(model) == ("eager", "sdpa", "flex_attention")
+    assert implementations(tiny("bloom", num_hidden_layers=1)) == ("eager",)
+
+
+def test_a_model_runs_under_another_and_is_as_it_was() -> None:
+    model: Any = tiny("llama", num_hidden_layers=1)
+    layer = model.model.layers[0]
+    layer.self_attn.config = block_config(model.config, {})
+    seen = []
+    layer.self_attn.register_forward_pre_hook(lambda module, _: seen.append(module.config._attn_implementation))
+    with torch.no_grad():
+        for name in implementations(model):
+            with attending(model, name) as taken:
+                assert taken
+                model(token_ids(), use_cache=False)
+    assert seen == ["sdpa", "eager", "flex_attention"]
+    assert model.config._attn_implementation == layer.self_attn.config._attn_implementation == "sdpa"
+
+
+def test_what_a_model_does_not_take_is_told() -> None:
+    model = small()
+    before = [dict(vars(config)) for config in configs_of(model)]
+    with attending(model, "flash_attention_2") as taken:
+        assert not taken
+    assert [dict(vars(config)) for config in configs_of(model)] == before
+
+
+def test_each_module_gets_its_mode_back() -> None:
+    model = small().train()
+    model.blocks[1].eval()
+    before = [module.training for module in model.modules()]
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == before
+
+
+Asked = list[tuple[int, str]]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """The model and the implementation of each run."""
+    found: Asked = []
+
+    def run(model: Any, implementation: str) -> Any:
+        found.append((id(model), implementation))
+        return run_on_meta(model, implementation=implementation)
+
+    monkeypatch.setattr(dry_runs, "run_on_meta", run)
+    return found
+
+
+def blank_test_dry_runs() -> Any:
+    return meta_twin(tiny("llama", num_hidden_layers=2))
+
+
+def broken(model: Any, name: str) -> Any:
+    """`model`, whose attention has an output that does not fit; under one implementation of attention alone."""
+    own = model.config
+    layer: Any = model.model.layers[1].self_attn
+    forward = layer.o_proj.forward
+
+    def fails(x: torch.Tensor) -> Any:
+        return forward(x[..., :-1] if own._attn_implementation == name else x)
+
+    layer.o_proj.forward = fails
+    return model
+
+
+def test_the_dense_model_is_not_run_where_the_slim_one_runs(asked: Asked) -> None:
+    dense, slim = blank_test_dry_runs(), blank_test_dry_runs()
+    assert DryRuns(dense).failure_of(slim) is None
+    assert asked == [(id(slim), "sdpa"), (id(slim), "eager")]
+    asked.clear()
+    assert DryRuns(dense).failure_of(slim, patched=False) is None
+    assert asked == [(id(slim), "sdpa")]
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_what_stops_the_slim_model_alone_is_told(name: str) -> None:
+    failure = DryRuns(blank_test_dry_runs()).failure_of(broken(blank_test_dry_runs(), name))
+    assert failure is not None and failure.startswith(f"under {name} attention: RuntimeError")
+
+
+def test_what_stops_the_dense_model_too_says_nothing_and_is_asked_once(asked: Asked) -> None:
+    dense = broken(blank_test_dry_runs(), "eager")
+    runs = DryRuns(dense)
+    assert [runs.failure_of(broken(blank_test_dry_runs(), "eager")) for _ in range(2)] == [None, None]
+    assert asked.count((id(dense), "eager")) == 1 and (id(dense), "sdpa") not in asked
+
+
+def test_flex_attention_says_nothing_without_storage(asked: Asked) -> None:
+    """It is left out since it refuses whatever there is on ``meta``: once it does not, this is to be thought over."""
+    dense = blank_test_dry_runs()
+    refusal = run_on_meta(dense, implementation="flex_attention")
+    assert refusal is not None and "meta" in str(refusal)
+    DryRuns(dense).failure_of(blank_test_dry_runs())
+    assert "flex_attention" not in {name for _, name in asked}
+
+
+def test_a_model_of_its_own_implementation_is_run_under_it(asked: Asked) -> None:
+    dense, slim = blank_test_dry_runs(), blank_test_dry_runs()
+    for model in (dense, slim):
+        model.set_attn_implementation("flex_attention")
+    assert DryRuns(dense).failure_of(slim) is None
+    assert asked[0] == (id(slim), "flex_attention") and (id(dense), "flex_attention") in asked
+
+
+def test_a_run_that_fails_is_repeated_without_shortcuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An op that another mode cannot take, as those of higher order, does not stop a model that runs by itself."""
+    model, runs = blank_test_dry_runs(), list[bool]()
+    forward = nn.Linear.forward
+
+    def wary(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+        runs.append(bool(modes))
+        if modes:
+            raise NotImplementedError("no rule for this mode")
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", wary)
+    assert run_on_meta(model) is None and runs[0] and not runs[-1]

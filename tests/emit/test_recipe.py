@@ -7,13 +7,13 @@ import json
 import pytest
 from torch import nn
 
-from fxprune.emit.recipe import Recipe, rebuild
+from fxprune.emit.recipe import Blueprint, rebuild
 from fxprune.modelling.blocks import BUILT_AT, CannotBuildError
 from fxprune.modelling.overrides import Overrides
 from fxprune.modelling.table_rows import INPUTS
 from tests.emit.small import SmallModel, small
 
-RECIPE = Recipe(
+RECIPE = Blueprint(
     fields={"hidden": 10},
     block_fields={"blocks.0": {"inner": 8}, "blocks.2": {"head_dim": 2}},
     attributes={"norm": {"normalized_shape": (10,)}},
@@ -24,7 +24,7 @@ RECIPE = Recipe(
 
 
 def test_a_recipe_survives_json() -> None:
-    again = Recipe.from_dict(json.loads(json.dumps(RECIPE.as_dict())))
+    again = Blueprint.from_dict(json.loads(json.dumps(RECIPE.as_dict())))
     assert isinstance(again, Overrides) and again.removed == ("blocks.1",)
     assert json.dumps(again.as_dict()) == json.dumps(RECIPE.as_dict())
 
@@ -44,12 +44,12 @@ def test_a_recipe_is_followed() -> None:
 
 
 def test_a_block_lacks_what_is_absent() -> None:
-    recipe = Recipe(fields={"head_dim": 2}, absent={"blocks.1": ["head_dim"]}, block_fields={"blocks.1": {}})
+    recipe = Blueprint(fields={"head_dim": 2}, absent={"blocks.1": ["head_dim"]}, block_fields={"blocks.1": {}})
     assert [block.head_dim for block in rebuild(small(depth=2), recipe).blocks] == [2, 4]
 
 
 def test_a_block_is_built_where_its_kind_is() -> None:
-    recipe = Recipe(built_at={"blocks.1": {"index": 3, "fields": {"depth": 4}}})
+    recipe = Blueprint(built_at={"blocks.1": {"index": 3, "fields": {"depth": 4}}})
     slim = rebuild(small(depth=2), recipe)
     assert isinstance(slim.blocks[1].up, nn.Identity) and slim.blocks[1].layer_idx == 1
     assert vars(slim.blocks[1])[BUILT_AT]["index"] == 3 and slim.config.depth == 2
@@ -57,4 +57,4 @@ def test_a_block_is_built_where_its_kind_is() -> None:
 
 def test_a_block_that_is_in_no_list_cannot_be_built() -> None:
     with pytest.raises(CannotBuildError, match="norm"):
-        rebuild(small(), Recipe(block_fields={"norm": {"inner": 4}}))
+        rebuild(small(), Blueprint(block_fields={"norm": {"inner": 4}}))

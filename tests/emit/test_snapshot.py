@@ -1,11 +1,34 @@
-"""Shapes and attributes read off modules, and how they differ."""
+"""Tests: a module from outside: tensor shapes, scalar attributes, config fields, names."""
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
+import torch
 from torch import nn
 
-from fxprune.emit.snapshot import MISSING_AXIS, is_number, mismatches, shapes_of, take_snapshot
+from fxprune.emit.snapshot import (
+    MISSING_AXIS,
+    Reads,
+    build_on_meta,
+    is_number,
+    keep_blocks,
+    mismatches,
+    names_in,
+    on_meta,
+    own_entries,
+    part_of,
+    record_reads,
+    shapes_of,
+    slim_name,
+    take_snapshot,
+    value_of,
+)
+from fxprune.graph.context import Refusal
+from fxprune.modelling.block_config import put_fields
+from fxprune.modelling.blocks import CannotBuildError
+from tests.emit.small import SmallBlock, SmallConfig
 
 
 @pytest.mark.parametrize(
@@ -34,3 +57,111 @@ def test_mismatches_name_axes() -> None:
     have = {"a": (2, 3), "b": (4,), "c": (1,), "d": (5,)}
     want = {"a": (2, 4), "b": (4,), "c": (1, 1), "e": (5,)}
     assert mismatches(have, want) == {("a", 1), ("c", MISSING_AXIS), ("d", MISSING_AXIS), ("e", MISSING_AXIS)}
+
+
+@pytest.mark.parametrize(
+    ("name", "slim"),
+    [
+        ("a.blocks.0.up.weight", "a.blocks.0.up.weight"),
+        ("a.blocks.1.up.weight", None),
+        ("a.blocks.1", None),
+        ("a.blocks.2.up.weight", "a.blocks.1.up.weight"),
+        ("a.blocks.12", "a.blocks.10"),
+        ("a.blocks.10.up", None),
+        ("a.blocks", "a.blocks"),
+        ("a.blocks_more.2", "a.blocks_more.2"),
+        ("b.blocks.2", "b.blocks.2"),
+        ("norm.weight", "norm.weight"),
+    ],
+)
+def test_blocks_after_a_removed_one_move_up(name: str, slim: str | None) -> None:
+    assert slim_name(name, ("a.blocks.1", "a.blocks.10")) == slim
+    assert slim_name(name, ()) == name
+
+
+def test_a_removed_block_without_a_number_moves_nothing() -> None:
+    assert slim_name("a.last.weight", ("a.last",)) is None
+    assert slim_name("a.2.weight", ("a.last",)) == "a.2.weight"
+
+
+def test_names_within_a_module() -> None:
+    assert names_in({"a.b.c": 1, "a.bc": 2, "a.b": 3}, "a.b") == {"c": 1}
+
+
+def test_nothing_has_storage_and_nobody_chatters(recwarn: pytest.WarningsRecorder) -> None:
+    with on_meta():
+        warnings.warn("odd", stacklevel=1)
+        assert nn.Linear(3, 2).weight.is_meta and not torch.is_grad_enabled()
+    assert len(recwarn) == 0 and torch.is_grad_enabled() and not torch.zeros(1).is_meta
+
+
+def test_no_first_values_are_drawn_where_there_are_none() -> None:
+    with on_meta():
+        weight = nn.Linear(3, 2).weight
+        assert weight._version == 0 and nn.init.normal_(weight) is weight and nn.init.ones_(tensor=weight) is weight
+        real = nn.init.ones_(torch.zeros(2, device="cpu"))
+    assert real.tolist() == [1, 1]
+
+
+def test_what_is_refused_is_told() -> None:
+    built = build_on_meta(nn.Linear, 3, out_features=2)
+    assert isinstance(built, nn.Linear) and built.weight.is_meta
+    assert isinstance(build_on_meta(nn.Linear, 3), Refusal)
+
+    def refuse() -> None:
+        raise CannotBuildError("not a block")
+
+    assert str(build_on_meta(refuse)) == "CannotBuildError: not a block"
+
+
+def test_the_fields_a_constructor_reads_are_recorded() -> None:
+    config = SmallConfig()
+    reads = record_reads(config, lambda config: SmallBlock(config, 0))
+    assert reads == Reads(("heads", "hidden", "inner"), ("head_dim",))
+    assert type(config) is SmallConfig
+
+
+def test_absent_fields_asked_for_with_a_default_are_hollow() -> None:
+    reads = record_reads(SmallConfig(), lambda config: getattr(config, "groups", None) or config.depth)
+    assert reads == Reads(("depth",), ("groups",))
+
+
+def test_all_fields_count_where_the_constructor_refuses_the_config() -> None:
+    def refuse(config: SmallConfig) -> None:
+        raise ValueError(config.hidden)
+
+    assert {"depth", "heads", "hidden", "inner"} <= set(record_reads(SmallConfig(), refuse).integers)
+
+
+def test_fields_are_written_past_validation() -> None:
+    config = SmallConfig()
+    put_fields(config, {"hidden": 7, "new": 3})
+    assert (value_of(config, "hidden"), value_of(config, "new"), value_of(config, "head_dim")) == (7, 3, None)
+    assert part_of(config, "") is config
+
+
+def test_a_list_of_the_same_integer_holds_that_one() -> None:
+    config = SmallConfig()
+    vars(config).update(same=[3, 3], others=(3, 4), flags=[True, True], none=[])
+    assert [value_of(config, name) for name in ("same", "others", "flags", "none")] == [3, None, None, None]
+    put_fields(config, {"same": 2, "others": 5, "hidden": 7})
+    assert (config.same, config.others, config.hidden) == ([2, 2], (5, 5), 7)
+    reads = record_reads(config, lambda config: (config.same[0], config.flags[0]))
+    assert reads.integers == ("same",)
+
+
+def test_a_block_reads_its_own_entries_of_lists() -> None:
+    config = SmallConfig()
+    vars(config).update(heads_of=[3, 4, 5], kinds=["a", "b", "c"], pairs=[1, 2], pad_token_ids=[1, 2, 3])
+    assert own_entries(config, 3, 1) == {"heads_of": 4}
+    assert own_entries(config, 3, 3) == {}, "of another list of blocks"
+
+
+def test_lists_with_one_entry_a_block_are_shortened() -> None:
+    config = SmallConfig(depth=3)
+    vars(config).update(kinds=["a", "b", "c"], sizes=(1, 2, 3), others=[1, 2], eos_token_ids=[4, 5, 6])
+    keep_blocks(config, "depth", 3, [0, 2])
+    assert (config.kinds, config.sizes, config.others, config.depth) == (["a", "c"], (1, 3), [1, 2], 2)
+    assert config.eos_token_ids == [4, 5, 6]
+    keep_blocks(config, "", 2, [1])
+    assert (config.kinds, config.depth) == (["c"], 2), "nothing counts the blocks but the lists"

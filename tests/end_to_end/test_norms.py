@@ -16,7 +16,7 @@ import fxprune
 from fxprune.errors import ExportError, RatioError
 from fxprune.graph.facts import facts_of
 from fxprune.masking.compare import TOLERANCE
-from tests.emit.test_judge import LATENT
+from tests.emit.test_emitted import LATENT
 from tests.emitted import distance, logits, through_disk
 from tests.export.small import tokenizer
 from tests.models import tiny, token_ids

@@ -26,7 +26,7 @@ from fxprune.export.gguf.format import (
     read_header,
     type_named,
 )
-from fxprune.export.gguf.layout import LAYOUTS, Layout, lay_out, read_decoder
+from fxprune.export.gguf.layout import LAYOUTS, TensorLayout, lay_out, read_decoder
 from fxprune.export.gguf.reference import contents_for, logits_of
 from fxprune.export.gguf.tokenizer import copy_tokenizer, describe_tokenizer
 from fxprune.export.gguf.write import export_gguf, type_in
@@ -143,8 +143,10 @@ def test_rows_by_group_are_the_same_tensors_as_rows_by_part() -> None:
         queries, *others = tensors[name].split([len(tensors[name]) - 2 * pairs * key, pairs * key, pairs * key])
         groups = [part.unflatten(0, (pairs, -1)) for part in (queries, *others)]
         tensors[name] = torch.cat(groups, 1).flatten(0, 1)
-    by_part = lay_out(decoder, arch_named("deci"), Layout()).tensors
-    by_group = lay_out(dataclasses.replace(decoder, tensors=tensors), arch_named("deci"), Layout("groups")).tensors
+    by_part = lay_out(decoder, arch_named("deci"), TensorLayout()).tensors
+    by_group = lay_out(
+        dataclasses.replace(decoder, tensors=tensors), arch_named("deci"), TensorLayout("groups")
+    ).tensors
     assert by_part.keys() == by_group.keys()
     assert all(torch.equal(by_part[name], by_group[name]) for name in by_part)
 

@@ -1,6 +1,8 @@
-"""Parameters and buffers are read, replaced and listed by name."""
+"""Tests: tensors, names, inputs and argument paths of an fx graph."""
 
 from __future__ import annotations
+
+import operator
 
 import pytest
 import torch
@@ -12,12 +14,22 @@ from fxprune.graph.tensors import (
     copy_tensor,
     delete_tensor,
     device_of,
+    example_of,
     get_tensor,
+    input_tensors,
+    is_input,
+    maker_of,
     names_by_identity,
     on_meta,
+    output_name,
+    read_argument,
     require_weights,
+    set_argument,
     set_tensor,
+    starred,
+    tensor_name,
     weights,
+    with_argument,
 )
 
 
@@ -83,3 +95,68 @@ def test_weights_without_values_are_refused_in_the_name_of_the_pass() -> None:
     require_weights(whole, "some-pass")
     with pytest.raises(PassError, match=r"some-pass.*on meta"):
         require_weights(empty, "some-pass")
+
+
+def test_weights_go_by_their_own_name_and_the_rest_by_their_node() -> None:
+    graph = fx.Graph()
+    weight = graph.create_node("get_attr", "model.a.weight", name="a_weight")
+    both = graph.call_function(torch.ops.aten.topk.default, (weight, 2))
+    assert tensor_name(weight) == "model.a.weight" and tensor_name(both) == "topk_default"
+    assert output_name(both, 1) == output_name("topk_default", 1) == "topk_default#1"
+    assert maker_of("topk_default#1") == "topk_default" and maker_of("model.a.weight") == "model.a.weight"
+
+
+def test_numbers_of_blocks_are_starred_and_others_are_not() -> None:
+    names = ("model.layers.12.mlp.fc1.weight[0]", "h.0/head.2", "layers.3", "a.0.b.1[1]", "plain")
+    assert [starred(name) for name in names] == [
+        "model.layers.*.mlp.fc1.weight[0]",
+        "h.*/head.2",
+        "layers.*",
+        "a.*.b.*[1]",
+        "plain",
+    ]
+
+
+def graph() -> tuple[fx.Graph, dict[str, fx.Node]]:
+    found = fx.Graph()
+    x = found.placeholder("x")
+    xs = found.placeholder("xs")
+    first = found.call_function(operator.getitem, (xs, "p"))
+    inner = found.call_function(operator.getitem, (first, 0))
+    total = found.call_function(torch.add, (x, inner))
+    part = found.call_function(operator.getitem, (total, 0))
+    found.output(part)
+    for node in (x, inner, total, part):
+        node.meta["val"] = torch.zeros(2, 3)
+    xs.meta["val"], first.meta["val"] = {"p": [torch.zeros(2, 3)]}, [torch.zeros(2, 3)]
+    return found, {"x": x, "xs": xs, "first": first, "inner": inner, "total": total, "part": part}
+
+
+def test_what_is_read_off_an_input_is_an_input() -> None:
+    _, nodes = graph()
+    assert {name for name, node in nodes.items() if is_input(node)} == {"x", "xs", "first", "inner"}
+
+
+def test_tensors_are_spelled_as_python_code() -> None:
+    found, nodes = graph()
+    assert dict(input_tensors(found)) == {nodes["x"]: "x", nodes["inner"]: "xs['p'][0]"}
+
+
+def test_only_tensors_are_made_anew() -> None:
+    made = example_of({"p": [torch.zeros(2), 3], "q": None}, torch.ones_like)
+    assert made["p"][0].sum() == 2 and made["p"][1] == 3 and made["q"] is None
+
+
+def test_values_are_read_and_written_where_they_stand() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    node = graph.call_function(torch.add, (x, [1, (2, 3)]), {"sizes": [4, 5]})
+    assert read_argument(node, ("args", 1, 1, 0)) == 2
+    assert read_argument(node, ("kwargs", "absent")) is None
+    set_argument(node, ("args", 1, 1, 0), 7)
+    set_argument(node, ("kwargs", "sizes", 1), 8)
+    set_argument(node, ("kwargs", "end"), 9)
+    assert node.args == (x, [1, (7, 3)])
+    assert node.kwargs == {"sizes": [4, 8], "end": 9}
+    assert with_argument((node.args, {}), ("args", 1, 0), 5)[0] == (x, [5, (7, 3)])
+    assert node.args == (x, [1, (7, 3)])

@@ -1,7 +1,8 @@
-"""Checks of arguments give back Python's own values, and say what was passed and what has to be."""
+"""Tests: arguments: validation by kind, with errors that name argument and value."""
 
 from __future__ import annotations
 
+import logging
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+import fxprune
+import fxprune.pipeline.arguments
 from fxprune.errors import ArgumentError, FxpruneError, RatioError
 from fxprune.pipeline.arguments import as_path, as_seed, flag, function, instance, number, numbers, told, whole_number
+from tests.models import tiny
 
 
 @pytest.mark.parametrize("value", [0.25, Fraction(1, 4), np.float32(0.25), torch.tensor(0.25), np.array(0.25)])
@@ -78,3 +82,10 @@ def test_values_are_told_in_few_words(value: Any, words: str) -> None:
 def test_an_error_is_one_line_with_what_where_and_remedy() -> None:
     error = FxpruneError("it is\nbroken.", where="here", remedy="Mend it")
     assert str(error) == "here: it is broken. Mend it"
+
+
+def test_each_pass_is_logged_with_its_time(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "fxprune"):
+        fxprune.prune(tiny("llama"), importance="l2", ratio=0.1)
+    told = [record.getMessage().partition(": ")[0] for record in caplog.records]
+    assert told[:3] == ["trace", "find-groups", "l2"] and told[-1] == "make-report"

@@ -1,4 +1,4 @@
-"""What every pass is held to: the registered ones, and those of strangers."""
+"""Tests: the pass contract: facts needed and given, changes declared and checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fxprune.discovery.groups import Groups
 from fxprune.errors import FxpruneError, PassError
 from fxprune.graph.facts import Change, Fact, Facts, facts_of, fork
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
-from fxprune.pipeline.contract import STAGES, Pass, PassResult
+from fxprune.pipeline.contract import STAGES, Pass, PassResult, no_progress
 from fxprune.pipeline.pipeline import PassSequence, Pipeline
 from fxprune.pipeline.registry import load_pass, parse_pass, pass_class, pass_names
 from fxprune.removal.scores import Scores
@@ -372,3 +372,8 @@ def test_facts_are_forgotten_with_the_name_of_what_made_them_stale() -> None:
     assert Mark not in facts and Mark in twin
     with pytest.raises(PassError, match="the fact Mark is stale since pass g"):
         facts[Mark]
+
+
+def test_items_pass_as_they_are() -> None:
+    items = iter([1, 2])
+    assert no_progress(items, "work", 2) is items

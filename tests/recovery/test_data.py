@@ -1,4 +1,4 @@
-"""Rows become samples: formats, masks, splits, and what is said of rows that cannot be used."""
+"""Tests: training and held-out samples: read, formatted, packed, without overlap."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from fxprune.data.built_in import built_in_text
 from fxprune.data.calibration import IGNORED
-from fxprune.data.text import TEMPLATE
+from fxprune.data.text import TEMPLATE, TEMPLATE_WITH_INPUT, BadRow, kind_of
 from fxprune.errors import DataError
-from fxprune.recovery.data import Example, Formatter, TrainingData, collate, read_training_data
+from fxprune.recovery.data import Example, Formatter, TrainingData, collate, read_rows, read_training_data
 from fxprune.recovery.settings import RecoverySettings, settings_from
 from tests.tokens import character_tokenizer
 
@@ -245,3 +246,90 @@ def test_a_batch_is_padded_at_its_end() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted", "kind"),
+    [
+        ({"instruction": "a", "output": "b"}, "auto", "instruction"),
+        ({"messages": []}, "auto", "chat"),
+        ({"text": "a", "output": None}, "auto", "text"),
+        ("a", "text", "text"),
+        ("a", "chat", ""),
+        ({"text": "a"}, "chat", ""),
+        ({"question": "a"}, "auto", ""),
+        (3, "auto", ""),
+    ],
+)
+def test_the_format_is_told_by_the_fields(row: Any, wanted: str, kind: str) -> None:
+    found, why = kind_of(row, wanted)
+    assert found == kind and bool(why) != bool(kind)
+
+
+@pytest.mark.parametrize("given", ["", "3"])
+def test_an_instruction_counts_its_output_and_the_end(given: str) -> None:
+    tokenizer = character_tokenizer()
+    row = {"instruction": "Add.", "input": given, "output": "Four"}
+    example = Formatter(tokenizer, 1000, True).example(row, "instruction", "row 1")
+    assert isinstance(example, Example) and not example.cut
+    counted = [label for label in example.labels if label != IGNORED]
+    assert tokenizer.decode(counted) == "Four</s>"
+    prompt = (TEMPLATE_WITH_INPUT if given else TEMPLATE).format(**row)
+    assert tokenizer.decode(example.ids) == f"{prompt}Four</s>"
+
+
+def test_what_makes_no_example_is_a_bad_row() -> None:
+    formatter = Formatter(character_tokenizer(), 20, True)
+    rows = [({"instruction": "Add.", "output": 3}, "is a int"), ({"instruction": " ", "output": "b"}, "is empty")]
+    for row, why in [*rows, ({"instruction": "Add.", "output": "b"}, "no response within 20 tokens")]:
+        bad = formatter.example(row, "instruction", "row 1")
+        assert isinstance(bad, BadRow) and bad.where == "row 1" and why in bad.why
+
+
+def test_a_template_that_refuses_a_chat_is_told() -> None:
+    tokenizer = character_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ raise_exception('only questions') }}"
+    chat = {"messages": [{"role": "assistant", "content": "yes"}]}
+    bad = Formatter(tokenizer, 100, True).example(chat, "chat", "row 1")
+    assert isinstance(bad, BadRow) and "refuses it" in bad.why and "only questions" in bad.why
+
+
+ROWS = [{"text": "one"}, {"text": "two"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("a.json", json.dumps(ROWS), "row"),
+        ("a.json", json.dumps({"data": ROWS}), "row"),
+        ("a.json", "\n".join(map(json.dumps, ROWS)), "line"),
+        ("a.jsonl", "\n".join(map(json.dumps, ROWS)), "line"),
+    ],
+)
+def test_files_of_each_form_give_the_same_rows(tmp_path: Path, name: str, content: str, place: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    assert list(read_rows(path)) == [(f"{place} 1", ROWS[0]), (f"{place} 2", ROWS[1])]
+    assert list(read_rows(str(path))) == list(read_rows(path))
+
+
+def test_rows_in_memory_and_the_built_in_text_have_a_place() -> None:
+    assert list(read_rows(iter(ROWS))) == [("row 1", ROWS[0]), ("row 2", ROWS[1])]
+    assert list(read_rows(None)) == [("the built-in text", built_in_text())]
+
+
+def test_a_broken_line_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n\n{"text"\n{"text": "two"}\n')
+    found = dict(read_rows(path))
+    assert list(found) == ["line 1", "line 3", "line 4"]
+    assert isinstance(found["line 3"], BadRow) and found["line 3"].why.startswith("not JSON")
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [(7, "cannot read 7"), ({"text": "one"}, "cannot read .'text'"), (Path("a.csv"), r"a \.csv file")],
+)
+def test_what_holds_no_rows_is_refused(data: Any, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        read_rows(data)

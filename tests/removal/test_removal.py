@@ -1,15 +1,31 @@
-"""A removal says what it leaves of every tensor, constants included, and goes stale with the graph."""
+"""Tests: a removal decided for a graph, and how its norms are kept."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from fxprune.axes import Keep
 from fxprune.graph.facts import facts_of
 from fxprune.removal.plan import plan_of
-from fxprune.removal.removal import Bypassed, Removal, Removed, Sliced
+from fxprune.removal.removal import (
+    Bypassed,
+    Change,
+    Removal,
+    Removed,
+    Scaling,
+    Sliced,
+    kept_in,
+    scaled_numbers,
+    scaled_weights,
+    unkept_in,
+)
 from tests.oracle import Net, axes_of, decide, discover, groups_of
 
 
@@ -28,3 +44,64 @@ def test_a_removal_knows_its_plan_and_what_stays_of_constants() -> None:
         assert step.removal is removal
     facts.drop_about("graph", "some-pass")
     assert Removal not in facts and facts[Removed].removal is removal
+
+
+def root_mean_square(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+    """The norm in float64."""
+    return w * x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([0.0, 1e-6, 0.1, 3.0]), st.sampled_from([0.0, 1.0]))
+def test_the_norm_over_fewer_units_is_the_one_over_all_with_zeros(k: int, gone: int, eps: float, offset: float) -> None:
+    """`w sqrt(n / k) x / sqrt(mean over k + e n / k)` is `w x / sqrt(mean over n + e)`, with `1 + w` as well."""
+    n = k + gone
+    x, w = torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).unbind()
+    x = x.where(torch.arange(n) < k, torch.zeros(1, dtype=torch.float64))
+    masked = root_mean_square(x, w + offset, eps)[:k]
+    slim = Scaling((n / k) ** 0.5, offset).of(w[:k]) + offset
+    torch.testing.assert_close(root_mean_square(x[:k], slim, eps * n / k), masked)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_in_half_precision_it_is_known_what_the_rounded_weight_stands_for(offset: float) -> None:
+    w, scaling = torch.randn(50).to(torch.bfloat16), Scaling(1.25**0.5, offset)
+    assert scaling.of(w).dtype == torch.bfloat16 and scaling.rounded(w).dtype == torch.float32
+    again = (scaling.rounded(w) + offset) * scaling.factor - offset
+    torch.testing.assert_close(again, scaling.of(w).float(), atol=1e-6, rtol=1e-6)
+    assert float((scaling.rounded(w) - w.float()).abs().max()) < 0.02
+
+
+def dense(norm: str) -> Any:
+    """Two norms in a row, one of which has no weight."""
+
+    def body(n: Any, x: torch.Tensor) -> Any:
+        h = n.inner(x)
+        return n.outer(root_mean_square(h, n.w, 0.5)), n.other(root_mean_square(n.more(x), 1.0, 0.5))  # type: ignore[arg-type]
+
+    linears = {"inner": (6, 12), "more": (6, 8)}
+    parts: dict[str, Any] = {name: nn.Linear(*sizes, bias=False) for name, sizes in linears.items()}
+    parts |= {"outer": nn.Linear(12, 5), "other": nn.Linear(8, 5), "w": nn.Parameter(torch.rand(12))}
+    return discover(Net(body, **parts), {"x": torch.randn(3, 6)}, norm=norm)
+
+
+def test_numbers_and_weights_of_a_removal() -> None:
+    graph = dense("masked")
+    axes, groups = axes_of(graph), {group.size: group for group in groups_of(graph)}
+    for size in (12, 8):
+        assert bool(groups[size].renormalised) is (size == 8)
+    keep = Keep({groups[12].factor: np.arange(12) < 9, groups[8].factor: np.arange(8) < 4})  # type: ignore[dict-item]
+    (change,) = scaled_numbers(axes, keep).values()
+    assert change == Change(0.5, 0.5 * 12 / 9)
+    ((name, scaling),) = scaled_weights(axes, keep).items()
+    assert name == "w" and scaling.offset == 0 and abs(scaling.factor - (12 / 9) ** 0.5) < 1e-12
+    assert scaled_numbers(axes, Keep()) == scaled_weights(axes, Keep()) == {}
+    assert len(kept_in(axes, keep)) == 1 and kept_in(axes, Keep()) == ()
+
+
+def test_what_is_not_kept_is_told_with_its_reason() -> None:
+    graph = dense("masked")
+    (group,) = [group for group in groups_of(graph) if group.renormalised]
+    (line,) = unkept_in(axes_of(graph), group.renormalised)
+    assert "is taken over the units that stay" in line and "no weight of its own" in line
+    sliced = dense("sliced")
+    assert unkept_in(axes_of(sliced), [node for g in groups_of(sliced) for node in g.renormalised]) == ()

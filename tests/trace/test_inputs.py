@@ -1,13 +1,25 @@
-"""Inputs to trace with are made where they can be, and vary where they may."""
+"""Tests: example inputs, and copies of a model to run them on."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import weight_norm
 
 from fxprune.errors import TraceError
-from fxprune.trace.inputs import default_inputs, dynamic_dims, is_hugging_face
+from fxprune.graph.compat import fake_mode
+from fxprune.trace.inputs import (
+    alias_twin,
+    default_inputs,
+    dynamic_dims,
+    fake_twin,
+    hooks_left_out,
+    is_hugging_face,
+    meta_twin,
+)
 from tests.models import tiny
 
 
@@ -27,3 +39,56 @@ def test_batch_and_sequence_may_vary_and_features_may_not() -> None:
     dims = dynamic_dims({**floats, "ids": torch.zeros(3, 3, 3, dtype=torch.long), "flag": True})
     free = {name: None if axes is None else list(axes) for name, axes in dims.items()}
     assert free == {"x1": [0], "x2": [0], "x3": [0, 1], "x4": [0], "ids": [0, 1], "flag": None}
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+
+
+def test_a_twin_on_meta_has_all_but_storage() -> None:
+    model = net()
+    model[0].bias.requires_grad_(False)
+    twin = meta_twin(model)
+    assert all(tensor.is_meta for tensor in (*twin.parameters(), *twin.buffers()))
+    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert twin[0].weight.shape == (4, 3)  # type: ignore[index, union-attr]
+
+
+def test_a_twin_to_trace_has_another_dtype_and_is_in_evaluation_mode() -> None:
+    model = net()
+    twin = fake_twin(model, fake_mode(), torch.float32, torch.bfloat16)
+    assert {p.dtype for p in twin.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in twin.buffers()} == {b.dtype for b in model.buffers()}
+    assert not twin.training and model.training
+
+
+def test_a_twin_to_run_has_the_weights_and_buffers_and_gradients_of_its_own() -> None:
+    model = net()
+    twin = alias_twin(model)
+    assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in model.parameters()]
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(twin.buffers(), model.buffers(), strict=True))
+    twin(torch.randn(5, 3)).sum().backward()
+    assert all(p.grad is None for p in model.parameters()) and all(p.grad is not None for p in twin.parameters())
+
+
+def test_hooks_of_a_user_are_left_out_and_those_of_torch_are_not() -> None:
+    calls: list[Any] = []
+    model = nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.ReLU())
+    model[1].register_forward_hook(lambda *args: calls.append(args))
+    model.register_forward_pre_hook(lambda *args: calls.append(args))
+    twin = alias_twin(model)
+    assert torch.allclose(twin(torch.ones(2, 3)), nn.functional.linear(torch.ones(2, 3), *_linear(model)).relu())
+    assert calls == [] and hooks_left_out(model) == ("the model", "1")
+    model(torch.ones(2, 3))
+    assert len(calls) == 2
+
+
+def _linear(model: nn.Sequential) -> tuple[torch.Tensor, torch.Tensor]:
+    return model[0].weight, model[0].bias  # type: ignore[return-value]
+
+
+def test_what_was_computed_and_is_kept_is_copied() -> None:
+    model = net().eval()
+    model.seen = [model(torch.ones(2, 3))]  # type: ignore[assignment]
+    twin = alias_twin(model)
+    assert torch.equal(twin.seen[0], model.seen[0]) and twin.seen[0].grad_fn is None  # type: ignore[index, union-attr]

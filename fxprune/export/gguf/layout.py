@@ -16,7 +16,7 @@ from fxprune.errors import ExportError
 from fxprune.export.gguf.format import Arch, joined, name_elsewhere, names_in_format, place_of
 from fxprune.graph.context import quiet
 
-__all__ = ["LAYOUTS", "Contents", "Decoder", "Layout", "Rotary", "Unsaid", "lay_out", "read_decoder"]
+__all__ = ["LAYOUTS", "Contents", "Decoder", "Rotary", "TensorLayout", "Unsaid", "lay_out", "read_decoder"]
 
 _OTHERS = "GGUF files hold decoders whose blocks share all but widths; export a .pt2 or .onnx file instead"
 
@@ -190,7 +190,7 @@ class Unsaid(Exception):
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """How a model orders the rows of its projections, which no name tells.
 
     Args:
@@ -203,7 +203,7 @@ class Layout:
     rotary: str = "halves"
 
 
-LAYOUTS = tuple(Layout(fused, rotary) for rotary in ("halves", "pairs") for fused in ("parts", "groups"))
+LAYOUTS = tuple(TensorLayout(fused, rotary) for rotary in ("halves", "pairs") for fused in ("parts", "groups"))
 """In the order in which they are tried: the most common first."""
 
 
@@ -223,7 +223,7 @@ class Contents:
 
 
 @dataclass
-class _Block:
+class _BlockTensors:
     """One block on its way into a file."""
 
     number: int
@@ -233,7 +233,7 @@ class _Block:
     width: int = 0
 
 
-def lay_out(decoder: Decoder, arch: Arch, layout: Layout) -> Contents:
+def lay_out(decoder: Decoder, arch: Arch, layout: TensorLayout) -> Contents:
     """Return what a file of an architecture holds for a model.
 
     Raises:
@@ -257,10 +257,10 @@ def lay_out(decoder: Decoder, arch: Arch, layout: Layout) -> Contents:
     return Contents(arch, tensors, _keys(decoder, arch, blocks, whole, (key, value)))
 
 
-def _named(decoder: Decoder, arch: Arch) -> tuple[Tensors, list[_Block]]:
+def _named(decoder: Decoder, arch: Arch) -> tuple[Tensors, list[_BlockTensors]]:
     """Return the tensors outside blocks, and the blocks, by the names that the architecture has for them."""
     whole: Tensors = {}
-    blocks: dict[int, _Block] = {}
+    blocks: dict[int, _BlockTensors] = {}
     for parameter, tensor in decoder.tensors.items():
         number, module = place_of(parameter)
         names, leaf = names_in_format(module, arch), parameter.rpartition(".")[2]
@@ -269,7 +269,7 @@ def _named(decoder: Decoder, arch: Arch) -> tuple[Tensors, list[_Block]]:
             told = f"has no place for {other}" if other else "has no name for such a tensor"
             raise Unsaid(f"{parameter}: architecture {arch.name} {told}")
         if number is not None:
-            blocks.setdefault(number, _Block(number, {}, decoder.cached.get(number)))
+            blocks.setdefault(number, _BlockTensors(number, {}, decoder.cached.get(number)))
         parts = whole if number is None else blocks[number].parts
         parts[f"{names[-1]}.{leaf}"] = tensor
     return whole, [blocks[number] for number in sorted(blocks)]
@@ -280,7 +280,7 @@ def _tie(whole: Tensors, arch: Arch) -> None:
         raise Unsaid(f"architecture {arch.name} has the embedding for its output, and this model an output layer")
 
 
-def _split(block: _Block, layout: Layout) -> bool:
+def _split(block: _BlockTensors, layout: TensorLayout) -> bool:
     """Split tensors that are several; tell numbers of heads and width. Return whether the block does anything."""
     parts = block.parts
     if block.sizes is not None:
@@ -301,7 +301,7 @@ def _split(block: _Block, layout: Layout) -> bool:
     return block.sizes is not None or block.width > 0
 
 
-def _unfused(fused: torch.Tensor, sizes: tuple[int, int, int], layout: Layout) -> Iterator[torch.Tensor]:
+def _unfused(fused: torch.Tensor, sizes: tuple[int, int, int], layout: TensorLayout) -> Iterator[torch.Tensor]:
     """Yield queries, keys and values."""
     pairs, key, value = sizes
     heads = (len(fused) - pairs * (key + value)) // key
@@ -313,7 +313,7 @@ def _unfused(fused: torch.Tensor, sizes: tuple[int, int, int], layout: Layout) -
         yield part.flatten(0, 1)
 
 
-def _head_sizes(decoder: Decoder, blocks: list[_Block]) -> tuple[int, int]:
+def _head_sizes(decoder: Decoder, blocks: list[_BlockTensors]) -> tuple[int, int]:
     """Return the sizes of a key and of a value, which the format has once."""
     found = {block.sizes[1:] for block in blocks if block.sizes is not None}
     if len(found) != 1:
@@ -325,7 +325,7 @@ def _head_sizes(decoder: Decoder, blocks: list[_Block]) -> tuple[int, int]:
     return next(iter(found))
 
 
-def _stand_in(block: _Block, arch: Arch, sizes: tuple[int, int], embedding: torch.Tensor, first: bool) -> None:
+def _stand_in(block: _BlockTensors, arch: Arch, sizes: tuple[int, int], embedding: torch.Tensor, first: bool) -> None:
     """Give a block that lacks attention, or an MLP, a small one of zeros where the format cannot leave it out.
 
     An architecture takes its sizes from block 0; and one that leaves attention out drops a block without an MLP.
@@ -354,7 +354,7 @@ _LEAST = 256
 """Width of an MLP of zeros: the largest block of any quantised type."""
 
 
-def _require_room(block: _Block, arch: Arch) -> None:
+def _require_room(block: _BlockTensors, arch: Arch) -> None:
     where = f"block {block.number}"
     names = {name.rpartition(".")[0] for name in block.parts}
     for name in block.parts:
@@ -366,7 +366,7 @@ def _require_room(block: _Block, arch: Arch) -> None:
         raise Unsaid(f"{where}: architecture {arch.name} needs {lacking[0]}, which this model has not")
 
 
-def _require_equal(blocks: list[_Block], arch: Arch) -> None:
+def _require_equal(blocks: list[_BlockTensors], arch: Arch) -> None:
     told = {"heads": [b.heads for b in blocks], "key/value heads": [b.sizes[0] if b.sizes else 0 for b in blocks]}
     told["MLP widths"] = [block.width for block in blocks]
     for what, numbers in told.items():
@@ -374,7 +374,7 @@ def _require_equal(blocks: list[_Block], arch: Arch) -> None:
             raise Unsaid(f"architecture {arch.name} has one number of {what} for all blocks, and here are {numbers}")
 
 
-def _turn(block: _Block, arch: Arch, decoder: Decoder, layout: Layout) -> None:
+def _turn(block: _BlockTensors, arch: Arch, decoder: Decoder, layout: TensorLayout) -> None:
     """Put the channels of queries and keys in the order in which the architecture turns them."""
     if decoder.rotary is None or block.sizes is None or arch.rotary == layout.rotary:
         return
@@ -398,7 +398,7 @@ def _reordered(rows: torch.Tensor, size: int, turned: int, order: str) -> torch.
     return torch.cat([first, rest], 1).flatten(0, 1)
 
 
-def _joined(block: _Block, arch: Arch) -> Tensors:
+def _joined(block: _BlockTensors, arch: Arch) -> Tensors:
     """Return the tensors of a block as the architecture has them: fused, stacked, or apart."""
     parts = dict(block.parts)
     for part, wanted in (("attention", arch.fused), ("mlp", arch.stacked)):
@@ -426,7 +426,9 @@ def _rotation(decoder: Decoder, arch: Arch, size: int) -> Tensors:
     return {"rope_freqs.weight": factors}
 
 
-def _keys(decoder: Decoder, arch: Arch, blocks: list[_Block], whole: Tensors, sizes: tuple[int, int]) -> dict[str, Any]:
+def _keys(
+    decoder: Decoder, arch: Arch, blocks: list[_BlockTensors], whole: Tensors, sizes: tuple[int, int]
+) -> dict[str, Any]:
     epsilon = "layer_norm_rms_epsilon" if arch.norm == "rms" else "layer_norm_epsilon"
     rows, hidden = whole["token_embd.weight"].shape
     keys: dict[str, Any] = {

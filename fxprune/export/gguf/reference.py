@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fxprune.errors import ExportError
 from fxprune.export.gguf.format import Arch, candidates, joined, names_in_format, place_of
-from fxprune.export.gguf.layout import LAYOUTS, Contents, Decoder, Layout, Unsaid, lay_out
+from fxprune.export.gguf.layout import LAYOUTS, Contents, Decoder, TensorLayout, Unsaid, lay_out
 from fxprune.masking.compare import compare
 
 __all__ = ["contents_for", "logits_of"]
@@ -202,7 +202,7 @@ def _first_that_agrees(decoder: Decoder, arch: Arch, tolerance: float) -> Conten
     return reason
 
 
-def _layouts(decoder: Decoder, arch: Arch) -> list[Layout]:
+def _layouts(decoder: Decoder, arch: Arch) -> list[TensorLayout]:
     """Return the layouts that may matter: a model without a fused tensor, or without rotation, has fewer."""
     whole = joined("attention")[0]
     fused = any(whole in names_in_format(place_of(name)[1], arch) for name in decoder.tensors)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fxprune.passes.select.base import Option, Slot
-from fxprune.passes.select.judge import Judge, move, picture, shares_of
+from fxprune.passes.select.judge import DivergenceJudge, move, picture, shares_of
 from fxprune.passes.select.ratio import normalised
 from fxprune.passes.select.search import SelectBySearchPass
 from torch import fx
@@ -101,7 +101,7 @@ def test_standardised_scores_are_compared_by_their_magnitude() -> None:
 def test_the_judge_measures_the_divergence_of_masked_runs(dense: fx.GraphModule) -> None:
     samples = facts_of(dense)[Calibration].samples
     removal = half_of(dense, "model.layers.0/mlp")
-    found = Judge(dense, samples, 4).divergence(removal)
+    found = DivergenceJudge(dense, samples, 4).divergence(removal)
     total = 0.0
     for sample in samples:
         with torch.no_grad():
@@ -110,15 +110,15 @@ def test_the_judge_measures_the_divergence_of_masked_runs(dense: fx.GraphModule)
         total += float((whole.exp() * (whole - masked)).sum()) / whole.shape[1]
     assert 0 < found <= total / len(samples) * 1.001
     assert found == pytest.approx(total / len(samples), rel=0.35), "all but the likeliest classes are taken as one"
-    assert Judge(dense, samples, 4).divergence(decide(dense)) == pytest.approx(0, abs=1e-4)
+    assert DivergenceJudge(dense, samples, 4).divergence(decide(dense)) == pytest.approx(0, abs=1e-4)
 
 
 def test_the_judge_fits_before_it_measures(dense: fx.GraphModule) -> None:
     samples = facts_of(dense)[Calibration].samples
     removal = half_of(dense, "model.layers.0/mlp")
     before = {name: p.clone() for name, p in dense.named_parameters()}
-    plain = Judge(dense, samples, 4).divergence(removal)
-    fitted = Judge(dense, samples, 4, load_pass("least-squares", damping=0.01), samples).divergence(removal)
+    plain = DivergenceJudge(dense, samples, 4).divergence(removal)
+    fitted = DivergenceJudge(dense, samples, 4, load_pass("least-squares", damping=0.01), samples).divergence(removal)
     assert fitted < plain
     assert all(torch.equal(p, before[name]) for name, p in dense.named_parameters())
 
@@ -153,7 +153,7 @@ def test_a_search_ends_no_worse_than_it_began_and_says_what_it_did(dense: fx.Gra
     found, told = search(dense, ratio=0.2, trials=14, samples=4, bins=4, heldout=heldout, track=track)
     samples = facts_of(dense)[Calibration].samples
     load_pass("calibrate", data=heldout)(dense)
-    judge = Judge(dense, facts_of(dense)[Calibration].samples, 8)
+    judge = DivergenceJudge(dense, facts_of(dense)[Calibration].samples, 8)
     facts_of(dense).put(Calibration(samples))
     before, after = judge.divergence(begun), judge.divergence(found)
     assert after < before and steps == [14]
@@ -173,12 +173,12 @@ def test_where_the_search_was_led_astray_the_beginning_is_taken(
     begun = facts_of(dense)[Removal]
     measured: list[float] = []
 
-    def divergence(self: Judge, removal: Removal) -> float:
+    def divergence(self: DivergenceJudge, removal: Removal) -> float:
         # each allocation seems better than the one before, until the last two, which are compared on other samples
         measured.append(float(len(measured)) if len(measured) >= 3 else -float(len(measured)))
         return measured[-1]
 
-    monkeypatch.setattr(Judge, "divergence", divergence)
+    monkeypatch.setattr(DivergenceJudge, "divergence", divergence)
     found, told = search(dense, ratio=0.2, trials=3, samples=4)
     assert len(measured) == 5 and found.plan == begun.plan
     assert told[1] == "search: took the beginning, since nothing did better"

@@ -1,0 +1,100 @@
+"""Tests: the dependency graph: every axis of every tensor, and the couplings that the ops impose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune.axes import Factor, Freeze, new_factor
+from fxprune.discovery.dependency import find_bypasses, settle_experts
+from fxprune.rules.statements import AtLeast, Competition, Role, Statements
+
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Block(nn.Module):
+    """A linear layer, and what `step` makes of its input and output."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.inner, self.step = nn.Linear(6, 6), step
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.step(x, self.inner(x).relu())
+
+
+class Stack(nn.Module):
+    """Two blocks between a layer that widens and one that reads out."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.first, self.blocks, self.last = nn.Linear(5, 6), nn.ModuleList([Block(step), Block(step)]), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+# what a block makes of its input and of what it computes, and whether it can be gone around
+STEPS: dict[str, tuple[Step, bool]] = {
+    "sum": (lambda x, y: x + y, True),
+    "sums-of-sums": (lambda x, y: (x + y) + y.cos(), True),
+    "in-place": (lambda x, y: y.add_(x), True),
+    "no-sum": (lambda x, y: y, False),
+    "scaled": (lambda x, y: torch.add(y, x, alpha=2), False),
+    "product": (lambda x, y: x * y, False),
+    "twice-the-input": (lambda x, y: x + y + x, False),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_block_that_only_adds_can_be_gone_around(name: str) -> None:
+    step, residual = STEPS[name]
+    graph = fxprune.trace(Stack(step).eval(), {"x": torch.randn(2, 5)}).graph_module.graph
+    found = find_bypasses(graph, ("blocks.0", "blocks.1"))
+    assert sorted(found) == (["blocks.0", "blocks.1"] if residual else [])
+    if residual:
+        assert found["blocks.0"].source == "linear"
+        assert found["blocks.0"].target == found["blocks.1"].source
+
+
+def stated_over(*roles: Role) -> tuple[Statements, Factor]:
+    """A factor of six with roles, over which a softmax runs."""
+    stated, factor = Statements(), new_factor(6)
+    assert isinstance(factor, Factor)
+    for role in roles:
+        stated.solver.tag(factor, role)
+    stated.competitions.append(Competition(factor, Freeze("a softmax runs over this axis", "softmax")))
+    return stated, factor
+
+
+def test_a_softmax_over_experts_is_a_statistic() -> None:
+    for roles in ((Role.EXPERT,), (Role.SHARED_OUT, Role.SIDE_BY_SIDE)):
+        stated, factor = stated_over(*roles)
+        settle_experts(stated)
+        assert [found.expr for found in stated.statistics] == [factor]
+        assert factor not in stated.solver.frozen_factors()
+        assert Role.EXPERT in stated.solver.tagged_factors()[factor]
+
+
+def test_a_softmax_over_anything_else_keeps_its_axis() -> None:
+    for roles in ((), (Role.SHARED_OUT,), (Role.SHARED_OUT, Role.SIDE_BY_SIDE, Role.HEAD)):
+        stated, factor = stated_over(*roles)
+        settle_experts(stated)
+        assert stated.statistics == [] and stated.solver.frozen_factors()[factor].reason.startswith("a softmax")
+
+
+def test_as_many_units_stay_as_are_picked() -> None:
+    stated, factor = stated_over(Role.EXPERT)
+    stated.at_least.append(AtLeast(factor, 4))
+    assert settle_experts(stated) == {factor: 4}
+    stated, factor = stated_over(Role.EXPERT)
+    stated.at_least.append(AtLeast(factor, 6))
+    settle_experts(stated)
+    assert "all 6 units are needed" in stated.solver.frozen_factors()[factor].reason

@@ -1,0 +1,147 @@
+"""Tests: a dependency graph indexed for drawing, with equal blocks folded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import networkx as nx
+import pytest
+import torch
+from torch import nn
+
+from fxprune.discovery.dependency import dependency_graph
+from fxprune.draw.atlas import Atlas, find_folds, numbered
+from fxprune.rules.statements import Axis
+from fxprune.trace import trace
+from tests.models import tiny
+from tests.oracle import Net, discover, graph_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_axes_are_found_by_factor_and_stand_in_order_of_execution(small: nx.Graph) -> None:
+    atlas = Atlas(small)
+    units = next(group for group in atlas.groups if group.size == 4)
+    assert units.factor is not None and atlas.by_factor[units.factor] is units
+    assert atlas.weights == {"a.weight", "a.bias", "b.weight", "b.bias"}
+    held = [axis for axis in atlas.in_order(atlas.holding[units.factor]) if axis.tensor in atlas.weights]
+    assert [f"{axis.tensor}[{axis.dim}]" for axis in held] == ["a.weight[0]", "a.bias[0]", "b.weight[1]"]
+    assert [atlas.module(axis) for axis in held] == ["a", "a", "b"]
+    assert all(atlas.factors(axis) == [units.factor] for axis in held)
+
+
+def test_an_input_axis_comes_half_a_step_before_the_output_axis(small: nx.Graph) -> None:
+    atlas = Atlas(small)
+    rank = {f"{axis.tensor}[{axis.dim}]": atlas.rank(axis) for axis in small.nodes}
+    assert rank["a.weight[1]"] == rank["a.weight[0]"] - 0.5
+    assert rank["a.weight[0]"] == rank["a.bias[0]"] < rank["b.weight[1]"] < rank["b.weight[0]"]
+
+
+def test_a_tied_weight_is_used_where_its_modules_use_it() -> None:
+    """A traced graph reads it by one name; both ends of the model hung on the last of them."""
+    atlas = Atlas(dependency_graph(trace(tiny("gpt2", n_layer=1), dynamic=False)))
+    users = {name: {b.tensor for b in atlas.graph[Axis(name, 1)]} - atlas.weights for name in TIED}
+    assert all(any(user.startswith(op) for user in users[name]) for name, op in TIED.items()), users
+    assert atlas.rank(Axis("transformer.wte.weight", 1)) < atlas.rank(Axis("lm_head.weight", 1))
+
+
+TIED = {"transformer.wte.weight": "embedding", "lm_head.weight": "alias"}
+
+
+def test_residual_sums_are_found_along_the_width(small: nx.Graph) -> None:
+    assert Atlas(small).sums == []
+    net = Net(lambda net, x: (y := net.up(x)) + net.down(y.tanh()), up=nn.Linear(3, 4), down=nn.Linear(4, 4))
+    atlas = Atlas(graph_of(discover(net, {"x": torch.randn(2, 3)})))
+    (axis,) = atlas.sums
+    assert axis.dim == 1 and atlas.is_sum(axis) and atlas.is_activation(axis)
+
+
+CODE = """
+import sys
+import fxprune
+from tests.models import tiny
+graph = fxprune.dependency_graph(fxprune.trace(tiny("llama"), dynamic=False), "masked")
+fxprune.write_dot(graph, sys.argv[1] + "/layer.dot", layer=0)
+fxprune.write_dot(graph, sys.argv[1] + "/model.dot", everything=True)
+"""
+
+
+def test_pictures_are_the_same_in_every_process(tmp_path: Path) -> None:
+    """Sets of names have another order in each process; a way that another is as short as was drawn now and then."""
+    drawn = []
+    for seed in ("0", "1", "2"):
+        (tmp_path / seed).mkdir()
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", CODE, str(tmp_path / seed)], check=True, cwd=ROOT, env=env)
+        drawn.append([(tmp_path / seed / name).read_text() for name in ("layer.dot", "model.dot")])
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+WINDOW = "sliding_attention"
+
+
+def family_graph(family: str, **sizes: object) -> nx.Graph:
+    return dependency_graph(trace(tiny(family, **sizes), dynamic=False))
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "numbers"),
+    [
+        ("llama", {}, [[0, 1, 2]]),
+        ("gpt2", {}, [[0, 1, 2]]),
+        (
+            "gemma3_text",
+            {"num_hidden_layers": 4, "layer_types": [WINDOW, WINDOW, "full_attention", WINDOW]},
+            [[0, 1, 3], [2]],
+        ),
+        ("qwen2_moe", {"num_hidden_layers": 3}, [[0], [1, 2]]),
+    ],
+)
+def test_blocks_that_differ_are_told_apart(family: str, sizes: dict[str, object], numbers: list[list[int]]) -> None:
+    """A window, a mixture of experts: what is structure counts. The first and the last block are like the others."""
+    folds = find_folds(Atlas(family_graph(family, **sizes)))
+    assert [[int(block.rpartition(".")[2]) for block in fold.blocks] for fold in folds] == numbers
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, extra: bool = False) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, width), nn.Linear(width, 6)
+        self.extra = extra
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.up(x).relu()
+        return x + self.down(y.tanh() if self.extra else y)
+
+
+class Stack(nn.Module):
+    def __init__(self, *blocks: Block) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_widths_may_differ_and_ops_may_not() -> None:
+    stack = Stack(Block(5), Block(9), Block(7, extra=True), Block(8))
+    folds = find_folds(Atlas(dependency_graph(trace(stack.eval(), {"x": torch.randn(2, 6)}))))
+    assert [fold.blocks for fold in folds] == [("layers.0", "layers.1", "layers.3"), ("layers.2",)]
+    assert folds[0].hidden == ("layers.1", "layers.3")
+    (units,) = (row for row in folds[0].factors.values() if row[0].size == 5)
+    assert [factor.size for factor in units] == [5, 9, 8]
+    (row,) = (row for axis, row in folds[0].axes.items() if axis == ("layers.0.up.weight", 0))
+    assert row == (("layers.0.up.weight", 0), ("layers.1.up.weight", 0), ("layers.3.up.weight", 0))
+
+
+def test_blocks_are_named_in_short() -> None:
+    among = [*(f"model.layers.{i}" for i in range(12)), "other.0", "other.1"]
+    assert numbered(among[:12], among) == "model.layers.0 to 11"
+    assert numbered(["model.layers.0", "model.layers.1", "model.layers.4"], among) == "model.layers.0 to 1, 4"
+    assert numbered(among[11:], among) == "model.layers.11, other.0 to 1"
+    assert numbered(["front"], ["front", "back"]) == "front"

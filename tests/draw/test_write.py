@@ -1,0 +1,542 @@
+"""Tests: pictures as files: DOT, what Graphviz renders, and HTML pages."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+from xml.etree import ElementTree
+
+import networkx as nx
+import pydot
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import fxprune
+import fxprune.draw.write
+from fxprune.axes import contains
+from fxprune.discovery.explain import frozen_axes
+from fxprune.discovery.groups import propagate
+from fxprune.draw.atlas import Atlas
+from fxprune.draw.graphviz import _quoted, draw, hue_of
+from fxprune.draw.view import contracted
+from fxprune.draw.write import DRAWN, SUFFIXES, check_target, layer_svg, page, write_dot, write_picture
+from fxprune.errors import ArgumentError, FxpruneError, PlanError, UnknownNameError
+from fxprune.removal.plan import Plan
+from tests.models import tiny
+
+SVG = '<?xml version="1.0"?><!-- x --><svg viewBox="0 0 9 9"><g id="axis0" class="node"></g></svg>'
+
+
+@pytest.fixture(scope="module")
+def text(small: nx.Graph) -> str:
+    atlas = Atlas(small)
+    shown = [axis for axis, data in small.nodes(data=True) if data["role"] == "parameter"]
+    return page(draw(atlas, contracted(atlas, "title", shown)), "A <title>", SVG)
+
+
+def items_of(text: str) -> dict[str, dict[str, str]]:
+    return json.loads(text.partition('id="items">')[2].partition("</script>")[0])
+
+
+def test_the_page_tells_the_rule_and_the_reason(text: str) -> None:
+    items = items_of(text)
+    named = {item["name"]: item for item in items.values()}
+    assert "frozen, 2 units: an output of the model" in named["b.weight[0]"]["text"]
+    assert "group " in named["a.weight[0]"]["text"] and "\n" in named["a.weight[0]"]["text"]
+    line = named["a.weight[0] → b.weight[1]"]
+    assert "aten.tanh.default (at tanh) to tanh[1]" in line["text"] and "tanh  self[a, b] → out[a, b]" in line["text"]
+    assert items[line["source"]]["name"] == "a.weight[0]" and items[line["target"]]["name"] == "b.weight[1]"
+
+
+def test_the_page_stands_alone(text: str) -> None:
+    assert text.startswith("<!DOCTYPE html>") and '<svg viewBox="0 0 9 9">' in text and "<?xml" not in text
+    assert "<title>A &lt;title&gt;</title>" in text and "{{" not in text
+    assert not re.findall(r"(?:src|href)=|url\(|@import|https?://", text.replace("http://www.w3.org", ""))
+
+
+@pytest.mark.browser
+def test_a_browser_searches_and_tells(small: nx.Graph, tmp_path: Path, browser: str) -> None:
+    """Typing marks what is found, Enter chooses it, and the panel has its rule."""
+    write_dot(small, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    (tmp_path / "page.html").write_text(text.replace("</body>", f"<script>{TYPED}</script></body>"), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    command = [browser, *options, (tmp_path / "page.html").as_uri()]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    panel = done.stdout.partition("<aside")[2].partition("</aside>")[0]
+    assert "<h2>b.weight[1]</h2>" in panel and "tanh  self[a, b] → out[a, b]" in panel
+    assert ">1 found</output>" in done.stdout and re.search(r'class="node item found chosen"', done.stdout)
+
+
+TYPED = """
+search.value = "parameter b.weight, axis 1";
+search.dispatchEvent(new Event("input"));
+search.dispatchEvent(new KeyboardEvent("keydown", {key: "Enter"}));
+"""
+
+
+STARTS = {".svg": b"<?xml", ".png": b"\x89PNG", ".pdf": b"%PDF", ".html": b"<!DOCTYPE html>", ".dot": b"digraph"}
+
+needs_graphviz = pytest.mark.skipif(shutil.which("dot") is None, reason="there is no Graphviz here to draw with")
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x", "x.svg.gz", ".svg", "x.DOTS"])
+def test_unknown_suffixes_are_refused_with_those_there_are(name: str, small: nx.Graph, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError) as refusal:
+        fxprune.write_dot(small, tmp_path / name)
+    assert all(suffix in str(refusal.value) for suffix in SUFFIXES)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_graphviz_draws_is_refused_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for suffix in DRAWN:
+        with pytest.raises(FxpruneError, match=r"no program dot here.*Install.*\.html"):
+            check_target(tmp_path / f"x{suffix}")
+    assert check_target(tmp_path / "x.html") == tmp_path / "x.html"
+    assert check_target(tmp_path / "x.GV") == tmp_path / "x.GV"
+
+
+def test_a_missing_folder_is_told_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(FxpruneError, match=r"no/x\.dot: cannot be written: no such folder"):
+        check_target(tmp_path / "no" / "x.dot")
+
+
+def test_text_and_pages_need_no_graphviz(small: nx.Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for suffix in (".dot", ".html"):
+        fxprune.write_dot(small, tmp_path / f"x{suffix}")
+        assert (tmp_path / f"x{suffix}").read_bytes().startswith(STARTS[suffix])
+    text = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert "<svg" not in text and "Graphviz was not there" in text and '<li id="axis0" class="node">a.weight[1]' in text
+
+
+@needs_graphviz
+@pytest.mark.parametrize("suffix", DRAWN)
+def test_graphviz_draws(suffix: str, small: nx.Graph, tmp_path: Path) -> None:
+    fxprune.write_dot(small, tmp_path / f"x{suffix}")
+    assert (tmp_path / f"x{suffix}").read_bytes().startswith(STARTS[suffix])
+    assert [path.name for path in tmp_path.iterdir()] == [f"x{suffix}"]
+
+
+@needs_graphviz
+def test_what_graphviz_says_is_told_and_nothing_is_written(tmp_path: Path) -> None:
+    broken = pydot.Dot("x", graph_type="digraph", label="<<TABLE>>")
+    with pytest.raises(FxpruneError, match="graphviz: it failed"):
+        write_picture(broken, "title", tmp_path / "x.svg")
+    assert not list(tmp_path.iterdir())
+
+
+GREY = "#d0d0d0"
+
+
+def graph_of(model: nn.Module, **inputs: torch.Tensor) -> nx.Graph:
+    return fxprune.dependency_graph(fxprune.trace(model, inputs or None, dynamic=False))
+
+
+@pytest.fixture(scope="module")
+def llama() -> nx.Graph:
+    return graph_of(tiny("llama"))
+
+
+@pytest.fixture(scope="module")
+def deep() -> nx.Graph:
+    """32 layers of the real widths, on meta."""
+    config = AutoConfig.for_model("llama", num_key_value_heads=8)
+    with torch.device("meta"):
+        return graph_of(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.fixture(scope="module")
+def first(llama: nx.Graph, tmp_path_factory: pytest.TempPathFactory) -> Picture:
+    """The first block."""
+    return Picture(tmp_path_factory.mktemp("first"), llama, layer=0)
+
+
+class Picture:
+    """A DOT file, and what is in it; that pydot reads the same from the text is tested where pictures are drawn."""
+
+    def __init__(self, folder: Path, graph: nx.Graph, **options: object) -> None:
+        self.path = folder / "picture.dot"
+        with mock.patch.object(fxprune.dot.write, "write_picture", wraps=write_picture) as written:
+            write_dot(graph, self.path, **options)
+        self.text = self.path.read_text(encoding="utf-8")
+        self.dot = written.call_args.args[0]
+        self.clusters = {plain(c.get_name()): c for c in inner_clusters(self.dot)}
+        found = [n for c in (self.dot, *self.clusters.values()) for n in c.get_nodes()]
+        self.nodes = {plain(n.get_name()): n for n in found if n.get("id")}
+        lines = [e for e in self.dot.get_edges() if e.get("style") != "dotted"]
+        self.lines = {(plain(e.get_source()), plain(e.get_destination())): e for e in lines}
+        self.legend = self.dot.get("label")
+        self.title = plain(self.clusters["cluster_picture"].get("label"))
+
+    def colours(self, name: str) -> list[str]:
+        return plain(self.nodes[name].get("fillcolor")).split(":")
+
+    def tip(self, name: str) -> str:
+        return plain(self.nodes[name].get("tooltip"))
+
+
+def plain(text: str) -> str:
+    return text.strip('"')
+
+
+def inner_clusters(graph: pydot.Graph) -> Iterator[pydot.Graph]:
+    for inner in graph.get_subgraphs():
+        yield inner
+        yield from inner_clusters(inner)
+
+
+def test_clusters_nest_as_modules_do(llama: nx.Graph, tmp_path: Path) -> None:
+    picture = Picture(tmp_path, llama, layer=2)
+    block = picture.clusters["cluster_model.layers.2"]
+    attention = picture.clusters["cluster_model.layers.2.self_attn"]
+    assert plain(attention.get_name()) in {plain(c.get_name()) for c in block.get_subgraphs()}
+    inside = picture.clusters["cluster_model.layers.2.self_attn.q_proj"]
+    assert {plain(n.get_name()) for n in inside.get_nodes()} == {
+        f"model.layers.2.self_attn.q_proj.weight[{i}]" for i in (0, 1)
+    }
+    assert plain(attention.get("label")) == "self_attn"
+
+
+def test_default_is_the_middle_block_with_tens_of_nodes(deep: nx.Graph, tmp_path: Path) -> None:
+    picture = Picture(tmp_path, deep)
+    assert 10 < len(picture.nodes) < 60
+    assert len(picture.lines) < len(picture.nodes) * 1.5
+    blocks = {name.split(".")[2] for name in picture.nodes if ".layers." in name}
+    assert blocks == {"16"}
+    assert "model.rotary_emb.inv_freq[0]" in picture.nodes
+
+
+def test_one_colour_for_each_group_and_the_legend_names_them(llama: nx.Graph, first: Picture) -> None:
+    taken: dict[str, str] = {}
+    for group in fxprune.find_groups(llama):
+        names = {f"{m.name}[{m.axis}]" for m in group.members} & first.nodes.keys()
+        if group.factor is None or not names:
+            continue
+        shared = set.intersection(*(set(first.colours(name)) for name in names))
+        holding = (a for a, data in llama.nodes(data=True) if contains(data["expr"], group.factor))
+        others = first.nodes.keys() - {f"{a.tensor}[{a.dim}]" for a in holding}
+        own = {c for c in shared if not any(c in first.colours(other) for other in others)}
+        assert own, group.name
+        assert group.name in first.legend
+        taken[group.name] = min(c for c in own if f'BGCOLOR="{c}" BORDER="1" WIDTH="24"></TD><TD' in first.legend)
+    assert len(taken) == 6
+
+
+def test_frozen_axes_are_grey_with_the_reason(llama: nx.Graph, tmp_path: Path) -> None:
+    for module, reason in (("model.embed_tokens", "looked up by number"), ("lm_head", "an output of the model")):
+        picture = Picture(tmp_path, llama, layer=module)
+        assert picture.colours(f"{module}.weight[0]") == [GREY]
+        assert GREY not in picture.colours(f"{module}.weight[1]")
+        tip = picture.tip(f"{module}.weight[0]")
+        assert f"frozen, 131 units: {frozen_axes(llama)[f'{module}.weight[0]']}" in tip and reason in tip
+        assert "frozen: cannot be removed" in picture.legend
+
+
+def test_tooltips_tell_tensor_axis_expression_op_and_node(first: Picture) -> None:
+    tip = first.tip("model.layers.0.self_attn.q_proj.weight[0]")
+    assert "parameter model.layers.0.self_attn.q_proj.weight, axis 0, 48 positions" in tip
+    assert "(kv_head:3 * query_head:2 * [head_dim:4 | head_dim:4])" in tip
+    assert "group model.layers.0/head: 3 units, exact" in tip
+    line = first.lines["model.layers.0.mlp.gate_proj.weight[0]", "model.layers.0.mlp.down_proj.weight[1]"]
+    assert plain(line.get("label")).replace("\\n", " ") == "linear · silu · mul · linear"
+    assert "aten.silu.default (at silu) to silu[2]" in plain(line.get("tooltip"))
+    for item in (*first.nodes.values(), *first.dot.get_edges(), *first.clusters.values()):
+        assert item.get("tooltip")
+
+
+def test_labels_are_the_end_of_the_name_and_the_expression(first: Picture) -> None:
+    labels = {name: plain(node.get("label")) for name, node in first.nodes.items()}
+    assert labels["model.layers.0.mlp.down_proj.weight[1]"] == "down_proj.weight[1]\\nmlp:88"
+    assert max(len(line) for label in labels.values() for line in label.split("\\n")) < 40
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_lines_of_each_group_form_a_tree_in_order_of_execution(family: str, tmp_path: Path) -> None:
+    """No cliques: n axes of a group take n - 1 lines, however many ops couple them."""
+    graph = graph_of(tiny(family, **({"n_layer": 1} if family == "gpt2" else {"num_hidden_layers": 1})))
+    picture = Picture(tmp_path, graph, layer=0)
+    most = 0
+    for group in fxprune.find_groups(graph):
+        if group.factor is None:
+            continue
+        holding = (a for a, data in graph.nodes(data=True) if contains(data["expr"], group.factor))
+        shown = {f"{a.tensor}[{a.dim}]" for a in holding} & picture.nodes.keys()
+        most += len(shown) - 1
+        tree = nx.Graph()
+        tree.add_nodes_from(shown)
+        for pair, line in picture.lines.items():
+            if shown.issuperset(pair) and any(unit.endswith(group.kind) for unit in units(line)):
+                tree.add_edge(*pair)
+        assert nx.is_connected(tree), group.name
+    assert 0 < len(picture.lines) <= most
+    assert nx.is_directed_acyclic_graph(nx.DiGraph(picture.lines.keys()))
+
+
+def units(line: pydot.Edge) -> set[str]:
+    """What is coupled over a line, from its tooltip."""
+    heads = [part for part in plain(line.get("tooltip")).split("\\n") if ": from " in part]
+    return {unit for head in heads for unit in head.partition(":")[0].split(", ")}
+
+
+def test_value_and_query_both_lead_to_the_output(first: Picture) -> None:
+    """The lines between parallel projections are avoided where another leads on."""
+    attention = "model.layers.0.self_attn"
+    for source in ("q_proj", "v_proj"):
+        assert (f"{attention}.{source}.weight[0]", f"{attention}.o_proj.weight[1]") in first.lines
+    assert (f"{attention}.q_proj.weight[0]", f"{attention}.v_proj.weight[0]") not in first.lines
+
+
+def test_group_shows_all_that_the_search_passes(llama: nx.Graph, tmp_path: Path) -> None:
+    group = next(g for g in fxprune.find_groups(llama) if g.name == "model.layers.1/head")
+    picture = Picture(tmp_path, llama, group=group)
+    holding = {a for a, data in llama.nodes(data=True) if contains(data["expr"], group.factor)}
+    reached = propagate(llama, group.trigger, holding)
+    assert picture.nodes.keys() == {f"{a.tensor}[{a.dim}]" for a in reached}
+    assert any(node.get("style") == '"filled,rounded"' for node in picture.nodes.values())
+    marked = [name for name, node in picture.nodes.items() if plain(node.get("peripheries")) == "2"]
+    assert marked == [f"{group.trigger.tensor}[{group.trigger.dim}]"]
+    assert plain(picture.nodes[marked[0]].get("label")).startswith("trigger: ")
+    solid = [line for line in picture.lines.values() if line.get("style") == "solid"]
+    assert len(solid) == len(reached) - 1
+    by_name = Picture(tmp_path, llama, group="model.layers.1/head")
+    assert by_name.text == picture.text
+
+
+def test_group_in_a_layer_shows_the_part_there(llama: nx.Graph, tmp_path: Path) -> None:
+    picture = Picture(tmp_path, llama, group="model/channel", layer=1)
+    assert "model.layers.1.mlp.up_proj.weight[1]" in picture.nodes
+    assert not any("layers.0" in name or "layers.2" in name for name in picture.nodes)
+    assert "the part in model.layers.1" in picture.title
+
+
+def test_layer_group_shows_the_block(first: Picture, llama: nx.Graph, tmp_path: Path) -> None:
+    picture = Picture(tmp_path, llama, group="model.layers.0/layer")
+    assert picture.nodes.keys() == first.nodes.keys()
+
+
+@pytest.mark.parametrize("layer", [-1, 2, "2", "model.layers.2"])
+def test_layer_by_index_and_path(llama: nx.Graph, tmp_path: Path, layer: str | int) -> None:
+    write_dot(llama, tmp_path / "layer.dot", layer=layer)
+    text = (tmp_path / "layer.dot").read_text()
+    assert "model.layers.2, block 3 of 3" in text
+    assert "model.layers.1" not in text.partition("legend")[0]
+
+
+def test_layer_by_path_of_any_module(llama: nx.Graph, tmp_path: Path) -> None:
+    names = Picture(tmp_path, llama, layer="model.layers.0.mlp").nodes
+    assert {name.split(".")[4] for name in names} == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_everything_holds_every_parameter_axis(deep: nx.Graph, tmp_path: Path) -> None:
+    path = tmp_path / "all.dot"
+    write_dot(deep, path, everything=True, fold=False)
+    text = path.read_text()
+    wanted = [axis for axis, data in deep.nodes(data=True) if data["role"] == "parameter"]
+    assert len(wanted) > 500
+    assert all(f'"{a.tensor}[{a.dim}]" [' in text for a in wanted)
+    assert text.count('" -> "') < 2.5 * len(wanted)
+    assert "more groups: their names are in the tooltips" in text
+
+
+def test_a_model_of_equal_blocks_is_one_page(deep: nx.Graph, tmp_path: Path) -> None:
+    picture = Picture(tmp_path, deep, everything=True)
+    assert picture.title == "The whole model: 32 blocks, of which 1 drawn"
+    assert plain(picture.clusters["cluster_model.layers.0"].get("label")) == "layers.0 to 31: 32 blocks, the same"
+    assert len(picture.nodes) < 40 and not any(".layers.1." in name for name in picture.nodes)
+    assert "model.layers.0/mlp and 31 alike" in picture.legend and "thick frame" in picture.legend
+    (line,) = (line for pair, line in picture.lines.items() if pair[1] == "model.norm.weight[0]")
+    assert plain(line.get("label")) == "through 31 more blocks"
+
+
+def test_a_group_across_the_model_is_drawn_folded(llama: nx.Graph, tmp_path: Path) -> None:
+    picture = Picture(tmp_path, llama, group="model/channel")
+    assert plain(picture.clusters["cluster_model.layers.0"].get("label")) == "layers.0 to 2: 3 blocks, the same"
+    assert {"model.embed_tokens.weight[1]", "lm_head.weight[1]"} <= picture.nodes.keys()
+    assert not any(".layers.1." in name for name in picture.nodes)
+    shown = nx.Graph(picture.lines.keys())
+    assert nx.is_connected(shown) and set(shown) == picture.nodes.keys()
+    whole = Picture(tmp_path, llama, group="model/channel", fold=False)
+    assert any(".layers.1." in name for name in whole.nodes)
+
+
+def test_the_stream_runs_through_its_sums(llama: nx.Graph, first: Picture, tmp_path: Path) -> None:
+    sums = [name for name, node in first.nodes.items() if node.get("shape") == "circle"]
+    assert len(sums) == 2 and all(plain(first.nodes[name].get("label")) == "+" for name in sums)
+    assert all("residual add" in first.tip(name) for name in sums) and "residual add" in first.legend
+    (source,) = (name for name, node in first.nodes.items() if plain(node.get("label")).startswith("stream"))
+    thick = [pair for pair, line in first.lines.items() if line.get("penwidth") == "5"]
+    assert sorted(thick) == sorted([(source, sums[0]), (sums[0], sums[1])])
+    assert {a for a, b in first.lines if b in sums} > {f"model.layers.0.{p}.weight[0]" for p in BRANCHES}
+    assert "residual add" not in Picture(tmp_path, llama, layer="model.layers.0.mlp").legend
+
+
+BRANCHES = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def test_one_hue_for_each_kind_in_every_picture(llama: nx.Graph, first: Picture, tmp_path: Path) -> None:
+    whole = Picture(tmp_path, llama, everything=True)
+    for name in ("mlp.down_proj.weight[1]", "mlp.down_proj.weight[0]", "self_attn.q_proj.weight[0]"):
+        assert first.colours(f"model.layers.0.{name}") == whole.colours(f"model.layers.0.{name}")
+    assert whole.colours("model.layers.0.mlp.down_proj.weight[1]") == [hue_of("mlp")]
+    assert whole.colours("lm_head.weight[1]") == [hue_of("channel")]
+
+
+@pytest.fixture(scope="module")
+def plan(llama: nx.Graph) -> Plan:
+    """Fewer channels in the MLPs, fewest in the first block; the last block goes."""
+    kept = {}
+    for block, left in ((0, 22), (1, 66)):
+        up, down = ({axis: list(range(left))} for axis in (0, 1))
+        names = {"gate_proj": up, "up_proj": up, "down_proj": down}
+        kept |= {f"model.layers.{block}.mlp.{name}.weight": axes for name, axes in names.items()}
+    return Plan(kept, ("model.layers.2",))
+
+
+def test_a_plan_is_laid_over_a_layer(llama: nx.Graph, plan: Plan, tmp_path: Path) -> None:
+    picture = Picture(tmp_path, llama, layer=0, plan=plan)
+    name = "model.layers.0.mlp.down_proj.weight[1]"
+    assert plain(picture.nodes[name].get("label")) == "down_proj.weight[1]\\nmlp:88→22\\n25% stays"
+    assert plain(picture.nodes[name].get("fillcolor")) == f"{hue_of('mlp')};0.2500:#ffffff"
+    assert plain(picture.nodes[name].get("style")) == "striped"
+    assert "the plan leaves 25.0% of it" in picture.tip(name)
+    untouched = "model.layers.0.mlp.down_proj.weight[0]"
+    assert picture.colours(untouched) == [hue_of("channel")] and "100.0%" in picture.tip(untouched)
+    assert "88 → 22" in picture.legend and "untouched" in picture.legend
+
+
+def test_a_plan_is_laid_over_the_whole_model(llama: nx.Graph, plan: Plan, tmp_path: Path) -> None:
+    picture = Picture(tmp_path, llama, everything=True, plan=plan)
+    label = plain(picture.clusters["cluster_model.layers.0"].get("label"))
+    assert label == "layers.0 to 2: 3 blocks, the same\\lmodel.layers.2 removed as a whole\\l"
+    name = "model.layers.0.mlp.down_proj.weight[1]"
+    assert plain(picture.nodes[name].get("label")) == "down_proj.weight[1]\\nmlp:88→22..66\\n50% stays"
+    row = picture.legend.partition("% that stays in block")[2].partition(">mlp</TD>")[2]
+    assert re.findall(r">(\d+)</TD>", row) == ["25", "75", "0"]
+    single = Picture(tmp_path, llama, everything=True, plan=plan, fold=False)
+    assert plain(single.clusters["cluster_model.layers.2"].get("label")) == "2: removed as a whole"
+    assert "dashed" in single.clusters["cluster_model.layers.2"].get("style")
+
+
+def test_a_plan_of_another_model_is_refused(llama: nx.Graph, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="no such axis"):
+        write_dot(llama, tmp_path / "no.dot", plan=Plan({"up.weight": {0: [1]}}))
+    with pytest.raises(FxpruneError, match="plan"):
+        write_dot(llama, tmp_path / "no.dot", plan="plan.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_is_the_same_every_time(llama: nx.Graph, tmp_path: Path) -> None:
+    again = graph_of(tiny("llama"))
+    for options in ({}, {"everything": True}, {"group": "model/channel"}):
+        texts = []
+        for graph in (llama, again):
+            write_dot(graph, tmp_path / "same.dot", **options)
+            texts.append((tmp_path / "same.dot").read_text())
+        assert texts[0] == texts[1]
+
+
+class Odd(nn.Module):
+    """No blocks, a parameter of its own, and a module whose name means much to DOT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(6))
+        self.parts = nn.ModuleDict({"a -> <b>; {": nn.Linear(6, 10), "d": nn.Linear(10, 4)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts.values():
+            x = part(x if x.shape[-1] == 10 else x * self.scale).relu()
+        return x
+
+
+def test_without_blocks_everything_is_shown_and_odd_names_are_quoted(tmp_path: Path) -> None:
+    picture = Picture(tmp_path, graph_of(Odd(), x=torch.ones(2, 6)))
+    assert {"scale[0]", "parts.d.weight[1]"} <= picture.nodes.keys()
+    assert len(picture.nodes) == 7
+    assert "parts.a -> <b>; {.weight[0]" in picture.nodes
+    assert _quoted('a "b" \\c\n') == r'"a \"b\" \\c\n"'
+    check_renders(picture.path)
+
+
+def check_renders(path: Path) -> None:
+    """Graphviz takes the file without complaint; where there is none, pydot reads it."""
+    program = shutil.which("dot")
+    if program is None:
+        assert pydot.graph_from_dot_file(str(path)) is not None
+        return
+    done = subprocess.run([program, "-Tsvg", str(path)], capture_output=True, text=True, check=True, timeout=60)
+    assert "Error" not in done.stderr and "<svg" in done.stdout
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "gemma3_text"])
+def test_graphviz_renders(family: str, tmp_path: Path) -> None:
+    """A label on a line within a row of nested clusters once made Graphviz fail on whole models."""
+    graph = graph_of(tiny(family))
+    for options in ({}, {"everything": True}, {"group": fxprune.find_groups(graph)[1].name}):
+        write_dot(graph, tmp_path / "picture.dot", **options)
+        check_renders(tmp_path / "picture.dot")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"group": "model.layers.1/hed"}, "unknown group 'model.layers.1/hed'. Did you mean 'model.layers.1/head'"),
+        ({"layer": 3}, "unknown layer 3"),
+        ({"layer": "-4"}, "unknown layer -4"),
+        ({"layer": "model.layer.1"}, "Did you mean 'model.layers.1'"),
+    ],
+)
+def test_unknown_names_are_refused(llama: nx.Graph, tmp_path: Path, options: dict[str, object], says: str) -> None:
+    with pytest.raises(UnknownNameError) as refusal:
+        write_dot(llama, tmp_path / "no.dot", **options)
+    assert says in str(refusal.value)
+    assert not (tmp_path / "no.dot").exists()
+
+
+def test_unwritable_path_is_named(llama: nx.Graph, tmp_path: Path) -> None:
+    with pytest.raises(fxprune.FxpruneError, match=r"no/where\.dot: cannot be written"):
+        write_dot(llama, tmp_path / "no" / "where.dot")
+
+
+_PROGRAM = """#!/bin/sh
+echo '<?xml version="1.0"?><!DOCTYPE svg><svg xmlns="there" xmlns:xlink="here"><g>'
+grep -c label
+echo '</g></svg>'
+"""
+
+
+@pytest.fixture(scope="module")
+def graph() -> Any:
+    """A model of two layers."""
+    return fxprune.trace(tiny("llama", num_hidden_layers=2)).graph_module
+
+
+def test_a_layer_is_inline_svg(graph: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone between its tags, without what only a file of its own needs."""
+    program = tmp_path / "dot"
+    program.write_text(_PROGRAM)
+    program.chmod(0o755)
+    if shutil.which("dot") is None:
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = layer_svg(graph)
+    assert found.startswith("<svg") and found.endswith("</svg>") and "xmlns" not in found
+    assert ElementTree.fromstring(found.replace("xlink:", "")).tag == "svg"
+
+
+def test_without_graphviz_or_where_it_fails_there_is_none(graph: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert layer_svg(graph) == ""
+    monkeypatch.setattr(shutil, "which", lambda _: "/bin/false")
+    assert layer_svg(graph) == ""
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, b"no picture"))
+    assert layer_svg(graph) == ""

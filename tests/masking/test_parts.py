@@ -1,0 +1,242 @@
+"""Tests: a graph cut into parts that run one after the other for all samples."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune.data.calibration import Sample
+from fxprune.errors import CalibrationError
+from fxprune.graph.tensors import weights
+from fxprune.masking.masked_run import output_tensors
+from fxprune.masking.parts import Part, PartRuns, cut, observe
+from fxprune.offload.files import shelved
+from fxprune.offload.prefetch import Carrier, at_place, carrying
+from fxprune.pipeline.registry import load_pass
+from tests.models import tiny, token_ids
+from tests.oracle import Net, discover
+
+
+def calibrate(dense: torch.fx.GraphModule, data: torch.Tensor) -> None:
+    load_pass("calibrate", data=data)(dense)
+
+
+def costs(graph_module: torch.fx.GraphModule) -> dict[str, float]:
+    return {name: float(tensor.numel()) for name, tensor in weights(graph_module)}
+
+
+def parts_of(model: nn.Module, share: float) -> tuple[torch.fx.GraphModule, list[Part]]:
+    dense = fxprune.trace(model).graph_module
+    cost = costs(dense)
+    return dense, cut(dense.graph, cost, share * sum(cost.values()))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3, 0.1, 1e-9])
+def test_every_op_is_in_one_part_and_parts_are_no_larger_than_allowed(share: float) -> None:
+    dense, parts = parts_of(tiny("llama", num_hidden_layers=3), share)
+    ops = [node for part in parts for node in part.nodes if node.op != "get_attr"]
+    assert ops == [node for node in dense.graph.nodes if node.op not in ("get_attr", "placeholder")]
+    cost = costs(dense)
+    for part in parts:
+        readers = {user for node in part.nodes if node.op == "get_attr" for user in node.users if user in part.nodes}
+        assert sum(cost[name] for name in part.reads) <= share * sum(cost.values()) or len(readers) == 1
+    assert (len(parts) == 1) == (share == 1.0)
+
+
+def test_parts_meet_where_the_fewest_numbers_are_alive() -> None:
+    dense, parts = parts_of(tiny("llama", num_hidden_layers=4), 0.25)
+    hidden = next(t for name, t in weights(dense) if "embed_tokens" in name).shape[1]
+    given = [[n.meta["val"].shape for n in part.gives if n.meta["val"].dim() == 3] for part in parts[1:-1]]
+    assert given and all([shape[-1] for shape in shapes] == [hidden] for shapes in given), "the residual stream alone"
+
+
+@pytest.mark.parametrize("share", [0.3, 0.05])
+def test_parts_compute_what_the_graph_computes(share: float) -> None:
+    model = tiny("gpt2").eval()
+    dense, parts = parts_of(model, share)
+    ids = token_ids(3)
+    runs = PartRuns(dense, parts, [{"input_ids": row[None]} for row in ids], ())
+    assert len(parts) > 2
+    for part in parts[:-1]:
+        assert list(runs.forward(part)) == [0, 1, 2]
+    outputs: list[torch.Tensor] = []
+
+    def loss(number: int, output: object) -> torch.Tensor:
+        outputs.append(output_tensors(output)[0])
+        return outputs[-1].sum() + torch.zeros((), requires_grad=True)
+
+    list(runs.backward(parts[-1], lambda _: {}, loss))
+    torch.testing.assert_close(torch.cat(outputs), model(ids).logits)
+
+
+class Writing(nn.Module):
+    """Writes to a buffer, and to a value that is used later on."""
+
+    def __init__(self, buffer: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.register_buffer("seen", torch.zeros(8))
+        self.buffer = buffer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layers[0](x)
+        z = self.layers[1](y)
+        y.mul_(2)
+        if self.buffer:
+            self.seen.add_(1)
+        return self.layers[3](self.layers[2](y + z) + self.seen)
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_no_part_writes_to_what_another_one_keeps(buffer: bool) -> None:
+    torch.manual_seed(0)
+    model = Writing(buffer)
+    dense = fxprune.trace(model, {"x": torch.randn(2, 8)}).graph_module
+    parts = cut(dense.graph, costs(dense), 1.0)
+    assert (len(parts) == 1) == buffer
+    x = torch.randn(2, 8)
+    want = model(x.clone()).detach()
+    model.seen.zero_()
+    runs = PartRuns(dense, parts, [{"x": x}], ())
+    for part in parts[:-1]:
+        list(runs.forward(part))
+    got: list[torch.Tensor] = []
+    end = torch.zeros((), requires_grad=True)
+    list(runs.backward(parts[-1], lambda _: {}, lambda _, output: got.append(output_tensors(output)[0]) or end * 1))
+    torch.testing.assert_close(got[0], want)
+
+
+@pytest.mark.parametrize("order", ["vector", "first", "second", "mix"])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_weight_that_several_parts_read_counts_once(order: str, on_disk: bool, tmp_path) -> None:
+    model = tiny("llama", tie_word_embeddings=True)
+    found = []
+    for memory in ("fast", "low"):
+        dense = discover(model)
+        calibrate(dense, token_ids(3))
+        taylor = load_pass("taylor", order=order, memory=memory, kinds=("channel", "mlp", "head"))
+        if on_disk:
+            with shelved(tmp_path):
+                taylor(dense)
+        else:
+            taylor(dense)
+        found.append(fxprune.facts_of(dense)[fxprune.Scores].units)
+    assert any("channel" in name for name in found[0]) and list(tmp_path.iterdir()) == []
+    for name, row in found[0].items():
+        np.testing.assert_allclose(found[1][name], row, rtol=1e-5)
+
+
+class Watched(Carrier):
+    """Carries by copies, and notes which weights are there each time that one more is copied."""
+
+    def __init__(self, graph_module: torch.fx.GraphModule) -> None:
+        super().__init__(torch.device("cpu"))
+        self.names = {tensor.data_ptr(): name for name, tensor in weights(graph_module)}
+        self.copies: list[tuple[str, weakref.ref[torch.Tensor]]] = []
+        self.there: list[set[str]] = []
+
+    def begin(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Copy a weight and note all that are there."""
+        moved = tensor.clone()
+        self.copies.append((self.names[tensor.data_ptr()], weakref.ref(moved)))
+        self.there.append({name for name, copy in self.copies if copy() is not None})
+        return lambda: moved
+
+    @property
+    def order(self) -> list[str]:
+        """The weights that were copied."""
+        return [name for name, _ in self.copies]
+
+
+def test_weights_of_one_part_are_there_and_those_of_the_next_on_their_way() -> None:
+    dense, parts = parts_of(tiny("llama", num_hidden_layers=4), 0.2)
+    carrier = Watched(dense)
+    samples = [{"input_ids": row[None]} for row in token_ids(3)]
+    with carrying(carrier), at_place(True):
+        runs = PartRuns(dense, parts, samples, ())
+        for part in parts[:-1]:
+            list(runs.forward(part))
+        end = torch.zeros((), requires_grad=True)
+        for part in reversed(parts):
+            list(runs.backward(part, lambda _: {}, lambda _, output: end * output_tensors(output)[0].sum()))
+        del runs
+    read = [set(part.reads) for part in parts]
+    forward = list(dict.fromkeys(name for part in parts for name in part.reads))
+    assert carrier.order[: len(forward)] == forward, "in order of execution, each once for all samples"
+    back = [name for i in reversed(range(len(parts) - 1)) for name in parts[i].reads if name not in read[i + 1]]
+    assert carrier.order[len(forward) :] == back, "and the other way, but for what the part before has there"
+    assert len(parts) > 3
+    for there in carrier.there:
+        assert any(there <= one | other for one, other in itertools.pairwise(read)), there
+    assert all(copy() is None for _, copy in carrier.copies[:-1]), "and given up in the end"
+
+
+@pytest.mark.parametrize("order", ["vector", "first", "second", "mix"])
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_scores_are_the_same_where_weights_are_carried(order: str, memory: str, tmp_path) -> None:
+    model = tiny("llama", tie_word_embeddings=True, num_hidden_layers=3)
+    found, carriers = [], []
+    for carried in (False, True):
+        dense = discover(model)
+        calibrate(dense, token_ids(3))
+        carriers.append(Watched(dense))
+        taylor = load_pass("taylor", order=order, memory=memory, kinds=("channel", "mlp", "head"))
+        with carrying(carriers[-1] if carried else None), shelved(tmp_path):
+            taylor(dense)
+        found.append(fxprune.facts_of(dense)[fxprune.Scores].units)
+    assert not carriers[0].order and carriers[1].order
+    for name, row in found[0].items():
+        np.testing.assert_allclose(found[1][name], row, rtol=1e-6)
+
+
+@pytest.mark.parametrize("importance", ["wanda", "flap", "block-influence"])
+def test_forward_criteria_are_the_same_where_weights_are_carried(importance: str) -> None:
+    model, found = tiny("llama", num_hidden_layers=3), []
+    dense = discover(model)
+    calibrate(dense, token_ids(12))
+    carrier = Watched(dense)
+    kinds = ("layer",) if importance == "block-influence" else ("mlp", "head")
+    for used in (None, carrier):
+        with carrying(used):
+            load_pass(importance, kinds=kinds, batch=4)(dense)
+        found.append(fxprune.facts_of(dense)[fxprune.Scores].units)
+    if importance != "block-influence":
+        assert len(carrier.order) == len(set(carrier.order)), "each is copied once for all batches"
+    for name, row in found[0].items():
+        np.testing.assert_allclose(found[1][name], row, rtol=1e-6)
+
+
+def test_what_is_watched_is_seen_and_nothing_after_it_runs() -> None:
+    net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    dense = discover(net, {"x": torch.randn(2, 3)})
+    nodes = {node.name: node for node in dense.graph.nodes}
+    samples = [Sample({"x": torch.randn(2, 3)}, torch.zeros(1, 2)) for _ in range(3)]
+    seen: list[torch.Tensor] = []
+    totals: list[int] = []
+
+    def track(batches: Iterable[Any], total: int) -> Iterable[Any]:
+        totals.append(total)
+        return batches
+
+    with torch.no_grad():
+        net.b.weight.fill_(float("nan"))
+    observe(dense, samples, {nodes["relu"]: seen.append}, 2, track)
+    expected = [net.a(sample.inputs["x"]).relu() for sample in samples]
+    assert totals == [2] and [len(value) for value in seen] == [4, 2]
+    torch.testing.assert_close(torch.cat(seen), torch.cat(expected).detach())
+    assert not any(value.requires_grad for value in seen)
+
+
+def test_samples_that_cannot_be_computed_are_refused() -> None:
+    dense = discover(Net(lambda m, x: m.a(x), a=nn.Linear(3, 4)), {"x": torch.randn(2, 3)})
+    last = next(node for node in reversed(dense.graph.nodes) if node.op == "call_function")
+    with pytest.raises(CalibrationError, match="cannot compute a sample"):
+        observe(dense, [Sample({"x": torch.randn(2, 5)}, torch.zeros(1, 2))], {last: print}, 1, lambda x, _: x)

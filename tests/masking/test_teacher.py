@@ -1,0 +1,63 @@
+"""Tests: teacher logits: top-k log-probabilities of the dense model, and the divergence from them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fxprune.data.calibration import Sample
+from fxprune.errors import PassError
+from fxprune.masking.masked_run import UntouchedRun
+from fxprune.masking.teacher import LessonBatch, divergence, learn, lesson_batches, logits_of
+from tests.oracle import Net, discover
+
+SAMPLES = [Sample({"x": torch.randn(1, n, 3)}, torch.zeros(1, n)) for n in (4, 5, 4)]
+
+
+def test_all_classes_kept_give_the_divergence_and_few_give_less() -> None:
+    net = Net(lambda m, x: m.a(x), a=nn.Linear(3, 9))
+    dense = discover(net, {"x": torch.randn(2, 4, 3)})
+    other = nn.Linear(3, 9)
+    found = []
+    for kept in (9, 3):
+        lessons = learn(dense, SAMPLES, kept, 2, lambda batches, _: batches)
+        assert [lesson.sample for lesson in lessons] == SAMPLES
+        total = sum(
+            float(divergence(other(batch.inputs["x"]), batch)) * batch.classes.shape[0] * batch.classes.shape[1]
+            for batch in lesson_batches(lessons, dense, 2)
+        )
+        found.append(total / 13)
+    x = torch.cat([sample.inputs["x"][0] for sample in SAMPLES])
+    said, wanted = other(x).log_softmax(-1), net.a(x).log_softmax(-1)
+    whole = float((wanted.exp() * (wanted - said)).sum(-1).mean())
+    assert found[0] == pytest.approx(whole, rel=0.01)
+    assert 0 < found[1] < whole
+
+
+@pytest.mark.parametrize("sure", [False, True])
+def test_the_gradient_is_that_of_the_formula(sure: bool) -> None:
+    """Also where all probability is on kept classes, so that what is left for the others counts as the least."""
+    torch.manual_seed(0)
+    wanted = torch.randn(2, 3, 9, dtype=torch.float64).log_softmax(-1)
+    likely, classes = wanted.topk(4, dim=-1)
+    likelihoods = torch.cat((likely, (1 - likely.exp().sum(-1, keepdim=True)).log()), dim=-1)
+    logits = torch.randn(2, 3, 9)
+    if sure:
+        logits.scatter_add_(-1, classes, torch.full(classes.shape, 40.0))
+    logits.requires_grad_()
+    batch = LessonBatch({}, classes, likelihoods.float(), classes[..., 0])
+    found = divergence(logits, batch)
+    (gradient,) = torch.autograd.grad(3 * found, logits)
+
+    said = logits.log_softmax(-1).gather(-1, classes)
+    others = (1 - said.exp().sum(-1, keepdim=True)).clamp_min(1e-7).log()
+    by_formula = (batch.likelihoods.exp() * (batch.likelihoods - torch.cat((said, others), dim=-1))).sum(-1).mean()
+    torch.testing.assert_close(found, by_formula)
+    torch.testing.assert_close(gradient, torch.autograd.grad(3 * by_formula, logits)[0])
+
+
+def test_a_model_that_says_nothing_at_each_position_is_refused() -> None:
+    dense = discover(Net(lambda m, x: m.a(x).sum(), a=nn.Linear(3, 2)), {"x": torch.randn(2, 3)})
+    with pytest.raises(PassError, match="no logits to learn from"):
+        logits_of(UntouchedRun(dense), {"x": torch.randn(2, 3)})

@@ -1,0 +1,89 @@
+"""Tests: recovery in one call: train a slim model with LoRA, merge, and return it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fxprune.errors import RecoveryError, VerificationError
+from fxprune.recovery.run import as_before, claim, fingerprint, last_checkpoint, own, run_folder
+from tests.models import tiny
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    """A checkpoint written to its end."""
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    (path / "trainer_state.json").write_text("{}")
+    return path
+
+
+def test_a_model_is_copied_unless_in_place() -> None:
+    model = tiny("llama", num_hidden_layers=1)
+    copied, result = own(model, None, inplace=False)
+    assert copied is not model and result is None
+    assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in model.parameters()}
+    assert own(model, None, inplace=True)[0] is model
+
+
+def test_a_model_comes_back_as_it_was_whatever_happens() -> None:
+    model = tiny("llama", num_hidden_layers=1)
+    frozen = next(model.parameters())
+    frozen.requires_grad_(False)
+    cache = model.config.use_cache
+    with pytest.raises(KeyError), as_before(model):
+        model.train()
+        model.requires_grad_(True)
+        model.config.use_cache = not cache
+        model.left_behind = 1
+        raise KeyError
+    assert not model.training and not hasattr(model, "left_behind") and model.config.use_cache == cache
+    assert not frozen.requires_grad and list(model.parameters())[1].requires_grad
+
+
+def test_a_model_that_changed_its_shapes_is_refused() -> None:
+    model = tiny("llama", num_hidden_layers=1)
+    with pytest.raises(VerificationError, match="names or shapes"), as_before(model):
+        model.model.norm.weight = nn.Parameter(torch.ones(2))
+
+
+def test_a_folder_is_the_callers_or_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with run_folder(tmp_path / "a" / "b") as path:
+        assert path == tmp_path / "a" / "b"
+    assert path.is_dir()
+    with run_folder(None) as path:
+        assert path.is_dir()
+    assert not path.exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecoveryError, match="several processes"), run_folder(None):
+        pass
+
+
+def test_a_folder_with_checkpoints_belongs_to_one_run(tmp_path: Path) -> None:
+    claim(tmp_path, {"seed": 0, "data": "a"})
+    claim(tmp_path, {"seed": 1, "data": "a"})
+    checkpoint(tmp_path, 3)
+    claim(tmp_path, {"seed": 1, "data": "a"})
+    with pytest.raises(RecoveryError, match="another run: data differ"):
+        claim(tmp_path, {"seed": 1, "data": "b"})
+
+
+def test_the_last_checkpoint_is_one_that_is_whole(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None
+    for step in (2, 10):
+        newest = checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-11").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_checkpoint(tmp_path) == newest
+
+
+def test_a_fingerprint_tells_weights_apart() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    before = fingerprint(model, ("0", "1"))
+    assert fingerprint(model, ("0", "1")) == before
+    with torch.no_grad():
+        model[1].weight.mul_(2)
+    assert fingerprint(model, ("0", "1")) != before and fingerprint(model, ("0",)) == fingerprint(model, ("0",))

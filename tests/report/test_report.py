@@ -1,0 +1,103 @@
+"""Tests: the report: a prune in numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fxprune.axes import Factor, Keep
+from fxprune.discovery.groups import Group
+from fxprune.errors import ArgumentError
+from fxprune.removal.scores import Scores
+from fxprune.report.report import (
+    GroupSize,
+    Report,
+    Spread,
+    frozen_reasons,
+    package_versions,
+    sizes_of,
+    spreads_of,
+    widths_of,
+)
+from tests.oracle import Net, axes_of, discover, groups_of
+
+REPORT = Report(parameters=(200, 150), macs=(1000, 800), tokens=64, widths={"g": (4, 3)}, notes=("a note",))
+
+
+def test_the_report_is_plain_data() -> None:
+    assert REPORT.achieved == 0.25
+    data = json.loads(REPORT.to_json())
+    assert data["achieved"] == 0.25 and data["parameters"] == [200, 150] and data["notes"] == ["a note"]
+    assert REPORT.to_dict()["widths"] == {"g": (4, 3)}
+
+
+def test_the_table_shows_dense_slim_and_change() -> None:
+    columns = [list(column.cells) for column in REPORT.table().columns]
+    assert columns == [
+        ["parameters", "MACs at 64 tokens"],
+        ["200", "1,000"],
+        ["150", "800"],
+        ["-25.0%", "-20.0%"],
+    ]
+
+
+def test_widths_are_of_groups_that_shrank_and_frozen_axes_have_their_reason() -> None:
+    dense = discover(
+        Net(lambda net, x: net.b(net.a(x)), a=nn.Linear(3, 4), b=nn.Linear(4, 2)), {"x": torch.randn(2, 3)}
+    )
+    (group,) = groups_of(dense)
+    assert group.factor is not None
+    assert widths_of((group,), Keep()) == {}
+    units = np.array([True, False, True, True])
+    assert widths_of((group,), Keep({group.factor: units})) == {group.name: (4, 3)}
+    reasons = frozen_reasons(axes_of(dense))
+    assert "input" in reasons["a.weight[1]"] and "output" in reasons["b.weight[0]"]
+    assert "a.weight[0]" not in reasons
+
+
+def test_a_report_is_read_back_from_its_data() -> None:
+    again = Report.from_dict(json.loads(REPORT.to_json()))
+    assert again == REPORT and again.to_json() == REPORT.to_json()
+    full = replace(
+        REPORT,
+        groups=(GroupSize("g", "mlp", None, "g", 4, 3),),
+        scores={"g": Spread((1.0, 2.0), ())},
+        passes=(("l2", "importance", 0.1),),
+    )
+    again = Report.from_dict(json.loads(full.to_json()))
+    assert again == full and again.passes == full.passes and again.to_html() == full.to_html()
+    with pytest.raises(ArgumentError, match=r"Report\.to_dict"):
+        Report.from_dict({"parameters": [1, 2]})
+
+
+def test_every_group_has_its_size_and_scored_ones_how_scores_are_spread() -> None:
+    dense = discover(
+        Net(lambda net, x: net.b(net.a(x)), a=nn.Linear(3, 5), b=nn.Linear(5, 2)), {"x": torch.randn(2, 3)}
+    )
+    (group,) = groups_of(dense)
+    assert group.factor is not None
+    keep = Keep({group.factor: np.array([True, False, True, True, False])})
+    (size,) = sizes_of((group,), keep, ())
+    assert (size.name, size.kind, size.before, size.after, size.nested) == (group.name, "mlp", 5, 3, False)
+    scores = Scores({group.name: np.array([3.0, 0.5, 1.0, 2.0, 0.25])}, "l2")
+    found = spreads_of((group,), keep, (), scores)
+    assert found == {size.place: Spread((1.0, 1.5, 2.0, 2.5, 3.0), (0.25, 0.3125, 0.375, 0.4375, 0.5))}
+    assert spreads_of((group,), Keep(), (), scores)[size.place].removed == ()
+    assert spreads_of((group,), keep, (), None) == {}
+    assert "torch" in package_versions()
+
+
+def test_of_a_block_that_goes_no_unit_stays_and_many_alike_groups_share_a_place() -> None:
+    groups = tuple(Group(f"b.0/mlp.{i}", "mlp", (), Factor(4, i), "b.0") for i in range(5))
+    groups += (Group("b.0/layer", "layer", (), None, "b.0"), Group("m/channel", "channel", (), Factor(6, 9)))
+    sizes = sizes_of(groups, Keep(), ("b.0",))
+    assert [size.after for size in sizes] == [0] * 6 + [6]
+    assert [size.place for size in sizes] == ["b.0/mlp"] * 5 + ["b.0/layer", "m/channel"]
+    scores = Scores({group.name: np.ones(group.size) for group in groups})
+    spreads = spreads_of(groups, Keep(), ("b.0",), scores)
+    assert spreads["b.0/mlp"] == Spread((), (1.0,) * 5) and spreads["m/channel"] == Spread((1.0,) * 5)

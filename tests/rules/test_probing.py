@@ -1,0 +1,85 @@
+"""Tests: properties of elementwise ops, found by calling them on numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import fx, nn
+
+from fxprune.rules.probing import power_of, scaled_literal, shift_of
+from fxprune.trace import trace
+
+
+class Two(nn.Module):
+    """A function of two tensors."""
+
+    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.unread = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What the function makes of them."""
+        return self.function(x, y)
+
+
+def last(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> tuple[fx.Node, list[fx.Node]]:
+    """The last op of a function, and the inputs."""
+    graph = trace(Two(function), {"x": torch.rand(3, 4), "y": torch.rand(3, 4)}).graph_module.graph
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    return nodes[-1], [node for node in graph.nodes if node.op == "placeholder"]
+
+
+@pytest.mark.parametrize(
+    ("function", "power"),
+    [
+        (lambda x, y: x.rsqrt(), -0.5),
+        (lambda x, y: x**3, 3.0),
+        (lambda x, y: x * y, 1.0),
+        (lambda x, y: y / x, -1.0),
+        (lambda x, y: x.relu(), 1.0),
+        (lambda x, y: x.sign(), 0.0),
+        (lambda x, y: x + y, None),
+        (lambda x, y: x.exp(), None),
+        (lambda x, y: x + 1, None),
+        (lambda x, y: -x, 1.0),
+    ],
+)
+def test_powers_come_out_of_what_is_multiplied(
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], power: float | None
+) -> None:
+    node, (x, _) = last(function)
+    assert power_of(node, {x: 1.0}) == power
+    twice = power_of(node, {x: 2.0})
+    assert twice == (None if power is None else 2 * power)
+
+
+def test_both_inputs_may_have_it() -> None:
+    node, (x, y) = last(lambda x, y: x + y)
+    assert power_of(node, {x: 0.5, y: 0.5}) == 0.5 and power_of(node, {x: 0.5, y: 1.0}) is None
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x, y: x + 0.1, lambda x, y: x.clamp(min=0.1), lambda x, y: x - 0.1, lambda x, y: 0.1 - x]
+)
+def test_a_number_that_is_added_or_bounds_has_to_have_it_too(
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
+    """An average that is half of another, plus `e`, is half of the other plus twice `e`."""
+    node, (x, y) = last(function)
+    found = scaled_literal(node, {x: -1.0})
+    assert found is not None and found[1:] == (1.0, -1.0)
+    assert scaled_literal(node, {x: -1.0, y: 1.0}) is None
+
+
+def test_no_number_makes_up_for_what_bends() -> None:
+    node, (x, _) = last(lambda x, y: (2.0 * x).exp())
+    assert scaled_literal(node, {node.all_input_nodes[0]: -1.0}) is None
+    assert power_of(node, {x: 1.0}) == 0.0, "it does not read it"
+
+
+def test_what_an_op_adds_is_found() -> None:
+    for function, shift in ((lambda x, y: 1 + x, 1.0), (lambda x, y: x - 0.5, -0.5), (lambda x, y: 2 * x, None)):
+        assert shift_of(last(function)[0]) == shift
