@@ -20,7 +20,7 @@ ARGS ?=
 CASES ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo recover-demo test fuzz package lint format type bench bench-criteria bench-quality bench-reference bench-recover bench-discovery bench-memory bench-large bench-norms coverage families results pictures docs clean
+.PHONY: help setup demo recover-demo test test-all fuzz package lint format type bench bench-criteria bench-quality bench-reference bench-recover bench-discovery bench-memory bench-large bench-norms coverage families results pictures docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -39,15 +39,19 @@ demo: $(STAMP) ## Prune the demo model end to end and print what it did (ARGS=..
 recover-demo: $(STAMP) ## Prune the demo model, train it for a few minutes, and compare dense, pruned and recovered
 	$(RUN) -m benchmarks.recover $(ARGS)
 
-# torch keeps what it found out about shapes for a next time, which tiny models do not have: it costs more than it saves.
-test fuzz: export TORCH_FAKE_TENSOR_DISPATCH_CACHE=0
+# torch caches results of fake tensors by shape, which tiny models hardly share: the cache costs more than it saves.
+test test-all fuzz: export TORCH_FAKE_TENSOR_DISPATCH_CACHE=0
 
-test: $(STAMP) ## Run the tests (ARGS=... passes options to pytest, such as --cov)
-	$(call threaded,1) -m pytest --numprocesses $(THREADS) --dist worksteal $(ARGS)
+TESTS = $(call threaded,1) -m pytest --numprocesses $(THREADS) --dist worksteal
+
+test: $(STAMP) ## Run the tests of the first tier (ARGS=... passes options to pytest, such as --cov)
+	$(TESTS) -m "not slow" $(ARGS)
+
+test-all: $(STAMP) ## Run the tests marked slow: every architecture, interrupts, several processes, pages by default recipe
+	$(TESTS) -m slow $(ARGS)
 
 fuzz: $(STAMP) ## Remove from CASES=5000 random networks; what fails is kept in .hypothesis/ and tried first next time
-	FXPRUNE_RANDOM_NETWORKS=$(CASES) $(call threaded,1) -m pytest --numprocesses $(THREADS) --dist worksteal \
-	    --timeout=0 tests/end_to_end/test_random_networks.py $(ARGS)
+	FXPRUNE_RANDOM_NETWORKS=$(CASES) $(TESTS) --timeout=0 tests/end_to_end/test_random_networks.py $(ARGS)
 
 package: $(STAMP) ## Build wheel and source archive, and install and try each in an environment of its own
 	FXPRUNE_PACKAGE=1 $(RUN) -m pytest tests/test_package.py $(ARGS)
@@ -97,9 +101,7 @@ families: $(STAMP) ## Prune, save, load and run a model of each family, write do
 	$(call threaded,1) -m tests.families_table $(ARGS)
 
 results: $(STAMP) ## Write docs/results.md, docs/latency.md and docs/quality.md from benchmarks/results/
-	$(RUN) -m benchmarks.tables
-	$(RUN) -m benchmarks.latency.page
-	$(RUN) -m benchmarks.quality.page
+	$(RUN) -m benchmarks.pages
 
 pictures: $(STAMP) ## Draw the pictures of the documentation into docs/pictures/ (needs Graphviz)
 	$(RUN) -m benchmarks.pictures

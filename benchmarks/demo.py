@@ -1,10 +1,11 @@
-"""The whole path on a real model, in a few minutes: `make demo`."""
+"""Prune the demo model and compare it with the dense one, in a few minutes: `make demo`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
+from statistics import median
 from typing import Annotated, Any
 
 import torch
@@ -14,29 +15,29 @@ from rich.progress import track
 from rich.table import Table
 
 import fxprune
-from benchmarks.demo_model import load_demo_model
-from benchmarks.latency.timing import paired_latency
-from benchmarks.perplexity import perplexity
+from benchmarks.common import load_demo_model
 from fxprune.cli.allocator import keep_freed
 from fxprune.cli.console import widened
 from fxprune.data.built_in import general_chats, offline_text
 from fxprune.data.text import split_calibration_heldout, token_windows
+from fxprune.evaluation import perplexity
+from fxprune.evaluation.speed import time_interleaved, timed_call
 from fxprune.recipes import as_recipe
 
-__all__ = ["app", "demo_table"]
+__all__ = ["app", "demo_table", "in_small_steps"]
 
 PROMPT = "What is the capital of France?"
 app = typer.Typer(add_completion=False)
 
 
 def demo_table(dense: Any, result: fxprune.Result, heldout: torch.Tensor, console: Console) -> Table:
-    """Dense against slim: size, work, quality and speed.
+    """Table of dense against slim: size, work, quality and speed.
 
     Args:
         dense: The dense model.
-        result: What pruning it gave.
+        result: Result of pruning it.
         heldout: Token ids `(windows, tokens)` that were not calibrated on.
-        console: Where to say what is being measured.
+        console: Prints progress.
     """
     report, slim = result.report, result.model or result.graph_module
     table = Table("", title="dense against slim")
@@ -47,10 +48,14 @@ def demo_table(dense: Any, result: fxprune.Result, heldout: torch.Tensor, consol
     console.print("measuring perplexity ...")
     _row(table, "perplexity, held-out text", perplexity(dense, heldout), perplexity(slim, heldout), form=".1f")
     console.print("measuring latency ...")
+    models = {"dense": dense, "slim": slim}
     for batch, tokens in ((1, 128), (1, 1)):
         ids = torch.randint(dense.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
-        timing = paired_latency(dense, slim, {"input_ids": ids}, rounds=5)
-        _row(table, f"latency ms, {batch} x {tokens} tokens", timing.dense_ms, timing.slim_ms, form=".1f")
+        with torch.inference_mode():
+            jobs = {name: timed_call(partial(model, input_ids=ids)) for name, model in models.items()}
+            seconds = time_interleaved(jobs, rounds=10)
+        before, after = (1e3 * median(seconds[name]) for name in models)
+        _row(table, f"latency ms, {batch} x {tokens} tokens", before, after, form=".1f")
     return table
 
 
@@ -58,20 +63,16 @@ def _row(table: Table, name: str, dense: float, slim: float, form: str) -> None:
     table.add_row(name, f"{dense:{form}}", f"{slim:{form}}", f"{slim / dense - 1:+.1%}")
 
 
-def _in_small_steps(recipe: str) -> str:
-    """The passes of a recipe, tuning with two samples a step."""
+def in_small_steps(recipe: str) -> str:
+    """Spell the passes of a recipe, tuned with two samples a step."""
     passes: tuple[Any, ...] = as_recipe(recipe).passes
     return "\n".join(str(replace(step, batch=2) if step.name == "tune" else step) for step in passes)
 
 
-def _progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-    return track(items, what, total)
-
-
 def _answer(model: Any, tokenizer: Any) -> str:
-    """What an instruct model says, asked in the way that it was trained to be."""
-    asked = [{"role": "user", "content": PROMPT}]
-    inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    """Answer of an instruct model to `PROMPT`, asked as a chat."""
+    chat = [{"role": "user", "content": PROMPT}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
     return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
@@ -79,14 +80,14 @@ def _answer(model: Any, tokenizer: Any) -> str:
 @app.command()
 def main(
     ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = 0.2,
-    samples: Annotated[int, typer.Option(help="Calibration samples of 128 tokens; more of them tune longer.")] = 120,
+    samples: Annotated[int, typer.Option(help="Calibration samples of 128 tokens; more samples tune longer.")] = 120,
     windows: Annotated[int, typer.Option(help="Held-out windows of 256 tokens.")] = 20,
-    recipe: Annotated[str | None, typer.Option(help="Another recipe than the default.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A recipe other than the default.")] = None,
 ) -> None:
-    """Prune SmolLM2-135M by the default recipe, tuned for a shorter time, and compare it with what it was.
+    """Prune SmolLM2-135M by the default recipe, tuned for a shorter time, and compare it with the dense model.
 
-    A third of the samples are chats, since it is asked as a chat; the others are documentation of Python. So few are
-    tuned on two at a time, which is twice as many steps as the recipe would take.
+    A third of the samples are chats, since the model is asked as a chat; the others are documentation of Python. So few
+    samples are tuned two at a time, in twice as many steps as the recipe would take.
     """
     keep_freed()
     console = widened(Console())
@@ -99,12 +100,12 @@ def main(
     calibration = torch.cat([text, chats])
     heldout = token_windows(tokenizer, back, 256, limit=windows)
     console.print(f"pruning {ratio:.0%} of the parameters, calibrated on {samples} x 128 tokens ...")
-    passes = _in_small_steps(recipe or "balanced")
-    result = fxprune.prune(dense, calibration, ratio=ratio, tokenizer=tokenizer, recipe=passes, track=_progress)
+    passes = in_small_steps(recipe or "balanced")
+    result = fxprune.prune(dense, calibration, ratio=ratio, tokenizer=tokenizer, recipe=passes, track=track)
     report = result.report
     console.print(demo_table(dense, result, heldout, console))
-    console.print(f"ratio asked {ratio:.2%}, achieved {report.achieved:.2%}")
-    console.print(f"verification: slim and masked dense outputs differ by {report.verification_error:.1e} at most")
+    console.print(f"ratio requested {ratio:.2%}, achieved {report.achieved:.2%}")
+    console.print(f"verification: slim and masked dense outputs differ by at most {report.verification_error:.1e}")
     for name, model in (("dense", dense), ("slim", result.model)):
         if model is not None:
             console.print(f"{name}, asked {PROMPT!r}: {_answer(model, tokenizer)!r}", markup=False)

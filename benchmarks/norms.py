@@ -1,8 +1,8 @@
-"""Norms over fewer units, as masking has them and as an average of those that stay: `python -m benchmarks.norms`.
+"""Norms over fewer units, as masked or averaged over the units that stay: `python -m benchmarks.norms`.
 
-Both sides remove the same units. Width is measured on the demo model, by the perplexity of held-out text. No model at
-hand has latents under a norm, or heads under a norm over all of them: small ones are trained here, for a minute or two
-each, on the bytes of the built-in text, and measured on held-out bytes.
+Both sides remove the same units. Width is measured on the demo model, by perplexity on held-out text. No model at hand
+normalises latents, or all heads together: small ones are trained here, for a minute or two each, on the bytes of the
+built-in text, and measured on held-out bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from statistics import mean
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -22,18 +22,18 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import fxprune
-from benchmarks.demo_model import load_demo_model
-from benchmarks.environment import write_results
-from benchmarks.perplexity import perplexity
+from benchmarks import common
+from benchmarks.common import load_demo_model, write_results
 from fxprune.cli.console import widened
 from fxprune.data.built_in import offline_text
 from fxprune.data.text import split_calibration_heldout, token_windows
+from fxprune.evaluation import perplexity
 
-__all__ = ["SMALL", "Row", "app", "loss", "small_rows", "trained", "width_rows"]
+__all__ = ["SMALL", "NormRow", "app", "byte_loss", "small_rows", "train_small", "width_rows"]
 
-RESULTS = Path(__file__).parent / "results" / "norms.json"
+RESULTS = common.RESULTS / "norms.json"
 
-NORMS = ("sliced", "masked")
+NORMS: tuple[Literal["sliced"], Literal["masked"]] = ("sliced", "masked")
 
 _SMALL = {
     "vocab_size": 256,
@@ -62,24 +62,24 @@ SMALL: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "latents": ("deepseek_v3", _LATENT, "mlp"),
     "heads under one norm": ("olmo2", {**_SMALL, "num_key_value_heads": 8}, "head"),
 }
-"""By what is removed: a type of model, its sizes, and the kind of groups; of these, those that a norm runs over."""
+"""By name of the units removed: type of model, its sizes, and kind of the groups, of which a norm runs over some."""
 
 app = typer.Typer(add_completion=False)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One comparison: the same units removed, norms one way and the other.
+class NormRow:
+    """Comparison of sliced and masked norms after the same removal.
 
     Attributes:
-        what: what is removed, and from what.
-        removed: the fraction of it.
-        fitted: whether what stays was fitted by least squares.
-        measure: what the figures are.
-        sliced: with an average of the units that stay.
-        masked: as masking has it.
-        dense: the same figure before.
-        models: over how many models the figures are means.
+        what: Units removed, and from which model.
+        removed: Fraction of them.
+        fitted: Whether the rest was fitted by least squares.
+        measure: Name of the figures.
+        sliced: Figure with norms that average over the units that stay.
+        masked: Figure with norms that divide by the old number of units, as masking does.
+        dense: Figure of the dense model.
+        models: Number of models that the figures are averaged over.
     """
 
     what: str
@@ -92,13 +92,13 @@ class Row:
     models: int = 1
 
 
-def width_rows(ratios: tuple[float, ...], samples: int, windows: int) -> Iterator[Row]:
+def width_rows(ratios: tuple[float, ...], samples: int, windows: int) -> Iterator[NormRow]:
     """Perplexity of the demo model with channels of the residual stream removed.
 
     Args:
-        ratios: fractions of the parameters.
-        samples: of calibration text, to score and to fit by.
-        windows: of held-out text, of 128 tokens.
+        ratios: Fractions of the parameters.
+        samples: Calibration samples, to score and to fit by.
+        windows: Held-out windows of 128 tokens.
     """
     model, tokenizer = load_demo_model()
     texts = split_calibration_heldout(offline_text())
@@ -106,82 +106,77 @@ def width_rows(ratios: tuple[float, ...], samples: int, windows: int) -> Iterato
         token_windows(tokenizer, text, 128, limit) for text, limit in zip(texts, (samples, windows), strict=True)
     )
     options: dict[str, Any] = {"kinds": ["channel"], "protect": (), "recipe": "llm-pruner", "calibration": calibration}
-    scored = fxprune.prune(model, **options, ratio=ratios[0], taylor="second", verify=False)
+    scored = fxprune.prune(model, **options, ratio=ratios[0], importance="taylor{order=second}", verify=False)
     scores = fxprune.facts_of(scored.graph_module)[fxprune.Removed].removal.scores
+    reuse = fxprune.load_pass("load-scores", scores=scores)
     del scored
     dense = perplexity(model, heldout)
     for ratio in ratios:
         for fit in ("none", "least-squares{reach=stream}"):
-            found = {}
+            found: dict[str, float] = {}
             for norm in NORMS:
-                result = fxprune.prune(model, **options, ratio=ratio, scores=scores, compensate=fit, norm=norm)
+                result = fxprune.prune(model, **options, ratio=ratio, importance=reuse, compensate=fit, norm=norm)
                 found[norm] = perplexity(result.model or result.graph_module, heldout)
-            yield Row(
-                "width, SmolLM2-135M-Instruct",
-                ratio,
-                fit != "none",
-                "perplexity",
-                found["sliced"],
-                found["masked"],
-                dense,
-            )
+            what = "width, SmolLM2-135M-Instruct"
+            yield NormRow(what, ratio, fit != "none", "perplexity", found["sliced"], found["masked"], dense)
 
 
-def small_rows(ratio: float, models: int, steps: int) -> Iterator[Row]:
+def small_rows(ratio: float, models: int, steps: int) -> Iterator[NormRow]:
     """Loss of small models with units removed that a norm runs over.
 
     Args:
-        ratio: fraction of the units of each group.
-        models: how many of each type, trained from other random weights.
-        steps: of training.
+        ratio: Fraction of the units of each group.
+        models: Models of each type, trained from different random weights.
+        steps: Training steps.
     """
     texts = split_calibration_heldout(offline_text(), 0.8)
-    learned, heldout = (_windows(text.encode(), count) for text, count in zip(texts, (4096, 256), strict=True))
+    training, heldout = (_windows(text.encode(), count) for text, count in zip(texts, (4096, 256), strict=True))
     for what in SMALL:
-        found: dict[str, list[tuple[float, ...]]] = {}
+        found: dict[str, list[list[float]]] = {}
         for seed in range(models):
-            model = trained(what, learned, steps, seed)
+            model = train_small(what, training, steps, seed)
             for criterion in ("random", "taylor{order=second}"):
-                losses = (loss(slim, heldout) for slim in _slim(what, model, learned[:16], ratio, criterion, seed))
-                found.setdefault(criterion, []).append((loss(model, heldout), *losses))
+                slim = _prune_both(what, model, training[:16], ratio, criterion, seed)
+                losses = [byte_loss(each, heldout) for each in (model, *slim)]
+                found.setdefault(criterion, []).append(losses)
         for criterion, several in found.items():
             dense, sliced, masked = (mean(column) for column in zip(*several, strict=True))
-            told = f"{what}, {criterion.partition('{')[0]} scores"
-            yield Row(told, ratio, False, "nats per byte", sliced, masked, dense, models)
+            name = f"{what}, {criterion.partition('{')[0]} scores"
+            yield NormRow(name, ratio, False, "nats per byte", sliced, masked, dense, models)
 
 
 def _windows(text: bytes, count: int) -> torch.Tensor:
-    """Windows of 64 bytes, spread over a text: `(windows, 64)`."""
+    """Windows of 64 bytes, spread evenly over a text: `(windows, 64)`."""
     starts = torch.linspace(0, len(text) - 64, count).long()
     return torch.stack([torch.tensor(list(text[start : start + 64])) for start in starts.tolist()])
 
 
-def _slim(
+def _prune_both(
     what: str, model: PreTrainedModel, ids: torch.Tensor, ratio: float, criterion: str, seed: int
 ) -> Iterator[torch.nn.Module]:
-    """The model with the same units removed, norms sliced and then masked."""
+    """Yield the model with the same units removed, with sliced and with masked norms."""
     kind = SMALL[what][2]
     groups = fxprune.find_groups(fxprune.dependency_graph(fxprune.trace(model)))
     names = {group.name for group in groups if group.renormalised and group.kind == kind}
-    options: dict[str, Any] = {"kinds": [kind], "group_ratio": ratio, "protect": (), "importance": criterion}
+    select = f"select-by-group-ratio{{group_ratio={ratio}}}"
+    options: dict[str, Any] = {"kinds": [kind], "select": select, "protect": (), "importance": criterion}
     whole = fxprune.prune(model, ids, seed=seed, recipe="llm-pruner", norm="sliced", **options)
-    kept = _only(whole, names)
-    yield from (fxprune.apply(model, kept, norm=norm).graph_module for norm in NORMS)
-
-
-def _only(result: fxprune.Result, names: set[str]) -> fxprune.Plan:
-    """The plan of a prune, of the groups of these names alone."""
-    groups = fxprune.facts_of(result.graph_module)[fxprune.Removed].removal.groups
-    members = {(member.name, member.axis) for group in groups if group.name in names for member in group.members}
+    members = {
+        (member.name, member.axis)
+        for group in fxprune.facts_of(whole.graph_module)[fxprune.Removed].removal.groups
+        if group.name in names
+        for member in group.members
+    }
     kept = {
         name: {axis: index for axis, index in by_axis.items() if (name, axis) in members}
-        for name, by_axis in result.plan.kept.items()
+        for name, by_axis in whole.plan.kept.items()
     }
-    return fxprune.Plan({name: by_axis for name, by_axis in kept.items() if by_axis})
+    plan = fxprune.Plan({name: by_axis for name, by_axis in kept.items() if by_axis})
+    yield from (fxprune.apply(model, plan, norm=norm).graph_module for norm in NORMS)
 
 
-def trained(what: str, windows: torch.Tensor, steps: int, seed: int) -> PreTrainedModel:
-    """A small model, trained on windows of bytes; the same for the same seed."""
+def train_small(what: str, windows: torch.Tensor, steps: int, seed: int) -> PreTrainedModel:
+    """Train a small model on windows of bytes; equal seeds give equal models."""
     kind, sizes, _ = SMALL[what]
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
@@ -197,8 +192,8 @@ def trained(what: str, windows: torch.Tensor, steps: int, seed: int) -> PreTrain
     return model
 
 
-def loss(model: Any, windows: torch.Tensor) -> float:
-    """The mean loss of the next byte, in nats."""
+def byte_loss(model: Any, windows: torch.Tensor) -> float:
+    """Mean loss of the next byte, in nats."""
     return math.log(perplexity(model, windows))
 
 
@@ -211,8 +206,8 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps to train each of them.")] = 250,
     out: Annotated[Path, typer.Option(help="File to write.")] = RESULTS,
 ) -> None:
-    """Measure both ways of keeping norms, print a table and write it to a file."""
-    rows: list[Row] = []
+    """Compare sliced and masked norms, print a table and write it to a file."""
+    rows: list[NormRow] = []
     table = Table("removed", "part", "fitted", "measure", "dense", "sliced", "masked")
     parts = tuple(float(part) for part in ratios.split(","))
     for row in chain(small_rows(0.25, models, steps), width_rows(parts, samples, windows)):

@@ -1,6 +1,6 @@
-"""The pictures of the documentation, drawn by Graphviz: `python -m benchmarks.pictures` writes them to docs/pictures/.
+"""Draw the pictures of the documentation with Graphviz into docs/pictures/: `python -m benchmarks.pictures`.
 
-A layer and the whole of a Llama-2-7B, built on `meta` from its config, and what a plan takes of the demo model.
+They show a layer and the whole of a Llama-2-7B, built on `meta` from its config, and a plan for the demo model.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fxprune
-from benchmarks.demo_model import load_demo_model
+from benchmarks.common import ROOT, load_demo_model
 
 __all__ = ["FOLDER", "draw_all", "graph_of_7b"]
 
-FOLDER = Path(__file__).parent.parent / "docs" / "pictures"
+FOLDER = ROOT / "docs" / "pictures"
 
 
 def graph_of_7b() -> nx.Graph[Any]:
-    """The dependency graph of a Llama-2-7B exists, without any weight."""
+    """Dependency graph of a Llama-2-7B, without weights."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama"))
     return fxprune.dependency_graph(fxprune.trace(model, dynamic=False), "masked")
 
 
 def draw_all(folder: Path = FOLDER) -> None:
-    """All pictures lie in a folder."""
+    """Draw all pictures into a folder."""
     graph = graph_of_7b()
     fxprune.write_dot(graph, folder / "layer.svg")
     fxprune.write_dot(graph, folder / "model.svg", everything=True)
     fxprune.write_dot(graph, folder / "channel.svg", group="model/channel")
     model, _ = load_demo_model()
-    result = fxprune.prune(model, importance="l2", ranking="global", ratio=0.25)
+    result = fxprune.prune(model, recipe="llm-pruner", importance="l2", ranking="global", ratio=0.25)
     demo = fxprune.dependency_graph(fxprune.trace(model, dynamic=False), result.plan.norm)
     fxprune.write_dot(demo, folder / "plan.svg", everything=True, plan=result.plan)
 

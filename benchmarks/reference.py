@@ -1,8 +1,8 @@
 """The paper's method beside its reference implementation: `python -m benchmarks.reference --data FOLDER`.
 
-LLM-Pruner's own code took a quarter of the MLP channels of all layers but the first four and the last two from the demo
-model, scored on the first 64 tokens of the first ten texts of C4 that have as many, and perplexity was measured on the
-first 60 windows of 128 tokens of WikiText-2's test text. Here `fxprune` does the same.
+LLM-Pruner's own code removed a quarter of the MLP channels of the demo model, in all layers except the first four and
+the last two, scored on the first 64 tokens of the first ten texts of C4 that have as many. Perplexity was measured on
+the first 60 windows of 128 tokens of WikiText-2's test text. Here `fxprune` does the same.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ import typer
 from rich.console import Console
 
 import fxprune
-from benchmarks.demo_model import load_demo_model
-from benchmarks.environment import write_results
-from benchmarks.perplexity import perplexity
+from benchmarks import common
+from benchmarks.common import load_demo_model, write_results
 from fxprune.data.text import calibration_texts, read_text, token_windows
+from fxprune.evaluation import perplexity
 
 __all__ = ["REFERENCE", "ReferenceRow", "app", "first_tokens", "reference_rows"]
 
-RESULTS = Path(__file__).parent / "results" / "reference.json"
+RESULTS = common.RESULTS / "reference.json"
 
 REFERENCE = {"vector": 98.2, "first": 90.2, "second": 77.0, "mix": 90.3}
-"""Perplexity that LLM-Pruner's own code left, by the order of its Taylor expansion."""
+"""Perplexity after pruning by LLM-Pruner's own code, by the order of its Taylor expansion."""
 
 app = typer.Typer(add_completion=False)
 
 
 @dataclass(frozen=True)
 class ReferenceRow:
-    """One order of the Taylor expansion.
+    """Perplexities of one order of the Taylor expansion.
 
     Attributes:
-        order: Its name.
-        reference: Perplexity that LLM-Pruner's own code left.
-        found: Perplexity that `recipe="llm-pruner"` leaves.
+        order: Name of the order.
+        reference: After pruning by LLM-Pruner's own code.
+        found: After pruning by `recipe="llm-pruner"`.
     """
 
     order: str
@@ -55,7 +55,7 @@ def first_tokens(tokenizer: Any, texts: Iterable[str], samples: int, tokens: int
     """The first `tokens` ids of each of the first texts that have as many: `(samples, tokens)`.
 
     Raises:
-        ValueError: There are fewer such texts.
+        ValueError: Fewer texts are long enough.
     """
     ids = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts)
     found = [row[:tokens] for row in ids if len(row) >= tokens][:samples]
@@ -65,23 +65,23 @@ def first_tokens(tokenizer: Any, texts: Iterable[str], samples: int, tokens: int
 
 
 def reference_rows(model: Any, samples: torch.Tensor, heldout: torch.Tensor, **options: Any) -> Iterator[ReferenceRow]:
-    """Each order in turn.
+    """Rows of each order of the Taylor expansion.
 
     Args:
-        model: The dense model, which stays as it is.
+        model: The dense model; it is not changed.
         samples: Token ids `(samples, tokens)` to score on.
         heldout: Token ids `(windows, tokens)` to measure on.
-        options: Passed on to `fxprune.prune`.
+        options: Further arguments of `fxprune.prune`.
     """
     for order, reference in REFERENCE.items():
-        result = fxprune.prune(model, samples, recipe="llm-pruner", taylor=order, **options)
+        result = fxprune.prune(model, samples, recipe="llm-pruner", importance=f"taylor{{order={order}}}", **options)
         yield ReferenceRow(order, reference, float(perplexity(result.model or result.graph_module, heldout)))
 
 
 @app.command()
 def main(
     data: Annotated[Path, typer.Option(help="Folder with c4_sample.jsonl and wikitext2/test.txt.")],
-    json_: Annotated[bool, typer.Option("--json", help=f"Write results/{RESULTS.name} as well.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help=f"Also write results/{RESULTS.name}.")] = False,
 ) -> None:
     """Prune the demo model as the paper's reference implementation did, and compare perplexities."""
     console = Console(soft_wrap=True)
@@ -91,7 +91,8 @@ def main(
     dense = float(perplexity(model, heldout))
     console.print(f"dense: {dense:.1f}", highlight=False)
     rows = []
-    for row in reference_rows(model, samples, heldout, group_ratio=0.25, kinds=["mlp"], protect=(4, 2)):
+    select = "select-by-group-ratio{group_ratio=0.25}"
+    for row in reference_rows(model, samples, heldout, select=select, kinds=["mlp"], protect=(4, 2)):
         console.print(str(row), highlight=False)
         rows.append(asdict(row))
     if json_:

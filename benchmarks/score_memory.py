@@ -1,20 +1,16 @@
 """Memory and time of exact Taylor scores beside plain training: `python -m benchmarks.score_memory`.
 
-The model is a random Llama in a folder. Each way of scoring has a process of its own, and so has plain training: a
-forward and a backward run for each sample, with gradients that add up. Memory is what a process has beyond the files
-that it maps, whose pages the system takes back when it wants to; it is looked at every few milliseconds.
+The model is a random Llama in a folder. Each way of scoring runs in its own process, and so does plain training: a
+forward and a backward run for each sample, with gradients accumulated. Memory is the anonymous memory of the process,
+without the pages of mapped files, which the system can reclaim.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,53 +21,33 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.environment import write_results
-from benchmarks.low_memory import llama, write_random
-from benchmarks.memory import anonymous_bytes
+import fxprune
+from benchmarks import common
+from benchmarks.common import Shape, run_worker, watch_memory, write_random, write_results
+from fxprune.checkpoint.low_memory import load_mapped, resumable_folder
 
-__all__ = ["RESULTS", "WAYS", "Measurement", "app", "measure"]
+__all__ = ["RESULTS", "WAYS", "ScoreCost", "app", "measure"]
 
-RESULTS = Path(__file__).parent / "results" / "score_memory.json"
-ROOT = Path(__file__).parent.parent
-_EVERY = 0.005
-"""Seconds between two looks at memory."""
+RESULTS = common.RESULTS / "score_memory.json"
 
 app = typer.Typer(add_completion=False)
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One way of going over the samples.
+class ScoreCost:
+    """Time and memory of one way of scoring.
 
     Attributes:
-        way: Which one.
-        seconds: It took: the processor's time with one thread, else wall clock.
-        peak_gb: The most memory while it ran, in 10^9 bytes, Python and its packages with it.
-        over_weights: That, over the bytes of the weights.
+        way: A key of `WAYS`.
+        seconds: Processor time with one thread, else wall clock.
+        peak_gb: Peak anonymous memory, in 10^9 bytes, Python and its packages included.
+        over_weights: Peak memory over the bytes of the weights.
     """
 
     way: str
     seconds: float
     peak_gb: float
     over_weights: float
-
-
-@contextmanager
-def _watched() -> Iterator[list[float]]:
-    """Yield a list that holds the most memory so far."""
-    most, done = [anonymous_bytes()], threading.Event()
-
-    def look() -> None:
-        while not done.wait(_EVERY):
-            most[0] = max(most[0], anonymous_bytes())
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield most
-    finally:
-        done.set()
-        thread.join()
 
 
 def _training(model: Any, ids: torch.Tensor) -> Callable[[], object]:
@@ -83,12 +59,11 @@ def _training(model: Any, ids: torch.Tensor) -> Callable[[], object]:
 
 
 def _scoring(model: Any, ids: torch.Tensor, memory: str) -> Callable[[], object]:
-    import fxprune
-    from fxprune.pipeline.registry import load_pass
-
     traced = fxprune.trace(model, check=False).graph_module
-    ready = fxprune.Pipeline([load_pass("calibrate", data=ids), load_pass("find-groups")])(traced, inplace=True)
-    return partial(load_pass("taylor", order="mix", memory=memory), ready.graph_module)
+    ready = fxprune.Pipeline([fxprune.load_pass("calibrate", data=ids), fxprune.load_pass("find-groups")])(
+        traced, inplace=True
+    )
+    return partial(fxprune.load_pass("taylor", order="mix", memory=memory), ready.graph_module)
 
 
 WAYS: dict[str, Callable[[Any, torch.Tensor], Callable[[], object]]] = {
@@ -97,20 +72,18 @@ WAYS: dict[str, Callable[[Any, torch.Tensor], Callable[[], object]]] = {
     "mix, low": partial(_scoring, memory="low"),
     "mix, low, weights in files": partial(_scoring, memory="low"),
 }
-"""What is measured of each is the call of what it returns. Only the last one leaves the weights in their files."""
+"""Functions of model and token ids that return the call to measure. Only the last leaves the weights in their files."""
 
 
-def measure(way: str, source: Path, samples: int, tokens: int) -> Measurement:
-    """One way, here and now.
+def measure(way: str, source: Path, samples: int, tokens: int) -> ScoreCost:
+    """Measure one way of scoring in this process.
 
     Args:
         way: A key of `WAYS`.
         source: Folder of the model.
-        samples: How many.
-        tokens: Of one.
+        samples: Number of calibration samples.
+        tokens: Tokens of a sample.
     """
-    from fxprune.checkpoint.low_memory import load_mapped, on_disk
-
     model: Any = load_mapped(source, source)
     if way != list(WAYS)[-1]:
         for parameter in model.parameters():
@@ -118,13 +91,13 @@ def measure(way: str, source: Path, samples: int, tokens: int) -> Measurement:
     ids = torch.randint(model.config.vocab_size, (samples, tokens), generator=torch.Generator().manual_seed(0))
     total = sum(parameter.nbytes for parameter in model.parameters())
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    with tempfile.TemporaryDirectory() as place, on_disk(Path(place) / "slim"):
+    with tempfile.TemporaryDirectory() as place, resumable_folder(Path(place) / "slim"):
         run = WAYS[way](model, ids)
-        with _watched() as most:
+        with watch_memory() as highest:
             begin = clock()
             run()
             seconds = clock() - begin
-    return Measurement(way, seconds, most[0] / 1e9, most[0] / total)
+    return ScoreCost(way, seconds, highest[0] / 1e9, highest[0] / total)
 
 
 @app.command()
@@ -133,37 +106,29 @@ def main(
     ffn: Annotated[int, typer.Option(help="Channels of an MLP.")] = 5632,
     layers: Annotated[int, typer.Option(help="Layers.")] = 22,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 10,
-    tokens: Annotated[int, typer.Option(help="Tokens of one.")] = 64,
-    json_: Annotated[bool, typer.Option("--json", help=f"Write results/{RESULTS.name} as well.")] = False,
+    tokens: Annotated[int, typer.Option(help="Tokens of a sample.")] = 64,
+    json_: Annotated[bool, typer.Option("--json", help=f"Also write results/{RESULTS.name}.")] = False,
     worker: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
-    """Score by `mix` in every way, beside plain training."""
+    """Measure scores of order `mix` in every way, and plain training."""
     if worker:
         task = json.loads(worker)
         print(json.dumps(asdict(measure(**{**task, "source": Path(task["source"])}))))
         return
+    sizes = {"samples": samples, "tokens": tokens}
     with tempfile.TemporaryDirectory() as place:
         source = Path(place) / "dense"
-        total = write_random(source, llama(hidden, ffn, layers))
-        rows = [_apart(way, source, samples, tokens) for way in WAYS]
+        total = write_random(source, Shape.of_width(hidden, ffn, layers).config())
+        tasks = ({"way": way, "source": str(source), **sizes} for way in WAYS)
+        rows = [ScoreCost(**run_worker("benchmarks.score_memory", task)) for task in tasks]
     table = Table("", "seconds", "of plain", "GB", "of the weights", title=f"weights: {total / 1e9:.2f} GB")
     for row in rows:
-        again = row.seconds / rows[0].seconds
-        table.add_row(row.way, f"{row.seconds:.0f}", f"{again:.2f}", f"{row.peak_gb:.2f}", f"{row.over_weights:.2f}")
+        ratio = row.seconds / rows[0].seconds
+        table.add_row(row.way, f"{row.seconds:.0f}", f"{ratio:.2f}", f"{row.peak_gb:.2f}", f"{row.over_weights:.2f}")
     Console(width=100).print(table)
     if json_:
-        settings = {"hidden": hidden, "ffn": ffn, "layers": layers, "samples": samples, "tokens": tokens}
-        content = {"settings": settings, "weights": total, "rows": [asdict(row) for row in rows]}
-        write_results(RESULTS, content)
-
-
-def _apart(way: str, source: Path, samples: int, tokens: int) -> Measurement:
-    task = json.dumps({"way": way, "source": str(source), "samples": samples, "tokens": tokens})
-    command = [sys.executable, "-m", "benchmarks.score_memory", "--worker", task]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{way} failed: {done.stderr.strip()[-2000:]}")
-    return Measurement(**json.loads(done.stdout.splitlines()[-1]))
+        settings = {"hidden": hidden, "ffn": ffn, "layers": layers, **sizes}
+        write_results(RESULTS, {"settings": settings, "weights": total, "rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

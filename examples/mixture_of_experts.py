@@ -1,6 +1,6 @@
-"""Remove whole experts of a mixture, those that add least to the tokens that are routed to them.
+"""Remove whole experts of a mixture, those that contribute least to the tokens routed to them.
 
-The demo model is no mixture: the model here is random, and too small to say anything.
+The demo model is not a mixture: this model is random, and its text is meaningless.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from examples.models import tiny_tokenizer
 
 
 def main() -> None:
-    """Prune a quarter of the experts, and generate with what is left."""
+    """Prune a quarter of the experts, and generate with the slim model."""
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=260,
@@ -28,11 +28,19 @@ def main() -> None:
     model, tokenizer = MixtralForCausalLM(config).eval(), tiny_tokenizer()
     text = "A mixture sends each token to a few of its experts. " * 40
     samples = tokenizer(text, return_tensors="pt").input_ids[0, : 16 * 64].view(16, 64)
-    result = fxprune.prune(model, samples, importance="reap", kinds="expert", group_ratio=0.25, protect=())
+    result = fxprune.prune(
+        model,
+        samples,
+        recipe="llm-pruner",
+        importance="reap",
+        select="select-by-group-ratio{group_ratio=0.25}",
+        kinds="expert",
+        protect=(),
+    )
     for name, (before, after) in result.report.widths.items():
         print(f"{name}: {before} to {after}")
     slim = result.model
-    print(f"{type(slim).__name__} with {slim.config.num_local_experts} experts, of which a token asks two")
+    print(f"{type(slim).__name__} with {slim.config.num_local_experts} experts, two for each token")
     ids = tokenizer("A mixture", return_tensors="pt").input_ids
     print(f"it generates {slim.generate(ids, max_new_tokens=8, do_sample=False).shape[1] - ids.shape[1]} tokens")
 

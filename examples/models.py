@@ -1,4 +1,4 @@
-"""The models that the examples run on: a tiny random one at once, or the demo model."""
+"""Models for the examples: a tiny random one, or the demo model with ``--demo``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["load", "tiny_tokenizer", "wants_demo"]
 
 
 def wants_demo() -> bool:
-    """Whether the script was called with ``--demo``."""
+    """Return whether the script was called with ``--demo``."""
     return "--demo" in sys.argv[1:]
 
 
 def load() -> tuple[Any, Any]:
-    """A language model and its tokenizer: a random one that knows nothing, or the demo model where it is asked for."""
+    """Load a language model and its tokenizer: a tiny random one, or the demo model with ``--demo``."""
     if wants_demo():
         from fxprune.cli.demo import demo_checkpoint
 
@@ -32,11 +32,11 @@ def load() -> tuple[Any, Any]:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte, one for two of them, and three special ones."""
+    """Return a tokenizer of single bytes, one pair of letters and three special tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<pad>", *letters, "th"])}
-    bytes_alone = Tokenizer(models.BPE(vocabulary, [("t", "h")]))
-    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_alone.decoder = decoders.ByteLevel()
+    bpe = Tokenizer(models.BPE(vocabulary, [("t", "h")]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    return PreTrainedTokenizerFast(tokenizer_object=bytes_alone, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)

@@ -1,4 +1,4 @@
-"""Tell the package what an op of your own does to axes, so that structures go through it."""
+"""Add a rule for your own op, so that groups extend across it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import fxprune
 
 @torch.library.custom_op("examples::gated", mutates_args=())
 def gated(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Return ``value`` where ``gate`` is positive, as a kernel of your own would."""
+    """Return ``value`` where ``gate`` is positive, else 0; stands for a kernel of your own."""
     return value * (gate > 0)
 
 
@@ -20,7 +20,7 @@ def _(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 class Network(nn.Module):
-    """An MLP with that op in the middle."""
+    """An MLP with the op in the middle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,17 +34,17 @@ class Network(nn.Module):
 
 
 def main() -> None:
-    """Look at the groups without a rule and with one, and prune."""
+    """Find groups without and with the rule, and prune."""
     network, inputs = Network().eval(), {"x": torch.randn(3, 16)}
     groups = fxprune.find_groups(fxprune.dependency_graph(fxprune.trace(network, inputs)))
-    print(f"without a rule: {len(groups)} groups, for nobody knows what the op does")
+    print(f"without a rule: {len(groups)} groups, because the op is unknown")
     fxprune.rule(
         "examples::gated", notation="gate[*b, i], value[*b, i] -> out[*b, i]", values="product"
-    )  # a line is enough: all three have the same axes
+    )  # all three tensors have the same axes
     (group,) = fxprune.find_groups(fxprune.dependency_graph(fxprune.trace(network, inputs)))
     print(f"with a rule: {group.size} units of {', '.join(member.name for member in group.members)}")
-    slim = fxprune.prune(network, importance="l2", ratio=0.25, example_inputs=inputs)
-    print(f"{slim.report.achieved:.1%} of the parameters are gone: {slim.report.widths}")
+    slim = fxprune.prune(network, recipe="llm-pruner", importance="l2", ratio=0.25, example_inputs=inputs)
+    print(f"{slim.report.achieved:.1%} of the parameters removed: {slim.report.widths}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Score structures by a formula of your own: here, by the largest weight that is in each."""
+"""Score structures by a criterion of your own: here, by the largest weight in each."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fxprune.graph.tensors import get_tensor
 
 @dataclass(frozen=True, eq=False)
 class LargestWeightPass(ImportancePass):
-    """A slice is worth its largest weight."""
+    """The score of a slice is its largest weight."""
 
     name: ClassVar[str] = "largest-weight"
 
     def positions(
         self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]
     ) -> dict[tuple[str, int], torch.Tensor]:
-        """Return the largest magnitude in each row, or column, of each wanted parameter."""
+        """Return the largest magnitude in each slice along each wanted axis of a parameter."""
         found = {}
         for name, axis in wanted:
             weight = get_tensor(graph_module, name).detach().abs()
@@ -32,13 +32,13 @@ class LargestWeightPass(ImportancePass):
 
 
 def main() -> None:
-    """Prune by it, and by the sum of all weights beside it."""
+    """Prune by this criterion and by the sum of all weights, and compare."""
     model, _ = load()
-    mine = fxprune.prune(model, importance=LargestWeightPass(reduction="max"), ratio=0.1)
-    sums = fxprune.prune(model, importance="l1", ratio=0.1)
+    mine = fxprune.prune(model, recipe="llm-pruner", importance=LargestWeightPass(reduction="max"), ratio=0.1)
+    sums = fxprune.prune(model, recipe="llm-pruner", importance="l1", ratio=0.1)
     same = sum(mine.plan.kept[name] == kept for name, kept in sums.plan.kept.items() if name in mine.plan.kept)
-    print(f"{mine.report.achieved:.1%} of the parameters are gone")
-    print(f"{same} of {len(sums.plan.kept)} parameters lose the same as by the sum of all weights")
+    print(f"{mine.report.achieved:.1%} of the parameters removed")
+    print(f"{same} of {len(sums.plan.kept)} parameters lose the same slices as by the sum of all weights")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prune a module that is not from Hugging Face, train it on, and write it as one program."""
+"""Prune a module that is not from Hugging Face, fine-tune it, and export it as one program."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import fxprune
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each added to the stream."""
+    """Attention and an MLP with residual connections."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Blocks over an embedding, and a class for each sequence."""
+    """An embedding, blocks, and class scores for each sequence."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,8 +54,10 @@ def main() -> None:
     """Prune heads and channels, train the slim graph for a few steps, and export it."""
     torch.manual_seed(0)
     model, inputs = Classifier().eval(), {"tokens": torch.randint(100, (4, 12))}
-    result = fxprune.prune(model, importance="l2", kinds=["mlp", "head"], ratio=0.25, example_inputs=inputs)
-    print(f"{result.report.achieved:.1%} of the parameters are gone: {result.report.widths}")
+    result = fxprune.prune(
+        model, recipe="llm-pruner", importance="l2", kinds=["mlp", "head"], ratio=0.25, example_inputs=inputs
+    )
+    print(f"{result.report.achieved:.1%} of the parameters removed: {result.report.widths}")
     slim, labels = result.graph_module, torch.tensor([0, 1, 2, 3])
     optimizer = torch.optim.AdamW(slim.parameters(), lr=1e-2)
     for step in range(10):
@@ -68,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = fxprune.export_graph(slim, Path(folder) / "slim.pt2")
         program = torch.export.load(path).module()
-        print(f"the program gives the same: {torch.allclose(program(**inputs), slim(**inputs), atol=1e-5)}")
+        print(f"the program gives the same output: {torch.allclose(program(**inputs), slim(**inputs), atol=1e-5)}")
 
 
 if __name__ == "__main__":

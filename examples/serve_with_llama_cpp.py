@@ -1,6 +1,6 @@
-"""Prune a model, write it as a GGUF file, and let llama.cpp go on with a sentence.
+"""Prune a model, export it as a GGUF file, and complete a sentence with llama.cpp.
 
-Needs ``pip install xllamacpp``, which is llama.cpp as a Python package; any other build of it reads the file as well.
+Needs ``pip install xllamacpp``, which is llama.cpp as a Python package; any other build of it reads the file too.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ PROMPT = "The capital of France is"
 
 
 def main() -> None:
-    """Prune, export, and ask."""
+    """Prune, export and complete."""
     model, tokenizer = load()
     result = fxprune.prune(model, tokenizer=tokenizer, recipe="fast", ratio=0.2, round_to={"mlp": 32})
-    print(f"{result.report.achieved:.1%} of the parameters are gone")
+    print(f"{result.report.achieved:.1%} of the parameters removed")
     with tempfile.TemporaryDirectory() as folder:
         path = result.export(Path(folder) / "slim.gguf", tokenizer=tokenizer, quantization="f16")
         print(f"the file has {path.stat().st_size / 1e6:.1f} MB")

@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     from fxprune.evaluation import Evaluation, evaluate
     from fxprune.export import export_graph, export_model
     from fxprune.graph.facts import Fact, facts_of
+    from fxprune.graph.tensors import get_tensor
+    from fxprune.pipeline.arguments import argument
     from fxprune.pipeline.contract import Pass, PassResult
     from fxprune.pipeline.pipeline import Pipeline
     from fxprune.pipeline.registry import load_pass, pass_names
+    from fxprune.recipes import Options, Recipe
     from fxprune.recovery import Recovery, recover
     from fxprune.removal.plan import Plan
     from fxprune.removal.removal import Removal, Removed
@@ -49,9 +52,12 @@ _PLACES = {
     "evaluation": ("Evaluation", "evaluate"),
     "export": ("export_graph", "export_model"),
     "graph.facts": ("Fact", "facts_of"),
+    "graph.tensors": ("get_tensor",),
+    "pipeline.arguments": ("argument",),
     "pipeline.contract": ("Pass", "PassResult"),
     "pipeline.pipeline": ("Pipeline",),
     "pipeline.registry": ("load_pass", "pass_names"),
+    "recipes": ("Options", "Recipe"),
     "recovery": ("Recovery", "recover"),
     "removal.plan": ("Plan",),
     "removal.removal": ("Removal", "Removed"),
@@ -75,10 +81,12 @@ __all__ = [
     "Groups",
     "Member",
     "OpSite",
+    "Options",
     "Pass",
     "PassResult",
     "Pipeline",
     "Plan",
+    "Recipe",
     "Recovery",
     "Removal",
     "Removed",
@@ -88,6 +96,7 @@ __all__ = [
     "TensorAxes",
     "Traced",
     "apply",
+    "argument",
     "dependency_graph",
     "evaluate",
     "explain",
@@ -96,6 +105,7 @@ __all__ = [
     "facts_of",
     "find_groups",
     "from_pretrained",
+    "get_tensor",
     "load_pass",
     "pass_names",
     "prune",

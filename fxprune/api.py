@@ -1,28 +1,32 @@
-"""The face of the package: prune a model, or apply a plan to one."""
+"""The Python face: prune a model, or apply a plan to one."""
 
 from __future__ import annotations
 
 import logging
 import os
+import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, Unpack
 
 from torch import nn
 
-from fxprune.checkpoint.low_memory import load_mapped, on_disk, request_of
+from fxprune.checkpoint.load import load_model, load_tokenizer
+from fxprune.checkpoint.low_memory import load_mapped, request_key, resumable_folder
 from fxprune.checkpoint.write import check_request
-from fxprune.graph.facts import Source, facts_of, put_back
+from fxprune.data.calibration import Calibration
+from fxprune.errors import ArgumentError
+from fxprune.graph.facts import Source, facts_of, restore_cut
 from fxprune.graph.tensors import device_of
-from fxprune.offload.prefetch import carrier_to, carrying, check_device
+from fxprune.offload.prefetch import offer_prefetcher, prefetcher_to
 from fxprune.pipeline.arguments import refuse
-from fxprune.pipeline.contract import Pass, Track
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
-from fxprune.recipes import Options, Recipe, Wishes, as_recipe, compose, selects_by_samples
-from fxprune.recipes.choices import NONE, kept_scores, made_places, needs_no_data, with_order
+from fxprune.recipes import ApplyOptions, Options, Recipe, as_recipe, option_table, resolve
+from fxprune.recipes.recipe import NONE, changed
 from fxprune.removal.plan import Plan
 from fxprune.removal.scores import Scores
 from fxprune.result import Result
@@ -30,62 +34,61 @@ from fxprune.trace import trace
 
 __all__ = ["Result", "apply", "prune", "prune_checkpoint", "prune_pipeline"]
 
-_DEFAULT, _PUBLISHED = "balanced", "llm-pruner"
-"""The recipe of a call that leaves the choice, and of one that names an importance."""
+_DEFAULT, _PLAIN = "balanced", "llm-pruner"
+"""The recipe of a prune, and the one that a plan is carried out by: it neither fits nor tunes."""
 
 _LOGGER = logging.getLogger("fxprune")
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-def prune(
-    model: nn.Module,
-    calibration: Any = None,
-    *,
-    recipe: str | Recipe | os.PathLike[str] | None = None,
-    ratio: float | Mapping[str, float] | None = None,
-    kinds: str | Sequence[str] | None = None,
-    importance: str | Pass | None = None,
-    taylor: str | None = None,
-    scores: Scores | str | os.PathLike[str] | None = None,
-    reduction: str | None = None,
-    ranking: str | None = None,
-    group_ratio: float | Mapping[str, float] | None = None,
-    protect: tuple[float, float] | tuple[()] | None = None,
-    round_to: int | str | Mapping[str, int] = 1,
-    uniform: bool = False,
-    tensor_parallel: int = 1,
-    budget: str = "params",
-    norm: str | None = None,
-    steps: int = 1,
-    select: str | Pass | None = None,
-    compensate: str | Pass | None = None,
-    tune: str | Pass | None = None,
-    tokenizer: Any = None,
-    seed: int = 0,
-    verify: bool = True,
-    inplace: bool = False,
-    memory: str | None = None,
-    device: Any = None,
-    example_inputs: Mapping[str, Any] | None = None,
-    track: Track | None = None,
-) -> Result:
-    """Remove the least important structures of ``model``, which stays as it is: run :func:`prune_pipeline` on it.
 
-    What is left out, or None, is as the recipe says. :class:`fxprune.recipes.Options` says what each argument means.
+def _documented(declaration: type) -> Callable[[F], F]:
+    """Append the options of ``declaration`` to the ``Args`` of a function."""
+
+    def decorate(function: F) -> F:
+        lines = []
+        for name, (_, declared) in option_table(declaration).items():
+            text = f"{name}: {declared.doc}"
+            lines += textwrap.wrap(text, 112, initial_indent=" " * 8, subsequent_indent=" " * 12)
+        function.__doc__ = (function.__doc__ or "").replace("        options: see below.", "\n".join(lines))
+        return function
+
+    return decorate
+
+
+@_documented(Options)
+def prune(model: nn.Module | str | os.PathLike[str], calibration: Any = None, **options: Unpack[Options]) -> Result:
+    """Remove the least important structures of a model, which stays as it is.
 
     Args:
-        model: a Hugging Face model, or any module that ``torch.export`` can trace.
-        calibration: token ids ``(samples, tokens)``, a list of tokenised dicts, a DataLoader; or None: with a tokenizer
-            for built-in text and what the model writes itself, else for criteria that need no data.
-        device: where to compute, such as ``"cuda"``, while the weights stay where they are: those of a part of the
-            model go there and are given up again, the next ones on their way. Passes that cannot do so compute where
-            the weights are; None for all of them.
-        example_inputs: keyword inputs for modules that are not Hugging Face models.
+        model: a Hugging Face model, any module that ``torch.export`` can trace, or a folder, a GGUF file or a hub id
+            of a causal language model.
+        calibration: token ids ``(samples, tokens)``, a list of tokenised dicts, or a DataLoader; None, with a
+            tokenizer, for built-in text and samples that the model generates, else for criteria that need no data.
+        options: see below.
 
     Raises:
-        FxpruneError: one of its subclasses, naming what is wrong and what to do; the model is then unchanged.
+        FxpruneError: one of its subclasses, which names the problem and the remedy; the model is then unchanged.
     """
-    options = {name: value for name, value in locals().items() if name not in ("model", "example_inputs", "device")}
-    return _run(prune_pipeline(**options), model, example_inputs, inplace, device)
+    values = resolve(options)
+    offload = values["offload"]
+    if isinstance(model, nn.Module):
+        if offload is not None:
+            raise ArgumentError(
+                "the weights of a module are in memory already",
+                where="offload",
+                remedy="Pass the folder or hub id of the model, or leave $offload out",
+                argument="offload",
+                value=offload,
+            )
+        return _run(_pipeline(calibration, values), model, values)
+    if not isinstance(model, str | os.PathLike):
+        raise refuse("model", model, "a torch.nn.Module, a folder, a GGUF file, or a hub id")
+    if offload is not None:
+        return _prune_offloaded(model, Path(offload), calibration, options, lambda result: None)
+    if values["tokenizer"] is None and calibration is None:
+        values["tokenizer"] = load_tokenizer(model, needed=False)
+    return _run(_pipeline(calibration, values), load_model(model), values)
 
 
 def prune_checkpoint(
@@ -93,181 +96,257 @@ def prune_checkpoint(
     out: str | os.PathLike[str],
     calibration: Any = None,
     *,
-    tokenizer: Any = None,
     max_shard_size: int | str = "500MB",
     force: bool = False,
     also: Callable[[Result, Path], object] | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Result:
-    """Prune a model in a folder, larger than memory perhaps, and write the slim one to another folder.
+    """Prune a model from folder to folder with its weights on disk: :func:`prune` with ``offload``, and saved.
 
-    Weights are read from the files of the folder where a part of the model runs, and what is fitted and what is left
-    are in files as well: memory is for a part of the model and the activations of the samples. It takes the time that
-    reading takes; a run that was killed is gone on with where it is asked the same of the same files, from the last
-    part scored and the last weight fitted. Until it is done it keeps what it found in ``<out>.unfinished``.
+    Weights are read from the files of the folder when a part of the model runs, and fitted and slim ones are in files
+    as well: memory holds one part of the model and the activations of the samples. A killed run resumes when it is
+    repeated with the same arguments and files, from the last part scored and the last weight fitted. Until it is done,
+    intermediate results are in ``<out>.unfinished``.
 
-    Tuning reads all weights twice a step, so that there is none unless ``tune`` asks for it. Weights that transformers
-    builds from several tensors of a file, as those of experts side by side, are held in memory.
+    Tuning reads all weights twice a step, so there is none unless ``tune`` asks for it. Weights that transformers
+    builds from several tensors of a file, such as those of experts, are held in memory.
 
     Args:
-        source: a folder of safetensors that transformers loads, or the id of one on a hub; or a GGUF file, which is
+        source: a folder of safetensors that transformers loads, or the hub id of one; or a GGUF file, which is
             unpacked to float32 beside ``out`` first.
-        out: where to, as for :func:`fxprune.save_pretrained`.
+        out: the folder to write, as for :func:`fxprune.save_pretrained`.
         calibration: as for :func:`prune`.
-        tokenizer: as for :func:`prune`; saved with the model.
         max_shard_size: the largest file of weights; one is in memory when it is written.
         force: as for :func:`fxprune.save_pretrained`.
-        also: is called with the result and the new folder before it takes its place, to write more files into it.
-        options: as for :func:`prune`; ``device="cuda"`` computes there, a part of the model after the other.
+        also: called with the result and the new folder before it takes its place, to write more files into it.
+        options: as for :func:`prune`; with ``device="cuda"`` each part of the model is moved there when it runs.
 
     Returns:
-        What :func:`prune` returns; its weights are in files without a name.
+        As :func:`prune`; its weights are in unlinked files.
 
     Raises:
         CheckpointError: ``source`` cannot be loaded, or ``out`` holds something else.
         FxpruneError: as for :func:`prune`.
     """
-    settings = {"memory": "low", "tune": NONE, **options}
+    tokenizer = options.get("tokenizer")
     check_request(out, tokenizer, max_shard_size)
-    example_inputs, device = settings.pop("example_inputs", None), check_device(settings.pop("device", None))
-    pipeline = prune_pipeline(calibration, tokenizer=tokenizer, **settings)
-    with on_disk(out, request_of(source, calibration, str(pipeline)), force=force) as work:
-        result = _run(pipeline, load_mapped(source, work), example_inputs, inplace=False, device=device)
+
+    def save(result: Result) -> None:
         more = None if also is None else partial(also, result)
         result.save_pretrained(out, tokenizer, max_shard_size=max_shard_size, force=force, also=more)
-    return result
+
+    return _prune_offloaded(source, Path(out), calibration, options, save, force=force)
 
 
-def apply(
-    model: nn.Module,
-    plan: Plan,
-    calibration: Any = None,
-    *,
-    compensate: str | Pass | None = None,
-    tune: str | Pass | None = None,
-    norm: str | None = None,
-    tokenizer: Any = None,
-    verify: bool = True,
-    inplace: bool = False,
-    device: Any = None,
-    example_inputs: Mapping[str, Any] | None = None,
-    track: Track | None = None,
-) -> Result:
-    """Remove from ``model`` what ``plan`` says.
+@_documented(ApplyOptions)
+def apply(model: nn.Module, plan: Plan, calibration: Any = None, **options: Unpack[ApplyOptions]) -> Result:
+    """Remove from a model what a plan removes.
 
     Args:
-        model: the model the plan was made for, or one of the same shape.
-        plan: from an earlier result or :meth:`Plan.from_json`.
+        model: the model the plan was made for, or one of the same shapes.
+        plan: of an earlier result, or from :meth:`Plan.from_json`.
         calibration: as for :func:`prune`; for ``compensate`` and ``tune`` alone.
-        compensate: as for :func:`prune`; None leaves every kept number as it is.
-        tune: as for :func:`prune`; None for no tuning.
-        norm: as for :func:`prune`; None for what the plan says.
-        tokenizer: as for :func:`prune`.
-        verify: as for :func:`prune`.
-        inplace: as for :func:`prune`.
-        device: as for :func:`prune`.
-        example_inputs: as for :func:`prune`.
-        track: as for :func:`prune`.
+        options: see below.
 
     Raises:
         PlanError: the plan does not fit the model.
     """
-    pipeline = prune_pipeline(
-        calibration,
-        recipe=_PUBLISHED,
-        plan=_plan(plan),
-        compensate=compensate,
-        tune=tune,
-        norm=norm,
-        tokenizer=tokenizer,
-        verify=verify,
-        inplace=inplace,
-        track=track,
-    )
-    return _run(pipeline, model, example_inputs, inplace, device)
+    values = resolve({"compensate": NONE, "tune": NONE, **_given(options)}, ApplyOptions)
+    return _run(_pipeline(calibration, resolve(_given(values)), plan), model, values)
 
 
-def _run(
-    pipeline: Pipeline, model: nn.Module, example_inputs: Mapping[str, Any] | None, inplace: bool, device: Any
-) -> Result:
-    """Run a pipeline on a model; where it fails in place, put back what was cut off the model."""
-    pipeline.check_arguments()
-    check_device(device)
-    start = time.perf_counter()
-    graph_module = trace(model, example_inputs).graph_module
-    _LOGGER.info("trace: %.1f s", time.perf_counter() - start)
-    try:
-        with carrying(carrier_to(device, device_of(graph_module))):
-            return Result.of(pipeline(graph_module, inplace=inplace).graph_module)
-    except BaseException:  # whatever stops it, an interrupt too: the model is not left half cut
-        source = facts_of(graph_module).get(Source)
-        if source is not None and source.cut:
-            put_back(source)
-        raise
+def prune_pipeline(calibration: Any = None, *, plan: Plan | None = None, **options: Unpack[Options]) -> Pipeline:
+    """The passes that :func:`prune` runs with these options.
 
-
-def prune_pipeline(
-    calibration: Any = None,
-    *,
-    recipe: str | Recipe | os.PathLike[str] | None = None,
-    ratio: float | Mapping[str, float] | None = None,
-    kinds: str | Sequence[str] | None = None,
-    importance: str | Pass | None = None,
-    taylor: str | None = None,
-    scores: Scores | str | os.PathLike[str] | None = None,
-    reduction: str | None = None,
-    ranking: str | None = None,
-    group_ratio: float | Mapping[str, float] | None = None,
-    protect: tuple[float, float] | tuple[()] | None = None,
-    round_to: int | str | Mapping[str, int] = 1,
-    uniform: bool = False,
-    tensor_parallel: int = 1,
-    budget: str = "params",
-    norm: str | None = None,
-    steps: int = 1,
-    select: str | Pass | None = None,
-    compensate: str | Pass | None = None,
-    tune: str | Pass | None = None,
-    tokenizer: Any = None,
-    seed: int = 0,
-    verify: bool = True,
-    inplace: bool = False,
-    memory: str | None = None,
-    plan: Plan | None = None,
-    track: Track | None = None,
-) -> Pipeline:
-    """Return the passes that :func:`prune` runs with these options; see there for what they mean.
-
-    ``Pipeline(str(it))`` reads it back, but for data in memory. Run it on ``fxprune.trace(model).graph_module``.
+    ``Pipeline(str(it))`` reads it back, except for data in memory. Run it on ``fxprune.trace(model).graph_module``.
 
     Args:
-        plan: the decision of an earlier run, in place of importance and selection: what :func:`apply` runs.
+        calibration: as for :func:`prune`.
+        plan: a plan to carry out, in place of importance and selection.
+        options: as for :func:`prune`.
     """
-    norm = _plan(plan).norm if plan is not None and norm is None else norm
-    given = Options(**{name: value for name, value in locals().items() if name != "plan"})
-    scoring = with_order("taylor", importance, taylor)
-    free = calibration is None and (plan is not None or scores is not None or needs_no_data(scoring))
-    default = _DEFAULT if scoring is None and plan is None and not free else _PUBLISHED
-    chosen = as_recipe(default if recipe is None else recipe)
-    plain = "select-by-ratio" if free and selects_by_samples(chosen) else None
-    scorer = scoring if scores is None else kept_scores("load-scores", scores)
-    selector = select if select is not None else plain if group_ratio is None else "select-by-group-ratio"
-    choices = {"importance": scorer, "select": selector, "compensate": compensate, "tune": tune}
-    places = made_places(choices, given.by_stage, {"tune": "record-teacher"})
+    return _pipeline(calibration, resolve(options), plan)
+
+
+def _pipeline(calibration: Any, values: Mapping[str, Any], plan: Any = None) -> Pipeline:
+    """The pipeline of validated options: the recipe, with the options applied stage by stage."""
+    if plan is not None and not isinstance(plan, Plan):
+        raise refuse("plan", plan, "a Plan, as in fxprune.Plan.from_json(text)")
+    values = _without_deprecated(values)
+    default = _DEFAULT if plan is None else _PLAIN
+    recipe = as_recipe(default if values["recipe"] is None else values["recipe"])
+    choices = {stage: values[stage] for stage in ("importance", "select", "compensate", "tune")}
     if plan is not None:
-        carried = load_pass("plan-from-json", text=_plan(plan).to_json())
-        places |= {"importance": lambda _: (), "select": lambda _: (carried,)}
-    asked = any(choice is not None and str(choice) != NONE for choice in (compensate, tune))
-    own = tokenizer if asked or not free else None
-    reads = calibration is not None or own is not None
-    samples = load_pass("calibrate", data=calibration, tokenizer=own) if reads else None
-    again = partial(load_pass, "score-in-steps", steps=steps) if steps != 1 else None
-    wishes = Wishes(places, given.by_stage, samples, free, given.verify, again)
-    return Pipeline(compose(chosen, wishes))
+        values = {**values, "norm": values["norm"] or plan.norm}
+        recipe["importance"] = None
+        choices |= {"importance": None, "select": load_pass("plan-from-json", text=plan.to_json())}
+    has_data = calibration is not None or values["tokenizer"] is not None or recipe.reads_samples()
+    if not has_data and not _needs_samples(recipe, choices):
+        # Criteria that need no data are used without any: nothing is fitted or tuned, and no selection searches.
+        for stage in ("teach", "compensate", "tune"):
+            recipe[stage] = None
+        if any(Calibration in step.needs for step in recipe["select"]) and choices["select"] is None:
+            choices["select"] = "select-by-ratio"
+    arguments = _stage_arguments(values)
+    for stage in recipe:
+        recipe.set_arguments(stage, {**arguments[""], **arguments.get(stage, {})})
+    for stage, choice in choices.items():
+        if choice is not None:
+            recipe.replace_stage(stage, choice, {**arguments[""], **arguments.get(stage, {})})
+    _complete(recipe, values["steps"], arguments[""])
+    _read_samples(recipe, calibration, values["tokenizer"])
+    if not values["verify"]:
+        recipe.set_arguments("shrink", {"verify": False})
+    return Pipeline(recipe.passes, track=values["track"])
 
 
-def _plan(plan: Any) -> Plan:
-    """Return ``plan``, which has to be one."""
-    if isinstance(plan, Plan):
-        return plan
-    raise refuse("plan", plan, "a Plan, as in fxprune.Plan.from_json(text)")
+def _needs_samples(recipe: Recipe, choices: Mapping[str, Any]) -> bool:
+    """Whether scores, or a fit or tuning that the caller asked for, need calibration samples."""
+    probe = recipe.copy()
+    asked = [stage for stage in ("compensate", "tune") if choices[stage] not in (None, NONE)]
+    for stage in ("importance", *asked):
+        if choices[stage] is not None:
+            probe.replace_stage(stage, choices[stage], {})
+    return bool(asked) or any(Calibration in step.needs for step in probe["importance"])
+
+
+def _complete(recipe: Recipe, steps: int, arguments: Mapping[str, Any]) -> None:
+    """Give tuning its teacher, and passes that work with passes of other stages those of the recipe."""
+    if not recipe["tune"]:
+        recipe["teach"] = None
+    elif not recipe["teach"]:
+        recipe["teach"] = changed(load_pass("record-teacher"), arguments)
+    if steps > 1 and recipe["importance"]:
+        recipe["importance"] = load_pass("score-in-steps", importance=recipe["importance"][0], steps=steps)
+    others = {stage: recipe[stage][0] for stage in ("select", "compensate") if recipe[stage]}
+    recipe["importance"] = [
+        changed(step, {name: one for name, one in others.items() if getattr(step, name, one) is None})
+        for step in recipe["importance"]
+    ]
+
+
+def _read_samples(recipe: Recipe, calibration: Any, tokenizer: Any) -> None:
+    """Let the recipe read the samples given, in place of those it reads itself."""
+    if calibration is None and not any(Calibration in step.needs for step in recipe.passes):
+        recipe["prepare"] = [step for step in recipe["prepare"] if Calibration not in step.gives]
+        return
+    reader = {key: value for key, value in (("data", calibration), ("tokenizer", tokenizer)) if value is not None}
+    own_file = [step for step in recipe["prepare"] if getattr(step, "file", "")]
+    if calibration is None and own_file:
+        return
+    others = [step for step in recipe["prepare"] if Calibration not in step.gives]
+    readers = [step for step in recipe["prepare"] if Calibration in step.gives]
+    if not reader:
+        recipe["prepare"] = [*others, *own_file]
+    elif readers:
+        cleared = {"file": ""} if calibration is not None else {}
+        recipe["prepare"] = [
+            changed(step, {**cleared, **reader}) if step in readers else step for step in recipe["prepare"]
+        ]
+    else:
+        recipe["prepare"] = [load_pass("calibrate", **reader), *others]
+
+
+def _stage_arguments(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Arguments of passes that the options set, by stage; under ``""`` those of all stages."""
+    ratio, kinds = values["ratio"], values["kinds"]
+    if isinstance(ratio, Mapping):
+        kinds = tuple(ratio) or kinds
+    widths = {name: values[name] for name in ("ranking", "protect", "ratio", "group_ratio")} | {"kinds": kinds}
+    for name in ("round_to", "tensor_parallel", "budget"):
+        default = option_table()[name][1].default
+        if type(values[name]) is not type(default) or values[name] != default:
+            widths[name] = values[name]
+    if values["uniform"]:
+        widths |= {"uniform": True, "protect": () if values["protect"] is None else values["protect"]}
+    low = values["memory"] == "low"
+    arguments = {
+        "": {"seed": values["seed"] or None, "tokenizer": values["tokenizer"]},
+        "discover": {"norm": values["norm"] or ("sliced" if values["uniform"] else None)},
+        "importance": {
+            "kinds": kinds,
+            "reduction": values["reduction"],
+            "memory": values["memory"] or ("low" if values["inplace"] else None),
+        },
+        "select": widths,
+        "teach": {},
+        "shrink": {"by_block": low or None},
+    }
+    return {stage: _given(said) for stage, said in arguments.items()}
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _without_deprecated(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with spellings of passes in place of deprecated words.
+
+    Raises:
+        ArgumentError: a deprecated word contradicts the one in its place.
+    """
+    values = dict(values)
+    taylor, ratio, scores = values.pop("taylor"), values["group_ratio"], values.pop("scores")
+    if taylor is not None:
+        spelled = f"taylor{{order={taylor}}}"
+        if values["importance"] not in (None, "taylor", spelled):
+            raise ArgumentError(
+                f"$taylor={taylor!r} beside $importance={str(values['importance'])!r}",
+                where="taylor",
+                remedy=f"Leave $taylor out; $importance={spelled!r} says both",
+                argument="taylor",
+                value=taylor,
+            )
+        values["importance"] = spelled
+        _warn("taylor", f"importance={spelled!r}")
+    if scores is not None:
+        given = {"scores": scores} if isinstance(scores, Scores) else {"file": scores}
+        values["importance"] = load_pass("load-scores", **given)
+        _warn("scores", "importance='load-scores{file=...}', or importance=load_pass('load-scores', scores=...)")
+    if ratio is not None:
+        values["kinds"] = tuple(ratio) or values["kinds"] if isinstance(ratio, Mapping) else values["kinds"]
+        values["select"] = "select-by-group-ratio" if values["select"] is None else values["select"]
+        _warn("group_ratio", "select='select-by-group-ratio{group_ratio=...}'")
+    if values["steps"] > 1:
+        _warn("steps", "importance='score-in-steps{steps=...}'")
+    return values
+
+
+def _warn(name: str, instead: str) -> None:
+    message = f"{name}= is deprecated and goes with the next release: write {instead}"
+    warnings.warn(message, DeprecationWarning, stacklevel=5)
+
+
+def _prune_offloaded(
+    source: str | os.PathLike[str],
+    folder: Path,
+    calibration: Any,
+    options: Mapping[str, Any],
+    finish: Callable[[Result], None],
+    *,
+    force: bool = False,
+) -> Result:
+    """Prune with weights on disk; ``finish`` is called while the intermediate results are still there."""
+    values = resolve({"memory": "low", "tune": NONE, **_given(options)})
+    pipeline = _pipeline(calibration, values)
+    with resumable_folder(folder, request_key(source, calibration, str(pipeline)), force=force) as work:
+        result = _run(pipeline, load_mapped(source, work), {**values, "inplace": False})
+        finish(result)
+    return result
+
+
+def _run(pipeline: Pipeline, model: nn.Module, values: Mapping[str, Any]) -> Result:
+    """Run a pipeline on a model; if it fails in place, restore the tensors cut off the model."""
+    pipeline.check_arguments()
+    start = time.perf_counter()
+    graph_module = trace(model, values["example_inputs"]).graph_module
+    _LOGGER.info("trace: %.1f s", time.perf_counter() - start)
+    try:
+        with offer_prefetcher(prefetcher_to(values["device"], device_of(graph_module))):
+            return Result.of(pipeline(graph_module, inplace=values["inplace"]).graph_module)
+    except BaseException:  # an interrupt too: the model must not be left half cut
+        source = facts_of(graph_module).get(Source)
+        if source is not None and source.cut:
+            restore_cut(source)
+        raise

@@ -16,8 +16,8 @@ Two axes made of the same factors are therefore equal exactly when their terms a
 
 The solver holds a substitution from factors to expressions. Making two expressions equal refines factors, by
 splitting one into a product or a concatenation of smaller ones, until both sides read the same. Every step replaces
-a factor by strictly smaller ones or merges two, so it ends; nothing is ever undone. Where two expressions cannot be
-refined to one, :class:`~fxprune.errors.AxisMismatch` says so and the caller freezes both.
+a factor by strictly smaller ones or merges two, so it terminates; nothing is ever undone. If two expressions cannot be
+refined to one, :class:`~fxprune.errors.AxisMismatch` is raised and the caller freezes both.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Factor:
 
     Args:
         size: number of units, two or more.
-        uid: what tells this factor from others of the same size.
+        uid: identity, since many factors have the same size.
     """
 
     size: int
@@ -98,7 +98,7 @@ class Concat:
 Expr = Factor | Product | Concat
 
 UNIT = Product(())
-"""The axis of size 1: neutral in a product, and what broadcasts."""
+"""The axis of size 1: neutral in a product, and the one that broadcasts."""
 
 
 def new_factor(size: int) -> Expr:
@@ -145,13 +145,9 @@ def contains(expr: Expr, factor: Factor) -> bool:
 def beside(
     expr: Expr, factor: Factor, before: tuple[Factor, ...] = (), after: tuple[Factor, ...] = ()
 ) -> Iterator[tuple[tuple[Factor, ...], tuple[Factor, ...]]]:
-    """Yield what comes before and after each place of ``factor`` in ``expr``, in the products around it.
+    """Yield the factors before and after each occurrence of ``factor`` in ``expr``, within its enclosing products.
 
-    Args:
-        expr: the expression.
-        factor: what to look for.
-        before: what comes before ``expr``.
-        after: what comes after ``expr``.
+    ``before`` and ``after`` are the factors around ``expr`` itself.
     """
     if expr == factor:
         yield before, after
@@ -170,13 +166,7 @@ def render(
     name: Callable[[Factor], str] = lambda factor: f"f{factor.uid}",
     size: Callable[[Factor], object] = lambda factor: factor.size,
 ) -> str:
-    """``expr`` as text, as in ``(kv:2 * rep:2 * [rot:8 | rot:8])``.
-
-    Args:
-        expr: the expression.
-        name: gives each factor its name.
-        size: gives what stands behind the name.
-    """
+    """``expr`` as text, such as ``(kv:2 * rep:2 * [rot:8 | rot:8])``; each factor as ``name:size``."""
     if isinstance(expr, Factor):
         return f"{name(expr)}:{size(expr)}"
     if not expr.parts:
@@ -187,12 +177,7 @@ def render(
 
 @dataclass(frozen=True)
 class Freeze:
-    """Why a factor must keep all of its units.
-
-    Args:
-        reason: in words.
-        node: name of the graph node that demands it.
-    """
+    """Why a factor must keep all of its units, and the name of the graph node that requires it."""
 
     reason: str
     node: str
@@ -205,8 +190,8 @@ class Freeze:
 class Solver:
     """A growing set of equations between axis expressions, kept solved.
 
-    ``frozen`` and ``tags`` may be read through :meth:`frozen_factors` and :meth:`tagged_factors`, which follow each
-    factor to what it has become.
+    Frozen factors and tags are read through :meth:`frozen_factors` and :meth:`tagged_factors`, which follow each
+    factor to the factors that it was refined into.
     """
 
     _bound: dict[Factor, Expr] = field(default_factory=dict)
@@ -214,12 +199,12 @@ class Solver:
     _tags: dict[tuple[Factor, str], None] = field(default_factory=dict)
 
     def resolve(self, expr: Expr) -> Expr:
-        """``expr`` with all that is known substituted, in normal form."""
+        """``expr`` with all bindings substituted, in normal form."""
         if isinstance(expr, Factor):
             bound = self._bound.get(expr)
             if bound is None:
                 return expr
-            self._bound[expr] = found = self.resolve(bound)
+            self._bound[expr] = found = self.resolve(bound)  # path compression
             return found
         parts = tuple(self.resolve(part) for part in expr.parts)
         if all(new is old for new, old in zip(parts, expr.parts, strict=True)):
@@ -263,7 +248,11 @@ class Solver:
             self._bound[expr] = concat(left, right)
             return left, right
         if isinstance(expr, Concat):
-            return self._cut_concat(expr, at)
+            for i, part in enumerate(expr.parts):
+                if at < part.size:
+                    left, right = self.cut(part, at)
+                    return concat(*expr.parts[:i], left), concat(right, *expr.parts[i + 1 :])
+                at -= part.size
         head, rest = expr.parts[0], expr.parts[1:]
         inner = product(*rest).size
         if at % inner:
@@ -272,7 +261,7 @@ class Solver:
         return product(left, *rest), product(right, *rest)
 
     def freeze(self, expr: Expr, reason: str, node: str) -> None:
-        """Keep every unit of ``expr``; the first reason given to a factor stays."""
+        """Keep every unit of ``expr``; a factor keeps the first reason given."""
         for factor in factors(self.resolve(expr)):
             self._frozen.setdefault(factor, Freeze(reason, node))
 
@@ -296,16 +285,6 @@ class Solver:
             for leaf in factors(self.resolve(factor)):
                 found.setdefault(leaf, set()).add(tag)
         return {factor: frozenset(tags) for factor, tags in found.items()}
-
-    def _cut_concat(self, expr: Concat, at: int) -> tuple[Expr, Expr]:
-        left: list[Expr] = []
-        for i, part in enumerate(expr.parts):
-            if at < part.size:
-                first, second = self.cut(part, at)
-                return concat(*left, first), concat(second, *expr.parts[i + 1 :])
-            left.append(part)
-            at -= part.size
-        return expr, Concat(())
 
     def _unify_products(self, a: Product, b: Product) -> None:
         """Match the leading factors; both are factors, since only a last part may be a concatenation."""
@@ -346,26 +325,26 @@ class Keep:
 
     Args:
         units: for a factor of ``n`` units a boolean array ``(n,)``, true where the unit stays. A factor that occurs
-            only inside another of ``m`` units may instead hold ``(m, n)``: a choice of its own inside each outer
-            unit, the same number in every row.
-        outer: for those, the factor that is around.
+            only inside another of ``m`` units may instead hold ``(m, n)``: one choice for each outer unit, with the
+            same number kept in every row.
+        outer: the enclosing factor of each factor of the second kind.
     """
 
     units: Mapping[Factor, Mask] = field(default_factory=dict)
     outer: Mapping[Factor, Factor] = field(default_factory=dict)
 
     def count(self, factor: Factor) -> int:
-        """Return how many units of ``factor`` stay (inside one outer unit, where it is nested)."""
+        """Number of kept units of ``factor`` (inside one outer unit, if it is nested)."""
         mask = self.units.get(factor)
         return factor.size if mask is None else int(mask.reshape(-1, factor.size)[0].sum())
 
     def touches(self, factor: Factor) -> bool:
-        """Whether any unit of ``factor`` goes."""
+        """Whether any unit of ``factor`` is removed."""
         return self.count(factor) < factor.size
 
 
 def kept_size(expr: Expr, keep: Keep) -> int:
-    """Return the size of the axis ``expr`` after the removal."""
+    """Size of the axis ``expr`` after the removal."""
     if isinstance(expr, Factor):
         return keep.count(expr)
     sizes = [kept_size(part, keep) for part in expr.parts]
@@ -373,13 +352,16 @@ def kept_size(expr: Expr, keep: Keep) -> int:
 
 
 def kept_mask(expr: Expr, keep: Keep) -> Mask:
-    """Which positions of the axis ``expr`` stay: boolean ``(size,)``."""
+    """Boolean mask ``(size,)`` of the kept positions of the axis ``expr``."""
     mask: Mask = _mask(expr, keep, {}, 1)[0]
     return mask
 
 
 def _mask(expr: Expr, keep: Keep, around: dict[Factor, Index], rows: int) -> Mask:
-    """The mask ``(rows, size)`` of ``expr`` below ``rows`` positions, whose outer units are ``around``."""
+    """The mask ``(rows, size)`` of ``expr`` inside ``rows`` outer positions.
+
+    ``around`` holds, for each enclosing factor, the unit that each of these positions belongs to: ``(rows,)``.
+    """
     if isinstance(expr, Factor):
         units = keep.units.get(expr)
         if units is None:
@@ -399,7 +381,7 @@ def _mask(expr: Expr, keep: Keep, around: dict[Factor, Index], rows: int) -> Mas
 
 
 def unit_index(expr: Expr, factor: Factor) -> Index:
-    """Which unit of ``factor`` each position of ``expr`` belongs to: ``(size,)``, -1 where to none."""
+    """The unit of ``factor`` that each position of ``expr`` belongs to: ``(size,)``, -1 for none."""
     if isinstance(expr, Factor):
         return np.arange(expr.size) if expr == factor else np.full(expr.size, -1)
     if isinstance(expr, Concat):

@@ -1,9 +1,11 @@
-"""Every error the package raises on purpose: what is wrong, where, and what to do next."""
+"""Errors raised on purpose: each says what is wrong, where, and what to do next."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
 __all__ = [
     "ArgumentError",
@@ -26,28 +28,43 @@ __all__ = [
 
 
 _LISTED = 30
-"""Names that a message lists: all passes, and not all tensors of a model."""
+"""Names that a message lists: enough for all passes, not for all tensors of a model."""
 
 
 _LONGEST = 80
-"""Characters of a name that nothing is called by."""
+"""Characters of a name that a message repeats."""
+
+
+_MARKED = re.compile(r"\$([a-z][a-z_]*)")
+"""An argument named in a message."""
 
 
 class FxpruneError(Exception):
     """Root of all errors of this package.
 
+    ``what`` and ``remedy`` name arguments as ``$ratio``, so that each face of the package spells them its own way:
+    ``ratio`` in Python, ``--ratio`` on the command line.
+
     Args:
-        what: what is wrong.
+        what: the problem.
         where: the node, parameter or argument concerned.
-        remedy: what the caller can do about it.
+        remedy: the next step for the caller.
+        argument: the name of the argument at fault; empty if it is none.
+        value: the value of that argument.
     """
 
-    def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
+    def __init__(self, what: str, *, where: str = "", remedy: str = "", argument: str = "", value: Any = None) -> None:
         what, where = (" ".join(part.splitlines()) for part in (what, where))
-        what = what if what.endswith("...") else what.removesuffix(".")
-        self.what, self.where, self.remedy = what, where, remedy
-        text = f"{where}: {what}" if where and not what.startswith(f"{where} ") else what
-        super().__init__(f"{text}. {remedy}" if remedy else text)
+        self.what = what if what.endswith("...") else what.removesuffix(".")
+        self.where, self.remedy, self.argument, self.value = where, remedy, argument, value
+        super().__init__(self.render())
+
+    def render(self, spell: Callable[[str], str] = str) -> str:
+        """The message, with each argument spelled by ``spell``."""
+        what, remedy = (_MARKED.sub(lambda found: spell(found[1]), part) for part in (self.what, self.remedy))
+        where = spell(self.where) if self.argument and self.where == self.argument else self.where
+        text = f"{where}: {what}" if where and not what.startswith((f"{where} ", f"unknown {where} ")) else what
+        return f"{text}. {remedy}" if remedy else text
 
 
 class ArgumentError(FxpruneError, ValueError):
@@ -70,23 +87,23 @@ class RatioError(FxpruneError, ValueError):
     """The ratio asked for is invalid or cannot be reached."""
 
     reachable: float | None = None
-    """The largest ratio that can be reached, where that was found out."""
+    """The largest ratio that can be reached, if known."""
 
 
 class CheckpointError(FxpruneError, ValueError):
-    """A checkpoint cannot be written, or what is in a folder is not one that can be loaded."""
+    """A checkpoint cannot be written, or a folder does not hold one that can be loaded."""
 
 
 class DataError(FxpruneError, ValueError):
-    """Text or training data is missing, empty, or holds no row that can be used."""
+    """Text or training data is missing, empty, or has no usable row."""
 
 
 class EvaluationError(FxpruneError, ValueError):
-    """What was asked for cannot be measured: an unknown task, a text too short, a package that is missing."""
+    """A measurement is impossible: an unknown task, a text too short, a missing package."""
 
 
 class RecoveryError(FxpruneError, RuntimeError):
-    """Training cannot start, or does not get anywhere: it diverged, or its folder belongs to another run."""
+    """Training cannot start or go on: it diverged, or its folder belongs to another run."""
 
 
 class ExportError(FxpruneError):
@@ -113,17 +130,18 @@ class UnknownNameError(FxpruneError, ValueError):
     """A name is not one of those known.
 
     Args:
-        kind: what the name should have been, for instance ``"importance"``.
-        name: what was given.
+        kind: the kind of name expected, for instance ``"importance"``.
+        name: the value given.
         known: the valid names; the nearest one is suggested, and the first few are listed.
+        argument: the name of the argument at fault; empty if it is none.
     """
 
-    def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: object, known: Iterable[str], *, argument: str = "") -> None:
         names, given = sorted(known), str(name)
         near = difflib.get_close_matches(given[:_LONGEST], names, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
         listed = f"Known: {', '.join(names[:_LISTED])}{more}" if names else f"There is no {kind} here"
         shown = repr(name) if len(given) <= _LONGEST else f"{given[:_LONGEST]!r}..."
-        super().__init__(f"unknown {kind} {shown}", remedy=f"{hint}{listed}")
+        super().__init__(f"unknown {kind} {shown}", remedy=f"{hint}{listed}", argument=argument, value=name)
         self.where = kind

@@ -5,28 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
-from fxprune.checkpoint import Structure, save_pretrained
+from fxprune.checkpoint import save_pretrained
 from fxprune.draw.write import layer_svg
+from fxprune.emit import Structure
 from fxprune.emit.emitted import Emitted
 from fxprune.errors import ExportError, FxpruneError
 from fxprune.evaluation.comparison import Comparison
 from fxprune.export import export_graph, export_model
 from fxprune.export.model import check_options
-from fxprune.graph.context import clear_errors, unprinted
+from fxprune.graph.context import silence_stderr, wrap_errors
 from fxprune.graph.facts import facts_of
 from fxprune.pipeline.arguments import as_path, instance
 from fxprune.pipeline.notebook import html_table
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removed
 from fxprune.removal.scores import Scores
-from fxprune.report.page import Headline, headlines, kinds_of
-from fxprune.report.report import Report
+from fxprune.report.report import Headline, Report
 
 __all__ = ["Result"]
 
@@ -78,8 +77,8 @@ class Result:
         return html_table(self.report.model or "Result", self._rows(), ("", "dense", "slim", "left"))
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
-        sizes = [*headlines(self.report)]
-        sizes += [Headline(kind.units, kind.before, kind.after) for kind in kinds_of(self.report) if kind.shrunk]
+        sizes = [*self.report.headlines()]
+        sizes += [Headline(kind.units, kind.before, kind.after) for kind in self.report.kinds() if kind.shrunk]
         return [(size.name, f"{size.dense:,}", f"{size.slim:,}", f"{size.left:.1%}") for size in sizes]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,7 +87,7 @@ class Result:
         Raises:
             FxpruneError: it does not run on these inputs.
         """
-        with clear_errors("inputs", "Pass what the dense model takes, each by its name"), unprinted():
+        with wrap_errors("inputs", "Pass what the dense model takes, each by its name"), silence_stderr():
             return self.graph_module(*args, **kwargs)
 
     def save_pretrained(
@@ -107,7 +106,7 @@ class Result:
         """
         model = Emitted(self.model, self.report.model_reasons).require_model()
         options: dict[str, Any] = {"max_shard_size": max_shard_size, "force": force, "also": also}
-        return save_pretrained(model, folder, tokenizer, plan=self.plan, report=self._drawn, **options)
+        return save_pretrained(model, folder, tokenizer, plan=self.plan, report=self.report, **options)
 
     def to_html(self, comparison: Comparison | None = None) -> str:
         """Return the report as one HTML page that needs no other file.
@@ -121,11 +120,14 @@ class Result:
         Raises:
             ArgumentError: it is no comparison.
         """
-        if comparison is None:
-            return self._drawn.to_html()
-        instance("comparison", comparison, Comparison, "what compare_models returns, or None")
-        names = ("", *(column.name for column in comparison.columns))
-        return replace(self._drawn, measured=(names, *comparison.rows())).to_html()
+        report = self.report
+        if not report.picture:
+            report = replace(report, picture=layer_svg(self.graph_module, self.plan.norm))
+        if comparison is not None:
+            instance("comparison", comparison, Comparison, "what compare_models returns, or None")
+            names = ("", *(column.name for column in comparison.columns))
+            report = replace(report, measured=(names, *comparison.rows()))
+        return report.to_html()
 
     def write_report(self, path: str | os.PathLike[str], comparison: Comparison | None = None) -> Path:
         """Write :meth:`to_html` to a file.
@@ -149,15 +151,6 @@ class Result:
                 remedy="Choose a file in a folder that is there and can be written to",
             ) from error
         return target
-
-    @cached_property
-    def _drawn(self) -> Report:
-        """The report with the picture of a layer."""
-        return (
-            self.report
-            if self.report.picture
-            else replace(self.report, picture=layer_svg(self.graph_module, self.plan.norm))
-        )
 
     def export(
         self,

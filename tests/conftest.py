@@ -1,4 +1,9 @@
-"""What every test starts from: one thread, the same seed, a quiet transformers, a memory of exported programs."""
+"""What every test starts from: one thread, the same seed, a quiet transformers, traces that are remembered.
+
+A model that is the same is traced once a session (:mod:`tests.exports`), by ``trace`` and ``prune``. What comes after
+starts from :mod:`tests.remembered`: ``grouped("llama")`` is a fork of a graph with its groups, made once, and
+``pruned("llama", data, ratio=0.3)`` prunes such a fork. What takes long carries the marker ``slow``: ``make test-all``.
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.environment import environment
+from benchmarks.common import environment
 from tests.coverage_page import page
 from tests.coverage_types import Coverage, examine
 from tests.zoo import types

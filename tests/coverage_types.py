@@ -29,7 +29,7 @@ from tests.oracle import axes_of, decide, graph_of, groups_of, zeroed
 from tests.zoo import forward, tiny_model, token_ids
 
 SHRINK = "bypass-blocks, eliminate-dead-code, slice-parameters, rewrite-literals, eliminate-dead-code"
-FINISH = "count-work, make-verification-inputs, shrink, emit-model, make-report"
+FINISH = "shrink, emit-model, make-report"
 EMITTED_KINDS = ("mlp", "head")
 EXACT, INERT, ALONE = "exact", "inert", "nothing can go"
 

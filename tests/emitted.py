@@ -38,7 +38,13 @@ def uniform(family: str) -> fxprune.Result:
 
 def cut(model: PreTrainedModel, kinds: tuple[str, ...], **options: Any) -> fxprune.Result:
     """``model`` without a third of its units of ``kinds``, chosen at random from all layers."""
-    given = {"importance": "random", "group_ratio": 0.34, "ranking": "global", "protect": (), **options}
+    given = {
+        "importance": "random",
+        "select": "select-by-group-ratio{group_ratio=0.34}",
+        "ranking": "global",
+        "protect": (),
+        **options,
+    }
     return fxprune.prune(model, None, kinds=kinds, **given)
 
 

@@ -1,4 +1,4 @@
-"""One ``torch.export`` a session for each module that is the same: tests trace the same tiny models hundreds of times.
+"""One trace a session for each model that is the same, and one ``torch.export`` for those of other weights.
 
 A program depends on the code of a module, on its state and on what it is called with, and only on the shapes of its
 weights, which are fake by then; and on modes of torch. All of that makes up the key. Two modules share a program if
@@ -6,7 +6,8 @@ nothing in it differs: a function that a test puts in the place of another one i
 
 What is not known to be the same is exported as ever: code of a page or of one test, whatever has no name that a pickle
 could write, and everything in the tests of tracing itself. The graph that is made of a program belongs to its caller:
-lowering only reads programs, and a program about whose sizes something was found out since is not given again.
+lowering only reads programs, and a program about whose sizes something was found out since is not given again. The key
+of a trace holds the values of the weights as well, and what is known is bound to the weights of the model at hand.
 """
 
 from __future__ import annotations
@@ -28,17 +29,25 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from transformers import PreTrainedConfig
 
+from fxprune.graph.facts import Source, facts_of, set_facts
+from fxprune.graph.tensors import get_tensor, weights
+from fxprune.trace import capture
+from fxprune.trace.capture import Traced
+
 _LASTING = {*sys.stdlib_module_names, "torch", "transformers", "huggingface_hub", "peft", "fxprune"} - {"__main__"}
 """The packages whose code stays as it is while tests run, but for what tests patch."""
 
 _CALLED = ("torch", "torch.nn.functional", "torch.utils.checkpoint")
 """What forwards of all kinds call, beside what is around them and transformers' own helpers."""
 
-_WORKED_OUT = {"_can_set_attn_implementation_cached_value"}
-"""What transformers writes to classes: it follows from their code."""
+_WORKED_OUT = {"_can_set_attn_implementation_cached_value", "__slotnames__"}
+"""What transformers and copies write to classes: it follows from their code."""
 
 _WHENCE = {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version"}
 """Where a model was read from, which no forward asks."""
+
+_LARGEST = 2_000_000
+"""Parameters of a model whose weights are read to recognise it."""
 
 
 class Exports:
@@ -101,6 +110,11 @@ def remember_exports() -> Exports:
     if not isinstance(torch.export.export, Exports):
         install_generation_tagging_init()  # torch patches its modules once it compiles anything, which is no change
         torch.export.export = Exports(torch.export.export)
+        first = capture.trace
+        traces = Traces(first, torch.export.export)
+        for name, module in list(sys.modules.items()):
+            if name.startswith(("fxprune.", "tests.")) and getattr(module, "trace", None) is first:
+                module.trace = traces
     return torch.export.export
 
 
@@ -156,7 +170,8 @@ def namespaces(code: tuple[type | FunctionType, ...]) -> Iterator[tuple[object, 
     for found in (*code, torch.Tensor):
         if isinstance(found, type):
             yield found, {name: value for name, value in vars(found).items() if name not in _WORKED_OUT}
-    helpers = [name for name in sys.modules if name.startswith("transformers.") and ".models." not in name]
+    rooms = ("transformers.", "fxprune.trace.")
+    helpers = [name for name in sys.modules if name.startswith(rooms) and ".models." not in name]
     for name in dict.fromkeys([*(str(found.__module__) for found in code), *_CALLED, *helpers]):
         names = dict(vars(sys.modules[name]))
         yield name, {key: value for key, value in names.items() if callable(value)}
@@ -174,6 +189,58 @@ def _with_constants_of_its_own(program: ExportedProgram) -> ExportedProgram:
         for name, value in program.constants.items()
     }
     return own
+
+
+class Traces:
+    """``fxprune.trace`` with a memory, in which each graph has a copy of the weights that it was traced with."""
+
+    def __init__(self, trace: Callable[..., Traced], exports: Exports) -> None:
+        self.trace = trace
+        self.made = self.found = 0
+        self._exports = exports
+        self._known: dict[object, tuple[Traced, object]] = {}
+        functools.update_wrapper(self, trace)
+
+    def __call__(self, model: Any, example_inputs: Any = None, **options: Any) -> Traced:
+        """The trace of a model; of one that is the same where there was one."""
+        exports = self._exports
+        plain = torch.export.export is exports and not exports.fresh and _is_small(model)
+        key = exports.key_of(model, (example_inputs,), options) if plain else None
+        known, sizes = self._known.get(key, (None, None)) if key is not None else (None, None)
+        if known is not None and sizes_of(known.graph_module) == sizes:
+            self.found += 1
+            return _bound(known, model, example_inputs)
+        self.made += 1
+        traced = self.trace(model, example_inputs, **options)
+        if key is not None:
+            kept = _bound(traced, None, None)
+            self._known[key] = kept, sizes_of(kept.graph_module)
+        return traced
+
+
+def _is_small(model: object) -> bool:
+    """Whether a model is quicker to read than to trace."""
+    if not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule) or "_parameters" not in vars(model):
+        return False
+    parameters = list(model.parameters())
+    return not any(map(nn.parameter.is_lazy, parameters)) and sum(p.numel() for p in parameters) < _LARGEST
+
+
+def _bound(traced: Traced, model: nn.Module | None, example_inputs: Any) -> Traced:
+    """A copy of a trace that reads the weights of ``model``; copies of them where there is none."""
+    dense = traced.graph_module
+    facts = facts_of(dense).copy()
+    names = facts[Source].names
+    held = {
+        name: value.detach().clone() if model is None or not names[name] else get_tensor(model, names[name][0])
+        for name, value in weights(dense)
+    }
+    copied = fx.GraphModule(held, copy.deepcopy(dense.graph))
+    copied.train(dense.training)
+    owner = nn.Module() if model is None else model
+    facts.put(Source(owner, names, example_inputs))
+    set_facts(copied, facts)
+    return Traced(copied, owner, traced.notes)
 
 
 class _Writer(pickle.Pickler):

@@ -48,7 +48,7 @@ def row(family: str) -> tuple[str, ...]:
     """One line of the table."""
     result, even = uneven(family), uniform(family)
     notes = [f"stays whole: {', '.join(whole)}"] if (whole := _whole(result)) else []
-    if result.model.fxprune_recipe["inputs"]:
+    if result.model.fxprune_blueprint["inputs"]:
         notes.append("each layer takes its rows of the position biases")
     notes += [note for note in even.report.notes if "whole" in note]
     return (

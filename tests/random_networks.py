@@ -26,7 +26,7 @@ from fxprune.axes import Keep, factors
 from fxprune.discovery.groups import Group
 from fxprune.discovery.norms import NORMS
 from fxprune.graph.facts import fork
-from fxprune.graph.shapes import refusal
+from fxprune.graph.shapes import failed_check
 from fxprune.graph.tensors import tensor_name
 from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
 from fxprune.pipeline.pipeline import Pipeline
@@ -290,7 +290,7 @@ def check_every_removal(
     module.eval()
     dense = trace(module, inputs, dynamic=dynamic).graph_module
     Pipeline(f"find-groups{{norm={norm}}}")(dense)
-    sets = [inputs] if others is None or refusal(dense, others) else [inputs, others]
+    sets = [inputs] if others is None or failed_check(dense, others) else [inputs, others]
     for given in sets:
         _check_equal(plain_outputs(module, given), slim_outputs(dense, given), accepted, "the graph is not the module")
     groups = [group for group in groups_of(dense) if group.factor is not None]
@@ -386,7 +386,7 @@ def _check(net: RandomNet, accepted: float) -> tuple[fx.GraphModule, int]:
     norm = NORMS[len(net.source) % len(NORMS)]  # as good as a coin
     several = {"others": net.others, "dynamic": True, "thorough": False, "norm": norm}
     dense = check_every_removal(net, net.inputs, accepted=accepted, **several)  # type: ignore[arg-type]
-    return dense, 1 if refusal(dense, net.others) else 2
+    return dense, 1 if failed_check(dense, net.others) else 2
 
 
 # ------------------------------------------------------------------------------------------------------------ coverage

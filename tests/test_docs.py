@@ -32,6 +32,8 @@ from fxprune.pipeline import registry as passes_by_name
 from fxprune.pipeline.contract import STAGES, Pass
 from fxprune.pipeline.registry import load_pass, pass_names
 from fxprune.pipeline.spelling import spelled_fields
+from fxprune.recipes import recipe as recipe_module
+from fxprune.recipes.recipe import Recipe
 from fxprune.rules import registry as rules_by_op
 from fxprune.trace import trace
 from tests.export.small import tokenizer as byte_tokenizer
@@ -140,17 +142,31 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     rules_by_op._RULES.update(before)
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+_READ = recipe_module.read_recipe
+
+
+def read_quick_recipe(name: str) -> Recipe:
+    """The recipe ``fast`` on eight samples in place of those that tune."""
+    found = str(_READ("fast" if name in ("balanced", "best") else name))
+    return Recipe(name, re.sub(r"calibrate\{.*?\}", "calibrate{samples=8, written=8}", found))
+
+
+@pytest.fixture(scope="module", params=["quick", pytest.param("default", marks=pytest.mark.slow)])
+def start(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A folder with everything, and the names that the first snippet of the quickstart makes."""
     logging.disable_progress_bar()
     folder = tmp_path_factory.mktemp("docs")
     furnish(folder)
     names: dict[str, Any] = {"__name__": "start"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        run(blocks_of(START, "python")[0], names)
-    return folder, names
+        if request.param == "quick":
+            patch.setattr(recipe_module, "read_recipe", read_quick_recipe)
+        with pytest.MonkeyPatch.context() as inner:
+            inner.chdir(folder)
+            run(blocks_of(START, "python")[0], names)
+        yield folder, names
 
 
 # ------------------------------------------------------------------------------------------------------- snippets

@@ -1,4 +1,4 @@
-"""A model run by transformers as it is, by transformers compiled, and as the graph that was traced."""
+"""Engines in torch: transformers, transformers compiled, and the traced graph."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ from torch.autograd.profiler import profile
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import fxprune
-from benchmarks.engines.base import Engine, Source, load_model, token_ids
-from benchmarks.latency.timing import timed
-from benchmarks.latency.work import Case
+from benchmarks.engines.base import Case, Engine, Source, load_model, token_ids
+from fxprune.evaluation.speed import timed_call
 
-__all__ = ["CompiledEngine", "GraphEngine", "TransformersEngine"]
+__all__ = ["CompiledEngine", "GraphEngine", "TransformersEngine", "cut_by_torch_pruning"]
 
-
-_PROFILED = 2
-"""Calls under the profiler."""
+_PROFILED_CALLS = 2
 
 _PRODUCTS = {
     "mm",
@@ -34,45 +31,50 @@ _PRODUCTS = {
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
 }
-"""What torch's counter of operations counts of a language model, by the names that its profiler uses."""
+"""Ops of language models that torch's FLOP counter counts, by their names in the profiler."""
 
 
 class TransformersEngine(Engine):
-    """Transformers, as its `generate` calls a model: with a cache, and for the last position alone."""
+    """Transformers, called as by its `generate`: with a cache, and with logits of the last position only."""
 
     name: ClassVar[str] = "transformers"
 
     def __init__(self, source: Source, device: str, largest: Case) -> None:
-        model = _load(source).eval()
-        self.model = model.to(device=device, dtype=torch.float32 if device == "cpu" else torch.float16)
+        if source.widths_of is None:
+            model = load_model(source.folder)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source.folder, attn_implementation="eager")
+            cut_by_torch_pruning(model, load_model(source.widths_of))
+            model.set_attn_implementation("sdpa")
+        self.model = model.eval().to(device=device, dtype=torch.float32 if device == "cpu" else torch.float16)
         self.device = device
         self.call: Callable[..., Any] = self.model
 
     def job(self, case: Case) -> Callable[[], float]:
-        """One call of the model."""
-        return timed(torch.no_grad()(self._one(case)))
+        """Time one call of the model."""
+        return timed_call(torch.no_grad()(self._call_of(case)))
 
     def products(self, case: Case) -> float | None:
-        """By torch's profiler, which slows down everything else a little."""
-        call = torch.no_grad()(self._one(case))
+        """Measure the share by torch's profiler, which slows down everything else a little."""
+        call = torch.no_grad()(self._call_of(case))
         call()
         on_gpu = self.device == "cuda"
         begin = time.perf_counter()
-        with profile(use_device="cuda" if on_gpu else None, use_kineto=on_gpu) as told:
-            for _ in range(_PROFILED):
+        with profile(use_device="cuda" if on_gpu else None, use_kineto=on_gpu) as profiled:
+            for _ in range(_PROFILED_CALLS):
                 call()
             if on_gpu:
                 torch.cuda.synchronize()
-            took = time.perf_counter() - begin
-        found = [event for event in told.key_averages() if event.key.removeprefix("aten::") in _PRODUCTS]
+            seconds = time.perf_counter() - begin
+        found = [event for event in profiled.key_averages() if event.key.removeprefix("aten::") in _PRODUCTS]
         attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-        return min(1.0, float(sum(getattr(event, attribute) for event in found)) / 1e6 / took)
+        return min(1.0, float(sum(getattr(event, attribute) for event in found)) / 1e6 / seconds)
 
     def _ids(self, case: Case) -> torch.Tensor:
         vocabulary = self.model.config.get_text_config().vocab_size
         return token_ids(case.batch, case.tokens, vocabulary).to(self.device)
 
-    def _one(self, case: Case) -> Callable[[], None]:
+    def _call_of(self, case: Case) -> Callable[[], None]:
         ids = self._ids(case)
 
         def prefill() -> None:
@@ -91,13 +93,16 @@ class TransformersEngine(Engine):
 
 
 class CompiledEngine(TransformersEngine):
-    """The same calls, compiled; on a GPU as CUDA graphs. Blocks know their number: none shares what is compiled."""
+    """The same calls, compiled; on a GPU as CUDA graphs.
+
+    Blocks hold their index, so that each is compiled by itself.
+    """
 
     name: ClassVar[str] = "torch.compile"
     by_name_only: ClassVar[bool] = True
 
     def products(self, case: Case) -> float | None:
-        """Compiled code mixes products with the rest."""
+        """Unknown: compiled code mixes products with the rest."""
         return None
 
     def __init__(self, source: Source, device: str, largest: Case) -> None:
@@ -107,7 +112,7 @@ class CompiledEngine(TransformersEngine):
 
 
 class GraphEngine(TransformersEngine):
-    """The graph, which reads prompts without a cache and has an output for every position."""
+    """The traced graph, which reads prompts without a cache and computes logits of every position."""
 
     name: ClassVar[str] = "graph"
     phases: ClassVar[tuple[str, ...]] = ("prefill",)
@@ -117,29 +122,20 @@ class GraphEngine(TransformersEngine):
         super().__init__(source, device, largest)
         self.graph_module = fxprune.trace(self.model).graph_module
 
-    def _one(self, case: Case) -> Callable[[], None]:
+    def _call_of(self, case: Case) -> Callable[[], None]:
         ids = self._ids(case)
         return lambda: self.graph_module(input_ids=ids)
 
 
-def _load(source: Source) -> Any:
-    if source.widths_of is None:
-        return load_model(source.folder)
-    model = AutoModelForCausalLM.from_pretrained(source.folder, attn_implementation="eager")
-    cut_by_torch_pruning(model, load_model(source.widths_of))
-    model.set_attn_implementation("sdpa")
-    return model
-
-
 def cut_by_torch_pruning(model: Any, like: nn.Module) -> None:
-    """Let Torch-Pruning cut a model until its linear layers have the sizes of another's.
+    """Cut a model with Torch-Pruning until its linear layers have the sizes of another model.
 
     Args:
-        model: A model with all of its structures.
-        like: The same model with less of them.
+        model: The dense model; it is changed.
+        like: The same model with fewer channels.
 
     Raises:
-        ValueError: It cannot: the two differ in more than widths between two layers.
+        ValueError: The two differ in more than widths between two layers.
     """
     import torch_pruning as tp
 
@@ -152,8 +148,8 @@ def cut_by_torch_pruning(model: Any, like: nn.Module) -> None:
         )
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and layer.out_features > wanted[name].out_features:
-            gone = list(range(wanted[name].out_features, layer.out_features))
-            graph.get_pruning_group(layer, tp.prune_linear_out_channels, idxs=gone).prune()
+            removed = list(range(wanted[name].out_features, layer.out_features))
+            graph.get_pruning_group(layer, tp.prune_linear_out_channels, idxs=removed).prune()
     found = {name: (m.in_features, m.out_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     differing = [name for name, m in wanted.items() if found[name] != (m.in_features, m.out_features)]
     if differing:

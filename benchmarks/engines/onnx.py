@@ -1,4 +1,4 @@
-"""A model run by onnxruntime, with a cache."""
+"""Engine onnxruntime."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import numpy as np
 import torch
 
 import fxprune
-from benchmarks.engines.base import Engine, Source, load_model, token_ids
-from benchmarks.latency.timing import timed
-from benchmarks.latency.work import Case
+from benchmarks.engines.base import Case, Engine, Source, load_model, token_ids
+from fxprune.evaluation.speed import timed_call
 
 __all__ = ["OnnxEngine"]
 
 
 class OnnxEngine(Engine):
-    """onnxruntime: past keys and values go in and present ones come out; there is an output for every position."""
+    """onnxruntime, with past keys and values as inputs, present ones as outputs, and logits of every position."""
 
     name: ClassVar[str] = "onnxruntime"
     packages: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnxscript")
@@ -37,7 +36,7 @@ class OnnxEngine(Engine):
 
     @classmethod
     def prepare(cls, source: Source) -> Path:
-        """The program with a cache."""
+        """Export the program with a cache."""
         path = source.beside("decoder.onnx")
         if not path.exists():
             fxprune.export_model(load_model(source.folder), path, cache=True, verify=False)
@@ -45,15 +44,15 @@ class OnnxEngine(Engine):
 
     @classmethod
     def number_bytes(cls, device: str) -> tuple[float, float]:
-        """It keeps float32 everywhere."""
+        """Everything is float32."""
         return 4, 4
 
     def job(self, case: Case) -> Callable[[], float]:
-        """One run of the session."""
+        """Time one run of the session."""
         new = case.tokens if case.phase == "prefill" else 1
-        fed: dict[str, Any] = {"input_ids": token_ids(case.batch, new, self.vocabulary).numpy()}
+        feeds: dict[str, Any] = {"input_ids": token_ids(case.batch, new, self.vocabulary).numpy()}
         for name, shape in self.shapes.items():
             if name != "input_ids":
                 past = (case.batch, shape[1], case.tokens if case.phase == "decode" else 0, shape[3])
-                fed[name] = np.zeros(past, dtype=np.float32)
-        return timed(lambda: self.session.run(None, fed))
+                feeds[name] = np.zeros(past, dtype=np.float32)
+        return timed_call(lambda: self.session.run(None, feeds))

@@ -1,4 +1,4 @@
-"""Tokens that vLLM says: run by the Python of an environment that has it, where nothing of ours is installed.
+"""Greedy tokens of vLLM; runs in an environment that has vLLM and not this package.
 
 python vllm_tokens.py FOLDER REQUEST.json ANSWER.json
 """
@@ -15,15 +15,15 @@ __all__ = ["answer"]
 
 
 def answer(folder: str, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
-    """Return what vLLM makes of a checkpoint, in float32.
+    """Most likely tokens after each prompt, by vLLM in float32.
 
     Args:
-        folder: the checkpoint.
-        prompts: token ids.
-        tokens: how many come after each, the likeliest every time.
+        folder: Folder of the checkpoint.
+        prompts: Token ids.
+        tokens: Number of tokens after each prompt.
 
     Returns:
-        ``tokens`` for each prompt, and the ``versions`` of what ran.
+        `tokens` of each prompt, and the `versions` of the packages.
     """
     vllm = importlib.import_module("vllm")
     engine = vllm.LLM(
@@ -35,9 +35,9 @@ def answer(folder: str, prompts: list[list[int]], tokens: int) -> dict[str, Any]
         max_model_len=256,
     )
     greedy = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    said = engine.generate([{"prompt_token_ids": ids} for ids in prompts], greedy)
+    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], greedy)
     versions = {name: importlib.import_module(name).__version__ for name in ("vllm", "torch", "transformers")}
-    return {"tokens": [list(one.outputs[0].token_ids) for one in said], "versions": versions}
+    return {"tokens": [list(one.outputs[0].token_ids) for one in outputs], "versions": versions}
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What users feel of a slim model: time, memory and size, engine by engine, beside what its sizes promise."""
+"""Latency, memory and size of slim models, engine by engine, beside the ideal by their sizes."""

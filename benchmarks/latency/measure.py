@@ -1,4 +1,4 @@
-"""Candidates measured in an engine, case by case, side by side."""
+"""Measure candidates in an engine, case by case, side by side."""
 
 from __future__ import annotations
 
@@ -8,27 +8,80 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.engines import ENGINES, Engine
-from benchmarks.latency.candidates import Candidate
-from benchmarks.latency.timing import Speedup, interleaved, speedup
-from benchmarks.latency.work import Case
-from benchmarks.latency.workers import EngineFailed, Task, Worker
+import torch
 
-__all__ = ["HEADING", "Row", "Settings", "measure", "read_rows"]
+from benchmarks.engines.base import Case, Engine
+from benchmarks.latency.candidates import Candidate
+from benchmarks.latency.workers import ENGINES, EngineFailed, Task, Worker
+from fxprune.evaluation.speed import time_interleaved
+
+__all__ = ["HEADING", "LatencyRow", "Settings", "Speedup", "interleaved", "measure", "read_rows", "speedup"]
 
 HEADING = ("", "model", "ms", "tokens/s", "GB", "MB on disk", "speed-up", "95% interval", "ideal", "of the ideal")
-"""Of a table of rows."""
+"""Heading of a table of rows."""
+
+
+_RESAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Speed-up of one candidate over another.
+
+    Attributes:
+        median: Median over rounds of the ratio of times.
+        low: Lower end of its bootstrap 95% interval.
+        high: Upper end of the interval.
+    """
+
+    median: float
+    low: float
+    high: float
+
+
+def speedup(first: Sequence[float], second: Sequence[float]) -> Speedup:
+    """Speed-up of the second over the first, from times of the same rounds; deterministic.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    """
+    ratios = torch.tensor([a / b for a, b in zip(first, second, strict=True)], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(ratios), (_RESAMPLES, len(ratios)), generator=generator)
+    medians = ratios[drawn].quantile(0.5, dim=1)
+    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Speedup(ratios.quantile(0.5).item(), low, high)
+
+
+def interleaved(jobs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each job by round; a round measures all jobs forwards and backwards: A B C C B A.
+
+    So a machine that steadily slows down or speeds up affects all of them alike.
+
+    Args:
+        jobs: By name, a function that does its work and returns its seconds.
+        rounds: Number of rounds; an interval from fewer than ten is rough.
+
+    Raises:
+        ValueError: `rounds` is not positive.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds}: at least one round is needed")
+    found = time_interleaved(jobs, 2 * rounds)
+    return {
+        name: [(there + back) / 2 for there, back in zip(times[::2], times[1::2], strict=True)]
+        for name, times in found.items()
+    }
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How it is measured.
+    """Settings of the measurement.
 
     Attributes:
         device: `cpu` or `cuda`.
-        threads: Of each engine.
-        rounds: Of `interleaved`.
-        shapes: Sequences at once, and tokens in each; each is measured as `prefill` and as `decode`.
+        threads: Threads of each engine.
+        rounds: Rounds of `interleaved`.
+        shapes: Numbers of sequences, and of tokens in each; each shape is measured as `prefill` and as `decode`.
     """
 
     device: str
@@ -37,32 +90,32 @@ class Settings:
     shapes: Sequence[tuple[int, int]]
 
     def cases_of(self, engine: type[Engine]) -> list[Case]:
-        """What is timed in an engine."""
+        """Cases that are timed in an engine."""
         shapes = self.shapes[:1] if engine.by_name_only else self.shapes
         return [Case(phase, *shape) for phase in engine.phases for shape in shapes]
 
     @property
     def largest(self) -> Case:
-        """As many sequences, and as many tokens in each, as any case has."""
+        """A case with the most sequences, and the most tokens in each, of all cases."""
         return Case("prefill", max(batch for batch, _ in self.shapes), max(tokens for _, tokens in self.shapes))
 
 
 @dataclass(frozen=True)
-class Row:
-    """What was measured of a candidate in one case.
+class LatencyRow:
+    """Measurement of a candidate in one case.
 
     Attributes:
         engine: Name of the engine.
-        case: What was timed.
+        case: The timed call.
         candidate: Name of the candidate.
-        ratio: Fraction of its parameters that went.
-        seconds: Of one call, median over rounds.
-        tokens_per_second: Read or given.
-        memory: The most that the process held more than before it loaded the model, in bytes; on a GPU what torch held.
-        disk: Bytes of the file or the folder's weights that are loaded; 0 where nothing was written.
-        speedup: Over the dense model, in the same rounds; of the dense model itself 1.
-        ideal: How much faster it would be if only operations (`prefill`) or bytes read (`decode`) counted.
-        products: The part of a call that went into matrix products and attention; None where that cannot be told.
+        ratio: Fraction of its parameters removed.
+        seconds: Seconds of one call, median over rounds.
+        tokens_per_second: Tokens read or generated per second.
+        memory: Peak bytes of the process beyond those before the model was loaded; on a GPU, those held by torch.
+        disk: Bytes of the file, or of the weights in the folder, that are loaded; 0 if nothing was written.
+        speedup: Speed-up over the dense model in the same rounds; 1 for the dense model.
+        ideal: Speed-up if only operations (`prefill`) or bytes read (`decode`) took time.
+        products: Share of a call in matrix products and attention; None if unknown.
     """
 
     engine: str
@@ -79,12 +132,12 @@ class Row:
 
     @property
     def over_ideal(self) -> float:
-        """The part of the ideal that was reached."""
+        """Speed-up as a fraction of the ideal."""
         return self.speedup.median / self.ideal
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """What stands under each heading."""
+        """Cells under each heading."""
         return (
             str(self.case),
             self.candidate,
@@ -99,19 +152,23 @@ class Row:
         )
 
 
-def read_rows(data: Mapping[str, Any]) -> list[Row]:
-    """The rows of a file that `make bench` wrote."""
-    return [Row(**{**row, "case": Case(**row["case"]), "speedup": Speedup(**row["speedup"])}) for row in data["rows"]]
+def read_rows(data: Mapping[str, Any]) -> list[LatencyRow]:
+    """Rows of a file that `make bench` wrote."""
+    return [
+        LatencyRow(**{**row, "case": Case(**row["case"]), "speedup": Speedup(**row["speedup"])}) for row in data["rows"]
+    ]
 
 
-def measure(name: str, candidates: Sequence[Candidate], settings: Settings, say: Callable[[str], Any]) -> Iterator[Row]:
-    """Yield what an engine makes of the candidates, the first of which is the dense one.
+def measure(
+    name: str, candidates: Sequence[Candidate], settings: Settings, report: Callable[[str], Any]
+) -> Iterator[LatencyRow]:
+    """Measure the candidates in an engine.
 
     Args:
-        name: Of the engine.
-        candidates: Those that the engine is not for are left out.
-        settings: How.
-        say: Told what goes wrong.
+        name: Name of the engine.
+        candidates: The dense model and others; those that do not run in the engine are skipped.
+        settings: Settings of the measurement.
+        report: Called with a line if the engine fails.
     """
     engine = ENGINES[name]
     running: dict[str, tuple[Candidate, Worker]] = {}
@@ -126,7 +183,7 @@ def measure(name: str, candidates: Sequence[Candidate], settings: Settings, say:
             found = interleaved(jobs, settings.rounds)
             yield from _rows(name, case, running, found, settings.device)
     except EngineFailed as error:
-        say(f"{name}: {error}")
+        report(f"{name}: {error}")
     finally:
         for _, worker in running.values():
             worker.close()
@@ -134,7 +191,7 @@ def measure(name: str, candidates: Sequence[Candidate], settings: Settings, say:
 
 def _rows(
     name: str, case: Case, running: dict[str, tuple[Candidate, Worker]], found: dict[str, list[float]], device: str
-) -> Iterator[Row]:
+) -> Iterator[LatencyRow]:
     engine = ENGINES[name]
     weight, cache = engine.number_bytes(device)
     dense, _ = next(iter(running.values()))
@@ -144,13 +201,13 @@ def _rows(
 
     for key, (candidate, worker) in running.items():
         seconds = median(found[key])
-        yield Row(
+        yield LatencyRow(
             engine=name,
             case=case,
             candidate=key,
             ratio=candidate.ratio,
             seconds=seconds,
-            tokens_per_second=case.made / seconds,
+            tokens_per_second=case.processed / seconds,
             memory=worker.peaks[case],
             disk=0 if candidate.source.widths_of else _size(engine.prepare(candidate.source)),
             speedup=speedup(found[dense.name], found[key]),
@@ -160,6 +217,6 @@ def _rows(
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file and of the data beside it, or of the weights in a folder."""
+    """Bytes of a file and its external data, or of the weights in a folder."""
     files = path.glob("*.safetensors") if path.is_dir() else path.parent.glob(f"{path.name}*")
     return sum(file.stat().st_size for file in files)

@@ -1,4 +1,4 @@
-"""Each model in a process of its own, so that its memory can be told from that of others."""
+"""Engines by name, and processes that run them: one for each model, to measure its memory apart."""
 
 from __future__ import annotations
 
@@ -13,30 +13,46 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from benchmarks.engines import ENGINES, Source
-from benchmarks.latency.work import Case
-from benchmarks.memory import forget_peak, peak_bytes, resident_bytes
+from benchmarks.common import memory_bytes, reset_peak_memory
+from benchmarks.engines.base import Case, Engine, Source
+from benchmarks.engines.in_torch import CompiledEngine, GraphEngine, TransformersEngine
+from benchmarks.engines.llama_cpp import LlamaCppEngine, LlamaCppQuantisedEngine
+from benchmarks.engines.onnx import OnnxEngine
+from benchmarks.engines.vllm import VllmEngine
 
-__all__ = ["EngineFailed", "Task", "Worker", "Writers", "quiet"]
+__all__ = ["ENGINES", "EngineFailed", "Task", "Worker", "Writers", "silence_packages"]
 
-_PATIENCE = 10
-"""Seconds for a process to end."""
+ENGINES: dict[str, type[Engine]] = {
+    engine.name: engine
+    for engine in (
+        TransformersEngine,
+        CompiledEngine,
+        GraphEngine,
+        OnnxEngine,
+        LlamaCppEngine,
+        LlamaCppQuantisedEngine,
+        VllmEngine,
+    )
+}
+"""Engines by name, in the order in which they are measured."""
+
+_JOIN_SECONDS = 10
 
 
 class EngineFailed(RuntimeError):
-    """An engine could not load or run a model; holds what it said."""
+    """An engine could not load or run a model; holds its error."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a process loads.
+    """Engine and model that a process loads.
 
     Attributes:
         engine: Name of the engine.
         source: The model.
         device: `cpu` or `cuda`.
-        threads: Of the engine.
-        largest: No case has more sequences or more tokens in each.
+        threads: Threads of the engine.
+        largest: Upper bound of the sequences, and of the tokens in each, of all cases.
     """
 
     engine: str
@@ -47,10 +63,10 @@ class Task:
 
 
 class Worker:
-    """A process that loads a model and measures when it is asked.
+    """A process that loads a model and measures on request.
 
     Args:
-        task: What it loads. Several load at the same time; `wait` for each before any measures.
+        task: Engine and model to load. Several workers load at the same time; `wait` for each before any measures.
     """
 
     def __init__(self, task: Task) -> None:
@@ -62,15 +78,15 @@ class Worker:
         self.peaks: dict[Case, float] = {}
 
     def wait(self) -> None:
-        """Until the model is loaded.
+        """Wait until the model is loaded.
 
         Raises:
-            EngineFailed: It cannot be loaded.
+            EngineFailed: The model cannot be loaded.
         """
         self._receive()
 
     def job(self, case: Case) -> Callable[[], float]:
-        """A job that has the seconds of one call of `case` measured, and puts down the peak of memory, in bytes."""
+        """Return a job that returns the seconds of one call of `case`, and records peak memory in `peaks`, in bytes."""
 
         def measured() -> float:
             self._pipe.send(("job", case))
@@ -81,7 +97,7 @@ class Worker:
         return measured
 
     def products(self, case: Case) -> float | None:
-        """The part of a call that goes into matrix products; None where that cannot be told.
+        """Share of a call in matrix products and attention; None if unknown.
 
         Raises:
             EngineFailed: It could not be measured.
@@ -92,46 +108,46 @@ class Worker:
 
     @property
     def exitcode(self) -> int | None:
-        """How the process ended; None while it has not."""
+        """Exit code of the process; None while it runs."""
         return self._process.exitcode
 
     def close(self) -> None:
-        """End the process, which stops by itself where it is not at work."""
+        """End the process: it stops by itself if idle, else it is terminated."""
         self._pipe.close()
-        self._process.join(_PATIENCE)
+        self._process.join(_JOIN_SECONDS)
         if self._process.is_alive():
             self._process.terminate()
             self._process.join()
 
     def _receive(self) -> Any:
         try:
-            failed, said = self._pipe.recv()
+            failed, reply = self._pipe.recv()
         except EOFError:
             self._process.join()
             raise EngineFailed(f"the process ended with {self.exitcode}") from None
         if failed:
             self.close()
-            raise EngineFailed(said)
-        return said
+            raise EngineFailed(reply)
+        return reply
 
 
 class Writers:
-    """Processes that write what engines load, while other models are still being made.
+    """Processes that write the files of engines while further models are made.
 
     Args:
-        threads: As many write at the same time, each with one thread.
+        threads: Number of processes, of one thread each.
     """
 
     def __init__(self, threads: int) -> None:
-        self._pool = ProcessPoolExecutor(threads, multiprocessing.get_context("spawn"), initializer=_alone)
+        self._pool = ProcessPoolExecutor(threads, multiprocessing.get_context("spawn"), initializer=_start_writer)
         self._written: dict[str, list[Future[Any]]] = {}
 
     def write(self, name: str, source: Source) -> None:
-        """Begin to write a model for an engine."""
+        """Start to write a model for an engine."""
         self._written.setdefault(name, []).append(self._pool.submit(ENGINES[name].prepare, source))
 
     def wait(self) -> dict[str, str]:
-        """Until everything is written; returns by name of an engine what went wrong."""
+        """Wait until everything is written; return errors by name of the engine."""
         failed: dict[str, str] = {}
         for name, files in self._written.items():
             for error in (file.exception() for file in files):
@@ -141,50 +157,46 @@ class Writers:
         return failed
 
 
-def _alone() -> None:
-    quiet()
+def _start_writer() -> None:
+    silence_packages()
     torch.set_num_threads(1)
 
 
-def quiet() -> None:
-    """Leave out what packages have to say; tables are printed here."""
+def silence_packages() -> None:
+    """Suppress warnings and progress of packages, between the tables printed here."""
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
 def _serve(task: Task, pipe: Connection) -> None:
-    quiet()
+    silence_packages()
     torch.set_num_threads(task.threads)
     jobs: dict[Case, Callable[[], float]] = {}
-    before = resident_bytes()
+    before = memory_bytes("VmRSS")
     try:
         engine = ENGINES[task.engine](task.source, task.device, task.largest)
         pipe.send((False, None))
         while True:
-            asked, case = pipe.recv()
-            if asked == "products":
+            request, case = pipe.recv()
+            if request == "products":
                 pipe.send((False, engine.products(case)))
                 continue
             if case not in jobs:
                 jobs[case] = engine.job(case)
-            _forget_peak()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            reset_peak_memory()
             seconds = jobs[case]()
             pipe.send((False, (seconds, _peak() - (0 if task.device == "cuda" else before))))
-    except EOFError:  # nobody asks any more
+    except EOFError:  # the parent closed the pipe
         return
-    except Exception as error:  # whatever an engine raises is told where it was asked for
+    except Exception as error:  # an error of an engine is reported to the parent, whatever its type
         pipe.send((True, f"{type(error).__name__}: {error}"))
 
 
-def _forget_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    forget_peak()
-
-
 def _peak() -> float:
-    """The most memory since the peak was forgotten: of torch on a GPU where one was used, else resident."""
+    """Peak bytes since the reset: those of torch if a GPU was used, else resident memory."""
     if torch.cuda.is_available() and (found := torch.cuda.max_memory_allocated()):
         return float(found)
-    return peak_bytes()
+    return memory_bytes("VmHWM")

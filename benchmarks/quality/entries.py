@@ -1,4 +1,4 @@
-"""What is measured."""
+"""Prunes that are measured: recipes, and the default recipe with one change."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import fxprune
 from fxprune.recipes import read_recipe
 
-__all__ = ["ENTRIES", "Entry", "entries", "order_of"]
+__all__ = ["ENTRIES", "Entry", "entries", "place_of_entry"]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A prune to be measured.
+    """A prune to measure.
 
     Attributes:
-        name: What it is called in tables.
-        options: Passed on to `fxprune.prune`.
-        needs: Passes that have to be installed.
-        samples: The most calibration samples it gets; None for all, 0 for what stands in for them.
+        name: Name in tables.
+        options: Arguments of `fxprune.prune`; `%s` in a value stands for the ratio.
+        needs: Passes that must be installed.
+        samples: Most calibration samples; None for all, 0 for built-in samples.
     """
 
     name: str
@@ -34,10 +34,10 @@ HEADS = "select-by-ratio{kinds=[mlp, head], protect=[0.07, 0.04], ratio=%s}"
 CHOSEN = "protect=[0.07, 0.04], first=[mlp], ratio=%s"
 WHOLE = "select-by-ratio{first=[mlp], protect=[], ratio=%s}"
 
-BALANCED = read_recipe("balanced").text
+BALANCED = str(read_recipe("balanced"))
 UNCOUNTED = BALANCED.replace(", truth=0.2", "")
-TOLD = BALANCED.replace("{written=288}", "{built_in=288}")
-BEST = read_recipe("best").text
+BUILT_IN = BALANCED.replace("{written=288}", "{built_in=288}")
+BEST = str(read_recipe("best"))
 ONCE = BEST.replace("{copies=3, noise=0.2}", "").replace(", truth=0.2", "")
 SEARCHED = (
     ONCE.replace("wanda{samples=128}", "taylor{order=second, samples=128}")
@@ -52,7 +52,7 @@ ENTRIES = (
     Entry("fast", {"recipe": "fast"}),
     Entry("balanced", {}),
     Entry("balanced, no samples given", {}, samples=0),
-    Entry("balanced, on built-in text alone", {"recipe": TOLD}, samples=0),
+    Entry("balanced, on built-in text alone", {"recipe": BUILT_IN}, samples=0),
     Entry("balanced, the text itself not counted", {"recipe": UNCOUNTED}),
     Entry("balanced, MLPs of multiples of 32", {"round_to": {"mlp": 32}}),
     Entry("best", {"recipe": "best"}),
@@ -93,18 +93,18 @@ ENTRIES = (
         )
     ),
 )
-"""What is measured: recipes first, then the default one with a single thing changed; most without tuning, which evens
-out differences between what it starts from and takes the most time."""
+"""Recipes first, then the default recipe with one change. Most of these are not tuned: tuning evens out differences
+between its starting points, and takes the most time."""
 
 
 def entries(names: Sequence[str] = ()) -> list[Entry]:
-    """The entries whose passes are installed; of those whose name is one of `names` where there are any."""
+    """Entries whose passes are installed; if there are `names`, only these."""
     known = fxprune.pass_names()
     found = [entry for entry in ENTRIES if all(name in known for name in entry.needs)]
     return [entry for entry in found if not names or entry.name in names]
 
 
-def order_of(name: str) -> int:
-    """Where an entry stands in tables; one that is no longer among them comes last."""
+def place_of_entry(name: str) -> int:
+    """Place of an entry in tables; names that no longer exist come last."""
     names = [entry.name for entry in ENTRIES]
     return names.index(name) if name in names else len(names)

@@ -1,7 +1,6 @@
-"""Slim models on disk: safetensors, a config, and what made them."""
+"""Slim models on disk: safetensors, a config, the plan and the report."""
 
 from fxprune.checkpoint.read import from_pretrained
-from fxprune.checkpoint.structure import Structure, describe
 from fxprune.checkpoint.write import save_pretrained
 
-__all__ = ["Structure", "describe", "from_pretrained", "save_pretrained"]
+__all__ = ["from_pretrained", "save_pretrained"]

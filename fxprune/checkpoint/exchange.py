@@ -1,8 +1,9 @@
-"""Putting one folder in the place of another: whoever looks sees the old one or the new one, whole.
+"""Atomic replacement of folders: a reader sees the old folder or the new one, whole.
 
-A new folder is filled beside its target, under a name that says who is at work, and then takes its place in one step
-where the system can exchange two names. Where it cannot, there is a moment between two renames in which the target is
-gone; a process that is killed in it leaves the old folder under a name that :func:`heal` finds.
+A new folder is filled beside its target, under a name that identifies the writing process, and then takes the place of
+the target in one step if the system can exchange two names. If it cannot, there is a moment between two renames in
+which the target is missing; a process that is killed then leaves the old folder under a name that
+:func:`restore_replaced` finds.
 """
 
 from __future__ import annotations
@@ -19,26 +20,26 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-__all__ = ["heal", "identity", "put_in_place", "real_target", "snapshot", "staged"]
+__all__ = ["folder_identity", "linked_copy", "replace_folder", "resolve_target", "restore_replaced", "staging_folder"]
 
-_EXCHANGE = 2
-"""``RENAME_EXCHANGE`` of Linux's ``renameat2``."""
-_HERE = -100
-"""``AT_FDCWD``: paths are relative to where the process is."""
-_UNABLE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
-"""What a kernel or a file system says that does not exchange."""
-_TURNS = 100
-"""Others may put folders in the same place; a turn is lost only to one that succeeded."""
+_RENAME_EXCHANGE = 2
+"""Flag of Linux's ``renameat2``."""
+_AT_FDCWD = -100
+"""Paths are relative to the working directory of the process."""
+_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
+"""Errors of kernels and file systems that cannot exchange names."""
+_ATTEMPTS = 100
+"""Other processes may write to the same target; an attempt only fails if another process succeeded."""
 _OLD = ".old"
 
 
-def real_target(folder: str | os.PathLike[str]) -> Path:
-    """Return where a folder really is: a link to it is followed, and stays a link."""
+def resolve_target(folder: str | os.PathLike[str]) -> Path:
+    """Resolve a folder; a symbolic link to it is followed, and stays a link when the folder is replaced."""
     return Path(os.path.realpath(Path(folder).expanduser()))
 
 
-def identity(folder: Path) -> tuple[int, int, int] | None:
-    """Return what tells a folder from one that takes its place; None where there is none."""
+def folder_identity(folder: Path) -> tuple[int, int, int] | None:
+    """Device, inode and change time of a folder, which differ once it is replaced; None if there is none."""
     try:
         found = folder.stat()
     except OSError:
@@ -47,30 +48,29 @@ def identity(folder: Path) -> tuple[int, int, int] | None:
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``target`` to fill, and take it away in the end with what is in it.
+def staging_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``target`` to fill; it is deleted at the end with its contents.
 
-    What processes that were killed have left there is taken away first, and an old folder that they took out of its
-    place is put back.
+    Leftovers of killed processes are deleted first, and an old folder that one of them had moved away is put back.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    heal(target)
-    for path in _left_over(target):
+    restore_replaced(target)
+    for path in _abandoned(target):
         shutil.rmtree(path, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.{_who()}.", dir=target.parent))
+    work = _temporary_beside(target)
     try:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def put_in_place(work: Path, target: Path) -> None:
-    """Let ``work`` take the place of ``target``; ``work`` is the old folder afterwards, or gone where there was none.
+def replace_folder(work: Path, target: Path) -> None:
+    """Put ``work`` in the place of ``target``; afterwards ``work`` is the old folder, or gone if there was none.
 
     Raises:
-        OSError: the system refuses; ``target`` is then what it was.
+        OSError: the system refuses; ``target`` is unchanged.
     """
-    for _ in range(_TURNS):
+    for _ in range(_ATTEMPTS):
         try:
             os.rename(work, target)
             return
@@ -82,39 +82,39 @@ def put_in_place(work: Path, target: Path) -> None:
                 _replace(work, target)
             return
         except FileNotFoundError:
-            continue  # another process has just taken the old one away
-    raise OSError(errno.EBUSY, "others keep replacing it", str(target))
+            continue  # another process has just moved the old one away
+    raise OSError(errno.EBUSY, "other processes keep replacing it", str(target))
 
 
 @contextmanager
-def snapshot(folder: Path) -> Iterator[Path]:
-    """Yield a second folder over the files of one that others may replace meanwhile; it takes no space.
+def linked_copy(folder: Path) -> Iterator[Path]:
+    """Yield a second folder of hard links to the files of one that others may replace; it takes no space.
 
     Raises:
-        FileNotFoundError: the folder was taken away on the way.
+        FileNotFoundError: the folder was replaced while it was linked.
         OSError: nothing can be linked beside it.
     """
-    place = real_target(folder)
+    place = resolve_target(folder)
     held = os.open(place, os.O_RDONLY)
-    copy = Path(tempfile.mkdtemp(prefix=f".{place.name}.{_who()}.", dir=place.parent))
+    copy = _temporary_beside(place)
     try:
-        for name in os.listdir(held):  # all of one folder, whatever has its name by now
+        for name in os.listdir(held):  # relative to the open folder, so all are of one, whatever has its name by now
             if not stat.S_ISDIR(os.stat(name, dir_fd=held).st_mode):
                 os.link(name, copy / name, src_dir_fd=held)
         if not os.path.samestat(os.fstat(held), os.stat(place)):
-            raise FileNotFoundError(errno.ENOENT, "it was replaced, and may be on its way out", str(place))
+            raise FileNotFoundError(errno.ENOENT, "it was replaced and may be deleted", str(place))
         yield copy
     finally:
         os.close(held)
         shutil.rmtree(copy, ignore_errors=True)
 
 
-def heal(target: Path) -> None:
-    """Put an old folder back that a killed process had taken out of its place."""
+def restore_replaced(target: Path) -> None:
+    """Put an old folder back that a killed process had moved away."""
     if target.exists():
         return
-    for path in _beside(target):
-        if path.name.endswith(_OLD) and not _at_work(path, target):
+    for path in _abandoned(target):
+        if path.name.endswith(_OLD):
             try:
                 os.rename(path, target)
             except OSError:  # another process was faster
@@ -123,7 +123,7 @@ def heal(target: Path) -> None:
 
 
 def _replace(work: Path, target: Path) -> None:
-    """Two renames, for systems that cannot exchange; the old folder is put back where the second fails."""
+    """Replace by two renames, for systems that cannot exchange; the old folder is put back if the second fails."""
     old = work.with_name(work.name + _OLD)
     os.rename(target, old)
     try:
@@ -135,14 +135,14 @@ def _replace(work: Path, target: Path) -> None:
 
 
 def _exchanged(a: Path, b: Path) -> bool:
-    """Whether the two have changed places; False where the system cannot do it."""
+    """Exchange two names; False if the system cannot."""
     call = _renameat2()
     if call is None:
         return False
-    if call(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE) == 0:
+    if call(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
         return True
     code = ctypes.get_errno()
-    if code in _UNABLE:
+    if code in _UNSUPPORTED:
         return False
     raise OSError(code, os.strerror(code), str(b))
 
@@ -156,32 +156,31 @@ def _renameat2() -> Callable[..., int] | None:
     return call
 
 
-def _who() -> str:
-    return f"{socket.gethostname()}.{os.getpid()}"
+def _temporary_beside(target: Path) -> Path:
+    """Make a folder whose name starts with that of the target, this host and this process."""
+    prefix = f".{target.name}.{socket.gethostname()}.{os.getpid()}."
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
 
 
-def _beside(target: Path) -> list[Path]:
-    """The hidden folders beside ``target`` that belong to it, in order of their names."""
+def _abandoned(target: Path) -> list[Path]:
+    """Temporary folders beside a target whose processes have ended, in order of their names."""
+    prefix = f".{target.name}."
     try:
-        return sorted(path for path in target.parent.iterdir() if path.name.startswith(f".{target.name}."))
+        found = sorted(path for path in target.parent.iterdir() if path.name.startswith(prefix))
     except OSError:
         return []
+    return [path for path in found if not _may_be_running(path.name.removeprefix(prefix).removesuffix(_OLD))]
 
 
-def _left_over(target: Path) -> list[Path]:
-    return [path for path in _beside(target) if not _at_work(path, target)]
-
-
-def _at_work(path: Path, target: Path) -> bool:
-    """Whether the process that made ``path`` may still be there: one of another machine cannot be asked."""
-    said = path.name.removeprefix(f".{target.name}.").removesuffix(_OLD)
-    host, _, rest = said.rpartition(".")[0].rpartition(".")
-    if host != socket.gethostname() or not rest.isdigit():
+def _may_be_running(name: str) -> bool:
+    """Whether the process in a name ``<host>.<pid>.<random>`` may still run; that of another host always may."""
+    host, _, pid = name.rpartition(".")[0].rpartition(".")
+    if host != socket.gethostname() or not pid.isdigit():
         return True
     try:
-        os.kill(int(rest), 0)
+        os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is there and belongs to someone else
+    except OSError:  # it runs and belongs to another user
         return True
     return True

@@ -1,4 +1,4 @@
-"""A prune from folder to folder, with weights on disk."""
+"""Prunes with weights on disk: mapped loading, unpacking of GGUF files, and the folder to resume from."""
 
 from __future__ import annotations
 
@@ -21,43 +21,50 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from fxprune.checkpoint.manifest import MANIFEST
-from fxprune.checkpoint.read import LOADING, from_pretrained, require_whole
+from fxprune.checkpoint.read import LOADING, from_pretrained, require_all_weights
 from fxprune.checkpoint.write import check_place
 from fxprune.errors import CheckpointError
-from fxprune.graph.context import Refusal, attempt, quiet, unprinted
-from fxprune.offload.files import shelved, written_through
+from fxprune.graph.context import Refusal, attempt, quiet, silence_stderr
+from fxprune.offload.files import offload_to, sync_writes
 from fxprune.offload.ranks import rank
 
-__all__ = ["load_mapped", "on_disk", "request_of", "unpack"]
+__all__ = ["load_mapped", "request_key", "resumable_folder", "unpack_gguf"]
 
 _BLOCK = "blk."
-"""What the names of all tensors of a block begin with, followed by its number."""
+"""Prefix of the names of a block's tensors, followed by its number."""
 
 _WORDS = "tokenizer."
-"""What the keys of the vocabulary begin with; no tensor depends on it, and it is long."""
+"""Prefix of the keys of the vocabulary; no tensor depends on it, and it is long."""
 
 
-def unpack(file: str | os.PathLike[str], folder: Path) -> None:
+def unpack_gguf(file: str | os.PathLike[str], folder: Path) -> None:
     """Write the model in a GGUF file as a folder that transformers loads, the tensors of a block at a time.
 
-    transformers reads a file whole, into memory. Here it is shown the tensors of one block after the other, and what it
-    makes of them, in float32, is written before the next are read. The index is written last: a folder without one is
-    not whole.
+    transformers reads a whole file into memory. Here its reader sees the tensors of one block at a time, and they are
+    written in float32 before the next are read. The index is written last: a folder without one is incomplete.
 
     Args:
         file: the GGUF file, of a kind that transformers loads.
-        folder: where to; it has to be there.
+        folder: where to; it must exist.
 
     Raises:
-        Exception: whatever transformers raises for a file that it does not load.
+        Exception: as raised by transformers for a file that it cannot load.
     """
     path = Path(file)
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     reader = gguf.GGUFReader(path)
-    with written_through(folder):
-        places, size = _write_parts(path, reader, model, folder)
+    places, size = dict[str, str](), 0
+    with sync_writes(folder):
+        for number, tensors in enumerate(_by_block(reader.tensors)):
+            with _reader_of(reader, tensors), silence_stderr():
+                found: dict[str, torch.Tensor] = load_gguf_checkpoint(str(path), True, model)["tensors"]
+            if found:
+                name = f"model-{number:05d}.safetensors"
+                save_file({key: tensor.contiguous() for key, tensor in found.items()}, folder / name, {"format": "pt"})
+                places |= dict.fromkeys(found, name)
+                size += sum(tensor.nbytes for tensor in found.values())
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     if model.generation_config is not None:
@@ -66,23 +73,8 @@ def unpack(file: str | os.PathLike[str], folder: Path) -> None:
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
 
 
-def _write_parts(path: Path, reader: Any, model: PreTrainedModel, folder: Path) -> tuple[dict[str, str], int]:
-    """Write the tensors of one block after the other; return the file of each by its name, and the bytes of all."""
-    places: dict[str, str] = {}
-    size = 0
-    for number, tensors in enumerate(_parts(reader.tensors)):
-        with _shown(reader, tensors), unprinted():
-            found: dict[str, torch.Tensor] = load_gguf_checkpoint(str(path), True, model)["tensors"]
-        if found:
-            name = f"model-{number:05d}.safetensors"
-            save_file({key: tensor.contiguous() for key, tensor in found.items()}, folder / name, {"format": "pt"})
-            places |= dict.fromkeys(found, name)
-            size += sum(tensor.nbytes for tensor in found.values())
-    return places, size
-
-
-def _parts(tensors: Sequence[Any]) -> Iterator[list[Any]]:
-    """The tensors of each block together, and each of the others alone."""
+def _by_block(tensors: Sequence[Any]) -> Iterator[list[Any]]:
+    """Yield the tensors of each block together, and each of the others alone."""
     parts: dict[str, list[Any]] = {}
     for tensor in tensors:
         name = str(tensor.name)
@@ -91,8 +83,8 @@ def _parts(tensors: Sequence[Any]) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def _shown(reader: Any, tensors: Sequence[Any]) -> Iterator[None]:
-    """Show transformers these tensors alone where it reads a file."""
+def _reader_of(reader: Any, tensors: Sequence[Any]) -> Iterator[None]:
+    """Let ``gguf.GGUFReader``, which transformers calls, read these tensors only."""
     fields = {key: value for key, value in reader.fields.items() if not key.startswith(_WORDS)}
     view = SimpleNamespace(fields=fields, tensors=tensors)
     names = vars(gguf)
@@ -104,17 +96,16 @@ def _shown(reader: Any, tensors: Sequence[Any]) -> Iterator[None]:
 
 
 _REQUEST = "request.json"
-"""What a run was asked to do: another run goes on from there where it is asked the same."""
+"""The request of the run in a folder: a run with the same request resumes it."""
 
 
 @contextmanager
-def on_disk(out: str | os.PathLike[str], request: str | None = None, *, force: bool = False) -> Iterator[Path]:
-    """Keep what passes make in a folder ``<out>.unfinished`` beside ``out``, which is given, and goes when all is done.
+def resumable_folder(out: str | os.PathLike[str], request: str | None = None, *, force: bool = False) -> Iterator[Path]:
+    """Offload tensors to a folder ``<out>.unfinished`` beside ``out`` and yield it; it is deleted at the end.
 
     Args:
         out: where the result goes.
-        request: spells what is asked for; a run that was stopped is gone on with where it was asked the same. None
-            where that cannot be told.
+        request: identifies the run: a killed run is resumed by one of the same request; None to start from scratch.
         force: whether ``out`` may hold something else.
 
     Raises:
@@ -123,35 +114,29 @@ def on_disk(out: str | os.PathLike[str], request: str | None = None, *, force: b
     target = check_place(out, force=force)
     work = target.with_name(f"{target.name}.unfinished{f'-{rank()}' if rank() else ''}")
     try:
-        if not _asked_before(work, request):
+        file = work / _REQUEST
+        if request is None or not file.is_file() or file.read_text("utf-8", "replace") != json.dumps(request):
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
-            (work / _REQUEST).write_text(json.dumps(request), encoding="utf-8")
+            file.write_text(json.dumps(request), encoding="utf-8")
     except OSError as error:
         raise CheckpointError(
             f"cannot be written: {error.strerror}", where=str(work), remedy="Choose a folder that can be written to"
         ) from error
-    with shelved(work, work if request is not None else None):
+    with offload_to(work, work if request is not None else None):
         yield work
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _asked_before(work: Path, request: str | None) -> bool:
-    try:
-        return request is not None and json.loads((work / _REQUEST).read_text(encoding="utf-8")) == request
-    except (OSError, ValueError):
-        return False
-
-
 def load_mapped(source: str | os.PathLike[str], work: Path) -> PreTrainedModel:
-    """Return the model in a folder, with its weights where they are: in files, read when they are used.
+    """Load the model in a folder with memory-mapped weights, read when they are used.
 
-    transformers maps files of safetensors and takes the weights as they are, in their own dtype. A GGUF file is written
-    as such files first, in float32, unless a run that was stopped did so.
+    transformers maps safetensors files and keeps the dtype of the weights. A GGUF file is first unpacked into such
+    files in float32, unless a run that was killed did so.
 
     Args:
         source: the folder, or the GGUF file.
-        work: a folder for what a GGUF file holds.
+        work: the folder to unpack a GGUF file in.
 
     Raises:
         CheckpointError: it cannot be loaded.
@@ -165,32 +150,32 @@ def load_mapped(source: str | os.PathLike[str], work: Path) -> PreTrainedModel:
             where=os.fspath(source),
             remedy="Pass a folder that save_pretrained wrote, or a GGUF file that transformers loads",
         ) from loaded.error
-    model, told = loaded
-    require_whole(source, told)
+    model, info = loaded
+    require_all_weights(source, info)
     model.config._name_or_path = os.fspath(source)
     return model
 
 
 def _load(source: str | os.PathLike[str], unpacked: Path) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """Return the model in a folder or a GGUF file, and what transformers says of its loading."""
+    """Load the model in a folder or a GGUF file, with the loading info of transformers."""
     if not Path(source).is_file():
         read: Any = AutoModelForCausalLM.from_pretrained
-        with quiet(WARNING):  # what is left at random is refused
-            model, told = read(source, dtype="auto", **LOADING)
-        return model, told
+        with quiet(WARNING):  # missing weights are refused by the caller
+            model, info = read(source, dtype="auto", **LOADING)
+        return model, info
     if not (unpacked / SAFE_WEIGHTS_INDEX_NAME).is_file():
         unpacked.mkdir(exist_ok=True)
-        unpack(source, unpacked)
+        unpack_gguf(source, unpacked)
     return _load(unpacked, unpacked)
 
 
-def request_of(source: str | os.PathLike[str], calibration: Any, passes: str) -> str | None:
-    """Spell a prune of a folder, so that another one can be told from it; None where that is not possible.
+def request_key(source: str | os.PathLike[str], calibration: Any, passes: str) -> str | None:
+    """Key that identifies a prune of a folder: its files, data, passes and the version of torch; None if unknown.
 
     Args:
-        source: the folder or file; on a hub, its name.
-        calibration: token ids, or None; of other data it cannot be told cheaply whether they are the same.
-        passes: the pipeline, as it is spelled.
+        source: the folder or file, or its id on a hub.
+        calibration: token ids, or None; whether other data are the same cannot be checked cheaply.
+        passes: the spelling of the pipeline.
     """
     if calibration is not None and not isinstance(calibration, torch.Tensor):
         return None

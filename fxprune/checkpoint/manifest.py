@@ -1,4 +1,4 @@
-"""The file beside the weights that says what they are: plan, report, versions, and the header of each weight file."""
+"""The manifest ``fxprune.json``: the dense model's name, versions, and digests of the files beside it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from fxprune.errors import CheckpointError
+from fxprune.errors import CheckpointError, PlanError
 from fxprune.pipeline.arguments import MANIFEST
 from fxprune.removal.plan import Plan
 from fxprune.report.report import Report, package_versions
@@ -20,30 +20,34 @@ __all__ = [
     "CARD",
     "MANIFEST",
     "PAGE",
+    "PLAN",
+    "REPORT",
     "Manifest",
-    "WeightFile",
     "check_files",
     "check_weights",
-    "has_own_card",
+    "foreign_files",
+    "has_user_card",
     "other_files",
     "read_manifest",
-    "strangers",
     "weight_files",
 ]
 
 CARD = "README.md"
 PAGE = "report.html"
-"""What a person reads, these two: loading does not mind if they were edited or taken away."""
+"""For people, like the card: both may be edited or deleted."""
+PLAN = "plan.json"
+REPORT = "report.json"
 _FORMAT = 2
-"""Counted up when an earlier release could no longer read the file, or would not see what it has to."""
+"""Counted up when an earlier release could no longer read the file, or would miss something that it must check."""
 _READABLE = (1, _FORMAT)
-"""Format 1 knew the files of weights alone."""
-_DECIDES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json", ".py")
-"""How names end of files that loaders look for by themselves, and take in place of others."""
-_DECIDING = ("adapter_config.json", "generation_config.json", "config.json")
+"""Format 1 listed the files of weights only."""
+_LOADED_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json", ".py")
+"""Endings of files that loaders look for by themselves, and prefer to others."""
+_LOADED_NAMES = ("adapter_config.json", "generation_config.json", "config.json")
 """Other names that they look for."""
 
-_AGAIN = "Copy the folder again, or save the model again"
+_COPY_AGAIN = "Copy the folder again, or save the model again"
+_SAVE_AGAIN = "Save the model again"
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,15 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is and where it comes from.
+    """Contents and origin of a checkpoint.
 
     Args:
         source: class, name and number of parameters of the dense model.
         stock: whether stock transformers loads it by its config alone.
         weights: the files of weights by name.
         files: SHA-256 of each other file that was written, by name.
-        plan: as :meth:`fxprune.Plan.to_json` writes it; None where it is not known.
-        report: as :meth:`fxprune.Report.to_dict` gives it; None where it is not known.
+        plan: the plan as plain data in manifests of earlier releases; now it is in ``plan.json``.
+        report: the report as plain data in manifests of earlier releases; now it is in ``report.json``.
         versions: of the packages that wrote it.
         format: of this file.
     """
@@ -87,27 +91,48 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the manifest as a JSON document."""
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None}, indent=1)
 
-    def read_plan(self) -> Plan | None:
-        """Return what was removed; None where it is not known.
-
-        Raises:
-            PlanError: what is written there is no plan.
-        """
-        return None if self.plan is None else Plan.from_json(json.dumps(self.plan))
-
-    def read_report(self) -> Report | None:
-        """Return what the prune said of itself; None where it is not known.
+    def read_plan(self, folder: Path) -> Plan | None:
+        """Read the plan of the checkpoint in a folder; None if it was saved without one.
 
         Raises:
-            ArgumentError: what is written there is no report.
+            CheckpointError: the file is missing or is no plan.
         """
-        return None if self.report is None else Report.from_dict(self.report)
+        text = self._text(folder, PLAN, self.plan)
+        try:
+            return None if text is None else Plan.from_json(text)
+        except PlanError as error:
+            raise CheckpointError(str(error), where=str(self._place(folder, PLAN)), remedy=_SAVE_AGAIN) from error
+
+    def read_report(self, folder: Path) -> Report | None:
+        """Read the report of the checkpoint in a folder; None if it was saved without one.
+
+        Raises:
+            CheckpointError: the file is missing or is no report.
+        """
+        text = self._text(folder, REPORT, self.report)
+        try:
+            return None if text is None else Report.from_dict(json.loads(text))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(str(error), where=str(self._place(folder, REPORT)), remedy=_SAVE_AGAIN) from error
+
+    def _place(self, folder: Path, name: str) -> Path:
+        return folder / (name if name in self.files else MANIFEST)
+
+    def _text(self, folder: Path, name: str, embedded: Mapping[str, Any] | None) -> str | None:
+        if embedded is not None:
+            return json.dumps(embedded)
+        if name not in self.files:  # a file of this name may be the user's
+            return None
+        try:
+            return (folder / name).read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise CheckpointError("this file is missing", where=str(folder / name), remedy=_COPY_AGAIN) from error
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of the checkpoint in a folder.
+    """Read the manifest of the checkpoint in a folder.
 
     Raises:
         CheckpointError: there is none, it cannot be read, or it is of another format.
@@ -133,11 +158,11 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"not a manifest: {error!r}", where=str(path), remedy="Save the model again") from error
+        raise CheckpointError(f"not a manifest: {error!r}", where=str(path), remedy=_SAVE_AGAIN) from error
 
 
 def _check_types(manifest: Any) -> None:
-    """Raise a ``TypeError`` where what was read is not what the class says."""
+    """Raise a ``TypeError`` if a field is not of the type that the class declares."""
     optional = (dict, type(None))
     fields: dict[str, Any] = {
         "source": dict,
@@ -159,7 +184,7 @@ def _check_types(manifest: Any) -> None:
 
 
 def weight_files(folder: Path) -> dict[str, WeightFile]:
-    """Return the weight files in a folder by name, looked at."""
+    """Size, digest and tensors of each weight file in a folder, by name."""
     return {
         path.name: WeightFile(path.stat().st_size, _digest(path), _header(path))
         for path in sorted(folder.glob("*.safetensors"))
@@ -167,43 +192,39 @@ def weight_files(folder: Path) -> dict[str, WeightFile]:
 
 
 def other_files(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file in a folder that is not one of weights nor the manifest."""
-    return {path.name: _digest(path) for path in sorted(folder.iterdir()) if _is_other(path)}
+    """SHA-256 of each file in a folder except weight files and the manifest, by name."""
+    found = (path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".safetensors")
+    return {path.name: _digest(path) for path in found if path.name != MANIFEST}
 
 
-def _is_other(path: Path) -> bool:
-    return path.is_file() and path.suffix != ".safetensors" and path.name != MANIFEST
+def foreign_files(folder: Path) -> list[Path]:
+    """Files and folders that a user put into a checkpoint and no loader looks for; none if that is not known."""
+    if not folder.is_dir():
+        return []
+    known: set[str] = set()
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        if not manifest.files:
+            return []
+        known = {MANIFEST, *manifest.weights, *manifest.files}
+    return sorted(path for path in folder.iterdir() if path.name not in known and not _is_loaded(path.name))
 
 
-def strangers(folder: Path) -> list[Path]:
-    """Return what someone put into a folder, and no loader takes; nothing where that is not known."""
-    if not (folder / MANIFEST).is_file():
-        return sorted(path for path in folder.iterdir() if not _is_taken(path.name)) if folder.is_dir() else []
-    manifest = read_manifest(folder)
-    known = _known(manifest)
-    others = (path for path in folder.iterdir() if path.name not in known and not _is_taken(path.name))
-    return sorted(others) if manifest.files else []
-
-
-def has_own_card(folder: Path) -> bool:
-    """Whether someone wrote the model card of a checkpoint, or edited ours."""
+def has_user_card(folder: Path) -> bool:
+    """Whether the model card of a checkpoint was written or edited by the user."""
     card = folder / CARD
     if not (folder / MANIFEST).is_file():
         return card.is_file()
     return card.is_file() and _digest(card) != read_manifest(folder).files.get(CARD)
 
 
-def _known(manifest: Manifest) -> set[str]:
-    return {MANIFEST, *manifest.weights, *manifest.files}
-
-
-def _is_taken(name: str) -> bool:
+def _is_loaded(name: str) -> bool:
     """Whether a loader looks for a file of that name by itself."""
-    return name.endswith(_DECIDES) or name in _DECIDING
+    return name.endswith(_LOADED_ENDINGS) or name in _LOADED_NAMES
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Check that the files beside the weights are those that were written, and none is there that a loader would take.
+    """Check that the files beside the weights are as they were written, and that there are no others a loader uses.
 
     Raises:
         CheckpointError: a file is missing, was changed, or does not belong; names it.
@@ -213,15 +234,15 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             continue
         path = folder / name
         if Path(name).name != name or not path.is_file():
-            raise CheckpointError("this file is missing", where=str(path), remedy=_AGAIN)
+            raise CheckpointError("this file is missing", where=str(path), remedy=_COPY_AGAIN)
         if _digest(path) != digest:
-            raise CheckpointError("it is not what was written", where=str(path), remedy=_AGAIN)
-    known = _known(manifest)
+            raise CheckpointError("its content was changed", where=str(path), remedy=_COPY_AGAIN)
+    known = {MANIFEST, *manifest.weights, *manifest.files}
     for path in sorted(folder.iterdir()):
-        # the first format did not say what else was written: there only weights can be told not to belong
-        taken = _is_taken(path.name) if manifest.files else path.suffix == ".safetensors"
-        if taken and path.name not in known:
-            raise CheckpointError("does not belong to this checkpoint", where=str(path), remedy="Take it away")
+        # format 1 did not list the other files: there only weight files are known not to belong
+        loaded = _is_loaded(path.name) if manifest.files else path.suffix == ".safetensors"
+        if loaded and path.name not in known:
+            raise CheckpointError("does not belong to this checkpoint", where=str(path), remedy="Remove it")
 
 
 def check_weights(folder: Path, weights: Mapping[str, WeightFile], *, digests: bool) -> None:
@@ -233,27 +254,24 @@ def check_weights(folder: Path, weights: Mapping[str, WeightFile], *, digests: b
         digests: compare every byte; else sizes, names and shapes.
 
     Raises:
-        CheckpointError: a file is missing, cut off or holds something else.
+        CheckpointError: a file is missing, truncated or holds something else.
     """
+    where = str(folder / MANIFEST)
     if not weights:
-        raise CheckpointError("names no file of weights", where=str(folder / MANIFEST), remedy="Save the model again")
+        raise CheckpointError("it lists no weight file", where=where, remedy=_SAVE_AGAIN)
     for name, expected in weights.items():
         path = folder / name
         if Path(name).name != name:
-            raise CheckpointError(
-                f"a weight file {name!r} outside the folder",
-                where=str(folder / MANIFEST),
-                remedy="Save the model again",
-            )
-        wrong = _wrong(path, expected, digests=digests)
-        if wrong:
-            raise CheckpointError(wrong, where=str(path), remedy=_AGAIN)
+            raise CheckpointError(f"a weight file {name!r} outside the folder", where=where, remedy=_SAVE_AGAIN)
+        error = _weight_error(path, expected, digests=digests)
+        if error:
+            raise CheckpointError(error, where=str(path), remedy=_COPY_AGAIN)
 
 
-def _wrong(path: Path, expected: WeightFile, *, digests: bool) -> str:
-    """Return what is wrong with a weight file, in words; empty where nothing is."""
+def _weight_error(path: Path, expected: WeightFile, *, digests: bool) -> str:
+    """Return how a weight file differs from its entry; empty if it does not."""
     if not path.is_file():
-        return "this file of weights is missing"
+        return "this weight file is missing"
     held = _header(path)
     for tensor in sorted(held.keys() ^ expected.tensors.keys()):
         return f"{tensor} is not in it" if tensor in expected.tensors else f"{tensor} does not belong in it"
@@ -267,12 +285,13 @@ def _wrong(path: Path, expected: WeightFile, *, digests: bool) -> str:
 
 
 def _header(path: Path) -> dict[str, list[int]]:
+    """Shapes of the tensors in a safetensors file, by name."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"cut off or not safetensors: {error}", where=str(path), remedy="Copy the folder again"
+            f"truncated or not safetensors: {error}", where=str(path), remedy="Copy the folder again"
         ) from error
 
 

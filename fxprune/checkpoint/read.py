@@ -1,4 +1,4 @@
-"""Reading checkpoints: verified against their manifest, loaded by transformers."""
+"""Loading of checkpoints: checked against their manifest, loaded by transformers."""
 
 from __future__ import annotations
 
@@ -8,45 +8,46 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fxprune.checkpoint.exchange import heal, identity, snapshot
+from fxprune.checkpoint.exchange import folder_identity, linked_copy, restore_replaced
 from fxprune.checkpoint.manifest import MANIFEST, Manifest, check_files, check_weights, read_manifest
-from fxprune.checkpoint.structure import parse_config, pruned_class, stock_config
-from fxprune.emit.snapshot import Shape, on_meta, shapes_of, slim_name
-from fxprune.errors import CheckpointError, PlanError
-from fxprune.graph.context import Refusal, attempt, clear_errors
+from fxprune.emit.snapshot import Shape, shapes_of, slim_name, without_storage
+from fxprune.emit.structure import parse_config, pruned_class, stock_config
+from fxprune.errors import CheckpointError
+from fxprune.graph.context import Refusal, attempt, wrap_errors
 from fxprune.modelling.layerwise import SECTION, overrides_in
 from fxprune.pipeline.arguments import as_path, flag, refuse
 from fxprune.removal.plan import Plan
 
-__all__ = ["LOADING", "build_empty", "from_pretrained", "require_whole"]
+__all__ = ["LOADING", "build_empty", "from_pretrained", "require_all_weights"]
 
 LOADING: Mapping[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-"""What ``from_pretrained`` of transformers is told, so that it gives what :func:`require_whole` looks at."""
+"""Options with which ``from_pretrained`` of transformers returns what :func:`require_all_weights` takes."""
 
 
-def require_whole(source: str | os.PathLike[str], found: Mapping[str, Any]) -> None:
-    """Refuse a model that transformers filled up.
+def require_all_weights(source: str | os.PathLike[str], info: Mapping[str, Any]) -> None:
+    """Refuse a model in which transformers initialised weights that the files lack.
 
     Args:
-        source: where it is from.
-        found: what transformers says of its loading.
+        source: the folder or file it was loaded from.
+        info: the loading info of transformers.
 
     Raises:
         CheckpointError: weights are missing, or of another shape than the config says.
     """
-    for what, key in (("missing", "missing_keys"), ("of another shape than its config says", "mismatched_keys")):
-        names = sorted(name if isinstance(name, str) else name[0] for name in found.get(key) or ())
+    for fault, key in (("missing", "missing_keys"), ("of another shape than its config says", "mismatched_keys")):
+        names = sorted(name if isinstance(name, str) else name[0] for name in info.get(key) or ())
         if names:
             others = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-            told = f"cannot be loaded: {names[0]}{others} {'are' if others else 'is'} {what}"
-            remedy = "Fetch it or save it again, with all its weights"
-            raise CheckpointError(told, where=os.fspath(source), remedy=remedy)
+            line = f"cannot be loaded: {names[0]}{others} {'are' if others else 'is'} {fault}"
+            remedy = "Download it or save it again, with all its weights"
+            raise CheckpointError(line, where=os.fspath(source), remedy=remedy)
 
 
-_TURNS = 20
-"""A turn is lost where another process takes the folder away within the moment in which its files are linked."""
+_ATTEMPTS = 20
+"""An attempt fails only if another process replaces the folder while its files are linked."""
 
 
 def from_pretrained(
@@ -56,15 +57,15 @@ def from_pretrained(
     model_class: type[PreTrainedModel] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """Return the slim model in a folder, an instance of the class that was pruned.
+    """Load the slim model in a folder, an instance of the class that was pruned.
 
     The model is built on ``meta`` and given the weights as they are read, by transformers' own loader: memory for one
     model and one file.
 
     Args:
         folder: what :func:`fxprune.save_pretrained` wrote, or the id of such a repository on the hub.
-        verify: compare every byte of the weights with what was written; else sizes, names and shapes alone.
-        model_class: the class, where it is not one of transformers' own.
+        verify: compare every byte of the weights with the manifest; else only sizes, names and shapes.
+        model_class: the class, if it is not one of transformers' own.
         options: options for ``from_pretrained`` of that class: ``dtype``, ``device_map``, ``attn_implementation``, ...
 
     Raises:
@@ -74,40 +75,33 @@ def from_pretrained(
     chosen: Any = model_class
     if chosen is not None and not (isinstance(chosen, type) and issubclass(chosen, PreTrainedModel)):
         raise refuse("model_class", model_class, "a class of models of transformers, or None", CheckpointError)
-    with clear_errors(name, "Check the options, and copy the folder again or save the model again", CheckpointError):
+    with wrap_errors(name, "Check the options, and copy the folder again or save the model again", CheckpointError):
         path = _local(name)
-        heal(path)
-        before = identity(path)
+        restore_replaced(path)
+        before = folder_identity(path)
         try:
-            model = _loaded(path, verify, model_class, options)
-        except Exception:  # files of two checkpoints, read as one, may fail anywhere
-            if identity(path) == before:
+            model = _load(path, verify, model_class, options)
+        except Exception:  # the files of two checkpoints, read as one, may fail anywhere
+            if folder_identity(path) == before:
                 raise
         else:
-            if identity(path) == before:
+            if folder_identity(path) == before:
                 return model
-        return _loaded_beside_writers(path, verify, model_class, options)
+        for _ in range(_ATTEMPTS):  # other processes replace the folder: load hard links to the files of one of theirs
+            try:
+                with linked_copy(path) as copy:
+                    model = _load(copy, verify, model_class, options)
+            except FileNotFoundError:
+                continue
+            vars(model.config)["_name_or_path"] = vars(model)["name_or_path"] = str(path)
+            return model
+        raise CheckpointError("other processes keep replacing it", where=str(path), remedy="Load it when they are done")
 
 
-def _loaded_beside_writers(
+def _load(
     path: Path, verify: bool, model_class: type[PreTrainedModel] | None, options: Mapping[str, Any]
 ) -> PreTrainedModel:
-    """Return the model in a folder that others replace meanwhile: one of theirs, whole."""
-    for _ in range(_TURNS):
-        try:
-            with snapshot(path) as copy:
-                model = _loaded(copy, verify, model_class, options)
-        except FileNotFoundError:
-            continue
-        vars(model.config)["_name_or_path"] = vars(model)["name_or_path"] = str(path)
-        return model
-    raise CheckpointError("others keep replacing it", where=str(path), remedy="Load it when they are done")
-
-
-def _loaded(
-    path: Path, verify: bool, model_class: type[PreTrainedModel] | None, options: Mapping[str, Any]
-) -> PreTrainedModel:
-    """Return the model in a folder that nobody replaces meanwhile."""
+    """Load the model in a folder that nobody replaces meanwhile."""
     manifest = read_manifest(path)
     check_weights(path, manifest.weights, digests=verify)
     check_files(path, manifest)
@@ -115,24 +109,24 @@ def _loaded(
     slim = pruned_class(stock, type(config))
     _check_plan(path, slim, manifest)
     read: Any = slim.from_pretrained
-    model, told = read(path, config=config, **LOADING, **options)
-    require_whole(path, told)
+    model, info = read(path, config=config, **LOADING, **options)
+    require_all_weights(path, info)
     return _as_stock(model, stock)
 
 
 def build_empty(folder: str | os.PathLike[str]) -> PreTrainedModel:
-    """Return the model of a folder that :func:`~fxprune.save_pretrained` wrote, on ``meta``; no weight is read.
+    """Build the model of a folder that :func:`~fxprune.save_pretrained` wrote on ``meta``, without its weights.
 
     Raises:
         CheckpointError: the config in the folder is not one that can be loaded.
     """
     stock, config = _classes(_local(folder), None)
-    with on_meta():
+    with without_storage():
         return _as_stock(pruned_class(stock, type(config))(config), stock)
 
 
 def _as_stock(model: PreTrainedModel, stock: type[PreTrainedModel]) -> PreTrainedModel:
-    """Make a loaded model what was emitted: of its stock class, with a plain config."""
+    """Turn a loaded model back into one of its stock class with a plain config."""
     model.__class__ = stock
     model.config.__class__ = stock_config(type(model.config))
     vars(model.config).pop("auto_map", None)
@@ -144,12 +138,11 @@ def _as_stock(model: PreTrainedModel, stock: type[PreTrainedModel]) -> PreTraine
 
 
 def _local(folder: str | os.PathLike[str]) -> Path:
+    """Path of a folder; one that looks like the id of a repository is downloaded."""
     path = Path(folder).expanduser()
     name = os.fspath(folder)
     if path.exists() or name.count("/") != 1 or name.startswith(("/", ".", "~")):
         return path
-    from huggingface_hub import snapshot_download
-
     found = attempt(snapshot_download, name)
     if isinstance(found, Refusal):
         raise CheckpointError(
@@ -186,36 +179,31 @@ def _check_plan(path: Path, slim: type[PreTrainedModel], manifest: Manifest) -> 
     Raises:
         CheckpointError: it is the plan of another model.
     """
-    where, remedy = str(path / MANIFEST), "Save the model again"
-    try:
-        plan = manifest.read_plan()
-    except PlanError as error:
-        raise CheckpointError(str(error), where=where, remedy=remedy) from error
-    if plan is None:
-        return
-    misfit = next(_misfits(plan, _built_shapes(path / "config.json", slim)), None)
-    if misfit is not None:
-        raise CheckpointError(f"the plan is of another model: {misfit}", where=where, remedy=remedy)
+    plan = manifest.read_plan(path)
+    error = None if plan is None else next(_plan_errors(plan, _built_shapes(path / "config.json", slim)), None)
+    if error is not None:
+        where, remedy = str(path / MANIFEST), "Save the model again"
+        raise CheckpointError(f"the plan is of another model: {error}", where=where, remedy=remedy)
 
 
-def _misfits(plan: Plan, shapes: Mapping[str, Shape]) -> Iterator[str]:
-    """Yield in words the axes of which a plan leaves another number of indices than a model has."""
+def _plan_errors(plan: Plan, shapes: Mapping[str, Shape]) -> Iterator[str]:
+    """Yield the axes of which a plan leaves another number of indices than a model has, in words."""
     for name, by_axis in plan.kept.items():
         new = slim_name(name, plan.removed_blocks)
         shape = None if new is None else shapes.get(new)
         if new is None or (shape is None and "." not in name):
-            continue  # gone as a whole, or a table that the graph reads and the model's code makes
+            continue  # removed as a whole, or a table that the graph reads and the model's code makes
         for axis, index in by_axis.items():
             if shape is None or axis >= len(shape) or shape[axis] != len(index):
                 yield f"it leaves {len(index)} of {name}[{axis}], the model has {shape}"
 
 
-_DAMAGE = (LookupError, TypeError, ValueError, AttributeError)
-"""What our own code raises over a config that someone has edited: the fault of the file."""
+_EDITED = (LookupError, TypeError, ValueError, AttributeError)
+"""What our own code raises over a config that someone has edited: the fault is in the file."""
 
 
 def _built_shapes(file: Path, slim: type[PreTrainedModel]) -> dict[str, Shape]:
-    """Return the shapes of the model that a config describes.
+    """Shapes of the model that a config describes.
 
     Raises:
         CheckpointError: none can be built from it.
@@ -226,8 +214,8 @@ def _built_shapes(file: Path, slim: type[PreTrainedModel]) -> dict[str, Shape]:
         config: Any = slim.config_class
         return slim(config.from_dict(data))
 
-    with on_meta():
-        model = attempt(build, refusals=_DAMAGE)
+    with without_storage():
+        model = attempt(build, refusals=_EDITED)
     if isinstance(model, Refusal):
         raise CheckpointError(
             f"no model can be built from it: {model}", where=str(file), remedy="Save the model again"

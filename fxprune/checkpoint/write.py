@@ -18,27 +18,29 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from fxprune.checkpoint.exchange import put_in_place, real_target, staged
+from fxprune.checkpoint.exchange import replace_folder, resolve_target, staging_folder
 from fxprune.checkpoint.manifest import (
     CARD,
     MANIFEST,
     PAGE,
+    PLAN,
+    REPORT,
     Manifest,
-    has_own_card,
+    foreign_files,
+    has_user_card,
     other_files,
-    strangers,
     weight_files,
 )
-from fxprune.checkpoint.structure import Structure, describe, pruned_class, stock_class, write_modelling
-from fxprune.emit.load import has_odd_experts
+from fxprune.checkpoint.modelling_file import write_modelling
+from fxprune.emit.load import has_unaligned_experts
+from fxprune.emit.structure import Structure, describe_structure, pruned_class, stock_class
 from fxprune.errors import CheckpointError
 from fxprune.graph.context import Refusal, attempt, quiet
 from fxprune.modelling import layerwise
-from fxprune.offload.files import written_through
-from fxprune.offload.ranks import first_alone
+from fxprune.offload.files import sync_writes
+from fxprune.offload.ranks import run_on_first
 from fxprune.pipeline.arguments import as_path, refuse, whole_number
 from fxprune.removal.plan import Plan
-from fxprune.report.page import headlines, kinds_of
 from fxprune.report.report import Report
 
 __all__ = ["check_place", "check_request", "model_card", "save_pretrained", "write_folder"]
@@ -46,21 +48,21 @@ __all__ = ["check_place", "check_request", "model_card", "save_pretrained", "wri
 _TEMPLATE = Path(__file__).with_name("card.md")
 
 _ON_A_HUB = re.compile(r"[\w.-]+/[\w.-]+")
-"""What the id of a model on a hub looks like."""
+"""Ids of models on a hub."""
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
-"""What holds of the slim model too, where the card of the dense one says it."""
+"""Entries of the dense model's card that hold for the slim model too."""
 
 
 def model_card(model: PreTrainedModel, work: Path, folder: Path, manifest: Manifest, report: Report | None) -> str:
-    """Return the text of the card.
+    """Return the text of the model card.
 
     Args:
         model: the slim model.
         work: where its files were written.
-        folder: what the reader will know the checkpoint by.
+        folder: the checkpoint as the reader will name it.
         manifest: of the checkpoint.
-        report: what was done; None where it is not known.
+        report: of the prune; None if it is not known.
     """
     source = str(getattr(model.config, "_name_or_path", "") or "")
     base = source if _ON_A_HUB.fullmatch(source) and not Path(source).exists() else None
@@ -77,30 +79,30 @@ def model_card(model: PreTrainedModel, work: Path, folder: Path, manifest: Manif
         stock=manifest.stock,
         auto_class=next((name for name in reversed(classes) if name != "AutoConfig"), None),
         serves=report is None or not report.removed_blocks,
-        plan=manifest.plan is not None,
+        plan=(work / PLAN).is_file(),
         versions=manifest.versions,
         report=report,
-        headlines=() if report is None else headlines(report),
-        kinds=() if report is None else tuple(kinds_of(report)),
+        headlines=() if report is None else report.headlines(),
+        kinds=() if report is None else tuple(report.kinds()),
     )
-    return re.sub(r"\n{3,}", "\n\n", str(card).rstrip()) + "\n"  # what was left out leaves its blank lines
+    return re.sub(r"\n{3,}", "\n\n", str(card).rstrip()) + "\n"  # sections that are left out leave blank lines
 
 
 def _from_dense(folder: Path) -> dict[str, Any]:
-    """Return what the card in the dense model's folder says of license and language; nothing where there is none."""
+    """License and language from the card in the dense model's folder; empty if there is none."""
     file = folder / "README.md"
     if not folder.name or not file.is_file():
         return {}
-    with quiet(logging.WARNING):  # one without a head is no card, and no reason to warn
+    with quiet(logging.WARNING):  # a file without metadata is no card, and no reason to warn
         card = attempt(ModelCard.load, file, ignore_metadata_errors=True)
     if isinstance(card, Refusal):
         return {}
-    said = card.data.to_dict()
-    return {name: said[name] for name in _KEPT if name in said}
+    data = card.data.to_dict()
+    return {name: data[name] for name in _KEPT if name in data}
 
 
 _SIZE = re.compile(r"\s*(?=[\d.]*[1-9])\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
-"""What transformers reads as a size."""
+"""Sizes as transformers reads them."""
 
 
 def save_pretrained(
@@ -118,20 +120,21 @@ def save_pretrained(
 
     Where several processes of torch call it, the first one writes and the others wait.
 
-    In it: safetensors, ``config.json``, the generation config, the tokenizer, ``fxprune.json``, a model card
-    ``README.md``, the report as a page ``report.html``, and, where stock classes do not build the model from its
-    config, a modelling file with which they do (``trust_remote_code=True``).
+    In it: safetensors, ``config.json``, the generation config, the tokenizer, ``fxprune.json`` with digests of all
+    files, ``plan.json``, ``report.json`` and the same as a page ``report.html``, a model card ``README.md``, and, where
+    stock classes do not build the model from its config, a modelling file with which they do
+    (``trust_remote_code=True``).
 
     Args:
         model: an emitted model, also after training; adapters merged.
-        folder: where to, or a link to it; replaced where it is empty or holds an earlier checkpoint of ours. Files that
-            someone else put into that one are kept, and so is a model card that was written or edited by hand.
+        folder: where to, or a link to it; replaced if it is empty or holds an earlier checkpoint of ours. Files that
+            you put into that one are kept, and so is a model card that you wrote or edited.
         tokenizer: saved with it.
-        plan: what was removed.
-        report: what that did.
+        plan: of the removal.
+        report: of the prune.
         max_shard_size: the largest file of weights, in bytes or as text such as ``"5GB"``.
         force: replace the model in a folder that holds something else, too; other files are kept.
-        also: is called with the new folder before it takes its place, to write more files into it.
+        also: called with the new folder before it takes its place, to write more files into it.
 
     Returns:
         How the model differs from what its stock class builds.
@@ -140,37 +143,52 @@ def save_pretrained(
         CheckpointError: the folder holds something else, or the model cannot be built from plain data.
     """
     check_request(folder, tokenizer, max_shard_size)
-    _check_parts(model, plan, report)
+    if not isinstance(model, PreTrainedModel):
+        raise refuse("model", model, "a Hugging Face model, as in result.model", CheckpointError)
+    meta = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
+    if meta is not None:
+        raise CheckpointError("is on meta and has no values", where=meta, remedy="Load the weights first")
+    if plan is not None and not isinstance(plan, Plan):
+        raise refuse("plan", plan, "a Plan, as in result.plan, or None", CheckpointError)
+    if report is not None and not isinstance(report, Report):
+        raise refuse("report", report, "a Report, as in result.report, or None", CheckpointError)
     check_place(folder, force=force)
-    structure = describe(model)
+    structure = describe_structure(model)
 
     def fill(work: Path) -> None:
         _fill(work, Path(folder), model, structure, tokenizer, plan, report, max_shard_size)
         if also is not None:
             also(work)
 
-    first_alone(lambda: write_folder(folder, fill, force=force), CheckpointError)
+    run_on_first(lambda: write_folder(folder, fill, force=force), CheckpointError)
     return structure
 
 
 def write_folder(folder: str | os.PathLike[str], fill: Callable[[Path], object], *, force: bool = False) -> None:
-    """Fill a new folder and put it in the place of ``folder``, in one step, with what someone else put there.
+    """Fill a new folder and put it in the place of ``folder`` in one step; files of the user are kept.
 
     Args:
         folder: where to.
-        fill: is called with the new folder.
+        fill: called with the new folder.
         force: whether ``folder`` may hold something else.
 
     Raises:
         CheckpointError: it holds something else, or nothing can be written there.
     """
     target = check_place(folder, force=force)
-    with _on_disk(folder), staged(target) as work:
-        with written_through(work):
+    with _wrap_disk_errors(folder), staging_folder(target) as work:
+        with sync_writes(work):
             fill(work)
-        _open_to_readers(work)
-        _keep_others(target, work)
-        put_in_place(work, target)
+        mask = os.umask(0)
+        os.umask(mask)
+        work.chmod(0o777 & ~mask)  # temporary folders and mapped files are made for their owner alone
+        for path in work.iterdir():
+            path.chmod(0o666 & ~mask)
+        for path in [*foreign_files(target), *([target / CARD] if has_user_card(target) else [])]:
+            copy = shutil.copytree if path.is_dir() else shutil.copy2
+            if not (work / path.name).exists():
+                copy(path, work / path.name)
+        replace_folder(work, target)
 
 
 def _fill(
@@ -183,31 +201,32 @@ def _fill(
     report: Report | None,
     max_shard_size: int | str,
 ) -> None:
-    """Write everything into an empty folder, which is to take the place of ``target``."""
+    """Write everything into an empty folder, which will take the place of ``target``."""
     _write_model(model, work, structure, max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(work)
-    manifest = Manifest(
-        source=_source(model, report),
-        stock=structure.is_stock,
-        weights=weight_files(work),
-        plan=None if plan is None else json.loads(plan.to_json()),
-        report=None if report is None else report.to_dict(),
-    )
+    if plan is not None:
+        (work / PLAN).write_text(plan.to_json(), encoding="utf-8")
     if report is not None:
+        (work / REPORT).write_text(report.to_json(), encoding="utf-8")
         (work / PAGE).write_text(report.to_html(), encoding="utf-8")
-    if not has_own_card(target):
+    name = getattr(model.config, "_name_or_path", "")
+    source = {"class": stock_class(model).__name__, "name": Path(name).name if os.path.isdir(name) else name}
+    if report is not None:
+        source["parameters"] = report.parameters[0]
+    manifest = Manifest(source, structure.is_stock, weight_files(work))
+    if not has_user_card(target):
         (work / CARD).write_text(model_card(model, work, target, manifest, report), encoding="utf-8")
     manifest = replace(manifest, files=other_files(work))
     (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
 @contextmanager
-def _on_disk(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what a disk refuses into an error that says where and why.
+def _wrap_disk_errors(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn errors of the disk into a ``CheckpointError``; the folder is unchanged.
 
     Raises:
-        CheckpointError: nothing can be written there; what was there is as it was.
+        CheckpointError: nothing can be written there.
     """
     try:
         yield
@@ -221,10 +240,10 @@ def _on_disk(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def check_request(folder: Any, tokenizer: Any, max_shard_size: Any) -> None:
-    """Refuse what :func:`save_pretrained` cannot work with, before anything is written.
+    """Check the arguments of :func:`save_pretrained` before anything is written.
 
     Raises:
-        CheckpointError: the folder is no path, the tokenizer cannot be saved, or the size of a shard is no size.
+        CheckpointError: the folder is not a path, the tokenizer cannot be saved, or the shard size is not a size.
     """
     as_path("folder", folder, error=CheckpointError)
     if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
@@ -237,7 +256,7 @@ def check_request(folder: Any, tokenizer: Any, max_shard_size: Any) -> None:
 
 
 def check_place(folder: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """Return where a checkpoint for a folder really goes.
+    """Resolve the folder of a checkpoint, and check that it may be written.
 
     Args:
         folder: as the caller names it.
@@ -246,44 +265,23 @@ def check_place(folder: str | os.PathLike[str], *, force: bool = False) -> Path:
     Raises:
         CheckpointError: the folder holds something else, or is a file.
     """
-    with _on_disk(folder):
-        target = real_target(folder)
-        _refuse_foreign(target, force=force)
+    with _wrap_disk_errors(folder):
+        target = resolve_target(folder)
+        if not force and target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+            remedy = "Choose a new folder, or empty this one"
+            raise CheckpointError("holds files that are not an fxprune checkpoint", where=str(target), remedy=remedy)
+        if target.exists() and not target.is_dir():
+            raise CheckpointError("is a file", where=str(target), remedy="Choose a new folder")
     return target
-
-
-def _check_parts(model: Any, plan: Any, report: Any) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise refuse("model", model, "a Hugging Face model, as in result.model", CheckpointError)
-    meta = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
-    if meta is not None:
-        raise CheckpointError("is on meta and has no values", where=meta, remedy="Load the weights first")
-    if plan is not None and not isinstance(plan, Plan):
-        raise refuse("plan", plan, "a Plan, as in result.plan, or None", CheckpointError)
-    if report is not None and not isinstance(report, Report):
-        raise refuse("report", report, "a Report, as in result.report, or None", CheckpointError)
-
-
-def _keep_others(target: Path, work: Path) -> None:
-    """Copy what someone put into the folder, beside what we wrote, or made of its model card, into the new one."""
-    for path in [*strangers(target), *([target / CARD] if has_own_card(target) else [])]:
-        copy = shutil.copytree if path.is_dir() else shutil.copy2
-        if not (work / path.name).exists():
-            copy(path, work / path.name)
-
-
-def _refuse_foreign(target: Path, *, force: bool) -> None:
-    if not force and target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
-        remedy = "Choose a new folder, or empty this one"
-        raise CheckpointError("holds files that are not an fxprune checkpoint", where=str(target), remedy=remedy)
-    if target.exists() and not target.is_dir():
-        raise CheckpointError("is a file", where=str(target), remedy="Choose a new folder")
 
 
 def _write_model(model: PreTrainedModel, work: Path, structure: Structure, max_shard_size: int | str) -> None:
     with _savable(model, structure):
         model.save_pretrained(work, max_shard_size=max_shard_size)
-    _note_experts(model, work / "config.json")
+    if has_unaligned_experts(model) and getattr(model.config, "_experts_implementation", None) == "eager":
+        file = work / "config.json"  # grouped kernels do not accept their widths
+        data = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({**data, "experts_implementation": "eager"}, indent=2) + "\n", encoding="utf-8")
     if structure.is_stock:
         return
     auto_map = write_modelling(model, work)
@@ -291,18 +289,15 @@ def _write_model(model: PreTrainedModel, work: Path, structure: Structure, max_s
     layerwise.amend_config(work, structure.overrides, structure.where, **more)
 
 
-def _note_experts(model: PreTrainedModel, file: Path) -> None:
-    """Write into the config how experts run, where grouped kernels do not take their widths."""
-    if has_odd_experts(model) and getattr(model.config, "_experts_implementation", None) == "eager":
-        data = json.loads(file.read_text(encoding="utf-8"))
-        file.write_text(json.dumps({**data, "experts_implementation": "eager"}, indent=2) + "\n", encoding="utf-8")
-
-
 @contextmanager
 def _savable(model: PreTrainedModel, structure: Structure) -> Iterator[None]:
-    """Let stock code save a model without validating its config, with the buffers that its class makes otherwise."""
+    """Make stock code save a model without validating its config, and the buffers that its class makes differently."""
     config: Any = model.config
-    own, kept = type(config), [_hold(model, name) for name in structure.overrides.buffers]
+    own, kept = type(config), list[tuple[nn.Module, str]]()
+    for name in structure.overrides.buffers:
+        path, _, leaf = name.rpartition(".")
+        kept.append((model.get_submodule(path), leaf))
+        kept[-1][0]._non_persistent_buffers_set.discard(leaf)
     section = vars(config).pop(layerwise.SECTION, None)
     if not structure.is_stock:
         config.__class__ = pruned_class(stock_class(model), own).config_class
@@ -314,25 +309,3 @@ def _savable(model: PreTrainedModel, structure: Structure) -> Iterator[None]:
             vars(config)[layerwise.SECTION] = section
         for owner, leaf in kept:
             owner._non_persistent_buffers_set.add(leaf)
-
-
-def _hold(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    owner._non_persistent_buffers_set.discard(leaf)
-    return owner, leaf
-
-
-def _source(model: PreTrainedModel, report: Report | None) -> dict[str, Any]:
-    name = getattr(model.config, "_name_or_path", "")
-    found = {"class": stock_class(model).__name__, "name": Path(name).name if os.path.isdir(name) else name}
-    return found if report is None else {**found, "parameters": report.parameters[0]}
-
-
-def _open_to_readers(folder: Path) -> None:
-    """Let those read a folder whom umask lets: temporary folders and mapped files are made for their owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~mask)

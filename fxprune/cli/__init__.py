@@ -1,4 +1,4 @@
-"""The command line: prune a model, look at what went, measure, train and time what came of it, write it as a file."""
+"""The command line: prune a model, look at what went, measure, train and time the slim one, write it as a file."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def __getattr__(name: str) -> Any:
 def main() -> None:
     """Run a command; under ``torchrun`` in several processes that share the samples."""
     interrupts.install()
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # one line says what is wrong, and not each try
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # one line reports the error, not each attempt
     from fxprune.cli import app
 
     try:
         if "WORLD_SIZE" not in os.environ:
             app()
             return
-        from fxprune.offload.ranks import started
+        from fxprune.offload.ranks import process_group
 
-        with started():
+        with process_group():
             app()
     finally:
-        interrupts.over()
+        interrupts.finish()

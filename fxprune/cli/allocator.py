@@ -1,4 +1,4 @@
-"""What becomes of memory that a process frees, where its allocator can be told (that of GNU's C library)."""
+"""The memory allocator of the process."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import ctypes
 __all__ = ["keep_freed"]
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-"""Options of mallopt, by their numbers in malloc.h."""
+"""Options of ``mallopt``, from malloc.h."""
 
 
 def keep_freed() -> bool:
-    """Keep what is freed for what comes next, and return whether the allocator does; another does as it did.
+    """Disable trimming in glibc's malloc; False on other allocators.
 
-    Else each tensor of more than 32 MB, such as what a model says at some hundred tokens, is a mapping of its own that
-    the system fills with zeros page by page: up to a quarter of the time of a step of training on a CPU. It is for a
-    process whose memory is not short, and that does little else.
+    By default each tensor above 32 MB, such as the logits of some hundred tokens, is a mapping of its own, which the
+    system fills with zeros page by page: up to a quarter of the time of a training step on a CPU. Only for a process
+    that has memory to spare and does little else.
     """
     try:
-        tell = ctypes.CDLL(None).mallopt
+        mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return bool(tell(_MMAP_MAX, 0) and tell(_TRIM_THRESHOLD, -1))  # no mappings, and a heap that never shrinks
+    return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))  # no mappings, and a heap that never shrinks

@@ -1,14 +1,13 @@
-"""The command that removes from a model what an earlier prune decided."""
+"""The command that carries out the plan of an earlier prune."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import fxprune
 from fxprune.cli import options as flags
-from fxprune.cli.checks import check_dtype_and_device, check_pass, check_printing, check_quantization, check_word
 from fxprune.cli.console import (
+    Command,
     Device,
     Dtype,
     Folder,
@@ -18,36 +17,28 @@ from fxprune.cli.console import (
     Quiet,
     Verbose,
     app,
-    clear_errors,
     progress,
-    set_output,
     working,
 )
-from fxprune.cli.load import is_gguf, load_either
-from fxprune.cli.naming import check_model
-from fxprune.cli.numbers import check_samples
-from fxprune.cli.place import check_output, is_file
+from fxprune.cli.models import check_model, is_gguf, load, load_words
+from fxprune.cli.output import check_output, check_quantization, gguf_options, print_result, write_result
 from fxprune.cli.plan import Source, read_plan
-from fxprune.cli.preparation import samples_of
-from fxprune.cli.prune import tell, write, write_file
-from fxprune.data.text import calibration_text
+from fxprune.cli.preparation import CalibrationText
 from fxprune.errors import ArgumentError
+from fxprune.recipes.options import ApplyOptions
 
 __all__ = ["apply"]
 
 
-@app.command()
+@app.command(cls=Command)
+@flags.library_options(ApplyOptions)
 def apply(
     model: Folder,
     plan: Source,
     out: flags.Out = None,
-    compensate: flags.Compensate = None,
-    tune: flags.Tune = None,
-    norm: flags.Norm = None,
     calibration: flags.Calibration = None,
     samples: flags.Samples = None,
     tokens: flags.Tokens = None,
-    in_place: flags.InPlace = False,
     gguf_file: Gguf = None,
     quantization: flags.Quantization = None,
     dtype: Dtype = None,
@@ -56,60 +47,31 @@ def apply(
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
-    """Remove from MODEL what PLAN says, made for it or for a sibling of its shape; write what `prune` writes."""
-    values = dict(locals())
-    with clear_errors():
-        set_output(quiet=quiet, verbose=verbose, as_json=as_json)
-        _check(values)
-        _run(values, read_plan(plan).plan)
+    """Remove from MODEL what PLAN, made for it or for a sibling of its shape, removes; writes what `prune` writes."""
+    from fxprune.offload.prefetch import as_device
 
-
-def _check(values: Mapping[str, Any]) -> None:
-    """Refuse what cannot work, before anything is read.
-
-    Raises:
-        FxpruneError: says which option, what is wrong with it, and what would do.
-    """
-    if values["out"] is None:
-        raise ArgumentError("there is no place to write to", where="out", remedy="Give --out")
-    check_printing(quiet=values["quiet"], verbose=values["verbose"])
-    check_samples(values)
-    check_word("norm", values["norm"])
-    check_dtype_and_device(values["dtype"], values["device"])
-    for stage in ("compensate", "tune"):
-        check_pass(stage, values[stage], optional=True)
-    check_model(values["model"], values["gguf_file"], with_weights=True)
-    check_quantization(values["quantization"], values["out"])
-    check_output(values["out"], values["model"], force=values["force"])
-    if values["calibration"] is not None:
-        calibration_text(values["calibration"])
-
-
-def _run(values: Mapping[str, Any], plan: fxprune.Plan) -> None:
-    """Load, apply and write.
-
-    Args:
-        values: of the options of the command.
-        plan: what goes.
-    """
-    model, out, gguf_file = values["model"], values["out"], values["gguf_file"]
+    if out is None:
+        raise ArgumentError("there is no place to write to", where="--out", remedy="Give --out")
+    text = CalibrationText(calibration, samples, tokens)
+    text.check()
+    check_model(model, gguf_file, with_weights=True)
+    check_quantization(quantization, out)
+    check_output(out, model, force=force)
+    as_device(device)
     to_gguf = out.suffix == ".gguf"
-    needed = any(values[name] for name in ("compensate", "tune", "calibration")) or (to_gguf and not is_gguf(model))
-    loading = {"dtype": values["dtype"], "device": values["device"]}
-    dense, tokenizer = load_either(model, gguf_file, with_tokenizer=needed, **loading)
+    if to_gguf:
+        options.setdefault("norm", "sliced")  # a GGUF file has one epsilon for all norms
+    fxprune.prune_pipeline((), **options)  # refuses wrong options before any work
+    removal = read_plan(plan).plan
+    needs_data = any(options.get(name, "none") != "none" for name in ("compensate", "tune"))
+    needed = needs_data or calibration is not None or (to_gguf and not is_gguf(model))
+    tokenizer = load_words(model, gguf_file, needed=needed)
+    data = text.read(tokenizer)
+    dense = load(model, gguf_file, dtype=dtype, device=device)
     with working("pruning"):
-        result = fxprune.apply(
-            dense,
-            plan,
-            samples_of(values, tokenizer, values["samples"]),
-            compensate=values["compensate"],
-            tune=values["tune"],
-            norm=values["norm"] or ("sliced" if to_gguf else None),  # it has one epsilon for all norms
-            tokenizer=tokenizer,
-            inplace=values["in_place"],
-            track=progress,
-        )
-    made = write_file if is_file(out) else write
-    how = {"like": model, "quantization": values["quantization"], "force": values["force"]}
-    tell(result, out, made(result, tokenizer, out, **how), as_json=values["as_json"])
+        result = fxprune.apply(dense, removal, data, tokenizer=tokenizer, track=progress, **options)
+    export = gguf_options(model, tokenizer, quantization) if to_gguf else {}
+    loading = write_result(result, out, tokenizer, export, run=None, force=force)
+    print_result(result, out, loading, as_json=as_json)

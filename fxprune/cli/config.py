@@ -1,4 +1,4 @@
-"""Runs as files: `run.yaml` holds the arguments of a prune, and is read in place of flags."""
+"""Runs as files: `run.yaml` holds the arguments of a prune, and is read in place of options."""
 
 from __future__ import annotations
 
@@ -8,73 +8,73 @@ from typing import Any
 
 import typer
 
-from fxprune.cli.console import clear_errors
-from fxprune.cli.wording import option
+from fxprune.cli.console import is_given
 from fxprune.errors import FxpruneError, UnknownNameError
 
-__all__ = ["read_config", "run_file", "spelled_run"]
+__all__ = ["format_run", "parse_number", "read_config", "run_file"]
 
 _REMEDY = "Give a YAML file with an argument on each line, as in 'ratio: 0.2'"
 
-_ITSELF = "config"
-"""The argument that names the file, which no file says."""
-
 _UNWRITTEN = ("config", "dry_run", "force", "quiet", "verbose", "as_json")
-"""Arguments that say how a run is looked at, and not what it does."""
+"""Arguments that do not change the result."""
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Let arguments that are not given on the command line be those of a file.
+    """Take arguments that are not on the command line from a file.
 
     Raises:
-        Exit: there is no such file, or it says something that no argument stands for.
+        FxpruneError: there is no such file, or an entry that is no argument.
     """
     if path is not None:
-        with clear_errors():
-            known = {_key(parameter): parameter for parameter in context.command.params if parameter.name != _ITSELF}
-            context.default_map = {
-                known[key].name: _as_typed(path, key, value, flag=getattr(known[key], "is_flag", False))
-                for key, value in _said(path, known).items()
-                if value is not None
-            }
+        known = {_key(parameter): parameter for parameter in context.command.params if parameter.name != "config"}
+        context.default_map = {
+            str(known[key].name): _as_text(path, key, value, flag=getattr(known[key], "is_flag", False))
+            for key, value in _entries(path, known).items()
+            if value is not None
+        }
     return path
 
 
 def run_file(out: Path, *, is_file: bool) -> Path:
-    """Return where the arguments of a run are written: in its folder, or beside its file."""
+    """Where the arguments of a run are written: in its folder, or beside its file."""
     return out.with_suffix(".run.yaml") if is_file else out / "run.yaml"
 
 
-def spelled_run(arguments: Mapping[str, Any]) -> str:
-    """Return a run as YAML: each argument that was given, by the name of its option."""
+def format_run(context: Any) -> str:
+    """The run of a command as YAML: each argument that was given, by the name of its option."""
     import yaml
 
-    plain = {
-        option(name)[2:]: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-        for name, value in arguments.items()
-        if name not in _UNWRITTEN and value is not None and value is not False
+    given = {
+        _key(parameter): _plain(context.params[parameter.name])
+        for parameter in context.command.params
+        if parameter.name not in _UNWRITTEN and is_given(context, parameter.name)
     }
     head = "# Repeats the run: fxprune prune --config run.yaml, from the folder in which it was started.\n"
-    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
     return head + text
 
 
-def _said(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of a file, each of which is an argument."""
-    found, keys = _read(path)
-    if not isinstance(found, dict):
-        what = "it is empty" if found is None else f"it holds a {type(found).__name__}"
-        raise FxpruneError(what, where=str(path), remedy=_REMEDY)
-    for key in keys:
-        if key not in known:
-            raise UnknownNameError(f"entry of {path.name}", key, known)
-        if keys.count(key) > 1:
-            raise FxpruneError(f"it says {key} {keys.count(key)} times", where=str(path), remedy="Leave one of them")
-    return {_dashed(key): value for key, value in found.items()}
+def _plain(value: Any) -> Any:
+    """A value as YAML writes it; a number that was given as text is a number."""
+    if isinstance(value, tuple):
+        return list(map(_plain, value))
+    if isinstance(value, Path):
+        return str(value)
+    return parse_number(value) if isinstance(value, str) else value
 
 
-def _read(path: Path) -> tuple[Any, list[str]]:
-    """Return what a file holds, and the keys of its entries as they come: YAML keeps the last of two alike."""
+def parse_number(text: str) -> int | float | str:
+    """The number that a text spells; the text itself if it spells none."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _entries(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a file, each of which is an argument."""
     import yaml
 
     if not path.is_file():
@@ -83,30 +83,40 @@ def _read(path: Path) -> tuple[Any, list[str]]:
     text = path.read_bytes()
     try:
         found, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
         raise FxpruneError(f"it is not YAML: {error}", where=str(path), remedy=_REMEDY) from error
-    entries = node.value if isinstance(node, yaml.MappingNode) else ()
-    return found, [_dashed(key.value) for key, _ in entries]
+    if not isinstance(found, dict):
+        what = "it is empty" if found is None else f"it holds a {type(found).__name__}"
+        raise FxpruneError(what, where=str(path), remedy=_REMEDY)
+    keys = [_dashed(key.value) for key, _ in node.value]  # of two entries with one key, safe_load keeps the last
+    for key in keys:
+        if key not in known:
+            raise UnknownNameError(f"entry of {path.name}", key, known)
+        if keys.count(key) > 1:
+            raise FxpruneError(f"{key} is there {keys.count(key)} times", where=str(path), remedy="Leave one of them")
+    return {_dashed(key): value for key, value in found.items()}
 
 
 def _dashed(key: Any) -> str:
-    """Return a key as an option is spelled; both ways are read."""
+    """A key as an option is spelled; underscores are read as well."""
     return str(key).replace("_", "-")
 
 
 def _key(parameter: Any) -> str:
-    """Return what an argument is called in a file: as its option is, without the dashes in front."""
+    """The name of an argument in a file: its option without the dashes in front."""
     longest = max(parameter.opts, key=len)
     return str(longest.lstrip("-").replace("_", "-")).lower()
 
 
-def _as_typed(path: Path, key: str, value: Any, *, flag: bool) -> Any:
-    """Return a value as it would stand on a command line."""
+def _as_text(path: Path, key: str, value: Any, *, flag: bool) -> Any:
+    """A value as it would stand on a command line."""
     if isinstance(value, bool) and flag:
         return value
     if isinstance(value, bool):
-        said, remedy = str(value).lower(), "Put words that YAML takes for it, as yes, no, on and off, into quotes"
-        raise FxpruneError(f"{key} is {said}", where=str(path), remedy=remedy)
+        remedy = "Put words that YAML takes for it, as yes, no, on and off, into quotes"
+        raise FxpruneError(f"{key} is {str(value).lower()}", where=str(path), remedy=remedy)
+    if isinstance(value, dict) and value:
+        return ",".join(f"{kind}={number}" for kind, number in value.items())
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return ",".join(value)
     if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):

@@ -1,4 +1,4 @@
-"""The command line application: where it prints to, options that commands share, progress, and how errors end."""
+"""The command line application: its two outputs, options that commands share, progress, and how errors end."""
 
 from __future__ import annotations
 
@@ -6,38 +6,43 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from fxprune.cli.naming import check_exists
-from fxprune.cli.wording import in_options
-from fxprune.errors import FxpruneError
+from fxprune.cli.interrupts import exit_on_signal
+from fxprune.errors import ArgumentError, FxpruneError
+from fxprune.recipes.options import MACHINE, OUTPUT
 
 __all__ = [
+    "Command",
     "Device",
     "Dtype",
     "Folder",
     "Force",
     "Gguf",
     "Json",
+    "MeasuringCommand",
     "Quiet",
     "QuietButResult",
     "Verbose",
     "app",
-    "clear_errors",
     "console",
     "errors",
+    "is_given",
     "notes",
+    "option_name",
     "print_json",
+    "print_lines",
     "progress",
     "set_output",
     "widened",
@@ -47,43 +52,118 @@ __all__ = [
 _LONGEST_ERROR = 600
 
 _FIRST_LINE, _NEXT_LINE = 2.0, 10.0
-"""Seconds until a piped output is told how far something is, and between two such lines."""
+"""Seconds until progress is printed to a pipe, and between two such lines."""
 
 _WIDTH_OF_FILES = 200
-"""Characters of a line of a table that goes to a file or a pipe: names stay whole, to be searched and copied."""
+"""Width of tables in a file or a pipe: names stay whole, to be searched and copied."""
 
 console = Console(soft_wrap=True)
-"""Where results go."""
+"""Results."""
 
 errors = Console(stderr=True, soft_wrap=True)
-"""Where it is said why a command stopped."""
+"""Why a command stopped."""
 
 notes = Console(stderr=True, soft_wrap=True)
-"""Where progress and remarks go; ``--quiet`` silences it."""
+"""Progress and remarks, which ``--quiet`` silences."""
 
-Gguf = Annotated[str | None, typer.Option(help="GGUF file inside the folder.")]
-Force = Annotated[bool, typer.Option("--force", help="Write where something else is; other files are kept.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")]
+Folder = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub id, GGUF file, or 'demo'.")]
+Gguf = Annotated[str | None, typer.Option(help="GGUF file inside the folder.", rich_help_panel=MACHINE)]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Write over what is there; other files in a folder stay.", rich_help_panel=OUTPUT),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.", rich_help_panel=OUTPUT)]
 QuietButResult = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print the result and errors alone: no progress and no remarks.")
+    bool, typer.Option("--quiet", "-q", help="Print only the result and errors.", rich_help_panel=OUTPUT)
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print each pass with its time as it runs.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print each pass with its time as it runs.", rich_help_panel=OUTPUT)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.", rich_help_panel=OUTPUT)]
 Dtype = Annotated[
-    str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16; else that of the files.")
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="Dtype of the weights (default: that of the files).", rich_help_panel=MACHINE),
 ]
-Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps; cpu by default.")]
-
+Device = Annotated[
+    str | None,
+    typer.Option(help="Device to compute on: cpu (the default), cuda, cuda:1, mps.", rich_help_panel=MACHINE),
+]
 
 _ORDER = ("prune", "apply", "eval", "recover", "generate", "bench", "export", "graph", "explain", "plan", "recipes")
 """Commands in the order in which they are of use; others come last."""
 
+_SPELLED = {"inplace": "--in-place", "offload": "--low-memory"}
+"""Arguments whose option has another name."""
+
+
+def option_name(name: str) -> str:
+    """The option of an argument: ``--group-ratio`` for ``group_ratio``."""
+    return _SPELLED.get(name, f"--{name.replace('_', '-')}")
+
+
+def is_given(context: Any, name: str) -> bool:
+    """Whether a parameter has a value from the command line or a ``run.yaml``."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+class Command(TyperCommand):
+    """A command whose errors end in one line and exit code 2.
+
+    What is the user's to mend is an :class:`~fxprune.errors.FxpruneError` or an ``OSError``; anything else is a defect,
+    and ends in a traceback.
+    """
+
+    is_measurement = False
+    """Whether results are all that the command is for, so that ``--quiet`` still prints them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Set the output, import the package, and run the command."""
+        options = ctx.params
+        quiet, verbose = bool(options.get("quiet")), bool(options.get("verbose"))
+        set_output(quiet=quiet, verbose=verbose, as_json=bool(options.get("as_json")), with_results=self.is_measurement)
+        try:
+            if quiet and verbose:
+                raise ArgumentError(
+                    "cannot be given with --verbose", where="--quiet", remedy="Leave one of the two out"
+                )
+            _import_package()
+            return super().invoke(ctx)
+        except FxpruneError as error:
+            raise typer.Exit(_report(error.render(_spelling(ctx, error)))) from error
+        except OSError as error:
+            raise typer.Exit(_report(_describe(error))) from error
+
+
+class MeasuringCommand(Command):
+    """A command that is asked for a result."""
+
+    is_measurement = True
+
+
+def _import_package() -> None:
+    """Import what commands work with; in one place, where a signal stops the process at once."""
+    if "fxprune.api" not in sys.modules:
+        with exit_on_signal(), working("starting"):
+            import fxprune.api  # noqa: F401
+
+
+def _spelling(context: Any, error: FxpruneError) -> Callable[[str], str]:
+    """How a message spells arguments: options of the command as such, but not arguments of a pass of the same name."""
+    known = {parameter.name for parameter in context.command.params if parameter.param_type_name == "option"}
+
+    def spell(name: str) -> str:
+        is_option = name in known and (name != error.argument or is_given(context, name))
+        return option_name(name) if is_option or name == "offload" else name
+
+    return spell
+
 
 class _Commands(TyperGroup):
-    """Commands whose wrong uses end in one line."""
+    """Commands in the order of use; wrong usage ends in one line."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names of the commands in the order of use."""
+        """The names of the commands."""
         found = super().list_commands(ctx)
         return sorted(found, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
 
@@ -103,14 +183,18 @@ class _Commands(TyperGroup):
         try:
             code = run()
         except typer.TyperException as error:
-            code = _refuse(error.format_message())
+            code = _report(error.format_message())
+        except FxpruneError as error:  # of a run.yaml, which is read with the arguments
+            code = _report(str(error))
+        except OSError as error:
+            code = _report(_describe(error))
         raise SystemExit(code if isinstance(code, int) else 0)
 
 
 app = typer.Typer(add_completion=False, cls=_Commands)
 
 
-def _tell_version(asked: bool) -> None:
+def _print_version(asked: bool) -> None:
     if asked:
         from fxprune import __version__
 
@@ -122,7 +206,7 @@ def _tell_version(asked: bool) -> None:
 def options(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Structural pruning of language models."""
@@ -131,54 +215,31 @@ def options(
         console.print(context.get_help(), end="")
 
 
-@contextlib.contextmanager
-def clear_errors() -> Iterator[None]:
-    """End what is the user's to mend in one line and exit code 2."""
-    try:
-        yield
-    except FxpruneError as error:
-        raise typer.Exit(_refuse(in_options(str(error), error.where, _option_names()))) from error
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        raise typer.Exit(_refuse(f"{place}{error.strerror or error}")) from error
+def _describe(error: OSError) -> str:
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}"
 
 
-def _option_names() -> set[str]:
-    """The names of the options of all commands, as functions have them; what is given by its place is none."""
-    commands = typer.main.get_group(app).commands.values()
-    told = (parameter for command in commands for parameter in command.params)
-    return {one.name for one in told if one.name and one.param_type_name == "option"}
-
-
-def _refuse(text: str) -> int:
-    """Say in one line what is wrong, and return the exit code."""
+def _report(text: str) -> int:
+    """Print an error in one line, and return the exit code."""
     line = textwrap.shorten(text, _LONGEST_ERROR, placeholder=" ...")
     errors.print(f"[red]error: {escape(line)}[/red]", highlight=False)
     return 2
 
 
-def _exists(model: str) -> str:
-    with clear_errors():
-        check_exists(model)
-    return model
-
-
-Folder = Annotated[
-    str, typer.Argument(metavar="MODEL", callback=_exists, help="Model folder, id on a hub, GGUF file, or 'demo'.")
-]
-
-
-def set_output(*, quiet: bool = False, verbose: bool = False, as_json: bool = False, results: bool = False) -> None:
+def set_output(
+    *, quiet: bool = False, verbose: bool = False, as_json: bool = False, with_results: bool = False
+) -> None:
     """Choose what is printed; errors always are.
 
     Args:
-        quiet: no progress, and no results but with ``results``.
+        quiet: no progress, and no results unless ``with_results``.
         verbose: each pass with its time.
-        as_json: no results but what :func:`print_json` prints.
-        results: whether results are all that a command is for, so that ``quiet`` leaves them.
+        as_json: no results except those of :func:`print_json`.
+        with_results: whether ``quiet`` leaves results.
     """
     widened(console)
-    console.quiet = as_json or (quiet and not results)
+    console.quiet = as_json or (quiet and not with_results)
     notes.quiet = quiet
     logger = logging.getLogger("fxprune")
     logger.handlers = [_Lines()] if verbose else []
@@ -186,11 +247,7 @@ def set_output(*, quiet: bool = False, verbose: bool = False, as_json: bool = Fa
 
 
 def widened(console: Console) -> Console:
-    """Return a console whose tables are wide enough for whole names where they go to a pipe or a file.
-
-    Args:
-        console: given another width if it is no terminal and the environment says none.
-    """
+    """Make a console wide enough for whole names if it is no terminal and the environment sets no width."""
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _WIDTH_OF_FILES
     return console
@@ -201,8 +258,14 @@ def print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2))
 
 
+def print_lines(lines: Iterable[str]) -> None:
+    """Print results as they are, without markup or colours."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
 class _Lines(logging.Handler):
-    """Prints what the package logs."""
+    """Prints the log of the package."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record in one line."""
@@ -211,8 +274,8 @@ class _Lines(logging.Handler):
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """Show that something is being done of which nobody knows how long it takes."""
-    if not _is_told():
+    """Show that something is under way that takes an unknown time."""
+    if not _shows_progress():
         yield
     elif notes.is_terminal:
         with notes.status(what):
@@ -223,8 +286,8 @@ def working(what: str) -> Iterator[None]:
 
 
 def progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-    """Show how far something is and how long it takes; of several processes the first one does."""
-    if not _is_told():
+    """Yield items and show how many are done and how long the rest takes."""
+    if not _shows_progress():
         return items
     if notes.is_terminal:
         return track(items, what, total, console=notes, transient=True)
@@ -232,7 +295,7 @@ def progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
 
 
 def _with_lines(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-    """Yield items and print a line now and then, for an output that is no terminal."""
+    """Yield items and print a line now and then."""
     start = time.monotonic()
     due = start + _FIRST_LINE
     for done, item in enumerate(items):
@@ -244,6 +307,6 @@ def _with_lines(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
         yield item
 
 
-def _is_told() -> bool:
-    """Whether progress is shown: of several processes of ``torchrun`` by the first, which is told without torch."""
+def _shows_progress() -> bool:
+    """Whether this process shows progress: of several processes of ``torchrun`` the first does."""
     return not notes.quiet and os.environ.get("RANK", "0") == "0"

@@ -29,12 +29,12 @@ __all__ = [
 ]
 
 DEMO = "demo"
-"""What a user calls it."""
+"""Its name on the command line."""
 
 
 def demo_name() -> str:
-    """Return what its makers call the demo model."""
-    return _said()["name"]
+    """The name that its makers gave the demo model."""
+    return _entry()["name"]
 
 
 def demo_checkpoint() -> Path:
@@ -44,7 +44,7 @@ def demo_checkpoint() -> Path:
         FxpruneError: the package that carries the model is not installed.
     """
     gguf = demo_gguf()
-    target = cache_folder() / f"{gguf.stem}-{version(_said()['package'])}"
+    target = cache_folder() / f"{gguf.stem}-{version(_entry()['package'])}"
     if not target.is_dir():
         _write_checkpoint(gguf, target)
     return target
@@ -56,7 +56,7 @@ def demo_gguf() -> Path:
     Raises:
         FxpruneError: the package is not installed, or holds no such file.
     """
-    package, install = _said()["package"], _said()["install"]
+    package, install = _entry()["package"], _entry()["install"]
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise FxpruneError("its package is not installed", where="the demo model", remedy=f"Install it: {install}")
@@ -97,7 +97,7 @@ def clear_quantization_marks(model: Any) -> None:
 
 
 @cache
-def _said() -> dict[str, str]:
+def _entry() -> dict[str, str]:
     return dict(json.loads(files("fxprune.cli").joinpath("demo.json").read_text(encoding="utf-8")))
 
 

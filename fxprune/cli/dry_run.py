@@ -1,46 +1,38 @@
-"""What a prune would do, found out on `meta`, before any weight is read."""
+"""What a prune would do, found out on `meta` before any weight is read."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
 
-from fxprune.cli.console import console, print_json, working
-from fxprune.cli.costs import runs_of, there_are
-from fxprune.cli.interrupts import at_once
-from fxprune.cli.load import load_empty
-from fxprune.cli.memory import ModelWeights, memory_of, sizes_of
-from fxprune.cli.preparation import TOKENS, Prepared, most_samples, prepare, reader_of
+import fxprune
+from fxprune.cli.console import console, print_json, print_lines, working
+from fxprune.cli.models import locate_model
+from fxprune.cli.preparation import TOKENS, CalibrationText, Prepared
 from fxprune.errors import RatioError
 
-__all__ = ["Estimate", "expect", "tell_expected"]
+__all__ = ["Activations", "Estimate", "costs_of", "estimate", "peak_memory", "print_estimate", "sizes_of"]
 
 _ALL = 0.999
-"""A ratio that no model reaches: the refusal says which one it does."""
+"""A ratio that no model reaches: the refusal names the largest that it does."""
 
 _PRODUCTS = 12
-"""Of which the quickest says how fast a machine is; others may have had to wait for what else runs on it."""
+"""Matrix products of which the quickest gives the speed of the machine; others may have waited for other work."""
+
+_BASE = 0.5e9
+"""Bytes that Python, torch and transformers take."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a prune would do.
-
-    Args:
-        parameters: before and after.
-        widths: of each group that shrinks, the units before and after.
-        groups: of each kind, how many there are.
-        frozen: how many axes of parameters have to stay as they are.
-        reachable: the largest ratio that can be reached; None where it is not known.
-        memory: bytes at the peak, about.
-        seconds: the work would take on this machine, roughly; 0 where there is next to none.
-    """
+    """What a prune would do: parameters and widths before and after, groups by kind, bytes at the peak, seconds."""
 
     parameters: tuple[int, int]
     widths: dict[str, tuple[int, int]]
@@ -51,111 +43,206 @@ class Estimate:
     seconds: float
 
 
-def tell_expected(values: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Print what a prune would do.
+@dataclass(frozen=True)
+class Activations:
+    """Elements that a model computes, per token.
 
     Args:
-        values: of the options of the command.
-        options: of a prune.
+        total: all of them, kept for a backward run.
+        alive: largest number at once, without the outputs.
+        outputs: of the model.
+        size: bytes of an element.
     """
-    with working("looking at the model without its weights"):
-        found = expect(values, options)
-    if values["as_json"]:
+
+    total: float
+    alive: float
+    outputs: float
+    size: float = 4.0
+
+
+def costs_of(passes: Sequence[Any], samples: int, *, on_disk: bool = False) -> list[tuple[Any, Any]]:
+    """Passes with their costs: training takes the samples that an earlier pass recorded, others those there are.
+
+    Args:
+        passes: of a prune, in order.
+        samples: calibration samples.
+        on_disk: whether weights stay on disk, from which no samples are generated.
+    """
+    found, recorded = [], samples
+    for step in passes:
+        cost = step.cost(recorded if step.stage == "tune" else samples)
+        recorded = cost.recorded or recorded
+        if not (on_disk and step.stage == "prepare"):
+            found.append((step, cost))
+    return found
+
+
+def peak_memory(
+    costs: Sequence[tuple[Any, Any]],
+    tokens: int,
+    sizes: Activations,
+    weights: tuple[float, float],
+    *,
+    in_place: bool = False,
+    on_disk: bool = False,
+) -> float:
+    """Bytes at the peak: weights, and the activations of the pass that needs most.
+
+    Args:
+        costs: of the passes, in order.
+        tokens: of a sample.
+        sizes: of the dense model.
+        weights: bytes of the dense and of the slim weights.
+        in_place: whether dense weights are freed as slim ones are made.
+        on_disk: whether all weights stay on disk.
+    """
+    dense, slim = weights
+    both = 0.0 if on_disk else dense if in_place else dense + slim
+    held, current, most = 0.0 if on_disk else dense, dense, both
+    for step, cost in costs:
+        held = held if step.changes == "nothing" else both
+        current = slim if step.changes == "graph" else current
+        elements = cost.batch * ((sizes.total if cost.backward else sizes.alive) + cost.outputs * sizes.outputs)
+        most = max(most, held + sizes.size * tokens * elements * current / dense + cost.weights * current)
+    return _BASE + most
+
+
+def print_estimate(found: Estimate, *, as_json: bool) -> None:
+    """Print what a prune would do."""
+    if as_json:
         print_json(asdict(found))
         return
-    before, after = found.parameters
     table = Table("kind", "groups", "units before", "units after", title="what to expect")
     shrunk = Counter((name.rpartition("/")[2], *width) for name, width in found.widths.items())
-    for (kind, first, last), count in shrunk.items():
-        table.add_row(kind, f"{count:,}", f"{first:,}", f"{last:,}")
+    for (kind, before, after), count in shrunk.items():
+        table.add_row(kind, f"{count:,}", f"{before:,}", f"{after:,}")
     console.print(table)
-    for line in _lines(found, before, after):
-        console.print(line, markup=False, highlight=False)
+    print_lines(_lines(found))
 
 
-def _lines(found: Estimate, before: int, after: int) -> Iterator[str]:
-    yield f"parameters: {before:,} to {after:,}, {1 - after / before:.2%} fewer"
+def _lines(found: Estimate) -> Iterator[str]:
+    before, after = found.parameters
+    yield f"parameters: {before:,} to {after:,}, {1 - after / before:.2%} removed"
     if found.reachable is not None:
         yield f"reachable: ratios of 0 to {found.reachable:.3f} with these options"
-    yield f"groups there are: {', '.join(f'{count:,} of the kind {kind}' for kind, count in found.groups.items())}"
-    yield f"frozen: {found.frozen:,} axes of parameters; `fxprune graph` says why"
-    yield f"memory: about {found.memory / 1e9:.1f} GB at the peak, by the samples that the passes take: an estimate"
-    yield f"time: about {_spoken(found.seconds)} with nothing else running, an estimate: half or twice that may be"
-    yield "no weight was read, and nothing was written; scores may part the widths otherwise"
+    yield f"groups: {', '.join(f'{count:,} of the kind {kind}' for kind, count in found.groups.items())}"
+    yield f"frozen: {found.frozen:,} axes of parameters; `fxprune graph` lists the reasons"
+    yield f"memory: about {found.memory / 1e9:.1f} GB at the peak (estimated)"
+    yield f"time: about {_duration(found.seconds)} with nothing else running (within a factor of two)"
+    yield "no weight was read, and nothing was written; with real scores widths may be distributed differently"
 
 
-def expect(values: Mapping[str, Any], options: Mapping[str, Any]) -> Estimate:
-    """Return what a prune would do, with scores at random in place of those that need weights.
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return "a minute or less" if seconds < 60 else "a minute"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def estimate(
+    model: str,
+    gguf_file: str | None,
+    text: CalibrationText,
+    options: Mapping[str, Any],
+    prepared: Prepared,
+    *,
+    dtype: str | None,
+    low_memory: bool,
+) -> Estimate:
+    """Find out what a prune would do, with random scores in place of those that need weights.
+
+    Args:
+        model: as the user named it.
+        gguf_file: the GGUF file inside the folder.
+        text: the calibration text.
+        options: of :func:`fxprune.prune`.
+        prepared: the passes and samples.
+        dtype: of the weights; None for that of the files.
+        low_memory: whether weights stay on disk.
 
     Raises:
         RatioError: the ratio cannot be reached.
-        FxpruneError: as :func:`fxprune.cli.preparation.prepare`.
     """
-    with at_once():
-        import torch
+    import torch
 
-        import fxprune.api
-        from fxprune.discovery.groups import Groups
-    prepared = prepare(values, options)
-    empty = load_empty(values["model"], values["gguf_file"])
-    traced = fxprune.trace(empty, dynamic=False).graph_module
-    named = {name: value for name, value in options.items() if name not in ("importance", "taylor", "inplace")}
-    named |= {"recipe": _recipe_of(values), "importance": "random", "compensate": "none", "tune": "none"}
-    quick = [step for step in fxprune.prune_pipeline(None, verify=False, **named).passes if step.name != "emit-model"]
-    choosing = next(place for place, step in enumerate(quick) if step.stage == "select")
-    fxprune.Pipeline(quick[:choosing])(traced)  # these change nothing: what they find out is put down in the graph
-    result = fxprune.Result.of(fxprune.Pipeline(quick[choosing:])(traced).graph_module)
-    facts = fxprune.facts_of(traced)
-    kept = result.report.parameters
-    size = getattr(torch, values["dtype"]).itemsize if values["dtype"] else _size_of(empty)
-    there, tokens = _samples(prepared, values)
-    counted = _counted(traced) or result.report.tokens
-    sizes = sizes_of(traced, counted, size)
-    weights = ModelWeights(size * kept[0], size * kept[1], values["in_place"], values["low_memory"])
-    macs = result.report.macs[0] / counted * tokens
+    from fxprune.checkpoint.load import load_config_only
+    from fxprune.discovery.groups import Groups
+
+    with working("tracing the model without its weights"):
+        empty = load_config_only(locate_model(model), gguf_file)
+        traced = fxprune.trace(empty, dynamic=False).graph_module
+        quick = _quick_passes(options)
+        choosing = next(place for place, step in enumerate(quick) if step.stage == "select")
+        fxprune.Pipeline(quick[:choosing])(traced)  # these change nothing, and record facts in the graph
+        result = fxprune.Result.of(fxprune.Pipeline(quick[choosing:])(traced).graph_module)
+        reachable = _reachable(quick[choosing], traced)
+    named = getattr(empty.config, "dtype", None) if dtype is None else getattr(torch, dtype)
+    size = named.itemsize if isinstance(named, torch.dtype) else 4
+    report = result.report
+    samples, tokens = _count_samples(prepared, text)
+    counted = _traced_tokens(traced) or report.tokens
+    costs = costs_of(prepared.passes, samples, on_disk=low_memory)
+    dense, slim = (float(size * count) for count in report.parameters)
+    in_place = bool(options.get("inplace"))
+    work = sum(cost.runs for _, cost in costs)
     return Estimate(
-        parameters=kept,
-        widths=dict(result.report.widths),
-        groups=dict(Counter(group.kind for group in facts[Groups].all)),
-        frozen=len(result.report.frozen),
-        reachable=_reachable(quick[choosing], traced),
-        memory=memory_of(prepared.passes, there, tokens, sizes, weights),
-        seconds=2 * macs * runs_of(prepared.passes, there) / _speed(),
+        parameters=report.parameters,
+        widths=dict(report.widths),
+        groups=dict(Counter(group.kind for group in fxprune.facts_of(traced)[Groups].all)),
+        frozen=len(report.frozen),
+        reachable=reachable,
+        memory=peak_memory(
+            costs, tokens, sizes_of(traced, counted, size), (dense, slim), in_place=in_place, on_disk=low_memory
+        ),
+        seconds=2 * report.macs[0] / counted * tokens * work / _flops(),
     )
 
 
-def _recipe_of(values: Mapping[str, Any]) -> str:
-    """The recipe of a prune: the paper's where an importance is named, unless another is asked for."""
-    return values["recipe"] or ("llm-pruner" if values["importance"] or values["taylor"] else "balanced")
+def _quick_passes(options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The passes of a prune with random scores, and without those that need weights or samples."""
+    from fxprune.data.calibration import Calibration
+
+    changes = {"importance": "random", "compensate": "none", "tune": "none", "verify": False, "inplace": False}
+    quick = {name: value for name, value in options.items() if name != "memory"} | changes
+    passes = fxprune.prune_pipeline(None, **quick).passes
+    if any(step.stage == "select" and Calibration in step.needs for step in passes):
+        passes = fxprune.prune_pipeline(None, **{**quick, "select": "select-by-ratio"}).passes
+    return tuple(step for step in passes if step.name != "emit-model")
 
 
-def _samples(prepared: Prepared, values: Mapping[str, Any]) -> tuple[int, int]:
-    """How many samples there are, and the tokens of one."""
+def _count_samples(prepared: Prepared, text: CalibrationText) -> tuple[int, int]:
+    """Number of samples, and the tokens of one; those of a text without a tokenizer are estimated by its length."""
+    from fxprune.data.built_in import CHARACTERS_PER_TOKEN, built_in_text
+    from fxprune.data.text import MOST_SAMPLES, calibration_text
+
     if prepared.samples is not None:
         return len(prepared.samples), prepared.samples.shape[1]
-    reader, named = reader_of(prepared.passes), values["calibration"]
-    file = getattr(reader, "file", "")
-    if file and named is None:  # rows of tokens, of a recipe of one's own
+    reader = prepared.reader
+    if reader is None:
+        return 1, TOKENS
+    most = text.samples or getattr(reader, "samples", None) or getattr(reader, "built_in", None)
+    if text.file is not None:
+        tokens = text.tokens or TOKENS
+        windows = len(calibration_text(text.file)) // (CHARACTERS_PER_TOKEN * tokens)
+        return max(1, min(windows, most or MOST_SAMPLES)), tokens
+    tokens = getattr(reader, "tokens", TOKENS)
+    if file := getattr(reader, "file", ""):
         with open(file, encoding="utf-8") as rows:
-            return sum(1 for row in rows if row.strip()), TOKENS
-    tokens = values["tokens"] or (getattr(reader, "tokens", TOKENS) if named is None else TOKENS)
-    most = values["samples"] or most_samples(prepared.passes)
-    if stand_ins := getattr(reader, "stand_ins", 0):
-        return min(stand_ins, most or stand_ins), tokens
-    return 1 if reader is None else there_are(named, tokens, most), tokens
+            return sum(1 for row in rows if row.strip()), tokens
+    if substitutes := getattr(reader, "substitutes", 0):
+        return min(substitutes, most or substitutes), tokens
+    windows = len(built_in_text()) // (CHARACTERS_PER_TOKEN * tokens)
+    return max(1, min(windows, most or windows)), tokens
 
 
-def _counted(graph_module: Any) -> int | None:
-    """Return how many tokens the traced input has, whose work is counted where no size is free; None without any."""
-    shown = (node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder"))
-    shapes = (
-        value.shape for value in shown if value is not None and not value.is_floating_point() and value.dim() == 2
-    )
+def _traced_tokens(graph_module: Any) -> int | None:
+    """Tokens of the input that a graph of fixed size was traced with; None if there is no such input."""
+    values = (node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder"))
+    shapes = (one.shape for one in values if one is not None and not one.is_floating_point() and one.dim() == 2)
     return next((shape.numel() for shape in shapes), None)
 
 
 def _reachable(choice: Any, graph_module: Any) -> float | None:
-    """The largest ratio that a selection can reach; None where it goes by another number."""
+    """The largest ratio that a selection can reach; None if it has no single ratio."""
     if not hasattr(choice, "ratio"):
         return None
     try:
@@ -165,8 +252,8 @@ def _reachable(choice: Any, graph_module: Any) -> float | None:
     return _ALL
 
 
-def _speed() -> float:
-    """How many floating point operations this machine does in a second, by the quickest of a few products."""
+def _flops() -> float:
+    """Floating point operations of this machine a second, by the quickest of a few matrix products."""
     import torch
 
     square = torch.ones(1024, 1024)
@@ -178,15 +265,43 @@ def _speed() -> float:
     return 2 * 1024**3 / max(quickest, 1e-6)
 
 
-def _size_of(model: Any) -> int:
-    """The bytes of a weight in the files of a model, as its config says."""
+def sizes_of(graph_module: Any, tokens: int, size: float) -> Activations:
+    """Sizes of the activations of a graph.
+
+    Args:
+        graph_module: a traced graph.
+        tokens: of its inputs.
+        size: bytes of an element.
+    """
+    nodes = list(graph_module.graph.nodes)
+    last = {source: node for node in nodes for source in node.all_input_nodes}
+    outputs = _output_nodes(graph_module)
+    numel = {node: 0 if node in outputs else _numel(node) for node in nodes}
+    alive = most = 0
+    for node in nodes:
+        alive += numel[node]
+        most = max(most, alive)
+        alive -= sum(numel[source] for source in node.all_input_nodes if last[source] is node)
+    ends = sum(map(_numel, outputs))
+    return Activations((sum(numel.values()) + ends) / tokens, most / tokens, ends / tokens, size)
+
+
+def _output_nodes(graph_module: Any) -> set[Any]:
+    """The tensors that a graph returns, also inside containers."""
     import torch
 
-    named = getattr(model.config, "dtype", None)
-    return int(named.itemsize if isinstance(named, torch.dtype) else 4)
+    found: set[Any] = set()
+    left = [node for node in graph_module.graph.nodes if node.op == "output"]
+    while left:
+        for source in left.pop().all_input_nodes:
+            (found.add if isinstance(source.meta.get("val"), torch.Tensor) else left.append)(source)
+    return found
 
 
-def _spoken(seconds: float) -> str:
-    if seconds < 90:
-        return "a minute or less" if seconds < 60 else "a minute"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+def _numel(node: Any) -> int:
+    """Elements of a floating point tensor that an op computes; 0 for anything else, or if a size is not known."""
+    import torch
+
+    value = node.meta.get("val")
+    known = node.op == "call_function" and isinstance(value, torch.Tensor) and value.is_floating_point()
+    return math.prod(value.shape) if known and all(type(size) is int for size in value.shape) else 0

@@ -1,32 +1,30 @@
-"""The commands that look at the groups of a model: list them, draw them, ask why."""
+"""The commands that look at the groups of a model: list, draw and explain them."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Column, Table
 
 import fxprune
-from fxprune.cli.console import Folder, Gguf, app, clear_errors, console
-from fxprune.cli.load import load_empty
-from fxprune.cli.naming import check_model
+from fxprune.cli.console import Command, Folder, Gguf, app, console, print_json, print_lines
+from fxprune.cli.models import check_model, locate_model
 from fxprune.cli.plan import read_plan
-from fxprune.errors import ArgumentError, UnknownNameError
-from fxprune.pipeline.arguments import NORMS
+from fxprune.errors import ArgumentError
 
 __all__ = ["explain", "graph"]
 
 Norm = Annotated[
-    str | None, typer.Option(help="Norms over units that go: masked, as with these zeroed (default), or sliced.")
+    Literal["sliced", "masked"] | None,
+    typer.Option(help="Norms over removed units: masked, as with these zeroed (the default), or sliced."),
 ]
 
 
-@app.command()
+@app.command(cls=Command)
 def graph(
     model: Folder,
     dot: Annotated[
@@ -35,81 +33,68 @@ def graph(
     layer: Annotated[str | None, typer.Option(help="Block to draw: its index, or a module path.")] = None,
     group: Annotated[str | None, typer.Option(help="Group to draw.")] = None,
     everything: Annotated[bool, typer.Option("--everything", help="Draw the whole model, equal blocks once.")] = False,
-    no_fold: Annotated[bool, typer.Option("--no-fold", help="Draw equal blocks each by itself.")] = False,
+    no_fold: Annotated[bool, typer.Option("--no-fold", help="Draw each of several equal blocks.")] = False,
     plan: Annotated[
         Path | None,
-        typer.Option(help="Show in the picture what this plan takes: its file, or the folder of a slim model."),
+        typer.Option(help="Show in the picture what this plan removes: its file, or the folder of a slim model."),
     ] = None,
     norm: Norm = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print groups and frozen axes as JSON.")] = False,
     gguf_file: Gguf = None,
 ) -> None:
-    """List the groups of MODEL and its frozen axes; needs the config alone."""
-    with clear_errors():
-        what = {"--layer": layer, "--group": group, "--everything": everything, "--no-fold": no_fold, "--plan": plan}
-        _check(model, gguf_file, norm)
-        _check_picture(dot, what)
-        removal = None if plan is None else read_plan(plan).plan
-        dependencies = _graph(model, gguf_file, norm or (removal.norm if removal else "masked"))
-        if dot is not None:
-            fxprune.write_dot(dependencies, dot, layer, group, everything=everything, plan=removal, fold=not no_fold)
+    """List the groups of MODEL and its frozen axes, from its config alone."""
+    from fxprune.draw.write import check_target
+
+    drawn = {"--layer": layer, "--group": group, "--everything": everything, "--no-fold": no_fold, "--plan": plan}
+    given = [option for option, value in drawn.items() if value]
+    if dot is None and given:
+        raise ArgumentError("needs a picture to be drawn in", where=given[0], remedy="Add --dot FILE")
+    if everything and (layer or group):
+        raise ArgumentError(
+            "cannot be given with --everything", where="--layer" if layer else "--group", remedy="Leave one of them out"
+        )
+    if dot is not None:
+        check_target(dot)
+    check_model(model, gguf_file)
+    removal = None if plan is None else read_plan(plan).plan
+    dependencies = _dependencies(model, gguf_file, norm or (removal.norm if removal else "masked"))
+    if dot is not None:
+        fxprune.write_dot(dependencies, dot, layer, group, everything=everything, plan=removal, fold=not no_fold)
     if as_json:
-        typer.echo(json.dumps(_as_data(dependencies), indent=2))
+        print_json(_as_data(dependencies))
         return
     console.print(_groups_table(dependencies))
-    for line in _frozen_lines(dependencies):
-        console.print(line, markup=False, highlight=False)
+    print_lines(_frozen_lines(dependencies))
 
 
-@app.command()
+@app.command(cls=Command)
 def explain(
     model: Folder,
     name: Annotated[str, typer.Argument(help="Parameter, buffer or group, or the end of its name.")],
-    axis: Annotated[int | None, typer.Argument(help="Which axis of the parameter, from 0.")] = None,
-    group: Annotated[str | None, typer.Option(help="Group meant, where the axis is in several.")] = None,
+    axis: Annotated[int | None, typer.Argument(help="Axis of the parameter, from 0.")] = None,
+    group: Annotated[str | None, typer.Option(help="Group, if the axis is in several.")] = None,
     norm: Norm = None,
     gguf_file: Gguf = None,
 ) -> None:
     """Print the chain of ops that ties an axis to the trigger of its group, or a group with all its axes."""
-    with clear_errors():
-        _check(model, gguf_file, norm)
-        dependencies = _graph(model, gguf_file, norm or "masked")
-        lines = _group_lines(dependencies, name) if "/" in name else _axis_lines(dependencies, name, axis, group)
-    for line in lines:
-        console.print(line, markup=False, highlight=False)
-
-
-def _check(model: str, gguf_file: str | None, norm: str | None) -> None:
-    """Refuse a model that is none and an unknown word, before anything is imported."""
     check_model(model, gguf_file)
-    if norm is not None and norm not in NORMS:
-        raise UnknownNameError("norm", norm, NORMS)
+    dependencies = _dependencies(model, gguf_file, norm or "masked")
+    if "/" in name:
+        print_lines([*_group_lines(dependencies, name)])
+    else:
+        print_lines([*_axis_lines(dependencies, name, axis, group)])
 
 
-def _check_picture(dot: Path | None, what: Mapping[str, Any]) -> None:
-    """Refuse a file that no picture can be written to, and options that draw different things, or nothing."""
-    from fxprune.draw.write import check_target
-
-    if dot is not None:
-        check_target(dot)
-    given = [option for option, value in what.items() if value]
-    part = next((option for option in given if option in ("--layer", "--group")), None)
-    if part and what["--everything"]:
-        told = f"{part} and --everything cannot be given together: one draws a part, the other the whole"
-        raise ArgumentError(told, where=part, remedy="Leave one of them out")
-    if dot is None and given:
-        raise ArgumentError(
-            "it says what to draw, and no picture is asked for", where=given[0], remedy="Add --dot FILE"
-        )
-
-
-def _graph(model: str, gguf_file: str | None, norm: str) -> Any:
+def _dependencies(model: str, gguf_file: str | None, norm: str) -> Any:
     """The dependency graph of a model that is built on meta, from its config."""
-    return fxprune.dependency_graph(fxprune.trace(load_empty(model, gguf_file), dynamic=False), norm)
+    from fxprune.checkpoint.load import load_config_only
+
+    empty = load_config_only(locate_model(model), gguf_file)
+    return fxprune.dependency_graph(fxprune.trace(empty, dynamic=False), norm)
 
 
 def _groups_table(dependencies: Any) -> Table:
-    """One row for the groups that are alike in every block, with ``*`` for the number of the block."""
+    """A row for the groups that are alike in every block, with ``*`` for the number of the block."""
     from fxprune.draw.view import REMOVAL
     from fxprune.graph.tensors import starred
 
@@ -168,57 +153,57 @@ def _as_data(dependencies: Any) -> dict[str, Any]:
     return {"norm": axes.norm, "blocks": list(axes.blocks), "groups": groups, "frozen": frozen}
 
 
-def _axis_lines(dependencies: Any, name: str, dim: int | None, wanted: str | None) -> Iterable[str]:
-    """What group an axis is in, and the chain of ops from the trigger of the group."""
+def _axis_lines(dependencies: Any, name: str, dim: int | None, wanted: str | None) -> Iterator[str]:
+    """The group that an axis is in, and the chain of ops from the trigger of the group."""
     from fxprune.discovery.explain import find_axis, find_group, groups_of
 
     axis = find_axis(dependencies, name, dim)
     found = groups_of(dependencies, axis)
     group = find_group(found, wanted) if wanted and found else next(iter(found), None)
     steps = fxprune.explain(dependencies, axis, group)
-    assert group is not None  # explain refuses an axis in none
-    lines = [f"{axis.tensor}[{axis.dim}] is in {_told(dependencies, group)}"]
+    assert group is not None  # explain refuses an axis that is in none
+    yield f"{axis.tensor}[{axis.dim}] is in {_describe(dependencies, group)}"
     others = [other.name for other in found if other != group]
     if others:
-        lines.append(f"and in {', '.join(others)}: ask with --group")
+        yield f"and in {', '.join(others)}: select one with --group"
     if not steps:
-        lines.append(f"{axis.tensor}[{axis.dim}] is the trigger of its group")
+        yield f"{axis.tensor}[{axis.dim}] is the trigger of its group"
     for step in steps:
         source, target = f"{step.source.tensor}[{step.source.dim}]", f"{step.target.tensor}[{step.target.dim}]"
-        lines += [f"{source} -> {target}  by {step.op} (at {step.node})", f"    {step.rule}"]
-    return lines
+        yield f"{source} -> {target}  by {step.op} (at {step.node})"
+        yield f"    {step.rule}"
 
 
-def _group_lines(dependencies: Any, name: str) -> Iterable[str]:
-    """What a group is, and each axis in it with the ops on the way from the trigger."""
+def _group_lines(dependencies: Any, name: str) -> Iterator[str]:
+    """A group, and each axis in it with the ops on the way from the trigger."""
     from fxprune.discovery.explain import find_group
     from fxprune.rules.registry import moves_values
 
     group = find_group(fxprune.find_groups(dependencies), name)
-    lines = [_told(dependencies, group)]
+    yield _describe(dependencies, group)
     if group.factor is None or group.trigger is None:
-        return [*lines, *(f"    {member.name}" for member in group.members)]
-    lines.append(f"    {group.trigger.tensor}[{group.trigger.dim}]  the trigger")
+        yield from (f"    {member.name}" for member in group.members)
+        return
+    yield f"    {group.trigger.tensor}[{group.trigger.dim}]  the trigger"
     for member in group.members:
         steps = fxprune.explain(dependencies, (member.name, member.axis), group)
         ops = [step.op for step in steps if not moves_values(step.op)]
         if ops:
-            lines.append(f"    {member.name}[{member.axis}]  by {', '.join(ops)}")
-    return lines
+            yield f"    {member.name}[{member.axis}]  by {', '.join(ops)}"
 
 
-def _told(dependencies: Any, group: fxprune.Group) -> str:
-    """What a group is, how many units it has, and what removing them means."""
+def _describe(dependencies: Any, group: fxprune.Group) -> str:
+    """A group with its kind, its number of units, and what removing them means."""
     from fxprune.discovery.dependency import axis_map
 
     axes = axis_map(dependencies)
     if group.renormalised:
         nodes = group.renormalised[:3]
         reasons = dict.fromkeys(axes.unkept[node] for node in nodes if node in axes.unkept)
-        told = f"renormalised: {', '.join(nodes)} take a statistic over the units, then over those that stay"
-        removal = "; ".join((told, *reasons))
+        effect = f"renormalised: {', '.join(nodes)} take a statistic over the units, then over those that stay"
+        removal = "; ".join((effect, *reasons))
     elif _exactness(dependencies, group) == "masked":
-        removal = "exact: the norms that run over the units are kept as masking has them"
+        removal = "exact: norms over the units are kept as with these masked"
     else:
         removal = "exact: the same as masking"
     units = "the whole block" if group.factor is None else f"{group.size:,} units"

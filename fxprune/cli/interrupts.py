@@ -11,58 +11,58 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["at_once", "install", "over"]
+__all__ = ["exit_on_signal", "finish", "install"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _PATIENCE = 5.0
-"""Seconds for which further signals wait for the tidying up that the first one started."""
+"""Seconds for which further signals wait for the cleanup that the first one started."""
 
-_AGAIN = 0.01
-"""Seconds after which a stop that something swallowed is tried again."""
+_RETRY = 0.01
+"""Seconds after which a signal whose exception was swallowed is sent again."""
 
-_state = {"at_once": False, "since": 0.0, "swallowed": False}
+_state = {"exits": False, "since": 0.0, "swallowed": False}
 
 
 def install() -> None:
     """Let Ctrl-C end the process with exit code 130, and SIGTERM with 143.
 
-    Temporary files and folders are taken away on the way out, so that a result is there as a whole or not at all.
+    Temporary files and folders are removed on the way out, so that a result is there as a whole or not at all.
     """
     for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell tells background jobs to ignore interrupts
+        if signal.getsignal(number) is not signal.SIG_IGN:  # shells let background jobs ignore interrupts
             signal.signal(number, _stop)
     sys.unraisablehook = _unraisable
 
 
-def over() -> None:
-    """Ignore signals from here on: a command whose work is done ends as it would have."""
+def finish() -> None:
+    """Ignore signals from here on: a command whose work is done ends with its own exit code."""
     if not _state["since"]:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
-def at_once() -> Iterator[None]:
-    """Stop without tidying up while this lasts, for imports: code in C swallows what is raised inside them.
+def exit_on_signal() -> Iterator[None]:
+    """Exit without cleanup on a signal inside this context, for imports: C code swallows what is raised inside them.
 
     Nothing may be written meanwhile.
     """
-    _state["at_once"] = True
+    _state["exits"] = True
     try:
         yield
     finally:
-        _state["at_once"] = False
+        _state["exits"] = False
 
 
 def _unraisable(found: sys.UnraisableHookArgs) -> None:
-    """Stop again where a stop came while Python called back for something that went, which cannot raise."""
+    """Send the signal again if it arrived in a finaliser or a weakref callback, where nothing can be raised."""
     if not _state["since"] or not isinstance(found.exc_value, SystemExit):
         sys.__unraisablehook__(found)
         return
     _state["swallowed"] = True
     number = int(str(found.exc_value)) - 128
-    again = threading.Timer(_AGAIN, os.kill, (os.getpid(), number))
+    again = threading.Timer(_RETRY, os.kill, (os.getpid(), number))
     again.daemon = True
     again.start()
 
@@ -76,8 +76,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
         return
     first, _state["since"] = not _state["since"], now
     if first:
-        # a stream of Python may be in the middle of a write, which cannot be entered twice
+        # not by a stream of Python, which may be in the middle of a write and cannot be entered twice
         os.write(2, b"\r\x1b[Kstopped\n" if sys.__stderr__ is not None and sys.__stderr__.isatty() else b"stopped\n")
-    if _state["at_once"] or not first:
+    if _state["exits"] or not first:
         os._exit(128 + number)
     raise SystemExit(128 + number)

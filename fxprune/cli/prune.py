@@ -1,19 +1,18 @@
-"""The command that prunes a model, and writes what came of it."""
+"""The command that prunes a model and writes the result."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+import typer
 
 import fxprune
 from fxprune.cli import options as flags
 from fxprune.cli.allocator import keep_freed
-from fxprune.cli.checks import check_prune
-from fxprune.cli.config import run_file, spelled_run
+from fxprune.cli.config import format_run, run_file
 from fxprune.cli.console import (
+    Command,
     Device,
     Dtype,
     Folder,
@@ -23,56 +22,52 @@ from fxprune.cli.console import (
     Quiet,
     Verbose,
     app,
-    clear_errors,
-    console,
-    print_json,
+    is_given,
+    notes,
+    option_name,
     progress,
-    set_output,
     working,
 )
-from fxprune.cli.dry_run import tell_expected
-from fxprune.cli.export import gguf_options, runs
-from fxprune.cli.load import load_model, source_of
-from fxprune.cli.place import is_file
-from fxprune.cli.preparation import prepare
-from fxprune.errors import FxpruneError
-
-__all__ = ["prune", "prune_options", "tell", "write", "write_file"]
-
-_OURS = "fxprune.from_pretrained loads it, and transformers with trust_remote_code=True"
-
-_SAME = (
-    *("recipe", "ratio", "group_ratio", "importance", "taylor", "reduction", "ranking"),
-    *("protect", "uniform", "compensate", "tune", "seed"),
+from fxprune.cli.dry_run import estimate, print_estimate
+from fxprune.cli.models import check_model, is_gguf, load, locate_model
+from fxprune.cli.output import (
+    OURS,
+    check_output,
+    check_quantization,
+    gguf_options,
+    is_file,
+    print_result,
+    write_result,
+    write_run,
 )
-"""Options that are arguments of the same name."""
+from fxprune.cli.preparation import CalibrationText, prepare
+from fxprune.errors import ArgumentError
+from fxprune.recipes.options import Options
+
+__all__ = ["prune"]
+
+_EXCLUSIVE = (
+    ("ratio", "group_ratio", "both name the fraction to remove"),
+    ("select", "group_ratio", "both choose the selection"),
+    ("low_memory", "inplace", "weights on disk are not changed in place"),
+    ("low_memory", "dtype", "weights on disk are used in the dtype of their files"),
+)
+"""Options that cannot be given together, and why."""
 
 
-@app.command()
+@app.command(cls=Command)
+@flags.library_options(Options)
 def prune(
+    context: typer.Context,
     model: Folder,
     out: flags.Out = None,
     config: flags.Config = None,
     dry_run: flags.DryRun = False,
-    recipe: flags.Recipe = None,
-    ratio: flags.Ratio = None,
     group_ratio: flags.GroupRatio = None,
-    kinds: flags.Kinds = None,
-    importance: flags.Importance = None,
     taylor: flags.Taylor = None,
-    reduction: flags.Reduction = None,
-    ranking: flags.Ranking = None,
-    protect: flags.Protect = None,
-    round_to: flags.RoundTo = None,
-    uniform: flags.Uniform = False,
-    norm: flags.Norm = None,
-    compensate: flags.Compensate = None,
-    tune: flags.Tune = None,
     calibration: flags.Calibration = None,
     samples: flags.Samples = None,
     tokens: flags.Tokens = None,
-    seed: flags.Seed = 0,
-    in_place: flags.InPlace = False,
     low_memory: flags.LowMemory = False,
     gguf_file: Gguf = None,
     quantization: flags.Quantization = None,
@@ -82,171 +77,99 @@ def prune(
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Prune MODEL and write a checkpoint, its plan, report and run.yaml to OUT; or one file, and these beside it."""
-    values = dict(locals())
-    with clear_errors():
-        set_output(quiet=quiet, verbose=verbose, as_json=as_json)
-        check_prune(values)
-        if dry_run:
-            tell_expected(values, prune_options(values))
-        else:
-            _run(values, prune_options(values))
+    from fxprune.offload.prefetch import as_device
 
-
-def prune_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of :func:`fxprune.prune` that the options of the command stand for."""
-    to_gguf = values["out"] is not None and values["out"].suffix == ".gguf"
-    options = {name: values[name] for name in _SAME}
-    options["kinds"] = _names(values["kinds"])
-    options["round_to"] = _multiple(values["round_to"], to_gguf=to_gguf)
-    options["norm"] = values["norm"] or ("sliced" if to_gguf else None)  # it has one epsilon for all norms
-    options["inplace"] = values["in_place"]
-    return options
-
-
-def _run(values: Mapping[str, Any], options: dict[str, Any]) -> None:
-    """Load, prune and write.
-
-    Args:
-        values: of the options of the command.
-        options: of a prune.
-    """
-    model, out, gguf_file = values["model"], values["out"], values["gguf_file"]
-    with working("starting"):
-        prepared = prepare(values, options)
-    tokenizer, data = prepared.tokenizer, prepared.samples
-    run = spelled_run(values)
-    force = values["force"] or run_file(out, is_file=is_file(out)).is_file()
-    if values["low_memory"]:
-        options = {name: value for name, value in options.items() if name != "tune" or value is not None}
-        source = source_of(model, gguf_file)
-        written: dict[str, Any] = {"force": force, "also": partial(_fill, run=run), "device": values["device"]}
-        result = fxprune.prune_checkpoint(source, out, data, tokenizer=tokenizer, track=progress, **written, **options)
-        loading = _OURS
+    if out is None and not dry_run:
+        raise ArgumentError("there is no place to write to", where="--out", remedy="Give --out, or --dry-run to look")
+    _check_exclusive(context)
+    _replace_deprecated(options, taylor, group_ratio)
+    to_gguf = out is not None and out.suffix == ".gguf"
+    if to_gguf:
+        options = {"norm": "sliced", "round_to": {"mlp": 32}, **options}  # one epsilon for all norms; blocks of 32
+    text = CalibrationText(calibration, samples, tokens)
+    check_model(model, gguf_file, with_weights=not dry_run)
+    check_quantization(quantization, out)
+    if out is not None:
+        _check_output(out, model, force=force, low_memory=low_memory)
+    text.check()
+    as_device(device)
+    effective = {"memory": "low", "tune": "none", **options} if low_memory else options
+    needs_tokenizer = to_gguf and not is_gguf(model)
+    prepared = prepare(model, gguf_file, text, effective, needs_tokenizer=needs_tokenizer, dry_run=dry_run)
+    if dry_run:
+        found = estimate(model, gguf_file, text, effective, prepared, dtype=dtype, low_memory=low_memory)
+        print_estimate(found, as_json=as_json)
+        return
+    assert out is not None
+    run = format_run(context)
+    force = force or run_file(out, is_file=is_file(out)).is_file()
+    data, tokenizer = prepared.samples, prepared.tokenizer
+    if low_memory:
+        result = fxprune.prune_checkpoint(
+            locate_model(model) if gguf_file is None else Path(model).expanduser() / gguf_file,
+            out,
+            data,
+            tokenizer=tokenizer,
+            track=progress,
+            force=force,
+            also=lambda _, folder: write_run(run, run_file(folder, is_file=False)),
+            device=device,
+            **options,
+        )
+        loading = OURS
     else:
         keep_freed()
-        dense = load_model(model, gguf_file, dtype=values["dtype"], device=values["device"])
-        if out.suffix == ".gguf":
-            _check_gguf(dense, gguf_options(model, tokenizer, values["quantization"]))
+        dense = load(model, gguf_file, dtype=dtype, device=device)
+        export = gguf_options(model, tokenizer, quantization) if to_gguf else {}
+        if to_gguf:
+            _check_gguf(dense, export)
         with working("pruning"):
             result = fxprune.prune(dense, data, tokenizer=tokenizer, track=progress, **options)
-        made = write_file if is_file(out) else write
         with working(f"writing {out}"):
-            loading = made(
-                result, tokenizer, out, like=model, quantization=values["quantization"], run=run, force=force
+            loading = write_result(result, out, tokenizer, export, run=run, force=force)
+    print_result(result, out, loading, as_json=as_json)
+
+
+def _check_exclusive(context: typer.Context) -> None:
+    """Refuse options that cannot be given together."""
+    for one, other, why in _EXCLUSIVE:
+        if is_given(context, one) and is_given(context, other):
+            raise ArgumentError(
+                f"cannot be given with {option_name(other)}: {why}",
+                where=option_name(one),
+                remedy="Leave one of the two out",
             )
-    tell(result, out, loading, as_json=values["as_json"])
 
 
-def _check_gguf(dense: Any, options: dict[str, Any]) -> None:
-    """Refuse a model that no GGUF file can say before it is pruned for one."""
+def _replace_deprecated(options: dict[str, Any], taylor: str | None, group_ratio: float | None) -> None:
+    """Put the spellings of passes in place of deprecated options, and print a line for each."""
+    replaced = {}
+    if taylor is not None:
+        spelled = f"taylor{{order={taylor}}}"
+        replaced["--taylor"] = ("importance", spelled)
+        if options.get("importance", "taylor") not in ("taylor", spelled):
+            remedy = f"Leave --taylor out: write --importance '{spelled}'"
+            raise ArgumentError("cannot be given with another --importance", where="--taylor", remedy=remedy)
+    if group_ratio is not None:
+        replaced["--group-ratio"] = ("select", f"select-by-group-ratio{{group_ratio={group_ratio}}}")
+    for old, (stage, choice) in replaced.items():
+        options[stage] = choice
+        notes.print(f"warning: {old} is deprecated: write --{stage} '{choice}'", markup=False, highlight=False)
+
+
+def _check_output(out: Path, model: str, *, force: bool, low_memory: bool) -> None:
+    if low_memory and is_file(out):
+        remedy = "Prune to a folder, and make the file of it with `fxprune export`"
+        raise ArgumentError(f"it writes a folder, and {out} is a file", where="--low-memory", remedy=remedy)
+    check_output(out, model, force=force)
+
+
+def _check_gguf(dense: Any, export: dict[str, Any]) -> None:
+    """Refuse a model that cannot be written as a GGUF file before it is pruned for one."""
     from fxprune.export.gguf.write import check_gguf
 
-    with working("looking how a GGUF file says the model"):
-        check_gguf(dense, **{name: value for name, value in options.items() if name != "quantization"})
-
-
-def _names(kinds: str | None) -> list[str] | None:
-    return None if kinds is None else [kind.strip() for kind in kinds.split(",")]
-
-
-def write(
-    result: fxprune.Result, tokenizer: Any, out: Path, *, run: str | None = None, force: bool = False, **_: Any
-) -> str:
-    """Write all there is to ``out``; returns how to load it.
-
-    Args:
-        result: of a prune.
-        tokenizer: of the model.
-        out: a folder; what is written takes its place in one step.
-        run: what :func:`fxprune.cli.config.spelled_run` made of the arguments.
-        force: whether it may hold something else.
-    """
-    from fxprune.checkpoint.write import write_folder
-    from fxprune.offload.ranks import first_alone
-
-    if result.model is None:
-
-        def fill(folder: Path) -> None:
-            result.export(folder / "model.pt2")
-            _fill(result, folder, run=run)
-
-        first_alone(lambda: write_folder(out, fill, force=force), FxpruneError)
-        return "there is no slim model of this class, torch.export.load runs model.pt2"
-    structure = result.save_pretrained(out, tokenizer, force=force, also=partial(_fill, result, run=run))
-    return "any transformers loads it" if structure.is_stock else _OURS
-
-
-def write_file(
-    result: fxprune.Result,
-    tokenizer: Any,
-    out: Path,
-    *,
-    like: str,
-    quantization: str | None,
-    run: str | None = None,
-    **_: Any,
-) -> str:
-    """Write one file, with plan and report beside it; returns what runs it."""
-    from fxprune.export.files import replacing
-    from fxprune.offload.ranks import first_alone
-
-    options = gguf_options(like, tokenizer, quantization) if out.suffix == ".gguf" else {"quantization": quantization}
-
-    def write() -> None:
-        with replacing(out) as path:
-            result.export(path, **options)
-            _write_facts(result, path.with_suffix(".plan.json"), path.with_suffix(".report.json"))
-            result.write_report(path.with_suffix(".report.html"))
-            _write_run(run, run_file(path, is_file=True))
-
-    first_alone(write, FxpruneError)
-    return runs(out)
-
-
-def _fill(result: fxprune.Result, folder: Path, *, run: str | None) -> None:
-    """Write what is known of a prune into its folder; the page is in that of a model already."""
-    _write_facts(result, folder / "plan.json", folder / "report.json")
-    if result.model is None:
-        result.write_report(folder / "report.html")
-    _write_run(run, run_file(folder, is_file=False))
-
-
-def _write_facts(result: fxprune.Result, plan: Path, report: Path) -> None:
-    plan.write_text(result.plan.to_json(), encoding="utf-8")
-    report.write_text(result.report.to_json(), encoding="utf-8")
-
-
-def _write_run(run: str | None, file: Path) -> None:
-    if run is not None:
-        file.write_text(run, encoding="utf-8")
-
-
-def _multiple(round_to: str | None, *, to_gguf: bool) -> Any:
-    """Return what widths are multiples of; those of MLPs fill the blocks of quantised types."""
-    if round_to is None:
-        return {"mlp": 32} if to_gguf else 1
-    return int(round_to) if round_to.isdecimal() else round_to
-
-
-def tell(result: fxprune.Result, out: Path, loading: str, *, as_json: bool = False) -> None:
-    """Print the numbers, the widths that changed, and what the user should know, such as how to load the model."""
-    from fxprune.offload.ranks import is_first
-
-    if not is_first():
-        return
-    report = result.report
-    if as_json:
-        print_json({"out": str(out), "loading": loading, **report.to_dict()})
-        return
-    console.print(report.table())
-    shrunk = Counter((name.rpartition("/")[2], *width) for name, width in report.widths.items())
-    lines = [f"{what}: {before:,} to {after:,} units in {n:,} group(s)" for (what, before, after), n in shrunk.items()]
-    lines += [f"layer removed: {block}" for block in report.removed_blocks]
-    lines += [f"note: {note}" for note in (*report.model_reasons, *report.notes)]
-    if report.verification_error is not None:
-        lines.append(f"verified: masked and slim outputs differ by {report.verification_error:.1e} at most")
-    lines.append(f"{report.achieved:.2%} of the parameters removed; model, plan and report written to {out}: {loading}")
-    for line in lines:
-        console.print(line, markup=False, highlight=False)
+    with working("checking that a GGUF file can hold the model"):
+        check_gguf(dense, **{name: value for name, value in export.items() if name != "quantization"})

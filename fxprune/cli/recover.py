@@ -1,145 +1,117 @@
-"""The command that trains a saved model a little."""
+"""The command that trains a saved model briefly."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+import fxprune
 from fxprune.cli.allocator import keep_freed
-from fxprune.cli.console import Dtype, Force, Quiet, app, clear_errors, console, progress, set_output
-from fxprune.cli.load import load_either
-from fxprune.cli.place import at_home, check_output, is_file
-from fxprune.cli.several import checked
-from fxprune.data.text import SUFFIXES
+from fxprune.cli.console import Command, Dtype, Force, Quiet, app, print_lines, progress
+from fxprune.cli.models import check_models, load, load_pair
+from fxprune.cli.options import expanded
+from fxprune.cli.output import check_output, is_file
 from fxprune.errors import ArgumentError
+from fxprune.pipeline.arguments import MANIFEST
 
 __all__ = ["recover"]
 
-TrainingDevice = Annotated[
-    str | None, typer.Option(help="Where to train: cpu, cuda or mps; the accelerators that there are by default.")
-]
+_SETTINGS = (
+    *("epochs", "learning_rate", "rank", "alpha", "batch", "micro_batch", "max_tokens", "held_out", "precision"),
+    "seed",
+)
+"""Options that are settings of the recovery."""
 
 
-@app.command()
+@app.command(cls=Command)
 def recover(
-    model: Annotated[str, typer.Argument(help="Folder of a slim or a dense model, or id on a hub.")],
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder of a slim or a dense model, or hub id.")],
     data: Annotated[
-        str, typer.Option(help="Rows to train on: a .json, .jsonl, .txt or .parquet file, or the id of a hub data set.")
+        str, typer.Option(help="Rows to train on: a .json, .jsonl, .txt or .parquet file, or a hub data set.")
     ],
-    out: Annotated[Path, typer.Option(callback=at_home, help="Folder to write to.")],
+    out: Annotated[Path, typer.Option(callback=expanded, help="Folder to write to.")],
     distil: Annotated[str | None, typer.Option(help="Dense model as teacher.")] = None,
     folder: Annotated[
-        Path | None, typer.Option(help="Folder for checkpoints; a run that stopped goes on from the last one there.")
+        Path | None, typer.Option(help="Folder for checkpoints; an interrupted run resumes from the last one.")
     ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data; 2 by default.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The largest, after warm-up; 1e-4 by default.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the low-rank updates; 8 by default.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Updates are scaled by alpha / rank; 16 by default.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Samples of a step; 64 by default.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Of these in memory at once; 4 by default.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest sample; 256 by default.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data (default: 2).")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Largest learning rate (default: 1e-4).")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank updates (default: 8).")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Updates are scaled by alpha / rank (default: 16).")] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples of a step (default: 64).")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Samples in memory at once (default: 4).")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest sample, in tokens (default: 256).")] = None,
     held_out: Annotated[
-        float | None, typer.Option(help="Fraction of the samples to judge by, or their number; 0.04 by default.")
+        float | None, typer.Option(help="Fraction or number of the samples to hold out (default: 0.04).")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="bf16, float32, or auto by default.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the split, the order and the updates.")] = None,
+    precision: Annotated[
+        Literal["auto", "bf16", "float32"] | None, typer.Option(help="Precision of the products (default: auto).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the split, the order and the updates.")] = None,
     dtype: Dtype = None,
-    device: TrainingDevice = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device to train on: cpu, cuda or mps (default: all accelerators).")
+    ] = None,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train MODEL a little, by LoRA on what was pruned, and write it to OUT as it came, with its plan and report."""
-    given: dict[str, Any] = {
-        "epochs": epochs,
-        "learning_rate": learning_rate,
-        "rank": rank,
-        "alpha": alpha,
-        "batch": batch,
-    }
-    given |= {"micro_batch": micro_batch, "max_tokens": max_tokens, "held_out": held_out}
-    given |= {"precision": precision, "seed": seed}
-    with clear_errors():
-        set_output(quiet=quiet)
-        checked([model, *([distil] if distil else [])], dtype, device)
-        _check_training_device(device)
-        if is_file(out):
-            raise ArgumentError(
-                f"out is {out}, a file", where="out", remedy="Name a folder; `fxprune export` writes files"
-            )
-        check_output(out, model, force=force)
-        from fxprune.data.text import rows_in_file
-        from fxprune.recovery.settings import settings_from
+    """Train MODEL briefly, by LoRA on what was pruned, and write it to OUT with its plan and report."""
+    from fxprune.checkpoint.manifest import read_manifest
+    from fxprune.data.rows import ROW_SUFFIXES, read_rows
+    from fxprune.offload.ranks import is_first
+    from fxprune.recovery.settings import settings_from
 
-        settings = settings_from(None, {name: value for name, value in given.items() if value is not None})
-        rows = Path(data) if Path(data).exists() or Path(data).suffix in SUFFIXES else data
-        if isinstance(rows, Path):
-            rows_in_file(rows)  # a file that cannot be read is told before the model is read
-        loading = {"dtype": dtype, "device": device}
-        _run(model, rows, out, {"distil": distil, "folder": folder, "settings": settings}, loading, force=force)
-
-
-def _check_training_device(device: str | None) -> None:
-    """Refuse one device of several: training takes all that the process sees.
-
-    Raises:
-        ArgumentError: it is one of several.
-    """
+    check_models([model, *([distil] if distil else [])])
     kind, _, number = (device or "").partition(":")
     if number:
         raise ArgumentError(
-            f"device is {device}, and training takes every {kind} device that it sees",
-            where="device",
-            remedy=f"Give --device {kind}, and let the process see one alone, as CUDA_VISIBLE_DEVICES={number} does",
+            f"training takes every {kind} device that it sees, and {device} is one of them",
+            where="--device",
+            remedy=f"Give --device {kind} with CUDA_VISIBLE_DEVICES={number} in the environment",
         )
-
-
-def _run(
-    model: str, data: str | Path, out: Path, options: dict[str, Any], loading: dict[str, Any], *, force: bool
-) -> None:
-    """Load, train and write.
-
-    Args:
-        model: what the user named.
-        data: what to train on.
-        out: where to.
-        options: of :func:`fxprune.recover`; a teacher by what the user named.
-        loading: dtype and device, of the model and of its teacher.
-        force: whether ``out`` may hold something else.
-    """
-    import fxprune
-    from fxprune.checkpoint.manifest import MANIFEST, read_manifest
-    from fxprune.offload.ranks import is_first
-
+    if is_file(out):
+        remedy = "Name a folder; `fxprune export` writes files"
+        raise ArgumentError(f"{out} is a file", where="--out", remedy=remedy)
+    check_output(out, model, force=force)
+    given = {name: context.params[name] for name in _SETTINGS}
+    settings = settings_from(None, {name: value for name, value in given.items() if value is not None})
+    rows = Path(data) if Path(data).exists() or Path(data).suffix in ROW_SUFFIXES else data
+    if isinstance(rows, Path):
+        read_rows(rows)  # refuses a file that cannot be read before the model is loaded
     keep_freed()
-    loaded, tokenizer = load_either(model, None, with_tokenizer=True, **loading)
-    plan: Any = None
-    report: Any = None
+    loaded, tokenizer = load_pair(model, dtype=dtype, device=device)
+    plan = report = None
     if (Path(model) / MANIFEST).is_file():
         manifest = read_manifest(Path(model))
-        plan, report = manifest.read_plan(), manifest.read_report()
-        loaded.config._name_or_path = manifest.source["name"]  # of the dense model
-    if options["distil"] is not None:
-        options["distil"] = load_either(options["distil"], None, with_tokenizer=False, **loading)[0]
-    arguments = {"use_cpu": True} if loading["device"] == "cpu" else None
+        plan, report = manifest.read_plan(Path(model)), manifest.read_report(Path(model))
+        loaded.config._name_or_path = manifest.source["name"]  # that of the dense model
     recovery = fxprune.recover(
-        loaded, data, tokenizer, plan=plan, inplace=True, arguments=arguments, track=progress, **options
+        loaded,
+        rows,
+        tokenizer,
+        plan=plan,
+        distil=None if distil is None else load(distil, dtype=dtype, device=device),
+        folder=folder,
+        settings=settings,
+        inplace=True,
+        arguments={"use_cpu": True} if device == "cpu" else None,
+        track=progress,
     )
 
-    def also(folder: Path) -> None:
-        for name, facts in {"plan": plan, "report": report, "recovery": recovery}.items():
-            if facts is not None:
-                (folder / f"{name}.json").write_text(facts.to_json(), encoding="utf-8")
+    def write_recovery(work: Path) -> None:
+        (work / "recovery.json").write_text(recovery.to_json(), encoding="utf-8")
 
-    fxprune.save_pretrained(recovery.model, out, tokenizer, plan=plan, report=report, force=force, also=also)
-    if not is_first():
-        return
-    before, after = recovery.held_out
-    lines = [f"note: {note}" for note in recovery.notes]
-    lines.append(
-        f"{recovery.steps:,} steps on {recovery.data.train:,} samples, {recovery.trained:,} parameters trained"
-    )
-    lines.append(f"held-out loss {before:.3f} before, {after:.3f} after; model written to {out}")
-    for line in lines:
-        console.print(line, markup=False, highlight=False)
+    options: dict[str, Any] = {"plan": plan, "report": report, "force": force, "also": write_recovery}
+    fxprune.save_pretrained(recovery.model, out, tokenizer, **options)
+    if is_first():
+        before, after = recovery.held_out
+        print_lines(f"note: {note}" for note in recovery.notes)
+        print_lines(
+            [
+                f"{recovery.steps:,} steps on {recovery.data.train:,} samples, {recovery.trained:,} parameters trained",
+                f"held-out loss {before:.3f} before, {after:.3f} after; model written to {out}",
+            ]
+        )

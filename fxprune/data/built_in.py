@@ -16,41 +16,41 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fxprune.data.calibration import spread
-from fxprune.data.text import calibration_text, join, paragraphs, token_windows
+from fxprune.data.text import calibration_text, paragraphs, token_windows
 from fxprune.errors import CalibrationError
-from fxprune.graph.context import Refusal, attempt, evaluating, own_randomness, quiet
+from fxprune.graph.context import Refusal, attempt, eval_mode, preserve_rng, quiet
 from fxprune.pipeline.contract import Track, no_progress
 
 __all__ = [
-    "CHARACTERS",
+    "CHARACTERS_PER_TOKEN",
     "built_in_samples",
     "built_in_text",
-    "can_write",
+    "can_generate",
     "chat_start",
     "general_chats",
     "general_samples",
     "general_text",
+    "generate_samples",
+    "generated_samples",
     "offline_docstrings",
     "offline_text",
-    "own_samples",
-    "write_samples",
 ]
 
-CHARACTERS = 4
-"""A token of English text stands for, about: of the general part, 4.06 with the tokenizer of the demo model."""
+CHARACTERS_PER_TOKEN = 4
+"""About this many in English text; 4.06 in the general part with the tokenizer of the demo model."""
 
 
 def general_text() -> str:
-    """Return English of many kinds, about 130,000 characters, the same on every call.
+    """English text of many kinds, about 130,000 characters, the same on every call.
 
-    Articles as an encyclopedia has them, pages as the web has them, stories, letters and speeches, questions with their
-    answers, and a few short programs, in turn, so that any part of it has all of them. It was written for this package.
+    Articles of an encyclopedia, web pages, stories, letters and speeches, questions with answers, and a few short
+    programs take turns, so that any part of the text has all of them. It was written for this package.
     """
     return files(__package__).joinpath("general.txt").read_text(encoding="utf-8").rstrip("\n")
 
 
 def general_chats(tokenizer: Any) -> str:
-    """Return short chats, in the template of a tokenizer, the same on every call; empty if it has none for them.
+    """Short chats in the template of a tokenizer, the same on every call; empty if it has no usable template.
 
     Questions and tasks of many kinds with their answers, 250 of them, written for this package.
 
@@ -62,12 +62,12 @@ def general_chats(tokenizer: Any) -> str:
     with as_file(files(__package__).joinpath("chats.jsonl")) as path:
         try:
             return calibration_text(path, tokenizer)
-        except CalibrationError:  # a template of other roles, or for something else than chats
+        except CalibrationError:  # the template has other roles, or is not for chats
             return ""
 
 
 def offline_text() -> str:
-    """Return English prose from the standard library, about 370,000 characters, the same on every call.
+    """English prose from the standard library, about 370,000 characters, the same on every call.
 
     The text is ``pydoc_data.topics``, the language reference that ``help()`` prints, with topics in
     alphabetical order. Topics quote each other at length: a fifth of the raw text is repetition. Each
@@ -76,7 +76,7 @@ def offline_text() -> str:
     """
     from pydoc_data.topics import topics
 
-    return join(dict.fromkeys(p for name in sorted(topics) for p in paragraphs(topics[name])))
+    return "\n\n".join(dict.fromkeys(p for name in sorted(topics) for p in paragraphs(topics[name])))
 
 
 _DOCUMENTED = (
@@ -84,17 +84,17 @@ _DOCUMENTED = (
     "inspect logging/__init__ mailbox optparse os pathlib random shutil socketserver statistics string subprocess "
     "tarfile tempfile textwrap threading typing unittest/case unittest/mock urllib/request"
 )
-"""Modules of the standard library with much to say about themselves."""
+"""Modules of the standard library with long docstrings."""
 
 _SENTENCE = 80
-"""Characters: what is shorter is a heading, a signature or an item of a list more often than a sentence."""
+"""Characters; shorter paragraphs are mostly headings, signatures or list items."""
 
 
 def offline_docstrings() -> str:
-    """Return prose from docstrings of the standard library, about 150,000 characters, the same on every call.
+    """Prose from docstrings of the standard library, about 150,000 characters, the same on every call.
 
-    It is English of another kind than :func:`offline_text` and shares no paragraph with it; examples of code are left
-    out. It too differs a little from one Python version to the next.
+    It shares no paragraph with :func:`offline_text`, and code examples are left out. It too differs a little from one
+    Python version to the next.
     """
     library, seen = Path(sysconfig.get_path("stdlib")), set(paragraphs(offline_text()))
     found: dict[str, None] = {}
@@ -102,50 +102,44 @@ def offline_docstrings() -> str:
         tree = ast.parse((library / f"{name}.py").read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                prose = paragraphs(ast.get_docstring(node) or "")
-                found.update((p, None) for p in prose if _is_prose(p) and p not in seen)
-    return join(found)
-
-
-def _is_prose(paragraph: str) -> bool:
-    return len(paragraph) > _SENTENCE and paragraph[0].isupper() and ">>>" not in paragraph
+                for paragraph in paragraphs(ast.get_docstring(node) or ""):
+                    is_prose = len(paragraph) > _SENTENCE and paragraph[0].isupper() and ">>>" not in paragraph
+                    if is_prose and paragraph not in seen:
+                        found[paragraph] = None
+    return "\n\n".join(found)
 
 
 def built_in_text() -> str:
-    """Return the built-in text: :func:`general_text`, then :func:`offline_text`."""
-    return join([general_text(), offline_text()])
+    """The built-in text: :func:`general_text`, then :func:`offline_text`."""
+    return f"{general_text()}\n\n{offline_text()}"
 
 
 def general_samples(tokens: int) -> int:
-    """Return about how many samples the general part of the built-in text has, chats not counted.
-
-    Args:
-        tokens: of a sample.
-    """
-    return len(general_text()) // (CHARACTERS * tokens)
+    """Estimated number of samples of ``tokens`` tokens in the general part of the built-in text, without chats."""
+    return len(general_text()) // (CHARACTERS_PER_TOKEN * tokens)
 
 
 def built_in_samples(
     tokenizer: PreTrainedTokenizerBase, tokens: int, samples: int | None = None, beyond: bool = True
 ) -> torch.Tensor:
-    """Return samples of the built-in text: of its general part as far as that goes, the rest of documentation.
+    """Samples of the built-in text: from its general part as far as it goes, the rest from documentation.
 
-    The general part is :func:`general_text`, and for a tokenizer with a template for chats :func:`general_chats`.
+    The general part is :func:`general_text` and, for a tokenizer with a chat template, :func:`general_chats`.
 
     Args:
         tokenizer: turns text into ids.
-        tokens: of a sample.
-        samples: how many, evenly spread over what they are taken of; None for all there are.
-        beyond: whether documentation is taken where more are wanted than the general part has.
+        tokens: length of a sample.
+        samples: number of samples, evenly spaced over each part; None for all.
+        beyond: whether to take documentation if the general part has too few.
 
     Returns:
         Token ids ``(samples, tokens)``.
 
     Raises:
-        DataError: samples are longer than the text, or a number is not positive.
+        DataError: the text is shorter than one sample, or a number is not positive.
     """
-    text = join(filter(None, (general_text(), general_chats(tokenizer))))
-    windows = token_windows(tokenizer, join([text, offline_text()]), tokens)
+    text = "\n\n".join(filter(None, (general_text(), general_chats(tokenizer))))
+    windows = token_windows(tokenizer, f"{text}\n\n{offline_text()}", tokens)
     places = range(len(windows))
     general = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) // tokens
     taken = list(spread(places[:general], samples))
@@ -155,30 +149,26 @@ def built_in_samples(
 
 
 _TEMPERATURE = 0.8
-"""At 1 a small model rambles, and far below it repeats itself."""
+"""Sampling temperature: at 1 a small model rambles, far below 1 it repeats itself."""
 
 _BATCH = 64
-"""Samples that are written at once: a step reads all weights, however few they are, and what they keep takes memory."""
+"""Samples generated at once: each step reads all weights anyway, and more would take more memory for the cache."""
 
 _MARK = "0a9f3c"
-"""What a user is made to say, to find out what stands before it."""
+"""Stands for the user's message, to find the part of a template before it."""
 
 _LONGEST = 4
-"""One in so many tokens of a sample is of the template of a chat, at the most: longer ones lose their start."""
+"""At most one token in four of a sample comes from the chat template; a longer beginning is cut at its start."""
 
 
-def can_write(model: nn.Module) -> bool:
-    """Whether a model continues token ids, as decoders of transformers do.
-
-    Args:
-        model: any model.
-    """
+def can_generate(model: nn.Module) -> bool:
+    """Whether a model is a decoder of transformers, which continues token ids."""
     can = getattr(model, "can_generate", None)
     encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return callable(can) and bool(can()) and not encodes
 
 
-def write_samples(
+def generate_samples(
     model: Any,
     starts: torch.Tensor,
     samples: int,
@@ -187,16 +177,16 @@ def write_samples(
     track: Track = no_progress,
     what: str = "the model writes",
 ) -> torch.Tensor:
-    """Return token ids that a model draws from what it says itself, ``(samples, tokens)``.
+    """Token ids ``(samples, tokens)`` sampled from a model.
 
     Args:
-        model: one that :func:`can_write`.
-        starts: what the samples begin with, in turn: token ids ``(starts, fewer than tokens)``.
-        samples: how many to write.
-        tokens: of each, its start among them.
-        seed: for the draws; those of the caller stay as they were.
+        model: one that :func:`can_generate`.
+        starts: token ids ``(starts, fewer than tokens)`` that samples begin with, in turn.
+        samples: number of samples.
+        tokens: length of each, with its start.
+        seed: seed of the draws; the caller's random state is restored.
         track: shows progress over the batches, as ``track(items, what, total)``.
-        what: what progress is called.
+        what: label of the progress bar.
     """
     device = next(model.parameters()).device
     length = tokens - starts.shape[1]
@@ -206,7 +196,7 @@ def write_samples(
     )  # fmt: skip
     begun = starts[torch.arange(samples) % len(starts)].to(device).split(_BATCH)
     written: list[torch.Tensor] = []
-    with evaluating(model), _plainly(model), own_randomness(), torch.no_grad(), quiet(logging.WARNING):
+    with eval_mode(model), _default_generation(model), preserve_rng(), torch.no_grad(), quiet(logging.WARNING):
         torch.manual_seed(seed)
         for ids in track(begun, what, len(begun)):
             mask = torch.ones_like(ids)
@@ -215,8 +205,8 @@ def write_samples(
 
 
 @contextmanager
-def _plainly(model: Any) -> Iterator[None]:
-    """Generate by what is asked alone: transformers fills in what the model's own settings say of all else."""
+def _default_generation(model: Any) -> Iterator[None]:
+    """Hide the model's own generation settings, which transformers applies to every option that a call leaves open."""
     own = model.generation_config
     model.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
@@ -227,7 +217,7 @@ def _plainly(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def own_samples(
+def generated_samples(
     model: Any,
     tokenizer: Any,
     vocabulary: torch.Tensor,
@@ -236,20 +226,20 @@ def own_samples(
     seed: int,
     track: Track,
 ) -> torch.Tensor:
-    """Return token ids of what a model has to say by itself, ``(samples, tokens)``, for want of other text.
+    """Calibration samples ``(samples, tokens)`` that a model generates itself.
 
-    Each sample begins with one token drawn from the vocabulary; every other one, where the tokenizer has a template for
-    chats, as a chat does, up to where a user would speak. Sources: Liu et al., "LLM-QAT: Data-Free Quantization Aware
+    Each sample begins with one token drawn from the vocabulary; if the tokenizer has a chat template, half of them
+    begin as a chat does, up to the user's message. Sources: Liu et al., "LLM-QAT: Data-Free Quantization Aware
     Training for Large Language Models" (arXiv 2305.17888), for the token; Xu et al., "Magpie: Alignment Data Synthesis
     from Scratch by Prompting Aligned LLMs with Nothing" (arXiv 2406.08464), for the chat.
 
     Args:
-        model: one that :func:`can_write`.
+        model: one that :func:`can_generate`.
         tokenizer: its tokenizer.
         vocabulary: the token ids to draw from, ``(ids,)``.
-        samples: how many to write.
-        tokens: of each.
-        seed: for the draws.
+        samples: number of samples.
+        tokens: length of each.
+        seed: seed of the draws.
         track: shows progress, as ``track(items, what, total)``.
     """
     draw = torch.Generator().manual_seed(seed)
@@ -257,16 +247,14 @@ def own_samples(
     chats = samples // 2 if chat else 0
     starts = vocabulary[torch.randint(len(vocabulary), (samples - chats,), generator=draw)][:, None]
     kinds = (("the model writes", starts, len(starts)), ("the model chats", torch.tensor([chat]), chats))
-    written = [write_samples(model, begun, count, tokens, seed, track, what) for what, begun, count in kinds if count]
+    written = [
+        generate_samples(model, begun, count, tokens, seed, track, what) for what, begun, count in kinds if count
+    ]
     return torch.cat(written)[torch.randperm(samples, generator=draw)]
 
 
 def chat_start(tokenizer: Any) -> list[int]:
-    """Return the token ids that a chat begins with, up to where a user speaks; none without a template for chats.
-
-    Args:
-        tokenizer: one of transformers, or None.
-    """
+    """Token ids that a chat begins with, up to the user's message; empty without a chat template."""
     if not getattr(tokenizer, "chat_template", None):
         return []
     asked = [{"role": "user", "content": _MARK}]

@@ -13,18 +13,18 @@ from torch import fx, nn
 
 from fxprune.errors import CalibrationError, FxpruneError, PassError
 from fxprune.graph.compat import is_free
-from fxprune.graph.context import Refusal, unprinted
+from fxprune.graph.context import Refusal, silence_stderr
 from fxprune.graph.facts import Fact
 from fxprune.graph.tensors import get_tensor
-from fxprune.offload.prefetch import place_of
+from fxprune.offload.prefetch import compute_device
 
 __all__ = [
     "IGNORED",
     "Calibration",
     "Sample",
-    "alike",
+    "batch_indices",
     "batched",
-    "computing",
+    "clear_sample_errors",
     "embedding_rows",
     "next_token_loss",
     "noised",
@@ -46,8 +46,8 @@ class Sample:
     """One sample.
 
     Args:
-        inputs: keyword inputs of the graph, in its order: tensors of a batch of one, and what else it was traced with.
-        labels: what each position of the input is: ``(1, tokens)``; the loss shifts them by one.
+        inputs: keyword inputs of the graph, in its order: tensors of a batch of one, other inputs as traced.
+        labels: the token at each position of the input, ``(1, tokens)``; the loss shifts them by one.
     """
 
     inputs: Mapping[str, Any]
@@ -56,7 +56,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Calibration(Fact):
-    """The samples that criteria and fits work on.
+    """Samples for criteria and fits.
 
     Args:
         samples: one or more.
@@ -68,7 +68,7 @@ class Calibration(Fact):
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross-entropy of each next token.
+    """Mean cross-entropy of the next token.
 
     Args:
         logits: ``(batch, tokens, vocabulary)``.
@@ -79,30 +79,30 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def require_logits(outputs: Sequence[torch.Tensor], labels: torch.Tensor, name: str) -> torch.Tensor:
-    """Return the logits among the outputs of a graph: the first one.
+    """Logits among the outputs of a graph: the first output.
 
     Args:
         outputs: its float outputs, in order.
-        labels: what each position of the input is: ``(batch, tokens)``.
-        name: the pass that takes a loss, for the message.
+        labels: the token at each position of the input, ``(batch, tokens)``.
+        name: the pass that needs a loss, for the message.
 
     Raises:
         PassError: the first output is not of shape ``(batch, tokens, vocabulary)``.
-        CalibrationError: there are more or fewer labels than logits, or one is no token of the vocabulary.
+        CalibrationError: there are more or fewer labels than logits, or a label is outside the vocabulary.
     """
     logits = outputs[0] if outputs else None
     if logits is not None and logits.dim() == 3 and len(logits) == len(labels) and logits.shape[1] != labels.shape[1]:
         raise CalibrationError(
             f"{labels.shape[1]} labels for logits {tuple(logits.shape)}",
             where="calibration",
-            remedy="Pass as many labels as tokens, or none where they are the tokens themselves",
+            remedy="Pass as many labels as tokens, or none if the labels are the tokens",
         )
     if logits is None or logits.dim() != 3 or logits.shape[:2] != labels.shape:
         found = "no float tensor" if logits is None else f"a tensor of shape {tuple(logits.shape)}"
         raise PassError(
             f"the model gives {found} for labels {tuple(labels.shape)}, not logits (samples, tokens, vocabulary)",
             where=f"pass {name}",
-            remedy="It needs a language model; choose an importance without a loss, such as l1, l2 or random",
+            remedy="Pass a language model, or choose an importance without a loss, such as l1, l2 or random",
         )
     counted = labels[labels != IGNORED]
     if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[2]:
@@ -110,45 +110,46 @@ def require_logits(outputs: Sequence[torch.Tensor], labels: torch.Tensor, name: 
         raise CalibrationError(
             f"labels hold {bad}, the model gives logits for 0 to {logits.shape[2] - 1}",
             where="calibration",
-            remedy=f"Label what shall not count with {IGNORED}",
+            remedy=f"Label positions that do not count with {IGNORED}",
         )
     return logits
 
 
 @contextmanager
-def computing(inputs: Mapping[str, Any]) -> Iterator[None]:
-    """Turn what torch raises while a graph computes calibration samples into one error, and print nothing.
+def clear_sample_errors(inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Turn any exception while a graph computes calibration samples into one clear error, and print nothing.
 
     Raises:
         CalibrationError: the graph cannot compute ``inputs``.
     """
     try:
-        with unprinted():
+        with silence_stderr():
             yield
     except (FxpruneError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # ops refuse values that they do not take with whatever error they like
+    except Exception as error:  # ops refuse bad values with exceptions of any type
         shapes = ", ".join(
             f"{name} {tuple(value.shape)}" for name, value in inputs.items() if isinstance(value, torch.Tensor)
         )
         raise CalibrationError(
             f"the model cannot compute a sample of {shapes}: {Refusal(error)}",
             where="calibration",
-            remedy="Pass samples that the model itself takes, no longer than its positions",
+            remedy="Pass samples that the model itself accepts, no longer than its positions",
         ) from error
 
 
 def embedding_rows(graph_module: fx.GraphModule) -> dict[str, int]:
-    """Return how many rows the embedding has, for each input that is looked up in one, in the order of the lookups.
+    """Rows of the embedding of each input that is looked up in one, in the order of the lookups.
 
-    Of an input that is looked up in several, the fewest rows count. An input may be laid out otherwise before.
+    For an input that is looked up in several, the smallest counts. Views of an input, such as a flattened batch, count
+    as the input.
     """
     found: dict[str, int] = {}
     for node in graph_module.graph.nodes:
         if node.target is not torch.ops.aten.embedding.default:
             continue
         table, looked_up = node.args[:2]
-        while _is_view(looked_up):
+        while _is_view(looked_up):  # some models flatten or transpose their ids first
             looked_up = looked_up.args[0]
         if table.op == "get_attr" and looked_up.op == "placeholder":
             name, rows = str(looked_up.target), get_tensor(graph_module, str(table.target)).shape[0]
@@ -157,31 +158,31 @@ def embedding_rows(graph_module: fx.GraphModule) -> dict[str, int]:
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Whether an op gives what its first argument holds, and does nothing to it."""
+    """Whether an op returns an alias of its first argument without writing to it."""
     schema = getattr(node.target, "_schema", None)
     alias = schema.returns[0].alias_info if schema is not None and len(schema.returns) == 1 else None
     return alias is not None and not alias.is_write
 
 
 def token_input(graph_module: fx.GraphModule) -> str | None:
-    """Return the name of the input that holds token ids, the first that is looked up; None where none is."""
+    """Name of the input that holds token ids: the first that is looked up in an embedding; None without one."""
     return next(iter(embedding_rows(graph_module)), None)
 
 
 def stacked(samples: Sequence[Sample], graph_module: fx.GraphModule, most: int) -> Iterator[dict[str, Any]]:
-    """Yield batches of inputs, each of samples of the same shape.
+    """Yield batches of inputs; the samples of a batch have the same shape.
 
     Args:
         samples: single samples.
-        graph_module: the graph they are for; one that takes a single batch size gets them one by one.
-        most: samples in a batch.
+        graph_module: the graph they are for; one with a fixed batch size gets them one by one.
+        most: most samples in a batch.
     """
-    for numbers in alike(samples, graph_module, most):
+    for numbers in batch_indices(samples, graph_module, most):
         yield batched([samples[i] for i in numbers], graph_module)
 
 
-def alike(samples: Sequence[Sample], graph_module: fx.GraphModule, most: int) -> Iterator[tuple[int, ...]]:
-    """Yield the numbers of samples that make up a batch, as :func:`stacked` yields the batches."""
+def batch_indices(samples: Sequence[Sample], graph_module: fx.GraphModule, most: int) -> Iterator[tuple[int, ...]]:
+    """Yield the indices of the samples of each batch of :func:`stacked`."""
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     tensors = [node.meta["val"] for node in placeholders if isinstance(node.meta["val"], torch.Tensor)]
     size = most if all(is_free(value.shape[0]) for value in tensors) else 1
@@ -194,8 +195,8 @@ def alike(samples: Sequence[Sample], graph_module: fx.GraphModule, most: int) ->
 
 
 def batched(samples: Sequence[Sample], graph_module: fx.GraphModule) -> dict[str, Any]:
-    """Return samples of the same shape as one batch of inputs, on the device that the graph runs on."""
-    device = place_of(graph_module)
+    """One batch of inputs from samples of the same shape, on the device that the graph runs on."""
+    device = compute_device(graph_module)
     return {
         name: torch.cat([s.inputs[name] for s in samples]).to(device) if isinstance(value, torch.Tensor) else value
         for name, value in samples[0].inputs.items()
@@ -203,25 +204,25 @@ def batched(samples: Sequence[Sample], graph_module: fx.GraphModule) -> dict[str
 
 
 def spread(samples: Sequence[T], most: int | None) -> tuple[T, ...]:
-    """Return no more than ``most`` of the samples, evenly spread over them; all of them for None."""
+    """At most ``most`` of the samples, evenly spaced; all of them for None."""
     if most is None or most >= len(samples):
         return tuple(samples)
     return tuple(samples[i * len(samples) // most] for i in range(most))
 
 
 _UNTOUCHED = 0.25
-"""Of the copies, so many keep all their tokens: what a model is used for is text without noise."""
+"""Fraction of the copies that keep all tokens: models are used on text without noise."""
 
 _ANY = 0.5
-"""Of the replaced tokens, so many become any token at all; the others become one of the samples."""
+"""Fraction of the replaced tokens drawn from the whole vocabulary; the others are drawn from the samples."""
 
 
 def plain_tokens(tokenizer: Any, classes: int) -> torch.Tensor:
-    """Return the ids of all tokens of a tokenizer that stand for text; none where it cannot tell.
+    """Ids of all tokens of a tokenizer that are not special; empty if it does not list them.
 
     Args:
         tokenizer: one of transformers, or None.
-        classes: ids from here on are none that the model knows.
+        classes: size of the model's vocabulary; larger ids are left out.
     """
     listed = getattr(tokenizer, "get_vocab", None)
     if not callable(listed):
@@ -234,20 +235,20 @@ def plain_tokens(tokenizer: Any, classes: int) -> torch.Tensor:
 def noised(
     samples: Sequence[Sample], name: str, copies: int, most: float, vocabulary: torch.Tensor, seed: int
 ) -> tuple[Sample, ...]:
-    """Return copies of samples with other tokens in some places; all samples once, then all of them again.
+    """Copies of samples with some tokens replaced at random; all samples once, then all of them again.
 
-    In one copy out of four nothing is replaced. In the others, a part of the tokens that is drawn anew for each, from
-    none to ``most``: by tokens of other places of the samples, or by any of the vocabulary. The first token stays, and
-    as labels those that were put in do not count. What a model says after words that do not belong there is as much of
-    what it knows, and no copy is like another to learn by heart.
+    One copy in four stays as it is. In each of the others a random fraction of the tokens, up to ``most``, is replaced
+    by tokens from elsewhere in the samples or by any token of the vocabulary. The first token stays, and replaced
+    tokens do not count as labels. A teacher's logits after misplaced tokens carry as much of its knowledge, and since
+    no two copies are alike, the student cannot memorise them.
 
     Args:
-        samples: without noise.
-        name: of the input that holds token ids, ``(1, tokens)``.
-        copies: of each sample.
-        most: part of the tokens that is replaced at most.
-        vocabulary: token ids to replace by; empty for those of the samples alone.
-        seed: for the draws.
+        samples: samples without noise.
+        name: name of the input that holds token ids, ``(1, tokens)``.
+        copies: number of copies of each sample.
+        most: largest fraction of the tokens to replace.
+        vocabulary: token ids to replace by; empty to draw from the samples only.
+        seed: seed of the draws.
     """
     draw = torch.Generator().manual_seed(seed)
     known = torch.cat([sample.inputs[name].reshape(-1).cpu() for sample in samples])

@@ -1,4 +1,4 @@
-"""Reading of calibration data: what users have, as single samples with labels, each checked."""
+"""Calibration data in any common form, read as single checked samples with labels."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from torch import fx
 
 from fxprune.data.calibration import IGNORED, Sample, embedding_rows
-from fxprune.data.text import json_lines
+from fxprune.data.rows import json_lines
 from fxprune.errors import CalibrationError, FxpruneError
 from fxprune.graph.compat import is_free, size_hint, tree_leaves
 from fxprune.graph.context import Refusal
-from fxprune.pipeline.arguments import told
+from fxprune.pipeline.arguments import format_value
 
-__all__ = ["check_kind", "read_calibration", "read_rows"]
+__all__ = ["check_samples", "read_calibration", "read_token_rows"]
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -30,53 +30,55 @@ _NO_DATA = "Choose an importance that needs no data, such as l1 or l2"
 _TOKENISE = "Tokenise the text first, as in tokenizer(text, return_tensors='pt').input_ids"
 
 
-def check_kind(data: Any) -> None:
-    """Refuse data of a kind that holds no samples, without reading any.
+def check_samples(name: str, data: Any) -> Any:
+    """Return ``data``, the argument ``name``, if its type can hold samples; none are read.
 
     Raises:
-        CalibrationError: it is no tensor or array of token ids, no mapping and nothing to iterate over.
+        CalibrationError: it is neither a tensor or array of token ids, nor a mapping, nor iterable.
     """
     if isinstance(data, str | bytes | os.PathLike):
         raise _error(f"cannot read {type(data).__name__}", remedy=_TOKENISE)
     if isinstance(data, type) or not isinstance(data, torch.Tensor | np.ndarray | Mapping | Iterable):
-        raise _error(f"cannot read {told(data)}")
+        raise _error(f"cannot read {format_value(data)}")
     if isinstance(data, torch.Tensor):
         _check_tensor("it", data, "calibration")
     if isinstance(data, torch.Tensor | np.ndarray) and (data.ndim != 2 or not _is_whole(data)):
-        raise _error(told(data))
+        raise _error(format_value(data))
+    return data
 
 
 def read_calibration(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, ...]:
-    """Return one sample for each row of ``data``, without padding.
+    """Samples of calibration data: one for each row, without padding.
 
     Args:
         data: token ids ``(samples, tokens)``; a batch by name of the input, as tokenizers return it; a list of
             tokenised dicts with ``input_ids`` and, if padded, ``attention_mask`` and, if given, ``labels``; or any
-            iterable of such batches (a DataLoader). Where the graph takes the mask as well and always as many tokens,
-            padding stays, and what is padded does not count as a next token.
-        graph_module: the graph the samples are for.
+            iterable of such batches (a DataLoader). If the graph takes the mask and a fixed number of tokens, padding
+            stays, and padded positions do not count as next tokens.
+        graph_module: the graph that the samples are for.
 
     Raises:
-        CalibrationError: no samples, a sample of fewer than two tokens, a value that is not finite, token ids the
-            model has no embedding for, or what else the graph does not take.
+        CalibrationError: there are no samples, or one does not fit the graph: fewer than two tokens, a value that is
+            not finite, a token id without an embedding, another shape or dtype.
     """
-    check_kind(data)
-    inputs, settings = _inputs(graph_module)
+    check_samples("calibration", data)
+    inputs, others = _inputs(graph_module)
+    names = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
     samples: list[Sample] = []
     for batch in _batches(data, inputs[0].name):
         for row in _rows(batch, inputs, len(samples)):
-            sample = _sample(row, inputs, f"calibration sample {len(samples)}")
-            samples.append(Sample(_in_order(sample.inputs, settings, graph_module), sample.labels))
+            values, labels = _sample(row, inputs, f"calibration sample {len(samples)}")
+            samples.append(Sample({name: values[name] if name in values else others[name] for name in names}, labels))
     if not samples:
         raise CalibrationError("the calibration data is empty", where="calibration", remedy="Pass at least one sample")
     return tuple(samples)
 
 
-def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the tokenised rows in a file of JSON lines.
+def read_token_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read tokenised rows from a file of JSON lines.
 
     Raises:
-        CalibrationError: the file cannot be read, or a line is no JSON object of lists of numbers.
+        CalibrationError: the file cannot be read, or a line is not a JSON object of lists of numbers.
     """
     try:
         rows = [json.loads(line) for _, line in json_lines(Path(path).read_text(encoding="utf-8-sig"))]
@@ -89,13 +91,13 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Input:
-    """What a graph says of one of its inputs.
+    """A tensor that a graph takes.
 
     Args:
         name: its name.
-        shape: its sizes; None where one may vary.
+        shape: its sizes; None for one that may vary.
         whole: whether it holds integers.
-        rows: of the embedding that it is looked up in; None where there is none.
+        rows: rows of the embedding that it is looked up in; None if it is not.
     """
 
     name: str
@@ -105,10 +107,10 @@ class _Input:
 
 
 def _inputs(graph_module: fx.GraphModule) -> tuple[list[_Input], dict[str, Any]]:
-    """Return what a graph says of its tensors, and the other inputs, by name, as they were when it was traced."""
+    """The tensors that a graph takes, and its other inputs by name, with the values that they were traced with."""
     rows = embedding_rows(graph_module)
     found: list[_Input] = []
-    settings: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     for node in (node for node in graph_module.graph.nodes if node.op == "placeholder"):
         name, value = str(node.target), node.meta["val"]
         if isinstance(value, torch.Tensor):
@@ -117,16 +119,10 @@ def _inputs(graph_module: fx.GraphModule) -> tuple[list[_Input], dict[str, Any]]
         elif any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
             raise _error(f"the model takes a {type(value).__name__} for {name}, samples hold tensors", remedy=_NO_DATA)
         else:
-            settings[name] = value
+            others[name] = value
     if not found:
         raise _error("the graph takes no tensor", remedy=_NO_DATA)
-    return found, settings
-
-
-def _in_order(tensors: Tensors, settings: Mapping[str, Any], graph_module: fx.GraphModule) -> dict[str, Any]:
-    """Return all inputs in the order in which the graph takes them."""
-    names = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
-    return {name: tensors[name] if name in tensors else settings[name] for name in names}
+    return found, others
 
 
 def _error(what: str, where: str = "calibration", remedy: str = _WANTED) -> CalibrationError:
@@ -134,7 +130,7 @@ def _error(what: str, where: str = "calibration", remedy: str = _WANTED) -> Cali
 
 
 def _batches(data: Any, name: str) -> Iterator[Tensors]:
-    """Yield batches: the tensors in each by name."""
+    """Yield the tensors of each batch by name."""
     if isinstance(data, torch.Tensor | np.ndarray):
         yield {name: _tensor(name, data, "calibration")}
         return
@@ -145,40 +141,37 @@ def _batches(data: Any, name: str) -> Iterator[Tensors]:
             number += 1
     except FxpruneError:
         raise
-    except Exception as error:  # data sets and loaders run code of the user
+    except Exception as error:  # data sets and loaders run the user's code
         raise _error(f"item {number} cannot be read: {Refusal(error)}") from error
 
 
 def _as_batch(item: Any, name: str, where: str) -> Tensors:
-    """Return the tensors of a batch, or of a single sample as a batch of one, by name."""
+    """Tensors of a batch by name; a single sample becomes a batch of one."""
     if isinstance(item, list | tuple) and item and isinstance(item[0], torch.Tensor | np.ndarray):
         several = sum(isinstance(part, torch.Tensor | np.ndarray) and part.ndim > 0 for part in item)
         if several > 1:
-            raise _error(f"{several} tensors, and no word of which is what", where, _NAMED)
-        item = item[0] if several else item  # a data set of tensors gives tuples of them
+            raise _error(f"{several} tensors without names", where, _NAMED)
+        item = item[0] if several else item  # a TensorDataset yields tuples
     fields: Mapping[str, Any] = item if isinstance(item, Mapping) else {name: item}
     if name not in fields:
         raise _error(f"a sample without {name!r}, only {sorted(map(str, fields))}", where, _TOKENISE)
-    needed = (name, "labels", "attention_mask")
     tensors = {
         str(key): _tensor(key, value, where)
         for key, value in fields.items()
-        if key == name or (value is not None and (key in needed or _is_numbers(value)))
+        if key == name or (value is not None and (key in ("labels", "attention_mask") or _is_numbers(value)))
     }
     first = tensors[name]
     if not first.dim():
-        raise _error(f"{name} is the single number {told(first)}", where)
+        raise _error(f"{name} is the single number {format_value(first)}", where)
     return {key: value[None] if first.dim() == 1 else value for key, value in tensors.items()}
 
 
 def _is_numbers(value: Any) -> bool:
-    """Whether a field is to be read: what is no list of numbers belongs to a sample and not to the model."""
+    """Whether a field holds numbers: others, such as the text, describe a sample and are not for the model."""
     if isinstance(value, torch.Tensor | np.ndarray):
         return True
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and _flat(value)
-
-
-def _flat(value: Sequence[Any]) -> bool:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        return False
     return all(isinstance(item, int | float | Sequence) and not isinstance(item, str | bytes) for item in value)
 
 
@@ -186,29 +179,26 @@ def _tensor(name: Any, value: Any, where: str) -> torch.Tensor:
     if isinstance(value, str | bytes) or (isinstance(value, Sequence) and any(isinstance(i, str) for i in value)):
         raise _error(f"{name} is text", where, _TOKENISE)
     try:
-        found = torch.as_tensor(_native(value) if isinstance(value, np.ndarray) else value)
+        if isinstance(value, np.ndarray):  # torch takes neither foreign byte orders, nor negative strides, nor unsigned
+            kind = value.dtype.newbyteorder("=")
+            if kind.kind == "u" and kind.itemsize > 1:
+                value, kind = np.minimum(value, np.iinfo(np.int64).max), np.dtype(np.int64)  # far above any vocabulary
+            value = np.ascontiguousarray(value, dtype=kind)
+        found = torch.as_tensor(value)
     except (ValueError, TypeError, RuntimeError, RecursionError, OverflowError) as error:
-        raise _error(f"{name} is {told(value)}, no tensor: {Refusal(error)}", where) from error
+        raise _error(f"{name} is {format_value(value)}, not a tensor: {Refusal(error)}", where) from error
     _check_tensor(str(name), found, where)
     return found
 
 
-def _native(value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return an array as torch takes it: in the machine's order of bytes, laid out forwards, integers signed."""
-    kind = value.dtype.newbyteorder("=")
-    if kind.kind == "u" and kind.itemsize > 1:
-        value, kind = np.minimum(value, np.iinfo(np.int64).max), np.dtype(np.int64)  # no vocabulary is that large
-    return np.ascontiguousarray(value, dtype=kind)
-
-
 def _check_tensor(name: str, value: torch.Tensor, where: str) -> None:
-    """Refuse tensors that hold no values to read."""
+    """Refuse tensors without values that can be read."""
     if value.is_meta:
         raise _error(f"{name} is on meta and has no values", where)
     if value.layout != torch.strided or value.is_quantized or value.is_nested:
         raise _error(f"{name} is not a plain tensor, it is {value.layout}", where)
     if value.is_complex():
-        raise _error(f"{name} is {told(value)}", where)
+        raise _error(f"{name} is {format_value(value)}", where)
 
 
 def _is_whole(value: torch.Tensor | np.ndarray[Any, Any]) -> bool:
@@ -219,26 +209,25 @@ def _is_whole(value: torch.Tensor | np.ndarray[Any, Any]) -> bool:
 
 
 def _rows(batch: Tensors, inputs: Sequence[_Input], number: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the rows of a batch, padding cut off."""
+    """Yield the rows of a batch, without padding."""
     names = [known.name for known in inputs]
     batch = {key: value for key, value in batch.items() if key in (*names, "attention_mask", "labels")}
     size = len(batch[names[0]])
+    mask_input = next((known for known in inputs if known.name == "attention_mask"), None)
+    # if the graph takes the mask too, padding can be cut off only if it also takes fewer tokens
+    is_cut = mask_input is None or (
+        mask_input.whole and mask_input.shape == inputs[0].shape and mask_input.shape[-1:] == (None,)
+    )
     for i in range(size):
         where = f"calibration sample {number + i}"
         odd = next((key for key, value in batch.items() if not value.dim() or len(value) != size), None)
         if odd is not None:
-            raise _error(f"{odd} is {told(batch[odd])} beside {size} samples of {names[0]}", where)
+            raise _error(f"{odd} is {format_value(batch[odd])} beside {size} samples of {names[0]}", where)
         row = {key: value[i : i + 1] for key, value in batch.items()}
-        mask = row.get("attention_mask") if _is_cut(inputs) else None
+        mask = row.get("attention_mask") if is_cut else None
         if "attention_mask" not in names:
             row.pop("attention_mask", None)
         yield row if mask is None else _without_padding(row, mask, row[names[0]].shape, where)
-
-
-def _is_cut(inputs: Sequence[_Input]) -> bool:
-    """Whether padding can be cut off: where the graph takes the mask too, only if it takes fewer tokens as well."""
-    mask = next((known for known in inputs if known.name == "attention_mask"), None)
-    return mask is None or (mask.whole and mask.shape == inputs[0].shape and mask.shape[-1:] == (None,))
 
 
 def _without_padding(
@@ -256,43 +245,47 @@ def _without_padding(
     return {key: value[:, keep] if value.shape == shape else value for key, value in row.items()}
 
 
-def _sample(row: Tensors, inputs: Sequence[_Input], where: str) -> Sample:
-    """Return a row as a sample that the graph takes."""
+def _sample(row: Tensors, inputs: Sequence[_Input], where: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The checked tensors of a row by name, and its labels."""
     for known in inputs:
         if known.name not in row:
             raise _error(f"a sample without {known.name!r}, which the model takes", where)
     values = {known.name: _checked(row[known.name], known, where) for known in inputs}
     first = inputs[0]
     if "labels" not in row and not first.whole:
-        raise _error("a sample without 'labels'", where, "Pass labels (samples, tokens) beside such input")
+        raise _error("a sample without 'labels'", where, "Pass labels (samples, tokens) with float inputs")
     labels = row.get("labels", values[first.name])
     mask = values.get("attention_mask")
     if "labels" not in row and mask is not None and not mask.is_floating_point() and mask.shape == labels.shape:
         labels = labels.masked_fill(mask == 0, IGNORED)
     if labels.dim() != 2 or not _is_whole(labels):
-        raise _error(f"labels are {told(labels)}", where, f"Pass labels (samples, tokens), {IGNORED} where none counts")
+        raise _error(
+            f"labels are {format_value(labels)}",
+            where,
+            f"Pass labels (samples, tokens), {IGNORED} to ignore one",
+        )
     if labels.shape[1] < 2:
         raise _error("fewer than two tokens: there is nothing to predict", where, "Pass longer samples")
     if bool((labels[:, 1:] == IGNORED).all()):
-        raise _error(f"all labels are {IGNORED}: there is nothing to predict", where, "Leave labels out, or count some")
-    return Sample(values, labels.long())
+        raise _error(f"all labels are {IGNORED}: there is nothing to predict", where, "Leave labels out")
+    return values, labels.long()
 
 
 def _checked(value: torch.Tensor, known: _Input, where: str) -> torch.Tensor:
-    """Return the value of one input, integers as torch's own.
+    """One input, checked; token ids as int64.
 
     Raises:
-        CalibrationError: another dtype or shape, values that are not finite, or token ids out of range.
+        CalibrationError: its dtype or shape does not fit, a value is not finite, or a token id is out of range.
     """
     name = known.name
     if known.whole and known.rows is not None and not _is_whole(value):
-        raise _error(f"{name} is {told(value)}", where)
+        raise _error(f"{name} is {format_value(value)}", where)
     fixed = [size for size in (known.shape[0], 1) if size is not None][:1]  # samples come one by one
     wanted = (*fixed, *known.shape[1:])
     fits = value.dim() == len(wanted) and all(w in (None, n) for n, w in zip(value.shape[1:], wanted[1:], strict=False))
     if not fits:
         sizes = ", ".join("any" if size is None else str(size) for size in known.shape)
-        raise _error(f"{name} is {told(value)}, the model takes ({sizes})", where)
+        raise _error(f"{name} is {format_value(value)}, the model takes ({sizes})", where)
     if value.is_floating_point() and not bool(value.isfinite().all()):
         raise _error(f"{name} has values that are not finite", where, "Clean the data")
     if known.rows is not None and value.numel() and not 0 <= int(value.min()) <= int(value.max()) < known.rows:

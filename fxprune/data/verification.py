@@ -1,4 +1,4 @@
-"""Inputs to verify with: the caller's, or random ones that fit a graph."""
+"""Verification inputs: the caller's, or random ones that fit a graph."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fxprune.data.calibration import embedding_rows
 from fxprune.errors import ArgumentError
 from fxprune.graph.compat import is_free, size_hint, tree_leaves, tree_map
 from fxprune.graph.facts import Fact
-from fxprune.graph.shapes import refusal
-from fxprune.graph.tensors import device_of, example_of
+from fxprune.graph.shapes import failed_check
+from fxprune.graph.tensors import device_of, map_tensors
 from fxprune.pipeline.arguments import refuse
 
 __all__ = ["VerificationInputs", "check_names", "make_inputs", "resize_inputs"]
@@ -22,29 +22,25 @@ __all__ = ["VerificationInputs", "check_names", "make_inputs", "resize_inputs"]
 _NAMED = "the keyword arguments of forward, {'name': tensor, ...}, or None"
 
 BATCH, TOKENS = 2, 16
-"""Enough for a batch to be told from a single sample, and for positions to differ; no more than a moment's work."""
+"""Large enough that batch size and position matter, and cheap."""
 
 
 @dataclass(frozen=True, eq=False)
 class VerificationInputs(Fact):
-    """The inputs that the dense and the slim graph are compared on.
-
-    Args:
-        values: keyword inputs of the graph, in its order.
-    """
+    """Keyword inputs that the dense and the slim graph are compared on, in the order of the graph."""
 
     values: Mapping[str, Any]
 
 
 def check_names(example_inputs: Any, *, on_meta: bool = True) -> None:
-    """Refuse inputs that are not given by name, or hold what no graph takes.
+    """Refuse example inputs that are not a mapping from names to tensors and plain values.
 
     Args:
-        example_inputs: what was passed.
+        example_inputs: the argument; None is accepted.
         on_meta: whether tensors may be on ``meta``.
 
     Raises:
-        ArgumentError: they are neither None nor a mapping from names to what is passed; or names the input.
+        ArgumentError: they are not a mapping, hold no sample, or a value cannot be used; the message names it.
     """
     if example_inputs is None:
         return
@@ -57,7 +53,7 @@ def check_names(example_inputs: Any, *, on_meta: bool = True) -> None:
             _check_value(f"example_inputs[{name!r}]", value, on_meta)
     sizes = [value.numel() for values in leaves.values() for value in values if isinstance(value, torch.Tensor)]
     if sizes and not any(sizes):
-        raise ArgumentError("they are empty", where="example_inputs", remedy="Pass a sample or more")
+        raise ArgumentError("they are empty", where="example_inputs", remedy="Pass at least one sample")
 
 
 def _check_value(name: str, value: Any, on_meta: bool) -> None:
@@ -68,32 +64,32 @@ def _check_value(name: str, value: Any, on_meta: bool) -> None:
     if value.is_meta:
         wrong = "" if on_meta else "on meta, without values, and the model is not"
     elif value.layout != torch.strided or value.is_nested or value.is_quantized:
-        wrong = "no plain tensor"
+        wrong = "not a plain tensor"
     else:
-        wrong = "not a number in places" if value.is_floating_point() and bool(value.isnan().any()) else ""
+        wrong = "NaN in places" if value.is_floating_point() and bool(value.isnan().any()) else ""
     if wrong:
-        raise ArgumentError(f"it is {wrong}", where=name, remedy="Pass a tensor that holds numbers")
+        raise ArgumentError(f"it is {wrong}", where=name, remedy="Pass a tensor of numbers")
 
 
 def make_inputs(graph_module: fx.GraphModule, given: Mapping[str, Any] | None, seed: int) -> dict[str, Any]:
-    """Return keyword inputs for a graph: the caller's, else random token ids ``(2, 16)`` or random floats.
+    """Keyword inputs for a graph: the caller's, else random token ids ``(2, 16)`` or random floats.
 
     Args:
-        graph_module: the graph; sizes that are not dynamic are kept, and all are as traced where it refuses these.
+        graph_module: the graph; static sizes are kept, and all sizes are as traced if it refuses others.
         given: the caller's example inputs.
-        seed: for the random ones.
+        seed: seed of the random ones.
     """
     inputs = _make(graph_module, given or {}, seed, (BATCH, TOKENS))
-    return _make(graph_module, given or {}, seed, None) if refusal(graph_module, inputs) else inputs
+    return _make(graph_module, given or {}, seed, None) if failed_check(graph_module, inputs) else inputs
 
 
 def resize_inputs(graph_module: fx.GraphModule, inputs: Mapping[str, Any], sizes: tuple[int, int]) -> dict[str, Any]:
-    """Return ``inputs`` of other sizes, along the axes whose size is free: cut, or repeated from the start.
+    """Inputs of other sizes: cut, or repeated from the start, along the axes whose size is dynamic.
 
     Args:
         graph_module: the graph.
-        inputs: keyword inputs of it.
-        sizes: batch, and tokens.
+        inputs: keyword inputs of the graph.
+        sizes: batch and tokens.
     """
 
     def resize(traced: Any, value: Any) -> Any:
@@ -118,21 +114,17 @@ def _make(
             continue
         name = str(node.target)
         if name in given:
-            inputs[name] = example_of(given[name], lambda tensor: tensor.to(device))
+            inputs[name] = map_tensors(given[name], lambda tensor: tensor.to(device))
             continue
 
         def random(value: torch.Tensor, most: int = rows.get(name, 2)) -> torch.Tensor:
-            wanted = sizes or ()
-            shape = [
-                wanted[i] if i < len(wanted) and is_free(size) else size_hint(size)
-                for i, size in enumerate(value.shape)
-            ]
-            made = (
-                torch.randn(shape, generator=generator)
-                if value.dtype.is_floating_point
-                else torch.randint(most, shape, generator=generator)
-            )
-            return made.to(device, value.dtype)
+            shape = [size_hint(size) for size in value.shape]
+            for axis, size in enumerate((sizes or ())[: value.dim()]):
+                if is_free(value.shape[axis]):
+                    shape[axis] = size
+            if value.dtype.is_floating_point:
+                return torch.randn(shape, generator=generator).to(device, value.dtype)
+            return torch.randint(most, shape, generator=generator).to(device, value.dtype)
 
-        inputs[name] = example_of(node.meta["val"], random)
+        inputs[name] = map_tensors(node.meta["val"], random)
     return inputs

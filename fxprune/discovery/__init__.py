@@ -1,1 +1,1 @@
-"""What depends on what: axes solved, the dependency graph, and the groups that are removed together."""
+"""Discovery: solved axes, the dependency graph, and groups of units that are removed together."""

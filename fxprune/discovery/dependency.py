@@ -1,17 +1,17 @@
 """The dependency graph: every axis of every tensor, and the couplings that the ops impose.
 
-An expert is a unit that positions made by a top-k or the like pick, or weights side by side whose outputs a softmax
-mixes. A softmax runs over the experts that are left, and a product with an axis of experts is no attention. A softmax
-over anything else keeps its axis.
-
 Rules run once over the graph, in order; the equations they state are solved as they come. The result is a networkx
 graph whose nodes are :class:`~fxprune.rules.statements.Axis` and whose edges are couplings.
+
+An expert is a unit selected by indices from a top-k or similar, or one of parallel weights whose outputs a softmax
+mixes. A softmax over experts runs over the kept ones, and a product with an axis of experts is not attention. A softmax
+over anything else freezes its axis.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, ClassVar
@@ -23,11 +23,11 @@ from torch import fx
 from fxprune.axes import Concat, Expr, Factor, Freeze, factors
 from fxprune.discovery.norms import NORMS, KeptNorm, NormReport, find_norms
 from fxprune.discovery.zeros import follow_zeros
-from fxprune.graph.context import tidy_later
+from fxprune.graph.context import defer_gc
 from fxprune.graph.facts import Blocks, Change, Constants, Fact, facts_of
 from fxprune.graph.tensors import get_tensor, is_input, tensor_name
 from fxprune.pipeline.arguments import instance, one_of, refuse
-from fxprune.rules.apply import Descriptions, apply_rule, fresh_axes
+from fxprune.rules.apply import RuleDescriber, apply_rule, fresh_axes
 from fxprune.rules.registry import is_sum
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Axis, Role, SizeArgument, Statements, Statistic, TensorAxes
@@ -35,23 +35,21 @@ from fxprune.trace import Traced
 
 __all__ = [
     "AxisMap",
-    "Bypass",
     "Dependencies",
     "axis_map",
     "dependency_graph",
     "find_bypasses",
-    "find_residuals",
-    "settle_experts",
+    "resolve_experts",
 ]
 
 
 @dataclass(frozen=True)
 class Bypass:
-    """A residual block: its output is its input plus what it computes.
+    """A residual block: its output is its input plus a branch.
 
     Args:
-        source: name of the node that goes in.
-        target: name of the node that comes out, to be replaced by ``source``.
+        source: name of the node of the input.
+        target: name of the node of the output, which ``source`` replaces if the block is removed.
     """
 
     source: str
@@ -59,11 +57,16 @@ class Bypass:
 
 
 def find_bypasses(graph: fx.Graph, blocks: tuple[str, ...]) -> dict[str, Bypass]:
-    """For each block that is a residual one, how to go around it.
+    """Return the bypass of each residual block.
 
-    The only value that leaves the block has to be reached from a value that enters it through additions alone.
+    The only value that leaves such a block is reached from a value that enters it through additions alone.
     """
-    owner = _owners(graph, frozenset(blocks))
+    owner: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack") if node.op == "call_function" else None
+        inside = next((path for path, _ in (stack or {}).values() if path in blocks), None)
+        if inside is not None:
+            owner[node] = inside
     leaving: dict[str, list[fx.Node]] = {block: [] for block in blocks}
     for node, block in owner.items():
         is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
@@ -77,19 +80,8 @@ def find_bypasses(graph: fx.Graph, blocks: tuple[str, ...]) -> dict[str, Bypass]
     return found
 
 
-def _owners(graph: fx.Graph, blocks: frozenset[str]) -> dict[fx.Node, str]:
-    """The block each operation was made in, for those in one."""
-    found: dict[fx.Node, str] = {}
-    for node in graph.nodes:
-        stack = node.meta.get("nn_module_stack") if node.op == "call_function" else None
-        block = next((path for path, _ in (stack or {}).values() if path in blocks), None)
-        if block is not None:
-            found[node] = block
-    return found
-
-
 def _residual_source(target: fx.Node, block: str, owner: dict[fx.Node, str]) -> fx.Node | None:
-    """The value outside ``block`` that ``target`` is a sum with, if there is exactly one."""
+    """The one value outside ``block`` that ``target`` adds to; None if there is not exactly one."""
     outside: list[fx.Node] = []
     pending = [target]
     while pending:
@@ -105,9 +97,9 @@ def _residual_source(target: fx.Node, block: str, owner: dict[fx.Node, str]) -> 
 
 
 def find_residuals(graph: fx.Graph) -> dict[str, str]:
-    """For each node that adds to a value what was computed from it with weights, the name of that value's tensor.
+    """Return for each residual addition, of a value and a branch computed from it with weights, the value's tensor.
 
-    Complexity: linear in the number of nodes between a value and where it is added to.
+    Complexity: linear in the number of nodes between a value and the addition.
     """
     place = {node: i for i, node in enumerate(graph.nodes)}
     found: dict[str, str] = {}
@@ -121,7 +113,7 @@ def find_residuals(graph: fx.Graph) -> dict[str, str]:
 
 
 def _is_branch(branch: fx.Node, stream: fx.Node, place: dict[fx.Node, int]) -> bool:
-    """Whether ``branch`` is computed from ``stream``, and a matrix of weights takes part in it."""
+    """Whether ``branch`` is computed from ``stream`` with a matrix of weights."""
     between, pending = {branch}, [branch]
     reached = weighed = False
     while pending:
@@ -135,14 +127,20 @@ def _is_branch(branch: fx.Node, stream: fx.Node, place: dict[fx.Node, int]) -> b
     return reached and weighed
 
 
-def settle_experts(stated: Statements) -> dict[Factor, int]:
-    """Settle the roles of factors, what a softmax means for its axis, and which axes have no unit to spare.
+def resolve_experts(stated: Statements) -> dict[Factor, int]:
+    """Resolve which factors are experts, and so which axes a softmax freezes and which products are attention.
 
     Returns:
-        For each factor that has to keep more than one unit, how many: the ``k`` of a top-k over it.
+        For each factor that must keep more than one unit, the number: the ``k`` of a top-k over it.
     """
     solver = stated.solver
-    experts = _experts(stated)
+    tagged, frozen = solver.tagged_factors(), solver.frozen_factors()
+    mixed = {Role.SHARED_OUT, Role.SIDE_BY_SIDE}
+    experts = {
+        factor
+        for factor, tags in tagged.items()
+        if factor not in frozen and (Role.EXPERT in tags or (mixed <= tags and Role.HEAD not in tags))
+    }
     for factor in experts:
         solver.tag(factor, Role.EXPERT)
     for found in stated.competitions:
@@ -156,30 +154,21 @@ def settle_experts(stated: Statements) -> dict[Factor, int]:
         if not any(factor in experts for expr, _ in solved for factor in factors(expr)):
             for expr, role in solved:
                 solver.tag(expr, role)
-    return _least(stated)
+    return _least_units(stated)
 
 
-def _experts(stated: Statements) -> frozenset[Factor]:
-    tags, frozen = stated.solver.tagged_factors(), stated.solver.frozen_factors()
-    return frozenset(factor for factor, own in tags.items() if factor not in frozen and _is_expert(own))
+def _least_units(stated: Statements) -> dict[Factor, int]:
+    """The number of units that must stay; if several factors make an axis, the last ones make up for the others.
 
-
-def _is_expert(tags: frozenset[str]) -> bool:
-    return Role.EXPERT in tags or ({Role.SHARED_OUT, Role.SIDE_BY_SIDE} <= tags and Role.HEAD not in tags)
-
-
-def _least(stated: Statements) -> dict[Factor, int]:
-    """How many units have to stay; where several factors make an axis, the last ones have to make up for the others.
-
-    Units that are picked one at a time along an axis, by several ops, have to be as many.
+    Several ops that each select one unit along an axis need as many units.
     """
     solver, least = stated.solver, dict[Factor, int]()
     frozen = solver.frozen_factors()
     single = Counter(solver.resolve(found.expr) for found in stated.at_least if found.count == 1)
     for expr, count in ((solver.resolve(found.expr), found.count) for found in stated.at_least):
         count = max(count, single[expr])
-        for factor in reversed(list(_free(expr, frozen))):
-            while _fewest(expr, least, frozen) < count and least.get(factor, 1) < factor.size:
+        for factor in reversed([factor for factor in factors(expr) if factor not in frozen]):
+            while _smallest_size(expr, least, frozen) < count and least.get(factor, 1) < factor.size:
                 least[factor] = least.get(factor, 1) + 1
     for factor, count in least.items():
         if count >= factor.size:
@@ -188,15 +177,11 @@ def _least(stated: Statements) -> dict[Factor, int]:
     return least
 
 
-def _free(expr: Expr, frozen: Mapping[Factor, object]) -> Iterator[Factor]:
-    return (factor for factor in factors(expr) if factor not in frozen)
-
-
-def _fewest(expr: Expr, least: Mapping[Factor, int], frozen: Mapping[Factor, object]) -> int:
-    """The smallest size that the axis ``expr`` may get."""
+def _smallest_size(expr: Expr, least: Mapping[Factor, int], frozen: Mapping[Factor, object]) -> int:
+    """The smallest size that the axis ``expr`` may shrink to."""
     if isinstance(expr, Factor):
         return expr.size if expr in frozen else least.get(expr, 1)
-    sizes = [_fewest(part, least, frozen) for part in expr.parts]
+    sizes = [_smallest_size(part, least, frozen) for part in expr.parts]
     return sum(sizes) if isinstance(expr, Concat) else prod(sizes)
 
 
@@ -208,25 +193,25 @@ class AxisMap:
         tensors: for each tensor name one expression per dimension, in normal form.
         frozen: factors that must keep their units, with the reason.
         tags: roles that ops gave to factors (``head``, ``head_dim``, ..).
-        renormalised: for factors that a statistic runs over, the nodes that take it.
-        summed: for factors that an op adds up over, the nodes that do.
+        renormalised: for factors that a statistic runs over, its nodes.
+        summed: for factors that ops sum over, their nodes.
         size_arguments: numbers in the graph that are sizes.
         unruled: nodes whose op has no rule, with the op.
         modules: module path of each node.
-        order: place of each tensor's first use in the order of execution, a weight before its bias.
+        order: rank of each tensor's first use in the order of execution, a weight before its bias.
         parameters: names of parameters; the other ``get_attr`` tensors are buffers.
         buffers: names of buffers.
         blocks: module paths of the repeated blocks.
-        bypasses: for each block that can go as a whole, how to go around it.
-        tied: parameter names that are another name's tensor, with that name.
-        least: for factors that have to keep more than one unit, how many.
-        positions: for tensors that hold positions along an axis, what that axis is made of.
-        constants: names of those buffers that the model's code makes, and that are none of the model's own.
-        rules: for the node of each op, its rule by itself as text.
-        norm: what becomes of norms over units that go, ``sliced`` or ``masked``.
-        norms: averages that are kept as masking has them, which are then not among ``renormalised``.
-        unkept: where norms are to be kept, the nodes whose average cannot be, with the reason.
-        residuals: nodes that add to a value what was computed from it, with the tensor of that value.
+        bypasses: for each block that can be removed as a whole, its bypass.
+        tied: parameter names that alias another name's tensor, with that name.
+        least: for factors that must keep more than one unit, the number.
+        positions: for tensors that hold positions along an axis, the expression of that axis.
+        constants: names of the buffers that the model's code makes rather than the model holds.
+        rules: for the node of each op, its rule as text.
+        norm: treatment of norms over removed units, ``sliced`` or ``masked``.
+        norms: averages that are rescaled to equal masking, which are then not among ``renormalised``.
+        unkept: with ``norm="masked"``, the nodes whose average cannot be rescaled, with the reason.
+        residuals: nodes of residual additions, with the tensor that they add to.
     """
 
     tensors: dict[str, tuple[Expr, ...]]
@@ -257,11 +242,11 @@ class AxisMap:
         return (*self.parameters, *self.buffers)
 
     def keeps_norm_over(self, factor: Factor) -> bool:
-        """Whether a norm that is kept as masking has it runs over a factor."""
+        """Whether a rescaled norm runs over a factor."""
         return any(factor in factors(expr) for norm in self.norms for expr in norm.axes)
 
 
-@tidy_later()
+@defer_gc()
 def dependency_graph(traced: Traced | fx.GraphModule, norm: str = "sliced") -> nx.Graph[Axis]:
     """The dependency graph of a traced model.
 
@@ -271,18 +256,18 @@ def dependency_graph(traced: Traced | fx.GraphModule, norm: str = "sliced") -> n
 
     Args:
         traced: a traced model.
-        norm: what becomes of a norm over fewer units, ``sliced`` or ``masked``; see :mod:`fxprune.discovery.norms`.
+        norm: treatment of norms over removed units, ``sliced`` or ``masked``; see :mod:`fxprune.discovery.norms`.
 
     Complexity: linear in the number of graph nodes.
 
     Raises:
-        ArgumentError: it is no traced model.
-        UnknownNameError: there is no such word for ``norm``.
-        PassError: it is a graph that did not come from :func:`fxprune.trace`.
+        ArgumentError: ``traced`` is not a traced model.
+        UnknownNameError: ``norm`` is neither.
+        PassError: the graph did not come from :func:`fxprune.trace`.
     """
     one_of("norm", norm, NORMS)
     graph_module = traced.graph_module if isinstance(traced, Traced) else traced
-    instance("traced", graph_module, fx.GraphModule, "what fxprune.trace(model) returns")
+    instance("traced", graph_module, fx.GraphModule, "the result of fxprune.trace(model)")
     facts_of(graph_module)
     stated, rules = _state_equations(graph_module)
     axes = _solve(graph_module, stated, rules, norm)
@@ -320,47 +305,42 @@ def axis_map(graph: nx.Graph[Axis]) -> AxisMap:
     """The solved axes of a dependency graph.
 
     Raises:
-        ArgumentError: it is none.
+        ArgumentError: ``graph`` is something else.
     """
-    asked: Any = graph
-    axes = asked.graph.get("axes") if isinstance(asked, nx.Graph) else None
+    given: Any = graph
+    axes = given.graph.get("axes") if isinstance(given, nx.Graph) else None
     if not isinstance(axes, AxisMap):
         raise refuse("graph", graph, "a dependency graph, as in fxprune.dependency_graph(fxprune.trace(model))")
     return axes
 
 
 def _state_equations(graph_module: fx.GraphModule) -> tuple[Statements, dict[str, str]]:
-    """What all rules state, run in order, and each rule as text; tied parameters first become one."""
-    stated, descriptions = Statements(), Descriptions()
+    """Run all rules in order, and return their statements and each rule as text; tied parameters first become one."""
+    stated, descriptions = Statements(), RuleDescriber()
     owner: dict[int, TensorAxes] = {}
     rules: dict[str, str] = {}
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
-            _add_weight(node, graph_module, stated, owner)
+            name = tensor_name(node)
+            value = get_tensor(graph_module, name)
+            weight = stated.tensors[name] = fresh_axes(name, value, weight=True)
+            tied = owner.setdefault(id(value), weight)
+            if tied is not weight:
+                OpSite(node, stated, (weight,)).tie_all(tied)
         elif is_input(node):
             tensor = fresh_axes(node.name, node.meta["val"])
             stated.tensors[node.name] = tensor
             for axis in tensor.axes:
                 stated.solver.freeze(axis, "an input of the model", node.name)
         elif node.op == "call_function":
-            rules[node.name] = descriptions.of(apply_rule(node, stated))
+            rules[node.name] = descriptions.describe(apply_rule(node, stated))
         elif node.op == "output":
             _freeze_output(node, stated)
     return stated, rules
 
 
-def _add_weight(node: fx.Node, graph_module: fx.GraphModule, stated: Statements, owner: dict[int, TensorAxes]) -> None:
-    name = tensor_name(node)
-    value = get_tensor(graph_module, name)
-    tensor = fresh_axes(name, value, weight=True)
-    stated.tensors[name] = tensor
-    tied = owner.setdefault(id(value), tensor)
-    if tied is not tensor:
-        OpSite(node, stated, (tensor,)).tie_all(tied)
-
-
 def _freeze_output(node: fx.Node, stated: Statements) -> None:
-    """What the model returns keeps its shape; an output class called with tensors counts as the output."""
+    """Freeze the axes of the outputs; the arguments of an output class count as outputs."""
     for result in node.all_input_nodes:
         tensor = stated.tensors.get(tensor_name(result))
         if tensor is None:
@@ -376,7 +356,7 @@ def _freeze_output(node: fx.Node, stated: Statements) -> None:
 def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, str], norm: str) -> AxisMap:
     solver, facts = stated.solver, facts_of(graph_module)
     blocks, constants = facts[Blocks].paths, facts[Constants].names
-    least = settle_experts(stated)
+    least = resolve_experts(stated)
     tensors: dict[str, tuple[Expr, ...]] = {}
     for entry in stated.tensors.values():
         for tensor in (entry,) if isinstance(entry, TensorAxes) else entry:
@@ -386,21 +366,26 @@ def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, st
         solver.freeze(factor, freeze.reason, freeze.node)
     attributes = {str(n.target): n for n in graph_module.graph.nodes if n.op == "get_attr"}
     is_parameter = {name: isinstance(get_tensor(graph_module, name), torch.nn.Parameter) for name in attributes}
-    tied = _tied(graph_module, tuple(attributes))
+    first: dict[int, str] = {}
+    owners = {name: first.setdefault(id(get_tensor(graph_module, name)), name) for name in attributes}
+    tied = {name: owner for name, owner in owners.items() if name != owner}
     own = {name: tied.get(name, name) for name in attributes if name not in constants}
     averages = {one: tuple(tensors[place.tensor][place.dim] for place in one.places) for one in stated.averages}
     norms = find_norms(graph_module.graph, averages, zeros.averaged, own) if norm == "masked" else NormReport()
-    position = {node: place for place, node in enumerate(graph_module.graph.nodes)}
+    kept_norms = {kept.node for kept in norms.kept}
+    renormalised = {
+        factor: tuple(name for name in names if name not in kept_norms) for factor, names in zeros.renormalised.items()
+    }
     return AxisMap(
         tensors=tensors,
         frozen=solver.frozen_factors(),
         tags=solver.tagged_factors(),
-        renormalised=_without(zeros.renormalised, {kept.node for kept in norms.kept}),
+        renormalised={factor: names for factor, names in renormalised.items() if names},
         summed=zeros.summed,
         size_arguments=tuple(replace(size, expr=solver.resolve(size.expr)) for size in stated.size_arguments),
         unruled=dict(stated.unruled),
         modules={node.name: module_path(node) for node in graph_module.graph.nodes},
-        order=_order(attributes, position),
+        order=_first_uses(graph_module.graph, attributes),
         parameters=tuple(name for name, yes in is_parameter.items() if yes),
         buffers=tuple(name for name, yes in is_parameter.items() if not yes),
         blocks=blocks,
@@ -417,14 +402,9 @@ def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, st
     )
 
 
-def _without(found: Mapping[Factor, tuple[str, ...]], nodes: Collection[str]) -> dict[Factor, tuple[str, ...]]:
-    """Nodes by factor without some, and without factors that none is left of."""
-    left = {factor: tuple(name for name in names if name not in nodes) for factor, names in found.items()}
-    return {factor: names for factor, names in left.items() if names}
-
-
-def _order(attributes: Mapping[str, fx.Node], position: Mapping[fx.Node, int]) -> dict[str, int]:
-    """The place of each tensor's first use: by op, then by argument of the op (a weight comes before its bias)."""
+def _first_uses(graph: fx.Graph, attributes: Mapping[str, fx.Node]) -> dict[str, int]:
+    """The rank of each tensor's first use: by op, then by argument of the op (a weight comes before its bias)."""
+    position = {node: place for place, node in enumerate(graph.nodes)}
 
     def first_use(name: str) -> tuple[int, int]:
         node = attributes[name]
@@ -433,13 +413,7 @@ def _order(attributes: Mapping[str, fx.Node], position: Mapping[fx.Node, int]) -
     return {name: place for place, name in enumerate(sorted(attributes, key=first_use))}
 
 
-def _tied(graph_module: fx.GraphModule, names: tuple[str, ...]) -> dict[str, str]:
-    first: dict[int, str] = {}
-    owners = {name: first.setdefault(id(get_tensor(graph_module, name)), name) for name in names}
-    return {name: owner for name, owner in owners.items() if name != owner}
-
-
 def module_path(node: fx.Node) -> str:
-    """Path of the module whose code made ``node``."""
+    """Path of the module whose code ``node`` comes from."""
     stack = node.meta.get("nn_module_stack")
     return str(next(reversed(stack.values()))[0]) if stack else ""

@@ -1,4 +1,4 @@
-"""Why an axis is in a group, or frozen; axes and groups by the names that people type."""
+"""Explanations: why an axis is in a group, or frozen; look-up of axes and groups by abbreviated names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from fxprune.pipeline.arguments import instance, refuse
 from fxprune.rules.statements import Axis
 
 __all__ = [
-    "Step",
     "exactness",
     "explain",
     "find_axis",
@@ -31,47 +30,47 @@ __all__ = [
 ]
 
 _LISTED = 6
-"""How many names a message lists that all could be meant."""
+"""Most names to list for an ambiguous one."""
 
 _INDEXED = re.compile(r"(?P<name>.*)\[(?P<dim>-?\d{1,9})\]")
 
 
 def find_axis(graph: nx.Graph[Axis], name: str, dim: int | None = None) -> Axis:
-    """Return the axis that is meant.
+    """Return the axis of a tensor by an abbreviated name.
 
     Args:
         graph: the dependency graph.
-        name: of a tensor: all of it, its end, or the end of the module that it is in, as in ``layers.3.norm``; of
-            a module's tensors the weight is meant. A ``*`` stands for any number. The axis may follow in brackets.
-        dim: which axis of it; None where it has one, or where ``name`` says it.
+        name: of a tensor: all of it, its end, or the end of its module's path, as in ``layers.3.norm``, for the
+            module's weight. A ``*`` stands for any number. The axis may follow in brackets.
+        dim: number of the axis; None if the tensor has only one, or ``name`` has it in brackets.
 
     Raises:
-        UnknownNameError: nothing is called so; suggests the nearest.
-        ArgumentError: several tensors are called so, or the tensor has no such axis.
+        UnknownNameError: no tensor has this name; suggests the nearest.
+        ArgumentError: the name is ambiguous, or the tensor has no such axis.
     """
     indexed = _INDEXED.fullmatch(name)
     if indexed is not None:
-        name, said = indexed["name"], int(indexed["dim"])
-        if dim is not None and dim != said:
-            raise ArgumentError(f"axis {said} and axis {dim} are asked for", where=name, remedy="Say it once")
-        dim = said
+        name, bracketed = indexed["name"], int(indexed["dim"])
+        if dim is not None and dim != bracketed:
+            raise ArgumentError(f"axis {bracketed} and axis {dim} are requested", where=name, remedy="Name one axis")
+        dim = bracketed
     axes = axis_map(graph)
     tensor = name if name in axes.tensors else _find_tensor(name, axes.weights())
     count = len(axes.tensors[tensor])
     if dim is None and count != 1:
-        raise ArgumentError(_has(count), where=tensor, remedy=f"Say which, as in {name}[0]")
+        raise ArgumentError(_has(count), where=tensor, remedy=f"Name one, as in {name}[0]")
     target = Axis(tensor, dim or 0)
     if target not in graph:
-        raise ArgumentError(f"there is no axis {dim}: it {_has(count)}", where=tensor, remedy="Ask for one of these")
+        raise ArgumentError(f"there is no axis {dim}: it {_has(count)}", where=tensor, remedy="Name one of these")
     return target
 
 
 def find_group(groups: Iterable[Group], name: str) -> Group:
-    """Return the group of this name, or the one whose name ends so: ``layers.3/mlp``, or ``mlp`` among a few.
+    """Return a group by its name or the end of it: ``layers.3/mlp``, or ``mlp`` if there is only one.
 
     Raises:
-        UnknownNameError: no group is called so; suggests the nearest.
-        ArgumentError: several are.
+        UnknownNameError: no group has this name; suggests the nearest.
+        ArgumentError: the name is ambiguous.
     """
     known = {group.name: group for group in groups}
     found = [name] if name in known else [full for full in known if _ends(full, name)]
@@ -81,7 +80,7 @@ def find_group(groups: Iterable[Group], name: str) -> Group:
 
 
 def _find_tensor(name: str, weights: Collection[str]) -> str:
-    """Return the parameter or buffer that is called so in short."""
+    """Return the full name of a parameter or buffer."""
     found = [full for full in weights if _ends(full, name)]
     if not found:
         inside = [full for full in weights if _ends(full.rpartition(".")[0], name)]
@@ -90,28 +89,24 @@ def _find_tensor(name: str, weights: Collection[str]) -> str:
         parts = name.count(".") + 1
         ends = {".".join(full.split(".")[-parts:]) for full in weights}
         modules = {".".join(full.split(".")[:-1][-parts:]) for full in weights}
-        near = _spelled(name, ends | modules) or weights
+        near = difflib.get_close_matches(name, sorted(ends | modules), n=3, cutoff=0.7) or weights
         raise UnknownNameError("parameter or buffer", name, near)
     return _only(name, found)
-
-
-def _spelled(name: str, known: Iterable[str]) -> list[str]:
-    return difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.7)
 
 
 def _only(name: str, found: list[str]) -> str:
     if len(found) > 1:
         more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
         raise ArgumentError(
-            f"{len(found)} are called so: {', '.join(found[:_LISTED])}{more}",
+            f"the name is ambiguous: it may be {', '.join(found[:_LISTED])}{more}",
             where=name,
-            remedy="Say as much of the name as tells them apart",
+            remedy="Add as much of the name as distinguishes them",
         )
     return found[0]
 
 
 def _ends(full: str, name: str) -> bool:
-    """Whether ``full`` is ``name``, or ends so after a dot or a slash; ``*`` stands for any number."""
+    """Whether ``full`` is ``name`` or ends in it after a dot or a slash; ``*`` stands for any number."""
     pattern = re.escape(name).replace(r"\*", r"\d+")
     return re.search(rf"(^|[./]){pattern}$", full) is not None
 
@@ -124,14 +119,14 @@ def _has(count: int) -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """One coupling on the way from a trigger to a member.
+    """One coupling on the path from a trigger to a member.
 
     Args:
         source: an axis.
         target: the axis that an op couples with it.
         op: the op.
         node: name of its node.
-        rule: the rule of the op, by itself, as text; empty where two names of one tensor are coupled.
+        rule: the rule of the op as text; empty if the coupling is of two names of one tensor.
     """
 
     source: Axis
@@ -146,17 +141,17 @@ def explain(graph: nx.Graph[Axis], member: Axis | tuple[str, int], group: Group 
 
     Args:
         graph: the dependency graph.
-        member: tensor name and axis; of the name so much as tells it from others, as in ``("layers.3.mixer.proj", 0)``.
-        group: the group meant, where the axis is in several; None for the first.
+        member: tensor name and axis; the name as :func:`find_axis` takes it, as in ``("layers.3.mixer.proj", 0)``.
+        group: one of the groups of the axis; None for the first.
 
     Raises:
-        ArgumentError: an argument is of the wrong type, several tensors are called so, or there is no such axis.
+        ArgumentError: an argument is of the wrong type, the name is ambiguous, or there is no such axis.
         UnknownNameError: no such tensor; suggests the nearest.
-        FxpruneError: the axis is in no group; says why it is frozen if it is.
+        FxpruneError: the axis is in no group; gives the reason if it is frozen.
     """
     axes = axis_map(graph)
-    asked: Any = member
-    if not isinstance(asked, tuple) or [type(part) for part in member] != [str, int]:
+    given: Any = member
+    if not isinstance(given, tuple) or [type(part) for part in member] != [str, int]:
         raise refuse("member", member, "the name of a tensor and the number of its axis, as in ('embed.weight', 0)")
     if group is not None:
         instance("group", group, Group, "one of fxprune.find_groups(graph), or None")
@@ -171,27 +166,24 @@ def explain(graph: nx.Graph[Axis], member: Axis | tuple[str, int], group: Group 
             remedy="Ask for an axis of one of fxprune.find_groups(graph), and of this graph",
         )
     inside = graph.subgraph(axes_by_factor(graph)[chosen.factor])
-    path = nx.shortest_path(inside, chosen.trigger, target)
-    edges = itertools.pairwise(path)
-    return [_step(graph, a, b) for a, b in edges]
+    steps = []
+    for source, reached in itertools.pairwise(nx.shortest_path(inside, chosen.trigger, target)):
+        edge = graph.edges[source, reached]
+        steps.append(Step(source, reached, edge["op"], edge["node"], axes.rules.get(edge["node"], "")))
+    return steps
 
 
 def groups_of(graph: nx.Graph[Axis], axis: Axis) -> list[Group]:
-    """Return the groups whose units ``axis`` holds, in order of execution of their triggers."""
+    """Return the groups whose units lie along ``axis``, in order of execution of their triggers."""
     expr = graph.nodes[axis]["expr"]
     return [group for group in find_groups(graph) if group.factor is not None and contains(expr, group.factor)]
 
 
-def _step(graph: nx.Graph[Axis], a: Axis, b: Axis) -> Step:
-    edge = graph.edges[a, b]
-    return Step(a, b, edge["op"], edge["node"], axis_map(graph).rules.get(edge["node"], ""))
-
-
 def exactness(axes: AxisMap, group: Group) -> str:
-    """Return what removing units of ``group`` is, next to masking them.
+    """How removing units of ``group`` compares with masking them.
 
-    ``exact``: the same. ``masked``: the same, as a norm that runs over them is kept as masking has it.
-    ``renormalised``: the same up to a norm, or another statistic, that is then one of the units that stay.
+    ``exact``: equal. ``masked``: equal, because a norm over them is rescaled. ``renormalised``: equal up to a norm, or
+    another statistic, that is then taken over the kept units.
     """
     if group.renormalised:
         return "renormalised"
@@ -204,7 +196,7 @@ def frozen_axes(graph: nx.Graph[Axis]) -> dict[str, Freeze]:
 
 
 def frozen_in(axes: AxisMap) -> dict[str, Freeze]:
-    """As :func:`frozen_axes`, of solved axes."""
+    """As :func:`frozen_axes`, for solved axes."""
     found: dict[str, Freeze] = {}
     for name in axes.parameters:
         for i, expr in enumerate(axes.tensors[name]):

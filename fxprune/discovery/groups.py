@@ -7,6 +7,7 @@ triggers those that depend on it, these trigger the next, until nothing new is f
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,23 +21,21 @@ from torch import fx
 from fxprune.axes import Expr, Factor, Product, beside, factors, unit_index
 from fxprune.discovery.dependency import AxisMap, axis_map
 from fxprune.errors import ArgumentError
-from fxprune.graph.context import tidy_later
+from fxprune.graph.context import defer_gc
 from fxprune.graph.facts import Change, Fact, owner_block
 from fxprune.graph.tensors import starred, tensor_name
 from fxprune.pipeline.arguments import EXACT, KINDS, Kind, one_of, refuse
 from fxprune.pipeline.notebook import html_table
-from fxprune.rules.apply import run_alone
+from fxprune.rules.apply import apply_rule_alone
 from fxprune.rules.registry import Values, find_rule
 from fxprune.rules.statements import Axis, Role
 
 __all__ = [
     "DEFAULT_KINDS",
-    "EXACT",
     "KINDS",
     "Consumer",
     "Group",
     "Groups",
-    "Kind",
     "Member",
     "as_kinds",
     "axes_by_factor",
@@ -51,35 +50,31 @@ __all__ = [
 ]
 
 DEFAULT_KINDS = ("mlp", "head")
-"""What goes unless the caller says otherwise: the kinds of the paper, which every language model has."""
+"""Kinds to prune by default: those of the paper, which every language model has."""
 
 
-def as_kinds(kinds: str | Sequence[str], name: str = "kinds") -> tuple[str, ...]:
-    """Return ``kinds``, an argument called ``name``, as a tuple; a single kind may stand alone.
+def as_kinds(name: str, kinds: Any) -> tuple[str, ...]:
+    """Return ``kinds``, the argument ``name``, as a tuple; a single kind may stand alone.
 
-    ``exact-`` in front of one leaves out its groups that a norm runs over.
+    The prefix ``exact-`` leaves out groups of a kind that a norm runs over.
 
     Raises:
-        UnknownNameError: no such kind; the nearest is suggested.
-        ArgumentError: no kinds at all, or something else.
+        UnknownNameError: no such kind; suggests the nearest.
+        ArgumentError: there are no kinds, or ``kinds`` is something else.
     """
-    given: Any = kinds
-    if not isinstance(given, Collection) or isinstance(given, bytes):
+    if not isinstance(kinds, Collection) or isinstance(kinds, bytes):
         raise refuse(name, kinds, f"one or more of {', '.join(KINDS)}")
     named = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not named:
-        raise ArgumentError(f"{name} is empty", where=name, remedy=f"Name one or more of {', '.join(KINDS)}")
-    return tuple(_as_kind(kind) for kind in named)
-
-
-def _as_kind(kind: Any) -> str:
-    """Return ``kind`` as it was spelled; no norm runs over a layer, which is the same with the prefix or without."""
-    bare = one_of("kind", bare_kind(kind), KINDS)
-    return bare if bare == "layer" else str(kind)
+        remedy = f"Name one or more of {', '.join(KINDS)}"
+        raise ArgumentError(f"${name} is empty", where=name, remedy=remedy, argument=name, value=kinds)
+    bare = [one_of("kind", bare_kind(kind), KINDS) for kind in named]
+    # no norm runs over a layer, so that the prefix makes no difference there
+    return tuple("layer" if one == "layer" else str(kind) for one, kind in zip(bare, named, strict=True))
 
 
 def bare_kind(kind: Any) -> Any:
-    """Return the kind meant, whether or not all its groups are: ``mlp`` of ``exact-mlp``."""
+    """Return a kind without the prefix: ``mlp`` for ``exact-mlp``."""
     return kind.removeprefix(EXACT) if isinstance(kind, str) else kind
 
 
@@ -88,9 +83,9 @@ class Member:
     """An axis of a parameter or buffer that holds units of the group.
 
     Args:
-        name: the parameter or buffer.
-        axis: which of its axes.
-        expr: what that axis is made of.
+        name: of the parameter or buffer.
+        axis: number of the axis.
+        expr: the expression of the axis.
         trained: whether it is a parameter.
     """
 
@@ -110,14 +105,14 @@ class Group:
 
     Args:
         name: unique and readable, such as ``"model.layers.3/head"``.
-        kind: what a unit is.
-        members: what is sliced, in order of execution.
-        factor: the factor of the axis algebra whose units these are; None for a layer.
+        kind: of the units.
+        members: the axes to slice, in order of execution.
+        factor: the factor of the axis algebra with these units; None for a layer.
         block: module path of the block it lies in; None if it spans several.
-        outer: the factor that is always around this one: each of its units may keep a choice of its own.
+        outer: the factor that is always around this one: each of its units may keep different inner units.
         renormalised: nodes that take a statistic over this axis; removal then equals masking up to that statistic.
         trigger: the parameter axis from which the search started.
-        least: how many units have to stay, such as those a top-k chooses.
+        least: number of units that must stay, such as those selected by a top-k.
     """
 
     name: str
@@ -132,21 +127,21 @@ class Group:
 
     def __repr__(self) -> str:
         """The group in a line."""
-        return f"<Group {self.name}: {self._told}>"
+        return f"<Group {self.name}: {self._summary}>"
 
     def __str__(self) -> str:
-        """The group with its members, one a line; those of alike blocks together, with their number."""
+        """The group with its members, one per line; those of equal blocks together, with their number."""
         lines = (f"  {axis}{f' ({count})' if count > 1 else ''}" for axis, count in self._axes().items())
-        return "\n".join((f"{self.name}: {self._told}", *lines))
+        return "\n".join((f"{self.name}: {self._summary}", *lines))
 
     def _repr_html_(self) -> str:
-        return html_table(f"{self.name}: {self._told}", self._axes().items(), ("axis", "number"))
+        return html_table(f"{self.name}: {self._summary}", self._axes().items(), ("axis", "number"))
 
     def _axes(self) -> Counter[str]:
         return Counter(starred(str(member)) for member in self.members)
 
     @property
-    def _told(self) -> str:
+    def _summary(self) -> str:
         inside = "" if self.outer is None else f" inside each of {self.outer.size}"
         exact = "" if not self.renormalised else ", renormalised"
         units = "unit" if self.size == 1 else "units"
@@ -154,11 +149,11 @@ class Group:
 
     @property
     def size(self) -> int:
-        """Number of units (inside one outer unit, where there is an outer factor)."""
+        """Number of units, inside one outer unit if there is an outer factor."""
         return 1 if self.factor is None else self.factor.size
 
     def is_of(self, kinds: Sequence[str]) -> bool:
-        """Whether its units are of one of ``kinds``; ``exact-mlp`` are those of kind ``mlp`` that no norm runs over."""
+        """Whether its units are of one of ``kinds``; ``exact-mlp`` matches kind ``mlp`` with no norm over it."""
         return self.kind in kinds or (not self.renormalised and f"{EXACT}{self.kind}" in kinds)
 
     @property
@@ -191,9 +186,9 @@ class Groups(Fact):
         return tuple(group for group in self.all if group.is_of(kinds))
 
 
-@tidy_later()
+@defer_gc()
 def find_groups(graph: nx.Graph[Axis]) -> tuple[Group, ...]:
-    """Every group of the model, in order of execution of their triggers; frozen ones are not among them.
+    """Every group of the model, in order of execution of their triggers; frozen factors make none.
 
     Complexity: linear in the size of the graph times the number of factors of an axis.
     """
@@ -202,7 +197,8 @@ def find_groups(graph: nx.Graph[Axis]) -> tuple[Group, ...]:
     groups: list[Group] = []
     seen: set[Factor] = set(axes.frozen)
     taken: dict[str, int] = {}
-    for trigger in _triggers(axes):
+    ordered = sorted(axes.parameters, key=lambda name: axes.order[name])
+    for trigger in (Axis(name, i) for name in ordered for i in range(len(axes.tensors[name]))):
         for factor in factors(graph.nodes[trigger]["expr"]):
             if factor in seen:
                 continue
@@ -210,7 +206,7 @@ def find_groups(graph: nx.Graph[Axis]) -> tuple[Group, ...]:
             reached = propagate(graph, trigger, by_factor[factor])
             group = _make_group(axes, factor, trigger, reached)
             count = taken[group.name] = taken.get(group.name, 0) + 1
-            groups.append(group if count == 1 else _renamed(group, f"{group.name}.{count}"))
+            groups.append(group if count == 1 else replace(group, name=f"{group.name}.{count}"))
     return (*groups, *_layer_groups(axes))
 
 
@@ -228,13 +224,6 @@ def axes_by_factor(graph: nx.Graph[Axis]) -> dict[Factor, set[Axis]]:
     return found
 
 
-def _triggers(axes: AxisMap) -> Iterator[Axis]:
-    """Parameter axes in order of execution."""
-    for name in sorted(axes.parameters, key=lambda name: axes.order[name]):
-        for i in range(len(axes.tensors[name])):
-            yield Axis(name, i)
-
-
 def _make_group(axes: AxisMap, factor: Factor, trigger: Axis, reached: set[Axis]) -> Group:
     trained = set(axes.parameters)
     weights = trained | set(axes.buffers)
@@ -243,7 +232,10 @@ def _make_group(axes: AxisMap, factor: Factor, trigger: Axis, reached: set[Axis]
     members = tuple(Member(a.tensor, a.dim, axes.tensors[a.tensor][a.dim], a.tensor in trained) for a in ordered)
     owners = {owner_block(m.name, axes.blocks) for m in members if m.trained}
     block = next(iter(owners)) if len(owners) == 1 else None
-    kind = _kind(_roles(axes, factor, members), len(owners))
+    roles = _roles(axes, factor, members)
+    named: tuple[tuple[str, Kind], ...] = ((Role.EXPERT, "expert"), (Role.HEAD, "head"), (Role.HEAD_DIM, "head_dim"))
+    fallback: Kind = "channel" if len(owners) > 1 else "mlp"
+    kind: Kind = next((kind for role, kind in named if role in roles), fallback)
     renormalised = axes.renormalised.get(factor, ())
     outer = None if renormalised or axes.keeps_norm_over(factor) else _outer_factor(axes, factor, reached)
     least = axes.least.get(factor, 1)
@@ -251,10 +243,10 @@ def _make_group(axes: AxisMap, factor: Factor, trigger: Axis, reached: set[Axis]
 
 
 def _roles(axes: AxisMap, factor: Factor, members: Sequence[Member]) -> frozenset[str]:
-    """Return the roles of ``factor``, those of heads and their widths told apart by where it stands.
+    """Return the roles of ``factor``, with heads and head widths distinguished by position.
 
-    What two activations multiply and do not sum over is a head where it stands around a width, and a width where it
-    stands in a head. Else it is neither, such as the inner channels of a scan.
+    A factor that a product of two activations does not sum over is a head if it stands around a width, and a width if
+    it stands inside a head. Otherwise it is neither, such as the inner channels of a scan.
     """
     tags = axes.tags.get(factor, frozenset())
     if Role.HEAD_DIM not in tags or Role.SUMMED in tags:
@@ -266,23 +258,12 @@ def _roles(axes: AxisMap, factor: Factor, members: Sequence[Member]) -> frozense
     return tags if around & {Role.HEAD, Role.HEAD_DIM} else tags - {Role.HEAD_DIM}
 
 
-def _kind(tags: frozenset[str], owners: int) -> Kind:
-    """What users call a unit, from the roles that ops gave it and how far it reaches."""
-    if Role.EXPERT in tags:
-        return "expert"
-    if Role.HEAD in tags:
-        return "head"
-    if Role.HEAD_DIM in tags:
-        return "head_dim"
-    return "channel" if owners > 1 else "mlp"
-
-
 def _outer_factor(axes: AxisMap, factor: Factor, reached: set[Axis]) -> Factor | None:
-    """The factor whose every unit may keep its own choice of units of ``factor``.
+    """The factor each of whose units may keep different units of ``factor``.
 
-    It has to be in every tensor that holds ``factor``, and directly around it in every weight: then nothing ever
-    compares or sums units of ``factor`` across units of the outer one, and a choice per outer unit is a permutation
-    away from one for all. Where two axes hold the outer factor, as in ``h @ h.T``, units of it do meet each other.
+    It must be in every tensor that holds ``factor``, and directly around it in every weight: then nothing compares or
+    sums units of ``factor`` across units of the outer one, and a choice per outer unit is a permutation away from one
+    for all. If two axes of a tensor hold the outer factor, as in ``h @ h.T``, its units do meet each other.
     """
     weights = set(axes.weights())
     common: list[Factor] | None = None
@@ -301,7 +282,7 @@ def _outer_factor(axes: AxisMap, factor: Factor, reached: set[Axis]) -> Factor |
 
 
 def _depth(expr: Expr, factor: Factor) -> int:
-    """How often ``factor`` is a part of one position of ``expr``."""
+    """Number of occurrences of ``factor`` in one position of ``expr``."""
     if isinstance(expr, Factor):
         return int(expr == factor)
     depths = [_depth(part, factor) for part in expr.parts]
@@ -338,20 +319,16 @@ def _layer_groups(axes: AxisMap) -> list[Group]:
     ]
 
 
-def _renamed(group: Group, name: str) -> Group:
-    return replace(group, name=name)
-
-
 @dataclass(frozen=True)
 class Consumer:
-    """A product of activations with a weight, or with what is picked from one, and the axis that it adds up over.
+    """A contraction of activations with a weight, or with a selection from one.
 
     Args:
         node: the product.
         source: the activations.
-        dim: their axis that is added up over.
+        dim: their contracted axis.
         name: the parameter.
-        axis: its axis that is added up over; positions along it are those along ``dim``.
+        axis: its contracted axis; positions along it are those along ``dim``.
     """
 
     node: fx.Node
@@ -362,12 +339,7 @@ class Consumer:
 
 
 def find_consumers(graph: fx.Graph, axes: AxisMap) -> tuple[Consumer, ...]:
-    """Return every product of activations with a parameter, in order of execution.
-
-    Args:
-        graph: the graph.
-        axes: its solved axes.
-    """
+    """Return every product of activations with a parameter, in order of execution."""
     trained = set(axes.parameters)
     return tuple(found for node in graph.nodes for found in _consumers(node, axes, trained))
 
@@ -378,7 +350,7 @@ def takes_parameter(node: fx.Node, axes: AxisMap) -> bool:
 
 
 def consumers_of(group: Group, consumers: tuple[Consumer, ...]) -> tuple[Consumer, ...]:
-    """Return the consumers that add up over units of ``group``; none for a layer."""
+    """Return the consumers that contract units of ``group``; none for a layer."""
     if group.factor is None:
         return ()
     held = {(member.name, member.axis) for member in group.parameters}
@@ -386,9 +358,9 @@ def consumers_of(group: Group, consumers: tuple[Consumer, ...]) -> tuple[Consume
 
 
 def units_at(group: Group, consumer: Consumer, axes: AxisMap) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Return which unit of ``group`` each position of a consumer's input belongs to, -1 where to none: ``(size,)``.
+    """Return the unit of ``group`` at each position of a consumer's input, or -1 for none: ``(size,)``.
 
-    Units inside outer ones count through: unit ``u`` in outer unit ``o`` is ``o * group.size + u``.
+    Unit ``u`` in outer unit ``o`` has number ``o * group.size + u``.
     """
     assert group.factor is not None
     expr = axes.tensors[consumer.name][consumer.axis]
@@ -399,7 +371,7 @@ def units_at(group: Group, consumer: Consumer, axes: AxisMap) -> np.ndarray[tupl
 
 
 def read_weight(node: fx.Node) -> str | None:
-    """Return the name of the weight whose values ``node`` holds, moved, cast or picked; None where it holds others."""
+    """Return the name of the weight whose values ``node`` holds, moved, cast or selected; None for other values."""
     while node.op == "call_function":
         rule, first = find_rule(node.target), node.args[0] if node.args else None
         if rule is None or rule.values not in (Values.MOVED, Values.CAST, Values.PICKED):
@@ -418,23 +390,19 @@ def _consumers(node: fx.Node, axes: AxisMap, trained: set[str]) -> Iterator[Cons
     if not trained.intersection(name for name in read.values() if name is not None):
         return
     nodes = {tensor_name(source): source for source in node.all_input_nodes}
-    for found in run_alone(node)[1].sums:
-        pairs = [(a, b) for a, b in _both_ways(found.places) if read[a.tensor] is None and read[b.tensor] in trained]
-        for taken, held in pairs:
+    for found in apply_rule_alone(node)[1].sums:
+        for taken, held in itertools.permutations(found.places) if len(found.places) == 2 else ():
             name = read[held.tensor]
-            assert name is not None
+            if read[taken.tensor] is not None or name is None or name not in trained:
+                continue
             axis = _same_axis(axes, held, name)
             taken_expr = axes.tensors[taken.tensor][taken.dim]
             if axis is not None and taken_expr.size == axes.tensors[name][axis].size:
                 yield Consumer(node, nodes[taken.tensor], taken.dim, axes.tied.get(name, name), axis)
 
 
-def _both_ways(places: tuple[Axis, ...]) -> tuple[tuple[Axis, Axis], ...]:
-    return ((places[0], places[1]), (places[1], places[0])) if len(places) == 2 else ()
-
-
 def _same_axis(axes: AxisMap, held: Axis, name: str) -> int | None:
-    """Return the axis of the parameter that an axis of what is read from it is; None where there is none like it."""
+    """Return the axis of a parameter that an axis of a view of it corresponds to; None if it is not unique."""
     if held.tensor == name:
         return held.dim
     expr = axes.tensors[held.tensor][held.dim]

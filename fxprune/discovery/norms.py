@@ -1,14 +1,14 @@
-"""Norms that can be kept as masking has them: their average is said to be one over all units, masked ones too.
+"""Norms that can be rescaled to give over the kept units the result over all units with masked ones at zero.
 
-Where ``k`` of ``n`` units stay, the mean of squares over the kept ones is ``n / k`` times that over all with zeros in
-the place of the others. So the graph without these units computes the same norm if what comes out of the mean were
-multiplied by ``k / n``. Nothing in a model says that, but a root-mean-square norm has two numbers that do together:
+If ``k`` of ``n`` units stay, the mean of squares over the kept ones is ``n / k`` times that over all with zeros for the
+others. The graph without these units computes the same norm if the mean is multiplied by ``k / n``. A
+root-mean-square norm has two numbers that can absorb this factor together:
 
     w x / sqrt(sum(x x) / n + e)  =  w sqrt(n / k) x / sqrt(sum(x x) / k + e n / k)
 
 The factor is followed from the average through the graph, as a power of ``n / k``. An op that adds a number passes it
-on once that number has it too, and an op that multiplies by a weight of the model's own ends it, as the weight takes
-it. What ops do with it is found by calling them, so no form of a norm is known here.
+on once that number is scaled too, and an op that multiplies by a weight of the model ends it, as the weight absorbs it.
+The effect of an op is found by calling it, so no form of a norm is known here.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from fxprune.axes import Expr
 from fxprune.graph.tensors import read_argument, tensor_name
 from fxprune.pipeline.arguments import NORMS
 from fxprune.rules.aliasing import writes
-from fxprune.rules.probing import power_of, scaled_literal, shift_of
+from fxprune.rules.probing import scaled_literal, scaling_power, shift_of
 from fxprune.rules.registry import Values, find_rule
 from fxprune.rules.site import nodes_in
 from fxprune.rules.statements import Average
 
-__all__ = ["NORMS", "KeptNorm", "NormReport", "ScaledNumber", "ScaledWeight", "find_norms"]
+__all__ = ["NORMS", "KeptNorm", "NormReport", "find_norms"]
 
 
 @dataclass(frozen=True)
 class ScaledNumber:
-    """A number among the arguments of a node that is multiplied by a power of ``n / k``.
+    """A literal argument to multiply by a power of ``n / k``.
 
     Args:
         node: name of the node.
-        path: where in the node it stands.
+        path: of the argument in the node.
         power: the power.
-        value: what it is in this graph.
+        value: the number in this graph.
     """
 
     node: str
@@ -51,12 +51,12 @@ class ScaledNumber:
 
 @dataclass(frozen=True)
 class ScaledWeight:
-    """A parameter or buffer of which ``value + offset`` is multiplied by a power of ``n / k``.
+    """A parameter or buffer whose ``value + offset`` is multiplied by a power of ``n / k``.
 
     Args:
         name: its name.
         power: the power.
-        offset: what the graph adds to it before it multiplies with it, such as 1.
+        offset: the number that the graph adds to it before multiplying, such as 1.
         reader: name of the node that reads it.
     """
 
@@ -68,13 +68,13 @@ class ScaledWeight:
 
 @dataclass(frozen=True)
 class KeptNorm:
-    """An average that stays the one over all units when some go, by changing numbers and weights behind it.
+    """An average that can equal the one over all units when some are removed, by scaling numbers and weights after it.
 
     Args:
-        node: name of the node that takes it.
-        axes: what it is taken over.
-        numbers: numbers in the graph that change.
-        weights: weights that change.
+        node: name of its node.
+        axes: the axes that it is taken over.
+        numbers: numbers in the graph to scale.
+        weights: weights to scale.
     """
 
     node: str
@@ -88,7 +88,7 @@ class NormReport:
     """The averages of a graph.
 
     Args:
-        kept: those that can be kept.
+        kept: those that can be rescaled.
         reasons: for the others, by node, why not.
     """
 
@@ -97,21 +97,21 @@ class NormReport:
 
 
 class _Lost(Exception):
-    """The factor goes where nothing can take it; the message says where."""
+    """Nothing can absorb the factor; the message says where it is lost."""
 
 
 def find_norms(
     graph: fx.Graph, averages: Mapping[Average, tuple[Expr, ...]], zero: Collection[str], owners: Mapping[str, str]
 ) -> NormReport:
-    """Find the averages that can be kept as masking has them.
+    """Find the averages that can be rescaled to equal masking.
 
     Args:
         graph: the graph.
-        averages: what the rules stated, with the solved axes of each.
+        averages: those stated by the rules, with the solved axes of each.
         zero: names of the nodes whose masked units are zero where the average is taken.
-        owners: for the names of parameters and buffers of the model, the one that stands for all of the same tensor.
+        owners: for each name of a parameter or buffer of the model, the first name of the same tensor.
 
-    Complexity: linear in the number of averages times the number of nodes behind each up to its weight.
+    Complexity: linear in the number of averages times the number of nodes between each and its weight.
     """
     nodes = {node.name: node for node in graph.nodes}
     walk = _Walk({node: place for place, node in enumerate(graph.nodes)}, owners)
@@ -119,7 +119,7 @@ def find_norms(
     reasons: dict[str, str] = {}
     for average, axes in averages.items():
         if average.node not in zero:
-            reasons[average.node] = "masked units are not zero in what it is taken of"
+            reasons[average.node] = "masked units are not zero in its input"
             continue
         try:
             kept.append(walk.follow(nodes[average.node], average, axes))
@@ -127,42 +127,42 @@ def find_norms(
             reasons[average.node] = str(lost)
     shared = _shared(graph, kept, owners)
     while shared:
-        reasons |= dict.fromkeys(shared, "its weight is used elsewhere, too")
+        reasons |= dict.fromkeys(shared, "its weight is also used elsewhere")
         kept = [norm for norm in kept if norm.node not in shared]
         shared = _shared(graph, kept, owners)
     return NormReport(tuple(kept), reasons)
 
 
 def _shared(graph: fx.Graph, kept: Collection[KeptNorm], owners: Mapping[str, str]) -> set[str]:
-    """The nodes of norms whose weight something else reads, or another norm that would have it otherwise."""
+    """The nodes of norms whose weight is also read elsewhere, or scaled differently by another norm."""
     readers: dict[str, set[str]] = {}
     for node in graph.nodes:
         if node.op == "get_attr" and str(node.target) in owners:
-            own = readers.setdefault(owners[str(node.target)], set())
-            own.update(user.name for user in node.users if _reads_values(user))
-    asked: dict[str, list[tuple[KeptNorm, ScaledWeight]]] = {}
+            found_readers = readers.setdefault(owners[str(node.target)], set())
+            found_readers.update(user.name for user in node.users if _reads_values(user))
+    scaled: dict[str, list[tuple[KeptNorm, ScaledWeight]]] = {}
     for norm in kept:
         for weight in norm.weights:
-            asked.setdefault(weight.name, []).append((norm, weight))
+            scaled.setdefault(weight.name, []).append((norm, weight))
     found: set[str] = set()
-    for name, wishes in asked.items():
-        alike = {(norm.axes, weight.power, weight.offset) for norm, weight in wishes}
-        if len(alike) > 1 or readers[name] != {weight.reader for _, weight in wishes}:
-            found.update(norm.node for norm, _ in wishes)
+    for name, pairs in scaled.items():
+        scalings = {(norm.axes, weight.power, weight.offset) for norm, weight in pairs}
+        if len(scalings) > 1 or readers[name] != {weight.reader for _, weight in pairs}:
+            found.update(norm.node for norm, _ in pairs)
     return found
 
 
 def _reads_values(user: fx.Node) -> bool:
-    """Whether an op looks at more of a tensor than its shape, or its dtype."""
+    """Whether an op reads more of a tensor than its shape or dtype."""
     rule = find_rule(user.target) if user.op == "call_function" else None
     return user.target is not getattr and (rule is None or rule.values is not Values.SHAPE)
 
 
 class _Walk:
-    """Follows the factor of one average after the other.
+    """Follows the factor of each average through the graph.
 
     Args:
-        places: the place of each node in the order of execution.
+        places: rank of each node in the order of execution.
         owners: as for :func:`find_norms`.
     """
 
@@ -172,10 +172,10 @@ class _Walk:
         self.weights: list[ScaledWeight] = []
 
     def follow(self, node: fx.Node, average: Average, axes: tuple[Expr, ...]) -> KeptNorm:
-        """Return what changes so that an average is kept.
+        """Return the numbers and weights to scale for an average.
 
         Raises:
-            _Lost: the factor goes where nothing can take it.
+            _Lost: nothing can absorb the factor.
         """
         self.numbers, self.weights = [], []
         powers = self._begin(node, average)
@@ -191,11 +191,11 @@ class _Walk:
         return KeptNorm(node.name, axes, tuple(self.numbers), tuple(self.weights))
 
     def _begin(self, node: fx.Node, average: Average) -> dict[fx.Node, float]:
-        """The results of the node that takes the average, each with its power."""
+        """The results of the node of the average, each with its power."""
         if average.epsilon:
             value = read_argument(node, average.epsilon)
             if isinstance(value, fx.Node):
-                raise _Lost("what it adds to the average is no number")
+                raise _Lost("the term added to the average is not a number")
             self.numbers.append(ScaledNumber(node.name, average.epsilon, 1.0, value))
         weight = read_argument(node, average.weight) if average.weight else None
         if isinstance(weight, fx.Node) and self._ends_at(weight, node, average.power):
@@ -207,7 +207,7 @@ class _Walk:
         return {user: average.power for user in node.users if user.args[1:] == (0,)}
 
     def _passed(self, node: fx.Node, scaled: Mapping[fx.Node, float]) -> float:
-        """The power of a node's result, given those of its inputs; 0 where a weight takes it or shapes alone count."""
+        """The power of a node's result, given those of its inputs; 0 if a weight absorbs it or only shapes are read."""
         rule = find_rule(node.target) if node.op == "call_function" else None
         values = None if rule is None else rule.values
         if values is Values.SHAPE:
@@ -220,25 +220,25 @@ class _Walk:
             if len(found) == 1:
                 return found.pop()
         if values not in (Values.POINTWISE, Values.COMPARED):
-            raise _Lost(f"{node.target} takes what it gives, and no weight of its own has been multiplied with it")
-        power = power_of(node, scaled)
+            raise _Lost(f"{node.target} reads it before a weight has been multiplied with it")
+        power = scaling_power(node, scaled)
         for other in node.all_input_nodes if power else ():
-            degree = power_of(node, {other: 1.0}) if other not in scaled else None
+            degree = scaling_power(node, {other: 1.0}) if other not in scaled else None
             if power and degree and self._ends_at(other, node, power / degree):
                 return 0.0
         if power is not None:
             return power
         literal = scaled_literal(node, scaled)
         if literal is None:
-            raise _Lost(f"{node.target} works with what it gives, and neither a number nor a weight there makes up")
+            raise _Lost(f"{node.target} reads it, and neither a number nor a weight there can absorb the factor")
         path, lacks, power = literal
         self.numbers.append(ScaledNumber(node.name, path, lacks, read_argument(node, path)))
         return power
 
     def _ends_at(self, source: fx.Node, user: fx.Node, power: float, offset: float = 0.0) -> bool:
-        """Whether ``source`` is made of a weight of the model's own that can be scaled in its place; it is put down.
+        """Whether ``source`` comes from a weight of the model that can absorb the factor; record the weight if so.
 
-        That may be cast on the way, have a number added, or have been multiplied with something else before.
+        On the way it may be cast, have a number added, or be multiplied by something else.
         """
         if source.op == "get_attr":
             name = self.owners.get(tensor_name(source))
@@ -255,5 +255,5 @@ class _Walk:
             return False
         if len(source.all_input_nodes) == 1 and (shift := shift_of(source)) is not None:
             return self._ends_at(source.all_input_nodes[0], source, power, shift)
-        factors = (one for one in source.all_input_nodes if power_of(source, {one: 1.0}) == 1.0)
+        factors = (one for one in source.all_input_nodes if scaling_power(source, {one: 1.0}) == 1.0)
         return any(self._ends_at(one, source, power) for one in factors)

@@ -1,13 +1,13 @@
-"""Where a masked unit leaves zeros behind, and where it does not.
+"""Propagation of the values of masked units: where a masked unit stays zero, and where it does not.
 
-Masking zeroes a unit in every weight that holds it. Removing it is the same as long as nothing else can tell: each op
-that adds up over the unit has to find zeros there. A product with a weight always does. A product of two activations,
-or a plain sum, does only if the zeros got that far: ``relu`` passes them on, ``sigmoid`` makes halves of them. And
-some functions have no value at zero at all, such as a weight divided by its own norm.
+Masking zeroes a unit in every weight that holds it. Removing it is equivalent if each op that sums over the unit finds
+zeros there. A product with a weight always does. A product of two activations, or a plain sum, does only if the zeros
+reach it: ``relu`` passes them on, ``sigmoid`` turns them into halves. And some functions have no value at zero at all,
+such as a weight divided by its own norm.
 
-So the numbers that masked units hold are followed through the graph, axis by axis. An op that can tell such a unit from
-one that is not there takes a statistic over it, like a norm: it runs on the kept units alone, and the group is marked
-``renormalised``.
+So the values of masked units are propagated through the graph, axis by axis. An op whose result differs between a
+masked and an absent unit takes a statistic over it, like a norm: it runs on the kept units only, and the group is
+marked ``renormalised``.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from functools import cached_property
 from torch import fx
 
 from fxprune.axes import Expr, Factor, Freeze, factors
-from fxprune.graph.tensors import maker_of, tensor_name
+from fxprune.graph.tensors import producer_of, tensor_name
 from fxprune.rules.aliasing import alias_roots, writes
-from fxprune.rules.probing import outcome
+from fxprune.rules.probing import constant_result
 from fxprune.rules.registry import Values, find_rule
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Axis, Held, Statements
 
-__all__ = ["ZeroReport", "ZeroWalk", "follow_zeros"]
+__all__ = ["ZeroWalk", "follow_zeros"]
 
 Numbers = frozenset[float | None]
-"""What masked units hold along an axis: some numbers, or None for anything."""
+"""Possible values of masked units along an axis; None for any value."""
 
 _ZERO: Numbers = frozenset({0.0})
 _ANYTHING: Numbers = frozenset({None})
 _MOST = 4
-"""More numbers than these are as good as anything: each op is called for all combinations of what its inputs hold."""
+"""Most values to track, then any value: each op is called for all combinations of the values of its inputs."""
 
 
 @dataclass(frozen=True)
 class ZeroReport:
-    """What following masked units through a graph found.
+    """Result of propagating masked units through a graph.
 
     Args:
-        renormalised: for each factor the nodes that have to run on its kept units, since zeros are not enough there.
-        frozen: factors that have to stay, with the reason.
-        summed: for each factor the nodes that add up over it.
-        averaged: names of the nodes that take an average over units which are zero there once they are masked.
+        renormalised: for each factor the nodes that must run on its kept units only.
+        frozen: factors that must keep their units, with the reason.
+        summed: for each factor the nodes that sum over it.
+        averaged: names of the nodes that average over units whose masked values are zero.
     """
 
     renormalised: dict[Factor, tuple[str, ...]]
@@ -59,13 +59,13 @@ class ZeroReport:
 def follow_zeros(
     graph: fx.Graph, stated: Statements, tensors: Mapping[str, tuple[Expr, ...]], constants: Collection[str] = ()
 ) -> ZeroReport:
-    """Follow what masked units of every factor hold through the whole graph.
+    """Propagate the values of masked units of every factor through the graph.
 
     Args:
         graph: the graph.
-        stated: what the rules stated, all of them.
+        stated: the statements of all rules.
         tensors: the solved axes of each tensor.
-        constants: tensors that the code makes, which masking leaves as they are.
+        constants: tensors made by the code of the model, which masking does not change.
 
     Complexity: linear in the number of nodes times the number of factors of an axis.
     """
@@ -73,15 +73,14 @@ def follow_zeros(
     for node in graph.nodes:
         if node.op == "call_function":
             walk.visit(node)
-    return ZeroReport(_as_tuples(walk.renormalised), walk.frozen, _as_tuples(walk.summed), frozenset(walk.averaged))
-
-
-def _as_tuples(found: Mapping[Factor, Mapping[str, None]]) -> dict[Factor, tuple[str, ...]]:
-    return {factor: tuple(nodes) for factor, nodes in found.items()}
+    renormalised, summed = (
+        {factor: tuple(nodes) for factor, nodes in found.items()} for found in (walk.renormalised, walk.summed)
+    )
+    return ZeroReport(renormalised, walk.frozen, summed, frozenset(walk.averaged))
 
 
 class _Op:
-    """A node with what its rule says about values."""
+    """A node with the part of its rule that is about values."""
 
     def __init__(self, node: fx.Node, stated: Statements) -> None:
         self.node = node
@@ -96,13 +95,13 @@ class _Op:
 
     @cached_property
     def added(self) -> str | None:
-        """The tensor that it adds to a product."""
+        """The tensor that it adds to a product, or None."""
         value = self.site.arg(self.rule.added) if self.rule is not None and self.rule.added else None
         return tensor_name(value) if isinstance(value, fx.Node) else None
 
 
 class ZeroWalk:
-    """One pass over a graph in order; ``held`` are the numbers that masked units hold, where not just anything."""
+    """One walk over a graph in order; ``held`` are the values of masked units that are not just any value."""
 
     def __init__(
         self, graph: fx.Graph, stated: Statements, tensors: Mapping[str, tuple[Expr, ...]], constants: Collection[str]
@@ -119,11 +118,11 @@ class ZeroWalk:
         self.frozen: dict[Factor, Freeze] = {}
         self.outs: dict[str, list[str]] = {}
         for name in tensors:
-            self.outs.setdefault(maker_of(name), []).append(name)
+            self.outs.setdefault(producer_of(name), []).append(name)
         self.sources: dict[Axis, list[Axis]] = {}
         for pair in stated.couplings:
             for out, source in ((pair.a, pair.b), (pair.b, pair.a)):
-                if maker_of(out.tensor) == pair.node:
+                if producer_of(out.tensor) == pair.node:
                     self.sources.setdefault(out, []).append(source)
         self.sums: dict[str, list[tuple[Axis, ...]]] = {}
         for found in stated.sums:
@@ -134,7 +133,7 @@ class ZeroWalk:
         self.aliases = _written_through(graph)
 
     def visit(self, node: fx.Node) -> None:
-        """Work out where ``node`` needs the kept units alone, and what masked units hold in its results."""
+        """Find the factors that ``node`` must see the kept units of, and the values of masked units in its results."""
         op = _Op(node, self.stated)
         for places in self.sums.get(node.name, ()):
             for factor in self.free(places[0]):
@@ -148,10 +147,11 @@ class ZeroWalk:
             for factor in self.free(place):
                 found = self.result(op, place, factor)
                 self.held[place, factor] = found if len(found) <= _MOST else _zero_or_anything(found)
-        for name in self.aliases.get(node, ()):  # what it writes is seen through all that shares memory with it
+        for name in self.aliases.get(node, ()):  # values that share the memory it writes to
             for place in self.places(name):
                 for factor in self.free(place):
-                    self.held[place, factor] = self.numbers(place, factor) | self.written(node, factor)
+                    written = (self.held.get((result, factor), ()) for result in self.places(node.name))
+                    self.held[place, factor] = self.numbers(place, factor).union(*written)
 
     def free(self, place: Axis) -> Iterator[Factor]:
         """The factors of an axis that are not frozen."""
@@ -159,33 +159,33 @@ class ZeroWalk:
         return (factor for factor in found if factor not in self.fixed)
 
     def numbers(self, place: Axis, factor: Factor) -> Numbers:
-        """What masked units of ``factor`` hold along ``place``."""
+        """The values of masked units of ``factor`` along ``place``."""
         if place.tensor in self.weights and self.count(place, factor):
             return _ZERO
         return self.held.get((place, factor), _ANYTHING)
 
     def count(self, place: Axis, factor: Factor) -> int:
-        """How often ``factor`` occurs in an axis."""
+        """Number of occurrences of ``factor`` in an axis."""
         return sum(found == factor for found in factors(self.tensors[place.tensor][place.dim]))
 
     def places(self, name: str) -> Iterator[Axis]:
-        """The axes of a tensor, or of all results of a node that has several."""
+        """The axes of a tensor, or of all results of a node with several."""
         for tensor in (name,) if name in self.tensors else self.outs.get(name, ()):
             yield from (Axis(tensor, dim) for dim in range(len(self.tensors[tensor])))
 
     def renormalise(self, node: fx.Node, factor: Factor) -> None:
-        """Run ``node`` on the kept units of ``factor``; keep them all if it writes in place."""
+        """Mark ``node`` to run on the kept units of ``factor``; freeze the factor if it writes in place."""
         if writes(node):
-            reason = f"{node.target} writes in place to what has no value at zero"
+            reason = f"{node.target} writes in place and has no value at zero"
             self.frozen.setdefault(factor, Freeze(reason, node.name))
         self.renormalised.setdefault(factor, {})[node.name] = None
 
     def result(self, op: _Op, place: Axis, factor: Factor) -> Numbers:
-        """What masked units of ``factor`` hold along ``place``, an axis of a result of ``op``."""
+        """The values of masked units of ``factor`` along ``place``, an axis of a result of ``op``."""
         if op.node.name in self.renormalised.get(factor, {}):
             return _ZERO
         if place in self.stated.held:
-            return self.said(self.stated.held[place], factor)
+            return self.by_rule(self.stated.held[place], factor)
         sources = [source for source in self.sources.get(place, ()) if self.count(source, factor)]
         if op.values in (Values.POINTWISE, Values.CAST, Values.COMPARED):
             return self.called(op.node, factor, sources)
@@ -193,19 +193,19 @@ class ZeroWalk:
             factors_of = [source for source in sources if source.tensor != op.added]
             inside = self.count(place, factor) > max((self.count(source, factor) for source in factors_of), default=0)
             if inside and not all(self.numbers(source, factor) == _ZERO for source in factors_of):
-                return _ANYTHING  # units of one lie within those of another, which stay
+                return _ANYTHING  # a unit of one source lies inside kept units of another
             return self.multiplied(factor, sources, op.added)
         moves = op.values in (Values.MOVED, Values.PICKED)
-        carried = [source for source in sources if source.tensor in op.first] if moves else sources
+        moved = [source for source in sources if source.tensor in op.first] if moves else sources
         if not (moves or op.values is Values.REDUCED) or self.count(place, factor) > sum(
-            self.count(source, factor) for source in carried
+            self.count(source, factor) for source in moved
         ):
-            return _ANYTHING  # copies are units of their own
-        found: Numbers = frozenset().union(*(self.numbers(source, factor) for source in carried))
+            return _ANYTHING  # copies are separate units
+        found: Numbers = frozenset().union(*(self.numbers(source, factor) for source in moved))
         return found if moves or found == _ZERO else _zero_or_anything(found)
 
-    def said(self, held: Held, factor: Factor) -> Numbers:
-        """As :meth:`result`, where the rule of the op says what is held."""
+    def by_rule(self, held: Held, factor: Factor) -> Numbers:
+        """As :meth:`result`, if the rule of the op states the values."""
         found = [self.numbers(source, factor) for source in held.sources]
         if held.also is not None:
             return frozenset(held.also).union(*found)
@@ -221,29 +221,27 @@ class ZeroWalk:
         return found if terms == [_ZERO] else _zero_or_anything(found)
 
     def called(self, node: fx.Node, factor: Factor, sources: list[Axis]) -> Numbers:
-        """As :meth:`result`, for an op that works on each element by itself, found out by calling it."""
+        """As :meth:`result`, for an elementwise op, which is called on the values."""
         inputs = {n: s for n in node.all_input_nodes for s in sources if s.tensor == tensor_name(n)}
         choices = [self.numbers(source, factor) for source in inputs.values()]
         if all(choice == _ANYTHING for choice in choices):
             return _ANYTHING
-        found = {outcome(node, dict(zip(inputs, choice, strict=True))) for choice in itertools.product(*choices)}
+        found = {
+            constant_result(node, dict(zip(inputs, choice, strict=True))) for choice in itertools.product(*choices)
+        }
         if any(number is not None and math.isnan(number) for number in found):
             self.renormalise(node, factor)
             return _ZERO
         return frozenset(found)
 
-    def written(self, node: fx.Node, factor: Factor) -> Numbers:
-        """What masked units of ``factor`` hold in what ``node`` writes; nothing if it writes to none."""
-        return frozenset().union(*(self.held.get((place, factor), ()) for place in self.places(node.name)))
-
 
 def _zero_or_anything(*numbers: Numbers) -> Numbers:
-    """Anything, and zero too if that is among ``numbers``."""
+    """Any value, and zero if that is among ``numbers``."""
     return _ANYTHING | _ZERO if any(0.0 in found for found in numbers) else _ANYTHING
 
 
 def _written_through(graph: fx.Graph) -> dict[fx.Node, list[str]]:
-    """For each node that writes in place, the values that share memory with what it writes to."""
+    """For each node that writes in place, the values that share the memory."""
     root = alias_roots(graph)
     members: dict[fx.Node, list[str]] = {}
     for node in graph.nodes:

@@ -1,1 +1,1 @@
-"""Pictures of the dependency graph: Graphviz text, what Graphviz draws of it, and pages in HTML."""
+"""Pictures of the dependency graph, as Graphviz text, images and HTML pages."""

@@ -1,8 +1,8 @@
 """A dependency graph indexed for drawing, with equal blocks folded.
 
-Two blocks are the same where their part of the dependency graph is: the same axes made of the same kinds of units, with
-the same couplings by the same ops. Sizes may differ, as they do in a slim model, and so may names: those of weights
-count from the block on, activations by their place in it, and what comes in from the block before as such.
+Two blocks are equal if their parts of the dependency graph are: the same axes made of the same kinds of units, with the
+same couplings by the same ops. Sizes may differ, as they do in a slim model. Names are compared relative to the block:
+weights by their path in it, activations by their position, and the input from the block before as one symbol.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from fxprune.axes import Factor, Keep, factors, render
 from fxprune.discovery.dependency import AxisMap, axis_map
 from fxprune.discovery.groups import Group, find_groups
 from fxprune.graph.facts import owner_block
-from fxprune.graph.tensors import maker_of
+from fxprune.graph.tensors import producer_of
 from fxprune.removal.plan import Plan, keep_of
 from fxprune.rules.statements import Axis
 
-__all__ = ["Atlas", "Fold", "find_folds", "numbered"]
+__all__ = ["Atlas", "Fold", "block_ranges", "find_folds"]
 
 
 class Atlas:
-    """A dependency graph, its groups, and what is quick to look up in them.
+    """A dependency graph and its groups, indexed.
 
     Args:
-        graph: the dependency graph; ``Atlas.graph`` has the uses of tied weights at the names that their modules have.
-        plan: what goes of the model; None where nothing is said of that.
+        graph: the dependency graph; in ``Atlas.graph`` each use of a tied weight is coupled to the name that the module
+            using it has for the weight.
+        plan: the removal to show; None for none.
 
     Raises:
-        PlanError: the plan is of another model.
+        PlanError: the plan is for another model.
     """
 
     def __init__(self, graph: nx.Graph[Axis], plan: Plan | None = None) -> None:
         self.axes: AxisMap = axis_map(graph)
-        self.graph = _with_own_uses(graph, self.axes)
+        self.graph = _with_names_of_uses(graph, self.axes)
         self.groups: tuple[Group, ...] = find_groups(graph)
         self.by_factor: dict[Factor, Group] = {g.factor: g for g in self.groups if g.factor is not None}
         self.weights: frozenset[str] = frozenset(self.axes.weights())
@@ -48,7 +49,7 @@ class Atlas:
 
     @cached_property
     def holding(self) -> dict[Factor, list[Axis]]:
-        """The axes that hold each factor."""
+        """Axes that hold each factor."""
         found: dict[Factor, list[Axis]] = {}
         for axis in self.graph.nodes:
             for factor in self.factors(axis):
@@ -56,11 +57,8 @@ class Atlas:
         return found
 
     def part(self, factor: Factor) -> nx.Graph[Axis]:
-        """Return the axes that hold a factor with what couples them, in the order of the graph.
-
-        A subgraph of networkx goes through a set, whose order, and with it which of two ways as short is shown, differs
-        from process to process.
-        """
+        """Return the axes that hold a factor and their couplings, in the order of the graph."""
+        # nx.Graph.subgraph iterates over a set: which of two equally short paths is shown would differ by process
         inside = dict.fromkeys(self.holding[factor])
         part: nx.Graph[Axis] = nx.Graph()
         part.add_nodes_from(inside)
@@ -69,10 +67,7 @@ class Atlas:
 
     @cached_property
     def shades(self) -> dict[Factor, int]:
-        """For the factor of each group, which it is of the groups of its kind that its block has to do with.
-
-        Those that span blocks come first.
-        """
+        """Number of each group among those of its kind in its block, by factor; groups that span blocks come first."""
         found: dict[Factor, int] = {}
         taken: Counter[tuple[str | None, str]] = Counter()
         for group in sorted(self.groups, key=lambda group: group.block is not None):
@@ -84,16 +79,16 @@ class Atlas:
         return found
 
     def is_activation(self, axis: Axis) -> bool:
-        """Return whether ``axis`` is of no parameter or buffer."""
+        """Return whether ``axis`` belongs to an activation."""
         return axis.tensor not in self.weights
 
     def is_sum(self, axis: Axis) -> bool:
-        """Return whether ``axis`` is one of the sum of a residual stream and what a branch adds to it."""
+        """Return whether ``axis`` belongs to a residual sum: a stream plus the output of a branch."""
         return axis.tensor in self.axes.residuals
 
     @cached_property
     def sums(self) -> list[Axis]:
-        """The axes of residual sums along which a parameter has units, in order of execution."""
+        """Axes of residual sums that share a factor with a parameter, in order of execution."""
         held = {factor for name in self.axes.parameters for expr in self.axes.tensors[name] for factor in factors(expr)}
         return [
             Axis(name, dim)
@@ -104,17 +99,14 @@ class Atlas:
 
     def module(self, axis: Axis) -> str:
         """Return the path of the module that ``axis`` belongs to."""
-        return str(self.graph.nodes[axis]["module"]) or self.axes.modules.get(maker_of(axis.tensor), "")
+        return str(self.graph.nodes[axis]["module"]) or self.axes.modules.get(producer_of(axis.tensor), "")
 
     def factors(self, axis: Axis) -> list[Factor]:
-        """Return the factors of ``axis``, each once."""
+        """Return the distinct factors of ``axis``."""
         return list(dict.fromkeys(factors(self.graph.nodes[axis]["expr"])))
 
     def in_order(self, axes: Iterable[Axis]) -> list[Axis]:
-        """Return ``axes`` in order of execution; of parallel ones, matrices before what is added to them.
-
-        Weights come before activations.
-        """
+        """Return ``axes`` in order of execution: weights before activations, and matrices before biases."""
         order, tensors = self.axes.order, self.axes.tensors
         place = {name: i for i, name in enumerate(tensors)}
         return sorted(
@@ -130,11 +122,11 @@ class Atlas:
         )
 
     def rank(self, axis: Axis) -> float:
-        """Return how far along the computation ``axis`` is: the longest chain of ops to where it is first used.
+        """Return the depth of ``axis`` in the computation: the longest chain of ops to its first use.
 
-        An axis that an op consumes comes half a step before one it produces, so that the input axis of a projection
-        stands before its output axis. Axes of parallel branches have equal ranks. What is made of weights alone
-        takes no step.
+        An axis that an op consumes comes half a step before one that it produces, so that the input axis of a
+        projection stands above its output axis. Axes of parallel branches have equal ranks. Ops on weights alone
+        take no step.
         """
         return self._ranks.get(axis, 0.0)
 
@@ -145,61 +137,61 @@ class Atlas:
         origins: dict[Axis, list[Axis]] = {}
         derived = set(self.axes.parameters)
         for op, edges in self._couplings().items():
-            sources = {end.tensor for edge in edges for end in edge if maker_of(end.tensor) != op}
+            sources = {end.tensor for edge in edges for end in edge if producer_of(end.tensor) != op}
             if sources <= derived:
                 derived.add(op)
                 for a, b in edges:
-                    own, source = (a, b) if maker_of(a.tensor) == op else (b, a)
+                    own, source = (a, b) if producer_of(a.tensor) == op else (b, a)
                     origins.setdefault(own, []).extend(origins.get(source, [source]))
                 continue
-            level[op] = max(level.get(maker_of(tensor), 0) + 1 for tensor in sources - derived)
+            level[op] = max(level.get(producer_of(tensor), 0) + 1 for tensor in sources - derived)
             for a, b in edges:
-                rank = level[op] - (0.0 if op in (maker_of(a.tensor), maker_of(b.tensor)) else 0.5)
+                rank = level[op] - (0.0 if op in (producer_of(a.tensor), producer_of(b.tensor)) else 0.5)
                 for axis in (a, b, *origins.get(a, ()), *origins.get(b, ())):
                     found[axis] = min(found.get(axis, rank), rank)
         return found
 
     def _couplings(self) -> dict[str, list[tuple[Axis, Axis]]]:
-        """Return the couplings of each op in order of execution; none of tied names, where nothing executes."""
-        position = {node: i for i, node in enumerate(dict.fromkeys(map(maker_of, self.axes.tensors)))}
+        """Return the couplings of each op in order of execution, without those between names of a tied weight."""
+        position = {node: i for i, node in enumerate(dict.fromkeys(map(producer_of, self.axes.tensors)))}
         found: dict[str, list[tuple[Axis, Axis]]] = {}
         for a, b, data in self.graph.edges(data=True):
             if data["node"] in position:
                 found.setdefault(data["node"], []).append((a, b))
             elif not self.weights.issuperset((a.tensor, b.tensor)):
-                later = max(maker_of(a.tensor), maker_of(b.tensor), key=position.__getitem__)
+                later = max(producer_of(a.tensor), producer_of(b.tensor), key=position.__getitem__)
                 found.setdefault(later, []).append((a, b))
         return dict(sorted(found.items(), key=lambda item: position[item[0]]))
 
 
-def _with_own_uses(graph: nx.Graph[Axis], axes: AxisMap) -> nx.Graph[Axis]:
-    """Return ``graph`` with each use of a tied weight at the name that the module using it has for the weight.
+def _with_names_of_uses(graph: nx.Graph[Axis], axes: AxisMap) -> nx.Graph[Axis]:
+    """Return ``graph`` with each use of a tied weight coupled to the name that the module using it has for the weight.
 
-    A traced graph reads such a weight by one of its names alone.
+    A traced graph reads such a weight by a single name.
     """
     names = {(owner, name.rpartition(".")[0]): name for name, owner in axes.tied.items()}
     names |= {(owner, owner.rpartition(".")[0]): owner for owner in axes.tied.values()}
     owners = axes.tied | {owner: owner for owner in axes.tied.values()}
-    weights, told = set(axes.weights()), graph.copy()
+    weights, renamed = set(axes.weights()), graph.copy()
     for a, b, data in graph.edges([axis for axis in graph if axis.tensor in owners], data=True):
         name = names.get((owners[a.tensor], axes.modules.get(data["node"], "")), a.tensor)
         if name != a.tensor and b.tensor not in weights:
-            told.remove_edge(a, b)
-            told.add_edge(Axis(name, a.dim), b, **data)
-    return told
+            renamed.remove_edge(a, b)
+            renamed.add_edge(Axis(name, a.dim), b, **data)
+    return renamed
 
 
-_STREAM = "what comes in"
+_STREAM = "input from the block before"
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Blocks that are the same; the first is drawn.
+    """Equal blocks, of which the first is drawn.
 
     Args:
         blocks: their module paths, in order.
-        axes: for each axis of the first block, those in its place in all of them, in order.
-        factors: the same of the factors that these axes are made of.
+        axes: for each axis of the first block, the corresponding axes of all blocks, in order.
+        factors: for each factor of these axes, the corresponding factors of all blocks, in order.
     """
 
     blocks: tuple[str, ...]
@@ -208,12 +200,12 @@ class Fold:
 
     @property
     def hidden(self) -> tuple[str, ...]:
-        """The blocks that are not drawn."""
+        """Blocks that are not drawn."""
         return self.blocks[1:]
 
 
 def find_folds(atlas: Atlas) -> tuple[Fold, ...]:
-    """Return every block of the model, those that are the same together, in order of the first of each.
+    """Return all blocks of the model, equal ones together, in order of the first of each.
 
     Complexity: linear in the size of the graph.
     """
@@ -225,7 +217,7 @@ def find_folds(atlas: Atlas) -> tuple[Fold, ...]:
 
 
 class _Forms:
-    """What blocks look like without their names."""
+    """Forms of blocks: their parts of the graph without names and sizes."""
 
     def __init__(self, atlas: Atlas) -> None:
         self.atlas = atlas
@@ -239,7 +231,7 @@ class _Forms:
 
     @cached_property
     def inside(self) -> dict[str, dict[Axis, str]]:
-        """For each block its axes in order, with the name of their tensor in the block."""
+        """Axes of each block in order, with names of their tensors relative to the block."""
         found: dict[str, dict[Axis, str]] = {block: {} for block in self.atlas.axes.blocks}
         places: dict[str, dict[str, int]] = {block: {} for block in self.atlas.axes.blocks}
         for axis, block in self.home.items():
@@ -253,7 +245,7 @@ class _Forms:
 
     @cached_property
     def edges(self) -> dict[str, list[tuple[Axis, Axis, str]]]:
-        """For each block the couplings by ops that are made in it."""
+        """Couplings by the ops in each block."""
         modules, blocks = self.atlas.axes.modules, self.atlas.axes.blocks
         owners = {node: owner_block(module, blocks) for node, module in modules.items()}
         found: dict[str, list[tuple[Axis, Axis, str]]] = {block: [] for block in blocks}
@@ -265,7 +257,7 @@ class _Forms:
 
     @cached_property
     def readers(self) -> dict[str, set[str]]:
-        """For each tensor the blocks, other than its own, that it comes into."""
+        """Blocks that read each tensor from outside."""
         found: dict[str, set[str]] = {}
         for block, edges in self.edges.items():
             for axis in (axis for a, b, _ in edges for axis in (a, b)):
@@ -274,7 +266,7 @@ class _Forms:
         return found
 
     def form(self, block: str) -> object:
-        """What is equal for two blocks that are the same."""
+        """The form of a block; equal blocks have equal forms."""
         names, numbers = self.inside[block], dict[Factor, int]()
 
         def kind(factor: Factor) -> str:
@@ -296,7 +288,7 @@ class _Forms:
         return axes, tuple(lines), block in self.atlas.axes.bypasses
 
     def fold(self, blocks: Sequence[str]) -> Fold:
-        """Blocks of one form, with what is in the same place in each."""
+        """The fold of blocks of equal form."""
         axes = {column[0]: column for column in zip(*(self.inside[block] for block in blocks), strict=True)}
         factors: dict[Factor, tuple[Factor, ...]] = {}
         for column in axes.values():
@@ -305,32 +297,28 @@ class _Forms:
         return Fold(tuple(blocks), axes, factors)
 
 
-def numbered(blocks: Iterable[str], among: Sequence[str]) -> str:
-    """Return module paths of blocks in short, as in ``model.layers.0 to 4, 6 to 10``.
+def block_ranges(blocks: Iterable[str], among: Sequence[str]) -> str:
+    """Format module paths of blocks as ranges, as in ``model.layers.0 to 4, 6 to 10``.
 
     Args:
         blocks: some blocks of a model, in order.
-        among: all of them.
+        among: all blocks of the model.
     """
     runs: list[list[str]] = []
     for block in blocks:
-        follows = runs and among.index(runs[-1][-1]) + 1 == among.index(block) and _list(runs[-1][-1]) == _list(block)
-        if follows:
+        last = runs[-1][-1] if runs else None
+        if last and among.index(last) + 1 == among.index(block) and _parent(last) == _parent(block):
             runs[-1].append(block)
         else:
             runs.append([block])
-    told: list[str] = []
+    ranges: list[str] = []
     before = ""
     for run in runs:
-        first = run[0] if _list(run[0]) != before else _number(run[0])
-        told.append(first if len(run) == 1 else f"{first} to {_number(run[-1])}")
-        before = _list(run[0])
-    return ", ".join(told)
+        first = run[0] if _parent(run[0]) != before else run[0].rpartition(".")[2]
+        ranges.append(first if len(run) == 1 else f"{first} to {run[-1].rpartition('.')[2]}")
+        before = _parent(run[0])
+    return ", ".join(ranges)
 
 
-def _list(block: str) -> str:
+def _parent(block: str) -> str:
     return block.rpartition(".")[0] if re.search(r"\.\d+$", block) else block
-
-
-def _number(block: str) -> str:
-    return block.rpartition(".")[2]

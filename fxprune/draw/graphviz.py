@@ -12,8 +12,8 @@ import pydot
 
 from fxprune.axes import Factor
 from fxprune.discovery.groups import Group
-from fxprune.draw.atlas import Atlas, Fold, numbered
-from fxprune.draw.view import Edge, View, Words, plural
+from fxprune.draw.atlas import Atlas, Fold, block_ranges
+from fxprune.draw.view import Edge, Labels, View, plural
 from fxprune.graph.facts import owner_block
 from fxprune.rules.statements import Axis
 
@@ -34,16 +34,16 @@ _HUES = {
     "layer": 0.48,
 }
 _SHADES = 3
-"""Lightnesses of one hue, for groups of one kind in one block."""
+"""Shades of a hue, for groups of one kind in one block."""
 
 
 def hue_of(kind: str, shade: int = 0, strong: bool = False) -> str:
     """Return the colour of units of ``kind``, as ``#rrggbb``.
 
     Args:
-        kind: what a unit is, as :meth:`fxprune.draw.view.Words.kind` has it.
-        shade: which of several groups of this kind in one block it is.
-        strong: dark, for a line; else light, for a box that is written on.
+        kind: kind of the units, from :meth:`fxprune.draw.view.Labels.kind`.
+        shade: number of the group among those of this kind in one block.
+        strong: dark, for lines; else light, for boxes with text.
     """
     step = shade % _SHADES
     lightness = 0.45 - 0.08 * step if strong else 0.85 - 0.09 * step
@@ -52,23 +52,23 @@ def hue_of(kind: str, shade: int = 0, strong: bool = False) -> str:
 
 
 _ROWS = 24
-"""Rows that fit below a picture; a model drawn without folds has hundreds of groups."""
+"""Most rows of groups; a model drawn without folds has hundreds of groups."""
 _COLUMNS = 32
-"""Layers side by side in the table of widths."""
+"""Blocks side by side in the table of widths."""
 
 
 class Legend:
-    """What the colours and signs of a picture mean.
+    """Legend of the colours and signs of a picture.
 
     Args:
         atlas: the graph.
-        view: what is shown of it.
-        words: how that is told.
-        colour: gives the colour of a factor.
+        view: contents of the picture.
+        labels: its labels.
+        colour: returns the colour of a factor.
     """
 
-    def __init__(self, atlas: Atlas, view: View, words: Words, colour: Callable[[Factor], str]) -> None:
-        self.atlas, self.view, self.words, self.colour = atlas, view, words, colour
+    def __init__(self, atlas: Atlas, view: View, labels: Labels, colour: Callable[[Factor], str]) -> None:
+        self.atlas, self.view, self.labels, self.colour = atlas, view, labels, colour
         self.alike = {factor: row for fold in view.folds for factor, row in fold.factors.items()}
         shown = {factor: None for axis in view.axes for factor in atlas.factors(axis)}
         self.groups = [group for group in atlas.groups if group.factor in shown]
@@ -82,7 +82,7 @@ class Legend:
         return f'<TABLE BORDER="1" COLOR="#b8b8b8" CELLBORDER="0" CELLSPACING="4">{rows}</TABLE>'
 
     def _group_rows(self) -> list[str]:
-        """Colour, name, what a unit is, how many there are, whether removal is exact, and how many axes hold them."""
+        """Rows of groups: colour, name, kind and number of units, exactness of removal, and number of axes."""
         head = "".join(f'<TD ALIGN="LEFT"><B>{text}</B></TD>' for text in ("group", "a unit is", "units", "removal"))
         rows = [f"<TR><TD></TD>{head}</TR>", *map(self._group_row, self.groups[:_ROWS])]
         if len(self.groups) > _ROWS:
@@ -99,42 +99,42 @@ class Legend:
         total = len(group.members)
         held = f"{here} of {total} axes shown" if here < total else plural(total, "axis", "axes")
         name = f"{group.name} and {alike - 1} alike" if alike > 1 else group.name
-        amount = self.words.amount(group.factor).replace("→", " → ").replace("..", " to ")
+        amount = self.labels.amount(group.factor).replace("→", " → ").replace("..", " to ")
         return _row(
-            self.colour(group.factor), (name, self.words.kind(group), amount, f"{self.words.removal(group)}, {held}")
+            self.colour(group.factor), (name, self.labels.kind(group), amount, f"{self.labels.removal(group)}, {held}")
         )
 
     def _note_rows(self) -> list[str]:
         stream = _coloured("━━▶", hue_of("channel", strong=True))
         plus = _coloured("⊕", hue_of("channel", strong=True))
         notes = [
-            ("▭", "an axis, as tensor[axis], and what it is made of"),
-            ("→", "ops couple two axes: what one loses, the other loses; it points the way the data goes"),
+            ("▭", "an axis, as tensor[axis], and its expression"),
+            ("→", "ops couple two axes: a unit is removed from both; the arrow follows the data"),
             ("┄", "two axes of one tensor"),
         ]
         if any(map(self.atlas.is_sum, self.view.axes)):
             notes.append((stream, "the residual stream"))
-            notes.append((plus, "residual add: what a branch computed is added to the stream"))
+            notes.append((plus, "residual add: the output of a branch is added to the stream"))
         if self.view.trigger is not None:
-            notes[1] = ("→", "ops couple two axes: the search went this way from the trigger")
-            notes.append(("⇢", "dashed: couples, too, and was not needed to get here"))
+            notes[1] = ("→", "ops couple two axes: the arrow follows the search from the trigger")
+            notes.append(("⇢", "dashed: a coupling that the search did not need"))
         if any(owner_block(self.atlas.module(axis), tuple(self.atlas.axes.bypasses)) for axis in self.view.axes):
-            notes.append((_coloured("▢", hue_of("layer", strong=True)), "a block that can go as a whole"))
+            notes.append((_coloured("▢", hue_of("layer", strong=True)), "a block that can be removed as a whole"))
         if any(fold.hidden for fold in self.view.folds):
-            notes.append(("<B>▢</B>", "thick frame: blocks that are the same, drawn once; 8..12 is from 8 to 12"))
+            notes.append(("<B>▢</B>", "thick frame: equal blocks, drawn once; 8..12 is from 8 to 12"))
         if self.atlas.keep is not None:
-            notes.append(("◧", "the plan leaves the coloured part; 12→8: of 12 units 8 stay; all coloured: untouched"))
+            notes.append(("◧", "the plan keeps the coloured part; 12→8: of 12 units 8 stay; all coloured: untouched"))
         return [
             f'<TR><TD ALIGN="CENTER">{sign}</TD><TD ALIGN="LEFT"><I>{html.escape(text)}</I></TD></TR>'
             for sign, text in notes
         ]
 
     def _width_rows(self) -> list[str]:
-        """A row for each kind of group in blocks, with a cell for each block: what stays, or how wide it is."""
+        """Rows of kinds of groups with a cell for each block: the fraction that stays, or the relative width."""
         shares: dict[tuple[str, int], dict[str, float]] = {}
         for group in self.atlas.groups if self.view.folds else ():
             if group.factor is not None and group.block is not None:
-                row = shares.setdefault((self.words.kind(group), self.atlas.shades[group.factor]), {})
+                row = shares.setdefault((self.labels.kind(group), self.atlas.shades[group.factor]), {})
                 row[group.block] = self._width(group)
         if self.atlas.keep is None:
             shares = {key: {b: size / max(row.values()) for b, size in row.items()} for key, row in shares.items()}
@@ -144,7 +144,7 @@ class Legend:
         return [line for part in parts for line in self._width_part(part, uneven)]
 
     def _width(self, group: Group) -> float:
-        """The fraction of a group's units that a plan leaves; without a plan, how many units there are."""
+        """Fraction of the units of a group that the plan keeps; without a plan, the number of units."""
         assert group.factor is not None
         if self.atlas.keep is None:
             return group.size
@@ -162,7 +162,7 @@ class Legend:
 
 
 def _cell(share: float, colour: str) -> str:
-    """A cell that is filled from below as far as ``share`` says."""
+    """A cell filled from below by a fraction."""
     colours = colour if share >= 1 else WHITE if share <= 0 else f"{colour};{share:.3f}:{WHITE}"
     angle = ' GRADIENTANGLE="90"' if ":" in colours else ""
     return f'<TD BGCOLOR="{colours}"{angle} BORDER="1" COLOR="#b8b8b8" WIDTH="26">{share:.0%}</TD>'.replace("%<", "<")
@@ -183,17 +183,17 @@ _SUM: dict[str, Any] = {
     **{"shape": "circle", "width": "0.34", "fixedsize": "true", "margin": "0", "fontsize": 20},
     **{"style": "filled", "fillcolor": f'"{WHITE}"', "penwidth": "3"},
 }
-"""How a sum is drawn."""
+"""Style of a residual sum."""
 
 
 def draw(atlas: Atlas, view: View) -> pydot.Dot:
-    """Return the picture of ``view``."""
+    """Return the picture of ``view``, with the legend below."""
     return _Picture(atlas, view).make()
 
 
 @dataclass
 class _Box:
-    """A module path with what is directly in it."""
+    """A module path with its own axes and inner modules."""
 
     path: str
     axes: list[Axis] = field(default_factory=list)
@@ -202,12 +202,11 @@ class _Box:
 
 class _Picture:
     def __init__(self, atlas: Atlas, view: View) -> None:
-        self.atlas, self.view, self.words = atlas, view, Words(atlas, view.folds)
+        self.atlas, self.view, self.labels = atlas, view, Labels(atlas, view.folds)
         self.folds = {fold.blocks[0]: fold for fold in view.folds}
 
     def make(self) -> pydot.Dot:
-        """Return everything in one graph, with the legend below."""
-        legend = Legend(self.atlas, self.view, self.words, self._colour)
+        legend = Legend(self.atlas, self.view, self.labels, self._colour)
         dot = pydot.Dot(
             "fxprune",
             graph_type="digraph",
@@ -251,7 +250,7 @@ class _Picture:
         return root
 
     def _home(self, axis: Axis) -> str:
-        """Return the path of the frame that ``axis`` is drawn in: none that is there for it alone."""
+        """Return the path of the frame that ``axis`` is drawn in; an entering axis gets no frame for itself."""
         path = self.atlas.module(axis)
         block = owner_block(path, self.atlas.axes.blocks) if axis in self.view.entering else None
         if axis not in self.view.entering or (self.view.folds and block is None):
@@ -259,7 +258,7 @@ class _Picture:
         return block.rpartition(".")[0] if block is not None and self.view.folds else ""
 
     def _fill(self, into: pydot.Graph, box: _Box, above: str = "", depth: int = 0) -> None:
-        """Draw what is in ``box``; leave out paths with nothing of their own and a single box in them."""
+        """Draw the contents of ``box``, without frames around a single inner frame."""
         for axis in box.axes:
             into.add_node(self._node(axis))
         for inner in box.inner.values():
@@ -270,10 +269,10 @@ class _Picture:
             into.add_subgraph(cluster)
 
     def _cluster(self, path: str, above: str, depth: int) -> pydot.Subgraph:
-        """Return a frame for a module; that of blocks drawn as one is thick, that of a removed one dashed."""
+        """Return the frame of a module: thick for a fold, dashed for a removed block."""
         label, fold = path[len(above) + 1 :] if above else path, self.folds.get(path)
         many = fold is not None and bool(fold.hidden)
-        gone = owner_block(path, self.atlas.removed) is not None and not many
+        removed = owner_block(path, self.atlas.removed) is not None and not many
         if fold is not None:
             label = self._fold_label(fold, above)
         elif path in self.atlas.removed:
@@ -282,7 +281,7 @@ class _Picture:
             _quoted(f"cluster_{path}"),
             label=_quoted(label).replace("\\n", "\\l"),
             tooltip=_quoted(f"module {path}"),
-            style=_quoted("rounded,filled,dashed" if gone else "rounded,filled"),
+            style=_quoted("rounded,filled,dashed" if removed else "rounded,filled"),
             color=_quoted(hue_of("layer", strong=True) if path in self.atlas.axes.bypasses else "#b8b8b8"),
             fillcolor=_quoted("#f7f7f7" if depth % 2 == 0 else "#eeeeee"),
             peripheries="1",
@@ -293,32 +292,33 @@ class _Picture:
         )
 
     def _fold_label(self, fold: Fold, above: str) -> str:
-        """Which blocks a frame stands for, how they differ, and which of them go."""
+        """Label of a frame of blocks: which they are, whether their widths differ, and which are removed."""
         among = self.atlas.axes.blocks
-        names = numbered(fold.blocks, among)
+        names = block_ranges(fold.blocks, among)
         names = names[len(above) + 1 :] if above else names
         sizes = (len({factor.size for factor in alike}) > 1 for alike in fold.factors.values())
-        told = f"{names}: {plural(len(fold.blocks), 'block')}, alike but for widths"
+        label = f"{names}: {plural(len(fold.blocks), 'block')}, equal except for widths"
         if not any(sizes):
-            told = f"{names}: {plural(len(fold.blocks), 'block')}, the same" if fold.hidden else names
-        gone = [block for block in fold.blocks if block in self.atlas.removed]
-        return f"{told}\n{numbered(gone, among)} removed as a whole\n" if gone else told
+            label = f"{names}: {plural(len(fold.blocks), 'block')}, the same" if fold.hidden else names
+        removed = [block for block in fold.blocks if block in self.atlas.removed]
+        return f"{label}\n{block_ranges(removed, among)} removed as a whole\n" if removed else label
 
     def _node(self, axis: Axis) -> pydot.Node:
-        """Return a box in the colours of its groups; activations are rounded, the trigger has a thick double frame.
+        """Return the box of an axis in the colours of its groups.
 
-        Of what a plan takes, so much of the box is white. The sum of a stream and a branch is a plus in a circle.
+        Activations are rounded, the trigger has a thick double frame, and a residual sum is a plus in a circle. The
+        part that the plan removes is white.
         """
         first = axis == self.view.trigger
         mark = "trigger: " if first else ""
-        own: dict[str, Any] = {
+        common: dict[str, Any] = {
             "id": f"axis{self.view.axes.index(axis)}",
-            "tooltip": _quoted(mark + self.words.about(axis)),
+            "tooltip": _quoted(mark + self.labels.about(axis)),
         }
         strong = self._colours(axis, strong=True)[0]
         if self.atlas.is_sum(axis) and axis not in self.view.entering and not first:
-            return pydot.Node(_name(axis), label=_quoted("+"), color=_quoted(strong), **_SUM, **own)
-        label = f"stream\n{self.words.expression(axis)}" if axis in self.view.entering else self.words.label(axis)
+            return pydot.Node(_name(axis), label=_quoted("+"), color=_quoted(strong), **_SUM, **common)
+        label = f"stream\n{self.labels.expression(axis)}" if axis in self.view.entering else self.labels.label(axis)
         fill, style = self._painted(axis)
         if self.atlas.is_activation(axis) and style == "filled":
             style = "filled,rounded"
@@ -330,34 +330,34 @@ class _Picture:
             color=_quoted("#000000" if first else LINE),
             penwidth="2.5" if first else "1",
             peripheries="2" if first else "1",
-            **own,
+            **common,
         )
 
     def _painted(self, axis: Axis) -> tuple[str, str]:
-        """Return the colours of a box, and the style that shows them: a stripe for each, white for what goes."""
-        colours, share = list(dict.fromkeys(self._colours(axis))), self.words.share(axis)
+        """Return the colours of a box and its style: a stripe for each colour, white for the removed part."""
+        colours, share = list(dict.fromkeys(self._colours(axis))), self.labels.share(axis)
         if share < 1:
             parts = [f"{colour};{share / len(colours):.4f}" for colour in colours if share > 0]
             return ":".join((*parts, WHITE)), "striped" if parts else "filled"
         return ":".join(colours), "filled" if len(colours) == 1 else "striped"
 
     def _line(self, coupling: Edge) -> pydot.Edge:
-        """Return one line with a strand for each group that is coupled over it; that of a stream is thick.
+        """Return a line with a strand for each coupled group; the line of a stream is thick.
 
-        Only lines that follow the execution say what stands above what. The others get an ``xlabel``, which shows where
-        there is room: on a ``label`` of a line inside one row of nested clusters, Graphviz 2 fails with "trouble in
-        init_rank".
+        Only lines that follow the execution constrain the ranks.
         """
-        text, way = _quoted(self.words.ops(coupling)), _quoted(self.words.way(coupling))
-        colours = dict.fromkeys(self._colour(factor, strong=True) for factor in coupling.ways)
-        stream = self._carries_stream(coupling)
+        # An xlabel is drawn where there is room. With a label on a line inside one rank of nested clusters, Graphviz 2
+        # fails with "trouble in init_rank".
+        text, tooltip = _quoted(self.labels.ops(coupling)), _quoted(self.labels.paths(coupling))
+        colours = dict.fromkeys(self._colour(factor, strong=True) for factor in coupling.paths)
+        stream = self.atlas.is_activation(coupling.source) and self.atlas.is_activation(coupling.target)
         return pydot.Edge(
             _name(coupling.source),
             _name(coupling.target),
-            tooltip=way,
-            labeltooltip=way,
+            tooltip=tooltip,
+            labeltooltip=tooltip,
             color=_quoted(":".join(colours)),
-            style="solid" if coupling.settled else "dashed",
+            style="solid" if coupling.in_tree else "dashed",
             penwidth="5" if stream else "1.6",
             weight="8" if stream else "1",
             arrowsize="0.5" if stream else "0.6",
@@ -365,12 +365,8 @@ class _Picture:
             **{"label" if coupling.ranks else "xlabel": text},  # type: ignore[arg-type]
         )
 
-    def _carries_stream(self, coupling: Edge) -> bool:
-        """Whether ``coupling`` leads to a residual sum as the stream, not as what a branch adds, or through blocks."""
-        return self.atlas.is_activation(coupling.source) and self.atlas.is_activation(coupling.target)
-
     def _inside_tensors(self) -> Iterable[pydot.Edge]:
-        """Yield thin lines from the axis of a parameter that is used first to the next: the way the data goes."""
+        """Yield thin lines between the axes of a parameter, in order of their use."""
         last: dict[str, Axis] = {}
         for axis in self.view.axes:
             before = last.get(axis.tensor)
@@ -389,10 +385,10 @@ class _Picture:
         return [self._colour(factor, strong) for factor in self.atlas.factors(axis)] or [WHITE]
 
     def _colour(self, factor: Factor, strong: bool = False) -> str:
-        """Return the colour of a factor: by the kind of its group, grey if frozen, white if it is neither."""
+        """Return the colour of a factor: by the kind of its group, grey if frozen, else white."""
         group = self.atlas.by_factor.get(factor)
         if group is not None:
-            return hue_of(self.words.kind(group), self.atlas.shades[factor], strong)
+            return hue_of(self.labels.kind(group), self.atlas.shades[factor], strong)
         return LINE if strong else FROZEN if factor in self.atlas.axes.frozen else WHITE
 
 
@@ -401,6 +397,6 @@ def _name(axis: Axis) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return ``text`` as a DOT string: quotes escaped, backslashes kept, line breaks as DOT writes them."""
+    """Quote text as a DOT string."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'

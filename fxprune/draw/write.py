@@ -1,4 +1,4 @@
-"""Pictures as files: DOT, what Graphviz renders, and HTML pages."""
+"""Write pictures as DOT files, images drawn by Graphviz, and HTML pages."""
 
 from __future__ import annotations
 
@@ -31,41 +31,46 @@ from fxprune.pipeline.arguments import as_path, flag, instance, refuse
 from fxprune.removal.plan import Plan
 from fxprune.rules.statements import Axis
 
-__all__ = ["DRAWN", "SUFFIXES", "check_target", "layer_svg", "page", "write_dot", "write_picture"]
+__all__ = ["PICTURE_SUFFIXES", "RENDERED", "check_target", "html_page", "layer_svg", "write_dot", "write_picture"]
 
-_WITHOUT = "Graphviz was not there when this page was made: the boxes of the picture are listed instead."
+_WITHOUT = "This page was written without Graphviz: it lists the boxes of the picture instead."
 
 
-def page(dot: pydot.Dot, title: str, svg: str | None) -> str:
-    """Return the text of the HTML file.
+def html_page(dot: pydot.Dot, title: str, svg: str | None) -> str:
+    """Return a picture as a self-contained HTML page.
 
     Args:
         dot: the picture; its boxes and lines have ids.
-        title: what it shows.
-        svg: the picture as Graphviz draws it; None where there is no Graphviz, and boxes are listed.
+        title: title of the page.
+        svg: the picture as drawn by Graphviz; None to list the boxes instead.
     """
-    items = _items(dot)
-    drawn = _listed(items) if svg is None else svg[svg.index("<svg") :]
+    items = _tooltips(dot)
+    if svg is None:
+        boxes = {key: html.escape(item["name"]) for key, item in items.items() if "source" not in item}
+        listed = "".join(f'<li id="{key}" class="node">{name}</li>' for key, name in boxes.items())
+        picture = f"<p>{_WITHOUT}</p><ol>{listed}</ol>"
+    else:
+        picture = svg[svg.index("<svg") :]
     parts = {
         "title": html.escape(title),
-        "picture": drawn,
+        "picture": picture,
         "items": json.dumps(items, ensure_ascii=False).replace("<", "\\u003c"),
     }
     template = files("fxprune.draw").joinpath("page.html").read_text(encoding="utf-8")
     return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], template)
 
 
-def _items(dot: pydot.Dot) -> dict[str, dict[str, str]]:
-    """Return by id what is told of each box, and of each line with the boxes that it joins."""
+def _tooltips(dot: pydot.Dot) -> dict[str, dict[str, str]]:
+    """Return names and tooltips of boxes, and of lines with the ids of the boxes that they join, by id."""
     nodes = {node.get_name(): node for node in _nodes(dot) if node.get("id")}
     items = {
-        node.get("id"): {"name": _plain(name), "text": _plain(node.get("tooltip"))} for name, node in nodes.items()
+        node.get("id"): {"name": _unquote(name), "text": _unquote(node.get("tooltip"))} for name, node in nodes.items()
     }
     for edge in dot.get_edges():
         source, target = str(edge.get_source()), str(edge.get_destination())
         items[edge.get("id")] = {
-            "name": f"{_plain(source)} → {_plain(target)}",
-            "text": _plain(edge.get("tooltip")),
+            "name": f"{_unquote(source)} → {_unquote(target)}",
+            "text": _unquote(edge.get("tooltip")),
             "source": nodes[source].get("id"),
             "target": nodes[target].get("id"),
         }
@@ -78,8 +83,8 @@ def _nodes(graph: pydot.Graph) -> Iterator[pydot.Node]:
         yield from _nodes(inner)
 
 
-def _plain(quoted: str) -> str:
-    """Return a DOT string as the text that it stands for."""
+def _unquote(quoted: str) -> str:
+    """Return the text of a DOT string."""
     inner = quoted.removeprefix('"').removesuffix('"')
     return re.sub(r"\\(.)", lambda found: "\n" if found[1] == "n" else found[1], inner, flags=re.S)
 
@@ -93,35 +98,35 @@ def _listed(items: dict[str, dict[str, str]]) -> str:
     return f"<p>{_WITHOUT}</p><ol>{''.join(boxes)}</ol>"
 
 
-DRAWN = (".svg", ".png", ".pdf")
-"""What Graphviz has to be there for."""
+RENDERED = (".svg", ".png", ".pdf")
+"""Suffixes of files that Graphviz draws."""
 
-SUFFIXES = (".dot", ".gv", *DRAWN, ".html")
-"""What a picture can be written as."""
+PICTURE_SUFFIXES = (".dot", ".gv", *RENDERED, ".html")
+"""Suffixes of all files that a picture can be written to."""
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
-    """Return the file to write, where a picture can be written to it.
+    """Check that a picture can be written to a file, and return it as a path.
 
     Raises:
-        ArgumentError: its suffix is none of a picture.
-        FxpruneError: Graphviz is needed and not there, or there is no such folder.
+        ArgumentError: the suffix is not one of a picture.
+        FxpruneError: Graphviz is needed and not installed, or the folder does not exist.
     """
     target = Path(path)
-    if target.suffix.lower() not in SUFFIXES:
+    if target.suffix.lower() not in PICTURE_SUFFIXES:
         raise ArgumentError(
-            f"no picture is written as {target.suffix or 'a file without a suffix'}",
+            f"a picture cannot be written as {target.suffix or 'a file without a suffix'}",
             where=str(target),
-            remedy=f"End the name in one of {', '.join(SUFFIXES)}",
+            remedy=f"Use one of the suffixes {', '.join(PICTURE_SUFFIXES)}",
         )
-    if target.suffix.lower() in DRAWN and shutil.which("dot") is None:
+    if target.suffix.lower() in RENDERED and shutil.which("dot") is None:
         raise FxpruneError(
-            f"{target.suffix} is drawn by Graphviz, and there is no program dot here",
+            f"{target.suffix} files are drawn by Graphviz, and the program dot is not installed",
             where=str(target),
-            remedy="Install the package graphviz of your system, or write .html or .dot",
+            remedy="Install the system package graphviz, or write .html or .dot",
         )
     if not target.parent.is_dir():
-        raise _unwritable(target, "no such folder")
+        raise _unwritable(target, "the folder does not exist")
     return target
 
 
@@ -130,18 +135,18 @@ def write_picture(dot: pydot.Dot, title: str, target: Path) -> None:
 
     Args:
         dot: the picture.
-        title: what it shows.
-        target: a file that :func:`check_target` found to be one.
+        title: title of an HTML page.
+        target: the file, checked by :func:`check_target`.
 
     Raises:
         FxpruneError: the file cannot be written, or Graphviz fails.
     """
     suffix, text = target.suffix.lower(), dot.to_string()
-    if suffix in DRAWN:
-        data = _drawn(text, suffix[1:])
+    if suffix in RENDERED:
+        data = _render(text, suffix[1:])
     elif suffix == ".html":
-        svg = None if shutil.which("dot") is None else _drawn(text, "svg").decode("utf-8")
-        data = page(dot, title, svg).encode("utf-8")
+        svg = None if shutil.which("dot") is None else _render(text, "svg").decode("utf-8")
+        data = html_page(dot, title, svg).encode("utf-8")
     else:
         data = text.encode("utf-8")
     try:
@@ -150,28 +155,20 @@ def write_picture(dot: pydot.Dot, title: str, target: Path) -> None:
         raise _unwritable(target, str(error.strerror)) from error
 
 
-def _drawn(text: str, form: str) -> bytes:
-    """What Graphviz makes of DOT text."""
+def _render(text: str, form: str) -> bytes:
+    """Draw DOT text with Graphviz."""
     command = [str(shutil.which("dot")), f"-T{form}"]
     done = subprocess.run(command, input=text.encode("utf-8"), capture_output=True, check=False)
     if done.returncode:
-        said = done.stderr.decode("utf-8", errors="replace").strip().partition("\n")[0]
-        raise FxpruneError(
-            f"it failed: {said}", where="graphviz", remedy="Show less, by layer or group, or draw a .dot file by hand"
-        )
+        message = done.stderr.decode("utf-8", errors="replace").strip().partition("\n")[0]
+        remedy = "Show less of the model, by layer or group, or write a .dot file and draw it yourself"
+        raise FxpruneError(f"drawing failed: {message}", where="graphviz", remedy=remedy)
     return done.stdout
 
 
-def _unwritable(target: Path, why: str) -> FxpruneError:
-    return FxpruneError(
-        f"cannot be written: {why}",
-        where=str(target),
-        remedy="Choose a file in a folder that is there and can be written to",
-    )
-
-
-_INDEX = re.compile(r"-?[0-9]{1,9}")
-"""The index of a block, as text."""
+def _unwritable(target: Path, reason: str) -> FxpruneError:
+    remedy = "Choose a file in an existing, writable folder"
+    return FxpruneError(f"cannot be written: {reason}", where=str(target), remedy=remedy)
 
 
 def write_dot(
@@ -186,27 +183,27 @@ def write_dot(
     """Write a picture of ``graph`` to a file.
 
     Boxes are axes of parameters and buffers, in one hue for each kind of unit and nested in the modules they belong to;
-    frozen axes are grey. A line joins two axes that an op, or a chain of ops, couples. Tooltips tell the whole story.
-    In pictures of the whole model, and of a group that spans it, blocks that are the same are drawn once.
+    frozen axes are grey. A line joins two axes that are coupled by an op or a chain of ops. Tooltips have the details.
+    In pictures of the whole model, and of a group that spans it, equal blocks are drawn once.
 
     Args:
         graph: from :func:`fxprune.dependency_graph`.
-        path: the file to write. Its suffix says what is written: ``.dot`` is text in Graphviz's language; ``.svg``,
-            ``.png`` and ``.pdf`` are drawn by Graphviz, which has to be there; ``.html`` is a page of its own that
-            zooms, searches, and tells the rule and the reason of what is clicked.
+        path: the file to write. The suffix selects the format: ``.dot`` is text in the language of Graphviz; ``.svg``,
+            ``.png`` and ``.pdf`` are drawn by Graphviz, which must be installed; ``.html`` is a self-contained page
+            that zooms, searches, and shows rules and reasons on a click.
         layer: show one block, by its index or module path, or the part of the model below any module path. By
             default the block in the middle; of a model without blocks, everything.
-        group: show this group, by itself or its name, with the activations that the search passes from its trigger
-            on. Together with ``layer``, the part of it that lies there.
+        group: show this group, given itself or by name, with the activations that the search reaches from its
+            trigger. Together with ``layer``, the part of the group in it.
         everything: show the parameters of the whole model.
-        plan: show what this plan takes of each axis. It has to be a plan for this model.
-        fold: draw blocks that are the same once; False for each by itself.
+        plan: show how much of each axis this plan keeps. It must be a plan for this model.
+        fold: draw equal blocks once; False to draw each.
 
     Raises:
-        ArgumentError: an argument is of the wrong type, or the suffix is none of those.
+        ArgumentError: an argument is of the wrong type, or the suffix is unknown.
         UnknownNameError: no such layer or group; suggests the nearest.
         PlanError: the plan is for another model.
-        FxpruneError: the file cannot be written, or Graphviz is needed and not there.
+        FxpruneError: the file cannot be written, or Graphviz is needed and not installed.
     """
     everything, fold, target = flag("everything", everything), flag("fold", fold), check_target(as_path("path", path))
     if plan is not None:
@@ -217,7 +214,7 @@ def write_dot(
 
 
 def _view(atlas: Atlas, layer: str | int | None, group: Group | str | None, everything: bool, fold: bool) -> View:
-    """Return the picture that the arguments of :func:`write_dot` ask for."""
+    """Return the contents of the picture, by the arguments of :func:`write_dot`."""
     if group is not None:
         name = group if isinstance(group, str) else instance("group", group, Group, "a group, or the name of one").name
         return _group_view(atlas, find_group(atlas.groups, name), layer, fold)
@@ -227,30 +224,24 @@ def _view(atlas: Atlas, layer: str | int | None, group: Group | str | None, ever
 
 
 def _find_module(atlas: Atlas, layer: str | int | None) -> str:
-    """Return the module path meant by ``layer``."""
+    """Return the module path of a layer, given by index or path."""
     blocks = atlas.axes.blocks
     if layer is None:
         return blocks[len(blocks) // 2]
     if isinstance(layer, bool) or not isinstance(layer, int | str):
         raise refuse("layer", layer, "the index of a block, or a module path")
-    if isinstance(layer, int) or _INDEX.fullmatch(layer):
+    if isinstance(layer, int) or re.fullmatch(r"-?[0-9]{1,9}", layer):
         if not -len(blocks) <= int(layer) < len(blocks):
             raise UnknownNameError("layer", int(layer), (f"{i}" for i in range(len(blocks))))
         return blocks[int(layer)]
     modules = {name.rpartition(".")[0] for name in atlas.weights}
-    known = {module[:end] for module in modules for end in _ends(module)}
-    if layer not in known:
+    if not any(module == layer or within(module, (layer,)) for module in modules):
         raise UnknownNameError("layer", layer, blocks)
     return layer
 
 
-def _ends(path: str) -> Iterable[int]:
-    """Return where the paths of a module and of those around it end in ``path``."""
-    return (i for i in range(len(path) + 1) if i == len(path) or path[i] == ".")
-
-
 def _below(atlas: Atlas, module: str) -> list[Axis]:
-    """Return the axes of parameters and buffers below ``module`` that have anything to remove or to freeze."""
+    """Return the axes of more than one position of parameters and buffers below ``module``."""
     return [
         axis
         for axis, data in atlas.graph.nodes(data=True)
@@ -259,12 +250,12 @@ def _below(atlas: Atlas, module: str) -> list[Axis]:
 
 
 def _is_below(path: str, module: str) -> bool:
-    """Whether ``path`` is ``module`` or lies below it; all do below the model, whose path is empty."""
+    """Whether ``path`` is ``module`` or lies below it; the model itself has an empty path."""
     return not module or path == module or within(path, (module,))
 
 
 def _whole_view(atlas: Atlas, fold: bool) -> View:
-    """Return a picture of the axes of all parameters; of blocks that are the same, of those of the first."""
+    """Return a picture of the axes of all parameters; of equal blocks, only those of the first."""
     folds = find_folds(atlas) if fold else ()
     sums = _outside(atlas, atlas.sums, folds)
     entering = frozenset(_sources(atlas, sums)).difference(sums)
@@ -275,28 +266,28 @@ def _whole_view(atlas: Atlas, fold: bool) -> View:
 
 
 def _coupled(atlas: Atlas, axes: Sequence[Axis]) -> list[Axis]:
-    """Return ``axes`` without those of buffers that no parameter is coupled to."""
+    """Return ``axes`` without those of buffers that share no factor with a parameter."""
     roles = atlas.graph.nodes
     held = {factor for axis in axes if roles[axis]["role"] == "parameter" for factor in atlas.factors(axis)}
     return [axis for axis in axes if roles[axis]["role"] == "parameter" or held.intersection(atlas.factors(axis))]
 
 
 def _sources(atlas: Atlas, sums: Iterable[Axis]) -> list[Axis]:
-    """Return the axes of the streams that ``sums`` add to."""
+    """Return the axes of the streams that enter ``sums``."""
     sources = (Axis(atlas.axes.residuals[axis.tensor], axis.dim) for axis in sums)
     return [axis for axis in sources if axis in atlas.graph]
 
 
 def _outside(atlas: Atlas, axes: Iterable[Axis], folds: Sequence[Fold]) -> list[Axis]:
-    """Return those of ``axes`` that are not in a block for which another is drawn."""
+    """Return the ``axes`` outside hidden blocks."""
     hidden = tuple(block for fold in folds for block in fold.hidden)
     return [axis for axis in axes if owner_block(atlas.module(axis), hidden) is None]
 
 
 def _module_view(atlas: Atlas, module: str) -> View:
-    """Return a picture of the axes of one module, and of buffers shared by all blocks that are coupled to them.
+    """Return a picture of the axes of one module, and of coupled buffers that belong to no block.
 
-    Where a stream runs through the module, its sums there are shown, and what comes in.
+    If a stream runs through the module, its sums there and its input are shown.
     """
     own = _below(atlas, module)
     held = {factor for axis in own for factor in atlas.factors(axis)}
@@ -319,7 +310,7 @@ def _module_view(atlas: Atlas, module: str) -> View:
 def _group_view(atlas: Atlas, group: Group, layer: str | int | None, fold: bool) -> View:
     if group.factor is None:
         assert group.block is not None
-        return replace(_module_view(atlas, group.block), title=f"Group {group.name}: the whole block goes")
+        return replace(_module_view(atlas, group.block), title=f"Group {group.name}: the whole block")
     title = f"Group {group.name}: removing a unit removes it from every axis shown"
     if layer is not None:
         module = _find_module(atlas, layer)
@@ -330,7 +321,7 @@ def _group_view(atlas: Atlas, group: Group, layer: str | int | None, fold: bool)
 
 
 def layer_svg(graph_module: fx.GraphModule, norm: str = "sliced") -> str:
-    """Return the layer in the middle of a graph as inline SVG; nothing where graphviz is not installed, or fails.
+    """Return the middle layer of a graph as inline SVG; empty if Graphviz is not installed or fails.
 
     Args:
         graph_module: a traced graph.
@@ -343,4 +334,4 @@ def layer_svg(graph_module: fx.GraphModule, norm: str = "sliced") -> str:
         with suppress(FxpruneError):
             write_dot(dependency_graph(graph_module, norm), file)
         found = re.search(r"<svg.*</svg>", file.read_text(encoding="utf-8"), re.S) if file.exists() else None
-    return re.sub(r' xmlns(:\w+)?="[^"]*"', "", found[0]) if found else ""  # a page knows SVG without them
+    return re.sub(r' xmlns(:\w+)?="[^"]*"', "", found[0]) if found else ""  # not needed inside HTML

@@ -1,10 +1,13 @@
 """Slim Hugging Face models: the user's own class, built again with the widths that remain.
 
 ``emit`` turns slim tensors into a model that generates, trains and saves like any other; ``rebuild`` repeats the
-structure from a dense config and a ``Blueprint``, for loading.
+structure from a dense config and a ``Blueprint``; ``describe_structure`` reports how a model differs from the
+one that its class builds from its config, and ``stock_check`` whether a plan leaves a model without such differences.
 """
 
+from fxprune.emit.blueprint import Blueprint, rebuild
 from fxprune.emit.emitter import Agrees, Emission, emit
-from fxprune.emit.recipe import Blueprint, rebuild
+from fxprune.emit.stock import stock_check
+from fxprune.emit.structure import Structure, describe_structure
 
-__all__ = ["Agrees", "Blueprint", "Emission", "emit", "rebuild"]
+__all__ = ["Agrees", "Blueprint", "Emission", "Structure", "describe_structure", "emit", "rebuild", "stock_check"]

@@ -1,4 +1,4 @@
-"""Blocks taken out of a model, and the tables passed to those that remain."""
+"""Removal of whole blocks from a model, and row selection in the tables passed to those that remain."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fxprune.emit.layout import BlockStack, Layout
 from fxprune.emit.load import run_on_meta
-from fxprune.emit.snapshot import Number, build_on_meta, keep_blocks, part_of, take_snapshot
+from fxprune.emit.snapshot import build_on_meta, keep_blocks, part_of, take_snapshot
 from fxprune.graph.context import Refusal
 from fxprune.graph.facts import within
 from fxprune.modelling.blocks import BUILT_AT, builder_of, names_index, renumber
 from fxprune.modelling.table_rows import INPUTS
 
-__all__ = ["Inputs", "Numbered", "combined_inputs", "find_inputs", "remove_blocks"]
+__all__ = ["KeptUnits", "combined_inputs", "find_inputs", "remove_blocks"]
 
 
 def remove_blocks(model: PreTrainedModel, removed: Collection[str], layout: Layout) -> None:
-    """Take blocks out of a model and tell its config; the others get their new index.
+    """Remove blocks from a model and from its config, and renumber the others.
 
     Args:
         model: the slim model, with as many blocks as the dense one; changed in place.
-        removed: module paths of the blocks that go.
+        removed: module paths of the blocks to remove.
         layout: where blocks are.
     """
     for stack in layout.stacks:
@@ -38,7 +38,7 @@ def remove_blocks(model: PreTrainedModel, removed: Collection[str], layout: Layo
 
 
 def _shorten(model: PreTrainedModel, layout: Layout, stack: BlockStack, kept: Sequence[int]) -> None:
-    """Shorten one list of blocks. The config counts those of the first alone."""
+    """Shorten one list of blocks. The config counts the blocks of the first list only."""
     counted = stack is layout.stacks[0]
     blocks, whole = model.get_submodule(stack.path), part_of(model.config, layout.part)
     shorter = copy.deepcopy(whole)
@@ -49,23 +49,22 @@ def _shorten(model: PreTrainedModel, layout: Layout, stack: BlockStack, kept: Se
         move.renumber(blocks.get_submodule(str(old)))
         if counted:
             move.mark(blocks.get_submodule(str(old)))
-    for config in _configs(model, layout) if counted else ():
-        keep_blocks(config, layout.count_field, layout.depth, kept)
+    if counted:
+        held = [vars(m).get("config") for path in layout.blocks() for m in model.get_submodule(path).modules()]
+        configs = {id(config): config for config in (whole, *held) if isinstance(config, PreTrainedConfig)}
+        for config in configs.values():
+            keep_blocks(config, layout.count_field, layout.depth, kept)
     for old in reversed(range(len(stack.blocks))):
         if old not in kept and isinstance(blocks, nn.ModuleList):
             del blocks[old]
 
 
-def _configs(model: PreTrainedModel, layout: Layout) -> list[PreTrainedConfig]:
-    """Return the config that the blocks are built from, and those that they hold."""
-    whole = part_of(model.config, layout.part)
-    held = [vars(m).get("config") for path in layout.blocks() for m in model.get_submodule(path).modules()]
-    return list({id(config): config for config in (whole, *held) if isinstance(config, PreTrainedConfig)}.values())
-
-
 @dataclass(frozen=True)
 class _Move:
-    """A block that moves up: built where it was and where it goes, what differs with the place is its index.
+    """A block that moves to another index.
+
+    It is built at both indices: an attribute that differs between the two is the index, and a block of another kind
+    shows that its class chooses the kind by index.
 
     Args:
         whole: config of all blocks.
@@ -80,10 +79,12 @@ class _Move:
     new: int
 
     def renumber(self, block: nn.Module) -> None:
-        """Give attributes that hold the block's index the new one."""
+        """Set the attributes that hold the block's index to the new one."""
         if self.old == self.new:
             return
-        before, after = _numbers(block, self.whole, self.old), _numbers(block, self.shorter, self.new)
+        here, there = self._built(block)
+        before = {} if here is None else take_snapshot(here).numbers
+        after = {} if there is None else take_snapshot(there).numbers
 
         def follows(path: str, name: str) -> bool:
             key = (path, name)
@@ -94,15 +95,24 @@ class _Move:
         renumber(block, self.old, self.new, follows)
 
     def mark(self, block: nn.Module) -> None:
-        """Note on a block of a kind that its class does not build at its new index where it was built."""
+        """Record on a block where it was built, if its class builds another kind at its new index."""
         if BUILT_AT in vars(block):
             return
-        here, there = _built(block, self.whole, self.old), _built(block, self.shorter, self.new)
+        here, there = self._built(block)
         if here is None or there is None or _kinds(here) == _kinds(there):
             return
         plain = {name: value for name, value in vars(self.whole).items() if type(value) in (int, list, tuple)}
         fields = {name: value for name, value in plain.items() if vars(self.shorter)[name] != value}
         vars(block)[BUILT_AT] = {"index": self.old, "fields": fields}
+
+    def _built(self, block: nn.Module) -> list[nn.Module | None]:
+        """Return a block like this one built at the old and at the new index; None where its class refuses."""
+        found: list[nn.Module | None] = []
+        for config, index in ((self.whole, self.old), (self.shorter, self.new)):
+            builder = builder_of(block)
+            built = None if builder is None else build_on_meta(builder, copy.deepcopy(config), index)
+            found.append(None if isinstance(built, Refusal) else built)
+        return found
 
 
 def _kinds(block: nn.Module) -> dict[str, type]:
@@ -110,71 +120,62 @@ def _kinds(block: nn.Module) -> dict[str, type]:
     return {**{path: type(module) for path, module in block.named_modules()}, **tensors}
 
 
-def _built(block: nn.Module, config: PreTrainedConfig, index: int) -> nn.Module | None:
-    """Return a block like this one, built on ``meta``; None where its class refuses."""
-    builder = builder_of(block)
-    built = None if builder is None else build_on_meta(builder, copy.deepcopy(config), index)
-    return None if isinstance(built, Refusal) else built
-
-
-def _numbers(block: nn.Module, config: PreTrainedConfig, index: int) -> Mapping[tuple[str, str], Number]:
-    built = _built(block, config, index)
-    return {} if built is None else take_snapshot(built).numbers
-
-
-Numbered = Mapping[str, Mapping[int, Sequence[int]]]
-"""By module path of a block (empty for all blocks), by number of units before, the numbers of those that remain."""
-
-Inputs = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""By module path and argument, what :func:`fxprune.modelling.table_rows.select_inputs` takes."""
-
-Shrunk = Mapping[str, tuple[int, list[int]]]
-"""By module path, how many units there were and the numbers of those that remain."""
+KeptUnits = Mapping[str, Mapping[int, Sequence[int]]]
+"""By module path of a block (empty for all blocks) and number of units before, the numbers of those that remain."""
 
 _SAMPLES = 7
-"""A batch size unlike any number of heads, so that an axis of all samples' units is told from one of a sample's."""
+"""A batch size unlike any number of heads: it tells an axis of all samples' units from one of a sample's."""
 
 
 def find_inputs(
-    model: PreTrainedModel, slim: nn.Module, layout: Layout, numbered: Numbered
+    model: PreTrainedModel, slim: nn.Module, layout: Layout, kept_units: KeptUnits
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return what modules with fewer units than before are passed for all of them, found by running the dense model.
+    """Find the arguments in which modules with fewer units than before receive all of them, by a dense forward pass.
 
     An argument counts if one of its axes has the length of all units, for one sample or for all samples together.
 
     Args:
         model: a copy of the dense model on ``meta``, to be thrown away.
-        slim: the slim model on ``meta``, before blocks are taken out.
+        slim: the slim model on ``meta``, before blocks are removed.
         layout: where the blocks are.
-        numbered: which units remain.
+        kept_units: which units remain.
 
     Returns:
-        What :func:`fxprune.modelling.table_rows.select_inputs` takes, by dense module path.
+        The entries of :func:`fxprune.modelling.table_rows.select_inputs`, by dense module path.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for path, (units, kept) in _shrunk(model, slim, layout, numbered).items():
-        watch = _TableWatch(found.setdefault(path, {}), units, kept)
-        model.get_submodule(path).register_forward_pre_hook(watch, with_kwargs=True)
+    for path, (units, kept) in _shrunk(model, slim, layout, kept_units).items():
+        recorder = _TableRecorder(found.setdefault(path, {}), units, kept)
+        model.get_submodule(path).register_forward_pre_hook(recorder, with_kwargs=True)
     run_on_meta(model, samples=_SAMPLES)
     taking = {path: entries for path, entries in found.items() if entries}
-    # a block may count the units of the attention that it passes the table on to: it is cut once, where it ends up
+    # a block may count the units of the attention that it passes the table on to: select only in the innermost module
     return {path: entries for path, entries in taking.items() if not any(within(inner, (path,)) for inner in taking)}
 
 
-def _shrunk(model: nn.Module, slim: nn.Module, layout: Layout, numbered: Numbered) -> Shrunk:
-    """Return the modules with fewer units: an attribute that held the old number holds that of those that remain."""
+def _shrunk(
+    model: nn.Module, slim: nn.Module, layout: Layout, kept_units: KeptUnits
+) -> dict[str, tuple[int, list[int]]]:
+    """Return, by path, the modules with fewer units: the number of units before and the numbers of those that remain.
+
+    They are the modules with an attribute that held the old number of units and holds the new one.
+    """
     found: dict[str, tuple[int, list[int]]] = {}
     twins: dict[str, nn.Module] = dict(slim.named_modules())
     for block in layout.blocks():
-        known = {**numbered.get("", {}), **numbered.get(block, {})}
+        known = {**kept_units.get("", {}), **kept_units.get(block, {})}
         for path, module in model.get_submodule(block).named_modules(prefix=block) if known else ():
-            lost = _lost_units(module, twins.get(path), _of_module(module, known))
-            found.update({path: lost} if lost else {})
+            there = vars(twins[path]) if path in twins else {}
+            held = [(value, there.get(name)) for name, value in vars(module).items() if type(value) is int]
+            for units, kept in _renumbered(module, known).items():
+                if (units, len(kept)) in held:
+                    found[path] = (units, list(kept))
+                    break
     return found
 
 
-def _of_module(module: nn.Module, known: Mapping[int, Sequence[int]]) -> dict[int, Sequence[int]]:
-    """Return which units remain of those that a module selects already, counted among these, and of all."""
+def _renumbered(module: nn.Module, known: Mapping[int, Sequence[int]]) -> dict[int, Sequence[int]]:
+    """Return the units that remain, also counted among those that a module of a pruned model selects already."""
     found = dict(known)
     for entry in vars(module).get(INPUTS, {}).values():
         if entry["of"] in known:
@@ -183,17 +184,8 @@ def _of_module(module: nn.Module, known: Mapping[int, Sequence[int]]) -> dict[in
     return found
 
 
-def _lost_units(
-    dense: nn.Module, slim: nn.Module | None, known: Mapping[int, Sequence[int]]
-) -> tuple[int, list[int]] | None:
-    """Return how many units a module had and those it still has, if an attribute of the slim one says so."""
-    there = {} if slim is None else vars(slim)
-    held = [(value, there.get(name)) for name, value in vars(dense).items() if type(value) is int]
-    return next(((units, list(kept)) for units, kept in known.items() if (units, len(kept)) in held), None)
-
-
-class _TableWatch:
-    """A forward pre-hook that notes the arguments with an axis of units."""
+class _TableRecorder:
+    """A forward pre-hook that records the arguments with an axis of units."""
 
     def __init__(self, found: dict[str, dict[str, Any]], units: int, kept: list[int]) -> None:
         self.found, self.units, self.kept = found, units, kept
@@ -210,12 +202,14 @@ class _TableWatch:
             yield from (axis for axis, length in enumerate(value.shape) if length == size)
 
 
-def combined_inputs(model: nn.Module, more: Inputs) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return what the modules of the dense model select already, less what they no longer select of that.
+def combined_inputs(
+    model: nn.Module, more: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Compose the row selections that a model has already with further ones.
 
     Args:
         model: the dense model, itself perhaps a slim one.
-        more: by its module paths.
+        more: the further selections by module path and argument, counted among the rows that are selected already.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""The slim Hugging Face model of a slim graph, judged against the graph."""
+"""The slim Hugging Face model of a slim graph, compared with the graph."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from fxprune.emit.emitter import Emission, emit
-from fxprune.emit.epsilons import exaggerated, find_places, set_attributes
-from fxprune.emit.load import attending, implementations, run_on_meta
+from fxprune.emit.epsilons import enlarged_epsilons, find_epsilons, set_attributes
+from fxprune.emit.load import attention_implementations, run_on_meta, using_attention
 from fxprune.emit.snapshot import slim_name
 from fxprune.errors import CheckpointError, PlanError, VerificationError
-from fxprune.graph.context import Refusal, attempt, evaluating, quiet, tidy_later
+from fxprune.graph.context import Refusal, attempt, defer_gc, eval_mode, quiet
 from fxprune.graph.facts import Blocks, Constants, Fact, Source, facts_of, within
-from fxprune.graph.tensors import copy_tensor, on_meta, weights
+from fxprune.graph.tensors import copy_tensor, has_meta_weights, weights
 from fxprune.masking.compare import TOLERANCE, compare
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, output_tensors
 from fxprune.removal.plan import kept_of_constants
 from fxprune.removal.removal import Removal, RescaledNumber, scaled_numbers
 from fxprune.trace.inputs import alias_twin, meta_twin
 
-__all__ = ["Emitted", "SlimJudge", "check_own_forward", "emit_from_graph"]
+__all__ = ["Emitted", "SlimVerifier", "check_own_forward", "emit_from_graph"]
 
 _ROUGH = 2e-2
-"""Accepted difference in half precision, relative to the largest output: two orders of summation round apart."""
+"""Accepted difference in half precision, relative to the largest output: orders of summation round differently."""
 
 
 @dataclass
-class SlimJudge:
-    """Says whether an emitted model computes what the slim graph does.
+class SlimVerifier:
+    """Comparison of emitted models with the slim graph.
 
     Args:
         slim: the slim graph.
@@ -47,19 +47,18 @@ class SlimJudge:
     inputs: Mapping[str, torch.Tensor]
 
     def __call__(self, candidate: PreTrainedModel) -> bool:
-        """Return whether outputs are the same, in evaluation mode, whatever mode the model is in.
+        """Whether outputs are the same in evaluation mode, under each attention implementation.
 
-        An implementation under which the dense model does not run, or computes something else than under its own, says
-        nothing about a candidate.
+        An implementation under which the dense model fails too, or gives other outputs than under its own, is ignored.
 
         Raises:
             VerificationError: it fails under another attention implementation than its own, and the dense model does
                 not.
         """
-        if on_meta(self.slim):
+        if has_meta_weights(self.slim):
             return True
-        own, *others = implementations(candidate)
-        with evaluating(candidate):
+        own, *others = attention_implementations(candidate)
+        with eval_mode(candidate):
             got = _outputs(candidate, self.inputs, own)
             if isinstance(got, Refusal):
                 raise got.error
@@ -67,16 +66,17 @@ class SlimJudge:
                 return False
             for name in others:
                 fault = _fault(self._wanted, _outputs(candidate, self.inputs, name))
-                if fault and self._stands(name, crashed=fault != _DIFFERS):
-                    raise VerificationError(fault, where=f"under {name} attention", remedy=_REMEDY)
+                if fault and self._dense_passes(name, crashed=fault != _DIFFERS):
+                    remedy = "Use the graph, or report the model's config"
+                    raise VerificationError(fault, where=f"under {name} attention", remedy=remedy)
         return True
 
     def agrees(self, candidate: PreTrainedModel) -> bool:
-        """Return whether outputs are the same under the implementation of attention that the model has."""
-        if on_meta(self.slim):
+        """Whether outputs are the same under the attention implementation that the model has."""
+        if has_meta_weights(self.slim):
             return True
-        with evaluating(candidate):
-            got = _outputs(candidate, self.inputs, implementations(candidate)[0])
+        with eval_mode(candidate):
+            got = _outputs(candidate, self.inputs, attention_implementations(candidate)[0])
         return isinstance(got, torch.Tensor) and _agree(self._wanted, got)
 
     @cached_property
@@ -84,25 +84,24 @@ class SlimJudge:
         with torch.no_grad():
             return output_tensors(UntouchedRun(self.slim).run(*self.inputs.values()))[0]
 
-    def _stands(self, name: str, *, crashed: bool) -> bool:
-        """Whether the dense model passes under an attention implementation what a candidate failed.
+    def _dense_passes(self, name: str, *, crashed: bool) -> bool:
+        """Whether the dense model passes under an attention implementation that a candidate failed.
 
-        Without values only the shapes that it works with can be tried.
+        If it is on ``meta``, only whether it runs can be checked.
         """
         if any(p.is_meta for p in self.dense.parameters()):
             return crashed and run_on_meta(meta_twin(self.dense), implementation=name) is None  # type: ignore[arg-type]
-        first, *_ = implementations(self.dense)
+        first, *_ = attention_implementations(self.dense)
         twin: PreTrainedModel = alias_twin(self.dense)  # type: ignore[assignment]
         want = _outputs(twin, self.inputs, first)
         return isinstance(want, torch.Tensor) and not _fault(want, _outputs(twin, self.inputs, name))
 
 
 _DIFFERS = "it computes something else"
-_REMEDY = "Use the graph, or report the model's config"
 
 
 def _fault(want: torch.Tensor, got: torch.Tensor | Refusal | None) -> str:
-    """Return what is wrong with an output, in words; empty where nothing is, or the implementation is not there."""
+    """Return the fault of an output; empty if there is none, or if there is no such implementation."""
     if isinstance(got, Refusal):
         return f"it does not run: {got}"
     return "" if got is None or _agree(want, got) else _DIFFERS
@@ -111,83 +110,77 @@ def _fault(want: torch.Tensor, got: torch.Tensor | Refusal | None) -> str:
 def _outputs(
     model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], implementation: str
 ) -> torch.Tensor | Refusal | None:
-    """Return the first output of a model under an attention implementation; None where it does not take that one."""
-    with attending(model, implementation) as taken, torch.no_grad():
-        found = attempt(partial(model, **inputs, use_cache=False)) if taken else None
+    """Return the first output of a model under an attention implementation; None if it does not accept that one."""
+    with using_attention(model, implementation) as accepted, torch.no_grad():
+        found = attempt(partial(model, **inputs, use_cache=False)) if accepted else None
     return found if found is None or isinstance(found, Refusal) else output_tensors(found)[0]
 
 
 def _agree(want: torch.Tensor, got: torch.Tensor) -> bool:
-    """Whether two outputs are equal but for rounding.
+    """Whether two outputs are equal up to rounding.
 
-    In half precision that is asked of half of the tokens: a router that rounds otherwise may send single ones to others
-    of its experts.
+    In half precision at least half of the tokens must agree: a router that rounds differently may send single tokens to
+    other experts.
     """
     if want.shape != got.shape or want.dtype in (torch.float32, torch.float64):
         return compare([want.float()], [got.float()]) <= TOLERANCE
-    apart = (want.float() - got.float()).abs().amax(dim=-1).median()
-    return bool(apart <= _ROUGH * max(1.0, float(want.abs().max())))
-
-
-"""Accepted difference in half precision, in which the module runs and the graph does not."""
-
-
-Numbers = Mapping[tuple[str, tuple[Any, ...]], RescaledNumber]
+    error = (want.float() - got.float()).abs().amax(dim=-1).median()
+    return bool(error <= _ROUGH * max(1.0, float(want.abs().max())))
 
 
 def check_own_forward(
     slim: fx.GraphModule,
     source: Source,
     inputs: Mapping[str, Any],
-    numbers: Numbers = MappingProxyType({}),
+    numbers: Mapping[tuple[str, tuple[Any, ...]], RescaledNumber] = MappingProxyType({}),
 ) -> None:
-    """Check that a module whose tensors were cut in place still computes what the slim graph does.
+    """Check a module whose tensors were cut in place against the slim graph.
 
-    The sizes in a graph are rewritten; those that a module's code holds, such as a number of heads, are not. What its
-    norms add is, where attributes hold that.
+    The sizes in a graph are rewritten; those that a module's code holds, such as a number of heads, are not. Norm
+    epsilons are set where attributes hold them.
 
     Args:
         slim: the slim graph.
-        source: the module that it came from; it runs as a copy that shares its parameters. What is on ``meta`` is run
-            for its shapes alone.
+        source: the module that it came from; a copy that shares its parameters is run. On ``meta`` only shapes are
+            compared.
         inputs: keyword inputs of both.
-        numbers: numbers of the graph that changed, by the name of a node and where in it they stand.
+        numbers: numbers of the graph that changed, by the name of a node and the place of the argument.
 
     Raises:
-        PlanError: the module's own code cannot run any more, or computes something else.
+        PlanError: the module's own code fails, or computes something else.
     """
-    epsilons = find_places(slim.graph, source.model, numbers)
+    epsilons = find_epsilons(slim.graph, source.model, numbers)
     if epsilons.reasons:
-        raise _refusal(f"cannot be told what its norms add now: {epsilons.reasons[0]}")
+        raise _own_code_error(f"does not read its norm epsilons from attributes: {epsilons.reasons[0]}")
     before = set_attributes(source.model, epsilons.attributes)
     try:
         _compare(slim, source, inputs)
         if epsilons.values:
-            with exaggerated(slim.graph, source.model, epsilons, {path: path for path, _ in epsilons.values}):
+            with enlarged_epsilons(slim.graph, source.model, epsilons, {path: path for path, _ in epsilons.values}):
                 _compare(slim, source, inputs)
-    except BaseException:  # whatever stops it: the module is made whole again
+    except BaseException:  # also on interrupts: the module must be restored
         set_attributes(source.model, before)
         raise
 
 
 def _compare(slim: fx.GraphModule, source: Source, inputs: Mapping[str, Any]) -> None:
-    """Compare what the module computes with what the graph does."""
+    """Compare the outputs of a module with those of its graph."""
     twin = alias_twin(source.model)
     with torch.no_grad(), quiet():
         found = attempt(partial(twin, **inputs))
         if isinstance(found, Refusal):
-            raise _refusal(f"cannot run with what is left: {found}") from found.error
+            raise _own_code_error(f"cannot run with what is left: {found}") from found.error
         wanted, got = output_tensors(PreciseRun(slim).run(*inputs.values())), output_tensors(found)
     if [tensor.shape for tensor in wanted] != [tensor.shape for tensor in got]:
-        raise _refusal("gives outputs of other shapes with what is left")
+        raise _own_code_error("gives outputs of other shapes with what is left")
     halves = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in got)
-    if not on_meta(slim) and compare(wanted, [t.float() for t in got]) > (_ROUGH if halves else TOLERANCE):
-        raise _refusal("computes something else with what is left")
+    if not has_meta_weights(slim) and compare(wanted, [t.float() for t in got]) > (_ROUGH if halves else TOLERANCE):
+        raise _own_code_error("computes something else with what is left")
 
 
-def _refusal(what: str) -> PlanError:
+def _own_code_error(fault: str) -> PlanError:
     return PlanError(
-        f"the module's own code {what}. The slim graph does not",
+        f"the module's own code {fault}. The slim graph does not",
         where="inplace",
         remedy="Leave out inplace and use result.graph_module, or prune kinds whose number its code does not hold",
     )
@@ -198,8 +191,8 @@ class Emitted(Fact):
     """The slim Hugging Face model, or why there is none.
 
     Args:
-        model: shares its tensors with the graph; None where no class can express the plan.
-        reasons: why there is none; empty where there is one.
+        model: shares its tensors with the graph; None if its class cannot express the plan.
+        reasons: why there is none; empty if there is one.
     """
 
     model: PreTrainedModel | None
@@ -223,30 +216,31 @@ class Emitted(Fact):
 def emit_from_graph(
     slim: fx.GraphModule, source: Source, removal: Removal, inputs: Mapping[str, torch.Tensor]
 ) -> Emission:
-    """Return a model of the source's class that holds the tensors of a slim graph and computes what it does.
+    """Emit a model of the source's class that holds the tensors of a slim graph and computes the same.
 
     Args:
         slim: the slim graph.
         source: the dense model it came from; a Hugging Face model.
         removal: what was removed.
-        inputs: keyword inputs on which graph and model have to agree.
+        inputs: keyword inputs on which graph and model must agree.
     """
     dense: PreTrainedModel = source.model if source.dense is None else source.dense  # type: ignore[assignment]
-    judge = SlimJudge(slim, dense, inputs)
-    epsilons = find_places(slim.graph, dense, scaled_numbers(removal.axes, removal.keep))
+    verifier = SlimVerifier(slim, dense, inputs)
+    epsilons = find_epsilons(slim.graph, dense, scaled_numbers(removal.axes, removal.keep))
     tensors, removed = _tensors(slim, source, removal), removal.removed_blocks
-    with tidy_later(), quiet():  # around all that is built and run: each of these alone costs more than a small block
-        emission = emit(dense, tensors, removed, judge, _numbered(slim, removal), epsilons)
+    with defer_gc(), quiet():  # once around all builds and runs: entering them for each costs more than a small block
+        emission = emit(dense, tensors, removed, verifier, _kept_units(slim, removal), epsilons)
     if emission.model is None or not epsilons.values:
         return emission
     names = {path: slim_name(path, removed) or path for path, _ in epsilons.values}
-    with exaggerated(slim.graph, emission.model, epsilons, names):
-        reads = SlimJudge(slim, dense, inputs).agrees(emission.model)
-    return emission if reads else Emission(None, (f"{next(iter(names))}: its norm does not read what it is to add",))
+    with enlarged_epsilons(slim.graph, emission.model, epsilons, names):
+        # a new verifier: the outputs that the other one caches are of other epsilons
+        reads = SlimVerifier(slim, dense, inputs).agrees(emission.model)
+    return emission if reads else Emission(None, (f"{next(iter(names))}: its norm does not read its epsilon",))
 
 
 def _tensors(slim: fx.GraphModule, source: Source, removal: Removal) -> dict[str, torch.Tensor]:
-    """Every tensor of the slim model by its dense name; what the graph does not read comes from the dense model."""
+    """Every tensor of the slim model by its dense name; those the graph does not read come from the dense model."""
     tensors = {name: tensor for own, tensor in weights(slim) for name in source.names.get(own, ())}
     model = source.model
     for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
@@ -256,8 +250,8 @@ def _tensors(slim: fx.GraphModule, source: Source, removal: Removal) -> dict[str
     return tensors
 
 
-def _numbered(slim: fx.GraphModule, removal: Removal) -> dict[str, dict[int, list[int]]]:
-    """Units that stay of the tables the model's code makes by number: by block that reads one (else empty), by size."""
+def _kept_units(slim: fx.GraphModule, removal: Removal) -> dict[str, dict[int, list[int]]]:
+    """Units that stay in the tables that the model's code makes for all units; see ``KeptUnits``."""
     facts, axes = facts_of(slim), removal.axes
     blocks, constants = facts[Blocks].paths, facts[Constants].names
     found: dict[str, dict[int, list[int]]] = {}

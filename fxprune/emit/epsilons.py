@@ -1,6 +1,6 @@
-"""The numbers that norms add, in the modules and the config of a model: found by the values that the graph has.
+"""Norm epsilons in the modules and the config of a model, found by the values that its graph has.
 
-A norm that is kept as masking has it adds another number over fewer units. In the graph that is an argument of an op;
+A norm that is kept as masking has it adds another epsilon over fewer units. In the graph that is an argument of an op;
 in the model it is an attribute of the module whose code made the op, or a field of the config for all of them.
 """
 
@@ -22,85 +22,85 @@ from fxprune.graph.tensors import set_argument
 from fxprune.modelling.block_config import put_fields
 from fxprune.removal.removal import RescaledNumber
 
-__all__ = ["Attributes", "Place", "Places", "driving_fields", "exaggerated", "find_places", "set_attributes"]
+__all__ = [
+    "Attribute",
+    "NormEpsilons",
+    "enlarged_epsilons",
+    "epsilon_fields",
+    "find_epsilons",
+    "set_attributes",
+]
 
-Attributes = Mapping[str, Mapping[str, float]]
-"""Attributes to set, by module path and name."""
-
-Place = tuple[str, str]
+Attribute = tuple[str, str]
 """The path of a module, and the name of its attribute."""
 
 _LARGE = 0.1
-"""What numbers are put at to see whether a module reads its own: next to a mean of squares near 1 it shows."""
+"""An epsilon that shows in the output of a norm: next to a mean of squares near 1."""
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where a model holds the numbers that change.
+class NormEpsilons:
+    """Where a model holds the norm epsilons that change.
 
     Args:
-        values: by place, the number before and after.
-        nodes: by place, where it stands in the graph: names of nodes, and where in each.
-        reasons: for those that have no place, why not.
+        values: by attribute, the epsilon before and after.
+        nodes: by attribute, the arguments of the graph that it became: names of nodes, and the place in each.
+        reasons: for the epsilons that no attribute of their own holds, why.
     """
 
-    values: Mapping[Place, tuple[float, float]] = field(default_factory=dict)
-    nodes: Mapping[Place, tuple[tuple[str, tuple[Any, ...]], ...]] = field(default_factory=dict)
+    values: Mapping[Attribute, tuple[float, float]] = field(default_factory=dict)
+    nodes: Mapping[Attribute, tuple[tuple[str, tuple[Any, ...]], ...]] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
 
     @property
     def attributes(self) -> dict[str, dict[str, float]]:
-        """The new values."""
+        """The new values, by module path and name."""
         found: dict[str, dict[str, float]] = {}
         for (path, name), (_, after) in self.values.items():
             found.setdefault(path, {})[name] = after
         return found
 
 
-def find_places(
+def find_epsilons(
     graph: fx.Graph, model: nn.Module, changes: Mapping[tuple[str, tuple[Any, ...]], RescaledNumber]
-) -> Places:
-    """Find the attributes of modules that hold numbers of a graph.
+) -> NormEpsilons:
+    """Find the attributes of modules that hold epsilons of a graph.
 
-    An attribute is that of the innermost module around the op that has one of this value. All ops that would have it
-    from there have to change alike.
+    The attribute belongs to the innermost module around the op that has one of this value. All ops that read the
+    attribute must change alike.
 
     Args:
-        graph: the graph, before or after these numbers changed; those of nodes that it lacks do not count.
+        graph: the graph, before or after the epsilons changed; nodes that it lacks are ignored.
         model: the model that it was traced from.
-        changes: numbers of the graph, by the name of a node and where in it they stand.
+        changes: numbers of the graph, by the name of a node and the place of the argument.
     """
     modules = dict(model.named_modules())
     nodes = {node.name: node for node in graph.nodes}
     here = {key: change for key, change in changes.items() if key[0] in nodes}
-    values: dict[Place, tuple[float, float]] = {}
-    holding: dict[Place, list[tuple[str, tuple[Any, ...]]]] = {}
+    values: dict[Attribute, tuple[float, float]] = {}
+    holding: dict[Attribute, list[tuple[str, tuple[Any, ...]]]] = {}
     reasons: dict[str, None] = {}
     for (name, path), change in here.items():
-        place = _place(nodes[name], modules, change.before)
-        if isinstance(place, str):
-            reasons[place] = None
+        attribute = _attribute_of(nodes[name], modules, change.before)
+        if isinstance(attribute, str):
+            reasons[attribute] = None
             continue
-        if values.setdefault(place, (change.before, change.after)) != (change.before, change.after):
-            reasons[f"{place[0]}.{place[1]}: two norms read it, and would have it otherwise"] = None
-        holding.setdefault(place, []).append((name, path))
+        if values.setdefault(attribute, (change.before, change.after)) != (change.before, change.after):
+            reasons[f"{attribute[0]}.{attribute[1]}: two norms read it and need different values"] = None
+        holding.setdefault(attribute, []).append((name, path))
     befores = {change.before for change in here.values()}
     changed = {name for name, _ in here}
     for node in graph.nodes:
-        for value in befores.intersection(_numbers(node)) if node.name not in changed else ():
-            place = _place(node, modules, value)
-            if place in values:
-                reasons[f"{place[0]}.{place[1]}: {node.name} reads it too, and does not change"] = None
-    return Places(values, {place: tuple(held) for place, held in holding.items()}, tuple(reasons))
+        floats = [value for value in (*node.args, *node.kwargs.values()) if type(value) is float]
+        for value in befores.intersection(floats) if node.name not in changed else ():
+            attribute = _attribute_of(node, modules, value)
+            if attribute in values:
+                reasons[f"{attribute[0]}.{attribute[1]}: {node.name} reads it too, and does not change"] = None
+    return NormEpsilons(values, {place: tuple(held) for place, held in holding.items()}, tuple(reasons))
 
 
-def _numbers(node: fx.Node) -> Iterator[float]:
-    """The floats among the arguments of a node."""
-    yield from (value for value in (*node.args, *node.kwargs.values()) if type(value) is float)
-
-
-def _place(node: fx.Node, modules: Mapping[str, nn.Module], value: float) -> Place | str:
-    """Return the attribute that a node has a number from; in words, why there is none."""
+def _attribute_of(node: fx.Node, modules: Mapping[str, nn.Module], value: float) -> Attribute | str:
+    """Return the attribute that a node read a number from, or the reason why there is none."""
     stack = [str(path).partition("@")[0] for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     for path in reversed(stack):
         held = vars(modules[path]) if path in modules else {}
@@ -112,47 +112,45 @@ def _place(node: fx.Node, modules: Mapping[str, nn.Module], value: float) -> Pla
     return f"{stack[-1] if stack else 'the model'}: no attribute is {value}, which its norm adds"
 
 
-def driving_fields(
-    model: PreTrainedModel, part: str, places: Places, removed: tuple[str, ...] = ()
+def epsilon_fields(
+    model: PreTrainedModel, part: str, epsilons: NormEpsilons, removed: tuple[str, ...] = ()
 ) -> dict[str, float]:
-    """Return the config field that gives all places their new value and changes nothing else; none if there is none.
+    """Return the config field that gives all epsilons their new value and changes nothing else; empty if none does.
 
     Args:
         model: the dense model.
-        part: of its config that its blocks are built from; empty for all of it.
-        places: where the numbers are.
-        removed: module paths of blocks that are gone.
+        part: the nested config that its blocks are built from; empty for the model's own.
+        epsilons: where the model holds them.
+        removed: module paths of the removed blocks.
     """
-    pairs = set(places.values.values())
+    pairs = set(epsilons.values.values())
     if len(pairs) != 1:
         return {}
     ((before, after),) = pairs
-    held = vars(part_of(model.config, part)).items()
-    names = [name for name, value in held if type(value) is float and value == before != after]
-    old = _scalars(model, part, {}) if names else {}
-    for name in names:
-        new = _scalars(model, part, {name: after}).items()
-        moved = {key: value for key, value in new if old.get(key) != value and not within(f"{key[0]}.", removed)}
-        if old and moved == dict.fromkeys(places.values, after):
-            return {name: after}
-    return {}
 
-
-def _scalars(model: PreTrainedModel, part: str, fields: Mapping[str, float]) -> Mapping[Place, float]:
-    """Return the float attributes of a model with other fields of the config; none where it cannot be built."""
-
-    def build() -> nn.Module:
+    def build(fields: Mapping[str, float]) -> nn.Module:
         config = copy.deepcopy(model.config)
         put_fields(part_of(config, part), fields)
         made: nn.Module = type(model)(config)
         return made
 
-    built = build_on_meta(build)
-    return {} if isinstance(built, Refusal) else take_snapshot(built).scalars
+    def scalars(fields: Mapping[str, float]) -> Mapping[Attribute, float]:
+        built = build_on_meta(build, fields)
+        return {} if isinstance(built, Refusal) else take_snapshot(built).scalars
+
+    held = vars(part_of(model.config, part)).items()
+    names = [name for name, value in held if type(value) is float and value == before != after]
+    old = scalars({}) if names else {}
+    for name in names:
+        new = scalars({name: after}).items()
+        moved = {key: value for key, value in new if old.get(key) != value and not within(f"{key[0]}.", removed)}
+        if old and moved == dict.fromkeys(epsilons.values, after):
+            return {name: after}
+    return {}
 
 
-def set_attributes(model: nn.Module, attributes: Attributes) -> dict[str, dict[str, float]]:
-    """Give attributes of modules their values; returns what they were."""
+def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Set attributes by module path and name; return the values that they had."""
     before: dict[str, dict[str, float]] = {}
     for path, own in attributes.items():
         held = vars(model.get_submodule(path))
@@ -162,27 +160,29 @@ def set_attributes(model: nn.Module, attributes: Attributes) -> dict[str, dict[s
 
 
 @contextmanager
-def exaggerated(graph: fx.Graph, model: nn.Module, places: Places, names: Mapping[str, str]) -> Iterator[None]:
-    """Put the numbers of a graph and those of its model at large ones, each at its own, while the context lasts.
+def enlarged_epsilons(
+    graph: fx.Graph, model: nn.Module, epsilons: NormEpsilons, names: Mapping[str, str]
+) -> Iterator[None]:
+    """Set the epsilons of a graph and of its model to large values, each to another one, inside the context.
 
-    Small numbers may be wrong in a model and its outputs still look right; these may not.
+    Outputs look right even where a small epsilon is wrong; with a large one they do not.
 
     Args:
         graph: the graph.
-        model: a model that is to compute the same.
-        places: where the numbers are, by the names of the dense model.
-        names: of the modules in ``model``, by those names.
+        model: a model that should compute the same.
+        epsilons: where they are, by module paths of the dense model.
+        names: module paths in ``model``, by those paths.
     """
     nodes = {node.name: node for node in graph.nodes}
-    large = {place: _LARGE * (1 + i / len(places.values)) for i, place in enumerate(places.values)}
-    held = [(nodes[name], nodes[name].args, nodes[name].kwargs) for here in places.nodes.values() for name, _ in here]
-    asked: dict[str, dict[str, float]] = {}
+    large = {place: _LARGE * (1 + i / len(epsilons.values)) for i, place in enumerate(epsilons.values)}
+    held = [(nodes[name], nodes[name].args, nodes[name].kwargs) for here in epsilons.nodes.values() for name, _ in here]
+    wanted: dict[str, dict[str, float]] = {}
     for (path, name), value in large.items():
-        asked.setdefault(names[path], {})[name] = value
-    before = set_attributes(model, asked)
+        wanted.setdefault(names[path], {})[name] = value
+    before = set_attributes(model, wanted)
     try:
         for place, value in large.items():
-            for name, where in places.nodes[place]:
+            for name, where in epsilons.nodes[place]:
                 set_argument(nodes[name], where, value)
         yield
     finally:

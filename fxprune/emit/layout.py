@@ -1,4 +1,4 @@
-"""Blocks of a model, their configs, and rebuilding them on ``meta``."""
+"""Layout of a model: its lists of blocks, their config, and how to rebuild them on ``meta``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fxprune.emit.snapshot import (
     Reads,
     Snapshot,
+    block_entries,
     build_on_meta,
     keep_blocks,
-    own_entries,
     part_of,
     record_reads,
     take_snapshot,
@@ -25,7 +25,7 @@ from fxprune.graph.facts import within
 from fxprune.modelling.block_config import put_fields
 from fxprune.modelling.blocks import builder_of
 
-__all__ = ["BlockStack", "Layout", "Rebuilder", "block_rebuilder", "model_rebuilder", "survey"]
+__all__ = ["BlockStack", "Layout", "Rebuilder", "block_rebuilder", "find_layout", "model_rebuilder"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class BlockStack:
     blocks: tuple[nn.Module, ...]
 
     def paths(self) -> tuple[str, ...]:
-        """Return the module paths of the blocks."""
+        """Module paths of the blocks."""
         return tuple(f"{self.path}.{index}" for index in range(len(self.blocks)))
 
 
@@ -52,8 +52,8 @@ class Layout:
     Args:
         stacks: the outermost module lists, those of the text decoder first where there are others, the longest first.
         part: name of the nested config that describes the blocks; empty for the model's own.
-        count_field: the field that sets the length of the first stack; empty where lists with one entry a block set
-            it, None where nothing does.
+        count_field: the field that sets the length of the first stack; empty if lists with one entry per block set
+            it, None if nothing does.
     """
 
     stacks: tuple[BlockStack, ...]
@@ -66,7 +66,7 @@ class Layout:
         return len(self.stacks[0].blocks) if self.stacks else 0
 
     def blocks(self) -> dict[str, tuple[int, nn.Module]]:
-        """Return index and module of every block by its module path."""
+        """Index and module of every block by its module path."""
         return {
             path: (index, block)
             for stack in self.stacks
@@ -74,17 +74,24 @@ class Layout:
         }
 
 
-def survey(model: PreTrainedModel) -> Layout:
-    """Return where the blocks of a model are, with their config and the field that counts them."""
+def find_layout(model: PreTrainedModel) -> Layout:
+    """Find the lists of blocks of a model, the config that describes them and the field that counts them."""
+
+    def config_of(stack: BlockStack) -> object:
+        return vars(model.get_submodule(stack.path.rpartition(".")[0])).get("config")
+
     text = model.config.get_text_config(decoder=True)
-    stacks = tuple(sorted(_stacks(model), key=lambda s: (_config_of(model, s.path) is not text, -len(s.blocks))))
+    stacks = tuple(sorted(_stacks(model), key=lambda stack: (config_of(stack) is not text, -len(stack.blocks))))
     if not stacks:
         return Layout((), "", None)
-    part = _config_part(model, stacks[0].path)
+    config = config_of(stacks[0])
+    nested = (name for name, value in vars(model.config).items() if value is config)
+    part = next(nested, "") if isinstance(config, PreTrainedConfig) else ""
     return Layout(stacks, part, _count_field(model, stacks[0], part))
 
 
 def _stacks(model: nn.Module) -> Iterator[BlockStack]:
+    """Yield the outermost module lists whose entries all have parameters."""
     outer: list[str] = []
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or within(path, outer):
@@ -95,21 +102,8 @@ def _stacks(model: nn.Module) -> Iterator[BlockStack]:
             yield BlockStack(path, blocks)
 
 
-def _config_part(model: PreTrainedModel, path: str) -> str:
-    config = _config_of(model, path)
-    for name, value in vars(model.config).items():
-        if value is config and isinstance(value, PreTrainedConfig):
-            return name
-    return ""
-
-
-def _config_of(model: PreTrainedModel, path: str) -> object:
-    """Return the config that the owner of the module list at ``path`` holds."""
-    return vars(model.get_submodule(path.rpartition(".")[0])).get("config")
-
-
 def _count_field(model: PreTrainedModel, stack: BlockStack, part: str) -> str | None:
-    """Return the integer field, else the lists with one entry a block (empty name), that set how many there are."""
+    """Return the integer field that sets the number of blocks; empty if lists with one entry per block do."""
     total = len(stack.blocks)
     fields = vars(part_of(model.config, part)).items()
     names = [name for name, value in fields if type(value) is int and value == total]
@@ -119,27 +113,22 @@ def _count_field(model: PreTrainedModel, stack: BlockStack, part: str) -> str | 
             keep_blocks(part_of(config, part), name, total, range(total - 1))
         else:
             put_fields(part_of(config, part), {name: total - 1})
-        if total > 1 and _length(model, config, stack.path) == total - 1:
+        built = build_on_meta(type(model), config) if total > 1 else None
+        blocks = dict(built.named_modules()).get(stack.path) if isinstance(built, nn.Module) else None
+        if isinstance(blocks, nn.ModuleList) and len(blocks) == total - 1:
             return name
     return None
 
 
-def _length(model: PreTrainedModel, config: PreTrainedConfig, path: str) -> int | None:
-    """Return how many blocks a config gives a model; None where its class refuses it or has no such list."""
-    built = build_on_meta(type(model), config)
-    blocks = dict(built.named_modules()).get(path) if isinstance(built, nn.Module) else None
-    return len(blocks) if isinstance(blocks, nn.ModuleList) else None
-
-
 @dataclass
 class Rebuilder:
-    """Builds one module again from config fields, and remembers what each assignment gave.
+    """Builds one module again from config fields, and caches a snapshot for each assignment.
 
     Args:
         make: builds the module from an assignment of fields; may raise.
         config: the config that unassigned fields are read from.
         reads: the fields that the constructor looks at.
-        skip: module paths whose subtrees do not count.
+        skip: module paths whose subtrees are ignored.
     """
 
     make: Callable[[Mapping[str, int]], nn.Module]
@@ -149,12 +138,12 @@ class Rebuilder:
     _seen: dict[frozenset[tuple[str, int]], Snapshot | None] = field(default_factory=dict)
 
     def build(self, fields: Mapping[str, int]) -> nn.Module | None:
-        """Return the module that an assignment gives; None where the constructor refuses it."""
+        """Return the module built from an assignment; None if the constructor refuses it."""
         built = build_on_meta(self.make, fields)
         return None if isinstance(built, Refusal) else built
 
     def observe(self, fields: Mapping[str, int]) -> Snapshot | None:
-        """Return what an assignment gives, remembered; None where the constructor refuses it."""
+        """Return a snapshot of the module built from an assignment, cached; None if the constructor refuses it."""
         key = frozenset(fields.items())
         if key not in self._seen:
             module = self.build(fields)
@@ -162,16 +151,16 @@ class Rebuilder:
         return self._seen[key]
 
     def value(self, fields: Mapping[str, int], name: str) -> int | None:
-        """Return the value a field has under an assignment."""
+        """Return the value of a field under an assignment; None if it is not an integer."""
         return fields[name] if name in fields else value_of(self.config, name)
 
     def known(self, fields: Mapping[str, int]) -> tuple[str, ...]:
-        """Return the names of the fields that hold an integer under an assignment."""
+        """Return the names of the fields that the constructor reads and that hold an integer under an assignment."""
         return tuple(dict.fromkeys((*self.reads.integers, *fields)))
 
 
 def model_rebuilder(model: PreTrainedModel, layout: Layout) -> Rebuilder:
-    """Return what builds the model around its blocks, with as few of them as its config allows."""
+    """Return the rebuilder of the model around its blocks, with as few blocks as its config allows."""
     start = copy.deepcopy(model.config)
     if layout.count_field is not None:
         keep_blocks(part_of(start, layout.part), layout.count_field, layout.depth, range(1))
@@ -196,7 +185,7 @@ def model_rebuilder(model: PreTrainedModel, layout: Layout) -> Rebuilder:
 def block_rebuilder(
     model: PreTrainedModel, layout: Layout, index: int, block: nn.Module, own: Mapping[str, int]
 ) -> Rebuilder | None:
-    """Return what builds one block, with the index it has in the dense model; None where its class cannot be called.
+    """Return the rebuilder of one block at its index in the dense model; None if its class cannot be called.
 
     Args:
         model: the dense model.
@@ -215,11 +204,11 @@ def block_rebuilder(
         put_fields(config, fields)
         return builder(config, index)
 
-    entries = own_entries(start, layout.depth, index)
+    entries = block_entries(start, layout.depth, index)
     if entries:
         trial = Rebuilder(make, start, Reads((), ()))
         whole, alone = trial.observe({}), trial.observe(entries)
-        if whole is not None and alone is not None and whole.shapes == alone.shapes:  # it reads its own entries alone
+        if whole is not None and alone is not None and whole.shapes == alone.shapes:  # it reads no entries but its own
             put_fields(start, entries)
     put_fields(start, own)
     return Rebuilder(make, start, record_reads(start, lambda config: builder(config, index)))

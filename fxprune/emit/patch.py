@@ -1,4 +1,4 @@
-"""Attributes that a class derives from other sizes, set by hand or carried over."""
+"""Attributes that a class derives from other sizes: set explicitly, or copied from the dense model."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from fxprune.emit.snapshot import (
 from fxprune.graph.context import Refusal, attempt
 from fxprune.graph.facts import within
 
-__all__ = ["Patches", "carry_over", "common_path", "leaf_patches", "merged", "numbers_of", "scope_patches"]
+__all__ = ["Patches", "carry_over", "leaf_patches", "merged", "numbers_of", "scope_patches"]
 
 Patches = dict[str, dict[str, Number]]
 """Attributes to set, by module path and name."""
 
 
 def common_path(names: Mapping[str, Shape] | frozenset[str]) -> str:
-    """Return the path of the smallest module that holds all the named tensors."""
+    """Path of the smallest module that holds all the named tensors."""
     paths = [name.split(".")[:-1] for name in names]
     shared: list[str] = []
     for parts in zip(*paths, strict=False):
@@ -43,7 +43,7 @@ def common_path(names: Mapping[str, Shape] | frozenset[str]) -> str:
 
 
 def numbers_of(module: nn.Module) -> Patches:
-    """Return the integer attributes of a module and those in it, by module path."""
+    """Integer attributes of a module and its submodules, by module path."""
     found: Patches = {}
     for (path, name), value in take_snapshot(module).numbers.items():
         found.setdefault(path, {})[name] = value
@@ -51,19 +51,19 @@ def numbers_of(module: nn.Module) -> Patches:
 
 
 def merged(first: Patches, second: Patches) -> Patches:
-    """Return both sets of attributes; the second wins."""
+    """Both sets of attributes; the second wins."""
     paths = first.keys() | second.keys()
     return {path: {**first.get(path, {}), **second.get(path, {})} for path in sorted(paths)}
 
 
 def scope_patches(before: Snapshot, after: Snapshot, wrong: frozenset[Axis]) -> Patches:
-    """Return integer attributes as they are in a block built with other fields, inside the module that changes.
+    """Integer attributes as they are in a block built with other fields, inside the module that changes.
 
     Args:
         before: the block as it is.
         after: the block under an assignment that gives the wanted sizes on the axes in ``wrong``, whatever it
             does elsewhere.
-        wrong: axes that have to change.
+        wrong: axes that must change.
 
     Returns:
         Attributes by module path, for modules at or below the smallest one that holds all of ``wrong``.
@@ -78,7 +78,7 @@ def scope_patches(before: Snapshot, after: Snapshot, wrong: frozenset[Axis]) -> 
 
 
 def leaf_patches(module: nn.Module, wanted: Mapping[str, Shape], skip: tuple[str, ...] = ()) -> Patches:
-    """Return attributes of the modules that own a resized tensor, as they follow from the tensor.
+    """Attributes of the modules that own a resized tensor, as they follow from the tensor.
 
     Args:
         module: a block or a model, as it is.
@@ -91,18 +91,11 @@ def leaf_patches(module: nn.Module, wanted: Mapping[str, Shape], skip: tuple[str
             continue
         prefix = f"{path}." if path else ""
         own = {name: wanted[prefix + name] for name in (*child._parameters, *child._buffers) if prefix + name in wanted}
-        patched = _following(child, own)
-        if patched:
-            found[path] = patched
+        have = _own_shapes(child)
+        if mismatches({name: have[name] for name in own if name in have}, own):
+            patched = _by_constructor(child, own) or _by_equal_sizes(child, have, own)
+            found.update({path: patched} if patched else {})
     return found
-
-
-def _following(module: nn.Module, wanted: Mapping[str, Shape]) -> dict[str, Number]:
-    """Return the attributes of one module that follow its own tensors; none where these stay."""
-    have = _own_shapes(module)
-    if not mismatches({name: have[name] for name in wanted if name in have}, wanted):
-        return {}
-    return _resized(module, wanted) or _equal_sizes(module, have, wanted)
 
 
 def _own_shapes(module: nn.Module) -> dict[str, Shape]:
@@ -110,8 +103,8 @@ def _own_shapes(module: nn.Module) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
 
 
-def _resized(module: nn.Module, wanted: Mapping[str, Shape]) -> dict[str, Number]:
-    """Return the attributes of the same class built for the wanted shapes, by its own constructor arguments."""
+def _by_constructor(module: nn.Module, wanted: Mapping[str, Shape]) -> dict[str, Number]:
+    """Return the attributes of the same class built for the wanted shapes, by changing its constructor arguments."""
     arguments = _arguments(module)
     if arguments is None:
         return {}
@@ -128,25 +121,22 @@ def _resized(module: nn.Module, wanted: Mapping[str, Shape]) -> dict[str, Number
 
 
 def _arguments(module: nn.Module) -> dict[str, Any] | None:
-    """Return the constructor arguments that a module was made with, read off it; None where one cannot be."""
+    """Return the constructor arguments of a module, read off its attributes; None if one cannot be."""
     signature = attempt(inspect.signature, type(module))
     if isinstance(signature, Refusal):
         return None
     found: dict[str, Any] = {}
+    held, plain = vars(module), bool | float | str | None
     for parameter in signature.parameters.values():
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         if parameter.name in module._parameters:
             found[parameter.name] = module._parameters[parameter.name] is not None
-        elif _plain(vars(module).get(parameter.name, parameter)):
-            found[parameter.name] = vars(module)[parameter.name]
+        elif parameter.name in held and (is_number(held[parameter.name]) or isinstance(held[parameter.name], plain)):
+            found[parameter.name] = held[parameter.name]
         elif parameter.default is parameter.empty:
             return None
     return found
-
-
-def _plain(value: object) -> bool:
-    return value is None or is_number(value) or isinstance(value, bool | float | str)
 
 
 def _construct(module: nn.Module, arguments: Mapping[str, Any]) -> nn.Module | None:
@@ -154,27 +144,26 @@ def _construct(module: nn.Module, arguments: Mapping[str, Any]) -> nn.Module | N
     return None if isinstance(built, Refusal) else built
 
 
-def _size(module: nn.Module | None, axis: Axis) -> int | None:
-    """Return the size of an axis; None where a module has no such tensor or axis."""
-    name, index = axis
-    shape = () if module is None else _own_shapes(module).get(name, ())
-    return shape[index] if 0 <= index < len(shape) else None
-
-
 def _move_argument(module: nn.Module, arguments: dict[str, Any], axis: Axis, wanted: Mapping[str, Shape]) -> None:
-    """Give one argument the value under which an axis has the wanted size, if one drives it."""
+    """Set one argument to the value under which an axis has the wanted size, if one drives it."""
     name, index = axis
-    size = _size(_construct(module, arguments), axis)
+
+    def size_with(changed: Mapping[str, Any]) -> int | None:
+        built = _construct(module, {**arguments, **changed})
+        shape = () if built is None else _own_shapes(built).get(name, ())
+        return shape[index] if 0 <= index < len(shape) else None
+
+    size = size_with({})
     if index == MISSING_AXIS or size is None:
         return
     places = [(argument, value, *place) for argument, value in arguments.items() for place in _items(value)]
     for argument, value, position, item in places:
-        nudged = _size(_construct(module, {**arguments, argument: _with(value, position, item + 1)}), axis)
+        nudged = size_with({argument: _with_item(value, position, item + 1)})
         if nudged is None or nudged == size:
             continue
         step = Fraction(wanted[name][index] - size, nudged - size)
         if step.denominator == 1 and item + step > 0:
-            arguments[argument] = _with(value, position, item + int(step))
+            arguments[argument] = _with_item(value, position, item + int(step))
             return
 
 
@@ -183,14 +172,12 @@ def _items(value: object) -> Iterator[tuple[int, int]]:
         yield from enumerate(value if isinstance(value, tuple) else (value,))
 
 
-def _with(value: Number, position: int, item: int) -> Number:
-    if isinstance(value, int):
-        return item
-    return (*value[:position], item, *value[position + 1 :])
+def _with_item(value: Number, position: int, item: int) -> Number:
+    return item if isinstance(value, int) else (*value[:position], item, *value[position + 1 :])
 
 
-def _equal_sizes(module: nn.Module, have: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> dict[str, Number]:
-    """Return the new value of attributes that equal a size which changes everywhere."""
+def _by_equal_sizes(module: nn.Module, have: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> dict[str, Number]:
+    """Return the new value of attributes that equal a size which changes wherever it occurs."""
     renamed: dict[int, set[int]] = {}
     for name, shape in wanted.items():
         for old, new in zip(have.get(name, ()), shape, strict=False):
@@ -208,9 +195,9 @@ def _equal_sizes(module: nn.Module, have: Mapping[str, Shape], wanted: Mapping[s
 
 
 def carry_over(dense: nn.Module, slim: nn.Module) -> None:
-    """Give a slim model the floats, flags and plain tensors of the dense one: a scale does not follow a head's width.
+    """Copy floats, flags and plain tensors from the dense model to a slim one: a scale does not follow a head's width.
 
-    Buffers that the model adds to a finished block are added to a block that was built again.
+    Buffers that the model adds to a finished block are added to a block that was rebuilt, too.
 
     Args:
         dense: the dense model; not changed.
@@ -219,21 +206,18 @@ def carry_over(dense: nn.Module, slim: nn.Module) -> None:
     twins: dict[str, nn.Module] = dict(slim.named_modules())
     for path, module in dense.named_modules():
         twin = twins.get(path)
-        if twin is not None:
-            _add_buffers(module, twin)
-            held = vars(twin)
-            held.update({name: value for name, value in vars(module).items() if _is_kept(name, value, held)})
-
-
-def _add_buffers(module: nn.Module, twin: nn.Module) -> None:
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in (*twin._buffers, *twin._parameters):
-            persistent = name not in module._non_persistent_buffers_set
-            twin.register_buffer(name, torch.empty_like(buffer, device="meta"), persistent)
+        if twin is None:
+            continue
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in (*twin._buffers, *twin._parameters):
+                persistent = name not in module._non_persistent_buffers_set
+                twin.register_buffer(name, torch.empty_like(buffer, device="meta"), persistent)
+        held = vars(twin)
+        held.update({name: value for name, value in vars(module).items() if _is_kept(name, value, held)})
 
 
 def _is_kept(name: str, value: object, there: Mapping[str, object]) -> bool:
-    """Whether an attribute keeps its dense value beside the attributes that the slim module has."""
+    """Whether an attribute keeps its dense value, given the attributes of the slim module."""
     if name == "training":
         return False
     if isinstance(value, torch.Tensor):
@@ -246,7 +230,7 @@ def _is_kept(name: str, value: object, there: Mapping[str, object]) -> bool:
 
 
 def _is_portable(value: object) -> bool:
-    """Whether an attribute that only the user's modules have is safe to carry over."""
+    """Whether an attribute that only the dense module has, set by the user, is safe to copy."""
     if isinstance(value, functools.partial):
         parts = (*value.args, *value.keywords.values())
         return inspect.isfunction(value.func) and not any(isinstance(part, nn.Module) for part in parts)

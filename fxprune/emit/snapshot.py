@@ -1,4 +1,4 @@
-"""A module from outside: tensor shapes, scalar attributes, config fields, names."""
+"""Snapshots of a module: tensor shapes and scalar attributes, the config fields it reads, and its names."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ __all__ = [
     "Reads",
     "Shape",
     "Snapshot",
+    "block_entries",
     "build_on_meta",
     "is_number",
     "keep_blocks",
     "mismatches",
     "names_in",
-    "on_meta",
-    "own_entries",
     "part_of",
     "record_reads",
     "shapes_of",
     "slim_name",
     "take_snapshot",
     "value_of",
+    "without_storage",
 ]
 
 T = TypeVar("T")
 
 
 def names_in(named: Mapping[str, T], path: str) -> dict[str, T]:
-    """Return what lies below a module, by name within it."""
+    """Return the values below a module, by name within it."""
     prefix = f"{path}."
     return {name[len(prefix) :]: value for name, value in named.items() if name.startswith(prefix)}
 
 
 def slim_name(name: str, removed_blocks: Collection[str]) -> str | None:
-    """Return what a module or tensor of the dense model is called in the slim one; None if it is gone.
+    """Name in the slim model of a module or tensor of the dense one; None if it was removed.
 
     Blocks after a removed one move up.
 
     Args:
         name: name in the dense model.
-        removed_blocks: module paths of the blocks that are gone, such as ``"decoder.3"``.
+        removed_blocks: module paths of the removed blocks, such as ``"decoder.3"``.
     """
     if within(f"{name}.", removed_blocks):
         return None
@@ -76,7 +76,7 @@ Axis = tuple[str, int]
 Number = int | tuple[int, ...]
 
 MISSING_AXIS = -1
-"""The axis of a tensor that only one of two modules has, or that has another number of axes."""
+"""The axis reported for a tensor that only one of two modules has, or that has another number of axes."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def is_number(value: object) -> TypeGuard[Number]:
 
 
 def shapes_of(module: nn.Module) -> dict[str, Shape]:
-    """Return the shapes by name of all parameters and buffers, tied and non-persistent ones included."""
+    """Shapes by name of all parameters and buffers, tied and non-persistent ones included."""
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
     shapes.update((name, tuple(b.shape)) for name, b in module.named_buffers(remove_duplicate=False))
     return shapes
@@ -125,7 +125,7 @@ def take_snapshot(module: nn.Module, skip: Collection[str] = ()) -> Snapshot:
 
 
 def mismatches(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> frozenset[Axis]:
-    """Return the axes on which two sets of shapes differ; see ``MISSING_AXIS`` for names that only one side has."""
+    """Axes on which two sets of shapes differ; see ``MISSING_AXIS`` for names that only one side has."""
     wrong: set[Axis] = {(name, MISSING_AXIS) for name in shapes.keys() ^ wanted.keys()}
     for name in shapes.keys() & wanted.keys():
         have, want = shapes[name], wanted[name]
@@ -137,16 +137,17 @@ def mismatches(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> froz
 
 
 @contextmanager
-def on_meta() -> Iterator[None]:
-    """Build modules without storage, without gradients and without chatter about odd configs."""
+def without_storage() -> Iterator[None]:
+    """Build modules on ``meta`` inside the context, without gradients and without warnings about odd configs."""
     with quiet(), _Uninitialised("meta"), torch.no_grad():
         yield
 
 
 class _Uninitialised(DeviceContext):
-    """A device on which what draws the first values of weights leaves them: without storage there are none.
+    """A device context in which ``nn.init`` returns tensors on ``meta`` unchanged.
 
-    Drawing takes its time all the same, and so does each context that sees the calls of torch: this is one for both.
+    Initialisation takes its time also without storage, and so does each context that intercepts calls of torch: this
+    one does both jobs.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -159,8 +160,8 @@ class _Uninitialised(DeviceContext):
 
 
 def build_on_meta(build: Callable[..., T], /, *args: Any, **kwargs: Any) -> T | Refusal:
-    """Return what a constructor makes on ``meta``, or why it refuses."""
-    with on_meta():
+    """Build something on ``meta``; return it, or the refusal of its constructor."""
+    with without_storage():
         return attempt(build, *args, refusals=(CannotBuildError,), **kwargs)
 
 
@@ -174,50 +175,55 @@ class Reads:
 
     Args:
         integers: fields that hold an integer, or a list of the same integer throughout.
-        hollow: fields that are None, or absent and asked for with a default.
+        unset: fields that are None, or absent and read with a default.
     """
 
     integers: tuple[str, ...]
-    hollow: tuple[str, ...]
+    unset: tuple[str, ...]
 
 
 def part_of(config: PreTrainedConfig, part: str) -> PreTrainedConfig:
-    """Return the nested config that the blocks are built from; the config itself for an empty name."""
+    """Nested config that the blocks are built from; the config itself for an empty name."""
     nested: PreTrainedConfig = getattr(config, part) if part else config
     return nested
 
 
 def value_of(config: PreTrainedConfig, field: str) -> int | None:
-    """Return the integer a config holds under a name, or as each entry of a list under it; else None."""
+    """Integer that a config field holds, itself or as each entry of a list; else None."""
     value = vars(config).get(field)
     entries = value if type(value) in (list, tuple) and value else [value]
     return entries[0] if all(type(entry) is int and entry == entries[0] for entry in entries) else None
 
 
-def own_entries(config: PreTrainedConfig, total: int, index: int) -> dict[str, int]:
-    """Return what a block reads of the lists of integers that have one entry a block.
+def block_entries(config: PreTrainedConfig, total: int, index: int) -> dict[str, int]:
+    """Entries of one block in the config's lists of integers with one entry per block, by field.
 
     Args:
         config: the config of the model.
         total: the number of blocks.
-        index: of the block; none of them if it is in another list of blocks, which may be longer.
+        index: of the block; there are none if it is in another list of blocks, which may be longer.
     """
     lists = _lists_by_block(config, total) if index < total else ()
     return {name: value[index] for name, value in lists if all(type(entry) is int for entry in value)}
 
 
 def record_reads(config: PreTrainedConfig, build: Callable[[PreTrainedConfig], object]) -> Reads:
-    """Return the config fields that a constructor looks at.
+    """Record the config fields that a constructor reads.
 
-    It is handed a config whose class notes every name that is looked up. Where the constructor does not take such a
-    config, every field counts as read.
+    It is given a config whose class records every attribute access. If the constructor refuses such a config, every
+    field counts as read.
 
     Args:
         config: the config to build from; not changed.
         build: builds something from a config.
     """
-    probe, read = copy.deepcopy(config), set[str]()
-    probe.__class__ = _recorder(type(config), read)
+    probe, read, base = copy.deepcopy(config), set[str](), type(config)
+
+    def record(self: PreTrainedConfig, name: str) -> Any:
+        read.add(name)
+        return call_foreign(base.__getattribute__, self, name)
+
+    probe.__class__ = type(base.__name__, (base,), {"__getattribute__": record})
     if isinstance(build_on_meta(build, probe), Refusal):
         read = set(vars(config))
     aliases = config.attribute_map
@@ -229,20 +235,12 @@ def record_reads(config: PreTrainedConfig, build: Callable[[PreTrainedConfig], o
     return Reads(integers, tuple(sorted({*empty, *nones})))
 
 
-def _recorder(base: type[PreTrainedConfig], read: set[str]) -> type[PreTrainedConfig]:
-    def note(self: PreTrainedConfig, name: str) -> Any:
-        read.add(name)
-        return call_foreign(base.__getattribute__, self, name)
-
-    return type(base.__name__, (base,), {"__getattribute__": note})
-
-
 def keep_blocks(config: PreTrainedConfig, count_field: str | None, total: int, kept: Sequence[int]) -> None:
-    """Make a config describe the kept blocks alone: its count, and every list with one entry a block.
+    """Make a config describe the kept blocks only: their count, and every list with one entry per block.
 
     Args:
         config: changed in place.
-        count_field: the field with the number of blocks; empty or None where there is none.
+        count_field: the field with the number of blocks; empty or None if there is none.
         total: the number of blocks before.
         kept: indices of the blocks that stay, in order.
     """

@@ -1,4 +1,4 @@
-"""Measurements of what a model is worth: perplexity on texts, accuracy on tasks without examples, time of widths."""
+"""Evaluation: perplexity on texts, zero-shot accuracy on tasks, speed of generation and of widths."""
 
 from fxprune.evaluation.comparison import Evaluation, evaluate
 from fxprune.evaluation.perplexity import CORPORA, Perplexity, logits_of, perplexity, text_perplexity

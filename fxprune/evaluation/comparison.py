@@ -1,4 +1,4 @@
-"""Dense, pruned and recovered models side by side."""
+"""Comparison of dense, pruned and recovered models."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median, variance
 from typing import Any
@@ -13,14 +14,14 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from fxprune.errors import EvaluationError
 from fxprune.evaluation.perplexity import Perplexity, load_corpus, named_corpora, text_perplexity
+from fxprune.evaluation.speed import time_interleaved, timed_call
 from fxprune.evaluation.tasks import LocalTask, TaskScore, named_tasks, zero_shot
-from fxprune.graph.context import clear_errors
+from fxprune.graph.context import wrap_errors
 from fxprune.graph.counting import TOKENS, count_macs
-from fxprune.masking.parts import InBlocks
+from fxprune.masking.parts import PartwiseModel
 from fxprune.pipeline.arguments import instance, numbers, one_of, refuse, whole_number
 from fxprune.pipeline.contract import Track, check_track, no_progress
 from fxprune.trace import trace
@@ -30,10 +31,10 @@ __all__ = ["Column", "Comparison", "Evaluation", "compare_models", "evaluate", "
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model was found to be worth.
+    """Quality of a model.
 
     Args:
-        perplexities: by name of the text.
+        perplexities: perplexity by name of the text.
         tasks: accuracy by name of the task.
     """
 
@@ -42,11 +43,11 @@ class Evaluation:
 
     @property
     def average(self) -> float | None:
-        """The mean accuracy over the tasks; None where none was run."""
+        """Mean accuracy over the tasks; None without tasks."""
         return sum(score.value for score in self.tasks.values()) / len(self.tasks) if self.tasks else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the single answers, as plain data."""
+        """All numbers as plain data, without the single answers."""
         scores = {name: dataclasses.asdict(score) for name, score in self.tasks.items()}
         for score in scores.values():
             del score["correct"]
@@ -54,11 +55,11 @@ class Evaluation:
         return {"perplexities": perplexities, "tasks": scores, "average": self.average}
 
     def to_json(self) -> str:
-        """Return :meth:`to_dict` as a JSON document."""
+        """The data of :meth:`to_dict` as a JSON document."""
         return json.dumps(self.to_dict(), indent=2)
 
 
-@clear_errors("evaluate", "Pass a language model, its own tokenizer, and texts or tasks", EvaluationError)
+@wrap_errors("evaluate", "Pass a language model, its own tokenizer, and texts or tasks", EvaluationError)
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -73,30 +74,29 @@ def evaluate(
     memory: str = "fast",
     track: Track = no_progress,
 ) -> Evaluation:
-    """Measure the perplexity of ``model`` on texts and its accuracy on tasks.
+    """Measure the perplexity of a model on texts and its accuracy on tasks.
 
-    Several processes of one process group of torch share the windows of a text; all of them have to call.
+    The processes of a torch process group share the windows of a text; all of them must call this function.
 
     Args:
-        model: a Hugging Face model, or, for texts alone, whatever takes ``input_ids=`` and returns logits; or the
-            result of :func:`fxprune.prune`, of which the model is measured, else the graph.
+        model: a Hugging Face model; for texts, any callable that takes ``input_ids=`` and returns logits; or the
+            result of :func:`fxprune.prune`, whose model is measured, or its graph if it has no model.
         tokenizer: the model's tokenizer.
         texts: ``"wikitext2"``, ``"ptb"`` (both from the hub), files (.txt, .jsonl, .json), or a mapping from names to
             these or to text itself; empty for none.
         tasks: names that lm-evaluation-harness knows (:data:`fxprune.evaluation.PAPER_TASKS` has the paper's), JSONL
             files of questions (see :class:`fxprune.evaluation.LocalTask`), or a mapping from names to these.
-        window: tokens the model sees at once; the default is the length that recovery trains on.
-        stride: tokens between two windows; None for ``window``.
-        windows: the most windows of a text, spread over it; None for all.
-        questions: the most questions of a task, from its start; None for all.
-        batch: sequences in one call.
-        memory: ``low``: texts go through a part of the model after the other, all windows through each, so that weights
-            in files that memory cannot hold are read once. The numbers are the same. Tasks are asked of the model as it
-            is.
+        window: tokens that the model sees at once; the default is the length that recovery trains on.
+        stride: tokens between the starts of two windows; None for ``window``.
+        windows: most windows of a text, evenly spaced; None for all.
+        questions: most questions of a task, from its start; None for all.
+        batch: sequences per call.
+        memory: ``low`` runs all windows of a text through one part of the model after the other, so that weights in
+            files are read once. The numbers are the same. Tasks always run on the whole model.
         track: shows progress on texts, as ``track(items, what, total)``.
 
     Raises:
-        FxpruneError: a text or a task cannot be read; the message says which, and why.
+        FxpruneError: a text or a task cannot be read; the message names it and the reason.
     """
     if hasattr(model, "graph_module") and not isinstance(model, type):
         model = model.model if model.model is not None else model.graph_module
@@ -107,7 +107,7 @@ def evaluate(
     if not corpora and not asked:
         raise EvaluationError("no texts and no tasks", where="evaluate", remedy="Give at least one of them")
     one_of("memory", memory, ("fast", "low"))
-    predicts = InBlocks(model) if memory == "low" and corpora else model
+    predicts = PartwiseModel(model) if memory == "low" and corpora else model
     loaded = {name: load_corpus(source) for name, source in corpora.items()}
     perplexities = {
         name: text_perplexity(
@@ -121,15 +121,15 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Column:
-    """One model, measured.
+    """Measurements of one model.
 
     Args:
         name: ``dense``, ``pruned``, ``recovered``, ...
-        parameters: their number, tied ones once.
-        macs: multiply-accumulates of one sample of :data:`fxprune.graph.counting.TOKENS` tokens; None where they were
-            not counted.
+        parameters: number of parameters, tied ones once.
+        macs: multiply-accumulates of one sample of :data:`fxprune.graph.counting.TOKENS` tokens; None if not
+            counted.
         memory: bytes of parameters and buffers.
-        latency_ms: median time of one forward pass, in milliseconds; None where not taken.
+        latency_ms: median time of a forward pass in milliseconds; None if not measured.
         evaluation: perplexities and accuracies.
     """
 
@@ -143,22 +143,22 @@ class Column:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models side by side; the first is what the others are compared with.
+    """Models side by side; the first is the baseline.
 
     Args:
-        columns: one a model.
-        settings: how they were measured, and whatever else belongs beside the numbers.
+        columns: one per model.
+        settings: the protocol, and other remarks to print beside the numbers.
     """
 
     columns: tuple[Column, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def retained(self, name: str) -> tuple[float, float] | None:
-        """Return the average accuracy of a model as a fraction of the first one's, and its standard error.
+        """Average accuracy of a model as a fraction of the first one's, and its standard error.
 
-        It is taken over the tasks in :attr:`informed`, since of a guess nothing can be lost. The error is that of the
-        ratio over the same questions, by linearisation: models that err on the same questions are told apart by fewer
-        of them. None where there is no such task.
+        The average is over the tasks in :attr:`informed`: guessing cannot lose accuracy. The error is that of a ratio
+        over the same questions, by linearisation, so models that err on the same questions can be distinguished with
+        fewer of them. None without such a task.
         """
         base = {task: self.columns[0].evaluation.tasks[task] for task in self.informed}
         other = next(column.evaluation.tasks for column in self.columns if column.name == name)
@@ -174,11 +174,11 @@ class Comparison:
 
     @property
     def informed(self) -> tuple[str, ...]:
-        """The tasks on which the first model does better than guessing, by more than a standard error."""
+        """The tasks on which the first model beats guessing by more than a standard error."""
         return tuple(task for task, score in self.columns[0].evaluation.tasks.items() if score.informed)
 
     def rows(self) -> Iterator[tuple[str, ...]]:
-        """Yield the table line by line, as text: a name, and a value for each model."""
+        """Yield the rows of the table as text: a name, and a value for each model."""
         yield "parameters", *(f"{column.parameters:,}" for column in self.columns)
         if self.columns[0].macs is not None:
             yield f"MACs at {TOKENS} tokens", *(f"{column.macs:,}" for column in self.columns)
@@ -198,11 +198,11 @@ class Comparison:
         if self.informed:
             kept = [self.retained(column.name) for column in self.columns]
             guessed = [task for task in self.columns[0].evaluation.tasks if task not in self.informed]
-            label = f"retained, but for {', '.join(guessed)}" if guessed else "retained"
+            label = f"retained, except for {', '.join(guessed)}" if guessed else "retained"
             yield label, *(f"{k[0]:.1%} ± {k[1]:.1%}" if k else "" for k in kept)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data."""
+        """All measurements as plain data."""
         columns = []
         for column in self.columns:
             kept = self.retained(column.name)
@@ -211,17 +211,17 @@ class Comparison:
         return {"settings": dict(self.settings), "columns": columns, "retained_of": list(self.informed)}
 
     def to_json(self) -> str:
-        """Return :meth:`to_dict` as a JSON document."""
+        """The data of :meth:`to_dict` as a JSON document."""
         return json.dumps(self.to_dict(), indent=2)
 
     def to_markdown(self) -> str:
-        """Return the table in Markdown; a value after ± is one standard error."""
+        """The table in Markdown; a value after ± is one standard error."""
         heading = ["", *(column.name for column in self.columns)]
         lines = ["| " + " | ".join(heading) + " |", "|---" + "|---:" * len(self.columns) + "|"]
         return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in self.rows())]) + "\n"
 
     def table(self, title: str = "") -> Table:
-        """Return the table for a terminal."""
+        """The table for a terminal."""
         table = Table("", title=title or None)
         for column in self.columns:
             table.add_column(column.name, justify="right")
@@ -244,7 +244,7 @@ class Comparison:
             raise EvaluationError(
                 "matplotlib is not installed", where="plot", remedy="pip install matplotlib"
             ) from error
-        # inches: room for the numbers of the axis, and one for each group of bars
+        # inches: room for the labels of the axis, and one for each group of bars
         figure = Figure(figsize=(1.5 + sum(1.5 + len(values) for _, values in panels), 4), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[1 + len(values) for _, values in panels])[0]
         for panel, (title, values) in zip(axes, panels, strict=True):
@@ -255,7 +255,7 @@ class Comparison:
         return Path(path)
 
     def _panels(self) -> Iterator[tuple[str, dict[str, list[tuple[float, float]]]]]:
-        """Yield the title and, by group of bars, value and standard error of each model."""
+        """Yield the title and, by text or task, the value and standard error of each model."""
         whole = [column.evaluation for column in self.columns]
         texts, tasks = whole[0].perplexities, whole[0].tasks
         yield (
@@ -265,7 +265,7 @@ class Comparison:
         yield "accuracy", {n: [(e.tasks[n].value, e.tasks[n].standard_error) for e in whole] for n in tasks}
 
 
-@clear_errors("compare_models", "Pass language models, and the tokenizer of all of them", EvaluationError)
+@wrap_errors("compare_models", "Pass language models, and the tokenizer of all of them", EvaluationError)
 def compare_models(
     models: Mapping[str, Any],
     tokenizer: Any,
@@ -275,14 +275,14 @@ def compare_models(
     settings: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Comparison:
-    """Measure several models alike.
+    """Measure several models in the same way.
 
     Args:
-        models: by name; Hugging Face models, the dense one first.
-        tokenizer: of all of them.
-        latency_shape: samples and tokens of the timed forward pass; one prompt of common length.
-        rounds: how often each is timed, in turn, so that a drifting machine favours none; an odd number has a median.
-        settings: written beside the numbers.
+        models: Hugging Face models by name, the dense one first.
+        tokenizer: the tokenizer of all of them.
+        latency_shape: samples and tokens of the timed forward pass; one prompt of common length by default.
+        rounds: measurements of each latency, see :func:`fxprune.evaluation.speed.time_interleaved`.
+        settings: remarks to print beside the numbers.
         options: for :func:`fxprune.evaluate`.
     """
     wanted = "models by name, as in {'dense': model, 'pruned': result.model}"
@@ -308,12 +308,12 @@ def compare_models(
 
 
 def measure_model(name: str, model: Any, tokenizer: Any, **options: Any) -> Column:
-    """Return what one model is worth and how large it is; its work and its time are left out.
+    """Measure quality and size of one model, without MACs and latency.
 
     Args:
-        name: of the column.
+        name: name of the column.
         model: a Hugging Face model.
-        tokenizer: its own.
+        tokenizer: its tokenizer.
         options: for :func:`fxprune.evaluate`.
 
     Raises:
@@ -331,29 +331,19 @@ def measure_model(name: str, model: Any, tokenizer: Any, **options: Any) -> Colu
 
 
 def _latencies(models: Mapping[str, Any], shape: tuple[int, int], rounds: int) -> dict[str, float]:
-    """Return the median milliseconds of one call, each model timed once in each round."""
-    ids = torch.zeros(shape, dtype=torch.long)
-    timers = {
-        name: Timer(
-            "model(input_ids=ids, use_cache=False)",
-            globals={"model": model, "ids": ids.to(model.device)},
-            num_threads=torch.get_num_threads(),
-        )
-        for name, model in models.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in models}
+    """Median milliseconds of a forward pass of each model, measured side by side."""
     with torch.inference_mode():
-        for timer in timers.values():
-            timer.timeit(1)
-        for _ in range(rounds):
-            for name, timer in timers.items():
-                times[name].append(timer.timeit(1).mean * 1e3)
-    return {name: median(values) for name, values in times.items()}
+        jobs = {}
+        for name, model in models.items():
+            ids = torch.zeros(shape, dtype=torch.long, device=model.device)
+            jobs[name] = timed_call(partial(model, input_ids=ids, use_cache=False))
+        times = time_interleaved(jobs, rounds)
+    return {name: median(values) * 1e3 for name, values in times.items()}
 
 
 def _bars(panel: Any, title: str, values: Mapping[str, list[tuple[float, float]]], names: list[str]) -> None:
-    """Draw the bars of one panel, a group for each text or task and in it a bar for each model."""
-    width = 0.8 / len(names)  # leaves a fifth of the way to the next group blank
+    """Draw one panel: a group of bars for each text or task, a bar for each model."""
+    width = 0.8 / len(names)  # leaves a fifth of the distance between groups blank
     for index, name in enumerate(names):
         places = [group + (index - (len(names) - 1) / 2) * width for group in range(len(values))]
         heights, errors = zip(*(group[index] for group in values.values()), strict=True)

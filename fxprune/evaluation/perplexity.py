@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
+from fxprune.data.rows import load_split
 from fxprune.data.text import read_text
 from fxprune.errors import EvaluationError, UnknownNameError
-from fxprune.graph.context import clear_errors, unprinted
-from fxprune.masking.parts import InBlocks
-from fxprune.offload.ranks import add_up, input_device, is_sharded, turns
-from fxprune.pipeline.arguments import function, instance, refuse, told, whole_number
+from fxprune.graph.context import eval_mode, silence_stderr, wrap_errors
+from fxprune.masking.parts import PartwiseModel
+from fxprune.offload.ranks import all_reduce, input_device, is_sharded, shard_indices
+from fxprune.pipeline.arguments import format_value, function, instance, refuse, whole_number
 from fxprune.pipeline.contract import Track, no_progress
 
 __all__ = [
@@ -42,17 +43,17 @@ CORPORA: Mapping[str, Mapping[str, Any]] = {
         "revision": "refs/convert/parquet",
     },
 }
-"""Data sets by name, in the splits that the paper measures; the hub's Parquet copy where the original is a script."""
+"""Data sets by name, in the splits that the paper uses; the hub's Parquet copy if the original is a script."""
 
 _FILES = (".txt", ".jsonl", ".json")
 
 
 def named_corpora(texts: str | Path | Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, str | Path]:
-    """Return what to measure on, by name.
+    """Texts by name.
 
     Args:
-        texts: names out of :data:`CORPORA` and paths, alone or in a sequence; or a mapping from names of your own to
-            those, or to text itself.
+        texts: names in :data:`CORPORA` and paths, alone or in a sequence; or a mapping from other names to these or to
+            text itself.
     """
     wanted = "names of texts, paths of files, or a mapping from names to these or to text itself"
     given: Any = texts
@@ -69,14 +70,16 @@ def named_corpora(texts: str | Path | Sequence[str | Path] | Mapping[str, str | 
 
 
 def load_corpus(source: str | Path) -> str:
-    """Return the text of a known corpus, of a local file, or ``source`` itself where it holds a line break or a blank.
+    """Load the text of a known corpus or a local file; a source with a blank or line break is the text itself.
 
     Raises:
-        UnknownNameError: neither a known corpus nor a file.
-        EvaluationError: the data set cannot be loaded.
+        UnknownNameError: it is neither a known corpus nor a file.
+        DataError: the data set cannot be loaded, or the file cannot be read.
     """
     if isinstance(source, str) and source in CORPORA:
-        return _from_hub(**CORPORA[source])
+        options = dict(CORPORA[source])
+        field = options.pop("field")
+        return "\n\n".join(load_split(**options)[field])
     path = Path(source)
     if isinstance(source, str) and path.suffix not in _FILES and (" " in source or "\n" in source):
         return source
@@ -85,43 +88,23 @@ def load_corpus(source: str | Path) -> str:
     return read_text(path)
 
 
-def _from_hub(field: str, **where: Any) -> str:
-    try:
-        import datasets
-    except ImportError as error:
-        raise EvaluationError(
-            "the package `datasets` is not installed",
-            where=where["path"],
-            remedy="pip install 'fxprune[eval]', or give a local text file",
-        ) from error
-    try:
-        rows = datasets.load_dataset(**where)
-    except Exception as error:  # the network, the hub and the loader of the data set raise what they like
-        raise EvaluationError(
-            f"cannot be loaded: {type(error).__name__}: {error}",
-            where=where["path"],
-            remedy="Check the connection, or give a local text file",
-        ) from error
-    return "\n\n".join(rows[field])
-
-
-_RUNS = "Pass a language model that takes input_ids, and the tokenizer that belongs to it"
+_REMEDY = "Pass a language model that takes input_ids, and its own tokenizer"
 
 _LARGEST = 700.0
-"""Nats: exp of more than 709 is more than a float holds."""
+"""Nats: exp(710) overflows a float."""
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity and how it was taken.
+    """A perplexity and its protocol.
 
     Args:
         value: exp of the mean next-token cross-entropy.
-        standard_error: of ``value``, from the spread of the mean cross-entropy over windows.
-        window: tokens the model sees at once.
-        stride: tokens from the start of one window to the next; each window predicts what none before it did.
-        windows: how many were measured.
-        predicted: tokens predicted.
+        standard_error: standard error of ``value``, from the spread of the mean cross-entropy over windows.
+        window: tokens that the model sees at once.
+        stride: tokens between the starts of two windows; each window predicts the tokens after those of the last one.
+        windows: number of windows.
+        predicted: number of predicted tokens.
     """
 
     value: float
@@ -132,7 +115,7 @@ class Perplexity:
     predicted: int
 
 
-@clear_errors("perplexity", _RUNS, EvaluationError)
+@wrap_errors("perplexity", _REMEDY, EvaluationError)
 def text_perplexity(
     model: Callable[..., Any],
     tokenizer: Any,
@@ -144,16 +127,16 @@ def text_perplexity(
     batch: int = 4,
     track: Track = no_progress,
 ) -> Perplexity:
-    """Return the perplexity of a text as one run of tokens.
+    """Perplexity of a text.
 
     Args:
         model: as for :func:`perplexity`.
         tokenizer: turns text into ids; no special tokens are added.
-        text: what to predict; what is left after the last whole window is dropped.
-        window: tokens of a window.
+        text: the text to predict; the rest after the last whole window is dropped.
+        window: tokens per window.
         stride: tokens between the starts of two windows; None for ``window``, so that windows do not overlap.
-        limit: the most windows, taken at even distances through the text; None for all.
-        batch: windows in one call.
+        limit: most windows, evenly spaced over the text; None for all.
+        batch: windows per call.
         track: shows progress, as ``track(items, what, total)``.
 
     Raises:
@@ -171,20 +154,20 @@ def text_perplexity(
 
 
 def sliding_windows(ids: Tensor, window: int, stride: int, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """Cut a run of tokens into windows, and say from which position on each predicts.
+    """Cut tokens into overlapping windows, with the first position that each predicts.
 
     Args:
         ids: token ids ``(tokens,)``.
-        window: tokens of a window, at least two.
-        stride: from one start to the next, 1 to ``window``.
-        limit: the most windows, at even distances; None for all.
+        window: tokens per window, at least two.
+        stride: tokens between the starts of two windows, 1 to ``window``.
+        limit: most windows, evenly spaced; None for all.
 
     Returns:
-        Windows ``(windows, window)`` and positions ``(windows,)``. The first window of a text predicts all its tokens
-        but the first; a later one those that the window before it did not reach.
+        Windows ``(windows, window)`` and positions ``(windows,)``. The first window predicts all its tokens except the
+        first; a later one predicts the tokens after the end of the window before it.
 
     Raises:
-        EvaluationError: nothing would be predicted.
+        EvaluationError: a number is out of range, or the text is shorter than one window.
     """
     window, stride = _size("window", window), _size("stride", stride)
     limit = None if limit is None else _size("limit", limit)
@@ -209,7 +192,7 @@ def sliding_windows(ids: Tensor, window: int, stride: int, limit: int | None = N
     return found, first
 
 
-@clear_errors("perplexity", _RUNS, EvaluationError)
+@wrap_errors("perplexity", _REMEDY, EvaluationError)
 def perplexity(
     model: Callable[..., Any],
     ids: torch.Tensor,
@@ -217,28 +200,27 @@ def perplexity(
     *,
     track: Track = no_progress,
 ) -> float:
-    """Return exp of the mean next-token cross-entropy over all windows.
+    """Perplexity over independent windows: exp of the mean next-token cross-entropy.
 
-    Windows are independent: stride equals length, and each predicts all its tokens but the first. Sums are
-    kept in float64, logits are widened to float32.
+    Each window predicts all its tokens except the first. Logits are widened to float32 and summed in float64.
 
     Args:
         model: a Hugging Face model, a GraphModule or any callable that takes ``input_ids=`` and returns logits
             ``(batch, tokens, vocabulary)``, alone, first in a tuple, or as ``.logits``. Modules run in
-            evaluation mode and get their mode back; a GraphModule keeps the mode that it was traced in.
-        ids: token ids ``(windows, tokens)``, with at least two tokens a window.
-        batch: windows in one call; the last call may have fewer.
+            evaluation mode, which is restored; a GraphModule keeps the mode that it was traced in.
+        ids: token ids ``(windows, tokens)``, at least two tokens per window.
+        batch: windows per call; the last call may have fewer.
         track: shows progress, as ``track(items, what, total)``.
 
     Raises:
-        EvaluationError: there is nothing to predict, or the model returned something without logits.
+        EvaluationError: there is nothing to predict, or the model does not return logits.
     """
-    wanted = "token ids (windows, tokens), integers with two tokens a window or more"
+    wanted = "token ids (windows, tokens), integers with at least two tokens per window"
     instance("ids", ids, Tensor, wanted, EvaluationError)
     if ids.dim() != 2 or ids.is_floating_point() or ids.is_meta or not len(ids):
-        raise EvaluationError(f"ids are {told(ids)}", where="ids", remedy=f"Pass {wanted}")
+        raise EvaluationError(f"ids are {format_value(ids)}", where="ids", remedy=f"Pass {wanted}")
     if ids.shape[1] < 2:
-        raise EvaluationError(f"{told(ids)} holds no next token", where="ids", remedy=f"Pass {wanted}")
+        raise EvaluationError(f"{format_value(ids)} has no next token", where="ids", remedy=f"Pass {wanted}")
     sums = _loss_sums(model, ids, torch.ones(len(ids), dtype=torch.long), batch, track)
     return _exp(float(sums.sum()) / (ids.shape[0] * (ids.shape[1] - 1)))
 
@@ -248,10 +230,10 @@ def _size(name: str, value: Any) -> int:
 
 
 def _exp(mean: float) -> float:
-    """Return the perplexity of a mean cross-entropy in nats.
+    """Perplexity of a mean cross-entropy in nats.
 
     Raises:
-        EvaluationError: it is no number.
+        EvaluationError: it is NaN.
     """
     if math.isnan(mean):
         raise EvaluationError(
@@ -261,7 +243,7 @@ def _exp(mean: float) -> float:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the logits in what a model returned: an object with ``.logits``, a mapping, a tuple or the tensor itself.
+    """Logits in the output of a model: an object with ``.logits``, a mapping, a tuple or the tensor itself.
 
     Raises:
         EvaluationError: there are none.
@@ -275,41 +257,50 @@ def logits_of(output: Any) -> Tensor:
         found = output[0]
     if not isinstance(found, Tensor):
         raise EvaluationError(
-            f"there are no logits in {told(output)}",
-            where="what the model returns",
+            f"there are no logits in {format_value(output)}",
+            where="output of the model",
             remedy="Let it return a tensor, a tuple or an object with .logits",
         )
     return found
 
 
 def _loss_sums(model: Callable[..., Any], ids: Tensor, first: Tensor, batch: int, track: Track) -> Tensor:
-    """Return sums of next-token cross-entropies in nats, ``(windows,)``, over positions from ``first`` on.
+    """Sums of next-token cross-entropies in nats, ``(windows,)``, over positions from ``first`` on.
 
-    Several processes share the windows; all of them have to call.
+    Several processes share the windows; all of them must call this function.
     """
     if isinstance(model, type) or not callable(model):
-        raise EvaluationError(f"model is {told(model)}", where="model", remedy=_RUNS)
+        raise EvaluationError(f"model is {format_value(model)}", where="model", remedy=_REMEDY)
     batch = _size("batch", batch)
-    device = _device_of(model)
+    device = None  # ids stay where they are, unless the model is a module
+    if isinstance(model, PartwiseModel | nn.Module):
+        device = model.device if isinstance(model, PartwiseModel) else input_device(model)
     parts = list(zip(ids.split(batch), first.split(batch), strict=True))
     sums = [torch.zeros(len(start), dtype=torch.double, device=device) for _, start in parts]
-    shown = nullcontext() if track is not no_progress else unprinted()
-    own = turns(len(parts))
-    sharded = isinstance(model, nn.Module) and is_sharded(model)  # what gathers weights counts their versions
-    with torch.no_grad() if sharded else torch.inference_mode(), _evaluation(model), shown:
-        chunks = [parts[turn % len(parts)][0].to(device) for turn in own]
-        for turn, chunk, output in zip(own, chunks, _outputs(model, chunks, track), strict=True):
-            found = _window_sums(logits_of(output), chunk, parts[turn % len(parts)][1])
+    output_shown = nullcontext() if track is not no_progress else silence_stderr()
+    shares = shard_indices(len(parts))
+    # gathering sharded weights needs version counters, which tensors made in inference mode do not have
+    sharded = isinstance(model, nn.Module) and is_sharded(model)
+    mode: AbstractContextManager[None] = nullcontext()  # of graphs too, which keep the mode that they were traced in
+    if isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule) and model.training:
+        mode = eval_mode(model)
+    with torch.no_grad() if sharded else torch.inference_mode(), mode, output_shown:
+        chunks = [parts[turn % len(parts)][0].to(device) for turn in shares]
+        for turn, chunk, output in zip(shares, chunks, _outputs(model, chunks, track), strict=True):
+            logits = logits_of(output)[:, :-1].float().flatten(0, 1)
+            losses = nn.functional.cross_entropy(logits, chunk[:, 1:].flatten(), reduction="none").view(len(chunk), -1)
+            start = parts[turn % len(parts)][1]
+            counted = torch.arange(1, chunk.shape[1])[None] >= start[:, None]
             if turn < len(parts):
-                sums[turn] = found.to(device)
+                sums[turn] = (losses.double() * counted.to(losses.device)).sum(dim=1).to(device)
     together = torch.cat(sums)
-    add_up([together])
+    all_reduce([together])
     return together.cpu()
 
 
 def _outputs(model: Any, chunks: Sequence[Tensor], track: Track) -> Iterator[Any]:
-    """Yield what a model returns for each batch of windows."""
-    if isinstance(model, InBlocks):
+    """Yield the output of a model for each batch of windows."""
+    if isinstance(model, PartwiseModel):
         yield from model.outputs(chunks, lambda steps, total: track(steps, "perplexity", total))
         return
     options = {"use_cache": False} if isinstance(model, PreTrainedModel) else {}
@@ -317,15 +308,8 @@ def _outputs(model: Any, chunks: Sequence[Tensor], track: Track) -> Iterator[Any
         yield model(input_ids=chunk, **options)
 
 
-def _window_sums(logits: Tensor, ids: Tensor, first: Tensor) -> Tensor:
-    predicted = logits[:, :-1].float().flatten(0, 1)
-    losses = nn.functional.cross_entropy(predicted, ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
-    counted = torch.arange(1, ids.shape[1])[None] >= first[:, None]
-    return (losses.double() * counted.to(losses.device)).sum(dim=1)
-
-
 def _ratio_error(sums: Tensor, counts: Tensor) -> float:
-    """Return the standard error of ``sum(sums) / sum(counts)``; 0 where one window leaves it unknown.
+    """Standard error of ``sum(sums) / sum(counts)``; 0 for a single window.
 
     Source: Cochran, Sampling Techniques (1977), equation 6.13, without the finite population correction.
     """
@@ -334,23 +318,3 @@ def _ratio_error(sums: Tensor, counts: Tensor) -> float:
         return 0.0
     rest = sums - counts * (sums.sum() / counts.sum())
     return float((rest.square().sum() / (number * (number - 1))).sqrt() / counts.mean())
-
-
-def _device_of(model: Callable[..., Any]) -> torch.device | None:
-    """Return where ids go; None where that cannot be told, and they stay where they are."""
-    if isinstance(model, InBlocks):
-        return model.device
-    return input_device(model) if isinstance(model, nn.Module) else None
-
-
-@contextmanager
-def _evaluation(model: Callable[..., Any]) -> Iterator[None]:
-    """Keep a module in evaluation mode for a while; leave a graph, which has one mode only, as it is."""
-    if not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule) or not model.training:
-        yield
-        return
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()

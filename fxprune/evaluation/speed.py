@@ -1,24 +1,27 @@
-"""Generation speed, and the speed of aligned widths."""
+"""Timing: calls measured side by side, generation speed, and the speed of aligned widths."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
+import timeit
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional as F
-from torch.utils.benchmark import Timer, timer
+from torch.utils.benchmark import timer
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from fxprune.errors import ArgumentError, EvaluationError
-from fxprune.graph.context import clear_errors, quiet
+from fxprune.graph.context import quiet, wrap_errors
 from fxprune.pipeline.arguments import instance, refuse, whole_number
 from fxprune.pipeline.contract import Track, check_track, no_progress
 
@@ -30,25 +33,73 @@ __all__ = [
     "measure_speed",
     "measure_widths",
     "read_widths",
+    "time_interleaved",
+    "timed_call",
     "widths_file",
     "write_widths",
 ]
 
+K = TypeVar("K")
+T = TypeVar("T")
+
+
+def time_interleaved(
+    jobs: Mapping[K, Callable[[], T]], rounds: int, track: Track = no_progress, what: str = "timing"
+) -> dict[K, list[T]]:
+    """Measure jobs side by side: every other round runs them in reverse order (A B C, C B A, ...).
+
+    So a machine that steadily slows down or speeds up affects all of them alike. One round to warm up does not count.
+
+    Args:
+        jobs: by name; each does its work and returns its measurement.
+        rounds: number of measurements of each.
+        track: shows progress over the rounds, as ``track(items, what, total)``.
+        what: label of the progress bar.
+    """
+    found: dict[K, list[T]] = {name: [] for name in jobs}
+    for number in track(range(rounds + 1), what, rounds + 1):
+        for name in jobs if number % 2 or not number else reversed([*jobs]):
+            measured = jobs[name]()
+            if number:
+                found[name].append(measured)
+    return found
+
+
+def timed_call(call: Callable[[], Any], least_s: float = 0.05) -> Callable[[], float]:
+    """A job that repeats a call for about ``least_s`` seconds and returns the seconds of one; it waits for a GPU.
+
+    Two calls find out the number of repetitions, which also triggers compilation. Each measurement is preceded by one
+    more call to warm up, unless a single call alone takes ``least_s``: then warming up matters little.
+    ``torch.utils.benchmark.Timer`` would make at least two calls before each measurement, which for calls of half a
+    second is most of the time.
+    """
+    stopwatch = timeit.Timer(call, timer=timer)
+    for _ in range(2):
+        once = stopwatch.timeit(1)
+    number = max(1, math.ceil(least_s / once))
+
+    def job() -> float:
+        if number > 1:
+            call()
+        return stopwatch.timeit(number) / number
+
+    return job
+
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a model generates, and what it holds meanwhile.
+    """Generation speed and memory of a model.
 
     Args:
-        parameters: their number, tied ones once.
-        batch: prompts side by side.
-        prompt: tokens of a prompt.
-        tokens: generated after each prompt.
+        parameters: number of parameters, tied ones once.
+        batch: number of prompts.
+        prompt: tokens per prompt.
+        tokens: tokens generated after each prompt.
         prefill_ms: median time from the prompt to the first token, in milliseconds.
-        decode_ms: median time of each further token of all prompts, in milliseconds.
+        decode_ms: median time per further token of all prompts, in milliseconds.
         weights: bytes of parameters and buffers.
-        cache: bytes of the keys and values in the end; None where the model keeps something else.
-        peak: the most bytes of a GPU that weights and generating took; None on other devices.
+        cache: bytes of keys and values at the end; None if the model has another kind of cache.
+        peak: peak bytes on a GPU, of weights and generation; None on other devices.
     """
 
     parameters: int
@@ -63,20 +114,20 @@ class Speed:
 
     @property
     def prefill_rate(self) -> float:
-        """Tokens of prompts that are read in a second."""
+        """Prompt tokens per second."""
         return self.batch * self.prompt / self.prefill_ms * 1e3
 
     @property
     def decode_rate(self) -> float:
-        """Tokens that are generated in a second."""
+        """Generated tokens per second."""
         return self.batch / self.decode_ms * 1e3
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data."""
+        """All fields and rates as plain data."""
         return asdict(self) | {"prefill_rate": self.prefill_rate, "decode_rate": self.decode_rate}
 
 
-@clear_errors("measure_speed", "Pass language models that generate, on one device", EvaluationError)
+@wrap_errors("measure_speed", "Pass language models that generate, on one device", EvaluationError)
 def measure_speed(
     models: Mapping[str, Any],
     *,
@@ -86,21 +137,18 @@ def measure_speed(
     rounds: int = 5,
     track: Track = no_progress,
 ) -> dict[str, Speed]:
-    """Let models generate greedily from the same random prompts, and time them.
-
-    In each round every model has a turn, and every other round goes through them backwards, so that a machine that
-    grows slower or faster favours none. One turn of each goes before and does not count.
+    """Time greedy generation of models from the same random prompts, side by side.
 
     Args:
         models: Hugging Face models by name.
-        prompt: tokens of a prompt.
-        tokens: generated after it, at least two.
-        batch: prompts side by side.
-        rounds: turns of each model; medians are taken.
+        prompt: tokens per prompt.
+        tokens: tokens to generate after it, at least two.
+        batch: number of prompts.
+        rounds: measurements of each model, see :func:`time_interleaved`; medians are taken.
         track: shows progress, as ``track(items, what, total)``.
 
     Raises:
-        EvaluationError: a number is out of range, or more tokens are asked for than a model takes.
+        EvaluationError: a number is out of range, or the tokens exceed the context of a model.
     """
     given: Any = models
     if not isinstance(given, Mapping) or not given:
@@ -110,21 +158,27 @@ def measure_speed(
     whole_number("tokens", tokens, least=2, error=EvaluationError)
     check_track(track)
     for name, model in models.items():
-        _check(name, model, prompt + tokens)
+        instance(f"models[{name!r}]", model, PreTrainedModel, "a Hugging Face model", EvaluationError)
+        if not model.can_generate():
+            what = f"a {type(model).__name__} does not generate"
+            raise EvaluationError(what, where=name, remedy="Pass a language model")
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(most, int) and prompt + tokens > most:
+            raise EvaluationError(
+                f"prompt and new tokens are {prompt + tokens}, and the model takes {most}",
+                where=name,
+                remedy="Ask for a shorter prompt or fewer tokens",
+            )
     smallest = min(int(model.get_input_embeddings().weight.shape[0]) for model in models.values())
     ids = torch.randint(smallest, (batch, prompt), generator=torch.Generator().manual_seed(0))
-    turns: dict[str, list[_Turn]] = {name: [] for name in models}
-    for number in track(range(rounds + 1), "generating", rounds + 1):
-        for name in models if number % 2 else reversed([*models]):
-            turn = _turn(models[name], ids, tokens)
-            if number:
-                turns[name].append(turn)
-    return {name: _speed(model, ids, tokens, turns[name]) for name, model in models.items()}
+    jobs = {name: partial(_generate, model, ids, tokens) for name, model in models.items()}
+    runs = time_interleaved(jobs, rounds, track, "generating")
+    return {name: _summarise(model, ids, tokens, runs[name]) for name, model in models.items()}
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """Seconds to the first token, seconds of each further one, and bytes."""
+class _Generation:
+    """One measured generation: seconds to the first token and per further token, bytes of cache and of peak memory."""
 
     prefill: float
     decode: float
@@ -133,7 +187,7 @@ class _Turn:
 
 
 class _Clock(StoppingCriteria):
-    """Stops nothing, and writes down when each token was there."""
+    """Records the time of each token; never stops the generation."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -156,8 +210,8 @@ def _check(name: str, model: Any, length: int) -> None:
         )
 
 
-def _turn(model: Any, ids: torch.Tensor, tokens: int) -> _Turn:
-    """Let a model generate once; a sampling model of its own is greedy here, and no end of text ends it."""
+def _generate(model: Any, ids: torch.Tensor, tokens: int) -> _Generation:
+    """Measure one generation, which is greedy and has a fixed length whatever the model's own settings are."""
     ids = ids.to(model.device)
     on_gpu = model.device.type == "cuda"
     if on_gpu:
@@ -176,28 +230,23 @@ def _turn(model: Any, ids: torch.Tensor, tokens: int) -> _Turn:
         )
     steps = [after - at for at, after in zip(clock.times, clock.times[1:], strict=False)]
     peak = torch.cuda.max_memory_allocated(model.device) - before if on_gpu else None
-    held = vars(found)  # its name changed from one version to the next, and asking by the old one prints a warning
-    cache = held.get("cache", held.get("past_key_values"))
-    return _Turn(clock.times[0] - start, median(steps), _cache_bytes(cache), peak)
-
-
-def _cache_bytes(cache: Any) -> int | None:
-    """Return the bytes of what a cache keeps by layer; None where it has no layers."""
+    fields = vars(found)  # the cache was renamed, and reading its old name as an attribute prints a warning
+    cache = fields.get("cache", fields.get("past_key_values"))
     held = [value for layer in getattr(cache, "layers", ()) for value in vars(layer).values()]
     sizes = [value.numel() * value.element_size() for value in held if isinstance(value, torch.Tensor)]
-    return sum(sizes) if sizes else None
+    return _Generation(clock.times[0] - start, median(steps), sum(sizes) if sizes else None, peak)
 
 
-def _speed(model: Any, ids: torch.Tensor, tokens: int, turns: list[_Turn]) -> Speed:
+def _summarise(model: Any, ids: torch.Tensor, tokens: int, runs: list[_Generation]) -> Speed:
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    last = turns[-1]
+    last = runs[-1]
     return Speed(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         batch=ids.shape[0],
         prompt=ids.shape[1],
         tokens=tokens,
-        prefill_ms=median(turn.prefill for turn in turns) * 1e3,
-        decode_ms=median(turn.decode for turn in turns) * 1e3,
+        prefill_ms=median(run.prefill for run in runs) * 1e3,
+        decode_ms=median(run.decode for run in runs) * 1e3,
         weights=weights,
         cache=last.cache,
         peak=None if last.peak is None else weights + last.peak,
@@ -205,16 +254,16 @@ def _speed(model: Any, ids: torch.Tensor, tokens: int, turns: list[_Turn]) -> Sp
 
 
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128)
-"""What widths may be multiples of."""
+"""Multiples that widths may be rounded to."""
 
 _ROWS = (1, 256)
-"""Tokens in a product: those of a decoding step, and of a prompt."""
+"""Tokens in a product: of a decoding step, and of a prompt."""
 
 _NEAR = 3
-"""Widths that stand for one multiple."""
+"""Widths measured for one multiple."""
 
 _SLACK = 0.03
-"""A coarser multiple has to be worth more than that: it takes away from what a plan may choose."""
+"""Gain above which a coarser multiple is worth it: it leaves a plan less choice."""
 
 _LEAST_S = 2e-3
 """Seconds of one measurement."""
@@ -222,48 +271,48 @@ _LEAST_S = 2e-3
 
 @dataclass(frozen=True)
 class Widths:
-    """What multiples cost on a device.
+    """Relative cost of widths by the multiple that they are rounded to, on one device.
 
     Args:
         device: its name.
-        costs: by multiple, the time of a column of an MLP whose width is a multiple of that and of nothing coarser,
-            over the least of all. Of a prompt's tokens and of a decoding step's, the larger.
+        costs: by multiple, the time per column of an MLP whose width is a multiple of that and of nothing coarser,
+            over the least of all; the larger of a prompt's and of a decoding step's.
     """
 
     device: str
     costs: Mapping[int, float]
 
     def best(self) -> int:
-        """Return the finest multiple that costs no more than 3% over the best."""
+        """The finest multiple that costs at most 3% more than the best."""
         least = min(self.costs.values())
         return min(multiple for multiple, cost in self.costs.items() if cost <= least * (1 + _SLACK))
 
 
 def measure_widths(hidden: int, width: int, device: torch.device | str = "cpu", rounds: int = 9) -> Widths:
-    """Time gated MLPs of widths that are multiples of more and of less, side by side.
+    """Time gated MLPs of widths with finer and coarser alignment, side by side.
 
     On a GPU in half precision, else in float32, with as many threads as torch is set to.
 
     Args:
-        hidden: columns of what goes in.
-        width: about how wide the MLP is; the widths measured lie below it.
-        device: where.
+        hidden: width of the input.
+        width: approximate width of the MLP; the measured widths lie below it.
+        device: the device to measure on.
         rounds: measurements of each, of which the median counts.
 
     Raises:
-        ArgumentError: the width is too small to tell multiples apart.
+        ArgumentError: the width is too small to distinguish multiples.
     """
     whole_number("hidden", hidden, least=1)
     whole_number("width", width, least=4 * MULTIPLES[-1])
     device = torch.device(device)
-    sizes = {multiple: _near(width, multiple) for multiple in MULTIPLES}
-    over = [_over_least(times) for times in _times(hidden, sizes, device, rounds)]
-    costs = {multiple: max(found[multiple] for found in over) for multiple in MULTIPLES}
+    sizes = {multiple: _aligned_widths(width, multiple) for multiple in MULTIPLES}
+    relative = [_over_least(times) for times in _column_times(hidden, sizes, device, rounds)]
+    costs = {multiple: max(found[multiple] for found in relative) for multiple in MULTIPLES}
     return Widths(device_name(device), _over_least(costs))
 
 
-def _near(width: int, multiple: int) -> list[int]:
-    """Return widths below that are multiples of one number and not of its double."""
+def _aligned_widths(width: int, multiple: int) -> list[int]:
+    """Widths below ``width`` that are multiples of ``multiple``, but not of its double."""
     first = width // (2 * multiple) * 2 * multiple - multiple
     return [first - 2 * multiple * i for i in range(_NEAR)] if multiple < MULTIPLES[-1] else [first - multiple]
 
@@ -273,74 +322,65 @@ def _over_least(times: Mapping[int, float]) -> dict[int, float]:
     return {multiple: time / least for multiple, time in times.items()}
 
 
-def _times(hidden: int, sizes: Mapping[int, list[int]], device: torch.device, rounds: int) -> list[dict[int, float]]:
-    """Return seconds of a column by multiple, for each number of rows."""
-    jobs: list[tuple[int, int, int, Callable[[], float]]] = []
-    for rows in _ROWS:
-        jobs += [(rows, m, width, _job(rows, hidden, width, device)) for m, widths in sizes.items() for width in widths]
-    found: dict[tuple[int, int, int], list[float]] = {job[:3]: [] for job in jobs}
+def _column_times(
+    hidden: int, sizes: Mapping[int, list[int]], device: torch.device, rounds: int
+) -> list[dict[int, float]]:
+    """Seconds per column by multiple, for each number of rows."""
+    cases = [(rows, multiple, width) for rows in _ROWS for multiple, widths in sizes.items() for width in widths]
     with torch.inference_mode():
-        for number in range(rounds):
-            for rows, multiple, width, job in jobs if number % 2 == 0 else reversed(jobs):
-                found[rows, multiple, width].append(job() / width)
+        jobs = {
+            (rows, m, width): timed_call(_gated_mlp(rows, hidden, width, device), _LEAST_S) for rows, m, width in cases
+        }
+        found = time_interleaved(jobs, rounds)
+    columns: dict[tuple[int, int], list[float]] = {}
+    for (rows, multiple, width), times in found.items():
+        columns.setdefault((rows, multiple), []).append(median(times) / width)
+    return [{multiple: median(columns[rows, multiple]) for multiple in sizes} for rows in _ROWS]
 
-    def cost(rows: int, multiple: int) -> float:
-        return median(median(times) for key, times in found.items() if key[:2] == (rows, multiple))
 
-    return [{multiple: cost(rows, multiple) for multiple in sizes} for rows in _ROWS]
-
-
-def _job(rows: int, hidden: int, width: int, device: torch.device) -> Callable[[], float]:
-    """Return a job that measures the seconds of a gated MLP."""
+def _gated_mlp(rows: int, hidden: int, width: int, device: torch.device) -> Callable[[], torch.Tensor]:
+    """A call that computes a gated MLP with random weights."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
 
-    def drawn(*shape: int) -> torch.Tensor:
+    def random(*shape: int) -> torch.Tensor:
         value: torch.Tensor = torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
         return value.to(device, dtype)
 
-    x, gate, up, down = drawn(rows, hidden), drawn(width, hidden), drawn(width, hidden), drawn(hidden, width)
-
-    def call() -> Any:
-        return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    with torch.inference_mode():
-        timer.timeit(2)
-        number = max(1, round(_LEAST_S / timer.timeit(2).mean))
-    return lambda: float(timer.timeit(number).mean)
+    x, gate, up, down = random(rows, hidden), random(width, hidden), random(width, hidden), random(hidden, width)
+    return lambda: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
 def device_name(device: torch.device) -> str:
-    """Return what the device is called: the same for all of its kind, with the number of threads of a processor."""
+    """Name of the model of a device; of a processor, with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def widths_file() -> Path:
-    """Return where what was measured is kept: ``$FXPRUNE_WIDTHS``, or a file in the user's cache."""
+    """Path of the file of measured widths: ``$FXPRUNE_WIDTHS``, or a file in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("FXPRUNE_WIDTHS") or cache / "fxprune" / "widths.json")
 
 
 def write_widths(widths: Widths) -> Path:
-    """Keep what was measured on a device, in place of what was kept of it; return the file."""
+    """Save widths, replacing earlier ones of the same device; return the file."""
     path = widths_file()
-    kept = {**_kept(path), widths.device: {str(multiple): cost for multiple, cost in widths.costs.items()}}
+    kept = {**_load_widths(path), widths.device: {str(multiple): cost for multiple, cost in widths.costs.items()}}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     return path
 
 
 def read_widths(device: torch.device) -> Widths:
-    """Return what was measured on a device.
+    """Load the widths measured on a device.
 
     Raises:
-        ArgumentError: nothing was, or the file holds something else.
+        ArgumentError: there are none, or the file holds something else.
     """
     path, name = widths_file(), device_name(device)
-    kept = _kept(path).get(name)
+    kept = _load_widths(path).get(name)
     if kept is None:
         raise ArgumentError(
             f"round_to='auto' needs widths measured on {name}, and {path} has none",
@@ -351,8 +391,8 @@ def read_widths(device: torch.device) -> Widths:
     return Widths(name, kept)
 
 
-def _kept(path: Path) -> dict[str, dict[int, float]]:
-    """Return what a file holds by device; nothing where there is no file."""
+def _load_widths(path: Path) -> dict[str, dict[int, float]]:
+    """Costs by device and multiple; empty if there is no file."""
     try:
         held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return {
@@ -362,5 +402,5 @@ def _kept(path: Path) -> dict[str, dict[int, float]]:
         }
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ArgumentError(
-            f"{path} holds no widths: {error}", where="round_to", remedy="Take it away and measure again"
+            f"{path} holds no widths: {error}", where="round_to", remedy="Delete it and measure again"
         ) from error

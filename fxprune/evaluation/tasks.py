@@ -1,4 +1,4 @@
-"""Accuracy on multiple-choice tasks, by lm-evaluation-harness."""
+"""Zero-shot accuracy on multiple-choice tasks, by lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from fxprune.data.text import json_lines
+from fxprune.data.rows import json_lines
 from fxprune.errors import EvaluationError, UnknownNameError
-from fxprune.graph.context import clear_errors, quiet
+from fxprune.graph.context import quiet, wrap_errors
 from fxprune.pipeline.arguments import refuse, whole_number
 
 __all__ = [
@@ -31,7 +33,7 @@ __all__ = [
 
 _SPLIT = "test"
 _ROWS_NAMED = 3
-"""Lines that an error names: enough to see whether one is broken or the file is of another kind."""
+"""Lines that an error names: enough to tell a broken line from a file of another kind."""
 _EXPECTED = '{"query", "choices", "gold"} or {"context_options", "continuation", "gold"}'
 
 
@@ -44,10 +46,10 @@ class LocalTask:
 
     Args:
         path: the file.
-        suffix: put after each query, trailing white space of which is dropped first; for instance ``"\\nAnswer:"``.
-        delimiter: between context and choice.
-        start: the first line used, from 0.
-        stop: the first line that is used no more; None for all.
+        suffix: text after each query, whose trailing white space is removed first; for instance ``"\\nAnswer:"``.
+        delimiter: text between context and choice.
+        start: index of the first question, from 0.
+        stop: index after the last question; None for all.
     """
 
     path: str | Path
@@ -58,34 +60,34 @@ class LocalTask:
 
 
 def make_task(name: str, local: LocalTask) -> Any:
-    """Return a task of lm-evaluation-harness named ``name``, with accuracy and, for choices, accuracy by choice length.
+    """A task of lm-evaluation-harness with accuracy and, for choices, accuracy normalised by their length.
 
     Raises:
-        EvaluationError: the file is missing, empty or holds a line that is no question.
+        EvaluationError: the file is missing or empty, or a line is not a question.
     """
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
     rows = read_questions(local)
     by_context = "continuation" in rows[0]
+    metrics = ["acc"] if by_context else ["acc", "acc_norm"]
     config: dict[str, Any] = {
         "task": name,
         "test_split": _SPLIT,
         "output_type": "multiple_choice",
         "target_delimiter": local.delimiter,
         "custom_dataset": lambda **_: {_SPLIT: Dataset.from_list(rows)},
-        "metric_list": [_metric("acc")] if by_context else [_metric("acc"), _metric("acc_norm")],
+        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics],
         "num_fewshot": 0,
     }
-    if by_context:
-        config |= {"doc_to_text": _gold, "doc_to_choice": _contexts, "doc_to_target": _continuation}
-    else:
-        config |= {"doc_to_text": _query, "doc_to_choice": _choices, "doc_to_target": _gold}
+    fields = ("gold", "contexts", "continuation") if by_context else ("query", "choices", "gold")
+    for key, field_name in zip(("doc_to_text", "doc_to_choice", "doc_to_target"), fields, strict=True):
+        config[key] = itemgetter(field_name)
     return ConfigurableTask(config=config)
 
 
 def read_questions(local: LocalTask) -> list[dict[str, Any]]:
-    """Return the questions of a file, checked, with the suffix in place.
+    """Read and check the questions of a file, and append the suffix.
 
     Raises:
         EvaluationError: as for :func:`make_task`; the message names the first lines at fault.
@@ -95,7 +97,7 @@ def read_questions(local: LocalTask) -> list[dict[str, Any]]:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(
-            f"cannot be read: {error}", where=str(path), remedy="Pass the path of a file of questions, one on a line"
+            f"cannot be read: {error}", where=str(path), remedy="Pass the path of a file of questions, one per line"
         ) from error
     rows: list[dict[str, Any]] = []
     bad: list[str] = []
@@ -119,13 +121,13 @@ def read_questions(local: LocalTask) -> list[dict[str, Any]]:
 
 
 def _question(line: str, suffix: str) -> tuple[dict[str, Any], str]:
-    """Return a checked question, or what is wrong with the line."""
+    """The question of a line, or the reason why it is not one."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         return {}, f"not JSON ({error})"
     if not isinstance(row, Mapping):
-        return {}, f"a {type(row).__name__}, not an object"
+        return {}, f"not an object, but {type(row).__name__}"
     options = row.get("choices", row.get("context_options"))
     text = row.get("query") if "choices" in row else row.get("continuation")
     if not isinstance(options, list) or not isinstance(text, str) or not all(isinstance(o, str) and o for o in options):
@@ -136,30 +138,6 @@ def _question(line: str, suffix: str) -> tuple[dict[str, Any], str]:
     if "choices" in row:
         return {"query": text.rstrip() + suffix if suffix else text, "choices": options, "gold": gold}, ""
     return {"contexts": options, "continuation": text, "gold": gold}, ""
-
-
-def _metric(name: str) -> dict[str, Any]:
-    return {"metric": name, "aggregation": "mean", "higher_is_better": True}
-
-
-def _query(doc: Mapping[str, Any]) -> str:
-    return str(doc["query"])
-
-
-def _choices(doc: Mapping[str, Any]) -> list[str]:
-    return list(doc["choices"])
-
-
-def _contexts(doc: Mapping[str, Any]) -> list[str]:
-    return list(doc["contexts"])
-
-
-def _continuation(doc: Mapping[str, Any]) -> str:
-    return str(doc["continuation"])
-
-
-def _gold(doc: Mapping[str, Any]) -> int:
-    return int(doc["gold"])
 
 
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -179,17 +157,16 @@ _LONGEST = 300
 
 @dataclass(frozen=True)
 class TaskScore:
-    """How often a model chose the right answer.
+    """Accuracy of a model on a task.
 
     Args:
-        metric: ``acc_norm`` (likelihood by length of the choice) where the task has it, else ``acc``.
+        metric: ``acc_norm`` (likelihood normalised by the length of the choice) if the task has it, else ``acc``.
         value: fraction of the questions, in [0, 1].
-        standard_error: of ``value``, from the harness.
-        samples: questions asked.
+        standard_error: standard error of ``value``, from the harness.
+        samples: number of questions.
         others: further metrics of the task.
         correct: question by question, whether the answer was right by ``metric``; for paired comparison.
-        chance: what guessing would give: the mean of one by the number of choices; 0 where there are none to choose
-            from.
+        chance: accuracy of guessing: the mean of 1 / number of choices; 0 for questions without choices.
     """
 
     metric: str
@@ -202,16 +179,16 @@ class TaskScore:
 
     @property
     def informed(self) -> bool:
-        """Whether the model does better than guessing, by more than one standard error."""
+        """Whether the model beats guessing by more than one standard error."""
         return self.value - self.standard_error > self.chance
 
 
 def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, Task]:
-    """Return tasks by name.
+    """Tasks by name.
 
     Args:
         tasks: names that lm-evaluation-harness knows, JSONL files (by path or :class:`LocalTask`), alone or in a
-            sequence; or a mapping from names of your own.
+            sequence; or a mapping from other names to these.
     """
     wanted = "names of tasks, JSONL files of questions, or a mapping from names to these"
     given: Any = tasks
@@ -231,31 +208,40 @@ def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, 
 
 
 def check_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> None:
-    """Refuse tasks that cannot be asked, before a model is read for them.
+    """Refuse tasks that cannot be run, before a model is loaded for them.
 
     Args:
         tasks: as for :func:`named_tasks`.
 
     Raises:
         UnknownNameError: the harness has no task of this name; the nearest is suggested.
-        EvaluationError: the harness is missing, or a file holds something else than questions.
+        EvaluationError: the harness is missing, or a file has a line that is not a question.
     """
     with _installed(), quiet(logging.WARNING):
-        from lm_eval.tasks import TaskManager
+        import lm_eval.tasks  # noqa: F401 (whether it can be imported)
     named = named_tasks(tasks)
     for task in named.values():
         if _is_file(task):
             read_questions(task if isinstance(task, LocalTask) else LocalTask(task))
     names = [str(task) for task in named.values() if not _is_file(task)]
-    known = TaskManager().all_tasks if names else ()
+    known = _task_manager(hub=True).all_tasks if names else ()
     for name in names:
         if name not in known:
             raise UnknownNameError("task", name, known)
 
 
+@cache
+def _task_manager(hub: bool) -> Any:
+    """The harness's index of tasks, which takes seconds to build if the tasks on the hub are listed."""
+    with quiet(logging.WARNING):
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_defaults=hub)
+
+
 @contextmanager
 def _installed() -> Iterator[None]:
-    """Say what to install where the harness is missing."""
+    """Turn a missing harness into an error that names the package to install."""
     try:
         yield
     except ImportError as error:
@@ -266,7 +252,7 @@ def _installed() -> Iterator[None]:
         ) from error
 
 
-@clear_errors("tasks", "Pass a language model, its own tokenizer, and tasks by name or as files", EvaluationError)
+@wrap_errors("tasks", "Pass a language model, its own tokenizer, and tasks by name or as files", EvaluationError)
 def zero_shot(
     model: Any,
     tokenizer: Any,
@@ -275,18 +261,18 @@ def zero_shot(
     limit: int | None = None,
     batch: int = 8,
 ) -> dict[str, TaskScore]:
-    """Measure the accuracy of a model on tasks.
+    """Accuracy of a model on tasks, without examples in the prompt.
 
     Args:
-        model: a Hugging Face model; it is asked as it is, where it is, and left in its mode.
+        model: a Hugging Face model; its mode is restored.
         tokenizer: its tokenizer; a copy is used.
         tasks: as for :func:`named_tasks`; the paper's seven are fetched from the hub.
-        limit: the most questions of a task, from its start; None for all.
-        batch: sequences in one call.
+        limit: most questions of a task, from its start; None for all.
+        batch: sequences per call.
 
     Raises:
-        EvaluationError: the harness is missing, a task is unknown or cannot be loaded, or the model is not a Hugging
-            Face one.
+        EvaluationError: the harness is missing, a task is unknown or cannot be loaded, or the model is not from
+            transformers.
     """
     named = named_tasks(tasks)
     batch = whole_number("batch", batch, least=1, error=EvaluationError)
@@ -296,12 +282,12 @@ def zero_shot(
         raise EvaluationError(
             f"tasks need a Hugging Face model, not a {type(model).__name__}",
             where="model",
-            remedy="Pass result.model; where there is none, report.model_reasons says why",
+            remedy="Pass result.model; if it is None, report.model_reasons says why",
         )
     mode = model.training
     with quiet(logging.WARNING):
         try:
-            found = _run(model, copy.deepcopy(tokenizer), named, limit, batch)
+            found = _run_harness(model, copy.deepcopy(tokenizer), named, limit, batch)
         except (KeyError, ValueError, OSError) as error:
             if isinstance(error, EvaluationError):
                 raise
@@ -316,17 +302,20 @@ def zero_shot(
     return {name: _score(name, found) for name in named}
 
 
-def _run(model: Any, tokenizer: Any, named: Mapping[str, Task], limit: int | None, batch: int) -> Mapping[str, Any]:
-    """Run the harness, leaving random number generators alone; return what it found."""
+def _run_harness(
+    model: Any, tokenizer: Any, named: Mapping[str, Task], limit: int | None, batch: int
+) -> Mapping[str, Any]:
+    """Results of the harness, which leaves random number generators alone."""
     with _installed():
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    hub = any(not _is_file(task) for task in named.values())
     found: Mapping[str, Any] = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
-        tasks=[_task(name, task) for name, task in named.items()],
-        task_manager=TaskManager(include_defaults=hub),
+        tasks=[
+            make_task(name, task if isinstance(task, LocalTask) else LocalTask(task)) if _is_file(task) else str(task)
+            for name, task in named.items()
+        ],
+        task_manager=_task_manager(hub=not all(map(_is_file, named.values()))),
         limit=limit,
         bootstrap_iters=_RESAMPLES,
         random_seed=None,
@@ -340,12 +329,6 @@ def _is_file(task: Task) -> bool:
     return not isinstance(task, str) or task.endswith((".jsonl", ".json"))
 
 
-def _task(name: str, task: Task) -> Any:
-    if not _is_file(task):
-        return str(task)
-    return make_task(name, task if isinstance(task, LocalTask) else LocalTask(task))
-
-
 def _score(name: str, found: Mapping[str, Any]) -> TaskScore:
     numbers: Mapping[str, Any] = found["results"][name]
     plain = {key.removesuffix(",none"): value for key, value in numbers.items() if key.endswith(",none")}
@@ -353,6 +336,7 @@ def _score(name: str, found: Mapping[str, Any]) -> TaskScore:
     samples = sorted(found["samples"][name], key=lambda sample: int(sample["doc_id"]))
     others = {key: float(v) for key, v in plain.items() if not key.endswith("_stderr") and key != metric}
     error = plain.get(f"{metric}_stderr")
+    choices = [len(sample["arguments"]) for sample in samples]
     return TaskScore(
         metric=metric,
         value=float(plain[metric]),
@@ -360,10 +344,5 @@ def _score(name: str, found: Mapping[str, Any]) -> TaskScore:
         samples=len(samples),
         others=others,
         correct=tuple(float(sample[metric]) for sample in samples),
-        chance=_chance([len(sample["arguments"]) for sample in samples]),
+        chance=sum(1 / number for number in choices) / len(choices) if choices and min(choices) > 1 else 0.0,
     )
-
-
-def _chance(choices: Sequence[int]) -> float:
-    """What guessing gives, by the number of choices of each question; 0 where one has none."""
-    return sum(1 / n for n in choices) / len(choices) if choices and min(choices) > 1 else 0.0

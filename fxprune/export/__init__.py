@@ -1,4 +1,4 @@
-"""A graph or a model as one file that runs without this package."""
+"""Export of a graph or a model to one file that runs without this package."""
 
 from fxprune.export.model import export_model
 from fxprune.export.program import export_graph

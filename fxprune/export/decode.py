@@ -1,4 +1,4 @@
-"""A model as one file that generates: past keys and values go in, present ones come out."""
+"""Export of a decoder with a cache: past keys and values go in, present ones come out."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from fxprune.errors import ExportError, UnknownNameError
-from fxprune.export.files import as_export_error, replacing
+from fxprune.export.files import atomic_path, wrap_export_errors
 from fxprune.export.onnx import run_onnx, write_onnx
-from fxprune.export.program import has_kernels, plain_tensor, require_close, strip
+from fxprune.export.program import can_run_in_onnxruntime, plain_tensor, require_close, strip_metadata
 from fxprune.graph.context import quiet
 
 __all__ = ["export_decoder"]
@@ -23,41 +23,42 @@ __all__ = ["export_decoder"]
 Past = list[tuple[torch.Tensor, torch.Tensor]]
 
 _SIZES = {"batch": 1, "sequence": 1, "past": 0}
-"""What varies, and its least value."""
+"""Dynamic sizes, with their least value."""
 
 
 def export_decoder(model: PreTrainedModel, path: str | os.PathLike[str], *, verify: bool = True) -> Path:
-    """Write a program for generation with a cache, that needs neither this package nor the model's.
+    """Write a program for generation with a cache that needs neither this package nor transformers.
 
     It takes ``input_ids`` ``(batch, n)``, the next tokens, and ``past``: for each block with attention its keys and
-    values ``(batch, heads, m, size)`` of the ``m`` tokens before, 0 at the start. Heads may differ from block to block.
+    values ``(batch, heads, m, size)`` of the ``m`` tokens before, 0 at the start. Heads may differ between blocks.
     It returns ``logits`` ``(batch, n, vocabulary)`` and ``present``, the past of the next call. A ``.pt2`` program
     takes and returns pairs, ``past=[(keys, values), ...]``; in an ONNX model these are called
-    ``past_key_values.0.key`` and ``present.0.key``, with numbers that count blocks with attention.
+    ``past_key_values.0.key`` and ``present.0.key``, numbered over the blocks with attention.
 
     Args:
-        model: a decoder-only language model. Sequences of a batch are of one length, without padding.
-        path: where to: ``.pt2`` or ``.onnx``. Folders are made; what was there is replaced when the file is complete.
-        verify: run what was exported, from an empty past and on, and compare.
+        model: a decoder-only language model. Sequences of a batch have one length, without padding.
+        path: the file to write, ``.pt2`` or ``.onnx``. Folders are made; an existing file is replaced when the new one
+            is complete.
+        verify: run the exported file, with an empty past and with a longer one, and compare.
 
     Returns:
         The path.
 
     Raises:
         UnknownNameError: the suffix is neither of the two.
-        ExportError: the model keeps no such cache, torch cannot export it, or the packages for ONNX are missing.
+        ExportError: the model has no such cache, torch cannot export it, or the packages for ONNX are missing.
         VerificationError: the program computes something else; nothing is written.
     """
     path = Path(path)
     if path.suffix not in _WRITERS:
         raise UnknownNameError("suffix", path.suffix, _WRITERS)
     step = _Step(model.eval())
-    _WRITERS[path.suffix](step, _program(step), path, verify)
+    _WRITERS[path.suffix](step, _export_step(step), path, verify)
     return path
 
 
 class _Step(nn.Module):
-    """One call of a model with a cache, in tensors."""
+    """One call of a model whose cache goes in and comes out as tensors."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class _Step(nn.Module):
         self.ids = torch.randint(len(embedding.weight), (2, 7), generator=torch.Generator().manual_seed(0)).to(
             model.device
         )
-        with torch.no_grad(), quiet(logging.ERROR), as_export_error():
+        with torch.no_grad(), quiet(logging.ERROR), wrap_export_errors():
             cache: Any = DynamicCache()
             model(input_ids=self.ids, past_key_values=cache, use_cache=True)
         self.blocks = [number for number, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
@@ -85,39 +86,34 @@ class _Step(nn.Module):
         return {"logits": logits, "present": [(cache.layers[n].keys, cache.layers[n].values) for n in self.blocks]}
 
 
-def _program(step: _Step) -> torch.export.ExportedProgram:
-    """Return one call as a program, at any batch, any number of tokens and any length of the past."""
-    with torch.no_grad(), quiet(logging.ERROR), as_export_error():
-        past = step(step.ids[:, :5], step.empty)["present"]
-        inputs = {"input_ids": step.ids[:, :3].clone(), "past": [tuple(t.clone() for t in pair) for pair in past]}
-        program = _traced(step, inputs)
-    plain: dict[int, torch.Tensor] = {}
-    for name, tensor in list(program.state_dict.items()):
-        plain.setdefault(id(tensor), plain_tensor(tensor))
-        program.state_dict[name] = plain[id(tensor)]
-    strip(program)
-    return program
+def _export_step(step: _Step) -> torch.export.ExportedProgram:
+    """Export one call with dynamic batch, number of tokens and length of the past."""
 
-
-def _traced(step: _Step, inputs: dict[str, Any]) -> torch.export.ExportedProgram:
-    """Return a program over one batch and one length of the past; where a model bounds these, over what torch finds.
-
-    Torch takes half as long where it is told that blocks share their lengths as where it has to find out.
-    """
-
-    def traced(batch: Any, sequence: Any, length: Any) -> torch.export.ExportedProgram:
+    def export(batch: Any, sequence: Any, length: Any) -> torch.export.ExportedProgram:
         pair = ({0: batch, 2: length}, {0: batch, 2: length})
         dims = {"input_ids": {0: batch, 1: sequence}, "past": [pair for _ in inputs["past"]]}
         return torch.export.export(step, (), inputs, dynamic_shapes=dims, strict=False)
 
-    try:
-        return traced(*(torch.export.Dim(name, min=least) for name, least in _SIZES.items()))
-    except Exception:  # whatever torch raises of sizes that are bounded, or of a model that it cannot export either way
-        return traced(*[torch.export.Dim.AUTO] * len(_SIZES))
+    with torch.no_grad(), quiet(logging.ERROR), wrap_export_errors():
+        past = step(step.ids[:, :5], step.empty)["present"]
+        inputs: dict[str, Any] = {
+            "input_ids": step.ids[:, :3].clone(),
+            "past": [tuple(t.clone() for t in pair) for pair in past],
+        }
+        try:  # torch takes half as long if named sizes say that all blocks have the same past
+            program = export(*(torch.export.Dim(name, min=least) for name, least in _SIZES.items()))
+        except Exception:  # torch may raise anything for a model that bounds these sizes, or that it cannot export
+            program = export(*[torch.export.Dim.AUTO] * len(_SIZES))
+    plain: dict[int, torch.Tensor] = {}
+    for name, tensor in list(program.state_dict.items()):
+        plain.setdefault(id(tensor), plain_tensor(tensor))
+        program.state_dict[name] = plain[id(tensor)]
+    strip_metadata(program)
+    return program
 
 
 def _calls(step: _Step) -> list[tuple[torch.Tensor, Past, list[torch.Tensor]]]:
-    """Return calls to verify with: tokens, past, and what comes out; the second goes on where the first ended."""
+    """Calls to verify with: tokens, past and expected outputs; the second continues the first."""
     made, past = [], step.empty
     with torch.no_grad(), quiet(logging.ERROR):
         for tokens in (step.ids[:, :4], step.ids[:, 4:5]):
@@ -133,10 +129,10 @@ def _flat(past: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
 
 def _write_program(step: _Step, program: torch.export.ExportedProgram, path: Path, verify: bool) -> None:
     for tokens, past, want in _calls(step) if verify else ():
-        with torch.no_grad(), as_export_error(path):
+        with torch.no_grad(), wrap_export_errors(path):
             out = program.module()(input_ids=tokens, past=past)
         require_close(want, [out["logits"], *_flat(out["present"])], path)
-    with replacing(path) as unfinished:
+    with atomic_path(path) as unfinished:
         torch.export.save(program, unfinished)
 
 
@@ -153,7 +149,7 @@ def _write_onnx(step: _Step, program: torch.export.ExportedProgram, path: Path, 
         inputs=["input_ids", *(f"past_key_values.{pair}" for pair in pairs)],
         outputs=["logits", *(f"present.{pair}" for pair in pairs)],
         axes=axes,
-        check=check if verify and has_kernels(step) else None,
+        check=check if verify and can_run_in_onnxruntime(step) else None,
     )
 
 

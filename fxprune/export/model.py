@@ -1,4 +1,4 @@
-"""A model as one file, of the kind that its suffix names."""
+"""Export of a model to one file, in the format of its suffix."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def export_model(
     cache: bool = False,
     verify: bool = True,
 ) -> Path:
-    """Write a model, pruned or not, as one file that runs without this package.
+    """Write a model, pruned or not, to one file that runs without this package.
 
     Args:
-        model: for instance what :func:`fxprune.from_pretrained` returns.
-        path: where to. ``.pt2`` writes a ``torch.export`` program and ``.onnx`` an ONNX model, see
-            :func:`fxprune.export_graph`; ``.gguf`` a GGUF file. Folders are made; what was there is replaced when the
-            new file is complete.
-        tokenizer: of the model, for a GGUF file.
-        like: a GGUF file with the same tokens, the dense model's, to copy the tokenizer from instead.
-        quantization: of a GGUF file: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q5_1``, ``q5_0``, ``q4_1``, ``q4_0``, ...;
-            ``f16`` by default. Vectors stay in float32; embedding and output are at least ``q8_0``.
-        cache: of a program, whether past keys and values go in and present ones come out; a GGUF file has it always.
-        verify: run what was exported and compare. What a GGUF file says is always compared.
+        model: a Hugging Face model, for instance from :func:`fxprune.from_pretrained`.
+        path: the file to write. ``.pt2`` is a ``torch.export`` program and ``.onnx`` an ONNX model, see
+            :func:`fxprune.export_graph`; ``.gguf`` a GGUF file. Folders are made; an existing file is replaced when
+            the new one is complete.
+        tokenizer: the tokenizer, for a GGUF file.
+        like: a GGUF file with the same tokens, such as the dense model's, to copy the tokenizer from instead.
+        quantization: type of the weights of a GGUF file: ``f32``, ``f16`` (the default), ``bf16``, ``q8_0``, ``q5_1``,
+            ``q5_0``, ``q4_1``, ``q4_0``, ... Vectors stay in float32; embedding and output are at least ``q8_0``.
+        cache: whether a program takes past keys and values and returns present ones; not for GGUF files.
+        verify: run the exported file and compare. The logits of a GGUF file are always compared.
 
     Returns:
         The path.
 
     Raises:
-        UnknownNameError: there is no such suffix, or no such quantisation.
-        ExportError: the model cannot be said in the format, with the reason; or an argument belongs to another one.
+        UnknownNameError: the suffix or the quantisation is unknown.
+        ExportError: the format cannot express the model, with the reason; or an argument belongs to another format.
         VerificationError: the program computes something else; nothing is written.
     """
     path = Path(path)
@@ -59,24 +59,26 @@ def export_model(
     return export_graph(trace(model).graph_module, path, verify=verify)
 
 
-def check_options(path: Path, *, cache: bool, **of_gguf: Any) -> None:
-    """Refuse arguments that mean nothing to the kind of file that a suffix names.
+def check_options(path: Path, *, cache: bool, **gguf_options: Any) -> None:
+    """Refuse arguments that do not apply to the format of a file.
 
     Args:
-        path: where to.
-        cache: whether a program keeps keys and values.
-        of_gguf: what GGUF files alone take; a tokenizer may be given for any file.
+        path: the file to write.
+        cache: whether a program takes keys and values.
+        gguf_options: options of GGUF files; a tokenizer may be given for any file.
 
     Raises:
-        UnknownNameError: there is no such suffix.
-        ExportError: an argument belongs to another kind of file.
+        UnknownNameError: the suffix is unknown.
+        ExportError: an argument belongs to another format.
     """
     if path.suffix not in SUFFIXES:
         raise UnknownNameError("suffix", path.suffix, SUFFIXES)
     if path.suffix == ".gguf":
         if cache:
-            raise ExportError("a GGUF file has no forward pass of its own", where="cache", remedy="Leave cache out")
+            what, remedy = "a GGUF file has no forward pass of its own", "Leave $cache out"
+            raise ExportError(what, where="cache", remedy=remedy, argument="cache", value=cache)
         return
     for name in ("like", "quantization"):
-        if of_gguf.get(name) is not None:
-            raise ExportError(f"{name} is for GGUF files", where=path.name, remedy=f"Leave {name} out")
+        if gguf_options.get(name) is not None:
+            what, remedy = f"${name} is for GGUF files", f"Leave ${name} out"
+            raise ExportError(what, where=path.name, remedy=remedy, argument=name, value=gguf_options[name])

@@ -1,4 +1,4 @@
-"""A ``torch.export`` program as an ONNX model, and an ONNX model run."""
+"""ONNX models: written from a ``torch.export`` program, and run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fxprune.export.files import as_export_error, replacing, require_packages
+from fxprune.export.files import atomic_path, require_packages, wrap_export_errors
 from fxprune.graph.compat import tree_unflatten
 from fxprune.graph.context import quiet
 
@@ -28,36 +28,39 @@ def write_onnx(
     """Write an ONNX model.
 
     Args:
-        program: what it computes.
-        path: where to.
-        inputs: a name for each tensor that goes in.
-        outputs: a name for each that comes out.
-        axes: for each tensor that goes in, names of axes that vary.
-        check: called with the path of the model before it is moved into place; raises if it is wrong.
+        program: the program to translate.
+        path: the file to write.
+        inputs: a name for each input tensor.
+        outputs: a name for each output.
+        axes: for each input tensor, names of its dynamic axes.
+        check: called with the path of the model before it is moved into place; raises if the model is wrong.
 
     Raises:
-        ExportError: torch cannot make one, or packages are missing.
+        ExportError: torch cannot translate the program, or packages are missing.
     """
     require_packages("onnx", "onnxscript", *(["onnxruntime"] if check is not None else []))
     spec = program.call_spec.in_spec
     assert spec is not None
-    dims: Any = tree_unflatten(_beside_constants(program, axes), spec)[1]
+    nodes, left = {node.name for node in program.graph.nodes}, iter(axes)
+    # inputs that are not tensors are listed by value instead of the name of a node, and have no axes
+    leaves = [next(left) if isinstance(i, str) and i in nodes else None for i in program.graph_signature.user_inputs]
+    dims: Any = tree_unflatten(leaves, spec)[1]
     names: dict[str, Any] = {"input_names": list(inputs), "output_names": list(outputs), "dynamic_shapes": dims}
-    with quiet(logging.WARNING), as_export_error(path):
+    with quiet(logging.WARNING), wrap_export_errors(path):
         model = torch.onnx.export(program, (), dynamo=True, verbose=False, optimize=False, **names)
         assert model is not None
-        _shorten(model.model)
-    with replacing(path) as unfinished:
+        _simplify(model.model)
+    with atomic_path(path) as unfinished:
         model.save(unfinished)
         if check is not None:
             check(unfinished)
 
 
-def _shorten(model: Any) -> None:
-    """Fold constants and drop what is there twice.
+def _simplify(model: Any) -> None:
+    """Fold constants and remove duplicates.
 
-    onnxruntime fuses what it can when it loads a model. Matching the rewrite rules of onnxscript, which come to the
-    same speed, takes as long as the rest of an export.
+    The rewrite rules of onnxscript are left out: onnxruntime fuses ops when it loads a model, which is as fast in the
+    end, and matching the rules takes as long as the rest of an export.
     """
     from onnx_ir.passes import Sequential, common
     from onnxscript import optimizer
@@ -75,25 +78,11 @@ def _shorten(model: Any) -> None:
     )(model)
 
 
-def _beside_constants(program: torch.export.ExportedProgram, axes: Sequence[dict[int, str]]) -> list[Any]:
-    """Return for each input the names of its axes, None for one that is no tensor."""
-    left = iter(axes)
-    nodes = {node.name for node in program.graph.nodes}
-    return [
-        next(left) if isinstance(name, str) and name in nodes else None for name in program.graph_signature.user_inputs
-    ]
-
-
 def run_onnx(path: Path, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return what an ONNX model computes on a CPU.
-
-    Args:
-        path: of the model.
-        inputs: what goes in, in its order.
-    """
+    """Outputs of an ONNX model for ``inputs``, in the order in which the model takes them, on a CPU."""
     import onnxruntime
 
-    with as_export_error(path):
+    with wrap_export_errors(path):
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         feeds = {entry.name: value.cpu().numpy() for entry, value in zip(session.get_inputs(), inputs, strict=True)}
         return [torch.from_numpy(value) for value in session.run(None, feeds)]

@@ -1,1 +1,1 @@
-"""An fx graph as this package uses it: its tensors, names and arguments, and what is known about it."""
+"""fx graphs: tensors, names, arguments, shapes, counts, and the facts about a graph."""

@@ -1,7 +1,7 @@
-"""Scopes around code that is not ours: output silenced, torch state restored, errors classified, export settings.
+"""Contexts around foreign code: output silenced, torch state restored, errors classified, export settings.
 
-Where a call of the user enters this package, :func:`clear_errors` is the last net: what nobody foresaw still ends in an
-error that says where, what and what to do.
+At the entry points of the package :func:`wrap_errors` turns unforeseen exceptions into errors that name the place and a
+remedy.
 """
 
 from __future__ import annotations
@@ -25,90 +25,90 @@ from torch import nn
 from torch.fx import GraphModule, Node, Proxy
 
 from fxprune.errors import FxpruneError
-from fxprune.graph.compat import disable_proxy_modes_tracing, forgetting, get_proxy_mode, get_proxy_slot, track_tensor
+from fxprune.graph.compat import (
+    clear_symbolic_caches,
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    track_tensor,
+)
 
 __all__ = [
     "Refusal",
-    "as_exported",
     "attempt",
+    "bind_node",
     "call_foreign",
-    "clear_errors",
-    "compiled_later",
     "current_tracer",
-    "evaluating",
-    "lean",
-    "neutral",
+    "default_modes",
+    "defer_gc",
+    "disable_mha_fastpath",
+    "disable_torch_function",
+    "eval_mode",
+    "mark_exporting",
     "node_of",
-    "own_randomness",
+    "pause_tracing",
+    "preserve_rng",
     "quiet",
-    "tidy_later",
-    "track",
-    "unprinted",
-    "unseen",
-    "untraced",
-    "without_fast_path",
+    "recompile_lazily",
+    "silence_stderr",
+    "skip_stack_traces",
+    "wrap_errors",
 ]
 
 
 @contextmanager
 def quiet(level: int = logging.ERROR) -> Iterator[None]:
-    """Hide warnings, and log messages up to ``level``, while the context lasts.
+    """Hide warnings and log messages up to ``level``, and from ``ERROR`` on also standard error.
 
-    Args:
-        level: the highest level that is hidden. What another ``quiet`` around this one hides stays hidden. Where errors
-            are, what is printed about them is too; see :func:`unprinted`.
+    An outer ``quiet`` with a higher level stays in force.
     """
     before = logging.root.manager.disable
-    _disable(max(before, level))
+    wanted = max(before, level)
     try:
-        with warnings.catch_warnings(), unprinted() if level >= logging.ERROR else nullcontext():
+        if wanted != before:  # logging.disable clears the caches of all loggers
+            logging.disable(wanted)
+        with warnings.catch_warnings(), silence_stderr() if level >= logging.ERROR else nullcontext():
             warnings.simplefilter("ignore")
             yield
     finally:
-        _disable(before)
-
-
-def _disable(level: int) -> None:
-    """Hide log messages up to ``level``; if they are hidden already, no logger has to forget what it shows."""
-    if logging.root.manager.disable != level:
-        logging.disable(level)
+        if logging.root.manager.disable != before:
+            logging.disable(before)
 
 
 @contextmanager
-def unprinted() -> Iterator[None]:
-    """Hide what is written to ``sys.stderr``: torch prints a whole graph there before it lets an error pass."""
+def silence_stderr() -> Iterator[None]:
+    """Discard output to ``sys.stderr``: torch prints a whole graph there before it raises."""
     with redirect_stderr(io.StringIO()):
         yield
 
 
-_DEVICES = ("cpu", "cuda", "xpu", "mps")
-"""Those that autocast knows."""
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 @contextmanager
-def neutral() -> Iterator[None]:
-    """Compute as outside of any context of torch: with gradients, in the dtypes of the tensors, on the CPU by default.
+def default_modes() -> Iterator[None]:
+    """Restore torch's default modes: gradients on, no autocast, no inference mode, the CPU as default device.
 
-    So a call does the same under ``torch.inference_mode()``, ``torch.no_grad()``, ``torch.autocast`` and
-    ``torch.device`` as without. Code that was compiled runs as it was written, and torch remembers nothing of the call.
-    Also as a decorator.
+    A call then does the same inside a user's ``torch.inference_mode()``, ``torch.no_grad()``, ``torch.autocast`` or
+    ``torch.device``. Compiled code runs eagerly, and torch caches nothing about symbolic sizes beyond the call. Also a
+    decorator.
     """
     with ExitStack() as stack:
-        stack.enter_context(forgetting())
+        stack.enter_context(clear_symbolic_caches())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for device in _DEVICES:
+        for device in _AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        if torch.get_default_device().type != "cpu":  # each context in force costs every call of torch some time
+        if torch.get_default_device().type != "cpu":  # an active device context slows down every call of torch
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
 @contextmanager
-def own_randomness() -> Iterator[None]:
-    """Leave the random states of Python, NumPy and torch, on all devices, as they were before the context."""
+def preserve_rng() -> Iterator[None]:
+    """Restore the random states of Python, NumPy and torch, on all devices, at the end of the context."""
     python, numbers = random.getstate(), np.random.get_state()
     device = torch.accelerator.current_accelerator()
     kind = "cuda" if device is None else device.type
@@ -121,8 +121,8 @@ def own_randomness() -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode while the context lasts; each of its modules is then as it was."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and restore the mode of each of its modules at the end."""
     held = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -137,45 +137,45 @@ T = TypeVar("T")
 _OURS = __name__.partition(".")[0]
 
 _LONGEST = 300
-"""Characters of a stranger's message that are repeated; some go on for pages."""
+"""Characters to repeat of a foreign message; some go on for pages."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why code that is not ours did not do what it was asked.
+    """A foreign function's refusal.
 
     Args:
-        error: what it raised.
+        error: the exception it raised.
     """
 
     error: Exception
 
     def __str__(self) -> str:
-        """Return the kind of error and the first line of its message."""
+        """Return the class of the error and the first line of its message."""
         line = next((line.strip() for line in str(self.error).splitlines() if line.strip()), "")
         shown = line if len(line) <= _LONGEST else f"{line[:_LONGEST].rstrip()} ..."
         return f"{type(self.error).__name__}: {shown}"
 
 
 @contextmanager
-def clear_errors(where: str, remedy: str, kind: type[FxpruneError] = FxpruneError) -> Iterator[None]:
-    """Turn whatever is raised, and is not an error of this package, into one; also as a decorator.
+def wrap_errors(where: str, remedy: str, kind: type[FxpruneError] = FxpruneError) -> Iterator[None]:
+    """Turn foreign exceptions into errors of this package; also a decorator.
 
-    Interrupts, and memory that ran out, pass as they are.
+    Interrupts and out-of-memory errors pass as they are.
 
     Args:
         where: the argument, pass or function concerned.
-        remedy: what the caller can do where code that is not ours refused.
+        remedy: advice to the caller if foreign code refused.
         kind: the class of the error.
 
     Raises:
-        FxpruneError: of the class ``kind``, with what was raised as its cause.
+        FxpruneError: of the class ``kind``, with the exception as its cause.
     """
     try:
         yield
     except (FxpruneError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # the last net: whatever it is, the caller is told where it happened and what to do
+    except Exception as error:  # whatever it is, the caller gets the place and a remedy
         frame = _innermost(error.__traceback__)
         if frame is None or not _is_ours(error.__traceback__):
             raise kind(str(Refusal(error)), where=where, remedy=remedy) from error
@@ -189,34 +189,34 @@ _DEFECT = "If they are as documented, this is a defect of fxprune: please report
 def attempt(
     function: Callable[..., T], /, *args: Any, refusals: tuple[type[Exception], ...] = (), **kwargs: Any
 ) -> T | Refusal:
-    """Return what a function returns, or why it refused.
+    """Call a function and return its result, or its :class:`Refusal`.
 
-    An error counts as a refusal if the code that raised it is not ours: a stranger's constructor, or the torch or
-    transformers code that it called. An error raised by a line of this package is a defect and is raised again.
+    An exception counts as a refusal if foreign code raised it: a model's constructor, or the torch or transformers code
+    that it called. An exception raised by a line of this package is a defect and propagates.
 
     Args:
-        function: runs code that is not ours, perhaps by way of ours.
-        args: what it is called with.
-        refusals: errors that our own code raises to refuse on purpose.
-        kwargs: what it is called with by name.
+        function: runs foreign code, perhaps by way of this package.
+        args: positional arguments.
+        refusals: exceptions that this package raises to refuse on purpose.
+        kwargs: keyword arguments.
     """
     try:
         return call_foreign(function, *args, **kwargs)
     except refusals as error:
         return Refusal(error)
-    except Exception as error:  # code that is not ours may raise anything; errors of our own pass on
+    except Exception as error:  # foreign code may raise anything; defects of this package propagate
         if _is_ours(error.__traceback__):
             raise
         return Refusal(error)
 
 
 def call_foreign(function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
-    """Call code that is not ours from code that is: arguments it does not take are its refusal, not our defect."""
+    """Call foreign code from this package: arguments it does not take are its refusal, not a defect here."""
     return function(*args, **kwargs)
 
 
 def _is_ours(traceback: TracebackType | None) -> bool:
-    """Whether the innermost frame of a traceback is in this package, and not where a stranger's call was refused."""
+    """Whether this package raised: the innermost frame is in it, and is not that of :func:`call_foreign`."""
     last = _innermost(traceback)
     if last is None or last.tb_frame.f_code is call_foreign.__code__:
         return False
@@ -230,8 +230,8 @@ def _innermost(traceback: TracebackType | None) -> TracebackType | None:
 
 
 @contextmanager
-def as_exported() -> Iterator[None]:
-    """Let code that asks whether it is exported find that it is."""
+def mark_exporting() -> Iterator[None]:
+    """Make ``torch.compiler.is_exporting()`` and ``is_compiling()`` true inside this context."""
     before = {name: getattr(torch.compiler, name) for name in ("_is_compiling_flag", "_is_exporting_flag")}
     try:
         for name in before:
@@ -243,16 +243,16 @@ def as_exported() -> Iterator[None]:
 
 
 @contextmanager
-def compiled_later() -> Iterator[WeakSet[GraphModule]]:
-    """Write the Python code of graphs that are made in this context once they are run, if they ever are.
+def recompile_lazily() -> Iterator[WeakSet[GraphModule]]:
+    """Generate the Python code of graph modules made in this context only when they are first run.
 
-    Yields those whose code may not be written yet.
+    Yields the graph modules whose code may not be generated yet.
     """
     recompile = GraphModule.recompile
-    waiting = WeakSet[GraphModule]()
+    pending = WeakSet[GraphModule]()
 
-    def later(graph_module: GraphModule) -> None:
-        waiting.add(graph_module)
+    def postpone(graph_module: GraphModule) -> None:
+        pending.add(graph_module)
         kind: Any = type(graph_module)
 
         def forward(self: GraphModule, *args: Any, **kwargs: Any) -> Any:
@@ -261,57 +261,57 @@ def compiled_later() -> Iterator[WeakSet[GraphModule]]:
 
         kind.forward = forward
 
-    GraphModule.recompile = later  # type: ignore[method-assign,assignment]
+    GraphModule.recompile = postpone  # type: ignore[method-assign,assignment]
     try:
-        yield waiting
+        yield pending
     finally:
         GraphModule.recompile = recompile  # type: ignore[method-assign]
 
 
 def current_tracer() -> Any:
-    """Return the tracer of the export that is under way; None where there is none."""
+    """Return the tracer of the export in progress, or None."""
     mode = get_proxy_mode()
     return None if mode is None else mode.tracer
 
 
 def node_of(tensor: torch.Tensor, tracer: Any) -> Node | None:
-    """Return the node that stands for ``tensor`` in a trace; None where there is none, or it has known values."""
+    """Return the node of ``tensor`` in a trace; None if it has none, or is a constant."""
     slot = get_proxy_slot(tensor, tracer, None)
     return None if slot is None or slot.constant is not None else slot.proxy.node
 
 
-def track(tensor: torch.Tensor, node: Node, tracer: Any) -> None:
-    """Let ``node`` stand for ``tensor`` in a trace."""
+def bind_node(tensor: torch.Tensor, node: Node, tracer: Any) -> None:
+    """Make ``node`` the node of ``tensor`` in a trace."""
     track_tensor(tensor, Proxy(node, tracer), constant=None, tracer=tracer)
 
 
 @contextmanager
-def untraced() -> Iterator[None]:
-    """Run ops that do not appear in the graph of the export that is under way."""
-    with disable_proxy_modes_tracing(), unseen():
+def pause_tracing() -> Iterator[None]:
+    """Run ops without recording them in the export in progress."""
+    with disable_proxy_modes_tracing(), disable_torch_function():
         yield
 
 
-def unseen() -> AbstractContextManager[None]:
-    """Return a context in which no mode of torch functions sees calls."""
+def disable_torch_function() -> AbstractContextManager[None]:
+    """Return a context in which torch function modes see no calls."""
     return torch._C.DisableTorchFunction()
 
 
 @contextmanager
-def lean() -> Iterator[None]:
-    """Trace without what nobody reads: stacks at nodes, and code of graphs."""
+def skip_stack_traces() -> Iterator[None]:
+    """Skip node stack traces and graph code while exporting."""
     kept = torch.fx.config.do_not_emit_stack_traces
     torch.fx.config.do_not_emit_stack_traces = True
     try:
-        with compiled_later():
+        with recompile_lazily():
             yield
     finally:
         torch.fx.config.do_not_emit_stack_traces = kept
 
 
 @contextmanager
-def tidy_later() -> Iterator[None]:
-    """Look for garbage when this is over, among what was made here: what there was before is not all looked through."""
+def defer_gc() -> Iterator[None]:
+    """Postpone garbage collection to the end of the context, and then search young objects only."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -323,8 +323,8 @@ def tidy_later() -> Iterator[None]:
 
 
 @contextmanager
-def without_fast_path() -> Iterator[None]:
-    """Make attention modules of torch trace to many small ops, not to one op for a whole block."""
+def disable_mha_fastpath() -> Iterator[None]:
+    """Make torch's transformer modules trace to small ops rather than one fused op per block."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

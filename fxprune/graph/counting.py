@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -15,90 +16,112 @@ from fxprune.graph.compat import (
     UNKNOWN_SIZE,
     HigherOrderOperator,
     OpOverload,
+    evaluate_expression,
     fake_mode,
-    is_composite,
     is_free,
     size_hint,
-    symbol_hint,
     tree_leaves,
     tree_map,
-    work_out,
 )
-from fxprune.graph.tensors import comparable, device_of, example_of, on_meta
+from fxprune.graph.facts import Fact, fork, unshare
+from fxprune.graph.tensors import comparable, device_of, has_meta_weights, map_tensors
 
-__all__ = ["count_bytes", "count_macs", "count_parameters"]
+__all__ = ["TOKENS", "Work", "count_bytes", "count_macs", "count_parameters"]
 
 TOKENS = 64
 """Sequence length of the paper's count (LLM-Pruner, arXiv 2305.11627)."""
 
 
-def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS, run: type[fx.Interpreter] = fx.Interpreter) -> int:
-    """Return the multiply-accumulates of one forward pass on one sample.
+@dataclass(frozen=True)
+class Work(Fact):
+    """Size of the dense graph, and the work of one sample, recorded when the model is traced.
 
-    Half of what :class:`torch.utils.flop_counter.FlopCounterMode` counts: matrix products, attention and
-    convolutions. Embedding look-ups, norms and pointwise ops do not count. The traced batch stands for one sample where
-    the graph does not take one row alone. Shapes follow from those that are known of the graph, and ops that are called
-    alike are counted once. Where some are not known, the graph is run without values; where the work depends on the
-    data, on zeros; without weights to run on, the count is unknown and ``2**30 - 1``.
+    Args:
+        parameters: number of parameters.
+        macs: multiply-accumulates of one sample of ``tokens`` tokens.
+        tokens: the sequence length that ``macs`` is for.
+        memory: bytes of the parameters.
+        model: name of the model and its class.
+    """
+
+    parameters: int
+    macs: int
+    tokens: int = TOKENS
+    memory: int = 0
+    model: str = ""
+
+    @classmethod
+    def of(cls, graph_module: fx.GraphModule, model: str = "") -> Work:
+        """Count parameters, bytes and MACs of a graph."""
+        return cls(
+            count_parameters(graph_module), count_macs(graph_module), memory=count_bytes(graph_module), model=model
+        )
+
+
+def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS) -> int:
+    """MACs per sample: half of the operations that :class:`torch.utils.flop_counter.FlopCounterMode` counts.
+
+    It counts matrix products, attention and convolutions, but no embedding look-ups, norms or pointwise ops. If the
+    graph does not take a single row, the traced batch stands for one sample. Shapes follow from the recorded ones, and
+    equal calls are counted once. If some are unknown, the graph is run on fake tensors; if the work depends on data, on
+    zeros; without weights to run on, the count is unknown and ``2**30 - 1``.
 
     Args:
         graph_module: the graph.
-        tokens: length of integer inputs of two axes, where the graph is dynamic, and of all that has to have the same;
-            other inputs keep the traced shape.
-        run: the interpreter; one of :mod:`fxprune.masking` leaves weights alone that the graph writes to.
+        tokens: length of integer inputs of two axes in a dynamic graph, and of axes tied to it; other inputs keep the
+            traced shape.
     """
-    ways = (False,) if on_meta(graph_module) else (False, True)
+    ways = (False,) if has_meta_weights(graph_module) else (False, True)
     sizes = ((1, tokens), (None, tokens), (None, None))
     for batch, length in sizes:
         try:
             return _by_shapes(graph_module.graph, _chosen(graph_module.graph, batch, length)) // 2
-        except Exception:  # a shape that is not known, an op that needs data, a batch that the graph does not take
+        except Exception:  # an unknown shape, an op that needs data, a batch that the graph does not take
             continue
     for (batch, length), real in [(size, real) for size in sizes for real in ways]:
         try:
-            make = partial(_inputs, graph_module, batch, length)
-            flops = size_hint(_flops(run(graph_module), make, nullcontext() if real else fake_mode()))
-        except Exception:  # a batch the graph does not take, or an op that needs data: whatever torch raises then
+            runnable = graph_module
+            if real:  # on copies of the weights, which the graph may write to
+                runnable = fork(graph_module)
+                unshare(runnable, graph_module)
+            run = partial(_run_on_zeros, runnable, batch, length)
+            flops = size_hint(_flops(run, nullcontext() if real else fake_mode()))
+        except Exception:  # a batch the graph does not take, or an op that needs data: torch raises anything
             continue
         if flops != UNKNOWN_SIZE:
             return flops // 2
     return UNKNOWN_SIZE // 2
 
 
-def _flops(
-    run: fx.Interpreter, make: Callable[[], Sequence[Any]], mode: AbstractContextManager[object]
-) -> int | torch.SymInt:
+def _flops(work: Callable[[], object], mode: AbstractContextManager[object]) -> int | torch.SymInt:
     with mode, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
-        run.run(*make())
+        work()
     total: int | torch.SymInt = counter.get_total_flops()
     return total
 
 
 def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    """Return the operations of scores and of weighted values, from shapes ``(batch, heads, tokens, size)``."""
+    """Operations of scores and of weighted values, from shapes ``(batch, heads, tokens, size)``."""
     batch, heads, rows, size = query
     return 2 * batch * heads * rows * key[-2] * (size + value[-1])
 
 
 _ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
-"""torch's counter knows the attention kernels of GPUs alone."""
+"""torch's counter knows only the attention kernels of GPUs."""
 
 
 def count_parameters(graph_module: fx.GraphModule) -> int:
-    """Return the number of elements of all parameters, tied ones once."""
+    """Number of elements of all parameters, tied ones once."""
     return sum(parameter.numel() for parameter in graph_module.parameters())
 
 
 def count_bytes(graph_module: fx.GraphModule) -> int:
-    """Return the bytes of all parameters in the types that they have, tied ones once."""
+    """Bytes of all parameters in their dtypes, tied ones once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in graph_module.parameters())
 
 
-def _inputs(graph_module: fx.GraphModule, batch: int | None, tokens: int | None) -> list[Any]:
-    """Return zeros: ``batch`` samples of ``tokens`` tokens (None: as many as were traced); what is no tensor as it was.
-
-    Sizes that tracing found to be the same stay the same.
-    """
+def _run_on_zeros(graph_module: fx.GraphModule, batch: int | None, tokens: int | None) -> None:
+    """Run a graph on zeros: ``batch`` samples of ``tokens`` tokens (None: the traced size), other sizes as traced."""
     values = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
     chosen = _chosen(graph_module.graph, batch, tokens)
     device = device_of(graph_module)
@@ -107,11 +130,11 @@ def _inputs(graph_module: fx.GraphModule, batch: int | None, tokens: int | None)
         shape = [chosen.get(str(size), size_hint(size)) for size in value.shape]
         return torch.zeros(shape, dtype=value.dtype, device=device)
 
-    return [example_of(value, zeros) for value in values]
+    fx.Interpreter(graph_module).run(*[map_tensors(value, zeros) for value in values])
 
 
 def _chosen(graph: fx.Graph, batch: int | None, tokens: int | None) -> dict[str, int]:
-    """Return the numbers that stand for sizes of integer inputs of two axes, by how the sizes are spelled."""
+    """Numbers for the sizes of integer inputs of two axes, by symbol."""
     values = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
     chosen: dict[str, int] = {}
     for value in tree_leaves(values):
@@ -122,10 +145,10 @@ def _chosen(graph: fx.Graph, batch: int | None, tokens: int | None) -> dict[str,
 
 
 def _by_shapes(graph: fx.Graph, chosen: Mapping[str, int]) -> int:
-    """Return the operations of a graph from the shapes of its values, without running it.
+    """Operations of a graph from the shapes of its values, without running it.
 
     Raises:
-        Exception: a value is not known, or an op cannot work on shapes alone.
+        Exception: a value is unknown, or an op cannot run on shapes alone.
     """
     sizes = _Sizes(chosen)
     known: dict[object, int] = {}
@@ -137,28 +160,24 @@ def _by_shapes(graph: fx.Graph, chosen: Mapping[str, int]) -> int:
             continue
         key = node.target, sizes.described(node.args), sizes.described(node.kwargs)
         if key not in known:
-            known[key] = _flops_of(node.target, *fx.map_arg((node.args, node.kwargs), sizes.of))
+            args, kwargs = fx.map_arg((node.args, node.kwargs), sizes.of)
+            known[key] = int(_flops(partial(node.target, *args, **kwargs), nullcontext()))
         total += known[key]
     return total
 
 
 @cache
 def _may_count(op: OpOverload) -> bool:
-    """Whether torch's counter counts an op, or may count one of those that it is made of."""
-    return op.overloadpacket in flop_registry or op.overloadpacket in _ATTENTION or is_composite(op)
-
-
-def _flops_of(op: OpOverload, args: Any, kwargs: Any) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
-        op(*args, **kwargs)
-    return int(counter.get_total_flops())
+    """Whether torch's counter counts an op, or may count one that it is composed of."""
+    composite = op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    return op.overloadpacket in flop_registry or op.overloadpacket in _ATTENTION or bool(composite)
 
 
 class _Sizes:
     """Values of a graph with numbers for their sizes.
 
     Args:
-        chosen: numbers, by how a size is spelled; others are as they were traced.
+        chosen: numbers by symbol; other sizes are as they were traced.
     """
 
     def __init__(self, chosen: Mapping[str, int]) -> None:
@@ -167,7 +186,7 @@ class _Sizes:
         self._described: dict[fx.Node, object] = {}
 
     def described(self, argument: Any) -> object:
-        """Return an argument of a node, with nodes by the shapes and numbers that they stand for, as what hashes."""
+        """Return an argument of a node as a hashable value, with nodes by their shapes and numbers."""
         if isinstance(argument, fx.Node):
             if argument not in self._described:
                 value = self.of(argument) if argument.target is getattr else argument.meta["val"]
@@ -180,7 +199,7 @@ class _Sizes:
         return comparable(argument)
 
     def of(self, node: fx.Node) -> Any:
-        """Return the value of a node with numbers for sizes, and tensors on ``meta``."""
+        """Return the value of a node with numbers for sizes and tensors on ``meta``."""
         if node.target is getattr:
             source, name = node.args
             assert isinstance(source, fx.Node) and isinstance(name, str)
@@ -202,7 +221,8 @@ class _Sizes:
             return size
         expression = size.node.expr
         if expression not in self.known:
-            given = self.chosen
-            symbols = {s: given[str(s)] if str(s) in given else symbol_hint(s, size) for s in expression.free_symbols}
-            self.known[expression] = int(work_out(expression, symbols))
+            chosen, traced = self.chosen, size.node.shape_env.backed_var_to_val
+            names = {symbol: str(symbol) for symbol in expression.free_symbols}
+            symbols = {s: chosen[name] if name in chosen else int(traced[s]) for s, name in names.items()}
+            self.known[expression] = int(evaluate_expression(expression, symbols))
         return self.known[expression]

@@ -1,14 +1,16 @@
 """Facts about a graph, its source model and its repeated blocks, kept in ``GraphModule.meta``.
 
-A pass names the classes of the facts it needs, gives and makes stale. A stale fact is dropped, so that asking for it is
-an error that says what made it stale and which pass finds it again. Facts are defined beside what makes them; here
-are those that any graph may have.
+A pass declares the classes of facts that it needs, gives and makes stale. A stale fact is dropped, so that reading it
+is an error that names the pass that made it stale and one that gives it again. A fact is defined beside the code that
+gives it; those that any graph may have are here.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -34,15 +36,15 @@ __all__ = [
     "find_blocks",
     "fork",
     "owner_block",
-    "put_back",
+    "restore_cut",
     "set_facts",
-    "tell_givers",
+    "set_giver_lookup",
     "unshare",
     "within",
 ]
 
 Change = Literal["graph", "weights", "nothing"]
-"""What a pass changes: the graph (its weights too), the weights alone, or nothing."""
+"""Effect of a pass: it changes the graph (its weights too), the weights alone, or nothing."""
 
 _KEY = "fxprune"
 
@@ -51,11 +53,13 @@ class Fact:
     """Something known about a graph. Subclasses are frozen dataclasses."""
 
     about: ClassVar[Change] = "nothing"
-    """What the fact describes: ``graph`` or ``weights`` (then it is stale once these change), or ``nothing``."""
+    """Subject of the fact: ``graph`` or ``weights``, a change of which makes it stale, or ``nothing``."""
     missing_error: ClassVar[type[PassError]] = PassError
-    """What is raised where it is needed and not known."""
+    """Class of the error if it is needed and missing."""
+    open: ClassVar[bool] = False
+    """Whether every pass may read the fact without declaring it."""
     remedy: ClassVar[str] = ""
-    """What else can be done then than to run the pass that gives it."""
+    """Advice for that error, beside running the pass that gives it."""
 
 
 F = TypeVar("F", bound=Fact)
@@ -63,9 +67,22 @@ F = TypeVar("F", bound=Fact)
 _givers: list[Callable[[type[Fact]], tuple[str, ...]]] = []
 
 
-def tell_givers(find: Callable[[type[Fact]], tuple[str, ...]]) -> None:
-    """Let ``find`` name the passes that give a fact, for error messages; called by what knows the passes."""
+def set_giver_lookup(find: Callable[[type[Fact]], tuple[str, ...]]) -> None:
+    """Set the function that lists the passes giving a fact, for error messages; the registry of passes calls this."""
     _givers[:] = [find]
+
+
+_readable: ContextVar[tuple[str, frozenset[type[Fact]]] | None] = ContextVar("readable", default=None)
+
+
+@contextmanager
+def reading(name: str, kinds: Iterable[type[Fact]] | None) -> Iterator[None]:
+    """Let only facts of ``kinds`` be read inside this context, the view of a pass ``name``; None for all facts."""
+    token = _readable.set(None if kinds is None else (name, frozenset(kinds)))
+    try:
+        yield
+    finally:
+        _readable.reset(token)
 
 
 class Facts:
@@ -79,7 +96,7 @@ class Facts:
         """Return the fact of class ``kind``.
 
         Raises:
-            PassError: it is not known; says which pass finds it, and what made it stale if it was known before.
+            PassError: it is missing; names a pass that gives it, and the one that made it stale.
         """
         found = self.get(kind)
         if found is None:
@@ -87,7 +104,14 @@ class Facts:
         return found
 
     def get(self, kind: type[F]) -> F | None:
-        """Return the fact of class ``kind``; None where it is not known."""
+        """Return the fact of class ``kind``, or None."""
+        view = _readable.get()
+        if view is not None and kind not in view[1] and not kind.open:
+            raise PassError(
+                f"reads the fact {kind.__name__}, and declares it in neither needs nor wants",
+                where=f"pass {view[0]}",
+                remedy="Declare it",
+            )
         return self._held.get(kind)  # type: ignore[return-value]
 
     def __contains__(self, kind: object) -> bool:
@@ -99,17 +123,17 @@ class Facts:
         return iter(tuple(self._held.values()))
 
     def put(self, fact: Fact) -> None:
-        """Add ``fact``, in place of an earlier one of its class."""
+        """Add ``fact``, replacing an earlier one of its class."""
         self._held[type(fact)] = fact
         self._dropped.pop(type(fact), None)
 
     def drop(self, kind: type[Fact], by: str) -> None:
-        """Forget the fact of class ``kind``, which the pass ``by`` made stale."""
+        """Drop the fact of class ``kind``, which the pass ``by`` made stale."""
         if self._held.pop(kind, None) is not None:
             self._dropped[kind] = by
 
     def drop_about(self, change: Change, by: str, but: tuple[type[Fact], ...] = ()) -> None:
-        """Forget the facts that are stale after ``change``: a change of the graph is one of the weights as well."""
+        """Drop the facts that ``change`` makes stale: a change of the graph is also one of the weights."""
         stale = {"graph": ("graph", "weights"), "weights": ("weights",), "nothing": ()}[change]
         for kind in tuple(self._held):
             if kind.about in stale and kind not in but:
@@ -122,12 +146,12 @@ class Facts:
         return twin
 
     def missing(self, kind: type[Fact], where: str = "", by: str = "") -> PassError:
-        """Return the error for a fact that is asked for and not known.
+        """Return the error for reading a missing fact.
 
         Args:
-            kind: what is asked for.
-            where: who asks.
-            by: the pass that makes it stale, where it is not this object that saw it.
+            kind: class of the fact.
+            where: the reader.
+            by: the pass that makes it stale, if this object did not record that.
         """
         by = by or self._dropped.get(kind, "")
         what = f"the fact {kind.__name__} is stale since pass {by}" if by else f"the fact {kind.__name__} is not known"
@@ -141,23 +165,29 @@ class Facts:
 
 @dataclass(frozen=True)
 class Notes(Fact):
-    """What the user should know about what was done, in words.
+    """Notes for the user about the prune.
 
     Args:
         lines: one sentence each, in order.
     """
+
+    open: ClassVar[bool] = True
 
     lines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Runnable(Fact):
-    """Holds of a graph that computes: the sizes written in it as numbers fit its tensors."""
+    """The graph can be run: the sizes written in it as numbers fit its tensors."""
+
+    open: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
 class Shaped(Fact):
-    """Holds of a graph whose ``node.meta["val"]`` has the shape and dtype of what each node computes."""
+    """``node.meta["val"]`` has the shape and dtype of the value of each node."""
+
+    open: ClassVar[bool] = True
 
 
 def facts_of(graph_module: fx.GraphModule) -> Facts:
@@ -183,7 +213,7 @@ def set_facts(graph_module: fx.GraphModule, facts: Facts) -> None:
 
 
 def add_note(graph_module: fx.GraphModule, line: str) -> None:
-    """Add ``line`` to the notes about ``graph_module``, once."""
+    """Add ``line`` to the notes about ``graph_module`` unless it is there."""
     facts = facts_of(graph_module)
     lines = (facts.get(Notes) or Notes()).lines
     if line not in lines:
@@ -198,6 +228,8 @@ class Blocks(Fact):
         paths: their module paths, in order of definition.
     """
 
+    open: ClassVar[bool] = True
+
     paths: tuple[str, ...] = ()
 
 
@@ -205,8 +237,8 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
     """Return the module paths of the outermost repeated blocks, in order of definition.
 
     A block is a child of a ``ModuleList`` or ``Sequential`` all of whose children are of one class and have
-    children with parameters themselves: a list of plain linears is not a list of blocks. A ``ModuleList`` may hold
-    blocks of a few classes that repeat, as those with and without attention do.
+    children with parameters themselves: a list of plain linear layers is not a list of blocks. A ``ModuleList`` may mix
+    a few classes that repeat, such as blocks with and without attention.
     """
     found: list[str] = []
     for path, module in model.named_modules():
@@ -218,16 +250,16 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
 
 def owner_block(name: str, blocks: tuple[str, ...]) -> str | None:
     """Return the block that ``name`` (a module path or tensor name) is or lies in; None if it is in none."""
-    around = {name, *_around(name)}
-    return next((block for block in blocks if block in around), None)
+    candidates = {name, *_ancestors(name)}
+    return next((block for block in blocks if block in candidates), None)
 
 
 def within(name: str, paths: Iterable[str]) -> bool:
     """Whether ``name`` (a module path or tensor name) lies below one of the modules at ``paths``."""
-    return not _around(name).isdisjoint(paths)
+    return not _ancestors(name).isdisjoint(paths)
 
 
-def _around(name: str) -> set[str]:
+def _ancestors(name: str) -> set[str]:
     """Return the paths of all modules that ``name`` lies below."""
     found, end = set[str](), name.find(".")
     while end >= 0:
@@ -246,12 +278,12 @@ def _are_blocks(module: nn.ModuleList | nn.Sequential) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """What a cut took off a tensor of the model: with what is left it takes no more memory than the whole.
+    """Pieces cut off a tensor of the model, to restore it; with the slim tensor they take the memory of the whole.
 
     Args:
         names: the names of the tensor in the model.
-        pieces: for each axis that was cut, in turn, the kept positions, those that went, and what stood there.
-        whole: the tensor as it was, where what is left of it has other values; there are no pieces then.
+        pieces: for each cut axis, in order, the kept positions, the removed ones and the values removed.
+        whole: the tensor before the cut, if the cut also changed kept values; there are no pieces then.
     """
 
     names: tuple[str, ...]
@@ -265,12 +297,12 @@ class Source(Fact):
 
     Args:
         model: the model.
-        names: for each tensor the graph reads, all its names in the model; none for what the model's code makes.
-        example_inputs: the keyword inputs the caller traced with; None where they were made.
+        names: for each tensor the graph reads, all its names in the model; none for constants made by its code.
+        example_inputs: the keyword inputs that the caller traced with; None if they were made up.
         shares: whether the graph still reads the model's own tensors, so that writing to one writes to the other. A
             copy of the graph does not count as sharing: its tensors are replaced before they are written to.
-        dense: a copy of the model without storage, as it was before its own tensors were cut; None while it is whole.
-        cut: what was cut off the model's own tensors, to be put back should the removal fail.
+        dense: a copy of the model on ``meta`` from before its own tensors were cut; None while it is whole.
+        cut: pieces cut off the model's own tensors, to restore it if the removal fails.
     """
 
     model: nn.Module
@@ -283,21 +315,23 @@ class Source(Fact):
 
 @dataclass(frozen=True)
 class Constants(Fact):
-    """The tensors a graph reads that are no parameter or buffer of the model: its code makes them.
+    """The tensors a graph reads that are not parameters or buffers of the model: its code makes them.
 
     Args:
         names: in order of first use.
     """
 
+    open: ClassVar[bool] = True
+
     names: tuple[str, ...] = ()
 
 
-def put_back(source: Source) -> None:
-    """Make the model whole again of which tensors were cut in place."""
+def restore_cut(source: Source) -> None:
+    """Restore the tensors of a model that were cut in place."""
     for cut in source.cut:
         slim = get_tensor(source.model, cut.names[0])
         if any(slim.shape[axis] != len(kept) for axis, kept, _, _ in cut.pieces):
-            continue  # stopped before the slim tensor was there
+            continue  # stopped before the slim tensor was set
         value = slim.detach()
         for axis, kept, gone, piece in reversed(cut.pieces):
             shape = [*value.shape[:axis], len(kept) + len(gone), *value.shape[axis + 1 :]]
@@ -308,14 +342,15 @@ def put_back(source: Source) -> None:
 
 
 def fork(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Return a graph module with a graph and facts of its own that shares tensors with ``graph_module``.
+    """Copy the graph and facts of a graph module; the copy shares its tensors.
 
     Node names are kept. Replacing a tensor of one does not change the other.
     """
     twin = fx.GraphModule(dict(weights(graph_module)), copy.deepcopy(graph_module.graph))
     twin.train(graph_module.training)
     facts = facts_of(graph_module).copy()
-    source = facts.get(Source)
+    with reading("", None):  # whichever facts the pass that forks may read
+        source = facts.get(Source)
     if source is not None:
         facts.put(replace(source, shares=False))
     set_facts(twin, facts)
@@ -323,7 +358,7 @@ def fork(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def unshare(graph_module: fx.GraphModule, other: fx.GraphModule) -> None:
-    """Give ``graph_module`` copies of its own of the tensors that it shares with ``other``; tied ones stay tied."""
+    """Copy the tensors that ``graph_module`` shares with ``other``; tied ones stay tied."""
     shared = {id(tensor) for _, tensor in weights(other)}
     copies = dict[int, torch.Tensor]()
     for name, tensor in list(weights(graph_module)):

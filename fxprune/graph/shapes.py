@@ -1,10 +1,11 @@
-"""Shapes of values: metadata, size checks, and runs on fake tensors."""
+"""Shapes of values: metadata, size checks, and a cache of ops on ``meta``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -23,51 +24,48 @@ from fxprune.graph.facts import Fact
 from fxprune.graph.tensors import comparable
 
 __all__ = [
+    "MetaOpCache",
     "ShapedCalls",
-    "WorkedOutOnce",
     "calls_of",
-    "described",
-    "limits_of",
-    "refusal",
-    "retype",
+    "change_dtype",
+    "check_messages",
+    "failed_check",
+    "fits_mode",
     "same_shapes",
-    "usable",
+    "shape_key",
 ]
 
 
 @dataclass(frozen=True)
 class ShapedCalls(Fact):
-    """How each node was called when its ``node.meta["val"]`` was worked out.
+    """The call of each node when its ``node.meta["val"]`` was computed.
 
-    A node that is called in the same way on values of the same shapes needs no second look.
+    A node with the same call on values of the same shapes need not be computed again.
 
     Args:
         calls: target and arguments, by name of the node.
     """
 
+    open: ClassVar[bool] = True
+
     calls: Mapping[str, object]
 
 
 def calls_of(graph: fx.Graph) -> dict[str, object]:
-    """Return how each node is called: its target and its arguments, with nodes by their names."""
-    return {node.name: call_of(node) for node in graph.nodes}
+    """Return the call of each node: its target and its arguments, with nodes by their names."""
+    return {node.name: (node.op, node.target, comparable(node.args), comparable(node.kwargs)) for node in graph.nodes}
 
 
-def call_of(node: fx.Node) -> object:
-    """Return how ``node`` is called, as something that compares."""
-    return node.op, node.target, comparable(node.args), comparable(node.kwargs)
-
-
-def usable(value: Any, mode: FakeTensorMode) -> bool:
-    """Whether ``value``, of ``node.meta["val"]``, can be an input of an op in ``mode``."""
+def fits_mode(value: Any, mode: FakeTensorMode) -> bool:
+    """Whether a ``node.meta["val"]`` can be an input of an op in ``mode``."""
     return value is not None and all(
         not isinstance(leaf, torch.Tensor) or (isinstance(leaf, FakeTensor) and leaf.fake_mode is mode)
         for leaf in tree_leaves(value)
     )
 
 
-def retype(graph: fx.Graph, before: torch.dtype, after: torch.dtype) -> None:
-    """Give values of a graph that have elements of one type another one; shapes and strides stay as they are."""
+def change_dtype(graph: fx.Graph, before: torch.dtype, after: torch.dtype) -> None:
+    """Change the dtype of recorded values that have dtype ``before``; shapes and strides stay."""
     made: dict[object, torch.Tensor] = {}
 
     def other(value: Any) -> Any:
@@ -85,52 +83,52 @@ def retype(graph: fx.Graph, before: torch.dtype, after: torch.dtype) -> None:
 
 
 def same_shapes(one: Any, other: Any) -> bool:
-    """Whether two values agree in all that decides what ops make of them, but for numbers in tensors.
+    """Whether two values agree in everything that decides the results of ops, except the contents of tensors.
 
-    Sizes that are not known yet agree if they are spelled alike; nothing is found out about them.
+    Symbolic sizes agree if their expressions are equal; comparing them sets no guard.
     """
     ones, others = tree_leaves(one), tree_leaves(other)
     return len(ones) == len(others) and all(_traits(a) == _traits(b) for a, b in zip(ones, others, strict=True))
 
 
-def described(value: Any) -> object:
-    """Return what ``value``, an argument of an op, has that decides the shape of its result, as something that hashes.
+def shape_key(value: Any) -> object:
+    """Return the part of an op's argument that decides the shape of its result, as a hashable key.
 
     Raises:
-        TypeError: it holds something else than tensors without numbers, sizes and constants.
+        TypeError: it holds anything but tensors without contents, sizes and constants.
     """
     if isinstance(value, tuple | list):
-        return type(value), tuple(described(item) for item in value)
+        return type(value), tuple(shape_key(item) for item in value)
     if isinstance(value, torch.Tensor):
         if not isinstance(value, FakeTensor) or value.constant is not None:
-            raise TypeError(f"a tensor with numbers: {value}")
+            raise TypeError(f"a tensor with contents: {value}")
         return _traits(value)
     hash(value if getattr(value, "node", None) is None else value.node.expr)
-    return _spelled(value)
+    return _number_key(value)
 
 
 def _traits(value: Any) -> object:
     if not isinstance(value, torch.Tensor):
-        return _spelled(value)
-    sizes = tuple(_spelled(size) for size in (*value.shape, *value.stride()))
+        return _number_key(value)
+    sizes = tuple(_number_key(size) for size in (*value.shape, *value.stride()))
     return type(value) is FakeTensor, value.dtype, value.device, sizes
 
 
-def _spelled(value: Any) -> object:
-    """A number, or the expression of one that is not known yet."""
+def _number_key(value: Any) -> object:
+    """A number, or the expression of a symbolic one; with its type, as ``1 == True``."""
     node = getattr(value, "node", None)
     return (type(value), value) if node is None else (type(value), node.expr)
 
 
-def limits_of(graph_module: fx.GraphModule) -> tuple[str, ...]:
-    """Return what the checks of a graph say, in words."""
+def check_messages(graph_module: fx.GraphModule) -> tuple[str, ...]:
+    """Return the messages of the checks in a graph."""
     return tuple(str(node.args[1]) for node in graph_module.graph.nodes if is_check(node))
 
 
-def refusal(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> str:
-    """Return what the first check says that refuses ``inputs``; empty where all take them. Nothing else is run.
+def failed_check(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> str:
+    """Return the message of the first check that fails for ``inputs``, or "". Only the checks are run.
 
-    Sizes at which a check cannot be worked out are refused as well: the graph does not run at them.
+    A check that cannot be computed at some sizes fails as well: the graph does not run at them.
     """
     checks = [node for node in graph_module.graph.nodes if is_check(node)]
     needed: set[fx.Node] = set()
@@ -152,82 +150,77 @@ def refusal(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> str:
             continue
         try:
             values[node] = node.target(*args) if callable(node.target) else None
-        except ZeroDivisionError:  # parts of a size that is too small to have that many
+        except ZeroDivisionError:  # a size divided by a number of parts that is 0 at these inputs
             return f"{node.name} divides by zero"
     return ""
 
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-"""What equals what is spelled alike."""
-
-_FRESH: dict[OpOverload, bool] = {}
-"""Whether an op, by its schema, writes to nothing and returns nothing that it was given."""
+"""Types of arguments that are their own keys."""
 
 
-class WorkedOutOnce(TorchDispatchMode):
-    """While it lasts, an op on ``meta`` that was called alike before returns new tensors like those that it made then.
+class MetaOpCache(TorchDispatchMode):
+    """Cache of ops on ``meta``: an op called with equal arguments again returns new tensors like its first results.
 
-    The code of a model runs in full, block after block; but what torch works out of shapes, in Python, takes most of
-    the time of a run on ``meta``, and blocks that are alike have it worked out again and again. Views, ops that write
-    and whatever has a tensor with storage run as they are.
+    The code of a model runs in full, block after block. Computing shapes, in Python, takes most of the time of a run on
+    ``meta``, and equal blocks repeat it. Views, ops that write, and ops on a tensor with storage run as they are.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._made: dict[object, tuple[type[Any] | None, tuple[_Like, ...]]] = {}
+        self._made: dict[object, tuple[type[Any] | None, tuple[_Layout, ...]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        key = _key(func, args, kwargs)
+        key = _call_key(func, args, kwargs)
         if key is None:
             return func(*args, **kwargs)
         made = self._made.get(key)
         if made is None:
             result = func(*args, **kwargs)
-            likes = _likes(result, (args, kwargs))
-            if likes is not None:
-                self._made[key] = None if isinstance(result, torch.Tensor) else type(result), likes
+            layouts = _new_layouts(result, (args, kwargs))
+            if layouts is not None:
+                self._made[key] = None if isinstance(result, torch.Tensor) else type(result), layouts
             return result
-        kind, likes = made
-        tensors = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in likes]
+        kind, layouts = made
+        tensors = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in layouts]
         return tensors[0] if kind is None else kind(tensors)
 
 
-_Like = tuple[torch.Size, tuple[int, ...], torch.dtype]
+_Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
-def _key(func: Any, args: Any, kwargs: Any) -> object:
-    """What decides the shapes that an op makes; None where it has to be run."""
-    if not isinstance(func, OpOverload) or not _is_fresh(func):
+def _call_key(func: Any, args: Any, kwargs: Any) -> object:
+    """Key of a call whose results are determined by it; None if the op must run."""
+    if not isinstance(func, OpOverload) or not _returns_new_tensors(func):
         return None
     try:
-        said = _said(args), tuple((name, _said(value)) for name, value in kwargs.items())
+        arguments = _argument_key(args), tuple((name, _argument_key(value)) for name, value in kwargs.items())
     except TypeError:
         return None
-    return func, said, torch.get_default_dtype()
+    return func, arguments, torch.get_default_dtype()
 
 
-def _is_fresh(func: OpOverload) -> bool:
-    if func not in _FRESH:
-        schema = func._schema
-        _FRESH[func] = all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
-    return _FRESH[func]
+@cache
+def _returns_new_tensors(func: OpOverload) -> bool:
+    """Whether an op, by its schema, neither writes to its arguments nor returns views of them."""
+    return all(value.alias_info is None for value in (*func._schema.arguments, *func._schema.returns))
 
 
-def _said(value: Any) -> object:
+def _argument_key(value: Any) -> object:
     if isinstance(value, torch.Tensor):
         if type(value) not in (torch.Tensor, torch.nn.Parameter) or not value.is_meta or value.is_conj():
-            raise TypeError("more than a shape")
+            raise TypeError("a tensor that is more than its layout")
         return value.shape, value.stride(), value.dtype
     if isinstance(value, list | tuple):
-        return tuple(map(_said, value))
+        return tuple(map(_argument_key, value))
     if isinstance(value, _PLAIN):
         return type(value), value
-    raise TypeError("not known")
+    raise TypeError(f"no key for {type(value)}")
 
 
-def _likes(result: Any, inputs: Any) -> tuple[_Like, ...] | None:
-    """What to make the same results of; None where they are more than new tensors of some shape."""
+def _new_layouts(result: Any, inputs: Any) -> tuple[_Layout, ...] | None:
+    """Layouts of the results of an op; None if they are not all new tensors on ``meta``."""
     tensors = [result] if isinstance(result, torch.Tensor) else result
     if type(tensors) not in (list, tuple) or not all(type(t) is torch.Tensor and t.is_meta for t in tensors):
         return None

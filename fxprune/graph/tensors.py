@@ -24,15 +24,15 @@ __all__ = [
     "copy_tensor",
     "delete_tensor",
     "device_of",
-    "example_of",
+    "find_nonfinite",
     "get_tensor",
+    "has_meta_weights",
     "input_tensors",
     "is_input",
-    "maker_of",
-    "name_of_nonfinite",
+    "map_tensors",
     "names_by_identity",
-    "on_meta",
     "output_name",
+    "producer_of",
     "read_argument",
     "require_weights",
     "set_argument",
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 _SIGN = "#"
-"""Between the name of a node and the number of its output; no name of a node or weight has it."""
+"""Separates the name of a node from the number of its output; no name of a node or weight contains it."""
 
 
 def base_name(node: fx.Node) -> str:
@@ -54,35 +54,35 @@ def base_name(node: fx.Node) -> str:
 
 
 def tensor_name(node: fx.Node) -> str:
-    """The name of the tensor that ``node`` reads or makes; of several, what all their names start with."""
+    """The name of the tensor that ``node`` reads or computes; for several the prefix of their names."""
     return str(node.target) if node.op == "get_attr" else node.name
 
 
 def output_name(node: fx.Node | str, i: int) -> str:
-    """The name of output ``i`` of a node that makes several tensors."""
+    """The name of output ``i`` of a node that computes several tensors."""
     return f"{node if isinstance(node, str) else node.name}{_SIGN}{i}"
 
 
-def maker_of(tensor: str) -> str:
-    """The name of the node that makes ``tensor``; that of the tensor itself for a weight."""
+def producer_of(tensor: str) -> str:
+    """The name of the node that computes ``tensor``; for a weight its own name."""
     return tensor.partition(_SIGN)[0]
 
 
 def starred(name: str) -> str:
-    """Return ``name``, of a tensor, a module or a group, with ``*`` for the numbers in its module path."""
+    """Return the name of a tensor, module or group with ``*`` for the numbers in its module path."""
     path, slash, kind = name.partition("/")
     return re.sub(r"(?<=\.)\d+(?=[.\[]|$)", "*", path) + slash + kind
 
 
 def is_input(node: fx.Node) -> bool:
-    """Whether ``node`` is an input of its graph, or something read off one that is a container."""
+    """Whether ``node`` is an input of its graph, or an item of one that is a container."""
     while node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node.op == "placeholder"
 
 
 def input_tensors(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
-    """Yield the node of each tensor that is passed to a graph, and how Python code spells it: ``x``, ``xs[0]``."""
+    """Yield the node of each input tensor of a graph, and its Python expression: ``x``, ``xs[0]``."""
     names: dict[fx.Node, str] = {}
     for node in graph.nodes:
         source = node.args[0] if node.args else None
@@ -93,8 +93,8 @@ def input_tensors(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
     yield from ((node, name) for node, name in names.items() if isinstance(node.meta.get("val"), torch.Tensor))
 
 
-def example_of(value: Any, make: Any) -> Any:
-    """Return an input like the one that was traced: ``make(tensor)`` for each tensor, the rest as it was."""
+def map_tensors(value: Any, make: Any) -> Any:
+    """Return ``value`` with ``make(tensor)`` for each tensor in it."""
     return tree_map(lambda leaf: make(leaf) if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
@@ -104,7 +104,7 @@ _PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
 def read_argument(node: fx.Node, path: tuple[Any, ...]) -> Any:
-    """Return the value at ``path`` of ``node``; None where the argument was left to its default."""
+    """Return the value at ``path`` of ``node``; None if the argument has its default."""
     value: Any = (node.args, node.kwargs)[_ROOTS[path[0]]]
     for key in path[1:]:
         if isinstance(value, dict) and key not in value:
@@ -122,7 +122,7 @@ def with_argument(arguments: Any, path: tuple[Any, ...], value: Any) -> tuple[An
 
 
 def set_argument(node: fx.Node, path: tuple[Any, ...], value: Any) -> None:
-    """Put ``value`` at ``path`` of ``node``."""
+    """Set the argument at ``path`` of ``node``."""
     node.args, node.kwargs = with_argument((node.args, node.kwargs), path, value)
 
 
@@ -137,8 +137,8 @@ def _replaced(container: Any, keys: tuple[Any, ...], value: Any) -> Any:
 
 
 def comparable(value: Any) -> Any:
-    """Return arguments as something that compares: nodes by name, containers by content, the rest by its text."""
-    if type(value) in _PLAIN:  # most are: asking for the abstract classes below takes longer than all the rest
+    """Return arguments in a comparable form: nodes by name, containers by content, the rest by ``repr``."""
+    if type(value) in _PLAIN:  # the common case; the checks of abstract classes below are slow
         return repr(value)
     if isinstance(value, fx.Node):
         return ("node", value.name)
@@ -161,7 +161,7 @@ def get_tensor(module: nn.Module, name: str) -> torch.Tensor:
 
 
 def submodule(module: nn.Module, path: str) -> nn.Module:
-    """Return what ``get_submodule`` does; where modules lie plainly inside each other, in a fraction of the time."""
+    """``module.get_submodule(path)``, in a fraction of the time if no ``__getattr__`` is involved."""
     inner = module
     for part in path.split(".") if path else ():
         child = inner._modules.get(part)
@@ -172,7 +172,7 @@ def submodule(module: nn.Module, path: str) -> nn.Module:
 
 
 def set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Put ``value`` in the place of the parameter or buffer ``name`` of ``module``."""
+    """Replace the parameter or buffer ``name`` of ``module``."""
     owner_path, _, leaf = name.rpartition(".")
     owner = submodule(module, owner_path)
     if leaf in owner._parameters:
@@ -184,19 +184,19 @@ def set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def as_parameter(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return ``value`` as a parameter where ``like`` is one, trained where that is; else as it is."""
+    """Return ``value`` as a parameter if ``like`` is one, with the same ``requires_grad``; else as it is."""
     return nn.Parameter(value, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else value
 
 
 def copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with memory of its own and the same values; of a parameter, a parameter."""
+    """Return a detached copy of a tensor; for a parameter, a parameter."""
     return as_parameter(tensor.detach().clone(), tensor)
 
 
 def computed_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Yield what ``module`` computed with gradients and keeps among its attributes: torch refuses to copy that.
+    """Yield tensors with a gradient history among a module's attributes: torch refuses to copy them.
 
-    Weights made of others by a hook are such tensors, and so are activations that code of a model keeps to show.
+    Weights computed by a hook (weight norm, parametrisations) are such tensors, and activations that a model keeps.
     """
     for part in module.modules():
         for name, value in vars(part).items():
@@ -206,7 +206,7 @@ def computed_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def delete_tensor(module: nn.Module, name: str) -> None:
-    """Take the parameter or buffer ``name`` out of ``module``."""
+    """Remove the parameter or buffer ``name`` from ``module``."""
     owner, _, leaf = name.rpartition(".")
     delattr(submodule(module, owner), leaf)
 
@@ -221,7 +221,7 @@ def names_by_identity(module: nn.Module) -> dict[int, tuple[str, ...]]:
 
 
 def device_of(graph_module: fx.GraphModule) -> torch.device:
-    """The device of the tensors the graph reads; the CPU where it reads none."""
+    """The device of the tensors the graph reads; the CPU if it reads none."""
     return next((tensor.device for _, tensor in weights(graph_module)), torch.device("cpu"))
 
 
@@ -231,26 +231,22 @@ def weights(graph_module: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, get_tensor(graph_module, name)
 
 
-def on_meta(graph_module: fx.GraphModule) -> bool:
-    """Whether the graph reads a tensor that has no values."""
+def has_meta_weights(graph_module: fx.GraphModule) -> bool:
+    """Whether the graph reads a tensor on ``meta``."""
     return any(tensor.is_meta for _, tensor in weights(graph_module))
 
 
-def name_of_nonfinite(graph_module: fx.GraphModule) -> str:
-    """The name of the first parameter the graph reads that holds NaN or an infinity; empty where none does."""
+def find_nonfinite(graph_module: fx.GraphModule) -> str:
+    """The name of the first parameter the graph reads that holds NaN or an infinity, or ""."""
     trained = ((name, t) for name, t in weights(graph_module) if isinstance(t, nn.Parameter) and not t.is_meta)
     return next((name for name, tensor in trained if not bool(tensor.isfinite().all())), "")
 
 
 def require_weights(graph_module: fx.GraphModule, name: str) -> None:
-    """Refuse to run a pass on weights that have no values.
-
-    Args:
-        graph_module: the graph.
-        name: the pass, for the message.
+    """Refuse to run the pass ``name`` on weights without values.
 
     Raises:
         PassError: the graph reads a tensor on ``meta``.
     """
-    if on_meta(graph_module):
+    if has_meta_weights(graph_module):
         raise PassError("the weights are on meta", where=f"pass {name}", remedy="Load the weights first")

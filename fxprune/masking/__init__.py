@@ -1,1 +1,1 @@
-"""Structures zeroed in place instead of removed, and the comparison of two runs."""
+"""Masked runs: structures zeroed instead of removed, and the comparison of two runs."""

@@ -1,20 +1,21 @@
-"""Masking against shrinking: outputs compared, whole or block by block.
+"""Comparison of masking and shrinking: whole outputs, or block by block.
 
-A run of the whole graph adds up what each block rounds, and says little of where a difference begins. Here the values
-that leave a block of the masked dense graph are kept, cut to the units that stay; the slim graph is compared with them
-there, and goes on with them. Every block is so compared on the same inputs, and the last one with the outputs.
+A run of the whole graph accumulates the rounding of every block, and says little about where a difference begins. Block
+by block, the outputs of each block of the masked dense graph are recorded, cut to the kept units; the slim graph is
+compared with them there, and continues with them. So every block is compared on the same inputs, and the last one with
+the outputs.
 
-That is as sound as a comparison of outputs alone. A value that cannot be cut, for want of one index along an axis, and
-one that is no float, is not compared where it leaves its block: it flows on as the slim graph made it, into what is
-compared further on. In a graph whose ops write to values none is replaced, since others may be in the same memory; all
-are compared, each with the rounding of those before it.
+That is as sound as a comparison of outputs alone. A value that is not floating point, or cannot be cut because no
+single index along an axis would do, is not compared where it leaves its block: it flows on as the slim graph made it,
+into what is compared later. In a graph whose ops write to values none is replaced, since others may share the memory;
+all are compared, each with the rounding of those before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -25,20 +26,18 @@ from fxprune.errors import VerificationError
 from fxprune.graph.facts import Change, Fact, owner_block
 from fxprune.graph.tensors import tensor_name
 from fxprune.masking.masked_run import MaskedRun, PreciseRun, UntouchedRun, output_tensors
-from fxprune.offload.files import stored
-from fxprune.offload.prefetch import inputs_at_place
+from fxprune.offload.files import offloaded
+from fxprune.offload.prefetch import inputs_on_device
 from fxprune.rules.aliasing import writes
 
 __all__ = [
     "TOLERANCE",
-    "Expected",
-    "Leaving",
-    "SideBySide",
+    "BlockOutput",
+    "PairedRuns",
     "Verified",
+    "block_output_nodes",
     "compare",
     "find_divergence",
-    "kept_part",
-    "leaving_nodes",
     "masked_by_block",
     "masked_outputs",
     "require_equal",
@@ -47,20 +46,19 @@ __all__ = [
 ]
 
 Inputs = Mapping[str, torch.Tensor]
-_Run = TypeVar("_Run", bound=fx.Interpreter)
 
 
-class SideBySide:
-    """The dense and the masked run over some batches, in step.
+class PairedRuns:
+    """The dense and the masked run over some batches, node by node in step.
 
-    What the dense run computes at a node may serve to change the weights that the masked run reads next. Values are
-    freed after their last use, so that memory is for what is alive at one node, of all batches.
+    Values of the dense run at a node may be used to change the weights that the masked run reads next. Values are freed
+    after their last use, so that memory holds those alive at one node, of all batches.
 
     Args:
         graph_module: the dense graph.
         axes: its solved axes.
-        keep: units that stay in the masked run.
-        removed_blocks: blocks it goes around.
+        keep: units kept in the masked run.
+        removed_blocks: blocks that the masked run bypasses.
         batches: keyword inputs of the graph.
     """
 
@@ -73,11 +71,14 @@ class SideBySide:
         batches: Sequence[Inputs],
     ) -> None:
         self.graph = graph_module.graph
-        self.dense = [_begun(PreciseRun(graph_module), inputs) for inputs in batches]
-        self.masked = [_begun(MaskedRun(graph_module, axes, keep, removed_blocks), inputs) for inputs in batches]
+        self.dense = [PreciseRun(graph_module) for _ in batches]
+        self.masked = [MaskedRun(graph_module, axes, keep, removed_blocks) for _ in batches]
+        for runs in (self.dense, self.masked):
+            for run, inputs in zip(runs, batches, strict=True):
+                run.args_iter = iter(inputs.values())
 
     def __iter__(self) -> Iterator[fx.Node]:
-        """Yield each node in turn, when its dense values are there and its masked ones are not yet."""
+        """Yield each node, after its dense values and before its masked ones are computed."""
         for node in self.graph.nodes:
             self._step(self.dense, node)
             yield node
@@ -87,72 +88,57 @@ class SideBySide:
                     del run.env[value]
 
     def values(self, node: fx.Node) -> Iterator[tuple[Any, Any]]:
-        """Yield the dense and the masked value of ``node``, which has been run and is still in use, for each batch."""
+        """Yield the dense and the masked value of ``node``, which must still be in use, for each batch."""
         for dense, masked in zip(self.dense, self.masked, strict=True):
             yield dense.env[node], masked.env[node]
 
     def has(self, node: fx.Node) -> bool:
-        """Whether both values of ``node`` are there."""
+        """Whether both values of ``node`` are available."""
         return node in self.dense[0].env and node in self.masked[0].env
 
-    def hold(self, value: fx.Node, user: fx.Node) -> None:
-        """Free ``value`` no earlier than after ``user``; to be said before the first node is run."""
+    def keep_until(self, value: fx.Node, user: fx.Node) -> None:
+        """Free ``value`` no earlier than after ``user``; call before the first node is run."""
         for run in (*self.dense, *self.masked):
             run.keep_until(value, user)
 
-    def read_again(self, *nodes: fx.Node) -> None:
-        """Run nodes again in the masked runs: a weight, changed after they had read it, and what is picked from it."""
+    def rerun_masked(self, *nodes: fx.Node) -> None:
+        """Run nodes again in the masked runs: a weight that changed after they read it, and views of it."""
         for node in nodes:
             self._step(self.masked, node)
 
     def _step(self, runs: Sequence[UntouchedRun], node: fx.Node) -> None:
         shared = node.op == "get_attr" and not runs[0].writes_to(str(node.target))
-        value = runs[0].run_node(node) if shared else None  # a weight is read, and masked, once for all batches
+        value = runs[0].run_node(node) if shared else None  # weights are read and masked once for all batches
         for run in runs:
             run.env[node] = value if shared else run.run_node(node)
 
 
-def _begun(run: _Run, inputs: Inputs) -> _Run:
-    """Return ``run``, ready for its first node."""
-    run.args_iter = iter(inputs.values())
-    return run
-
-
-Visit = Callable[[fx.Node, Any], Any]
-"""Is given a node and its value; returns the value that the run goes on with."""
-
-
 @dataclass(frozen=True, eq=False)
-class Leaving:
-    """What leaves a block of the masked dense graph.
+class BlockOutput:
+    """An output of a block of the masked dense graph.
 
     Args:
         block: module path of the block in the dense model.
-        value: the part of it that stays.
+        value: the kept part of the output.
     """
 
     block: str
     value: torch.Tensor
 
 
-def leaving_nodes(graph: fx.Graph, axes: AxisMap) -> dict[fx.Node, str]:
-    """Return the ops of each block whose values are used behind it, with the module path of the block."""
+def block_output_nodes(graph: fx.Graph, axes: AxisMap) -> dict[fx.Node, str]:
+    """Return the ops of each block whose values are used outside it, with the module path of the block."""
     ops = [node for node in graph.nodes if node.op not in ("get_attr", "placeholder")]
     owner = {node: owner_block(axes.modules.get(node.name, ""), axes.blocks) for node in ops}
     found = {node: block for node, block in owner.items() if any(owner[user] != block for user in node.users)}
     return {node: block for node, block in found.items() if block is not None}
 
 
-def kept_part(value: torch.Tensor, exprs: Sequence[Expr], keep: Keep) -> torch.Tensor:
-    """Return the entries of ``value`` that stay.
-
-    Args:
-        value: from the dense graph.
-        exprs: its axes.
-        keep: the units that stay.
+def _kept_part(value: torch.Tensor, exprs: Sequence[Expr], keep: Keep) -> torch.Tensor:
+    """Return the kept entries of a value of the dense graph with axes ``exprs``.
 
     Raises:
-        KeyError: which entries of an axis stay depends on the place along another one.
+        KeyError: the kept entries of an axis depend on the position along another one.
     """
     for axis, expr in enumerate(exprs):
         mask = torch.from_numpy(kept_mask(expr, keep).copy())
@@ -166,47 +152,49 @@ def masked_by_block(
     keep: Keep,
     removed_blocks: Sequence[str],
     inputs: Mapping[str, Any],
-) -> tuple[tuple[torch.Tensor, ...], dict[str, Leaving]]:
+) -> tuple[tuple[torch.Tensor, ...], dict[str, BlockOutput]]:
     """Run the dense graph with the removed structures zeroed.
 
     Returns:
-        Its float outputs, and what leaves each block, by the name of the node.
+        Its float outputs, and the outputs of each block, by the name of the node.
     """
-    nodes = leaving_nodes(graph_module.graph, axes)
-    found: dict[str, Leaving] = {}
+    nodes = block_output_nodes(graph_module.graph, axes)
+    found: dict[str, BlockOutput] = {}
 
     def visit(node: fx.Node, value: Any) -> Any:
         if node in nodes and isinstance(value, torch.Tensor) and value.is_floating_point():
             try:
-                part = kept_part(value, axes.tensors[tensor_name(node)], keep)
-            except KeyError:  # no single index to cut by: it is compared further on
+                part = _kept_part(value, axes.tensors[tensor_name(node)], keep)
+            except KeyError:  # no single index to cut by: it is compared later
                 return value
-            found[node.name] = Leaving(nodes[node], stored(part.clone() if part is value else part))
+            found[node.name] = BlockOutput(nodes[node], offloaded(part.clone() if part is value else part))
         return value
 
-    outputs = _run(MaskedRun(graph_module, axes, keep, removed_blocks), inputs_at_place(graph_module, inputs), visit)
+    with torch.no_grad():
+        run = MaskedRun(graph_module, axes, keep, removed_blocks)
+        outputs = output_tensors(run.run_nodes(inputs_on_device(graph_module, inputs), visit))
     return outputs, found
 
 
 def slim_by_block(
     graph_module: fx.GraphModule,
-    expected: Mapping[str, Leaving],
+    expected: Mapping[str, BlockOutput],
     inputs: Mapping[str, Any],
     compare: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], float],
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, float]]:
-    """Run the slim graph, each block on what masking gives it.
+    """Run the slim graph, each block on the inputs it has in the masked dense one.
 
     Args:
         graph_module: the slim graph.
         expected: from :func:`masked_by_block`.
         inputs: keyword inputs of both.
-        compare: says by how much values differ.
+        compare: the measure of a difference.
 
     Returns:
-        Its float outputs, and the largest difference of what leaves each block, by module path in the dense model.
+        Its float outputs, and the largest difference of an output of each block, by module path in the dense model.
     """
     found: dict[str, float] = {}
-    apart = not any(writes(node) for node in graph_module.graph.nodes if node.op == "call_function")
+    may_replace = not any(writes(node) for node in graph_module.graph.nodes if node.op == "call_function")
 
     def visit(node: fx.Node, value: Any) -> Any:
         leaving = expected.get(node.name)
@@ -214,44 +202,18 @@ def slim_by_block(
             return value
         error = compare([leaving.value], [value])
         found[leaving.block] = max(found.get(leaving.block, 0.0), error)
-        return leaving.value if apart and value.shape == leaving.value.shape else value
+        return leaving.value if may_replace and value.shape == leaving.value.shape else value
 
-    return _run(PreciseRun(graph_module), inputs_at_place(graph_module, inputs), visit), found
-
-
-def _run(run: fx.Interpreter, inputs: Sequence[Any], visit: Visit) -> tuple[torch.Tensor, ...]:
-    run.args_iter = iter(inputs)
-    value: Any = None
     with torch.no_grad():
-        for node in run.module.graph.nodes:  # type: ignore[union-attr]
-            value = run.env[node] = visit(node, run.run_node(node))
-            for used in run.user_to_last_uses.get(node, ()):
-                del run.env[used]
-    return output_tensors(value)
+        return output_tensors(PreciseRun(graph_module).run_nodes(inputs_on_device(graph_module, inputs), visit)), found
 
 
 TOLERANCE = 1e-4
 """Largest accepted difference in float32, relative to the largest output or 1, whichever is larger.
 
-About a thousand times the relative step of float32 (1.2e-7): room for sums taken in another order all through a deep
-model, and far less than one wrong unit makes.
+About a thousand times the relative step of float32 (1.2e-7): room for sums in another order throughout a deep model,
+and far below the difference that one wrong unit makes.
 """
-
-
-@dataclass(frozen=True, eq=False)
-class Expected(Fact):
-    """What the slim graph has to compute: the outputs of the dense one with the structures that go zeroed.
-
-    Args:
-        outputs: float tensors, in order; None where the weights are on ``meta`` and nothing can be run.
-        dense: the dense graph, to say at which node the two part if they do; None where its tensors are given up.
-        leaving: what leaves each block, by the name of the node, where blocks are compared one by one.
-    """
-
-    about: ClassVar[Change] = "weights"
-    outputs: tuple[torch.Tensor, ...] | None
-    dense: fx.GraphModule | None = None
-    leaving: Mapping[str, Leaving] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -259,10 +221,10 @@ class Verified(Fact):
     """The outcome of comparing the slim graph with the masked dense one.
 
     Args:
-        error: the largest difference of outputs, and of what leaves a block where blocks are compared one by one,
-            relative to the largest value or 1; None if nothing could be run.
-        blocks: the largest difference of what leaves each block, by its module path in the dense model; empty where
-            blocks were not compared one by one.
+        error: the largest difference of outputs, and of outputs of blocks if these were compared, relative to the
+            largest value or 1; None if nothing could be run.
+        blocks: the largest difference of an output of each block, by its module path in the dense model; empty if
+            blocks were not compared.
     """
 
     about: ClassVar[Change] = "weights"
@@ -271,7 +233,7 @@ class Verified(Fact):
 
     @property
     def worst(self) -> str:
-        """The block with the largest difference; empty where blocks were not compared one by one."""
+        """The block with the largest difference; empty if blocks were not compared."""
         return max(self.blocks, key=lambda block: self.blocks[block], default="")
 
 
@@ -282,16 +244,16 @@ def masked_outputs(
     removed_blocks: Sequence[str],
     inputs: Mapping[str, Any],
 ) -> tuple[torch.Tensor, ...]:
-    """Return the float outputs of the dense graph with the removed structures zeroed, without copying its weights."""
+    """Return the float outputs of the dense graph with the removed structures zeroed."""
     with torch.no_grad():
         run = MaskedRun(graph_module, axes, keep, removed_blocks)
-        return output_tensors(run.run(*inputs_at_place(graph_module, inputs)))
+        return output_tensors(run.run(*inputs_on_device(graph_module, inputs)))
 
 
 def slim_outputs(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
-    """Return the float outputs of a graph, computed in float32 at least."""
+    """Return the float outputs of a graph, computed in at least float32."""
     with torch.no_grad():
-        return output_tensors(PreciseRun(graph_module).run(*inputs_at_place(graph_module, inputs)))
+        return output_tensors(PreciseRun(graph_module).run(*inputs_on_device(graph_module, inputs)))
 
 
 def compare(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor]) -> float:
@@ -314,20 +276,20 @@ def find_divergence(
     removed_blocks: Sequence[str],
     inputs: Mapping[str, Any],
 ) -> str:
-    """Return name, op and module of the first node whose slim value is not the kept part of the masked dense one."""
+    """Return name, op and module of the first node whose slim value differs from the kept part of the masked one."""
     masked = MaskedRun(dense, axes, keep, removed_blocks, garbage_collect_values=False)
     plain = PreciseRun(slim, garbage_collect_values=False)
     with torch.no_grad():
-        masked.run(*inputs_at_place(dense, inputs))
-        plain.run(*inputs_at_place(slim, inputs))
+        masked.run(*inputs_on_device(dense, inputs))
+        plain.run(*inputs_on_device(slim, inputs))
     values = {node.name: value for node, value in masked.env.items()}
     for node, got in plain.env.items():
         want = values.get(node.name)
         if not isinstance(got, torch.Tensor) or not isinstance(want, torch.Tensor) or not got.is_floating_point():
             continue
         try:
-            want = kept_part(want, axes.tensors[tensor_name(node)], keep)
-        except KeyError:  # a choice per outer unit that lies on another axis: no single index to compare by
+            want = _kept_part(want, axes.tensors[tensor_name(node)], keep)
+        except KeyError:  # a choice per outer unit on another axis: no single index to cut by
             continue
         if compare([want], [got]) > TOLERANCE:
             return f"{node.name} ({node.target}) in {axes.modules.get(node.name) or 'the model'}"
@@ -338,7 +300,7 @@ def require_equal(error: float, where: str) -> None:
     """Refuse an ``error`` above :data:`TOLERANCE`.
 
     Raises:
-        VerificationError: it is above; names the difference and ``where`` it begins.
+        VerificationError: names the difference and ``where`` it begins.
     """
     if not error <= TOLERANCE:
         raise VerificationError(

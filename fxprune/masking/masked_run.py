@@ -1,18 +1,18 @@
 """Interpreters that run a graph dense, masked or gated.
 
 Weights are read, cast to float32 and masked one at a time as the graph asks for them, so that no second copy of the
-model is ever held. Where a statistic runs over a masked axis (a norm over fewer channels) it is taken over the kept
-units: that is what ``renormalised`` means, and the only place where masking is more than zeroing. For a top-k over
-experts it means that those that go are never chosen, as if their scores were minus infinity.
+model is ever held. A statistic over a masked axis (a norm over fewer channels) is taken over the kept units: that is
+the meaning of ``renormalised``, and the only place where masking is more than zeroing. For a top-k over experts it
+means that removed experts are never chosen, as if their scores were minus infinity.
 
-Norms that are kept as masking has them see the zeros. In half precision their weights are read as the slim graph will
-have them, rounded to that precision once they are multiplied by what fewer units lack.
+Norms with ``norm="masked"`` see the zeros. In half precision their weights are read as the slim graph will have them:
+scaled for the missing units, then rounded to that precision.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,48 +23,68 @@ from fxprune.axes import UNIT, Expr, Factor, Keep, Product, concat, factors, kep
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Consumer
 from fxprune.graph.compat import tree_leaves
-from fxprune.graph.tensors import example_of, output_name, tensor_name, with_argument
-from fxprune.offload.prefetch import current_carrier
+from fxprune.graph.tensors import map_tensors, output_name, tensor_name, with_argument
+from fxprune.offload.prefetch import current_prefetcher
 from fxprune.removal.removal import scaled_weights
 from fxprune.rules.aliasing import written_sources
 
-__all__ = ["GatedRun", "MaskedRun", "PreciseRun", "UntouchedRun", "output_tensors", "spread_gates", "widened"]
+__all__ = ["GatedRun", "MaskedRun", "PreciseRun", "UntouchedRun", "at_least_float32", "output_tensors", "spread_gates"]
 
 
 class UntouchedRun(fx.Interpreter):
-    """An interpreter that leaves the weights and inputs of a graph as they are, where its ops write to them."""
+    """An interpreter that leaves weights and inputs unchanged: ops that write to them get copies."""
 
     def __init__(self, graph_module: fx.GraphModule, garbage_collect_values: bool = True) -> None:
         super().__init__(graph_module, garbage_collect_values=garbage_collect_values)
         self._written = written_sources(graph_module.graph)
         self._copies: dict[str, Any] = {}
-        self._carrier = current_carrier()
-        self._following: dict[str, str] = {}
-        if self._carrier is not None:
+        self._prefetcher = current_prefetcher()
+        self._next_weight: dict[str, str] = {}
+        if self._prefetcher is not None:
             read = list(dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"))
-            self._following = dict(itertools.pairwise(read))
+            self._next_weight = dict(itertools.pairwise(read))
+
+    def run_nodes(
+        self, inputs: Iterable[Any], visit: Callable[[fx.Node, Any], Any], until: fx.Node | None = None
+    ) -> Any:
+        """Run node by node and return the last value; values are freed after their last use.
+
+        Args:
+            inputs: of the graph, in order.
+            visit: called with a node and its value; returns the value that the run continues with.
+            until: the last node to run.
+        """
+        self.args_iter = iter(inputs)
+        value = None
+        for node in self.module.graph.nodes:  # type: ignore[union-attr]
+            value = self.env[node] = visit(node, self.run_node(node))
+            for used in self.user_to_last_uses.get(node, ()):
+                del self.env[used]
+            if node is until:
+                break
+        return value
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return an input; a copy of it where it is written to."""
+        """Return an input, or a copy of it if an op writes to it."""
         return self._copied(str(target), super().placeholder(target, args, kwargs))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return a weight; the same copy of it at every place where it is written to."""
+        """Return a weight, or a copy of it, the same at every place, if an op writes to it."""
         return self._copied(str(target), self.read(str(target)))
 
     def read(self, name: str) -> Any:
-        """Return a weight as it is, on the device that the graph runs on; the next one is copied there ahead."""
+        """Return a weight on the device that the graph runs on, and start copying the next one there."""
         value = self.fetch_attr(name)
-        if self._carrier is None or not isinstance(value, torch.Tensor):
+        if self._prefetcher is None or not isinstance(value, torch.Tensor):
             return value
-        (there,) = self._carrier.carry([value])
-        following = self._following.pop(name, None)  # what is read again is in no order
+        (there,) = self._prefetcher.fetch([value])
+        following = self._next_weight.pop(name, None)  # a weight that is read again comes in no known order
         if following is not None:
-            self._carrier.ahead([self.fetch_attr(following)])
+            self._prefetcher.prefetch([self.fetch_attr(following)])
         return there
 
     def writes_to(self, name: str) -> bool:
-        """Whether an op writes to the weight or input ``name``, of which this run has a copy then."""
+        """Whether an op writes to the weight or input ``name``, so that this run has a copy of it."""
         return name in self._written
 
     def keep_until(self, value: fx.Node, user: fx.Node) -> None:
@@ -78,7 +98,7 @@ class UntouchedRun(fx.Interpreter):
         if name not in self._written:
             return value
         if name not in self._copies:
-            self._copies[name] = example_of(value, torch.clone)
+            self._copies[name] = map_tensors(value, torch.clone)
         return self._copies[name]
 
 
@@ -86,40 +106,40 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 
 class PreciseRun(UntouchedRun):
-    """An interpreter that runs a graph in float32 at least, whatever the dtypes of its weights and casts."""
+    """An interpreter that runs a graph in at least float32, whatever the dtypes of its weights and casts."""
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return an input, cast up where it is a narrower float."""
-        return example_of(super().placeholder(target, args, kwargs), widened)
+        """Return an input in at least float32 if it is floating point."""
+        return map_tensors(super().placeholder(target, args, kwargs), at_least_float32)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return the weight ``target``, cast up where it is a narrower float."""
+        """Return a weight in at least float32 if it is floating point."""
         value = super().get_attr(target, args, kwargs)
-        return widened(value) if isinstance(value, torch.Tensor) else value
+        return at_least_float32(value) if isinstance(value, torch.Tensor) else value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Run an op; what it would cast to, or make in, a narrower float is in float32."""
-        args, kwargs = fx.node.map_aggregate((args, kwargs), _widened_dtype)
+        """Run an op, with float32 for a narrower dtype among its arguments."""
+
+        def widened(value: Any) -> Any:
+            return torch.float32 if isinstance(value, torch.dtype) and value in _NARROW else value
+
+        args, kwargs = fx.node.map_aggregate((args, kwargs), widened)
         return super().call_function(target, args, kwargs)
 
 
-def widened(value: torch.Tensor) -> torch.Tensor:
-    """Return a tensor in float32 where it is a narrower float; else as it is."""
+def at_least_float32(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of bfloat16 or float16 in float32, any other as it is."""
     return value.float() if value.dtype in _NARROW else value
 
 
-def _widened_dtype(value: Any) -> Any:
-    return torch.float32 if isinstance(value, torch.dtype) and value in _NARROW else value
-
-
 class MaskedRun(PreciseRun):
-    """An interpreter that runs the dense graph with everything zeroed that ``keep`` and ``removed_blocks`` take away.
+    """An interpreter that runs the dense graph with removed units zeroed and removed blocks bypassed.
 
     Args:
         graph_module: the dense graph.
         axes: its solved axes.
-        keep: units that stay.
-        removed_blocks: blocks to go around.
+        keep: the kept units.
+        removed_blocks: blocks to bypass.
         garbage_collect_values: free each value after its last use.
     """
 
@@ -145,10 +165,10 @@ class MaskedRun(PreciseRun):
                 self.statistics[name] = Keep(units)
         self.scaled = scaled_weights(axes, keep)
         for target, source in self.bypassed.items() if garbage_collect_values else ():
-            self.keep_until(self.nodes[source], self.nodes[target])  # which passes it on
+            self.keep_until(self.nodes[source], self.nodes[target])  # the target's value is the source's
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return an input; its sizes, other than the traced ones perhaps, are those of its axes in this run."""
+        """Return an input, and note the sizes of its axes in this run: they may differ from the traced ones."""
         value = super().placeholder(target, args, kwargs)
         if isinstance(value, torch.Tensor):
             for expr, size in zip(self.axes.tensors.get(str(target), ()), value.shape, strict=False):
@@ -156,7 +176,7 @@ class MaskedRun(PreciseRun):
         return value
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return the weight ``target`` with the slices that go set to zero."""
+        """Return a weight with the removed slices set to zero."""
         value = super().get_attr(target, args, kwargs)
         scaling = self.scaled.get(self.axes.tied.get(str(target), str(target)))
         if scaling is not None:
@@ -169,7 +189,7 @@ class MaskedRun(PreciseRun):
         return value
 
     def run_node(self, n: fx.Node) -> Any:
-        """Return the value of ``n``; bypassed blocks pass their input on, statistics see kept units only."""
+        """Return the value of ``n``: the input of a bypassed block, a statistic over the kept units only."""
         if n.name in self.bypassed:
             return self.env[self.nodes[self.bypassed[n.name]]]
         if n.name in self.statistics:
@@ -177,7 +197,7 @@ class MaskedRun(PreciseRun):
         return super().run_node(n)
 
     def _run_on_kept(self, node: fx.Node, keep: Keep) -> Any:
-        """Run ``node`` on the kept units of the axes it takes statistics over; put zeros elsewhere."""
+        """Run ``node`` on the kept units of the axes it takes statistics over, with zeros elsewhere."""
 
         def compress(source: fx.Node) -> Any:
             value = self.env[source]
@@ -191,33 +211,35 @@ class MaskedRun(PreciseRun):
                 size = kept_size(_resized(literal.expr, self.sizes), keep) + literal.offset
                 args = with_argument(args, literal.path, size)
         value = node.target(*args[0], **args[1])  # type: ignore[operator]
-        if isinstance(value, torch.Tensor):
-            return self._on_all(value, node.name, keep)
-        return tuple(self._on_all(v, output_name(node, i), keep) for i, v in enumerate(value))
 
-    def _on_all(self, value: torch.Tensor, name: str, keep: Keep) -> torch.Tensor:
-        """Return what was computed on kept units with zeros at the others, and positions counted among all units."""
-        value = _renumber(value, self.axes.positions.get(name), keep, to_kept=False)
-        return _expand(value, self.axes.tensors[name], keep, self.sizes)
+        def on_all_units(value: torch.Tensor, name: str) -> torch.Tensor:
+            value = _renumber(value, self.axes.positions.get(name), keep, to_kept=False)
+            return _expand(value, self.axes.tensors[name], keep, self.sizes)
+
+        if isinstance(value, torch.Tensor):
+            return on_all_units(value, node.name)
+        return tuple(on_all_units(v, output_name(node, i)) for i, v in enumerate(value))
 
 
 def output_tensors(output: Any) -> tuple[torch.Tensor, ...]:
-    """Return the floating point tensors in what a module returned, in order."""
+    """Return the floating point tensors in the output of a module, in order."""
     leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
     return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
 
 
-def _kept_positions(expr: Expr, keep: Keep, device: torch.device) -> torch.Tensor | None:
-    if not any(keep.touches(factor) for factor in factors(expr)):
-        return None
+def _is_touched(expr: Expr, keep: Keep) -> bool:
+    return any(keep.touches(factor) for factor in factors(expr))
+
+
+def _kept_positions(expr: Expr, keep: Keep, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.flatnonzero(kept_mask(expr, keep))).to(device)
 
 
 def _renumber(value: Any, expr: Expr | None, keep: Keep, *, to_kept: bool) -> Any:
-    """Return positions along the axis ``expr`` as positions among those that are kept, or the other way round."""
-    index = None if expr is None else _kept_positions(expr, keep, value.device)
-    if index is None:
+    """Map positions along the axis ``expr`` to positions among the kept ones, or the other way round."""
+    if expr is None or not _is_touched(expr, keep):
         return value
+    index = _kept_positions(expr, keep, value.device)
     if not to_kept:
         return index.to(value.dtype)[value.long()]
     return torch.searchsorted(index, value.long()).to(value.dtype)
@@ -225,7 +247,7 @@ def _renumber(value: Any, expr: Expr | None, keep: Keep, *, to_kept: bool) -> An
 
 def _compress(value: Any, exprs: Sequence[Expr], keep: Keep, sizes: Mapping[Factor, int]) -> Any:
     for axis, expr in enumerate(exprs):
-        if any(keep.touches(factor) for factor in factors(expr)):
+        if _is_touched(expr, keep):
             expr = _fitted(expr, value.shape[axis], lambda found: found.size, keep, sizes)
             value = value.index_select(axis, _kept_positions(expr, keep, value.device))
     return value
@@ -233,19 +255,19 @@ def _compress(value: Any, exprs: Sequence[Expr], keep: Keep, sizes: Mapping[Fact
 
 def _expand(value: torch.Tensor, exprs: Sequence[Expr], keep: Keep, sizes: Mapping[Factor, int]) -> torch.Tensor:
     for axis, expr in enumerate(exprs):
-        if any(keep.touches(factor) for factor in factors(expr)):
+        if _is_touched(expr, keep):
             expr = _fitted(expr, value.shape[axis], lambda found: kept_size(found, keep), keep, sizes)
             index = _kept_positions(expr, keep, value.device)
             shape = [*value.shape[:axis], expr.size, *value.shape[axis + 1 :]]
-            value = value.new_zeros(shape).index_copy(axis, index, value)  # type: ignore[arg-type]
+            value = value.new_zeros(shape).index_copy(axis, index, value)
     return value
 
 
 def _fitted(expr: Expr, size: int, measure: Callable[[Expr], int], keep: Keep, sizes: Mapping[Factor, int]) -> Expr:
     """Return ``expr`` with the sizes of this run, so that it measures ``size``.
 
-    Where the sizes of the inputs do not tell, as for a number of tokens and one more, a factor that stays whole is
-    given the size that fits.
+    If the sizes of the inputs do not determine it, as for a number of tokens plus one, some whole factor takes the size
+    that fits.
     """
     if measure(expr) == size:
         return expr
@@ -261,9 +283,9 @@ def _fitted(expr: Expr, size: int, measure: Callable[[Expr], int], keep: Keep, s
 
 
 def _size_in(expr: Expr, size: int) -> dict[Factor, int]:
-    """Return the size of the factor of an axis of this size; of none where several are part of it.
+    """Return the size of the one factor of an axis of this size; nothing if there are several.
 
-    One that code took the first entries of is an entry and a factor, say.
+    Sizes are linear in that of a factor: an axis may be ``1 + tokens``.
     """
     found = set(factors(expr))
     if len(found) != 1:
@@ -275,7 +297,7 @@ def _size_in(expr: Expr, size: int) -> dict[Factor, int]:
 
 
 def _resized(expr: Expr, sizes: Mapping[Factor, int]) -> Expr:
-    """Return ``expr`` with factors of other sizes."""
+    """Return ``expr`` with other sizes of factors."""
     if isinstance(expr, Factor):
         size = sizes.get(expr, expr.size)
         return UNIT if size == 1 else Factor(size, expr.uid)
@@ -284,11 +306,11 @@ def _resized(expr: Expr, sizes: Mapping[Factor, int]) -> Expr:
 
 
 class GatedRun(UntouchedRun):
-    """An interpreter that multiplies what products take in; gradients go to these numbers and to no weight.
+    """An interpreter that multiplies inputs of matrix products by gates; only the gates get gradients.
 
     Args:
         graph_module: the graph.
-        gates: for each product that is gated, a number for each input: ``(in,)``.
+        gates: for each gated product, a gate for each input channel: ``(in,)``.
     """
 
     def __init__(self, graph_module: fx.GraphModule, gates: Mapping[Consumer, torch.Tensor]) -> None:
@@ -303,7 +325,7 @@ class GatedRun(UntouchedRun):
         return value.detach() if isinstance(value, torch.Tensor) else value
 
     def run_node(self, n: fx.Node) -> Any:
-        """Return the value of ``n``; what a gated product takes in is multiplied for it alone."""
+        """Return the value of ``n``; the input of a gated product is multiplied for this product only."""
         if n not in self.gates:
             return super().run_node(n)
         before = {consumer.source: self.env[consumer.source] for consumer, _ in self.gates[n]}
@@ -317,11 +339,11 @@ class GatedRun(UntouchedRun):
 
 
 def spread_gates(gates: torch.Tensor, units: np.ndarray[tuple[int], np.dtype[np.int64]]) -> torch.Tensor:
-    """Return the gate of each position: that of its unit, 1 where ``units`` has -1 for none.
+    """Return the gate of each position: that of its unit, or 1 for none.
 
     Args:
         gates: of all units, ``(units,)``.
-        units: the unit of each position, ``(size,)``.
+        units: the unit of each position, or -1, ``(size,)``.
     """
     index = torch.from_numpy(np.where(units < 0, len(gates), units)).to(gates.device)
     return torch.cat((gates, gates.new_ones(1)))[index]

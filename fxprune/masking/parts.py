@@ -1,16 +1,17 @@
 """A graph cut into parts that run one after the other for all samples.
 
 Plain training runs all parts for one sample and then for the next. Here a part runs for all samples before the next
-one begins, so that sums over samples, and weights where these are read from files, are in memory for one part at a
-time. What is alive where two parts meet is kept for each sample; a part runs again when its gradients are due, so that
-the price is one more forward run.
+one begins, so that sums over samples, and weights read from files, are in memory for one part at a time. Values alive
+between two parts are kept for each sample; a part runs again when its gradients are due (as in gradient checkpointing),
+so that the price is one more forward run.
 
-Where weights are carried to another device, those of the part that runs are there, and those of the next one on their
-way. What is kept between parts is where the weights are.
+With a prefetcher, the weights of the running part are on its device, and those of the next one on their way. Values
+kept between parts are on the device of the weights.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -22,17 +23,26 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.data.calibration import Sample, computing, stacked
+from fxprune.data.calibration import Sample, clear_sample_errors, stacked
 from fxprune.errors import EvaluationError
 from fxprune.graph.compat import size_hint, tree_leaves
-from fxprune.graph.tensors import device_of, example_of, get_tensor, weights
-from fxprune.masking.masked_run import PreciseRun, UntouchedRun, widened
-from fxprune.offload.files import shelved, stored
-from fxprune.offload.prefetch import current_carrier, place_of, to_place
+from fxprune.graph.tensors import device_of, get_tensor, map_tensors, weights
+from fxprune.masking.masked_run import PreciseRun, UntouchedRun, at_least_float32
+from fxprune.offload.files import offload_to, offloaded
+from fxprune.offload.prefetch import compute_device, current_prefetcher, to_device
 from fxprune.rules.aliasing import alias_roots, writes, written_sources
 from fxprune.trace import trace
 
-__all__ = ["Hooks", "InBlocks", "Part", "PartRuns", "cut", "numbers", "observe", "parts_by_weights"]
+__all__ = [
+    "Hooks",
+    "Part",
+    "PartRuns",
+    "PartwiseModel",
+    "cut_graph",
+    "observe_nodes",
+    "output_numel",
+    "parts_by_weights",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +50,9 @@ class Part:
     """Ops that run together.
 
     Args:
-        nodes: in order of execution: ops, and before the first op of the part that needs it each weight.
-        takes: values that ops before it, or the caller, made.
-        gives: values that ops behind it use.
+        nodes: ops in order of execution, and each weight before its first use in the part.
+        takes: values from ops before the part, or from the caller.
+        gives: values that ops after the part use.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -51,49 +61,50 @@ class Part:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The names of the weights it reads."""
+        """Names of the weights that the part reads."""
         return tuple(str(node.target) for node in self.nodes if node.op == "get_attr")
 
 
-def cut(graph: fx.Graph, cost: Mapping[str, float], limit: float) -> list[Part]:
-    """Return the parts of a graph, in order of execution.
+def cut_graph(graph: fx.Graph, cost: Mapping[str, float], limit: float) -> list[Part]:
+    """Cut a graph into parts, in order of execution.
 
-    It is cut where the values alive are smallest, as they are where two blocks meet; a graph that writes to its weights
-    or inputs is not cut at all.
+    Cuts are where the fewest numbers are alive, as between two blocks; a graph that writes to its weights or inputs is
+    not cut at all.
 
     Args:
         graph: the graph.
         cost: of each weight, by name; 0 for others.
-        limit: the cost of the weights in a part; one that is more than that has a part of its own.
+        limit: the largest cost of the weights in a part; a single weight above it has a part of its own.
     """
     ops = [node for node in graph.nodes if node.op not in ("get_attr", "placeholder")]
     if written_sources(graph):
         return [_part(ops)]
     reads = [{str(w.target) for w in op.all_input_nodes if w.op == "get_attr"} & cost.keys() for op in ops]
-    alive, closed = _alive(ops), _closed(graph, ops)
+    alive, uncuttable = _numbers_alive(ops), _uncuttable(graph, ops)
     found, begin = [], 0
     while begin < len(ops):
-        end = begin + _end([(reads[i], alive[i + 1], i + 1 in closed) for i in range(begin, len(ops))], cost, limit)
+        steps = [(reads[i], alive[i + 1], i + 1 in uncuttable) for i in range(begin, len(ops))]
+        end = begin + _length(steps, cost, limit)
         found.append(_part(ops[begin:end]))
         begin = end
     return found
 
 
-def _end(steps: Sequence[tuple[Collection[str], int, bool]], cost: Mapping[str, float], limit: float) -> int:
-    """How many of the steps make up a part: in its second half by cost, until the fewest numbers are alive.
+def _length(steps: Sequence[tuple[Collection[str], int, bool]], cost: Mapping[str, float], limit: float) -> int:
+    """Number of ops in the next part: it ends in its second half by cost, where the fewest numbers are alive.
 
     Args:
-        steps: of each op, the weights it reads, how many numbers are alive behind it, and whether no cut may be there.
+        steps: for each op the weights it reads, the numbers alive after it, and whether a cut after it is forbidden.
         cost: of each weight.
-        limit: of the cost of a part.
+        limit: the largest cost of a part.
     """
     read, reach = set[str](), dict[int, float]()
-    for count, (names, _, closed) in enumerate(steps, start=1):
+    for count, (names, _, forbidden) in enumerate(steps, start=1):
         read.update(names)
         spent = sum(cost[name] for name in read)
         if spent > limit and reach:
             break
-        if not closed:
+        if not forbidden:
             reach[count] = spent
     else:
         if spent <= limit:
@@ -102,29 +113,25 @@ def _end(steps: Sequence[tuple[Collection[str], int, bool]], cost: Mapping[str, 
     return min((count for count in reach if reach[count] >= half), key=lambda count: (steps[count - 1][1], -count))
 
 
-def _alive(ops: Sequence[fx.Node]) -> list[int]:
-    """How many numbers are alive before each op, and after the last."""
+def _numbers_alive(ops: Sequence[fx.Node]) -> list[int]:
+    """The number of elements alive before each op, and after the last."""
     place = {op: i for i, op in enumerate(ops)}
     change = [0] * (len(ops) + 2)
     for op, i in place.items():
         last = max((place[user] for user in op.users), default=i)
-        change[i + 1] += numbers(op)
-        change[last + 1] -= numbers(op)
-    found, now = [], 0
-    for step in change[: len(ops) + 1]:
-        now += step
-        found.append(now)
-    return found
+        change[i + 1] += output_numel(op)
+        change[last + 1] -= output_numel(op)
+    return list(itertools.accumulate(change[: len(ops) + 1]))
 
 
-def numbers(node: fx.Node) -> int:
-    """Return how many numbers a node gives, at the sizes that the graph was traced with."""
+def output_numel(node: fx.Node) -> int:
+    """Number of elements in the value of a node, at the traced sizes."""
     leaves = (leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor))
     return sum(math.prod(size_hint(size) for size in leaf.shape) for leaf in leaves)
 
 
-def _closed(graph: fx.Graph, ops: Sequence[fx.Node]) -> set[int]:
-    """Where no cut may be: between an op that writes to a value and what has to do with the same memory."""
+def _uncuttable(graph: fx.Graph, ops: Sequence[fx.Node]) -> set[int]:
+    """Positions where no cut may be: between an op that writes to a value and others that use the same memory."""
     root, place = alias_roots(graph), {op: i for i, op in enumerate(ops)}
     written = {root[value] for op in ops if writes(op) for value in op.all_input_nodes}
     span: dict[fx.Node, list[int]] = {}
@@ -151,17 +158,18 @@ def _part(ops: Sequence[fx.Node]) -> Part:
 
 Inputs = Mapping[str, Any]
 Hooks = Mapping[fx.Node, Callable[[Any], Any]]
-"""What to call with the value of a node; what it returns takes the place of the value, where that is anything."""
-NOTHING: Hooks = MappingProxyType({})
+"""Functions called with the value of a node; a result other than None replaces the value."""
+
+_NO_HOOKS: Hooks = MappingProxyType({})
 
 _PART = 0.1
-"""Of the bytes of the weights: a part of the graph that runs at a time."""
+"""Largest share of a part in the bytes of the weights."""
 
 
 def parts_by_weights(graph_module: fx.GraphModule) -> list[Part]:
-    """Return the parts of a graph, each with a tenth of the bytes of its weights, or with one that is more."""
+    """Cut a graph into parts, each with at most a tenth of the bytes of its weights or a single larger weight."""
     costs = {name: float(tensor.nbytes) for name, tensor in weights(graph_module)}
-    return cut(graph_module.graph, costs, _PART * sum(costs.values()))
+    return cut_graph(graph_module.graph, costs, _PART * sum(costs.values()))
 
 
 class PartRuns:
@@ -169,10 +177,10 @@ class PartRuns:
 
     Args:
         graph_module: the graph.
-        parts: from :func:`cut`.
+        parts: from :func:`cut_graph`.
         samples: the inputs of each sample, by name.
         reached: names of weights whose gradients are wanted.
-        precise: compute in float32 at least, whatever the dtypes of weights and casts.
+        precise: compute in at least float32, whatever the dtypes of weights and casts.
     """
 
     def __init__(
@@ -186,31 +194,35 @@ class PartRuns:
     ) -> None:
         self.parts = parts
         self.graph_module = graph_module
-        self.home, self.place, self.carrier = device_of(graph_module), place_of(graph_module), current_carrier()
+        self.home, self.place, self.prefetcher = (
+            device_of(graph_module),
+            compute_device(graph_module),
+            current_prefetcher(),
+        )
         self.run = (_PrecisePartRun if precise else _PartRun)(graph_module)
-        self.behind = _behind(graph_module.graph, reached)
+        self.differentiable = _dependents(graph_module.graph, reached)
         places = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         self.inputs = samples
         self.values: list[dict[fx.Node, Any]] = [
-            {node: self.run.taken(value) for node, value in zip(places, inputs.values(), strict=True)}
+            {node: self.run.as_input(value) for node, value in zip(places, inputs.values(), strict=True)}
             for inputs in samples
         ]
         self.gradients: list[dict[fx.Node, torch.Tensor]] = [{} for _ in samples]
-        self.brought: Part | None = None
+        self.loaded: Part | None = None
 
     def forward(self, part: Part, watch: Hooks | None = None) -> Iterator[int]:
-        """Run a part for each sample and keep what it gives; yields the number of each sample when it is done.
+        """Run a part for each sample and keep the values it gives; yield the number of each sample when it is done.
 
         Args:
-            part: the first one, or one before which :meth:`forward` has run.
-            watch: what to call with the value of a node, where the part has it.
+            part: the first one, or one after a part that :meth:`forward` has run.
+            watch: hooks on nodes.
         """
-        self._bring(part, 1)
+        self._load(part, 1)
         for number, values in enumerate(self.values):
-            with torch.no_grad(), computing(self.inputs[number]):
-                takes = {node: to_place(values[node], self.place) for node in part.takes}
+            with torch.no_grad(), clear_sample_errors(self.inputs[number]):
+                takes = {node: to_device(values[node], self.place) for node in part.takes}
                 env = self.run.part(part, takes, {}, watch or {})
-            values.update({node: self._kept(env[node]) for node in part.gives})
+            values.update({node: self._to_home(env[node]) for node in part.gives})
             yield number
 
     def backward(
@@ -218,98 +230,90 @@ class PartRuns:
         part: Part,
         weights: Callable[[int], Mapping[str, torch.Tensor]],
         loss: Callable[[int, Any], torch.Tensor],
-        watch: Callable[[int], Hooks] = lambda _: NOTHING,
+        watch: Callable[[int], Hooks] = lambda _: _NO_HOOKS,
     ) -> Iterator[int]:
-        """Run a part again for each sample, and back; yields the number of each sample when it is done.
+        """Run a part forward again and backward for each sample; yield the number of each sample when it is done.
 
         Args:
-            part: the last one, or one behind which :meth:`backward` has run.
-            weights: given the number of a sample, what is read in place of weights.
-            loss: of the last part, given the number of a sample and what the graph returns.
-            watch: given the number of a sample, what to call with the value of a node on the way forward.
+            part: the last one, or one before a part that :meth:`backward` has run.
+            weights: given the number of a sample, tensors to read in place of weights.
+            loss: of the last part, given the number of a sample and the output of the graph.
+            watch: given the number of a sample, hooks on nodes on the way forward.
         """
         last = part is self.parts[-1]
-        self._bring(part, -1)
+        self._load(part, -1)
         for number, values in enumerate(self.values):
             gradients = self.gradients[number]
             leaves = {node: self._leaf(node, values[node]) for node in part.takes}
-            with computing(self.inputs[number]):
-                takes = {node: _on(leaf) for node, leaf in leaves.items()}
+            with clear_sample_errors(self.inputs[number]):
+                # views, so that ops may write to them without writing to a leaf that requires gradients
+                takes = {n: v.view_as(v) if _requires_grad(v) else v for n, v in leaves.items()}
                 env = self.run.part(part, takes, weights(number), watch(number))
             if last:
                 loss(number, env[part.nodes[-1]]).backward()
             else:
                 ends = [node for node in part.gives if node in gradients and env[node].requires_grad]
                 if ends:
-                    torch.autograd.backward(
-                        [env[node] for node in ends], [self._there(gradients.pop(node)) for node in ends]
-                    )
+                    due = [to_device(gradients.pop(node), self.place) for node in ends]
+                    torch.autograd.backward([env[node] for node in ends], due)
             del env
             for node, leaf in leaves.items():
                 if isinstance(leaf, torch.Tensor) and leaf.grad is not None:
-                    found, more = gradients.get(node), to_place(leaf.grad, self.home)
-                    gradients[node] = self._kept(more if found is None else found + more)
+                    found, more = gradients.get(node), to_device(leaf.grad, self.home)
+                    gradients[node] = self._to_home(more if found is None else found + more)
             yield number
-        self._forget(part)
+        before = {node for other in self.parts[: self.parts.index(part)] for node in other.takes}
+        for values in self.values:
+            for node in values.keys() - before:
+                del values[node]
 
     def gradients_by_name(self) -> dict[str, torch.Tensor]:
-        """The gradients of values that parts which are still to run back have given, for :meth:`take_gradients`."""
+        """Gradients of the values given by parts that have not run backward yet, for :meth:`take_gradients`."""
         numbered = enumerate(self.gradients)
         return {f"gradient {i} {node.name}": value for i, found in numbered for node, value in found.items()}
 
     def take_gradients(self, named: Mapping[str, torch.Tensor]) -> None:
-        """Go on with gradients of an earlier run; other tensors among them are left out."""
+        """Resume with the gradients of an earlier run; other tensors in ``named`` are skipped."""
         nodes = {node.name: node for part in self.parts for node in part.nodes}
         self.gradients = [{} for _ in self.values]
         for key, value in named.items():
-            what, number, name = key.split(" ", 2)
-            if what == "gradient":
+            kind, number, name = key.split(" ", 2)
+            if kind == "gradient":
                 self.gradients[int(number)][nodes[name]] = value
 
     def needs_gradients(self, part: Part) -> bool:
         """Whether gradients of weights that a part reads, or of values that it takes, are wanted."""
-        return any(node in self.behind for node in part.nodes)
+        return any(node in self.differentiable for node in part.nodes)
 
     def value(self, node: fx.Node) -> Any:
-        """What a node gave in the part that runs, while something behind it is still to use it."""
+        """The value of a node in the running part, as long as a later node uses it."""
         return self.run.env[node]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A weight that the part reads which runs, or ran last, on the device that it runs on."""
+        """A weight of the running part, or of the last one, on the device that it runs on."""
         return self.run.held[name] if name in self.run.held else get_tensor(self.graph_module, name)
 
-    def _bring(self, part: Part, step: int) -> None:
-        """Have the weights of a part on the device, and those of the one that runs next on their way there."""
-        if self.carrier is None or part is self.brought:
+    def _load(self, part: Part, step: int) -> None:
+        """Fetch the weights of a part to the device, and prefetch those of the next, ``step`` parts on."""
+        if self.prefetcher is None or part is self.loaded:
             return
-        self.brought = part
+        self.loaded = part
         self.run.held = {name: self.run.held[name] for name in part.reads if name in self.run.held}
         missing = [name for name in part.reads if name not in self.run.held]
-        there = self.carrier.carry([get_tensor(self.graph_module, name) for name in missing])
+        there = self.prefetcher.fetch([get_tensor(self.graph_module, name) for name in missing])
         self.run.held = self.run.held | dict(zip(missing, there, strict=True))
         number = self.parts.index(part) + step
         following = self.parts[number].reads if 0 <= number < len(self.parts) else ()
-        self.carrier.ahead(get_tensor(self.graph_module, name) for name in following if name not in self.run.held)
+        self.prefetcher.prefetch(get_tensor(self.graph_module, name) for name in following if name not in self.run.held)
 
-    def _there(self, value: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = to_place(value, self.place)
-        return found
-
-    def _kept(self, value: Any) -> Any:
-        return stored(to_place(value.detach(), self.home)) if isinstance(value, torch.Tensor) else value
+    def _to_home(self, value: Any) -> Any:
+        return offloaded(to_device(value.detach(), self.home)) if isinstance(value, torch.Tensor) else value
 
     def _leaf(self, node: fx.Node, value: Any) -> Any:
-        value = to_place(value, self.place)
-        if node not in self.behind or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        value = to_device(value, self.place)
+        if node not in self.differentiable or not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
         return value.detach().requires_grad_()
-
-    def _forget(self, part: Part) -> None:
-        """Drop what no part before this one takes."""
-        before = {node for other in self.parts[: self.parts.index(part)] for node in other.takes}
-        for values in self.values:
-            for node in [node for node in values if node not in before]:
-                del values[node]
 
 
 class _PartRun(UntouchedRun):
@@ -326,9 +330,9 @@ class _PartRun(UntouchedRun):
         part: Part,
         takes: Mapping[fx.Node, Any],
         weights: Mapping[str, torch.Tensor],
-        watch: Hooks = NOTHING,
+        watch: Hooks = _NO_HOOKS,
     ) -> Mapping[Any, Any]:
-        """Return the values of what a part gives, and of the output of the graph."""
+        """Run a part and return the values that it gives, and the output of the graph."""
         if part not in self.last_uses:
             self.last_uses[part] = _last_uses(part)
         freed = self.last_uses[part]
@@ -344,28 +348,28 @@ class _PartRun(UntouchedRun):
         return found
 
     def read(self, name: str) -> Any:
-        """Return a weight where it was brought to."""
+        """Return a weight, from the device that it was fetched to if it was."""
         return self.held[name] if name in self.held else super().read(name)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return a weight, or what is read in its place."""
+        """Return a weight, or the tensor to read in its place."""
         return self.weights[target] if target in self.weights else super().get_attr(target, args, kwargs)
 
-    def taken(self, value: Any) -> Any:
-        """Return an input as it is taken."""
+    def as_input(self, value: Any) -> Any:
+        """Return an input of the graph as the first part takes it."""
         return value
 
 
 class _PrecisePartRun(_PartRun, PreciseRun):
-    """One that computes in float32 at least."""
+    """The same in at least float32."""
 
-    def taken(self, value: Any) -> Any:
-        """Return an input, cast up where it is a narrower float."""
-        return example_of(value, widened)
+    def as_input(self, value: Any) -> Any:
+        """Return an input in at least float32 if it is floating point."""
+        return map_tensors(value, at_least_float32)
 
 
 def _last_uses(part: Part) -> dict[fx.Node, list[fx.Node]]:
-    """The values to free after each node: nothing behind it in the part uses them, and no other part does."""
+    """The values to free after each node: those that no later node of the part and no other part uses."""
     last = {value: node for node in part.nodes for value in node.all_input_nodes}
     found: dict[fx.Node, list[fx.Node]] = {}
     for value, node in last.items():
@@ -374,7 +378,7 @@ def _last_uses(part: Part) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
-def _behind(graph: fx.Graph, reached: Collection[str]) -> set[fx.Node]:
+def _dependents(graph: fx.Graph, reached: Collection[str]) -> set[fx.Node]:
     """The nodes whose values depend on a weight of these names."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
@@ -383,84 +387,70 @@ def _behind(graph: fx.Graph, reached: Collection[str]) -> set[fx.Node]:
     return found
 
 
-def _on(leaf: Any) -> Any:
-    """Return a value that ops may write to without writing to the leaf, which gets its gradient."""
-    return leaf.view_as(leaf) if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 Observers = Mapping[fx.Node, Callable[[Any], None]]
 
 
-def observe(
+def observe_nodes(
     graph_module: fx.GraphModule,
     samples: Sequence[Sample],
     watch: Observers,
     batch: int,
     track: Callable[[Iterable[Any], int], Iterable[Any]],
     *,
-    in_turn: bool = True,
+    batch_by_batch: bool = True,
 ) -> None:
-    """Run a graph, in float32 at least, over samples, as far as the last node that is watched.
+    """Run a graph over samples, in at least float32, up to the last watched node.
 
-    Values are freed after their last use, so that memory is for what is alive at one node, of one batch.
+    Values are freed after their last use, so that memory holds those alive at one node, of one batch.
 
     Args:
         graph_module: the graph.
         samples: single samples.
-        watch: what to call with the value of a node, once for each batch.
+        watch: functions called with the value of a node, once for each batch.
         batch: samples that run at once.
         track: shows progress over the batches.
-        in_turn: all values of a batch have to be seen before those of the next one. Without, weights that are carried
-            to another device go there once for all batches, and the graph runs in parts.
+        batch_by_batch: every value of a batch comes before those of the next. If False and weights are prefetched to
+            another device, the graph runs in parts, so that they go there once for all batches.
 
     Raises:
         CalibrationError: the graph cannot compute the samples.
     """
-    nodes = list(graph_module.graph.nodes)
-    last = max((i for i, node in enumerate(nodes) if node in watch), default=-1)
     batches = list(stacked(samples, graph_module, batch))
-    if not in_turn and current_carrier() is not None and not written_sources(graph_module.graph):
-        _run_in_parts(graph_module, batches, watch, track)
+    if not batch_by_batch and current_prefetcher() is not None and not written_sources(graph_module.graph):
+        parts = parts_by_weights(graph_module)
+        end = max((i for i, part in enumerate(parts, 1) if not watch.keys().isdisjoint(part.nodes)), default=0)
+        runs = PartRuns(graph_module, parts, batches, (), precise=True)
+        steps = (number for part in parts[:end] for number in runs.forward(part, watch))
+        for _ in track(steps, len(batches) * end):
+            pass
         return
+    last = next((node for node in reversed(graph_module.graph.nodes) if node in watch), None)
+    if last is None:
+        return
+
+    def visit(node: fx.Node, value: Any) -> Any:
+        if node in watch:
+            watch[node](value)
+        return value
+
     with torch.no_grad():
         for inputs in track(batches, len(batches)):
-            with computing(inputs):
-                _run(PreciseRun(graph_module), inputs, nodes[: last + 1], watch)
+            with clear_sample_errors(inputs):
+                PreciseRun(graph_module).run_nodes(inputs.values(), visit, until=last)
 
 
-def _run_in_parts(
-    graph_module: fx.GraphModule,
-    batches: Sequence[Mapping[str, Any]],
-    watch: Observers,
-    track: Callable[[Iterable[Any], int], Iterable[Any]],
-) -> None:
-    """Run all batches through one part of the graph, and then through the next one."""
-    parts = parts_by_weights(graph_module)
-    last = max((i for i, part in enumerate(parts) if not watch.keys().isdisjoint(part.nodes)), default=-1)
-    runs = PartRuns(graph_module, parts, batches, (), precise=True)
-    steps = (number for part in parts[: last + 1] for number in runs.forward(part, watch))
-    for _ in track(steps, len(batches) * (last + 1)):
-        pass
+class PartwiseModel:
+    """A language model that runs part by part, so that its weights in files may exceed memory.
 
-
-def _run(run: fx.Interpreter, inputs: Mapping[str, torch.Tensor], nodes: Sequence[fx.Node], watch: Observers) -> None:
-    run.args_iter = iter(inputs.values())
-    for node in nodes:
-        run.env[node] = run.run_node(node)
-        if node in watch:
-            watch[node](run.env[node])
-        for value in run.user_to_last_uses.get(node, ()):
-            del run.env[value]
-
-
-class InBlocks:
-    """A language model whose weights are read once for all windows: those in files may be more than memory holds.
-
-    Its graph is cut where the fewest numbers are alive, into parts of a tenth of the bytes of the weights. What is
-    alive between two parts is kept in a temporary folder. Called, it runs on one batch, and reads all weights for it.
+    All windows run through one part before the next, so that each weight is read once; values alive between two parts
+    are kept in a temporary folder. A call runs on one batch, and reads all weights for it.
 
     Args:
-        model: a Hugging Face model that can be traced, or whatever takes ``input_ids`` alone.
+        model: a Hugging Face model that can be traced, or a model that takes only ``input_ids``.
 
     Raises:
         TraceError: it cannot be traced.
@@ -479,18 +469,18 @@ class InBlocks:
         self.parts = parts_by_weights(self.graph_module)
 
     def __call__(self, input_ids: torch.Tensor) -> Any:
-        """Return what the model returns for token ids ``(batch, tokens)``."""
+        """Return the output of the model for token ids ``(batch, tokens)``."""
         return self.graph_module(input_ids)
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device of the weights."""
         return device_of(self.graph_module)
 
     def outputs(
         self, windows: Sequence[torch.Tensor], track: Callable[[Iterable[Any], int], Iterable[Any]]
     ) -> Iterator[Any]:
-        """Yield what the model returns for each batch of windows.
+        """Yield the output of the model for each batch of windows.
 
         Args:
             windows: token ids, each ``(batch, tokens)``.
@@ -498,7 +488,7 @@ class InBlocks:
         """
         found: list[Any] = []
         watch = {node: found.append for node in self.graph_module.graph.nodes if node.op == "output"}
-        with tempfile.TemporaryDirectory() as place, shelved(Path(place), None):
+        with tempfile.TemporaryDirectory() as place, offload_to(Path(place), None):
             runs = PartRuns(self.graph_module, self.parts, [{self.name: ids} for ids in windows], ())
             steps = (part for part in self.parts for _ in runs.forward(part, watch))
             for _ in track(steps, len(self.parts) * len(windows)):

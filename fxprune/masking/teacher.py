@@ -10,26 +10,34 @@ import torch
 from torch import fx
 from torch.autograd.function import once_differentiable
 
-from fxprune.data.calibration import Sample, alike, batched
+from fxprune.data.calibration import Sample, batch_indices, batched
 from fxprune.errors import PassError
 from fxprune.masking.masked_run import UntouchedRun, output_tensors
-from fxprune.offload.prefetch import narrowed, place_of
+from fxprune.offload.prefetch import compute_device, use_bf16
 
-__all__ = ["Lesson", "LessonBatch", "divergence", "learn", "lesson_batches", "logits_of", "narrowed_by"]
+__all__ = [
+    "TeacherBatch",
+    "TeacherLogits",
+    "divergence",
+    "logits_use_bf16",
+    "record_teacher_logits",
+    "run_logits",
+    "teacher_batches",
+]
 
 _LEAST = 1e-7
-"""No probability counts as less: a step of float32 at 1, below which a sum of probabilities cannot tell."""
+"""Floor of a probability: a step of float32 at 1, below which a sum of probabilities is not resolved."""
 
 
 @dataclass(frozen=True, eq=False)
-class Lesson:
-    """A sample and what the dense model says of it.
+class TeacherLogits:
+    """Top-k log-probabilities of the dense model for a sample.
 
     Args:
         sample: the sample.
         classes: the likeliest classes at each position, ``(positions, kept)``.
-        likelihoods: the logarithms of their probabilities, and in the last column that of all other classes
-            together, ``(positions, kept + 1)``, in half precision.
+        likelihoods: their log-probabilities, and in the last column that of all other classes together,
+            ``(positions, kept + 1)``, in half precision.
     """
 
     sample: Sample
@@ -38,14 +46,14 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class LessonBatch:
-    """Lessons of the same shape, side by side.
+class TeacherBatch:
+    """Teacher logits of samples of the same shape, stacked.
 
     Args:
-        inputs: keyword inputs of the graph: tensors, and what else it was traced with.
+        inputs: keyword inputs of the graph: tensors, and the other values it was traced with.
         classes: ``(batch, positions, kept)``.
         likelihoods: ``(batch, positions, kept + 1)``.
-        labels: what each position of the input is, as in the samples: ``(batch, tokens)``.
+        labels: label of each position of the input, as in the samples: ``(batch, tokens)``.
     """
 
     inputs: Mapping[str, Any]
@@ -54,76 +62,80 @@ class LessonBatch:
     labels: torch.Tensor
 
 
-def narrowed_by(precision: str, graph_module: fx.GraphModule, sample: Sample, where: str) -> bool:
-    """Whether a graph is to be run in bfloat16: :func:`fxprune.offload.prefetch.narrowed`, tried on a sample.
+def logits_use_bf16(precision: str, graph_module: fx.GraphModule, sample: Sample, where: str) -> bool:
+    """Whether to run a graph in bfloat16: :func:`fxprune.offload.prefetch.use_bf16` with a trial on a sample.
 
     Raises:
-        PassError: ``bf16`` was asked for, and an op of the graph refuses it.
+        PassError: ``bf16`` was requested, and an op of the graph refuses it.
     """
 
     def trial() -> torch.Tensor:
-        return logits_of(UntouchedRun(graph_module), batched([sample], graph_module))
+        return run_logits(UntouchedRun(graph_module), batched([sample], graph_module))
 
-    return narrowed(precision, graph_module, trial, where)
+    return use_bf16(precision, graph_module, trial, where)
 
 
-def learn(
+def record_teacher_logits(
     graph_module: fx.GraphModule,
     samples: Sequence[Sample],
     kept: int,
     batch: int,
     track: Callable[[Iterable[Any], int], Iterable[Any]],
-) -> tuple[Lesson, ...]:
-    """Run the dense graph over ``samples``; the lessons come in their order.
+) -> tuple[TeacherLogits, ...]:
+    """Run the dense graph over ``samples`` and return their teacher logits, in order.
 
     Args:
         graph_module: the dense graph.
         samples: single samples.
-        kept: classes to keep at each position.
+        kept: number of classes to keep at each position.
         batch: samples that run at once.
         track: shows progress over the batches.
     """
-    lessons: dict[int, Lesson] = {}
-    batches = list(alike(samples, graph_module, batch))
+    found: dict[int, TeacherLogits] = {}
+    batches = list(batch_indices(samples, graph_module, batch))
     with torch.no_grad():
         for numbers in track(batches, len(batches)):
             inputs = batched([samples[i] for i in numbers], graph_module)
-            said = logits_of(UntouchedRun(graph_module), inputs).float().log_softmax(-1)
-            likely, classes = said.topk(min(kept, said.shape[-1]), dim=-1)
+            logarithms = run_logits(UntouchedRun(graph_module), inputs).float().log_softmax(-1)
+            likely, classes = logarithms.topk(min(kept, logarithms.shape[-1]), dim=-1)
             others = (1 - likely.exp().sum(-1, keepdim=True)).clamp_min(_LEAST).log()
             likelihoods = torch.cat((likely, others), dim=-1).half().cpu()
             for row, i in enumerate(numbers):
-                lessons[i] = Lesson(samples[i], classes[row].int().cpu(), likelihoods[row].clone())
-    return tuple(lessons[i] for i in range(len(samples)))
+                found[i] = TeacherLogits(samples[i], classes[row].int().cpu(), likelihoods[row].clone())
+    return tuple(found[i] for i in range(len(samples)))
 
 
-def lesson_batches(lessons: Sequence[Lesson], graph_module: fx.GraphModule, most: int) -> Iterator[LessonBatch]:
-    """Yield the lessons, up to ``most`` of the same shape at a time."""
-    for numbers in alike([lesson.sample for lesson in lessons], graph_module, most):
-        part = [lessons[i] for i in numbers]
-        inputs = batched([lesson.sample for lesson in part], graph_module)
-        device = place_of(graph_module)
-        classes = torch.stack([lesson.classes for lesson in part]).long().to(device)
-        likelihoods = torch.stack([lesson.likelihoods for lesson in part]).float().to(device)
-        yield LessonBatch(inputs, classes, likelihoods, torch.cat([lesson.sample.labels for lesson in part]).to(device))
+def teacher_batches(
+    teacher: Sequence[TeacherLogits], graph_module: fx.GraphModule, size: int
+) -> Iterator[TeacherBatch]:
+    """Yield teacher logits in batches of up to ``size`` samples of the same shape."""
+    device = compute_device(graph_module)
+    for numbers in batch_indices([one.sample for one in teacher], graph_module, size):
+        part = [teacher[i] for i in numbers]
+        yield TeacherBatch(
+            inputs=batched([one.sample for one in part], graph_module),
+            classes=torch.stack([one.classes for one in part]).long().to(device),
+            likelihoods=torch.stack([one.likelihoods for one in part]).float().to(device),
+            labels=torch.cat([one.sample.labels for one in part]).to(device),
+        )
 
 
-def divergence(logits: torch.Tensor, batch: LessonBatch) -> torch.Tensor:
-    """Return by how much what is said differs from what the dense model said, in nats a position.
+def divergence(logits: torch.Tensor, batch: TeacherBatch) -> torch.Tensor:
+    """Kullback-Leibler divergence from the dense model, in nats per position.
 
-    It is the Kullback-Leibler divergence of the dense model's distribution over its likeliest classes, all others
-    taken as one more; never more than that over all classes.
+    It is taken over the dense model's likeliest classes and one more for all others together, and never exceeds the
+    divergence over all classes.
 
     Args:
-        logits: ``(batch, positions, classes)``.
-        batch: what the dense model said there.
+        logits: of the other model, ``(batch, positions, classes)``.
+        batch: log-probabilities of the dense model.
     """
     found: torch.Tensor = _Divergence.apply(logits.float(), batch.classes, batch.likelihoods)  # type: ignore[no-untyped-call]
     return found
 
 
 class _Divergence(torch.autograd.Function):
-    """With its gradient written down: a step of learning reads the logits of all classes a third as often as autograd.
+    """The divergence with its gradient in closed form, which reads the logits a third as often as autograd would.
 
     With probabilities ``p`` and ``q`` of the model and the dense one, ``S`` and ``Q`` their sums over the kept classes,
     and ``c = (1 - Q) / (1 - S)`` for the others as one class, the gradient by logit ``j`` is ``p_j (Q - c S)``, and
@@ -132,30 +144,30 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, classes: torch.Tensor, likelihoods: torch.Tensor) -> torch.Tensor:
-        said = logits.log_softmax(-1)
-        likely = said.gather(-1, classes)
+        logarithms = logits.log_softmax(-1)
+        likely = logarithms.gather(-1, classes)
         left = 1 - likely.exp().sum(-1, keepdim=True)
-        ctx.save_for_backward(said, classes, likelihoods, left)
+        ctx.save_for_backward(logarithms, classes, likelihoods, left)
         missed = likelihoods - torch.cat((likely, left.clamp_min(_LEAST).log()), dim=-1)
         return (likelihoods.exp() * missed).sum(-1).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        said, classes, likelihoods, left = ctx.saved_tensors
+        logarithms, classes, likelihoods, left = ctx.saved_tensors
         wanted = likelihoods.exp() * (gradient / left.numel())
         kept, others = wanted[..., :-1], wanted[..., -1:]
         c = torch.where(left > _LEAST, others / left, 0)
-        likely = said.gather(-1, classes).exp()
+        likely = logarithms.gather(-1, classes).exp()
         every = kept.sum(-1, keepdim=True) - c * (1 - left)
-        return said.exp().mul_(every).scatter_add_(-1, classes, likely * c - kept), None, None
+        return logarithms.exp().mul_(every).scatter_add_(-1, classes, likely * c - kept), None, None
 
 
-def logits_of(run: fx.Interpreter, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Return what a run gives first, as ``(batch, positions, classes)``.
+def run_logits(run: fx.Interpreter, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Run a graph and return its first output as ``(batch, positions, classes)``.
 
     Raises:
-        PassError: it gives no numbers for each position.
+        PassError: it has no output with logits for each position.
     """
     outputs = output_tensors(run.run(*inputs.values()))
     if not outputs or outputs[0].dim() < 2:

@@ -1,4 +1,4 @@
-"""The text of a checkpoint's modelling file: stock classes whose blocks have widths of their own.
+"""Source of a checkpoint's modelling file: stock classes whose blocks have widths of their own.
 
-The modules of this package import torch, transformers, the standard library and each other, nothing else of ours.
+The modules import torch, transformers, the standard library and each other, and nothing else of this package.
 """

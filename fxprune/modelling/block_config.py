@@ -16,11 +16,11 @@ _FOLLOWERS: dict[type, type] = {}
 
 
 def put_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> None:
-    """Give config fields their values with no validation: widths that no stock config allows are the point.
+    """Set config fields without validation: widths that no stock config allows are the point.
 
     Args:
         config: changed in place.
-        fields: the values. A number for a field that is a list, with one entry a block, becomes all of its entries:
+        fields: the values. A number for a field that is a list with one entry per block becomes all of its entries:
             a block reads its own.
     """
     held = vars(config)
@@ -32,15 +32,15 @@ def put_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> None:
 
 
 def block_config(config: PreTrainedConfig, fields: Mapping[str, Any], absent: Iterable[str] = ()) -> PreTrainedConfig:
-    """Return a copy of a model's config with some fields of its own that follows the model in its choice of kernels.
+    """Copy a model's config with some fields changed; the choice of kernels stays that of the model.
 
-    A later ``set_attn_implementation`` on the model writes to the model's config alone; blocks that hold a copy
-    must see it, or masks and attention kernels would no longer fit.
+    A later ``set_attn_implementation`` on the model writes to the model's config only; blocks that hold a copy
+    must see it, or masks and attention kernels no longer fit.
 
     Args:
         config: the config of the whole model; kept by reference.
         fields: the values that differ for this block, as :func:`put_fields` writes them.
-        absent: fields that the copy lacks.
+        absent: fields to delete from the copy.
     """
     view = copy.deepcopy(config)
     put_fields(view, fields)
@@ -52,7 +52,7 @@ def block_config(config: PreTrainedConfig, fields: Mapping[str, Any], absent: It
 
 
 def _follower(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """Return the class of configs that follow one of class ``base``; made once for each."""
+    """Class of configs that follow one of class ``base``; made once for each."""
     if base not in _FOLLOWERS:
         members: dict[str, object] = {name: _followed(name) for name in _FOLLOWED}
         members["__reduce_ex__"] = lambda self, _: (_restore, (base, dict(vars(self))))
@@ -68,10 +68,9 @@ def _restore(base: type[PreTrainedConfig], state: dict[str, Any]) -> PreTrainedC
 
 
 def _followed(name: str) -> property:
+    """Property that reads from the model's config and ignores writes."""
+
     def read(self: PreTrainedConfig) -> Any:
         return getattr(vars(self)[_PARENT], name, None)
 
-    def write(self: PreTrainedConfig, value: Any) -> None:
-        """Ignore the value: the model's config decides."""
-
-    return property(read, write)
+    return property(read, lambda self, value: None)

@@ -1,4 +1,4 @@
-"""Blocks built one by one: by their class, from a config and an index."""
+"""Construction of single blocks by their class, from a config and an index."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from transformers import PreTrainedConfig
 
 __all__ = [
     "BUILT_AT",
-    "Builder",
     "CannotBuildError",
     "block_builder",
     "builder_of",
@@ -24,10 +23,10 @@ __all__ = [
 Builder = Callable[[PreTrainedConfig, int], nn.Module]
 
 BUILT_AT = "fxprune_built_at"
-"""The attribute of a block whose class builds another kind at its index: it is built at ``index`` with ``fields``."""
+"""Attribute of a block whose class builds another kind at its index: it is built at ``index`` with ``fields``."""
 
 _INDEX_ENDINGS = ("idx", "index", "layer_id", "block_id", "layer_number", "layer_num")
-"""What names of a block's index end in, as arguments and attributes. Not every ``id``: tokens have some too."""
+"""Endings of the names of a block's index, as arguments and attributes. Not every ``id``: tokens have some too."""
 
 
 class CannotBuildError(ValueError):
@@ -35,32 +34,31 @@ class CannotBuildError(ValueError):
 
 
 def names_index(name: str) -> bool:
-    """Whether an argument or attribute is called like the index of a block."""
+    """Whether an argument or attribute is named like the index of a block."""
     return name.endswith(_INDEX_ENDINGS)
 
 
 def builder_of(block: nn.Module) -> Builder | None:
-    """Return what builds a block like this one; None where its class cannot be called."""
+    """Builder of blocks like this one; None if its class cannot be called."""
     return block_builder(type(block), vars(block).get(BUILT_AT), vars(block))
 
 
 def block_builder(
     kind: type[nn.Module], built_at: Mapping[str, Any] | None = None, attributes: Mapping[str, Any] | None = None
 ) -> Builder | None:
-    """Return what builds a block from a config and an index; None where the class asks for more.
+    """Builder of blocks from a config and an index; None if the class requires more.
 
     Args:
         kind: the class of the block.
-        built_at: index and fields at which the class builds the wanted kind of block, where that is not its index.
-        attributes: of such a block. A flag or a word that its class asks for beside is what the attribute of that name
-            says; a number is not, since it may be a size.
+        built_at: index and fields at which the class builds the wanted kind of block, if that is not its index.
+        attributes: of such a block. Another argument that the class requires is read off the attribute of its name if
+            that is a flag or a string; a number may be a size, which changes.
     """
     parameters = list(inspect.signature(kind).parameters.values())
     placed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     at_index = len(placed) > 1 and names_index(placed[1].name)
     others = [p for p in parameters if p.kind is p.KEYWORD_ONLY] + placed[2 if at_index else 1 :]
-    asked = [p.name for p in others if p.default is p.empty]
-    held = {name: (attributes or {}).get(name) for name in asked}
+    held = {p.name: (attributes or {}).get(p.name) for p in others if p.default is p.empty}
     if not placed or not all(isinstance(value, bool | str) for value in held.values()):
         return None
     if at_index:
@@ -83,13 +81,13 @@ def _build_at(
 
 
 def renumber(block: nn.Module, old: int, new: int, follows: Callable[[str, str], bool] | None = None) -> None:
-    """Give attributes that hold the index of a block its new one.
+    """Set the attributes that hold the index of a block to the new one.
 
     Args:
         block: a block that was built at ``old``.
         old: its index before.
         new: its index from now on.
-        follows: whether an attribute, by module path and name, is the index; by default if it is called like one.
+        follows: whether an attribute, by module path and name, is the index; by default if it is named like one.
     """
     for path, module in block.named_modules() if old != new else ():
         same = [name for name, value in vars(module).items() if type(value) is int and value == old]
@@ -98,7 +96,7 @@ def renumber(block: nn.Module, old: int, new: int, follows: Callable[[str, str],
 
 
 def list_and_index(model: nn.Module, path: str) -> tuple[nn.ModuleList, int]:
-    """Return the list that a block is in, and its index there.
+    """List that a block is in, and its index there.
 
     Raises:
         CannotBuildError: the block is not in a list of modules.

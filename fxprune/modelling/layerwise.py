@@ -1,4 +1,4 @@
-"""Stock classes that build blocks of their own widths from a config, and what that config says."""
+"""Stock classes that build blocks of their own widths, and the section of the config that says how."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fxprune.modelling.overrides import OVERRIDES, Overrides, apply_overrides, b
 __all__ = ["SECTION", "AnyWidths", "Layerwise", "amend_config", "overrides_in", "section_of"]
 
 SECTION = "fxprune"
-"""The entry of ``config.json`` with what no stock config field can say.
+"""Entry of ``config.json`` with the differences that no stock config field expresses.
 
 It holds ``class`` (name of the stock class), ``blocks`` (module path of the list of blocks), ``part`` (name of the
-nested config that describes them, or empty), ``layers`` (by index of a block its fields, where ``per_layer_config``
+nested config that describes them, or empty), ``layers`` (by index of a block its fields, if ``per_layer_config``
 cannot hold them) and the other fields of :class:`Overrides`.
 """
 
@@ -29,7 +29,7 @@ _ALLOWED = "allow_global_per_layer_attribute_access"
 
 
 class AnyWidths:
-    """A config that holds widths its stock class refuses; to be mixed in before that class."""
+    """Mixin for a config class: allows widths that the stock class refuses."""
 
     def validate(self) -> None:
         """Accept everything: widths that differ from block to block, or do not divide each other, are the point."""
@@ -38,15 +38,15 @@ class AnyWidths:
 
 
 class Layerwise:
-    """A model that builds its blocks from ``config.per_layer_config``; to be mixed in before its stock class."""
+    """Mixin for a model class: builds blocks from ``config.per_layer_config``."""
 
     config: Any
     part_of_model: ClassVar[str] = ""
-    """Where a model of this class is in the one that the config describes: its module path there."""
+    """Module path of a model of this class in the one that the config describes."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        """Build the stock model, then those blocks again that differ, and set what no config field drives."""
-        config = copy.deepcopy(config)  # entries are taken off it, and the caller may build from theirs again
+        """Build the stock model, rebuild the blocks that differ, and set the attributes that no config field drives."""
+        config = copy.deepcopy(config)  # entries are removed below, and the caller may build from theirs again
         section = dict(vars(config).get(SECTION) or {})
         overrides = overrides_in(config)
         for name in (_HETEROGENEOUS, _ALLOWED) if section and "layers" not in section else ():
@@ -61,11 +61,11 @@ class Layerwise:
         vars(_blocks_config(self.config, section)).update(overrides.written_afterwards)
 
     def initialize_weights(self) -> None:
-        """Fill what no checkpoint holds; where widths are in the way of the stock method, it holds everything."""
+        """Fill the buffers that no checkpoint holds; stock code may fail on modules that have none."""
         assert isinstance(self, nn.Module)
         filling: list[Any] = [module for module in self.modules() if hasattr(type(module), "_init_weights")]
         for module in filling:
-            vars(module)["_init_weights"] = _patient(module._init_weights)
+            vars(module)["_init_weights"] = _ignoring_errors(module._init_weights)
         try:
             super().initialize_weights()  # type: ignore[misc]
         finally:
@@ -74,23 +74,23 @@ class Layerwise:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Return False: checkpoints hold the names that the stock class gives to weights on disk."""
+        """Return False: weights on disk have the names that the stock class gives them."""
         return False
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as the stock method does, then write into the config how blocks differ."""
+        """Save as the stock method does, then write the differences of blocks into the config."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             amend_config(save_directory, vars(self)[OVERRIDES], vars(self.config).get(SECTION) or {})
 
 
-def _patient(fill: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
-    """Return ``fill``, which may fail on a module that has nothing but what a checkpoint holds."""
+def _ignoring_errors(fill: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    """Wrap ``fill``, which may fail on a module whose tensors are all in the checkpoint."""
 
     def filled(module: nn.Module) -> None:
         try:
             fill(module)
-        except (RuntimeError, ValueError, IndexError):  # stock code that fills by widths which are not these
+        except (RuntimeError, ValueError, IndexError):  # stock code that initialises by the dense widths
             if module._non_persistent_buffers_set:
                 raise
 
@@ -98,30 +98,30 @@ def _patient(fill: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
 
 
 def overrides_in(config: PreTrainedConfig) -> Overrides:
-    """Return what a checkpoint's config says beyond its stock fields.
+    """Read the overrides of a checkpoint from its config.
 
-    The fields of blocks are in the section of ours where a stock class has per-layer values of its own.
+    The fields of blocks are in the fxprune section if the stock class has per-layer values of its own.
 
     Raises:
-        ValueError: the section of ours is not one.
+        ValueError: the section is malformed.
     """
     section: dict[str, Any] = dict(vars(config).get(SECTION) or {})
     spec = vars(config).get(_HETEROGENEOUS) if section else None
     layers = section["layers"] if "layers" in section else getattr(spec, "per_layer_overrides", None) or {}
     blocks = section.get("blocks", "")
-    earlier = {  # as the first releases called these
+    earlier = {  # the names in the first releases
         "built_at": {f"{blocks}.{index}": place for index, place in section.get("places", {}).items()},
         "written_afterwards": section.get("holds", {}),
     }
     known = {entry.name for entry in fields(Overrides)} - {"block_fields"}
-    told = earlier | {name: value for name, value in section.items() if name in known}
-    if not all(isinstance(value, Mapping) for value in (layers, *told.values())):
+    values = earlier | {name: value for name, value in section.items() if name in known}
+    if not all(isinstance(value, Mapping) for value in (layers, *values.values())):
         raise ValueError(f"the entry {SECTION!r} is not one that was written for a pruned model")
-    return Overrides(block_fields={f"{blocks}.{int(i)}": dict(own) for i, own in layers.items()}, **told)
+    return Overrides(block_fields={f"{blocks}.{int(i)}": dict(own) for i, own in layers.items()}, **values)
 
 
 def section_of(overrides: Overrides, where: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the section of a config that says what the stock fields do not; see ``SECTION``.
+    """Section of a config with the given overrides; see ``SECTION``.
 
     Args:
         overrides: how the model differs from what its stock class builds.
@@ -134,13 +134,13 @@ def section_of(overrides: Overrides, where: Mapping[str, Any]) -> dict[str, Any]
 
 
 def amend_config(folder: Any, overrides: Overrides, section: Mapping[str, Any], **more: Any) -> None:
-    """Write into the ``config.json`` of a folder how the blocks of its model differ.
+    """Write the overrides of a model into the ``config.json`` of its folder.
 
-    A config with per-layer values refuses to tell the model's own value of such a field, which stock model code
-    reads. So a model in memory holds a plain config, its blocks hold copies, and the file alone has it all.
+    A config with per-layer values refuses to return the model's own value of such a field, which stock model code
+    reads. So a model in memory holds a plain config, its blocks hold copies, and only the file has per-layer values.
 
     Args:
-        folder: where the stock method has saved the model.
+        folder: where the stock method saved the model.
         overrides: how the model differs from what its stock class builds.
         section: ``class``, ``blocks`` and ``part``; see ``SECTION``.
         more: further entries.
@@ -152,15 +152,15 @@ def amend_config(folder: Any, overrides: Overrides, section: Mapping[str, Any], 
     nested.update(overrides.built_with)
     written = section_of(overrides, section)
     layers = written.pop("layers")
-    apart = bool(section.get("part")) or "per_layer_config" in config
-    config[SECTION] = written | ({"layers": layers} if apart else {})
-    if layers and not apart:
+    separate = bool(section.get("part")) or "per_layer_config" in config
+    config[SECTION] = written | ({"layers": layers} if separate else {})
+    if layers and not separate:
         config["per_layer_config"] = layers
-        config[_ALLOWED] = True  # without it stock config classes cannot even be read, for a tokenizer say
+        config[_ALLOWED] = True  # else stock config classes cannot even be loaded, for a tokenizer say
     with open(path, "w", encoding="utf-8") as file:
         json.dump(config | more, file, indent=2, sort_keys=True)
 
 
 def _blocks_config(config: Any, section: Mapping[str, Any]) -> Any:
-    """Return the config that describes the blocks: a nested one, or the model's own."""
+    """Config that describes the blocks: a nested one, or the model's own."""
     return getattr(config, section["part"]) if section.get("part") else config

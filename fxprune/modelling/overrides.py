@@ -1,4 +1,4 @@
-"""What a model has otherwise than its stock class builds it: plain data, and the actions that make it so."""
+"""Overrides: differences of a model from its stock class as plain data, and the functions that apply them."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from fxprune.modelling.table_rows import select_inputs
 __all__ = ["OVERRIDES", "Overrides", "apply_overrides", "build_blocks"]
 
 OVERRIDES = "fxprune_overrides"
-"""The attribute of a model that holds the overrides it was built with, as far as they cannot be read off it."""
+"""Attribute of a model with the overrides it was built with, as far as they cannot be read off it."""
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a model has otherwise than its stock class builds it from its config; JSON values throughout.
+    """Differences of a model from the one that its stock class builds from its config; JSON values throughout.
 
-    Blocks, modules and tensors go by their names in the model.
+    Blocks, modules and tensors are named by their paths in the model.
 
     Args:
         block_fields: by block, the config fields in which it differs from the model's config.
         absent: by block, fields of the model's config that its own config lacks.
         built_at: by block whose class builds another kind at its index, the ``index`` at which it builds this kind,
             and the ``fields`` of the config there.
-        built_with: config fields that the model's class wants at these values while it is built.
-        written_afterwards: config fields that are given these values once the model is built.
+        built_with: config fields that the model's class needs at these values while it is built.
+        written_afterwards: config fields that are set to these values once the model is built.
         attributes: by module, attributes that are set once it is built.
-        shapes: by parameter or buffer, the shape it has where no field gives it that.
-        buffers: the same of buffers that a checkpoint has to hold although the class makes them itself.
-        inputs: by module and argument, what :func:`select_inputs` takes.
+        shapes: by parameter or buffer, its shape if no field sets it.
+        buffers: the same for buffers that a checkpoint must hold although the class makes them itself.
+        inputs: by module, the entries of :func:`select_inputs`.
     """
 
     block_fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -50,34 +50,35 @@ class Overrides:
     inputs: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     def below(self, root: str) -> Overrides:
-        """Return the overrides of a module of the model, by names in that module.
+        """Overrides of a module of the model, by names in that module.
 
         Args:
             root: its path; empty for the model itself.
         """
-        whole = {"built_with", "written_afterwards"}
-        named = {entry.name: getattr(self, entry.name) for entry in fields(Overrides) if entry.name not in whole}
-        return replace(self, **{name: _below(values, root) for name, values in named.items()}) if root else self
-
-
-def _below(values: Mapping[str, Any], root: str) -> dict[str, Any]:
-    inside = {path: value for path, value in values.items() if f"{path}.".startswith(f"{root}.")}
-    return {path[len(root) + 1 :]: value for path, value in inside.items()}
+        if not root:
+            return self
+        found: dict[str, dict[str, Any]] = {}
+        for entry in fields(self):
+            if entry.name not in ("built_with", "written_afterwards"):
+                values: Mapping[str, Any] = getattr(self, entry.name)
+                inside = {path: value for path, value in values.items() if f"{path}.".startswith(f"{root}.")}
+                found[entry.name] = {path[len(root) + 1 :]: value for path, value in inside.items()}
+        return replace(self, **found)
 
 
 def build_blocks(
     model: nn.Module, config: PreTrainedConfig, overrides: Overrides, like: nn.Module | None = None
 ) -> None:
-    """Build those blocks of a model again that have a config or a kind of their own.
+    """Rebuild the blocks of a model that have a config or a kind of their own.
 
     Args:
         model: as its stock class builds it.
         config: the config that its blocks are built from.
         overrides: which blocks differ, and how.
-        like: the model whose blocks say of which class to build them; by default ``model`` itself.
+        like: the model from whose blocks the classes are taken; by default ``model`` itself.
 
     Raises:
-        CannotBuildError: a block's class asks for more than a config and an index.
+        CannotBuildError: a block's class requires more than a config and an index.
     """
     source = model if like is None else like
     for path in dict.fromkeys((*overrides.block_fields, *overrides.absent, *overrides.built_at)):
@@ -94,11 +95,14 @@ def apply_overrides(model: nn.Module, overrides: Overrides) -> None:
     """Set the attributes, shapes and inputs of a model that no config field drives.
 
     Args:
-        model: with its blocks as they are to be.
-        overrides: what is set.
+        model: with its blocks in place.
+        overrides: the values to set.
     """
     for path, values in overrides.attributes.items():
-        _set_attributes(model.get_submodule(path), values)
+        held = vars(model.get_submodule(path))
+        for name, value in values.items():
+            kind = type(held.get(name))
+            held[name] = kind(value) if issubclass(kind, tuple) else value  # JSON has lists for tuples
     for name, shape in {**overrides.shapes, **overrides.buffers}.items():
         _resize(model, name, shape)
     for name in overrides.buffers:
@@ -106,14 +110,6 @@ def apply_overrides(model: nn.Module, overrides: Overrides) -> None:
         model.get_submodule(path)._non_persistent_buffers_set.discard(leaf)
     for path, entries in overrides.inputs.items():
         select_inputs(model.get_submodule(path), entries)
-
-
-def _set_attributes(module: nn.Module, values: Mapping[str, Any]) -> None:
-    """Set attributes; a list, as JSON has them, becomes a tuple where there was one."""
-    held = vars(module)
-    for name, value in values.items():
-        kind = type(held.get(name))
-        held[name] = kind(value) if issubclass(kind, tuple) else value
 
 
 def _resize(model: nn.Module, name: str, shape: Sequence[int]) -> None:

@@ -1,1 +1,1 @@
-"""Weights and sums past one memory: files, prefetch to a compute device, several processes."""
+"""Weights beyond one memory: files, prefetch to a compute device, several processes."""

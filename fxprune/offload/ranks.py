@@ -1,9 +1,10 @@
 """Several processes that prune one model: samples sharded, sums all-reduced.
 
-What accelerate and torch leave on a module tells which it is; neither of them is asked.
-
 Every process holds the model and runs every pass; what passes sum over samples is summed over processes, so that all
-come to the same decisions. With one process, or without a process group of torch, nothing here does anything.
+make the same decisions. With one process, or without a process group of torch, nothing here does anything.
+
+Sharded and offloaded models are recognised by the marks that torch and accelerate leave on modules, without importing
+either.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from torch import nn
 from fxprune.errors import CalibrationError, UnsupportedModelError
 
 __all__ = [
-    "add_up",
-    "as_first",
-    "check_loaded",
-    "check_together",
-    "check_whole",
-    "first_alone",
+    "all_reduce",
+    "broadcast",
+    "broadcast_object",
+    "check_one_device",
+    "check_trainable",
+    "check_unsharded",
     "input_device",
     "is_first",
     "is_sharded",
-    "of_first",
-    "own",
+    "process_group",
     "rank",
-    "started",
-    "turns",
+    "run_on_first",
+    "shard",
+    "shard_indices",
 ]
 
 _FOLDER = (
@@ -43,16 +44,12 @@ _FOLDER = (
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds a part of some weights alone."""
+    """Whether each process holds only a part of some weights."""
     return any(hasattr(parameter, "placements") for parameter in model.parameters())
 
 
-def check_whole(model: nn.Module, remedy: str = _FOLDER) -> None:
-    """Refuse a model that holds a part of its weights alone.
-
-    Args:
-        model: the model.
-        remedy: which way to go instead.
+def check_unsharded(model: nn.Module, remedy: str = _FOLDER) -> None:
+    """Refuse a model some of whose weights are sharded or offloaded.
 
     Raises:
         UnsupportedModelError: names the parameter or module.
@@ -66,31 +63,31 @@ def check_whole(model: nn.Module, remedy: str = _FOLDER) -> None:
             what = "it is sharded over processes (a DTensor)"
             raise UnsupportedModelError(what, where=name, remedy=remedy)
     for path, module in model.named_modules():
-        own = next((name for name, value in module.named_parameters(recurse=False) if value.is_meta), None)
-        if own is not None and any(getattr(hook, "offload", False) for hook in _hooks(module)):
+        empty = next((name for name, value in module.named_parameters(recurse=False) if value.is_meta), None)
+        if empty is not None and any(getattr(hook, "offload", False) for hook in _hooks(module)):
             raise UnsupportedModelError(
                 "a device_map has offloaded it, and it is there only while its layer runs",
-                where=f"{path}.{own}" if path else own,
+                where=f"{path}.{empty}" if path else empty,
                 remedy=remedy,
             )
 
 
-def check_loaded(model: nn.Module, where: str) -> None:
-    """Refuse a model to train that is not whole, or has no weights yet; one on several devices trains there.
+def check_trainable(model: nn.Module, where: str) -> None:
+    """Refuse to train a model that is sharded, offloaded or without weights; it may be on several devices.
 
     Args:
         model: the model.
-        where: what it was passed as.
+        where: the argument that it was passed as.
 
     Raises:
-        UnsupportedModelError: says what is in the way.
+        UnsupportedModelError: names the obstacle.
     """
-    check_whole(model, "Pass the whole model, which arguments={'fsdp': True} shards for training")
+    check_unsharded(model, "Pass the whole model, which arguments={'fsdp': True} shards for training")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UnsupportedModelError("its weights are on meta", where=where, remedy="Load the weights first")
 
 
-def check_together(model: nn.Module) -> None:
+def check_one_device(model: nn.Module) -> None:
     """Refuse a model whose weights are on several devices.
 
     Raises:
@@ -104,15 +101,13 @@ def check_together(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"is on {parameter.device} while {first} is on {device}",
                 where=name,
+                # accelerate refuses model.to for a model that it has dispatched
                 remedy=_FOLDER if mapped else f"Move the whole model to one device, as in model.to({str(device)!r})",
             )
 
 
 def input_device(model: nn.Module) -> torch.device | None:
-    """Return where the inputs of a model go: to its first parameter, or where that is put when it is used.
-
-    None where the model has no parameters.
-    """
+    """The device for inputs: that of the first parameter, or where a hook puts it; None without parameters."""
     first = next(model.parameters(), None)
     if first is None or not first.is_meta:
         return None if first is None else first.device
@@ -122,7 +117,7 @@ def input_device(model: nn.Module) -> torch.device | None:
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
-    """The hooks that accelerate has put on a module, those in sequences too."""
+    """The hooks that accelerate has put on a module, including those in sequences."""
     pending = [getattr(module, "_hf_hook", None)]
     while pending:
         hook = pending.pop(0)
@@ -134,78 +129,82 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 T = TypeVar("T")
 
 
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def rank() -> int:
     """The number of this process, from 0."""
-    return dist.get_rank() if _together() else 0
+    return dist.get_rank() if _is_distributed() else 0
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this process is the one that writes and prints."""
     return rank() == 0
 
 
-def own(samples: Sequence[T]) -> tuple[T, ...]:
-    """Return the part of the samples that this process takes.
+def shard(samples: Sequence[T]) -> tuple[T, ...]:
+    """Return this process's share of the samples.
 
     Raises:
         CalibrationError: there are fewer samples than processes.
     """
-    if not _together():
+    if not _is_distributed():
         return tuple(samples)
-    rank, count = dist.get_rank(), dist.get_world_size()
+    count = dist.get_world_size()
     if len(samples) < count:
         raise CalibrationError(
             f"{len(samples)} samples for {count} processes",
             where="calibration",
-            remedy="Pass a sample at least for each process, or start fewer",
+            remedy="Pass at least one sample for each process, or start fewer",
         )
-    return tuple(samples[rank::count])
+    return tuple(samples[rank() :: count])
 
 
-def turns(count: int) -> range:
-    """Return which of ``count`` pieces of work this process does; as many in each, so that some reach past the end.
+def shard_indices(count: int) -> range:
+    """Return the indices of this process's share of ``count`` pieces, padded past the end to equal length everywhere.
 
-    A model whose weights are spread over processes runs in all of them or in none. What is past the end is done again
-    from the start, ``piece % count``, and does not count.
+    A model sharded over processes runs in all of them or in none. An index past the end stands for piece
+    ``index % count``, whose result is dropped.
     """
-    if not _together():
+    if not _is_distributed():
         return range(count)
     processes = dist.get_world_size()
-    return range(dist.get_rank(), -(-count // processes) * processes, processes)
+    return range(rank(), -(-count // processes) * processes, processes)
 
 
-def add_up(tensors: Iterable[torch.Tensor]) -> None:
-    """Add tensors up over processes, in place; all give as many, of the same shapes, in the same order."""
-    for tensor in tensors if _together() else ():
+def all_reduce(tensors: Iterable[torch.Tensor]) -> None:
+    """Sum tensors over processes, in place; all pass the same number, of the same shapes, in the same order."""
+    for tensor in tensors if _is_distributed() else ():
         dist.all_reduce(tensor)
 
 
-def of_first(value: T) -> T:
-    """Return what the first process passed, in each of them."""
-    if not _together():
+def broadcast_object(value: T) -> T:
+    """Return the first process's value in each process."""
+    if not _is_distributed():
         return value
     held = [value]
     dist.broadcast_object_list(held)
     return held[0]
 
 
-def as_first(tensors: Iterable[torch.Tensor]) -> None:
-    """Give tensors the values that they have in the first process, in place."""
-    for tensor in tensors if _together() else ():
+def broadcast(tensors: Iterable[torch.Tensor]) -> None:
+    """Copy the first process's tensors to all, in place."""
+    for tensor in tensors if _is_distributed() else ():
         dist.broadcast(tensor, 0)
 
 
-def first_alone(work: Callable[[], T], refusal: type[Exception]) -> T | None:
-    """Let the first process do some work, such as writing, while the others wait for it; they return None.
+def run_on_first(work: Callable[[], T], refusal: type[Exception]) -> T | None:
+    """Run some work, such as writing, in the first process while the others wait; they return None.
 
     Args:
-        work: what is done.
-        refusal: raised in the others where the first one fails.
+        work: the work.
+        refusal: raised in the others if the first one fails.
     """
-    if not _together():
+    if not _is_distributed():
         return work()
     if not is_first():
-        failed = of_first("")
+        failed = broadcast_object("")
         if failed:
             raise refusal(failed)
         return None
@@ -213,17 +212,17 @@ def first_alone(work: Callable[[], T], refusal: type[Exception]) -> T | None:
     try:
         found = work()
         failed = ""
-    except Exception as error:  # whatever it is, the others have to be told
+    except Exception as error:  # whatever it is, the others must not wait for ever
         failed = f"the first process: {error}"
         raise
     finally:
-        of_first(failed)
+        broadcast_object(failed)
     return found
 
 
 @contextmanager
-def started() -> Iterator[None]:
-    """Make the processes that ``torchrun`` started one group, for as long as this lasts; alone, do nothing."""
+def process_group() -> Iterator[None]:
+    """Join the processes that ``torchrun`` started in one group inside this context; do nothing in a single one."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         yield
         return
@@ -235,7 +234,3 @@ def started() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _together() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

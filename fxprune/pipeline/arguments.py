@@ -1,7 +1,11 @@
-"""Arguments: validation by kind, with errors that name argument and value.
+"""Arguments: declared once, as fields of a dataclass with constraint and doc, and validated when it is made.
 
-Each returns the value as Python's own type, so that scalars of numpy and torch may be passed where they are exact. A
-bool is no number, and no check takes NaN or an infinity. It needs no torch: who passes a tensor has imported it.
+A class of arguments is a frozen dataclass that derives from :class:`Arguments`; its fields are made by
+:func:`argument`. The same declaration is applied when an instance is made, and read by the command line for options and
+by the docs for tables.
+
+Checks return the value as Python's own type, so that scalars of numpy and torch may be passed where they are exact. A
+bool is no number, and no check takes NaN or an infinity.
 """
 
 from __future__ import annotations
@@ -10,16 +14,14 @@ import math
 import os
 import reprlib
 import sys
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar
-
-import numpy as np
+from functools import cache, partial
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "EXACT",
@@ -33,60 +35,210 @@ __all__ = [
     "RANKINGS",
     "REACHES",
     "SUFFIXES",
+    "Argument",
+    "Arguments",
     "Kind",
+    "Memory",
+    "Norm",
+    "Order",
+    "Precision",
+    "Ranking",
+    "Reach",
+    "argument",
     "as_path",
     "as_seed",
+    "checked",
+    "declared",
+    "default_of",
     "flag",
+    "format_value",
     "function",
     "instance",
     "number",
     "numbers",
     "one_of",
+    "path_or_empty",
     "refuse",
-    "told",
     "whole_number",
 ]
 
 Kind = Literal["mlp", "head", "channel", "head_dim", "expert", "layer"]
+Norm = Literal["sliced", "masked"]
+Order = Literal["vector", "first", "second", "mix"]
+Ranking = Literal["local", "global"]
+Reach = Literal["lost", "stream", "all"]
+Memory = Literal["auto", "fast", "low"]
+Precision = Literal["auto", "bf16", "float32"]
 
-KINDS: tuple[Kind, ...] = ("mlp", "head", "channel", "head_dim", "expert", "layer")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 EXACT = "exact-"
 """In front of a kind: only those of its groups that no norm or other statistic runs over."""
 
-NORMS = ("sliced", "masked")
-"""What becomes of a norm over fewer units: an average of those that stay, or what it is with the others masked."""
+NORMS: tuple[Norm, ...] = get_args(Norm)
+"""A norm over fewer units: an average over those that stay, or what the dense norm computes with the others masked."""
 
-ORDERS = ("vector", "first", "second", "mix")
+ORDERS: tuple[Order, ...] = get_args(Order)
 """Of the Taylor expansion of the loss."""
 
-RANKINGS = ("local", "global")
-"""Whether scores are compared inside a group, or anywhere."""
+RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
+"""Whether scores are compared inside a group, or over the whole model."""
 
-REACHES = ("lost", "stream", "all")
-"""Which products are fitted: those that lost inputs; and those whose output is added to a value that changed; and all
-in blocks behind the first that lost inputs."""
+REACHES: tuple[Reach, ...] = get_args(Reach)
+"""Products that are fitted: those that lost inputs; also those that add to the residual stream; or all behind the first
+that lost inputs."""
+
+MEMORY: tuple[Memory, ...] = get_args(Memory)
+"""Memory for sums over samples."""
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+"""Without fp16, which loses small updates."""
 
 SUFFIXES = (".pt2", ".onnx", ".gguf")
-"""How names of files end that a model is exported to."""
+"""Suffixes of the files that a model is exported to."""
 
 MANIFEST = "fxprune.json"
-"""The file that says of a folder that it is a checkpoint of this package."""
-
+"""The file that marks a folder as a checkpoint of this package."""
 
 T = TypeVar("T")
 
-MEMORY = ("auto", "fast", "low")
-"""Words for how much memory sums over samples take."""
-
-PRECISIONS = ("auto", "bf16", "float32")
-"""Without fp16, which loses small updates."""
-
 LARGEST_SEED = 2**64 - 1
-"""What a generator of torch takes."""
+"""The largest seed of a torch generator."""
 
 _LONGEST = 60
 """Characters of a value that a message repeats."""
+
+Check = Callable[[str, Any], Any]
+"""Validates the value of the argument of a name, and returns it as it is stored."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """The declaration of an argument, in the metadata of its field.
+
+    Args:
+        doc: one or two sentences for users.
+        default: the default of an option of a prune; that of a field is the field's own.
+        check: validates a value; None to infer the check from the annotation and ``limits``.
+        limits: ``least``, ``most``, ``above``, ``below`` of a number, and ``error``, the class that is raised.
+        spelled: whether the argument has a spelling as text, unlike data and objects.
+        panel: the panel of ``--help`` that the option stands in; empty for no option.
+    """
+
+    doc: str = ""
+    default: Any = None
+    check: Check | None = None
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    spelled: bool = True
+    panel: str = ""
+
+
+def argument(
+    default: Any = MISSING,
+    doc: str = "",
+    *,
+    check: Check | None = None,
+    spelled: bool = True,
+    panel: str = "",
+    **limits: Any,
+) -> Any:
+    """Declare an argument: a field of a class of :class:`Arguments`.
+
+    The check follows from the annotation: ``int`` and ``float`` with ``least``, ``most``, ``above`` and ``below``,
+    ``bool``, and ``Literal`` for words; ``| None`` lets None pass. Other types need a ``check``, or have none.
+
+    Example::
+
+        samples: int | None = argument(None, "Calibration samples; None for all.", least=1)
+
+    Args:
+        default: the default value.
+        doc: one or two sentences for users.
+        check: ``check(name, value)`` returns the value as it is stored, or raises.
+        spelled: False for data and objects, which have no spelling as text.
+        panel: the panel of ``--help`` that the option stands in.
+        limits: of a number, and ``error``, the class of errors to raise.
+    """
+    declaration = Argument(" ".join(doc.split()), default, check, limits, spelled, panel)
+    return field(default=default, metadata={"argument": declaration})
+
+
+class Arguments:
+    """Base of dataclasses whose fields are arguments: validates all of them when an instance is made."""
+
+    def __post_init__(self) -> None:
+        """Replace the value of each argument by its validated form.
+
+        Raises:
+            ArgumentError: or the class of errors that the argument names: a value is of the wrong type or out of range.
+        """
+        kind: Any = type(self)
+        for name, check in _checks(kind).items():
+            value = getattr(self, name)
+            checked = check(name, value)
+            if checked is not value:
+                object.__setattr__(self, name, checked)
+
+
+def declared(field: Field[Any]) -> Argument:
+    """The declaration of a field; an empty one if it was not made by :func:`argument`."""
+    found = field.metadata.get("argument")
+    return found if isinstance(found, Argument) else Argument()
+
+
+def default_of(field: Field[Any]) -> Any:
+    """The default of a field of a dataclass."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def checked(name: str, value: Any, hint: Any, declaration: Argument) -> Any:
+    """The validated form of the value of an argument, by its annotation and declaration.
+
+    Raises:
+        ArgumentError: or the class of errors that the argument names: it is of the wrong type or out of range.
+    """
+    check = _check_of(hint, declaration)
+    return value if check is None else check(name, value)
+
+
+@cache
+def _checks(kind: type) -> dict[str, Check]:
+    """The checks of a class of arguments, by name."""
+    hints = get_type_hints(kind)
+    declared_here = [one for one in fields(kind) if one.init and "argument" in one.metadata]
+    found = {one.name: _check_of(hints[one.name], declared(one)) for one in declared_here}
+    return {name: check for name, check in found.items() if check is not None}
+
+
+def _check_of(hint: Any, declaration: Argument) -> Check | None:
+    """The check of an argument; None if any value may pass."""
+    check = declaration.check or _inferred(hint, declaration)
+    return partial(_or_none, check) if check is not None and _takes_none(hint) else check
+
+
+def _inferred(hint: Any, declaration: Argument) -> Check | None:
+    """The check that follows from an annotation; None if any value may pass."""
+    options = [one for one in get_args(hint) if one is not type(None)] if _is_union(hint) else [hint]
+    if len(options) != 1:
+        return None
+    if get_origin(options[0]) is Literal:
+        return partial(one_of, known=get_args(options[0]))
+    if options[0] is bool:
+        return flag
+    checks: dict[Any, Callable[..., Any]] = {int: whole_number, float: number}
+    return partial(checks[options[0]], **declaration.limits) if options[0] in checks else None
+
+
+def _takes_none(hint: Any) -> bool:
+    return hint is Any or type(None) in get_args(hint)
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType)
+
+
+def _or_none(check: Check, name: str, value: Any) -> Any:
+    return None if value is None else check(name, value)
 
 
 def number(
@@ -103,7 +255,7 @@ def number(
 
     Args:
         name: of the argument.
-        value: what was passed.
+        value: the value passed.
         least: it may be this or more.
         above: it has to be more than this.
         below: it has to be less than this.
@@ -157,13 +309,13 @@ def numbers(name: str, value: Any, wanted: str) -> tuple[int, ...]:
 
     Args:
         name: of the argument.
-        value: what was passed.
+        value: the value passed.
         wanted: what it has to be, for the message.
 
     Raises:
         ArgumentError: it is no list, tuple or array of such numbers.
     """
-    if (_is_tensor(value) or isinstance(value, np.ndarray)) and value.ndim == 1:
+    if (_is_tensor(value) or _is_array(value)) and value.ndim == 1:
         value = value.tolist()
     try:
         if isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -185,7 +337,7 @@ def flag(name: str, value: Any) -> bool:
     raise refuse(name, value, "True or False")
 
 
-def one_of(kind: str, value: Any, known: Iterable[str]) -> str:
+def one_of(name: str, value: Any, known: Iterable[str]) -> str:
     """Return ``value``, one of the names ``known``.
 
     Raises:
@@ -194,9 +346,9 @@ def one_of(kind: str, value: Any, known: Iterable[str]) -> str:
     """
     names = tuple(known)
     if not isinstance(value, str):
-        raise refuse(kind, value, f"one of {', '.join(sorted(names))}")
+        raise refuse(name, value, f"one of {', '.join(sorted(names))}")
     if value not in names:
-        raise UnknownNameError(kind, value, names)
+        raise UnknownNameError(name.replace("_", " "), value, names, argument=name)
     return value
 
 
@@ -234,24 +386,30 @@ def as_path(name: str, value: Any, *, error: type[FxpruneError] = ArgumentError)
     raise refuse(name, value, "a path", error)
 
 
+def path_or_empty(name: str, value: Any, *, error: type[FxpruneError] = ArgumentError) -> str:
+    """Return ``value`` as a path; an empty text stands for none. See :func:`as_path`."""
+    return "" if value == "" else as_path(name, value, error=error)
+
+
 def refuse(name: str, value: Any, wanted: str, error: type[FxpruneError] = ArgumentError) -> FxpruneError:
-    """Return the error that says what an argument is and what it has to be.
+    """The error for a value of an argument that is not valid.
 
     Args:
         name: of the argument.
-        value: what was passed.
-        wanted: what it has to be.
-        error: its class.
+        value: the value passed.
+        wanted: the valid values, in words.
+        error: the class of the error.
     """
-    return error(f"{name} is {told(value)}", where=name, remedy=f"Pass {wanted}")
+    what = f"${name} is {format_value(value)}"
+    return error(what, where=name, remedy=f"Pass {wanted}", argument=name, value=value)
 
 
-def told(value: Any) -> str:
-    """Return a value in few words: itself where it is short, else what it is."""
+def format_value(value: Any) -> str:
+    """A value in few words: itself if it is short, else its type."""
     value = _scalar(value)
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    if _is_tensor(value) or isinstance(value, np.ndarray):
+    if _is_tensor(value) or _is_array(value):
         kind = "tensor" if _is_tensor(value) else "array"
         return f"{_article(str(value.dtype))} {kind} of shape {tuple(value.shape)}"
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | list | tuple | set | Mapping):
@@ -272,16 +430,20 @@ def _article(name: str) -> str:
     return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
 
 
-def _is_tensor(value: Any) -> TypeGuard[torch.Tensor]:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
+def _is_tensor(value: Any) -> bool:
+    # without an import: whoever holds a tensor has imported torch, and the command line prints its help without it
+    return "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor)
+
+
+def _is_array(value: Any) -> bool:
+    return "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].ndarray)
 
 
 def _scalar(value: Any) -> Any:
-    """``value``, or what Python has for it where it is a scalar of numpy or torch."""
-    if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
+    """``value``, or its Python equivalent if it is a scalar of numpy or torch."""
+    if "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].generic):
         return value.item()
-    if _is_tensor(value) and value.ndim == 0 and not value.is_meta:
+    if (_is_array(value) or (_is_tensor(value) and not value.is_meta)) and value.ndim == 0:
         return value.item()
     return value
 

@@ -11,7 +11,9 @@ import logging
 import time
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from operator import attrgetter, is_
 from typing import Any, ClassVar
@@ -21,31 +23,63 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxprune.errors import PassError
-from fxprune.graph.context import clear_errors, neutral
-from fxprune.graph.facts import Change, Fact, Source, facts_of, fork, unshare
+from fxprune.graph.context import default_modes, wrap_errors
+from fxprune.graph.facts import Change, Fact, Source, facts_of, fork, reading, unshare
 from fxprune.graph.tensors import comparable, weights
-from fxprune.offload.prefetch import at_place
-from fxprune.pipeline.arguments import flag, function
+from fxprune.offload.prefetch import use_prefetcher
+from fxprune.pipeline.arguments import Arguments, flag, function
 from fxprune.pipeline.spelling import spell
 
-__all__ = ["STAGES", "Pass", "PassResult", "Track", "check_track", "no_progress", "run_apart"]
+__all__ = [
+    "STAGES",
+    "Pass",
+    "PassCost",
+    "PassResult",
+    "Track",
+    "check_track",
+    "no_progress",
+    "run_apart",
+    "tracked",
+    "tracking",
+]
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
-"""Yields what it is given and shows how far it is: ``track(items, what, total)``."""
+"""Shows progress: ``track(items, what, total)`` yields the items."""
 
 
 def no_progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-    """Return ``items`` as they are; nothing is shown."""
+    """Return ``items`` as they are, without showing progress."""
     return items
 
 
-def check_track(track: Any) -> None:
+_TRACK: ContextVar[Track] = ContextVar("track", default=no_progress)
+
+
+@contextmanager
+def tracking(track: Track | None) -> Iterator[None]:
+    """Show the progress of passes by ``track`` inside this context; None leaves it as it is."""
+    token = _TRACK.set(_TRACK.get() if track is None else track)
+    try:
+        yield
+    finally:
+        _TRACK.reset(token)
+
+
+def tracked(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+    """Yield ``items`` and show their progress as the caller of the pass asked for."""
+    return _TRACK.get()(items, what, total)
+
+
+def check_track(track: Any, name: str = "track") -> None:
     """Raise :class:`~fxprune.errors.ArgumentError` unless ``track`` can be called."""
-    function("track", track, "a function that is called as track(items, what, total) and yields the items")
+    function(name, track, "a function that is called as track(items, what, total) and yields the items")
 
 
-STAGES = ("prepare", "discover", "importance", "select", "compensate", "shrink", "verify", "tune", "emit")
-"""The stages of a prune, in order."""
+STAGES = (
+    *("prepare", "discover", "importance", "select", "teach", "compensate"),
+    *("shrink", "tune", "emit", "report", "save"),
+)
+"""The stages of a prune, in the order in which they run."""
 
 _LOGGER = logging.getLogger("fxprune")
 """Is told of each pass that has run, at the level ``INFO``."""
@@ -57,12 +91,33 @@ _REPORT = "This is a defect of the pass"
 _CHECK = "Check that the model runs on the inputs and samples given, and the arguments of the pass"
 
 
-class Pass(PassBase):
+@dataclass(frozen=True)
+class PassCost:
+    """Time and memory that a pass will take, estimated before any weight is read.
+
+    Args:
+        runs: samples run forward, or as much other work.
+        batch: samples in memory at once.
+        backward: whether all activations of these samples are kept, rather than those still to be read.
+        outputs: copies of the model's outputs for these samples: logits, log-probabilities, their gradient.
+        weights: memory kept for each weight, as a fraction of the bytes of the weights.
+        recorded: samples that it records for training by a later pass.
+    """
+
+    runs: float = 0.0
+    batch: int = 0
+    backward: bool = False
+    outputs: int = 1
+    weights: float = 0.0
+    recorded: int = 0
+
+
+class Pass(Arguments, PassBase):
     """One step of the suite.
 
     Subclasses are frozen dataclasses (``@dataclass(frozen=True, eq=False)``: torch's ``PassManager`` compares passes)
     whose fields are the pass's arguments. They are called ``VerbNounPass`` and registered under :attr:`name`, the same
-    in kebab-case. A field with ``metadata={"spelled": False}`` holds an object that has no spelling, such as data.
+    in kebab-case. Arguments are declared by :func:`fxprune.argument`.
     """
 
     name: ClassVar[str]
@@ -75,12 +130,14 @@ class Pass(PassBase):
     """Whether it writes to the memory of tensors. One that only puts others in their place is spared a copy of all."""
     needs: ClassVar[Kinds] = ()
     """Classes of the facts that must be known before."""
+    wants: ClassVar[Kinds] = ()
+    """Classes of the facts that are read if they are known."""
     gives: ClassVar[Kinds] = ()
     """Classes of the facts that are known after."""
     drops: ClassVar[Kinds] = ()
     """Classes of the facts that no longer hold after, whether or not anything changed."""
-    carries: ClassVar[bool] = False
-    """Whether it computes where a carrier brings weights to, if there is one: what it reads weights for are runs of
+    prefetches: ClassVar[bool] = False
+    """Whether it computes where a prefetcher brings weights to, if there is one: what it reads weights for are runs of
     :mod:`fxprune.masking`, and what it gives is on the device of the weights."""
     keeps: ClassVar[Kinds] = ()
     """Classes of facts about what it changes that still hold after; all others about it are dropped."""
@@ -101,7 +158,8 @@ class Pass(PassBase):
                 pass failed with what is no error of this package.
         """
         start = time.perf_counter()
-        with neutral(), at_place(self.carries), clear_errors(f"pass {self.name}", _CHECK, PassError):
+        failed = wrap_errors(f"pass {self.name}", _CHECK, PassError)
+        with default_modes(), use_prefetcher(self.prefetches), reading(self.name, None), failed:
             flag("inplace", inplace)
             self.check_arguments()
             self.requires(graph_module)
@@ -117,6 +175,10 @@ class Pass(PassBase):
     def __str__(self) -> str:
         """The spelling of the pass, as in ``select-by-ratio{ratio=0.3}``."""
         return spell(self.name, self)
+
+    def cost(self, samples: int) -> PassCost:
+        """Time and memory that it takes if there are ``samples`` samples; nothing much, unless a subclass says so."""
+        return PassCost()
 
     def check_arguments(self) -> None:
         """Raise where an argument that the pass cannot do without is missing; asked before any pass runs."""
@@ -139,7 +201,8 @@ class Pass(PassBase):
         source = facts_of(graph_module).get(Source)
         before = _Print.of(graph_module, hold=source is None or not source.shares)
         held = {type(fact): fact for fact in facts_of(graph_module)}
-        result = self.call(graph_module)
+        with reading(self.name, (*self.needs, *self.wants, *self.gives, *self.drops)):
+            result = self.call(graph_module)
         changed = before.compare(result.graph_module)
         self._check(changed, result.modified)
         facts = facts_of(result.graph_module)

@@ -5,19 +5,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, ClassVar
 
 from torch import fx
 
 from fxprune.errors import FxpruneError, PassError
-from fxprune.graph.context import compiled_later, neutral, tidy_later
+from fxprune.graph.context import default_modes, defer_gc, recompile_lazily
 from fxprune.graph.facts import Change, Fact, facts_of
-from fxprune.graph.tensors import on_meta
-from fxprune.offload.files import apart
-from fxprune.pipeline.arguments import flag, function, refuse
-from fxprune.pipeline.contract import Pass, PassResult, run_apart
+from fxprune.graph.tensors import has_meta_weights
+from fxprune.offload.files import resume_scope
+from fxprune.pipeline.arguments import argument, flag, function, refuse
+from fxprune.pipeline.contract import Pass, PassResult, Track, check_track, run_apart, tracking
 from fxprune.pipeline.notebook import html_table
 from fxprune.pipeline.registry import parse_pass
 from fxprune.pipeline.spelling import read_steps
@@ -78,6 +78,16 @@ class PassSequence(Pass):
         return tuple(wanted)
 
     @property
+    def wants(self) -> tuple[type[Fact], ...]:  # type: ignore[override]
+        """The facts that a step reads if they are known and no step before it gives."""
+        given: set[type[Fact]] = set()
+        found: dict[type[Fact], None] = {}
+        for step in self.steps:
+            found.update(dict.fromkeys(kind for kind in step.wants if kind not in given))
+            given.update(step.gives)
+        return tuple(found)
+
+    @property
     def gives(self) -> tuple[type[Fact], ...]:  # type: ignore[override]
         """What a step gives and none after it drops."""
         given: dict[type[Fact], None] = {}
@@ -102,14 +112,14 @@ class PassSequence(Pass):
             PassError: the order cannot work; nothing has been done then.
             FxpruneError: whatever a step raises, with a note that names the step.
         """
-        with neutral():
+        with default_modes():
             flag("inplace", inplace)
             self.requires(graph_module)
-            apart = self.changes != "nothing" and not inplace
+            resume_scope = self.changes != "nothing" and not inplace
             made = graph_module
             try:
-                with compiled_later() as waiting, tidy_later() if on_meta(graph_module) else nullcontext():
-                    result = run_apart(self, self.call, graph_module) if apart else self.call(graph_module)
+                with recompile_lazily() as waiting, defer_gc() if has_meta_weights(graph_module) else nullcontext():
+                    result = run_apart(self, self.call, graph_module) if resume_scope else self.call(graph_module)
                 made = result.graph_module
             finally:  # where a step raised, too: what it left behind is the caller's graph
                 if made in waiting:
@@ -127,7 +137,9 @@ class PassSequence(Pass):
         facts = facts_of(graph_module)
         known = {type(fact) for fact in facts}
         dropped: dict[type[Fact], str] = {}
-        for step in self.leaves():
+        leaves = tuple(self.leaves())
+        for place, step in enumerate(leaves):
+            _check_wants(step, known, leaves[place + 1 :])
             for kind in step.needs:
                 if kind not in known:
                     error = facts.missing(kind, where=f"pass {step.name}", by=dropped.get(kind, ""))
@@ -144,7 +156,7 @@ class PassSequence(Pass):
             self._begin(step)
             start = perf_counter()
             try:
-                with apart(f"{place}-{step.name}"):
+                with resume_scope(f"{place}-{step.name}"):
                     result = step(graph_module, inplace=True)
             except FxpruneError as error:
                 if not getattr(error, "__notes__", ()):
@@ -161,6 +173,18 @@ class PassSequence(Pass):
         """Called with each step after it ran, with what it returned and the time it took."""
 
 
+def _check_wants(step: Pass, known: set[type[Fact]], later: Sequence[Pass]) -> None:
+    """Refuse a step that reads a fact if it is known, and runs before the step that gives it."""
+    for kind in step.wants:
+        giver = next((one.name for one in later if kind in one.gives), None)
+        if kind not in known and giver is not None:
+            raise PassError(
+                f"reads the fact {kind.__name__}, which {giver} gives after it",
+                where=f"pass {step.name}",
+                remedy=f"Run {giver} first",
+            )
+
+
 @dataclass(frozen=True, eq=False, init=False)
 class Pipeline(PassSequence):
     """A sequence of passes, itself a pass.
@@ -170,14 +194,18 @@ class Pipeline(PassSequence):
     Args:
         passes: passes and spellings such as ``"taylor{order=mix, reduction=sum}"``, or one text with several, parted
             by commas or line breaks; a line that starts with ``#`` is a comment.
-        on_pass: called with each pass before it runs, for progress.
+        on_pass: called with each pass before it runs.
+        track: shows the progress of passes, as ``track(items, what, total)``.
     """
 
     name: ClassVar[str] = "pipeline"
     passes: tuple[Pass, ...] = ()
-    on_pass: OnPass | None = field(default=None, metadata={"spelled": False})
+    on_pass: OnPass | None = argument(None, spelled=False)
+    track: Track | None = argument(None, spelled=False)
 
-    def __init__(self, passes: str | Sequence[Pass | str], on_pass: OnPass | None = None) -> None:
+    def __init__(
+        self, passes: str | Sequence[Pass | str], on_pass: OnPass | None = None, track: Track | None = None
+    ) -> None:
         if not isinstance(passes, str | Sequence):
             raise refuse("passes", passes, _WANTED)
         made = [_as_pass(p) for p in (read_steps(passes) if isinstance(passes, str) else passes)]
@@ -186,7 +214,10 @@ class Pipeline(PassSequence):
         if on_pass is not None:
             function("on_pass", on_pass, "a function that is called with each pass, or None")
         object.__setattr__(self, "passes", tuple(made))
+        if track is not None:
+            check_track(track)
         object.__setattr__(self, "on_pass", on_pass)
+        object.__setattr__(self, "track", track)
 
     @property
     def steps(self) -> tuple[Pass, ...]:
@@ -207,6 +238,11 @@ class Pipeline(PassSequence):
             for p in self.passes
         ]
         return html_table("Pipeline", rows, ("pass", "stage", "changes", "needs", "gives"))
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Run all passes on ``graph_module`` itself."""
+        with tracking(self.track):
+            return super().call(graph_module)
 
     def _begin(self, step: Pass) -> None:
         if self.on_pass is not None:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import Field, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import Field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import networkx as nx
 
-from fxprune.errors import PassError, UnknownNameError
-from fxprune.graph.facts import Fact, tell_givers
-from fxprune.pipeline.arguments import one_of
+from fxprune.errors import ArgumentError, PassError, UnknownNameError
+from fxprune.graph.facts import Fact, set_giver_lookup
+from fxprune.pipeline.arguments import declared, default_of, one_of, refuse
 from fxprune.pipeline.contract import STAGES, Pass
-from fxprune.pipeline.spelling import default_of, read_spelling, spelled_fields, spelled_value
+from fxprune.pipeline.spelling import read_spelling, spelled_fields, spelled_value
 
 __all__ = [
-    "Argument",
     "arguments_of",
     "example_of",
     "in_order",
     "load_pass",
     "parse_pass",
+    "pass_argument",
     "pass_class",
     "pass_names",
     "plain",
@@ -102,6 +101,26 @@ def parse_pass(text: str, **defaults: Any) -> Pass:
     return load_pass(name, **{key: value for key, value in defaults.items() if key in known} | arguments)
 
 
+def pass_argument(stage: str) -> Callable[[str, Any], Pass]:
+    """The check of an argument that is a pass of ``stage``, or its spelling as text."""
+
+    def check(name: str, value: Any) -> Pass:
+        made = parse_pass(value) if isinstance(value, str) else value
+        if not isinstance(made, Pass):
+            raise refuse(name, value, f"a pass of the stage {stage!r}, or its spelling as text")
+        if made.stage != stage:
+            raise ArgumentError(
+                f"{made.name} is of the stage {made.stage!r}",
+                where=name,
+                remedy=f"Name a pass of the stage {stage!r}",
+                argument=name,
+                value=value,
+            )
+        return made
+
+    return check
+
+
 def _stage(name: str) -> str:
     try:
         return pass_class(name).stage
@@ -122,38 +141,18 @@ def _givers(kind: type[Fact]) -> tuple[str, ...]:
     return tuple(found)
 
 
-tell_givers(_givers)
+set_giver_lookup(_givers)
 
 
-_ENTRY = re.compile(r"^    (\w+): (.+?)(?=^    \w+: |^\S|\Z)", re.M | re.S)
-"""A name in a section of arguments, and what is said of it, over several lines."""
-
-
-@dataclass(frozen=True)
-class Argument:
-    """An argument of a pass.
-
-    Args:
-        name: how it is spelled.
-        default: its default as text; empty where it has none that can be written.
-        doc: what the pass says of it.
-    """
-
-    name: str
-    default: str
-    doc: str
-
-
-def arguments_of(made: type[Pass]) -> tuple[Argument, ...]:
-    """Return the arguments of a class of passes, in their order."""
-    docs = _doc_lines(made)
-    return tuple(Argument(field.name, _default(field), docs.get(field.name, "")) for field in spelled_fields(made))
+def arguments_of(made: type[Pass]) -> tuple[tuple[str, str, str], ...]:
+    """Name, default as text and doc of each argument of a class of passes, in order."""
+    return tuple((one.name, _default(one), plain(declared(one).doc)) for one in spelled_fields(made))
 
 
 def example_of(made: type[Pass]) -> str:
     """Return a pass in the text of a pipeline, with the defaults of those arguments that have a spelling."""
     empty = ("", "''", "None", "[]")
-    given = ", ".join(f"{one.name}={one.default}" for one in arguments_of(made) if one.default not in empty)
+    given = ", ".join(f"{name}={default}" for name, default, _ in arguments_of(made) if default not in empty)
     return f"{made.name}{{{given}}}" if given else made.name
 
 
@@ -196,16 +195,4 @@ def _kinds(made: type[Pass], word: str) -> set[type[Fact]]:
 
 
 def _default(field: Field[Any]) -> str:
-    if not field.metadata.get("spelled", True):
-        return ""
-    return spelled_value(default_of(field)) or ""
-
-
-def _doc_lines(made: type[Pass]) -> Mapping[str, str]:
-    """Return what a class and those above it say of their arguments, by name; the nearest counts."""
-    found: dict[str, str] = {}
-    for above in made.__mro__:
-        section = inspect.cleandoc(above.__doc__ or "").partition("\nArgs:\n")[2]
-        for name, doc in _ENTRY.findall(section):
-            found.setdefault(name, plain(" ".join(doc.split())))
-    return found
+    return (spelled_value(default_of(field)) or "") if declared(field).spelled else ""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from typing import Any
 
-from fxprune.errors import PassError
+from torch.fx.passes.infra.pass_base import PassBase
 
-__all__ = ["default_of", "read_spelling", "read_steps", "spell", "spelled_fields", "spelled_value", "split"]
+from fxprune.errors import PassError
+from fxprune.pipeline.arguments import declared, default_of
+
+__all__ = ["read_spelling", "read_steps", "spell", "spelled_fields", "spelled_value", "split"]
 
 _FORM = "Write it as name{key=value, key=value}"
 _BARE = re.compile(r"[A-Za-z_][\w.\-]*")
@@ -52,10 +55,10 @@ def split(text: str, parting: str) -> Iterator[str]:
 
 
 def read_spelling(text: str) -> tuple[str, dict[str, Any]]:
-    """Return the name and the arguments of one pass spelled ``name`` or ``name{key=value, key=value}``.
+    """The name and the arguments of a pass spelled ``name`` or ``name{key=value, key=value}``.
 
-    Values are numbers, strings in quotes, bare words, ``True``, ``False``, ``None``, and lists or tuples of these; what
-    parts arguments is a comma, a blank, or both.
+    Values are numbers, strings in quotes, bare words, ``True``, ``False``, ``None``, passes with their arguments, and
+    lists or tuples of these. A key alone is True. Arguments are separated by commas, blanks, or both.
 
     Raises:
         PassError: the text is not of that form.
@@ -68,10 +71,10 @@ def read_spelling(text: str) -> tuple[str, dict[str, Any]]:
     arguments: dict[str, Any] = {}
     for item in split(rest[:-1], ", \t\n") if brace else ():
         key, equals, value = item.partition("=")
-        if item and not (equals and key and value):
+        if item and not (_BARE.fullmatch(item) or (equals and key and value)):
             raise PassError(f"{item!r} is not key=value", where=text, remedy=_FORM)
         if item:
-            arguments[key.replace("-", "_")] = _value(value)
+            arguments[key.replace("-", "_")] = _value(value) if equals else True
     return name.strip(), arguments
 
 
@@ -86,7 +89,7 @@ def read_steps(text: str) -> list[str]:
 
 
 def _value(text: str) -> Any:
-    if _BARE.fullmatch(text) and text not in ("True", "False", "None"):
+    if (_BARE.fullmatch(text) and text not in ("True", "False", "None")) or _is_pass(text):
         return text
     if text[0] in "[(":
         return tuple(_value(item) for item in split(text[1:-1], ",") if item)
@@ -96,6 +99,11 @@ def _value(text: str) -> Any:
         raise PassError(
             f"{text!r} is no value", where=text, remedy="Put text that is not one word in quotes"
         ) from error
+
+
+def _is_pass(text: str) -> bool:
+    """Whether a text is the spelling of a pass with arguments."""
+    return text.endswith("}") and _BARE.fullmatch(text.partition("{")[0]) is not None
 
 
 def spelled_fields(made: object) -> tuple[Field[Any], ...]:
@@ -108,9 +116,9 @@ def spell(name: str, made: object) -> str:
     said: Mapping[str, Any] = {
         field.name: getattr(made, field.name)
         for field in spelled_fields(made)
-        if field.metadata.get("spelled", True) and _has_spelling(getattr(made, field.name), default_of(field))
+        if declared(field).spelled and _has_spelling(getattr(made, field.name), default_of(field))
     }
-    arguments = ", ".join(f"{key}={_text(value)}" for key, value in said.items())
+    arguments = ", ".join(key if value is True else f"{key}={_text(value)}" for key, value in said.items())
     return f"{name}{{{arguments}}}" if arguments else name
 
 
@@ -118,12 +126,7 @@ def _has_spelling(value: Any, default: Any) -> bool:
     """Whether ``value`` is plain data and not the default."""
     if isinstance(value, tuple | list):
         return value != default and all(_has_spelling(item, ...) for item in value)
-    return (value is None or isinstance(value, str | int | float)) and value != default
-
-
-def default_of(field: Field[Any]) -> Any:
-    """Return the default of a field of a dataclass."""
-    return field.default if field.default_factory is MISSING else field.default_factory()
+    return (value is None or isinstance(value, str | int | float | PassBase)) and value != default
 
 
 def spelled_value(value: Any) -> str | None:
@@ -132,9 +135,11 @@ def spelled_value(value: Any) -> str | None:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, PassBase):
+        return str(value)
     if isinstance(value, str):
         bare = _BARE.fullmatch(value) and value not in ("True", "False", "None")
-        return value if bare else repr(value)
+        return value if bare or _is_pass(value) else repr(value)
     if isinstance(value, tuple | list):
         return f"[{', '.join(_text(item) for item in value)}]"
     return repr(value)

@@ -1,17 +1,23 @@
-"""Recipes: whole prunes as text, and what becomes of one where arguments say otherwise."""
+"""Recipes: whole prunes as text, and the options that change them.
 
-from fxprune.recipes.compose import Making, Wishes, compose, selects_by_samples
-from fxprune.recipes.options import Options
-from fxprune.recipes.recipe import Recipe, as_recipe, read_recipe, recipe_names
+Recipes are imported when they are first used, so that the declaration of options needs no torch.
+"""
 
-__all__ = [
-    "Making",
-    "Options",
-    "Recipe",
-    "Wishes",
-    "as_recipe",
-    "compose",
-    "read_recipe",
-    "recipe_names",
-    "selects_by_samples",
-]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fxprune.recipes.options import ApplyOptions, Options, option_table, resolve
+
+if TYPE_CHECKING:
+    from fxprune.recipes.recipe import Recipe, as_recipe, read_recipe, recipe_names
+
+__all__ = ["ApplyOptions", "Options", "Recipe", "as_recipe", "option_table", "read_recipe", "recipe_names", "resolve"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fxprune.recipes import recipe
+
+    return getattr(recipe, name)

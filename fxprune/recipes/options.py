@@ -1,147 +1,279 @@
-"""What can be said of a prune, and the arguments of passes that it stands for."""
+"""Options of a prune: the one declaration behind :func:`fxprune.prune`, the command line and the table in the docs.
+
+It is readable without torch, so that ``--help`` is quick: types that need torch are named for type checkers alone, and
+checks import what they need when a value is there.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_type_hints
 
-from fxprune.data.text import check_tokenizer
-from fxprune.discovery.groups import as_kinds
-from fxprune.pipeline.arguments import MEMORY, as_seed, flag, one_of
-from fxprune.pipeline.contract import Pass, Track, check_track
-from fxprune.recipes.choices import said, unless
-from fxprune.recipes.recipe import Recipe
-from fxprune.removal.scores import Scores
+from fxprune.errors import UnknownNameError
+from fxprune.pipeline.arguments import Argument, Memory, Norm, Ranking, as_seed, checked
 
-__all__ = ["Options"]
+if TYPE_CHECKING:
+    from fxprune.pipeline.contract import Pass, Track
+    from fxprune.recipes.recipe import Recipe
+    from fxprune.removal.scores import Scores
 
-_LITTLE_MEMORY = "low"
-"""In place, memory matters more than time."""
+__all__ = ["DATA", "MACHINE", "OUTPUT", "WHAT_GOES", "ApplyOptions", "Options", "option_table", "resolve"]
+
+WHAT_GOES, DATA, OUTPUT, MACHINE = "What goes", "Data", "Output", "Machine"
+"""Panels of options."""
+
+_UNCHECKED = dict.fromkeys(("Pass", "Recipe", "Scores", "Track"), object)
+"""Types of values that are validated where they are used."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Options:
-    """What a prune may be told; each is an argument of :func:`fxprune.prune` with the same name and default.
+def _tokenizer(name: str, value: Any) -> Any:
+    from fxprune.data.text import check_tokenizer
 
-    What is left out, or None, is as the recipe says.
+    return check_tokenizer(name, value)
 
-    Args:
-        calibration: token ids ``(samples, tokens)``, a list of tokenised dicts, a DataLoader; or None: with a tokenizer
-            for built-in text and what the model writes itself, else for criteria that need no data.
-        recipe: ``balanced``, ``fast``, ``best`` or ``llm-pruner``, as ``fxprune recipes`` lists them; a file with one;
-            or a pipeline in text. None: ``balanced``, but where an importance is named ``llm-pruner``, the paper as
-            published, which adds nothing to what the other arguments say.
-        ratio: fraction of the parameters that goes, in [0, 1), 0.2 by default; reached within half a percentage point.
-            By kind, as in ``{"mlp": 0.3, "head": 0.1}``: the fraction of the parameters in structures of that kind.
-        kinds: what may go: ``mlp``, ``head``, ``channel``, ``head_dim``, ``expert``, ``layer``; or a ratio by kind.
-            ``exact-`` in front of one, as in ``exact-mlp``, leaves out its groups that a norm runs over.
-        importance: ``taylor``, ``l1``, ``l2``, ``random`` or another registered importance pass, with arguments of its
-            own as in ``"taylor{order=second}"``; or a pass. One that needs no samples, where there are none, fits
-            nothing either.
-        taylor: ``vector``, ``first``, ``second`` or ``mix``; the same as ``importance="taylor{order=...}"``.
-        scores: kept from an earlier run, or the path of a file with such; they take the place of ``importance``.
-        reduction: how members of a group are combined: ``sum``, ``prod``, ``max``, ``mean``, ``first``, ``last``.
-        ranking: ``local``: the same fraction in every group; ``global``: the lowest scores anywhere.
-        group_ratio: the paper's ratio, a fraction of the units of every group; takes the place of ``ratio``.
-        protect: layers kept whole at the front and the end, or fractions of the depth; ``()``: none. The paper's are
-            4 and 2 of 32, scaled.
-        round_to: slim widths are multiples of this. By kind, as in ``{"mlp": 64, "head": 2}``, it counts units.
-            ``"auto"``: of what :func:`fxprune.evaluation.measure_widths` found worth it on the device of the model.
-        uniform: the same widths in every layer, and such that the model's own config class takes them: the checkpoint
-            then loads in stock transformers, and in whatever reads its format. ``protect`` must be empty or None.
-        tensor_parallel: devices that share each layer: MLP channels and heads of one that shrinks are multiples of it.
-        budget: what ``ratio`` is of: ``params``, ``macs``, ``kv`` (bytes of the key-value cache), ``bytes@q8_0``, ..;
-            or ``prefill@times.json``, ``decode@times.json``, by times that ``fxprune bench DENSE SLIM --json`` told.
-        norm: what becomes of a norm over units that go, such as channels of the residual stream: ``sliced``, an average
-            of those that stay; or ``masked``, what it is with the others zeroed, so that removing them is exact: its
-            weight and its epsilon change. A norm that has no such form stays sliced, and the notes say so. With
-            ``uniform`` they are sliced unless this says otherwise: a stock config may have one epsilon for all.
-        steps: how often it scores: after each step a part has gone, what stays is fitted, and the rest scored again.
-        select: a registered selection pass, or a pass, in place of what ``ratio`` or ``group_ratio`` stands for.
-        compensate: ``least-squares``, perhaps with arguments: weights that lost inputs are fitted to what the dense
-            model computes on the calibration data; or a pass. ``"none"`` leaves every kept number as it is.
-        tune: ``tune``, perhaps with arguments as in ``"tune{epochs=2}"``: a few vectors are learned end to end on the
-            slim model; or a pass. ``"none"``: no tuning.
-        tokenizer: the model's own: with it there are calibration samples where none are given, and held-out text
-            of another kind for tuning to stop by.
-        seed: for ``random`` importance, what the model writes, the verification inputs and the order of samples in
-            tuning.
-        verify: check that masking equals shrinking, and that the emitted model equals the graph.
-        inplace: free each dense tensor as its slim one is made; ``model`` then *becomes* the slim model.
-        memory: for sums of gradients: ``low`` takes a part of the model after the other, a tenth of the bytes of the
-            weights at a time at the most, and one more forward run; ``fast`` all at once; ``auto``, the default, what
-            fits; in place ``low``. The scores are the same. Given as ``low``, removing is compared with masking block
-            by block.
-        track: shows progress, as ``track(items, what, total)``.
+
+def _device(name: str, value: Any) -> Any:
+    from fxprune.offload.prefetch import as_device
+
+    as_device(value)
+    return value
+
+
+def _example_inputs(name: str, value: Any) -> Any:
+    from fxprune.data.verification import check_names
+
+    check_names(value)
+    return value
+
+
+def _track(name: str, value: Any) -> Any:
+    from fxprune.pipeline.contract import check_track
+
+    check_track(value, name)
+    return value
+
+
+class ApplyOptions(TypedDict, total=False):
+    """Options of :func:`fxprune.apply`, which carries out a plan."""
+
+    compensate: Annotated[
+        str | Pass | None,
+        Argument(
+            "Fit the weights that lost inputs to what the dense model computes on the calibration data: "
+            "`least-squares`, perhaps with arguments, or a pass; `none` leaves every kept weight as it is.",
+            panel=WHAT_GOES,
+        ),
+    ]
+    tune: Annotated[
+        str | Pass | None,
+        Argument(
+            "Train a few vectors of the slim model end to end: `tune`, perhaps with arguments as in "
+            "`tune{epochs=2}`, or a pass; `none` for no tuning.",
+            panel=WHAT_GOES,
+        ),
+    ]
+    norm: Annotated[
+        Norm | None,
+        Argument(
+            "A norm over units that go, such as channels of the residual stream: `masked` computes what the dense norm "
+            "does with them zeroed, which makes the removal exact; `sliced` averages over those that stay.",
+            panel=WHAT_GOES,
+        ),
+    ]
+    tokenizer: Annotated[
+        Any,
+        Argument(
+            "The tokenizer of the model: with it there are calibration samples if none are given, and held-out text "
+            "for tuning to stop by.",
+            check=_tokenizer,
+            spelled=False,
+        ),
+    ]
+    seed: Annotated[
+        int,
+        Argument(
+            "Seed of random scores, generated samples, verification inputs and the order of samples in tuning.",
+            default=0,
+            check=as_seed,
+            panel=DATA,
+        ),
+    ]
+    verify: Annotated[
+        bool,
+        Argument("Check that masking equals shrinking, and that the emitted model equals the graph.", default=True),
+    ]
+    inplace: Annotated[
+        bool,
+        Argument(
+            "Free each dense tensor as its slim one is made: `model` then becomes the slim model.",
+            default=False,
+            panel=MACHINE,
+        ),
+    ]
+    device: Annotated[
+        Any,
+        Argument(
+            "Device to compute on, such as `cuda`, while the weights stay where they are: those of a part of the model "
+            "are moved there while it runs, and the next ones are prefetched.",
+            check=_device,
+            panel=MACHINE,
+        ),
+    ]
+    example_inputs: Annotated[
+        Mapping[str, Any] | None,
+        Argument("Keyword inputs of a module that is not a Hugging Face model.", check=_example_inputs, spelled=False),
+    ]
+    track: Annotated[
+        Track | None,
+        Argument("Shows progress: `track(items, what, total)` yields the items.", check=_track, spelled=False),
+    ]
+
+
+class Options(ApplyOptions, total=False):
+    """Options of :func:`fxprune.prune`. One that is left out, or None, is as the recipe has it."""
+
+    recipe: Annotated[
+        str | Recipe | os.PathLike[str] | None,
+        Argument(
+            "`balanced` (the default), `fast`, `best` or `llm-pruner`, the paper as published; a file with a recipe, "
+            "or a pipeline as text. `fxprune recipes` lists what each does and costs.",
+            panel=WHAT_GOES,
+        ),
+    ]
+    ratio: Annotated[
+        float | Mapping[str, float] | None,
+        Argument(
+            "Fraction of the parameters to remove, in [0, 1), reached within half a percentage point; by default 0.2. "
+            "A fraction for each kind is of the parameters in structures of that kind.",
+            panel=WHAT_GOES,
+        ),
+    ]
+    kinds: Annotated[
+        str | Sequence[str] | None,
+        Argument(
+            "Kinds of structures that may go: `mlp`, `head`, `channel`, `head_dim`, `expert`, `layer`. `exact-` in "
+            "front of one, as in `exact-mlp`, leaves out its groups that a norm runs over.",
+            panel=WHAT_GOES,
+        ),
+    ]
+    importance: Annotated[
+        str | Pass | None,
+        Argument(
+            "The criterion, in place of the recipe's: `taylor`, `wanda`, `l2`, `random` or another pass, with "
+            "arguments of its own as in `taylor{order=second}`.",
+            panel=WHAT_GOES,
+        ),
+    ]
+    reduction: Annotated[
+        str | None,
+        Argument(
+            "How scores of the members of a group are combined: `sum`, `prod`, `max`, `mean`, `first` or `last`.",
+            panel=WHAT_GOES,
+        ),
+    ]
+    ranking: Annotated[
+        Ranking | None,
+        Argument("`local`: the same fraction in every group; `global`: the lowest scores anywhere.", panel=WHAT_GOES),
+    ]
+    select: Annotated[
+        str | Pass | None,
+        Argument(
+            "The selection, in place of the recipe's: `select-by-ratio`, `select-by-group-ratio`, ..., or a pass.",
+            panel=WHAT_GOES,
+        ),
+    ]
+    protect: Annotated[
+        tuple[float, float] | tuple[()] | None,
+        Argument(
+            "Layers kept whole at the front and at the end, or fractions of the depth; 0 and 0 for none.",
+            panel=WHAT_GOES,
+        ),
+    ]
+    round_to: Annotated[
+        int | str | Mapping[str, int],
+        Argument(
+            "Slim widths are multiples of this; a number for each kind counts units. `auto`: multiples of what was "
+            "measured to pay on the device, see `fxprune.evaluation.measure_widths`.",
+            default=1,
+            panel=OUTPUT,
+        ),
+    ]
+    uniform: Annotated[
+        bool,
+        Argument(
+            "The same widths in every layer, such that the stock config class can express them and stock transformers "
+            "loads the checkpoint.",
+            default=False,
+            panel=OUTPUT,
+        ),
+    ]
+    tensor_parallel: Annotated[
+        int,
+        Argument(
+            "Devices that share each layer: widths of MLPs and heads that shrink are multiples of it.",
+            default=1,
+            panel=OUTPUT,
+        ),
+    ]
+    budget: Annotated[
+        str,
+        Argument(
+            "What `ratio` is a fraction of: `params`, `macs`, `kv` (bytes of the key-value cache), `bytes@q8_0`, ...; "
+            "or time, as in `decode@times.json`, by measurements of `fxprune bench DENSE SLIM --json`.",
+            default="params",
+            panel=OUTPUT,
+        ),
+    ]
+    memory: Annotated[
+        Memory | None,
+        Argument(
+            "For sums of gradients: `low` computes them for one part of the model at a time, with one more forward "
+            "run, and compares block by block; `fast` all at once; `auto`, the default, what fits.",
+            panel=MACHINE,
+        ),
+    ]
+    offload: Annotated[
+        str | os.PathLike[str] | None,
+        Argument(
+            "Folder for weights and intermediate results of a model larger than memory, which must be given as a "
+            "folder or hub id; a killed run resumes when it is repeated with the same arguments and files.",
+            spelled=False,
+        ),
+    ]
+    taylor: Annotated[str | None, Argument("Deprecated: write `importance='taylor{order=...}'`.")]
+    group_ratio: Annotated[
+        float | Mapping[str, float] | None,
+        Argument("Deprecated: write `select='select-by-group-ratio{group_ratio=...}'`."),
+    ]
+    scores: Annotated[
+        Scores | str | os.PathLike[str] | None,
+        Argument("Deprecated: write `importance='load-scores{file=...}'`.", spelled=False),
+    ]
+    steps: Annotated[
+        int, Argument("Deprecated: write `importance='score-in-steps{steps=...}'`.", default=1, limits={"least": 1})
+    ]
+
+
+@cache
+def option_table(declaration: type = Options) -> dict[str, tuple[Any, Argument]]:
+    """Annotation and declaration of each option, by name, in order."""
+    hints = get_type_hints(declaration, localns=_UNCHECKED, include_extras=True)
+    own_first = sorted(hints, key=lambda name: name in ApplyOptions.__annotations__)
+    return {name: (hints[name].__origin__, hints[name].__metadata__[0]) for name in own_first}
+
+
+def resolve(options: Mapping[str, Any], declaration: type = Options) -> dict[str, Any]:
+    """Validate options, and fill in the defaults of those left out.
+
+    Raises:
+        UnknownNameError: there is no such option.
+        ArgumentError: a value is of the wrong type or out of range.
     """
-
-    calibration: Any = None
-    recipe: str | Recipe | os.PathLike[str] | None = None
-    ratio: float | Mapping[str, float] | None = None
-    kinds: str | Sequence[str] | None = None
-    importance: str | Pass | None = None
-    taylor: str | None = None
-    scores: Scores | str | os.PathLike[str] | None = None
-    reduction: str | None = None
-    ranking: str | None = None
-    group_ratio: float | Mapping[str, float] | None = None
-    protect: tuple[float, float] | tuple[()] | None = None
-    round_to: int | str | Mapping[str, int] = 1
-    uniform: bool = False
-    tensor_parallel: int = 1
-    budget: str = "params"
-    norm: str | None = None
-    steps: int = 1
-    select: str | Pass | None = None
-    compensate: str | Pass | None = None
-    tune: str | Pass | None = None
-    tokenizer: Any = None
-    seed: int = 0
-    verify: bool = True
-    inplace: bool = False
-    memory: str | None = None
-    track: Track | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what no pass would."""
-        for name in ("verify", "inplace", "uniform"):
-            object.__setattr__(self, name, flag(name, getattr(self, name)))
-        object.__setattr__(self, "seed", as_seed("seed", self.seed))
-        if self.memory is not None:
-            one_of("memory", self.memory, MEMORY)
-        check_tokenizer(self.tokenizer)
-        if self.track is not None:
-            check_track(self.track)
-
-    @cached_property
-    def by_stage(self) -> dict[str, dict[str, Any]]:
-        """The arguments of passes that are not as the recipe says, by stage; under ``""`` those of all stages."""
-        kinds, wanted = self._wanted
-        widths = said({"kinds": kinds, "ranking": self.ranking, "protect": self.protect, **wanted})
-        for name, default in (("round_to", 1), ("tensor_parallel", 1), ("budget", "params")):
-            widths |= unless(name, getattr(self, name), default)
-        if self.uniform:
-            widths |= {"uniform": True, "protect": () if self.protect is None else self.protect}
-        memory = self.memory or (_LITTLE_MEMORY if self.inplace else None)
-        return {
-            "": said({"seed": self.seed or None, "track": self.track}),
-            "discover": said({"norm": self.norm or ("sliced" if self.uniform else None)}),
-            "importance": said({"kinds": kinds, "reduction": self.reduction, "memory": memory}),
-            "select": widths,
-            "verify": said({"by_block": self.memory == _LITTLE_MEMORY or None}),
-            "tune": said({"tokenizer": self.tokenizer}),
-        }
-
-    @property
-    def _wanted(self) -> tuple[tuple[str, ...] | None, dict[str, Any]]:
-        """The kinds that may go, None for those of the recipe, and what is wanted of them.
-
-        A ratio by kind says which they are.
-        """
-        name = "ratio" if self.group_ratio is None else "group_ratio"
-        asked = getattr(self, name)
-        named = tuple(asked) or self.kinds if isinstance(asked, Mapping) else self.kinds
-        return None if named is None else as_kinds(named), {name: asked}
+    table = option_table(declaration)
+    for name in options:
+        if name not in table:
+            raise UnknownNameError("argument", name, table, argument=name)
+    values = {name: options.get(name, declared.default) for name, (_, declared) in table.items()}
+    return {name: checked(name, values[name], *table[name]) for name in table}

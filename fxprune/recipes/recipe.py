@@ -1,68 +1,166 @@
-"""What a recipe is: a pipeline in text, with what it is for and what it costs in the comments above it."""
+"""Recipes: whole prunes as text, with a slot for each stage."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fxprune.errors import FxpruneError, UnknownNameError
+from fxprune.data.calibration import Calibration
+from fxprune.errors import ArgumentError, FxpruneError, PassError, UnknownNameError
 from fxprune.pipeline.arguments import refuse
-from fxprune.pipeline.contract import Pass
+from fxprune.pipeline.contract import STAGES, Pass
 from fxprune.pipeline.pipeline import Pipeline
+from fxprune.pipeline.registry import parse_pass, pass_names
+from fxprune.pipeline.spelling import read_spelling, spelled_fields
 
-__all__ = ["Recipe", "as_recipe", "read_recipe", "recipe_names"]
+__all__ = ["NONE", "Recipe", "as_recipe", "changed", "made_for", "read_recipe", "recipe_names"]
+
+NONE = "none"
+"""Spells that a stage is left out, whatever the recipe has."""
 
 _SUFFIX = ".txt"
 _COSTS = "Costs:"
 _WANTED = "the name of a recipe, the path of a file with one, or a pipeline in text with a pass on each line"
 
 _ORDER = ("fast", "balanced", "best", "llm-pruner")
-"""The installed ones, from little work to much, and the published one last."""
+"""Installed recipes, from little work to much, and the published one last."""
+
+_OPTIONAL = ("teach", "compensate", "tune")
+"""Stages that a prune does without."""
+
+_INHERITED = (
+    *("kinds", "ranking", "protect", "round_to", "uniform", "tensor_parallel", "budget", "ratio", "first"),
+    *("reduction", "samples", "reach"),
+)
+"""Arguments that mean the same in all passes of a stage: one that takes the place of another inherits them."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A pipeline in text, to be printed, edited and run.
+class Recipe(MutableMapping[str, Sequence[Pass]]):
+    """A prune as text: a pipeline with a slot for each stage.
+
+    A recipe maps the stages of :data:`~fxprune.pipeline.contract.STAGES` to their passes, so that replacing a stage is
+    an assignment: ``recipe["importance"] = "taylor{order=second}"``. None, ``"none"`` or deleting the key leaves the
+    stage out. ``str()`` of it is its text.
 
     Args:
-        name: what it is called.
+        name: its name.
         text: the passes, one a line; lines that start with ``#`` are comments. Of the comments above the first pass,
-            those that follow one that starts with ``Costs:`` say what it costs, those before say what it does.
+            those from ``Costs:`` on describe the costs, those before it the purpose.
+
+    Raises:
+        FxpruneError: the text is no pipeline, or its passes do not stand in the order of their stages.
     """
 
-    name: str
-    text: str
+    def __init__(self, name: str, text: str) -> None:
+        self.name, self._text = name, text
+        self._slots: dict[str, tuple[Pass, ...]] = {stage: () for stage in STAGES}
+        self._changed = False
+        stage = STAGES[0]
+        for step in _flat(Pipeline(text)):
+            here = step.stage or stage
+            if STAGES.index(here) < STAGES.index(stage):
+                last = self._slots[stage][-1].name
+                raise PassError(
+                    f"stands behind {last}, and {here} comes before {stage}",
+                    where=f"pass {step.name}",
+                    remedy=f"Order the passes by stage: {', '.join(STAGES)}",
+                )
+            stage = here
+            self._slots[stage] = (*self._slots[stage], step)
+
+    def __getitem__(self, stage: str) -> tuple[Pass, ...]:
+        """The passes of a stage, in order; empty if it is left out."""
+        return self._slots[stage]
+
+    def __setitem__(self, stage: str, choice: Pass | str | Sequence[Pass] | None) -> None:
+        """Replace the passes of a stage.
+
+        Args:
+            stage: one of :data:`~fxprune.pipeline.contract.STAGES`.
+            choice: a pass, its spelling, several passes, or None.
+
+        Raises:
+            UnknownNameError: there is no such stage, or no such pass.
+        """
+        if stage not in self._slots:
+            raise UnknownNameError("stage", stage, STAGES)
+        if isinstance(choice, str | Pass) or choice is None:
+            made = made_for(stage, choice)
+            choice = () if made is None else (made,)
+        self._changed = True
+        self._slots[stage] = tuple(choice)
+
+    def __delitem__(self, stage: str) -> None:
+        """Leave a stage out."""
+        self[stage] = None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
 
     def __str__(self) -> str:
         """The text."""
-        return self.text
+        return str(self.pipeline) if self._changed else self._text
+
+    def __repr__(self) -> str:
+        return f"Recipe({self.name!r}, {str(self)!r})"
 
     @property
     def summary(self) -> str:
-        """What it does, in words."""
+        """Its purpose, in words."""
         return self._comments[0]
 
     @property
     def costs(self) -> str:
-        """What it takes, in words; empty where it does not say."""
+        """Its costs, in words; empty if it names none."""
         return self._comments[1]
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        """The passes, in order, those of pipelines inside it too.
+        """All passes, in order."""
+        return tuple(step for stage in STAGES for step in self._slots[stage])
 
-        Raises:
-            FxpruneError: the text is no pipeline.
+    @property
+    def pipeline(self) -> Pipeline:
+        """The passes as a pipeline."""
+        return Pipeline(self.passes)
+
+    def copy(self) -> Recipe:
+        """A copy whose stages can be replaced."""
+        twin = Recipe(self.name, self._text)
+        twin._slots, twin._changed = dict(self._slots), self._changed
+        return twin
+
+    def reads_samples(self) -> bool:
+        """Whether the recipe names a file with calibration samples of its own."""
+        return any(Calibration in step.gives and getattr(step, "file", "") for step in self.passes)
+
+    def set_arguments(self, stage: str, arguments: Mapping[str, Any]) -> None:
+        """Set arguments of the passes of a stage, for those that have them."""
+        self[stage] = [changed(step, arguments) for step in self[stage]]
+
+    def replace_stage(self, stage: str, choice: Pass | str | None, arguments: Mapping[str, Any]) -> None:
+        """Replace the passes of a stage; one given as text inherits arguments of those whose place it takes.
+
+        Args:
+            stage: the stage.
+            choice: the pass, its spelling, or None.
+            arguments: further arguments of a pass given as text, for those it has and does not spell itself.
         """
-        return tuple(_flat(Pipeline(self.text)))
+        old = {key: value for step in self[stage] for key, value in _arguments(step).items() if key in _INHERITED}
+        inner = {stage: self[stage][0]} if self[stage] else {}  # for a pass that runs another one of its stage
+        made = made_for(stage, choice, **{**old, **inner, **arguments})
+        self[stage] = None if made is None else [made]
 
     @property
     def _comments(self) -> tuple[str, str]:
         lines = []
-        for line in self.text.strip().splitlines():
+        for line in self._text.strip().splitlines():
             if not line.startswith("#"):
                 break
             lines.append(line.lstrip("# ").strip())
@@ -71,24 +169,24 @@ class Recipe:
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Return the names of the installed recipes, from little work to much, and the published one last."""
+    """Names of the installed recipes, from little work to much, and the published one last."""
     found = {path.name.removesuffix(_SUFFIX) for path in files(__package__).iterdir() if path.name.endswith(_SUFFIX)}
     return tuple(sorted(found, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)))
 
 
 def read_recipe(name: str) -> Recipe:
-    """Return an installed recipe.
+    """Load an installed recipe.
 
     Raises:
         UnknownNameError: there is none of this name.
     """
     if name not in recipe_names():
-        raise UnknownNameError("recipe", name, recipe_names())
+        raise UnknownNameError("recipe", name, recipe_names(), argument="recipe")
     return Recipe(name, files(__package__).joinpath(name + _SUFFIX).read_text(encoding="utf-8"))
 
 
 def as_recipe(value: Any) -> Recipe:
-    """Return the recipe that an argument names.
+    """The recipe that an argument names.
 
     Args:
         value: a recipe; the name of an installed one; the path of a file with one, which ends in ``.txt``; or a
@@ -96,19 +194,69 @@ def as_recipe(value: Any) -> Recipe:
 
     Raises:
         UnknownNameError: no recipe of this name.
-        FxpruneError: the file cannot be read, or it is something else.
+        FxpruneError: the file cannot be read, or the value is something else.
     """
     if isinstance(value, Recipe):
-        return value
+        return value.copy()
     if isinstance(value, os.PathLike) or (isinstance(value, str) and value.endswith(_SUFFIX)):
         path = Path(value)
         try:
             return Recipe(path.stem, path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise FxpruneError(f"cannot be read: {error}", where=str(path), remedy=f"Pass {_WANTED}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise FxpruneError(f"cannot be read: {reason}", where=str(path), remedy=f"Pass {_WANTED}") from error
     if not isinstance(value, str):
         raise refuse("recipe", value, _WANTED)
     return Recipe("", value) if "\n" in value or "," in value else read_recipe(value)
+
+
+def made_for(stage: str, choice: Any, **defaults: Any) -> Pass | None:
+    """The pass that a choice for a stage stands for; None to leave the stage out.
+
+    Args:
+        stage: the stage.
+        choice: a pass of the stage, or its spelling; None or ``"none"`` for no pass.
+        defaults: arguments of a pass given as text, where the text does not set them.
+
+    Raises:
+        UnknownNameError: there is no such pass in this stage.
+        ArgumentError: it is a pass of another stage, or the stage cannot be left out.
+    """
+    known = pass_names(stage)
+    if choice is None or choice == NONE:
+        if choice is not None and stage not in _OPTIONAL:
+            raise UnknownNameError(stage, choice, known, argument=stage)
+        return None
+    if isinstance(choice, Pass):
+        if choice.stage in ("", stage):
+            return choice
+        raise ArgumentError(
+            f"${stage} is the pass {choice.name}, of the stage {choice.stage!r}",
+            where=stage,
+            remedy=f"Pass one of {', '.join(known)}, or a pass of your own of the stage {stage!r}",
+            argument=stage,
+            value=choice,
+        )
+    if not isinstance(choice, str):
+        raise refuse(stage, choice, f"one of {', '.join(known)}, or a pass, as in fxprune.load_pass({known[0]!r})")
+    name = read_spelling(choice)[0]
+    if name not in known:
+        raise UnknownNameError(stage, name, known, argument=stage)
+    return parse_pass(choice, **defaults)
+
+
+def changed(step: Pass, arguments: Mapping[str, Any]) -> Pass:
+    """A copy of a pass with those of ``arguments`` that it has, or that a pass inside it of the same stage has."""
+    own = _arguments(step)
+    known = {key: value for key, value in arguments.items() if key in own}
+    for key, value in own.items():
+        if key not in known and isinstance(value, Pass) and value.stage == step.stage:
+            known[key] = changed(value, arguments)
+    return type(step)(**own | known) if known else step
+
+
+def _arguments(step: Pass) -> dict[str, Any]:
+    return {field.name: getattr(step, field.name) for field in spelled_fields(step)}
 
 
 def _flat(pipeline: Pipeline) -> list[Pass]:

@@ -1,6 +1,6 @@
-"""Recovery of what pruning took: low-rank updates of the pruned projections, trained a little and merged."""
+"""Recovery of lost quality: low-rank updates of the pruned projections, trained briefly and merged."""
 
-from fxprune.data.text import BadRow
+from fxprune.data.rows import BadRow
 from fxprune.recovery.data import DataReport
 from fxprune.recovery.lora import Targets
 from fxprune.recovery.run import Recovery, recover

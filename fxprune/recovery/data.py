@@ -1,4 +1,4 @@
-"""Training and held-out samples: read, formatted, packed, without overlap."""
+"""Training and held-out samples: rows formatted, packed into windows and split without overlap."""
 
 from __future__ import annotations
 
@@ -7,31 +7,36 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fxprune.data.built_in import built_in_text
 from fxprune.data.calibration import IGNORED
-from fxprune.data.text import SUFFIXES, BadRow, kind_of, load_rows, numbered, paragraphs, prompt_of, rows_in_file
+from fxprune.data.rows import BadRow, Row, read_rows
+from fxprune.data.text import paragraphs
 from fxprune.errors import DataError
-from fxprune.pipeline.arguments import told
 from fxprune.recovery.settings import RecoverySettings
 
-__all__ = ["DataReport", "Example", "Formatter", "TrainingData", "collate", "read_rows", "read_training_data"]
+__all__ = ["DataReport", "Example", "Formatter", "TrainingData", "collate", "read_training_data"]
 
 _LONGEST = 80
-"""Characters of a chat template's error that are repeated: rows are named by the reason, which has to stay short."""
+"""Characters of a chat template's error that are repeated: rows are grouped by the reason, which must stay short."""
+
+_LISTED = 5
+"""Reasons, and rows of each, that a message names: they fit a few lines."""
+
+_PASSAGE = 2000
+"""Characters of the runs of paragraphs that a text is split into: about two samples of the default length."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sample.
+    """One training sample.
 
     Args:
         ids: token ids.
-        labels: the same, :data:`fxprune.data.calibration.IGNORED` where a token does not count in the loss.
+        labels: the same; :data:`fxprune.data.calibration.IGNORED` for tokens that do not count in the loss.
         cut: whether it was longer than allowed.
     """
 
@@ -47,79 +52,80 @@ class Formatter:
     Args:
         tokenizer: the model's.
         max_tokens: longest example.
-        response_only: whether prompts do not count in the loss.
+        response_only: whether to leave prompts out of the loss.
     """
 
     tokenizer: Any
     max_tokens: int
     response_only: bool
 
-    def example(self, row: Mapping[str, Any], kind: str, where: str) -> Example | BadRow:
-        """Return the example of a row, or what is wrong with it.
-
-        Args:
-            row: an instruction or a chat.
-            kind: its format.
-            where: its place in the data, for messages.
-        """
-        made = self._instruction(row) if kind == "instruction" else self._chat(row)
+    def example(self, row: Row) -> Example | BadRow:
+        """The example of an instruction or a chat, or the reason why there is none."""
+        made = self._instruction(row) if row.kind == "instruction" else self._chat(row.fields["messages"])
+        if isinstance(made, BadRow):
+            return made
         if isinstance(made, str):
-            return BadRow(where, made)
-        ids, labels = made
-        example = Example(ids[: self.max_tokens], labels[: self.max_tokens], len(ids) > self.max_tokens)
-        if all(label == IGNORED for label in example.labels[1:]):
-            return BadRow(where, f"no response within {self.max_tokens} tokens")
-        return example
+            return BadRow(row.where, made)
+        ids, labels = (tuple(tokens[: self.max_tokens]) for tokens in made)
+        if all(label == IGNORED for label in labels[1:]):
+            return BadRow(row.where, f"no response within {self.max_tokens} tokens")
+        return Example(ids, labels, len(made[0]) > self.max_tokens)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Return the token ids of a text; with the tokens that the tokenizer puts around one, where ``special``."""
+        """Token ids of a text; ``special`` adds the tokens that the tokenizer puts around a text."""
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
-    def _instruction(self, row: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]] | str:
-        fields = {name: row.get(name) or "" for name in ("instruction", "input", "output")}
-        for name, value in fields.items():
-            if not isinstance(value, str):
-                return f"{name!r} is a {type(value).__name__}, not text"
-            if not value.strip() and name != "input":
-                return f"{name!r} is empty"
-        prompt = prompt_of(fields)
-        whole = self._closed(self.encode(prompt + fields["output"], special=True))
-        start = _shared(whole, self.encode(prompt, special=True)) if self.response_only else 0
-        return tuple(whole), tuple([IGNORED] * start + whole[start:])
-
-    def _closed(self, ids: list[int]) -> list[int]:
-        """Return the ids with the end-of-text token once at their end."""
+    def pack(self, passages: Iterable[Sequence[str]]) -> list[Example]:
+        """Windows of passages, which are joined by the end-of-text token."""
+        ids: list[int] = []
         end = self.tokenizer.eos_token_id
-        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+        for passage in passages:
+            ids += self.encode("\n\n".join(passage)) + ([] if end is None else [end])
+        windows = [tuple(ids[start : start + self.max_tokens]) for start in range(0, len(ids), self.max_tokens)]
+        return [Example(window, window) for window in windows if len(window) > 1]
 
-    def _chat(self, row: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]] | str:
-        messages = row["messages"]
-        why = _unfit(messages)
+    def _instruction(self, row: Row) -> tuple[list[int], list[int]] | BadRow | str:
+        texts = row.texts()
+        if isinstance(texts, BadRow):
+            return texts
+        for name in ("instruction", "output"):
+            if not texts[name].strip():
+                return f"{name!r} is empty"
+        prompt = row.prompt(texts)
+        whole = self.encode(prompt + texts["output"], special=True)
+        end = self.tokenizer.eos_token_id
+        if end is not None and whole[-1:] != [end]:
+            whole.append(end)
+        start = _common_prefix(whole, self.encode(prompt, special=True)) if self.response_only else 0
+        return whole, [IGNORED] * start + whole[start:]
+
+    def _chat(self, messages: Any) -> tuple[list[int], list[int]] | str:
+        why = _chat_problem(messages)
         if why:
             return why
         if not getattr(self.tokenizer, "chat_template", None):
             return "a chat, but the tokenizer has no chat template"
         try:
-            whole = self._rendered(messages)
+            whole = self._render(messages)
             if not self.response_only:
-                return tuple(whole), tuple(whole)
+                return whole, whole
             labels = [IGNORED] * len(whole)
             for turn, message in enumerate(messages):
                 if message["role"] == "assistant":
-                    start = _shared(whole, self._rendered(messages[:turn], prompt=True)) if turn else 0
-                    end = _shared(whole, self._rendered(messages[: turn + 1]))
+                    start = _common_prefix(whole, self._render(messages[:turn], prompt=True)) if turn else 0
+                    end = _common_prefix(whole, self._render(messages[: turn + 1]))
                     labels[start:end] = whole[start:end]
-        except Exception as error:  # a template is a program of the tokenizer's makers, and may raise anything
+        except Exception as error:  # a template is a program of the tokenizer's makers and may raise anything
             return f"the chat template refuses it: {type(error).__name__}: {str(error)[:_LONGEST]}"
-        return tuple(whole), tuple(labels)
+        return whole, labels
 
-    def _rendered(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> list[int]:
+    def _render(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> list[int]:
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
         return self.encode(text)
 
 
-def _unfit(messages: Any) -> str:
-    """Return what is wrong with the messages of a chat; empty where nothing is."""
+def _chat_problem(messages: Any) -> str:
+    """The reason why messages are not a chat to train on, or an empty string."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         return "'messages' is not a list of messages"
     for message in messages:
@@ -130,67 +136,29 @@ def _unfit(messages: Any) -> str:
     return ""
 
 
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many tokens both begin with: a prompt's last one may merge with what follows it."""
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of tokens that both begin with; the last one of a prompt may merge with the text after it."""
     for number, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
             return number
     return min(len(first), len(second))
 
 
-def read_rows(data: Any) -> Iterator[tuple[str, Any]]:
-    """Yield each row with its place, or a :class:`fxprune.data.text.BadRow` in its stead.
-
-    Args:
-        data: none for the built-in text; a path ending in .json, .jsonl, .txt or .parquet; the id of a
-            hub data set, ``"owner/name"`` or ``"owner/name:config"``, of which the split ``train`` is taken; or rows
-            in memory: a ``datasets.Dataset`` or any iterable of dicts or strings.
-
-    Raises:
-        DataError: the source is not there or is not of its kind.
-    """
-    if data is None:
-        return iter([("the built-in text", built_in_text())])
-    if isinstance(data, Path) or (isinstance(data, str) and data.endswith(SUFFIXES)):
-        return rows_in_file(Path(data))
-    if isinstance(data, str):
-        return numbered(_from_hub(data))
-    if isinstance(data, Mapping | bytes | type | torch.Tensor) or not isinstance(data, Iterable):
-        raise DataError(
-            f"cannot read {told(data)}",
-            where="data",
-            remedy="Pass a path, the id of a data set, a datasets.Dataset, or a list of rows",
-        )
-    return numbered(data)
-
-
-def _from_hub(name: str) -> Iterable[Any]:
-    path, _, config = name.partition(":")
-    return load_rows(path, name, *([config] if config else []))
-
-
-_NAMED = 5
-"""Reasons, and rows of each, that a message names: it fits a few lines, and shows what kind of row is bad."""
-
-_PASSAGE = 2000
-"""Characters of the runs of paragraphs that a text is split by: about two samples of the default length."""
-
-
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the rows that were read.
+    """Use of the rows that were read.
 
     Args:
-        rows: how many were read.
-        train: samples trained on; windows, of plain text.
-        held_out: samples kept for the held-out loss.
+        rows: number of rows.
+        train: number of training samples; windows, of plain text.
+        held_out: number of held-out samples.
         bad: rows left out, each with the reason.
-        formats: rows used, by format.
-        duplicates: rows left out because one that gives the same sample came before.
-        cut: samples that were longer than allowed, and lost their end.
-        tokens: of the training samples; and ``counted``: those in the loss.
-        counted: tokens that count in the loss.
-        digest: of all samples, to tell one run from another.
+        formats: number of rows used, by format.
+        duplicates: rows left out because an earlier one gives the same sample.
+        cut: samples that were longer than allowed and lost their end.
+        tokens: tokens of the training samples.
+        counted: those of them that count in the loss.
+        digest: fingerprint of all samples.
     """
 
     rows: int
@@ -205,10 +173,10 @@ class DataReport:
     digest: str = ""
 
     def notes(self) -> tuple[str, ...]:
-        """Return what a user should know, in words: nothing where every row was used whole."""
+        """Rows and samples that were not used whole, in words; empty if all were."""
         found = []
         if self.bad:
-            found.append(f"{len(self.bad)} of {self.rows} rows left out: {_named(self.bad)}")
+            found.append(f"{len(self.bad)} of {self.rows} rows left out: {_format_reasons(self.bad)}")
         if self.duplicates:
             found.append(f"{self.duplicates} rows left out that repeat an earlier one")
         if self.cut:
@@ -218,12 +186,12 @@ class DataReport:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Samples to train on, samples to judge by, and what became of the rows.
+    """Training and held-out samples; they share no row and no paragraph.
 
     Args:
         train: samples to train on.
-        held_out: samples to take the held-out loss on; they share no row and no paragraph with the others.
-        report: what became of the rows.
+        held_out: samples for the held-out loss.
+        report: use of the rows.
     """
 
     train: tuple[Example, ...]
@@ -235,7 +203,7 @@ def read_training_data(data: Any, tokenizer: Any, settings: RecoverySettings) ->
     """Read samples and split them at random into training and held-out ones.
 
     Args:
-        data: as for :func:`fxprune.recovery.data.read_rows`.
+        data: as for :func:`fxprune.data.rows.read_rows`; None for the built-in text.
         tokenizer: the model's.
         settings: format, length, fraction held out, seed.
 
@@ -243,17 +211,34 @@ def read_training_data(data: Any, tokenizer: Any, settings: RecoverySettings) ->
         DataError: there is no row, no row that can be used, or too few for two parts.
     """
     formatter = Formatter(tokenizer, settings.max_tokens, settings.response_only)
-    sorted_rows = _Rows()
-    for where, row in read_rows(data):
-        sorted_rows.take(where, row, settings.data_format, formatter)
-    bad = sorted_rows.bad
-    if not sorted_rows.examples and not sorted_rows.texts:
-        raise _nothing(data, sorted_rows.number, bad)
+    made: dict[Example | str, None] = {}  # the samples alone decide: rows may differ in other fields, such as a number
+    bad: list[BadRow] = []
+    formats: Counter[str] = Counter()
+    number = duplicates = 0
+    for row in read_rows([built_in_text()] if data is None else data, settings.data_format):
+        number += 1
+        if isinstance(row, BadRow):
+            bad.append(row)
+            continue
+        sample = _sample(row, formatter)
+        if isinstance(sample, BadRow):
+            bad.append(sample)
+        elif sample in made:
+            duplicates += 1
+        else:
+            made[sample] = None
+            formats[row.kind] += 1
+    if not made:
+        raise DataError(
+            f"none of {number} rows can be used: {_format_reasons(bad)}" if number else "the data set is empty",
+            where=data if isinstance(data, str) else "data",
+            remedy="Rows need 'instruction' and 'output', or 'messages', or 'text'; rename other fields",
+        )
     generator = random.Random(settings.seed)
-    train, held_out = _parted(sorted_rows.examples, settings.held_out, generator)
-    front, back = _parted(_passages(sorted_rows.texts), settings.held_out, generator)
-    train += _packed(front, formatter)
-    held_out += _packed(back, formatter)
+    train, held_out = _split([one for one in made if isinstance(one, Example)], settings.held_out, generator)
+    front, back = _split(_passages(one for one in made if isinstance(one, str)), settings.held_out, generator)
+    train += formatter.pack(front)
+    held_out += formatter.pack(back)
     if not train or not held_out:
         raise DataError(
             f"{len(train)} samples to train on and {len(held_out)} held out",
@@ -262,26 +247,26 @@ def read_training_data(data: Any, tokenizer: Any, settings: RecoverySettings) ->
         )
     samples = (*train, *held_out)
     report = DataReport(
-        rows=sorted_rows.number,
+        rows=number,
         train=len(train),
         held_out=len(held_out),
         bad=tuple(bad),
-        formats=dict(sorted_rows.formats),
-        duplicates=sorted_rows.duplicates,
+        formats=dict(formats),
+        duplicates=duplicates,
         cut=sum(example.cut for example in samples),
         tokens=sum(len(example.ids) for example in train),
         counted=sum(label != IGNORED for example in train for label in example.labels[1:]),
-        digest=_digest(samples),
+        digest=_fingerprint(samples),
     )
     return TrainingData(tuple(train), tuple(held_out), report)
 
 
 def collate(examples: Sequence[Example], padding: int) -> dict[str, torch.Tensor]:
-    """Return a batch: ids, mask and labels ``(samples, longest)``, padded at the end.
+    """A batch: ids, mask and labels ``(samples, longest)``, padded at the end.
 
     Args:
-        examples: of one batch.
-        padding: the id put where nothing is; it is masked and does not count.
+        examples: the samples of the batch.
+        padding: the id to pad with; it is masked and does not count.
     """
     longest = max(len(example.ids) for example in examples)
     ids = torch.full((len(examples), longest), padding)
@@ -294,61 +279,26 @@ def collate(examples: Sequence[Example], padding: int) -> dict[str, torch.Tensor
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-class _Rows:
-    """Rows sorted into examples, texts and bad ones as they come."""
-
-    def __init__(self) -> None:
-        self.number = self.duplicates = 0
-        self.examples: list[Example] = []
-        self.texts: list[str] = []
-        self.bad: list[BadRow] = []
-        self.formats: Counter[str] = Counter()
-        self._seen: set[Example | str] = set()
-
-    def take(self, where: str, row: Any, wanted: str, formatter: Formatter) -> None:
-        """Sort one row in."""
-        self.number += 1
-        if isinstance(row, BadRow):
-            self.bad.append(row)
-            return
-        kind, why = kind_of(row, wanted)
-        if not kind:
-            self.bad.append(BadRow(where, why))
-            return
-        made = _text(row, where) if kind == "text" else formatter.example(row, kind, where)
-        if isinstance(made, BadRow):
-            self.bad.append(made)
-        elif made in self._seen:  # whatever else the rows hold, such as a number
-            self.duplicates += 1
-        else:
-            self._seen.add(made)
-            self.formats[kind] += 1
-            if isinstance(made, Example):
-                self.examples.append(made)
-            else:
-                self.texts.append(made)
+def _sample(row: Row, formatter: Formatter) -> Example | str | BadRow:
+    """The example of an instruction or chat; a text, which is packed later, as it is."""
+    if row.kind != "text":
+        return formatter.example(row)
+    text = row.text()
+    return BadRow(row.where, "'text' is empty") if isinstance(text, str) and not text.strip() else text
 
 
-def _text(row: Any, where: str) -> BadRow | str:
-    text = row if isinstance(row, str) else row["text"]
-    if not isinstance(text, str) or not text.strip():
-        return BadRow(where, "'text' is empty" if isinstance(text, str) else "'text' is not text")
-    return text
-
-
-def _parted(items: Sequence[Any], held_out: float, generator: random.Random) -> tuple[list[Any], list[Any]]:
-    """Return two parts at random, both in random order; the second is the one held out."""
+def _split(items: Sequence[Any], held_out: float, generator: random.Random) -> tuple[list[Any], list[Any]]:
+    """Split items at random into a part to train on and a held-out one, both in random order."""
     if not items:
         return [], []
     order = list(items)
     generator.shuffle(order)
-    number = round(held_out * len(order)) if held_out < 1 else int(held_out)
-    number = max(1, number)
+    number = max(1, round(held_out * len(order)) if held_out < 1 else int(held_out))
     return order[number:], order[:number]
 
 
 def _passages(texts: Iterable[str]) -> list[list[str]]:
-    """Return runs of paragraphs, each paragraph once: short enough to split a text by, long enough to read."""
+    """Runs of paragraphs, each paragraph once: short enough to split a text into, long enough to read."""
     found: list[list[str]] = []
     seen: set[str] = set()
     for text in texts:
@@ -365,7 +315,7 @@ def _passages(texts: Iterable[str]) -> list[list[str]]:
 
 
 def _pieces(paragraph: str) -> Iterator[str]:
-    """Yield a paragraph, or runs of its lines where it is as long as two passages, as text without blank lines is."""
+    """Yield a paragraph, or runs of its lines if it is as long as two passages, as text without blank lines is."""
     if len(paragraph) < 2 * _PASSAGE:
         yield paragraph
         return
@@ -379,38 +329,20 @@ def _pieces(paragraph: str) -> Iterator[str]:
         yield run.strip()
 
 
-def _packed(passages: Iterable[Sequence[str]], formatter: Formatter) -> list[Example]:
-    """Return passages one after the other, parted by the end-of-text token and cut into windows."""
-    ids: list[int] = []
-    end = formatter.tokenizer.eos_token_id
-    for passage in passages:
-        ids += formatter.encode("\n\n".join(passage)) + ([] if end is None else [end])
-    size = formatter.max_tokens
-    windows = [tuple(ids[start : start + size]) for start in range(0, len(ids), size)]
-    return [Example(window, window) for window in windows if len(window) > 1]
-
-
-def _nothing(data: Any, rows: int, bad: Sequence[BadRow]) -> DataError:
-    where = data if isinstance(data, str) else "data"
-    expected = "Rows need 'instruction' and 'output', or 'messages', or 'text'; other fields: rename them"
-    if not rows:
-        return DataError("the data set is empty", where=where, remedy=expected)
-    return DataError(f"none of {rows} rows can be used: {_named(bad)}", where=where, remedy=expected)
-
-
-def _named(bad: Sequence[BadRow]) -> str:
-    """Return the reasons why rows are bad, the commonest first, each with its first rows and how many more."""
+def _format_reasons(bad: Sequence[BadRow]) -> str:
+    """The reasons why rows are bad, the commonest first, each with its first rows and the number of others."""
     by_reason: dict[str, list[str]] = {}
     for row in bad:
         by_reason.setdefault(row.why, []).append(row.where)
-    told = [
-        f"{why} ({', '.join(rows[:_NAMED])}{f' and {len(rows) - _NAMED} more' if len(rows) > _NAMED else ''})"
-        for why, rows in sorted(by_reason.items(), key=lambda item: -len(item[1]))[:_NAMED]
-    ]
-    return "; ".join(told) + ("; ..." if len(by_reason) > _NAMED else "")
+    listed = []
+    for why, rows in sorted(by_reason.items(), key=lambda item: -len(item[1]))[:_LISTED]:
+        more = f" and {len(rows) - _LISTED} more" if len(rows) > _LISTED else ""
+        listed.append(f"{why} ({', '.join(rows[:_LISTED])}{more})")
+    return "; ".join(listed) + ("; ..." if len(by_reason) > _LISTED else "")
 
 
-def _digest(samples: Iterable[Example]) -> str:
+def _fingerprint(samples: Iterable[Example]) -> str:
+    """Fingerprint of samples in their order."""
     found = hashlib.sha256()
     for example in samples:
         found.update(repr((example.ids, example.labels)).encode())

@@ -1,4 +1,4 @@
-"""Low-rank updates beside the projections that a plan shrank; they leave no trace once they are merged."""
+"""Low-rank updates (LoRA) of the projections that a plan shrank: find, attach, merge."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fxprune.emit.snapshot import slim_name
 from fxprune.errors import RecoveryError, VerificationError
-from fxprune.graph.context import evaluating
+from fxprune.graph.context import eval_mode
 from fxprune.masking.compare import TOLERANCE, compare
 from fxprune.recovery.settings import RecoverySettings
 from fxprune.removal.plan import Plan
@@ -23,11 +23,11 @@ __all__ = ["Targets", "attach_lora", "find_targets", "merge_lora"]
 
 @dataclass(frozen=True)
 class Targets:
-    """What is trained.
+    """Projections to train.
 
     Args:
-        modules: paths of the projections that get an update, in the model's order.
-        skipped: parameters of the plan that belong to none, with the reason; norms and biases are not listed.
+        modules: their paths, in the model's order.
+        skipped: matrices of the plan that get no update, with the reason.
     """
 
     modules: tuple[str, ...]
@@ -35,14 +35,14 @@ class Targets:
 
 
 def find_targets(model: nn.Module, plan: Plan | None) -> Targets:
-    """Find the linear maps of a slim model whose weight the plan shrank; all but the output's where none shrank.
+    """Find the linear maps of a slim model whose weight the plan shrank.
 
     A weight that two modules share is left out: an update merged into one of them would change the other.
 
     Args:
         model: the slim model.
-        plan: what was removed, with the names of the dense model; None, or one that removes whole blocks alone, for
-            all linear maps.
+        plan: the plan of the prune, in the names of the dense model. For None, or a plan that removes only whole
+            blocks, all linear maps except the output are found.
 
     Raises:
         RecoveryError: there is nothing to train.
@@ -50,11 +50,12 @@ def find_targets(model: nn.Module, plan: Plan | None) -> Targets:
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     modules: list[str] = []
     skipped: dict[str, str] = {}
-    for name in _wanted(model, plan):
+    named_modules = dict(model.named_modules(remove_duplicate=False))
+    for name in _candidates(model, plan):
         path, _, leaf = name.rpartition(".")
-        owner = _submodule(model, path)
-        parameter = None if owner is None else owner._parameters.get(leaf)
-        if owner is None or parameter is None or parameter.dim() < 2:
+        owner = named_modules[path]
+        parameter = owner._parameters[leaf]
+        if parameter is None or parameter.dim() < 2:
             continue
         if not isinstance(owner, nn.Linear | Conv1D):
             skipped[name] = f"{type(owner).__name__} has no low-rank update here"
@@ -73,19 +74,19 @@ def find_targets(model: nn.Module, plan: Plan | None) -> Targets:
 
 
 def attach_lora(model: Any, targets: Targets, settings: RecoverySettings) -> Any:
-    """Put trainable low-rank updates beside the targets of a model; freeze all else.
+    """Attach trainable low-rank updates to the targets of a model; freeze all other parameters.
 
     Args:
         model: the slim model.
-        targets: the projections that get an update.
+        targets: the projections to train.
         settings: rank, scale and dropout of the updates.
 
     Returns:
-        PEFT's wrapper around ``model``, which itself holds the updates until :func:`merge_lora`.
+        PEFT's wrapper around ``model``; the updates are inside ``model`` until :func:`merge_lora`.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    transposed = any(isinstance(_submodule(model, path), Conv1D) for path in targets.modules)
+    transposed = any(isinstance(model.get_submodule(path), Conv1D) for path in targets.modules)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=settings.rank,
@@ -95,24 +96,24 @@ def attach_lora(model: Any, targets: Targets, settings: RecoverySettings) -> Any
         fan_in_fan_out=transposed,
     )
     wrapped = get_peft_model(model, config)
-    # PEFT would read the config again where the model came from, with stock code that refuses some slim ones
+    # else PEFT reads the config in the model's folder again, with stock classes that refuse some slim configs
     wrapped.peft_config["default"].base_model_name_or_path = ""
     return wrapped
 
 
 def merge_lora(wrapped: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, float]:
-    """Add the updates to the weights of the model, and remove them beside it.
+    """Merge the updates into the weights of the model.
 
     Args:
-        wrapped: what :func:`attach_lora` returned.
-        inputs: keyword inputs to compare the model on, before and after.
+        wrapped: the wrapper of :func:`attach_lora`.
+        inputs: keyword inputs on which the model before and after is compared.
 
     Returns:
-        The model alone, and by how much its logits moved, relative to the largest or 1.
+        The model, and the change of its logits relative to the largest or 1.
 
     Raises:
-        VerificationError: logits of a float32 model moved by more than the tolerance. Weights in lower precision are
-            rounded once more, by which logits move too; then only one that is no number is refused.
+        VerificationError: logits of a float32 model moved by more than the tolerance, or became NaN. In lower
+            precision the merged weights are rounded again, so any finite change is accepted.
     """
     before = _logits(wrapped, inputs)
     model = wrapped.merge_and_unload(safe_merge=True)
@@ -127,8 +128,8 @@ def merge_lora(wrapped: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, f
     return model, error
 
 
-def _wanted(model: nn.Module, plan: Plan | None) -> Iterator[str]:
-    """Yield the names of the parameters to train, in the model's order."""
+def _candidates(model: nn.Module, plan: Plan | None) -> Iterator[str]:
+    """Yield the names of the parameters that may get an update, in the model's order."""
     if plan is None or not plan.kept:
         get_output = getattr(model, "get_output_embeddings", None)
         output = get_output() if callable(get_output) else None
@@ -141,15 +142,8 @@ def _wanted(model: nn.Module, plan: Plan | None) -> Iterator[str]:
     yield from sorted((name for name in renamed if name in order), key=order.__getitem__)
 
 
-def _submodule(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
-
-
 def _logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), eval_mode(model):
         device = next(model.parameters()).device
         logits: torch.Tensor = model(
             **{name: value.to(device) for name, value in inputs.items()}, use_cache=False

@@ -12,85 +12,176 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from fxprune.errors import DataError, RecoveryError, UnsupportedModelError, VerificationError
-from fxprune.graph.context import clear_errors, own_randomness, quiet
+from fxprune.graph.context import preserve_rng, quiet, wrap_errors
 from fxprune.graph.facts import fork
 from fxprune.graph.tensors import get_tensor, names_by_identity, set_tensor, weights
 from fxprune.masking.compare import TOLERANCE
 from fxprune.offload.prefetch import has_bf16
-from fxprune.offload.ranks import check_loaded
+from fxprune.offload.ranks import check_trainable
 from fxprune.pipeline.arguments import as_path, flag, function, instance, refuse
 from fxprune.pipeline.contract import Track, check_track, no_progress
 from fxprune.recovery.data import DataReport, TrainingData, collate, read_training_data
 from fxprune.recovery.lora import Targets, attach_lora, find_targets, merge_lora
 from fxprune.recovery.settings import RecoverySettings, settings_from
-from fxprune.recovery.train import Distillation
+from fxprune.recovery.train import Distillation, make_trainer
 from fxprune.removal.plan import Plan
-
-if TYPE_CHECKING:
-    from fxprune.result import Result
+from fxprune.result import Result
 
 __all__ = [
     "Recovery",
-    "as_before",
-    "check_ids",
-    "check_options",
-    "check_pruned",
-    "claim",
-    "fingerprint",
-    "is_result",
+    "checkpoint_folder",
+    "claim_folder",
+    "copy_for_training",
     "last_checkpoint",
-    "own",
-    "padding_of",
+    "padding_id",
     "recover",
-    "run_folder",
+    "restored_state",
+    "weight_sums",
 ]
 
-
-def is_result(pruned: Any) -> TypeGuard[Result]:
-    """Whether ``pruned`` is what a prune gives, by its parts: the module of its class stands above this one."""
-    parts = ("graph_module", "model", "plan", "report")
-    return not isinstance(pruned, type) and all(hasattr(pruned, name) for name in parts)
+_RUN = "recovery.json"
+"""The file in a folder of checkpoints that identifies its run."""
 
 
-def check_pruned(pruned: Any, result: Result | None, tokenizer: Any) -> None:
-    """Refuse what is no model to train, or no tokenizer.
+@dataclass(frozen=True)
+class Recovery:
+    """A recovered model and the record of its training.
 
     Args:
-        pruned: what the caller passed.
-        result: the same where it is what a prune gives; else None.
-        tokenizer: of the model.
+        model: the slim model with its weights trained; same class, names and shapes.
+        result: the prune's result with that model and a graph that shares its tensors; None if a model was passed.
+        held_out: cross-entropy on held-out samples in nats per token, before and after.
+        history: the trainer's log, step by step.
+        steps: optimizer steps up to the weights that were kept.
+        trained: number of parameters of the updates.
+        targets: the projections with updates.
+        data: use of the rows.
+        settings: the recipe.
+        merge_error: change of the logits by merging, relative to the largest or 1.
+        notes: remarks for the user.
+    """
+
+    model: Any
+    result: Result | None
+    held_out: tuple[float, float]
+    history: tuple[Mapping[str, float], ...]
+    steps: int
+    trained: int
+    targets: Targets
+    data: DataReport
+    settings: RecoverySettings
+    merge_error: float
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields except the models, as plain data."""
+        whole = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("model", "result")}
+        return {
+            name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+            for name, value in whole.items()
+        }
+
+    def to_json(self) -> str:
+        """The data of :meth:`to_dict` as a JSON document."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+@wrap_errors("recover", "Check the settings, and that the model and its tokenizer belong together", RecoveryError)
+def recover(
+    pruned: Any,
+    data: Any = None,
+    tokenizer: Any = None,
+    *,
+    plan: Plan | None = None,
+    distil: Distillation | PreTrainedModel | None = None,
+    settings: RecoverySettings | None = None,
+    folder: str | Path | None = None,
+    inplace: bool = False,
+    arguments: Mapping[str, Any] | None = None,
+    track: Track = no_progress,
+    **changes: Any,
+) -> Recovery:
+    """Train low-rank updates of the pruned projections and merge them: the names and shapes of the model stay.
+
+    Under ``torchrun``, ``accelerate launch`` or ``deepspeed`` every process calls this function, and training is
+    distributed as these tools are configured.
+
+    Args:
+        pruned: the result of :func:`fxprune.prune`, or a slim Hugging Face model.
+        data: a path (.json, .jsonl, .txt, .parquet), the id of a hub data set, a ``datasets.Dataset`` or a list of
+            rows: instructions (``instruction``, ``input``, ``output``), chats (``messages``) or texts (``text``). None
+            for the built-in text.
+        tokenizer: the model's.
+        plan: the plan of a prune, if a model is passed; without it all linear maps are trained.
+        distil: the dense model as teacher, or a :class:`fxprune.recovery.Distillation` with the weight of a teacher.
+        settings: the recipe; None for the paper's.
+        folder: for checkpoints; a run that was stopped resumes from the last one. None for a temporary folder.
+        inplace: train ``pruned`` itself instead of a copy.
+        arguments: for ``transformers.TrainingArguments``.
+        track: shows progress, as ``track(items, what, total)``.
+        changes: single settings by name, over ``settings``: ``learning_rate=2e-4``, ``epochs=1``, ...
 
     Raises:
-        UnsupportedModelError: there is no Hugging Face model, or its weights are not here.
-        RecoveryError: it is no tokenizer.
+        DataError: no row can be used.
+        RecoveryError: a setting, the teacher or the folder cannot be used, or training diverged.
+        UnsupportedModelError: there is no Hugging Face model to train.
+        VerificationError: merging changed the logits.
     """
-    model = pruned if result is None else result.model
+    chosen = settings_from(settings, changes)
+    result = pruned if isinstance(pruned, Result) else None
+    source: PreTrainedModel = pruned if result is None else result.model
+    _check_model(source, result, tokenizer)
+    _check_options(plan, distil, folder, arguments)
+    flag("inplace", inplace)
+    check_track(track)
+    if isinstance(distil, PreTrainedModel):
+        distil = Distillation(distil)
+    if distil is not None:
+        distil.check(source)
+    targets = find_targets(source, plan if result is None else result.plan)
+    samples = read_training_data(data, tokenizer, chosen)
+    _check_ids(samples, source)
+    model, result = (source, result) if inplace else copy_for_training(source, result)
+    with checkpoint_folder(folder) as path, restored_state(model), preserve_rng():
+        run = _Run(model, samples, targets, chosen, path, tokenizer, distil, dict(arguments or {}), track)
+        claim_folder(path, run.identity())
+        outcome = run.train()
+    notes = (*samples.report.notes(), *outcome.pop("notes"))
+    return Recovery(model, result, targets=targets, data=samples.report, settings=chosen, notes=notes, **outcome)
+
+
+def _check_model(model: Any, result: Result | None, tokenizer: Any) -> None:
+    """Refuse an object that is not a model to train, and one that is not a tokenizer.
+
+    Raises:
+        UnsupportedModelError: there is no Hugging Face model, or its weights are not in this process.
+        RecoveryError: ``tokenizer`` is not one.
+    """
     if not isinstance(model, PreTrainedModel):
         reasons = "" if result is None else "; ".join(result.report.model_reasons[:3])
         raise UnsupportedModelError(
             f"there is no Hugging Face model to train{f': {reasons}' if reasons else ''}",
             where="pruned",
-            remedy="Pass the result of a prune that gave one; a graph trains in a loop of your own",
+            remedy="Pass the result of a prune that has one; train a graph in a loop of your own",
         )
-    check_loaded(model, "pruned")
+    check_trainable(model, "pruned")
     function("tokenizer", tokenizer, "the tokenizer of the model", RecoveryError)
     missing = [name for name in ("pad_token_id", "eos_token_id") if not hasattr(tokenizer, name)]
     if missing:
         raise RecoveryError(f"it has no {missing[0]}", where="tokenizer", remedy="Pass the tokenizer of the model")
 
 
-def check_options(plan: Any, distil: Any, folder: Any, inplace: Any, arguments: Any) -> None:
+def _check_options(plan: Any, distil: Any, folder: Any, arguments: Any) -> None:
     """Refuse arguments of other types.
 
     Raises:
         RecoveryError: one is of another type.
-        ArgumentError: ``inplace`` is no bool.
     """
     if plan is not None:
         instance("plan", plan, Plan, "a Plan, as in result.plan, or None", RecoveryError)
@@ -98,19 +189,18 @@ def check_options(plan: Any, distil: Any, folder: Any, inplace: Any, arguments: 
         raise refuse("distil", distil, "the dense model, a Distillation, or None", RecoveryError)
     if folder is not None:
         as_path("folder", folder, error=RecoveryError)
-    flag("inplace", inplace)
     named = isinstance(arguments, Mapping) and all(isinstance(name, str) for name in arguments)
     if arguments is not None and not named:
         raise refuse("arguments", arguments, "arguments of TrainingArguments by name, or None", RecoveryError)
 
 
-def check_ids(samples: TrainingData, model: PreTrainedModel) -> None:
-    """Refuse token ids that the model has no embedding for.
+def _check_ids(samples: TrainingData, model: PreTrainedModel) -> None:
+    """Refuse token ids without an embedding.
 
     Raises:
-        DataError: there are such.
+        DataError: the tokenizer has more tokens than the model.
     """
-    rows = _rows(model)
+    rows = _embedding_rows(model)
     largest = max(max(example.ids) for example in (*samples.train, *samples.held_out))
     if largest >= rows:
         raise DataError(
@@ -120,24 +210,19 @@ def check_ids(samples: TrainingData, model: PreTrainedModel) -> None:
         )
 
 
-def _rows(model: PreTrainedModel) -> int:
+def _embedding_rows(model: PreTrainedModel) -> int:
     embedding: Any = model.get_input_embeddings()
     return int(embedding.weight.shape[0])
 
 
-def padding_of(tokenizer: Any, model: PreTrainedModel) -> int:
-    """Return an id that the model knows, to pad with: it is masked, and tokenizers may have more ids than that."""
+def padding_id(tokenizer: Any, model: PreTrainedModel) -> int:
+    """A token id to pad with that the model has an embedding for; a tokenizer may have more ids than the model."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return int(next(token for token in known if token is not None and token < _rows(model)))
+    return int(next(token for token in known if token is not None and token < _embedding_rows(model)))
 
 
-_RUN = "recovery.json"
-
-
-def own(source: PreTrainedModel, result: Result | None, inplace: bool) -> tuple[PreTrainedModel, Result | None]:
-    """Return a model to train and the result it belongs to, whose graph shares its tensors; copies unless in place."""
-    if inplace:
-        return source, result
+def copy_for_training(source: PreTrainedModel, result: Result | None) -> tuple[PreTrainedModel, Result | None]:
+    """Copy a model and the result that it belongs to; the graph of the copy shares the tensors of the model."""
     model = copy.deepcopy(source)
     if result is None:
         return model, None
@@ -149,11 +234,11 @@ def own(source: PreTrainedModel, result: Result | None, inplace: bool) -> tuple[
 
 
 @contextmanager
-def as_before(model: PreTrainedModel) -> Iterator[None]:
-    """Give a model its names, modes, flags, config and device back, whatever training does to it meanwhile.
+def restored_state(model: PreTrainedModel) -> Iterator[None]:
+    """Restore attributes, modes, gradient flags, config and device of a model after training.
 
     Raises:
-        VerificationError: a parameter or buffer came or went, or changed its shape.
+        VerificationError: a parameter or buffer was added, removed or changed its shape.
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -181,15 +266,15 @@ def as_before(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def run_folder(folder: str | Path | None) -> Iterator[Path]:
-    """Yield a folder for checkpoints: the caller's, or one that is gone afterwards.
+def checkpoint_folder(folder: str | Path | None) -> Iterator[Path]:
+    """Yield a folder for checkpoints: the caller's, or a temporary one.
 
     Raises:
-        RecoveryError: several processes train, and have no folder in common.
+        RecoveryError: several processes train, and there is no folder that all of them share.
     """
     if folder is not None:
         path = Path(folder).expanduser()
-        with clear_errors(str(path), "Pass a folder that can be made and written to", RecoveryError):
+        with wrap_errors(str(path), "Pass a folder that can be made and written to", RecoveryError):
             path.mkdir(parents=True, exist_ok=True)
         yield path
         return
@@ -199,38 +284,38 @@ def run_folder(folder: str | Path | None) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def claim(folder: Path, run: Mapping[str, Any]) -> None:
-    """Make a folder that of the run described, unless it belongs to another.
+def claim_folder(folder: Path, run: Mapping[str, Any]) -> None:
+    """Record in a folder the run that its checkpoints belong to.
 
     Args:
         folder: the folder.
-        run: what tells this run from others, as plain data.
+        run: the identity of the run, as plain data.
 
     Raises:
-        RecoveryError: it holds checkpoints of another run; the message says in what they differ.
+        RecoveryError: it holds checkpoints of another run; the message names the differences.
     """
     if int(os.environ.get("RANK", "0")):
         return
-    file, mine = folder / _RUN, json.loads(json.dumps(run))
+    file, ours = folder / _RUN, json.loads(json.dumps(run))
     if last_checkpoint(folder) is not None:
         try:
             theirs: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             theirs = {}
-        other = [name for name in mine if theirs.get(name) != mine[name]]
+        other = [name for name in ours if theirs.get(name) != ours[name]]
         if other:
             raise RecoveryError(
                 f"holds checkpoints of another run: {', '.join(other)} differ",
                 where=str(folder),
-                remedy="Pass another folder, or empty this one to start anew",
+                remedy="Pass another folder, or empty this one to start again",
             )
-    file.write_text(json.dumps(mine, indent=2), encoding="utf-8")
+    file.write_text(json.dumps(ours, indent=2), encoding="utf-8")
 
 
-def fingerprint(model: torch.nn.Module, names: tuple[str, ...]) -> list[float]:
-    """Return two numbers that tell the weights of named modules from others of the same shape.
+def weight_sums(model: torch.nn.Module, names: tuple[str, ...]) -> list[float]:
+    """Fingerprint of the weights of named modules: the total and the largest sum of absolute values.
 
-    They have six digits, so that sums taken in another order give the same.
+    They are rounded to six digits, so that sums taken in another order are equal.
     """
     tensors = [model.get_submodule(name)._parameters["weight"] for name in names]
     sums = [float(t.detach().double().abs().sum()) for t in tensors if t is not None]
@@ -238,133 +323,22 @@ def fingerprint(model: torch.nn.Module, names: tuple[str, ...]) -> list[float]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end; None if there is none."""
+    """The newest complete checkpoint in a folder; None if there is none."""
     found = []
     for path in folder.glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
-        if step.isdigit() and _complete(path):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # the trainer writes it last
+        except (OSError, ValueError):
+            continue
+        if step.isdigit():
             found.append((int(step), path))
     return max(found)[1] if found else None
 
 
-def _complete(path: Path) -> bool:
-    """Whether a checkpoint was written to its end: the state is what the trainer writes last."""
-    try:
-        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 @dataclass(frozen=True)
-class Recovery:
-    """A recovered model, and how it came about.
-
-    Args:
-        model: the slim model with its weights trained; same class, names and shapes.
-        result: the prune's result with that model and a graph that shares its tensors; None where a model was passed.
-        held_out: cross-entropy on held-out samples in nats a token, before and after.
-        history: what the trainer logged, step by step.
-        steps: optimizer steps in the model that came out.
-        trained: parameters of the updates.
-        targets: the projections they were added to.
-        data: what became of the rows.
-        settings: the recipe.
-        merge_error: by how much merging moved the logits, relative to the largest or 1.
-        notes: what else the user should know.
-    """
-
-    model: Any
-    result: Result | None
-    held_out: tuple[float, float]
-    history: tuple[Mapping[str, float], ...]
-    steps: int
-    trained: int
-    targets: Targets
-    data: DataReport
-    settings: RecoverySettings
-    merge_error: float
-    notes: tuple[str, ...] = field(default=())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the model, as plain data."""
-        whole = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("model", "result")}
-        return {
-            name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
-            for name, value in whole.items()
-        }
-
-    def to_json(self) -> str:
-        """Return :meth:`to_dict` as a JSON document."""
-        return json.dumps(self.to_dict(), indent=2)
-
-
-@clear_errors("recover", "Check the settings, and that the model and its tokenizer belong together", RecoveryError)
-def recover(
-    pruned: Any,
-    data: Any = None,
-    tokenizer: Any = None,
-    *,
-    plan: Plan | None = None,
-    distil: Distillation | PreTrainedModel | None = None,
-    settings: RecoverySettings | None = None,
-    folder: str | Path | None = None,
-    inplace: bool = False,
-    arguments: Mapping[str, Any] | None = None,
-    track: Track = no_progress,
-    **changes: Any,
-) -> Recovery:
-    """Train low-rank updates of the pruned projections and merge them: no parameter more, the same names.
-
-    Under ``torchrun``, ``accelerate launch`` or ``deepspeed`` each process calls this, and training is spread as these
-    tools say.
-
-    Args:
-        pruned: the result of :func:`fxprune.prune`, or a slim Hugging Face model.
-        data: a path (.json, .jsonl, .txt, .parquet), the id of a hub data set, a ``datasets.Dataset`` or a list of
-            rows: instructions (``instruction``, ``input``, ``output``), chats (``messages``) or texts (``text``). None
-            for the built-in text.
-        tokenizer: the model's.
-        plan: what was removed, where a model is passed; without it all linear maps are trained.
-        distil: the dense model as teacher, or a :class:`fxprune.recovery.Distillation` that also says how much.
-        settings: the recipe; the paper's where None.
-        folder: for checkpoints; a run that was stopped goes on from the last one there. None for a temporary folder.
-        inplace: train ``pruned`` itself; else a copy.
-        arguments: for ``transformers.TrainingArguments``.
-        track: shows progress, as ``track(items, what, total)``.
-        changes: single settings by name, over ``settings``: ``learning_rate=2e-4``, ``epochs=1``, ...
-
-    Raises:
-        DataError: no row can be used.
-        RecoveryError: a setting, the teacher or the folder does not fit, or training diverged.
-        UnsupportedModelError: there is no Hugging Face model to train.
-        VerificationError: merging changed what the model computes.
-    """
-    chosen = settings_from(settings, changes)
-    result = pruned if is_result(pruned) else None
-    check_pruned(pruned, result, tokenizer)
-    check_options(plan, distil, folder, inplace, arguments)
-    check_track(track)
-    if isinstance(distil, PreTrainedModel):
-        distil = Distillation(distil)
-    source: PreTrainedModel = pruned if result is None else result.model
-    if distil is not None:
-        distil.check(source)
-    targets = find_targets(source, plan if result is None else result.plan)
-    samples = read_training_data(data, tokenizer, chosen)
-    check_ids(samples, source)
-    model, result = own(source, result, inplace)
-    with run_folder(folder) as path, as_before(model), own_randomness():
-        job = _Job(model, samples, targets, chosen, path, tokenizer, distil, dict(arguments or {}), track)
-        claim(path, job.identity())
-        outcome = job.run()
-    notes = (*samples.report.notes(), *outcome.pop("notes"))
-    return Recovery(model, result, targets=targets, data=samples.report, settings=chosen, notes=notes, **outcome)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One training, from the adapter to the merge."""
+class _Run:
+    """One training run, from the adapter to the merge."""
 
     model: PreTrainedModel
     samples: TrainingData
@@ -377,26 +351,26 @@ class _Job:
     track: Track
 
     def identity(self) -> dict[str, Any]:
-        """Return what tells this training from others: it goes on from a checkpoint only where all of it is equal."""
+        """Everything that must be equal for a run to resume from a checkpoint."""
         teacher = self.distillation
         return {
             "settings": dataclasses.asdict(self.settings),
             "data": self.samples.report.digest,
             "targets": list(self.targets.modules),
-            "weights": fingerprint(self.model, self.targets.modules),
+            "weights": weight_sums(self.model, self.targets.modules),
             "distil": None if teacher is None else [teacher.weight, teacher.temperature],
         }
 
-    def run(self) -> dict[str, Any]:
-        """Train and merge; return what is known then, by field of :class:`Recovery`."""
-        from transformers import set_seed
-
-        from fxprune.recovery.train import make_trainer
-
+    def train(self) -> dict[str, Any]:
+        """Train and merge; the outcome by field of :class:`Recovery`."""
         set_seed(self.settings.seed)
         notes = [f"no update of {name}: {why}" for name, why in self.targets.skipped.items()]
-        notes += _leave_fp16(self.model)
-        sharded, padding = _is_sharded(self.arguments), padding_of(self.tokenizer, self.model)
+        if any(parameter.dtype == torch.float16 for parameter in self.model.parameters()):
+            dtype = torch.bfloat16 if has_bf16(self.model.device) else torch.float32
+            self.model.to(dtype=dtype)  # type: ignore[call-arg]
+            name = str(dtype).removeprefix("torch.")
+            notes.append(f"the weights were fp16 and are {name} now: fp16 loses small updates")
+        sharded, padding = self._is_sharded(), padding_id(self.tokenizer, self.model)
         with quiet(logging.WARNING):
             wrapped = attach_lora(copy.deepcopy(self.model) if sharded else self.model, self.targets, self.settings)
         try:
@@ -414,63 +388,47 @@ class _Job:
             )
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
             plain = trainer.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-            wrapped = self._gathered(trainer) if sharded else plain
-            inputs = collate(self.samples.held_out[:2], padding)  # two tell if padding matters
+            wrapped = self._gather(trainer) if sharded else plain
+            inputs = collate(self.samples.held_out[:2], padding)  # with two, padding is compared as well
             del inputs["labels"]
             _, error = merge_lora(wrapped, inputs)
-        except BaseException:  # an interrupt, too, must not leave updates in the caller's model
+        except BaseException:  # even an interrupt must not leave updates in the caller's model
             if not sharded:
                 wrapped.unload()
             raise
-        history = tuple(trainer.state.log_history)
+        state = trainer.state
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        before, best, step = losses[0], state.best_metric, state.best_global_step
+        assert best is not None and step is not None, "the trainer always evaluates the last step"
         if error > TOLERANCE:
             notes.append(f"merging rounded the weights and moved the logits by {error:.1e} of the largest")
         if start is not None:
             notes.append(f"resumed at step {start.name.rpartition('-')[2]}")
-        losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-        best, step = trainer.state.best_metric, trainer.state.best_global_step
-        assert best is not None and step is not None, "the last step is always judged"
-        notes += _judged(losses[0], best, trainer.state)
+        if state.global_step < state.max_steps:
+            notes.append(f"stopped early at step {state.global_step} of {state.max_steps}")
+        if best >= before:
+            notes.append(
+                f"the held-out loss did not fall: {before:.3f} before, {best:.3f} after; "
+                "try another learning_rate, more data or more epochs"
+            )
         return {
-            "held_out": (losses[0], best),
-            "history": history,
+            "held_out": (before, best),
+            "history": tuple(state.log_history),
             "steps": step,
             "trained": trained,
             "merge_error": error,
             "notes": tuple(notes),
         }
 
-    def _gathered(self, trainer: Any) -> Any:
-        """Return the whole model with the updates that were trained in pieces on several devices."""
+    def _is_sharded(self) -> bool:
+        launched = any(os.environ.get(name) == "true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+        return launched or bool(self.arguments.get("fsdp") or self.arguments.get("deepspeed"))
+
+    def _gather(self, trainer: Any) -> Any:
+        """The whole model with updates that were trained in shards on several devices."""
         from peft import PeftModel
 
         adapter = self.folder / "adapter"
         trainer.save_model(str(adapter))
         trainer.accelerator.wait_for_everyone()
         return PeftModel.from_pretrained(self.model, str(adapter), is_trainable=False)
-
-
-def _leave_fp16(model: PreTrainedModel) -> list[str]:
-    """Turn weights in fp16, which loses small updates, into bfloat16 where the device has it, else float32."""
-    if not any(parameter.dtype == torch.float16 for parameter in model.parameters()):
-        return []
-    dtype = torch.bfloat16 if has_bf16(model.device) else torch.float32
-    model.to(dtype=dtype)  # type: ignore[call-arg]
-    return [f"the weights were fp16 and are {str(dtype).removeprefix('torch.')} now: fp16 loses small updates"]
-
-
-def _is_sharded(arguments: Mapping[str, Any]) -> bool:
-    launched = any(os.environ.get(name) == "true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
-    return launched or bool(arguments.get("fsdp") or arguments.get("deepspeed"))
-
-
-def _judged(before: float, after: float, state: Any) -> list[str]:
-    notes = []
-    if state.global_step < state.max_steps:
-        notes.append(f"stopped early at step {state.global_step} of {state.max_steps}")
-    if after >= before:
-        notes.append(
-            f"the held-out loss did not fall: {before:.3f} before, {after:.3f} after; "
-            "try another learning_rate, more data or more epochs"
-        )
-    return notes

@@ -1,102 +1,80 @@
-"""Settings of recovery: the recipe of the paper as defaults, checked before anything starts."""
+"""Settings of recovery: the recipe of the paper as defaults, validated when they are made."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal, get_args
+
+from transformers import SchedulerType
 
 from fxprune.errors import RecoveryError, UnknownNameError
-from fxprune.pipeline.arguments import PRECISIONS, as_seed, flag, instance, number, one_of, whole_number
+from fxprune.pipeline.arguments import Arguments, Precision, argument, as_seed, instance, one_of
 
 __all__ = ["FORMATS", "RecoverySettings", "settings_from"]
 
-_LARGEST_SEED = 2**32 - 1
-"""What numpy takes, which transformers seeds as well."""
+Format = Literal["auto", "instruction", "chat", "text"]
 
-FORMATS = ("auto", "instruction", "chat", "text")
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+_LARGEST_SEED = 2**32 - 1
+"""numpy takes no larger one, and transformers seeds numpy as well."""
+
+_argument: Callable[..., Any] = partial(argument, error=RecoveryError)
 
 
 @dataclass(frozen=True)
-class RecoverySettings:
-    """The recipe.
+class RecoverySettings(Arguments):
+    """The recipe of a recovery.
 
     Source: LLM-Pruner (arXiv 2305.11627), section 4.1 and its published post-training script, which warms up for 100 of
-    about 1,550 steps and holds out 2,000 of about 50,000 samples: the fractions here. The script does not stop early:
-    ``evaluations`` and ``patience`` are chosen so that a run that got nowhere ends after a third of its steps. ``clip``
-    is the default of transformers.
+    about 1,550 steps and holds out 2,000 of about 50,000 samples: the fractions here. The script does not stop early;
+    ``evaluations`` and ``patience`` are chosen so that a run without progress ends after a third of its steps.
+    ``clip`` is the default of transformers.
 
-    Args:
-        rank: of the update of each pruned projection.
-        alpha: the update is scaled by ``alpha / rank``.
-        dropout: on the input of the update.
-        learning_rate: the largest, after warm-up.
-        schedule: name of a transformers schedule: ``linear``, ``cosine``, ``constant_with_warmup``, ...
-        warmup: fraction of the steps over which the rate rises from 0.
-        epochs: passes over the data.
-        batch: samples of one step, over all devices.
-        micro_batch: samples of one forward pass on one device; the rest of ``batch`` is accumulated.
-        max_tokens: longest sample; what is longer is cut, and counted.
-        response_only: whether prompts do not count in the loss; plain text always counts whole.
-        clip: largest norm of the gradient.
-        held_out: fraction of the samples that is not trained on, or their number where 1 or more.
-        evaluations: how often the held-out loss is taken in the whole run, and a checkpoint written.
-        patience: how many evaluations without a new best loss end the training; the best one is kept.
-        precision: ``bf16`` or ``float32``; ``auto`` is ``bf16`` where the device computes in it natively.
-        data_format: what the rows are: ``instruction``, ``chat``, ``text``, or ``auto`` to look at each row.
-        seed: of the split, the order, the initial update and dropout.
+    Raises:
+        RecoveryError: a number is out of range.
+        UnknownNameError: a name is unknown.
     """
 
-    rank: int = 8
-    alpha: float = 16
-    dropout: float = 0.05
-    learning_rate: float = 1e-4
-    schedule: str = "linear"
-    warmup: float = 0.06
-    epochs: float = 2.0
-    batch: int = 64
-    micro_batch: int = 4
-    max_tokens: int = 256
-    response_only: bool = True
-    clip: float = 1.0
-    held_out: float = 0.04
-    evaluations: int = 10
-    patience: int = 3
-    precision: str = "auto"
-    data_format: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range.
-
-        Raises:
-            RecoveryError: a number makes no sense.
-            UnknownNameError: a name is not one of those known.
-        """
-        for name in ("rank", "batch", "micro_batch", "evaluations", "patience"):
-            self._check(whole_number, name, least=1)
-        self._check(whole_number, "max_tokens", least=2)
-        for name in ("learning_rate", "epochs", "clip", "alpha", "held_out"):
-            self._check(number, name, above=0)
-        for name in ("warmup", "dropout"):
-            self._check(number, name, least=0, below=1)
-        self._check(as_seed, "seed", most=_LARGEST_SEED)
-        flag("response_only", self.response_only)
-        one_of("precision", self.precision, PRECISIONS)
-        one_of("data_format", self.data_format, FORMATS)
-        if self.schedule != type(self).schedule:
-            from transformers import SchedulerType  # it brings torch and peft along, which only training needs
-
-            one_of("schedule", self.schedule, (schedule.value for schedule in SchedulerType))
-
-    def _check(self, check: Callable[..., Any], name: str, **bounds: float) -> None:
-        """Put the number that ``check`` reads in the place of what was given."""
-        object.__setattr__(self, name, check(name, getattr(self, name), error=RecoveryError, **bounds))
+    rank: int = _argument(8, "Rank of the update of each pruned projection.", least=1)
+    alpha: float = _argument(16, "The update is scaled by alpha / rank.", above=0)
+    dropout: float = _argument(0.05, "Dropout on the input of the update.", least=0, below=1)
+    learning_rate: float = _argument(1e-4, "Largest learning rate, after warm-up.", above=0)
+    schedule: str = argument(
+        "linear",
+        "Name of a transformers schedule: linear, cosine, constant_with_warmup, ...",
+        check=partial(one_of, known=[schedule.value for schedule in SchedulerType]),
+    )
+    warmup: float = _argument(
+        0.06, "Fraction of the steps over which the learning rate rises from 0.", least=0, below=1
+    )
+    epochs: float = _argument(2.0, "Passes over the data.", above=0)
+    batch: int = _argument(64, "Samples per step, over all devices.", least=1)
+    micro_batch: int = _argument(
+        4, "Samples per forward pass on one device; gradients are accumulated up to the batch.", least=1
+    )
+    max_tokens: int = _argument(256, "Longest sample; longer ones are cut, and counted.", least=2)
+    response_only: bool = argument(True, "Leave prompts out of the loss; plain text always counts whole.")
+    clip: float = _argument(1.0, "Largest gradient norm.", above=0)
+    held_out: float = _argument(0.04, "Fraction of the samples to hold out, or their number if 1 or more.", above=0)
+    evaluations: int = _argument(10, "Evaluations of the held-out loss in the run; each writes a checkpoint.", least=1)
+    patience: int = _argument(
+        3, "Evaluations without a new best loss after which training ends; the best weights are kept.", least=1
+    )
+    precision: Precision = argument("auto", "Precision of training; auto is bf16 if the device supports it natively.")
+    data_format: Format = argument("auto", "Kind of the rows; auto to tell it for each row.")
+    seed: int = argument(
+        0,
+        "Seed of the split, the order, the initial updates and dropout.",
+        check=partial(as_seed, most=_LARGEST_SEED, error=RecoveryError),
+    )
 
 
 def settings_from(settings: RecoverySettings | None, changes: dict[str, Any]) -> RecoverySettings:
-    """Return ``settings``, or the defaults, with ``changes`` by name.
+    """Settings, or the defaults, with changes by name.
 
     Raises:
         UnknownNameError: there is no such setting.

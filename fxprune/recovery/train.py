@@ -15,26 +15,26 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from fxprune.data.calibration import IGNORED
 from fxprune.errors import RecoveryError
-from fxprune.graph.context import evaluating
+from fxprune.graph.context import eval_mode
 from fxprune.offload.prefetch import has_bf16
 from fxprune.offload.ranks import input_device
-from fxprune.pipeline.arguments import instance, number
+from fxprune.pipeline.arguments import Arguments, argument, instance
 from fxprune.pipeline.contract import Track, no_progress
 from fxprune.recovery.data import TrainingData, collate
 from fxprune.recovery.settings import RecoverySettings
 
-__all__ = ["Distillation", "RecoveryTrainer", "distillation_sum", "make_trainer", "vocabulary_of"]
+__all__ = ["Distillation", "RecoveryTrainer", "distillation_sum", "divide_batch", "make_trainer"]
 
 _SLICE = 512
-"""Positions compared at once: two float32 distributions over 128,000 tokens take half a gigabyte then."""
+"""Positions compared at once: two float32 distributions over 128,000 tokens then take half a gigabyte."""
 
 _CPU_SLICE = 4
-"""The same on a CPU, whose caches hold distributions of so few."""
+"""The same on a CPU: distributions of this many positions fit its caches."""
 
 
 @dataclass(frozen=True)
-class Distillation:
-    """A teacher and how much it counts.
+class Distillation(Arguments):
+    """A teacher and its weight in the loss.
 
     loss = (1 - weight) * cross-entropy + weight * temperature^2 * KL(teacher || student)
 
@@ -42,37 +42,24 @@ class Distillation:
     Source: Hinton, Vinyals, Dean (arXiv 1503.02531).
 
     Args:
-        teacher: usually the dense model. It is used where it is and as it is, on another device or in lower precision
-            as well; it is not trained and not changed.
-        weight: of the teacher, in (0, 1]; by default both count alike.
-        temperature: above 0; higher ones show more of what the teacher holds possible. 1 softens nothing,
-            and the default does so mildly.
+        teacher: usually the dense model. It may be on another device or in lower precision; it is not changed.
+        weight: weight of the teacher, in (0, 1]; by default both terms count equally.
+        temperature: above 0; higher values bring out the teacher's less likely tokens, 1 softens nothing.
+
+    Raises:
+        RecoveryError: a number is out of range.
     """
 
     teacher: Any
-    weight: float = 0.5
-    temperature: float = 2.0
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range.
-
-        Raises:
-            RecoveryError: a number makes no sense.
-        """
-        weight = number("weight", self.weight, above=0, most=1, error=RecoveryError)
-        object.__setattr__(self, "weight", weight)
-        temperature = number("temperature", self.temperature, above=0, error=RecoveryError)
-        object.__setattr__(self, "temperature", temperature)
+    weight: float = argument(0.5, above=0, most=1, error=RecoveryError)
+    temperature: float = argument(2.0, above=0, error=RecoveryError)
 
     def check(self, student: Any) -> None:
-        """Refuse a student that the teacher cannot teach.
-
-        Args:
-            student: the model to train.
+        """Refuse a student that does not fit the teacher.
 
         Raises:
-            RecoveryError: the teacher is no Hugging Face model, or the student itself; or the vocabularies of both
-                differ in size.
+            RecoveryError: the teacher is not a Hugging Face model, is the student itself, or has a vocabulary of
+                another size.
         """
         instance("teacher", self.teacher, PreTrainedModel, "the dense model, one of transformers'", RecoveryError)
         sizes = [vocabulary_of(model) for model in (self.teacher, student)]
@@ -86,14 +73,14 @@ class Distillation:
             raise RecoveryError("the teacher is the student", where="teacher", remedy="Pass the dense model")
 
     def divergence_sum(self, inputs: dict[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
-        """Return the sum of ``temperature^2 * KL`` over the counted tokens.
+        """Sum of ``temperature^2 * KL`` over the counted tokens.
 
         Args:
-            inputs: the student's: ids, mask and labels ``(samples, tokens)``.
-            logits: the student's ``(samples, tokens, vocabulary)``.
+            inputs: ids, mask and labels of the student, ``(samples, tokens)``.
+            logits: logits of the student, ``(samples, tokens, vocabulary)``.
         """
         device, mask = input_device(self.teacher), inputs.get("attention_mask")
-        with torch.no_grad(), evaluating(self.teacher):
+        with torch.no_grad(), eval_mode(self.teacher):
             theirs = self.teacher(
                 input_ids=inputs["input_ids"].to(device),
                 attention_mask=None if mask is None else mask.to(device),
@@ -105,22 +92,22 @@ class Distillation:
 
 
 def distillation_sum(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return ``temperature^2`` times the sum of KL(teacher || student) over positions, in float32.
+    """Sum of ``temperature^2 * KL(teacher || student)`` over positions, in float32.
 
     Args:
         student: logits ``(positions, vocabulary)``.
-        teacher: likewise; no gradient flows into it.
-        temperature: divides both.
+        teacher: logits of the same shape; no gradient flows into them.
+        temperature: divisor of both.
     """
     found: torch.Tensor = _DivergenceSum.apply(student, teacher, temperature)  # type: ignore[no-untyped-call]
     return found
 
 
 class _DivergenceSum(torch.autograd.Function):
-    """With its gradient written down, slice by slice: no distribution is kept, and each is read while it is at hand.
+    """The divergence and its gradient, computed together slice by slice, so that no distribution is kept in memory.
 
     With the softened probabilities ``p`` of the student and ``q`` of the teacher, the gradient of
-    ``temperature^2 * KL`` by the student's logits is ``temperature * (p - q)``.
+    ``temperature^2 * KL`` with respect to the student's logits is ``temperature * (p - q)``.
     """
 
     @staticmethod
@@ -129,10 +116,12 @@ class _DivergenceSum(torch.autograd.Function):
         total, gradient = student.new_zeros((), dtype=torch.float32), torch.empty_like(student)
         parts = (tensor.split(size) for tensor in (student, teacher, gradient))
         for ours, theirs, change in zip(*parts, strict=True):
-            said, wanted = _softened(ours, temperature), _softened(theirs, temperature)
-            likely = wanted.exp()
-            total += wanted.sub_(said).mul_(likely).sum()
-            change.copy_(said.exp_().sub_(likely).mul_(temperature))
+            log_p, log_q = (
+                logits.to(torch.float32, copy=True).div_(temperature).log_softmax(-1) for logits in (ours, theirs)
+            )
+            q = log_q.exp()
+            total += log_q.sub_(log_p).mul_(q).sum()
+            change.copy_(log_p.exp_().sub_(q).mul_(temperature))
         ctx.save_for_backward(gradient)
         return total * temperature**2
 
@@ -143,13 +132,8 @@ class _DivergenceSum(torch.autograd.Function):
         return change * gradient, None, None
 
 
-def _softened(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The logarithms of probabilities, in float32."""
-    return logits.to(torch.float32, copy=True).div_(temperature).log_softmax(-1)
-
-
 def vocabulary_of(model: Any) -> int:
-    """Return how many tokens a language model can say."""
+    """Size of the vocabulary of a language model."""
     output = model.get_output_embeddings()
     if output is not None and getattr(output, "weight", None) is not None:
         return int(output.weight.shape[0])
@@ -157,31 +141,31 @@ def vocabulary_of(model: Any) -> int:
 
 
 _WORSE_STEPS = 3
-"""Logged steps in a row that must be bad before training counts as diverged: a single batch may be hard."""
+"""Bad steps in a row after which training counts as diverged; a single batch may just be hard."""
 
 
 class RecoveryTrainer(Trainer):
-    """transformers' Trainer, whose loss is mixed with a teacher's where there is one."""
+    """The trainer of transformers, with the loss of a teacher mixed in if there is one."""
 
     def __init__(self, *args: Any, distillation: Distillation | None = None, **options: Any) -> None:
-        """Keep the teacher beside the student, out of the reach of wrappers and checkpoints."""
+        """Keep the teacher outside the student, so that it is neither wrapped nor saved."""
         super().__init__(*args, **options)
         self.distillation = distillation
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return cross-entropy, mixed with the divergence from the teacher; cross-entropy alone on held-out samples."""
+        """Cross-entropy, mixed with the divergence from the teacher; only cross-entropy on held-out samples."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.distillation is not None and model.training:
             weight = self.distillation.weight
             divergence = self._divergence(inputs, outputs["logits"], num_items_in_batch)
-            # a cross-entropy that does not count is not differentiated
+            # with weight 1 the cross-entropy is left out, not multiplied by 0, to save its backward pass
             loss = divergence if weight == 1 else (1 - weight) * loss + weight * divergence
         return (loss, outputs) if return_outputs else loss
 
     def _divergence(self, inputs: Any, logits: torch.Tensor, items: Any) -> torch.Tensor:
-        """Return the mean over counted tokens, scaled for accumulation exactly as the cross-entropy is."""
+        """Mean divergence over the counted tokens, scaled for accumulation exactly as the cross-entropy is."""
         assert self.distillation is not None
         total: torch.Tensor = self.distillation.divergence_sum(inputs, logits)
         if items is None or not self.model_accepts_loss_kwargs:
@@ -192,10 +176,10 @@ class RecoveryTrainer(Trainer):
         return scaled
 
 
-class _Watch(TrainerCallback):
-    """Ends training when the held-out loss stops improving, and with an error when the loss runs away.
+class _EarlyStopping(TrainerCallback):
+    """Ends training when the held-out loss stops improving, and with an error when the loss diverges.
 
-    Both are read from the log, which checkpoints carry: a resumed run decides as an uninterrupted one.
+    Both are decided from the log, which checkpoints contain, so that a resumed run decides as an uninterrupted one.
     """
 
     def __init__(self, settings: RecoverySettings, vocabulary: int) -> None:
@@ -205,7 +189,7 @@ class _Watch(TrainerCallback):
         self._stop_early(state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Judge and keep the last step as well."""
+        """Evaluate and save the last step as well."""
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
 
@@ -217,8 +201,9 @@ class _Watch(TrainerCallback):
         newest = state.log_history[-1]
         for name in ("loss", "eval_loss"):
             if not math.isfinite(newest.get(name, 0.0)):
-                raise self._diverged(f"the {_WORDS[name]} became {newest[name]}", state.global_step)
-        # far above where it began, and worse than to guess every token alike, whose loss is log(vocabulary)
+                kind = "training" if name == "loss" else "held-out"
+                raise self._diverged(f"the {kind} loss became {newest[name]}", state.global_step)
+        # far above its start, and worse than guessing uniformly, whose loss is log(vocabulary)
         worst = max(2 * losses[0], 1.2 * math.log(self.vocabulary)) if losses else math.inf
         if len(losses) > _WORSE_STEPS and min(losses[-_WORSE_STEPS:]) > worst:
             raise self._diverged(f"the training loss rose from {losses[0]:.2f} to {losses[-1]:.2f}", state.global_step)
@@ -240,7 +225,7 @@ class _Watch(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    """Shows how many of the steps are done."""
+    """Shows the progress over the steps."""
 
     def __init__(self, track: Track) -> None:
         self.track = track
@@ -255,12 +240,9 @@ class _Progress(TrainerCallback):
         next(self.steps, None)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """End what is shown, also after fewer steps."""
+        """Finish the progress bar, also after fewer steps."""
         for _step in self.steps:
             pass
-
-
-_WORDS = {"loss": "training loss", "eval_loss": "held-out loss"}
 
 
 def make_trainer(
@@ -274,51 +256,54 @@ def make_trainer(
     arguments: Mapping[str, Any] | None = None,
     track: Track = no_progress,
 ) -> RecoveryTrainer:
-    """Return a trainer of ``model``, ready to start or to resume.
+    """A trainer of ``model``, ready to start or to resume.
 
     Args:
-        model: with its trainable parameters marked.
-        data: samples.
+        model: the model; parameters to train require a gradient.
+        data: training and held-out samples.
         settings: the recipe.
-        folder: where checkpoints go.
-        padding: id that fills short samples up.
-        distillation: the teacher.
-        arguments: for ``transformers.TrainingArguments``, over what the recipe says: ``fsdp``, ``deepspeed``,
+        folder: folder for checkpoints.
+        padding: token id to pad with.
+        distillation: the teacher, or None.
+        arguments: for ``transformers.TrainingArguments``, over those of the recipe: ``fsdp``, ``deepspeed``,
             ``gradient_checkpointing``, ``report_to``, ``use_cpu``, ...
-        track: shows how many steps are done, as ``track(items, what, total)``.
+        track: shows progress over the steps, as ``track(items, what, total)``.
 
     Raises:
-        RecoveryError: the batch cannot be divided over the devices, or an argument is not one.
+        RecoveryError: the batch cannot be divided over the devices, or an argument is unknown or invalid.
     """
     try:
-        training = TrainingArguments(**_arguments(settings, folder, len(data.train), dict(arguments or {})))
+        training = TrainingArguments(**_training_arguments(settings, folder, len(data.train), dict(arguments or {})))
     except (TypeError, ValueError) as error:
         raise RecoveryError(
             f"transformers refuses them: {error}",
             where="arguments",
-            remedy="Pass what transformers.TrainingArguments takes",
+            remedy="Pass arguments of transformers.TrainingArguments",
         ) from error
     if training.fp16:
         raise RecoveryError("fp16 loses small updates", where="arguments", remedy="Leave fp16 out; bf16 is used")
-    vocabulary = vocabulary_of(model)
     trainer = RecoveryTrainer(
         model=model,
         args=training,
         train_dataset=list(data.train),
         eval_dataset=list(data.held_out),
         data_collator=lambda examples: collate(examples, padding),
-        callbacks=[_Watch(settings, vocabulary), _Progress(track)],
+        callbacks=[_EarlyStopping(settings, vocabulary_of(model)), _Progress(track)],
         distillation=distillation,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _arguments(settings: RecoverySettings, folder: Path, samples: int, own: dict[str, Any]) -> dict[str, Any]:
-    """Return the recipe in the words of transformers, under the caller's own arguments."""
-    device = _device(bool(own.get("use_cpu", False)))
+def _training_arguments(
+    settings: RecoverySettings, folder: Path, samples: int, overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """The recipe as arguments of transformers, overridden by the caller's."""
+    device = torch.device("cpu")
+    if not overrides.get("use_cpu", False) and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator() or device
     use_cpu = device.type == "cpu"
-    micro, accumulated = _divided(settings, use_cpu)
+    micro, accumulated = divide_batch(settings, use_cpu)
     steps = max(1, math.ceil(math.ceil(samples / settings.batch) * settings.epochs))
     every = max(1, steps // settings.evaluations)
     return {
@@ -352,19 +337,17 @@ def _arguments(settings: RecoverySettings, folder: Path, samples: int, own: dict
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": not use_cpu and torch.cuda.is_available(),
-        **own,
+        **overrides,
     }
 
 
-def _device(use_cpu: bool) -> torch.device:
-    found = None if use_cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
-    return torch.device("cpu") if found is None else found
+def divide_batch(settings: RecoverySettings, use_cpu: bool) -> tuple[int, int]:
+    """Samples per forward pass on one device and passes per step, whose product over all devices is the batch.
 
-
-def _divided(settings: RecoverySettings, use_cpu: bool) -> tuple[int, int]:
-    """Return samples of one forward pass on one device, and passes of one step, that make up the batch exactly."""
-    alone = 1 if use_cpu else max(1, torch.cuda.device_count())
-    devices = int(os.environ.get("WORLD_SIZE", alone))
+    Raises:
+        RecoveryError: the batch is not a multiple of the number of devices.
+    """
+    devices = int(os.environ.get("WORLD_SIZE", 1 if use_cpu else max(1, torch.cuda.device_count())))
     share, rest = divmod(settings.batch, devices)
     if rest or not share:
         raise RecoveryError(

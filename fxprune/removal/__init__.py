@@ -1,1 +1,1 @@
-"""What is removed: scores of units, the units that stay, the plan, and the report."""
+"""The decided removal: scores of units, budgets, kept units, and the plan as data."""

@@ -1,4 +1,4 @@
-"""Cost of a model by its numbers of units: parameters, MACs, cache, bytes, time."""
+"""Cost of a model as a function of its unit counts: parameters, MACs, cache, bytes, time."""
 
 from __future__ import annotations
 
@@ -18,42 +18,39 @@ from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group, takes_parameter
 from fxprune.errors import FxpruneError, PassError, UnknownNameError
 from fxprune.graph.compat import is_free, size_hint
-from fxprune.graph.facts import owner_block
+from fxprune.graph.counting import TOKENS
+from fxprune.graph.facts import Fact, owner_block
 from fxprune.graph.tensors import tensor_name
 from fxprune.pipeline.arguments import one_of
-from fxprune.rules.apply import run_alone
+from fxprune.removal.removal import Removal
+from fxprune.rules.apply import apply_rule_alone
 from fxprune.rules.registry import Values, find_rule
 
 __all__ = [
-    "BUDGETS",
-    "PHASES",
     "Budget",
+    "CacheSize",
     "ParameterBudget",
-    "Term",
-    "Timing",
     "by_kind",
+    "cache_size",
     "check_budget",
     "make_budget",
     "read_timing",
 ]
 
 PHASES = ("prefill", "decode")
-"""What is timed: reading a prompt, and giving one more token."""
+"""Timed phases: reading a prompt, and generating one token."""
 
-_FORMS = "the table that `make bench` writes, or what `fxprune bench DENSE SLIM --json` prints"
+_FORMS = "the table that `make bench` writes, or the output of `fxprune bench DENSE SLIM --json`"
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long a model takes that has to do a share of the work of the dense one.
-
-    That is ``seconds * (fixed + (1 - fixed) * share)``: what every call costs whatever the widths, and what goes with
-    them.
+    """Time of a model that does a share of the work of the dense one: ``seconds * (fixed + (1 - fixed) * share)``.
 
     Args:
         seconds: of the dense model, in the first case measured.
-        fixed: the part of them that no narrower model saves, 0 to 1.
-        what: what was measured, in words.
+        fixed: the fraction of them that every call costs whatever the widths, 0 to 1.
+        what: name of the measured quantity.
     """
 
     seconds: float
@@ -62,20 +59,22 @@ class Timing:
 
 
 def read_timing(phase: str, place: str) -> Timing:
-    """Read how time follows work from models that were measured, the dense one and slim ones.
+    """Fit time as a function of work to measurements of the dense model and slim ones.
 
-    Times and work are in units of the dense model's, case by case; the fixed part is what fits all of them best in the
-    least squares sense.
+    Times and work are relative to the dense model, case by case; the fixed fraction is the least squares fit.
 
     Args:
         phase: one of :data:`PHASES`.
-        place: a JSON file, and behind a colon the engine where the file tells of several.
+        place: a JSON file, and after a colon the engine if the file covers several.
 
     Raises:
-        FxpruneError: no such file, or no such table in it; or no slim model in it, without which there is no telling.
-        UnknownNameError: it tells of other engines, or of several and none is named.
+        FxpruneError: no such file, no such table in it, or no slim model in it.
+        UnknownNameError: it covers other engines, or several and none is named.
     """
-    path, engine = _parts(place)
+    path, engine = Path(place), ""
+    if not path.is_file() and ":" in place:  # a colon may also be part of the name of the file
+        file, _, engine = place.rpartition(":")
+        path, engine = Path(file), engine.strip()
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -84,7 +83,7 @@ def read_timing(phase: str, place: str) -> Timing:
     if not isinstance(table, Mapping):
         raise FxpruneError("it holds no measurements", where=str(path), remedy=f"Name {_FORMS}")
     try:
-        rows = list(_of_bench(table, phase, engine) if "rows" in table else _of_command(table, phase))
+        rows = list(_benchmark_rows(table, phase, engine) if "rows" in table else _command_rows(table, phase))
     except UnknownNameError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
@@ -92,7 +91,7 @@ def read_timing(phase: str, place: str) -> Timing:
     slim = [(1 - work, 1 - time) for work, time, _ in rows if work < 1]
     if not slim:
         raise FxpruneError(
-            f"there is no slim model with a {phase} time in it: how time follows work cannot be told",
+            f"there is no slim model with a {phase} time in it, to fit time to work",
             where=str(path),
             remedy="Measure the dense model and one that was pruned by any recipe",
         )
@@ -101,17 +100,8 @@ def read_timing(phase: str, place: str) -> Timing:
     return Timing(dense, 1 - min(max(slope, 0.0), 1.0), f"{phase} time{f' in {engine}' if engine else ''}")
 
 
-def _parts(place: str) -> tuple[Path, str]:
-    """The file, and the engine if one is named; a colon may be part of the file's own name."""
-    whole = Path(place)
-    if whole.is_file() or ":" not in place:
-        return whole, ""
-    path, _, engine = place.rpartition(":")
-    return Path(path), engine.strip()
-
-
-def _of_bench(table: Mapping[str, Any], phase: str, engine: str) -> Iterator[tuple[float, float, float]]:
-    """Shares of work and of time, and seconds, of each row of a phase."""
+def _benchmark_rows(table: Mapping[str, Any], phase: str, engine: str) -> Iterator[tuple[float, float, float]]:
+    """Relative work, relative time and seconds of each row of a phase."""
     rows = [row for row in table["rows"] if row["case"]["phase"] == phase]
     engines = sorted({row["engine"] for row in rows})
     if engine not in engines and (engine or len(engines) > 1):
@@ -122,8 +112,8 @@ def _of_bench(table: Mapping[str, Any], phase: str, engine: str) -> Iterator[tup
         yield 1 / row["ideal"], row["seconds"] / dense[str(row["case"])], row["seconds"]
 
 
-def _of_command(table: Mapping[str, Any], phase: str) -> Iterator[tuple[float, float, float]]:
-    """The same of models side by side, the dense one first; work is taken to go with the parameters."""
+def _command_rows(table: Mapping[str, Any], phase: str) -> Iterator[tuple[float, float, float]]:
+    """The same for models side by side, the dense one first, with work proportional to parameters."""
     models = list(table.values())
     for model in models:
         seconds, first = model[f"{phase}_ms"] / 1000, models[0][f"{phase}_ms"] / 1000
@@ -131,23 +121,20 @@ def _of_command(table: Mapping[str, Any], phase: str) -> Iterator[tuple[float, f
 
 
 BUDGETS = ("params", "macs", "kv")
-"""What may be counted, beside ``bytes@`` with the name of a quantisation, and ``prefill@`` or ``decode@`` with a table
-of measured times."""
+"""Budgets by name; also ``bytes@`` with a quantisation, and ``prefill@`` or ``decode@`` with a table of times."""
 
 _BYTES = "bytes@"
-_TOKENS = 64
-"""The length of a sample whose work is counted, as in the report."""
 
 Counts = Mapping[Factor, float]
 
 
 class Term(NamedTuple):
-    """A part of what a model costs: a number times the sizes of some axes.
+    """A term of the cost of a model: a number times the sizes of some axes.
 
     Args:
         exprs: the axes.
-        block: the block it goes with; None if it stays.
-        each: what one element costs.
+        block: the block that it is removed with; None if it stays.
+        each: cost of one element.
     """
 
     exprs: tuple[Expr, ...]
@@ -156,14 +143,14 @@ class Term(NamedTuple):
 
 
 class Budget:
-    """What a model costs as a function of unit counts.
+    """Cost of a model as a function of unit counts.
 
-    The cost is a polynomial: the sum of the products of the sizes of axes. Fractional counts are allowed, so that a
-    ratio can be solved for before it is rounded.
+    The cost is a polynomial: the sum of products of sizes of axes. Fractional counts are allowed, so that a ratio can
+    be solved for before rounding.
 
     Args:
-        terms: the parts.
-        word: what is counted, in words.
+        terms: of the polynomial.
+        word: name of the counted quantity.
     """
 
     def __init__(self, terms: Iterable[Term], word: str) -> None:
@@ -176,15 +163,15 @@ class Budget:
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """The parts."""
+        """The terms of the polynomial."""
         return tuple(term for term, *_ in self._terms)
 
     def removed(self, counts: Counts, blocks: Mapping[str, float]) -> float:
-        """What goes.
+        """The removed cost.
 
         Args:
             counts: units left of each factor that shrinks.
-            blocks: for each block that goes, the fraction of it that goes (1, or less while solving).
+            blocks: for each removed block, the removed fraction of it (1, or less while solving).
         """
         gone = 0.0
         for term, touched, size in self._terms:
@@ -202,30 +189,57 @@ class ParameterBudget(Budget):
         super().__init__(_weights(axes, lambda _: 1.0), "parameters")
 
 
-def check_budget(name: str) -> str:
-    """Return ``name``, which is one of :data:`BUDGETS`, ``bytes@`` and a quantisation, or a phase, ``@`` and a table.
+def check_budget(name: str, value: Any) -> str:
+    """Return ``value``, the argument ``name``: one of :data:`BUDGETS`, ``bytes@`` and a quantisation, or a phase, ``@``
+    and a table.
 
     Raises:
         UnknownNameError: no such budget or quantisation, or no such engine in the table.
         FxpruneError: there is no table of times at that place.
     """
-    if _timed(str(name)):
-        read_timing(*_timed(name))
-        return name
-    if str(name).startswith(_BYTES):
-        one_of("quantisation", name.removeprefix(_BYTES), [kind.name.lower() for kind in gguf.GGML_QUANT_SIZES])
-        return name
-    return one_of("budget", name, (*BUDGETS, f"{_BYTES}q8_0"))
+    if not isinstance(value, str):
+        return one_of(name, value, BUDGETS)
+    if _timed(value):
+        read_timing(*_timed(value))
+        return value
+    if value.startswith(_BYTES):
+        one_of("quantisation", value.removeprefix(_BYTES), [kind.name.lower() for kind in gguf.GGML_QUANT_SIZES])
+        return value
+    return one_of(name, value, (*BUDGETS, f"{_BYTES}q8_0"))
+
+
+@dataclass(frozen=True)
+class CacheSize(Fact):
+    """Bytes of the key-value cache for one token, in half precision.
+
+    Args:
+        dense: before the removal.
+        slim: after it.
+    """
+
+    dense: int
+    slim: int
+
+
+def cache_size(graph_module: fx.GraphModule, removal: Removal) -> CacheSize | None:
+    """Bytes of the key-value cache of a dense graph before and after a removal; None without attention."""
+    try:
+        budget = make_budget("kv", graph_module, removal.axes)
+    except PassError:
+        return None
+    counts = {factor: float(removal.keep.count(factor)) for factor in removal.keep.units}
+    gone = budget.removed(counts, dict.fromkeys(removal.removed_blocks, 1.0))
+    return CacheSize(budget.total, round(budget.total - gone))
 
 
 def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budget:
-    """Return what is counted, as a function of unit counts.
+    """Return a budget by its name.
 
     Args:
-        name: ``params``, ``macs`` of a sample of 64 tokens, bytes of key-value cache a token as ``kv``, or bytes on
-            disk as ``bytes@q8_0``: weights of two and more axes at that quantisation, others in float32; or time, as
-            ``decode@times.json`` or ``prefill@times.json:onnxruntime``, by models that were measured: it goes with
-            the weights in decoding, with the multiply-accumulates in prefill, beside a part that stays.
+        name: ``params``; ``macs`` of a sample of 64 tokens; ``kv``, bytes of key-value cache per token; ``bytes@q8_0``,
+            bytes on disk with weights of two and more axes at that quantisation and others in float32; or time, as
+            ``decode@times.json`` or ``prefill@times.json:onnxruntime``, from measurements: a fixed part, and one
+            proportional to weights in decoding and to multiply-accumulates in prefill.
         graph_module: the graph.
         axes: its solved axes.
 
@@ -250,13 +264,13 @@ def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budge
 
 
 def _timed(name: str) -> tuple[str, ...]:
-    """The phase and the place of its table; empty if another budget is named."""
+    """The phase and the place of its table; empty for other budgets."""
     phase, at, place = name.partition("@")
     return (phase, place) if at and phase in PHASES else ()
 
 
 def _time_budget(work: Budget, timing: Timing) -> Budget:
-    """Microseconds, in place of work: a part that stays, and one that goes with the work."""
+    """Microseconds: a fixed part, and one proportional to ``work``."""
     microseconds = timing.seconds * 1e6
     each = microseconds * (1 - timing.fixed) / max(work.total, 1)
     terms = [Term(term.exprs, term.block, term.each * each) for term in work.terms]
@@ -264,7 +278,7 @@ def _time_budget(work: Budget, timing: Timing) -> Budget:
 
 
 def by_kind(budget: Budget, groups: Sequence[Group]) -> dict[str, float]:
-    """Return what the structures of each kind cost: what would go with all of its ``groups``."""
+    """Return the cost of each kind: that removed with all of its ``groups``."""
     found: dict[str, float] = {}
     for kind in {group.kind for group in groups}:
         alike = [group for group in groups if group.kind == kind]
@@ -289,34 +303,33 @@ def _weights(axes: AxisMap, each: Callable[[tuple[Expr, ...]], float]) -> Iterat
 
 
 def _work(graph: fx.Graph, axes: AxisMap) -> Iterator[Term]:
-    """The products of a sample: sizes of each output, times those of what is added up over."""
+    """MACs per sample: output size times contracted size."""
     nodes, traced = {tensor_name(node): node for node in graph.nodes}, _traced(graph)
     for node in graph.nodes:
         rule = find_rule(node.target) if node.op == "call_function" else None
         if rule is None or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
         block = owner_block(axes.modules.get(node.name, ""), axes.blocks)
-        exprs, tokens = _own(node, axes, traced)
+        exprs, tokens = _split_sizes(node, axes, traced)
         if _is_attention(node):
-            yield Term(exprs, block, tokens * _TOKENS)
-            yield Term((*exprs[:-1], axes.tensors[tensor_name(node.args[0])][-1]), block, tokens * _TOKENS)
+            yield Term(exprs, block, tokens * TOKENS)
+            yield Term((*exprs[:-1], axes.tensors[tensor_name(node.args[0])][-1]), block, tokens * TOKENS)
             continue
-        for found in run_alone(node)[1].sums if rule.values is Values.PRODUCT else ():
+        for found in apply_rule_alone(node)[1].sums if rule.values is Values.PRODUCT else ():
             if len(found.places) == 2:
                 place = found.places[0]
                 free = is_free(nodes[place.tensor].meta["val"].shape[place.dim])
-                own = () if free else (axes.tensors[place.tensor][place.dim],)
-                yield Term((*exprs, *own), block, tokens * (_TOKENS if free else 1))
+                contracted = () if free else (axes.tensors[place.tensor][place.dim],)
+                yield Term((*exprs, *contracted), block, tokens * (TOKENS if free else 1))
 
 
 def _cache(graph: fx.Graph, axes: AxisMap) -> Iterator[Term]:
-    """Keys and values of a token, two bytes a number, before heads are repeated."""
+    """Keys and values of a token, two bytes each, before heads are repeated."""
     for node in graph.nodes:
         if not _is_attention(node):
             continue
         key, value = node.args[1], node.args[2]
-        stored = _smallest(value, axes)
-        exprs, _ = _own(stored, axes, (1, 1))
+        exprs, _ = _split_sizes(_smallest(value, axes), axes, (1, 1))
         block = owner_block(axes.modules.get(node.name, ""), axes.blocks)
         yield Term(exprs, block, 2.0)
         width = axes.tensors[tensor_name(value)][-1]
@@ -329,7 +342,7 @@ def _is_attention(node: fx.Node) -> bool:
 
 
 def _smallest(node: fx.Node, axes: AxisMap) -> fx.Node:
-    """Return the first value with the fewest numbers on the way from a product with a weight to ``node``."""
+    """Return the first of the smallest values between the product with a weight and ``node``."""
     found = node
     while node.op == "call_function" and node.all_input_nodes and not takes_parameter(node, axes):
         node = node.all_input_nodes[0]
@@ -339,22 +352,19 @@ def _smallest(node: fx.Node, axes: AxisMap) -> fx.Node:
     return found
 
 
-def _own(node: fx.Node, axes: AxisMap, traced: tuple[int, int]) -> tuple[tuple[Expr, ...], float]:
-    """The axes of a value that are the model's own, and the size of the others for one sample."""
+def _split_sizes(node: fx.Node, axes: AxisMap, traced: tuple[int, int]) -> tuple[tuple[Expr, ...], float]:
+    """The axes of a value with fixed sizes, and the product of the dynamic sizes for one sample."""
     value, exprs = node.meta["val"], axes.tensors[tensor_name(node)]
-    own = tuple(expr for expr, size in zip(exprs, value.shape, strict=True) if not is_free(size))
-    return own, prod(_of_sample(size_hint(size), traced) for size in value.shape if is_free(size))
-
-
-def _of_sample(size: int, traced: tuple[int, int]) -> float:
-    """A size that varies, for one sample: of a batch, of tokens, or of both in one axis."""
     batch, tokens = traced
-    if size == batch:
-        return 1.0
-    return size / (batch * tokens if size % (batch * tokens) == 0 else tokens) * _TOKENS
+    fixed = tuple(expr for expr, size in zip(exprs, value.shape, strict=True) if not is_free(size))
+    total = 1.0
+    for size in (size_hint(size) for size in value.shape if is_free(size)):
+        if size != batch:  # an axis of tokens, or of batch and tokens in one
+            total *= size / (batch * tokens if size % (batch * tokens) == 0 else tokens) * TOKENS
+    return fixed, total
 
 
 def _traced(graph: fx.Graph) -> tuple[int, int]:
     """The numbers of samples and of tokens that the graph was traced with."""
     shapes = [node.meta["val"].shape for node in graph.nodes if node.op == "placeholder" and "val" in node.meta]
-    return next(((size_hint(shape[0]), size_hint(shape[1])) for shape in shapes if len(shape) > 1), (1, _TOKENS))
+    return next(((size_hint(shape[0]), size_hint(shape[1])) for shape in shapes if len(shape) > 1), (1, TOKENS))

@@ -1,4 +1,4 @@
-"""The plan: kept indices of each parameter, as data; and the differences of two plans."""
+"""The plan: kept indices of each parameter, as data; and the difference of two plans."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group
 from fxprune.discovery.norms import NORMS
 from fxprune.errors import PlanError
-from fxprune.graph.context import clear_errors
+from fxprune.graph.context import wrap_errors
 from fxprune.graph.facts import within
 from fxprune.graph.tensors import starred
-from fxprune.pipeline.arguments import told
+from fxprune.pipeline.arguments import format_value
 from fxprune.pipeline.notebook import html_table
 
 __all__ = ["Difference", "Plan", "differences", "keep_of", "kept_of_constants", "plan_of"]
@@ -35,14 +35,14 @@ class Plan:
     """Kept indices of every parameter and buffer that shrinks.
 
     Args:
-        kept: for each name, for each axis that shrinks, the kept indices in order.
-        removed_blocks: module paths of blocks that go as a whole.
-        sizes: for each name and axis in ``kept``, the size of the axis in the model that the plan was made for; where
-            it is not known, a plan of a smaller model is not told from one of this.
-        norm: what becomes of norms over units that go, ``sliced`` or ``masked``, as in :func:`fxprune.prune`.
+        kept: for each name and each axis that shrinks, the kept indices in order.
+        removed_blocks: module paths of blocks that are removed as a whole.
+        sizes: for each name and axis in ``kept``, the size of the axis in the model that the plan was made for; without
+            it, a plan for a smaller model may pass for one for this.
+        norm: treatment of norms over removed units, ``sliced`` or ``masked``, as in :func:`fxprune.prune`.
 
     Raises:
-        PlanError: it is made of something else.
+        PlanError: an argument is something else.
     """
 
     kept: Mapping[str, Mapping[int, list[int]]] = field(default_factory=dict)
@@ -51,41 +51,41 @@ class Plan:
     norm: str = "sliced"
 
     def __post_init__(self) -> None:
-        """Refuse what is no plan."""
+        """Check the types of all fields."""
         for what, value in (("kept", self.kept), ("sizes", self.sizes)):
             for name, axes in _items(what, value):
                 for axis, held in _items(f"{what}[{name!r}]", axes):
                     place = f"{what}[{name!r}][{axis!r}]"
                     if not isinstance(name, str) or type(axis) is not int:
-                        raise _no_plan(place, "it is not by name and by number of an axis")
+                        raise _no_plan(place, "its keys are not a name and the number of an axis")
                     numbers = held if what == "kept" else [held]
                     if not isinstance(numbers, list | tuple) or not {int}.issuperset(map(type, numbers)):
-                        raise _no_plan(place, f"it is {told(held)}, not whole numbers")
+                        raise _no_plan(place, f"it is {format_value(held)}, not whole numbers")
         blocks: Any = self.removed_blocks
         if not isinstance(blocks, tuple) or not all(isinstance(block, str) for block in blocks):
-            raise _no_plan("removed_blocks", f"they are {told(blocks)}, not a tuple of module paths")
+            raise _no_plan("removed_blocks", f"they are {format_value(blocks)}, not a tuple of module paths")
         if self.norm not in NORMS:
-            raise _no_plan("norm", f"it is {told(self.norm)}, not one of {', '.join(NORMS)}")
+            raise _no_plan("norm", f"it is {format_value(self.norm)}, not one of {', '.join(NORMS)}")
 
     def __repr__(self) -> str:
-        """How much goes, in a line."""
-        return f"<Plan {self._told}>"
+        """A summary in a line."""
+        return f"<Plan {self._summary}>"
 
     def __str__(self) -> str:
-        """The same, and what stays of each axis, alike ones on one line."""
-        return "\n".join((self._told, *(f"  {axis}: {left} kept" for axis, left in self._rows())))
+        """The summary, and the kept units of each axis, equal ones on one line."""
+        return "\n".join((self._summary, *(f"  {axis}: {left} kept" for axis, left in self._rows())))
 
     def _repr_html_(self) -> str:
-        return html_table(f"Plan: {self._told}", self._rows(), ("axis", "units kept"))
+        return html_table(f"Plan: {self._summary}", self._rows(), ("axis", "units kept"))
 
     @property
-    def _told(self) -> str:
+    def _summary(self) -> str:
         gone = len(self.removed_blocks)
         blocks = f", {gone} block{'s' if gone > 1 else ''} removed" if gone else ""
         return f"{len(self.kept):,} tensors shrink{blocks}, norms {self.norm}"
 
     def _rows(self) -> list[tuple[str, str]]:
-        """What stays of axes whose names differ in numbers alone: least and most, and of how many."""
+        """Kept units of axes whose names differ only in numbers: smallest and largest count, and the size."""
         found: dict[str, list[tuple[int, int]]] = {}
         for name, axes in self.kept.items():
             for axis, index in axes.items():
@@ -111,19 +111,19 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Return the plan that :meth:`to_json` wrote.
+        """Return the plan from the output of :meth:`to_json`.
 
         Raises:
             PlanError: the text is not such a document.
         """
-        with clear_errors("plan", _WRITTEN, PlanError):
+        with wrap_errors("plan", _WRITTEN, PlanError):
             data: Any = json.loads(text)
         if not isinstance(data, Mapping):
-            raise _no_plan("plan", f"it is {told(data)}")
+            raise _no_plan("plan", f"it is {format_value(data)}")
         version = data.get("version")
         if type(version) is not int or version != _VERSION:
             raise PlanError(
-                f"it is of version {told(version)}, this release reads {_VERSION}",
+                f"it is of version {format_value(version)}, this release reads {_VERSION}",
                 where="plan",
                 remedy="Make the plan again",
             )
@@ -139,33 +139,33 @@ def _no_plan(where: str, what: str) -> PlanError:
 
 def _items(where: str, value: Any) -> Iterable[tuple[Any, Any]]:
     if not isinstance(value, Mapping):
-        raise _no_plan(where, f"it is {told(value)}, not a mapping")
+        raise _no_plan(where, f"it is {format_value(value)}, not a mapping")
     return value.items()
 
 
 def _by_axis(what: str, value: Any) -> dict[str, dict[int, Any]]:
-    """Return what a JSON document says by name and axis; numbers of axes are text there."""
+    """Return a field of a JSON document by name and axis; axes are text there."""
     found: dict[str, dict[int, Any]] = {}
     for name, axes in _items(what, value):
         for axis, held in _items(f"{what}[{name!r}]", axes):
             if not (axis.isascii() and axis.isdigit() and len(axis) < 3):
-                raise _no_plan(f"{what}[{name!r}]", f"{told(axis)} is no number of an axis")
+                raise _no_plan(f"{what}[{name!r}]", f"{format_value(axis)} is not the number of an axis")
             found.setdefault(name, {})[int(axis)] = held
     return found
 
 
 def plan_of(axes: AxisMap, keep: Keep, removed_blocks: tuple[str, ...] = ()) -> Plan:
-    """Return the plan that leaves the units of ``keep``."""
-    own = [name for name in axes.weights() if name not in axes.constants and not within(name, removed_blocks)]
-    kept = _kept(axes, keep, own)
+    """Return the plan that keeps the units of ``keep``."""
+    names = [name for name in axes.weights() if name not in axes.constants and not within(name, removed_blocks)]
+    kept = _kept(axes, keep, names)
     sizes = {name: {axis: axes.tensors[name][axis].size for axis in by_axis} for name, by_axis in kept.items()}
     return Plan(kept, removed_blocks, sizes, axes.norm)
 
 
 def kept_of_constants(axes: AxisMap, keep: Keep) -> dict[str, dict[int, list[int]]]:
-    """Return the kept indices of what the model's code makes.
+    """Return the kept indices of constants that the model's code makes.
 
-    They are no part of a plan, since their names hold for one graph alone.
+    They are not in a plan, since their names hold for one graph only.
     """
     return _kept(axes, keep, axes.constants)
 
@@ -184,10 +184,10 @@ def _kept(axes: AxisMap, keep: Keep, names: Iterable[str]) -> dict[str, dict[int
 
 
 def keep_of(axes: AxisMap, groups: tuple[Group, ...], plan: Plan) -> Keep:
-    """Return the kept units that make ``plan``, read back from its indices.
+    """Return the kept units of a plan, read back from its indices.
 
     Raises:
-        PlanError: the plan names what the model does not have, or removes parts of units.
+        PlanError: the plan does not match the model, or removes parts of units.
     """
     masks = _plan_masks(axes, plan)
     units: dict[Factor, npt.NDArray[np.bool_]] = {}
@@ -200,7 +200,7 @@ def keep_of(axes: AxisMap, groups: tuple[Group, ...], plan: Plan) -> Keep:
         units[group.factor] = found = _unit_mask(member.expr, group, mask)
         if int(found.sum(axis=-1).min()) < group.least:
             raise PlanError(
-                f"{int(found.sum(axis=-1).min())} units of {group.size} stay where {group.least} have to",
+                f"{int(found.sum(axis=-1).min())} units of {group.size} stay, and at least {group.least} must",
                 where=group.name,
                 remedy=_OWN,
             )
@@ -238,7 +238,7 @@ def _plan_masks(axes: AxisMap, plan: Plan) -> dict[tuple[str, int], npt.NDArray[
 
 
 def _unit_mask(expr: Expr, group: Group, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Return the units of ``group`` with a kept position, by outer unit where rows differ."""
+    """Return the units of ``group`` with a kept position, by outer unit if these differ."""
     assert group.factor is not None
     unit = unit_index(expr, group.factor)
     if group.outer is None:
@@ -275,8 +275,8 @@ def _check_plan(axes: AxisMap, keep: Keep, masks: Mapping[tuple[str, int], npt.N
 _BLOCK = re.compile(r"(.*?\.\d+)\.")
 """The path of a block in the name of a parameter: up to the first number."""
 
-_Lost = tuple[int, tuple[int, ...], tuple[int, ...]]
-"""The size of an axis, and the indices of it that two plans remove."""
+_RemovedIndices = tuple[int, tuple[int, ...], tuple[int, ...]]
+"""The size of an axis, and the indices that each of two plans removes."""
 
 
 @dataclass(frozen=True)
@@ -284,12 +284,12 @@ class Difference:
     """Axes of parameters that lose the same indices, in each of two plans.
 
     Args:
-        block: module path of the block that they lie in; empty where they are in several, or in none.
-        axes: as in ``"mlp.weight[0]"``, after the path of the block.
-        size: indices of each axis in the dense model.
-        first: indices that the first plan alone removes.
-        second: indices that the second plan alone removes.
-        both: indices that both remove.
+        block: module path of the block that they lie in; empty if they are in several, or in none.
+        axes: as in ``"mlp.weight[0]"``, relative to the block.
+        size: of each axis in the dense model.
+        first: number of indices that only the first plan removes.
+        second: number of indices that only the second plan removes.
+        both: number of indices that both remove.
     """
 
     block: str
@@ -305,21 +305,18 @@ class Difference:
 
 
 def differences(first: Plan, second: Plan) -> tuple[Difference, ...]:
-    """Return the axes of which two plans do not remove the same, those that are alike as one.
+    """Return the axes of which two plans remove different indices, equal ones together.
 
-    Compare with ``Plan()`` for what a plan removes at all. Blocks that go as a whole are not among them.
-
-    Args:
-        first: a plan.
-        second: a plan for the same model.
+    The difference from ``Plan()`` is everything that a plan removes, except blocks removed as a whole.
 
     Raises:
-        PlanError: the plans are for models of different sizes, or do not say for which.
+        PlanError: the plans are for models of different sizes, or do not record sizes.
     """
-    lost = {axis: _lost(axis, first, second) for axis in dict.fromkeys((*_axes(first), *_axes(second)))}
-    anywhere = {found for (name, _), found in lost.items() if not _BLOCK.match(name)}
-    alike: dict[tuple[str, _Lost], list[str]] = {}
-    for (name, axis), found in lost.items():
+    places = dict.fromkeys((name, axis) for plan in (first, second) for name in plan.kept for axis in plan.kept[name])
+    removed = {place: _removed_indices(*place, first, second) for place in places}
+    anywhere = {found for (name, _), found in removed.items() if not _BLOCK.match(name)}
+    alike: dict[tuple[str, _RemovedIndices], list[str]] = {}
+    for (name, axis), found in removed.items():
         inside = _BLOCK.match(name)
         block = "" if inside is None or found in anywhere else inside[1]
         shown = name.removeprefix(f"{block}.") if block else name
@@ -331,22 +328,13 @@ def differences(first: Plan, second: Plan) -> tuple[Difference, ...]:
     )
 
 
-def _axes(plan: Plan) -> Iterable[tuple[str, int]]:
-    return ((name, axis) for name, by_axis in plan.kept.items() for axis in by_axis)
-
-
-def _lost(at: tuple[str, int], first: Plan, second: Plan) -> _Lost:
-    name, axis = at
+def _removed_indices(name: str, axis: int, first: Plan, second: Plan) -> _RemovedIndices:
     plans = [plan for plan in (first, second) if axis in plan.kept.get(name, {})]
     sizes = {plan.sizes.get(name, {}).get(axis) for plan in plans}
     where, size = f"{name}[{axis}]", next(iter(sizes))
     if len(sizes) > 1:
         raise PlanError("the plans are for axes of different sizes", where=where, remedy="Compare plans for one model")
     if size is None:
-        raise PlanError("the plan does not say how long the axis was", where=where, remedy="Make the plan again")
-    return size, _gone(first, name, axis, size), _gone(second, name, axis, size)
-
-
-def _gone(plan: Plan, name: str, axis: int, size: int) -> tuple[int, ...]:
-    kept = set(plan.kept.get(name, {}).get(axis, range(size)))
-    return tuple(index for index in range(size) if index not in kept)
+        raise PlanError("the plan does not record the size of the axis", where=where, remedy="Make the plan again")
+    one, other = (set(plan.kept.get(name, {}).get(axis, range(size))) for plan in (first, second))
+    return size, tuple(i for i in range(size) if i not in one), tuple(i for i in range(size) if i not in other)

@@ -1,8 +1,8 @@
-"""A removal decided for a graph, and how its norms are kept.
+"""The removal decided for a graph, and the rescaling of its norms.
 
-Selection decides a :class:`Removal`, and three steps carry it out. The graph goes around the blocks that are removed
-(:class:`Bypassed`), its tensors are cut (:class:`Sliced`), and the sizes written in it are made to fit
-(:class:`Removed`). Each step uses up the fact of the one before, so that none is left out or done twice.
+Selection decides a :class:`Removal`, and three steps apply it: removed blocks are bypassed (:class:`Bypassed`), tensors
+are sliced (:class:`Sliced`), and sizes written in the graph are updated (:class:`Removed`). Each step consumes the fact
+of the one before, so that none is left out or done twice.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ __all__ = [
     "RescaledNumber",
     "Scaling",
     "Sliced",
-    "kept_in",
+    "kept_norm_modules",
     "scaled_numbers",
     "scaled_weights",
-    "unkept_in",
+    "unkept_norm_reasons",
 ]
 
 _MOST_LINES = 6
-"""Reasons that a reader of a report can still take in."""
+"""Most reasons to list in a report."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """How the values of a weight change: ``w`` becomes ``(w + offset) factor - offset``.
+    """Scaling of a weight: ``w`` becomes ``(w + offset) factor - offset``.
 
     Args:
-        factor: what is multiplied with.
-        offset: what the graph adds to the weight before it multiplies with it.
+        factor: the factor.
+        offset: the number that the graph adds to the weight before multiplying.
     """
 
     factor: float
     offset: float = 0.0
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the new values of a weight in its own dtype, worked out in float32 at least."""
+        """Return the scaled weight in its own dtype, computed in at least float32."""
         return self._of(weight).to(weight.dtype)
 
     def rounded(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the values that a weight would have had to have for the new ones, which are rounded to its dtype.
+        """Return the weight that scales exactly to the new values as rounded to its dtype, in at least float32.
 
-        They are in float32 at least. In that dtype it is ``weight`` itself up to its last bits.
+        For a weight of that dtype it is the weight itself up to its last bits.
         """
         wide = self.of(weight).to(self._of(weight).dtype)
         return (wide + self.offset) / self.factor - self.offset
@@ -72,14 +72,14 @@ class Scaling:
 
 @dataclass(frozen=True)
 class RescaledNumber:
-    """A number before and after."""
+    """A number in the graph before and after a removal."""
 
     before: float
     after: float
 
 
 def scaled_numbers(axes: AxisMap, keep: Keep) -> dict[tuple[str, tuple[Any, ...]], RescaledNumber]:
-    """Return how numbers in the graph change: by the name of a node and where in it they stand."""
+    """Return the numbers in the graph that change, by node name and argument path."""
     found = {}
     for norm, ratio in _touched(axes, keep):
         for number in norm.numbers:
@@ -89,20 +89,20 @@ def scaled_numbers(axes: AxisMap, keep: Keep) -> dict[tuple[str, tuple[Any, ...]
 
 
 def scaled_weights(axes: AxisMap, keep: Keep) -> dict[str, Scaling]:
-    """Return how weights change, by name; of those that are one tensor under several names, under one of them."""
+    """Return the scaling of weights by name; tied weights are under one of their names."""
     found = {}
     for norm, ratio in _touched(axes, keep):
         found.update({w.name: Scaling(float(ratio) ** w.power, w.offset) for w in norm.weights})
     return found
 
 
-def kept_in(axes: AxisMap, keep: Keep) -> tuple[str, ...]:
-    """Return the modules whose norm runs over units that went, and is kept as masking has it."""
+def kept_norm_modules(axes: AxisMap, keep: Keep) -> tuple[str, ...]:
+    """Return the modules whose norm loses units and is rescaled."""
     return tuple(axes.modules.get(norm.node) or norm.node for norm, _ in _touched(axes, keep))
 
 
-def unkept_in(axes: AxisMap, nodes: Collection[str]) -> tuple[str, ...]:
-    """Return in words why norms at some nodes are not kept as masking has them; nothing where none was to be."""
+def unkept_norm_reasons(axes: AxisMap, nodes: Collection[str]) -> tuple[str, ...]:
+    """Describe why norms at some nodes are not rescaled; nothing unless ``norm="masked"``."""
     by_reason: dict[str, list[str]] = {}
     for node in nodes:
         if node in axes.unkept:
@@ -110,12 +110,12 @@ def unkept_in(axes: AxisMap, nodes: Collection[str]) -> tuple[str, ...]:
     lines = []
     for reason, places in list(by_reason.items())[:_MOST_LINES]:
         more = f" and {len(places) - 1} more" if len(places) > 1 else ""
-        lines.append(f"the norm in {places[0]}{more} is taken over the units that stay: {reason}")
+        lines.append(f"the norm in {places[0]}{more} is taken over the kept units: {reason}")
     return tuple(lines)
 
 
 def _touched(axes: AxisMap, keep: Keep) -> list[tuple[KeptNorm, Fraction]]:
-    """The kept norms over axes that lose units, with how many units there were for each that stays."""
+    """The rescaled norms over axes that lose units, each with the number of units per kept unit."""
     lost = {factor for factor in keep.units if keep.touches(factor)}
     found = []
     for norm in axes.norms:
@@ -126,15 +126,15 @@ def _touched(axes: AxisMap, keep: Keep) -> list[tuple[KeptNorm, Fraction]]:
 
 @dataclass(frozen=True, eq=False)
 class Removal(Fact):
-    """Which units of a graph stay, and which blocks go.
+    """The kept units and removed blocks of a graph.
 
     Args:
         axes: the solved axes of the graph, before the removal.
         groups: its groups.
         keep: the kept units of each factor that loses some.
-        removed_blocks: module paths of blocks that go as a whole.
-        asked: what selection was asked for, for the report: ``ratio`` or ``group_ratio``.
-        scores: what it was decided by; None where it was not by scores.
+        removed_blocks: module paths of blocks removed as a whole.
+        asked: the requested ``ratio`` or ``group_ratio``, for the report.
+        scores: the scores that decided it, if any.
     """
 
     about: ClassVar[Change] = "graph"
@@ -152,21 +152,21 @@ class Removal(Fact):
 
     @cached_property
     def kept(self) -> dict[str, Mapping[int, list[int]]]:
-        """Kept indices of every tensor the graph reads, what the model's code makes included."""
+        """Kept indices of every tensor the graph reads, constants included."""
         return {**self.plan.kept, **kept_of_constants(self.axes, self.keep)}
 
     @cached_property
     def scaled(self) -> dict[str, Scaling]:
-        """How the weights of norms change that are kept as masking has them."""
+        """The scaling of weights of rescaled norms."""
         return scaled_weights(self.axes, self.keep)
 
 
 @dataclass(frozen=True, eq=False)
 class Bypassed(Fact):
-    """The first step of a removal: the graph goes around the blocks that it takes; tensors are whole.
+    """The first step of a removal is done: removed blocks are bypassed; tensors are whole.
 
     Args:
-        removal: what is carried out.
+        removal: the removal being applied.
     """
 
     removal: Removal
@@ -174,10 +174,10 @@ class Bypassed(Fact):
 
 @dataclass(frozen=True, eq=False)
 class Sliced(Fact):
-    """The second step of a removal: tensors are cut to what it leaves; the sizes in the graph are those before it.
+    """The second step of a removal is done: tensors are sliced; sizes in the graph are still those before it.
 
     Args:
-        removal: what is carried out.
+        removal: the removal being applied.
     """
 
     removal: Removal
@@ -185,10 +185,10 @@ class Sliced(Fact):
 
 @dataclass(frozen=True, eq=False)
 class Removed(Fact):
-    """The last step of a removal: the graph is slim and computes.
+    """The last step of a removal is done: the graph is slim and can run.
 
     Args:
-        removal: what was carried out, in terms of the graph before it.
+        removal: the removal, in terms of the graph before it.
     """
 
     removal: Removal

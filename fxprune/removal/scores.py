@@ -1,4 +1,4 @@
-"""Scores of units, and how those of a group's members combine."""
+"""Scores of units, and their reduction over the members of a group."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from fxprune.axes import unit_index
 from fxprune.discovery.groups import Group, Member
 from fxprune.errors import PassError, PlanError, UnknownNameError
-from fxprune.graph.context import clear_errors
+from fxprune.graph.context import wrap_errors
 from fxprune.graph.facts import Change, Fact
-from fxprune.pipeline.arguments import as_path, told
+from fxprune.pipeline.arguments import as_path, format_value
 
-__all__ = ["REDUCTIONS", "Array", "PositionScores", "Scores", "score_groups", "unit_scores"]
+__all__ = ["REDUCTIONS", "PositionScores", "Scores", "score_groups", "unit_scores"]
 
 Array = npt.NDArray[np.float64]
 
@@ -32,11 +32,10 @@ REDUCTIONS: dict[str, Callable[[Array], Array]] = {
     "first": lambda members: members[0],
     "last": lambda members: members[-1],
 }
-"""How the scores of the members, stacked in order of execution, make the score of the group."""
-
+"""Reductions of the scores of the members, stacked in order of execution, to the score of the group."""
 
 _FORMAT, _VERSION = "fxprune.scores", 1
-"""The entry that marks a file of scores, and how it is laid out."""
+"""Metadata key of a file of scores, and the version of its layout."""
 
 PositionScores = Mapping[tuple[str, int], torch.Tensor]
 """For each member ``(name, axis)`` one score per position along that axis: ``(size,)``."""
@@ -44,7 +43,7 @@ PositionScores = Mapping[tuple[str, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Scores(Fact):
-    """What each unit is worth. They hold for the model as it was scored, for any ratio.
+    """Scores of units, valid for the model as it was scored and for any ratio.
 
     Args:
         units: for each group name ``(units,)``, or ``(outer units, units)`` where units may be chosen separately
@@ -60,16 +59,16 @@ class Scores(Fact):
         """Write the scores as safetensors: one float64 tensor for each group.
 
         Raises:
-            PlanError: nothing can be written there.
+            PlanError: the file cannot be written.
         """
         path = as_path("file", file, error=PlanError)
-        with clear_errors(path, "Choose a file in a folder that is there and can be written to", PlanError):
+        with wrap_errors(path, "Choose a file in an existing, writable folder", PlanError):
             tensors = {name: torch.from_numpy(np.ascontiguousarray(row)) for name, row in self.units.items()}
             save_file(tensors, path, {_FORMAT: str(_VERSION), "source": self.source})
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Scores:
-        """Return the scores that :meth:`save` wrote.
+        """Read the scores that :meth:`save` wrote.
 
         Raises:
             PlanError: there is no such file, or it holds something else.
@@ -79,7 +78,7 @@ class Scores(Fact):
             with safe_open(path, "pt") as opened:
                 metadata = opened.metadata() or {}
                 if metadata.get(_FORMAT) != str(_VERSION):
-                    raise ValueError(f"no scores of version {_VERSION}")
+                    raise ValueError(f"it holds no scores of version {_VERSION}")
                 units = {name: opened.get_tensor(name).numpy() for name in opened.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise PlanError(
@@ -88,31 +87,33 @@ class Scores(Fact):
         return cls(units, metadata.get("source", ""))
 
     def check(self, groups: Iterable[Group]) -> None:
-        """Refuse scores that are not those of ``groups``; some may have none.
+        """Check that the scores are of ``groups``; some groups may have none.
 
         Raises:
-            PlanError: there are scores for a group that is not there, or more or fewer than it has units.
+            PlanError: there are scores for an unknown group, or not one for each unit.
         """
         if not isinstance(self.units, Mapping):
-            raise PlanError(f"they are {told(self.units)}", where="scores", remedy="Use scores of an earlier run")
+            raise PlanError(
+                f"they are {format_value(self.units)}", where="scores", remedy="Use scores of an earlier run"
+            )
         shapes = {g.name: (g.size,) if g.outer is None else (g.outer.size, g.size) for g in groups}
         for name, row in self.units.items():
             if not isinstance(row, np.ndarray):
-                raise PlanError(f"its scores are {told(row)}", where=str(name), remedy="Pass arrays of float64")
+                raise PlanError(f"its scores are {format_value(row)}", where=str(name), remedy="Pass arrays of float64")
             if shapes.get(name) != row.shape or not np.isfinite(row).all():
                 found = "no such group" if name not in shapes else f"units {shapes[name]}"
                 raise PlanError(
-                    f"{found}, where there are finite scores for {row.shape}",
+                    f"{found}, but scores of shape {row.shape}, which must be finite",
                     where=name,
                     remedy="Use scores of this model as it is, or score it again",
                 )
 
 
 def score_groups(groups: Iterable[Group], positions: PositionScores, reduction: str) -> Scores:
-    """Add up position scores to unit scores and reduce them over members.
+    """Sum position scores to unit scores and reduce them over members.
 
     Args:
-        groups: what to score.
+        groups: to score.
         positions: scores of rows and columns of each trained member.
         reduction: one of :data:`REDUCTIONS`; ``first`` and ``last`` are the first and last member to execute.
 

@@ -1,1 +1,1 @@
-"""The report of a prune, and its HTML page."""
+"""The report of a prune: numbers, charts and an HTML page."""

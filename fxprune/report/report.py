@@ -1,17 +1,22 @@
-"""The report: a prune in numbers."""
+"""The report of a prune in numbers, as plain data, as a table and as one HTML page."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 from rich.table import Table
 
 from fxprune.axes import Keep
@@ -19,61 +24,56 @@ from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.explain import frozen_in
 from fxprune.discovery.groups import Group
 from fxprune.errors import ArgumentError
-from fxprune.graph.context import clear_errors
+from fxprune.graph.context import wrap_errors
 from fxprune.graph.facts import Fact
+from fxprune.graph.tensors import starred
 from fxprune.removal.scores import Scores
-from fxprune.report.page import headlines, page
+from fxprune.report.charts import ChartColumn, bar_chart, box_chart
 
 __all__ = [
     "GroupSize",
+    "Headline",
     "Report",
     "Spread",
-    "Work",
     "frozen_reasons",
+    "group_sizes",
+    "group_widths",
     "package_versions",
-    "renormalised_in",
-    "sizes_of",
-    "spreads_of",
-    "widths_of",
+    "renormalised_groups",
+    "score_spreads",
 ]
 
 _PACKAGES = ("fxprune", "torch", "transformers", "safetensors")
 
 _MOST_ALIKE = 4
-"""Groups of a kind in one block that are shown one by one; an expert each is too many."""
+"""Groups of a kind in one block that are shown one by one; one per expert is too many."""
 
+_UNITS = {
+    "mlp": "MLP channels",
+    "head": "attention heads",
+    "channel": "channels of the residual stream",
+    "head_dim": "channels of heads",
+    "expert": "experts",
+    "layer": "layers",
+}
+"""Names of the units of each kind."""
 
-@dataclass(frozen=True)
-class Work(Fact):
-    """How large a graph was, and how much work one sample took, before anything was removed.
+_NESTED_UNITS = {"head": "query heads of each key/value head", "head_dim": "channels of each head"}
+"""Names of units that are counted inside a unit of another group."""
 
-    Args:
-        parameters: their number.
-        macs: multiply-accumulates of one sample of ``tokens`` tokens.
-        tokens: the sequence length ``macs`` is for.
-        memory: bytes of the parameters.
-        cache: bytes of keys and values that a token takes in half precision, before and after the removal; None where
-            there is no attention, or nothing was decided yet.
-        model: what the model is called, and its class.
-    """
-
-    parameters: int
-    macs: int
-    tokens: int
-    memory: int = 0
-    cache: tuple[int, int] | None = None
-    model: str = ""
+_DECISIVE = {"importance": "Scored by", "select": "chosen by", "compensate": "fitted by", "tune": "tuned by"}
+"""Stages that decide which units are removed and how the others change, in words."""
 
 
 @dataclass(frozen=True)
 class GroupSize:
-    """A group and how many of its units stayed.
+    """A group with its number of units before and after.
 
     Args:
         name: of the group.
-        kind: what a unit is.
+        kind: of its units.
         block: module path of the block it lies in; None if it spans several.
-        place: what it is shown with: its own name, or block and kind where blocks have many groups that are alike.
+        place: the label it is shown with: its own name, or block and kind if the block has many such groups.
         before: units in the dense model.
         after: units in the slim model.
         nested: whether units are counted inside each unit of another group, as query heads of a key/value head are.
@@ -90,15 +90,66 @@ class GroupSize:
 
 @dataclass(frozen=True)
 class Spread:
-    """How scores of units are spread: least, first quartile, median, third quartile, most; empty where there are none.
+    """Minimum, quartiles and maximum of scores of units; empty if there are none.
 
     Args:
-        kept: of units that stayed.
-        removed: of units that went.
+        kept: of kept units.
+        removed: of removed units.
     """
 
     kept: tuple[float, ...] = ()
     removed: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A size of the model, dense and slim.
+
+    Args:
+        name: of the size.
+        dense: before.
+        slim: after.
+    """
+
+    name: str
+    dense: int
+    slim: int
+
+    @property
+    def left(self) -> float:
+        """The fraction that is left."""
+        return self.slim / self.dense if self.dense else 1.0
+
+
+@dataclass(frozen=True)
+class KindSummary:
+    """Sizes of all groups of a kind.
+
+    Args:
+        kind: of the units.
+        name: the kind, with a number if a block has several such groups.
+        units: name of the units.
+        groups: number of groups.
+        shrunk: number of groups that lost units.
+        before: units of all groups.
+        after: kept units of all groups.
+        least: the smallest fraction kept of a group.
+        chart: the units of each block; empty if none lost any.
+        runs: the same in words, equal neighbouring blocks together.
+        scores: chart of the scores; empty if there are none.
+    """
+
+    kind: str
+    name: str
+    units: str
+    groups: int
+    shrunk: int
+    before: int
+    after: int
+    least: float
+    chart: Markup
+    runs: tuple[str, ...]
+    scores: Markup
 
 
 def package_versions() -> dict[str, str]:
@@ -111,35 +162,34 @@ class Report(Fact):
     """A prune in numbers, before and after.
 
     Args:
-        ratio: fraction of parameters asked for; None where a group ratio or a plan was given.
-        group_ratio: fraction of units asked for; None where not.
+        ratio: requested fraction of parameters to remove; None if a group ratio or a plan was given.
+        group_ratio: requested fraction of units to remove, or None.
         parameters: number of parameters, dense and slim.
         macs: multiply-accumulates of one sample of ``tokens`` tokens, dense and slim.
-        tokens: the sequence length ``macs`` is for.
+        tokens: the sequence length of ``macs``.
         widths: for each group that shrank, ``{group name: (units before, units after)}``.
-        renormalised: of these, the groups that a norm or another statistic runs over, with the nodes that take it:
-            removing such units equals zeroing them only up to that statistic, which is then of the units that stay.
-        removed_blocks: blocks that went as a whole.
-        frozen: for each parameter axis that had to keep units, ``{"name[axis]": reason}``.
+        renormalised: of these, the groups that a norm or another statistic runs over, with its nodes: removing such
+            units equals zeroing them only up to that statistic, which is then taken over the kept units.
+        removed_blocks: blocks that were removed as a whole.
+        frozen: for each parameter axis that must keep its units, ``{"name[axis]": reason}``.
         verification_error: largest difference between slim and masked dense outputs, relative to the largest output
-            or 1; None where it was not checked.
+            or 1; None if it was not checked.
         fidelity: largest difference between the dense graph and the module it was traced from, relative to the largest
-            output; None where it was not checked, as on ``meta``.
-        gradient_fidelity: the same of the gradients of the parameters; None where there are none.
-        model_reasons: why there is no slim Hugging Face model; empty where there is one.
-        notes: what else the user should know.
-        model: what the dense model is called, and its class.
+            output; None if it was not checked, as on ``meta``.
+        gradient_fidelity: the same for the gradients of the parameters; None if there are none.
+        model_reasons: why there is no slim Hugging Face model; empty if there is one.
+        notes: further notes for the user.
+        model: name of the dense model, and its class.
         memory: bytes of the parameters, dense and slim.
-        cache: bytes of keys and values that a token takes in half precision, dense and slim; None where there is no
-            attention.
+        cache: bytes of keys and values per token in half precision, dense and slim; None without attention.
         groups: every group of the model with its units before and after.
-        scores: for each place of ``groups`` that was scored, how the scores are spread.
+        scores: for each scored place of ``groups`` the spread of its scores.
         criterion: the spelling of the pass that made the scores.
-        kept_norms: modules whose norm runs over units that went and is kept as masking has it.
+        kept_norms: modules whose norm lost units and was rescaled to equal masking.
         passes: the passes that ran, each with its stage, its spelling and its seconds.
         versions: of the packages that the result depends on.
-        measured: quality and speed where they were measured, in rows of text; the first row names the columns.
-        picture: one layer of the slim model as SVG; no part of the plain data.
+        measured: quality and speed if they were measured, in rows of text; the first row names the columns.
+        picture: one layer of the slim model as SVG; not part of the plain data.
     """
 
     parameters: tuple[int, int]
@@ -170,9 +220,26 @@ class Report(Fact):
 
     @property
     def achieved(self) -> float:
-        """Fraction of parameters that went."""
+        """Fraction of parameters that were removed."""
         dense, slim = self.parameters
         return 1 - slim / dense
+
+    def headlines(self) -> tuple[Headline, ...]:
+        """Return the sizes that a reader asks for first."""
+        found = [Headline("parameters", *self.parameters), Headline(f"MACs at {self.tokens} tokens", *self.macs)]
+        if self.memory is not None:
+            found.append(Headline("bytes of weights", *self.memory))
+        if self.cache is not None:
+            found.append(Headline("KV-cache, bytes a token", *self.cache))
+        return tuple(found)
+
+    def kinds(self) -> Iterator[KindSummary]:
+        """Yield a summary of each kind of groups; of several such groups in a block, one summary for each."""
+        series: dict[tuple[str, str], list[GroupSize]] = {}
+        for group in sorted(self.groups, key=lambda group: list(_UNITS).index(group.kind)):
+            series.setdefault((group.kind, group.place.rpartition("/")[2]), []).append(group)
+        for (kind, name), groups in series.items():
+            yield _summarize(kind, name, groups, self.scores)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
@@ -186,49 +253,139 @@ class Report(Fact):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """Return the report that :meth:`to_dict` gave, also where it was a JSON document meanwhile.
+        """Return the report from the output of :meth:`to_dict`, or from a JSON document of it.
 
         Raises:
             ArgumentError: it is something else.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        with clear_errors("report", "Pass what Report.to_dict returned", ArgumentError):
+        with wrap_errors("report", "Pass what Report.to_dict returned", ArgumentError):
             values = {name: _as_tuples(value) for name, value in data.items() if name in known}
             values["groups"] = tuple(GroupSize(**size) for size in values.get("groups", ()))
             values["scores"] = {place: Spread(**spread) for place, spread in values.get("scores", {}).items()}
             return cls(**values)
 
     def to_html(self) -> str:
-        """Return everything as one HTML page, which needs no other file."""
-        return page(self)
+        """Return everything as one self-contained HTML page."""
+        kinds = list(self.kinds())
+        statistics = {}
+        for group, nodes in self.renormalised.items():
+            names = dict.fromkeys(re.sub(r"_\d+$", "", node) for node in nodes)
+            statistics[group] = f"a statistic runs over it: {', '.join(names)}"
+        return _template().render(
+            report=self,
+            headlines=self.headlines(),
+            kinds=[kind for kind in kinds if kind.shrunk],
+            whole=[kind for kind in kinds if not kind.shrunk],
+            frozen=_by_reason(self.frozen),
+            renormalised=_by_reason(statistics),
+            kept_norms=Counter(map(starred, self.kept_norms)),
+            decided=[(_DECISIVE[stage], spelling) for stage, spelling, _ in self.passes if stage in _DECISIVE],
+            seconds=sum(seconds for *_, seconds in self.passes),
+        )
 
     def table(self) -> Table:
         """Return dense against slim as a table for a terminal."""
         table = Table("", "dense", "slim", "change", title="fxprune")
-        for size in headlines(self):
+        for size in self.headlines():
             table.add_row(size.name, f"{size.dense:,}", f"{size.slim:,}", f"{size.left - 1:+.1%}")
         return table
 
 
 def _as_tuples(value: Any) -> Any:
-    """Return plain data with tuples in place of lists, which JSON has in place of tuples."""
+    """Return plain data with tuples for lists: JSON has no tuples."""
     if isinstance(value, Mapping):
         return {name: _as_tuples(item) for name, item in value.items()}
     return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("fxprune.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html")
+
+
+def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[tuple[str, int]]]:
+    """Group names by reason, with ``*`` for numbers of blocks and the count of names that then agree."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for name, reason in reasons.items():
+        counts[re.sub(r" \(at \w+\)$", "", reason), starred(name)] += 1
+    found: dict[str, list[tuple[str, int]]] = {}
+    for (reason, name), count in counts.items():
+        found.setdefault(reason, []).append((name, count))
+    return found
+
+
+def _summarize(kind: str, name: str, groups: Sequence[GroupSize], scores: Mapping[str, Spread]) -> KindSummary:
+    blocks = {group.place: group.block for group in groups}
+    before, after = (Counter[str](), Counter[str]())
+    for group in groups:
+        before[group.place] += group.before
+        after[group.place] += group.after
+    shrunk = sum(group.after < group.before for group in groups)
+    labels = [block.rpartition(".")[2] if block else "all" for block in blocks.values()]  # the number of a block
+    columns = [
+        ChartColumn(label, f"{place}: {after[place]:,} of {before[place]:,} left ({after[place] / before[place]:.0%})")
+        for label, place in zip(labels, blocks, strict=True)
+    ]
+    several = len(blocks) > 1  # a chart of one bar says less than the line of text
+    return KindSummary(
+        kind=kind,
+        name=name,
+        units=_NESTED_UNITS.get(kind, _UNITS[kind]) if groups[0].nested else _UNITS[kind],
+        groups=len(groups),
+        shrunk=shrunk,
+        before=before.total(),
+        after=after.total(),
+        least=min(group.after / group.before for group in groups),
+        chart=bar_chart(columns, list(before.values()), list(after.values())) if shrunk and several else Markup(),
+        runs=tuple(_runs(labels, [(before[place], after[place]) for place in blocks])),
+        scores=_score_chart(dict(zip(blocks, labels, strict=True)), scores) if shrunk else Markup(),
+    )
+
+
+def _runs(labels: Sequence[str], sizes: Sequence[tuple[int, int]]) -> Iterator[str]:
+    """Describe units before and after of each run of equal neighbouring blocks."""
+    for (before, after), run in groupby(zip(labels, sizes, strict=True), key=lambda pair: pair[1]):
+        names = [label for label, _ in run]
+        place = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        yield f"{place}: {before:,}" if before == after else f"{place}: {before:,} \N{RIGHTWARDS ARROW} {after:,}"
+
+
+def _score_chart(labels: Mapping[str, str], scores: Mapping[str, Spread]) -> Markup:
+    """Draw the spread of the scores by place; nothing unless a place has both kept and removed units."""
+    spreads = {place: scores[place] for place in labels if place in scores}
+    if not any(spread.kept and spread.removed for spread in spreads.values()):
+        return Markup()
+
+    def median(five: Sequence[float]) -> str:
+        return f"{five[2]:.3g}" if five else "none"
+
+    columns = [
+        ChartColumn(labels[place], f"{place}: median kept {median(spread.kept)}, removed {median(spread.removed)}")
+        for place, spread in spreads.items()
+    ]
+    return box_chart(columns, [spread.kept for spread in spreads.values()], [s.removed for s in spreads.values()])
+
+
 def frozen_reasons(axes: AxisMap) -> dict[str, str]:
-    """Return the reason, in words, of each parameter axis that keeps units."""
+    """Return the reason, in words, of each parameter axis that keeps its units."""
     return {axis: str(freeze) for axis, freeze in frozen_in(axes).items()}
 
 
-def renormalised_in(groups: tuple[Group, ...], keep: Keep) -> dict[str, tuple[str, ...]]:
-    """Return the groups that shrank under a statistic, with the nodes that take it."""
-    shrunk = widths_of(groups, keep)
+def renormalised_groups(groups: tuple[Group, ...], keep: Keep) -> dict[str, tuple[str, ...]]:
+    """Return the groups that shrank under a statistic, with its nodes."""
+    shrunk = group_widths(groups, keep)
     return {group.name: group.renormalised for group in groups if group.renormalised and group.name in shrunk}
 
 
-def widths_of(groups: tuple[Group, ...], keep: Keep) -> dict[str, tuple[int, int]]:
+def group_widths(groups: tuple[Group, ...], keep: Keep) -> dict[str, tuple[int, int]]:
     """Return the units, before and after, of the groups that shrank."""
     found: dict[str, tuple[int, int]] = {}
     for group in groups:
@@ -237,8 +394,8 @@ def widths_of(groups: tuple[Group, ...], keep: Keep) -> dict[str, tuple[int, int
     return found
 
 
-def sizes_of(groups: Sequence[Group], keep: Keep, removed_blocks: Sequence[str]) -> tuple[GroupSize, ...]:
-    """Return every group with its units before and after; of a block that went, no unit stays."""
+def group_sizes(groups: Sequence[Group], keep: Keep, removed_blocks: Sequence[str]) -> tuple[GroupSize, ...]:
+    """Return every group with its units before and after; a removed block keeps none."""
     alike = Counter((group.block, group.kind) for group in groups)
     found = []
     for group in groups:
@@ -250,13 +407,13 @@ def sizes_of(groups: Sequence[Group], keep: Keep, removed_blocks: Sequence[str])
     return tuple(found)
 
 
-def spreads_of(
+def score_spreads(
     groups: Sequence[Group], keep: Keep, removed_blocks: Sequence[str], scores: Scores | None
 ) -> dict[str, Spread]:
-    """Return how the scores of units that stayed and of those that went are spread, by place."""
+    """Return the spread of the scores of kept and of removed units, by place."""
     kept: dict[str, list[npt.NDArray[np.float64]]] = {}
     removed: dict[str, list[npt.NDArray[np.float64]]] = {}
-    sizes = sizes_of(groups, keep, removed_blocks)
+    sizes = group_sizes(groups, keep, removed_blocks)
     for group, size in zip(groups, sizes, strict=True):
         units = None if scores is None else scores.units.get(group.name)
         if units is None:

@@ -1,7 +1,7 @@
-"""One small rule per op: which axes of its inputs and outputs are the same, and what it does with values."""
+"""One small rule per op: the equations between axes of its inputs and outputs, and its effect on values."""
 
 from fxprune.rules import contraction, convolution, pointwise, reduction, routing, shape  # registers their rules
-from fxprune.rules.apply import describe
+from fxprune.rules.apply import describe_rule
 from fxprune.rules.registry import Values, find_rule, register_rule, registered_rules, rule
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Axis, Role, SizeArgument, TensorAxes
@@ -15,7 +15,7 @@ __all__ = [
     "Values",
     "contraction",
     "convolution",
-    "describe",
+    "describe_rule",
     "find_rule",
     "pointwise",
     "reduction",

@@ -13,16 +13,17 @@ from fxprune.rules.registry import find_rule
 __all__ = ["Respell", "alias_roots", "find_spelling", "may_alias", "regroups", "spelling", "writes", "written_sources"]
 
 Respell = Callable[[fx.Node, fx.GraphModule], None]
-"""Changes a node, and what is before it, in place; values do not change."""
+"""Rewrites a node in place, possibly adding nodes before it; values do not change."""
 
 _SPELLINGS: dict[str, Respell] = {}
 
 
 def spelling(*names: str) -> Callable[[Respell], Respell]:
-    """Respell the ops ``names`` with the decorated function.
+    """Register the decorated function as the rewrite of the ops ``names`` to their canonical spelling.
 
     Args:
-        names: ops with their overload (``"slice.Tensor"``; ``"view"`` for the default one), of ATen unless they say.
+        names: ops with their overload (``"slice.Tensor"``; ``"view"`` for the default one), ATen's unless they name
+            another namespace.
     """
 
     def decorate(function: Respell) -> Respell:
@@ -34,21 +35,21 @@ def spelling(*names: str) -> Callable[[Respell], Respell]:
 
 
 def find_spelling(target: object) -> Respell | None:
-    """What respells an op, if it has another spelling."""
+    """The rewrite of an op to its canonical spelling; None if it has none."""
     return _SPELLINGS.get(target.name()) if isinstance(target, OpOverload) else None
 
 
 def may_alias(node: fx.Node) -> bool:
-    """Whether the result of ``node`` may share memory with its first input, as its schema says or not."""
+    """Whether the result of ``node`` may share memory with its first input, whether its schema declares it or not."""
     if not isinstance(node.target, OpOverload):
         return node.target is operator.getitem
     rule = find_rule(node.target)
-    unsaid = rule is not None and rule.may_alias
-    return unsaid or any(result.alias_info is not None for result in node.target._schema.returns)
+    undeclared = rule is not None and rule.may_alias
+    return undeclared or any(result.alias_info is not None for result in node.target._schema.returns)
 
 
 def regroups(node: fx.Node) -> bool:
-    """Whether ``node`` groups axes anew, which a view cannot do for any layout in memory."""
+    """Whether ``node`` regroups axes, which a view cannot do for every memory layout."""
     rule = find_rule(node.target)
     return rule is not None and rule.regroups
 
@@ -59,7 +60,7 @@ def writes(node: fx.Node) -> bool:
 
 
 def alias_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """For each node the first one whose memory it may share."""
+    """For each node, the first node whose memory it may share."""
     root: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         first = node.args[0] if node.args else None
@@ -68,17 +69,14 @@ def alias_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 
 def written_sources(graph: fx.Graph) -> set[str]:
-    """Return the names of inputs and weights of a graph to which an op writes, itself or through another value."""
+    """Names of the inputs and weights of a graph that some op writes to, directly or through a view."""
     root = alias_roots(graph)
-    written = {root[value] for node in graph.nodes if writes(node) for value in _written_by(node)}
-    return {str(node.target) for node in written if node.op in ("placeholder", "get_attr")}
-
-
-def _written_by(node: fx.Node) -> list[fx.Node]:
-    """The inputs that an op writes to, as its schema says."""
-    found = []
-    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if argument.alias_info is not None and argument.alias_info.is_write:
+    written: set[str] = set()
+    for node in filter(writes, graph.nodes):
+        for i, argument in enumerate(node.target._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
             value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-            found += [value] if isinstance(value, fx.Node) else []
-    return found
+            if isinstance(value, fx.Node) and root[value].op in ("placeholder", "get_attr"):
+                written.add(str(root[value].target))
+    return written

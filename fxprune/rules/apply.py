@@ -1,4 +1,4 @@
-"""Running the rule of an op, on a node of a graph or on its own."""
+"""Applying the rule of an op: to a node of a graph, or to a node in isolation."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from fxprune.rules.routing import follow_positions
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Statements, TensorAxes
 
-__all__ = ["Descriptions", "apply_rule", "describe", "fresh_axes", "run_alone"]
+__all__ = ["RuleDescriber", "apply_rule", "apply_rule_alone", "describe_rule", "fresh_axes"]
 
 
 def fresh_axes(name: str, value: Any, weight: bool = False) -> TensorAxes:
-    """A tensor whose axes are factors unlike any other."""
+    """The tensor ``value`` under ``name``, each axis a fresh factor."""
     shape = value.shape if isinstance(value, torch.Tensor) else ()
     return TensorAxes(name, tuple(new_factor(size_hint(size)) for size in shape), weight)
 
 
 def _fresh_results(node: fx.Node, weight: bool) -> TensorAxes | tuple[TensorAxes, ...]:
-    """The tensors that ``node`` makes, one or several, with fresh axes; none where it makes none."""
+    """The tensors that ``node`` makes, one or several, with fresh axes; ``()`` if it makes none."""
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         return fresh_axes(tensor_name(node), value, weight)
@@ -52,7 +52,7 @@ def apply_rule(node: fx.Node, stated: Statements) -> OpSite:
     elif rule is not None:
         try:
             rule.state(site)
-        except Exception as error:  # a use the rule was not written for: whatever it, a user's own too, trips over
+        except Exception as error:  # a use that the rule, perhaps a user's own, was not written for
             stated.unruled[node.name] = str(node.target)
             site.freeze_all(f"the rule for {node.target} does not cover this use ({type(error).__name__})")
             site.understood.clear()
@@ -60,19 +60,18 @@ def apply_rule(node: fx.Node, stated: Statements) -> OpSite:
     return site
 
 
-def run_alone(node: fx.Node) -> tuple[OpSite, Statements]:
-    """The rule of ``node`` by itself: its inputs are tensors that share no axis."""
+def apply_rule_alone(node: fx.Node) -> tuple[OpSite, Statements]:
+    """The rule of ``node`` in isolation: its inputs are tensors that share no axis."""
     stated = Statements()
     for source in node.all_input_nodes:
-        weight = _is_weight(source)
-        found = _fresh_results(source, weight)
+        found = _fresh_results(source, _is_weight(source))
         if found:
             stated.tensors[tensor_name(source)] = found
     return apply_rule(node, stated), stated
 
 
 def _is_weight(node: fx.Node) -> bool:
-    """Whether ``node`` is made of parameters and buffers alone."""
+    """Whether ``node`` is computed from parameters and buffers alone."""
     seen, pending = {node}, [node]
     while pending:
         here = pending.pop()
@@ -84,33 +83,32 @@ def _is_weight(node: fx.Node) -> bool:
     return True
 
 
-def describe(node: fx.Node) -> str:
-    """The rule of ``node`` by itself, as text: ``linear  input[b, s, i], weight[o, i] -> out[b, s, o]  sums i``."""
-    return str(run_alone(node)[0])
+def describe_rule(node: fx.Node) -> str:
+    """The rule of ``node`` in isolation: ``linear  input[b, s, i], weight[o, i] -> out[b, s, o]  sums i``."""
+    return str(apply_rule_alone(node)[0])
 
 
-class Descriptions:
-    """The rules of many nodes. What is said depends on the op, on shapes and on the other arguments alone."""
+class RuleDescriber:
+    """Describes the rules of many nodes; a description depends on the op, shapes and other arguments alone."""
 
     def __init__(self) -> None:
         self._known: dict[Any, str] = {}
 
-    def of(self, op: OpSite) -> str:
-        """As :func:`describe`."""
+    def describe(self, op: OpSite) -> str:
+        """The same text as :func:`describe_rule`."""
         node = op.node
         results = tuple(x.sizes for x in op.outs)  # sizes among the arguments may be computed at run time
-        keywords = tuple(node.kwargs), _form(op, tuple(node.kwargs.values()))
-        key = (node.target, _form(op, node.args), keywords, results)
+        keywords = tuple(node.kwargs), _signature(op, tuple(node.kwargs.values()))
+        key = (node.target, _signature(op, node.args), keywords, results)
         if key not in self._known:
-            self._known[key] = describe(node)
+            self._known[key] = describe_rule(node)
         return self._known[key]
 
 
-def _form(op: OpSite, argument: Any) -> Any:
-    """What stands for an argument: sizes for a tensor, whether it was met before, and all else as it is."""
+def _signature(op: OpSite, argument: Any) -> Any:
+    """A hashable stand-in for an argument: place among the inputs and sizes for a tensor, else the value."""
     if isinstance(argument, fx.Node):
-        found = op.all_of(argument)
-        return (op.node.all_input_nodes.index(argument), *(x.sizes for x in found))
+        return (op.node.all_input_nodes.index(argument), *(x.sizes for x in op.all_of(argument)))
     if isinstance(argument, list | tuple):
-        return tuple(_form(op, item) for item in argument)
+        return tuple(_signature(op, item) for item in argument)
     return argument if argument is None or isinstance(argument, int | str) else repr(argument)

@@ -10,7 +10,7 @@ from fxprune.rules.registry import rule
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Role, TensorAxes
 
-__all__ = ["einsum", "kron", "matmul", "scaled_dot_product_attention", "tensordot", "vecdot"]
+__all__ = ()  # importing the module registers its rules
 
 rule("linear", notation="input[*b, i], weight[o?, i], bias[o?]? -> out[*b, o?]  sums i", values="product")
 rule("mm", notation="self[n, k], mat2[k, m] -> out[n, m]  sums k", values="product")
@@ -47,7 +47,7 @@ def matmul(op: OpSite) -> None:
 
 @rule("tensordot", "inner", values="product")
 def tensordot(op: OpSite) -> None:
-    """Axes ``dims_self`` and ``dims_other``, the last ones for ``inner``, match and are summed; the others pass."""
+    """Axes ``dims_self`` and ``dims_other`` (for ``inner`` the last ones) match and are summed; the others pass."""
     a, b = op.need("self"), op.need("other")
     first, second = ([i % x.rank for i in op.arg(n, (-1,))] for x, n in ((a, "dims_self"), (b, "dims_other")))
     for i, j in zip(first, second, strict=True):
@@ -60,7 +60,7 @@ def tensordot(op: OpSite) -> None:
 
 @rule("kron", values="product")
 def kron(op: OpSite) -> None:
-    """Each axis is that of ``self`` times that of ``other``, counted from the last."""
+    """Each axis is the product of those of ``self`` and ``other``, aligned from the last."""
     for j in range(1, op.out.rank + 1):
         held = [x for x in (op.need("self"), op.need("other")) if j <= x.rank]
         op.equate(product(*(x.axes[-j] for x in held)), op.out.axes[-j])
@@ -70,7 +70,7 @@ def kron(op: OpSite) -> None:
 
 @rule("linalg_vecdot", values="product")
 def vecdot(op: OpSite) -> None:
-    """``x * y`` with broadcast axes, summed over ``dim``, which counts among the axes of the product."""
+    """``x * y`` with broadcast axes, summed over ``dim`` of the product."""
     x, y = op.need("x"), op.need("y")
     rank = op.out.rank + 1
     summed = rank - op.arg("dim", -1) % rank
@@ -85,9 +85,9 @@ def vecdot(op: OpSite) -> None:
 
 @rule("einsum", values="product")
 def einsum(op: OpSite) -> None:
-    """Axes of one letter are the same axis; an ellipsis stands for leading letters of its own.
+    """Axes with one letter are the same axis; an ellipsis stands for leading letters of its own.
 
-    A letter of both operands and the output is a batch axis.
+    A letter in both operands and the output is a batch axis.
     """
     operands = op.list_of("tensors")
     terms, output = _spell_out(op.arg("equation"), operands, op.out.rank)
@@ -104,18 +104,14 @@ def einsum(op: OpSite) -> None:
         if letter not in output:
             op.add_up(*((x, term.index(letter)) for term, x in zip(terms, operands, strict=True) if letter in term))
     if len(operands) == 2:
-        _state_einsum_roles(op, terms, operands, output)
-
-
-def _state_einsum_roles(op: OpSite, terms: list[str], operands: list[TensorAxes], output: str) -> None:
-    batch = set(terms[0]) & set(terms[1]) & set(output)
-    places = [(x, i, letter) for x, term in zip(operands, terms, strict=True) for i, letter in enumerate(term)]
-    summed = [(x, i) for x, i, letter in places if letter not in output]
-    state_product_roles(op, [(x, i, letter in batch) for x, i, letter in places], summed)
+        batch = set(terms[0]) & set(terms[1]) & set(output)
+        axes = [(x, i, letter) for x, term in zip(operands, terms, strict=True) for i, letter in enumerate(term)]
+        summed = [(x, i) for x, i, letter in axes if letter not in output]
+        state_product_roles(op, [(x, i, letter in batch) for x, i, letter in axes], summed)
 
 
 def _spell_out(equation: str, operands: list[TensorAxes], rank: int) -> tuple[list[str], str]:
-    """The letters of each operand and of the output, ellipses and an output that is left out written out."""
+    """The letters of each operand and of the output, with ellipses and an implicit output written out."""
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
     hidden = [x.rank - len(t.replace("...", "")) for t, x in zip(terms, operands, strict=True) if "..." in t]
@@ -138,8 +134,8 @@ def _spell(term: str, spare: list[str], rank: int) -> str:
 def scaled_dot_product_attention(op: OpSite) -> None:
     """``softmax(q k^T * scale + mask) v``: q ``(.., H, S, D)``, k ``(.., G, T, D)``, v ``(.., G, T, E)``.
 
-    With ``enable_gqa`` query head ``g * H / G + r`` reads key head ``g``. The
-    canonical form spells ``scale`` out, so that it stays that of the dense model when ``D`` shrinks.
+    With ``enable_gqa`` query head ``g * H / G + r`` reads key head ``g``. The canonical form of a graph makes
+    ``scale`` explicit, so that it keeps the dense model's value when ``D`` shrinks.
     """
     q, k, v, mask = op.need("query"), op.need("key"), op.need("value"), op.tensor("attn_mask")
     op.tie(q, -1, k, -1)
@@ -155,7 +151,7 @@ def scaled_dot_product_attention(op: OpSite) -> None:
     op.freeze(k, -2, "attention normalises over keys")
     if op.arg("is_causal", False):
         op.freeze(q, -2, "a causal mask depends on the position")
-    for i in (1, *range(3, v.rank + 1)):  # weights of attention are never zero: the values have to be
+    for i in (1, *range(3, v.rank + 1)):  # attention weights are never zero, so the values must be
         op.keep_zeros(op.out, -i, (v, -i))
     op.tag(q, -1, Role.SUMMED)
     for x in (q, k, v):
@@ -165,7 +161,7 @@ def scaled_dot_product_attention(op: OpSite) -> None:
 
 
 def _tie_heads(op: OpSite, q: TensorAxes, k: TensorAxes, v: TensorAxes) -> None:
-    """Heads and batches are the same in all; several query heads may read one key head."""
+    """Head and batch axes are the same in all tensors; several query heads may read one key head."""
     for i in range(3, q.rank + 1):
         op.tie(q, -i, op.out, -i)
         op.tie(k, -i, v, -i)

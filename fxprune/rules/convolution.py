@@ -1,4 +1,4 @@
-"""Ops that slide over axes: convolutions, pooling, windows. Channels go one by one or group by group."""
+"""Rules of sliding ops: convolutions, pooling, windows. Channels are removed one by one or group by group."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fxprune.rules.registry import rule
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import TensorAxes
 
-__all__ = ["convolution", "im2col", "pixel_shuffle", "pool", "unfold"]
+__all__ = ()  # importing the module registers its rules
 
 
 @rule(
@@ -18,8 +18,8 @@ __all__ = ["convolution", "im2col", "pixel_shuffle", "pool", "unfold"]
 def convolution(op: OpSite) -> None:
     """Weight ``(out, in / groups, kernel..)``, transposed ``(in, out / groups, kernel..)``.
 
-    Channels are axis 1 of input and output, 0 where there is no batch. The channels of either side that are spread
-    over the groups are ``(groups * channels of a group)``: whole groups may go, and the same channel of each group.
+    Channels are axis 1 of input and output, axis 0 without a batch. Channels that are spread over the groups are
+    ``(groups * channels of a group)``: whole groups may be removed, and the same channel of each group.
     """
     x, weight, bias = op.need("input"), op.need("weight"), op.tensor("bias")
     channel = x.rank - weight.rank + 1
@@ -39,21 +39,18 @@ def convolution(op: OpSite) -> None:
         op.size_argument("groups", groups)
     if bias is not None:
         op.tie(bias, 0, op.out, channel)
-    for i in range(2, weight.rank):
-        _slide(op, x, weight, i, channel + i - 1)
+    for tap in range(2, weight.rank):
+        i = channel + tap - 1
+        if weight.sizes[tap] == 1 and _is_argument(op, "stride", 1, tap) and _is_argument(op, "padding", 0, tap):
+            op.tie(x, i, op.out, i)
+            continue
+        op.freeze(x, i, "a convolution slides over this axis")
+        op.freeze(weight, tap, "a kernel's taps are fixed")
+        op.freeze(op.out, i, "a convolution slides over this axis")
 
 
-def _slide(op: OpSite, x: TensorAxes, weight: TensorAxes, tap: int, i: int) -> None:
-    """Axis ``tap`` of the kernel moves along axis ``i``; one of size 1 need not."""
-    if weight.sizes[tap] == 1 and _each(op, "stride", 1, tap) and _each(op, "padding", 0, tap):
-        op.tie(x, i, op.out, i)
-        return
-    op.freeze(x, i, "a convolution slides over this axis")
-    op.freeze(weight, tap, "a kernel's taps are fixed")
-    op.freeze(op.out, i, "a convolution slides over this axis")
-
-
-def _each(op: OpSite, name: str, value: int, tap: int) -> bool:
+def _is_argument(op: OpSite, name: str, value: int, tap: int) -> bool:
+    """Whether argument ``name`` is ``value`` for axis ``tap`` of the kernel."""
     found = op.arg(name, value)
     if isinstance(found, list | tuple):
         return bool(found) and found[min(tap - 2, len(found) - 1)] == value
@@ -72,7 +69,7 @@ _POOLS = (
 
 @rule(*_POOLS.split())
 def pool(op: OpSite) -> None:
-    """Each channel by itself; the last axes, as many as the op's name says, are slid over."""
+    """Each channel by itself; the op slides over the last axes, as many as its name says (``max_pool2d``: two)."""
     x = op.tensors[0]
     space = next(int(sign) for sign in reversed(op.name) if sign.isdigit())
     for out in op.outs:
@@ -87,7 +84,7 @@ def pool(op: OpSite) -> None:
 
 @rule("unfold", "unfold_copy")
 def unfold(op: OpSite) -> None:
-    """Windows along ``dimension``: their number in its place, what is in one of them in a new last axis."""
+    """Windows along ``dimension``, which becomes their number; a new last axis holds the entries of each window."""
     x = op.need("self")
     dim = op.arg("dimension") % max(x.rank, 1)
     op.tie_all(x, but=(dim,))
@@ -100,7 +97,7 @@ def unfold(op: OpSite) -> None:
 
 @rule("im2col", "col2im")
 def im2col(op: OpSite) -> None:
-    """``(.., channels, height, width)`` and ``(.., channels * taps, places)``, one the windows of the other."""
+    """An image ``(.., channels, height, width)`` and its windows as columns ``(.., channels * taps, places)``."""
     x = op.need("self")
     image, columns = (x, op.out) if x.rank > op.out.rank else (op.out, x)
     _spread(op, columns, columns.rank - 2, image, image.rank - 3, "a kernel's taps are fixed")
@@ -123,7 +120,7 @@ def pixel_shuffle(op: OpSite) -> None:
 
 
 def _spread(op: OpSite, many: TensorAxes, i: int, few: TensorAxes, j: int, reason: str) -> None:
-    """Axis ``i`` of ``many`` is axis ``j`` of ``few`` times some that are fixed; the axes before are the same."""
+    """Axis ``i`` of ``many`` is axis ``j`` of ``few`` times a frozen factor; the axes before are the same."""
     inner = new_factor(many.sizes[i] // few.sizes[j])
     op.freeze_expr(inner, reason)
     op.equate(product(few.axes[j], inner), many.axes[i])

@@ -7,17 +7,7 @@ from fxprune.rules.registry import rule
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import TensorAxes
 
-__all__ = [
-    "constant",
-    "glu",
-    "numbered",
-    "pointwise",
-    "prelu",
-    "view_as_complex",
-    "view_as_real",
-    "zeros",
-    "zeros_like",
-]
+__all__ = ()  # importing the module registers its rules
 
 _SAME_SHAPE = (
     "add add_ sub sub_ mul mul_ div div_ pow neg where masked_fill masked_fill_ silu gelu relu tanh sigmoid softplus"
@@ -47,7 +37,7 @@ def pointwise(op: OpSite) -> None:
 
 @rule("prelu")
 def prelu(op: OpSite) -> None:
-    """``max(0, x) + weight * min(0, x)``, with a weight for all or one for each channel (axis 1)."""
+    """``max(0, x) + weight * min(0, x)``, with one weight for all or one for each channel (axis 1)."""
     x, weight = op.need("self"), op.need("weight")
     op.tie_all(x)
     if weight.sizes not in ((), (1,)):
@@ -87,7 +77,7 @@ def constant(op: OpSite) -> None:
 
 @rule("zeros", "new_zeros", values="shape")
 def zeros(op: OpSite) -> None:
-    """As :func:`constant`, and zero for every unit."""
+    """A :func:`constant` whose units are all zero."""
     constant(op)
     for i in range(op.out.rank):
         op.keep_zeros(op.out, i)
@@ -95,15 +85,15 @@ def zeros(op: OpSite) -> None:
 
 @rule("zeros_like", values="shape")
 def zeros_like(op: OpSite) -> None:
-    """The axes of ``self``, and zero for every unit."""
+    """The axes of ``self``; all units are zero."""
     op.tie_all(op.need("self"))
     for i in range(op.out.rank):
         op.keep_zeros(op.out, i)
 
 
 @rule("arange", "linspace", "eye", "tril_indices", "triu_indices", "rand", "randn", "randint", "randperm")
-def numbered(op: OpSite) -> None:
-    """Values that depend on their position: every unit has to stay."""
+def index_dependent(op: OpSite) -> None:
+    """Values that depend on their position: every unit must stay."""
     for i in range(op.out.rank):
         op.freeze(op.out, i, f"{op.node.target} numbers this axis")
 
@@ -114,16 +104,16 @@ rule("_conj", "_conj_physical", "resolve_conj", "conj_physical", notation="self[
 @rule("view_as_complex", values="moved")
 def view_as_complex(op: OpSite) -> None:
     """``self (.., 2)`` is ``out (..)``: the two parts of a number stay together."""
-    _pair(op, op.need("self"), op.out)
+    _tie_complex(op, op.need("self"), op.out)
 
 
 @rule("view_as_real", values="moved")
 def view_as_real(op: OpSite) -> None:
     """``self (..)`` is ``out (.., 2)``: the two parts of a number stay together."""
-    _pair(op, op.out, op.need("self"))
+    _tie_complex(op, op.out, op.need("self"))
 
 
-def _pair(op: OpSite, real: TensorAxes, numbers: TensorAxes) -> None:
-    for i in range(numbers.rank):
-        op.tie(real, i, numbers, i)
+def _tie_complex(op: OpSite, real: TensorAxes, complex_: TensorAxes) -> None:
+    for i in range(complex_.rank):
+        op.tie(real, i, complex_, i)
     op.freeze(real, -1, "the real and the imaginary part of a number")

@@ -1,9 +1,13 @@
-"""Products of activations and weights: dense, convolutional, or batched over experts."""
+"""Products of activations and weights: dense, convolutional, or batched over experts.
+
+An *exclusive* parameter is one that a single node reads, under this name or any other: its values may be changed
+without changing anything else.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,25 +16,21 @@ from torch import fx, nn
 from fxprune.axes import UNIT, Expr
 from fxprune.graph.compat import UNKNOWN_SIZE
 from fxprune.graph.tensors import get_tensor, tensor_name
-from fxprune.rules.apply import run_alone
+from fxprune.rules.apply import apply_rule_alone
 from fxprune.rules.registry import Values, find_rule
-from fxprune.rules.site import Arguments
+from fxprune.rules.site import OpArguments
 from fxprune.rules.statements import Statements, TensorAxes
 
 __all__ = [
-    "Contraction",
     "LoneProduct",
-    "Picked",
+    "PickedMatrices",
     "SlidingProduct",
     "StackedProduct",
     "WeightProduct",
-    "contractions",
-    "lone_parameters",
     "lone_products",
     "lone_sliding_products",
     "lone_stacked_products",
     "picked_matrices",
-    "reads_weight",
     "sliding_product",
     "stacked_product",
     "weight_product",
@@ -39,13 +39,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class WeightProduct:
-    """``out[.., o] = sum over i of source[.., i] * weight[..]``, plus something.
+    """``out[.., o] = sum over i of source[.., i] * weight[..]``, plus an optional bias.
 
     Args:
-        source: what makes the activations; their last axis is summed over.
-        weight: what reads the weight, of two axes.
+        source: node of the activations; their last axis is summed over.
+        weight: node that reads the weight, of two axes.
         axis: the axis of the weight that is summed over; the other one is the last of the output.
-        added: what makes the tensor that is added; None if none is.
+        added: node of the tensor that is added; None if none is.
     """
 
     source: fx.Node
@@ -56,18 +56,14 @@ class WeightProduct:
 
 @dataclass(frozen=True)
 class Contraction:
-    """An op multiplies two tensors and adds up over one axis, and does nothing else to them.
+    """An op that multiplies two tensors and sums over one axis, and does nothing else to them.
 
     Args:
-        x: one tensor.
-        source: what makes it.
-        i: which of its axes is summed over.
-        w: the other one.
-        weight: what makes that.
-        axis: which of its axes is summed over.
+        x: one tensor, made by ``source``; its axis ``i`` is summed over.
+        w: the other one, made by ``weight``; its axis ``axis`` is summed over.
         out: the result.
-        stated: all that the rule of the op says.
-        added: what makes the tensor that is added; None if none is.
+        stated: the statements of the op's rule.
+        added: node of the tensor that is added; None if none is.
     """
 
     x: TensorAxes
@@ -81,19 +77,19 @@ class Contraction:
     added: fx.Node | None
 
     def axes(self, tensor: TensorAxes) -> list[Expr]:
-        """The axes of a tensor as they were solved."""
+        """The solved axes of a tensor."""
         return [self.stated.solver.resolve(axis) for axis in tensor.axes]
 
 
 def contractions(node: fx.Node) -> Iterator[Contraction]:
-    """The parts of ``node`` if it multiplies two tensors and sums over one axis, with either tensor as the weight."""
+    """The contractions that ``node`` is, with either tensor as the weight; none if it is anything else."""
     rule = find_rule(node.target) if node.op == "call_function" else None
     if rule is None or rule.values is not Values.PRODUCT:
         return
-    arguments = Arguments(node)
+    arguments = OpArguments(node)
     if any(arguments.get(name, 1) != 1 for name in ("alpha", "beta")):
         return
-    site, stated = run_alone(node)
+    site, stated = apply_rule_alone(node)
     if len(stated.sums) != 1 or len(stated.sums[0].places) != 2 or len(site.outs) != 1:
         return
     nodes = {tensor_name(source): source for source in node.all_input_nodes}
@@ -107,8 +103,8 @@ def contractions(node: fx.Node) -> Iterator[Contraction]:
 
 
 def weight_product(node: fx.Node) -> WeightProduct | None:
-    """The parts of ``node`` if it multiplies activations by a weight of two axes, and does nothing else to them."""
-    for found in contractions(node) if reads_weight(node) else ():
+    """The product that ``node`` is, of activations and a weight of two axes; None if it is anything else."""
+    for found in contractions(node) if _reads_weight(node) else ():
         x, out = found.x, found.out
         if found.weight.op != "get_attr" or found.source.op == "get_attr" or found.w.rank != 2:
             continue
@@ -120,11 +116,11 @@ def weight_product(node: fx.Node) -> WeightProduct | None:
 
 @dataclass(frozen=True)
 class LoneProduct(WeightProduct):
-    """A product with a parameter of two axes that nothing else reads, under this name or another.
+    """A product with an exclusive parameter of two axes.
 
     Args:
         node: the product.
-        bias: the name of what it adds, where that is a parameter that nothing else reads either; else None.
+        bias: name of the added tensor if it is an exclusive parameter too; else None.
     """
 
     node: fx.Node
@@ -137,54 +133,53 @@ class LoneProduct(WeightProduct):
 
 
 def lone_products(graph_module: fx.GraphModule) -> Iterator[LoneProduct]:
-    """Yield the products, in order of execution, whose weight may be changed without anything else changing.
+    """Yield the products with an exclusive weight of two axes, in order of execution.
 
-    Those that take one row of activations without a batch are left out.
+    Products of a single row of activations, without a batch, are left out.
     """
-    alone = lone_parameters(graph_module)
+    exclusive = _exclusive_parameters(graph_module)
     for node in graph_module.graph.nodes:
         found = weight_product(node)
-        if found is not None and alone(found.weight, 2) and found.source.meta["val"].dim() >= 2:
-            bias = str(found.added.target) if found.added is not None and alone(found.added, 1) else None
+        if found is not None and exclusive(found.weight, 2) and found.source.meta["val"].dim() >= 2:
+            bias = str(found.added.target) if found.added is not None and exclusive(found.added, 1) else None
             yield LoneProduct(found.source, found.weight, found.axis, found.added, node, bias)
 
 
-def lone_parameters(graph_module: fx.GraphModule) -> Callable[[fx.Node, int], bool]:
-    """Whether a node reads a parameter of so many axes that nothing else reads, under this name or another."""
+def _exclusive_parameters(graph_module: fx.GraphModule) -> Callable[[fx.Node, int], bool]:
+    """A predicate: whether a node reads an exclusive parameter with that many axes."""
     uses: dict[int, int] = {}
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
             tensor = get_tensor(graph_module, str(node.target))
             uses[id(tensor)] = uses.get(id(tensor), 0) + len(node.users)
 
-    def alone(node: fx.Node, rank: int) -> bool:
+    def exclusive(node: fx.Node, rank: int) -> bool:
         tensor = get_tensor(graph_module, str(node.target)) if node.op == "get_attr" else None
         return isinstance(tensor, nn.Parameter) and tensor.dim() == rank and uses[id(tensor)] == 1
 
-    return alone
+    return exclusive
 
 
-def reads_weight(node: fx.Node) -> bool:
-    """Whether one of the inputs of ``node`` is a parameter or a buffer."""
+def _reads_weight(node: fx.Node) -> bool:
     return any(source.op == "get_attr" for source in node.all_input_nodes)
 
 
 @dataclass(frozen=True)
 class SlidingProduct:
-    """``out[.., o, ..] = sum over i and taps of weight[o, i, taps..] * inputs[.., i, taps..]``, plus something.
+    """``out[.., o, ..] = sum over i and taps of weight[o, i, taps..] * inputs[.., i, taps..]``, plus an optional bias.
 
-    The inputs are those numbers of ``source``, or zeros, that the op multiplies with each entry of the weight; each has
-    all channels, which are summed over as one axis. The axes of the weight may be in any order.
+    The inputs are the numbers of ``source``, or padding zeros, that the op multiplies with each entry of the weight;
+    each has all channels, which are summed over as one axis. The axes of the weight may be in any order.
 
     Args:
         node: the product.
-        source: what makes the activations.
+        source: node of the activations.
         channel: the axis of the activations that is summed over.
-        weight: what reads the weight, of three axes or more.
-        order: all axes of the weight, that of outputs first, that of inputs second, taps last.
+        weight: node that reads the weight, of three axes or more.
+        order: all axes of the weight: that of outputs, that of inputs, then the taps.
         outputs: the axis of the result that has the outputs.
-        added: what makes the tensor that is added; None if none is.
-        bias: whether that is a parameter with one axis that nothing else reads.
+        added: node of the tensor that is added; None if none is.
+        bias: whether the added tensor is an exclusive parameter with one axis.
     """
 
     node: fx.Node
@@ -197,21 +192,21 @@ class SlidingProduct:
     bias: bool = False
 
     def inputs(self, env: Mapping[fx.Node, Any], kept: torch.Tensor) -> torch.Tensor:
-        """What the op multiplies with each entry of its weight: ``(.., kept * taps)``, axes as those of the result.
+        """The inputs multiplied with each entry of the weight: ``(.., kept * taps)``, other axes as in the result.
 
-        The op itself says it, given a weight with an output for each entry that takes in this entry alone.
+        They are the op's own outputs for an identity weight, which has one output for each entry.
 
         Args:
             env: values of the nodes that the product reads.
-            kept: which channels are wanted, ``(kept,)``.
+            kept: the wanted channels, ``(kept,)``.
         """
         weight, x = env[self.weight], env[self.source]
         sizes = [len(kept), *(weight.shape[i] for i in self.order[2:])]
         units = torch.eye(torch.Size(sizes).numel(), dtype=x.dtype, device=x.device)
-        own = sorted(range(len(self.order)), key=self.order.__getitem__)
+        to_weight = sorted(range(len(self.order)), key=self.order.__getitem__)
         given = {
             self.source: x.index_select(self.channel, kept),
-            self.weight: units.view(-1, *sizes).permute(own),
+            self.weight: units.view(-1, *sizes).permute(to_weight),
             self.added: None,
         }
         args, kwargs = fx.map_arg((self.node.args, self.node.kwargs), lambda n: given[n] if n in given else env[n])
@@ -220,8 +215,11 @@ class SlidingProduct:
 
 
 def sliding_product(node: fx.Node) -> SlidingProduct | None:
-    """The parts of ``node`` if it multiplies activations by a weight with taps, every output all channels."""
-    for found in contractions(node) if reads_weight(node) else ():
+    """The product that ``node`` is, of activations and a weight with taps, every output reading all channels; or None.
+
+    A grouped convolution, whose outputs read some channels only, is not one.
+    """
+    for found in contractions(node) if _reads_weight(node) else ():
         x, w, out = (found.axes(tensor) for tensor in (found.x, found.w, found.out))
         free = [j for j in range(len(w)) if j != found.axis]
         passed = [j for j in free if w[j] is not UNIT and out.count(w[j]) == 1 and w[j] not in x]
@@ -239,24 +237,22 @@ def sliding_product(node: fx.Node) -> SlidingProduct | None:
 
 
 def lone_sliding_products(graph_module: fx.GraphModule) -> Iterator[SlidingProduct]:
-    """Yield the products, in order of execution, whose weight may be changed without anything else changing."""
-    alone = lone_parameters(graph_module)
+    """Yield the sliding products with an exclusive weight, in order of execution."""
+    exclusive = _exclusive_parameters(graph_module)
     for node in graph_module.graph.nodes:
         found = sliding_product(node)
-        if found is not None and alone(found.weight, len(found.order)):
-            bias = found.added is not None and alone(found.added, 1)
-            parts = (found.source, found.channel, found.weight, found.order, found.outputs, found.added)
-            yield SlidingProduct(node, *parts, bias)
+        if found is not None and exclusive(found.weight, len(found.order)):
+            yield replace(found, bias=found.added is not None and exclusive(found.added, 1))
 
 
 @dataclass(frozen=True)
-class Picked:
+class PickedMatrices:
     """Matrices ``(picks, .., ..)`` that are picked by number from a weight of three axes.
 
     Args:
-        node: what picks them.
-        weight: what reads the weight.
-        index: what makes the numbers ``(picks,)``.
+        node: node that picks them.
+        weight: node that reads the weight.
+        index: node of the numbers ``(picks,)``.
         along: the axis of the result that has the picks.
         axes: for each axis of the result the axis of the weight that it is, or that it was picked along.
     """
@@ -272,17 +268,17 @@ class Picked:
 class StackedProduct:
     """``out[b, .., o] = sum over i of source[b, .., i] * weight[m, o, i]``, with ``m`` either ``b`` or ``index[b]``.
 
-    The axes of each tensor may be in any order; those that are not named are the same in ``source`` and ``out``. No
-    size depends on the data.
+    The axes of each tensor may be in any order; other axes are the same in ``source`` and ``out``. No size depends on
+    the data.
 
     Args:
         node: the product.
-        source: what makes the activations.
-        weight: what reads the weight, of three axes.
-        order: which axes of the weight are that of matrices, of outputs and of inputs.
+        source: node of the activations.
+        weight: node that reads the weight, of three axes.
+        order: the axes of the weight: that of matrices, of outputs and of inputs.
         source_order: all axes of the activations, that of matrices first and that of inputs last.
         out_order: all axes of the result, that of matrices first and that of outputs last.
-        picked: what picks a matrix for each ``b``; None where there is one matrix for each.
+        picked: the matrices picked for each ``b``; None if ``m`` is ``b``.
     """
 
     node: fx.Node
@@ -291,15 +287,15 @@ class StackedProduct:
     order: tuple[int, int, int]
     source_order: tuple[int, ...]
     out_order: tuple[int, ...]
-    picked: Picked | None
+    picked: PickedMatrices | None
 
 
-def picked_matrices(node: fx.Node) -> Picked | None:
-    """The parts of ``node`` if it picks matrices by number from a weight of three axes, and nothing else."""
+def picked_matrices(node: fx.Node) -> PickedMatrices | None:
+    """The matrices that ``node`` picks by number from a weight of three axes; None if it does anything else."""
     rule = find_rule(node.target) if node.op == "call_function" else None
     if rule is None or rule.values is not Values.PICKED or len(node.all_input_nodes) != 2:
         return None
-    site, stated = run_alone(node)
+    site, stated = apply_rule_alone(node)
     nodes = {tensor_name(source): source for source in node.all_input_nodes}
     if len(stated.lookups) != 1 or stated.lookups[0].index not in nodes or len(site.outs) != 1:
         return None
@@ -309,24 +305,24 @@ def picked_matrices(node: fx.Node) -> Picked | None:
     if weight.op != "get_attr" or w is None or numbers is None or (w.rank, numbers.rank, site.out.rank) != (3, 1, 3):
         return None
     if index.meta["val"].dtype not in (torch.int64, torch.int32):
-        return None  # truth values pick as many as there are, and say of none which it is
+        return None  # a boolean mask picks an unknown number of matrices
     along = [i for i, axis in enumerate(w.axes) if axis == stated.lookups[0].expr]
     exprs = [stated.solver.resolve(axis) for axis in w.axes]
     found = [_only(exprs, stated.solver.resolve(axis)) for axis in site.out.axes]
     passed = [i for i in found if i is not None]
     if len(along) != 1 or sorted(passed) != [i for i in range(3) if i != along[0]]:
         return None
-    return Picked(node, weight, index, found.index(None), tuple(along[0] if i is None else i for i in found))
+    return PickedMatrices(node, weight, index, found.index(None), tuple(along[0] if i is None else i for i in found))
 
 
 def stacked_product(node: fx.Node) -> StackedProduct | None:
-    """The parts of ``node`` if it multiplies activations by matrices of a weight of three axes, each by one of them."""
+    """The product that ``node`` is, of activations and one matrix each of a weight of three axes; or None."""
     for found in contractions(node):
         picked = picked_matrices(found.weight)
         weight = found.weight if picked is None else picked.weight
         if weight.op != "get_attr" or found.source.op == "get_attr" or found.w.rank != 3 or found.added is not None:
             continue
-        axes = None if UNKNOWN_SIZE in found.x.sizes else _roles(found)
+        axes = None if UNKNOWN_SIZE in found.x.sizes else _stacked_axes(found)
         if axes is None:
             continue
         stack, passed, source_order, out_order = axes
@@ -340,16 +336,18 @@ def stacked_product(node: fx.Node) -> StackedProduct | None:
 
 
 def lone_stacked_products(graph_module: fx.GraphModule) -> Iterator[StackedProduct]:
-    """Yield the products, in order of execution, whose weight may be changed without anything else changing."""
-    alone = lone_parameters(graph_module)
+    """Yield the stacked products with an exclusive weight, in order of execution."""
+    exclusive = _exclusive_parameters(graph_module)
     for node in graph_module.graph.nodes:
         found = stacked_product(node)
-        if found is not None and alone(found.weight, 3) and (found.picked is None or len(found.picked.node.users) == 1):
+        if found is None or not exclusive(found.weight, 3):
+            continue
+        if found.picked is None or len(found.picked.node.users) == 1:
             yield found
 
 
-def _roles(found: Contraction) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:
-    """The axis of matrices and that of outputs in the weight, and the axes of activations and result in order."""
+def _stacked_axes(found: Contraction) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:
+    """The weight's axes of matrices and of outputs, and the order of the axes of activations and result; or None."""
     x, w, out = (found.axes(tensor) for tensor in (found.x, found.w, found.out))
     free = [j for j in range(3) if j != found.axis]
     stacks = [j for j in free if _only(x, w[j]) is not None and _only(out, w[j]) is not None]
@@ -366,6 +364,6 @@ def _roles(found: Contraction) -> tuple[int, int, tuple[int, ...], tuple[int, ..
 
 
 def _only(exprs: Sequence[Expr], wanted: Expr) -> int | None:
-    """Where ``wanted`` is among axes; None if it is nowhere, at several places, or of size 1."""
+    """The only place of ``wanted`` among axes; None if there is none or there are several, or it has size 1."""
     places = [i for i, expr in enumerate(exprs) if expr == wanted]
     return places[0] if len(places) == 1 and wanted is not UNIT else None

@@ -9,25 +9,11 @@ from fxprune.rules.registry import rule
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import TensorAxes
 
-__all__ = [
-    "add_up",
-    "best",
-    "cumsum",
-    "group_norm",
-    "instance_norm",
-    "layer_norm",
-    "matrix_norm",
-    "order",
-    "reduce",
-    "scan",
-    "share",
-    "spread",
-    "weight_norm",
-]
+__all__ = ()  # importing the module registers its rules
 
 
 def _dims(op: OpSite, x: TensorAxes) -> tuple[int, ...]:
-    """The axes reduced over, non-negative; all where none is named."""
+    """The reduced axes, non-negative; all axes if ``dim`` names none."""
     dim = op.arg("dim")
     if dim is None or (isinstance(dim, Sequence) and not dim):
         return tuple(range(x.rank))
@@ -35,8 +21,8 @@ def _dims(op: OpSite, x: TensorAxes) -> tuple[int, ...]:
 
 
 @rule("sum", "norm", "linalg_vector_norm", values="reduced")
-def add_up(op: OpSite) -> None:
-    """A sum over ``dim``, of powers for a norm: units that are zero can go; the other axes stay."""
+def sum_or_norm(op: OpSite) -> None:
+    """A sum over ``dim``, of powers for a norm: units that are zero can be removed; the other axes stay."""
     x = op.need("x" if op.has("x") else "self")
     dims = _dims(op, x)
     order = op.arg("ord", op.arg("p", 2))
@@ -50,7 +36,7 @@ def add_up(op: OpSite) -> None:
 
 @rule("linalg_norm", "linalg_matrix_norm", values="reduced")
 def matrix_norm(op: OpSite) -> None:
-    """The root of a sum of squares, as :func:`add_up`; a norm by rows, columns or singular values keeps its axes."""
+    """The root of a sum of squares; a norm by rows, columns or singular values freezes its axes."""
     x, order = op.need("self" if op.has("self") else "A"), op.arg("ord")
     two = op.name == "linalg_matrix_norm" and op.arg("dim") is None
     dims = tuple(range(x.rank))[-2:] if two else _dims(op, x)
@@ -63,8 +49,8 @@ def matrix_norm(op: OpSite) -> None:
 
 
 @rule("var", "std", "var_mean", "std_mean", values="reduced")
-def spread(op: OpSite) -> None:
-    """As :func:`reduce`; a spread divided by one less than the number of units needs two of them."""
+def variance(op: OpSite) -> None:
+    """A statistic as in :func:`reduce`; division by ``units - correction`` needs more than ``correction`` units."""
     reduce(op)
     x = op.need("x" if op.has("x") else "self")
     dims = _dims(op, x)
@@ -88,10 +74,10 @@ def reduce(op: OpSite) -> None:
 
 
 @rule("argmax", "argmin", "max.dim", "min.dim")
-def best(op: OpSite) -> None:
-    """The best along ``dim``, or where it is: picked among the units that are left."""
+def argmax(op: OpSite) -> None:
+    """The largest or smallest along ``dim``, or its position, among the remaining units."""
     if op.arg("dim") is None:
-        order(op)
+        order_statistic(op)
         return
     x = op.need("self")
     (i,) = _dims(op, x)
@@ -104,8 +90,8 @@ def best(op: OpSite) -> None:
 
 @rule("prod", values="reduced")
 @rule("max", "min", "any", "all", "median", "mode", "kthvalue")
-def order(op: OpSite) -> None:
-    """A value picked by comparison or product over ``dim``: its units are not free to go."""
+def order_statistic(op: OpSite) -> None:
+    """A value chosen by comparison, or a product, over ``dim``, which keeps its units."""
     x = op.need("self")
     dims = _dims(op, x)
     for i in dims:
@@ -114,8 +100,8 @@ def order(op: OpSite) -> None:
 
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax")
-def share(op: OpSite) -> None:
-    """Units along ``dim`` share out a whole: experts do it among those that are left, all else keeps its units."""
+def softmax(op: OpSite) -> None:
+    """Shares of the units along ``dim``: they may be fewer if the units are experts; any other axis keeps its units."""
     x = op.need("self")
     op.tie_all(x)
     for i in _dims(op, x):
@@ -124,7 +110,7 @@ def share(op: OpSite) -> None:
 
 @rule("cumsum")
 def cumsum(op: OpSite) -> None:
-    """Sums over what comes before along ``dim``: units that are zero can go."""
+    """Running sums along ``dim``: units that are zero can be removed."""
     x = op.need("self")
     op.tie_all(x)
     dims = _dims(op, x)
@@ -138,7 +124,7 @@ def cumsum(op: OpSite) -> None:
 @rule("flip", "fliplr", "flipud", "roll", values="moved")
 @rule("cumprod", "logcumsumexp")
 def scan(op: OpSite) -> None:
-    """Each value depends on all, or on those before it, along ``dim``: that axis keeps its units."""
+    """Each value depends on all others, or on those before it, along ``dim``: that axis keeps its units."""
     x = op.need("self")
     op.tie_all(x)
     named = {"fliplr": (1,), "flipud": (0,)}.get(op.name) or op.arg("dims", ())
@@ -149,7 +135,7 @@ def scan(op: OpSite) -> None:
 
 
 def _keep_others(op: OpSite, x: TensorAxes, dims: tuple[int, ...]) -> None:
-    """The axes that are not reduced are those of every output."""
+    """Tie the axes that are not reduced to those of every output."""
     left = [i for i in range(x.rank) if i not in dims]
     for out in op.outs:
         for j, i in enumerate(left):
@@ -165,7 +151,7 @@ rule(
 
 @rule("layer_norm", "rms_norm", "_fused_rms_norm")
 def layer_norm(op: OpSite) -> None:
-    """``out = norm(x) * w + b`` over the last ``len(normalized_shape)`` axes; beside these, of zeros it is ``b``."""
+    """``out = norm(x) * w + b`` over the last ``len(normalized_shape)`` axes; where ``x`` is zero it is ``b``."""
     x, shape = op.need("input"), op.arg("normalized_shape")
     first = x.rank - len(shape)
     op.tie_all(x)
@@ -180,7 +166,7 @@ def layer_norm(op: OpSite) -> None:
             parameter = op.tensor(name)
             if parameter is not None:
                 op.tie(parameter, j, x, first + j)
-    if op.name != "layer_norm" and op.arg("eps") is not None:  # w x / sqrt(mean(x x) + eps); without eps, one by dtype
+    if op.name != "layer_norm" and op.arg("eps") is not None:  # w x / sqrt(mean(x x) + eps); default eps is by dtype
         op.average(x, range(first, x.rank), power=0.5, epsilon="eps", weight="weight")
 
 
@@ -189,15 +175,15 @@ def instance_norm(op: OpSite) -> None:
     """Statistics per channel (axis 1) over the axes behind it: channels are independent."""
     x = op.need("input")
     op.tie_all(x)
-    own = op.arg("use_input_stats", True)
-    _scale_channels(op, x, own)
-    for i in range(2, x.rank) if own else ():
+    from_input = op.arg("use_input_stats", True)
+    _tie_channel_parameters(op, x, from_input)
+    for i in range(2, x.rank) if from_input else ():
         op.take_statistic(x, i)
 
 
 @rule("group_norm")
 def group_norm(op: OpSite) -> None:
-    """Channels (axis 1) are ``(groups * channels of a group)``: groups are independent, inside one there is a norm."""
+    """Channels (axis 1) are ``(groups * channels of a group)``: groups are independent, each is normalised."""
     x, groups = op.need("input"), new_factor(op.arg("num_groups"))
     inside = new_factor(x.sizes[1] // groups.size)
     op.tie_all(x)
@@ -206,29 +192,26 @@ def group_norm(op: OpSite) -> None:
     for i in range(2, x.rank):
         op.take_statistic(x, i)
     op.size_argument("num_groups", groups)
-    _scale_channels(op, x)
+    _tie_channel_parameters(op, x)
 
 
-def _scale_channels(op: OpSite, x: TensorAxes, own: bool = True) -> None:
-    """A channel is zero where scale and shift are; without these where it and its mean were.
+def _tie_channel_parameters(op: OpSite, x: TensorAxes, from_input: bool = True) -> None:
+    """A channel is zero where scale and shift are; without these, where ``x`` and its mean were.
 
-    Args:
-        op: the op.
-        x: its input.
-        own: whether the mean is that of the input itself, so zero where that is.
+    ``from_input`` says that the mean is that of ``x`` itself, so that it is zero where ``x`` is.
     """
     names = ("weight", "bias", "running_mean", "running_var")
     given = {name: parameter for name in names if (parameter := op.tensor(name)) is not None}
     for parameter in given.values():
         op.tie(parameter, 0, x, 1)
     scale = [(given[name], 0) for name in ("weight", "bias") if name in given]
-    mean = [] if own or "running_mean" not in given else [(given["running_mean"], 0)]
+    mean = [] if from_input or "running_mean" not in given else [(given["running_mean"], 0)]
     op.keep_zeros(op.out, 1, *scale, *(((x, 1), *mean) if len(scale) < 2 else ()))
 
 
 @rule("_weight_norm")
 def weight_norm(op: OpSite) -> None:
-    """``v * g / norm(v)``, the norm over all axes but ``dim``, where one of zeros has no value."""
+    """``v * g / norm(v)``, the norm over all axes except ``dim``; undefined where ``v`` is zero along these."""
     v, dim = op.need("v"), op.arg("dim", 0)
     op.tie_all(v)
     op.broadcast(op.need("g"))

@@ -1,6 +1,6 @@
-"""Which rule belongs to which op. Anyone may give one for an op of their own.
+"""The registry of rules by op; users add rules for ops of their own.
 
-The regular ones are a line of text (:mod:`fxprune.rules.notation`), others a function::
+Regular rules are a line of text (:mod:`fxprune.rules.notation`), others a function::
 
     fxprune.rule("mylib::project", notation="x[*b, i], weight[o, i] -> out[*b, o]  sums i", values="product")
 
@@ -32,36 +32,36 @@ Decorated = TypeVar("Decorated")
 
 
 class Values(StrEnum):
-    """What an op does with the values of its inputs."""
+    """Effect of an op on the values of its inputs."""
 
     MOVED = "moved"
     """Results hold the values of the first tensor, or list of tensors, at other places; repeats are allowed."""
     PICKED = "picked"
-    """Results hold values of the first tensor, at places that another tensor names."""
+    """Results hold values of the first tensor, at the places that another tensor gives."""
     CAST = "cast"
     """Each element by itself, as another type or on another device; positions stay positions."""
     POINTWISE = "pointwise"
-    """Each element by itself. What becomes of zeros is found by calling the op."""
+    """Each element by itself. Whether zeros stay zero is found by calling the op."""
     COMPARED = "compared"
-    """As pointwise, and the same for the new positions of two units as for the old ones."""
+    """Pointwise, with a result that is the same for the new positions of two units as for the old ones."""
     SHAPE = "shape"
-    """Looks at shapes alone."""
+    """Reads shapes alone."""
     PRODUCT = "product"
-    """Multiplies, and may add up: zero where one factor is zero and what is added is."""
+    """A product or a sum of products: zero where one factor and the added tensor are zero."""
     REDUCED = "reduced"
-    """Makes zeros of zeros; nothing is known of other numbers."""
+    """Maps zeros to zeros; nothing is known of other numbers."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is known about an op.
+    """The rule of an op and its properties.
 
     Args:
         state: makes the statements about one use of the op.
-        values: what it does with values; None if nothing is known.
+        values: its effect on values; None if unknown.
         added: for a product, the argument that is added to it.
-        may_alias: whether it may return its input itself although its schema does not say so.
-        regroups: whether axes are grouped anew, which a view cannot do for any layout in memory.
+        may_alias: whether it may return its input itself although its schema does not declare it.
+        regroups: whether it regroups axes, which a view cannot do for every memory layout.
         adds: whether it is the sum of its first two arguments.
     """
 
@@ -76,7 +76,7 @@ class Rule:
 _RULES: dict[str, Rule] = {}
 
 _TAGGED = "aten::mul"
-"""The op whose rule goes for every op that torch itself marks as pointwise."""
+"""The op whose rule applies to every op that torch itself marks as pointwise."""
 
 
 def rule(
@@ -88,23 +88,23 @@ def rule(
     regroups: bool = False,
     adds: bool = False,
 ) -> Callable[[Decorated], Decorated]:
-    """Give the ops ``names`` a rule: the decorated function, or ``notation``.
+    """Register a rule for the ops ``names``: the decorated function, or ``notation``.
 
-    With a notation the ops have their rule at once, and whatever is decorated stays as it is; nothing need be.
+    With a notation the ops have their rule at once; nothing needs to be decorated.
 
     Args:
         names: ``"namespace::op"`` or ``"namespace::op.overload"``; a name without namespace is one of ATen's.
         notation: the rule as text.
-        values: what the op does with values, one of :class:`Values`.
-        added: for a product, the argument that is added to it; a notation says so itself.
-        may_alias: whether the op may return its input itself although its schema does not say so.
-        regroups: whether axes are grouped anew, which a view cannot do for any layout in memory.
+        values: the effect of the op on values, one of :class:`Values`.
+        added: for a product, the argument that is added to it; derived from a notation.
+        may_alias: whether the op may return its input itself although its schema does not declare it.
+        regroups: whether the op regroups axes, which a view cannot do for every memory layout.
         adds: whether the op is the sum of its first two arguments.
 
     Raises:
         ArgumentError: there is no name, or an argument is of the wrong type.
-        FxpruneError: the notation makes no sense.
-        UnknownNameError: there is no such word for ``values``.
+        FxpruneError: the notation is not valid.
+        UnknownNameError: ``values`` is not one of :class:`Values`.
     """
     given: tuple[Any, ...] = names
     if not given or not all(isinstance(name, str) and name for name in given):
@@ -122,7 +122,7 @@ def rule(
     }
     if notation is not None:
         for name in names:
-            read = read_notation(notation, _full(name), multiplies=values == Values.PRODUCT)
+            read = read_notation(notation, _qualified(name), multiplies=values == Values.PRODUCT)
             register_rule(name, read.state, **{**properties, "added": added or read.added})
 
     def decorate(decorated: Decorated) -> Decorated:
@@ -136,11 +136,11 @@ def rule(
 
 
 def register_rule(name: str, state: Callable[[OpSite], None], **properties: Any) -> None:
-    """Use ``state`` for the op ``name``; the other fields of :class:`Rule` by keyword."""
-    _RULES[_full(name)] = Rule(state, **properties)
+    """Register ``state`` for the op ``name``, with the other fields of :class:`Rule` as keywords."""
+    _RULES[_qualified(name)] = Rule(state, **properties)
 
 
-def _full(name: str) -> str:
+def _qualified(name: str) -> str:
     return name if "::" in name else f"aten::{name}"
 
 
@@ -150,7 +150,7 @@ def registered_rules() -> dict[str, Rule]:
 
 
 def find_rule(target: object) -> Rule | None:
-    """The rule for an op: its overload's, else its own, else the pointwise one where torch marks it so."""
+    """The rule for an op: its overload's, else its own, else the pointwise rule if torch marks the op as such."""
     if not isinstance(target, OpOverload):
         return _RULES.get(f"python::{getattr(target, '__name__', '')}")
     found = _find(target.name())
@@ -164,9 +164,9 @@ def _find(name: str) -> Rule | None:
 
 
 def moves_values(op: str) -> bool:
-    """Whether an op, as text like ``aten.view.default``, only moves or casts values."""
-    taken_out = op == str(operator.getitem)
-    name = "python::getitem" if taken_out else op.replace(".", "::", 1).removesuffix(".default")
+    """Whether an op, as text such as ``aten.view.default``, only moves or casts values."""
+    is_getitem = op == str(operator.getitem)
+    name = "python::getitem" if is_getitem else op.replace(".", "::", 1).removesuffix(".default")
     found = _find(name)
     return found is not None and found.values in (Values.MOVED, Values.CAST)
 

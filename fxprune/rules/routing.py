@@ -1,11 +1,11 @@
 """Rules of gathers, scatters and routing by position.
 
-When units go, those that stay have new positions. That is nothing to care about as long as positions are only moved
-about, compared with each other, and used to pick from the axis that they belong to: whatever makes them runs over
-the smaller axis then. Arithmetic on positions, or a comparison with a number, keeps the axis as it is.
+Removing units gives the others new positions. That is harmless as long as positions are only moved around, compared
+with each other, and used to index the axis that they belong to: the op that makes them then runs over the smaller axis.
+Arithmetic on positions, or a comparison with a number, freezes the axis.
 
-Where it is known which axis an integer tensor holds positions along, that axis may lose units: what picks runs over
-those that are left, and what is looked up at the positions has lost the same ones.
+If the axis that an integer tensor holds positions along is known, that axis may lose units: the op that picks chooses
+among the remaining ones, and the tensor that is indexed has lost the same ones.
 """
 
 from __future__ import annotations
@@ -19,62 +19,48 @@ from fxprune.rules.registry import Values, rule
 from fxprune.rules.site import OpSite, nodes_in
 from fxprune.rules.statements import TensorAxes
 
-__all__ = [
-    "depends_on_position",
-    "follow_positions",
-    "gather",
-    "histc",
-    "index",
-    "index_add",
-    "index_put",
-    "index_select",
-    "look_up",
-    "one_hot",
-    "pick",
-    "scatter",
-    "sort",
-    "topk",
-]
+__all__ = ["follow_positions"]  # rules are registered by importing the module
 
 
-def pick(op: OpSite, index: TensorAxes, x: TensorAxes, i: int) -> bool:
-    """State that ``index`` is used along axis ``i`` of ``x``, which stays unless the positions are known as its own."""
-    known = op.picks(index, x, i)
-    if not known:
+def pick(op: OpSite, index: TensorAxes, x: TensorAxes, i: int) -> None:
+    """State that ``index`` picks along axis ``i`` of ``x``, which is frozen unless ``index`` holds its positions."""
+    if not op.picks(index, x, i):
         op.freeze(x, i, "looked up by number")
-    return known
 
 
-def look_up(op: OpSite, index: TensorAxes, x: TensorAxes, i: int) -> bool:
-    """As :func:`pick`, for an op that returns values of ``x``: if these are positions, so are its results."""
+def look_up(op: OpSite, index: TensorAxes, x: TensorAxes, i: int) -> None:
+    """State :func:`pick` for an op that returns values of ``x``: if these are positions, so are its results."""
     known = op.positions_of(x)
     if known is not None:
         op.understand(x)
         op.hold_positions(op.out, known.tensor, known.dim)
-    return pick(op, index, x, i)
+    pick(op, index, x, i)
 
 
 def follow_positions(op: OpSite, values: Values | None) -> None:
-    """State what the results of an op hold: positions, or matrices picked from weights.
+    """State the content of an op's results, after its rule ran: positions, or matrices picked from weights.
 
-    Positions that the op does something else with keep all units of their axis.
-
-    Args:
-        op: the op, after its rule ran.
-        values: what it does with values.
+    Any other use of positions freezes their axis.
     """
     unread = [x for x in op.tensors if op.positions_of(x) is not None and x.name not in op.understood]
     if unread:
-        _carry(op, unread, values)
-    floats = [x for node in op.node.all_input_nodes if _is_float(node) for x in _tensors(op, node)]
-    moved = op.node.target is operator.getitem or any(op.is_picked(x) for x in floats)
+        _follow_unread(op, unread, values)
+    taken_out = op.node.target is operator.getitem
+    floats = [
+        x
+        for node in op.node.all_input_nodes
+        if _is_float(node)
+        for x in (op.tensors if taken_out else (op.of(node),))
+        if x is not None
+    ]
+    moved = taken_out or any(op.is_picked(x) for x in floats)
     if moved and floats and all(op.is_weight(x) for x in floats):
         for out in op.outs:
             op.pick_weights(out)
 
 
-def _carry(op: OpSite, unread: list[TensorAxes], values: Values | None) -> None:
-    """State what the results are where an op moves positions or compares them; else freeze their axis."""
+def _follow_unread(op: OpSite, unread: list[TensorAxes], values: Values | None) -> None:
+    """State that positions are moved or compared, if that is all that the op does; else freeze their axis."""
     moves, compares = values in (Values.MOVED, Values.CAST), values is Values.COMPARED
     known = [found for x in (unread if compares else op.first) if (found := op.positions_of(x)) is not None]
     moved = moves and len(known) == len(op.first)
@@ -88,14 +74,6 @@ def _carry(op: OpSite, unread: list[TensorAxes], values: Values | None) -> None:
         found = op.positions_of(x)
         if found is not None and not (shape_only or compared or moved):
             op.freeze(found.tensor, found.dim, f"{op.node.target} computes with positions along this axis")
-
-
-def _tensors(op: OpSite, node: fx.Node) -> list[TensorAxes]:
-    """The tensor that ``node`` makes; of several, the one that is taken out."""
-    if op.node.target is operator.getitem:
-        return op.tensors
-    found = op.of(node)
-    return [] if found is None else [found]
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -135,7 +113,7 @@ def index(op: OpSite) -> None:
 
 @rule("index_select", values="picked")
 def index_select(op: OpSite) -> None:
-    """Units of axis ``dim`` picked by number."""
+    """Units of axis ``dim``, picked by number."""
     x, index, dim = op.need("self"), op.need("index"), op.arg("dim")
     look_up(op, index, x, dim)
     op.freeze_tensor(index, "chosen by index")
@@ -147,7 +125,7 @@ def index_select(op: OpSite) -> None:
 
 @rule("tril", "triu", "tril_", "triu_", "diff", values="reduced")
 def depends_on_position(op: OpSite) -> None:
-    """Depends on the position along the last axes, which keep their units."""
+    """A result that depends on the position along the last axes, which keep their units."""
     x = op.need("self")
     last = (-1,) if op.out.sizes != x.sizes else ()
     op.tie_all(x, but=last)
@@ -158,7 +136,7 @@ def depends_on_position(op: OpSite) -> None:
 
 @rule("topk")
 def topk(op: OpSite) -> None:
-    """The ``k`` largest along ``dim``, and where they are: ``k`` units have to be left; the result's axis is fixed."""
+    """The ``k`` largest along ``dim`` and their positions: ``k`` units must stay; the result's axis is frozen."""
     x, k = op.need("self"), op.arg("k")
     i = op.arg("dim", -1) % x.rank
     _order(op, x, i)
@@ -172,7 +150,7 @@ def topk(op: OpSite) -> None:
 
 @rule("sort", "argsort")
 def sort(op: OpSite) -> None:
-    """Values ordered along ``dim``: the result's axis is a position of its own. Positions stay positions."""
+    """Values ordered along ``dim``, whose axis is frozen; sorted positions stay positions."""
     x = op.need("self")
     i = op.arg("dim", -1) % x.rank
     op.freeze(x, i, f"{op.node.target} orders this axis")
@@ -205,7 +183,7 @@ def gather(op: OpSite) -> None:
 
 @rule("scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce")
 def scatter(op: OpSite) -> None:
-    """``out`` is ``self``, but for ``out[.., index[.., j, ..], ..]``, which gets ``src[.., j, ..]``, along ``dim``."""
+    """``out`` is ``self`` with ``out[.., index[.., j, ..], ..] = src[.., j, ..]`` along ``dim``."""
     x, index, source = op.need("self"), op.need("index"), op.tensor("src")
     dim = op.arg("dim") % x.rank
     op.tie_all(x)
@@ -219,12 +197,12 @@ def scatter(op: OpSite) -> None:
         if source is not None:
             _same_or_cut(op, source, i, index)
     if not (op.name in ("scatter_add", "scatter_add_") or op.arg("reduce") == "sum"):
-        op.freeze(index, dim, "written by number")  # a zero that is written is not nothing; one that is added is
+        op.freeze(index, dim, "written by number")  # writing a zero changes ``self``, adding one does not
     pick(op, index, x, dim)
 
 
 def _same_or_cut(op: OpSite, x: TensorAxes, i: int, index: TensorAxes) -> None:
-    """Axis ``i`` of ``x`` is that of ``index``, which may be shorter: then both keep their units."""
+    """Tie axis ``i`` of ``x`` to that of ``index``; if ``index`` is shorter, freeze both."""
     if x.sizes[i] == index.sizes[i]:
         op.tie(x, i, index, i)
         return
@@ -234,14 +212,14 @@ def _same_or_cut(op: OpSite, x: TensorAxes, i: int, index: TensorAxes) -> None:
 
 @rule("index_add", "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_")
 def index_add(op: OpSite) -> None:
-    """``out`` is ``self`` with rows of ``source`` added, or put, at positions ``index`` along ``dim``."""
+    """``out`` is ``self`` with rows of ``source`` added or written at positions ``index`` along ``dim``."""
     x, index = op.need("self"), op.need("index")
     source = next((op.tensor(name) for name in ("source", "value") if op.has(name)), None)
     dim = op.arg("dim") % max(x.rank, 1)
     op.tie_all(x)
     pick(op, index, x, dim)
     if op.name not in ("index_add", "index_add_"):
-        op.freeze_tensor(index, "written by number")  # a zero that is written is not nothing; one that is added is
+        op.freeze_tensor(index, "written by number")  # writing a zero changes ``self``, adding one does not
     if source is None or source.rank == 0:
         return
     op.tie(source, dim, index, 0)
@@ -253,7 +231,7 @@ def index_add(op: OpSite) -> None:
 
 @rule("index_put", "index_put_")
 def index_put(op: OpSite) -> None:
-    """``out`` is ``self`` with ``values`` at ``self[i, j, ..]``; axes without an index stay."""
+    """``out`` is ``self`` with ``values`` written at ``self[i, j, ..]``; axes without an index stay."""
     x, entries, values = op.need("self"), op.arg("indices"), op.need("values")
     op.tie_all(x)
     indexed = [i for i, entry in enumerate(entries) if isinstance(entry, fx.Node)]
@@ -276,7 +254,7 @@ def index_put(op: OpSite) -> None:
 
 @rule("one_hot")
 def one_hot(op: OpSite) -> None:
-    """A new last axis of ``num_classes``, with a one at the position that ``self`` holds."""
+    """A new last axis of ``num_classes``, with a one at the position in ``self``."""
     x = op.need("self")
     for i in range(x.rank):
         op.tie(x, i, op.out, i)
@@ -289,11 +267,11 @@ def one_hot(op: OpSite) -> None:
 
 @rule("histc")
 def histc(op: OpSite) -> None:
-    """How often each position in ``self`` occurs: a bin for each, from ``min`` 0 to ``max`` ``bins - 1``."""
+    """Counts of each position in ``self``, if there is one bin for each, from ``min`` 0 to ``max`` ``bins - 1``."""
     x, bins = op.need("self"), op.arg("bins")
     op.freeze_tensor(x, f"{op.node.target} counts along this axis")
-    each_its_own = (op.arg("min", 0), op.arg("max", 0)) == (0, bins - 1)
-    if each_its_own and op.picks(x, op.out, 0):
+    bin_per_position = (op.arg("min", 0), op.arg("max", 0)) == (0, bins - 1)
+    if bin_per_position and op.picks(x, op.out, 0):
         op.size_argument("bins", op.out.axes[0])
         op.size_argument("max", op.out.axes[0], offset=-1)
         op.keep_zeros(op.out, 0)

@@ -4,34 +4,13 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxprune.axes import UNIT, Expr, concat, new_factor, product
+from fxprune.axes import UNIT, concat, new_factor, product
 from fxprune.errors import AxisMismatch
 from fxprune.rules.registry import rule
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import TensorAxes
 
-__all__ = [
-    "block_diag",
-    "broadcast_tensors",
-    "cat",
-    "diag_embed",
-    "diagonal",
-    "expand",
-    "getitem",
-    "pad",
-    "permute",
-    "repeat",
-    "repeat_interleave",
-    "reshape",
-    "select",
-    "slice_",
-    "split_with_sizes",
-    "squeeze",
-    "stack",
-    "trace",
-    "unbind",
-    "unsqueeze",
-]
+__all__ = ()  # importing the module registers its rules
 
 
 @rule(
@@ -41,7 +20,7 @@ __all__ = [
     regroups=True,
 )
 def reshape(op: OpSite) -> None:
-    """Row-major order is kept: runs of axes with the same number of elements hold the same units."""
+    """Row-major order is kept: runs of axes with equal numbers of elements hold the same units."""
     x = op.tensors[0]
     for other in op.tensors[1:]:  # the shape is that of another tensor
         op.tie_all(other)
@@ -60,7 +39,7 @@ def reshape(op: OpSite) -> None:
 
 
 def _match_run(op: OpSite, x: TensorAxes, i: int, j: int) -> tuple[int, int]:
-    """Equate the shortest runs from ``i`` of ``x`` and ``j`` of the output that are of equal size."""
+    """Equate the shortest runs of equal size from axis ``i`` of ``x`` and ``j`` of the output; return their ends."""
     first, second = i + 1, j + 1
     size, out_size = x.sizes[i], op.out.sizes[j]
     while size != out_size:
@@ -88,7 +67,7 @@ def unsqueeze(op: OpSite) -> None:
 
 @rule("squeeze", "squeeze_", values="moved")
 def squeeze(op: OpSite) -> None:
-    """Axes of size 1 go, all or those named."""
+    """Axes of size 1 are dropped: all, or those named."""
     x = op.need("self")
     dim = op.arg("dim")
     named = range(x.rank) if dim is None else [d % x.rank for d in (dim if isinstance(dim, list | tuple) else (dim,))]
@@ -103,14 +82,14 @@ rule("mT", "adjoint", "matrix_H", notation="self[*b, i, j] -> out[*b, j, i]", va
 
 @rule("transpose", "permute", "numpy_T", "movedim", "moveaxis", "swapaxes", "swapdims", values="moved")
 def permute(op: OpSite) -> None:
-    """The axes in another order, read off the order of the strides' owners."""
+    """The axes in another order."""
     x = op.tensors[0]
-    for j, i in enumerate(_order(op, x.rank)):
+    for j, i in enumerate(_axis_order(op, x.rank)):
         op.tie(x, i, op.out, j)
 
 
-def _order(op: OpSite, rank: int) -> list[int]:
-    """For each output axis the input axis it is."""
+def _axis_order(op: OpSite, rank: int) -> list[int]:
+    """The input axis of each output axis."""
     order = list(range(rank))
     if op.has("dims"):
         return [i % rank for i in op.arg("dims")]
@@ -120,20 +99,16 @@ def _order(op: OpSite, rank: int) -> list[int]:
         order[a], order[b] = order[b], order[a]
         return order
     if op.has("source"):
-        source = [i % rank for i in _listed(op.arg("source"))]
-        place = [i % rank for i in _listed(op.arg("destination"))]
+        moved = (op.arg(name) for name in ("source", "destination"))
+        source, place = ([i % rank for i in ((axes,) if isinstance(axes, int) else axes)] for axes in moved)
         rest = iter([i for i in order if i not in source])
         return [source[place.index(j)] if j in place else next(rest) for j in range(rank)]
     return order[::-1]
 
 
-def _listed(value: int | list[int]) -> list[int]:
-    return [value] if isinstance(value, int) else list(value)
-
-
 @rule("expand", "expand_as", "broadcast_to", values="moved")
 def expand(op: OpSite) -> None:
-    """Axes of size 1 are repeated: a fresh factor each; the others stay."""
+    """Axes of size 1 are repeated, each as a fresh factor; the others stay."""
     for x in op.tensors:
         op.broadcast(x)
     for j, size in enumerate(op.arg("size", ())):
@@ -143,7 +118,7 @@ def expand(op: OpSite) -> None:
 
 @rule("broadcast_tensors", values="moved")
 def broadcast_tensors(op: OpSite) -> None:
-    """As :func:`expand` for several tensors, to one shape."""
+    """Several tensors expanded to one shape."""
     for x, out in zip(op.list_of("tensors"), op.outs, strict=True):
         op.broadcast(x, out)
         if out is not op.out:
@@ -152,7 +127,7 @@ def broadcast_tensors(op: OpSite) -> None:
 
 @rule("repeat", "tile", values="moved")
 def repeat(op: OpSite) -> None:
-    """The whole axis, several times over: ``(times * axis)``."""
+    """The whole axis repeated: ``(times * axis)``."""
     x = op.need("self")
     name = "repeats" if op.has("repeats") else "dims"
     first = op.out.rank - len(op.arg(name))
@@ -172,7 +147,7 @@ def repeat(op: OpSite) -> None:
 
 @rule("repeat_interleave.self_int", values="moved")
 def repeat_interleave(op: OpSite) -> None:
-    """Each unit several times over: ``(axis * times)``; the size of the output may be said as well."""
+    """Each unit repeated: ``(axis * times)``; the op may also take the size of the output."""
     x, dim = op.need("self"), op.arg("dim")
     if dim is None:
         op.freeze_all("flattens before repeating")
@@ -187,12 +162,12 @@ def repeat_interleave(op: OpSite) -> None:
 
 
 _END = 2**63 - 1
-"""How torch spells the end of an axis in a slice."""
+"""Torch's number for the end of an axis in a slice."""
 
 
 @rule("cat", "concat", "concatenate", values="moved")
 def cat(op: OpSite) -> None:
-    """One after the other along ``dim``."""
+    """Tensors concatenated along ``dim``."""
     parts = [x for x in op.list_of("tensors") if x.sizes != (0,)]
     dim = op.arg("dim", 0)
     for x in parts:
@@ -203,7 +178,7 @@ def cat(op: OpSite) -> None:
 
 @rule("stack", values="moved")
 def stack(op: OpSite) -> None:
-    """One beside the other along a new axis ``dim``, whose positions are fixed."""
+    """Tensors stacked along a new axis ``dim``, which is frozen."""
     at = op.arg("dim", 0) % op.out.rank
     op.freeze(op.out, at, "stacked by position")
     for x in op.list_of("tensors"):
@@ -213,7 +188,7 @@ def stack(op: OpSite) -> None:
 
 @rule("split_with_sizes", "split_with_sizes_copy", "split", "chunk", "tensor_split", values="moved")
 def split_with_sizes(op: OpSite) -> None:
-    """Cut along ``dim``: the axis is the concatenation of the parts."""
+    """Parts along ``dim``, whose concatenation is the axis."""
     x, dim = op.need("self"), op.arg("dim", 0)
     for part in op.outs:
         op.tie_all(x, part, but=(dim,))
@@ -228,7 +203,7 @@ def split_with_sizes(op: OpSite) -> None:
 
 @rule("unbind", values="moved")
 def unbind(op: OpSite) -> None:
-    """One output for each position along ``dim``, which are fixed."""
+    """One output for each position along ``dim``, which is frozen."""
     x = op.need("self")
     at = op.arg("dim", 0) % x.rank
     op.freeze(x, at, "unbound by position")
@@ -238,7 +213,7 @@ def unbind(op: OpSite) -> None:
 
 @rule("select", values="moved")
 def select(op: OpSite) -> None:
-    """One position along ``dim``, which are fixed."""
+    """One position along ``dim``, which is frozen."""
     x = op.need("self")
     at = op.arg("dim") % x.rank
     op.freeze(x, at, "selected by position")
@@ -265,10 +240,15 @@ def slice_(op: OpSite) -> None:
     end = max(start, _clamp(start + bounds[2] if op.has("length") else bounds[1], size))
     if (start, end, step) == (0, size, 1):
         op.tie(x, dim, op.out, dim)
-    elif step != 1:
-        _slice_step(op, x, dim, start, end, step)
-    else:
+    elif step == 1:
         _slice_run(op, x, dim, start, end)
+    elif end != size or start >= step or size % step:
+        _freeze_cut(op, x, dim, "cut with a step that does not divide the axis")
+    else:
+        inner = new_factor(step)
+        op.equate(x.axes[dim], product(op.out.axes[dim], inner))
+        op.freeze_expr(inner, "cut with a step")
+        op.link(x, dim, op.out, dim)
 
 
 def _clamp(position: int, size: int) -> int:
@@ -289,28 +269,12 @@ def _slice_run(op: OpSite, x: TensorAxes, dim: int, start: int, end: int) -> Non
         return
     op.equate(run, op.out.axes[dim])
     op.link(x, dim, op.out, dim)
-    _slice_sizes(op, before, run)
-
-
-def _slice_sizes(op: OpSite, before: Expr, run: Expr) -> None:
-    """Bounds move with the units that go before them."""
-    if op.arg("start", 0) != 0:
+    if op.arg("start", 0) != 0:  # bounds move with the units that are removed before them
         op.size_argument("start", before)
     if op.has("length"):
         op.size_argument("length", run)
     elif op.arg("end", _END) < _END:
         op.size_argument("end", concat(before, run))
-
-
-def _slice_step(op: OpSite, x: TensorAxes, dim: int, start: int, end: int, step: int) -> None:
-    size = x.sizes[dim]
-    if end != size or start >= step or size % step:
-        _freeze_cut(op, x, dim, "cut with a step that does not divide the axis")
-        return
-    inner = new_factor(step)
-    op.equate(x.axes[dim], product(op.out.axes[dim], inner))
-    op.freeze_expr(inner, "cut with a step")
-    op.link(x, dim, op.out, dim)
 
 
 @rule("constant_pad_nd", "pad")
@@ -328,7 +292,7 @@ def pad(op: OpSite) -> None:
 
 @rule("python::getitem", values="moved")
 def getitem(op: OpSite) -> None:
-    """One tensor out of the several that an op returned."""
+    """One of the several tensors that an op returned."""
     for x in op.tensors if op.outs else ():
         op.tie_all(x)
 
@@ -336,8 +300,8 @@ def getitem(op: OpSite) -> None:
 _REASON = "read along a diagonal beside the main one"
 
 
-def _same(op: OpSite, x: TensorAxes, y: TensorAxes, first: int, second: int) -> None:
-    """Axes ``first`` and ``second`` of ``x`` are the last one of ``y``, if it is the main diagonal of a square."""
+def _tie_diagonal(op: OpSite, x: TensorAxes, y: TensorAxes, first: int, second: int) -> None:
+    """Tie axes ``first`` and ``second`` of ``x`` to the last of ``y``; freeze them beside the main diagonal."""
     square = op.arg("offset", 0) == 0 and x.sizes[first] == x.sizes[second] == y.sizes[-1]
     for i in (first, second):
         if square:
@@ -350,20 +314,20 @@ def _same(op: OpSite, x: TensorAxes, y: TensorAxes, first: int, second: int) -> 
 
 @rule("diagonal", "diagonal_copy", values="moved")
 def diagonal(op: OpSite) -> None:
-    """What lies on the diagonal of ``dim1`` and ``dim2`` is a new last axis; the others stay."""
+    """The diagonal of ``dim1`` and ``dim2`` as a new last axis; the others stay."""
     x = op.need("self")
     first, second = (op.arg(name, default) % x.rank for name, default in (("dim1", 0), ("dim2", 1)))
-    _same(op, x, op.out, first, second)
+    _tie_diagonal(op, x, op.out, first, second)
     for j, i in enumerate(i for i in range(x.rank) if i not in (first, second)):
         op.tie(x, i, op.out, j)
 
 
 @rule("diag_embed")
 def diag_embed(op: OpSite) -> None:
-    """The last axis is the diagonal of ``dim1`` and ``dim2``, with zeros beside it; the others stay."""
+    """The last axis as the diagonal of ``dim1`` and ``dim2``, with zeros beside it; the others stay."""
     x, rank = op.need("self"), op.out.rank
     first, second = (op.arg(name, default) % rank for name, default in (("dim1", -2), ("dim2", -1)))
-    _same(op, op.out, x, first, second)
+    _tie_diagonal(op, op.out, x, first, second)
     rest = [j for j in range(rank) if j not in (first, second)]
     for i, j in enumerate(rest):
         op.tie(x, i, op.out, j)
@@ -372,8 +336,8 @@ def diag_embed(op: OpSite) -> None:
 
 
 @rule("trace", values="reduced")
-def trace(op: OpSite) -> None:
-    """The sum of the diagonal: units that are zero along one of the axes can go."""
+def diagonal_sum(op: OpSite) -> None:
+    """The sum of the diagonal: units that are zero along one of the axes can be removed."""
     x = op.need("self")
     if x.sizes[0] != x.sizes[1]:
         op.freeze_tensor(x, _REASON)
@@ -384,10 +348,10 @@ def trace(op: OpSite) -> None:
 
 @rule("block_diag", values="reduced")
 def block_diag(op: OpSite) -> None:
-    """Matrices along a diagonal, with zeros beside them: rows one after the other, and columns."""
+    """Matrices along a diagonal, with zeros beside them: rows are concatenated, and columns."""
     blocks = op.list_of("tensors")
     if any(x.rank != 2 for x in blocks):
-        op.freeze_all("a block that is no matrix")
+        op.freeze_all("a block without two axes")
         return
     for i in (0, 1):
         op.equate(concat(*(x.axes[i] for x in blocks)), op.out.axes[i])

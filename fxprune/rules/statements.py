@@ -1,7 +1,7 @@
-"""What a rule may state, as types, and the collection of everything that was stated about a graph.
+"""The kinds of statements that a rule may make, and the collection of all statements about a graph.
 
-A rule never changes the graph. The output axes of an op start as fresh factors; a rule *adds equations*. What it
-does not equate stays independent, so a rule must say everything that holds, and freeze what it cannot express.
+A rule never changes the graph. The output axes of an op start as fresh factors; a rule *adds equations*. Axes that it
+does not equate stay independent, so a rule must state every equation that holds, and freeze what it cannot express.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class Role(StrEnum):
-    """What an op uses an axis for. Kinds of groups are derived from these."""
+    """The use of an axis in an op. Kinds of groups are derived from roles."""
 
     HEAD = "head"
     """Each unit is multiplied on its own: a batch axis of a product of two activations."""
@@ -45,7 +45,7 @@ class Role(StrEnum):
     SIDE_BY_SIDE = "weights side by side"
     """A batch axis of weights: each unit has a matrix of its own."""
     EXPERT = "expert"
-    """Units are picked by positions that an op found, as a router does."""
+    """Units are picked by positions that an op computed, as a router does."""
 
 
 class Axis(NamedTuple):
@@ -62,7 +62,7 @@ class TensorAxes:
     Args:
         name: parameter or buffer name, or name of the node that makes it.
         axes: one expression per dimension.
-        weight: whether it is made of parameters and buffers alone.
+        weight: whether it is computed from parameters and buffers alone.
     """
 
     name: str
@@ -82,14 +82,7 @@ class TensorAxes:
 
 @dataclass(frozen=True)
 class Coupling:
-    """Two axes that an op couples.
-
-    Args:
-        a: one axis.
-        b: the other.
-        node: name of the node.
-        op: the op, as text.
-    """
+    """Two axes that the op ``op`` (as text), at the node named ``node``, couples."""
 
     a: Axis
     b: Axis
@@ -99,13 +92,13 @@ class Coupling:
 
 @dataclass(frozen=True)
 class SizeArgument:
-    """A number among the arguments of a node that is the size of an axis, to be rewritten when that axis shrinks.
+    """A number among the arguments of a node that is the size of ``expr`` plus ``offset``, to be rewritten with it.
 
     Args:
-        node: name of the node that holds it.
-        path: where in the node: ``("args", 1, 0)`` or ``("kwargs", "size", 0)``.
+        node: name of the node.
+        path: path of the number in the node: ``("args", 1, 0)`` or ``("kwargs", "size", 0)``.
         expr: the expression whose size it is.
-        offset: what is added to that size.
+        offset: the difference to that size.
     """
 
     node: str
@@ -116,12 +109,7 @@ class SizeArgument:
 
 @dataclass(frozen=True)
 class Statistic:
-    """An op takes one value out of all units of an axis, such as a mean: fewer units give another value.
-
-    Args:
-        expr: the axis.
-        node: name of the node.
-    """
+    """An op computes one value from all units of an axis, such as a maximum: fewer units give another value."""
 
     expr: Expr
     node: str
@@ -129,17 +117,17 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Average:
-    """An op adds up over axes and divides by how many units they have, or works with what comes of that.
+    """An op computes a mean over axes, or something derived from one.
 
-    Where masked units are zero there, the average of ``k`` kept ones of ``n`` is ``n / k`` times that of all.
+    If masked units are zero, the mean of the ``k`` kept ones of ``n`` is ``n / k`` times that of all.
 
     Args:
         node: name of the node.
         places: the axes, in its input.
-        power: what the result has to be multiplied by to be that of all, as a power of ``n / k``.
-        epsilon: where in the node a number stands that is added to the average, and has to be multiplied by ``n / k``
-            for that; empty where there is none.
-        weight: where in the node the tensor stands that multiplies the result; empty where there is none.
+        power: the power of ``n / k`` that the result must be multiplied by to equal that of all units.
+        epsilon: path of a number in the node that is added to the mean, and must be multiplied by ``n / k`` too; empty
+            if there is none.
+        weight: path of the tensor in the node that multiplies the result; empty if there is none.
     """
 
     node: str
@@ -151,7 +139,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Sum:
-    """An op multiplies tensors and adds up over one axis: units that are zero in one of them can go.
+    """An op multiplies tensors and sums over one axis: units that are zero in one of them can be removed.
 
     Args:
         node: name of the node.
@@ -164,12 +152,12 @@ class Sum:
 
 @dataclass(frozen=True)
 class Held:
-    """What masked units hold along an axis of a result.
+    """The values of masked units along an axis of a result.
 
     Args:
         sources: axes of inputs.
-        also: none if masked units are zero where they are zero along *all* sources, and nothing else is known. Else
-            they hold what they hold along the sources, and these numbers as well.
+        also: if None, masked units are zero where they are zero along *all* sources, and nothing else is known. Else
+            they hold their values along the sources, and these numbers as well.
     """
 
     sources: tuple[Axis, ...]
@@ -178,31 +166,20 @@ class Held:
 
 @dataclass(frozen=True)
 class Positions:
-    """The values of an integer tensor are positions along an axis.
-
-    Args:
-        tensor: the tensor that has the axis.
-        dim: which of its axes.
-    """
+    """The values of an integer tensor are positions along axis ``dim`` of ``tensor``."""
 
     tensor: TensorAxes
     dim: int
 
     @property
     def expr(self) -> Expr:
-        """What the axis is made of, as far as it was known when this was stated."""
+        """The expression of the axis when this was stated."""
         return self.tensor.axes[self.dim]
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """Units along an axis are picked by the numbers in another tensor.
-
-    Args:
-        expr: the axis.
-        index: name of the tensor of numbers.
-        node: name of the node.
-    """
+    """Units along an axis are picked by the numbers in the tensor named ``index``."""
 
     expr: Expr
     index: str
@@ -211,12 +188,7 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Competition:
-    """Units along an axis share out a whole, as in a softmax: fewer can where they are experts, else all stay.
-
-    Args:
-        expr: the axis.
-        freeze: why it stays if its units are no experts.
-    """
+    """Units along an axis compete, as in a softmax: experts may be removed, any other axis is frozen by ``freeze``."""
 
     expr: Expr
     freeze: Freeze
@@ -224,23 +196,14 @@ class Competition:
 
 @dataclass(frozen=True)
 class ActivationProduct:
-    """An op multiplies two activations; the axes have these roles unless one of them holds experts.
-
-    Args:
-        roles: axes with their roles.
-    """
+    """An op multiplies two activations; the axes have these roles unless one of them holds experts."""
 
     roles: tuple[tuple[Expr, Role], ...]
 
 
 @dataclass(frozen=True)
 class AtLeast:
-    """An axis has to keep some units.
-
-    Args:
-        expr: the axis.
-        count: how many.
-    """
+    """An axis must keep at least ``count`` units."""
 
     expr: Expr
     count: int
@@ -251,21 +214,21 @@ class Statements:
     """Everything that the rules have stated about a graph so far.
 
     Args:
-        solver: the equations between axes, the frozen ones and the roles.
-        tensors: the axes of each tensor by the name of its node; several where a node makes several.
+        solver: equations between axes, frozen axes and roles.
+        tensors: the axes of each tensor by the name of its node, which may make several.
         couplings: pairs of axes that ops couple.
         size_arguments: numbers in the graph that are sizes.
-        statistics: what runs over an axis and needs the kept units alone.
-        averages: those that are averages, which can be told what they would be over all units.
-        sums: what adds up over an axis.
-        held: what masked units hold along axes of results, where the rule says so.
-        positions: for integer tensors that hold positions along an axis, which axis.
+        statistics: statistics over an axis, which change with the number of units.
+        averages: statistics that are means, which can be rescaled to those over all units.
+        sums: sums over an axis.
+        held: values of masked units along axes of results, if the rule states them.
+        positions: the axis that an integer tensor holds positions along, by the name of the tensor.
         lookups: axes whose units are picked by numbers.
         picked: names of tensors that are matrices picked from weights.
         competitions: softmaxes; settled when all axes are solved.
         products: products of activations; settled when all axes are solved.
-        at_least: axes that have to keep some units.
-        unruled: names of nodes whose op has no rule that covers its use, with the op.
+        at_least: axes that must keep some units.
+        unruled: the op of each node, by name, that no rule covers.
     """
 
     solver: Solver = field(default_factory=Solver)

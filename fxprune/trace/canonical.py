@@ -1,15 +1,15 @@
-"""Canonical form of a graph: one spelling an op, position-dependent constants folded to buffers.
+"""Canonical form of a graph: one spelling for each op, position-dependent constants folded to buffers.
 
-``2 ** -arange(heads)`` has a value of its own for each head: making it again with fewer heads gives other numbers. What
-depends on no input, no weight and no dynamic size is therefore worked out once, and the graph reads the result. A
-constant that is the same everywhere is left alone: it takes the size of whatever it is used with.
+``2 ** -arange(heads)`` has a different value for each head, and computing it for fewer heads gives other numbers. A
+value that depends on no input, weight or dynamic size is therefore computed once and read from a buffer. A constant
+that is the same everywhere is left alone: it takes the size of whatever it is used with.
 
 ``view`` becomes ``reshape`` (a narrower inner axis may make its input non-contiguous), ``chunk`` and ``split`` become
-``split_with_sizes`` (parts may end up of unequal size), ``unflatten`` and ``view_as`` become ``reshape``, ``-1`` in a
-shape is spelled out where the size is known, a slice (which ``narrow`` becomes) counts its bounds from the front,
-attention always has its ``scale``, a constant list of consecutive indices becomes a ``slice``, what is viewed as
-complex numbers is copied first, ``squeeze`` names its axes, and an in-place op on a value that nothing else can see
-becomes the plain one.
+``split_with_sizes`` (parts may end up with unequal sizes), ``unflatten`` and ``view_as`` become ``reshape``, ``-1`` in
+a shape is replaced by the size if it is known, a slice (and ``narrow``) counts its bounds from the front, attention
+always has an explicit ``scale``, a constant list of consecutive indices becomes a ``slice``, the input of
+``view_as_complex`` is copied first, ``squeeze`` names its axes, and an in-place op on a value that nothing else can see
+becomes its out-of-place variant.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ from fxprune.graph.compat import OpOverload, is_impure, is_random, tree_leaves
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.rules.aliasing import alias_roots, find_spelling, may_alias, regroups, spelling, writes
 
-__all__ = ["MOST_ELEMENTS", "canonicalize", "fold_constants", "place_constants", "plain_in_place"]
+__all__ = ["canonicalize", "fold_constants", "move_constants", "remove_in_place_ops"]
 
 aten = torch.ops.aten
 
-MOST_ELEMENTS = 1 << 20
-"""Larger values are made anew by the graph each time: 4 MiB in float32, so that no mask of a long context is kept."""
+MAX_CONSTANT_ELEMENTS = 1 << 20
+"""Larger values are recomputed by the graph each time: 4 MiB in float32, so that no mask of a long context is kept."""
 
 
 def fold_constants(graph_module: fx.GraphModule, model: nn.Module) -> None:
-    """Numbered constants of static size are buffers of ``graph_module`` named ``constant_0``, ``constant_1``, ..
+    """Fold position-dependent constants of static size to buffers named ``constant_0``, ``constant_1``, ..
 
     Args:
         graph_module: the graph, changed in place.
-        model: the module it was traced from. Its own tensors are no constants: someone may load others into it.
+        model: the module it was traced from. Its own tensors are not constants: users may load others into it.
     """
     constant = _constant_nodes(graph_module, model)
-    values = _Values(graph_module, constant)
+    values = _ConstantValues(graph_module, constant)
     names = (name for i in itertools.count() if not hasattr(model, name := f"constant_{i}"))
     for node in constant:
         if node.op == "get_attr" or all(user in constant for user in node.users):
             continue
         value = values.of(node)
-        if isinstance(value, torch.Tensor) and _is_numbered(value):
+        if isinstance(value, torch.Tensor) and value.numel() > 1 and bool((value != value.reshape(-1)[0]).any()):
             name = next(names)
             graph_module.register_buffer(name, value)
-            _read_instead(node, name, value, values.own)
+            _replace_by_buffer(node, name, value, values.dtype_node)
 
 
-def place_constants(graph_module: fx.GraphModule, model: nn.Module) -> None:
-    """What is no tensor of ``model`` is on its device."""
+def move_constants(graph_module: fx.GraphModule, model: nn.Module) -> None:
+    """Move the tensors of a graph that are not tensors of ``model`` to its device."""
     device = next(model.parameters()).device
     for name, value in weights(graph_module):
         if value.device != device and not _has(model, name):
@@ -64,16 +64,18 @@ def place_constants(graph_module: fx.GraphModule, model: nn.Module) -> None:
 
 
 def _constant_nodes(graph_module: fx.GraphModule, model: nn.Module) -> dict[fx.Node, None]:
-    """The nodes whose value is the same at every run, in order; what is written to in place is not among them."""
+    """The nodes whose value is the same in every run, in order; values that are written to in place are excluded."""
     environment = {node for node in graph_module.graph.nodes if node.target is getattr}
-    written = _written(graph_module.graph)
+    root = alias_roots(graph_module.graph)
+    dirty = {root[node] for node in root if writes(node)}
     found: dict[fx.Node, None] = {}
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
             known = not _has(model, str(node.target))
         else:
-            known = _is_plain(node) and all(n in found or n in environment for n in node.all_input_nodes)
-        if known and node not in written and _is_small(node.meta.get("val")):
+            inputs_known = all(n in found or n in environment for n in node.all_input_nodes)
+            known = inputs_known and _is_deterministic(node.target)
+        if known and root[node] not in dirty and _is_small(node.meta.get("val")):
             found[node] = None
     return found
 
@@ -86,44 +88,34 @@ def _has(model: nn.Module, name: str) -> bool:
         return False
 
 
-def _is_plain(node: fx.Node) -> bool:
-    """Whether ``node`` calls an op that always does the same."""
-    if node.target is operator.getitem:
-        return True
-    plain = isinstance(node.target, OpOverload) and not node.target._schema.is_mutable
-    return plain and not is_random(node.target)
+def _is_deterministic(target: Any) -> bool:
+    if not isinstance(target, OpOverload):
+        return target is operator.getitem
+    return not target._schema.is_mutable and not is_random(target)
 
 
 def _is_small(value: Any) -> bool:
-    """Whether ``value`` is one tensor or several, of known sizes that are not too large."""
+    """Whether ``value`` is one tensor or several, each with a static number of elements below the limit."""
     leaves = tree_leaves(value)
     sizes = [leaf.numel() if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
-    return bool(sizes) and all(isinstance(size, int) and size <= MOST_ELEMENTS for size in sizes)
+    return bool(sizes) and all(isinstance(size, int) and size <= MAX_CONSTANT_ELEMENTS for size in sizes)
 
 
-def _is_numbered(value: torch.Tensor) -> bool:
-    return value.numel() > 1 and not bool((value == value.reshape(-1)[0]).all())
+class _ConstantValues:
+    """The values of constant nodes, computed on the CPU on demand.
 
-
-def _written(graph: fx.Graph) -> set[fx.Node]:
-    """Every node whose memory some op writes to, itself or through another value."""
-    root = alias_roots(graph)
-    dirty = {root[node] for node in root if writes(node)}
-    return {node for node in root if root[node] in dirty}
-
-
-class _Values:
-    """The values of constant nodes, worked out as they are asked for, on the CPU.
-
-    What has the dtype of the model has at least float32 here, and is cast when it is read.
+    Values in the dtype of the model are computed in float32 or wider, and cast when the graph reads them.
     """
 
     def __init__(self, graph_module: fx.GraphModule, constant: Mapping[fx.Node, None]) -> None:
         self.graph_module = graph_module
         self.constant = constant
         self.known: dict[fx.Node, Any] = {}
-        self.own = next((n for n in graph_module.graph.nodes if n.target is getattr and n.args[1] == "dtype"), None)
-        self.dtype = self._widest()
+        reads = (n for n in graph_module.graph.nodes if n.target is getattr and n.args[1] == "dtype")
+        self.dtype_node: fx.Node | None = next(reads, None)
+        self.dtype = torch.float32
+        if self.dtype_node is not None and isinstance(source := self.dtype_node.args[0], fx.Node):
+            self.dtype = torch.promote_types(get_tensor(graph_module, str(source.target)).dtype, torch.float32)
 
     def of(self, node: fx.Node) -> Any:
         """The value of ``node``."""
@@ -135,33 +127,27 @@ class _Values:
         if node.op == "get_attr":
             return get_tensor(self.graph_module, str(node.target)).cpu()
         if node not in self.constant:
-            return self.dtype if node is self.own else torch.device("cpu")
+            return self.dtype if node is self.dtype_node else torch.device("cpu")
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.of)
         with torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def _widest(self) -> torch.dtype:
-        source = None if self.own is None else self.own.args[0]
-        if not isinstance(source, fx.Node):
-            return torch.float32
-        return torch.promote_types(get_tensor(self.graph_module, str(source.target)).dtype, torch.float32)
 
-
-def _read_instead(node: fx.Node, name: str, value: torch.Tensor, own: fx.Node | None) -> None:
-    """Every use of ``node`` reads the buffer ``name``, in the dtype that ``node`` has."""
+def _replace_by_buffer(node: fx.Node, name: str, value: torch.Tensor, dtype_node: fx.Node | None) -> None:
+    """Make every use of ``node`` read the buffer ``name``, in the dtype that ``node`` has."""
     fake = node.meta["val"]
     with node.graph.inserting_before(node):
         read = node.graph.create_node("get_attr", name, name=name)
         read.meta = {**node.meta, "val": fake.to(value.dtype)}
         new = read
         if fake.dtype != value.dtype:
-            new = node.graph.call_function(aten.to.dtype, (read, own))
+            new = node.graph.call_function(aten.to.dtype, (read, dtype_node))
             new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
 
 
 def canonicalize(graph_module: fx.GraphModule) -> None:
-    """Rewrite the graph in place to its canonical spelling; values do not change."""
+    """Rewrite the ops of a graph to their canonical spelling; values do not change."""
     graph = graph_module.graph
     for node in list(graph.nodes):
         respell = find_spelling(node.target) if node.op == "call_function" else None
@@ -169,15 +155,18 @@ def canonicalize(graph_module: fx.GraphModule) -> None:
             respell(node, graph_module)
 
 
-def plain_in_place(graph_module: fx.GraphModule) -> None:
-    """In-place ops on values that nothing else can see are plain ones; values do not change.
+def remove_in_place_ops(graph_module: fx.GraphModule) -> None:
+    """Replace ``x.add_(y)`` by ``x.add(y)`` if nothing else can see ``x``; values do not change.
 
-    What the others write to through a view is laid out such that the view stays one whatever its sizes.
+    The tensors that the remaining in-place ops write to through a view are made contiguous, so that the view remains
+    one when sizes change.
     """
     for node in list(graph_module.graph.nodes):
-        _plain(node)
+        target = _out_of_place(node)
+        if target is not None and _is_unshared(node.args[0], node, node):
+            node.target = target
         if is_impure(node) and node.op == "call_function" and isinstance(node.args[0], fx.Node):
-            _lay_out(node.args[0])
+            _make_base_contiguous(node.args[0])
 
 
 @spelling("view", "reshape", "_unsafe_view")
@@ -185,9 +174,9 @@ def _reshape(node: fx.Node, graph_module: fx.GraphModule) -> None:
     node.target = aten.reshape.default
     source, sizes = node.args
     assert isinstance(sizes, list | tuple)
-    known = _shape(node)
-    spelled = [known[i] if size == -1 and isinstance(known[i], int) else size for i, size in enumerate(sizes)]
-    node.args = (source, spelled)
+    known = node.meta["val"].shape
+    explicit = [known[i] if size == -1 and isinstance(known[i], int) else size for i, size in enumerate(sizes)]
+    node.args = (source, explicit)
 
 
 @spelling("chunk", "split.Tensor")
@@ -203,7 +192,7 @@ def _split(node: fx.Node, graph_module: fx.GraphModule) -> None:
 
 @spelling("slice.Tensor")
 def _slice(node: fx.Node, graph_module: fx.GraphModule) -> None:
-    """Bounds counted from the end are counted from the front: only what comes before may then move them."""
+    """Count bounds from the front: then only units removed before them move them."""
     source, *rest = node.args
     assert isinstance(source, fx.Node)
     dim = rest[0] if rest else 0
@@ -226,16 +215,14 @@ def _narrow(node: fx.Node, graph_module: fx.GraphModule) -> None:
 
 @spelling("squeeze", "squeeze.dim", "squeeze.dims")
 def _squeeze(node: fx.Node, graph_module: fx.GraphModule) -> None:
-    """The axes of size 1 are named, so that one that has a single unit left stays."""
+    """Name the axes of size 1, so that an axis with a single unit left stays."""
     source, *dims = node.args
     assert isinstance(source, fx.Node)
     shape = source.meta["val"].shape
     named = range(len(shape)) if not dims else dims[0] if isinstance(dims[0], list | tuple) else dims
     found = [i % len(shape) for i in named if isinstance(i, int)] if shape else []
-    node.target, node.args = (
-        aten.squeeze.dims,
-        (source, [i for i in found if isinstance(shape[i], int) and shape[i] == 1]),
-    )
+    node.target = aten.squeeze.dims
+    node.args = (source, [i for i in found if isinstance(shape[i], int) and shape[i] == 1])
 
 
 @spelling("unflatten.int")
@@ -251,7 +238,7 @@ def _unflatten(node: fx.Node, graph_module: fx.GraphModule) -> None:
 
 @spelling("reshape_as", "view_as")
 def _reshape_as(node: fx.Node, graph_module: fx.GraphModule) -> None:
-    """The shape of another tensor is some numbers: what its axes are made of does not matter."""
+    """Read the sizes of the other tensor: its axes are not otherwise related to those of the result."""
     source, other = node.args
     assert isinstance(other, fx.Node)
     node.args = (source, _sizes(other, node))
@@ -259,7 +246,7 @@ def _reshape_as(node: fx.Node, graph_module: fx.GraphModule) -> None:
 
 
 def _sizes(source: fx.Node, before: fx.Node, but: int | None = None) -> list[Any]:
-    """The sizes of ``source``, numbers where static and else nodes that read them, put ``before`` a node."""
+    """The sizes of ``source``: numbers if static, else (except for axis ``but``) nodes inserted ``before`` a node."""
     found: list[Any] = []
     with before.graph.inserting_before(before):
         for axis, size in enumerate(source.meta["val"].shape):
@@ -283,22 +270,22 @@ def _attention(node: fx.Node, graph_module: fx.GraphModule) -> None:
 
 @spelling("view_as_complex")
 def _view_as_complex(node: fx.Node, graph_module: fx.GraphModule) -> None:
-    """Pairs must lie on even places, which those of a slice may no longer do: a copy of its own has them there."""
+    """Copy the input: pairs must start at even offsets, which those of a slice may no longer do."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    node.args = (_copied(source, node),)
+    node.args = (_insert_copy(source, node),)
 
 
 @spelling("index.Tensor")
 def _index(node: fx.Node, graph_module: fx.GraphModule) -> None:
-    """``x[.., [i, i + 1, ..], ..]`` with a constant list is a slice."""
+    """Replace ``x[.., [i, i + 1, ..], ..]`` with a constant list by a slice."""
     source, entries = node.args
     assert isinstance(source, fx.Node) and isinstance(entries, list | tuple)
     places = [axis for axis, entry in enumerate(entries) if isinstance(entry, fx.Node)]
     if len(places) != 1:
         return
     axis, entry = places[0], entries[places[0]]
-    index = _constant(entry, graph_module) if isinstance(entry, fx.Node) else []
+    index = _constant_integers(entry, graph_module) if isinstance(entry, fx.Node) else []
     size = source.meta["val"].shape[axis]
     if not index or not isinstance(size, int):
         return
@@ -307,8 +294,8 @@ def _index(node: fx.Node, graph_module: fx.GraphModule) -> None:
         node.target, node.args = aten.slice.Tensor, (source, axis, first, first + len(index))
 
 
-def _constant(node: fx.Node, graph_module: fx.GraphModule) -> list[int]:
-    """The integers of a constant vector that was lifted out of the code; empty if ``node`` is no such thing."""
+def _constant_integers(node: fx.Node, graph_module: fx.GraphModule) -> list[int]:
+    """The integers of a constant vector that was lifted out of the code; empty if ``node`` is anything else."""
     while node.target in (aten.lift_fresh_copy.default, aten.detach_.default) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     if node.op != "get_attr":
@@ -318,42 +305,41 @@ def _constant(node: fx.Node, graph_module: fx.GraphModule) -> list[int]:
     return [int(i) for i in value] if usable and value.dtype == torch.int64 else []
 
 
-def _plain(node: fx.Node) -> None:
-    """``x.add_(y)`` is ``x.add(y)`` where ``x`` is a fresh value that is not used again."""
+def _out_of_place(node: fx.Node) -> Any:
+    """The out-of-place variant of an in-place op of ATen that is called on a node; None for any other node."""
     name = node.target.name() if isinstance(node.target, OpOverload) else ""
     operation, _, overload = name.removeprefix("aten::").partition(".")
     if not name.startswith("aten::") or not operation.endswith("_") or operation.startswith("__"):
-        return
-    packet = getattr(aten, operation.removesuffix("_"), None)
-    target = getattr(packet, overload or "default", None)
-    if target is not None and node.args and isinstance(node.args[0], fx.Node) and _is_fresh(node.args[0], node, node):
-        node.target = target
+        return None
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    return getattr(getattr(aten, operation.removesuffix("_"), None), overload or "default", None)
 
 
-def _lay_out(written: fx.Node) -> None:
-    """What ``written`` is a view of, by way of another shape, is contiguous from the start.
+def _make_base_contiguous(written: fx.Node) -> None:
+    """Insert a contiguous copy of the tensor that ``written`` is a view of, if the view has another shape.
 
-    A reshape of anything else may be a copy once sizes have changed, and what is written to that would be lost.
+    Once sizes have changed, a reshape of anything else may be a copy, and writes to the copy would be lost.
     """
     root, reshaped = written, False
     while may_alias(root) and isinstance(root.args[0], fx.Node):
         reshaped = reshaped or regroups(root)
         root = root.args[0]
     if reshaped and root.op == "call_function":
-        contiguous = _copied(root, root.next)
+        contiguous = _insert_copy(root, root.next)
         root.replace_all_uses_with(contiguous, delete_user_cb=lambda user: user is not contiguous)
 
 
-def _copied(source: fx.Node, before: fx.Node) -> fx.Node:
-    """A contiguous copy of ``source``, put ``before`` a node."""
+def _insert_copy(source: fx.Node, before: fx.Node) -> fx.Node:
+    """Insert a contiguous copy of ``source`` ``before`` a node."""
     with source.graph.inserting_before(before):
         copied = source.graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
     copied.meta = dict(source.meta)
     return copied
 
 
-def _is_fresh(value: fx.Node, user: fx.Node, writer: fx.Node) -> bool:
-    """Whether only its one ``user`` can see what ``writer`` writes to ``value``: all others are done by then."""
+def _is_unshared(value: Any, user: fx.Node, writer: fx.Node) -> bool:
+    """Whether only ``user`` can see the write of ``writer`` to the node ``value``: all other uses come before it."""
     if any(other is not user and (other > writer or may_alias(other)) for other in value.users):
         return False
     source = value.args[0] if value.args else None
@@ -361,9 +347,4 @@ def _is_fresh(value: fx.Node, user: fx.Node, writer: fx.Node) -> bool:
         return isinstance(source.target, OpOverload) and not may_alias(source)
     if not isinstance(value.target, OpOverload):
         return False
-    return not may_alias(value) or (isinstance(source, fx.Node) and _is_fresh(source, value, writer))
-
-
-def _shape(node: fx.Node) -> tuple[Any, ...]:
-    """Sizes of the value of ``node``: numbers where static, symbols where not."""
-    return tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape)
+    return not may_alias(value) or (isinstance(source, fx.Node) and _is_unshared(source, value, writer))

@@ -1,4 +1,4 @@
-"""Checks of a model and its inputs before it is traced; a refusal names the parameter or input, and the remedy."""
+"""Checks of a model and its inputs before tracing; an error names the parameter or input, and a remedy."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fxprune.data.verification import check_names
 from fxprune.errors import ArgumentError, FxpruneError, TraceError, UnsupportedModelError
 from fxprune.graph.context import Refusal, attempt, quiet
 from fxprune.graph.tensors import computed_tensors
-from fxprune.offload.ranks import check_together, check_whole
-from fxprune.pipeline.arguments import refuse, told
+from fxprune.offload.ranks import check_one_device, check_unsharded
+from fxprune.pipeline.arguments import format_value, refuse
 from fxprune.trace.inputs import alias_twin
 
 __all__ = [
@@ -25,8 +25,8 @@ __all__ = [
     "check_outputs",
     "check_runs",
     "check_values",
-    "clear_marks",
-    "is_marked",
+    "clear_quantisation_marks",
+    "is_marked_quantised",
     "model_dtype",
 ]
 
@@ -38,38 +38,35 @@ _MARKS = (
     "_is_quantized",
     "_pre_quantization_dtype",
 )
-"""What transformers leaves on a model, or on its config, that it has loaded from quantised weights."""
+"""Attributes that transformers sets on a model, or on its config, when it loads quantised weights."""
 
 _DEQUANTISE = "Load it in float32, bfloat16 or float16, or call model.dequantize() first"
 
 
 def check_model(model: Any) -> None:
-    """Refuse what cannot be pruned: what is no module, or one without weights, quantised, or spread out.
+    """Check that ``model`` can be pruned: a Python module with plain weights, in one piece and on one device.
 
     Raises:
-        UnsupportedModelError: names the parameter concerned and what to do.
+        UnsupportedModelError: names the module or parameter.
     """
     _check_module(model)
     named = list(model.named_parameters())
     if not named:
         raise UnsupportedModelError("it has no parameters", where=type(model).__name__, remedy="Pass one with weights")
-    check_whole(model)
-    if is_marked(model):
-        _check_plain(model)
+    check_unsharded(model)
+    if is_marked_quantised(model):
+        _check_dequantised(model)
     for name, parameter in named:
         _check_parameter(name, parameter)
-    check_together(model)
+    check_one_device(model)
 
 
 def _check_module(model: Any) -> None:
-    """Refuse what is no module of Python, with all that makes one."""
+    """Check that ``model`` is an initialised module whose code is Python."""
     if not isinstance(model, nn.Module):
-        inner = any(hasattr(model, name) for name in ("graph_module", "model"))
-        wanted = (
-            "its .model, or the module it is of"
-            if inner
-            else "an instance of torch.nn.Module, such as a model of transformers"
-        )
+        wanted = "an instance of torch.nn.Module, such as a model of transformers"
+        if any(hasattr(model, name) for name in ("graph_module", "model")):
+            wanted = "its .model, or the module it was made from"
         raise refuse("model", model, wanted, UnsupportedModelError)
     if "_parameters" not in vars(model) and not isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError(
@@ -78,10 +75,10 @@ def _check_module(model: Any) -> None:
     for path, module in model.named_modules():
         where = path or type(model).__name__
         if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedModelError("it is TorchScript", where=where, remedy="Pass the module of Python it is from")
+            raise UnsupportedModelError("it is TorchScript", where=where, remedy="Pass the original Python module")
         if "_orig_mod" in module._modules:
             raise UnsupportedModelError(
-                "it is compiled", where=where, remedy="Pass what was compiled, its ._orig_mod; compile the slim model"
+                "it is compiled", where=where, remedy="Pass its ._orig_mod, and compile the pruned model"
             )
         packed = next((name for name, value in vars(module).items() if isinstance(value, torch.ScriptObject)), None)
         if packed is not None:
@@ -89,10 +86,10 @@ def _check_module(model: Any) -> None:
 
 
 def _check_parameter(name: str, parameter: torch.Tensor) -> None:
-    """Refuse a parameter that is no plain tensor of floats."""
+    """Check that a parameter is a dense, non-empty tensor of floats."""
     if nn.parameter.is_lazy(parameter):
         raise UnsupportedModelError(
-            "it is lazy and has no shape yet", where=name, remedy="Run the model once on any input first"
+            "it is lazy and has no shape yet", where=name, remedy="Run the model once, on any input"
         )
     if parameter.is_complex():
         raise UnsupportedModelError(
@@ -106,22 +103,18 @@ def _check_parameter(name: str, parameter: torch.Tensor) -> None:
         raise UnsupportedModelError(
             f"its layout is {'nested' if parameter.is_nested else parameter.layout}",
             where=name,
-            remedy="Make it a dense tensor first, as in weight.to_dense()",
+            remedy="Convert it to a dense tensor first, as with weight.to_dense()",
         )
     if not parameter.numel():
         raise UnsupportedModelError(
             f"it is empty, of shape {tuple(parameter.shape)}",
             where=name,
-            remedy="Take it out of the model; of weights that are spread over processes, gather them first",
+            remedy="Remove it from the model, or gather the weights if they are sharded over processes",
         )
 
 
 def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Refuse inputs that ``forward`` does not take, or no graph does.
-
-    Args:
-        model: the model.
-        inputs: keyword inputs.
+    """Check that ``forward`` takes these keyword inputs, and that a graph can.
 
     Raises:
         UnsupportedModelError: the model has no ``forward``.
@@ -139,13 +132,13 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         raise ArgumentError(
             f"{type(model).__name__} takes {signature}: {error}",
             where="example_inputs",
-            remedy="Pass what forward takes, each by its name",
+            remedy="Pass the arguments of forward by name",
         ) from error
     check_names(inputs, on_meta=any(parameter.is_meta for parameter in model.parameters()))
 
 
 def check_values(model: nn.Module) -> None:
-    """Refuse weights that are not finite: no score of theirs means anything, and no outputs can be compared.
+    """Check that weights are finite: otherwise scores mean nothing, and outputs cannot be compared.
 
     Raises:
         UnsupportedModelError: names the parameter.
@@ -153,22 +146,19 @@ def check_values(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             continue
-        value = parameter.detach()  # a sum is not finite where a term is not, and needs no memory; it may overflow
+        value = parameter.detach()
+        # the sum needs no memory and is finite only if every term is; if it overflows, look at each
         if not bool(value.sum().isfinite()) and not bool(value.isfinite().all()):
             raise UnsupportedModelError(
-                "it holds values that are NaN or infinite", where=name, remedy="Load the weights again, or mend them"
+                "it holds values that are NaN or infinite", where=name, remedy="Load the weights again, or repair them"
             )
 
 
 def check_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Refuse inputs on which the model itself fails.
-
-    Args:
-        model: the model; a copy of it runs.
-        inputs: keyword inputs.
+    """Check that a copy of the model runs on its keyword inputs.
 
     Raises:
-        ArgumentError: says what the model says.
+        ArgumentError: repeats the error of the model.
     """
     twin = alias_twin(model)
     with quiet(), torch.no_grad():
@@ -182,10 +172,10 @@ def check_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 
 def check_outputs(graph_module: fx.GraphModule, model: nn.Module) -> None:
-    """Refuse a graph from which nothing comes out: all of it would be dead.
+    """Check that a graph returns a tensor: otherwise all of it would be dead code.
 
     Raises:
-        TraceError: it returns no tensor.
+        TraceError: it returns none.
     """
     output = graph_module.graph.output_node()
     if not output.all_input_nodes:
@@ -197,52 +187,52 @@ def check_outputs(graph_module: fx.GraphModule, model: nn.Module) -> None:
 
 
 def check_copies(model: nn.Module) -> None:
-    """Refuse a model that Python cannot copy; a graph is traced from a copy.
+    """Check that Python can copy a model, since a graph is traced from a copy.
 
     Raises:
         UnsupportedModelError: names the attribute.
     """
     parts = (*model.modules(), *model.parameters(), *model.buffers(), *computed_tensors(model))
-    own = {id(part): part for part in parts}
+    memo = {id(part): part for part in parts}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            refused = None if name.endswith("_hooks") else _refused_copy(value, own)
+            refused = None if name.endswith("_hooks") else _refused_copy(value, memo)
             if refused is not None:
                 raise UnsupportedModelError(
-                    f"{told(value)} that cannot be copied: {refused}",
+                    f"{format_value(value)} that cannot be copied: {refused}",
                     where=f"{path}.{name}" if path else name,
-                    remedy="Take the attribute off the model while it is pruned, or give it a __deepcopy__",
+                    remedy="Remove the attribute while the model is pruned, or define __deepcopy__ on it",
                 )
     for path, module in model.named_modules():
-        others = {key: value for key, value in own.items() if value is not module}
+        others = {key: value for key, value in memo.items() if value is not module}
         refused = _refused_copy(module, others)
         if refused is not None:
             raise UnsupportedModelError(
                 f"a {type(module).__name__} that cannot be copied: {refused}",
                 where=path or "model",
-                remedy="Mend its __deepcopy__ or __getstate__",
+                remedy="Correct its __deepcopy__ or __getstate__",
             )
 
 
-def _refused_copy(value: Any, known: Mapping[int, Any]) -> Refusal | None:
-    found = attempt(copy.deepcopy, value, dict(known), refusals=(FxpruneError,))
+def _refused_copy(value: Any, memo: Mapping[int, Any]) -> Refusal | None:
+    found = attempt(copy.deepcopy, value, dict(memo), refusals=(FxpruneError,))
     return found if isinstance(found, Refusal) else None
 
 
-def is_marked(model: nn.Module) -> bool:
-    """Whether a loader marked ``model`` as quantised; a file of quantised weights may have become floats since."""
+def is_marked_quantised(model: nn.Module) -> bool:
+    """Whether a loader marked ``model`` as quantised; its weights may have been converted to floats since."""
     return bool(getattr(model, "is_quantized", False)) or getattr(model, "hf_quantizer", None) is not None
 
 
-def clear_marks(model: nn.Module) -> None:
-    """Take the marks of quantisation off ``model`` and its config, by which transformers would not save or train it."""
+def clear_quantisation_marks(model: nn.Module) -> None:
+    """Remove the marks of quantisation from ``model`` and its config, so that transformers saves and trains it."""
     for name in _MARKS:
         vars(model).pop(name, None)
         vars(getattr(model, "config", model)).pop(name, None)
 
 
-def _check_plain(model: nn.Module) -> None:
-    """Refuse a model marked as quantised in which weights are anything else than plain floats."""
+def _check_dequantised(model: nn.Module) -> None:
+    """Check that all weights of a model marked as quantised are plain floats."""
     for name, parameter in model.named_parameters():
         if type(parameter) is not nn.Parameter:
             raise UnsupportedModelError(
@@ -258,7 +248,7 @@ def _check_plain(model: nn.Module) -> None:
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype most parameters have, by number of elements."""
+    """The dtype that most parameters have, by number of elements."""
     count: dict[torch.dtype, int] = {}
     for parameter in model.parameters():
         count[parameter.dtype] = count.get(parameter.dtype, 0) + parameter.numel()

@@ -1,19 +1,17 @@
-"""Graph against module: outputs and gradients compared.
+"""Comparison of a graph with its module, by outputs and gradients.
 
-Of each gradient a few numbers are put down, so that no more than one is held at a time.
-
-Tracing follows one example through the code of a module, in another dtype perhaps, and knows no gradients. So the two
-are compared at two sizes and, where the graph takes one sample or one token, at that too; and by the gradients of all
-parameters.
+Tracing follows one example through the code of a module, perhaps in another dtype, and knows no gradients. So the two
+are compared at two sizes, at one sample and one token if the graph takes them, and by the gradients of all parameters.
+A gradient is reduced to a few numbers as soon as it is computed, so that only one is held at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -23,21 +21,23 @@ from fxprune.errors import PassError
 from fxprune.graph.compat import tree_leaves
 from fxprune.graph.context import quiet
 from fxprune.graph.facts import Fact, facts_of
-from fxprune.graph.shapes import refusal
-from fxprune.graph.tensors import example_of, get_tensor, input_tensors, on_meta, weights
+from fxprune.graph.shapes import failed_check
+from fxprune.graph.tensors import get_tensor, has_meta_weights, input_tensors, map_tensors, weights
 from fxprune.trace.inputs import alias_twin, free_axes, without_cache
 from fxprune.trace.limits import forbid
 
-__all__ = ["TOLERANCE", "Fidelity", "Probe", "assess", "require_gradients"]
+__all__ = ["Fidelity", "SideBySide", "compare_with_module", "require_gradients", "tolerance"]
 
-TOLERANCE = 1e-5
+_TOLERANCE = 1e-5
 """Accepted difference in float32: the same ops in the same order give the same numbers, another kernel a last digit."""
 
+Result = TypeVar("Result")
 Outputs = list[torch.Tensor]
-Digests = dict[int, tuple[torch.Tensor, torch.Tensor]]
+GradientDigest = tuple[torch.Tensor, torch.Tensor]
+"""The sums of a gradient along its last axis, and its norm."""
 
 
-class Probe:
+class SideBySide:
     """A graph and its module, run side by side.
 
     Neither is changed: they run on the same weights, on copies of buffers and inputs, and draw the same random numbers.
@@ -54,44 +54,68 @@ class Probe:
         self.inputs = make_inputs(graph_module, given, seed=0)
 
     def resized(self, sizes: tuple[int, int]) -> dict[str, Any] | None:
-        """Return inputs of other sizes; None if the graph does not take such or has no others."""
+        """Inputs with other sizes; None if the graph does not take them or its sizes are fixed."""
         inputs = resize_inputs(self.graph_module, self.inputs, sizes)
-        same = _shapes(inputs) == _shapes(self.inputs)
-        return None if same or refusal(self.graph_module, inputs) else inputs
+        shapes, other = ([leaf.shape for leaf in _tensors(values)] for values in (self.inputs, inputs))
+        return None if shapes == other or failed_check(self.graph_module, inputs) else inputs
 
     def error(self, inputs: Mapping[str, Any]) -> float | None:
-        """Return the largest relative difference of outputs; infinite if the graph fails; None if the module does."""
+        """The largest relative difference of outputs; infinite if the graph fails; None if the module does."""
         with torch.no_grad():
-            wanted = self._attempt(lambda: self._run_module(inputs)[0])
-            got = None if wanted is None else self._attempt(lambda: self._run_graph(inputs)[0])
+            wanted = _run_or_none(lambda: self._run_module(inputs)[0])
+            got = None if wanted is None else _run_or_none(lambda: self._run_graph(inputs)[0])
         if wanted is None:
             return None
         return float("inf") if got is None else _difference(wanted, got)
 
     def gradients(self) -> dict[str, float]:
-        """Return the relative difference of the gradient of each parameter; empty where there are no gradients."""
-        wanted = self._attempt(lambda: self._digests(*self._run_module(self.inputs)))
-        got = None if wanted is None else self._attempt(lambda: self._digests(*self._run_graph(self.inputs)))
+        """The relative difference of the gradient of each parameter; empty if there are no gradients."""
+        wanted = _run_or_none(lambda: _gradient_digests(*self._run_module(self.inputs)))
+        got = None if wanted is None else _run_or_none(lambda: _gradient_digests(*self._run_graph(self.inputs)))
         if wanted is None:
             return {}
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        return {names[key]: _gradient_difference(key, wanted, got or {}) for key in wanted if key in names}
+        zero = torch.zeros(())
+        return {
+            names[key]: _gradient_difference(digest, (got or {}).get(key, (zero, zero)))
+            for key, digest in wanted.items()
+            if key in names
+        }
 
-    def first_apart(self) -> str:
-        """Return the first module whose outputs differ, and the node that gives them in the graph."""
-        seen = _seen_by_module(self)
+    def first_difference(self) -> str:
+        """The first module whose outputs differ, and the node that computes them in the graph."""
+        outputs = self._record_module_outputs()
         with torch.no_grad(), _same_randomness():
             run = _AliasRun(self.graph_module, {}, keep=True)
             run.run(*_copies(self.inputs).values())
-        last = _last_by_module(self.graph_module, run.env)
-        for path, value in seen:
-            node = last.get(path)
-            found = run.env.get(node) if node is not None else None
-            if node is None or not isinstance(found, torch.Tensor) or found.shape != value.shape:
+        last: dict[str, tuple[fx.Node, torch.Tensor]] = {}
+        for node, value in run.env.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and node.op == "call_function":
+                for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+                    last[str(path)] = node, value
+        for path, wanted in outputs:
+            if path not in last:
                 continue
-            if not _difference([value], [found]) <= TOLERANCE:
+            node, found = last[path]
+            if found.shape == wanted.shape and not _difference([wanted], [found]) <= _TOLERANCE:
                 return f"{node.name} ({node.target}) in {path or 'the model'}"
         return "the outputs"
+
+    def _record_module_outputs(self) -> list[tuple[str, torch.Tensor]]:
+        """The first floating point output of each call of a submodule, in the order in which calls end."""
+        twin = alias_twin(self.model)
+        outputs: list[tuple[str, torch.Tensor]] = []
+
+        def record(path: str, output: Any) -> None:
+            found = next((leaf for leaf in _tensors(output) if leaf.is_floating_point()), None)
+            if found is not None:
+                outputs.append((path, found.clone()))
+
+        for path, module in twin.named_modules():
+            module.register_forward_hook(lambda _module, _args, output, path=path: record(path, output))
+        with torch.no_grad(), _same_randomness(), quiet():
+            twin(**(without_cache(twin) | _copies(self.inputs)))
+        return outputs
 
     def _run_module(self, inputs: Mapping[str, Any]) -> tuple[Outputs, dict[int, torch.Tensor]]:
         twin = alias_twin(self.model)
@@ -111,41 +135,47 @@ class Probe:
             output = _AliasRun(self.graph_module, aliases).run(*_copies(inputs).values())
         return _tensors(output), aliases
 
-    def _digests(self, outputs: Outputs, aliases: Mapping[int, torch.Tensor]) -> Digests:
-        """Return what is put down of each gradient: its sums along the last axis, and its size."""
-        found: Digests = {}
 
-        def put_down(key: int, alias: torch.Tensor) -> None:
-            assert alias.grad is not None
-            gradient = alias.grad.float()
-            found[key] = (gradient.sum(-1) if gradient.dim() else gradient, gradient.norm())
-            alias.grad = None
+def _gradient_digests(outputs: Outputs, aliases: Mapping[int, torch.Tensor]) -> dict[int, GradientDigest]:
+    """The digest of the gradient of each tensor in ``aliases`` that requires one."""
+    found: dict[int, GradientDigest] = {}
 
-        for key, alias in aliases.items():
-            if alias.requires_grad:
-                alias.register_post_accumulate_grad_hook(lambda alias, key=key: put_down(key, alias))
-        parts = [(out.float() * _direction(out)).sum() for out in outputs if out.requires_grad]
-        if parts:
-            torch.stack(parts).sum().backward()
-        zero = torch.zeros(())
-        return {key: found.get(key, (zero, zero)) for key, alias in aliases.items() if alias.requires_grad}
+    def digest(key: int, alias: torch.Tensor) -> None:
+        assert alias.grad is not None
+        gradient = alias.grad.float()
+        found[key] = (gradient.sum(-1) if gradient.dim() else gradient, gradient.norm())
+        alias.grad = None
 
-    def _attempt(self, run: Any) -> Any:
-        try:
-            return run()
-        except Exception:  # sizes and values that code refuses end in whatever it raises; the caller decides
-            return None
+    for key, alias in aliases.items():
+        if alias.requires_grad:
+            alias.register_post_accumulate_grad_hook(lambda alias, key=key: digest(key, alias))
+    losses = []
+    for out in outputs:
+        if out.requires_grad:  # a fixed gradient of the loss, in which no two neighbours are alike
+            direction = torch.cos(torch.arange(out.numel(), device=out.device)).reshape(out.shape)
+            losses.append((out.float() * direction).sum())
+    if losses:
+        torch.stack(losses).sum().backward()
+    zero = torch.zeros(())
+    return {key: found.get(key, (zero, zero)) for key, alias in aliases.items() if alias.requires_grad}
+
+
+def _run_or_none(run: Callable[[], Result]) -> Result | None:
+    try:
+        return run()
+    except Exception:  # code may refuse sizes and values with any error
+        return None
 
 
 class _AliasRun(fx.Interpreter):
-    """Runs a graph on other tensors than its own."""
+    """Runs a graph with other tensors in place of its weights."""
 
     def __init__(self, graph_module: fx.GraphModule, aliases: Mapping[int, torch.Tensor], keep: bool = False) -> None:
         super().__init__(graph_module, garbage_collect_values=not keep)
         self.aliases = aliases
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return the tensor that stands for a weight; a copy of it where there is none."""
+        """The tensor that replaces a weight, or a copy of the weight."""
         own = get_tensor(self.module, str(target))
         return self.aliases[id(own)] if id(own) in self.aliases else own.detach().clone()
 
@@ -158,11 +188,7 @@ def _same_randomness() -> Iterator[None]:
 
 
 def _copies(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: example_of(value, torch.clone) for name, value in inputs.items()}
-
-
-def _shapes(inputs: Mapping[str, Any]) -> list[torch.Size]:
-    return [leaf.shape for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, torch.Tensor)]
+    return {name: map_tensors(value, torch.clone) for name, value in inputs.items()}
 
 
 def _tensors(output: Any) -> Outputs:
@@ -170,13 +196,8 @@ def _tensors(output: Any) -> Outputs:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def _direction(value: torch.Tensor) -> torch.Tensor:
-    """Return fixed numbers of the shape of ``value``, as a gradient of the loss: no two neighbours alike."""
-    return torch.cos(torch.arange(value.numel(), device=value.device)).reshape(value.shape)
-
-
 def _difference(wanted: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> float:
-    """Return the largest difference of values, relative to the largest one; infinite if there is no comparing."""
+    """The largest difference of values, relative to the largest value; infinite if they cannot be compared."""
     if [(w.shape, w.dtype) for w in wanted] != [(g.shape, g.dtype) for g in got]:
         return float("inf")
     worst = 0.0
@@ -192,48 +213,20 @@ def _difference(wanted: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> 
     return worst
 
 
-def _gradient_difference(key: int, wanted: Digests, got: Digests) -> float:
-    (sums, size), (own_sums, own_size) = wanted[key], got.get(key, (torch.zeros(()), torch.zeros(())))
-    scale = max(float(size), float(own_size))
+def _gradient_difference(wanted: GradientDigest, got: GradientDigest) -> float:
+    (sums, norm), (graph_sums, graph_norm) = wanted, got
+    scale = max(float(norm), float(graph_norm))
     if not scale > 0:
         return 0.0 if scale == 0 else float("inf")
-    apart = (sums - own_sums).norm(), (size - own_size).abs()
-    return max(float(value) / scale for value in apart)
+    differences = (sums - graph_sums).norm(), (norm - graph_norm).abs()
+    return max(float(value) / scale for value in differences)
 
 
-def _seen_by_module(probe: Probe) -> list[tuple[str, torch.Tensor]]:
-    """Return the first floating point output of each call of a submodule, in the order in which they are done."""
-    twin = alias_twin(probe.model)
-    seen: list[tuple[str, torch.Tensor]] = []
-
-    def note(path: str, output: Any) -> None:
-        found = next((leaf for leaf in _tensors(output) if leaf.is_floating_point()), None)
-        if found is not None:
-            seen.append((path, found.clone()))
-
-    for path, module in twin.named_modules():
-        module.register_forward_hook(lambda _module, _args, output, path=path: note(path, output))
-    with torch.no_grad(), _same_randomness(), quiet():
-        twin(**(without_cache(twin) | _copies(probe.inputs)))
-    return seen
-
-
-def _last_by_module(graph_module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> dict[str, fx.Node]:
-    """Return the last node that computes floats in each module."""
-    last: dict[str, fx.Node] = {}
-    for node in graph_module.graph.nodes:
-        value = values.get(node)
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and node.op == "call_function":
-            for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-                last[str(path)] = node
-    return last
-
-
-_SECOND = (3, 5)
+_SECOND_SIZES = (3, 5)
 """Batch and tokens of the second comparison: the first one has two samples of more tokens."""
 
-_GRADIENTS = 100.0
-"""How much further gradients may lie apart than outputs: they add up over all tokens."""
+_GRADIENT_FACTOR = 100.0
+"""Accepted difference of gradients, in units of that of outputs: gradients are summed over all tokens."""
 
 
 @dataclass(frozen=True)
@@ -241,93 +234,88 @@ class Fidelity(Fact):
     """How close a graph is to the module it was traced from.
 
     Args:
-        error: the largest difference of outputs, relative to the largest output; None where nothing could be run.
-        gradients: the same of the gradients of the parameters; None where there are none.
-        apart: the parameters whose gradients differ by more than rounding.
-        notes: what the user should know, in words.
-        where: where the outputs begin to differ; empty where they do not.
+        error: the largest difference of outputs, relative to the largest output; None if nothing could be run.
+        gradients: the same for the gradients of the parameters; None if there are none.
+        unlike: the parameters whose gradients differ by more than rounding.
+        notes: limits of the graph, in words.
+        where: the place at which the outputs begin to differ; empty if they do not.
     """
 
     error: float | None
     gradients: float | None = None
-    apart: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     where: str = ""
 
 
-def assess(graph_module: fx.GraphModule, model: nn.Module, given: Mapping[str, Any] | None) -> Fidelity:
-    """Compare a graph with its module; neither is changed, but that the graph refuses sizes at which they differ.
+def compare_with_module(graph_module: fx.GraphModule, model: nn.Module, given: Mapping[str, Any] | None) -> Fidelity:
+    """Compare a graph with its module; the graph gets checks that refuse sizes at which they differ.
 
     Args:
         graph_module: the graph.
         model: the module; on ``meta``, nothing is compared.
         given: the inputs of the caller, if any.
     """
-    if on_meta(graph_module) or any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+    if has_meta_weights(graph_module) or any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         return Fidelity(None)
     accepted = max(tolerance(parameter.dtype) for parameter in model.parameters())
-    probe = Probe(graph_module, model, given)
-    error = probe.error(probe.inputs)
+    pair = SideBySide(graph_module, model, given)
+    error = pair.error(pair.inputs)
     if error is None:
         return Fidelity(None, notes=("not compared with the module: it does not run on the inputs made for it",))
-    second = probe.resized(_SECOND)
-    error = max(error, (second and probe.error(second)) or 0.0)
+    second = pair.resized(_SECOND_SIZES)
+    error = max(error, (second and pair.error(second)) or 0.0)
     if not error <= accepted:
-        return Fidelity(error, where=probe.first_apart() if math.isfinite(error) else "the outputs")
-    notes = tuple(_forbid_one(probe, graph_module, accepted))
-    gradients = probe.gradients()
-    apart = tuple(name for name, difference in gradients.items() if not difference <= accepted * _GRADIENTS)
-    if apart:
+        return Fidelity(error, where=pair.first_difference() if math.isfinite(error) else "the outputs")
+    notes = tuple(_forbid_one(pair, accepted))
+    gradients = pair.gradients()
+    unlike = tuple(name for name, difference in gradients.items() if not difference <= accepted * _GRADIENT_FACTOR)
+    if unlike:
         notes += (
-            f"the gradients of {_listed(apart)} differ from the module's: do not train the graph, or prune by a "
+            f"the gradients of {_abbreviate(unlike)} differ from the module's: do not train the graph or prune by a "
             "criterion of gradients",
         )
-    return Fidelity(error, max(gradients.values(), default=None), apart, notes)
+    return Fidelity(error, max(gradients.values(), default=None), unlike, notes)
 
 
 def require_gradients(graph_module: fx.GraphModule, asked_by: str) -> None:
-    """Raise if the gradients of a graph are known to be others than those of its module.
+    """Check that the gradients of a graph are not known to differ from those of its module.
 
     Args:
-        graph_module: a graph that was traced.
-        asked_by: the name of the pass that needs them.
+        graph_module: a traced graph.
+        asked_by: the name of the pass that needs gradients.
 
     Raises:
-        PassError: they are.
+        PassError: they differ.
     """
     found = facts_of(graph_module).get(Fidelity)
-    if found is not None and found.apart:
+    if found is not None and found.unlike:
         raise PassError(
-            f"the gradients of {_listed(found.apart)} are not those of the module: its code gives them a backward of "
-            "their own",
+            f"the gradients of {_abbreviate(found.unlike)} differ from the module's: its code has a custom backward",
             where=f"pass {asked_by}",
-            remedy="Choose a criterion without gradients, such as l2, or take the custom autograd.Function out",
+            remedy="Choose a criterion without gradients, such as l2, or remove the custom autograd.Function",
         )
 
 
-def _listed(names: Sequence[str]) -> str:
+def _abbreviate(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Return the accepted difference for a weight of ``dtype``: a few units in the last place, where that is more."""
-    return max(TOLERANCE, 4 * torch.finfo(dtype).eps)
+    """The accepted difference for weights in ``dtype``: that of float32, or a few units in the last place if larger."""
+    return max(_TOLERANCE, 4 * torch.finfo(dtype).eps)
 
 
-def _forbid_one(probe: Probe, graph_module: fx.GraphModule, accepted: float) -> list[str]:
-    """Let the graph refuse one sample, or one token, where the module takes another branch for it; return the limits.
+def _forbid_one(pair: SideBySide, accepted: float) -> list[str]:
+    """Add checks that refuse one sample, or one token, if the module takes another branch for it; return the limits.
 
-    Tracing takes for granted that a size that varies is not 1.
+    Tracing assumes that a size that varies is not 1.
     """
-
-    def differs(sizes: tuple[int, int]) -> bool:
-        inputs = probe.resized(sizes)
-        error = None if inputs is None else probe.error(inputs)
-        return error is not None and not error <= accepted
-
-    notes = []
-    for axis, sizes in ((0, (1, _SECOND[1])), (1, (_SECOND[0], 1)), (0, (1, 1))):
-        if differs(sizes):
+    graph_module, notes = pair.graph_module, []
+    for axis, sizes in ((0, (1, _SECOND_SIZES[1])), (1, (_SECOND_SIZES[0], 1)), (0, (1, 1))):
+        inputs = pair.resized(sizes)
+        error = None if inputs is None else pair.error(inputs)
+        if error is not None and not error <= accepted:
             places = [(n, axis) for n, _ in input_tensors(graph_module.graph) if axis < free_axes(n.meta["val"])]
             notes += [f"holds for {forbid(graph_module, place, 1)}" for place in places]
     return notes

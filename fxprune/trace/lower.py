@@ -1,13 +1,13 @@
-"""From an ``ExportedProgram`` to a plain ``GraphModule`` bound to the real weights.
+"""Lowering of an ``ExportedProgram`` to a plain ``GraphModule`` bound to the real weights.
 
-Without gradients, what is computed cannot be differentiated: where the rest of the graph reads it, it is detached.
-Under autocast, ops take some of their inputs in another dtype: they get them cast.
+Values computed in a region without gradients are detached where the rest of the graph reads them. Inputs that autocast
+casts for an op get explicit casts.
 
-A container is one input, and the tensors in it are read off it first thing. What is no tensor decided what was traced,
-so the graph takes it, and refuses any other value; it may be left out if it was what the module takes it for then.
+A container is one input of the graph, and its tensors are read from it first. A value that is not a tensor may have
+decided what was traced, so the graph takes it and refuses any other value; it is optional if it equals its default.
 
-Parameters become ``get_attr`` nodes under their own names, asserts about metadata go, as nothing uses them, and devices
-and the dtype of the model are read from the inputs and weights at run time, so that the module may move between both.
+Parameters become ``get_attr`` nodes under their own names. Assertions about metadata are dropped. Devices and the dtype
+of the model are read from the inputs and weights at run time, so that the module can be moved and cast.
 """
 
 from __future__ import annotations
@@ -39,38 +39,28 @@ from fxprune.graph.compat import (
 )
 from fxprune.graph.tensors import base_name
 
-__all__ = ["add_inputs", "called_with", "copy_body", "lower", "read_leaves"]
+__all__ = ["lower"]
 
 aten = torch.ops.aten
 Env = dict[fx.Node, Any]
 Autocast = tuple[str, torch.dtype]
 
 
-def copy_body(source: fx.GraphModule, graph: fx.Graph, env: Env, device: str) -> list[Any]:
-    """Copy the operations of a program into ``graph``; return what it returns, in terms of the new nodes.
-
-    Args:
-        source: the graph module of an exported program.
-        graph: where to.
-        env: the new node for each placeholder of ``source``; filled with the other nodes.
-        device: the type of the device that the model runs on.
-    """
-    copier = _Copier(graph, device)
-    copier.copy(source, env)
-    return [copier.read(env[value], True) if isinstance(value, fx.Node) else value for value in _results(source)]
-
-
 class _Copier:
-    """Copies regions inside regions; knows which values have no gradient."""
+    """Copies a program with its nested regions.
+
+    ``no_grad`` holds the nodes computed without gradients, each with its detached copy once that is needed; ``sizes``
+    the first node of each size expression.
+    """
 
     def __init__(self, graph: fx.Graph, device: str) -> None:
         self.graph = graph
         self.device = device
-        self.stopped: dict[fx.Node, fx.Node | None] = {}
+        self.no_grad: dict[fx.Node, fx.Node | None] = {}
         self.sizes: dict[object, fx.Node] = {}
 
     def copy(self, source: fx.GraphModule, env: Env, grad: bool = True, autocast: Autocast | None = None) -> None:
-        """Copy the body of ``source``, which runs with or without gradients, under autocast or not."""
+        """Copy the body of ``source``, which runs with gradients if ``grad``, under ``autocast`` if given."""
         for node in source.graph.nodes:
             if node.op in ("placeholder", "output", "get_attr") or is_check(node):
                 continue
@@ -79,27 +69,28 @@ class _Copier:
             elif node.target is operator.getitem and isinstance(env.get(node.args[0]), tuple | list):
                 env[node] = env[node.args[0]][node.args[1]]
             else:
-                known = self.sizes.get(_size_of(node))
-                casts = {} if autocast is None or known is not None else _casts(node, *autocast)
-                env[node] = new = known or self._node(node, env, grad, casts)
-                self.sizes.setdefault(_size_of(node), new)
+                key = _size_key(node)
+                known = self.sizes.get(key)
+                casts = {} if autocast is None or known is not None else _autocast_casts(node, *autocast)
+                env[node] = new = known or self._copy_node(node, env, grad, casts)
+                self.sizes.setdefault(key, new)
 
     def read(self, value: Any, grad: bool) -> Any:
-        """Return ``value`` as it is seen where there are gradients or not."""
-        if not grad or not isinstance(value, fx.Node) or value not in self.stopped:
+        """``value`` as read in a region with or without gradients: with gradients, values without are detached."""
+        if not grad or not isinstance(value, fx.Node) or value not in self.no_grad:
             return value
-        found = self.stopped[value]
+        found = self.no_grad[value]
         if found is None:
             with self.graph.inserting_after(value):
                 found = self.graph.call_function(aten.detach.default, (value,))
             found.meta = dict(value.meta)
-            self.stopped[value] = found
+            self.no_grad[value] = found
         return found
 
-    def _node(self, node: fx.Node, env: Env, grad: bool, casts: Mapping[fx.Node, torch.dtype]) -> fx.Node:
-        """Copy one op; those of its inputs that ``casts`` names are cast before it.
+    def _copy_node(self, node: fx.Node, env: Env, grad: bool, casts: Mapping[fx.Node, torch.dtype]) -> fx.Node:
+        """Copy one op, with casts of its inputs in ``casts``.
 
-        Ops of a name are numbered anew: what torch worked out for nothing while it traced left gaps.
+        Names are numbered again, since ops that torch traced and dropped left gaps.
         """
 
         def argument(old: fx.Node) -> Any:
@@ -114,11 +105,11 @@ class _Copier:
         new = self.graph.create_node(node.op, node.target, args, kwargs, name=base_name(node), type_expr=node.type)
         new.meta = dict(node.meta)
         if not grad and isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].is_floating_point():
-            self.stopped[new] = None
+            self.no_grad[new] = None
         return new
 
     def _region(self, region: fx.Node, source: fx.GraphModule, env: Env, grad: bool, autocast: Autocast | None) -> Any:
-        """Copy what is in a region; return what it returned."""
+        """Copy the body of a region; return its results."""
         position = next(i for i, arg in enumerate(region.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
         mode, inner = region.args[:position], getattr(source, str(region.args[position].target))  # type: ignore[union-attr]
         values = [env[value] if isinstance(value, fx.Node) else value for value in region.args[position + 1 :]]
@@ -129,39 +120,35 @@ class _Copier:
         elif mode[0] == self.device:
             autocast = (_TRACED_ON, mode[1]) if mode[2] else None  # type: ignore[assignment]
         self.copy(inner, below, grad, autocast)
-        return fx.map_arg(_results(inner), lambda old: below[old])
+        return fx.map_arg(inner.graph.output_node().args[0], lambda old: below[old])
 
 
 _TRACED_ON = "cpu"
-"""Where the tensors of a trace are, whatever the device of the model."""
+"""The device type of the tensors in a trace, whatever the device of the model."""
 
 
-def _size_of(node: fx.Node) -> object:
-    """Return what ``node`` works out of sizes, of which the graph needs one node only; itself if that is no size."""
+def _size_key(node: fx.Node) -> object:
+    """The expression of a size, for which the graph needs one node only; for any other node the node itself."""
     if not is_size(node) or has_unbacked_sizes(node.meta["val"]):
         return node
     return type(node.meta["val"]), node.meta["val"].node.expr
 
 
-def _results(source: fx.GraphModule) -> Any:
-    return source.graph.output_node().args[0]
-
-
-def _casts(node: fx.Node, device: str, dtype: torch.dtype) -> dict[fx.Node, torch.dtype]:
-    """Return the dtype in which ``node`` takes those of its inputs that autocast casts: it is run without storage."""
+def _autocast_casts(node: fx.Node, device: str, dtype: torch.dtype) -> dict[fx.Node, torch.dtype]:
+    """The inputs of ``node`` that autocast casts, with their new dtype, found by running it on fake tensors."""
     sources = {id(source.meta["val"]): source for source in node.all_input_nodes if "val" in source.meta}
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
     fake = next((leaf.fake_mode for leaf in tree_leaves((args, kwargs)) if hasattr(leaf, "fake_mode")), None)
     if fake is None or not callable(node.target):
         return {}
-    with fake, torch.autocast(device, dtype, cache_enabled=False), _SeenCasts(sources) as seen:
+    with fake, torch.autocast(device, dtype, cache_enabled=False), _CastRecorder(sources) as recorder:
         node.target(*args, **kwargs)
-    found: dict[fx.Node, torch.dtype] = seen.casts
+    found: dict[fx.Node, torch.dtype] = recorder.casts
     return found
 
 
-class _SeenCasts(TorchDispatchMode):
-    """Notes which of some tensors are cast, and to what."""
+class _CastRecorder(TorchDispatchMode):
+    """Records the casts of some tensors, given by the ``id`` of each."""
 
     def __init__(self, sources: Mapping[int, fx.Node]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -177,24 +164,16 @@ class _SeenCasts(TorchDispatchMode):
 Specs = Sequence[tuple[fx.Node, InputSpec]]
 
 
-def called_with(program: torch.export.ExportedProgram, specs: Specs) -> dict[str, Any]:
-    """Return, for each keyword that a program was called with, its placeholder, or a container of placeholders."""
-    nodes = [node for node, spec in specs if spec.kind == InputKind.USER_INPUT]
-    assert program.call_spec.in_spec is not None
-    _, keywords = tree_unflatten(nodes, program.call_spec.in_spec)
-    return dict(keywords)
-
-
-def add_inputs(
+def _add_inputs(
     graph: fx.Graph, called: Mapping[str, Any], forward: Callable[..., Any], taken: Container[str | None]
 ) -> dict[str, fx.Node]:
-    """Make a placeholder for each keyword.
+    """Add a placeholder for each keyword.
 
     Args:
-        graph: where to, still empty.
-        called: what :func:`called_with` found.
-        forward: what was traced.
-        taken: names that nodes of weights have; an input of such a name gets another as a node.
+        graph: the new graph, still empty.
+        called: the placeholder, or container of placeholders, of each keyword.
+        forward: the traced function.
+        taken: names of weights; the node of an input with such a name gets another one.
     """
     made: dict[str, fx.Node] = {}
     optional = _optional(called, forward)
@@ -207,8 +186,8 @@ def add_inputs(
     return made
 
 
-def read_leaves(graph: fx.Graph, called: Mapping[str, Any], made: Mapping[str, fx.Node]) -> dict[fx.Node, fx.Node]:
-    """Read the tensors off the inputs, and check the rest; return the new node for each placeholder of the program."""
+def _read_leaves(graph: fx.Graph, called: Mapping[str, Any], made: Mapping[str, fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Read the tensors in each input, and check other values; return the new node for each old placeholder."""
     env: dict[fx.Node, fx.Node] = {}
     for name, value in called.items():
         for path, leaf in _leaves(value, name):
@@ -218,8 +197,12 @@ def read_leaves(graph: fx.Graph, called: Mapping[str, Any], made: Mapping[str, f
                 inner.meta["val"] = node.meta["val"][key]
                 node = inner
             env[leaf] = node
+            value = node.meta["val"]
             if not isinstance(leaf.meta.get("val"), torch.Tensor):
-                _check(graph, node, name + "".join(f"[{key!r}]" for key in path))
+                same = graph.call_function(operator.is_ if value is None else operator.eq, (node, value))
+                label = name + "".join(f"[{key!r}]" for key in path)
+                message = f"this graph was traced with {label}={value!r} and takes no other value"
+                graph.call_function(torch.ops.aten._assert_scalar.default, (same, message))
     return env
 
 
@@ -228,7 +211,7 @@ def _example(value: Any) -> Any:
 
 
 def _optional(called: Mapping[str, Any], forward: Callable[..., Any]) -> set[str]:
-    """The inputs that may be left out: the last ones, as Python wants it, that were what they are if left out."""
+    """The trailing inputs whose values are the defaults of ``forward``, which callers may omit."""
     parameters = inspect.signature(forward).parameters
     found: set[str] = set()
     for name in reversed(list(called)):
@@ -242,7 +225,7 @@ def _optional(called: Mapping[str, Any], forward: Callable[..., Any]) -> set[str
 
 
 def _leaves(value: Any, name: str, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], fx.Node]]:
-    """Yield where each placeholder stands in a container."""
+    """Yield the path of each placeholder in a container."""
     if isinstance(value, fx.Node):
         yield path, value
         return
@@ -256,27 +239,19 @@ def _leaves(value: Any, name: str, path: tuple[Any, ...] = ()) -> Iterator[tuple
         yield from _leaves(item, name, (*path, key))
 
 
-def _check(graph: fx.Graph, node: fx.Node, name: str) -> None:
-    """Let the graph refuse another value than the one it was traced with."""
-    value = node.meta["val"]
-    same = graph.call_function(operator.is_ if value is None else operator.eq, (node, value))
-    said = f"this graph was traced with {name}={value!r} and takes no other value"
-    graph.call_function(torch.ops.aten._assert_scalar.default, (same, said))
-
-
 _WEIGHTS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 
 
 def lower(
     program: torch.export.ExportedProgram, model: nn.Module, dtype: torch.dtype | None, fixed: Container[str] = ()
 ) -> fx.GraphModule:
-    """Return a program as a graph module that shares the tensors of ``model`` and is called as the model is.
+    """Lower a program to a graph module that shares the tensors of ``model`` and has the signature of its call.
 
     Args:
-        program: what ``torch.export`` made.
-        model: the module whose parameters and buffers the graph shall use.
-        dtype: the dtype that stands for the dtype of the model in ``program``; None to leave dtypes literal.
-        fixed: names of inputs that the graph shall not have.
+        program: the result of ``torch.export``.
+        model: the module whose parameters and buffers the graph uses.
+        dtype: the dtype in ``program`` that means the dtype of the model; None to keep dtypes literal.
+        fixed: names of inputs that the graph must not have.
 
     Raises:
         TraceError: the program takes or returns something that is not a tensor or a container of tensors.
@@ -284,18 +259,26 @@ def lower(
     graph = fx.Graph()
     nodes = [node for node in program.graph_module.graph.nodes if node.op == "placeholder"]
     specs = list(zip(nodes, program.graph_signature.input_specs, strict=True))
-    called = {name: value for name, value in called_with(program, specs).items() if name not in fixed}
-    made = add_inputs(graph, called, model.forward, {spec.target for _, spec in specs})
+    assert program.call_spec.in_spec is not None and program.call_spec.out_spec is not None
+    given = [node for node, spec in specs if spec.kind == InputKind.USER_INPUT]
+    _, keywords = tree_unflatten(given, program.call_spec.in_spec)
+    called = {name: value for name, value in keywords.items() if name not in fixed}
+    made = _add_inputs(graph, called, model.forward, {spec.target for _, spec in specs})
     env: dict[fx.Node, Any] = {}
     attributes = _lower_weights(program, model, specs, graph, env)
-    env.update(read_leaves(graph, called, made))
+    env.update(_read_leaves(graph, called, made))
     device = next(iter(attributes.values())).device.type if attributes else "cpu"
-    results = copy_body(program.graph_module, graph, env, device)
-    assert program.call_spec.out_spec is not None
+    copier = _Copier(graph, device)
+    copier.copy(program.graph_module, env)
+    returned: Any = program.graph.output_node().args[0]
+    results = [copier.read(env[value], True) if isinstance(value, fx.Node) else value for value in returned]
     graph.output(_rebuild(program.call_spec.out_spec, results, graph))
-    _make_portable(graph, attributes, dtype)
+    _replace_literals(graph, attributes, dtype)
     graph.eliminate_dead_code(is_impure)
-    _sink_weights(graph)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in [node for node in order if node.op == "get_attr" and node.users]:
+        # read weights right before their first use: an interpreter that makes masked copies then holds few at a time
+        min(node.users, key=lambda user: order[user]).prepend(node)
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     return fx.GraphModule({name: value for name, value in attributes.items() if name in used}, graph)
 
@@ -303,9 +286,9 @@ def lower(
 def _lower_weights(
     program: torch.export.ExportedProgram, model: nn.Module, specs: Specs, graph: fx.Graph, env: dict[fx.Node, Any]
 ) -> dict[str, torch.Tensor]:
-    """Make ``get_attr`` nodes of weights; return the weights by name.
+    """Add ``get_attr`` nodes for weights; return the weights by name.
 
-    No other node has the name of a weight: those without a dot are made under their own names.
+    Weights without a dot in their names are added first, so that no other node takes such a name.
     """
     attributes: dict[str, torch.Tensor] = {}
     for node, spec in specs:
@@ -313,9 +296,9 @@ def _lower_weights(
             continue
         if spec.kind not in _WEIGHTS or spec.target is None:
             raise TraceError(
-                f"it takes the input {node.name}, a {spec.kind.name} and no tensor",
+                f"it takes the input {node.name}, a {spec.kind.name} instead of a tensor",
                 where=f"forward of {type(model).__name__}",
-                remedy="Keep what is no tensor out of its attributes and inputs",
+                remedy="Remove objects other than tensors from its attributes and inputs",
             )
         name = spec.target
         attributes[name] = _real_tensor(program, model, spec)
@@ -334,15 +317,15 @@ def _real_tensor(program: torch.export.ExportedProgram, model: nn.Module, spec: 
     assert isinstance(value, torch.Tensor)
     if isinstance(value, FakeTensor):
         raise TraceError(
-            f"what is computed from inputs becomes a constant, a tensor of shape {tuple(value.shape)}",
+            f"a tensor of shape {tuple(value.shape)} that is computed from inputs becomes a constant",
             where=f"forward of {type(model).__name__}",
-            remedy="Tracing does not follow x.data; write x.detach()",
+            remedy="Write x.detach() instead of x.data, which tracing does not follow",
         )
     return value
 
 
 def _rebuild(spec: TreeSpec, leaves: list[Any], graph: fx.Graph) -> Any:
-    """Return the output structure: containers as they are, other registered types as a call with their fields."""
+    """The output structure: containers as they are, other registered types as a call with their fields."""
     if spec.is_leaf():
         return leaves.pop(0)
     children = [_rebuild(child, leaves, graph) for child in spec.children()]
@@ -350,14 +333,14 @@ def _rebuild(spec: TreeSpec, leaves: list[Any], graph: fx.Graph) -> Any:
         return spec.type(children)
     if not isinstance(spec.context, list) or not all(isinstance(key, str) for key in spec.context):
         raise TraceError(
-            f"{spec.type} has no named fields", where="what forward returns", remedy="Return tensors, tuples or dicts"
+            f"{spec.type} has no named fields", where="output of forward", remedy="Return tensors, tuples or dicts"
         )
     fields = dict(zip(spec.context, children, strict=True))
     return fields if spec.type is dict else graph.call_function(spec.type, (), fields)
 
 
-def _make_portable(graph: fx.Graph, attributes: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
-    """Replace device literals, and ``dtype`` where it stands for the model's, by what is there at run time."""
+def _replace_literals(graph: fx.Graph, attributes: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
+    """Replace device literals, and ``dtype`` if it means the model's, by reads of an input's and a weight's."""
     sources = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
     tensors = [node for node in sources if isinstance(node.meta["val"], torch.Tensor)]
     body = next((node for node in graph.nodes if node.op not in ("placeholder", "get_attr")), None)
@@ -366,25 +349,14 @@ def _make_portable(graph: fx.Graph, attributes: dict[str, torch.Tensor], dtype: 
     weights = [n for n in tensors if n.op == "get_attr" and n.meta["val"].dtype == dtype]
     with graph.inserting_before(body):
         device = graph.call_function(getattr, (tensors[0], "device"))
-        own = graph.call_function(getattr, (weights[0], "dtype")) if dtype is not None and weights else None
-    swap = _literal_swap(device, dtype, own)
-    for node in graph.nodes:
-        if node.op == "call_function" and node is not device and node is not own:
-            node.args = fx.node.map_aggregate(node.args, swap)
-            node.kwargs = fx.node.map_aggregate(node.kwargs, swap)
+        dtype_node = graph.call_function(getattr, (weights[0], "dtype")) if dtype is not None and weights else None
 
-
-def _sink_weights(graph: fx.Graph) -> None:
-    """Read each weight right before its first use: an interpreter that makes a masked copy then holds few at a time."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in [node for node in order if node.op == "get_attr" and node.users]:
-        min(node.users, key=lambda user: order[user]).prepend(node)
-
-
-def _literal_swap(device: fx.Node, dtype: torch.dtype | None, own: fx.Node | None) -> Callable[[Any], Any]:
     def swap(value: Any) -> Any:
         if isinstance(value, torch.device):
             return device
-        return own if own is not None and value == dtype and isinstance(value, torch.dtype) else value
+        return dtype_node if dtype_node is not None and isinstance(value, torch.dtype) and value == dtype else value
 
-    return swap
+    for node in graph.nodes:
+        if node.op == "call_function" and node is not device and node is not dtype_node:
+            node.args = fx.node.map_aggregate(node.args, swap)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, swap)

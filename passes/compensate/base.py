@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar
 
 import numpy as np
@@ -17,18 +18,19 @@ from fxprune.axes import factors, kept_mask
 from fxprune.data.calibration import Calibration, spread, stacked
 from fxprune.discovery.dependency import Dependencies
 from fxprune.errors import CalibrationError
-from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of, owner_block
+from fxprune.graph.facts import Change, Fact, Runnable, Source, add_note, facts_of, owner_block
 from fxprune.graph.tensors import device_of, get_tensor, require_weights
-from fxprune.masking.compare import Expected, SideBySide
-from fxprune.offload.files import put_values, recalled, remembering
-from fxprune.offload.prefetch import place_of, to_place
-from fxprune.offload.ranks import as_first, own
-from fxprune.pipeline.arguments import REACHES, one_of, whole_number
-from fxprune.pipeline.contract import Pass, PassResult, Track, check_track, no_progress
+from fxprune.masking.compare import PairedRuns
+from fxprune.offload.files import cached, caching, write_values
+from fxprune.offload.prefetch import compute_device, to_device
+from fxprune.offload.ranks import broadcast, shard
+from fxprune.pipeline.arguments import Reach, argument
+from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 from fxprune.rules.products import (
     LoneProduct,
+    PickedMatrices,
     SlidingProduct,
     StackedProduct,
     lone_products,
@@ -37,7 +39,7 @@ from fxprune.rules.products import (
 )
 from fxprune.rules.registry import is_sum
 
-__all__ = ["FitPass", "Site", "find_sites", "pairs", "tokens"]
+__all__ = ["FitPass", "FitSite", "find_sites", "fit_data"]
 
 aten = torch.ops.aten
 
@@ -45,13 +47,13 @@ Product = LoneProduct | StackedProduct | SlidingProduct
 
 
 @dataclass(frozen=True)
-class Site:
-    """A product whose weight is fitted: one matrix, or several side by side.
+class FitSite:
+    """A product whose weight is fitted: one matrix, or a stack of them.
 
     Args:
         product: the product.
-        channels: positions along the axis of the weight that is summed over that stay.
-        other: the value that the product is added to, where that is all that happens to it.
+        channels: the positions kept along the axis of the weight that is summed over.
+        other: the value that the product is added to; None unless that is the only use of the product.
     """
 
     product: Product
@@ -60,7 +62,7 @@ class Site:
 
     @property
     def weight(self) -> fx.Node:
-        """What reads the weight."""
+        """The node that reads the weight."""
         return self.product.weight
 
     @property
@@ -70,30 +72,23 @@ class Site:
 
     @property
     def added(self) -> fx.Node | None:
-        """What the product adds, if it adds anything."""
+        """The node that the product adds; None if it adds nothing."""
         return None if isinstance(self.product, StackedProduct) else self.product.added
 
     @property
     def bias(self) -> fx.Node | None:
-        """What reads the parameter that the product adds, where nothing else reads it."""
+        """The node of the parameter that the product adds, if nothing else reads that parameter."""
         product = self.product
         return self.added if not isinstance(product, StackedProduct) and product.bias else None
 
     @property
-    def behind(self) -> tuple[fx.Node, ...]:
-        """What the product reads instead of the weight itself."""
-        picked = self.product.picked if isinstance(self.product, StackedProduct) else None
-        return () if picked is None else (picked.node,)
-
-    @property
-    def held(self) -> tuple[fx.Node, ...]:
-        """What has to be there when the product is run, although the product itself does not read it."""
-        picked = self.product.picked if isinstance(self.product, StackedProduct) else None
-        return () if picked is None else (picked.weight, picked.index)
+    def picked(self) -> PickedMatrices | None:
+        """The matrices that the product reads in place of the weight itself."""
+        return self.product.picked if isinstance(self.product, StackedProduct) else None
 
     @property
     def kept(self) -> torch.Tensor:
-        """Which inputs of the matrices stay: the channels, at each tap where there are taps."""
+        """The inputs of the matrices that stay: the channels, at each tap of a convolution."""
         if not isinstance(self.product, SlidingProduct):
             return self.channels
         taps = math.prod(int(self.weight.meta["val"].shape[i]) for i in self.product.order[2:])
@@ -102,105 +97,53 @@ class Site:
 
     def matrices(self, graph_module: fx.GraphModule) -> torch.Tensor:
         """The weight in float32 at least, as ``(matrices, out, in)``, on the device that the graph runs on."""
-        W = get_tensor(graph_module, self.name).detach().to(place_of(graph_module))
-        W = W.to(torch.promote_types(W.dtype, torch.float32)).permute(_order(self.product))
+        W = get_tensor(graph_module, self.name).detach().to(compute_device(graph_module))
+        W = W.to(torch.promote_types(W.dtype, torch.float32)).permute(_weight_order(self.product))
         return W if isinstance(self.product, StackedProduct) else W.flatten(1)[None]
 
     def weight_of(self, matrices: torch.Tensor) -> torch.Tensor:
-        """The weight that has these matrices, its axes in their own order."""
-        order = _order(self.product)
+        """The weight, with its axes in their own order, from its matrices ``(matrices, out, in)``."""
+        order = _weight_order(self.product)
         sizes = [self.weight.meta["val"].shape[i] for i in order]
         return matrices.reshape(sizes).permute(*np.argsort(order).tolist())
 
 
-def _order(product: Product) -> tuple[int, ...]:
-    """The axes of the weight: that of matrices, where there are several, those of outputs and inputs, and taps."""
+def _weight_order(product: Product) -> tuple[int, ...]:
+    """The axes of the weight: that of matrices, if there are several, those of outputs and inputs, and taps."""
     return (1 - product.axis, product.axis) if isinstance(product, LoneProduct) else product.order
 
 
-def find_sites(graph_module: fx.GraphModule, removal: Removal, reach: str = "lost") -> Iterator[Site]:
+def find_sites(graph_module: fx.GraphModule, removal: Removal, reach: Reach = "lost") -> Iterator[FitSite]:
     """Yield the products to fit, in order of execution.
 
     Args:
         graph_module: the dense graph.
-        removal: what goes.
-        reach: one of :data:`fxprune.pipeline.arguments.REACHES`.
+        removal: the structures that go.
+        reach: which products are fitted; see :class:`FitPass`.
     """
     axes, keep = removal.axes, removal.keep
+    kinds = (lone_products, lone_stacked_products, lone_sliding_products)
+    products: dict[fx.Node, Product] = {product.node: product for kind in kinds for product in kind(graph_module)}
     changed = False
-    for product in _products(graph_module):
+    for product in (products[node] for node in graph_module.graph.nodes if node in products):
         name = str(product.weight.target)
-        if owner_block(name, axes.blocks) in removal.removed_blocks:
+        block = owner_block(name, axes.blocks)
+        if block in removal.removed_blocks:
             changed = True
             continue
-        order = _order(product)
-        summed = order[2] if isinstance(product, StackedProduct) else order[1]
-        expr = axes.tensors[name][summed]
+        stacked_weights = isinstance(product, StackedProduct)
+        expr = axes.tensors[name][_weight_order(product)[2 if stacked_weights else 1]]
         lost = any(keep.touches(factor) for factor in factors(expr))
-        other = None if isinstance(product, StackedProduct) else _added_to(product.node)
+        other = None if stacked_weights else _added_to(product.node)
         changed = changed or lost
-        inside = owner_block(name, axes.blocks) is not None
-        if lost or (changed and ((reach != "lost" and other is not None) or (reach == "all" and inside))):
+        reached = (reach != "lost" and other is not None) or (reach == "all" and block is not None)
+        if lost or (changed and reached):
             kept = np.flatnonzero(kept_mask(expr, keep)) if lost else np.arange(expr.size)
-            yield Site(product, torch.from_numpy(kept).to(place_of(graph_module)), other)
-
-
-def _products(graph_module: fx.GraphModule) -> Iterator[Product]:
-    """The products of all kinds, in order of execution."""
-    kinds = (lone_products, lone_stacked_products, lone_sliding_products)
-    found: dict[fx.Node, Product] = {product.node: product for kind in kinds for product in kind(graph_module)}
-    return (found[node] for node in graph_module.graph.nodes if node in found)
-
-
-def tokens(site: Site, run: SideBySide) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Yield which matrix it is, its inputs ``(tokens, kept)`` in the masked graph and what is wanted ``(tokens, out)``.
-
-    One matrix is wanted to give what it gives in the dense graph, without its bias; where the product is added to
-    another value, as in a residual stream, what the *sum* lacks. Of several each is wanted to give what the same one
-    gives in the dense graph, on the tokens that reach it there too: in either graph a router may choose others.
-    """
-    product = site.product
-    if isinstance(product, StackedProduct):
-        yield from _stacked_tokens(product, site.channels, run)
-        return
-    for masked, y in zip(run.masked, _targets(site, run), strict=True):
-        if isinstance(product, SlidingProduct):
-            yield 0, product.inputs(masked.env, site.channels).flatten(0, -2), y
-        else:
-            yield 0, masked.env[product.source][..., site.channels].flatten(0, -2), y
-
-
-def _targets(site: Site, run: SideBySide) -> Iterator[torch.Tensor]:
-    """For each batch what a product with one matrix has to give without its bias: ``(tokens, out)``."""
-    other, product = site.other, site.product
-    outputs = product.outputs if isinstance(product, SlidingProduct) else -1
-    pairs = list(run.values(other)) if other is not None and run.has(other) else []
-    for i, dense in enumerate(run.dense):
-        y = dense.env[product.node]
-        y = (y + (pairs[i][0] - pairs[i][1]) if pairs else y).movedim(outputs, -1).flatten(0, -2)
-        yield y if site.added is None else y - dense.env[site.added]
-
-
-def _stacked_tokens(
-    product: StackedProduct, kept: torch.Tensor, run: SideBySide
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    for dense, masked in zip(run.dense, run.masked, strict=True):
-        x = masked.env[product.source].permute(product.source_order)[..., kept]
-        y = dense.env[product.node].permute(product.out_order)
-        x, y = (value.reshape(len(value), -1, value.shape[-1]) for value in (x, y))
-        # where every matrix sees every token, those that are not meant for it come as zeros
-        reached = y.any(dim=-1)
-        numbers = torch.arange(len(x), device=x.device)
-        if product.picked is not None:
-            there, numbers = dense.env[product.picked.index], masked.env[product.picked.index]
-            reached = reached & (there == numbers)[:, None]
-        for matrix in numbers[reached.any(dim=-1)].unique().tolist():
-            chosen = reached & (numbers == matrix)[:, None]
-            yield matrix, x[chosen], y[chosen]
+            yield FitSite(product, torch.from_numpy(kept).to(compute_device(graph_module)), other)
 
 
 def _added_to(node: fx.Node) -> fx.Node | None:
-    """The value that the product is added to, where that is all that happens to it."""
+    """The value that the product is added to; None unless that is the only use of the product."""
     user = _only_user(node)
     while user is not None and user.target is aten.reshape.default:
         node, user = user, _only_user(user)
@@ -215,41 +158,89 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
+def fit_data(site: FitSite, run: PairedRuns) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield, batch by batch, the number of a matrix, its inputs ``(tokens, kept)`` and targets ``(tokens, out)``.
+
+    The inputs are those of the masked graph. The target of a single matrix is its output in the dense graph, without
+    its bias; if the product is added to another value, as in a residual stream, what the *sum* lacks. The target of one
+    of several matrices is its own output in the dense graph, on the tokens that reach it in both graphs: a router may
+    choose differently in each.
+
+    Raises:
+        CalibrationError: an activation is not finite.
+    """
+    found = _stacked_data if isinstance(site.product, StackedProduct) else _single_data
+    for matrix, X, y in found(site, run):
+        if not (X.isfinite().all() and y.isfinite().all()):
+            raise CalibrationError(
+                "its inputs or outputs are not finite", where=site.name, remedy="Check the weights and the samples"
+            )
+        yield matrix, X, y
+
+
+def _single_data(site: FitSite, run: PairedRuns) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    other, product = site.other, site.product
+    assert not isinstance(product, StackedProduct)
+    outputs = product.outputs if isinstance(product, SlidingProduct) else -1
+    pairs = list(run.values(other)) if other is not None and run.has(other) else []
+    for i, (dense, masked) in enumerate(zip(run.dense, run.masked, strict=True)):
+        y = dense.env[product.node]
+        y = (y + (pairs[i][0] - pairs[i][1]) if pairs else y).movedim(outputs, -1).flatten(0, -2)
+        y = y if site.added is None else y - dense.env[site.added]
+        if isinstance(product, SlidingProduct):
+            x = product.inputs(masked.env, site.channels)
+        else:
+            x = masked.env[product.source][..., site.channels]
+        yield 0, x.flatten(0, -2), y
+
+
+def _stacked_data(site: FitSite, run: PairedRuns) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    product = site.product
+    assert isinstance(product, StackedProduct)
+    for dense, masked in zip(run.dense, run.masked, strict=True):
+        x = masked.env[product.source].permute(product.source_order)[..., site.channels]
+        y = dense.env[product.node].permute(product.out_order)
+        x, y = (value.reshape(len(value), -1, value.shape[-1]) for value in (x, y))
+        # if every matrix sees every token, the tokens that are not routed to it come as zeros
+        reached = y.any(dim=-1)
+        numbers = torch.arange(len(x), device=x.device)
+        if product.picked is not None:
+            there, numbers = dense.env[product.picked.index], masked.env[product.picked.index]
+            reached = reached & (there == numbers)[:, None]
+        for matrix in numbers[reached.any(dim=-1)].unique().tolist():
+            chosen = reached & (numbers == matrix)[:, None]
+            yield matrix, x[chosen], y[chosen]
+
+
 @dataclass(frozen=True, eq=False)
 class FitPass(Pass):
     """Fits weights that lost inputs, in order of execution, to what the dense graph computes.
 
-    Weights before a fitted one are fitted already, so it makes up for what they could not; and one that lost nothing
-    can make up for what those before it lost.
-
-    Args:
-        samples: calibration samples to take, evenly spread; None for all.
-        batch: samples that run at once.
-        reach: ``lost``: fit the weights that lost inputs; ``stream``: and those whose output is added to a value that
-            changed, such as the projections of attention behind a feed-forward network that shrank; ``all``: and those
-            that only read such a value.
-        track: shows progress, as ``track(items, what, total)``.
+    The weights before a fitted one are fitted already, so it compensates for their remaining error; a weight that lost
+    nothing can do so too.
     """
 
     stage: ClassVar[str] = "compensate"
     writes: ClassVar[bool] = False
     changes: ClassVar[Change] = "weights"
     needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Removal, Calibration, Runnable)
-    drops: ClassVar[tuple[type[Fact], ...]] = (Scores, Expected)
-    carries: ClassVar[bool] = True
+    wants: ClassVar[tuple[type[Fact], ...]] = (Source,)
+    drops: ClassVar[tuple[type[Fact], ...]] = (Scores,)
+    prefetches: ClassVar[bool] = True
 
-    samples: int | None = None
-    batch: int = 16
-    reach: str = "lost"
-    track: Track = field(default=no_progress, metadata={"spelled": False})
+    samples: int | None = argument(None, "Calibration samples, evenly spread; None for all.", least=1)
+    batch: int = argument(16, "Samples that run at once.", least=1)
+    reach: Reach = argument(
+        "lost",
+        """Weights to fit: ``lost``, those that lost inputs; ``stream``, also those whose output is added to a value
+        that changed, such as the projections of attention after a feed-forward network that shrank; ``all``, also those
+        that only read such a value.""",
+    )
 
-    def __post_init__(self) -> None:
-        """Refuse numbers that make no sense."""
-        object.__setattr__(self, "batch", whole_number("batch", self.batch, least=1))
-        if self.samples is not None:
-            object.__setattr__(self, "samples", whole_number("samples", self.samples, least=1))
-        one_of("reach", self.reach, REACHES)
-        check_track(self.track)
+    def cost(self, samples: int) -> PassCost:
+        """The dense and the masked graph side by side, with all samples in memory; solving takes as long again."""
+        taken = min(self.samples or samples, samples)
+        return PassCost(runs=4.0 * taken, batch=2 * taken, outputs=0)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Raise unless there are calibration samples and real weights."""
@@ -267,56 +258,46 @@ class FitPass(Pass):
         sites = {site.product.node: site for site in find_sites(graph_module, removal, self.reach)}
         if not sites:
             return PassResult(graph_module, False)
-        samples = own(spread(facts[Calibration].samples, self.samples))
+        samples = shard(spread(facts[Calibration].samples, self.samples))
         batches = list(stacked(samples, graph_module, self.batch))
-        run = SideBySide(graph_module, removal.axes, removal.keep, removal.removed_blocks, batches)
+        run = PairedRuns(graph_module, removal.axes, removal.keep, removal.removed_blocks, batches)
         for node, site in sites.items():
-            for held in site.held:
-                run.hold(held, node)
+            if site.picked is not None:  # the fit reads these, although the product itself does not
+                run.keep_until(site.picked.weight, node)
+                run.keep_until(site.picked.index, node)
         with torch.no_grad():
-            wanted = (sites[node] for node in run if node in sites)
-            # the range comes first, so that the graph is not run on after the last weight
-            for _, site in zip(range(len(sites)), self.track(wanted, self.name, len(sites)), strict=False):
-                for node, value in self._recalled(graph_module, site, run).items():
-                    put_values(graph_module, str(node.target), value)
-                    run.read_again(node)
-                run.read_again(*site.behind)
+            # no more than the number of sites, so that the graph does not run on after the last weight
+            reached = islice((sites[node] for node in run if node in sites), len(sites))
+            for site in tracked(reached, self.name, len(sites)):
+                for node, value in self._fit_or_resume(graph_module, site, run).items():
+                    write_values(graph_module, str(node.target), value)
+                    run.rerun_masked(node)
+                if site.picked is not None:
+                    run.rerun_masked(site.picked.node)
         add_note(graph_module, f"{len(sites)} weights were fitted by {self.name.replace('-', ' ')}")
         return PassResult(graph_module, True)
 
-    def _recalled(self, graph_module: fx.GraphModule, site: Site, run: SideBySide) -> Mapping[fx.Node, torch.Tensor]:
-        """Return what an earlier run fitted, or fit it."""
-        known = recalled(f"{site.name}.fit")
+    def _fit_or_resume(
+        self, graph_module: fx.GraphModule, site: FitSite, run: PairedRuns
+    ) -> Mapping[fx.Node, torch.Tensor]:
+        """The fitted tensors, loaded if an interrupted run has fitted them."""
+        known = cached(f"{site.name}.fit")
         if known is not None:
-            name = {str(node.target): node for node in graph_module.graph.nodes}
-            return {name[key]: value for key, value in load_file(known).items()}
+            nodes = {str(node.target): node for node in graph_module.graph.nodes}
+            return {nodes[name]: value for name, value in load_file(known).items()}
         home = device_of(graph_module)
         fitted = self.fitted(graph_module, site, run)
-        found = {node: to_place(value.contiguous(), home) for node, value in fitted.items()}
-        as_first(found.values())
-        with remembering(f"{site.name}.fit") as file:
+        found = {node: to_device(value.contiguous(), home) for node, value in fitted.items()}
+        broadcast(found.values())
+        with caching(f"{site.name}.fit") as file:
             if file is not None:
                 save_file({str(node.target): value for node, value in found.items()}, file)
         return found
 
     @abstractmethod
-    def fitted(self, graph_module: fx.GraphModule, site: Site, run: SideBySide) -> Mapping[fx.Node, torch.Tensor]:
-        """Return the whole weight of ``site``, its kept inputs fitted, by what reads it; and its bias, where it moves.
+    def fitted(self, graph_module: fx.GraphModule, site: FitSite, run: PairedRuns) -> Mapping[fx.Node, torch.Tensor]:
+        """The whole weight of ``site``, its kept inputs fitted, by the node that reads it; and its bias if fitted.
 
         Raises:
             CalibrationError: an activation is not finite.
         """
-
-
-def pairs(site: Site, run: SideBySide) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Yield for each batch, and each matrix of the weight that has tokens there, what :func:`.sites.tokens` yields.
-
-    Raises:
-        CalibrationError: one of them is not finite.
-    """
-    for matrix, X, y in tokens(site, run):
-        if not (X.isfinite().all() and y.isfinite().all()):
-            raise CalibrationError(
-                "its inputs or outputs are not finite", where=site.name, remedy="Check the weights and the samples"
-            )
-        yield matrix, X, y

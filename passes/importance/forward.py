@@ -1,9 +1,9 @@
-"""Criteria from forward passes: moments of what each product reads."""
+"""Criteria from forward passes: moments of the inputs of each product."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,23 +16,15 @@ from fxprune.discovery.groups import Consumer, Group, Groups, consumers_of, find
 from fxprune.errors import CalibrationError, PassError
 from fxprune.graph.facts import Fact, Runnable, facts_of
 from fxprune.graph.tensors import get_tensor, require_weights
-from fxprune.masking.parts import observe
-from fxprune.offload.ranks import add_up, own
-from fxprune.pipeline.arguments import flag, whole_number
-from fxprune.pipeline.contract import Track, check_track, no_progress
+from fxprune.masking.parts import Observers, observe_nodes
+from fxprune.offload.ranks import all_reduce, shard
+from fxprune.pipeline.arguments import argument
+from fxprune.pipeline.contract import PassCost, tracked
 from fxprune.removal.scores import Scores
 
-from .base import ImportancePass, axis_sums
+from .base import ImportancePass, Positions, axis_sums
 
-__all__ = [
-    "FlapImportancePass",
-    "ForwardImportancePass",
-    "Moments",
-    "WandaImportancePass",
-    "input_moments",
-    "refuse_group",
-    "rows_of",
-]
+__all__ = ["FlapImportancePass", "ForwardImportancePass", "Moments", "WandaImportancePass", "as_rows"]
 
 
 @dataclass
@@ -49,144 +41,131 @@ class Moments:
     squares: torch.Tensor
     count: int = 0
 
-    def add_up(self) -> None:
-        """Make it the sums of all processes, where several share the samples."""
+    def add(self, rows: torch.Tensor) -> None:
+        """Add inputs ``(tokens, in)``."""
+        self.sums += rows.sum(0)
+        self.squares += rows.square().sum(0)
+        self.count += len(rows)
+
+    def all_reduce(self) -> None:
+        """Sum over processes that share the samples."""
         count = self.sums.new_full((), self.count, dtype=torch.int64)
-        add_up((self.sums, self.squares, count))
+        all_reduce((self.sums, self.squares, count))
         self.count = int(count)
 
     @property
-    def mean_square(self) -> torch.Tensor:
-        """The mean square of each input."""
-        return self.squares / max(self.count, 1)
-
-    @property
     def variance(self) -> torch.Tensor:
-        """The variance of each input, with one less than the number of tokens below."""
+        """The unbiased variance of each input."""
         spread = self.squares - self.sums.square() / max(self.count, 1)
         return spread.clamp_min(0) / max(self.count - 1, 1)
 
 
-def rows_of(value: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return activations as ``(tokens, in)``, where ``dim`` is the axis of the inputs."""
+def as_rows(value: torch.Tensor, dim: int) -> torch.Tensor:
+    """Activations as ``(tokens, in)``, where ``dim`` is the axis of the inputs."""
     return value.movedim(dim, -1).flatten(0, -2)
-
-
-def input_moments(
-    graph_module: fx.GraphModule,
-    samples: Sequence[Sample],
-    consumers: Sequence[Consumer],
-    batch: int,
-    track: Callable[[Iterable[Any], int], Iterable[Any]],
-) -> dict[Consumer, Moments]:
-    """Return the moments of what each consumer takes in.
-
-    Raises:
-        CalibrationError: an input is not finite.
-    """
-    found: dict[tuple[fx.Node, int], Moments] = {}
-    watched: dict[fx.Node, list[int]] = {}
-    for consumer in consumers:
-        dims = watched.setdefault(consumer.source, [])
-        if consumer.dim not in dims:
-            dims.append(consumer.dim)
-
-    def add(node: fx.Node, value: torch.Tensor) -> None:
-        for dim in watched[node]:
-            rows = rows_of(value, dim).double()
-            sums = found.setdefault((node, dim), Moments(torch.zeros_like(rows[0]), torch.zeros_like(rows[0])))
-            sums.sums += rows.sum(0)
-            sums.squares += rows.square().sum(0)
-            sums.count += len(rows)
-
-    seen = {node: partial(add, node) for node in watched}
-    observe(graph_module, own(samples), seen, batch, track, in_turn=False)
-    for moments in found.values():
-        moments.add_up()
-    for consumer in consumers:
-        if not bool(found[consumer.source, consumer.dim].squares.isfinite().all()):
-            raise CalibrationError(
-                "its inputs are not finite", where=consumer.name, remedy="Check the weights and the samples"
-            )
-    return {consumer: found[consumer.source, consumer.dim] for consumer in consumers}
-
-
-def refuse_group(group: Group, name: str, what: str) -> PassError:
-    """Return the error for a group that a criterion says nothing about.
-
-    Args:
-        group: the group.
-        name: the pass.
-        what: what the group would have to have.
-    """
-    return PassError(
-        f"{group.name}, of the kind {group.kind!r}, has no {what}",
-        where=f"pass {name}",
-        remedy="Leave that kind out, or score it by another importance, such as taylor",
-    )
-
-
-Positions = dict[tuple[str, int], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class ForwardImportancePass(ImportancePass):
-    """A criterion that looks at what the graph computes on the calibration samples.
-
-    Args:
-        samples: calibration samples to take, evenly spread; None for all.
-        batch: samples that run at once.
-        track: shows progress, as ``track(items, what, total)``.
-    """
+    """A criterion that looks at what the graph computes on the calibration samples."""
 
     needs: ClassVar[tuple[type[Fact], ...]] = (Groups, Dependencies, Calibration, Runnable)
 
-    samples: int | None = None
-    batch: int = 8
-    track: Track = field(default=no_progress, metadata={"spelled": False})
+    samples: int | None = argument(None, "Calibration samples, evenly spread; None for all.", least=1)
+    batch: int = argument(8, "Samples that run at once.", least=1)
 
-    def __post_init__(self) -> None:
-        """Refuse numbers that make no sense."""
-        super().__post_init__()
-        object.__setattr__(self, "batch", whole_number("batch", self.batch, least=1))
-        if self.samples is not None:
-            object.__setattr__(self, "samples", whole_number("samples", self.samples, least=1))
-        check_track(self.track)
+    def cost(self, samples: int) -> PassCost:
+        """One forward run of each sample."""
+        taken = min(self.samples or samples, samples)
+        return PassCost(runs=taken, batch=min(self.batch, taken))
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Raise unless there are calibration samples and real weights."""
         super().requires(graph_module)
         require_weights(graph_module, self.name)
 
-    def tracked(self, batches: Iterable[Any], total: int) -> Iterable[Any]:
-        """Show progress over batches."""
-        return self.track(batches, self.name, total)
-
-    def moments(self, graph_module: fx.GraphModule, consumers: list[Consumer]) -> dict[Consumer, Moments]:
-        """Return the moments of what consumers take in, over the calibration samples."""
-        return input_moments(graph_module, self.calibration(graph_module), consumers, self.batch, self.tracked)
-
     def calibration(self, graph_module: fx.GraphModule) -> tuple[Sample, ...]:
-        """Return the samples that are taken."""
+        """The calibration samples to use."""
         return spread(facts_of(graph_module)[Calibration].samples, self.samples)
+
+    def observe(self, graph_module: fx.GraphModule, watch: Observers) -> None:
+        """Run the graph over the calibration samples and call ``watch`` with values of nodes, batch by batch."""
+        observe_nodes(graph_module, self.calibration(graph_module), watch, self.batch, self._progress)
+
+    def moments(self, graph_module: fx.GraphModule, consumers: Sequence[Consumer]) -> dict[Consumer, Moments]:
+        """Moments of the inputs of each consumer over the calibration samples.
+
+        Raises:
+            CalibrationError: an input is not finite.
+        """
+        found: dict[tuple[fx.Node, int], Moments] = {}
+        watched: dict[fx.Node, list[int]] = {}
+        for consumer in consumers:
+            dims = watched.setdefault(consumer.source, [])
+            if consumer.dim not in dims:
+                dims.append(consumer.dim)
+
+        def add(node: fx.Node, value: torch.Tensor) -> None:
+            for dim in watched[node]:
+                rows = as_rows(value, dim).double()
+                empty = Moments(torch.zeros_like(rows[0]), torch.zeros_like(rows[0]))
+                found.setdefault((node, dim), empty).add(rows)
+
+        watch = {node: partial(add, node) for node in watched}
+        samples = shard(self.calibration(graph_module))
+        observe_nodes(graph_module, samples, watch, self.batch, self._progress, batch_by_batch=False)
+        for moments in found.values():
+            moments.all_reduce()
+        for consumer in consumers:
+            if not bool(found[consumer.source, consumer.dim].squares.isfinite().all()):
+                raise CalibrationError(
+                    "its inputs are not finite", where=consumer.name, remedy="Check the weights and the samples"
+                )
+        return {consumer: found[consumer.source, consumer.dim] for consumer in consumers}
+
+    def consumers(
+        self, graph_module: fx.GraphModule, groups: Sequence[Group]
+    ) -> list[tuple[Group, tuple[Consumer, ...]]]:
+        """Each group with the products that sum over its units.
+
+        Raises:
+            PassError: a group has none.
+        """
+        consumers = find_consumers(graph_module.graph, facts_of(graph_module)[Dependencies].axes)
+        pairs = [(group, consumers_of(group, consumers)) for group in groups]
+        for group, own in pairs:
+            if not own:
+                raise self.not_scored(group, "weight that sums over its units")
+        return pairs
+
+    def not_scored(self, group: Group, missing: str) -> PassError:
+        """The error for a group that the criterion cannot score, since it has no ``missing``."""
+        return PassError(
+            f"{group.name}, of the kind {group.kind!r}, has no {missing}",
+            where=f"pass {self.name}",
+            remedy="Leave that kind out, or score it by another importance, such as taylor",
+        )
+
+    def _progress(self, batches: Iterable[Any], total: int) -> Iterable[Any]:
+        return tracked(batches, self.name, total)
 
 
 @dataclass(frozen=True, eq=False)
 class WandaImportancePass(ForwardImportancePass):
-    """A weight is worth its magnitude times the root mean square of what it multiplies; a slice is worth the sum.
+    """Score weights by their magnitude times the root mean square of their input; slices by the sum.
 
     With weight ``W (out, in)`` and inputs ``X (tokens, in)``, the element ``(o, i)`` counts as::
 
         |W_oi| * norm(X_i) / sqrt(tokens)
 
-    What is in no product with activations, such as a bias or the weight of a norm, multiplies ones.
+    Parameters in no product with activations, such as biases and weights of norms, count as multiplying ones.
 
     Source: Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large Language Models" (arXiv
     2306.11695), equation 1, there for single weights.
     """
 
     name: ClassVar[str] = "wanda"
-    carries: ClassVar[bool] = True
+    prefetches: ClassVar[bool] = True
 
     def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
         """Slice sums of ``|W| * norm(X) / sqrt(tokens)``."""
@@ -199,8 +178,9 @@ class WandaImportancePass(ForwardImportancePass):
         found: Positions = {}
         for name in names:
             weight = get_tensor(graph_module, name).detach().float().abs()
-            for axis, moments_there in uses.get(name, {}).items():
-                rms = _pooled(moments_there).sqrt().float().to(weight.device)
+            for axis, there in uses.get(name, {}).items():
+                squares = torch.stack([moments.squares for moments in there]).sum(0)
+                rms = (squares / max(sum(moments.count for moments in there), 1)).sqrt().float().to(weight.device)
                 weight = weight * rms.view(-1, *[1] * (weight.dim() - axis - 1))
             found.update({key: axis_sums(weight, key[1]) for key in wanted if key[0] == name})
         return found
@@ -208,7 +188,7 @@ class WandaImportancePass(ForwardImportancePass):
 
 @dataclass(frozen=True, eq=False)
 class FlapImportancePass(ForwardImportancePass):
-    """A unit is worth how much what it hands on varies, since what is constant can be made up for.
+    """Score units by the variance of what they pass on: a constant can be compensated by a bias.
 
     With the consumer's weight ``W (out, in)`` and inputs ``X (tokens, in)``, the input ``i`` counts as::
 
@@ -218,38 +198,29 @@ class FlapImportancePass(ForwardImportancePass):
 
     Source: An, Zhao, Yu, Tang, Wang, "Fluctuation-based Adaptive Structured Pruning for Large Language Models" (arXiv
     2312.11983): the weighted fluctuation of inputs, and its standardised form.
-
-    Args:
-        standardise: scores of a group less their mean, over their standard deviation, so that they can be compared
-            between layers and kinds: what the paper does before ``ranking="global"``.
     """
 
     name: ClassVar[str] = "flap"
-    carries: ClassVar[bool] = True
+    prefetches: ClassVar[bool] = True
 
-    standardise: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse what is no flag."""
-        super().__post_init__()
-        object.__setattr__(self, "standardise", flag("standardise", self.standardise))
+    standardise: bool = argument(
+        False,
+        """Subtract from the scores of a group their mean and divide by their standard deviation, which makes layers and
+        kinds comparable: what the paper does before ``ranking="global"``.""",
+    )
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
-        """Scores of the consumers alone.
+        """Scores from the consumers alone.
 
         Raises:
-            PassError: nothing adds up over the units of a group.
+            PassError: nothing sums over the units of a group.
         """
-        axes = facts_of(graph_module)[Dependencies].axes
-        consumers = find_consumers(graph_module.graph, axes)
-        taking = []
-        for group in groups:
-            held = {(c.name, c.axis) for c in consumers_of(group, consumers)}
-            if not held:
-                raise refuse_group(group, self.name, "weight that adds up over its units")
+        consuming = []
+        for group, consumers in self.consumers(graph_module, groups):
+            held = {(consumer.name, consumer.axis) for consumer in consumers}
             members = tuple(m for m in group.members if (m.name, m.axis) in held)
-            taking.append(replace(group, members=members))
-        scores = super().score(graph_module, tuple(taking))
+            consuming.append(replace(group, members=members))
+        scores = super().score(graph_module, tuple(consuming))
         if not self.standardise:
             return scores
         return Scores({name: (row - row.mean()) / (row.std() or 1.0) for name, row in scores.units.items()})
@@ -265,9 +236,3 @@ class FlapImportancePass(ForwardImportancePass):
             score = moments.variance * columns.to(moments.sums.device)
             found[key] = found[key] + score if key in found else score
         return found
-
-
-def _pooled(moments: list[Moments]) -> torch.Tensor:
-    """Return the mean square over the tokens of all."""
-    squares = torch.stack([each.squares for each in moments]).sum(0)
-    return squares / max(sum(each.count for each in moments), 1)

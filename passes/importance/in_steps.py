@@ -1,8 +1,8 @@
-"""Scores that know what went before: a part goes, what stays is fitted, and the rest is scored again."""
+"""Scoring in steps: a part of the units goes, the rest is fitted, and scored again."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,10 +14,10 @@ from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError
 from fxprune.graph.facts import Change, Fact, Runnable, facts_of, fork
 from fxprune.graph.tensors import as_parameter, get_tensor, require_weights, set_tensor
-from fxprune.offload.files import apart
-from fxprune.pipeline.arguments import instance, whole_number
-from fxprune.pipeline.contract import Pass, PassResult, Track, check_track, no_progress
-from fxprune.pipeline.registry import parse_pass
+from fxprune.offload.files import resume_scope
+from fxprune.pipeline.arguments import argument
+from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
+from fxprune.pipeline.registry import load_pass, pass_argument
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 
@@ -28,22 +28,14 @@ _RATIOS = ("ratio", "group_ratio")
 
 @dataclass(frozen=True, eq=False)
 class ScoreInStepsPass(Pass):
-    """Scores, takes a part of the ratio away, fits what stays, and scores again, as often as there are steps.
+    """Scores, removes a part of the ratio, fits the rest, and scores again, in several steps.
 
-    What a step takes is zero in the graph that the next one scores, which computes what the slim graph computes. What
-    went in a step stays gone: its scores are below all others, so that a selection by the scores of the last step, with
-    the whole ratio, takes all of it.
+    Units removed in a step are zero in the graph that the next one scores, which computes the same as the slim graph
+    would. Their scores are set below all others, so that a selection with the whole ratio by the scores of the last
+    step removes all of them.
 
     Source: iterative pruning as in Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient
     Inference" (arXiv 1611.06440), section 2, with a fit in place of training.
-
-    Args:
-        importance: the spelling of the criterion.
-        select: the spelling of the selection that follows, with its ratio; in step ``i`` of ``k`` that ratio is
-            multiplied by ``i / k``.
-        compensate: the spelling of the fit between steps, such as ``least-squares``; none where it is empty.
-        steps: how often it scores.
-        track: shows progress, as ``track(items, what, total)``.
     """
 
     name: ClassVar[str] = "score-in-steps"
@@ -51,57 +43,65 @@ class ScoreInStepsPass(Pass):
     changes: ClassVar[Change] = "nothing"
     needs: ClassVar[tuple[type[Fact], ...]] = (Groups, Dependencies, Runnable)
     gives: ClassVar[tuple[type[Fact], ...]] = (Scores,)
+    drops: ClassVar[tuple[type[Fact], ...]] = (Removal,)
 
-    importance: str = "l2"
-    select: str = "select-by-ratio"
-    compensate: str = ""
-    steps: int = 2
-    track: Track = field(default=no_progress, metadata={"spelled": False})
+    importance: Pass | str = argument("l2", "The criterion.", check=pass_argument("importance"))
+    select: Pass | str | None = argument(
+        None,
+        "The selection that follows, with its ratio; None for that of the recipe. In step i of k its ratio is "
+        "multiplied by i / k.",
+        check=pass_argument("select"),
+    )
+    compensate: Pass | str | None = argument(
+        None, "The fit between steps; None for that of the recipe, if any.", check=pass_argument("compensate")
+    )
+    steps: int = argument(2, "How often it scores.", least=1)
 
     def __post_init__(self) -> None:
-        """Refuse passes of other stages, and a selection that has no ratio."""
-        object.__setattr__(self, "steps", whole_number("steps", self.steps, least=1))
-        check_track(self.track)
-        self._made()
+        """Refuse a selection without a ratio to take in steps."""
+        super().__post_init__()
+        _with_part_of_ratio(self._select, 1.0)
+
+    def cost(self, samples: int) -> PassCost:
+        """The passes of each step, one step after the other."""
+        inner = [step.cost(samples) for step in (self.importance, self.compensate) if isinstance(step, Pass)]
+        largest = max(inner, key=lambda cost: cost.batch)
+        return replace(largest, runs=self.steps * sum(cost.runs for cost in inner))
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raise unless what the passes need is known, and there are real weights."""
+        """Require what the passes need, and real weights."""
         super().requires(graph_module)
         require_weights(graph_module, self.name)
         facts = facts_of(graph_module)
-        for step in self._made():
-            for kind in step.needs if step is not None else ():
+        for step in (self.importance, self._select, self.compensate):
+            for kind in step.needs if isinstance(step, Pass) else ():
                 if kind not in (Scores, Removal) and kind not in facts:
                     raise facts.missing(kind, where=f"pass {self.name}")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Put down the scores of the last step."""
-        importance, select, compensate = self._made()
+        """Record the scores of the last step."""
+        assert isinstance(self.importance, Pass)
+        fit = self.compensate if isinstance(self.compensate, Pass) else None
         work, gone = fork(graph_module), None
-        for step in self.track(range(1, self.steps + 1), self.name, self.steps):
-            with apart(f"step-{step}"):
-                importance(work)
-                scores = below(facts_of(work)[Scores], gone)
+        for step in tracked(range(1, self.steps + 1), self.name, self.steps):
+            with resume_scope(f"step-{step}"):
+                self.importance(work)
+                scores = _below_others(facts_of(work)[Scores], gone)
                 facts_of(work).put(scores)
                 if step < self.steps:
-                    part_of(select, step / self.steps)(work)
+                    _with_part_of_ratio(self._select, step / self.steps)(work)
                     gone = facts_of(work)[Removal]
-                    work = without(graph_module, gone, compensate)
+                    work = _zeroed_and_fitted(graph_module, gone, fit)
         facts_of(graph_module).put(replace(scores, source=str(self)))
         return PassResult(graph_module, False)
 
-    def _made(self) -> tuple[Pass, Pass, Pass | None]:
-        made = [
-            _of_stage(name, getattr(self, name), stage, self.track)
-            for name, stage in (("importance", "importance"), ("select", "select"))
-        ]
-        part_of(made[1], 1.0)
-        fit = _of_stage("compensate", self.compensate, "compensate", self.track) if self.compensate else None
-        return made[0], made[1], fit
+    @property
+    def _select(self) -> Pass:
+        return self.select if isinstance(self.select, Pass) else load_pass("select-by-ratio")
 
 
-def below(scores: Scores, gone: Removal | None) -> Scores:
-    """Return scores of which those of what is gone are below all others."""
+def _below_others(scores: Scores, gone: Removal | None) -> Scores:
+    """Scores in which units that are gone are below all others."""
     if gone is None:
         return scores
     units = {name: np.array(row) for name, row in scores.units.items()}
@@ -116,8 +116,8 @@ def below(scores: Scores, gone: Removal | None) -> Scores:
     return replace(scores, units=units)
 
 
-def without(graph_module: fx.GraphModule, gone: Removal, fit: Pass | None) -> fx.GraphModule:
-    """Return a graph with what is gone zeroed and the weights fitted; ``graph_module`` stays as it is."""
+def _zeroed_and_fitted(graph_module: fx.GraphModule, gone: Removal, fit: Pass | None) -> fx.GraphModule:
+    """A copy of a graph with the removed units zeroed and the weights fitted."""
     work = fork(graph_module)
     if fit is not None:
         facts_of(work).put(gone)
@@ -139,8 +139,8 @@ def without(graph_module: fx.GraphModule, gone: Removal, fit: Pass | None) -> fx
     return work
 
 
-def part_of(select: Pass, part: float) -> Pass:
-    """Return a selection with a part of its ratio.
+def _with_part_of_ratio(select: Pass, part: float) -> Pass:
+    """A selection with a part of its ratio.
 
     Raises:
         ArgumentError: it has none.
@@ -153,13 +153,3 @@ def part_of(select: Pass, part: float) -> Pass:
     ratio: Any = getattr(select, named[0])
     scaled = tuple((kind, value * part) for kind, value in ratio) if isinstance(ratio, tuple) else ratio * part
     return replace(select, **{named[0]: scaled})  # type: ignore[type-var]
-
-
-def _of_stage(name: str, spelling: str, stage: str, track: Track) -> Pass:
-    instance(name, spelling, str, f"a pass of the stage {stage!r} as text")
-    made = parse_pass(spelling, track=track)
-    if made.stage != stage:
-        raise ArgumentError(
-            f"{made.name} is of the stage {made.stage!r}", where=name, remedy=f"Name a pass of the stage {stage!r}"
-        )
-    return made

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import fx
 
 from fxprune.discovery.groups import Group, Groups
 from fxprune.errors import PlanError
 from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.graph.tensors import get_tensor
-from fxprune.pipeline.arguments import as_path, as_seed
+from fxprune.pipeline.arguments import argument, as_seed, instance, path_or_empty
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.scores import Scores
 
-from .base import ImportancePass, axis_sums
+from .base import ImportancePass, Positions, axis_sums
 
 __all__ = ["L1ImportancePass", "L2ImportancePass", "LoadScoresPass", "RandomImportancePass"]
 
 
 @dataclass(frozen=True, eq=False)
-class _MagnitudePass(ImportancePass):
-    power: ClassVar[int]
+class L1ImportancePass(ImportancePass):
+    """Score slices by the sum of the magnitudes of their weights."""
 
-    def positions(
-        self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]
-    ) -> dict[tuple[str, int], torch.Tensor]:
+    name: ClassVar[str] = "l1"
+    power: ClassVar[int] = 1
+
+    def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
         """``sum |w| ** power`` over each slice."""
         found = {}
         for name, axis in wanted:
@@ -38,16 +39,8 @@ class _MagnitudePass(ImportancePass):
 
 
 @dataclass(frozen=True, eq=False)
-class L1ImportancePass(_MagnitudePass):
-    """A slice is worth the sum of the magnitudes of its weights."""
-
-    name: ClassVar[str] = "l1"
-    power: ClassVar[int] = 1
-
-
-@dataclass(frozen=True, eq=False)
-class L2ImportancePass(_MagnitudePass):
-    """A slice is worth the sum of the squares of its weights (as in the reference implementation, without root)."""
+class L2ImportancePass(L1ImportancePass):
+    """Score slices by the sum of the squares of their weights (as in the reference implementation, without root)."""
 
     name: ClassVar[str] = "l2"
     power: ClassVar[int] = 2
@@ -55,19 +48,10 @@ class L2ImportancePass(_MagnitudePass):
 
 @dataclass(frozen=True, eq=False)
 class RandomImportancePass(ImportancePass):
-    """Units are scored uniformly at random in [0, 1).
-
-    Args:
-        seed: the same seed gives the same scores.
-    """
+    """Score units uniformly at random in [0, 1)."""
 
     name: ClassVar[str] = "random"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what is no seed."""
-        super().__post_init__()
-        object.__setattr__(self, "seed", as_seed("seed", self.seed))
+    seed: int = argument(0, "Random seed.", check=as_seed)
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
         """One number for each unit, in the order of ``groups``."""
@@ -78,12 +62,7 @@ class RandomImportancePass(ImportancePass):
 
 @dataclass(frozen=True, eq=False)
 class LoadScoresPass(Pass):
-    """Takes scores that are there already: those of one run serve any ratio, ranking and width.
-
-    Args:
-        scores: such as ``result.scores``.
-        file: in their place, the path of a file that :meth:`fxprune.Scores.save` wrote.
-    """
+    """Take existing scores: those of one run serve any ratio, ranking and width."""
 
     name: ClassVar[str] = "load-scores"
     stage: ClassVar[str] = "importance"
@@ -91,34 +70,41 @@ class LoadScoresPass(Pass):
     needs: ClassVar[tuple[type[Fact], ...]] = (Groups,)
     gives: ClassVar[tuple[type[Fact], ...]] = (Scores,)
 
-    scores: Scores | None = field(default=None, metadata={"spelled": False})
-    file: str = ""
+    scores: Scores | None = argument(
+        None,
+        "Scores, such as ``result.scores``.",
+        check=partial(instance, kind=Scores, wanted="scores, such as result.scores", error=PlanError),
+        spelled=False,
+    )
+    file: str = argument(
+        "", "In their place, the path of a file written by :meth:`fxprune.Scores.save`.", check=path_or_empty
+    )
 
     def check_arguments(self) -> None:
-        """Raise where there are no scores.
+        """Load the scores, if only to see that they are there.
 
         Raises:
             PlanError: there are none, or the file cannot be read.
         """
-        self._scores()
+        self._load()
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Put down the scores.
+        """Record the scores.
 
         Raises:
             PlanError: they are those of another model.
         """
         facts = facts_of(graph_module)
-        scores = self._scores()
+        scores = self._load()
         scores.check(facts[Groups])
         facts.put(scores)
         return PassResult(graph_module, False)
 
-    def _scores(self) -> Scores:
-        if self.scores is None and self.file:
-            return Scores.load(as_path("file", self.file))
-        if isinstance(self.scores, Scores):
+    def _load(self) -> Scores:
+        if self.scores is not None:
             return self.scores
+        if self.file:
+            return Scores.load(self.file)
         raise PlanError(
             "no scores", where=f"pass {self.name}", remedy="Pass scores, or file with what Scores.save wrote"
         )

@@ -1,8 +1,9 @@
-"""What each expert adds to the stream, by the tokens that are routed to it."""
+"""REAP: how much each expert adds to the residual stream, over the tokens that are routed to it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
@@ -12,126 +13,127 @@ from torch import fx
 
 from fxprune.axes import Factor, factors, unit_index
 from fxprune.discovery.dependency import AxisMap, Dependencies
-from fxprune.discovery.groups import Consumer, Group, find_consumers
+from fxprune.discovery.groups import Consumer, Group, as_kinds, find_consumers
 from fxprune.graph.facts import facts_of
 from fxprune.graph.tensors import tensor_name
-from fxprune.masking.parts import observe
+from fxprune.pipeline.arguments import argument
 from fxprune.removal.scores import Scores
 from fxprune.rules.registry import Values, find_rule
 
-from .forward import ForwardImportancePass, refuse_group
+from .forward import ForwardImportancePass
 
 __all__ = ["ReapImportancePass"]
 
 
-@dataclass(frozen=True)
-class _Site:
-    """Where experts have been weighed by their gates.
+@dataclass
+class _GatedOutputs:
+    """The outputs of experts times their gates, and sums of their norms.
 
     Args:
-        value: what the experts give times the gates.
-        width: its axis with the numbers that one expert gives for one token.
-        experts: its axis that holds the experts; None where rows are those of routed tokens.
-        positions: which expert each row is of; None where an axis holds the experts.
+        value: the outputs times the gates.
+        width: its axis with the outputs of one expert for one token.
+        experts: its axis of experts; None if rows are those of routed tokens.
+        unit: the expert of each position of that axis.
+        routing: the expert of each row; None if an axis holds the experts.
+        sums: of the norms of each expert, and its number of tokens: ``(2, experts)``.
     """
 
     value: fx.Node
     width: int
     experts: int | None
-    positions: fx.Node | None
+    unit: np.ndarray[tuple[int], np.dtype[np.int64]] | None
+    routing: fx.Node | None
+    sums: np.ndarray[tuple[int, int], np.dtype[np.float64]]
+    rows: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def see(self, node: fx.Node, value: torch.Tensor) -> None:
+        """Take the routing of a batch, or add the norms of its outputs."""
+        if node is self.routing:
+            self.rows = value
+            return
+        norms = value.double().norm(dim=self.width, keepdim=True)
+        if self.experts is not None and self.unit is not None:
+            by_expert = norms.movedim(self.experts, 0).flatten(1)
+            index = torch.from_numpy(self.unit).to(value.device)[:, None].expand_as(by_expert)
+        else:
+            by_expert, index = norms.flatten(), self.rows.flatten()
+        routed = by_expert > 0
+        count = self.sums.shape[1]
+        counted = np.asarray([by_expert[routed].cpu().numpy(), np.ones(int(routed.sum()))])
+        for place, numbers in enumerate(counted):
+            self.sums[place] += np.bincount(index[routed].cpu().numpy(), numbers, minlength=count)[:count]
 
 
 @dataclass(frozen=True, eq=False)
 class ReapImportancePass(ForwardImportancePass):
-    """An expert is worth what it adds to the tokens that are routed to it, on average.
+    """Score experts by their mean contribution to the tokens that are routed to them.
 
     With gate ``g_e(x)`` and output ``f_e(x)`` of expert ``e``::
 
         mean over tokens x routed to e of g_e(x) * norm(f_e(x))
 
-    An expert that no token is routed to is worth nothing.
+    An expert that no token is routed to scores 0.
 
     Source: Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression" (arXiv 2510.13999).
     """
 
     name: ClassVar[str] = "reap"
-    carries: ClassVar[bool] = True
+    prefetches: ClassVar[bool] = True
 
-    kinds: tuple[str, ...] = ("expert",)
+    kinds: tuple[str, ...] = argument(("expert",), "Kinds of groups to score: experts only.", check=as_kinds)
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
-        """One number for each expert.
+        """One score for each expert.
 
         Raises:
-            PassError: a group is none of experts, or nothing multiplies what they give by gates.
+            PassError: a group is not one of experts, or gates multiply no output of its experts.
         """
-        facts = facts_of(graph_module)
-        axes = facts[Dependencies].axes
+        axes = facts_of(graph_module)[Dependencies].axes
         consumers = find_consumers(graph_module.graph, axes)
-        sums: dict[str, np.ndarray[tuple[int, int], np.dtype[np.float64]]] = {}
-        watch: dict[fx.Node, list[partial[None]]] = {}
+        found: dict[str, _GatedOutputs] = {}
         for group in groups:
-            site = _site(graph_module.graph, group, consumers, axes)
-            if site is None or group.factor is None:
-                raise refuse_group(group, self.name, "outputs that gates multiply")
-            total = sums[group.name] = np.zeros((2, group.size))
-            _watch(watch, site, axes, group.factor, total)
-        seen = {node: partial(_tell, told) for node, told in watch.items()}
-        observe(graph_module, self.calibration(graph_module), seen, self.batch, self.tracked)
-        return Scores({name: total[0] / np.maximum(total[1], 1) for name, total in sums.items()})
+            outputs = _gated_outputs(group, consumers, axes)
+            if outputs is None:
+                raise self.not_scored(group, "outputs that gates multiply")
+            found[group.name] = outputs
+        watching: dict[fx.Node, list[_GatedOutputs]] = {}
+        for outputs in found.values():
+            for node in (outputs.routing, outputs.value):
+                if node is not None:
+                    watching.setdefault(node, []).append(outputs)
+
+        def see(node: fx.Node, value: torch.Tensor) -> None:
+            for outputs in watching[node]:
+                outputs.see(node, value)
+
+        self.observe(graph_module, {node: partial(see, node) for node in watching})
+        return Scores({name: one.sums[0] / np.maximum(one.sums[1], 1) for name, one in found.items()})
 
 
-def _tell(told: list[partial[None]], value: torch.Tensor) -> None:
-    for see in told:
-        see(value)
-
-
-def _watch(
-    watch: dict[fx.Node, list[partial[None]]],
-    site: _Site,
-    axes: AxisMap,
-    factor: Factor,
-    total: np.ndarray[tuple[int, int], np.dtype[np.float64]],
-) -> None:
-    """Add up norms and tokens of each expert in ``total`` as values are seen."""
-    rows: list[torch.Tensor] = []
-
-    def note(value: torch.Tensor) -> None:
-        rows[:] = [value]
-
-    def add(value: torch.Tensor) -> None:
-        norms = value.double().norm(dim=site.width, keepdim=True)
-        if site.experts is not None:
-            unit = unit_index(axes.tensors[tensor_name(site.value)][site.experts], factor)
-            per_expert = norms.movedim(site.experts, 0).flatten(1)
-            index = torch.from_numpy(unit).to(value.device)[:, None].expand_as(per_expert)
-        else:
-            per_expert, index = norms.flatten(), rows[0].flatten()
-        routed = per_expert > 0
-        counted = np.asarray([per_expert[routed].cpu().numpy(), np.ones(int(routed.sum()))])
-        for place, numbers in enumerate(counted):
-            total[place] += np.bincount(index[routed].cpu().numpy(), numbers, minlength=factor.size)[: factor.size]
-
-    if site.positions is not None:
-        watch.setdefault(site.positions, []).append(partial(note))
-    watch.setdefault(site.value, []).append(partial(add))
-
-
-def _site(graph: fx.Graph, group: Group, consumers: tuple[Consumer, ...], axes: AxisMap) -> _Site | None:
-    """Return where the outputs of a group's experts are multiplied by gates; None where nowhere."""
+def _gated_outputs(group: Group, consumers: Sequence[Consumer], axes: AxisMap) -> _GatedOutputs | None:
+    """The gated outputs of a group of experts; None if there are none, or their axes are ambiguous."""
     if group.kind != "expert" or group.factor is None:
         return None
     held = {member.name for member in group.parameters}
     for consumer in reversed([c for c in consumers if c.name in held]):
-        value = _weighed(consumer.node)
-        site = None if value is None else _described(value, consumer, group.factor, axes)
-        if site is not None:
-            return site
+        value = _first_multiplication(consumer.node)
+        if value is None:
+            continue
+        weight = [expr for i, expr in enumerate(axes.tensors[consumer.name]) if i != consumer.axis]
+        inner = [expr for expr in weight if group.factor not in factors(expr)]
+        exprs = axes.tensors[tensor_name(value)]
+        width = [i for i, expr in enumerate(exprs) if expr in inner]
+        experts = [i for i, expr in enumerate(exprs) if group.factor in factors(expr)]
+        routing = None if experts else _routing(consumer, group.factor, axes)
+        if len(width) == 1 and len(experts) <= 1 and (experts or routing):
+            unit = unit_index(exprs[experts[0]], group.factor) if experts else None
+            sums = np.zeros((2, group.size))
+            return _GatedOutputs(value, width[0], experts[0] if experts else None, unit, routing, sums)
     return None
 
 
-def _weighed(product: fx.Node) -> fx.Node | None:
-    """Return the first multiplication of what a product gives, moved, cast or added to; None where there is none."""
+def _first_multiplication(product: fx.Node) -> fx.Node | None:
+    """The first multiplication of the output of a product, which may be moved, cast or added to before."""
     chain, pending = {product}, [product]
     while pending:
         for user in pending.pop(0).users:
@@ -145,21 +147,8 @@ def _weighed(product: fx.Node) -> fx.Node | None:
     return None
 
 
-def _described(value: fx.Node, consumer: Consumer, factor: Factor, axes: AxisMap) -> _Site | None:
-    """Return the axes of weighed outputs; None where they are not told apart."""
-    weight = [expr for i, expr in enumerate(axes.tensors[consumer.name]) if i != consumer.axis]
-    given = [expr for expr in weight if factor not in factors(expr)]
-    exprs = axes.tensors[tensor_name(value)]
-    width = [i for i, expr in enumerate(exprs) if expr in given]
-    experts = [i for i, expr in enumerate(exprs) if factor in factors(expr)]
-    positions = _positions(consumer, factor, axes)
-    if len(width) != 1 or len(experts) > 1 or not (experts or positions):
-        return None
-    return _Site(value, width[0], experts[0] if experts else None, None if experts else positions)
-
-
-def _positions(consumer: Consumer, factor: Factor, axes: AxisMap) -> fx.Node | None:
-    """Return the numbers of the experts whose weights a product reads; None where it reads all."""
+def _routing(consumer: Consumer, factor: Factor, axes: AxisMap) -> fx.Node | None:
+    """The numbers of the experts whose weights a product reads; None if it reads all."""
     for node in consumer.node.all_input_nodes:
         while node.op == "call_function" and node.all_input_nodes:
             for source in node.all_input_nodes[1:]:

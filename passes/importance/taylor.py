@@ -18,188 +18,171 @@ from fxprune.data.calibration import Calibration, Sample, next_token_loss, requi
 from fxprune.discovery.groups import Groups
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Fact, Runnable, facts_of
-from fxprune.graph.tensors import device_of, name_of_nonfinite, require_weights, weights
+from fxprune.graph.tensors import device_of, find_nonfinite, require_weights, weights
 from fxprune.masking.masked_run import output_tensors
 from fxprune.masking.parts import Hooks, Part, PartRuns
-from fxprune.offload.files import recalled, remembering, stored
-from fxprune.offload.prefetch import current_carrier, place_of, to_place
-from fxprune.offload.ranks import add_up, own
-from fxprune.pipeline.arguments import ORDERS, one_of, whole_number
-from fxprune.pipeline.contract import Track, check_track, no_progress
+from fxprune.offload.files import cached, caching, offloaded
+from fxprune.offload.prefetch import compute_device, current_prefetcher, to_device
+from fxprune.offload.ranks import all_reduce, shard
+from fxprune.pipeline.arguments import Memory, Order, argument
+from fxprune.pipeline.contract import PassCost, tracked
 from fxprune.rules.aliasing import writes, written_sources
 from fxprune.rules.products import LoneProduct, lone_products
 from fxprune.trace.fidelity import require_gradients
 
-from .base import ImportancePass, amount, axis_sums, parts_within
+from .base import LOW_MEMORY, ImportancePass, Positions, axis_sums, memory_limit, parts_within
 
-__all__ = [
-    "ORDERS",
-    "SUMS",
-    "Axes",
-    "ElementSums",
-    "Positions",
-    "Recorded",
-    "Sums",
-    "TaylorImportancePass",
-    "recordable",
-    "tokens_of",
-]
+__all__ = ["RecordedProduct", "TaylorImportancePass", "count_tokens", "recordable_products"]
+
+Axes = Mapping[str, list[int]]
+"""The axes of each parameter that scores are wanted for."""
+
+_BLOCK = 2**20
+"""Elements of a weight that are summed at a time if sums are not kept for all of them."""
+
+_KEPT = {"vector": 0, "first": 1, "second": 0, "mix": 2}
+"""Float32 tensors of the size of a weight that each order keeps while samples arrive."""
 
 
 @dataclass(frozen=True, eq=False)
-class Recorded:
-    """What a product of activations with a weight read, and the gradients of what it gave, sample by sample.
+class RecordedProduct:
+    """Inputs of a product with a weight, and gradients of its outputs, sample by sample.
 
-    The gradient of the weight is the product of the two. It is never there as a whole: some rows of it are made at a
-    time, for one sample after the other.
+    The gradient of the weight is the product of the two. It is never formed as a whole: some rows of it are computed at
+    a time, for one sample after the other.
 
     Args:
         product: the product.
-        read: by the number of the sample: ``(.., tokens, in)``.
-        asked: by the number of the sample: ``(.., tokens, out)``; none where nothing was asked of the product.
+        inputs: by number of the sample: ``(.., tokens, in)``.
+        gradients: by number of the sample: ``(.., tokens, out)``; none if the loss does not depend on the product.
     """
 
     product: LoneProduct
-    read: dict[int, torch.Tensor] = field(default_factory=dict)
-    asked: dict[int, torch.Tensor] = field(default_factory=dict)
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    gradients: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def take(self, sample: int, read: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        """Take in what the product read and gave in a sample.
+    def record(self, sample: int, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Record the inputs now, and the gradient of the output when it arrives.
 
         Args:
-            sample: its number.
-            read: the activations.
-            given: the product, of a weight that wants no gradient.
+            sample: number of the sample.
+            inputs: the activations that the product reads.
+            output: the product, of a weight that takes no gradient itself.
 
         Returns:
-            What to go on with in place of the product, whose gradient is taken in where it arrives.
+            The tensor to continue with in place of ``output``.
         """
-        given = given if given.requires_grad else given.detach().requires_grad_()
+        output = output if output.requires_grad else output.detach().requires_grad_()
 
         def receive(gradient: torch.Tensor) -> None:
-            self.read[sample], self.asked[sample] = read.detach(), gradient
+            self.inputs[sample], self.gradients[sample] = inputs.detach(), gradient
 
-        given.register_hook(receive)
-        return given
+        output.register_hook(receive)
+        return output
 
-    def gradients(self, rows: slice) -> Iterator[torch.Tensor]:
-        """Yield some rows of the gradient of the weight in float32, for each sample in which there is one."""
-        for sample, gradient in self.asked.items():
-            pair = gradient, self.read[sample]
-            asked, read = (value.reshape(-1, value.shape[-1]).float() for value in pair)
-            first, second = (asked, read) if self.product.axis == 1 else (read, asked)
+    def weight_gradients(self, rows: slice) -> Iterator[torch.Tensor]:
+        """Yield some rows of the gradient of the weight in float32, for each sample that has one."""
+        for sample, gradient in self.gradients.items():
+            pair = gradient, self.inputs[sample]
+            given, read = (value.reshape(-1, value.shape[-1]).float() for value in pair)
+            first, second = (given, read) if self.product.axis == 1 else (read, given)
             yield first[:, rows].T @ second
 
-    def forget(self) -> None:
-        """Drop what was taken in."""
-        self.read.clear()
-        self.asked.clear()
 
+def recordable_products(graph_module: fx.GraphModule) -> dict[str, LoneProduct]:
+    """Products whose weights can do without gradients of their own, by name of the weight.
 
-def recordable(graph_module: fx.GraphModule) -> dict[str, LoneProduct]:
-    """Return the products whose weights may do without gradients of their own, by the name of the weight.
-
-    There are none in a graph that writes to values: what a product read may be another value later on.
+    There are none in a graph that writes to values: the input of a product may be overwritten later.
     """
     if any(writes(node) for node in graph_module.graph.nodes):
         return {}
     return {product.name: product for product in lone_products(graph_module)}
 
 
-def tokens_of(samples: tuple[Sample, ...]) -> int:
-    """Return how many tokens samples have together, or numbers of the largest input of each."""
-    return sum(max(map(_numbers, sample.inputs.values()), default=0) for sample in samples)
-
-
-def _numbers(value: Any) -> int:
-    return value.numel() if isinstance(value, torch.Tensor) else 0
-
-
-Positions = dict[tuple[str, int], torch.Tensor]
-"""By parameter and axis: a score for each position along it."""
-
-_BLOCK = 2**20
-"""Elements of a weight that are looked at together, where sums are not kept of all of them."""
-
-Axes = Mapping[str, list[int]]
-"""The axes of parameters that are wanted."""
+def count_tokens(samples: Sequence[Sample]) -> int:
+    """Tokens of all samples: elements of the largest input of each."""
+    sizes = ([v.numel() for v in sample.inputs.values() if isinstance(v, torch.Tensor)] for sample in samples)
+    return sum(max(each, default=0) for each in sizes)
 
 
 @dataclass
-class Sums:
-    """What is kept of the gradients of some parameters during one sweep."""
+class _SliceSums:
+    """Slice sums of ``w * g_s`` or of ``w * g_s ** 2 * w`` over samples ``s``; nothing is kept by element."""
 
+    order: Order
     axes: Axes
     samples: int
-    tensors: ClassVar[int] = 0
     slices: Positions = field(default_factory=dict)
 
     def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Take in the gradient of one sample."""
-        raise NotImplementedError
-
-    def add_up(self) -> None:
-        """Make them the sums of all processes, where several share the samples."""
-        add_up(self.slices[place] for place in sorted(self.slices))
-
-    def finish(self, values: Mapping[str, torch.Tensor]) -> Positions:
-        """The slice scores; ``values`` are the weights."""
-        raise NotImplementedError
-
-    def _add_slices(self, name: str, value: torch.Tensor) -> None:
+        """Add the gradient of one sample."""
+        value = weight * gradient if self.order == "vector" else (weight * gradient).square()
         for axis in self.axes[name]:
             part = axis_sums(value, axis) / self.samples
             self.slices[name, axis] = self.slices[name, axis] + part if (name, axis) in self.slices else part
 
-
-class _VectorSums(Sums):
-    """Signed slice sums of ``w * g``; the absolute value at the end."""
-
-    def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        self._add_slices(name, weight * gradient)
+    def all_reduce(self) -> None:
+        """Sum over processes that share the samples."""
+        all_reduce(self.slices[place] for place in sorted(self.slices))
 
     def finish(self, values: Mapping[str, torch.Tensor]) -> Positions:
+        """The slice scores."""
         return {key: value.abs() for key, value in self.slices.items()}
 
 
-class _SecondSums(Sums):
-    """Slice sums of ``w * g_s ** 2 * w``, never negative."""
+@dataclass
+class _ElementSums:
+    """Sums of gradients by element, and for ``mix`` of their squares; slices are summed once all samples are in."""
+
+    order: Order
+    axes: Axes
+    samples: int
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    squares: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        self._add_slices(name, (weight * gradient).square())
+        """Add the gradient of one sample."""
+        self.gradients[name] = self.gradients[name].add_(gradient) if name in self.gradients else gradient.clone()
+        if self.order == "mix" and name in self.squares:
+            self.squares[name].addcmul_(gradient, gradient)  # without a temporary for the square
+        elif self.order == "mix":
+            self.squares[name] = gradient.square()
+
+    def all_reduce(self) -> None:
+        """Sum over processes that share the samples."""
+        for sums in (self.gradients, self.squares):
+            all_reduce(sums[name] for name in sorted(sums))
 
     def finish(self, values: Mapping[str, torch.Tensor]) -> Positions:
-        return dict(self.slices)
-
-
-@dataclass
-class ElementSums(Sums):
-    """Sums for each element, which become slice sums when all samples are in them."""
-
-    kept: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        self.kept[name] = self.kept[name].add_(gradient) if name in self.kept else gradient.clone()
+        """The slice scores; ``values`` are the weights."""
+        found: Positions = {}
+        for name, axes in self.axes.items():
+            saliency = self._saliency(name, values[name].detach().float())
+            found.update({(name, axis): axis_sums(saliency, axis) for axis in axes})
+        return found
 
     def by_rows(
         self, name: str, weight: torch.Tensor, gradients: Callable[[slice], Iterable[torch.Tensor]]
     ) -> Positions:
-        """The slice scores of one weight, some rows of it at a time: sums are there for these alone.
+        """The slice scores of one weight, with sums for some of its rows at a time.
 
         Args:
             name: of the weight.
-            weight: itself.
-            gradients: given rows, these rows of the gradient of each sample.
+            weight: its values.
+            gradients: yields the given rows of the gradient of each sample.
         """
         found: Positions = {}
         step = max(1, _BLOCK // max(1, weight[:1].numel()))
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
             values = weight[rows].detach().float()
-            self.start(name, values)
+            # all processes reduce the same tensors, whether gradients arrive in each of them or not
+            self.gradients[name] = torch.zeros_like(values)
+            if self.order == "mix":
+                self.squares[name] = torch.zeros_like(values)
             for gradient in gradients(rows):
                 self.add(name, values, gradient)
-            self.add_up()
+            self.all_reduce()
             saliency = self._saliency(name, values)
             for axis in self.axes[name]:
                 part, before = axis_sums(saliency, axis), found.get((name, axis))
@@ -207,77 +190,24 @@ class ElementSums(Sums):
                 found[name, axis] = joined
         return found
 
-    def start(self, name: str, weight: torch.Tensor) -> None:
-        """Begin with sums of no sample, which are there then whether a gradient arrives or not."""
-        self.kept[name] = torch.zeros_like(weight)
-
-    def add_up(self) -> None:
-        """Make them the sums of all processes, where several share the samples."""
-        add_up(self.kept[name] for name in sorted(self.kept))
-
-    def finish(self, values: Mapping[str, torch.Tensor]) -> Positions:
-        found: Positions = {}
-        for name, axes in self.axes.items():
-            saliency = self._saliency(name, values[name].detach().float())
-            found.update({(name, axis): axis_sums(saliency, axis) for axis in axes})
-        return found
-
     def _saliency(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """What each element of a weight, or of rows of it, counts; its sums are taken away."""
-        raise NotImplementedError
-
-
-class _FirstSums(ElementSums):
-    """``g`` by element."""
-
-    tensors: ClassVar[int] = 1
-
-    def _saliency(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        return (weight * self.kept.pop(name).div_(self.samples)).abs_()
-
-
-@dataclass
-class _MixSums(ElementSums):
-    """``g`` and ``h`` by element."""
-
-    tensors: ClassVar[int] = 2
-    squares: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def start(self, name: str, weight: torch.Tensor) -> None:
-        super().start(name, weight)
-        self.squares[name] = torch.zeros_like(weight)
-
-    def add_up(self) -> None:
-        super().add_up()
-        add_up(self.squares[name] for name in sorted(self.squares))
-
-    def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        super().add(name, weight, gradient)
-        if name in self.squares:
-            self.squares[name].addcmul_(gradient, gradient)  # no square in memory beside the sum
-        else:
-            self.squares[name] = gradient.square()
-
-    def _saliency(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        g, h = self.kept.pop(name).div_(self.samples), self.squares.pop(name).div_(self.samples)
+        """The saliency of each element of a weight, or of some rows of it; frees its sums."""
+        g = self.gradients.pop(name).div_(self.samples)
+        if self.order == "first":
+            return (weight * g).abs_()
+        h = self.squares.pop(name).div_(self.samples)
         return (weight * (g - h.mul_(weight).mul_(0.5))).abs_()
 
 
-SUMS: dict[str, type[Sums]] = {
-    "vector": _VectorSums,
-    "first": _FirstSums,
-    "second": _SecondSums,
-    "mix": _MixSums,
-}
-"""By order of the expansion."""
+_Sums = _SliceSums | _ElementSums
 
 
 @dataclass(frozen=True, eq=False)
 class TaylorImportancePass(ImportancePass):
-    """Units are scored by how much the loss is expected to change when they go.
+    """Score units by the expected change of the loss when they are removed.
 
     With weight ``w``, its gradient ``g`` (mean over samples) and the diagonal of the Fisher matrix ``h`` (mean over
-    samples of the squared per-sample gradient), a slice is worth, over its elements::
+    samples of the squared per-sample gradient), the score of a slice is, over its elements::
 
         vector    | sum w * g |                     equation 3, first term, for the slice as one vector
         first     sum | w * g |                     equation 4, for each element
@@ -285,38 +215,32 @@ class TaylorImportancePass(ImportancePass):
         mix       sum | w * g - 1/2 * w * h * w |   equation 5
 
     Gradients come one sample at a time and are turned into slice sums as they arrive. ``vector`` and ``second`` are
-    linear in what arrives, so nothing is kept. ``first`` and ``mix`` take an absolute value per element and need
-    sums of gradients. Where ``memory`` does not hold them all, the graph runs in parts, each for all samples, which
-    takes one more forward run and gives the same scores. With few samples what a product read, and the gradients of
-    what it gave, are less than those sums: then they are kept, and sums are made of some rows of a weight at a time.
-
-    Args:
-        order: one of :data:`ORDERS`.
-        memory: for sums of gradients: ``fast`` takes what all of them need, ``low`` as little as it can, a tenth of the
-            bytes of the weights or what those of the largest need at the most, ``auto`` the one that fits into half the
-            memory that is free; or a fraction of the bytes of all weights. ``mix`` keeps two float32 numbers for each
-            weight, ``first`` one.
-        samples: calibration samples to take, evenly spread; None for all.
-        track: shows progress, as ``track(items, what, total)``.
+    linear in what arrives, so nothing is kept. ``first`` and ``mix`` take an absolute value per element and need sums
+    of gradients. If ``memory`` does not hold them all, the graph runs in parts, each for all samples, which takes one
+    more forward run and gives the same scores. With few samples the inputs of a product and the gradients of its
+    outputs are smaller than those sums: then they are kept, and sums are formed for some rows of a weight at a time.
     """
 
     name: ClassVar[str] = "taylor"
     needs: ClassVar[tuple[type[Fact], ...]] = (Groups, Calibration, Runnable)
-    carries: ClassVar[bool] = True
+    prefetches: ClassVar[bool] = True
 
-    order: str = "mix"
-    memory: float | str = "auto"
-    samples: int | None = None
-    track: Track = field(default=no_progress, metadata={"spelled": False})
+    order: Order = argument("mix", "Order of the expansion: ``vector``, ``first``, ``second`` or ``mix``.")
+    memory: float | Memory = argument(
+        "auto",
+        """Memory for sums of gradients: ``fast`` takes what all of them need; ``low`` as little as possible, a tenth of
+        the bytes of the weights or what those of the largest weight need; ``auto`` is ``fast`` if that fits into half
+        the free memory, else ``low``; or a fraction of the bytes of all weights. ``mix`` keeps two float32 numbers for
+        each weight, ``first`` one.""",
+        check=memory_limit,
+    )
+    samples: int | None = argument(None, "Calibration samples, evenly spread; None for all.", least=1)
 
-    def __post_init__(self) -> None:
-        """Refuse unknown names before any work is done."""
-        super().__post_init__()
-        one_of("taylor order", self.order, ORDERS)
-        object.__setattr__(self, "memory", amount(self.memory))
-        if self.samples is not None:
-            object.__setattr__(self, "samples", whole_number("samples", self.samples, least=1))
-        check_track(self.track)
+    def cost(self, samples: int) -> PassCost:
+        """A forward and a backward run of each sample, which takes as long as three forward runs, and the sums."""
+        taken = min(self.samples or samples, samples)
+        sums = LOW_MEMORY if self.memory == "low" and _KEPT[self.order] else _KEPT[self.order]
+        return PassCost(runs=3.0 * taken, batch=1, backward=True, outputs=3, weights=sums)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Raise unless there are calibration samples, real weights and the gradients of the module."""
@@ -330,34 +254,34 @@ class TaylorImportancePass(ImportancePass):
         for name, axis in wanted:
             axes.setdefault(name, []).append(axis)
         samples = spread(facts_of(graph_module)[Calibration].samples, self.samples)
-        tokens = tokens_of(samples)
+        tokens = count_tokens(samples)
         costs, recorded = self._costs(graph_module, axes, tokens)
         parts = parts_within(self.memory, graph_module, costs, tokens)
-        return _Sweep(graph_module, own(samples), len(samples), axes, self.order, parts, recorded).run(self.track)
+        return _GradientSweep(graph_module, shard(samples), len(samples), axes, self.order, parts, recorded).run()
 
     def _costs(
         self, graph_module: fx.GraphModule, axes: Axes, tokens: int
     ) -> tuple[dict[str, float], dict[str, LoneProduct]]:
-        """The bytes kept of each weight, itself among them where it is carried, and the products that are recorded."""
+        """Bytes kept for each weight, itself included if it is prefetched, and the products that are recorded."""
         tensors = dict(weights(graph_module))
-        kept = SUMS[self.order].tensors
+        kept = _KEPT[self.order]
         costs = {name: 4.0 * (max(kept, 1) if self.memory == "low" else kept) * tensors[name].numel() for name in axes}
         recorded: dict[str, LoneProduct] = {}
-        for name, product in recordable(graph_module).items() if kept else ():
+        for name, product in recordable_products(graph_module).items() if kept else ():
             activations = 4.0 * tokens * sum(tensors[name].shape)
             if activations < costs.get(name, 0.0):
                 recorded[name], costs[name] = product, activations
-        if current_carrier() is not None:
+        if current_prefetcher() is not None:
             costs = {name: costs.get(name, 0.0) + tensor.nbytes for name, tensor in tensors.items()}
         return costs, recorded
 
 
-class _Sweep:
-    """Samples forward and back, part by part; each gradient goes to sums as it arrives and is freed.
+class _GradientSweep:
+    """Samples forward and back, part by part; each gradient is added to sums as it arrives, and freed.
 
     The graph runs on detached aliases of its parameters, so that the caller's ``.grad`` stays as it is; tied names
-    share one alias, whose gradient is then that of all its uses. Weights and inputs that are written to are copies.
-    The gradient of a weight that several parts read is added up sample by sample before it counts.
+    share one alias, whose gradient is then that of all its uses. Weights and inputs that are written to are copied.
+    The gradients of a weight that several parts read are summed for each sample before they count.
     """
 
     def __init__(
@@ -366,32 +290,39 @@ class _Sweep:
         samples: Sequence[Sample],
         total: int,
         axes: Axes,
-        order: str,
+        order: Order,
         parts: Sequence[Part],
         recorded: Mapping[str, LoneProduct],
     ) -> None:
         self.graph_module, self.samples, self.total, self.order = graph_module, samples, total, order
-        self.parts, self.home = parts, device_of(graph_module)
-        self.tensors = dict(weights(graph_module))
+        self.parts, self.axes, self.home = parts, axes, device_of(graph_module)
         self.written = written_sources(graph_module.graph)
-        names = {id(self.tensors[name]): name for name in axes}
-        self.wanted = {name: names[id(t)] for name, t in self.tensors.items() if id(t) in names}
+        tensors = dict(weights(graph_module))
+        names = {id(tensors[name]): name for name in axes}
+        self.wanted = {name: names[id(t)] for name, t in tensors.items() if id(t) in names}
         self.reads = [{self.wanted[name] for name in part.reads if name in self.wanted} for part in parts]
-        self.axes = axes
-        self.recorded = {name: Recorded(product) for name, product in recorded.items()}
+        self.recorded = {name: RecordedProduct(product) for name, product in recorded.items()}
         self.late: dict[tuple[str, int], torch.Tensor] = {}
-        self.runs = PartRuns(graph_module, parts, [self._inputs(sample) for sample in samples], self.wanted)
+        """By weight and sample: the gradient from later parts of a weight that an earlier part reads too."""
+        inputs = [
+            {
+                name: value.to(self.home, copy=name in self.written) if isinstance(value, torch.Tensor) else value
+                for name, value in sample.inputs.items()
+            }
+            for sample in samples
+        ]
+        self.runs = PartRuns(graph_module, parts, inputs, self.wanted)
 
-    def run(self, track: Track) -> Positions:
+    def run(self) -> Positions:
         """The slice scores."""
-        left, found = self._recalled()
+        left, found = self._resume()
         count = max(2 * left - 1, 0) * len(self.samples)
-        for done in track(self._steps(left), "gradients", count):
+        for done in tracked(self._steps(left), "gradients", count):
             found.update(done)
         return found
 
     def _steps(self, left: int) -> Iterator[Positions]:
-        """Do the first ``left`` parts; yield after each sample what is known by then."""
+        """Run the first ``left`` parts; after each sample, yield the scores that are complete."""
         for part in self.parts[: max(left - 1, 0)]:
             for _ in self.runs.forward(part):
                 yield {}
@@ -402,24 +333,20 @@ class _Sweep:
             before = set[str]().union(*self.reads[:number])
             mine = {name: self.axes[name] for name in self.axes if name in self.reads[number] - before}
             records = [self.recorded[name] for name in mine if name in self.recorded]
-            sums = SUMS[self.order]({name: mine[name] for name in mine if name not in self.recorded}, self.total)
-            watch = partial(self._watch, records)
+            sums = self._sums({name: mine[name] for name in mine if name not in self.recorded})
+            watch = partial(self._hooks, records)
             for sample in self.runs.backward(part, partial(self._aliases, part, sums), self._loss, watch):
                 if sample < len(self.samples) - 1:
                     yield {}
-            found = self._finished(sums) | self._by_rows(records)
-            self._remember(number, found)
+            found = self._scores(sums, records)
+            self._save(number, found)
             yield found
 
-    def _inputs(self, sample: Sample) -> dict[str, Any]:
-        """The inputs of a sample on the device of the weights; one that the graph writes to is a copy."""
-        return {
-            name: value.to(self.home, copy=name in self.written) if isinstance(value, torch.Tensor) else value
-            for name, value in sample.inputs.items()
-        }
+    def _sums(self, axes: Axes) -> _Sums:
+        return (_ElementSums if _KEPT[self.order] else _SliceSums)(self.order, axes, self.total)
 
-    def _aliases(self, part: Part, sums: Sums, sample: int) -> dict[str, torch.Tensor]:
-        """What a part reads in place of its weights."""
+    def _aliases(self, part: Part, sums: _Sums, sample: int) -> dict[str, torch.Tensor]:
+        """The tensors that a part reads in place of its weights."""
         shared: dict[int, torch.Tensor] = {}
         for name in part.reads:
             tensor = self.runs.tensor(name)
@@ -432,48 +359,43 @@ class _Sweep:
                 shared[id(tensor)] = alias
         return {name: shared[id(self.runs.tensor(name))] for name in part.reads}
 
-    def _receive(self, name: str, sums: Sums, sample: int, alias: torch.Tensor) -> None:
-        """Take in the gradient of a weight; where parts before read it too, put it down until theirs is there."""
+    def _receive(self, name: str, sums: _Sums, sample: int, alias: torch.Tensor) -> None:
+        """Add the gradient of a weight to the sums; keep it if an earlier part reads the weight too."""
         gradient, alias.grad = alias.grad, None
         assert gradient is not None
         late = self.late.pop((name, sample), None)
-        whole = gradient.float() if late is None else gradient.float() + to_place(late, gradient.device)
+        whole = gradient.float() if late is None else gradient.float() + to_device(late, gradient.device)
         if name in sums.axes:
             sums.add(name, alias.detach().float(), whole)
         else:
-            self.late[name, sample] = stored(to_place(whole, self.home))
+            self.late[name, sample] = offloaded(to_device(whole, self.home))
 
-    def _watch(self, records: Sequence[Recorded], sample: int) -> Hooks:
-        """What takes in what the products of recorded weights read and gave."""
+    def _hooks(self, records: Sequence[RecordedProduct], sample: int) -> Hooks:
+        """Hooks on the nodes of recorded products."""
 
-        def take(record: Recorded, value: torch.Tensor) -> torch.Tensor:
-            return record.take(sample, self.runs.value(record.product.source), value)
+        def record(recorded: RecordedProduct, value: torch.Tensor) -> torch.Tensor:
+            return recorded.record(sample, self.runs.value(recorded.product.source), value)
 
-        return {record.product.node: partial(take, record) for record in records}
+        return {recorded.product.node: partial(record, recorded) for recorded in records}
 
-    def _by_rows(self, records: Sequence[Recorded]) -> Positions:
-        """The scores of recorded weights."""
-        found: Positions = {}
-        for record in records:
-            name = record.product.name
-            sums = SUMS[self.order]({name: self.axes[name]}, self.total)
-            assert isinstance(sums, ElementSums)
-            found.update(sums.by_rows(name, self.runs.tensor(name), record.gradients))
-            record.forget()
-        return {place: to_place(value, self.home) for place, value in found.items()}
-
-    def _finished(self, sums: Sums) -> Positions:
-        """The scores of weights that no part before this one reads; one that it reads the dtype of alone has none."""
-        for name, sample in [key for key in self.late if key[0] in sums.axes]:
+    def _scores(self, sums: _Sums, records: Sequence[RecordedProduct]) -> Positions:
+        """The scores of weights that no earlier part reads."""
+        for name, sample in [key for key in self.late if key[0] in sums.axes]:  # this part reads only its dtype
             weight = self.runs.tensor(name).detach().float()
-            sums.add(name, weight, to_place(self.late.pop((name, sample)), weight.device))
-        sums.add_up()
+            sums.add(name, weight, to_device(self.late.pop((name, sample)), weight.device))
+        sums.all_reduce()
         found = sums.finish({name: self.runs.tensor(name) for name in sums.axes})
-        return {place: to_place(value, self.home) for place, value in found.items()}
+        for recorded in records:
+            name = recorded.product.name
+            rows = _ElementSums(self.order, {name: self.axes[name]}, self.total)
+            found.update(rows.by_rows(name, self.runs.tensor(name), recorded.weight_gradients))
+            recorded.inputs.clear()
+            recorded.gradients.clear()
+        return {place: to_device(value, self.home) for place, value in found.items()}
 
-    def _remember(self, number: int, found: Positions) -> None:
-        """Put down for a run that goes on from here what is known when a part is done."""
-        with remembering(f"part-{number}.safetensors") as file:
+    def _save(self, number: int, found: Positions) -> None:
+        """Save the state after a part, for an interrupted run to resume from."""
+        with caching(f"part-{number}.safetensors") as file:
             if file is not None:
                 scores = {f"score {axis} {name}": value for (name, axis), value in found.items()}
                 late = {f"late {sample} {name}": value for (name, sample), value in self.late.items()}
@@ -482,12 +404,12 @@ class _Sweep:
                     {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}, file
                 )
 
-    def _recalled(self) -> tuple[int, Positions]:
-        """How many parts are left to do, and the scores of those that are done."""
+    def _resume(self) -> tuple[int, Positions]:
+        """The number of parts left to run, and the scores of those that an interrupted run has finished."""
         found: Positions = {}
         left = len(self.parts)
         for number in reversed(range(len(self.parts))):
-            file = recalled(f"part-{number}.safetensors")
+            file = cached(f"part-{number}.safetensors")
             if file is None:
                 continue
             left, known = number, load_file(file)
@@ -502,13 +424,13 @@ class _Sweep:
         return left, found
 
     def _loss(self, sample: int, output: Any) -> torch.Tensor:
-        labels = self.samples[sample].labels.to(place_of(self.graph_module))
+        labels = self.samples[sample].labels.to(compute_device(self.graph_module))
         loss = next_token_loss(require_logits(output_tensors(output), labels, TaylorImportancePass.name), labels)
         if not bool(loss.isfinite()):
-            bad = name_of_nonfinite(self.graph_module)
+            bad = find_nonfinite(self.graph_module)
             raise CalibrationError(
                 f"the loss is {loss.item()}{f': {bad} has values that are not finite' if bad else ''}",
                 where="calibration",
-                remedy="Mend the weights, or look for samples that the model cannot take",
+                remedy="Repair the weights, or look for samples that the model cannot process",
             )
         return loss

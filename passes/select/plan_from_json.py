@@ -1,8 +1,9 @@
-"""Take the decision of an earlier run."""
+"""Selection by a plan, such as that of an earlier run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,8 +13,7 @@ from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
 from fxprune.errors import PlanError
 from fxprune.graph.facts import Change, Fact, facts_of
-from fxprune.masking.compare import Expected
-from fxprune.pipeline.arguments import as_path, refuse
+from fxprune.pipeline.arguments import argument, instance, path_or_empty
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.plan import Plan, keep_of
 from fxprune.removal.removal import Removal
@@ -23,56 +23,50 @@ __all__ = ["PlanFromJsonPass"]
 
 @dataclass(frozen=True, eq=False)
 class PlanFromJsonPass(Pass):
-    """Takes the units that stay and the blocks that go from a plan.
-
-    Args:
-        text: what :meth:`fxprune.Plan.to_json` wrote.
-        file: in its place, the path of a file with such text.
-    """
+    """Takes the units that stay and the blocks that are removed from a plan."""
 
     name: ClassVar[str] = "plan-from-json"
     stage: ClassVar[str] = "select"
     changes: ClassVar[Change] = "nothing"
     needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Groups)
     gives: ClassVar[tuple[type[Fact], ...]] = (Removal,)
-    drops: ClassVar[tuple[type[Fact], ...]] = (Expected,)
 
-    text: str = ""
-    file: str = ""
+    text: str = argument(
+        "",
+        "The output of :meth:`fxprune.Plan.to_json`.",
+        check=partial(instance, kind=str, wanted="what Plan.to_json wrote", error=PlanError),
+    )
+    file: str = argument(
+        "", "In its place, the path of a file with such text.", check=partial(path_or_empty, error=PlanError)
+    )
 
     def check_arguments(self) -> None:
-        """Raise where there is nothing to read a plan from.
+        """Check that there is a plan to read.
 
         Raises:
             PlanError: there is neither a text nor a file.
         """
-        if not isinstance(self.text, str):
-            raise refuse("text", self.text, "what Plan.to_json wrote", PlanError)
         if not self.text and not self.file:
             raise PlanError(
                 "no plan",
                 where=f"pass {self.name}",
                 remedy="Pass text, or file with the path of what Plan.to_json wrote",
             )
-        if not self.text:
-            as_path("file", self.file, error=PlanError)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Put down the removal.
+        """Record the removal.
 
         Raises:
-            PlanError: the text is no plan, or not one of this model.
+            PlanError: the text is not a plan, or not a plan of this model.
         """
-        plan = Plan.from_json(self.text or self._read())
-        facts = facts_of(graph_module)
-        axes, groups = facts[Dependencies].axes, facts[Groups].all
-        facts.put(Removal(axes, groups, keep_of(axes, groups, plan), plan.removed_blocks))
-        return PassResult(graph_module, False)
-
-    def _read(self) -> str:
         try:
-            return Path(self.file).read_text(encoding="utf-8")
+            text = self.text or Path(self.file).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise PlanError(
                 f"cannot be read: {error}", where=self.file, remedy="Pass text, or the path of a plan"
             ) from error
+        plan = Plan.from_json(text)
+        facts = facts_of(graph_module)
+        axes, groups = facts[Dependencies].axes, facts[Groups].all
+        facts.put(Removal(axes, groups, keep_of(axes, groups, plan), plan.removed_blocks))
+        return PassResult(graph_module, False)

@@ -1,112 +1,131 @@
-"""The split of the budget between kinds and layers, measured instead of fixed."""
+"""Selection by search: the budget of kinds and layers is measured instead of fixed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import fx
 
-from fxprune.data.calibration import Calibration, Sample, spread
-from fxprune.data.samples import check_kind
+from fxprune.data.calibration import Calibration, spread
+from fxprune.data.samples import check_samples
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError
 from fxprune.graph.facts import Fact, Runnable
 from fxprune.graph.tensors import require_weights
-from fxprune.pipeline.arguments import instance, whole_number
-from fxprune.pipeline.contract import Pass, Track, check_track, no_progress
-from fxprune.pipeline.registry import parse_pass
+from fxprune.pipeline.arguments import argument
+from fxprune.pipeline.contract import Pass, PassCost, tracked
+from fxprune.pipeline.registry import pass_argument
 from fxprune.removal.scores import Scores
 
-from .base import Choice, Selection
-from .judge import DivergenceJudge, Shares, allocations, heldout_parts, move, picture, shares_of, without
-from .ratio import SelectByRatioPass
+from .base import Choice, Selection, Slot
+from .judge import DivergenceJudge, samples_except, split_samples, width_bars
+from .ratio import BudgetSolver, SelectByRatioPass
 
-__all__ = ["SelectBySearchPass"]
+__all__ = ["SelectBySearchPass", "choice_shares", "scale_shares"]
 
-Samples = tuple[Sample, ...]
+Shares = tuple[float, ...]
+"""The relative fraction that each slot loses."""
 
 _STEP = 1.6
-"""By what a share is multiplied or divided at first; after a round in which nothing helped, by its square root."""
+"""The initial factor of a move; its square root is taken after a round in which nothing helped."""
 
 _SMALLEST_STEP = 1.1
-"""Smaller moves change less than the measurement can tell."""
+"""Smaller moves change less than a measurement resolves."""
+
+_EVEN = 0.002
+"""Allocations whose sizes differ by less than this part of the whole count as equal: a measurement resolves no less."""
+
+_NEW = 0.25
+"""Initial share of a slot that has lost nothing, in units of the mean share of those that have."""
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """An allocation that was measured.
+class _Allocation:
+    """A split of the budget between slots.
 
     Args:
-        name: where it comes from, in words.
+        name: how it was made, in words.
         shares: of each slot.
         choices: of each slot.
-        divergence: in nats a position, on the samples that the search looks at.
+        divergence: in nats per position, on the samples of the search; infinite before it is measured.
     """
 
     name: str
     shares: Shares
-    choices: list[Choice]
-    divergence: float
+    choices: tuple[Choice, ...]
+    divergence: float = float("inf")
+
+
+def choice_shares(slots: Sequence[Slot], choices: Sequence[Choice]) -> Shares:
+    """The fraction that choices remove from each slot."""
+    return tuple(count / slot.options[i].size for slot, (i, count) in zip(slots, choices, strict=True))
+
+
+def scale_shares(shares: Shares, part: Sequence[int], factor: float) -> Shares:
+    """The shares with those in ``part`` multiplied by ``factor``; a share of 0 that grows gets a small value."""
+    losing = [share for share in shares if share]
+    new = _NEW * sum(losing) / max(len(losing), 1)
+    return tuple(
+        share if place not in part else (share * factor if share or factor < 1 else new)
+        for place, share in enumerate(shares)
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class SelectBySearchPass(SelectByRatioPass):
-    """The fraction ``ratio`` goes, from the kinds and layers where it harms least, which is measured.
+    """Remove the fraction ``ratio`` from the kinds and layers where a measurement shows the least harm.
 
-    It begins with what ``select-by-ratio`` takes, and with other splits between the kinds: each kind alone, and the
-    smaller ones at half their share. From the best it moves a part of the budget: all slots of a kind in a quarter of
-    the layers lose more, or less, and the others make up for it. What lowers the divergence from the dense model, on
-    masked runs over calibration samples, is kept. Which units of a group go is up to their scores.
+    The search starts with the selection of ``select-by-ratio``, and with other splits between the kinds: each kind
+    alone, and the smaller ones at half their share. From the best it moves a part of the budget: all slots of a kind in
+    a quarter of the layers lose more, or less, and the others compensate. A move is kept if it lowers the divergence
+    from the dense model, on masked runs over calibration samples. The scores decide which units of a group go.
 
-    In the end the result is compared with the beginning on samples that the search has not looked at; if it does worse
-    there, the beginning is taken. At least one unit of each group stays.
+    In the end the result is compared with the start on samples that the search has not seen; if it does worse there,
+    the start is taken. At least one unit of each group stays.
 
     Source: the moves are those of Li et al., "Týr-the-Pruner" (arXiv 2503.09657), there over layers alone.
-
-    Args:
-        trials: allocations to measure.
-        samples: calibration samples to measure on, and as many again to compare on in the end.
-        bins: parts of the depth that budget moves between.
-        fit: the spelling of a compensation, such as ``least-squares``, that is carried out before each measurement;
-            none by default, since a fit takes many times as long as a measurement.
-        heldout: samples to compare on in the end, in any form that calibration data has; None for calibration samples.
-        batch: samples that run at once.
-        track: shows progress, as ``track(items, what, total)``.
     """
 
     name: ClassVar[str] = "select-by-search"
     needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Groups, Scores, Calibration, Runnable)
 
-    trials: int = 24
-    samples: int = 16
-    bins: int = 4
-    fit: str = ""
-    heldout: Any = field(default=None, metadata={"spelled": False})
-    batch: int = 8
-    track: Track = field(default=no_progress, metadata={"spelled": False})
+    trials: int = argument(24, "Allocations to measure.", least=1)
+    samples: int = argument(
+        16, "Calibration samples to measure on, and as many again for the final comparison.", least=1
+    )
+    bins: int = argument(4, "Parts of the depth that budget moves between.", least=1)
+    fit: Pass | None = argument(
+        None,
+        """Compensation carried out before each measurement, such as ``least-squares``. None by default: a fit takes
+        many times as long as a measurement.""",
+        check=pass_argument("compensate"),
+    )
+    heldout: Any | None = argument(
+        None,
+        "Samples for the final comparison, in any form that calibration data has; None for calibration samples.",
+        check=check_samples,
+        spelled=False,
+    )
+    batch: int = argument(8, "Samples that run at once.", least=1)
 
     def __post_init__(self) -> None:
-        """Refuse what a search cannot keep to.
-
-        Raises:
-            ArgumentError: the widths have to be uniform, or the ratio is fixed for each kind.
-        """
+        """Validate the arguments, and that they leave something to search for."""
         super().__post_init__()
-        for name in ("trials", "samples", "bins", "batch"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
         if self.uniform or isinstance(self.ratio, tuple):
             raise ArgumentError(
                 "the same widths in all layers, or a ratio by kind, leave nothing to search for",
                 where=f"pass {self.name}",
-                remedy="Use select-by-ratio, or leave uniform and the ratios by kind out",
+                remedy="Use select-by-ratio, or leave out $uniform and ratios by kind",
             )
-        if self.heldout is not None:
-            check_kind(self.heldout)
-        self._fit()
-        check_track(self.track)
+
+    def cost(self, samples: int) -> PassCost:
+        """A run of each sample a trial, after a fit if there is one; and the dense runs and the final comparison."""
+        taken = min(self.samples, samples)
+        fit = 0.0 if self.fit is None else self.fit.cost(samples).runs
+        return PassCost(runs=self.trials * (taken + fit) + 4.0 * taken, batch=min(self.batch, taken), outputs=4)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Raise unless there are calibration samples and real weights."""
@@ -114,77 +133,94 @@ class SelectBySearchPass(SelectByRatioPass):
         require_weights(graph_module, self.name)
 
     def choose(self, selection: Selection) -> list[Choice]:
-        """The allocation that does best.
+        """The choices of the best allocation.
 
         Raises:
-            RatioError: even with one unit left in every group, less than the ratio goes.
-            CalibrationError: there is one sample alone.
+            RatioError: even with one unit left in every group, less than the ratio is removed.
+            CalibrationError: there is only one sample.
         """
-        begun = super().choose(selection)
-        looked_at, heldout, rest = _parted(selection.graph_module, self.heldout, self.samples)
-        judge = DivergenceJudge(selection.graph_module, looked_at, self.batch, self._fit(), rest)
-        found = list(self._search(selection, begun, judge))
-        first, best = found[0], min(found, key=lambda trial: trial.divergence)
-        judge = DivergenceJudge(selection.graph_module, heldout, self.batch, self._fit(), rest)
-        before, after = (judge.divergence(selection.removal_for(trial.choices)) for trial in (first, best))
-        better = after < before
-        told = f"divergence from the dense model {before:.3f} nats a token before and {after:.3f} after"
-        selection.note(f"search: {len(found)} allocations measured; on samples that it did not look at, {told}")
-        chosen = best if better else first
-        selection.note(f"search: took {chosen.name}" + ("" if better else ", since nothing did better"))
-        for line in picture(selection.slots, chosen.choices):
+        graph_module = selection.graph_module
+        initial = super().choose(selection)
+        rest, heldout = split_samples(graph_module, self.heldout, self.samples)
+        seen = spread(rest, min(self.samples, len(rest) // 2 or 1))
+        unseen = samples_except(rest, seen) or rest
+        judge = DivergenceJudge(graph_module, seen, self.batch, self.fit, unseen)
+        found = list(self._search(selection, initial, judge))
+        first, best = found[0], min(found, key=lambda one: one.divergence)
+        judge = DivergenceJudge(graph_module, heldout, self.batch, self.fit, unseen)
+        before, after = (judge.divergence(selection.removal_for(one.choices)) for one in (first, best))
+        change = f"divergence from the dense model {before:.3f} nats per token before and {after:.3f} after"
+        selection.note(f"search: {len(found)} allocations measured; on held-out samples, {change}")
+        chosen = best if after < before else first
+        selection.note(f"search: took {chosen.name}" + ("" if after < before else ", since nothing did better"))
+        for line in width_bars(selection.slots, chosen.choices):
             selection.note(f"search: {line}")
-        return chosen.choices
+        return list(chosen.choices)
 
-    def _fit(self) -> Pass | None:
-        """The compensation that is carried out before each measurement."""
-        return parse_pass(instance("fit", self.fit, str, "a compensation as text, or ''")) if self.fit else None
-
-    def _search(self, selection: Selection, begun: list[Choice], judge: DivergenceJudge) -> Iterator[_Trial]:
-        """Measure one allocation after the other, the beginning first; each move is from the best so far."""
-        seen: dict[tuple[Choice, ...], float] = {}
-        best: _Trial | None = None
-
-        def measured(name: str, shares: Shares, choices: Sequence[Choice]) -> _Trial:
-            key = tuple(choices)
-            if key not in seen:
-                seen[key] = judge.divergence(selection.removal_for(choices))
-            return _Trial(name, shares, list(choices), seen[key])
-
-        proposals = self._proposals(selection, begun, lambda: best)
-        for _ in self.track(range(self.trials), self.name, self.trials):
-            proposal = next((p for p in proposals if p[2] is not None and tuple(p[2]) not in seen), None)
-            if proposal is None or proposal[2] is None:
+    def _search(self, selection: Selection, initial: Sequence[Choice], judge: DivergenceJudge) -> Iterator[_Allocation]:
+        """Measure one allocation after the other, the initial one first; each move is from the best so far."""
+        measured: dict[tuple[Choice, ...], _Allocation] = {}
+        proposals = self._proposals(selection, initial, measured)
+        for _ in tracked(range(self.trials), self.name, self.trials):
+            new = next((one for one in proposals if one.choices not in measured), None)
+            if new is None:
                 return
-            trial = measured(proposal[0], proposal[1], proposal[2])
-            best = trial if best is None or trial.divergence < best.divergence else best
+            divergence = judge.divergence(selection.removal_for(new.choices))
+            trial = _Allocation(new.name, new.shares, new.choices, divergence)
+            measured[trial.choices] = trial
             yield trial
 
     def _proposals(
-        self, selection: Selection, begun: list[Choice], best: Any
-    ) -> Iterator[tuple[str, Shares, list[Choice] | None]]:
+        self, selection: Selection, initial: Sequence[Choice], measured: dict[tuple[Choice, ...], _Allocation]
+    ) -> Iterator[_Allocation]:
         """Allocations to measure; those after the first few start from the best so far."""
-        solver = allocations(selection, begun)
-        own = shares_of(selection.slots, begun)
-        yield "the beginning", own, begun
-        for name, shares in solver.splits():
-            yield name, shares, solver.choices(shares)
+        target = BudgetSolver(selection, 0.0).removed(initial)
+
+        def best() -> _Allocation:
+            return min(measured.values(), key=lambda one: one.divergence)
+
+        def allocations(name: str, shares: Shares) -> Iterator[_Allocation]:
+            """Yield the allocation by shares if it removes as much as the initial one."""
+            if any(shares):
+                solver = BudgetSolver(selection, target, shares)
+                choices = solver.repair(solver.local())
+                if abs(solver.removed(choices) - target) <= _EVEN * selection.budget.total:
+                    yield _Allocation(name, shares, tuple(choices))
+
+        yield _Allocation("the initial selection", choice_shares(selection.slots, initial), tuple(initial))
+        for name, shares in _splits(selection):
+            yield from allocations(name, shares)
         step = _STEP
         while step > _SMALLEST_STEP:
             before = best()
-            for part_name, part in solver.parts(self.bins):
+            for part_name, part in _depth_parts(selection.slots, self.bins):
                 for factor in (1 / step, step):
                     start = best()
-                    shares = move(start.shares, part, factor)
                     word = "less" if factor < 1 else "more"
-                    yield f"{start.name}, {word} from {part_name}", shares, solver.choices(shares)
+                    yield from allocations(
+                        f"{start.name}, {word} from {part_name}", scale_shares(start.shares, part, factor)
+                    )
                     if best() is not start:
                         break
             step = step if best() is not before else step**0.5
 
 
-def _parted(graph_module: fx.GraphModule, given: Any, most: int) -> tuple[Samples, Samples, Samples]:
-    """Samples to look at, to compare on in the end, and to fit to."""
-    rest, heldout = heldout_parts(graph_module, given, most)
-    looked_at = spread(rest, min(most, len(rest) // 2 or 1))
-    return looked_at, heldout, without(rest, looked_at) or rest
+def _splits(selection: Selection) -> Iterator[tuple[str, Shares]]:
+    """Yield initial splits between kinds: each kind alone, and the smaller ones at half their share."""
+    slots = selection.slots
+    kinds = sorted({slot.kind for slot in slots}, key=lambda kind: -selection.sizes.get(kind, 0.0))
+    yield "the same share everywhere", (1.0,) * len(slots)
+    for kind in kinds if len(kinds) > 1 else ():
+        yield f"{kind} alone", tuple(float(slot.kind == kind) for slot in slots)
+    if len(kinds) > 1:
+        yield f"more from {kinds[0]}", tuple(1.0 if slot.kind == kinds[0] else 0.5 for slot in slots)
+
+
+def _depth_parts(slots: Sequence[Slot], bins: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the numbers of the slots of each kind in each part of the depth."""
+    for kind in dict.fromkeys(slot.kind for slot in slots):
+        places = [place for place, slot in enumerate(slots) if slot.kind == kind]
+        count = min(bins, len(places))
+        for i in range(count):
+            part = tuple(places[i * len(places) // count : (i + 1) * len(places) // count])
+            yield f"{kind} in part {i + 1} of {count}", part

@@ -1,8 +1,8 @@
-"""Work out the shape of every value again."""
+"""Shape propagation: the shape of every value, after sizes changed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,10 +18,10 @@ from fxprune.graph.compat import (
     has_unbacked_sizes,
     tree_leaves,
 )
-from fxprune.graph.context import tidy_later
+from fxprune.graph.context import defer_gc
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, facts_of
-from fxprune.graph.shapes import ShapedCalls, calls_of, described, same_shapes, usable
-from fxprune.graph.tensors import device_of, example_of
+from fxprune.graph.shapes import ShapedCalls, calls_of, fits_mode, same_shapes, shape_key
+from fxprune.graph.tensors import device_of, map_tensors
 from fxprune.pipeline.contract import Pass, PassResult
 
 __all__ = ["PropagateShapesPass"]
@@ -29,11 +29,11 @@ __all__ = ["PropagateShapesPass"]
 
 @dataclass(frozen=True, eq=False)
 class PropagateShapesPass(Pass):
-    """Works out ``node.meta["val"]`` of every node again, symbolic where it was.
+    """Recomputes ``node.meta["val"]`` of every node, symbolic where it was.
 
-    Only nodes that are called in another way than before, or on values of other shapes, are looked at, and of those
-    that are called alike, as in blocks that lost as much as others, one. A shape that does not fit shows here, at the
-    node where it arises, before anything is run.
+    Only nodes whose call changed, or whose inputs have other shapes, run again; and of those with the same call, as in
+    blocks that lost the same number of units, only one. A shape that does not fit fails here, at the node where it
+    arises, before any tensor is computed.
     """
 
     name: ClassVar[str] = "propagate-shapes"
@@ -48,82 +48,89 @@ class PropagateShapesPass(Pass):
         leaves = tree_leaves(inputs)
         mode = next((value.fake_mode for value in leaves if hasattr(value, "fake_mode")), None) or fake_mode()
         mode.allow_non_fake_inputs = True
-        device = _place(graph_module, leaves)
+        device = device_of(graph_module)
+        if device.type == "meta":
+            # values of a trace without storage are fake tensors on the CPU: none would count as known on ``meta``
+            device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), device)
         with mode:
-            inputs = [example_of(v, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device)) for v in inputs]
+            inputs = [map_tensors(v, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device)) for v in inputs]
         facts = facts_of(graph_module)
         known = facts.get(ShapedCalls)
         calls = calls_of(graph_module.graph)
-        alike = {name for name, call in calls.items() if known is not None and known.calls.get(name) == call}
+        same = {name for name, call in calls.items() if known is not None and known.calls.get(name) == call}
         # symbolic sizes are only understood by the Python side of torch's dispatcher
-        with tidy_later(), enable_python_dispatcher():
-            _Shapes(graph_module, mode, alike, device).propagate_dont_convert_inputs(*inputs)
+        with defer_gc(), enable_python_dispatcher():
+            _ShapeRun(graph_module, mode, same, device).propagate_dont_convert_inputs(*inputs)
         facts.put(ShapedCalls(calls))
         facts.put(Shaped())
         return PassResult(graph_module, False)
 
 
-class _Shapes(FakeTensorProp):
-    """Works out what changed; reads weights as fake tensors, so that an op that writes to one does not write to it.
+class _ShapeRun(FakeTensorProp):
+    """Runs what changed; reads weights as fake tensors, so that an op that writes to one does not change it.
 
     Args:
         graph_module: the graph.
         mode: of its fake tensors.
-        alike: the names of the nodes that are called as they were.
-        device: where weights without storage are said to be.
+        same: the names of the nodes whose calls have not changed.
+        device: the device of fake tensors for weights without storage.
     """
 
     def __init__(
-        self, graph_module: fx.GraphModule, mode: FakeTensorMode, alike: Set[str], device: torch.device
+        self, graph_module: fx.GraphModule, mode: FakeTensorMode, same: Set[str], device: torch.device
     ) -> None:
         super().__init__(graph_module, mode)
-        self._alike = alike
+        self._same = same
         self._device = device
         self._weights: dict[object, torch.Tensor] = {}
         self._changed = set[fx.Node]()
-        self._made: dict[object, tuple[Any, Any]] = {}
+        self._results: dict[object, tuple[Any, Any]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Return what was known of ``n`` if that still holds, or what a node made that is called alike."""
+        """The known value of ``n`` if it is still valid, or the result of a node with the same call."""
         before = n.meta.get("val")
-        if self._stands(n, before):
+        if self._is_valid(n, before):
             return before
-        call = self._call(n)
-        if call is not None and call in self._made:
-            result, n.meta["val"] = self._made[call]
+        key = self._call_key(n)
+        if key is not None and key in self._results:
+            result, n.meta["val"] = self._results[key]
         else:
             result = super().run_node(n)
-            if call is not None and not has_unbacked_sizes(result):
-                self._made[call] = result, n.meta.get("val")
+            if key is not None and not has_unbacked_sizes(result):
+                self._results[key] = result, n.meta.get("val")
         after = n.meta.get("val")
         if before is None or after is None or not same_shapes(before, after):
             self._changed.add(n)
         return result
 
-    def _call(self, n: fx.Node) -> object:
-        """What decides the shape of the result; None where that is more than the shapes of what goes in."""
+    def _call_key(self, n: fx.Node) -> object:
+        """A key for all that the shape of the result depends on; None if that is more than shapes of inputs."""
         if n.op != "call_function" or not isinstance(n.target, OpOverload) or n.target._schema.is_mutable:
             return None
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         try:
-            return n.target, described(args), tuple((name, described(value)) for name, value in kwargs.items())
+            return n.target, shape_key(args), tuple((name, shape_key(value)) for name, value in kwargs.items())
         except TypeError:
             return None
 
-    def _stands(self, n: fx.Node, known: Any) -> bool:
-        if n.op in ("placeholder", "output") or n.name not in self._alike or not usable(known, self._mode):
+    def _is_valid(self, n: fx.Node, known: Any) -> bool:
+        """Whether the known value of ``n`` still holds."""
+        if n.op in ("placeholder", "output") or n.name not in self._same or not fits_mode(known, self._mode):
             return False
-        if n.op == "get_attr":
-            value = self.fetch_attr(str(n.target))
-            return isinstance(value, torch.Tensor) and _is_of(value, known, self._seen_on(value))
-        return self._changed.isdisjoint(n.all_input_nodes)
+        if n.op != "get_attr":
+            return self._changed.isdisjoint(n.all_input_nodes)
+        value = self.fetch_attr(str(n.target))
+        if not isinstance(value, torch.Tensor) or not isinstance(known, torch.Tensor):
+            return False
+        traits = value.shape, value.dtype, self._fake_device(value), value.stride()
+        return traits == (known.shape, known.dtype, known.device, known.stride())
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return a weight without its values."""
+        """A weight without its values."""
         value = super().get_attr(target, args, kwargs)
         if not isinstance(value, torch.Tensor):
             return value
-        if self._seen_on(value) == value.device:
+        if self._fake_device(value) == value.device:
             return self._mode.from_tensor(value, static_shapes=True)
         traits = value.shape, value.stride(), value.dtype
         if traits not in self._weights:
@@ -131,25 +138,5 @@ class _Shapes(FakeTensorProp):
                 self._weights[traits] = torch.empty_strided(*traits[:2], dtype=value.dtype, device=self._device)
         return self._weights[traits]
 
-    def _seen_on(self, weight: torch.Tensor) -> torch.device:
+    def _fake_device(self, weight: torch.Tensor) -> torch.device:
         return self._device if weight.is_meta else weight.device
-
-
-def _place(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> torch.device:
-    """Return where the graph computes: where its weights are, or where it was traced if they have no storage.
-
-    Values of a trace are said to be on the CPU. If they were looked for on ``meta``, none of them would stand.
-    """
-    device = device_of(graph_module)
-    if device.type != "meta":
-        return device
-    return next((leaf.device for leaf in inputs if isinstance(leaf, torch.Tensor)), device)
-
-
-def _is_of(weight: torch.Tensor, known: Any, device: torch.device) -> bool:
-    """Whether what is known is the shape of this very weight, which is said to be on ``device``."""
-    return (
-        isinstance(known, torch.Tensor)
-        and (weight.shape, weight.dtype, device) == (known.shape, known.dtype, known.device)
-        and weight.stride() == known.stride()
-    )

@@ -9,27 +9,32 @@ from typing import ClassVar
 from torch import fx
 
 from fxprune.axes import kept_size
+from fxprune.data.verification import VerificationInputs
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
 from fxprune.errors import PlanError
 from fxprune.graph.compat import is_impure
 from fxprune.graph.facts import Fact, Runnable, facts_of
 from fxprune.graph.tensors import delete_tensor, read_argument, set_argument, weights
-from fxprune.masking.compare import Expected, Verified
+from fxprune.masking.compare import Verified
+from fxprune.offload.prefetch import use_prefetcher
+from fxprune.pipeline.arguments import argument, as_seed
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.pipeline.pipeline import PassSequence
+from fxprune.removal.budget import cache_size
 from fxprune.removal.removal import Bypassed, Removal, Removed, Sliced, scaled_numbers
 from fxprune.removal.scores import Scores
 
 from .propagate_shapes import PropagateShapesPass
 from .slice_parameters import SliceParametersPass
+from .verify import record_masked_outputs, verify_removal
 
 __all__ = ["BypassBlocksPass", "EliminateDeadCodePass", "RewriteLiteralsPass", "ShrinkPass"]
 
 
 @dataclass(frozen=True, eq=False)
 class BypassBlocksPass(Pass):
-    """Lets what came out of a removed block be what went in. The block's code is dead then, but still there."""
+    """Replaces each removed block by the identity. Its code is dead then, and goes with eliminate-dead-code."""
 
     name: ClassVar[str] = "bypass-blocks"
     stage: ClassVar[str] = "shrink"
@@ -37,10 +42,9 @@ class BypassBlocksPass(Pass):
     needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Removal)
     gives: ClassVar[tuple[type[Fact], ...]] = (Bypassed,)
     drops: ClassVar[tuple[type[Fact], ...]] = (Removal, Dependencies, Groups, Scores)
-    keeps: ClassVar[tuple[type[Fact], ...]] = (Expected,)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Replace each removed block's output by its input.
+        """Replace the output of each removed block by its input.
 
         Raises:
             PlanError: the removal was decided on another graph.
@@ -56,7 +60,7 @@ class BypassBlocksPass(Pass):
         nodes = {node.name: node for node in graph_module.graph.nodes}
         order = {name: i for i, name in enumerate(nodes)}
         bypasses = [axes.bypasses[block] for block in removal.removed_blocks]
-        # last block first: the input of a block may be the output of another one that goes
+        # last block first: the input of a block may be the output of another removed one
         for bypass in sorted(bypasses, key=lambda bypass: -order[bypass.target]):
             nodes[bypass.target].replace_all_uses_with(nodes[bypass.source])
         facts.put(Bypassed(removal))
@@ -65,10 +69,10 @@ class BypassBlocksPass(Pass):
 
 @dataclass(frozen=True, eq=False)
 class RewriteLiteralsPass(Pass):
-    """Makes view sizes, slice bounds, split sizes, normalised shapes, repeat and group counts fit the slim axes.
+    """Rewrites view sizes, slice bounds, split sizes, normalised shapes, repeat and group counts to the slim axes.
 
-    A size computed at run time that has a pruned part (batch times heads) is scaled by new over old. What is added to
-    an average is multiplied by old over new where a norm is kept as masking has it.
+    A size computed at run time that has a pruned part (batch times heads) is scaled by new over old. The epsilon added
+    to an average is multiplied by old over new in a norm that is kept as in the masked model.
     """
 
     name: ClassVar[str] = "rewrite-literals"
@@ -77,10 +81,9 @@ class RewriteLiteralsPass(Pass):
     needs: ClassVar[tuple[type[Fact], ...]] = (Sliced,)
     gives: ClassVar[tuple[type[Fact], ...]] = (Removed, Runnable)
     drops: ClassVar[tuple[type[Fact], ...]] = (Sliced,)
-    keeps: ClassVar[tuple[type[Fact], ...]] = (Expected,)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrite what changed."""
+        """Rewrite the literals whose axes shrank."""
         facts = facts_of(graph_module)
         removal = facts[Sliced].removal
         nodes = {node.name: node for node in graph_module.graph.nodes}
@@ -93,8 +96,13 @@ class RewriteLiteralsPass(Pass):
             current = read_argument(node, literal.path)
             if current == -1:
                 continue
-            dynamic = isinstance(current, fx.Node)
-            size = _scaled(node, current, old, new) if dynamic else new + literal.offset
+            if isinstance(current, fx.Node):
+                graph = node.graph
+                with graph.inserting_before(node):
+                    product = graph.call_function(operator.mul, (current, new))
+                    size = graph.call_function(operator.floordiv, (product, old))
+            else:
+                size = new + literal.offset
             set_argument(node, literal.path, size)
             changed = True
         for (name, path), number in scaled_numbers(removal.axes, removal.keep).items():
@@ -107,23 +115,17 @@ class RewriteLiteralsPass(Pass):
         return PassResult(graph_module, changed)
 
 
-def _scaled(node: fx.Node, size: fx.Node, old: int, new: int) -> fx.Node:
-    graph = node.graph
-    with graph.inserting_before(node):
-        return graph.call_function(operator.floordiv, (graph.call_function(operator.mul, (size, new)), old))
-
-
 @dataclass(frozen=True, eq=False)
 class EliminateDeadCodePass(Pass):
-    """Takes out every node and tensor that the output does not need; the graph is linted and recompiled."""
+    """Removes every node and tensor that the output does not need; the graph is linted and recompiled."""
 
     name: ClassVar[str] = "eliminate-dead-code"
     stage: ClassVar[str] = "shrink"
     writes: ClassVar[bool] = False
-    keeps: ClassVar[tuple[type[Fact], ...]] = (Expected, Verified)
+    keeps: ClassVar[tuple[type[Fact], ...]] = (Verified,)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Remove dead nodes, then the tensors and submodules that no node reads any more."""
+        """Remove dead nodes, then the tensors and submodules that no node reads."""
         changed = graph_module.graph.eliminate_dead_code(is_impure)
         read = {name for name, _ in weights(graph_module)}
         parameters = graph_module.named_parameters(remove_duplicate=False)
@@ -133,7 +135,7 @@ class EliminateDeadCodePass(Pass):
                 delete_tensor(graph_module, name)
                 changed = True
         graph_module.delete_all_unused_submodules()
-        if changed:  # one that is as it was has been linted to begin with
+        if changed:  # an unchanged graph has been linted before
             graph_module.graph.lint()
         graph_module.recompile()
         return PassResult(graph_module, changed)
@@ -141,10 +143,19 @@ class EliminateDeadCodePass(Pass):
 
 @dataclass(frozen=True, eq=False)
 class ShrinkPass(PassSequence):
-    """Goes around blocks, cuts tensors, makes the sizes in the graph fit, and leaves out what nothing uses."""
+    """Carries out a removal: blocks are bypassed, tensors cut, literals rewritten, and dead code eliminated.
+
+    With ``verify`` the outputs of the masked dense graph are recorded before, and the slim graph is compared after.
+    """
 
     name: ClassVar[str] = "shrink"
     stage: ClassVar[str] = "shrink"
+
+    verify: bool = argument(False, "Check that the slim graph equals the dense one with the same structures zeroed.")
+    by_block: bool = argument(
+        False, "Compare every block of the slim graph on the masked inputs of its own, and report the worst."
+    )
+    seed: int = argument(0, "Seed of random verification inputs.", check=as_seed)
 
     @property
     def steps(self) -> tuple[Pass, ...]:
@@ -157,3 +168,27 @@ class ShrinkPass(PassSequence):
             PropagateShapesPass(),
             EliminateDeadCodePass(),
         )
+
+    @property
+    def gives(self) -> tuple[type[Fact], ...]:  # type: ignore[override]
+        """The facts of the steps; with ``verify`` also the inputs and the outcome of the comparison."""
+        return (*super().gives, VerificationInputs, Verified) if self.verify else super().gives
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Run the steps on ``graph_module`` itself.
+
+        Raises:
+            VerificationError: the slim graph computes something else; names the node or block.
+        """
+        cache, expected = cache_size(graph_module, facts_of(graph_module)[Removal]), None
+        if self.verify:
+            with use_prefetcher(True):
+                expected = record_masked_outputs(graph_module, by_block=self.by_block, seed=self.seed)
+        result = super().call(graph_module)
+        facts = facts_of(result.graph_module)
+        if cache is not None:
+            facts.put(cache)
+        if expected is not None:
+            with use_prefetcher(True):
+                facts.put(verify_removal(result.graph_module, expected))
+        return result

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median_low
 from typing import Any, ClassVar
 
@@ -12,37 +11,37 @@ from torch import fx
 
 from fxprune.data.built_in import offline_docstrings
 from fxprune.data.calibration import Calibration, Sample, embedding_rows, noised, plain_tokens, spread, token_input
-from fxprune.data.samples import check_kind, read_calibration
+from fxprune.data.samples import check_samples, read_calibration
 from fxprune.data.text import check_tokenizer, token_windows
 from fxprune.errors import ArgumentError, CalibrationError, DataError
 from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
 from fxprune.graph.tensors import require_weights
-from fxprune.masking.teacher import Lesson, LessonBatch, divergence, learn, lesson_batches, logits_of, narrowed_by
-from fxprune.offload.prefetch import autocast, place_of
-from fxprune.pipeline.arguments import PRECISIONS, number, one_of, whole_number
-from fxprune.pipeline.contract import Pass, PassResult, Track, check_track, no_progress
+from fxprune.masking.teacher import TeacherLogits, logits_use_bf16, record_teacher_logits
+from fxprune.offload.prefetch import autocast, compute_device
+from fxprune.pipeline.arguments import Precision, argument
+from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 
-__all__ = ["Lesson", "LessonBatch", "RecordTeacherPass", "Teacher", "divergence", "lesson_batches", "logits_of"]
+__all__ = ["HELDOUT", "RecordTeacherPass", "Teacher"]
 
 
 @dataclass(frozen=True, eq=False)
 class Teacher(Fact):
-    """What the dense model said, for a slim one to say as well. It stays true whatever becomes of the weights.
+    """Teacher logits to train a slim model on. They hold whatever becomes of the weights.
 
     Args:
-        lessons: to learn from.
-        heldout: to stop by; none of it is learned from.
-        heldout_from: where the held-out samples come from, in words.
+        train: of the samples to train on.
+        heldout: of samples for early stopping, which are not trained on.
+        heldout_from: the source of the held-out samples, in words.
     """
 
     about: ClassVar[Change] = "nothing"
-    lessons: tuple[Lesson, ...]
-    heldout: tuple[Lesson, ...]
+    train: tuple[TeacherLogits, ...]
+    heldout: tuple[TeacherLogits, ...]
     heldout_from: str
 
 
-_HELD = 16
-"""Held-out samples: two thousand tokens tell whether a model gets better, and cost little each time they are read."""
+HELDOUT = 16
+"""Held-out samples: two thousand tokens show whether a model improves, and cost little at each measurement."""
 
 _SHARE = 8
 """Without a text of another kind, one in so many calibration samples is held out."""
@@ -50,64 +49,65 @@ _SHARE = 8
 
 @dataclass(frozen=True, eq=False)
 class RecordTeacherPass(Pass):
-    """Runs the dense graph over the samples and puts down the likeliest classes, for ``tune`` to learn from.
+    """Run the dense graph over the samples and record top-k logits, for ``tune`` to train on.
 
-    Stopping by a text of another kind than the one that is learned from keeps a tuned model from being good at that one
-    alone. With a tokenizer, such a text is there: documentation of Python's own library.
+    Early stopping by a text of another kind than the training text keeps a tuned model from being good at that one
+    alone. With a tokenizer there is such a text: documentation of Python's own library.
 
-    With ``noise``, what is put down is what the dense model says of ``copies`` of each sample, in most of which some
-    tokens are replaced by others. To read a small text several times teaches it by heart; to read it each time with
-    other words amiss does not.
-
-    Args:
-        samples: calibration samples to take, evenly spread; None for all.
-        copies: how often each of these is put down, each time with noise of its own.
-        noise: part of the tokens of a copy that is replaced at most; one copy in four keeps them all.
-        heldout: samples to stop by, in any form that calibration data has. None for ones of the built-in text where
-            there is a tokenizer and the graph takes token ids alone, else for an eighth of the calibration samples.
-        tokenizer: turns the built-in text into samples.
-        kept: classes to put down at each position; the others count as one.
-        batch: samples that run at once.
-        precision: of the products: ``bf16``, ``float32``, or ``auto``, which is ``bf16`` where the device computes in
-            it itself and no op of the graph refuses it.
-        track: shows progress, as ``track(items, what, total)``.
+    With ``noise``, the logits are those of ``copies`` of each sample, most with some tokens replaced by others. Reading
+    a small text several times memorises it; reading it each time with other tokens wrong does not.
     """
 
     name: ClassVar[str] = "record-teacher"
-    stage: ClassVar[str] = "tune"
+    stage: ClassVar[str] = "teach"
     changes: ClassVar[Change] = "nothing"
-    carries: ClassVar[bool] = True
+    prefetches: ClassVar[bool] = True
     needs: ClassVar[tuple[type[Fact], ...]] = (Calibration, Runnable)
     gives: ClassVar[tuple[type[Fact], ...]] = (Teacher,)
 
-    samples: int | None = None
-    copies: int = 1
-    noise: float = 0.0
-    heldout: Any = field(default=None, metadata={"spelled": False})
-    tokenizer: Any = field(default=None, metadata={"spelled": False})
-    kept: int = 64
-    batch: int = 4
-    precision: str = "auto"
-    track: Track = field(default=no_progress, metadata={"spelled": False})
+    samples: int | None = argument(None, "Calibration samples, evenly spread; None for all.", least=1)
+    copies: int = argument(1, "Copies of each sample to record, each with noise of its own.", least=1)
+    noise: float = argument(
+        0.0,
+        "Largest fraction of the tokens of a copy that is replaced; one copy in four keeps them all.",
+        least=0,
+        below=1,
+    )
+    heldout: Any | None = argument(
+        None,
+        """Held-out samples for early stopping, in any form that calibration data has. None for samples of the built-in
+        text if there is a tokenizer and the graph takes token ids alone, else for an eighth of the calibration
+        samples.""",
+        check=check_samples,
+        spelled=False,
+    )
+    tokenizer: Any | None = argument(
+        None, "Turns the built-in text into samples.", check=check_tokenizer, spelled=False
+    )
+    kept: int = argument(64, "Classes to record at each position; the others count as one.", least=1)
+    batch: int = argument(4, "Samples that run at once.", least=1)
+    precision: Precision = argument(
+        "auto",
+        """Precision of the products: ``bf16``, ``float32``, or ``auto``, which is ``bf16`` if the device supports it
+        natively and no op of the graph refuses it.""",
+    )
 
     def __post_init__(self) -> None:
-        """Refuse numbers that make no sense."""
-        for name in ("kept", "batch", "copies"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
-        object.__setattr__(self, "noise", number("noise", self.noise, least=0, below=1))
+        """Validate the arguments; copies differ by their noise."""
+        super().__post_init__()
         if self.copies > 1 and not self.noise:
             raise ArgumentError(
                 f"{self.copies} copies without noise are all alike",
                 where="copies",
-                remedy="Say noise=0.2, or let tune read each sample more often: epochs=2",
+                remedy="Pass $noise=0.2, or more epochs to tune: epochs=2",
+                argument="copies",
+                value=self.copies,
             )
-        if self.samples is not None:
-            object.__setattr__(self, "samples", whole_number("samples", self.samples, least=1))
-        if self.heldout is not None:
-            check_kind(self.heldout)
-        one_of("precision", self.precision, PRECISIONS)
-        check_tokenizer(self.tokenizer)
-        check_track(self.track)
+
+    def cost(self, samples: int) -> PassCost:
+        """A run of each copy of each sample, and of the held-out ones."""
+        recorded = self.copies * min(self.samples or samples, samples)
+        return PassCost(runs=recorded + HELDOUT, batch=min(self.batch, recorded), outputs=4, recorded=recorded)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Raise unless there are calibration samples and real weights."""
@@ -115,32 +115,53 @@ class RecordTeacherPass(Pass):
         require_weights(graph_module, self.name)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Run over what is learned from and over what is held out."""
+        """Record the logits of training samples and of held-out ones."""
         samples = spread(facts_of(graph_module)[Calibration].samples, self.samples)
-        samples, heldout, where = self._parted(samples, graph_module)
-
-        def track(batches: Iterable[Any], total: int) -> Iterable[Any]:
-            return self.track(batches, "dense model", total)
-
-        narrow = narrowed_by(self.precision, graph_module, samples[0], self.name)
-        samples = self._noised(samples, graph_module)
-        with autocast(place_of(graph_module), narrow):
-            lessons = learn(graph_module, (*samples, *heldout), self.kept, self.batch, track)
-        facts_of(graph_module).put(Teacher(lessons[: len(samples)], lessons[len(samples) :], where))
+        samples, heldout, source = self._split(samples, graph_module)
+        bf16 = logits_use_bf16(self.precision, graph_module, samples[0], self.name)
+        samples = self._with_noise(samples, graph_module)
+        with autocast(compute_device(graph_module), bf16):
+            recorded = record_teacher_logits(
+                graph_module,
+                (*samples, *heldout),
+                self.kept,
+                self.batch,
+                lambda batches, total: tracked(batches, "dense model", total),
+            )
+        facts_of(graph_module).put(Teacher(recorded[: len(samples)], recorded[len(samples) :], source))
         return PassResult(graph_module, False)
 
-    def _noised(self, samples: tuple[Sample, ...], graph_module: fx.GraphModule) -> tuple[Sample, ...]:
-        """The samples, or noisy copies of them; as they are where the graph looks up no token."""
+    def _with_noise(self, samples: tuple[Sample, ...], graph_module: fx.GraphModule) -> tuple[Sample, ...]:
+        """Noisy copies of the samples; the samples themselves if the graph looks up no token."""
         if not self.noise:
             return samples
         name = token_input(graph_module)
         if name is None:
-            add_note(graph_module, "tuning learns from the samples without noise: the graph looks up no token")
+            add_note(graph_module, "tuning trains on the samples without noise: the graph looks up no token")
             return samples
         vocabulary = plain_tokens(self.tokenizer, embedding_rows(graph_module)[name])
         return noised(samples, name, self.copies, self.noise, vocabulary, 0)
 
-    def _other_kind(self, samples: tuple[Sample, ...], graph_module: fx.GraphModule) -> tuple[Sample, ...]:
+    def _split(
+        self, samples: tuple[Sample, ...], graph_module: fx.GraphModule
+    ) -> tuple[tuple[Sample, ...], tuple[Sample, ...], str]:
+        """Samples to train on, held-out samples, and the source of the latter."""
+        if self.heldout is not None:
+            return samples, read_calibration(self.heldout, graph_module), "the held-out samples given"
+        heldout = self._built_in(samples, graph_module)
+        if heldout:
+            return samples, heldout, "built-in text of another kind"
+        heldout = spread(samples, max(1, len(samples) // _SHARE))
+        rest = tuple(sample for sample in samples if all(sample is not other for other in heldout))
+        if not rest:
+            raise CalibrationError(
+                "one sample is too few to train on and to hold out",
+                where="calibration",
+                remedy="Pass more samples, or a tokenizer",
+            )
+        return rest, heldout, "calibration samples held out"
+
+    def _built_in(self, samples: tuple[Sample, ...], graph_module: fx.GraphModule) -> tuple[Sample, ...]:
         """Samples of built-in text, as long as the others; none without a tokenizer, or if ids alone are no sample."""
         taken = [name for name, value in samples[0].inputs.items() if isinstance(value, torch.Tensor)]
         if self.tokenizer is None or taken != [token_input(graph_module)]:
@@ -148,25 +169,6 @@ class RecordTeacherPass(Pass):
         tokens = int(median_low(sample.inputs[taken[0]].shape[-1] for sample in samples))
         try:
             windows = token_windows(self.tokenizer, offline_docstrings(), tokens)
-        except DataError:  # samples longer than all of it
+        except DataError:  # samples longer than all of the text
             return ()
-        return spread(read_calibration(windows, graph_module), _HELD)
-
-    def _parted(
-        self, samples: tuple[Sample, ...], graph_module: fx.GraphModule
-    ) -> tuple[tuple[Sample, ...], tuple[Sample, ...], str]:
-        """Samples to learn from, samples to stop by, and where the latter come from."""
-        if self.heldout is not None:
-            return samples, read_calibration(self.heldout, graph_module), "the held-out samples given"
-        heldout = self._other_kind(samples, graph_module)
-        if heldout:
-            return samples, heldout, "built-in text of another kind"
-        held = spread(samples, max(1, len(samples) // _SHARE))
-        rest = tuple(sample for sample in samples if all(sample is not other for other in held))
-        if not rest:
-            raise CalibrationError(
-                "one sample is too few to learn from and to hold out",
-                where="calibration",
-                remedy="Pass more samples, or a tokenizer",
-            )
-        return rest, held, "calibration samples held out"
+        return spread(read_calibration(windows, graph_module), HELDOUT)

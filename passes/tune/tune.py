@@ -6,11 +6,11 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,32 +19,39 @@ from torch import fx
 
 from fxprune.data.calibration import IGNORED, next_token_loss
 from fxprune.errors import ArgumentError, CalibrationError
-from fxprune.graph.facts import Change, Fact, Runnable, Shaped, add_note, facts_of
+from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of, require_weights, weights
 from fxprune.masking.compare import TOLERANCE, Verified
-from fxprune.offload.files import put_values
-from fxprune.offload.prefetch import autocast, narrowed
+from fxprune.masking.teacher import TeacherBatch, divergence, run_logits, teacher_batches
+from fxprune.offload.files import write_values
+from fxprune.offload.prefetch import autocast, use_bf16
 from fxprune.offload.ranks import rank
-from fxprune.pipeline.arguments import PRECISIONS, as_path, as_seed, flag, number, one_of, whole_number
-from fxprune.pipeline.contract import Pass, PassResult, Track, check_track, no_progress
+from fxprune.pipeline.arguments import Precision, argument, as_seed, path_or_empty
+from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.removal.removal import Removed
 
-from .teacher import LessonBatch, Teacher, divergence, lesson_batches, logits_of
-from .vectors import Vectors, Weights
+from .teacher import HELDOUT, Teacher
+from .vectors import Trained, TrainedVectors, TrainedWeights
 
-__all__ = ["Learned", "Progress", "Training", "TunePass", "digest", "read_progress", "write_progress"]
+__all__ = ["Progress", "Training", "TunePass"]
+
+_WARM_UP = 10
+"""The rate rises over one in so many steps."""
+
+_FUSED = ("cpu", "cuda")
+"""Devices whose Adam takes a step in one kernel."""
 
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """How far a tuning is.
+    """The state of a tuning between steps.
 
     Args:
         step: steps done.
-        misses: measurements in a row that did no better.
-        first: held-out divergence at the start, in nats a position.
+        misses: measurements in a row without improvement.
+        first: held-out divergence at the start, in nats per position.
         best: the lowest so far.
-        kept: the numbers it was measured with; none where nothing was better than the start.
+        kept: the trained tensors it was measured with; none if nothing was better than the start.
     """
 
     step: int
@@ -53,101 +60,70 @@ class Progress:
     best: float
     kept: tuple[torch.Tensor, ...]
 
+    @staticmethod
+    def file(folder: str) -> Path:
+        """The file in ``folder``: one of each process, so that none reads or renames half of another's."""
+        return Path(folder) / (f"tuning.{rank()}.safetensors" if rank() else "tuning.safetensors")
 
-def digest(tensors: Iterable[torch.Tensor]) -> str:
-    """Return what tells these tensors, in this order, from others: by their types, shapes and values."""
+    def save(self, folder: str, mark: str, adam: torch.optim.Adam) -> None:
+        """Save all that is needed to resume, replacing what was saved before.
+
+        Args:
+            folder: where to; it is created.
+            mark: fingerprint of the run.
+            adam: the optimiser, with the trained tensors.
+        """
+        held = {f"kept.{i}": tensor for i, tensor in enumerate(self.kept)}
+        for i, numbers in enumerate(_trained(adam)):
+            held[f"numbers.{i}"] = numbers.detach()
+            held.update({f"{name}.{i}": torch.as_tensor(value) for name, value in adam.state[numbers].items()})
+        state = {"step": self.step, "misses": self.misses, "first": self.first, "best": self.best}
+        path = self.file(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(".new")
+        tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in held.items()}
+        save_file(tensors, new, metadata={"mark": mark, "progress": json.dumps(state)})
+        new.replace(path)
+
+    @classmethod
+    def load(cls, folder: str, mark: str, adam: torch.optim.Adam) -> Progress | None:
+        """Load a run and restore ``adam`` and its tensors; None if the folder holds no run with this fingerprint."""
+        path = cls.file(folder)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("mark") != mark:
+                    return None
+                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):  # half a file, or another one: start again
+            return None
+        kept = []
+        states: dict[int, dict[str, torch.Tensor]] = {}
+        for i, numbers in enumerate(_trained(adam)):
+            with torch.no_grad():
+                numbers.copy_(held.pop(f"numbers.{i}"))
+            if f"kept.{i}" in held:  # none if nothing was better yet
+                kept.append(held.pop(f"kept.{i}").to(numbers.device))
+        for key, value in held.items():
+            name, _, i = key.rpartition(".")
+            states.setdefault(int(i), {})[name] = value
+        adam.load_state_dict({"state": states, "param_groups": adam.state_dict()["param_groups"]})
+        return cls(**json.loads(metadata["progress"]), kept=tuple(kept))
+
+
+def _trained(adam: torch.optim.Adam) -> list[torch.Tensor]:
+    return [numbers for group in adam.param_groups for numbers in group["params"]]
+
+
+def _fingerprint(tensors: Iterable[torch.Tensor]) -> str:
+    """Fingerprint of a sequence of tensors: their types, shapes and values."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def write_progress(folder: str, mark: str, progress: Progress, adam: torch.optim.Adam) -> None:
-    """Write all that is needed to go on, in place of what was written before.
-
-    Args:
-        folder: where to; it is made.
-        mark: what tells this run from others.
-        progress: how far it is.
-        adam: the optimiser of what is learned.
-    """
-    held = {f"kept.{i}": tensor for i, tensor in enumerate(progress.kept)}
-    for i, numbers in enumerate(_learned(adam)):
-        held[f"numbers.{i}"] = numbers.detach()
-        held.update({f"{name}.{i}": torch.as_tensor(value) for name, value in adam.state[numbers].items()})
-    said = {"step": progress.step, "misses": progress.misses, "first": progress.first, "best": progress.best}
-    path = _file(folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in held.items()}
-    save_file(tensors, new, metadata={"mark": mark, "progress": json.dumps(said)})
-    new.replace(path)
-
-
-def read_progress(folder: str, mark: str, adam: torch.optim.Adam) -> Progress | None:
-    """Take up the state of ``adam`` and what it learns again; None where the folder holds no run with this mark."""
-    path = _file(folder)
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            said = file.metadata() or {}
-            if said.get("mark") != mark:
-                return None
-            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):  # half a file, or another one: begin anew
-        return None
-    learned, kept = _learned(adam), []
-    states: dict[int, dict[str, torch.Tensor]] = {}
-    for i, numbers in enumerate(learned):
-        with torch.no_grad():
-            numbers.copy_(held.pop(f"numbers.{i}"))
-        if f"kept.{i}" in held:  # none where nothing was better yet
-            kept.append(held.pop(f"kept.{i}").to(numbers.device))
-    for key, value in held.items():
-        name, _, i = key.rpartition(".")
-        states.setdefault(int(i), {})[name] = value
-    adam.load_state_dict({"state": states, "param_groups": adam.state_dict()["param_groups"]})
-    return Progress(**json.loads(said["progress"]), kept=tuple(kept))
-
-
-def _file(folder: str) -> Path:
-    """Several processes all do the same, each with a file of its own: none reads or renames half of another's."""
-    return Path(folder) / (f"tuning.{rank()}.safetensors" if rank() else "tuning.safetensors")
-
-
-def _learned(adam: torch.optim.Adam) -> list[torch.Tensor]:
-    return [numbers for group in adam.param_groups for numbers in group["params"]]
-
-
-_RISE = 10
-"""The rate rises over one in so many steps."""
-
-_FUSED = ("cpu", "cuda")
-"""Devices whose Adam takes a step in one kernel."""
-
-
-class Learned(Protocol):
-    """What a tuning learns: numbers in some tensors, and what a graph does with them."""
-
-    @property
-    def count(self) -> int:
-        """How many numbers there are."""
-
-    def begin(self, graph_module: fx.GraphModule) -> list[torch.Tensor]:
-        """Return the numbers that change nothing."""
-
-    def rates(self, graph_module: fx.GraphModule) -> list[float]:
-        """Return how fast each tensor of numbers moves, as a part of the rate."""
-
-    def run(self, graph_module: fx.GraphModule, numbers: Sequence[torch.Tensor]) -> fx.Interpreter:
-        """Return an interpreter that runs the graph with these numbers."""
-
-    def folded(
-        self, numbers: Sequence[torch.Tensor], graph_module: fx.GraphModule
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the name and the new value of each tensor that the numbers change."""
 
 
 class Training:
@@ -156,45 +132,48 @@ class Training:
     Args:
         settings: the pass.
         graph_module: the slim graph.
-        learned: what is learned.
-        teacher: what the dense model said.
+        trained: the trained parameters.
+        teacher: the teacher logits.
 
     Attributes:
-        truth: weight of the text's own tokens; 0 where the model says something else than next tokens.
+        truth: weight of the text's own tokens; 0 if the model does not predict next tokens.
 
     Raises:
-        PassError: bfloat16 was asked for, and an op of the graph refuses it.
+        PassError: bfloat16 was requested, and an op of the graph refuses it.
     """
 
-    def __init__(self, settings: TunePass, graph_module: fx.GraphModule, learned: Learned, teacher: Teacher) -> None:
-        self.settings, self.graph_module, self.learned, self.teacher = settings, graph_module, learned, teacher
+    def __init__(self, settings: TunePass, graph_module: fx.GraphModule, trained: Trained, teacher: Teacher) -> None:
+        self.settings, self.graph_module, self.trained, self.teacher = settings, graph_module, trained, teacher
         self.device = device_of(graph_module)
-        self.heldout = list(lesson_batches(teacher.heldout, graph_module, settings.batch))
-        self.batches = list(lesson_batches(teacher.lessons, graph_module, settings.batch))
-        self.numbers = [numbers.requires_grad_() for numbers in learned.begin(graph_module)]
-        self.rates = [settings.rate * rate for rate in learned.rates(graph_module)]
+        self.heldout = list(teacher_batches(teacher.heldout, graph_module, settings.batch))
+        self.batches = list(teacher_batches(teacher.train, graph_module, settings.batch))
+        self.numbers = [numbers.requires_grad_() for numbers in trained.initial(graph_module)]
+        self.rates = [settings.rate * rate for rate in trained.rates(graph_module)]
         groups = [{"params": [n], "lr": rate} for n, rate in zip(self.numbers, self.rates, strict=True)]
         self.adam = torch.optim.Adam(groups, fused=self.device.type in _FUSED)
-        self.truth = settings.truth if settings.truth and self._says_next(self.batches[0]) else 0.0
+        self.truth = settings.truth if settings.truth and self._predicts_next(self.batches[0]) else 0.0
         self.steps = max(1, round(settings.epochs * len(self.batches)))
-        self.narrow = narrowed(
-            settings.precision, graph_module, lambda: self._divergence(self.batches[0]), settings.name
+        self.bf16 = use_bf16(
+            settings.precision,
+            graph_module,
+            lambda: divergence(self._logits(self.batches[0]), self.batches[0]),
+            settings.name,
         )
 
     def run(self) -> Progress:
-        """Learn until the end, or until it does no better.
+        """Train until the end, or until nothing improves.
 
         Raises:
-            CalibrationError: what the model says is not finite.
+            CalibrationError: an output of the model is not finite.
         """
-        progress = self._begun()
+        progress = self._start()
         if progress.misses >= self.settings.patience:  # an earlier run with this folder ended so
             return progress
         every = max(1, self.steps // self.settings.measurements)
-        order = list(self._order())
+        order = list(self._shuffled())
         steps = range(progress.step, self.steps)
-        for step in self.settings.track(steps, "tuning", len(steps)):
-            self._learn(self.batches[order[step]], step)
+        for step in tracked(steps, "tuning", len(steps)):
+            self._step(self.batches[order[step]], step)
             if (step + 1) % every and step + 1 < self.steps:
                 continue
             error = self._measure()
@@ -204,69 +183,68 @@ class Training:
                 misses=0 if better else progress.misses + 1,
                 first=progress.first,
                 best=error if better else progress.best,
-                kept=self._now() if better else progress.kept,
+                kept=tuple(numbers.detach().clone() for numbers in self.numbers) if better else progress.kept,
             )
             if self.settings.folder:
-                write_progress(self.settings.folder, self._mark, progress, self.adam)
+                progress.save(self.settings.folder, self._mark, self.adam)
             if progress.misses >= self.settings.patience:
                 break
         return progress
 
-    def _begun(self) -> Progress:
+    def _start(self) -> Progress:
+        """The state of an interrupted run, or a new one."""
         first = self._measure()
         if not math.isfinite(first):
             raise CalibrationError(
-                "what the slim model says is not finite", where="tuning", remedy="Check the weights and the samples"
+                "an output of the slim model is not finite", where="tuning", remedy="Check the weights and the samples"
             )
-        found = read_progress(self.settings.folder, self._mark, self.adam) if self.settings.folder else None
+        found = Progress.load(self.settings.folder, self._mark, self.adam) if self.settings.folder else None
         return found or Progress(0, 0, first, first, ())
-
-    def _now(self) -> tuple[torch.Tensor, ...]:
-        return tuple(numbers.detach().clone() for numbers in self.numbers)
 
     @cached_property
     def _mark(self) -> str:
-        """What tells this run from others: its arguments, all that it learns from, and the weights it begins with."""
+        """Fingerprint of the run: its arguments, all that it trains on, and the weights it starts from."""
         parts = [tensor for _, tensor in weights(self.graph_module)]
-        for lesson in (*self.teacher.lessons, *self.teacher.heldout):
-            taken = (value for value in lesson.sample.inputs.values() if isinstance(value, torch.Tensor))
-            parts += [*taken, lesson.sample.labels, lesson.classes, lesson.likelihoods]
-        return f"{self.settings} {self.learned.count} {digest(parts)}"
+        for one in (*self.teacher.train, *self.teacher.heldout):
+            taken = (value for value in one.sample.inputs.values() if isinstance(value, torch.Tensor))
+            parts += [*taken, one.sample.labels, one.classes, one.likelihoods]
+        return f"{self.settings} {self.trained.count} {_fingerprint(parts)}"
 
-    def _order(self) -> Iterator[int]:
-        """The batches, shuffled anew each time all have had their turn."""
+    def _shuffled(self) -> Iterator[int]:
+        """The numbers of batches, in a new order each epoch."""
         generator = torch.Generator().manual_seed(self.settings.seed)
         for _ in range(math.ceil(self.steps / len(self.batches))):
             yield from torch.randperm(len(self.batches), generator=generator).tolist()
 
-    def _learn(self, batch: LessonBatch, step: int) -> None:
+    def _step(self, batch: TeacherBatch, step: int) -> None:
+        # the first steps of Adam are as long as any, and the least informed: the rate rises, then falls along a cosine
+        factor = min(1.0, (step + 1) * _WARM_UP / self.steps) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
-            group["lr"] = rate * _share(step, self.steps)
+            group["lr"] = rate * factor
         with torch.enable_grad():
-            with autocast(self.device, self.narrow):
-                loss = self._loss(batch)
+            with autocast(self.device, self.bf16):
+                loss = self._loss(batch)  # in a frame of its own, so that the logits are freed before the backward run
             self.adam.zero_grad()
             loss.backward()
         gradients = [numbers.grad for numbers in self.numbers if numbers.grad is not None]
         if gradients and all(bool(gradient.isfinite().all()) for gradient in gradients):
             self.adam.step()
 
-    def _measure(self) -> float:
-        """The divergence on held-out samples, in nats a position, in the precision of a step."""
-        with torch.no_grad(), autocast(self.device, self.narrow):
-            found = [float(self._divergence(b)) * b.classes.shape[:2].numel() for b in self.heldout]
-        return sum(found) / sum(b.classes.shape[:2].numel() for b in self.heldout)
-
-    def _loss(self, batch: LessonBatch) -> torch.Tensor:
-        """What a step makes smaller."""
+    def _loss(self, batch: TeacherBatch) -> torch.Tensor:
         logits = self._logits(batch)
         loss = divergence(logits, batch)
         if not self.truth or not bool((batch.labels[:, 1:] != IGNORED).any()):
             return loss
         return loss + self.truth * next_token_loss(logits, batch.labels)
 
-    def _says_next(self, batch: LessonBatch) -> bool:
-        """Whether the model says at each position what comes next: it knows the tokens before, and not those behind."""
+    def _measure(self) -> float:
+        """The divergence on held-out samples, in nats per position, in the precision of a step."""
+        with torch.no_grad(), autocast(self.device, self.bf16):
+            found = [float(divergence(self._logits(b), b)) * b.classes.shape[:2].numel() for b in self.heldout]
+        return sum(found) / sum(b.classes.shape[:2].numel() for b in self.heldout)
+
+    def _predicts_next(self, batch: TeacherBatch) -> bool:
+        """Whether the model predicts next tokens: the label is an input, and no output depends on later inputs."""
         counted = batch.labels != IGNORED
         read = [
             name
@@ -281,62 +259,32 @@ class Training:
         for value in other.values():
             value[:, -1] = torch.where(value[:, -1] == value[:, 0], value[:, -2], value[:, 0])
         with torch.no_grad():
-            said = self._logits(batch)
-            again = self._logits(dataclasses.replace(batch, inputs={**batch.inputs, **other}))
-        if said.shape[:2] != counted.shape:
+            logits = self._logits(batch)
+            changed = self._logits(dataclasses.replace(batch, inputs={**batch.inputs, **other}))
+        if logits.shape[:2] != counted.shape:
             return False
-        return bool((said - again)[:, :-1].abs().max() <= TOLERANCE * said.abs().max())
+        return bool((logits - changed)[:, :-1].abs().max() <= TOLERANCE * logits.abs().max())
 
-    def _divergence(self, batch: LessonBatch) -> torch.Tensor:
-        return divergence(self._logits(batch), batch)
-
-    def _logits(self, batch: LessonBatch) -> torch.Tensor:
-        return logits_of(self.learned.run(self.graph_module, self.numbers), batch.inputs)
-
-
-def _share(step: int, steps: int) -> float:
-    """Of the rate, at a step: the first steps of Adam are as long as any, and know the least."""
-    return min(1.0, (step + 1) * _RISE / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    def _logits(self, batch: TeacherBatch) -> torch.Tensor:
+        return run_logits(self.trained.run(self.graph_module, self.numbers), batch.inputs)
 
 
 @dataclass(frozen=True, eq=False)
 class TunePass(Pass):
-    """The slim model says what the dense one said, as nearly as a few vectors in it can make it.
+    """Train a few vectors in the slim model until its outputs match the dense ones as nearly as they can.
 
-    All weights are frozen. What is learned is a scale ``1 + 0.5 tanh(t)`` for each input and output of each product
-    with a weight, and what is added to parameters of one axis, such as those of norms and biases, by Adam on the
+    All weights are frozen. The trained parameters are a scale ``1 + 0.5 tanh(t)`` for each input and output of each
+    product with a weight, and offsets of parameters of one axis, such as those of norms and biases, by Adam on the
     Kullback-Leibler divergence from the dense model. No gradient of a weight is needed, so memory is that of the
     activations of a batch. In the end all of it is folded into the weights: classes, names and sizes stay the same.
 
-    With ``truth``, the next tokens of the text itself count beside what the dense model says of them: perplexity on
-    plain text falls further, by what the slim model learns of such text and no longer has of the dense one.
+    With ``truth``, the next tokens of the text itself count beside the dense model's distribution: perplexity on plain
+    text falls further, by what the slim model learns of such text and no longer has from the dense one.
 
-    Now and then the divergence is measured on held-out samples. The numbers that did best there are folded in, so that
-    the model is never worse on them than it was; where ``patience`` measurements did no better, it stops.
+    Now and then the divergence is measured on held-out samples. The best parameters there are folded in, so that the
+    model is never worse on them than it was; after ``patience`` measurements without improvement, it stops.
 
-    What was verified is that removing equals masking; it was before, and the sizes are the same.
-
-    Args:
-        epochs: how often each sample is learned from.
-        rate: of Adam, at most: it rises over the first tenth of the steps and falls to 0 along a cosine.
-        batch: samples in a step.
-        everywhere: scale the inputs and outputs of all products; without, of those that lost inputs alone, which learns
-            less, and does best at four times the rate.
-        rank: of what is added to the weight of each of these products, beside the scales, as in LoRA; 0 for nothing. It
-            learns more from much text, and more of what is peculiar to little text.
-        weights: learn the weights of these products themselves, and the parameters of one axis, in the place of scales.
-            It learns the most, and takes five times the memory of these weights beside them: gradients, two moments,
-            themselves and the best so far. Each moves by a part of its root mean square, so that a rate means the same
-            for models of all sizes.
-        truth: weight of the cross-entropy of the samples' own next tokens beside the divergence; of no weight for a
-            model that says something else, which is tried on a batch: what it says may not depend on later tokens.
-        precision: of the products in a step and a measurement: ``bf16``, ``float32``, or ``auto``, which is ``bf16``
-            where the device computes in it itself and no op of the graph refuses it. What is learned stays in float32.
-        measurements: how often the held-out samples are read.
-        patience: how many measurements may do no better before it stops.
-        folder: where progress is written, and read again by a run with the same arguments; none is without one.
-        seed: for the order of the samples.
-        track: shows progress, as ``track(items, what, total)``.
+    The verification of the removal stays valid: it was that removing equals masking, and the sizes are the same.
     """
 
     name: ClassVar[str] = "tune"
@@ -344,42 +292,75 @@ class TunePass(Pass):
     writes: ClassVar[bool] = False
     changes: ClassVar[Change] = "weights"
     needs: ClassVar[tuple[type[Fact], ...]] = (Teacher, Removed, Runnable, Shaped)
+    wants: ClassVar[tuple[type[Fact], ...]] = (Source,)
     drops: ClassVar[tuple[type[Fact], ...]] = (Teacher,)
     keeps: ClassVar[tuple[type[Fact], ...]] = (Verified,)
 
-    epochs: float = 2.0
-    rate: float = 0.005
-    batch: int = 4
-    everywhere: bool = True
-    rank: int = 0
-    weights: bool = False
-    truth: float = 0.0
-    precision: str = "auto"
-    measurements: int = 8
-    patience: int = 3
-    folder: str = ""
-    seed: int = 0
-    track: Track = field(default=no_progress, metadata={"spelled": False})
+    epochs: float = argument(2.0, "Epochs over the samples.", above=0)
+    rate: float = argument(
+        0.005,
+        "Highest learning rate of Adam: it rises over the first tenth of the steps and falls to 0 along a cosine.",
+        above=0,
+    )
+    batch: int = argument(4, "Samples in a step.", least=1)
+    everywhere: bool = argument(
+        True,
+        """Scale the inputs and outputs of all products; False for those that lost inputs alone, which learns less, and
+        does best at four times the rate.""",
+    )
+    rank: int = argument(
+        0,
+        """Rank of a low-rank update of the weight of each of these products, beside the scales, as in LoRA; 0 for none.
+        It learns more from much text, and more of what is peculiar to little text.""",
+        least=0,
+    )
+    weights: bool = argument(
+        False,
+        """Train the weights of these products themselves, and the parameters of one axis, in place of scales. It learns
+        the most, and takes five times the memory of these weights beside them: gradients, two moments, themselves and
+        the best so far. Each moves by a fraction of its root mean square, so that a rate means the same for models of
+        all sizes.""",
+    )
+    truth: float = argument(
+        0.0,
+        """Weight of the cross-entropy of the samples' own next tokens beside the divergence; ignored for a model that
+        does not predict next tokens, which is tried on a batch: its output must not depend on later tokens.""",
+        least=0,
+    )
+    precision: Precision = argument(
+        "auto",
+        """Precision of the products in a step and a measurement: ``bf16``, ``float32``, or ``auto``, which is ``bf16``
+        if the device supports it natively and no op of the graph refuses it. What is trained stays in float32.""",
+    )
+    measurements: int = argument(8, "How often the divergence is measured on held-out samples.", least=1)
+    patience: int = argument(3, "Measurements without improvement before it stops.", least=1)
+    folder: str = argument(
+        "",
+        "Where progress is saved; a run with the same arguments resumes from it. Empty for nowhere.",
+        check=path_or_empty,
+    )
+    seed: int = argument(0, "Random seed of the order of the samples.", check=as_seed)
 
     def __post_init__(self) -> None:
-        """Refuse numbers that make no sense."""
-        for name in ("epochs", "rate"):
-            object.__setattr__(self, name, number(name, getattr(self, name), above=0))
-        object.__setattr__(self, "truth", number("truth", self.truth, least=0))
-        for name in ("batch", "measurements", "patience"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
-        object.__setattr__(self, "rank", whole_number("rank", self.rank, least=0))
-        for name in ("everywhere", "weights"):
-            object.__setattr__(self, name, flag(name, getattr(self, name)))
+        """Validate the arguments; low-rank updates are for weights that are not trained themselves."""
+        super().__post_init__()
         if self.weights and self.rank:
             raise ArgumentError(
-                "with weights learned themselves nothing is added to them", where="rank", remedy="Leave rank out"
+                "weights that are trained themselves take no low-rank update",
+                where="rank",
+                remedy="Leave out $rank or $weights",
+                argument="rank",
+                value=self.rank,
             )
-        one_of("precision", self.precision, PRECISIONS)
-        object.__setattr__(self, "seed", as_seed("seed", self.seed))
-        if self.folder != "":
-            object.__setattr__(self, "folder", as_path("folder", self.folder))
-        check_track(self.track)
+
+    def cost(self, samples: int) -> PassCost:
+        """A forward and a backward run of each recorded sample an epoch, and the measurements.
+
+        Weights that are trained are in memory five times: themselves, gradients, two moments, and the best so far.
+        """
+        runs = 3.0 * self.epochs * samples + HELDOUT * (self.measurements + 1)
+        kept = 5.0 if self.weights else 0.0
+        return PassCost(runs=runs, batch=min(self.batch, samples), backward=True, outputs=3, weights=kept)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Raise unless there are real weights."""
@@ -387,30 +368,28 @@ class TunePass(Pass):
         require_weights(graph_module, self.name)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Learn, and fold in what did best.
+        """Train, and fold in the best parameters.
 
         Raises:
-            CalibrationError: what the model says is not finite.
+            CalibrationError: an output of the model is not finite.
         """
         facts = facts_of(graph_module)
-        teacher = facts[Teacher]
-        learned = self._learned(graph_module)
-        training = Training(self, graph_module, learned, teacher)
+        teacher, removal = facts[Teacher], facts[Removed].removal
+        trained: Trained
+        if self.weights:
+            trained = TrainedWeights.of(graph_module, removal, self.everywhere)
+        else:
+            trained = TrainedVectors.of(graph_module, removal, self.everywhere, self.rank)
+        training = Training(self, graph_module, trained, teacher)
         progress = training.run()
         better = progress.best < progress.first
         if better:
             with torch.no_grad():
-                for name, value in list(learned.folded(progress.kept, graph_module)):
-                    put_values(graph_module, name, value)
-        words = f"from {progress.first:.3f} to {progress.best:.3f} nats a token on {teacher.heldout_from}"
-        outcome = f"divergence from the dense model {words}" if better else "nothing was better than no change"
+                for name, value in list(trained.folded(progress.kept, graph_module)):
+                    write_values(graph_module, name, value)
+        change = f"from {progress.first:.3f} to {progress.best:.3f} nats per token on {teacher.heldout_from}"
+        outcome = f"divergence from the dense model {change}" if better else "nothing was better than no change"
         if training.truth < self.truth:
-            add_note(graph_module, "the text itself was not counted in tuning: the model does not say next tokens")
-        add_note(graph_module, f"tuned: {learned.count:,} numbers, {len(teacher.lessons)} samples; {outcome}")
+            add_note(graph_module, "the text itself was not counted in tuning: the model does not predict next tokens")
+        add_note(graph_module, f"tuned: {trained.count:,} numbers, {len(teacher.train)} samples; {outcome}")
         return PassResult(graph_module, better)
-
-    def _learned(self, graph_module: fx.GraphModule) -> Learned:
-        removal = facts_of(graph_module)[Removed].removal
-        if self.weights:
-            return Weights.of(graph_module, removal, self.everywhere)
-        return Vectors.of(graph_module, removal, self.everywhere, self.rank)

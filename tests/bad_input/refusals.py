@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -54,21 +55,40 @@ class Net(nn.Module):
         return self.head(x + self.down(self.up(x).relu()))
 
 
-def said(value: Any) -> str:
-    """A name for a bad value that fits into the name of a test."""
+def net() -> tuple[Net, dict[str, torch.Tensor]]:
+    """A model and its inputs, for :mod:`tests.remembered`."""
+    return Net(), INPUTS
+
+
+def described(value: Any) -> str:
+    """A bad value in a line."""
     text = f"{type(value).__name__}-{tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
-    return re.sub(r" at 0x\w+|\s+", "", text)[:40]
+    return re.sub(r" at 0x\w+|\s+", "", text)[:60]
 
 
-def each(name: str, values: Iterable[Any], says: str = "", **more: Any) -> Iterator[Any]:
-    """Test parameters ``(options, says)``, one for each bad value of an argument."""
+def each(name: str, values: Iterable[Any], says: str = "", **more: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Rows of a table: the keyword arguments of a call, one of them bad, and a pattern of the message."""
     for value in values:
-        yield pytest.param({name: value, **more}, says or rf"\b{name}\b", id=f"{name}={said(value)}")
+        yield {name: value, **more}, says or rf"\b{name}\b"
 
 
-def one(says: str, **options: Any) -> Any:
-    """Test parameters ``(options, says)`` of one bad call."""
-    return pytest.param(options, says, id=", ".join(f"{name}={said(value)}" for name, value in options.items()))
+def check_table(
+    call: Callable[[Any], Any],
+    rows: Iterable[tuple[Any, str]],
+    capfd: pytest.CaptureFixture[str],
+    *,
+    model: nn.Module | Callable[[Any], nn.Module | None] | None = None,
+    error: type[Exception] = FxpruneError,
+) -> None:
+    """``call`` clearly refuses the bad value of every row; the error names the rows that it does not refuse."""
+    wrong = []
+    for value, says in rows:
+        watched = model if model is None or isinstance(model, nn.Module) else model(value)
+        try:
+            check_clear(partial(call, value), says, capfd, model=watched, error=error)
+        except (Exception, pytest.fail.Exception) as found:  # a call may raise anything instead
+            wrong.append(f"{described(value)}: {type(found).__name__}: {found}")
+    assert not wrong, "\n".join(wrong)
 
 
 def check_clear(
@@ -85,14 +105,14 @@ def check_clear(
     with warnings.catch_warnings(record=True) as warned, pytest.raises(error) as caught:
         warnings.simplefilter("always")
         call()
-    message, told = str(caught.value), capfd.readouterr()
+    message, printed = str(caught.value), capfd.readouterr()
     refusal = caught.value
     assert isinstance(refusal, FxpruneError)
     assert re.search(says, message, re.DOTALL), message
     assert refusal.what and refusal.where and refusal.remedy, (refusal.what, refusal.where, refusal.remedy)
     assert refusal.remedy in message and len(message) <= LONGEST and "\n" not in message, message
-    assert told.out + told.err == "", told
-    assert [str(warning.message) for warning in warned] == []
+    assert printed.out + printed.err == "", printed
+    assert [str(warning.message) for warning in warned if warning.category is not DeprecationWarning] == []
     assert model is None or fingerprint(model) == before
     return refusal
 
@@ -114,7 +134,7 @@ def _shape(tensor: torch.Tensor) -> Any:
 def _values(tensor: torch.Tensor) -> Any:
     if tensor.is_meta or nn.parameter.is_lazy(tensor):
         return None
-    return repr(tensor.detach().to_dense().reshape(-1).tolist())
+    return tensor.detach().to_dense().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def facts_left(graph_module: torch.fx.GraphModule) -> list[str]:

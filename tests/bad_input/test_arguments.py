@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ import fxprune
 from fxprune.errors import RatioError, UnknownNameError
 from fxprune.pipeline.registry import pass_class
 from fxprune.pipeline.spelling import spelled_fields
-from tests.bad_input.refusals import IDS, INPUTS, NO_NUMBERS, NOT_NUMBERS, Net, check_clear, each, one
+from tests.bad_input.refusals import IDS, INPUTS, NO_NUMBERS, NOT_NUMBERS, Net, check_clear, check_table, each
 
 NOT_FLAGS = ("yes", "", None, 2, 0.0, [], torch.tensor([True, False]))
 NOT_WHOLE = (*NOT_NUMBERS, *NO_NUMBERS, 1.5, "3", np.array([1, 2]))
@@ -63,12 +61,12 @@ OPTIONS = [
     *each("importance", ("l1{kinds=mpl}", "l1{kinds=[]}"), "kind"),
     *each("importance", ("taylor{track=3}", "taylor{track=None}"), "track is"),
     *each("taylor", ("mixed", 3, True, "", ["mix"]), "taylor order|order="),
-    one("taylor.*importance=.*Leave one", taylor="mix", importance="l1"),
+    ({"taylor": "mix", "importance": "l1"}, "taylor.*importance=.*Leave one"),
     *each("reduction", ("summ", "", 3, sum, ["sum"]), "reduction"),
     *each("ranking", ("locale", "", 3, ["local"]), "ranking"),
     *each("uniform", NOT_FLAGS, "uniform is .*True or False"),
-    one("same widths.*protect", uniform=True, protect=(1, 1)),
-    one("same widths.*ranking", uniform=True, ranking="global"),
+    ({"uniform": True, "protect": (1, 1)}, "same widths.*protect"),
+    ({"uniform": True, "ranking": "global"}, "same widths.*ranking"),
     *each(
         "select",
         ("select-by-ratoi", 3, "l1", [], pass_class("select-by-ratio"), fxprune.load_pass("l1")),
@@ -101,40 +99,33 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "says"), OPTIONS)
-def test_options_of_a_prune(
-    options: dict[str, Any], says: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fxprune.api.trace", lambda *_: pytest.fail("nothing is traced before its arguments are seen"))
+@pytest.fixture
+def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments are refused before anything is traced."""
+    monkeypatch.setattr("fxprune.api.trace", lambda *_: pytest.fail("traced before its arguments were checked"))
+
+
+def test_options_of_a_prune(untraced: None, capfd: pytest.CaptureFixture[str]) -> None:
     model = Net()
-    check_clear(lambda: fxprune.prune(model, IDS, **options), says, capfd, model=model)
+    check_table(lambda options: fxprune.prune(model, IDS, **options), OPTIONS, capfd, model=model)
 
 
-@pytest.mark.parametrize("options", [{"ratio": "0.2"}, {"kinds": "mpl"}, {"verify": "no"}, {"plan": "{}"}], ids=str)
-def test_options_of_a_pipeline(options: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: fxprune.prune_pipeline(IDS, **options), next(iter(options)).removesuffix("s"), capfd)
+def test_options_of_a_pipeline(capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        ({"ratio": "0.2"}, "ratio"),
+        ({"kinds": "mpl"}, "kind"),
+        ({"verify": "no"}, "verify"),
+        ({"plan": "{}"}, "plan"),
+    ]
+    check_table(lambda options: fxprune.prune_pipeline(IDS, **options), rows, capfd)
 
 
-ARGUMENTS = [
-    pytest.param(name, field.name, id=f"{name}-{field.name}")
-    for name in fxprune.pass_names()
-    for field in spelled_fields(pass_class(name))
-]
-
-
-@pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
-def test_every_argument_of_every_pass(name: str, argument: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """What is no argument of anything is refused as the pass is made, or before a pipeline runs its first pass."""
-
-    def use() -> None:
-        fxprune.load_pass(name, **{argument: Stranger()}).check_arguments()
-
-    check_clear(use, rf"\b{argument}|{argument.removesuffix('s')} is|cannot read a Stranger", capfd)
-
-
-@pytest.mark.parametrize("name", fxprune.pass_names())
-def test_unknown_arguments_of_every_pass(name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: fxprune.load_pass(name, nonsense=1), f"argument of pass {name} 'nonsense'", capfd)
+def test_every_argument_of_every_pass(capfd: pytest.CaptureFixture[str]) -> None:
+    """A bad value is refused as the pass is made, or before a pipeline runs its first pass; so is an unknown name."""
+    known = [(name, field.name) for name in fxprune.pass_names() for field in spelled_fields(pass_class(name))]
+    rows = [((name, at), rf"\b{at}|{at.removesuffix('s')} is|cannot read a Stranger") for name, at in known]
+    rows += [((name, "nonsense"), f"argument of pass {name} 'nonsense'") for name in fxprune.pass_names()]
+    check_table(lambda row: fxprune.load_pass(row[0], **{row[1]: Stranger()}).check_arguments(), rows, capfd)
 
 
 def test_scalars_of_other_libraries_are_numbers() -> None:
@@ -166,15 +157,9 @@ APPLY = [
 ]
 
 
-@pytest.mark.parametrize(("options", "says"), APPLY)
-def test_options_of_applying(
-    options: dict[str, Any], says: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fxprune.api.trace", lambda *_: pytest.fail("nothing is traced before its arguments are seen"))
+def test_options_of_applying(untraced: None, capfd: pytest.CaptureFixture[str]) -> None:
     model = Net()
-    options = dict(options)
-    plan = options.pop("plan")
-    check_clear(lambda: fxprune.apply(model, plan, example_inputs=INPUTS, **options), says, capfd, model=model)
+    check_table(lambda options: fxprune.apply(model, example_inputs=INPUTS, **options), APPLY, capfd, model=model)
 
 
 PIPELINES = [
@@ -205,15 +190,7 @@ PIPELINES = [
 ]
 
 
-@pytest.mark.parametrize(("passes", "says"), PIPELINES, ids=range(len(PIPELINES)))
-def test_texts_of_pipelines(passes: Any, says: str, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: fxprune.Pipeline(passes), says, capfd)
-
-
-@pytest.mark.parametrize("name", [None, 3, "", "l3", ["l1"], b"l1", "l1{}"])
-def test_names_of_passes(name: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: fxprune.load_pass(name), "pass", capfd)
-
-
-def test_on_pass_is_called(capfd: pytest.CaptureFixture[str]) -> None:
+def test_texts_of_pipelines_and_names_of_passes(capfd: pytest.CaptureFixture[str]) -> None:
+    check_table(fxprune.Pipeline, PIPELINES, capfd)
+    check_table(fxprune.load_pass, [(name, "pass") for name in (None, 3, "", "l3", ["l1"], b"l1", "l1{}")], capfd)
     check_clear(lambda: fxprune.Pipeline("l1", on_pass=3), "on_pass is 3", capfd)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import nn
 import fxprune
 from fxprune.errors import PlanError
 from fxprune.removal.scores import Scores
-from tests.bad_input.refusals import IDS, INPUTS, Net, check_clear, said
+from tests.bad_input.refusals import IDS, Net, check_clear, check_table, net
+from tests.remembered import model_of, pruned, traced
 
 NONSENSE: tuple[Any, ...] = (None, 3, "x", b"x", [], {}, object(), float("nan"), Net, torch.ones(2), True, len)
 
@@ -22,19 +23,13 @@ NONSENSE: tuple[Any, ...] = (None, 3, "x", b"x", [], {}, object(), float("nan"),
 @pytest.fixture(scope="module")
 def result() -> fxprune.Result:
     """A small prune."""
-    return fxprune.prune(Net(), importance="l1", protect=(), example_inputs=INPUTS)
+    return pruned(net, importance="l1", protect=())
 
 
 @pytest.fixture(scope="module")
-def traced() -> fxprune.Traced:
-    """A traced model."""
-    return fxprune.trace(Net(), INPUTS, check=False)
-
-
-@pytest.fixture(scope="module")
-def graph(traced: fxprune.Traced) -> Any:
-    """Its dependency graph."""
-    return fxprune.dependency_graph(traced)
+def graph() -> Any:
+    """A dependency graph."""
+    return fxprune.dependency_graph(traced(net))
 
 
 def document(kept: str, blocks: str = "[]", version: str = "1") -> str:
@@ -52,8 +47,8 @@ TEXTS: list[tuple[Any, str]] = [
     ('{"version": 1}', "kept: it is None, not a mapping"),
     (document("3"), "kept: it is 3"),
     (document('{"a": 3}'), r"kept\['a'\]: it is 3"),
-    (document('{"a": {"x": [1]}}'), "'x' is no number of an axis"),
-    (document('{"a": {"-1": [1]}}'), "'-1' is no number of an axis"),
+    (document('{"a": {"x": [1]}}'), "'x' is not the number of an axis"),
+    (document('{"a": {"-1": [1]}}'), "'-1' is not the number of an axis"),
     (document('{"a": {"0": ["q"]}}'), r"kept\['a'\]\[0\]: .*not whole numbers"),
     (document('{"a": {"0": [1.5]}}'), "not whole numbers"),
     (document('{"a": {"0": [NaN]}}'), "not whole numbers"),
@@ -70,12 +65,11 @@ TEXTS: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("text", "says"), TEXTS, ids=range(len(TEXTS)))
-def test_texts_of_plans(text: Any, says: str, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: fxprune.Plan.from_json(text), says, capfd, error=PlanError)
+def test_texts_of_plans(capfd: pytest.CaptureFixture[str]) -> None:
+    check_table(fxprune.Plan.from_json, TEXTS, capfd, error=PlanError)
 
 
-KEPT: list[tuple[Any, Any, str]] = [
+PLANS: list[tuple[Any, Any, str]] = [
     ({"nope": {0: [1]}}, (), r"nope\[0\]: the model has no such axis"),
     ({"up.weight": {7: [1]}}, (), r"up.weight\[7\]: the model has no such axis"),
     ({"up.weight": {-1: [1]}}, (), r"axis|number"),
@@ -102,58 +96,32 @@ KEPT: list[tuple[Any, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("kept", "blocks", "says"), KEPT, ids=range(len(KEPT)))
-def test_plans_of_other_models(kept: Any, blocks: Any, says: str, capfd: pytest.CaptureFixture[str]) -> None:
-    model = Net()
-    check_clear(
-        lambda: fxprune.apply(model, fxprune.Plan(kept, blocks), example_inputs=INPUTS), says, capfd, model=model
-    )
+def test_plans_of_other_models(result: fxprune.Result, capfd: pytest.CaptureFixture[str]) -> None:
+    kept = result.plan.kept
+    of_five = {name: {axis: 5 for axis in axes} for name, axes in kept.items()}
+    rows = [((kept, blocks), says) for kept, blocks, says in PLANS]
+    rows.append(((kept, (), of_five), "the plan is for 5"))
+    model = model_of(traced(net))
+    check_table(lambda row: pruned(net, plan=fxprune.Plan(*row)), rows, capfd, model=model)
 
 
-def test_a_plan_of_a_narrower_model(result: fxprune.Result, capfd: pytest.CaptureFixture[str]) -> None:
-    model = Net(width=20)
-    plan = fxprune.Plan(
-        result.plan.kept, sizes={name: {axis: 5 for axis in by} for name, by in result.plan.kept.items()}
-    )
-    check_clear(lambda: fxprune.apply(model, plan, example_inputs=INPUTS), "the plan is for 5", capfd, model=model)
-
-
-@pytest.mark.parametrize("where", [None, 3, [], "", "no/such/folder/x", "/", b"x"], ids=said)
 def test_scores_that_cannot_be_written_or_read(
-    where: Any, result: fxprune.Result, capfd: pytest.CaptureFixture[str]
+    result: fxprune.Result, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert result.scores is not None
-    scores = result.scores
-    check_clear(lambda: scores.save(where), ".", capfd, error=PlanError)
-    check_clear(lambda: Scores.load(where), ".", capfd, error=PlanError)
+    places = [(where, ".") for where in (None, 3, [], "", "no/such/folder/x", "/", b"x")]
+    check_table(result.scores.save, places, capfd, error=PlanError)
+    for i, content in enumerate((b"", b"\xff" * 50, b"x" * 5000, b"\x02\0\0\0\0\0\0\0{}")):
+        (tmp_path / str(i)).write_bytes(content)
+        places.append((tmp_path / str(i), "cannot be read.*Scores.save"))
+    check_table(Scores.load, places, capfd, error=PlanError)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff" * 50, b"x" * 5000, b"\x02\0\0\0\0\0\0\0{}"], ids=range(4))
-def test_files_that_hold_no_scores(content: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "scores"
-    file.write_bytes(content)
-    check_clear(lambda: Scores.load(file), "cannot be read.*Scores.save", capfd, error=PlanError)
-
-
-@pytest.mark.parametrize(
-    "scores",
-    [
-        Scores({}),
-        Scores({"a": np.ones(3)}),
-        Scores({"model/mlp": np.ones(3)}),
-        Scores({"model/mlp": "x"}),  # type: ignore[dict-item]
-        Scores(None),  # type: ignore[arg-type]
-        Scores,
-        3,
-        "",
-        "nope.safetensors",
-    ],
-    ids=range(9),
-)
-def test_scores_of_other_models(scores: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    model = Net()
-    call = lambda: fxprune.prune(model, scores=scores, protect=(), example_inputs=INPUTS)  # noqa: E731
-    check_clear(call, ".", capfd, model=model)
+def test_scores_of_other_models(capfd: pytest.CaptureFixture[str]) -> None:
+    strange: list[Any] = [{}, {"a": np.ones(3)}, {"model/mlp": np.ones(3)}, {"model/mlp": "x"}, None]
+    rows = [(value, ".") for value in (*map(Scores, strange), Scores, 3, "", "nope.safetensors")]
+    model = model_of(traced(net))
+    check_table(lambda scores: pruned(net, scores=scores, protect=()), rows, capfd, model=model)
 
 
 GRAPHS: dict[str, Callable[[Any, Path], Any]] = {
@@ -169,10 +137,10 @@ GRAPHS: dict[str, Callable[[Any, Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("value", [*NONSENSE, torch.fx.symbolic_trace(nn.ReLU()), Net()], ids=said)
-@pytest.mark.parametrize("name", GRAPHS)
-def test_what_is_no_graph(name: str, value: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: GRAPHS[name](value, tmp_path), "graph|traced", capfd)
+def test_what_is_no_graph(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    values = (*NONSENSE, torch.fx.symbolic_trace(nn.ReLU()), Net())
+    rows = [((name, value), "graph|traced") for name in GRAPHS for value in values]
+    check_table(lambda row: GRAPHS[row[0]](row[1], tmp_path), rows, capfd)
     assert not list(tmp_path.iterdir())
 
 
@@ -180,22 +148,17 @@ MEMBERS = (*NONSENSE, "up.weight", ("up.weight",), ("up.weight", 9), ("up.weight
 MORE_MEMBERS = ((None, None), ("up.weight", 0, 1), (0, "up.weight"), ("head.bias", 0), ("input_ids", 0), ([], 0))
 
 
-@pytest.mark.parametrize("member", [*MEMBERS, *MORE_MEMBERS], ids=said)
-def test_axes_to_explain(member: Any, graph: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(
-        lambda: fxprune.explain(graph, member), "member is|unknown parameter|no axis|is in no such group", capfd
-    )
-
-
-@pytest.mark.parametrize("group", NONSENSE[1:], ids=said)
-def test_groups_to_explain(group: Any, graph: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: fxprune.explain(graph, ("up.weight", 0), group), "group is", capfd)
+def test_axes_and_groups_to_explain(graph: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    says = "member is|unknown parameter|no axis|is in no such group"
+    check_table(lambda member: fxprune.explain(graph, member), [(m, says) for m in (*MEMBERS, *MORE_MEMBERS)], capfd)
+    groups = [(group, "group is") for group in NONSENSE[1:]]
+    check_table(lambda group: fxprune.explain(graph, ("up.weight", 0), group), groups, capfd)
 
 
 PICTURES: list[tuple[dict[str, Any], str]] = [
     *[({"path": path}, "path is") for path in (None, 3, "", "a\0b", [], b"x", Path)],
     *[({"path": path}, "cannot be written.*Choose a file") for path in ("no/such/folder/x.dot", "/proc/x.dot")],
-    *[({"path": path}, "no picture is written as.*\\.html") for path in ("/", "/proc/x", "x.jpg")],
+    *[({"path": path}, "a picture cannot be written as.*\\.html") for path in ("/", "/proc/x", "x.jpg")],
     *[
         ({"layer": layer}, "layer")
         for layer in (99, -99, "nope", 0.5, [], True, b"x", object(), "--3", "²", "9" * 5000)
@@ -207,52 +170,31 @@ PICTURES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "says"), PICTURES, ids=[said(options) for options, _ in PICTURES])
-def test_pictures(
-    options: dict[str, Any], says: str, graph: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    check_clear(lambda: fxprune.write_dot(graph, **{"path": tmp_path / "x.dot", **options}), says, capfd)
+def test_pictures(graph: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.dot"
+    check_table(lambda options: fxprune.write_dot(graph, **{"path": path, **options}), PICTURES, capfd)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("names", "options", "says"),
-    [
-        ((), {"notation": "x[a] -> out[a]"}, "names is"),
-        ((3,), {"notation": "x[a] -> out[a]"}, "names is 3"),
-        ((None,), {"notation": "x[a] -> out[a]"}, "names is None"),
-        (("",), {"notation": "x[a] -> out[a]"}, "names is ''"),
-        ((torch.ops.aten.relu.default,), {"notation": "x[a] -> out[a]"}, "names is an OpOverload"),
-        (("bad::q",), {"notation": "x[a -> out"}, "bad::q"),
-        (("bad::q",), {"notation": ""}, "bad::q"),
-        (("bad::q",), {"notation": "x[a] -> out[b]"}, "bad::q"),
-        (("bad::q",), {"notation": 3}, "notation is 3"),
-        (("bad::q",), {"values": "nope"}, "unknown values 'nope'"),
-        (("bad::q",), {"values": 3}, "unknown values"),
-    ],
-)
-def test_rules(names: Any, options: Mapping[str, Any], says: str, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: fxprune.rule(*names, **options), says, capfd)
-
-
-def test_a_rule_is_a_function(capfd: pytest.CaptureFixture[str]) -> None:
+def test_rules(capfd: pytest.CaptureFixture[str]) -> None:
+    names = (((), "names is"), ((3,), "names is 3"), ((None,), "names is None"), (("",), "names is ''"))
+    rows: list[tuple[Any, str]] = [((name, {"notation": "x[a] -> out[a]"}), says) for name, says in names]
+    rows.append((((torch.ops.aten.relu.default,), {"notation": "x[a] -> out[a]"}), "names is an OpOverload"))
+    rows += [((("bad::q",), {"notation": text}), "bad::q") for text in ("x[a -> out", "", "x[a] -> out[b]")]
+    rows.append(((("bad::q",), {"notation": 3}), "notation is 3"))
+    rows += [((("bad::q",), {"values": value}), "unknown values") for value in ("nope", 3)]
+    check_table(lambda row: fxprune.rule(*row[0], **row[1]), rows, capfd)
     check_clear(lambda: fxprune.rule("bad::q")(3), "rule is 3", capfd)  # type: ignore[type-var]
 
 
-@pytest.mark.parametrize("stage", [3, "nope", [], b"x", True, ""], ids=said)
-def test_stages(stage: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: fxprune.pass_names(stage), "stage", capfd)
-
-
-@pytest.mark.parametrize("passes", ["l1, find-groups", "shrink", "verify-removal", "make-report", "emit-model"])
-def test_passes_out_of_order(passes: str, traced: fxprune.Traced, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: fxprune.Pipeline(passes)(traced.graph_module), "the fact .* is not known. Run", capfd)
-
-
-@pytest.mark.parametrize("inplace", ["yes", None, 3])
-def test_inplace_of_a_pass(inplace: Any, traced: fxprune.Traced, capfd: pytest.CaptureFixture[str]) -> None:
+def test_stages_and_passes(capfd: pytest.CaptureFixture[str]) -> None:
+    check_table(fxprune.pass_names, [(stage, "stage") for stage in (3, "nope", [], b"x", True, "")], capfd)
+    early = ("l1, find-groups", "shrink", "make-report", "emit-model")
+    rows = [(passes, "the fact .* is not known. Run") for passes in early]
+    check_table(lambda passes: fxprune.Pipeline(passes)(traced(net)), rows, capfd)
     step = fxprune.load_pass("find-groups")
-    check_clear(lambda: step(traced.graph_module, inplace=inplace), "inplace is", capfd)
+    flags = [(inplace, "inplace is") for inplace in ("yes", None, 3)]
+    check_table(lambda inplace: step(traced(net), inplace=inplace), flags, capfd)
 
 
 EXPORTS: list[tuple[dict[str, Any], str]] = [
@@ -270,24 +212,10 @@ EXPORTS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "says"), EXPORTS, ids=range(len(EXPORTS)))
-def test_exports(
-    options: dict[str, Any], says: str, result: fxprune.Result, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    call = lambda: fxprune.export_graph(result.graph_module, **{"path": tmp_path / "x.pt2", **options})  # noqa: E731
-    check_clear(call, says, capfd)
+def test_uses_of_a_result(result: fxprune.Result, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.pt2"
+    check_table(lambda bad: fxprune.export_graph(result.graph_module, **{"path": path, **bad}), EXPORTS, capfd)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "given", [{}, {"input_ids": IDS.float()}, {"input_ids": IDS + 100}, {"foo": IDS}], ids=range(4)
-)
-def test_calls_of_a_result(given: dict[str, Any], result: fxprune.Result, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: result(**given), "^inputs: ", capfd)
-
-
-@pytest.mark.parametrize("folder", [None, 3, "x"])
-def test_a_result_without_a_model_cannot_be_saved(
-    folder: Any, result: fxprune.Result, capfd: pytest.CaptureFixture[str]
-) -> None:
-    check_clear(lambda: result.save_pretrained(folder), "model", capfd)
+    inputs: tuple[dict[str, Any], ...] = ({}, {"input_ids": IDS.float()}, {"input_ids": IDS + 100}, {"foo": IDS})
+    check_table(lambda given: result(**given), [(given, "^inputs: ") for given in inputs], capfd)
+    check_table(result.save_pretrained, [(folder, "model") for folder in (None, 3, "x")], capfd)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fxprune
-from tests.bad_input.refusals import IDS, INPUTS, VOCABULARY, Net, check_clear, said
+from tests.bad_input.refusals import IDS, INPUTS, VOCABULARY, Net, check_clear, check_table
 
 VALUES = {"x": torch.ones(2, 4)}
 
@@ -151,34 +151,26 @@ MODELS: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_models(name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    model, says = MODELS[name]
-    watched = model if type(model) in (Net, Returning, Branching, Chain) else None
-    check_clear(
-        lambda: fxprune.prune(model, importance="l1", protect=(), example_inputs=INPUTS), says, capfd, model=watched
+def test_models(capfd: pytest.CaptureFixture[str]) -> None:
+    """Those whose attributes can be compared stay as they were."""
+    given: dict[str, Any] = {"importance": "l1", "protect": (), "example_inputs": INPUTS}
+    compared = (Net, Returning, Branching, Chain)
+    check_table(
+        lambda model: fxprune.prune(model, **given),
+        MODELS.values(),
+        capfd,
+        model=lambda model: model if type(model) in compared else None,
     )
-
-
-@pytest.mark.parametrize("name", ["None", "class", "text", "lazy", "no parameters", "complex", "scripted"])
-def test_models_to_trace(name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    model, says = MODELS[name]
-    check_clear(lambda: fxprune.trace(model, INPUTS), says, capfd)
-
-
-@pytest.mark.parametrize(
-    ("importance", "says"), [("l1", "on meta.*Load the weights"), ("taylor", "on meta.*Load the weights")]
-)
-def test_models_on_meta(importance: str, says: str, capfd: pytest.CaptureFixture[str]) -> None:
-    model = Net().to("meta")
-    call = lambda: fxprune.prune(model, IDS, importance=importance, protect=(), example_inputs=INPUTS)  # noqa: E731
-    check_clear(call, says, capfd, model=model)
+    to_trace = [MODELS[name] for name in ("None", "class", "text", "lazy", "no parameters", "complex", "scripted")]
+    check_table(lambda model: fxprune.trace(model, INPUTS), to_trace, capfd)
+    model, rows = Net().to("meta"), [(name, "on meta.*Load the weights") for name in ("l1", "taylor")]
+    check_table(lambda name: fxprune.prune(model, IDS, **{**given, "importance": name}), rows, capfd, model=model)
 
 
 def test_criteria_that_need_a_language_model(capfd: pytest.CaptureFixture[str]) -> None:
     model = Chain(nn.Linear(4, 8), nn.Linear(8, 3))
     labelled = [{"x": torch.ones(1, 4), "labels": torch.tensor([[1, 2]])}]
-    options: dict[str, Any] = {"importance": "taylor", "protect": (), "example_inputs": VALUES}
+    options: dict[str, Any] = {"recipe": "llm-pruner", "protect": (), "example_inputs": VALUES}
     check_clear(lambda: fxprune.prune(model, labelled, **options), "pass taylor: .*needs a language model.*l2", capfd)
     check_clear(lambda: fxprune.prune(model, torch.ones(3, 4), **options), "calibration: a torch.float32", capfd)
     numbers = Returning(lambda logits: logits.argmax(-1))
@@ -204,23 +196,19 @@ EXAMPLES: list[tuple[Any, str]] = [
     ({"input_ids": IDS.float()}, "cannot be traced"),
     ({"input_ids": torch.full((2, 3), float("nan"))}, "not a number"),
     ({"input_ids": IDS.to("meta")}, "on meta"),
-    ({"input_ids": IDS.to_sparse()}, "no plain tensor"),
+    ({"input_ids": IDS.to_sparse()}, "not a plain tensor"),
     ({"input_ids": IDS[:0]}, "they are empty"),
     ({"input_ids": IDS[:, :0]}, "they are empty"),
     ({"input_ids": IDS + 100}, "Net does not run on them: IndexError"),
 ]
 
 
-@pytest.mark.parametrize(("given", "says"), EXAMPLES, ids=[said(given) for given, _ in EXAMPLES])
-def test_example_inputs(given: Any, says: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_example_inputs_and_flags_of_a_trace(capfd: pytest.CaptureFixture[str]) -> None:
     model = Net()
-    options: Mapping[str, Any] = {"importance": "l1", "protect": (), "example_inputs": given}
-    check_clear(lambda: fxprune.prune(model, **options), says, capfd, model=model)
-
-
-@pytest.mark.parametrize(("option", "value"), [("dynamic", "yes"), ("dynamic", None), ("check", 3), ("check", "no")])
-def test_flags_of_a_trace(option: str, value: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: fxprune.trace(Net(), INPUTS, **{option: value}), f"{option} is", capfd)
+    call = lambda given: fxprune.prune(model, importance="l1", protect=(), example_inputs=given)  # noqa: E731
+    check_table(call, EXAMPLES, capfd, model=model)
+    flags = [({name: value}, f"{name} is") for name in ("dynamic", "check") for value in ("yes", None, 3)]
+    check_table(lambda flag: fxprune.trace(model, INPUTS, **flag), flags, capfd)
 
 
 @torch.library.custom_op("fxprune_bad_input::twist", mutates_args=())
@@ -254,15 +242,13 @@ def test_the_ratio_error_names_an_op_without_a_rule(capfd: pytest.CaptureFixture
     check_clear(call, r"^ratio: .*twist.* has no rule and froze embed.weight\[1\].*fxprune.rule", capfd, model=model)
 
 
-@pytest.mark.parametrize(
-    "context",
-    [torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.device("meta")],
-    ids=["inference_mode", "no_grad", "autocast", "device"],
-)
-def test_what_is_set_around_a_prune_changes_nothing(context: Any) -> None:
+def test_what_is_set_around_a_prune_changes_nothing() -> None:
     model = Net()
-    options: Mapping[str, Any] = {"importance": "taylor", "protect": (), "example_inputs": INPUTS}
+    options: Mapping[str, Any] = {"recipe": "llm-pruner", "protect": (), "example_inputs": INPUTS}
     plain = fxprune.prune(model, IDS, **options)
-    with context:
-        found = fxprune.prune(model, IDS, **options)
-    assert found.plan == plain.plan and found.report.verification_error == plain.report.verification_error
+    contexts = torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.device("meta")
+    for context in contexts:
+        with context:
+            found = fxprune.prune(model, IDS, **options)
+        assert found.plan == plain.plan, context
+        assert found.report.verification_error == plain.report.verification_error, context

@@ -14,7 +14,7 @@ from fxprune.errors import EvaluationError
 from fxprune.evaluation import perplexity
 from fxprune.evaluation.comparison import compare_models
 from fxprune.recovery.settings import RecoverySettings
-from tests.bad_input.refusals import IDS, VOCABULARY, Net, check_clear, said
+from tests.bad_input.refusals import IDS, VOCABULARY, Net, check_table, each
 from tests.models import tiny
 
 TEXT = "hello there " * 50
@@ -99,31 +99,19 @@ MEASURES: list[tuple[str, tuple[Any, ...], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "says"),
-    [pytest.param(n, v, says, id=f"{n}={said(v)}") for n, values, says in MEASURES for v in values],
-)
-def test_measuring(name: str, value: Any, says: str, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: measure(**{name: value}), says, capfd)
+def test_measuring(capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [row for name, values, says in MEASURES for row in each(name, values, says)]
+    check_table(lambda options: measure(**options), rows, capfd)
 
 
 WINDOWS = (None, 3, "x", IDS[0], IDS[:, :1], IDS[:0], IDS.float(), IDS + 100, IDS - 100, IDS.to("meta"), IDS.numpy())
 
 
-@pytest.mark.parametrize("ids", [*WINDOWS, [[1, 2]]], ids=said)
-def test_perplexity(ids: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: perplexity(Net(), ids), "ids|IndexError", capfd, error=EvaluationError)
-
-
-@pytest.mark.parametrize("models", [*NONSENSE, {"a": 3}, {"a": Net}], ids=said)
-def test_comparing(models: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: compare_models(models, TOKENIZER), "models", capfd, error=EvaluationError)
-
-
-@pytest.fixture(scope="module")
-def slim() -> Any:
-    """A small Hugging Face model."""
-    return tiny("llama")
+def test_perplexity_and_comparisons(capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [(ids, "ids|IndexError") for ids in (*WINDOWS, [[1, 2]])]
+    check_table(lambda ids: perplexity(Net(), ids), rows, capfd, error=EvaluationError)
+    models = [(models, "models") for models in (*NONSENSE, {"a": 3}, {"a": Net})]
+    check_table(lambda value: compare_models(value, TOKENIZER), models, capfd, error=EvaluationError)
 
 
 SETTINGS: list[tuple[str, tuple[Any, ...]]] = [
@@ -147,11 +135,10 @@ SETTINGS: list[tuple[str, tuple[Any, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [pytest.param(n, v, id=f"{n}={said(v)}") for n, values in SETTINGS for v in values]
-)
-def test_settings_of_recovery(name: str, value: Any, slim: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: fxprune.recover(slim, ROWS, TOKENIZER, **{name: value}), name, capfd, model=slim)
+def test_settings_of_recovery(capfd: pytest.CaptureFixture[str]) -> None:
+    slim = tiny("llama", num_hidden_layers=1)
+    rows = [row for name, values in SETTINGS for row in each(name, values, name)]
+    check_table(lambda options: fxprune.recover(slim, ROWS, TOKENIZER, **options), rows, capfd, model=slim)
 
 
 DATA: list[Any] = [
@@ -161,26 +148,15 @@ DATA: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("data", DATA, ids=said)
-def test_data_to_recover_with(data: Any, slim: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: fxprune.recover(slim, data, TOKENIZER), ".", capfd, model=slim)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[" * 100_000, "null", "[3]", '{"a": 1}', b"\xff\xfe"], ids=range(7))
-@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_files_to_recover_with(
-    content: str | bytes, suffix: str, slim: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / f"data{suffix}"
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    check_clear(lambda: fxprune.recover(slim, file, TOKENIZER), "data|UTF-8|JSON|rows", capfd, model=slim)
-
-
-@pytest.mark.parametrize("tokenizer", [*NONSENSE, *TOKENIZERS, len], ids=said)
-def test_tokenizers_to_recover_with(tokenizer: Any, slim: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: fxprune.recover(slim, ROWS, tokenizer), ".", capfd, model=slim)
-
-
-@pytest.mark.parametrize("model", [*NONSENSE, Net()], ids=said)
-def test_models_to_recover(model: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    check_clear(lambda: fxprune.recover(model, ROWS, TOKENIZER), "pruned: .*no Hugging Face model", capfd)
+def test_what_recovery_cannot_work_with(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    slim = tiny("llama", num_hidden_layers=1)
+    rows = [({"data": data}, ".") for data in DATA]
+    for i, content in enumerate((b"", b"{", b"[" * 100_000, b"null", b"[3]", b'{"a": 1}', b"\xff\xfe")):
+        for file in (tmp_path / f"{i}.json", tmp_path / f"{i}.jsonl"):
+            file.write_bytes(content)
+            rows.append(({"data": file}, "data|UTF-8|JSON|rows"))
+    rows += [({"tokenizer": tokenizer}, ".") for tokenizer in (*NONSENSE, *TOKENIZERS, len)]
+    given = {"pruned": slim, "data": ROWS, "tokenizer": TOKENIZER}
+    check_table(lambda bad: fxprune.recover(**{**given, **bad}), rows, capfd, model=slim)
+    models = [({"pruned": model}, "pruned: .*no Hugging Face model") for model in (*NONSENSE, Net())]
+    check_table(lambda bad: fxprune.recover(**{**given, **bad}), models, capfd)

@@ -1,4 +1,4 @@
-"""The latency benchmark: what sizes promise, what engines do, and the page."""
+"""Test the latency benchmark: counted work, engines, processes, the command and the page."""
 
 from __future__ import annotations
 
@@ -14,57 +14,67 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 import fxprune
-from benchmarks.engines import ENGINES, Engine, Source, in_torch, vllm
-from benchmarks.engines.base import load_model, token_ids
+from benchmarks.engines import in_torch, vllm
+from benchmarks.engines.base import Case, Engine, Source, load_model, token_ids
 from benchmarks.latency import __main__ as command
-from benchmarks.latency.candidates import Candidate, candidates
-from benchmarks.latency.measure import Row, Settings, measure, read_rows
-from benchmarks.latency.page import latency_page, write_picture
-from benchmarks.latency.timing import Speedup
-from benchmarks.latency.work import Case, Work, work_of
-from benchmarks.latency.workers import EngineFailed, Task, Worker, Writers
+from benchmarks.latency.candidates import Candidate, Work, count_work, make_candidates
+from benchmarks.latency.measure import LatencyRow, Settings, Speedup, interleaved, measure, read_rows, speedup
+from benchmarks.latency.workers import ENGINES, EngineFailed, Task, Worker, Writers
+from benchmarks.pages import draw_latency, latency_page
 from tests.export.small import even, tokenizer, uneven
 
 LARGER = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
 CASES = [Case(phase, 2, 5) for phase in ("prefill", "decode")]
 
 
-def saved(model: PreTrainedModel, folder: Path) -> Source:
-    model.save_pretrained(folder)
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    even("llama").save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return Source(folder)
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    return saved(even("llama"), tmp_path_factory.mktemp("models") / "dense")
+def slim(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """A slim model with the files of all engines, as their writers leave them; another model cannot be written."""
+    options = {"recipe": "llm-pruner", "importance": "l2", "kinds": "mlp", "round_to": {"mlp": 32}}
+    result = fxprune.prune(even("llama", **LARGER), ratio=0.1, **options)
+    source = Source(tmp_path_factory.mktemp("models") / "slim")
+    result.save_pretrained(source.folder, tokenizer())
+    writers = Writers(threads=2)
+    for name, engine in ENGINES.items():
+        if engine.writes:
+            writers.write(name, source)
+    writers.write("llama.cpp f16", Source(source.folder.with_name("none")))
+    failed = writers.wait()
+    assert list(failed) == ["llama.cpp f16"] and "Error" in failed["llama.cpp f16"]
+    return source
 
 
 def work(model: PreTrainedModel, *lengths: int) -> Work:
-    return work_of(model, fxprune.trace(model).graph_module, lengths)
+    return count_work(model, fxprune.trace(model).graph_module, lengths)
 
 
 # Work
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_work_is_what_the_sizes_say(tied: bool) -> None:
+def test_work_follows_from_the_sizes(tied: bool) -> None:
     model = even("llama", tie_word_embeddings=tied)
     found, config = work(model, 4, 8), model.config
     table = config.vocab_size * config.hidden_size
     assert found.head == table and found.parameters == sum(p.numel() for p in model.parameters())
     assert found.weights == found.parameters - (0 if tied else table)
-    assert (
-        found.cache
-        == 2 * config.num_hidden_layers * config.num_key_value_heads * model.model.layers[0].self_attn.head_dim
-    )
+    head_dim = model.model.layers[0].self_attn.head_dim
+    assert found.cache == 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
     products = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    scores = 2 * config.num_hidden_layers * config.num_attention_heads * model.model.layers[0].self_attn.head_dim
+    scores = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim
     assert found.macs[4] >= 4 * products + 4 * 4 * scores and set(found.macs) == {4, 8}
     assert found.macs[8] - 2 * found.macs[4] == (8 * 8 - 2 * 4 * 4) * scores, "attention alone grows with the square"
 
 
-def test_caches_of_uneven_layers_are_added_up() -> None:
+def test_caches_of_uneven_layers_are_summed() -> None:
     model = uneven("llama")
     assert work(model, 4).cache == 2 * 8 * (3 + 2 + 1 + 1)
 
@@ -75,35 +85,20 @@ def test_least_work_counts_the_output_layer_where_it_runs() -> None:
     assert found.least(Case("prefill", 3, 5), last_only=False, **kinds) == 3000
     assert found.least(Case("prefill", 3, 5), last_only=True, **kinds) == 3 * (1000 - 40)
     assert found.least(Case("decode", 3, 5), last_only=True, **kinds) == 180 + 3 * 5 * 16
-    assert (Case("prefill", 3, 5).made, Case("decode", 3, 5).made) == (15, 3)
+    assert (Case("prefill", 3, 5).processed, Case("decode", 3, 5).processed) == (15, 3)
 
 
 # Engines
 
 
 @pytest.mark.parametrize("name", ["transformers", "graph", "onnxruntime", "llama.cpp f16", "llama.cpp q8_0"])
-def test_an_engine_reads_a_prompt_and_gives_tokens(name: str, tmp_path: Path) -> None:
+def test_an_engine_reads_a_prompt_and_gives_tokens(name: str, slim: Source) -> None:
     kind = ENGINES[name]
-    assert kind.missing("cpu") == ""
-    result = fxprune.prune(even("llama", **LARGER), importance="l2", kinds="mlp", ratio=0.1, round_to={"mlp": 32})
-    result.save_pretrained(tmp_path / "model", tokenizer())
-    source = Source(tmp_path / "model")
-    for other in (e for e in ENGINES.values() if e.missing("cpu") == ""):
-        assert other.prepare(source).exists(), "what is written for one engine is in the way of no other"
-    engine = kind(source, "cpu", CASES[0])
+    assert kind.missing("cpu") == "" and kind.prepare(slim).exists()
+    engine = kind(slim, "cpu", CASES[0])
     for case in (case for case in CASES if case.phase in kind.phases):
         job = engine.job(case)
         assert job() > 0 and job() > 0
-
-
-def test_files_that_engines_load_are_written_side_by_side(dense: Source, tmp_path: Path) -> None:
-    other = saved(even("llama", **LARGER), tmp_path / "other")
-    writers = Writers(threads=2)
-    for source in (dense, other, Source(tmp_path / "none")):
-        writers.write("llama.cpp f16", source)
-    failed = writers.wait()
-    assert dense.beside("f16.gguf").exists() and other.beside("f16.gguf").exists()
-    assert list(failed) == ["llama.cpp f16"] and "Error" in failed["llama.cpp f16"]
 
 
 def test_a_decoding_step_is_always_after_as_many_tokens(dense: Source) -> None:
@@ -122,7 +117,7 @@ def test_a_compiled_model_makes_the_same_calls(dense: Source, monkeypatch: pytes
     assert asked == {"dynamic": False, "mode": "default"}
 
 
-def test_vllm_is_asked_for_so_many_tokens(dense: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_generates_the_tokens_of_each_case(dense: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     class Module:
         def __init__(self) -> None:
             self.asked: list[int] = []
@@ -151,26 +146,25 @@ def test_an_engine_that_is_not_there_says_so() -> None:
         packages = ("no_such_package",)
         devices = ("cpu",)
 
-    assert (
-        Absent.missing("cpu") == "not installed: no_such_package" and Absent.missing("cuda") == "not measured on cuda"
-    )
+    assert Absent.missing("cpu") == "not installed: no_such_package"
+    assert Absent.missing("cuda") == "not measured on cuda"
 
 
 def test_token_ids_are_the_same_each_time() -> None:
     assert torch.equal(token_ids(2, 5, 9), token_ids(2, 5, 9)) and token_ids(2, 5, 9).shape == (2, 5)
 
 
-def test_what_takes_long_to_get_ready_has_one_shape() -> None:
+def test_an_engine_with_long_preparation_is_measured_at_one_shape() -> None:
     settings = Settings("cpu", 1, 1, [(1, 4), (2, 5)])
     assert settings.cases_of(ENGINES["torch.compile"]) == [Case("prefill", 1, 4), Case("decode", 1, 4)]
     assert settings.cases_of(ENGINES["graph"]) == [Case("prefill", 1, 4), Case("prefill", 2, 5)]
 
 
-# Other makes
+# Models pruned by other means
 
 
 def test_torch_pruning_gives_the_widths_asked_for(dense: Source, tmp_path: Path) -> None:
-    narrow = fxprune.prune(even("llama"), importance="l2", kinds="mlp", ratio=0.2, protect=(1, 0))
+    narrow = fxprune.prune(even("llama"), recipe="llm-pruner", importance="l2", kinds="mlp", ratio=0.2, protect=(1, 0))
     narrow.save_pretrained(tmp_path / "narrow", tokenizer())
     engine: Any = ENGINES["transformers"](Source(dense.folder, widths_of=tmp_path / "narrow"), "cpu", CASES[0])
     shapes = [tuple(parameter.shape) for parameter in engine.model.parameters()]
@@ -178,7 +172,7 @@ def test_torch_pruning_gives_the_widths_asked_for(dense: Source, tmp_path: Path)
     assert engine.job(CASES[1])() > 0
 
 
-def test_what_torch_pruning_cannot_make_is_refused(dense: Source) -> None:
+def test_sizes_that_torch_pruning_cannot_make_are_refused(dense: Source) -> None:
     like = even("llama", intermediate_size=100)
     with pytest.raises(ValueError, match="cannot make"):
         in_torch.cut_by_torch_pruning(load_model(dense.folder), like)
@@ -186,17 +180,40 @@ def test_what_torch_pruning_cannot_make_is_refused(dense: Source) -> None:
 
 def test_candidates_are_saved_and_counted(tmp_path: Path) -> None:
     model = even("llama", **LARGER, num_hidden_layers=4)
-    found = list(candidates(model, tokenizer(), (0.2,), 8, (5,), tmp_path))
+    found = list(make_candidates(model, tokenizer(), (0.2,), 8, (5,), tmp_path))
     assert [c.name for c in found] == ["dense", "slim 20%", "Torch-Pruning 20%", "stock 20%"]
     assert found[1].work.parameters < found[0].work.parameters and found[2].work == found[1].work
     assert [c.runs_in(ENGINES["onnxruntime"]) for c in found] == [True, True, False, False]
     assert type(load_model(found[3].source.folder)) is type(model)
 
 
+# Times
+
+
+def test_jobs_alternate_forwards_and_backwards() -> None:
+    order: list[str] = []
+
+    def job(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    found = interleaved({name: lambda name=name: job(name) for name in "abc"}, rounds=2)
+    assert "".join(order) == "abc" + "abccba" * 2
+    assert found == {name: [6.5, 12.5] for name in "abc"}, "a machine that slows down steadily favours none"
+    with pytest.raises(ValueError, match="rounds"):
+        interleaved({}, rounds=0)
+
+
+def test_a_speedup_is_the_median_of_ratios_with_a_deterministic_interval() -> None:
+    assert speedup([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == speedup([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
+    assert speedup([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == Speedup(2.0, 2.0, 3.0)
+    assert speedup([3.0] * 4, [2.0] * 4) == Speedup(1.5, 1.5, 1.5)
+
+
 # Processes
 
 
-def test_a_worker_measures_and_says_what_went_wrong(dense: Source, tmp_path: Path) -> None:
+def test_a_worker_measures_and_reports_errors(dense: Source, tmp_path: Path) -> None:
     worker = Worker(Task("transformers", dense, "cpu", 1, CASES[0]))
     missing = Worker(Task("transformers", Source(tmp_path / "no_such_folder"), "cpu", 1, CASES[0]))
     worker.wait()
@@ -243,7 +260,7 @@ def stubbed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_command_prints_and_keeps_what_it_measured(stubbed: Path) -> None:
+def test_the_command_prints_and_keeps_measurements(stubbed: Path) -> None:
     arguments = ["--ratio", "0.2", "--shape", "2x5", "--engine", "graph", "--engine", "transformers", "--round-to", "8"]
     result = CliRunner().invoke(command.app, [*arguments, "--json"], catch_exceptions=False)
     assert result.exit_code == 0 and "graph" in result.output and "torch:" in result.output
@@ -272,7 +289,7 @@ def test_engines_measured_before_stay_in_the_file(stubbed: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", ["2", "0x5", "2x", "axb"])
-def test_the_command_refuses_what_is_no_shape(stubbed: Path, shape: str) -> None:
+def test_the_command_refuses_other_shapes(stubbed: Path, shape: str) -> None:
     result = CliRunner().invoke(command.app, ["--shape", shape])
     assert result.exit_code == 2 and "sequences" in result.output
 
@@ -287,11 +304,11 @@ def test_an_engine_that_fails_leaves_the_others(dense: Source, monkeypatch: pyte
         raise EngineFailed("it broke")
 
     monkeypatch.setattr("benchmarks.latency.measure.Worker", failing)
-    said: list[str] = []
+    reported: list[str] = []
     found = work(even("llama"), 5)
     candidate = Candidate("dense", 0.0, dense, found)
-    assert list(measure("transformers", [candidate], Settings("cpu", 1, 1, [(2, 5)]), said.append)) == []
-    assert said == ["transformers: it broke"]
+    assert list(measure("transformers", [candidate], Settings("cpu", 1, 1, [(2, 5)]), reported.append)) == []
+    assert reported == ["transformers: it broke"]
 
 
 # The page
@@ -299,18 +316,8 @@ def test_an_engine_that_fails_leaves_the_others(dense: Source, monkeypatch: pyte
 
 def test_the_page_has_a_table_for_each_engine_and_a_picture(tmp_path: Path) -> None:
     rows = [
-        Row(
-            "transformers",
-            case,
-            name,
-            0.2,
-            0.01 / gain,
-            100.0,
-            1e9,
-            5_000_000,
-            Speedup(gain, gain, gain),
-            ideal,
-            0.4,
+        LatencyRow(
+            "transformers", case, name, 0.2, 0.01 / gain, 100.0, 1e9, 5_000_000, Speedup(gain, gain, gain), ideal, 0.4
         )
         for case in CASES
         for name, gain, ideal in (("dense", 1.0, 1.0), ("slim 20%", 1.2, 1.25))
@@ -322,13 +329,13 @@ def test_the_page_has_a_table_for_each_engine_and_a_picture(tmp_path: Path) -> N
     assert "| prefill 2 x 5 | slim 20% | 8.3 | 100 | 1.00 | 5 | 1.20 | 1.20 to 1.20 | 1.25 | 0.96 |" in page
     assert "| transformers | prefill 2 x 5 | slim 20% | x1.25 | 4.0 to 3.3 (x1.20) | 6.0 to 5.0 (x1.20) |" in page
     assert "### transformers" in page and "latency_cpu.svg" in page
-    assert "does not shrink" not in page, "two models are no line"
-    # 2 ms, and 8 ms times what the ideal counts
+    assert "does not shrink" not in page, "two models do not make a line"
+    # 2 ms, and 8 ms times the work that the ideal counts
     more = [replace(row, candidate="slim 50%", seconds=0.006, ideal=2.0) for row in rows if row.candidate == "dense"]
     rows = [replace(row, seconds=0.0084) if row.candidate == "slim 20%" else row for row in rows]
     page = latency_page([{**data, "rows": [asdict(row) for row in (*rows, *more)]}])
     assert "| transformers | prefill 2 x 5 | 10.0 | 2.0 | 20% |" in page
-    write_picture(data, tmp_path / "latency.svg")
+    draw_latency(data, tmp_path / "latency.svg")
     first = (tmp_path / "latency.svg").read_text()
-    write_picture(data, tmp_path / "latency.svg")
+    draw_latency(data, tmp_path / "latency.svg")
     assert "decode 2 x 5" in first and first == (tmp_path / "latency.svg").read_text()

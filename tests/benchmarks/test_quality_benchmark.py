@@ -1,4 +1,4 @@
-"""The quality benchmark: what is measured, what is not measured twice, and the page."""
+"""Test the quality benchmark: its entries, resumed runs, questions and the page."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from typer.testing import CliRunner
 
 import fxprune
+from benchmarks.pages import draw_quality, quality_page
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import entries as entries_module
 from benchmarks.quality.entries import ENTRIES, Entry, entries
-from benchmarks.quality.measure import Protocol, Row, with_ratio
-from benchmarks.quality.page import quality_page, write_picture
+from benchmarks.quality.measure import Protocol, QualityRow, with_ratio
 from tests.models import tiny
 from tests.tokens import character_tokenizer
 
@@ -32,7 +32,8 @@ def test_every_entry_is_a_pipeline_that_can_be_made() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A tiny model, two cheap entries, and a folder of texts."""
-    cheap = (Entry("l1", {"importance": "l1"}), Entry("l2", {"importance": "l2"}, samples=0))
+    l1, l2 = ({"recipe": "llm-pruner", "importance": name} for name in ("l1", "l2"))
+    cheap = (Entry("l1", l1), Entry("l2", l2, samples=0))
     monkeypatch.setattr(entries_module, "ENTRIES", (*cheap, Entry("none", {}, ("no-such-pass",))))
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "results" / "quality.json")
     monkeypatch.setattr(quality, "load_named", lambda _: (tiny("llama"), character_tokenizer(), "tiny"))
@@ -76,7 +77,7 @@ def test_it_measures_each_entry_once_and_prints_the_protocol(small: Path, monkey
     assert "## 10% of the parameters" in page and page.count("| x") >= 2 and "| l1 | " in page
 
 
-def test_rows_of_another_protocol_are_not_lost_and_what_draws_nothing_is_measured_once(small: Path) -> None:
+def test_rows_of_another_protocol_are_kept_and_entries_without_samples_measured_once(small: Path) -> None:
     run(small, "--only", "l1", "--only", "l2", "--draws", "2")
     rows = json.loads(quality.RESULTS.read_text())["rows"]
     assert [(row["entry"], row["draw"]) for row in rows] == [("dense", 0), ("l1", 0), ("l2", 0), ("l1", 1)]
@@ -86,7 +87,7 @@ def test_rows_of_another_protocol_are_not_lost_and_what_draws_nothing_is_measure
     assert quality.RESULTS.read_text() == before
 
 
-def test_the_models_that_are_kept_are_asked_beside_the_dense_one(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_models_are_asked_beside_the_dense_one(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "TASKS", quality.RESULTS.with_name("quality_tasks.json"))
     (small / "zeroshot").mkdir()
     lines = [json.dumps({"query": c, "choices": ["a", "bb"], "gold": i % 2}) for i, c in enumerate("abcdefgh")]
@@ -99,7 +100,7 @@ def test_the_models_that_are_kept_are_asked_beside_the_dense_one(small: Path, mo
     asked = json.loads(quality.TASKS.read_text())
     assert [column["name"] for column in asked["columns"]] == ["dense", "l1, 10%"]
     assert {column["evaluation"]["tasks"]["quiz"]["samples"] for column in asked["columns"]} == {3}
-    page = quality_page(json.loads(quality.RESULTS.read_text()), asked)
+    page = " ".join(quality_page(json.loads(quality.RESULTS.read_text()), asked).split())
     assert "## Questions" in page and "| l1, 10% | 0." in page and "up to 3 questions of the second half" in page
     for options in (["--questions", "3"], ["--questions", "3", *kept, "--data", str(small / "some")]):
         with pytest.raises(AssertionError, match="needs --keep FOLDER"):
@@ -108,7 +109,7 @@ def test_the_models_that_are_kept_are_asked_beside_the_dense_one(small: Path, mo
 
 def test_the_page_and_the_picture_show_draws(tmp_path: Path) -> None:
     def row(name: str, draw: int, value: float, cpu: str = "fast one") -> dict[str, Any]:
-        return Row(name, 0.2, draw, 80, {"text": value}, 10.0, 1.0, "l1", 2, cpu).__dict__
+        return QualityRow(name, 0.2, draw, 80, {"text": value}, 10.0, 1.0, "l1", 2, cpu).__dict__
 
     protocol = Protocol("m", "c4", 4, 8, 2, 16).__dict__
     environment = {"cpu": "c", "threads": 1, "torch": "t", "transformers": "t"}
@@ -118,8 +119,8 @@ def test_the_page_and_the_picture_show_draws(tmp_path: Path) -> None:
     assert "Ran on fast one; torch t" in quality_page(data), "the processor of the rows, not that of the last run"
     slower = {**data, "rows": [*rows, row("best", 0, 13.0, "slow one")]}
     assert "Ran on fast one; but these ran on slow one: best at 20%; torch t" in quality_page(slower)
-    write_picture(data, tmp_path / "picture.svg")
+    draw_quality(data, tmp_path / "picture.svg")
     other = {**data, "rows": [row("dense", 0, 10.0), row("balanced, otherwise", 0, 14.0)]}
-    write_picture(other, tmp_path / "other.svg")
+    draw_quality(other, tmp_path / "other.svg")
     assert "balanced, otherwise" in (tmp_path / "other.svg").read_text()
     assert "balanced" in (tmp_path / "picture.svg").read_text() or (tmp_path / "picture.svg").stat().st_size > 1000

@@ -1,4 +1,4 @@
-"""Memory and time of scores: each way is measured in a process of its own, and told beside plain training."""
+"""Test the benchmark of memory and time of scores."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import score_memory
-from benchmarks.low_memory import llama, write_random
+from benchmarks.common import Shape, write_random
+from benchmarks.pages import results_page
 from benchmarks.score_memory import WAYS, measure
-from benchmarks.tables import results_page
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_way_goes_over_all_samples(way: str, tmp_path: Path) -> None:
+def test_every_way_goes_over_all_samples(tmp_path: Path) -> None:
     source = tmp_path / "dense"
-    config = llama(64, 96, 2)
-    total = write_random(source, config)
-    found = measure(way, source, 2, 8)
-    assert found.way == way and found.seconds > 0 and found.over_weights == pytest.approx(found.peak_gb * 1e9 / total)
+    total = write_random(source, Shape.of_width(64, 96, 2).config(), shard_bytes=100_000)
+    assert len(list(source.glob("*.safetensors"))) > 2
+    for way in WAYS:
+        found = measure(way, source, 2, 8)
+        assert found.way == way and found.seconds > 0
+        assert found.over_weights == pytest.approx(found.peak_gb * 1e9 / total)
 
 
-def test_the_command_tells_and_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_the_command_prints_and_writes_its_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_memory, "RESULTS", tmp_path / "score_memory.json")
     monkeypatch.setattr(score_memory, "WAYS", {name: WAYS[name] for name in ("plain training", "mix, low")})
     sizes = ["--hidden", "64", "--ffn", "96", "--layers", "2", "--samples", "2", "--tokens", "8"]

@@ -1,9 +1,10 @@
-"""A folder takes the place of another: old or new, whole, and under its name, whatever happens to the process."""
+"""Atomic replacement of folders: a reader sees the old or the new one, whatever happens to the writer."""
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -15,16 +16,22 @@ import pytest
 import torch
 
 from fxprune.checkpoint import exchange
-from fxprune.checkpoint.exchange import heal, identity, put_in_place, real_target, staged
+from fxprune.checkpoint.exchange import (
+    folder_identity,
+    replace_folder,
+    resolve_target,
+    restore_replaced,
+    staging_folder,
+)
 from fxprune.checkpoint.manifest import MANIFEST, check_files, check_weights, read_manifest
 from fxprune.checkpoint.read import from_pretrained
-from fxprune.checkpoint.write import save_pretrained
+from fxprune.checkpoint.write import save_pretrained, write_folder
 from fxprune.errors import CheckpointError
 from tests.checkpoint.small import narrow
 
 WIDTHS = (16, 24)
-KILLS = int(os.environ.get("FXPRUNE_KILLS", "100"))
-"""How many saves are killed at a random moment; ``FXPRUNE_KILLS=200 pytest -s`` also says how they ended."""
+KILLS = int(os.environ.get("FXPRUNE_KILLS", "15"))
+"""Number of saves killed at a random moment; ``FXPRUNE_KILLS=200 pytest -s`` also prints how they ended."""
 
 
 @pytest.fixture(scope="module")
@@ -97,27 +104,34 @@ def leftovers(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("first", [False, True], ids=["over another", "into nothing"])
 def test_a_process_killed_at_any_point_leaves_old_or_new(
-    first: bool, way: str, models: dict[int, Any], tmp_path: Path
+    first: bool, way: str, models: dict[int, Any], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path / "slim"
     old, new = WIDTHS
+    for width in WIDTHS:
+        save_pretrained(models[width], tmp_path_factory.getbasetemp() / f"{way}{first}{width}")
+
+    def save(width: int) -> None:
+        source = tmp_path_factory.getbasetemp() / f"{way}{first}{width}"
+        write_folder(folder, lambda work: shutil.copytree(source, work, dirs_exist_ok=True))
+
     if not first:
-        save_pretrained(models[old], folder)
+        save(old)
     outcomes = []
     for step in range(1, 400):
 
         def act(step: int = step) -> None:
             die_at(step)
-            save_pretrained(models[new], folder)
+            save(new)
 
         done = in_a_child(act)
-        heal(folder)
+        restore_replaced(folder)
         outcomes.append(width_of(folder) if folder.exists() else None)
         if done:
             break
         if outcomes[-1] == new:
-            save_pretrained(models[old], folder)
-            assert leftovers(folder) == [], "what the dead left is swept"
+            save(old)
+            assert leftovers(folder) == [], "leftovers of the dead are deleted"
     assert done and len(outcomes) > 10
     assert set(outcomes) <= {old, new, *([None] if first else [])} and outcomes[-1] == new
     assert leftovers(folder) == []
@@ -141,12 +155,10 @@ def test_processes_killed_at_random_leave_old_or_new(models: dict[int, Any], tmp
     assert width_of(folder) == WIDTHS[1] and leftovers(folder) == []
 
 
-@pytest.mark.parametrize("seconds", [4])
-def test_a_reader_beside_writers_sees_old_or_new(seconds: float, models: dict[int, Any], tmp_path: Path) -> None:
+def test_a_reader_beside_writers_sees_old_or_new(models: dict[int, Any], tmp_path: Path) -> None:
     folder = tmp_path / "slim"
     save_pretrained(models[WIDTHS[0]], folder)
-    seconds = float(os.environ.get("FXPRUNE_RACE_SECONDS", seconds))
-    until = time.monotonic() + seconds
+    until = time.monotonic() + float(os.environ.get("FXPRUNE_RACE_SECONDS", "2"))
     wanted = {width: models[width].model.layers[1].mlp.up_proj.weight for width in WIDTHS}
 
     def write(seed: int) -> None:
@@ -155,7 +167,7 @@ def test_a_reader_beside_writers_sees_old_or_new(seconds: float, models: dict[in
             save_pretrained(models[draw.choice(WIDTHS)], folder)
 
     writers = []
-    for seed in range(3):
+    for seed in range(2):
         child = os.fork()
         if child == 0:
             try:
@@ -169,7 +181,7 @@ def test_a_reader_beside_writers_sees_old_or_new(seconds: float, models: dict[in
         weight = from_pretrained(folder, verify=True).model.layers[1].mlp.up_proj.weight
         assert torch.equal(weight, wanted[len(weight)])
         seen.add(len(weight))
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in writers] == [0, 0, 0]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in writers] == [0, 0]
     assert seen <= set(WIDTHS) and leftovers(folder) == []
 
 
@@ -191,20 +203,20 @@ def test_the_old_folder_comes_back_where_the_new_one_cannot_be_put(
 
     monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(PermissionError):
-        put_in_place(new, old)
+        replace_folder(new, old)
     assert (old / "file").read_text() == "old" and {path.name for path in tmp_path.iterdir()} == {old.name, new.name}
 
 
 def test_what_is_at_work_is_left_alone(tmp_path: Path) -> None:
     target = tmp_path / "slim"
-    with staged(target) as work:
+    with staging_folder(target) as work:
         foreign = tmp_path / ".slim.another-machine.1.abc"
         foreign.mkdir()
-        with staged(target) as other:
+        with staging_folder(target) as other:
             assert work.is_dir() and foreign.is_dir() and other != work
     assert not work.exists() and foreign.is_dir()
     (tmp_path / f".slim.{exchange.socket.gethostname()}.999999999.abc").mkdir()
-    with staged(target):
+    with staging_folder(target):
         assert {path.name for path in tmp_path.iterdir()} >= {foreign.name}
     assert {path.name for path in tmp_path.iterdir()} == {foreign.name}
 
@@ -213,19 +225,19 @@ def test_a_link_is_followed_and_files_of_others_are_kept(models: dict[int, Any],
     link = tmp_path / "latest"
     link.symlink_to(tmp_path / "slim")
     save_pretrained(models[16], link)
-    before = identity(tmp_path / "slim")
+    before = folder_identity(tmp_path / "slim")
     (link / "README.md").write_text("mine")
     (link / "notes").mkdir()
     (link / "notes" / "a.txt").write_text("more")
     (link / "plan.json").write_text("{}")
     save_pretrained(models[24], link)
-    assert link.is_symlink() and real_target(link) == tmp_path / "slim" and identity(link) != before
+    assert link.is_symlink() and resolve_target(link) == tmp_path / "slim" and folder_identity(link) != before
     assert width_of(link) == 24
     assert (link / "README.md").read_text() == "mine" and (link / "notes/a.txt").read_text() == "more"
     assert from_pretrained(link).model.layers[1].mlp.up_proj.out_features == 24
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(3))
 def test_single_edits_are_refused_or_change_nothing(seed: int, models: dict[int, Any], tmp_path: Path) -> None:
     """One byte changed, one file less, one file more: refused by ``verify=True``, or the same outputs."""
     folder, draw = tmp_path / "slim", random.Random(seed)

@@ -95,12 +95,10 @@ def test_the_plan_goes_by_names_of_the_dense_model(slim: Any, folder: Path) -> N
 
 
 def test_a_name_that_is_neither_here_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
     def refuse(name: str) -> str:
         raise ConnectionError("offline")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr("fxprune.checkpoint.read.snapshot_download", refuse)
     with pytest.raises(CheckpointError, match="neither a folder nor on the hub: ConnectionError: offline"):
         from_pretrained("someone/something")
 

@@ -13,9 +13,10 @@ from huggingface_hub import ModelCard
 
 import fxprune
 from fxprune.checkpoint.manifest import Manifest, read_manifest
+from fxprune.checkpoint.modelling_file import MODELLING
 from fxprune.checkpoint.read import from_pretrained
-from fxprune.checkpoint.structure import MODELLING, describe
 from fxprune.checkpoint.write import model_card, save_pretrained, write_folder
+from fxprune.emit.structure import describe_structure
 from fxprune.errors import CheckpointError
 from tests.checkpoint.small import narrow
 from tests.models import tiny, token_ids
@@ -34,7 +35,7 @@ def test_the_config_says_how_blocks_differ(slim: Any, tmp_path: Path) -> None:
     assert config["fxprune"]["blocks"] == "model.layers" and config["fxprune"]["class"] == type(slim).__name__
     classes = {"AutoConfig": "LlamaConfig", "AutoModel": "LlamaModel", "AutoModelForCausalLM": type(slim).__name__}
     assert list(config["auto_map"].items()) == [(name, f"{MODELLING}.{kind}") for name, kind in classes.items()]
-    assert structure == describe(slim)
+    assert structure == describe_structure(slim)
 
 
 def test_a_model_is_as_it_was_after_it_was_saved(slim: Any, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def fill_with_wrong_things(folder: Path) -> None:
         "list.yaml": "- model\n",
         "broken.yaml": "model: [\n",
         "unknown.yaml": "model: model\nout: out\nratoi: 0.2\n",
-        "nested.yaml": "model: model\nout: out\nratio: {mlp: 0.2}\n",
+        "nested.yaml": "model: model\nout: out\nratio: [{mlp: 0.2}]\n",
         "wrong.yaml": "model: model\nout: out\nratio: much\n",
         "percent.yaml": "model: model\nout: out\nratio: 20\n",
         "twice.yaml": "model: model\nout: out\nratio: 0.2\nratio: 0.3\n",

@@ -1,4 +1,4 @@
-"""Freed memory is kept where the allocator can be told so, and nothing is amiss where it cannot."""
+"""Trimming of the allocator is disabled, or left alone on others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ print(counts[-1] - counts[0])
 
 
 def pages(how: str) -> int:
-    """What the system had to provide while 48 MB were taken and freed again and again."""
+    """Page faults while 48 MB are allocated and freed several times."""
     done = subprocess.run([sys.executable, "-c", TAKES_AND_FREES, how], capture_output=True, text=True, check=False)
     if done.returncode == 3:
         pytest.skip("the allocator takes no such options")

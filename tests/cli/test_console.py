@@ -1,16 +1,18 @@
-"""What is printed, where, and how far things are."""
+"""Output of commands: what goes where, progress, and what `--quiet` leaves of each command."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from fxprune.cli import app, console
+from fxprune.cli import console
+from tests.cli.running import invoked, refused, run
+
+SMALL = ("--prompt", 8, "--tokens", 3, "--rounds", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -19,22 +21,25 @@ def usual_output() -> Iterator[None]:
     console.set_output()
 
 
-def test_help_comes_without_a_command_and_errors_in_one_line() -> None:
-    done = CliRunner().invoke(app, [])
-    assert done.exit_code == 0 and "prune" in done.stdout
-    done = CliRunner().invoke(app, ["prune", "--nonsense"])
-    assert done.exit_code == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: No such option")
-
-
-def test_commands_are_listed_in_the_order_of_use() -> None:
-    lines = CliRunner().invoke(app, ["--help"]).stdout.partition("Commands")[2].splitlines()
+def test_help_comes_without_a_command_and_lists_commands_in_the_order_of_use() -> None:
+    done = invoked()
+    assert done.exit_code == 0
+    lines = done.stdout.partition("Commands")[2].splitlines()
     names = [line[2:].split()[0] for line in lines if line.startswith("│ ") and line[2] != " "]
     wanted = ("prune", "apply", "eval", "recover", "generate", "bench", "export", "graph", "explain", "plan", "recipes")
     assert names == [*wanted, "passes"]
 
 
-def test_a_piped_output_is_told_now_and_then_how_far_it_is(
+def test_the_help_of_a_prune_has_panels_with_the_options_of_the_library() -> None:
+    text = invoked("prune", "--help").stdout
+    places = [text.index(f"─ {panel} ") for panel in ("Arguments", "What goes", "Data", "Output", "Machine")]
+    assert places == sorted(places)
+    for option in ("--ratio", "--importance", "--protect", "--calibration", "--round-to", "--in-place", "--low-memory"):
+        assert f" {option} " in text
+    assert "--taylor" not in text and "--track" not in text and "`" not in text
+
+
+def test_progress_is_printed_to_a_pipe_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(0, 1000, 3))
@@ -47,19 +52,45 @@ def test_a_piped_output_is_told_now_and_then_how_far_it_is(
     assert capsys.readouterr().err == "tracing ...\n"
 
 
-def test_quiet_prints_errors_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_and_json_silence_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     console.set_output(quiet=True)
     console.console.print("result")
     with console.working("tracing"):
         assert list(console.progress(iter("ab"), "scoring", 2)) == ["a", "b"]
-    with pytest.raises(typer.Exit), console.clear_errors():
-        raise OSError(2, "No such file", "here.txt")
-    told = capsys.readouterr()
-    assert told.out == "" and told.err == "error: here.txt: No such file\n"
-
-
-def test_json_is_all_there_is_on_the_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert capsys.readouterr() == ("", "")
     console.set_output(as_json=True)
     console.console.print("result")
     console.print_json({"out": "slim"})
     assert json.loads(capsys.readouterr().out) == {"out": "slim"}
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "result"),
+    [
+        ("eval", ("--windows", 1), "perplexity"),
+        ("bench", SMALL, "each further token, ms"),
+        ("generate", ("so it", "--max-new-tokens", 4), ""),
+    ],
+)
+def test_quiet_leaves_the_result_of_a_measurement(
+    models: Path, command: str, options: tuple[object, ...], result: str
+) -> None:
+    code, output, lines = run(command, models / "slim", *options, "-q")
+    assert (code, lines) == (0, "") and result in output and output
+    assert "loading" in run(command, models / "slim", *options)[2]
+
+
+def test_quiet_leaves_nothing_of_a_command_that_writes(models: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"instruction": f"What is {i} and one?", "output": f"{i + 1}."} for i in range(8)]))
+    plan, quiet, fast = models / "slim/plan.json", "--quiet", ("--epochs", 1, "--batch", 4)
+    assert run("apply", models / "dense", plan, "--out", tmp_path / "again", quiet) == (0, "", "")
+    assert run("export", tmp_path / "again", tmp_path / "slim.pt2", quiet) == (0, "", "")
+    assert run("recover", tmp_path / "again", "--data", rows, "--out", tmp_path / "new", *fast, quiet) == (0, "", "")
+    assert (tmp_path / "slim.pt2").is_file() and (tmp_path / "new/recovery.json").is_file()
+
+
+def test_verbose_prints_each_pass(models: Path, tmp_path: Path) -> None:
+    more = ("apply", models / "dense", models / "slim/plan.json", "--out", tmp_path / "again")
+    assert "--quiet: cannot be given with --verbose" in refused(*more, "--quiet", "--verbose")
+    assert "find-groups: " in run(*more, "--verbose")[2]

@@ -50,7 +50,7 @@ def test_built_in_text_is_taken_in_part(models: Path, monkeypatch: pytest.Monkey
         seen.update(options)
         raise fxprune.FxpruneError("seen")
 
-    monkeypatch.setattr(fxprune.cli.evaluate, "_measured", measured)
+    monkeypatch.setattr(fxprune.cli.evaluate, "_measure", measured)
     refused("eval", models / "slim")
     assert seen.pop("texts") == {"docstrings of Python": offline_docstrings()} and seen.pop("windows") == 64
     refused("eval", models / "slim", "--windows", 3)
@@ -76,15 +76,12 @@ def test_a_model_without_a_tokenizer_has_that_of_the_dense_one(models: Path, tmp
     assert "its tokenizer cannot be read" in refused("eval", tmp_path / "slim", *more)
 
 
-def test_wrong_uses_end_in_one_line(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "empty.txt").write_text(" \n")
+def test_texts_and_tasks_are_refused_before_a_model_is_loaded(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "short.txt").write_text("a b")
     slim = models / "slim"
-    assert "empty: the text is empty" in refused("eval", slim, "--text", tmp_path / "empty.txt")
     assert "holds no window of 256" in refused("eval", slim, "--text", tmp_path / "short.txt")
     assert "Did you mean 'wikitext2'" in refused("eval", slim, "--text", "wikitext")
-    assert "Did you mean 'piqa'" in refused("eval", slim, "--tasks", "arc_easy, piqqa")
-    assert "cannot be read" in refused("eval", slim, "--tasks", tmp_path / "none.jsonl")
-    assert "no such folder" in refused("eval", slim, "--compare", tmp_path / "none")
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     assert "pip install 'fxprune[eval]'" in refused("eval", slim, "--tasks", "piqa")

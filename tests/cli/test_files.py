@@ -1,4 +1,4 @@
-"""The command line on GGUF files: one goes in, one comes out; and checkpoints become files."""
+"""GGUF files on the command line: one goes in, one comes out; and checkpoints become files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import fxprune
 import fxprune.cli.export
-import fxprune.cli.lists
-import fxprune.cli.load
-import fxprune.cli.prune
-from benchmarks.engines.llama_server import LlamaServer
-from fxprune.export.gguf.write import type_in
-from tests.cli.running import shown
+from benchmarks.engines.llama_cpp import LlamaServer
+from fxprune.export.gguf.write import most_common_type
+from tests.cli.running import refused, shown
 from tests.export.small import even, tokenizer
 from tests.models import VOCABULARY, token_ids
 
@@ -31,12 +28,11 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_gguf_file_goes_in_and_a_smaller_one_comes_out(dense: Path, tmp_path: Path) -> None:
-    """It has the type and the tokenizer of the one that went in, and says what the plan makes of the model."""
+    """It has the type and the tokenizer of the one that was read, and computes what the plan makes of the model."""
     out = tmp_path / "slim.gguf"
-    options = ("--importance", "l2", "--kinds", "mlp", "--ratio", 0.1, "--protect", 1, 0)
+    options = ("--recipe", "llm-pruner", "--importance", "l2", "--kinds", "mlp", "--ratio", 0.1, "--protect", 1, 0)
     code, output = shown("prune", dense, "--out", out, *options)
-    assert code == 0, output
-    assert f"written to {out}: programs that read GGUF files run it" in output
+    assert code == 0 and f"written to {out}: programs that read GGUF files run it" in output, output
     assert {path.name for path in tmp_path.iterdir()} == {
         *("slim.gguf", "slim.plan.json", "slim.report.json", "slim.report.html", "slim.run.yaml")
     }
@@ -46,7 +42,7 @@ def test_a_gguf_file_goes_in_and_a_smaller_one_comes_out(dense: Path, tmp_path: 
     assert after["deci.feed_forward_length"].contents() == [128, 96]
     copied = [name for name in before if name.startswith("tokenizer.")]
     assert len(copied) > 5 and all(before[name].contents() == after[name].contents() for name in copied)
-    assert type_in(out) == "q8_0"
+    assert most_common_type(out) == "q8_0"
     model = AutoModelForCausalLM.from_pretrained(dense.parent, gguf_file=dense.name)
     plan = fxprune.Plan.from_json((tmp_path / "slim.plan.json").read_text())
     ids = token_ids(1, 9)
@@ -56,19 +52,19 @@ def test_a_gguf_file_goes_in_and_a_smaller_one_comes_out(dense: Path, tmp_path: 
     torch.testing.assert_close(got, want, atol=0.05, rtol=0)
 
 
-def test_what_no_gguf_file_says_is_refused_before_it_is_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was refused when the file was to be written, which may be an hour later."""
+def test_a_model_that_the_format_cannot_hold_is_refused_before_it_is_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     even("gpt_neox").save_pretrained(tmp_path / "dense")
     tokenizer().save_pretrained(tmp_path / "dense")
     monkeypatch.setattr(fxprune, "prune", lambda *_, **__: pytest.fail("it was pruned"))
-    code, output = shown("prune", tmp_path / "dense", "--out", tmp_path / "slim.gguf", "--importance", "l2")
-    assert code == 2 and "the format cannot say this model" in output, output
+    line = refused("prune", tmp_path / "dense", "--out", tmp_path / "slim.gguf", "--importance", "l2")
+    assert "the format cannot express this model" in line
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 def test_a_folder_becomes_a_file(tmp_path: Path) -> None:
-    model = even("llama")
-    model.save_pretrained(tmp_path / "stock")
+    even("llama").save_pretrained(tmp_path / "stock")
     tokenizer().save_pretrained(tmp_path / "stock")
     code, output = shown("export", tmp_path / "stock", tmp_path / "slim.gguf", "--quantization", "f32")
     assert code == 0 and output.endswith("slim.gguf written: programs that read GGUF files run it"), output
@@ -76,11 +72,3 @@ def test_a_folder_becomes_a_file(tmp_path: Path) -> None:
     assert code == 0, output
     names = [name for name in gguf.GGUFReader(tmp_path / "slim.gguf").fields if name.startswith("tokenizer.")]
     assert set(names) <= set(gguf.GGUFReader(tmp_path / "again.gguf").fields)
-
-
-def test_options_of_other_files_are_refused(dense: Path, tmp_path: Path) -> None:
-    code, output = shown("export", dense, tmp_path / "slim.pt2", "--quantization", "f16")
-    assert code == 2 and "quantization is for GGUF files" in output
-    code, output = shown("export", dense, tmp_path / "slim.bin")
-    assert code == 2 and "unknown suffix '.bin'" in output
-    assert list(tmp_path.iterdir()) == []

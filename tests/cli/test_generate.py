@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import fxprune
 import fxprune.cli.generate
-from tests.cli.running import refused, run
+from tests.cli.running import run
 
 
 def greedy(folder: Path, prompt: str, tokens: int) -> str:
@@ -46,9 +46,3 @@ def test_samples_follow_their_seed(models: Path) -> None:
     more = ("generate", models / "slim", "so it", "--temperature", 2, "--max-new-tokens", 8)
     first, again, other = (run(*more, "--seed", seed)[1] for seed in (1, 1, 2))
     assert first == again != other
-
-
-def test_wrong_uses_end_in_one_line(models: Path, tmp_path: Path) -> None:
-    assert "the prompt is empty" in refused("generate", models / "slim", " ")
-    assert "no such folder" in refused("generate", tmp_path / "none", "so it")
-    assert "device" in refused("generate", models / "slim", "so it", "--device", "abacus")

@@ -23,7 +23,7 @@ def heed() -> None:
 
 
 def stopped(arguments: list[str], folder: Path, moment: str, number: int) -> tuple[int, str, str]:
-    """The exit code of a command that is stopped once a line of what it tells begins so, what it printed and told."""
+    """Exit code and outputs of a command that is stopped when it prints a line that begins with ``moment``."""
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
     command, pipe = [sys.executable, "-m", "fxprune", *arguments], subprocess.PIPE
     with subprocess.Popen(
@@ -52,6 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "number", "out"),
     [
@@ -69,7 +70,7 @@ def test_a_stopped_prune_leaves_nothing_half_written(
         shutil.copytree(model, tmp_path.with_suffix(".model"))
         model = tmp_path.with_suffix(".model")
         tokenizer().save_pretrained(model)
-    command = ["prune", str(model), "--out", out, "--importance", "l2", "--verbose"]
+    command = ["prune", str(model), "--out", out, "--recipe", "llm-pruner", "--importance", "l2", "--verbose"]
     code, printed, told = stopped(command, tmp_path, moment, number)
     assert code == 128 + number, told
     lines = [line for line in told.splitlines() if not line.endswith((" s", " ..."))]
@@ -79,16 +80,16 @@ def test_a_stopped_prune_leaves_nothing_half_written(
     assert not any(name.startswith(".") for name in left)
 
 
-def test_an_interrupt_during_imports_stops_at_once() -> None:
+def test_an_interrupt_during_imports_stops_exit_on_signal() -> None:
     code = (
-        "import os, signal; from fxprune.cli.interrupts import at_once, install\n"
+        "import os, signal; from fxprune.cli.interrupts import exit_on_signal, install\n"
         "install()\n"
-        "with at_once():\n"
+        "with exit_on_signal():\n"
         "    try: os.kill(os.getpid(), signal.SIGINT)\n"
         "    except BaseException: print('swallowed')\n"
     )
     assert ran(code) == (130, "", "stopped\n")
-    assert fxprune.cli.interrupts.at_once is not None
+    assert fxprune.cli.interrupts.exit_on_signal is not None
 
 
 @pytest.mark.parametrize(
@@ -110,13 +111,14 @@ def test_a_stop_that_comes_where_nothing_can_be_raised_stops_a_little_later(swal
 
 def test_what_is_done_is_done_whatever_comes_after() -> None:
     code = (
-        "import atexit, os, signal; from fxprune.cli.interrupts import install, over\n"
+        "import atexit, os, signal; from fxprune.cli.interrupts import finish, install\n"
         "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
-        "install(); print('written'); over()\n"
+        "install(); print('written'); finish()\n"
     )
     assert ran(code) == (0, "written\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "moment"),
     [

@@ -30,14 +30,17 @@ def written(path: Path, what: fxprune.Plan) -> Path:
 
 def test_what_went_is_shown_by_block_and_kind(models: Path) -> None:
     code, output, _ = run("plan", "show", models / "slim")
-    assert code == 0 and "│ model.layers.0 │ 4 to 3 │ 96 to" in output and "25.0% of 8 gone" in output
+    assert code == 0 and "│ model.layers.0 │ 4 to 3 │ 96 to" in output and "25.0% of 8 removed" in output
     dense, slim = json.loads((models / "slim/report.json").read_text())["parameters"]
-    assert f"parameters: {dense:,} to {slim:,}, " in output and "norms over units that go: sliced" in output
+    assert f"parameters: {dense:,} to {slim:,}, " in output and "norms over removed units: sliced" in output
     assert run("plan", "show", models / "slim/plan.json") == (code, output, "")
 
 
 def test_a_checkpoint_alone_has_its_plan(models: Path, tmp_path: Path) -> None:
-    (tmp_path / "fxprune.json").write_bytes((models / "slim/fxprune.json").read_bytes())
+    """Earlier releases kept plan and report in the manifest."""
+    manifest = json.loads((models / "slim/fxprune.json").read_text())
+    kept = {name: json.loads((models / f"slim/{name}.json").read_text()) for name in ("plan", "report")}
+    (tmp_path / "fxprune.json").write_text(json.dumps(manifest | kept))
     assert run("plan", "show", tmp_path) == run("plan", "show", models / "slim")
 
 
@@ -86,8 +89,8 @@ def test_plans_that_differ_end_in_1(tmp_path: Path) -> None:
     for block, alone, second, both in ((0, 3, 0, 0), (1, 1, 0, 2), (2, 0, 2, 0)):
         row = f"│ model.layers.{block} │ mlp.up.weight[0] and 1 more │ 8 │ {alone} │ {second} │ {both} │"
         assert row in output
-    assert "layer removed by the first alone: model.layers.3" in output
-    assert "norms over units that go: sliced by the first, masked by the second" in output
+    assert "layer removed only by the first: model.layers.3" in output
+    assert "norms over removed units: sliced in the first, masked in the second" in output
     code, output, _ = run("plan", "diff", one, other, "--json")
     data = json.loads(output)
     assert code == 1 and not data["same"] and data["removed_blocks"] == {"first": ["model.layers.3"], "second": []}

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import fxprune
 import fxprune.cli.recover
 from fxprune.checkpoint.manifest import read_manifest
-from tests.cli.running import refused, run
+from tests.cli.running import run
 from tests.models import token_ids
 
 
@@ -57,18 +57,19 @@ def test_a_dense_model_stays_a_stock_checkpoint(models: Path, rows: Path, tmp_pa
     assert tuned.shape == dense.shape and not torch.equal(tuned, dense)
 
 
-def test_wrong_uses_end_in_one_line_and_write_nothing(models: Path, rows: Path, tmp_path: Path) -> None:
-    slim, out = models / "slim", tmp_path / "out"
-    (tmp_path / "rows.json").write_text('[{"question": "what?"}]')
-    (tmp_path / "empty.jsonl").write_text("")
-    right = ("--data", rows, "--out", out)
-    assert "no such file" in refused("recover", slim, "--data", tmp_path / "none.json", "--out", out)
-    assert "none of 1 rows can be used" in refused("recover", slim, "--data", tmp_path / "rows.json", "--out", out)
-    assert "the data set is empty" in refused("recover", slim, "--data", tmp_path / "empty.jsonl", "--out", out)
-    assert "no such folder" in refused("recover", slim, *right, "--distil", tmp_path / "none")
-    assert "rank is 0" in refused("recover", slim, *right, "--rank", 0)
-    assert "unknown precision 'fp17'" in refused("recover", slim, *right, "--precision", "fp17")
-    (tmp_path / "taken").touch()
-    assert "is a file" in refused("recover", slim, "--data", rows, "--out", tmp_path / "taken")
-    assert "Name a folder" in refused("recover", slim, "--data", rows, "--out", tmp_path / "slim.gguf")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.jsonl", "rows.json", "taken"]
+def test_training_has_the_dtype_and_the_device_asked_for(
+    models: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, object] = {}
+    recover = fxprune.recover
+
+    def watched(*given: object, **options: object) -> object:
+        seen.update(options)
+        return recover(*given, **options)
+
+    monkeypatch.setattr(fxprune, "recover", watched)
+    more = ("recover", models / "dense", "--data", rows, "--out", tmp_path / "out", *FAST)
+    code, _, line = run(*more, "--dtype", "bfloat16", "--device", "cpu")
+    assert code == 0, line
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    assert seen["arguments"] == {"use_cpu": True}

@@ -1,20 +1,37 @@
-"""Wrong uses of the command line, from the list in `wrong_uses.txt`: one line, exit code 2, and nothing written."""
+"""Wrong uses of the command line, from the table in `wrong_uses.txt`: one line, exit code 2, and nothing written."""
 
 from __future__ import annotations
 
+import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 from fxprune.cli import app
 from tests.cli.folders import fill_with_wrong_things, save_tiny
-from tests.cli.uses import USES
 
-ROOT = Path(__file__).parents[2]
+LINE = re.compile(r"(?P<arguments>[^#].*?) => (?P<words>.*)")
+
+
+class WrongUse(NamedTuple):
+    """Arguments of the command line, and words of the line that they end in."""
+
+    arguments: str
+    words: str
+
+
+USES = [
+    WrongUse(found["arguments"], found["words"])
+    for line in Path(__file__).with_name("wrong_uses.txt").read_text(encoding="utf-8").splitlines()
+    if (found := LINE.fullmatch(line))
+]
+
+ONLY_PRUNE = ("there is no place to write to", "no file of weights", "SafetensorError", "missing", "of another shape")
+"""Words of errors that a dry run does not raise: it reads no weight, and needs no place."""
 
 
 @pytest.fixture(scope="module")
@@ -26,59 +43,51 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def seen(folder: Path) -> dict[Path, int]:
-    """Every file and folder, with when it was changed."""
+def files_of(folder: Path) -> dict[Path, int]:
+    """Every file and folder, with the time of its last change."""
     return {path: path.lstat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def fault(result: Result, words: str) -> str:
+    """How the end of a command differs from one line with these words; empty if it does not."""
+    if not isinstance(result.exception, SystemExit) or result.exit_code != 2:
+        return f"ended in {result.exit_code}: {result.exception!r}"
+    *before, line = result.stderr.splitlines() or [""]
+    if not line.startswith("error: ") or words not in line:
+        return line
+    others = [one for one in before if not one.endswith(" ...") and not one.startswith("warning: ")]
+    return " / ".join([*others, result.stdout]).strip() if others or result.stdout else ""
 
 
 def test_there_are_many_of_them() -> None:
     assert len({use.arguments for use in USES}) == len(USES) >= 300
-    assert sum(not use.at_once for use in USES) <= len(USES) / 10
 
 
-def test_those_that_are_told_at_once_need_no_torch(folder: Path) -> None:
-    command = [sys.executable, "-m", "tests.cli.uses", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == ""
+def check_all(folder: Path, uses: list[WrongUse]) -> None:
+    """Run commands in this process, and fail with all rows that end in another way."""
+    before, wrong = files_of(folder), []
+    for arguments, words in uses:
+        found = fault(CliRunner().invoke(app, shlex.split(arguments)), words)
+        if files_of(folder) != before:
+            found, before = f"{found} and it wrote files", files_of(folder)
+        if found:
+            wrong.append(f"{arguments} => {words}\n    {found}")
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(("arguments", "says"), [use[:2] for use in USES], ids=[use.arguments for use in USES])
-def test_it_ends_in_one_line(folder: Path, arguments: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timeout(900)
+def test_each_ends_in_one_line_and_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    before = seen(folder)
-    result = CliRunner().invoke(app, shlex.split(arguments))
-    assert isinstance(result.exception, SystemExit) and result.exit_code == 2, result.output
-    *before_it, line = result.stderr.splitlines()
-    assert line.startswith("error: ") and says in line, result.stderr
-    assert all(told.endswith(" ...") for told in before_it), "nothing but progress"
-    assert "Traceback" not in result.output and result.stdout == ""
-    assert seen(folder) == before
+    check_all(folder, USES)
 
 
-LOOKS_LESS = (
-    "there is no place to write to",  # it writes nothing
-    "no file of weights",  # a config is enough
-    "SafetensorError",
-    "is missing. Fetch it",
-    "is of another shape",
-)
-"""Words of the lines that a dry run has no reason to end in: it reads no weight, and needs no place."""
-
-PRUNES = [
-    use.arguments
-    for use in USES
-    if use.arguments.startswith("prune ")
-    and "--dry-run" not in use.arguments
-    and not any(words in use.says for words in LOOKS_LESS)
-]
-
-
-@pytest.mark.parametrize("arguments", PRUNES)
-def test_a_dry_run_ends_in_the_same_line(folder: Path, arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It went well where the prune refused a text that is too short, a tokenizer, a device, or a file of a pass."""
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_dry_run_refuses_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    before, given = seen(folder), shlex.split(arguments)
-    pruned, dry = (CliRunner().invoke(app, words) for words in (given, [given[0], "--dry-run", *given[1:]]))
-    assert dry.exit_code == pruned.exit_code == 2, dry.output
-    assert dry.stdout == "" and dry.stderr.splitlines()[-1] == pruned.stderr.splitlines()[-1]
-    assert seen(folder) == before
+    prunes = [
+        WrongUse(use.arguments.replace("prune ", "prune --dry-run ", 1), use.words)
+        for use in USES
+        if use.arguments.startswith("prune ") and not any(words in use.words for words in ONLY_PRUNE)
+    ]
+    check_all(folder, [use for use in prunes if use.arguments.count("--dry-run") == 1])

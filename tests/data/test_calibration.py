@@ -1,4 +1,4 @@
-"""Tests: calibration samples, the loss on them, and samples with replaced tokens."""
+"""Calibration samples, the loss on them, and samples with replaced tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fxprune.data.calibration import (
     stacked,
     token_input,
 )
-from fxprune.data.samples import read_calibration, read_rows
+from fxprune.data.samples import read_calibration, read_token_rows
 from fxprune.errors import CalibrationError
 from fxprune.trace.capture import trace
 from tests.oracle import Net
@@ -88,7 +88,7 @@ def test_a_batch_of_lists_is_read_whole(graph_module: fx.GraphModule) -> None:
     tokens = ids(2, 6)
     samples = read_calibration([tokens.tolist(), tokens[:1].tolist()], graph_module)
     assert [sample.inputs["x"].tolist() for sample in samples] == [[row] for row in tokens[[0, 1, 0]].tolist()]
-    with pytest.raises(CalibrationError, match="2 tensors, and no word of which is what"):
+    with pytest.raises(CalibrationError, match="2 tensors without names"):
         read_calibration([(tokens, torch.ones_like(tokens))], graph_module)
 
 
@@ -112,10 +112,10 @@ def test_what_does_not_fit_is_named(graph_module: fx.GraphModule, data: Any, say
 def test_files_hold_one_row_a_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"input_ids": [1, 2]}\n\n{"input_ids": [3]}\n')
-    assert [row["input_ids"].tolist() for row in read_rows(path)] == [[1, 2], [3]]
+    assert [row["input_ids"].tolist() for row in read_token_rows(path)] == [[1, 2], [3]]
     path.write_text('{"input_ids": "text"}')
     with pytest.raises(CalibrationError, match="not tokenised JSON lines"):
-        read_rows(path)
+        read_token_rows(path)
 
 
 def test_loss_is_that_of_the_next_token_and_skips_what_is_ignored() -> None:

@@ -1,4 +1,4 @@
-"""Tests: the dependency graph: every axis of every tensor, and the couplings that the ops impose."""
+"""The dependency graph: bypasses of blocks, and experts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 import fxprune
 from fxprune.axes import Factor, Freeze, new_factor
-from fxprune.discovery.dependency import find_bypasses, settle_experts
+from fxprune.discovery.dependency import find_bypasses, resolve_experts
 from fxprune.rules.statements import AtLeast, Competition, Role, Statements
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -41,7 +41,7 @@ class Stack(nn.Module):
         return self.last(x)
 
 
-# what a block makes of its input and of what it computes, and whether it can be gone around
+# name: output of a block from its input and its branch, and whether it can be bypassed
 STEPS: dict[str, tuple[Step, bool]] = {
     "sum": (lambda x, y: x + y, True),
     "sums-of-sums": (lambda x, y: (x + y) + y.cos(), True),
@@ -54,7 +54,7 @@ STEPS: dict[str, tuple[Step, bool]] = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_block_that_only_adds_can_be_gone_around(name: str) -> None:
+def test_a_block_that_only_adds_can_be_bypassed(name: str) -> None:
     step, residual = STEPS[name]
     graph = fxprune.trace(Stack(step).eval(), {"x": torch.randn(2, 5)}).graph_module.graph
     found = find_bypasses(graph, ("blocks.0", "blocks.1"))
@@ -77,7 +77,7 @@ def stated_over(*roles: Role) -> tuple[Statements, Factor]:
 def test_a_softmax_over_experts_is_a_statistic() -> None:
     for roles in ((Role.EXPERT,), (Role.SHARED_OUT, Role.SIDE_BY_SIDE)):
         stated, factor = stated_over(*roles)
-        settle_experts(stated)
+        resolve_experts(stated)
         assert [found.expr for found in stated.statistics] == [factor]
         assert factor not in stated.solver.frozen_factors()
         assert Role.EXPERT in stated.solver.tagged_factors()[factor]
@@ -86,15 +86,15 @@ def test_a_softmax_over_experts_is_a_statistic() -> None:
 def test_a_softmax_over_anything_else_keeps_its_axis() -> None:
     for roles in ((), (Role.SHARED_OUT,), (Role.SHARED_OUT, Role.SIDE_BY_SIDE, Role.HEAD)):
         stated, factor = stated_over(*roles)
-        settle_experts(stated)
+        resolve_experts(stated)
         assert stated.statistics == [] and stated.solver.frozen_factors()[factor].reason.startswith("a softmax")
 
 
 def test_as_many_units_stay_as_are_picked() -> None:
     stated, factor = stated_over(Role.EXPERT)
     stated.at_least.append(AtLeast(factor, 4))
-    assert settle_experts(stated) == {factor: 4}
+    assert resolve_experts(stated) == {factor: 4}
     stated, factor = stated_over(Role.EXPERT)
     stated.at_least.append(AtLeast(factor, 6))
-    settle_experts(stated)
+    resolve_experts(stated)
     assert "all 6 units are needed" in stated.solver.frozen_factors()[factor].reason

@@ -1,4 +1,4 @@
-"""Tests: why an axis is in a group, or frozen; axes and groups by the names that people type."""
+"""Explanations, and look-up of axes and groups by abbreviated names."""
 
 from __future__ import annotations
 
@@ -71,19 +71,24 @@ def test_short_names_are_found(graph_test_lookup: nx.Graph, name: str, dim: int 
 @pytest.mark.parametrize(
     ("name", "dim", "error", "says"),
     [
-        ("end", None, ArgumentError, r"end\.weight: has 2 axes, 0 and 1\. Say which, as in end\[0\]"),
+        ("end", None, ArgumentError, r"end\.weight: has 2 axes, 0 and 1\. Name one, as in end\[0\]"),
         ("end.weight", 2, ArgumentError, r"end\.weight: there is no axis 2: it has 2 axes, 0 and 1"),
         ("end.weight[-1]", None, ArgumentError, "there is no axis -1"),
         ("1.2.bias", 3, ArgumentError, "it has 1 axis, 0"),
-        ("end[0]", 1, ArgumentError, "axis 0 and axis 1 are asked for"),
-        ("2.weight", 0, ArgumentError, r"2 are called so: model\.0\.0\.2\.weight, model\.0\.1\.2\.weight"),
-        ("0.*.2", 0, ArgumentError, "2 are called so"),
+        ("end[0]", 1, ArgumentError, "axis 0 and axis 1 are requested"),
+        (
+            "2.weight",
+            0,
+            ArgumentError,
+            r"ambiguous: it may be model\.0\.0\.2\.weight, model\.0\.1\.2\.weight",
+        ),
+        ("0.*.2", 0, ArgumentError, "the name is ambiguous"),
         ("ned.weight", 0, UnknownNameError, r"Did you mean 'end\.weight'"),
         ("ed", 0, UnknownNameError, "Did you mean 'end'"),
         ("", 0, UnknownNameError, "unknown parameter or buffer"),
     ],
 )
-def test_a_wrong_axis_is_told_from_a_wrong_name(
+def test_a_wrong_axis_or_name_is_refused(
     graph_test_lookup: nx.Graph, name: str, dim: int | None, error: type[Exception], says: str
 ) -> None:
     with pytest.raises(error, match=says):

@@ -1,4 +1,4 @@
-"""Tests: groups of units removed together, found by BFS in the dependency graph, and the products that read them."""
+"""Groups of units that are removed together, and the products that read them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from fxprune.discovery.groups import (
     units_at,
 )
 from fxprune.errors import FxpruneError, UnknownNameError
-from tests.models import tiny
 from tests.oracle import Net, axes_of, discover, graph_of, groups_of
+from tests.remembered import grouped
 
 
 def test_a_trigger_reaches_what_holds_its_factor() -> None:
@@ -40,26 +40,26 @@ def test_a_trigger_reaches_what_holds_its_factor() -> None:
 
 
 def test_kinds_of_a_language_model() -> None:
-    found = Groups(find_groups(graph_of(discover(tiny("llama", num_hidden_layers=2)))))
+    found = Groups(find_groups(graph_of(grouped("llama"))))
     assert {group.kind for group in found} == {"mlp", "head", "channel", "head_dim", "layer"}
     assert len({group.name for group in found}) == len(found)
-    assert [group.size for group in found.of_kinds(("mlp",))] == [88, 88]
+    assert [group.size for group in found.of_kinds(("mlp",))] == [88, 88, 88]
 
 
 def test_kinds_are_checked_and_one_may_stand_alone() -> None:
-    assert as_kinds("mlp") == ("mlp",) and as_kinds(["head", "layer"]) == ("head", "layer")
-    assert as_kinds(DEFAULT_KINDS) == DEFAULT_KINDS
-    assert as_kinds(["exact-mlp", "exact-layer"]) == ("exact-mlp", "layer")
+    assert as_kinds("kinds", "mlp") == ("mlp",) and as_kinds("kinds", ["head", "layer"]) == ("head", "layer")
+    assert as_kinds("kinds", DEFAULT_KINDS) == DEFAULT_KINDS
+    assert as_kinds("kinds", ["exact-mlp", "exact-layer"]) == ("exact-mlp", "layer")
     with pytest.raises(UnknownNameError, match="Did you mean 'mlp'"):
-        as_kinds("exact-mpl")
+        as_kinds("kinds", "exact-mpl")
     with pytest.raises(UnknownNameError, match="Did you mean 'head'"):
-        as_kinds(("heads",))
+        as_kinds("kinds", ("heads",))
     with pytest.raises(FxpruneError, match="kinds is empty"):
-        as_kinds(())
+        as_kinds("kinds", ())
     assert bare_kind("exact-mlp") == bare_kind("mlp") == "mlp" and bare_kind(None) is None
 
 
-def test_products_say_what_they_take_in() -> None:
+def test_products_with_parameters_are_found() -> None:
     net = Net(
         lambda m, x: torch.nn.functional.linear(m.b(m.a(x).relu()), m.a.weight.T),
         a=nn.Linear(3, 4),
@@ -75,7 +75,7 @@ def test_products_say_what_they_take_in() -> None:
     assert [read_weight(node) for node in found[2].node.all_input_nodes] == [None, "a.weight"]
 
 
-def test_consumers_of_a_group_add_up_over_its_units() -> None:
+def test_consumers_of_a_group_contract_its_units() -> None:
     net = Net(lambda m, x: m.c(m.b(m.a(x).relu())), a=nn.Linear(3, 4), b=nn.Linear(4, 5), c=nn.Linear(5, 2))
     dense = discover(net, {"x": torch.randn(2, 3)})
     found = find_consumers(dense.graph, axes_of(dense))

@@ -1,4 +1,4 @@
-"""`fxprune.discovery.norms`: which norms can be kept as masking has them; removing under these is exact."""
+"""Norms that can be rescaled to equal masking; removing units under them is exact."""
 
 from __future__ import annotations
 
@@ -51,13 +51,16 @@ KEPT: dict[str, Norm] = {
 
 # name: the same, and a word of the reason why it stays renormalised
 RENORMALISED: dict[str, tuple[Norm, str]] = {
-    "no-weight": (lambda n, h: root_mean_square(h), "no weight of its own"),
+    "no-weight": (lambda n, h: root_mean_square(h), "before a weight has been multiplied"),
     "layer-norm": (lambda n, h: F.layer_norm(h, (12,), n.w, n.b, EPS), ""),
-    "mean-taken-off": (lambda n, h: n.w * (h - h.mean(-1, keepdim=True)), "works with what it gives"),
+    "mean-taken-off": (
+        lambda n, h: n.w * (h - h.mean(-1, keepdim=True)),
+        "neither a number nor a weight there can absorb",
+    ),
     "weight-read-elsewhere": (lambda n, h: n.w * root_mean_square(h) + n.w * h, "elsewhere"),
     "added-by-a-tensor": (
         lambda n, h: n.w * (h * (h.pow(2).mean(-1, keepdim=True) + n.e).rsqrt()),
-        "works with what it gives",
+        "neither a number nor a weight there can absorb",
     ),
     "not-zero": (lambda n, h: n.w * root_mean_square(h.cos()), "not zero"),
     "fused-default": (lambda n, h: F.rms_norm(h, (12,), n.w), ""),
@@ -97,7 +100,7 @@ def test_removing_equals_zeroing_in_the_module(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RENORMALISED)
-def test_what_cannot_be_said_stays_renormalised(name: str) -> None:
+def test_other_norms_stay_renormalised(name: str) -> None:
     norm, reason = RENORMALISED[name]
     dense = discover(net(norm), INPUTS, norm="masked")
     assert [group.size for group in groups_of(dense) if group.renormalised] == [12]
@@ -136,10 +139,10 @@ def test_one_weight_for_two_norms_changes_once_or_not_at_all() -> None:
     dense = check_removes_exactly(around(same, w=weight(12)), INPUTS, [12], norm="masked")
     assert axes_of(dense).unkept == {}
     dense = check_removes_exactly(around(other, w=weight(4)), INPUTS, [], norm="masked")
-    assert set(axes_of(dense).unkept.values()) == {"its weight is used elsewhere, too"}
+    assert set(axes_of(dense).unkept.values()) == {"its weight is also used elsewhere"}
 
 
-def test_an_average_that_is_an_output_is_not_kept() -> None:
+def test_an_average_that_is_an_output_is_not_rescaled() -> None:
     def body(n: Any, x: torch.Tensor) -> Any:
         h = n.a_in(x)
         scale = h.pow(2).mean(-1, keepdim=True)
@@ -149,7 +152,7 @@ def test_an_average_that_is_an_output_is_not_kept() -> None:
     assert set(axes_of(dense).unkept.values()) == {"it is an output of the model"}
 
 
-def test_another_word_is_refused() -> None:
+def test_another_treatment_is_refused() -> None:
     graph = fxprune.trace(net(KEPT["fused"]), INPUTS)
     with pytest.raises(UnknownNameError, match="norm"):
         fxprune.dependency_graph(graph, norm="mask")

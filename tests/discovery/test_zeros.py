@@ -1,4 +1,4 @@
-"""Where masked units leave zeros behind (:mod:`fxprune.discovery.zeros`), and where they do not."""
+"""Propagation of the values of masked units."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.discovery.explain import frozen_axes
-from fxprune.rules.probing import outcome
+from fxprune.rules.probing import constant_result
 from tests.oracle import Net, graph_of, groups_of
 from tests.random_networks import check_every_removal
 
@@ -51,7 +51,7 @@ def test_outcome_of_an_elementwise_op(name: str) -> None:
             nodes[-1].meta["val"] = argument
         else:
             nodes.append(argument)
-    found = outcome(graph.call_function(target, tuple(nodes)), {nodes[0]: number})
+    found = constant_result(graph.call_function(target, tuple(nodes)), {nodes[0]: number})
     assert found == expected or (
         found is not None and expected is not None and math.isnan(found) and math.isnan(expected)
     )

@@ -1,4 +1,4 @@
-"""A dependency graph small enough to be checked by hand."""
+"""A dependency graph small enough to check by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests: a dependency graph indexed for drawing, with equal blocks folded."""
+"""Test the indexed dependency graph and the folding of equal blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fxprune.discovery.dependency import dependency_graph
-from fxprune.draw.atlas import Atlas, find_folds, numbered
+from fxprune.draw.atlas import Atlas, block_ranges, find_folds
 from fxprune.rules.statements import Axis
 from fxprune.trace import trace
 from tests.models import tiny
@@ -41,7 +41,7 @@ def test_an_input_axis_comes_half_a_step_before_the_output_axis(small: nx.Graph)
 
 
 def test_a_tied_weight_is_used_where_its_modules_use_it() -> None:
-    """A traced graph reads it by one name; both ends of the model hung on the last of them."""
+    """A traced graph reads it by one name, to which both ends of the model were once coupled."""
     atlas = Atlas(dependency_graph(trace(tiny("gpt2", n_layer=1), dynamic=False)))
     users = {name: {b.tensor for b in atlas.graph[Axis(name, 1)]} - atlas.weights for name in TIED}
     assert all(any(user.startswith(op) for user in users[name]) for name, op in TIED.items()), users
@@ -63,21 +63,23 @@ CODE = """
 import sys
 import fxprune
 from tests.models import tiny
-graph = fxprune.dependency_graph(fxprune.trace(tiny("llama"), dynamic=False), "masked")
+graph = fxprune.dependency_graph(fxprune.trace(tiny("llama", num_hidden_layers=2), dynamic=False), "masked")
 fxprune.write_dot(graph, sys.argv[1] + "/layer.dot", layer=0)
 fxprune.write_dot(graph, sys.argv[1] + "/model.dot", everything=True)
+fxprune.write_dot(graph, sys.argv[1] + "/group.dot", group="model/channel")
 """
 
 
+@pytest.mark.slow
 def test_pictures_are_the_same_in_every_process(tmp_path: Path) -> None:
-    """Sets of names have another order in each process; a way that another is as short as was drawn now and then."""
+    """Sets are ordered differently in each process, and one of several shortest paths was drawn by chance."""
     drawn = []
-    for seed in ("0", "1", "2"):
+    for seed in ("0", "1"):
         (tmp_path / seed).mkdir()
         env = {**os.environ, "PYTHONHASHSEED": seed}
         subprocess.run([sys.executable, "-c", CODE, str(tmp_path / seed)], check=True, cwd=ROOT, env=env)
-        drawn.append([(tmp_path / seed / name).read_text() for name in ("layer.dot", "model.dot")])
-    assert drawn[0] == drawn[1] == drawn[2]
+        drawn.append([(tmp_path / seed / name).read_text() for name in ("layer.dot", "model.dot", "group.dot")])
+    assert drawn[0] == drawn[1]
 
 
 WINDOW = "sliding_attention"
@@ -91,7 +93,6 @@ def family_graph(family: str, **sizes: object) -> nx.Graph:
     ("family", "sizes", "numbers"),
     [
         ("llama", {}, [[0, 1, 2]]),
-        ("gpt2", {}, [[0, 1, 2]]),
         (
             "gemma3_text",
             {"num_hidden_layers": 4, "layer_types": [WINDOW, WINDOW, "full_attention", WINDOW]},
@@ -100,8 +101,8 @@ def family_graph(family: str, **sizes: object) -> nx.Graph:
         ("qwen2_moe", {"num_hidden_layers": 3}, [[0], [1, 2]]),
     ],
 )
-def test_blocks_that_differ_are_told_apart(family: str, sizes: dict[str, object], numbers: list[list[int]]) -> None:
-    """A window, a mixture of experts: what is structure counts. The first and the last block are like the others."""
+def test_blocks_of_equal_structure_are_folded(family: str, sizes: dict[str, object], numbers: list[list[int]]) -> None:
+    """Windows and experts are structure; the first and the last block are like the others."""
     folds = find_folds(Atlas(family_graph(family, **sizes)))
     assert [[int(block.rpartition(".")[2]) for block in fold.blocks] for fold in folds] == numbers
 
@@ -139,9 +140,9 @@ def test_widths_may_differ_and_ops_may_not() -> None:
     assert row == (("layers.0.up.weight", 0), ("layers.1.up.weight", 0), ("layers.3.up.weight", 0))
 
 
-def test_blocks_are_named_in_short() -> None:
+def test_blocks_are_named_as_ranges() -> None:
     among = [*(f"model.layers.{i}" for i in range(12)), "other.0", "other.1"]
-    assert numbered(among[:12], among) == "model.layers.0 to 11"
-    assert numbered(["model.layers.0", "model.layers.1", "model.layers.4"], among) == "model.layers.0 to 1, 4"
-    assert numbered(among[11:], among) == "model.layers.11, other.0 to 1"
-    assert numbered(["front"], ["front", "back"]) == "front"
+    assert block_ranges(among[:12], among) == "model.layers.0 to 11"
+    assert block_ranges(["model.layers.0", "model.layers.1", "model.layers.4"], among) == "model.layers.0 to 1, 4"
+    assert block_ranges(among[11:], among) == "model.layers.11, other.0 to 1"
+    assert block_ranges(["front"], ["front", "back"]) == "front"

@@ -1,4 +1,4 @@
-"""Tests: a view as Graphviz text: clusters, boxes, lines and legend."""
+"""Test pictures as Graphviz text: clusters, boxes, lines and legend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fxprune.discovery.dependency import dependency_graph
 from fxprune.discovery.groups import KINDS
 from fxprune.draw.atlas import Atlas, find_folds
 from fxprune.draw.graphviz import Legend, _quoted, draw, hue_of
-from fxprune.draw.view import View, Words, contracted, searched
+from fxprune.draw.view import Labels, View, contracted, searched
 from fxprune.trace import trace
 
 
@@ -35,19 +35,19 @@ def test_each_kind_has_a_hue_of_its_own_in_every_shade() -> None:
 
 
 def legend(atlas: Atlas, view: View) -> str:
-    return Legend(atlas, view, Words(atlas, view.folds), lambda factor: "#123456").table()
+    return Legend(atlas, view, Labels(atlas, view.folds), lambda factor: "#123456").table()
 
 
-def test_groups_and_signs_of_the_picture_are_told(small: nx.Graph) -> None:
+def test_the_legend_explains_groups_and_signs_of_the_picture(small: nx.Graph) -> None:
     atlas = Atlas(small)
     shown = [axis for axis, data in small.nodes(data=True) if data["role"] == "parameter"]
     text = legend(atlas, contracted(atlas, "title", shown))
     (units,) = (group for group in atlas.groups if group.size == 4)
     assert f'BGCOLOR="#123456" BORDER="1" WIDTH="24"></TD><TD ALIGN="LEFT">{units.name}</TD>' in text
-    assert "points the way the data goes" in text and "frozen: cannot be removed" in text
-    assert not re.findall("stream|residual|dashed|thick|plan|go as a whole|widest", text)
+    assert "the arrow follows the data" in text and "frozen: cannot be removed" in text
+    assert not re.findall("stream|residual|dashed|thick|plan|removed as a whole|widest", text)
     text = legend(atlas, searched(atlas, "title", units))
-    assert "the search went this way" in text and "dashed" in text and "the way the data goes" not in text
+    assert "the arrow follows the search" in text and "dashed" in text and "follows the data" not in text
 
 
 class Stack(nn.Module):

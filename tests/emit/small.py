@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fxprune.emit.layout import Rebuilder, block_rebuilder, survey
+from fxprune.emit.layout import Rebuilder, block_rebuilder, find_layout
 
 __all__ = ["SmallBlock", "SmallConfig", "SmallModel", "rebuilder", "small"]
 
@@ -72,6 +72,6 @@ def small(**fields: Any) -> SmallModel:
 
 def rebuilder(model: SmallModel, index: int = 0) -> Rebuilder:
     """What builds a block of a model again."""
-    found = block_rebuilder(model, survey(model), index, model.blocks[index], {})
+    found = block_rebuilder(model, find_layout(model), index, model.blocks[index], {})
     assert found is not None
     return found

@@ -1,18 +1,18 @@
-"""Tests: choices for all blocks put together, one candidate model at a time."""
+"""Candidate models: the choices for all blocks combined."""
 
 from __future__ import annotations
 
-from fxprune.emit.assemble import Candidate, candidates_for, mended
+from fxprune.emit.assemble import Candidate, candidates_for, divided_attributes
+from fxprune.emit.blueprint import Blueprint, EmissionTask
 from fxprune.emit.choices import SharedWidths
-from fxprune.emit.layout import model_rebuilder, survey
-from fxprune.emit.recipe import Blueprint, EmissionTask
+from fxprune.emit.layout import find_layout, model_rebuilder
 from fxprune.emit.snapshot import Shape, shapes_of
 from tests.emit.small import SmallModel, small
 
 
 def task_for(model: SmallModel, wanted: dict[str, Shape], removed: tuple[str, ...] = ()) -> EmissionTask:
     """What a model of the wanted shapes is emitted from."""
-    layout = survey(model)
+    layout = find_layout(model)
     return EmissionTask(model, layout, model_rebuilder(model, layout), wanted, removed)
 
 
@@ -25,16 +25,11 @@ def narrowed(model: SmallModel, widths: dict[int, int]) -> dict[str, Shape]:
     return shapes
 
 
-def test_shapes_outside_the_blocks() -> None:
-    model = small()
-    assert set(task_for(model, shapes_of(model)).outside()) == {"embed.weight", "norm.weight", "norm.bias"}
-
-
 def test_a_field_of_one_block_stays_with_it() -> None:
     model = small()
     task = task_for(model, narrowed(model, {1: 14}))
     first = next(candidates_for(task, SharedWidths({})))
-    assert first.recipe.block_fields == {"blocks.1": {"inner": 14}} and first.recipe.fields == {}
+    assert first.blueprint.block_fields == {"blocks.1": {"inner": 14}} and first.blueprint.fields == {}
     assert first.gaps == () and first.loose == frozenset()
 
 
@@ -42,22 +37,22 @@ def test_a_field_that_all_blocks_share_goes_to_the_model() -> None:
     model = small()
     task = task_for(model, narrowed(model, {0: 14, 1: 14, 2: 14}))
     first = next(candidates_for(task, SharedWidths({})))
-    assert first.recipe.fields == {"inner": 14} and first.recipe.block_fields == {}, "block 3 has no such width"
+    assert first.blueprint.fields == {"inner": 14} and first.blueprint.block_fields == {}, "block 3 has no such width"
 
 
 def test_blocks_that_are_gone_are_not_asked() -> None:
     model = small()
     wanted = {name: s for name, s in narrowed(model, {2: 14}).items() if not name.startswith("blocks.1.")}
     first = next(candidates_for(task_for(model, wanted, ("blocks.1",)), SharedWidths({})))
-    assert first.recipe.removed == ("blocks.1",) and first.recipe.block_fields == {"blocks.2": {"inner": 14}}
+    assert first.blueprint.removed == ("blocks.1",) and first.blueprint.block_fields == {"blocks.2": {"inner": 14}}
 
 
 def test_a_block_keeps_its_dense_values_under_a_model_that_changes() -> None:
     """What the whole model is built with holds for its surroundings; a block may need the value from before."""
     model = small()
     task = task_for(model, shapes_of(model))
-    recipes = [candidate.recipe for candidate in candidates_for(task, SharedWidths({"heads": 2, "groups": 5}))]
-    kept = [recipe for recipe in recipes if recipe.block_fields.get("blocks.0", {}).get("heads") == 3]
+    found = [candidate.blueprint for candidate in candidates_for(task, SharedWidths({"heads": 2, "groups": 5}))]
+    kept = [blueprint for blueprint in found if blueprint.block_fields.get("blocks.0", {}).get("heads") == 3]
     assert kept and kept[0].absent["blocks.0"] == ["groups"], "the dense config knows no groups"
 
 
@@ -71,7 +66,7 @@ def test_what_no_field_reaches_is_told_and_loose() -> None:
     }
     first = next(candidates_for(task_for(model, wanted), SharedWidths({})))
     assert "block blocks.1: up.bias: wanted (7,), obtained (20,)" in first.gaps
-    assert "blocks.1.up.weight" in first.loose and first.recipe.attributes["blocks.1.up"]["out_features"] == 7
+    assert "blocks.1.up.weight" in first.loose and first.blueprint.attributes["blocks.1.up"]["out_features"] == 7
 
 
 def test_other_ways_to_build_blocks_are_looked_for_where_the_likeliest_does_not_do() -> None:
@@ -84,8 +79,8 @@ def test_other_ways_to_build_blocks_are_looked_for_where_the_likeliest_does_not_
     candidates = candidates_for(task, SharedWidths({}))
     first = next(candidates)
     tried = len(task.rebuilder._seen)
-    others = [candidate.recipe for candidate in candidates]
-    assert others and first.recipe not in others and len(task.rebuilder._seen) >= tried
+    others = [candidate.blueprint for candidate in candidates]
+    assert others and first.blueprint not in others and len(task.rebuilder._seen) >= tried
 
 
 def test_small_attributes_around_widths_are_divided() -> None:
@@ -94,7 +89,7 @@ def test_small_attributes_around_widths_are_divided() -> None:
         "layers.1.attention.query": {"out": 16},
     }
     candidate = Candidate(Blueprint(attributes=attributes), frozenset(), ())
-    found = list(mended(candidate, ["layers.1.attention.query.weight"]))
-    assert [one.recipe.attributes["layers.1.attention"]["groups"] for one in found] == [1, 2]
-    assert all(one.recipe.attributes["layers.1.attention.query"] == {"out": 16} for one in found)
-    assert candidate.recipe.attributes == attributes
+    found = list(divided_attributes(candidate, ["layers.1.attention.query.weight"]))
+    assert [one.blueprint.attributes["layers.1.attention"]["groups"] for one in found] == [1, 2]
+    assert all(one.blueprint.attributes["layers.1.attention.query"] == {"out": 16} for one in found)
+    assert candidate.blueprint.attributes == attributes

@@ -1,11 +1,11 @@
-"""Tests: ways to give one block its wanted shapes, likeliest first."""
+"""Ways to give a block, and the model around the blocks, the wanted shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fxprune.emit.choices import Choice, SharedWidths, choices_for, gap_between, shared_widths_for
-from fxprune.emit.layout import model_rebuilder, survey
+from fxprune.emit.choices import Choice, SharedWidths, choices_for, shared_widths_for
+from fxprune.emit.layout import find_layout, model_rebuilder
 from fxprune.emit.snapshot import Shape, shapes_of
 from tests.emit.small import SmallModel, rebuilder, small
 
@@ -41,23 +41,14 @@ def test_without_a_constructor_attributes_alone_are_set() -> None:
     assert only.as_dense and only.patches == {"up": {"out_features": 8}, "down": {"in_features": 8}}
 
 
-def test_gaps_are_told() -> None:
-    assert gap_between({"a": (2,), "b": (3,)}, {"a": (2,), "b": (4,)}) == ("b: wanted (4,), obtained (3,)",)
-
-
 def around(model: SmallModel, hidden: int) -> dict[str, Shape]:
     """Shapes outside the blocks."""
     return {"embed.weight": (17, hidden), "norm.weight": (hidden,), "norm.bias": (hidden,)}
 
 
-def test_nothing_changes_where_nothing_has_to() -> None:
-    model = small()
-    assert shared_widths_for(model_rebuilder(model, survey(model)), around(model, 12)) == [SharedWidths({})]
-
-
 def test_a_field_that_gives_all_shapes_comes_first() -> None:
     model = small()
-    rebuilder = model_rebuilder(model, survey(model))
+    rebuilder = model_rebuilder(model, find_layout(model))
     found = shared_widths_for(rebuilder, around(model, 9))
     assert found[0].fields["hidden"] == 9 and found[-1] == SharedWidths({})
     assert found[0].patches(rebuilder, around(model, 9), {}) == {}
@@ -65,7 +56,7 @@ def test_a_field_that_gives_all_shapes_comes_first() -> None:
 
 def test_attributes_are_set_where_no_field_reaches() -> None:
     model = small()
-    rebuilder = model_rebuilder(model, survey(model))
+    rebuilder = model_rebuilder(model, find_layout(model))
     wanted = {**around(model, 12), "embed.weight": (15, 12)}
     assert [shared.fields for shared in shared_widths_for(rebuilder, wanted)] == [{}]
     assert SharedWidths({}).patches(rebuilder, wanted, {}) == {"embed": {"num_embeddings": 15}}

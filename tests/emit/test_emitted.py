@@ -1,4 +1,4 @@
-"""Tests: the slim Hugging Face model of a slim graph, judged against the graph."""
+"""The slim Hugging Face model of a slim graph, compared with the graph."""
 
 from __future__ import annotations
 
@@ -13,25 +13,23 @@ from transformers.models.llama import modeling_llama
 
 import fxprune
 from fxprune.axes import Keep
-from fxprune.checkpoint.structure import describe
 from fxprune.discovery.dependency import Dependencies
-from fxprune.emit.emitted import Emitted, SlimJudge, _agree, check_own_forward, emit_from_graph
-from fxprune.emit.load import implementations
+from fxprune.emit.emitted import Emitted, SlimVerifier, _agree, check_own_forward, emit_from_graph
+from fxprune.emit.load import attention_implementations
+from fxprune.emit.structure import describe_structure
 from fxprune.errors import CheckpointError, PlanError, VerificationError
 from fxprune.graph.facts import Source, facts_of
-from fxprune.pipeline.pipeline import Pipeline
 from fxprune.removal.removal import Removal
 from fxprune.trace import trace
 from fxprune.trace.inputs import meta_twin
 from tests.emitted import cut, distance, logits
 from tests.models import tiny, token_ids
+from tests.remembered import grouped, model_of
 
 
 def test_a_graph_from_which_nothing_was_removed_gives_the_model_itself() -> None:
-    dense = tiny("llama", num_hidden_layers=1)
-    graph_module = trace(dense).graph_module
-    Pipeline("find-groups")(graph_module)
-    axes = facts_of(graph_module)[Dependencies].axes
+    graph_module = grouped("llama", num_hidden_layers=1)
+    dense, axes = model_of(graph_module), facts_of(graph_module)[Dependencies].axes
     inputs = {"input_ids": token_ids(2, 9)}
     emission = emit_from_graph(graph_module, facts_of(graph_module)[Source], Removal(axes, (), Keep()), inputs)
     model = emission.model
@@ -76,8 +74,8 @@ def graph(dense: Any) -> Any:
 
 
 @pytest.fixture
-def judge(dense: Any, graph: Any) -> SlimJudge:
-    return SlimJudge(graph, dense, {"input_ids": token_ids(2, 9)})
+def judge(dense: Any, graph: Any) -> SlimVerifier:
+    return SlimVerifier(graph, dense, {"input_ids": token_ids(2, 9)})
 
 
 @pytest.fixture
@@ -85,7 +83,7 @@ def candidate(dense: Any) -> Any:
     return copy.deepcopy(dense)
 
 
-def test_a_model_like_its_graph_is_taken(judge: SlimJudge, candidate: Any) -> None:
+def test_a_model_like_its_graph_is_taken(judge: SlimVerifier, candidate: Any) -> None:
     assert judge(candidate)
     candidate.model.norm.weight.data[0] += 1
     assert not judge(candidate)
@@ -93,7 +91,7 @@ def test_a_model_like_its_graph_is_taken(judge: SlimJudge, candidate: Any) -> No
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets what eager attention does after all: to its output, for a module."""
+    """Set a function of a module and its output that eager attention ends with."""
     plain = modeling_llama.eager_attention_forward
 
     def replace(act: Any) -> None:
@@ -112,7 +110,9 @@ def fail_if_broken(module: Any, output: torch.Tensor) -> torch.Tensor:
     return output
 
 
-def test_what_fails_under_another_implementation_alone_is_refused(judge: SlimJudge, candidate: Any, eager: Any) -> None:
+def test_what_fails_under_another_implementation_alone_is_refused(
+    judge: SlimVerifier, candidate: Any, eager: Any
+) -> None:
     candidate.model.layers[0].self_attn.broken = True
     eager(fail_if_broken)
     for dense in (judge.dense, meta_twin(judge.dense)):
@@ -122,7 +122,7 @@ def test_what_fails_under_another_implementation_alone_is_refused(judge: SlimJud
 
 
 def test_what_differs_under_another_implementation_alone_is_refused(
-    judge: SlimJudge, candidate: Any, eager: Any
+    judge: SlimVerifier, candidate: Any, eager: Any
 ) -> None:
     """Where the dense model has no values any more, nobody knows what it would do."""
     candidate.model.layers[0].self_attn.broken = True
@@ -134,7 +134,7 @@ def test_what_differs_under_another_implementation_alone_is_refused(
 
 
 def test_an_implementation_that_the_dense_model_fails_says_nothing(
-    judge: SlimJudge, candidate: Any, eager: Any
+    judge: SlimVerifier, candidate: Any, eager: Any
 ) -> None:
     eager(lambda _, output: output * 2)
     assert judge(candidate)
@@ -144,13 +144,6 @@ def test_an_implementation_that_the_dense_model_fails_says_nothing(
     assert judge(candidate)
 
 
-def test_a_model_in_training_is_compared_in_evaluation_mode(judge: SlimJudge, candidate: Any) -> None:
-    """Dropout made every comparison fail, and the reasons spoke of shapes."""
-    candidate.model.layers[0].self_attn.attention_dropout = 0.5
-    assert judge(candidate.train())
-    assert all(module.training for module in candidate.modules())
-
-
 def test_heads_without_key_heads_of_their_own_go_under_every_implementation() -> None:
     """The config said six key/value heads beside four heads: their quotient was zero, and eager attention broke."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **LATENT)).eval()
@@ -158,12 +151,12 @@ def test_heads_without_key_heads_of_their_own_go_under_every_implementation() ->
     slim, config = result.model, result.model.config
     assert config.num_attention_heads == config.num_key_value_heads == 4, result.report.model_reasons
     wanted = result.graph_module(token_ids())[0]
-    for name in implementations(slim):
+    for name in attention_implementations(slim):
         slim.set_attn_implementation(name)
         with torch.compiler.set_stance("force_eager"):
             assert distance(logits(slim), wanted) < 1e-5, name
     stock = cut(model, ("head",), ranking="local", uniform=True)
-    assert describe(stock.model).is_stock, "what a stock checkpoint says has to fit as well"
+    assert describe_structure(stock.model).is_stock, "what a stock checkpoint says has to fit as well"
     assert stock.model.config.num_attention_heads == stock.model.config.num_key_value_heads < 6
 
 

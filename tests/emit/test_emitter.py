@@ -1,4 +1,4 @@
-"""Emission as a whole, on a model of a few lines: what strangers refuse is a reason, what we get wrong is raised."""
+"""Emission as a whole, on a small model: refusals of foreign code are reasons, defects of ours are raised."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_narrower_block_is_emitted() -> None:
     slim: Any = emission.model
     assert emission.reasons == () and slim.blocks[1].up.out_features == 8
     assert slim.fxprune_overrides.block_fields == {"blocks.1": {"inner": 8}}
-    assert slim.fxprune_recipe["block_fields"] == {"blocks.1": {"inner": 8}}
+    assert slim.fxprune_blueprint["block_fields"] == {"blocks.1": {"inner": 8}}
     assert slim(torch.tensor([[1, 2]])).shape == (1, 2, 12)
 
 
@@ -41,12 +41,7 @@ def test_overrides_go_by_the_names_of_the_slim_model() -> None:
     tensors = {name: tensor for name, tensor in narrow(model).items() if not name.startswith("blocks.0.")}
     slim: Any = emitter.emit(model, tensors, ("blocks.0",)).model
     assert slim.fxprune_overrides.block_fields == {"blocks.0": {"inner": 8}}
-    assert slim.fxprune_recipe["block_fields"] == {"blocks.1": {"inner": 8}}
-
-
-def test_a_model_without_blocks_is_emitted() -> None:
-    model = small(depth=0)
-    assert isinstance(emitter.emit(model, tensors_of(model)).model, SmallModel)
+    assert slim.fxprune_blueprint["block_fields"] == {"blocks.1": {"inner": 8}}
 
 
 def test_a_module_that_the_user_added_is_missed() -> None:
@@ -90,7 +85,7 @@ def test_what_the_caller_raises_while_it_judges_is_a_reason() -> None:
     assert "a candidate does not run: RuntimeError: not on this machine" in emission.reasons
 
 
-@pytest.mark.parametrize("place", ["rebuild", "assign", "survey"])
+@pytest.mark.parametrize("place", ["rebuild", "assign_tensors", "find_layout"])
 def test_a_defect_of_ours_is_raised(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     space: dict[str, Any] = {"__name__": "fxprune.emit.somewhere"}
     exec("def broken(*args, **kwargs): return None + 1", space)

@@ -1,4 +1,4 @@
-"""`fxprune.emit.epsilons`: where a model holds what its norms add, by the values in its graph."""
+"""Norm epsilons in modules and configs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.emit.emitter import emit
-from fxprune.emit.epsilons import Places, driving_fields, exaggerated, find_places, set_attributes
-from fxprune.removal.removal import Change
+from fxprune.emit.epsilons import NormEpsilons, enlarged_epsilons, epsilon_fields, find_epsilons, set_attributes
+from fxprune.removal.removal import RescaledNumber
 from fxprune.trace import trace
 from tests.models import tiny
 
@@ -47,20 +47,22 @@ class Two(nn.Module):
         return self.first(x) if self.around == "again" else x  # type: ignore[no-any-return]
 
 
-def changes_in(model: nn.Module, *numbers: int) -> tuple[Any, dict[tuple[str, tuple[Any, ...]], Change]]:
+def changes_in(model: nn.Module, *numbers: int) -> tuple[Any, dict[tuple[str, tuple[Any, ...]], RescaledNumber]]:
     """The graph of a model, and its norms of these numbers with twice what they add."""
     graph = trace(model, X).graph_module.graph
     norms = [node for node in graph.nodes if "rms_norm" in str(node.target)]
-    return graph, {(norms[i].name, ("args", 3)): Change(norms[i].args[3], 2 * norms[i].args[3]) for i in numbers}  # type: ignore[arg-type, operator, misc]
+    return graph, {
+        (norms[i].name, ("args", 3)): RescaledNumber(norms[i].args[3], 2 * norms[i].args[3]) for i in numbers
+    }  # type: ignore[arg-type, operator, misc]
 
 
 def test_the_innermost_module_with_such_an_attribute_holds_it() -> None:
     model = Two(Norm(eps=0.5), Norm(eps=0.25), "own")
     graph, changes = changes_in(model, 0, 1, 2)
-    places = find_places(graph, model, changes)
+    places = find_epsilons(graph, model, changes)
     assert places.attributes == {"first": {"eps": 1.0}, "second": {"eps": 0.5}, "": {"small": 1.0}}
     assert places.reasons == () and set(places.nodes) == set(places.values)
-    assert find_places(graph, model, {("gone", ("args", 3)): Change(1.0, 2.0)}) == Places()
+    assert find_epsilons(graph, model, {("gone", ("args", 3)): RescaledNumber(1.0, 2.0)}) == NormEpsilons()
 
 
 @pytest.mark.parametrize(
@@ -75,32 +77,32 @@ def test_what_is_not_one_attribute_of_its_own_is_told(
 ) -> None:
     model = Two(Norm(eps=0.5), Norm(**second), around)
     graph, changes = changes_in(model, *numbers)
-    assert any(reason in line for line in find_places(graph, model, changes).reasons)
+    assert any(reason in line for line in find_epsilons(graph, model, changes).reasons)
 
 
 def test_a_number_that_no_attribute_has_is_told() -> None:
     model = Two(Norm(eps=0.5), Norm(eps=0.25))
     graph, changes = changes_in(model, 1)
     model.second.eps = 0.3
-    assert find_places(graph, model, changes).reasons == ("second: no attribute is 0.25, which its norm adds",)
+    assert find_epsilons(graph, model, changes).reasons == ("second: no attribute is 0.25, which its norm adds",)
 
 
 def test_two_norms_that_would_have_one_attribute_otherwise_are_told() -> None:
     model = Two(Norm(eps=0.5), Norm(eps=0.25), "again")
     graph, changes = changes_in(model, 0, 2)
     last = list(changes)[-1]
-    reasons = find_places(graph, model, {**changes, last: Change(0.5, 0.7)}).reasons
-    assert reasons == ("first.eps: two norms read it, and would have it otherwise",)
+    reasons = find_epsilons(graph, model, {**changes, last: RescaledNumber(0.5, 0.7)}).reasons
+    assert reasons == ("first.eps: two norms read it and need different values",)
 
 
 def test_large_numbers_show_what_small_ones_hide_and_are_put_back() -> None:
     model = Two(Norm(eps=1e-7), Norm(eps=1e-8))
     graph_module = trace(model, X).graph_module
     norms = [node for node in graph_module.graph.nodes if "rms_norm" in str(node.target)]
-    changes = {(node.name, ("args", 3)): Change(node.args[3], 2e-7) for node in norms}  # type: ignore[arg-type]
-    places = find_places(graph_module.graph, model, changes)
+    changes = {(node.name, ("args", 3)): RescaledNumber(node.args[3], 2e-7) for node in norms}  # type: ignore[arg-type]
+    places = find_epsilons(graph_module.graph, model, changes)
     before = model(X["x"])
-    with exaggerated(graph_module.graph, model, places, {path: path for path, _ in places.values}):
+    with enlarged_epsilons(graph_module.graph, model, places, {path: path for path, _ in places.values}):
         assert model.first.eps == 0.1 and model.second.eps == 0.1 * 1.5
         assert float((model(X["x"]) - before).abs().max()) > 1e-2
         graph_module.recompile()
@@ -109,23 +111,23 @@ def test_large_numbers_show_what_small_ones_hide_and_are_put_back() -> None:
     assert set_attributes(model, {"first": {"eps": 0.2}}) == {"first": {"eps": 1e-7}} and model.first.eps == 0.2
 
 
-def places_of(model: Any, leave: str = "") -> Places:
+def places_of(model: Any, leave: str = "") -> NormEpsilons:
     """All norms of a model, or all but some, with twice what they add."""
     found = {
         (path, "variance_epsilon"): (module.variance_epsilon, 2 * module.variance_epsilon)
         for path, module in model.named_modules()
         if "variance_epsilon" in vars(module) and (not leave or leave not in path)
     }
-    return Places(found)
+    return NormEpsilons(found)
 
 
 def test_a_config_field_says_it_where_it_moves_these_and_no_others() -> None:
     model = tiny("llama", num_hidden_layers=2, rms_norm_eps=1e-3)
-    assert driving_fields(model, "", places_of(model)) == {"rms_norm_eps": 2e-3}
+    assert epsilon_fields(model, "", places_of(model)) == {"rms_norm_eps": 2e-3}
     some = places_of(model, leave="layers.1")
-    assert driving_fields(model, "", some) == {}
-    assert driving_fields(model, "", some, ("model.layers.1",)) == {"rms_norm_eps": 2e-3}
-    assert driving_fields(model, "", Places()) == {}
+    assert epsilon_fields(model, "", some) == {}
+    assert epsilon_fields(model, "", some, ("model.layers.1",)) == {"rms_norm_eps": 2e-3}
+    assert epsilon_fields(model, "", NormEpsilons()) == {}
 
 
 def test_an_emitted_model_has_them_in_its_config_or_in_its_modules() -> None:
@@ -136,5 +138,5 @@ def test_an_emitted_model_has_them_in_its_config_or_in_its_modules() -> None:
         assert slim.config.rms_norm_eps == field
         assert slim.model.norm.variance_epsilon == 2e-3
         assert slim.model.layers[1].input_layernorm.variance_epsilon == (1e-3 if leave else 2e-3)
-    refused = emit(model, tensors, epsilons=Places(reasons=("norm: no attribute is 1",)))
+    refused = emit(model, tensors, epsilons=NormEpsilons(reasons=("norm: no attribute is 1",)))
     assert refused.model is None and refused.reasons == ("norm: no attribute is 1",)

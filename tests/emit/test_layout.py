@@ -1,4 +1,4 @@
-"""Tests: blocks of a model, their configs, and rebuilding them on ``meta``."""
+"""Lists of blocks, the config that describes them, and rebuilding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from fxprune.emit.layout import block_rebuilder, model_rebuilder, survey
+from fxprune.emit.layout import block_rebuilder, find_layout, model_rebuilder
 from fxprune.emit.snapshot import shapes_of
 from fxprune.emit.solve import Search
 from tests.emit.small import SmallModel, rebuilder, small
@@ -15,7 +15,7 @@ from tests.models import tiny
 
 
 def test_blocks_and_what_counts_them_are_found() -> None:
-    layout = survey(small())
+    layout = find_layout(small())
     assert (layout.part, layout.count_field, layout.depth) == ("", "depth", 4)
     assert list(layout.blocks()) == [f"blocks.{index}" for index in range(4)]
     assert [index for index, _ in layout.blocks().values()] == [0, 1, 2, 3]
@@ -24,23 +24,23 @@ def test_blocks_and_what_counts_them_are_found() -> None:
 def test_a_model_without_blocks_has_none() -> None:
     model = small()
     model.blocks = nn.ModuleList()
-    layout = survey(model)
+    layout = find_layout(model)
     assert (layout.stacks, layout.depth, layout.count_field) == ((), 0, None)
 
 
 def test_a_field_of_the_same_value_does_not_count_blocks() -> None:
-    layout = survey(small(heads=4, hidden=16))
+    layout = find_layout(small(heads=4, hidden=16))
     assert layout.count_field == "depth"
 
 
 def test_blocks_that_nothing_counts() -> None:
     model = small()
     del model.blocks[0]
-    assert survey(model).count_field is None
+    assert find_layout(model).count_field is None
 
 
 def test_lists_may_count_blocks() -> None:
-    layout = survey(tiny("gemma3_text"))
+    layout = find_layout(tiny("gemma3_text"))
     assert layout.depth == 3 and layout.count_field is not None
     assert layout.stacks[0].path == "model.layers"
 
@@ -57,7 +57,7 @@ def test_a_block_is_built_from_fields_and_remembered() -> None:
 
 def test_fields_of_its_own_are_where_a_block_starts() -> None:
     model = small()
-    found = block_rebuilder(model, survey(model), 1, model.blocks[1], {"inner": 6})
+    found = block_rebuilder(model, find_layout(model), 1, model.blocks[1], {"inner": 6})
     assert found is not None
     built = found.build({})
     assert isinstance(built, nn.Module) and built.up.out_features == 6 and built.layer_idx == 1
@@ -77,7 +77,7 @@ def test_a_block_of_a_width_in_a_list_is_built_from_its_entry(wider: list[int], 
     model = small()
     vars(model.config).update(widths=[4, 5, 6, 7], wider=wider)
     block = Listed(model.config, 1)
-    found = block_rebuilder(model, survey(model), 1, block, {})
+    found = block_rebuilder(model, find_layout(model), 1, block, {})
     assert found is not None
     seen = found.observe({})
     assert seen is not None and seen.shapes == shapes_of(block)
@@ -97,12 +97,12 @@ def test_a_block_that_asks_for_more_is_not_built() -> None:
             super().__init__()
 
     model = small()
-    assert block_rebuilder(model, survey(model), 0, Demanding(None, 0, model), {}) is None
+    assert block_rebuilder(model, find_layout(model), 0, Demanding(None, 0, model), {}) is None
 
 
 def test_the_model_is_built_with_few_blocks() -> None:
     model = small()
-    around = model_rebuilder(model, survey(model))
+    around = model_rebuilder(model, find_layout(model))
     built = around.build({"hidden": 24})
     assert isinstance(built, SmallModel) and len(built.blocks) == 1 and built.norm.weight.shape == (24,)
     assert around.skip == ("blocks",)

@@ -1,4 +1,4 @@
-"""Tests: tensors assigned to a model on ``meta``, and runs under each attention implementation."""
+"""Assignment of tensors, and forward passes under each attention implementation."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from transformers import PreTrainedModel
 import fxprune.emit.load as dry_runs
 from fxprune.emit.load import (
     DryRuns,
-    assign,
-    attending,
+    assign_tensors,
+    attention_implementations,
     configs_of,
-    has_odd_experts,
-    implementations,
-    left_on_meta,
-    misfits,
-    missing_modules,
+    has_unaligned_experts,
+    meta_copies,
+    names_on_meta,
     run_on_meta,
-    standins,
-    suit_experts,
+    shape_errors,
+    use_eager_experts,
+    using_attention,
 )
-from fxprune.graph.context import evaluating
+from fxprune.graph.context import eval_mode
 from fxprune.modelling.block_config import block_config
 from fxprune.trace.inputs import meta_twin
 from tests.emit.small import SmallConfig, SmallModel, small
@@ -46,36 +45,23 @@ def test_tensors_are_assigned_not_copied() -> None:
     dense, slim = small(depth=1), blank(depth=1)
     dense.norm.weight.requires_grad_(False)
     given = {**tensors_of(dense), "norm.bias": torch.ones(12)}
-    assign(slim, dense, given, lambda name: name)
+    assign_tensors(slim, dense, given, lambda name: name)
     assert slim.embed.weight is dense.embed.weight and not slim.norm.weight.requires_grad
     assert isinstance(slim.norm.bias, nn.Parameter) and slim.norm.bias.data_ptr() == given["norm.bias"].data_ptr()
-    assert left_on_meta(slim) == [] and not slim.training
-
-
-def test_names_that_are_gone_are_left_out() -> None:
-    dense, slim = small(depth=2), blank(depth=1)
-    assign(slim, dense, tensors_of(dense), lambda name: None if name.startswith("blocks.1") else name)
-    assert slim.blocks[0].up.weight is dense.blocks[0].up.weight
+    assert names_on_meta(slim) == [] and not slim.training
 
 
 def test_misfits_are_told() -> None:
     slim, tensors = blank(depth=1), tensors_of(small(depth=1, inner=8))
-    assert misfits(slim, tensors_of(small(depth=1)), lambda name: name, frozenset()) == []
-    told = misfits(slim, {**tensors, "more": torch.ones(1)}, lambda name: name, frozenset({"blocks.0.up.bias"}))
+    assert shape_errors(slim, tensors_of(small(depth=1)), lambda name: name, frozenset()) == []
+    told = shape_errors(slim, {**tensors, "more": torch.ones(1)}, lambda name: name, frozenset({"blocks.0.up.bias"}))
     assert told == [
         "blocks.0.down.weight: wanted (12, 8), obtained (12, 20)",
         "blocks.0.up.weight: wanted (8, 12), obtained (20, 12)",
         "more: the class has no such tensor, wanted (1,)",
     ]
     del tensors["norm.bias"]
-    assert "norm.bias: no tensor given for it" in misfits(slim, tensors, lambda name: name, frozenset())
-
-
-def test_modules_of_the_user_are_missed() -> None:
-    dense = small(depth=1)
-    assert missing_modules(blank(depth=1), dense, lambda name: name) == []
-    dense.probe = nn.Identity()
-    assert missing_modules(blank(depth=1), dense, lambda name: name) == ["probe: the class builds no such module"]
+    assert "norm.bias: no tensor given for it" in shape_errors(slim, tensors, lambda name: name, frozenset())
 
 
 def test_a_model_runs_without_storage_or_says_what_stops_it() -> None:
@@ -87,11 +73,11 @@ def test_a_model_runs_without_storage_or_says_what_stops_it() -> None:
 
 def test_standins_are_shared_as_their_tensors_are() -> None:
     weight, other = torch.ones(2), torch.zeros(3, dtype=torch.half)
-    made = standins({"a": weight, "b": weight, "c": other})
+    made = meta_copies({"a": weight, "b": weight, "c": other})
     assert made["a"] is made["b"] and made["c"].dtype == torch.half and made["c"].is_meta
     model = nn.Module()
     vars(model)["table"] = made["a"]
-    assert left_on_meta(model) == [".table"]
+    assert names_on_meta(model) == [".table"]
 
 
 @pytest.mark.parametrize(("width", "odd"), [(8, False), (6, True)])
@@ -106,17 +92,17 @@ def test_experts_of_odd_widths_run_one_by_one(width: int, odd: bool) -> None:
     model = small(depth=1)
     model.experts = Experts()
     vars(model.config)["_experts_implementation_internal"] = "grouped_mm"
-    assert has_odd_experts(model) is odd
-    suit_experts(model)
+    assert has_unaligned_experts(model) is odd
+    use_eager_experts(model)
     assert (vars(model.config)["_experts_implementation_internal"] == "eager") is odd
 
 
 def test_a_class_has_its_own_first_and_what_it_can_be_switched_to() -> None:
     model = tiny("llama", num_hidden_layers=1)
-    assert implementations(model) == ("sdpa", "eager", "flex_attention")
+    assert attention_implementations(model) == ("sdpa", "eager", "flex_attention")
     model.set_attn_implementation("eager")
-    assert implementations(model) == ("eager", "sdpa", "flex_attention")
-    assert implementations(tiny("bloom", num_hidden_layers=1)) == ("eager",)
+    assert attention_implementations(model) == ("eager", "sdpa", "flex_attention")
+    assert attention_implementations(tiny("bloom", num_hidden_layers=1)) == ("eager",)
 
 
 def test_a_model_runs_under_another_and_is_as_it_was() -> None:
@@ -126,8 +112,8 @@ def test_a_model_runs_under_another_and_is_as_it_was() -> None:
     seen = []
     layer.self_attn.register_forward_pre_hook(lambda module, _: seen.append(module.config._attn_implementation))
     with torch.no_grad():
-        for name in implementations(model):
-            with attending(model, name) as taken:
+        for name in attention_implementations(model):
+            with using_attention(model, name) as taken:
                 assert taken
                 model(token_ids(), use_cache=False)
     assert seen == ["sdpa", "eager", "flex_attention"]
@@ -137,7 +123,7 @@ def test_a_model_runs_under_another_and_is_as_it_was() -> None:
 def test_what_a_model_does_not_take_is_told() -> None:
     model = small()
     before = [dict(vars(config)) for config in configs_of(model)]
-    with attending(model, "flash_attention_2") as taken:
+    with using_attention(model, "flash_attention_2") as taken:
         assert not taken
     assert [dict(vars(config)) for config in configs_of(model)] == before
 
@@ -146,7 +132,7 @@ def test_each_module_gets_its_mode_back() -> None:
     model = small().train()
     model.blocks[1].eval()
     before = [module.training for module in model.modules()]
-    with evaluating(model):
+    with eval_mode(model):
         assert not any(module.training for module in model.modules())
     assert [module.training for module in model.modules()] == before
 

@@ -1,4 +1,4 @@
-"""Tests: attributes that a class derives from other sizes, set by hand or carried over."""
+"""Attributes that follow from sizes."""
 
 from __future__ import annotations
 
@@ -7,19 +7,9 @@ import functools
 import torch
 from torch import nn
 
-from fxprune.emit.patch import carry_over, common_path, leaf_patches, merged, numbers_of, scope_patches
+from fxprune.emit.patch import carry_over, leaf_patches, scope_patches
 from fxprune.emit.snapshot import take_snapshot
 from tests.emit.small import small
-
-
-def test_the_smallest_common_module() -> None:
-    assert common_path(frozenset({"a.b.weight", "a.b.bias"})) == "a.b"
-    assert common_path(frozenset({"a.b.weight", "a.c.weight"})) == "a"
-    assert common_path(frozenset({"weight"})) == ""
-
-
-def test_the_second_of_two_sets_wins() -> None:
-    assert merged({"a": {"x": 1, "y": 2}}, {"a": {"x": 3}, "b": {"z": 4}}) == {"a": {"x": 3, "y": 2}, "b": {"z": 4}}
 
 
 def test_a_class_is_asked_through_its_constructor() -> None:
@@ -65,10 +55,6 @@ def test_attributes_move_within_the_module_that_changes() -> None:
     }
     found = scope_patches(before, after, frozenset({("mix.weight", 0), ("back.weight", 1)}))
     assert found[""] == {"num_heads": 2} and found["back"] == {"in_features": 8, "out_features": 8}
-
-
-def test_numbers_by_module() -> None:
-    assert numbers_of(small().blocks[1])[""] == {"layer_idx": 1, "num_heads": 3, "head_dim": 4}
 
 
 def scaled(x: torch.Tensor, by: float) -> torch.Tensor:

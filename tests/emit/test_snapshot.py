@@ -1,4 +1,4 @@
-"""Tests: a module from outside: tensor shapes, scalar attributes, config fields, names."""
+"""Snapshots of modules, configs and names."""
 
 from __future__ import annotations
 
@@ -11,31 +11,22 @@ from torch import nn
 from fxprune.emit.snapshot import (
     MISSING_AXIS,
     Reads,
+    block_entries,
     build_on_meta,
-    is_number,
     keep_blocks,
     mismatches,
-    names_in,
-    on_meta,
-    own_entries,
     part_of,
     record_reads,
     shapes_of,
     slim_name,
     take_snapshot,
     value_of,
+    without_storage,
 )
 from fxprune.graph.context import Refusal
 from fxprune.modelling.block_config import put_fields
 from fxprune.modelling.blocks import CannotBuildError
 from tests.emit.small import SmallBlock, SmallConfig
-
-
-@pytest.mark.parametrize(
-    ("value", "answer"), [(3, True), ((3, 4), True), (True, False), ((), False), ((1, True), False), ([3], False)]
-)
-def test_numbers(value: object, answer: bool) -> None:
-    assert is_number(value) is answer
 
 
 def test_tied_and_unsaved_tensors_have_shapes() -> None:
@@ -84,19 +75,15 @@ def test_a_removed_block_without_a_number_moves_nothing() -> None:
     assert slim_name("a.2.weight", ("a.last",)) == "a.2.weight"
 
 
-def test_names_within_a_module() -> None:
-    assert names_in({"a.b.c": 1, "a.bc": 2, "a.b": 3}, "a.b") == {"c": 1}
-
-
 def test_nothing_has_storage_and_nobody_chatters(recwarn: pytest.WarningsRecorder) -> None:
-    with on_meta():
+    with without_storage():
         warnings.warn("odd", stacklevel=1)
         assert nn.Linear(3, 2).weight.is_meta and not torch.is_grad_enabled()
     assert len(recwarn) == 0 and torch.is_grad_enabled() and not torch.zeros(1).is_meta
 
 
 def test_no_first_values_are_drawn_where_there_are_none() -> None:
-    with on_meta():
+    with without_storage():
         weight = nn.Linear(3, 2).weight
         assert weight._version == 0 and nn.init.normal_(weight) is weight and nn.init.ones_(tensor=weight) is weight
         real = nn.init.ones_(torch.zeros(2, device="cpu"))
@@ -153,8 +140,8 @@ def test_a_list_of_the_same_integer_holds_that_one() -> None:
 def test_a_block_reads_its_own_entries_of_lists() -> None:
     config = SmallConfig()
     vars(config).update(heads_of=[3, 4, 5], kinds=["a", "b", "c"], pairs=[1, 2], pad_token_ids=[1, 2, 3])
-    assert own_entries(config, 3, 1) == {"heads_of": 4}
-    assert own_entries(config, 3, 3) == {}, "of another list of blocks"
+    assert block_entries(config, 3, 1) == {"heads_of": 4}
+    assert block_entries(config, 3, 3) == {}, "of another list of blocks"
 
 
 def test_lists_with_one_entry_a_block_are_shortened() -> None:

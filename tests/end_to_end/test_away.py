@@ -38,7 +38,8 @@ def require_same(one, other):
 _TAYLOR = """
 model, ids = tiny("llama", num_hidden_layers=3), token_ids(6)
 for order, memory in (("mix", "low"), ("first", "fast"), ("second", "auto")):
-    options = dict(recipe="llm-pruner", taylor=order, memory=memory, ratio=0.25, compensate="least-squares{reach=all}")
+    options = dict(recipe="llm-pruner", importance=f"taylor{{order={order}}}", memory=memory, ratio=0.25)
+    options["compensate"] = "least-squares{reach=all}"
     require_same(fxprune.prune(model, ids, **options), fxprune.prune(model, ids, device=device, **options))
 """
 

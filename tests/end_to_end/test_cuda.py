@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fxprune
-from fxprune.offload.prefetch import StreamCarrier
+from fxprune.offload.prefetch import StreamPrefetcher
 from tests.models import tiny, token_ids
 
 pytestmark = [
@@ -77,14 +77,14 @@ def test_a_slim_model_generates_there_and_loads_there(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_are_carried_there_by_a_thread_and_a_stream(dtype: torch.dtype) -> None:
-    carrier = StreamCarrier(torch.device("cuda", 0))
+    prefetcher = StreamPrefetcher(torch.device("cuda", 0))
     tensors = [torch.randn(300, 200).to(dtype) for _ in range(8)]
-    carrier.ahead(tensors[:2])
+    prefetcher.prefetch(tensors[:2])
     for i, tensor in enumerate(tensors):
-        (moved,) = carrier.carry([tensor])
-        carrier.ahead(tensors[i + 1 : i + 3])
-        assert moved.device == carrier.device and torch.equal((moved * 1).cpu(), tensor)
-    carrier.close()
+        (moved,) = prefetcher.fetch([tensor])
+        prefetcher.prefetch(tensors[i + 1 : i + 3])
+        assert moved.device == prefetcher.device and torch.equal((moved * 1).cpu(), tensor)
+    prefetcher.close()
 
 
 @pytest.mark.parametrize("importance", ["taylor{order=mix}", "taylor{order=first}", "wanda"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fxprune
-from benchmarks.demo_model import load_demo_model
+from benchmarks.common import load_demo_model
 
 pytestmark = pytest.mark.slow
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.demo_model import load_demo_model
+from benchmarks.common import load_demo_model
 from fxprune.cli import demo as demo_files
 from fxprune.data.built_in import offline_text
 from fxprune.data.text import token_windows
 from fxprune.errors import FxpruneError
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from tests.emitted import (
     uneven,
     widths,
 )
-from tests.models import tiny, token_ids
+from tests.models import FAMILIES, tiny, token_ids
+from tests.tiers import tiers
 
 WHOLE = {"mixtral": {"mlp"}}
 """Kinds that a family has, but that nothing is removed of yet."""
@@ -28,7 +29,7 @@ LISTS_BY_LAYER = ("mixtral", "qwen2_moe", "gemma2", "smollm3", "mpt")
 """Families that are told something about each layer, or whose layers are of two kinds."""
 
 
-@pytest.fixture(scope="module", params=EVERY_FAMILY)
+@pytest.fixture(scope="module", params=tiers(EVERY_FAMILY, *FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     """Every family; what is asked of one is asked in a row, so that it is pruned once."""
     name: str = request.param
@@ -72,7 +73,7 @@ def test_a_model_that_went_to_disk_says_the_same(family: str) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("family", LISTS_BY_LAYER)
+@pytest.mark.parametrize("family", tiers(LISTS_BY_LAYER, "qwen2_moe"))
 def test_layers_go_where_a_config_lists_them(family: str) -> None:
     result = shallow(family)
     assert len(result.report.removed_blocks) == 1
@@ -82,7 +83,7 @@ def test_layers_go_where_a_config_lists_them(family: str) -> None:
     assert torch.equal(greedy(result.model), greedy(through_disk(result).model))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("family", tiers(["llama", "gpt2", "gemma3_text"], "gpt2"))
 def test_a_model_pruned_in_place_becomes_the_slim_one(family: str) -> None:
     apart, model = uneven(family), tiny(family)
     result = cut(model, ("mlp", "head"), inplace=True)
@@ -92,7 +93,7 @@ def test_a_model_pruned_in_place_becomes_the_slim_one(family: str) -> None:
     assert torch.equal(greedy(through_disk(result).model), greedy(model))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "falcon", "mixtral"])
+@pytest.mark.parametrize("family", tiers(["llama", "gpt2", "gpt_neox", "falcon", "mixtral"], "llama"))
 def test_a_model_of_half_precision_stays_one(family: str) -> None:
     model = tiny(family)
     for parameter in model.parameters():
@@ -107,20 +108,11 @@ def test_a_model_of_half_precision_stays_one(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "loaded"),
-    [
-        ("llama", False),
-        ("llama", True),
-        ("gpt2", True),
-        ("gpt_neox", False),
-        ("gemma3_text", True),
-        ("falcon", False),
-        ("stablelm", True),
-        ("olmo2", False),
-        ("mixtral", True),
-    ],
+    "case",
+    tiers(["llama", "llama loaded", "gpt_neox", "gemma3_text loaded", "mixtral loaded"], "llama loaded"),
 )
-def test_a_slim_model_is_pruned_again(family: str, loaded: bool) -> None:
+def test_a_slim_model_is_pruned_again(case: str) -> None:
+    family, _, loaded = case.partition(" ")
     first = reloaded(family).model if loaded else uneven(family).model
     before, shapes = logits(first), {name: value.shape for name, value in first.state_dict().items()}
     second = cut(first, ("mlp", "head", "layer"), seed=3)

@@ -1,8 +1,6 @@
-"""Every kind of unit of every family: removing it is masking it, checked against plain PyTorch."""
+"""Every kind of unit of each family: removing it equals masking it and zeroing it by hand."""
 
 from __future__ import annotations
-
-import copy
 
 import numpy as np
 import pytest
@@ -10,87 +8,35 @@ import torch
 
 import fxprune
 from fxprune.axes import Keep
-from fxprune.discovery.dependency import axis_map
 from fxprune.removal.plan import Plan, plan_of
 from tests.models import FAMILIES, tiny, token_ids
+from tests.oracle import axes_of, groups_of, zeroed
+from tests.random_networks import check_every_removal
+from tests.remembered import grouped, model_of, pruned
+from tests.tiers import tiers
 
 KINDS_OF_ALL = {"mlp", "head", "head_dim", "channel", "layer"}
-REMOVAL = [
-    *("make-verification-inputs", "record-expected", "bypass-blocks", "slice-parameters", "rewrite-literals"),
-    *("eliminate-dead-code", "verify-removal"),
-]
-
-
-def random_keep(group: fxprune.Group, seed: int) -> Keep:
-    """Drop between one and half of the units of ``group``, separately in each outer unit where it may."""
-    generator = np.random.default_rng(seed)
-    gone = max(1, group.size // 3)
-    rows = 1 if group.outer is None else group.outer.size
-    table = np.ones((rows, group.size), dtype=bool)
-    for row in table:
-        row[generator.choice(group.size, gone, replace=False)] = False
-    assert group.factor is not None
-    if group.outer is None:
-        return Keep({group.factor: table[0]})
-    return Keep({group.factor: table}, {group.factor: group.outer})
-
-
-def zeroed(model: torch.nn.Module, plan: Plan) -> torch.nn.Module:
-    """A copy of ``model`` with every slice that the plan drops set to zero: masking, in plain PyTorch."""
-    masked = copy.deepcopy(model)
-    tensors = dict(masked.named_parameters(remove_duplicate=False)) | dict(masked.named_buffers())
-    with torch.no_grad():
-        for name, axes in plan.kept.items():
-            for axis, kept in axes.items():
-                gone = sorted(set(range(tensors[name].shape[axis])) - set(kept))
-                tensors[name].index_fill_(axis, torch.tensor(gone), 0.0)
-    return masked
-
-
-def removed(dense: torch.fx.GraphModule, plan: Plan) -> torch.fx.GraphModule:
-    """A graph without what a plan takes out of it, which is verified; the dense one stays as it is."""
-    steps = [fxprune.load_pass("plan-from-json", text=plan.to_json()), *REMOVAL]
-    return fxprune.Pipeline(steps)(dense).graph_module
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exact_groups_remove_exactly(family: str) -> None:
-    """The first group goes as a user takes it out, the others by the passes that this runs."""
-    model = tiny(family)
-    traced = fxprune.trace(model)
-    graph = fxprune.dependency_graph(traced)
-    dense, ids = fxprune.Pipeline("find-groups")(traced.graph_module).graph_module, token_ids()
-    exact = [g for g in fxprune.find_groups(graph) if g.factor is not None and not g.renormalised]
-    # one block stands for the others, which are the same code
-    first = [g for g in exact if g.block is None or ".0" in g.block]
-    assert {"mlp", "head_dim"} <= {g.kind for g in first}
-    for seed, group in enumerate(first):
-        plan = plan_of(axis_map(graph), random_keep(group, seed))
-        slim = removed(dense, plan) if seed else fxprune.apply(model, plan).graph_module
-        with torch.no_grad():
-            want, got = zeroed(model, plan)(ids).logits, slim(input_ids=ids).logits
-        assert (want - got).abs().max() < 1e-4, group.name
-        assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_kinds_found(family: str) -> None:
-    graph = fxprune.dependency_graph(fxprune.trace(tiny(family), dynamic=False))
-    kinds = {group.kind for group in fxprune.find_groups(graph)}
-    assert kinds == KINDS_OF_ALL
+def test_groups_remove_exactly(family: str) -> None:
+    model = tiny(family, use_cache=False)
+    dense = check_every_removal(model, {"input_ids": token_ids()}, dynamic=True, thorough=False)
+    assert {group.kind for group in groups_of(dense)} == KINDS_OF_ALL
+    assert {"mlp", "head_dim"} <= {group.kind for group in groups_of(dense) if not group.renormalised}
 
 
 def test_slopes_built_from_positions_stay_with_their_heads() -> None:
     """A model with fewer heads would make other slopes; those that stay are those of the heads that stay."""
-    model, ids = tiny("bloom"), token_ids()
-    graph = fxprune.dependency_graph(fxprune.trace(model))
-    (heads,) = [group for group in fxprune.find_groups(graph) if group.kind == "head"]
+    dense, ids = grouped("bloom"), token_ids()
+    model = model_of(dense)
+    (heads,) = [group for group in groups_of(dense) if group.kind == "head"]
     assert {member.name for member in heads.members if not member.trained} == {"constant_0"}
     assert heads.factor is not None
-    plan = plan_of(axis_map(graph), Keep({heads.factor: np.array([False, True, True, False])}))
+    plan = plan_of(axes_of(dense), Keep({heads.factor: np.array([False, True, True, False])}))
     assert "constant_0" not in plan.kept  # a name in this graph alone
     result = fxprune.apply(model, Plan.from_json(plan.to_json()))
-    before = fxprune.trace(model).graph_module.get_buffer("constant_0").flatten()
+    before = dense.get_buffer("constant_0").flatten()
     assert torch.equal(result.graph_module.get_buffer("constant_0").flatten(), before[1:3])
     with torch.no_grad():
         assert torch.allclose(result(input_ids=ids).logits, zeroed(model, plan)(ids).logits, atol=1e-4)
@@ -112,11 +58,12 @@ def test_emitted_model_agrees_and_generates(family: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiers(FAMILIES, "llama", "gpt_neox"))
 @pytest.mark.parametrize("kind", ["channel", "layer"])
 def test_width_and_depth(family: str, kind: str) -> None:
-    model = tiny(family)
-    result = fxprune.prune(model, None, importance="l2", group_ratio=0.34, kinds=(kind,), protect=())
+    result = pruned(
+        family, importance="l2", select="select-by-group-ratio{group_ratio=0.34}", kinds=(kind,), protect=()
+    )
     dense, slim = result.report.parameters
     assert slim < dense
     assert result.report.verification_error is not None and result.report.verification_error < 1e-5

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 import fxprune
 from tests.emitted import distance, greedy, logits, padding_error, shallow, through_disk, uneven
 from tests.models import tiny, token_ids
+from tests.tiers import tiers
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma3_text", "falcon", "bloom")
 
@@ -25,7 +26,7 @@ RENAMED = ("gpt_neox",)
 Made = Callable[[str], fxprune.Result]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=tiers(FAMILIES, "gpt2"))
 def family(request: pytest.FixtureRequest) -> str:
     """A few families; what is asked of one is asked in a row, so that it is pruned once."""
     name: str = request.param

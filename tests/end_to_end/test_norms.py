@@ -21,6 +21,7 @@ from tests.emitted import distance, logits, through_disk
 from tests.export.small import tokenizer
 from tests.models import tiny, token_ids
 from tests.oracle import zeroed
+from tests.tiers import tiers
 
 EPS = 0.05
 """Large, so that a norm that adds the wrong number shows in the logits."""
@@ -50,7 +51,13 @@ def made(name: str, **more: Any) -> PreTrainedModel:
 
 def prune(model: Any, kind: str, **options: Any) -> fxprune.Result:
     """The model without a quarter of its units of a kind."""
-    given = {"importance": "random", "group_ratio": 0.25, "protect": (), "norm": "masked", **options}
+    given = {
+        "importance": "random",
+        "select": "select-by-group-ratio{group_ratio=0.25}",
+        "protect": (),
+        "norm": "masked",
+        **options,
+    }
     return fxprune.prune(model, None, kinds=[kind], **given)
 
 
@@ -60,7 +67,7 @@ def slim(name: str) -> fxprune.Result:
     return prune(made(name), CASES[name][2])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", tiers(CASES, "width", "width-beside-norms-in-heads"))
 def test_removing_equals_zeroing_and_the_emitted_model_says_the_same(name: str) -> None:
     """The report counts such groups as exact; the logits are those of the dense model with the same units zeroed."""
     result, dense = slim(name), made(name)
@@ -76,7 +83,7 @@ def test_removing_equals_zeroing_and_the_emitted_model_says_the_same(name: str) 
     assert distance(logits(sliced.graph_module), wanted) > 1e-3, "both are the same, so the comparison says nothing"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", tiers(CASES, "width", "width-beside-norms-in-heads"))
 def test_what_norms_add_goes_to_disk_and_back(name: str) -> None:
     """In the config where one number does, else beside it."""
     result = slim(name)
@@ -142,10 +149,11 @@ def test_what_stays_is_fitted_to_masked_norms() -> None:
         made("width"),
         ids,
         kinds=["channel"],
-        group_ratio=0.34,
+        select="select-by-group-ratio{group_ratio=0.34}",
         importance="l2",
         protect=(),
         compensate="least-squares",
+        recipe="llm-pruner",
         norm="masked",
     )
     assert result.report.renormalised == {} and result.report.verification_error is not None
@@ -182,7 +190,13 @@ def test_a_module_of_ones_own_is_told_in_place_what_its_norms_add() -> None:
     model.norm.normalized_shape = (12,)
     whole = Own(written=False)
     result = fxprune.prune(
-        whole, None, kinds=["mlp"], group_ratio=0.5, importance="l2", norm="masked", example_inputs=x
+        whole,
+        None,
+        kinds=["mlp"],
+        select="select-by-group-ratio{group_ratio=0.5}",
+        importance="l2",
+        norm="masked",
+        example_inputs=x,
     )
     assert result.report.renormalised == {} and whole.norm.eps == EPS
     with pytest.raises(fxprune.FxpruneError, match=r"no attribute is 0\.051"):

@@ -11,7 +11,7 @@ from torch import nn
 import fxprune
 from fxprune.discovery.explain import frozen_axes
 from fxprune.graph.facts import Blocks, facts_of
-from tests.architectures import glm, memory, modules, text, vision
+from tests.architectures import glm, memory, modules, vision
 from tests.architectures.library import LIBRARY, stirred
 from tests.oracle import (
     axes_of,
@@ -22,6 +22,7 @@ from tests.oracle import (
     groups_of,
     shape_of,
 )
+from tests.tiers import tiers
 
 Kinds = Mapping[str, Sequence[int]]
 Inputs = dict[str, torch.Tensor]
@@ -57,21 +58,6 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Inputs, Kinds]] = {
         {"input_ids": IDS},
         {"channel~": [24], "head": [3, 3], "head_dim": [2, 8, 2, 8], "mlp": [20, 20]},
     ),
-    "complex-rotary": (
-        text.ComplexRotaryLM,
-        {"tokens": IDS},
-        {"channel~": [20], "head": [2, 3, 2, 3], "head_dim": [4, 8, 8], "mlp": [28, 28]},
-    ),
-    "parallel-and-shared": (
-        text.ParallelLM,
-        {"tokens": IDS},
-        {"channel~": [18], "head": [4, 4], "head_dim": [5, 5, 5, 5], "mlp": [22, 22]},
-    ),
-    "latent-attention": (
-        text.LatentLM,
-        {"ids": IDS},
-        {"mlp~": [20, 11, 9], "head": [3], "head_dim": [5, 3, 7], "mlp": [26]},
-    ),
     "selective-scan": (
         lambda: memory.MemoryLM(memory.SelectiveScan(16, 20, 5, 3)),
         {"ids": IDS},
@@ -92,23 +78,8 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Inputs, Kinds]] = {
         {"ids": IDS[:, :4]},
         {"mlp~": [16], "head": [3], "head_dim": [5], "head_dim~": [6]},
     ),
-    "patches": (
-        vision.PatchTransformer,
-        {"image": images(3, 8)},
-        {"channel~": [24], "head": [3, 3], "head_dim~": [8, 8], "mlp": [20, 20]},
-    ),
-    "grouped-convolutions": (
-        vision.GroupedNet,
-        {"image": images(3, 12)},
-        {"channel": [10, 14, 18], "mlp": [4, 3, 3, 5, 3, 5, 5, 5]},
-    ),
     "down-and-up": (vision.DownAndUp, {"image": images(3, 8)}, {"mlp": [4, 5, 9, 16], "mlp~": [3, 4]}),
     "token-mixer": (vision.TokenMixer, {"image": images(3, 6)}, {"mlp~": [14], "mlp": [11, 17]}),
-    "speech": (
-        vision.SpeechBlock,
-        {"sound": torch.randn(2, 60, generator=torch.Generator().manual_seed(0))},
-        {"mlp": [8, 3, 4, 10]},
-    ),
     "encoder": (
         lambda: modules.Encoder(batch_first=True, norm_first=True),
         {"ids": IDS},
@@ -129,21 +100,20 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Inputs, Kinds]] = {
 """Networks written from scratch: how to make one, what it takes, and the sizes of its groups."""
 
 
-@pytest.mark.parametrize("name", FROM_LIBRARY)
+@pytest.mark.parametrize("name", tiers(FROM_LIBRARY, "bert", "resnet"))
 def test_models_of_transformers_that_are_no_causal_ones(name: str) -> None:
     model, inputs = LIBRARY[name]()
     check_kinds_remove_exactly(stirred(model), inputs, FROM_LIBRARY[name])
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", tiers(PLAIN, "retention", "down-and-up", "encoder"))
 def test_plain_modules(name: str) -> None:
     make, inputs, kinds = PLAIN[name]
     check_kinds_remove_exactly(stirred(make()), inputs, kinds)
 
 
-@pytest.mark.parametrize("make", [vision.GroupedNet, vision.DownAndUp])
-def test_each_group_of_a_convolutional_network_alone(make: Callable[[], nn.Module]) -> None:
-    check_removes_exactly(stirred(make()), {"image": images(3, 8)})
+def test_each_group_of_a_convolutional_network_alone() -> None:
+    check_removes_exactly(stirred(vision.DownAndUp()), {"image": images(3, 8)})
 
 
 def test_interleaved_queries_keys_and_values_read_as_they_lie() -> None:
@@ -219,8 +189,8 @@ def test_an_op_over_a_whole_width_freezes_it_and_leaves_the_rest() -> None:
 
 
 def test_a_plain_module_is_pruned_through_the_face_of_the_package() -> None:
-    model = stirred(vision.PatchTransformer())
-    inputs = {"image": images(3, 8)}
+    model = stirred(vision.TokenMixer())
+    inputs = {"image": images(3, 6)}
     before = model(**inputs)
     result = fxprune.prune(model, None, importance="l2", ratio=0.15, protect=(), example_inputs=inputs)
     assert result.model is None and result.report.model_reasons

@@ -14,6 +14,7 @@ import torch
 import fxprune
 from fxprune.evaluation import perplexity
 from tests.models import tiny, token_ids
+from tests.tiers import SLOW
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,8 +43,8 @@ def torchrun(count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     ("count", "importance", "compensate"),
     [
         (2, "taylor{order=mix}", "least-squares{damping=1, reach=stream}"),
-        (3, "taylor{order=first, memory=low}", "none"),
-        (2, "wanda", "rotation"),
+        pytest.param(3, "taylor{order=first, memory=low}", "none", marks=SLOW),
+        pytest.param(2, "wanda", "rotation", marks=SLOW),
     ],
 )
 def test_processes_come_to_the_plan_of_one(count: int, importance: str, compensate: str, tmp_path: Path) -> None:
@@ -84,6 +85,7 @@ dist.destroy_process_group()
 """
 
 
+@SLOW
 def test_processes_share_the_windows_of_a_text(tmp_path: Path) -> None:
     """As many calls in each, so that a model may be spread over them."""
     script = tmp_path / "script.py"
@@ -96,6 +98,7 @@ def test_processes_share_the_windows_of_a_text(tmp_path: Path) -> None:
         assert found == pytest.approx(alone, rel=1e-6) and calls == 2 + 1
 
 
+@SLOW
 def test_the_command_line_in_two_processes(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path / "dense")
     rows = "\n".join(json.dumps({"input_ids": row.tolist()}) for row in token_ids(4))
@@ -109,6 +112,7 @@ def test_the_command_line_in_two_processes(tmp_path: Path) -> None:
     assert failed.returncode != 0 and "ratio" in failed.stderr
 
 
+@SLOW
 def test_a_process_that_dies_ends_all_and_nothing_is_half_written(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     dying = "if dist.get_rank() == 1: import os; os._exit(7)\nresult.save_pretrained"
@@ -152,7 +156,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_model_that_is_sharded_is_measured_and_not_pruned(count: int, tmp_path: Path) -> None:
     """The refusal was of an attribute that could not be copied; in one process perplexity failed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import fxprune
 from fxprune.graph.tensors import weights
+from fxprune.recipes import Options, option_table
 from tests.models import VOCABULARY, tiny, token_ids
+from tests.remembered import pruned
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +30,14 @@ def result(model: PreTrainedModel) -> fxprune.Result:
 
 
 def test_signature_is_as_promised() -> None:
-    parameters = inspect.signature(fxprune.prune).parameters
-    defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
     promised = {
-        "recipe": None, "ratio": None, "kinds": None, "importance": None, "taylor": None, "reduction": None,
-        "ranking": None, "group_ratio": None, "protect": None, "round_to": 1, "compensate": None, "tune": None,
-        "tokenizer": None, "seed": 0, "verify": True, "inplace": False, "example_inputs": None,
+        "recipe": None, "ratio": None, "kinds": None, "importance": None, "reduction": None, "ranking": None,
+        "protect": None, "round_to": 1, "compensate": None, "tune": None, "tokenizer": None, "seed": 0, "verify": True,
+        "inplace": False, "example_inputs": None,
     }  # fmt: skip
+    defaults = {name: declared.default for name, (_, declared) in option_table(Options).items()}
     assert promised.items() <= defaults.items()
-    assert list(parameters)[:2] == ["model", "calibration"]
+    assert list(inspect.signature(fxprune.prune).parameters) == ["model", "calibration", "options"]
 
 
 def test_result_runs_at_any_batch_and_length(result: fxprune.Result) -> None:
@@ -78,11 +80,13 @@ def get(state: dict[str, torch.Tensor], model: nn.Module, name: str) -> torch.Te
 
 
 @pytest.mark.parametrize("importance", ["random", "taylor"])
-def test_same_seed_same_plan(model: PreTrainedModel, importance: str) -> None:
-    plans = [fxprune.prune(model, token_ids(4, 12), importance=importance, protect=(), seed=3).plan for _ in range(2)]
-    assert plans[0] == plans[1]
-    other = fxprune.prune(model, token_ids(4, 12), importance="random", protect=(), seed=4).plan
-    assert other != plans[0]
+def test_same_seed_same_plan(importance: str) -> None:
+    def plan(importance: str, seed: int) -> fxprune.Plan:
+        options: dict[str, Any] = {"recipe": "llm-pruner", "importance": importance, "seed": seed}
+        return pruned("llama", token_ids(4, 12), protect=(), **options).plan
+
+    assert plan(importance, 3) == plan(importance, 3)
+    assert plan(importance, 3) != plan("random", 4)
 
 
 def test_plan_round_trip_gives_the_same_module(model: PreTrainedModel, result: fxprune.Result) -> None:
@@ -95,7 +99,14 @@ def test_plan_round_trip_gives_the_same_module(model: PreTrainedModel, result: f
 
 
 def test_nested_units_may_differ_by_outer_unit(model: PreTrainedModel) -> None:
-    result = fxprune.prune(model, None, importance="random", kinds=("head_dim",), group_ratio=0.3, protect=())
+    result = fxprune.prune(
+        model,
+        None,
+        importance="random",
+        kinds=("head_dim",),
+        select="select-by-group-ratio{group_ratio=0.3}",
+        protect=(),
+    )
     removal = fxprune.facts_of(result.graph_module)[fxprune.Removed].removal
     nested, keep = [g for g in removal.groups if g.outer is not None and g.kind == "head_dim"], removal.keep
     assert nested
@@ -118,7 +129,15 @@ def test_inplace_turns_the_model_into_the_slim_one(model: PreTrainedModel, resul
 
 def test_inplace_depth_pruning(model: PreTrainedModel) -> None:
     own = copy.deepcopy(model)
-    slim = fxprune.prune(own, None, importance="l2", kinds=("layer",), group_ratio=0.34, protect=(), inplace=True)
+    slim = fxprune.prune(
+        own,
+        None,
+        importance="l2",
+        kinds=("layer",),
+        select="select-by-group-ratio{group_ratio=0.34}",
+        protect=(),
+        inplace=True,
+    )
     assert slim.model is own and len(own.model.layers) == 2
     assert own.generate(token_ids(), max_new_tokens=3, do_sample=False, pad_token_id=0).shape[0] == 2
 
@@ -162,7 +181,7 @@ def test_half_precision_models_are_pruned_and_verified() -> None:
     assert result.model is not None and result.model.dtype == torch.bfloat16
 
 
-def test_ungrouped_calibration_forms_agree(model: PreTrainedModel, result: fxprune.Result) -> None:
+def test_ungrouped_calibration_forms_agree(result: fxprune.Result) -> None:
     ids = token_ids(4, 12)
     dicts = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
     padded = [
@@ -171,7 +190,7 @@ def test_ungrouped_calibration_forms_agree(model: PreTrainedModel, result: fxpru
     ]
     loader = torch.utils.data.DataLoader(ids, batch_size=3)
     for data in (dicts, padded, loader):
-        assert fxprune.prune(model, data, recipe="llm-pruner", protect=()).plan == result.plan
+        assert pruned("llama", data, recipe="llm-pruner", protect=()).plan == result.plan
 
 
 def test_plain_modules_are_pruned_with_example_inputs() -> None:
@@ -193,7 +212,8 @@ def test_paper_table_for_the_7b_shape() -> None:
     traced = fxprune.trace(model).graph_module
     published = ((0.25, (4, 2), 5.42, 340), (0.6, (3, 1), 3.35, 207))
     for group_ratio, protect, billions, giga in published:
-        pipeline = fxprune.prune_pipeline(None, importance="random", group_ratio=group_ratio, protect=protect)
+        select = f"select-by-group-ratio{{group_ratio={group_ratio}}}"
+        pipeline = fxprune.prune_pipeline(None, importance="random", select=select, protect=protect)
         result = fxprune.Result.of(pipeline(traced).graph_module)
         assert result.report.parameters[0] / 1e9 == pytest.approx(6.74, abs=0.005)
         assert result.report.parameters[1] / 1e9 == pytest.approx(billions, abs=0.005)

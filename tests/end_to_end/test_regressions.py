@@ -111,7 +111,12 @@ class Labelled(nn.Module):
 def test_work_is_counted_where_inputs_share_a_size_and_ops_need_the_data() -> None:
     inputs = {"x": torch.randn(2, 7, 5), "ids": torch.randint(7, (2, 7))}
     result = fxprune.prune(
-        Labelled(), importance="l2", group_ratio=0.5, kinds=("mlp", "channel"), example_inputs=inputs, protect=()
+        Labelled(),
+        importance="l2",
+        select="select-by-group-ratio{group_ratio=0.5}",
+        kinds=("mlp", "channel"),
+        example_inputs=inputs,
+        protect=(),
     )
     assert result.report.macs == (64 * 12 * (5 + 3), 64 * 6 * (5 + 3))
 
@@ -132,6 +137,11 @@ class Codebooks(nn.Module):
 def test_work_is_counted_where_one_row_is_no_sample() -> None:
     inputs = {"ids": torch.randint(7, (4, 9))}
     result = fxprune.prune(
-        Codebooks(), importance="l2", group_ratio=0.5, kinds=("mlp",), example_inputs=inputs, protect=()
+        Codebooks(),
+        importance="l2",
+        select="select-by-group-ratio{group_ratio=0.5}",
+        kinds=("mlp",),
+        example_inputs=inputs,
+        protect=(),
     )
     assert result.report.macs == (2 * 64 * 12 * (5 + 3), 2 * 64 * 6 * (2 + 3))

@@ -1,13 +1,21 @@
-"""The model that the tests of evaluation measure."""
+"""The models that the tests of evaluation measure."""
 
 from __future__ import annotations
 
 import pytest
 from transformers import PreTrainedModel
 
+import fxprune
+from tests import remembered
 from tests.models import tiny
 
 
 @pytest.fixture(scope="package")
 def model() -> PreTrainedModel:
     return tiny("llama")
+
+
+@pytest.fixture(scope="package")
+def slim() -> fxprune.Result:
+    """``model``, pruned."""
+    return remembered.pruned("llama", importance="l2", protect=())

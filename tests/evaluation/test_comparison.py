@@ -1,4 +1,4 @@
-"""Tests: dense, pruned and recovered models side by side."""
+"""Dense, pruned and recovered models side by side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fxprune.errors import EvaluationError, UnknownNameError
 from fxprune.evaluation.comparison import Column, Comparison, Evaluation, compare_models
 from fxprune.evaluation.perplexity import CORPORA, Perplexity
 from fxprune.evaluation.tasks import TaskScore, zero_shot
-from fxprune.masking.parts import InBlocks, parts_by_weights
+from fxprune.masking.parts import PartwiseModel, parts_by_weights
 from tests.evaluation.samples import QUESTIONS, TEXT, TOKENIZER, write
 from tests.models import tiny, token_ids
 from tests.tokens import character_tokenizer
@@ -53,22 +53,21 @@ def test_what_the_first_model_guesses_is_no_part_of_what_is_retained() -> None:
     comparison = Comparison((asked("dense", quiz), asked("slim", (1.0, 1.0, 0.0, 0.0))))
     kept = comparison.retained("slim")
     assert comparison.informed == ("quiz",) and kept is not None and kept[0] == pytest.approx(2 / 3)
-    assert dict((row[0], row[1]) for row in comparison.rows())["retained, but for guess"] == "100.0% ± 0.0%"
+    assert dict((row[0], row[1]) for row in comparison.rows())["retained, except for guess"] == "100.0% ± 0.0%"
     assert comparison.to_dict()["retained_of"] == ["quiz"]
     nothing = Comparison((asked("dense", (1.0, 0.0, 1.0, 0.0)),))
     assert nothing.retained("dense") is None
 
 
-def test_three_models_are_measured_alike(model: PreTrainedModel, tmp_path: Path) -> None:
-    result = fxprune.prune(model, None, importance="l2", protect=())
-    models = {"dense": model, "pruned": result.model, "recovered": result.model}
+def test_three_models_are_measured_alike(model: PreTrainedModel, slim: fxprune.Result, tmp_path: Path) -> None:
+    models = {"dense": model, "pruned": slim.model, "recovered": slim.model}
     path = write(tmp_path / "even.jsonl", QUESTIONS)
     comparison = compare_models(
         models, TOKENIZER, latency_shape=(1, 8), rounds=2, texts={"text": TEXT}, tasks=path, window=40
     )
     dense, pruned, _ = comparison.columns
-    assert (dense.parameters, pruned.parameters) == result.report.parameters
-    assert (dense.macs, pruned.macs) == result.report.macs
+    assert (dense.parameters, pruned.parameters) == slim.report.parameters
+    assert (dense.macs, pruned.macs) == slim.report.macs
     assert pruned.memory < dense.memory and pruned.latency_ms > 0
     table = comparison.to_markdown().splitlines()
     assert table[0] == "|  | dense | pruned | recovered |"
@@ -91,8 +90,8 @@ def test_texts_are_files_known_names_or_text_itself(
 ) -> None:
     asked = []
 
-    def load_dataset(**options: Any) -> Any:
-        asked.append(options)
+    def load_dataset(path: str, *_: Any, split: str, **__: Any) -> Any:
+        asked.append((path, split))
         return {"text": [TEXT, TEXT], "sentence": [TEXT]}
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
@@ -101,25 +100,24 @@ def test_texts_are_files_known_names_or_text_itself(
     named = fxprune.evaluate(model, TOKENIZER, texts={"mine": TEXT}, window=40)
     assert list(found.perplexities) == ["wikitext2", "ptb", "note"] and list(named.perplexities) == ["mine"]
     assert found.perplexities["note"] == named.perplexities["mine"] == found.perplexities["ptb"]
-    assert [(o["path"], o["split"]) for o in asked] == [(CORPORA[n]["path"], CORPORA[n]["split"]) for n in CORPORA]
+    assert asked == [(CORPORA[n]["path"], CORPORA[n]["split"]) for n in CORPORA]
     with pytest.raises(UnknownNameError, match="'wikitext2'"):
         fxprune.evaluate(model, TOKENIZER, texts="wikitext")
     with pytest.raises(EvaluationError, match="no texts and no tasks"):
         fxprune.evaluate(model, TOKENIZER, texts=())
 
 
-def test_a_graph_is_measured_on_texts_and_refused_on_tasks(model: PreTrainedModel, tmp_path: Path) -> None:
-    result = fxprune.prune(model, None, importance="l2", protect=())
-    of_graph = fxprune.evaluate(result.graph_module, TOKENIZER, texts={"a": TEXT}, window=40)
-    of_result = fxprune.evaluate(result, TOKENIZER, texts={"a": TEXT}, window=40)
+def test_a_graph_is_measured_on_texts_and_refused_on_tasks(slim: fxprune.Result, tmp_path: Path) -> None:
+    of_graph = fxprune.evaluate(slim.graph_module, TOKENIZER, texts={"a": TEXT}, window=40)
+    of_result = fxprune.evaluate(slim, TOKENIZER, texts={"a": TEXT}, window=40)
     assert of_graph.perplexities["a"].value == pytest.approx(of_result.perplexities["a"].value, rel=1e-4)
     with pytest.raises(EvaluationError, match="tasks need a Hugging Face model, not a"):
-        zero_shot(result.graph_module, TOKENIZER, write(tmp_path / "q.jsonl", QUESTIONS))
+        zero_shot(slim.graph_module, TOKENIZER, write(tmp_path / "q.jsonl", QUESTIONS))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_texts_that_go_through_a_part_of_the_model_after_the_other_are_worth_the_same(family: str) -> None:
-    model = tiny(family, num_hidden_layers=3)
+def test_low_memory_gives_the_same_numbers(family: str) -> None:
+    model = tiny(family)
     steps: list[str] = []
 
     def track(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
@@ -134,16 +132,12 @@ def test_texts_that_go_through_a_part_of_the_model_after_the_other_are_worth_the
         assert parts.perplexities[name].value == pytest.approx(found.value, rel=1e-5)
         assert parts.perplexities[name].windows == found.windows
     batches = -(-whole.perplexities["a"].windows // 2)
-    count = len(parts_by_weights(fxprune.trace(model).graph_module)) * batches
-    assert count > batches and f"{count} of {count}" in steps
-
-
-def test_a_graph_is_measured_a_part_after_the_other_too(model: PreTrainedModel) -> None:
     graph_module = fxprune.trace(model).graph_module
-    found = fxprune.evaluate(graph_module, TOKENIZER, texts={"a": TEXT}, window=40, memory="low")
-    whole = fxprune.evaluate(model, TOKENIZER, texts={"a": TEXT}, window=40)
+    count = len(parts_by_weights(graph_module)) * batches
+    assert count > batches and f"{count} of {count}" in steps
+    found = fxprune.evaluate(graph_module, TOKENIZER, texts=texts, **sizes, memory="low")
     assert found.perplexities["a"].value == pytest.approx(whole.perplexities["a"].value, rel=1e-5)
-    assert InBlocks(model)(token_ids(2)).logits.shape[:2] == token_ids(2).shape
+    assert PartwiseModel(model)(token_ids(2)).logits.shape[:2] == token_ids(2).shape
 
 
 def test_parts_are_refused_where_the_graph_takes_more_than_token_ids(model: PreTrainedModel) -> None:
@@ -155,9 +149,8 @@ def test_parts_are_refused_where_the_graph_takes_more_than_token_ids(model: PreT
         fxprune.evaluate(model, TOKENIZER, texts={"a": TEXT}, window=40, memory="lo")
 
 
-def test_measuring_leaves_model_tokenizer_and_random_numbers_alone(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_measuring_leaves_model_tokenizer_and_random_numbers_alone(slim: fxprune.Result, tmp_path: Path) -> None:
     path = write(tmp_path / "even.jsonl", QUESTIONS)
-    slim = fxprune.prune(model, None, importance="l2", protect=())
     tokenizer = character_tokenizer()
     tokenizer.pad_token = None
     slim.model.train()

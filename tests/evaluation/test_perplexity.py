@@ -1,4 +1,4 @@
-"""Tests: perplexity on windows of tokens, on the paper's corpora or on files."""
+"""Perplexity on windows of tokens, on the paper's corpora or on files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fxprune.errors import EvaluationError, UnknownNameError
+from fxprune.errors import DataError, EvaluationError, UnknownNameError
 from fxprune.evaluation.perplexity import load_corpus, named_corpora, perplexity, sliding_windows, text_perplexity
 from tests.evaluation.samples import TEXT, TOKENIZER
 from tests.models import tiny
@@ -156,9 +156,9 @@ def test_a_source_is_a_file_or_text(tmp_path: Path) -> None:
 
 
 def test_a_hub_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(**_: Any) -> Any:
+    def load_dataset(*_: Any, **__: Any) -> Any:
         raise ConnectionError("no network")
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(EvaluationError, match="ptb_text_only: cannot be loaded: ConnectionError: no network"):
+    with pytest.raises(DataError, match="ptb_text_only: cannot be loaded: ConnectionError: no network"):
         load_corpus("ptb")

@@ -1,4 +1,4 @@
-"""Tests: generation speed, and the speed of aligned widths."""
+"""Calls timed side by side, generation speed, and the speed of aligned widths."""
 
 from __future__ import annotations
 
@@ -13,13 +13,45 @@ from transformers.utils import generic
 
 import fxprune
 from fxprune.errors import ArgumentError, EvaluationError
-from fxprune.evaluation import speed as widths
-from fxprune.evaluation.speed import Widths, measure_speed, measure_widths, read_widths, write_widths
+from fxprune.evaluation import speed
+from fxprune.evaluation.speed import (
+    Widths,
+    measure_speed,
+    measure_widths,
+    read_widths,
+    time_interleaved,
+    timed_call,
+    write_widths,
+)
+from tests import remembered
 from tests.models import tiny
 
 
+def test_jobs_take_turns_in_alternating_order_after_a_round_to_warm_up() -> None:
+    order: list[str] = []
+
+    def job(name: str) -> int:
+        order.append(name)
+        return len(order)
+
+    found = time_interleaved({name: lambda name=name: job(name) for name in "abc"}, rounds=2)
+    assert "".join(order) == "abc" + "abc" + "cba"
+    assert found == {"a": [4, 9], "b": [5, 8], "c": [6, 7]}
+
+
+def test_a_timed_call_is_made_until_it_takes_long_enough() -> None:
+    calls: list[int] = []
+    job = timed_call(lambda: calls.append(1), least_s=0.0)
+    before = len(calls)
+    assert job() > 0 and len(calls) - before >= 1
+    many = timed_call(lambda: calls.append(1), least_s=1e-3)
+    before = len(calls)
+    many()
+    assert len(calls) - before > 1
+
+
 def test_models_generate_as_many_tokens_and_keep_as_many_keys(model: PreTrainedModel) -> None:
-    slim = fxprune.prune(model, importance="l2", kinds="head", ratio=0.05, protect=()).model
+    slim = remembered.pruned("llama", importance="l2", kinds="head", ratio=0.05, protect=()).model
     seen: list[tuple[str, int]] = []
 
     def track(items: Any, what: str, total: int) -> Any:
@@ -80,24 +112,24 @@ def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_widths_of_a_multiple_are_multiples_of_nothing_coarser() -> None:
-    for multiple in widths.MULTIPLES:
-        near = widths._near(1536, multiple)
+    for multiple in speed.MULTIPLES:
+        near = speed._aligned_widths(1536, multiple)
         assert all(0 < width < 1536 and width % multiple == 0 for width in near)
-        assert multiple == widths.MULTIPLES[-1] or all(width % (2 * multiple) for width in near)
+        assert multiple == speed.MULTIPLES[-1] or all(width % (2 * multiple) for width in near)
 
 
 def test_costs_are_over_the_least() -> None:
     found = measure_widths(8, 512, rounds=1)
-    assert set(found.costs) == set(widths.MULTIPLES) and min(found.costs.values()) == 1
-    assert found.device == widths.device_name(CPU)
+    assert set(found.costs) == set(speed.MULTIPLES) and min(found.costs.values()) == 1
+    assert found.device == speed.device_name(CPU)
 
 
 def test_each_width_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = [{multiple: 1.0 + multiple for multiple in widths.MULTIPLES}, dict.fromkeys(widths.MULTIPLES, 2.0)]
+    times = [{multiple: 1.0 + multiple for multiple in speed.MULTIPLES}, dict.fromkeys(speed.MULTIPLES, 2.0)]
     calls: list[int] = []
-    monkeypatch.setattr(widths, "_times", lambda *_: calls.append(1) or times)
+    monkeypatch.setattr(speed, "_column_times", lambda *_: calls.append(1) or times)
     found = measure_widths(8, 512)
-    assert len(calls) == 1 and found.costs == {multiple: (1 + multiple) / 2 for multiple in widths.MULTIPLES}
+    assert len(calls) == 1 and found.costs == {multiple: (1 + multiple) / 2 for multiple in speed.MULTIPLES}
 
 
 def test_the_best_is_the_finest_that_costs_little_more() -> None:
@@ -107,7 +139,7 @@ def test_the_best_is_the_finest_that_costs_little_more() -> None:
 
 def test_what_was_measured_is_kept_by_device(kept: Path) -> None:
     write_widths(Widths("another", {1: 1.0}))
-    here = Widths(widths.device_name(CPU), {1: 1.5, 8: 1.0})
+    here = Widths(speed.device_name(CPU), {1: 1.5, 8: 1.0})
     assert write_widths(here) == kept and read_widths(CPU) == here
     write_widths(Widths(here.device, {1: 1.0, 8: 1.5}))
     assert read_widths(CPU).best() == 1 and "another" in kept.read_text()
@@ -130,17 +162,17 @@ def test_sizes_that_tell_nothing_are_refused(hidden: int, width: int) -> None:
 def test_the_file_is_in_the_cache_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FXPRUNE_WIDTHS")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert widths.widths_file() == Path("/somewhere/fxprune/widths.json")
+    assert speed.widths_file() == Path("/somewhere/fxprune/widths.json")
 
 
 def test_a_prune_reads_it(kept: Path) -> None:
-    model = tiny("llama")
+    options: dict[str, Any] = {"importance": "l2", "ratio": 0.1, "kinds": "mlp", "round_to": "auto"}
     with pytest.raises(ArgumentError, match=r"measured on .*none"):
-        fxprune.prune(model, importance="l2", ratio=0.1, kinds="mlp", round_to="auto")
-    write_widths(Widths(widths.device_name(CPU), {1: 1.5, 4: 1.0}))
-    result = fxprune.prune(model, importance="l2", ratio=0.1, kinds="mlp", round_to="auto")
+        remembered.pruned("llama", **options)
+    write_widths(Widths(speed.device_name(CPU), {1: 1.5, 4: 1.0}))
+    result = remembered.pruned("llama", **options)
     assert result.model is not None and any("round_to=auto is 4" in note for note in result.report.notes)
-    whole = model.config.intermediate_size
+    whole = tiny("llama").config.intermediate_size
     for module in result.model.modules():
         if isinstance(module, nn.Linear) and module.out_features < whole:
             assert module.out_features % 4 == 0 or module.out_features > whole - 4

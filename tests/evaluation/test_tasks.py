@@ -1,4 +1,4 @@
-"""Tests: accuracy on multiple-choice tasks, by lm-evaluation-harness."""
+"""Accuracy on multiple-choice tasks, by lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_questions_are_read_from_a_line_on_with_the_suffix_in_place(tmp_path: Pa
         (['{"query": "a", "choices": ["b"], "gold": 0}', "{"], "1 of 2 lines .* line 2: not JSON"),
         (['{"query": "a", "choices": ["b", "c"], "gold": 2}'], "line 1: gold is 2 of 2 choices"),
         (['{"query": "a", "answers": ["b", "c"], "gold": 1}'], r"line 1: fields \['answers', 'gold', 'query'\]"),
-        (['["a"]'], "line 1: a list, not an object"),
+        (['["a"]'], "line 1: not an object, but list"),
         ([json.dumps(QUESTIONS[0]), json.dumps(SCHEMAS[0])], "two kinds of question"),
         ([""], "no questions"),
     ],

@@ -15,7 +15,7 @@ import fxprune
 from fxprune.errors import ExportError, UnknownNameError, VerificationError
 from fxprune.export import decode
 from fxprune.export.decode import export_decoder
-from fxprune.export.files import ROUGH
+from fxprune.export.files import LOW_PRECISION_TOLERANCE
 from fxprune.export.onnx import run_onnx
 from tests.export.small import PAIRS, even, uneven
 from tests.models import token_ids
@@ -106,10 +106,12 @@ def test_a_program_that_differs_is_not_written(
     calls = decode._calls
 
     def spoiled(step: Any) -> Any:
-        return [(ids, past, [want[0] * (1 + 10 * ROUGH), *want[1:]]) for ids, past, want in calls(step)]
+        return [
+            (ids, past, [want[0] * (1 + 10 * LOW_PRECISION_TOLERANCE), *want[1:]]) for ids, past, want in calls(step)
+        ]
 
     monkeypatch.setattr(decode, "_calls", spoiled)
-    monkeypatch.setattr(decode, "_program", lambda step: Runs(step))
+    monkeypatch.setattr(decode, "_export_step", lambda step: Runs(step))
     with pytest.raises(VerificationError, match="the exported program differs"):
         export_decoder(model, tmp_path / "slim.pt2")
     assert list(tmp_path.iterdir()) == []

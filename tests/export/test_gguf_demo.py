@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fxprune
-from benchmarks.demo_model import load_demo_model
-from benchmarks.engines.llama_server import LlamaServer
+from benchmarks.common import load_demo_model
+from benchmarks.engines.llama_cpp import LlamaServer
 from fxprune.data.built_in import offline_text
 
 SCRIPTS = (

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.engines.llama_server import LlamaServer
+from benchmarks.engines.llama_cpp import LlamaServer
 from fxprune.export.gguf.format import arch_named
 from fxprune.export.gguf.write import export_gguf
 from tests.export.small import even, tokenizer, uneven, without
@@ -99,10 +99,20 @@ def test_equal_blocks_go_under_the_architecture_of_their_type(
     check(even(case[0], **case[1]), tmp_path / "slim.gguf", case[2])
 
 
-@pytest.mark.parametrize(("family", "arch"), [("llama", "deci"), ("qwen3", "openelm")])
 @pytest.mark.parametrize(
-    ("attention", "mlp"),
-    [((1,), (2,)), ((0,), (0,)), ((0,), (3,)), ((3,), (0,)), ((), (1, 3)), ((3,), (3,)), ((0, 2), ())],
+    ("family", "arch", "attention", "mlp"),
+    [
+        ("llama", "deci", (1,), (2,)),
+        ("llama", "deci", (0,), (0,)),
+        ("llama", "deci", (0,), (3,)),
+        ("llama", "deci", (3,), (0,)),
+        ("llama", "deci", (), (1, 3)),
+        ("llama", "deci", (3,), (3,)),
+        ("llama", "deci", (0, 2), ()),
+        ("qwen3", "openelm", (1,), (2,)),
+        ("qwen3", "openelm", (0,), (0,)),
+        ("qwen3", "openelm", (3,), (3,)),
+    ],
 )
 def test_blocks_may_be_without_attention_or_mlp(
     family: str, arch: str, attention: tuple[int, ...], mlp: tuple[int, ...], tmp_path: Path

@@ -1,4 +1,4 @@
-"""What a GGUF file holds: architectures, layouts, what is refused and why, types, tokenizers."""
+"""Contents of GGUF files: architectures, layouts, refusals with their reasons, types, tokenizers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import fxprune
-from benchmarks.engines.llama_server import LlamaServer
+from benchmarks.engines.llama_cpp import LlamaServer
 from fxprune.errors import ExportError, UnknownNameError
 from fxprune.export.gguf.format import (
     arch_named,
-    candidates,
+    candidate_archs,
     general_archs,
     layers_differ,
     names_in_format,
@@ -27,25 +27,23 @@ from fxprune.export.gguf.format import (
     type_named,
 )
 from fxprune.export.gguf.layout import LAYOUTS, TensorLayout, lay_out, read_decoder
-from fxprune.export.gguf.reference import contents_for, logits_of
+from fxprune.export.gguf.reference import find_contents, gguf_logits
 from fxprune.export.gguf.tokenizer import copy_tokenizer, describe_tokenizer
-from fxprune.export.gguf.write import export_gguf, type_in
+from fxprune.export.gguf.write import export_gguf, most_common_type
 from tests.export.small import even, tokenizer, uneven
 from tests.models import VOCABULARY, token_ids
 
 
 def test_every_architecture_is_one_of_the_format_and_can_be_reached() -> None:
-    reached = {arch.name for family in ("llama", "qwen2", "none") for arch in candidates(family)}
+    reached = {arch.name for family in ("llama", "qwen2", "none") for arch in candidate_archs(family)}
     assert reached == {"llama", "qwen2", "deci", "openelm"}
     for name in ("llama", "gemma2", "openelm", "phi3", "command-r"):
         assert gguf.MODEL_TENSOR.TOKEN_EMBD in arch_named(name).tensors
     assert place_of("model.layers.12.mlp.down_proj.weight") == (12, "model.layers.{bid}.mlp.down_proj")
     assert place_of("lm_head.weight") == (None, "lm_head")
     assert names_in_format("model.layers.{bid}.post_attention_layernorm", arch_named("llama"))[-1] == "ffn_norm"
-    assert (
-        names_in_format("model.layers.{bid}.post_attention_layernorm", arch_named("gemma2"))[-1]
-        == "post_attention_norm"
-    )
+    norms = names_in_format("model.layers.{bid}.post_attention_layernorm", arch_named("gemma2"))
+    assert norms[-1] == "post_attention_norm"
 
 
 def test_uniform_files_are_read_by_transformers_to_the_same_logits(tmp_path: Path) -> None:
@@ -56,25 +54,21 @@ def test_uniform_files_are_read_by_transformers_to_the_same_logits(tmp_path: Pat
         torch.testing.assert_close(again(token_ids()).logits, model(token_ids()).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model", [even("llama"), uneven("llama")], ids=["even", "uneven"])
-def test_a_header_says_what_the_reader_of_the_format_says(model: nn.Module, tmp_path: Path) -> None:
-    """Commands left a file with uneven layers to transformers, which named an architecture nobody had asked for."""
-    path = export_gguf(model, tmp_path / "slim.gguf", tokenizer=tokenizer(), quantization="f32")
-    told, header = gguf.GGUFReader(path).fields, read_header(path)
-    assert header == {name: told[name].contents() for name in header}
-    assert set(header) == {name for name in told if not name.startswith(("GGUF.", "tokenizer."))}
-    assert layers_differ(header) == (header["general.architecture"] in general_archs())
-
-
-@pytest.mark.parametrize("kept", [3, 6, 20, 40, 90])
-def test_a_file_that_is_cut_off_has_no_header(kept: int, tmp_path: Path) -> None:
-    path = export_gguf(even("llama"), tmp_path / "slim.gguf", tokenizer=tokenizer(), quantization="f32")
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match="too early"):
-        read_header(path)
-    path.write_bytes(b"GGUF" + bytes([9, 0, 0, 0]) + bytes(kept))  # of a version to come
+def test_the_header_is_that_of_the_reader_of_the_format_unless_the_file_is_cut_off(tmp_path: Path) -> None:
+    for model in (even("llama"), uneven("llama")):
+        path = export_gguf(model, tmp_path / "slim.gguf", tokenizer=tokenizer(), quantization="f32")
+        fields, header = gguf.GGUFReader(path).fields, read_header(path)
+        assert header == {name: fields[name].contents() for name in header}
+        assert set(header) == {name for name in fields if not name.startswith(("GGUF.", "tokenizer."))}
+        assert layers_differ(header) == (header["general.architecture"] in general_archs())
+    whole = path.read_bytes()
+    for kept in (3, 6, 20, 40, 90):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match="too early"):
+            read_header(path)
+    path.write_bytes(b"GGUF" + bytes([9, 0, 0, 0]) + bytes(20))  # of a version to come
     assert read_header(path) == {}
-    path.write_bytes(b"GGML" + bytes(kept))
+    path.write_bytes(b"GGML" + bytes(20))
     with pytest.raises(ValueError, match="does not begin"):
         read_header(path)
 
@@ -89,21 +83,23 @@ def test_a_file_is_what_its_model_says_or_is_not_written(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "says"),
+    ("family", "reasons"),
     [
-        ("qwen3", {}, "architecture qwen3 has one number of heads for all blocks, and here are .6, 4, 2, 3."),
-        ("qwen3", {}, "architecture deci has no place for attn_q_norm"),
-        ("qwen3", {}, "architecture openelm has no place for output"),
-        ("gemma", {}, "architecture deci computes something else"),
-        ("starcoder2", {}, "architecture deci has no bias for attn_norm"),
-        ("olmo2", {}, "architecture openelm has no place for post_ffw_norm"),
+        (
+            "qwen3",
+            "architecture qwen3 has one number of heads for all blocks, and here are .6, 4, 2, 3..*"
+            "architecture deci has no place for attn_q_norm.*architecture openelm has no place for output",
+        ),
+        ("gemma", "architecture deci computes something else"),
+        ("starcoder2", "architecture deci has no bias for attn_norm"),
+        ("olmo2", "architecture openelm has no place for post_ffw_norm"),
     ],
 )
-def test_what_no_architecture_says_is_refused_with_the_reason_of_each(
-    family: str, changes: dict[str, object], says: str, tmp_path: Path
+def test_a_model_that_no_architecture_expresses_is_refused_with_the_reason_of_each(
+    family: str, reasons: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ExportError, match=f"the format cannot say this model.*{says}.*uniform=True"):
-        export_gguf(uneven(family, **changes), tmp_path / "slim.gguf", tokenizer=tokenizer())
+    with pytest.raises(ExportError, match=f"the format cannot express this model.*{reasons}.*uniform=True"):
+        export_gguf(uneven(family), tmp_path / "slim.gguf", tokenizer=tokenizer())
 
 
 def test_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
@@ -123,14 +119,14 @@ def test_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_window_limits_the_context_where_the_architecture_has_none() -> None:
-    keys = contents_for(read_decoder(uneven("mistral", sliding_window=64)), 1e-4).keys
+    keys = find_contents(read_decoder(uneven("mistral", sliding_window=64)), 1e-4).keys
     assert keys["context_length"] == 64
-    assert contents_for(read_decoder(uneven("mistral", sliding_window=None)), 1e-4).keys["context_length"] == 256
+    assert find_contents(read_decoder(uneven("mistral", sliding_window=None)), 1e-4).keys["context_length"] == 256
 
 
 def test_fused_rows_are_told_apart_by_trying() -> None:
     decoder = read_decoder(uneven("phi3"))
-    logits = [logits_of(lay_out(decoder, arch_named("deci"), layout), decoder.tokens) for layout in LAYOUTS[:2]]
+    logits = [gguf_logits(lay_out(decoder, arch_named("deci"), layout), decoder.tokens) for layout in LAYOUTS[:2]]
     assert (logits[0] - decoder.logits).abs().max() < 1e-5
     assert (logits[1] - decoder.logits).abs().max() > 1e-3
 
@@ -144,9 +140,8 @@ def test_rows_by_group_are_the_same_tensors_as_rows_by_part() -> None:
         groups = [part.unflatten(0, (pairs, -1)) for part in (queries, *others)]
         tensors[name] = torch.cat(groups, 1).flatten(0, 1)
     by_part = lay_out(decoder, arch_named("deci"), TensorLayout()).tensors
-    by_group = lay_out(
-        dataclasses.replace(decoder, tensors=tensors), arch_named("deci"), TensorLayout("groups")
-    ).tensors
+    grouped = dataclasses.replace(decoder, tensors=tensors)
+    by_group = lay_out(grouped, arch_named("deci"), TensorLayout("groups")).tensors
     assert by_part.keys() == by_group.keys()
     assert all(torch.equal(by_part[name], by_group[name]) for name in by_part)
 
@@ -156,7 +151,7 @@ def test_files_of_every_type_say_about_the_same(quantization: str, tmp_path: Pat
     wide = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
     model, path = even("llama", **wide), tmp_path / "slim.gguf"
     fxprune.export_model(model, path, tokenizer=tokenizer(), quantization=quantization)
-    assert type_in(path) == quantization
+    assert most_common_type(path) == quantization
     ids = token_ids(1, 9)
     with torch.no_grad():
         want = model(ids).logits[0, -1].log_softmax(-1)

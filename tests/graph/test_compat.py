@@ -1,4 +1,4 @@
-"""What torch does not promise to keep still does what we take it for."""
+"""The private torch names behave as assumed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from fxprune.graph.compat import (
     UNKNOWN_SIZE,
     argument_names,
+    clear_symbolic_caches,
     fake_mode,
-    forgetting,
     is_free,
     is_impure,
     is_pointwise,
@@ -64,13 +64,13 @@ def test_what_writes_stays_and_what_draws_may_go() -> None:
 def test_nothing_is_remembered_of_a_trace_that_is_over() -> None:
     """Each trace left its symbols and all results on them, a megabyte or two, where no garbage collector looks."""
     start = ShapeEnv.__init__
-    with forgetting():
-        with forgetting():
+    with clear_symbolic_caches():
+        with clear_symbolic_caches():
             found = ShapeEnv()
             found.fake_tensor_cache["a call"] = "its result"  # type: ignore[index,assignment]
         assert found.fake_tensor_cache
     assert not found.fake_tensor_cache
     assert ShapeEnv.__init__ is start
-    with forgetting():
+    with clear_symbolic_caches():
         found.fake_tensor_cache["a later call"] = "its result"  # type: ignore[index,assignment]
     assert not found.fake_tensor_cache

@@ -11,10 +11,11 @@ from torch import nn
 
 from fxprune.graph import counting
 from fxprune.graph.compat import UNKNOWN_SIZE
-from fxprune.graph.counting import count_bytes, count_macs, count_parameters
+from fxprune.graph.counting import Work, count_bytes, count_macs, count_parameters
+from fxprune.graph.facts import facts_of
 from fxprune.trace.capture import trace
-from tests.models import tiny
 from tests.oracle import Net
+from tests.remembered import traced
 
 
 def two_maps(net: Any, x: torch.Tensor) -> torch.Tensor:
@@ -68,10 +69,17 @@ def test_work_that_depends_on_data_is_unknown_without_values() -> None:
     assert count_macs(trace(net.to("meta"), x).graph_module) == UNKNOWN_SIZE // 2
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "qwen2_moe", "mamba", "falcon", "phi"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2_moe"])
 def test_shapes_alone_count_what_a_run_counts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph_module = trace(tiny(family)).graph_module
+    graph_module = traced(family)
     quick = [count_macs(graph_module, tokens) for tokens in (64, 7)]
     assert quick[0] == counting._by_shapes(graph_module.graph, counting._chosen(graph_module.graph, 1, 64)) // 2
     monkeypatch.setattr(counting, "_by_shapes", None)
     assert quick == [count_macs(graph_module, tokens) for tokens in (64, 7)]
+
+
+def test_the_trace_records_parameters_bytes_and_macs() -> None:
+    net = Net(lambda m, x: m.b(m.a(x)), a=nn.Linear(10, 12), b=nn.Linear(12, 5, bias=False))
+    dense = trace(net, {"x": torch.randn(1, 10)}).graph_module
+    parameters = 10 * 12 + 12 + 12 * 5
+    assert facts_of(dense)[Work] == Work(parameters, 10 * 12 + 12 * 5, 64, memory=4 * parameters, model="Net")

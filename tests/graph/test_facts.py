@@ -1,4 +1,4 @@
-"""Tests: facts about a graph, its source model and its repeated blocks, kept in ``GraphModule.meta``."""
+"""Facts about a graph, its source model and its repeated blocks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fxprune.graph.facts import (
     within,
 )
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
-from fxprune.offload.files import put_values
+from fxprune.offload.files import write_values
 from fxprune.trace.capture import trace
 from tests.models import tiny
 from tests.oracle import Net
@@ -127,12 +127,9 @@ def test_blocks_are_the_outermost_and_in_order() -> None:
     assert find_blocks(nested) == ("stack.0", "stack.1")
 
 
-def test_a_list_of_plain_modules_or_of_all_different_ones_is_no_stack() -> None:
+def test_plain_layers_and_different_modules_are_no_blocks() -> None:
     assert find_blocks(nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])) == ()
     assert find_blocks(nn.ModuleList([block(), Other()])) == ()
-
-
-def test_blocks_of_a_few_classes_may_repeat_in_a_list_alone() -> None:
     mixed = [Other(), block(), Other()]
     assert find_blocks(nn.ModuleList(mixed)) == ("0", "1", "2")
     assert find_blocks(nn.Sequential(*mixed)) == ()
@@ -175,7 +172,7 @@ def test_values_are_put_into_the_tensor_of_the_model_only_if_it_is_to_change() -
         held = facts_of(graph_module)[Source]
         facts_of(graph_module).put(dataclasses.replace(held, shares=shares))
         with torch.no_grad():
-            put_values(graph_module, "weight", torch.ones(2, 3, dtype=torch.float64))
+            write_values(graph_module, "weight", torch.ones(2, 3, dtype=torch.float64))
         assert bool((model.weight == 1).all()) == shares
         assert graph_module.weight.dtype == torch.float32 and bool((graph_module.weight == 1).all())
 
@@ -192,10 +189,7 @@ def test_a_fork_computes_the_same_from_the_same_tensors(graph_module: fx.GraphMo
     assert torch.equal(twin(x=x), graph_module(x=x))
     assert all(a is b for (_, a), (_, b) in zip(weights(twin), weights(graph_module), strict=True))
     assert [node.name for node in twin.graph.nodes] == [node.name for node in graph_module.graph.nodes]
-
-
-def test_what_happens_to_a_fork_does_not_happen_to_the_other(graph_module: fx.GraphModule) -> None:
-    twin, before, notes = fork(graph_module), graph_module.a.bias, facts_of(graph_module)[Notes].lines
+    before, notes = graph_module.a.bias, facts_of(graph_module)[Notes].lines
     set_tensor(twin, "a.bias", torch.zeros(3))
     add_note(twin, "a note")
     assert get_tensor(graph_module, "a.bias") is before

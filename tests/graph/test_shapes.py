@@ -1,4 +1,4 @@
-"""Tests: shapes of values: metadata, size checks, and runs on fake tensors."""
+"""Shapes of values: metadata, size checks, and the cache of ops on ``meta``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import fxprune
 from fxprune.graph.compat import fake_mode
 from fxprune.graph.facts import facts_of
 from fxprune.graph.shapes import (
+    MetaOpCache,
     ShapedCalls,
-    WorkedOutOnce,
     calls_of,
-    described,
-    limits_of,
-    refusal,
+    check_messages,
+    failed_check,
+    fits_mode,
     same_shapes,
-    usable,
+    shape_key,
 )
 
 
@@ -34,6 +34,9 @@ def test_calls_tell_targets_and_literals_apart() -> None:
     graph = traced.graph_module.graph
     before = calls_of(graph)
     assert facts_of(traced.graph_module)[ShapedCalls].calls == before
+    size = next(node.meta["val"] for node in graph.nodes if node.op == "placeholder").shape[0]
+    assert not isinstance(size, int)
+    assert same_shapes(size * 2, size * 2) and not same_shapes(size, size * 2) and not same_shapes(size, 4)
     view = next(node for node in graph.nodes if "reshape" in str(node.target))
     view.args = (view.args[0], [*view.args[1][:-2], 3, 2])
     assert {name for name, call in calls_of(graph).items() if call != before[name]} == {view.name}
@@ -46,8 +49,8 @@ def test_values_agree_in_shape_stride_type_and_kind() -> None:
     assert same_shapes(x, x.clone()) and same_shapes((x, 3), [x, 3])
     for other in (turned, short, x[:2], (x, x), 3, torch.empty(3, 4)):
         assert not same_shapes(x, other)
-    assert usable((x, 3), mode) and not usable(x, fake_mode()) and not usable(None, mode)
-    assert not usable(torch.empty(3), mode)
+    assert fits_mode((x, 3), mode) and not fits_mode(x, fake_mode()) and not fits_mode(None, mode)
+    assert not fits_mode(torch.empty(3), mode)
 
 
 def test_arguments_are_described_by_what_decides_the_shape_of_a_result() -> None:
@@ -55,21 +58,12 @@ def test_arguments_are_described_by_what_decides_the_shape_of_a_result() -> None
     with mode:
         x, other, number = torch.empty(3, 4), torch.empty(3, 4), torch.tensor(3)
     same = ([x, 2], None, "relu"), ([other, 2], None, "relu")
-    assert described(same[0]) == described(same[1]) and hash(described(same[0])) == hash(described(same[1]))
+    assert shape_key(same[0]) == shape_key(same[1]) and hash(shape_key(same[0])) == hash(shape_key(same[1]))
     for one, two in (([x, 2], (x, 2)), ([x, 2], [x, 2.0]), (x, x[:2]), (x, x.half()), (1, True)):
-        assert described(one) != described(two)
+        assert shape_key(one) != shape_key(two)
     for unknown in (number, torch.empty(3), {"a": x}):
         with pytest.raises(TypeError):
-            described(unknown)
-
-
-def test_sizes_that_vary_agree_if_they_are_spelled_alike() -> None:
-    traced = fxprune.trace(Affine(nn.Identity()), {"x": torch.ones(4, 6)})
-    x = next(node.meta["val"] for node in traced.graph_module.graph.nodes if node.op == "placeholder")
-    size = x.shape[0]
-    assert not isinstance(size, int)
-    assert same_shapes(size * 2, size * 2) and not same_shapes(size, size * 2)
-    assert not same_shapes(size, 4)
+            shape_key(unknown)
 
 
 class Affine(nn.Module):
@@ -99,32 +93,32 @@ def graph_module() -> fx.GraphModule:
     return fx.GraphModule(nn.Module(), graph)
 
 
-def check(**inputs: Any) -> str:
-    return refusal(graph_module(), inputs)
+def test_the_first_check_that_fails_is_reported() -> None:
+    def check(**inputs: Any) -> str:
+        return failed_check(graph_module(), inputs)
 
-
-def test_limits_are_in_words() -> None:
-    assert limits_of(graph_module()) == ("at most five", "sums")
-
-
-def test_the_first_check_that_refuses_speaks() -> None:
+    assert check_messages(graph_module()) == ("at most five", "sums")
     assert check(x=torch.zeros(2, 5)) == ""  # which the product would refuse: it is not run
     assert check(x=torch.zeros(2, 6)) == check(x=torch.zeros(2, 6), mode="max") == "at most five"
     assert check(x=torch.zeros(2, 5), mode="max") == "sums"
 
 
-def test_sizes_that_a_check_cannot_be_worked_out_for_are_refused() -> None:
+def test_a_check_that_cannot_be_computed_fails() -> None:
     graph = fx.Graph()
     size = graph.call_function(aten.sym_size.int, (graph.placeholder("x"), 0))
     parts = graph.call_function(operator.mod, (12, graph.call_function(operator.floordiv, (size, 4))))
     graph.call_function(aten._assert_scalar.default, (graph.call_function(operator.eq, (parts, 0)), "parts of twelve"))
     graph.output(size)
     made = fx.GraphModule(nn.Module(), graph)
-    assert [refusal(made, {"x": torch.zeros(n)}) for n in (8, 20, 3)] == ["", "parts of twelve", "mod divides by zero"]
+    assert [failed_check(made, {"x": torch.zeros(n)}) for n in (8, 20, 3)] == [
+        "",
+        "parts of twelve",
+        "mod divides by zero",
+    ]
 
 
 class Counter(TorchDispatchMode):
-    """Writes down the ops that are really run."""
+    """Records the ops that are run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,12 +135,12 @@ def blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def ran(body: Any) -> tuple[list[Any], Any]:
     """The ops that are run for `body`, and what it returns."""
-    with torch.no_grad(), Counter() as counter, WorkedOutOnce():
+    with torch.no_grad(), Counter() as counter, MetaOpCache():
         found = body()
     return counter.ops, found
 
 
-def test_what_is_called_alike_is_run_once_and_makes_new_tensors() -> None:
+def test_equal_calls_run_once_and_return_new_tensors() -> None:
     x, y = blank(2, 3), blank(2, 3)
     ops, (one, other) = ran(lambda: (x * 2.0, y * 2.0))
     assert ops.count(aten.mul.Tensor) == 1
@@ -165,7 +159,7 @@ def test_what_is_called_alike_is_run_once_and_makes_new_tensors() -> None:
     ],
     ids=["shape", "stride", "dtype", "kind of number", "truth"],
 )
-def test_what_is_called_otherwise_is_run(first: Any, second: Any) -> None:
+def test_other_calls_are_run(first: Any, second: Any) -> None:
     wanted = second()
     ops, (_, got) = ran(lambda: (first(), second()))
     assert ops.count(aten.mul.Tensor) == 2
@@ -205,7 +199,7 @@ def test_several_results_and_results_with_storage() -> None:
     assert mine.tolist() == [2, 2] and yours.tolist() == [3, 3]
 
 
-def test_what_does_not_fit_fails_each_time() -> None:
+def test_a_failing_call_fails_each_time() -> None:
     linear = nn.Linear(3, 4, device="meta")
 
     def body() -> int:

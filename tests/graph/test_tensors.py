@@ -1,4 +1,4 @@
-"""Tests: tensors, names, inputs and argument paths of an fx graph."""
+"""Tensors, names, inputs and argument paths of an fx graph."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fxprune.graph.tensors import (
     copy_tensor,
     delete_tensor,
     device_of,
-    example_of,
     get_tensor,
+    has_meta_weights,
     input_tensors,
     is_input,
-    maker_of,
+    map_tensors,
     names_by_identity,
-    on_meta,
     output_name,
+    producer_of,
     read_argument,
     require_weights,
     set_argument,
@@ -74,15 +74,10 @@ def test_a_parameter_stays_one_and_is_trained_where_it_was() -> None:
     assert isinstance(twin, nn.Parameter) and torch.equal(twin, frozen) and twin.data_ptr() != frozen.data_ptr()
 
 
-def test_tied_tensors_have_all_their_names() -> None:
-    module = Tied()
-    names = names_by_identity(module)
-    assert names[id(module.a.weight)] == ("a.weight", "b.weight")
-    assert names[id(module.shift)] == ("shift",)
-
-
 def test_weights_are_those_the_graph_reads_each_once_in_order() -> None:
     module = Tied()
+    names = names_by_identity(module)
+    assert names[id(module.a.weight)] == ("a.weight", "b.weight") and names[id(module.shift)] == ("shift",)
     graph_module = reading(module, "shift", "a.bias", "shift")
     assert [name for name, _ in weights(graph_module)] == ["shift", "a.bias"]
     assert device_of(graph_module) == torch.device("cpu")
@@ -91,7 +86,7 @@ def test_weights_are_those_the_graph_reads_each_once_in_order() -> None:
 
 def test_weights_without_values_are_refused_in_the_name_of_the_pass() -> None:
     whole, empty = reading(Tied(), "a.bias"), reading(Tied().to("meta"), "a.bias")
-    assert (on_meta(whole), on_meta(empty)) == (False, True)
+    assert (has_meta_weights(whole), has_meta_weights(empty)) == (False, True)
     require_weights(whole, "some-pass")
     with pytest.raises(PassError, match=r"some-pass.*on meta"):
         require_weights(empty, "some-pass")
@@ -103,7 +98,7 @@ def test_weights_go_by_their_own_name_and_the_rest_by_their_node() -> None:
     both = graph.call_function(torch.ops.aten.topk.default, (weight, 2))
     assert tensor_name(weight) == "model.a.weight" and tensor_name(both) == "topk_default"
     assert output_name(both, 1) == output_name("topk_default", 1) == "topk_default#1"
-    assert maker_of("topk_default#1") == "topk_default" and maker_of("model.a.weight") == "model.a.weight"
+    assert producer_of("topk_default#1") == "topk_default" and producer_of("model.a.weight") == "model.a.weight"
 
 
 def test_numbers_of_blocks_are_starred_and_others_are_not() -> None:
@@ -132,18 +127,14 @@ def graph() -> tuple[fx.Graph, dict[str, fx.Node]]:
     return found, {"x": x, "xs": xs, "first": first, "inner": inner, "total": total, "part": part}
 
 
-def test_what_is_read_off_an_input_is_an_input() -> None:
-    _, nodes = graph()
-    assert {name for name, node in nodes.items() if is_input(node)} == {"x", "xs", "first", "inner"}
-
-
-def test_tensors_are_spelled_as_python_code() -> None:
+def test_items_of_inputs_are_inputs_and_tensors_have_their_python_expression() -> None:
     found, nodes = graph()
+    assert {name for name, node in nodes.items() if is_input(node)} == {"x", "xs", "first", "inner"}
     assert dict(input_tensors(found)) == {nodes["x"]: "x", nodes["inner"]: "xs['p'][0]"}
 
 
-def test_only_tensors_are_made_anew() -> None:
-    made = example_of({"p": [torch.zeros(2), 3], "q": None}, torch.ones_like)
+def test_only_tensors_are_mapped() -> None:
+    made = map_tensors({"p": [torch.zeros(2), 3], "q": None}, torch.ones_like)
     assert made["p"][0].sum() == 2 and made["p"][1] == 3 and made["q"] is None
 
 

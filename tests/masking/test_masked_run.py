@@ -1,7 +1,8 @@
-"""Tests: interpreters that run a graph dense, masked or gated."""
+"""Interpreters that run a graph dense, masked or gated."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from fxprune.graph.facts import fork
 from fxprune.masking.compare import compare, masked_outputs
 from fxprune.masking.masked_run import GatedRun, MaskedRun, PreciseRun, output_tensors, spread_gates
 from fxprune.pipeline.pipeline import Pipeline
-from tests.models import tiny, token_ids
+from tests.models import token_ids
 from tests.oracle import Net, axes_of, decide, discover, groups_of
+from tests.remembered import grouped, model_of
 
 UNITS = np.array([True, False, True, True, False, True])
 
@@ -58,7 +60,7 @@ def test_a_statistic_is_taken_at_other_sizes_than_the_traced_ones() -> None:
 
 
 def test_an_axis_of_which_code_took_the_first_entries_has_the_size_of_the_run() -> None:
-    """The tokens were one and a rest whose size no input told; units were taken to be more of them than there are."""
+    """The tokens were one and a rest of unknown size; more of them were taken for units than there are."""
 
     def body(m: Any, x: torch.Tensor) -> torch.Tensor:
         h = m.a(x)
@@ -80,9 +82,9 @@ def test_an_axis_of_which_code_took_the_first_entries_has_the_size_of_the_run() 
     assert halves
 
 
-def test_a_removed_block_is_gone_around() -> None:
-    model = tiny("llama")
-    dense = discover(model)
+def test_a_removed_block_is_bypassed() -> None:
+    dense = grouped("llama")
+    model = copy.deepcopy(model_of(dense))
     found = MaskedRun(dense, axes_of(dense), Keep(), ("model.layers.1",)).run(token_ids())
     del model.model.layers[1]
     with torch.no_grad():

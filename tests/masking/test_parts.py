@@ -1,10 +1,12 @@
-"""Tests: a graph cut into parts that run one after the other for all samples."""
+"""A graph cut into parts that run one after the other for all samples."""
 
 from __future__ import annotations
 
 import itertools
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,13 @@ from fxprune.data.calibration import Sample
 from fxprune.errors import CalibrationError
 from fxprune.graph.tensors import weights
 from fxprune.masking.masked_run import output_tensors
-from fxprune.masking.parts import Part, PartRuns, cut, observe
-from fxprune.offload.files import shelved
-from fxprune.offload.prefetch import Carrier, at_place, carrying
+from fxprune.masking.parts import Part, PartRuns, cut_graph, observe_nodes
+from fxprune.offload.files import offload_to
+from fxprune.offload.prefetch import Prefetcher, offer_prefetcher, use_prefetcher
 from fxprune.pipeline.registry import load_pass
-from tests.models import tiny, token_ids
+from tests.models import token_ids
 from tests.oracle import Net, discover
+from tests.remembered import grouped, model_of, traced
 
 
 def calibrate(dense: torch.fx.GraphModule, data: torch.Tensor) -> None:
@@ -33,15 +36,15 @@ def costs(graph_module: torch.fx.GraphModule) -> dict[str, float]:
     return {name: float(tensor.numel()) for name, tensor in weights(graph_module)}
 
 
-def parts_of(model: nn.Module, share: float) -> tuple[torch.fx.GraphModule, list[Part]]:
-    dense = fxprune.trace(model).graph_module
+def parts_of(family: str, share: float, **changes: int) -> tuple[torch.fx.GraphModule, list[Part]]:
+    dense = traced(family, **changes)
     cost = costs(dense)
-    return dense, cut(dense.graph, cost, share * sum(cost.values()))
+    return dense, cut_graph(dense.graph, cost, share * sum(cost.values()))
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3, 0.1, 1e-9])
 def test_every_op_is_in_one_part_and_parts_are_no_larger_than_allowed(share: float) -> None:
-    dense, parts = parts_of(tiny("llama", num_hidden_layers=3), share)
+    dense, parts = parts_of("llama", share)
     ops = [node for part in parts for node in part.nodes if node.op != "get_attr"]
     assert ops == [node for node in dense.graph.nodes if node.op not in ("get_attr", "placeholder")]
     cost = costs(dense)
@@ -52,16 +55,14 @@ def test_every_op_is_in_one_part_and_parts_are_no_larger_than_allowed(share: flo
 
 
 def test_parts_meet_where_the_fewest_numbers_are_alive() -> None:
-    dense, parts = parts_of(tiny("llama", num_hidden_layers=4), 0.25)
+    dense, parts = parts_of("llama", 0.25, num_hidden_layers=4)
     hidden = next(t for name, t in weights(dense) if "embed_tokens" in name).shape[1]
     given = [[n.meta["val"].shape for n in part.gives if n.meta["val"].dim() == 3] for part in parts[1:-1]]
     assert given and all([shape[-1] for shape in shapes] == [hidden] for shapes in given), "the residual stream alone"
 
 
-@pytest.mark.parametrize("share", [0.3, 0.05])
-def test_parts_compute_what_the_graph_computes(share: float) -> None:
-    model = tiny("gpt2").eval()
-    dense, parts = parts_of(model, share)
+def test_parts_compute_what_the_graph_computes() -> None:
+    dense, parts = parts_of("gpt2", 0.05)
     ids = token_ids(3)
     runs = PartRuns(dense, parts, [{"input_ids": row[None]} for row in ids], ())
     assert len(parts) > 2
@@ -74,7 +75,7 @@ def test_parts_compute_what_the_graph_computes(share: float) -> None:
         return outputs[-1].sum() + torch.zeros((), requires_grad=True)
 
     list(runs.backward(parts[-1], lambda _: {}, loss))
-    torch.testing.assert_close(torch.cat(outputs), model(ids).logits)
+    torch.testing.assert_close(torch.cat(outputs), model_of(dense)(ids).logits)
 
 
 class Writing(nn.Module):
@@ -100,7 +101,7 @@ def test_no_part_writes_to_what_another_one_keeps(buffer: bool) -> None:
     torch.manual_seed(0)
     model = Writing(buffer)
     dense = fxprune.trace(model, {"x": torch.randn(2, 8)}).graph_module
-    parts = cut(dense.graph, costs(dense), 1.0)
+    parts = cut_graph(dense.graph, costs(dense), 1.0)
     assert (len(parts) == 1) == buffer
     x = torch.randn(2, 8)
     want = model(x.clone()).detach()
@@ -114,28 +115,8 @@ def test_no_part_writes_to_what_another_one_keeps(buffer: bool) -> None:
     torch.testing.assert_close(got[0], want)
 
 
-@pytest.mark.parametrize("order", ["vector", "first", "second", "mix"])
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_a_weight_that_several_parts_read_counts_once(order: str, on_disk: bool, tmp_path) -> None:
-    model = tiny("llama", tie_word_embeddings=True)
-    found = []
-    for memory in ("fast", "low"):
-        dense = discover(model)
-        calibrate(dense, token_ids(3))
-        taylor = load_pass("taylor", order=order, memory=memory, kinds=("channel", "mlp", "head"))
-        if on_disk:
-            with shelved(tmp_path):
-                taylor(dense)
-        else:
-            taylor(dense)
-        found.append(fxprune.facts_of(dense)[fxprune.Scores].units)
-    assert any("channel" in name for name in found[0]) and list(tmp_path.iterdir()) == []
-    for name, row in found[0].items():
-        np.testing.assert_allclose(found[1][name], row, rtol=1e-5)
-
-
-class Watched(Carrier):
-    """Carries by copies, and notes which weights are there each time that one more is copied."""
+class Watched(Prefetcher):
+    """Prefetches by copies, and records which weights are there each time that one more is copied."""
 
     def __init__(self, graph_module: torch.fx.GraphModule) -> None:
         super().__init__(torch.device("cpu"))
@@ -143,8 +124,8 @@ class Watched(Carrier):
         self.copies: list[tuple[str, weakref.ref[torch.Tensor]]] = []
         self.there: list[set[str]] = []
 
-    def begin(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Copy a weight and note all that are there."""
+    def start_copy(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Copy a weight and record all that are there."""
         moved = tensor.clone()
         self.copies.append((self.names[tensor.data_ptr()], weakref.ref(moved)))
         self.there.append({name for name, copy in self.copies if copy() is not None})
@@ -157,10 +138,10 @@ class Watched(Carrier):
 
 
 def test_weights_of_one_part_are_there_and_those_of_the_next_on_their_way() -> None:
-    dense, parts = parts_of(tiny("llama", num_hidden_layers=4), 0.2)
-    carrier = Watched(dense)
+    dense, parts = parts_of("llama", 0.2, num_hidden_layers=4)
+    prefetcher = Watched(dense)
     samples = [{"input_ids": row[None]} for row in token_ids(3)]
-    with carrying(carrier), at_place(True):
+    with offer_prefetcher(prefetcher), use_prefetcher(True):
         runs = PartRuns(dense, parts, samples, ())
         for part in parts[:-1]:
             list(runs.forward(part))
@@ -170,46 +151,48 @@ def test_weights_of_one_part_are_there_and_those_of_the_next_on_their_way() -> N
         del runs
     read = [set(part.reads) for part in parts]
     forward = list(dict.fromkeys(name for part in parts for name in part.reads))
-    assert carrier.order[: len(forward)] == forward, "in order of execution, each once for all samples"
+    assert prefetcher.order[: len(forward)] == forward, "in order of execution, each once for all samples"
     back = [name for i in reversed(range(len(parts) - 1)) for name in parts[i].reads if name not in read[i + 1]]
-    assert carrier.order[len(forward) :] == back, "and the other way, but for what the part before has there"
+    assert prefetcher.order[len(forward) :] == back, "and the other way, except those that the part before left there"
     assert len(parts) > 3
-    for there in carrier.there:
+    for there in prefetcher.there:
         assert any(there <= one | other for one, other in itertools.pairwise(read)), there
-    assert all(copy() is None for _, copy in carrier.copies[:-1]), "and given up in the end"
+    assert all(copy() is None for _, copy in prefetcher.copies[:-1]), "and dropped in the end"
 
 
 @pytest.mark.parametrize("order", ["vector", "first", "second", "mix"])
-@pytest.mark.parametrize("memory", ["fast", "low"])
-def test_scores_are_the_same_where_weights_are_carried(order: str, memory: str, tmp_path) -> None:
-    model = tiny("llama", tie_word_embeddings=True, num_hidden_layers=3)
-    found, carriers = [], []
-    for carried in (False, True):
-        dense = discover(model)
+def test_scores_are_the_same_by_parts_on_disk_and_with_prefetched_weights(order: str, tmp_path: Path) -> None:
+    """The tied weight, which several parts read, counts once."""
+    found = []
+    ways = [("fast", False, False), ("low", False, False), ("fast", True, True), ("low", True, True)]
+    for memory, on_disk, used in ways:
+        dense = grouped("llama", tie_word_embeddings=True)
         calibrate(dense, token_ids(3))
-        carriers.append(Watched(dense))
+        prefetcher = Watched(dense)
         taylor = load_pass("taylor", order=order, memory=memory, kinds=("channel", "mlp", "head"))
-        with carrying(carriers[-1] if carried else None), shelved(tmp_path):
+        with offer_prefetcher(prefetcher if used else None), offload_to(tmp_path) if on_disk else nullcontext():
             taylor(dense)
+        assert bool(prefetcher.order) == used
         found.append(fxprune.facts_of(dense)[fxprune.Scores].units)
-    assert not carriers[0].order and carriers[1].order
-    for name, row in found[0].items():
-        np.testing.assert_allclose(found[1][name], row, rtol=1e-6)
+    assert any("channel" in name for name in found[0]) and list(tmp_path.iterdir()) == []
+    for one, other, rtol in ((1, 0, 1e-5), (2, 0, 1e-6), (3, 1, 1e-6)):
+        for name, row in found[other].items():
+            np.testing.assert_allclose(found[one][name], row, rtol=rtol)
 
 
 @pytest.mark.parametrize("importance", ["wanda", "flap", "block-influence"])
-def test_forward_criteria_are_the_same_where_weights_are_carried(importance: str) -> None:
-    model, found = tiny("llama", num_hidden_layers=3), []
-    dense = discover(model)
+def test_forward_criteria_are_the_same_with_prefetched_weights(importance: str) -> None:
+    found = []
+    dense = grouped("llama")
     calibrate(dense, token_ids(12))
-    carrier = Watched(dense)
+    prefetcher = Watched(dense)
     kinds = ("layer",) if importance == "block-influence" else ("mlp", "head")
-    for used in (None, carrier):
-        with carrying(used):
+    for used in (None, prefetcher):
+        with offer_prefetcher(used):
             load_pass(importance, kinds=kinds, batch=4)(dense)
         found.append(fxprune.facts_of(dense)[fxprune.Scores].units)
     if importance != "block-influence":
-        assert len(carrier.order) == len(set(carrier.order)), "each is copied once for all batches"
+        assert len(prefetcher.order) == len(set(prefetcher.order)), "each is copied once for all batches"
     for name, row in found[0].items():
         np.testing.assert_allclose(found[1][name], row, rtol=1e-6)
 
@@ -228,7 +211,7 @@ def test_what_is_watched_is_seen_and_nothing_after_it_runs() -> None:
 
     with torch.no_grad():
         net.b.weight.fill_(float("nan"))
-    observe(dense, samples, {nodes["relu"]: seen.append}, 2, track)
+    observe_nodes(dense, samples, {nodes["relu"]: seen.append}, 2, track)
     expected = [net.a(sample.inputs["x"]).relu() for sample in samples]
     assert totals == [2] and [len(value) for value in seen] == [4, 2]
     torch.testing.assert_close(torch.cat(seen), torch.cat(expected).detach())
@@ -239,4 +222,4 @@ def test_samples_that_cannot_be_computed_are_refused() -> None:
     dense = discover(Net(lambda m, x: m.a(x), a=nn.Linear(3, 4)), {"x": torch.randn(2, 3)})
     last = next(node for node in reversed(dense.graph.nodes) if node.op == "call_function")
     with pytest.raises(CalibrationError, match="cannot compute a sample"):
-        observe(dense, [Sample({"x": torch.randn(2, 5)}, torch.zeros(1, 2))], {last: print}, 1, lambda x, _: x)
+        observe_nodes(dense, [Sample({"x": torch.randn(2, 5)}, torch.zeros(1, 2))], {last: print}, 1, lambda x, _: x)

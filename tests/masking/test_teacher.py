@@ -1,4 +1,4 @@
-"""Tests: teacher logits: top-k log-probabilities of the dense model, and the divergence from them."""
+"""Teacher logits: top-k log-probabilities of the dense model, and the divergence from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from fxprune.data.calibration import Sample
 from fxprune.errors import PassError
 from fxprune.masking.masked_run import UntouchedRun
-from fxprune.masking.teacher import LessonBatch, divergence, learn, lesson_batches, logits_of
+from fxprune.masking.teacher import TeacherBatch, divergence, record_teacher_logits, run_logits, teacher_batches
 from tests.oracle import Net, discover
 
 SAMPLES = [Sample({"x": torch.randn(1, n, 3)}, torch.zeros(1, n)) for n in (4, 5, 4)]
@@ -21,11 +21,11 @@ def test_all_classes_kept_give_the_divergence_and_few_give_less() -> None:
     other = nn.Linear(3, 9)
     found = []
     for kept in (9, 3):
-        lessons = learn(dense, SAMPLES, kept, 2, lambda batches, _: batches)
-        assert [lesson.sample for lesson in lessons] == SAMPLES
+        teacher = record_teacher_logits(dense, SAMPLES, kept, 2, lambda batches, _: batches)
+        assert [one.sample for one in teacher] == SAMPLES
         total = sum(
             float(divergence(other(batch.inputs["x"]), batch)) * batch.classes.shape[0] * batch.classes.shape[1]
-            for batch in lesson_batches(lessons, dense, 2)
+            for batch in teacher_batches(teacher, dense, 2)
         )
         found.append(total / 13)
     x = torch.cat([sample.inputs["x"][0] for sample in SAMPLES])
@@ -46,7 +46,7 @@ def test_the_gradient_is_that_of_the_formula(sure: bool) -> None:
     if sure:
         logits.scatter_add_(-1, classes, torch.full(classes.shape, 40.0))
     logits.requires_grad_()
-    batch = LessonBatch({}, classes, likelihoods.float(), classes[..., 0])
+    batch = TeacherBatch({}, classes, likelihoods.float(), classes[..., 0])
     found = divergence(logits, batch)
     (gradient,) = torch.autograd.grad(3 * found, logits)
 
@@ -57,7 +57,7 @@ def test_the_gradient_is_that_of_the_formula(sure: bool) -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(3 * by_formula, logits)[0])
 
 
-def test_a_model_that_says_nothing_at_each_position_is_refused() -> None:
+def test_a_model_without_logits_for_each_position_is_refused() -> None:
     dense = discover(Net(lambda m, x: m.a(x).sum(), a=nn.Linear(3, 2)), {"x": torch.randn(2, 3)})
     with pytest.raises(PassError, match="no logits to learn from"):
-        logits_of(UntouchedRun(dense), {"x": torch.randn(2, 3)})
+        run_logits(UntouchedRun(dense), {"x": torch.randn(2, 3)})

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from fxprune.checkpoint.structure import pruned_class
+from fxprune.emit.structure import pruned_class
 from fxprune.modelling.layerwise import SECTION, AnyWidths, amend_config, overrides_in, section_of
 from fxprune.modelling.overrides import Overrides
 from tests.models import tiny

@@ -1,30 +1,31 @@
-"""Tests: tensors in memory-mapped files, and the cache from which an interrupted run resumes."""
+"""Tensors in memory-mapped files."""
 
 from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from pathlib import Path
 
 import pytest
 import torch
 
-from fxprune.offload import files as shelf
-from fxprune.offload.files import shelved, stored, written_through
+from fxprune.offload import files
+from fxprune.offload.files import offload_to, offloaded, sync_writes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
-def test_a_stored_tensor_is_as_it_was_and_leaves_no_file(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_an_offloaded_tensor_is_as_it_was_and_leaves_no_file(dtype: torch.dtype, tmp_path: Path) -> None:
     value = torch.randint(100, (300, 401)).to(dtype).t()
-    with shelved(tmp_path):
-        found = stored(value)
+    with offload_to(tmp_path):
+        found = offloaded(value)
         small = torch.ones(3)
-        assert stored(small) is small, "a mapping takes whole pages"
+        assert offloaded(small) is small, "a mapping takes whole pages"
     assert torch.equal(found, value) and found.dtype == dtype and found.data_ptr() != value.data_ptr()
     assert list(tmp_path.iterdir()) == []
     found.add_(1)
     assert torch.equal(found, value + 1)
-    assert stored(value) is value, "where nothing was said, memory is"
+    assert offloaded(value) is value, "outside the context tensors stay in memory"
 
 
 def test_files_are_written_while_the_next_tensors_are_made_few_bytes_at_a_time(
@@ -34,33 +35,30 @@ def test_files_are_written_while_the_next_tensors_are_made_few_bytes_at_a_time(
     value = torch.randn(200, 100)
     go, written = threading.Event(), list[int]()
     monkeypatch.setattr(os, "fsync", lambda handle: written.append(handle) if go.wait(60) else None)
-    monkeypatch.setattr(shelf, "_UNWRITTEN", 2 * value.nbytes)
-    monkeypatch.setattr(shelf, "_writers", shelf._Writers())
-    with shelved(tmp_path):
-        found = [stored(value), stored(value)]
-        assert written == [] and len(shelf._writers.pending) == 2
+    monkeypatch.setattr(files, "_UNWRITTEN", 2 * value.nbytes)
+    monkeypatch.setattr(files, "_writes", writes := deque())
+    with offload_to(tmp_path):
+        found = [offloaded(value), offloaded(value)]
+        assert written == [] and len(writes) == 2
         threading.Timer(0.05, go.set).start()
-        found.append(stored(value))
-        assert written and len(shelf._writers.pending) <= 2, "the third waits for the first"
-    for writer in list(shelf._writers.pending):
-        writer.join()
-    assert len(written) == 3 and all(torch.equal(one, value) for one in found)
+        found.append(offloaded(value))
+        assert written and len(writes) <= 2, "the third waits for the first"
+    assert len(written) == 3 and not writes and all(torch.equal(one, value) for one in found)
 
 
-def test_a_file_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_written_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(handle: int) -> None:
         raise OSError(28, "no room")
 
     monkeypatch.setattr(os, "fsync", refuse)
-    monkeypatch.setattr(shelf, "_UNWRITTEN", 0)
-    monkeypatch.setattr(shelf, "_writers", shelf._Writers())
-    with shelved(tmp_path), pytest.raises(OSError, match="no room"):
-        stored(torch.randn(200, 100))
+    monkeypatch.setattr(files, "_UNWRITTEN", 0)
+    with offload_to(tmp_path), pytest.raises(OSError, match="no room"):
+        offloaded(torch.randn(200, 100))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_others_write_is_on_the_disk_while_they_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit of memory counted pages of the slim model that were not, and the process was ended for them."""
+def test_files_of_others_are_synced_as_they_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit of memory counted pages of the slim model that were not on the disk, and the process was killed."""
     synced, seen = list[int](), threading.Event()
 
     def fsync(handle: int) -> None:
@@ -69,7 +67,7 @@ def test_what_others_write_is_on_the_disk_while_they_write(tmp_path: Path, monke
 
     monkeypatch.setattr(os, "fsync", fsync)
     (tmp_path / "out").mkdir()
-    with shelved(tmp_path), written_through(tmp_path / "out"):
+    with offload_to(tmp_path), sync_writes(tmp_path / "out"):
         for part in (b"some", b"more"):
             with open(tmp_path / "out" / "weights", "ab") as file:
                 file.write(part)
@@ -77,5 +75,5 @@ def test_what_others_write_is_on_the_disk_while_they_write(tmp_path: Path, monke
             seen.clear()
     assert synced == [4, 8], "each time it grew, and not again"
     threads = threading.active_count()
-    with written_through(tmp_path):
-        assert threading.active_count() == threads, "where tensors are in memory there is nothing to do"
+    with sync_writes(tmp_path):
+        assert threading.active_count() == threads, "in memory there is nothing to do"

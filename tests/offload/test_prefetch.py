@@ -1,4 +1,4 @@
-"""Tests: weights moved to a compute device part by part, and precision there."""
+"""Weights moved to a compute device part by part, and precision there."""
 
 from __future__ import annotations
 
@@ -12,33 +12,31 @@ import fxprune
 from fxprune.errors import ArgumentError, PassError
 from fxprune.offload import prefetch as precision
 from fxprune.offload.prefetch import (
-    Carrier,
-    at_place,
+    Prefetcher,
+    as_device,
     autocast,
-    carrier_to,
-    carrying,
-    check_device,
-    current_carrier,
+    compute_device,
+    current_prefetcher,
     has_bf16,
-    narrowed,
-    place_of,
-    to_place,
+    offer_prefetcher,
+    prefetcher_to,
+    to_device,
+    use_bf16,
+    use_prefetcher,
 )
-from tests.models import tiny
-from tests.oracle import discover
 
 
-class Noting(Carrier):
-    """Carries to the CPU, by copies, and notes what it copies."""
+class Recording(Prefetcher):
+    """Copies to the CPU, and records the first number of each copy."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
         self.begun: list[float] = []
 
-    def begin(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Note the first number of a tensor."""
+    def start_copy(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Record the first number of a tensor."""
         self.begun.append(float(tensor.flatten()[0]))
-        return super().begin(tensor.clone())
+        return super().start_copy(tensor.clone())
 
 
 def numbered(count: int) -> list[torch.Tensor]:
@@ -46,75 +44,68 @@ def numbered(count: int) -> list[torch.Tensor]:
 
 
 def test_what_was_copied_ahead_is_not_copied_again() -> None:
-    carrier, (a, b, c) = Noting(), numbered(3)
-    carrier.ahead([a, b, a])
-    assert carrier.begun == [0, 1]
-    first, second, again = carrier.carry([a, b, a])
-    assert carrier.begun == [0, 1] and first is again and torch.equal(second, b)
-    carrier.carry([c])
-    carrier.carry([c])
-    assert carrier.begun == [0, 1, 2], "the last one is there"
+    prefetcher, (a, b, c) = Recording(), numbered(3)
+    prefetcher.prefetch([a, b, a])
+    assert prefetcher.begun == [0, 1]
+    first, second, again = prefetcher.fetch([a, b, a])
+    assert prefetcher.begun == [0, 1] and first is again and torch.equal(second, b)
+    prefetcher.fetch([c])
+    prefetcher.fetch([c])
+    assert prefetcher.begun == [0, 1, 2], "the last one is there"
 
 
-def test_it_holds_what_comes_next_alone() -> None:
-    carrier, (a, b, c) = Noting(), numbered(3)
-    carrier.ahead([a, b])
-    carrier.ahead([b, c])
-    carrier.carry([b, c])
-    assert carrier.begun == [0, 1, 2]
-    carrier.carry([a])
-    assert carrier.begun == [0, 1, 2, 0], "a was given up"
-    carrier.ahead([b])
-    carrier.close()
-    carrier.carry([b])
-    assert carrier.begun[-2:] == [1, 1]
+def test_it_holds_only_what_comes_next() -> None:
+    prefetcher, (a, b, c) = Recording(), numbered(3)
+    prefetcher.prefetch([a, b])
+    prefetcher.prefetch([b, c])
+    prefetcher.fetch([b, c])
+    assert prefetcher.begun == [0, 1, 2]
+    prefetcher.fetch([a])
+    assert prefetcher.begun == [0, 1, 2, 0], "a was dropped"
+    prefetcher.prefetch([b])
+    prefetcher.close()
+    prefetcher.fetch([b])
+    assert prefetcher.begun[-2:] == [1, 1]
 
 
-def test_a_weight_that_was_written_to_is_copied_anew() -> None:
-    carrier, (a, _) = Noting(), numbered(2)
-    carrier.ahead([a])
+def test_a_weight_that_was_written_to_is_copied_again() -> None:
+    prefetcher, (a, _) = Recording(), numbered(2)
+    prefetcher.prefetch([a])
     a.add_(5)
-    (moved,) = carrier.carry([a])
+    (moved,) = prefetcher.fetch([a])
     assert torch.equal(moved, a)
     a.add_(5)
-    assert torch.equal(carrier.carry([a])[0], a)
+    assert torch.equal(prefetcher.fetch([a])[0], a)
 
 
 def test_passes_that_do_not_want_it_compute_where_the_weights_are() -> None:
-    dense, carrier = discover(tiny("llama")), Noting()
-    carrier.device = torch.device("meta")
-    with carrying(carrier):
-        assert current_carrier() is None and place_of(dense) == torch.device("cpu")
-        with at_place(True):
-            assert current_carrier() is carrier and place_of(dense).type == "meta"
-            with at_place(False):
-                assert current_carrier() is None
-    with at_place(True):
-        assert current_carrier() is None, "none is offered any more"
-    with carrying(None), at_place(True):
-        assert current_carrier() is None
+    dense, prefetcher = torch.fx.symbolic_trace(nn.Linear(2, 2)), Recording()
+    prefetcher.device = torch.device("meta")
+    with offer_prefetcher(prefetcher):
+        assert current_prefetcher() is None and compute_device(dense) == torch.device("cpu")
+        with use_prefetcher(True):
+            assert current_prefetcher() is prefetcher and compute_device(dense).type == "meta"
+            with use_prefetcher(False):
+                assert current_prefetcher() is None
+    with use_prefetcher(True):
+        assert current_prefetcher() is None, "none is offered any more"
+    with offer_prefetcher(None), use_prefetcher(True):
+        assert current_prefetcher() is None
 
 
-def test_none_is_needed_where_the_weights_are_there() -> None:
+def test_no_prefetcher_is_needed_on_the_device_of_the_weights() -> None:
     cpu = torch.device("cpu")
-    assert carrier_to(None, cpu) is None and carrier_to("cpu", cpu) is None and check_device(None) is None
-    assert to_place("text", cpu) == "text"
+    assert prefetcher_to(None, cpu) is None and prefetcher_to("cpu", cpu) is None and as_device(None) is None
+    assert to_device("text", cpu) == "text"
     value = torch.ones(1)
-    assert to_place(value, cpu) is value
+    assert to_device(value, cpu) is value
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", 3.5])
 def test_a_device_that_is_not_there_is_refused(device: object) -> None:
     with pytest.raises(ArgumentError) as caught:
-        check_device(device)
+        as_device(device)
     assert caught.value.where == "device" and caught.value.remedy
-
-
-CPU = torch.device("cpu")
-
-
-def test_bfloat16_is_native_or_not() -> None:
-    assert has_bf16(torch.device("xpu")) and not has_bf16(torch.device("meta"))
 
 
 class Pair(nn.Module):
@@ -137,39 +128,33 @@ def trial_of(model: nn.Module) -> tuple[torch.fx.GraphModule, Callable[[], torch
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_products_of_float32_alone_are_narrowed(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+def test_bfloat16_is_for_float32_graphs_on_native_devices(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    assert has_bf16(torch.device("xpu")) and not has_bf16(torch.device("meta"))
     monkeypatch.setattr(precision, "has_bf16", lambda device: native)
     graph_module, trial = trial_of(Pair(strict=False))
-    assert narrowed("auto", graph_module, trial, "a") is native
-    assert narrowed("bf16", graph_module, trial, "a") and not narrowed("float32", graph_module, trial, "a")
-    half, _ = trial_of(Pair(strict=False))
-    half.to(torch.bfloat16)
-    assert not narrowed("bf16", half, trial, "a")
-
-
-def test_memory_that_ran_out_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
-    graph_module, _ = trial_of(Pair(strict=False))
+    assert use_bf16("auto", graph_module, trial, "a") is native
+    assert use_bf16("bf16", graph_module, trial, "a") and not use_bf16("float32", graph_module, trial, "a")
 
     def full() -> torch.Tensor:
         raise torch.OutOfMemoryError
 
-    for asked in ("auto", "bf16"):
-        with pytest.raises(torch.OutOfMemoryError):
-            narrowed(asked, graph_module, full, "a")
+    with pytest.raises(torch.OutOfMemoryError):
+        use_bf16("bf16", graph_module, full, "a")
+    graph_module.to(torch.bfloat16)
+    assert not use_bf16("bf16", graph_module, trial, "a")
 
 
-def test_where_an_op_refuses_it_nothing_is_narrowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_off_if_an_op_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)
     graph_module, trial = trial_of(Pair(strict=True))
-    assert not narrowed("auto", graph_module, trial, "a")
+    assert not use_bf16("auto", graph_module, trial, "a")
     with pytest.raises(PassError, match="a: an op refuses bfloat16"):
-        narrowed("bf16", graph_module, trial, "a")
+        use_bf16("bf16", graph_module, trial, "a")
 
 
-@pytest.mark.parametrize("narrow", [True, False])
-def test_in_its_context_products_alone_are_narrow(narrow: bool) -> None:
+@pytest.mark.parametrize("enabled", [True, False])
+def test_only_products_are_in_bfloat16(enabled: bool) -> None:
     x = torch.randn(4, 4)
-    with autocast(CPU, narrow):
-        assert (x @ x).dtype == (torch.bfloat16 if narrow else torch.float32)
+    with autocast(torch.device("cpu"), enabled):
+        assert (x @ x).dtype == (torch.bfloat16 if enabled else torch.float32)
         assert (x + x).dtype == x.softmax(-1).dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Tests: several processes that prune one model: samples sharded, sums all-reduced."""
+"""Sharded, offloaded and mapped models, and several processes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import fxprune
 from fxprune.errors import FxpruneError, UnsupportedModelError
 from fxprune.evaluation import perplexity
 from fxprune.offload.ranks import (
-    add_up,
-    as_first,
-    check_loaded,
-    check_together,
-    check_whole,
-    first_alone,
+    all_reduce,
+    broadcast,
+    broadcast_object,
+    check_one_device,
+    check_trainable,
+    check_unsharded,
     input_device,
     is_first,
     is_sharded,
-    of_first,
-    own,
+    process_group,
     rank,
-    started,
-    turns,
+    run_on_first,
+    shard,
+    shard_indices,
 )
 from tests.models import tiny, token_ids
 
@@ -48,12 +48,9 @@ def mapped(folder: Path, device_map: dict[str, str], tmp_path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offloaded")
 
 
-@pytest.mark.parametrize("device_map", [{"": "cpu"}, dict.fromkeys(PLACES, "cpu")], ids=["whole", "parts"])
-def test_a_device_map_to_one_device_is_nothing_special(
-    folder: Path, device_map: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_device_map_to_one_device_changes_nothing(folder: Path, tmp_path: Path) -> None:
     plain = fxprune.prune(AutoModelForCausalLM.from_pretrained(folder), token_ids(4), **OPTIONS)
-    model = dispatch_model(mapped(folder, device_map, tmp_path), {"": "cpu"}, force_hooks=True)
+    model = dispatch_model(mapped(folder, dict.fromkeys(PLACES, "cpu"), tmp_path), {"": "cpu"}, force_hooks=True)
     assert hasattr(model, "_hf_hook"), "as when something else was on another device"
     found = fxprune.prune(model, token_ids(4), **OPTIONS)
     assert found.plan == plain.plan and found.report.verification_error is not None
@@ -64,7 +61,7 @@ def test_a_device_map_to_one_device_is_nothing_special(
 
 
 @pytest.mark.parametrize("disk", [("model.layers.1",), PLACES], ids=["a layer", "all"])
-def test_what_is_offloaded_is_refused_with_a_way_to_go_and_can_be_measured(
+def test_an_offloaded_model_is_refused_with_a_remedy_and_can_be_measured(
     folder: Path, disk: tuple[str, ...], tmp_path: Path
 ) -> None:
     """Where all was offloaded, it was traced on meta and failed inside accelerate; measuring it failed as well."""
@@ -77,31 +74,22 @@ def test_what_is_offloaded_is_refused_with_a_way_to_go_and_can_be_measured(
         with pytest.raises(UnsupportedModelError, match=r"device_map has offloaded it.*prune_checkpoint"):
             work()
     with pytest.raises(UnsupportedModelError, match=r"offloaded it.*fsdp"):
-        check_loaded(model, "pruned")
+        check_trainable(model, "pruned")
     whole = AutoModelForCausalLM.from_pretrained(folder)
     assert float(perplexity(model, token_ids(4))) == pytest.approx(float(perplexity(whole, token_ids(4))), rel=1e-6)
-
-
-def test_what_is_offloaded_to_the_cpu_is_the_same() -> None:
-    model = cpu_offload(tiny("llama"))
     with pytest.raises(UnsupportedModelError, match="offloaded"):
-        fxprune.prune(model, importance="l2")
-    assert float(perplexity(model, token_ids(4))) == pytest.approx(float(perplexity(tiny("llama"), token_ids(4))))
-
-
-def two_devices() -> nn.Module:
-    return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+        fxprune.prune(cpu_offload(whole), importance="l2")
 
 
 def test_several_devices_are_refused_by_what_put_them_there() -> None:
     """The remedy was model.to, which accelerate refuses for a model that it has put on several devices."""
-    model = two_devices()
-    check_whole(model)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    check_unsharded(model)
     with pytest.raises(UnsupportedModelError, match=r"is on meta while 0\.weight is on cpu.*model\.to\('cpu'\)"):
-        check_together(model)
+        check_one_device(model)
     add_hook_to_module(model[0], SequentialHook(AlignDevicesHook(execution_device="cpu")))
     with pytest.raises(UnsupportedModelError, match="prune_checkpoint"):
-        check_together(model)
+        check_one_device(model)
 
 
 def test_inputs_go_to_the_first_parameter_or_to_where_it_will_be() -> None:
@@ -113,23 +101,23 @@ def test_inputs_go_to_the_first_parameter_or_to_where_it_will_be() -> None:
     assert input_device(model) == torch.device("cpu")
 
 
-def test_what_is_plain_is_neither_sharded_nor_refused() -> None:
+def test_a_plain_model_is_neither_sharded_nor_refused() -> None:
     model = tiny("llama")
-    check_whole(model)
-    check_together(model)
-    check_loaded(model, "pruned")
+    check_unsharded(model)
+    check_one_device(model)
+    check_trainable(model, "pruned")
     assert not is_sharded(model)
     with pytest.raises(UnsupportedModelError, match="weights are on meta"):
-        check_loaded(nn.Linear(2, 2, device="meta"), "pruned")
+        check_trainable(nn.Linear(2, 2, device="meta"), "pruned")
 
 
 def test_one_process_does_everything() -> None:
     sums = torch.tensor([1.0, 2.0])
-    add_up([sums])
-    as_first([sums])
-    with started():
-        assert own([3, 4, 5]) == (3, 4, 5) and rank() == 0 and is_first() and of_first("x") == "x"
-    assert sums.tolist() == [1.0, 2.0] and list(turns(3)) == [0, 1, 2]
-    assert first_alone(lambda: 7, FxpruneError) == 7
+    all_reduce([sums])
+    broadcast([sums])
+    with process_group():
+        assert shard([3, 4, 5]) == (3, 4, 5) and rank() == 0 and is_first() and broadcast_object("x") == "x"
+    assert sums.tolist() == [1.0, 2.0] and list(shard_indices(3)) == [0, 1, 2]
+    assert run_on_first(lambda: 7, FxpruneError) == 7
     with pytest.raises(KeyError):
-        first_alone(lambda: {}["missing"], FxpruneError)
+        run_on_first(lambda: {}["missing"], FxpruneError)

@@ -14,7 +14,17 @@ import torch
 import fxprune
 import fxprune.pipeline.arguments
 from fxprune.errors import ArgumentError, FxpruneError, RatioError
-from fxprune.pipeline.arguments import as_path, as_seed, flag, function, instance, number, numbers, told, whole_number
+from fxprune.pipeline.arguments import (
+    as_path,
+    as_seed,
+    flag,
+    format_value,
+    function,
+    instance,
+    number,
+    numbers,
+    whole_number,
+)
 from tests.models import tiny
 
 
@@ -75,8 +85,8 @@ def test_flags_seeds_paths_functions_and_instances() -> None:
     ],
 )
 def test_values_are_told_in_few_words(value: Any, words: str) -> None:
-    assert told(value) == words
-    assert len(told("x" * 5000)) < 100
+    assert format_value(value) == words
+    assert len(format_value("x" * 5000)) < 100
 
 
 def test_an_error_is_one_line_with_what_where_and_remedy() -> None:
@@ -87,5 +97,5 @@ def test_an_error_is_one_line_with_what_where_and_remedy() -> None:
 def test_each_pass_is_logged_with_its_time(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "fxprune"):
         fxprune.prune(tiny("llama"), importance="l2", ratio=0.1)
-    told = [record.getMessage().partition(": ")[0] for record in caplog.records]
-    assert told[:3] == ["trace", "find-groups", "l2"] and told[-1] == "make-report"
+    format_value = [record.getMessage().partition(": ")[0] for record in caplog.records]
+    assert format_value[:3] == ["trace", "find-groups", "l2"] and format_value[-1] == "make-report"

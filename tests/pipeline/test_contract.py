@@ -16,8 +16,9 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
 from fxprune.errors import FxpruneError, PassError
-from fxprune.graph.facts import Change, Fact, Facts, facts_of, fork
+from fxprune.graph.facts import Change, Fact, Facts, Source, facts_of, fork
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
+from fxprune.pipeline.arguments import declared
 from fxprune.pipeline.contract import STAGES, Pass, PassResult, no_progress
 from fxprune.pipeline.pipeline import PassSequence, Pipeline
 from fxprune.pipeline.registry import load_pass, parse_pass, pass_class, pass_names
@@ -29,9 +30,9 @@ from tests.oracle import Net, discover
 OWN = tuple(name for stage in STAGES for name in pass_names(stage))
 
 WHOLE = """
-calibrate, find-groups, l2, select-by-ratio{protect=()}, count-work, record-teacher, least-squares,
-make-verification-inputs, record-expected, bypass-blocks, eliminate-dead-code, slice-parameters, rewrite-literals,
-propagate-shapes, eliminate-dead-code, verify-removal, tune, emit-model, make-report, save-checkpoint
+calibrate, find-groups, l2, select-by-ratio{protect=()}, record-teacher, least-squares,
+bypass-blocks, eliminate-dead-code, slice-parameters, rewrite-literals,
+propagate-shapes, eliminate-dead-code, tune, emit-model, make-report, save-checkpoint
 """
 
 
@@ -69,7 +70,7 @@ def ready_for(name: str, tmp_path: Any) -> tuple[fx.GraphModule, Pass]:
     arguments: dict[str, Any] = {"calibrate": {"data": token_ids(4, 12)}, "save-checkpoint": {"folder": str(tmp_path)}}
     made = load_pass(name, **arguments.get(name, {}))
     if name == "plan-from-json":
-        decided = facts_of(_after(NAMES.index("count-work")))
+        decided = facts_of(_after(NAMES.index("select-by-ratio") + 1))
         text = next(fact.plan.to_json() for fact in decided if hasattr(fact, "plan"))
         return fork(_after(NAMES.index("l2"))), dataclasses.replace(made, text=text)
     if name == "load-scores":
@@ -87,7 +88,7 @@ def test_a_registered_pass_keeps_the_contract(name: str, tmp_path: Any) -> None:
         made.__name__ == "".join(part.capitalize() for part in name.split("-")) + "Pass" or made.stage == "importance"
     )
     assert dataclasses.is_dataclass(made) and made.__dataclass_params__.frozen  # type: ignore[attr-defined]
-    assert made.__doc__ and all(f"{f.name}:" in _documented(made) for f in dataclasses.fields(made) if f.init)
+    assert made.__doc__ and all(declared(field).doc for field in dataclasses.fields(made) if field.init)
     graph_module, step = ready_for(name, tmp_path)
     before = fork(graph_module)
     held = {name: (tensor, tensor.detach().clone()) for name, tensor in weights(graph_module)}
@@ -102,10 +103,6 @@ def test_a_registered_pass_keeps_the_contract(name: str, tmp_path: Any) -> None:
     else:
         shared = {id(tensor) for _, tensor in weights(graph_module)} & {id(t) for _, t in weights(result.graph_module)}
         assert result.graph_module is not graph_module and not shared
-
-
-def _documented(made: type) -> str:
-    return "".join(cls.__doc__ or "" for cls in made.__mro__ if cls is not object)
 
 
 @pytest.mark.parametrize("name", [name for name in OWN if pass_class(name).needs])
@@ -273,10 +270,10 @@ def test_what_goes_wrong_in_a_pipeline_names_the_pass() -> None:
 def test_passes_run_under_torchs_own_pass_manager() -> None:
     model = tiny("llama", num_hidden_layers=2)
     dense = trace(model).graph_module
-    steps = ["find-groups", "l2", "select-by-ratio{protect=()}", "make-verification-inputs", "record-expected"]
-    manager = PassManager([parse_pass(step) for step in (*steps, "shrink", "verify-removal")])
+    steps = ["find-groups", "l2", "select-by-ratio{protect=()}"]
+    manager = PassManager([parse_pass(step) for step in (*steps, "shrink{verify}")])
     result = manager(dense)
-    ours = Pipeline([*steps, "shrink", "verify-removal"])(dense)
+    ours = Pipeline([*steps, "shrink{verify}"])(dense)
     assert result.modified and str(result.graph_module.graph) == str(ours.graph_module.graph)
     assert all(torch.equal(t, get_tensor(ours.graph_module, n)) for n, t in weights(result.graph_module))
     own = {id(parameter) for parameter in model.parameters()}
@@ -305,7 +302,6 @@ def follow(steps: list[str], graph_module: fx.GraphModule) -> fx.GraphModule:
 @pytest.mark.parametrize(
     "steps",
     [
-        ["verify-removal"],
         ["make-report"],
         ["shrink", "shrink"],
         ["slice-parameters", "propagate-shapes"],
@@ -377,3 +373,37 @@ def test_facts_are_forgotten_with_the_name_of_what_made_them_stale() -> None:
 def test_items_pass_as_they_are() -> None:
     items = iter([1, 2])
     assert no_progress(items, "work", 2) is items
+
+
+@dataclass(frozen=True, eq=False)
+class PeekPass(Pass):
+    """Reads a fact that it does not declare."""
+
+    name: ClassVar[str] = "peek"
+    changes: ClassVar[Change] = "nothing"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        facts_of(graph_module).get(Source)
+        return PassResult(graph_module, False)
+
+
+@dataclass(frozen=True, eq=False)
+class WantingPass(PeekPass):
+    """Declares that it reads the fact if it is known."""
+
+    name: ClassVar[str] = "wanting"
+    wants: ClassVar[tuple[type[Fact], ...]] = (Source, Scores)
+
+
+def test_a_pass_reads_only_the_facts_it_declares() -> None:
+    with pytest.raises(PassError, match="pass peek: reads the fact Source, and declares it in neither needs nor wants"):
+        PeekPass()(llama())
+    assert not WantingPass()(llama()).modified
+
+
+def test_a_pass_that_wants_a_fact_may_not_run_before_its_giver() -> None:
+    with pytest.raises(PassError, match=r"pass wanting: reads the fact Scores, which l2 gives after it\. Run l2 first"):
+        Pipeline(["find-groups", WantingPass(), "l2"])(llama())
+    Pipeline(["find-groups", "l2", WantingPass()])(llama())
+    with pytest.raises(PassError, match="pass make-report: reads the fact Emitted, which emit-model gives after it"):
+        Pipeline("find-groups, l2, select-by-ratio{protect=()}, shrink, make-report, emit-model")(llama())

@@ -35,7 +35,7 @@ def test_a_table_shows_what_is_written() -> None:
         ("group", ("model/channel", "48 units", "self_attn.q_proj.weight[1]", "3")),
         ("pipeline", ("l2", "select-by-ratio", "ratio=0.3")),
         ("result", ("LlamaForCausalLM", "71,664", "parameters")),
-        ("plan", ("tensors shrink", "norms sliced")),
+        ("plan", ("tensors shrink", "norms masked")),
     ],
 )
 def test_what_a_person_reads_is_short_and_says_what_it_is(

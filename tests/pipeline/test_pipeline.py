@@ -25,12 +25,12 @@ CUT = "find-groups, l2, select-by-ratio{ratio=0.3, protect=()}, shrink"
 def test_passes_are_noted_in_order_and_one_inside_another_once() -> None:
     net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 12), b=nn.Linear(12, 5))
     dense = trace(net, {"x": torch.randn(2, 10)}).graph_module
-    steps = "find-groups, (l2, select-by-ratio{ratio=0.25, protect=()}), count-work, shrink"
+    steps = "find-groups, (l2, select-by-ratio{ratio=0.25, protect=()}), shrink{verify}"
     slim = Pipeline(steps)(dense).graph_module
     ran = facts_of(slim)[Ran].passes
-    spellings = ["find-groups", "l2", "select-by-ratio{protect=[], ratio=0.25}", "count-work", "shrink"]
+    spellings = ["find-groups", "l2", "select-by-ratio{protect=[], ratio=0.25}", "shrink{verify}"]
     assert [spelling for _, spelling, _ in ran] == spellings
-    assert [stage for stage, *_ in ran] == ["discover", "importance", "select", "prepare", "shrink"]
+    assert [stage for stage, *_ in ran] == ["discover", "importance", "select", "shrink"]
     assert all(seconds >= 0 for *_, seconds in ran) and Ran not in facts_of(dense)
 
 
@@ -43,7 +43,7 @@ def test_the_code_of_a_graph_is_written_once_and_is_that_of_the_slim_one(monkeyp
     slim = Pipeline(CUT)(dense).graph_module
     assert written == [slim] and dense.code == before and slim.code != before
     assert slim(torch.randn(2, 10)).shape == (2, 5) and written == [slim]
-    inner = Pipeline(f"({CUT}), count-work")(dense)
+    inner = Pipeline(f"({CUT})")(dense)
     assert inner.graph_module.code == slim.code and written == [slim, inner.graph_module]
 
 
@@ -51,7 +51,7 @@ class Stop(Pass):
     """A pass that raises."""
 
     name = "stop"
-    stage = "verify"
+    stage = "shrink"
     changes = "nothing"
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:

@@ -15,7 +15,7 @@ from torch import nn
 import fxprune
 from fxprune.errors import PassError, UnknownNameError
 from fxprune.pipeline import registry
-from fxprune.pipeline.registry import Argument, arguments_of, example_of, in_order, pass_class, pass_names, plain
+from fxprune.pipeline.registry import arguments_of, example_of, in_order, pass_class, pass_names, plain
 
 PLUGIN = '''
 from dataclasses import dataclass
@@ -23,19 +23,16 @@ from typing import ClassVar
 
 import torch
 
+from fxprune import argument
 from fxprune.passes.importance.base import ImportancePass, axis_sums
 
 
 @dataclass(frozen=True, eq=False)
 class LargestImportancePass(ImportancePass):
-    """A slice is worth its largest weight.
-
-    Args:
-        power: of the weights.
-    """
+    """A slice is worth its largest weight."""
 
     name: ClassVar[str] = "largest"
-    power: float = 1.0
+    power: float = argument(1.0, "Exponent of the weights.", above=0)
 
     def positions(self, graph_module, wanted):
         """The largest weights."""
@@ -120,16 +117,14 @@ def test_a_pass_of_ones_own_needs_no_registration() -> None:
 @pytest.mark.parametrize("name", fxprune.pass_names())
 def test_every_argument_has_a_doc_line_and_every_example_is_read_back(name: str) -> None:
     made = pass_class(name)
-    assert [one.name for one in arguments_of(made) if not one.doc] == []
+    assert [argument for argument, _, doc in arguments_of(made) if not doc] == []
     assert str(fxprune.load_pass(name)) == str(fxprune.Pipeline(example_of(made)))
 
 
 def test_an_argument_that_is_an_object_has_no_default_to_write() -> None:
-    arguments = {one.name: one for one in arguments_of(pass_class("calibrate"))}
-    assert arguments["tokens"] == Argument(
-        "tokens", "128", "of a sample of the built-in text, or of one that the model writes."
-    )
-    assert arguments["data"].default == "" and arguments["file"].default == "''"
+    arguments = {argument: (default, doc) for argument, default, doc in arguments_of(pass_class("calibrate"))}
+    assert arguments["tokens"][0] == "128" and arguments["tokens"][1]
+    assert arguments["data"][0] == "" and arguments["file"][0] == "''"
     assert example_of(pass_class("calibrate")) == "calibrate{tokens=128, written=0, seed=0}"
 
 

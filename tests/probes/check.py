@@ -124,7 +124,7 @@ def run(module: nn.Module, inputs: Inputs, seed: int = 0) -> Sequence[torch.Tens
 
 def check_gradients(module: nn.Module, dense: fx.GraphModule, inputs: Inputs) -> None:
     """Gradients of the graph are those of the module, or it is known which are not."""
-    apart = facts_of(dense)[Fidelity].apart
+    apart = facts_of(dense)[Fidelity].unlike
     twin = copy_of(module).eval()
     wanted = gradients(twin, twin, inputs)
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.probes.check import WIDTH, Between, Middle, numbers, outcome
+from tests.tiers import tiers
 
 
 def under_autocast(m: Any, h: torch.Tensor) -> torch.Tensor:
@@ -146,14 +147,14 @@ def probe(name: str, dtype: torch.dtype) -> nn.Module:
     return Between(last, **parts).eval().to(dtype)
 
 
-@pytest.mark.parametrize("name", MIDDLES)
+@pytest.mark.parametrize("name", tiers(MIDDLES, *SOME))
 def test_of_a_float32_module(name: str) -> None:
     found = outcome(probe(name, torch.float32), {"x": numbers(2, 5, 4)}, [{"x": numbers(3, 8, 4)}])
     assert found == ("frozen" if name in FROZEN else "exact")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", tiers(SOME, "is float32"))
 def test_of_a_module_of_another_dtype(name: str, dtype: torch.dtype) -> None:
     inputs = [{"x": numbers(2, 5, 4, dtype=dtype)}, {"x": numbers(3, 8, 4, dtype=dtype)}]
     assert outcome(probe(name, dtype), inputs[0], inputs[1:]) == ("frozen" if name in FROZEN else "exact")

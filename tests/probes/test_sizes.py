@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.probes.check import WIDTH, Between, Middle, numbers, outcome
+from tests.tiers import tiers
 
 TRACED = (2, 7)
 OTHERS = ((1, 7), (2, 1), (1, 1), (3, 5), (5, 8), (2, 12), (4, 13), (7, 7), (2, 14), (3, 16), (2, 24))
@@ -113,7 +114,7 @@ MIDDLES: dict[str, Middle] = {
 }
 
 
-@pytest.mark.parametrize("name", MIDDLES)
+@pytest.mark.parametrize("name", tiers(MIDDLES, *list(MIDDLES)[::6]))
 def test_of_sizes(name: str) -> None:
     parts: dict[str, Any] = {}
     if name == "a window":
@@ -151,7 +152,7 @@ PAIRS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", tiers(PAIRS, "longer or not", "broadcast"))
 @pytest.mark.parametrize("second", [(2, 7), (2, 5)], ids=["alike", "apart"])
 def test_of_two_inputs(name: str, second: tuple[int, int]) -> None:
     if second == (2, 5) and name == "broadcast":

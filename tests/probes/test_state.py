@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxprune
 from tests.probes.check import WIDTH, Between, Middle, numbers, outcome
+from tests.tiers import tiers
 
 X = {"x": numbers(2, 5, 4)}
 OTHER = ({"x": numbers(3, 8, 4)},)
@@ -234,7 +235,7 @@ def test_state_that_only_python_sees_is_refused_or_as_in_the_first_call() -> Non
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", MIDDLES)
+@pytest.mark.parametrize("name", tiers(MIDDLES, *list(MIDDLES)[::5]))
 def test_of_state_and_gradients(name: str, training: bool) -> None:
     middle, parts = MIDDLES[name]
     module = Between(middle, **parts()).train(training)
@@ -277,7 +278,7 @@ HOOKS: dict[str, Callable[[nn.Module, list[Any]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("kind", tiers(HOOKS, "with keywords", "backward"))
 def test_hooks_of_the_user_see_nothing_and_are_said_to_be_left_out(kind: str) -> None:
     module, calls = hooked(HOOKS[kind])
     traced = fxprune.trace(module, X)
@@ -333,7 +334,7 @@ NESTED: dict[str, tuple[Callable[..., torch.Tensor], dict[str, Any], list[dict[s
 }
 
 
-@pytest.mark.parametrize("name", NESTED)
+@pytest.mark.parametrize("name", tiers(NESTED, "a dict of lists", "a number"))
 def test_of_inputs_that_are_no_tensors(name: str) -> None:
     how, inputs, others = NESTED[name]
     found = outcome(Nested(how).eval(), inputs, others)

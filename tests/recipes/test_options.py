@@ -1,40 +1,157 @@
-"""What can be said of a prune: the same as its arguments, checked, and the arguments of passes it stands for."""
+"""Options of a prune: validated once, and applied to the recipe stage by stage."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
+from typing import Any
 
 import pytest
 
 import fxprune
-from fxprune.errors import ArgumentError
-from fxprune.recipes.options import Options
+from fxprune.api import prune_pipeline
+from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
+from fxprune.pipeline.registry import parse_pass
+from fxprune.recipes import ApplyOptions, Options, option_table, read_recipe, resolve
+from fxprune.removal.plan import Plan
+from tests.models import token_ids
+
+IDS = token_ids(4, 12)
 
 
-def test_options_are_the_arguments_of_a_prune_and_each_is_explained() -> None:
-    fields = {field.name: field.default for field in dataclasses.fields(Options)}
-    arguments = {name: p.default for name, p in inspect.signature(fxprune.prune).parameters.items()}
-    others = ("model", "example_inputs", "device")
-    assert fields == {name: value for name, value in arguments.items() if name not in others}
-    assert all(f"        {name}:" in (inspect.getsource(Options).split('"""')[1]) for name in fields)
+def lines(**options: Any) -> list[str]:
+    return str(prune_pipeline(**options)).splitlines()
 
 
-def test_what_is_said_reaches_its_stage() -> None:
-    given = Options(kinds="mlp", ratio=0.3, reduction="max", round_to=8, seed=3, inplace=True).by_stage
-    assert given["importance"] == {"kinds": ("mlp",), "reduction": "max", "memory": "low"}
-    assert given["select"] == {"kinds": ("mlp",), "ratio": 0.3, "round_to": 8}
-    assert given[""] == {"seed": 3} and given["tune"] == {}
-    stages = ("", "discover", "importance", "select", "verify", "tune")
-    assert Options().by_stage == {stage: {} for stage in stages}
-    assert given["verify"] == {} and Options(memory="low").by_stage["verify"] == {"by_block": True}
-    assert Options(ratio={"mlp": 0.1}).by_stage["select"]["kinds"] == ("mlp",)
-    assert Options(uniform=True).by_stage["select"] == {"uniform": True, "protect": ()}
-    assert Options(uniform=True).by_stage["discover"] == {"norm": "sliced"}
-    assert Options(uniform=True, norm="masked").by_stage["discover"] == {"norm": "masked"}
+def names(**options: Any) -> list[str]:
+    return [step.name for step in prune_pipeline(**options).passes]
 
 
-def test_what_makes_no_sense_is_refused() -> None:
-    for wrong in ({"verify": "no"}, {"seed": -1}, {"tokenizer": 3}, {"track": 3}, {"kinds": ()}):
-        with pytest.raises(ArgumentError):
-            assert Options(**wrong).by_stage is None  # type: ignore[arg-type]
+def test_each_option_is_documented_and_has_a_default() -> None:
+    doc = inspect.getdoc(fxprune.prune) or ""
+    for name, (_, declared) in option_table(Options).items():
+        assert len(declared.doc) > 20 and f"{name}: " in doc
+    assert set(option_table(ApplyOptions)) < set(option_table(Options))
+    assert resolve({})["ratio"] is None and resolve({})["round_to"] == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"verify": "no"}, {"seed": -1}, {"tokenizer": 3}, {"track": 3}, {"norm": "maskt"}, {"rati": 0.2}, {"memory": 3}],
+    ids=str,
+)
+def test_invalid_options_are_refused_with_argument_and_value(wrong: dict[str, Any]) -> None:
+    with pytest.raises(FxpruneError) as caught:
+        resolve(wrong)
+    ((name, value),) = wrong.items()
+    assert caught.value.argument == name and (caught.value.value == value or name == "rati")
+    if name != "rati":
+        assert f"--{name}" in caught.value.render(lambda argument: f"--{argument}")
+
+
+@pytest.mark.parametrize("name", ["fast", "balanced", "best", "llm-pruner"])
+def test_a_recipe_runs_as_it_is_printed(name: str) -> None:
+    assert lines(calibration=IDS, recipe=name) == [str(step) for step in read_recipe(name).passes]
+
+
+def test_naming_an_importance_replaces_the_scores_and_nothing_else() -> None:
+    balanced = lines(calibration=IDS)
+    assert balanced == lines(calibration=IDS, recipe="balanced")
+    taylor = lines(calibration=IDS, importance="taylor{order=second}")
+    assert [new for old, new in zip(balanced, taylor, strict=True) if old != new] == [
+        "taylor{order=second, samples=64}"
+    ]
+    assert lines(calibration=IDS, importance="wanda") == balanced
+
+
+def test_without_data_nothing_is_fitted_or_tuned() -> None:
+    plain = names(importance="l2")
+    assert plain == ["find-groups", "l2", "select-by-ratio", "shrink", "emit-model", "make-report"]
+    assert names(importance="l2", recipe="best") == plain
+    assert "least-squares" in names(importance="l2", calibration=IDS)
+    assert {"calibrate", "least-squares", "tune"} <= set(names(importance="l2", tokenizer=len))
+    assert "calibrate" not in names(importance="l2", compensate="least-squares"), "the fit reports its need"
+    assert "calibrate" not in names(importance="l2", tokenizer=len, compensate="none", tune="none")
+
+
+def test_a_tokenizer_stands_in_for_samples() -> None:
+    pipeline = prune_pipeline(tokenizer=len)
+    assert pipeline.passes[0].name == "calibrate" and pipeline.passes[0].tokenizer is len  # type: ignore[attr-defined]
+    teacher = next(step for step in pipeline.passes if step.name == "record-teacher")
+    assert teacher.tokenizer is len  # type: ignore[attr-defined]
+
+
+def test_options_win_over_the_recipe() -> None:
+    found = lines(calibration=IDS, kinds="head", ratio=0.3, protect=(1, 1), seed=7, reduction="max")
+    assert any(line.startswith("wanda{kinds=[head], reduction=max, ") for line in found)
+    assert any("kinds=[head]" in line and "protect=[1, 1]" in line and "ratio=0.3" in line for line in found)
+    assert "shrink{verify, seed=7}" in found and any("tune{" in line and "seed=7" in line for line in found)
+    own = "calibrate, find-groups, l1, select-by-ratio{ratio=0.4, protect=[1, 0]}, shrink"
+    assert lines(recipe=own, calibration=IDS)[2:4] == ["l1", "select-by-ratio{protect=[1, 0], ratio=0.4}"]
+    uniform = lines(recipe=own, calibration=IDS, uniform=True)
+    assert uniform[3] == "select-by-ratio{protect=[], uniform, ratio=0.4}"
+    assert lines(calibration=IDS, uniform=True)[1] == "find-groups" and "norm=masked" in lines(calibration=IDS)[1]
+    group = lines(recipe=own, select="select-by-group-ratio{group_ratio=0.5}")[2]
+    assert group.startswith("select-by-group-ratio{protect=[1, 0], group_ratio=0.5")
+    assert "kinds=[mlp]" in lines(recipe=own, ratio={"mlp": 0.1})[1]
+    assert "memory=low" in lines(calibration=IDS, importance="taylor", inplace=True)[2]
+    assert "shrink{verify, by_block}" in lines(calibration=IDS, memory="low")
+
+
+def test_stages_are_replaced_left_out_and_added() -> None:
+    balanced = names(calibration=IDS)
+    without = names(calibration=IDS, compensate="none", tune="none")
+    assert [name for name in balanced if name not in ("least-squares", "record-teacher", "tune")] == without
+    other = names(calibration=IDS, compensate="rotation")
+    assert other == [{"least-squares": "rotation"}.get(name, name) for name in balanced]
+    longer = lines(calibration=IDS, tune="tune{epochs=9}")
+    assert "tune{epochs=9.0}" in longer and len(longer) == len(balanced)
+    assert names(calibration=IDS, recipe="llm-pruner", compensate="least-squares", tune="tune") == [
+        {"wanda": "taylor"}.get(name, name) for name in balanced
+    ]
+    assert "shrink" in lines(calibration=IDS, verify=False)
+
+
+def test_samples_come_from_the_call_before_the_recipe() -> None:
+    own = "calibrate{file='rows.jsonl', samples=3}, find-groups, taylor, select-by-ratio, least-squares, shrink"
+    assert lines(recipe=own)[0] == lines(recipe=own, tokenizer=len)[0] == "calibrate{file=rows.jsonl, samples=3}"
+    assert "least-squares" in names(recipe=own, importance="l2")
+    given = prune_pipeline(IDS, recipe=own).passes[0]
+    assert given.data is IDS and str(given) == "calibrate{samples=3}"  # type: ignore[attr-defined]
+    assert names(recipe="find-groups, taylor, select-by-ratio", calibration=IDS)[0] == "calibrate"
+
+
+def test_scoring_in_steps_uses_selection_and_fit_of_the_recipe() -> None:
+    pipeline = prune_pipeline(IDS, recipe="fast", importance="score-in-steps{steps=3}", budget="bytes@q8_0")
+    scoring, selecting = pipeline.passes[2:4]
+    assert str(scoring.importance) == "wanda" and scoring.steps == 3  # type: ignore[attr-defined]
+    assert str(scoring.select) == str(selecting) and "budget='bytes@q8_0'" in str(selecting)  # type: ignore[attr-defined]
+    assert str(scoring.compensate).startswith("least-squares")  # type: ignore[attr-defined]
+    assert str(parse_pass(str(scoring))) == str(scoring)
+
+
+def test_a_plan_takes_the_place_of_scores_and_selection() -> None:
+    found = names(plan=Plan())
+    assert found == ["find-groups", "plan-from-json", "shrink", "emit-model", "make-report"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"taylor": "second"}, {"importance": "taylor{order=second}"}),
+        ({"group_ratio": 0.3}, {"select": "select-by-group-ratio{group_ratio=0.3}"}),
+        ({"scores": "kept.safetensors"}, {"importance": "load-scores{file=kept.safetensors}"}),
+        ({"steps": 3}, {"importance": "score-in-steps{steps=3}"}),
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_deprecated_words_warn_and_still_work(old: dict[str, Any], new: dict[str, Any]) -> None:
+    with pytest.warns(DeprecationWarning, match=f"{next(iter(old))}= is deprecated.*write {next(iter(new))}="):
+        found = lines(calibration=IDS, **old)
+    assert found == lines(calibration=IDS, **new)
+
+
+def test_contradictions_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="Leave taylor out"):
+        prune_pipeline(IDS, taylor="first", importance="l2")
+    with pytest.raises(UnknownNameError, match=r"unknown argument 'ration'\. Did you mean 'ratio'"):
+        prune_pipeline(IDS, ration=0.2)  # type: ignore[call-arg]

@@ -1,4 +1,4 @@
-"""Recipes as text: what is installed, what it says of itself, and how one of your own is read."""
+"""Recipes: text with slots, of which each can be replaced."""
 
 from __future__ import annotations
 
@@ -6,27 +6,39 @@ from pathlib import Path
 
 import pytest
 
-from fxprune.errors import FxpruneError, UnknownNameError
+from fxprune.errors import ArgumentError, FxpruneError, PassError, UnknownNameError
+from fxprune.pipeline.contract import STAGES
 from fxprune.pipeline.pipeline import Pipeline
-from fxprune.recipes.recipe import Recipe, as_recipe, read_recipe, recipe_names
+from fxprune.pipeline.registry import load_pass
+from fxprune.recipes.recipe import Recipe, as_recipe, made_for, read_recipe, recipe_names
 
 
-def test_the_installed_recipes_say_what_they_do_and_cost() -> None:
+def test_installed_recipes_describe_themselves_and_read_back() -> None:
     assert recipe_names() == ("fast", "balanced", "best", "llm-pruner")
     for name in recipe_names():
         recipe = read_recipe(name)
         assert recipe.name == name and len(recipe.summary) > 40 and len(recipe.costs) > 40
         names = [step.name for step in recipe.passes]
-        assert names[0] == "calibrate" and names[-1] == "make-report" and "verify-removal" in names
+        assert names[0] == "calibrate" and names[-1] == "make-report" and "shrink{verify}" in str(recipe)
         assert [str(step) for step in Pipeline(str(recipe)).passes] == [str(step) for step in recipe.passes]
+    assert not {step.name for step in read_recipe("fast").passes} & {"taylor", "tune", "fisher"}
 
 
-def test_forward_passes_are_enough_for_the_fast_one() -> None:
-    names = {step.name for step in read_recipe("fast").passes}
-    assert not names & {"taylor", "tune", "gates", "fisher"}
+def test_replacing_a_stage_is_an_assignment() -> None:
+    recipe = read_recipe("balanced")
+    recipe["importance"] = "taylor{order=second}"
+    recipe["tune"] = None
+    del recipe["teach"]
+    recipe["compensate"] = load_pass("rotation")
+    expected = "calibrate{written=288}\nfind-groups{norm=masked}\ntaylor{order=second}\n"
+    expected += "select-by-ratio{protect=[0.07, 0.04], first=[mlp]}\nrotation\nshrink{verify}\nemit-model\nmake-report"
+    assert str(recipe) == str(recipe.pipeline) == expected
+    assert "wanda" in str(read_recipe("balanced")), "the installed one stays as it is"
+    with pytest.raises(UnknownNameError, match=r"unknown stage 'import'.*Did you mean 'importance'"):
+        recipe["import"] = "taylor"
 
 
-def test_a_recipe_of_ones_own_is_a_file_or_a_text(tmp_path: Path) -> None:
+def test_a_recipe_is_a_file_or_a_text(tmp_path: Path) -> None:
     text = "# Mine, for\n# a test.\n# Costs: nothing.\nfind-groups\n(l2{kinds=[mlp]}, select-by-ratio)\n"
     path = tmp_path / "mine.txt"
     path.write_text(text)
@@ -34,15 +46,44 @@ def test_a_recipe_of_ones_own_is_a_file_or_a_text(tmp_path: Path) -> None:
         recipe = as_recipe(value)
         assert (recipe.name, recipe.summary, recipe.costs) == ("mine", "Mine, for a test.", "nothing.")
         assert [str(step) for step in recipe.passes] == ["find-groups", "l2{kinds=[mlp]}", "select-by-ratio"]
-    assert as_recipe(recipe) is recipe
-    assert as_recipe("find-groups, l2") == Recipe("", "find-groups, l2") and not as_recipe("find-groups, l2").costs
-    assert as_recipe("fast") == read_recipe("fast")
+        assert str(recipe) == text
+    copy = as_recipe(recipe)
+    copy["importance"] = "l1"
+    assert recipe["importance"][0].name == "l2"
+    assert str(as_recipe("find-groups, l2")) == "find-groups, l2" and not as_recipe("find-groups, l2").costs
+    assert list(recipe) == list(STAGES) and len(recipe) == len(STAGES)
 
 
-def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
+def test_invalid_recipes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"unknown recipe 'balance'. Did you mean 'balanced'"):
         as_recipe("balance")
     with pytest.raises(FxpruneError, match=r"cannot be read.*Pass the name of a recipe"):
         as_recipe(tmp_path / "none.txt")
     with pytest.raises(FxpruneError, match="recipe is 3"):
         as_recipe(3)
+    with pytest.raises(PassError, match=r"pass l2: stands behind select-by-ratio.*Order the passes by stage"):
+        Recipe("mine", "find-groups, select-by-ratio, l2")
+
+
+def test_a_spelling_wins_over_arguments_and_these_over_the_replaced_pass() -> None:
+    recipe = Recipe("", "find-groups, taylor{kinds=[layer], samples=3}, select-by-ratio")
+    recipe.replace_stage("importance", "taylor{kinds=[mlp]}", {"kinds": ("head",), "reduction": "max"})
+    assert str(recipe["importance"][0]) == "taylor{kinds=[mlp], reduction=max, samples=3}"
+    mine = load_pass("l1")
+    recipe.replace_stage("importance", mine, {"reduction": "max"})
+    assert recipe["importance"] == (mine,)
+
+
+def test_a_combinator_runs_the_pass_whose_place_it_takes() -> None:
+    recipe = Recipe("", "find-groups, taylor{order=second}, select-by-ratio")
+    recipe.replace_stage("importance", "score-in-steps{steps=3}", {})
+    recipe.set_arguments("importance", {"reduction": "max"})
+    assert str(recipe["importance"][0]) == "score-in-steps{importance=taylor{reduction=max, order=second}, steps=3}"
+
+
+def test_only_optional_stages_can_be_left_out() -> None:
+    assert made_for("compensate", "none") is made_for("tune", None) is None
+    with pytest.raises(UnknownNameError, match="unknown importance 'none'"):
+        made_for("importance", "none")
+    with pytest.raises(ArgumentError, match="importance is the pass shrink, of the stage 'shrink'"):
+        made_for("importance", load_pass("shrink"))

@@ -1,4 +1,4 @@
-"""Tests: training and held-out samples: read, formatted, packed, without overlap."""
+"""Training and held-out samples: formatted, packed, and split without overlap."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from fxprune.data.built_in import built_in_text
 from fxprune.data.calibration import IGNORED
-from fxprune.data.text import TEMPLATE, TEMPLATE_WITH_INPUT, BadRow, kind_of
+from fxprune.data.rows import TEMPLATE, TEMPLATE_WITH_INPUT, BadRow, Row
 from fxprune.errors import DataError
-from fxprune.recovery.data import Example, Formatter, TrainingData, collate, read_rows, read_training_data
+from fxprune.recovery.data import Example, Formatter, TrainingData, collate, read_training_data
 from fxprune.recovery.settings import RecoverySettings, settings_from
 from tests.tokens import character_tokenizer
 
 SUMS = [{"instruction": f"Add {i} and 1.", "input": "", "output": f"It is {i + 1}."} for i in range(40)]
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 SETTINGS = RecoverySettings(held_out=5, max_tokens=400)
 
 
@@ -42,31 +42,23 @@ def write(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-# Formats
-
-
-def test_instruction_counts_its_response_alone(tokenizer: PreTrainedTokenizerFast) -> None:
-    example = Formatter(tokenizer, 400, response_only=True).example(SUMS[3], "instruction", "row 4")
-    assert isinstance(example, Example)
-    prompt = TEMPLATE.format(instruction="Add 3 and 1.")
-    assert tokenizer.decode(example.ids) == f"{prompt}It is 4.</s>"
-    assert counted_text(tokenizer, example) == "It is 4.</s>"
-    assert len(example.ids) == len(example.labels)
-
-
-def test_instruction_counts_whole_when_asked(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = {**SUMS[3], "input": "In words."}
-    example = Formatter(tokenizer, 600, response_only=False).example(row, "instruction", "row 4")
-    assert isinstance(example, Example)
-    assert example.labels == example.ids
-    assert "### Input:\nIn words.\n\n### Response:\nIt is 4.</s>" in tokenizer.decode(example.ids)
+@pytest.mark.parametrize("given", ["", "3"])
+@pytest.mark.parametrize("response_only", [True, False])
+def test_an_instruction_counts_its_response_and_the_end_or_whole(given: str, response_only: bool) -> None:
+    tokenizer = character_tokenizer()
+    row = {"instruction": "Add.", "input": given, "output": "Four"}
+    example = Formatter(tokenizer, 1000, response_only).example(Row("row 1", "instruction", row))
+    assert isinstance(example, Example) and not example.cut
+    prompt = (TEMPLATE_WITH_INPUT if given else TEMPLATE).format(**row)
+    assert tokenizer.decode(example.ids) == f"{prompt}Four</s>"
+    assert counted_text(tokenizer, example) == ("Four</s>" if response_only else tokenizer.decode(example.ids))
 
 
 def test_chat_counts_every_answer_and_no_question() -> None:
     tokenizer = character_tokenizer(chat=True)
     turns = [("user", "2?"), ("assistant", "two"), ("user", "3?"), ("assistant", "three")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    example = Formatter(tokenizer, 200, response_only=True).example(row, "chat", "row 1")
+    example = Formatter(tokenizer, 200, response_only=True).example(Row("row 1", "chat", row))
     assert isinstance(example, Example)
     assert tokenizer.decode(example.ids) == "<u>2?</s><a>two</s><u>3?</s><a>three</s>"
     assert counted_text(tokenizer, example) == "two</s>three</s>"
@@ -83,33 +75,6 @@ def test_text_is_packed_into_windows_that_hold_all_of_it(tokenizer: PreTrainedTo
     assert data.report.formats == {"text": 12}
 
 
-def test_built_in_text_is_there_without_a_file(tokenizer: PreTrainedTokenizerFast) -> None:
-    data = read(None, tokenizer, max_tokens=256, held_out=0.1)
-    assert data.report.train > 500 and data.report.held_out > 50
-
-
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
-def test_files_of_each_kind_give_the_same_samples(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, suffix: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / f"rows{suffix}"
-    if suffix == ".parquet":
-        import datasets
-
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-        datasets.Dataset.from_list(SUMS).to_parquet(path)
-    else:
-        write(path, SUMS)
-    assert read(str(path), tokenizer).report == read(SUMS, tokenizer).report
-
-
-def test_text_file_is_read_as_one_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    path = tmp_path / "book.txt"
-    path.write_text("\n\n".join(f"Paragraph {i}. " + "word " * 60 for i in range(60)))
-    data = read(path, tokenizer, held_out=0.2)
-    assert data.report.formats == {"text": 1} and data.report.held_out > 1
-
-
 def test_a_text_without_blank_lines_is_split_by_its_lines(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "book.txt"
     path.write_text("\n \n".join(f"Line {i}. " + "word " * 60 for i in range(60)))
@@ -119,23 +84,6 @@ def test_a_text_without_blank_lines_is_split_by_its_lines(tmp_path: Path, tokeni
     ]
     assert data.report.held_out > 1 and len(data.train) > 1
     assert not {line for line in lines[0] & lines[1] if line.startswith("Line")}
-
-
-def test_hub_data_set_is_asked_for_by_name_and_config(
-    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
-
-    def load_dataset(*args: Any, **options: Any) -> list[Any]:
-        asked.append((args, options))
-        return SUMS
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert read("owner/name:small", tokenizer).report.rows == 40
-    assert asked == [(("owner/name", "small"), {"split": "train"})]
-
-
-# What is wrong with rows
 
 
 def test_bad_rows_are_counted_and_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -160,22 +108,12 @@ def test_rows_that_give_the_same_sample_are_one(tokenizer: PreTrainedTokenizerFa
     assert data.report.duplicates == 40 and not set(data.train) & set(data.held_out)
 
 
-def test_a_prompt_that_fills_the_sample_is_a_bad_row(tokenizer: PreTrainedTokenizerFast) -> None:
-    long = {"instruction": "word " * 100, "output": "yes"}
-    data = read([*SUMS, long], tokenizer, max_tokens=200)
-    assert [row.why for row in data.report.bad] == ["no response within 200 tokens"]
-
-
 def test_long_samples_are_cut_and_counted(tokenizer: PreTrainedTokenizerFast) -> None:
-    data = read([*SUMS, {"instruction": "Go on.", "output": "on " * 200}], tokenizer, max_tokens=250)
+    rows = [*SUMS, {"instruction": "Go on.", "output": "on " * 200}, {"instruction": "word " * 100, "output": "yes"}]
+    data = read(rows, tokenizer, max_tokens=250)
+    assert [row.why for row in data.report.bad] == ["no response within 250 tokens"]
     assert data.report.cut == 1 and max(len(example.ids) for example in data.train + data.held_out) == 250
-    assert data.report.notes() == ("1 samples cut at the longest length",)
-
-
-def test_a_chat_without_a_template_is_told(tokenizer: PreTrainedTokenizerFast) -> None:
-    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    with pytest.raises(DataError, match=r"none of 1 rows can be used: a chat, but the tokenizer has no chat template"):
-        read([chat], tokenizer)
+    assert data.report.notes()[1:] == ("1 samples cut at the longest length",)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +122,7 @@ def test_a_chat_without_a_template_is_told(tokenizer: PreTrainedTokenizerFast) -
         ([], "the data set is empty"),
         ([{"question": "a", "answer": "b"}] * 2, r"none of 2 rows .*its fields are \['answer', 'question'\]"),
         (SUMS[:1], "0 samples to train on and 1 held out"),
-        ({"text": "a"}, "cannot read {'text': 'a'}"),
+        ([CHAT], "none of 1 rows can be used: a chat, but the tokenizer has no chat template"),
     ],
 )
 def test_data_that_cannot_be_used_is_refused(tokenizer: PreTrainedTokenizerFast, rows: Any, message: str) -> None:
@@ -192,26 +130,13 @@ def test_data_that_cannot_be_used_is_refused(tokenizer: PreTrainedTokenizerFast,
         read(rows, tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [("rows.json", '{"a": ', "not JSON"), ("rows.csv", "a,b", "a .csv file"), ("none.json", None, "no such file")],
-)
-def test_files_that_cannot_be_read_are_named(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, name: str, content: str | None, message: str
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=f"{name}: .*{message}"):
-        read(tmp_path / name, tokenizer)
-
-
-def test_a_hub_that_fails_is_told(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(*args: Any, **options: Any) -> None:
-        raise ConnectionError("offline")
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(DataError, match="owner/name: cannot be loaded: ConnectionError: offline"):
-        read("owner/name", tokenizer)
+def test_the_built_in_text_and_a_text_file_are_one_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    report = read(None, tokenizer, max_tokens=256, held_out=0.1).report
+    assert report.train > 500 and report.held_out > 50
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(f"Paragraph {i}. " + "word " * 60 for i in range(60)))
+    report = read(path, tokenizer, held_out=0.2).report
+    assert report.formats == {"text": 1} and report.held_out > 1
 
 
 def test_a_format_asked_for_is_the_only_one(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -219,9 +144,6 @@ def test_a_format_asked_for_is_the_only_one(tokenizer: PreTrainedTokenizerFast) 
     data = read(rows, tokenizer, data_format="instruction")
     assert [row.why for row in data.report.bad] == ["no 'instruction'; its fields are ['text']"]
     assert not read(rows, tokenizer).report.bad
-
-
-# Splits
 
 
 def test_parts_share_no_row_and_no_paragraph(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -248,41 +170,14 @@ def test_a_batch_is_padded_at_its_end() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
-@pytest.mark.parametrize(
-    ("row", "wanted", "kind"),
-    [
-        ({"instruction": "a", "output": "b"}, "auto", "instruction"),
-        ({"messages": []}, "auto", "chat"),
-        ({"text": "a", "output": None}, "auto", "text"),
-        ("a", "text", "text"),
-        ("a", "chat", ""),
-        ({"text": "a"}, "chat", ""),
-        ({"question": "a"}, "auto", ""),
-        (3, "auto", ""),
-    ],
-)
-def test_the_format_is_told_by_the_fields(row: Any, wanted: str, kind: str) -> None:
-    found, why = kind_of(row, wanted)
-    assert found == kind and bool(why) != bool(kind)
-
-
-@pytest.mark.parametrize("given", ["", "3"])
-def test_an_instruction_counts_its_output_and_the_end(given: str) -> None:
-    tokenizer = character_tokenizer()
-    row = {"instruction": "Add.", "input": given, "output": "Four"}
-    example = Formatter(tokenizer, 1000, True).example(row, "instruction", "row 1")
-    assert isinstance(example, Example) and not example.cut
-    counted = [label for label in example.labels if label != IGNORED]
-    assert tokenizer.decode(counted) == "Four</s>"
-    prompt = (TEMPLATE_WITH_INPUT if given else TEMPLATE).format(**row)
-    assert tokenizer.decode(example.ids) == f"{prompt}Four</s>"
-
-
 def test_what_makes_no_example_is_a_bad_row() -> None:
     formatter = Formatter(character_tokenizer(), 20, True)
-    rows = [({"instruction": "Add.", "output": 3}, "is a int"), ({"instruction": " ", "output": "b"}, "is empty")]
+    rows = [
+        ({"instruction": "Add.", "output": 3}, "is not text, but int"),
+        ({"instruction": " ", "output": "b"}, "is empty"),
+    ]
     for row, why in [*rows, ({"instruction": "Add.", "output": "b"}, "no response within 20 tokens")]:
-        bad = formatter.example(row, "instruction", "row 1")
+        bad = formatter.example(Row("row 1", "instruction", row))
         assert isinstance(bad, BadRow) and bad.where == "row 1" and why in bad.why
 
 
@@ -290,46 +185,5 @@ def test_a_template_that_refuses_a_chat_is_told() -> None:
     tokenizer = character_tokenizer(chat=True)
     tokenizer.chat_template = "{{ raise_exception('only questions') }}"
     chat = {"messages": [{"role": "assistant", "content": "yes"}]}
-    bad = Formatter(tokenizer, 100, True).example(chat, "chat", "row 1")
+    bad = Formatter(tokenizer, 100, True).example(Row("row 1", "chat", chat))
     assert isinstance(bad, BadRow) and "refuses it" in bad.why and "only questions" in bad.why
-
-
-ROWS = [{"text": "one"}, {"text": "two"}]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "place"),
-    [
-        ("a.json", json.dumps(ROWS), "row"),
-        ("a.json", json.dumps({"data": ROWS}), "row"),
-        ("a.json", "\n".join(map(json.dumps, ROWS)), "line"),
-        ("a.jsonl", "\n".join(map(json.dumps, ROWS)), "line"),
-    ],
-)
-def test_files_of_each_form_give_the_same_rows(tmp_path: Path, name: str, content: str, place: str) -> None:
-    path = tmp_path / name
-    path.write_text(content)
-    assert list(read_rows(path)) == [(f"{place} 1", ROWS[0]), (f"{place} 2", ROWS[1])]
-    assert list(read_rows(str(path))) == list(read_rows(path))
-
-
-def test_rows_in_memory_and_the_built_in_text_have_a_place() -> None:
-    assert list(read_rows(iter(ROWS))) == [("row 1", ROWS[0]), ("row 2", ROWS[1])]
-    assert list(read_rows(None)) == [("the built-in text", built_in_text())]
-
-
-def test_a_broken_line_is_named_and_the_others_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one"}\n\n{"text"\n{"text": "two"}\n')
-    found = dict(read_rows(path))
-    assert list(found) == ["line 1", "line 3", "line 4"]
-    assert isinstance(found["line 3"], BadRow) and found["line 3"].why.startswith("not JSON")
-
-
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [(7, "cannot read 7"), ({"text": "one"}, "cannot read .'text'"), (Path("a.csv"), r"a \.csv file")],
-)
-def test_what_holds_no_rows_is_refused(data: Any, says: str) -> None:
-    with pytest.raises(DataError, match=says):
-        read_rows(data)

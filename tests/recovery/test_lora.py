@@ -9,22 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.emit.snapshot import slim_name
 from fxprune.errors import RecoveryError
-from fxprune.graph.context import evaluating
+from fxprune.graph.context import eval_mode
 from fxprune.recovery.lora import attach_lora, find_targets, merge_lora
 from fxprune.recovery.settings import RecoverySettings
 from fxprune.removal.plan import Plan
 from tests.models import tiny, token_ids
-
-
-def test_blocks_after_a_removed_one_move_up() -> None:
-    removed = ("m.layers.1", "m.layers.3")
-    assert slim_name("m.layers.0.a.weight", removed) == "m.layers.0.a.weight"
-    assert slim_name("m.layers.2.a.weight", removed) == "m.layers.1.a.weight"
-    assert slim_name("m.layers.4.a.weight", removed) == "m.layers.2.a.weight"
-    assert slim_name("m.layers.3.a.weight", removed) is None
-    assert slim_name("m.layers_2.4.weight", removed) == "m.layers_2.4.weight"
 
 
 def test_targets_follow_the_plan_through_removed_blocks() -> None:
@@ -35,6 +25,23 @@ def test_targets_follow_the_plan_through_removed_blocks() -> None:
     kept = {"model.embed_tokens.weight": {1: [0]}}
     with pytest.raises(RecoveryError, match=r"no projection to train \(model\.embed_tokens\.weight: Embedding has no"):
         find_targets(model, Plan(kept))
+
+
+def test_without_shrunken_matrices_all_linear_maps_except_the_output_are_trained() -> None:
+    model = tiny("llama", num_hidden_layers=2)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for plan in (None, Plan({}, ("model.layers.1",))):
+        assert list(find_targets(model, plan).modules) == linear[:-1]
+    with pytest.raises(RecoveryError, match="no projection to train"):
+        find_targets(model, Plan({"model.norm.weight": {0: [0]}}))
+
+
+def test_a_tied_output_is_left_alone_and_named() -> None:
+    model = tiny("llama", num_hidden_layers=1, tie_word_embeddings=True)
+    names = ("model.layers.0.mlp.up_proj.weight", "lm_head.weight", "model.embed_tokens.weight")
+    targets = find_targets(model, Plan({name: {1: [0]} for name in names}))
+    assert targets.modules == ("model.layers.0.mlp.up_proj",)
+    assert "tied" in targets.skipped["lm_head.weight"] and "Embedding" in targets.skipped["model.embed_tokens.weight"]
 
 
 def test_updates_are_all_that_is_trained_and_merge_into_the_weights() -> None:
@@ -67,7 +74,7 @@ def test_updates_of_a_model_whose_config_stock_classes_refuse_are_kept(tmp_path:
 
 def test_a_model_evaluates_for_a_while() -> None:
     module = nn.Dropout().train()
-    with pytest.raises(KeyError), evaluating(module):
+    with pytest.raises(KeyError), eval_mode(module):
         assert not module.training
         raise KeyError
     assert module.training

@@ -1,4 +1,4 @@
-"""Tests: recovery in one call: train a slim model with LoRA, merge, and return it."""
+"""What recovery puts around a training: copies, restored models, folders of checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from fxprune.errors import RecoveryError, VerificationError
-from fxprune.recovery.run import as_before, claim, fingerprint, last_checkpoint, own, run_folder
+from fxprune.recovery.run import (
+    checkpoint_folder,
+    claim_folder,
+    copy_for_training,
+    last_checkpoint,
+    restored_state,
+    weight_sums,
+)
 from tests.models import tiny
 
 
@@ -23,10 +30,9 @@ def checkpoint(folder: Path, step: int) -> Path:
 
 def test_a_model_is_copied_unless_in_place() -> None:
     model = tiny("llama", num_hidden_layers=1)
-    copied, result = own(model, None, inplace=False)
+    copied, result = copy_for_training(model, None)
     assert copied is not model and result is None
     assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in model.parameters()}
-    assert own(model, None, inplace=True)[0] is model
 
 
 def test_a_model_comes_back_as_it_was_whatever_happens() -> None:
@@ -34,7 +40,7 @@ def test_a_model_comes_back_as_it_was_whatever_happens() -> None:
     frozen = next(model.parameters())
     frozen.requires_grad_(False)
     cache = model.config.use_cache
-    with pytest.raises(KeyError), as_before(model):
+    with pytest.raises(KeyError), restored_state(model):
         model.train()
         model.requires_grad_(True)
         model.config.use_cache = not cache
@@ -46,29 +52,29 @@ def test_a_model_comes_back_as_it_was_whatever_happens() -> None:
 
 def test_a_model_that_changed_its_shapes_is_refused() -> None:
     model = tiny("llama", num_hidden_layers=1)
-    with pytest.raises(VerificationError, match="names or shapes"), as_before(model):
+    with pytest.raises(VerificationError, match="names or shapes"), restored_state(model):
         model.model.norm.weight = nn.Parameter(torch.ones(2))
 
 
 def test_a_folder_is_the_callers_or_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with run_folder(tmp_path / "a" / "b") as path:
+    with checkpoint_folder(tmp_path / "a" / "b") as path:
         assert path == tmp_path / "a" / "b"
     assert path.is_dir()
-    with run_folder(None) as path:
+    with checkpoint_folder(None) as path:
         assert path.is_dir()
     assert not path.exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecoveryError, match="several processes"), run_folder(None):
+    with pytest.raises(RecoveryError, match="several processes"), checkpoint_folder(None):
         pass
 
 
 def test_a_folder_with_checkpoints_belongs_to_one_run(tmp_path: Path) -> None:
-    claim(tmp_path, {"seed": 0, "data": "a"})
-    claim(tmp_path, {"seed": 1, "data": "a"})
+    claim_folder(tmp_path, {"seed": 0, "data": "a"})
+    claim_folder(tmp_path, {"seed": 1, "data": "a"})
     checkpoint(tmp_path, 3)
-    claim(tmp_path, {"seed": 1, "data": "a"})
+    claim_folder(tmp_path, {"seed": 1, "data": "a"})
     with pytest.raises(RecoveryError, match="another run: data differ"):
-        claim(tmp_path, {"seed": 1, "data": "b"})
+        claim_folder(tmp_path, {"seed": 1, "data": "b"})
 
 
 def test_the_last_checkpoint_is_one_that_is_whole(tmp_path: Path) -> None:
@@ -82,8 +88,8 @@ def test_the_last_checkpoint_is_one_that_is_whole(tmp_path: Path) -> None:
 
 def test_a_fingerprint_tells_weights_apart() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    before = fingerprint(model, ("0", "1"))
-    assert fingerprint(model, ("0", "1")) == before
+    before = weight_sums(model, ("0", "1"))
+    assert weight_sums(model, ("0", "1")) == before
     with torch.no_grad():
         model[1].weight.mul_(2)
-    assert fingerprint(model, ("0", "1")) != before and fingerprint(model, ("0",)) == fingerprint(model, ("0",))
+    assert weight_sums(model, ("0", "1")) != before and weight_sums(model, ("0",)) == weight_sums(model, ("0",))

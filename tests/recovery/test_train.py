@@ -1,4 +1,4 @@
-"""Tests: the training loop: transformers' Trainer, with distillation and early stopping."""
+"""The training loop, with distillation and early stopping."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import fxprune.recovery.train as distil
 from fxprune.errors import RecoveryError
 from fxprune.recovery.data import TrainingData, read_training_data
 from fxprune.recovery.settings import RecoverySettings
-from fxprune.recovery.train import Distillation, _divided, _Progress, _Watch, distillation_sum, make_trainer
+from fxprune.recovery.train import Distillation, _EarlyStopping, _Progress, distillation_sum, divide_batch, make_trainer
 from tests.models import tiny
 from tests.tokens import character_tokenizer
 
@@ -23,7 +23,7 @@ def watched(entries: list[dict[str, float]], **settings: Any) -> bool:
     """Whether training stops after these log entries."""
     state = SimpleNamespace(log_history=entries, global_step=len(entries), max_steps=99)
     control = SimpleNamespace(should_training_stop=False)
-    watch = _Watch(RecoverySettings(**settings), 100)
+    watch = _EarlyStopping(RecoverySettings(**settings), 100)
     watch.on_log(None, state, control)
     watch.on_evaluate(None, state, control)
     return control.should_training_stop
@@ -36,8 +36,11 @@ def test_training_ends_when_the_held_out_loss_has_not_fallen_for_a_while() -> No
     assert not watched([*falling, {"eval_loss": 1.9}], patience=2)
 
 
-def test_a_loss_that_runs_away_is_told_and_one_that_starts_high_is_not() -> None:
+def test_a_loss_that_diverges_is_an_error_and_one_that_starts_high_is_not() -> None:
     start = [{"loss": 2.0}, {"loss": 2.1}]
+    for entry, name in (({"loss": math.nan}, "training"), ({"eval_loss": math.inf}, "held-out")):
+        with pytest.raises(RecoveryError, match=f"the {name} loss became"):
+            watched([*start, entry])
     with pytest.raises(RecoveryError, match=r"rose from 2\.00 to 9\.00"):
         watched([*start, {"loss": 8.0}, {"loss": 7.0}, {"loss": 9.0}])
     assert not watched([*start, {"loss": 8.0}, {"loss": 3.0}, {"loss": 9.0}])
@@ -52,7 +55,10 @@ def test_the_batch_comes_out_exactly(
     monkeypatch: pytest.MonkeyPatch, batch: int, most: int, devices: int, parts: tuple[int, int]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(devices))
-    assert _divided(RecoverySettings(batch=batch, micro_batch=most), use_cpu=True) == parts
+    assert divide_batch(RecoverySettings(batch=batch, micro_batch=most), use_cpu=True) == parts
+    monkeypatch.setenv("WORLD_SIZE", str(batch + 1))
+    with pytest.raises(RecoveryError, match="samples do not divide over"):
+        divide_batch(RecoverySettings(batch=batch), use_cpu=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What a model costs; tests/passes/select/ compares budgets with the slim graph."""
+"""Budgets of a model; tests/passes/select/ compares them with the slim graph."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-import fxprune
 from fxprune.errors import FxpruneError, PassError
 from fxprune.graph.counting import count_macs
 from fxprune.removal.budget import check_budget, make_budget, read_timing
-from tests.models import tiny
 from tests.oracle import Net, axes_of, discover
+from tests.remembered import grouped, pruned
 
 
 def test_work_of_experts_is_that_of_the_tokens_routed_to_them() -> None:
-    graph = discover(tiny("mixtral", num_hidden_layers=1))
+    graph = grouped("mixtral", num_hidden_layers=1)
     assert make_budget("macs", graph, axes_of(graph)).total == pytest.approx(count_macs(graph), rel=1e-6)
 
 
@@ -48,7 +47,7 @@ def bench_table(folder: Path, engines: tuple[str, ...] = ("transformers",), fixe
     return path
 
 
-def test_a_table_tells_which_part_of_the_time_stays(tmp_path: Path) -> None:
+def test_the_fixed_part_of_the_time_is_fitted(tmp_path: Path) -> None:
     timing = read_timing("decode", str(bench_table(tmp_path)))
     assert (timing.seconds, timing.fixed) == (1.0, pytest.approx(0.25))
     speeds = {"dense": {"parameters": 100, "prefill_ms": 8.0, "decode_ms": 4.0}}
@@ -62,17 +61,14 @@ def test_a_table_tells_which_part_of_the_time_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_a_fraction_of_the_time_goes(tmp_path: Path, phase: str) -> None:
     place = f"{phase}@{bench_table(tmp_path, ('transformers', 'other: engine'))}:transformers"
-    dense = tiny("llama", num_hidden_layers=2)
-    result = fxprune.prune(
-        dense, importance="l2", recipe="llm-pruner", ratio=0.15, budget=place, kinds=["mlp"], protect=()
-    )
+    result = pruned("llama", importance="l2", recipe="llm-pruner", ratio=0.15, budget=place, kinds=["mlp"], protect=())
     work = {"decode": "parameters", "prefill": "macs"}[phase]
     before, after = getattr(result.report, work)
     assert after / before == pytest.approx(1 - 0.15 / 0.75, abs=0.02)
     assert any("microseconds of" in note for note in result.report.notes)
 
 
-def test_what_holds_no_times_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_times_is_refused(tmp_path: Path) -> None:
     table = bench_table(tmp_path, ("one", "two"))
     for place, said in (
         ("nowhere.json", "no such file"),
@@ -80,11 +76,11 @@ def test_what_holds_no_times_is_refused(tmp_path: Path) -> None:
         (str(table), "unknown engine"),
     ):
         with pytest.raises(FxpruneError, match=said):
-            check_budget(f"decode@{place}")
+            check_budget("budget", f"decode@{place}")
     for content, said in (("[]", "no measurements"), ('{"rows": [{}]}', "no measurements"), ("no", "cannot be read")):
         table.write_text(content)
         with pytest.raises(FxpruneError, match=said):
-            check_budget(f"decode@{table}")
+            check_budget("budget", f"decode@{table}")
     table.write_text(json.dumps({"dense": {"parameters": 9, "prefill_ms": 1.0, "decode_ms": 1.0}}))
     with pytest.raises(FxpruneError, match="no slim model"):
-        check_budget(f"prefill@{table}")
+        check_budget("budget", f"prefill@{table}")

@@ -1,4 +1,4 @@
-"""Tests: the plan: kept indices of each parameter, as data; and the differences of two plans."""
+"""The plan as data, and the difference of two plans."""
 
 from __future__ import annotations
 
@@ -38,11 +38,8 @@ def test_the_axes_of_the_model_that_shrink_are_in_the_plan(dense: fx.GraphModule
     (constant,) = axes_of(dense).constants
     assert kept_of_constants(axes_of(dense), without(dense, 1)) == {constant: {0: [0, 2, 3]}}
     assert plan_of(axes_of(dense), without(dense)) == Plan()
-
-
-def test_nothing_below_a_removed_block_is_in_the_plan(dense: fx.GraphModule) -> None:
     plan = plan_of(axes_of(dense), without(dense, 1), ("a",))
-    assert list(plan.kept) == ["b.weight"] and plan.removed_blocks == ("a",)
+    assert list(plan.kept) == ["b.weight"] and plan.removed_blocks == ("a",), "nothing below a removed block"
 
 
 def test_a_plan_survives_json_and_gives_its_units_back(dense: fx.GraphModule) -> None:
@@ -54,7 +51,7 @@ def test_a_plan_survives_json_and_gives_its_units_back(dense: fx.GraphModule) ->
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"version": 1, "kept": {"a": 3}, "removed_blocks": []}'])
-def test_what_is_no_plan_is_refused(text: str) -> None:
+def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(PlanError, match=r"Plan\.to_json returned"):
         Plan.from_json(text)
 
@@ -99,7 +96,7 @@ def test_a_plan_of_a_model_of_other_widths_is_refused(dense: fx.GraphModule) -> 
 
 def test_a_group_that_has_to_keep_more_is_named(dense: fx.GraphModule) -> None:
     (group,) = groups_of(dense)
-    with pytest.raises(PlanError, match="2 units of 4 stay where 3 have to"):
+    with pytest.raises(PlanError, match="2 units of 4 stay, and at least 3 must"):
         keep_of(axes_of(dense), (replace(group, least=3),), plan_of(axes_of(dense), without(dense, 0, 3)))
 
 
@@ -124,10 +121,7 @@ def test_what_reaches_out_of_the_blocks_is_one_in_all_of_them() -> None:
     assert [one.block for one in found] == ["", "h.1"]
 
 
-def test_equal_plans_have_none() -> None:
+def test_plans_without_sizes_are_not_compared() -> None:
     assert differences(plan(a=[0, 2]), plan(a=[0, 2])) == () == differences(Plan(), Plan())
-
-
-def test_a_plan_that_knows_no_sizes_is_refused() -> None:
-    with pytest.raises(PlanError, match="does not say how long"):
+    with pytest.raises(PlanError, match="does not record the size"):
         differences(Plan({"a": {0: [1]}}), Plan())

@@ -1,4 +1,4 @@
-"""Tests: a removal decided for a graph, and how its norms are kept."""
+"""The removal decided for a graph, and the rescaling of its norms."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fxprune.graph.facts import facts_of
 from fxprune.removal.plan import plan_of
 from fxprune.removal.removal import (
     Bypassed,
-    Change,
     Removal,
     Removed,
+    RescaledNumber,
     Scaling,
     Sliced,
-    kept_in,
+    kept_norm_modules,
     scaled_numbers,
     scaled_weights,
-    unkept_in,
+    unkept_norm_reasons,
 )
 from tests.oracle import Net, axes_of, decide, discover, groups_of
 
@@ -63,7 +63,7 @@ def test_the_norm_over_fewer_units_is_the_one_over_all_with_zeros(k: int, gone: 
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_in_half_precision_it_is_known_what_the_rounded_weight_stands_for(offset: float) -> None:
+def test_in_half_precision_the_weight_before_scaling_is_recovered(offset: float) -> None:
     w, scaling = torch.randn(50).to(torch.bfloat16), Scaling(1.25**0.5, offset)
     assert scaling.of(w).dtype == torch.bfloat16 and scaling.rounded(w).dtype == torch.float32
     again = (scaling.rounded(w) + offset) * scaling.factor - offset
@@ -91,17 +91,17 @@ def test_numbers_and_weights_of_a_removal() -> None:
         assert bool(groups[size].renormalised) is (size == 8)
     keep = Keep({groups[12].factor: np.arange(12) < 9, groups[8].factor: np.arange(8) < 4})  # type: ignore[dict-item]
     (change,) = scaled_numbers(axes, keep).values()
-    assert change == Change(0.5, 0.5 * 12 / 9)
+    assert change == RescaledNumber(0.5, 0.5 * 12 / 9)
     ((name, scaling),) = scaled_weights(axes, keep).items()
     assert name == "w" and scaling.offset == 0 and abs(scaling.factor - (12 / 9) ** 0.5) < 1e-12
     assert scaled_numbers(axes, Keep()) == scaled_weights(axes, Keep()) == {}
-    assert len(kept_in(axes, keep)) == 1 and kept_in(axes, Keep()) == ()
+    assert len(kept_norm_modules(axes, keep)) == 1 and kept_norm_modules(axes, Keep()) == ()
 
 
-def test_what_is_not_kept_is_told_with_its_reason() -> None:
+def test_a_norm_that_is_not_rescaled_has_a_reason() -> None:
     graph = dense("masked")
     (group,) = [group for group in groups_of(graph) if group.renormalised]
-    (line,) = unkept_in(axes_of(graph), group.renormalised)
-    assert "is taken over the units that stay" in line and "no weight of its own" in line
+    (line,) = unkept_norm_reasons(axes_of(graph), group.renormalised)
+    assert "is taken over the kept units" in line and "before a weight has been multiplied" in line
     sliced = dense("sliced")
-    assert unkept_in(axes_of(sliced), [node for g in groups_of(sliced) for node in g.renormalised]) == ()
+    assert unkept_norm_reasons(axes_of(sliced), [node for g in groups_of(sliced) for node in g.renormalised]) == ()

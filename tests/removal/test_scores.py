@@ -1,4 +1,4 @@
-"""Scores of positions become scores of units, by hand."""
+"""Scores of units from scores of positions, and their files."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_members_are_reduced(group: Group, reduction: str, first: float) -> None
     assert scores.units[group.name][0] == first
 
 
-def test_a_reduction_that_nobody_knows_is_told(group: Group) -> None:
+def test_an_unknown_reduction_is_refused(group: Group) -> None:
     assert list(REDUCTIONS) == ["sum", "prod", "max", "mean", "first", "last"]
     with pytest.raises(UnknownNameError, match="'mean'"):
         score_groups([group], positions(group), "means")

@@ -1,4 +1,4 @@
-"""Tests: the report as one self-contained HTML page."""
+"""The report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.report.page import ChartColumn, bars, boxes, headlines, kinds_of, page
+from fxprune.report.charts import ChartColumn, bar_chart, box_chart
 from fxprune.report.report import GroupSize, Report, Spread
 from tests.models import tiny, token_ids
 from tests.oracle import Net
@@ -30,7 +30,7 @@ def marks(chart: str, tag: str, name: str) -> list[dict[str, str]]:
 
 
 def test_a_bar_is_filled_as_far_as_units_are_left() -> None:
-    chart = bars(COLUMNS[:3], [80, 40, 40], [80, 20, 0])
+    chart = bar_chart(COLUMNS[:3], [80, 40, 40], [80, 20, 0])
     before, after = marks(chart, "rect", "gone"), marks(chart, "rect", "left")
     assert [float(bar["height"]) for bar in before] == pytest.approx([122, 61])
     assert [float(bar["height"]) for bar in after] == pytest.approx([122, 30.5, 0])
@@ -40,10 +40,7 @@ def test_a_bar_is_filled_as_far_as_units_are_left() -> None:
     numbers = [found.text for found in ElementTree.fromstring(chart).iter("text")]
     assert numbers == ["80", "40", "0", "0", "1", "2"]
     assert "block &lt;1&gt;" in chart
-
-
-def test_labels_of_many_blocks_do_not_run_into_each_other() -> None:
-    assert len(marks(bars(COLUMNS, [8] * 40, [4] * 40), "text", "place")) == 14
+    assert len(marks(bar_chart(COLUMNS, [8] * 40, [4] * 40), "text", "place")) == 14, "labels must not overlap"
 
 
 @pytest.mark.parametrize(
@@ -57,7 +54,7 @@ def test_labels_of_many_blocks_do_not_run_into_each_other() -> None:
     ],
 )
 def test_scores_lie_between_the_numbers_at_the_axis(values: tuple[float, ...], ticks: list[str]) -> None:
-    chart = boxes(COLUMNS[:2], [values, values], [(), values])
+    chart = box_chart(COLUMNS[:2], [values, values], [(), values])
     assert [found["class"] for found in marks(chart, "text", "number")] == ["number"] * len(ticks)
     assert [f.text for f in ElementTree.fromstring(chart).iter("text") if f.get("class") == "number"] == ticks
     assert len(marks(chart, "rect", "kept")) == 2 and len(marks(chart, "rect", "removed")) == 1
@@ -65,8 +62,8 @@ def test_scores_lie_between_the_numbers_at_the_axis(values: tuple[float, ...], t
         assert 7.9 <= float(line["y1"]) <= float(line["y2"]) <= 130.1
 
 
-def test_a_score_far_above_all_boxes_does_not_press_them_together() -> None:
-    chart = boxes(COLUMNS[:1], [(1.0, 2.0, 3.0, 4.0, 1e6)], [()])
+def test_an_outlier_does_not_flatten_the_boxes() -> None:
+    chart = box_chart(COLUMNS[:1], [(1.0, 2.0, 3.0, 4.0, 1e6)], [()])
     (box,), (whisker,) = marks(chart, "rect", "kept"), marks(chart, "line", "kept")
     assert float(box["height"]) > 30 and float(whisker["y1"]) == 8
 
@@ -75,7 +72,7 @@ _VOID = {"meta", "link", "br", "img", "rect", "line"}
 
 
 class Page(HTMLParser):
-    """What is in a page: its text, its attributes, and whether each element ends."""
+    """The text, the attributes and the unclosed elements of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -94,7 +91,7 @@ class Page(HTMLParser):
         self.attributes += [(name, value or "") for name, value in attrs]
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in self.open:  # what may end by itself does
+        if tag in self.open:  # elements inside that need no end tag end with it
             while self.open.pop() != tag:
                 pass
 
@@ -132,26 +129,26 @@ def test_a_page_holds_every_number_and_asks_for_nothing(result: fxprune.Result) 
     assert len(text) < 300_000
 
 
-def test_what_a_reader_looks_for_first_is_on_the_page(result: fxprune.Result) -> None:
+def test_the_main_numbers_are_on_the_page(result: fxprune.Result) -> None:
     report = result.report
     text = re.sub(r"\s+", " ", Page(report.to_html()).text)
-    for size in headlines(report):
+    for size in report.headlines():
         assert f"{size.name}{100 * (size.left - 1):+.1f}%{size.dense:,} → {size.slim:,}" in text
     for wanted in (
         "MLP channels by block",
-        "Layers that went as a whole",
+        "Layers removed as a whole",
         "an output of the model",
         "Passes",
         "Scored by l2{",
         "chosen by select-by-ratio{",
     ):
         assert wanted in text
-    assert f"{report.verification_error:.1e} at most" in text
+    assert f"at most {report.verification_error:.1e}" in text
     assert report.removed_blocks[0] in text
 
 
-def test_kinds_say_how_many_units_each_block_keeps(result: fxprune.Result) -> None:
-    found = {kind.name: kind for kind in kinds_of(result.report)}
+def test_kinds_list_the_kept_units_of_each_block(result: fxprune.Result) -> None:
+    found = {kind.name: kind for kind in result.report.kinds()}
     mlp = found["mlp"]
     assert (mlp.groups, mlp.before, mlp.units) == (3, 3 * 88, "MLP channels")
     assert mlp.after == sum(group.after for group in result.report.groups if group.kind == "mlp")
@@ -161,7 +158,7 @@ def test_kinds_say_how_many_units_each_block_keeps(result: fxprune.Result) -> No
     assert found["channel"].shrunk == 0 and not found["channel"].chart
 
 
-def test_equal_neighbours_are_told_once_and_names_are_folded() -> None:
+def test_equal_neighbours_are_listed_once_and_names_are_folded() -> None:
     groups = tuple(GroupSize(f"b.{i}/mlp", "mlp", f"b.{i}", f"b.{i}/mlp", 8, 8 if i == 0 else 5) for i in range(4))
     report = Report(
         parameters=(10, 5),
@@ -173,11 +170,11 @@ def test_equal_neighbours_are_told_once_and_names_are_folded() -> None:
         kept_norms=("b.1.norm", "b.2.norm"),
         notes=("<script>alert(1)</script>",),
     )
-    text = Page(page(report)).text
+    text = Page(report.to_html()).text
     assert "0: 8; 1 to 3: 8 → 5" in text
     assert "no rule: b.*.w[0] (4)" in text and "a statistic runs over it: mean: b.*/mlp (3)" in text
-    assert "b.*.norm (2)" in text and "<script>" not in page(report)
-    assert "was not compared with the masked dense one" in text and "<h2>Scores" not in page(report)
+    assert "b.*.norm (2)" in text and "<script>" not in report.to_html()
+    assert "was not compared with the masked dense one" in text and "<h2>Scores" not in report.to_html()
 
 
 def test_a_plain_module_has_a_page_too() -> None:
@@ -187,12 +184,12 @@ def test_a_plain_module_has_a_page_too() -> None:
     assert "Net" in text and "the model passed is not a Hugging Face model" in text and "KV-cache" not in text
 
 
-def test_quality_and_a_picture_are_there_where_they_are_given() -> None:
+def test_quality_and_a_picture_are_shown_if_given() -> None:
     plain = Report(parameters=(10, 5), macs=(10, 5), tokens=1, scores={"a": Spread((1.0,) * 5)})
-    assert "Quality and speed" not in page(plain) and "A layer of the slim model" not in page(plain)
+    assert "Quality and speed" not in plain.to_html() and "A layer of the slim model" not in plain.to_html()
     rows = (("", "dense", "slim"), ("perplexity, text", "10.00", "11.00"))
     full = Report(parameters=(10, 5), macs=(10, 5), tokens=1, measured=rows, picture="<svg><g/></svg>")
-    assert "perplexity, text" in page(full) and "<svg><g/></svg>" in page(full)
+    assert "perplexity, text" in full.to_html() and "<svg><g/></svg>" in full.to_html()
     assert "picture" not in full.to_dict()
 
 

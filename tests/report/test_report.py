@@ -1,4 +1,4 @@
-"""Tests: the report: a prune in numbers."""
+"""The report as data and as a table."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fxprune.report.report import (
     Report,
     Spread,
     frozen_reasons,
+    group_sizes,
+    group_widths,
     package_versions,
-    sizes_of,
-    spreads_of,
-    widths_of,
+    score_spreads,
 )
 from tests.oracle import Net, axes_of, discover, groups_of
 
@@ -52,9 +52,9 @@ def test_widths_are_of_groups_that_shrank_and_frozen_axes_have_their_reason() ->
     )
     (group,) = groups_of(dense)
     assert group.factor is not None
-    assert widths_of((group,), Keep()) == {}
+    assert group_widths((group,), Keep()) == {}
     units = np.array([True, False, True, True])
-    assert widths_of((group,), Keep({group.factor: units})) == {group.name: (4, 3)}
+    assert group_widths((group,), Keep({group.factor: units})) == {group.name: (4, 3)}
     reasons = frozen_reasons(axes_of(dense))
     assert "input" in reasons["a.weight[1]"] and "output" in reasons["b.weight[0]"]
     assert "a.weight[0]" not in reasons
@@ -82,22 +82,22 @@ def test_every_group_has_its_size_and_scored_ones_how_scores_are_spread() -> Non
     (group,) = groups_of(dense)
     assert group.factor is not None
     keep = Keep({group.factor: np.array([True, False, True, True, False])})
-    (size,) = sizes_of((group,), keep, ())
+    (size,) = group_sizes((group,), keep, ())
     assert (size.name, size.kind, size.before, size.after, size.nested) == (group.name, "mlp", 5, 3, False)
     scores = Scores({group.name: np.array([3.0, 0.5, 1.0, 2.0, 0.25])}, "l2")
-    found = spreads_of((group,), keep, (), scores)
+    found = score_spreads((group,), keep, (), scores)
     assert found == {size.place: Spread((1.0, 1.5, 2.0, 2.5, 3.0), (0.25, 0.3125, 0.375, 0.4375, 0.5))}
-    assert spreads_of((group,), Keep(), (), scores)[size.place].removed == ()
-    assert spreads_of((group,), keep, (), None) == {}
+    assert score_spreads((group,), Keep(), (), scores)[size.place].removed == ()
+    assert score_spreads((group,), keep, (), None) == {}
     assert "torch" in package_versions()
 
 
 def test_of_a_block_that_goes_no_unit_stays_and_many_alike_groups_share_a_place() -> None:
     groups = tuple(Group(f"b.0/mlp.{i}", "mlp", (), Factor(4, i), "b.0") for i in range(5))
     groups += (Group("b.0/layer", "layer", (), None, "b.0"), Group("m/channel", "channel", (), Factor(6, 9)))
-    sizes = sizes_of(groups, Keep(), ("b.0",))
+    sizes = group_sizes(groups, Keep(), ("b.0",))
     assert [size.after for size in sizes] == [0] * 6 + [6]
     assert [size.place for size in sizes] == ["b.0/mlp"] * 5 + ["b.0/layer", "m/channel"]
     scores = Scores({group.name: np.ones(group.size) for group in groups})
-    spreads = spreads_of(groups, Keep(), ("b.0",), scores)
+    spreads = score_spreads(groups, Keep(), ("b.0",), scores)
     assert spreads["b.0/mlp"] == Spread((), (1.0,) * 5) and spreads["m/channel"] == Spread((1.0,) * 5)

@@ -11,17 +11,18 @@ PAGE = Path(__file__).parents[2] / "docs" / "rules.md"
 
 INTRODUCTION = """# Rules
 
-Written by `python -m tests.rules.page`. What the rule of each op says about one call of it: axes with one letter are
-one axis; `(h * d)` is an axis of `h` times `d` units, `[a | b]` one of `a` and then `b`, `1` one that broadcasts. What
-is not said to be kept may go. An op that torch itself marks as pointwise needs no rule of its own; any other op without
-one keeps whatever it touches.
+Written by `python -m tests.rules.page`: the rule of each op, applied to one call. Axes with one letter are one axis;
+`(h * d)` is an axis of `h` times `d` units, `[a | b]` one of `a` and then `b`, `1` one that broadcasts. Units may be
+removed unless they are listed as kept. An op that torch itself marks as pointwise needs no rule of its own; any other
+op without a rule keeps all units of its axes.
 
-- `sums i`: multiplies, and adds up over `i`; units that are zero in one factor can go.
-- `i by indices`: the numbers in `indices` pick units of `i`, which go only if they are positions that an op found.
-- `statistic over i`: what is computed over fewer units is another number.
+- `sums i`: multiplies, and sums over `i`; units that are zero in one factor can be removed.
+- `i by indices`: the numbers in `indices` pick units of `i`, which are kept unless the numbers are positions that an op
+  computed.
+- `statistic over i`: computes another number over fewer units.
 - `shares out i`: as in a softmax; the axis keeps its units unless they are experts.
 - `positions of i in out`: the numbers are positions along `i`.
-- `keeps i: reason`: no unit of `i` can go.
+- `keeps i: reason`: no unit of `i` can be removed.
 """
 
 HEADINGS = {
@@ -31,8 +32,8 @@ HEADINGS = {
     Values.POINTWISE: "Each element by itself",
     Values.COMPARED: "Comparisons",
     Values.PRODUCT: "Products and sums of products",
-    Values.REDUCED: "Zeros of zeros",
-    Values.SHAPE: "Shapes alone matter",
+    Values.REDUCED: "Zeros stay zeros",
+    Values.SHAPE: "Shapes alone are read",
     None: "Other ops",
 }
 

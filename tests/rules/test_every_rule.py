@@ -1,4 +1,4 @@
-"""Every registered rule against the op it is for: what it lets go can go, and what it says of zeros is so."""
+"""Every registered rule against its op: free units can be removed, and statements about zeros hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fxprune.axes import Expr, Factor, Keep, factors, kept_mask, kept_size
-from fxprune.discovery.dependency import settle_experts
+from fxprune.discovery.dependency import resolve_experts
 from fxprune.discovery.zeros import ZeroWalk
 from fxprune.graph.compat import tree_leaves
 from fxprune.graph.tensors import with_argument
@@ -27,7 +27,7 @@ class Trial(Applied):
 
     def __init__(self, sample: Sample) -> None:
         super().__init__(sample)
-        self.least = settle_experts(self.stated)
+        self.least = resolve_experts(self.stated)
         solver = self.stated.solver
         found = [x for e in self.stated.tensors.values() for x in ((e,) if isinstance(e, TensorAxes) else e)]
         self.axes = {x.name: tuple(solver.resolve(axis) for axis in x.axes) for x in found}
@@ -36,7 +36,7 @@ class Trial(Applied):
         self.positions = {name: solver.resolve(found.expr) for name, found in self.stated.positions.items()}
 
     def run(self, inputs: Tensors, keep: Keep | None = None) -> Tensors:
-        """The tensors that the op makes of `inputs`, its sizes being those of what `keep` leaves."""
+        """The results of the op for `inputs`, with its size arguments after the removal of `keep`."""
         arguments: Any = (self.node.args, self.node.kwargs)
         for size in self.stated.size_arguments if keep else ():
             number = kept_size(self.stated.solver.resolve(size.expr), keep or Keep()) + size.offset

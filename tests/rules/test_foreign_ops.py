@@ -1,4 +1,4 @@
-"""Ops of someone else, each with one decorator: what they let go can go, from the module to the slim graph."""
+"""Ops of users, each with a rule of one decorator, from the module to the slim graph."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def rules() -> Iterator[None]:
-    """One decorator an op; none is there before and after."""
+    """Rules of the ops, removed after each test."""
     before = dict(registry._RULES)
     fxprune.rule("foreign::turned", notation="x[*b, i, j] -> out[*b, j, i]", values="moved")
     fxprune.rule(
@@ -84,16 +84,23 @@ def between(middle: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Net, dict[s
     return net, {"x": torch.randn(2, 7, 10)}
 
 
-def test_one_that_moves() -> None:
-    check_removes_exactly(*between(lambda h: turned(turned(h.relu()))), [12])
+def test_an_op_without_a_rule_is_frozen() -> None:
+    del registry._RULES["foreign::turned"]
+    dense = check_removes_exactly(*between(lambda h: turned(turned(h))), [])
+    assert set(axes_of(dense).unruled.values()) == {"foreign.turned.default"}
 
 
-def test_zeros_stay_zeros_where_values_are_moved() -> None:
-    check_removes_exactly(*between(lambda h: h + turned(turned(h)).sum(-1, keepdim=True)), [12])
-
-
-def test_one_that_only_looks_at_shapes() -> None:
-    check_removes_exactly(*between(lambda h: h * blank(h) + blank(h)), [12])
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda h: turned(turned(h.relu())),
+        lambda h: h + turned(turned(h)).sum(-1, keepdim=True),  # zeros stay zeros where values are moved
+        lambda h: h * blank(h) + blank(h),
+    ],
+    ids=["moved", "moved zeros", "shape"],
+)
+def test_ops_that_move_values_or_read_shapes(middle: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    check_removes_exactly(*between(middle), [12])
 
 
 def test_one_that_multiplies_and_sums() -> None:
@@ -117,7 +124,7 @@ def test_a_product_of_zeros_is_zero() -> None:
 
 
 def compared(m: Mixture, x: torch.Tensor) -> torch.Tensor:
-    """Tokens that agree on their two best experts are doubled; positions are compared, never counted with."""
+    """Tokens that agree on their best expert are doubled: positions are compared only."""
     gates, chosen = m.router(x).softmax(-1).topk(2, -1)
     agree = same(chosen[:, :1], chosen.flip(0)[:, :1])
     return run_experts(m, x, chosen, gates * (1 + agree))
@@ -139,6 +146,6 @@ def test_one_that_computes_with_positions_keeps_all_experts() -> None:
     assert axes.frozen[experts].reason == "foreign.same.default computes with positions along this axis"
 
 
-def test_what_is_decorated_stays_what_it_is() -> None:
+def test_a_decorated_object_stays_the_same() -> None:
     marked = object()
     assert fxprune.rule("foreign::blank", notation="x[*a] -> out[*a]", values="shape")(marked) is marked

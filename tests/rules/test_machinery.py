@@ -1,8 +1,6 @@
-"""What rules stand on: sites, memory that is shared, spellings, products with weights."""
+"""Sites of ops, aliases, spellings and products with weights."""
 
 from __future__ import annotations
-
-import sys
 
 import pytest
 import torch
@@ -11,25 +9,15 @@ from torch import fx, nn
 import fxprune
 from fxprune.graph.compat import tree_leaves
 from fxprune.rules.aliasing import alias_roots, find_spelling, may_alias, regroups, writes
-from fxprune.rules.apply import Descriptions, describe, fresh_axes, run_alone
+from fxprune.rules.apply import RuleDescriber, apply_rule_alone, describe_rule, fresh_axes
 from fxprune.rules.notation import Letter, TensorPattern
-from fxprune.rules.probing import outcome
+from fxprune.rules.probing import constant_result
 from fxprune.rules.products import weight_product
-from fxprune.rules.registry import registered_rules
 from fxprune.rules.routing import pick
-from fxprune.rules.site import Arguments, OpSite, op_name
+from fxprune.rules.site import OpArguments, OpSite, op_name
 from fxprune.rules.statements import Statements
 
 aten = torch.ops.aten
-
-THEMES = {
-    "fxprune.rules.contraction",
-    "fxprune.rules.pointwise",
-    "fxprune.rules.convolution",
-    "fxprune.rules.shape",
-    "fxprune.rules.routing",
-    "fxprune.rules.reduction",
-}
 
 
 def graph_of(module: nn.Module, *shape: int) -> fx.Graph:
@@ -37,7 +25,7 @@ def graph_of(module: nn.Module, *shape: int) -> fx.Graph:
 
 
 class Net(nn.Module):
-    """Two weights, one of them used turned, and a view that is written to."""
+    """Two weights, one of them transposed, and a view that is written to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,17 +37,7 @@ class Net(nn.Module):
         return h @ self.down
 
 
-def test_every_theme_has_rules_and_every_function_a_theme() -> None:
-    made = {
-        rule.state.__module__
-        for rule in registered_rules().values()
-        if rule.state.__module__ != "fxprune.rules.notation"
-    }
-    assert made == THEMES
-    assert set(sys.modules) >= THEMES
-
-
-def test_what_is_written_through_a_view_has_the_root_of_the_view() -> None:
+def test_a_write_through_a_view_has_the_root_of_the_view() -> None:
     graph = graph_of(Net(), 2, 5)
     root = alias_roots(graph)
     (written,) = (node for node in graph.nodes if writes(node))
@@ -68,7 +46,7 @@ def test_what_is_written_through_a_view_has_the_root_of_the_view() -> None:
     assert len(views) >= 2 and not any(regroups(node) for node in views)
 
 
-def test_products_with_a_weight_say_where_it_is() -> None:
+def test_products_name_their_weight_and_bias() -> None:
     graph = graph_of(Net(), 2, 5)
     found = {str(p.weight.target): p for node in graph.nodes if (p := weight_product(node)) is not None}
     assert {name: product.axis for name, product in found.items()} == {"up.weight": 1, "down": 0}
@@ -81,20 +59,20 @@ def test_spellings_are_found_by_overload() -> None:
     assert find_spelling(aten.view.dtype) is None
 
 
-def test_a_rule_by_itself_shares_nothing_with_the_graph() -> None:
+def test_a_rule_in_isolation_describes_itself() -> None:
     node = next(node for node in graph_of(Net(), 2, 5).nodes if node.target is aten.linear.default)
-    site, stated = run_alone(node)
-    assert str(site) == describe(node) == Descriptions().of(site)
-    assert op_name(node.target) == "linear" and Arguments(node).get("bias").target == "up.bias"
+    site, stated = apply_rule_alone(node)
+    assert str(site) == describe_rule(node) == RuleDescriber().describe(site)
+    assert op_name(node.target) == "linear" and OpArguments(node).get("bias").target == "up.bias"
     assert not stated.unruled and len(tree_leaves(site.outs)) == 1
-    assert outcome(node, {}) is None
+    assert constant_result(node, {}) is None
 
 
-def test_what_is_picked_by_unknown_numbers_stays() -> None:
+def test_an_axis_picked_by_unknown_numbers_is_frozen() -> None:
     stated = Statements()
     x, index = fresh_axes("x", torch.ones(4)), fresh_axes("i", torch.ones(2))
     op = OpSite(fx.Graph().call_function(aten.take.default, ()), stated, (x,))
-    assert not pick(op, index, x, 0)
+    pick(op, index, x, 0)
     assert stated.solver.frozen_factors()[x.axes[0]].reason == "looked up by number"  # type: ignore[index]
 
 

@@ -1,4 +1,4 @@
-"""Rules as text: what is refused, with the reason, and what is printed."""
+"""Rules as text: invalid notations are refused with the reason, and applied rules are printed."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from torch import fx
 
 import fxprune
 from fxprune.errors import FxpruneError
-from fxprune.rules import describe
+from fxprune.rules import describe_rule
 from fxprune.rules.notation import read_notation
 from fxprune.rules.registry import moves_values
 
 aten = torch.ops.aten
 
-# what is wrong: (notation of aten::linear, part of the error)
+# notation of aten::linear, part of the error
 WRONG = {
     "no-arrow": ("input[*b, i]", "no ->"),
     "no-brackets": ("input, weight[o, i] -> out[o]", "'input, weight"),
-    "no-axis": ("input[*b, ij] -> out[*b, ij]", "'ij' is no axis"),
+    "no-axis": ("input[*b, ij] -> out[*b, ij]", "'ij' is not an axis"),
     "unknown-argument": ("x[*b, i], weight[o, i] -> out[*b, o]  sums i", "no argument x"),
-    "gone-without-a-clause": ("input[*b, i], weight[o, i] -> out[*b, o]", "what becomes of i"),
-    "from-nowhere": ("input[*b, i] -> out[*b, i, o]", "where o comes from"),
-    "summed-but-there": ("input[*b, i] -> out[*b, i]  sums i", "what is summed or picked"),
-    "summed-but-nowhere": ("input[*b] -> out[*b]  sums i", "what is summed or picked"),
+    "gone-without-a-clause": ("input[*b, i], weight[o, i] -> out[*b, o]", "no clause determines i"),
+    "from-nowhere": ("input[*b, i] -> out[*b, i, o]", "output axes o are not in the inputs"),
+    "summed-but-there": ("input[*b, i] -> out[*b, i]  sums i", "a summed or picked axis"),
+    "summed-but-nowhere": ("input[*b] -> out[*b]  sums i", "a summed or picked axis"),
     "two-stars": ("input[*a, *b] -> out[*a, *b]", "more than one"),
     "twice-in-one": ("input[i, i] -> out[i]", "an axis twice"),
-    "one-and-any": ("input[*b], weight[b] -> out[*b]", "one axis here"),
-    "same-tensor-twice": ("input[i], input[j] -> out[i, j]", "a tensor is there twice"),
-    "no-clause": ("input[*b, i] -> out[*b]  sum i", "is no clause"),
+    "one-and-any": ("input[*b], weight[b] -> out[*b]", "one axis and for any number"),
+    "same-tensor-twice": ("input[i], input[j] -> out[i, j]", "a tensor occurs twice"),
+    "no-clause": ("input[*b, i] -> out[*b]  sum i", "is not a clause"),
     "by-what": ("input[*b, i] -> out[*b]  i by rows", "a clause names rows"),
     "zero-with-what": ("input[*b, i] -> out[*b, i]  i zero with shift", "a clause names shift"),
 }
@@ -58,7 +58,7 @@ def test_an_op_that_is_not_loaded_yet_may_have_any_arguments() -> None:
         ("input[*b, i], weight[o, i] -> out[*b, o]  sums i", ""),
     ],
 )
-def test_what_is_added_to_a_product_has_no_letter_that_is_summed(text: str, added: str) -> None:
+def test_the_added_tensor_of_a_product_has_no_summed_letter(text: str, added: str) -> None:
     assert read_notation(text, "aten::linear", multiplies=True).added == added
 
 
@@ -93,6 +93,11 @@ PRINTED: dict[str, tuple[fx.Node, str]] = {
     "vector": (node_of(aten.linear.default, x(4), x(4), weights=1), "linear  input[i], weight[i] -> out[]  sums i"),
     "outer": (node_of(aten.outer.default, x(2), x(3)), "outer  self[i], vec2[j] -> out[i, j]"),
     "with-itself": (node_of(aten.reshape.default, x(2, 12), [2, 3, 4]), "reshape  self[a, (b * c)] -> out[a, b, c]"),
+    "diagonal": (node_of(aten.diagonal.default, x(2, 4, 4), 0, -2, -1), "diagonal  self[a, b, b] -> out[a, b]"),
+    "diagonal beside the main one": (
+        node_of(aten.diagonal.default, x(2, 4, 4), 1, -2, -1),
+        "diagonal  self[a, b, c] -> out[a, d]  keeps b, c, d: read along a diagonal beside the main one",
+    ),
     "cut": (node_of(aten.slice.Tensor, x(2, 9), 1, 2, 6), "slice  self[a, [b | c | d]] -> out[a, c]"),
     "broadcast": (node_of(aten.add.Tensor, x(2, 3), x(3)), "add  self[a, b], other[b] -> out[a, b]"),
     "statistic": (node_of(aten.mean.dim, x(2, 3), [1]), "mean  self[a, b] -> out[a]  statistic over b"),
@@ -110,7 +115,7 @@ PRINTED: dict[str, tuple[fx.Node, str]] = {
 @pytest.mark.parametrize("name", PRINTED)
 def test_every_op_prints_its_rule(name: str) -> None:
     node, text = PRINTED[name]
-    assert describe(node) == text
+    assert describe_rule(node) == text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tests: rules of elementwise ops, tensor constructors and complex numbers."""
+"""Rules of complex numbers."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ def test_complex_numbers(name: str) -> None:
     check_removes_exactly(net, inputs, groups)
 
 
-def test_a_turn_by_a_quarter_is_no_zero() -> None:
-    """A product with an imaginary number has no real part; it is not zero for that."""
+def test_a_product_with_an_imaginary_number_is_not_zero() -> None:
 
     def body(m: Net, x: torch.Tensor) -> torch.Tensor:
         z = torch.complex(torch.zeros(12), torch.ones(12)) * torch.exp(m.a(x))
@@ -51,7 +50,7 @@ def test_a_turn_by_a_quarter_is_no_zero() -> None:
     assert group.renormalised == ("sum_1",)
 
 
-def test_pairs_of_a_rotary_read_as_units_of_the_frequencies() -> None:
+def test_rotary_pairs_are_units_of_the_frequencies() -> None:
     def body(m: Net, x: torch.Tensor) -> torch.Tensor:
         turns = torch.outer(torch.arange(x.shape[1]).float(), m.frequencies)
         by = torch.polar(torch.ones_like(turns), turns)[:, None]
@@ -67,7 +66,7 @@ def test_pairs_of_a_rotary_read_as_units_of_the_frequencies() -> None:
     assert heads not in axes_of(dense).frozen
 
 
-def test_what_is_viewed_as_complex_lies_on_even_places() -> None:
+def test_the_input_of_view_as_complex_is_copied() -> None:
     dense = discover(*between(lambda h: back(pairs(h)), 12))
     viewed = [node for node in dense.graph.nodes if node.target is torch.ops.aten.view_as_complex.default]
     sources = [node.args[0] for node in viewed]

@@ -1,4 +1,4 @@
-"""Tests: properties of elementwise ops, found by calling them on numbers."""
+"""Numeric properties of elementwise ops, found by calling them on random numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fxprune.rules.probing import power_of, scaled_literal, shift_of
+from fxprune.rules.probing import scaled_literal, scaling_power, shift_of
 from fxprune.trace import trace
 
 
@@ -21,7 +21,6 @@ class Two(nn.Module):
         self.unread = nn.Parameter(torch.ones(1))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """What the function makes of them."""
         return self.function(x, y)
 
 
@@ -47,39 +46,36 @@ def last(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> tupl
         (lambda x, y: -x, 1.0),
     ],
 )
-def test_powers_come_out_of_what_is_multiplied(
-    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], power: float | None
-) -> None:
+def test_scaling_powers(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], power: float | None) -> None:
     node, (x, _) = last(function)
-    assert power_of(node, {x: 1.0}) == power
-    twice = power_of(node, {x: 2.0})
+    assert scaling_power(node, {x: 1.0}) == power
+    twice = scaling_power(node, {x: 2.0})
     assert twice == (None if power is None else 2 * power)
 
 
-def test_both_inputs_may_have_it() -> None:
+def test_scaling_of_both_inputs() -> None:
     node, (x, y) = last(lambda x, y: x + y)
-    assert power_of(node, {x: 0.5, y: 0.5}) == 0.5 and power_of(node, {x: 0.5, y: 1.0}) is None
+    assert scaling_power(node, {x: 0.5, y: 0.5}) == 0.5 and scaling_power(node, {x: 0.5, y: 1.0}) is None
 
 
 @pytest.mark.parametrize(
     "function", [lambda x, y: x + 0.1, lambda x, y: x.clamp(min=0.1), lambda x, y: x - 0.1, lambda x, y: 0.1 - x]
 )
-def test_a_number_that_is_added_or_bounds_has_to_have_it_too(
+def test_an_added_number_or_bound_must_be_scaled_too(
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> None:
-    """An average that is half of another, plus `e`, is half of the other plus twice `e`."""
     node, (x, y) = last(function)
     found = scaled_literal(node, {x: -1.0})
     assert found is not None and found[1:] == (1.0, -1.0)
     assert scaled_literal(node, {x: -1.0, y: 1.0}) is None
 
 
-def test_no_number_makes_up_for_what_bends() -> None:
+def test_no_literal_makes_up_for_a_nonlinear_op() -> None:
     node, (x, _) = last(lambda x, y: (2.0 * x).exp())
     assert scaled_literal(node, {node.all_input_nodes[0]: -1.0}) is None
-    assert power_of(node, {x: 1.0}) == 0.0, "it does not read it"
+    assert scaling_power(node, {x: 1.0}) == 0.0, "it does not read it"
 
 
-def test_what_an_op_adds_is_found() -> None:
+def test_the_shift_of_an_op_is_found() -> None:
     for function, shift in ((lambda x, y: 1 + x, 1.0), (lambda x, y: x - 0.5, -0.5), (lambda x, y: 2 * x, None)):
         assert shift_of(last(function)[0]) == shift

@@ -1,4 +1,4 @@
-"""Tests: products of activations and weights: dense, convolutional, or batched over experts."""
+"""Products of activations and weights: convolutional, or batched over experts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ STACKED: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], tuple[int,
 
 
 @pytest.mark.parametrize("name", STACKED)
-def test_the_parts_of_a_product_with_matrices_make_up_its_result(name: str) -> None:
+def test_a_stacked_product_is_recomputed_from_its_parts(name: str) -> None:
     body, shape, weight = STACKED[name]
     model, x = Net(body, w=drawn(*weight)), torch.randn(shape)
     graph_module = trace(model, {"x": x}).graph_module
@@ -79,13 +79,13 @@ OTHERS: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], tuple[int, 
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_no_product_with_a_matrix_for_each_is_left_out(name: str) -> None:
+def test_other_products_are_not_stacked_products(name: str) -> None:
     body, shape, weight = OTHERS[name]
     graph_module = trace(Net(body, w=drawn(*weight)), {"x": torch.randn(shape)}).graph_module
     assert not list(lone_stacked_products(graph_module))
 
 
-def test_other_nodes_have_no_such_parts() -> None:
+def test_other_nodes_are_not_products() -> None:
     graph = trace(Net(lambda m, x: m.w[NUMBERS].sum() + x.relu(), w=drawn(3, 4, 5)), {"x": torch.ones(2)}).graph_module
     picked = [found for node in graph.graph.nodes if (found := picked_matrices(node)) is not None]
     assert len(picked) == 1 and (picked[0].along, picked[0].axes) == (0, (0, 1, 2))
@@ -102,7 +102,7 @@ SLIDING: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("name", SLIDING)
 @torch.no_grad()
-def test_the_inputs_of_a_product_with_taps_make_up_its_result(name: str) -> None:
+def test_a_sliding_product_is_recomputed_from_its_inputs(name: str) -> None:
     module, shape = SLIDING[name]
     x = torch.randn(shape)
     graph_module = trace(Net(lambda m, x: m.a(x), a=module), {"x": x}).graph_module

@@ -1,4 +1,4 @@
-"""Sizes that only the data decides once crashed discovery: they freeze what they touch, with the reason."""
+"""Sizes that depend on the data, and rules that fail, freeze axes instead of breaking discovery."""
 
 from __future__ import annotations
 

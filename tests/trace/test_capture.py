@@ -1,4 +1,4 @@
-"""A trace shares the model's weights, leaves the model alone, and says where it cannot be made."""
+"""A trace shares the weights of the model, does not change it, and names the line at which it fails."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from fxprune.errors import TraceError
 from fxprune.graph.facts import Notes, Runnable, Shaped, facts_of
 from fxprune.graph.tensors import weights
 from fxprune.trace.capture import trace
-from fxprune.trace.inputs import meta_twin
 from tests.models import tiny, token_ids
 from tests.oracle import Net
 
 
-def test_a_graph_computes_what_the_model_does_from_its_own_tensors() -> None:
+def test_a_graph_computes_the_same_as_the_model_with_its_tensors() -> None:
     model = tiny("llama", num_hidden_layers=1)
     config, names = model.config.to_dict(), {id(parameter) for parameter in model.parameters()}
     traced = trace(model)
@@ -46,16 +45,3 @@ def test_code_that_depends_on_data_is_named_by_its_line() -> None:
 
     with pytest.raises(TraceError, match=r"test_capture\.py:\d+ in body: .*the culprit.* cannot be traced"):
         trace(Net(body, a=nn.Linear(3, 3)), {"x": torch.randn(2, 3)})
-
-
-def test_a_meta_twin_has_everything_but_storage() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    model[1].weight.requires_grad_(False)
-    model.append(nn.Linear(3, 3))
-    model[2].weight = model[0].weight
-    twin = meta_twin(model)
-    assert all(tensor.is_meta for tensor in (*twin.parameters(), *twin.buffers()))
-    assert {n: p.requires_grad for n, p in twin.named_parameters()} == {
-        n: p.requires_grad for n, p in model.named_parameters()
-    }
-    assert twin[2].weight is twin[0].weight and twin.training and not model[0].weight.is_meta

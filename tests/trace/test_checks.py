@@ -8,7 +8,7 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import UnsupportedModelError
-from fxprune.trace.checks import check_model, clear_marks, is_marked, model_dtype
+from fxprune.trace.checks import check_model, clear_quantisation_marks, is_marked_quantised, model_dtype
 from tests.models import tiny
 
 
@@ -25,11 +25,11 @@ class Packed(nn.Linear):
 
 
 class Sub(nn.Parameter):
-    """A parameter of a class of its own."""
+    """A subclass of Parameter."""
 
 
 class Wrapped(nn.Linear):
-    """A layer whose weight is of a class of its own."""
+    """A layer whose weight is a subclass of Parameter."""
 
     def __init__(self) -> None:
         super().__init__(2, 2)
@@ -37,7 +37,6 @@ class Wrapped(nn.Linear):
 
 
 def marked(module: nn.Module) -> nn.Module:
-    """A module that says it is quantised."""
     module.is_quantized = True  # type: ignore[assignment]
     return module
 
@@ -55,23 +54,23 @@ def marked(module: nn.Module) -> nn.Module:
         (two(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")), r"1\.weight: is on meta while 0\.weight is on cpu"),
     ],
 )
-def test_what_cannot_be_pruned_is_named(model: nn.Module, says: str) -> None:
+def test_a_model_that_cannot_be_pruned_is_refused(model: nn.Module, says: str) -> None:
     with pytest.raises(UnsupportedModelError, match=says):
         check_model(model)
 
 
-def test_a_mark_alone_is_no_quantised_weight() -> None:
-    """A model read from a GGUF file is plain floats, and was refused for its mark."""
-    model = tiny("llama", num_hidden_layers=2)
+def test_a_mark_alone_does_not_make_a_model_quantised() -> None:
+    """A model read from a GGUF file is plain floats, and was once refused for its mark."""
+    model = tiny("llama", num_hidden_layers=1)
     model.is_quantized, model.hf_quantizer = True, object()
     model.config.quantization_config = {"quant_method": "gguf"}
     check_model(model)
-    assert is_marked(model)
+    assert is_marked_quantised(model)
     slim = fxprune.prune(model, importance="l2", protect=()).model
-    assert not is_marked(slim) and "quantization_config" not in slim.config.to_dict()
-    assert is_marked(model) and model.config.quantization_config
-    clear_marks(model)
-    assert not is_marked(model)
+    assert not is_marked_quantised(slim) and "quantization_config" not in slim.config.to_dict()
+    assert is_marked_quantised(model) and model.config.quantization_config
+    clear_quantisation_marks(model)
+    assert not is_marked_quantised(model)
 
 
 def test_the_dtype_of_a_model_is_that_of_most_elements() -> None:

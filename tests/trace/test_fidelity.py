@@ -1,4 +1,4 @@
-"""Tests: graph against module: outputs and gradients compared."""
+"""Comparison of a graph with its module, by outputs and gradients."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import fx, nn
 import fxprune
 from fxprune.errors import PassError
 from fxprune.graph.facts import facts_of
-from fxprune.trace.fidelity import TOLERANCE, Fidelity, Probe, assess, require_gradients, tolerance
-from tests.models import tiny, token_ids
+from fxprune.trace.fidelity import _TOLERANCE, Fidelity, SideBySide, compare_with_module, require_gradients, tolerance
+from tests.models import tiny
 
 
 def test_a_graph_of_a_language_model_is_the_model() -> None:
-    found = facts_of(fxprune.trace(tiny("llama")).graph_module)[Fidelity]
+    found = facts_of(fxprune.trace(tiny("llama", num_hidden_layers=1)).graph_module)[Fidelity]
     assert found.error is not None and found.error <= 1e-6
     assert found.gradients is not None and found.gradients <= 1e-4
-    assert found.apart == () and found.where == "" and found.notes == ()
+    assert found.unlike == () and found.where == "" and found.notes == ()
 
 
 def test_nothing_is_compared_on_meta_or_without_a_check() -> None:
@@ -26,13 +26,13 @@ def test_nothing_is_compared_on_meta_or_without_a_check() -> None:
     assert facts_of(fxprune.trace(model.to("meta"), X).graph_module)[Fidelity] == Fidelity(None)
 
 
-def test_where_outputs_are_apart_is_said() -> None:
+def test_the_first_difference_of_outputs_is_named() -> None:
     model = Two()
     graph_module = changed(model, torch.ops.aten.relu.default, torch.ops.aten.tanh.default)
-    assert assess(graph_module, model, X).where.endswith(" in b")
+    assert compare_with_module(graph_module, model, X).where.endswith(" in b")
 
 
-def test_gradients_that_are_apart_are_refused_to_who_needs_them() -> None:
+def test_passes_that_need_gradients_refuse_those_that_differ() -> None:
     graph_module = fxprune.trace(Two(), X).graph_module
     require_gradients(graph_module, "taylor")
     facts_of(graph_module).put(Fidelity(0.0, 1.0, ("a.weight", "a.bias")))
@@ -40,8 +40,8 @@ def test_gradients_that_are_apart_are_refused_to_who_needs_them() -> None:
         require_gradients(graph_module, "taylor")
 
 
-def test_the_report_counts_it() -> None:
-    report = fxprune.prune(tiny("llama"), token_ids(2, 8), importance="l2", ratio=0.1).report
+def test_the_report_has_the_fidelity() -> None:
+    report = fxprune.prune(tiny("llama", num_hidden_layers=1), importance="l2", ratio=0.1, protect=()).report
     assert report.fidelity is not None and report.fidelity <= 1e-6
     assert report.to_dict()["gradient_fidelity"] <= 1e-4
 
@@ -62,7 +62,6 @@ class Two(nn.Module):
         self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (batch, tokens, 2)."""
         return self.b(self.a(x).relu())  # type: ignore[no-any-return]
 
 
@@ -77,39 +76,38 @@ def changed(model: nn.Module, old: object, new: object) -> fx.GraphModule:
 
 def test_a_graph_and_its_module_are_the_same_to_the_last_digit() -> None:
     model = Two()
-    probe = Probe(fxprune.trace(model, X).graph_module, model, X)
-    assert probe.error(probe.inputs) == 0
-    second = probe.resized((3, 4))
-    assert second is not None and second["x"].shape == (3, 4, 3) and probe.error(second) == 0
-    found = probe.gradients()
-    assert set(found) == {name for name, _ in model.named_parameters()} and max(found.values()) <= TOLERANCE
+    pair = SideBySide(fxprune.trace(model, X).graph_module, model, X)
+    assert pair.error(pair.inputs) == 0
+    second = pair.resized((3, 4))
+    assert second is not None and second["x"].shape == (3, 4, 3) and pair.error(second) == 0
+    found = pair.gradients()
+    assert set(found) == {name for name, _ in model.named_parameters()} and max(found.values()) <= _TOLERANCE
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_another_op_is_seen_and_the_first_module_apart_named() -> None:
+def test_another_op_gives_an_error() -> None:
     model = Two()
-    probe = Probe(changed(model, torch.ops.aten.relu.default, torch.ops.aten.tanh.default), model, X)
-    error = probe.error(probe.inputs)
+    pair = SideBySide(changed(model, torch.ops.aten.relu.default, torch.ops.aten.tanh.default), model, X)
+    error = pair.error(pair.inputs)
     assert error is not None and error > 0.01
-    assert probe.first_apart().endswith(" in b")
 
 
-def test_other_gradients_are_seen_though_values_are_the_same() -> None:
+def test_gradients_may_differ_though_values_are_the_same() -> None:
     model = Two()
     graph_module = fxprune.trace(model, X).graph_module
     node = next(n for n in graph_module.graph.nodes if n.target is torch.ops.aten.relu.default)
     with graph_module.graph.inserting_after(node):
         stopped = graph_module.graph.call_function(torch.ops.aten.detach.default, (node,))
     node.replace_all_uses_with(stopped, lambda user: user is not stopped)
-    probe = Probe(graph_module, model, X)
-    assert probe.error(probe.inputs) == 0
-    assert {name for name, value in probe.gradients().items() if value > TOLERANCE} == {"a.weight", "a.bias"}
+    pair = SideBySide(graph_module, model, X)
+    assert pair.error(pair.inputs) == 0
+    assert {name for name, value in pair.gradients().items() if value > _TOLERANCE} == {"a.weight", "a.bias"}
 
 
 def test_a_graph_that_fails_is_infinitely_far_and_a_module_that_fails_says_nothing() -> None:
     model = Two()
     graph_module = fxprune.trace(model, X).graph_module
-    probe = Probe(graph_module, model, X)
-    assert probe.error({"x": torch.randn(2, 5, 9)}) is None
-    broken = Probe(changed(model, torch.ops.aten.relu.default, torch.ops.aten.numpy_T.default), model, X)
+    pair = SideBySide(graph_module, model, X)
+    assert pair.error({"x": torch.randn(2, 5, 9)}) is None
+    broken = SideBySide(changed(model, torch.ops.aten.relu.default, torch.ops.aten.numpy_T.default), model, X)
     assert broken.error(broken.inputs) == float("inf")

@@ -1,4 +1,4 @@
-"""In-place ops become plain ones where nothing else sees what they write, and nowhere else."""
+"""In-place ops are replaced only if nothing else sees the tensor that they write to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import fx, nn
 
 import fxprune
 from fxprune.graph.compat import is_impure
-from fxprune.trace.canonical import plain_in_place
+from fxprune.trace.canonical import remove_in_place_ops
 from tests.oracle import Net, check_removes_exactly, plain_outputs
 from tests.random_networks import check_every_removal
 
@@ -40,24 +40,24 @@ def test_one_of_several_results_is_written_to_after_it_was_read() -> None:
     assert writes(Net(routed, first=nn.Linear(6, 5), last=torch.randn(2, 4))) == []
 
 
-def test_an_op_that_nothing_else_sees_becomes_the_plain_one() -> None:
+def test_an_op_that_nothing_else_sees_is_replaced() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
     hidden = graph.call_function(torch.ops.aten.mul.Tensor, (x, 2))
     written = graph.call_function(torch.ops.aten.add_.Tensor, (hidden, 1))
     graph.output(written)
     graph_module = fx.GraphModule(nn.Module(), graph)
-    plain_in_place(graph_module)
+    remove_in_place_ops(graph_module)
     graph_module.recompile()
     assert not any(is_impure(node) for node in graph_module.graph.nodes if node.op == "call_function")
     assert torch.equal(graph_module(torch.ones(2)), torch.full((2,), 3.0))
 
 
-def test_what_a_view_sees_is_written_in_place() -> None:
+def test_a_write_that_a_view_sees_stays() -> None:
     assert writes(Net(seen_later, first=nn.Linear(6, 5))) == ["aten.mul_.Tensor"]
 
 
-def test_channels_go_through_what_was_in_place() -> None:
+def test_channels_pass_through_replaced_ops() -> None:
     def body(net: Net, x: torch.Tensor) -> torch.Tensor:
         hidden = net.first(x)
         scale = hidden.sum()
@@ -67,8 +67,8 @@ def test_channels_go_through_what_was_in_place() -> None:
     check_removes_exactly(Net(body, first=nn.Linear(6, 5), last=nn.Linear(5, 4)), INPUTS)
 
 
-def test_what_is_written_through_another_shape_is_not_lost() -> None:
-    """Attention heads of a single channel come out laid out otherwise: a reshape of them is a copy."""
+def test_a_write_through_another_shape_is_not_lost() -> None:
+    """Attention heads with a single channel have another memory layout: a reshape of them is a copy."""
 
     def body(net: Net, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (part(x).view(2, 3, -1, 4).transpose(1, 2) for part in (net.q, net.k, net.v))

@@ -1,4 +1,4 @@
-"""Tests: example inputs, and copies of a model to run them on."""
+"""Example inputs, and copies of a model to run them on."""
 
 from __future__ import annotations
 
@@ -45,13 +45,16 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
 
 
-def test_a_twin_on_meta_has_all_but_storage() -> None:
+def test_a_twin_on_meta_has_everything_but_storage() -> None:
     model = net()
     model[0].bias.requires_grad_(False)
+    model.append(nn.Linear(3, 4))
+    model[3].weight = model[0].weight
     twin = meta_twin(model)
     assert all(tensor.is_meta for tensor in (*twin.parameters(), *twin.buffers()))
     assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in model.parameters()]
-    assert twin[0].weight.shape == (4, 3)  # type: ignore[index, union-attr]
+    assert twin[0].weight.shape == (4, 3) and twin[3].weight is twin[0].weight  # type: ignore[index, union-attr]
+    assert twin.training and not model[0].weight.is_meta
 
 
 def test_a_twin_to_trace_has_another_dtype_and_is_in_evaluation_mode() -> None:
@@ -87,7 +90,7 @@ def _linear(model: nn.Sequential) -> tuple[torch.Tensor, torch.Tensor]:
     return model[0].weight, model[0].bias  # type: ignore[return-value]
 
 
-def test_what_was_computed_and_is_kept_is_copied() -> None:
+def test_computed_tensors_among_the_attributes_are_copied() -> None:
     model = net().eval()
     model.seen = [model(torch.ones(2, 3))]  # type: ignore[assignment]
     twin = alias_twin(model)

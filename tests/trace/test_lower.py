@@ -1,4 +1,4 @@
-"""Tests: from an ``ExportedProgram`` to a plain ``GraphModule`` bound to the real weights."""
+"""Lowering of an ``ExportedProgram`` to a plain ``GraphModule`` bound to the real weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx, nn
 
 import fxprune
 from fxprune.errors import FxpruneError, TraceError
-from fxprune.trace.lower import add_inputs, called_with, copy_body, lower, read_leaves
+from fxprune.trace.lower import lower
 from tests.oracle import Net
 
 
@@ -39,7 +39,7 @@ def test_weights_are_the_models_own_and_only_those_in_use() -> None:
     assert torch.equal(graph_module(x), net(x))
 
 
-def test_regions_are_inlined_and_asserts_go() -> None:
+def test_regions_are_inlined_and_assertions_dropped() -> None:
     def body(net: Any, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             scale = x.double().to(x.device).sum()
@@ -65,7 +65,7 @@ def test_devices_and_the_dtype_of_the_model_are_read_at_run_time() -> None:
     assert graph_module.float()(torch.randn(2, 3)).dtype == torch.float32
 
 
-def test_containers_come_back_and_what_has_no_fields_is_refused() -> None:
+def test_containers_are_returned_and_types_without_fields_refused() -> None:
     net = Net(lambda net, x: {"y": net.a(x), "rest": [x, (x,)]}, a=nn.Linear(3, 4))
     found = lowered(net, torch.randn(2, 3))(torch.randn(2, 3))
     assert list(found) == ["y", "rest"] and isinstance(found["rest"][1], tuple)
@@ -82,7 +82,7 @@ def nodes(net: nn.Module, target: object) -> list[Any]:
     return [node for node in fxprune.trace(net, X).graph_module.graph.nodes if node.target is target]
 
 
-def test_without_gradients_what_leaves_the_region_is_detached_once() -> None:
+def test_values_of_a_region_without_gradients_are_detached_once() -> None:
     def body(m: Any, x: torch.Tensor) -> torch.Tensor:
         h = m.a(x)
         with torch.no_grad():
@@ -93,7 +93,7 @@ def test_without_gradients_what_leaves_the_region_is_detached_once() -> None:
     assert len(detach.users) == 2
 
 
-def test_with_gradients_inside_such_a_region_nothing_of_theirs_is_detached() -> None:
+def test_a_nested_region_with_gradients_is_not_detached() -> None:
     def body(m: Any, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), torch.enable_grad():
             return m.a(x)  # type: ignore[no-any-return]
@@ -120,31 +120,14 @@ def test_autocast_of_another_device_does_nothing() -> None:
     assert nodes(Net(body, a=nn.Linear(3, 4)), aten.to.dtype) == []
 
 
-def test_the_body_of_a_program_is_copied_without_its_regions() -> None:
-    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return x.exp().log()
-
-    program = torch.export.export(Net(body), (), X, strict=False)
-    graph = fx.Graph()
-    env: dict[fx.Node, Any] = {}
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            env[node] = graph.placeholder(node.name)
-    (result,) = copy_body(program.graph_module, graph, env, "cpu")
-    assert [node.target for node in graph.nodes][1:] == [aten.exp.default, aten.log.default, aten.detach.default]
-    assert result.target is aten.detach.default
-
-
 class Takes(nn.Module):
-    """A module whose inputs are of all kinds."""
+    """A module with inputs of all kinds."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a = nn.Linear(3, 4)
 
     def forward(self, xs: Any, mode: str = "sum", weight: Any = None, more: Any = None) -> torch.Tensor:
-        """Return (batch, tokens, 4)."""
         x = xs["p"][0] + xs["q"] if isinstance(xs, dict) else xs
         y = self.a(x) if weight is None else self.a(x * weight)
         return y if mode == "sum" else y * 2  # type: ignore[no-any-return]
@@ -174,7 +157,14 @@ def test_inputs_come_in_the_order_of_forward_whatever_the_order_given() -> None:
     assert list(parameters(graph_of(weight=T[:1, :1], mode="sum", xs=T))) == ["xs", "mode", "weight"]
 
 
-def test_what_is_no_tensor_may_be_left_out_only_if_it_was_what_the_module_takes_it_for() -> None:
+def test_an_input_with_the_name_of_a_weight_gets_another_node_name() -> None:
+    net = Net(lambda m, x: x @ m.x, x=nn.Parameter(torch.randn(3, 4)))
+    graph_module = lowered(net, torch.randn(2, 3))
+    assert {node.name for node in graph_module.graph.nodes} >= {"x", "x_input"}
+    assert list(parameters(graph_module)) == ["x"]
+
+
+def test_an_input_is_optional_only_if_it_was_its_default() -> None:
     empty = inspect.Parameter.empty
     assert parameters(graph_of(xs=T, mode="sum")) == {"xs": empty, "mode": "sum"}
     assert parameters(graph_of(xs=T, mode="double")) == {"xs": empty, "mode": empty}
@@ -183,7 +173,7 @@ def test_what_is_no_tensor_may_be_left_out_only_if_it_was_what_the_module_takes_
     }  # fmt: skip
 
 
-def test_another_value_is_refused_and_said_by_name() -> None:
+def test_another_value_is_refused_by_name() -> None:
     graph_module = graph_of(xs=T, mode="double")
     assert graph_module(T, "double").shape == (2, 5, 4)
     with pytest.raises(RuntimeError, match="mode='double' and takes no other"):
@@ -193,15 +183,3 @@ def test_another_value_is_refused_and_said_by_name() -> None:
 def test_a_container_that_is_no_list_tuple_or_dict_is_refused() -> None:
     with pytest.raises(FxpruneError, match="xs"):
         graph_of(xs={T})
-
-
-def test_placeholders_of_a_program_are_found_in_the_containers_that_it_was_called_with() -> None:
-    program = torch.export.export(Takes(), (), {"xs": {"p": [T], "q": T}, "mode": "sum"}, strict=False)
-    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
-    called = called_with(program, list(zip(nodes, program.graph_signature.input_specs, strict=True)))
-    assert list(called) == ["xs", "mode"] and list(called["xs"]) == ["p", "q"]
-    graph = fx.Graph()
-    made = add_inputs(graph, called, Takes().forward, {"mode"})
-    assert made["mode"].name == "mode_input" and made["mode"].args == ("sum",)
-    leaves = read_leaves(graph, called, made)
-    assert {leaves[called["xs"]["p"][0]].name, leaves[called["xs"]["q"]].name} == {"xs_p_0", "xs_q"}

@@ -21,12 +21,13 @@ __all__ = [
     "Arch",
     "Type",
     "arch_named",
-    "can_write",
-    "candidates",
+    "can_quantize",
+    "candidate_archs",
     "file_type",
     "general_archs",
-    "joined",
+    "joined_names",
     "layers_differ",
+    "load_data",
     "name_elsewhere",
     "names_in_format",
     "place_of",
@@ -39,8 +40,8 @@ Type = gguf.GGMLQuantizationType
 _PLAIN = (Type.F32, Type.F16)
 
 
-def can_write(kind: Type) -> bool:
-    """Return whether the package that writes the format quantises to a type."""
+def can_quantize(kind: Type) -> bool:
+    """Whether the package ``gguf`` can quantise to a type."""
     if kind in _PLAIN:
         return True
     try:
@@ -51,15 +52,15 @@ def can_write(kind: Type) -> bool:
 
 
 def type_named(quantization: str) -> Type:
-    """Return a type of the format by its name, in letters of any case.
+    """A type of the format by its name, in any case.
 
     Raises:
-        UnknownNameError: there is none, or none that can be written here.
+        UnknownNameError: the type is unknown, or cannot be written here.
     """
     known = {
         kind.name.lower(): kind
         for kind in Type
-        if kind.name.startswith(("F", "BF", "Q", "TQ", "MX")) and can_write(kind)
+        if kind.name.startswith(("F", "BF", "Q", "TQ", "MX")) and can_quantize(kind)
     }
     if str(quantization).lower() not in known:
         raise UnknownNameError("quantization", quantization, known)
@@ -71,28 +72,28 @@ _BLOCK = "blk.{bid}."
 
 @dataclass(frozen=True)
 class Arch:
-    """An architecture of the format: what its graph computes, as far as it is not told by which tensors are there.
+    """An architecture of the format: the properties of its graph that its tensors do not determine.
 
     Args:
-        name: as the format spells it.
+        name: its name in the format.
         arrays: whether numbers of heads and widths may differ from block to block.
         no_attention: whether a block may be without attention.
-        rotary: ``halves`` or ``pairs``: which channels of a head are turned together; ``none``.
+        rotary: which channels of a head are rotated together: ``halves`` or ``pairs``; ``none`` without rotation.
         factors: whether a tensor may divide the frequencies of the rotation.
-        partial: whether a part of each head may be left as it is.
-        biases: tensors of a block that may come with a bias.
+        partial: whether only a part of each head may be rotated.
+        biases: tensors of a block that may have a bias.
         requires: tensors that every block has.
         fused: whether queries, keys and values are one tensor.
-        stacked: whether the gate of an MLP stands above what it gates, in one tensor.
+        stacked: whether gate and up projection of an MLP are one tensor.
         tied_only: whether the output is always the embedding.
         norm: ``rms`` or ``layer``.
-        offset: what is added to the weights of normalisations.
-        activation: of the MLP.
-        parallel: whether attention and MLP read the same.
-        unturned_every: of so many blocks the last turns nothing; 0 where all do.
-        window_every: of so many blocks the last sees everything, and the others a window; 0 where all do.
-        keys: further entries of the file: the field of the config, and the value where the config has none.
-        scales: what is multiplied, ``embedding`` or ``output``, by which entry.
+        offset: constant that is added to the weights of normalisations.
+        activation: activation of the MLP.
+        parallel: whether attention and MLP have the same input.
+        unturned_every: period of the blocks without rotation, the last of each period; 0 if there are none.
+        window_every: period of the blocks without a sliding window, the last of each period; 0 for no windows.
+        keys: further entries of the file, each by a field of the config or a constant.
+        scales: entry that scales the ``embedding``, the ``output`` or the ``residual``.
     """
 
     name: str
@@ -117,54 +118,54 @@ class Arch:
 
     @functools.cached_property
     def tensors(self) -> frozenset[gguf.MODEL_TENSOR]:
-        """The tensors that it has."""
+        """The tensors of the architecture."""
         number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
         return frozenset(gguf.MODEL_TENSORS[number])
 
 
 @functools.cache
-def _data() -> Any:
-    return json.loads(resources.files("fxprune.export.gguf").joinpath("archs.json").read_text(encoding="utf-8"))
+def load_data(name: str) -> Any:
+    """A JSON file of this package: ``archs`` or ``tokenizers``."""
+    return json.loads(resources.files("fxprune.export.gguf").joinpath(f"{name}.json").read_text(encoding="utf-8"))
 
 
-def joined(part: str) -> tuple[str, ...]:
-    """Return the name of a tensor that is several in one, and the names of these, in their order.
+def joined_names(part: str) -> tuple[str, ...]:
+    """Name of a fused tensor, and the names of its pieces in order.
 
     Args:
-        part: of a block: ``attention`` or ``mlp``.
+        part: part of a block, ``attention`` or ``mlp``.
     """
-    return tuple(_data()["joined"][part])
+    return tuple(load_data("archs")["joined"][part])
 
 
 def file_type(quantization: str) -> int:
-    """Return the number that a file has for the type of most of its weights."""
-    numbers: dict[str, int] = _data()["file_types"]
+    """Number that a file records for the type of most of its weights."""
+    numbers: dict[str, int] = load_data("archs")["file_types"]
     return numbers.get(quantization, numbers["other"])
 
 
 @functools.cache
 def arch_named(name: str) -> Arch:
-    """Return an architecture by its name in the format."""
-    told: dict[str, Any] = _data()["archs"][name]
-    options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
+    """An architecture by its name in the format."""
+    entry: dict[str, Any] = load_data("archs")["archs"][name]
+    options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
     return Arch(name, **options)
 
 
-def candidates(model_type: str) -> list[Arch]:
-    """Return the architectures that may say a model, the one of its own type first."""
-    data = _data()
-    own = data["model_types"].get(model_type)
-    return [arch_named(name) for name in dict.fromkeys([*([own] if own else []), *data["general"]])]
+def candidate_archs(model_type: str) -> list[Arch]:
+    """Architectures that may express a model: that of its type first, then the general ones."""
+    own = load_data("archs")["model_types"].get(model_type)
+    return [arch_named(name) for name in dict.fromkeys([*([own] if own else []), *general_archs()])]
 
 
 def general_archs() -> tuple[str, ...]:
-    """Return the names of the architectures whose blocks may differ, which say models of several types."""
-    return tuple(_data()["general"])
+    """Names of the architectures whose blocks may differ, which express models of several types."""
+    return tuple(load_data("archs")["general"])
 
 
 @functools.cache
 def _known_modules() -> dict[str, tuple[gguf.MODEL_TENSOR, ...]]:
-    """What the modules of every model that the format knows are in it, by path."""
+    """Tensors of the format by the path of a module, over all models that the package ``gguf`` knows."""
     found: dict[str, list[gguf.MODEL_TENSOR]] = {}
     tables = gguf.TensorNameMap
     for table in (tables.mappings_cfg, tables.block_mappings_cfg):
@@ -175,34 +176,26 @@ def _known_modules() -> dict[str, tuple[gguf.MODEL_TENSOR, ...]]:
 
 
 def place_of(parameter: str) -> tuple[int | None, str]:
-    """Return the number of the block that a parameter is in, None outside blocks, and the path of its module there.
-
-    Args:
-        parameter: its name in the model.
-    """
+    """Block number of a parameter (None outside blocks) and the path of its module, with ``{bid}`` for the number."""
     module = parameter.rpartition(".")[0]
     number = re.search(r"\.(\d+)\.", parameter)
     return (None if number is None else int(number[1])), re.sub(r"\.\d+\.", ".{bid}.", f"{module}.", count=1)[:-1]
 
 
 def names_in_format(module: str, arch: Arch) -> tuple[str, ...]:
-    """Return what the tensors of a module are called in a block of the format, or outside blocks.
+    """Names in the format of the tensors of a module, such as ``attn_q``; empty if an architecture has none.
 
     Args:
         module: its path, with ``{bid}`` for the number of the block.
-        arch: names of tensors that it has come last, since the last one is meant; tensors that can be split or joined
-            to such count as well.
-
-    Returns:
-        As ``attn_q``; none where the format knows no such tensor.
+        arch: the architecture; pieces of its fused tensors, and fused tensors of its pieces, count as well.
     """
     known = _known_modules().get(module, ())
-    others = set(joined("attention"))
+    others = set(joined_names("attention"))
     return tuple(_name(tensor) for tensor in known if tensor in arch.tensors or _name(tensor) in others)
 
 
 def name_elsewhere(module: str) -> str:
-    """Return what a module is called in some architecture of the format; empty where there is none."""
+    """Name of a module in any architecture of the format; empty if it is unknown."""
     return next((_name(tensor) for tensor in _known_modules().get(module, ())), "")
 
 
@@ -211,25 +204,25 @@ def _name(tensor: gguf.MODEL_TENSOR) -> str:
 
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""Types of values in the format, as `struct` spells them."""
+"""Types of values in the format, as formats of ``struct``."""
 
 _TEXT, _ARRAY = 8, 9
 
 _VERSIONS = (2, 3)
-"""Of the format, that begin alike."""
+"""Versions of the format with the same header."""
 
 _LAST = "tokenizer."
-"""How the names of the first entries begin that are of no interest here, and long."""
+"""Prefix of the entries at which reading stops: they are long, and not needed."""
 
 _WIDTHS = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
-"""Entries that are one number for all blocks, or a list with one for each."""
+"""Entries that are one number for all blocks or a list with one for each."""
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the entries of a GGUF file up to those of its tokenizer; none of a version that is not known.
+    """Read the entries of a GGUF file up to those of its tokenizer; empty for an unknown version.
 
     Raises:
-        ValueError: the file ends before they do, or is no GGUF file.
+        ValueError: the file is truncated, or not a GGUF file.
     """
     found: dict[str, Any] = {}
     with open(path, "rb") as file:
@@ -250,7 +243,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def layers_differ(header: dict[str, Any]) -> bool:
-    """Return whether the blocks of a file differ in width or in numbers of heads."""
+    """Whether the blocks of a file differ in width or number of heads."""
     prefix = f"{header.get('general.architecture')}."
     widths = (header.get(prefix + name) for name in _WIDTHS)
     return any(len(set(numbers)) > 1 for numbers in widths if isinstance(numbers, list))

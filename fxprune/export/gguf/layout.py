@@ -1,4 +1,4 @@
-"""From the parameters of a model to the tensors of a GGUF file."""
+"""Translation of the parameters of a model to the tensors and entries of a GGUF file."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fxprune.errors import ExportError
-from fxprune.export.gguf.format import Arch, joined, name_elsewhere, names_in_format, place_of
+from fxprune.export.gguf.format import Arch, joined_names, name_elsewhere, names_in_format, place_of
 from fxprune.graph.context import quiet
 
-__all__ = ["LAYOUTS", "Contents", "Decoder", "Rotary", "TensorLayout", "Unsaid", "lay_out", "read_decoder"]
+__all__ = ["LAYOUTS", "Contents", "Decoder", "InexpressibleError", "Rotary", "TensorLayout", "lay_out", "read_decoder"]
 
-_OTHERS = "GGUF files hold decoders whose blocks share all but widths; export a .pt2 or .onnx file instead"
+_REMEDY = "GGUF files hold decoders whose blocks differ only in widths; export a .pt2 or .onnx file instead"
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """The rotation of queries and keys.
+    """Rotary embedding of queries and keys.
 
     Args:
-        frequencies: angle for each position, in radians, one for each pair of channels.
-        base: that the file tells; where it does not give the frequencies, what divides them is in ``factors``.
-        scaling: what sines and cosines are multiplied by.
+        frequencies: radians per position, one for each pair of channels.
+        base: base of the frequencies; ``factors`` holds the deviation from it.
+        scaling: factor of sines and cosines.
     """
 
     frequencies: torch.Tensor
@@ -37,12 +37,12 @@ class Rotary:
 
     @property
     def dims(self) -> int:
-        """How many channels of a head are turned."""
+        """Number of rotated channels of a head."""
         return 2 * len(self.frequencies)
 
     @property
     def factors(self) -> torch.Tensor | None:
-        """What the frequencies of the base are divided by; None where all are ones."""
+        """Divisors of the frequencies that the base gives; None if all are 1."""
         exponents = torch.arange(0, self.dims, 2, dtype=torch.float64) / self.dims
         factors = self.base**-exponents / self.frequencies.double()
         return None if bool(((factors - 1).abs() < 1e-5).all()) else factors.float()
@@ -50,18 +50,18 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder-only language model, as far as a file has to know it.
+    """The facts about a decoder-only language model that a file needs.
 
     Args:
-        config: that describes the decoder.
-        tensors: every parameter by its name, a tied one once.
-        cached: by number of a block with attention, key/value heads, and the sizes of a key and of a value.
-        rotary: None where nothing is turned.
-        epsilon: of all normalisations.
-        context: tokens that the model was made for.
-        window: tokens that blocks with a window see; None where there are none.
-        logits: what it says to ``tokens``, float32 ``(1, n, vocabulary)``.
-        tokens: ``(1, n)``.
+        config: the config of the decoder.
+        tensors: every parameter by name, a tied one once.
+        cached: key/value heads, size of a key and size of a value, by number of a block with attention.
+        rotary: rotary embedding; None without one.
+        epsilon: epsilon of all normalisations.
+        context: maximum number of tokens.
+        window: tokens of a sliding window; None if no block has one.
+        logits: float32 logits ``(1, n, vocabulary)`` for ``tokens``.
+        tokens: token ids ``(1, n)``.
     """
 
     config: Any
@@ -76,11 +76,11 @@ class Decoder:
 
 
 def read_decoder(model: PreTrainedModel) -> Decoder:
-    """Read off a model what a file has to say about it; it is run once, on a few random tokens.
+    """Collect the facts about a model; it runs once on a few random tokens.
 
     Raises:
-        ExportError: it keeps no keys and values, it holds tensors without values, or its parts differ in what is one
-            number in the format.
+        ExportError: it has no cache of keys and values, its tensors have no values, or its blocks differ in a number
+            that the format has only once.
     """
     model.eval()
     meta = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
@@ -88,52 +88,56 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
         raise ExportError("has no values to export", where=meta, remedy="Give the model real weights instead of meta")
     config = model.config.get_text_config(decoder=True)
     embedding: Any = model.get_input_embeddings()
-    tokens = torch.randint(len(embedding.weight), (1, _TOKENS), generator=torch.Generator().manual_seed(0)).to(
-        model.device
-    )
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(len(embedding.weight), (1, _TOKENS), generator=generator).to(model.device)
     with torch.no_grad(), quiet(logging.ERROR):
         output = model(input_ids=tokens, use_cache=True)
+    contexts = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    windowed = kinds is None or any(kind != "full_attention" for kind in kinds)
     return Decoder(
         config=config,
-        tensors=_tensors(model),
-        cached=dict(_cached(output)),
+        tensors=_parameters(model),
+        cached=_cache_sizes(output),
         rotary=_rotary(model, config),
         epsilon=_epsilon(model),
-        context=_context(config),
-        window=_window(config),
+        context=next((int(value) for name in contexts if (value := getattr(config, name, None))), 2048),
+        window=int(window) if window and windowed else None,
         logits=output.logits.float().cpu(),
         tokens=tokens.cpu(),
     )
 
 
 _TOKENS = 12
-"""Enough for rotations and masks to show, at next to no cost."""
+"""Enough for rotations and masks to matter, and cheap."""
 
 
-def _tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the parameters and what else a checkpoint holds; those of a module that stores columns first, turned."""
-    turned = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)}
+def _parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers, tied ones once; those of modules that store columns first are transposed."""
+    transposed = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)}
     found: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            found[name] = tensor.detach().T if name in turned else tensor.detach()
+            found[name] = tensor.detach().T if name in transposed else tensor.detach()
     return found
 
 
-def _cached(output: Any) -> Iterator[tuple[int, tuple[int, int, int]]]:
-    """Yield for each block what its attention has put into the cache."""
+def _cache_sizes(output: Any) -> dict[int, tuple[int, int, int]]:
+    """Key/value heads, size of a key and size of a value in the cache, by number of the block."""
     cache = vars(output).get("cache") or output.get("past_key_values")
     layers = getattr(cache, "layers", None)
     if layers is None:
-        raise ExportError("keeps no cache of keys and values", where="the model", remedy=_OTHERS)
+        raise ExportError("keeps no cache of keys and values", where="the model", remedy=_REMEDY)
+    found: dict[int, tuple[int, int, int]] = {}
     for number, layer in enumerate(layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is not None and values is not None:
             if keys.dim() != 4:
-                raise ExportError("keeps something else than keys and values", where=f"block {number}", remedy=_OTHERS)
-            yield number, (keys.shape[1], keys.shape[3], values.shape[3])
+                raise ExportError("keeps something other than keys and values", where=f"block {number}", remedy=_REMEDY)
+            found[number] = (keys.shape[1], keys.shape[3], values.shape[3])
+    return found
 
 
 def _rotary(model: nn.Module, config: Any) -> Rotary | None:
@@ -143,19 +147,19 @@ def _rotary(model: nn.Module, config: Any) -> Rotary | None:
     }
     if not found:
         return None
-    told = getattr(config, "rope_parameters", None) or {}
-    base = float(told.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    base = float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
     made = [
         Rotary(module.inv_freq.detach().float().cpu(), base, float(getattr(module, "attention_scaling", 1.0)))
         for module in found.values()
     ]
     if any(not torch.equal(one.frequencies, made[0].frequencies) or one.scaling != made[0].scaling for one in made):
-        raise ExportError("turns keys in several ways, and the format has one", where=next(iter(found)), remedy=_OTHERS)
+        raise ExportError("rotates keys in several ways; the format has one", where=next(iter(found)), remedy=_REMEDY)
     return made[0]
 
 
 def _epsilon(model: nn.Module) -> float:
-    """Return the epsilon that all normalisations share."""
+    """The epsilon that all normalisations share."""
     found = {
         path: float(value)
         for path, module in model.named_modules()
@@ -163,40 +167,27 @@ def _epsilon(model: nn.Module) -> float:
         if value is not None
     }
     if len(set(found.values())) > 1:
-        told = f"normalisations differ in epsilon: {sorted(set(found.values()))}"
-        remedy = f"{_OTHERS}; a prune with norm='sliced' leaves them as they were"
-        raise ExportError(told, where=next(iter(found)), remedy=remedy)
+        what = f"normalisations differ in epsilon: {sorted(set(found.values()))}"
+        remedy = f"{_REMEDY}; a prune with norm='sliced' leaves them as they were"
+        raise ExportError(what, where=next(iter(found)), remedy=remedy)
     return next(iter(found.values()), 1e-5)
-
-
-def _context(config: Any) -> int:
-    """Return how many tokens a model was made for."""
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    return next((int(value) for name in names if (value := getattr(config, name, None))), 2048)
-
-
-def _window(config: Any) -> int | None:
-    """Return how many tokens some blocks see; None where all see everything."""
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    windowed = kinds is None or any(kind != "full_attention" for kind in kinds)
-    return int(window) if window and windowed else None
 
 
 Tensors = dict[str, torch.Tensor]
 
 
-class Unsaid(Exception):
-    """Why an architecture of the format cannot say a model; another one may."""
+class InexpressibleError(Exception):
+    """The reason why an architecture of the format cannot express a model; another one may."""
 
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """How a model orders the rows of its projections, which no name tells.
+    """Order of the rows of a model's projections, which names do not reveal.
 
     Args:
-        fused: of one tensor for queries, keys and values: ``parts`` (all queries, all keys, all values), or ``groups``
-            (these three for each key/value head).
-        rotary: which channels of a head the model turns together: ``halves``, or ``pairs``.
+        fused: order in a fused tensor: ``parts`` (all queries, all keys, all values) or ``groups`` (queries, key and
+            value of each key/value head).
+        rotary: channels of a head that the model rotates together: ``halves`` or ``pairs``.
     """
 
     fused: str = "parts"
@@ -204,17 +195,17 @@ class TensorLayout:
 
 
 LAYOUTS = tuple(TensorLayout(fused, rotary) for rotary in ("halves", "pairs") for fused in ("parts", "groups"))
-"""In the order in which they are tried: the most common first."""
+"""In the order in which they are tried, the most common first."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds.
+    """Contents of a file.
 
     Args:
         arch: its architecture.
-        tensors: by their names in the format, in float or what the model has; as torch orders axes.
-        keys: the entries about the model, without the name of the architecture before them.
+        tensors: tensors by their names in the format, with the axes in the order of torch.
+        keys: the entries about the model, without the prefix of the architecture.
     """
 
     arch: Arch
@@ -224,7 +215,7 @@ class Contents:
 
 @dataclass
 class _BlockTensors:
-    """One block on its way into a file."""
+    """One block while it is laid out: its tensors by name, sizes of the cache, heads and width of the MLP."""
 
     number: int
     parts: Tensors
@@ -234,31 +225,37 @@ class _BlockTensors:
 
 
 def lay_out(decoder: Decoder, arch: Arch, layout: TensorLayout) -> Contents:
-    """Return what a file of an architecture holds for a model.
+    """Contents of a file of one architecture for a model.
 
     Raises:
-        Unsaid: the architecture cannot say it; with the reason.
+        InexpressibleError: the architecture cannot express the model; with the reason.
     """
-    whole, blocks = _named(decoder, arch)
-    _tie(whole, arch)
-    blocks = [block for block in blocks if _split(block, layout)]
+    whole, blocks = _rename(decoder, arch)
+    if arch.tied_only and "output.weight" in whole:
+        raise InexpressibleError(f"architecture {arch.name} has a tied output, and this model an output layer")
+    for block in blocks:
+        _split_tensors(block, layout)
+    blocks = [block for block in blocks if block.sizes is not None or block.width]
     key, value = _head_sizes(decoder, blocks)
     for block in blocks:
-        _stand_in(block, arch, (key, value), whole["token_embd.weight"], block is blocks[0])
-        _require_room(block, arch)
-    _require_equal(blocks, arch)
+        _fill_in(block, arch, (key, value), whole["token_embd.weight"], block is blocks[0])
+        _check_tensors(block, arch)
+    _check_equal(blocks, arch)
     tensors = dict(whole)
     for number, block in enumerate(blocks):
-        _turn(block, arch, decoder, layout)
-        tensors |= {f"blk.{number}.{name}": tensor for name, tensor in _joined(block, arch).items()}
+        if decoder.rotary is not None and block.sizes is not None and arch.rotary != layout.rotary:
+            for name in _ROTATED:
+                if name in block.parts:
+                    block.parts[name] = _reorder(block.parts[name], block.sizes[1], decoder.rotary.dims, arch.rotary)
+        tensors |= {f"blk.{number}.{name}": tensor for name, tensor in _join_tensors(block, arch).items()}
     if arch.offset:
         tensors |= {name: t.float() + arch.offset for name, t in tensors.items() if name.endswith("norm.weight")}
-    tensors |= _rotation(decoder, arch, key)
+    tensors |= _frequency_factors(decoder, arch, key)
     return Contents(arch, tensors, _keys(decoder, arch, blocks, whole, (key, value)))
 
 
-def _named(decoder: Decoder, arch: Arch) -> tuple[Tensors, list[_BlockTensors]]:
-    """Return the tensors outside blocks, and the blocks, by the names that the architecture has for them."""
+def _rename(decoder: Decoder, arch: Arch) -> tuple[Tensors, list[_BlockTensors]]:
+    """The tensors outside blocks, and the blocks, with the names of the architecture."""
     whole: Tensors = {}
     blocks: dict[int, _BlockTensors] = {}
     for parameter, tensor in decoder.tensors.items():
@@ -266,8 +263,8 @@ def _named(decoder: Decoder, arch: Arch) -> tuple[Tensors, list[_BlockTensors]]:
         names, leaf = names_in_format(module, arch), parameter.rpartition(".")[2]
         if not names:
             other = name_elsewhere(module)
-            told = f"has no place for {other}" if other else "has no name for such a tensor"
-            raise Unsaid(f"{parameter}: architecture {arch.name} {told}")
+            why = f"has no place for {other}" if other else "has no name for such a tensor"
+            raise InexpressibleError(f"{parameter}: architecture {arch.name} {why}")
         if number is not None:
             blocks.setdefault(number, _BlockTensors(number, {}, decoder.cached.get(number)))
         parts = whole if number is None else blocks[number].parts
@@ -275,22 +272,17 @@ def _named(decoder: Decoder, arch: Arch) -> tuple[Tensors, list[_BlockTensors]]:
     return whole, [blocks[number] for number in sorted(blocks)]
 
 
-def _tie(whole: Tensors, arch: Arch) -> None:
-    if arch.tied_only and "output.weight" in whole:
-        raise Unsaid(f"architecture {arch.name} has the embedding for its output, and this model an output layer")
-
-
-def _split(block: _BlockTensors, layout: TensorLayout) -> bool:
-    """Split tensors that are several; tell numbers of heads and width. Return whether the block does anything."""
+def _split_tensors(block: _BlockTensors, layout: TensorLayout) -> None:
+    """Split the fused tensors of a block, and set its number of heads and its width."""
     parts = block.parts
     if block.sizes is not None:
         for leaf in ("weight", "bias"):
-            whole, *names = (f"{name}.{leaf}" for name in joined("attention"))
+            whole, *names = (f"{name}.{leaf}" for name in joined_names("attention"))
             fused = parts.pop(whole, None)
             if fused is not None:
-                parts |= dict(zip(names, _unfused(fused, block.sizes, layout), strict=True))
+                parts |= dict(zip(names, _split_attention(fused, block.sizes, layout), strict=True))
         if "attn_q.weight" not in parts:
-            raise Unsaid(f"block {block.number} has attention of a kind that the format does not know")
+            raise InexpressibleError(f"block {block.number} has attention of a kind that the format does not know")
         block.heads = len(parts["attn_q.weight"]) // block.sizes[1]
     if "ffn_down.weight" in parts:
         block.width = parts["ffn_down.weight"].shape[1]
@@ -298,11 +290,10 @@ def _split(block: _BlockTensors, layout: TensorLayout) -> bool:
             both = parts.get(f"ffn_up.{leaf}")
             if both is not None and len(both) == 2 * block.width:
                 parts[f"ffn_gate.{leaf}"], parts[f"ffn_up.{leaf}"] = both.chunk(2)
-    return block.sizes is not None or block.width > 0
 
 
-def _unfused(fused: torch.Tensor, sizes: tuple[int, int, int], layout: TensorLayout) -> Iterator[torch.Tensor]:
-    """Yield queries, keys and values."""
+def _split_attention(fused: torch.Tensor, sizes: tuple[int, int, int], layout: TensorLayout) -> Iterator[torch.Tensor]:
+    """Yield the rows of queries, of keys and of values."""
     pairs, key, value = sizes
     heads = (len(fused) - pairs * (key + value)) // key
     each = [heads * key, pairs * key, pairs * value]
@@ -314,21 +305,21 @@ def _unfused(fused: torch.Tensor, sizes: tuple[int, int, int], layout: TensorLay
 
 
 def _head_sizes(decoder: Decoder, blocks: list[_BlockTensors]) -> tuple[int, int]:
-    """Return the sizes of a key and of a value, which the format has once."""
+    """Size of a key and size of a value, which the format has only once."""
     found = {block.sizes[1:] for block in blocks if block.sizes is not None}
     if len(found) != 1:
-        told = ", ".join(f"{key} and {value}" for key, value in sorted(found)) or "no attention at all"
-        raise Unsaid(
-            f"the format has one size of keys and one of values, and this model has {told}. "
+        sizes = ", ".join(f"{key} and {value}" for key, value in sorted(found)) or "no attention at all"
+        raise InexpressibleError(
+            f"the format has one size of keys and one of values, and this model has {sizes}. "
             "Leave the kind head_dim out of what is pruned"
         )
     return next(iter(found))
 
 
-def _stand_in(block: _BlockTensors, arch: Arch, sizes: tuple[int, int], embedding: torch.Tensor, first: bool) -> None:
-    """Give a block that lacks attention, or an MLP, a small one of zeros where the format cannot leave it out.
+def _fill_in(block: _BlockTensors, arch: Arch, sizes: tuple[int, int], embedding: torch.Tensor, first: bool) -> None:
+    """Add a small attention or MLP of zeros to a block without one, if the format cannot leave it out.
 
-    An architecture takes its sizes from block 0; and one that leaves attention out drops a block without an MLP.
+    An architecture reads its sizes from block 0, and one that can leave out attention drops blocks without an MLP.
     """
     hidden = embedding.shape[1]
 
@@ -354,75 +345,71 @@ _LEAST = 256
 """Width of an MLP of zeros: the largest block of any quantised type."""
 
 
-def _require_room(block: _BlockTensors, arch: Arch) -> None:
+def _check_tensors(block: _BlockTensors, arch: Arch) -> None:
+    """Refuse tensors that an architecture has no place for, and a block without one that it requires."""
     where = f"block {block.number}"
     names = {name.rpartition(".")[0] for name in block.parts}
     for name in block.parts:
         tensor, _, leaf = name.rpartition(".")
         if leaf == "bias" and arch.norm == "rms" and tensor not in arch.biases:
-            raise Unsaid(f"{where}: architecture {arch.name} has no bias for {tensor}")
+            raise InexpressibleError(f"{where}: architecture {arch.name} has no bias for {tensor}")
     lacking = [name for name in arch.requires if name not in names and block.sizes is not None]
     if lacking:
-        raise Unsaid(f"{where}: architecture {arch.name} needs {lacking[0]}, which this model has not")
+        raise InexpressibleError(f"{where}: architecture {arch.name} needs {lacking[0]}, which this model lacks")
 
 
-def _require_equal(blocks: list[_BlockTensors], arch: Arch) -> None:
-    told = {"heads": [b.heads for b in blocks], "key/value heads": [b.sizes[0] if b.sizes else 0 for b in blocks]}
-    told["MLP widths"] = [block.width for block in blocks]
-    for what, numbers in told.items():
+def _check_equal(blocks: list[_BlockTensors], arch: Arch) -> None:
+    """Refuse blocks that differ, unless an architecture has numbers for each block."""
+    counts = {"heads": [b.heads for b in blocks], "key/value heads": [b.sizes[0] if b.sizes else 0 for b in blocks]}
+    counts["MLP widths"] = [block.width for block in blocks]
+    for what, numbers in counts.items():
         if len(set(numbers)) > 1 and not arch.arrays:
-            raise Unsaid(f"architecture {arch.name} has one number of {what} for all blocks, and here are {numbers}")
+            why = f"architecture {arch.name} has one number of {what} for all blocks, and here are {numbers}"
+            raise InexpressibleError(why)
 
 
-def _turn(block: _BlockTensors, arch: Arch, decoder: Decoder, layout: TensorLayout) -> None:
-    """Put the channels of queries and keys in the order in which the architecture turns them."""
-    if decoder.rotary is None or block.sizes is None or arch.rotary == layout.rotary:
-        return
-    for name in (
-        "attn_q.weight",
-        "attn_q.bias",
-        "attn_k.weight",
-        "attn_k.bias",
-        "attn_q_norm.weight",
-        "attn_k_norm.weight",
-    ):
-        if name in block.parts:
-            block.parts[name] = _reordered(block.parts[name], block.sizes[1], decoder.rotary.dims, arch.rotary)
+_ROTATED = ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias", "attn_q_norm.weight", "attn_k_norm.weight")
+"""Tensors of a block whose rows are the channels of queries or keys."""
 
 
-def _reordered(rows: torch.Tensor, size: int, turned: int, order: str) -> torch.Tensor:
+def _reorder(rows: torch.Tensor, size: int, rotated: int, order: str) -> torch.Tensor:
+    """Reorder the rotated channels of each head from halves to pairs, or from pairs to halves."""
     heads = rows.unflatten(0, (-1, size))
-    first, rest = heads[:, :turned], heads[:, turned:]
-    shape = (2, turned // 2) if order == "pairs" else (turned // 2, 2)
+    first, rest = heads[:, :rotated], heads[:, rotated:]
+    shape = (2, rotated // 2) if order == "pairs" else (rotated // 2, 2)
     first = first.unflatten(1, shape).transpose(1, 2).flatten(1, 2)
     return torch.cat([first, rest], 1).flatten(0, 1)
 
 
-def _joined(block: _BlockTensors, arch: Arch) -> Tensors:
-    """Return the tensors of a block as the architecture has them: fused, stacked, or apart."""
+def _join_tensors(block: _BlockTensors, arch: Arch) -> Tensors:
+    """The tensors of a block, fused where the architecture fuses them."""
     parts = dict(block.parts)
     for part, wanted in (("attention", arch.fused), ("mlp", arch.stacked)):
-        whole, *pieces = joined(part)
+        whole, *pieces = joined_names(part)
         for leaf in ("weight", "bias") if wanted else ():
             if f"{pieces[0]}.{leaf}" in parts:
                 parts[f"{whole}.{leaf}"] = torch.cat([parts.pop(f"{piece}.{leaf}") for piece in pieces])
     return parts
 
 
-def _rotation(decoder: Decoder, arch: Arch, size: int) -> Tensors:
-    """Return the tensor that divides frequencies, if one is needed."""
+def _frequency_factors(decoder: Decoder, arch: Arch, size: int) -> Tensors:
+    """The tensor that divides the frequencies of the rotation, if one is needed."""
     rotary = decoder.rotary
     if rotary is None:
         return {}
     if rotary.dims < size and not arch.partial:
-        raise Unsaid(f"architecture {arch.name} turns whole heads, and this model {rotary.dims} of {size} channels")
+        raise InexpressibleError(
+            f"architecture {arch.name} rotates whole heads, and this model {rotary.dims} of {size} channels"
+        )
     if rotary.scaling != 1:
-        raise Unsaid("scales what it turns (by position embeddings of a kind that is not written here)")
+        raise InexpressibleError("scales its rotary embedding, which is not supported")
     factors = rotary.factors
     if factors is None:
         return {}
     if not arch.factors:
-        raise Unsaid(f"architecture {arch.name} has the frequencies of its base alone, and this model has others")
+        raise InexpressibleError(
+            f"architecture {arch.name} has only the frequencies of its base, and this model others"
+        )
     return {"rope_freqs.weight": factors}
 
 
@@ -433,7 +420,7 @@ def _keys(
     rows, hidden = whole["token_embd.weight"].shape
     keys: dict[str, Any] = {
         "vocab_size": rows,
-        "context_length": _context_layout(decoder, arch),
+        "context_length": _context_length(decoder, arch),
         "embedding_length": hidden,
         "block_count": len(blocks),
         "feed_forward_length": _one_or_all([block.width for block in blocks]),
@@ -445,26 +432,21 @@ def _keys(
     }
     if decoder.rotary is not None:
         keys |= {"rope.dimension_count": decoder.rotary.dims, "rope.freq_base": decoder.rotary.base}
-    for key, told in arch.keys.items():
-        value = _value(decoder.config, told)
+    for key, source in arch.keys.items():  # the name of a field of the config, or a constant
+        value = getattr(decoder.config, source, None) if isinstance(source, str) else source
         if value is not None:
             keys[key] = value
     return keys
 
 
-def _context_layout(decoder: Decoder, arch: Arch) -> int:
-    """Return how many tokens a file may see: the model's window, where the architecture has no such windows."""
+def _context_length(decoder: Decoder, arch: Arch) -> int:
+    """Maximum number of tokens of a file: at most the model's window if the architecture lacks such windows."""
     kinds = list(getattr(decoder.config, "layer_types", None) or ())
     every = arch.window_every
-    told = [(number + 1) % every == 0 for number in range(len(kinds))] if every else []
-    if decoder.window is None or (kinds and told == [kind == "full_attention" for kind in kinds]):
+    full = [(number + 1) % every == 0 for number in range(len(kinds))] if every else []
+    if decoder.window is None or (kinds and full == [kind == "full_attention" for kind in kinds]):
         return decoder.context
     return min(decoder.context, decoder.window)
-
-
-def _value(config: Any, told: Any) -> Any:
-    """Return what an entry of the data stands for: the value of a config's field, or itself."""
-    return getattr(config, told, None) if isinstance(told, str) else told
 
 
 def _one_or_all(numbers: list[int]) -> int | list[int]:

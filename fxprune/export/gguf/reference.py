@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from fxprune.errors import ExportError
-from fxprune.export.gguf.format import Arch, candidates, joined, names_in_format, place_of
-from fxprune.export.gguf.layout import LAYOUTS, Contents, Decoder, TensorLayout, Unsaid, lay_out
+from fxprune.export.gguf.format import Arch, candidate_archs, joined_names, names_in_format, place_of
+from fxprune.export.gguf.layout import LAYOUTS, Contents, Decoder, InexpressibleError, lay_out
 from fxprune.masking.compare import compare
 
-__all__ = ["contents_for", "logits_of"]
+__all__ = ["find_contents", "gguf_logits"]
 
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -21,22 +21,14 @@ _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def logits_of(contents: Contents, tokens: torch.Tensor) -> torch.Tensor:
-    """Return what a file says to tokens.
-
-    Args:
-        contents: of the file.
-        tokens: ``(1, n)``.
-
-    Returns:
-        Float32 logits ``(1, n, vocabulary)``.
-    """
+def gguf_logits(contents: Contents, tokens: torch.Tensor) -> torch.Tensor:
+    """Float32 logits ``(1, n, vocabulary)`` computed from the contents of a file, for tokens ``(1, n)``."""
     with torch.no_grad():
-        return _Reader(contents).logits(tokens[0])[None]
+        return _ReferenceModel(contents).logits(tokens[0])[None]
 
 
-class _Reader:
-    """A forward pass by the tensors of a file, each taken in float32 when it is its turn."""
+class _ReferenceModel:
+    """The forward pass of a file. Each tensor is widened to float32 only when it is used, to save memory."""
 
     def __init__(self, contents: Contents) -> None:
         self.arch, self.keys, self.tensors = contents.arch, contents.keys, contents.tensors
@@ -57,13 +49,13 @@ class _Reader:
         return x if not cap else cap * torch.tanh(x / cap)
 
     def scale(self, what: str, size: int) -> float:
-        told = self.arch.scales.get(what)
-        if told is None:
+        entry = self.arch.scales.get(what)
+        if entry is None:
             return 1.0
-        if told == "sqrt":
+        if entry == "sqrt":
             return float(size**0.5)
-        inverse = told.startswith("1/")
-        value = self.keys.get(told.removeprefix("1/"))
+        inverse = entry.startswith("1/")
+        value = self.keys.get(entry.removeprefix("1/"))
         return 1.0 if not value else float(1 / value if inverse else value)
 
     def get(self, name: str) -> torch.Tensor:
@@ -93,11 +85,8 @@ class _Reader:
         normed = self.norm(x, f"{at}attn_norm")
         attended = self.norm(self.attention(normed, number), f"{at}post_attention_norm")
         if self.arch.parallel:
-            return (
-                x
-                + attended
-                + self.mlp(self.norm(x, f"{at}ffn_norm") if f"{at}ffn_norm.weight" in self.tensors else normed, at)
-            )
+            own_norm = f"{at}ffn_norm.weight" in self.tensors
+            return x + attended + self.mlp(self.norm(x, f"{at}ffn_norm") if own_norm else normed, at)
         x = x + step * attended
         return x + step * self.norm(self.mlp(self.norm(x, f"{at}ffn_norm"), at), f"{at}post_ffw_norm")
 
@@ -117,19 +106,15 @@ class _Reader:
         at = f"blk.{number}."
         heads, pairs = self.number("attention.head_count", number), self.number("attention.head_count_kv", number)
         key, value = self.keys["attention.key_length"], self.keys["attention.value_length"]
+        whole, *pieces = joined_names("attention")
         if self.arch.fused:
-            q, k, v = self.linear(x, f"{at}{joined('attention')[0]}").split(
-                [heads * key, pairs * key, pairs * value], -1
-            )
+            q, k, v = self.linear(x, f"{at}{whole}").split([heads * key, pairs * key, pairs * value], -1)
         else:
-            q, k, v = (self.linear(x, f"{at}{name}") for name in joined("attention")[1:])
+            q, k, v = (self.linear(x, f"{at}{name}") for name in pieces)
         q, k = (self.head_norm(t, f"{at}attn_{name}_norm", key) for t, name in ((q, "q"), (k, "k")))
-        q, k = (self.turn(t.unflatten(-1, (-1, key)), number) for t in (q, k))
-        v = v.unflatten(-1, (pairs, value))
-        q, k, v = (
-            t.transpose(0, 1)
-            for t in (q, k.repeat_interleave(heads // pairs, 1), v.repeat_interleave(heads // pairs, 1))
-        )
+        q, k = (self.rotate(t.unflatten(-1, (-1, key)), number).transpose(0, 1) for t in (q, k))
+        v = v.unflatten(-1, (pairs, value)).transpose(0, 1)
+        k, v = (t.repeat_interleave(heads // pairs, 0) for t in (k, v))
         scores = q @ k.transpose(1, 2) * (self.keys.get("attention.scale") or key**-0.5)
         cap = self.keys.get("attn_logit_softcapping")
         scores = scores if not cap else cap * torch.tanh(scores / cap)
@@ -138,14 +123,14 @@ class _Reader:
         return self.linear((weights @ v).transpose(0, 1).flatten(1), f"{at}attn_output")
 
     def head_norm(self, x: torch.Tensor, name: str, size: int) -> torch.Tensor:
-        """Normalise queries or keys: each head, or all of them as one, as the weight has it."""
+        """Normalise queries or keys: each head, or all heads at once if the weight has their total size."""
         if f"{name}.weight" not in self.tensors:
             return x
         whole = self.tensors[f"{name}.weight"].shape[0] == x.shape[-1] and x.shape[-1] != size
         return self.norm(x, name) if whole else self.norm(x.unflatten(-1, (-1, size)), name).flatten(-2)
 
-    def turn(self, x: torch.Tensor, number: int) -> torch.Tensor:
-        """Turn channels ``(n, heads, size)`` by position."""
+    def rotate(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        """Apply the rotary embedding to ``(n, heads, size)``."""
         dims = self.keys.get("rope.dimension_count", 0)
         every = self.arch.unturned_every
         if not dims or self.arch.rotary == "none" or (every and (number + 1) % every == 0):
@@ -157,54 +142,53 @@ class _Reader:
         first, rest = x[..., :dims], x[..., dims:]
         a, b = first.chunk(2, -1) if self.arch.rotary == "halves" else (first[..., 0::2], first[..., 1::2])
         parts = (a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin())
-        turned = torch.cat(parts, -1) if self.arch.rotary == "halves" else torch.stack(parts, -1).flatten(-2)
-        return torch.cat([turned, rest], -1)
+        rotated = torch.cat(parts, -1) if self.arch.rotary == "halves" else torch.stack(parts, -1).flatten(-2)
+        return torch.cat([rotated, rest], -1)
 
 
-def contents_for(decoder: Decoder, tolerance: float) -> Contents:
-    """Return what a file holds that computes what a model does.
+def find_contents(decoder: Decoder, tolerance: float) -> Contents:
+    """Contents of a file with the same logits as a model.
 
-    The architecture of the model's own type comes first; those whose blocks may differ are tried where it does not do.
+    The architecture of the model's type is tried first, then those whose blocks may differ.
 
     Args:
         decoder: the model.
         tolerance: largest accepted difference of logits, relative to the largest one.
 
     Raises:
-        ExportError: none does; with the reason of each.
+        ExportError: no architecture can express the model; with the reason of each.
     """
     model_type = str(getattr(decoder.config, "model_type", ""))
     reasons = []
-    for arch in candidates(model_type):
-        found = _first_that_agrees(decoder, arch, tolerance)
+    for arch in candidate_archs(model_type):
+        found = _try_layouts(decoder, arch, tolerance)
         if isinstance(found, Contents):
             return found
         reasons.append(found)
     raise ExportError(
-        f"the format cannot say this model: {'; '.join(dict.fromkeys(reasons))}",
+        f"the format cannot express this model: {'; '.join(dict.fromkeys(reasons))}",
         where=model_type,
         remedy="Prune to equal blocks with uniform=True, or export a .pt2 or .onnx file",
     )
 
 
-def _first_that_agrees(decoder: Decoder, arch: Arch, tolerance: float) -> Contents | str:
-    """Return the contents of a file of one architecture, or why there are none."""
+def _try_layouts(decoder: Decoder, arch: Arch, tolerance: float) -> Contents | str:
+    """Contents for one architecture in the first layout with the model's logits, or the reason why there is none."""
     reason = ""
-    for layout in _layouts(decoder, arch):
+    whole = joined_names("attention")[0]
+    fused = any(whole in names_in_format(place_of(name)[1], arch) for name in decoder.tensors)
+    for layout in LAYOUTS:
+        # without fused tensors, or without rotation, layouts that differ only in these are the same
+        if (not fused and layout.fused != LAYOUTS[0].fused) or (
+            decoder.rotary is None and layout.rotary != LAYOUTS[0].rotary
+        ):
+            continue
         try:
             contents = lay_out(decoder, arch, layout)
-        except Unsaid as error:
+        except InexpressibleError as error:
             return reason or str(error)
-        error_of_logits = compare([decoder.logits], [logits_of(contents, decoder.tokens)])
+        error_of_logits = compare([decoder.logits], [gguf_logits(contents, decoder.tokens)])
         if error_of_logits <= tolerance:
             return contents
         reason = reason or f"architecture {arch.name} computes something else, by {error_of_logits:.1e}"
     return reason
-
-
-def _layouts(decoder: Decoder, arch: Arch) -> list[TensorLayout]:
-    """Return the layouts that may matter: a model without a fused tensor, or without rotation, has fewer."""
-    whole = joined("attention")[0]
-    fused = any(whole in names_in_format(place_of(name)[1], arch) for name in decoder.tensors)
-    found = [layout for layout in LAYOUTS if fused or layout.fused == LAYOUTS[0].fused]
-    return [layout for layout in found if decoder.rotary is not None or layout.rotary == LAYOUTS[0].rotary]

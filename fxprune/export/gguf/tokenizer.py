@@ -1,18 +1,18 @@
-"""The entries of a GGUF file about its tokenizer: made from a tokenizer, or copied from the file of the dense model."""
+"""Entries of a GGUF file about its tokenizer: made from a tokenizer, or copied from the dense model's file."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import gguf
 
 from fxprune.errors import ExportError
+from fxprune.export.gguf.format import load_data
 
 __all__ = ["Entry", "copy_tokenizer", "describe_tokenizer"]
 
@@ -26,10 +26,10 @@ class Entry:
     """One entry of a file.
 
     Args:
-        key: its whole name.
+        key: its full name.
         value: a string, a number, or a list of these.
-        kind: the type that the format stores it as.
-        inner: that of the items of a list.
+        kind: its type in the format.
+        inner: type of the items of a list.
     """
 
     key: str
@@ -39,20 +39,20 @@ class Entry:
 
 
 def copy_tokenizer(path: str | os.PathLike[str], rows: int) -> list[Entry]:
-    """Return every entry of a file about its tokenizer.
+    """All entries of a GGUF file about its tokenizer.
 
     Args:
         path: a GGUF file.
-        rows: of the embedding that the tokens have to fit.
+        rows: rows of the embedding, one for each token.
 
     Raises:
-        ExportError: it cannot be read, has no tokenizer, or one of another size.
+        ExportError: the file cannot be read, has no tokenizer, or one of another size.
     """
     try:
         fields = gguf.GGUFReader(path).fields
     except (OSError, ValueError, IndexError) as error:
-        told = f"cannot be read as a GGUF file: {error}"
-        raise ExportError(told, where=os.fspath(path), remedy="Pass the GGUF file of the dense model") from error
+        what = f"cannot be read as a GGUF file: {error}"
+        raise ExportError(what, where=os.fspath(path), remedy="Pass the GGUF file of the dense model") from error
     found = [
         Entry(name, entry.contents(), entry.types[0], entry.types[-1] if len(entry.types) > 1 else None)
         for name, entry in fields.items()
@@ -66,23 +66,26 @@ def copy_tokenizer(path: str | os.PathLike[str], rows: int) -> list[Entry]:
 
 
 def describe_tokenizer(tokenizer: Any, rows: int) -> list[Entry]:
-    """Return the entries that say a tokenizer.
+    """Entries for a tokenizer of transformers.
 
     Args:
-        tokenizer: of transformers, a fast one: byte pair encoding over bytes, or with bytes for unknown characters.
-        rows: of the embedding that the tokens have to fit; names are made up for rows that no token has.
+        tokenizer: a fast tokenizer: byte pair encoding over bytes, or over characters with byte fallback.
+        rows: rows of the embedding; those without a token get names made up.
 
     Raises:
-        ExportError: it is of another kind, has more tokens than rows, or splits text as no entry of the format says.
+        ExportError: it is of another kind, has more tokens than rows, or splits text in a way unknown to the format.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ExportError(f"{type(tokenizer).__name__} is not a fast tokenizer", where="tokenizer", remedy=_REMEDY)
-    told = json.loads(backend.to_str())
-    if told["model"]["type"] != "BPE":
-        raise ExportError(f"is of the kind {told['model']['type']}", where="tokenizer", remedy=_REMEDY)
-    made = _over_bytes(told) if _parts(told, "ByteLevel") else _with_byte_fallback(told)
-    tokens, types = _tokens(tokenizer, told, rows)
+    spec = json.loads(backend.to_str())
+    if spec["model"]["type"] != "BPE":
+        raise ExportError(f"is of the kind {spec['model']['type']}", where="tokenizer", remedy=_REMEDY)
+    if _pre_tokenizers(spec, "ByteLevel"):
+        made = {"model": load_data("tokenizers")["models"]["bytes"], "pre": _pre_name(spec), "merges": _merges(spec)}
+    else:
+        made = _with_byte_fallback(spec)
+    tokens, types = _tokens(tokenizer, spec, rows)
     made |= {"tokens": tokens, "token_type": types}
     if "scores" in made:
         made["scores"] = [made["scores"].get(token, -1e6) for token in tokens]
@@ -101,36 +104,26 @@ def _entry(key: str, value: Any) -> Entry:
     return Entry(key, value, kind)
 
 
-def _parts(told: Mapping[str, Any], kind: str = "") -> list[Mapping[str, Any]]:
-    """Return the steps that split text, those of a kind alone if one is given."""
-    step = told.get("pre_tokenizer") or {}
+def _pre_tokenizers(spec: Mapping[str, Any], kind: str = "") -> list[Mapping[str, Any]]:
+    """The steps that split text, optionally only those of one kind."""
+    step = spec.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", [step] if step else [])
     return [one for one in steps if kind in ("", one["type"])]
 
 
-def _over_bytes(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of byte pair encoding over bytes."""
-    return {"model": _data()["models"]["bytes"], "pre": _splitting(told), "merges": _merges(told)}
+def _merges(spec: Mapping[str, Any]) -> list[str]:
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
 
 
-def _merges(told: Mapping[str, Any]) -> list[str]:
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in told["model"]["merges"]]
-
-
-@functools.cache
-def _data() -> Any:
-    return json.loads(resources.files("fxprune.export.gguf").joinpath("tokenizers.json").read_text(encoding="utf-8"))
-
-
-def _splitting(told: Mapping[str, Any]) -> str:
-    """Return the format's name for the way in which a tokenizer splits text before it merges bytes."""
-    (last, *_) = _parts(told, "ByteLevel")
+def _pre_name(spec: Mapping[str, Any]) -> str:
+    """Name in the format for the way in which a tokenizer splits text before it merges bytes."""
+    (last, *_) = _pre_tokenizers(spec, "ByteLevel")
     found = {
-        "split": list(_patterns(told)),
+        "split": list(_patterns(spec)),
         "byte_level_regex": bool(last.get("use_regex", True)),
-        "ignore_merges": bool(told["model"].get("ignore_merges")),
+        "ignore_merges": bool(spec["model"].get("ignore_merges")),
     }
-    for way in _data()["pre"]:
+    for way in load_data("tokenizers")["pre"]:
         name = way["name"]
         if found == {"ignore_merges": False} | {key: value for key, value in way.items() if key != "name"}:
             return str(name)
@@ -139,8 +132,8 @@ def _splitting(told: Mapping[str, Any]) -> str:
     )
 
 
-def _patterns(told: Mapping[str, Any]) -> Iterator[str]:
-    for step in _parts(told):
+def _patterns(spec: Mapping[str, Any]) -> Iterator[str]:
+    for step in _pre_tokenizers(spec):
         if step["type"] == "Digits" and step.get("individual_digits"):
             yield "digits"
         elif step["type"] == "Split" and not step.get("invert") and step["behavior"] == "Isolated":
@@ -149,53 +142,49 @@ def _patterns(told: Mapping[str, Any]) -> Iterator[str]:
             yield str(step)
 
 
-def _with_byte_fallback(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of byte pair encoding over characters: a token's score tells how late it was merged."""
-    if not told["model"].get("byte_fallback"):
-        raise ExportError("encodes neither bytes nor falls back on them", where="tokenizer", remedy=_REMEDY)
+def _with_byte_fallback(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of byte pair encoding over characters; the score of a token is the negative rank of its merge."""
+    if not spec["model"].get("byte_fallback"):
+        raise ExportError("neither encodes bytes nor falls back to them", where="tokenizer", remedy=_REMEDY)
     scores: dict[str, float] = {}
-    for rank, merge in enumerate(_merges(told)):
+    for rank, merge in enumerate(_merges(spec)):
         left, _, right = merge.partition(" ")
         scores.setdefault(left + right, -float(rank))
     return {
-        "model": _data()["models"]["characters"],
+        "model": load_data("tokenizers")["models"]["characters"],
         "pre": "default",
         "scores": scores,
-        "add_space_prefix": _adds_space(told),
+        "add_space_prefix": _adds_space(spec),
     }
 
 
-def _adds_space(told: Mapping[str, Any]) -> bool:
-    """Whether a blank is put before the text."""
-    normalizer = told.get("normalizer") or {}
-    steps = [*normalizer.get("normalizers", [normalizer] if normalizer else []), *_parts(told)]
+def _adds_space(spec: Mapping[str, Any]) -> bool:
+    """Whether a space is put before the text."""
+    normalizer = spec.get("normalizer") or {}
+    steps = [*normalizer.get("normalizers", [normalizer] if normalizer else []), *_pre_tokenizers(spec)]
     return any(step["type"] == "Prepend" or step.get("prepend_scheme") in ("always", "first") for step in steps)
 
 
-def _tokens(tokenizer: Any, told: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """Return text and type of each token, by its number."""
+def _tokens(tokenizer: Any, spec: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
+    """Text and type of each token, by number."""
     kinds = gguf.TokenType
     by_number = {number: text for text, number in tokenizer.get_vocab().items()}
     highest = max(by_number)
     if highest >= rows:
         raise ExportError(f"has {highest + 1:,} tokens, and the model {rows:,}", where="tokenizer", remedy=_OWN)
     types = {number: kinds.NORMAL for number in by_number}
-    if told["model"].get("byte_fallback"):
-        types |= {number: kinds.BYTE for number, text in by_number.items() if _is_byte(text)}
+    if spec["model"].get("byte_fallback"):
+        types |= {number: kinds.BYTE for number, text in by_number.items() if re.fullmatch("<0x..>", text)}
     for number, token in tokenizer.added_tokens_decoder.items():
         types[number] = kinds.CONTROL if token.special else kinds.USER_DEFINED
-    if tokenizer.unk_token_id is not None and not _parts(told, "ByteLevel"):
+    if tokenizer.unk_token_id is not None and not _pre_tokenizers(spec, "ByteLevel"):
         types[tokenizer.unk_token_id] = kinds.UNKNOWN
     texts = [by_number.get(number, f"[PAD{number}]") for number in range(rows)]
     return texts, [int(types.get(number, kinds.UNUSED)) for number in range(rows)]
 
 
-def _is_byte(text: str) -> bool:
-    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
-
-
 def _special(tokenizer: Any) -> dict[str, Any]:
-    """Return the numbers of special tokens, and whether a text starts or ends with one."""
+    """Ids of special tokens, and whether a text starts or ends with one."""
     names = {
         "bos": "bos",
         "eos": "eos",

@@ -1,11 +1,11 @@
-"""GGUF files written, one quantised tensor at a time."""
+"""Writing of GGUF files, one quantised tensor at a time."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,97 +15,91 @@ import torch
 from transformers import PreTrainedModel
 
 from fxprune.errors import ExportError
-from fxprune.export.files import ROUGH, replacing
-from fxprune.export.gguf.format import Type, can_write, file_type, type_named
+from fxprune.export.files import LOW_PRECISION_TOLERANCE, atomic_path
+from fxprune.export.gguf.format import Type, can_quantize, file_type, type_named
 from fxprune.export.gguf.layout import Contents, read_decoder
-from fxprune.export.gguf.reference import contents_for
+from fxprune.export.gguf.reference import find_contents
 from fxprune.export.gguf.tokenizer import Entry, copy_tokenizer, describe_tokenizer
 from fxprune.masking.compare import TOLERANCE
 
-__all__ = ["check_gguf", "export_gguf", "require_rows", "type_in", "write_file"]
+__all__ = ["check_gguf", "check_row_sizes", "export_gguf", "most_common_type", "write_gguf"]
 
-_NOT_FOR_WEIGHTS = {kind for kind in Type if kind.name.startswith("I") or kind is Type.F64}
 _COARSE_BITS = 6.5
-"""Types with fewer bits for each weight leave embedding and output at eight bits, which costs little and saves much."""
+"""Types with fewer bits per weight keep embedding and output at 8 bits, which saves much quality at little cost."""
 
 
-def _bits(kind: Type) -> float:
-    size, stored = gguf.GGML_QUANT_SIZES[kind]
-    return 8 * stored / size
-
-
-def type_in(path: str | os.PathLike[str]) -> str:
-    """Return the type that most weights of a GGUF file have; ``q8_0`` for one that cannot be written here."""
+def most_common_type(path: str | os.PathLike[str]) -> str:
+    """Type of most weights of a GGUF file; ``q8_0`` if that type cannot be written here."""
     sizes: Counter[Type] = Counter()
     for tensor in gguf.GGUFReader(path).tensors:
         sizes[tensor.tensor_type] += int(tensor.n_elements)
     (kind, _) = sizes.most_common(1)[0]
-    return kind.name.lower() if can_write(kind) else "q8_0"
+    return kind.name.lower() if can_quantize(kind) else "q8_0"
 
 
-def require_rows(contents: Contents, kind: Type) -> None:
-    """Refuse rows that are no multiple of the blocks of a type.
+def check_row_sizes(contents: Contents, kind: Type) -> None:
+    """Refuse rows that are not a multiple of the block size of a type.
 
     Raises:
-        ExportError: which they are, and which ``round_to`` gives rows that are.
+        ExportError: names the rows, and the ``round_to`` that avoids them.
     """
     misfits: dict[str, tuple[str, int, int]] = {}
     for name, tensor in contents.tensors.items():
         size = gguf.GGML_QUANT_SIZES[_type_of(name, tensor, kind)][0]
         row = tensor.shape[-1]
         if row % size:
-            step, what = _step(name, contents, size)
-            misfits.setdefault(what, (name, row, step))
+            step, kind_of_units = size, "mlp" if ".ffn_down." in name else "channel"
+            if ".attn_output." in name:
+                step, kind_of_units = size // math.gcd(size, contents.keys["attention.value_length"]), "head"
+            misfits.setdefault(kind_of_units, (name, row, step))
     if not misfits:
         return
-    told = "; ".join(
-        f"{name} has rows of {row:,}: {_advice(what, step)}" for what, (name, row, step) in misfits.items()
-    )
+    found = []
+    for kind_of_units, (name, row, step) in misfits.items():
+        found.append(f"{name} has rows of {row:,}: round_to={step} for the kind {kind_of_units} would do")
+        if kind_of_units == "head":
+            found[-1] += " (in query heads; with several per key/value head, less may do)"
     size = gguf.GGML_QUANT_SIZES[kind][0]
     raise ExportError(
-        f"{kind.name.lower()} stores blocks of {size} values along a row. {told}",
+        f"{kind.name.lower()} stores blocks of {size} values along a row. {'; '.join(found)}",
         where="quantization",
         remedy="Or choose f16",
     )
 
 
-def _step(name: str, contents: Contents, size: int) -> tuple[int, str]:
-    """Return the multiple that the units behind a row have to be of, and the kind of these units."""
-    if ".attn_output." in name:
-        return size // math.gcd(size, contents.keys["attention.value_length"]), "head"
-    return size, "mlp" if ".ffn_down." in name else "channel"
-
-
-def _advice(what: str, step: int) -> str:
-    heads = " counts query heads, so a kind with several to a key/value head may need less" if what == "head" else ""
-    return f"round_to={step} for the kind {what} would do{',' + heads if heads else ''}"
-
-
 def _type_of(name: str, tensor: torch.Tensor, kind: Type) -> Type:
-    """Return the type that a tensor is stored in: vectors in float32, embedding and output never below eight bits."""
+    """Type that a tensor is stored in: float32 for vectors, at least 8 bits for embedding and output."""
     if tensor.dim() < 2 or name.startswith(("position_embd", "rope_")):
         return Type.F32
     outer = name in ("token_embd.weight", "output.weight")
-    return Type.Q8_0 if outer and _bits(kind) < _COARSE_BITS else kind
+    size, stored = gguf.GGML_QUANT_SIZES[kind]
+    return Type.Q8_0 if outer and 8 * stored / size < _COARSE_BITS else kind
 
 
-def write_file(contents: Contents, tokenizer: Iterable[Entry], path: Path, kind: Type, name: str) -> None:
+def write_gguf(contents: Contents, tokenizer: Iterable[Entry], path: Path, kind: Type, name: str) -> None:
     """Write a file.
 
     Args:
         contents: tensors, and entries about the model.
         tokenizer: entries about the tokenizer.
-        path: where to.
+        path: the file to write.
         kind: type of matrices.
-        name: of the model, for people.
+        name: name of the model, for people.
     """
     writer = gguf.GGUFWriter(path, contents.arch.name)
+    adders: dict[type, Callable[[str, Any], None]] = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
     try:
         writer.add_name(name)
         writer.add_file_type(file_type(kind.name.lower()))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in contents.keys.items():
-            _add(writer, f"{contents.arch.name}.{key}", value)
+            adders[type(value)](f"{contents.arch.name}.{key}", value)
         for entry in tokenizer:
             writer.add_key_value(entry.key, entry.value, entry.kind, entry.inner)
         _write_tensors(writer, contents, kind)
@@ -127,19 +121,6 @@ def _write_tensors(writer: gguf.GGUFWriter, contents: Contents, kind: Type) -> N
         writer.write_tensor_data(gguf.quants.quantize(values, types[name]))
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, list(value))
-
-
 def export_gguf(
     model: PreTrainedModel,
     path: str | os.PathLike[str],
@@ -150,14 +131,14 @@ def export_gguf(
 ) -> Path:
     """Write a model as a GGUF file, with its tokenizer and chat template.
 
-    Blocks may differ in numbers of heads and in width, and may be without attention or without an MLP. What the file
-    computes is compared with the model, in float32, before anything is written.
+    Blocks may differ in numbers of heads and in width, and may lack attention or an MLP. The logits of the file in
+    float32 are compared with the model's before anything is written.
 
     Args:
         model: a decoder-only language model.
-        path: where to. Folders are made; what was there is replaced when the new file is complete.
-        tokenizer: of the model.
-        like: a GGUF file with the same tokens, the dense model's, to copy the tokenizer from instead.
+        path: the file to write. Folders are made; an existing file is replaced when the new one is complete.
+        tokenizer: the tokenizer of the model.
+        like: a GGUF file with the same tokens, such as the dense model's, to copy the tokenizer from instead.
         quantization: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q5_1``, ``q5_0``, ``q4_1``, ``q4_0`` and others. Vectors
             stay in float32; embedding and output are at least ``q8_0``.
 
@@ -165,9 +146,9 @@ def export_gguf(
         The path.
 
     Raises:
-        UnknownNameError: there is no such type.
-        ExportError: the format cannot say the model or the tokenizer, with the reason; or rows are no multiple of the
-            blocks of the type, with the ``round_to`` that gives some that are.
+        UnknownNameError: the type is unknown.
+        ExportError: the format cannot express the model or the tokenizer, with the reason; or rows are not a multiple
+            of the block size of the type, with the ``round_to`` that avoids it.
     """
     path, kind = Path(path), type_named(quantization)
     if like is None and tokenizer is None:
@@ -176,33 +157,35 @@ def export_gguf(
             where="tokenizer",
             remedy="Pass tokenizer=, or like= and a GGUF file to copy from",
         )
-    contents, entries = _said(model, tokenizer, like)
-    require_rows(contents, kind)
-    with replacing(path) as unfinished:
-        write_file(contents, entries, unfinished, kind, path.stem)
+    contents, entries = _collect(model, tokenizer, like)
+    check_row_sizes(contents, kind)
+    with atomic_path(path) as unfinished:
+        write_gguf(contents, entries, unfinished, kind, path.stem)
     return path
 
 
 def check_gguf(model: PreTrainedModel, *, tokenizer: Any = None, like: str | os.PathLike[str] | None = None) -> None:
-    """Refuse a model that no GGUF file can say, or whose tokenizer none can, before it is pruned for one.
+    """Refuse a model or a tokenizer that the format cannot express, before the model is pruned for it.
 
-    What a prune changes, widths and numbers of heads, the format may refuse later on.
+    The widths and numbers of heads after a prune may still be refused later.
 
     Args:
         model: a decoder-only language model with its weights.
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         like: a GGUF file with the same tokens to copy the tokenizer from instead.
 
     Raises:
-        ExportError: the format cannot say the model or the tokenizer, with the reason.
+        ExportError: the format cannot express the model or the tokenizer, with the reason.
     """
-    _said(model, tokenizer, like)
+    _collect(model, tokenizer, like)
 
 
-def _said(model: PreTrainedModel, tokenizer: Any, like: str | os.PathLike[str] | None) -> tuple[Contents, list[Entry]]:
-    """Return what a file holds of a model, and of its tokenizer."""
+def _collect(
+    model: PreTrainedModel, tokenizer: Any, like: str | os.PathLike[str] | None
+) -> tuple[Contents, list[Entry]]:
+    """Contents of a file for a model, and entries for its tokenizer."""
     decoder = read_decoder(model)
     narrow = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in decoder.tensors.values())
-    contents = contents_for(decoder, ROUGH if narrow else TOLERANCE)
+    contents = find_contents(decoder, LOW_PRECISION_TOLERANCE if narrow else TOLERANCE)
     rows = contents.keys["vocab_size"]
     return contents, copy_tokenizer(like, rows) if like is not None else describe_tokenizer(tokenizer, rows)

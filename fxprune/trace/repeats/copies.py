@@ -1,9 +1,11 @@
 """Blocks skipped during export: copies of the first block of their group.
 
-Of each group of blocks that are alike, the code of the first and the last is run. What the first became in the graph is
-copied for all after it, with their own weights, inputs and names; and it is what the last has to become, or nothing of
-it counts. If the second is not called as the first (it may have gradients), it is what is copied.
-Copies are made while the export goes on, so that nodes are numbered as they would have been.
+In each group of alike blocks, only the code of the first and the last runs. The nodes of the first (the *source*) are
+copied for each block after it, with that block's weights, inputs and names. The last block must trace to what a copy
+would be; if it does not, the export fails and is repeated without copies. If the second block is not called as the
+first (its inputs may have gradients), the second is the source.
+
+Copies are made during the export, so that nodes are numbered as they would have been.
 """
 
 from __future__ import annotations
@@ -21,39 +23,34 @@ from fxprune.graph.compat import (
     FakeTensor,
     has_unbacked_sizes,
     is_size,
-    known_of_sizes,
+    shape_env_state,
     tree_flatten,
     tree_leaves,
     tree_unflatten,
 )
-from fxprune.graph.context import current_tracer, node_of, track, unseen, untraced
+from fxprune.graph.context import bind_node, current_tracer, disable_torch_function, node_of, pause_tracing
 from fxprune.graph.shapes import same_shapes
 from fxprune.graph.tensors import base_name
 from fxprune.trace.repeats.grouping import Repeats
 
-__all__ = ["stand_in"]
+__all__ = ["skip_repeats"]
 
 aten = torch.ops.aten
 
 
-def stand_in(twin: nn.Module, repeats: Repeats) -> None:
-    """Let most of the blocks of a copy of a model that are alike be copied when it is exported.
-
-    Args:
-        twin: the copy, changed in place.
-        repeats: the blocks that are alike.
-    """
+def skip_repeats(twin: nn.Module, repeats: Repeats) -> None:
+    """Make the export of ``twin``, a copy of a model, copy nodes for all alike blocks but the first and the last."""
     for paths in repeats.groups:
         group = _Group()
         for place, path in enumerate(paths):
             block: Any = twin.get_submodule(path)
             roles = {0: "source", len(paths) - 1: "check"}
-            block.forward = _Forward(block, group, roles.get(place, "copy"))
+            block.forward = _BlockForward(block, group, roles.get(place, "copy"))
 
 
 @dataclass
-class _Traced:
-    """A block as it was traced."""
+class _TracedBlock:
+    """A call of a block during export: its inputs and weights, and once it has run its nodes and results."""
 
     tracer: Any
     stack: list[tuple[str, str]]
@@ -65,8 +62,8 @@ class _Traced:
     spec: Any = None
     results: list[fx.Node | None] = field(default_factory=list)
 
-    def made(self) -> list[fx.Node]:
-        """The nodes, but for those that work out sizes, of which lowering keeps one of a kind."""
+    def without_sizes(self) -> list[fx.Node]:
+        """The nodes except those that compute sizes, of which lowering keeps one for each expression."""
         return [node for node in self.nodes if not is_size(node)]
 
     def input_nodes(self) -> list[fx.Node | None]:
@@ -75,14 +72,14 @@ class _Traced:
 
 @dataclass
 class _Group:
-    """Blocks that are alike; ``source`` is what is copied, once it is there, None if it cannot be."""
+    """A group of alike blocks: the source (None before it was traced, and if it cannot be copied) and its copies."""
 
-    source: _Traced | None = None
+    source: _TracedBlock | None = None
     copies: int = 0
 
 
-class _Forward:
-    """Takes the place of the forward of a block."""
+class _BlockForward:
+    """Replaces the ``forward`` of a block."""
 
     def __init__(self, block: nn.Module, group: _Group, role: str) -> None:
         self.block = block
@@ -99,7 +96,7 @@ class _Forward:
         if source is None or source.tracer is not tracer:
             return self._run(args, kwargs)
         if self.role == "copy":
-            with unseen():
+            with disable_torch_function():
                 here = _begin(tracer, self.block, args, kwargs)
                 if _same_inputs(source, here):
                     group.copies += 1
@@ -109,15 +106,15 @@ class _Forward:
 
     def _become_source(self, tracer: Any, args: Any, kwargs: Any) -> Any:
         traced, result = self._trace(tracer, args, kwargs)
-        with unseen():
+        with disable_torch_function():
             self.group.source = traced if _can_be_copied(traced) else None
         return result
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         return type(self.block).forward(self.block, *args, **kwargs)
 
-    def _trace(self, tracer: Any, args: Any, kwargs: Any) -> tuple[_Traced, Any]:
-        with unseen():
+    def _trace(self, tracer: Any, args: Any, kwargs: Any) -> tuple[_TracedBlock, Any]:
+        with disable_torch_function():
             traced = _begin(tracer, self.block, args, kwargs)
         last = next(reversed(tracer.graph.nodes))
         result = self._run(args, kwargs)
@@ -129,71 +126,66 @@ class _Forward:
         traced.results = [_node(leaf, tracer) for leaf in traced.leaves]
         return traced, result
 
-    def _check(self, source: _Traced, args: Any, kwargs: Any) -> Any:
-        """The last block becomes what copying would have made of it, and finds out nothing more about sizes."""
+    def _check(self, source: _TracedBlock, args: Any, kwargs: Any) -> Any:
+        """Run the last block: it must trace to what a copy would be, and add no guards on sizes."""
         mode = next((leaf.fake_mode for leaf in source.leaves if isinstance(leaf, FakeTensor)), None)
-        before = None if mode is None else known_of_sizes(mode)
+        before = None if mode is None else shape_env_state(mode)
         traced, result = self._trace(source.tracer, args, kwargs)
-        if mode is not None and known_of_sizes(mode) != before:
-            raise _unlike(traced, "asks about sizes what others do not")
-        with unseen():
+        if mode is not None and shape_env_state(mode) != before:
+            raise _difference_error(traced, "it branches on sizes and others do not")
+        with disable_torch_function():
             if self.group.copies and not (_same_inputs(source, traced) and _same_nodes(source, traced)):
-                raise _unlike(traced, "is not traced to what others are")
+                raise _difference_error(traced, "it does not trace to the same nodes as others")
         return result
 
 
-def _unlike(traced: _Traced, why: str) -> TraceError:
-    return TraceError(f"it {why}", where=traced.stack[-1][0], remedy="Export every block")
+def _difference_error(traced: _TracedBlock, what: str) -> TraceError:
+    return TraceError(what, where=traced.stack[-1][0], remedy="Export every block")
 
 
-def _begin(tracer: Any, block: nn.Module, args: Any, kwargs: Any) -> _Traced:
+def _begin(tracer: Any, block: nn.Module, args: Any, kwargs: Any) -> _TracedBlock:
     inputs, spec = tree_flatten((args, kwargs))
     named = (*block.named_parameters(remove_duplicate=False), *block.named_buffers(remove_duplicate=False))
     weights = {name: _node(tensor, tracer) for name, tensor in named}
     stack = [(str(key), str(path)) for key, (path, _) in tracer.module_stack.items()]
-    return _Traced(tracer, stack, inputs, repr(spec), weights)
+    return _TracedBlock(tracer, stack, inputs, repr(spec), weights)
 
 
 def _node(value: Any, tracer: Any) -> fx.Node | None:
     return node_of(value, tracer) if isinstance(value, torch.Tensor) else None
 
 
-def _can_be_copied(traced: _Traced) -> bool:
-    """Whether what a block became is made of its inputs, its weights and sizes alone, and returns nothing else."""
-    own = {*traced.nodes, *traced.input_nodes(), *traced.weights.values()}
+def _can_be_copied(traced: _TracedBlock) -> bool:
+    """Whether a block computes on its inputs, its weights and sizes alone, and returns only inputs and new tensors."""
+    inside = {*traced.nodes, *traced.input_nodes(), *traced.weights.values()}
     for node in traced.nodes:
-        outer = [source for source in node.all_input_nodes if source not in own]
+        outer = [source for source in node.all_input_nodes if source not in inside]
         if node.op != "call_function" or has_unbacked_sizes(node.meta.get("val")) or not all(map(is_size, outer)):
             return False
-    returned = zip(traced.leaves, traced.results, strict=True)
-    return all(_can_be_returned(leaf, node, traced) for leaf, node in returned)
+    for leaf, result in zip(traced.leaves, traced.results, strict=True):
+        if isinstance(leaf, SIZE):
+            return False
+        passed_on = not isinstance(leaf, torch.Tensor) or any(leaf is given for given in traced.inputs)
+        if not passed_on and (type(leaf) is not FakeTensor or result not in traced.nodes):
+            return False
+    return True
 
 
-def _can_be_returned(leaf: Any, node: fx.Node | None, traced: _Traced) -> bool:
-    if not isinstance(leaf, torch.Tensor):
-        return not isinstance(leaf, SIZE)
-    if any(leaf is given for given in traced.inputs):
-        return True
-    return type(leaf) is FakeTensor and node is not None and node in traced.nodes
-
-
-def _same_inputs(source: _Traced, here: _Traced) -> bool:
-    """Whether a block is called as the source was, and its tensors stand for as many nodes in the same places."""
+def _same_inputs(source: _TracedBlock, here: _TracedBlock) -> bool:
+    """Whether a block is called as the source was, with its tensors at the same nodes of inputs and weights."""
     if source.input_spec != here.input_spec or len(source.stack) != len(here.stack):
         return False
-    if not all(_same_leaf(a, b) for a, b in zip(source.inputs, here.inputs, strict=True)):
-        return False
+    for one, other in zip(source.inputs, here.inputs, strict=True):
+        tensors = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+        if tensors and one.requires_grad != other.requires_grad:
+            return False
+        if one is not other and not same_shapes(one, other):
+            return False
     return source.weights.keys() == here.weights.keys() and _images(source, here) is not None
 
 
-def _same_leaf(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.requires_grad != other.requires_grad:
-        return False
-    return one is other or same_shapes(one, other)
-
-
-def _images(source: _Traced, here: _Traced) -> dict[fx.Node, fx.Node] | None:
-    """Return the nodes of inputs and weights of a block for those of the source; None where they do not match."""
+def _images(source: _TracedBlock, here: _TracedBlock) -> dict[fx.Node, fx.Node] | None:
+    """The nodes of a block's inputs and weights by those of the source; None if they do not match one to one."""
     mine = [*source.input_nodes(), *source.weights.values()]
     others = [*here.input_nodes(), *here.weights.values()]
     images: dict[fx.Node, fx.Node] = {}
@@ -205,16 +197,16 @@ def _images(source: _Traced, here: _Traced) -> dict[fx.Node, fx.Node] | None:
     return images
 
 
-def _copy(source: _Traced, here: _Traced) -> Any:
-    """Copy the nodes of the source for another block; return what that block returns."""
+def _copy(source: _TracedBlock, here: _TracedBlock) -> Any:
+    """Copy the nodes of the source for another block; return the results of that block."""
     images = _images(source, here)
     assert images is not None
     graph = here.tracer.graph
-    for node in source.made():
+    for node in source.without_sizes():
         args = fx.map_arg(node.args, lambda old: images.get(old, old))
         kwargs = fx.map_arg(node.kwargs, lambda old: images.get(old, old))
         new = graph.create_node(node.op, node.target, args, kwargs, name=base_name(node))
-        new.meta = {**node.meta, "nn_module_stack": _renamed(node, source, here)}
+        new.meta = {**node.meta, "nn_module_stack": _renamed_stack(node, source, here)}
         images[node] = new
     given = {id(leaf): place for place, leaf in enumerate(source.inputs) if isinstance(leaf, torch.Tensor)}
     made: dict[int, Any] = {}
@@ -227,82 +219,62 @@ def _copy(source: _Traced, here: _Traced) -> Any:
             made[id(leaf)] = here.inputs[given[id(leaf)]]
         else:
             assert result is not None
-            made[id(leaf)] = _another(leaf)
-            track(made[id(leaf)], images[result], here.tracer)
+            with pause_tracing(), leaf.fake_mode:  # type: ignore[attr-defined]
+                made[id(leaf)] = aten.alias.default(leaf)
+            bind_node(made[id(leaf)], images[result], here.tracer)
     return tree_unflatten([made[id(leaf)] for leaf in source.leaves], source.spec)
 
 
-def _another(tensor: Any) -> torch.Tensor:
-    """Return a tensor without storage that is to the code of a model what ``tensor`` is."""
-    with untraced(), tensor.fake_mode:
-        return aten.alias.default(tensor)  # type: ignore[no-any-return]
-
-
-def _renamed(node: fx.Node, source: _Traced, here: _Traced) -> dict[str, tuple[str, str]]:
-    """Return in which modules the copy of a node is: those of the other block."""
-    own = len(source.stack)
+def _renamed_stack(node: fx.Node, source: _TracedBlock, here: _TracedBlock) -> dict[str, tuple[str, str]]:
+    """The module stack for the copy of a node: that of the source with the path of the other block."""
+    depth = len(source.stack) - 1
     (old_key, old_path), (new_key, new_path) = source.stack[-1], here.stack[-1]
     renamed: dict[str, tuple[str, str]] = {}
     for place, (key, (path, kind)) in enumerate((node.meta.get("nn_module_stack") or {}).items()):
-        if place < own - 1:
+        if place < depth:
             renamed[here.stack[place][0]] = (here.stack[place][1], kind)
         else:
-            renamed[_moved(str(key), old_key, new_key)] = (_moved(str(path), old_path, new_path), kind)
+            new_name = _replace_prefix(str(key), old_key, new_key)
+            renamed[new_name] = (_replace_prefix(str(path), old_path, new_path), kind)
     return renamed
 
 
-def _moved(name: str, old: str, new: str) -> str:
+def _replace_prefix(name: str, old: str, new: str) -> str:
     return new + name.removeprefix(old) if name == old or name.startswith((f"{old}.", f"{old}@")) else name
 
 
-def _same_nodes(source: _Traced, traced: _Traced) -> bool:
-    """Whether a block became what a copy of the source would be."""
+def _same_nodes(source: _TracedBlock, traced: _TracedBlock) -> bool:
+    """Whether a block traced to what a copy of the source would be."""
     images = _images(source, traced)
-    mine, others = source.made(), traced.made()
-    if images is None or len(mine) != len(others):
+    nodes, others = source.without_sizes(), traced.without_sizes()
+    if images is None or len(nodes) != len(others) or repr(source.spec) != repr(traced.spec):
         return False
-    for one, other in zip(mine, others, strict=True):
-        if not _same_node(one, other, images) or _renamed(one, source, traced) != other.meta.get("nn_module_stack"):
+    for node, other in zip(nodes, others, strict=True):
+        stack = _renamed_stack(node, source, traced)
+        if not _same_node(node, other, images) or stack != other.meta.get("nn_module_stack"):
             return False
-        images[one] = other
-    return repr(source.spec) == repr(traced.spec) and all(
-        _same_result(*pair, source, traced, images)
-        for pair in zip(source.leaves, source.results, traced.leaves, traced.results, strict=True)
-    )
+        images[node] = other
+    results = zip(source.leaves, source.results, traced.leaves, traced.results, strict=True)
+    for leaf, result, other_leaf, other_result in results:
+        if not isinstance(leaf, torch.Tensor):
+            if leaf is not other_leaf and leaf != other_leaf:
+                return False
+        elif (
+            result is None
+            or images.get(result, result) is not other_result
+            or [given is leaf for given in source.inputs] != [given is other_leaf for given in traced.inputs]
+        ):
+            return False
+    return True
 
 
 def _same_node(one: fx.Node, other: fx.Node, images: Mapping[fx.Node, fx.Node]) -> bool:
-    mine = fx.map_arg((one.args, one.kwargs), lambda old: _told(images.get(old, old)))
-    others = fx.map_arg((other.args, other.kwargs), _told)
-    alike = one.target == other.target and base_name(one) == base_name(other)
-    return bool(alike and mine == others and _same_values(one, other))
+    def comparable(node: fx.Node) -> Any:
+        return str(node.meta["val"].node.expr) if is_size(node) else node
 
-
-def _told(node: fx.Node) -> Any:
-    """Return a node as an argument: a size as what it is made of."""
-    return str(node.meta["val"].node.expr) if is_size(node) else node
-
-
-def _same_values(one: fx.Node, other: fx.Node) -> bool:
-    mine, others = (tree_leaves(node.meta.get("val")) for node in (one, other))
-    return same_shapes(mine, others)
-
-
-def _same_result(
-    leaf: Any,
-    node: fx.Node | None,
-    other: Any,
-    other_node: fx.Node | None,
-    source: _Traced,
-    traced: _Traced,
-    images: Mapping[fx.Node, fx.Node],
-) -> bool:
-    if not isinstance(leaf, torch.Tensor):
-        return bool(leaf is other or leaf == other)
-    mine, others = _places(leaf, source), _places(other, traced)
-    return mine == others and node is not None and images.get(node, node) is other_node
-
-
-def _places(leaf: torch.Tensor, traced: _Traced) -> list[int]:
-    """Return which inputs of a block ``leaf`` is."""
-    return [place for place, given in enumerate(traced.inputs) if given is leaf]
+    arguments = fx.map_arg((one.args, one.kwargs), lambda old: comparable(images.get(old, old)))
+    if one.target != other.target or base_name(one) != base_name(other):
+        return False
+    if arguments != fx.map_arg((other.args, other.kwargs), comparable):
+        return False
+    return same_shapes(tree_leaves(one.meta.get("val")), tree_leaves(other.meta.get("val")))

@@ -1,13 +1,13 @@
-"""Repeated blocks that do the same, so that one of each group is exported.
+"""Dry runs of a model without storage: groups of alike blocks, and dependence on dtype and training mode.
 
-A model is run once without storage, and everything that its blocks do is watched. Then it is run again with what is
-said of most alike blocks in their place: if anything else in the model does otherwise, as where blocks count how often
-they were called, all of them are exported one by one.
+A dry run records everything that the blocks of a model do. It is repeated with most alike blocks replaced by copies of
+the first block's results: if anything else in the model then behaves differently, for example because blocks count
+their calls, all blocks are exported one by one.
 
-A float32 model is traced in bfloat16 (see :mod:`fxprune.trace.capture`). That is only right if its code makes the same
-calls with the same numbers in both: one that reads ``torch.finfo(x.dtype).eps``, branches on ``x.dtype`` or makes a
-constant of it does not. And a graph is the model in evaluation mode, which is another than in training if the calls
-differ. Both are run without storage, and the calls are compared.
+A float32 model is traced in bfloat16 (:mod:`fxprune.trace.capture`). That is only right if its code makes the same
+calls with the same numbers in both: code that reads ``torch.finfo(x.dtype).eps`` or branches on ``x.dtype`` does not.
+And a graph is the model in evaluation mode, which differs from training if the calls do. So the calls of dry runs in
+both dtypes, and in both modes, are compared.
 """
 
 from __future__ import annotations
@@ -23,344 +23,331 @@ import torch
 from torch import nn
 
 from fxprune.graph.compat import fake_mode, tree_flatten, tree_leaves, tree_unflatten
-from fxprune.graph.context import as_exported, quiet, unseen
+from fxprune.graph.context import disable_torch_function, mark_exporting, quiet
 from fxprune.graph.facts import find_blocks
-from fxprune.graph.shapes import WorkedOutOnce
-from fxprune.trace.inputs import blank, dry_twin, fake_twin, without_cache
-from fxprune.trace.repeats.watch import BlockWatch, Call, CallLog, Said
+from fxprune.graph.shapes import MetaOpCache
+from fxprune.trace.inputs import blank, fake_twin, without_cache
+from fxprune.trace.repeats.recording import BlockCall, BlockRecorder, CallRecord, CallRecorder
 
-__all__ = ["EVAL", "Dependence", "Observed", "Repeats", "calls_dry", "dependence", "observe"]
+__all__ = ["Dependence", "DryRun", "Repeats", "find_dependence", "find_repeats", "record_calls"]
 
 _FEWEST = 3
-"""So many blocks that are alike are worth it: the first and the last are exported in any case."""
+"""Smallest group of alike blocks: the first and the last are exported in any case."""
 
-EVAL: Mapping[str, bool] = {}
-"""A twin is in evaluation mode."""
+_EVAL: Mapping[str, bool] = {}
+"""Modes of a twin that stays in evaluation mode."""
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """The blocks that are alike.
-
-    Args:
-        groups: their paths, those that are alike together, in the order in which they are called; at least three each.
-    """
+    """Groups of alike blocks: the paths of at least three blocks each, in the order of their calls."""
 
     groups: tuple[tuple[str, ...], ...] = ()
 
     @property
-    def left_out(self) -> frozenset[str]:
-        """The blocks that others speak for: of each group, all but the first and the last."""
+    def skipped(self) -> frozenset[str]:
+        """The blocks whose code is not run: all but the first and the last of each group."""
         return frozenset(path for group in self.groups for path in group[1:-1])
 
 
-_NONE = Repeats()
-"""No blocks that are alike."""
+_NO_REPEATS = Repeats()
 
 
 @dataclass(frozen=True)
-class Observed:
-    """A run without storage.
-
-    Args:
-        repeats: the blocks that are alike.
-        calls: the calls of torch functions, but for those of blocks that others speak for.
-    """
+class DryRun:
+    """A run without storage: the groups of alike blocks, and the calls of torch functions outside of skipped blocks."""
 
     repeats: Repeats
-    calls: list[Said]
+    calls: list[CallRecord]
 
 
-def observe(model: nn.Module, inputs: Mapping[str, Any], own: torch.dtype) -> Observed | None:
-    """Run a copy of ``model`` on ``meta``; return what was seen, None where its code raises there.
+def find_repeats(model: nn.Module, inputs: Mapping[str, Any], native: torch.dtype) -> DryRun | None:
+    """Find alike blocks by a dry run on ``meta``; None if the code of the model raises there.
 
     Args:
-        model: the model; it is not run.
+        model: the model; a copy runs.
         inputs: keyword inputs, of which only shape and dtype matter.
-        own: the dtype of its weights.
+        native: the dtype of its weights.
     """
-    watch, log = BlockWatch(), CallLog()
+    blocks, recorder = BlockRecorder(), CallRecorder()
     try:
-        twin = dry_twin(model, own, own)
-        paths = _watchable(twin)
-        for path in paths:
+        twin = fake_twin(model, None, native, native)
+        for path in _recordable_blocks(twin):
             block = twin.get_submodule(path)
-            block.forward = _watched(path, block, watch, log)
-        _run(twin, inputs, own, own, log, watch)
-        repeats = Repeats(tuple(tuple(call.path for call in group) for group in _worthwhile(watch.alike(), twin)))
-    except Exception:  # whatever the model's code raises on meta: it is then run in another way, or exported in full
+            block.forward = _recorded(path, block, blocks, recorder)
+        _run_on_meta(twin, inputs, native, native, recorder, blocks)
+        groups = (group for alike in blocks.groups() for group in _same_state_groups(alike, twin))
+        repeats = Repeats(tuple(tuple(call.path for call in group) for group in groups))
+    except Exception:  # the model's code may raise anything on meta; every block is then exported
         return None
     if repeats.groups:
-        calls = _without(log.calls, [call for call in watch.calls if call.path in repeats.left_out])
-        if calls_dry(model, inputs, own, own, repeats) == calls:
-            return Observed(repeats, calls)
-    return Observed(Repeats(), log.calls)
+        calls, place = [], 0
+        for call in blocks.calls:
+            if call.path in repeats.skipped:
+                calls += recorder.calls[place : call.start]
+                place = call.end
+        calls += recorder.calls[place:]
+        if record_calls(model, inputs, native, native, repeats) == calls:
+            return DryRun(repeats, calls)
+    return DryRun(_NO_REPEATS, recorder.calls)
 
 
-def calls_dry(
+def record_calls(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    own: torch.dtype,
+    native: torch.dtype,
     dtype: torch.dtype,
-    repeats: Repeats = _NONE,
-    modes: Mapping[str, bool] = EVAL,
-) -> list[Said] | None:
-    """Return the calls of torch functions that a copy of ``model`` makes on ``meta``; None where its code raises there.
+    repeats: Repeats = _NO_REPEATS,
+    modes: Mapping[str, bool] = _EVAL,
+) -> list[CallRecord] | None:
+    """The calls of torch functions in a dry run of ``model`` on ``meta``; None if its code raises there.
 
     Args:
-        model: the model; it is not run.
+        model: the model; a copy runs.
         inputs: keyword inputs, of which only shape and dtype matter.
-        own: the dtype of its weights.
-        dtype: the dtype they get.
-        repeats: blocks that are alike, most of which do nothing but return what the first returns.
-        modes: which modules are in training, by path; none if left out.
+        native: the dtype of its weights.
+        dtype: the dtype that replaces it.
+        repeats: groups of alike blocks, most of which return copies of the first block's results.
+        modes: whether each module is in training, by path; all in evaluation if empty.
     """
-    log = CallLog()
+    recorder = CallRecorder()
     try:
-        twin = dry_twin(model, own, dtype)
+        twin = fake_twin(model, None, native, dtype)
         for path, training in modes.items():
             twin.get_submodule(path).training = training
         for group in repeats.groups:
-            _speak_for(twin, group)
-        _run(twin, inputs, own, dtype, log)
-    except Exception:  # whatever the model's code raises on meta: it is then run in another way
+            _replay_first_block(twin, group)
+        _run_on_meta(twin, inputs, native, dtype, recorder)
+    except Exception:  # the model's code may raise anything on meta; it is then run on fake tensors
         return None
-    return log.calls
+    return recorder.calls
 
 
-def _without(calls: list[Said], left_out: list[Call]) -> list[Said]:
-    """Return calls of torch functions but for those in some calls of blocks."""
-    kept, place = [], 0
-    for call in left_out:
-        kept += calls[place : call.start]
-        place = call.end
-    return kept + calls[place:]
-
-
-def _run(
+def _run_on_meta(
     twin: nn.Module,
     inputs: Mapping[str, Any],
-    own: torch.dtype,
+    native: torch.dtype,
     dtype: torch.dtype,
-    log: CallLog,
-    watch: BlockWatch | None = None,
+    recorder: CallRecorder,
+    blocks: BlockRecorder | None = None,
 ) -> None:
-    with torch.device("meta"), as_exported(), quiet(), torch.no_grad():
-        values = {name: blank(value, own, dtype) for name, value in inputs.items()}
-        with WorkedOutOnce(), log, watch or nullcontext():
+    with torch.device("meta"), mark_exporting(), quiet(), torch.no_grad():
+        values = {name: blank(value, native, dtype) for name, value in inputs.items()}
+        with MetaOpCache(), recorder, blocks or nullcontext():
             result = twin(**values, **without_cache(twin))
-    if watch is not None:
-        watch.outside(result)
+    if blocks is not None:
+        blocks.use_outside(result)
 
 
-def _watchable(twin: nn.Module) -> tuple[str, ...]:
-    """The blocks of a model in which every module has one name: else tracing would not know which of them it is in."""
+def _recordable_blocks(twin: nn.Module) -> list[str]:
+    """The blocks without hooks; none if a module has two names, since tracing could not tell them apart."""
     names = [name for name, _ in twin.named_modules(remove_duplicate=False)]
     if len(names) != sum(1 for _ in twin.modules()):
-        return ()
-    return tuple(path for path in find_blocks(twin) if _is_plain(twin.get_submodule(path)))
+        return []
+    blocks = ((path, twin.get_submodule(path)) for path in find_blocks(twin))
+    return [
+        path
+        for path, block in blocks
+        if not (block._forward_hooks or block._forward_pre_hooks or "forward" in vars(block))
+    ]
 
 
-def _is_plain(block: nn.Module) -> bool:
-    return not (block._forward_hooks or block._forward_pre_hooks or "forward" in vars(block))
+def _recorded(path: str, block: nn.Module, blocks: BlockRecorder, recorder: CallRecorder) -> Callable[..., Any]:
+    """The forward of a block, recorded as one call."""
 
-
-def _watched(path: str, block: nn.Module, watch: BlockWatch, log: CallLog) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with unseen():
-            watch.enter(path, block, args, kwargs, len(log.calls))
+        with disable_torch_function():
+            blocks.enter(path, block, args, kwargs, len(recorder.calls))
         result = type(block).forward(block, *args, **kwargs)
-        with unseen():
-            watch.leave(result, len(log.calls))
+        with disable_torch_function():
+            blocks.leave(result, len(recorder.calls))
         return result
 
     return forward
 
 
-def _worthwhile(groups: list[list[Call]], twin: nn.Module) -> Iterator[list[Call]]:
-    """Yield what of some groups is in the same state, too, and enough of it."""
-    for group in groups:
-        rest = group
-        while len(rest) >= _FEWEST:
-            same = [call for call in rest if _same_state(rest[0].path, call.path, twin)]
-            rest = [call for call in rest if call not in same]
-            if len(same) >= _FEWEST:
-                yield same
+def _same_state_groups(calls: list[BlockCall], twin: nn.Module) -> Iterator[list[BlockCall]]:
+    """Yield the groups of calls whose blocks have equal attributes, if large enough."""
+    while len(calls) >= _FEWEST:
+        same = [call for call in calls if _same_state(calls[0].path, call.path, twin)]
+        calls = [call for call in calls if call not in same]
+        if len(same) >= _FEWEST:
+            yield same
 
 
 def _same_state(one: str, other: str, twin: nn.Module) -> bool:
-    """Whether two blocks are of the same classes and have the same attributes, but for the number of the block.
+    """Whether two blocks have the same classes and attributes, except for the number of the block.
 
-    What is asked of sizes may depend on these without anything to see at one size.
+    Branches on sizes may depend on attributes without effect at the one size that is run.
     """
     numbers = tuple(int(last) if (last := path.rpartition(".")[2]).isdigit() else None for path in (one, other))
-    mine, others = (list(twin.get_submodule(path).named_modules()) for path in (one, other))
-    return len(mine) == len(others) and all(
-        name == its_name and type(part) is type(its) and _same(_state(part), _state(its), numbers)
-        for (name, part), (its_name, its) in zip(mine, others, strict=True)
-    )
-
-
-def _state(part: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(part).items() if name not in _HELD}
+    parts, others = (list(twin.get_submodule(path).named_modules()) for path in (one, other))
+    if len(parts) != len(others):
+        return False
+    for (name, part), (other_name, other_part) in zip(parts, others, strict=True):
+        if name != other_name or type(part) is not type(other_part):
+            return False
+        state, other_state = ({k: v for k, v in vars(m).items() if k not in _HELD} for m in (part, other_part))
+        if not _equal(state, other_state, numbers):
+            return False
+    return True
 
 
 _HELD = {"_parameters", "_buffers", "_modules", "forward"}
-"""What modules hold elsewhere."""
+"""Attributes of modules that are compared in other ways."""
 
 
-def _same(one: Any, other: Any, numbers: tuple[int | None, ...], depth: int = 4) -> bool:
+def _equal(one: Any, other: Any, numbers: tuple[int | None, ...], depth: int = 4) -> bool:
+    """Whether two attributes are equal, or are the ``numbers`` of their blocks, down to some depth."""
     if one is other or (type(one) is int and (one, other) == numbers):
         return True
     if type(one) is not type(other) or depth == 0:
         return False
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key], numbers, depth - 1) for key in one)
+        return one.keys() == other.keys() and all(_equal(one[key], other[key], numbers, depth - 1) for key in one)
     if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(_same(a, b, numbers, depth - 1) for a, b in zip(one, other, strict=True))
+        return len(one) == len(other) and all(_equal(a, b, numbers, depth - 1) for a, b in zip(one, other, strict=True))
     if isinstance(one, partial):
-        return one.func is other.func and _same(
-            (one.args, one.keywords), (other.args, other.keywords), numbers, depth - 1
-        )
+        bound, other_bound = (one.args, one.keywords), (other.args, other.keywords)
+        return one.func is other.func and _equal(bound, other_bound, numbers, depth - 1)
     if isinstance(one, _COMPARED):
         return bool(one == other)
-    return hasattr(one, "__dict__") and not callable(one) and _same(vars(one), vars(other), numbers, depth - 1)
+    return hasattr(one, "__dict__") and not callable(one) and _equal(vars(one), vars(other), numbers, depth - 1)
 
 
 _COMPARED = (int, float, str, bytes, complex, set, frozenset, torch.dtype, torch.device)
 
 
-def _speak_for(twin: nn.Module, group: tuple[str, ...]) -> None:
-    """Let most of some blocks that are alike do nothing but return what the first one would for their inputs."""
-    said: dict[str, Any] = {}
-    speaker: Any = twin.get_submodule(group[0])
+def _replay_first_block(twin: nn.Module, group: tuple[str, ...]) -> None:
+    """Make all blocks of a group but the first and the last return copies of the first block's results."""
+    first: Any = twin.get_submodule(group[0])
+    inputs: list[Any] = []
+    results: list[Any] = []
+    spec: Any = None
 
-    def speak(*args: Any, **kwargs: Any) -> Any:
-        result = type(speaker).forward(speaker, *args, **kwargs)
-        said["inputs"] = {id(leaf): i for i, leaf in enumerate(tree_leaves((args, kwargs))) if _is_tensor(leaf)}
-        said["kept"] = args, kwargs
-        said["leaves"], said["spec"] = tree_flatten(result)
+    def record(*args: Any, **kwargs: Any) -> Any:
+        nonlocal spec
+        result = type(first).forward(first, *args, **kwargs)
+        inputs[:] = tree_leaves((args, kwargs))
+        results[:], spec = tree_flatten(result)
         return result
 
-    def repeat(*args: Any, **kwargs: Any) -> Any:
-        inputs = tree_leaves((args, kwargs))
+    def replay(*args: Any, **kwargs: Any) -> Any:
+        given = {id(leaf): value for leaf, value in zip(inputs, tree_leaves((args, kwargs)), strict=True)}
 
-        def another(leaf: Any) -> Any:
-            if id(leaf) in said["inputs"]:
-                return inputs[said["inputs"][id(leaf)]]
-            if not _is_tensor(leaf):
+        def copy(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
                 return leaf
+            if id(leaf) in given:
+                return given[id(leaf)]
             return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
 
-        with unseen():
-            return tree_unflatten([another(leaf) for leaf in said["leaves"]], said["spec"])
+        with disable_torch_function():
+            return tree_unflatten([copy(leaf) for leaf in results], spec)
 
-    speaker.forward = speak
+    first.forward = record
     for path in group[1:-1]:
         block: Any = twin.get_submodule(path)
-        block.forward = repeat
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
+        block.forward = replay
 
 
 @dataclass(frozen=True)
 class Dependence:
-    """The first calls that a model makes otherwise; empty where there is none.
-
-    Args:
-        dtype: than with weights of its own dtype.
-        mode: than in evaluation mode.
-    """
+    """The first call that differs with the dtype of the weights, and in training mode; empty if none does."""
 
     dtype: str = ""
     mode: str = ""
 
 
-def dependence(
+def find_dependence(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    own: torch.dtype,
+    native: torch.dtype,
     other: torch.dtype,
-    seen: Observed | None = None,
+    dry_run: DryRun | None = None,
 ) -> Dependence:
-    """Return in which calls ``model`` depends on the dtype of its weights, and on the mode that it is in.
+    """Find whether the calls of ``model`` depend on the dtype of its weights, or on its training mode.
 
-    A run that takes both away from what the graph is compares with one that has both, if neither matters; only where
-    it does not, each is looked at alone. Code that does not run on ``meta`` is run with fake tensors.
+    One run with both changed is compared first; only if it differs, each is changed alone. Code that does not run on
+    ``meta`` is run on fake tensors.
 
     Args:
-        model: the model; it is not run, copies without storage are.
+        model: the model; copies without storage run.
         inputs: keyword inputs, of which only shape and dtype matter.
-        own: the dtype of its weights.
+        native: the dtype of its weights.
         other: the dtype to try.
-        seen: what it does in its dtype and in evaluation mode on ``meta``, if it runs there.
+        dry_run: the run in its dtype and in evaluation mode on ``meta``, if it runs there.
     """
     training = {path: module.training for path, module in model.named_modules()}
-    trains, varies = any(training.values()), other != own
+    trains, varies = any(training.values()), other != native
     if not trains and not varies:
         return Dependence()
     modes = training if trains else {}
-    if seen is not None and (not seen.repeats.groups or len(set(training.values())) == 1):
-        dry = partial(calls_dry, model, inputs, own, repeats=seen.repeats)
-        found, finished = _found(dry, seen.calls, own, other, modes)
+    if dry_run is not None and (not dry_run.repeats.groups or len(set(training.values())) == 1):
+        run = partial(record_calls, model, inputs, native, repeats=dry_run.repeats)
+        found, finished = _compare_runs(run, dry_run.calls, native, other, modes)
         if finished:
             return found
-    slow = partial(_calls, model, inputs, own)
-    return _found(slow, slow(own), own, other, modes)[0]
+    run_fake = partial(_record_calls_on_fake_tensors, model, inputs, native)
+    return _compare_runs(run_fake, run_fake(native), native, other, modes)[0]
 
 
-def _found(
-    run: Callable[..., list[Said] | None],
-    plain: list[Said] | None,
-    own: torch.dtype,
+def _compare_runs(
+    run: Callable[..., list[CallRecord] | None],
+    plain: list[CallRecord] | None,
+    native: torch.dtype,
     other: torch.dtype,
     modes: Mapping[str, bool],
 ) -> tuple[Dependence, bool]:
-    """Return what a model depends on, and whether all runs that should tell came to an end."""
-    varies = other != own
+    """The dependence of a model, by runs compared with ``plain``, and whether all runs finished."""
+    varies = other != native
     if plain and modes and varies:
-        neither = run(other, modes=modes)
-        if neither and not _first_apart(plain, neither, own, other):
+        both = run(other, modes=modes)
+        if both and not _first_difference(plain, both, native, other):
             return Dependence(), True
     by_dtype = run(other) if varies else plain
-    by_mode = run(own, modes=modes) if modes else plain
+    by_mode = run(native, modes=modes) if modes else plain
     finished = plain is not None and by_dtype is not None and by_mode is not None
-    return Dependence(_first_apart(plain, by_dtype, own, other), _first_apart(plain, by_mode, own, own)), finished
+    found = Dependence(
+        _first_difference(plain, by_dtype, native, other),
+        _first_difference(plain, by_mode, native, native),
+    )
+    return found, finished
 
 
-def _first_apart(mine: list[Said] | None, others: list[Said] | None, own: torch.dtype, other: torch.dtype) -> str:
-    """Return the first call in which two runs differ; empty where they do not, or one did not come to an end."""
-    for a, b in zip_longest(mine or (), others or (), fillvalue=()) if mine and others else ():
-        if not _alike(a, b, own, other):
+def _first_difference(
+    plain: list[CallRecord] | None, others: list[CallRecord] | None, native: torch.dtype, other: torch.dtype
+) -> str:
+    """The function of the first call in which two runs differ; empty if they do not, or if one did not finish.
+
+    The dtypes of the weights count as equal, and so do their largest and smallest numbers.
+    """
+    ends = ((getattr(torch.finfo(native), end), getattr(torch.finfo(other), end)) for end in ("min", "max"))
+    same = {(native, other), *ends}
+    for a, b in zip_longest(plain or (), others or (), fillvalue=()) if plain and others else ():
+        pairs = zip(a, b, strict=False)
+        if len(a) != len(b) or not all((x, y) in same or (x == y and x != other) for x, y in pairs):
             return str((a or b)[0])
     return ""
 
 
-def _calls(
-    model: nn.Module, inputs: Mapping[str, Any], own: torch.dtype, dtype: torch.dtype, modes: Mapping[str, bool] = EVAL
-) -> list[Said] | None:
-    """Return the calls of a run without storage; None where the code of the model raises without it."""
+def _record_calls_on_fake_tensors(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    native: torch.dtype,
+    dtype: torch.dtype,
+    modes: Mapping[str, bool] = _EVAL,
+) -> list[CallRecord] | None:
+    """The calls of torch functions in a run on fake tensors; None if the code of the model raises there."""
     mode = fake_mode(fixed=True)
     try:
-        twin = fake_twin(model, mode, own, dtype)
+        twin = fake_twin(model, mode, native, dtype)
         for path, training in modes.items():
             twin.get_submodule(path).training = training
-        with mode, quiet(), torch.no_grad(), CallLog() as log:
-            values = {name: blank(value, own, dtype) for name, value in inputs.items()}
-            log.calls.clear()
+        with mode, quiet(), torch.no_grad(), CallRecorder() as recorder:
+            values = {name: blank(value, native, dtype) for name, value in inputs.items()}
+            recorder.calls.clear()
             twin(**values, **without_cache(twin))
-    except Exception:  # whatever the model's code raises, copied or run without storage: tracing will say what
+    except Exception:  # the model's code may raise anything; tracing reports the error
         return None
-    return list(log.calls)
-
-
-def _alike(mine: Said, others: Said, own: torch.dtype, other: torch.dtype) -> bool:
-    """Whether two calls are the same but for the dtype of the model, or for an infinity of it."""
-    same = {(own, other)} | {
-        (getattr(torch.finfo(own), end), getattr(torch.finfo(other), end)) for end in ("min", "max")
-    }
-    return len(mine) == len(others) and all(
-        (a, b) in same or (a == b and a != other) for a, b in zip(mine, others, strict=True)
-    )
+    return list(recorder.calls)

@@ -1,4 +1,4 @@
-"""Tests: least squares: weights that lost inputs are fitted to the dense outputs."""
+"""Least squares against ridge regression by hand, and what a fit leaves alone."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 from fxprune.passes.compensate import LeastSquaresPass
-from fxprune.passes.compensate.least_squares import Damping, FitMoments, Stack, best_damping
+from fxprune.passes.compensate.least_squares import Damping, FitMoments, StackedMoments, best_damping
 from torch import fx, nn
 
 import fxprune
 from fxprune.axes import Keep
 from fxprune.data.calibration import Calibration, Sample, stacked
-from fxprune.errors import CalibrationError, FxpruneError, PassError, UnknownNameError
-from fxprune.graph.facts import facts_of, fork
+from fxprune.errors import CalibrationError, FxpruneError, PassError
+from fxprune.graph.facts import Notes, facts_of, fork
 from fxprune.graph.tensors import get_tensor, weights
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
-from fxprune.removal.removal import Removal
+from fxprune.removal.removal import Removal, Removed
 from tests.models import tiny, token_ids
 from tests.oracle import Net, decide, discover, groups_of
 
@@ -183,82 +183,67 @@ def test_what_others_can_say_is_not_lost() -> None:
     with torch.no_grad():
         model.a.weight[6:] = 2 * model.a.weight[:6]
         model.a.bias[6:] = 2 * model.a.bias[:6]
-    dense = model(X)
-    plan = facts_of(planned(model, {"x": X}, 6))[Removal].plan
-    fit = LeastSquaresPass(damping=1e-7)
     errors = []
-    samples = [{"x": x[None], "labels": torch.zeros(1, 7, dtype=torch.long)} for x in X]
-    for compensate in (None, fit):
-        result = fxprune.apply(model, plan, samples, example_inputs={"x": X}, compensate=compensate)
-        assert result.report.verification_error is not None and result.report.verification_error < 1e-5
-        errors.append(float((result.graph_module(X) - dense).detach().abs().max()))
+    for fit in (None, LeastSquaresPass(damping=1e-7)):
+        work = fork(planned(model, {"x": X}, 6))
+        if fit is not None:
+            fit(work, inplace=True)
+        errors.append(float((slim_graph_of(work)(X) - model(X)).detach().abs().max()))
     assert errors[0] > 0.1
     assert errors[1] < 1e-3
 
 
-def test_the_dense_model_stays_and_in_place_gives_the_same() -> None:
-    ids = token_ids(4, 12)
-    options: dict[str, Any] = {"group_ratio": 0.5, "compensate": "least-squares", "protect": (), "importance": "l2"}
-    model = tiny("llama")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    apart = fxprune.prune(model, ids, **options)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    inside = fxprune.prune(model, ids, inplace=True, **options)
-    assert inside.model is model
-    first, second = apart.model.state_dict(), model.state_dict()
-    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+BOTH, WIDTH, DEPTH = "[mlp, head]", "[mlp, channel]", "[mlp, layer]"
 
 
-def test_parameters_outside_the_plan_keep_every_bit() -> None:
-    model = tiny("gpt2")
-    result = fxprune.prune(
-        model, token_ids(4, 12), taylor="mix", group_ratio=0.5, compensate="least-squares", protect=()
-    )
-    slim = result.model.state_dict()
-    moved = {name.replace(".weight", ".bias") for name, axes in result.plan.kept.items() if 0 in axes}
-    whole = [name for name in slim if name not in result.plan.kept and name not in moved]
-    assert len(whole) > 10
-    assert all(torch.equal(slim[name], model.state_dict()[name]) for name in whole)
+def pruned(dense: fx.GraphModule, kinds: str, fit: str = "least-squares", inplace: bool = False) -> fx.GraphModule:
+    """The slim graph of a model that loses half of the units of some kinds."""
+    select = f"select-by-group-ratio{{kinds={kinds}, group_ratio=0.5, protect=[]}}"
+    return Pipeline(f"l2{{kinds={kinds}}}, {select}, {fit}, shrink")(dense, inplace=inplace).graph_module
 
 
-BOTH, WIDTH, DEPTH = ("mlp", "head"), ("mlp", "channel"), ("mlp", "layer")
+def calibrated(family: str, **config: Any) -> tuple[nn.Module, fx.GraphModule]:
+    model = tiny(family, **{"num_hidden_layers": 2, **config})
+    dense = discover(model)
+    load_pass("calibrate", data=token_ids(8, 17))(dense)
+    return model, dense
 
 
 @pytest.mark.parametrize(
     ("family", "kinds"),
-    [
-        ("llama", BOTH),
-        ("llama", DEPTH),
-        ("gpt2", BOTH),
-        ("gpt2", WIDTH),
-        ("gpt_neox", WIDTH),
-        ("phi3", BOTH),
-        ("gemma3_text", WIDTH),
-        ("bloom", BOTH),
-        ("bloom", DEPTH),
-        ("mixtral", BOTH),
-    ],
+    [("llama", DEPTH), ("gpt2", WIDTH), ("bloom", BOTH), ("mixtral", BOTH), ("qwen2_moe", "[mlp]")],
 )
-def test_a_fit_brings_the_slim_model_nearer_to_the_dense_one(family: str, kinds: tuple[str, ...]) -> None:
-    model, ids = tiny(family), token_ids(8, 17)
-    errors = []
-    for compensate in (None, "least-squares"):
-        result = fxprune.prune(
-            model, ids, kinds=kinds, importance="l2", group_ratio=0.5, compensate=compensate, protect=()
-        )
-        assert result.report.verification_error is not None and result.report.verification_error < 1e-4
-        assert result.model is not None, result.report.model_reasons
-        with torch.no_grad():
-            slim = result.model(input_ids=ids, use_cache=False).logits
-            errors.append(float((slim - model(input_ids=ids, use_cache=False).logits).square().mean()))
+@torch.no_grad()
+def test_a_fit_brings_the_slim_model_nearer_to_the_dense_one_and_moves_nothing_else(family: str, kinds: str) -> None:
+    model, dense = calibrated(family, **({"mlp_only_layers": []} if family == "qwen2_moe" else {}))
+    ids = token_ids(8, 17)
+    wanted = model(input_ids=ids, use_cache=False).logits
+    slims = [pruned(dense, kinds, fit) for fit in ("eliminate-dead-code", "least-squares")]
+    errors = [float((slim(ids).logits - wanted).square().mean()) for slim in slims]
     assert errors[1] < errors[0]
-    assert "fitted by least squares" in " ".join(result.report.notes)
+    assert "fitted by least squares" in " ".join(facts_of(slims[1])[Notes].lines)
+    kept = facts_of(slims[1])[Removed].removal.plan.kept
+    moved = {*kept, *(name.replace(".weight", ".bias") for name in kept)}
+    whole = [(name, value) for name, value in weights(slims[1]) if name not in moved]
+    assert whole and all(torch.equal(value, get_tensor(dense, name)) for name, value in whole)
+
+
+def test_the_dense_model_stays_and_in_place_gives_the_same() -> None:
+    model, dense = calibrated("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    apart = dict(weights(pruned(dense, BOTH)))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    inside = pruned(dense, BOTH, inplace=True)
+    assert all(torch.allclose(value, apart[name], atol=1e-5) for name, value in weights(inside))
+    assert get_tensor(inside, "model.norm.weight") is model.model.norm.weight
 
 
 def test_half_precision_is_fitted_in_float32_and_stays_half() -> None:
-    model = tiny("llama").to(torch.bfloat16)  # type: ignore[arg-type]
-    result = fxprune.prune(model, token_ids(4, 12), group_ratio=0.5, compensate="least-squares", importance="l2")
-    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.bfloat16}
+    model = tiny("llama", num_hidden_layers=1).to(torch.bfloat16)  # type: ignore[arg-type]
+    dense = discover(model)
+    load_pass("calibrate", data=token_ids(4, 12))(dense)
+    parameters = {value.dtype for _, value in weights(pruned(dense, BOTH)) if isinstance(value, nn.Parameter)}
+    assert parameters == {torch.bfloat16}
 
 
 def test_weights_that_several_products_read_are_left_alone() -> None:
@@ -295,8 +280,6 @@ def test_it_refuses_what_it_cannot_use() -> None:
         LeastSquaresPass(damping=0)
     with pytest.raises(FxpruneError, match="1 or more"):
         LeastSquaresPass(batch=0)
-    with pytest.raises(UnknownNameError, match="compensation"):
-        fxprune.prune(tiny("llama"), token_ids(), compensate="least-cubes")
     with pytest.raises(PassError):
         Pipeline(["least-squares"])(discover(network(), {"x": X}))
     assert load_pass("least-squares").stage == "compensate"
@@ -317,7 +300,7 @@ def moments(seed: int, tokens: int, noise: float) -> FitMoments:
     generator = torch.Generator().manual_seed(seed)
     X = torch.randn(tokens, 4, generator=generator) * torch.tensor([1.0, 1.0, 1.0, 50.0])
     D = X @ torch.tensor([[1.0], [-1.0], [0.5], [0.0]]) + noise * torch.randn(tokens, 1, generator=generator)
-    found = FitMoments.of(torch.zeros(1, 4))
+    found = FitMoments.empty(torch.zeros(1, 4))
     found.add(X, D)
     return found
 
@@ -348,20 +331,22 @@ def test_infinite_damping_changes_nothing() -> None:
 
 def test_matrices_with_few_tokens_are_held_back_more() -> None:
     """All by what a matrix has on average; one with none stays, and one alone is as without the others."""
-    few, many, none = moments(0, 3, 0.01), moments(0, 60, 0.01), FitMoments.of(torch.zeros(1, 4))
-    stack = Stack((few, many, none))
+    few, many, none = moments(0, 3, 0.01), moments(0, 60, 0.01), FitMoments.empty(torch.zeros(1, 4))
+    stack = StackedMoments((few, many, none))
     for each in (False, True):
         damping = Damping(1.0, each)
         change = stack.solve(damping)
         assert float(change[0].norm()) < float(few.solve(damping).norm())
         assert float(change[1].norm()) > float(many.solve(damping).norm())
         assert not change[2].any()
-        assert torch.equal(Stack((few,)).solve(damping)[0], few.solve(damping))
+        assert torch.equal(StackedMoments((few,)).solve(damping)[0], few.solve(damping))
         assert stack.error(change) == few.error(change[0]) + many.error(change[1])
-    assert best_damping(stack, Stack((moments(3, 3, 0.01), moments(1, 60, 0.01), none))).strength < float("inf")
+    assert best_damping(stack, StackedMoments((moments(3, 3, 0.01), moments(1, 60, 0.01), none))).strength < float(
+        "inf"
+    )
     both = many.square + few.square
-    stack.take(Stack((none, few, none)))
-    assert torch.equal(stack.of_each[1].square, both) and stack.finite()
+    stack.merge(StackedMoments((none, few, none)))
+    assert torch.equal(stack.of_each[1].square, both) and stack.is_finite()
 
 
 def test_a_solution_leaves_what_is_known_of_the_tokens_as_it_was() -> None:

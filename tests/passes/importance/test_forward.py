@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from fxprune.passes.importance.fisher import greedy_costs
-from fxprune.passes.importance.gram import Fitted, growing, removal_order
+from fxprune.passes.importance.reconstruction import FittedProduct, increasing_costs, removal_costs
 from torch import fx, nn
 
 from fxprune.data.calibration import Calibration, Sample
 from fxprune.errors import ArgumentError, CalibrationError, PassError
 from fxprune.graph.facts import facts_of
+from fxprune.pipeline.contract import Track, tracking
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.scores import Scores
 from tests.models import tiny, token_ids
@@ -35,8 +36,9 @@ def case() -> Case:
     return model, dense
 
 
-def scores_of(dense: fx.GraphModule, name: str, **arguments: Any) -> dict[str, np.ndarray]:
-    load_pass(name, **arguments)(dense)
+def scores_of(dense: fx.GraphModule, name: str, track: Track | None = None, **arguments: Any) -> dict[str, np.ndarray]:
+    with tracking(track):
+        load_pass(name, **arguments)(dense)
     return dict(facts_of(dense)[Scores].units)
 
 
@@ -106,7 +108,9 @@ def test_what_adds_up_nowhere_is_refused(case: Case) -> None:
     kinds = {group.kind for group in groups_of(dense)}
     assert "head_dim" in kinds
     for name in ("flap", "reconstruction", "fisher"):
-        with pytest.raises(PassError, match=r"of the kind 'head_dim', has no weight that adds up.*Leave that kind out"):
+        with pytest.raises(
+            PassError, match=r"of the kind 'head_dim', has no weight that sums over its units.*Leave that kind out"
+        ):
             load_pass(name, kinds="head_dim")(dense)
     for name in ("block-influence", "reap"):
         with pytest.raises(PassError, match="of the kind 'mlp', has no"):
@@ -200,7 +204,7 @@ def test_units_go_in_the_order_that_trying_each_would_give(sizes: list[int]) -> 
         costs.append(errors[best] - before)
         before = errors[best]
         order.append(left.pop(best))
-    scores = removal_order([Fitted.of(X.T @ X, B, unit, len(sizes), 0.1)], steps=len(sizes))
+    scores = removal_costs([FittedProduct.of(X.T @ X, B, unit, len(sizes), 0.1)], steps=len(sizes))
     assert scores.argsort().tolist() == order
     np.testing.assert_allclose(scores[order], np.maximum.accumulate(costs), rtol=1e-5)
 
@@ -213,7 +217,7 @@ def test_large_units_cost_the_same_on_two_threads() -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            fitted = Fitted.of(X.T @ X, B, np.repeat(np.arange(3), 192), 3, 0.1)
+            fitted = FittedProduct.of(X.T @ X, B, np.repeat(np.arange(3), 192), 3, 0.1)
             costs = [fitted.costs()]
             fitted.remove(np.array([0]))
             found.append(torch.cat((*costs, fitted.costs())))
@@ -243,8 +247,8 @@ def test_reconstruction_looks_at_consumers_and_needs_no_more_memory_than_it_may_
     ):
         units = int(np.prod(shape))
         unit = np.repeat(np.arange(units), x.shape[1] // units)
-        fitted = Fitted.of(x.T @ x, consumer.weight.detach().T, unit, units, 0.2)
-        expected = removal_order([fitted], 1000).reshape(shape) / len(x)
+        fitted = FittedProduct.of(x.T @ x, consumer.weight.detach().T, unit, units, 0.2)
+        expected = removal_costs([fitted], 1000).reshape(shape) / len(x)
         np.testing.assert_allclose(found[f"model.layers.0/{name}"], expected, rtol=1e-3)
         np.testing.assert_allclose(often[f"model.layers.0/{name}"], expected, rtol=1e-3)
 
@@ -252,7 +256,7 @@ def test_reconstruction_looks_at_consumers_and_needs_no_more_memory_than_it_may_
 def test_inputs_that_are_all_zero_go_first_and_cost_nothing() -> None:
     X, B = torch.randn(20, 4), torch.randn(4, 3)
     X[:, 2] = 0
-    scores = removal_order([Fitted.of(X.T @ X, B, np.arange(4), 4, 0.0001)], steps=4)
+    scores = removal_costs([FittedProduct.of(X.T @ X, B, np.arange(4), 4, 0.0001)], steps=4)
     assert scores.argmin() == 2
 
 
@@ -304,7 +308,7 @@ def by_trial(rows: np.ndarray, shrinkage: float) -> np.ndarray:
         costs.append(trials[best])
         gone.append(best)
     scores = np.zeros(len(F))
-    scores[gone] = growing(np.asarray(costs), 1e-9 * float(np.diag(F).mean()) / 2)
+    scores[gone] = increasing_costs(np.asarray(costs), 1e-9 * float(np.diag(F).mean()) / 2)
     return scores
 
 
@@ -321,10 +325,10 @@ def test_a_hundred_thousand_units_take_as_many_turns_as_asked_for() -> None:
 
 
 def test_what_grows_keeps_the_order_and_tells_all_apart() -> None:
-    found = growing(np.array([1.0, 3.0, 2.0, 2.0, 5.0]))
+    found = increasing_costs(np.array([1.0, 3.0, 2.0, 2.0, 5.0]))
     assert (np.diff(found) > 0).all()
     np.testing.assert_allclose(found, [1, 3, 3, 3, 5], rtol=1e-5)
-    assert (growing(np.array([-1.0, -2.0, 0.0]), 0.1) >= 0.1).all()
+    assert (increasing_costs(np.array([-1.0, -2.0, 0.0]), 0.1) >= 0.1).all()
 
 
 # ------------------------------------------------------------------------------------------------------- refusals

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fxprune.passes.importance.in_steps import without
+from fxprune.passes.importance.in_steps import _zeroed_and_fitted
 from torch import fx, nn
 
 from fxprune.axes import Keep
@@ -40,8 +40,8 @@ def scored(dense: fx.GraphModule, **arguments: Any) -> Scores:
     return facts_of(dense)[Scores]
 
 
-@pytest.mark.parametrize("compensate", ["", "least-squares{damping=0.1}"])
-def test_what_stays_is_scored_on_the_slim_graph(dense: fx.GraphModule, compensate: str) -> None:
+@pytest.mark.parametrize("compensate", [None, "least-squares{damping=0.1}"])
+def test_what_stays_is_scored_on_the_slim_graph(dense: fx.GraphModule, compensate: str | None) -> None:
     before = {name: p.clone() for name, p in dense.named_parameters()}
     found = scored(dense, importance="l2", compensate=compensate, steps=2)
     half = "select-by-group-ratio{group_ratio=0.25, protect=[], kinds=[mlp]}"
@@ -104,6 +104,6 @@ def test_layers_that_went_add_nothing_and_stay_gone() -> None:
     first = min(alone, key=lambda name: alone[name])
     assert min(found, key=lambda name: found[name]) == first and found[first] < 0
     removal = Removal(axes_of(graph), groups_of(graph), Keep(), (first.removesuffix("/layer"),))
-    work = without(graph, removal, None)
+    work = _zeroed_and_fitted(graph, removal, None)
     (masked,) = masked_outputs(graph, removal.axes, Keep(), removal.removed_blocks, {"input": X[0]})
     torch.testing.assert_close(work(X[0]), masked)

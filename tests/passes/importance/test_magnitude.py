@@ -1,4 +1,4 @@
-"""Tests: criteria that need no data: magnitudes, random numbers, scores of an earlier run."""
+"""Scores of an earlier run."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from fxprune.graph.facts import facts_of
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
-from tests.models import tiny, token_ids
+from tests.models import tiny
 from tests.oracle import discover
 
 
 def test_scores_of_one_run_serve_any_ratio(tmp_path: Path) -> None:
-    model, ids = tiny("llama", num_hidden_layers=2), token_ids(2)
-    small = fxprune.prune(model, ids, taylor="mix", ratio=0.1, protect=(), verify=False)
-    assert small.scores is not None and small.scores.source.startswith("taylor")
-    small.scores.save(tmp_path / "scores.safetensors")
-    large = fxprune.prune(model, ids, taylor="mix", ratio=0.3, protect=(), verify=False)
-    for kept in (small.scores, tmp_path / "scores.safetensors"):
-        again = fxprune.prune(model, recipe="llm-pruner", scores=kept, ratio=0.3, protect=(), verify=False)
-        assert again.plan == large.plan != small.plan
-        assert again.scores is not None and again.scores.source.startswith("taylor")
-    assert fxprune.apply(model, large.plan, verify=False).scores is None
+    dense = discover(tiny("llama", num_hidden_layers=2))
+    load_pass("l2")(dense)
+    small = facts_of(dense)[Scores]
+    small.save(tmp_path / "scores.safetensors")
+    plans = {}
+    for ratio in (0.1, 0.3):
+        load_pass("select-by-ratio", ratio=ratio, protect=())(dense)
+        plans[ratio] = facts_of(dense)[Removal].plan
+    assert plans[0.1] != plans[0.3]
+    for given in ({"scores": small}, {"file": tmp_path / "scores.safetensors"}):
+        load_pass("load-scores", **given)(dense)
+        load_pass("select-by-ratio", ratio=0.3, protect=())(dense)
+        assert facts_of(dense)[Removal].plan == plans[0.3] and facts_of(dense)[Scores].source == "l2"
 
 
 def test_what_is_no_scores_of_the_model_is_refused(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_what_does_nothing_is_learned_to_go(dense: fx.GraphModule) -> None:
     found, told = learned(dense, kinds="mlp", ratio=0.2, epochs=30, rate=0.1, samples=4)
     idle = {name: idle_among(removal) for name, removal in (("begun", begun), ("found", found))}
     assert idle["found"] > 0.8 > 0.6 > idle["begun"], "most of what goes are units that do nothing"
-    assert "nats a token" in told[0] and "; the beginning was taken" not in told[0]
+    assert "nats per token" in told[0] and "; the initial selection was taken" not in told[0]
     assert found.scores is not None and found.scores.source == "select-by-gates"
     assert facts_of(dense)[Scores] is begun.scores
     assert sum(gone_from(found).values()) == pytest.approx(sum(gone_from(begun).values()), abs=2)
@@ -97,8 +97,8 @@ def test_each_gate_gets_the_gradient_of_the_masked_loss(dense: fx.GraphModule) -
     assert [gate.detach().tolist() for gate in spread.values()] == [part.tolist() for part in mask.split(FFN)]
     weights = torch.randn(2 * FFN)
     (torch.cat(list(spread.values())) * weights).sum().backward()
-    p = torch.sigmoid(gates.numbers.detach() / 1.5)
-    torch.testing.assert_close(gates.numbers.grad, weights * p * (1 - p) / 1.5)
+    p = torch.sigmoid(gates.z.detach() / 1.5)
+    torch.testing.assert_close(gates.z.grad, weights * p * (1 - p) / 1.5)
     torch.testing.assert_close(gates.scales.grad, weights * mask * 0.5)
 
 
@@ -129,7 +129,7 @@ def test_where_learning_made_it_worse_the_beginning_is_taken(
     counter = itertools.count()
     monkeypatch.setattr(DivergenceJudge, "divergence", lambda self, removal: float(next(counter)))
     found, told = learned(dense, kinds="mlp", ratio=0.2, epochs=0.5, samples=4)
-    assert found.plan == begun.plan and told[0].endswith("; the beginning was taken")
+    assert found.plan == begun.plan and told[0].endswith("; the initial selection was taken")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "float32"])

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from fxprune.passes.select.base import Option, Slot
-from fxprune.passes.select.judge import DivergenceJudge, move, picture, shares_of
+from fxprune.passes.select.judge import DivergenceJudge, width_bars
 from fxprune.passes.select.ratio import normalised
-from fxprune.passes.select.search import SelectBySearchPass
+from fxprune.passes.select.search import SelectBySearchPass, choice_shares, scale_shares
 from torch import fx
 
 from fxprune.axes import Keep
@@ -20,6 +20,7 @@ from fxprune.errors import ArgumentError, CalibrationError, UnknownNameError
 from fxprune.graph.counting import count_macs, count_parameters
 from fxprune.graph.facts import Notes, facts_of
 from fxprune.masking.compare import masked_outputs
+from fxprune.pipeline.contract import Track, tracking
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.budget import Budget, ParameterBudget, make_budget
 from fxprune.removal.removal import Removal
@@ -77,7 +78,7 @@ def test_a_ratio_is_of_what_is_counted(dense: fx.GraphModule) -> None:
         load_pass("random", kinds=kinds)(dense)
         load_pass("select-by-ratio", ratio=0.3, kinds=kinds, protect=(), budget=name)(dense)
         budget = make_budget(name, dense, axes_of(dense))
-        assert f"of {budget.total:,} {budget.word} went" in " ".join(facts_of(dense)[Notes].lines)
+        assert f"of {budget.total:,} {budget.word}" in " ".join(facts_of(dense)[Notes].lines)
         assert not facts_of(dense)[Removal].asked
         gone = 1 - left(dense, budget, facts_of(dense)[Removal]) / budget.total
         assert gone == pytest.approx(0.3, abs=0.03 if name == "kv" else 0.01)
@@ -133,9 +134,10 @@ def half_of(dense: fx.GraphModule, name: str) -> Removal:
 # ------------------------------------------------------------------------------------------------------- the search
 
 
-def search(dense: fx.GraphModule, **arguments: Any) -> tuple[Removal, list[str]]:
+def search(dense: fx.GraphModule, track: Track | None = None, **arguments: Any) -> tuple[Removal, list[str]]:
     facts_of(dense).put(Notes())
-    load_pass("select-by-search", kinds=BOTH, protect=(), **arguments)(dense)
+    with tracking(track):
+        load_pass("select-by-search", kinds=BOTH, protect=(), **arguments)(dense)
     facts = facts_of(dense)
     return facts[Removal], [line for line in facts[Notes].lines if line.startswith("search: ")]
 
@@ -157,7 +159,7 @@ def test_a_search_ends_no_worse_than_it_began_and_says_what_it_did(dense: fx.Gra
     facts_of(dense).put(Calibration(samples))
     before, after = judge.divergence(begun), judge.divergence(found)
     assert after < before and steps == [14]
-    assert f"{before:.3f} nats a token before and {after:.3f} after" in told[0]
+    assert f"{before:.3f} nats per token before and {after:.3f} after" in told[0]
     budget = ParameterBudget(axes_of(dense))
     assert left(dense, budget, found) == pytest.approx(left(dense, budget, begun), abs=0.0021 * budget.total)
     assert told[1].startswith("search: took ") and any(line.startswith("search: mlp ") for line in told)
@@ -181,7 +183,7 @@ def test_where_the_search_was_led_astray_the_beginning_is_taken(
     monkeypatch.setattr(DivergenceJudge, "divergence", divergence)
     found, told = search(dense, ratio=0.2, trials=3, samples=4)
     assert len(measured) == 5 and found.plan == begun.plan
-    assert told[1] == "search: took the beginning, since nothing did better"
+    assert told[1] == "search: took the initial selection, since nothing did better"
 
 
 @pytest.mark.parametrize("arguments", [{"uniform": True}, {"ratio": {"mlp": 0.2}}, {"trials": 0}, {"heldout": 3}])
@@ -200,7 +202,7 @@ def test_one_sample_is_too_few(dense: fx.GraphModule) -> None:
 
 def test_shares_move_and_are_drawn() -> None:
     slots = [Slot("mlp", (Option(8, 1, np.ones(8)),)), Slot("head", (Option(4, 1, np.ones(4)),))]
-    assert shares_of(slots, [(0, 2), (0, 1)]) == (0.25, 0.25)
-    assert move((0.5, 0.0, 0.5), (0, 1), 2.0) == (1.0, 0.125, 0.5)
-    assert move((0.5, 0.0, 0.5), (0, 1), 0.5) == (0.25, 0.0, 0.5)
-    assert list(picture(slots, [(0, 6), (0, 0)])) == ["mlp ▃ 25% left", "head █ 100% left"]
+    assert choice_shares(slots, [(0, 2), (0, 1)]) == (0.25, 0.25)
+    assert scale_shares((0.5, 0.0, 0.5), (0, 1), 2.0) == (1.0, 0.125, 0.5)
+    assert scale_shares((0.5, 0.0, 0.5), (0, 1), 0.5) == (0.25, 0.0, 0.5)
+    assert list(width_bars(slots, [(0, 6), (0, 0)])) == ["mlp ▃ 25% left", "head █ 100% left"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fxprune.passes.select.base import Option, Rounding, default_protect, make_slots, protected_blocks
+from fxprune.passes.select.base import Option, Rounding, make_slots, protected_blocks
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
@@ -240,7 +240,9 @@ def test_each_device_gets_as_many_heads_and_channels(dense: fx.GraphModule, devi
 
 
 def test_protected_blocks_follow_the_paper_scaled_to_the_depth() -> None:
-    assert [default_protect(depth) for depth in (32, 30, 2)] == [(4, 2), (4, 2), (0, 0)]
+    for depth, (front, back) in ((32, (4, 2)), (30, (4, 2)), (2, (0, 0))):
+        numbers = [str(i) for i in range(depth)]
+        assert protected_blocks(numbers, None) == {*numbers[:front], *numbers[depth - back :]}
     blocks = tuple("abcdefgh")
     assert protected_blocks(blocks, None) == {"a"}
     assert protected_blocks(blocks, ()) == frozenset()

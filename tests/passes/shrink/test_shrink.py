@@ -1,7 +1,8 @@
-"""Each pass changes what it should, does nothing where nothing is to do, and refuses what it must."""
+"""Shrinking: what each pass changes, leaves alone and refuses."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,19 +10,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fxprune.passes.shrink import propagate_shapes
+from fxprune.passes.shrink.verify import record_masked_outputs, verify_removal
 from torch import fx, nn
 
-import fxprune
 from fxprune.axes import Keep
+from fxprune.data.verification import VerificationInputs
 from fxprune.errors import PassError, VerificationError
 from fxprune.graph.compat import FakeTensorProp, tree_leaves
-from fxprune.graph.facts import Blocks, Source, facts_of, fork
+from fxprune.graph.facts import Blocks, Notes, Source, facts_of, fork
 from fxprune.graph.shapes import ShapedCalls
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
-from fxprune.masking.compare import Expected, Verified
+from fxprune.masking.compare import Verified
 from fxprune.pipeline.contract import PassResult
+from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
-from fxprune.removal.removal import Bypassed
+from fxprune.removal.budget import CacheSize
+from fxprune.removal.removal import Bypassed, Removal
+from fxprune.trace import trace
 from tests.models import tiny
 from tests.oracle import Net, axes_of, decide, discover, groups_of
 
@@ -272,11 +277,17 @@ def test_propagate_shapes_tells_new_shapes_and_where_they_do_not_fit() -> None:
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize("kinds", ["mlp", "head", "layer"])
+def slimmed(model: nn.Module, kinds: str, importance: str = "l2") -> fx.GraphModule:
+    """The slim graph of a model that loses a third of the units of a kind everywhere."""
+    select = f"select-by-group-ratio{{kinds={kinds}, group_ratio=0.34, protect=[]}}"
+    return Pipeline(f"find-groups, {importance}{{kinds={kinds}}}, {select}, shrink")(
+        trace(model).graph_module
+    ).graph_module
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("llama", "head"), ("gpt2", "layer"), ("mixtral", "mlp")])
 def test_shapes_worked_out_where_something_changed_are_those_of_all(family: str, kinds: str) -> None:
-    options = {"importance": "l2", "group_ratio": 0.34, "protect": (), "kinds": kinds, "verify": False}
-    slim = fxprune.prune(tiny(family), **options).graph_module
+    slim = slimmed(tiny(family), kinds)
     some = shapes_of(slim)
     facts_of(slim).drop(ShapedCalls, "the test")
     run("propagate-shapes", slim)
@@ -305,10 +316,8 @@ def test_of_blocks_that_lost_as_much_one_is_looked_at(monkeypatch: pytest.Monkey
     counts, looked = list[int](), list[str]()
     run_node = FakeTensorProp.run_node
     monkeypatch.setattr(FakeTensorProp, "run_node", lambda self, n: looked.append(n.name) or run_node(self, n))
-    for layers in (2, 6):
-        model = tiny("llama", num_hidden_layers=layers)
-        options = {"importance": "l2", "group_ratio": 0.34, "protect": (), "kinds": "mlp", "verify": False}
-        slim = fxprune.prune(model, **options).graph_module
+    for layers in (2, 3):
+        slim = slimmed(tiny("llama", num_hidden_layers=layers), "mlp")
         facts_of(slim).drop(ShapedCalls, "the test")
         looked.clear()
         run("propagate-shapes", slim)
@@ -316,7 +325,7 @@ def test_of_blocks_that_lost_as_much_one_is_looked_at(monkeypatch: pytest.Monkey
         some = shapes_of(slim)
         facts_of(slim).drop(ShapedCalls, "the test")
         with monkeypatch.context() as patch:
-            patch.setattr(propagate_shapes, "described", _unknown)
+            patch.setattr(propagate_shapes, "shape_key", _unknown)
             run("propagate-shapes", slim)
         assert shapes_of(slim) == some
     assert counts[0] == counts[1]
@@ -326,15 +335,14 @@ def test_without_storage_what_stands_is_not_looked_at_again(monkeypatch: pytest.
     """Values of a trace are said to be on the CPU: worked out on ``meta``, none stood, and all were looked at again."""
     looked = dict[str, list[str]]()
     run_node = FakeTensorProp.run_node
-    options = {"importance": "random", "group_ratio": 0.34, "protect": (), "kinds": "mlp", "verify": False}
-    model, shapes = tiny("llama"), {}
+    model, shapes = tiny("llama", num_hidden_layers=2), {}
     for device in ("cpu", "meta"):
         seen = looked.setdefault(device, [])
         with monkeypatch.context() as patch:
             patch.setattr(
                 FakeTensorProp, "run_node", lambda self, n, seen=seen: seen.append(n.name) or run_node(self, n)
             )
-            slim = fxprune.prune(model.to(device), **options).graph_module
+            slim = slimmed(model.to(device), "mlp", "random")
         shapes[device] = shapes_of(slim)
         leaves = [leaf for node in slim.graph.nodes for leaf in tree_leaves(node.meta.get("val"))]
         assert {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)} == {"cpu"}
@@ -355,24 +363,52 @@ def shapes_of(graph_module: fx.GraphModule) -> dict[str, Any]:
     }
 
 
-def test_verify_removal_accepts_what_is_right_and_says_where_it_is_not() -> None:
+def test_verification_accepts_what_is_right_and_names_the_node_where_it_is_not() -> None:
     dense = discover(
         Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 12), b=nn.Linear(12, 9)), {"x": torch.randn(2, 10)}
     )
     decide(dense, keep_most(dense))
-    run("make-verification-inputs", dense)
     work = fork(dense)
-    run("record-expected", work)
-    slim = run("shrink", work).graph_module
-    expected = facts_of(slim)[Expected]
+    facts_of(work).put(replace(facts_of(work)[Source], shares=False))
+    expected = record_masked_outputs(work, by_block=False, seed=0)
     assert expected.dense is not None
-    run("verify-removal", slim)
-    error = facts_of(slim)[Verified].error
+    slim = run("shrink", work).graph_module
+    error = verify_removal(slim, expected).error
     assert error is not None and error <= 1e-6
     with torch.no_grad():
         get_tensor(slim, "a.bias").add_(1)
-    with pytest.raises(VerificationError, match="differ by"):
-        run("verify-removal", slim)
-    facts_of(slim).put(expected)
     with pytest.raises(VerificationError, match=r"^a\.bias|^p_a_bias|^linear "):
-        run("verify-removal", slim)
+        verify_removal(slim, expected)
+    with pytest.raises(VerificationError, match="inplace=False to see the node"):
+        verify_removal(slim, replace(expected, dense=None))
+
+
+def test_nothing_is_run_on_meta_and_that_is_noted() -> None:
+    dense = trace(tiny("llama").to("meta")).graph_module
+    slim = Pipeline("find-groups, random, select-by-ratio{protect=()}, shrink{verify}")(dense).graph_module
+    assert facts_of(slim)[Verified].error is None
+    assert "not verified: the weights are on meta" in facts_of(slim)[Notes].lines
+
+
+def test_shrinking_records_the_cache_before_and_after() -> None:
+    """Keys and values of a token: two bytes a number, for the key/value heads of each layer."""
+    dense = trace(tiny("llama")).graph_module
+    select = "select-by-group-ratio{kinds=[head], group_ratio=0.34, protect=[1, 0]}"
+    Pipeline(f"find-groups, l2{{kinds=[head]}}, {select}")(dense)
+    removal = facts_of(dense)[Removal]
+    left = sum(removal.keep.count(g.factor) for g in removal.groups if g.name.endswith("/head") and g.factor)
+    assert left == 3 + 2 + 2
+    slim = load_pass("shrink")(dense).graph_module
+    assert facts_of(slim)[CacheSize] == CacheSize(2 * 2 * 8 * 9, 2 * 2 * 8 * left)
+
+
+def test_verification_inputs_are_those_of_the_trace_or_random_by_seed() -> None:
+    x = torch.randn(3, 10)
+    dense = trace(Net(lambda m, x: m.b(m.a(x)), a=nn.Linear(10, 4), b=nn.Linear(4, 2)), {"x": x}).graph_module
+    Pipeline("find-groups, l2, select-by-ratio")(dense)
+    record_masked_outputs(dense, by_block=False, seed=0)
+    assert facts_of(dense)[VerificationInputs].values["x"] is x
+    model = trace(tiny("llama")).graph_module
+    Pipeline("find-groups, l2, select-by-ratio{protect=()}")(model)
+    made = [record_masked_outputs(model, by_block=False, seed=seed).inputs["input_ids"] for seed in (0, 0, 1)]
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])

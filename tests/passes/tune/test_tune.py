@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from fxprune.passes.tune import RecordTeacherPass, TunePass
-from fxprune.passes.tune.teacher import Lesson, Teacher, divergence, lesson_batches, logits_of
+from fxprune.passes.tune.teacher import Teacher
 from fxprune.passes.tune.tune import Training
-from fxprune.passes.tune.vectors import TunedRun, Vectors, Weights
+from fxprune.passes.tune.vectors import TrainedVectors, TrainedWeights, VectorsRun
 from torch import fx, nn
 
 import fxprune
@@ -23,6 +23,8 @@ from fxprune.graph.facts import Notes, facts_of, fork
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.masking.compare import Verified
 from fxprune.masking.masked_run import UntouchedRun
+from fxprune.masking.teacher import TeacherLogits, divergence, run_logits, teacher_batches
+from fxprune.pipeline.contract import Track, tracking
 from fxprune.removal.removal import Removed
 from tests.tokens import character_tokenizer
 
@@ -56,8 +58,8 @@ class Language(nn.Module):
         return x @ self.table.weight.T  # type: ignore[no-any-return]
 
 
-STEPS = "find-groups, l2{kinds=[mlp]}, select-by-ratio{kinds=[mlp], ratio=0.3, protect=[]}, count-work"
-CUT = "make-verification-inputs, record-expected, shrink, verify-removal"
+STEPS = "find-groups, l2{kinds=[mlp]}, select-by-ratio{kinds=[mlp], ratio=0.3, protect=[]}"
+CUT = "shrink{verify}"
 
 
 @pytest.fixture(scope="module")
@@ -79,27 +81,33 @@ def STEPS_OF(text: str) -> fxprune.Pipeline:  # noqa: N802
     return fxprune.Pipeline(text)
 
 
+def tune(graph_module: fx.GraphModule, track: Track, **settings: Any) -> fx.GraphModule:
+    """The tuned graph, with progress shown by ``track``."""
+    with tracking(track):
+        return TunePass(**settings)(graph_module).graph_module
+
+
 def heldout(graph_module: fx.GraphModule, lessons: fx.GraphModule) -> float:
     """The divergence of a graph on what was held out, without any vectors."""
-    (batch,) = lesson_batches(facts_of(lessons)[Teacher].heldout, lessons, 64)
+    (batch,) = teacher_batches(facts_of(lessons)[Teacher].heldout, lessons, 64)
     with torch.no_grad():
-        return float(divergence(logits_of(UntouchedRun(graph_module), batch.inputs), batch))
+        return float(divergence(run_logits(UntouchedRun(graph_module), batch.inputs), batch))
 
 
 def test_what_the_dense_model_said_is_its_likeliest_classes(slim: fx.GraphModule) -> None:
     teacher = facts_of(slim)[Teacher]
-    assert (len(teacher.lessons), len(teacher.heldout)) == (11, 1)
+    assert (len(teacher.train), len(teacher.heldout)) == (11, 1)
     assert teacher.heldout_from == "calibration samples held out"
     held = teacher.heldout[0].sample.inputs["ids"]
-    assert all(not torch.equal(lesson.sample.inputs["ids"], held) for lesson in teacher.lessons)
-    lesson = teacher.lessons[0]
-    assert lesson.classes.shape == (9, 20) and lesson.likelihoods.shape == (9, 21)
-    assert torch.allclose(lesson.likelihoods.float().exp().sum(-1), torch.ones(9), atol=1e-2)
+    assert all(not torch.equal(one.sample.inputs["ids"], held) for one in teacher.train)
+    one = teacher.train[0]
+    assert one.classes.shape == (9, 20) and one.likelihoods.shape == (9, 21)
+    assert torch.allclose(one.likelihoods.float().exp().sum(-1), torch.ones(9), atol=1e-2)
 
 
 @pytest.mark.parametrize("kept", [4, 20])
 def test_the_divergence_is_that_of_the_likeliest_classes_and_the_rest(slim: fx.GraphModule, kept: int) -> None:
-    (batch,) = lesson_batches(facts_of(slim)[Teacher].heldout, slim, 1)
+    (batch,) = teacher_batches(facts_of(slim)[Teacher].heldout, slim, 1)
     p = torch.zeros(1, 9, 20).scatter_(-1, batch.classes, batch.likelihoods[..., :20].exp())
     logits = torch.randn(1, 9, 20, generator=torch.Generator().manual_seed(1))
     q = logits.softmax(-1)
@@ -119,19 +127,19 @@ def test_the_divergence_is_that_of_the_likeliest_classes_and_the_rest(slim: fx.G
 @pytest.mark.parametrize(("everywhere", "rank"), [(False, 0), (True, 0), (True, 3)])
 def test_folding_gives_what_the_vectors_gave(slim: fx.GraphModule, everywhere: bool, rank: int) -> None:
     removal = facts_of(slim)[fxprune.Removed].removal
-    vectors = Vectors.of(slim, removal, everywhere, rank)
+    vectors = TrainedVectors.of(slim, removal, everywhere, rank)
     kinds = [kind for kind, _ in vectors.sizes]
     assert kinds.count("down") == kinds.count("up") == (6 if rank else 0)
     assert kinds.count("own") == 8 and kinds.count("in") == kinds.count("out") == (6 if everywhere else 4)
     numbers = torch.randn(vectors.count, generator=torch.Generator().manual_seed(4))
     folded = fork(slim)
     with torch.no_grad():
-        wanted = TunedRun(slim, vectors, numbers).run(IDS)
+        wanted = VectorsRun(slim, vectors, numbers).run(IDS)
         for name, value in list(vectors.folded([numbers], slim)):
             set_tensor(folded, name, nn.Parameter(value))
         assert torch.allclose(folded(IDS), wanted, atol=1e-4)
         assert not torch.allclose(slim(IDS), wanted, atol=1e-1)
-        assert torch.equal(TunedRun(slim, vectors, torch.zeros(vectors.count)).run(IDS), slim(IDS))
+        assert torch.equal(VectorsRun(slim, vectors, torch.zeros(vectors.count)).run(IDS), slim(IDS))
 
 
 def test_a_tuned_model_is_nearer_to_the_dense_one_and_has_its_shapes(slim: fx.GraphModule) -> None:
@@ -153,9 +161,9 @@ def test_what_is_added_to_weights_is_learned_too(slim: fx.GraphModule) -> None:
 
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_weights_are_learned_themselves(slim: fx.GraphModule, everywhere: bool) -> None:
-    learned = Weights.of(slim, facts_of(slim)[fxprune.Removed].removal, everywhere)
+    learned = TrainedWeights.of(slim, facts_of(slim)[fxprune.Removed].removal, everywhere)
     assert len(learned.sizes) == 8 + (6 if everywhere else 4) and "table.weight" not in learned.sizes
-    numbers = learned.begin(slim)
+    numbers = learned.initial(slim)
     assert learned.count == sum(n.numel() for n in numbers)
     with torch.no_grad():
         assert torch.equal(learned.run(slim, numbers).run(IDS), slim(IDS))
@@ -172,7 +180,7 @@ def test_they_learn_more_than_scales_and_move_by_their_own_size(slim: fx.GraphMo
     plain = TunePass(epochs=20, rate=0.02, patience=8)(slim).graph_module
     assert heldout(tuned, slim) < heldout(plain, slim) < heldout(slim, slim)
     assert all(w.grad is None for _, w in weights(tuned))
-    learned = Weights.of(slim, facts_of(slim)[fxprune.Removed].removal, True)
+    learned = TrainedWeights.of(slim, facts_of(slim)[fxprune.Removed].removal, True)
     sizes = [float(get_tensor(slim, name).detach().square().mean().sqrt()) for name in learned.sizes]
     assert learned.rates(slim) == pytest.approx([0.2 * size for size in sizes])
 
@@ -217,16 +225,16 @@ def test_it_goes_on_where_it_stopped(slim: fx.GraphModule, tmp_path: Path, weigh
     settings: dict[str, Any] = {"epochs": 8, "measurements": 4, "patience": 9, "weights": weighty}
     whole = TunePass(**settings)(slim).graph_module
     with pytest.raises(Stopped):
-        TunePass(**settings, folder=str(tmp_path), track=stopping)(slim)
-    tuned = TunePass(**settings, folder=str(tmp_path), track=counting)(slim).graph_module
+        tune(slim, stopping, **settings, folder=str(tmp_path))
+    tuned = tune(slim, counting, **settings, folder=str(tmp_path))
     assert seen == [*range(15), *range(12, 24)]
     assert all(torch.equal(get_tensor(whole, name), value) for name, value in weights(tuned))
     seen.clear()
-    TunePass(**settings | {"seed": 1}, folder=str(tmp_path), track=counting)(slim)
+    tune(slim, counting, **settings | {"seed": 1}, folder=str(tmp_path))
     assert seen == list(range(24)), "another run begins anew"
     (tmp_path / "tuning.safetensors").write_bytes(b"half a file")
     seen.clear()
-    TunePass(**settings, folder=str(tmp_path), track=counting)(slim)
+    tune(slim, counting, **settings, folder=str(tmp_path))
     assert seen == list(range(24))
 
 
@@ -239,13 +247,13 @@ def test_progress_of_other_lessons_or_other_weights_is_not_taken_up(slim: fx.Gra
         yield from items
 
     def tuned(graph_module: fx.GraphModule) -> fx.GraphModule:
-        return TunePass(epochs=2, folder=str(tmp_path), track=counting)(graph_module).graph_module
+        return tune(graph_module, counting, epochs=2, folder=str(tmp_path))
 
     first = tuned(slim)
     tuned(slim)
     said, other = facts_of(slim)[Teacher], fork(slim)
-    lessons = tuple(dataclasses.replace(lesson, likelihoods=lesson.likelihoods - 0.1) for lesson in said.lessons)
-    facts_of(other).put(dataclasses.replace(said, lessons=lessons))
+    lessons = tuple(dataclasses.replace(one, likelihoods=one.likelihoods - 0.1) for one in said.train)
+    facts_of(other).put(dataclasses.replace(said, train=lessons))
     tuned(other)
     facts_of(first).put(said)
     tuned(first)
@@ -262,7 +270,7 @@ def test_what_patience_ended_does_not_go_on(slim: fx.GraphModule, tmp_path: Path
             yield item
 
     settings: dict[str, Any] = {"epochs": 12, "measurements": 12, "patience": 1, "rate": 2.0}
-    ended, again = (TunePass(**settings, folder=str(tmp_path), track=counting)(slim).graph_module for _ in range(2))
+    ended, again = (tune(slim, counting, **settings, folder=str(tmp_path)) for _ in range(2))
     assert 0 < len(steps) < 36 and steps == [*range(len(steps))]
     assert all(torch.equal(get_tensor(ended, name), value) for name, value in weights(again))
 
@@ -287,8 +295,8 @@ def test_in_place_the_tensors_themselves_change(slim: fx.GraphModule) -> None:
 def test_held_out_samples_may_be_given(slim: fx.GraphModule) -> None:
     made = RecordTeacherPass(samples=5, heldout=IDS[:3], kept=2)
     teacher = facts_of(made(fork(slim)).graph_module)[Teacher]
-    assert (len(teacher.lessons), len(teacher.heldout)) == (5, 3)
-    assert teacher.lessons[0].classes.shape == (9, 2)
+    assert (len(teacher.train), len(teacher.heldout)) == (5, 3)
+    assert teacher.train[0].classes.shape == (9, 2)
 
 
 class Several(Language):
@@ -313,8 +321,8 @@ def test_a_graph_that_takes_more_than_ids_is_tuned_with_a_tokenizer_too() -> Non
     assert "divergence from the dense model from" in " ".join(facts_of(tuned)[Notes].lines)
 
 
-def test_built_in_text_is_as_long_as_most_samples(slim: fx.GraphModule) -> None:
-    """It was as long as the first, and what is longer than all of the text was an error."""
+def test_built_in_text_is_as_long_as_most_samples(slim: fx.GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxprune.passes.tune.teacher.offline_docstrings", lambda: "some text " * 100)
 
     def letters(text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) % 20 for letter in text]}
@@ -325,22 +333,22 @@ def test_built_in_text_is_as_long_as_most_samples(slim: fx.GraphModule) -> None:
         facts_of(other).put(Calibration(tuple(samples)))
         return facts_of(RecordTeacherPass(tokenizer=letters)(other).graph_module)[Teacher]
 
-    assert {_ids(lesson).shape[-1] for lesson in held([2, 9, 9, 9]).heldout} == {9}
+    assert {_ids(one).shape[-1] for one in held([2, 9, 9, 9]).heldout} == {9}
 
 
 def test_the_tokens_of_the_text_count_as_much_as_is_said(slim: fx.GraphModule) -> None:
     settings = TunePass(truth=0.3, weights=True)
     training = Training(
-        settings, slim, Weights.of(slim, facts_of(slim)[Removed].removal, True), facts_of(slim)[Teacher]
+        settings, slim, TrainedWeights.of(slim, facts_of(slim)[Removed].removal, True), facts_of(slim)[Teacher]
     )
     batch = training.batches[0]
     with torch.no_grad():
-        logits = logits_of(UntouchedRun(slim), batch.inputs)
+        logits = run_logits(UntouchedRun(slim), batch.inputs)
         said = logits[:, :-1].log_softmax(-1).gather(-1, batch.labels[:, 1:, None])
         assert torch.equal(batch.labels, batch.inputs["ids"])
         assert torch.allclose(training._loss(batch), divergence(logits, batch) - 0.3 * said.mean(), atol=1e-5)
         none = dataclasses.replace(batch, labels=torch.full_like(batch.labels, -100))
-        assert torch.equal(training._loss(none), training._divergence(none))
+        assert torch.equal(training._loss(none), divergence(training._logits(none), none))
 
 
 class Surrounded(Language):
@@ -380,28 +388,28 @@ def test_the_text_counts_for_models_that_say_next_tokens_alone(kind: type[Langua
 def test_with_the_text_itself_to_learn_the_text_is_likelier(slim: fx.GraphModule) -> None:
     def loss(truth: float) -> float:
         tuned = TunePass(epochs=4, rate=0.05, weights=True, truth=truth, measurements=1)(fork(slim)).graph_module
-        batches = lesson_batches(facts_of(slim)[Teacher].lessons, slim, 64)
+        batches = teacher_batches(facts_of(slim)[Teacher].train, slim, 64)
         with torch.no_grad():
-            return sum(float(next_token_loss(logits_of(UntouchedRun(tuned), b.inputs), b.labels)) for b in batches)
+            return sum(float(next_token_loss(run_logits(UntouchedRun(tuned), b.inputs), b.labels)) for b in batches)
 
     assert loss(1.0) < loss(0.0)
 
 
-def _ids(lesson: Lesson) -> torch.Tensor:
-    ids: torch.Tensor = next(iter(lesson.sample.inputs.values()))
+def _ids(one: TeacherLogits) -> torch.Tensor:
+    ids: torch.Tensor = next(iter(one.sample.inputs.values()))
     return ids
 
 
 def test_copies_with_noise_are_learned_from_and_nothing_held_out_is_changed(slim: fx.GraphModule) -> None:
     plain = facts_of(RecordTeacherPass(samples=8)(fork(slim)).graph_module)[Teacher]
     noisy = facts_of(RecordTeacherPass(samples=8, copies=3, noise=0.9)(fork(slim)).graph_module)[Teacher]
-    assert (len(plain.lessons), len(noisy.lessons)) == (7, 21)
-    ids, before = ([_ids(lesson) for lesson in teacher.lessons] for teacher in (noisy, plain))
+    assert (len(plain.train), len(noisy.train)) == (7, 21)
+    ids, before = ([_ids(one) for one in teacher.train] for teacher in (noisy, plain))
     changed = [not torch.equal(after, before[i % 7]) for i, after in enumerate(ids)]
     assert any(changed) and not all(changed)
     number = changed.index(True)
-    lesson, other = noisy.lessons[number], plain.lessons[number % 7]
-    assert not torch.equal(lesson.likelihoods, other.likelihoods), "the dense model says what it says of the copy"
+    one, other = noisy.train[number], plain.train[number % 7]
+    assert not torch.equal(one.likelihoods, other.likelihoods), "the dense model says what it says of the copy"
     for one, two in zip(noisy.heldout, plain.heldout, strict=True):
         assert torch.equal(_ids(one), _ids(two))
 
@@ -411,7 +419,7 @@ def test_without_tokens_there_is_no_noise_and_the_report_says_so(
 ) -> None:
     monkeypatch.setattr("fxprune.passes.tune.teacher.token_input", lambda _: None)
     graph_module = RecordTeacherPass(samples=8, copies=3, noise=0.9)(fork(slim)).graph_module
-    assert len(facts_of(graph_module)[Teacher].lessons) == 7
+    assert len(facts_of(graph_module)[Teacher].train) == 7
     assert any("looks up no token" in note for note in facts_of(graph_module)[Notes].lines)
 
 
@@ -452,4 +460,4 @@ def test_a_model_without_logits_is_refused() -> None:
 
     graph = fxprune.trace(Sum(3, 3), {"x": torch.randn(2, 3)}).graph_module
     with pytest.raises(PassError, match="no logits"):
-        logits_of(UntouchedRun(graph), {"x": torch.randn(2, 3)})
+        run_logits(UntouchedRun(graph), {"x": torch.randn(2, 3)})

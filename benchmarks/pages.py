@@ -1,0 +1,236 @@
+"""Write the pages of results, latency and quality in docs/, and their pictures: `make results`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, linear_regression
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from benchmarks.common import RESULTS, ROOT
+from benchmarks.latency.measure import HEADING, LatencyRow, read_rows
+from benchmarks.quality.entries import place_of_entry
+from benchmarks.quality.measure import Protocol, QualityRow
+from fxprune.cli.demo import demo_name
+
+__all__ = ["draw_latency", "draw_quality", "latency_page", "quality_page", "results_page"]
+
+DOCS = ROOT / "docs"
+RECIPES = ("llm-pruner", "FLAP", "fast", "balanced", "best")
+_DRAWN_AS = {"balanced": ("balanced, MLPs of multiples of 32",)}
+"""Entries that are drawn as a recipe, since they differ from it only in widths that suit engines."""
+
+_FIT_POINTS = 3
+"""Fewest models to fit a line through."""
+
+_TICKS = (1, 1.5, 2, 3, 5, 10, 20)
+_WORST = 20
+
+
+def _render(name: str, **values: Any) -> str:
+    """Render a template of benchmarks/templates/."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["spelled"] = format
+    return environment.get_template(f"{name}.md.jinja").render(demo=demo_name(), **values)
+
+
+def results_page(folder: Path = RESULTS) -> str:
+    """The page of results as Markdown.
+
+    Args:
+        folder: Folder with the JSON files that the benchmarks wrote; sections without a file are left out.
+    """
+    names = ("reference", "recovery", "discovery", "discovery_scaling", "score_memory")
+    files = {name: folder / f"{name}.json" for name in names}
+    data = {name: json.loads(path.read_text()) if path.exists() else None for name, path in files.items()}
+    criteria = [json.loads(path.read_text()) for path in sorted(folder.glob("criteria*.json"))]
+    return _render("results", criteria=criteria, **data)
+
+
+def latency_page(files: Iterable[Mapping[str, Any]]) -> str:
+    """The page of latency as Markdown, with a section for each device and a table for each engine.
+
+    Args:
+        files: Results of `make bench`, device by device.
+    """
+    devices = []
+    for data in files:
+        rows = read_rows(data)
+        engines: dict[str, list[Sequence[str]]] = {}
+        for row in rows:
+            engines.setdefault(row.engine, []).append(row.cells)
+        devices.append({**data, "engines": engines, "rest": list(_rest(rows)), "fixed": list(_fixed(rows))})
+    return _render("latency", devices=devices, heading=HEADING)
+
+
+def _rest(rows: Sequence[LatencyRow]) -> Iterator[Sequence[str]]:
+    """Time of matrix products and of everything else, dense beside slim."""
+    dense = {(row.engine, row.case): row for row in rows if row.candidate == "dense"}
+    for row in (row for row in rows if row.candidate.startswith("slim")):
+        whole = dense[row.engine, row.case]
+        if row.products is None or whole.products is None:
+            continue
+        products = [each.seconds * (each.products or 0) for each in (whole, row)]
+        rest = [each.seconds - part for each, part in zip((whole, row), products, strict=True)]
+        cells = [f"{a * 1e3:.1f} to {b * 1e3:.1f} (x{a / max(b, 1e-9):.2f})" for a, b in (products, rest)]
+        yield row.engine, str(row.case), row.candidate, f"x{row.ideal:.2f}", *cells
+
+
+def _fixed(rows: Sequence[LatencyRow]) -> Iterator[Sequence[str]]:
+    """Time without any work, by a line through the times of the dense model and of at least two slim ones."""
+    for engine, case in dict.fromkeys((row.engine, row.case) for row in rows):
+        own = [row for row in rows if (row.engine, row.case) == (engine, case)]
+        used = [row for row in own if row.candidate == "dense" or row.candidate.startswith("slim")]
+        if len(used) < _FIT_POINTS or used[0].candidate != "dense":
+            continue
+        line = linear_regression([1 / row.ideal for row in used], [row.seconds for row in used])
+        whole, fixed = used[0].seconds, max(0.0, line.intercept)
+        yield engine, str(case), f"{whole * 1e3:.1f}", f"{fixed * 1e3:.1f}", f"{fixed / whole:.0%}"
+
+
+def quality_page(data: Mapping[str, Any], tasks: Mapping[str, Any] | None = None) -> str:
+    """The page of quality as Markdown, with a table for each ratio, and one of questions.
+
+    Args:
+        data: Results of `benchmarks.quality` on texts.
+        tasks: Results of `benchmarks.quality` on questions.
+    """
+    dense, *rows = [QualityRow(**row) for row in data["rows"]]
+    processors = [cpu for cpu, _ in Counter(row.cpu for row in rows).most_common()]
+    others = {
+        cpu: list(dict.fromkeys(f"{row.entry} at {row.ratio:.0%}" for row in rows if row.cpu == cpu))
+        for cpu in processors[1:]
+    }
+    ratios = sorted({row.ratio for row in rows})
+    return _render(
+        "quality",
+        protocol=Protocol(**data["protocol"]),
+        environment=data["environment"],
+        processor=processors[0],
+        other_processors=others,
+        dense=dense.perplexities,
+        tables={ratio: list(_by_entry(dense, [row for row in rows if row.ratio == ratio])) for ratio in ratios},
+        tasks=tasks,
+    )
+
+
+def _by_entry(dense: QualityRow, rows: Sequence[QualityRow]) -> Iterator[dict[str, Any]]:
+    """Means over the draws of each entry, with the range of perplexity over that of the dense model."""
+    for name in sorted(dict.fromkeys(row.entry for row in rows), key=place_of_entry):
+        drawn = [row for row in rows if row.entry == name]
+        over = [[row.perplexities[text] / dense.perplexities[text] for row in drawn] for text in dense.perplexities]
+        threads = max(row.threads for row in drawn)  # times with other numbers of threads do not compare
+        yield {
+            "entry": name,
+            "parameters": fmean(row.parameters for row in drawn),
+            "over_dense": [{"mean": fmean(each), "least": min(each), "most": max(each)} for each in over],
+            "seconds": fmean(row.seconds for row in drawn if row.threads == threads),
+            "threads": threads,
+            "peak_gb": max(row.peak_gb for row in drawn),
+            "draws": len(drawn),
+        }
+
+
+def _pyplot() -> Any:
+    """Import pyplot, set to draw without a display and to write the same file each time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "fxprune"
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_latency(data: Mapping[str, Any], path: Path) -> None:
+    """Draw the speed-up of our slim models and its ideal, a panel for each case and a bar for each engine.
+
+    Args:
+        data: Results of `make bench` on one device.
+        path: An `.svg` file.
+    """
+    pyplot = _pyplot()
+    rows = [row for row in read_rows(data) if row.candidate.startswith("slim")]
+    cases = list(dict.fromkeys(row.case for row in rows))
+    names = list(dict.fromkeys(row.candidate for row in rows))
+    figure, grid = pyplot.subplots(1, len(cases), figsize=(3.2 * len(cases), 4), sharey=True, squeeze=False)
+    for axes, case in zip(grid[0], cases, strict=True):
+        engines = list(dict.fromkeys(row.engine for row in rows if row.case == case))
+        for number, name in enumerate(names):
+            found = {row.engine: row for row in rows if (row.case, row.candidate) == (case, name)}
+            places = [engines.index(engine) + 0.35 * (number - (len(names) - 1) / 2) for engine in found]
+            heights = [row.speedup.median for row in found.values()]
+            spans = [(r.speedup.median - r.speedup.low, r.speedup.high - r.speedup.median) for r in found.values()]
+            axes.bar(places, heights, 0.33, yerr=list(zip(*spans, strict=True)), label=name, capsize=2)
+            for place, row in zip(places, found.values(), strict=True):
+                axes.hlines(row.ideal, place - 0.17, place + 0.17, colors="black", linewidth=2)
+        axes.axhline(1, color="grey", linewidth=0.5)
+        axes.set_xticks(range(len(engines)), engines, rotation=60, ha="right")
+        axes.set_title(str(case))
+    grid[0][0].set_ylabel("speed-up over dense; black: ideal")
+    grid[0][0].legend()
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def draw_quality(data: Mapping[str, Any], path: Path) -> None:
+    """Draw perplexity over that of the dense model against the parameters left, a panel for each text.
+
+    Recipes are drawn, or all entries if no recipe was measured. Points above twenty times the dense model fall outside.
+
+    Args:
+        data: Results of `benchmarks.quality` on texts.
+        path: An `.svg` file.
+    """
+    pyplot = _pyplot()
+    dense, *rows = [QualityRow(**row) for row in data["rows"]]
+    names = [name for name in RECIPES if any(row.entry == name for row in rows)]
+    texts = list(dense.perplexities)
+    figure, panels = pyplot.subplots(1, len(texts), figsize=(4.5 * len(texts), 4), sharey=True, squeeze=False)
+    for axes, text in zip(panels[0], texts, strict=True):
+        for name in names or dict.fromkeys(row.entry for row in rows):
+            drawn = [row for row in rows if row.entry in (name, *_DRAWN_AS.get(name, ()))]
+            counts = sorted({row.parameters for row in drawn}, reverse=True)
+            shares = [100 * count / dense.parameters for count in counts]
+            over = [
+                fmean(row.perplexities[text] / dense.perplexities[text] for row in drawn if row.parameters == count)
+                for count in counts
+            ]
+            axes.plot([100, *shares], [1, *over], marker="o", label=name)
+        axes.set(title=text, xlabel="% of the parameters left", yscale="log", ylim=(0.95, _WORST))
+        axes.set_yticks(_TICKS, [f"x{tick:g}" for tick in _TICKS])
+        axes.invert_xaxis()
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("perplexity over dense")
+    panels[0][0].legend()
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Write all pages and pictures whose results exist."""
+    (DOCS / "results.md").write_text(results_page(), encoding="utf-8")
+    devices = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("latency_*.json"))]
+    (DOCS / "latency.md").write_text(latency_page(devices), encoding="utf-8")
+    for device in devices:
+        draw_latency(device, DOCS / f"latency_{device['settings']['device']}.svg")
+    quality, tasks = RESULTS / "quality.json", RESULTS / "quality_tasks.json"
+    if quality.exists():
+        data = json.loads(quality.read_text())
+        asked = json.loads(tasks.read_text()) if tasks.exists() else None
+        (DOCS / "quality.md").write_text(quality_page(data, asked), encoding="utf-8")
+        draw_quality(data, DOCS / "quality.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""Models that commands read: a folder, a hub id, a GGUF file or the demo model, checked and then loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fxprune.cli.console import notes, working
+from fxprune.cli.demo import DEMO, demo_checkpoint, demo_gguf
+from fxprune.errors import FxpruneError, UnsupportedModelError
+from fxprune.pipeline.arguments import MANIFEST
+
+__all__ = [
+    "check_hub",
+    "check_model",
+    "check_models",
+    "is_config_alone",
+    "is_gguf",
+    "load",
+    "load_pair",
+    "load_words",
+    "locate_model",
+]
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+_LONGEST_ID = 96
+"""Characters of a hub id."""
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
+
+_REMEDY = "Pass a folder that save_pretrained wrote, a GGUF file, a hub id, or 'demo'"
+
+_ELSEWHERE = (
+    "Programs that read GGUF files run it; for this command name the folder that it was exported from, or prune to a "
+    "folder"
+)
+
+_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""Suffixes of classes that predict the next token."""
+
+_PATIENCE = 5.0
+"""Seconds to wait for a connection to a hub; HF_HUB_ETAG_TIMEOUT sets another number."""
+
+_NOT_HERE = "there is no such folder, and it is not in the cache"
+
+
+def is_gguf(model: str) -> bool:
+    """Whether the user named a GGUF file."""
+    return Path(model).suffix == ".gguf" and Path(model).expanduser().is_file()
+
+
+def is_config_alone(model: str, gguf_file: str | None) -> bool:
+    """Whether the user named a folder without weights, which is enough for a dry run."""
+    path = Path(model).expanduser()
+    return model != DEMO and gguf_file is None and path.is_dir() and not _has_weights(path)
+
+
+def check_model(model: str, gguf_file: str | None = None, *, with_weights: bool = False) -> None:
+    """Refuse a model that is not there, or that does not predict the next token of a text.
+
+    Args:
+        model: as the user named it.
+        gguf_file: the GGUF file inside the folder.
+        with_weights: whether its weights must be there, too.
+
+    Raises:
+        FxpruneError: names what was found in its place.
+    """
+    path = Path(model).expanduser()
+    if not model:
+        raise FxpruneError("no such folder or file", where="MODEL", remedy=_REMEDY)
+    if model == DEMO or path.is_file():
+        if gguf_file is not None:
+            remedy = f"Leave it out with {model}"
+            raise FxpruneError("it names a file inside a folder", where="--gguf-file", remedy=remedy)
+        demo_gguf() if model == DEMO else _check_file(path)
+    elif path.is_dir():
+        _check_folder(path, gguf_file, with_weights=with_weights)
+    elif path.exists():
+        raise FxpruneError("it is neither a folder nor a file", where=model, remedy=_REMEDY)
+    elif path.is_symlink() or _is_path(model):
+        raise FxpruneError("no such folder or file", where=model, remedy=_REMEDY)
+    else:
+        check_hub(model)
+
+
+def check_models(models: Sequence[str]) -> dict[str, str]:
+    """Check all models before the first is loaded; by the last part of the path, or by all of it if two end alike."""
+    places = list(dict.fromkeys(models))
+    for place in places:
+        check_model(place, with_weights=True)
+    short = [Path(place).name for place in places]
+    return dict(zip(short if len({*short}) == len(short) else places, places, strict=True))
+
+
+def locate_model(model: str) -> str:
+    """The folder, GGUF file or hub id of a model: that of the demo model is a folder."""
+    return str(demo_checkpoint()) if model == DEMO else model
+
+
+def load(model: str, gguf_file: str | None = None, *, dtype: str | None = None, device: str | None = None) -> Any:
+    """Load a model, dense or slim.
+
+    Args:
+        model: as the user named it.
+        gguf_file: the GGUF file inside the folder.
+        dtype: of the weights, by its name in torch; None for that of the files.
+        device: where the model is put.
+    """
+    import torch
+    from transformers.utils import logging
+
+    from fxprune.checkpoint.load import load_model
+    from fxprune.graph.context import silence_stderr
+    from fxprune.offload.prefetch import as_device
+
+    as_device(device)
+    logging.disable_progress_bar()
+    bars = silence_stderr() if notes.quiet else contextlib.nullcontext()  # of the conversion of GGUF tensors
+    with working(f"loading {model}"), bars:
+        named = None if dtype is None else getattr(torch, dtype)
+        return load_model(locate_model(model), gguf_file, dtype=named, device=device)
+
+
+def load_words(model: str, gguf_file: str | None = None, *, needed: bool = True, instead: str = "") -> Any:
+    """Load the tokenizer of a model; None if there is none and none is needed."""
+    from fxprune.checkpoint.load import load_tokenizer
+
+    return load_tokenizer(locate_model(model), gguf_file, needed=needed, instead=instead)
+
+
+def load_pair(model: str, *, needed: bool = True, **options: Any) -> tuple[Any, Any]:
+    """Load a model and its tokenizer."""
+    tokenizer = load_words(model, needed=needed)
+    return load(model, **options), tokenizer
+
+
+@cache
+def check_hub(model: str) -> None:
+    """Refuse a hub id that is neither in the cache nor on the hub.
+
+    huggingface_hub retries a hub that cannot be reached for half a minute; this asks once. A hub that is slow or busy
+    is left to that package.
+
+    Raises:
+        FxpruneError: the hub cannot be reached, may not be asked, or refuses.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    if isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return
+    patience = constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else _PATIENCE
+    remedy = "Check the name and the connection, or name a folder; HF_ENDPOINT names another hub"
+    try:
+        get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=patience)
+    except OfflineModeIsEnabled as error:
+        what = f"{_NOT_HERE}, and the hub is not asked"
+        raise FxpruneError(what, where=model, remedy="Unset HF_HUB_OFFLINE, or name a folder") from error
+    except RepositoryNotFoundError as error:  # or it is gated
+        reason = str(error).strip().splitlines()[-1]
+        raise FxpruneError(f"{constants.ENDPOINT} refuses it: {reason}", where=model, remedy=remedy) from error
+    except HfHubHTTPError:
+        return
+    except Exception as error:  # connection errors are those of the client: httpx, or another
+        if "ReadTimeout" in type(error).__name__:
+            return
+        what = f"{_NOT_HERE}, and {constants.ENDPOINT} cannot be reached: {error}"
+        raise FxpruneError(what, where=model, remedy=remedy) from error
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in _WEIGHTS)
+
+
+def _is_path(model: str) -> bool:
+    """Whether the name of a missing model means a path rather than a hub id."""
+    if not _HUB_ID.fullmatch(model) or len(model) > _LONGEST_ID or model.endswith((".gguf", ".safetensors")):
+        return True
+    owner, slash, _ = model.partition("/")
+    return bool(slash) and Path(owner).is_dir()
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a file that transformers cannot read: no GGUF file, one that is cut off, or one whose layers differ."""
+    from fxprune.export.gguf.format import general_archs, layers_differ, read_header
+
+    if path.suffix != ".gguf":
+        raise FxpruneError("it is a file, but not .gguf", where=str(path), remedy=_REMEDY)
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start != b"GGUF":
+        raise FxpruneError(f"it is no GGUF file: it starts with {start!r}", where=str(path), remedy=_REMEDY)
+    try:
+        header = read_header(path)
+    except (OSError, ValueError) as error:
+        remedy = "Download or export it again"
+        raise FxpruneError(f"the GGUF file is incomplete: {error}", where=str(path), remedy=remedy) from error
+    name = header.get("general.architecture")
+    if name in general_archs():
+        what = "a GGUF file with uneven layers" if layers_differ(header) else f"a GGUF file of the architecture {name}"
+        raise UnsupportedModelError(f"it is {what}, which transformers cannot read", where=str(path), remedy=_ELSEWHERE)
+
+
+def _check_folder(folder: Path, gguf_file: str | None, *, with_weights: bool) -> None:
+    if gguf_file is not None:
+        if not (folder / gguf_file).is_file():
+            raise FxpruneError(f"there is no {gguf_file} in it", where=str(folder), remedy=_advice(folder))
+        _check_file(folder / gguf_file)
+        return
+    _check_task(folder, _config(folder))
+    if with_weights and not _has_weights(folder):
+        raise FxpruneError("there is a config, but no file of weights", where=str(folder), remedy=_REMEDY)
+
+
+def _check_task(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a model that does not predict the next token, and name the call that prunes it."""
+    classes = [name for name in config.get("architectures") or () if isinstance(name, str)]
+    other = classes and not any(name.endswith(_CAUSAL) for name in classes)
+    encodes = config.get("is_encoder_decoder") is True
+    if (folder / MANIFEST).is_file() or config.get("auto_map") or not (other or encodes):
+        return
+    name = classes[0] if classes else "AutoModel"
+    raise UnsupportedModelError(
+        f"it holds a {name} ({config['model_type']}); commands are for models that predict the next token of a text",
+        where=str(folder),
+        remedy=f"Prune it from Python: fxprune.prune(transformers.{name}.from_pretrained({str(folder)!r}), "
+        "importance='l2')",
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The config in a folder."""
+    file = folder / "config.json"
+    if not file.is_file():
+        what = "cannot be loaded: there is no config.json in it"
+        raise FxpruneError(what, where=str(folder), remedy=_advice(folder))
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FxpruneError(f"it is not JSON: {error}", where=str(file), remedy=_REMEDY) from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise FxpruneError("it names no 'model_type'", where=str(file), remedy=_REMEDY)
+    return config
+
+
+def _advice(folder: Path) -> str:
+    """The remedy for a folder that holds no model of transformers."""
+    found = sorted(path.name for path in folder.glob("*.gguf"))
+    if found:
+        return f"Name the file: {folder / found[0]}"
+    if (folder / "adapter_config.json").is_file():
+        return "It is an adapter: merge it into its model, and save that"
+    return _REMEDY

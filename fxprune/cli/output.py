@@ -1,0 +1,237 @@
+"""The place that a result goes to, checked before any work, and the files written there."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fxprune.cli.config import run_file
+from fxprune.cli.console import console, print_json, print_lines
+from fxprune.cli.models import is_gguf
+from fxprune.errors import ArgumentError, CheckpointError, FxpruneError, UnknownNameError
+from fxprune.pipeline.arguments import MANIFEST, SUFFIXES
+
+if TYPE_CHECKING:
+    import fxprune
+
+__all__ = [
+    "OURS",
+    "check_output",
+    "check_quantization",
+    "gguf_options",
+    "is_file",
+    "print_result",
+    "runners",
+    "write_result",
+    "write_run",
+]
+
+OURS = "fxprune.from_pretrained loads it, and transformers with trust_remote_code=True"
+
+_FILES = (".bin", ".ckpt", ".h5", ".json", ".pt", ".pth", ".safetensors", ".tar", ".txt", ".yaml", ".zip")
+"""Suffixes of files that this package does not write; names of folders may have dots in them."""
+
+
+def is_file(out: Path) -> bool:
+    """Whether a name means a file rather than a folder."""
+    return out.suffix in SUFFIXES
+
+
+def check_output(out: Path, model: str, *, force: bool) -> None:
+    """Refuse a place that cannot be written to, or holds something that would be lost.
+
+    Args:
+        out: the place.
+        model: the model as the user named it, which is never written over.
+        force: whether files of others may be replaced.
+
+    Raises:
+        UnknownNameError: the suffix is that of a file that is not written here.
+        CheckpointError: names what is in the way.
+    """
+    known = (*SUFFIXES, *_FILES)
+    near = out.suffix[1:].isalpha() and difflib.get_close_matches(out.suffix.lower(), SUFFIXES, cutoff=0.7)
+    if out.suffix not in SUFFIXES and (out.suffix.lower() in known or near):
+        raise UnknownNameError("suffix", out.suffix, SUFFIXES)
+    _check_name(out)
+    if out.exists() and Path(model).exists() and out.samefile(Path(model)):
+        raise CheckpointError("it is the model itself", where=str(out), remedy="Choose another place")
+    parent = next(path for path in out.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise CheckpointError(f"{parent} is a file", where=str(out), remedy="Choose another folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"nothing can be written in {parent}", where=str(out), remedy="Choose another folder")
+    if is_file(out):
+        _check_file(out, force=force)
+    else:
+        _check_folder(out, force=force)
+
+
+def _check_name(out: Path) -> None:
+    """Refuse a name that no file can have, or whose links form a circle."""
+    if str(out).startswith("-"):
+        remedy = "Give --out a name before it, or a path such as ./-slim if that is meant"
+        raise CheckpointError("it is spelled like an option", where=str(out), remedy=remedy)
+    try:
+        out.stat()
+    except (FileNotFoundError, NotADirectoryError):  # a parent that is a file is refused by its own name
+        return
+    except (OSError, ValueError) as error:
+        what = f"nothing can be written there: {getattr(error, 'strerror', '') or error}"
+        raise CheckpointError(what, where=str(out), remedy="Choose another place") from error
+    if not out.is_dir() and not out.is_file():
+        raise CheckpointError("it is neither a folder nor a file", where=str(out), remedy="Choose another place")
+
+
+def _check_file(out: Path, *, force: bool) -> None:
+    if out.is_dir():
+        raise CheckpointError("it is a folder", where=str(out), remedy="Name a file in it")
+    if out.exists() and not run_file(out, is_file=True).exists() and not force:
+        raise CheckpointError(
+            "the file is there, without a run of this command beside it",
+            where=str(out),
+            remedy="Choose another name, or replace it with --force",
+        )
+
+
+def _check_folder(out: Path, *, force: bool) -> None:
+    if out.is_file():
+        raise CheckpointError("is a file", where=str(out), remedy="Choose a folder, or a name that ends in .gguf")
+    is_run = (out / MANIFEST).is_file() or run_file(out, is_file=False).is_file()
+    if not out.is_dir() or is_run or not any(out.iterdir()):
+        return
+    if not force:
+        raise CheckpointError(
+            "it holds files that are not of an earlier run",
+            where=str(out),
+            remedy="Choose a new folder, or write into this one with --force",
+        )
+    if out.resolve() == Path.cwd() or any(path.is_dir() for path in out.iterdir()):
+        raise CheckpointError(
+            "it holds folders or is the current folder, and is not replaced with --force either",
+            where=str(out),
+            remedy="Choose a new folder",
+        )
+
+
+def check_quantization(quantization: str | None, out: Path | None) -> None:
+    """Refuse a quantisation of anything but a GGUF file, and one that cannot be written.
+
+    Raises:
+        ArgumentError: ``out`` is something else, or missing.
+        UnknownNameError: there is no such type.
+    """
+    if quantization is None:
+        return
+    if out is None or out.suffix != ".gguf":
+        remedy = "Leave it out, or let --out end in .gguf"
+        raise ArgumentError("is for GGUF files", where="--quantization", remedy=remedy)
+    from fxprune.export.gguf.format import type_named
+
+    type_named(quantization)
+
+
+def gguf_options(source: str, tokenizer: Any, quantization: str | None) -> dict[str, Any]:
+    """Options for writing a GGUF file: like the one that the model was read from, if it was.
+
+    Args:
+        source: the model as the user named it.
+        tokenizer: of the model.
+        quantization: as the user asked for it.
+    """
+    from fxprune.export.gguf.write import most_common_type
+
+    if not is_gguf(source):
+        return {"tokenizer": tokenizer, "quantization": quantization}
+    return {"like": source, "quantization": quantization or most_common_type(source)}
+
+
+def runners(out: Path) -> str:
+    """The programs that run a file, by its suffix."""
+    return {
+        ".gguf": "programs that read GGUF files run it",
+        ".onnx": "onnxruntime runs it",
+        ".pt2": "torch.export.load runs it",
+    }[out.suffix]
+
+
+def write_result(
+    result: fxprune.Result, out: Path, tokenizer: Any, options: dict[str, Any], *, run: str | None, force: bool
+) -> str:
+    """Write the result of a prune to a folder or a file, as a whole or not at all; returns how to load it.
+
+    Args:
+        result: of a prune.
+        out: the folder or file.
+        tokenizer: of the model, saved in a folder.
+        options: of :func:`fxprune.export_model`, for a file.
+        run: the run as :func:`~fxprune.cli.config.format_run` formats it.
+        force: whether a folder may hold something else.
+    """
+    from fxprune.checkpoint.write import write_folder
+    from fxprune.export.files import atomic_path
+    from fxprune.offload.ranks import run_on_first
+
+    def write_file() -> None:
+        with atomic_path(out) as path:
+            result.export(path, **options)
+            _write_facts(result, path.with_suffix(".plan.json"), path.with_suffix(".report.json"))
+            result.write_report(path.with_suffix(".report.html"))
+            write_run(run, run_file(path, is_file=True))
+
+    def write_folder_run(folder: Path) -> None:
+        write_run(run, run_file(folder, is_file=False))
+
+    def write_graph(folder: Path) -> None:
+        result.export(folder / "model.pt2")
+        _write_facts(result, folder / "plan.json", folder / "report.json")
+        result.write_report(folder / "report.html")
+        write_folder_run(folder)
+
+    if is_file(out):
+        run_on_first(write_file, FxpruneError)
+        return runners(out)
+    if result.model is None:
+        run_on_first(lambda: write_folder(out, write_graph, force=force), FxpruneError)
+        return "there is no slim model of this class, torch.export.load runs model.pt2"
+    structure = result.save_pretrained(out, tokenizer, force=force, also=write_folder_run)
+    return "any transformers loads it" if structure.is_stock else OURS
+
+
+def _write_facts(result: fxprune.Result, plan: Path, report: Path) -> None:
+    plan.write_text(result.plan.to_json(), encoding="utf-8")
+    report.write_text(result.report.to_json(), encoding="utf-8")
+
+
+def write_run(run: str | None, file: Path) -> None:
+    """Write a run beside its result, if there is one."""
+    if run is not None:
+        file.write_text(run, encoding="utf-8")
+
+
+def print_result(result: fxprune.Result, out: Path, loading: str, *, as_json: bool) -> None:
+    """Print the numbers, the widths that changed, and how to load the model."""
+    from fxprune.offload.ranks import is_first
+
+    if not is_first():
+        return
+    if as_json:
+        print_json({"out": str(out), "loading": loading, **result.report.to_dict()})
+        return
+    console.print(result.report.table())
+    print_lines(_lines(result.report, out, loading))
+
+
+def _lines(report: Any, out: Path, loading: str) -> Iterator[str]:
+    shrunk = Counter((name.rpartition("/")[2], *width) for name, width in report.widths.items())
+    for (kind, before, after), count in shrunk.items():
+        yield f"{kind}: {before:,} to {after:,} units in {count:,} group{'s' if count > 1 else ''}"
+    yield from (f"layer removed: {block}" for block in report.removed_blocks)
+    yield from (f"note: {note}" for note in (*report.model_reasons, *report.notes))
+    if report.verification_error is not None:
+        yield f"verified: masked and slim outputs differ by at most {report.verification_error:.1e}"
+    yield f"{report.achieved:.2%} of the parameters removed; model, plan and report written to {out}: {loading}"

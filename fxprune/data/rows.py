@@ -1,0 +1,241 @@
+"""Rows of text, instructions and chats, from files, data sets and lists; bad rows are named, not raised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxprune.errors import DataError
+from fxprune.graph.context import quiet
+from fxprune.pipeline.arguments import format_value
+
+__all__ = [
+    "ROW_SUFFIXES",
+    "TEMPLATE",
+    "TEMPLATE_WITH_INPUT",
+    "BadRow",
+    "Row",
+    "json_lines",
+    "load_split",
+    "parse_row",
+    "read_rows",
+]
+
+ROW_SUFFIXES = (".json", ".jsonl", ".txt", ".parquet")
+"""Suffixes of the files that rows are read from."""
+
+TEMPLATE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+TEMPLATE_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+"""Prompts, without and with an input. Source: Taori et al., Stanford Alpaca (2023)."""
+
+_REQUIRED = {"instruction": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
+"""The fields that a row of each kind must have, in the order in which the kinds are tried."""
+
+_LONGEST = 300
+"""Characters of another package's message that are repeated; some go on for pages."""
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used.
+
+    Args:
+        where: its place: ``"line 7"``, ``"row 12"``.
+        why: what is wrong with it.
+    """
+
+    where: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a known kind.
+
+    Args:
+        where: its place in the data, for messages.
+        kind: ``instruction`` (fields ``instruction``, ``input``, ``output``), ``chat`` (``messages``) or ``text``.
+        fields: its fields as they were read; those that the kind requires are not None.
+    """
+
+    where: str
+    kind: str
+    fields: Mapping[str, Any]
+
+    def texts(self) -> dict[str, str] | BadRow:
+        """The text fields of a text or an instruction, empty if left out; a bad row if one is not text."""
+        found = {name: self.fields.get(name) or "" for name in ("instruction", "input", "output")}
+        if self.kind == "text":
+            found = {"text": self.fields["text"]}
+        for name, value in found.items():
+            if not isinstance(value, str):
+                return BadRow(self.where, f"{name!r} is not text, but {type(value).__name__}")
+        return found
+
+    def prompt(self, texts: Mapping[str, str]) -> str:
+        """The prompt of an instruction with the fields ``texts``; the input is part of it unless it is blank."""
+        return (TEMPLATE_WITH_INPUT if texts["input"].strip() else TEMPLATE).format(**texts)
+
+    def text(self) -> str | BadRow:
+        """The whole row as text: a prompt with its output, messages separated by blank lines, or the text itself."""
+        if self.kind != "chat":
+            texts = self.texts()
+            if isinstance(texts, BadRow):
+                return texts
+            return texts["text"] if self.kind == "text" else self.prompt(texts) + texts["output"]
+        messages = self.fields["messages"]
+        if not isinstance(messages, Iterable) or isinstance(messages, str) or not messages:
+            return BadRow(self.where, "'messages' is not a list of messages")
+        contents = [message.get("content") if isinstance(message, Mapping) else None for message in messages]
+        if not all(isinstance(content, str) for content in contents):
+            return BadRow(self.where, "'messages' has a message whose 'content' is not text")
+        return "\n\n".join(map(str, contents))
+
+
+def read_rows(data: Any, kind: str = "auto") -> Iterator[Row | BadRow]:
+    """Read the rows of a file, a data set or a list.
+
+    A file is opened by the call, so that one that cannot be read is reported before the first row is asked for.
+
+    Args:
+        data: a path ending in .json, .jsonl, .txt or .parquet; the id of a hub data set, ``"owner/name"`` or
+            ``"owner/name:config"``, of which the split ``train`` is taken; or rows in memory: a ``datasets.Dataset``
+            or any iterable of dicts or strings.
+        kind: the only kind to accept: ``instruction``, ``chat`` or ``text``; ``auto`` to tell it by the fields.
+
+    Raises:
+        DataError: the source is missing, cannot be read, or is not of its kind.
+    """
+    return (parse_row(where, value, kind) for where, value in _source(data))
+
+
+def parse_row(where: str, value: Any, kind: str = "auto") -> Row | BadRow:
+    """Tell the kind of one row.
+
+    Args:
+        where: its place in the data.
+        value: a string or a mapping.
+        kind: as for :func:`read_rows`.
+    """
+    if isinstance(value, BadRow):
+        return value
+    if isinstance(value, str):
+        if kind not in ("auto", "text"):
+            return BadRow(where, f"plain text, not {kind}")
+        return Row(where, "text", {"text": value})
+    if not isinstance(value, Mapping):
+        return BadRow(where, f"not an object, but {type(value).__name__}")
+    for name, required in _REQUIRED.items():
+        if kind in ("auto", name) and all(value.get(field) is not None for field in required):
+            return Row(where, name, value)
+    missing = [field for field in _REQUIRED.get(kind, ()) if value.get(field) is None]
+    why = f"no {missing[0]!r}" if missing else "none of the known fields"
+    return BadRow(where, f"{why}; its fields are {sorted(map(str, value))}")
+
+
+def _source(data: Any) -> Iterator[tuple[str, Any]]:
+    """Rows as they are read, each with its place."""
+    if isinstance(data, Path) or (isinstance(data, str) and data.endswith(ROW_SUFFIXES)):
+        return _open(Path(data))
+    if isinstance(data, str):
+        path, _, config = data.partition(":")
+        return _numbered(load_split(path, *([config] if config else []), split="train"))
+    if isinstance(data, Mapping | bytes | type | torch.Tensor) or not isinstance(data, Iterable):
+        raise DataError(
+            f"cannot read {format_value(data)}",
+            where="data",
+            remedy="Pass a path, the id of a data set, a datasets.Dataset, or a list of rows",
+        )
+    return _numbered(data)
+
+
+def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _open(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.suffix not in ROW_SUFFIXES:
+        raise DataError(f"a {path.suffix or 'suffixless'} file", where=str(path), remedy=f"Give one of {ROW_SUFFIXES}")
+    if not path.is_file():
+        raise DataError("there is no such file", where=str(path), remedy=f"Give the path of one of {ROW_SUFFIXES}")
+    if path.suffix == ".parquet":
+        return _numbered(load_split("parquet", data_files=str(path), split="train"))
+    try:
+        content = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
+    except (UnicodeDecodeError, OSError) as error:
+        raise DataError(f"not UTF-8 text: {error}", where=str(path), remedy="Give a text file in UTF-8") from error
+    if path.suffix == ".txt":
+        return iter([(path.name, content)])
+    if path.suffix == ".jsonl":
+        return _parsed_lines(content)
+    try:
+        loaded = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        if getattr(error, "msg", "") == "Extra data":  # JSON lines under the name of a document
+            return _parsed_lines(content)
+        remedy = "Mend the file, or write one object on each line"
+        raise DataError(f"not JSON: {error}", where=str(path), remedy=remedy) from None
+    if isinstance(loaded, Mapping) and len(loaded) == 1 and isinstance(rows := next(iter(loaded.values())), list):
+        loaded = rows  # {"data": [row, row, ...]}
+    return _numbered(loaded if isinstance(loaded, list) else [loaded])
+
+
+def _parsed_lines(content: str) -> Iterator[tuple[str, Any]]:
+    """One row a line, so that a broken one is named and the others are read."""
+    for number, line in json_lines(content):
+        where = f"line {number}"
+        try:
+            yield where, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield where, BadRow(where, f"not JSON: {getattr(error, 'msg', error)}")
+
+
+def json_lines(content: str) -> Iterator[tuple[int, str]]:
+    """Number the lines of JSON lines from 1, without blank ones.
+
+    Only a line feed ends a line: other line breaks of Unicode, such as U+2028, may stand inside a JSON string.
+    """
+    return ((number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip())
+
+
+def load_split(path: str, name: str | None = None, **options: Any) -> Any:
+    """Load one split of a data set with the package ``datasets``.
+
+    Args:
+        path: its name on the hub, or the name of a file format.
+        name: its configuration.
+        options: for ``datasets.load_dataset``: ``split``, ``data_files``, ...
+
+    Raises:
+        DataError: the package is missing, or the data set cannot be loaded.
+    """
+    where = str(options.get("data_files", path))
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            "the package `datasets` is not installed",
+            where=where,
+            remedy="pip install datasets, or give a .json, .jsonl or .txt file",
+        ) from error
+    try:
+        with quiet():  # it logs what it raises
+            return datasets.load_dataset(path, *([name] if name else []), **options)
+    except Exception as error:  # the network, the hub and a data set's own loader may raise anything
+        raise DataError(
+            f"cannot be loaded: {type(error).__name__}: {str(error)[:_LONGEST]}",
+            where=where,
+            remedy=f"Give a path ending in one of {ROW_SUFFIXES}, or the id of a data set that can be reached",
+        ) from error

@@ -1,0 +1,144 @@
+"""Charts of a report, as SVG: bars of units, boxes of scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+__all__ = ["ChartColumn", "bar_chart", "box_chart"]
+
+_WIDTH, _HEIGHT = 760, 150
+"""Of a chart, in its own units; the page scales it."""
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 4, 8, 20
+"""Margins, for the numbers at the axes."""
+
+_MOST_LABELS = 16
+"""Columns with a label that fit side by side."""
+
+_LOGARITHMIC = 30
+"""Largest ratio of scores on a linear scale; above it the scale is logarithmic."""
+
+_DECADES = 8
+"""Range of a logarithmic scale below the largest score; smaller ones lie at its foot."""
+
+_OUTLIERS = 0.5
+"""Share of a chart above the highest third quartile; single scores may be a hundred times as high."""
+
+Five = tuple[float, ...]
+"""Minimum, quartiles and maximum; empty without values."""
+
+
+@dataclass(frozen=True)
+class ChartColumn:
+    """One column of a chart.
+
+    Args:
+        label: below the column.
+        tooltip: shown under the pointer.
+    """
+
+    label: str
+    tooltip: str
+
+
+def bar_chart(columns: Sequence[ChartColumn], before: Sequence[int], after: Sequence[int]) -> Markup:
+    """Chart of one bar per column, as high as the count before and filled up to the count after."""
+    most = max(before, default=0) or 1
+    step, floor = _step(columns), _HEIGHT - _BOTTOM
+    drawn = [_axis([(1.0, f"{most:,}"), (0.5, f"{most / 2:,g}"), (0.0, "0")], _LEFT + len(columns) * step)]
+    for place, (column, dense, slim) in enumerate(zip(columns, before, after, strict=True)):
+        left, width = _LEFT + (place + 0.12) * step, 0.76 * step
+        high, low = (value / most * (floor - _TOP) for value in (dense, slim))
+        gone = _rect("gone" if slim else "gone whole", left, floor - high, width, high)
+        drawn.append(_column(column, place, step, gone + _rect("left", left, floor - low, width, low), len(columns)))
+    return _svg("units of each block before and after", drawn)
+
+
+def box_chart(columns: Sequence[ChartColumn], kept: Sequence[Five], removed: Sequence[Five]) -> Markup:
+    """Chart of two boxes per column, for kept and removed units: from quartile to quartile, with whiskers.
+
+    Whiskers far above all boxes are cut, so that the boxes remain readable.
+    """
+    spreads = [five for five in (*kept, *removed) if five]
+    top = max((five[3] + _OUTLIERS * abs(five[3]) for five in spreads), default=1.0)
+    height, ticks = _scale([min(value, top) for five in spreads for value in five])
+    step = _step(columns)
+    drawn = [_axis(ticks, _LEFT + len(columns) * step)]
+    for place, (column, stays, went) in enumerate(zip(columns, kept, removed, strict=True)):
+        left = _LEFT + place * step
+        inner = _box("kept", stays, left + 0.12 * step, 0.34 * step, height)
+        inner += _box("removed", went, left + 0.54 * step, 0.34 * step, height)
+        drawn.append(_column(column, place, step, inner, len(columns)))
+    return _svg("scores of kept and of removed units", drawn)
+
+
+def _scale(values: Sequence[float]) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
+    """Return the map from scores to heights between 0 and 1, and the axis labels with their heights."""
+    top = max(values, default=1.0)
+    positive = [value for value in values if value > 0]
+    if positive and min(values) >= 0 and top > _LOGARITHMIC * min(positive):
+        low = max(math.floor(math.log10(min(positive))), math.ceil(math.log10(top)) - _DECADES)
+        high = max(math.ceil(math.log10(top)), low + 1)
+        every = -(-(high - low) // 4)
+        ticks = [((power - low) / (high - low), f"1e{power}") for power in range(low, high + 1, every)]
+        return lambda value: (math.log10(max(value, 10.0**low)) - low) / (high - low), ticks
+    foot = min((0.0, *values))
+    span = (top - foot) or 1.0
+    return lambda value: (value - foot) / span, [(part, f"{foot + part * span:.3g}") for part in (0.0, 0.5, 1.0)]
+
+
+def _box(name: str, five: Five, left: float, width: float, height: Callable[[float], float]) -> Markup:
+    if not five:
+        return Markup()
+    least, first, median, third, most = (_place(min(height(value), 1.0)) for value in five)
+    middle = left + width / 2
+    whisker = Markup('<line class="{}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(
+        name, middle, middle, most, least
+    )
+    line = Markup('<line class="median" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(
+        left, left + width, median, median
+    )
+    return whisker + _rect(name, left, third, width, max(first - third, 1.0)) + line
+
+
+def _place(part: float) -> float:
+    return _HEIGHT - _BOTTOM - part * (_HEIGHT - _BOTTOM - _TOP)
+
+
+def _step(columns: Sequence[ChartColumn]) -> float:
+    return (_WIDTH - _LEFT - _RIGHT) / max(len(columns), 8)  # a few columns are not drawn as wide as a page
+
+
+def _column(column: ChartColumn, place: int, step: float, inner: Markup, columns: int) -> Markup:
+    every = -(-columns // _MOST_LABELS)
+    label = Markup()
+    if place % every == 0:
+        label = Markup('<text class="place" x="{:.1f}" y="{}">{}</text>').format(
+            _LEFT + (place + 0.5) * step, _HEIGHT - 5, column.label
+        )
+    return Markup("<g><title>{}</title>{}{}</g>").format(column.tooltip, inner, label)
+
+
+def _axis(ticks: Sequence[tuple[float, str]], end: float) -> Markup:
+    found = Markup()
+    for part, label in ticks:
+        y = _place(part)
+        line = Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>')
+        found += line.format(_LEFT, end, y, y)
+        found += Markup('<text class="number" x="{}" y="{:.1f}">{}</text>').format(_LEFT - 6, y + 3.5, label)
+    return found
+
+
+def _rect(name: str, x: float, y: float, width: float, height: float) -> Markup:
+    return Markup('<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
+        name, x, y, width, height
+    )
+
+
+def _svg(title: str, parts: Sequence[Markup]) -> Markup:
+    head = Markup('<svg class="chart" role="img" aria-label="{}" viewBox="0 0 {} {}">')
+    return head.format(escape(title), _WIDTH, _HEIGHT) + Markup("\n").join(parts) + Markup("</svg>")

@@ -1,0 +1,142 @@
+"""Models as a user names them: the demo model, folders, files and hub ids; and how a hub is asked."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+import fxprune
+from fxprune.cli import models as found
+from fxprune.cli.console import set_output
+from fxprune.cli.demo import demo_gguf, demo_name
+from fxprune.errors import FxpruneError
+from tests.cli.folders import save_tiny
+from tests.export.small import tokenizer
+from tests.models import tiny
+
+
+def test_paths_never_go_to_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(found, "check_hub", lambda name: asked.append(name))
+    asked: list[str] = []
+    (tmp_path / "models").mkdir()
+    for name in ("owner/name", "name"):
+        found.check_model(name)
+    for name in ("models/name", "./name", "~/name", "/name", "name/", "a/b/c", "name.gguf", "two words"):
+        with pytest.raises(FxpruneError, match="no such folder or file"):
+            found.check_model(name)
+    assert asked == ["owner/name", "name"]
+
+
+def test_demo_is_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(found, "demo_checkpoint", lambda: tmp_path)
+    assert found.locate_model("demo") == str(tmp_path) and found.locate_model("other") == "other"
+    assert demo_name().endswith("135M-Instruct") and demo_gguf().suffix == ".gguf"
+
+
+def test_models_are_named_by_their_folders_unless_these_are_called_alike(tmp_path: Path) -> None:
+    for place in ("dense", "slim", "other/slim"):
+        save_tiny(tmp_path / place)
+    dense, slim, other = (str(tmp_path / place) for place in ("dense", "slim", "other/slim"))
+    assert found.check_models([dense, slim, dense]) == {"dense": dense, "slim": slim}
+    assert found.check_models([slim, other]) == {slim: slim, other: other}
+
+
+def test_a_quiet_command_shows_no_bar_of_another_package(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """transformers shows one while it converts the tensors of a GGUF file."""
+    fxprune.export_model(tiny("llama", num_hidden_layers=1), tmp_path / "dense.gguf", tokenizer=tokenizer())
+    capfd.readouterr()
+    set_output(quiet=True)
+    try:
+        found.load(str(tmp_path / "dense.gguf"))
+    finally:
+        set_output()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_has_the_dtype_and_the_device_asked_for(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    model, words = found.load_pair(str(tmp_path), dtype="bfloat16", device="cpu")
+    assert model.dtype == torch.bfloat16 and words("red").input_ids == [1]
+    with pytest.raises(FxpruneError, match="cannot be used"):
+        found.load(str(tmp_path), device="cuda:99")
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """A hub that has one model, and is slow, busy or closed for others."""
+
+    def do_HEAD(self) -> None:
+        """Answer."""
+        owner = self.path.split("/")[1]
+        if owner == "slow":
+            time.sleep(1)
+        statuses = {"busy": (503, ""), "closed": (403, "GatedRepo"), "bare": (404, "EntryNotFound")}
+        status, code = statuses.get(owner, (404, "RepoNotFound") if owner == "no" else (200, ""))
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        found.check_hub.cache_clear()
+        yield address
+        found.check_hub.cache_clear()
+        server.shutdown()
+
+
+def test_a_model_that_may_be_on_the_hub_is_left_to_those_who_fetch_it(
+    hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(found, "_PATIENCE", 0.3)
+    for model in ("our/model", "busy/model", "bare/model", "slow/model"):
+        found.check_hub(model)
+
+
+@pytest.mark.parametrize("model", ["no/model", "closed/model"])
+def test_a_model_that_the_hub_refuses_is_refused(model: str, hub: str) -> None:
+    with pytest.raises(FxpruneError, match=f"^{model}: {hub} refuses it: "):
+        found.check_hub(model)
+
+
+def test_a_hub_that_cannot_be_reached_is_reported_at_once(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere + "/{repo_id}/{revision}/{filename}")
+    start = time.monotonic()
+    with pytest.raises(FxpruneError, match=f"it is not in the cache, and {nowhere} cannot be reached: "):
+        found.check_hub("our/model")
+    assert time.monotonic() - start < 4
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FxpruneError, match=r"and the hub is not asked\. Unset HF_HUB_OFFLINE"):
+        found.check_hub("our/other")
+
+
+def test_a_model_in_the_cache_needs_no_hub(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, commit = tmp_path / "hub/models--no--model", "0" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text(commit)
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "snapshots" / commit / "config.json").write_text("{}")
+    found.check_hub("no/model")

@@ -1,0 +1,189 @@
+"""The prune command on a small model folder, and runs that repeat from their `run.yaml`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import fxprune
+import fxprune.cli.config
+import fxprune.cli.options
+import fxprune.cli.output
+import fxprune.cli.preparation
+import fxprune.cli.prune
+from fxprune.recipes import read_recipe
+from tests.cli.folders import save_tiny
+from tests.cli.running import invoked, refused, run, shown
+from tests.models import tiny, token_ids
+
+L2 = ("--recipe", "llm-pruner", "--importance", "l2")
+"""By weights alone, without a fit and tuning."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model with a tokenizer of three words."""
+    path = tmp_path_factory.mktemp("model")
+    save_tiny(path)
+    return str(path)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The options that :func:`fxprune.prune` was called with, which refuses."""
+    found: dict[str, Any] = {}
+
+    def prune(model: object, data: object, **options: object) -> None:
+        found.update(options, data=data)
+        raise fxprune.FxpruneError("seen")
+
+    monkeypatch.setattr(fxprune, "prune", prune)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--kinds", "head", "--ratio", "0.1"), "head: 3 to 2 units in 3 groups"),
+        (("--uniform", "--ratio", "0.2"), "any transformers loads it"),
+    ],
+)
+def test_equal_widths_save_a_stock_model(folder: str, out: Path, options: tuple[str, ...], words: str) -> None:
+    code, output = shown("prune", folder, "--out", out, *L2, *options)
+    assert code == 0 and "model, plan and report written" in output and words in output, output
+    report = json.loads((out / "report.json").read_text())
+    assert f"{report['achieved']:.2%} of the parameters removed" in output and (out / "tokenizer.json").exists()
+    plan = fxprune.Plan.from_json((out / "plan.json").read_text())
+    with torch.no_grad():
+        slim = AutoModelForCausalLM.from_pretrained(out).eval()(token_ids()).logits
+        expected = fxprune.apply(tiny("llama"), plan)(input_ids=token_ids()).logits
+    torch.testing.assert_close(slim, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_differing_widths_save_a_checkpoint_of_ours(folder: str, out: Path) -> None:
+    """With weights on disk the plan is the same; an earlier checkpoint is replaced."""
+    options = (*L2, "--kinds", "mlp", "--ratio", "0.05", "--protect", 1, 1)
+    code, output = shown("prune", folder, "--out", out, *options)
+    assert code == 0 and "mlp: 88 to" in output and "in 1 group" in output, output
+    assert "fxprune.from_pretrained loads it" in output
+    text = (out / "plan.json").read_text()
+    assert {name.split(".")[2] for name in fxprune.Plan.from_json(text).kept} == {"1"}
+    with torch.no_grad():
+        slim = fxprune.from_pretrained(out)(token_ids()).logits
+        expected = fxprune.apply(tiny("llama"), fxprune.Plan.from_json(text))(input_ids=token_ids()).logits
+    torch.testing.assert_close(slim, expected, atol=1e-5, rtol=1e-4)
+    code, output = shown("prune", folder, "--out", out, *options, "--low-memory")
+    assert code == 0 and "fxprune.from_pretrained loads it" in output, output
+    assert (out / "plan.json").read_text() == text and [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_widths_that_the_config_refuses_save_a_checkpoint_of_ours(folder: str, out: Path) -> None:
+    """A config may validate itself as it is saved."""
+    code, output = shown("prune", folder, "--out", out, *L2, "--kinds", "channel")
+    assert code == 0 and "fxprune.from_pretrained loads it" in output, output
+    assert fxprune.from_pretrained(out).config.hidden_size < 48
+
+
+def test_without_a_slim_model_the_graph_is_saved(folder: str, out: Path) -> None:
+    code, output = shown("prune", folder, "--out", out, *L2, "--kinds", "head_dim", "--ratio", "0.05")
+    assert code == 0 and "torch.export.load" in output, output
+    assert {path.name for path in out.iterdir()} == {
+        *("model.pt2", "plan.json", "report.json", "report.html", "run.yaml")
+    }
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_samples_come_from_a_file(folder: str, out: Path, suffix: str, seen: dict[str, Any]) -> None:
+    lines = ["red green blue"] * 8
+    path = out.with_name(f"calibration{suffix}")
+    path.write_text("\n".join(lines if suffix == ".txt" else (json.dumps({"text": one, "n": 7}) for one in lines)))
+    refused("prune", folder, "--out", out, "--calibration", path, "--samples", 4, "--tokens", 6)
+    assert seen["data"].tolist() == [[1, 2, 3, 1, 2, 3]] * 4
+
+
+def test_options_reach_the_library_as_python_has_them(folder: str, out: Path, seen: dict[str, Any]) -> None:
+    values = {"importance": "taylor{order=first}", "reduction": "max", "ranking": "global", "budget": "macs"}
+    values |= {"seed": 7, "compensate": "least-squares", "tune": "none", "recipe": "fast", "norm": "masked"}
+    values |= {"tensor_parallel": 1, "memory": "low", "select": "select-by-ratio"}
+    flags = [item for name, value in values.items() for item in (f"--{name.replace('_', '-')}", value)]
+    more = ("--kinds", "mlp, expert", "--protect", 1, 0.2, "--in-place", "--round-to", "mlp=4,head=1")
+    line = refused("prune", folder, "--out", out, *more, "--ratio", "mlp=0.3, head=0.1", *flags)
+    assert line == "seen"
+    assert callable(seen.pop("track")) and callable(seen.pop("tokenizer")) and seen.pop("data") is None
+    values |= {"kinds": ["mlp", "expert"], "protect": (1, 0.2), "inplace": True, "round_to": {"mlp": 4, "head": 1}}
+    assert seen == {**values, "ratio": {"mlp": 0.3, "head": 0.1}}
+
+
+def test_deprecated_options_are_replaced_with_a_warning(folder: str, out: Path, seen: dict[str, Any]) -> None:
+    code, _, lines = run("prune", folder, "--out", out, "--taylor", "first", "--group-ratio", 0.3)
+    assert code == 2 and "warning: --taylor is deprecated: write --importance 'taylor{order=first}'" in lines
+    assert seen["importance"] == "taylor{order=first}"
+    assert seen["select"] == "select-by-group-ratio{group_ratio=0.3}"
+    assert "--taylor" not in invoked("prune", "--help").stdout
+
+
+def test_a_gguf_file_has_sliced_norms_and_widths_in_blocks(
+    folder: str, tmp_path: Path, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fxprune.cli.prune, "_check_gguf", lambda *_: None)
+    refused("prune", folder, "--out", tmp_path / "slim.gguf", *L2)
+    assert seen["norm"] == "sliced" and seen["round_to"] == {"mlp": 32}
+    refused("prune", folder, "--out", tmp_path / "slim.gguf", *L2, "--norm", "masked", "--round-to", 4)
+    assert seen["norm"] == "masked" and seen["round_to"] == 4
+
+
+def test_a_recipe_is_edited_as_text(folder: str, out: Path) -> None:
+    code, printed = shown("recipes", "llm-pruner")
+    text = str(read_recipe("llm-pruner"))
+    assert code == 0 and printed.split() == text.split()
+    mine = out.with_name("mine.txt")
+    mine.write_text(text.replace("\ntaylor\n", "\nl1{kinds=[mlp]}\n").replace("ratio\n", "ratio{kinds=[mlp]}\n"))
+    code, output = shown("prune", folder, "--out", out, "--recipe", mine, "--protect", 0, 0, "--ratio", "0.1")
+    assert code == 0 and "mlp: 88 to" in output and "head" not in output, output
+
+
+def test_a_run_repeats_from_its_file(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options win over the file; --json prints the report, and notes of others in the folder are kept."""
+    monkeypatch.chdir(tmp_path)
+    Path("slim").mkdir()
+    Path("slim/notes").write_text("mine")
+    options = (*L2, "--kinds", "mlp,head", "--ratio", 0.1, "--protect", 1, 0)
+    assert "--force" in refused("prune", folder, "--out", "slim", *options)
+    code, printed, lines = run("prune", folder, "--out", "slim", *options, "--force", "--verbose")
+    assert code == 0 and "find-groups: " in lines and "of the parameters removed" in printed, lines
+    assert Path("slim/notes").read_text() == "mine"
+    assert yaml.safe_load(Path("slim/run.yaml").read_text()) == {
+        **{"model": folder, "out": "slim", "recipe": "llm-pruner", "importance": "l2", "kinds": "mlp,head"},
+        **{"ratio": 0.1, "protect": [1, 0]},
+    }
+    plan = Path("slim/plan.json").read_text()
+    code, printed, _ = run("prune", "--config", "slim/run.yaml", "--out", "again", "--json", "--quiet")
+    report = json.loads(printed)
+    assert code == 0 and report["out"] == "again" and report["ratio"] == 0.1
+    assert Path("again/plan.json").read_text() == plan
+    assert run("prune", "--config", "slim/run.yaml", "--ratio", 0.2, "--quiet") == (0, "", "")
+    assert json.loads(Path("slim/report.json").read_text())["ratio"] == 0.2
+    assert Path("slim/notes").read_text() == "mine"
+
+
+def test_a_run_may_have_lists_mappings_and_underscores(
+    folder: str, tmp_path: Path, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    entries = {"model": folder, "out": "new", "kinds": ["mlp", "head"], "ratio": {"mlp": 0.25}, "round-to": 4}
+    entries |= {"uniform": True, "ranking": None, "recipe": "llm-pruner", "tensor_parallel": 1}
+    Path("mine.yaml").write_text(yaml.safe_dump(entries))
+    assert refused("prune", "--config", "mine.yaml", "--importance", "l2") == "seen"
+    assert seen["kinds"] == ["mlp", "head"] and seen["ratio"] == {"mlp": 0.25} and seen["round_to"] == 4
+    assert seen["uniform"] is True and seen["importance"] == "l2" and "ranking" not in seen
