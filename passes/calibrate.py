@@ -118,14 +118,15 @@ class CalibratePass(Pass):
 
     def _substitutes(self, graph_module: fx.GraphModule) -> torch.Tensor:
         """Built-in text and text that the model generates, or built-in text alone."""
+        tokenizer: Any = self.tokenizer
 
         def built_in(count: int | None, why: str = "") -> torch.Tensor:
             add_note(graph_module, f"calibrated on built-in text, for want of other samples; {_ADVICE}{why}")
-            return built_in_samples(self.tokenizer, self.tokens, count)
+            return built_in_samples(tokenizer, self.tokens, count)
 
         if not self.substitutes:
             return built_in(min(filter(None, (self.samples, self.built_in)), default=None))
-        text = built_in_samples(self.tokenizer, self.tokens, self._from_text, beyond=False)
+        text = built_in_samples(tokenizer, self.tokens, self._from_text, beyond=False)
         found = self._generate(graph_module, self.substitutes - len(text))
         if isinstance(found, str):
             return built_in(min(self.substitutes, self.built_in or self.substitutes), f" ({found})")

@@ -53,8 +53,8 @@ def load_model(
         CheckpointError: it cannot be loaded, or weights are missing.
     """
     if _is_slim(source):
-        slim = from_pretrained(source)
-        return slim.to(device=device, dtype=dtype) if dtype is not None or device is not None else slim
+        slim: Any = from_pretrained(source)
+        return slim.to(device=device, dtype=dtype) if dtype is not None or device is not None else slim  # type: ignore[no-any-return]
     read: Any = AutoModelForCausalLM.from_pretrained
     options = {**LOADING, **_SAFE, "dtype": "auto" if dtype is None else dtype}
     with readable(source), quiet(WARNING):  # weights left at random are refused below, in one line
@@ -92,14 +92,15 @@ def load_tokenizer(
         CheckpointError: it is needed and cannot be loaded.
     """
     options = dict(_SAFE)
+    tokenizer = None
     missing = readable(source, "its tokenizer cannot be read", f"Save its tokenizer beside it{instead}")
     with missing if needed else contextlib.suppress(Exception), quiet(WARNING):
         if not Path(source).expanduser().exists():  # a hub that cannot be reached is asked once
             AutoConfig.from_pretrained(source, **_SAFE)
         if _is_slim(source):  # stock classes refuse the config of some slim models
             options["config"] = PreTrainedConfig.from_pretrained(Path(source).expanduser())
-        return AutoTokenizer.from_pretrained(**locate(source, gguf_file), **options)
-    return None
+        tokenizer = AutoTokenizer.from_pretrained(**locate(source, gguf_file), **options)
+    return tokenizer
 
 
 @contextlib.contextmanager

@@ -161,7 +161,7 @@ def _load(source: str | os.PathLike[str], unpacked: Path) -> tuple[PreTrainedMod
     if not Path(source).is_file():
         read: Any = AutoModelForCausalLM.from_pretrained
         with quiet(WARNING):  # missing weights are refused by the caller
-            model, info = read(source, dtype="auto", **LOADING)
+            model, info = read(source, dtype="auto", trust_remote_code=False, **LOADING)
         return model, info
     if not (unpacked / SAFE_WEIGHTS_INDEX_NAME).is_file():
         unpacked.mkdir(exist_ok=True)

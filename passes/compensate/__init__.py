@@ -1,4 +1,4 @@
-"""Compensation: what stays is adjusted to what went."""
+"""Compensation: weights fitted after a selection, before anything is cut."""
 
 from .least_squares import LeastSquaresPass
 from .rotation import RotationPass

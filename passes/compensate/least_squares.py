@@ -179,7 +179,7 @@ def _climb(
 
 @dataclass(frozen=True, eq=False)
 class LeastSquaresPass(FitPass):
-    """Fit what stays of each weight that lost inputs to the outputs of the whole weight.
+    """Fits the kept columns of each weight that lost inputs to the outputs of the whole weight.
 
     The dense graph and the one with the plan's structures masked run side by side over the calibration data. At each
     product with a weight ``(out, in)`` that loses inputs, let ``w`` be its kept columns, ``X (kept, tokens)`` the kept

@@ -20,7 +20,7 @@ __all__ = ["RotationPass"]
 
 @dataclass(frozen=True, eq=False)
 class RotationPass(FitPass):
-    """Rotate the outputs of each weight that lost inputs, all by one rotation, towards the dense ones.
+    """Rotates the outputs of each weight that lost inputs, all by one rotation, towards the dense ones.
 
     With ``w`` the kept columns of a weight ``(out, in)``, ``Z = w X (out, tokens)`` their outputs in the masked graph
     and ``Y (out, tokens)`` the targets, the new columns are ``Q w`` for the orthogonal ``Q`` that minimises

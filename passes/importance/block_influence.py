@@ -23,7 +23,7 @@ __all__ = ["BlockInfluenceImportancePass"]
 
 @dataclass(frozen=True, eq=False)
 class BlockInfluenceImportancePass(ForwardImportancePass):
-    """Score layers by one minus the mean cosine of the stream before and after.
+    """Scores layers by one minus the mean cosine of the stream before and after.
 
     With ``x_l (tokens, width)`` before and ``x_l+1`` after the layer::
 

@@ -30,7 +30,7 @@ __all__ = ["FisherImportancePass", "greedy_costs"]
 
 @dataclass(frozen=True, eq=False)
 class FisherImportancePass(ForwardImportancePass):
-    """Remove units one after the other, first those that cost least together with all removed before.
+    """Scores units by removing them one after the other, first those that cost least together with all removed before.
 
     A gate of 1 multiplies each unit at its consumers. Let ``g_s (units,)`` be the gradient of the loss of sample ``s``
     by the gates: the sum over a unit's slice of weight times gradient, but without the gradient of any weight. To

@@ -152,7 +152,7 @@ class ForwardImportancePass(ImportancePass):
 
 @dataclass(frozen=True, eq=False)
 class WandaImportancePass(ForwardImportancePass):
-    """Score weights by their magnitude times the root mean square of their input; slices by the sum.
+    """Scores weights by their magnitude times the root mean square of their input; slices by the sum.
 
     With weight ``W (out, in)`` and inputs ``X (tokens, in)``, the element ``(o, i)`` counts as::
 
@@ -188,7 +188,7 @@ class WandaImportancePass(ForwardImportancePass):
 
 @dataclass(frozen=True, eq=False)
 class FlapImportancePass(ForwardImportancePass):
-    """Score units by the variance of what they pass on: a constant can be compensated by a bias.
+    """Scores units by the variance of their outputs: a constant can be compensated by a bias.
 
     With the consumer's weight ``W (out, in)`` and inputs ``X (tokens, in)``, the input ``i`` counts as::
 

@@ -24,7 +24,7 @@ __all__ = ["L1ImportancePass", "L2ImportancePass", "LoadScoresPass", "RandomImpo
 
 @dataclass(frozen=True, eq=False)
 class L1ImportancePass(ImportancePass):
-    """Score slices by the sum of the magnitudes of their weights."""
+    """Scores slices by the sum of the magnitudes of their weights."""
 
     name: ClassVar[str] = "l1"
     power: ClassVar[int] = 1
@@ -40,7 +40,7 @@ class L1ImportancePass(ImportancePass):
 
 @dataclass(frozen=True, eq=False)
 class L2ImportancePass(L1ImportancePass):
-    """Score slices by the sum of the squares of their weights (as in the reference implementation, without root)."""
+    """Scores slices by the sum of the squares of their weights (as in the reference implementation, without root)."""
 
     name: ClassVar[str] = "l2"
     power: ClassVar[int] = 2
@@ -48,7 +48,7 @@ class L2ImportancePass(L1ImportancePass):
 
 @dataclass(frozen=True, eq=False)
 class RandomImportancePass(ImportancePass):
-    """Score units uniformly at random in [0, 1)."""
+    """Scores units uniformly at random in [0, 1)."""
 
     name: ClassVar[str] = "random"
     seed: int = argument(0, "Random seed.", check=as_seed)
@@ -62,7 +62,7 @@ class RandomImportancePass(ImportancePass):
 
 @dataclass(frozen=True, eq=False)
 class LoadScoresPass(Pass):
-    """Take existing scores: those of one run serve any ratio, ranking and width."""
+    """Takes existing scores: those of one run serve any ratio, ranking and width."""
 
     name: ClassVar[str] = "load-scores"
     stage: ClassVar[str] = "importance"

@@ -66,7 +66,7 @@ class _GatedOutputs:
 
 @dataclass(frozen=True, eq=False)
 class ReapImportancePass(ForwardImportancePass):
-    """Score experts by their mean contribution to the tokens that are routed to them.
+    """Scores experts by their mean contribution to the tokens that are routed to them.
 
     With gate ``g_e(x)`` and output ``f_e(x)`` of expert ``e``::
 

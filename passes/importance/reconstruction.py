@@ -138,7 +138,7 @@ def unit_count(group: Group) -> int:
 
 @dataclass(frozen=True, eq=False)
 class ReconstructionImportancePass(ForwardImportancePass):
-    """Remove units one after the other, first those whose loss the others compensate best, until none is left.
+    """Scores units by removing them one after the other, first those whose loss the others compensate best.
 
     A consumer gives ``X B`` with inputs ``X (tokens, in)`` and weight ``B (in, out)``. Let ``H = X' X + ridge`` and
     ``Hinv`` its inverse over the inputs that are left. When the inputs ``g`` of a unit are removed and the others are

@@ -204,7 +204,7 @@ _Sums = _SliceSums | _ElementSums
 
 @dataclass(frozen=True, eq=False)
 class TaylorImportancePass(ImportancePass):
-    """Score units by the expected change of the loss when they are removed.
+    """Scores units by the expected change of the loss when they are removed.
 
     With weight ``w``, its gradient ``g`` (mean over samples) and the diagonal of the Fisher matrix ``h`` (mean over
     samples of the squared per-sample gradient), the score of a slice is, over its elements::

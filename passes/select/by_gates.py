@@ -159,7 +159,7 @@ def project(z: np.ndarray, costs: np.ndarray, target: float, forced: np.ndarray)
 
 @dataclass(frozen=True, eq=False)
 class SelectByGatesPass(SelectByRatioPass):
-    """Remove the fraction ``ratio``; which units, in which layers and kinds, is trained by gradient.
+    """Removes the fraction ``ratio``; which units, in which layers and kinds, is trained by gradient.
 
     Each unit has one number ``z``; all weights are frozen. At each step the units with the largest ``p = sigmoid(z /
     1.5)`` stay, as many as the budget has room for: ``m`` is 1 for these and 0 for the others. The graph runs with each

@@ -255,7 +255,7 @@ def _kinds_or_none(name: str, value: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class SelectByRatioPass(SelectPass):
-    """Remove the fraction ``ratio`` of the model's parameters.
+    """Removes the fraction ``ratio`` of the model's parameters.
 
     Local ranking solves for the one fraction of units that removes it, rounds the kinds with large units first, solves
     again for the rest, and settles the remainder unit by unit where it costs least.
@@ -370,7 +370,7 @@ def _of_kinds(selection: Selection, kinds: Sequence[str], decided: Sequence[Choi
 
 @dataclass(frozen=True, eq=False)
 class SelectByGroupRatioPass(SelectPass):
-    """Remove the fraction ``group_ratio`` of the units of every group, rounded to the nearest number.
+    """Removes the fraction ``group_ratio`` of the units of every group, rounded to the nearest number.
 
     Source: LLM-Pruner's ``--pruning_ratio``. With ``global`` ranking it is the fraction of all units of a kind.
     """

@@ -76,7 +76,7 @@ def scale_shares(shares: Shares, part: Sequence[int], factor: float) -> Shares:
 
 @dataclass(frozen=True, eq=False)
 class SelectBySearchPass(SelectByRatioPass):
-    """Remove the fraction ``ratio`` from the kinds and layers where a measurement shows the least harm.
+    """Removes the fraction ``ratio`` from the kinds and layers where a measurement shows the least harm.
 
     The search starts with the selection of ``select-by-ratio``, and with other splits between the kinds: each kind
     alone, and the smaller ones at half their share. From the best it moves a part of the budget: all slots of a kind in

@@ -1,4 +1,4 @@
-"""Tuning: a few vectors learned end to end on the slim model, and folded into its weights."""
+"""Tuning: a few vectors trained end to end on the slim model, and folded into its weights."""
 
 from .teacher import RecordTeacherPass
 from .tune import TunePass

@@ -49,7 +49,7 @@ _SHARE = 8
 
 @dataclass(frozen=True, eq=False)
 class RecordTeacherPass(Pass):
-    """Run the dense graph over the samples and record top-k logits, for ``tune`` to train on.
+    """Runs the dense graph over the samples and records top-k logits, for ``tune`` to train on.
 
     Early stopping by a text of another kind than the training text keeps a tuned model from being good at that one
     alone. With a tokenizer there is such a text: documentation of Python's own library.

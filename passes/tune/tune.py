@@ -271,7 +271,7 @@ class Training:
 
 @dataclass(frozen=True, eq=False)
 class TunePass(Pass):
-    """Train a few vectors in the slim model until its outputs match the dense ones as nearly as they can.
+    """Trains a few vectors in the slim model until its outputs match the dense ones as nearly as they can.
 
     All weights are frozen. The trained parameters are a scale ``1 + 0.5 tanh(t)`` for each input and output of each
     product with a weight, and offsets of parameters of one axis, such as those of norms and biases, by Adam on the

@@ -137,7 +137,7 @@ SETTINGS: list[tuple[str, tuple[Any, ...]]] = [
 
 def test_settings_of_recovery(capfd: pytest.CaptureFixture[str]) -> None:
     slim = tiny("llama", num_hidden_layers=1)
-    rows = [row for name, values in SETTINGS for row in each(name, values, name)]
+    rows = [row for name, values in SETTINGS for row in each(name, values, name.replace("_", "."))]
     check_table(lambda options: fxprune.recover(slim, ROWS, TOKENIZER, **options), rows, capfd, model=slim)
 
 

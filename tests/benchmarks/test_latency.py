@@ -42,7 +42,7 @@ def slim(tmp_path_factory: pytest.TempPathFactory) -> Source:
     result = fxprune.prune(even("llama", **LARGER), ratio=0.1, **options)
     source = Source(tmp_path_factory.mktemp("models") / "slim")
     result.save_pretrained(source.folder, tokenizer())
-    writers = Writers(threads=2)
+    writers = Writers(threads=1)
     for name, engine in ENGINES.items():
         if engine.writes:
             writers.write(name, source)
@@ -219,14 +219,10 @@ def test_a_worker_measures_and_reports_errors(dense: Source, tmp_path: Path) -> 
     worker.wait()
     seconds = worker.job(CASES[0])()
     assert seconds > 0 and worker.peaks[CASES[0]] > 0 and 0 < worker.products(CASES[0]) <= 1
-    with pytest.raises(EngineFailed, match="TypeError"):
-        worker.job(Case("decode", 1, None))()  # type: ignore[arg-type]
+    worker.close()
+    assert worker.exitcode == 0, "an idle process stops by itself"
     with pytest.raises(EngineFailed, match="no_such_folder"):
         missing.wait()
-    other = Worker(Task("transformers", dense, "cpu", 1, CASES[0]))
-    other.wait()
-    other.close()
-    assert other.exitcode == 0, "it ends by itself"
 
 
 class Stub:

@@ -42,8 +42,8 @@ def test_rows_are_drawn_alike_from_each_file(files: dict[str, Path]) -> None:
 def test_rows_of_every_form_are_kept_unless_they_are_measured_on(tmp_path: Path) -> None:
     """Chats once counted as empty text, which every text contains."""
     chat = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
-    rows = [chat, "a text", {"text": "another"}, SUMS[0]]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    rows = [chat, {"text": "a text"}, {"text": "another"}, SUMS[0]]
+    (tmp_path / "rows.json").write_text(json.dumps([chat, "a text", *rows[2:]]))
     assert sorted(map(str, recover.training_rows([tmp_path / "rows.json"], 9, 0))) == sorted(map(str, rows))
     assert recover.without(rows, "measured on") == rows
     assert recover.without(rows, "Hi.\n\nHello. And a text.") == rows[2:]

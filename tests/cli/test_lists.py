@@ -9,7 +9,7 @@ from tests.cli.running import run
 
 def test_passes_are_listed_in_the_order_of_a_pipeline() -> None:
     code, output, _ = run("passes")
-    assert code == 0 and "``" not in output and "Random scores" in output
+    assert code == 0 and "``" not in output
     for name in fxprune.pass_names():
         assert f"│ {name} │ {fxprune.load_pass(name).stage} │" in output
     for first, then in (
@@ -24,7 +24,9 @@ def test_a_pass_is_described() -> None:
     code, output, _ = run("passes", "select-by-ratio")
     assert code == 0 and "│ ratio │ 0.2 │" in output, "an argument of its own"
     assert "│ ranking │ local │ `local`: the same fraction" in output, "one of its base class"
-    assert "stage: select changes: nothing needs: Dependencies, Groups, Scores gives: Removal" in output
+    assert (
+        "stage: select changes: nothing needs: Dependencies, Groups, Scores " in output and "gives: Removal" in output
+    )
     example = output.partition("in a pipeline: ")[2]
     assert str(fxprune.Pipeline(example)) == "select-by-ratio"
 

@@ -117,11 +117,11 @@ def test_options_reach_the_library_as_python_has_them(folder: str, out: Path, se
     values |= {"seed": 7, "compensate": "least-squares", "tune": "none", "recipe": "fast", "norm": "masked"}
     values |= {"tensor_parallel": 1, "memory": "low", "select": "select-by-ratio"}
     flags = [item for name, value in values.items() for item in (f"--{name.replace('_', '-')}", value)]
-    more = ("--kinds", "mlp, expert", "--protect", 1, 0.2, "--in-place", "--round-to", "mlp=4,head=1")
+    more = ("--kinds", "mlp, expert", "--protect", 0.1, 0.2, "--in-place", "--round-to", "mlp=4,head=1")
     line = refused("prune", folder, "--out", out, *more, "--ratio", "mlp=0.3, head=0.1", *flags)
     assert line == "seen"
     assert callable(seen.pop("track")) and callable(seen.pop("tokenizer")) and seen.pop("data") is None
-    values |= {"kinds": ["mlp", "expert"], "protect": (1, 0.2), "inplace": True, "round_to": {"mlp": 4, "head": 1}}
+    values |= {"kinds": ["mlp", "expert"], "protect": (0.1, 0.2), "inplace": True, "round_to": {"mlp": 4, "head": 1}}
     assert seen == {**values, "ratio": {"mlp": 0.3, "head": 0.1}}
 
 

@@ -20,12 +20,8 @@ calibrate{{file='{rows}'}}
 find-groups
 {importance}
 select-by-ratio{{ratio=0.25, protect=[]}}
-count-work
 {compensate}
-make-verification-inputs
-record-expected
-shrink
-verify-removal
+shrink{{verify}}
 emit-model
 make-report
 """
@@ -121,11 +117,7 @@ def test_prune_runs_the_pipeline_it_prints(inplace: bool) -> None:
         "find-groups",
         "l1{reduction=max}",
         "select-by-ratio{protect=[1, 0], ratio=0.3}",
-        "count-work",
-        "make-verification-inputs",
-        "record-expected",
-        "shrink",
-        "verify-removal",
+        "shrink{verify}",
         "emit-model",
         "make-report",
     ]
@@ -148,7 +140,7 @@ def test_prune_runs_the_pipeline_it_prints(inplace: bool) -> None:
         ({"inplace": True, "importance": "taylor{memory=0.5}"}, "taylor{memory=0.5}"),
         ({"kinds": "mlp", "reduction": "max"}, "taylor{kinds=[mlp], reduction=max}"),
         ({"importance": "random", "seed": 3}, "random{seed=3}"),
-        ({"seed": 3}, "make-verification-inputs{seed=3}"),
+        ({"seed": 3}, "shrink{verify, seed=3}"),
         (
             {"select": "select-by-group-ratio{group_ratio=0.5}", "round_to": 8},
             "select-by-group-ratio{round_to=8, group_ratio=0.5}",

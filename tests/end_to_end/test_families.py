@@ -20,7 +20,8 @@ KINDS_OF_ALL = {"mlp", "head", "head_dim", "channel", "layer"}
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_groups_remove_exactly(family: str) -> None:
-    model = tiny(family, use_cache=False)
+    depth = "n_layer" if family in ("gpt2", "bloom") else "num_hidden_layers"
+    model = tiny(family, use_cache=False, **{depth: 2})
     dense = check_every_removal(model, {"input_ids": token_ids()}, dynamic=True, thorough=False)
     assert {group.kind for group in groups_of(dense)} == KINDS_OF_ALL
     assert {"mlp", "head_dim"} <= {group.kind for group in groups_of(dense) if not group.renormalised}

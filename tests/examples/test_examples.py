@@ -41,8 +41,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_there_is_one_test_an_example() -> None:
     scripts = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"__init__", "models"}
     assert scripts == set(PRINTED)
-    readme = (ROOT / "README.md").read_text()
-    assert all(f"examples/{name}.py" in readme for name in scripts)
+    assert "`examples/`" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", PRINTED)

@@ -61,6 +61,7 @@ def test_a_program_goes_on_where_it_was(model: PreTrainedModel, tmp_path: Path) 
         assert torch.equal(greedy(step, ids, nothing(batch), 8), generated(model, ids))
 
 
+@pytest.mark.slow
 def test_an_onnx_model_goes_on_where_it_was(model: PreTrainedModel, tmp_path: Path) -> None:
     path = fxprune.export_model(model, tmp_path / "slim.onnx", cache=True)
     session = onnxruntime.InferenceSession(path)
@@ -91,7 +92,7 @@ class Bounded(LlamaForCausalLM):
         return super().forward(input_ids, **given)
 
 
-@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("bounded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_blocks_share_the_length_of_their_past(model: PreTrainedModel, tmp_path: Path, bounded: bool) -> None:
     kind = Bounded if bounded else LlamaForCausalLM
     path = export_decoder(kind(even("llama").config).eval(), tmp_path / "even.pt2")

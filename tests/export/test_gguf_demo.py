@@ -48,7 +48,8 @@ def demo() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def test_the_engine_says_what_transformers_says(
+@pytest.mark.slow
+def test_the_engine_gives_what_transformers_gives(
     demo: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
 ) -> None:
     model, tokenizer = demo

@@ -25,7 +25,6 @@ from fxprune.graph.tensors import set_tensor, weights
 from tests.models import FAMILIES, tiny, token_ids
 
 SIZES = ((1, 1), (1, 7), (3, 20))
-NAMES = ("llama, tied", "llama, bfloat16", "gemma3_text", "bloom")
 
 LONELY = """
 import sys
@@ -57,32 +56,27 @@ def llama() -> fxprune.Result:
     return slim("llama, tied")
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[fxprune.Result, Path]]:
-    """Programs of all families, and beside each what it computed in a process of its own, by size."""
-    folder = tmp_path_factory.mktemp("programs")
-    made = {}
-    for number, name in enumerate(NAMES):
-        result = slim(name)
+@pytest.mark.parametrize(
+    "names",
+    [("llama, tied", "llama, bfloat16"), pytest.param(("gemma3_text", "bloom"), marks=pytest.mark.slow)],
+    ids=" and ".join,
+)
+def test_programs_run_without_the_package(names: tuple[str, ...], tmp_path: Path) -> None:
+    results = {str(tmp_path / f"{number}.pt2"): slim(name) for number, name in enumerate(names)}
+    for path, result in results.items():
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # an axis that is fixed
-            path = result.export(folder / f"{number}.pt2")
+            result.export(path)
         save_file({f"{b}x{s}": token_ids(b, s) for b, s in SIZES}, f"{path}.inputs")
-        made[name] = result, path
-    subprocess.run([sys.executable, "-c", LONELY, *(str(path) for _, path in made.values())], check=True, cwd=folder)
-    return made
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_program_runs_without_the_package(name: str, programs: dict[str, tuple[fxprune.Result, Path]]) -> None:
-    result, path = programs[name]
-    got = load_file(f"{path}.outputs")
-    for batch, tokens in SIZES:
-        with torch.no_grad():
-            want = result(token_ids(batch, tokens)).logits
-        logits = got[f"{batch}x{tokens}"]
-        assert logits.dtype == (torch.bfloat16 if "bfloat16" in name else torch.float32)
-        torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-5)
+    subprocess.run([sys.executable, "-c", LONELY, *results], check=True, cwd=tmp_path)
+    for name, (path, result) in zip(names, results.items(), strict=True):
+        got = load_file(f"{path}.outputs")
+        for batch, tokens in SIZES:
+            with torch.no_grad():
+                want = result(token_ids(batch, tokens)).logits
+            logits = got[f"{batch}x{tokens}"]
+            assert logits.dtype == (torch.bfloat16 if "bfloat16" in name else torch.float32)
+            torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-5)
 
 
 def test_program_holds_the_weights_and_no_more(llama: fxprune.Result, tmp_path: Path) -> None:
@@ -176,6 +170,7 @@ def test_onnx_runs_at_any_batch_and_length(llama: fxprune.Result, tmp_path: Path
     assert [file.name for file in path.parent.iterdir()] == ["slim.onnx"]
 
 
+@pytest.mark.slow
 def test_large_onnx_models_keep_their_weights_beside_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,4 +1,4 @@
-"""Tests: discovery: groups found in a traced graph."""
+"""Groups found in a traced graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fxprune.trace import trace
 from tests.oracle import Net
 
 
-def test_find_groups_puts_down_groups_and_forgets_what_was_said_of_older_ones() -> None:
+def test_groups_are_recorded_and_scores_of_older_ones_dropped() -> None:
     net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 12), b=nn.Linear(12, 5))
     dense = trace(net, {"x": torch.randn(2, 10)}).graph_module
     assert not FindGroupsPass()(dense).modified

@@ -182,17 +182,3 @@ def test_a_bias_of_a_convolution_takes_up_the_mean_of_what_went() -> None:
     hidden = model.a(X).relu()
     gone = nn.functional.conv1d(hidden[:, 7:], model.b.weight[:, 7:]).mean((0, 2))
     assert torch.allclose(get_tensor(work, "b.bias"), model.b.bias + gone, atol=1e-5)
-
-
-@torch.no_grad()
-def test_channels_of_a_convolution_that_are_copies_are_not_lost() -> None:
-    model = convolutions(True, kernel_size=3, padding=1)
-    model.a.weight[6:], model.a.bias[6:] = 2 * model.a.weight[:6], 2 * model.a.bias[:6]
-    dense = planned(model, {"x": X}, 6)
-    errors = []
-    for fit in (None, LeastSquaresPass(damping=1e-7), RotationPass()):
-        work = fork(dense)
-        if fit is not None:
-            assert fit(work, inplace=True).modified
-        errors.append(float((slim_graph_of(work)(X) - model(X)).square().mean()))
-    assert errors[0] > 0.01 and errors[1] < 1e-6 and errors[2] < errors[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from fxprune.passes.importance.reconstruction import FittedProduct, increasing_c
 from torch import fx, nn
 
 from fxprune.data.calibration import Calibration, Sample
-from fxprune.errors import ArgumentError, CalibrationError, PassError
+from fxprune.errors import CalibrationError, PassError
 from fxprune.graph.facts import facts_of
 from fxprune.pipeline.contract import Track, tracking
 from fxprune.pipeline.registry import load_pass
@@ -318,12 +318,6 @@ def test_units_that_happen_to_cancel_are_not_taken_for_it() -> None:
     assert greedy_costs(rows, 0.0, 101).argmax() == 100
 
 
-def test_a_hundred_thousand_units_take_as_many_turns_as_asked_for() -> None:
-    rows = torch.randn(8, 100_000)
-    scores = greedy_costs(rows, 0.5, 64)
-    assert len(np.unique(scores)) == 100_000
-
-
 def test_what_grows_keeps_the_order_and_tells_all_apart() -> None:
     found = increasing_costs(np.array([1.0, 3.0, 2.0, 2.0, 5.0]))
     assert (np.diff(found) > 0).all()
@@ -332,21 +326,6 @@ def test_what_grows_keeps_the_order_and_tells_all_apart() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: load_pass("wanda", batch=0),
-        lambda: load_pass("fisher", shrinkage=1.5),
-        lambda: load_pass("reconstruction", ridge=0),
-        lambda: load_pass("reconstruction", steps=0),
-        lambda: load_pass("flap", standardise="no"),
-    ],
-)
-def test_arguments_that_make_no_sense_are_refused(make: Callable[[], Any]) -> None:
-    with pytest.raises(ArgumentError):
-        make()
 
 
 def test_weights_that_are_not_finite_are_named() -> None:

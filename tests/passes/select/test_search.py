@@ -21,7 +21,7 @@ from fxprune.graph.counting import count_macs, count_parameters
 from fxprune.graph.facts import Notes, facts_of
 from fxprune.masking.compare import masked_outputs
 from fxprune.pipeline.contract import Track, tracking
-from fxprune.pipeline.registry import load_pass
+from fxprune.pipeline.registry import load_pass, parse_pass
 from fxprune.removal.budget import Budget, ParameterBudget, make_budget
 from fxprune.removal.removal import Removal
 from tests.models import tiny, token_ids
@@ -186,10 +186,21 @@ def test_where_the_search_was_led_astray_the_beginning_is_taken(
     assert told[1] == "search: took the initial selection, since nothing did better"
 
 
-@pytest.mark.parametrize("arguments", [{"uniform": True}, {"ratio": {"mlp": 0.2}}, {"trials": 0}, {"heldout": 3}])
+@pytest.mark.parametrize(
+    "arguments", [{"uniform": True}, {"ratio": {"mlp": 0.2}}, {"trials": 0}, {"heldout": 3}, {"fit": "l2"}, {"fit": 3}]
+)
 def test_what_a_search_cannot_keep_to_is_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises((ArgumentError, CalibrationError)):
         SelectBySearchPass(**{"protect": (), **arguments})
+
+
+@pytest.mark.parametrize("fit", ["rotation", "least-squares{damping=0.1}", "least-squares{samples=8, reach=stream}"])
+def test_a_fit_is_a_pass_or_its_text_and_is_spelled_again(fit: str) -> None:
+    for given in (fit, parse_pass(fit)):
+        made = load_pass("select-by-search", fit=given, trials=2)
+        again = parse_pass(str(made))
+        assert isinstance(made, SelectBySearchPass) and isinstance(again, SelectBySearchPass)
+        assert str(again) == str(made) and str(again.fit) == str(made.fit) == fit
 
 
 def test_one_sample_is_too_few(dense: fx.GraphModule) -> None:
