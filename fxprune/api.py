@@ -18,6 +18,7 @@ from fxprune.checkpoint.load import load_model, load_tokenizer
 from fxprune.checkpoint.low_memory import load_mapped, request_key, resumable_folder
 from fxprune.checkpoint.write import check_request
 from fxprune.data.calibration import Calibration
+from fxprune.discovery.groups import as_kinds
 from fxprune.errors import ArgumentError
 from fxprune.graph.facts import Source, facts_of, restore_cut
 from fxprune.graph.tensors import device_of
@@ -26,7 +27,7 @@ from fxprune.pipeline.arguments import refuse
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
 from fxprune.recipes import ApplyOptions, Options, Recipe, as_recipe, option_table, resolve
-from fxprune.recipes.recipe import NONE, changed
+from fxprune.recipes.recipe import NONE, changed, needs_samples
 from fxprune.removal.plan import Plan
 from fxprune.removal.scores import Scores
 from fxprune.result import Result
@@ -185,7 +186,7 @@ def _pipeline(calibration: Any, values: Mapping[str, Any], plan: Any = None) -> 
         # Criteria that need no data are used without any: nothing is fitted or tuned, and no selection searches.
         for stage in ("teach", "compensate", "tune"):
             recipe[stage] = None
-        if any(Calibration in step.needs for step in recipe["select"]) and choices["select"] is None:
+        if any(map(needs_samples, recipe["select"])) and choices["select"] is None:
             choices["select"] = "select-by-ratio"
     arguments = _stage_arguments(values)
     for stage in recipe:
@@ -207,7 +208,7 @@ def _needs_samples(recipe: Recipe, choices: Mapping[str, Any]) -> bool:
     for stage in ("importance", *asked):
         if choices[stage] is not None:
             probe.replace_stage(stage, choices[stage], {})
-    return bool(asked) or any(Calibration in step.needs for step in probe["importance"])
+    return bool(asked) or any(map(needs_samples, probe["importance"]))
 
 
 def _complete(recipe: Recipe, steps: int, arguments: Mapping[str, Any]) -> None:
@@ -227,7 +228,7 @@ def _complete(recipe: Recipe, steps: int, arguments: Mapping[str, Any]) -> None:
 
 def _read_samples(recipe: Recipe, calibration: Any, tokenizer: Any) -> None:
     """Let the recipe read the samples given, in place of those it reads itself."""
-    if calibration is None and not any(Calibration in step.needs for step in recipe.passes):
+    if calibration is None and not any(map(needs_samples, recipe.passes)):
         recipe["prepare"] = [step for step in recipe["prepare"] if Calibration not in step.gives]
         return
     reader = {key: value for key, value in (("data", calibration), ("tokenizer", tokenizer)) if value is not None}
@@ -288,6 +289,15 @@ def _without_deprecated(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     values = dict(values)
     taylor, ratio, scores = values.pop("taylor"), values["group_ratio"], values.pop("scores")
+    if ratio is not None and values["ratio"] is not None:
+        raise _conflict("ratio", values["ratio"], "group_ratio", "both name the fraction to remove")
+    by_kind = values["ratio"] if isinstance(values["ratio"], Mapping) else ratio
+    if (
+        isinstance(by_kind, Mapping)
+        and values["kinds"] is not None
+        and set(as_kinds("kinds", values["kinds"])) != set(by_kind)
+    ):
+        raise _conflict("kinds", values["kinds"], "ratio", "a ratio by kind names the kinds that may go")
     if taylor is not None:
         spelled = f"taylor{{order={taylor}}}"
         if values["importance"] not in (None, "taylor", spelled):
@@ -311,6 +321,11 @@ def _without_deprecated(values: Mapping[str, Any]) -> dict[str, Any]:
     if values["steps"] > 1:
         _warn("steps", "importance='score-in-steps{steps=...}'")
     return values
+
+
+def _conflict(name: str, value: Any, other: str, why: str) -> ArgumentError:
+    what = f"${name}={value!r} beside ${other}: {why}"
+    return ArgumentError(what, where=name, remedy=f"Leave ${name} or ${other} out", argument=name, value=value)
 
 
 def _warn(name: str, instead: str) -> None:

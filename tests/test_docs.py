@@ -27,15 +27,12 @@ from typer.testing import CliRunner
 import fxprune
 from fxprune.cli import app
 from fxprune.errors import PassError
-from fxprune.graph.facts import Fact, facts_of
 from fxprune.pipeline import registry as passes_by_name
-from fxprune.pipeline.contract import STAGES, Pass
 from fxprune.pipeline.registry import load_pass, pass_names
-from fxprune.pipeline.spelling import spelled_fields
 from fxprune.recipes import recipe as recipe_module
 from fxprune.recipes.recipe import Recipe
 from fxprune.rules import registry as rules_by_op
-from fxprune.trace import trace
+from tests import reference_tables
 from tests.export.small import tokenizer as byte_tokenizer
 from tests.models import tiny, token_ids
 from tests.tokens import TEMPLATE
@@ -45,6 +42,7 @@ WRITTEN_BY_COMMANDS = {
     "docs/coverage.md",
     "docs/families.md",
     "docs/latency.md",
+    "docs/options.md",
     "docs/quality.md",
     "docs/results.md",
     "docs/rules.md",
@@ -146,9 +144,10 @@ _READ = recipe_module.read_recipe
 
 
 def read_quick_recipe(name: str) -> Recipe:
-    """The recipe ``fast`` on eight samples in place of those that tune."""
-    found = str(_READ("fast" if name in ("balanced", "best") else name))
-    return Recipe(name, re.sub(r"calibrate\{.*?\}", "calibrate{samples=8, written=8}", found))
+    """The recipe ``fast`` on eight samples in place of those that tune; what others spell is on the pages."""
+    if name not in ("balanced", "best"):
+        return _READ(name)
+    return Recipe(name, re.sub(r"calibrate\{.*?\}", "calibrate{samples=8, written=8}", str(_READ("fast"))))
 
 
 @pytest.fixture(scope="module", params=["quick", pytest.param("default", marks=pytest.mark.slow)])
@@ -216,35 +215,10 @@ def table_of(page: str, *head: str) -> list[tuple[str, ...]]:
     return rows
 
 
-def listed(names: Iterator[str]) -> str:
-    """Names in a cell."""
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def row_of(step: Pass) -> tuple[str, ...]:
-    """What the table of passes has to say about a pass."""
-    kinds = (listed(kind.__name__ for kind in kinds) for kinds in (step.needs, step.gives, step.drops))
-    return (f"`{step.name}`", step.stage, *kinds, step.changes, listed(field.name for field in spelled_fields(step)))
-
-
-def registered() -> list[Pass]:
-    """The passes of this package, by stage and name; those of other packages are not told here."""
-    names = [name for stage in STAGES for name in pass_names(stage)]
-    return [step for step in map(load_pass, names) if type(step).__module__.startswith("fxprune.")]
-
-
-def test_the_table_of_passes_is_what_is_registered() -> None:
-    table = table_of("docs/passes.md", "pass", "stage", "needs", "gives", "drops", "changes", "arguments")
-    wanted = [row_of(step) for step in registered()]
-    assert table == wanted, "\n".join(f"| {' | '.join(row)} |" for row in wanted)
-
-
-def test_the_table_of_facts_has_all_of_them() -> None:
-    found = {type(fact) for fact in facts_of(trace(tiny("llama", num_hidden_layers=1)).graph_module)}
-    found |= {kind for step in registered() for kind in (*step.needs, *step.gives, *step.drops)}
-    rows = table_of("docs/passes.md", "fact", "says", "stale once these change")
-    told: dict[type[Fact], str] = {named(name.strip("`")): about for name, _, about in rows}
-    assert told == {kind: "" if kind.about == "nothing" else kind.about for kind in found}
+def test_tables_of_options_passes_and_facts_are_those_declared() -> None:
+    """After a change of a declaration: `python -m tests.reference_tables`."""
+    assert reference_tables.options_page() == reference_tables.OPTIONS.read_text(encoding="utf-8")
+    assert reference_tables.passes_page() == reference_tables.PASSES.read_text(encoding="utf-8")
 
 
 def test_the_reference_has_every_public_name() -> None:
@@ -369,12 +343,12 @@ def test_an_entry_point_is_shown_as_it_is_written() -> None:
 
 
 def test_a_broken_plug_in_is_told_as_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = EntryPoint("largest", "mylib.pruning:LargestWeightPass", passes_by_name._GROUP)
+    entry = EntryPoint("squared-gradient", "mylib.pruning:SquaredGradientPass", passes_by_name._GROUP)
     known = dict(passes_by_name._entries())
-    monkeypatch.setattr(passes_by_name, "_entries", lambda: {**known, "largest": entry})
-    assert "largest" in pass_names() and "largest" not in pass_names("importance")
+    monkeypatch.setattr(passes_by_name, "_entries", lambda: {**known, "squared-gradient": entry})
+    assert "squared-gradient" in pass_names() and "squared-gradient" not in pass_names("importance")
     with pytest.raises(PassError) as caught:
-        load_pass("largest")
+        load_pass("squared-gradient")
     assert f"\n{caught.value}\n" in text_of("docs/passes.md")
 
 

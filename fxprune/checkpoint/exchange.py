@@ -67,8 +67,7 @@ def staging_folder(target: Path) -> Iterator[Path]:
 def replace_folder(work: Path, target: Path) -> None:
     """Put ``work`` in the place of ``target``; afterwards ``work`` is the old folder, or gone if there was none.
 
-    Raises:
-        OSError: the system refuses; ``target`` is unchanged.
+    If the system refuses (``OSError``), ``target`` is unchanged.
     """
     for _ in range(_ATTEMPTS):
         try:

@@ -59,16 +59,12 @@ def load_model(
     options = {**LOADING, **_SAFE, "dtype": "auto" if dtype is None else dtype}
     with readable(source), quiet(WARNING):  # weights left at random are refused below, in one line
         model, found = read(**locate(source, gguf_file), **options)
-    require_all_weights(source, found)
+    require_all_weights(source, found, model)
     return model if device is None else model.to(device)  # type: ignore[no-any-return]
 
 
 def load_config_only(source: str | os.PathLike[str], gguf_file: str | None = None) -> PreTrainedModel:
-    """Build a model on ``meta`` from its config; no weight is read.
-
-    Raises:
-        CheckpointError: the config cannot be loaded.
-    """
+    """Build a model on ``meta`` from its config; no weight is read."""
     if _is_slim(source):
         return build_empty(source)
     with readable(source):
@@ -80,13 +76,9 @@ def load_config_only(source: str | os.PathLike[str], gguf_file: str | None = Non
 def load_tokenizer(
     source: str | os.PathLike[str], gguf_file: str | None = None, *, needed: bool = True, instead: str = ""
 ) -> Any:
-    """Load the tokenizer of a model.
+    """Load the tokenizer of a model; None if there is none and it is not ``needed``.
 
-    Args:
-        source: a folder, a GGUF file, or a hub id.
-        gguf_file: the GGUF file inside the folder or repository.
-        needed: raise if there is none, rather than return None.
-        instead: an alternative to a tokenizer, for the message.
+    ``instead`` names an alternative to a tokenizer, for the message.
 
     Raises:
         CheckpointError: it is needed and cannot be loaded.
@@ -105,11 +97,7 @@ def load_tokenizer(
 
 @contextlib.contextmanager
 def readable(source: str | os.PathLike[str], what: str = "cannot be loaded", remedy: str = _REMEDY) -> Iterator[None]:
-    """Turn the errors of transformers about a model into one line.
-
-    Raises:
-        CheckpointError: anything was raised that is neither an error of this package nor of memory.
-    """
+    """Turn the errors of transformers about a model into a ``CheckpointError`` of one line."""
     try:
         yield
     except (FxpruneError, MemoryError):

@@ -27,6 +27,7 @@ from fxprune.errors import CheckpointError
 from fxprune.graph.context import Refusal, attempt, quiet, silence_stderr
 from fxprune.offload.files import offload_to, sync_writes
 from fxprune.offload.ranks import rank
+from fxprune.report.report import package_versions
 
 __all__ = ["load_mapped", "request_key", "resumable_folder", "unpack_gguf"]
 
@@ -42,13 +43,6 @@ def unpack_gguf(file: str | os.PathLike[str], folder: Path) -> None:
 
     transformers reads a whole file into memory. Here its reader sees the tensors of one block at a time, and they are
     written in float32 before the next are read. The index is written last: a folder without one is incomplete.
-
-    Args:
-        file: the GGUF file, of a kind that transformers loads.
-        folder: where to; it must exist.
-
-    Raises:
-        Exception: as raised by transformers for a file that it cannot load.
     """
     path = Path(file)
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
@@ -95,6 +89,9 @@ def _reader_of(reader: Any, tensors: Sequence[Any]) -> Iterator[None]:
         names["GGUFReader"] = true_reader
 
 
+_SMALL_FILE = 1 << 20
+"""Bytes up to which a file is compared by its content."""
+
 _REQUEST = "request.json"
 """The request of the run in a folder: a run with the same request resumes it."""
 
@@ -107,9 +104,6 @@ def resumable_folder(out: str | os.PathLike[str], request: str | None = None, *,
         out: where the result goes.
         request: identifies the run: a killed run is resumed by one of the same request; None to start from scratch.
         force: whether ``out`` may hold something else.
-
-    Raises:
-        CheckpointError: ``out`` holds something else, or nothing can be written beside it.
     """
     target = check_place(out, force=force)
     work = target.with_name(f"{target.name}.unfinished{f'-{rank()}' if rank() else ''}")
@@ -132,11 +126,7 @@ def load_mapped(source: str | os.PathLike[str], work: Path) -> PreTrainedModel:
     """Load the model in a folder with memory-mapped weights, read when they are used.
 
     transformers maps safetensors files and keeps the dtype of the weights. A GGUF file is first unpacked into such
-    files in float32, unless a run that was killed did so.
-
-    Args:
-        source: the folder, or the GGUF file.
-        work: the folder to unpack a GGUF file in.
+    files in float32, in a folder in ``work``, unless a run that was killed did so.
 
     Raises:
         CheckpointError: it cannot be loaded.
@@ -151,13 +141,12 @@ def load_mapped(source: str | os.PathLike[str], work: Path) -> PreTrainedModel:
             remedy="Pass a folder that save_pretrained wrote, or a GGUF file that transformers loads",
         ) from loaded.error
     model, info = loaded
-    require_all_weights(source, info)
+    require_all_weights(source, info, model)
     model.config._name_or_path = os.fspath(source)
     return model
 
 
 def _load(source: str | os.PathLike[str], unpacked: Path) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """Load the model in a folder or a GGUF file, with the loading info of transformers."""
     if not Path(source).is_file():
         read: Any = AutoModelForCausalLM.from_pretrained
         with quiet(WARNING):  # missing weights are refused by the caller
@@ -170,17 +159,23 @@ def _load(source: str | os.PathLike[str], unpacked: Path) -> tuple[PreTrainedMod
 
 
 def request_key(source: str | os.PathLike[str], calibration: Any, passes: str) -> str | None:
-    """Key that identifies a prune of a folder: its files, data, passes and the version of torch; None if unknown.
+    """Key that identifies a prune of a folder: its files, data, passes and the version of torch.
 
-    Args:
-        source: the folder or file, or its id on a hub.
-        calibration: token ids, or None; whether other data are the same cannot be checked cheaply.
-        passes: the spelling of the pipeline.
+    None for data other than token ids: whether they are the same cannot be checked cheaply.
     """
     if calibration is not None and not isinstance(calibration, torch.Tensor):
         return None
     folder = Path(source)
-    paths = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    data = None if calibration is None else hashlib.sha256(calibration.cpu().numpy().tobytes()).hexdigest()
-    return json.dumps([str(folder.resolve() if folder.exists() else source), files, data, passes, torch.__version__])
+    paths = [folder] if folder.is_file() else sorted(path for path in folder.glob("*") if path.is_file())
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns, _small_digest(path)) for path in paths]
+    data = None
+    if calibration is not None:
+        digest = hashlib.sha256(calibration.cpu().contiguous().numpy().tobytes()).hexdigest()
+        data = [digest, str(calibration.dtype), list(calibration.shape)]
+    name = str(folder.resolve() if folder.exists() else source)
+    return json.dumps([name, files, data, passes, package_versions()])
+
+
+def _small_digest(path: Path) -> str:
+    """Digest of a file that holds no weights: an edited config keeps its size, and may keep its time."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.stat().st_size < _SMALL_FILE else ""

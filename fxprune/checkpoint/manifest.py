@@ -52,13 +52,7 @@ _SAVE_AGAIN = "Save the model again"
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A file of weights, as it was written.
-
-    Args:
-        size: in bytes.
-        sha256: of the whole file.
-        tensors: shape by name.
-    """
+    """A file of weights as it was written: bytes, SHA-256 of the whole file, and the shape of each tensor."""
 
     size: int
     sha256: str
@@ -76,8 +70,6 @@ class Manifest:
         files: SHA-256 of each other file that was written, by name.
         plan: the plan as plain data in manifests of earlier releases; now it is in ``plan.json``.
         report: the report as plain data in manifests of earlier releases; now it is in ``report.json``.
-        versions: of the packages that wrote it.
-        format: of this file.
     """
 
     source: Mapping[str, Any]
@@ -90,15 +82,10 @@ class Manifest:
     format: int = _FORMAT
 
     def to_json(self) -> str:
-        """Return the manifest as a JSON document."""
         return json.dumps({name: value for name, value in asdict(self).items() if value is not None}, indent=1)
 
     def read_plan(self, folder: Path) -> Plan | None:
-        """Read the plan of the checkpoint in a folder; None if it was saved without one.
-
-        Raises:
-            CheckpointError: the file is missing or is no plan.
-        """
+        """Read the plan of the checkpoint in a folder; None if it was saved without one."""
         text = self._text(folder, PLAN, self.plan)
         try:
             return None if text is None else Plan.from_json(text)
@@ -106,11 +93,7 @@ class Manifest:
             raise CheckpointError(str(error), where=str(self._place(folder, PLAN)), remedy=_SAVE_AGAIN) from error
 
     def read_report(self, folder: Path) -> Report | None:
-        """Read the report of the checkpoint in a folder; None if it was saved without one.
-
-        Raises:
-            CheckpointError: the file is missing or is no report.
-        """
+        """Read the report of the checkpoint in a folder; None if it was saved without one."""
         text = self._text(folder, REPORT, self.report)
         try:
             return None if text is None else Report.from_dict(json.loads(text))
@@ -219,16 +202,11 @@ def has_user_card(folder: Path) -> bool:
 
 
 def _is_loaded(name: str) -> bool:
-    """Whether a loader looks for a file of that name by itself."""
     return name.endswith(_LOADED_ENDINGS) or name in _LOADED_NAMES
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Check that the files beside the weights are as they were written, and that there are no others a loader uses.
-
-    Raises:
-        CheckpointError: a file is missing, was changed, or does not belong; names it.
-    """
+    """Check that the files beside the weights are as they were written, and that there are no others a loader uses."""
     for name, digest in manifest.files.items():
         if name in (CARD, PAGE):
             continue
@@ -246,16 +224,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def check_weights(folder: Path, weights: Mapping[str, WeightFile], *, digests: bool) -> None:
-    """Check that weight files are those the manifest was written for.
-
-    Args:
-        folder: the checkpoint.
-        weights: from its manifest.
-        digests: compare every byte; else sizes, names and shapes.
-
-    Raises:
-        CheckpointError: a file is missing, truncated or holds something else.
-    """
+    """Check that weight files are those the manifest was written for: every byte, or sizes, names and shapes alone."""
     where = str(folder / MANIFEST)
     if not weights:
         raise CheckpointError("it lists no weight file", where=where, remedy=_SAVE_AGAIN)

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import transformers
 from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from fxprune.emit.structure import stock_class, stock_config
 from fxprune.modelling import block_config, blocks, layerwise, overrides, table_rows
@@ -39,17 +40,26 @@ def write_modelling(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     (folder / f"{MODELLING}.py").write_text(text, encoding="utf-8")
     classes = {"AutoConfig": config.__name__}  # engines read the first entry
     classes |= {} if inner is None else {"AutoModel": inner[0]}
-    classes |= {"AutoModelForCausalLM": stock.__name__}
+    classes |= dict.fromkeys(_auto_classes(stock), stock.__name__)
     return {loader: f"{MODELLING}.{name}" for loader, name in classes.items()}
 
 
-def _modelling(model: str, config: str, base: tuple[str, str] | None = None) -> str:
-    """Return the text of a modelling file.
+def _auto_classes(stock: type[PreTrainedModel]) -> list[str]:
+    """Names of the Auto classes of transformers that load a class, the one for its task last."""
+    found = []
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(getattr(auto, "_model_mapping", None), "_model_mapping", None)
+        if isinstance(auto, type) and isinstance(mapping, dict):  # names, where a lazy mapping would import every class
+            named = (names if isinstance(names, tuple | list) else (names,) for names in mapping.values())
+            found += [name] if any(stock.__name__ in names for names in named) else []
+    tasks = [name for name in found if name != "AutoModelForPreTraining"]
+    return tasks or found
 
-    Args:
-        model: name of the stock class.
-        config: name of its config class.
-        base: name of the class of the inner model, and its module path in the model.
+
+def _modelling(model: str, config: str, base: tuple[str, str] | None = None) -> str:
+    """Return the text of a modelling file for a stock class and its config class.
+
+    ``base`` is the class of the inner model, and its module path in the model.
     """
     source = "\n\n".join(_without_own_imports(module) for module in _SOURCES)
     text = f'''from __future__ import annotations

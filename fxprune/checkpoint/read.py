@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,23 +28,26 @@ LOADING: Mapping[str, Any] = {"output_loading_info": True, "ignore_mismatched_si
 """Options with which ``from_pretrained`` of transformers returns what :func:`require_all_weights` takes."""
 
 
-def require_all_weights(source: str | os.PathLike[str], info: Mapping[str, Any]) -> None:
-    """Refuse a model in which transformers initialised weights that the files lack.
-
-    Args:
-        source: the folder or file it was loaded from.
-        info: the loading info of transformers.
-
-    Raises:
-        CheckpointError: weights are missing, or of another shape than the config says.
-    """
-    for fault, key in (("missing", "missing_keys"), ("of another shape than its config says", "mismatched_keys")):
-        names = sorted(name if isinstance(name, str) else name[0] for name in info.get(key) or ())
+def require_all_weights(source: str | os.PathLike[str], info: Mapping[str, Any], model: PreTrainedModel) -> None:
+    """Refuse a model in which transformers initialised weights that the files lack, by its loading info."""
+    loaded = {_number_free(name) for name in model.state_dict()}
+    surplus = [name for name in info.get("unexpected_keys") or () if _number_free(name) in loaded]
+    faults = (
+        ("missing", info.get("missing_keys") or (), "Download it or save it again, with all its weights"),
+        ("of another shape than its config says", info.get("mismatched_keys") or (), "Save it again with its config"),
+        ("of a block that its config does not have", surplus, "Correct the number of layers in its config.json"),
+    )
+    for fault, found, remedy in faults:
+        names = sorted(name if isinstance(name, str) else name[0] for name in found)
         if names:
             others = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
             line = f"cannot be loaded: {names[0]}{others} {'are' if others else 'is'} {fault}"
-            remedy = "Download it or save it again, with all its weights"
             raise CheckpointError(line, where=os.fspath(source), remedy=remedy)
+
+
+def _number_free(name: str) -> str:
+    """A name of a weight without the numbers of blocks."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 _ATTEMPTS = 20
@@ -110,16 +114,12 @@ def _load(
     _check_plan(path, slim, manifest)
     read: Any = slim.from_pretrained
     model, info = read(path, config=config, **LOADING, **options)
-    require_all_weights(path, info)
+    require_all_weights(path, info, model)
     return _as_stock(model, stock)
 
 
 def build_empty(folder: str | os.PathLike[str]) -> PreTrainedModel:
-    """Build the model of a folder that :func:`~fxprune.save_pretrained` wrote on ``meta``, without its weights.
-
-    Raises:
-        CheckpointError: the config in the folder is not one that can be loaded.
-    """
+    """Build the model of a folder that :func:`~fxprune.save_pretrained` wrote on ``meta``, without its weights."""
     stock, config = _classes(_local(folder), None)
     with without_storage():
         return _as_stock(pruned_class(stock, type(config))(config), stock)
@@ -174,11 +174,7 @@ def _classes(path: Path, model_class: type[PreTrainedModel] | None) -> tuple[typ
 
 
 def _check_plan(path: Path, slim: type[PreTrainedModel], manifest: Manifest) -> None:
-    """Check that the plan left as many indices as the model has.
-
-    Raises:
-        CheckpointError: it is the plan of another model.
-    """
+    """Check that the plan left as many indices as the model has."""
     plan = manifest.read_plan(path)
     error = None if plan is None else next(_plan_errors(plan, _built_shapes(path / "config.json", slim)), None)
     if error is not None:
@@ -203,11 +199,7 @@ _EDITED = (LookupError, TypeError, ValueError, AttributeError)
 
 
 def _built_shapes(file: Path, slim: type[PreTrainedModel]) -> dict[str, Shape]:
-    """Shapes of the model that a config describes.
-
-    Raises:
-        CheckpointError: none can be built from it.
-    """
+    """Shapes of the model that a config describes."""
     data = parse_config(file.read_text(encoding="utf-8"))
 
     def build() -> PreTrainedModel:

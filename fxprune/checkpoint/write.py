@@ -58,10 +58,8 @@ def model_card(model: PreTrainedModel, work: Path, folder: Path, manifest: Manif
     """Return the text of the model card.
 
     Args:
-        model: the slim model.
-        work: where its files were written.
+        work: where the files of the slim model were written.
         folder: the checkpoint as the reader will name it.
-        manifest: of the checkpoint.
         report: of the prune; None if it is not known.
     """
     source = str(getattr(model.config, "_name_or_path", "") or "")
@@ -165,16 +163,7 @@ def save_pretrained(
 
 
 def write_folder(folder: str | os.PathLike[str], fill: Callable[[Path], object], *, force: bool = False) -> None:
-    """Fill a new folder and put it in the place of ``folder`` in one step; files of the user are kept.
-
-    Args:
-        folder: where to.
-        fill: called with the new folder.
-        force: whether ``folder`` may hold something else.
-
-    Raises:
-        CheckpointError: it holds something else, or nothing can be written there.
-    """
+    """Fill a new folder and put it in the place of ``folder`` in one step; files of the user are kept."""
     target = check_place(folder, force=force)
     with _wrap_disk_errors(folder), staging_folder(target) as work:
         with sync_writes(work):
@@ -223,11 +212,7 @@ def _fill(
 
 @contextmanager
 def _wrap_disk_errors(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn errors of the disk into a ``CheckpointError``; the folder is unchanged.
-
-    Raises:
-        CheckpointError: nothing can be written there.
-    """
+    """Turn errors of the disk into a ``CheckpointError``; the folder is unchanged."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -240,11 +225,7 @@ def _wrap_disk_errors(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def check_request(folder: Any, tokenizer: Any, max_shard_size: Any) -> None:
-    """Check the arguments of :func:`save_pretrained` before anything is written.
-
-    Raises:
-        CheckpointError: the folder is not a path, the tokenizer cannot be saved, or the shard size is not a size.
-    """
+    """Check the arguments of :func:`save_pretrained` before anything is written."""
     as_path("folder", folder, error=CheckpointError)
     if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
         raise refuse("tokenizer", tokenizer, "a tokenizer of transformers, or None", CheckpointError)
@@ -256,15 +237,7 @@ def check_request(folder: Any, tokenizer: Any, max_shard_size: Any) -> None:
 
 
 def check_place(folder: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """Resolve the folder of a checkpoint, and check that it may be written.
-
-    Args:
-        folder: as the caller names it.
-        force: whether it may hold something else.
-
-    Raises:
-        CheckpointError: the folder holds something else, or is a file.
-    """
+    """Resolve the folder of a checkpoint, and check that it may be written; with ``force`` it may hold something else."""
     with _wrap_disk_errors(folder):
         target = resolve_target(folder)
         if not force and target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():

@@ -199,12 +199,12 @@ def estimate(
 
 def _quick_passes(options: Mapping[str, Any]) -> tuple[Any, ...]:
     """The passes of a prune with random scores, and without those that need weights or samples."""
-    from fxprune.data.calibration import Calibration
+    from fxprune.recipes.recipe import needs_samples
 
     changes = {"importance": "random", "compensate": "none", "tune": "none", "verify": False, "inplace": False}
     quick = {name: value for name, value in options.items() if name != "memory"} | changes
     passes = fxprune.prune_pipeline(None, **quick).passes
-    if any(step.stage == "select" and Calibration in step.needs for step in passes):
+    if any(step.stage == "select" and needs_samples(step) for step in passes):
         passes = fxprune.prune_pipeline(None, **{**quick, "select": "select-by-ratio"}).passes
     return tuple(step for step in passes if step.name != "emit-model")
 

@@ -110,11 +110,11 @@ def prepare(
         FxpruneError: options contradict each other, the tokenizer is missing, the text is too short, or an argument of
             a pass names something that is missing.
     """
-    from fxprune.data.calibration import Calibration
+    from fxprune.recipes.recipe import needs_samples
 
     bare = fxprune.prune_pipeline(None, **options).passes  # only a file in the recipe gives these samples
     _check_removes(bare)
-    built_in = _reader(bare) is None and any(Calibration in step.needs for step in bare)
+    built_in = _reader(bare) is None and any(map(needs_samples, bare))
     wanted = built_in or text.file is not None or needs_tokenizer
     needed = wanted and not (dry_run and is_config_alone(model, gguf_file))
     instead = "; a prune by weights alone, as with --importance l2, needs none" if built_in else ""

@@ -45,12 +45,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Bypass:
-    """A residual block: its output is its input plus a branch.
-
-    Args:
-        source: name of the node of the input.
-        target: name of the node of the output, which ``source`` replaces if the block is removed.
-    """
+    """A residual block: names of the nodes of its input and of its output, which is the input plus a branch."""
 
     source: str
     target: str
@@ -130,8 +125,7 @@ def _is_branch(branch: fx.Node, stream: fx.Node, place: dict[fx.Node, int]) -> b
 def resolve_experts(stated: Statements) -> dict[Factor, int]:
     """Resolve which factors are experts, and so which axes a softmax freezes and which products are attention.
 
-    Returns:
-        For each factor that must keep more than one unit, the number: the ``k`` of a top-k over it.
+    Returns the number of units that a factor must keep if that is more than one: the ``k`` of a top-k over it.
     """
     solver = stated.solver
     tagged, frozen = solver.tagged_factors(), solver.frozen_factors()
@@ -178,7 +172,6 @@ def _least_units(stated: Statements) -> dict[Factor, int]:
 
 
 def _smallest_size(expr: Expr, least: Mapping[Factor, int], frozen: Mapping[Factor, object]) -> int:
-    """The smallest size that the axis ``expr`` may shrink to."""
     if isinstance(expr, Factor):
         return expr.size if expr in frozen else least.get(expr, 1)
     sizes = [_smallest_size(part, least, frozen) for part in expr.parts]
@@ -199,8 +192,7 @@ class AxisMap:
         unruled: nodes whose op has no rule, with the op.
         modules: module path of each node.
         order: rank of each tensor's first use in the order of execution, a weight before its bias.
-        parameters: names of parameters; the other ``get_attr`` tensors are buffers.
-        buffers: names of buffers.
+        parameters: names of parameters; the other ``get_attr`` tensors are ``buffers``.
         blocks: module paths of the repeated blocks.
         bypasses: for each block that can be removed as a whole, its bypass.
         tied: parameter names that alias another name's tensor, with that name.
@@ -238,7 +230,6 @@ class AxisMap:
     residuals: dict[str, str] = field(default_factory=dict)
 
     def weights(self) -> tuple[str, ...]:
-        """Names of parameters and buffers."""
         return (*self.parameters, *self.buffers)
 
     def keeps_norm_over(self, factor: Factor) -> bool:
@@ -261,8 +252,6 @@ def dependency_graph(traced: Traced | fx.GraphModule, norm: str = "sliced") -> n
     Complexity: linear in the number of graph nodes.
 
     Raises:
-        ArgumentError: ``traced`` is not a traced model.
-        UnknownNameError: ``norm`` is neither.
         PassError: the graph did not come from :func:`fxprune.trace`.
     """
     one_of("norm", norm, NORMS)
@@ -286,27 +275,18 @@ def dependency_graph(traced: Traced | fx.GraphModule, norm: str = "sliced") -> n
 
 @dataclass(frozen=True, eq=False)
 class Dependencies(Fact):
-    """The dependency graph of a graph module, and its solved axes.
-
-    Args:
-        graph: from :func:`dependency_graph`.
-    """
+    """The dependency graph of a graph module, and its solved axes."""
 
     about: ClassVar[Change] = "graph"
     graph: nx.Graph[Axis]
 
     @property
     def axes(self) -> AxisMap:
-        """The solved axes."""
         return axis_map(self.graph)
 
 
 def axis_map(graph: nx.Graph[Axis]) -> AxisMap:
-    """The solved axes of a dependency graph.
-
-    Raises:
-        ArgumentError: ``graph`` is something else.
-    """
+    """The solved axes of a dependency graph."""
     given: Any = graph
     axes = given.graph.get("axes") if isinstance(given, nx.Graph) else None
     if not isinstance(axes, AxisMap):

@@ -39,7 +39,6 @@ def find_axis(graph: nx.Graph[Axis], name: str, dim: int | None = None) -> Axis:
     """Return the axis of a tensor by an abbreviated name.
 
     Args:
-        graph: the dependency graph.
         name: of a tensor: all of it, its end, or the end of its module's path, as in ``layers.3.norm``, for the
             module's weight. A ``*`` stands for any number. The axis may follow in brackets.
         dim: number of the axis; None if the tensor has only one, or ``name`` has it in brackets.
@@ -66,12 +65,7 @@ def find_axis(graph: nx.Graph[Axis], name: str, dim: int | None = None) -> Axis:
 
 
 def find_group(groups: Iterable[Group], name: str) -> Group:
-    """Return a group by its name or the end of it: ``layers.3/mlp``, or ``mlp`` if there is only one.
-
-    Raises:
-        UnknownNameError: no group has this name; suggests the nearest.
-        ArgumentError: the name is ambiguous.
-    """
+    """Return a group by its name or the end of it: ``layers.3/mlp``, or ``mlp`` if there is only one."""
     known = {group.name: group for group in groups}
     found = [name] if name in known else [full for full in known if _ends(full, name)]
     if not found:
@@ -80,7 +74,6 @@ def find_group(groups: Iterable[Group], name: str) -> Group:
 
 
 def _find_tensor(name: str, weights: Collection[str]) -> str:
-    """Return the full name of a parameter or buffer."""
     found = [full for full in weights if _ends(full, name)]
     if not found:
         inside = [full for full in weights if _ends(full.rpartition(".")[0], name)]
@@ -119,14 +112,9 @@ def _has(count: int) -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """One coupling on the path from a trigger to a member.
+    """One coupling on the path from a trigger to a member: an op, at a node, ties the axis ``target`` to ``source``.
 
-    Args:
-        source: an axis.
-        target: the axis that an op couples with it.
-        op: the op.
-        node: name of its node.
-        rule: the rule of the op as text; empty if the coupling is of two names of one tensor.
+    ``rule`` is the rule of the op as text; empty if the coupling is of two names of one tensor.
     """
 
     source: Axis

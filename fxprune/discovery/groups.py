@@ -57,10 +57,6 @@ def as_kinds(name: str, kinds: Any) -> tuple[str, ...]:
     """Return ``kinds``, the argument ``name``, as a tuple; a single kind may stand alone.
 
     The prefix ``exact-`` leaves out groups of a kind that a norm runs over.
-
-    Raises:
-        UnknownNameError: no such kind; suggests the nearest.
-        ArgumentError: there are no kinds, or ``kinds`` is something else.
     """
     if not isinstance(kinds, Collection) or isinstance(kinds, bytes):
         raise refuse(name, kinds, f"one or more of {', '.join(KINDS)}")
@@ -80,14 +76,7 @@ def bare_kind(kind: Any) -> Any:
 
 @dataclass(frozen=True)
 class Member:
-    """An axis of a parameter or buffer that holds units of the group.
-
-    Args:
-        name: of the parameter or buffer.
-        axis: number of the axis.
-        expr: the expression of the axis.
-        trained: whether it is a parameter.
-    """
+    """An axis of a parameter (``trained``) or buffer that holds units of the group, with its expression."""
 
     name: str
     axis: int
@@ -95,7 +84,6 @@ class Member:
     trained: bool = True
 
     def __str__(self) -> str:
-        """The axis by its name, as in ``"embed.weight[1]"``."""
         return f"{self.name}[{self.axis}]"
 
 
@@ -126,7 +114,6 @@ class Group:
     least: int = 1
 
     def __repr__(self) -> str:
-        """The group in a line."""
         return f"<Group {self.name}: {self._summary}>"
 
     def __str__(self) -> str:
@@ -158,31 +145,23 @@ class Group:
 
     @property
     def parameters(self) -> tuple[Member, ...]:
-        """The members that are trained."""
         return tuple(member for member in self.members if member.trained)
 
 
 @dataclass(frozen=True)
 class Groups(Fact):
-    """The groups of a graph.
-
-    Args:
-        all: in order of execution of their triggers.
-    """
+    """The groups of a graph."""
 
     about: ClassVar[Change] = "graph"
     all: tuple[Group, ...] = ()
 
     def __iter__(self) -> Iterator[Group]:
-        """One group after the other."""
         return iter(self.all)
 
     def __len__(self) -> int:
-        """Number of groups."""
         return len(self.all)
 
     def of_kinds(self, kinds: Sequence[str]) -> tuple[Group, ...]:
-        """The groups whose units are of one of ``kinds``."""
         return tuple(group for group in self.all if group.is_of(kinds))
 
 

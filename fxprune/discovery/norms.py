@@ -34,14 +34,7 @@ __all__ = ["NORMS", "KeptNorm", "NormReport", "find_norms"]
 
 @dataclass(frozen=True)
 class ScaledNumber:
-    """A literal argument to multiply by a power of ``n / k``.
-
-    Args:
-        node: name of the node.
-        path: of the argument in the node.
-        power: the power.
-        value: the number in this graph.
-    """
+    """A literal argument, at ``path`` of a node, to multiply by a power of ``n / k``; ``value`` is that in this graph."""
 
     node: str
     path: tuple[Any, ...]
@@ -54,8 +47,6 @@ class ScaledWeight:
     """A parameter or buffer whose ``value + offset`` is multiplied by a power of ``n / k``.
 
     Args:
-        name: its name.
-        power: the power.
         offset: the number that the graph adds to it before multiplying, such as 1.
         reader: name of the node that reads it.
     """
@@ -68,14 +59,7 @@ class ScaledWeight:
 
 @dataclass(frozen=True)
 class KeptNorm:
-    """An average that can equal the one over all units when some are removed, by scaling numbers and weights after it.
-
-    Args:
-        node: name of its node.
-        axes: the axes that it is taken over.
-        numbers: numbers in the graph to scale.
-        weights: weights to scale.
-    """
+    """An average over ``axes`` that can equal the one over all units when some are removed, by scaling after it."""
 
     node: str
     axes: tuple[Expr, ...]
@@ -85,12 +69,7 @@ class KeptNorm:
 
 @dataclass(frozen=True)
 class NormReport:
-    """The averages of a graph.
-
-    Args:
-        kept: those that can be rescaled.
-        reasons: for the others, by node, why not.
-    """
+    """The averages of a graph that can be rescaled, and for the others, by node, why not."""
 
     kept: tuple[KeptNorm, ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
@@ -106,7 +85,6 @@ def find_norms(
     """Find the averages that can be rescaled to equal masking.
 
     Args:
-        graph: the graph.
         averages: those stated by the rules, with the solved axes of each.
         zero: names of the nodes whose masked units are zero where the average is taken.
         owners: for each name of a parameter or buffer of the model, the first name of the same tensor.
@@ -159,12 +137,7 @@ def _reads_values(user: fx.Node) -> bool:
 
 
 class _Walk:
-    """Follows the factor of each average through the graph.
-
-    Args:
-        places: rank of each node in the order of execution.
-        owners: as for :func:`find_norms`.
-    """
+    """Follows the factor of each average through the graph; ``places`` are ranks of nodes in the order of execution."""
 
     def __init__(self, places: Mapping[fx.Node, int], owners: Mapping[str, str]) -> None:
         self.places, self.owners = places, owners
@@ -172,11 +145,7 @@ class _Walk:
         self.weights: list[ScaledWeight] = []
 
     def follow(self, node: fx.Node, average: Average, axes: tuple[Expr, ...]) -> KeptNorm:
-        """Return the numbers and weights to scale for an average.
-
-        Raises:
-            _Lost: nothing can absorb the factor.
-        """
+        """Return the numbers and weights to scale for an average; raises ``_Lost`` if nothing can absorb the factor."""
         self.numbers, self.weights = [], []
         powers = self._begin(node, average)
         pending = {user for start in powers for user in start.users}

@@ -61,11 +61,7 @@ def follow_zeros(
 ) -> ZeroReport:
     """Propagate the values of masked units of every factor through the graph.
 
-    Args:
-        graph: the graph.
-        stated: the statements of all rules.
-        tensors: the solved axes of each tensor.
-        constants: tensors made by the code of the model, which masking does not change.
+    ``constants`` are tensors made by the code of the model, which masking does not change.
 
     Complexity: linear in the number of nodes times the number of factors of an axis.
     """
@@ -154,7 +150,6 @@ class ZeroWalk:
                     self.held[place, factor] = self.numbers(place, factor).union(*written)
 
     def free(self, place: Axis) -> Iterator[Factor]:
-        """The factors of an axis that are not frozen."""
         found = dict.fromkeys(factors(self.tensors[place.tensor][place.dim]))
         return (factor for factor in found if factor not in self.fixed)
 
@@ -165,7 +160,6 @@ class ZeroWalk:
         return self.held.get((place, factor), _ANYTHING)
 
     def count(self, place: Axis, factor: Factor) -> int:
-        """Number of occurrences of ``factor`` in an axis."""
         return sum(found == factor for found in factors(self.tensors[place.tensor][place.dim]))
 
     def places(self, name: str) -> Iterator[Axis]:
@@ -205,7 +199,6 @@ class ZeroWalk:
         return found if moves or found == _ZERO else _zero_or_anything(found)
 
     def by_rule(self, held: Held, factor: Factor) -> Numbers:
-        """As :meth:`result`, if the rule of the op states the values."""
         found = [self.numbers(source, factor) for source in held.sources]
         if held.also is not None:
             return frozenset(held.also).union(*found)

@@ -21,6 +21,8 @@ __all__ = ["Candidate", "candidates_for", "divided_attributes"]
 
 _LARGEST_QUOTIENT = 16
 """Attributes that are quotients of numbers of heads are small; larger ones are widths."""
+_MOST_CANDIDATES = 24
+"""Bounds the time for one choice of shared widths: each is built and run. The likeliest come first."""
 
 
 def divided_attributes(candidate: Candidate, tensors: Collection[str]) -> Iterator[Candidate]:
@@ -30,7 +32,6 @@ def divided_attributes(candidate: Candidate, tensors: Collection[str]) -> Iterat
     may still be that of more heads: one attention kernel infers it from shapes, another reads it.
 
     Args:
-        candidate: one that does not run.
         tensors: names of tensors; the attributes of modules that own one are widths, which are right already.
     """
     owners = {name.rpartition(".")[0] for name in tensors}
@@ -50,16 +51,11 @@ def divided_attributes(candidate: Candidate, tensors: Collection[str]) -> Iterat
             yield dataclasses.replace(candidate, blueprint=dataclasses.replace(candidate.blueprint, attributes=changed))
 
 
-_MOST_CANDIDATES = 24
-"""Bounds the time for one choice of shared widths: each is built and run. The likeliest come first."""
-
-
 @dataclass(frozen=True)
 class Candidate:
     """A blueprint, and its known gaps before it is tried.
 
     Args:
-        blueprint: how to build the model.
         loose: dense names whose shapes the class does not give: attributes were set to fit.
         gaps: the tensors that config fields alone do not reach, in words.
     """
@@ -76,8 +72,8 @@ class _Block:
     Args:
         own: fields in which the dense block already differs from the model's config.
         kind: the class and the axes that change; blocks of one kind are built the same way.
-        rebuilder: builds it again; None if its class cannot be called.
-        pending: the ways to build it that were not asked for yet; their fields are added to ``own``.
+        rebuilder: None if its class cannot be called.
+        pending: the ways that were not asked for yet; their fields are added to ``own``.
     """
 
     own: Mapping[str, int]
@@ -87,13 +83,11 @@ class _Block:
     _found: list[Choice] = field(default_factory=list)
 
     def likeliest(self) -> Choice:
-        """Return the first way to build it; there is always one."""
         if not self._found:
             self._found.append(next(self.pending))
         return self._found[0]
 
     def choices(self) -> list[Choice]:
-        """Return all ways to build it; finding them takes time."""
         self._found.extend(self.pending)
         return self._found
 
@@ -173,12 +167,17 @@ def _candidate(
         lacking = sorted(fields.keys() - dense.keys() - own.keys())
         block_fields.update({path: differing} if differing else {})
         absent.update({path: lacking} if lacking else {})
+    attributes: Patches = {}
+    for path, choice in chosen.items():
+        start = numbers_of(task.model.get_submodule(path)) if choice.as_dense else {}
+        for inner, patch in merged(start, choice.patches).items():
+            attributes[f"{path}.{inner}" if inner else path] = patch
     blueprint = Blueprint(
         fields=fields,
         block_fields=block_fields,
         absent=absent,
         built_at={p: vars(b)[BUILT_AT] for p, (_, b) in task.layout.blocks().items() if BUILT_AT in vars(b)},
-        attributes={**_block_attributes(task, chosen), **around},
+        attributes={**attributes, **around},
         removed=task.removed,
         built_with={name: dense[name] for name in shared.written_afterwards if name in dense},
         written_afterwards=shared.written_afterwards,
@@ -224,12 +223,3 @@ def _adopted(name: str, blocks: Mapping[str, _Block], full: Mapping[str, Mapping
         if rebuilder is None or rebuilder.observe({**fields, name: value}) != rebuilder.observe(fields):
             return None
     return value
-
-
-def _block_attributes(task: EmissionTask, chosen: Mapping[str, Choice]) -> Patches:
-    found: Patches = {}
-    for path, choice in chosen.items():
-        start = numbers_of(task.model.get_submodule(path)) if choice.as_dense else {}
-        for inner, patch in merged(start, choice.patches).items():
-            found[f"{path}.{inner}" if inner else path] = patch
-    return found

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,13 +24,7 @@ __all__ = ["KeptUnits", "combined_inputs", "find_inputs", "remove_blocks"]
 
 
 def remove_blocks(model: PreTrainedModel, removed: Collection[str], layout: Layout) -> None:
-    """Remove blocks from a model and from its config, and renumber the others.
-
-    Args:
-        model: the slim model, with as many blocks as the dense one; changed in place.
-        removed: module paths of the blocks to remove.
-        layout: where blocks are.
-    """
+    """Remove blocks from a model, which is changed in place, and from its config, and renumber the others."""
     for stack in layout.stacks:
         kept = [index for index, path in enumerate(stack.paths()) if path not in removed]
         if len(kept) < len(stack.blocks):
@@ -45,10 +39,8 @@ def _shorten(model: PreTrainedModel, layout: Layout, stack: BlockStack, kept: Se
     if counted:
         keep_blocks(shorter, layout.count_field, layout.depth, kept)
     for new, old in enumerate(kept):
-        move = _Move(whole, shorter, old, new)
-        move.renumber(blocks.get_submodule(str(old)))
-        if counted:
-            move.mark(blocks.get_submodule(str(old)))
+        if old != new or counted:
+            _move(blocks.get_submodule(str(old)), (whole, old), (shorter, new), counted)
     if counted:
         held = [vars(m).get("config") for path in layout.blocks() for m in model.get_submodule(path).modules()]
         configs = {id(config): config for config in (whole, *held) if isinstance(config, PreTrainedConfig)}
@@ -59,60 +51,35 @@ def _shorten(model: PreTrainedModel, layout: Layout, stack: BlockStack, kept: Se
             del blocks[old]
 
 
-@dataclass(frozen=True)
-class _Move:
-    """A block that moves to another index.
+def _move(
+    block: nn.Module, before: tuple[PreTrainedConfig, int], after: tuple[PreTrainedConfig, int], counted: bool
+) -> None:
+    """Set the attributes of a block that hold its index, and record where it was built if its class chooses by index.
 
-    It is built at both indices: an attribute that differs between the two is the index, and a block of another kind
-    shows that its class chooses the kind by index.
-
-    Args:
-        whole: config of all blocks.
-        shorter: config of the kept blocks.
-        old: index before.
-        new: index after.
+    It is built at both indices, from the config of all blocks and from that of the kept ones: an attribute that differs
+    between the two is the index, and a block of another kind shows that its class chooses the kind by index.
     """
+    found: list[nn.Module | None] = []
+    for config, index in (before, after):
+        builder = builder_of(block)
+        built = None if builder is None else build_on_meta(builder, copy.deepcopy(config), index)
+        found.append(None if isinstance(built, Refusal) else built)
+    here, there = found
+    (whole, old), (shorter, new) = before, after
+    numbers, numbers_there = ({} if one is None else take_snapshot(one).numbers for one in found)
 
-    whole: PreTrainedConfig
-    shorter: PreTrainedConfig
-    old: int
-    new: int
+    def follows(path: str, name: str) -> bool:
+        key = (path, name)
+        if key in numbers and key in numbers_there:
+            return (numbers[key], numbers_there[key]) == (old, new)
+        return names_index(name)
 
-    def renumber(self, block: nn.Module) -> None:
-        """Set the attributes that hold the block's index to the new one."""
-        if self.old == self.new:
-            return
-        here, there = self._built(block)
-        before = {} if here is None else take_snapshot(here).numbers
-        after = {} if there is None else take_snapshot(there).numbers
-
-        def follows(path: str, name: str) -> bool:
-            key = (path, name)
-            if key in before and key in after:
-                return (before[key], after[key]) == (self.old, self.new)
-            return names_index(name)
-
-        renumber(block, self.old, self.new, follows)
-
-    def mark(self, block: nn.Module) -> None:
-        """Record on a block where it was built, if its class builds another kind at its new index."""
-        if BUILT_AT in vars(block):
-            return
-        here, there = self._built(block)
-        if here is None or there is None or _kinds(here) == _kinds(there):
-            return
-        plain = {name: value for name, value in vars(self.whole).items() if type(value) in (int, list, tuple)}
-        fields = {name: value for name, value in plain.items() if vars(self.shorter)[name] != value}
-        vars(block)[BUILT_AT] = {"index": self.old, "fields": fields}
-
-    def _built(self, block: nn.Module) -> list[nn.Module | None]:
-        """Return a block like this one built at the old and at the new index; None where its class refuses."""
-        found: list[nn.Module | None] = []
-        for config, index in ((self.whole, self.old), (self.shorter, self.new)):
-            builder = builder_of(block)
-            built = None if builder is None else build_on_meta(builder, copy.deepcopy(config), index)
-            found.append(None if isinstance(built, Refusal) else built)
-        return found
+    renumber(block, old, new, follows)
+    if not counted or BUILT_AT in vars(block) or here is None or there is None or _kinds(here) == _kinds(there):
+        return
+    plain = {name: value for name, value in vars(whole).items() if type(value) in (int, list, tuple)}
+    fields = {name: value for name, value in plain.items() if vars(shorter)[name] != value}
+    vars(block)[BUILT_AT] = {"index": old, "fields": fields}
 
 
 def _kinds(block: nn.Module) -> dict[str, type]:
@@ -137,15 +104,13 @@ def find_inputs(
     Args:
         model: a copy of the dense model on ``meta``, to be thrown away.
         slim: the slim model on ``meta``, before blocks are removed.
-        layout: where the blocks are.
-        kept_units: which units remain.
 
     Returns:
         The entries of :func:`fxprune.modelling.table_rows.select_inputs`, by dense module path.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path, (units, kept) in _shrunk(model, slim, layout, kept_units).items():
-        recorder = _TableRecorder(found.setdefault(path, {}), units, kept)
+        recorder = partial(_record_tables, found.setdefault(path, {}), units, kept)
         model.get_submodule(path).register_forward_pre_hook(recorder, with_kwargs=True)
     run_on_meta(model, samples=_SAMPLES)
     taking = {path: entries for path, entries in found.items() if entries}
@@ -167,49 +132,41 @@ def _shrunk(
         for path, module in model.get_submodule(block).named_modules(prefix=block) if known else ():
             there = vars(twins[path]) if path in twins else {}
             held = [(value, there.get(name)) for name, value in vars(module).items() if type(value) is int]
-            for units, kept in _renumbered(module, known).items():
+            counted = dict(known)  # also among the units that a module of a pruned model selects already
+            for entry in vars(module).get(INPUTS, {}).values():
+                if entry["of"] in known:
+                    left = set(known[entry["of"]])
+                    counted[len(entry["kept"])] = [i for i, unit in enumerate(entry["kept"]) if unit in left]
+            for units, kept in counted.items():
                 if (units, len(kept)) in held:
                     found[path] = (units, list(kept))
                     break
     return found
 
 
-def _renumbered(module: nn.Module, known: Mapping[int, Sequence[int]]) -> dict[int, Sequence[int]]:
-    """Return the units that remain, also counted among those that a module of a pruned model selects already."""
-    found = dict(known)
-    for entry in vars(module).get(INPUTS, {}).values():
-        if entry["of"] in known:
-            left = set(known[entry["of"]])
-            found[len(entry["kept"])] = [i for i, unit in enumerate(entry["kept"]) if unit in left]
-    return found
-
-
-class _TableRecorder:
+def _record_tables(
+    found: dict[str, dict[str, Any]],
+    units: int,
+    kept: list[int],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> None:
     """A forward pre-hook that records the arguments with an axis of units."""
-
-    def __init__(self, found: dict[str, dict[str, Any]], units: int, kept: list[int]) -> None:
-        self.found, self.units, self.kept = found, units, kept
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
-            axis = next(self._axes(value), None) if isinstance(value, torch.Tensor) else None
-            if axis is not None:
-                self.found[name] = {"axis": axis, "of": self.units, "kept": self.kept}
-
-    def _axes(self, value: torch.Tensor) -> Iterator[int]:
-        for size in (_SAMPLES * self.units, self.units):
-            yield from (axis for axis, length in enumerate(value.shape) if length == size)
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+        shape = list(value.shape) if isinstance(value, torch.Tensor) else []
+        axes = [shape.index(size) for size in (_SAMPLES * units, units) if size in shape]
+        if axes:
+            found[name] = {"axis": axes[0], "of": units, "kept": kept}
 
 
 def combined_inputs(
     model: nn.Module, more: Mapping[str, Mapping[str, Mapping[str, Any]]]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Compose the row selections that a model has already with further ones.
+    """Compose the row selections that a model has already with further ones, by module path and argument.
 
-    Args:
-        model: the dense model, itself perhaps a slim one.
-        more: the further selections by module path and argument, counted among the rows that are selected already.
+    The further ones are counted among the rows that are selected already.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path, module in model.named_modules():

@@ -29,13 +29,10 @@ class EmissionTask:
     """A dense model and the shapes wanted of the slim one: the input of the search for a blueprint.
 
     Args:
-        model: the dense model.
-        layout: where its blocks are.
-        rebuilder: builds it again around its blocks.
+        rebuilder: builds the model again around its blocks.
         wanted: shape by dense name of every tensor that remains.
         removed: module paths of the removed blocks.
         kept_units: which units remain in the tables that the model's code makes for all units.
-        epsilons: where the model holds the norm epsilons that change.
     """
 
     model: PreTrainedModel
@@ -78,11 +75,7 @@ class Blueprint(Overrides):
 def rebuild(dense: PreTrainedModel, blueprint: Blueprint, layout: Layout | None = None) -> PreTrainedModel:
     """Build a model of the dense model's class on ``meta`` with the widths and blocks of a blueprint, without weights.
 
-    Args:
-        dense: the dense model, or one of the same config on ``meta``; only its structure and scalar attributes
-            are read.
-        blueprint: what differs.
-        layout: where its blocks are, if known.
+    Of the dense model, which may be on ``meta``, only the structure and scalar attributes are read.
 
     Raises:
         CannotBuildError: the class of a block does not build what the blueprint asks for.

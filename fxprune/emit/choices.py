@@ -41,12 +41,7 @@ class SharedWidths:
 
 
 def shared_widths_for(rebuilder: Rebuilder, wanted: Mapping[str, Shape]) -> list[SharedWidths]:
-    """Return ways to reach the wanted shapes outside the blocks, the likeliest first.
-
-    Args:
-        rebuilder: builds the model around its blocks.
-        wanted: shapes by name outside the blocks.
-    """
+    """Return ways to reach the wanted shapes outside the blocks, the likeliest first."""
     dense = rebuilder.observe({})
     if dense is None:
         return []
@@ -109,7 +104,7 @@ def choices_for(
 
     Args:
         block: the dense block.
-        rebuilder: builds it again; None if its class cannot be called.
+        rebuilder: None if its class cannot be called.
         bases: fields to start from: those that the whole model changes, else none.
         wanted: shapes by name within the block.
         harm: counts the shapes outside the blocks that an assignment of config fields would get wrong.
@@ -147,7 +142,6 @@ class _Ways:
         return take_snapshot(self.block)
 
     def from_base(self, base: Mapping[str, int]) -> Iterator[Choice]:
-        """Yield the choices whose fields extend an assignment."""
         dense = self.rebuilder.observe(base)
         if dense is None:
             return
@@ -180,10 +174,8 @@ class _Ways:
     ) -> list[Choice]:
         """Return choices with the attributes that a block of the wanted sizes has where sizes change.
 
-        Args:
-            base: the assignment that the search started from.
-            here: the assignment that it reached, defaults stated explicitly.
-            partial: the same assignment without restated defaults; the block is built with it.
+        ``here`` is the assignment that the search reached from ``base``, with defaults stated explicitly; ``partial``
+        is the same without restated defaults, and the block is built with it.
         """
         now, module = self.rebuilder.observe(here), self.rebuilder.build(partial)
         if now is None or module is None:
@@ -246,6 +238,5 @@ class _Ways:
 
 
 def shape_gaps(have: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> tuple[str, ...]:
-    """Return the tensors whose shapes differ, in words."""
     names = sorted({name for name, _ in mismatches(have, wanted)})
     return tuple(f"{name}: wanted {wanted.get(name)}, obtained {have.get(name)}" for name in names)

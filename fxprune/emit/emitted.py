@@ -24,7 +24,7 @@ from fxprune.masking.compare import TOLERANCE, compare
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, output_tensors
 from fxprune.removal.plan import kept_of_constants
 from fxprune.removal.removal import Removal, RescaledNumber, scaled_numbers
-from fxprune.trace.inputs import alias_twin, meta_twin
+from fxprune.trace.inputs import alias_twin, meta_twin, written_parameters
 
 __all__ = ["Emitted", "SlimVerifier", "check_own_forward", "emit_from_graph"]
 
@@ -34,13 +34,7 @@ _ROUGH = 2e-2
 
 @dataclass
 class SlimVerifier:
-    """Comparison of emitted models with the slim graph.
-
-    Args:
-        slim: the slim graph.
-        dense: the dense model; not changed. Its storage may be on ``meta``.
-        inputs: keyword inputs of both.
-    """
+    """Comparison of emitted models with the slim graph, on keyword inputs; the dense model may be on ``meta``."""
 
     slim: fx.GraphModule
     dense: PreTrainedModel
@@ -57,12 +51,9 @@ class SlimVerifier:
         """
         if has_meta_weights(self.slim):
             return True
-        own, *others = attention_implementations(candidate)
+        _, *others = attention_implementations(candidate)
         with eval_mode(candidate):
-            got = _outputs(candidate, self.inputs, own)
-            if isinstance(got, Refusal):
-                raise got.error
-            if got is None or not _agree(self._wanted, got):
+            if not self.agrees(candidate):
                 return False
             for name in others:
                 fault = _fault(self._wanted, _outputs(candidate, self.inputs, name))
@@ -77,7 +68,9 @@ class SlimVerifier:
             return True
         with eval_mode(candidate):
             got = _outputs(candidate, self.inputs, attention_implementations(candidate)[0])
-        return isinstance(got, torch.Tensor) and _agree(self._wanted, got)
+        if isinstance(got, Refusal):
+            raise got.error
+        return got is not None and _agree(self._wanted, got)
 
     @cached_property
     def _wanted(self) -> torch.Tensor:
@@ -92,7 +85,7 @@ class SlimVerifier:
         if any(p.is_meta for p in self.dense.parameters()):
             return crashed and run_on_meta(meta_twin(self.dense), implementation=name) is None  # type: ignore[arg-type]
         first, *_ = attention_implementations(self.dense)
-        twin: PreTrainedModel = alias_twin(self.dense)  # type: ignore[assignment]
+        twin: PreTrainedModel = alias_twin(self.dense, written_parameters(self.dense, self.inputs))  # type: ignore[assignment]
         want = _outputs(twin, self.inputs, first)
         return isinstance(want, torch.Tensor) and not _fault(want, _outputs(twin, self.inputs, name))
 
@@ -140,10 +133,8 @@ def check_own_forward(
     epsilons are set where attributes hold them.
 
     Args:
-        slim: the slim graph.
         source: the module that it came from; a copy that shares its parameters is run. On ``meta`` only shapes are
             compared.
-        inputs: keyword inputs of both.
         numbers: numbers of the graph that changed, by the name of a node and the place of the argument.
 
     Raises:
@@ -164,8 +155,7 @@ def check_own_forward(
 
 
 def _compare(slim: fx.GraphModule, source: Source, inputs: Mapping[str, Any]) -> None:
-    """Compare the outputs of a module with those of its graph."""
-    twin = alias_twin(source.model)
+    twin = alias_twin(source.model, written_parameters(source.model, inputs))
     with torch.no_grad(), quiet():
         found = attempt(partial(twin, **inputs))
         if isinstance(found, Refusal):
@@ -216,18 +206,17 @@ class Emitted(Fact):
 def emit_from_graph(
     slim: fx.GraphModule, source: Source, removal: Removal, inputs: Mapping[str, torch.Tensor]
 ) -> Emission:
-    """Emit a model of the source's class that holds the tensors of a slim graph and computes the same.
-
-    Args:
-        slim: the slim graph.
-        source: the dense model it came from; a Hugging Face model.
-        removal: what was removed.
-        inputs: keyword inputs on which graph and model must agree.
-    """
+    """Emit a model of the source's class that holds the tensors of a slim graph and agrees with it on the inputs."""
     dense: PreTrainedModel = source.model if source.dense is None else source.dense  # type: ignore[assignment]
     verifier = SlimVerifier(slim, dense, inputs)
     epsilons = find_epsilons(slim.graph, dense, scaled_numbers(removal.axes, removal.keep))
-    tensors, removed = _tensors(slim, source, removal), removal.removed_blocks
+    removed = removal.removed_blocks
+    tensors = {name: tensor for own, tensor in weights(slim) for name in source.names.get(own, ())}
+    model = source.model
+    for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in named:  # those that the graph does not read come from the dense model
+            if name not in tensors and not within(name, removed):
+                tensors[name] = tensor if source.shares else copy_tensor(tensor)
     with defer_gc(), quiet():  # once around all builds and runs: entering them for each costs more than a small block
         emission = emit(dense, tensors, removed, verifier, _kept_units(slim, removal), epsilons)
     if emission.model is None or not epsilons.values:
@@ -237,17 +226,6 @@ def emit_from_graph(
         # a new verifier: the outputs that the other one caches are of other epsilons
         reads = SlimVerifier(slim, dense, inputs).agrees(emission.model)
     return emission if reads else Emission(None, (f"{next(iter(names))}: its norm does not read its epsilon",))
-
-
-def _tensors(slim: fx.GraphModule, source: Source, removal: Removal) -> dict[str, torch.Tensor]:
-    """Every tensor of the slim model by its dense name; those the graph does not read come from the dense model."""
-    tensors = {name: tensor for own, tensor in weights(slim) for name in source.names.get(own, ())}
-    model = source.model
-    for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
-        for name, tensor in named:
-            if name not in tensors and not within(name, removal.removed_blocks):
-                tensors[name] = tensor if source.shares else copy_tensor(tensor)
-    return tensors
 
 
 def _kept_units(slim: fx.GraphModule, removal: Removal) -> dict[str, dict[int, list[int]]]:

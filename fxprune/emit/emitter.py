@@ -107,7 +107,6 @@ def _same_class(twin: torch.nn.Module) -> PreTrainedModel:
 def _request_errors(
     model: PreTrainedModel, layout: Layout, tensors: Mapping[str, torch.Tensor], removed: tuple[str, ...]
 ) -> Reasons:
-    """Return the errors in a request: blocks or tensors that do not exist or are missing."""
     known = layout.blocks()
     lines = [f"block {path}: not a block of this model" for path in removed if path not in known]
     if removed and layout.count_field is None:
@@ -121,14 +120,7 @@ def _request_errors(
 
 @dataclass(frozen=True)
 class _Emitter:
-    """The search for the first candidate that holds the tensors and agrees.
-
-    Args:
-        task: what is emitted.
-        tensors: by dense name.
-        agrees: the caller's check.
-        runs: runs candidates on ``meta``.
-    """
+    """The search for the first candidate that holds the tensors and passes the caller's check."""
 
     task: EmissionTask
     tensors: Mapping[str, torch.Tensor]

@@ -118,9 +118,7 @@ def epsilon_fields(
     """Return the config field that gives all epsilons their new value and changes nothing else; empty if none does.
 
     Args:
-        model: the dense model.
-        part: the nested config that its blocks are built from; empty for the model's own.
-        epsilons: where the model holds them.
+        part: the nested config that the dense model's blocks are built from; empty for the model's own.
         removed: module paths of the removed blocks.
     """
     pairs = set(epsilons.values.values())
@@ -168,8 +166,6 @@ def enlarged_epsilons(
     Outputs look right even where a small epsilon is wrong; with a large one they do not.
 
     Args:
-        graph: the graph.
-        model: a model that should compute the same.
         epsilons: where they are, by module paths of the dense model.
         names: module paths in ``model``, by those paths.
     """

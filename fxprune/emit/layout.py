@@ -30,12 +30,7 @@ __all__ = ["BlockStack", "Layout", "Rebuilder", "block_rebuilder", "find_layout"
 
 @dataclass(frozen=True)
 class BlockStack:
-    """A module list of blocks.
-
-    Args:
-        path: module path of the list.
-        blocks: the blocks of the dense model.
-    """
+    """A module list of blocks, by its module path."""
 
     path: str
     blocks: tuple[nn.Module, ...]
@@ -187,12 +182,7 @@ def block_rebuilder(
 ) -> Rebuilder | None:
     """Return the rebuilder of one block at its index in the dense model; None if its class cannot be called.
 
-    Args:
-        model: the dense model.
-        layout: where its blocks are.
-        index: the block's index.
-        block: the dense block.
-        own: fields in which the block already differs from the model's config.
+    ``own`` are the fields in which the block already differs from the model's config.
     """
     builder = builder_of(block)
     if builder is None:

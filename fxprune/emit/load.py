@@ -52,10 +52,6 @@ def using_attention(model: PreTrainedModel, implementation: str) -> Iterator[boo
     """Set the attention implementation of a model inside the context; yields whether the model accepts it.
 
     Code that transformers would compile runs eagerly: compiling takes seconds for each shape.
-
-    Args:
-        model: its configs are restored afterwards.
-        implementation: one of those that :func:`attention_implementations` returns.
     """
     held = [(config, vars(config)[_HELD]) for config in configs_of(model) if _HELD in vars(config)]
     try:
@@ -94,7 +90,6 @@ def shape_errors(
     """Return the differences between the tensors of a model and those to be assigned to it, in words.
 
     Args:
-        model: the slim model.
         tensors: tensors by dense name.
         rename: dense names to slim names.
         loose: slim names whose shapes may differ: attributes were set to fit them.
@@ -119,13 +114,9 @@ def missing_modules(model: nn.Module, dense: nn.Module, rename: Rename) -> list[
 def assign_tensors(
     model: PreTrainedModel, dense: PreTrainedModel, tensors: Mapping[str, torch.Tensor], rename: Rename
 ) -> None:
-    """Assign exactly the given tensors to a model; tied names share one parameter.
+    """Assign exactly the given tensors, by dense name, to a slim model on ``meta``; tied names share one parameter.
 
-    Args:
-        model: the slim model on ``meta``, with all modules of the dense one that remain.
-        dense: the dense model; whether a parameter is trained and the mode of each module are copied from it.
-        tensors: tensors by dense name.
-        rename: dense names to slim names.
+    Whether a parameter is trained and the mode of each module are copied from the dense model.
     """
     trained = {name: p.requires_grad for name, p in dense.named_parameters(remove_duplicate=False)}
     wrapped: dict[int, nn.Parameter] = {}
@@ -213,10 +204,7 @@ _NEEDS_STORAGE = "flex_attention"
 class DryRuns:
     """Forward passes of slim models on ``meta``, under the attention implementations that work for the dense model.
 
-    The dense model is run only if a slim one fails, and once per implementation.
-
-    Args:
-        dense: a copy of the dense model on ``meta``, to be thrown away.
+    The dense model, a copy on ``meta`` to be thrown away, is run only if a slim one fails, once per implementation.
     """
 
     def __init__(self, dense: PreTrainedModel) -> None:
@@ -226,12 +214,10 @@ class DryRuns:
         self._dense_works: dict[str, bool] = {}
 
     def failure_of(self, slim: PreTrainedModel, patched: bool = True) -> str | None:
-        """Return why a slim model fails where the dense one runs; None if it does not fail.
+        """Return why a slim model, to be thrown away, fails where the dense one runs; None if it does not fail.
 
-        Args:
-            slim: the model, to be thrown away.
-            patched: whether attributes of its modules were set, which each implementation may read in its own
-                way. A model that its class builds from a config alone is run under its own implementation only.
+        Each implementation may read attributes that were set (``patched``) in its own way. A model that its class
+        builds from a config alone is run under its own implementation only.
         """
         for name in self._names if patched else self._names[:1]:
             found = run_on_meta(slim, implementation=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
@@ -31,17 +32,6 @@ Patches = dict[str, dict[str, Number]]
 """Attributes to set, by module path and name."""
 
 
-def common_path(names: Mapping[str, Shape] | frozenset[str]) -> str:
-    """Path of the smallest module that holds all the named tensors."""
-    paths = [name.split(".")[:-1] for name in names]
-    shared: list[str] = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return ".".join(shared)
-
-
 def numbers_of(module: nn.Module) -> Patches:
     """Integer attributes of a module and its submodules, by module path."""
     found: Patches = {}
@@ -63,12 +53,13 @@ def scope_patches(before: Snapshot, after: Snapshot, wrong: frozenset[Axis]) -> 
         before: the block as it is.
         after: the block under an assignment that gives the wanted sizes on the axes in ``wrong``, whatever it
             does elsewhere.
-        wrong: axes that must change.
 
     Returns:
         Attributes by module path, for modules at or below the smallest one that holds all of ``wrong``.
     """
-    scope = common_path(frozenset(name for name, _ in wrong))
+    paths = [name.split(".")[:-1] for name, _ in wrong]
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    scope = ".".join(parts[0] for parts in shared)
     found: Patches = {}
     for (path, name), value in after.numbers.items():
         inside = not scope or within(f"{path}.", (scope,))
@@ -81,7 +72,6 @@ def leaf_patches(module: nn.Module, wanted: Mapping[str, Shape], skip: tuple[str
     """Attributes of the modules that own a resized tensor, as they follow from the tensor.
 
     Args:
-        module: a block or a model, as it is.
         wanted: shapes by name within ``module``.
         skip: module paths whose subtrees are left alone.
     """
@@ -198,10 +188,6 @@ def carry_over(dense: nn.Module, slim: nn.Module) -> None:
     """Copy floats, flags and plain tensors from the dense model to a slim one: a scale does not follow a head's width.
 
     Buffers that the model adds to a finished block are added to a block that was rebuilt, too.
-
-    Args:
-        dense: the dense model; not changed.
-        slim: a model of the same class, built from other widths.
     """
     twins: dict[str, nn.Module] = dict(slim.named_modules())
     for path, module in dense.named_modules():
@@ -223,15 +209,10 @@ def _is_kept(name: str, value: object, there: Mapping[str, object]) -> bool:
     if isinstance(value, torch.Tensor):
         return True
     if name not in there:
-        return _is_portable(value)
+        if isinstance(value, functools.partial):  # set by the user: copied if it holds no module
+            parts = (*value.args, *value.keywords.values())
+            return inspect.isfunction(value.func) and not any(isinstance(part, nn.Module) for part in parts)
+        return isinstance(value, float | bool | str)
     if name.startswith("_") or is_number(there[name]):
         return False
     return isinstance(value, float | bool | str) or value is None
-
-
-def _is_portable(value: object) -> bool:
-    """Whether an attribute that only the dense module has, set by the user, is safe to copy."""
-    if isinstance(value, functools.partial):
-        parts = (*value.args, *value.keywords.values())
-        return inspect.isfunction(value.func) and not any(isinstance(part, nn.Module) for part in parts)
-    return isinstance(value, float | bool | str)

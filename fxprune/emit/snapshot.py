@@ -52,11 +52,7 @@ def names_in(named: Mapping[str, T], path: str) -> dict[str, T]:
 def slim_name(name: str, removed_blocks: Collection[str]) -> str | None:
     """Name in the slim model of a module or tensor of the dense one; None if it was removed.
 
-    Blocks after a removed one move up.
-
-    Args:
-        name: name in the dense model.
-        removed_blocks: module paths of the removed blocks, such as ``"decoder.3"``.
+    Blocks after a removed one, given by module paths such as ``"decoder.3"``, move up.
     """
     if within(f"{name}.", removed_blocks):
         return None
@@ -109,12 +105,7 @@ def shapes_of(module: nn.Module) -> dict[str, Shape]:
 
 
 def take_snapshot(module: nn.Module, skip: Collection[str] = ()) -> Snapshot:
-    """Return the shapes and scalar attributes of a module.
-
-    Args:
-        module: any module, usually on ``meta``.
-        skip: module paths whose subtrees are left out.
-    """
+    """Return the shapes and scalar attributes of a module, without the subtrees at the paths in ``skip``."""
     modules = [(path, child) for path, child in module.named_modules() if not within(f"{path}.", skip)]
     held = {(path, name): value for path, child in modules for name, value in vars(child).items()}
     held = {key: value for key, value in held.items() if key[1] != "training" and not key[1].startswith("_")}
@@ -196,12 +187,9 @@ def value_of(config: PreTrainedConfig, field: str) -> int | None:
 
 
 def block_entries(config: PreTrainedConfig, total: int, index: int) -> dict[str, int]:
-    """Entries of one block in the config's lists of integers with one entry per block, by field.
+    """Entries of one block in the config's lists of integers with one entry for each of ``total`` blocks, by field.
 
-    Args:
-        config: the config of the model.
-        total: the number of blocks.
-        index: of the block; there are none if it is in another list of blocks, which may be longer.
+    There are none for a block of another list of blocks, which may be longer.
     """
     lists = _lists_by_block(config, total) if index < total else ()
     return {name: value[index] for name, value in lists if all(type(entry) is int for entry in value)}
@@ -212,10 +200,6 @@ def record_reads(config: PreTrainedConfig, build: Callable[[PreTrainedConfig], o
 
     It is given a config whose class records every attribute access. If the constructor refuses such a config, every
     field counts as read.
-
-    Args:
-        config: the config to build from; not changed.
-        build: builds something from a config.
     """
     probe, read, base = copy.deepcopy(config), set[str](), type(config)
 
@@ -239,7 +223,6 @@ def keep_blocks(config: PreTrainedConfig, count_field: str | None, total: int, k
     """Make a config describe the kept blocks only: their count, and every list with one entry per block.
 
     Args:
-        config: changed in place.
         count_field: the field with the number of blocks; empty or None if there is none.
         total: the number of blocks before.
         kept: indices of the blocks that stay, in order.

@@ -29,11 +29,6 @@ def with_companions(rebuilder: Rebuilder, base: Fields, fields: Fields) -> dict[
     A field moves by the ratio of one that has moved in two cases: the config class fills it in from that field where
     it is left out, and it held that value; or moving it restores an integer attribute of a module, such as a quotient
     of both fields, that no longer agrees with the fields.
-
-    Args:
-        rebuilder: builds the module.
-        base: fields that the assignment is compared with.
-        fields: the fields that have moved.
     """
     dense, found = rebuilder.observe(base), dict(fields)
     if dense is None:
@@ -103,10 +98,6 @@ def explicit_fields(rebuilder: Rebuilder, wanted: Snapshot) -> dict[str, int]:
 
     A head width that the class derives from two other fields unless it is given becomes a field of its own:
     the number of heads can then change alone.
-
-    Args:
-        rebuilder: builds the module.
-        wanted: the module built with the defaults.
     """
     found: dict[str, int] = {}
     for name in rebuilder.reads.unset:
@@ -142,11 +133,7 @@ def _value_of_default(rebuilder: Rebuilder, found: Fields, name: str, wanted: Sn
 def minimal(rebuilder: Rebuilder, base: Fields, fields: Fields, optional: Fields) -> dict[str, int]:
     """Return an assignment without the fields that restate a default.
 
-    Args:
-        rebuilder: builds the module.
-        base: fields that stay in any case.
-        fields: the assignment.
-        optional: fields that state a default explicitly; those that change nothing are left out.
+    ``optional`` are the fields that state a default explicitly; those that change nothing are left out.
     """
     kept = {**optional, **fields}
     seen = rebuilder.observe({**base, **kept})
@@ -165,7 +152,6 @@ class Search:
     order leads to the solution; a depth-first search would try each wrong value of one with all values of the others.
 
     Args:
-        rebuilder: builds the module.
         base: fields fixed beforehand.
         wanted: shapes to reach, by name.
         counted: axes that must be right; None for all.

@@ -27,11 +27,6 @@ def stock_check(graph_module: fx.GraphModule, axes: AxisMap, groups: tuple[Group
 
     The slim model is built without storage, so a plan is checked in the time its class takes to be built. Without a
     Hugging Face model every plan passes.
-
-    Args:
-        graph_module: the dense graph.
-        axes: its axes.
-        groups: its groups.
     """
     source = facts_of(graph_module).get(Source)
     if source is None or not is_hugging_face(source.model):

@@ -45,11 +45,7 @@ def pruned_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -
 
 
 def parse_config(text: str) -> dict[str, Any]:
-    """Parse the text of a ``config.json``; transformers writes infinity and NaN as ``{"__float__": "Infinity"}``.
-
-    Raises:
-        ValueError: it is not JSON.
-    """
+    """Parse the text of a ``config.json``; transformers writes infinity and NaN as ``{"__float__": "Infinity"}``."""
 
     def decoded(value: dict[str, Any]) -> Any:
         return float(value["__float__"]) if value.keys() == {"__float__"} else value
@@ -163,7 +159,6 @@ def _build(model: PreTrainedModel, data: Mapping[str, Any], section: Mapping[str
 
 
 def _attributes(model: nn.Module, twin: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the plain attributes that differ, by module path, as JSON values."""
     twins: dict[str, nn.Module] = dict(twin.named_modules())
     found: dict[str, dict[str, Any]] = {}
     for path, module in model.named_modules():

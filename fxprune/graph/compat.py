@@ -88,8 +88,7 @@ A prime larger than any axis of a model, so that it equals no size and no size d
 def fake_mode(fixed: bool = False) -> FakeTensorMode:
     """Fake tensor mode with symbolic sizes allowed.
 
-    Args:
-        fixed: sizes will be numbers, so that torch's cache of op results pays even if it is off for symbolic sizes.
+    If sizes will be numbers (``fixed``), torch's cache of op results pays even if it is off for symbolic sizes.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     mode.cache_enabled = mode.cache_enabled or fixed
@@ -172,10 +171,7 @@ def guards_of(size: torch.SymInt) -> list[tuple[Any, str]]:
     """Return the guards of a trace that the code of the model set, as sympy expressions with their source location.
 
     Guards that torch sets for itself, to choose among memory layouts, do not change results; equations among sizes in
-    the code of its ops do, such as the number of parts of a tensor that is split.
-
-    Args:
-        size: any size of the trace; the guards are those on all sizes.
+    the code of its ops do, such as the number of parts of a tensor that is split. ``size`` may be any size of the trace.
     """
     env = size.node.shape_env
     asked = [(guard.expr, guard.sloc.framework_loc) for guard in env.guards]

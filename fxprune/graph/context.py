@@ -142,16 +142,11 @@ _LONGEST = 300
 
 @dataclass(frozen=True)
 class Refusal:
-    """A foreign function's refusal.
-
-    Args:
-        error: the exception it raised.
-    """
+    """A foreign function's refusal: the exception it raised."""
 
     error: Exception
 
     def __str__(self) -> str:
-        """Return the class of the error and the first line of its message."""
         line = next((line.strip() for line in str(self.error).splitlines() if line.strip()), "")
         shown = line if len(line) <= _LONGEST else f"{line[:_LONGEST].rstrip()} ..."
         return f"{type(self.error).__name__}: {shown}"
@@ -159,7 +154,7 @@ class Refusal:
 
 @contextmanager
 def wrap_errors(where: str, remedy: str, kind: type[FxpruneError] = FxpruneError) -> Iterator[None]:
-    """Turn foreign exceptions into errors of this package; also a decorator.
+    """Turn foreign exceptions into errors of this package, with the exception as cause; also a decorator.
 
     Interrupts and out-of-memory errors pass as they are.
 
@@ -167,9 +162,6 @@ def wrap_errors(where: str, remedy: str, kind: type[FxpruneError] = FxpruneError
         where: the argument, pass or function concerned.
         remedy: advice to the caller if foreign code refused.
         kind: the class of the error.
-
-    Raises:
-        FxpruneError: of the class ``kind``, with the exception as its cause.
     """
     try:
         yield
@@ -192,13 +184,8 @@ def attempt(
     """Call a function and return its result, or its :class:`Refusal`.
 
     An exception counts as a refusal if foreign code raised it: a model's constructor, or the torch or transformers code
-    that it called. An exception raised by a line of this package is a defect and propagates.
-
-    Args:
-        function: runs foreign code, perhaps by way of this package.
-        args: positional arguments.
-        refusals: exceptions that this package raises to refuse on purpose.
-        kwargs: keyword arguments.
+    that it called. An exception raised by a line of this package is a defect and propagates, except those of the classes
+    ``refusals``, which this package raises to refuse on purpose.
     """
     try:
         return call_foreign(function, *args, **kwargs)
@@ -244,10 +231,7 @@ def mark_exporting() -> Iterator[None]:
 
 @contextmanager
 def recompile_lazily() -> Iterator[WeakSet[GraphModule]]:
-    """Generate the Python code of graph modules made in this context only when they are first run.
-
-    Yields the graph modules whose code may not be generated yet.
-    """
+    """Generate the code of graph modules made in this context when they are first run; yields those not yet generated."""
     recompile = GraphModule.recompile
     pending = WeakSet[GraphModule]()
 

@@ -37,9 +37,7 @@ class Work(Fact):
     """Size of the dense graph, and the work of one sample, recorded when the model is traced.
 
     Args:
-        parameters: number of parameters.
         macs: multiply-accumulates of one sample of ``tokens`` tokens.
-        tokens: the sequence length that ``macs`` is for.
         memory: bytes of the parameters.
         model: name of the model and its class.
     """
@@ -52,7 +50,6 @@ class Work(Fact):
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, model: str = "") -> Work:
-        """Count parameters, bytes and MACs of a graph."""
         return cls(
             count_parameters(graph_module), count_macs(graph_module), memory=count_bytes(graph_module), model=model
         )
@@ -66,10 +63,8 @@ def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS) -> int:
     equal calls are counted once. If some are unknown, the graph is run on fake tensors; if the work depends on data, on
     zeros; without weights to run on, the count is unknown and ``2**30 - 1``.
 
-    Args:
-        graph_module: the graph.
-        tokens: length of integer inputs of two axes in a dynamic graph, and of axes tied to it; other inputs keep the
-            traced shape.
+    ``tokens`` is the length of integer inputs of two axes in a dynamic graph, and of axes tied to it; other inputs keep
+    the traced shape.
     """
     ways = (False,) if has_meta_weights(graph_module) else (False, True)
     sizes = ((1, tokens), (None, tokens), (None, None))
@@ -145,11 +140,7 @@ def _chosen(graph: fx.Graph, batch: int | None, tokens: int | None) -> dict[str,
 
 
 def _by_shapes(graph: fx.Graph, chosen: Mapping[str, int]) -> int:
-    """Operations of a graph from the shapes of its values, without running it.
-
-    Raises:
-        Exception: a value is unknown, or an op cannot run on shapes alone.
-    """
+    """Operations of a graph from the shapes of its values, without running it; raises if that is not possible."""
     sizes = _Sizes(chosen)
     known: dict[object, int] = {}
     total = 0
@@ -174,11 +165,7 @@ def _may_count(op: OpOverload) -> bool:
 
 
 class _Sizes:
-    """Values of a graph with numbers for their sizes.
-
-    Args:
-        chosen: numbers by symbol; other sizes are as they were traced.
-    """
+    """Values of a graph with numbers for their sizes: ``chosen`` by symbol, else as they were traced."""
 
     def __init__(self, chosen: Mapping[str, int]) -> None:
         self.chosen = chosen

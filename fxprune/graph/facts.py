@@ -93,18 +93,13 @@ class Facts:
         self._dropped: dict[type[Fact], str] = {}
 
     def __getitem__(self, kind: type[F]) -> F:
-        """Return the fact of class ``kind``.
-
-        Raises:
-            PassError: it is missing; names a pass that gives it, and the one that made it stale.
-        """
+        """Return the fact of class ``kind``; if it is missing, the error names a pass that gives it."""
         found = self.get(kind)
         if found is None:
             raise self.missing(kind)
         return found
 
     def get(self, kind: type[F]) -> F | None:
-        """Return the fact of class ``kind``, or None."""
         view = _readable.get()
         if view is not None and kind not in view[1] and not kind.open:
             raise PassError(
@@ -115,11 +110,9 @@ class Facts:
         return self._held.get(kind)  # type: ignore[return-value]
 
     def __contains__(self, kind: object) -> bool:
-        """Whether a fact of this class is known."""
         return kind in self._held
 
     def __iter__(self) -> Iterator[Fact]:
-        """Yield all facts."""
         return iter(tuple(self._held.values()))
 
     def put(self, fact: Fact) -> None:
@@ -140,7 +133,6 @@ class Facts:
                 self.drop(kind, by)
 
     def copy(self) -> Facts:
-        """Return a copy for a second graph."""
         twin = Facts()
         twin._held, twin._dropped = dict(self._held), dict(self._dropped)
         return twin
@@ -165,11 +157,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Notes(Fact):
-    """Notes for the user about the prune.
-
-    Args:
-        lines: one sentence each, in order.
-    """
+    """Notes for the user about the prune: one sentence each, in order."""
 
     open: ClassVar[bool] = True
 
@@ -191,11 +179,7 @@ class Shaped(Fact):
 
 
 def facts_of(graph_module: fx.GraphModule) -> Facts:
-    """Return the facts about ``graph_module``.
-
-    Raises:
-        PassError: the module did not come from :func:`fxprune.trace`.
-    """
+    """Return the facts about ``graph_module``, which must come from :func:`fxprune.trace`."""
     meta = getattr(graph_module, "meta", None)
     facts = meta.get(_KEY) if isinstance(meta, dict) else None
     if not isinstance(facts, Facts):
@@ -222,11 +206,7 @@ def add_note(graph_module: fx.GraphModule, line: str) -> None:
 
 @dataclass(frozen=True)
 class Blocks(Fact):
-    """The repeated blocks of the model.
-
-    Args:
-        paths: their module paths, in order of definition.
-    """
+    """The repeated blocks of the model: their module paths, in order of definition."""
 
     open: ClassVar[bool] = True
 
@@ -260,7 +240,6 @@ def within(name: str, paths: Iterable[str]) -> bool:
 
 
 def _ancestors(name: str) -> set[str]:
-    """Return the paths of all modules that ``name`` lies below."""
     found, end = set[str](), name.find(".")
     while end >= 0:
         found.add(name[:end])
@@ -281,7 +260,6 @@ class Cut:
     """Pieces cut off a tensor of the model, to restore it; with the slim tensor they take the memory of the whole.
 
     Args:
-        names: the names of the tensor in the model.
         pieces: for each cut axis, in order, the kept positions, the removed ones and the values removed.
         whole: the tensor before the cut, if the cut also changed kept values; there are no pieces then.
     """
@@ -296,7 +274,6 @@ class Source(Fact):
     """The model that a graph was traced from.
 
     Args:
-        model: the model.
         names: for each tensor the graph reads, all its names in the model; none for constants made by its code.
         example_inputs: the keyword inputs that the caller traced with; None if they were made up.
         shares: whether the graph still reads the model's own tensors, so that writing to one writes to the other. A
@@ -315,11 +292,7 @@ class Source(Fact):
 
 @dataclass(frozen=True)
 class Constants(Fact):
-    """The tensors a graph reads that are not parameters or buffers of the model: its code makes them.
-
-    Args:
-        names: in order of first use.
-    """
+    """The tensors a graph reads that its code makes: no parameters or buffers of the model, in order of first use."""
 
     open: ClassVar[bool] = True
 
@@ -342,10 +315,7 @@ def restore_cut(source: Source) -> None:
 
 
 def fork(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Copy the graph and facts of a graph module; the copy shares its tensors.
-
-    Node names are kept. Replacing a tensor of one does not change the other.
-    """
+    """Copy the graph, with its node names, and the facts of a graph module; the copy shares its tensors."""
     twin = fx.GraphModule(dict(weights(graph_module)), copy.deepcopy(graph_module.graph))
     twin.train(graph_module.training)
     facts = facts_of(graph_module).copy()

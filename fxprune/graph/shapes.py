@@ -41,9 +41,6 @@ class ShapedCalls(Fact):
     """The call of each node when its ``node.meta["val"]`` was computed.
 
     A node with the same call on values of the same shapes need not be computed again.
-
-    Args:
-        calls: target and arguments, by name of the node.
     """
 
     open: ClassVar[bool] = True

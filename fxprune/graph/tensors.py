@@ -243,10 +243,6 @@ def find_nonfinite(graph_module: fx.GraphModule) -> str:
 
 
 def require_weights(graph_module: fx.GraphModule, name: str) -> None:
-    """Refuse to run the pass ``name`` on weights without values.
-
-    Raises:
-        PassError: the graph reads a tensor on ``meta``.
-    """
+    """Refuse to run the pass ``name`` on a graph that reads a tensor on ``meta``."""
     if has_meta_weights(graph_module):
         raise PassError("the weights are on meta", where=f"pass {name}", remedy="Load the weights first")

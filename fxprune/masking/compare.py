@@ -53,13 +53,6 @@ class PairedRuns:
 
     Values of the dense run at a node may be used to change the weights that the masked run reads next. Values are freed
     after their last use, so that memory holds those alive at one node, of all batches.
-
-    Args:
-        graph_module: the dense graph.
-        axes: its solved axes.
-        keep: units kept in the masked run.
-        removed_blocks: blocks that the masked run bypasses.
-        batches: keyword inputs of the graph.
     """
 
     def __init__(
@@ -115,12 +108,7 @@ class PairedRuns:
 
 @dataclass(frozen=True, eq=False)
 class BlockOutput:
-    """An output of a block of the masked dense graph.
-
-    Args:
-        block: module path of the block in the dense model.
-        value: the kept part of the output.
-    """
+    """The kept part of an output of a block of the masked dense graph."""
 
     block: str
     value: torch.Tensor
@@ -185,9 +173,7 @@ def slim_by_block(
     """Run the slim graph, each block on the inputs it has in the masked dense one.
 
     Args:
-        graph_module: the slim graph.
         expected: from :func:`masked_by_block`.
-        inputs: keyword inputs of both.
         compare: the measure of a difference.
 
     Returns:
@@ -223,8 +209,7 @@ class Verified(Fact):
     Args:
         error: the largest difference of outputs, and of outputs of blocks if these were compared, relative to the
             largest value or 1; None if nothing could be run.
-        blocks: the largest difference of an output of each block, by its module path in the dense model; empty if
-            blocks were not compared.
+        blocks: the largest difference of an output of each block, by its module path in the dense model.
     """
 
     about: ClassVar[Change] = "weights"
@@ -297,11 +282,7 @@ def find_divergence(
 
 
 def require_equal(error: float, where: str) -> None:
-    """Refuse an ``error`` above :data:`TOLERANCE`.
-
-    Raises:
-        VerificationError: names the difference and ``where`` it begins.
-    """
+    """Refuse an ``error`` above :data:`TOLERANCE`, which begins at ``where``."""
     if not error <= TOLERANCE:
         raise VerificationError(
             f"slim and masked outputs differ by {error:.2e}, more than {TOLERANCE:.0e}",

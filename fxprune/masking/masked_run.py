@@ -47,12 +47,9 @@ class UntouchedRun(fx.Interpreter):
     def run_nodes(
         self, inputs: Iterable[Any], visit: Callable[[fx.Node, Any], Any], until: fx.Node | None = None
     ) -> Any:
-        """Run node by node and return the last value; values are freed after their last use.
+        """Run node by node, up to ``until``, and return the last value; values are freed after their last use.
 
-        Args:
-            inputs: of the graph, in order.
-            visit: called with a node and its value; returns the value that the run continues with.
-            until: the last node to run.
+        ``visit`` is called with each node and its value, and returns the value that the run continues with.
         """
         self.args_iter = iter(inputs)
         value = None
@@ -65,7 +62,6 @@ class UntouchedRun(fx.Interpreter):
         return value
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return an input, or a copy of it if an op writes to it."""
         return self._copied(str(target), super().placeholder(target, args, kwargs))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -109,11 +105,9 @@ class PreciseRun(UntouchedRun):
     """An interpreter that runs a graph in at least float32, whatever the dtypes of its weights and casts."""
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return an input in at least float32 if it is floating point."""
         return map_tensors(super().placeholder(target, args, kwargs), at_least_float32)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return a weight in at least float32 if it is floating point."""
         value = super().get_attr(target, args, kwargs)
         return at_least_float32(value) if isinstance(value, torch.Tensor) else value
 
@@ -133,15 +127,7 @@ def at_least_float32(value: torch.Tensor) -> torch.Tensor:
 
 
 class MaskedRun(PreciseRun):
-    """An interpreter that runs the dense graph with removed units zeroed and removed blocks bypassed.
-
-    Args:
-        graph_module: the dense graph.
-        axes: its solved axes.
-        keep: the kept units.
-        removed_blocks: blocks to bypass.
-        garbage_collect_values: free each value after its last use.
-    """
+    """An interpreter that runs the dense graph with removed units zeroed and removed blocks bypassed."""
 
     def __init__(
         self,
@@ -297,7 +283,6 @@ def _size_in(expr: Expr, size: int) -> dict[Factor, int]:
 
 
 def _resized(expr: Expr, sizes: Mapping[Factor, int]) -> Expr:
-    """Return ``expr`` with other sizes of factors."""
     if isinstance(expr, Factor):
         size = sizes.get(expr, expr.size)
         return UNIT if size == 1 else Factor(size, expr.uid)
@@ -306,12 +291,7 @@ def _resized(expr: Expr, sizes: Mapping[Factor, int]) -> Expr:
 
 
 class GatedRun(UntouchedRun):
-    """An interpreter that multiplies inputs of matrix products by gates; only the gates get gradients.
-
-    Args:
-        graph_module: the graph.
-        gates: for each gated product, a gate for each input channel: ``(in,)``.
-    """
+    """An interpreter that multiplies inputs of matrix products by a gate for each channel ``(in,)``, which gets gradients."""
 
     def __init__(self, graph_module: fx.GraphModule, gates: Mapping[Consumer, torch.Tensor]) -> None:
         super().__init__(graph_module)
@@ -320,7 +300,6 @@ class GatedRun(UntouchedRun):
             self.gates.setdefault(consumer.node, []).append((consumer, gate))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return a weight that takes no gradient."""
         value = super().get_attr(target, args, kwargs)
         return value.detach() if isinstance(value, torch.Tensor) else value
 
@@ -339,11 +318,6 @@ class GatedRun(UntouchedRun):
 
 
 def spread_gates(gates: torch.Tensor, units: np.ndarray[tuple[int], np.dtype[np.int64]]) -> torch.Tensor:
-    """Return the gate of each position: that of its unit, or 1 for none.
-
-    Args:
-        gates: of all units, ``(units,)``.
-        units: the unit of each position, or -1, ``(size,)``.
-    """
+    """Return the gate of each position: of ``gates`` ``(units,)``, that of its unit; 1 if its unit in ``(size,)`` is -1."""
     index = torch.from_numpy(np.where(units < 0, len(gates), units)).to(gates.device)
     return torch.cat((gates, gates.new_ones(1)))[index]

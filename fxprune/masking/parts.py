@@ -72,7 +72,6 @@ def cut_graph(graph: fx.Graph, cost: Mapping[str, float], limit: float) -> list[
     not cut at all.
 
     Args:
-        graph: the graph.
         cost: of each weight, by name; 0 for others.
         limit: the largest cost of the weights in a part; a single weight above it has a part of its own.
     """
@@ -93,10 +92,7 @@ def cut_graph(graph: fx.Graph, cost: Mapping[str, float], limit: float) -> list[
 def _length(steps: Sequence[tuple[Collection[str], int, bool]], cost: Mapping[str, float], limit: float) -> int:
     """Number of ops in the next part: it ends in its second half by cost, where the fewest numbers are alive.
 
-    Args:
-        steps: for each op the weights it reads, the numbers alive after it, and whether a cut after it is forbidden.
-        cost: of each weight.
-        limit: the largest cost of a part.
+    ``steps`` are for each op the weights it reads, the numbers alive after it, and whether a cut after it is forbidden.
     """
     read, reach = set[str](), dict[int, float]()
     for count, (names, _, forbidden) in enumerate(steps, start=1):
@@ -176,8 +172,6 @@ class PartRuns:
     """Samples on their way through the parts of a graph.
 
     Args:
-        graph_module: the graph.
-        parts: from :func:`cut_graph`.
         samples: the inputs of each sample, by name.
         reached: names of weights whose gradients are wanted.
         precise: compute in at least float32, whatever the dtypes of weights and casts.
@@ -213,9 +207,7 @@ class PartRuns:
     def forward(self, part: Part, watch: Hooks | None = None) -> Iterator[int]:
         """Run a part for each sample and keep the values it gives; yield the number of each sample when it is done.
 
-        Args:
-            part: the first one, or one after a part that :meth:`forward` has run.
-            watch: hooks on nodes.
+        The part is the first one, or comes after one that has run.
         """
         self._load(part, 1)
         for number, values in enumerate(self.values):
@@ -348,15 +340,12 @@ class _PartRun(UntouchedRun):
         return found
 
     def read(self, name: str) -> Any:
-        """Return a weight, from the device that it was fetched to if it was."""
         return self.held[name] if name in self.held else super().read(name)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return a weight, or the tensor to read in its place."""
         return self.weights[target] if target in self.weights else super().get_attr(target, args, kwargs)
 
     def as_input(self, value: Any) -> Any:
-        """Return an input of the graph as the first part takes it."""
         return value
 
 
@@ -364,7 +353,6 @@ class _PrecisePartRun(_PartRun, PreciseRun):
     """The same in at least float32."""
 
     def as_input(self, value: Any) -> Any:
-        """Return an input in at least float32 if it is floating point."""
         return map_tensors(value, at_least_float32)
 
 
@@ -408,16 +396,11 @@ def observe_nodes(
     Values are freed after their last use, so that memory holds those alive at one node, of one batch.
 
     Args:
-        graph_module: the graph.
-        samples: single samples.
         watch: functions called with the value of a node, once for each batch.
         batch: samples that run at once.
         track: shows progress over the batches.
         batch_by_batch: every value of a batch comes before those of the next. If False and weights are prefetched to
             another device, the graph runs in parts, so that they go there once for all batches.
-
-    Raises:
-        CalibrationError: the graph cannot compute the samples.
     """
     batches = list(stacked(samples, graph_module, batch))
     if not batch_by_batch and current_prefetcher() is not None and not written_sources(graph_module.graph):
@@ -447,14 +430,8 @@ class PartwiseModel:
     """A language model that runs part by part, so that its weights in files may exceed memory.
 
     All windows run through one part before the next, so that each weight is read once; values alive between two parts
-    are kept in a temporary folder. A call runs on one batch, and reads all weights for it.
-
-    Args:
-        model: a Hugging Face model that can be traced, or a model that takes only ``input_ids``.
-
-    Raises:
-        TraceError: it cannot be traced.
-        EvaluationError: it takes more than token ids.
+    are kept in a temporary folder. A call runs on one batch, and reads all weights for it. The model must be one that can
+    be traced and takes only ``input_ids``.
     """
 
     def __init__(self, model: Any) -> None:
@@ -474,18 +451,12 @@ class PartwiseModel:
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return device_of(self.graph_module)
 
     def outputs(
         self, windows: Sequence[torch.Tensor], track: Callable[[Iterable[Any], int], Iterable[Any]]
     ) -> Iterator[Any]:
-        """Yield the output of the model for each batch of windows.
-
-        Args:
-            windows: token ids, each ``(batch, tokens)``.
-            track: shows progress over all batches in all parts.
-        """
+        """Yield the output of the model for each batch of windows, token ids ``(batch, tokens)``."""
         found: list[Any] = []
         watch = {node: found.append for node in self.graph_module.graph.nodes if node.op == "output"}
         with tempfile.TemporaryDirectory() as place, offload_to(Path(place), None):

@@ -34,7 +34,6 @@ class TeacherLogits:
     """Top-k log-probabilities of the dense model for a sample.
 
     Args:
-        sample: the sample.
         classes: the likeliest classes at each position, ``(positions, kept)``.
         likelihoods: their log-probabilities, and in the last column that of all other classes together,
             ``(positions, kept + 1)``, in half precision.
@@ -63,11 +62,7 @@ class TeacherBatch:
 
 
 def logits_use_bf16(precision: str, graph_module: fx.GraphModule, sample: Sample, where: str) -> bool:
-    """Whether to run a graph in bfloat16: :func:`fxprune.offload.prefetch.use_bf16` with a trial on a sample.
-
-    Raises:
-        PassError: ``bf16`` was requested, and an op of the graph refuses it.
-    """
+    """Whether to run a graph in bfloat16: :func:`fxprune.offload.prefetch.use_bf16` with a trial on a sample."""
 
     def trial() -> torch.Tensor:
         return run_logits(UntouchedRun(graph_module), batched([sample], graph_module))
@@ -82,15 +77,7 @@ def record_teacher_logits(
     batch: int,
     track: Callable[[Iterable[Any], int], Iterable[Any]],
 ) -> tuple[TeacherLogits, ...]:
-    """Run the dense graph over ``samples`` and return their teacher logits, in order.
-
-    Args:
-        graph_module: the dense graph.
-        samples: single samples.
-        kept: number of classes to keep at each position.
-        batch: samples that run at once.
-        track: shows progress over the batches.
-    """
+    """Run the dense graph over ``samples`` and return their teacher logits, with ``kept`` classes a position, in order."""
     found: dict[int, TeacherLogits] = {}
     batches = list(batch_indices(samples, graph_module, batch))
     with torch.no_grad():
@@ -121,14 +108,10 @@ def teacher_batches(
 
 
 def divergence(logits: torch.Tensor, batch: TeacherBatch) -> torch.Tensor:
-    """Kullback-Leibler divergence from the dense model, in nats per position.
+    """Kullback-Leibler divergence from the dense model, in nats per position, of logits ``(batch, positions, classes)``.
 
     It is taken over the dense model's likeliest classes and one more for all others together, and never exceeds the
     divergence over all classes.
-
-    Args:
-        logits: of the other model, ``(batch, positions, classes)``.
-        batch: log-probabilities of the dense model.
     """
     found: torch.Tensor = _Divergence.apply(logits.float(), batch.classes, batch.likelihoods)  # type: ignore[no-untyped-call]
     return found
@@ -164,11 +147,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def run_logits(run: fx.Interpreter, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Run a graph and return its first output as ``(batch, positions, classes)``.
-
-    Raises:
-        PassError: it has no output with logits for each position.
-    """
+    """Run a graph and return its first output as ``(batch, positions, classes)``."""
     outputs = output_tensors(run.run(*inputs.values()))
     if not outputs or outputs[0].dim() < 2:
         raise PassError(

@@ -16,7 +16,7 @@ from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import parse_pass, pass_names
 from fxprune.pipeline.spelling import read_spelling, spelled_fields
 
-__all__ = ["NONE", "Recipe", "as_recipe", "changed", "made_for", "read_recipe", "recipe_names"]
+__all__ = ["NONE", "Recipe", "as_recipe", "changed", "made_for", "needs_samples", "read_recipe", "recipe_names"]
 
 NONE = "none"
 """Spells that a stage is left out, whatever the recipe has."""
@@ -243,6 +243,12 @@ def made_for(stage: str, choice: Any, **defaults: Any) -> Pass | None:
     if name not in known:
         raise UnknownNameError(stage, name, known, argument=stage)
     return parse_pass(choice, **defaults)
+
+
+def needs_samples(step: Pass) -> bool:
+    """Whether a pass, or one among its arguments, needs calibration samples."""
+    inner = (value for value in vars(step).values() if isinstance(value, Pass))
+    return Calibration in step.needs or any(map(needs_samples, inner))
 
 
 def changed(step: Pass, arguments: Mapping[str, Any]) -> Pass:

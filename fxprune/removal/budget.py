@@ -61,15 +61,8 @@ class Timing:
 def read_timing(phase: str, place: str) -> Timing:
     """Fit time as a function of work to measurements of the dense model and slim ones.
 
-    Times and work are relative to the dense model, case by case; the fixed fraction is the least squares fit.
-
-    Args:
-        phase: one of :data:`PHASES`.
-        place: a JSON file, and after a colon the engine if the file covers several.
-
-    Raises:
-        FxpruneError: no such file, no such table in it, or no slim model in it.
-        UnknownNameError: it covers other engines, or several and none is named.
+    Times and work are relative to the dense model, case by case; the fixed fraction is the least squares fit. ``place``
+    is a JSON file, and after a colon the engine if the file covers several.
     """
     path, engine = Path(place), ""
     if not path.is_file() and ":" in place:  # a colon may also be part of the name of the file
@@ -129,13 +122,7 @@ Counts = Mapping[Factor, float]
 
 
 class Term(NamedTuple):
-    """A term of the cost of a model: a number times the sizes of some axes.
-
-    Args:
-        exprs: the axes.
-        block: the block that it is removed with; None if it stays.
-        each: cost of one element.
-    """
+    """A term of the cost of a model: the cost of one element times the sizes of some axes, removed with its block."""
 
     exprs: tuple[Expr, ...]
     block: str | None
@@ -146,11 +133,7 @@ class Budget:
     """Cost of a model as a function of unit counts.
 
     The cost is a polynomial: the sum of products of sizes of axes. Fractional counts are allowed, so that a ratio can
-    be solved for before rounding.
-
-    Args:
-        terms: of the polynomial.
-        word: name of the counted quantity.
+    be solved for before rounding. ``word`` names the counted quantity.
     """
 
     def __init__(self, terms: Iterable[Term], word: str) -> None:
@@ -163,16 +146,10 @@ class Budget:
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """The terms of the polynomial."""
         return tuple(term for term, *_ in self._terms)
 
     def removed(self, counts: Counts, blocks: Mapping[str, float]) -> float:
-        """The removed cost.
-
-        Args:
-            counts: units left of each factor that shrinks.
-            blocks: for each removed block, the removed fraction of it (1, or less while solving).
-        """
+        """The removed cost, given the units left of each factor that shrinks, and the removed fraction of blocks."""
         gone = 0.0
         for term, touched, size in self._terms:
             share = blocks.get(term.block, 0.0) if term.block is not None else 0.0
@@ -192,10 +169,6 @@ class ParameterBudget(Budget):
 def check_budget(name: str, value: Any) -> str:
     """Return ``value``, the argument ``name``: one of :data:`BUDGETS`, ``bytes@`` and a quantisation, or a phase, ``@``
     and a table.
-
-    Raises:
-        UnknownNameError: no such budget or quantisation, or no such engine in the table.
-        FxpruneError: there is no table of times at that place.
     """
     if not isinstance(value, str):
         return one_of(name, value, BUDGETS)
@@ -210,12 +183,7 @@ def check_budget(name: str, value: Any) -> str:
 
 @dataclass(frozen=True)
 class CacheSize(Fact):
-    """Bytes of the key-value cache for one token, in half precision.
-
-    Args:
-        dense: before the removal.
-        slim: after it.
-    """
+    """Bytes of the key-value cache for one token, in half precision, before the removal and after it."""
 
     dense: int
     slim: int
@@ -240,11 +208,6 @@ def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budge
             bytes on disk with weights of two and more axes at that quantisation and others in float32; or time, as
             ``decode@times.json`` or ``prefill@times.json:onnxruntime``, from measurements: a fixed part, and one
             proportional to weights in decoding and to multiply-accumulates in prefill.
-        graph_module: the graph.
-        axes: its solved axes.
-
-    Raises:
-        PassError: there is nothing to count.
     """
     if name == "macs":
         found = Budget(_work(graph_module.graph, axes), "multiply-accumulates")

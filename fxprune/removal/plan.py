@@ -51,7 +51,6 @@ class Plan:
     norm: str = "sliced"
 
     def __post_init__(self) -> None:
-        """Check the types of all fields."""
         for what, value in (("kept", self.kept), ("sizes", self.sizes)):
             for name, axes in _items(what, value):
                 for axis, held in _items(f"{what}[{name!r}]", axes):
@@ -68,7 +67,6 @@ class Plan:
             raise _no_plan("norm", f"it is {format_value(self.norm)}, not one of {', '.join(NORMS)}")
 
     def __repr__(self) -> str:
-        """A summary in a line."""
         return f"<Plan {self._summary}>"
 
     def __str__(self) -> str:
@@ -111,11 +109,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Return the plan from the output of :meth:`to_json`.
-
-        Raises:
-            PlanError: the text is not such a document.
-        """
+        """Return the plan from the output of :meth:`to_json`."""
         with wrap_errors("plan", _WRITTEN, PlanError):
             data: Any = json.loads(text)
         if not isinstance(data, Mapping):
@@ -163,10 +157,7 @@ def plan_of(axes: AxisMap, keep: Keep, removed_blocks: tuple[str, ...] = ()) -> 
 
 
 def kept_of_constants(axes: AxisMap, keep: Keep) -> dict[str, dict[int, list[int]]]:
-    """Return the kept indices of constants that the model's code makes.
-
-    They are not in a plan, since their names hold for one graph only.
-    """
+    """Return the kept indices of constants, which are not in a plan: their names hold for one graph only."""
     return _kept(axes, keep, axes.constants)
 
 
@@ -287,9 +278,7 @@ class Difference:
         block: module path of the block that they lie in; empty if they are in several, or in none.
         axes: as in ``"mlp.weight[0]"``, relative to the block.
         size: of each axis in the dense model.
-        first: number of indices that only the first plan removes.
-        second: number of indices that only the second plan removes.
-        both: number of indices that both remove.
+        first: number of indices that only the first plan removes, as ``second`` is that of the second, and ``both``.
     """
 
     block: str
@@ -300,7 +289,6 @@ class Difference:
     both: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data."""
         return asdict(self)
 
 

@@ -43,12 +43,7 @@ _MOST_LINES = 6
 
 @dataclass(frozen=True)
 class Scaling:
-    """Scaling of a weight: ``w`` becomes ``(w + offset) factor - offset``.
-
-    Args:
-        factor: the factor.
-        offset: the number that the graph adds to the weight before multiplying.
-    """
+    """Scaling of a weight: ``w`` becomes ``(w + offset) factor - offset``, as the graph adds the offset to the weight."""
 
     factor: float
     offset: float = 0.0
@@ -130,7 +125,6 @@ class Removal(Fact):
 
     Args:
         axes: the solved axes of the graph, before the removal.
-        groups: its groups.
         keep: the kept units of each factor that loses some.
         removed_blocks: module paths of blocks removed as a whole.
         asked: the requested ``ratio`` or ``group_ratio``, for the report.
@@ -163,32 +157,20 @@ class Removal(Fact):
 
 @dataclass(frozen=True, eq=False)
 class Bypassed(Fact):
-    """The first step of a removal is done: removed blocks are bypassed; tensors are whole.
-
-    Args:
-        removal: the removal being applied.
-    """
+    """The first step of a removal is done: removed blocks are bypassed; tensors are whole."""
 
     removal: Removal
 
 
 @dataclass(frozen=True, eq=False)
 class Sliced(Fact):
-    """The second step of a removal is done: tensors are sliced; sizes in the graph are still those before it.
-
-    Args:
-        removal: the removal being applied.
-    """
+    """The second step of a removal is done: tensors are sliced; sizes in the graph are still those before it."""
 
     removal: Removal
 
 
 @dataclass(frozen=True, eq=False)
 class Removed(Fact):
-    """The last step of a removal is done: the graph is slim and can run.
-
-    Args:
-        removal: the removal, in terms of the graph before it.
-    """
+    """The last step of a removal is done: the graph is slim and can run."""
 
     removal: Removal

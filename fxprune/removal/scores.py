@@ -56,11 +56,7 @@ class Scores(Fact):
     source: str = ""
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """Write the scores as safetensors: one float64 tensor for each group.
-
-        Raises:
-            PlanError: the file cannot be written.
-        """
+        """Write the scores as safetensors: one float64 tensor for each group."""
         path = as_path("file", file, error=PlanError)
         with wrap_errors(path, "Choose a file in an existing, writable folder", PlanError):
             tensors = {name: torch.from_numpy(np.ascontiguousarray(row)) for name, row in self.units.items()}
@@ -68,11 +64,7 @@ class Scores(Fact):
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Scores:
-        """Read the scores that :meth:`save` wrote.
-
-        Raises:
-            PlanError: there is no such file, or it holds something else.
-        """
+        """Read the scores that :meth:`save` wrote."""
         path = as_path("file", file, error=PlanError)
         try:
             with safe_open(path, "pt") as opened:
@@ -87,11 +79,7 @@ class Scores(Fact):
         return cls(units, metadata.get("source", ""))
 
     def check(self, groups: Iterable[Group]) -> None:
-        """Check that the scores are of ``groups``; some groups may have none.
-
-        Raises:
-            PlanError: there are scores for an unknown group, or not one for each unit.
-        """
+        """Check that the scores are of ``groups``, one for each unit; some groups may have none."""
         if not isinstance(self.units, Mapping):
             raise PlanError(
                 f"they are {format_value(self.units)}", where="scores", remedy="Use scores of an earlier run"
@@ -110,15 +98,9 @@ class Scores(Fact):
 
 
 def score_groups(groups: Iterable[Group], positions: PositionScores, reduction: str) -> Scores:
-    """Sum position scores to unit scores and reduce them over members.
+    """Sum position scores to unit scores and reduce them over members, by one of :data:`REDUCTIONS`.
 
-    Args:
-        groups: to score.
-        positions: scores of rows and columns of each trained member.
-        reduction: one of :data:`REDUCTIONS`; ``first`` and ``last`` are the first and last member to execute.
-
-    Raises:
-        UnknownNameError: no such reduction.
+    ``first`` and ``last`` are the first and last member to execute.
     """
     if reduction not in REDUCTIONS:
         raise UnknownNameError("reduction", reduction, REDUCTIONS)

@@ -16,7 +16,7 @@ from fxprune.graph.context import Refusal, attempt, quiet
 from fxprune.graph.tensors import computed_tensors
 from fxprune.offload.ranks import check_one_device, check_unsharded
 from fxprune.pipeline.arguments import format_value, refuse
-from fxprune.trace.inputs import alias_twin
+from fxprune.trace.inputs import alias_twin, written_parameters
 
 __all__ = [
     "check_copies",
@@ -50,6 +50,10 @@ def check_model(model: Any) -> None:
         UnsupportedModelError: names the module or parameter.
     """
     _check_module(model)
+    if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
+        raise UnsupportedModelError(
+            "it has adapters beside its weights", where=type(model).__name__, remedy="Call merge_and_unload() first"
+        )
     named = list(model.named_parameters())
     if not named:
         raise UnsupportedModelError("it has no parameters", where=type(model).__name__, remedy="Pass one with weights")
@@ -160,7 +164,7 @@ def check_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     Raises:
         ArgumentError: repeats the error of the model.
     """
-    twin = alias_twin(model)
+    twin = alias_twin(model, written_parameters(model, inputs))
     with quiet(), torch.no_grad():
         found = attempt(twin, **dict(inputs))
     if isinstance(found, Refusal):

@@ -23,7 +23,8 @@ from fxprune.graph.context import quiet
 from fxprune.graph.facts import Fact, facts_of
 from fxprune.graph.shapes import failed_check
 from fxprune.graph.tensors import get_tensor, has_meta_weights, input_tensors, map_tensors, weights
-from fxprune.trace.inputs import alias_twin, free_axes, without_cache
+from fxprune.rules.aliasing import written_sources
+from fxprune.trace.inputs import alias_twin, free_axes, without_cache, written_parameters
 from fxprune.trace.limits import forbid
 
 __all__ = ["Fidelity", "SideBySide", "compare_with_module", "require_gradients", "tolerance"]
@@ -52,6 +53,7 @@ class SideBySide:
         self.graph_module = graph_module
         self.model = model
         self.inputs = make_inputs(graph_module, given, seed=0)
+        self.written = written_parameters(model, self.inputs)
 
     def resized(self, sizes: tuple[int, int]) -> dict[str, Any] | None:
         """Inputs with other sizes; None if the graph does not take them or its sizes are fixed."""
@@ -103,7 +105,7 @@ class SideBySide:
 
     def _record_module_outputs(self) -> list[tuple[str, torch.Tensor]]:
         """The first floating point output of each call of a submodule, in the order in which calls end."""
-        twin = alias_twin(self.model)
+        twin = alias_twin(self.model, self.written)
         outputs: list[tuple[str, torch.Tensor]] = []
 
         def record(path: str, output: Any) -> None:
@@ -118,7 +120,7 @@ class SideBySide:
         return outputs
 
     def _run_module(self, inputs: Mapping[str, Any]) -> tuple[Outputs, dict[int, torch.Tensor]]:
-        twin = alias_twin(self.model)
+        twin = alias_twin(self.model, self.written)
         with _same_randomness(), quiet():
             output = twin(**(without_cache(twin) | _copies(inputs)))
         pairs = zip(self.model.parameters(), twin.parameters(), strict=True)
@@ -126,9 +128,11 @@ class SideBySide:
 
     def _run_graph(self, inputs: Mapping[str, Any]) -> tuple[Outputs, dict[int, torch.Tensor]]:
         aliases: dict[int, torch.Tensor] = {}
-        for _, tensor in weights(self.graph_module):
-            if isinstance(tensor, nn.Parameter) and not tensor.is_inference():
-                aliases[id(tensor)] = tensor.detach().requires_grad_()
+        written = {str(node.target) for node in written_sources(self.graph_module.graph) if node.op == "get_attr"}
+        for name, tensor in weights(self.graph_module):
+            if isinstance(tensor, nn.Parameter) and not tensor.is_inference() and tensor.is_floating_point():
+                alias = tensor.detach().clone() if name in written else tensor.detach()
+                aliases[id(tensor)] = alias.requires_grad_()
             else:
                 aliases[id(tensor)] = tensor.detach().clone()
         with _same_randomness():

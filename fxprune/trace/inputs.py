@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from fxprune.errors import TraceError
-from fxprune.graph.compat import FakeTensorMode, tree_map
+from fxprune.graph.compat import FakeTensorMode, TorchDispatchMode, tree_leaves, tree_map
+from fxprune.graph.context import Refusal, attempt, quiet
 from fxprune.graph.tensors import as_parameter, computed_tensors
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "is_hugging_face",
     "meta_twin",
     "without_cache",
+    "written_parameters",
 ]
 
 BATCH, TOKENS = 2, 7
@@ -123,19 +125,54 @@ def fake_twin(model: nn.Module, mode: FakeTensorMode | None, native: torch.dtype
     return _prepare(_twin(model, empty))
 
 
-def alias_twin(model: nn.Module) -> nn.Module:
+def alias_twin(model: nn.Module, written: Container[str] = ()) -> nn.Module:
     """A copy to run, in evaluation mode, whose parameters share the memory of the model's.
 
     They require gradients, which the model's own parameters do not receive. Buffers, which code may write to, are
     copied.
+
+    Args:
+        model: the model.
+        written: names of parameters to copy, from :func:`written_parameters`.
     """
+    copied = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in written}
 
     def alias(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, nn.Parameter):
             return tensor.detach().clone()
-        return nn.Parameter(tensor.detach(), requires_grad=not tensor.is_inference())
+        value = tensor.detach().clone() if id(tensor) in copied else tensor.detach()
+        return nn.Parameter(value, requires_grad=not tensor.is_inference() and value.is_floating_point())
 
     return _prepare(_twin(model, alias))
+
+
+def written_parameters(model: nn.Module, inputs: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the parameters that ``forward`` writes to, found on ``meta``; all of them if it does not run there."""
+    twin = meta_twin(model).eval()
+    twins = {parameter.untyped_storage()._cdata: name for name, parameter in twin.named_parameters()}
+    on_meta = tree_map(lambda value: value.to("meta") if isinstance(value, torch.Tensor) else value, dict(inputs))
+    with _Writes() as writes, torch.no_grad(), quiet():
+        ran = not isinstance(attempt(twin, **(without_cache(twin) | on_meta)), Refusal)
+    if not ran:
+        return frozenset(name for name, _ in model.named_parameters())
+    return frozenset(name for storage, name in twins.items() if storage in writes.storages)
+
+
+class _Writes(TorchDispatchMode):
+    """Records the storages that ops write to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
+            for argument in func._schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    leaves = tree_leaves(given.get(argument.name))
+                    self.storages |= {x.untyped_storage()._cdata for x in leaves if isinstance(x, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
 
 
 def without_cache(model: Any) -> dict[str, bool]:

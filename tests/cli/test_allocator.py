@@ -31,6 +31,7 @@ def pages(how: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 def test_freed_memory_is_taken_again() -> None:
     assert pages("keep") < pages("as it is") / 5
 

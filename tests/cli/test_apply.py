@@ -26,6 +26,7 @@ def test_a_plan_makes_the_same_model_again(models: Path, tmp_path: Path) -> None
     assert torch.equal(again, slim)
 
 
+@pytest.mark.slow
 def test_a_sibling_loses_the_same_structures_and_keeps_its_own_numbers(models: Path, tmp_path: Path) -> None:
     sibling = AutoModelForCausalLM.from_pretrained(models / "dense")
     with torch.no_grad():

@@ -67,19 +67,27 @@ def test_quiet_and_json_silence_the_rest(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("command", "options", "result"),
     [
-        ("eval", ("--windows", 1), "perplexity"),
+        ("eval", ("--text", "story.txt", "--window", 32), "perplexity"),
         ("bench", SMALL, "each further token, ms"),
         ("generate", ("so it", "--max-new-tokens", 4), ""),
     ],
 )
 def test_quiet_leaves_the_result_of_a_measurement(
-    models: Path, command: str, options: tuple[object, ...], result: str
+    models: Path,
+    command: str,
+    options: tuple[object, ...],
+    result: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("story.txt").write_text("A quiet river runs past the old mill. " * 8)
     code, output, lines = run(command, models / "slim", *options, "-q")
     assert (code, lines) == (0, "") and result in output and output
     assert "loading" in run(command, models / "slim", *options)[2]
 
 
+@pytest.mark.slow
 def test_quiet_leaves_nothing_of_a_command_that_writes(models: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"instruction": f"What is {i} and one?", "output": f"{i + 1}."} for i in range(8)]))

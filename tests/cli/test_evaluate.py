@@ -11,7 +11,7 @@ import pytest
 
 import fxprune
 import fxprune.cli.evaluate
-from fxprune.data.built_in import offline_docstrings
+import fxprune.data.built_in
 from tests.cli.running import refused, run
 
 TEXT = "A quiet river runs past the old mill, and nobody counts the boats on it. " * 8
@@ -51,8 +51,9 @@ def test_built_in_text_is_taken_in_part(models: Path, monkeypatch: pytest.Monkey
         raise fxprune.FxpruneError("seen")
 
     monkeypatch.setattr(fxprune.cli.evaluate, "_measure", measured)
+    monkeypatch.setattr(fxprune.data.built_in, "offline_docstrings", lambda: "some text")
     refused("eval", models / "slim")
-    assert seen.pop("texts") == {"docstrings of Python": offline_docstrings()} and seen.pop("windows") == 64
+    assert seen.pop("texts") == {"docstrings of Python": "some text"} and seen.pop("windows") == 64
     refused("eval", models / "slim", "--windows", 3)
     assert seen["windows"] == 3
 
@@ -85,3 +86,8 @@ def test_texts_and_tasks_are_refused_before_a_model_is_loaded(
     assert "Did you mean 'wikitext2'" in refused("eval", slim, "--text", "wikitext")
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     assert "pip install 'fxprune[eval]'" in refused("eval", slim, "--tasks", "piqa")
+
+
+@pytest.mark.slow
+def test_the_nearest_task_is_suggested(models: Path) -> None:
+    assert "Did you mean 'piqa'" in refused("eval", models / "slim", "--tasks", "arc_easy, piqqa")

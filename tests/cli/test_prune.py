@@ -95,6 +95,7 @@ def test_widths_that_the_config_refuses_save_a_checkpoint_of_ours(folder: str, o
     assert fxprune.from_pretrained(out).config.hidden_size < 48
 
 
+@pytest.mark.slow
 def test_without_a_slim_model_the_graph_is_saved(folder: str, out: Path) -> None:
     code, output = shown("prune", folder, "--out", out, *L2, "--kinds", "head_dim", "--ratio", "0.05")
     assert code == 0 and "torch.export.load" in output, output

@@ -378,7 +378,9 @@ def test_writing_at_positions_passes_the_other_axes(op: str) -> None:
 def test_pruning_experts_of_a_model() -> None:
     model = tiny("qwen2_moe", num_hidden_layers=2)
     before = copy.deepcopy(model.state_dict())
-    result = prune(model, select="select-by-group-ratio{group_ratio=0.4}", importance="l2", kinds=("mlp", "expert"), protect=())
+    result = prune(
+        model, select="select-by-group-ratio{group_ratio=0.4}", importance="l2", kinds=("mlp", "expert"), protect=()
+    )
     assert result.report.verification_error is not None and result.report.verification_error <= TOLERANCE
     assert result.model is not None, result.report.model_reasons
     experts = [p.shape[0] for name, p in result.model.named_parameters() if name.endswith(".mlp.gate.weight")]
@@ -408,7 +410,14 @@ def test_experts_that_a_top_k_needs_are_out_of_reach_of_a_ratio() -> None:
     model = tiny("mixtral", num_hidden_layers=1)
     with pytest.raises(RatioError, match="the largest reachable ratio"):
         prune(model, ratio=0.7, kinds=("expert",), importance="l2", protect=())
-    result = prune(model, select="select-by-group-ratio{group_ratio=0.9}", kinds=("expert",), importance="l2", protect=(), round_to=8)
+    result = prune(
+        model,
+        select="select-by-group-ratio{group_ratio=0.9}",
+        kinds=("expert",),
+        importance="l2",
+        protect=(),
+        round_to=8,
+    )
     assert {kept for _, kept in result.report.widths.values()} == {2}
 
 

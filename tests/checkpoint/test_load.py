@@ -1,0 +1,99 @@
+"""Models loaded by folder: what is refused, and that no code of a folder is run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+import fxprune
+from fxprune.checkpoint.load import load_model, load_tokenizer
+from fxprune.checkpoint.low_memory import request_key
+from fxprune.errors import ArgumentError, CheckpointError, UnsupportedModelError
+from tests.models import tiny, token_ids
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny model as transformers saves it."""
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+def test_a_folder_is_pruned_by_its_path(folder: Path) -> None:
+    result = fxprune.prune(folder, importance="l2", ratio=0.2)
+    assert abs(result.report.achieved - 0.2) < 0.01 and isinstance(result.model, transformers.LlamaForCausalLM)
+
+
+def test_weights_of_blocks_that_the_config_lacks_are_refused(folder: Path) -> None:
+    edit(folder, num_hidden_layers=tiny("llama").config.num_hidden_layers - 1)
+    with pytest.raises(CheckpointError, match=r"more are of a block that its config does not have.*number of layers"):
+        load_model(folder)
+
+
+def test_code_in_a_folder_is_never_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks on a terminal, and a "y" on standard input ran it."""
+    (folder / "own.py").write_text("raise SystemExit('the code of the folder ran')")
+    edit(folder, model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for load in (load_model, load_tokenizer, fxprune.prune):
+        with pytest.raises(CheckpointError):
+            load(folder)
+    with pytest.raises(CheckpointError):
+        fxprune.prune_checkpoint(folder, folder.parent / "slim", importance="l2")
+
+
+def test_a_run_resumes_only_for_the_same_question(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = token_ids(2, 8)
+    key = request_key(folder, ids, "l2")
+    assert key == request_key(folder, ids.clone(), "l2")
+    others = [request_key(folder, ids.view(1, 16), "l2"), request_key(folder, ids.int(), "l2")]
+    others += [request_key(folder, ids, "l1"), request_key(folder, None, "l2")]
+    monkeypatch.setattr("fxprune.checkpoint.low_memory.package_versions", lambda: {"fxprune": "9"})
+    others.append(request_key(folder, ids, "l2"))
+    monkeypatch.undo()
+    before = (folder / "config.json").stat()
+    edit(folder, rms_norm_eps=1e-3)
+    import os
+
+    os.utime(folder / "config.json", ns=(before.st_atime_ns, before.st_mtime_ns))
+    others.append(request_key(folder, ids, "l2"))
+    assert key not in others and len(set(others)) == len(others)
+
+
+def test_a_classifier_comes_back_in_its_own_auto_class(tmp_path: Path) -> None:
+    config = tiny("llama").config
+    config.num_labels, config.pad_token_id = 3, 0
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    result = fxprune.prune(model, importance="l2", kinds="mlp", ratio=0.2)
+    result.save_pretrained(tmp_path / "slim")
+    saved = json.loads((tmp_path / "slim/config.json").read_text())
+    assert "AutoModelForSequenceClassification" in saved["auto_map"] and "AutoModelForCausalLM" not in saved["auto_map"]
+    read: Any = transformers.AutoModelForSequenceClassification.from_pretrained
+    loaded = read(tmp_path / "slim", trust_remote_code=True)
+    ids = token_ids(2, 8)
+    assert (loaded(ids).logits - result.model(ids).logits).abs().max() < 1e-6
+    assert "AutoModelForSequenceClassification" in (tmp_path / "slim/README.md").read_text()
+
+
+def test_options_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="a ratio by kind names the kinds"):
+        fxprune.prune_pipeline(ratio={"head": 0.5}, kinds=("mlp",), importance="l2")
+    with pytest.raises(ArgumentError, match="both name the fraction"):
+        fxprune.prune_pipeline(ratio=0.5, group_ratio=0.2, importance="l2")
+
+
+def test_adapters_are_merged_first() -> None:
+    import peft
+
+    model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedModelError, match=r"Call merge_and_unload\(\) first"):
+        fxprune.prune(model, importance="l2")
