@@ -63,7 +63,11 @@ class FxpruneError(Exception):
         """The message, with each argument spelled by ``spell``."""
         what, remedy = (_MARKED.sub(lambda found: spell(found[1]), part) for part in (self.what, self.remedy))
         where = spell(self.where) if self.argument and self.where == self.argument else self.where
-        text = f"{where}: {what}" if where and not what.startswith((f"{where} ", f"unknown {where} ")) else what
+        text = (
+            f"{where}: {what}"
+            if where and not what.startswith((f"{where} ", f"{where}=", f"unknown {where} "))
+            else what
+        )
         return f"{text}. {remedy}" if remedy else text
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import fx, nn
+from torch import fx
 from transformers import AutoTokenizer
 
 from fxprune.checkpoint import save_pretrained
@@ -47,11 +47,6 @@ class EmitModelPass(Pass):
     drops: ClassVar[tuple[type[Fact], ...]] = (Source,)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Record the model.
-
-        Raises:
-            PlanError: the code of a module that is not a Hugging Face model does not run on the smaller tensors.
-        """
         facts = facts_of(graph_module)
         source, verified = facts[Source], facts.get(VerificationInputs)
         inputs = make_inputs(graph_module, source.example_inputs, 0) if verified is None else verified.values
@@ -65,16 +60,11 @@ class EmitModelPass(Pass):
         emission = emit_from_graph(graph_module, source, facts[Removed].removal, inputs)
         model = emission.model
         if model is not None and source.shares:
-            _become(source.model, model)
+            source.model.__dict__.clear()  # the dense model that the caller holds becomes the slim one
+            source.model.__dict__.update(model.__dict__)
             model = source.model  # type: ignore[assignment]
         facts.put(Emitted(model, emission.reasons))
         return PassResult(graph_module, False)
-
-
-def _become(model: nn.Module, slim: nn.Module) -> None:
-    """Turn the dense model the caller holds into the slim one."""
-    model.__dict__.clear()
-    model.__dict__.update(slim.__dict__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +79,6 @@ class MakeReportPass(Pass):
     gives: ClassVar[tuple[type[Fact], ...]] = (Report,)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Record the report."""
         facts = facts_of(graph_module)
         work, removal = facts[Work], facts[Removed].removal
         verified, emitted, notes = facts.get(Verified), facts.get(Emitted), facts.get(Notes)
@@ -129,12 +118,7 @@ class MakeReportPass(Pass):
 
 @dataclass(frozen=True)
 class Saved(Fact):
-    """The slim model is on disk.
-
-    Args:
-        folder: where.
-        is_stock: whether stock transformers loads it by its config alone.
-    """
+    """The slim model is on disk; ``is_stock`` if stock transformers loads it by its config alone."""
 
     folder: Path
     is_stock: bool
@@ -155,33 +139,22 @@ class SaveCheckpointPass(Pass):
     max_shard_size: int | str = argument("5GB", "The largest file of weights, in bytes or as text.")
 
     def check_arguments(self) -> None:
-        """Check that there is a folder to write to.
-
-        Raises:
-            CheckpointError: there is none, or an argument is of the wrong type.
-        """
         tokenizer = None if isinstance(self.tokenizer, str) else self.tokenizer
         check_request(self.folder or "slim", tokenizer, self.max_shard_size)
         if not self.folder:
             raise CheckpointError("no folder", where=f"pass {self.name}", remedy="Write save-checkpoint{folder=slim}")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Write all of it, or nothing.
-
-        Raises:
-            CheckpointError: there is no slim Hugging Face model, or the folder holds something else.
-        """
         facts = facts_of(graph_module)
+        named = isinstance(self.tokenizer, str)
+        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer) if named else self.tokenizer
         structure = save_pretrained(
             facts[Emitted].require_model(),
             self.folder,
-            self._tokenizer(),
+            tokenizer,
             plan=facts[Removed].removal.plan,
             report=facts[Report],
             max_shard_size=self.max_shard_size,
         )
         facts.put(Saved(Path(self.folder), structure.is_stock))
         return PassResult(graph_module, False)
-
-    def _tokenizer(self) -> Any:
-        return self.tokenizer if not isinstance(self.tokenizer, str) else AutoTokenizer.from_pretrained(self.tokenizer)

@@ -36,7 +36,6 @@ class FindGroupsPass(Pass):
     )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Record the dependency graph and the groups."""
         facts, graph = facts_of(graph_module), dependency_graph(graph_module, self.norm)
         facts.put(Dependencies(graph))
         facts.put(Groups(find_groups(graph)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.random_ops import CHOICES, Picks, op
+from tests.random_ops import Picks, op
 
 if TYPE_CHECKING:
     from tests.random_networks import RandomNet
@@ -17,12 +17,11 @@ LINES: dict[str, bool] = {}
 
 def _put(net: RandomNet, picks: Picks, code: str, **names: object) -> str | None:
     """One of the lines of ``code``, whatever their number is."""
-    lines = [line.strip() for line in code.strip().splitlines()]
-    chosen = lines[(picks.number() + CHOICES * picks.number()) % len(lines)]
+    chosen = picks.many_lines(code)
     asked = {name: make for name, make in names.items() if f"{{{name}}}" in chosen}
     found = net.put(chosen.format(**{name: make() if callable(make) else make for name, make in asked.items()}))
-    for line in lines:
-        LINES.setdefault(line, False)
+    for line in code.strip().splitlines():
+        LINES.setdefault(line.strip(), False)
     LINES[chosen] |= found is not None
     return found
 
@@ -36,7 +35,6 @@ def _axes(net: RandomNet, v: str, picks: Picks) -> tuple[int, int]:
 
 @op
 def turned(net: RandomNet, v: str, picks: Picks) -> None:
-    """Units in another order along an axis: rolled, flipped, turned by a quarter, back again."""
     a, b = _axes(net, v, picks)
     code = """{v}.roll({n}, {a})
         {v}.flip({a})
@@ -55,7 +53,6 @@ def turned(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def windows(net: RandomNet, v: str, picks: Picks) -> None:
-    """Windows along an axis: what is in each is summed, weighed, or an axis of its own."""
     a, _ = _axes(net, v, picks)
     code = """{v}.unfold({a}, 2, 1)
         {v}.unfold({a}, 2, 1).mean(-1)
@@ -100,7 +97,6 @@ def scattered(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def diagonals(net: RandomNet, v: str, picks: Picks) -> None:
-    """A diagonal of two axes that hold the same units, or one made; blocks along a diagonal."""
     n = net[v].shape[-1]
     code = """({v}.mT @ {v}).diagonal(dim1=-2, dim2=-1)
         ({v} @ {v}.mT).diagonal(dim1=-2, dim2=-1)
@@ -123,7 +119,6 @@ def diagonals(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def outer(net: RandomNet, v: str, picks: Picks) -> None:
-    """Each unit times each: of one value, of two, of weights, and joined to one axis."""
     n = net[v].shape[-1]
     code = """torch.outer({v}.flatten(0, -2).mean(0), {p})
         {v}[..., None] * {v}[..., None, :]
@@ -144,7 +139,6 @@ def outer(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def kron(net: RandomNet, v: str, picks: Picks) -> None:
-    """Kronecker products: of weights, of values, of one with the other."""
     n = net[v].shape[-1]
     small = next((d for d in (2, 3) if n % d == 0), 1)
     code = """{v} @ torch.kron({a}, {b})
@@ -163,7 +157,6 @@ def kron(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def norms(net: RandomNet, v: str, picks: Picks) -> None:
-    """Norms and statistics over several axes at once, of any order, that divide or scale or stand alone."""
     a, b = _axes(net, v, picks)
     code = """{v} / ({v}.norm(dim=({a}, {b}), keepdim=True) + 0.1)
         torch.linalg.vector_norm({v}, 3, ({a}, {b}), keepdim=True) * {v}
@@ -190,7 +183,6 @@ def norms(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def grouped_softmax(net: RandomNet, v: str, picks: Picks) -> None:
-    """Units share out a whole, within groups or across them."""
     a, b = _axes(net, v, picks)
     n = net[v].shape[a]
     groups = picks.of([d for d in (2, 3, 4) if n % d == 0 and n > d] or [1])

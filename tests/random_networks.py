@@ -37,16 +37,7 @@ from tests import random_mixes  # noqa: F401  its ops are among OPS from here on
 from tests.oracle import Inputs, axes_of, decide, groups_of, plain_outputs, zeroed
 from tests.random_ops import CHOICES, OPS, ROWS, SIZES, WIDE, WIDTH, Picks
 
-__all__ = [
-    "OPS",
-    "RandomNet",
-    "Record",
-    "check_every_removal",
-    "check_network",
-    "descriptions",
-    "steady",
-    "used_and_cut",
-]
+__all__ = ["RandomNet", "Record", "check_every_removal", "check_network", "descriptions", "steady", "used_and_cut"]
 
 LARGEST, MOST_AXES, MOST_VALUES = 1e3, 5, 4000
 _SHAKE, _MOVED = 1e-5, 1e-3
@@ -57,12 +48,7 @@ RECENT = (0, 0, 0, 0, 0, 1, 1, 1, 2, 3, 4, 5)
 
 @dataclass(frozen=True)
 class Record:
-    """An op and what it shall choose.
-
-    Args:
-        op: a name in :data:`OPS`.
-        picks: small numbers, read in turn, and then zeros.
-    """
+    """An op of :data:`OPS` and small numbers by which it chooses, read in turn, and then zeros."""
 
     op: str
     picks: tuple[int, ...] = ()
@@ -71,21 +57,12 @@ class Record:
 class RandomNet(nn.Module):
     """The network that ``records`` describe: ``x (2, 3, 5)`` and ``ids (2, 3)`` to a tuple of tensors.
 
-    It runs at the other sizes of ``varied`` as well.
-
-    Args:
-        records: what to do, in order.
-        finish: two bits for each output: how it is read out.
-        dtype: of parameters and inputs.
-        varied: which sizes are not fixed: batch, tokens.
+    It runs at the other sizes of ``varied`` (batch, tokens) as well; ``finish`` has two bits for each output: how it is
+    read out.
     """
 
     def __init__(
-        self,
-        records: Sequence[Record],
-        finish: int = 0,
-        dtype: torch.dtype = torch.float32,
-        varied: tuple[bool, bool] = (True, True),
+        self, records: Sequence[Record], finish: int = 0, dtype: torch.dtype = torch.float32, varied: Any = (True, True)
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
@@ -114,7 +91,6 @@ class RandomNet(nn.Module):
         return {"x": self._draw(*sizes, WIDTH), "ids": ids % ROWS}
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor) -> Any:
-        """What the lines compute."""
         return self._forward(self, x, ids)
 
     def __repr__(self) -> str:
@@ -258,9 +234,6 @@ def descriptions(most: int = 8) -> st.SearchStrategy[tuple[list[Record], int]]:
     return st.tuples(records, st.integers(0, 255))
 
 
-# -------------------------------------------------------------------------------------------------------------- checks
-
-
 def check_every_removal(
     module: nn.Module,
     inputs: Inputs,
@@ -276,16 +249,10 @@ def check_every_removal(
     Zeroing by hand is asked of groups that are not renormalised alone.
 
     Args:
-        module: what to prune.
-        inputs: keyword inputs of its forward.
         others: inputs of other sizes, to run everything at as well, if the graph takes them.
         dynamic: trace with sizes that vary.
         thorough: few, half and nearly all units of each group go, in turn; else one of these.
         accepted: the largest difference of outputs.
-        norm: what becomes of norms over units that go.
-
-    Returns:
-        The dense graph, for further questions.
     """
     module.eval()
     dense = trace(module, inputs, dynamic=dynamic).graph_module
@@ -342,7 +309,6 @@ def _check_removal(
 
 
 def _sliced(dense: fx.GraphModule, keep: Keep) -> fx.GraphModule:
-    """The slim graph, without the pass that works out shapes, which nothing here asks for."""
     work = fork(dense)
     decide(work, keep)
     return Pipeline("bypass-blocks, slice-parameters, rewrite-literals")(work, inplace=True).graph_module
@@ -358,16 +324,10 @@ VARIED = ((True, True), (True, True), (True, False), (False, True))
 
 
 def check_network(records: Sequence[Record], finish: int = 0, form: int = 0) -> tuple[fx.GraphModule, int]:
-    """As :func:`check_every_removal` at two sizes, for a description.
+    """As :func:`check_every_removal` at two sizes, for a description; return also at how many sizes it was run.
 
-    Args:
-        records: what the network does.
-        finish: how it is read out.
-        form: the sizes that vary, one of :data:`VARIED`, and from there on in float32: what that is too coarse for is
-            checked again in float64, which all others are in from the start.
-
-    Returns:
-        The dense graph, and at how many sizes it was run.
+    ``form`` is the sizes that vary, one of :data:`VARIED`, and from there on in float32: what that is too coarse for is
+    checked again in float64, which all others are in from the start.
     """
     varied = VARIED[form % len(VARIED)]
     if form >= len(VARIED):
@@ -387,9 +347,6 @@ def _check(net: RandomNet, accepted: float) -> tuple[fx.GraphModule, int]:
     several = {"others": net.others, "dynamic": True, "thorough": False, "norm": norm}
     dense = check_every_removal(net, net.inputs, accepted=accepted, **several)  # type: ignore[arg-type]
     return dense, 1 if failed_check(dense, net.others) else 2
-
-
-# ------------------------------------------------------------------------------------------------------------ coverage
 
 
 def used_and_cut(dense: fx.GraphModule) -> tuple[set[str], set[str]]:

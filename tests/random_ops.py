@@ -29,16 +29,17 @@ class Picks:
         self._numbers = iter(numbers)
 
     def number(self) -> int:
-        """The next number, 0 once they are used up."""
         return next(self._numbers, 0)
 
     def of(self, items: Sequence[T]) -> T:
-        """One of ``items``."""
         return items[self.number() % len(items)]
 
     def lines(self, text: str) -> str:
-        """One line of ``text``."""
         return self.of([line.strip() for line in text.strip().splitlines()])
+
+    def many_lines(self, text: str) -> str:
+        lines = [line.strip() for line in text.strip().splitlines()]
+        return lines[(self.number() + CHOICES * self.number()) % len(lines)]
 
 
 Op = Callable[["RandomNet", str, Picks], None]
@@ -53,7 +54,7 @@ def op(function: Op) -> Op:
 
 
 def _axis(net: RandomNet, v: str, picks: Picks) -> int:
-    """An axis of ``v``, counted from the last, which comes first."""
+    """An axis of ``v``, counted from the last."""
     return net[v].dim() - 1 - picks.number() % net[v].dim()
 
 
@@ -74,9 +75,6 @@ def _broadcast(a: torch.Size, b: torch.Size) -> bool:
     return all(1 in (m, n) or m == n for m, n in zip(reversed(a), reversed(b), strict=False))
 
 
-# ------------------------------------------------------------------------------------------------------- with weights
-
-
 def _linear(net: RandomNet, v: str, out: int, bias: bool = True) -> str:
     weight, zero = net.weight(out, net[v].shape[-1]), net.weight(out) if bias else "None"
     return net.put(f"F.linear({v}, {weight}, {zero})") or v
@@ -84,7 +82,6 @@ def _linear(net: RandomNet, v: str, out: int, bias: bool = True) -> str:
 
 @op
 def linear(net: RandomNet, v: str, picks: Picks) -> None:
-    """A linear layer, with a bias or without."""
     _linear(net, v, picks.of((WIDE, 8, 24, 6, 4, 16, 9, 2)), picks.of((True, False)))
 
 
@@ -98,7 +95,6 @@ def tied(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def embedding(net: RandomNet, v: str, picks: Picks) -> None:
-    """Rows by number; tied to logits where the numbers say so."""
     width = picks.of((8, 6, net[v].shape[-1], 12))
     table = net.weight(ROWS, width)
     found = net.put(f"F.embedding(ids, {table})")
@@ -148,14 +144,11 @@ ACTIVATIONS = """
 
 @op
 def activate(net: RandomNet, v: str, picks: Picks) -> None:
-    """A function of each element; zero at zero, not zero there, or not even finite."""
-    lines = [line.strip() for line in ACTIVATIONS.strip().splitlines()]
-    net.put(lines[(picks.number() + CHOICES * picks.number()) % len(lines)].format(v=v))
+    net.put(picks.many_lines(ACTIVATIONS).format(v=v))
 
 
 @op
 def scalar(net: RandomNet, v: str, picks: Picks) -> None:
-    """A number beside a value, a cast, a copy."""
     code = """{v} * 2
         {v} + 1
         1 - {v}
@@ -173,7 +166,6 @@ def scalar(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def combine(net: RandomNet, v: str, picks: Picks) -> None:
-    """Two values that broadcast."""
     other = _like(net, v, picks, _broadcast)
     code = """{v} + {w}
         {v} * {w}
@@ -196,16 +188,8 @@ def weigh(net: RandomNet, v: str, picks: Picks) -> None:
     axis = _axis(net, v, picks)
     size, after = net[v].shape[axis], net[v].dim() - 1 - axis
     make = picks.of((net.weight, net.constant))
-    forms = (
-        "{w}",
-        "1 + {w}",
-        "{w}.sigmoid()",
-        "-{w}.exp()",
-        "{w} / {w}.norm()",
-        "{w} * {w}.abs().mean()",
-        "{w}.softmax(0)",
-    )
-    form = picks.of(forms)
+    forms = "{w} | 1 + {w} | {w}.sigmoid() | -{w}.exp() | {w} / {w}.norm() | {w} * {w}.abs().mean() | {w}.softmax(0)"
+    form = picks.of(forms.split(" | "))
     shape = f".view({size}{', 1' * after})" if after else ""
     code = picks.of(("{v} * {w}", "{v} + {w}", "{v} / (1 + {w} ** 2)"))
     net.put(code.format(v=v, w=f"({form.format(w=make(size))}){shape}"))
@@ -236,7 +220,6 @@ def made_weight(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def gated(net: RandomNet, v: str, picks: Picks) -> None:
-    """A feed-forward network, gated or not, fused or not, residual or not."""
     width, hidden = net[v].shape[-1], picks.of((6, 4, 8))
     act, fused, residual = picks.lines("F.silu\nF.relu\ntorch.sigmoid\ntorch.exp"), picks.number(), picks.number()
     if fused % 3 == 0:
@@ -253,7 +236,6 @@ def gated(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def norm(net: RandomNet, v: str, picks: Picks) -> None:
-    """Normalisation over the last axis, or of a group of channels."""
     n = net[v].shape[-1]
     w, b = net.weight(n, positive=True), net.weight(n)
     code = """F.layer_norm({v}, ({n},), {w}, {b})
@@ -277,14 +259,12 @@ def norm(net: RandomNet, v: str, picks: Picks) -> None:
         torch.var_mean({v}, -1, keepdim=True)[1] - {v} * torch.var_mean({v}, -1, keepdim=True)[0].rsqrt()
         F.layer_norm({v}, ({n},), None, {b})
         {v} / {v}.abs().sum(-1, keepdim=True).clamp_min(1e-6)"""
-    lines = code.splitlines()
-    code = lines[(picks.number() + CHOICES * picks.number()) % len(lines)].strip()
+    code = picks.many_lines(code)
     net.put(code.format(v=v, n=n, w=w, b=b, c=net.constant(n) if "{c}" in code else ""))
 
 
 @op
 def conv(net: RandomNet, v: str, picks: Picks) -> None:
-    """A convolution over the tokens, of all channels, of each, or of groups; causal or not."""
     if net[v].dim() != 3:
         return
     width, taps = net[v].shape[-1], picks.of((3, 1, 2))
@@ -297,12 +277,8 @@ def conv(net: RandomNet, v: str, picks: Picks) -> None:
     net.put(f"F.conv1d({pad}, {weight}, {bias}, groups={groups}).transpose(1, 2)")
 
 
-# ---------------------------------------------------------------------------------------------------------- attention
-
-
 @op
 def attention(net: RandomNet, v: str, picks: Picks) -> None:
-    """Attention over the tokens: plain or grouped queries, fused or written out, with softmax or a feature map."""
     if net[v].dim() != 3:
         return
     width, batch, tokens = net[v].shape[-1], *net.sizes(v)[:2]
@@ -388,7 +364,6 @@ def _repeat_keys(net: RandomNet, k: str, v: str, times: int, core: str, form: in
 
 @op
 def latent_attention(net: RandomNet, v: str, picks: Picks) -> None:
-    """Attention with keys and values from a narrow latent, and one rotary key for all heads."""
     if net[v].dim() != 3:
         return
     heads, plain, turned, out, rank = picks.of((2, 4)), picks.of((2, 3)), 2, picks.of((3, 4)), picks.of((6, 4))
@@ -433,7 +408,6 @@ def state_space(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def experts(net: RandomNet, v: str, picks: Picks) -> None:
-    """All experts for all tokens, weighted by a router."""
     width, count, hidden = net[v].shape[-1], picks.of((3, 4)), picks.of((4, 6))
     if net[v].dim() != 3:
         return
@@ -470,7 +444,6 @@ def looked_up(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def rotary(net: RandomNet, v: str, picks: Picks) -> None:
-    """Pairs of channels turned: halves or neighbours, by a table or by its halves."""
     n = net[v].shape[-1]
     if n % 2:
         return
@@ -484,12 +457,8 @@ def rotary(net: RandomNet, v: str, picks: Picks) -> None:
     net.put(picks.lines(code).format(v=v, f=full, h=half, m=n // 2))
 
 
-# ------------------------------------------------------------------------------------------------- products of values
-
-
 @op
 def matmul(net: RandomNet, v: str, picks: Picks) -> None:
-    """Two activations multiplied over an axis they share."""
     same = _like(net, v, picks, lambda a, b: a == b)
     code = """{v} @ {w}.mT
         {v}.mT @ {w}
@@ -508,7 +477,6 @@ def matmul(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def einsum(net: RandomNet, v: str, picks: Picks) -> None:
-    """Letters: with itself, with another value, with a weight."""
     n = net[v].shape[-1]
     same = _like(net, v, picks, lambda a, b: a == b)
     code = """'...d,de->...e', {v}, {m}
@@ -527,19 +495,14 @@ def einsum(net: RandomNet, v: str, picks: Picks) -> None:
     net.put(f"torch.einsum({code.format(v=v, w=same, m=net.weight(n, n), p=net.weight(n))})")
 
 
-# --------------------------------------------------------------------------------------------------------------- axes
-
-
 @op
 def view(net: RandomNet, v: str, picks: Picks) -> None:
-    """An axis split in two or three."""
     axis = _axis(net, v, picks)
     size = net[v].shape[axis]
     divisors = [d for d in (2, 3, 4) if size % d == 0 and size > d]
     if not divisors:
         return
-    outer = picks.of(divisors)
-    sizes = net.sizes(v)
+    outer, sizes = picks.of(divisors), net.sizes(v)
     shape = [*sizes[:axis], outer, size // outer, *sizes[axis + 1 :]]
     code = (
         f"{v}.view({', '.join(map(str, shape))})",
@@ -552,7 +515,6 @@ def view(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def flatten(net: RandomNet, v: str, picks: Picks) -> None:
-    """Neighbouring axes joined."""
     axis = _axis(net, v, picks)
     if axis:
         shape = net.sizes(v)
@@ -564,7 +526,6 @@ def flatten(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def permute(net: RandomNet, v: str, picks: Picks) -> None:
-    """Two axes swapped, or all turned."""
     a, b = _axis(net, v, picks), _axis(net, v, picks)
     order = tuple(reversed(range(net[v].dim())))
     net.put(picks.of((f"{v}.transpose({a}, {b})", f"{v}.movedim({a}, {b})", f"{v}.permute{order}", f"{v}.mT")))
@@ -572,7 +533,6 @@ def permute(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def cut(net: RandomNet, v: str, picks: Picks) -> None:
-    """An axis in parts, each a value of its own, or some put together again."""
     axis, form = _axis(net, v, picks), picks.number()
     sizes = _parts(net[v].shape[axis], picks)
     name = f"p{v}_{len(net.values)}"
@@ -591,7 +551,6 @@ def cut(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def cat(net: RandomNet, v: str, picks: Picks) -> None:
-    """A value beside itself, another, or a constant."""
     axis = _axis(net, v, picks)
     other = _like(net, v, picks, lambda a, b: len(a) == len(b) and a[:-1] == b[:-1])
     at = axis if net[other].shape == net[v].shape else net[v].dim() - 1
@@ -609,7 +568,6 @@ def cat(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def slice_(net: RandomNet, v: str, picks: Picks) -> None:
-    """Part of an axis."""
     axis = _axis(net, v, picks)
     size = net[v].shape[axis]
     run = picks.of((f":{size // 2}", f"{size // 2}:", "1:", ":-1", "::2", "1::2", f"-{size // 2}:", "1:-1"))
@@ -626,7 +584,6 @@ def slice_(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def select(net: RandomNet, v: str, picks: Picks) -> None:
-    """One position of an axis, or all of them in turn."""
     axis = _axis(net, v, picks)
     size = net[v].shape[axis]
     code = (
@@ -640,7 +597,6 @@ def select(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def expand(net: RandomNet, v: str, picks: Picks) -> None:
-    """An axis of copies: new, or along an old one."""
     axis, times = _axis(net, v, picks), picks.of((2, 3))
     shape = net.sizes(v)
     wide, spelled = (f"({', '.join(map(str, s))},)" for s in ([*shape[:axis], times, *shape[axis:]], shape))
@@ -663,12 +619,8 @@ def expand(net: RandomNet, v: str, picks: Picks) -> None:
     net.put(picks.of(code))
 
 
-# --------------------------------------------------------------------------------------------------- along one axis
-
-
 @op
 def reduce(net: RandomNet, v: str, picks: Picks) -> None:
-    """A statistic over an axis, kept as an axis of 1 or dropped, or set against the value."""
     axis, kept = _axis(net, v, picks), picks.of((True, False))
     name = picks.of(("sum", "mean", "amax", "norm", "var", "logsumexp", "std", "prod", "amin", "argmax"))
     code = f"{v}.{name}(dim={axis}, keepdim={kept})"
@@ -680,7 +632,6 @@ def reduce(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def scan(net: RandomNet, v: str, picks: Picks) -> None:
-    """Something that looks along an axis."""
     axis = _axis(net, v, picks)
     code = f"""{v}.softmax({axis})
         {v}.cumsum({axis})
@@ -699,7 +650,6 @@ def scan(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def positions(net: RandomNet, v: str, picks: Picks) -> None:
-    """Constants that the code makes: numbered, equal, masks."""
     n = net.sizes(v)[-1]
     code = """{v} * torch.arange({n})
         {v} + torch.ones({n})
@@ -716,7 +666,6 @@ def positions(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def odd(net: RandomNet, v: str, picks: Picks) -> None:
-    """What is seldom in a language model: ops with rules of their own, or with none."""
     n = net[v].shape[-1]
     code = """F.glu({v}, -1)
         F.bilinear({v}, {v}, {m3}, {p3})
@@ -742,8 +691,7 @@ def odd(net: RandomNet, v: str, picks: Picks) -> None:
         {v}.renorm(2, 0, 1.0)
         {v}.take_along_dim({v}.argsort(-1), -1)
         torch.block_diag({m}, {m})[:{n}, :{n}] @ {v}.mT"""
-    lines = code.splitlines()
-    code = lines[(picks.number() + CHOICES * picks.number()) % len(lines)].strip()
+    code = picks.many_lines(code)
     spare = {"m": net.weight(n, n), "p": net.weight(n)}
     spare["m3"], spare["p3"] = (net.weight(4, n, n), net.weight(4)) if "m3" in code else ("", "")
     net.put(code.format(v=v, n=n, r=net.weight(ROWS, n), **spare))
@@ -751,7 +699,6 @@ def odd(net: RandomNet, v: str, picks: Picks) -> None:
 
 @op
 def library_attention(net: RandomNet, v: str, picks: Picks) -> None:
-    """Multi-head attention as torch.nn.functional has it, with one fused projection."""
     width, heads = net[v].shape[-1], picks.of((2, 1, 3))
     if net[v].dim() != 3 or width % heads:
         return
@@ -759,15 +706,12 @@ def library_attention(net: RandomNet, v: str, picks: Picks) -> None:
     out = ", ".join((net.weight(width, width), net.weight(width)))
     options = picks.of(("need_weights=False", "need_weights=True", "need_weights=True, average_attn_weights=False"))
     x = f"{v}.transpose(0, 1)"
-    call = (
-        f"F.multi_head_attention_forward({x}, {x}, {x}, {width}, {heads}, {weights}, {out}, training=False, {options})"
-    )
+    call = f"F.multi_head_attention_forward({x}, {x}, {x}, {width}, {heads}, {weights}, {out}, False, {options})"
     net.put(f"{call}[{picks.of((0, 0, 1))}]" if "True" in options else f"{call}[0].transpose(0, 1)")
 
 
 @op
 def in_place(net: RandomNet, v: str, picks: Picks) -> None:
-    """Writing to a copy: to all of it, to a part, through a view."""
     code = """{w}.add_(1)
         {w}[..., 0] = 0
         {w}[..., :2] *= 2

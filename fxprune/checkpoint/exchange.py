@@ -77,8 +77,15 @@ def replace_folder(work: Path, target: Path) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         try:
-            if not _exchanged(work, target):
-                _replace(work, target)
+            if not _exchanged(work, target):  # the system cannot: by two renames
+                old = work.with_name(work.name + _OLD)
+                os.rename(target, old)
+                try:
+                    os.rename(work, target)
+                except OSError:
+                    os.rename(old, target)
+                    raise
+                os.rename(old, work)
             return
         except FileNotFoundError:
             continue  # another process has just moved the old one away
@@ -119,18 +126,6 @@ def restore_replaced(target: Path) -> None:
             except OSError:  # another process was faster
                 continue
             return
-
-
-def _replace(work: Path, target: Path) -> None:
-    """Replace by two renames, for systems that cannot exchange; the old folder is put back if the second fails."""
-    old = work.with_name(work.name + _OLD)
-    os.rename(target, old)
-    try:
-        os.rename(work, target)
-    except OSError:
-        os.rename(old, target)
-        raise
-    os.rename(old, work)
 
 
 def _exchanged(a: Path, b: Path) -> bool:

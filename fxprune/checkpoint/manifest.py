@@ -145,16 +145,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _check_types(manifest: Any) -> None:
-    """Raise a ``TypeError`` if a field is not of the type that the class declares."""
-    optional = (dict, type(None))
-    fields: dict[str, Any] = {
-        "source": dict,
-        "stock": bool,
-        "files": dict,
-        "plan": optional,
-        "report": optional,
-        "versions": dict,
-    }
+    fields: dict[str, Any] = {"stock": bool, **dict.fromkeys(("source", "files", "versions"), dict)}
+    fields |= dict.fromkeys(("plan", "report"), (dict, type(None)))
     wrong = [name for name, kind in fields.items() if not isinstance(getattr(manifest, name), kind)]
     wrong += [name for name, digest in manifest.files.items() if not isinstance(digest, str)] if not wrong else []
     for name, file in manifest.weights.items():
@@ -254,7 +246,6 @@ def _weight_error(path: Path, expected: WeightFile, *, digests: bool) -> str:
 
 
 def _header(path: Path) -> dict[str, list[int]]:
-    """Shapes of the tensors in a safetensors file, by name."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from fxprune.errors import CheckpointError
 from fxprune.graph.context import Refusal, attempt, wrap_errors
 from fxprune.modelling.layerwise import SECTION, overrides_in
 from fxprune.pipeline.arguments import as_path, flag, refuse
-from fxprune.removal.plan import Plan
 
 __all__ = ["LOADING", "build_empty", "from_pretrained", "require_all_weights"]
 
@@ -174,16 +173,10 @@ def _classes(path: Path, model_class: type[PreTrainedModel] | None) -> tuple[typ
 
 
 def _check_plan(path: Path, slim: type[PreTrainedModel], manifest: Manifest) -> None:
-    """Check that the plan left as many indices as the model has."""
     plan = manifest.read_plan(path)
-    error = None if plan is None else next(_plan_errors(plan, _built_shapes(path / "config.json", slim)), None)
-    if error is not None:
-        where, remedy = str(path / MANIFEST), "Save the model again"
-        raise CheckpointError(f"the plan is of another model: {error}", where=where, remedy=remedy)
-
-
-def _plan_errors(plan: Plan, shapes: Mapping[str, Shape]) -> Iterator[str]:
-    """Yield the axes of which a plan leaves another number of indices than a model has, in words."""
+    if plan is None:
+        return
+    shapes = _built_shapes(path / "config.json", slim)
     for name, by_axis in plan.kept.items():
         new = slim_name(name, plan.removed_blocks)
         shape = None if new is None else shapes.get(new)
@@ -191,7 +184,9 @@ def _plan_errors(plan: Plan, shapes: Mapping[str, Shape]) -> Iterator[str]:
             continue  # removed as a whole, or a table that the graph reads and the model's code makes
         for axis, index in by_axis.items():
             if shape is None or axis >= len(shape) or shape[axis] != len(index):
-                yield f"it leaves {len(index)} of {name}[{axis}], the model has {shape}"
+                error = f"it leaves {len(index)} of {name}[{axis}], the model has {shape}"
+                where, remedy = str(path / MANIFEST), "Save the model again"
+                raise CheckpointError(f"the plan is of another model: {error}", where=where, remedy=remedy)
 
 
 _EDITED = (LookupError, TypeError, ValueError, AttributeError)
@@ -199,7 +194,6 @@ _EDITED = (LookupError, TypeError, ValueError, AttributeError)
 
 
 def _built_shapes(file: Path, slim: type[PreTrainedModel]) -> dict[str, Shape]:
-    """Shapes of the model that a config describes."""
     data = parse_config(file.read_text(encoding="utf-8"))
 
     def build() -> PreTrainedModel:

@@ -190,7 +190,6 @@ def _fill(
     report: Report | None,
     max_shard_size: int | str,
 ) -> None:
-    """Write everything into an empty folder, which will take the place of ``target``."""
     _write_model(model, work, structure, max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(work)
@@ -237,7 +236,7 @@ def check_request(folder: Any, tokenizer: Any, max_shard_size: Any) -> None:
 
 
 def check_place(folder: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """Resolve the folder of a checkpoint, and check that it may be written; with ``force`` it may hold something else."""
+    """Resolve the folder of a checkpoint, and check that it may be written; ``force`` allows other contents."""
     with _wrap_disk_errors(folder):
         target = resolve_target(folder)
         if not force and target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():

@@ -49,7 +49,7 @@ def apply(
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Remove from MODEL what PLAN, made for it or for a sibling of its shape, removes; writes what `prune` writes."""
+    """Carry out PLAN, made for MODEL or for a sibling of its shape; writes the same files as `prune`."""
     from fxprune.offload.prefetch import as_device
 
     if out is None:

@@ -142,7 +142,7 @@ class MeasuringCommand(Command):
 
 
 def _import_package() -> None:
-    """Import what commands work with; in one place, where a signal stops the process at once."""
+    """Import the package, in one place, where a signal stops the process at once."""
     if "fxprune.api" not in sys.modules:
         with exit_on_signal(), working("starting"):
             import fxprune.api  # noqa: F401
@@ -230,7 +230,7 @@ def _report(text: str) -> int:
 def set_output(
     *, quiet: bool = False, verbose: bool = False, as_json: bool = False, with_results: bool = False
 ) -> None:
-    """Choose what is printed; errors always are.
+    """Choose the output; errors are always printed.
 
     Args:
         quiet: no progress, and no results unless ``with_results``.

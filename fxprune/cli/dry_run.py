@@ -1,4 +1,4 @@
-"""What a prune would do, found out on `meta` before any weight is read."""
+"""Estimate of a prune, made on `meta` before any weight is read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _BASE = 0.5e9
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a prune would do: parameters and widths before and after, groups by kind, bytes at the peak, seconds."""
+    """Estimated result and cost: sizes before and after, groups by kind, peak memory in bytes, time in seconds."""
 
     parameters: tuple[int, int]
     widths: dict[str, tuple[int, int]]
@@ -108,7 +108,7 @@ def peak_memory(
 
 
 def print_estimate(found: Estimate, *, as_json: bool) -> None:
-    """Print what a prune would do."""
+    """Print an estimate."""
     if as_json:
         print_json(asdict(found))
         return
@@ -148,7 +148,7 @@ def estimate(
     dtype: str | None,
     low_memory: bool,
 ) -> Estimate:
-    """Find out what a prune would do, with random scores in place of those that need weights.
+    """Estimate a prune, with random scores in place of those that need weights.
 
     Args:
         model: as the user named it.

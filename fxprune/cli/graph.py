@@ -193,7 +193,7 @@ def _group_lines(dependencies: Any, name: str) -> Iterator[str]:
 
 
 def _describe(dependencies: Any, group: fxprune.Group) -> str:
-    """A group with its kind, its number of units, and what removing them means."""
+    """Describe a group: its kind, its units, and whether their removal is exact."""
     from fxprune.discovery.dependency import axis_map
 
     axes = axis_map(dependencies)

@@ -1,4 +1,4 @@
-"""What comes before the first weight of a prune is read: passes, tokenizer and samples, each refused if it is wrong.
+"""Passes, tokenizer and samples of a prune, each refused if it is wrong before the first weight is read.
 
 A dry run prepares as a prune does, so that both refuse the same in the same words.
 """
@@ -69,7 +69,7 @@ class CalibrationText:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a prune works with, besides the model.
+    """Inputs of a prune, besides the model.
 
     Args:
         passes: the passes that will run; the one that reads samples may not have them yet.

@@ -58,7 +58,7 @@ def recover(
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train MODEL briefly, by LoRA on what was pruned, and write it to OUT with its plan and report."""
+    """Train MODEL briefly, by LoRA on its pruned layers, and write it to OUT with its plan and report."""
     from fxprune.checkpoint.manifest import read_manifest
     from fxprune.data.rows import ROW_SUFFIXES, read_rows
     from fxprune.offload.ranks import is_first

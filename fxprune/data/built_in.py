@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import logging
 import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -26,11 +24,9 @@ __all__ = [
     "built_in_samples",
     "built_in_text",
     "can_generate",
-    "chat_start",
     "general_chats",
     "general_samples",
     "general_text",
-    "generate_samples",
     "generated_samples",
     "offline_docstrings",
     "offline_text",
@@ -53,9 +49,6 @@ def general_chats(tokenizer: Any) -> str:
     """Short chats in the template of a tokenizer, the same on every call; empty if it has no usable template.
 
     Questions and tasks of many kinds with their answers, 250 of them, written for this package.
-
-    Args:
-        tokenizer: one of transformers.
     """
     if not getattr(tokenizer, "chat_template", None):
         return ""
@@ -69,10 +62,8 @@ def general_chats(tokenizer: Any) -> str:
 def offline_text() -> str:
     """English prose from the standard library, about 370,000 characters, the same on every call.
 
-    The text is ``pydoc_data.topics``, the language reference that ``help()`` prints, with topics in
-    alphabetical order. Topics quote each other at length: a fifth of the raw text is repetition. Each
-    paragraph is kept where it first appears, so that no two parts of the text share one. It differs a
-    little from one Python version to the next; report the version with numbers.
+    The text is ``pydoc_data.topics``, which ``help()`` prints, with each paragraph kept where it first appears: a fifth
+    of it is repetition. It differs a little from one Python version to the next; report the version with numbers.
     """
     from pydoc_data.topics import topics
 
@@ -93,8 +84,7 @@ _SENTENCE = 80
 def offline_docstrings() -> str:
     """Prose from docstrings of the standard library, about 150,000 characters, the same on every call.
 
-    It shares no paragraph with :func:`offline_text`, and code examples are left out. It too differs a little from one
-    Python version to the next.
+    It has no code examples and shares no paragraph with :func:`offline_text`. It differs a little between versions.
     """
     library, seen = Path(sysconfig.get_path("stdlib")), set(paragraphs(offline_text()))
     found: dict[str, None] = {}
@@ -127,16 +117,11 @@ def built_in_samples(
     The general part is :func:`general_text` and, for a tokenizer with a chat template, :func:`general_chats`.
 
     Args:
-        tokenizer: turns text into ids.
-        tokens: length of a sample.
         samples: number of samples, evenly spaced over each part; None for all.
         beyond: whether to take documentation if the general part has too few.
 
     Returns:
         Token ids ``(samples, tokens)``.
-
-    Raises:
-        DataError: the text is shorter than one sample, or a number is not positive.
     """
     text = "\n\n".join(filter(None, (general_text(), general_chats(tokenizer))))
     windows = token_windows(tokenizer, f"{text}\n\n{offline_text()}", tokens)
@@ -182,11 +167,7 @@ def generate_samples(
     Args:
         model: one that :func:`can_generate`.
         starts: token ids ``(starts, fewer than tokens)`` that samples begin with, in turn.
-        samples: number of samples.
-        tokens: length of each, with its start.
         seed: seed of the draws; the caller's random state is restored.
-        track: shows progress over the batches, as ``track(items, what, total)``.
-        what: label of the progress bar.
     """
     device = next(model.parameters()).device
     length = tokens - starts.shape[1]
@@ -196,35 +177,24 @@ def generate_samples(
     )  # fmt: skip
     begun = starts[torch.arange(samples) % len(starts)].to(device).split(_BATCH)
     written: list[torch.Tensor] = []
-    with eval_mode(model), _default_generation(model), preserve_rng(), torch.no_grad(), quiet(logging.WARNING):
-        torch.manual_seed(seed)
-        for ids in track(begun, what, len(begun)):
-            mask = torch.ones_like(ids)
-            written.append(model.generate(ids, attention_mask=mask, generation_config=drawn).cpu())
-    return torch.cat(written)
-
-
-@contextmanager
-def _default_generation(model: Any) -> Iterator[None]:
-    """Hide the model's own generation settings, which transformers applies to every option that a call leaves open."""
+    # transformers applies the model's own settings to every option that a call leaves open
     own = model.generation_config
     model.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
     )
     try:
-        yield
+        with eval_mode(model), preserve_rng(), torch.no_grad(), quiet(logging.WARNING):
+            torch.manual_seed(seed)
+            for ids in track(begun, what, len(begun)):
+                mask = torch.ones_like(ids)
+                written.append(model.generate(ids, attention_mask=mask, generation_config=drawn).cpu())
     finally:
         model.generation_config = own
+    return torch.cat(written)
 
 
 def generated_samples(
-    model: Any,
-    tokenizer: Any,
-    vocabulary: torch.Tensor,
-    samples: int,
-    tokens: int,
-    seed: int,
-    track: Track,
+    model: Any, tokenizer: Any, vocabulary: torch.Tensor, samples: int, tokens: int, seed: int, track: Track
 ) -> torch.Tensor:
     """Calibration samples ``(samples, tokens)`` that a model generates itself.
 
@@ -235,21 +205,14 @@ def generated_samples(
 
     Args:
         model: one that :func:`can_generate`.
-        tokenizer: its tokenizer.
         vocabulary: the token ids to draw from, ``(ids,)``.
-        samples: number of samples.
-        tokens: length of each.
-        seed: seed of the draws.
-        track: shows progress, as ``track(items, what, total)``.
     """
     draw = torch.Generator().manual_seed(seed)
     chat = chat_start(tokenizer)[-max(1, tokens // _LONGEST) :]
     chats = samples // 2 if chat else 0
     starts = vocabulary[torch.randint(len(vocabulary), (samples - chats,), generator=draw)][:, None]
     kinds = (("the model writes", starts, len(starts)), ("the model chats", torch.tensor([chat]), chats))
-    written = [
-        generate_samples(model, begun, count, tokens, seed, track, what) for what, begun, count in kinds if count
-    ]
+    written = [generate_samples(model, begun, n, tokens, seed, track, what) for what, begun, n in kinds if n]
     return torch.cat(written)[torch.randperm(samples, generator=draw)]
 
 

@@ -56,11 +56,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Calibration(Fact):
-    """Samples for criteria and fits.
-
-    Args:
-        samples: one or more.
-    """
+    """Samples for criteria and fits: one or more."""
 
     missing_error: ClassVar[type[PassError]] = CalibrationError
     remedy: ClassVar[str] = "Pass token ids as calibration, or choose an importance that needs no data"
@@ -68,60 +64,39 @@ class Calibration(Fact):
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the next token.
-
-    Args:
-        logits: ``(batch, tokens, vocabulary)``.
-        labels: ``(batch, tokens)``, :data:`IGNORED` where a token does not count.
-    """
+    """Mean cross-entropy of the next token: logits ``(batch, tokens, vocabulary)``, labels ``(batch, tokens)``."""
     flat = logits[:, :-1].flatten(0, 1).float()
     return nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
 def require_logits(outputs: Sequence[torch.Tensor], labels: torch.Tensor, name: str) -> torch.Tensor:
-    """Logits among the outputs of a graph: the first output.
-
-    Args:
-        outputs: its float outputs, in order.
-        labels: the token at each position of the input, ``(batch, tokens)``.
-        name: the pass that needs a loss, for the message.
+    """Logits ``(batch, tokens, vocabulary)`` for labels ``(batch, tokens)``: the first of the float outputs of a graph.
 
     Raises:
-        PassError: the first output is not of shape ``(batch, tokens, vocabulary)``.
+        PassError: the first output has another shape; ``name`` is the pass that needs a loss.
         CalibrationError: there are more or fewer labels than logits, or a label is outside the vocabulary.
     """
     logits = outputs[0] if outputs else None
     if logits is not None and logits.dim() == 3 and len(logits) == len(labels) and logits.shape[1] != labels.shape[1]:
-        raise CalibrationError(
-            f"{labels.shape[1]} labels for logits {tuple(logits.shape)}",
-            where="calibration",
-            remedy="Pass as many labels as tokens, or none if the labels are the tokens",
-        )
+        what = f"{labels.shape[1]} labels for logits {tuple(logits.shape)}"
+        remedy = "Pass as many labels as tokens, or none if the labels are the tokens"
+        raise CalibrationError(what, where="calibration", remedy=remedy)
     if logits is None or logits.dim() != 3 or logits.shape[:2] != labels.shape:
         found = "no float tensor" if logits is None else f"a tensor of shape {tuple(logits.shape)}"
-        raise PassError(
-            f"the model gives {found} for labels {tuple(labels.shape)}, not logits (samples, tokens, vocabulary)",
-            where=f"pass {name}",
-            remedy="Pass a language model, or choose an importance without a loss, such as l1, l2 or random",
-        )
+        what = f"the model gives {found} for labels {tuple(labels.shape)}, not logits (samples, tokens, vocabulary)"
+        remedy = "Pass a language model, or choose an importance without a loss, such as l1, l2 or random"
+        raise PassError(what, where=f"pass {name}", remedy=remedy)
     counted = labels[labels != IGNORED]
     if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[2]:
         bad = int(counted.min()) if int(counted.min()) < 0 else int(counted.max())
-        raise CalibrationError(
-            f"labels hold {bad}, the model gives logits for 0 to {logits.shape[2] - 1}",
-            where="calibration",
-            remedy=f"Label positions that do not count with {IGNORED}",
-        )
+        what = f"labels hold {bad}, the model gives logits for 0 to {logits.shape[2] - 1}"
+        raise CalibrationError(what, where="calibration", remedy=f"Label positions that do not count with {IGNORED}")
     return logits
 
 
 @contextmanager
 def clear_sample_errors(inputs: Mapping[str, Any]) -> Iterator[None]:
-    """Turn any exception while a graph computes calibration samples into one clear error, and print nothing.
-
-    Raises:
-        CalibrationError: the graph cannot compute ``inputs``.
-    """
+    """Turn any exception while a graph computes calibration samples into a CalibrationError, and print nothing."""
     try:
         with silence_stderr():
             yield
@@ -131,11 +106,9 @@ def clear_sample_errors(inputs: Mapping[str, Any]) -> Iterator[None]:
         shapes = ", ".join(
             f"{name} {tuple(value.shape)}" for name, value in inputs.items() if isinstance(value, torch.Tensor)
         )
-        raise CalibrationError(
-            f"the model cannot compute a sample of {shapes}: {Refusal(error)}",
-            where="calibration",
-            remedy="Pass samples that the model itself accepts, no longer than its positions",
-        ) from error
+        what = f"the model cannot compute a sample of {shapes}: {Refusal(error)}"
+        remedy = "Pass samples that the model itself accepts, no longer than its positions"
+        raise CalibrationError(what, where="calibration", remedy=remedy) from error
 
 
 def embedding_rows(graph_module: fx.GraphModule) -> dict[str, int]:
@@ -149,19 +122,16 @@ def embedding_rows(graph_module: fx.GraphModule) -> dict[str, int]:
         if node.target is not torch.ops.aten.embedding.default:
             continue
         table, looked_up = node.args[:2]
-        while _is_view(looked_up):  # some models flatten or transpose their ids first
+        while True:  # some models flatten or transpose their ids first
+            schema = getattr(looked_up.target, "_schema", None)
+            alias = schema.returns[0].alias_info if schema is not None and len(schema.returns) == 1 else None
+            if alias is None or alias.is_write:
+                break
             looked_up = looked_up.args[0]
         if table.op == "get_attr" and looked_up.op == "placeholder":
             name, rows = str(looked_up.target), get_tensor(graph_module, str(table.target)).shape[0]
             found[name] = min(rows, found.get(name, rows))
     return found
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether an op returns an alias of its first argument without writing to it."""
-    schema = getattr(node.target, "_schema", None)
-    alias = schema.returns[0].alias_info if schema is not None and len(schema.returns) == 1 else None
-    return alias is not None and not alias.is_write
 
 
 def token_input(graph_module: fx.GraphModule) -> str | None:
@@ -170,13 +140,7 @@ def token_input(graph_module: fx.GraphModule) -> str | None:
 
 
 def stacked(samples: Sequence[Sample], graph_module: fx.GraphModule, most: int) -> Iterator[dict[str, Any]]:
-    """Yield batches of inputs; the samples of a batch have the same shape.
-
-    Args:
-        samples: single samples.
-        graph_module: the graph they are for; one with a fixed batch size gets them one by one.
-        most: most samples in a batch.
-    """
+    """Yield batches of inputs of one shape each; a graph with a fixed batch size gets samples one by one."""
     for numbers in batch_indices(samples, graph_module, most):
         yield batched([samples[i] for i in numbers], graph_module)
 
@@ -218,12 +182,7 @@ _ANY = 0.5
 
 
 def plain_tokens(tokenizer: Any, classes: int) -> torch.Tensor:
-    """Ids of all tokens of a tokenizer that are not special; empty if it does not list them.
-
-    Args:
-        tokenizer: one of transformers, or None.
-        classes: size of the model's vocabulary; larger ids are left out.
-    """
+    """Ids below ``classes`` of all tokens of a tokenizer that are not special; empty if it does not list them."""
     listed = getattr(tokenizer, "get_vocab", None)
     if not callable(listed):
         return torch.empty(0, dtype=torch.long)
@@ -243,12 +202,9 @@ def noised(
     no two copies are alike, the student cannot memorise them.
 
     Args:
-        samples: samples without noise.
         name: name of the input that holds token ids, ``(1, tokens)``.
-        copies: number of copies of each sample.
         most: largest fraction of the tokens to replace.
         vocabulary: token ids to replace by; empty to draw from the samples only.
-        seed: seed of the draws.
     """
     draw = torch.Generator().manual_seed(seed)
     known = torch.cat([sample.inputs[name].reshape(-1).cpu() for sample in samples])

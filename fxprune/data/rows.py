@@ -14,17 +14,7 @@ from fxprune.errors import DataError
 from fxprune.graph.context import quiet
 from fxprune.pipeline.arguments import format_value
 
-__all__ = [
-    "ROW_SUFFIXES",
-    "TEMPLATE",
-    "TEMPLATE_WITH_INPUT",
-    "BadRow",
-    "Row",
-    "json_lines",
-    "load_split",
-    "parse_row",
-    "read_rows",
-]
+__all__ = ["ROW_SUFFIXES", "BadRow", "Row", "json_lines", "load_split", "parse_row", "read_rows"]
 
 ROW_SUFFIXES = (".json", ".jsonl", ".txt", ".parquet")
 """Suffixes of the files that rows are read from."""
@@ -49,12 +39,7 @@ _LONGEST = 300
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used.
-
-    Args:
-        where: its place: ``"line 7"``, ``"row 12"``.
-        why: what is wrong with it.
-    """
+    """A row that cannot be used: its place, such as ``"line 7"`` or ``"row 12"``, and what is wrong with it."""
 
     where: str
     why: str
@@ -65,7 +50,6 @@ class Row:
     """A row of a known kind.
 
     Args:
-        where: its place in the data, for messages.
         kind: ``instruction`` (fields ``instruction``, ``input``, ``output``), ``chat`` (``messages``) or ``text``.
         fields: its fields as they were read; those that the kind requires are not None.
     """
@@ -85,7 +69,7 @@ class Row:
         return found
 
     def prompt(self, texts: Mapping[str, str]) -> str:
-        """The prompt of an instruction with the fields ``texts``; the input is part of it unless it is blank."""
+        """The prompt of an instruction with the fields ``texts``; a blank input is no part of it."""
         return (TEMPLATE_WITH_INPUT if texts["input"].strip() else TEMPLATE).format(**texts)
 
     def text(self) -> str | BadRow:
@@ -114,21 +98,12 @@ def read_rows(data: Any, kind: str = "auto") -> Iterator[Row | BadRow]:
             ``"owner/name:config"``, of which the split ``train`` is taken; or rows in memory: a ``datasets.Dataset``
             or any iterable of dicts or strings.
         kind: the only kind to accept: ``instruction``, ``chat`` or ``text``; ``auto`` to tell it by the fields.
-
-    Raises:
-        DataError: the source is missing, cannot be read, or is not of its kind.
     """
     return (parse_row(where, value, kind) for where, value in _source(data))
 
 
 def parse_row(where: str, value: Any, kind: str = "auto") -> Row | BadRow:
-    """Tell the kind of one row.
-
-    Args:
-        where: its place in the data.
-        value: a string or a mapping.
-        kind: as for :func:`read_rows`.
-    """
+    """A row from a string or a mapping, with ``kind`` as for :func:`read_rows`; a bad row if it is of no such kind."""
     if isinstance(value, BadRow):
         return value
     if isinstance(value, str):
@@ -146,18 +121,15 @@ def parse_row(where: str, value: Any, kind: str = "auto") -> Row | BadRow:
 
 
 def _source(data: Any) -> Iterator[tuple[str, Any]]:
-    """Rows as they are read, each with its place."""
     if isinstance(data, Path) or (isinstance(data, str) and data.endswith(ROW_SUFFIXES)):
         return _open(Path(data))
     if isinstance(data, str):
         path, _, config = data.partition(":")
         return _numbered(load_split(path, *([config] if config else []), split="train"))
     if isinstance(data, Mapping | bytes | type | torch.Tensor) or not isinstance(data, Iterable):
-        raise DataError(
-            f"cannot read {format_value(data)}",
-            where="data",
-            remedy="Pass a path, the id of a data set, a datasets.Dataset, or a list of rows",
-        )
+        what = f"cannot read {format_value(data)}"
+        remedy = "Pass a path, the id of a data set, a datasets.Dataset, or a list of rows"
+        raise DataError(what, where="data", remedy=remedy)
     return _numbered(data)
 
 
@@ -193,7 +165,6 @@ def _open(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parsed_lines(content: str) -> Iterator[tuple[str, Any]]:
-    """One row a line, so that a broken one is named and the others are read."""
     for number, line in json_lines(content):
         where = f"line {number}"
         try:
@@ -211,31 +182,18 @@ def json_lines(content: str) -> Iterator[tuple[int, str]]:
 
 
 def load_split(path: str, name: str | None = None, **options: Any) -> Any:
-    """Load one split of a data set with the package ``datasets``.
-
-    Args:
-        path: its name on the hub, or the name of a file format.
-        name: its configuration.
-        options: for ``datasets.load_dataset``: ``split``, ``data_files``, ...
-
-    Raises:
-        DataError: the package is missing, or the data set cannot be loaded.
-    """
+    """Load one split of a data set with the package ``datasets``, whose ``load_dataset`` takes all arguments."""
     where = str(options.get("data_files", path))
     try:
         import datasets
     except ImportError as error:
-        raise DataError(
-            "the package `datasets` is not installed",
-            where=where,
-            remedy="pip install datasets, or give a .json, .jsonl or .txt file",
-        ) from error
+        what = "the package `datasets` is not installed"
+        remedy = "pip install datasets, or give a .json, .jsonl or .txt file"
+        raise DataError(what, where=where, remedy=remedy) from error
     try:
         with quiet():  # it logs what it raises
             return datasets.load_dataset(path, *([name] if name else []), **options)
     except Exception as error:  # the network, the hub and a data set's own loader may raise anything
-        raise DataError(
-            f"cannot be loaded: {type(error).__name__}: {str(error)[:_LONGEST]}",
-            where=where,
-            remedy=f"Give a path ending in one of {ROW_SUFFIXES}, or the id of a data set that can be reached",
-        ) from error
+        what = f"cannot be loaded: {type(error).__name__}: {str(error)[:_LONGEST]}"
+        remedy = f"Give a path ending in one of {ROW_SUFFIXES}, or the id of a data set that can be reached"
+        raise DataError(what, where=where, remedy=remedy) from error

@@ -25,17 +25,12 @@ __all__ = ["check_samples", "read_calibration", "read_token_rows"]
 Tensors = Mapping[str, torch.Tensor]
 
 _WANTED = "Pass token ids as a LongTensor (samples, tokens), a list of tokenised dicts or a DataLoader"
-_NAMED = "Pass dicts that name them, as in {'input_ids': ids, 'attention_mask': mask}"
 _NO_DATA = "Choose an importance that needs no data, such as l1 or l2"
 _TOKENISE = "Tokenise the text first, as in tokenizer(text, return_tensors='pt').input_ids"
 
 
 def check_samples(name: str, data: Any) -> Any:
-    """Return ``data``, the argument ``name``, if its type can hold samples; none are read.
-
-    Raises:
-        CalibrationError: it is neither a tensor or array of token ids, nor a mapping, nor iterable.
-    """
+    """Return ``data``, the argument ``name``, if its type can hold samples; none are read."""
     if isinstance(data, str | bytes | os.PathLike):
         raise _error(f"cannot read {type(data).__name__}", remedy=_TOKENISE)
     if isinstance(data, type) or not isinstance(data, torch.Tensor | np.ndarray | Mapping | Iterable):
@@ -55,7 +50,6 @@ def read_calibration(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, .
             tokenised dicts with ``input_ids`` and, if padded, ``attention_mask`` and, if given, ``labels``; or any
             iterable of such batches (a DataLoader). If the graph takes the mask and a fixed number of tokens, padding
             stays, and padded positions do not count as next tokens.
-        graph_module: the graph that the samples are for.
 
     Raises:
         CalibrationError: there are no samples, or one does not fit the graph: fewer than two tokens, a value that is
@@ -75,11 +69,7 @@ def read_calibration(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, .
 
 
 def read_token_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read tokenised rows from a file of JSON lines.
-
-    Raises:
-        CalibrationError: the file cannot be read, or a line is not a JSON object of lists of numbers.
-    """
+    """Read tokenised rows from a file of JSON lines."""
     try:
         rows = [json.loads(line) for _, line in json_lines(Path(path).read_text(encoding="utf-8-sig"))]
         return [{name: torch.tensor(value) for name, value in row.items()} for row in rows]
@@ -91,14 +81,7 @@ def read_token_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Input:
-    """A tensor that a graph takes.
-
-    Args:
-        name: its name.
-        shape: its sizes; None for one that may vary.
-        whole: whether it holds integers.
-        rows: rows of the embedding that it is looked up in; None if it is not.
-    """
+    """A tensor that a graph takes: its sizes (None if free), whether it holds integers, rows of its embedding."""
 
     name: str
     shape: tuple[int | None, ...]
@@ -130,7 +113,6 @@ def _error(what: str, where: str = "calibration", remedy: str = _WANTED) -> Cali
 
 
 def _batches(data: Any, name: str) -> Iterator[Tensors]:
-    """Yield the tensors of each batch by name."""
     if isinstance(data, torch.Tensor | np.ndarray):
         yield {name: _tensor(name, data, "calibration")}
         return
@@ -150,7 +132,8 @@ def _as_batch(item: Any, name: str, where: str) -> Tensors:
     if isinstance(item, list | tuple) and item and isinstance(item[0], torch.Tensor | np.ndarray):
         several = sum(isinstance(part, torch.Tensor | np.ndarray) and part.ndim > 0 for part in item)
         if several > 1:
-            raise _error(f"{several} tensors without names", where, _NAMED)
+            remedy = "Pass dicts that name them, as in {'input_ids': ids, 'attention_mask': mask}"
+            raise _error(f"{several} tensors without names", where, remedy)
         item = item[0] if several else item  # a TensorDataset yields tuples
     fields: Mapping[str, Any] = item if isinstance(item, Mapping) else {name: item}
     if name not in fields:
@@ -192,7 +175,6 @@ def _tensor(name: Any, value: Any, where: str) -> torch.Tensor:
 
 
 def _check_tensor(name: str, value: torch.Tensor, where: str) -> None:
-    """Refuse tensors without values that can be read."""
     if value.is_meta:
         raise _error(f"{name} is on meta and has no values", where)
     if value.layout != torch.strided or value.is_quantized or value.is_nested:
@@ -234,11 +216,8 @@ def _without_padding(
     row: dict[str, torch.Tensor], mask: torch.Tensor, shape: torch.Size, where: str
 ) -> dict[str, torch.Tensor]:
     if mask.shape != shape:
-        raise _error(
-            f"attention_mask is of shape {tuple(mask.shape)} beside input of shape {tuple(shape)}",
-            where,
-            "Pass a mask with one number for each token, or none",
-        )
+        what = f"attention_mask is of shape {tuple(mask.shape)} beside input of shape {tuple(shape)}"
+        raise _error(what, where, "Pass a mask with one number for each token, or none")
     if mask.is_floating_point() and not bool(mask.isfinite().all()):
         raise _error("attention_mask has values that are not finite", where, "Pass 1 for tokens and 0 for padding")
     keep = mask[0].bool()
@@ -259,11 +238,8 @@ def _sample(row: Tensors, inputs: Sequence[_Input], where: str) -> tuple[dict[st
     if "labels" not in row and mask is not None and not mask.is_floating_point() and mask.shape == labels.shape:
         labels = labels.masked_fill(mask == 0, IGNORED)
     if labels.dim() != 2 or not _is_whole(labels):
-        raise _error(
-            f"labels are {format_value(labels)}",
-            where,
-            f"Pass labels (samples, tokens), {IGNORED} to ignore one",
-        )
+        remedy = f"Pass labels (samples, tokens), {IGNORED} to ignore one"
+        raise _error(f"labels are {format_value(labels)}", where, remedy)
     if labels.shape[1] < 2:
         raise _error("fewer than two tokens: there is nothing to predict", where, "Pass longer samples")
     if bool((labels[:, 1:] == IGNORED).all()):
@@ -272,11 +248,7 @@ def _sample(row: Tensors, inputs: Sequence[_Input], where: str) -> tuple[dict[st
 
 
 def _checked(value: torch.Tensor, known: _Input, where: str) -> torch.Tensor:
-    """One input, checked; token ids as int64.
-
-    Raises:
-        CalibrationError: its dtype or shape does not fit, a value is not finite, or a token id is out of range.
-    """
+    """One input, checked; token ids as int64."""
     name = known.name
     if known.whole and known.rows is not None and not _is_whole(value):
         raise _error(f"{name} is {format_value(value)}", where)
@@ -290,9 +262,6 @@ def _checked(value: torch.Tensor, known: _Input, where: str) -> torch.Tensor:
         raise _error(f"{name} has values that are not finite", where, "Clean the data")
     if known.rows is not None and value.numel() and not 0 <= int(value.min()) <= int(value.max()) < known.rows:
         bad = int(value.max()) if int(value.max()) >= known.rows else int(value.min())
-        raise _error(
-            f"{name} holds {bad}, the model knows 0 to {known.rows - 1}",
-            where,
-            "Tokenise with the tokenizer of this model",
-        )
+        what = f"{name} holds {bad}, the model knows 0 to {known.rows - 1}"
+        raise _error(what, where, "Tokenise with the tokenizer of this model")
     return value.long() if known.rows is not None else value

@@ -38,15 +38,8 @@ _REMEDY = (
 def calibration_text(path: Path, tokenizer: Any = None) -> str:
     """The text of a file; of a file of rows, the text of each, separated by blank lines.
 
-    Two chats in a template are separated only by what the template ends a chat with.
-
-    Args:
-        path: a file of text or of rows.
-        tokenizer: chats are written in its chat template; without one, their messages are separated by blank lines.
-
-    Raises:
-        CalibrationError: the file has no text, or a row that is of no known kind or that the template refuses.
-        DataError: the file is missing or cannot be read.
+    Chats are written in the chat template of the tokenizer, and then separated only by what the template ends a chat
+    with; without one, their messages are separated by blank lines.
     """
     texts = _texts(path, tokenizer)
     parts = [texts[0][0]]
@@ -56,17 +49,11 @@ def calibration_text(path: Path, tokenizer: Any = None) -> str:
 
 
 def calibration_texts(path: Path) -> list[str]:
-    """The texts of a file: one of each row in .json, .jsonl or .parquet; else the whole file.
-
-    Raises:
-        CalibrationError: the file has no text, or a row of no known kind.
-        DataError: the file is missing or cannot be read.
-    """
+    """The texts of a file: one of each row in .json, .jsonl or .parquet; else the whole file."""
     return [text for text, _ in _texts(path)]
 
 
 def _texts(path: Path, tokenizer: Any = None) -> list[tuple[str, bool]]:
-    """Each text of a file, and whether it is a chat in a template."""
     if path.is_dir():
         raise CalibrationError("it is a folder", where=str(path), remedy=_REMEDY)
     if path.suffix in ROW_SUFFIXES and path.suffix != ".txt":
@@ -111,24 +98,14 @@ def calibration_windows(tokenizer: Any, text: str, samples: int | None, tokens: 
     """Token ids ``(samples, tokens)`` of windows that do not overlap, spread evenly over the text.
 
     Args:
-        tokenizer: turns text into ids; no special tokens are added.
-        text: the text to cut.
         samples: number of windows; None for as many as there are, up to 1,024.
-        tokens: length of a window.
-        where: source of the text, for the message.
-
-    Raises:
-        CalibrationError: the text is too short.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     windows = len(ids) // tokens
     samples = min(max(windows, 1), MOST_SAMPLES) if samples is None else samples
     if windows < samples:
-        raise CalibrationError(
-            f"{len(ids):,} tokens are fewer than {samples:,} sample{'s' if samples > 1 else ''} of {tokens:,}",
-            where=where,
-            remedy="Give a longer text, or smaller --samples or --tokens",
-        )
+        what = f"{len(ids):,} tokens are fewer than {samples:,} sample{'s' if samples > 1 else ''} of {tokens:,}"
+        raise CalibrationError(what, where=where, remedy="Give a longer text, or smaller --samples or --tokens")
     starts = [i * windows // samples * tokens for i in range(samples)]
     return torch.tensor([ids[start : start + tokens] for start in starts])
 
@@ -139,24 +116,16 @@ def token_windows(
     """Token ids ``(windows, tokens)`` of windows that do not overlap, in the order of the text.
 
     Args:
-        tokenizer: turns text into ids; no special tokens are added.
         text: the text to cut; the rest after the last whole window is dropped.
-        tokens: length of a window.
         limit: most windows to return; None for all.
-
-    Raises:
-        DataError: the text is shorter than one window, or a number is not positive.
     """
     if tokens < 1 or (limit is not None and limit < 1):
         raise DataError(f"tokens={tokens} and limit={limit}", where="tokens", remedy="Pass positive numbers")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     windows = len(ids) // tokens if limit is None else min(limit, len(ids) // tokens)
     if not windows:
-        raise DataError(
-            f"a text of {len(ids)} tokens holds no window of {tokens}",
-            where="text",
-            remedy="Give a longer text or shorter windows",
-        )
+        what = f"a text of {len(ids)} tokens holds no window of {tokens}"
+        raise DataError(what, where="text", remedy="Give a longer text or shorter windows")
     return torch.LongTensor(ids[: windows * tokens]).view(windows, tokens)  # type: ignore[return-value]
 
 
@@ -170,9 +139,6 @@ def read_text(path: str | Path) -> str:
 
     Args:
         path: a file of text as it is (.txt), or of strings and objects with a field "text" (.jsonl, .json, .parquet).
-
-    Raises:
-        DataError: the file is missing, cannot be read, has another suffix, or a record without text.
     """
     path = Path(as_path("path", path, error=DataError))
     texts: list[str] = []
@@ -190,16 +156,6 @@ def split_calibration_heldout(text: str, calibration: float = 0.5) -> tuple[str,
 
     The text is cut at the first paragraph border after the given fraction of its characters. Paragraphs of the
     calibration text that are repeated after the cut are left out of the held-out text.
-
-    Args:
-        text: paragraphs separated by blank lines.
-        calibration: fraction of the characters that goes to calibration, between 0 and 1.
-
-    Returns:
-        The calibration text and the held-out text.
-
-    Raises:
-        DataError: the fraction is out of range, or one of the two parts would be empty.
     """
     if not 0 < calibration < 1:
         raise refuse("calibration", calibration, "a fraction between 0 and 1", DataError)
@@ -215,20 +171,13 @@ def split_calibration_heldout(text: str, calibration: float = 0.5) -> tuple[str,
     seen = set(front)
     rest = [paragraph for paragraph in parts[len(front) :] if paragraph not in seen]
     if not front or not rest:
-        raise DataError(
-            f"{len(parts)} paragraphs leave no held-out text after {calibration:.0%} for calibration",
-            where="text",
-            remedy="Give a longer text, with blank lines between its paragraphs",
-        )
+        what = f"{len(parts)} paragraphs leave no held-out text after {calibration:.0%} for calibration"
+        raise DataError(what, where="text", remedy="Give a longer text, with blank lines between its paragraphs")
     return "\n\n".join(front), "\n\n".join(rest)
 
 
 def check_tokenizer(name: str, value: Any) -> Any:
-    """Return ``value``, the argument ``name``: a tokenizer, or None.
-
-    Raises:
-        ArgumentError: it cannot be called with a text.
-    """
+    """Return ``value``, the argument ``name``: a tokenizer, or None."""
     if value is not None and (isinstance(value, type) or not callable(value)):
         raise refuse(name, value, "a tokenizer of transformers, as AutoTokenizer.from_pretrained returns")
     return value

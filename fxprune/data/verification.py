@@ -19,8 +19,6 @@ from fxprune.pipeline.arguments import refuse
 
 __all__ = ["VerificationInputs", "check_names", "make_inputs", "resize_inputs"]
 
-_NAMED = "the keyword arguments of forward, {'name': tensor, ...}, or None"
-
 BATCH, TOKENS = 2, 16
 """Large enough that batch size and position matter, and cheap."""
 
@@ -33,20 +31,13 @@ class VerificationInputs(Fact):
 
 
 def check_names(example_inputs: Any, *, on_meta: bool = True) -> None:
-    """Refuse example inputs that are not a mapping from names to tensors and plain values.
-
-    Args:
-        example_inputs: the argument; None is accepted.
-        on_meta: whether tensors may be on ``meta``.
-
-    Raises:
-        ArgumentError: they are not a mapping, hold no sample, or a value cannot be used; the message names it.
-    """
+    """Refuse example inputs that are not a mapping from names to tensors and plain values; None is accepted."""
     if example_inputs is None:
         return
     named = isinstance(example_inputs, Mapping) and example_inputs and all(isinstance(n, str) for n in example_inputs)
     if not named:
-        raise refuse("example_inputs", example_inputs, _NAMED)
+        wanted = "the keyword arguments of forward, {'name': tensor, ...}, or None"
+        raise refuse("example_inputs", example_inputs, wanted)
     leaves = {name: tree_leaves(value) for name, value in example_inputs.items()}
     for name, values in leaves.items():
         for value in values:
@@ -75,22 +66,14 @@ def make_inputs(graph_module: fx.GraphModule, given: Mapping[str, Any] | None, s
     """Keyword inputs for a graph: the caller's, else random token ids ``(2, 16)`` or random floats.
 
     Args:
-        graph_module: the graph; static sizes are kept, and all sizes are as traced if it refuses others.
         given: the caller's example inputs.
-        seed: seed of the random ones.
     """
     inputs = _make(graph_module, given or {}, seed, (BATCH, TOKENS))
     return _make(graph_module, given or {}, seed, None) if failed_check(graph_module, inputs) else inputs
 
 
 def resize_inputs(graph_module: fx.GraphModule, inputs: Mapping[str, Any], sizes: tuple[int, int]) -> dict[str, Any]:
-    """Inputs of other sizes: cut, or repeated from the start, along the axes whose size is dynamic.
-
-    Args:
-        graph_module: the graph.
-        inputs: keyword inputs of the graph.
-        sizes: batch and tokens.
-    """
+    """Inputs of other batch size and length: cut, or repeated from the start, along dynamic axes."""
 
     def resize(traced: Any, value: Any) -> Any:
         for axis, size in enumerate(sizes[: traced.dim()] if isinstance(traced, torch.Tensor) else ()):

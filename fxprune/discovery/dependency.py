@@ -33,14 +33,7 @@ from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Axis, Role, SizeArgument, Statements, Statistic, TensorAxes
 from fxprune.trace import Traced
 
-__all__ = [
-    "AxisMap",
-    "Dependencies",
-    "axis_map",
-    "dependency_graph",
-    "find_bypasses",
-    "resolve_experts",
-]
+__all__ = ["AxisMap", "Dependencies", "axis_map", "dependency_graph", "find_bypasses", "resolve_experts", "size_with"]
 
 
 @dataclass(frozen=True)
@@ -144,7 +137,7 @@ def resolve_experts(stated: Statements) -> dict[Factor, int]:
             else:
                 solver.freeze(factor, found.freeze.reason, found.freeze.node)
     for product in stated.products:
-        solved = [(solver.resolve(expr), role) for expr, role in product.roles]
+        solved = [(solver.resolve(expr), role) for expr, role in product]
         if not any(factor in experts for expr, _ in solved for factor in factors(expr)):
             for expr, role in solved:
                 solver.tag(expr, role)
@@ -161,8 +154,9 @@ def _least_units(stated: Statements) -> dict[Factor, int]:
     single = Counter(solver.resolve(found.expr) for found in stated.at_least if found.count == 1)
     for expr, count in ((solver.resolve(found.expr), found.count) for found in stated.at_least):
         count = max(count, single[expr])
-        for factor in reversed([factor for factor in factors(expr) if factor not in frozen]):
-            while _smallest_size(expr, least, frozen) < count and least.get(factor, 1) < factor.size:
+        free = [factor for factor in factors(expr) if factor not in frozen]
+        for factor in reversed(free):
+            while least.get(factor, 1) < factor.size and size_with(expr, dict.fromkeys(free, 1) | least) < count:
                 least[factor] = least.get(factor, 1) + 1
     for factor, count in least.items():
         if count >= factor.size:
@@ -171,11 +165,12 @@ def _least_units(stated: Statements) -> dict[Factor, int]:
     return least
 
 
-def _smallest_size(expr: Expr, least: Mapping[Factor, int], frozen: Mapping[Factor, object]) -> int:
+def size_with(expr: Expr, sizes: Mapping[Factor, float]) -> float:
+    """Size of an axis with other sizes of factors, which may be fractional."""
     if isinstance(expr, Factor):
-        return expr.size if expr in frozen else least.get(expr, 1)
-    sizes = [_smallest_size(part, least, frozen) for part in expr.parts]
-    return sum(sizes) if isinstance(expr, Concat) else prod(sizes)
+        return sizes.get(expr, expr.size)
+    parts = [size_with(part, sizes) for part in expr.parts]
+    return sum(parts) if isinstance(expr, Concat) else prod(parts)
 
 
 @dataclass(frozen=True)
@@ -233,7 +228,6 @@ class AxisMap:
         return (*self.parameters, *self.buffers)
 
     def keeps_norm_over(self, factor: Factor) -> bool:
-        """Whether a rescaled norm runs over a factor."""
         return any(factor in factors(expr) for norm in self.norms for expr in norm.axes)
 
 

@@ -374,16 +374,10 @@ def _consumers(node: fx.Node, axes: AxisMap, trained: set[str]) -> Iterator[Cons
             name = read[held.tensor]
             if read[taken.tensor] is not None or name is None or name not in trained:
                 continue
-            axis = _same_axis(axes, held, name)
-            taken_expr = axes.tensors[taken.tensor][taken.dim]
-            if axis is not None and taken_expr.size == axes.tensors[name][axis].size:
-                yield Consumer(node, nodes[taken.tensor], taken.dim, axes.tied.get(name, name), axis)
-
-
-def _same_axis(axes: AxisMap, held: Axis, name: str) -> int | None:
-    """Return the axis of a parameter that an axis of a view of it corresponds to; None if it is not unique."""
-    if held.tensor == name:
-        return held.dim
-    expr = axes.tensors[held.tensor][held.dim]
-    alike = [i for i, other in enumerate(axes.tensors[name]) if other == expr and any(True for _ in factors(expr))]
-    return alike[0] if len(alike) == 1 else None
+            expr, size = axes.tensors[held.tensor][held.dim], axes.tensors[taken.tensor][taken.dim].size
+            alike = [held.dim]
+            if held.tensor != name:  # the axis of the parameter that an axis of a view of it corresponds to
+                whole = any(True for _ in factors(expr))
+                alike = [i for i, other in enumerate(axes.tensors[name]) if whole and other == expr]
+            if len(alike) == 1 and size == axes.tensors[name][alike[0]].size:
+                yield Consumer(node, nodes[taken.tensor], taken.dim, axes.tied.get(name, name), alike[0])

@@ -34,7 +34,7 @@ __all__ = ["NORMS", "KeptNorm", "NormReport", "find_norms"]
 
 @dataclass(frozen=True)
 class ScaledNumber:
-    """A literal argument, at ``path`` of a node, to multiply by a power of ``n / k``; ``value`` is that in this graph."""
+    """A literal argument, ``value`` at ``path`` of a node, to multiply by a power of ``n / k``."""
 
     node: str
     path: tuple[Any, ...]

@@ -76,8 +76,6 @@ def follow_zeros(
 
 
 class _Op:
-    """A node with the part of its rule that is about values."""
-
     def __init__(self, node: fx.Node, stated: Statements) -> None:
         self.node = node
         self.site = OpSite(node, stated, ())
@@ -86,12 +84,10 @@ class _Op:
 
     @cached_property
     def first(self) -> frozenset[str]:
-        """The tensors in its first argument."""
         return frozenset(x.name for x in self.site.first)
 
     @cached_property
     def added(self) -> str | None:
-        """The tensor that it adds to a product, or None."""
         value = self.site.arg(self.rule.added) if self.rule is not None and self.rule.added else None
         return tensor_name(value) if isinstance(value, fx.Node) else None
 
@@ -126,7 +122,11 @@ class ZeroWalk:
         for statistic in stated.statistics:
             for factor in factors(stated.solver.resolve(statistic.expr)):
                 self.renormalised.setdefault(factor, {})[statistic.node] = None
-        self.aliases = _written_through(graph)
+        root = alias_roots(graph)
+        members: dict[fx.Node, list[str]] = {}
+        for node in graph.nodes:
+            members.setdefault(root[node], []).append(tensor_name(node))
+        self.aliases = {node: members[root[node]] for node in root if writes(node)}
 
     def visit(self, node: fx.Node) -> None:
         """Find the factors that ``node`` must see the kept units of, and the values of masked units in its results."""
@@ -154,7 +154,6 @@ class ZeroWalk:
         return (factor for factor in found if factor not in self.fixed)
 
     def numbers(self, place: Axis, factor: Factor) -> Numbers:
-        """The values of masked units of ``factor`` along ``place``."""
         if place.tensor in self.weights and self.count(place, factor):
             return _ZERO
         return self.held.get((place, factor), _ANYTHING)
@@ -229,14 +228,4 @@ class ZeroWalk:
 
 
 def _zero_or_anything(*numbers: Numbers) -> Numbers:
-    """Any value, and zero if that is among ``numbers``."""
     return _ANYTHING | _ZERO if any(0.0 in found for found in numbers) else _ANYTHING
-
-
-def _written_through(graph: fx.Graph) -> dict[fx.Node, list[str]]:
-    """For each node that writes in place, the values that share the memory."""
-    root = alias_roots(graph)
-    members: dict[fx.Node, list[str]] = {}
-    for node in graph.nodes:
-        members.setdefault(root[node], []).append(tensor_name(node))
-    return {node: members[root[node]] for node in root if writes(node)}

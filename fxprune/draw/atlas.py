@@ -27,12 +27,9 @@ __all__ = ["Atlas", "Fold", "block_ranges", "find_folds"]
 
 
 class Atlas:
-    """A dependency graph and its groups, indexed.
+    """A dependency graph and its groups, indexed, with the plan to show, if any.
 
-    Args:
-        graph: the dependency graph; in ``Atlas.graph`` each use of a tied weight is coupled to the name that the module
-            using it has for the weight.
-        plan: the removal to show; None for none.
+    In ``Atlas.graph`` each use of a tied weight is coupled to the name that the module using it has for the weight.
 
     Raises:
         PlanError: the plan is for another model.
@@ -49,7 +46,6 @@ class Atlas:
 
     @cached_property
     def holding(self) -> dict[Factor, list[Axis]]:
-        """Axes that hold each factor."""
         found: dict[Factor, list[Axis]] = {}
         for axis in self.graph.nodes:
             for factor in self.factors(axis):
@@ -79,7 +75,6 @@ class Atlas:
         return found
 
     def is_activation(self, axis: Axis) -> bool:
-        """Return whether ``axis`` belongs to an activation."""
         return axis.tensor not in self.weights
 
     def is_sum(self, axis: Axis) -> bool:
@@ -98,11 +93,9 @@ class Atlas:
         ]
 
     def module(self, axis: Axis) -> str:
-        """Return the path of the module that ``axis`` belongs to."""
         return str(self.graph.nodes[axis]["module"]) or self.axes.modules.get(producer_of(axis.tensor), "")
 
     def factors(self, axis: Axis) -> list[Factor]:
-        """Return the distinct factors of ``axis``."""
         return list(dict.fromkeys(factors(self.graph.nodes[axis]["expr"])))
 
     def in_order(self, axes: Iterable[Axis]) -> list[Axis]:
@@ -189,7 +182,6 @@ class Fold:
     """Equal blocks, of which the first is drawn.
 
     Args:
-        blocks: their module paths, in order.
         axes: for each axis of the first block, the corresponding axes of all blocks, in order.
         factors: for each factor of these axes, the corresponding factors of all blocks, in order.
     """
@@ -200,7 +192,6 @@ class Fold:
 
     @property
     def hidden(self) -> tuple[str, ...]:
-        """Blocks that are not drawn."""
         return self.blocks[1:]
 
 
@@ -288,7 +279,6 @@ class _Forms:
         return axes, tuple(lines), block in self.atlas.axes.bypasses
 
     def fold(self, blocks: Sequence[str]) -> Fold:
-        """The fold of blocks of equal form."""
         axes = {column[0]: column for column in zip(*(self.inside[block] for block in blocks), strict=True)}
         factors: dict[Factor, tuple[Factor, ...]] = {}
         for column in axes.values():
@@ -298,12 +288,7 @@ class _Forms:
 
 
 def block_ranges(blocks: Iterable[str], among: Sequence[str]) -> str:
-    """Format module paths of blocks as ranges, as in ``model.layers.0 to 4, 6 to 10``.
-
-    Args:
-        blocks: some blocks of a model, in order.
-        among: all blocks of the model.
-    """
+    """Format module paths of blocks, some ``among`` all of a model, as ranges: ``model.layers.0 to 4, 6 to 10``."""
     runs: list[list[str]] = []
     for block in blocks:
         last = runs[-1][-1] if runs else None

@@ -41,7 +41,6 @@ def hue_of(kind: str, shade: int = 0, strong: bool = False) -> str:
     """Return the colour of units of ``kind``, as ``#rrggbb``.
 
     Args:
-        kind: kind of the units, from :meth:`fxprune.draw.view.Labels.kind`.
         shade: number of the group among those of this kind in one block.
         strong: dark, for lines; else light, for boxes with text.
     """
@@ -58,14 +57,7 @@ _COLUMNS = 32
 
 
 class Legend:
-    """Legend of the colours and signs of a picture.
-
-    Args:
-        atlas: the graph.
-        view: contents of the picture.
-        labels: its labels.
-        colour: returns the colour of a factor.
-    """
+    """Legend of the colours and signs of a picture; ``colour`` returns the colour of a factor."""
 
     def __init__(self, atlas: Atlas, view: View, labels: Labels, colour: Callable[[Factor], str]) -> None:
         self.atlas, self.view, self.labels, self.colour = atlas, view, labels, colour
@@ -76,21 +68,18 @@ class Legend:
 
     def table(self) -> str:
         """Return the whole legend."""
-        parts = (self._group_rows(), self._note_rows(), self._width_rows())
+        # groups: colour, name, kind and number of units, exactness of removal, and number of axes
+        head = "".join(f'<TD ALIGN="LEFT"><B>{text}</B></TD>' for text in ("group", "a unit is", "units", "removal"))
+        groups = [f"<TR><TD></TD>{head}</TR>", *map(self._group_row, self.groups[:_ROWS])]
+        if len(self.groups) > _ROWS:
+            rest = f"and {plural(len(self.groups) - _ROWS, 'more group')}: their names are in the tooltips"
+            groups.append(_row(WHITE, (rest, "", "", "")))
+        if self.has_frozen:
+            groups.append(_row(FROZEN, ("frozen: cannot be removed", "fixed", "", "reason in the tooltip")))
+        parts = (groups, self._note_rows(), self._width_rows())
         tables = (f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="3">{"".join(rows)}</TABLE>' for rows in parts if rows)
         rows = "".join(f'<TR><TD ALIGN="LEFT">{table}</TD></TR>' for table in tables)
         return f'<TABLE BORDER="1" COLOR="#b8b8b8" CELLBORDER="0" CELLSPACING="4">{rows}</TABLE>'
-
-    def _group_rows(self) -> list[str]:
-        """Rows of groups: colour, name, kind and number of units, exactness of removal, and number of axes."""
-        head = "".join(f'<TD ALIGN="LEFT"><B>{text}</B></TD>' for text in ("group", "a unit is", "units", "removal"))
-        rows = [f"<TR><TD></TD>{head}</TR>", *map(self._group_row, self.groups[:_ROWS])]
-        if len(self.groups) > _ROWS:
-            rest = f"and {plural(len(self.groups) - _ROWS, 'more group')}: their names are in the tooltips"
-            rows.append(_row(WHITE, (rest, "", "", "")))
-        if self.has_frozen:
-            rows.append(_row(FROZEN, ("frozen: cannot be removed", "fixed", "", "reason in the tooltip")))
-        return rows
 
     def _group_row(self, group: Group) -> str:
         assert group.factor is not None
@@ -135,20 +124,14 @@ class Legend:
         for group in self.atlas.groups if self.view.folds else ():
             if group.factor is not None and group.block is not None:
                 row = shares.setdefault((self.labels.kind(group), self.atlas.shades[group.factor]), {})
-                row[group.block] = self._width(group)
+                count = group.size if self.atlas.keep is None else self.atlas.keep.count(group.factor) / group.size
+                row[group.block] = 0.0 if group.block in self.atlas.removed else count
         if self.atlas.keep is None:
             shares = {key: {b: size / max(row.values()) for b, size in row.items()} for key, row in shares.items()}
         uneven = {key: row for key, row in shares.items() if min(row.values()) < 1}
         blocks = self.atlas.axes.blocks if uneven else ()
         parts = (blocks[i : i + _COLUMNS] for i in range(0, len(blocks), _COLUMNS))
         return [line for part in parts for line in self._width_part(part, uneven)]
-
-    def _width(self, group: Group) -> float:
-        """Fraction of the units of a group that the plan keeps; without a plan, the number of units."""
-        assert group.factor is not None
-        if self.atlas.keep is None:
-            return group.size
-        return 0.0 if group.block in self.atlas.removed else self.atlas.keep.count(group.factor) / group.size
 
     def _width_part(self, blocks: Iterable[str], shares: Mapping[tuple[str, int], Mapping[str, float]]) -> list[str]:
         head = "% of the widest block" if self.atlas.keep is None else "% that stays in block"
@@ -231,23 +214,19 @@ class _Picture:
             peripheries="0",
             tooltip=_quoted(self.view.title),
         )
-        self._fill(whole, self._boxes())
-        dot.add_subgraph(whole)
-        lines = (*map(self._line, self.view.couplings), *self._inside_tensors())
-        for number, edge in enumerate(lines):
-            edge.set("id", f"line{number}")
-            dot.add_edge(edge)
-        return dot
-
-    def _boxes(self) -> _Box:
-        """Return the axes shown as a tree of module paths."""
         root = _Box("")
         for axis in self.view.axes:
             box, path = root, self._home(axis)
             for part in path.split(".") if path else ():
                 box = box.inner.setdefault(part, _Box(f"{box.path}.{part}" if box.path else part))
             box.axes.append(axis)
-        return root
+        self._fill(whole, root)
+        dot.add_subgraph(whole)
+        lines = (*map(self._line, self.view.couplings), *self._inside_tensors())
+        for number, edge in enumerate(lines):
+            edge.set("id", f"line{number}")
+            dot.add_edge(edge)
+        return dot
 
     def _home(self, axis: Axis) -> str:
         """Return the path of the frame that ``axis`` is drawn in; an entering axis gets no frame for itself."""
@@ -397,6 +376,5 @@ def _name(axis: Axis) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Quote text as a DOT string."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -30,11 +30,9 @@ _Path = tuple[Axis, ...]
 
 @dataclass(frozen=True)
 class Edge:
-    """A line of the picture.
+    """A line of the picture, from the axis that executes first.
 
     Args:
-        source: the axis that executes first.
-        target: the other axis.
         paths: for each factor that is coupled over the line, the axes on the path, ends included.
         ranks: whether the source is drawn above the target.
         in_tree: whether the search took this line; False for one that only closes a cycle.
@@ -52,7 +50,6 @@ class View:
     """Contents of a picture.
 
     Args:
-        title: title of the picture.
         axes: the axes shown, in order of execution.
         couplings: the lines between them.
         trigger: the axis where the search started, if it is shown.
@@ -158,11 +155,7 @@ def _tree(atlas: Atlas, paths: Mapping[_Pair, _Path]) -> dict[_Pair, _Path]:
 def searched(atlas: Atlas, title: str, group: Group, inside: Iterable[Axis] | None = None) -> View:
     """Return a picture of the axes that breadth-first search reaches from the trigger of a group.
 
-    Args:
-        atlas: the graph.
-        title: title of the picture.
-        group: the group; not one of a whole block.
-        inside: the axes that may be shown; None for all.
+    ``group`` is not one of a whole block; ``inside`` are the axes that may be shown, None for all.
     """
     assert group.factor is not None and group.trigger is not None
     factor, reach = group.factor, atlas.part(group.factor)
@@ -170,24 +163,19 @@ def searched(atlas: Atlas, title: str, group: Group, inside: Iterable[Axis] | No
     reached = {group.trigger, *itertools.chain.from_iterable(tree)}
     wanted = reached if inside is None else reached.intersection(inside)
     before = {b: a for a, b in tree}
-    paths = [path for axis in atlas.in_order(wanted) if (path := _path_back(axis, before, wanted))]
-    couplings = [Edge(path[0], path[-1], {factor: path}) for path in paths]
-    taken = {(path[0], path[-1]) for path in paths}
+    couplings = []
+    for axis in atlas.in_order(wanted):  # back to the last wanted axis that the search passed before
+        path = [axis]
+        while path[-1] in before and (len(path) == 1 or path[-1] not in wanted):
+            path.append(before[path[-1]])
+        if len(path) > 1 and path[-1] in wanted:
+            couplings.append(Edge(path[-1], axis, {factor: tuple(reversed(path))}))
+    taken = {(line.source, line.target) for line in couplings}
     for a, b in reach.edges:
         if a in wanted and b in wanted and (a, b) not in taken and (b, a) not in taken:
             couplings.append(Edge(a, b, {factor: (a, b)}, ranks=False, in_tree=False))
     trigger = group.trigger if group.trigger in wanted else None
     return View(title, tuple(atlas.in_order(wanted)), tuple(couplings), trigger)
-
-
-def _path_back(axis: Axis, before: Mapping[Axis, Axis], wanted: Collection[Axis]) -> _Path:
-    """Return the path of the search to ``axis`` from the last wanted axis before it; empty if there is none."""
-    path = [axis]
-    while path[-1] in before:
-        path.append(before[path[-1]])
-        if path[-1] in wanted:
-            return tuple(reversed(path))
-    return ()
 
 
 _WIDTH = 26
@@ -202,12 +190,7 @@ REMOVAL = {"exact": "exact", "masked": "exact, norms as masked", "renormalised":
 
 
 class Labels:
-    """Labels and tooltips of a picture.
-
-    Args:
-        atlas: the graph.
-        folds: equal blocks, of which the first is shown.
-    """
+    """Labels and tooltips of a picture; of ``folds`` (equal blocks) the first is shown."""
 
     def __init__(self, atlas: Atlas, folds: Sequence[Fold] = ()) -> None:
         self._atlas, self._folds = atlas, folds
@@ -241,7 +224,8 @@ class Labels:
         """Number of units of ``factor``, and the number that stay."""
         keep, alike = self._atlas.keep, self._factors.get(factor, (factor,))
         before = _span(f.size for f in alike)
-        left = [f for f in alike if not self._is_removed_with_block(f)]
+        groups = self._atlas.by_factor
+        left = [f for f in alike if f not in groups or groups[f].block not in self._atlas.removed]
         after = before if keep is None else _span(map(keep.count, left)) if left else "0"
         return before if before == after else f"{before}→{after}"
 
@@ -250,7 +234,8 @@ class Labels:
         keep, nodes = self._atlas.keep, self._atlas.graph.nodes
         if keep is None:
             return 1.0
-        left = [nodes[a] for a in self._axes.get(axis, (axis,)) if not self._is_removed(a)]
+        alike = self._axes.get(axis, (axis,))
+        left = [nodes[a] for a in alike if owner_block(self._atlas.module(a), self._atlas.removed) is None]
         return sum(kept_size(node["expr"], keep) / node["size"] for node in left) / len(left) if left else 0.0
 
     def label(self, axis: Axis) -> str:
@@ -332,16 +317,8 @@ class Labels:
         return "\n".join(lines)
 
     def _steps(self, path: Sequence[Axis]) -> list[tuple[str, str]]:
-        """Op and node of each coupling on a path."""
         edges = (self._atlas.graph.edges[pair] for pair in itertools.pairwise(path))
         return [(edge["op"], edge["node"]) for edge in edges]
-
-    def _is_removed_with_block(self, factor: Factor) -> bool:
-        group = self._atlas.by_factor.get(factor)
-        return group is not None and group.block in self._atlas.removed
-
-    def _is_removed(self, axis: Axis) -> bool:
-        return owner_block(self._atlas.module(axis), self._atlas.removed) is not None
 
 
 def plural(count: int, word: str, words: str = "") -> str:

@@ -41,7 +41,6 @@ def html_page(dot: pydot.Dot, title: str, svg: str | None) -> str:
 
     Args:
         dot: the picture; its boxes and lines have ids.
-        title: title of the page.
         svg: the picture as drawn by Graphviz; None to list the boxes instead.
     """
     items = _tooltips(dot)
@@ -84,18 +83,8 @@ def _nodes(graph: pydot.Graph) -> Iterator[pydot.Node]:
 
 
 def _unquote(quoted: str) -> str:
-    """Return the text of a DOT string."""
     inner = quoted.removeprefix('"').removesuffix('"')
     return re.sub(r"\\(.)", lambda found: "\n" if found[1] == "n" else found[1], inner, flags=re.S)
-
-
-def _listed(items: dict[str, dict[str, str]]) -> str:
-    boxes = (
-        f'<li id="{key}" class="node">{html.escape(item["name"])}</li>'
-        for key, item in items.items()
-        if "source" not in item
-    )
-    return f"<p>{_WITHOUT}</p><ol>{''.join(boxes)}</ol>"
 
 
 RENDERED = (".svg", ".png", ".pdf")
@@ -106,12 +95,7 @@ PICTURE_SUFFIXES = (".dot", ".gv", *RENDERED, ".html")
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
-    """Check that a picture can be written to a file, and return it as a path.
-
-    Raises:
-        ArgumentError: the suffix is not one of a picture.
-        FxpruneError: Graphviz is needed and not installed, or the folder does not exist.
-    """
+    """Check that a picture can be written to a file, and return it as a path."""
     target = Path(path)
     if target.suffix.lower() not in PICTURE_SUFFIXES:
         raise ArgumentError(
@@ -131,16 +115,7 @@ def check_target(path: str | os.PathLike[str]) -> Path:
 
 
 def write_picture(dot: pydot.Dot, title: str, target: Path) -> None:
-    """Write ``dot`` to a file, in the format of its suffix.
-
-    Args:
-        dot: the picture.
-        title: title of an HTML page.
-        target: the file, checked by :func:`check_target`.
-
-    Raises:
-        FxpruneError: the file cannot be written, or Graphviz fails.
-    """
+    """Write ``dot`` to a file checked by :func:`check_target`, in the format of its suffix."""
     suffix, text = target.suffix.lower(), dot.to_string()
     if suffix in RENDERED:
         data = _render(text, suffix[1:])
@@ -156,7 +131,6 @@ def write_picture(dot: pydot.Dot, title: str, target: Path) -> None:
 
 
 def _render(text: str, form: str) -> bytes:
-    """Draw DOT text with Graphviz."""
     command = [str(shutil.which("dot")), f"-T{form}"]
     done = subprocess.run(command, input=text.encode("utf-8"), capture_output=True, check=False)
     if done.returncode:
@@ -209,18 +183,14 @@ def write_dot(
     if plan is not None:
         instance("plan", plan, Plan, "a plan, as in Plan.from_json(text), or None")
     atlas = Atlas(graph, plan)
-    view = _view(atlas, layer, group, everything, fold)
-    write_picture(draw(atlas, view), view.title, target)
-
-
-def _view(atlas: Atlas, layer: str | int | None, group: Group | str | None, everything: bool, fold: bool) -> View:
-    """Return the contents of the picture, by the arguments of :func:`write_dot`."""
     if group is not None:
         name = group if isinstance(group, str) else instance("group", group, Group, "a group, or the name of one").name
-        return _group_view(atlas, find_group(atlas.groups, name), layer, fold)
-    if everything or (layer is None and not atlas.axes.blocks):
-        return _whole_view(atlas, fold)
-    return _module_view(atlas, _find_module(atlas, layer))
+        view = _group_view(atlas, find_group(atlas.groups, name), layer, fold)
+    elif everything or (layer is None and not atlas.axes.blocks):
+        view = _whole_view(atlas, fold)
+    else:
+        view = _module_view(atlas, _find_module(atlas, layer))
+    write_picture(draw(atlas, view), view.title, target)
 
 
 def _find_module(atlas: Atlas, layer: str | int | None) -> str:
@@ -255,21 +225,17 @@ def _is_below(path: str, module: str) -> bool:
 
 
 def _whole_view(atlas: Atlas, fold: bool) -> View:
-    """Return a picture of the axes of all parameters; of equal blocks, only those of the first."""
+    """Return a picture of the axes of parameters and coupled buffers; of equal blocks, only those of the first."""
     folds = find_folds(atlas) if fold else ()
     sums = _outside(atlas, atlas.sums, folds)
     entering = frozenset(_sources(atlas, sums)).difference(sums)
-    shown = [*_outside(atlas, _coupled(atlas, _below(atlas, "")), folds), *sums, *entering]
+    below, roles = _below(atlas, ""), atlas.graph.nodes
+    held = {factor for axis in below if roles[axis]["role"] == "parameter" for factor in atlas.factors(axis)}
+    coupled = [a for a in below if roles[a]["role"] == "parameter" or held.intersection(atlas.factors(a))]
+    shown = [*_outside(atlas, coupled, folds), *sums, *entering]
     count, drawn = len(atlas.axes.blocks), len(folds)
     title = f"The whole model: {plural(count, 'block')}, of which {drawn} drawn" if drawn < count and fold else ""
     return replace(contracted(atlas, title or "Axes of all parameters", shown), entering=entering, folds=folds)
-
-
-def _coupled(atlas: Atlas, axes: Sequence[Axis]) -> list[Axis]:
-    """Return ``axes`` without those of buffers that share no factor with a parameter."""
-    roles = atlas.graph.nodes
-    held = {factor for axis in axes if roles[axis]["role"] == "parameter" for factor in atlas.factors(axis)}
-    return [axis for axis in axes if roles[axis]["role"] == "parameter" or held.intersection(atlas.factors(axis))]
 
 
 def _sources(atlas: Atlas, sums: Iterable[Axis]) -> list[Axis]:
@@ -321,12 +287,7 @@ def _group_view(atlas: Atlas, group: Group, layer: str | int | None, fold: bool)
 
 
 def layer_svg(graph_module: fx.GraphModule, norm: str = "sliced") -> str:
-    """Return the middle layer of a graph as inline SVG; empty if Graphviz is not installed or fails.
-
-    Args:
-        graph_module: a traced graph.
-        norm: as for :func:`fxprune.dependency_graph`.
-    """
+    """Return the middle layer of a graph as inline SVG; empty if Graphviz is not installed or fails."""
     if shutil.which("dot") is None:
         return ""
     with TemporaryDirectory() as folder:

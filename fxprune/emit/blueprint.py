@@ -44,7 +44,6 @@ class EmissionTask:
     epsilons: NormEpsilons = field(default_factory=NormEpsilons)
 
     def outside(self) -> dict[str, Shape]:
-        """Wanted shapes outside the blocks."""
         return {name: shape for name, shape in self.wanted.items() if not within(name, self.rebuilder.skip)}
 
 
@@ -63,7 +62,6 @@ class Blueprint(Overrides):
     removed: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the blueprint as JSON values."""
         return {**asdict(self), "removed": list(self.removed)}
 
     @classmethod

@@ -20,8 +20,6 @@ from fxprune.emit.layout import Layout, find_layout, model_rebuilder
 from fxprune.emit.load import (
     DryRuns,
     assign_tensors,
-    meta_copies,
-    missing_modules,
     names_on_meta,
     shape_errors,
     use_eager_experts,
@@ -120,8 +118,6 @@ def _request_errors(
 
 @dataclass(frozen=True)
 class _Emitter:
-    """The search for the first candidate that holds the tensors and passes the caller's check."""
-
     task: EmissionTask
     tensors: Mapping[str, torch.Tensor]
     agrees: Agrees | None
@@ -152,7 +148,6 @@ class _Emitter:
         return Emission(None, tuple(reasons)[:_MOST_REASONS] or ("the model's class cannot be built from its config",))
 
     def candidates(self) -> Iterator[Candidate]:
-        """Yield different candidates, the likeliest first and lazily."""
         task, tried = self.task, list[Blueprint]()
         shared_widths = shared_widths_for(task.rebuilder, task.outside())
         fields = epsilon_fields(task.model, task.layout.part, task.epsilons, task.removed)
@@ -179,7 +174,6 @@ class _Emitter:
             yield dataclasses.replace(blueprint, inputs=inputs)
 
     def rename(self, name: str) -> str | None:
-        """Return the slim name of a dense tensor or module; None if it was removed."""
         return slim_name(name, self.task.removed)
 
     def failure(self, candidate: Candidate) -> str | None:
@@ -187,14 +181,18 @@ class _Emitter:
         slim = build_on_meta(rebuild, self.task.model, candidate.blueprint, self.task.layout)
         if isinstance(slim, Refusal) or self.unfit(candidate, slim):
             return None
-        assign_tensors(slim, self.task.model, meta_copies(self.tensors), self.rename)
+        copies = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in self.tensors.values()}
+        tensors = {name: copies[id(tensor)] for name, tensor in self.tensors.items()}
+        assign_tensors(slim, self.task.model, tensors, self.rename)
         return self.runs.failure_of(slim, patched=bool(candidate.blueprint.attributes))
 
     def unfit(self, candidate: Candidate, slim: PreTrainedModel) -> Reasons:
         """Return why a candidate cannot hold the tensors; empty if it can."""
         loose = frozenset(new for name in candidate.loose if (new := self.rename(name)) is not None)
         errors = shape_errors(slim, self.tensors, self.rename, loose)
-        return (*errors, *missing_modules(slim, self.task.model, self.rename))
+        there = {path for path, _ in slim.named_modules()}
+        wanted = [new for path, _ in self.task.model.named_modules() if (new := self.rename(path)) is not None]
+        return (*errors, *(f"{path}: the class builds no such module" for path in wanted if path not in there))
 
     def make(self, candidate: Candidate) -> PreTrainedModel | Reasons:
         """Return the model that a candidate gives, or the reasons why it is not the wanted one."""

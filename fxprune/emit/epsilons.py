@@ -22,14 +22,7 @@ from fxprune.graph.tensors import set_argument
 from fxprune.modelling.block_config import put_fields
 from fxprune.removal.removal import RescaledNumber
 
-__all__ = [
-    "Attribute",
-    "NormEpsilons",
-    "enlarged_epsilons",
-    "epsilon_fields",
-    "find_epsilons",
-    "set_attributes",
-]
+__all__ = ["Attribute", "NormEpsilons", "enlarged_epsilons", "epsilon_fields", "find_epsilons", "set_attributes"]
 
 Attribute = tuple[str, str]
 """The path of a module, and the name of its attribute."""
@@ -54,7 +47,6 @@ class NormEpsilons:
 
     @property
     def attributes(self) -> dict[str, dict[str, float]]:
-        """The new values, by module path and name."""
         found: dict[str, dict[str, float]] = {}
         for (path, name), (_, after) in self.values.items():
             found.setdefault(path, {})[name] = after

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -36,7 +36,6 @@ class BlockStack:
     blocks: tuple[nn.Module, ...]
 
     def paths(self) -> tuple[str, ...]:
-        """Module paths of the blocks."""
         return tuple(f"{self.path}.{index}" for index in range(len(self.blocks)))
 
 
@@ -57,7 +56,6 @@ class Layout:
 
     @property
     def depth(self) -> int:
-        """Number of blocks in the first stack."""
         return len(self.stacks[0].blocks) if self.stacks else 0
 
     def blocks(self) -> dict[str, tuple[int, nn.Module]]:
@@ -75,26 +73,19 @@ def find_layout(model: PreTrainedModel) -> Layout:
     def config_of(stack: BlockStack) -> object:
         return vars(model.get_submodule(stack.path.rpartition(".")[0])).get("config")
 
+    outer: dict[str, BlockStack] = {}  # the outermost module lists whose entries all have parameters
+    for path, module in model.named_modules():
+        blocks = tuple(module) if isinstance(module, nn.ModuleList) and not within(path, outer) else ()
+        if blocks and all(next(block.parameters(), None) is not None for block in blocks):
+            outer[path] = BlockStack(path, blocks)
     text = model.config.get_text_config(decoder=True)
-    stacks = tuple(sorted(_stacks(model), key=lambda stack: (config_of(stack) is not text, -len(stack.blocks))))
+    stacks = tuple(sorted(outer.values(), key=lambda stack: (config_of(stack) is not text, -len(stack.blocks))))
     if not stacks:
         return Layout((), "", None)
     config = config_of(stacks[0])
     nested = (name for name, value in vars(model.config).items() if value is config)
     part = next(nested, "") if isinstance(config, PreTrainedConfig) else ""
     return Layout(stacks, part, _count_field(model, stacks[0], part))
-
-
-def _stacks(model: nn.Module) -> Iterator[BlockStack]:
-    """Yield the outermost module lists whose entries all have parameters."""
-    outer: list[str] = []
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or within(path, outer):
-            continue
-        blocks = tuple(module)
-        if blocks and all(next(block.parameters(), None) is not None for block in blocks):
-            outer.append(path)
-            yield BlockStack(path, blocks)
 
 
 def _count_field(model: PreTrainedModel, stack: BlockStack, part: str) -> str | None:

@@ -20,8 +20,6 @@ __all__ = [
     "attention_implementations",
     "configs_of",
     "has_unaligned_experts",
-    "meta_copies",
-    "missing_modules",
     "names_on_meta",
     "run_on_meta",
     "shape_errors",
@@ -104,13 +102,6 @@ def shape_errors(
     return sorted(lines)
 
 
-def missing_modules(model: nn.Module, dense: nn.Module, rename: Rename) -> list[str]:
-    """Return the modules of the dense model that the class of the slim one does not build, in words."""
-    there = {path for path, _ in model.named_modules()}
-    wanted = [new for path, _ in dense.named_modules() if (new := rename(path)) is not None]
-    return [f"{path}: the class builds no such module" for path in wanted if path not in there]
-
-
 def assign_tensors(
     model: PreTrainedModel, dense: PreTrainedModel, tensors: Mapping[str, torch.Tensor], rename: Rename
 ) -> None:
@@ -186,15 +177,6 @@ def names_on_meta(model: nn.Module) -> list[str]:
     for path, module in model.named_modules():
         names += [f"{path}.{k}" for k, v in vars(module).items() if isinstance(v, torch.Tensor) and v.is_meta]
     return names
-
-
-def meta_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies of tensors on ``meta``, one for each distinct tensor."""
-    made: dict[int, torch.Tensor] = {}
-    for tensor in tensors.values():
-        if id(tensor) not in made:
-            made[id(tensor)] = torch.empty_like(tensor, device="meta")
-    return {name: made[id(tensor)] for name, tensor in tensors.items()}
 
 
 _NEEDS_STORAGE = "flex_attention"

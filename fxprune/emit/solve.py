@@ -198,7 +198,6 @@ class Search:
         return found
 
     def _following(self, fields: dict[str, int], wrong: frozenset[Axis]) -> Iterator[dict[str, int]]:
-        """Yield the assignments with one more field that might fix an axis, lazily."""
         for name in self.rebuilder.known({**self.base, **fields}):
             for value in self.steps(fields, name, wrong) if name not in fields else ():
                 yield from self._buildable(fields, name, value)

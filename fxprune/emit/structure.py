@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,8 +41,25 @@ def stock_config(config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 def pruned_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     """Class like ``stock`` that builds blocks of their own widths from a config that allows them."""
-    relaxed = config if issubclass(config, AnyWidths) else type(config.__name__, (AnyWidths, config), {})
-    return type(stock.__name__, (Layerwise, stock), {"config_class": relaxed})
+    return type(stock.__name__, (Layerwise, stock), {"config_class": _relaxed_config(config)})
+
+
+@cache
+def _relaxed_config(config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Config class like ``config`` that allows any widths; its instances can be copied and sent to other processes."""
+    if issubclass(config, AnyWidths):
+        return config
+
+    def reduce(self: PreTrainedConfig) -> tuple[Any, ...]:
+        return _empty_config, (config,), dict(vars(self))
+
+    return type(config.__name__, (AnyWidths, config), {"__reduce__": reduce})
+
+
+def _empty_config(config: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """A config without fields, of the class that allows any widths."""
+    relaxed = _relaxed_config(config)
+    return relaxed.__new__(relaxed)
 
 
 def parse_config(text: str) -> dict[str, Any]:
@@ -76,7 +94,6 @@ class Structure:
 
     @property
     def differences(self) -> tuple[str, ...]:
-        """Reasons why it does not, in words."""
         lines = [f"its config class refuses these widths: {self.refusal}"] if self.refusal else []
         lines += ["its blocks differ in width"] if self.overrides.block_fields or self.overrides.absent else []
         for part, words in _WORDS.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -31,12 +30,7 @@ __all__ = ["Column", "Comparison", "Evaluation", "compare_models", "evaluate", "
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality of a model.
-
-    Args:
-        perplexities: perplexity by name of the text.
-        tasks: accuracy by name of the task.
-    """
+    """Quality of a model: perplexity by name of the text, accuracy by name of the task."""
 
     perplexities: Mapping[str, Perplexity] = field(default_factory=dict)
     tasks: Mapping[str, TaskScore] = field(default_factory=dict)
@@ -48,10 +42,10 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers as plain data, without the single answers."""
-        scores = {name: dataclasses.asdict(score) for name, score in self.tasks.items()}
+        scores = {name: asdict(score) for name, score in self.tasks.items()}
         for score in scores.values():
             del score["correct"]
-        perplexities = {name: dataclasses.asdict(value) for name, value in self.perplexities.items()}
+        perplexities = {name: asdict(value) for name, value in self.perplexities.items()}
         return {"perplexities": perplexities, "tasks": scores, "average": self.average}
 
     def to_json(self) -> str:
@@ -81,7 +75,6 @@ def evaluate(
     Args:
         model: a Hugging Face model; for texts, any callable that takes ``input_ids=`` and returns logits; or the
             result of :func:`fxprune.prune`, whose model is measured, or its graph if it has no model.
-        tokenizer: the model's tokenizer.
         texts: ``"wikitext2"``, ``"ptb"`` (both from the hub), files (.txt, .jsonl, .json), or a mapping from names to
             these or to text itself; empty for none.
         tasks: names that lm-evaluation-harness knows (:data:`fxprune.evaluation.PAPER_TASKS` has the paper's), JSONL
@@ -125,7 +118,6 @@ class Column:
 
     Args:
         name: ``dense``, ``pruned``, ``recovered``, ...
-        parameters: number of parameters, tied ones once.
         macs: multiply-accumulates of one sample of :data:`fxprune.graph.counting.TOKENS` tokens; None if not
             counted.
         memory: bytes of parameters and buffers.
@@ -143,12 +135,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models side by side; the first is the baseline.
-
-    Args:
-        columns: one per model.
-        settings: the protocol, and other remarks to print beside the numbers.
-    """
+    """Models side by side, the first one as baseline, with the protocol and other remarks in ``settings``."""
 
     columns: tuple[Column, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -235,34 +222,36 @@ class Comparison:
         Raises:
             EvaluationError: matplotlib is missing, or there is nothing to draw.
         """
-        panels = [(name, values) for name, values in self._panels() if values]
+        whole = [column.evaluation for column in self.columns]
+        texts = {
+            n: [(e.perplexities[n].value, e.perplexities[n].standard_error) for e in whole]
+            for n in whole[0].perplexities
+        }
+        tasks = {n: [(e.tasks[n].value, e.tasks[n].standard_error) for e in whole] for n in whole[0].tasks}
+        panels = [(name, values) for name, values in (("perplexity", texts), ("accuracy", tasks)) if values]
         if not panels:
             raise EvaluationError("no perplexities and no tasks", where="plot", remedy="Measure some first")
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise EvaluationError(
-                "matplotlib is not installed", where="plot", remedy="pip install matplotlib"
-            ) from error
+            what = "matplotlib is not installed"
+            raise EvaluationError(what, where="plot", remedy="pip install matplotlib") from error
         # inches: room for the labels of the axis, and one for each group of bars
         figure = Figure(figsize=(1.5 + sum(1.5 + len(values) for _, values in panels), 4), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[1 + len(values) for _, values in panels])[0]
         for panel, (title, values) in zip(axes, panels, strict=True):
-            _bars(panel, title, values, [column.name for column in self.columns])
+            width = 0.8 / len(self.columns)  # leaves a fifth of the distance between groups blank
+            for index, column in enumerate(self.columns):
+                places = [group + (index - (len(self.columns) - 1) / 2) * width for group in range(len(values))]
+                heights, errors = zip(*(group[index] for group in values.values()), strict=True)
+                panel.bar(places, heights, width * 0.9, yerr=errors, label=column.name, capsize=2)
+            panel.set_xticks(range(len(values)), list(values))
+            panel.set_title(title)
+            panel.spines[["top", "right"]].set_visible(False)
         bars, names = axes[0].get_legend_handles_labels()
         figure.legend(bars, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize="small")
         figure.savefig(path)
         return Path(path)
-
-    def _panels(self) -> Iterator[tuple[str, dict[str, list[tuple[float, float]]]]]:
-        """Yield the title and, by text or task, the value and standard error of each model."""
-        whole = [column.evaluation for column in self.columns]
-        texts, tasks = whole[0].perplexities, whole[0].tasks
-        yield (
-            "perplexity",
-            {n: [(e.perplexities[n].value, e.perplexities[n].standard_error) for e in whole] for n in texts},
-        )
-        yield "accuracy", {n: [(e.tasks[n].value, e.tasks[n].standard_error) for e in whole] for n in tasks}
 
 
 @wrap_errors("compare_models", "Pass language models, and the tokenizer of all of them", EvaluationError)
@@ -279,11 +268,8 @@ def compare_models(
 
     Args:
         models: Hugging Face models by name, the dense one first.
-        tokenizer: the tokenizer of all of them.
         latency_shape: samples and tokens of the timed forward pass; one prompt of common length by default.
         rounds: measurements of each latency, see :func:`fxprune.evaluation.speed.time_interleaved`.
-        settings: remarks to print beside the numbers.
-        options: for :func:`fxprune.evaluate`.
     """
     wanted = "models by name, as in {'dense': model, 'pruned': result.model}"
     given: Any = models
@@ -294,31 +280,23 @@ def compare_models(
     if len(numbers("latency_shape", latency_shape, "(samples, tokens)")) != 2 or not all(latency_shape):
         raise refuse("latency_shape", latency_shape, "(samples, tokens)", EvaluationError)
     rounds = whole_number("rounds", rounds, least=1, error=EvaluationError)
-    latencies = _latencies(models, latency_shape, rounds)
-    columns = [
-        replace(
-            measure_model(name, model, tokenizer, **options),
-            macs=count_macs(trace(model).graph_module),
-            latency_ms=latencies[name],
-        )
-        for name, model in models.items()
-    ]
+    with torch.inference_mode():
+        jobs = {}
+        for name, model in models.items():
+            ids = torch.zeros(latency_shape, dtype=torch.long, device=model.device)
+            jobs[name] = timed_call(partial(model, input_ids=ids, use_cache=False))
+        times = time_interleaved(jobs, rounds)
+    columns = []
+    for name, model in models.items():
+        column = measure_model(name, model, tokenizer, **options)
+        macs = count_macs(trace(model).graph_module)
+        columns.append(replace(column, macs=macs, latency_ms=median(times[name]) * 1e3))
     measured = {"latency_shape": list(latency_shape), "rounds": rounds, "threads": torch.get_num_threads()}
     return Comparison(tuple(columns), {**measured, **(settings or {})})
 
 
 def measure_model(name: str, model: Any, tokenizer: Any, **options: Any) -> Column:
-    """Measure quality and size of one model, without MACs and latency.
-
-    Args:
-        name: name of the column.
-        model: a Hugging Face model.
-        tokenizer: its tokenizer.
-        options: for :func:`fxprune.evaluate`.
-
-    Raises:
-        FxpruneError: as :func:`fxprune.evaluate` does.
-    """
+    """Measure quality and size of one model, without MACs and latency; ``options`` are for :func:`fxprune.evaluate`."""
     tensors = [*model.parameters(), *model.buffers()]
     return Column(
         name=name,
@@ -328,26 +306,3 @@ def measure_model(name: str, model: Any, tokenizer: Any, **options: Any) -> Colu
         latency_ms=None,
         evaluation=evaluate(model, tokenizer, **options),
     )
-
-
-def _latencies(models: Mapping[str, Any], shape: tuple[int, int], rounds: int) -> dict[str, float]:
-    """Median milliseconds of a forward pass of each model, measured side by side."""
-    with torch.inference_mode():
-        jobs = {}
-        for name, model in models.items():
-            ids = torch.zeros(shape, dtype=torch.long, device=model.device)
-            jobs[name] = timed_call(partial(model, input_ids=ids, use_cache=False))
-        times = time_interleaved(jobs, rounds)
-    return {name: median(values) * 1e3 for name, values in times.items()}
-
-
-def _bars(panel: Any, title: str, values: Mapping[str, list[tuple[float, float]]], names: list[str]) -> None:
-    """Draw one panel: a group of bars for each text or task, a bar for each model."""
-    width = 0.8 / len(names)  # leaves a fifth of the distance between groups blank
-    for index, name in enumerate(names):
-        places = [group + (index - (len(names) - 1) / 2) * width for group in range(len(values))]
-        heights, errors = zip(*(group[index] for group in values.values()), strict=True)
-        panel.bar(places, heights, width * 0.9, yerr=errors, label=name, capsize=2)
-    panel.set_xticks(range(len(values)), list(values))
-    panel.set_title(title)
-    panel.spines[["top", "right"]].set_visible(False)

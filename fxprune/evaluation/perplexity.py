@@ -22,16 +22,7 @@ from fxprune.offload.ranks import all_reduce, input_device, is_sharded, shard_in
 from fxprune.pipeline.arguments import format_value, function, instance, refuse, whole_number
 from fxprune.pipeline.contract import Track, no_progress
 
-__all__ = [
-    "CORPORA",
-    "Perplexity",
-    "load_corpus",
-    "logits_of",
-    "named_corpora",
-    "perplexity",
-    "sliding_windows",
-    "text_perplexity",
-]
+__all__ = ["CORPORA", "Perplexity", "load_corpus", "logits_of", "named_corpora", "perplexity", "text_perplexity"]
 
 CORPORA: Mapping[str, Mapping[str, Any]] = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test", "field": "text"},
@@ -49,12 +40,7 @@ _FILES = (".txt", ".jsonl", ".json")
 
 
 def named_corpora(texts: str | Path | Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, str | Path]:
-    """Texts by name.
-
-    Args:
-        texts: names in :data:`CORPORA` and paths, alone or in a sequence; or a mapping from other names to these or to
-            text itself.
-    """
+    """Texts by name: names in :data:`CORPORA` and paths, or a mapping to these or to text itself."""
     wanted = "names of texts, paths of files, or a mapping from names to these or to text itself"
     given: Any = texts
     if isinstance(given, bytes) or not isinstance(given, str | Path | Iterable):
@@ -70,12 +56,7 @@ def named_corpora(texts: str | Path | Sequence[str | Path] | Mapping[str, str | 
 
 
 def load_corpus(source: str | Path) -> str:
-    """Load the text of a known corpus or a local file; a source with a blank or line break is the text itself.
-
-    Raises:
-        UnknownNameError: it is neither a known corpus nor a file.
-        DataError: the data set cannot be loaded, or the file cannot be read.
-    """
+    """Load the text of a known corpus or a local file; a source with a blank or line break is the text itself."""
     if isinstance(source, str) and source in CORPORA:
         options = dict(CORPORA[source])
         field = options.pop("field")
@@ -103,8 +84,6 @@ class Perplexity:
         standard_error: standard error of ``value``, from the spread of the mean cross-entropy over windows.
         window: tokens that the model sees at once.
         stride: tokens between the starts of two windows; each window predicts the tokens after those of the last one.
-        windows: number of windows.
-        predicted: number of predicted tokens.
     """
 
     value: float
@@ -131,16 +110,9 @@ def text_perplexity(
 
     Args:
         model: as for :func:`perplexity`.
-        tokenizer: turns text into ids; no special tokens are added.
-        text: the text to predict; the rest after the last whole window is dropped.
         window: tokens per window.
         stride: tokens between the starts of two windows; None for ``window``, so that windows do not overlap.
         limit: most windows, evenly spaced over the text; None for all.
-        batch: windows per call.
-        track: shows progress, as ``track(items, what, total)``.
-
-    Raises:
-        EvaluationError: the text is shorter than one window, or a number is out of range.
     """
     stride = window if stride is None else stride
     function("tokenizer", tokenizer, "the tokenizer of the model", EvaluationError)
@@ -149,40 +121,30 @@ def text_perplexity(
     windows, first = sliding_windows(ids, window, stride, limit)
     sums = _loss_sums(model, windows, first, batch, track)
     counts = (window - first).double()
-    value = _exp(float(sums.sum() / counts.sum()))
-    return Perplexity(value, value * _ratio_error(sums, counts), window, stride, len(windows), int(counts.sum()))
+    mean = sums.sum() / counts.sum()
+    value, number, error = _exp(float(mean)), len(sums), 0.0
+    if number > 1:  # of a ratio: Cochran, Sampling Techniques (1977), equation 6.13, for an infinite population
+        rest = sums - counts * mean
+        error = float((rest.square().sum() / (number * (number - 1))).sqrt() / counts.mean())
+    return Perplexity(value, value * error, window, stride, number, int(counts.sum()))
 
 
 def sliding_windows(ids: Tensor, window: int, stride: int, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """Cut tokens into overlapping windows, with the first position that each predicts.
+    """Cut token ids ``(tokens,)`` into overlapping windows, with the first position that each predicts.
 
-    Args:
-        ids: token ids ``(tokens,)``.
-        window: tokens per window, at least two.
-        stride: tokens between the starts of two windows, 1 to ``window``.
-        limit: most windows, evenly spaced; None for all.
+    The first window predicts all its tokens except the first; a later one predicts the tokens after the end of the
+    window before it. At most ``limit`` windows are taken, evenly spaced.
 
     Returns:
-        Windows ``(windows, window)`` and positions ``(windows,)``. The first window predicts all its tokens except the
-        first; a later one predicts the tokens after the end of the window before it.
-
-    Raises:
-        EvaluationError: a number is out of range, or the text is shorter than one window.
+        Windows ``(windows, window)`` and positions ``(windows,)``.
     """
-    window, stride = _size("window", window), _size("stride", stride)
-    limit = None if limit is None else _size("limit", limit)
-    if window < 2 or not 1 <= stride <= window or (limit is not None and limit < 1):
-        raise EvaluationError(
-            f"window={window}, stride={stride}, limit={limit}",
-            where="perplexity",
-            remedy="Give a window of 2 tokens or more, a stride of 1 to window, and a positive limit",
-        )
+    window = whole_number("window", window, least=2, error=EvaluationError)
+    stride = whole_number("stride", stride, least=1, most=window, error=EvaluationError)
+    if limit is not None:
+        limit = whole_number("limit", limit, least=1, error=EvaluationError)
     if len(ids) < window:
-        raise EvaluationError(
-            f"a text of {len(ids)} tokens holds no window of {window}",
-            where="perplexity",
-            remedy="Give a longer text or a shorter window",
-        )
+        what = f"a text of {len(ids)} tokens holds no window of {window}"
+        raise EvaluationError(what, where="perplexity", remedy="Give a longer text or a shorter window")
     found = ids.unfold(0, window, stride)
     first = torch.full((len(found),), max(1, window - stride))
     first[0] = 1
@@ -193,13 +155,7 @@ def sliding_windows(ids: Tensor, window: int, stride: int, limit: int | None = N
 
 
 @wrap_errors("perplexity", _REMEDY, EvaluationError)
-def perplexity(
-    model: Callable[..., Any],
-    ids: torch.Tensor,
-    batch: int = 4,
-    *,
-    track: Track = no_progress,
-) -> float:
+def perplexity(model: Callable[..., Any], ids: torch.Tensor, batch: int = 4, *, track: Track = no_progress) -> float:
     """Perplexity over independent windows: exp of the mean next-token cross-entropy.
 
     Each window predicts all its tokens except the first. Logits are widened to float32 and summed in float64.
@@ -209,11 +165,6 @@ def perplexity(
             ``(batch, tokens, vocabulary)``, alone, first in a tuple, or as ``.logits``. Modules run in
             evaluation mode, which is restored; a GraphModule keeps the mode that it was traced in.
         ids: token ids ``(windows, tokens)``, at least two tokens per window.
-        batch: windows per call; the last call may have fewer.
-        track: shows progress, as ``track(items, what, total)``.
-
-    Raises:
-        EvaluationError: there is nothing to predict, or the model does not return logits.
     """
     wanted = "token ids (windows, tokens), integers with at least two tokens per window"
     instance("ids", ids, Tensor, wanted, EvaluationError)
@@ -225,29 +176,16 @@ def perplexity(
     return _exp(float(sums.sum()) / (ids.shape[0] * (ids.shape[1] - 1)))
 
 
-def _size(name: str, value: Any) -> int:
-    return whole_number(name, value, least=1, error=EvaluationError)
-
-
 def _exp(mean: float) -> float:
-    """Perplexity of a mean cross-entropy in nats.
-
-    Raises:
-        EvaluationError: it is NaN.
-    """
+    """Perplexity of a mean cross-entropy in nats."""
     if math.isnan(mean):
-        raise EvaluationError(
-            "the loss is NaN", where="model", remedy="Check its weights for values that are not finite"
-        )
+        remedy = "Check its weights for values that are not finite"
+        raise EvaluationError("the loss is NaN", where="model", remedy=remedy)
     return math.exp(mean) if mean < _LARGEST else math.inf
 
 
 def logits_of(output: Any) -> Tensor:
-    """Logits in the output of a model: an object with ``.logits``, a mapping, a tuple or the tensor itself.
-
-    Raises:
-        EvaluationError: there are none.
-    """
+    """Logits in the output of a model: an object with ``.logits``, a mapping, a tuple or the tensor itself."""
     if isinstance(output, Tensor):
         return output
     found: Any = getattr(output, "logits", None)
@@ -256,11 +194,9 @@ def logits_of(output: Any) -> Tensor:
     if found is None and isinstance(output, (tuple, list)) and output:
         found = output[0]
     if not isinstance(found, Tensor):
-        raise EvaluationError(
-            f"there are no logits in {format_value(output)}",
-            where="output of the model",
-            remedy="Let it return a tensor, a tuple or an object with .logits",
-        )
+        what = f"there are no logits in {format_value(output)}"
+        remedy = "Let it return a tensor, a tuple or an object with .logits"
+        raise EvaluationError(what, where="output of the model", remedy=remedy)
     return found
 
 
@@ -271,7 +207,7 @@ def _loss_sums(model: Callable[..., Any], ids: Tensor, first: Tensor, batch: int
     """
     if isinstance(model, type) or not callable(model):
         raise EvaluationError(f"model is {format_value(model)}", where="model", remedy=_REMEDY)
-    batch = _size("batch", batch)
+    batch = whole_number("batch", batch, least=1, error=EvaluationError)
     device = None  # ids stay where they are, unless the model is a module
     if isinstance(model, PartwiseModel | nn.Module):
         device = model.device if isinstance(model, PartwiseModel) else input_device(model)
@@ -299,22 +235,9 @@ def _loss_sums(model: Callable[..., Any], ids: Tensor, first: Tensor, batch: int
 
 
 def _outputs(model: Any, chunks: Sequence[Tensor], track: Track) -> Iterator[Any]:
-    """Yield the output of a model for each batch of windows."""
     if isinstance(model, PartwiseModel):
         yield from model.outputs(chunks, lambda steps, total: track(steps, "perplexity", total))
         return
     options = {"use_cache": False} if isinstance(model, PreTrainedModel) else {}
     for chunk in track(chunks, "perplexity", len(chunks)):
         yield model(input_ids=chunk, **options)
-
-
-def _ratio_error(sums: Tensor, counts: Tensor) -> float:
-    """Standard error of ``sum(sums) / sum(counts)``; 0 for a single window.
-
-    Source: Cochran, Sampling Techniques (1977), equation 6.13, without the finite population correction.
-    """
-    number = len(sums)
-    if number < 2:
-        return 0.0
-    rest = sums - counts * (sums.sum() / counts.sum())
-    return float((rest.square().sum() / (number * (number - 1))).sqrt() / counts.mean())

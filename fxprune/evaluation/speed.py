@@ -26,16 +26,13 @@ from fxprune.pipeline.arguments import instance, refuse, whole_number
 from fxprune.pipeline.contract import Track, check_track, no_progress
 
 __all__ = [
-    "MULTIPLES",
     "Speed",
     "Widths",
-    "device_name",
     "measure_speed",
     "measure_widths",
     "read_widths",
     "time_interleaved",
     "timed_call",
-    "widths_file",
     "write_widths",
 ]
 
@@ -52,9 +49,6 @@ def time_interleaved(
 
     Args:
         jobs: by name; each does its work and returns its measurement.
-        rounds: number of measurements of each.
-        track: shows progress over the rounds, as ``track(items, what, total)``.
-        what: label of the progress bar.
     """
     found: dict[K, list[T]] = {name: [] for name in jobs}
     for number in track(range(rounds + 1), what, rounds + 1):
@@ -68,10 +62,9 @@ def time_interleaved(
 def timed_call(call: Callable[[], Any], least_s: float = 0.05) -> Callable[[], float]:
     """A job that repeats a call for about ``least_s`` seconds and returns the seconds of one; it waits for a GPU.
 
-    Two calls find out the number of repetitions, which also triggers compilation. Each measurement is preceded by one
-    more call to warm up, unless a single call alone takes ``least_s``: then warming up matters little.
-    ``torch.utils.benchmark.Timer`` would make at least two calls before each measurement, which for calls of half a
-    second is most of the time.
+    Two calls find the number of repetitions and trigger compilation. One more call warms up before each measurement,
+    unless a single call takes ``least_s``: ``torch.utils.benchmark.Timer`` would make at least two, which for calls of
+    half a second is most of the time.
     """
     stopwatch = timeit.Timer(call, timer=timer)
     for _ in range(2):
@@ -92,8 +85,6 @@ class Speed:
 
     Args:
         parameters: number of parameters, tied ones once.
-        batch: number of prompts.
-        prompt: tokens per prompt.
         tokens: tokens generated after each prompt.
         prefill_ms: median time from the prompt to the first token, in milliseconds.
         decode_ms: median time per further token of all prompts, in milliseconds.
@@ -140,15 +131,9 @@ def measure_speed(
     """Time greedy generation of models from the same random prompts, side by side.
 
     Args:
-        models: Hugging Face models by name.
         prompt: tokens per prompt.
         tokens: tokens to generate after it, at least two.
-        batch: number of prompts.
         rounds: measurements of each model, see :func:`time_interleaved`; medians are taken.
-        track: shows progress, as ``track(items, what, total)``.
-
-    Raises:
-        EvaluationError: a number is out of range, or the tokens exceed the context of a model.
     """
     given: Any = models
     if not isinstance(given, Mapping) or not given:
@@ -164,26 +149,28 @@ def measure_speed(
             raise EvaluationError(what, where=name, remedy="Pass a language model")
         most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if isinstance(most, int) and prompt + tokens > most:
-            raise EvaluationError(
-                f"prompt and new tokens are {prompt + tokens}, and the model takes {most}",
-                where=name,
-                remedy="Ask for a shorter prompt or fewer tokens",
-            )
+            what = f"prompt and new tokens are {prompt + tokens}, and the model takes {most}"
+            raise EvaluationError(what, where=name, remedy="Ask for a shorter prompt or fewer tokens")
     smallest = min(int(model.get_input_embeddings().weight.shape[0]) for model in models.values())
     ids = torch.randint(smallest, (batch, prompt), generator=torch.Generator().manual_seed(0))
     jobs = {name: partial(_generate, model, ids, tokens) for name, model in models.items()}
     runs = time_interleaved(jobs, rounds, track, "generating")
-    return {name: _summarise(model, ids, tokens, runs[name]) for name, model in models.items()}
-
-
-@dataclass(frozen=True)
-class _Generation:
-    """One measured generation: seconds to the first token and per further token, bytes of cache and of peak memory."""
-
-    prefill: float
-    decode: float
-    cache: int | None
-    peak: int | None
+    speeds = {}
+    for name, model in models.items():
+        prefill, decode, caches, peaks = zip(*runs[name], strict=True)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+        speeds[name] = Speed(
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            batch=batch,
+            prompt=prompt,
+            tokens=tokens,
+            prefill_ms=median(prefill) * 1e3,
+            decode_ms=median(decode) * 1e3,
+            weights=size,
+            cache=caches[-1],
+            peak=None if peaks[-1] is None else size + peaks[-1],
+        )
+    return speeds
 
 
 class _Clock(StoppingCriteria):
@@ -197,21 +184,12 @@ class _Clock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _check(name: str, model: Any, length: int) -> None:
-    instance(f"models[{name!r}]", model, PreTrainedModel, "a Hugging Face model", EvaluationError)
-    if not model.can_generate():
-        raise EvaluationError(f"a {type(model).__name__} does not generate", where=name, remedy="Pass a language model")
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(most, int) and length > most:
-        raise EvaluationError(
-            f"prompt and new tokens are {length}, and the model takes {most}",
-            where=name,
-            remedy="Ask for a shorter prompt or fewer tokens",
-        )
+def _generate(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float, int | None, int | None]:
+    """Measure one generation, which is greedy and of a fixed length whatever the model's own settings are.
 
-
-def _generate(model: Any, ids: torch.Tensor, tokens: int) -> _Generation:
-    """Measure one generation, which is greedy and has a fixed length whatever the model's own settings are."""
+    Returns:
+        Seconds to the first token and per further token, bytes of the cache and of peak memory.
+    """
     ids = ids.to(model.device)
     on_gpu = model.device.type == "cuda"
     if on_gpu:
@@ -234,23 +212,7 @@ def _generate(model: Any, ids: torch.Tensor, tokens: int) -> _Generation:
     cache = fields.get("cache", fields.get("past_key_values"))
     held = [value for layer in getattr(cache, "layers", ()) for value in vars(layer).values()]
     sizes = [value.numel() * value.element_size() for value in held if isinstance(value, torch.Tensor)]
-    return _Generation(clock.times[0] - start, median(steps), sum(sizes) if sizes else None, peak)
-
-
-def _summarise(model: Any, ids: torch.Tensor, tokens: int, runs: list[_Generation]) -> Speed:
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    last = runs[-1]
-    return Speed(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        batch=ids.shape[0],
-        prompt=ids.shape[1],
-        tokens=tokens,
-        prefill_ms=median(run.prefill for run in runs) * 1e3,
-        decode_ms=median(run.decode for run in runs) * 1e3,
-        weights=weights,
-        cache=last.cache,
-        peak=None if last.peak is None else weights + last.peak,
-    )
+    return clock.times[0] - start, median(steps), sum(sizes) if sizes else None, peak
 
 
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -259,24 +221,16 @@ MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128)
 _ROWS = (1, 256)
 """Tokens in a product: of a decoding step, and of a prompt."""
 
-_NEAR = 3
-"""Widths measured for one multiple."""
-
 _SLACK = 0.03
 """Gain above which a coarser multiple is worth it: it leaves a plan less choice."""
-
-_LEAST_S = 2e-3
-"""Seconds of one measurement."""
 
 
 @dataclass(frozen=True)
 class Widths:
     """Relative cost of widths by the multiple that they are rounded to, on one device.
 
-    Args:
-        device: its name.
-        costs: by multiple, the time per column of an MLP whose width is a multiple of that and of nothing coarser,
-            over the least of all; the larger of a prompt's and of a decoding step's.
+    The cost is the time per column of an MLP whose width is a multiple of that and of nothing coarser, over the least
+    of all; the larger of a prompt's and of a decoding step's.
     """
 
     device: str
@@ -294,13 +248,8 @@ def measure_widths(hidden: int, width: int, device: torch.device | str = "cpu", 
     On a GPU in half precision, else in float32, with as many threads as torch is set to.
 
     Args:
-        hidden: width of the input.
         width: approximate width of the MLP; the measured widths lie below it.
-        device: the device to measure on.
         rounds: measurements of each, of which the median counts.
-
-    Raises:
-        ArgumentError: the width is too small to distinguish multiples.
     """
     whole_number("hidden", hidden, least=1)
     whole_number("width", width, least=4 * MULTIPLES[-1])
@@ -314,7 +263,7 @@ def measure_widths(hidden: int, width: int, device: torch.device | str = "cpu", 
 def _aligned_widths(width: int, multiple: int) -> list[int]:
     """Widths below ``width`` that are multiples of ``multiple``, but not of its double."""
     first = width // (2 * multiple) * 2 * multiple - multiple
-    return [first - 2 * multiple * i for i in range(_NEAR)] if multiple < MULTIPLES[-1] else [first - multiple]
+    return [first - 2 * multiple * i for i in range(3)] if multiple < MULTIPLES[-1] else [first - multiple]
 
 
 def _over_least(times: Mapping[int, float]) -> dict[int, float]:
@@ -329,7 +278,9 @@ def _column_times(
     cases = [(rows, multiple, width) for rows in _ROWS for multiple, widths in sizes.items() for width in widths]
     with torch.inference_mode():
         jobs = {
-            (rows, m, width): timed_call(_gated_mlp(rows, hidden, width, device), _LEAST_S) for rows, m, width in cases
+            case: timed_call(_gated_mlp(case[0], hidden, case[2], device), least_s=2e-3)
+            for case in cases
+            for rows, m, width in cases
         }
         found = time_interleaved(jobs, rounds)
     columns: dict[tuple[int, int], list[float]] = {}
@@ -339,7 +290,6 @@ def _column_times(
 
 
 def _gated_mlp(rows: int, hidden: int, width: int, device: torch.device) -> Callable[[], torch.Tensor]:
-    """A call that computes a gated MLP with random weights."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
 
@@ -374,11 +324,7 @@ def write_widths(widths: Widths) -> Path:
 
 
 def read_widths(device: torch.device) -> Widths:
-    """Load the widths measured on a device.
-
-    Raises:
-        ArgumentError: there are none, or the file holds something else.
-    """
+    """Load the widths measured on a device."""
     path, name = widths_file(), device_name(device)
     kept = _load_widths(path).get(name)
     if kept is None:
@@ -392,7 +338,6 @@ def read_widths(device: torch.device) -> Widths:
 
 
 def _load_widths(path: Path) -> dict[str, dict[int, float]]:
-    """Costs by device and multiple; empty if there is no file."""
     try:
         held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return {

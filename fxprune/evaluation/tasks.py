@@ -20,21 +20,7 @@ from fxprune.errors import EvaluationError, UnknownNameError
 from fxprune.graph.context import quiet, wrap_errors
 from fxprune.pipeline.arguments import refuse, whole_number
 
-__all__ = [
-    "PAPER_TASKS",
-    "LocalTask",
-    "TaskScore",
-    "check_tasks",
-    "make_task",
-    "named_tasks",
-    "read_questions",
-    "zero_shot",
-]
-
-_SPLIT = "test"
-_ROWS_NAMED = 3
-"""Lines that an error names: enough to tell a broken line from a file of another kind."""
-_EXPECTED = '{"query", "choices", "gold"} or {"context_options", "continuation", "gold"}'
+__all__ = ["PAPER_TASKS", "LocalTask", "TaskScore", "check_tasks", "named_tasks", "zero_shot"]
 
 
 @dataclass(frozen=True)
@@ -60,11 +46,7 @@ class LocalTask:
 
 
 def make_task(name: str, local: LocalTask) -> Any:
-    """A task of lm-evaluation-harness with accuracy and, for choices, accuracy normalised by their length.
-
-    Raises:
-        EvaluationError: the file is missing or empty, or a line is not a question.
-    """
+    """A task of lm-evaluation-harness with accuracy and, for choices, accuracy normalised by their length."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
@@ -73,10 +55,10 @@ def make_task(name: str, local: LocalTask) -> Any:
     metrics = ["acc"] if by_context else ["acc", "acc_norm"]
     config: dict[str, Any] = {
         "task": name,
-        "test_split": _SPLIT,
+        "test_split": "test",
         "output_type": "multiple_choice",
         "target_delimiter": local.delimiter,
-        "custom_dataset": lambda **_: {_SPLIT: Dataset.from_list(rows)},
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
         "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics],
         "num_fewshot": 0,
     }
@@ -87,18 +69,13 @@ def make_task(name: str, local: LocalTask) -> Any:
 
 
 def read_questions(local: LocalTask) -> list[dict[str, Any]]:
-    """Read and check the questions of a file, and append the suffix.
-
-    Raises:
-        EvaluationError: as for :func:`make_task`; the message names the first lines at fault.
-    """
+    """Read and check the questions of a file, and append the suffix; an error names the first lines at fault."""
     path = Path(local.path)
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(
-            f"cannot be read: {error}", where=str(path), remedy="Pass the path of a file of questions, one per line"
-        ) from error
+        remedy = "Pass the path of a file of questions, one per line"
+        raise EvaluationError(f"cannot be read: {error}", where=str(path), remedy=remedy) from error
     rows: list[dict[str, Any]] = []
     bad: list[str] = []
     kinds: set[bool] = set()
@@ -111,12 +88,11 @@ def read_questions(local: LocalTask) -> list[dict[str, Any]]:
             kinds.add("continuation" in row)
     asked = rows[local.start : local.stop]
     if bad or len(kinds) > 1 or not asked:
-        named = "; ".join(bad[:_ROWS_NAMED]) or ("two kinds of question" if kinds else "no questions")
-        raise EvaluationError(
-            f"{len(bad)} of {len(bad) + len(rows)} lines cannot be used: {named}",
-            where=str(path),
-            remedy=f"Each line must be {_EXPECTED}",
-        )
+        # three lines tell a broken line from a file of another kind
+        named = "; ".join(bad[:3]) or ("two kinds of question" if kinds else "no questions")
+        what = f"{len(bad)} of {len(bad) + len(rows)} lines cannot be used: {named}"
+        remedy = 'Each line must be {"query", "choices", "gold"} or {"context_options", "continuation", "gold"}'
+        raise EvaluationError(what, where=str(path), remedy=remedy)
     return asked
 
 
@@ -163,8 +139,6 @@ class TaskScore:
         metric: ``acc_norm`` (likelihood normalised by the length of the choice) if the task has it, else ``acc``.
         value: fraction of the questions, in [0, 1].
         standard_error: standard error of ``value``, from the harness.
-        samples: number of questions.
-        others: further metrics of the task.
         correct: question by question, whether the answer was right by ``metric``; for paired comparison.
         chance: accuracy of guessing: the mean of 1 / number of choices; 0 for questions without choices.
     """
@@ -184,12 +158,7 @@ class TaskScore:
 
 
 def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, Task]:
-    """Tasks by name.
-
-    Args:
-        tasks: names that lm-evaluation-harness knows, JSONL files (by path or :class:`LocalTask`), alone or in a
-            sequence; or a mapping from other names to these.
-    """
+    """Tasks by name: names that lm-evaluation-harness knows and JSONL files, or a mapping to these."""
     wanted = "names of tasks, JSONL files of questions, or a mapping from names to these"
     given: Any = tasks
     if isinstance(given, bytes) or not isinstance(given, str | Path | LocalTask | Iterable):
@@ -208,15 +177,7 @@ def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, 
 
 
 def check_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> None:
-    """Refuse tasks that cannot be run, before a model is loaded for them.
-
-    Args:
-        tasks: as for :func:`named_tasks`.
-
-    Raises:
-        UnknownNameError: the harness has no task of this name; the nearest is suggested.
-        EvaluationError: the harness is missing, or a file has a line that is not a question.
-    """
+    """Refuse tasks that cannot be run, as for :func:`named_tasks`, before a model is loaded for them."""
     with _installed(), quiet(logging.WARNING):
         import lm_eval.tasks  # noqa: F401 (whether it can be imported)
     named = named_tasks(tasks)
@@ -241,15 +202,11 @@ def _task_manager(hub: bool) -> Any:
 
 @contextmanager
 def _installed() -> Iterator[None]:
-    """Turn a missing harness into an error that names the package to install."""
     try:
         yield
     except ImportError as error:
-        raise EvaluationError(
-            f"the package `lm-eval` is not installed ({error})",
-            where="tasks",
-            remedy="pip install 'fxprune[eval]'",
-        ) from error
+        what = f"the package `lm-eval` is not installed ({error})"
+        raise EvaluationError(what, where="tasks", remedy="pip install 'fxprune[eval]'") from error
 
 
 @wrap_errors("tasks", "Pass a language model, its own tokenizer, and tasks by name or as files", EvaluationError)
@@ -269,21 +226,15 @@ def zero_shot(
         tasks: as for :func:`named_tasks`; the paper's seven are fetched from the hub.
         limit: most questions of a task, from its start; None for all.
         batch: sequences per call.
-
-    Raises:
-        EvaluationError: the harness is missing, a task is unknown or cannot be loaded, or the model is not from
-            transformers.
     """
     named = named_tasks(tasks)
     batch = whole_number("batch", batch, least=1, error=EvaluationError)
     if limit is not None:
         limit = whole_number("questions", limit, least=1, error=EvaluationError)
     if not isinstance(model, PreTrainedModel):
-        raise EvaluationError(
-            f"tasks need a Hugging Face model, not a {type(model).__name__}",
-            where="model",
-            remedy="Pass result.model; if it is None, report.model_reasons says why",
-        )
+        what = f"tasks need a Hugging Face model, not a {type(model).__name__}"
+        remedy = "Pass result.model; if it is None, report.model_reasons says why"
+        raise EvaluationError(what, where="model", remedy=remedy)
     mode = model.training
     with quiet(logging.WARNING):
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,6 @@ __all__ = ["export_decoder"]
 
 Past = list[tuple[torch.Tensor, torch.Tensor]]
 
-_SIZES = {"batch": 1, "sequence": 1, "past": 0}
-"""Dynamic sizes, with their least value."""
-
 
 def export_decoder(model: PreTrainedModel, path: str | os.PathLike[str], *, verify: bool = True) -> Path:
     """Write a program for generation with a cache that needs neither this package nor transformers.
@@ -40,20 +37,13 @@ def export_decoder(model: PreTrainedModel, path: str | os.PathLike[str], *, veri
         path: the file to write, ``.pt2`` or ``.onnx``. Folders are made; an existing file is replaced when the new one
             is complete.
         verify: run the exported file, with an empty past and with a longer one, and compare.
-
-    Returns:
-        The path.
-
-    Raises:
-        UnknownNameError: the suffix is neither of the two.
-        ExportError: the model has no such cache, torch cannot export it, or the packages for ONNX are missing.
-        VerificationError: the program computes something else; nothing is written.
     """
     path = Path(path)
-    if path.suffix not in _WRITERS:
-        raise UnknownNameError("suffix", path.suffix, _WRITERS)
+    writers = {".pt2": _write_program, ".onnx": _write_onnx}
+    if path.suffix not in writers:
+        raise UnknownNameError("suffix", path.suffix, writers)
     step = _Step(model.eval())
-    _WRITERS[path.suffix](step, _export_step(step), path, verify)
+    writers[path.suffix](step, _export_step(step), path, verify)
     return path
 
 
@@ -72,9 +62,8 @@ class _Step(nn.Module):
             model(input_ids=self.ids, past_key_values=cache, use_cache=True)
         self.blocks = [number for number, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
         if not self.blocks:
-            raise ExportError(
-                "keeps no keys and values", where="cache", remedy="Export the plain forward, with cache=False"
-            )
+            remedy = "Export the plain forward, with cache=False"
+            raise ExportError("keeps no keys and values", where="cache", remedy=remedy)
         kept = [(cache.layers[number].keys, cache.layers[number].values) for number in self.blocks]
         self.empty: Past = [(keys[:, :, :0].clone(), values[:, :, :0].clone()) for keys, values in kept]
 
@@ -101,9 +90,10 @@ def _export_step(step: _Step) -> torch.export.ExportedProgram:
             "past": [tuple(t.clone() for t in pair) for pair in past],
         }
         try:  # torch takes half as long if named sizes say that all blocks have the same past
-            program = export(*(torch.export.Dim(name, min=least) for name, least in _SIZES.items()))
+            sizes = {"batch": 1, "sequence": 1, "past": 0}  # with their least value
+            program = export(*(torch.export.Dim(name, min=least) for name, least in sizes.items()))
         except Exception:  # torch may raise anything for a model that bounds these sizes, or that it cannot export
-            program = export(*[torch.export.Dim.AUTO] * len(_SIZES))
+            program = export(*[torch.export.Dim.AUTO] * 3)
     plain: dict[int, torch.Tensor] = {}
     for name, tensor in list(program.state_dict.items()):
         plain.setdefault(id(tensor), plain_tensor(tensor))
@@ -151,9 +141,3 @@ def _write_onnx(step: _Step, program: torch.export.ExportedProgram, path: Path, 
         axes=axes,
         check=check if verify and can_run_in_onnxruntime(step) else None,
     )
-
-
-_WRITERS: dict[str, Callable[[_Step, torch.export.ExportedProgram, Path, bool], None]] = {
-    ".pt2": _write_program,
-    ".onnx": _write_onnx,
-}

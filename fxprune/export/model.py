@@ -42,9 +42,6 @@ def export_model(
         cache: whether a program takes past keys and values and returns present ones; not for GGUF files.
         verify: run the exported file and compare. The logits of a GGUF file are always compared.
 
-    Returns:
-        The path.
-
     Raises:
         UnknownNameError: the suffix or the quantisation is unknown.
         ExportError: the format cannot express the model, with the reason; or an argument belongs to another format.
@@ -60,17 +57,7 @@ def export_model(
 
 
 def check_options(path: Path, *, cache: bool, **gguf_options: Any) -> None:
-    """Refuse arguments that do not apply to the format of a file.
-
-    Args:
-        path: the file to write.
-        cache: whether a program takes keys and values.
-        gguf_options: options of GGUF files; a tokenizer may be given for any file.
-
-    Raises:
-        UnknownNameError: the suffix is unknown.
-        ExportError: an argument belongs to another format.
-    """
+    """Refuse arguments that do not apply to the format of a file; a tokenizer may be given for any."""
     if path.suffix not in SUFFIXES:
         raise UnknownNameError("suffix", path.suffix, SUFFIXES)
     if path.suffix == ".gguf":

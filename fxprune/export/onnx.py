@@ -25,18 +25,10 @@ def write_onnx(
     axes: Sequence[dict[int, str]],
     check: Callable[[Path], None] | None,
 ) -> None:
-    """Write an ONNX model.
+    """Write a program as an ONNX model.
 
-    Args:
-        program: the program to translate.
-        path: the file to write.
-        inputs: a name for each input tensor.
-        outputs: a name for each output.
-        axes: for each input tensor, names of its dynamic axes.
-        check: called with the path of the model before it is moved into place; raises if the model is wrong.
-
-    Raises:
-        ExportError: torch cannot translate the program, or packages are missing.
+    ``axes`` names the dynamic axes of each input tensor. ``check`` is called with the path of the model before it is
+    moved into place, and raises if the model is wrong.
     """
     require_packages("onnx", "onnxscript", *(["onnxruntime"] if check is not None else []))
     spec = program.call_spec.in_spec

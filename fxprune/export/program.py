@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,6 @@ def export_graph(
         example_inputs: keyword inputs to verify with; by default those of pruning, or random token ids.
         verify: run the exported file and compare, an ONNX model in onnxruntime.
 
-    Returns:
-        The path.
-
     Warns:
         UserWarning: an axis is unexpectedly fixed, or the ONNX model could not be checked.
 
@@ -71,14 +68,15 @@ def export_graph(
     known = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
     for name in example_inputs or ():
         one_of("input of the graph", name, known)
-    if path.suffix not in _WRITERS:
-        raise UnknownNameError("suffix", path.suffix, _WRITERS)
+    writers = {".pt2": _write_program, ".onnx": _write_onnx}
+    if path.suffix not in writers:
+        raise UnknownNameError("suffix", path.suffix, writers)
     meta = next((name for name, tensor in weights(graph_module) if tensor.is_meta), None)
     if meta is not None:
         raise ExportError("has no values to export", where=meta, remedy="Give the model real weights instead of meta")
     verified = facts_of(graph_module).get(VerificationInputs)
     given = example_inputs if example_inputs is not None or verified is None else verified.values
-    _WRITERS[path.suffix](graph_module, path, make_inputs(graph_module, given, seed=0), verify)
+    writers[path.suffix](graph_module, path, make_inputs(graph_module, given, seed=0), verify)
     return path
 
 
@@ -116,20 +114,27 @@ def _write_onnx(graph_module: fx.GraphModule, path: Path, inputs: Inputs, verify
     )
 
 
-_WRITERS: dict[str, Callable[[fx.GraphModule, Path, Inputs, bool], None]] = {
-    ".pt2": _write_program,
-    ".onnx": _write_onnx,
-}
-
-
 def _export(graph_module: fx.GraphModule, inputs: Inputs) -> torch.export.ExportedProgram:
     """Export a graph, with a warning for each input axis that is unexpectedly fixed."""
     work = _for_inference(graph_module)
+    device = device_of(work)
+
+    def example(value: Any, given: Any) -> Any:
+        """An input with the traced sizes and the dtype of the given value."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.zeros([size_hint(size) for size in value.shape], dtype=given.dtype, device=device)
+
+    def dynamic_axes(value: Any) -> dict[int, Any] | None:
+        if not isinstance(value, torch.Tensor):
+            return None
+        return {axis: torch.export.Dim.AUTO if is_free(size) else None for axis, size in enumerate(value.shape)}
+
     traced, dims = {}, {}
     for node in (node for node in work.graph.nodes if node.op == "placeholder"):
         name, value = str(node.target), node.meta["val"]
-        traced[name] = _example(value, inputs[name], device_of(work))
-        dims[name] = tree_map(_dynamic_axes, value)
+        traced[name] = tree_map(example, value, inputs[name])
+        dims[name] = tree_map(dynamic_axes, value)
     with quiet(logging.WARNING), wrap_export_errors():
         program = torch.export.export(work, (), traced, dynamic_shapes=dims, strict=False)
     strip_metadata(program)
@@ -140,23 +145,6 @@ def _export(graph_module: fx.GraphModule, inputs: Inputs) -> torch.export.Export
             if not is_free(size):
                 warnings.warn(f"{name}: axis {axis} is fixed; the program runs only at {size}", stacklevel=5)
     return program
-
-
-def _example(traced: Any, given: Any, device: torch.device) -> Any:
-    """An input with the traced sizes and the dtypes of the given value."""
-    if isinstance(traced, torch.Tensor):
-        return torch.zeros([size_hint(size) for size in traced.shape], dtype=given.dtype, device=device)
-    if isinstance(traced, Mapping):
-        return {key: _example(value, given[key], device) for key, value in traced.items()}
-    if isinstance(traced, list | tuple):
-        return type(traced)(_example(value, item, device) for value, item in zip(traced, given, strict=True))
-    return traced
-
-
-def _dynamic_axes(value: Any) -> dict[int, Any] | None:
-    if not isinstance(value, torch.Tensor):
-        return None
-    return {axis: torch.export.Dim.AUTO if is_free(size) else None for axis, size in enumerate(value.shape)}
 
 
 def strip_metadata(program: torch.export.ExportedProgram) -> None:
@@ -222,24 +210,13 @@ def _expected(graph_module: fx.GraphModule, inputs: Inputs) -> tuple[torch.Tenso
 
 
 def require_close(want: Sequence[torch.Tensor], got: Sequence[torch.Tensor], path: Path) -> None:
-    """Refuse a program with other outputs than expected.
-
-    Args:
-        want: expected outputs.
-        got: outputs of the program.
-        path: its file, for the message.
-
-    Raises:
-        VerificationError: they differ by more than the tolerance of their dtype.
-    """
+    """Refuse a program whose outputs differ from the expected ones by more than the tolerance of their dtype."""
     tolerance = TOLERANCE if want[0].element_size() >= 4 else LOW_PRECISION_TOLERANCE
     error = compare([value.float().cpu() for value in want], [value.float().cpu() for value in got])
     if not error <= tolerance:
-        raise VerificationError(
-            f"the exported program differs from the graph by {error:.2e}, more than {tolerance:.0e}",
-            where=path.name,
-            remedy="Please report the model's config and the versions of torch and onnxruntime",
-        )
+        what = f"the exported program differs from the graph by {error:.2e}, more than {tolerance:.0e}"
+        remedy = "Please report the model's config and the versions of torch and onnxruntime"
+        raise VerificationError(what, where=path.name, remedy=remedy)
 
 
 def can_run_in_onnxruntime(module: nn.Module) -> bool:

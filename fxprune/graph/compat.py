@@ -171,7 +171,7 @@ def guards_of(size: torch.SymInt) -> list[tuple[Any, str]]:
     """Return the guards of a trace that the code of the model set, as sympy expressions with their source location.
 
     Guards that torch sets for itself, to choose among memory layouts, do not change results; equations among sizes in
-    the code of its ops do, such as the number of parts of a tensor that is split. ``size`` may be any size of the trace.
+    the code of its ops do, such as the number of parts of a tensor that is split. Any ``size`` of the trace will do.
     """
     env = size.node.shape_env
     asked = [(guard.expr, guard.sloc.framework_loc) for guard in env.guards]

@@ -41,17 +41,16 @@ __all__ = [
     "current_tracer",
     "default_modes",
     "defer_gc",
-    "disable_mha_fastpath",
     "disable_torch_function",
     "eval_mode",
     "mark_exporting",
     "node_of",
     "pause_tracing",
+    "plain_export",
     "preserve_rng",
     "quiet",
     "recompile_lazily",
     "silence_stderr",
-    "skip_stack_traces",
     "wrap_errors",
 ]
 
@@ -75,11 +74,9 @@ def quiet(level: int = logging.ERROR) -> Iterator[None]:
             logging.disable(before)
 
 
-@contextmanager
-def silence_stderr() -> Iterator[None]:
+def silence_stderr() -> AbstractContextManager[object]:
     """Discard output to ``sys.stderr``: torch prints a whole graph there before it raises."""
-    with redirect_stderr(io.StringIO()):
-        yield
+    return redirect_stderr(io.StringIO())
 
 
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
@@ -184,8 +181,8 @@ def attempt(
     """Call a function and return its result, or its :class:`Refusal`.
 
     An exception counts as a refusal if foreign code raised it: a model's constructor, or the torch or transformers code
-    that it called. An exception raised by a line of this package is a defect and propagates, except those of the classes
-    ``refusals``, which this package raises to refuse on purpose.
+    that it called. An exception raised by a line of this package is a defect and propagates, except those of the
+    classes ``refusals``, which this package raises to refuse on purpose.
     """
     try:
         return call_foreign(function, *args, **kwargs)
@@ -231,7 +228,7 @@ def mark_exporting() -> Iterator[None]:
 
 @contextmanager
 def recompile_lazily() -> Iterator[WeakSet[GraphModule]]:
-    """Generate the code of graph modules made in this context when they are first run; yields those not yet generated."""
+    """Generate the code of graph modules made in this context when they first run; yields those without code."""
     recompile = GraphModule.recompile
     pending = WeakSet[GraphModule]()
 
@@ -282,18 +279,6 @@ def disable_torch_function() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def skip_stack_traces() -> Iterator[None]:
-    """Skip node stack traces and graph code while exporting."""
-    kept = torch.fx.config.do_not_emit_stack_traces
-    torch.fx.config.do_not_emit_stack_traces = True
-    try:
-        with recompile_lazily():
-            yield
-    finally:
-        torch.fx.config.do_not_emit_stack_traces = kept
-
-
-@contextmanager
 def defer_gc() -> Iterator[None]:
     """Postpone garbage collection to the end of the context, and then search young objects only."""
     collects = gc.isenabled()
@@ -307,11 +292,15 @@ def defer_gc() -> Iterator[None]:
 
 
 @contextmanager
-def disable_mha_fastpath() -> Iterator[None]:
-    """Make torch's transformer modules trace to small ops rather than one fused op per block."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def plain_export() -> Iterator[None]:
+    """Export torch's transformer modules as small ops, and without node stack traces and graph code."""
+    config, mha = torch.fx.config, torch.backends.mha
+    before = config.do_not_emit_stack_traces, mha.get_fastpath_enabled()
+    config.do_not_emit_stack_traces = True
+    mha.set_fastpath_enabled(False)
     try:
-        yield
+        with recompile_lazily():
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+        config.do_not_emit_stack_traces = before[0]
+        mha.set_fastpath_enabled(before[1])

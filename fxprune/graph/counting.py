@@ -129,7 +129,6 @@ def _run_on_zeros(graph_module: fx.GraphModule, batch: int | None, tokens: int |
 
 
 def _chosen(graph: fx.Graph, batch: int | None, tokens: int | None) -> dict[str, int]:
-    """Numbers for the sizes of integer inputs of two axes, by symbol."""
     values = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
     chosen: dict[str, int] = {}
     for value in tree_leaves(values):
@@ -176,8 +175,8 @@ class _Sizes:
         """Return an argument of a node as a hashable value, with nodes by their shapes and numbers."""
         if isinstance(argument, fx.Node):
             if argument not in self._described:
-                value = self.of(argument) if argument.target is getattr else argument.meta["val"]
-                self._described[argument] = comparable(tree_map(self._traits, value))
+                traits = map_tensors(self.of(argument), lambda tensor: (tuple(tensor.shape), tensor.dtype))
+                self._described[argument] = comparable(traits)
             return self._described[argument]
         if isinstance(argument, tuple | list):
             return type(argument).__name__, *map(self.described, argument)
@@ -192,11 +191,6 @@ class _Sizes:
             assert isinstance(source, fx.Node) and isinstance(name, str)
             return getattr(self.of(source), name)
         return tree_map(self._leaf, node.meta["val"])
-
-    def _traits(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return tuple(self._number(size) for size in value.shape), value.dtype
-        return self._number(value) if isinstance(value, torch.SymInt) else value
 
     def _leaf(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

@@ -116,12 +116,10 @@ class Facts:
         return iter(tuple(self._held.values()))
 
     def put(self, fact: Fact) -> None:
-        """Add ``fact``, replacing an earlier one of its class."""
         self._held[type(fact)] = fact
         self._dropped.pop(type(fact), None)
 
     def drop(self, kind: type[Fact], by: str) -> None:
-        """Drop the fact of class ``kind``, which the pass ``by`` made stale."""
         if self._held.pop(kind, None) is not None:
             self._dropped[kind] = by
 
@@ -222,8 +220,13 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
     """
     found: list[str] = []
     for path, module in model.named_modules():
-        inside = path in found or within(path, found)
-        if isinstance(module, nn.ModuleList | nn.Sequential) and not inside and _are_blocks(module):
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or path in found or within(path, found):
+            continue
+        children = list(module)
+        classes = len({type(child) for child in children})
+        mixed = isinstance(module, nn.ModuleList) and 0 < classes < len(children)
+        have_parts = (any(True for part in child.children() for _ in part.parameters()) for child in children)
+        if (classes == 1 or mixed) and all(have_parts):
             found.extend(f"{path}.{name}" if path else name for name, _ in module.named_children())
     return tuple(found)
 
@@ -245,14 +248,6 @@ def _ancestors(name: str) -> set[str]:
         found.add(name[:end])
         end = name.find(".", end + 1)
     return found
-
-
-def _are_blocks(module: nn.ModuleList | nn.Sequential) -> bool:
-    children = list(module)
-    classes = len({type(child) for child in children})
-    if classes != 1 and not (isinstance(module, nn.ModuleList) and 0 < classes < len(children)):
-        return False
-    return all(any(True for part in child.children() for _ in part.parameters()) for child in children)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,6 @@ __all__ = [
     "ShapedCalls",
     "calls_of",
     "change_dtype",
-    "check_messages",
     "failed_check",
     "fits_mode",
     "same_shapes",
@@ -115,11 +114,6 @@ def _number_key(value: Any) -> object:
     """A number, or the expression of a symbolic one; with its type, as ``1 == True``."""
     node = getattr(value, "node", None)
     return (type(value), value) if node is None else (type(value), node.expr)
-
-
-def check_messages(graph_module: fx.GraphModule) -> tuple[str, ...]:
-    """Return the messages of the checks in a graph."""
-    return tuple(str(node.args[1]) for node in graph_module.graph.nodes if is_check(node))
 
 
 def failed_check(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> str:

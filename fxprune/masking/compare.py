@@ -86,7 +86,6 @@ class PairedRuns:
             yield dense.env[node], masked.env[node]
 
     def has(self, node: fx.Node) -> bool:
-        """Whether both values of ``node`` are available."""
         return node in self.dense[0].env and node in self.masked[0].env
 
     def keep_until(self, value: fx.Node, user: fx.Node) -> None:

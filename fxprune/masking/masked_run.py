@@ -84,7 +84,6 @@ class UntouchedRun(fx.Interpreter):
         return name in self._written
 
     def keep_until(self, value: fx.Node, user: fx.Node) -> None:
-        """Free ``value`` no earlier than after ``user``."""
         last = next((node for node, freed in self.user_to_last_uses.items() if value in freed), None)
         if last is not None and last < user:
             self.user_to_last_uses[last].remove(value)
@@ -186,9 +185,11 @@ class MaskedRun(PreciseRun):
         """Run ``node`` on the kept units of the axes it takes statistics over, with zeros elsewhere."""
 
         def compress(source: fx.Node) -> Any:
-            value = self.env[source]
-            key = tensor_name(source)
-            value = _compress(value, self.axes.tensors.get(key, ()), keep, self.sizes)
+            value, key = self.env[source], tensor_name(source)
+            for axis, expr in enumerate(self.axes.tensors.get(key, ())):
+                if _is_touched(expr, keep):
+                    expr = _fitted(expr, value.shape[axis], lambda found: found.size, keep, self.sizes)
+                    value = value.index_select(axis, _kept_positions(expr, keep, value.device))
             return _renumber(value, self.axes.positions.get(key), keep, to_kept=True)
 
         args = fx.map_arg((node.args, node.kwargs), compress)
@@ -200,7 +201,13 @@ class MaskedRun(PreciseRun):
 
         def on_all_units(value: torch.Tensor, name: str) -> torch.Tensor:
             value = _renumber(value, self.axes.positions.get(name), keep, to_kept=False)
-            return _expand(value, self.axes.tensors[name], keep, self.sizes)
+            for axis, expr in enumerate(self.axes.tensors[name]):
+                if _is_touched(expr, keep):
+                    expr = _fitted(expr, value.shape[axis], lambda found: kept_size(found, keep), keep, self.sizes)
+                    shape = [*value.shape[:axis], expr.size, *value.shape[axis + 1 :]]
+                    index = _kept_positions(expr, keep, value.device)
+                    value = value.new_zeros(shape).index_copy(axis, index, value)
+            return value
 
         if isinstance(value, torch.Tensor):
             return on_all_units(value, node.name)
@@ -229,24 +236,6 @@ def _renumber(value: Any, expr: Expr | None, keep: Keep, *, to_kept: bool) -> An
     if not to_kept:
         return index.to(value.dtype)[value.long()]
     return torch.searchsorted(index, value.long()).to(value.dtype)
-
-
-def _compress(value: Any, exprs: Sequence[Expr], keep: Keep, sizes: Mapping[Factor, int]) -> Any:
-    for axis, expr in enumerate(exprs):
-        if _is_touched(expr, keep):
-            expr = _fitted(expr, value.shape[axis], lambda found: found.size, keep, sizes)
-            value = value.index_select(axis, _kept_positions(expr, keep, value.device))
-    return value
-
-
-def _expand(value: torch.Tensor, exprs: Sequence[Expr], keep: Keep, sizes: Mapping[Factor, int]) -> torch.Tensor:
-    for axis, expr in enumerate(exprs):
-        if _is_touched(expr, keep):
-            expr = _fitted(expr, value.shape[axis], lambda found: kept_size(found, keep), keep, sizes)
-            index = _kept_positions(expr, keep, value.device)
-            shape = [*value.shape[:axis], expr.size, *value.shape[axis + 1 :]]
-            value = value.new_zeros(shape).index_copy(axis, index, value)
-    return value
 
 
 def _fitted(expr: Expr, size: int, measure: Callable[[Expr], int], keep: Keep, sizes: Mapping[Factor, int]) -> Expr:
@@ -291,7 +280,7 @@ def _resized(expr: Expr, sizes: Mapping[Factor, int]) -> Expr:
 
 
 class GatedRun(UntouchedRun):
-    """An interpreter that multiplies inputs of matrix products by a gate for each channel ``(in,)``, which gets gradients."""
+    """An interpreter that multiplies inputs of matrix products by gates ``(in,)``; only the gates get gradients."""
 
     def __init__(self, graph_module: fx.GraphModule, gates: Mapping[Consumer, torch.Tensor]) -> None:
         super().__init__(graph_module)
@@ -318,6 +307,6 @@ class GatedRun(UntouchedRun):
 
 
 def spread_gates(gates: torch.Tensor, units: np.ndarray[tuple[int], np.dtype[np.int64]]) -> torch.Tensor:
-    """Return the gate of each position: of ``gates`` ``(units,)``, that of its unit; 1 if its unit in ``(size,)`` is -1."""
+    """Return the gate of each position: that of its unit among ``(units,)``, or 1 if its unit is -1: ``(size,)``."""
     index = torch.from_numpy(np.where(units < 0, len(gates), units)).to(gates.device)
     return torch.cat((gates, gates.new_ones(1)))[index]

@@ -61,7 +61,6 @@ class Part:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Names of the weights that the part reads."""
         return tuple(str(node.target) for node in self.nodes if node.op == "get_attr")
 
 
@@ -79,7 +78,14 @@ def cut_graph(graph: fx.Graph, cost: Mapping[str, float], limit: float) -> list[
     if written_sources(graph):
         return [_part(ops)]
     reads = [{str(w.target) for w in op.all_input_nodes if w.op == "get_attr"} & cost.keys() for op in ops]
-    alive, uncuttable = _numbers_alive(ops), _uncuttable(graph, ops)
+    place = {op: i for i, op in enumerate(ops)}
+    change = [0] * (len(ops) + 2)
+    for op, i in place.items():
+        last = max((place[user] for user in op.users), default=i)
+        change[i + 1] += output_numel(op)
+        change[last + 1] -= output_numel(op)
+    alive = list(itertools.accumulate(change[: len(ops) + 1]))  # numbers before each op, and after the last
+    uncuttable = _uncuttable(graph, ops)
     found, begin = [], 0
     while begin < len(ops):
         steps = [(reads[i], alive[i + 1], i + 1 in uncuttable) for i in range(begin, len(ops))]
@@ -107,17 +113,6 @@ def _length(steps: Sequence[tuple[Collection[str], int, bool]], cost: Mapping[st
             return len(steps)
     half = max(reach.values()) / 2
     return min((count for count in reach if reach[count] >= half), key=lambda count: (steps[count - 1][1], -count))
-
-
-def _numbers_alive(ops: Sequence[fx.Node]) -> list[int]:
-    """The number of elements alive before each op, and after the last."""
-    place = {op: i for i, op in enumerate(ops)}
-    change = [0] * (len(ops) + 2)
-    for op, i in place.items():
-        last = max((place[user] for user in op.users), default=i)
-        change[i + 1] += output_numel(op)
-        change[last + 1] -= output_numel(op)
-    return list(itertools.accumulate(change[: len(ops) + 1]))
 
 
 def output_numel(node: fx.Node) -> int:
@@ -188,13 +183,14 @@ class PartRuns:
     ) -> None:
         self.parts = parts
         self.graph_module = graph_module
-        self.home, self.place, self.prefetcher = (
-            device_of(graph_module),
-            compute_device(graph_module),
-            current_prefetcher(),
-        )
+        self.home, self.place = device_of(graph_module), compute_device(graph_module)
+        self.prefetcher = current_prefetcher()
         self.run = (_PrecisePartRun if precise else _PartRun)(graph_module)
-        self.differentiable = _dependents(graph_module.graph, reached)
+        self.differentiable: set[fx.Node] = set()
+        for node in graph_module.graph.nodes:
+            sources = self.differentiable.intersection(node.all_input_nodes)
+            if sources or (node.op == "get_attr" and node.target in reached):
+                self.differentiable.add(node)
         places = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         self.inputs = samples
         self.values: list[dict[fx.Node, Any]] = [
@@ -239,7 +235,7 @@ class PartRuns:
             leaves = {node: self._leaf(node, values[node]) for node in part.takes}
             with clear_sample_errors(self.inputs[number]):
                 # views, so that ops may write to them without writing to a leaf that requires gradients
-                takes = {n: v.view_as(v) if _requires_grad(v) else v for n, v in leaves.items()}
+                takes = {n: v.view_as(v) if getattr(v, "requires_grad", False) else v for n, v in leaves.items()}
                 env = self.run.part(part, takes, weights(number), watch(number))
             if last:
                 loss(number, env[part.nodes[-1]]).backward()
@@ -309,8 +305,6 @@ class PartRuns:
 
 
 class _PartRun(UntouchedRun):
-    """An interpreter for one part at a time."""
-
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
         self.weights: Mapping[str, torch.Tensor] = {}
@@ -324,9 +318,12 @@ class _PartRun(UntouchedRun):
         weights: Mapping[str, torch.Tensor],
         watch: Hooks = _NO_HOOKS,
     ) -> Mapping[Any, Any]:
-        """Run a part and return the values that it gives, and the output of the graph."""
         if part not in self.last_uses:
-            self.last_uses[part] = _last_uses(part)
+            last = {value: node for node in part.nodes for value in node.all_input_nodes}
+            uses = self.last_uses[part] = {}
+            for value, node in last.items():
+                if value not in part.gives:
+                    uses.setdefault(node, []).append(value)
         freed = self.last_uses[part]
         self.weights, self.env, self._copies = weights, dict(takes), {}
         for node in part.nodes:
@@ -350,33 +347,8 @@ class _PartRun(UntouchedRun):
 
 
 class _PrecisePartRun(_PartRun, PreciseRun):
-    """The same in at least float32."""
-
     def as_input(self, value: Any) -> Any:
         return map_tensors(value, at_least_float32)
-
-
-def _last_uses(part: Part) -> dict[fx.Node, list[fx.Node]]:
-    """The values to free after each node: those that no later node of the part and no other part uses."""
-    last = {value: node for node in part.nodes for value in node.all_input_nodes}
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for value, node in last.items():
-        if value not in part.gives:
-            found.setdefault(node, []).append(value)
-    return found
-
-
-def _dependents(graph: fx.Graph, reached: Collection[str]) -> set[fx.Node]:
-    """The nodes whose values depend on a weight of these names."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if (node.op == "get_attr" and node.target in reached) or any(v in found for v in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def _requires_grad(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 Observers = Mapping[fx.Node, Callable[[Any], None]]
@@ -430,8 +402,8 @@ class PartwiseModel:
     """A language model that runs part by part, so that its weights in files may exceed memory.
 
     All windows run through one part before the next, so that each weight is read once; values alive between two parts
-    are kept in a temporary folder. A call runs on one batch, and reads all weights for it. The model must be one that can
-    be traced and takes only ``input_ids``.
+    are kept in a temporary folder. A call runs on one batch, and reads all weights for it. The model must be
+    traceable, and take only ``input_ids``.
     """
 
     def __init__(self, model: Any) -> None:

@@ -77,7 +77,7 @@ def record_teacher_logits(
     batch: int,
     track: Callable[[Iterable[Any], int], Iterable[Any]],
 ) -> tuple[TeacherLogits, ...]:
-    """Run the dense graph over ``samples`` and return their teacher logits, with ``kept`` classes a position, in order."""
+    """Run the dense graph over ``samples`` and return their teacher logits: ``kept`` classes at each position."""
     found: dict[int, TeacherLogits] = {}
     batches = list(batch_indices(samples, graph_module, batch))
     with torch.no_grad():
@@ -108,7 +108,7 @@ def teacher_batches(
 
 
 def divergence(logits: torch.Tensor, batch: TeacherBatch) -> torch.Tensor:
-    """Kullback-Leibler divergence from the dense model, in nats per position, of logits ``(batch, positions, classes)``.
+    """Kullback-Leibler divergence of logits ``(batch, positions, classes)`` from the dense model, in nats per position.
 
     It is taken over the dense model's likeliest classes and one more for all others together, and never exceeds the
     divergence over all classes.

@@ -55,13 +55,13 @@ def _follower(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Class of configs that follow one of class ``base``; made once for each."""
     if base not in _FOLLOWERS:
         members: dict[str, object] = {name: _followed(name) for name in _FOLLOWED}
-        members["__reduce_ex__"] = lambda self, _: (_restore, (base, dict(vars(self))))
+        members["__reduce_ex__"] = lambda self, _: (_restore, (vars(self)[_PARENT], dict(vars(self))))
         _FOLLOWERS[base] = type(base.__name__, (base,), members)
     return _FOLLOWERS[base]
 
 
-def _restore(base: type[PreTrainedConfig], state: dict[str, Any]) -> PreTrainedConfig:
-    follower = _follower(base)
+def _restore(parent: PreTrainedConfig, state: dict[str, Any]) -> PreTrainedConfig:
+    follower = _follower(type(parent))
     view = follower.__new__(follower)
     vars(view).update(state)
     return view

@@ -26,14 +26,9 @@ from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
 __all__ = [
     "EXACT",
     "KINDS",
-    "LARGEST_SEED",
     "MANIFEST",
     "MEMORY",
     "NORMS",
-    "ORDERS",
-    "PRECISIONS",
-    "RANKINGS",
-    "REACHES",
     "SUFFIXES",
     "Argument",
     "Arguments",
@@ -64,11 +59,11 @@ __all__ = [
 
 Kind = Literal["mlp", "head", "channel", "head_dim", "expert", "layer"]
 Norm = Literal["sliced", "masked"]
-Order = Literal["vector", "first", "second", "mix"]
-Ranking = Literal["local", "global"]
-Reach = Literal["lost", "stream", "all"]
+Order = Literal["vector", "first", "second", "mix"]  # of the Taylor expansion of the loss
+Ranking = Literal["local", "global"]  # scores are compared inside a group, or over the whole model
+Reach = Literal["lost", "stream", "all"]  # products that lost inputs; or add to the stream; or all after the first
 Memory = Literal["auto", "fast", "low"]
-Precision = Literal["auto", "bf16", "float32"]
+Precision = Literal["auto", "bf16", "float32"]  # without fp16, which loses small updates
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -78,21 +73,8 @@ EXACT = "exact-"
 NORMS: tuple[Norm, ...] = get_args(Norm)
 """A norm over fewer units: an average over those that stay, or what the dense norm computes with the others masked."""
 
-ORDERS: tuple[Order, ...] = get_args(Order)
-"""Of the Taylor expansion of the loss."""
-
-RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
-"""Whether scores are compared inside a group, or over the whole model."""
-
-REACHES: tuple[Reach, ...] = get_args(Reach)
-"""Products that are fitted: those that lost inputs; also those that add to the residual stream; or all behind the first
-that lost inputs."""
-
 MEMORY: tuple[Memory, ...] = get_args(Memory)
 """Memory for sums over samples."""
-
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-"""Without fp16, which loses small updates."""
 
 SUFFIXES = (".pt2", ".onnx", ".gguf")
 """Suffixes of the files that a model is exported to."""
@@ -117,7 +99,6 @@ class Argument:
     """The declaration of an argument, in the metadata of its field.
 
     Args:
-        doc: one or two sentences for users.
         default: the default of an option of a prune; that of a field is the field's own.
         check: validates a value; None to infer the check from the annotation and ``limits``.
         limits: ``least``, ``most``, ``above``, ``below`` of a number, and ``error``, the class that is raised.
@@ -152,12 +133,8 @@ def argument(
         samples: int | None = argument(None, "Calibration samples; None for all.", least=1)
 
     Args:
-        default: the default value.
-        doc: one or two sentences for users.
         check: ``check(name, value)`` returns the value as it is stored, or raises.
         spelled: False for data and objects, which have no spelling as text.
-        panel: the panel of ``--help`` that the option stands in.
-        limits: of a number, and ``error``, the class of errors to raise.
     """
     declaration = Argument(" ".join(doc.split()), default, check, limits, spelled, panel)
     return field(default=default, metadata={"argument": declaration})
@@ -167,11 +144,7 @@ class Arguments:
     """Base of dataclasses whose fields are arguments: validates all of them when an instance is made."""
 
     def __post_init__(self) -> None:
-        """Replace the value of each argument by its validated form.
-
-        Raises:
-            ArgumentError: or the class of errors that the argument names: a value is of the wrong type or out of range.
-        """
+        """Replace the value of each argument by its validated form, or raise the class of errors that it names."""
         kind: Any = type(self)
         for name, check in _checks(kind).items():
             value = getattr(self, name)
@@ -192,18 +165,13 @@ def default_of(field: Field[Any]) -> Any:
 
 
 def checked(name: str, value: Any, hint: Any, declaration: Argument) -> Any:
-    """The validated form of the value of an argument, by its annotation and declaration.
-
-    Raises:
-        ArgumentError: or the class of errors that the argument names: it is of the wrong type or out of range.
-    """
+    """The validated form of the value of an argument, by its annotation and declaration."""
     check = _check_of(hint, declaration)
     return value if check is None else check(name, value)
 
 
 @cache
 def _checks(kind: type) -> dict[str, Check]:
-    """The checks of a class of arguments, by name."""
     hints = get_type_hints(kind)
     declared_here = [one for one in fields(kind) if one.init and "argument" in one.metadata]
     found = {one.name: _check_of(hints[one.name], declared(one)) for one in declared_here}
@@ -211,14 +179,17 @@ def _checks(kind: type) -> dict[str, Check]:
 
 
 def _check_of(hint: Any, declaration: Argument) -> Check | None:
-    """The check of an argument; None if any value may pass."""
     check = declaration.check or _inferred(hint, declaration)
-    return partial(_or_none, check) if check is not None and _takes_none(hint) else check
+    if check is None or not (hint is Any or type(None) in get_args(hint)):
+        return check
+    required = check
+    return lambda name, value: None if value is None else required(name, value)
 
 
 def _inferred(hint: Any, declaration: Argument) -> Check | None:
     """The check that follows from an annotation; None if any value may pass."""
-    options = [one for one in get_args(hint) if one is not type(None)] if _is_union(hint) else [hint]
+    is_union = get_origin(hint) in (Union, types.UnionType)
+    options = [one for one in get_args(hint) if one is not type(None)] if is_union else [hint]
     if len(options) != 1:
         return None
     if get_origin(options[0]) is Literal:
@@ -227,18 +198,6 @@ def _inferred(hint: Any, declaration: Argument) -> Check | None:
         return flag
     checks: dict[Any, Callable[..., Any]] = {int: whole_number, float: number}
     return partial(checks[options[0]], **declaration.limits) if options[0] in checks else None
-
-
-def _takes_none(hint: Any) -> bool:
-    return hint is Any or type(None) in get_args(hint)
-
-
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, types.UnionType)
-
-
-def _or_none(check: Check, name: str, value: Any) -> Any:
-    return None if value is None else check(name, value)
 
 
 def number(
@@ -251,24 +210,18 @@ def number(
     most: float | None = None,
     error: type[FxpruneError] = ArgumentError,
 ) -> float:
-    """Return ``value`` as a float.
-
-    Args:
-        name: of the argument.
-        value: the value passed.
-        least: it may be this or more.
-        above: it has to be more than this.
-        below: it has to be less than this.
-        most: it may be this or less.
-        error: what is raised.
+    """Return ``value`` as a float of at least ``least``, above ``above``, below ``below`` and at most ``most``.
 
     Raises:
-        FxpruneError: of the class ``error``: it is no number, is not finite or is out of range.
+        FxpruneError: of the class ``error``: it is not a number, is not finite or is out of range.
     """
     found = _scalar(value)
     if isinstance(found, int | float | Fraction) and not isinstance(found, bool):
-        inside = _inside(found, least=least, above=above, below=below, most=most)
-        if inside and math.isfinite(as_float := _as_float(found)):
+        try:
+            as_float = float(found)
+        except OverflowError:
+            as_float = math.inf
+        if _inside(found, least=least, above=above, below=below, most=most) and math.isfinite(as_float):
             return as_float
     wanted = f"a number{_range(least=least, above=above, below=below, most=most)}"
     if 1 in (below, most) and isinstance(found, int | float) and 1 < found <= 100:
@@ -284,11 +237,7 @@ def whole_number(
     most: int | None = None,
     error: type[FxpruneError] = ArgumentError,
 ) -> int:
-    """Return ``value`` as an int; see :func:`number`.
-
-    Raises:
-        FxpruneError: of the class ``error``: it is no whole number or is out of range.
-    """
+    """Return ``value`` as an int; see :func:`number`."""
     found = _scalar(value)
     if isinstance(found, int) and not isinstance(found, bool) and _inside(found, least=least, most=most):
         return found
@@ -296,25 +245,12 @@ def whole_number(
 
 
 def as_seed(name: str, value: Any, *, most: int = LARGEST_SEED, error: type[FxpruneError] = ArgumentError) -> int:
-    """Return ``value`` as a seed of random numbers.
-
-    Raises:
-        FxpruneError: of the class ``error``: it is no whole number of 0 to ``most``.
-    """
+    """Return ``value`` as a seed of random numbers, a whole number from 0 to ``most``."""
     return whole_number(name, value, least=0, most=most, error=error)
 
 
 def numbers(name: str, value: Any, wanted: str) -> tuple[int, ...]:
-    """Return ``value`` as whole numbers of 0 or more.
-
-    Args:
-        name: of the argument.
-        value: the value passed.
-        wanted: what it has to be, for the message.
-
-    Raises:
-        ArgumentError: it is no list, tuple or array of such numbers.
-    """
+    """Return ``value`` as whole numbers of 0 or more; ``wanted`` describes them in the message."""
     if (_is_tensor(value) or _is_array(value)) and value.ndim == 1:
         value = value.tolist()
     try:
@@ -326,11 +262,7 @@ def numbers(name: str, value: Any, wanted: str) -> tuple[int, ...]:
 
 
 def flag(name: str, value: Any) -> bool:
-    """Return ``value`` as a bool; what is merely true in Python, such as ``"no"``, is none.
-
-    Raises:
-        ArgumentError: it is neither True nor False.
-    """
+    """Return ``value`` as a bool; other values that count as true in Python, such as ``"no"``, are refused."""
     found = _scalar(value)
     if isinstance(found, bool):
         return found
@@ -338,12 +270,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def one_of(name: str, value: Any, known: Iterable[str]) -> str:
-    """Return ``value``, one of the names ``known``.
-
-    Raises:
-        UnknownNameError: it is none of them; the nearest is suggested.
-        ArgumentError: it is no name at all.
-    """
+    """Return ``value``, one of the names ``known``; the error suggests the nearest."""
     names = tuple(known)
     if not isinstance(value, str):
         raise refuse(name, value, f"one of {', '.join(sorted(names))}")
@@ -353,33 +280,21 @@ def one_of(name: str, value: Any, known: Iterable[str]) -> str:
 
 
 def function(name: str, value: Any, wanted: str, error: type[FxpruneError] = ArgumentError) -> Callable[..., Any]:
-    """Return ``value``, which can be called and is no class.
-
-    Raises:
-        FxpruneError: of the class ``error``: it cannot.
-    """
+    """Return ``value``, which must be callable and not a class."""
     if callable(value) and not isinstance(value, type):
         return value  # type: ignore[no-any-return]
     raise refuse(name, value, wanted, error)
 
 
 def instance(name: str, value: Any, kind: type[T], wanted: str, error: type[FxpruneError] = ArgumentError) -> T:
-    """Return ``value``, which is of class ``kind``.
-
-    Raises:
-        FxpruneError: of the class ``error``: it is not.
-    """
+    """Return ``value``, which must be an instance of ``kind``."""
     if isinstance(value, kind):
         return value
     raise refuse(name, value, wanted, error)
 
 
 def as_path(name: str, value: Any, *, error: type[FxpruneError] = ArgumentError) -> str:
-    """Return ``value`` as the path of a file or folder.
-
-    Raises:
-        FxpruneError: of the class ``error``: it is no path, or an empty one.
-    """
+    """Return ``value`` as the path of a file or folder."""
     found = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if isinstance(found, str) and found and "\0" not in found:
         return found
@@ -387,19 +302,12 @@ def as_path(name: str, value: Any, *, error: type[FxpruneError] = ArgumentError)
 
 
 def path_or_empty(name: str, value: Any, *, error: type[FxpruneError] = ArgumentError) -> str:
-    """Return ``value`` as a path; an empty text stands for none. See :func:`as_path`."""
+    """Return ``value`` as a path; an empty text stands for none."""
     return "" if value == "" else as_path(name, value, error=error)
 
 
 def refuse(name: str, value: Any, wanted: str, error: type[FxpruneError] = ArgumentError) -> FxpruneError:
-    """The error for a value of an argument that is not valid.
-
-    Args:
-        name: of the argument.
-        value: the value passed.
-        wanted: the valid values, in words.
-        error: the class of the error.
-    """
+    """The error of class ``error`` for an invalid value of an argument; ``wanted`` describes the valid ones."""
     what = f"${name} is {format_value(value)}"
     return error(what, where=name, remedy=f"Pass {wanted}", argument=name, value=value)
 
@@ -414,16 +322,13 @@ def format_value(value: Any) -> str:
         return f"{_article(str(value.dtype))} {kind} of shape {tuple(value.shape)}"
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | list | tuple | set | Mapping):
         text = _REPR.repr(value)
-        return text if len(text) <= _LONGEST and "\n" not in text and " object at 0x" not in text else _kind(value)
-    return _kind(value)
+        if len(text) <= _LONGEST and "\n" not in text and " object at 0x" not in text:
+            return text
+    return _article(type(value).__name__)
 
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = _LONGEST
-
-
-def _kind(value: Any) -> str:
-    return _article(type(value).__name__)
 
 
 def _article(name: str) -> str:
@@ -448,13 +353,6 @@ def _scalar(value: Any) -> Any:
     return value
 
 
-def _as_float(value: float | Fraction) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
 def _inside(
     value: float | Fraction,
     *,
@@ -474,7 +372,7 @@ def _inside(
 def _range(
     *, least: float | None = None, above: float | None = None, below: float | None = None, most: float | None = None
 ) -> str:
-    """Return in words which numbers are taken."""
+    """The numbers that are accepted, in words."""
     low, high = (least if above is None else above), (most if below is None else below)
     if low is not None and high is not None:
         return f" in {'[' if above is None else '('}{low}, {high}{']' if below is None else ')'}"

@@ -130,6 +130,8 @@ class Pass(Arguments, PassBase):
     """Whether it writes to the memory of tensors. One that only puts others in their place is spared a copy of all."""
     needs: ClassVar[Kinds] = ()
     """Classes of the facts that must be known before."""
+    preconditions: ClassVar[tuple[Callable[[fx.GraphModule, str], None], ...]] = ()
+    """Further checks before it runs, as :func:`~fxprune.graph.tensors.require_weights`: of a graph, for a pass name."""
     wants: ClassVar[Kinds] = ()
     """Classes of the facts that are read if they are known."""
     gives: ClassVar[Kinds] = ()
@@ -146,12 +148,8 @@ class Pass(Arguments, PassBase):
         """Check what is needed, run, and check what was promised.
 
         Args:
-            graph_module: from :func:`fxprune.trace`, or what another pass returned.
             inplace: change ``graph_module`` itself. By default a pass that changes something works on a copy, and one
                 that only finds something out adds it to the facts about ``graph_module``.
-
-        Returns:
-            The graph module, and whether its graph or its weights differ from those of the one that came in.
 
         Raises:
             PassError: a fact is missing, a promised one was not given, something changed that was not declared, or the
@@ -177,18 +175,20 @@ class Pass(Arguments, PassBase):
         return spell(self.name, self)
 
     def cost(self, samples: int) -> PassCost:
-        """Time and memory that it takes if there are ``samples`` samples; nothing much, unless a subclass says so."""
+        """Time and memory that it takes for a number of samples; next to nothing by default."""
         return PassCost()
 
     def check_arguments(self) -> None:
         """Raise where an argument that the pass cannot do without is missing; asked before any pass runs."""
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raise :class:`~fxprune.errors.PassError` unless all of :attr:`needs` is known."""
+        """Raise :class:`~fxprune.errors.PassError` unless :attr:`needs` are known and :attr:`preconditions` hold."""
         facts = facts_of(graph_module)
         for kind in self.needs:
             if kind not in facts:
                 raise facts.missing(kind, where=f"pass {self.name}")
+        for check in self.preconditions:
+            check(graph_module, self.name)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         """Raise :class:`~fxprune.errors.PassError` unless all of :attr:`gives` is known."""
@@ -217,21 +217,15 @@ class Pass(Arguments, PassBase):
     def _check(self, changed: frozenset[Change], said: bool) -> None:
         allowed = {"graph": {"graph", "weights"}, "weights": {"weights"}, "nothing": set[str]()}[self.changes]
         for part in sorted(changed - allowed):
-            raise PassError(
-                f"changed the {part}, and declares to change {self.changes}", where=f"pass {self.name}", remedy=_REPORT
-            )
+            what = f"changed the {part}, and declares to change {self.changes}"
+            raise PassError(what, where=f"pass {self.name}", remedy=_REPORT)
         if changed and not said:
-            raise PassError(
-                f"changed the {min(changed)} and says that it did not", where=f"pass {self.name}", remedy=_REPORT
-            )
+            what = f"changed the {min(changed)} and says that it did not"
+            raise PassError(what, where=f"pass {self.name}", remedy=_REPORT)
 
 
 def run_apart(step: Pass, run: Callable[[fx.GraphModule], PassResult], graph_module: fx.GraphModule) -> PassResult:
-    """Return what ``run`` makes of a copy of ``graph_module``, sharing no tensor with it.
-
-    Raises:
-        PassError: ``step`` writes to tensors, and declares that it does not.
-    """
+    """Run on a copy of ``graph_module``; the result shares no tensor with it, and ``step`` must not write to it."""
     work = fork(graph_module)
     if step.writes:
         unshare(work, graph_module)
@@ -239,21 +233,15 @@ def run_apart(step: Pass, run: Callable[[fx.GraphModule], PassResult], graph_mod
     result = run(work)
     for name, tensor in weights(graph_module):
         if _version(tensor) != before[name]:
-            raise PassError(
-                f"wrote to {name} of the graph that it was given a copy of", where=f"pass {step.name}", remedy=_REPORT
-            )
+            what = f"wrote to {name} of the graph that it was given a copy of"
+            raise PassError(what, where=f"pass {step.name}", remedy=_REPORT)
     unshare(result.graph_module, graph_module)
     return result
 
 
 @dataclass(frozen=True)
 class _Print:
-    """What a graph module is, as far as a change can be seen.
-
-    Args:
-        nodes: the nodes, with their targets and arguments; what holds these is replaced and never changed.
-        tensors: each tensor by name, as it was.
-    """
+    """The nodes of a graph module, and its tensors by name, as they were at one time."""
 
     nodes: _NodePrint
     tensors: Mapping[str, _TensorPrint]
@@ -262,15 +250,12 @@ class _Print:
     def of(cls, graph_module: fx.GraphModule, *, hold: bool) -> _Print:
         """The print of a graph module; linear in the number of its nodes.
 
-        Args:
-            graph_module: the graph module.
-            hold: keep tensors alive to compare with. Without, a copy cannot be told from a change once the original is
-                gone, and counts as one; but in place dense tensors are freed as slim ones are made.
+        ``hold`` keeps tensors alive to compare with. Without, a copy cannot be distinguished from a change once the
+        original is gone, and counts as one; but in place dense tensors are freed as slim ones are made.
         """
         return cls(_nodes(graph_module), {name: _TensorPrint.of(t, hold=hold) for name, t in weights(graph_module)})
 
     def compare(self, after: fx.GraphModule) -> frozenset[Change]:
-        """What differs in ``after``: the graph, or the values of weights that are read before and after."""
         changed: set[Change] = set()
         if not _same(self.nodes, _nodes(after)):
             changed.add("graph")
@@ -289,7 +274,7 @@ class _TensorPrint:
 
     @classmethod
     def of(cls, tensor: torch.Tensor, *, hold: bool) -> _TensorPrint:
-        """The print of a tensor, kept alive or not; those made in inference mode count no versions."""
+        """Tensors made in inference mode count no versions."""
         return cls((lambda: tensor) if hold else weakref.ref(tensor), _version(tensor), tensor.shape)
 
     def differs(self, after: torch.Tensor) -> bool:

@@ -34,11 +34,7 @@ _LONGEST = 1000
 
 @dataclass(frozen=True)
 class Ran(Fact):
-    """The passes of pipelines that ran on a graph.
-
-    Args:
-        passes: the stage, the spelling and the seconds of each pass, in order.
-    """
+    """The stage, the spelling and the seconds of each pass of pipelines that ran on a graph, in order."""
 
     passes: tuple[tuple[str, str, float], ...] = ()
 
@@ -115,11 +111,11 @@ class PassSequence(Pass):
         with default_modes():
             flag("inplace", inplace)
             self.requires(graph_module)
-            resume_scope = self.changes != "nothing" and not inplace
+            on_copy = self.changes != "nothing" and not inplace
             made = graph_module
             try:
                 with recompile_lazily() as waiting, defer_gc() if has_meta_weights(graph_module) else nullcontext():
-                    result = run_apart(self, self.call, graph_module) if resume_scope else self.call(graph_module)
+                    result = run_apart(self, self.call, graph_module) if on_copy else self.call(graph_module)
                 made = result.graph_module
             finally:  # where a step raised, too: what it left behind is the caller's graph
                 if made in waiting:
@@ -127,7 +123,7 @@ class PassSequence(Pass):
             return result
 
     def check_arguments(self) -> None:
-        """Raise where the arguments of a step are not complete."""
+        """Raise if the arguments of a step are incomplete."""
         for step in self.leaves():
             step.check_arguments()
 
@@ -139,7 +135,11 @@ class PassSequence(Pass):
         dropped: dict[type[Fact], str] = {}
         leaves = tuple(self.leaves())
         for place, step in enumerate(leaves):
-            _check_wants(step, known, leaves[place + 1 :])
+            for kind in step.wants:
+                giver = next((one.name for one in leaves[place + 1 :] if kind in one.gives), None)
+                if kind not in known and giver is not None:
+                    what = f"reads the fact {kind.__name__}, which {giver} gives after it"
+                    raise PassError(what, where=f"pass {step.name}", remedy=f"Run {giver} first")
             for kind in step.needs:
                 if kind not in known:
                     error = facts.missing(kind, where=f"pass {step.name}", by=dropped.get(kind, ""))
@@ -171,18 +171,6 @@ class PassSequence(Pass):
 
     def _end(self, step: Pass, graph_module: fx.GraphModule, seconds: float) -> None:
         """Called with each step after it ran, with what it returned and the time it took."""
-
-
-def _check_wants(step: Pass, known: set[type[Fact]], later: Sequence[Pass]) -> None:
-    """Refuse a step that reads a fact if it is known, and runs before the step that gives it."""
-    for kind in step.wants:
-        giver = next((one.name for one in later if kind in one.gives), None)
-        if kind not in known and giver is not None:
-            raise PassError(
-                f"reads the fact {kind.__name__}, which {giver} gives after it",
-                where=f"pass {step.name}",
-                remedy=f"Run {giver} first",
-            )
 
 
 @dataclass(frozen=True, eq=False, init=False)

@@ -38,11 +38,7 @@ def _entries() -> dict[str, EntryPoint]:
 
 
 def pass_names(stage: str | None = None) -> tuple[str, ...]:
-    """Names of all installed passes, or of those of one stage that can be imported, such as ``"importance"``.
-
-    Raises:
-        UnknownNameError: no such stage.
-    """
+    """Names of all installed passes, or of those of one stage that can be imported, such as ``"importance"``."""
     if stage is not None:
         one_of("stage", stage, STAGES)
     names = tuple(sorted(_entries()))
@@ -50,33 +46,21 @@ def pass_names(stage: str | None = None) -> tuple[str, ...]:
 
 
 def pass_class(name: str) -> type[Pass]:
-    """The class of passes registered as ``name``.
-
-    Raises:
-        UnknownNameError: no such pass.
-        PassError: its package cannot be imported, or what it registers is no pass.
-    """
+    """The class of passes registered as ``name``; PassError if its package cannot be imported."""
     entry = _entries()[one_of("pass", name, _entries())]
     try:
         found = entry.load()
     except Exception as error:  # importing a stranger's package may raise anything
-        raise PassError(
-            f"cannot be imported from {entry.value}: {type(error).__name__}: {error}",
-            where=f"pass {name}",
-            remedy="Mend or uninstall the package that registers it; the other passes work without it",
-        ) from error
+        what = f"cannot be imported from {entry.value}: {type(error).__name__}: {error}"
+        remedy = "Mend or uninstall the package that registers it; the other passes work without it"
+        raise PassError(what, where=f"pass {name}", remedy=remedy) from error
     if not (isinstance(found, type) and issubclass(found, Pass)):
         raise PassError(f"{entry.value} is no class of passes", where=f"pass {name}", remedy="Subclass fxprune.Pass")
     return found
 
 
 def load_pass(name: str, **arguments: Any) -> Pass:
-    """The pass registered as ``name``, made with ``arguments``.
-
-    Raises:
-        UnknownNameError: no such pass, or it does not take one of the arguments.
-        PassError: its package cannot be imported.
-    """
+    """The pass registered as ``name``, made with ``arguments``."""
     made = pass_class(name)
     known = [field.name for field in spelled_fields(made)]
     for argument in arguments:
@@ -86,15 +70,9 @@ def load_pass(name: str, **arguments: Any) -> Pass:
 
 
 def parse_pass(text: str, **defaults: Any) -> Pass:
-    """The pass spelled ``name`` or ``name{key=value, key=value}``.
+    """The pass spelled ``name`` or ``name{key=value, key=value}``; see :func:`fxprune.pipeline.spelling.read_spelling`.
 
-    Args:
-        text: the spelling; see :func:`fxprune.pipeline.spelling.read_spelling`.
-        defaults: arguments where the text does not say otherwise; those the pass does not take are left out.
-
-    Raises:
-        PassError: the text is not of that form, or the pass cannot be imported.
-        UnknownNameError: no such pass or argument.
+    ``defaults`` are arguments that the text leaves open; those the pass does not take are left out.
     """
     name, arguments = read_spelling(text)
     known = {field.name for field in spelled_fields(pass_class(name))}
@@ -150,19 +128,19 @@ def arguments_of(made: type[Pass]) -> tuple[tuple[str, str, str], ...]:
 
 
 def example_of(made: type[Pass]) -> str:
-    """Return a pass in the text of a pipeline, with the defaults of those arguments that have a spelling."""
+    """A pass in the text of a pipeline, with the defaults of those arguments that have a spelling."""
     empty = ("", "''", "None", "[]")
     given = ", ".join(f"{name}={default}" for name, default, _ in arguments_of(made) if default not in empty)
     return f"{made.name}{{{given}}}" if given else made.name
 
 
 def plain(text: str) -> str:
-    """Return a docstring as it is read in a terminal: one backtick for two, and none of Sphinx's roles."""
+    """A docstring as read in a terminal: one backtick for two, and no roles of Sphinx."""
     return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`")
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Return names of passes by stage; in a stage, those that give a fact before those that need it.
+    """Names of passes by stage; within a stage, those that give a fact before those that need it.
 
     Passes that cannot be imported come last.
     """
@@ -189,7 +167,7 @@ def _before(giver: type[Pass], taker: type[Pass]) -> bool:
 
 
 def _kinds(made: type[Pass], word: str) -> set[type[Fact]]:
-    """Return classes of facts that a class of passes declares; what it finds out from its arguments is none."""
+    """Classes of facts that a class of passes declares; a property, which depends on arguments, counts as none."""
     declared = getattr(made, word)
     return {*declared} if isinstance(declared, tuple) else set()
 

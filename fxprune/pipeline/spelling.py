@@ -25,11 +25,7 @@ _CLOSING = {"{": "}", "[": "]", "(": ")"}
 
 
 def split(text: str, parting: str) -> Iterator[str]:
-    """Yield the parts of ``text`` between characters of ``parting`` that are in no brackets and no quotes.
-
-    Raises:
-        PassError: a bracket or a quote is not closed.
-    """
+    """Yield the parts of ``text`` between characters of ``parting`` outside brackets and quotes, which must close."""
     expected: list[str] = []
     quote, part = "", ""
     for before, sign in zip(f" {text}", text, strict=False):
@@ -79,11 +75,7 @@ def read_spelling(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def read_steps(text: str) -> list[str]:
-    """Return the steps of a pipeline in text, as they are spelled: a pass each, or a pipeline in brackets.
-
-    Raises:
-        PassError: a bracket or a quote is not closed.
-    """
+    """The steps of a pipeline in text, as they are spelled: a pass each, or a pipeline in brackets."""
     lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
     return [part for part in split(lines, ",\n;") if part]
 
@@ -96,13 +88,11 @@ def _value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError) as error:
-        raise PassError(
-            f"{text!r} is no value", where=text, remedy="Put text that is not one word in quotes"
-        ) from error
+        remedy = "Put text that is not one word in quotes"
+        raise PassError(f"{text!r} is no value", where=text, remedy=remedy) from error
 
 
 def _is_pass(text: str) -> bool:
-    """Whether a text is the spelling of a pass with arguments."""
     return text.endswith("}") and _BARE.fullmatch(text.partition("{")[0]) is not None
 
 
@@ -112,7 +102,7 @@ def spelled_fields(made: object) -> tuple[Field[Any], ...]:
 
 
 def spell(name: str, made: object) -> str:
-    """Return the text for a pass: its name, and the arguments that are not the default and have a spelling."""
+    """The text for a pass: its name, and the arguments that are not the default and have a spelling."""
     said: Mapping[str, Any] = {
         field.name: getattr(made, field.name)
         for field in spelled_fields(made)
@@ -123,14 +113,13 @@ def spell(name: str, made: object) -> str:
 
 
 def _has_spelling(value: Any, default: Any) -> bool:
-    """Whether ``value`` is plain data and not the default."""
     if isinstance(value, tuple | list):
         return value != default and all(_has_spelling(item, ...) for item in value)
     return (value is None or isinstance(value, str | int | float | PassBase)) and value != default
 
 
 def spelled_value(value: Any) -> str | None:
-    """Return the text for the value of an argument; None where it is no plain data."""
+    """The text for the value of an argument; None if it is not plain data."""
     return _text(value) if _has_spelling(value, ...) else None
 
 

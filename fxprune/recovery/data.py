@@ -18,7 +18,7 @@ from fxprune.data.text import paragraphs
 from fxprune.errors import DataError
 from fxprune.recovery.settings import RecoverySettings
 
-__all__ = ["DataReport", "Example", "Formatter", "TrainingData", "collate", "read_training_data"]
+__all__ = ["DataReport", "Example", "TrainingData", "collate", "read_training_data"]
 
 _LONGEST = 80
 """Characters of a chat template's error that are repeated: rows are grouped by the reason, which must stay short."""
@@ -32,12 +32,9 @@ _PASSAGE = 2000
 
 @dataclass(frozen=True)
 class Example:
-    """One training sample.
+    """One training sample: ids, and labels with IGNORED for tokens that do not count in the loss.
 
-    Args:
-        ids: token ids.
-        labels: the same; :data:`fxprune.data.calibration.IGNORED` for tokens that do not count in the loss.
-        cut: whether it was longer than allowed.
+    ``cut`` says whether it was longer than allowed.
     """
 
     ids: tuple[int, ...]
@@ -47,13 +44,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Formatter:
-    """Turns rows of instructions and chats into examples.
-
-    Args:
-        tokenizer: the model's.
-        max_tokens: longest example.
-        response_only: whether to leave prompts out of the loss.
-    """
+    """Turns rows of instructions and chats into examples; ``response_only`` leaves prompts out of the loss."""
 
     tokenizer: Any
     max_tokens: int
@@ -149,11 +140,7 @@ class DataReport:
     """Use of the rows that were read.
 
     Args:
-        rows: number of rows.
         train: number of training samples; windows, of plain text.
-        held_out: number of held-out samples.
-        bad: rows left out, each with the reason.
-        formats: number of rows used, by format.
         duplicates: rows left out because an earlier one gives the same sample.
         cut: samples that were longer than allowed and lost their end.
         tokens: tokens of the training samples.
@@ -186,13 +173,7 @@ class DataReport:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Training and held-out samples; they share no row and no paragraph.
-
-    Args:
-        train: samples to train on.
-        held_out: samples for the held-out loss.
-        report: use of the rows.
-    """
+    """Training and held-out samples, which share no row and no paragraph, and the use of the rows."""
 
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
@@ -204,8 +185,6 @@ def read_training_data(data: Any, tokenizer: Any, settings: RecoverySettings) ->
 
     Args:
         data: as for :func:`fxprune.data.rows.read_rows`; None for the built-in text.
-        tokenizer: the model's.
-        settings: format, length, fraction held out, seed.
 
     Raises:
         DataError: there is no row, no row that can be used, or too few for two parts.
@@ -220,7 +199,9 @@ def read_training_data(data: Any, tokenizer: Any, settings: RecoverySettings) ->
         if isinstance(row, BadRow):
             bad.append(row)
             continue
-        sample = _sample(row, formatter)
+        sample = formatter.example(row) if row.kind != "text" else row.text()  # texts are packed later
+        if isinstance(sample, str) and not sample.strip():
+            sample = BadRow(row.where, "'text' is empty")
         if isinstance(sample, BadRow):
             bad.append(sample)
         elif sample in made:
@@ -229,23 +210,21 @@ def read_training_data(data: Any, tokenizer: Any, settings: RecoverySettings) ->
             made[sample] = None
             formats[row.kind] += 1
     if not made:
-        raise DataError(
-            f"none of {number} rows can be used: {_format_reasons(bad)}" if number else "the data set is empty",
-            where=data if isinstance(data, str) else "data",
-            remedy="Rows need 'instruction' and 'output', or 'messages', or 'text'; rename other fields",
-        )
+        what = f"none of {number} rows can be used: {_format_reasons(bad)}" if number else "the data set is empty"
+        remedy = "Rows need 'instruction' and 'output', or 'messages', or 'text'; rename other fields"
+        raise DataError(what, where=data if isinstance(data, str) else "data", remedy=remedy)
     generator = random.Random(settings.seed)
     train, held_out = _split([one for one in made if isinstance(one, Example)], settings.held_out, generator)
     front, back = _split(_passages(one for one in made if isinstance(one, str)), settings.held_out, generator)
     train += formatter.pack(front)
     held_out += formatter.pack(back)
     if not train or not held_out:
-        raise DataError(
-            f"{len(train)} samples to train on and {len(held_out)} held out",
-            where="data",
-            remedy="Give more rows, or set held_out to a number of samples that leaves some on both sides",
-        )
-    samples = (*train, *held_out)
+        what = f"{len(train)} samples to train on and {len(held_out)} held out"
+        remedy = "Give more rows, or set held_out to a number of samples that leaves some on both sides"
+        raise DataError(what, where="data", remedy=remedy)
+    samples, digest = (*train, *held_out), hashlib.sha256()
+    for example in samples:
+        digest.update(repr((example.ids, example.labels)).encode())
     report = DataReport(
         rows=number,
         train=len(train),
@@ -256,18 +235,13 @@ def read_training_data(data: Any, tokenizer: Any, settings: RecoverySettings) ->
         cut=sum(example.cut for example in samples),
         tokens=sum(len(example.ids) for example in train),
         counted=sum(label != IGNORED for example in train for label in example.labels[1:]),
-        digest=_fingerprint(samples),
+        digest=digest.hexdigest()[:16],
     )
     return TrainingData(tuple(train), tuple(held_out), report)
 
 
 def collate(examples: Sequence[Example], padding: int) -> dict[str, torch.Tensor]:
-    """A batch: ids, mask and labels ``(samples, longest)``, padded at the end.
-
-    Args:
-        examples: the samples of the batch.
-        padding: the id to pad with; it is masked and does not count.
-    """
+    """A batch: ids, mask and labels ``(samples, longest)``; padding at the end is masked and does not count."""
     longest = max(len(example.ids) for example in examples)
     ids = torch.full((len(examples), longest), padding)
     labels = torch.full((len(examples), longest), IGNORED)
@@ -277,14 +251,6 @@ def collate(examples: Sequence[Example], padding: int) -> dict[str, torch.Tensor
         labels[row, : len(example.ids)] = torch.tensor(example.labels)
         mask[row, : len(example.ids)] = 1
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def _sample(row: Row, formatter: Formatter) -> Example | str | BadRow:
-    """The example of an instruction or chat; a text, which is packed later, as it is."""
-    if row.kind != "text":
-        return formatter.example(row)
-    text = row.text()
-    return BadRow(row.where, "'text' is empty") if isinstance(text, str) and not text.strip() else text
 
 
 def _split(items: Sequence[Any], held_out: float, generator: random.Random) -> tuple[list[Any], list[Any]]:
@@ -330,7 +296,7 @@ def _pieces(paragraph: str) -> Iterator[str]:
 
 
 def _format_reasons(bad: Sequence[BadRow]) -> str:
-    """The reasons why rows are bad, the commonest first, each with its first rows and the number of others."""
+    """Reasons why rows are bad, the commonest first, each with its first rows and the number of others."""
     by_reason: dict[str, list[str]] = {}
     for row in bad:
         by_reason.setdefault(row.why, []).append(row.where)
@@ -339,11 +305,3 @@ def _format_reasons(bad: Sequence[BadRow]) -> str:
         more = f" and {len(rows) - _LISTED} more" if len(rows) > _LISTED else ""
         listed.append(f"{why} ({', '.join(rows[:_LISTED])}{more})")
     return "; ".join(listed) + ("; ..." if len(by_reason) > _LISTED else "")
-
-
-def _fingerprint(samples: Iterable[Example]) -> str:
-    """Fingerprint of samples in their order."""
-    found = hashlib.sha256()
-    for example in samples:
-        found.update(repr((example.ids, example.labels)).encode())
-    return found.hexdigest()[:16]

@@ -23,12 +23,7 @@ __all__ = ["Targets", "attach_lora", "find_targets", "merge_lora"]
 
 @dataclass(frozen=True)
 class Targets:
-    """Projections to train.
-
-    Args:
-        modules: their paths, in the model's order.
-        skipped: matrices of the plan that get no update, with the reason.
-    """
+    """Projections to train: their paths in the model's order, and skipped matrices of the plan with the reason."""
 
     modules: tuple[str, ...]
     skipped: Mapping[str, str] = field(default_factory=dict)
@@ -40,7 +35,6 @@ def find_targets(model: nn.Module, plan: Plan | None) -> Targets:
     A weight that two modules share is left out: an update merged into one of them would change the other.
 
     Args:
-        model: the slim model.
         plan: the plan of the prune, in the names of the dense model. For None, or a plan that removes only whole
             blocks, all linear maps except the output are found.
 
@@ -65,21 +59,14 @@ def find_targets(model: nn.Module, plan: Plan | None) -> Targets:
             modules.append(path)
     if not modules:
         reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items())
-        raise RecoveryError(
-            f"no projection to train{f' ({reasons})' if reasons else ''}",
-            where="plan",
-            remedy="Pass the result of a prune that removed something, or the plan with the slim model",
-        )
+        what = f"no projection to train{f' ({reasons})' if reasons else ''}"
+        remedy = "Pass the result of a prune that removed something, or the plan with the slim model"
+        raise RecoveryError(what, where="plan", remedy=remedy)
     return Targets(tuple(dict.fromkeys(modules)), skipped)
 
 
 def attach_lora(model: Any, targets: Targets, settings: RecoverySettings) -> Any:
     """Attach trainable low-rank updates to the targets of a model; freeze all other parameters.
-
-    Args:
-        model: the slim model.
-        targets: the projections to train.
-        settings: rank, scale and dropout of the updates.
 
     Returns:
         PEFT's wrapper around ``model``; the updates are inside ``model`` until :func:`merge_lora`.
@@ -105,7 +92,6 @@ def merge_lora(wrapped: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, f
     """Merge the updates into the weights of the model.
 
     Args:
-        wrapped: the wrapper of :func:`attach_lora`.
         inputs: keyword inputs on which the model before and after is compared.
 
     Returns:
@@ -120,11 +106,8 @@ def merge_lora(wrapped: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, f
     error = compare([before], [_logits(model, inputs)])
     precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
     if error > TOLERANCE if precise else error == float("inf"):
-        raise VerificationError(
-            f"merging moved the logits by {error:.2e}, more than {TOLERANCE:.0e}",
-            where="merge",
-            remedy="Please report the model's config",
-        )
+        what = f"merging moved the logits by {error:.2e}, more than {TOLERANCE:.0e}"
+        raise VerificationError(what, where="merge", remedy="Please report the model's config")
     return model, error
 
 
@@ -145,7 +128,6 @@ def _candidates(model: nn.Module, plan: Plan | None) -> Iterator[str]:
 def _logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad(), eval_mode(model):
         device = next(model.parameters()).device
-        logits: torch.Tensor = model(
-            **{name: value.to(device) for name, value in inputs.items()}, use_cache=False
-        ).logits
+        outputs = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
+    logits: torch.Tensor = outputs.logits
     return logits.float()

@@ -33,17 +33,7 @@ from fxprune.recovery.train import Distillation, make_trainer
 from fxprune.removal.plan import Plan
 from fxprune.result import Result
 
-__all__ = [
-    "Recovery",
-    "checkpoint_folder",
-    "claim_folder",
-    "copy_for_training",
-    "last_checkpoint",
-    "padding_id",
-    "recover",
-    "restored_state",
-    "weight_sums",
-]
+__all__ = ["Recovery", "recover"]
 
 _RUN = "recovery.json"
 """The file in a folder of checkpoints that identifies its run."""
@@ -59,12 +49,8 @@ class Recovery:
         held_out: cross-entropy on held-out samples in nats per token, before and after.
         history: the trainer's log, step by step.
         steps: optimizer steps up to the weights that were kept.
-        trained: number of parameters of the updates.
         targets: the projections with updates.
-        data: use of the rows.
-        settings: the recipe.
         merge_error: change of the logits by merging, relative to the largest or 1.
-        notes: remarks for the user.
     """
 
     model: Any
@@ -117,7 +103,6 @@ def recover(
         data: a path (.json, .jsonl, .txt, .parquet), the id of a hub data set, a ``datasets.Dataset`` or a list of
             rows: instructions (``instruction``, ``input``, ``output``), chats (``messages``) or texts (``text``). None
             for the built-in text.
-        tokenizer: the model's.
         plan: the plan of a prune, if a model is passed; without it all linear maps are trained.
         distil: the dense model as teacher, or a :class:`fxprune.recovery.Distillation` with the weight of a teacher.
         settings: the recipe; None for the paper's.
@@ -146,7 +131,11 @@ def recover(
         distil.check(source)
     targets = find_targets(source, plan if result is None else result.plan)
     samples = read_training_data(data, tokenizer, chosen)
-    _check_ids(samples, source)
+    rows = _embedding_rows(source)
+    largest = max(max(example.ids) for example in (*samples.train, *samples.held_out))
+    if largest >= rows:
+        what = f"the tokenizer gives {largest}, the model knows 0 to {rows - 1}"
+        raise DataError(what, where="tokenizer", remedy="Pass the tokenizer of this model")
     model, result = (source, result) if inplace else copy_for_training(source, result)
     with checkpoint_folder(folder) as path, restored_state(model), preserve_rng():
         run = _Run(model, samples, targets, chosen, path, tokenizer, distil, dict(arguments or {}), track)
@@ -157,19 +146,12 @@ def recover(
 
 
 def _check_model(model: Any, result: Result | None, tokenizer: Any) -> None:
-    """Refuse an object that is not a model to train, and one that is not a tokenizer.
-
-    Raises:
-        UnsupportedModelError: there is no Hugging Face model, or its weights are not in this process.
-        RecoveryError: ``tokenizer`` is not one.
-    """
+    """Refuse an object that is not a model to train, and one that is not a tokenizer."""
     if not isinstance(model, PreTrainedModel):
         reasons = "" if result is None else "; ".join(result.report.model_reasons[:3])
-        raise UnsupportedModelError(
-            f"there is no Hugging Face model to train{f': {reasons}' if reasons else ''}",
-            where="pruned",
-            remedy="Pass the result of a prune that has one; train a graph in a loop of your own",
-        )
+        what = f"there is no Hugging Face model to train{f': {reasons}' if reasons else ''}"
+        remedy = "Pass the result of a prune that has one; train a graph in a loop of your own"
+        raise UnsupportedModelError(what, where="pruned", remedy=remedy)
     check_trainable(model, "pruned")
     function("tokenizer", tokenizer, "the tokenizer of the model", RecoveryError)
     missing = [name for name in ("pad_token_id", "eos_token_id") if not hasattr(tokenizer, name)]
@@ -178,11 +160,6 @@ def _check_model(model: Any, result: Result | None, tokenizer: Any) -> None:
 
 
 def _check_options(plan: Any, distil: Any, folder: Any, arguments: Any) -> None:
-    """Refuse arguments of other types.
-
-    Raises:
-        RecoveryError: one is of another type.
-    """
     if plan is not None:
         instance("plan", plan, Plan, "a Plan, as in result.plan, or None", RecoveryError)
     if distil is not None and not isinstance(distil, Distillation | PreTrainedModel):
@@ -192,22 +169,6 @@ def _check_options(plan: Any, distil: Any, folder: Any, arguments: Any) -> None:
     named = isinstance(arguments, Mapping) and all(isinstance(name, str) for name in arguments)
     if arguments is not None and not named:
         raise refuse("arguments", arguments, "arguments of TrainingArguments by name, or None", RecoveryError)
-
-
-def _check_ids(samples: TrainingData, model: PreTrainedModel) -> None:
-    """Refuse token ids without an embedding.
-
-    Raises:
-        DataError: the tokenizer has more tokens than the model.
-    """
-    rows = _embedding_rows(model)
-    largest = max(max(example.ids) for example in (*samples.train, *samples.held_out))
-    if largest >= rows:
-        raise DataError(
-            f"the tokenizer gives {largest}, the model knows 0 to {rows - 1}",
-            where="tokenizer",
-            remedy="Pass the tokenizer of this model",
-        )
 
 
 def _embedding_rows(model: PreTrainedModel) -> int:
@@ -235,11 +196,7 @@ def copy_for_training(source: PreTrainedModel, result: Result | None) -> tuple[P
 
 @contextmanager
 def restored_state(model: PreTrainedModel) -> Iterator[None]:
-    """Restore attributes, modes, gradient flags, config and device of a model after training.
-
-    Raises:
-        VerificationError: a parameter or buffer was added, removed or changed its shape.
-    """
+    """Restore attributes, modes, gradient flags, config and device after training; refuse changed names and shapes."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     modes = {name: module.training for name, module in model.named_modules()}
@@ -258,20 +215,13 @@ def restored_state(model: PreTrainedModel) -> Iterator[None]:
         for name, module in model.named_modules():
             module.training = modes.get(name, False)
     if {name: tensor.shape for name, tensor in model.state_dict().items()} != shapes:
-        raise VerificationError(
-            "training changed the model's names or shapes",
-            where="merge",
-            remedy="Please report the model's config and the settings",
-        )
+        what = "training changed the model's names or shapes"
+        raise VerificationError(what, where="merge", remedy="Please report the model's config and the settings")
 
 
 @contextmanager
 def checkpoint_folder(folder: str | Path | None) -> Iterator[Path]:
-    """Yield a folder for checkpoints: the caller's, or a temporary one.
-
-    Raises:
-        RecoveryError: several processes train, and there is no folder that all of them share.
-    """
+    """Yield a folder for checkpoints: the caller's, or a temporary one, which several processes cannot share."""
     if folder is not None:
         path = Path(folder).expanduser()
         with wrap_errors(str(path), "Pass a folder that can be made and written to", RecoveryError):
@@ -285,15 +235,7 @@ def checkpoint_folder(folder: str | Path | None) -> Iterator[Path]:
 
 
 def claim_folder(folder: Path, run: Mapping[str, Any]) -> None:
-    """Record in a folder the run that its checkpoints belong to.
-
-    Args:
-        folder: the folder.
-        run: the identity of the run, as plain data.
-
-    Raises:
-        RecoveryError: it holds checkpoints of another run; the message names the differences.
-    """
+    """Record in a folder the run that its checkpoints belong to; refuse a folder with those of another run."""
     if int(os.environ.get("RANK", "0")):
         return
     file, ours = folder / _RUN, json.loads(json.dumps(run))
@@ -304,11 +246,8 @@ def claim_folder(folder: Path, run: Mapping[str, Any]) -> None:
             theirs = {}
         other = [name for name in ours if theirs.get(name) != ours[name]]
         if other:
-            raise RecoveryError(
-                f"holds checkpoints of another run: {', '.join(other)} differ",
-                where=str(folder),
-                remedy="Pass another folder, or empty this one to start again",
-            )
+            what = f"holds checkpoints of another run: {', '.join(other)} differ"
+            raise RecoveryError(what, where=str(folder), remedy="Pass another folder, or empty this one to start again")
     file.write_text(json.dumps(ours, indent=2), encoding="utf-8")
 
 
@@ -370,7 +309,9 @@ class _Run:
             self.model.to(dtype=dtype)  # type: ignore[call-arg]
             name = str(dtype).removeprefix("torch.")
             notes.append(f"the weights were fp16 and are {name} now: fp16 loses small updates")
-        sharded, padding = self._is_sharded(), padding_id(self.tokenizer, self.model)
+        launched = any(os.environ.get(name) == "true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+        sharded = launched or bool(self.arguments.get("fsdp") or self.arguments.get("deepspeed"))
+        padding = padding_id(self.tokenizer, self.model)
         with quiet(logging.WARNING):
             wrapped = attach_lora(copy.deepcopy(self.model) if sharded else self.model, self.targets, self.settings)
         try:
@@ -419,10 +360,6 @@ class _Run:
             "merge_error": error,
             "notes": tuple(notes),
         }
-
-    def _is_sharded(self) -> bool:
-        launched = any(os.environ.get(name) == "true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
-        return launched or bool(self.arguments.get("fsdp") or self.arguments.get("deepspeed"))
 
     def _gather(self, trainer: Any) -> Any:
         """The whole model with updates that were trained in shards on several devices."""

@@ -6,18 +6,16 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from transformers import SchedulerType
 
 from fxprune.errors import RecoveryError, UnknownNameError
 from fxprune.pipeline.arguments import Arguments, Precision, argument, as_seed, instance, one_of
 
-__all__ = ["FORMATS", "RecoverySettings", "settings_from"]
+__all__ = ["RecoverySettings", "settings_from"]
 
 Format = Literal["auto", "instruction", "chat", "text"]
-
-FORMATS: tuple[Format, ...] = get_args(Format)
 
 _LARGEST_SEED = 2**32 - 1
 """numpy takes no larger one, and transformers seeds numpy as well."""
@@ -33,10 +31,6 @@ class RecoverySettings(Arguments):
     about 1,550 steps and holds out 2,000 of about 50,000 samples: the fractions here. The script does not stop early;
     ``evaluations`` and ``patience`` are chosen so that a run without progress ends after a third of its steps.
     ``clip`` is the default of transformers.
-
-    Raises:
-        RecoveryError: a number is out of range.
-        UnknownNameError: a name is unknown.
     """
 
     rank: int = _argument(8, "Rank of the update of each pruned projection.", least=1)
@@ -74,11 +68,7 @@ class RecoverySettings(Arguments):
 
 
 def settings_from(settings: RecoverySettings | None, changes: dict[str, Any]) -> RecoverySettings:
-    """Settings, or the defaults, with changes by name.
-
-    Raises:
-        UnknownNameError: there is no such setting.
-    """
+    """Settings, or the defaults, with changes by name."""
     names = [field.name for field in dataclasses.fields(RecoverySettings)]
     for name in changes:
         if name not in names:

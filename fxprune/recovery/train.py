@@ -23,7 +23,7 @@ from fxprune.pipeline.contract import Track, no_progress
 from fxprune.recovery.data import TrainingData, collate
 from fxprune.recovery.settings import RecoverySettings
 
-__all__ = ["Distillation", "RecoveryTrainer", "distillation_sum", "divide_batch", "make_trainer"]
+__all__ = ["Distillation", "make_trainer"]
 
 _SLICE = 512
 """Positions compared at once: two float32 distributions over 128,000 tokens then take half a gigabyte."""
@@ -45,9 +45,6 @@ class Distillation(Arguments):
         teacher: usually the dense model. It may be on another device or in lower precision; it is not changed.
         weight: weight of the teacher, in (0, 1]; by default both terms count equally.
         temperature: above 0; higher values bring out the teacher's less likely tokens, 1 softens nothing.
-
-    Raises:
-        RecoveryError: a number is out of range.
     """
 
     teacher: Any
@@ -55,20 +52,13 @@ class Distillation(Arguments):
     temperature: float = argument(2.0, above=0, error=RecoveryError)
 
     def check(self, student: Any) -> None:
-        """Refuse a student that does not fit the teacher.
-
-        Raises:
-            RecoveryError: the teacher is not a Hugging Face model, is the student itself, or has a vocabulary of
-                another size.
-        """
+        """Refuse a teacher that is not a Hugging Face model, the student itself, or of another vocabulary."""
         instance("teacher", self.teacher, PreTrainedModel, "the dense model, one of transformers'", RecoveryError)
         sizes = [vocabulary_of(model) for model in (self.teacher, student)]
         if sizes[0] != sizes[1]:
-            raise RecoveryError(
-                f"the teacher knows {sizes[0]} tokens, the student {sizes[1]}",
-                where="teacher",
-                remedy="Distil from the dense model that was pruned, or from one with the same tokenizer",
-            )
+            what = f"the teacher knows {sizes[0]} tokens, the student {sizes[1]}"
+            remedy = "Distil from the dense model that was pruned, or from one with the same tokenizer"
+            raise RecoveryError(what, where="teacher", remedy=remedy)
         if self.teacher is student:
             raise RecoveryError("the teacher is the student", where="teacher", remedy="Pass the dense model")
 
@@ -76,7 +66,6 @@ class Distillation(Arguments):
         """Sum of ``temperature^2 * KL`` over the counted tokens.
 
         Args:
-            inputs: ids, mask and labels of the student, ``(samples, tokens)``.
             logits: logits of the student, ``(samples, tokens, vocabulary)``.
         """
         device, mask = input_device(self.teacher), inputs.get("attention_mask")
@@ -97,7 +86,6 @@ def distillation_sum(student: torch.Tensor, teacher: torch.Tensor, temperature: 
     Args:
         student: logits ``(positions, vocabulary)``.
         teacher: logits of the same shape; no gradient flows into them.
-        temperature: divisor of both.
     """
     found: torch.Tensor = _DivergenceSum.apply(student, teacher, temperature)  # type: ignore[no-untyped-call]
     return found
@@ -159,21 +147,15 @@ class RecoveryTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.distillation is not None and model.training:
             weight = self.distillation.weight
-            divergence = self._divergence(inputs, outputs["logits"], num_items_in_batch)
+            divergence = self.distillation.divergence_sum(inputs, outputs["logits"])
+            if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
+                divergence = divergence / (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
+            else:  # scaled for accumulation exactly as the cross-entropy is
+                share = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+                divergence = divergence * share / num_items_in_batch
             # with weight 1 the cross-entropy is left out, not multiplied by 0, to save its backward pass
             loss = divergence if weight == 1 else (1 - weight) * loss + weight * divergence
         return (loss, outputs) if return_outputs else loss
-
-    def _divergence(self, inputs: Any, logits: torch.Tensor, items: Any) -> torch.Tensor:
-        """Mean divergence over the counted tokens, scaled for accumulation exactly as the cross-entropy is."""
-        assert self.distillation is not None
-        total: torch.Tensor = self.distillation.divergence_sum(inputs, logits)
-        if items is None or not self.model_accepts_loss_kwargs:
-            counted: torch.Tensor = (inputs["labels"][:, 1:] != IGNORED).sum()
-            return total / counted.clamp(min=1)
-        share = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        scaled: torch.Tensor = total * share / items
-        return scaled
 
 
 class _EarlyStopping(TrainerCallback):
@@ -225,8 +207,6 @@ class _EarlyStopping(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    """Shows the progress over the steps."""
-
     def __init__(self, track: Track) -> None:
         self.track = track
         self.steps: Iterator[int] = iter(())
@@ -256,18 +236,9 @@ def make_trainer(
     arguments: Mapping[str, Any] | None = None,
     track: Track = no_progress,
 ) -> RecoveryTrainer:
-    """A trainer of ``model``, ready to start or to resume.
+    """A trainer of the parameters of ``model`` that require a gradient, ready to start or to resume.
 
-    Args:
-        model: the model; parameters to train require a gradient.
-        data: training and held-out samples.
-        settings: the recipe.
-        folder: folder for checkpoints.
-        padding: token id to pad with.
-        distillation: the teacher, or None.
-        arguments: for ``transformers.TrainingArguments``, over those of the recipe: ``fsdp``, ``deepspeed``,
-            ``gradient_checkpointing``, ``report_to``, ``use_cpu``, ...
-        track: shows progress over the steps, as ``track(items, what, total)``.
+    ``arguments`` are for ``transformers.TrainingArguments``, over those of the recipe: ``fsdp``, ``deepspeed``, ...
 
     Raises:
         RecoveryError: the batch cannot be divided over the devices, or an argument is unknown or invalid.
@@ -275,11 +246,8 @@ def make_trainer(
     try:
         training = TrainingArguments(**_training_arguments(settings, folder, len(data.train), dict(arguments or {})))
     except (TypeError, ValueError) as error:
-        raise RecoveryError(
-            f"transformers refuses them: {error}",
-            where="arguments",
-            remedy="Pass arguments of transformers.TrainingArguments",
-        ) from error
+        remedy = "Pass arguments of transformers.TrainingArguments"
+        raise RecoveryError(f"transformers refuses them: {error}", where="arguments", remedy=remedy) from error
     if training.fp16:
         raise RecoveryError("fp16 loses small updates", where="arguments", remedy="Leave fp16 out; bf16 is used")
     trainer = RecoveryTrainer(
@@ -342,18 +310,11 @@ def _training_arguments(
 
 
 def divide_batch(settings: RecoverySettings, use_cpu: bool) -> tuple[int, int]:
-    """Samples per forward pass on one device and passes per step, whose product over all devices is the batch.
-
-    Raises:
-        RecoveryError: the batch is not a multiple of the number of devices.
-    """
+    """Samples per forward pass on one device and passes per step, whose product over all devices is the batch."""
     devices = int(os.environ.get("WORLD_SIZE", 1 if use_cpu else max(1, torch.cuda.device_count())))
     share, rest = divmod(settings.batch, devices)
     if rest or not share:
-        raise RecoveryError(
-            f"{settings.batch} samples do not divide over {devices} devices",
-            where="batch",
-            remedy=f"Choose a multiple of {devices}",
-        )
+        what = f"{settings.batch} samples do not divide over {devices} devices"
+        raise RecoveryError(what, where="batch", remedy=f"Choose a multiple of {devices}")
     micro = max(size for size in range(1, min(settings.micro_batch, share) + 1) if share % size == 0)
     return micro, share // micro

@@ -13,8 +13,8 @@ import gguf
 import torch
 from torch import fx
 
-from fxprune.axes import Concat, Expr, Factor, factors
-from fxprune.discovery.dependency import AxisMap
+from fxprune.axes import Expr, Factor, factors
+from fxprune.discovery.dependency import AxisMap, size_with
 from fxprune.discovery.groups import Group, takes_parameter
 from fxprune.errors import FxpruneError, PassError, UnknownNameError
 from fxprune.graph.compat import is_free, size_hint
@@ -155,7 +155,7 @@ class Budget:
             share = blocks.get(term.block, 0.0) if term.block is not None else 0.0
             if share == 0.0 and touched.isdisjoint(counts):
                 continue
-            gone += size - term.each * prod(_size(expr, counts) for expr in term.exprs) * (1 - share)
+            gone += size - term.each * prod(size_with(expr, counts) for expr in term.exprs) * (1 - share)
         return gone
 
 
@@ -215,7 +215,11 @@ def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budge
         found = Budget(_cache(graph_module.graph, axes), "bytes of the key-value cache")
     elif _timed(name):
         work = _work(graph_module.graph, axes) if name.startswith(PHASES[0]) else _weights(axes, lambda _: 1.0)
-        found = _time_budget(Budget(work, "work"), read_timing(*_timed(name)))
+        timing, budget = read_timing(*_timed(name)), Budget(work, "work")
+        microseconds = timing.seconds * 1e6
+        each = microseconds * (1 - timing.fixed) / max(budget.total, 1)
+        terms = [Term(term.exprs, term.block, term.each * each) for term in budget.terms]
+        found = Budget([Term((), None, microseconds * timing.fixed), *terms], f"microseconds of {timing.what}")
     elif name.startswith(_BYTES):
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.removeprefix(_BYTES).upper()]]
         found = Budget(_weights(axes, lambda exprs: size / block if len(exprs) > 1 else 4.0), "bytes")
@@ -232,14 +236,6 @@ def _timed(name: str) -> tuple[str, ...]:
     return (phase, place) if at and phase in PHASES else ()
 
 
-def _time_budget(work: Budget, timing: Timing) -> Budget:
-    """Microseconds: a fixed part, and one proportional to ``work``."""
-    microseconds = timing.seconds * 1e6
-    each = microseconds * (1 - timing.fixed) / max(work.total, 1)
-    terms = [Term(term.exprs, term.block, term.each * each) for term in work.terms]
-    return Budget([Term((), None, microseconds * timing.fixed), *terms], f"microseconds of {timing.what}")
-
-
 def by_kind(budget: Budget, groups: Sequence[Group]) -> dict[str, float]:
     """Return the cost of each kind: that removed with all of its ``groups``."""
     found: dict[str, float] = {}
@@ -249,13 +245,6 @@ def by_kind(budget: Budget, groups: Sequence[Group]) -> dict[str, float]:
         blocks = {group.block: 1.0 for group in alike if group.factor is None and group.block is not None}
         found[kind] = budget.removed(counts, blocks)
     return found
-
-
-def _size(expr: Expr, counts: Counts) -> float:
-    if isinstance(expr, Factor):
-        return counts.get(expr, expr.size)
-    sizes = [_size(part, counts) for part in expr.parts]
-    return sum(sizes) if isinstance(expr, Concat) else prod(sizes)
 
 
 def _weights(axes: AxisMap, each: Callable[[tuple[Expr, ...]], float]) -> Iterator[Term]:
@@ -328,6 +317,5 @@ def _split_sizes(node: fx.Node, axes: AxisMap, traced: tuple[int, int]) -> tuple
 
 
 def _traced(graph: fx.Graph) -> tuple[int, int]:
-    """The numbers of samples and of tokens that the graph was traced with."""
     shapes = [node.meta["val"].shape for node in graph.nodes if node.op == "placeholder" and "val" in node.meta]
     return next(((size_hint(shape[0]), size_hint(shape[1])) for shape in shapes if len(shape) > 1), (1, TOKENS))

@@ -97,7 +97,6 @@ class Plan:
         return rows
 
     def to_json(self) -> str:
-        """Return the plan as a JSON document."""
         kept, sizes = (
             {name: {str(axis): value for axis, value in axes.items()} for name, axes in held.items()}
             for held in (self.kept, self.sizes)

@@ -43,7 +43,7 @@ _MOST_LINES = 6
 
 @dataclass(frozen=True)
 class Scaling:
-    """Scaling of a weight: ``w`` becomes ``(w + offset) factor - offset``, as the graph adds the offset to the weight."""
+    """Scaling of a weight to which the graph adds an offset: ``w`` becomes ``(w + offset) factor - offset``."""
 
     factor: float
     offset: float = 0.0
@@ -151,26 +151,21 @@ class Removal(Fact):
 
     @cached_property
     def scaled(self) -> dict[str, Scaling]:
-        """The scaling of weights of rescaled norms."""
         return scaled_weights(self.axes, self.keep)
 
 
 @dataclass(frozen=True, eq=False)
-class Bypassed(Fact):
+class _RemovalStep(Fact):
+    removal: Removal
+
+
+class Bypassed(_RemovalStep):
     """The first step of a removal is done: removed blocks are bypassed; tensors are whole."""
 
-    removal: Removal
 
-
-@dataclass(frozen=True, eq=False)
-class Sliced(Fact):
+class Sliced(_RemovalStep):
     """The second step of a removal is done: tensors are sliced; sizes in the graph are still those before it."""
 
-    removal: Removal
 
-
-@dataclass(frozen=True, eq=False)
-class Removed(Fact):
+class Removed(_RemovalStep):
     """The last step of a removal is done: the graph is slim and can run."""
-
-    removal: Removal

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import fx
 
 from fxprune.graph.compat import OpOverload
 from fxprune.rules.registry import find_rule
 
-__all__ = ["Respell", "alias_roots", "find_spelling", "may_alias", "regroups", "spelling", "writes", "written_sources"]
+__all__ = [
+    "Respell",
+    "alias_roots",
+    "find_spelling",
+    "may_alias",
+    "regroups",
+    "spelling",
+    "writes",
+    "written_arguments",
+    "written_sources",
+]
 
 Respell = Callable[[fx.Node, fx.GraphModule], None]
 """Rewrites a node in place, possibly adding nodes before it; values do not change."""
@@ -19,16 +30,11 @@ _SPELLINGS: dict[str, Respell] = {}
 
 
 def spelling(*names: str) -> Callable[[Respell], Respell]:
-    """Register the decorated function as the rewrite of the ops ``names`` to their canonical spelling.
-
-    Args:
-        names: ops with their overload (``"slice.Tensor"``; ``"view"`` for the default one), ATen's unless they name
-            another namespace.
-    """
+    """Register the decorated function as the rewrite of ATen ops (``"slice.Tensor"``) to their canonical spelling."""
 
     def decorate(function: Respell) -> Respell:
         for name in names:
-            _SPELLINGS[name if "::" in name else f"aten::{name}"] = function
+            _SPELLINGS[f"aten::{name}"] = function
         return function
 
     return decorate
@@ -73,10 +79,16 @@ def written_sources(graph: fx.Graph) -> set[str]:
     root = alias_roots(graph)
     written: set[str] = set()
     for node in filter(writes, graph.nodes):
-        for i, argument in enumerate(node.target._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        for value in written_arguments(node.target, node.args, node.kwargs):
             if isinstance(value, fx.Node) and root[value].op in ("placeholder", "get_attr"):
                 written.add(str(root[value].target))
     return written
+
+
+def written_arguments(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments that a call of ``op`` writes to."""
+    return [
+        args[i] if i < len(args) else kwargs.get(argument.name)
+        for i, argument in enumerate(op._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]

@@ -18,11 +18,7 @@ rule("bmm", notation="self[b, n, k], mat2[b, k, m] -> out[b, n, m]  sums k", val
 rule("mv", notation="self[n, k], vec[k] -> out[n]  sums k", values="product")
 rule("dot", notation="self[k], tensor[k] -> out[]  sums k", values="product")
 rule("addmm", notation="self[n?, m?], mat1[n, k], mat2[k, m] -> out[n, m]  sums k", values="product")
-rule(
-    "baddbmm",
-    notation="self[b?, n?, m?], batch1[b, n, k], batch2[b, k, m] -> out[b, n, m]  sums k",
-    values="product",
-)
+rule("baddbmm", notation="self[b?, n?, m?], batch1[b, n, k], batch2[b, k, m] -> out[b, n, m]  sums k", values="product")
 rule("outer", "ger", notation="self[i], vec2[j] -> out[i, j]", values="product")
 
 
@@ -85,10 +81,7 @@ def vecdot(op: OpSite) -> None:
 
 @rule("einsum", values="product")
 def einsum(op: OpSite) -> None:
-    """Axes with one letter are the same axis; an ellipsis stands for leading letters of its own.
-
-    A letter in both operands and the output is a batch axis.
-    """
+    """Axes with one letter are one axis, a batch axis if in operands and output; an ellipsis is letters of its own."""
     operands = op.list_of("tensors")
     terms, output = _spell_out(op.arg("equation"), operands, op.out.rank)
     places: dict[str, tuple[TensorAxes, int]] = {letter: (op.out, i) for i, letter in enumerate(output)}
@@ -111,23 +104,22 @@ def einsum(op: OpSite) -> None:
 
 
 def _spell_out(equation: str, operands: list[TensorAxes], rank: int) -> tuple[list[str], str]:
-    """The letters of each operand and of the output, with ellipses and an implicit output written out."""
+    """The letters of each operand and of the output, with ellipses and an implicit output spelled out."""
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
     hidden = [x.rank - len(t.replace("...", "")) for t, x in zip(terms, operands, strict=True) if "..." in t]
     spare = [letter for letter in string.ascii_letters if letter not in inputs][: max(hidden, default=0)]
-    spelled = [_spell(term, spare, x.rank) for term, x in zip(terms, operands, strict=True)]
+
+    def spell(term: str, rank: int) -> str:
+        own = rank - len(term.replace("...", ""))
+        return term.replace("...", "".join(spare[len(spare) - own :])) if "..." in term else term
+
+    spelled = [spell(term, x.rank) for term, x in zip(terms, operands, strict=True)]
     if not arrow:
         letters = "".join(spelled)
         output = "".join(sorted(set(letters), key=lambda c: (c not in spare, c)))
         output = "".join(c for c in output if c in spare or letters.count(c) == 1)
-    return spelled, _spell(output, spare, rank)
-
-
-def _spell(term: str, spare: list[str], rank: int) -> str:
-    """``term`` with its ellipsis written out, right-aligned, for a tensor of ``rank`` axes."""
-    hidden = rank - len(term.replace("...", ""))
-    return term.replace("...", "".join(spare[len(spare) - hidden :])) if "..." in term else term
+    return spelled, spell(output, rank)
 
 
 @rule("scaled_dot_product_attention")

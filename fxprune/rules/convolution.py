@@ -50,7 +50,6 @@ def convolution(op: OpSite) -> None:
 
 
 def _is_argument(op: OpSite, name: str, value: int, tap: int) -> bool:
-    """Whether argument ``name`` is ``value`` for axis ``tap`` of the kernel."""
     found = op.arg(name, value)
     if isinstance(found, list | tuple):
         return bool(found) and found[min(tap - 2, len(found) - 1)] == value

@@ -54,7 +54,6 @@ class TensorPattern:
     optional: bool = False
 
     def names(self) -> list[str]:
-        """Its letters."""
         return [letter.name for letter in self.letters]
 
     def places(self, rank: int, absent: Collection[str] = ()) -> list[Place]:
@@ -93,8 +92,6 @@ class Notation:
     """A rule read from text.
 
     Args:
-        inputs: the input tensors.
-        outputs: the output tensors, in order.
         sums: letters that are summed over.
         picked: letters whose units are picked, with the tensor of their numbers.
         zero: letters whose masked units are zero where they are in all of the tensors given here.
@@ -158,7 +155,6 @@ def state_product_roles(
     Batch axes of weights lie side by side; other axes of weights have no role.
 
     Args:
-        op: the op.
         axes: operand, axis, and whether it is a batch axis.
         summed: operand and axis of each axis that is summed over.
     """
@@ -194,11 +190,7 @@ _CLAUSES = re.compile(
 
 
 def read_notation(text: str, op: str, *, multiplies: bool = False) -> Notation:
-    """Parse the notation ``text`` for the op with the full name ``op``.
-
-    Raises:
-        FxpruneError: the text is not a notation, or leaves an axis undetermined.
-    """
+    """Parse the notation ``text`` of an op; FxpruneError if it is not one, or leaves an axis undetermined."""
     inputs, arrow, rest = text.partition("->")
     if not arrow:
         raise _error(op, f"no -> in {text!r}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from fxprune.axes import concat
 from fxprune.rules.registry import rule
 from fxprune.rules.site import OpSite
-from fxprune.rules.statements import TensorAxes
 
 __all__ = ()  # importing the module registers its rules
 
@@ -58,11 +57,7 @@ def glu(op: OpSite) -> None:
         op.keep_zeros(op.out, i, (x, i))
 
 
-rule(
-    *("ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
-    notation="self[*a] -> out[*a]",
-    values="shape",
-)
+rule("ones_like", "full_like", "empty_like", "rand_like", "randn_like", notation="self[*a] -> out[*a]", values="shape")
 rule("lift_fresh", notation="self[*a] -> out[*a]", values="moved")
 rule("scalar_tensor", notation="-> out[]")
 rule("sym_size", "sym_stride", "sym_numel", notation="self[*a] -> ", values="shape")
@@ -101,19 +96,11 @@ def index_dependent(op: OpSite) -> None:
 rule("_conj", "_conj_physical", "resolve_conj", "conj_physical", notation="self[*a] -> out[*a]", values="pointwise")
 
 
-@rule("view_as_complex", values="moved")
+@rule("view_as_complex", "view_as_real", values="moved")
 def view_as_complex(op: OpSite) -> None:
-    """``self (.., 2)`` is ``out (..)``: the two parts of a number stay together."""
-    _tie_complex(op, op.need("self"), op.out)
-
-
-@rule("view_as_real", values="moved")
-def view_as_real(op: OpSite) -> None:
-    """``self (..)`` is ``out (.., 2)``: the two parts of a number stay together."""
-    _tie_complex(op, op.out, op.need("self"))
-
-
-def _tie_complex(op: OpSite, real: TensorAxes, complex_: TensorAxes) -> None:
-    for i in range(complex_.rank):
-        op.tie(real, i, complex_, i)
+    """Real numbers ``(.., 2)`` are complex numbers ``(..)``, and back: the two parts of a number stay together."""
+    x = op.need("self")
+    real, numbers = (x, op.out) if x.rank > op.out.rank else (op.out, x)
+    for i in range(numbers.rank):
+        op.tie(real, i, numbers, i)
     op.freeze(real, -1, "the real and the imaginary part of a number")

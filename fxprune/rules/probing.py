@@ -29,11 +29,7 @@ class _Operand:
 
 
 def constant_result(node: fx.Node, numbers: Mapping[fx.Node, float | None]) -> float | None:
-    """The number that the elementwise op of ``node`` returns for ``numbers``, whatever its other inputs are.
-
-    Args:
-        node: the node.
-        numbers: the values of some inputs; None for an unknown one, as for all inputs that are not named.
+    """The number that an elementwise op returns for the known ``numbers``, whatever its other inputs are.
 
     Returns:
         None if the result depends on unknown values; NaN if it is not finite although it is for other numbers, as with
@@ -107,11 +103,7 @@ def scaling_power(node: fx.Node, powers: Mapping[fx.Node, float]) -> float | Non
 def scaled_literal(node: fx.Node, powers: Mapping[fx.Node, float]) -> tuple[tuple[Any, ...], float, float] | None:
     """The literal ``e`` of an elementwise op that must be scaled with its inputs: ``f(r^p x, e) = r^q f(x, r^a e)``.
 
-    Such a literal is a small number that is added, or a bound.
-
-    Args:
-        node: an elementwise op.
-        powers: ``p`` for each input that is scaled, the same for all of them.
+    Such a literal is a small number that is added, or a bound. ``powers`` has ``p``, the same for all scaled inputs.
 
     Returns:
         The path of ``e`` among the arguments, ``a`` and ``q``; None if there is no such literal.
@@ -146,8 +138,15 @@ def _power(
     for scale in _SCALES:
         scaled = _call(node, {source: scale**power for source, power in powers.items()})
         plain = _call(node, {}, literal, scale**missing)
-        ratio = None if scaled is None or plain is None else _common_ratio(scaled, plain)
-        if ratio is None or ratio <= 0:
+        if scaled is None or plain is None or scaled.shape != plain.shape:
+            return None
+        if not torch.equal(scaled.isnan(), plain.isnan()) or not torch.equal(scaled == 0, plain == 0):
+            return None
+        quotients = (scaled / plain)[~scaled.isnan() & (scaled != 0)]
+        if not len(quotients) or not quotients.isfinite().all():
+            return None
+        ratio = float(quotients.median())
+        if ratio <= 0 or not ((quotients - ratio).abs() <= _TOLERANCE * ratio).all():
             return None
         found.append(math.log(ratio) / math.log(scale))
     return round(found[0], 6) if abs(found[0] - found[1]) <= _TOLERANCE else None
@@ -173,14 +172,3 @@ def _call(
         return torch.cat([leaf.reshape(-1).to(torch.float64) for leaf in leaves])
     except Exception:  # the op may refuse tensors of one axis, or an unknown value
         return None
-
-
-def _common_ratio(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    """The one number that ``a / b`` is wherever it is defined; None if there is none."""
-    if a.shape != b.shape or not torch.equal(a.isnan(), b.isnan()) or not torch.equal(a == 0, b == 0):
-        return None
-    quotients = (a / b)[~a.isnan() & (a != 0)]
-    if not len(quotients) or not quotients.isfinite().all():
-        return None
-    middle = float(quotients.median())
-    return middle if bool(((quotients - middle).abs() <= _TOLERANCE * abs(middle)).all()) else None

@@ -39,14 +39,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class WeightProduct:
-    """``out[.., o] = sum over i of source[.., i] * weight[..]``, plus an optional bias.
-
-    Args:
-        source: node of the activations; their last axis is summed over.
-        weight: node that reads the weight, of two axes.
-        axis: the axis of the weight that is summed over; the other one is the last of the output.
-        added: node of the tensor that is added; None if none is.
-    """
+    """``out[.., o] = sum over i of source[.., i] * weight[..]``, plus ``added``; ``axis`` of the weight is summed."""
 
     source: fx.Node
     weight: fx.Node
@@ -58,12 +51,7 @@ class WeightProduct:
 class Contraction:
     """An op that multiplies two tensors and sums over one axis, and does nothing else to them.
 
-    Args:
-        x: one tensor, made by ``source``; its axis ``i`` is summed over.
-        w: the other one, made by ``weight``; its axis ``axis`` is summed over.
-        out: the result.
-        stated: the statements of the op's rule.
-        added: node of the tensor that is added; None if none is.
+    Axis ``i`` of ``x``, made by ``source``, and axis ``axis`` of ``w``, made by ``weight``, are summed over.
     """
 
     x: TensorAxes
@@ -77,7 +65,6 @@ class Contraction:
     added: fx.Node | None
 
     def axes(self, tensor: TensorAxes) -> list[Expr]:
-        """The solved axes of a tensor."""
         return [self.stated.solver.resolve(axis) for axis in tensor.axes]
 
 
@@ -116,27 +103,18 @@ def weight_product(node: fx.Node) -> WeightProduct | None:
 
 @dataclass(frozen=True)
 class LoneProduct(WeightProduct):
-    """A product with an exclusive parameter of two axes.
-
-    Args:
-        node: the product.
-        bias: name of the added tensor if it is an exclusive parameter too; else None.
-    """
+    """A product with an exclusive parameter of two axes; ``bias`` names the added tensor if it is one too."""
 
     node: fx.Node
     bias: str | None
 
     @property
     def name(self) -> str:
-        """The name of the weight."""
         return str(self.weight.target)
 
 
 def lone_products(graph_module: fx.GraphModule) -> Iterator[LoneProduct]:
-    """Yield the products with an exclusive weight of two axes, in order of execution.
-
-    Products of a single row of activations, without a batch, are left out.
-    """
+    """Yield the products with an exclusive weight of two axes, in order; those of a single row are left out."""
     exclusive = _exclusive_parameters(graph_module)
     for node in graph_module.graph.nodes:
         found = weight_product(node)
@@ -169,16 +147,12 @@ class SlidingProduct:
     """``out[.., o, ..] = sum over i and taps of weight[o, i, taps..] * inputs[.., i, taps..]``, plus an optional bias.
 
     The inputs are the numbers of ``source``, or padding zeros, that the op multiplies with each entry of the weight;
-    each has all channels, which are summed over as one axis. The axes of the weight may be in any order.
+    each has all channels, which are summed over as one axis. The weight has three axes or more, in any order.
 
     Args:
-        node: the product.
-        source: node of the activations.
         channel: the axis of the activations that is summed over.
-        weight: node that reads the weight, of three axes or more.
         order: all axes of the weight: that of outputs, that of inputs, then the taps.
         outputs: the axis of the result that has the outputs.
-        added: node of the tensor that is added; None if none is.
         bias: whether the added tensor is an exclusive parameter with one axis.
     """
 
@@ -194,11 +168,8 @@ class SlidingProduct:
     def inputs(self, env: Mapping[fx.Node, Any], kept: torch.Tensor) -> torch.Tensor:
         """The inputs multiplied with each entry of the weight: ``(.., kept * taps)``, other axes as in the result.
 
-        They are the op's own outputs for an identity weight, which has one output for each entry.
-
-        Args:
-            env: values of the nodes that the product reads.
-            kept: the wanted channels, ``(kept,)``.
+        They are the op's own outputs for an identity weight, which has one output for each entry. ``env`` has values of
+        the nodes that the product reads, ``kept`` the wanted channels.
         """
         weight, x = env[self.weight], env[self.source]
         sizes = [len(kept), *(weight.shape[i] for i in self.order[2:])]
@@ -215,10 +186,7 @@ class SlidingProduct:
 
 
 def sliding_product(node: fx.Node) -> SlidingProduct | None:
-    """The product that ``node`` is, of activations and a weight with taps, every output reading all channels; or None.
-
-    A grouped convolution, whose outputs read some channels only, is not one.
-    """
+    """The product that ``node`` is, of activations and a weight with taps, outputs reading all channels; or None."""
     for found in contractions(node) if _reads_weight(node) else ():
         x, w, out = (found.axes(tensor) for tensor in (found.x, found.w, found.out))
         free = [j for j in range(len(w)) if j != found.axis]
@@ -247,12 +215,9 @@ def lone_sliding_products(graph_module: fx.GraphModule) -> Iterator[SlidingProdu
 
 @dataclass(frozen=True)
 class PickedMatrices:
-    """Matrices ``(picks, .., ..)`` that are picked by number from a weight of three axes.
+    """Matrices ``(picks, .., ..)`` that ``node`` picks by the numbers in ``index`` from a weight of three axes.
 
     Args:
-        node: node that picks them.
-        weight: node that reads the weight.
-        index: node of the numbers ``(picks,)``.
         along: the axis of the result that has the picks.
         axes: for each axis of the result the axis of the weight that it is, or that it was picked along.
     """
@@ -272,9 +237,6 @@ class StackedProduct:
     the data.
 
     Args:
-        node: the product.
-        source: node of the activations.
-        weight: node that reads the weight, of three axes.
         order: the axes of the weight: that of matrices, of outputs and of inputs.
         source_order: all axes of the activations, that of matrices first and that of inputs last.
         out_order: all axes of the result, that of matrices first and that of outputs last.

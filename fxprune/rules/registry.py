@@ -54,16 +54,7 @@ class Values(StrEnum):
 
 @dataclass(frozen=True)
 class Rule:
-    """The rule of an op and its properties.
-
-    Args:
-        state: makes the statements about one use of the op.
-        values: its effect on values; None if unknown.
-        added: for a product, the argument that is added to it.
-        may_alias: whether it may return its input itself although its schema does not declare it.
-        regroups: whether it regroups axes, which a view cannot do for every memory layout.
-        adds: whether it is the sum of its first two arguments.
-    """
+    """The rule of an op, which makes the statements about one use of it, and the properties given to :func:`rule`."""
 
     state: Callable[[OpSite], None]
     values: Values | None = None
@@ -88,14 +79,12 @@ def rule(
     regroups: bool = False,
     adds: bool = False,
 ) -> Callable[[Decorated], Decorated]:
-    """Register a rule for the ops ``names``: the decorated function, or ``notation``.
-
-    With a notation the ops have their rule at once; nothing needs to be decorated.
+    """Register a rule for the ops ``names``: the decorated function, or ``notation``, with which nothing is decorated.
 
     Args:
         names: ``"namespace::op"`` or ``"namespace::op.overload"``; a name without namespace is one of ATen's.
         notation: the rule as text.
-        values: the effect of the op on values, one of :class:`Values`.
+        values: the effect of the op on values, one of :class:`Values`; None if unknown.
         added: for a product, the argument that is added to it; derived from a notation.
         may_alias: whether the op may return its input itself although its schema does not declare it.
         regroups: whether the op regroups axes, which a view cannot do for every memory layout.

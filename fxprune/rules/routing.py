@@ -1,11 +1,8 @@
 """Rules of gathers, scatters and routing by position.
 
 Removing units gives the others new positions. That is harmless as long as positions are only moved around, compared
-with each other, and used to index the axis that they belong to: the op that makes them then runs over the smaller axis.
-Arithmetic on positions, or a comparison with a number, freezes the axis.
-
-If the axis that an integer tensor holds positions along is known, that axis may lose units: the op that picks chooses
-among the remaining ones, and the tensor that is indexed has lost the same ones.
+with each other, and used to index the axis that they belong to: that axis may then lose units, since the op that makes
+the positions chooses among the remaining ones. Any other use of positions, such as arithmetic, freezes the axis.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ import operator
 import torch
 from torch import fx
 
+from fxprune.graph.compat import tree_leaves
 from fxprune.rules.registry import Values, rule
 from fxprune.rules.site import OpSite, nodes_in
 from fxprune.rules.statements import TensorAxes
@@ -38,21 +36,15 @@ def look_up(op: OpSite, index: TensorAxes, x: TensorAxes, i: int) -> None:
 
 
 def follow_positions(op: OpSite, values: Values | None) -> None:
-    """State the content of an op's results, after its rule ran: positions, or matrices picked from weights.
-
-    Any other use of positions freezes their axis.
-    """
+    """State the content of results, after a rule ran: positions, or matrices picked from weights."""
     unread = [x for x in op.tensors if op.positions_of(x) is not None and x.name not in op.understood]
     if unread:
         _follow_unread(op, unread, values)
     taken_out = op.node.target is operator.getitem
-    floats = [
-        x
-        for node in op.node.all_input_nodes
-        if _is_float(node)
-        for x in (op.tensors if taken_out else (op.of(node),))
-        if x is not None
-    ]
+    floats: list[TensorAxes] = []
+    for node in op.node.all_input_nodes:
+        if any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in tree_leaves(node.meta.get("val"))):
+            floats += op.tensors if taken_out else [x for x in (op.of(node),) if x is not None]
     moved = taken_out or any(op.is_picked(x) for x in floats)
     if moved and floats and all(op.is_weight(x) for x in floats):
         for out in op.outs:
@@ -74,12 +66,6 @@ def _follow_unread(op: OpSite, unread: list[TensorAxes], values: Values | None) 
         found = op.positions_of(x)
         if found is not None and not (shape_only or compared or moved):
             op.freeze(found.tensor, found.dim, f"{op.node.target} computes with positions along this axis")
-
-
-def _is_float(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    several = value if isinstance(value, tuple | list) else (value,)
-    return any(isinstance(item, torch.Tensor) and item.is_floating_point() for item in several)
 
 
 rule("embedding", notation="weight[r, w], indices[*i] -> out[*i, w]  r by indices", values="picked")

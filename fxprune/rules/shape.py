@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from fxprune.axes import UNIT, concat, new_factor, product
@@ -82,28 +83,12 @@ rule("mT", "adjoint", "matrix_H", notation="self[*b, i, j] -> out[*b, j, i]", va
 
 @rule("transpose", "permute", "numpy_T", "movedim", "moveaxis", "swapaxes", "swapdims", values="moved")
 def permute(op: OpSite) -> None:
-    """The axes in another order."""
+    """The axes in another order, found by permuting a tensor in which each axis has its number as its stride."""
     x = op.tensors[0]
-    for j, i in enumerate(_axis_order(op, x.rank)):
+    numbered = torch.empty_strided([1] * x.rank, tuple(range(x.rank)), device="meta")
+    permuted = op.node.target(numbered, *op.node.args[1:], **op.node.kwargs)  # type: ignore[operator]
+    for j, i in enumerate(permuted.stride()):
         op.tie(x, i, op.out, j)
-
-
-def _axis_order(op: OpSite, rank: int) -> list[int]:
-    """The input axis of each output axis."""
-    order = list(range(rank))
-    if op.has("dims"):
-        return [i % rank for i in op.arg("dims")]
-    if op.has("dim0") or op.has("axis0"):
-        names = ("dim0", "dim1") if op.has("dim0") else ("axis0", "axis1")
-        a, b = (op.arg(name) % rank for name in names)
-        order[a], order[b] = order[b], order[a]
-        return order
-    if op.has("source"):
-        moved = (op.arg(name) for name in ("source", "destination"))
-        source, place = ([i % rank for i in ((axes,) if isinstance(axes, int) else axes)] for axes in moved)
-        rest = iter([i for i in order if i not in source])
-        return [source[place.index(j)] if j in place else next(rest) for j in range(rank)]
-    return order[::-1]
 
 
 @rule("expand", "expand_as", "broadcast_to", values="moved")

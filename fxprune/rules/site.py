@@ -1,8 +1,7 @@
 """An op with its arguments and tensors, and the statements that a rule may make about it.
 
-In ``linear  input[b, s, i], weight[o, i] -> out[b, s, o]  sums i`` axes with one letter are one axis, and the op sums
-over ``i``. ``(h * d)`` is an axis of ``h`` times ``d`` units, ``[a | b]`` one of ``a`` and then ``b``, and ``1`` one
-that broadcasts.
+In a printed rule ``(h * d)`` is an axis of ``h`` times ``d`` units, ``[a | b]`` one of ``a`` and then ``b``, and ``1``
+one that broadcasts.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from fxprune.errors import AxisMismatch
 from fxprune.graph.compat import OpOverload, argument_names
 from fxprune.graph.tensors import tensor_name
 from fxprune.rules.statements import (
-    ActivationProduct,
     AtLeast,
     Average,
     Axis,
@@ -39,7 +37,7 @@ from fxprune.rules.statements import (
     TensorAxes,
 )
 
-__all__ = ["OpArguments", "OpSite", "format_rule", "nodes_in", "op_name"]
+__all__ = ["OpArguments", "OpSite", "nodes_in", "op_name"]
 
 
 def op_name(target: object) -> str:
@@ -86,44 +84,34 @@ def nodes_in(argument: object) -> list[fx.Node]:
     return [argument] if isinstance(argument, fx.Node) else []
 
 
-def format_rule(
-    node: fx.Node, outs: Sequence[TensorAxes], stated: Statements, letters: Sequence[tuple[Expr, str]] = ()
-) -> str:
-    """The statements made at ``node`` in one line; ``letters`` are the names that the rule gives to axes."""
-    formatter = _RuleFormatter(stated, letters)
-    given = list(_labelled_inputs(node, stated))
-    inputs = ", ".join(formatter.tensor(label, x) for label, x in given)
-    results = ", ".join(formatter.tensor(label, x) for label, x in _labelled(outs)) or "numbers"
-    clauses = formatter.clauses(node, outs, {x.name: label for label, x in given})
-    name = op_name(node.target)
-    return "  ".join((name, f"{inputs} -> {results}" if inputs else f"-> {results}", *clauses))
-
-
-def _labelled_inputs(node: fx.Node, stated: Statements) -> Iterator[tuple[str, TensorAxes]]:
-    """The input tensors with the names of the arguments they are passed as, numbered in lists: ``tensors#0``."""
-    named = OpArguments(node).values() or {"source": node.args[0] if node.args else None}
-    for name, argument in named.items():
-        for place, source in enumerate(nodes_in(argument)):
-            label = f"{name}#{place}" if isinstance(argument, list | tuple) else name
-            entry = stated.tensors.get(tensor_name(source), ())
-            several = entry if isinstance(entry, tuple) else (entry,)
-            for i, x in enumerate(several):
-                yield (label if len(several) == 1 else f"{label}#{i}"), x
-
-
 class _RuleFormatter:
-    """Formats statements; gives letters to factors as they occur, after those that the rule itself uses."""
+    """Formats the rule of an op; gives letters to factors as they occur, after those that the rule itself uses."""
 
-    def __init__(self, stated: Statements, letters: Sequence[tuple[Expr, str]]) -> None:
-        self.stated = stated
+    def __init__(self, site: OpSite) -> None:
+        self.site, self.stated = site, site._stated
         self.letters: dict[Factor, str] = {}
-        for expr, letter in letters:
-            found = stated.solver.resolve(expr)
+        for expr, letter in site.letters:
+            found = self.stated.solver.resolve(expr)
             if isinstance(found, Factor) and letter not in self.letters.values():
                 self.letters.setdefault(found, letter)
         taken = set(self.letters.values())
         plain = (f"{letter}{i or ''}" for i in itertools.count() for letter in string.ascii_lowercase)
         self.spare = (letter for letter in plain if letter not in taken)
+        self.outs = [(f"out#{i}" if len(site.outs) > 1 else "out", x) for i, x in enumerate(site.outs)]
+
+    def line(self) -> str:
+        """Inputs with the names of the arguments they are passed as, outputs, and clauses."""
+        given: list[tuple[str, TensorAxes]] = []
+        node = self.site.node
+        for name, argument in (self.site.arguments.values() or {"source": node.args[0] if node.args else None}).items():
+            for place, source in enumerate(nodes_in(argument)):
+                label = f"{name}#{place}" if isinstance(argument, list | tuple) else name
+                several = self.site.all_of(source)
+                given += [(label if len(several) == 1 else f"{label}#{i}", x) for i, x in enumerate(several)]
+        inputs = ", ".join(self.tensor(label, x) for label, x in given)
+        results = ", ".join(self.tensor(label, x) for label, x in self.outs) or "numbers"
+        clauses = self.clauses({x.name: label for label, x in given})
+        return "  ".join((self.site.name, f"{inputs} -> {results}" if inputs else f"-> {results}", *clauses))
 
     def letter(self, factor: Factor) -> str:
         if factor not in self.letters:
@@ -146,14 +134,10 @@ class _RuleFormatter:
         found = (factor for expr in exprs for factor in factors(self.stated.solver.resolve(expr)))
         return ", ".join(dict.fromkeys(map(self.letter, found)))
 
-    def clauses(self, node: fx.Node, outs: Sequence[TensorAxes], labels: Mapping[str, str]) -> Iterator[str]:
+    def clauses(self, labels: Mapping[str, str]) -> Iterator[str]:
         """All statements other than equations."""
-        stated, name = self.stated, node.name
-        axes = {
-            x.name: x
-            for entry in stated.tensors.values()
-            for x in ((entry,) if isinstance(entry, TensorAxes) else entry)
-        }
+        stated, name = self.stated, self.site.node.name
+        axes = {x.name: x for x in (*self.site.tensors, *self.site.outs)}
         places = [s.places[0] for s in stated.sums if s.node == name]
         yield from self.clause("sums", [axes[place.tensor].axes[place.dim] for place in places])
         for lookup in stated.lookups:
@@ -161,7 +145,7 @@ class _RuleFormatter:
                 yield f"{self.letters_in(lookup.expr) or '1'} by {labels.get(lookup.index, lookup.index)}"
         yield from self.clause("statistic over", [s.expr for s in stated.statistics if s.node == name])
         yield from self.clause("shares out", [c.expr for c in stated.competitions if c.freeze.node == name])
-        for label, x in _labelled(outs):
+        for label, x in self.outs:
             if x.name in stated.positions:
                 yield f"positions of {self.letters_in(stated.positions[x.name].expr) or '1'} in {label}"
         for least in stated.at_least:
@@ -179,17 +163,12 @@ class _RuleFormatter:
             yield f"{words} {letters}"
 
 
-def _labelled(outs: Sequence[TensorAxes]) -> list[tuple[str, TensorAxes]]:
-    return [("out", outs[0])] if len(outs) == 1 else [(f"out#{i}", x) for i, x in enumerate(outs)]
-
-
 @dataclass(frozen=True, eq=False)
 class OpSite:
     """One op of the graph while its rule runs.
 
     Args:
         node: the graph node.
-        _stated: collects the statements.
         outs: the output tensors, one for most ops.
         letters: names that the rule gives to axes, for printing.
         understood: names of inputs that hold positions along an axis and whose use the rule has stated.
@@ -292,11 +271,7 @@ class OpSite:
                 self.freeze_expr(side, error.what)
 
     def cut(self, expr: Expr, at: int) -> tuple[Expr, Expr]:
-        """Cut ``expr`` into two runs, the first of ``at`` units.
-
-        Raises:
-            AxisMismatch: the cut would go through a unit of an outer factor.
-        """
+        """Cut ``expr`` in two runs, the first of ``at`` units; AxisMismatch if that cuts a unit of an outer factor."""
         return self._stated.solver.cut(expr, at)
 
     def link(self, a: TensorAxes, i: int, b: TensorAxes, j: int) -> None:
@@ -408,7 +383,7 @@ class OpSite:
 
     def multiply_activations(self, *roles: tuple[TensorAxes, int, Role]) -> None:
         """State that this op multiplies activations, whose axes have these roles unless one of them holds experts."""
-        self._stated.products.append(ActivationProduct(tuple((x.axes[i], role) for x, i, role in roles)))
+        self._stated.products.append(tuple((x.axes[i], role) for x, i, role in roles))
 
     def pick_weights(self, out: TensorAxes) -> None:
         """State that ``out`` consists of matrices picked from weights and counts as a weight."""
@@ -443,4 +418,4 @@ class OpSite:
 
     def __str__(self) -> str:
         """The rule as applied here, in the notation of rules."""
-        return format_rule(self.node, self.outs, self._stated, self.letters)
+        return _RuleFormatter(self).line()

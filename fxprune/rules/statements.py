@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from fxprune.axes import Expr, Freeze, Solver
 
 __all__ = [
-    "ActivationProduct",
     "AtLeast",
     "Average",
     "Axis",
@@ -57,11 +56,10 @@ class Axis(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TensorAxes:
-    """A tensor in the graph.
+    """A tensor in the graph, with one expression per dimension.
 
     Args:
         name: parameter or buffer name, or name of the node that makes it.
-        axes: one expression per dimension.
         weight: whether it is computed from parameters and buffers alone.
     """
 
@@ -94,11 +92,7 @@ class Coupling:
 class SizeArgument:
     """A number among the arguments of a node that is the size of ``expr`` plus ``offset``, to be rewritten with it.
 
-    Args:
-        node: name of the node.
-        path: path of the number in the node: ``("args", 1, 0)`` or ``("kwargs", "size", 0)``.
-        expr: the expression whose size it is.
-        offset: the difference to that size.
+    Its ``path`` in the node is like ``("args", 1, 0)`` or ``("kwargs", "size", 0)``.
     """
 
     node: str
@@ -117,17 +111,14 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Average:
-    """An op computes a mean over axes, or something derived from one.
+    """An op computes a mean over axes of its input (``places``), or something derived from one.
 
     If masked units are zero, the mean of the ``k`` kept ones of ``n`` is ``n / k`` times that of all.
 
     Args:
-        node: name of the node.
-        places: the axes, in its input.
         power: the power of ``n / k`` that the result must be multiplied by to equal that of all units.
-        epsilon: path of a number in the node that is added to the mean, and must be multiplied by ``n / k`` too; empty
-            if there is none.
-        weight: path of the tensor in the node that multiplies the result; empty if there is none.
+        epsilon: path of a number in the node that is added to the mean, and must be multiplied by ``n / k`` too.
+        weight: path of the tensor in the node that multiplies the result; like ``epsilon`` empty if there is none.
     """
 
     node: str
@@ -139,12 +130,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Sum:
-    """An op multiplies tensors and sums over one axis: units that are zero in one of them can be removed.
-
-    Args:
-        node: name of the node.
-        places: that axis in each of the tensors.
-    """
+    """An op multiplies tensors and sums over one axis, given by its place in each: zero units can be removed."""
 
     node: str
     places: tuple[Axis, ...]
@@ -154,10 +140,8 @@ class Sum:
 class Held:
     """The values of masked units along an axis of a result.
 
-    Args:
-        sources: axes of inputs.
-        also: if None, masked units are zero where they are zero along *all* sources, and nothing else is known. Else
-            they hold their values along the sources, and these numbers as well.
+    If ``also`` is None, they are zero where they are zero along *all* ``sources``, and nothing else is known. Else they
+    hold their values along the sources, and these numbers as well.
     """
 
     sources: tuple[Axis, ...]
@@ -195,13 +179,6 @@ class Competition:
 
 
 @dataclass(frozen=True)
-class ActivationProduct:
-    """An op multiplies two activations; the axes have these roles unless one of them holds experts."""
-
-    roles: tuple[tuple[Expr, Role], ...]
-
-
-@dataclass(frozen=True)
 class AtLeast:
     """An axis must keep at least ``count`` units."""
 
@@ -214,20 +191,13 @@ class Statements:
     """Everything that the rules have stated about a graph so far.
 
     Args:
-        solver: equations between axes, frozen axes and roles.
         tensors: the axes of each tensor by the name of its node, which may make several.
-        couplings: pairs of axes that ops couple.
-        size_arguments: numbers in the graph that are sizes.
-        statistics: statistics over an axis, which change with the number of units.
-        averages: statistics that are means, which can be rescaled to those over all units.
-        sums: sums over an axis.
         held: values of masked units along axes of results, if the rule states them.
         positions: the axis that an integer tensor holds positions along, by the name of the tensor.
-        lookups: axes whose units are picked by numbers.
         picked: names of tensors that are matrices picked from weights.
-        competitions: softmaxes; settled when all axes are solved.
-        products: products of activations; settled when all axes are solved.
-        at_least: axes that must keep some units.
+        competitions: softmaxes; like ``products`` settled when all axes are solved.
+        products: for each product of activations, the roles of the axes unless one of them holds experts.
+        at_least: axes that must keep a number of units.
         unruled: the op of each node, by name, that no rule covers.
     """
 
@@ -243,6 +213,6 @@ class Statements:
     lookups: list[Lookup] = field(default_factory=list)
     picked: set[str] = field(default_factory=set)
     competitions: list[Competition] = field(default_factory=list)
-    products: list[ActivationProduct] = field(default_factory=list)
+    products: list[tuple[tuple[Expr, Role], ...]] = field(default_factory=list)
     at_least: list[AtLeast] = field(default_factory=list)
     unruled: dict[str, str] = field(default_factory=dict)

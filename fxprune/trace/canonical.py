@@ -4,12 +4,9 @@
 value that depends on no input, weight or dynamic size is therefore computed once and read from a buffer. A constant
 that is the same everywhere is left alone: it takes the size of whatever it is used with.
 
-``view`` becomes ``reshape`` (a narrower inner axis may make its input non-contiguous), ``chunk`` and ``split`` become
-``split_with_sizes`` (parts may end up with unequal sizes), ``unflatten`` and ``view_as`` become ``reshape``, ``-1`` in
-a shape is replaced by the size if it is known, a slice (and ``narrow``) counts its bounds from the front, attention
-always has an explicit ``scale``, a constant list of consecutive indices becomes a ``slice``, the input of
-``view_as_complex`` is copied first, ``squeeze`` names its axes, and an in-place op on a value that nothing else can see
-becomes its out-of-place variant.
+Spellings are chosen such that they stay right when sizes change: a ``view`` (of an input that may become
+non-contiguous) is a ``reshape``, ``chunk`` and ``split`` (whose parts may become unequal) are ``split_with_sizes``, and
+a write to a value that nothing else can see is an op that is not in place.
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ import itertools
 import math
 import operator
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,9 +36,7 @@ MAX_CONSTANT_ELEMENTS = 1 << 20
 def fold_constants(graph_module: fx.GraphModule, model: nn.Module) -> None:
     """Fold position-dependent constants of static size to buffers named ``constant_0``, ``constant_1``, ..
 
-    Args:
-        graph_module: the graph, changed in place.
-        model: the module it was traced from. Its own tensors are not constants: users may load others into it.
+    Tensors of ``model``, from which the graph was traced, are not constants: users may load others into it.
     """
     constant = _constant_nodes(graph_module, model)
     values = _ConstantValues(graph_module, constant)
@@ -74,7 +70,9 @@ def _constant_nodes(graph_module: fx.GraphModule, model: nn.Module) -> dict[fx.N
             known = not _has(model, str(node.target))
         else:
             inputs_known = all(n in found or n in environment for n in node.all_input_nodes)
-            known = inputs_known and _is_deterministic(node.target)
+            is_op = isinstance(node.target, OpOverload)
+            known = not writes(node) and not is_random(node.target) if is_op else node.target is operator.getitem
+            known = known and inputs_known
         if known and root[node] not in dirty and _is_small(node.meta.get("val")):
             found[node] = None
     return found
@@ -86,12 +84,6 @@ def _has(model: nn.Module, name: str) -> bool:
         return hasattr(model.get_submodule(owner), leaf)
     except AttributeError:
         return False
-
-
-def _is_deterministic(target: Any) -> bool:
-    if not isinstance(target, OpOverload):
-        return target is operator.getitem
-    return not target._schema.is_mutable and not is_random(target)
 
 
 def _is_small(value: Any) -> bool:
@@ -118,19 +110,15 @@ class _ConstantValues:
             self.dtype = torch.promote_types(get_tensor(graph_module, str(source.target)).dtype, torch.float32)
 
     def of(self, node: fx.Node) -> Any:
-        """The value of ``node``."""
-        if node not in self.known:
-            self.known[node] = self._compute(node)
-        return self.known[node]
-
-    def _compute(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
             return get_tensor(self.graph_module, str(node.target)).cpu()
         if node not in self.constant:
             return self.dtype if node is self.dtype_node else torch.device("cpu")
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.of)
-        with torch.no_grad():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if node not in self.known:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self.of)
+            with torch.no_grad():
+                self.known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return self.known[node]
 
 
 def _replace_by_buffer(node: fx.Node, name: str, value: torch.Tensor, dtype_node: fx.Node | None) -> None:
@@ -158,32 +146,36 @@ def canonicalize(graph_module: fx.GraphModule) -> None:
 def remove_in_place_ops(graph_module: fx.GraphModule) -> None:
     """Replace ``x.add_(y)`` by ``x.add(y)`` if nothing else can see ``x``; values do not change.
 
-    The tensors that the remaining in-place ops write to through a view are made contiguous, so that the view remains
-    one when sizes change.
+    A tensor that a remaining in-place op writes to through a view of another shape is made contiguous: once sizes have
+    changed, a reshape of anything else may be a copy, and writes to the copy would be lost.
     """
     for node in list(graph_module.graph.nodes):
         target = _out_of_place(node)
         if target is not None and _is_unshared(node.args[0], node, node):
             node.target = target
         if is_impure(node) and node.op == "call_function" and isinstance(node.args[0], fx.Node):
-            _make_base_contiguous(node.args[0])
+            root, reshaped = node.args[0], False
+            while may_alias(root) and isinstance(root.args[0], fx.Node):
+                reshaped = reshaped or regroups(root)
+                root = root.args[0]
+            if reshaped and root.op == "call_function":
+                contiguous = _insert_copy(root, root.next)
+                root.replace_all_uses_with(contiguous, delete_user_cb=partial(operator.is_not, contiguous))
 
 
 @spelling("view", "reshape", "_unsafe_view")
-def _reshape(node: fx.Node, graph_module: fx.GraphModule) -> None:
+def _reshape(node: Any, graph_module: fx.GraphModule) -> None:
     node.target = aten.reshape.default
     source, sizes = node.args
-    assert isinstance(sizes, list | tuple)
     known = node.meta["val"].shape
     explicit = [known[i] if size == -1 and isinstance(known[i], int) else size for i, size in enumerate(sizes)]
     node.args = (source, explicit)
 
 
 @spelling("chunk", "split.Tensor")
-def _split(node: fx.Node, graph_module: fx.GraphModule) -> None:
+def _split(node: Any, graph_module: fx.GraphModule) -> None:
     source, _, *rest = node.args
     dim = rest[0] if rest else node.kwargs.get("dim", 0)
-    assert isinstance(dim, int)
     sizes = [part.shape[dim] for part in node.meta["val"]]
     if all(isinstance(size, int) for size in sizes):
         node.target = aten.split_with_sizes.default
@@ -191,12 +183,10 @@ def _split(node: fx.Node, graph_module: fx.GraphModule) -> None:
 
 
 @spelling("slice.Tensor")
-def _slice(node: fx.Node, graph_module: fx.GraphModule) -> None:
+def _slice(node: Any, graph_module: fx.GraphModule) -> None:
     """Count bounds from the front: then only units removed before them move them."""
     source, *rest = node.args
-    assert isinstance(source, fx.Node)
     dim = rest[0] if rest else 0
-    assert isinstance(dim, int)
     size = source.meta["val"].shape[dim]
     if isinstance(size, int):
         bounds = [max(bound + size, 0) if isinstance(bound, int) and bound < 0 else bound for bound in rest[1:3]]
@@ -204,9 +194,8 @@ def _slice(node: fx.Node, graph_module: fx.GraphModule) -> None:
 
 
 @spelling("narrow")
-def _narrow(node: fx.Node, graph_module: fx.GraphModule) -> None:
+def _narrow(node: Any, graph_module: fx.GraphModule) -> None:
     source, dim, start, length = node.args
-    assert isinstance(source, fx.Node) and isinstance(dim, int)
     size = source.meta["val"].shape[dim]
     if isinstance(start, int) and isinstance(length, int) and isinstance(size, int):
         first = start + size if start < 0 else start
@@ -214,10 +203,9 @@ def _narrow(node: fx.Node, graph_module: fx.GraphModule) -> None:
 
 
 @spelling("squeeze", "squeeze.dim", "squeeze.dims")
-def _squeeze(node: fx.Node, graph_module: fx.GraphModule) -> None:
+def _squeeze(node: Any, graph_module: fx.GraphModule) -> None:
     """Name the axes of size 1, so that an axis with a single unit left stays."""
     source, *dims = node.args
-    assert isinstance(source, fx.Node)
     shape = source.meta["val"].shape
     named = range(len(shape)) if not dims else dims[0] if isinstance(dims[0], list | tuple) else dims
     found = [i % len(shape) for i in named if isinstance(i, int)] if shape else []
@@ -226,9 +214,8 @@ def _squeeze(node: fx.Node, graph_module: fx.GraphModule) -> None:
 
 
 @spelling("unflatten.int")
-def _unflatten(node: fx.Node, graph_module: fx.GraphModule) -> None:
+def _unflatten(node: Any, graph_module: fx.GraphModule) -> None:
     source, dim, sizes = node.args
-    assert isinstance(source, fx.Node) and isinstance(dim, int) and isinstance(sizes, list | tuple)
     shape = source.meta["val"].shape
     dim %= len(shape)
     outer = _sizes(source, node, but=dim)
@@ -237,10 +224,9 @@ def _unflatten(node: fx.Node, graph_module: fx.GraphModule) -> None:
 
 
 @spelling("reshape_as", "view_as")
-def _reshape_as(node: fx.Node, graph_module: fx.GraphModule) -> None:
+def _reshape_as(node: Any, graph_module: fx.GraphModule) -> None:
     """Read the sizes of the other tensor: its axes are not otherwise related to those of the result."""
     source, other = node.args
-    assert isinstance(other, fx.Node)
     node.args = (source, _sizes(other, node))
     _reshape(node, graph_module)
 
@@ -260,27 +246,24 @@ def _sizes(source: fx.Node, before: fx.Node, but: int | None = None) -> list[Any
 
 
 @spelling("scaled_dot_product_attention")
-def _attention(node: fx.Node, graph_module: fx.GraphModule) -> None:
+def _attention(node: Any, graph_module: fx.GraphModule) -> None:
     query = node.args[0]
-    assert isinstance(query, fx.Node)
     width = query.meta["val"].shape[-1]
     if node.kwargs.get("scale") is None and len(node.args) < 7 and isinstance(width, int):
         node.kwargs = {**node.kwargs, "scale": 1 / math.sqrt(width)}
 
 
 @spelling("view_as_complex")
-def _view_as_complex(node: fx.Node, graph_module: fx.GraphModule) -> None:
+def _view_as_complex(node: Any, graph_module: fx.GraphModule) -> None:
     """Copy the input: pairs must start at even offsets, which those of a slice may no longer do."""
     source = node.args[0]
-    assert isinstance(source, fx.Node)
     node.args = (_insert_copy(source, node),)
 
 
 @spelling("index.Tensor")
-def _index(node: fx.Node, graph_module: fx.GraphModule) -> None:
+def _index(node: Any, graph_module: fx.GraphModule) -> None:
     """Replace ``x[.., [i, i + 1, ..], ..]`` with a constant list by a slice."""
     source, entries = node.args
-    assert isinstance(source, fx.Node) and isinstance(entries, list | tuple)
     places = [axis for axis, entry in enumerate(entries) if isinstance(entry, fx.Node)]
     if len(places) != 1:
         return
@@ -314,20 +297,6 @@ def _out_of_place(node: fx.Node) -> Any:
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
     return getattr(getattr(aten, operation.removesuffix("_"), None), overload or "default", None)
-
-
-def _make_base_contiguous(written: fx.Node) -> None:
-    """Insert a contiguous copy of the tensor that ``written`` is a view of, if the view has another shape.
-
-    Once sizes have changed, a reshape of anything else may be a copy, and writes to the copy would be lost.
-    """
-    root, reshaped = written, False
-    while may_alias(root) and isinstance(root.args[0], fx.Node):
-        reshaped = reshaped or regroups(root)
-        root = root.args[0]
-    if reshaped and root.op == "call_function":
-        contiguous = _insert_copy(root, root.next)
-        root.replace_all_uses_with(contiguous, delete_user_cb=lambda user: user is not contiguous)
 
 
 def _insert_copy(source: fx.Node, before: fx.Node) -> fx.Node:

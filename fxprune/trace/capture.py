@@ -7,6 +7,7 @@ cast *back to the dtype of the model* (to follow the weights).
 
 from __future__ import annotations
 
+import re
 import sysconfig
 import traceback
 from collections.abc import Mapping
@@ -18,11 +19,11 @@ from torch import fx, nn
 
 from fxprune.errors import TraceError
 from fxprune.graph.compat import fake_mode, is_impure, tree_map
-from fxprune.graph.context import default_modes, defer_gc, disable_mha_fastpath, quiet, skip_stack_traces, wrap_errors
+from fxprune.graph.context import default_modes, defer_gc, plain_export, quiet, wrap_errors
 from fxprune.graph.counting import Work, count_parameters
 from fxprune.graph.facts import Blocks, Constants, Facts, Notes, Runnable, Shaped, Source, find_blocks, set_facts
 from fxprune.graph.shapes import ShapedCalls, calls_of, change_dtype
-from fxprune.graph.tensors import has_meta_weights, is_input, names_by_identity, weights
+from fxprune.graph.tensors import has_meta_weights, is_input, map_tensors, names_by_identity, weights
 from fxprune.pipeline.arguments import flag
 from fxprune.pipeline.notebook import html_table
 from fxprune.trace.canonical import canonicalize, fold_constants, move_constants, remove_in_place_ops
@@ -146,7 +147,11 @@ def trace(
         raise _trace_error(model, failure, fidelity)
     if check and fidelity.error is None and example_inputs is not None and not has_meta_weights(graph_module):
         check_runs(model, example_inputs)
-    notes += [*limits, *fidelity.notes, *_omissions(model, depends.mode)]
+    hooked = hooks_left_out(model)
+    notes += [*limits, *fidelity.notes]
+    notes += [f"without the hooks of {', '.join(hooked)}"] if hooked else []
+    in_eval = f"the graph is the model in eval(): in train() it differs, first in {depends.mode}"
+    notes += [in_eval] if depends.mode else []
     graph_module.recompile()
     _set_facts(graph_module, model, example_inputs, notes, fidelity)
     return Traced(graph_module, model, tuple(notes))
@@ -177,15 +182,6 @@ def _graph_of(
     return graph_module, limits
 
 
-def _omissions(model: nn.Module, mode_dependent: str) -> list[str]:
-    """Parts of the model that the graph lacks, in words; ``mode_dependent`` names a call that differs in train()."""
-    hooked = hooks_left_out(model)
-    notes = [f"without the hooks of {', '.join(hooked)}"] if hooked else []
-    if mode_dependent:
-        notes.append(f"the graph is the model in eval(): in train() it differs, first in {mode_dependent}")
-    return notes
-
-
 def _trace_error(model: nn.Module, failure: Exception | None, fidelity: Fidelity | None) -> TraceError:
     name = type(model).__name__
     if fidelity is not None and fidelity.where:
@@ -197,7 +193,13 @@ def _trace_error(model: nn.Module, failure: Exception | None, fidelity: Fidelity
         )
     assert failure is not None
     check_copies(model)
-    frames = [frame for frame in traceback.extract_tb(failure.__traceback__) if _is_user_code(frame.filename)]
+    library = sysconfig.get_path("stdlib")
+    frames = [
+        frame
+        for frame in traceback.extract_tb(failure.__traceback__)
+        if not re.search("/torch/|/fxprune/|^<", frame.filename)
+        and ("site-packages" in frame.filename or not frame.filename.startswith(library))
+    ]
     line = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}" if frames else ""
     error = TraceError(
         f"{name} cannot be traced: {_first_line(failure)}",
@@ -206,12 +208,6 @@ def _trace_error(model: nn.Module, failure: Exception | None, fidelity: Fidelity
     )
     error.__cause__ = failure
     return error
-
-
-def _is_user_code(file: str) -> bool:
-    """Whether a file belongs neither to torch nor to this package nor to Python itself."""
-    library = file.startswith(sysconfig.get_path("stdlib")) and "site-packages" not in file
-    return not (library or "/torch/" in file or "/fxprune/" in file or file.startswith("<"))
 
 
 def _set_facts(
@@ -235,14 +231,9 @@ def _set_facts(
     facts.put(Shaped())
     facts.put(ShapedCalls(calls_of(graph_module.graph)))
     set_facts(graph_module, facts)
-    facts.put(Work.of(graph_module, _name_of(model)))
-
-
-def _name_of(model: nn.Module) -> str:
-    """Name of a model on a hub or of its folder, and its class."""
-    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     kind = type(model).__name__
-    return f"{name.rstrip('/').rpartition('/')[2]} ({kind})" if name else kind
+    on_hub = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "").rstrip("/").rpartition("/")[2]
+    facts.put(Work.of(graph_module, f"{on_hub} ({kind})" if on_hub else kind))
 
 
 def _export(
@@ -260,10 +251,8 @@ def _export(
     skip_repeats(twin, repeats)
     if not dynamic:
         with mode:
-            inputs = tree_map(
-                lambda value: torch.empty_like(value) if isinstance(value, torch.Tensor) else value, inputs
-            )
-    with quiet(), disable_mha_fastpath(), skip_stack_traces(), torch.enable_grad():
+            inputs = map_tensors(inputs, torch.empty_like)
+    with quiet(), plain_export(), torch.enable_grad():
         return torch.export.export(twin, (), inputs, dynamic_shapes=dims if dynamic else None, strict=False)
 
 

@@ -44,11 +44,7 @@ _DEQUANTISE = "Load it in float32, bfloat16 or float16, or call model.dequantize
 
 
 def check_model(model: Any) -> None:
-    """Check that ``model`` can be pruned: a Python module with plain weights, in one piece and on one device.
-
-    Raises:
-        UnsupportedModelError: names the module or parameter.
-    """
+    """Check that ``model`` can be pruned: a Python module with plain weights, in one piece and on one device."""
     _check_module(model)
     if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
         raise UnsupportedModelError(
@@ -91,39 +87,25 @@ def _check_module(model: Any) -> None:
 
 def _check_parameter(name: str, parameter: torch.Tensor) -> None:
     """Check that a parameter is a dense, non-empty tensor of floats."""
+    what = ""
     if nn.parameter.is_lazy(parameter):
-        raise UnsupportedModelError(
-            "it is lazy and has no shape yet", where=name, remedy="Run the model once, on any input"
-        )
-    if parameter.is_complex():
-        raise UnsupportedModelError(
-            f"its dtype is {parameter.dtype}", where=name, remedy="Keep real and imaginary parts as two parameters"
-        )
-    if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
-        raise UnsupportedModelError(
-            f"dtype {parameter.dtype} is a quantised format", where=name, remedy="Dequantise the model first"
-        )
-    if parameter.layout != torch.strided or parameter.is_nested:
-        raise UnsupportedModelError(
-            f"its layout is {'nested' if parameter.is_nested else parameter.layout}",
-            where=name,
-            remedy="Convert it to a dense tensor first, as with weight.to_dense()",
-        )
-    if not parameter.numel():
-        raise UnsupportedModelError(
-            f"it is empty, of shape {tuple(parameter.shape)}",
-            where=name,
-            remedy="Remove it from the model, or gather the weights if they are sharded over processes",
-        )
+        what, remedy = "it is lazy and has no shape yet", "Run the model once, on any input"
+    elif parameter.is_complex():
+        what, remedy = f"its dtype is {parameter.dtype}", "Keep real and imaginary parts as two parameters"
+    elif not parameter.dtype.is_floating_point or parameter.element_size() < 2:
+        what, remedy = f"dtype {parameter.dtype} is a quantised format", "Dequantise the model first"
+    elif parameter.layout != torch.strided or parameter.is_nested:
+        what = f"its layout is {'nested' if parameter.is_nested else parameter.layout}"
+        remedy = "Convert it to a dense tensor first, as with weight.to_dense()"
+    elif not parameter.numel():
+        what = f"it is empty, of shape {tuple(parameter.shape)}"
+        remedy = "Remove it from the model, or gather the weights if they are sharded over processes"
+    if what:
+        raise UnsupportedModelError(what, where=name, remedy=remedy)
 
 
 def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Check that ``forward`` takes these keyword inputs, and that a graph can.
-
-    Raises:
-        UnsupportedModelError: the model has no ``forward``.
-        ArgumentError: names the input.
-    """
+    """Check that ``forward`` takes these keyword inputs, and that a graph can."""
     check_names(inputs)
     if type(model).forward is nn.Module.forward and "forward" not in vars(model):
         raise UnsupportedModelError(
@@ -142,11 +124,7 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 
 def check_values(model: nn.Module) -> None:
-    """Check that weights are finite: otherwise scores mean nothing, and outputs cannot be compared.
-
-    Raises:
-        UnsupportedModelError: names the parameter.
-    """
+    """Check that weights are finite: otherwise scores mean nothing, and outputs cannot be compared."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             continue
@@ -159,11 +137,7 @@ def check_values(model: nn.Module) -> None:
 
 
 def check_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Check that a copy of the model runs on its keyword inputs.
-
-    Raises:
-        ArgumentError: repeats the error of the model.
-    """
+    """Check that a copy of the model runs on its keyword inputs."""
     twin = alias_twin(model, written_parameters(model, inputs))
     with quiet(), torch.no_grad():
         found = attempt(twin, **dict(inputs))
@@ -176,13 +150,8 @@ def check_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 
 def check_outputs(graph_module: fx.GraphModule, model: nn.Module) -> None:
-    """Check that a graph returns a tensor: otherwise all of it would be dead code.
-
-    Raises:
-        TraceError: it returns none.
-    """
-    output = graph_module.graph.output_node()
-    if not output.all_input_nodes:
+    """Check that a graph returns a tensor: otherwise all of it would be dead code."""
+    if not graph_module.graph.output_node().all_input_nodes:
         raise TraceError(
             "it returns no tensor",
             where=f"forward of {type(model).__name__}",
@@ -191,11 +160,7 @@ def check_outputs(graph_module: fx.GraphModule, model: nn.Module) -> None:
 
 
 def check_copies(model: nn.Module) -> None:
-    """Check that Python can copy a model, since a graph is traced from a copy.
-
-    Raises:
-        UnsupportedModelError: names the attribute.
-    """
+    """Check that Python can copy a model, since a graph is traced from a copy."""
     parts = (*model.modules(), *model.parameters(), *model.buffers(), *computed_tensors(model))
     memo = {id(part): part for part in parts}
     for path, module in model.named_modules():

@@ -39,14 +39,9 @@ GradientDigest = tuple[torch.Tensor, torch.Tensor]
 
 
 class SideBySide:
-    """A graph and its module, run side by side.
+    """A graph and its module, run side by side on ``given`` inputs, if any.
 
     Neither is changed: they run on the same weights, on copies of buffers and inputs, and draw the same random numbers.
-
-    Args:
-        graph_module: the graph.
-        model: the module.
-        given: the inputs of the caller, if any.
     """
 
     def __init__(self, graph_module: fx.GraphModule, model: nn.Module, given: Mapping[str, Any] | None) -> None:
@@ -76,13 +71,16 @@ class SideBySide:
         got = None if wanted is None else _run_or_none(lambda: _gradient_digests(*self._run_graph(self.inputs)))
         if wanted is None:
             return {}
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        zero = torch.zeros(())
-        return {
-            names[key]: _gradient_difference(digest, (got or {}).get(key, (zero, zero)))
-            for key, digest in wanted.items()
-            if key in names
-        }
+        found: dict[str, float] = {}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) not in wanted:
+                continue
+            sums, norm = wanted[id(parameter)]
+            graph_sums, graph_norm = (got or {}).get(id(parameter), (torch.zeros(()), torch.zeros(())))
+            scale = max(float(norm), float(graph_norm))
+            difference = max(float((sums - graph_sums).norm()), float((norm - graph_norm).abs()))
+            found[name] = difference / scale if scale > 0 else 0.0 if scale == 0 else float("inf")
+        return found
 
     def first_difference(self) -> str:
         """The first module whose outputs differ, and the node that computes them in the graph."""
@@ -128,7 +126,7 @@ class SideBySide:
 
     def _run_graph(self, inputs: Mapping[str, Any]) -> tuple[Outputs, dict[int, torch.Tensor]]:
         aliases: dict[int, torch.Tensor] = {}
-        written = {str(node.target) for node in written_sources(self.graph_module.graph) if node.op == "get_attr"}
+        written = written_sources(self.graph_module.graph)
         for name, tensor in weights(self.graph_module):
             if isinstance(tensor, nn.Parameter) and not tensor.is_inference() and tensor.is_floating_point():
                 alias = tensor.detach().clone() if name in written else tensor.detach()
@@ -217,15 +215,6 @@ def _difference(wanted: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> 
     return worst
 
 
-def _gradient_difference(wanted: GradientDigest, got: GradientDigest) -> float:
-    (sums, norm), (graph_sums, graph_norm) = wanted, got
-    scale = max(float(norm), float(graph_norm))
-    if not scale > 0:
-        return 0.0 if scale == 0 else float("inf")
-    differences = (sums - graph_sums).norm(), (norm - graph_norm).abs()
-    return max(float(value) / scale for value in differences)
-
-
 _SECOND_SIZES = (3, 5)
 """Batch and tokens of the second comparison: the first one has two samples of more tokens."""
 
@@ -255,10 +244,7 @@ class Fidelity(Fact):
 def compare_with_module(graph_module: fx.GraphModule, model: nn.Module, given: Mapping[str, Any] | None) -> Fidelity:
     """Compare a graph with its module; the graph gets checks that refuse sizes at which they differ.
 
-    Args:
-        graph_module: the graph.
-        model: the module; on ``meta``, nothing is compared.
-        given: the inputs of the caller, if any.
+    If any weight is on ``meta``, nothing is compared. ``given`` are the inputs of the caller, if any.
     """
     if has_meta_weights(graph_module) or any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         return Fidelity(None)
@@ -283,15 +269,7 @@ def compare_with_module(graph_module: fx.GraphModule, model: nn.Module, given: M
 
 
 def require_gradients(graph_module: fx.GraphModule, asked_by: str) -> None:
-    """Check that the gradients of a graph are not known to differ from those of its module.
-
-    Args:
-        graph_module: a traced graph.
-        asked_by: the name of the pass that needs gradients.
-
-    Raises:
-        PassError: they differ.
-    """
+    """Check that the gradients of a graph, for the pass ``asked_by``, are not known to differ from the module's."""
     found = facts_of(graph_module).get(Fidelity)
     if found is not None and found.unlike:
         raise PassError(

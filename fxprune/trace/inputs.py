@@ -19,6 +19,7 @@ from fxprune.errors import TraceError
 from fxprune.graph.compat import FakeTensorMode, TorchDispatchMode, tree_leaves, tree_map
 from fxprune.graph.context import Refusal, attempt, quiet
 from fxprune.graph.tensors import as_parameter, computed_tensors
+from fxprune.rules.aliasing import written_arguments
 
 __all__ = [
     "alias_twin",
@@ -48,12 +49,7 @@ def is_hugging_face(model: nn.Module) -> bool:
 def default_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Keyword inputs to trace ``model`` with, in the order of its ``forward``, which becomes that of the graph.
 
-    Args:
-        model: the model.
-        given: the caller's inputs; None for a Hugging Face model, which gets ``input_ids`` of shape (2, 7).
-
-    Raises:
-        TraceError: no inputs were given for any other model.
+    These are the ``given`` ones; if None, a Hugging Face model gets ``input_ids`` of shape (2, 7).
     """
     if given is not None:
         order = {name: place for place, name in enumerate(inspect.signature(model.forward).parameters)}
@@ -87,13 +83,7 @@ def dynamic_dims(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def blank(value: Any, native: torch.dtype, dtype: torch.dtype) -> Any:
-    """Zeros like a tensor, on the current default device; any other value as it is.
-
-    Args:
-        value: an input of a model.
-        native: the dtype of the model's weights.
-        dtype: the dtype that replaces it.
-    """
+    """Zeros like a tensor, on the current default device, with ``dtype`` for ``native``; any other value as it is."""
     if not isinstance(value, torch.Tensor):
         return value
     return torch.zeros(value.shape, dtype=dtype if value.dtype == native else value.dtype)
@@ -108,13 +98,9 @@ def meta_twin(model: nn.Module) -> nn.Module:
 
 
 def fake_twin(model: nn.Module, mode: FakeTensorMode | None, native: torch.dtype, dtype: torch.dtype) -> nn.Module:
-    """A copy to trace, in evaluation mode, with fake tensors.
+    """A copy to trace, in evaluation mode, with fake tensors; parameters in ``native`` get ``dtype``.
 
-    Args:
-        model: the model.
-        mode: makes the tensors, without storage and on the CPU; None to make them on ``meta``, which runs faster.
-        native: the dtype of the parameters that get another one.
-        dtype: the dtype they get.
+    ``mode`` makes the tensors, without storage and on the CPU; None makes them on ``meta``, which runs faster.
     """
 
     def empty(tensor: torch.Tensor) -> torch.Tensor:
@@ -129,11 +115,7 @@ def alias_twin(model: nn.Module, written: Container[str] = ()) -> nn.Module:
     """A copy to run, in evaluation mode, whose parameters share the memory of the model's.
 
     They require gradients, which the model's own parameters do not receive. Buffers, which code may write to, are
-    copied.
-
-    Args:
-        model: the model.
-        written: names of parameters to copy, from :func:`written_parameters`.
+    copied, and so are parameters named in ``written``, from :func:`written_parameters`.
     """
     copied = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in written}
 
@@ -162,16 +144,13 @@ class _Writes(TorchDispatchMode):
     """Records the storages that ops write to."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.is_mutable:
-            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
-            for argument in func._schema.arguments:
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    leaves = tree_leaves(given.get(argument.name))
-                    self.storages |= {x.untyped_storage()._cdata for x in leaves if isinstance(x, torch.Tensor)}
+            leaves = tree_leaves(written_arguments(func, args, kwargs or {}))
+            self.storages |= {x.untyped_storage()._cdata for x in leaves if isinstance(x, torch.Tensor)}
         return func(*args, **(kwargs or {}))
 
 
@@ -195,11 +174,8 @@ def hooks_left_out(model: nn.Module) -> tuple[str, ...]:
 
 
 def _twin(model: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        memo[id(tensor)] = make(tensor)
-    for tensor in computed_tensors(model):
-        memo[id(tensor)] = tensor.detach().clone()
+    memo: dict[int, Any] = {id(tensor): make(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    memo |= {id(tensor): tensor.detach().clone() for tensor in computed_tensors(model)}
     for _, table, key in _hooks(model, _is_foreign):
         memo[id(table[key])] = None  # a user's hook may hold objects that cannot be copied
     twin = copy.deepcopy(model, memo)

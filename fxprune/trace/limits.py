@@ -1,8 +1,7 @@
 """Size limits of a graph: guards, and sizes that the model specialises on.
 
-If the code of a model branches on a size, as in ``if x.shape[1] > 512``, tracing follows the branch of the example and
-drops the others. The conditions for that branch come from torch's symbolic shapes: ranges, excluded values, remainders,
-equal sizes of two inputs. The graph asserts them, and names the line of code that each comes from.
+If the code of a model branches on a size, as in ``if x.shape[1] > 512``, tracing follows the branch of the example. The
+conditions for it come from torch's symbolic shapes; the graph asserts them and names the line that each comes from.
 """
 
 from __future__ import annotations
@@ -47,12 +46,8 @@ def input_sizes(graph: fx.Graph) -> dict[Size, int | torch.SymInt]:
 def limit_sizes(graph_module: fx.GraphModule, found: Mapping[Size, int | torch.SymInt]) -> tuple[str, ...]:
     """Add assertions that refuse input sizes for which the model would compute something else.
 
-    Args:
-        graph_module: the graph, changed in place.
-        found: the sizes found by tracing, before some of them were pinned.
-
-    Returns:
-        The limits that come from branches of the code, in words.
+    ``found`` has the sizes found by tracing, before some of them were pinned. Returns the limits that come from
+    branches of the code, in words.
     """
     free: dict[Size, Any] = {
         place: size for place, size in found.items() if isinstance(size, torch.SymInt) and is_free(size)
@@ -80,9 +75,7 @@ _SYMBOLS = {operator.eq: "==", operator.ne: "!=", operator.le: "<="}
 class _SizeAssertions:
     """Inserts assertions about sizes before the first op of a graph.
 
-    Args:
-        graph: the graph.
-        fixed: the sizes that can be one number only; conditions on these alone hold already.
+    ``fixed`` has the sizes that can be one number only; conditions on these alone hold already.
     """
 
     def __init__(self, graph: fx.Graph, fixed: Mapping[Size, int]) -> None:
@@ -166,13 +159,10 @@ They differ from the traced ones; the tokens are those that work is counted at, 
 
 
 def pin_sizes(graph_module: fx.GraphModule) -> str:
-    """Make the sizes of inputs static in the metadata if the graph takes one size only.
+    """Make the sizes of inputs static in the metadata if the graph takes one size only; return them in words.
 
     A size may be free, in a range, or one number. A graph that divides sizes is also run without storage at other
     sizes.
-
-    Returns:
-        The pinned shapes, in words; empty if nothing was pinned.
     """
     inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     tensors = [node for node in inputs if isinstance(node.meta["val"], torch.Tensor)]
@@ -202,7 +192,6 @@ def _pin(node: fx.Node, all_but_batch: bool = False) -> str:
 
 
 def _runs_at_other_sizes(graph_module: fx.GraphModule, inputs: list[fx.Node]) -> bool:
-
     def other(value: torch.Tensor) -> torch.Tensor:
         wanted = [_OTHER_SIZES[min(i, 1)] if is_free(size) else size_hint(size) for i, size in enumerate(value.shape)]
         return torch.zeros(wanted, dtype=value.dtype)

@@ -1,13 +1,9 @@
 """Lowering of an ``ExportedProgram`` to a plain ``GraphModule`` bound to the real weights.
 
-Values computed in a region without gradients are detached where the rest of the graph reads them. Inputs that autocast
-casts for an op get explicit casts.
-
+Values computed without gradients are detached where the rest of the graph reads them; autocast becomes explicit casts.
 A container is one input of the graph, and its tensors are read from it first. A value that is not a tensor may have
 decided what was traced, so the graph takes it and refuses any other value; it is optional if it equals its default.
-
-Parameters become ``get_attr`` nodes under their own names. Assertions about metadata are dropped. Devices and the dtype
-of the model are read from the inputs and weights at run time, so that the module can be moved and cast.
+Devices and the dtype of the model are read from inputs and weights at run time: the graph can be moved and cast.
 """
 
 from __future__ import annotations
@@ -69,7 +65,9 @@ class _Copier:
             elif node.target is operator.getitem and isinstance(env.get(node.args[0]), tuple | list):
                 env[node] = env[node.args[0]][node.args[1]]
             else:
-                key = _size_key(node)
+                key: object = node
+                if is_size(node) and not has_unbacked_sizes(node.meta["val"]):
+                    key = type(node.meta["val"]), node.meta["val"].node.expr  # one node for each size is enough
                 known = self.sizes.get(key)
                 casts = {} if autocast is None or known is not None else _autocast_casts(node, *autocast)
                 env[node] = new = known or self._copy_node(node, env, grad, casts)
@@ -127,13 +125,6 @@ _TRACED_ON = "cpu"
 """The device type of the tensors in a trace, whatever the device of the model."""
 
 
-def _size_key(node: fx.Node) -> object:
-    """The expression of a size, for which the graph needs one node only; for any other node the node itself."""
-    if not is_size(node) or has_unbacked_sizes(node.meta["val"]):
-        return node
-    return type(node.meta["val"]), node.meta["val"].node.expr
-
-
 def _autocast_casts(node: fx.Node, device: str, dtype: torch.dtype) -> dict[fx.Node, torch.dtype]:
     """The inputs of ``node`` that autocast casts, with their new dtype, found by running it on fake tensors."""
     sources = {id(source.meta["val"]): source for source in node.all_input_nodes if "val" in source.meta}
@@ -167,13 +158,10 @@ Specs = Sequence[tuple[fx.Node, InputSpec]]
 def _add_inputs(
     graph: fx.Graph, called: Mapping[str, Any], forward: Callable[..., Any], taken: Container[str | None]
 ) -> dict[str, fx.Node]:
-    """Add a placeholder for each keyword.
+    """Add a placeholder for each keyword to an empty graph.
 
-    Args:
-        graph: the new graph, still empty.
-        called: the placeholder, or container of placeholders, of each keyword.
-        forward: the traced function.
-        taken: names of weights; the node of an input with such a name gets another one.
+    ``called`` has the old placeholder, or container of placeholders, of each keyword of ``forward``; an input whose
+    name is ``taken`` by a weight gets a node of another name.
     """
     made: dict[str, fx.Node] = {}
     optional = _optional(called, forward)

@@ -62,17 +62,14 @@ class FitSite:
 
     @property
     def weight(self) -> fx.Node:
-        """The node that reads the weight."""
         return self.product.weight
 
     @property
     def name(self) -> str:
-        """The name of the weight."""
         return str(self.product.weight.target)
 
     @property
     def added(self) -> fx.Node | None:
-        """The node that the product adds; None if it adds nothing."""
         return None if isinstance(self.product, StackedProduct) else self.product.added
 
     @property
@@ -83,7 +80,6 @@ class FitSite:
 
     @property
     def picked(self) -> PickedMatrices | None:
-        """The matrices that the product reads in place of the weight itself."""
         return self.product.picked if isinstance(self.product, StackedProduct) else None
 
     @property
@@ -114,13 +110,7 @@ def _weight_order(product: Product) -> tuple[int, ...]:
 
 
 def find_sites(graph_module: fx.GraphModule, removal: Removal, reach: Reach = "lost") -> Iterator[FitSite]:
-    """Yield the products to fit, in order of execution.
-
-    Args:
-        graph_module: the dense graph.
-        removal: the structures that go.
-        reach: which products are fitted; see :class:`FitPass`.
-    """
+    """Yield the products of the dense graph to fit, in order of execution; for ``reach`` see :class:`FitPass`."""
     axes, keep = removal.axes, removal.keep
     kinds = (lone_products, lone_stacked_products, lone_sliding_products)
     products: dict[fx.Node, Product] = {product.node: product for kind in kinds for product in kind(graph_module)}
@@ -165,16 +155,12 @@ def fit_data(site: FitSite, run: PairedRuns) -> Iterator[tuple[int, torch.Tensor
     its bias; if the product is added to another value, as in a residual stream, what the *sum* lacks. The target of one
     of several matrices is its own output in the dense graph, on the tokens that reach it in both graphs: a router may
     choose differently in each.
-
-    Raises:
-        CalibrationError: an activation is not finite.
     """
     found = _stacked_data if isinstance(site.product, StackedProduct) else _single_data
     for matrix, X, y in found(site, run):
         if not (X.isfinite().all() and y.isfinite().all()):
-            raise CalibrationError(
-                "its inputs or outputs are not finite", where=site.name, remedy="Check the weights and the samples"
-            )
+            remedy = "Check the weights and the samples"
+            raise CalibrationError("its inputs or outputs are not finite", where=site.name, remedy=remedy)
         yield matrix, X, y
 
 
@@ -224,6 +210,7 @@ class FitPass(Pass):
     writes: ClassVar[bool] = False
     changes: ClassVar[Change] = "weights"
     needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Removal, Calibration, Runnable)
+    preconditions = (require_weights,)
     wants: ClassVar[tuple[type[Fact], ...]] = (Source,)
     drops: ClassVar[tuple[type[Fact], ...]] = (Scores,)
     prefetches: ClassVar[bool] = True
@@ -242,17 +229,7 @@ class FitPass(Pass):
         taken = min(self.samples or samples, samples)
         return PassCost(runs=4.0 * taken, batch=2 * taken, outputs=0)
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raise unless there are calibration samples and real weights."""
-        super().requires(graph_module)
-        require_weights(graph_module, self.name)
-
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Fit one weight after the other.
-
-        Raises:
-            CalibrationError: an activation is not finite.
-        """
         facts = facts_of(graph_module)
         removal = facts[Removal]
         sites = {site.product.node: site for site in find_sites(graph_module, removal, self.reach)}
@@ -280,7 +257,6 @@ class FitPass(Pass):
     def _fit_or_resume(
         self, graph_module: fx.GraphModule, site: FitSite, run: PairedRuns
     ) -> Mapping[fx.Node, torch.Tensor]:
-        """The fitted tensors, loaded if an interrupted run has fitted them."""
         known = cached(f"{site.name}.fit")
         if known is not None:
             nodes = {str(node.target): node for node in graph_module.graph.nodes}
@@ -296,8 +272,4 @@ class FitPass(Pass):
 
     @abstractmethod
     def fitted(self, graph_module: fx.GraphModule, site: FitSite, run: PairedRuns) -> Mapping[fx.Node, torch.Tensor]:
-        """The whole weight of ``site``, its kept inputs fitted, by the node that reads it; and its bias if fitted.
-
-        Raises:
-            CalibrationError: an activation is not finite.
-        """
+        """The whole weight of ``site``, its kept inputs fitted, by the node that reads it; and its bias if fitted."""

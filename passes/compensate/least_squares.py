@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -61,22 +60,18 @@ class FitMoments:
         return cls(square, product, free)
 
     def add(self, X: torch.Tensor, D: torch.Tensor) -> None:
-        """Add tokens."""
         X = torch.cat((X, X.new_ones(len(X), 1)), dim=1) if self.free else X
         self.square.add_(X.T @ X)
         self.product.add_(X.T @ D)
 
     def merge(self, other: FitMoments) -> None:
-        """Add the tokens of ``other``."""
         self.square.add_(other.square)
         self.product.add_(other.product)
 
     def solve(self, damping: Damping, scale: torch.Tensor | None = None) -> torch.Tensor:
         """The change of the weight, transposed: ``(in, out)``; zero if the damping is infinite.
 
-        Args:
-            damping: the ridge.
-            scale: the squares ``(in,)`` that the damping is in units of; None for those of these tokens.
+        Damping is in units of ``scale (in,)``; None for the squares of these tokens.
         """
         if damping.strength == float("inf"):
             return torch.zeros_like(self.product)
@@ -85,21 +80,16 @@ class FitMoments:
         ridge = squares.clone() if damping.each else torch.full_like(squares, float(inputs.mean()))
         if self.free:
             ridge[-1] = 0
-        with self._damped(damping.strength * ridge):
-            factor = torch.linalg.cholesky(self.square)
-        return torch.cholesky_solve(self.product, factor)
-
-    @contextmanager
-    def _damped(self, ridge: torch.Tensor) -> Iterator[None]:
-        """Add to the diagonal in place: a copy of the matrix would be the largest thing in memory."""
+        # added in place: a copy of the matrix would be the largest thing in memory
         diagonal = self.square.diagonal()
         before = diagonal.clone()
-        # the tiny number keeps inputs that are all zero from making the matrix singular
-        diagonal.add_(ridge + torch.finfo(torch.float32).tiny)
         try:
-            yield
+            # the tiny number keeps inputs that are all zero from making the matrix singular
+            diagonal.add_(damping.strength * ridge + torch.finfo(torch.float32).tiny)
+            factor = torch.linalg.cholesky(self.square)
         finally:
             diagonal.copy_(before)
+        return torch.cholesky_solve(self.product, factor)
 
     def error(self, change: torch.Tensor) -> float:
         """The squared error on these tokens after a change of the weight, minus the error without it."""
@@ -112,9 +102,6 @@ class StackedMoments:
 
     The ridge of all is in units of their average, so that a matrix with few tokens stays nearer to its old values, and
     one with none keeps them.
-
-    Args:
-        of_each: the moments of each matrix.
     """
 
     of_each: tuple[FitMoments, ...]
@@ -125,16 +112,13 @@ class StackedMoments:
         return cls(tuple(FitMoments.empty(weight, free) for weight in weights))
 
     def all_reduce(self) -> None:
-        """Sum over processes that share the samples."""
         all_reduce(tensor for moments in self.of_each for tensor in (moments.square, moments.product))
 
     def merge(self, other: StackedMoments) -> None:
-        """Add the tokens of ``other``."""
         for mine, others in zip(self.of_each, other.of_each, strict=True):
             mine.merge(others)
 
     def is_finite(self) -> bool:
-        """Whether all moments are finite."""
         return all(bool(m.square.isfinite().all() and m.product.isfinite().all()) for m in self.of_each)
 
     def solve(self, damping: Damping) -> torch.Tensor:
@@ -145,7 +129,6 @@ class StackedMoments:
         return torch.stack([moments.solve(damping, scale) for moments in self.of_each])
 
     def error(self, change: torch.Tensor) -> float:
-        """The squared error on these tokens after a change of the weights, minus the error without it."""
         return sum(moments.error(part) for moments, part in zip(self.of_each, change, strict=True))
 
 
@@ -223,7 +206,6 @@ class LeastSquaresPass(FitPass):
     bias: bool = argument(True, "Whether biases are fitted too.")
 
     def fitted(self, graph_module: fx.GraphModule, site: FitSite, run: PairedRuns) -> Mapping[fx.Node, torch.Tensor]:
-        """The weight with the smallest squared error, and the bias if there is one."""
         W = site.matrices(graph_module)
         w = W[..., site.kept]
         added = site.bias if self.bias else None
@@ -236,9 +218,8 @@ class LeastSquaresPass(FitPass):
         front.all_reduce()
         back.all_reduce()
         if not (front.is_finite() and back.is_finite()):
-            raise CalibrationError(
-                "its inputs or outputs are too large", where=site.name, remedy="Check the weights and the samples"
-            )
+            remedy = "Check the weights and the samples"
+            raise CalibrationError("its inputs or outputs are too large", where=site.name, remedy=remedy)
         damping = best_damping(front, back) if self.damping is None else Damping(self.damping, self.each)
         front.merge(back)
         del back

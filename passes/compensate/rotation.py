@@ -44,7 +44,6 @@ class RotationPass(FitPass):
     )
 
     def fitted(self, graph_module: fx.GraphModule, site: FitSite, run: PairedRuns) -> Mapping[fx.Node, torch.Tensor]:
-        """The rotated weight."""
         W = site.matrices(graph_module)
         w = W[..., site.kept]
         both = W.new_zeros(len(W), W.shape[1], W.shape[1], dtype=torch.float64)

@@ -29,9 +29,6 @@ __all__ = ["LOW_MEMORY", "ImportancePass", "Positions", "axis_sums", "memory_lim
 Positions = dict[tuple[str, int], torch.Tensor]
 """By parameter and axis: a score for each position along the axis."""
 
-_FILE = "scores.safetensors"
-"""Where an interrupted run finds its scores."""
-
 
 @dataclass(frozen=True, eq=False)
 class ImportancePass(Pass):
@@ -50,22 +47,20 @@ class ImportancePass(Pass):
     gives: ClassVar[tuple[type[Fact], ...]] = (Scores,)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Record the scores, or load those of an interrupted run."""
         facts = facts_of(graph_module)
-        known = cached(_FILE)
+        known = cached("scores.safetensors")  # of an interrupted run
         if known is not None:
             facts.put(Scores.load(known))
             return PassResult(graph_module, False)
         found = broadcast_object(self.score(graph_module, facts[Groups].of_kinds(self.kinds)))
         scores = replace(found, source=str(self))
-        with caching(_FILE) as file:
+        with caching("scores.safetensors") as file:
             if file is not None:
                 scores.save(file)
         facts.put(scores)
         return PassResult(graph_module, False)
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
-        """Scores of ``groups``, from scores per position of each member axis."""
         wanted = {(m.name, m.axis): None for group in groups for m in group.parameters}
         return score_groups(groups, self.positions(graph_module, tuple(wanted)), self.reduction)
 
@@ -73,9 +68,6 @@ class ImportancePass(Pass):
         """For each wanted ``(parameter, axis)`` one score per position along the axis.
 
         A criterion that scores units as a whole defines :meth:`score` instead.
-
-        Raises:
-            PassError: the criterion defines neither.
         """
         raise PassError(
             "scores nothing", where=f"pass {self.name}", remedy="Define `positions`, or `score` for units as a whole"
@@ -91,30 +83,16 @@ def axis_sums(value: torch.Tensor, axis: int) -> torch.Tensor:
 LOW_MEMORY = 0.1
 """Of the bytes of the weights, the part that sums may take with ``memory="low"``."""
 
-_SMALLER = (0.5, 0.25, 0.125)
-"""Smaller limits that are tried, as fractions of the limit."""
-
 
 def memory_limit(name: str, memory: Any) -> float | Memory:
-    """Return ``memory``, the argument ``name``: a word, or a fraction of the bytes of the weights.
-
-    Raises:
-        ArgumentError: it is not a number above 0.
-        UnknownNameError: it is none of the words.
-    """
+    """Return ``memory``, the argument ``name``: a word, or a fraction above 0 of the bytes of the weights."""
     if isinstance(memory, str):
         return cast("Memory", one_of(name, memory, MEMORY))
     return number(name, memory, above=0)
 
 
 def usable_bytes(memory: float | Memory, graph_module: fx.GraphModule, wanted: float) -> float:
-    """Bytes that sums may take at a time; infinity if they all fit.
-
-    Args:
-        memory: a word, or a fraction of the bytes of the weights.
-        graph_module: the graph whose weights the sums are about.
-        wanted: bytes of all sums.
-    """
+    """Bytes that sums may take at a time, of ``wanted`` bytes of all of them; infinity if they all fit."""
     total = float(sum(tensor.nbytes for _, tensor in weights(graph_module)))
     if not isinstance(memory, str):
         return memory * total
@@ -134,8 +112,6 @@ def parts_within(
     between parts.
 
     Args:
-        memory: a word, or a fraction of the bytes of the weights.
-        graph_module: the graph.
         costs: bytes that are kept of each weight while its part runs, by name.
         tokens: of all samples.
     """
@@ -150,5 +126,5 @@ def parts_within(
         largest = max(sum(costs.get(name, 0.0) for name in set(part.reads)) for part in parts)
         return largest + scale * sum(output_numel(node) for part in parts for node in part.gives)
 
-    smaller = (cut_graph(graph_module.graph, costs, limit * share) for share in _SMALLER)
+    smaller = (cut_graph(graph_module.graph, costs, limit * share) for share in (0.5, 0.25, 0.125))
     return min((found, *smaller), key=bytes_taken)

@@ -39,11 +39,6 @@ class BlockInfluenceImportancePass(ForwardImportancePass):
     kinds: tuple[str, ...] = argument(("layer",), "Kinds of groups to score: layers only.", check=as_kinds)
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
-        """One score for each layer.
-
-        Raises:
-            PassError: a group is not a layer.
-        """
         axes, nodes = facts_of(graph_module)[Dependencies].axes, {node.name: node for node in graph_module.graph.nodes}
         ends: dict[str, tuple[fx.Node, fx.Node]] = {}
         for group in groups:

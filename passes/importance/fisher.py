@@ -15,7 +15,7 @@ from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Consumer, Group, units_at
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import facts_of
-from fxprune.graph.tensors import device_of
+from fxprune.graph.tensors import device_of, require_weights
 from fxprune.masking.masked_run import GatedRun, output_tensors, spread_gates
 from fxprune.pipeline.arguments import argument
 from fxprune.pipeline.contract import PassCost, tracked
@@ -52,6 +52,7 @@ class FisherImportancePass(ForwardImportancePass):
     """
 
     name: ClassVar[str] = "fisher"
+    preconditions = (require_weights, require_gradients)
 
     shrinkage: float = argument(
         0.5,
@@ -59,25 +60,13 @@ class FisherImportancePass(ForwardImportancePass):
         least=0,
         most=1,
     )
-    steps: int = argument(256, "Turns for a kind; the same number of units goes in each.", least=1)
+    steps: int = argument(256, "Steps for each kind; the same number of units is removed in each.", least=1)
 
     def cost(self, samples: int) -> PassCost:
-        """A forward and a backward run of each sample, which takes as long as three forward runs."""
         taken = min(self.samples or samples, samples)
         return PassCost(runs=3.0 * taken, batch=min(self.batch, taken), backward=True, outputs=3)
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raise unless the graph has the gradients of the module."""
-        super().requires(graph_module)
-        require_gradients(graph_module, self.name)
-
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
-        """The cost of each unit at its turn.
-
-        Raises:
-            PassError: nothing sums over the units of a group.
-            CalibrationError: the loss is not finite.
-        """
         begins = dict(zip((g.name for g in groups), np.cumsum([0, *map(unit_count, groups)]).tolist(), strict=False))
         rows = self._gradients(graph_module, groups, begins)
         units: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]] = {}
@@ -119,20 +108,13 @@ class FisherImportancePass(ForwardImportancePass):
         labels = sample.labels.to(outputs[0].device if outputs else "cpu")
         loss = next_token_loss(require_logits(outputs, labels, self.name), labels)
         if not bool(loss.isfinite()):
-            raise CalibrationError(
-                f"the loss is {loss.item()}", where="calibration", remedy="Check the weights and the samples"
-            )
+            remedy = "Check the weights and the samples"
+            raise CalibrationError(f"the loss is {loss.item()}", where="calibration", remedy=remedy)
         return loss
 
 
 def greedy_costs(rows: torch.Tensor, shrinkage: float, steps: int) -> Costs:
-    """The cost of each unit at its turn, increasing in the order of the turns: ``(units,)``.
-
-    Args:
-        rows: gradients by gates, ``(samples, units)``.
-        shrinkage: how much less interactions count.
-        steps: turns; the same number of units goes in each, at least one.
-    """
+    """Costs ``(units,)``, increasing in the order of removal, from gradients by gates ``rows (samples, units)``."""
     samples, count = rows.shape
     alone = rows.double().square().sum(0).div_(2 * samples).cpu().numpy()
     left, order, costs = np.arange(count), [np.zeros(0, dtype=np.int64)], [np.zeros(0)]

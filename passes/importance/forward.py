@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -48,7 +48,6 @@ class Moments:
         self.count += len(rows)
 
     def all_reduce(self) -> None:
-        """Sum over processes that share the samples."""
         count = self.sums.new_full((), self.count, dtype=torch.int64)
         all_reduce((self.sums, self.squares, count))
         self.count = int(count)
@@ -70,34 +69,33 @@ class ForwardImportancePass(ImportancePass):
     """A criterion that looks at what the graph computes on the calibration samples."""
 
     needs: ClassVar[tuple[type[Fact], ...]] = (Groups, Dependencies, Calibration, Runnable)
+    preconditions: ClassVar[tuple[Callable[[fx.GraphModule, str], None], ...]] = (require_weights,)
 
     samples: int | None = argument(None, "Calibration samples, evenly spread; None for all.", least=1)
     batch: int = argument(8, "Samples that run at once.", least=1)
 
     def cost(self, samples: int) -> PassCost:
-        """One forward run of each sample."""
         taken = min(self.samples or samples, samples)
         return PassCost(runs=taken, batch=min(self.batch, taken))
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raise unless there are calibration samples and real weights."""
-        super().requires(graph_module)
-        require_weights(graph_module, self.name)
-
     def calibration(self, graph_module: fx.GraphModule) -> tuple[Sample, ...]:
-        """The calibration samples to use."""
         return spread(facts_of(graph_module)[Calibration].samples, self.samples)
 
-    def observe(self, graph_module: fx.GraphModule, watch: Observers) -> None:
-        """Run the graph over the calibration samples and call ``watch`` with values of nodes, batch by batch."""
-        observe_nodes(graph_module, self.calibration(graph_module), watch, self.batch, self._progress)
+    def observe(self, graph_module: fx.GraphModule, watch: Observers, *, in_shards: bool = False) -> None:
+        """Run the graph over the calibration samples and call ``watch`` with values of nodes, batch by batch.
+
+        With ``in_shards``, each process runs a part of the samples, node by node where that saves memory.
+        """
+        samples = self.calibration(graph_module)
+        samples = shard(samples) if in_shards else samples
+
+        def track(batches: Iterable[Any], total: int) -> Iterable[Any]:
+            return tracked(batches, self.name, total)
+
+        observe_nodes(graph_module, samples, watch, self.batch, track, batch_by_batch=not in_shards)
 
     def moments(self, graph_module: fx.GraphModule, consumers: Sequence[Consumer]) -> dict[Consumer, Moments]:
-        """Moments of the inputs of each consumer over the calibration samples.
-
-        Raises:
-            CalibrationError: an input is not finite.
-        """
+        """Moments of the inputs of each consumer over the calibration samples."""
         found: dict[tuple[fx.Node, int], Moments] = {}
         watched: dict[fx.Node, list[int]] = {}
         for consumer in consumers:
@@ -111,26 +109,19 @@ class ForwardImportancePass(ImportancePass):
                 empty = Moments(torch.zeros_like(rows[0]), torch.zeros_like(rows[0]))
                 found.setdefault((node, dim), empty).add(rows)
 
-        watch = {node: partial(add, node) for node in watched}
-        samples = shard(self.calibration(graph_module))
-        observe_nodes(graph_module, samples, watch, self.batch, self._progress, batch_by_batch=False)
+        self.observe(graph_module, {node: partial(add, node) for node in watched}, in_shards=True)
         for moments in found.values():
             moments.all_reduce()
         for consumer in consumers:
             if not bool(found[consumer.source, consumer.dim].squares.isfinite().all()):
-                raise CalibrationError(
-                    "its inputs are not finite", where=consumer.name, remedy="Check the weights and the samples"
-                )
+                remedy = "Check the weights and the samples"
+                raise CalibrationError("its inputs are not finite", where=consumer.name, remedy=remedy)
         return {consumer: found[consumer.source, consumer.dim] for consumer in consumers}
 
     def consumers(
         self, graph_module: fx.GraphModule, groups: Sequence[Group]
     ) -> list[tuple[Group, tuple[Consumer, ...]]]:
-        """Each group with the products that sum over its units.
-
-        Raises:
-            PassError: a group has none.
-        """
+        """Each group with the products that sum over its units; a group must have one."""
         consumers = find_consumers(graph_module.graph, facts_of(graph_module)[Dependencies].axes)
         pairs = [(group, consumers_of(group, consumers)) for group in groups]
         for group, own in pairs:
@@ -145,9 +136,6 @@ class ForwardImportancePass(ImportancePass):
             where=f"pass {self.name}",
             remedy="Leave that kind out, or score it by another importance, such as taylor",
         )
-
-    def _progress(self, batches: Iterable[Any], total: int) -> Iterable[Any]:
-        return tracked(batches, self.name, total)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +156,6 @@ class WandaImportancePass(ForwardImportancePass):
     prefetches: ClassVar[bool] = True
 
     def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
-        """Slice sums of ``|W| * norm(X) / sqrt(tokens)``."""
         axes = facts_of(graph_module)[Dependencies].axes
         names = {name for name, _ in wanted}
         consumers = [c for c in find_consumers(graph_module.graph, axes) if c.name in names]
@@ -210,11 +197,6 @@ class FlapImportancePass(ForwardImportancePass):
     )
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
-        """Scores from the consumers alone.
-
-        Raises:
-            PassError: nothing sums over the units of a group.
-        """
         consuming = []
         for group, consumers in self.consumers(graph_module, groups):
             held = {(consumer.name, consumer.axis) for consumer in consumers}
@@ -226,7 +208,6 @@ class FlapImportancePass(ForwardImportancePass):
         return Scores({name: (row - row.mean()) / (row.std() or 1.0) for name, row in scores.units.items()})
 
     def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
-        """``var(X_i) * sum of W_oi ** 2`` for each input."""
         axes = facts_of(graph_module)[Dependencies].axes
         consumers = [c for c in find_consumers(graph_module.graph, axes) if (c.name, c.axis) in wanted]
         found: Positions = {}

@@ -23,8 +23,6 @@ from fxprune.removal.scores import Scores
 
 __all__ = ["ScoreInStepsPass"]
 
-_RATIOS = ("ratio", "group_ratio")
-
 
 @dataclass(frozen=True, eq=False)
 class ScoreInStepsPass(Pass):
@@ -42,6 +40,7 @@ class ScoreInStepsPass(Pass):
     stage: ClassVar[str] = "importance"
     changes: ClassVar[Change] = "nothing"
     needs: ClassVar[tuple[type[Fact], ...]] = (Groups, Dependencies, Runnable)
+    preconditions = (require_weights,)
     gives: ClassVar[tuple[type[Fact], ...]] = (Scores,)
     drops: ClassVar[tuple[type[Fact], ...]] = (Removal,)
 
@@ -58,20 +57,16 @@ class ScoreInStepsPass(Pass):
     steps: int = argument(2, "How often it scores.", least=1)
 
     def __post_init__(self) -> None:
-        """Refuse a selection without a ratio to take in steps."""
         super().__post_init__()
         _with_part_of_ratio(self._select, 1.0)
 
     def cost(self, samples: int) -> PassCost:
-        """The passes of each step, one step after the other."""
         inner = [step.cost(samples) for step in (self.importance, self.compensate) if isinstance(step, Pass)]
         largest = max(inner, key=lambda cost: cost.batch)
         return replace(largest, runs=self.steps * sum(cost.runs for cost in inner))
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Require what the passes need, and real weights."""
         super().requires(graph_module)
-        require_weights(graph_module, self.name)
         facts = facts_of(graph_module)
         for step in (self.importance, self._select, self.compensate):
             for kind in step.needs if isinstance(step, Pass) else ():
@@ -79,7 +74,6 @@ class ScoreInStepsPass(Pass):
                     raise facts.missing(kind, where=f"pass {self.name}")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Record the scores of the last step."""
         assert isinstance(self.importance, Pass)
         fit = self.compensate if isinstance(self.compensate, Pass) else None
         work, gone = fork(graph_module), None
@@ -101,7 +95,6 @@ class ScoreInStepsPass(Pass):
 
 
 def _below_others(scores: Scores, gone: Removal | None) -> Scores:
-    """Scores in which units that are gone are below all others."""
     if gone is None:
         return scores
     units = {name: np.array(row) for name, row in scores.units.items()}
@@ -140,12 +133,7 @@ def _zeroed_and_fitted(graph_module: fx.GraphModule, gone: Removal, fit: Pass | 
 
 
 def _with_part_of_ratio(select: Pass, part: float) -> Pass:
-    """A selection with a part of its ratio.
-
-    Raises:
-        ArgumentError: it has none.
-    """
-    named = [f.name for f in fields(select) if f.name in _RATIOS]  # type: ignore[arg-type]
+    named = [f.name for f in fields(select) if f.name in ("ratio", "group_ratio")]  # type: ignore[arg-type]
     if len(named) != 1:
         raise ArgumentError(
             f"{select.name} has no ratio to take in steps", where="select", remedy="Use select-by-ratio"

@@ -30,7 +30,6 @@ class L1ImportancePass(ImportancePass):
     power: ClassVar[int] = 1
 
     def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
-        """``sum |w| ** power`` over each slice."""
         found = {}
         for name, axis in wanted:
             weight = get_tensor(graph_module, name).detach()
@@ -54,7 +53,6 @@ class RandomImportancePass(ImportancePass):
     seed: int = argument(0, "Random seed.", check=as_seed)
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
-        """One number for each unit, in the order of ``groups``."""
         generator = np.random.default_rng(self.seed)
         shapes = {g.name: (g.outer.size, g.size) if g.outer is not None else (g.size,) for g in groups}
         return Scores({name: generator.random(shape) for name, shape in shapes.items()})
@@ -81,19 +79,9 @@ class LoadScoresPass(Pass):
     )
 
     def check_arguments(self) -> None:
-        """Load the scores, if only to see that they are there.
-
-        Raises:
-            PlanError: there are none, or the file cannot be read.
-        """
         self._load()
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Record the scores.
-
-        Raises:
-            PlanError: they are those of another model.
-        """
         facts = facts_of(graph_module)
         scores = self._load()
         scores.check(facts[Groups])

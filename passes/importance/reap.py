@@ -30,8 +30,7 @@ class _GatedOutputs:
     """The outputs of experts times their gates, and sums of their norms.
 
     Args:
-        value: the outputs times the gates.
-        width: its axis with the outputs of one expert for one token.
+        width: the axis of ``value`` with the outputs of one expert for one token.
         experts: its axis of experts; None if rows are those of routed tokens.
         unit: the expert of each position of that axis.
         routing: the expert of each row; None if an axis holds the experts.
@@ -47,7 +46,6 @@ class _GatedOutputs:
     rows: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def see(self, node: fx.Node, value: torch.Tensor) -> None:
-        """Take the routing of a batch, or add the norms of its outputs."""
         if node is self.routing:
             self.rows = value
             return
@@ -83,11 +81,6 @@ class ReapImportancePass(ForwardImportancePass):
     kinds: tuple[str, ...] = argument(("expert",), "Kinds of groups to score: experts only.", check=as_kinds)
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
-        """One score for each expert.
-
-        Raises:
-            PassError: a group is not one of experts, or gates multiply no output of its experts.
-        """
         axes = facts_of(graph_module)[Dependencies].axes
         consumers = find_consumers(graph_module.graph, axes)
         found: dict[str, _GatedOutputs] = {}

@@ -75,7 +75,6 @@ class FittedProduct:
         return found
 
     def remove(self, units: Units) -> None:
-        """Remove units and fit the inputs that are left."""
         gone = torch.from_numpy(np.flatnonzero(np.isin(self.unit, units))).to(self.weight.device)
         columns = self.inverse[:, gone]
         solved = _solve(self.inverse[gone][:, gone], torch.cat((columns.T, self.weight[gone]), 1))
@@ -95,13 +94,9 @@ def _solve(blocks: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def removal_costs(products: Sequence[FittedProduct], steps: int) -> Costs:
-    """The cost of each unit at its turn, increasing in the order of the turns: ``(units,)``.
+    """Costs ``(units,)`` in the order of removal, made increasing.
 
-    Each turn removes the units with the lowest cost, summed over all products.
-
-    Args:
-        products: the products that sum over the units.
-        steps: turns; the same number of units goes in each, at least one.
+    Each turn removes the same number of units, at least one: those with the lowest cost, summed over all products.
     """
     left, order, costs = np.arange(products[0].count), [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
     each = max(1, -(-len(left) // steps))
@@ -120,12 +115,7 @@ def removal_costs(products: Sequence[FittedProduct], steps: int) -> Costs:
 
 
 def increasing_costs(costs: Costs, floor: float = 0.0) -> Costs:
-    """Costs in the order of removal, made increasing, so that sorting by them gives that order.
-
-    Args:
-        costs: in the order of removal.
-        floor: the lowest cost.
-    """
+    """Costs in the order of removal, made increasing from ``floor`` on, so that sorting by them gives that order."""
     largest = np.maximum.accumulate(np.maximum(costs, floor))
     # a millionth more from first to last breaks ties
     return np.asarray(largest * (1 + 1e-6 * np.arange(len(costs)) / max(len(costs), 1)))
@@ -160,7 +150,7 @@ class ReconstructionImportancePass(ForwardImportancePass):
     name: ClassVar[str] = "reconstruction"
 
     ridge: float = argument(0.1, "Ridge of the fits, in units of the mean square of an input.", above=0)
-    steps: int = argument(64, "Turns for a group; the same number of units goes in each.", least=1)
+    steps: int = argument(64, "Steps for each group; the same number of units is removed in each.", least=1)
     memory: float | Memory = argument(
         "auto",
         """Memory for ``X' X``: ``fast``, ``low``, ``auto`` or a fraction of the bytes of all weights, as in taylor.
@@ -169,18 +159,22 @@ class ReconstructionImportancePass(ForwardImportancePass):
     )
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
-        """The cost of each unit at its turn.
-
-        Raises:
-            PassError: nothing sums over the units of a group.
-            CalibrationError: an input is not finite.
-        """
         units: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]] = {}
+        axes = facts_of(graph_module)[Dependencies].axes
         tokens = sum(sample.labels.numel() for sample in self.calibration(graph_module))
         for chunk in self._chunks(graph_module, groups):
             grams = self._grams(graph_module, chunk)
             for group, consumers in chunk:
-                products = [self._fitted(graph_module, group, consumer, grams) for consumer in consumers]
+                products = []
+                for consumer in consumers:
+                    square = grams[consumer.source, consumer.dim]
+                    if not bool(square.isfinite().all()):
+                        remedy = "Check the weights and the samples"
+                        raise CalibrationError("its inputs are not finite", where=consumer.name, remedy=remedy)
+                    weight = get_tensor(graph_module, consumer.name).detach().movedim(consumer.axis, 0).flatten(1)
+                    products.append(
+                        FittedProduct.of(square, weight, units_at(group, consumer, axes), unit_count(group), self.ridge)
+                    )
                 row = removal_costs(products, self.steps) / max(tokens, 1)
                 units[group.name] = row if group.outer is None else row.reshape(group.outer.size, group.size)
         return Scores(units)
@@ -220,13 +214,3 @@ class ReconstructionImportancePass(ForwardImportancePass):
 
         self.observe(graph_module, {node: partial(add, node) for node in dims})
         return grams
-
-    def _fitted(self, graph_module: fx.GraphModule, group: Group, consumer: Consumer, grams: Grams) -> FittedProduct:
-        square = grams[consumer.source, consumer.dim]
-        if not bool(square.isfinite().all()):
-            raise CalibrationError(
-                "its inputs are not finite", where=consumer.name, remedy="Check the weights and the samples"
-            )
-        weight = get_tensor(graph_module, consumer.name).detach().movedim(consumer.axis, 0).flatten(1)
-        units = units_at(group, consumer, facts_of(graph_module)[Dependencies].axes)
-        return FittedProduct.of(square, weight, units, unit_count(group), self.ridge)

@@ -46,15 +46,10 @@ _KEPT = {"vector": 0, "first": 1, "second": 0, "mix": 2}
 
 @dataclass(frozen=True, eq=False)
 class RecordedProduct:
-    """Inputs of a product with a weight, and gradients of its outputs, sample by sample.
+    """Inputs of a product with a weight, and gradients of its outputs, by number of the sample.
 
     The gradient of the weight is the product of the two. It is never formed as a whole: some rows of it are computed at
-    a time, for one sample after the other.
-
-    Args:
-        product: the product.
-        inputs: by number of the sample: ``(.., tokens, in)``.
-        gradients: by number of the sample: ``(.., tokens, out)``; none if the loss does not depend on the product.
+    a time, for one sample after the other. If the loss does not depend on the product, there are none.
     """
 
     product: LoneProduct
@@ -62,16 +57,7 @@ class RecordedProduct:
     gradients: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def record(self, sample: int, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Record the inputs now, and the gradient of the output when it arrives.
-
-        Args:
-            sample: number of the sample.
-            inputs: the activations that the product reads.
-            output: the product, of a weight that takes no gradient itself.
-
-        Returns:
-            The tensor to continue with in place of ``output``.
-        """
+        """Record the inputs now, and the gradient of ``output`` when it arrives; return the tensor to continue with."""
         output = output if output.requires_grad else output.detach().requires_grad_()
 
         def receive(gradient: torch.Tensor) -> None:
@@ -115,18 +101,15 @@ class _SliceSums:
     slices: Positions = field(default_factory=dict)
 
     def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add the gradient of one sample."""
         value = weight * gradient if self.order == "vector" else (weight * gradient).square()
         for axis in self.axes[name]:
             part = axis_sums(value, axis) / self.samples
             self.slices[name, axis] = self.slices[name, axis] + part if (name, axis) in self.slices else part
 
     def all_reduce(self) -> None:
-        """Sum over processes that share the samples."""
         all_reduce(self.slices[place] for place in sorted(self.slices))
 
     def finish(self, values: Mapping[str, torch.Tensor]) -> Positions:
-        """The slice scores."""
         return {key: value.abs() for key, value in self.slices.items()}
 
 
@@ -141,7 +124,6 @@ class _ElementSums:
     squares: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add the gradient of one sample."""
         self.gradients[name] = self.gradients[name].add_(gradient) if name in self.gradients else gradient.clone()
         if self.order == "mix" and name in self.squares:
             self.squares[name].addcmul_(gradient, gradient)  # without a temporary for the square
@@ -149,12 +131,10 @@ class _ElementSums:
             self.squares[name] = gradient.square()
 
     def all_reduce(self) -> None:
-        """Sum over processes that share the samples."""
         for sums in (self.gradients, self.squares):
             all_reduce(sums[name] for name in sorted(sums))
 
     def finish(self, values: Mapping[str, torch.Tensor]) -> Positions:
-        """The slice scores; ``values`` are the weights."""
         found: Positions = {}
         for name, axes in self.axes.items():
             saliency = self._saliency(name, values[name].detach().float())
@@ -164,13 +144,7 @@ class _ElementSums:
     def by_rows(
         self, name: str, weight: torch.Tensor, gradients: Callable[[slice], Iterable[torch.Tensor]]
     ) -> Positions:
-        """The slice scores of one weight, with sums for some of its rows at a time.
-
-        Args:
-            name: of the weight.
-            weight: its values.
-            gradients: yields the given rows of the gradient of each sample.
-        """
+        """The slice scores of one weight, from sums for some rows at a time of each sample's ``gradients``."""
         found: Positions = {}
         step = max(1, _BLOCK // max(1, weight[:1].numel()))
         for start in range(0, len(weight), step):
@@ -223,6 +197,7 @@ class TaylorImportancePass(ImportancePass):
 
     name: ClassVar[str] = "taylor"
     needs: ClassVar[tuple[type[Fact], ...]] = (Groups, Calibration, Runnable)
+    preconditions = (require_weights, require_gradients)
     prefetches: ClassVar[bool] = True
 
     order: Order = argument("mix", "Order of the expansion: ``vector``, ``first``, ``second`` or ``mix``.")
@@ -237,19 +212,11 @@ class TaylorImportancePass(ImportancePass):
     samples: int | None = argument(None, "Calibration samples, evenly spread; None for all.", least=1)
 
     def cost(self, samples: int) -> PassCost:
-        """A forward and a backward run of each sample, which takes as long as three forward runs, and the sums."""
         taken = min(self.samples or samples, samples)
         sums = LOW_MEMORY if self.memory == "low" and _KEPT[self.order] else _KEPT[self.order]
         return PassCost(runs=3.0 * taken, batch=1, backward=True, outputs=3, weights=sums)
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raise unless there are calibration samples, real weights and the gradients of the module."""
-        super().requires(graph_module)
-        require_weights(graph_module, self.name)
-        require_gradients(graph_module, self.name)
-
     def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
-        """Slice scores of every wanted axis."""
         axes: dict[str, list[int]] = {}
         for name, axis in wanted:
             axes.setdefault(name, []).append(axis)
@@ -314,7 +281,6 @@ class _GradientSweep:
         self.runs = PartRuns(graph_module, parts, inputs, self.wanted)
 
     def run(self) -> Positions:
-        """The slice scores."""
         left, found = self._resume()
         count = max(2 * left - 1, 0) * len(self.samples)
         for done in tracked(self._steps(left), "gradients", count):
@@ -333,7 +299,8 @@ class _GradientSweep:
             before = set[str]().union(*self.reads[:number])
             mine = {name: self.axes[name] for name in self.axes if name in self.reads[number] - before}
             records = [self.recorded[name] for name in mine if name in self.recorded]
-            sums = self._sums({name: mine[name] for name in mine if name not in self.recorded})
+            summed = {name: mine[name] for name in mine if name not in self.recorded}
+            sums = (_ElementSums if _KEPT[self.order] else _SliceSums)(self.order, summed, self.total)
             watch = partial(self._hooks, records)
             for sample in self.runs.backward(part, partial(self._aliases, part, sums), self._loss, watch):
                 if sample < len(self.samples) - 1:
@@ -342,11 +309,7 @@ class _GradientSweep:
             self._save(number, found)
             yield found
 
-    def _sums(self, axes: Axes) -> _Sums:
-        return (_ElementSums if _KEPT[self.order] else _SliceSums)(self.order, axes, self.total)
-
     def _aliases(self, part: Part, sums: _Sums, sample: int) -> dict[str, torch.Tensor]:
-        """The tensors that a part reads in place of its weights."""
         shared: dict[int, torch.Tensor] = {}
         for name in part.reads:
             tensor = self.runs.tensor(name)
@@ -371,7 +334,6 @@ class _GradientSweep:
             self.late[name, sample] = offloaded(to_device(whole, self.home))
 
     def _hooks(self, records: Sequence[RecordedProduct], sample: int) -> Hooks:
-        """Hooks on the nodes of recorded products."""
 
         def record(recorded: RecordedProduct, value: torch.Tensor) -> torch.Tensor:
             return recorded.record(sample, self.runs.value(recorded.product.source), value)
@@ -394,7 +356,6 @@ class _GradientSweep:
         return {place: to_device(value, self.home) for place, value in found.items()}
 
     def _save(self, number: int, found: Positions) -> None:
-        """Save the state after a part, for an interrupted run to resume from."""
         with caching(f"part-{number}.safetensors") as file:
             if file is not None:
                 scores = {f"score {axis} {name}": value for (name, axis), value in found.items()}

@@ -62,14 +62,7 @@ AUTO = "auto"
 def by_kind_or_one(name: str, value: Any, check: Callable[[str, Any], T]) -> T | tuple[tuple[str, T], ...]:
     """A number, or pairs of a kind and its number: hashable, and with a spelling as ``[[mlp, 64], [head, 2]]``.
 
-    Args:
-        name: of the argument.
-        value: a number; or a mapping from kinds to numbers, or pairs of both.
-        check: validates one number, given a name for messages and the number.
-
-    Raises:
-        UnknownNameError: no such kind.
-        ArgumentError: a kind comes twice, or it is something else.
+    ``check`` validates one number, given a name for messages and the number.
     """
     if not isinstance(value, Mapping | tuple | list):
         return check(name, value)
@@ -131,7 +124,6 @@ class Option:
     """One way to shrink a slot.
 
     Args:
-        size: number of units.
         step: kept counts are multiples of this many units.
         scores: score of the cheapest unit, the next cheapest, ..: ``(size,)``, averaged over outer units.
         group: the group that shrinks; None for layers.
@@ -182,7 +174,6 @@ class Slot:
     """A place where units can be removed.
 
     Args:
-        kind: kind of its groups.
         options: the ways to shrink it, of which one is chosen; the first is preferred if equally near.
         layers: for the slot of layers, the layer groups, cheapest first.
     """
@@ -192,7 +183,6 @@ class Slot:
     layers: tuple[Group, ...] = ()
 
     def choose(self, fraction: float) -> Choice:
-        """The option and number of units nearest to ``fraction``."""
         picks = [(i, option.nearest(fraction * option.size)) for i, option in enumerate(self.options)]
         return min(picks, key=lambda pick: (abs(pick[1] / self.options[pick[0]].size - fraction), pick[0]))
 
@@ -230,14 +220,12 @@ def make_slots(
 
 
 def _slot_key(group: Group) -> object:
-    """The same for groups that share a slot."""
     if group.kind == "head" and group.outer is not None:
         return group.outer
     return (group.members[0].name, group.members[0].axis) if group.kind == "expert" else group.factor
 
 
 def _make_keep(slots: Sequence[Slot], choices: Sequence[Choice], scores: Scores) -> Keep:
-    """Keep all except the lowest scores, as many as chosen in each slot."""
     units: dict[Factor, npt.NDArray[np.bool_]] = {}
     outer: dict[Factor, Factor] = {}
     for slot, (i, removed) in zip(slots, choices, strict=True):
@@ -252,7 +240,6 @@ def _make_keep(slots: Sequence[Slot], choices: Sequence[Choice], scores: Scores)
 
 
 def removed_layers(slots: Sequence[Slot], choices: Sequence[Choice]) -> tuple[str, ...]:
-    """The blocks that are removed as a whole."""
     picked = [g for slot, (_, n) in zip(slots, choices, strict=True) for g in slot.layers[:n]]
     return tuple(group.block for group in picked if group.block is not None)
 
@@ -272,14 +259,9 @@ class Selection:
     """The inputs of a selection.
 
     Args:
-        slots: places where units can be removed.
-        scores: of all units.
-        budget: counts what the ratio is a fraction of.
         sizes: the cost of the structures of each kind, protected ones too.
         removal_for: the removal that follows from choices for all slots.
         accepts: whether the slim model of a plan has a stock config; always true if there is no stock class.
-        note: adds a note to the report.
-        graph_module: the dense graph.
         with_scores: the selection with other scores.
     """
 
@@ -295,7 +277,6 @@ class Selection:
 
 
 def _check_protect(name: str, value: Any) -> tuple[float, ...]:
-    """The number of blocks, or the fraction of them, that stay whole at the front and at the end; empty for none."""
     wanted = "(first, last) with the numbers of layers kept whole or fractions of them, () for none, or None"
     parts = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(part, float | int) for part in value)
     if parts and any(0 < part < 1 for part in value) and all(0 <= part < 1 for part in value):
@@ -307,7 +288,6 @@ def _check_protect(name: str, value: Any) -> tuple[float, ...]:
 
 
 def _check_round_to(name: str, value: Any) -> int | str | tuple[tuple[str, int], ...]:
-    """A multiple, multiples by kind, or ``auto``."""
     is_auto = isinstance(value, str) and value == AUTO
     return AUTO if is_auto else by_kind_or_one(name, value, partial(whole_number, least=1))
 
@@ -357,7 +337,6 @@ class SelectPass(Pass):
     gives: ClassVar[tuple[type[Fact], ...]] = (Removal,)
 
     def __post_init__(self) -> None:
-        """Validate the arguments; the same widths in all layers leave no choice between layers."""
         super().__post_init__()
         if self.uniform and (any(self.protect or ()) or self.ranking != "local"):
             raise FxpruneError(
@@ -369,11 +348,6 @@ class SelectPass(Pass):
             )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Decide on a removal.
-
-        Raises:
-            PassError: there are no scores for a kind that may shrink.
-        """
         facts = facts_of(graph_module)
         axes, groups, scores = facts[Dependencies].axes, facts[Groups], facts[Scores]
         shrinking = groups.of_kinds(self.kinds)
@@ -385,7 +359,12 @@ class SelectPass(Pass):
                     remedy=f"Score it: run an importance pass with kinds=[{', '.join(self.kinds)}]",
                 )
         protected = protected_blocks(axes.blocks, () if self.uniform else self.protect)
-        rounding = self._rounding(graph_module)
+        round_to = self.round_to
+        if isinstance(round_to, str):
+            widths = read_widths(device_of(graph_module))
+            round_to = widths.best()
+            add_note(graph_module, f"round_to={AUTO} is {round_to}, as measured on {widths.device}")
+        rounding = Rounding(round_to, self.tensor_parallel)
         budget = make_budget(self.budget, graph_module, axes)
         sizes = by_kind(budget, shrinking)
         accepts = stock_check(graph_module, axes, groups.all) if self.uniform else lambda _: True
@@ -413,18 +392,6 @@ class SelectPass(Pass):
         """The removal: by default of the units with the lowest scores, as many as are chosen."""
         return selection.removal_for(self.choose(selection))
 
-    def _rounding(self, graph_module: fx.GraphModule) -> Rounding:
-        """The rounding; with ``auto``, to what was measured on the device of the weights.
-
-        Raises:
-            ArgumentError: nothing was measured on the device.
-        """
-        if not isinstance(self.round_to, str):
-            return Rounding(self.round_to, self.tensor_parallel)
-        widths = read_widths(device_of(graph_module))
-        add_note(graph_module, f"round_to={AUTO} is {widths.best()}, as measured on {widths.device}")
-        return Rounding(widths.best(), self.tensor_parallel)
-
     @property
     @abstractmethod
     def asked(self) -> dict[str, float]:
@@ -436,7 +403,6 @@ class SelectPass(Pass):
 
 
 def _with_unruled_ops(error: RatioError, frozen: Mapping[str, Sequence[str]]) -> RatioError:
-    """The error, with the ops without a rule that froze what could have been removed."""
     op, axes = max(frozen.items(), key=lambda item: len(item[1]))
     others = f" and {len(frozen) - 1} more ops" if len(frozen) > 1 else ""
     more = f" and {len(axes) - 1} more axes" if len(axes) > 1 else ""

@@ -42,27 +42,18 @@ __all__ = ["Gates", "SelectByGatesPass", "project"]
 _SOFTNESS = 1.5
 """The scale of ``z`` over which a gate opens."""
 
-_SPREAD = 3.0
-"""The initial range of ``z`` in a group, from the least to the most important unit."""
-
 _REACH = 0.5
 """A scale stays between a half and one and a half."""
 
 
 class Gates:
-    """Trained gates and scales of all units of all slots, one slot after the other.
+    """Trained gates and scales of the units of all slots, one slot after the other; of each the first option has gates.
 
-    Args:
-        selection: whose slots; of each the first option has gates.
-        initial: the choices that the gates give at first, as nearly as they can.
-        scales: whether units have scales.
+    At first the gates give the ``initial`` choices, as nearly as they can.
 
     Attributes:
         z: the number of each unit, ``(units,)``: the largest stay.
         scales: the number ``s`` of each unit's scale ``1 + 0.5 tanh(s)``.
-
-    Raises:
-        PassError: a group has no consumer that a gate could multiply the input of.
     """
 
     def __init__(self, selection: Selection, initial: Sequence[Choice], scales: bool) -> None:
@@ -83,25 +74,23 @@ class Gates:
                     remedy="Leave that kind out",
                 )
             self.places += [(span, consumer, units_at(group, consumer, axes)) for consumer in consuming]
-        z = torch.cat([self._initial(i, choice) for i, choice in enumerate(initial)])
-        self.z = z.to(device_of(graph_module)).requires_grad_()
+        z = []
+        for group, (option, count) in zip(self.groups, initial, strict=True):
+            # in the order of the scores over a range of 3, 0 between the units that go and those that stay
+            rank = np.argsort(np.argsort(selection.scores.units[group.name], kind="stable"))
+            gone = count if option == 0 else 0
+            z.append(torch.from_numpy(3.0 * (rank - gone + 0.5) / len(rank)).float())
+        self.z = torch.cat(z).to(device_of(graph_module)).requires_grad_()
         self.scales = torch.zeros_like(self.z, requires_grad=scales)
         self.trained = [self.z, *([self.scales] if scales else [])]
         solver = BudgetSolver(selection, 0.0)
         self.target = solver.removed(initial)
-        self.costs = np.concatenate([self._unit_costs(solver, i) for i in range(len(self.groups))])
-
-    def _initial(self, i: int, choice: Choice) -> torch.Tensor:
-        """Numbers in the order of the scores of a slot, 0 between the units that go and those that stay."""
-        rank = np.argsort(np.argsort(self.selection.scores.units[self.groups[i].name], kind="stable"))
-        count = choice[1] if choice[0] == 0 else 0
-        return torch.from_numpy(_SPREAD * (rank - count + 0.5) / len(rank)).float()
-
-    def _unit_costs(self, solver: BudgetSolver, i: int) -> np.ndarray:
-        """The budget that each unit of a slot takes."""
-        most = self.selection.slots[i].options[0].most
-        alone = solver.removed([(0, most if j == i else 0) for j in range(len(self.groups))])
-        return np.full(self.groups[i].size, alone / max(most, 1))
+        costs = []  # the budget that each unit takes
+        for i, group in enumerate(self.groups):
+            most = selection.slots[i].options[0].most
+            alone = solver.removed([(0, most if j == i else 0) for j in range(len(self.groups))])
+            costs.append(np.full(group.size, alone / max(most, 1)))
+        self.costs = np.concatenate(costs)
 
     def by_consumer(self) -> dict[Consumer, torch.Tensor]:
         """The factors of each input of each consumer: the mask, with the gates' gradient, times scales."""
@@ -138,11 +127,7 @@ class Gates:
 def project(z: np.ndarray, costs: np.ndarray, target: float, forced: np.ndarray) -> np.ndarray:
     """The projection of gates onto the budget: 1 for units that stay and 0 for those that go, smallest ``z`` first.
 
-    Args:
-        z: the numbers of all units, ``(units,)``.
-        costs: the budget that each takes.
-        target: how much of it has to go.
-        forced: units that stay in any case.
+    Units that go cost ``target`` together, as nearly as can be; those ``forced`` stay in any case.
     """
     order = np.argsort(z, kind="stable")
     order = order[~forced[order]]
@@ -177,6 +162,7 @@ class SelectByGatesPass(SelectByRatioPass):
 
     name: ClassVar[str] = "select-by-gates"
     needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Groups, Scores, Calibration, Runnable)
+    preconditions = (require_weights,)
 
     epochs: float = argument(2.0, "Epochs over the samples.", above=0)
     rate: float = argument(0.05, "Learning rate of Adam at first; it falls to 0 along a cosine.", above=0)
@@ -197,7 +183,6 @@ class SelectByGatesPass(SelectByRatioPass):
     seed: int = argument(0, "Random seed of the order of the samples.", check=as_seed)
 
     def __post_init__(self) -> None:
-        """Validate the arguments, and that single units can be chosen freely."""
         super().__post_init__()
         if self.uniform or isinstance(self.ratio, tuple) or "layer" in self.kinds:
             raise ArgumentError(
@@ -207,23 +192,11 @@ class SelectByGatesPass(SelectByRatioPass):
             )
 
     def cost(self, samples: int) -> PassCost:
-        """A dense run of each sample, a forward and a backward run an epoch, and the final comparison."""
         taken = min(self.samples, samples)
         runs = max(samples - taken, 1) * (1 + 3.0 * self.epochs) + 4.0 * taken
         return PassCost(runs=runs, batch=min(self.batch, samples), backward=True, outputs=3)
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raise unless there are calibration samples and real weights."""
-        super().requires(graph_module)
-        require_weights(graph_module, self.name)
-
     def decide(self, selection: Selection) -> Removal:
-        """The removal by trained gates, or the initial one if that does better.
-
-        Raises:
-            RatioError: even with one unit left in every group, less than the ratio is removed.
-            CalibrationError: there is only one sample.
-        """
         initial = self.choose(selection)
         graph_module = selection.graph_module
         samples, heldout = split_samples(graph_module, self.heldout, self.samples)
@@ -262,7 +235,6 @@ class SelectByGatesPass(SelectByRatioPass):
             schedule.step()
 
     def _shuffled(self, batches: Sequence[TeacherBatch], steps: int) -> Iterator[TeacherBatch]:
-        """Batches in a new order in each epoch."""
         generator = torch.Generator().manual_seed(self.seed)
         left: list[int] = []
         for _ in range(steps):

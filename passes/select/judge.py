@@ -31,12 +31,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 class DivergenceJudge:
     """Measures removals by the Kullback-Leibler divergence from the dense model, in nats per position.
 
-    Args:
-        graph_module: the dense graph.
-        samples: the samples to measure on.
-        batch: samples that run at once.
-        fit: a compensation to carry out before each measurement; None for none.
-        fit_samples: the samples to fit to.
+    ``fit`` is a compensation, on ``fit_samples``, to carry out before each measurement.
     """
 
     def __init__(
@@ -52,7 +47,6 @@ class DivergenceJudge:
         self.teacher = record_teacher_logits(graph_module, samples, KEPT_CLASSES, batch, lambda batches, _: batches)
 
     def divergence(self, removal: Removal) -> float:
-        """The divergence of the dense graph with a removal masked from the dense graph."""
         work = self.graph_module
         if self.fit is not None:
             work = fork(self.graph_module)
@@ -72,13 +66,7 @@ class DivergenceJudge:
 def split_samples(graph_module: fx.GraphModule, given: Any, most: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """Samples to select by, and held-out samples for the final comparison.
 
-    Args:
-        graph_module: the graph they are for.
-        given: held-out samples; None for a third of the calibration samples, or ``most`` of them.
-        most: the largest number of calibration samples that are held out.
-
-    Raises:
-        CalibrationError: there is only one sample.
+    Without samples ``given``, a third of the calibration samples is held out, at most ``most``.
     """
     samples = facts_of(graph_module)[Calibration].samples
     if given is not None:
@@ -93,7 +81,6 @@ def split_samples(graph_module: fx.GraphModule, given: Any, most: int) -> tuple[
 
 
 def samples_except(samples: Sequence[Sample], others: Sequence[Sample]) -> tuple[Sample, ...]:
-    """The samples that are not among ``others``."""
     ids = {id(other) for other in others}
     return tuple(sample for sample in samples if id(sample) not in ids)
 

@@ -41,11 +41,6 @@ class PlanFromJsonPass(Pass):
     )
 
     def check_arguments(self) -> None:
-        """Check that there is a plan to read.
-
-        Raises:
-            PlanError: there is neither a text nor a file.
-        """
         if not self.text and not self.file:
             raise PlanError(
                 "no plan",
@@ -54,11 +49,6 @@ class PlanFromJsonPass(Pass):
             )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Record the removal.
-
-        Raises:
-            PlanError: the text is not a plan, or not a plan of this model.
-        """
         try:
             text = self.text or Path(self.file).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,15 +20,6 @@ __all__ = ["BudgetSolver", "SelectByGroupRatioPass", "SelectByRatioPass", "choos
 
 _CLOSE = 0.005
 """The achieved ratio is within half a percentage point of the requested one if the units are small enough."""
-
-_HALVINGS = 40
-"""Steps of a bisection: 2 ** -40 of a unit changes no rounded number."""
-
-_TRIALS = 40
-"""Widths tried of a slot: each builds the model on ``meta``, and if any fits, one of the nearest few does."""
-
-_FAR = 0.05
-"""How far the achieved ratio may fall below the requested one if all layers have the same widths."""
 
 _ENOUGH = 0.75
 """The largest fraction of the units of the kinds in ``first`` that is removed before the other kinds shrink too: what
@@ -46,19 +37,15 @@ def normalised(slots: Sequence[Slot]) -> list[Array]:
 
 
 def _below_threshold(slots: Sequence[Slot], values: Sequence[Array], threshold: Callable[[str], float]) -> list[Choice]:
-    """Choices that remove the units scored below the threshold of their kind."""
     pairs = zip(slots, values, strict=True)
     return [(0, slot.options[0].below(int((row < threshold(slot.kind)).sum()))) for slot, row in pairs]
 
 
 class BudgetSolver:
-    """Finds choices that remove a number of parameters, or of whatever the budget counts.
+    """Finds choices that remove the number ``target`` of parameters, or of whatever the budget counts.
 
-    Args:
-        selection: what to choose from.
-        target: the number to remove.
-        shares: relative fractions removed from the slots; nothing is removed from a slot with share 0. None for 1
-            everywhere.
+    ``shares`` are relative fractions removed from the slots; nothing is removed from a slot with share 0. None for 1
+    everywhere.
     """
 
     def __init__(self, selection: Selection, target: float, shares: Sequence[float] | None = None) -> None:
@@ -166,7 +153,7 @@ class BudgetSolver:
             return self.removed([fixed.get(index, pick) for index, pick in enumerate(free)])
 
         low, high = 0.0, max(1 / min((share for share in self.shares if share), default=1.0), 1.0)
-        for _ in range(_HALVINGS):
+        for _ in range(40):  # 2 ** -40 of a unit changes no rounded number
             middle = (low + high) / 2
             low, high = (middle, high) if removed(middle) < self.target else (low, middle)
         return (low + high) / 2
@@ -179,18 +166,14 @@ class BudgetSolver:
         return sorted(cost, key=lambda kind: -cost[kind])
 
     def _alone(self, index: int, pick: Choice) -> float:
-        """Parameters removed by one slot's choice alone."""
         return self.removed([pick if i == index else (0, 0) for i in range(len(self.slots))])
 
 
 def choose_uniform(selection: Selection, fraction_for: Callable[[Mapping[int, Choice], str], float]) -> list[Choice]:
     """The same choice for the same slot of each layer: the nearest to the fraction that the stock config accepts.
 
-    Kinds with large units come first, so that the small ones make up for what rounding leaves.
-
-    Args:
-        selection: what to choose from.
-        fraction_for: the fraction of units wanted of the slots of a kind without a choice, given the others' choices.
+    Kinds with large units come first, so that the small ones make up for what rounding leaves. ``fraction_for``
+    gives the fraction for the slots of a kind without a choice, given the others' choices.
     """
     slots = selection.slots
 
@@ -235,22 +218,18 @@ def _slots_over_layers(selection: Selection) -> list[list[int]]:
 
 
 def _nearest(slot: Slot, fraction: float) -> Iterator[Choice]:
-    """Choices for a slot, those nearest to the fraction first."""
     found: list[tuple[float, int, int]] = []
     for i, option in enumerate(slot.options):
         removed: int | None = 0
         while removed is not None:
             found.append((abs(removed / option.size - fraction), i, removed))
             removed = option.more(removed)
-    for _, i, removed in sorted(found)[:_TRIALS]:
+    # each builds the model on ``meta``, and if any fits, one of the nearest few does
+    for _, i, removed in sorted(found)[:40]:
         yield i, removed
 
 
 _check_ratio = partial(by_kind_or_one, check=partial(number, least=0, below=1, error=RatioError))
-
-
-def _kinds_or_none(name: str, value: Any) -> tuple[str, ...]:
-    return as_kinds(name, value) if value != () else ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,26 +251,19 @@ class SelectByRatioPass(SelectPass):
         (),
         """Kinds that shrink alone as long as at most three quarters of their units have to go; past that, and in models
         without any, all ``kinds`` shrink.""",
-        check=_kinds_or_none,
+        check=lambda name, value: as_kinds(name, value) if value != () else (),
     )
 
     def __post_init__(self) -> None:
-        """Validate the arguments; ratios by kind name the kinds that shrink."""
         super().__post_init__()
         if isinstance(self.ratio, tuple):
             object.__setattr__(self, "kinds", tuple(kind for kind, _ in self.ratio))
 
     @property
     def asked(self) -> dict[str, float]:
-        """The ratio, if it is one number for all kinds, of all parameters."""
         return {} if isinstance(self.ratio, tuple) or self.budget != "params" else {"ratio": self.ratio}
 
     def choose(self, selection: Selection) -> list[Choice]:
-        """The number of units of each slot that makes the ratio, or the ratio of each kind.
-
-        Raises:
-            RatioError: even with one unit left in every group, less than the ratio is removed.
-        """
         whole = [(0, 0)] * len(selection.slots)
         if isinstance(self.ratio, tuple):
             for spelled, ratio in self.ratio:
@@ -308,13 +280,11 @@ class SelectByRatioPass(SelectPass):
     def _choose_of(
         self, selection: Selection, kinds: Sequence[str], decided: Sequence[Choice], ratio: float, whole: float
     ) -> list[Choice]:
-        """The choices ``decided``, and for slots of ``kinds`` those that remove the fraction ``ratio`` of ``whole``."""
         found = iter(self._choose(_of_kinds(selection, kinds, decided), ratio, whole))
         pairs = zip(selection.slots, decided, strict=True)
         return [next(found) if slot.kind in kinds else choice for slot, choice in pairs]
 
     def _choose(self, selection: Selection, ratio: float, whole: float) -> list[Choice]:
-        """Choices that remove the fraction ``ratio`` of ``whole`` parameters."""
         word = selection.budget.word
         solver = BudgetSolver(selection, ratio * whole)
         largest = solver.removed(solver.most()) / max(whole, 1)
@@ -325,7 +295,7 @@ class SelectByRatioPass(SelectPass):
         else:
             choices = solver.repair(solver.local() if self.ranking == "local" else solver.globally())
         achieved = solver.removed(choices) / max(whole, 1)
-        if self.uniform and ratio - achieved > _FAR:
+        if self.uniform and ratio - achieved > 0.05:
             raise RatioError(
                 f"{ratio:.1%} of the {word} cannot be removed with the same widths in all layers: "
                 f"with $kinds={self.kinds} the stock config accepts {achieved:.1%}",
@@ -341,7 +311,6 @@ class SelectByRatioPass(SelectPass):
         return choices
 
     def _unreachable(self, asked: str, largest: float) -> RatioError:
-        """The error for a ratio that cannot be reached, with the arguments that limit it."""
         defaults = type(self)
         names = ("protect", "round_to", "tensor_parallel")
         changed = [name for name in names if getattr(self, name) != getattr(defaults, name)]
@@ -358,7 +327,6 @@ class SelectByRatioPass(SelectPass):
 
 
 def _of_kinds(selection: Selection, kinds: Sequence[str], decided: Sequence[Choice]) -> Selection:
-    """The selection of the slots of some kinds alone, the choices for the others being ``decided``."""
 
     def removal_for(choices: Sequence[Choice]) -> Removal:
         found = iter(choices)
@@ -384,18 +352,15 @@ class SelectByGroupRatioPass(SelectPass):
     )
 
     def __post_init__(self) -> None:
-        """Validate the arguments; ratios by kind name the kinds that shrink."""
         super().__post_init__()
         if isinstance(self.group_ratio, tuple):
             object.__setattr__(self, "kinds", tuple(kind for kind, _ in self.group_ratio))
 
     @property
     def asked(self) -> dict[str, float]:
-        """The group ratio, if it is one number for all kinds."""
         return {} if isinstance(self.group_ratio, tuple) else {"group_ratio": self.group_ratio}
 
     def choose(self, selection: Selection) -> list[Choice]:
-        """The same fraction of each slot, or of each kind's units in order of their scores."""
         ratio = {slot.kind: of_kind(self.group_ratio, slot.kind, 0.0) for slot in selection.slots}
         if self.uniform:
             return choose_uniform(selection, lambda _, kind: ratio[kind])

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import fx
-
 from fxprune.data.calibration import Calibration, spread
 from fxprune.data.samples import check_samples
 from fxprune.discovery.dependency import Dependencies
@@ -32,25 +30,15 @@ Shares = tuple[float, ...]
 _STEP = 1.6
 """The initial factor of a move; its square root is taken after a round in which nothing helped."""
 
-_SMALLEST_STEP = 1.1
-"""Smaller moves change less than a measurement resolves."""
-
 _EVEN = 0.002
 """Allocations whose sizes differ by less than this part of the whole count as equal: a measurement resolves no less."""
-
-_NEW = 0.25
-"""Initial share of a slot that has lost nothing, in units of the mean share of those that have."""
 
 
 @dataclass(frozen=True)
 class _Allocation:
-    """A split of the budget between slots.
+    """A split of the budget between slots, under a name in words.
 
-    Args:
-        name: how it was made, in words.
-        shares: of each slot.
-        choices: of each slot.
-        divergence: in nats per position, on the samples of the search; infinite before it is measured.
+    Its divergence is in nats per position, on the samples of the search; infinite before it is measured.
     """
 
     name: str
@@ -65,9 +53,9 @@ def choice_shares(slots: Sequence[Slot], choices: Sequence[Choice]) -> Shares:
 
 
 def scale_shares(shares: Shares, part: Sequence[int], factor: float) -> Shares:
-    """The shares with those in ``part`` multiplied by ``factor``; a share of 0 that grows gets a small value."""
+    """The shares with those in ``part`` multiplied by ``factor``; one of 0 that grows gets a quarter of the mean."""
     losing = [share for share in shares if share]
-    new = _NEW * sum(losing) / max(len(losing), 1)
+    new = 0.25 * sum(losing) / max(len(losing), 1)
     return tuple(
         share if place not in part else (share * factor if share or factor < 1 else new)
         for place, share in enumerate(shares)
@@ -91,6 +79,7 @@ class SelectBySearchPass(SelectByRatioPass):
 
     name: ClassVar[str] = "select-by-search"
     needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Groups, Scores, Calibration, Runnable)
+    preconditions = (require_weights,)
 
     trials: int = argument(24, "Allocations to measure.", least=1)
     samples: int = argument(
@@ -112,7 +101,6 @@ class SelectBySearchPass(SelectByRatioPass):
     batch: int = argument(8, "Samples that run at once.", least=1)
 
     def __post_init__(self) -> None:
-        """Validate the arguments, and that they leave something to search for."""
         super().__post_init__()
         if self.uniform or isinstance(self.ratio, tuple):
             raise ArgumentError(
@@ -127,18 +115,7 @@ class SelectBySearchPass(SelectByRatioPass):
         fit = 0.0 if self.fit is None else self.fit.cost(samples).runs
         return PassCost(runs=self.trials * (taken + fit) + 4.0 * taken, batch=min(self.batch, taken), outputs=4)
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raise unless there are calibration samples and real weights."""
-        super().requires(graph_module)
-        require_weights(graph_module, self.name)
-
     def choose(self, selection: Selection) -> list[Choice]:
-        """The choices of the best allocation.
-
-        Raises:
-            RatioError: even with one unit left in every group, less than the ratio is removed.
-            CalibrationError: there is only one sample.
-        """
         graph_module = selection.graph_module
         initial = super().choose(selection)
         rest, heldout = split_samples(graph_module, self.heldout, self.samples)
@@ -191,7 +168,7 @@ class SelectBySearchPass(SelectByRatioPass):
         for name, shares in _splits(selection):
             yield from allocations(name, shares)
         step = _STEP
-        while step > _SMALLEST_STEP:
+        while step > 1.1:  # smaller moves change less than a measurement resolves
             before = best()
             for part_name, part in _depth_parts(selection.slots, self.bins):
                 for factor in (1 / step, step):

@@ -43,7 +43,6 @@ class PropagateShapesPass(Pass):
     gives: ClassVar[tuple[type[Fact], ...]] = (Shaped, ShapedCalls)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Run the graph on fake tensors."""
         inputs = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
         leaves = tree_leaves(inputs)
         mode = next((value.fake_mode for value in leaves if hasattr(value, "fake_mode")), None) or fake_mode()
@@ -67,13 +66,9 @@ class PropagateShapesPass(Pass):
 
 
 class _ShapeRun(FakeTensorProp):
-    """Runs what changed; reads weights as fake tensors, so that an op that writes to one does not change it.
+    """Runs all nodes except those whose calls are the ``same``; weights without storage are fake on ``device``.
 
-    Args:
-        graph_module: the graph.
-        mode: of its fake tensors.
-        same: the names of the nodes whose calls have not changed.
-        device: the device of fake tensors for weights without storage.
+    It reads weights as fake tensors, so that an op that writes to one does not change it.
     """
 
     def __init__(
@@ -114,7 +109,6 @@ class _ShapeRun(FakeTensorProp):
             return None
 
     def _is_valid(self, n: fx.Node, known: Any) -> bool:
-        """Whether the known value of ``n`` still holds."""
         if n.op in ("placeholder", "output") or n.name not in self._same or not fits_mode(known, self._mode):
             return False
         if n.op != "get_attr":
@@ -126,7 +120,6 @@ class _ShapeRun(FakeTensorProp):
         return traits == (known.shape, known.dtype, known.device, known.stride())
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A weight without its values."""
         value = super().get_attr(target, args, kwargs)
         if not isinstance(value, torch.Tensor):
             return value

@@ -44,11 +44,6 @@ class BypassBlocksPass(Pass):
     drops: ClassVar[tuple[type[Fact], ...]] = (Removal, Dependencies, Groups, Scores)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Replace the output of each removed block by its input.
-
-        Raises:
-            PlanError: the removal was decided on another graph.
-        """
         facts = facts_of(graph_module)
         removal, axes = facts[Removal], facts[Dependencies].axes
         if removal.axes is not axes:
@@ -83,7 +78,6 @@ class RewriteLiteralsPass(Pass):
     drops: ClassVar[tuple[type[Fact], ...]] = (Sliced,)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrite the literals whose axes shrank."""
         facts = facts_of(graph_module)
         removal = facts[Sliced].removal
         nodes = {node.name: node for node in graph_module.graph.nodes}
@@ -125,7 +119,6 @@ class EliminateDeadCodePass(Pass):
     keeps: ClassVar[tuple[type[Fact], ...]] = (Verified,)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Remove dead nodes, then the tensors and submodules that no node reads."""
         changed = graph_module.graph.eliminate_dead_code(is_impure)
         read = {name for name, _ in weights(graph_module)}
         parameters = graph_module.named_parameters(remove_duplicate=False)
@@ -159,7 +152,6 @@ class ShrinkPass(PassSequence):
 
     @property
     def steps(self) -> tuple[Pass, ...]:
-        """The passes, in the one order that works."""
         return (
             BypassBlocksPass(),
             EliminateDeadCodePass(),
@@ -171,15 +163,9 @@ class ShrinkPass(PassSequence):
 
     @property
     def gives(self) -> tuple[type[Fact], ...]:  # type: ignore[override]
-        """The facts of the steps; with ``verify`` also the inputs and the outcome of the comparison."""
         return (*super().gives, VerificationInputs, Verified) if self.verify else super().gives
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Run the steps on ``graph_module`` itself.
-
-        Raises:
-            VerificationError: the slim graph computes something else; names the node or block.
-        """
         cache, expected = cache_size(graph_module, facts_of(graph_module)[Removal]), None
         if self.verify:
             with use_prefetcher(True):

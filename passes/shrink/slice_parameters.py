@@ -42,7 +42,6 @@ class SliceParametersPass(Pass):
     drops: ClassVar[tuple[type[Fact], ...]] = (Bypassed, Runnable, Shaped)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Slice each tensor once, whatever the number of its names."""
         facts = facts_of(graph_module)
         removal, source = facts[Bypassed].removal, facts.get(Source)
         if source is not None and source.shares:

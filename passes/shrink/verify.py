@@ -67,17 +67,19 @@ def record_masked_outputs(graph_module: fx.GraphModule, *, by_block: bool, seed:
 
 
 def verify_removal(graph_module: fx.GraphModule, expected: MaskedOutputs) -> Verified:
-    """Run the slim graph once and compare, block by block if the outputs of blocks were recorded.
-
-    Raises:
-        VerificationError: the outputs, or those of a block, differ; names the node or block.
-    """
+    """Run the slim graph once and compare, block by block if the outputs of blocks were recorded."""
     facts = facts_of(graph_module)
     verified = Verified(None)
     if expected.outputs is not None:
-        verified = _compared(graph_module, expected)
-        if verified.error is not None and not verified.error <= TOLERANCE:
-            require_equal(verified.error, _where(graph_module, expected, verified))
+        blocks: Mapping[str, float] = {}
+        if expected.leaving:
+            found, blocks = slim_by_block(graph_module, expected.leaving, expected.inputs, compare)
+        else:
+            found = slim_outputs(graph_module, expected.inputs)
+        error = max(compare(expected.outputs, found), *blocks.values(), 0.0)
+        verified = Verified(error, blocks)
+        if not error <= TOLERANCE:
+            require_equal(error, _where(graph_module, expected, verified))
     if verified.blocks:
         largest = f"{verified.blocks[verified.worst]:.1e} in {verified.worst}"
         add_note(graph_module, f"verified block by block: the largest difference is {largest}")
@@ -86,14 +88,6 @@ def verify_removal(graph_module: fx.GraphModule, expected: MaskedOutputs) -> Ver
         # The pieces cut off were kept to undo a failed removal. The code of other modules is checked only on emission.
         facts.put(replace(source, cut=()))
     return verified
-
-
-def _compared(slim: fx.GraphModule, expected: MaskedOutputs) -> Verified:
-    assert expected.outputs is not None
-    if not expected.leaving:
-        return Verified(compare(expected.outputs, slim_outputs(slim, expected.inputs)))
-    found, blocks = slim_by_block(slim, expected.leaving, expected.inputs, compare)
-    return Verified(max(compare(expected.outputs, found), *blocks.values(), 0.0), blocks)
 
 
 def _where(slim: fx.GraphModule, expected: MaskedOutputs, verified: Verified) -> str:

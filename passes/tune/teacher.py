@@ -26,12 +26,9 @@ __all__ = ["HELDOUT", "RecordTeacherPass", "Teacher"]
 
 @dataclass(frozen=True, eq=False)
 class Teacher(Fact):
-    """Teacher logits to train a slim model on. They hold whatever becomes of the weights.
+    """Logits, of samples to train on and of others for early stopping, whatever becomes of the weights.
 
-    Args:
-        train: of the samples to train on.
-        heldout: of samples for early stopping, which are not trained on.
-        heldout_from: the source of the held-out samples, in words.
+    ``heldout_from`` is the source of the held-out samples, in words.
     """
 
     about: ClassVar[Change] = "nothing"
@@ -42,9 +39,6 @@ class Teacher(Fact):
 
 HELDOUT = 16
 """Held-out samples: two thousand tokens show whether a model improves, and cost little at each measurement."""
-
-_SHARE = 8
-"""Without a text of another kind, one in so many calibration samples is held out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +57,7 @@ class RecordTeacherPass(Pass):
     changes: ClassVar[Change] = "nothing"
     prefetches: ClassVar[bool] = True
     needs: ClassVar[tuple[type[Fact], ...]] = (Calibration, Runnable)
+    preconditions = (require_weights,)
     gives: ClassVar[tuple[type[Fact], ...]] = (Teacher,)
 
     samples: int | None = argument(None, "Calibration samples, evenly spread; None for all.", least=1)
@@ -93,7 +88,6 @@ class RecordTeacherPass(Pass):
     )
 
     def __post_init__(self) -> None:
-        """Validate the arguments; copies differ by their noise."""
         super().__post_init__()
         if self.copies > 1 and not self.noise:
             raise ArgumentError(
@@ -105,17 +99,10 @@ class RecordTeacherPass(Pass):
             )
 
     def cost(self, samples: int) -> PassCost:
-        """A run of each copy of each sample, and of the held-out ones."""
         recorded = self.copies * min(self.samples or samples, samples)
         return PassCost(runs=recorded + HELDOUT, batch=min(self.batch, recorded), outputs=4, recorded=recorded)
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raise unless there are calibration samples and real weights."""
-        super().requires(graph_module)
-        require_weights(graph_module, self.name)
-
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Record the logits of training samples and of held-out ones."""
         samples = spread(facts_of(graph_module)[Calibration].samples, self.samples)
         samples, heldout, source = self._split(samples, graph_module)
         bf16 = logits_use_bf16(self.precision, graph_module, samples[0], self.name)
@@ -151,7 +138,7 @@ class RecordTeacherPass(Pass):
         heldout = self._built_in(samples, graph_module)
         if heldout:
             return samples, heldout, "built-in text of another kind"
-        heldout = spread(samples, max(1, len(samples) // _SHARE))
+        heldout = spread(samples, max(1, len(samples) // 8))
         rest = tuple(sample for sample in samples if all(sample is not other for other in heldout))
         if not rest:
             raise CalibrationError(

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,12 +34,6 @@ from .vectors import Trained, TrainedVectors, TrainedWeights
 
 __all__ = ["Progress", "Training", "TunePass"]
 
-_WARM_UP = 10
-"""The rate rises over one in so many steps."""
-
-_FUSED = ("cpu", "cuda")
-"""Devices whose Adam takes a step in one kernel."""
-
 
 @dataclass(frozen=True, eq=False)
 class Progress:
@@ -66,13 +59,7 @@ class Progress:
         return Path(folder) / (f"tuning.{rank()}.safetensors" if rank() else "tuning.safetensors")
 
     def save(self, folder: str, mark: str, adam: torch.optim.Adam) -> None:
-        """Save all that is needed to resume, replacing what was saved before.
-
-        Args:
-            folder: where to; it is created.
-            mark: fingerprint of the run.
-            adam: the optimiser, with the trained tensors.
-        """
+        """Save all that is needed to resume; ``mark`` is the fingerprint of the run."""
         held = {f"kept.{i}": tensor for i, tensor in enumerate(self.kept)}
         for i, numbers in enumerate(_trained(adam)):
             held[f"numbers.{i}"] = numbers.detach()
@@ -117,29 +104,10 @@ def _trained(adam: torch.optim.Adam) -> list[torch.Tensor]:
     return [numbers for group in adam.param_groups for numbers in group["params"]]
 
 
-def _fingerprint(tensors: Iterable[torch.Tensor]) -> str:
-    """Fingerprint of a sequence of tensors: their types, shapes and values."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
 class Training:
-    """The run of one tuning.
+    """The run of one tuning of a slim graph.
 
-    Args:
-        settings: the pass.
-        graph_module: the slim graph.
-        trained: the trained parameters.
-        teacher: the teacher logits.
-
-    Attributes:
-        truth: weight of the text's own tokens; 0 if the model does not predict next tokens.
-
-    Raises:
-        PassError: bfloat16 was requested, and an op of the graph refuses it.
+    ``truth`` is the weight of the text's own tokens: 0 if the model does not predict next tokens.
     """
 
     def __init__(self, settings: TunePass, graph_module: fx.GraphModule, trained: Trained, teacher: Teacher) -> None:
@@ -150,7 +118,7 @@ class Training:
         self.numbers = [numbers.requires_grad_() for numbers in trained.initial(graph_module)]
         self.rates = [settings.rate * rate for rate in trained.rates(graph_module)]
         groups = [{"params": [n], "lr": rate} for n, rate in zip(self.numbers, self.rates, strict=True)]
-        self.adam = torch.optim.Adam(groups, fused=self.device.type in _FUSED)
+        self.adam = torch.optim.Adam(groups, fused=self.device.type in ("cpu", "cuda"))
         self.truth = settings.truth if settings.truth and self._predicts_next(self.batches[0]) else 0.0
         self.steps = max(1, round(settings.epochs * len(self.batches)))
         self.bf16 = use_bf16(
@@ -161,16 +129,18 @@ class Training:
         )
 
     def run(self) -> Progress:
-        """Train until the end, or until nothing improves.
-
-        Raises:
-            CalibrationError: an output of the model is not finite.
-        """
-        progress = self._start()
+        first = self._measure()
+        if not math.isfinite(first):
+            remedy = "Check the weights and the samples"
+            raise CalibrationError("an output of the slim model is not finite", where="tuning", remedy=remedy)
+        resumed = Progress.load(self.settings.folder, self._mark, self.adam) if self.settings.folder else None
+        progress = resumed or Progress(0, 0, first, first, ())
         if progress.misses >= self.settings.patience:  # an earlier run with this folder ended so
             return progress
         every = max(1, self.steps // self.settings.measurements)
-        order = list(self._shuffled())
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        epochs = range(math.ceil(self.steps / len(self.batches)))
+        order = [i for _ in epochs for i in torch.randperm(len(self.batches), generator=generator).tolist()]
         steps = range(progress.step, self.steps)
         for step in tracked(steps, "tuning", len(steps)):
             self._step(self.batches[order[step]], step)
@@ -191,16 +161,6 @@ class Training:
                 break
         return progress
 
-    def _start(self) -> Progress:
-        """The state of an interrupted run, or a new one."""
-        first = self._measure()
-        if not math.isfinite(first):
-            raise CalibrationError(
-                "an output of the slim model is not finite", where="tuning", remedy="Check the weights and the samples"
-            )
-        found = Progress.load(self.settings.folder, self._mark, self.adam) if self.settings.folder else None
-        return found or Progress(0, 0, first, first, ())
-
     @cached_property
     def _mark(self) -> str:
         """Fingerprint of the run: its arguments, all that it trains on, and the weights it starts from."""
@@ -208,17 +168,16 @@ class Training:
         for one in (*self.teacher.train, *self.teacher.heldout):
             taken = (value for value in one.sample.inputs.values() if isinstance(value, torch.Tensor))
             parts += [*taken, one.sample.labels, one.classes, one.likelihoods]
-        return f"{self.settings} {self.trained.count} {_fingerprint(parts)}"
-
-    def _shuffled(self) -> Iterator[int]:
-        """The numbers of batches, in a new order each epoch."""
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        for _ in range(math.ceil(self.steps / len(self.batches))):
-            yield from torch.randperm(len(self.batches), generator=generator).tolist()
+        found = hashlib.sha256()
+        for tensor in parts:
+            found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return f"{self.settings} {self.trained.count} {found.hexdigest()}"
 
     def _step(self, batch: TeacherBatch, step: int) -> None:
-        # the first steps of Adam are as long as any, and the least informed: the rate rises, then falls along a cosine
-        factor = min(1.0, (step + 1) * _WARM_UP / self.steps) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        # the first steps of Adam are as long as any, and the least informed: the rate rises over a tenth of the steps,
+        # then falls along a cosine
+        factor = min(1.0, (step + 1) * 10 / self.steps) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         with torch.enable_grad():
@@ -292,6 +251,7 @@ class TunePass(Pass):
     writes: ClassVar[bool] = False
     changes: ClassVar[Change] = "weights"
     needs: ClassVar[tuple[type[Fact], ...]] = (Teacher, Removed, Runnable, Shaped)
+    preconditions = (require_weights,)
     wants: ClassVar[tuple[type[Fact], ...]] = (Source,)
     drops: ClassVar[tuple[type[Fact], ...]] = (Teacher,)
     keeps: ClassVar[tuple[type[Fact], ...]] = (Verified,)
@@ -311,7 +271,7 @@ class TunePass(Pass):
     rank: int = argument(
         0,
         """Rank of a low-rank update of the weight of each of these products, beside the scales, as in LoRA; 0 for none.
-        It learns more from much text, and more of what is peculiar to little text.""",
+        It learns more from much text, and overfits to little text sooner.""",
         least=0,
     )
     weights: bool = argument(
@@ -342,7 +302,6 @@ class TunePass(Pass):
     seed: int = argument(0, "Random seed of the order of the samples.", check=as_seed)
 
     def __post_init__(self) -> None:
-        """Validate the arguments; low-rank updates are for weights that are not trained themselves."""
         super().__post_init__()
         if self.weights and self.rank:
             raise ArgumentError(
@@ -354,25 +313,12 @@ class TunePass(Pass):
             )
 
     def cost(self, samples: int) -> PassCost:
-        """A forward and a backward run of each recorded sample an epoch, and the measurements.
-
-        Weights that are trained are in memory five times: themselves, gradients, two moments, and the best so far.
-        """
+        """Three runs of each recorded sample an epoch; trained weights with gradients, moments and the best so far."""
         runs = 3.0 * self.epochs * samples + HELDOUT * (self.measurements + 1)
         kept = 5.0 if self.weights else 0.0
         return PassCost(runs=runs, batch=min(self.batch, samples), backward=True, outputs=3, weights=kept)
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raise unless there are real weights."""
-        super().requires(graph_module)
-        require_weights(graph_module, self.name)
-
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Train, and fold in the best parameters.
-
-        Raises:
-            CalibrationError: an output of the model is not finite.
-        """
         facts = facts_of(graph_module)
         teacher, removal = facts[Teacher], facts[Removed].removal
         trained: Trained

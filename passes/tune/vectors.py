@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -23,40 +23,15 @@ Parts: TypeAlias = Mapping[tuple[str, str], torch.Tensor]
 """Vectors by key."""
 
 _REACH = 0.5
-"""A scale stays between a half and one and a half: a unit is amplified or attenuated, and never switched off."""
+"""A scale stays between a half and one and a half: a unit is never switched off."""
 
 _SLIGHT = 0.05
 """Low-rank updates grow a quarter as fast as parameters of one axis move: they have many more numbers to move by, and
 at a fifth, twelve steps made a model worse on text that it does not train on."""
 
-_SEED = 0
-"""Seed of the numbers that low-rank factors start from."""
-
 _CAREFUL = 0.2
 """Parameters of one axis move a fifth as fast as scales: the scale of a norm multiplies all of the stream after it. So
 do weights that are trained themselves, each in units of its own size."""
-
-
-class Trained(Protocol):
-    """The trained parameters of a tuning, as numbers in some tensors, and how a graph runs with them."""
-
-    @property
-    def count(self) -> int:
-        """How many numbers there are."""
-
-    def initial(self, graph_module: fx.GraphModule) -> list[torch.Tensor]:
-        """The numbers that change nothing."""
-
-    def rates(self, graph_module: fx.GraphModule) -> list[float]:
-        """The learning rate of each tensor of numbers, relative to that of a scale."""
-
-    def run(self, graph_module: fx.GraphModule, numbers: Sequence[torch.Tensor]) -> fx.Interpreter:
-        """An interpreter that runs the graph with these numbers."""
-
-    def folded(
-        self, numbers: Sequence[torch.Tensor], graph_module: fx.GraphModule
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the name and the new value of each tensor that the numbers change."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +43,6 @@ class TrainedVectors:
         sizes: for each vector its key and size: ``in`` and ``out`` with the name of a product, ``own`` with that of a
             parameter of one axis; ``down`` and ``up`` with the name of a product for the two factors, ``(in, rank)``
             and ``(rank, out)``, of the update of its weight.
-        rank: of the updates; 0 for none.
         units: for each product the change of each element of its weight by a number of 1 in both factors.
     """
 
@@ -79,14 +53,7 @@ class TrainedVectors:
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, removal: Removal, everywhere: bool, rank: int = 0) -> TrainedVectors:
-        """The vectors of a slim graph.
-
-        Args:
-            graph_module: the slim graph.
-            removal: the removal it was made by.
-            everywhere: scale the inputs and outputs of all products, not only of those that lost inputs.
-            rank: of the updates of the weights of these products; 0 for none.
-        """
+        """The vectors of a slim graph, for all products with ``everywhere``, else for those that lost inputs."""
         products = {product.node.name: product for product in _tuned_products(graph_module, removal, everywhere)}
         sizes, units = {}, {}
         for name, product in products.items():
@@ -103,19 +70,15 @@ class TrainedVectors:
 
     @property
     def count(self) -> int:
-        """How many numbers there are."""
         return sum(self.sizes.values())
 
     def initial(self, graph_module: fx.GraphModule) -> list[torch.Tensor]:
-        """Zeros, all in one tensor."""
         return [torch.zeros(self.count, device=device_of(graph_module))]
 
     def rates(self, graph_module: fx.GraphModule) -> list[float]:
-        """The learning rate of each tensor of numbers, relative to that of a scale."""
         return [1.0]
 
     def run(self, graph_module: fx.GraphModule, numbers: Sequence[torch.Tensor]) -> VectorsRun:
-        """An interpreter that runs the graph as if ``numbers`` were folded in."""
         return VectorsRun(graph_module, self, *numbers)
 
     def parts(self, numbers: torch.Tensor) -> Parts:
@@ -149,7 +112,6 @@ class TrainedVectors:
     def folded(
         self, numbers: Sequence[torch.Tensor], graph_module: fx.GraphModule
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the name and the new value of each tensor that a vector is folded into."""
         (flat,) = numbers
         parts = self.parts(flat)
         single = [name for kind, name in self.sizes if kind == "own"]
@@ -173,27 +135,19 @@ class TrainedVectors:
 
 
 class VectorsRun(UntouchedRun):
-    """An interpreter that runs a graph as if the vectors were folded in; its weights get no gradient.
-
-    Args:
-        graph_module: the slim graph.
-        vectors: the vectors.
-        numbers: their numbers.
-    """
+    """An interpreter that runs a graph as if the vectors were folded in; its weights get no gradient."""
 
     def __init__(self, graph_module: fx.GraphModule, vectors: TrainedVectors, numbers: torch.Tensor) -> None:
         super().__init__(graph_module)
         self.vectors, self.parts = vectors, vectors.parts(numbers)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A weight without its gradient; a parameter of one axis with its offset."""
         value = super().get_attr(target, args, kwargs)
         if not isinstance(value, torch.Tensor):
             return value
         return self.vectors.offset(self.parts, str(target), value.detach())
 
     def run_node(self, n: fx.Node) -> Any:
-        """The value of ``n``; of a product, with scaled inputs and outputs and the update of its weight."""
         product = self.vectors.products.get(n.name)
         if product is None:
             return super().run_node(n)
@@ -211,7 +165,7 @@ class VectorsRun(UntouchedRun):
 
 @cache
 def _start(rows: int, rank: int) -> torch.Tensor:
-    return torch.randn(rows, rank, generator=torch.Generator().manual_seed(_SEED))
+    return torch.randn(rows, rank, generator=torch.Generator().manual_seed(0))
 
 
 def _tuned_products(graph_module: fx.GraphModule, removal: Removal, everywhere: bool) -> Iterator[LoneProduct]:
@@ -236,69 +190,51 @@ def _single_axes(graph_module: fx.GraphModule) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class TrainedWeights:
-    """Weights that are trained themselves, in float32.
-
-    Args:
-        sizes: by name, how many numbers a weight has.
-    """
+    """Weights that are trained themselves, in float32: of each, by name, the number of its numbers."""
 
     sizes: dict[str, int]
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, removal: Removal, everywhere: bool) -> TrainedWeights:
-        """The weights of products of a slim graph that nothing else reads, and all parameters of one axis.
-
-        Args:
-            graph_module: the slim graph.
-            removal: the removal it was made by.
-            everywhere: the weights of all products, not only of those that lost inputs.
-        """
+        """The weights of products that nothing else reads, all or those that lost inputs, and one-axis parameters."""
         products = _tuned_products(graph_module, removal, everywhere)
         names = dict.fromkeys([*(product.name for product in products), *_single_axes(graph_module)])
         return cls({name: get_tensor(graph_module, name).numel() for name in names})
 
     @property
     def count(self) -> int:
-        """How many numbers there are."""
         return sum(self.sizes.values())
 
     def initial(self, graph_module: fx.GraphModule) -> list[torch.Tensor]:
-        """The weights, one tensor each."""
         return [get_tensor(graph_module, name).detach().float().clone() for name in self.sizes]
 
     def rates(self, graph_module: fx.GraphModule) -> list[float]:
-        """The learning rate of each weight, relative to that of a scale: in units of its root mean square."""
         found = (get_tensor(graph_module, name).detach().float() for name in self.sizes)
         return [_CAREFUL * float(weight.square().mean().sqrt()) for weight in found]
 
     def run(self, graph_module: fx.GraphModule, numbers: Sequence[torch.Tensor]) -> UntouchedRun:
-        """An interpreter that runs the graph with ``numbers`` as its weights."""
         return WeightsRun(graph_module, dict(zip(self.sizes, numbers, strict=True)))
 
     def folded(
         self, numbers: Sequence[torch.Tensor], graph_module: fx.GraphModule
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the name and the new value of each weight."""
         for name, value in zip(self.sizes, numbers, strict=True):
             yield name, value.to(get_tensor(graph_module, name).dtype)
 
 
 class WeightsRun(UntouchedRun):
-    """An interpreter that runs a graph with other weights; its own get no gradient.
-
-    Args:
-        graph_module: the slim graph.
-        weights: by name, the values that replace a weight of the graph, in float32.
-    """
+    """An interpreter that runs a graph with other weights, in float32 and by name; its own get no gradient."""
 
     def __init__(self, graph_module: fx.GraphModule, weights: dict[str, torch.Tensor]) -> None:
         super().__init__(graph_module)
         self.weights = weights
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The value that replaces a weight, in the weight's own type."""
         value = super().get_attr(target, args, kwargs)
         if not isinstance(value, torch.Tensor):
             return value
         replaced = self.weights.get(str(target))
         return value.detach() if replaced is None else replaced.to(value.dtype)
+
+
+Trained: TypeAlias = TrainedVectors | TrainedWeights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -34,7 +35,6 @@ def prune(family: str = "llama", **options: Any) -> fxprune.Result:
 
 
 def logits(model: Any) -> torch.Tensor:
-    """Of a few fixed tokens."""
     with torch.no_grad():
         found: torch.Tensor = model(input_ids=token_ids()).logits
     return found
@@ -48,7 +48,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def uneven() -> fxprune.Result:
-    """A model with layers of different widths."""
     result = prune()
     assert result.model.fxprune_overrides.block_fields
     return result
@@ -56,7 +55,6 @@ def uneven() -> fxprune.Result:
 
 @pytest.fixture
 def folder(uneven: fxprune.Result, tmp_path: Path) -> Path:
-    """Its checkpoint."""
     uneven.save_pretrained(tmp_path / "slim")
     return tmp_path / "slim"
 
@@ -67,19 +65,13 @@ def generated(model: Any) -> str:
     return str(found.tolist())
 
 
-@pytest.mark.parametrize(
-    ("family", "kinds"),
-    [("gemma3_text", ("mlp", "head", "channel")), ("gpt2", ("mlp", "head", "channel")), ("bloom", ("mlp", "layer"))],
-)
-def test_what_is_saved_is_what_is_loaded(family: str, kinds: tuple[str, ...], tmp_path: Path) -> None:
-    result = prune(family, kinds=kinds, ranking="local", protect=None if "head" in kinds else ())
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2"])
+def test_what_is_saved_is_what_is_loaded(family: str, tmp_path: Path) -> None:
+    result = prune(family, kinds=("mlp", "head", "channel"), ranking="local", protect=None)
     result.save_pretrained(tmp_path / "slim")
     model = fxprune.from_pretrained(tmp_path / "slim")
     assert type(model) is type(result.model)
     assert torch.equal(logits(model), logits(result.model))
-    saved, loaded = result.model.state_dict(), model.state_dict()
-    assert saved.keys() == loaded.keys()
-    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
     assert generated(model) == generated(result.model)
     own = ("_name_or_path", "dtype")
     first, second = result.model.config.to_dict(), model.config.to_dict()
@@ -111,43 +103,28 @@ def test_its_config_can_be_read_by_anyone(folder: Path) -> None:
         transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_a_uniform_model_is_a_stock_checkpoint(tmp_path: Path) -> None:
-    result = prune(kinds=("mlp", "head"), ratio=0.2, uniform=True, ranking="local", protect=None)
+@pytest.mark.parametrize(
+    ("family", "kinds"), [("gpt2", ("mlp",)), ("llama", ("mlp", "channel", "layer")), ("llama", ("mlp", "head"))]
+)
+def test_a_uniform_model_is_a_stock_checkpoint(family: str, kinds: tuple[str, ...], tmp_path: Path) -> None:
+    result = prune(family, kinds=kinds, ratio=0.2, uniform=True, ranking="local", protect=None)
     structure = result.save_pretrained(tmp_path / "slim")
-    assert structure.is_stock and not structure.differences
-    assert not list((tmp_path / "slim").glob("*.py"))
+    assert structure.is_stock and not structure.differences and not list((tmp_path / "slim").glob("*.py"))
     assert "auto_map" not in (tmp_path / "slim" / "config.json").read_text()
-    assert abs(result.report.achieved - 0.2) < 0.01
-    widths = {layer.mlp.up_proj.out_features for layer in result.model.model.layers}
-    heads = {layer.self_attn.q_proj.out_features for layer in result.model.model.layers}
-    assert len(widths) == len(heads) == 1
+    assert abs(result.report.achieved - 0.2) < 0.02
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "slim")
     assert torch.equal(logits(stock), logits(result.model)) and generated(stock) == generated(result.model)
 
 
-@pytest.mark.parametrize(("family", "kinds"), [("gpt2", ("mlp",)), ("llama", ("mlp", "channel", "layer"))])
-def test_uniform_widths_are_ones_the_stock_config_takes(family: str, kinds: tuple[str, ...], tmp_path: Path) -> None:
-    result = prune(family, kinds=kinds, ratio=0.2, uniform=True, ranking="local", protect=None)
-    assert result.save_pretrained(tmp_path / "slim").is_stock
-    assert abs(result.report.achieved - 0.2) < 0.02
-    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "slim")
-    assert torch.equal(logits(stock), logits(result.model))
-
-
-def test_uniform_takes_the_same_fraction_of_units_where_that_is_asked() -> None:
-    result = prune(uniform=True, group_ratio=0.25, ranking="local", protect=None)
+def test_uniform_takes_the_same_fraction_or_refuses_what_makes_layers_differ() -> None:
+    select = "select-by-group-ratio{group_ratio=0.25}"
+    result = prune(uniform=True, ratio=None, select=select, ranking="local", protect=None)
     assert set(result.report.widths.values()) == {(88, 66)}
-
-
-def test_widths_no_stock_config_can_say_are_refused_when_uniform() -> None:
     with pytest.raises(RatioError, match="same widths in all layers"):
         prune("bloom", changes={"n_layer": 2}, uniform=True, ranking="local", protect=None)
-
-
-@pytest.mark.parametrize("option", [{"protect": (1, 0)}, {"ranking": "global", "protect": None}])
-def test_uniform_refuses_what_makes_layers_differ(option: dict[str, Any]) -> None:
-    with pytest.raises(FxpruneError, match="uniform"):
-        prune(uniform=True, **{"ranking": "local", "protect": None, **option})
+    for option in ({"protect": (1, 0)}, {"ranking": "global", "protect": None}):
+        with pytest.raises(FxpruneError, match="uniform"):
+            prune(uniform=True, **{"ranking": "local", "protect": None, **option})
 
 
 def test_a_checkpoint_is_as_large_as_its_parameters(uneven: fxprune.Result, folder: Path) -> None:
@@ -157,20 +134,15 @@ def test_a_checkpoint_is_as_large_as_its_parameters(uneven: fxprune.Result, fold
     assert not [name for name in held if "grad" in name or "optim" in name]
     dense = sum(p.numel() for p in tiny("llama").parameters())
     assert parameters / dense == pytest.approx(1 - uneven.report.achieved, abs=1e-9)
-    assert {path.name for path in folder.iterdir()} == {
-        "README.md",
-        "config.json",
-        "fxprune.json",
-        "generation_config.json",
-        "model.safetensors",
-        "modeling_fxprune.py",
-        "plan.json",
-        "report.html",
-        "report.json",
-    }
-
-
-def test_who_may_read_a_file_may_read_a_checkpoint(folder: Path) -> None:
+    names = {"README.md", "config.json", "fxprune.json", "generation_config.json", "model.safetensors"}
+    names |= {"modeling_fxprune.py", "plan.json", "report.html", "report.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    manifest = json.loads((folder / "fxprune.json").read_text())
+    assert manifest.keys() == {"source", "stock", "weights", "files", "versions", "format"}
+    assert manifest["versions"].keys() >= {"fxprune", "torch", "transformers"}
+    assert manifest["source"] == {**manifest["source"], "parameters": dense, "class": type(uneven.model).__name__}
+    assert fxprune.Plan.from_json((folder / "plan.json").read_text()) == uneven.plan
+    assert fxprune.Report.from_dict(json.loads((folder / "report.json").read_text())) == uneven.report
     (folder / "other").write_text("")
     modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
     assert set(modes.values()) == {modes["other"]}
@@ -181,16 +153,6 @@ def test_large_models_are_sharded(uneven: fxprune.Result, tmp_path: Path) -> Non
     assert len(list((tmp_path / "slim").glob("*.safetensors"))) > 2
     assert (tmp_path / "slim" / "model.safetensors.index.json").is_file()
     assert torch.equal(logits(fxprune.from_pretrained(tmp_path / "slim")), logits(uneven.model))
-
-
-def test_origin_plan_and_report_are_saved_once(uneven: fxprune.Result, folder: Path) -> None:
-    manifest = json.loads((folder / "fxprune.json").read_text())
-    assert manifest.keys() == {"source", "stock", "weights", "files", "versions", "format"}
-    assert manifest["versions"].keys() >= {"fxprune", "torch", "transformers"}
-    assert manifest["source"]["parameters"] == uneven.report.parameters[0]
-    assert manifest["source"]["class"] == type(uneven.model).__name__
-    assert fxprune.Plan.from_json((folder / "plan.json").read_text()) == uneven.plan
-    assert fxprune.Report.from_dict(json.loads((folder / "report.json").read_text())) == uneven.report
 
 
 def test_saving_draws_nothing(uneven: fxprune.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,72 +197,19 @@ def test_a_result_without_a_model_says_what_to_do_instead(tmp_path: Path) -> Non
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """A JSON file after a change."""
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
 
 
-def cut(folder: Path) -> None:
-    """The weights end early."""
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def reshape(folder: Path) -> None:
-    """One tensor has another shape."""
-    held = load_file(folder / "model.safetensors")
-    held["model.norm.weight"] = torch.ones(3)
-    save_file(held, folder / "model.safetensors", {"format": "pt"})
-
-
-def drop(folder: Path) -> None:
-    """One tensor is gone."""
-    held = load_file(folder / "model.safetensors")
-    del held["model.norm.weight"]
-    save_file(held, folder / "model.safetensors", {"format": "pt"})
-
-
-def swap_plan(folder: Path) -> None:
-    """The plan is one for another width."""
-    plan = json.loads((folder / "plan.json").read_text())
-    name, kept = next(iter(plan["kept"].items()))
-    axis, index = next(iter(kept.items()))
-    plan["kept"][name][axis] = index[:-1]
-    edit(folder / "fxprune.json", lambda data: data.update(plan=plan))
-
-
 CONFIG, MANIFEST, WEIGHTS = "config.json", "fxprune.json", "model.safetensors"
 CHANGED, FOREIGN = "content was changed", "does not belong"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
-    "weights missing": (lambda f: (f / WEIGHTS).unlink(), WEIGHTS, "missing"),
-    "weights cut off": (cut, WEIGHTS, "truncated"),
-    "tensor of another shape": (reshape, WEIGHTS, r"\[3\] and should be \[48\]"),
-    "tensor missing": (drop, WEIGHTS, "model.norm.weight is not in it"),
-    "no weights listed": (
-        lambda f: edit(f / MANIFEST, lambda d: d.update(weights={})),
-        MANIFEST,
-        "lists no weight file",
-    ),
-    "plan of another model": (swap_plan, MANIFEST, "plan is of another model"),
+    "weights cut off": (lambda f: os.truncate(f / WEIGHTS, 100_000), WEIGHTS, "truncated"),
+    "no weights listed": (lambda f: edit(f / MANIFEST, lambda d: d.update(weights={})), MANIFEST, "no weight file"),
     "plan missing": (lambda f: (f / "plan.json").unlink(), "plan.json", "missing"),
-    "plan edited": (lambda f: edit(f / "plan.json", lambda data: data["kept"].popitem()), "plan.json", CHANGED),
     "config missing": (lambda f: (f / CONFIG).unlink(), CONFIG, "config"),
-    "config edited": (
-        lambda f: edit(f / CONFIG, lambda d: d["per_layer_config"].popitem()[1].clear()),
-        CONFIG,
-        CHANGED,
-    ),
-    "generation config edited": (
-        lambda f: (f / "generation_config.json").write_text("{}"),
-        "generation_config.json",
-        CHANGED,
-    ),
-    "stray weights": (
-        lambda f: (f / "a.safetensors").write_bytes((f / WEIGHTS).read_bytes()),
-        "a.safetensors",
-        FOREIGN,
-    ),
+    "config edited": (lambda f: edit(f / CONFIG, lambda d: d["per_layer_config"].clear()), CONFIG, CHANGED),
     "stray adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json", FOREIGN),
     "stray code": (lambda f: (f / "modeling_other.py").write_text(""), "modeling_other.py", FOREIGN),
 }
@@ -315,7 +224,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(damage: str, fo
     assert file in str(caught.value)
 
 
-def test_changed_bytes_are_found_on_request(folder: Path) -> None:
+def test_changed_bytes_are_found_on_request_and_a_missing_folder_is_named(folder: Path) -> None:
     path = folder / "model.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-3] ^= 1
@@ -323,11 +232,8 @@ def test_changed_bytes_are_found_on_request(folder: Path) -> None:
     fxprune.from_pretrained(folder)
     with pytest.raises(CheckpointError, match="bytes are not those"):
         fxprune.from_pretrained(folder, verify=True)
-
-
-def test_no_folder_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
-        fxprune.from_pretrained(tmp_path / "nowhere")
+        fxprune.from_pretrained(folder / "nowhere")
 
 
 def test_a_crash_leaves_no_half_checkpoint(
@@ -343,22 +249,6 @@ def test_a_crash_leaves_no_half_checkpoint(
             uneven.save_pretrained(target)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
-
-
-def test_an_earlier_checkpoint_is_replaced_as_a_whole(uneven: fxprune.Result, folder: Path) -> None:
-    (folder / "left_over.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    uneven.save_pretrained(folder)
-    assert not (folder / "left_over.safetensors").exists()
-    assert torch.equal(logits(fxprune.from_pretrained(folder)), logits(uneven.model))
-
-
-def test_files_of_others_are_left_alone(uneven: fxprune.Result, tmp_path: Path) -> None:
-    (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(CheckpointError, match="not an fxprune checkpoint"):
-        uneven.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="is a file"):
-        uneven.save_pretrained(tmp_path / "letter.txt")
-    assert (tmp_path / "letter.txt").read_text() == "dear"
 
 
 def test_a_model_with_adapters_is_not_taken_for_a_slim_one(uneven: fxprune.Result, tmp_path: Path) -> None:

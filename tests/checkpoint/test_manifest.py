@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,21 +16,17 @@ from fxprune.errors import CheckpointError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with weights and their manifest."""
     save_file({"a": torch.ones(2, 3), "b": torch.zeros(4)}, tmp_path / "model.safetensors")
     manifest = Manifest({"class": "Stock"}, True, weight_files(tmp_path))
     (tmp_path / MANIFEST).write_text(manifest.to_json())
     return tmp_path
 
 
-def test_weights_are_looked_at(folder: Path) -> None:
+def test_a_manifest_is_read_as_it_was_written(folder: Path) -> None:
     (name,) = found = weight_files(folder)
     raw = (folder / name).read_bytes()
     assert found[name].size == len(raw) and found[name].sha256 == hashlib.sha256(raw).hexdigest()
     assert found[name].tensors == {"a": [2, 3], "b": [4]}
-
-
-def test_a_manifest_is_read_as_it_was_written(folder: Path) -> None:
     manifest = read_manifest(folder)
     assert manifest == Manifest({"class": "Stock"}, True, weight_files(folder))
     assert manifest.plan is None and "torch" in manifest.versions
@@ -39,21 +34,15 @@ def test_a_manifest_is_read_as_it_was_written(folder: Path) -> None:
     check_weights(folder, manifest.weights, digests=True)
 
 
-@pytest.mark.parametrize(
-    ("text", "words"), [("[]", "not a manifest"), ("{}", "not a manifest"), ('{"format": 9}', "format 9")]
-)
-def test_what_is_no_manifest_is_refused(text: str, words: str, folder: Path) -> None:
-    (folder / MANIFEST).write_text(text)
-    with pytest.raises(CheckpointError, match=words):
-        read_manifest(folder)
-
-
-def test_a_folder_without_one_is_refused(folder: Path) -> None:
+def test_what_is_no_manifest_is_refused(folder: Path) -> None:
+    for text, words in (("[]", "not a manifest"), ("{}", "not a manifest"), ('{"format": 9}', "format 9")):
+        (folder / MANIFEST).write_text(text)
+        with pytest.raises(CheckpointError, match=words):
+            read_manifest(folder)
     (folder / MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match="missing"):
-        read_manifest(folder)
-    with pytest.raises(CheckpointError, match="no such folder"):
-        read_manifest(folder / "nowhere")
+    for place, words in ((folder, "missing"), (folder / "nowhere", "no such folder")):
+        with pytest.raises(CheckpointError, match=words):
+            read_manifest(place)
 
 
 def test_each_difference_has_its_words(folder: Path) -> None:
@@ -73,16 +62,7 @@ def test_each_difference_has_its_words(folder: Path) -> None:
     for name, words in {"../model.safetensors": "outside the folder", "other.safetensors": "is missing"}.items():
         with pytest.raises(CheckpointError, match=words):
             check_weights(folder, {name: entry}, digests=False)
-
-
-def test_a_file_that_was_cut_off_is_told(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match="truncated"):
-        check_weights(folder, json_weights(folder), digests=False)
-
-
-def json_weights(folder: Path) -> dict[str, object]:
-    """The weight files that the manifest names."""
-    assert json.loads((folder / MANIFEST).read_text())["weights"]
-    return dict(read_manifest(folder).weights)
+        check_weights(folder, weights, digests=False)

@@ -59,17 +59,13 @@ def test_the_modelling_file_stands_alone(monkeypatch: pytest.MonkeyPatch) -> Non
         assert [kind.__name__ for kind in space[name].__mro__[:2]] == [name, "Layerwise"]
 
 
-def test_an_import_of_several_lines_is_left_out_as_a_whole(tmp_path: Path) -> None:
+def test_imports_are_left_out_as_a_whole_and_classes_of_the_user_have_no_file(tmp_path: Path) -> None:
+    assert modelling_file.write_modelling(small(), tmp_path) == {} and list(tmp_path.iterdir()) == []
     path = tmp_path / "module.py"
     path.write_text("from fxprune.a import (\n    b,\n    c,\n)\nimport os\n")
     module = type(modelling_file)("module")
     module.__file__ = str(path)
     assert modelling_file._without_own_imports(module).split() == ["import", "os"]
-
-
-def test_nothing_is_written_for_a_class_of_the_user(tmp_path: Path) -> None:
-    assert modelling_file.write_modelling(small(), tmp_path) == {}
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_serving_engines_find_the_right_widths_without_this_package(tmp_path: Path) -> None:

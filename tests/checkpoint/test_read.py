@@ -25,7 +25,6 @@ KEPT = list(range(24))
 
 @pytest.fixture(scope="module")
 def slim() -> Any:
-    """A model whose second layer is narrower, and whose last buffer is its own."""
     model = narrow()
     model.model.rotary_emb.inv_freq.mul_(2)
     return model
@@ -33,25 +32,21 @@ def slim() -> Any:
 
 @pytest.fixture
 def folder(slim: Any, tmp_path: Path) -> Path:
-    """Its checkpoint, with a plan."""
     save_pretrained(slim, tmp_path / "slim", plan=plan(KEPT))
     return tmp_path / "slim"
 
 
 def plan(kept: list[int], removed: tuple[str, ...] = ()) -> Plan:
-    """A plan that keeps channels of the second layer."""
     return Plan({"model.layers.1.mlp.up_proj.weight": {0: kept}}, removed)
 
 
 def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """A JSON file after a change."""
     data = json.loads(file.read_text())
     change(data)
     file.write_text(json.dumps(data))
 
 
 def logits(model: Any) -> torch.Tensor:
-    """Of a few fixed tokens."""
     with torch.no_grad():
         found: torch.Tensor = model(input_ids=token_ids()).logits
     return found

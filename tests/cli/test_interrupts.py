@@ -122,11 +122,8 @@ def test_what_is_done_is_done_whatever_comes_after() -> None:
 @pytest.mark.parametrize(
     ("command", "moment"),
     [
-        (("eval", "MODEL"), "loading"),
         (("export", "MODEL", "slim.pt2"), "loading"),
         (("recover", "MODEL", "--data", "rows.json", "--out", "new"), "loading"),
-        (("generate", "MODEL", "red"), "loading"),
-        (("bench", "MODEL"), "loading"),
     ],
 )
 def test_other_commands_stop_as_well(model: Path, tmp_path: Path, command: tuple[str, ...], moment: str) -> None:

@@ -118,11 +118,11 @@ def test_options_reach_the_library_as_python_has_them(folder: str, out: Path, se
     values |= {"seed": 7, "compensate": "least-squares", "tune": "none", "recipe": "fast", "norm": "masked"}
     values |= {"tensor_parallel": 1, "memory": "low", "select": "select-by-ratio"}
     flags = [item for name, value in values.items() for item in (f"--{name.replace('_', '-')}", value)]
-    more = ("--kinds", "mlp, expert", "--protect", 0.1, 0.2, "--in-place", "--round-to", "mlp=4,head=1")
+    more = ("--protect", 0.1, 0.2, "--in-place", "--round-to", "mlp=4,head=1")
     line = refused("prune", folder, "--out", out, *more, "--ratio", "mlp=0.3, head=0.1", *flags)
     assert line == "seen"
     assert callable(seen.pop("track")) and callable(seen.pop("tokenizer")) and seen.pop("data") is None
-    values |= {"kinds": ["mlp", "expert"], "protect": (0.1, 0.2), "inplace": True, "round_to": {"mlp": 4, "head": 1}}
+    values |= {"protect": (0.1, 0.2), "inplace": True, "round_to": {"mlp": 4, "head": 1}}
     assert seen == {**values, "ratio": {"mlp": 0.3, "head": 0.1}}
 
 
@@ -182,9 +182,9 @@ def test_a_run_may_have_lists_mappings_and_underscores(
     folder: str, tmp_path: Path, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    entries = {"model": folder, "out": "new", "kinds": ["mlp", "head"], "ratio": {"mlp": 0.25}, "round-to": 4}
+    entries = {"model": folder, "out": "new", "kinds": ["mlp", "expert"], "round_to": {"mlp": 4}}
     entries |= {"uniform": True, "ranking": None, "recipe": "llm-pruner", "tensor_parallel": 1}
     Path("mine.yaml").write_text(yaml.safe_dump(entries))
     assert refused("prune", "--config", "mine.yaml", "--importance", "l2") == "seen"
-    assert seen["kinds"] == ["mlp", "head"] and seen["ratio"] == {"mlp": 0.25} and seen["round_to"] == 4
+    assert seen["kinds"] == ["mlp", "expert"] and seen["round_to"] == {"mlp": 4}
     assert seen["uniform"] is True and seen["importance"] == "l2" and "ranking" not in seen

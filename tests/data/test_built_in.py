@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
@@ -28,20 +27,13 @@ from tests.tokens import character_tokenizer
 TOKENS = 600
 
 
-@pytest.mark.parametrize(
-    ("text", "least"), [(general_text, 120_000), (offline_text, 300_000), (offline_docstrings, 100_000)]
-)
-def test_a_text_is_long_and_repeats_no_paragraph(text: object, least: int) -> None:
-    assert callable(text)
-    first = text()
-    parts = first.split("\n\n")
-    assert sum(map(len, parts)) > least and len(set(parts)) == len(parts)
-    assert text() == first == first.strip()
-
-
-def test_texts_share_no_paragraph() -> None:
-    whole = [*built_in_text().split("\n\n"), *offline_docstrings().split("\n\n")]
-    assert len(set(whole)) == len(whole)
+def test_texts_are_long_and_repeat_no_paragraph() -> None:
+    parts: list[str] = []
+    for text, least in ((general_text, 120_000), (offline_text, 300_000), (offline_docstrings, 100_000)):
+        first = text()
+        assert len(first) > least and text() == first == first.strip()
+        parts += first.split("\n\n")
+    assert len(set(parts)) == len(parts)
 
 
 def test_samples_are_of_general_text_as_far_as_it_goes() -> None:
@@ -74,35 +66,18 @@ def test_a_model_that_chats_gets_chats_in_its_own_template() -> None:
 STARTS = token_ids(3, 2)
 
 
-def _write(seed: int, samples: int = 5) -> torch.Tensor:
-    return generate_samples(tiny("llama"), STARTS, samples, 7, seed)
-
-
-def test_samples_begin_as_they_are_told_in_turn_and_are_all_as_long() -> None:
-    written = _write(0)
-    assert written.shape == (5, 7) and written.dtype == torch.int64
-    assert torch.equal(written[:, :2], STARTS[[0, 1, 2, 0, 1]])
-
-
-def test_the_same_seed_writes_the_same_and_another_does_not() -> None:
-    assert torch.equal(_write(0), _write(0))
-    assert not torch.equal(_write(0), _write(1))
-
-
-def test_the_draws_of_the_caller_and_the_mode_of_the_model_stay() -> None:
+def test_generated_samples_depend_on_starts_and_seed_alone() -> None:
+    """Not on the model's own settings, which transformers applies to every option that a call leaves open."""
     model = tiny("llama").train()
     state = torch.random.get_rng_state()
-    generate_samples(model, STARTS, 2, 5, 0)
-    assert torch.equal(state, torch.random.get_rng_state())
-    assert model.training and all(module.training for module in model.modules())
-
-
-def test_settings_of_the_model_do_not_change_what_is_written() -> None:
-    """transformers fills in from them whatever a call leaves open."""
-    model = tiny("llama")
+    written, again, other = (generate_samples(model, STARTS, 5, 7, seed) for seed in (0, 0, 1))
+    assert written.shape == (5, 7) and written.dtype == torch.int64
+    assert torch.equal(written[:, :2], STARTS[[0, 1, 2, 0, 1]])
+    assert torch.equal(written, again) and not torch.equal(written, other)
+    assert torch.equal(state, torch.random.get_rng_state()) and all(module.training for module in model.modules())
     own = model.generation_config
     own.update(return_dict_in_generate=True, num_return_sequences=2, max_time=0.0, num_beams=2, suppress_tokens=[3])
-    assert torch.equal(generate_samples(model, STARTS, 5, 7, 0), _write(0))
+    assert torch.equal(generate_samples(model, STARTS, 5, 7, 0), written)
     assert model.generation_config is own and own.num_beams == 2
 
 

@@ -35,31 +35,24 @@ def test_the_kind_is_told_by_the_fields(row: Any, wanted: str, kind: str) -> Non
     assert found.where == "row 1" and (found.kind if isinstance(found, Row) else found.why) == kind
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "place"),
-    [
+def test_sources_of_each_form_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "d.parquet")
+    forms = (
         ("a.json", json.dumps(ROWS), "row"),
-        ("a.json", json.dumps({"data": ROWS}), "row"),
-        ("a.json", LINES, "line"),
-        ("a.jsonl", LINES, "line"),
-        ("a.parquet", "", "row"),
-    ],
-)
-def test_files_of_each_form_give_the_same_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, place: str
-) -> None:
-    path = tmp_path / name
-    path.write_text(content)
-    if path.suffix == ".parquet":
-        import datasets
-
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-        datasets.Dataset.from_list(ROWS).to_parquet(path)
-    expected = [Row(f"{place} {number}", "text", row) for number, row in enumerate(ROWS, start=1)]
-    assert list(read_rows(path)) == list(read_rows(str(path))) == expected
-
-
-def test_rows_in_memory_have_a_place_and_a_text_file_is_one_row(tmp_path: Path) -> None:
+        ("b.json", json.dumps({"data": ROWS}), "row"),
+        ("c.json", LINES, "line"),
+        ("d.jsonl", LINES, "line"),
+        ("d.parquet", None, "row"),
+    )
+    for name, content, place in forms:
+        path = tmp_path / name
+        if content is not None:
+            path.write_text(content)
+        expected = [Row(f"{place} {number}", "text", row) for number, row in enumerate(ROWS, start=1)]
+        assert list(read_rows(path)) == list(read_rows(str(path))) == expected
     assert list(read_rows(iter(ROWS))) == [Row("row 1", "text", ROWS[0]), Row("row 2", "text", ROWS[1])]
     (tmp_path / "a.txt").write_text("\ufeffone", encoding="utf-8")
     assert list(read_rows(tmp_path / "a.txt")) == [Row("a.txt", "text", {"text": "one"})]

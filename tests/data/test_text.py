@@ -26,46 +26,33 @@ def characters(text: str, **_: object) -> dict[str, list[int]]:
     return {"input_ids": [ord(character) for character in text]}
 
 
-def test_split_parts_share_no_paragraph() -> None:
+def test_calibration_and_held_out_text_share_no_paragraph() -> None:
     text = offline_text()
     front, rest = split_calibration_heldout(text, calibration=0.3)
     assert not set(front.split("\n\n")) & set(rest.split("\n\n"))
-    assert text.startswith(front)
-    assert text.endswith(rest)
-    assert len(front) + len("\n\n") + len(rest) == len(text)
-    assert 0.29 < len(front) / len(text) < 0.32
-
-
-def test_split_drops_heldout_paragraphs_that_calibration_has() -> None:
+    assert front + "\n\n" + rest == text and 0.29 < len(front) / len(text) < 0.32
     assert split_calibration_heldout("a\n\nb\n\na\n\nc", calibration=0.5) == ("a\n\nb", "c")
+    for short, fraction in (("one paragraph", 0.5), ("a\n\na", 0.5), ("a\n\nb", 0), ("a\n\nb", 1)):
+        with pytest.raises(DataError):
+            split_calibration_heldout(short, calibration=fraction)
+    assert list(paragraphs(" one\nline \n\n\n\n two\n\n")) == ["one\nline", "two"]
 
 
-@pytest.mark.parametrize(("text", "fraction"), [("one paragraph", 0.5), ("a\n\na", 0.5), ("a\n\nb", 0), ("a\n\nb", 1)])
-def test_split_refuses_what_leaves_a_part_empty(text: str, fraction: float) -> None:
-    with pytest.raises(ValueError):
-        split_calibration_heldout(text, calibration=fraction)
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.txt", "one\n\ntwo"),
-        ("a.jsonl", '{"text": "one"}\n\n{"text": "two"}\n'),
-        ("a.json", '["one", {"text": "two"}]'),
-        ("b.json", '{"text": "one\\n\\ntwo"}'),
-    ],
-)
-def test_read_text_reads_each_format(tmp_path: Path, name: str, content: str) -> None:
-    (tmp_path / name).write_text(content)
-    assert read_text(tmp_path / name) == "one\n\ntwo"
-
-
-@pytest.mark.parametrize(("name", "content"), [("a.csv", "text"), ("a.jsonl", '{"body": "one"}'), ("none.txt", None)])
-def test_read_text_names_the_file_it_refuses(tmp_path: Path, name: str, content: str | None) -> None:
-    if content is not None:
+def test_read_text_reads_each_format_and_names_the_file_it_refuses(tmp_path: Path) -> None:
+    good = (
+        "one\n\ntwo",
+        '{"text": "one"}\n\n{"text": "two"}\n',
+        '["one", {"text": "two"}]',
+        '{"text": "one\\n\\ntwo"}',
+    )
+    for name, content in zip(("a.txt", "a.jsonl", "a.json", "b.json"), good, strict=True):
         (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=name):
-        read_text(tmp_path / name)
+        assert read_text(tmp_path / name) == "one\n\ntwo"
+    for name, content in (("a.csv", "text"), ("b.jsonl", '{"body": "one"}'), ("none.txt", None)):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=name):
+            read_text(tmp_path / name)
 
 
 def test_token_windows_follow_the_text_without_overlap() -> None:
@@ -75,16 +62,9 @@ def test_token_windows_follow_the_text_without_overlap() -> None:
     assert ["".join(map(chr, window)) for window in windows.tolist()] == ["abc", "def", "ghi"]
     assert torch.equal(token_windows(characters, text, tokens=3, limit=2), windows[:2])
     assert token_windows(characters, text, tokens=3, limit=9).shape == (3, 3)
-
-
-@pytest.mark.parametrize(("tokens", "limit"), [(11, None), (0, None), (3, 0)])
-def test_token_windows_refuse_what_holds_no_window(tokens: int, limit: int | None) -> None:
-    with pytest.raises(ValueError):
-        token_windows(characters, "abcdefghij", tokens=tokens, limit=limit)
-
-
-def test_paragraphs_are_parted_by_blank_lines() -> None:
-    assert list(paragraphs(" one\nline \n\n\n\n two\n\n")) == ["one\nline", "two"]
+    for tokens, limit in ((11, None), (0, None), (3, 0)):
+        with pytest.raises(DataError):
+            token_windows(characters, text, tokens=tokens, limit=limit)
 
 
 def test_windows_are_spread_over_the_text() -> None:
@@ -103,14 +83,17 @@ def test_windows_are_spread_over_the_text() -> None:
     [
         ("a.txt", "plain text", "plain text"),
         ("a.md", "plain text", "plain text"),
+        ("bom.txt", "\ufeffred", "red"),
+        ("bom.json", '\ufeff[{"text": "red"}]', "red"),
         ("a.json", json.dumps([{"text": "one"}, "two"]), "one\n\ntwo"),
         ("a.json", json.dumps({"rows": [{"instruction": "Add.", "output": "4"}]}), "### Response:\n4"),
         ("a.jsonl", json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"content": "Ho"}]}), "Hi\n\nHo"),
     ],
 )
 def test_what_recovery_reads_is_read_for_calibration(tmp_path: Path, name: str, content: str, text: str) -> None:
-    (tmp_path / name).write_text(content)
-    assert calibration_text(tmp_path / name).endswith(text)
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    found = calibration_text(tmp_path / name)
+    assert found.endswith(text) and "\ufeff" not in found
 
 
 def test_chats_are_written_in_the_template_that_the_model_knows(tmp_path: Path) -> None:
@@ -152,9 +135,3 @@ def test_files_without_text_are_refused(tmp_path: Path, name: str, content: byte
         (tmp_path / name).write_bytes(content)
     with pytest.raises((CalibrationError, DataError), match=says):
         calibration_text(tmp_path / name)
-
-
-@pytest.mark.parametrize(("name", "content"), [("a.txt", "red"), ("a.json", '[{"text": "red"}]')])
-def test_a_byte_order_mark_is_not_text(tmp_path: Path, name: str, content: str) -> None:
-    (tmp_path / name).write_text(content, encoding="utf-8-sig")
-    assert calibration_text(tmp_path / name) == "red"

@@ -17,8 +17,6 @@ Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Block(nn.Module):
-    """A linear layer, and what `step` makes of its input and output."""
-
     def __init__(self, step: Step) -> None:
         super().__init__()
         self.inner, self.step = nn.Linear(6, 6), step
@@ -28,8 +26,6 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Two blocks between a layer that widens and one that reads out."""
-
     def __init__(self, step: Step) -> None:
         super().__init__()
         self.first, self.blocks, self.last = nn.Linear(5, 6), nn.ModuleList([Block(step), Block(step)]), nn.Linear(6, 3)
@@ -74,16 +70,13 @@ def stated_over(*roles: Role) -> tuple[Statements, Factor]:
     return stated, factor
 
 
-def test_a_softmax_over_experts_is_a_statistic() -> None:
+def test_a_softmax_over_experts_is_a_statistic_and_keeps_any_other_axis() -> None:
     for roles in ((Role.EXPERT,), (Role.SHARED_OUT, Role.SIDE_BY_SIDE)):
         stated, factor = stated_over(*roles)
         resolve_experts(stated)
         assert [found.expr for found in stated.statistics] == [factor]
         assert factor not in stated.solver.frozen_factors()
         assert Role.EXPERT in stated.solver.tagged_factors()[factor]
-
-
-def test_a_softmax_over_anything_else_keeps_its_axis() -> None:
     for roles in ((), (Role.SHARED_OUT,), (Role.SHARED_OUT, Role.SIDE_BY_SIDE, Role.HEAD)):
         stated, factor = stated_over(*roles)
         resolve_experts(stated)

@@ -53,14 +53,11 @@ KEPT: dict[str, Norm] = {
 RENORMALISED: dict[str, tuple[Norm, str]] = {
     "no-weight": (lambda n, h: root_mean_square(h), "before a weight has been multiplied"),
     "layer-norm": (lambda n, h: F.layer_norm(h, (12,), n.w, n.b, EPS), ""),
-    "mean-taken-off": (
-        lambda n, h: n.w * (h - h.mean(-1, keepdim=True)),
-        "neither a number nor a weight there can absorb",
-    ),
+    "mean-taken-off": (lambda n, h: n.w * (h - h.mean(-1, keepdim=True)), "neither a number nor a weight there"),
     "weight-read-elsewhere": (lambda n, h: n.w * root_mean_square(h) + n.w * h, "elsewhere"),
     "added-by-a-tensor": (
         lambda n, h: n.w * (h * (h.pow(2).mean(-1, keepdim=True) + n.e).rsqrt()),
-        "neither a number nor a weight there can absorb",
+        "neither a number nor a weight there",
     ),
     "not-zero": (lambda n, h: n.w * root_mean_square(h.cos()), "not zero"),
     "fused-default": (lambda n, h: F.rms_norm(h, (12,), n.w), ""),
@@ -80,12 +77,10 @@ def net(norm: Norm) -> Net:
 
 
 def around(body: Norm, **vectors: nn.Parameter) -> Net:
-    """A module with two products and some vectors."""
     return Net(body, a_in=nn.Linear(6, 12, bias=False), b_out=nn.Linear(12, 5), **vectors)  # type: ignore[arg-type]
 
 
 def weight(size: int) -> nn.Parameter:
-    """A vector of numbers above one."""
     return nn.Parameter(1 + torch.rand(size, generator=torch.Generator().manual_seed(2)))
 
 
@@ -142,7 +137,7 @@ def test_one_weight_for_two_norms_changes_once_or_not_at_all() -> None:
     assert set(axes_of(dense).unkept.values()) == {"its weight is also used elsewhere"}
 
 
-def test_an_average_that_is_an_output_is_not_rescaled() -> None:
+def test_an_average_that_is_an_output_is_not_rescaled_and_another_treatment_is_refused() -> None:
     def body(n: Any, x: torch.Tensor) -> Any:
         h = n.a_in(x)
         scale = h.pow(2).mean(-1, keepdim=True)
@@ -150,9 +145,6 @@ def test_an_average_that_is_an_output_is_not_rescaled() -> None:
 
     dense = discover(around(body, w=weight(12)), INPUTS, norm="masked")
     assert set(axes_of(dense).unkept.values()) == {"it is an output of the model"}
-
-
-def test_another_treatment_is_refused() -> None:
     graph = fxprune.trace(net(KEPT["fused"]), INPUTS)
     with pytest.raises(UnknownNameError, match="norm"):
         fxprune.dependency_graph(graph, norm="mask")

@@ -17,7 +17,6 @@ from fxprune.draw.atlas import Atlas, block_ranges, find_folds
 from fxprune.rules.statements import Axis
 from fxprune.trace import trace
 from tests.models import tiny
-from tests.oracle import Net, discover, graph_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,10 +30,6 @@ def test_axes_are_found_by_factor_and_stand_in_order_of_execution(small: nx.Grap
     assert [f"{axis.tensor}[{axis.dim}]" for axis in held] == ["a.weight[0]", "a.bias[0]", "b.weight[1]"]
     assert [atlas.module(axis) for axis in held] == ["a", "a", "b"]
     assert all(atlas.factors(axis) == [units.factor] for axis in held)
-
-
-def test_an_input_axis_comes_half_a_step_before_the_output_axis(small: nx.Graph) -> None:
-    atlas = Atlas(small)
     rank = {f"{axis.tensor}[{axis.dim}]": atlas.rank(axis) for axis in small.nodes}
     assert rank["a.weight[1]"] == rank["a.weight[0]"] - 0.5
     assert rank["a.weight[0]"] == rank["a.bias[0]"] < rank["b.weight[1]"] < rank["b.weight[0]"]
@@ -43,20 +38,10 @@ def test_an_input_axis_comes_half_a_step_before_the_output_axis(small: nx.Graph)
 def test_a_tied_weight_is_used_where_its_modules_use_it() -> None:
     """A traced graph reads it by one name, to which both ends of the model were once coupled."""
     atlas = Atlas(dependency_graph(trace(tiny("gpt2", n_layer=1), dynamic=False)))
-    users = {name: {b.tensor for b in atlas.graph[Axis(name, 1)]} - atlas.weights for name in TIED}
-    assert all(any(user.startswith(op) for user in users[name]) for name, op in TIED.items()), users
+    tied = {"transformer.wte.weight": "embedding", "lm_head.weight": "alias"}
+    users = {name: {b.tensor for b in atlas.graph[Axis(name, 1)]} - atlas.weights for name in tied}
+    assert all(any(user.startswith(op) for user in users[name]) for name, op in tied.items()), users
     assert atlas.rank(Axis("transformer.wte.weight", 1)) < atlas.rank(Axis("lm_head.weight", 1))
-
-
-TIED = {"transformer.wte.weight": "embedding", "lm_head.weight": "alias"}
-
-
-def test_residual_sums_are_found_along_the_width(small: nx.Graph) -> None:
-    assert Atlas(small).sums == []
-    net = Net(lambda net, x: (y := net.up(x)) + net.down(y.tanh()), up=nn.Linear(3, 4), down=nn.Linear(4, 4))
-    atlas = Atlas(graph_of(discover(net, {"x": torch.randn(2, 3)})))
-    (axis,) = atlas.sums
-    assert axis.dim == 1 and atlas.is_sum(axis) and atlas.is_activation(axis)
 
 
 CODE = """
@@ -82,29 +67,16 @@ def test_pictures_are_the_same_in_every_process(tmp_path: Path) -> None:
     assert drawn[0] == drawn[1]
 
 
-WINDOW = "sliding_attention"
-
-
-def family_graph(family: str, **sizes: object) -> nx.Graph:
-    return dependency_graph(trace(tiny(family, **sizes), dynamic=False))
-
-
-@pytest.mark.parametrize(
-    ("family", "sizes", "numbers"),
-    [
-        ("llama", {}, [[0, 1, 2]]),
-        (
-            "gemma3_text",
-            {"num_hidden_layers": 4, "layer_types": [WINDOW, WINDOW, "full_attention", WINDOW]},
-            [[0, 1, 3], [2]],
-        ),
-        ("qwen2_moe", {"num_hidden_layers": 3}, [[0], [1, 2]]),
-    ],
-)
-def test_blocks_of_equal_structure_are_folded(family: str, sizes: dict[str, object], numbers: list[list[int]]) -> None:
+def test_blocks_of_equal_structure_are_folded() -> None:
     """Windows and experts are structure; the first and the last block are like the others."""
-    folds = find_folds(Atlas(family_graph(family, **sizes)))
-    assert [[int(block.rpartition(".")[2]) for block in fold.blocks] for fold in folds] == numbers
+    kinds = ["sliding_attention"] * 2 + ["full_attention", "sliding_attention"]
+    windows, experts = (
+        tiny("gemma3_text", num_hidden_layers=4, layer_types=kinds),
+        tiny("qwen2_moe", num_hidden_layers=3),
+    )
+    for model, numbers in ((windows, [[0, 1, 3], [2]]), (experts, [[0], [1, 2]])):
+        folds = find_folds(Atlas(dependency_graph(trace(model, dynamic=False))))
+        assert [[int(block.rpartition(".")[2]) for block in fold.blocks] for fold in folds] == numbers
 
 
 class Block(nn.Module):

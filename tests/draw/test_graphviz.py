@@ -89,7 +89,3 @@ def test_every_axis_is_a_box_and_every_coupling_a_line(small: nx.Graph) -> None:
     (read,) = pydot.graph_from_dot_data(text)
     assert read.get_subgraphs()[0].get_label() == _quoted('a "title"')
     assert read.get_label().startswith("<<TABLE") and read.get_labelloc() == "b"
-
-
-def test_strings_are_quoted() -> None:
-    assert _quoted('a\\b "c"\nd') == '"a\\\\b \\"c\\"\\nd"'

@@ -25,23 +25,13 @@ def narrowed(model: SmallModel, widths: dict[int, int]) -> dict[str, Shape]:
     return shapes
 
 
-def test_a_field_of_one_block_stays_with_it() -> None:
+def test_a_field_of_one_block_stays_with_it_and_one_that_all_share_goes_to_the_model() -> None:
     model = small()
-    task = task_for(model, narrowed(model, {1: 14}))
-    first = next(candidates_for(task, SharedWidths({})))
+    first = next(candidates_for(task_for(model, narrowed(model, {1: 14})), SharedWidths({})))
     assert first.blueprint.block_fields == {"blocks.1": {"inner": 14}} and first.blueprint.fields == {}
     assert first.gaps == () and first.loose == frozenset()
-
-
-def test_a_field_that_all_blocks_share_goes_to_the_model() -> None:
-    model = small()
-    task = task_for(model, narrowed(model, {0: 14, 1: 14, 2: 14}))
-    first = next(candidates_for(task, SharedWidths({})))
+    first = next(candidates_for(task_for(model, narrowed(model, {0: 14, 1: 14, 2: 14})), SharedWidths({})))
     assert first.blueprint.fields == {"inner": 14} and first.blueprint.block_fields == {}, "block 3 has no such width"
-
-
-def test_blocks_that_are_gone_are_not_asked() -> None:
-    model = small()
     wanted = {name: s for name, s in narrowed(model, {2: 14}).items() if not name.startswith("blocks.1.")}
     first = next(candidates_for(task_for(model, wanted, ("blocks.1",)), SharedWidths({})))
     assert first.blueprint.removed == ("blocks.1",) and first.blueprint.block_fields == {"blocks.2": {"inner": 14}}
@@ -58,12 +48,8 @@ def test_a_block_keeps_its_dense_values_under_a_model_that_changes() -> None:
 
 def test_what_no_field_reaches_is_told_and_loose() -> None:
     model = small()
-    wanted = {
-        **shapes_of(model),
-        "blocks.1.up.weight": (7, 12),
-        "blocks.1.up.bias": (7,),
-        "blocks.1.down.weight": (12, 7),
-    }
+    odd = {"up.weight": (7, 12), "up.bias": (7,), "down.weight": (12, 7)}
+    wanted = shapes_of(model) | {f"blocks.1.{name}": shape for name, shape in odd.items()}
     first = next(candidates_for(task_for(model, wanted), SharedWidths({})))
     assert "block blocks.1: up.bias: wanted (7,), obtained (20,)" in first.gaps
     assert "blocks.1.up.weight" in first.loose and first.blueprint.attributes["blocks.1.up"]["out_features"] == 7
@@ -73,8 +59,8 @@ def test_other_ways_to_build_blocks_are_looked_for_where_the_likeliest_does_not_
     """They were all looked for before the first was tried, which took a quarter of an emission."""
     model = small()
     shapes = narrowed(model, {1: 14})
-    shapes |= {name: shape for name, shape in shapes_of(small(heads=2)).items() if name.startswith("blocks.0.mix")}
-    shapes |= {name: shape for name, shape in shapes_of(small(heads=2)).items() if name.startswith("blocks.0.back")}
+    parts = ("blocks.0.mix", "blocks.0.back")
+    shapes |= {name: shape for name, shape in shapes_of(small(heads=2)).items() if name.startswith(parts)}
     task = task_for(model, shapes)
     candidates = candidates_for(task, SharedWidths({}))
     first = next(candidates)
@@ -84,12 +70,9 @@ def test_other_ways_to_build_blocks_are_looked_for_where_the_likeliest_does_not_
 
 
 def test_small_attributes_around_widths_are_divided() -> None:
-    attributes = {
-        "layers.1.attention": {"groups": 4, "index": 1, "width": 48},
-        "layers.1.attention.query": {"out": 16},
-    }
+    attributes = {"attention": {"groups": 4, "index": 1, "width": 48}, "attention.query": {"out": 16}}
     candidate = Candidate(Blueprint(attributes=attributes), frozenset(), ())
-    found = list(divided_attributes(candidate, ["layers.1.attention.query.weight"]))
-    assert [one.blueprint.attributes["layers.1.attention"]["groups"] for one in found] == [1, 2]
-    assert all(one.blueprint.attributes["layers.1.attention.query"] == {"out": 16} for one in found)
+    found = list(divided_attributes(candidate, ["attention.query.weight"]))
+    assert [one.blueprint.attributes["attention"]["groups"] for one in found] == [1, 2]
+    assert all(one.blueprint.attributes["attention.query"] == {"out": 16} for one in found)
     assert candidate.blueprint.attributes == attributes

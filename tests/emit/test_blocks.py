@@ -62,7 +62,7 @@ def test_position_biases_stay_with_their_heads(family: str, changes: Mapping[str
     """A head is removed, and its bias with it; then another one, of the model that was read from disk."""
     model: Any = tiny(family, **changes)
     for seed, left in ((3, 3), (5, 2))[:cuts]:
-        result = cut(model, ("head",), seed=seed, ranking="local", group_ratio=0.3)
+        result = cut(model, ("head",), seed=seed, ranking="local", select="select-by-group-ratio{group_ratio=0.3}")
         assert type(result.model) is type(model), result.report.model_reasons
         inputs = result.model.fxprune_blueprint["inputs"]
         assert {len(entry["kept"]) for entries in inputs.values() for entry in entries.values()} == {left}
@@ -78,7 +78,7 @@ def test_position_biases_stay_with_their_heads(family: str, changes: Mapping[str
 def test_a_table_is_cut_once_whatever_the_batch() -> None:
     """A block that counts heads as well passes the table on; when both selected rows, some batches lost rows twice."""
     dense = tiny("bloom", n_layer=2)
-    result = cut(dense, ("mlp", "head"), ranking="local", group_ratio=0.5)
+    result = cut(dense, ("mlp", "head"), ranking="local", select="select-by-group-ratio{group_ratio=0.5}")
     assert result.model is not None, result.report.model_reasons
     assert all("self_attention" in path for path in result.model.fxprune_blueprint["inputs"])
     for batch in (1, 2, 3, 4, 8):

@@ -43,18 +43,12 @@ def test_a_blueprint_is_followed() -> None:
     assert len(dense.blocks) == 3 and dense.config.hidden == 12, "the dense model stays as it is"
 
 
-def test_a_block_lacks_what_is_absent() -> None:
+def test_a_block_lacks_what_is_absent_and_is_built_where_its_kind_is() -> None:
     blueprint = Blueprint(fields={"head_dim": 2}, absent={"blocks.1": ["head_dim"]}, block_fields={"blocks.1": {}})
     assert [block.head_dim for block in rebuild(small(depth=2), blueprint).blocks] == [2, 4]
-
-
-def test_a_block_is_built_where_its_kind_is() -> None:
     blueprint = Blueprint(built_at={"blocks.1": {"index": 3, "fields": {"depth": 4}}})
     slim = rebuild(small(depth=2), blueprint)
     assert isinstance(slim.blocks[1].up, nn.Identity) and slim.blocks[1].layer_idx == 1
     assert vars(slim.blocks[1])[BUILT_AT]["index"] == 3 and slim.config.depth == 2
-
-
-def test_a_block_that_is_in_no_list_cannot_be_built() -> None:
     with pytest.raises(CannotBuildError, match="norm"):
         rebuild(small(), Blueprint(block_fields={"norm": {"inner": 4}}))

@@ -15,13 +15,10 @@ def choose(model: SmallModel, wanted: Mapping[str, Shape]) -> list[Choice]:
     return list(choices_for(model.blocks[0], rebuilder(model), [{}], wanted, lambda _: 0))
 
 
-def test_a_block_that_stays_needs_nothing() -> None:
+def test_a_block_that_stays_needs_nothing_and_fields_come_first() -> None:
     model = small()
     assert choose(model, shapes_of(model.blocks[0]))[0] == Choice({})
     assert [*choices_for(model.blocks[0], None, [{}], shapes_of(model.blocks[0]), lambda _: 0)] == [Choice({})]
-
-
-def test_fields_come_first() -> None:
     first = choose(small(), shapes_of(small(inner=14).blocks[0]))[0]
     assert (first.fields, first.patches, first.gap) == ({"inner": 14}, {}, ())
 
@@ -32,12 +29,8 @@ def test_attributes_are_set_where_no_field_gives_a_shape() -> None:
     choices = choose(model, wanted)
     assert all(choice.gap for choice in choices), "the class refuses odd widths"
     assert choices[-1].patches["up"]["out_features"] == choices[-1].patches["down"]["in_features"] == 7
-
-
-def test_without_a_constructor_attributes_alone_are_set() -> None:
-    block = small().blocks[0]
-    wanted = {**shapes_of(block), "up.weight": (8, 12), "up.bias": (8,), "down.weight": (12, 8)}
-    (only,) = choices_for(block, None, [{}], wanted, lambda _: 0)
+    wanted |= {"up.weight": (8, 12), "up.bias": (8,), "down.weight": (12, 8)}
+    (only,) = choices_for(model.blocks[0], None, [{}], wanted, lambda _: 0)
     assert only.as_dense and only.patches == {"up": {"out_features": 8}, "down": {"in_features": 8}}
 
 
@@ -52,11 +45,6 @@ def test_a_field_that_gives_all_shapes_comes_first() -> None:
     found = shared_widths_for(rebuilder, around(model, 9))
     assert found[0].fields["hidden"] == 9 and found[-1] == SharedWidths({})
     assert found[0].patches(rebuilder, around(model, 9), {}) == {}
-
-
-def test_attributes_are_set_where_no_field_reaches() -> None:
-    model = small()
-    rebuilder = model_rebuilder(model, find_layout(model))
     wanted = {**around(model, 12), "embed.weight": (15, 12)}
     assert [shared.fields for shared in shared_widths_for(rebuilder, wanted)] == [{}]
     assert SharedWidths({}).patches(rebuilder, wanted, {}) == {"embed": {"num_embeddings": 15}}

@@ -26,7 +26,7 @@ def narrow(model: SmallModel, width: int = 8) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def test_a_narrower_block_is_emitted() -> None:
+def test_a_narrower_block_is_emitted_and_overrides_go_by_the_names_of_the_slim_model() -> None:
     model = small()
     emission = emitter.emit(model, narrow(model))
     slim: Any = emission.model
@@ -34,40 +34,28 @@ def test_a_narrower_block_is_emitted() -> None:
     assert slim.fxprune_overrides.block_fields == {"blocks.1": {"inner": 8}}
     assert slim.fxprune_blueprint["block_fields"] == {"blocks.1": {"inner": 8}}
     assert slim(torch.tensor([[1, 2]])).shape == (1, 2, 12)
-
-
-def test_overrides_go_by_the_names_of_the_slim_model() -> None:
-    model = small()
     tensors = {name: tensor for name, tensor in narrow(model).items() if not name.startswith("blocks.0.")}
-    slim: Any = emitter.emit(model, tensors, ("blocks.0",)).model
+    slim = emitter.emit(model, tensors, ("blocks.0",)).model
     assert slim.fxprune_overrides.block_fields == {"blocks.0": {"inner": 8}}
     assert slim.fxprune_blueprint["block_fields"] == {"blocks.1": {"inner": 8}}
 
 
-def test_a_module_that_the_user_added_is_missed() -> None:
-    model = small()
-    model.probe = nn.Identity()
-    emission = emitter.emit(model, tensors_of(model))
-    assert emission.model is None and "probe: the class builds no such module" in emission.reasons
-
-
-def test_a_model_that_cannot_be_copied_says_so() -> None:
+def test_modules_that_the_user_added_are_a_reason() -> None:
     class Stubborn:
-        """Cannot be copied."""
-
         def __deepcopy__(self, memo: object) -> None:
             raise RuntimeError("no copy of me")
 
     model = small()
+    model.probe = nn.Identity()
+    emission = emitter.emit(model, tensors_of(model))
+    assert emission.model is None and "probe: the class builds no such module" in emission.reasons
     model.stubborn = Stubborn()
     emission = emitter.emit(model, tensors_of(model))
     assert emission.reasons == ("it cannot be copied: RuntimeError: no copy of me",)
 
 
-def test_a_constructor_that_wants_more_is_a_reason() -> None:
+def test_what_a_constructor_or_the_caller_raises_is_a_reason() -> None:
     class Demanding(SmallModel):
-        """Wants another argument."""
-
         def __init__(self, config: Any, other: int) -> None:
             super().__init__(config)
 
@@ -75,8 +63,6 @@ def test_a_constructor_that_wants_more_is_a_reason() -> None:
     emission = emitter.emit(model, narrow(model))
     assert emission.model is None and emission.reasons
 
-
-def test_what_the_caller_raises_while_it_judges_is_a_reason() -> None:
     def refuse(_: nn.Module) -> bool:
         raise RuntimeError("not on this machine")
 

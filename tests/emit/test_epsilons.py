@@ -19,7 +19,7 @@ X = {"x": torch.randn(3, 6, generator=torch.Generator().manual_seed(0))}
 
 
 class Norm(nn.Module):
-    """A norm with its number as an attribute, and perhaps others."""
+    """A norm with its epsilon as an attribute, and perhaps other attributes."""
 
     def __init__(self, **held: float) -> None:
         super().__init__()
@@ -27,7 +27,6 @@ class Norm(nn.Module):
         vars(self).update(held)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The norm, with the first of the attributes."""
         return F.rms_norm(x, (6,), self.weight, self.eps)  # type: ignore[arg-type]
 
 
@@ -40,7 +39,6 @@ class Two(nn.Module):
         self.small = 0.5
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Through all of them."""
         x = self.second(self.first(x))
         if self.around == "own":
             return F.rms_norm(x, (6,), self.first.weight, self.small)
@@ -80,34 +78,29 @@ def test_what_is_not_one_attribute_of_its_own_is_told(
     assert any(reason in line for line in find_epsilons(graph, model, changes).reasons)
 
 
-def test_a_number_that_no_attribute_has_is_told() -> None:
-    model = Two(Norm(eps=0.5), Norm(eps=0.25))
-    graph, changes = changes_in(model, 1)
-    model.second.eps = 0.3
-    assert find_epsilons(graph, model, changes).reasons == ("second: no attribute is 0.25, which its norm adds",)
-
-
-def test_two_norms_that_would_have_one_attribute_otherwise_are_told() -> None:
+def test_an_epsilon_that_no_attribute_has_or_two_norms_need_otherwise_is_reported() -> None:
     model = Two(Norm(eps=0.5), Norm(eps=0.25), "again")
     graph, changes = changes_in(model, 0, 2)
     last = list(changes)[-1]
     reasons = find_epsilons(graph, model, {**changes, last: RescaledNumber(0.5, 0.7)}).reasons
     assert reasons == ("first.eps: two norms read it and need different values",)
+    graph, changes = changes_in(model, 1)
+    model.second.eps = 0.3
+    assert find_epsilons(graph, model, changes).reasons == ("second: no attribute is 0.25, which its norm adds",)
 
 
 def test_large_numbers_show_what_small_ones_hide_and_are_put_back() -> None:
     model = Two(Norm(eps=1e-7), Norm(eps=1e-8))
-    graph_module = trace(model, X).graph_module
-    norms = [node for node in graph_module.graph.nodes if "rms_norm" in str(node.target)]
-    changes = {(node.name, ("args", 3)): RescaledNumber(node.args[3], 2e-7) for node in norms}  # type: ignore[arg-type]
-    places = find_epsilons(graph_module.graph, model, changes)
+    graph, changes = changes_in(model, 0, 1)
+    places = find_epsilons(graph, model, changes)
     before = model(X["x"])
-    with enlarged_epsilons(graph_module.graph, model, places, {path: path for path, _ in places.values}):
+    with enlarged_epsilons(graph, model, places, {path: path for path, _ in places.values}):
         assert model.first.eps == 0.1 and model.second.eps == 0.1 * 1.5
         assert float((model(X["x"]) - before).abs().max()) > 1e-2
-        graph_module.recompile()
-        torch.testing.assert_close(graph_module(X["x"]), model(X["x"]))
-    assert (model.first.eps, model.second.eps) == (1e-7, 1e-8) and norms[0].args[3] == 1e-7
+        graph.owning_module.recompile()
+        torch.testing.assert_close(graph.owning_module(X["x"]), model(X["x"]))
+    assert (model.first.eps, model.second.eps) == (1e-7, 1e-8)
+    assert [node.args[3] for node in graph.nodes if "rms_norm" in str(node.target)] == [1e-7, 1e-8]
     assert set_attributes(model, {"first": {"eps": 0.2}}) == {"first": {"eps": 1e-7}} and model.first.eps == 0.2
 
 

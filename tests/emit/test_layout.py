@@ -19,33 +19,19 @@ def test_blocks_and_what_counts_them_are_found() -> None:
     assert (layout.part, layout.count_field, layout.depth) == ("", "depth", 4)
     assert list(layout.blocks()) == [f"blocks.{index}" for index in range(4)]
     assert [index for index, _ in layout.blocks().values()] == [0, 1, 2, 3]
-
-
-def test_a_model_without_blocks_has_none() -> None:
-    model = small()
-    model.blocks = nn.ModuleList()
-    layout = find_layout(model)
-    assert (layout.stacks, layout.depth, layout.count_field) == ((), 0, None)
-
-
-def test_a_field_of_the_same_value_does_not_count_blocks() -> None:
-    layout = find_layout(small(heads=4, hidden=16))
-    assert layout.count_field == "depth"
-
-
-def test_blocks_that_nothing_counts() -> None:
+    assert find_layout(small(heads=4, hidden=16)).count_field == "depth", "not another field of the same value"
     model = small()
     del model.blocks[0]
     assert find_layout(model).count_field is None
-
-
-def test_lists_may_count_blocks() -> None:
-    layout = find_layout(tiny("gemma3_text"))
+    model.blocks = nn.ModuleList()
+    layout = find_layout(model)
+    assert (layout.stacks, layout.depth, layout.count_field) == ((), 0, None)
+    layout = find_layout(tiny("gemma3_text"))  # where lists count blocks
     assert layout.depth == 3 and layout.count_field is not None
     assert layout.stacks[0].path == "model.layers"
 
 
-def test_a_block_is_built_from_fields_and_remembered() -> None:
+def test_a_block_is_built_from_fields_and_those_of_its_own() -> None:
     block = rebuilder(small())
     seen = block.observe({"inner": 8})
     assert seen is not None and seen.shapes["up.weight"] == (8, 12)
@@ -53,9 +39,6 @@ def test_a_block_is_built_from_fields_and_remembered() -> None:
     assert block.observe({"inner": 7}) is None, "the constructor refuses odd widths"
     assert block.value({"inner": 8}, "inner") == 8 and block.value({}, "inner") == 20
     assert block.known({"head_dim": 2}) == ("heads", "hidden", "inner", "head_dim")
-
-
-def test_fields_of_its_own_are_where_a_block_starts() -> None:
     model = small()
     found = block_rebuilder(model, find_layout(model), 1, model.blocks[1], {"inner": 6})
     assert found is not None
@@ -91,8 +74,6 @@ def test_a_block_of_a_width_in_a_list_is_built_from_its_entry(wider: list[int], 
 
 def test_a_block_that_asks_for_more_is_not_built() -> None:
     class Demanding(nn.Module):
-        """Wants another module."""
-
         def __init__(self, config: object, layer_idx: int, other: nn.Module) -> None:
             super().__init__()
 

@@ -16,14 +16,12 @@ from fxprune.emit.load import (
     attention_implementations,
     configs_of,
     has_unaligned_experts,
-    meta_copies,
     names_on_meta,
     run_on_meta,
     shape_errors,
     use_eager_experts,
     using_attention,
 )
-from fxprune.graph.context import eval_mode
 from fxprune.modelling.block_config import block_config
 from fxprune.trace.inputs import meta_twin
 from tests.emit.small import SmallConfig, SmallModel, small
@@ -31,13 +29,11 @@ from tests.models import tiny, token_ids
 
 
 def blank(**fields: int) -> SmallModel:
-    """A model without storage."""
     with torch.device("meta"):
         return SmallModel(SmallConfig(**fields))
 
 
 def tensors_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Its parameters."""
     return dict(model.named_parameters(remove_duplicate=False))
 
 
@@ -69,22 +65,14 @@ def test_a_model_runs_without_storage_or_says_what_stops_it() -> None:
     broken = blank()
     broken.norm = nn.LayerNorm(5, device="meta")
     assert str(run_on_meta(broken)).startswith("RuntimeError: ")
-
-
-def test_standins_are_shared_as_their_tensors_are() -> None:
-    weight, other = torch.ones(2), torch.zeros(3, dtype=torch.half)
-    made = meta_copies({"a": weight, "b": weight, "c": other})
-    assert made["a"] is made["b"] and made["c"].dtype == torch.half and made["c"].is_meta
     model = nn.Module()
-    vars(model)["table"] = made["a"]
+    vars(model)["table"] = torch.empty(2, device="meta")
     assert names_on_meta(model) == [".table"]
 
 
 @pytest.mark.parametrize(("width", "odd"), [(8, False), (6, True)])
 def test_experts_of_odd_widths_run_one_by_one(width: int, odd: bool) -> None:
     class Experts(nn.Module):
-        """Matrices side by side."""
-
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(3, 8, width))
@@ -118,23 +106,11 @@ def test_a_model_runs_under_another_and_is_as_it_was() -> None:
                 model(token_ids(), use_cache=False)
     assert seen == ["sdpa", "eager", "flex_attention"]
     assert model.config._attn_implementation == layer.self_attn.config._attn_implementation == "sdpa"
-
-
-def test_what_a_model_does_not_take_is_told() -> None:
     model = small()
     before = [dict(vars(config)) for config in configs_of(model)]
     with using_attention(model, "flash_attention_2") as taken:
         assert not taken
     assert [dict(vars(config)) for config in configs_of(model)] == before
-
-
-def test_each_module_gets_its_mode_back() -> None:
-    model = small().train()
-    model.blocks[1].eval()
-    before = [module.training for module in model.modules()]
-    with eval_mode(model):
-        assert not any(module.training for module in model.modules())
-    assert [module.training for module in model.modules()] == before
 
 
 Asked = list[tuple[int, str]]
@@ -153,7 +129,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     return found
 
 
-def blank_test_dry_runs() -> Any:
+def llama() -> Any:
     return meta_twin(tiny("llama", num_hidden_layers=2))
 
 
@@ -171,7 +147,7 @@ def broken(model: Any, name: str) -> Any:
 
 
 def test_the_dense_model_is_not_run_where_the_slim_one_runs(asked: Asked) -> None:
-    dense, slim = blank_test_dry_runs(), blank_test_dry_runs()
+    dense, slim = llama(), llama()
     assert DryRuns(dense).failure_of(slim) is None
     assert asked == [(id(slim), "sdpa"), (id(slim), "eager")]
     asked.clear()
@@ -179,31 +155,28 @@ def test_the_dense_model_is_not_run_where_the_slim_one_runs(asked: Asked) -> Non
     assert asked == [(id(slim), "sdpa")]
 
 
-@pytest.mark.parametrize("name", ["sdpa", "eager"])
-def test_what_stops_the_slim_model_alone_is_told(name: str) -> None:
-    failure = DryRuns(blank_test_dry_runs()).failure_of(broken(blank_test_dry_runs(), name))
-    assert failure is not None and failure.startswith(f"under {name} attention: RuntimeError")
-
-
-def test_what_stops_the_dense_model_too_says_nothing_and_is_asked_once(asked: Asked) -> None:
-    dense = broken(blank_test_dry_runs(), "eager")
+def test_what_stops_the_slim_model_alone_is_reported(asked: Asked) -> None:
+    """What stops the dense model too is ignored, and asked once."""
+    for name in ("sdpa", "eager"):
+        failure = DryRuns(llama()).failure_of(broken(llama(), name))
+        assert failure is not None and failure.startswith(f"under {name} attention: RuntimeError")
+    asked.clear()
+    dense = broken(llama(), "eager")
     runs = DryRuns(dense)
-    assert [runs.failure_of(broken(blank_test_dry_runs(), "eager")) for _ in range(2)] == [None, None]
+    assert [runs.failure_of(broken(llama(), "eager")) for _ in range(2)] == [None, None]
     assert asked.count((id(dense), "eager")) == 1 and (id(dense), "sdpa") not in asked
 
 
 def test_flex_attention_says_nothing_without_storage(asked: Asked) -> None:
     """It is left out since it refuses whatever there is on ``meta``: once it does not, this is to be thought over."""
-    dense = blank_test_dry_runs()
+    dense = llama()
     refusal = run_on_meta(dense, implementation="flex_attention")
     assert refusal is not None and "meta" in str(refusal)
-    DryRuns(dense).failure_of(blank_test_dry_runs())
+    DryRuns(dense).failure_of(llama())
     assert "flex_attention" not in {name for _, name in asked}
-
-
-def test_a_model_of_its_own_implementation_is_run_under_it(asked: Asked) -> None:
-    dense, slim = blank_test_dry_runs(), blank_test_dry_runs()
-    for model in (dense, slim):
+    asked.clear()
+    slim = llama()
+    for model in (dense, slim):  # unless it is the model's own
         model.set_attn_implementation("flex_attention")
     assert DryRuns(dense).failure_of(slim) is None
     assert asked[0] == (id(slim), "flex_attention") and (id(dense), "flex_attention") in asked
@@ -211,7 +184,7 @@ def test_a_model_of_its_own_implementation_is_run_under_it(asked: Asked) -> None
 
 def test_a_run_that_fails_is_repeated_without_shortcuts(monkeypatch: pytest.MonkeyPatch) -> None:
     """An op that another mode cannot take, as those of higher order, does not stop a model that runs by itself."""
-    model, runs = blank_test_dry_runs(), list[bool]()
+    model, runs = llama(), list[bool]()
     forward = nn.Linear.forward
 
     def wary(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:

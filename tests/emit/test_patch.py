@@ -23,7 +23,7 @@ def test_a_class_is_asked_through_its_constructor() -> None:
     assert leaf_patches(model, wanted, skip=("0", "1")) == {"2": {"in_features": 5}}
 
 
-def test_what_the_constructor_does_not_say_is_found_by_its_value() -> None:
+def test_sizes_are_found_by_value_and_where_the_constructor_takes_the_tensor_away() -> None:
     class Table(nn.Module):
         """Its size is not an argument that it keeps."""
 
@@ -34,8 +34,6 @@ def test_what_the_constructor_does_not_say_is_found_by_its_value() -> None:
 
     assert leaf_patches(Table(nn.Identity()), {"weight": (5, 4)}) == {"": {"rows": 5, "shape": (5, 3)}}
 
-
-def test_an_argument_that_takes_the_tensor_away_is_no_defect() -> None:
     class Fickle(nn.Module):
         """Has its tensor at one width alone."""
 
@@ -57,11 +55,6 @@ def test_attributes_move_within_the_module_that_changes() -> None:
     assert found[""] == {"num_heads": 2} and found["back"] == {"in_features": 8, "out_features": 8}
 
 
-def scaled(x: torch.Tensor, by: float) -> torch.Tensor:
-    """A function of a user."""
-    return x * by
-
-
 def pair() -> tuple[nn.Sequential, nn.Sequential]:
     """Two modules of one structure."""
     return nn.Sequential(nn.LayerNorm(4)), nn.Sequential(nn.LayerNorm(4))
@@ -75,11 +68,8 @@ def test_scales_stay_and_sizes_do_not() -> None:
     held = vars(slim[0])
     assert (held["scale"], held["heads"], held["mode"], held["_private"]) == (0.5, 4, "wide", 2.5)
     assert held["nothing"] is None
-
-
-def test_what_the_user_put_on_a_module_comes_along_where_it_is_safe() -> None:
-    dense, slim = pair()
-    apply, bound = functools.partial(scaled, by=2.0), functools.partial(scaled, by=nn.Identity())
+    dense, slim = pair()  # what the user put on a module comes along where it is safe
+    apply, bound = functools.partial(pair, 2.0), functools.partial(pair, by=nn.Identity())
     vars(dense[0]).update(note="mine", apply=apply, bound=bound, count=3, table=torch.ones(2))
     carry_over(dense.eval(), slim)
     held = vars(slim[0])

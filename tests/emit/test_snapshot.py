@@ -29,22 +29,16 @@ from fxprune.modelling.blocks import CannotBuildError
 from tests.emit.small import SmallBlock, SmallConfig
 
 
-def test_tied_and_unsaved_tensors_have_shapes() -> None:
+def test_shapes_and_attributes_of_modules_and_the_axes_on_which_they_differ() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2), nn.BatchNorm1d(2))
     model[1].weight = model[0].weight
     shapes = shapes_of(model)
     assert shapes["0.weight"] == shapes["1.weight"] == (2, 3)
     assert shapes["2.running_mean"] == (2,) and shapes["2.num_batches_tracked"] == ()
-
-
-def test_a_snapshot_leaves_out_what_is_skipped() -> None:
     snapshot = take_snapshot(nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(5)), skip=("1",))
     assert snapshot.shapes == {"0.weight": (4,), "0.bias": (4,)}
     assert snapshot.numbers == {("0", "normalized_shape"): (4,)}
-    assert snapshot.scalars == {("0", "eps"): 1e-5, ("0", "elementwise_affine"): True}
-
-
-def test_mismatches_name_axes() -> None:
+    assert snapshot.scalars == {("0", "eps"): 1e-5, ("0", "elementwise_affine"): True}, "what is skipped is left out"
     have = {"a": (2, 3), "b": (4,), "c": (1,), "d": (5,)}
     want = {"a": (2, 4), "b": (4,), "c": (1, 1), "e": (5,)}
     assert mismatches(have, want) == {("a", 1), ("c", MISSING_AXIS), ("d", MISSING_AXIS), ("e", MISSING_AXIS)}
@@ -68,11 +62,8 @@ def test_mismatches_name_axes() -> None:
 def test_blocks_after_a_removed_one_move_up(name: str, slim: str | None) -> None:
     assert slim_name(name, ("a.blocks.1", "a.blocks.10")) == slim
     assert slim_name(name, ()) == name
-
-
-def test_a_removed_block_without_a_number_moves_nothing() -> None:
     assert slim_name("a.last.weight", ("a.last",)) is None
-    assert slim_name("a.2.weight", ("a.last",)) == "a.2.weight"
+    assert slim_name("a.2.weight", ("a.last",)) == "a.2.weight", "a block without a number moves nothing"
 
 
 def test_nothing_has_storage_and_nobody_chatters(recwarn: pytest.WarningsRecorder) -> None:
@@ -80,10 +71,7 @@ def test_nothing_has_storage_and_nobody_chatters(recwarn: pytest.WarningsRecorde
         warnings.warn("odd", stacklevel=1)
         assert nn.Linear(3, 2).weight.is_meta and not torch.is_grad_enabled()
     assert len(recwarn) == 0 and torch.is_grad_enabled() and not torch.zeros(1).is_meta
-
-
-def test_no_first_values_are_drawn_where_there_are_none() -> None:
-    with without_storage():
+    with without_storage():  # no first values are drawn
         weight = nn.Linear(3, 2).weight
         assert weight._version == 0 and nn.init.normal_(weight) is weight and nn.init.ones_(tensor=weight) is weight
         real = nn.init.ones_(torch.zeros(2, device="cpu"))
@@ -106,14 +94,9 @@ def test_the_fields_a_constructor_reads_are_recorded() -> None:
     reads = record_reads(config, lambda config: SmallBlock(config, 0))
     assert reads == Reads(("heads", "hidden", "inner"), ("head_dim",))
     assert type(config) is SmallConfig
-
-
-def test_absent_fields_asked_for_with_a_default_are_hollow() -> None:
     reads = record_reads(SmallConfig(), lambda config: getattr(config, "groups", None) or config.depth)
-    assert reads == Reads(("depth",), ("groups",))
+    assert reads == Reads(("depth",), ("groups",)), "an absent field, read with a default"
 
-
-def test_all_fields_count_where_the_constructor_refuses_the_config() -> None:
     def refuse(config: SmallConfig) -> None:
         raise ValueError(config.hidden)
 
@@ -125,9 +108,6 @@ def test_fields_are_written_past_validation() -> None:
     put_fields(config, {"hidden": 7, "new": 3})
     assert (value_of(config, "hidden"), value_of(config, "new"), value_of(config, "head_dim")) == (7, 3, None)
     assert part_of(config, "") is config
-
-
-def test_a_list_of_the_same_integer_holds_that_one() -> None:
     config = SmallConfig()
     vars(config).update(same=[3, 3], others=(3, 4), flags=[True, True], none=[])
     assert [value_of(config, name) for name in ("same", "others", "flags", "none")] == [3, None, None, None]
@@ -137,14 +117,11 @@ def test_a_list_of_the_same_integer_holds_that_one() -> None:
     assert reads.integers == ("same",)
 
 
-def test_a_block_reads_its_own_entries_of_lists() -> None:
+def test_lists_have_one_entry_a_block_and_are_shortened() -> None:
     config = SmallConfig()
     vars(config).update(heads_of=[3, 4, 5], kinds=["a", "b", "c"], pairs=[1, 2], pad_token_ids=[1, 2, 3])
     assert block_entries(config, 3, 1) == {"heads_of": 4}
     assert block_entries(config, 3, 3) == {}, "of another list of blocks"
-
-
-def test_lists_with_one_entry_a_block_are_shortened() -> None:
     config = SmallConfig(depth=3)
     vars(config).update(kinds=["a", "b", "c"], sizes=(1, 2, 3), others=[1, 2], eos_token_ids=[4, 5, 6])
     keep_blocks(config, "depth", 3, [0, 2])

@@ -18,10 +18,10 @@ from fxprune.modelling.block_config import put_fields
 from tests.emit.small import rebuilder, small
 
 
-def test_one_field_is_found() -> None:
-    block = rebuilder(small())
-    search = Search(block, {}, shapes_of(small(inner=14).blocks[0]))
-    assert search.solutions() == [{"inner": 14}]
+def test_one_field_is_found_unless_the_search_ends_before() -> None:
+    block, wanted = rebuilder(small()), shapes_of(small(inner=14).blocks[0])
+    assert Search(block, {}, wanted).solutions() == [{"inner": 14}]
+    assert Search(block, {}, wanted, limit=0).solutions() == []
 
 
 def test_a_default_is_made_explicit_so_that_others_can_move_alone() -> None:
@@ -45,18 +45,9 @@ def test_nothing_reaches_a_shape_of_its_own() -> None:
     assert search.solutions() == [] and search.best == {}
     assert search.wrong({}) == {("up.weight", 0), ("up.bias", 0), ("back.weight", 1)}
     assert search.wrong({"inner": 7}) is None
-
-
-def test_only_the_axes_that_count_have_to_be_right() -> None:
-    model = small()
     wanted = {**shapes_of(model.blocks[0]), "up.weight": (14, 12)}
     search = Search(rebuilder(model), {}, wanted, counted=frozenset({("up.weight", 0)}))
-    assert search.solutions() == [{"inner": 14}]
-
-
-def test_a_search_ends_at_its_limit() -> None:
-    search = Search(rebuilder(small()), {}, shapes_of(small(inner=14).blocks[0]), limit=0)
-    assert search.solutions() == []
+    assert search.solutions() == [{"inner": 14}], "only the axes that count must be right"
 
 
 def test_a_wrong_value_of_one_field_is_not_tried_with_all_values_of_the_others() -> None:
@@ -112,9 +103,6 @@ def builds(config: Config, divides: str = "heads", reads: tuple[str, ...] = ("he
 def test_a_field_that_the_config_class_fills_from_another_goes_with_it() -> None:
     """No module looks at the partners, but who reads the config does; the depth has the same value by chance."""
     assert with_companions(builds(Config()), {}, {"heads": 4}) == {"heads": 4, "partners": 4}
-
-
-def test_a_field_with_a_value_of_its_own_stays() -> None:
     assert with_companions(builds(Config(partners=2)), {}, {"heads": 4}) == {"heads": 4}
 
 
@@ -123,12 +111,8 @@ def test_a_quotient_stays_whole(divides: str, wanted: dict[str, int]) -> None:
     """Two heads for each partner: with four heads and three partners there would be one and a third."""
     found = with_companions(builds(Config(partners=3), divides, ("heads", divides)), {}, {"heads": 4})
     assert found == {"heads": 4, **wanted}
-
-
-def test_a_quotient_that_follows_a_field_needs_no_other() -> None:
-    """Two heads of three for each partner: the quotient is what the field is."""
     found = with_companions(builds(Config(partners=2), "partners", ("heads", "partners")), {}, {"heads": 4})
-    assert found == {"heads": 4}
+    assert found == {"heads": 4}, "a quotient that follows the field needs no other"
 
 
 def test_a_field_that_moves_shapes_is_left_alone() -> None:

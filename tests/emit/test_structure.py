@@ -27,7 +27,6 @@ from tests.models import tiny
 
 @pytest.fixture(scope="module")
 def slim() -> Any:
-    """A model whose second layer is narrower."""
     return narrow()
 
 
@@ -38,13 +37,10 @@ def test_a_stock_model_needs_no_words() -> None:
     assert structure.where == {"class": type(model).__name__, "blocks": "model.layers", "part": ""}
 
 
-def test_a_block_of_its_own_width_is_told(slim: Any) -> None:
+def test_widths_attributes_and_shapes_that_no_field_sets_are_reported(slim: Any) -> None:
     structure = describe_structure(slim)
     assert structure.overrides == Overrides(block_fields={"model.layers.1": {"intermediate_size": 24}})
     assert structure.differences == ("its blocks differ in width",)
-
-
-def test_attributes_and_shapes_that_no_field_sets_are_told(slim: Any) -> None:
     model = copy.deepcopy(slim)
     layer = model.model.layers[0]
     layer.mlp.up_proj.out_features = 5
@@ -61,21 +57,14 @@ def test_buffers_of_other_values_are_kept() -> None:
     assert describe_structure(model.to("meta")).is_stock, "values that are not there cannot differ"
 
 
-def test_a_config_that_its_class_refuses_is_reported() -> None:
-    model: Any = tiny("llama", num_hidden_layers=1)
-    vars(model.config)["hidden_size"] = 47
-    assert "47" in describe_structure(model).refusal
-
-
-def test_a_module_of_the_user_stops_it(slim: Any) -> None:
+def test_a_module_of_the_user_and_a_class_that_refuses_its_config_stop_it(slim: Any) -> None:
     model = copy.deepcopy(slim)
     model.probe = nn.Identity()
     with pytest.raises(CheckpointError, match=r"probe: only one of the model and its config has it"):
         describe_structure(model)
-
-
-def test_a_class_that_refuses_its_config_stops_it() -> None:
-    model: Any = tiny("llama", num_hidden_layers=1)
+    model = tiny("llama", num_hidden_layers=1)
+    vars(model.config)["hidden_size"] = 47
+    assert "47" in describe_structure(model).refusal
     vars(model.config)["hidden_act"] = "none such"
     with pytest.raises(CheckpointError, match="cannot be built from its config"):
         describe_structure(model)

@@ -5,7 +5,7 @@ Each removal equals masking, at two sizes; what cannot go is frozen, so the grou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -44,9 +44,6 @@ def heads(h: torch.Tensor) -> torch.Tensor:
 
 def joined(h: torch.Tensor) -> torch.Tensor:
     return h.transpose(1, 2).flatten(2)
-
-
-# ------------------------------------------------------------------------------------------------------------- caches
 
 
 @mixed([12], [])
@@ -97,9 +94,6 @@ def cache_of_heads_written_in_parts(m: Any, x: torch.Tensor) -> Any:
     return m.o(joined((heads(m.q(x)) @ cache.mT).softmax(-1) @ F.pad(heads(m.v(x)), (0, 0, 0, 8))[:, :, :8]))
 
 
-# -------------------------------------------------------------------------------------------------- masks and diagonals
-
-
 @mixed([3, 4, 4], [])
 def mask_filled_in_place(m: Any, x: torch.Tensor) -> Any:
     scores = heads(m.q(x)) @ heads(m.k(x)).mT
@@ -127,9 +121,6 @@ def filled_where_another_is_small(m: Any, x: torch.Tensor) -> Any:
     return m.o(h.masked_fill(m.q(x).mean(-1, keepdim=True) < 0, 0.0))
 
 
-# -------------------------------------------------------------------------------------------- products of units, einsum
-
-
 @mixed([3, 4], [])
 def kronecker_gate(m: Any, x: torch.Tensor) -> Any:
     return m.o(m.k(x) * torch.kron(m.three, m.four).sigmoid())
@@ -144,9 +135,6 @@ def kronecker_layer(m: Any, x: torch.Tensor) -> Any:
 def state_of_outer_products(m: Any, x: torch.Tensor) -> Any:
     state = torch.einsum("btk,btv->bkv", F.relu(m.k(x)), m.v(x))
     return m.o(F.relu(m.q(x)) @ state)
-
-
-# ---------------------------------------------------------------------------------------------- softmaxes and scatters
 
 
 @mixed([4, 8], [])
@@ -185,9 +173,6 @@ def heads_picked_by_value(m: Any, x: torch.Tensor) -> Any:
     return h.gather(1, best.expand(-1, -1, -1, 4))[:, 0] @ m.w[:4]
 
 
-# ---------------------------------------------------------------------------------------------------- order and windows
-
-
 @mixed([12, 12], [])
 def local_attention(m: Any, x: torch.Tensor) -> Any:
     k, v = (F.pad(part(x), (0, 0, 2, 0)).unfold(1, 3, 1) for part in (m.k, m.v))
@@ -210,9 +195,6 @@ def one_head_doubled_through_a_view(m: Any, x: torch.Tensor) -> Any:
     return m.o(w)
 
 
-# --------------------------------------------------------------------------------------------- norms over several axes
-
-
 @mixed([12], [])
 def norm_of_tokens_and_units(m: Any, x: torch.Tensor) -> Any:
     h = m.k(x)
@@ -228,9 +210,6 @@ def spread_of_tokens_and_units(m: Any, x: torch.Tensor) -> Any:
 @mixed([3], [])
 def low_rank_kronecker_of_values(m: Any, x: torch.Tensor) -> Any:
     return F.linear(torch.kron(m.k(x), m.three), torch.kron(m.p[:, None] * m.p, m.three))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def module(body: Body) -> Net:
@@ -250,25 +229,14 @@ def module(body: Body) -> Net:
     return Net(body, **parts)
 
 
-class Several(nn.Module):
-    """Modules beside each other, which are traced at once in little more time than one of them."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(module(FOUND[name][0]) for name in names)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        """What each of them makes of ``x``."""
-        return tuple(part(x) for part in self.parts)
-
-
 @pytest.mark.parametrize("start", tiers(range(0, len(FOUND), AT_ONCE), 0))
 def test_what_goes_from_mixed_modules_equals_masking(start: int) -> None:
     names = list(FOUND)[start : start + AT_ONCE]
     x, other = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 5, 6), (3, 4, 6)))
-    dense = check_every_removal(
-        Several(names), {"x": x}, others={"x": other}, dynamic=True, thorough=False, accepted=1e-9
-    )
+    # beside each other, which are traced at once in little more time than one of them
+    parts = nn.ModuleList(module(FOUND[name][0]) for name in names)
+    several = Net(lambda m, x: tuple(part(x) for part in m.parts), parts=parts)
+    dense = check_every_removal(several, {"x": x}, others={"x": other}, dynamic=True, thorough=False, accepted=1e-9)
     assert bool(failed_check(dense, {"x": other})) == (PINNED in names)
     groups = groups_of(dense)
     for i, name in enumerate(names):

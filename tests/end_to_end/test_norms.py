@@ -49,16 +49,10 @@ def made(name: str, **more: Any) -> PreTrainedModel:
     return model
 
 
-def prune(model: Any, kind: str, **options: Any) -> fxprune.Result:
+def prune(model: Any, kind: str, data: Any = None, **options: Any) -> fxprune.Result:
     """The model without a quarter of its units of a kind."""
-    given = {
-        "importance": "random",
-        "select": "select-by-group-ratio{group_ratio=0.25}",
-        "protect": (),
-        "norm": "masked",
-        **options,
-    }
-    return fxprune.prune(model, None, kinds=[kind], **given)
+    given = {"importance": "random", "select": "select-by-group-ratio{group_ratio=0.25}", "protect": ()}
+    return fxprune.prune(model, data, kinds=[kind], **{**given, "norm": "masked", **options})
 
 
 @cache
@@ -68,7 +62,7 @@ def slim(name: str) -> fxprune.Result:
 
 
 @pytest.mark.parametrize("name", tiers(CASES, "width", "width-beside-norms-in-heads"))
-def test_removing_equals_zeroing_and_the_emitted_model_says_the_same(name: str) -> None:
+def test_removing_equals_zeroing_and_the_emitted_and_the_saved_model_say_the_same(name: str) -> None:
     """The report counts such groups as exact; the logits are those of the dense model with the same units zeroed."""
     result, dense = slim(name), made(name)
     assert result.report.verification_error is not None and result.report.verification_error < TOLERANCE
@@ -78,22 +72,15 @@ def test_removing_equals_zeroing_and_the_emitted_model_says_the_same(name: str) 
     assert distance(wanted, logits(result.graph_module)) < 1e-3
     assert result.model is not None, result.report.model_reasons
     assert distance(logits(result.model), logits(result.graph_module)) < 1e-5
+    read = through_disk(result)
+    assert distance(logits(read.model), logits(result.model)) == 0
+    assert read.stock or not CASES[name][3], "in the config where one number does, else beside it"
     sliced = prune(made(name), CASES[name][2], norm="sliced")
     assert sliced.report.renormalised and sliced.plan.norm == "sliced"
     assert distance(logits(sliced.graph_module), wanted) > 1e-3, "both are the same, so the comparison says nothing"
 
 
-@pytest.mark.parametrize("name", tiers(CASES, "width", "width-beside-norms-in-heads"))
-def test_what_norms_add_goes_to_disk_and_back(name: str) -> None:
-    """In the config where one number does, else beside it."""
-    result = slim(name)
-    assert result.model is not None
-    read = through_disk(result)
-    assert distance(logits(read.model), logits(result.model)) == 0
-    assert read.stock or not CASES[name][3]
-
-
-def test_one_number_for_all_norms_is_in_the_config(tmp_path: Path) -> None:
+def test_one_number_for_all_norms_is_in_the_config_and_in_a_gguf_file(tmp_path: Path) -> None:
     result = slim("width")
     result.save_pretrained(tmp_path / "slim")
     before, after = result.report.widths["model/channel"]
@@ -101,6 +88,12 @@ def test_one_number_for_all_norms_is_in_the_config(tmp_path: Path) -> None:
     assert written["rms_norm_eps"] == EPS * (before / after) and "fxprune" not in written
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "slim")
     assert distance(logits(stock), logits(result.model)) == 0
+    gguf = pytest.importorskip("gguf")
+    result.export(tmp_path / "slim.gguf", tokenizer=tokenizer())
+    field = gguf.GGUFReader(tmp_path / "slim.gguf").fields["llama.attention.layer_norm_rms_epsilon"]
+    assert abs(float(field.parts[field.data[0]][0]) - EPS * before / after) < 1e-7
+    with pytest.raises(ExportError, match="normalisations differ in epsilon"):
+        slim("width-beside-norms-in-heads").export(tmp_path / "other.gguf", tokenizer=tokenizer())
 
 
 def test_transformers_sets_numbers_that_no_config_field_says(tmp_path: Path) -> None:
@@ -144,27 +137,16 @@ def test_in_half_precision_only_the_rounding_of_weights_is_left() -> None:
 
 
 def test_what_stays_is_fitted_to_masked_norms() -> None:
-    ids = token_ids(8, 32)
-    result = fxprune.prune(
-        made("width"),
-        ids,
-        kinds=["channel"],
-        select="select-by-group-ratio{group_ratio=0.34}",
-        importance="l2",
-        protect=(),
-        compensate="least-squares",
-        recipe="llm-pruner",
-        norm="masked",
-    )
+    options = {"importance": "l2", "compensate": "least-squares", "recipe": "llm-pruner"}
+    result = prune(made("width"), "channel", token_ids(8, 32), **options)
     assert result.report.renormalised == {} and result.report.verification_error is not None
 
 
 def test_in_place_the_model_becomes_the_slim_one() -> None:
-    model = made("width-beside-norms-in-heads")
-    result = prune(model, "channel", inplace=True)
-    assert result.model is model, result.report.model_reasons
-    again = prune(made("width-beside-norms-in-heads"), "channel")
-    assert distance(logits(model), logits(again.model)) < 1e-5
+    name = "width-beside-norms-in-heads"
+    model = made(name)
+    assert prune(model, "channel", inplace=True).model is model
+    assert distance(logits(model), logits(slim(name).model)) < 1e-5
 
 
 class Own(nn.Module):
@@ -178,7 +160,6 @@ class Own(nn.Module):
         self.written = written
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Two products with a norm between them."""
         h = self.inner(x)
         h = torch.rms_norm(h, (h.shape[-1],), self.norm.weight, 0.05 + 1e-3) if self.written else self.norm(h)
         return self.outer(h)  # type: ignore[no-any-return]
@@ -186,18 +167,8 @@ class Own(nn.Module):
 
 def test_a_module_of_ones_own_is_told_in_place_what_its_norms_add() -> None:
     x = {"x": torch.randn(3, 6, generator=torch.Generator().manual_seed(0))}
-    model = Own(written=False)
-    model.norm.normalized_shape = (12,)
     whole = Own(written=False)
-    result = fxprune.prune(
-        whole,
-        None,
-        kinds=["mlp"],
-        select="select-by-group-ratio{group_ratio=0.5}",
-        importance="l2",
-        norm="masked",
-        example_inputs=x,
-    )
+    result = prune(whole, "mlp", importance="l2", example_inputs=x)
     assert result.report.renormalised == {} and whole.norm.eps == EPS
     with pytest.raises(fxprune.FxpruneError, match=r"no attribute is 0\.051"):
         code = Own(written=True)
@@ -207,14 +178,10 @@ def test_a_module_of_ones_own_is_told_in_place_what_its_norms_add() -> None:
 
 
 def test_exact_kinds_take_in_what_masked_norms_make_exact() -> None:
-    result = fxprune.prune(
-        made("width"), None, kinds=["exact-channel"], ratio=0.2, importance="l2", protect=(), norm="masked"
-    )
-    assert set(result.report.widths) == {"model/channel"}
+    options = {"importance": "l2", "select": "select-by-ratio{ratio=0.2}"}
+    assert set(prune(made("width"), "exact-channel", **options).report.widths) == {"model/channel"}
     with pytest.raises(RatioError):
-        fxprune.prune(
-            made("width"), None, kinds=["exact-channel"], ratio=0.2, importance="l2", protect=(), norm="sliced"
-        )
+        prune(made("width"), "exact-channel", norm="sliced", **options)
 
 
 def test_the_notes_say_which_norm_has_no_such_form() -> None:
@@ -231,14 +198,3 @@ def test_equal_layers_are_such_that_the_config_says_what_norms_add() -> None:
     assert result.report.widths == {} and "channel stays whole" in result.report.notes[0]
     result = prune(made("width-beside-norms-in-heads"), "channel", uniform=True, norm=None, recipe="balanced")
     assert through_disk(result).stock and result.report.renormalised and result.plan.norm == "sliced"
-
-
-def test_gguf_has_one_number_for_all_norms(tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
-    result = slim("width")
-    result.export(tmp_path / "slim.gguf", tokenizer=tokenizer())
-    field = gguf.GGUFReader(tmp_path / "slim.gguf").fields["llama.attention.layer_norm_rms_epsilon"]
-    before, after = result.report.widths["model/channel"]
-    assert abs(float(field.parts[field.data[0]][0]) - EPS * before / after) < 1e-7
-    with pytest.raises(ExportError, match="normalisations differ in epsilon"):
-        slim("width-beside-norms-in-heads").export(tmp_path / "other.gguf", tokenizer=tokenizer())

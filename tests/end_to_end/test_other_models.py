@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fxprune.graph.facts import Blocks, facts_of
 from tests.architectures import glm, memory, modules, vision
 from tests.architectures.library import LIBRARY, stirred
 from tests.oracle import (
+    Net,
     axes_of,
     check_kinds_remove_exactly,
     check_removes_exactly,
@@ -28,6 +30,7 @@ Kinds = Mapping[str, Sequence[int]]
 Inputs = dict[str, torch.Tensor]
 
 IDS = torch.randint(4, 31, (2, 6), generator=torch.Generator().manual_seed(0))
+TEXT = {"ids": IDS}
 
 FROM_LIBRARY: dict[str, Kinds] = {
     "t5": {"head": [4, 4, 4], "head_dim": [5] * 6, "mlp": [26, 26]},
@@ -52,50 +55,36 @@ def images(channels: int, side: int) -> torch.Tensor:
     return torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(0))
 
 
+def mixed(mixer: type[nn.Module], *sizes: int) -> Callable[[], nn.Module]:
+    return lambda: memory.MemoryLM(mixer(16, *sizes))
+
+
+ENCODED = {"channel~": [18], "head": [3, 3], "head_dim": [6, 6], "mlp": [22, 22]}
+
 PLAIN: dict[str, tuple[Callable[[], nn.Module], Inputs, Kinds]] = {
     "two-dimensional-rotary": (
         glm.TwoDimensionalLM,
         {"input_ids": IDS},
         {"channel~": [24], "head": [3, 3], "head_dim": [2, 8, 2, 8], "mlp": [20, 20]},
     ),
-    "selective-scan": (
-        lambda: memory.MemoryLM(memory.SelectiveScan(16, 20, 5, 3)),
-        {"ids": IDS},
-        {"mlp~": [16], "mlp": [20, 3], "head_dim": [5]},
-    ),
-    "retention": (
-        lambda: memory.MemoryLM(memory.Retention(16, 3, 6)),
-        {"ids": IDS},
-        {"mlp~": [16], "head": [3], "head_dim": [6], "head_dim~": [6]},
-    ),
-    "time-mix": (
-        lambda: memory.MemoryLM(memory.TimeMix(16, 18, 22)),
-        {"ids": IDS},
-        {"mlp~": [16], "mlp": [18, 22]},
-    ),
+    "selective-scan": (mixed(memory.SelectiveScan, 20, 5, 3), TEXT, {"mlp~": [16], "mlp": [20, 3], "head_dim": [5]}),
+    "retention": (mixed(memory.Retention, 3, 6), TEXT, {"mlp~": [16], "head": [3], "head_dim": [6], "head_dim~": [6]}),
+    "time-mix": (mixed(memory.TimeMix, 18, 22), TEXT, {"mlp~": [16], "mlp": [18, 22]}),
     "delta-rule": (
-        lambda: memory.MemoryLM(memory.DeltaRule(16, 3, 5, 6)),
+        mixed(memory.DeltaRule, 3, 5, 6),
         {"ids": IDS[:, :4]},
         {"mlp~": [16], "head": [3], "head_dim": [5], "head_dim~": [6]},
     ),
     "down-and-up": (vision.DownAndUp, {"image": images(3, 8)}, {"mlp": [4, 5, 9, 16], "mlp~": [3, 4]}),
     "token-mixer": (vision.TokenMixer, {"image": images(3, 6)}, {"mlp~": [14], "mlp": [11, 17]}),
-    "encoder": (
-        lambda: modules.Encoder(batch_first=True, norm_first=True),
-        {"ids": IDS},
-        {"channel~": [18], "head": [3, 3], "head_dim": [6, 6], "mlp": [22, 22]},
-    ),
-    "encoder-tokens-first": (
-        lambda: modules.Encoder(batch_first=False, norm_first=False),
-        {"ids": IDS},
-        {"channel~": [18], "head": [3, 3], "head_dim": [6, 6], "mlp": [22, 22]},
-    ),
+    "encoder": (partial(modules.Encoder, batch_first=True, norm_first=True), TEXT, ENCODED),
+    "encoder-tokens-first": (partial(modules.Encoder, batch_first=False, norm_first=False), TEXT, ENCODED),
     "translator": (
         modules.Translator,
         {"source": IDS, "target": IDS[:, :4]},
         {"channel~": [16], "head": [4, 4, 4], "head_dim": [4, 4, 4], "mlp": [20, 20]},
     ),
-    "reader": (modules.Reader, {"ids": IDS}, {"mlp": [10, 12, 4, 12], "head~": [3], "head_dim": [4]}),
+    "reader": (modules.Reader, TEXT, {"mlp": [10, 12, 4, 12], "head~": [3], "head_dim": [4]}),
 }
 """Networks written from scratch: how to make one, what it takes, and the sizes of its groups."""
 
@@ -145,47 +134,34 @@ def test_layers_of_a_few_classes_that_repeat_are_blocks() -> None:
     class Other(Layer):
         pass
 
-    class Hybrid(nn.Module):
-        def __init__(self, *layers: nn.Module) -> None:
-            super().__init__()
-            self.embedding, self.readout = nn.Embedding(31, 16), nn.Linear(16, 31)
-            self.layers = nn.ModuleList(layers)
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            x = self.embedding(ids)
-            for layer in self.layers:
-                x = layer(x)
-            return self.readout(x)  # type: ignore[no-any-return]
+    def hybrid(*layers: nn.Module) -> Net:
+        parts = {"embedding": nn.Embedding(31, 16), "readout": nn.Linear(16, 31), "layers": nn.Sequential(*layers)}
+        return Net(lambda m, ids: m.readout(m.layers(m.embedding(ids))), **parts)
 
     scan, network = memory.SelectiveScan(16, 20, 5, 3), nn.Sequential(nn.Linear(16, 19), nn.ReLU(), nn.Linear(19, 16))
-    model = Hybrid(Layer(scan), Other(network), Layer(memory.Retention(16, 3, 6)))
+    model = hybrid(Layer(scan), Other(network), Layer(memory.Retention(16, 3, 6)))
     dense = check_kinds_remove_exactly(
         stirred(model),
-        {"ids": IDS},
+        {"x": IDS},
         {"channel": [16], "mlp": [20, 3, 19], "head": [3], "head_dim": [5, 6], "head_dim~": [6]},
     )
     names = {group.name for group in groups_of(dense)}
     assert {"layers.0/mlp", "layers.1/mlp", "layers.2/head", "layers.0/layer", "layers.1/layer"} <= names
-    assert facts_of(discover(Hybrid(Layer(scan), Other(network)), {"ids": IDS}))[Blocks].paths == ()
+    assert facts_of(discover(hybrid(Layer(scan), Other(network)), {"x": IDS}))[Blocks].paths == ()
 
 
 def test_an_op_over_a_whole_width_freezes_it_and_leaves_the_rest() -> None:
     """A Fourier transform over channels mixes all of them; the network beside it can still go."""
 
-    class Fourier(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding, self.readout = nn.Embedding(31, 12), nn.Linear(12, 31)
-            self.up, self.down = nn.Linear(12, 17), nn.Linear(17, 12)
+    def body(m: Net, ids: torch.Tensor) -> torch.Tensor:
+        x = m.embedding(ids)
+        x = x + torch.fft.fft(torch.fft.fft(x, dim=-1), dim=-2).real
+        return m.readout(x + m.down(torch.relu(m.up(x))))
 
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            x = self.embedding(ids)
-            x = x + torch.fft.fft(torch.fft.fft(x, dim=-1), dim=-2).real
-            return self.readout(x + self.down(torch.relu(self.up(x))))  # type: ignore[no-any-return]
-
-    dense = check_kinds_remove_exactly(stirred(Fourier()), {"ids": IDS}, {"mlp": [17]})
-    graph = graph_of(dense)
-    assert "fft" in frozen_axes(graph)["embedding.weight[1]"].reason
+    parts = {"embedding": nn.Embedding(31, 12), "readout": nn.Linear(12, 31)}
+    model = Net(body, **parts, up=nn.Linear(12, 17), down=nn.Linear(17, 12))
+    dense = check_kinds_remove_exactly(stirred(model), {"x": IDS}, {"mlp": [17]})
+    assert "fft" in frozen_axes(graph_of(dense))["embedding.weight[1]"].reason
 
 
 def test_a_plain_module_is_pruned_through_the_face_of_the_package() -> None:

@@ -39,6 +39,8 @@ def test_retained_fraction_and_its_error_are_those_of_paired_answers() -> None:
     data = json.loads(comparison.to_json())
     assert data["columns"][1]["retained"] == pytest.approx(2 / 3)
     assert "correct" not in data["columns"][0]["evaluation"]["tasks"]["quiz"]
+    scores = {"a": TaskScore("acc", 0.25, 0.1, 2, correct=(0.0, 0.5)), "b": TaskScore("acc", 0.75, 0.1, 1)}
+    assert Evaluation(tasks=scores).average == 0.5 and Evaluation().average is None
 
 
 def test_what_the_first_model_guesses_is_no_part_of_what_is_retained() -> None:
@@ -78,9 +80,6 @@ def test_three_models_are_measured_alike(model: PreTrainedModel, slim: fxprune.R
     assert comparison.table("title").row_count == len(table) - 2
     picture = comparison.plot(tmp_path / "comparison.png")
     assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 5000
-
-
-def test_nothing_measured_cannot_be_drawn(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="no perplexities and no tasks"):
         Comparison((Column("dense", 1, 1, 1, 1.0, Evaluation()),)).plot(tmp_path / "empty.png")
 
@@ -107,14 +106,6 @@ def test_texts_are_files_known_names_or_text_itself(
         fxprune.evaluate(model, TOKENIZER, texts=())
 
 
-def test_a_graph_is_measured_on_texts_and_refused_on_tasks(slim: fxprune.Result, tmp_path: Path) -> None:
-    of_graph = fxprune.evaluate(slim.graph_module, TOKENIZER, texts={"a": TEXT}, window=40)
-    of_result = fxprune.evaluate(slim, TOKENIZER, texts={"a": TEXT}, window=40)
-    assert of_graph.perplexities["a"].value == pytest.approx(of_result.perplexities["a"].value, rel=1e-4)
-    with pytest.raises(EvaluationError, match="tasks need a Hugging Face model, not a"):
-        zero_shot(slim.graph_module, TOKENIZER, write(tmp_path / "q.jsonl", QUESTIONS))
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_low_memory_gives_the_same_numbers(family: str) -> None:
     model = tiny(family)
@@ -125,18 +116,17 @@ def test_low_memory_gives_the_same_numbers(family: str) -> None:
             steps.append(f"{done} of {total}")
             yield item
 
-    texts, sizes = {"a": TEXT, "b": TEXT[:90]}, {"window": 40, "batch": 2}
-    whole = fxprune.evaluate(model, TOKENIZER, texts=texts, **sizes)
-    parts = fxprune.evaluate(model, TOKENIZER, texts=texts, **sizes, memory="low", track=track)
-    for name, found in whole.perplexities.items():
-        assert parts.perplexities[name].value == pytest.approx(found.value, rel=1e-5)
-        assert parts.perplexities[name].windows == found.windows
-    batches = -(-whole.perplexities["a"].windows // 2)
+    options: dict[str, Any] = {"texts": {"a": TEXT, "b": TEXT[:90]}, "window": 40, "batch": 2}
+    whole = fxprune.evaluate(model, TOKENIZER, **options)
     graph_module = fxprune.trace(model).graph_module
+    for given in (model, graph_module):
+        low = fxprune.evaluate(given, TOKENIZER, **options, memory="low", track=track)
+        for name, found in whole.perplexities.items():
+            assert low.perplexities[name].value == pytest.approx(found.value, rel=1e-5)
+            assert low.perplexities[name].windows == found.windows
+    batches = -(-whole.perplexities["a"].windows // 2)
     count = len(parts_by_weights(graph_module)) * batches
-    assert count > batches and f"{count} of {count}" in steps
-    found = fxprune.evaluate(graph_module, TOKENIZER, texts=texts, **sizes, memory="low")
-    assert found.perplexities["a"].value == pytest.approx(whole.perplexities["a"].value, rel=1e-5)
+    assert count > batches and steps.count(f"{count} of {count}") == 2
     assert PartwiseModel(model)(token_ids(2)).logits.shape[:2] == token_ids(2).shape
 
 
@@ -155,17 +145,13 @@ def test_measuring_leaves_model_tokenizer_and_random_numbers_alone(slim: fxprune
     tokenizer.pad_token = None
     slim.model.train()
     before, state = list(slim.model.parameters()), torch.get_rng_state()
-    first = fxprune.evaluate(slim, tokenizer, texts=(), tasks=path, questions=4)
+    first = fxprune.evaluate(slim, tokenizer, texts={"a": TEXT}, tasks=path, window=40, questions=4)
     assert slim.model.training and tokenizer.pad_token is None
     assert torch.equal(state, torch.get_rng_state())
     assert all(a is b for a, b in zip(before, slim.model.parameters(), strict=True))
     assert first.tasks["even"].samples == 4
     assert slim.model.eval()(token_ids()).logits.allclose(slim(token_ids()).logits, atol=1e-5)
-
-
-def test_the_average_is_over_tasks_and_answers_stay_out_of_the_numbers() -> None:
-    scores = {"a": TaskScore("acc", 0.25, 0.1, 2, correct=(0.0, 0.5)), "b": TaskScore("acc", 0.75, 0.1, 1)}
-    found = Evaluation(tasks=scores)
-    assert found.average == 0.5
-    assert Evaluation().average is None
-    assert "correct" not in found.to_dict()["tasks"]["a"]
+    of_graph = fxprune.evaluate(slim.graph_module, TOKENIZER, texts={"a": TEXT}, window=40)
+    assert of_graph.perplexities["a"].value == pytest.approx(first.perplexities["a"].value, rel=1e-4)
+    with pytest.raises(EvaluationError, match="tasks need a Hugging Face model, not a"):
+        zero_shot(slim.graph_module, TOKENIZER, path)

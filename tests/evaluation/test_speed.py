@@ -50,7 +50,9 @@ def test_a_timed_call_is_made_until_it_takes_long_enough() -> None:
     assert len(calls) - before > 1
 
 
-def test_models_generate_as_many_tokens_and_keep_as_many_keys(model: PreTrainedModel) -> None:
+def test_models_generate_as_many_tokens_and_keep_as_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of the model and random numbers stay as they were, and nothing is asked for by a deprecated name."""
+    model = tiny("llama")
     slim = remembered.pruned("llama", importance="l2", kinds="head", ratio=0.05, protect=()).model
     seen: list[tuple[str, int]] = []
 
@@ -58,48 +60,33 @@ def test_models_generate_as_many_tokens_and_keep_as_many_keys(model: PreTrainedM
         seen.append((what, total))
         return items
 
+    warned: list[str] = []
+    monkeypatch.setattr(generic.logger, "warning_once", warned.append)
+    model.generation_config.do_sample, before = True, torch.get_rng_state()
     found = measure_speed({"dense": model, "slim": slim}, prompt=7, tokens=4, batch=2, rounds=2, track=track)
+    assert model.generation_config.do_sample and torch.equal(before, torch.get_rng_state())
+    assert [words for words in warned if "past_key_values" in words] == []
     assert seen == [("generating", 3)] and list(found) == ["dense", "slim"]
     dense, less = found["dense"], found["slim"]
     assert (dense.batch, dense.prompt, dense.tokens, dense.peak) == (2, 7, 4, None)
     heads, layers, width = model.config.num_key_value_heads, model.config.num_hidden_layers, 8
     assert dense.cache == 2 * layers * 2 * heads * (7 + 4 - 1) * width * 4, "keys and values of all but the last token"
-    assert less.cache is not None and less.cache < 2 * layers * 2 * heads * (7 + 4 - 1) * width * 4
-    assert less.weights < dense.weights
+    assert less.cache is not None and less.cache < dense.cache and less.weights < dense.weights
     assert dense.prefill_rate == pytest.approx(2 * 7 / dense.prefill_ms * 1e3)
     assert dense.to_dict()["decode_rate"] == pytest.approx(2 / dense.decode_ms * 1e3)
 
 
-def test_nothing_is_asked_for_by_an_old_name(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under a bar of progress `fxprune bench` printed that `past_key_values` is deprecated."""
-    warned: list[str] = []
-    monkeypatch.setattr(generic.logger, "warning_once", warned.append)
-    assert measure_speed({"dense": model}, prompt=3, tokens=2, rounds=1)["dense"].cache
-    assert [words for words in warned if "past_key_values" in words] == []
-
-
-def test_a_model_is_left_as_it_was(model: PreTrainedModel) -> None:
-    model.generation_config.do_sample = True
-    before = torch.get_rng_state()
-    try:
-        measure_speed({"dense": model}, prompt=3, tokens=2, rounds=1)
-        assert model.generation_config.do_sample
-    finally:
-        model.generation_config.do_sample = False
-    assert torch.equal(before, torch.get_rng_state()), "nothing is drawn"
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [({"tokens": 1}, "tokens is 1"), ({"prompt": 0}, "prompt is 0"), ({"prompt": 999}, "the model takes 256")],
-)
-def test_what_cannot_be_timed_is_refused(model: PreTrainedModel, options: dict[str, Any], says: str) -> None:
-    with pytest.raises(EvaluationError, match=says):
-        measure_speed({"dense": model}, **options)
-    with pytest.raises(EvaluationError, match="models by name"):
-        measure_speed({}, **options)
-    with pytest.raises(EvaluationError, match="a Hugging Face model"):
-        measure_speed({"dense": torch.nn.Linear(1, 1)})
+def test_what_cannot_be_timed_is_refused(model: PreTrainedModel) -> None:
+    refused: list[tuple[dict[str, Any], dict[str, int], str]] = [
+        ({"dense": model}, {"tokens": 1}, "tokens is 1"),
+        ({"dense": model}, {"prompt": 0}, "prompt is 0"),
+        ({"dense": model}, {"prompt": 999}, "the model takes 256"),
+        ({}, {}, "models by name"),
+        ({"dense": nn.Linear(1, 1)}, {}, "a Hugging Face model"),
+    ]
+    for models, options, says in refused:
+        with pytest.raises(EvaluationError, match=says):
+            measure_speed(models, **options)
 
 
 CPU = torch.device("cpu")
@@ -118,48 +105,32 @@ def test_widths_of_a_multiple_are_multiples_of_nothing_coarser() -> None:
         assert multiple == speed.MULTIPLES[-1] or all(width % (2 * multiple) for width in near)
 
 
-def test_costs_are_over_the_least() -> None:
+def test_costs_are_over_the_least_and_each_width_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measure_widths(8, 512, rounds=1)
     assert set(found.costs) == set(speed.MULTIPLES) and min(found.costs.values()) == 1
     assert found.device == speed.device_name(CPU)
-
-
-def test_each_width_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     times = [{multiple: 1.0 + multiple for multiple in speed.MULTIPLES}, dict.fromkeys(speed.MULTIPLES, 2.0)]
     calls: list[int] = []
     monkeypatch.setattr(speed, "_column_times", lambda *_: calls.append(1) or times)
     found = measure_widths(8, 512)
     assert len(calls) == 1 and found.costs == {multiple: (1 + multiple) / 2 for multiple in speed.MULTIPLES}
-
-
-def test_the_best_is_the_finest_that_costs_little_more() -> None:
     assert Widths("x", {1: 1.2, 8: 1.04, 16: 1.02, 32: 1.0}).best() == 16
     assert Widths("x", {1: 1.0, 32: 1.0}).best() == 1
+    for hidden, width in ((0, 512), (8, 511), (8, "wide")):
+        with pytest.raises(ArgumentError):
+            measure_widths(hidden, width)  # type: ignore[arg-type]
 
 
-def test_what_was_measured_is_kept_by_device(kept: Path) -> None:
+def test_what_was_measured_is_kept_by_device(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_widths(Widths("another", {1: 1.0}))
     here = Widths(speed.device_name(CPU), {1: 1.5, 8: 1.0})
     assert write_widths(here) == kept and read_widths(CPU) == here
     write_widths(Widths(here.device, {1: 1.0, 8: 1.5}))
     assert read_widths(CPU).best() == 1 and "another" in kept.read_text()
-
-
-@pytest.mark.parametrize("text", ["[", "[1]", '{"x": {"a": 1}}', '{"x": 3}'])
-def test_a_file_of_something_else_is_refused(kept: Path, text: str) -> None:
-    kept.parent.mkdir()
-    kept.write_text(text)
-    with pytest.raises(ArgumentError, match="holds no widths"):
-        read_widths(CPU)
-
-
-@pytest.mark.parametrize(("hidden", "width"), [(0, 512), (8, 511), (8, "wide")])
-def test_sizes_that_tell_nothing_are_refused(hidden: int, width: int) -> None:
-    with pytest.raises(ArgumentError):
-        measure_widths(hidden, width)
-
-
-def test_the_file_is_in_the_cache_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("[", "[1]", '{"x": {"a": 1}}', '{"x": 3}'):
+        kept.write_text(text)
+        with pytest.raises(ArgumentError, match="holds no widths"):
+            read_widths(CPU)
     monkeypatch.delenv("FXPRUNE_WIDTHS")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert speed.widths_file() == Path("/somewhere/fxprune/widths.json")

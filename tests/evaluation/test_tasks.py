@@ -82,12 +82,9 @@ def test_tasks_are_named_by_the_harness_or_by_their_file() -> None:
     assert list(named_tasks(["boolq", "a/quiz.jsonl", LocalTask("b/test.jsonl")])) == ["boolq", "quiz", "test"]
 
 
-def test_a_task_that_nobody_knows_is_told(model: PreTrainedModel) -> None:
+def test_tasks_are_checked_before_a_model_is_asked(model: PreTrainedModel, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"no_such_task.*jsonl"):
         zero_shot(model, TOKENIZER, "no_such_task")
-
-
-def test_tasks_are_checked_before_a_model_is_asked(tmp_path: Path) -> None:
     check_tasks(["boolq", write(tmp_path / "even.jsonl", QUESTIONS)])
     check_tasks(())
     with pytest.raises(UnknownNameError, match="Did you mean 'boolq'"):

@@ -49,7 +49,7 @@ def fill(module: Any) -> Any:
 
 
 class Nothing(nn.Module):
-    """What stands where a part of a block was."""
+    """Stands in for a removed part of a block."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()

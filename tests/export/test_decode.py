@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnxruntime
@@ -29,23 +30,19 @@ def model() -> PreTrainedModel:
     return uneven("llama")
 
 
-def greedy(step: Step, ids: torch.Tensor, past: Past, count: int) -> torch.Tensor:
-    """What a program generates: the prompt goes in at once, then one token at a time."""
-    found, following = ids, ids
-    for _ in range(count):
+def check_generation(model: PreTrainedModel, step: Step, ids: torch.Tensor) -> None:
+    """A program generates what its model does: the prompt goes in at once, then one token at a time."""
+    model.generation_config.eos_token_id = None
+    found, following, past = ids, ids, nothing(len(ids))
+    for _ in range(8):
         logits, past = step(following, past)
         following = logits[:, -1:].argmax(-1)
         found = torch.cat([found, following], 1)
-    return found
+    assert torch.equal(found, model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0))
 
 
 def nothing(batch: int) -> Past:
     return [(torch.zeros(batch, pairs, 0, 8), torch.zeros(batch, pairs, 0, 8)) for pairs in PAIRS]
-
-
-def generated(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    model.generation_config.eos_token_id = None
-    return model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
 
 
 def test_a_program_goes_on_where_it_was(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -57,8 +54,7 @@ def test_a_program_goes_on_where_it_was(model: PreTrainedModel, tmp_path: Path) 
         return out["logits"], out["present"]
 
     for batch, tokens in ((1, 1), (3, 6)):
-        ids = token_ids(batch, tokens)
-        assert torch.equal(greedy(step, ids, nothing(batch), 8), generated(model, ids))
+        check_generation(model, step, token_ids(batch, tokens))
 
 
 @pytest.mark.slow
@@ -78,10 +74,8 @@ def test_an_onnx_model_goes_on_where_it_was(model: PreTrainedModel, tmp_path: Pa
         return logits, list(zip(present[0::2], present[1::2], strict=True))
 
     ids = token_ids(2, 5)
-    assert torch.equal(greedy(step, ids, nothing(2), 8), generated(model, ids))
-    assert [tuple(t.shape) for t in run_onnx(path, [ids, *(t for pair in nothing(2) for t in pair)])[:1]] == [
-        (2, 5, 131)
-    ]
+    check_generation(model, step, ids)
+    assert run_onnx(path, [ids, *(t for pair in nothing(2) for t in pair)])[0].shape == (2, 5, 131)
 
 
 class Bounded(LlamaForCausalLM):
@@ -112,20 +106,10 @@ def test_a_program_that_differs_is_not_written(
         ]
 
     monkeypatch.setattr(decode, "_calls", spoiled)
-    monkeypatch.setattr(decode, "_export_step", lambda step: Runs(step))
+    monkeypatch.setattr(decode, "_export_step", lambda step: SimpleNamespace(module=lambda: step))
     with pytest.raises(VerificationError, match="the exported program differs"):
         export_decoder(model, tmp_path / "slim.pt2")
     assert list(tmp_path.iterdir()) == []
-
-
-class Runs:
-    """A program that is the module itself."""
-
-    def __init__(self, step: torch.nn.Module) -> None:
-        self.step = step
-
-    def module(self) -> torch.nn.Module:
-        return self.step
 
 
 def test_what_keeps_no_cache_is_refused(tmp_path: Path) -> None:

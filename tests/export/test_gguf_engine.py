@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,86 +18,47 @@ from tests.export.small import even, tokenizer, uneven, without
 from tests.models import VOCABULARY, token_ids
 
 TIED = {"tie_word_embeddings": True}
-LLAMA_3 = {
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 5e5,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
-}
+SCALED = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA_3 = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **SCALED}}
 
 UNEVEN: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", {}, "deci"),
-    ("llama", TIED, "deci"),
-    ("llama", {"attention_bias": True, "mlp_bias": True}, "deci"),
-    ("llama", LLAMA_3, "deci"),
-    ("mistral", {}, "deci"),
-    ("qwen2", {}, "deci"),
-    ("qwen2", TIED, "deci"),
-    ("phi3", {}, "deci"),
-    ("ernie4_5", {}, "deci"),
-    ("seed_oss", {}, "deci"),
-    ("qwen3", TIED, "openelm"),
+    *((family, {}, "deci") for family in ("llama", "mistral", "qwen2", "phi3", "ernie4_5", "seed_oss")),
+    *(("llama", TIED, "deci"), ("llama", {"attention_bias": True, "mlp_bias": True}, "deci")),
+    *(("llama", LLAMA_3, "deci"), ("qwen2", TIED, "deci"), ("qwen3", TIED, "openelm")),
 ]
+OWN = "qwen2 qwen3 phi3 gemma granite olmo2 starcoder2 gpt2 stablelm nemotron glm4 ernie4_5 arcee"
 EVEN: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", LLAMA_3, "llama"),
-    ("qwen2", {}, "qwen2"),
-    ("qwen3", {}, "qwen3"),
-    ("phi3", {}, "phi3"),
+    *((family, {}, family) for family in OWN.split()),
+    *(("cohere", {}, "command-r"), ("phi", {}, "phi2"), ("seed_oss", {}, "deci"), ("llama", LLAMA_3, "llama")),
     ("smollm3", {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]}, "smollm3"),
-    ("gemma", {}, "gemma"),
     ("gemma2", {"query_pre_attn_scalar": 10}, "gemma2"),
-    ("granite", {}, "granite"),
-    ("olmo2", {}, "olmo2"),
-    ("starcoder2", {}, "starcoder2"),
-    ("gpt2", {}, "gpt2"),
-    ("stablelm", {}, "stablelm"),
-    ("cohere", {}, "command-r"),
-    ("nemotron", {}, "nemotron"),
-    ("phi", {}, "phi2"),
-    ("glm4", {}, "glm4"),
-    ("ernie4_5", {}, "ernie4_5"),
-    ("seed_oss", {}, "deci"),
-    ("arcee", {}, "arcee"),
 ]
-
-
-def named(case: tuple[str, dict[str, Any], str]) -> str:
-    return " ".join((case[0], *case[1], case[2]))
-
-
-def largest_difference(model: PreTrainedModel, path: Path, *, flash: bool) -> float:
-    """Of the log-probabilities of the next token, after a few and after many."""
-    engine, found = LlamaServer(path, flash=flash), []
-    for count in (1, 20):
-        ids = token_ids(1, count)
-        with torch.no_grad():
-            want = model(input_ids=ids).logits[0, -1].log_softmax(-1)
-        found.append((engine.log_probabilities(ids[0].tolist(), VOCABULARY) - want).abs().max())
-    return float(max(found))
 
 
 def check(model: PreTrainedModel, path: Path, arch: str) -> None:
+    """Log-probabilities of the next token are the same, after one token and after many."""
     export_gguf(model, path, tokenizer=tokenizer(), quantization="f32")
     assert gguf.GGUFReader(path).fields["general.architecture"].contents() == arch
     tabled = arch_named(arch).activation == "gelu"  # which the engine looks up in half precision
-    assert largest_difference(model, path, flash=False) < (5e-3 if tabled else 1e-4)
-    assert largest_difference(model, path, flash=True) < 5e-3, "queries and the mask are half precision here"
+    for flash in (False, True):  # queries and the mask are half precision with flash
+        engine = LlamaServer(path, flash=flash)
+        for count in (1, 20):
+            ids = token_ids(1, count)
+            with torch.no_grad():
+                want = model(input_ids=ids).logits[0, -1].log_softmax(-1)
+            error = (engine.log_probabilities(ids[0].tolist(), VOCABULARY) - want).abs().max()
+            assert error < (5e-3 if tabled or flash else 1e-4)
 
 
-@pytest.mark.parametrize("case", UNEVEN, ids=named)
-def test_blocks_may_differ_in_every_way(case: tuple[str, dict[str, Any], str], tmp_path: Path) -> None:
-    check(uneven(case[0], **case[1]), tmp_path / "slim.gguf", case[2])
+CASES = [(uneven, *case) for case in UNEVEN] + [(even, *case) for case in EVEN]
 
 
-@pytest.mark.parametrize("case", EVEN, ids=named)
-def test_equal_blocks_go_under_the_architecture_of_their_type(
-    case: tuple[str, dict[str, Any], str], tmp_path: Path
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join((case[0].__name__, case[1], *case[2], case[3])))
+def test_uneven_blocks_go_under_a_general_architecture_and_equal_ones_under_that_of_their_type(
+    case: tuple[Callable[..., PreTrainedModel], str, dict[str, Any], str], tmp_path: Path
 ) -> None:
-    check(even(case[0], **case[1]), tmp_path / "slim.gguf", case[2])
+    make, family, changes, arch = case
+    check(make(family, **changes), tmp_path / "slim.gguf", arch)
 
 
 @pytest.mark.parametrize(("family", "arch"), [("llama", "deci"), ("qwen3", "openelm")])

@@ -11,7 +11,7 @@ import torch
 import fxprune
 from fxprune.errors import ExportError, UnknownNameError
 from fxprune.export.model import check_options, export_model
-from tests.export.small import even, tokenizer
+from tests.export.small import tokenizer
 from tests.models import tiny, token_ids
 
 
@@ -21,7 +21,7 @@ def result() -> fxprune.Result:
     return fxprune.prune(tiny("llama", num_hidden_layers=2), verify=False, **options)
 
 
-def test_a_result_becomes_a_gguf_file(result: fxprune.Result, tmp_path: Path) -> None:
+def test_a_model_becomes_a_gguf_file_or_a_program(result: fxprune.Result, tmp_path: Path) -> None:
     path = result.export(tmp_path / "deep" / "slim.gguf", tokenizer=tokenizer(), quantization="f32")
     reader = gguf.GGUFReader(path)
     assert reader.fields["general.architecture"].contents() == "deci"
@@ -29,21 +29,10 @@ def test_a_result_becomes_a_gguf_file(result: fxprune.Result, tmp_path: Path) ->
     held = sum(int(tensor.n_elements) for tensor in reader.tensors)
     assert held == sum(parameter.numel() for parameter in result.model.parameters())
     assert [file.name for file in path.parent.iterdir()] == ["slim.gguf"]
-
-
-def test_a_loaded_model_becomes_a_program(tmp_path: Path) -> None:
-    model = even("llama")
+    model = result.model.eval()
     program = torch.export.load(export_model(model, tmp_path / "slim.pt2")).module()
     with torch.no_grad():
         torch.testing.assert_close(program(input_ids=token_ids())["logits"], model(token_ids()).logits)
-
-
-def test_a_result_without_a_model_says_why(result: fxprune.Result, tmp_path: Path) -> None:
-    bare = fxprune.Result(result.graph_module, None, result.plan, result.report)
-    with pytest.raises(ExportError, match=r"there is no slim model.*as \.pt2 or \.onnx"):
-        bare.export(tmp_path / "slim.gguf", tokenizer=tokenizer())
-    with pytest.raises(ExportError, match="there is no slim model"):
-        bare.export(tmp_path / "slim.onnx", cache=True)
 
 
 def test_arguments_of_other_files_are_refused(result: fxprune.Result, tmp_path: Path) -> None:
@@ -55,3 +44,8 @@ def test_arguments_of_other_files_are_refused(result: fxprune.Result, tmp_path: 
         check_options(Path("slim.onnx"), cache=True, like="dense.gguf")
     with pytest.raises(ExportError, match="a GGUF file has no forward pass of its own"):
         check_options(Path("slim.gguf"), cache=True)
+    bare = fxprune.Result(result.graph_module, None, result.plan, result.report)
+    with pytest.raises(ExportError, match=r"there is no slim model.*as \.pt2 or \.onnx"):
+        bare.export(tmp_path / "slim.gguf", tokenizer=tokenizer())
+    with pytest.raises(ExportError, match="there is no slim model"):
+        bare.export(tmp_path / "slim.onnx", cache=True)

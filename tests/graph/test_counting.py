@@ -18,15 +18,14 @@ from tests.oracle import Net
 from tests.remembered import traced
 
 
-def two_maps(net: Any, x: torch.Tensor) -> torch.Tensor:
-    return net.b(net.a(x).relu())
-
-
 def test_matrix_products_count_and_the_traced_batch_is_one_sample() -> None:
-    net = Net(two_maps, a=nn.Linear(5, 7), b=nn.Linear(7, 3))
+    net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(5, 7), b=nn.Linear(7, 3))
     graph_module = trace(net, {"x": torch.zeros(4, 5)}).graph_module
     assert count_macs(graph_module) == 4 * (5 * 7 + 7 * 3)
-    assert count_parameters(graph_module) == 5 * 7 + 7 + 7 * 3 + 3
+    parameters = 5 * 7 + 7 + 7 * 3 + 3
+    assert count_parameters(graph_module) == parameters
+    work = Work(parameters, 4 * (5 * 7 + 7 * 3), 64, memory=4 * parameters, model="Net")
+    assert facts_of(graph_module)[Work] == work, "recorded with the trace"
 
 
 def test_tokens_scale_the_count_and_tied_weights_count_once() -> None:
@@ -76,10 +75,3 @@ def test_shapes_alone_count_what_a_run_counts(family: str, monkeypatch: pytest.M
     assert quick[0] == counting._by_shapes(graph_module.graph, counting._chosen(graph_module.graph, 1, 64)) // 2
     monkeypatch.setattr(counting, "_by_shapes", None)
     assert quick == [count_macs(graph_module, tokens) for tokens in (64, 7)]
-
-
-def test_the_trace_records_parameters_bytes_and_macs() -> None:
-    net = Net(lambda m, x: m.b(m.a(x)), a=nn.Linear(10, 12), b=nn.Linear(12, 5, bias=False))
-    dense = trace(net, {"x": torch.randn(1, 10)}).graph_module
-    parameters = 10 * 12 + 12 + 12 * 5
-    assert facts_of(dense)[Work] == Work(parameters, 10 * 12 + 12 * 5, 64, memory=4 * parameters, model="Net")

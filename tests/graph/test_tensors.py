@@ -53,7 +53,7 @@ def reading(module: nn.Module, *names: str) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def test_a_tensor_is_replaced_where_it_stands() -> None:
+def test_a_tensor_is_replaced_where_it_stands_and_a_parameter_stays_one() -> None:
     module = Tied()
     for name in ("a.weight", "shift"):
         new = as_parameter(torch.zeros(2), get_tensor(module, name))
@@ -63,9 +63,6 @@ def test_a_tensor_is_replaced_where_it_stands() -> None:
     assert "a.weight" in dict(module.named_parameters())
     delete_tensor(module, "a.weight")
     assert "a.weight" not in dict(module.named_parameters())
-
-
-def test_a_parameter_stays_one_and_is_trained_where_it_was() -> None:
     frozen = nn.Parameter(torch.ones(2), requires_grad=False)
     made = as_parameter(torch.zeros(3), frozen)
     assert isinstance(made, nn.Parameter) and not made.requires_grad
@@ -74,7 +71,7 @@ def test_a_parameter_stays_one_and_is_trained_where_it_was() -> None:
     assert isinstance(twin, nn.Parameter) and torch.equal(twin, frozen) and twin.data_ptr() != frozen.data_ptr()
 
 
-def test_weights_are_those_the_graph_reads_each_once_in_order() -> None:
+def test_weights_are_those_the_graph_reads_and_refused_without_values() -> None:
     module = Tied()
     names = names_by_identity(module)
     assert names[id(module.a.weight)] == ("a.weight", "b.weight") and names[id(module.shift)] == ("shift",)
@@ -82,9 +79,6 @@ def test_weights_are_those_the_graph_reads_each_once_in_order() -> None:
     assert [name for name, _ in weights(graph_module)] == ["shift", "a.bias"]
     assert device_of(graph_module) == torch.device("cpu")
     assert device_of(reading(module)) == torch.device("cpu")
-
-
-def test_weights_without_values_are_refused_in_the_name_of_the_pass() -> None:
     whole, empty = reading(Tied(), "a.bias"), reading(Tied().to("meta"), "a.bias")
     assert (has_meta_weights(whole), has_meta_weights(empty)) == (False, True)
     require_weights(whole, "some-pass")
@@ -92,24 +86,16 @@ def test_weights_without_values_are_refused_in_the_name_of_the_pass() -> None:
         require_weights(empty, "some-pass")
 
 
-def test_weights_go_by_their_own_name_and_the_rest_by_their_node() -> None:
+def test_names_of_tensors_and_their_starred_form() -> None:
     graph = fx.Graph()
     weight = graph.create_node("get_attr", "model.a.weight", name="a_weight")
     both = graph.call_function(torch.ops.aten.topk.default, (weight, 2))
     assert tensor_name(weight) == "model.a.weight" and tensor_name(both) == "topk_default"
     assert output_name(both, 1) == output_name("topk_default", 1) == "topk_default#1"
     assert producer_of("topk_default#1") == "topk_default" and producer_of("model.a.weight") == "model.a.weight"
-
-
-def test_numbers_of_blocks_are_starred_and_others_are_not() -> None:
     names = ("model.layers.12.mlp.fc1.weight[0]", "h.0/head.2", "layers.3", "a.0.b.1[1]", "plain")
-    assert [starred(name) for name in names] == [
-        "model.layers.*.mlp.fc1.weight[0]",
-        "h.*/head.2",
-        "layers.*",
-        "a.*.b.*[1]",
-        "plain",
-    ]
+    found = ["model.layers.*.mlp.fc1.weight[0]", "h.*/head.2", "layers.*", "a.*.b.*[1]", "plain"]
+    assert [starred(name) for name in names] == found
 
 
 def graph() -> tuple[fx.Graph, dict[str, fx.Node]]:
@@ -127,13 +113,10 @@ def graph() -> tuple[fx.Graph, dict[str, fx.Node]]:
     return found, {"x": x, "xs": xs, "first": first, "inner": inner, "total": total, "part": part}
 
 
-def test_items_of_inputs_are_inputs_and_tensors_have_their_python_expression() -> None:
+def test_items_of_inputs_are_inputs_and_only_tensors_are_mapped() -> None:
     found, nodes = graph()
     assert {name for name, node in nodes.items() if is_input(node)} == {"x", "xs", "first", "inner"}
     assert dict(input_tensors(found)) == {nodes["x"]: "x", nodes["inner"]: "xs['p'][0]"}
-
-
-def test_only_tensors_are_mapped() -> None:
     made = map_tensors({"p": [torch.zeros(2), 3], "q": None}, torch.ones_like)
     assert made["p"][0].sum() == 2 and made["p"][1] == 3 and made["q"] is None
 

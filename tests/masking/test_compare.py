@@ -53,9 +53,6 @@ def test_the_difference_is_relative_to_the_largest_or_one(
     expected: list[torch.Tensor], actual: list[torch.Tensor], difference: float
 ) -> None:
     assert compare(expected, actual) == difference
-
-
-def test_a_difference_above_the_tolerance_is_refused() -> None:
     require_equal(TOLERANCE, "here")
     for error in (2 * TOLERANCE, float("inf"), float("nan")):
         with pytest.raises(VerificationError, match=r"here: .*differ by"):
@@ -73,16 +70,12 @@ def keep(dense: fx.GraphModule) -> Keep:
     return Keep({group.factor: np.array([True, False, True, True])})
 
 
-def test_masked_and_slim_outputs_are_the_same(dense: fx.GraphModule) -> None:
+def test_masked_and_slim_outputs_are_the_same_or_the_node_where_they_diverge_is_named(dense: fx.GraphModule) -> None:
     masked = masked_outputs(dense, axes_of(dense), keep(dense), (), X)
     slim = slim_graph(dense, keep(dense))
     assert compare(masked, slim_outputs(slim, X)) <= TOLERANCE
     assert compare(masked, slim_outputs(dense, X)) > TOLERANCE
     assert find_divergence(dense, slim, axes_of(dense), keep(dense), (), X) == "the outputs"
-
-
-def test_the_node_where_two_runs_diverge_is_named(dense: fx.GraphModule) -> None:
-    slim = slim_graph(dense, keep(dense))
     with torch.no_grad():
         dict(slim.named_parameters())["a.bias"].add_(1.0)
     assert find_divergence(dense, slim, axes_of(dense), keep(dense), (), X).endswith("a_bias (a.bias) in the model")
@@ -94,7 +87,6 @@ class Counting(Prefetcher):
     copies = 0
 
     def start_copy(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Copy a weight."""
         self.copies += 1
         return super().start_copy(tensor.clone())
 
@@ -174,21 +166,14 @@ def test_outputs_block_by_block_are_those_of_whole_runs(family: str) -> None:
         assert first > 10 * max(others) and max(others) < TOLERANCE, "a block does not answer for those before it"
 
 
-def test_removed_blocks_are_not_compared() -> None:
+def test_the_block_with_the_largest_difference_is_noted_and_removed_ones_are_not_compared() -> None:
     dense = decided(grouped("llama"), "layer")
     removal = facts_of(dense)[Removal]
     slim = load_pass("shrink", verify=True, by_block=True)(dense).graph_module
     verified = facts_of(slim)[Verified]
-    assert removal.removed_blocks and verified.error is not None
-    assert set(verified.blocks) == set(removal.axes.blocks) - set(removal.removed_blocks)
-
-
-def test_the_block_with_the_largest_difference_is_noted() -> None:
-    dense = decided(grouped("llama"), "mlp", "head")
-    slim = load_pass("shrink", verify=True, by_block=True)(dense).graph_module
-    verified = facts_of(slim)[Verified]
     assert verified.error is not None and max(verified.blocks.values()) <= verified.error < TOLERANCE
-    assert verified.worst in verified.blocks
+    assert verified.worst in verified.blocks and removal.removed_blocks
+    assert set(verified.blocks) == set(removal.axes.blocks) - set(removal.removed_blocks)
     assert any(line.endswith(f"in {verified.worst}") for line in facts_of(slim)[Notes].lines)
     whole = load_pass("shrink", verify=True)(dense).graph_module
     assert facts_of(whole)[Verified].blocks == {} and facts_of(whole)[Verified].worst == ""

@@ -82,7 +82,7 @@ def test_an_axis_of_which_code_took_the_first_entries_has_the_size_of_the_run() 
     assert halves
 
 
-def test_a_removed_block_is_bypassed() -> None:
+def test_a_removed_block_is_bypassed_and_outputs_are_float_tensors() -> None:
     dense = grouped("llama")
     model = copy.deepcopy(model_of(dense))
     found = MaskedRun(dense, axes_of(dense), Keep(), ("model.layers.1",)).run(token_ids())
@@ -90,9 +90,6 @@ def test_a_removed_block_is_bypassed() -> None:
     with torch.no_grad():
         wanted = model(token_ids(), use_cache=False).logits
     assert torch.allclose(found["logits"] if isinstance(found, dict) else found.logits, wanted, atol=1e-4)
-
-
-def test_outputs_are_float_tensors_wherever_they_are() -> None:
     a, b = torch.ones(1), torch.zeros(2)
     assert output_tensors({"y": a, "rest": [torch.zeros(1, dtype=torch.long), (b, None)]}) == (a, b)
     assert output_tensors(a) == (a,)
@@ -121,8 +118,5 @@ def test_gates_mask_units_and_take_the_gradients() -> None:
     assert all(p.grad is None for p in net.parameters())
     ones = {c: torch.ones(4) for c in consumers}
     assert torch.equal(GatedRun(dense, ones).run(X), net(X))
-
-
-def test_positions_of_no_unit_have_a_gate_of_one() -> None:
     spread = spread_gates(torch.tensor([0.5, 0.25]), np.array([1, -1, 0, 0]))
     assert spread.tolist() == [0.25, 1, 0.5, 0.5]

@@ -25,7 +25,7 @@ from fxprune.offload.prefetch import Prefetcher, offer_prefetcher, use_prefetche
 from fxprune.pipeline.registry import load_pass
 from tests.models import token_ids
 from tests.oracle import Net, discover
-from tests.remembered import grouped, model_of, traced
+from tests.remembered import grouped, traced
 
 
 def calibrate(dense: torch.fx.GraphModule, data: torch.Tensor) -> None:
@@ -61,25 +61,8 @@ def test_parts_meet_where_the_fewest_numbers_are_alive() -> None:
     assert given and all([shape[-1] for shape in shapes] == [hidden] for shapes in given), "the residual stream alone"
 
 
-def test_parts_compute_what_the_graph_computes() -> None:
-    dense, parts = parts_of("gpt2", 0.05)
-    ids = token_ids(3)
-    runs = PartRuns(dense, parts, [{"input_ids": row[None]} for row in ids], ())
-    assert len(parts) > 2
-    for part in parts[:-1]:
-        assert list(runs.forward(part)) == [0, 1, 2]
-    outputs: list[torch.Tensor] = []
-
-    def loss(number: int, output: object) -> torch.Tensor:
-        outputs.append(output_tensors(output)[0])
-        return outputs[-1].sum() + torch.zeros((), requires_grad=True)
-
-    list(runs.backward(parts[-1], lambda _: {}, loss))
-    torch.testing.assert_close(torch.cat(outputs), model_of(dense)(ids).logits)
-
-
 class Writing(nn.Module):
-    """Writes to a buffer, and to a value that is used later on."""
+    """Writes to a value that is used later on, and perhaps to a buffer."""
 
     def __init__(self, buffer: bool) -> None:
         super().__init__()
@@ -97,7 +80,7 @@ class Writing(nn.Module):
 
 
 @pytest.mark.parametrize("buffer", [False, True])
-def test_no_part_writes_to_what_another_one_keeps(buffer: bool) -> None:
+def test_parts_compute_what_the_graph_computes_and_none_writes_to_what_another_keeps(buffer: bool) -> None:
     torch.manual_seed(0)
     model = Writing(buffer)
     dense = fxprune.trace(model, {"x": torch.randn(2, 8)}).graph_module
@@ -108,7 +91,7 @@ def test_no_part_writes_to_what_another_one_keeps(buffer: bool) -> None:
     model.seen.zero_()
     runs = PartRuns(dense, parts, [{"x": x}], ())
     for part in parts[:-1]:
-        list(runs.forward(part))
+        assert list(runs.forward(part)) == [0]
     got: list[torch.Tensor] = []
     end = torch.zeros((), requires_grad=True)
     list(runs.backward(parts[-1], lambda _: {}, lambda _, output: got.append(output_tensors(output)[0]) or end * 1))
@@ -125,7 +108,6 @@ class Watched(Prefetcher):
         self.there: list[set[str]] = []
 
     def start_copy(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Copy a weight and record all that are there."""
         moved = tensor.clone()
         self.copies.append((self.names[tensor.data_ptr()], weakref.ref(moved)))
         self.there.append({name for name, copy in self.copies if copy() is not None})
@@ -133,7 +115,6 @@ class Watched(Prefetcher):
 
     @property
     def order(self) -> list[str]:
-        """The weights that were copied."""
         return [name for name, _ in self.copies]
 
 

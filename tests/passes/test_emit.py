@@ -1,4 +1,4 @@
-"""The slim model, the report and the checkpoint as passes."""
+"""Groups, the slim model, the report and the checkpoint as passes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from fxprune.passes.emit import EmitModelPass, MakeReportPass, SaveCheckpointPass, Saved
+from fxprune.passes.find_groups import FindGroupsPass
 from torch import nn
 
+from fxprune.discovery.dependency import Dependencies
+from fxprune.discovery.groups import Groups
 from fxprune.emit.emitted import Emitted
 from fxprune.errors import CheckpointError, PassError
 from fxprune.graph.facts import Source, facts_of
 from fxprune.pipeline.pipeline import Pipeline
+from fxprune.pipeline.registry import load_pass
+from fxprune.removal.scores import Scores
 from fxprune.report.report import Report
 from fxprune.trace import trace
 from tests.models import tiny
@@ -54,28 +59,35 @@ def test_what_is_no_hugging_face_model_gets_none_and_the_reason(tmp_path: Path) 
 
 def test_groups_under_a_norm_are_named_and_can_be_left_out() -> None:
     """They were taken like others, and called exact: the norm runs over fewer units afterwards."""
-    inner = nn.LayerNorm(16)
-    net = Net(
-        lambda m, x: m.b(m.norm(m.a(x))) + m.d(m.c(x).relu()),
-        a=nn.Linear(10, 16),
-        norm=inner,
-        b=nn.Linear(16, 10),
-        c=nn.Linear(10, 16),
-        d=nn.Linear(16, 10),
-    )
+    parts = {"a": nn.Linear(10, 16), "b": nn.Linear(16, 10), "c": nn.Linear(10, 16), "d": nn.Linear(16, 10)}
+    net = Net(lambda m, x: m.b(m.norm(m.a(x))) + m.d(m.c(x).relu()), norm=nn.LayerNorm(16), **parts)
     graph = trace(net, {"x": torch.randn(2, 10)}).graph_module
     shrink = "find-groups, l2{kinds=[%s]}, select-by-group-ratio{%s, group_ratio=%s, protect=()}"
     shrink += ", shrink{verify}, make-report"
     reports = []
-    for kinds, given, ratio in (
-        ("mlp", "kinds=[mlp]", "0.25"),
-        ("exact-mlp", "kinds=[exact-mlp]", "0.25"),
-        ("exact-mlp", "kinds=[mlp]", "[[exact-mlp, 0.25]]"),
+    for scored, shrunk, ratio in (
+        ("mlp", "mlp", "0.25"),
+        ("exact-mlp", "exact-mlp", "0.25"),
+        ("exact-mlp", "mlp", "[[exact-mlp, 0.25]]"),
     ):
-        slim = Pipeline(shrink % (kinds, given, ratio))(graph).graph_module
+        slim = Pipeline(shrink % (scored, f"kinds=[{shrunk}]", ratio))(graph).graph_module
         reports.append(facts_of(slim)[Report])
     assert [len(report.widths) for report in reports] == [2, 1, 1]
     (nodes,) = reports[0].renormalised.values()
     assert any("norm" in node for node in nodes) and set(reports[0].renormalised) < set(reports[0].widths)
     assert reports[1].renormalised == reports[2].renormalised == {} and reports[1].widths == reports[2].widths
     assert max(report.verification_error or 0 for report in reports) < 1e-5
+
+
+def test_groups_are_recorded_and_scores_of_older_ones_dropped() -> None:
+    net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 12), b=nn.Linear(12, 5))
+    dense = trace(net, {"x": torch.randn(2, 10)}).graph_module
+    assert not FindGroupsPass()(dense).modified
+    facts = facts_of(dense)
+    assert [(group.kind, group.size) for group in facts[Groups]] == [("mlp", 12)]
+    assert facts[Dependencies].axes.parameters == ("a.weight", "a.bias", "b.weight", "b.bias")
+    assert facts[Groups].of_kinds(("head",)) == () and len(facts[Groups].of_kinds(("mlp",))) == len(facts[Groups])
+    load_pass("l1")(dense)
+    assert Scores in facts
+    FindGroupsPass()(dense)
+    assert Scores not in facts

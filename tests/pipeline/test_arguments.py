@@ -1,4 +1,4 @@
-"""Tests: arguments: validation by kind, with errors that name argument and value."""
+"""Arguments: validation by kind, with errors that name argument and value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import fxprune
-import fxprune.pipeline.arguments
 from fxprune.errors import ArgumentError, FxpruneError, RatioError
 from fxprune.pipeline.arguments import (
     as_path,
@@ -28,17 +27,14 @@ from fxprune.pipeline.arguments import (
 from tests.models import tiny
 
 
-@pytest.mark.parametrize("value", [0.25, Fraction(1, 4), np.float32(0.25), torch.tensor(0.25), np.array(0.25)])
-def test_numbers_of_any_library_are_numbers(value: Any) -> None:
-    found = number("ratio", value, least=0, below=1)
-    assert found == 0.25 and type(found) is float
-
-
-@pytest.mark.parametrize("value", [3, np.int8(3), torch.tensor(3)])
-def test_whole_numbers_are_exact(value: Any) -> None:
-    found = whole_number("batch", value, least=1, most=3)
-    assert found == 3 and type(found) is int
-    assert numbers("protect", [value, value], "two numbers") == (3, 3)
+def test_numbers_of_any_library_are_numbers() -> None:
+    for value in (0.25, Fraction(1, 4), np.float32(0.25), torch.tensor(0.25), np.array(0.25)):
+        found = number("ratio", value, least=0, below=1)
+        assert found == 0.25 and type(found) is float
+    for value in (3, np.int8(3), torch.tensor(3)):
+        found = whole_number("batch", value, least=1, most=3)
+        assert found == 3 and type(found) is int
+        assert numbers("protect", [value, value], "two numbers") == (3, 3)
 
 
 @pytest.mark.parametrize(
@@ -72,9 +68,8 @@ def test_flags_seeds_paths_functions_and_instances() -> None:
             call()
 
 
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
+def test_values_are_formatted_in_few_words() -> None:
+    for value, words in (
         (None, "None"),
         (int, "the class int"),
         (object(), "an object"),
@@ -82,20 +77,15 @@ def test_flags_seeds_paths_functions_and_instances() -> None:
         (np.ones(2, dtype=int), "an int64 array of shape (2,)"),
         (torch.tensor(3), "3"),
         ([1, 2], "[1, 2]"),
-    ],
-)
-def test_values_are_told_in_few_words(value: Any, words: str) -> None:
-    assert format_value(value) == words
+    ):
+        assert format_value(value) == words
     assert len(format_value("x" * 5000)) < 100
-
-
-def test_an_error_is_one_line_with_what_where_and_remedy() -> None:
     error = FxpruneError("it is\nbroken.", where="here", remedy="Mend it")
-    assert str(error) == "here: it is broken. Mend it"
+    assert str(error) == "here: it is broken. Mend it", "an error is one line"
 
 
 def test_each_pass_is_logged_with_its_time(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "fxprune"):
         fxprune.prune(tiny("llama"), importance="l2", ratio=0.1)
-    format_value = [record.getMessage().partition(": ")[0] for record in caplog.records]
-    assert format_value[:3] == ["trace", "find-groups", "l2"] and format_value[-1] == "make-report"
+    logged = [record.getMessage().partition(": ")[0] for record in caplog.records]
+    assert logged[:3] == ["trace", "find-groups", "l2"] and logged[-1] == "make-report"

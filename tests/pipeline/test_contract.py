@@ -1,4 +1,4 @@
-"""Tests: the pass contract: facts needed and given, changes declared and checked."""
+"""The pass contract: facts needed and given, changes declared and checked."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from fxprune.errors import FxpruneError, PassError
 from fxprune.graph.facts import Change, Fact, Facts, Source, facts_of, fork
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.pipeline.arguments import declared
-from fxprune.pipeline.contract import STAGES, Pass, PassResult, no_progress
+from fxprune.pipeline.contract import STAGES, Pass, PassResult
 from fxprune.pipeline.pipeline import PassSequence, Pipeline
 from fxprune.pipeline.registry import load_pass, parse_pass, pass_class, pass_names
 from fxprune.removal.scores import Scores
 from fxprune.trace import trace
+from tests import remembered
 from tests.models import tiny, token_ids
 from tests.oracle import Net, discover
 
@@ -42,14 +43,9 @@ def small() -> fx.GraphModule:
     return discover(net, {"x": torch.randn(2, 10)})
 
 
-@cache
-def _traced() -> fx.GraphModule:
-    return trace(tiny("llama", num_hidden_layers=2)).graph_module
-
-
 def llama() -> fx.GraphModule:
-    """The graph of a tiny model, for one test."""
-    return fork(_traced())
+    """The graph of a tiny model."""
+    return remembered.traced("llama", num_hidden_layers=2)
 
 
 LISTED = tuple(spelled.strip() for spelled in WHOLE.strip().split(","))
@@ -60,7 +56,7 @@ NAMES = tuple(spelled.split("{")[0] for spelled in LISTED)
 def _after(count: int) -> fx.GraphModule:
     """The graph after the first passes of the list; worked out once, to be forked."""
     if count == 0:
-        return _traced()
+        return llama()
     step = parse_pass(LISTED[count - 1], data=token_ids(4, 12))
     return step(fork(_after(count - 1))).graph_module
 
@@ -103,23 +99,11 @@ def test_a_registered_pass_keeps_the_contract(name: str, tmp_path: Any) -> None:
     else:
         shared = {id(tensor) for _, tensor in weights(graph_module)} & {id(t) for _, t in weights(result.graph_module)}
         assert result.graph_module is not graph_module and not shared
-
-
-@pytest.mark.parametrize("name", [name for name in OWN if pass_class(name).needs])
-def test_a_pass_refuses_a_graph_about_which_it_does_not_know_enough(name: str, tmp_path: Any) -> None:
-    graph_module, step = ready_for(name, tmp_path)
     for kind in step.needs:
         work = fork(graph_module)
         facts_of(work).drop(kind, by="forgetting")
         with pytest.raises(PassError, match=f"the fact {kind.__name__} is stale since pass forgetting"):
             step(work)
-
-
-def test_a_graph_of_unknown_origin_is_refused() -> None:
-    graph_module = fx.symbolic_trace(nn.Linear(2, 2))
-    for name in ("find-groups", "l2", "slice-parameters"):
-        with pytest.raises(PassError, match="nothing is known about this Linear"):
-            load_pass(name)(graph_module)
 
 
 @dataclass(frozen=True)
@@ -131,13 +115,7 @@ class Mark(Fact):
 
 @dataclass(frozen=True, eq=False)
 class StrangePass(Pass):
-    """Does what its arguments say, whatever it declares.
-
-    Args:
-        does: what it changes.
-        says: what it says about that.
-        gives_mark: whether it keeps its promise.
-    """
+    """Does what its arguments say, whatever it declares."""
 
     name: ClassVar[str] = "strange"
     gives: ClassVar[tuple[type[Fact], ...]] = (Mark,)
@@ -146,7 +124,6 @@ class StrangePass(Pass):
     gives_mark: bool = True
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Change something."""
         if self.does == "weights":
             with torch.no_grad():
                 get_tensor(graph_module, "a.weight").add_(1)
@@ -162,48 +139,35 @@ class StrangePass(Pass):
 
 
 class LearningPass(StrangePass):
-    """As above, and declares that it changes nothing."""
-
     changes: ClassVar[Change] = "nothing"
 
 
 class FittingPass(StrangePass):
-    """As above, and declares that it changes weights."""
-
     changes: ClassVar[Change] = "weights"
 
 
 class CarelessPass(StrangePass):
-    """Says that it replaces tensors, and writes to them."""
-
     writes: ClassVar[bool] = False
 
 
-def test_a_pass_that_writes_where_it_said_it_would_not_is_told() -> None:
-    with pytest.raises(PassError, match=r"wrote to a.weight of the graph that it was given a copy of"):
-        CarelessPass("weights")(small())
-    with pytest.raises(PassError, match=r"wrote to a.weight"):
-        Pipeline([CarelessPass("weights")])(small())
-
-
-def test_a_promise_is_checked() -> None:
+def test_what_a_pass_does_is_compared_with_what_it_declares() -> None:
     assert Mark in facts_of(StrangePass()(small()).graph_module)
-    with pytest.raises(PassError, match=r"pass strange: did not give Mark. This is a defect of the pass"):
-        StrangePass(gives_mark=False)(small())
-
-
-@pytest.mark.parametrize(
-    ("made", "does", "what"),
-    [
-        (LearningPass, "weights", "changed the weights, and declares to change nothing"),
-        (LearningPass, "new weights", "changed the weights, and declares to change nothing"),
-        (LearningPass, "graph", "changed the graph, and declares to change nothing"),
-        (FittingPass, "graph", "changed the graph, and declares to change weights"),
-    ],
-)
-def test_what_changes_is_compared_with_what_is_declared(made: type[StrangePass], does: str, what: str) -> None:
-    with pytest.raises(PassError, match=what):
-        made(does)(small())
+    steps: list[tuple[Pass, str]] = [
+        (StrangePass(gives_mark=False), "pass strange: did not give Mark. This is a defect of the pass"),
+        (LearningPass("weights"), "changed the weights, and declares to change nothing"),
+        (LearningPass("new weights"), "changed the weights, and declares to change nothing"),
+        (LearningPass("graph"), "changed the graph, and declares to change nothing"),
+        (FittingPass("graph"), "changed the graph, and declares to change weights"),
+        (CarelessPass("weights"), r"wrote to a.weight of the graph that it was given a copy of"),
+        (Pipeline([CarelessPass("weights")]), r"wrote to a.weight"),
+        (PeekPass(), "pass peek: reads the fact Source, and declares it in neither needs nor wants"),
+    ]
+    for step, what in steps:
+        with pytest.raises(PassError, match=what):
+            step(small())
+    for name in ("find-groups", "l2", "slice-parameters"):
+        with pytest.raises(PassError, match="nothing is known about this Linear"):
+            load_pass(name)(fx.symbolic_trace(nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize("does", ["weights", "new weights", "graph", "copies", "nothing"])
@@ -280,9 +244,6 @@ def test_passes_run_under_torchs_own_pass_manager() -> None:
     assert own.isdisjoint(id(tensor) for _, tensor in weights(result.graph_module))
 
 
-# ------------------------------------------------------------------------------------------------ wrong orders
-
-
 def follow(steps: list[str], graph_module: fx.GraphModule) -> fx.GraphModule:
     """Run passes; wherever one is refused, run first what the error says, until all have run."""
     pending = list(steps)
@@ -349,30 +310,11 @@ def test_a_decision_about_another_graph_is_refused() -> None:
     carried = load_pass("plan-from-json", text=decided.plan.to_json())  # type: ignore[attr-defined]
     Pipeline([carried, "shrink"])(second)
     with pytest.raises(PassError, match=r"Use the plan's own model|Make the plan again"):
-        carried(Pipeline("find-groups")(trace(tiny("gpt2")).graph_module).graph_module)
+        carried(remembered.grouped("gpt2"))
     with pytest.raises(PassError, match=r"the fact Dependencies is not known. Run find-groups first"):
         carried(llama())
-
-
-def test_facts_are_forgotten_with_the_name_of_what_made_them_stale() -> None:
-    facts = Facts()
     with pytest.raises(PassError, match=r"the fact Mark is not known. Start from fxprune.trace\(model\).graph_module"):
-        facts[Mark]
-    facts.put(Mark())
-    twin = facts.copy()
-    facts.drop_about("weights", by="w")
-    assert Mark in facts
-    facts.drop_about("graph", by="g", but=(Mark,))
-    assert Mark in facts
-    facts.drop_about("graph", by="g")
-    assert Mark not in facts and Mark in twin
-    with pytest.raises(PassError, match="the fact Mark is stale since pass g"):
-        facts[Mark]
-
-
-def test_items_pass_as_they_are() -> None:
-    items = iter([1, 2])
-    assert no_progress(items, "work", 2) is items
+        Facts()[Mark]
 
 
 @dataclass(frozen=True, eq=False)
@@ -395,13 +337,8 @@ class WantingPass(PeekPass):
     wants: ClassVar[tuple[type[Fact], ...]] = (Source, Scores)
 
 
-def test_a_pass_reads_only_the_facts_it_declares() -> None:
-    with pytest.raises(PassError, match="pass peek: reads the fact Source, and declares it in neither needs nor wants"):
-        PeekPass()(llama())
-    assert not WantingPass()(llama()).modified
-
-
 def test_a_pass_that_wants_a_fact_may_not_run_before_its_giver() -> None:
+    assert not WantingPass()(llama()).modified
     with pytest.raises(PassError, match=r"pass wanting: reads the fact Scores, which l2 gives after it\. Run l2 first"):
         Pipeline(["find-groups", WantingPass(), "l2"])(llama())
     Pipeline(["find-groups", "l2", WantingPass()])(llama())

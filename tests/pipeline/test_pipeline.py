@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,12 +17,23 @@ from fxprune.removal.removal import Removal
 from fxprune.trace import trace
 from tests.oracle import Net
 
+
+def small(width: int = 12, device: str = "cpu") -> fx.GraphModule:
+    net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, width), b=nn.Linear(width, 5)).to(device)
+    return trace(net, {"x": torch.randn(2, 10)}).graph_module
+
+
+def with_literals() -> fx.GraphModule:
+    """A graph whose code names a width."""
+    net = Net(lambda m, x: m.b(m.a(x).view(-1, 3, 4).relu().flatten(1)), a=nn.Linear(10, 12), b=nn.Linear(12, 5))
+    return trace(net, {"x": torch.randn(2, 10)}).graph_module
+
+
 CUT = "find-groups, l2, select-by-ratio{ratio=0.3, protect=()}, shrink"
 
 
 def test_passes_are_noted_in_order_and_one_inside_another_once() -> None:
-    net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 12), b=nn.Linear(12, 5))
-    dense = trace(net, {"x": torch.randn(2, 10)}).graph_module
+    dense = small()
     steps = "find-groups, (l2, select-by-ratio{ratio=0.25, protect=()}), shrink{verify}"
     slim = Pipeline(steps)(dense).graph_module
     ran = facts_of(slim)[Ran].passes
@@ -32,11 +41,15 @@ def test_passes_are_noted_in_order_and_one_inside_another_once() -> None:
     assert [spelling for _, spelling, _ in ran] == spellings
     assert [stage for stage, *_ in ran] == ["discover", "importance", "select", "shrink"]
     assert all(seconds >= 0 for *_, seconds in ran) and Ran not in facts_of(dense)
+    long = small(1200)
+    found = Pipeline("find-groups, l2, select-by-ratio{protect=()}")(long).graph_module
+    plan = facts_of(found)[Removal].plan
+    Pipeline(["find-groups", load_pass("plan-from-json", text=plan.to_json())])(long)
+    assert facts_of(long)[Ran].passes[-1][1] == "plan-from-json{...}", "a long spelling is cut"
 
 
 def test_the_code_of_a_graph_is_written_once_and_is_that_of_the_slim_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = Net(lambda m, x: m.b(m.a(x).view(-1, 3, 4).relu().flatten(1)), a=nn.Linear(10, 12), b=nn.Linear(12, 5))
-    dense = trace(net, {"x": torch.randn(2, 10)}).graph_module
+    dense = with_literals()
     before, written = dense.code, list[fx.GraphModule]()
     recompile = fx.GraphModule.recompile
     monkeypatch.setattr(fx.GraphModule, "recompile", lambda self: written.append(self) or recompile(self))
@@ -60,8 +73,7 @@ class Stop(Pass):
 
 
 def test_where_a_step_raises_in_place_the_code_is_that_of_the_graph() -> None:
-    net = Net(lambda m, x: m.b(m.a(x).view(-1, 3, 4).relu().flatten(1)), a=nn.Linear(10, 12), b=nn.Linear(12, 5))
-    dense = trace(net, {"x": torch.randn(2, 10)}).graph_module
+    dense = with_literals()
     before = dense.code
     with pytest.raises(PassError, match="it stops"):
         Pipeline([Pipeline(CUT), Stop()])(dense, inplace=True)
@@ -70,36 +82,15 @@ def test_where_a_step_raises_in_place_the_code_is_that_of_the_graph() -> None:
     assert left == dense.code != before
 
 
-def test_a_long_spelling_is_cut() -> None:
-    """The one of a plan as text repeats the plan."""
-    net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 1200), b=nn.Linear(1200, 5))
-    dense = trace(net, {"x": torch.randn(2, 10)}).graph_module
-    find = Pipeline("find-groups, l2, select-by-ratio{protect=()}")(dense).graph_module
-    plan = facts_of(find)[Removal].plan
-    Pipeline(["find-groups", load_pass("plan-from-json", text=plan.to_json())])(dense)
-    assert facts_of(dense)[Ran].passes[-1][1] == "plan-from-json{...}"
-
-
-@contextmanager
-def collecting() -> Iterator[None]:
-    """The collector is on, and afterwards as it was."""
-    before = gc.isenabled()
-    gc.enable()
-    try:
-        yield
-    finally:
-        if not before:
-            gc.disable()
-
-
 @pytest.mark.parametrize(("device", "expected"), [("meta", False), ("cpu", True)])
 def test_garbage_of_a_graph_without_weights_is_looked_for_when_all_is_done(device: str, expected: bool) -> None:
     """Full collections over all that was imported took a tenth of a whole prune, in whichever pass they came due."""
-    net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 12), b=nn.Linear(12, 5)).to(device)
-    dense = trace(net, {"x": torch.randn(2, 10)}).graph_module
+    dense = small(device=device)
     seen = list[bool]()
     scores = "random, select-by-ratio{ratio=0.3, protect=()}"
-    with collecting():
+    before = gc.isenabled()
+    try:
+        gc.enable()
         Pipeline(["find-groups", Pipeline(scores, on_pass=lambda _: seen.append(gc.isenabled())), "shrink"])(dense)
         assert gc.isenabled() and seen == [expected] * 2
         with pytest.raises(PassError, match="it stops"):
@@ -107,4 +98,6 @@ def test_garbage_of_a_graph_without_weights_is_looked_for_when_all_is_done(devic
         assert gc.isenabled()
         gc.disable()
         Pipeline("find-groups")(dense)
-        assert not gc.isenabled(), "what a user switched off stays off"
+        assert not gc.isenabled(), "a collector switched off by the user stays off"
+    finally:
+        gc.enable() if before else gc.disable()

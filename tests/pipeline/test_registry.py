@@ -1,4 +1,4 @@
-"""Tests: passes by name, through the entry points of the group ``fxprune.passes``."""
+"""Passes by name, through the entry points of the group ``fxprune.passes``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 import fxprune
-from fxprune.errors import PassError, UnknownNameError
+from fxprune.errors import UnknownNameError
 from fxprune.pipeline import registry
 from fxprune.pipeline.registry import arguments_of, example_of, in_order, pass_class, pass_names, plain
 
@@ -40,25 +38,15 @@ class LargestImportancePass(ImportancePass):
         return {(n, i): axis_sums(get[n].detach().abs() ** self.power, i) for n, i in wanted}
 '''
 
-METADATA = "Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
-
 
 def install(folder: Path, name: str, code: str | None, *entries: str) -> None:
     """Put a package into a folder of packages as pip would."""
     info = folder / f"{name}-1.0.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(METADATA.format(name=name))
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[fxprune.passes]\n" + "\n".join(entries) + "\n")
     if code is not None:
         (folder / f"{name}.py").write_text(code)
-
-
-def run(folder: Path, code: str) -> str:
-    """What `code` prints in a process of its own that finds the packages in `folder`."""
-    code = f"import sys; sys.path.insert(0, {str(folder)!r})\n{textwrap.dedent(code)}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_the_stages_have_their_passes() -> None:
@@ -73,9 +61,9 @@ def test_a_foreign_package_registers_a_pass_that_keeps_the_contract(tmp_path: Pa
     install(tmp_path, "plugin", PLUGIN, "largest = plugin:LargestImportancePass")
     install(tmp_path, "broken", "import a_package_that_is_not_there", "broken = broken:BrokenPass")
     install(tmp_path, "odd", "value = 3", "odd = odd:value", "absent = odd:Absent")
-    told = run(
-        tmp_path,
-        """
+    code = """
+        import sys
+        sys.path.insert(0, sys.argv[1])
         import fxprune
         from tests.exports import remember_exports
         from tests.models import tiny
@@ -93,25 +81,14 @@ def test_a_foreign_package_registers_a_pass_that_keeps_the_contract(tmp_path: Pa
                 fxprune.load_pass(name)
             except fxprune.FxpruneError as error:
                 print(name, "-", error)
-        """,
-    )
-    lines = dict(line.split(" - ", 1) for line in told.splitlines() if " - " in line)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(" - ", 1) for line in done.stdout.splitlines() if " - " in line)
     assert "cannot be imported from broken:BrokenPass: ModuleNotFoundError" in lines["broken"]
     assert "the other passes work without it" in lines["broken"]
     assert "is no class of passes" in lines["odd"] and "AttributeError" in lines["absent"]
-
-
-def test_a_pass_of_ones_own_needs_no_registration() -> None:
-    from fxprune.pipeline.pipeline import Pipeline
-    from tests.oracle import Net, discover
-    from tests.pipeline.test_contract import StrangePass
-
-    dense = discover(Net(lambda m, x: m.a(x), a=nn.Linear(3, 3)), {"x": torch.randn(2, 3)})
-    assert Pipeline([StrangePass("weights")])(dense).modified
-    with pytest.raises(PassError, match="declares to change nothing"):
-        from tests.pipeline.test_contract import LearningPass
-
-        Pipeline([LearningPass("weights")])(dense)
 
 
 @pytest.mark.parametrize("name", fxprune.pass_names())
@@ -126,21 +103,16 @@ def test_an_argument_that_is_an_object_has_no_default_to_write() -> None:
     assert arguments["tokens"][0] == "128" and arguments["tokens"][1]
     assert arguments["data"][0] == "" and arguments["file"][0] == "''"
     assert example_of(pass_class("calibrate")) == "calibrate{tokens=128, written=0, seed=0}"
+    assert (
+        plain("``ratio`` of :data:`ORDERS`, see :func:`~fxprune.prune`") == "`ratio` of `ORDERS`, see `fxprune.prune`"
+    )
 
 
 def test_givers_stand_before_takers_and_broken_ones_last(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint("broken", "no.such.module:BrokenPass", registry._GROUP)
-    monkeypatch.setattr(registry, "_entries", lambda: {**entries, "broken": entry})
+    entries = {**registry._entries(), "broken": entry}
+    monkeypatch.setattr(registry, "_entries", lambda: entries)
     order = in_order(fxprune.pass_names())
     assert sorted(order) == sorted(fxprune.pass_names()) and order[-1] == "broken"
     steps = ["bypass-blocks", "slice-parameters", "rewrite-literals"]
     assert [name for name in order if name in steps] == steps
-
-
-entries = dict(registry._entries())
-
-
-def test_docstrings_lose_their_markup() -> None:
-    assert (
-        plain("``ratio`` of :data:`ORDERS`, see :func:`~fxprune.prune`") == "`ratio` of `ORDERS`, see `fxprune.prune`"
-    )

@@ -47,7 +47,6 @@ def test_a_removal_knows_its_plan_and_what_stays_of_constants() -> None:
 
 
 def root_mean_square(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
-    """The norm in float64."""
     return w * x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
 
@@ -84,7 +83,7 @@ def dense(norm: str) -> Any:
     return discover(Net(body, **parts), {"x": torch.randn(3, 6)}, norm=norm)
 
 
-def test_numbers_and_weights_of_a_removal() -> None:
+def test_numbers_and_weights_of_a_removal_and_the_reason_why_a_norm_is_not_rescaled() -> None:
     graph = dense("masked")
     axes, groups = axes_of(graph), {group.size: group for group in groups_of(graph)}
     for size in (12, 8):
@@ -96,12 +95,7 @@ def test_numbers_and_weights_of_a_removal() -> None:
     assert name == "w" and scaling.offset == 0 and abs(scaling.factor - (12 / 9) ** 0.5) < 1e-12
     assert scaled_numbers(axes, Keep()) == scaled_weights(axes, Keep()) == {}
     assert len(kept_norm_modules(axes, keep)) == 1 and kept_norm_modules(axes, Keep()) == ()
-
-
-def test_a_norm_that_is_not_rescaled_has_a_reason() -> None:
-    graph = dense("masked")
-    (group,) = [group for group in groups_of(graph) if group.renormalised]
-    (line,) = unkept_norm_reasons(axes_of(graph), group.renormalised)
+    (line,) = unkept_norm_reasons(axes, groups[8].renormalised)
     assert "is taken over the kept units" in line and "before a weight has been multiplied" in line
     sliced = dense("sliced")
     assert unkept_norm_reasons(axes_of(sliced), [node for g in groups_of(sliced) for node in g.renormalised]) == ()

@@ -29,46 +29,21 @@ from tests.oracle import Net, axes_of, discover, groups_of
 REPORT = Report(parameters=(200, 150), macs=(1000, 800), tokens=64, widths={"g": (4, 3)}, notes=("a note",))
 
 
-def test_the_report_is_plain_data() -> None:
+def test_the_report_is_plain_data_and_a_table_of_dense_slim_and_change() -> None:
     assert REPORT.achieved == 0.25
     data = json.loads(REPORT.to_json())
     assert data["achieved"] == 0.25 and data["parameters"] == [200, 150] and data["notes"] == ["a note"]
     assert REPORT.to_dict()["widths"] == {"g": (4, 3)}
-
-
-def test_the_table_shows_dense_slim_and_change() -> None:
-    columns = [list(column.cells) for column in REPORT.table().columns]
-    assert columns == [
-        ["parameters", "MACs at 64 tokens"],
-        ["200", "1,000"],
-        ["150", "800"],
-        ["-25.0%", "-20.0%"],
-    ]
-
-
-def test_widths_are_of_groups_that_shrank_and_frozen_axes_have_their_reason() -> None:
-    dense = discover(
-        Net(lambda net, x: net.b(net.a(x)), a=nn.Linear(3, 4), b=nn.Linear(4, 2)), {"x": torch.randn(2, 3)}
-    )
-    (group,) = groups_of(dense)
-    assert group.factor is not None
-    assert group_widths((group,), Keep()) == {}
-    units = np.array([True, False, True, True])
-    assert group_widths((group,), Keep({group.factor: units})) == {group.name: (4, 3)}
-    reasons = frozen_reasons(axes_of(dense))
-    assert "input" in reasons["a.weight[1]"] and "output" in reasons["b.weight[0]"]
-    assert "a.weight[0]" not in reasons
+    names, *rows = (list(column.cells) for column in REPORT.table().columns)
+    assert names == ["parameters", "MACs at 64 tokens"]
+    assert rows == [["200", "1,000"], ["150", "800"], ["-25.0%", "-20.0%"]]
 
 
 def test_a_report_is_read_back_from_its_data() -> None:
     again = Report.from_dict(json.loads(REPORT.to_json()))
     assert again == REPORT and again.to_json() == REPORT.to_json()
-    full = replace(
-        REPORT,
-        groups=(GroupSize("g", "mlp", None, "g", 4, 3),),
-        scores={"g": Spread((1.0, 2.0), ())},
-        passes=(("l2", "importance", 0.1),),
-    )
+    groups, scores = (GroupSize("g", "mlp", None, "g", 4, 3),), {"g": Spread((1.0, 2.0), ())}
+    full = replace(REPORT, groups=groups, scores=scores, passes=(("l2", "importance", 0.1),))
     again = Report.from_dict(json.loads(full.to_json()))
     assert again == full and again.passes == full.passes and again.to_html() == full.to_html()
     with pytest.raises(ArgumentError, match=r"Report\.to_dict"):
@@ -76,9 +51,8 @@ def test_a_report_is_read_back_from_its_data() -> None:
 
 
 def test_every_group_has_its_size_and_scored_ones_how_scores_are_spread() -> None:
-    dense = discover(
-        Net(lambda net, x: net.b(net.a(x)), a=nn.Linear(3, 5), b=nn.Linear(5, 2)), {"x": torch.randn(2, 3)}
-    )
+    net = Net(lambda net, x: net.b(net.a(x)), a=nn.Linear(3, 5), b=nn.Linear(5, 2))
+    dense = discover(net, {"x": torch.randn(2, 3)})
     (group,) = groups_of(dense)
     assert group.factor is not None
     keep = Keep({group.factor: np.array([True, False, True, True, False])})
@@ -90,6 +64,10 @@ def test_every_group_has_its_size_and_scored_ones_how_scores_are_spread() -> Non
     assert score_spreads((group,), Keep(), (), scores)[size.place].removed == ()
     assert score_spreads((group,), keep, (), None) == {}
     assert "torch" in package_versions()
+    assert group_widths((group,), Keep()) == {} and group_widths((group,), keep) == {group.name: (5, 3)}
+    reasons = frozen_reasons(axes_of(dense))
+    assert "input" in reasons["a.weight[1]"] and "output" in reasons["b.weight[0]"]
+    assert "a.weight[0]" not in reasons
 
 
 def test_of_a_block_that_goes_no_unit_stays_and_many_alike_groups_share_a_place() -> None:

@@ -14,9 +14,11 @@ from torch.utils._pytree import tree_map_only
 from fxprune.graph.tensors import output_name
 from fxprune.rules import registered_rules
 from fxprune.rules.apply import apply_rule, fresh_axes
+from fxprune.rules.convolution import _POOLS
 from fxprune.rules.statements import Positions, Statements, TensorAxes
 
 aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
 Tensors = dict[str, torch.Tensor]
 _generator = torch.Generator().manual_seed(0)
 
@@ -25,11 +27,7 @@ _generator = torch.Generator().manual_seed(0)
 class Sample:
     """A call of an op.
 
-    Args:
-        op: the op.
-        args: its arguments.
-        kwargs: its keyword arguments.
-        positions: which tensors among the arguments, by number, hold positions, with number and axis of another one.
+    ``positions`` says which tensors among the arguments hold positions, by number, with number and axis of another one.
     """
 
     op: Callable[..., Any]
@@ -86,8 +84,12 @@ class Applied:
 
 
 def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Sample:
-    """A sample."""
     return Sample(op, args, kwargs)
+
+
+def same(names: str, *args: Any) -> dict[str, list[Sample]]:
+    """The same call of several ops of ATen."""
+    return {name: [call(getattr(aten, name).default, *args)] for name in names.split()}
 
 
 def at(sample: Sample, **positions: tuple[int, int]) -> Sample:
@@ -96,34 +98,27 @@ def at(sample: Sample, **positions: tuple[int, int]) -> Sample:
 
 
 def x(*shape: int) -> torch.Tensor:
-    """Normal numbers."""
     return torch.randn(shape, generator=_generator, dtype=torch.float64)
 
 
 def up(*shape: int) -> torch.Tensor:
-    """Numbers above zero."""
     return x(*shape).abs() + 0.3
 
 
 def z(*shape: int) -> torch.Tensor:
-    """Complex numbers."""
     return torch.randn(shape, generator=_generator, dtype=torch.complex128)
 
 
 def i(below: int, *shape: int) -> torch.Tensor:
-    """Whole numbers from zero."""
     return torch.randint(below, shape, generator=_generator)
 
 
 def b(*shape: int) -> torch.Tensor:
-    """Truth values."""
     return x(*shape) > 0
 
 
 def _pool(name: str) -> Sample:
-    space = int(
-        next(sign for sign in reversed(name.removesuffix("_aa").removesuffix("_with_indices")) if sign.isdigit())
-    )
+    space = int(next(sign for sign in reversed(name) if sign.isdigit()))
     image, ones, twos = x(2, 3, *(4, 6, 8)[:space]), [1] * space, [2] * space
     op = getattr(aten, name).default
     if "pad" in name:
@@ -134,16 +129,8 @@ def _pool(name: str) -> Sample:
     return call(op, image, twos)
 
 
-_POOLS = (
-    "max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices"
-    " avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d"
-    " adaptive_max_pool2d adaptive_max_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d"
-    " upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d upsample_linear1d"
-    " upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"
-    " reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d"
-)
-
 _PRODUCTS: dict[str, list[Sample]] = {
+    **same("outer ger", x(3), x(4)),
     "linear": [call(aten.linear.default, x(2, 3, 4), x(5, 4), x(5)), call(aten.linear.default, x(4), x(5, 4))],
     "mm": [call(aten.mm.default, x(3, 4), x(4, 5))],
     "bmm": [call(aten.bmm.default, x(2, 3, 4), x(2, 4, 5))],
@@ -154,8 +141,6 @@ _PRODUCTS: dict[str, list[Sample]] = {
         call(aten.addmm.default, x(3, 1), x(3, 4), x(4, 5), alpha=0.5),
     ],
     "baddbmm": [call(aten.baddbmm.default, x(2, 1, 5), x(2, 3, 4), x(2, 4, 5))],
-    "outer": [call(aten.outer.default, x(3), x(4))],
-    "ger": [call(aten.ger.default, x(3), x(4))],
     "matmul": [
         call(aten.matmul.default, x(2, 3, 4), x(2, 4, 5)),
         call(aten.matmul.default, x(2, 1, 3, 4), x(6, 4, 5)),
@@ -192,15 +177,8 @@ _PRODUCTS: dict[str, list[Sample]] = {
     "conv_transpose2d": [call(aten.conv_transpose2d.input, x(2, 3, 5, 6), x(3, 4, 2, 2), x(4))],
     "conv_transpose3d": [call(aten.conv_transpose3d.input, x(2, 3, 4, 5, 6), x(3, 4, 2, 2, 2), x(4))],
     "scaled_dot_product_attention": [
-        call(
-            aten.scaled_dot_product_attention.default, x(2, 3, 5, 6), x(2, 3, 7, 6), x(2, 3, 7, 4), x(5, 7), scale=0.4
-        ),
-        call(
-            aten.scaled_dot_product_attention.default,
-            *(x(2, 4, 5, 6), x(2, 2, 7, 6), x(2, 2, 7, 3)),
-            scale=0.4,
-            enable_gqa=True,
-        ),
+        call(SDPA, x(2, 3, 5, 6), x(2, 3, 7, 6), x(2, 3, 7, 4), x(5, 7), scale=0.4),
+        call(SDPA, x(2, 4, 5, 6), x(2, 2, 7, 6), x(2, 2, 7, 3), scale=0.4, enable_gqa=True),
     ],
 }
 
@@ -224,14 +202,17 @@ _NORMS: dict[str, list[Sample]] = {
 }
 
 _SHAPES: dict[str, list[Sample]] = {
+    **same("swapaxes swapdims", x(2, 3, 4), 0, 2),
+    **same("reshape_as view_as", x(2, 12), x(2, 3, 4)),
+    **same("split_with_sizes split_with_sizes_copy", x(2, 5), [2, 3], 1),
+    **same("_conj _conj_physical conj_physical", z(3, 4)),
+    **same("unfold unfold_copy", x(2, 9, 3), 1, 3, 2),
     "reshape": [call(aten.reshape.default, x(2, 12), [2, 3, 4]), call(aten.reshape.default, x(4, 6), [2, 2, 6])],
     "view": [call(aten.view.default, x(2, 3, 4), [2, 12])],
     "_unsafe_view": [call(aten._unsafe_view.default, x(2, 3, 4), [6, 4])],
     "flatten": [call(aten.flatten.using_ints, x(2, 3, 4), 1)],
     "ravel": [call(aten.ravel.default, x(2, 3))],
     "unflatten": [call(aten.unflatten.int, x(2, 12, 5), 1, [3, 4])],
-    "reshape_as": [call(aten.reshape_as.default, x(2, 12), x(2, 3, 4))],
-    "view_as": [call(aten.view_as.default, x(2, 12), x(2, 3, 4))],
     "unsqueeze": [call(aten.unsqueeze.default, x(2, 3), 1)],
     "squeeze": [call(aten.squeeze.dims, x(2, 1, 3), [1])],
     "squeeze_": [call(aten.squeeze_.dim, x(2, 1, 3), 1)],
@@ -242,8 +223,6 @@ _SHAPES: dict[str, list[Sample]] = {
     "mT": [call(aten.mT.default, x(2, 3, 4))],
     "movedim": [call(aten.movedim.int, x(2, 3, 4), 0, -1)],
     "moveaxis": [call(aten.moveaxis.intlist, x(2, 3, 4), [0, 2], [2, 1])],
-    "swapaxes": [call(aten.swapaxes.default, x(2, 3, 4), 0, 2)],
-    "swapdims": [call(aten.swapdims.default, x(2, 3, 4), 0, 2)],
     "adjoint": [call(aten.adjoint.default, z(2, 3, 4))],
     "matrix_H": [call(aten.matrix_H.default, z(3, 4))],
     "expand": [call(aten.expand.default, x(3, 1, 4), [2, -1, 5, 4])],
@@ -273,8 +252,6 @@ _SHAPES: dict[str, list[Sample]] = {
     "concat": [call(aten.concat.default, [x(2, 3), x(2, 4)], -1)],
     "concatenate": [call(aten.concatenate.default, [x(2, 3), x(4, 3)])],
     "stack": [call(aten.stack.default, [x(2, 3), x(2, 3)], 1)],
-    "split_with_sizes": [call(aten.split_with_sizes.default, x(2, 5), [2, 3], 1)],
-    "split_with_sizes_copy": [call(aten.split_with_sizes_copy.default, x(2, 5), [2, 3], 1)],
     "split": [call(aten.split.Tensor, x(2, 6), 3, 1)],
     "chunk": [call(aten.chunk.default, x(2, 6), 2, 1)],
     "tensor_split": [call(aten.tensor_split.sections, x(2, 6), 2, 1)],
@@ -290,15 +267,10 @@ _SHAPES: dict[str, list[Sample]] = {
     "pad": [call(aten.pad.default, x(2, 3, 4), [1, 1])],
     "view_as_complex": [call(aten.view_as_complex.default, x(3, 4, 2))],
     "view_as_real": [call(aten.view_as_real.default, z(3, 4))],
-    "_conj": [call(aten._conj.default, z(3, 4))],
-    "_conj_physical": [call(aten._conj_physical.default, z(3, 4))],
-    "conj_physical": [call(aten.conj_physical.default, z(3, 4))],
     "python::getitem": [call(operator.getitem, (x(2, 3), x(2, 4)), 1)],
     "sym_size": [call(aten.sym_size.int, x(2, 3), 1)],
     "sym_stride": [call(aten.sym_stride.int, x(2, 3), 1)],
     "sym_numel": [call(aten.sym_numel.default, x(2, 3))],
-    "unfold": [call(aten.unfold.default, x(2, 9, 3), 1, 3, 2)],
-    "unfold_copy": [call(aten.unfold_copy.default, x(2, 9, 3), 1, 3, 2)],
     "im2col": [call(aten.im2col.default, x(2, 3, 5, 6), [2, 2], [1, 1], [0, 0], [1, 1])],
     "col2im": [call(aten.col2im.default, x(2, 12, 20), [5, 6], [2, 2], [1, 1], [0, 0], [1, 1])],
     "pixel_shuffle": [call(aten.pixel_shuffle.default, x(2, 12, 3, 5), 2)],
@@ -307,28 +279,24 @@ _SHAPES: dict[str, list[Sample]] = {
 }
 
 _CREATION: dict[str, list[Sample]] = {
+    **same("zeros ones rand randn", [2, 3]),
+    **same("new_zeros new_ones new_empty", x(4), [2, 3]),
+    **same("arange eye randperm", 4),
+    **same("tril_indices triu_indices", 3, 4),
     "full": [call(aten.full.default, [2, 3], 0.5, dtype=torch.float64)],
-    "zeros": [call(aten.zeros.default, [2, 3])],
-    "ones": [call(aten.ones.default, [2, 3])],
     "empty": [call(aten.empty.memory_format, [2, 3])],
     "new_full": [call(aten.new_full.default, x(4), [2, 3], 0.5)],
-    "new_zeros": [call(aten.new_zeros.default, x(4), [2, 3])],
-    "new_ones": [call(aten.new_ones.default, x(4), [2, 3])],
-    "new_empty": [call(aten.new_empty.default, x(4), [2, 3])],
     "full_like": [call(aten.full_like.default, x(2, 3), 0.5)],
-    "arange": [call(aten.arange.default, 4)],
     "linspace": [call(aten.linspace.default, 0, 1, 4)],
-    "eye": [call(aten.eye.default, 4)],
-    "tril_indices": [call(aten.tril_indices.default, 3, 4)],
-    "triu_indices": [call(aten.triu_indices.default, 3, 4)],
-    "rand": [call(aten.rand.default, [2, 3])],
-    "randn": [call(aten.randn.default, [2, 3])],
     "randint": [call(aten.randint.default, 5, [2, 3])],
-    "randperm": [call(aten.randperm.default, 4)],
     "scalar_tensor": [call(aten.scalar_tensor.default, 0.5)],
 }
 
 _ELEMENTS: dict[str, list[Sample]] = {
+    **same("copy_ copy", x(2, 3, 4), x(3, 1)),
+    **same("dropout alpha_dropout native_dropout", x(2, 3), 0.5, False),
+    "feature_dropout": [call(aten.feature_dropout.default, x(2, 3, 4), 0.5, False)],
+    **same("real imag", z(2, 3)),
     "where": [call(aten.where.self, b(2, 3, 1), x(2, 3, 4), x(4))],
     "masked_fill": [call(aten.masked_fill.Scalar, x(2, 3, 4), b(3, 1), 0.5)],
     "masked_fill_": [call(aten.masked_fill_.Scalar, x(2, 3, 4), b(3, 1), 0.5)],
@@ -339,15 +307,7 @@ _ELEMENTS: dict[str, list[Sample]] = {
     "to.other": [call(aten.to.other, x(2, 3), i(3, 4))],
     "_to_copy": [call(aten._to_copy.default, x(2, 3), dtype=torch.float32)],
     "type_as": [call(aten.type_as.default, x(2, 3), i(3, 4))],
-    "copy_": [call(aten.copy_.default, x(2, 3, 4), x(3, 1))],
-    "copy": [call(aten.copy.default, x(2, 3, 4), x(3, 1))],
-    "dropout": [call(aten.dropout.default, x(2, 3), 0.5, False)],
-    "feature_dropout": [call(aten.feature_dropout.default, x(2, 3, 4), 0.5, False)],
-    "alpha_dropout": [call(aten.alpha_dropout.default, x(2, 3), 0.5, False)],
-    "native_dropout": [call(aten.native_dropout.default, x(2, 3), 0.5, False)],
     "bernoulli": [call(aten.bernoulli.default, up(8, 9).clamp(max=1))],
-    "real": [call(aten.real.default, z(2, 3))],
-    "imag": [call(aten.imag.default, z(2, 3))],
     "polar": [call(aten.polar.default, up(2, 3), x(3))],
     "complex": [call(aten.complex.default, x(2, 3), x(3))],
     "fill_": [call(aten.fill_.Scalar, x(2, 3), 0.5)],
@@ -359,6 +319,10 @@ _ELEMENTS: dict[str, list[Sample]] = {
 }
 
 _REDUCTIONS: dict[str, list[Sample]] = {
+    **same("amax amin logsumexp", x(2, 3, 4), [1]),
+    **same("_softmax _log_softmax", x(2, 3, 4), -1, False),
+    **same("cumsum cumprod logcumsumexp", x(2, 3, 4), 1),
+    **same("fliplr flipud tril triu tril_ triu_ diff", x(2, 3, 4)),
     "sum": [call(aten.sum.dim_IntList, x(2, 3, 4), [1, 2]), call(aten.sum.default, x(2, 3))],
     "norm": [
         call(aten.norm.ScalarOpt_dim, x(2, 3, 4), 2, [-1], True),
@@ -383,9 +347,6 @@ _REDUCTIONS: dict[str, list[Sample]] = {
     "var_mean": [call(aten.var_mean.correction, x(2, 3, 4), [1], keepdim=True)],
     "std_mean": [call(aten.std_mean.correction, x(2, 3, 4), [1])],
     "mean": [call(aten.mean.dim, x(2, 3, 4), [1], True)],
-    "amax": [call(aten.amax.default, x(2, 3, 4), [1])],
-    "amin": [call(aten.amin.default, x(2, 3, 4), [1])],
-    "logsumexp": [call(aten.logsumexp.default, x(2, 3, 4), [1])],
     "argmax": [call(aten.argmax.default, x(2, 3, 4), 1), call(aten.argmax.default, x(2, 3))],
     "argmin": [call(aten.argmin.default, x(2, 3, 4), 1, True)],
     "max.dim": [call(aten.max.dim, x(2, 3, 4), 1)],
@@ -400,23 +361,12 @@ _REDUCTIONS: dict[str, list[Sample]] = {
     "kthvalue": [call(aten.kthvalue.default, x(2, 3, 4), 2, 1)],
     "softmax": [call(aten.softmax.int, x(2, 3, 4), -1)],
     "log_softmax": [call(aten.log_softmax.int, x(2, 3, 4), 1)],
-    "_softmax": [call(aten._softmax.default, x(2, 3, 4), -1, False)],
-    "_log_softmax": [call(aten._log_softmax.default, x(2, 3, 4), -1, False)],
-    "cumsum": [call(aten.cumsum.default, x(2, 3, 4), 1)],
-    "cumprod": [call(aten.cumprod.default, x(2, 3, 4), 1)],
-    "logcumsumexp": [call(aten.logcumsumexp.default, x(2, 3, 4), 1)],
     "flip": [call(aten.flip.default, x(2, 3, 4), [1])],
-    "fliplr": [call(aten.fliplr.default, x(2, 3, 4))],
-    "flipud": [call(aten.flipud.default, x(2, 3, 4))],
     "roll": [call(aten.roll.default, x(2, 3, 4), [1], [1]), call(aten.roll.default, x(2, 3), [2])],
-    "tril": [call(aten.tril.default, x(2, 3, 4))],
-    "triu": [call(aten.triu.default, x(2, 3, 4))],
-    "tril_": [call(aten.tril_.default, x(2, 3, 4))],
-    "triu_": [call(aten.triu_.default, x(2, 3, 4))],
-    "diff": [call(aten.diff.default, x(2, 3, 4))],
 }
 
 _LOOK_UPS: dict[str, list[Sample]] = {
+    **same("sort argsort", x(3, 5)),
     "embedding": [
         call(aten.embedding.default, x(5, 4), i(5, 2, 3)),
         at(call(aten.embedding.default, x(5, 4), i(5, 2, 3)), t1=(0, 0)),
@@ -431,8 +381,6 @@ _LOOK_UPS: dict[str, list[Sample]] = {
         at(call(aten.index_select.default, x(2, 5, 4), 1, i(5, 3)), t1=(0, 1)),
     ],
     "topk": [call(aten.topk.default, x(3, 5), 2)],
-    "sort": [call(aten.sort.default, x(3, 5))],
-    "argsort": [call(aten.argsort.default, x(3, 5))],
     "gather": [
         call(aten.gather.default, x(3, 5), 1, i(5, 3, 2)),
         at(call(aten.gather.default, x(3, 5), 1, i(5, 3, 2)), t1=(0, 1)),

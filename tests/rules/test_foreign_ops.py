@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import fxprune
 from fxprune.rules import registry
 from tests.oracle import Net, axes_of, check_removes_exactly, discover
 from tests.rules.test_routing import EXPERTS, Mixture, run_experts
+from tests.rules.test_rules import Middle, between
 
 
 @torch.library.custom_op("foreign::turned", mutates_args=())
@@ -79,11 +80,6 @@ def rules() -> Iterator[None]:
     registry._RULES.update(before)
 
 
-def between(middle: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Net, dict[str, torch.Tensor]]:
-    net = Net(lambda m, x: m.b(middle(m.a(x))), a=nn.Linear(10, 12), b=nn.Linear(12, 9))
-    return net, {"x": torch.randn(2, 7, 10)}
-
-
 def test_an_op_without_a_rule_is_frozen() -> None:
     del registry._RULES["foreign::turned"]
     dense = check_removes_exactly(*between(lambda h: turned(turned(h))), [])
@@ -99,7 +95,7 @@ def test_an_op_without_a_rule_is_frozen() -> None:
     ],
     ids=["moved", "moved zeros", "shape"],
 )
-def test_ops_that_move_values_or_read_shapes(middle: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_ops_that_move_values_or_read_shapes(middle: Middle) -> None:
     check_removes_exactly(*between(middle), [12])
 
 
@@ -116,9 +112,8 @@ def test_one_that_multiplies_and_sums() -> None:
 
 def test_a_product_of_zeros_is_zero() -> None:
     """A sum over units that only the product made zero finds zeros."""
-    mixed = nn.Parameter(torch.randn(12, 12))
     net, inputs = between(lambda h: h)
-    net.m = mixed
+    net.m = nn.Parameter(torch.randn(12, 12))
     net.body = lambda m, x: m.b(project(m.a(x), m.m).pow(2).cumsum(-1))
     check_removes_exactly(net, inputs, [12, 12])
 
@@ -137,13 +132,6 @@ def test_one_that_compares_positions() -> None:
     assert experts.size == EXPERTS and experts not in axes.frozen
     assert axes.unruled == {}
     check_removes_exactly(Mixture(compared), {"x": torch.randn(11, 5)})
-
-
-def test_one_that_computes_with_positions_keeps_all_experts() -> None:
-    fxprune.rule("foreign::same", values="pointwise")(lambda op: [op.broadcast(x) for x in op.tensors])
-    axes = axes_of(discover(Mixture(compared), {"x": torch.randn(11, 5)}))
-    (experts,) = (f for e in axes.tensors["router.weight"][:1] for f in fxprune.axes.factors(e))
-    assert axes.frozen[experts].reason == "foreign.same.default computes with positions along this axis"
 
 
 def test_a_decorated_object_stays_the_same() -> None:

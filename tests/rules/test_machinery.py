@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import fx, nn
 
 import fxprune
 from fxprune.graph.compat import tree_leaves
 from fxprune.rules.aliasing import alias_roots, find_spelling, may_alias, regroups, writes
-from fxprune.rules.apply import RuleDescriber, apply_rule_alone, describe_rule, fresh_axes
-from fxprune.rules.notation import Letter, TensorPattern
+from fxprune.rules.apply import RuleDescriber, apply_rule_alone, describe_rule
 from fxprune.rules.probing import constant_result
 from fxprune.rules.products import weight_product
-from fxprune.rules.routing import pick
-from fxprune.rules.site import OpArguments, OpSite, op_name
-from fxprune.rules.statements import Statements
+from fxprune.rules.site import OpArguments, op_name
 
 aten = torch.ops.aten
 
@@ -42,6 +38,7 @@ def test_a_write_through_a_view_has_the_root_of_the_view() -> None:
     root = alias_roots(graph)
     (written,) = (node for node in graph.nodes if writes(node))
     assert root[written].target is aten.clone.default
+    assert find_spelling(aten.view.default) is not None and find_spelling(aten.view.dtype) is None
     views = [node for node in graph.nodes if may_alias(node) and root[node] is root[written]]
     assert len(views) >= 2 and not any(regroups(node) for node in views)
 
@@ -54,11 +51,6 @@ def test_products_name_their_weight_and_bias() -> None:
     assert added is not None and added.target == "up.bias" and found["down"].added is None
 
 
-def test_spellings_are_found_by_overload() -> None:
-    assert find_spelling(aten.view.default) is not None
-    assert find_spelling(aten.view.dtype) is None
-
-
 def test_a_rule_in_isolation_describes_itself() -> None:
     node = next(node for node in graph_of(Net(), 2, 5).nodes if node.target is aten.linear.default)
     site, stated = apply_rule_alone(node)
@@ -66,16 +58,3 @@ def test_a_rule_in_isolation_describes_itself() -> None:
     assert op_name(node.target) == "linear" and OpArguments(node).get("bias").target == "up.bias"
     assert not stated.unruled and len(tree_leaves(site.outs)) == 1
     assert constant_result(node, {}) is None
-
-
-def test_an_axis_picked_by_unknown_numbers_is_frozen() -> None:
-    stated = Statements()
-    x, index = fresh_axes("x", torch.ones(4)), fresh_axes("i", torch.ones(2))
-    op = OpSite(fx.Graph().call_function(aten.take.default, ()), stated, (x,))
-    pick(op, index, x, 0)
-    assert stated.solver.frozen_factors()[x.axes[0]].reason == "looked up by number"  # type: ignore[index]
-
-
-@pytest.mark.parametrize(("rank", "places"), [(1, [("i", 0)]), (3, [("b", 2), ("b", 1), ("i", 0)])])
-def test_a_star_is_any_number_of_axes(rank: int, places: list[tuple[str, int]]) -> None:
-    assert TensorPattern("x", (Letter("b", True, False), Letter("i", False, False))).places(rank) == places

@@ -1,14 +1,12 @@
-"""Rules as text: invalid notations are refused with the reason, and applied rules are printed."""
+"""Rules as text: invalid notations are refused with the reason. The page of all rules shows how they are printed."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import fx
 
 import fxprune
 from fxprune.errors import FxpruneError
-from fxprune.rules import describe_rule
 from fxprune.rules.notation import read_notation
 from fxprune.rules.registry import moves_values
 
@@ -60,62 +58,6 @@ def test_an_op_that_is_not_loaded_yet_may_have_any_arguments() -> None:
 )
 def test_the_added_tensor_of_a_product_has_no_summed_letter(text: str, added: str) -> None:
     assert read_notation(text, "aten::linear", multiplies=True).added == added
-
-
-def node_of(target: object, *arguments: object, weights: int = 0) -> fx.Node:
-    """A call of `target`, the last `weights` tensors being weights."""
-    graph = fx.Graph()
-    count = sum(isinstance(argument, torch.Tensor) for argument in arguments)
-    nodes: list[object] = []
-    for argument in arguments:
-        if not isinstance(argument, torch.Tensor):
-            nodes.append(argument)
-            continue
-        read = len(nodes) >= count - weights
-        node = graph.create_node("get_attr" if read else "placeholder", f"t{len(nodes)}")
-        node.meta["val"] = argument
-        nodes.append(node)
-    call = graph.call_function(target, tuple(nodes))  # type: ignore[arg-type]
-    call.meta["val"] = target(*arguments)  # type: ignore[operator]
-    return call
-
-
-def x(*shape: int) -> torch.Tensor:
-    return torch.ones(shape)
-
-
-# name: (call, its rule)
-PRINTED: dict[str, tuple[fx.Node, str]] = {
-    "linear": (
-        node_of(aten.linear.default, x(2, 3, 4), x(5, 4), weights=1),
-        "linear  input[b, s, i], weight[o, i] -> out[b, s, o]  sums i",
-    ),
-    "vector": (node_of(aten.linear.default, x(4), x(4), weights=1), "linear  input[i], weight[i] -> out[]  sums i"),
-    "outer": (node_of(aten.outer.default, x(2), x(3)), "outer  self[i], vec2[j] -> out[i, j]"),
-    "with-itself": (node_of(aten.reshape.default, x(2, 12), [2, 3, 4]), "reshape  self[a, (b * c)] -> out[a, b, c]"),
-    "diagonal": (node_of(aten.diagonal.default, x(2, 4, 4), 0, -2, -1), "diagonal  self[a, b, b] -> out[a, b]"),
-    "diagonal beside the main one": (
-        node_of(aten.diagonal.default, x(2, 4, 4), 1, -2, -1),
-        "diagonal  self[a, b, c] -> out[a, d]  keeps b, c, d: read along a diagonal beside the main one",
-    ),
-    "cut": (node_of(aten.slice.Tensor, x(2, 9), 1, 2, 6), "slice  self[a, [b | c | d]] -> out[a, c]"),
-    "broadcast": (node_of(aten.add.Tensor, x(2, 3), x(3)), "add  self[a, b], other[b] -> out[a, b]"),
-    "statistic": (node_of(aten.mean.dim, x(2, 3), [1]), "mean  self[a, b] -> out[a]  statistic over b"),
-    "picked": (
-        node_of(aten.embedding.default, x(5, 4), torch.ones(2, 3, dtype=torch.int64)),
-        "embedding  weight[r, w], indices[i, s] -> out[i, s, w]  r by indices  keeps r: rows are looked up by number",
-    ),
-    "unknown": (
-        node_of(aten.cummax.default, x(2, 3), 1),
-        "cummax  self[a, b] -> out#0[c, d], out#1[e, f]  keeps a, b, c, d, e, f: no rule for aten.cummax.default",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PRINTED)
-def test_every_op_prints_its_rule(name: str) -> None:
-    node, text = PRINTED[name]
-    assert describe_rule(node) == text
 
 
 @pytest.mark.parametrize(

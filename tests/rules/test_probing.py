@@ -11,11 +11,13 @@ from torch import fx, nn
 from fxprune.rules.probing import scaled_literal, scaling_power, shift_of
 from fxprune.trace import trace
 
+Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 
 class Two(nn.Module):
     """A function of two tensors."""
 
-    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, function: Function) -> None:
         super().__init__()
         self.function = function
         self.unread = nn.Parameter(torch.ones(1))
@@ -24,7 +26,7 @@ class Two(nn.Module):
         return self.function(x, y)
 
 
-def last(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> tuple[fx.Node, list[fx.Node]]:
+def last(function: Function) -> tuple[fx.Node, list[fx.Node]]:
     """The last op of a function, and the inputs."""
     graph = trace(Two(function), {"x": torch.rand(3, 4), "y": torch.rand(3, 4)}).graph_module.graph
     nodes = [node for node in graph.nodes if node.op == "call_function"]
@@ -46,24 +48,17 @@ def last(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> tupl
         (lambda x, y: -x, 1.0),
     ],
 )
-def test_scaling_powers(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], power: float | None) -> None:
+def test_scaling_powers(function: Function, power: float | None) -> None:
     node, (x, _) = last(function)
     assert scaling_power(node, {x: 1.0}) == power
     twice = scaling_power(node, {x: 2.0})
     assert twice == (None if power is None else 2 * power)
 
 
-def test_scaling_of_both_inputs() -> None:
-    node, (x, y) = last(lambda x, y: x + y)
-    assert scaling_power(node, {x: 0.5, y: 0.5}) == 0.5 and scaling_power(node, {x: 0.5, y: 1.0}) is None
-
-
 @pytest.mark.parametrize(
     "function", [lambda x, y: x + 0.1, lambda x, y: x.clamp(min=0.1), lambda x, y: x - 0.1, lambda x, y: 0.1 - x]
 )
-def test_an_added_number_or_bound_must_be_scaled_too(
-    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> None:
+def test_an_added_number_or_bound_must_be_scaled_too(function: Function) -> None:
     node, (x, y) = last(function)
     found = scaled_literal(node, {x: -1.0})
     assert found is not None and found[1:] == (1.0, -1.0)
@@ -76,6 +71,8 @@ def test_no_literal_makes_up_for_a_nonlinear_op() -> None:
     assert scaling_power(node, {x: 1.0}) == 0.0, "it does not read it"
 
 
-def test_the_shift_of_an_op_is_found() -> None:
+def test_the_shift_of_an_op_is_found_and_both_inputs_scale() -> None:
+    node, (x, y) = last(lambda x, y: x + y)
+    assert scaling_power(node, {x: 0.5, y: 0.5}) == 0.5 and scaling_power(node, {x: 0.5, y: 1.0}) is None
     for function, shift in ((lambda x, y: 1 + x, 1.0), (lambda x, y: x - 0.5, -0.5), (lambda x, y: 2 * x, None)):
         assert shift_of(last(function)[0]) == shift

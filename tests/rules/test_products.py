@@ -30,8 +30,6 @@ def drawn(*shape: int) -> nn.Parameter:
 STACKED: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], tuple[int, ...], tuple[int, ...]]] = {
     "bmm": (lambda m, x: torch.bmm(x, m.w), (3, 7, 5), (3, 5, 4)),
     "bmm, weight first": (lambda m, x: torch.bmm(m.w, x), (3, 5, 7), (3, 4, 5)),
-    "matmul": (lambda m, x: x @ m.w, (3, 7, 5), (3, 5, 4)),
-    "einsum": (lambda m, x: torch.einsum("tei,oei->teo", x, m.w), (7, 3, 5), (4, 3, 5)),
     "einsum, rows between": (lambda m, x: torch.einsum("iate,oei->aeto", x, m.w), (5, 2, 7, 3), (4, 3, 5)),
     "picked": (lambda m, x: torch.bmm(m.w[NUMBERS], x[..., None]), (7, 5), (3, 4, 5)),
     "picked by index_select": (

@@ -5,7 +5,6 @@ A removed expert is one that is never chosen: by hand, the bias of the router fo
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,11 +84,6 @@ def looked_up(m: Mixture, x: torch.Tensor) -> torch.Tensor:
     return run_experts(m, x, chosen, gates / gates.sum(-1, keepdim=True))
 
 
-def before_softmax(m: Mixture, x: torch.Tensor) -> torch.Tensor:
-    scores, chosen = m.router(x).topk(TOP, -1)
-    return run_experts(m, x, chosen, scores.softmax(-1))
-
-
 def corrected(m: Mixture, x: torch.Tensor) -> torch.Tensor:
     scores = m.router(x).sigmoid()
     chosen = (scores + m.correction).topk(TOP, -1, sorted=False)[1]
@@ -153,8 +147,7 @@ def counted(m: Mixture, x: torch.Tensor) -> torch.Tensor:
 
 
 ROUTES: dict[str, Route] = {
-    route.__name__: route
-    for route in (looked_up, before_softmax, corrected, selected, scattered, one_hot, sorted_slots, soft, counted)
+    route.__name__: route for route in (looked_up, corrected, selected, scattered, one_hot, sorted_slots, soft, counted)
 }
 
 
@@ -169,9 +162,8 @@ def check_removes_experts(
 ) -> fx.GraphModule:
     """Check that slim graph, masked dense graph, and the module that never chooses the removed experts agree."""
     dense = discover(module, inputs)
-    before = plain_outputs(module, inputs)
+    before, group = plain_outputs(module, inputs), experts_of(dense, size)
     assert compare(before, slim_outputs(dense, inputs)) <= TOLERANCE, "the graph is not the module"
-    group = experts_of(dense, size)
     assert group.factor is not None
     changes = []
     for gone in removals:
@@ -195,10 +187,13 @@ def tokens() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", ROUTES)
 def test_experts_go_as_if_they_were_never_chosen(name: str) -> None:
     torch.manual_seed(1)
-    check_removes_experts(Mixture(ROUTES[name]), tokens(), [4], [0, 2, 5])
+    dense = check_removes_experts(Mixture(ROUTES[name]), tokens(), [4], [0, 2, 5])
+    if name == "corrected":  # an expert takes its row of the router and its weights
+        names = {"router.weight", "router.bias", "correction", "up", "up_bias", "down"}
+        assert {(m.name, m.axis) for m in experts_of(dense).members} == {(name, 0) for name in names}
 
 
-@pytest.mark.parametrize("name", ["looked_up", "selected", "scattered", "sorted_slots"])
+@pytest.mark.parametrize("name", ["looked_up", "scattered"])
 def test_channels_inside_experts_and_of_the_residual_go(name: str) -> None:
     torch.manual_seed(1)
     dense = check_removes_exactly(Mixture(ROUTES[name]), tokens(), [WIDTH, HIDDEN])
@@ -206,37 +201,23 @@ def test_channels_inside_experts_and_of_the_residual_go(name: str) -> None:
     assert kinds == {EXPERTS: "expert", HIDDEN: "mlp", WIDTH: "mlp"}  # without blocks, nothing lies in several
 
 
-def test_an_expert_takes_its_row_of_the_router_and_its_weights() -> None:
-    group = experts_of(discover(Mixture(corrected), tokens()))
-    assert {(m.name, m.axis) for m in group.members} == {
-        ("router.weight", 0), ("router.bias", 0), ("correction", 0), ("up", 0), ("up_bias", 0), ("down", 0)
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(("size", "gone", "least"), [(3, [1], 2), (2, [0], 1)])
-def test_experts_in_groups_go_from_every_group_at_once_or_with_their_group(
-    size: int, gone: list[int], least: int
-) -> None:
+def test_experts_in_groups_go_from_every_group_at_once_or_with_their_group_but_not_both() -> None:
     torch.manual_seed(0)
-    dense = check_removes_experts(Mixture(in_groups), tokens(), gone, size=size)
-    assert experts_of(dense, size).least == least
-
-
-def test_experts_go_from_groups_or_with_their_group_but_not_both() -> None:
-    dense = discover(Mixture(in_groups), tokens())
+    dense = check_removes_experts(Mixture(in_groups), tokens(), [1], size=3)
+    check_removes_experts(Mixture(in_groups), tokens(), [0], size=2)
+    assert (experts_of(dense, 3).least, experts_of(dense, 2).least) == (2, 1)
     Pipeline([load_pass("l2", kinds=("expert",))])(dense)
     (slot,) = make_slots(groups_of(dense), facts_of(dense)[Scores], ("expert",), frozenset(), Rounding(8))
     assert [(option.size, option.most) for option in slot.options] == [(3, 1), (2, 1)]
 
 
-@pytest.mark.parametrize(("top", "least"), [(1, 1), (3, 3), (5, 5)])
-def test_as_many_experts_stay_as_are_chosen(top: int, least: int) -> None:
-    dense = discover(Mixture(top_of(top)), tokens())
-    assert experts_of(dense).least == least
-    if least > 1:
-        plan = Plan({"router.weight": {0: list(range(least - 1))}})
-        with pytest.raises(PlanError, match=f"{least - 1} units of 6 stay, and at least {least} must"):
-            keep_of(axes_of(dense), groups_of(dense), plan)
+def test_as_many_experts_stay_as_are_chosen() -> None:
+    assert experts_of(discover(Mixture(top_of(1)), tokens())).least == 1
+    dense = discover(Mixture(top_of(3)), tokens())
+    assert experts_of(dense).least == 3
+    with pytest.raises(PlanError, match="2 units of 6 stay, and at least 3 must"):
+        keep_of(axes_of(dense), groups_of(dense), Plan({"router.weight": {0: [0, 1]}}))
+    assert frozen_reason(Mixture(top_of(EXPERTS))) == "all 6 units are needed"
 
 
 def top_of(count: int) -> Route:
@@ -262,10 +243,6 @@ def test_experts_picked_one_at_a_time_stay_all_the_same() -> None:
     assert experts_of(dense).least == 2
 
 
-def test_experts_stay_where_all_are_chosen() -> None:
-    assert frozen_reason(Mixture(top_of(EXPERTS))) == "all 6 units are needed"
-
-
 def frozen_reason(module: nn.Module, name: str = "up[0]") -> str:
     """Why an axis of a mixture is frozen."""
     dense = discover(module, tokens())
@@ -289,9 +266,7 @@ def arithmetic(change: Callable[[torch.Tensor], torch.Tensor]) -> Route:
     [
         (lambda chosen: (chosen + 1) % EXPERTS, "aten.add.Tensor"),
         (lambda chosen: torch.where(chosen == 0, 1, chosen), "aten."),
-        (lambda chosen: chosen.clamp(max=3), "aten.clamp.default"),
         (lambda chosen: torch.stack((chosen[:, 0], torch.zeros_like(chosen[:, 1])), 1), "aten.stack.default"),
-        (lambda chosen: chosen.cumsum(-1) % EXPERTS, "aten.cumsum.default"),
         (lambda chosen: (chosen.float() * 0.5).long(), "aten.mul.Tensor"),
     ],
 )
@@ -318,29 +293,18 @@ def test_moving_and_comparing_positions_does_not(change: Callable[[torch.Tensor]
     check_removes_experts(Mixture(arithmetic(change)), tokens(), [1, 2])
 
 
-def test_positions_that_the_model_returns_keep_all_experts() -> None:
-    def route(m: Mixture, x: torch.Tensor) -> Any:
+def test_positions_that_are_returned_and_an_encoding_with_a_class_too_many_keep_all_experts() -> None:
+    def returned(m: Mixture, x: torch.Tensor) -> Any:
         gates, chosen = m.router(x).softmax(-1).topk(TOP, -1)
         return run_experts(m, x, chosen, gates), chosen
 
-    assert frozen_reason(Mixture(route)) == "positions along it are an output of the model"
-
-
-def test_an_encoding_with_a_class_too_many_keeps_all_experts() -> None:
     def route(m: Mixture, x: torch.Tensor) -> torch.Tensor:
         gates, chosen = m.router(x).softmax(-1).max(-1)
         mask = F.one_hot(chosen, EXPERTS + 1)[:, :EXPERTS] * gates.unsqueeze(-1)
         return torch.einsum("ne,enw->nw", mask, all_experts(m, x))
 
+    assert frozen_reason(Mixture(returned)) == "positions along it are an output of the model"
     assert "units cannot be the same" in frozen_reason(Mixture(route))
-
-
-def test_positions_of_unknown_origin_keep_what_they_look_up() -> None:
-    def route(m: Mixture, x: torch.Tensor) -> torch.Tensor:
-        total = x.sum(-1, keepdim=True)
-        return run_experts(m, x, (total > 0).long(), total)
-
-    assert frozen_reason(Mixture(route)) == "looked up by number"
 
 
 def test_a_softmax_over_anything_else_keeps_its_units() -> None:
@@ -348,47 +312,6 @@ def test_a_softmax_over_anything_else_keeps_its_units() -> None:
     dense = discover(module, {"input": torch.randn(3, 5)})
     assert not [group for group in groups_of(dense) if group.size == 12]
     assert "runs over this axis" in frozen_axes(graph_of(dense))["0.weight[0]"].reason  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("op", ["scatter", "scatter_add", "index_add", "index_copy", "index_put"])
-def test_writing_at_positions_passes_the_other_axes(op: str) -> None:
-    """Rows of a hidden layer written to other places: the axis beside the rows is removed exactly."""
-    torch.manual_seed(0)
-    order = torch.tensor([3, 0, 2, 1])
-
-    class Writer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last = nn.Linear(5, 12), nn.Linear(12, 3)
-            self.register_buffer("order", order)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            hidden, base = self.first(x).relu(), self.first(x).tanh()
-            if op.startswith("scatter"):
-                hidden = getattr(base, op)(0, self.order[:, None].expand(-1, 12), hidden)
-            elif op == "index_put":
-                hidden = base.index_put((self.order,), hidden)
-            else:
-                hidden = getattr(base, op)(0, self.order, hidden)
-            return self.last(hidden)
-
-    check_removes_exactly(Writer(), {"x": torch.randn(4, 5)}, [12])
-
-
-def test_pruning_experts_of_a_model() -> None:
-    model = tiny("qwen2_moe", num_hidden_layers=2)
-    before = copy.deepcopy(model.state_dict())
-    result = prune(
-        model, select="select-by-group-ratio{group_ratio=0.4}", importance="l2", kinds=("mlp", "expert"), protect=()
-    )
-    assert result.report.verification_error is not None and result.report.verification_error <= TOLERANCE
-    assert result.model is not None, result.report.model_reasons
-    experts = [p.shape[0] for name, p in result.model.named_parameters() if name.endswith(".mlp.gate.weight")]
-    assert set(experts) <= {2, 3, 4, 5} and min(experts) < 5
-    ids = token_ids(2, 9)
-    with torch.no_grad():
-        assert torch.allclose(result.model(ids).logits, result(input_ids=ids).logits, atol=1e-4)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss", "ernie4_5_moe"])
@@ -410,15 +333,6 @@ def test_experts_that_a_top_k_needs_are_out_of_reach_of_a_ratio() -> None:
     model = tiny("mixtral", num_hidden_layers=1)
     with pytest.raises(RatioError, match="the largest reachable ratio"):
         prune(model, ratio=0.7, kinds=("expert",), importance="l2", protect=())
-    result = prune(
-        model,
-        select="select-by-group-ratio{group_ratio=0.9}",
-        kinds=("expert",),
-        importance="l2",
-        protect=(),
-        round_to=8,
-    )
-    assert {kept for _, kept in result.report.widths.values()} == {2}
 
 
 def test_experts_of_odd_widths_run_and_load_without_grouped_kernels(tmp_path: Path) -> None:

@@ -13,177 +13,76 @@ from torch import nn
 from fxprune.discovery.explain import explain
 from tests.oracle import Net, axes_of, check_removes_exactly, discover, graph_of, groups_of, shape_of
 
-Parts = dict[str, Any]
-Body = Callable[[Any, torch.Tensor], torch.Tensor]
-Case = tuple[Body, torch.Tensor | tuple[int, ...], Callable[[], Parts], list[int]]
-
-
-def p(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape))
-
-
-def pair(first: nn.Module, second: nn.Module, **between: nn.Module) -> Parts:
-    return {"a": first, **between, "b": second}
-
-
-def stirred(norm: nn.Module) -> nn.Module:
-    """A norm with random weights and statistics."""
-    for name, value in (*norm.named_parameters(), *norm.named_buffers()):
-        if value.is_floating_point():
-            nn.init.uniform_(value, 0.5, 2) if "var" in name else nn.init.normal_(value)
-    return norm
-
 
 def convolved(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.b(m.n(m.a(x)))  # type: ignore[no-any-return]
 
 
-def around(make: Callable[[], nn.Module], first: int = 12, second: int = 12) -> Callable[[], Parts]:
-    """A module between two convolutions."""
-    return lambda: pair(nn.Conv1d(10, first, 3), nn.Conv1d(second, 9, 1), n=make())
+def around(module: nn.Module, groups: list[int], first: int = 12, second: int = 12) -> tuple[Any, ...]:
+    """A module with random weights and statistics between two convolutions."""
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if value.is_floating_point():
+            nn.init.uniform_(value, 0.5, 2) if "var" in name else nn.init.normal_(value)
+    parts = {"a": nn.Conv1d(10, first, 3), "n": module, "b": nn.Conv1d(second, 9, 1)}
+    return convolved, parts, groups, (2, 10, 15)
 
 
 IDS = torch.arange(14).view(2, 7) % 11
 
-PRODUCTS: dict[str, Case] = {
-    "matmul": (lambda m, x: (x @ m.w).relu() @ m.v, (2, 7, 10), lambda: {"w": p(10, 12), "v": p(12, 9)}, [12]),
-    "mm": (lambda m, x: (x @ m.w).relu() @ m.v, (3, 10), lambda: {"w": p(10, 12), "v": p(12, 9)}, [12]),
-    "mv": (lambda m, x: (x @ m.w).relu() @ m.v, (2, 7, 10), lambda: {"w": p(10, 12), "v": p(12)}, [12]),
-    "dot": (lambda m, x: torch.dot(x @ m.w, m.v)[None], (10,), lambda: {"w": p(10, 12), "v": p(12)}, [12]),
-    "weight-on-the-left": (
-        lambda m, x: m.v @ (x @ m.w).mT,
-        (2, 7, 10),
-        lambda: {"w": p(10, 12), "v": p(9, 12)},
-        [12],
-    ),
-    "bmm": (
-        lambda m, x: torch.bmm(torch.bmm(x, m.w), m.v),
-        (3, 7, 10),
-        lambda: {"w": p(3, 10, 12), "v": p(3, 12, 9)},
-        [12],
-    ),
-    "addmm": (
-        lambda m, x: torch.addmm(m.c, torch.addmm(m.b, x, m.w, alpha=0.5).relu(), m.v),
-        (3, 10),
-        lambda: {"w": p(10, 12), "v": p(12, 9), "b": p(1, 12), "c": p(9)},
-        [12],
-    ),
+W2 = {"w": (10, 12), "v": (12, 9)}
+
+# name: (function, shapes of weights or modules, sizes of the groups that may be removed, the input if not (2, 7, 10))
+CASES: dict[str, Any] = {
+    "matmul": (lambda m, x: (x @ m.w).relu() @ m.v, W2, [12]),
     "baddbmm-experts": (
         lambda m, x: torch.baddbmm(m.c, torch.baddbmm(m.b, x.expand(4, 7, 10), m.w).relu(), m.v).sum(0),
-        (1, 7, 10),
-        lambda: {"w": p(4, 10, 12), "v": p(4, 12, 9), "b": p(4, 1, 12), "c": p(4, 1, 9)},
+        {"w": (4, 10, 12), "v": (4, 12, 9), "b": (4, 1, 12), "c": (4, 1, 9)},
         [12, 4],
+        (1, 7, 10),
     ),
     "einsum-ellipsis": (
         lambda m, x: torch.einsum("...h,ho->...o", torch.einsum("...d,dh->...h", x, m.w).relu(), m.v),
-        (2, 7, 10),
-        lambda: {"w": p(10, 12), "v": p(12, 9)},
-        [12],
-    ),
-    "einsum-implicit": (
-        lambda m, x: torch.einsum("abi,ic", torch.einsum("abd,dz", x, m.w).relu(), m.v),
-        (2, 7, 10),
-        lambda: {"w": p(10, 12), "v": p(12, 9)},
-        [12],
+        *(W2, [12]),
     ),
     "einsum-experts": (
         lambda m, x: torch.einsum("bseh,ehd->bsd", torch.einsum("bsd,edh->bseh", x, m.w).relu(), m.v),
-        (2, 7, 10),
-        lambda: {"w": p(4, 10, 12), "v": p(4, 12, 9)},
-        [4, 12],
-    ),
-    "einsum-of-three": (
-        lambda m, x: torch.einsum("bsd,dh,ho->bso", x, m.w, m.v),
-        (2, 7, 10),
-        lambda: {"w": p(10, 12), "v": p(12, 9)},
-        [12],
+        *({"w": (4, 10, 12), "v": (4, 12, 9)}, [4, 12]),
     ),
     "outer": (
         lambda m, x: m.b(torch.outer(x.mean((0, 1)), m.s).flatten()),
-        (2, 7, 3),
-        lambda: {"b": nn.Linear(12, 9), "s": p(4)},
-        [4],
+        *({"b": nn.Linear(12, 9), "s": (4,)}, [4], (2, 7, 3)),
     ),
-    "tensordot": (
-        lambda m, x: torch.tensordot(torch.tensordot(x, m.w, ([2, 1], [1, 0])).relu(), m.v, ([1], [1])),
-        (2, 7, 10),
-        lambda: {"w": p(7, 10, 12), "v": p(9, 12)},
-        [12],
-    ),
-    "inner": (
-        lambda m, x: torch.inner(torch.inner(x, m.w).relu(), m.v),
-        (2, 7, 10),
-        lambda: {"w": p(12, 10), "v": p(9, 12)},
-        [12],
-    ),
-    "tied-and-transposed": (
-        lambda m, x: F.linear(F.linear(x, m.w).relu(), m.w.T),
-        (2, 7, 10),
-        lambda: {"w": p(12, 10)},
-        [12],
-    ),
+    "tied-and-transposed": (lambda m, x: F.linear(F.linear(x, m.w).relu(), m.w.T), {"w": (12, 10)}, [12]),
     "weights-put-together": (
         lambda m, x: m.b(F.linear(x, torch.cat((m.u, m.v)))),
-        (2, 7, 10),
-        lambda: {"u": p(5, 10), "v": p(7, 10), "b": nn.Linear(12, 9)},
-        [5, 7],
+        *({"u": (5, 10), "v": (7, 10), "b": nn.Linear(12, 9)}, [5, 7]),
     ),
     "residual": (
         lambda m, x: m.o(m.i(x) + m.b(m.a(m.i(x)).relu())),
-        (2, 7, 10),
-        lambda: {**pair(nn.Linear(8, 12), nn.Linear(12, 8)), "i": nn.Linear(10, 8), "o": nn.Linear(8, 9)},
+        {"a": nn.Linear(8, 12), "b": nn.Linear(12, 8), "i": nn.Linear(10, 8), "o": nn.Linear(8, 9)},
         [8, 12],
     ),
     "buffer": (
         lambda m, x: m.b(m.a(x) * m.s),
-        (2, 7, 10),
-        lambda: pair(nn.Linear(10, 12), nn.Linear(12, 9), s=torch.arange(1.0, 13)),  # type: ignore[arg-type]
-        [12],
+        *({"a": nn.Linear(10, 12), "b": nn.Linear(12, 9), "s": torch.arange(1.0, 13)}, [12]),
     ),
-}
-
-LAYERS: dict[str, Case] = {
-    "conv1d": (convolved, (2, 10, 15), around(nn.ReLU), [12]),
-    "conv2d": (
-        convolved,
-        (2, 3, 15, 14),
-        lambda: pair(nn.Conv2d(3, 12, 3, 2, 1), nn.Conv2d(12, 9, 2, dilation=2, bias=False), n=nn.ReLU()),
-        [12],
-    ),
-    "conv-depthwise": (convolved, (2, 10, 15), around(lambda: nn.Conv1d(12, 12, 3, groups=12)), [12]),
-    "conv-depthwise-wider": (convolved, (2, 10, 15), around(lambda: nn.Conv1d(6, 12, 3, groups=6), 6), [6, 2]),
-    "conv-grouped": (convolved, (2, 10, 15), around(lambda: nn.Conv1d(12, 8, 3, groups=4), 12, 8), [4, 3, 2]),
-    "conv-transpose": (convolved, (2, 10, 15), around(lambda: nn.ConvTranspose1d(12, 8, 3), 12, 8), [12, 8]),
+    "conv-depthwise-wider": around(nn.Conv1d(6, 12, 3, groups=6), [6, 2], first=6),
+    "conv-grouped": around(nn.Conv1d(12, 8, 3, groups=4), [4, 3, 2], second=8),
     "conv-transpose-grouped": (
         convolved,
-        (2, 3, 5, 6),
-        lambda: pair(
-            nn.Conv2d(3, 12, 3), nn.Conv2d(8, 9, 1), n=nn.ConvTranspose2d(12, 8, 3, 2, 1, output_padding=1, groups=4)
-        ),
-        [4, 3, 2],
+        {
+            **{"a": nn.Conv2d(3, 12, 3), "b": nn.Conv2d(8, 9, 1)},
+            "n": nn.ConvTranspose2d(12, 8, 3, 2, 1, output_padding=1, groups=4),
+        },
+        *([4, 3, 2], (2, 3, 5, 6)),
     ),
-    "conv3d-grouped": (
-        convolved,
-        (2, 3, 4, 5, 6),
-        lambda: pair(nn.Conv3d(3, 12, 2), nn.Conv3d(8, 9, 1), n=nn.Conv3d(12, 8, 2, groups=4, padding="same")),
-        [4, 3, 2],
-    ),
-    "conv-of-one-tap": (
-        convolved,
-        (2, 7, 10),
-        lambda: pair(nn.Linear(10, 12), nn.Linear(12, 9), n=nn.Conv1d(7, 5, 1)),
-        [12],
-    ),
-    "batch_norm": (convolved, (2, 10, 15), around(lambda: stirred(nn.BatchNorm1d(12))), [12]),
-    "batch_norm-plain": (convolved, (2, 10, 15), around(lambda: nn.BatchNorm1d(12, 0.1, 0.1, False, False)), [12]),
-    "group_norm": (convolved, (2, 10, 15), around(lambda: stirred(nn.GroupNorm(4, 12))), [4]),
-    "group_norm-of-one": (convolved, (2, 10, 15), around(lambda: stirred(nn.GroupNorm(1, 12))), []),
-    "group_norm-of-each": (convolved, (2, 10, 15), around(lambda: stirred(nn.GroupNorm(12, 12))), [12]),
-    "instance_norm": (convolved, (2, 10, 15), around(lambda: stirred(nn.InstanceNorm1d(12, affine=True))), [12]),
-    "instance_norm-plain": (convolved, (2, 10, 15), around(lambda: nn.InstanceNorm1d(12)), [12]),
-    "prelu": (convolved, (2, 10, 15), around(lambda: nn.PReLU(12, 0.3)), [12]),
+    "conv-of-one-tap": (convolved, {"a": nn.Linear(10, 12), "n": nn.Conv1d(7, 5, 1), "b": nn.Linear(12, 9)}, [12]),
+    "batch_norm": around(nn.BatchNorm1d(12), [12]),
+    "group_norm": around(nn.GroupNorm(4, 12), [4]),
+    "group_norm-of-each": around(nn.GroupNorm(12, 12), [12]),
+    "instance_norm-plain": around(nn.InstanceNorm1d(12), [12]),
     **{
-        str(f): (convolved, (2, 3, 12, 14), lambda f=f: pair(nn.Conv2d(3, 12, 3), nn.Conv2d(12, 9, 1), n=f), [12])
+        str(f): (convolved, {"a": nn.Conv2d(3, 12, 3), "b": nn.Conv2d(12, 9, 1), "n": f}, [12], (2, 3, 12, 14))
         for f in (
             nn.MaxPool2d(2, padding=1),
             nn.AdaptiveMaxPool2d((2, 3)),
@@ -194,62 +93,31 @@ LAYERS: dict[str, Case] = {
     },
     "pixel-shuffle": (
         convolved,
-        (2, 3, 5, 6),
-        lambda: pair(nn.Conv2d(3, 12, 3), nn.Conv2d(3, 9, 1), n=nn.PixelShuffle(2)),
-        [3],
-    ),
-    "pixel-unshuffle": (
-        convolved,
-        (2, 3, 6, 8),
-        lambda: pair(nn.Conv2d(3, 5, 3), nn.Conv2d(20, 9, 1), n=nn.PixelUnshuffle(2)),
-        [5],
+        {"a": nn.Conv2d(3, 12, 3), "b": nn.Conv2d(3, 9, 1), "n": nn.PixelShuffle(2)},
+        *([3], (2, 3, 5, 6)),
     ),
     "unfold-image": (
         lambda m, x: m.b(F.unfold(m.a(x), 2).mT),
-        (2, 3, 5, 6),
-        lambda: pair(nn.Conv2d(3, 5, 3), nn.Linear(20, 9)),
-        [5],
+        *({"a": nn.Conv2d(3, 5, 3), "b": nn.Linear(20, 9)}, [5], (2, 3, 5, 6)),
     ),
-    "fold-image": (
-        lambda m, x: m.b(F.fold(m.a(x), (3, 4), 2)),
-        (2, 3, 6),
-        lambda: pair(nn.Conv1d(3, 20, 1), nn.Conv2d(5, 9, 1)),
-        [5],
-    ),
-    "layer_norm-in-a-head": (
-        lambda m, x: m.b(m.n(m.a(x).unflatten(-1, (4, 3))).flatten(-2)),
-        (2, 7, 10),
-        lambda: pair(nn.Linear(10, 12), nn.Linear(12, 9), n=stirred(nn.LayerNorm(3))),
-        [4],
-    ),
-    "rms_norm": (convolved, (2, 7, 10), lambda: pair(nn.Linear(10, 12), nn.Linear(12, 9), n=nn.RMSNorm(12)), []),
-    "embedding": (lambda m, x: m.b(m.a(x)), IDS, lambda: pair(nn.Embedding(11, 12), nn.Linear(12, 9)), [12]),
     "embedding-tied": (
         lambda m, x: F.linear(m.b(m.a(x)).relu(), m.a.weight),
-        IDS,
-        lambda: pair(nn.Embedding(11, 12), nn.Linear(12, 12)),
-        [12],
+        *({"a": nn.Embedding(11, 12), "b": nn.Linear(12, 12)}, [12], IDS),
     ),
     "embedding-of-positions": (
         lambda m, x: m.b(m.a(x) + m.n(torch.arange(7)) + m.t[IDS]),
-        IDS,
-        lambda: {**pair(nn.Embedding(11, 12), nn.Linear(12, 9), n=nn.Embedding(20, 12)), "t": p(11, 12)},
-        [12],
+        {"a": nn.Embedding(11, 12), "b": nn.Linear(12, 9), "n": nn.Embedding(20, 12), "t": (11, 12)},
+        *([12], IDS),
     ),
 }
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_products(name: str) -> None:
-    body, x, parts, groups = PRODUCTS[name]
-    check_removes_exactly(Net(body, **parts()), {"x": torch.randn(x)}, groups)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_layers(name: str) -> None:
-    body, x, parts, groups = LAYERS[name]
-    inputs = {"x": x if isinstance(x, torch.Tensor) else torch.randn(x)}
-    check_removes_exactly(Net(body, **parts()), inputs, groups)
+@pytest.mark.parametrize("name", CASES)
+def test_products_and_layers(name: str) -> None:
+    body, parts, groups, *given = CASES[name]
+    made = {key: nn.Parameter(torch.randn(part)) if isinstance(part, tuple) else part for key, part in parts.items()}
+    x = given[0] if given else (2, 7, 10)
+    check_removes_exactly(Net(body, **made), {"x": torch.randn(x) if isinstance(x, tuple) else x}, groups)
 
 
 def attention(queries: int, keys: int, *, fused: bool = True, mask: torch.Tensor | None = None, **options: Any) -> Net:
@@ -275,9 +143,7 @@ def attention(queries: int, keys: int, *, fused: bool = True, mask: torch.Tensor
 ATTENTION: dict[str, tuple[Callable[[], Net], list[int]]] = {
     "plain": (lambda: attention(4, 4), [4, 6, 5]),
     "causal": (lambda: attention(4, 4, is_causal=True), [4, 6, 5]),
-    "scaled": (lambda: attention(4, 4, scale=0.5), [4, 6, 5]),
     "masked": (lambda: attention(4, 4, mask=torch.randn(7, 7)), [4, 6, 5]),
-    "mask-by-head": (lambda: attention(4, 4, mask=torch.randn(4, 7, 7)), [4, 6, 5]),
     "grouped": (lambda: attention(6, 2, is_causal=True), [2, 3, 6, 5]),
     "grouped-mask-by-head": (lambda: attention(6, 2, mask=torch.randn(6, 7, 7)), [2, 3, 6, 5]),
     "one-key-head": (lambda: attention(4, 1), [4, 6, 5]),
@@ -299,7 +165,7 @@ def test_learnt_queries_are_free_unless_a_mask_is_causal() -> None:
             return m.o(out).mT @ m.z  # type: ignore[no-any-return]
 
         parts = {"k": nn.Linear(10, 12), "v": nn.Linear(10, 8), "o": nn.Linear(8, 9)}
-        return Net(body, q=p(1, 5, 12), z=p(5, 3), **parts)
+        return Net(body, q=nn.Parameter(torch.randn(1, 5, 12)), z=nn.Parameter(torch.randn(5, 3)), **parts)
 
     inputs = {"x": torch.randn(2, 7, 10)}
     check_removes_exactly(net(False), inputs, [5, 8, 12])

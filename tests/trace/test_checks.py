@@ -16,28 +16,16 @@ def two(first: nn.Module, second: nn.Module) -> nn.Module:
     return nn.Sequential(first, second)
 
 
-class Packed(nn.Linear):
-    """A layer whose weights are packed into a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__(2, 2)
-        self.register_buffer("packed", torch.zeros(2, 2, dtype=torch.int32))
-
-
 class Sub(nn.Parameter):
     """A subclass of Parameter."""
 
 
-class Wrapped(nn.Linear):
-    """A layer whose weight is a subclass of Parameter."""
-
-    def __init__(self) -> None:
-        super().__init__(2, 2)
-        self.weight = Sub(self.weight.detach())
-
-
-def marked(module: nn.Module) -> nn.Module:
+def quantised(**tensors: torch.Tensor) -> nn.Module:
+    """A layer that is marked as quantised, with some tensors of its own."""
+    module = nn.Linear(2, 2)
     module.is_quantized = True  # type: ignore[assignment]
+    for name, tensor in tensors.items():
+        module.register_buffer(name, tensor) if name == "packed" else setattr(module, name, tensor)
     return module
 
 
@@ -45,8 +33,8 @@ def marked(module: nn.Module) -> nn.Module:
     ("model", "says"),
     [
         (nn.ReLU(), "ReLU: it has no parameters"),
-        (marked(Packed()), "packed: torch.int32 of shape"),
-        (marked(Wrapped()), "weight: a Sub is a quantised weight"),
+        (quantised(packed=torch.zeros(2, 2, dtype=torch.int32)), "packed: torch.int32 of shape"),
+        (quantised(weight=Sub(torch.ones(2, 2))), "weight: a Sub is a quantised weight"),
         (
             nn.ParameterList([nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)]),
             "0: dtype torch.int8",

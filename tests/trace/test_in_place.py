@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
 import fxprune
 from fxprune.graph.compat import is_impure
-from fxprune.trace.canonical import remove_in_place_ops
 from tests.oracle import Net, check_removes_exactly, plain_outputs
 from tests.random_networks import check_every_removal
 
@@ -22,38 +21,20 @@ def writes(module: nn.Module) -> list[str]:
     return [str(n.target) for n in graph_module.graph.nodes if n.op == "call_function" and is_impure(n)]
 
 
-def routed(net: Net, x: torch.Tensor) -> torch.Tensor:
-    values, _ = torch.topk(net.first(x), 2, dim=-1)
-    values /= values.sum(dim=-1, keepdim=True)
-    return values @ net.last
+def test_a_write_is_replaced_unless_a_view_sees_it() -> None:
+    def routed(net: Net, x: torch.Tensor) -> torch.Tensor:
+        """Weights of a router, made to sum to one: read, then divided in place."""
+        values, _ = torch.topk(net.first(x), 2, dim=-1)
+        values /= values.sum(dim=-1, keepdim=True)
+        return values @ net.last
 
+    def seen_later(net: Net, x: torch.Tensor) -> torch.Tensor:
+        hidden = net.first(x)
+        row = hidden[0]
+        hidden.mul_(2)
+        return hidden + row
 
-def seen_later(net: Net, x: torch.Tensor) -> torch.Tensor:
-    hidden = net.first(x)
-    row = hidden[0]
-    hidden.mul_(2)
-    return hidden + row
-
-
-def test_one_of_several_results_is_written_to_after_it_was_read() -> None:
-    """Weights of a router, made to sum to one: read, then divided in place."""
     assert writes(Net(routed, first=nn.Linear(6, 5), last=torch.randn(2, 4))) == []
-
-
-def test_an_op_that_nothing_else_sees_is_replaced() -> None:
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    hidden = graph.call_function(torch.ops.aten.mul.Tensor, (x, 2))
-    written = graph.call_function(torch.ops.aten.add_.Tensor, (hidden, 1))
-    graph.output(written)
-    graph_module = fx.GraphModule(nn.Module(), graph)
-    remove_in_place_ops(graph_module)
-    graph_module.recompile()
-    assert not any(is_impure(node) for node in graph_module.graph.nodes if node.op == "call_function")
-    assert torch.equal(graph_module(torch.ones(2)), torch.full((2,), 3.0))
-
-
-def test_a_write_that_a_view_sees_stays() -> None:
     assert writes(Net(seen_later, first=nn.Linear(6, 5))) == ["aten.mul_.Tensor"]
 
 

@@ -93,31 +93,22 @@ def test_values_of_a_region_without_gradients_are_detached_once() -> None:
     assert len(detach.users) == 2
 
 
-def test_a_nested_region_with_gradients_is_not_detached() -> None:
-    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), torch.enable_grad():
-            return m.a(x)  # type: ignore[no-any-return]
-
-    assert nodes(Net(body, a=nn.Linear(3, 4)), aten.detach.default) == []
-
-
 def test_under_autocast_inputs_are_cast() -> None:
+    """That of another device does nothing, and a nested region with gradients is not detached."""
+
     def body(m: Any, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return m.a(x)  # type: ignore[no-any-return]
 
+    def other(m: Any, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16), torch.no_grad(), torch.enable_grad():
+            return m.a(x)  # type: ignore[no-any-return]
+
+    assert all(nodes(Net(other, a=nn.Linear(3, 4)), op) == [] for op in (aten.to.dtype, aten.detach.default))
     net = Net(body, a=nn.Linear(3, 4))
     (linear,) = nodes(net, aten.linear.default)
     assert {source.meta["val"].dtype for source in linear.all_input_nodes} == {torch.bfloat16}
     assert fxprune.trace(net, X).graph_module(**X).dtype == torch.bfloat16
-
-
-def test_autocast_of_another_device_does_nothing() -> None:
-    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cuda", torch.bfloat16):
-            return m.a(x)  # type: ignore[no-any-return]
-
-    assert nodes(Net(body, a=nn.Linear(3, 4)), aten.to.dtype) == []
 
 
 class Takes(nn.Module):
@@ -153,10 +144,6 @@ def test_a_container_is_one_input_and_its_leaves_are_named_after_it() -> None:
     assert graph_module({"p": [T[:, :2]], "q": T[:, :2]}).shape == (2, 2, 4)
 
 
-def test_inputs_come_in_the_order_of_forward_whatever_the_order_given() -> None:
-    assert list(parameters(graph_of(weight=T[:1, :1], mode="sum", xs=T))) == ["xs", "mode", "weight"]
-
-
 def test_an_input_with_the_name_of_a_weight_gets_another_node_name() -> None:
     net = Net(lambda m, x: x @ m.x, x=nn.Parameter(torch.randn(3, 4)))
     graph_module = lowered(net, torch.randn(2, 3))
@@ -168,18 +155,14 @@ def test_an_input_is_optional_only_if_it_was_its_default() -> None:
     empty = inspect.Parameter.empty
     assert parameters(graph_of(xs=T, mode="sum")) == {"xs": empty, "mode": "sum"}
     assert parameters(graph_of(xs=T, mode="double")) == {"xs": empty, "mode": empty}
-    assert parameters(graph_of(xs=T, mode="sum", weight=T[:1, :1], more=None)) == {
-        "xs": empty, "mode": empty, "weight": empty, "more": None,
-    }  # fmt: skip
+    found = parameters(graph_of(weight=T[:1, :1], mode="sum", xs=T, more=None))
+    assert list(found.items()) == [("xs", empty), ("mode", empty), ("weight", empty), ("more", None)]
 
 
-def test_another_value_is_refused_by_name() -> None:
+def test_another_value_is_refused_by_name_and_an_odd_container_too() -> None:
     graph_module = graph_of(xs=T, mode="double")
     assert graph_module(T, "double").shape == (2, 5, 4)
     with pytest.raises(RuntimeError, match="mode='double' and takes no other"):
         graph_module(T, "sum")
-
-
-def test_a_container_that_is_no_list_tuple_or_dict_is_refused() -> None:
     with pytest.raises(FxpruneError, match="xs"):
         graph_of(xs={T})

@@ -20,10 +20,8 @@ from fxprune.errors import UnknownNameError
 __all__ = [
     "Arch",
     "Type",
-    "arch_named",
     "can_quantize",
     "candidate_archs",
-    "file_type",
     "general_archs",
     "joined_names",
     "layers_differ",
@@ -37,12 +35,10 @@ __all__ = [
 
 Type = gguf.GGMLQuantizationType
 
-_PLAIN = (Type.F32, Type.F16)
-
 
 def can_quantize(kind: Type) -> bool:
     """Whether the package ``gguf`` can quantise to a type."""
-    if kind in _PLAIN:
+    if kind in (Type.F32, Type.F16):
         return True
     try:
         gguf.quants.quantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][0]), np.float32), kind)
@@ -52,11 +48,7 @@ def can_quantize(kind: Type) -> bool:
 
 
 def type_named(quantization: str) -> Type:
-    """A type of the format by its name, in any case.
-
-    Raises:
-        UnknownNameError: the type is unknown, or cannot be written here.
-    """
+    """A type of the format by its name, in any case."""
     known = {
         kind.name.lower(): kind
         for kind in Type
@@ -67,29 +59,21 @@ def type_named(quantization: str) -> Type:
     return known[quantization.lower()]
 
 
-_BLOCK = "blk.{bid}."
-
-
 @dataclass(frozen=True)
 class Arch:
     """An architecture of the format: the properties of its graph that its tensors do not determine.
 
     Args:
-        name: its name in the format.
         arrays: whether numbers of heads and widths may differ from block to block.
         no_attention: whether a block may be without attention.
         rotary: which channels of a head are rotated together: ``halves`` or ``pairs``; ``none`` without rotation.
         factors: whether a tensor may divide the frequencies of the rotation.
         partial: whether only a part of each head may be rotated.
         biases: tensors of a block that may have a bias.
-        requires: tensors that every block has.
         fused: whether queries, keys and values are one tensor.
         stacked: whether gate and up projection of an MLP are one tensor.
         tied_only: whether the output is always the embedding.
-        norm: ``rms`` or ``layer``.
         offset: constant that is added to the weights of normalisations.
-        activation: activation of the MLP.
-        parallel: whether attention and MLP have the same input.
         unturned_every: period of the blocks without rotation, the last of each period; 0 if there are none.
         window_every: period of the blocks without a sliding window, the last of each period; 0 for no windows.
         keys: further entries of the file, each by a field of the config or a constant.
@@ -130,18 +114,8 @@ def load_data(name: str) -> Any:
 
 
 def joined_names(part: str) -> tuple[str, ...]:
-    """Name of a fused tensor, and the names of its pieces in order.
-
-    Args:
-        part: part of a block, ``attention`` or ``mlp``.
-    """
+    """Name of a fused tensor of a part of a block, ``attention`` or ``mlp``, and the names of its pieces in order."""
     return tuple(load_data("archs")["joined"][part])
-
-
-def file_type(quantization: str) -> int:
-    """Number that a file records for the type of most of its weights."""
-    numbers: dict[str, int] = load_data("archs")["file_types"]
-    return numbers.get(quantization, numbers["other"])
 
 
 @functools.cache
@@ -185,9 +159,7 @@ def place_of(parameter: str) -> tuple[int | None, str]:
 def names_in_format(module: str, arch: Arch) -> tuple[str, ...]:
     """Names in the format of the tensors of a module, such as ``attn_q``; empty if an architecture has none.
 
-    Args:
-        module: its path, with ``{bid}`` for the number of the block.
-        arch: the architecture; pieces of its fused tensors, and fused tensors of its pieces, count as well.
+    Pieces of its fused tensors, and fused tensors of its pieces, count as well.
     """
     known = _known_modules().get(module, ())
     others = set(joined_names("attention"))
@@ -200,22 +172,13 @@ def name_elsewhere(module: str) -> str:
 
 
 def _name(tensor: gguf.MODEL_TENSOR) -> str:
-    return str(gguf.TENSOR_NAMES[tensor]).removeprefix(_BLOCK)
+    return str(gguf.TENSOR_NAMES[tensor]).removeprefix("blk.{bid}.")
 
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Types of values in the format, as formats of ``struct``."""
 
 _TEXT, _ARRAY = 8, 9
-
-_VERSIONS = (2, 3)
-"""Versions of the format with the same header."""
-
-_LAST = "tokenizer."
-"""Prefix of the entries at which reading stops: they are long, and not needed."""
-
-_WIDTHS = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
-"""Entries that are one number for all blocks or a list with one for each."""
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -229,12 +192,12 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         try:
             if _bytes(file, 4) != b"GGUF":
                 raise ValueError("it does not begin as a GGUF file does")
-            if _number(file, "I") not in _VERSIONS:
+            if _number(file, "I") not in (2, 3):  # versions with the same header
                 return {}
             _number(file, "Q")
             for _ in range(_number(file, "Q")):
                 name = _value(file, _TEXT)
-                if name.startswith(_LAST):
+                if name.startswith("tokenizer."):  # such entries are long, and not needed
                     break
                 found[name] = _value(file, _number(file, "I"))
         except (EOFError, KeyError, UnicodeDecodeError, OverflowError, MemoryError) as error:
@@ -245,7 +208,8 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 def layers_differ(header: dict[str, Any]) -> bool:
     """Whether the blocks of a file differ in width or number of heads."""
     prefix = f"{header.get('general.architecture')}."
-    widths = (header.get(prefix + name) for name in _WIDTHS)
+    names = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
+    widths = (header.get(prefix + name) for name in names)  # a number for all blocks, or a list with one for each
     return any(len(set(numbers)) > 1 for numbers in widths if isinstance(numbers, list))
 
 

@@ -16,7 +16,7 @@ from fxprune.errors import ExportError
 from fxprune.export.gguf.format import Arch, joined_names, name_elsewhere, names_in_format, place_of
 from fxprune.graph.context import quiet
 
-__all__ = ["LAYOUTS", "Contents", "Decoder", "InexpressibleError", "Rotary", "TensorLayout", "lay_out", "read_decoder"]
+__all__ = ["LAYOUTS", "Contents", "Decoder", "InexpressibleError", "Rotary", "lay_out", "read_decoder"]
 
 _REMEDY = "GGUF files hold decoders whose blocks differ only in widths; export a .pt2 or .onnx file instead"
 
@@ -25,10 +25,8 @@ _REMEDY = "GGUF files hold decoders whose blocks differ only in widths; export a
 class Rotary:
     """Rotary embedding of queries and keys.
 
-    Args:
-        frequencies: radians per position, one for each pair of channels.
-        base: base of the frequencies; ``factors`` holds the deviation from it.
-        scaling: factor of sines and cosines.
+    ``frequencies`` are radians per position, one for each pair of channels; ``base`` is their nominal base, and
+    ``factors`` holds the deviation from it. ``scaling`` multiplies sines and cosines.
     """
 
     frequencies: torch.Tensor
@@ -53,15 +51,11 @@ class Decoder:
     """The facts about a decoder-only language model that a file needs.
 
     Args:
-        config: the config of the decoder.
         tensors: every parameter by name, a tied one once.
         cached: key/value heads, size of a key and size of a value, by number of a block with attention.
         rotary: rotary embedding; None without one.
-        epsilon: epsilon of all normalisations.
-        context: maximum number of tokens.
         window: tokens of a sliding window; None if no block has one.
         logits: float32 logits ``(1, n, vocabulary)`` for ``tokens``.
-        tokens: token ids ``(1, n)``.
     """
 
     config: Any
@@ -76,12 +70,7 @@ class Decoder:
 
 
 def read_decoder(model: PreTrainedModel) -> Decoder:
-    """Collect the facts about a model; it runs once on a few random tokens.
-
-    Raises:
-        ExportError: it has no cache of keys and values, its tensors have no values, or its blocks differ in a number
-            that the format has only once.
-    """
+    """Collect the facts about a model; it runs once on a few random tokens."""
     model.eval()
     meta = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
     if meta is not None:
@@ -200,13 +189,7 @@ LAYOUTS = tuple(TensorLayout(fused, rotary) for rotary in ("halves", "pairs") fo
 
 @dataclass(frozen=True)
 class Contents:
-    """Contents of a file.
-
-    Args:
-        arch: its architecture.
-        tensors: tensors by their names in the format, with the axes in the order of torch.
-        keys: the entries about the model, without the prefix of the architecture.
-    """
+    """Contents of a file: tensors by name with axes as in torch, and entries without the prefix of the architecture."""
 
     arch: Arch
     tensors: Mapping[str, torch.Tensor]
@@ -225,11 +208,7 @@ class _BlockTensors:
 
 
 def lay_out(decoder: Decoder, arch: Arch, layout: TensorLayout) -> Contents:
-    """Contents of a file of one architecture for a model.
-
-    Raises:
-        InexpressibleError: the architecture cannot express the model; with the reason.
-    """
+    """Contents of a file of one architecture for a model; raises InexpressibleError with the reason if it has none."""
     whole, blocks = _rename(decoder, arch)
     if arch.tied_only and "output.weight" in whole:
         raise InexpressibleError(f"architecture {arch.name} has a tied output, and this model an output layer")
@@ -398,9 +377,8 @@ def _frequency_factors(decoder: Decoder, arch: Arch, size: int) -> Tensors:
     if rotary is None:
         return {}
     if rotary.dims < size and not arch.partial:
-        raise InexpressibleError(
-            f"architecture {arch.name} rotates whole heads, and this model {rotary.dims} of {size} channels"
-        )
+        why = f"architecture {arch.name} rotates whole heads, and this model {rotary.dims} of {size} channels"
+        raise InexpressibleError(why)
     if rotary.scaling != 1:
         raise InexpressibleError("scales its rotary embedding, which is not supported")
     factors = rotary.factors
@@ -418,9 +396,14 @@ def _keys(
 ) -> dict[str, Any]:
     epsilon = "layer_norm_rms_epsilon" if arch.norm == "rms" else "layer_norm_epsilon"
     rows, hidden = whole["token_embd.weight"].shape
+    kinds = list(getattr(decoder.config, "layer_types", None) or ())
+    every, context = arch.window_every, decoder.context
+    full = [(number + 1) % every == 0 for number in range(len(kinds))] if every else []
+    if decoder.window is not None and not (kinds and full == [kind == "full_attention" for kind in kinds]):
+        context = min(context, decoder.window)  # the architecture lacks such windows
     keys: dict[str, Any] = {
         "vocab_size": rows,
-        "context_length": _context_length(decoder, arch),
+        "context_length": context,
         "embedding_length": hidden,
         "block_count": len(blocks),
         "feed_forward_length": _one_or_all([block.width for block in blocks]),
@@ -437,16 +420,6 @@ def _keys(
         if value is not None:
             keys[key] = value
     return keys
-
-
-def _context_length(decoder: Decoder, arch: Arch) -> int:
-    """Maximum number of tokens of a file: at most the model's window if the architecture lacks such windows."""
-    kinds = list(getattr(decoder.config, "layer_types", None) or ())
-    every = arch.window_every
-    full = [(number + 1) % every == 0 for number in range(len(kinds))] if every else []
-    if decoder.window is None or (kinds and full == [kind == "full_attention" for kind in kinds]):
-        return decoder.context
-    return min(decoder.context, decoder.window)
 
 
 def _one_or_all(numbers: list[int]) -> int | list[int]:

@@ -12,7 +12,7 @@ from fxprune.export.gguf.format import Arch, candidate_archs, joined_names, name
 from fxprune.export.gguf.layout import LAYOUTS, Contents, Decoder, InexpressibleError, lay_out
 from fxprune.masking.compare import compare
 
-__all__ = ["find_contents", "gguf_logits"]
+__all__ = ["find_contents"]
 
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -147,13 +147,9 @@ class _ReferenceModel:
 
 
 def find_contents(decoder: Decoder, tolerance: float) -> Contents:
-    """Contents of a file with the same logits as a model.
+    """Contents of a file with the same logits as a model, up to a ``tolerance`` relative to the largest logit.
 
     The architecture of the model's type is tried first, then those whose blocks may differ.
-
-    Args:
-        decoder: the model.
-        tolerance: largest accepted difference of logits, relative to the largest one.
 
     Raises:
         ExportError: no architecture can express the model; with the reason of each.
@@ -165,11 +161,9 @@ def find_contents(decoder: Decoder, tolerance: float) -> Contents:
         if isinstance(found, Contents):
             return found
         reasons.append(found)
-    raise ExportError(
-        f"the format cannot express this model: {'; '.join(dict.fromkeys(reasons))}",
-        where=model_type,
-        remedy="Prune to equal blocks with uniform=True, or export a .pt2 or .onnx file",
-    )
+    what = f"the format cannot express this model: {'; '.join(dict.fromkeys(reasons))}"
+    remedy = "Prune to equal blocks with uniform=True, or export a .pt2 or .onnx file"
+    raise ExportError(what, where=model_type, remedy=remedy)
 
 
 def _try_layouts(decoder: Decoder, arch: Arch, tolerance: float) -> Contents | str:

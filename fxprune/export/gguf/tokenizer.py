@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +23,7 @@ _PREFIX = "tokenizer."
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of a file.
-
-    Args:
-        key: its full name.
-        value: a string, a number, or a list of these.
-        kind: its type in the format.
-        inner: type of the items of a list.
-    """
+    """One entry of a file: its full name, value, type in the format, and the type of the items of a list."""
 
     key: str
     value: Any
@@ -39,15 +32,7 @@ class Entry:
 
 
 def copy_tokenizer(path: str | os.PathLike[str], rows: int) -> list[Entry]:
-    """All entries of a GGUF file about its tokenizer.
-
-    Args:
-        path: a GGUF file.
-        rows: rows of the embedding, one for each token.
-
-    Raises:
-        ExportError: the file cannot be read, has no tokenizer, or one of another size.
-    """
+    """All entries of a GGUF file about its tokenizer, which must have ``rows`` tokens."""
     try:
         fields = gguf.GGUFReader(path).fields
     except (OSError, ValueError, IndexError) as error:
@@ -118,8 +103,16 @@ def _merges(spec: Mapping[str, Any]) -> list[str]:
 def _pre_name(spec: Mapping[str, Any]) -> str:
     """Name in the format for the way in which a tokenizer splits text before it merges bytes."""
     (last, *_) = _pre_tokenizers(spec, "ByteLevel")
+    patterns = []
+    for step in _pre_tokenizers(spec):
+        if step["type"] == "Digits" and step.get("individual_digits"):
+            patterns.append("digits")
+        elif step["type"] == "Split" and not step.get("invert") and step["behavior"] == "Isolated":
+            patterns.append(str(step["pattern"].get("Regex", step["pattern"])))
+        elif step["type"] != "ByteLevel":
+            patterns.append(str(step))
     found = {
-        "split": list(_patterns(spec)),
+        "split": patterns,
         "byte_level_regex": bool(last.get("use_regex", True)),
         "ignore_merges": bool(spec["model"].get("ignore_merges")),
     }
@@ -127,19 +120,8 @@ def _pre_name(spec: Mapping[str, Any]) -> str:
         name = way["name"]
         if found == {"ignore_merges": False} | {key: value for key, value in way.items() if key != "name"}:
             return str(name)
-    raise ExportError(
-        f"splits text in a way that has no name here: {found['split']}", where="tokenizer", remedy=_REMEDY
-    )
-
-
-def _patterns(spec: Mapping[str, Any]) -> Iterator[str]:
-    for step in _pre_tokenizers(spec):
-        if step["type"] == "Digits" and step.get("individual_digits"):
-            yield "digits"
-        elif step["type"] == "Split" and not step.get("invert") and step["behavior"] == "Isolated":
-            yield str(step["pattern"].get("Regex", step["pattern"]))
-        elif step["type"] != "ByteLevel":
-            yield str(step)
+    what = f"splits text in a way that has no name here: {patterns}"
+    raise ExportError(what, where="tokenizer", remedy=_REMEDY)
 
 
 def _with_byte_fallback(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,23 +132,18 @@ def _with_byte_fallback(spec: Mapping[str, Any]) -> dict[str, Any]:
     for rank, merge in enumerate(_merges(spec)):
         left, _, right = merge.partition(" ")
         scores.setdefault(left + right, -float(rank))
+    normalizer = spec.get("normalizer") or {}
+    steps = [*normalizer.get("normalizers", [normalizer] if normalizer else []), *_pre_tokenizers(spec)]
+    prepends = [step["type"] == "Prepend" or step.get("prepend_scheme") in ("always", "first") for step in steps]
     return {
         "model": load_data("tokenizers")["models"]["characters"],
         "pre": "default",
         "scores": scores,
-        "add_space_prefix": _adds_space(spec),
+        "add_space_prefix": any(prepends),
     }
 
 
-def _adds_space(spec: Mapping[str, Any]) -> bool:
-    """Whether a space is put before the text."""
-    normalizer = spec.get("normalizer") or {}
-    steps = [*normalizer.get("normalizers", [normalizer] if normalizer else []), *_pre_tokenizers(spec)]
-    return any(step["type"] == "Prepend" or step.get("prepend_scheme") in ("always", "first") for step in steps)
-
-
 def _tokens(tokenizer: Any, spec: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """Text and type of each token, by number."""
     kinds = gguf.TokenType
     by_number = {number: text for text, number in tokenizer.get_vocab().items()}
     highest = max(by_number)
@@ -185,15 +162,9 @@ def _tokens(tokenizer: Any, spec: Mapping[str, Any], rows: int) -> tuple[list[st
 
 def _special(tokenizer: Any) -> dict[str, Any]:
     """Ids of special tokens, and whether a text starts or ends with one."""
-    names = {
-        "bos": "bos",
-        "eos": "eos",
-        "unknown": "unk",
-        "seperator": "sep",
-        "padding": "pad",
-        "mask": "mask",
-    }  # codespell:ignore
-    found = {f"{name}_token_id": getattr(tokenizer, f"{own}_token_id", None) for name, own in names.items()}
+    theirs = ("bos", "eos", "unknown", "seperator", "padding", "mask")  # codespell:ignore
+    names = zip(theirs, ("bos", "eos", "unk", "sep", "pad", "mask"), strict=True)
+    found = {f"{name}_token_id": getattr(tokenizer, f"{ours}_token_id", None) for name, ours in names}
     ids = tokenizer("a")["input_ids"]
     adds = {"add_bos_token": ids[:1] == [tokenizer.bos_token_id], "add_eos_token": ids[-1:] == [tokenizer.eos_token_id]}
     return {name: value for name, value in found.items() if value is not None} | adds

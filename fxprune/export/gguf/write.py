@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 
 from fxprune.errors import ExportError
 from fxprune.export.files import LOW_PRECISION_TOLERANCE, atomic_path
-from fxprune.export.gguf.format import Type, can_quantize, file_type, type_named
+from fxprune.export.gguf.format import Type, can_quantize, load_data, type_named
 from fxprune.export.gguf.layout import Contents, read_decoder
 from fxprune.export.gguf.reference import find_contents
 from fxprune.export.gguf.tokenizer import Entry, copy_tokenizer, describe_tokenizer
 from fxprune.masking.compare import TOLERANCE
 
-__all__ = ["check_gguf", "check_row_sizes", "export_gguf", "most_common_type", "write_gguf"]
+__all__ = ["check_gguf", "export_gguf", "most_common_type"]
 
 _COARSE_BITS = 6.5
 """Types with fewer bits per weight keep embedding and output at 8 bits, which saves much quality at little cost."""
@@ -38,11 +38,7 @@ def most_common_type(path: str | os.PathLike[str]) -> str:
 
 
 def check_row_sizes(contents: Contents, kind: Type) -> None:
-    """Refuse rows that are not a multiple of the block size of a type.
-
-    Raises:
-        ExportError: names the rows, and the ``round_to`` that avoids them.
-    """
+    """Refuse rows that are not a multiple of the block size of a type, with the ``round_to`` that avoids them."""
     misfits: dict[str, tuple[str, int, int]] = {}
     for name, tensor in contents.tensors.items():
         size = gguf.GGML_QUANT_SIZES[_type_of(name, tensor, kind)][0]
@@ -60,11 +56,8 @@ def check_row_sizes(contents: Contents, kind: Type) -> None:
         if kind_of_units == "head":
             found[-1] += " (in query heads; with several per key/value head, less may do)"
     size = gguf.GGML_QUANT_SIZES[kind][0]
-    raise ExportError(
-        f"{kind.name.lower()} stores blocks of {size} values along a row. {'; '.join(found)}",
-        where="quantization",
-        remedy="Or choose f16",
-    )
+    what = f"{kind.name.lower()} stores blocks of {size} values along a row. {'; '.join(found)}"
+    raise ExportError(what, where="quantization", remedy="Or choose f16")
 
 
 def _type_of(name: str, tensor: torch.Tensor, kind: Type) -> Type:
@@ -77,15 +70,7 @@ def _type_of(name: str, tensor: torch.Tensor, kind: Type) -> Type:
 
 
 def write_gguf(contents: Contents, tokenizer: Iterable[Entry], path: Path, kind: Type, name: str) -> None:
-    """Write a file.
-
-    Args:
-        contents: tensors, and entries about the model.
-        tokenizer: entries about the tokenizer.
-        path: the file to write.
-        kind: type of matrices.
-        name: name of the model, for people.
-    """
+    """Write a file with matrices of type ``kind``, and the ``name`` of the model for people."""
     writer = gguf.GGUFWriter(path, contents.arch.name)
     adders: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool,
@@ -96,7 +81,8 @@ def write_gguf(contents: Contents, tokenizer: Iterable[Entry], path: Path, kind:
     }
     try:
         writer.add_name(name)
-        writer.add_file_type(file_type(kind.name.lower()))
+        numbers = load_data("archs")["file_types"]  # of the type of most weights
+        writer.add_file_type(numbers.get(kind.name.lower(), numbers["other"]))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in contents.keys.items():
             adders[type(value)](f"{contents.arch.name}.{key}", value)
@@ -142,9 +128,6 @@ def export_gguf(
         quantization: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q5_1``, ``q5_0``, ``q4_1``, ``q4_0`` and others. Vectors
             stay in float32; embedding and output are at least ``q8_0``.
 
-    Returns:
-        The path.
-
     Raises:
         UnknownNameError: the type is unknown.
         ExportError: the format cannot express the model or the tokenizer, with the reason; or rows are not a multiple
@@ -152,11 +135,8 @@ def export_gguf(
     """
     path, kind = Path(path), type_named(quantization)
     if like is None and tokenizer is None:
-        raise ExportError(
-            "a GGUF file holds its tokenizer, and none is given",
-            where="tokenizer",
-            remedy="Pass tokenizer=, or like= and a GGUF file to copy from",
-        )
+        what = "a GGUF file holds its tokenizer, and none is given"
+        raise ExportError(what, where="tokenizer", remedy="Pass tokenizer=, or like= and a GGUF file to copy from")
     contents, entries = _collect(model, tokenizer, like)
     check_row_sizes(contents, kind)
     with atomic_path(path) as unfinished:
@@ -168,14 +148,6 @@ def check_gguf(model: PreTrainedModel, *, tokenizer: Any = None, like: str | os.
     """Refuse a model or a tokenizer that the format cannot express, before the model is pruned for it.
 
     The widths and numbers of heads after a prune may still be refused later.
-
-    Args:
-        model: a decoder-only language model with its weights.
-        tokenizer: the tokenizer of the model.
-        like: a GGUF file with the same tokens to copy the tokenizer from instead.
-
-    Raises:
-        ExportError: the format cannot express the model or the tokenizer, with the reason.
     """
     _collect(model, tokenizer, like)
 
@@ -183,7 +155,6 @@ def check_gguf(model: PreTrainedModel, *, tokenizer: Any = None, like: str | os.
 def _collect(
     model: PreTrainedModel, tokenizer: Any, like: str | os.PathLike[str] | None
 ) -> tuple[Contents, list[Entry]]:
-    """Contents of a file for a model, and entries for its tokenizer."""
     decoder = read_decoder(model)
     narrow = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in decoder.tensors.values())
     contents = find_contents(decoder, LOW_PRECISION_TOLERANCE if narrow else TOLERANCE)

@@ -1,11 +1,8 @@
-"""Blocks skipped during export: copies of the first block of their group.
+"""Blocks skipped during export: the nodes of the first block of a group (the *source*) are copied for those after it.
 
-In each group of alike blocks, only the code of the first and the last runs. The nodes of the first (the *source*) are
-copied for each block after it, with that block's weights, inputs and names. The last block must trace to what a copy
-would be; if it does not, the export fails and is repeated without copies. If the second block is not called as the
-first (its inputs may have gradients), the second is the source.
-
-Copies are made during the export, so that nodes are numbered as they would have been.
+Only the code of the first and the last block of alike ones runs. The last must trace to what a copy would be; if it
+does not, the export fails and is repeated without copies. If the second block is not called as the first (its inputs
+may have gradients), the second is the source. Copies are made during the export, so that nodes are numbered as usual.
 """
 
 from __future__ import annotations

@@ -4,15 +4,13 @@ A dry run records everything that the blocks of a model do. It is repeated with 
 the first block's results: if anything else in the model then behaves differently, for example because blocks count
 their calls, all blocks are exported one by one.
 
-A float32 model is traced in bfloat16 (:mod:`fxprune.trace.capture`). That is only right if its code makes the same
-calls with the same numbers in both: code that reads ``torch.finfo(x.dtype).eps`` or branches on ``x.dtype`` does not.
-And a graph is the model in evaluation mode, which differs from training if the calls do. So the calls of dry runs in
-both dtypes, and in both modes, are compared.
+Tracing in another dtype, and in evaluation mode, is right only if the code makes the same calls with the same numbers:
+code that reads ``torch.finfo(x.dtype).eps`` or branches on ``x.dtype`` does not. So dry runs in both are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.graph.compat import fake_mode, tree_flatten, tree_leaves, tree_unflatten
+from fxprune.graph.compat import FakeTensorMode, fake_mode, tree_flatten, tree_leaves, tree_unflatten
 from fxprune.graph.context import disable_torch_function, mark_exporting, quiet
 from fxprune.graph.facts import find_blocks
 from fxprune.graph.shapes import MetaOpCache
 from fxprune.trace.inputs import blank, fake_twin, without_cache
-from fxprune.trace.repeats.recording import BlockCall, BlockRecorder, CallRecord, CallRecorder
+from fxprune.trace.repeats.recording import BlockRecorder, CallRecord, CallRecorder
 
 __all__ = ["Dependence", "DryRun", "Repeats", "find_dependence", "find_repeats", "record_calls"]
 
@@ -62,12 +60,9 @@ class DryRun:
 
 
 def find_repeats(model: nn.Module, inputs: Mapping[str, Any], native: torch.dtype) -> DryRun | None:
-    """Find alike blocks by a dry run on ``meta``; None if the code of the model raises there.
+    """Find alike blocks by a dry run of a copy of ``model`` on ``meta``; None if its code raises there.
 
-    Args:
-        model: the model; a copy runs.
-        inputs: keyword inputs, of which only shape and dtype matter.
-        native: the dtype of its weights.
+    Only shape and dtype of the inputs matter; ``native`` is the dtype of the weights.
     """
     blocks, recorder = BlockRecorder(), CallRecorder()
     try:
@@ -75,9 +70,14 @@ def find_repeats(model: nn.Module, inputs: Mapping[str, Any], native: torch.dtyp
         for path in _recordable_blocks(twin):
             block = twin.get_submodule(path)
             block.forward = _recorded(path, block, blocks, recorder)
-        _run_on_meta(twin, inputs, native, native, recorder, blocks)
-        groups = (group for alike in blocks.groups() for group in _same_state_groups(alike, twin))
-        repeats = Repeats(tuple(tuple(call.path for call in group) for group in groups))
+        _run(twin, inputs, native, native, None, recorder, blocks)
+        groups = []
+        for left in blocks.groups():
+            while len(left) >= _FEWEST:
+                alike = [call for call in left if _same_state(left[0].path, call.path, twin)]
+                left = [call for call in left if call not in alike]
+                groups += [tuple(call.path for call in alike)] if len(alike) >= _FEWEST else []
+        repeats = Repeats(tuple(groups))
     except Exception:  # the model's code may raise anything on meta; every block is then exported
         return None
     if repeats.groups:
@@ -99,41 +99,43 @@ def record_calls(
     dtype: torch.dtype,
     repeats: Repeats = _NO_REPEATS,
     modes: Mapping[str, bool] = _EVAL,
+    fake: bool = False,
 ) -> list[CallRecord] | None:
-    """The calls of torch functions in a dry run of ``model`` on ``meta``; None if its code raises there.
+    """The calls of torch functions in a dry run of a copy of ``model``; None if its code raises.
 
     Args:
-        model: the model; a copy runs.
         inputs: keyword inputs, of which only shape and dtype matter.
-        native: the dtype of its weights.
-        dtype: the dtype that replaces it.
+        native: the dtype of its weights, which ``dtype`` replaces.
         repeats: groups of alike blocks, most of which return copies of the first block's results.
         modes: whether each module is in training, by path; all in evaluation if empty.
+        fake: run on fake tensors instead of ``meta``.
     """
-    recorder = CallRecorder()
+    recorder, mode = CallRecorder(), fake_mode(fixed=True) if fake else None
     try:
-        twin = fake_twin(model, None, native, dtype)
+        twin = fake_twin(model, mode, native, dtype)
         for path, training in modes.items():
             twin.get_submodule(path).training = training
         for group in repeats.groups:
             _replay_first_block(twin, group)
-        _run_on_meta(twin, inputs, native, dtype, recorder)
-    except Exception:  # the model's code may raise anything on meta; it is then run on fake tensors
+        _run(twin, inputs, native, dtype, mode, recorder)
+    except Exception:  # the model's code may raise anything; tracing reports the error
         return None
     return recorder.calls
 
 
-def _run_on_meta(
+def _run(
     twin: nn.Module,
     inputs: Mapping[str, Any],
     native: torch.dtype,
     dtype: torch.dtype,
+    mode: FakeTensorMode | None,
     recorder: CallRecorder,
     blocks: BlockRecorder | None = None,
 ) -> None:
-    with torch.device("meta"), mark_exporting(), quiet(), torch.no_grad():
+    on_meta = mode is None
+    with mode or torch.device("meta"), mark_exporting() if on_meta else nullcontext(), quiet(), torch.no_grad():
         values = {name: blank(value, native, dtype) for name, value in inputs.items()}
-        with MetaOpCache(), recorder, blocks or nullcontext():
+        with MetaOpCache() if on_meta else nullcontext(), recorder, blocks or nullcontext():
             result = twin(**values, **without_cache(twin))
     if blocks is not None:
         blocks.use_outside(result)
@@ -164,15 +166,6 @@ def _recorded(path: str, block: nn.Module, blocks: BlockRecorder, recorder: Call
         return result
 
     return forward
-
-
-def _same_state_groups(calls: list[BlockCall], twin: nn.Module) -> Iterator[list[BlockCall]]:
-    """Yield the groups of calls whose blocks have equal attributes, if large enough."""
-    while len(calls) >= _FEWEST:
-        same = [call for call in calls if _same_state(calls[0].path, call.path, twin)]
-        calls = [call for call in calls if call not in same]
-        if len(same) >= _FEWEST:
-            yield same
 
 
 def _same_state(one: str, other: str, twin: nn.Module) -> bool:
@@ -272,10 +265,8 @@ def find_dependence(
     ``meta`` is run on fake tensors.
 
     Args:
-        model: the model; copies without storage run.
         inputs: keyword inputs, of which only shape and dtype matter.
-        native: the dtype of its weights.
-        other: the dtype to try.
+        native: the dtype of its weights; ``other`` is the one to try.
         dry_run: the run in its dtype and in evaluation mode on ``meta``, if it runs there.
     """
     training = {path: module.training for path, module in model.named_modules()}
@@ -288,7 +279,7 @@ def find_dependence(
         found, finished = _compare_runs(run, dry_run.calls, native, other, modes)
         if finished:
             return found
-    run_fake = partial(_record_calls_on_fake_tensors, model, inputs, native)
+    run_fake = partial(record_calls, model, inputs, native, fake=True)
     return _compare_runs(run_fake, run_fake(native), native, other, modes)[0]
 
 
@@ -329,25 +320,3 @@ def _first_difference(
         if len(a) != len(b) or not all((x, y) in same or (x == y and x != other) for x, y in pairs):
             return str((a or b)[0])
     return ""
-
-
-def _record_calls_on_fake_tensors(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    native: torch.dtype,
-    dtype: torch.dtype,
-    modes: Mapping[str, bool] = _EVAL,
-) -> list[CallRecord] | None:
-    """The calls of torch functions in a run on fake tensors; None if the code of the model raises there."""
-    mode = fake_mode(fixed=True)
-    try:
-        twin = fake_twin(model, mode, native, dtype)
-        for path, training in modes.items():
-            twin.get_submodule(path).training = training
-        with mode, quiet(), torch.no_grad(), CallRecorder() as recorder:
-            values = {name: blank(value, native, dtype) for name, value in inputs.items()}
-            recorder.calls.clear()
-            twin(**values, **without_cache(twin))
-    except Exception:  # the model's code may raise anything; tracing reports the error
-        return None
-    return list(recorder.calls)

@@ -1,8 +1,7 @@
 """Recording of the ops of repeated blocks in a run on fake tensors.
 
-Every op of a block is recorded with its numbers and with the origin of each tensor: an input of the block, one of its
-weights, or a value that it computed before. Tensors are identified by storage and layout, not as Python objects, so
-that views, ``x.data`` and the like are recognised.
+Each tensor is recorded with its origin: an input of the block, a weight, or a value computed before. Tensors are
+identified by storage and layout, not as Python objects, so that views, ``x.data`` and the like are recognised.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from fxprune.graph.compat import TorchDispatchMode, storage_of, tree_flatten, tree_leaves
 from fxprune.graph.context import disable_torch_function
+from fxprune.rules.aliasing import written_arguments
 
 __all__ = ["BlockCall", "BlockRecorder", "CallRecord", "CallRecorder"]
 
@@ -26,11 +26,7 @@ CallRecord = tuple[Any, ...]
 
 
 class CallRecorder(TorchFunctionMode):
-    """Records each call of a torch function: its name, its numbers, and the dtypes of arguments and results.
-
-    Attributes:
-        calls: the calls so far, in order.
-    """
+    """Records each call of a torch function: its name, its numbers, and the dtypes of arguments and results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,11 +54,9 @@ Key = tuple[Any, ...]
 
 @dataclass(eq=False)
 class BlockCall:
-    """One call of a block.
+    """One call of a block, which begins and ends after ``start`` and ``end`` calls of torch functions.
 
     Args:
-        path: the path of the block.
-        start: number of calls of torch functions before it; ``end`` after it.
         labels: the origin of each tensor seen so far.
         given: the storages of its inputs and weights.
         made: the storages that it allocated.
@@ -81,11 +75,7 @@ class BlockCall:
 
 
 class BlockRecorder(TorchDispatchMode):
-    """Records the ops of blocks, whose calls are delimited by :meth:`enter` and :meth:`leave`.
-
-    Attributes:
-        calls: the calls of blocks so far, in order.
-    """
+    """Records the ops of blocks, whose calls are delimited by :meth:`enter` and :meth:`leave`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -107,14 +97,7 @@ class BlockRecorder(TorchDispatchMode):
         return result
 
     def enter(self, path: str, block: nn.Module, args: Any, kwargs: Any, start: int) -> None:
-        """Begin the call of a block.
-
-        Args:
-            path: its path.
-            block: the block.
-            args: its positional arguments; ``kwargs`` by name.
-            start: the number of calls of torch functions so far.
-        """
+        """Begin the call of a block with its arguments, after ``start`` calls of torch functions."""
         if self._current is not None:
             raise RuntimeError(f"{path} is called by {self._current.path}")
         self.use_outside((args, kwargs))
@@ -136,7 +119,7 @@ class BlockRecorder(TorchDispatchMode):
         self._current = call
 
     def leave(self, result: Any, end: int) -> None:
-        """End the call of a block with its result; ``end`` is the number of calls of torch functions so far."""
+        """End the call of a block with its result, after ``end`` calls of torch functions."""
         call, self._current = self._current, None
         assert call is not None
         call.end = end
@@ -167,12 +150,9 @@ class BlockRecorder(TorchDispatchMode):
     def _record_op(self, call: BlockCall, func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
         named = tuple((name, _entry(value, call)) for name, value in kwargs.items())
         call.record.append((func, _entry(args, call), named))
-        for place, argument in enumerate(func._schema.arguments if func._schema.is_mutable else ()):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            for written in _tensors(args[place] if place < len(args) else kwargs.get(argument.name)):
-                if storage_of(written) not in call.made:
-                    call.side_effect = call.side_effect or f"{func} writes to a tensor from outside"
+        for written in _tensors(written_arguments(func, args, kwargs)) if func._schema.is_mutable else ():
+            if storage_of(written) not in call.made:
+                call.side_effect = call.side_effect or f"{func} writes to a tensor from outside"
         for tensor in _tensors(result):
             storage = storage_of(tensor)
             if storage not in call.given:

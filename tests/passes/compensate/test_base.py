@@ -1,4 +1,4 @@
-"""Fits of experts and of convolutions against ridge regression by hand."""
+"""Fits of experts and of convolutions against ridge regression by hand, and rotations against their definition."""
 
 from __future__ import annotations
 
@@ -10,16 +10,24 @@ import torch
 from fxprune.passes.compensate import LeastSquaresPass, RotationPass
 from torch import nn
 
+from fxprune.errors import ArgumentError
 from fxprune.graph.facts import fork
-from fxprune.graph.tensors import get_tensor
+from fxprune.graph.tensors import get_tensor, weights
 from tests.oracle import Net
-from tests.passes.compensate.test_least_squares import X, planned, slim_graph_of
+from tests.passes.compensate.test_least_squares import (
+    X,
+    by_hand,
+    fitted,
+    network,
+    planned,
+    ridge_solution,
+    slim_graph_of,
+)
 
 DAMPING = 0.03
 
 
 def drawn(*shape: int) -> nn.Parameter:
-    """A parameter with random values."""
     return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.5)
 
 
@@ -66,23 +74,20 @@ def of_each(model: Any, x: torch.Tensor, body: Any) -> tuple[list[torch.Tensor],
 @torch.no_grad()
 def test_each_expert_has_a_ridge_solution_of_its_own(body: Any, each: bool) -> None:
     model = experts(body)
-    work = fork(planned(model, {"x": X}, 7))
-    assert LeastSquaresPass(damping=DAMPING, each=each)(work, inplace=True).modified
+    work = fitted(model, LeastSquaresPass(damping=DAMPING, each=each))
     tokens, up, down = of_each(model, X, body)
     hidden = [(x @ w.T).relu().double() for x, w in zip(tokens, up, strict=True)]
     assert [len(h) > 0 for h in hidden] == [True, True, True, False]
     squares = sum(h[:, :7].square().sum(0) for h in hidden) / 3
     ridge = DAMPING * (squares if each else squares.mean().expand(7))  # type: ignore[union-attr]
-    fitted = get_tensor(work, "down")
-    fitted = fitted.mT if body is masked_out else fitted
+    new = get_tensor(work, "down")
+    new = new.mT if body is masked_out else new
     for e, h in enumerate(hidden):
-        w = down[e, :, :7].double()
-        left = torch.cat([h[:, :7], ridge.sqrt().diag()])
-        right = torch.cat([h @ down[e].double().T, ridge.sqrt().diag() @ w.T])
-        wanted = torch.linalg.lstsq(left, right).solution.T
-        assert torch.allclose(fitted[e, :, :7].double(), wanted, atol=1e-5)
-        assert torch.equal(fitted[e, :, 7:], down[e, :, 7:])
-    assert torch.equal(fitted[3], down[3])
+        w = down[e].double()
+        wanted = ridge_solution(w[:, :7], h[:, :7], h @ w.T, ridge.sqrt().diag())
+        assert torch.allclose(new[e, :, :7], wanted, atol=1e-5)
+        assert torch.equal(new[e, :, 7:], down[e, :, 7:])
+    assert torch.equal(new[3], down[3])
     assert torch.equal(get_tensor(work, "up"), model.up)  # type: ignore[arg-type]
 
 
@@ -112,8 +117,7 @@ def test_tokens_that_go_elsewhere_without_what_went_do_not_count() -> None:
     model = experts(picked)
     model.a, model.b = nn.Linear(6, 12), nn.Linear(12, 6)
     model.body = lambda m, x: picked(m, x + m.b(m.a(x).relu()))
-    work = fork(planned(model, {"x": X}, 4))
-    LeastSquaresPass(damping=DAMPING, bias=False)(work, inplace=True)
+    work = fitted(model, LeastSquaresPass(damping=DAMPING, bias=False), 4)
     flat = X.reshape(-1, 6)
     hidden = model.a(flat).relu()
     streams = [flat + model.b(hidden)]
@@ -128,20 +132,20 @@ def test_tokens_that_go_elsewhere_without_what_went_do_not_count() -> None:
     ridge = (DAMPING * sum(h.square().sum(0) for h in kept).mean() / sum(len(h) > 0 for h in kept)).sqrt()  # type: ignore[union-attr]
     for e, h in enumerate(kept):
         w = down[e].double()  # type: ignore[index]
-        left = torch.cat([h, ridge * torch.eye(4)])
-        right = torch.cat([inside[0][chosen[e]] @ w.T, ridge * w[:, :4].T])
-        wanted = torch.linalg.lstsq(left, right).solution.T
-        assert torch.allclose(get_tensor(work, "down")[e, :, :4].double(), wanted, atol=1e-4)
+        wanted = ridge_solution(w[:, :4], h, inside[0][chosen[e]] @ w.T, ridge * torch.eye(4))
+        assert torch.allclose(get_tensor(work, "down")[e, :, :4], wanted, atol=1e-4)
 
 
-def test_experts_stay_where_nothing_goes_or_others_read_them() -> None:
-    assert not LeastSquaresPass()(fork(planned(experts(picked), {"x": X}, 12)), inplace=True).modified
-    twice = experts(picked)
+def test_weights_stay_where_nothing_goes_or_others_read_them() -> None:
+    twice, read = experts(picked), experts(picked)
     twice.body = lambda m, x: picked(m, x) + picked(m, x + 1)
-    assert not LeastSquaresPass()(fork(planned(twice, {"x": X}, 7)), inplace=True).modified
-    read = experts(picked)
     read.body = lambda m, x: picked(m, x) + m.down.sum()
-    assert not LeastSquaresPass()(fork(planned(read, {"x": X}, 7)), inplace=True).modified
+    linear = Net(lambda m, x: m.b(m.a(x).relu()) + m.b(m.a(x).sigmoid()), a=nn.Linear(6, 12), b=nn.Linear(12, 6))
+    for model, stay in ((experts(picked), 12), (twice, 7), (read, 7), (linear, 7)):
+        work = fork(planned(model, {"x": X}, stay))
+        before = dict(weights(work))
+        assert not LeastSquaresPass()(work, inplace=True).modified
+        assert all(tensor is before[name] for name, tensor in weights(work))
 
 
 def convolutions(residual: bool, **options: Any) -> Net:
@@ -160,25 +164,45 @@ def convolutions(residual: bool, **options: Any) -> Net:
 @torch.no_grad()
 def test_a_convolution_is_fitted_over_channels_and_taps(options: dict[str, int], residual: bool) -> None:
     model = convolutions(residual, **options)
-    work = fork(planned(model, {"x": X}, 7))
-    assert LeastSquaresPass(damping=DAMPING, bias=False)(work, inplace=True).modified
+    work = fitted(model, LeastSquaresPass(damping=DAMPING, bias=False))
     taps = options["kernel_size"]
     hidden = nn.functional.pad(model.a(X).relu(), (taps // 2, taps // 2)).unfold(-1, taps, 1)
     rows = hidden.permute(0, 2, 1, 3).flatten(0, 1).double()
     w = model.b.weight.double()
-    x, old = rows[:, :7].flatten(1), w[:, :7].flatten(1)
-    ridge = (DAMPING * x.square().sum(0).mean()).sqrt() * torch.eye(7 * taps).double()
-    left, right = torch.cat([x, ridge]), torch.cat([rows.flatten(1) @ w.flatten(1).T, ridge @ old.T])
-    wanted = torch.linalg.lstsq(left, right).solution.T.view(7, 7, taps)
-    assert torch.allclose(get_tensor(work, "b.weight")[:, :7].double(), wanted, atol=1e-5)
+    wanted = by_hand(w[:, :7].flatten(1), rows[:, :7].flatten(1), rows.flatten(1) @ w.flatten(1).T)
+    assert torch.allclose(get_tensor(work, "b.weight")[:, :7], wanted.view(7, 7, taps), atol=1e-5)
     assert torch.equal(get_tensor(work, "b.weight")[:, 7:], model.b.weight[:, 7:])
 
 
 @torch.no_grad()
 def test_a_bias_of_a_convolution_takes_up_the_mean_of_what_went() -> None:
     model = convolutions(False, kernel_size=3)
-    work = fork(planned(model, {"x": X}, 7))
-    LeastSquaresPass(damping=1e9)(work, inplace=True)
+    work = fitted(model, LeastSquaresPass(damping=1e9))
     hidden = model.a(X).relu()
     gone = nn.functional.conv1d(hidden[:, 7:], model.b.weight[:, 7:]).mean((0, 2))
     assert torch.allclose(get_tensor(work, "b.bias"), model.b.bias + gone, atol=1e-5)
+
+
+def test_the_kept_columns_are_turned_towards_what_is_wanted() -> None:
+    model = network()
+    work = fitted(model, RotationPass(damping=1e-6))
+    hidden = model.a(X).relu().flatten(0, 1).detach()
+    w = model.b.weight[:, :7].detach()
+    new = get_tensor(work, "b.weight").detach()[:, :7]
+    Y, Z = hidden @ model.b.weight.detach().T, hidden[:, :7] @ w.T
+    Q = new @ torch.linalg.pinv(w)
+    assert torch.allclose(Q @ Q.T, torch.eye(6), atol=1e-4)
+    assert torch.allclose(new.norm(dim=0), w.norm(dim=0), atol=1e-4)
+    error = float((Y - Z @ Q.T).square().sum())
+    assert error < float((Y - Z).square().sum())
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):  # no small turn of it does better
+        skew = torch.randn(6, 6, generator=generator) * 0.05
+        turned = torch.matrix_exp(skew - skew.T) @ Q
+        assert float((Y - Z @ turned.T).square().sum()) > error
+    assert torch.equal(get_tensor(work, "b.bias"), model.b.bias)
+    assert torch.equal(get_tensor(work, "b.weight")[:, 7:], model.b.weight[:, 7:])
+    work = fitted(model, RotationPass(damping=1e9))
+    assert torch.allclose(get_tensor(work, "b.weight"), model.b.weight, atol=1e-5)
+    with pytest.raises(ArgumentError):
+        RotationPass(damping=0)

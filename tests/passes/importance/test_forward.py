@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -68,17 +68,12 @@ def test_wanda_is_magnitude_times_the_norm_of_the_input(case: Case) -> None:
     into_mlp, into_down, into_attention, into_o = inputs_of(
         model, IDS, mlp.up_proj, mlp.down_proj, attention.q_proj, attention.o_proj
     )
+    reads = [(mlp, "gate up", into_mlp), (mlp, "down", into_down)]
+    reads += [(attention, "q k v", into_attention), (attention, "o", into_o)]
     elements = {
-        name: part.weight.detach().double().abs() * x.square().mean(0).sqrt()
-        for name, part, x in (
-            ("gate", mlp.gate_proj, into_mlp),
-            ("up", mlp.up_proj, into_mlp),
-            ("down", mlp.down_proj, into_down),
-            ("q", attention.q_proj, into_attention),
-            ("k", attention.k_proj, into_attention),
-            ("v", attention.v_proj, into_attention),
-            ("o", attention.o_proj, into_o),
-        )
+        name: part.get_parameter(f"{name}_proj.weight").detach().double().abs() * x.square().mean(0).sqrt()
+        for part, names, x in reads
+        for name in names.split()
     }
     found = scores_of(dense, "wanda", batch=2)
     channels = elements["gate"].sum(1) + elements["up"].sum(1) + elements["down"].sum(0)
@@ -105,12 +100,9 @@ def test_flap_is_the_variance_of_the_input_times_its_column(case: Case) -> None:
 
 def test_what_adds_up_nowhere_is_refused(case: Case) -> None:
     _, dense = case
-    kinds = {group.kind for group in groups_of(dense)}
-    assert "head_dim" in kinds
+    refusal = r"of the kind 'head_dim', has no weight that sums over its units.*Leave that kind out"
     for name in ("flap", "reconstruction", "fisher"):
-        with pytest.raises(
-            PassError, match=r"of the kind 'head_dim', has no weight that sums over its units.*Leave that kind out"
-        ):
+        with pytest.raises(PassError, match=refusal):
             load_pass(name, kinds="head_dim")(dense)
     for name in ("block-influence", "reap"):
         with pytest.raises(PassError, match="of the kind 'mlp', has no"):
@@ -120,19 +112,12 @@ def test_what_adds_up_nowhere_is_refused(case: Case) -> None:
 def test_a_layer_is_worth_how_much_it_turns_the_stream(case: Case) -> None:
     model, dense = case
     with torch.no_grad():
-        first, last, *_ = model.model(input_ids=IDS, output_hidden_states=True).hidden_states
-        captured: list[torch.Tensor] = []
-        hook = model.model.norm.register_forward_pre_hook(lambda _, x: captured.append(x[0]))
-        model(input_ids=IDS)
-    hook.remove()
-    cosines = torch.cosine_similarity(first.double(), captured[0].double(), dim=-1)
-    assert last is not None
+        first = model.model.embed_tokens(IDS).flatten(0, 1).double()
+    (last,) = inputs_of(model, IDS, model.model.norm)
+    cosines = torch.cosine_similarity(first, last, dim=-1)
     found = scores_of(dense, "block-influence", batch=2)
     assert list(found) == ["model.layers.0/layer"]
     np.testing.assert_allclose(found["model.layers.0/layer"], [1 - float(cosines.mean())], rtol=1e-6)
-
-
-# ------------------------------------------------------------------------------------------------------ experts
 
 
 def test_an_expert_is_worth_what_it_adds_to_its_tokens() -> None:
@@ -159,29 +144,23 @@ def test_an_expert_is_worth_what_it_adds_to_its_tokens() -> None:
 def test_experts_side_by_side_count_the_tokens_that_reach_them() -> None:
     torch.manual_seed(0)
 
-    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+    def given_by_experts(m: Any, x: torch.Tensor) -> torch.Tensor:
         gates = (x @ m.router).softmax(-1)
         gates = gates * (gates > 0.25)
         hidden = torch.einsum("th,ehf->etf", x, m.up).relu()
-        given = torch.einsum("etf,efh->eth", hidden, m.down) * gates.T[..., None]
-        return given.sum(0)  # type: ignore[no-any-return]
+        return torch.einsum("etf,efh->eth", hidden, m.down) * gates.T[..., None]
 
     parts = {"router": torch.randn(6, 4), "up": torch.randn(4, 6, 10), "down": torch.randn(4, 10, 6)}
-    model = Net(body, **{name: nn.Parameter(part) for name, part in parts.items()})
+    model = Net(
+        lambda m, x: given_by_experts(m, x).sum(0), **{name: nn.Parameter(part) for name, part in parts.items()}
+    )
     x = torch.randn(7, 6)
     dense = discover(model, {"x": x})
-    group = next((g for g in groups_of(dense) if g.kind == "expert"), None)
-    assert group is not None
+    group = next(g for g in groups_of(dense) if g.kind == "expert")
     facts_of(dense).put(Calibration((Sample({"x": x}, torch.zeros(1, 7)),)))
-    gates = (x @ parts["router"]).softmax(-1)
-    gates = gates * (gates > 0.25)
-    given = torch.einsum("etf,efh->eth", torch.einsum("th,ehf->etf", x, parts["up"]).relu(), parts["down"])
-    norms = given.norm(dim=-1) * gates.T
+    norms = given_by_experts(model, x).norm(dim=-1)
     expected = [float(row[row > 0].mean()) if (row > 0).any() else 0.0 for row in norms]
     np.testing.assert_allclose(scores_of(dense, "reap")[group.name], expected, rtol=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------ reconstruction
 
 
 def fit_error(X: torch.Tensor, B: torch.Tensor, ridge: float, kept: list[int]) -> float:
@@ -231,15 +210,10 @@ def test_reconstruction_looks_at_consumers_and_needs_no_more_memory_than_it_may_
     model, dense = case
     layer = model.model.layers[0]
     into_down, into_o = inputs_of(model, IDS, layer.mlp.down_proj, layer.self_attn.o_proj)
-    sweeps: list[int] = []
-
-    def track(items: Sequence[Any], what: str, total: int) -> Sequence[Any]:
-        sweeps.append(total)
-        return items
-
+    track = MagicMock(side_effect=lambda items, what, total: items)
     found = scores_of(dense, "reconstruction", steps=1000, memory=10.0, track=track, ridge=0.2)
     often = scores_of(dense, "reconstruction", steps=1000, memory=1e-9, track=track, ridge=0.2, batch=2)
-    assert sweeps == [1, 3, 3, 3]
+    assert [call.args[2] for call in track.mock_calls] == [1, 3, 3, 3]
     for name, x, consumer, shape in (
         ("mlp", into_down, layer.mlp.down_proj, (FFN,)),
         ("head", into_o, layer.self_attn.o_proj, (KV,)),
@@ -258,9 +232,6 @@ def test_inputs_that_are_all_zero_go_first_and_cost_nothing() -> None:
     X[:, 2] = 0
     scores = removal_costs([FittedProduct.of(X.T @ X, B, np.arange(4), 4, 0.0001)], steps=4)
     assert scores.argmin() == 2
-
-
-# -------------------------------------------------------------------------------------------------------- fisher
 
 
 def gate_gradients(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -323,9 +294,6 @@ def test_what_grows_keeps_the_order_and_tells_all_apart() -> None:
     assert (np.diff(found) > 0).all()
     np.testing.assert_allclose(found, [1, 3, 3, 3, 5], rtol=1e-5)
     assert (increasing_costs(np.array([-1.0, -2.0, 0.0]), 0.1) >= 0.1).all()
-
-
-# ------------------------------------------------------------------------------------------------------- refusals
 
 
 def test_weights_that_are_not_finite_are_named() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from fxprune.passes.importance import taylor
 from fxprune.passes.importance.base import ImportancePass, parts_within
 from torch import fx, nn
 
-from fxprune.errors import CalibrationError, PassError
+import fxprune
+from fxprune.errors import CalibrationError, PassError, PlanError
 from fxprune.graph.facts import facts_of
 from fxprune.pipeline.contract import Track, tracking
 from fxprune.pipeline.registry import load_pass
+from fxprune.removal.removal import Removal
 from fxprune.removal.scores import REDUCTIONS, Scores
 from tests.models import tiny, token_ids
 from tests.oracle import discover, groups_of
@@ -32,8 +35,6 @@ DEPTH, KV, REPEATS, WIDTH, FFN = 2, 3, 2, 8, 88
 
 
 class TinyLM(nn.Module):
-    """Embedding, two linear layers, and the embedding again."""
-
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(131, 10)
@@ -41,14 +42,7 @@ class TinyLM(nn.Module):
         self.down = nn.Linear(14, 10, bias=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits."""
         return F.linear(self.down(torch.tanh(self.up(self.embed(ids)))), self.embed.weight)
-
-
-class NothingPass(ImportancePass):
-    """Scores nothing."""
-
-    name = "nothing"
 
 
 def runs(units: Iterable[int], width: int) -> list[list[int]]:
@@ -58,21 +52,16 @@ def runs(units: Iterable[int], width: int) -> list[list[int]]:
 def llama_slices() -> dict[str, Slices]:
     """The units of a grouped-query model, spelled out from the sizes in its config."""
     found: dict[str, Slices] = {}
-    for layer in range(DEPTH):
-        at = f"model.layers.{layer}"
-        attn, mlp = f"{at}.self_attn", f"{at}.mlp"
-        found[f"{at}/mlp"] = [
-            (f"{mlp}.{n}_proj.weight", a, runs(range(FFN), 1)) for n, a in (("gate", 0), ("up", 0), ("down", 1))
-        ]
-        queries, keys = runs(range(KV), REPEATS * WIDTH), runs(range(KV), WIDTH)
-        found[f"{at}/head"] = [
-            (f"{attn}.q_proj.weight", 0, queries),
-            (f"{attn}.k_proj.weight", 0, keys),
-            (f"{attn}.v_proj.weight", 0, keys),
-            (f"{attn}.o_proj.weight", 1, queries),
-        ]
-        single = runs(range(KV * REPEATS), WIDTH)
-        found[f"{at}/head.2"] = [(f"{attn}.q_proj.weight", 0, single), (f"{attn}.o_proj.weight", 1, single)]
+    channels, single = runs(range(FFN), 1), runs(range(KV * REPEATS), WIDTH)
+    queries, keys = runs(range(KV), REPEATS * WIDTH), runs(range(KV), WIDTH)
+    members = {
+        "mlp": [("mlp.gate", 0, channels), ("mlp.up", 0, channels), ("mlp.down", 1, channels)],
+        "head": [(f"self_attn.{n}", int(n == "o"), queries if n in "qo" else keys) for n in "qkvo"],
+        "head.2": [("self_attn.q", 0, single), ("self_attn.o", 1, single)],
+    }
+    for at in (f"model.layers.{layer}" for layer in range(DEPTH)):
+        for group, slices in members.items():
+            found[f"{at}/{group}"] = [(f"{at}.{name}_proj.weight", axis, units) for name, axis, units in slices]
     return found
 
 
@@ -106,9 +95,6 @@ def scores_of(dense: fx.GraphModule, name: str, track: Track | None = None, **ar
     with tracking(track):
         load_pass(name, **arguments)(dense)
     return facts_of(dense)[Scores]
-
-
-# ------------------------------------------------------------------------------------------------- brute force
 
 
 def sample_gradients(model: nn.Module, ids: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
@@ -145,14 +131,8 @@ def expected(model: nn.Module, ids: torch.Tensor, order: str, members: Slices, r
         per_position = slices.reshape(len(slices), -1).sum(1)
         rows.append([per_position[unit].abs().sum().item() for unit in units])
     table = np.array(rows)
-    return {
-        "sum": table.sum(0),
-        "prod": table.prod(0),
-        "max": table.max(0),
-        "mean": table.mean(0),
-        "first": table[0],
-        "last": table[-1],
-    }[reduction]
+    ends = {"first": 0, "last": -1}
+    return table[ends[reduction]] if reduction in ends else getattr(table, reduction)(0)
 
 
 @pytest.mark.parametrize("order", ["l1", "l2", *ORDERS])
@@ -180,19 +160,16 @@ def test_labels_that_do_not_count_change_the_loss() -> None:
     np.testing.assert_allclose(short, expected(model, ids[None, :5], "mix", members, "sum"), rtol=1e-4)
 
 
-# -------------------------------------------------------------------------------------- memory, side effects, seeds
-
-
 @pytest.mark.parametrize("order", ORDERS)
 def test_parts_give_the_scores_of_the_whole(case: Case, order: str) -> None:
     _, dense, slices = case
     steps: list[int] = []
 
-    def track(items: Sequence[Any], what: str, total: int) -> Iterator[Any]:
+    def track(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
         found = list(items)
         steps.append(total)
         assert len(found) == total
-        return iter(found)
+        return found
 
     once = scores_of(dense, "taylor", order=order, memory="fast", track=track)
     found = [scores_of(dense, "taylor", order=order, memory=memory, track=track) for memory in ("low", 1e-9, "auto")]
@@ -302,12 +279,14 @@ def test_only_the_kinds_asked_for_are_scored() -> None:
     np.testing.assert_allclose(scores.units[layer.name], [sum(sizes.values())], rtol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------- refusals
-
-
 def test_what_cannot_be_scored_is_refused() -> None:
+    class NothingPass(ImportancePass):
+        name = "nothing"
+
     model = TinyLM()
     dense = discover(model, {"ids": token_ids()})
+    with pytest.raises(PassError, match=r"scores nothing.*Define `positions`, or `score`"):
+        NothingPass()(dense)
     with pytest.raises(CalibrationError, match=r"the fact Calibration is not known.*Run calibrate first"):
         load_pass("taylor")(dense)
     calibrate(dense, token_ids(2))
@@ -321,7 +300,32 @@ def test_what_cannot_be_scored_is_refused() -> None:
         load_pass("taylor")(meta)
 
 
-def test_a_criterion_that_writes_no_formula_says_so() -> None:
-    graph_module = discover(tiny("llama", num_hidden_layers=1))
-    with pytest.raises(PassError, match=r"scores nothing.*Define `positions`, or `score`"):
-        NothingPass()(graph_module)
+def test_scores_of_one_run_serve_any_ratio(tmp_path: Path) -> None:
+    dense = discover(tiny("llama", num_hidden_layers=2))
+    load_pass("l2")(dense)
+    small = facts_of(dense)[Scores]
+    small.save(tmp_path / "scores.safetensors")
+    plans = {}
+    for ratio in (0.1, 0.3):
+        load_pass("select-by-ratio", ratio=ratio, protect=())(dense)
+        plans[ratio] = facts_of(dense)[Removal].plan
+    assert plans[0.1] != plans[0.3]
+    for given in ({"scores": small}, {"file": tmp_path / "scores.safetensors"}):
+        load_pass("load-scores", **given)(dense)
+        load_pass("select-by-ratio", ratio=0.3, protect=())(dense)
+        assert facts_of(dense)[Removal].plan == plans[0.3] and facts_of(dense)[Scores].source == "l2"
+
+
+def test_what_is_no_scores_of_the_model_is_refused(tmp_path: Path) -> None:
+    dense = discover(tiny("llama", num_hidden_layers=1))
+    load_pass("l2")(dense)
+    kept = facts_of(dense)[Scores]
+    load_pass("load-scores", scores=kept)(dense)
+    load_pass("select-by-ratio", protect=())(dense)
+    assert facts_of(dense)[Removal].scores is kept
+    name = next(iter(kept.units))
+    with pytest.raises(PlanError, match="Use scores of this model"):
+        load_pass("load-scores", scores=Scores({name: np.ones(5)}))(dense)
+    for arguments in ({}, {"scores": "l2"}, {"file": str(tmp_path / "none")}):
+        with pytest.raises(PlanError):
+            fxprune.Pipeline([load_pass("load-scores", **arguments)])(dense)

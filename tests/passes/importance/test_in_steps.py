@@ -20,6 +20,7 @@ from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 from tests.oracle import Net, axes_of, discover, groups_of
+from tests.passes.compensate.test_least_squares import deep
 
 X = torch.randn(6, 5, 6, generator=torch.Generator().manual_seed(0))
 SELECT = "select-by-group-ratio{group_ratio=0.5, protect=[], kinds=[mlp]}"
@@ -82,20 +83,9 @@ def test_what_the_steps_need_is_asked_for_before_any_work(dense: fx.GraphModule)
 
 
 def test_layers_that_went_add_nothing_and_stay_gone() -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 6)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.b(self.a(x).relu())  # type: ignore[no-any-return]
-
-    torch.manual_seed(2)
-    graph = discover(
-        nn.Sequential(nn.Sequential(*(Block() for _ in range(4))), nn.Linear(6, 6)).eval(), {"input": X[0]}
-    )
+    graph = discover(deep(), {"input": X[0]})
     layers = [group for group in groups_of(graph) if group.kind == "layer"]
-    assert len(layers) == 4
+    assert len(layers) == 3
     importance, select = "l2{kinds=[layer]}", "select-by-group-ratio{group_ratio=0.5, protect=[], kinds=[layer]}"
     load_pass(importance.split("{")[0], kinds="layer")(graph)
     alone = {name: float(row[0]) for name, row in facts_of(graph)[Scores].units.items()}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -16,9 +16,10 @@ from torch import fx
 
 from fxprune.axes import Keep
 from fxprune.data.calibration import Calibration
+from fxprune.data.samples import read_calibration
 from fxprune.errors import ArgumentError, CalibrationError, UnknownNameError
 from fxprune.graph.counting import count_macs, count_parameters
-from fxprune.graph.facts import Notes, facts_of
+from fxprune.graph.facts import Notes, facts_of, fork
 from fxprune.masking.compare import masked_outputs
 from fxprune.pipeline.contract import Track, tracking
 from fxprune.pipeline.registry import load_pass, parse_pass
@@ -49,9 +50,6 @@ def left(dense: fx.GraphModule, budget: Budget, removal: Removal) -> float:
     """What is left after a removal."""
     counts = {factor: float(removal.keep.count(factor)) for factor in removal.keep.units}
     return budget.total - budget.removed(counts, dict.fromkeys(removal.removed_blocks, 1.0))
-
-
-# -------------------------------------------------------------------------------------------------------- budgets
 
 
 def test_budgets_count_what_the_slim_graph_has(dense: fx.GraphModule) -> None:
@@ -96,9 +94,6 @@ def test_standardised_scores_are_compared_by_their_magnitude() -> None:
     np.testing.assert_allclose(normalised(slots), [[-0.5, 0.5], [-1.5, 1.5]])
 
 
-# ------------------------------------------------------------------------------------------------------- the judge
-
-
 def test_the_judge_measures_the_divergence_of_masked_runs(dense: fx.GraphModule) -> None:
     samples = facts_of(dense)[Calibration].samples
     removal = half_of(dense, "model.layers.0/mlp")
@@ -112,15 +107,9 @@ def test_the_judge_measures_the_divergence_of_masked_runs(dense: fx.GraphModule)
     assert 0 < found <= total / len(samples) * 1.001
     assert found == pytest.approx(total / len(samples), rel=0.35), "all but the likeliest classes are taken as one"
     assert DivergenceJudge(dense, samples, 4).divergence(decide(dense)) == pytest.approx(0, abs=1e-4)
-
-
-def test_the_judge_fits_before_it_measures(dense: fx.GraphModule) -> None:
-    samples = facts_of(dense)[Calibration].samples
-    removal = half_of(dense, "model.layers.0/mlp")
     before = {name: p.clone() for name, p in dense.named_parameters()}
-    plain = DivergenceJudge(dense, samples, 4).divergence(removal)
-    fitted = DivergenceJudge(dense, samples, 4, load_pass("least-squares", damping=0.01), samples).divergence(removal)
-    assert fitted < plain
+    fit = load_pass("least-squares", damping=0.01)
+    assert DivergenceJudge(dense, samples, 4, fit, samples).divergence(removal) < found, "it fits before it measures"
     assert all(torch.equal(p, before[name]) for name, p in dense.named_parameters())
 
 
@@ -129,9 +118,6 @@ def half_of(dense: fx.GraphModule, name: str) -> Removal:
     group = next(group for group in groups_of(dense) if group.name == name)
     assert group.factor is not None
     return decide(dense, Keep({group.factor: np.arange(group.size) % 2 == 0}))
-
-
-# ------------------------------------------------------------------------------------------------------- the search
 
 
 def search(dense: fx.GraphModule, track: Track | None = None, **arguments: Any) -> tuple[Removal, list[str]]:
@@ -146,19 +132,11 @@ def test_a_search_ends_no_worse_than_it_began_and_says_what_it_did(dense: fx.Gra
     heldout = token_ids(6, 11, seed=5)
     load_pass("select-by-ratio", ratio=0.2, kinds=BOTH, protect=())(dense)
     begun = facts_of(dense)[Removal]
-    steps: list[int] = []
-
-    def track(items: Sequence[Any], what: str, total: int) -> Sequence[Any]:
-        steps.append(total)
-        return items
-
+    track = MagicMock(side_effect=lambda items, what, total: items)
     found, told = search(dense, ratio=0.2, trials=14, samples=4, bins=4, heldout=heldout, track=track)
-    samples = facts_of(dense)[Calibration].samples
-    load_pass("calibrate", data=heldout)(dense)
-    judge = DivergenceJudge(dense, facts_of(dense)[Calibration].samples, 8)
-    facts_of(dense).put(Calibration(samples))
+    judge = DivergenceJudge(dense, read_calibration(heldout, dense), 8)
     before, after = judge.divergence(begun), judge.divergence(found)
-    assert after < before and steps == [14]
+    assert after < before and [call.args[2] for call in track.mock_calls] == [14]
     assert f"{before:.3f} nats per token before and {after:.3f} after" in told[0]
     budget = ParameterBudget(axes_of(dense))
     assert left(dense, budget, found) == pytest.approx(left(dense, budget, begun), abs=0.0021 * budget.total)
@@ -189,9 +167,13 @@ def test_where_the_search_was_led_astray_the_beginning_is_taken(
 @pytest.mark.parametrize(
     "arguments", [{"uniform": True}, {"ratio": {"mlp": 0.2}}, {"trials": 0}, {"heldout": 3}, {"fit": "l2"}, {"fit": 3}]
 )
-def test_what_a_search_cannot_keep_to_is_refused(arguments: dict[str, Any]) -> None:
+def test_what_a_search_cannot_keep_to_is_refused(dense: fx.GraphModule, arguments: dict[str, Any]) -> None:
     with pytest.raises((ArgumentError, CalibrationError)):
         SelectBySearchPass(**{"protect": (), **arguments})
+    one = fork(dense)
+    facts_of(one).put(Calibration(facts_of(dense)[Calibration].samples[:1]))
+    with pytest.raises(CalibrationError, match="too few"):
+        search(one, ratio=0.1)
 
 
 @pytest.mark.parametrize("fit", ["rotation", "least-squares{damping=0.1}", "least-squares{samples=8, reach=stream}"])
@@ -201,14 +183,6 @@ def test_a_fit_is_a_pass_or_its_text_and_is_spelled_again(fit: str) -> None:
         again = parse_pass(str(made))
         assert isinstance(made, SelectBySearchPass) and isinstance(again, SelectBySearchPass)
         assert str(again) == str(made) and str(again.fit) == str(made.fit) == fit
-
-
-def test_one_sample_is_too_few(dense: fx.GraphModule) -> None:
-    samples = facts_of(dense)[Calibration].samples
-    facts_of(dense).put(Calibration(samples[:1]))
-    with pytest.raises(CalibrationError, match="too few"):
-        search(dense, ratio=0.1)
-    facts_of(dense).put(Calibration(samples))
 
 
 def test_shares_move_and_are_drawn() -> None:

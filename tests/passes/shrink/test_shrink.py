@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -32,27 +33,21 @@ from tests.oracle import Net, axes_of, decide, discover, groups_of
 
 
 class Block(nn.Module):
-    """A residual block."""
-
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(6, 6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The input and what it gives rise to."""
         return x + self.fc(x).relu()
 
 
 class Stack(nn.Module):
-    """Three residual blocks and a head."""
-
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block() for _ in range(3))
         self.head = nn.Linear(6, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """One block after the other."""
         for block in self.blocks:
             x = block(x)
         return self.head(x)  # type: ignore[no-any-return]
@@ -99,21 +94,6 @@ def run(name: str, graph_module: fx.GraphModule, **arguments: Any) -> PassResult
     return load_pass(name, **arguments)(graph_module, inplace=True)
 
 
-# ----------------------------------------------------------------------------------------------- golden text
-
-LITERALS = """\
-sym_size_int = sym_size.int(x, 0)
-eq = eq(sym_size_int, 2)
-_assert_scalar_default = _assert_scalar.default(eq, 'this graph was traced for inputs with x.shape[0] == 2')
-linear = linear.default(x, p_a_weight, p_a_bias)
-view = reshape.default(linear, [2, 3, 4])
-slice_1 = slice.Tensor(view, 2, 1, 9223372036854775807)
-repeat = repeat.default(slice_1, [1, 2, 1])
-flatten = flatten.using_ints(repeat, 1)
-layer_norm = layer_norm.default(flatten, [18], None, None, 1e-05, False)
-linear_1 = linear.default(layer_norm, p_b_weight, p_b_bias)
-output = output(linear_1,)"""
-
 REWRITTEN = """\
 sym_size_int = sym_size.int(x, 0)
 eq = eq(sym_size_int, 2)
@@ -130,11 +110,13 @@ output = output(linear_1,)"""
 
 def test_rewrite_literals() -> None:
     dense = shapely()
+    literals = REWRITTEN
+    for new, old in (("[2, 2, 3]", "[2, 3, 4]"), ("[1, 1, 1]", "[1, 2, 1]"), ("[4], None", "[18], None")):
+        literals = literals.replace(new, old)
     work = after("rewrite-literals", planned(dense, keep_most(dense)))
-    assert text(work) == LITERALS
+    assert text(work) == literals
     assert run("rewrite-literals", work).modified
-    assert text(work) == REWRITTEN
-    assert text(dense) == LITERALS
+    assert text(work) == REWRITTEN and text(dense) == literals
 
 
 def test_rewrite_literals_scales_a_size_computed_at_run_time() -> None:
@@ -150,19 +132,6 @@ def test_rewrite_literals_scales_a_size_computed_at_run_time() -> None:
     assert [tuple(slim(torch.randn(n, 5, 10)).shape) for n in (2, 3)] == [(2, 5, 9), (3, 5, 9)]
 
 
-DENSE_STACK = """\
-linear = linear.default(x, p_blocks_0_fc_weight, p_blocks_0_fc_bias)
-relu = relu.default(linear,)
-add = add.Tensor(x, relu)
-linear_1 = linear.default(add, p_blocks_1_fc_weight, p_blocks_1_fc_bias)
-relu_1 = relu.default(linear_1,)
-add_1 = add.Tensor(add, relu_1)
-linear_2 = linear.default(add_1, p_blocks_2_fc_weight, p_blocks_2_fc_bias)
-relu_2 = relu.default(linear_2,)
-add_2 = add.Tensor(add_1, relu_2)
-linear_3 = linear.default(add_2, p_head_weight, p_head_bias)
-output = output(linear_3,)"""
-
 BYPASSED = """\
 linear_2 = linear.default(x, p_blocks_2_fc_weight, p_blocks_2_fc_bias)
 relu_2 = relu.default(linear_2,)
@@ -174,12 +143,13 @@ output = output(linear_3,)"""
 def test_bypass_blocks_and_eliminate_dead_code() -> None:
     model = Stack()
     dense = discover(model, {"x": torch.randn(2, 6)})
+    before = text(dense)
     work = planned(dense, blocks=("blocks.0", "blocks.1"))
     assert run("bypass-blocks", work).modified
     assert "p_blocks_0_fc_weight" in text(work)
     result = run("eliminate-dead-code", work)
     slim = result.graph_module
-    assert result.modified and text(slim) == BYPASSED and text(dense) == DENSE_STACK
+    assert result.modified and text(slim) == BYPASSED and text(dense) == before
     assert dict(weights(slim)).keys() == {f"{n}.{p}" for n in ("blocks.2.fc", "head") for p in ("weight", "bias")}
     assert facts_of(slim) is facts_of(work)
     assert not run("eliminate-dead-code", slim).modified
@@ -199,9 +169,6 @@ def test_a_block_that_is_not_residual_is_no_layer() -> None:
     assert not [group for group in groups_of(dense) if group.kind == "layer"]
 
 
-# ---------------------------------------------------------------------------------------- what passes change
-
-
 @pytest.mark.parametrize("name", ["bypass-blocks", "slice-parameters", "rewrite-literals", "eliminate-dead-code"])
 def test_an_empty_plan_changes_nothing(name: str) -> None:
     dense = shapely()
@@ -209,7 +176,9 @@ def test_an_empty_plan_changes_nothing(name: str) -> None:
     assert not result.modified
     assert text(result.graph_module) == text(dense)
     held = dict(weights(dense))
-    assert all(torch.equal(tensor, held[name]) for name, tensor in weights(result.graph_module))
+    found = dict(weights(result.graph_module))
+    assert all(torch.equal(tensor, held[name]) for name, tensor in found.items())
+    assert name != "slice-parameters" or all(tensor is not held[name] for name, tensor in found.items())
 
 
 def test_slice_parameters_keeps_tied_tensors_tied() -> None:
@@ -237,14 +206,6 @@ def test_slice_parameters_keeps_tied_tensors_tied() -> None:
     assert get_tensor(work, "a.weight") is get_tensor(work, "t.weight")
 
 
-def test_slice_parameters_copies_what_it_leaves() -> None:
-    dense = shapely()
-    own = after("slice-parameters", planned(dense))
-    run("slice-parameters", own)
-    for name, tensor in weights(dense):
-        assert get_tensor(own, name) is not tensor and torch.equal(get_tensor(own, name), tensor)
-
-
 def test_slice_parameters_in_place_gives_the_model_the_same_tensors() -> None:
     model = Net(lambda m, x: m.b(m.a(x)), a=nn.Linear(10, 12), b=nn.Linear(12, 9), c=nn.Linear(2, 2))
     dense = discover(model, {"x": torch.randn(2, 10)})
@@ -265,16 +226,15 @@ def test_propagate_shapes_tells_new_shapes_and_where_they_do_not_fit() -> None:
     run("rewrite-literals", work)
     assert not run("propagate-shapes", work).modified
     values = {node.name: node.meta.get("val") for node in work.graph.nodes if node.op == "call_function"}
-    shapes = {name: tuple(value.shape)[1:] for name, value in values.items() if isinstance(value, torch.Tensor)}
-    assert shapes == {
-        "linear": (6,),
-        "view": (2, 3),
-        "slice_1": (2, 2),
-        "repeat": (2, 2),
-        "flatten": (4,),
-        "layer_norm": (4,),
-        "linear_1": (5,),
-    }
+    shapes = [tuple(value.shape)[1:] for value in values.values() if isinstance(value, torch.Tensor)]
+    assert shapes == [(6,), (2, 3), (2, 2), (2, 2), (4,), (4,), (5,)]
+
+
+def run_nodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of nodes whose shapes are computed from now on."""
+    names, run_node = list[str](), FakeTensorProp.run_node
+    monkeypatch.setattr(FakeTensorProp, "run_node", lambda self, n: names.append(n.name) or run_node(self, n))
+    return names
 
 
 def slimmed(model: nn.Module, kinds: str, importance: str = "l2") -> fx.GraphModule:
@@ -295,10 +255,7 @@ def test_shapes_worked_out_where_something_changed_are_those_of_all(family: str,
 
 
 def test_shapes_are_worked_out_again_only_where_something_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked = list[str]()
-    run_node = FakeTensorProp.run_node
-    monkeypatch.setattr(FakeTensorProp, "run_node", lambda self, n: looked.append(n.name) or run_node(self, n))
-    work = shapely()
+    looked, work = run_nodes(monkeypatch), shapely()
     run("propagate-shapes", work)
     looked.clear()
     run("propagate-shapes", work)
@@ -313,9 +270,7 @@ def test_shapes_are_worked_out_again_only_where_something_changed(monkeypatch: p
 
 def test_of_blocks_that_lost_as_much_one_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the shapes are those of looking at all, at other depths too."""
-    counts, looked = list[int](), list[str]()
-    run_node = FakeTensorProp.run_node
-    monkeypatch.setattr(FakeTensorProp, "run_node", lambda self, n: looked.append(n.name) or run_node(self, n))
+    counts, looked = list[int](), run_nodes(monkeypatch)
     for layers in (2, 3):
         slim = slimmed(tiny("llama", num_hidden_layers=layers), "mlp")
         facts_of(slim).drop(ShapedCalls, "the test")
@@ -325,7 +280,7 @@ def test_of_blocks_that_lost_as_much_one_is_looked_at(monkeypatch: pytest.Monkey
         some = shapes_of(slim)
         facts_of(slim).drop(ShapedCalls, "the test")
         with monkeypatch.context() as patch:
-            patch.setattr(propagate_shapes, "shape_key", _unknown)
+            patch.setattr(propagate_shapes, "shape_key", MagicMock(side_effect=TypeError))
             run("propagate-shapes", slim)
         assert shapes_of(slim) == some
     assert counts[0] == counts[1]
@@ -333,25 +288,16 @@ def test_of_blocks_that_lost_as_much_one_is_looked_at(monkeypatch: pytest.Monkey
 
 def test_without_storage_what_stands_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of a trace are said to be on the CPU: worked out on ``meta``, none stood, and all were looked at again."""
-    looked = dict[str, list[str]]()
-    run_node = FakeTensorProp.run_node
-    model, shapes = tiny("llama", num_hidden_layers=2), {}
+    looked, model, shapes = dict[str, list[str]](), tiny("llama", num_hidden_layers=2), {}
     for device in ("cpu", "meta"):
-        seen = looked.setdefault(device, [])
         with monkeypatch.context() as patch:
-            patch.setattr(
-                FakeTensorProp, "run_node", lambda self, n, seen=seen: seen.append(n.name) or run_node(self, n)
-            )
+            looked[device] = run_nodes(patch)
             slim = slimmed(model.to(device), "mlp", "random")
         shapes[device] = shapes_of(slim)
         leaves = [leaf for node in slim.graph.nodes for leaf in tree_leaves(node.meta.get("val"))]
         assert {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)} == {"cpu"}
     assert looked["meta"] == looked["cpu"] and "cos" not in looked["meta"]
     assert shapes["meta"] == shapes["cpu"]
-
-
-def _unknown(value: object) -> object:
-    raise TypeError(f"cannot describe {value}")
 
 
 def shapes_of(graph_module: fx.GraphModule) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.masking.compare import Verified
 from fxprune.masking.masked_run import UntouchedRun
 from fxprune.masking.teacher import TeacherLogits, divergence, run_logits, teacher_batches
-from fxprune.pipeline.contract import Track, tracking
+from fxprune.pipeline.contract import tracking
 from fxprune.removal.removal import Removed
 from tests.tokens import character_tokenizer
 
@@ -49,35 +49,42 @@ class Language(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(20, 8)
-        self.blocks = nn.ModuleList([Block(), Block()])
+        self.blocks = nn.Sequential(Block(), Block())
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.table(ids)
-        for block in self.blocks:
-            x = block(x)
-        return x @ self.table.weight.T  # type: ignore[no-any-return]
+        return self.blocks(self.table(ids)) @ self.table.weight.T  # type: ignore[no-any-return]
 
 
 STEPS = "find-groups, l2{kinds=[mlp]}, select-by-ratio{kinds=[mlp], ratio=0.3, protect=[]}"
-CUT = "shrink{verify}"
+
+
+def cut(model: nn.Module, data: Any = IDS, example: Any = None, teacher: Any = "record-teacher") -> fx.GraphModule:
+    """The slim graph of a model, verified, with what the dense one predicted."""
+    dense = fxprune.trace(model, example or {"ids": IDS[:2]}).graph_module
+    calibrate = fxprune.load_pass("calibrate", data=data)
+    steps = [calibrate, fxprune.Pipeline(STEPS), teacher, fxprune.Pipeline("shrink{verify}")]
+    return fxprune.Pipeline(steps)(dense).graph_module
 
 
 @pytest.fixture(scope="module")
 def slim() -> fx.GraphModule:
-    """A slim graph, verified, that knows what the dense one said."""
     torch.manual_seed(3)
     model = Language().eval()
     for block in model.blocks:
         nn.init.normal_(block.b.bias)  # type: ignore[union-attr, arg-type]
-    dense = fxprune.trace(model, {"ids": IDS[:2]}).graph_module
-    first = fxprune.Pipeline(
-        [fxprune.load_pass("calibrate", data=IDS), fxprune.Pipeline(STEPS), "record-teacher", fxprune.Pipeline(CUT)]
-    )
-    return first(dense).graph_module
+    return cut(model)
 
 
-def tune(graph_module: fx.GraphModule, track: Track, **settings: Any) -> fx.GraphModule:
-    """The tuned graph, with progress shown by ``track``."""
+def tune(graph_module: fx.GraphModule, seen: list[int], stop: int = -1, **settings: Any) -> fx.GraphModule:
+    """The tuned graph; the numbers of its steps go to ``seen``, and it is interrupted once there are ``stop``."""
+
+    def track(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+        for item in items:
+            if len(seen) == stop:
+                raise Stopped
+            seen.append(item)
+            yield item
+
     with tracking(track):
         return TunePass(**settings)(graph_module).graph_module
 
@@ -98,6 +105,8 @@ def test_what_the_dense_model_said_is_its_likeliest_classes(slim: fx.GraphModule
     one = teacher.train[0]
     assert one.classes.shape == (9, 20) and one.likelihoods.shape == (9, 21)
     assert torch.allclose(one.likelihoods.float().exp().sum(-1), torch.ones(9), atol=1e-2)
+    given = facts_of(RecordTeacherPass(samples=5, heldout=IDS[:3], kept=2)(fork(slim)).graph_module)[Teacher]
+    assert (len(given.train), len(given.heldout)) == (5, 3) and given.train[0].classes.shape == (9, 2)
 
 
 @pytest.mark.parametrize(("everywhere", "rank"), [(False, 0), (True, 0), (True, 3)])
@@ -135,9 +144,13 @@ def scaled(slim: fx.GraphModule) -> float:
     return heldout(TunePass(epochs=20, rate=0.02, patience=8)(slim).graph_module, slim)
 
 
-def test_low_rank_updates_learn_more_than_scales(slim: fx.GraphModule, scaled: float) -> None:
-    tuned = TunePass(epochs=20, rate=0.02, rank=2, patience=8)(slim).graph_module
+@pytest.mark.parametrize("settings", [{"rate": 0.02, "rank": 2}, {"rate": 0.05, "weights": True}])
+def test_updates_and_weights_learn_more_than_scales(
+    slim: fx.GraphModule, scaled: float, settings: dict[str, Any]
+) -> None:
+    tuned = TunePass(epochs=20, patience=8, **settings)(slim).graph_module
     assert heldout(tuned, slim) < scaled < heldout(slim, slim)
+    assert all(w.grad is None for _, w in weights(tuned))
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
@@ -154,13 +167,6 @@ def test_weights_are_learned_themselves(slim: fx.GraphModule, everywhere: bool) 
         for name, value in learned.folded(numbers, slim):
             set_tensor(folded, name, nn.Parameter(value))
         assert torch.equal(folded(IDS), learned.run(slim, numbers).run(IDS))
-
-
-def test_weights_learn_more_than_scales_and_move_by_their_own_size(slim: fx.GraphModule, scaled: float) -> None:
-    tuned = TunePass(epochs=20, rate=0.05, weights=True, patience=8)(slim).graph_module
-    assert heldout(tuned, slim) < scaled < heldout(slim, slim)
-    assert all(w.grad is None for _, w in weights(tuned))
-    learned = TrainedWeights.of(slim, facts_of(slim)[fxprune.Removed].removal, True)
     sizes = [float(get_tensor(slim, name).detach().square().mean().sqrt()) for name in learned.sizes]
     assert learned.rates(slim) == pytest.approx([0.2 * size for size in sizes])
 
@@ -186,96 +192,65 @@ class Stopped(KeyboardInterrupt):
 
 
 @pytest.mark.parametrize("weighty", [False, True])
-def test_it_goes_on_where_it_stopped(slim: fx.GraphModule, tmp_path: Path, weighty: bool) -> None:
+def test_it_resumes_where_it_stopped(slim: fx.GraphModule, tmp_path: Path, weighty: bool) -> None:
     seen: list[int] = []
-
-    def stopping(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-        for item in items:
-            if len(seen) == 15:
-                raise Stopped
-            seen.append(item)
-            yield item
-
-    def counting(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-        for item in items:
-            seen.append(item)
-            yield item
-
     settings: dict[str, Any] = {"epochs": 8, "measurements": 4, "patience": 9, "weights": weighty}
     whole = TunePass(**settings)(slim).graph_module
+    settings["folder"] = str(tmp_path)
     with pytest.raises(Stopped):
-        tune(slim, stopping, **settings, folder=str(tmp_path))
-    tuned = tune(slim, counting, **settings, folder=str(tmp_path))
+        tune(slim, seen, 15, **settings)
+    tuned = tune(slim, seen, **settings)
     assert seen == [*range(15), *range(12, 24)]
     assert all(torch.equal(get_tensor(whole, name), value) for name, value in weights(tuned))
     seen.clear()
-    tune(slim, counting, **settings | {"seed": 1}, folder=str(tmp_path))
-    assert seen == list(range(24)), "another run begins anew"
+    tune(slim, seen, **settings | {"seed": 1})
+    assert seen == list(range(24)), "another run starts from the beginning"
     (tmp_path / "tuning.safetensors").write_bytes(b"half a file")
     seen.clear()
-    tune(slim, counting, **settings, folder=str(tmp_path))
+    tune(slim, seen, **settings)
     assert seen == list(range(24))
 
 
-def test_progress_of_other_lessons_or_other_weights_is_not_taken_up(slim: fx.GraphModule, tmp_path: Path) -> None:
+def test_progress_of_another_teacher_or_other_weights_is_not_resumed(slim: fx.GraphModule, tmp_path: Path) -> None:
     """Only the number of batches was compared, and what another run had found was folded in as this one's."""
     steps: list[int] = []
 
-    def counting(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-        steps.append(total)
-        yield from items
-
     def tuned(graph_module: fx.GraphModule) -> fx.GraphModule:
-        return tune(graph_module, counting, epochs=2, folder=str(tmp_path))
+        seen: list[int] = []
+        found = tune(graph_module, seen, epochs=2, folder=str(tmp_path))
+        steps.append(len(seen))
+        return found
 
     first = tuned(slim)
     tuned(slim)
-    said, other = facts_of(slim)[Teacher], fork(slim)
-    lessons = tuple(dataclasses.replace(one, likelihoods=one.likelihoods - 0.1) for one in said.train)
-    facts_of(other).put(dataclasses.replace(said, train=lessons))
+    teacher, other = facts_of(slim)[Teacher], fork(slim)
+    train = tuple(dataclasses.replace(one, likelihoods=one.likelihoods - 0.1) for one in teacher.train)
+    facts_of(other).put(dataclasses.replace(teacher, train=train))
     tuned(other)
-    facts_of(first).put(said)
+    facts_of(first).put(teacher)
     tuned(first)
     assert steps == [6, 0, 6, 6]
 
 
-def test_what_patience_ended_does_not_go_on(slim: fx.GraphModule, tmp_path: Path) -> None:
+def test_a_run_that_patience_ended_does_not_resume(slim: fx.GraphModule, tmp_path: Path) -> None:
     """A second run with the same folder went on behind the end, to other weights."""
     steps: list[int] = []
-
-    def counting(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-        for item in items:
-            steps.append(item)
-            yield item
-
-    settings: dict[str, Any] = {"epochs": 12, "measurements": 12, "patience": 1, "rate": 2.0}
-    ended, again = (tune(slim, counting, **settings, folder=str(tmp_path)) for _ in range(2))
+    settings: dict[str, Any] = {"epochs": 12, "measurements": 12, "patience": 1, "rate": 2.0, "folder": str(tmp_path)}
+    ended, again = (tune(slim, steps, **settings) for _ in range(2))
     assert 0 < len(steps) < 36 and steps == [*range(len(steps))]
     assert all(torch.equal(get_tensor(ended, name), value) for name, value in weights(again))
 
 
-def test_in_place_the_tensors_themselves_change(slim: fx.GraphModule) -> None:
+def test_in_place_the_tensors_themselves_change() -> None:
     """A run in place on a graph that shares its tensors with the model leaves it sharing them."""
     torch.manual_seed(3)
     model = Language().eval()
     dense = fxprune.trace(model, {"ids": IDS[:2]}).graph_module
-    steps = [
-        fxprune.load_pass("calibrate", data=IDS),
-        fxprune.Pipeline(STEPS),
-        "record-teacher",
-        fxprune.Pipeline(CUT),
-        "tune{epochs=8}",
-    ]
-    tuned = fxprune.Pipeline(steps)(dense, inplace=True).graph_module
+    steps = f"{STEPS}, record-teacher, shrink{{verify}}, tune{{epochs=8}}"
+    tuned = fxprune.Pipeline([fxprune.load_pass("calibrate", data=IDS), fxprune.Pipeline(steps)])(dense, inplace=True)
+    tuned = tuned.graph_module
     assert torch.equal(model(IDS), tuned(IDS))
     assert get_tensor(tuned, "blocks.0.b.weight") is model.blocks[0].b.weight  # type: ignore[union-attr]
-
-
-def test_held_out_samples_may_be_given(slim: fx.GraphModule) -> None:
-    made = RecordTeacherPass(samples=5, heldout=IDS[:3], kept=2)
-    teacher = facts_of(made(fork(slim)).graph_module)[Teacher]
-    assert (len(teacher.train), len(teacher.heldout)) == (5, 3)
-    assert teacher.train[0].classes.shape == (9, 2)
 
 
 class Several(Language):
@@ -291,12 +266,7 @@ def test_a_graph_that_takes_more_than_ids_is_tuned_with_a_tokenizer_too() -> Non
     torch.manual_seed(3)
     data = {"ids": IDS, "mask": torch.ones_like(IDS)}
     example = {"flag": True, **{name: value[:2] for name, value in data.items()}}
-    dense = fxprune.trace(Several().eval(), example).graph_module
-    teacher = fxprune.load_pass("record-teacher", tokenizer=character_tokenizer())
-    first = fxprune.Pipeline(
-        [fxprune.load_pass("calibrate", data=data), fxprune.Pipeline(STEPS), teacher, fxprune.Pipeline(CUT)]
-    )
-    slim = first(dense).graph_module
+    slim = cut(Several().eval(), data, example, fxprune.load_pass("record-teacher", tokenizer=character_tokenizer()))
     assert facts_of(slim)[Teacher].heldout_from == "calibration samples held out"
     tuned = TunePass(epochs=8)(slim).graph_module
     assert "divergence from the dense model from" in " ".join(facts_of(tuned)[Notes].lines)
@@ -337,10 +307,7 @@ class Surrounded(Language):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.table(ids)
-        x = x + x.mean(1, keepdim=True)
-        for block in self.blocks:
-            x = block(x)
-        return x @ self.table.weight.T  # type: ignore[no-any-return]
+        return self.blocks(x + x.mean(1, keepdim=True)) @ self.table.weight.T  # type: ignore[no-any-return]
 
 
 class Halved(Language):
@@ -353,13 +320,10 @@ class Halved(Language):
 @pytest.mark.parametrize(("kind", "counts"), [(Language, True), (Surrounded, False), (Halved, False)])
 def test_the_text_counts_for_models_that_say_next_tokens_alone(kind: type[Language], counts: bool) -> None:
     torch.manual_seed(3)
-    dense = fxprune.trace(kind().eval(), {"ids": IDS[:2]}).graph_module
-    cut = fxprune.Pipeline(
-        [fxprune.load_pass("calibrate", data=IDS), fxprune.Pipeline(STEPS), "record-teacher", fxprune.Pipeline(CUT)]
-    )(dense).graph_module
-    plain = TunePass(epochs=2, rate=0.02)(fork(cut)).graph_module
-    tuned = TunePass(epochs=2, rate=0.02, truth=0.5)(fork(cut)).graph_module
-    assert any(not torch.equal(a, b) for a, b in zip(plain.parameters(), cut.parameters(), strict=True))
+    slim = cut(kind().eval())
+    plain = TunePass(epochs=2, rate=0.02)(fork(slim)).graph_module
+    tuned = TunePass(epochs=2, rate=0.02, truth=0.5)(fork(slim)).graph_module
+    assert any(not torch.equal(a, b) for a, b in zip(plain.parameters(), slim.parameters(), strict=True))
     same = all(torch.equal(a, b) for a, b in zip(tuned.parameters(), plain.parameters(), strict=True))
     assert same != counts
     notes = (facts_of(tuned).get(Notes) or Notes()).lines
@@ -381,7 +345,9 @@ def _ids(one: TeacherLogits) -> torch.Tensor:
     return ids
 
 
-def test_copies_with_noise_are_learned_from_and_nothing_held_out_is_changed(slim: fx.GraphModule) -> None:
+def test_copies_with_noise_are_learned_from_and_nothing_held_out_is_changed(
+    slim: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = facts_of(RecordTeacherPass(samples=8)(fork(slim)).graph_module)[Teacher]
     noisy = facts_of(RecordTeacherPass(samples=8, copies=3, noise=0.9)(fork(slim)).graph_module)[Teacher]
     assert (len(plain.train), len(noisy.train)) == (7, 21)
@@ -393,23 +359,14 @@ def test_copies_with_noise_are_learned_from_and_nothing_held_out_is_changed(slim
     assert not torch.equal(one.likelihoods, other.likelihoods), "the dense model says what it says of the copy"
     for one, two in zip(noisy.heldout, plain.heldout, strict=True):
         assert torch.equal(_ids(one), _ids(two))
-
-
-def test_without_tokens_there_is_no_noise_and_the_report_says_so(
-    slim: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr("fxprune.passes.tune.teacher.token_input", lambda _: None)
-    graph_module = RecordTeacherPass(samples=8, copies=3, noise=0.9)(fork(slim)).graph_module
-    assert len(facts_of(graph_module)[Teacher].train) == 7
-    assert any("looks up no token" in note for note in facts_of(graph_module)[Notes].lines)
+    without = facts_of(RecordTeacherPass(samples=8, copies=3, noise=0.9)(fork(slim)).graph_module)
+    assert len(without[Teacher].train) == 7 and any("looks up no token" in note for note in without[Notes].lines)
 
 
-def test_one_sample_cannot_be_learned_from_and_held_out(slim: fx.GraphModule) -> None:
+def test_one_sample_and_arguments_that_do_not_fit_each_other_are_refused(slim: fx.GraphModule) -> None:
     with pytest.raises(CalibrationError, match="one sample is too few"):
         RecordTeacherPass(samples=1)(fork(slim))
-
-
-def test_arguments_that_do_not_fit_each_other_are_refused() -> None:
     with pytest.raises(ArgumentError, match="without noise are all alike"):
         RecordTeacherPass(copies=2)
     with pytest.raises(ArgumentError, match="take no low-rank update"):
