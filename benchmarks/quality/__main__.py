@@ -27,8 +27,8 @@ from benchmarks.quality.measure import (
     read_texts,
     saved_models,
 )
-from fxprune.cli.allocator import keep_freed
 from fxprune.cli.console import widened
+from fxprune.cli.process import keep_freed
 
 __all__ = ["RESULTS", "TASKS", "app"]
 

@@ -19,18 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fxprune.checkpoint.exchange import replace_folder, resolve_target, staging_folder
-from fxprune.checkpoint.manifest import (
-    CARD,
-    MANIFEST,
-    PAGE,
-    PLAN,
-    REPORT,
-    Manifest,
-    foreign_files,
-    has_user_card,
-    other_files,
-    weight_files,
-)
+from fxprune.checkpoint.manifest import CARD, MANIFEST, PAGE, PLAN, REPORT, Manifest, foreign_files, has_user_card, other_files, weight_files
 from fxprune.checkpoint.modelling_file import write_modelling
 from fxprune.emit.load import has_unaligned_experts
 from fxprune.emit.structure import Structure, describe_structure, pruned_class, stock_class

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from fxprune.cli import interrupts
+from fxprune.cli import process
 
 if TYPE_CHECKING:
     from fxprune.cli.console import app
@@ -35,7 +35,7 @@ def __getattr__(name: str) -> Any:
 
 def main() -> None:
     """Run a command; under ``torchrun`` in several processes that share the samples."""
-    interrupts.install()
+    process.install()
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # one line reports the error, not each attempt
     from fxprune.cli import app
 
@@ -48,4 +48,4 @@ def main() -> None:
         with process_group():
             app()
     finally:
-        interrupts.finish()
+        process.finish()

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import track
 from typer.core import TyperCommand, TyperGroup
 
-from fxprune.cli.interrupts import exit_on_signal
+from fxprune.cli.process import exit_on_signal
 from fxprune.errors import ArgumentError, FxpruneError
 from fxprune.recipes.options import MACHINE, OUTPUT
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxprune.cli.allocator import keep_freed
 from fxprune.cli.console import (
     Device,
     Dtype,
@@ -24,6 +23,7 @@ from fxprune.cli.console import (
     working,
 )
 from fxprune.cli.models import check_models, load_pair, load_words, locate_model
+from fxprune.cli.process import keep_freed
 from fxprune.errors import EvaluationError
 
 if TYPE_CHECKING:

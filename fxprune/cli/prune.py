@@ -9,7 +9,6 @@ import typer
 
 import fxprune
 from fxprune.cli import options as flags
-from fxprune.cli.allocator import keep_freed
 from fxprune.cli.config import format_run, run_file
 from fxprune.cli.console import (
     Command,
@@ -41,6 +40,7 @@ from fxprune.cli.output import (
     write_run,
 )
 from fxprune.cli.preparation import CalibrationText, prepare
+from fxprune.cli.process import keep_freed
 from fxprune.errors import ArgumentError
 from fxprune.recipes.options import Options
 

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 import fxprune
-from fxprune.cli.allocator import keep_freed
 from fxprune.cli.console import Command, Dtype, Force, Quiet, app, print_lines, progress
 from fxprune.cli.models import check_models, load, load_pair
 from fxprune.cli.options import expanded
 from fxprune.cli.output import check_output, is_file
+from fxprune.cli.process import keep_freed
 from fxprune.errors import ArgumentError
 from fxprune.pipeline.arguments import MANIFEST
 

@@ -17,13 +17,7 @@ from fxprune.emit.blueprint import Blueprint, EmissionTask, rebuild
 from fxprune.emit.choices import shared_widths_for
 from fxprune.emit.epsilons import NormEpsilons, epsilon_fields
 from fxprune.emit.layout import Layout, find_layout, model_rebuilder
-from fxprune.emit.load import (
-    DryRuns,
-    assign_tensors,
-    names_on_meta,
-    shape_errors,
-    use_eager_experts,
-)
+from fxprune.emit.load import DryRuns, assign_tensors, names_on_meta, shape_errors, use_eager_experts
 from fxprune.emit.snapshot import build_on_meta, shapes_of, slim_name
 from fxprune.errors import VerificationError
 from fxprune.graph.context import Refusal, attempt

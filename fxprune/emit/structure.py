@@ -7,7 +7,6 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -44,7 +43,9 @@ def pruned_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -
     return type(stock.__name__, (Layerwise, stock), {"config_class": _relaxed_config(config)})
 
 
-@cache
+_RELAXED: dict[type, type[PreTrainedConfig]] = {}
+
+
 def _relaxed_config(config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Config class like ``config`` that allows any widths; its instances can be copied and sent to other processes."""
     if issubclass(config, AnyWidths):
@@ -53,7 +54,9 @@ def _relaxed_config(config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     def reduce(self: PreTrainedConfig) -> tuple[Any, ...]:
         return _empty_config, (config,), dict(vars(self))
 
-    return type(config.__name__, (AnyWidths, config), {"__reduce__": reduce})
+    if config not in _RELAXED:
+        _RELAXED[config] = type(config.__name__, (AnyWidths, config), {"__reduce__": reduce})
+    return _RELAXED[config]
 
 
 def _empty_config(config: type[PreTrainedConfig]) -> PreTrainedConfig:

@@ -12,17 +12,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from fxprune.graph.compat import (
-    UNKNOWN_SIZE,
-    HigherOrderOperator,
-    OpOverload,
-    evaluate_expression,
-    fake_mode,
-    is_free,
-    size_hint,
-    tree_leaves,
-    tree_map,
-)
+from fxprune.graph.compat import UNKNOWN_SIZE, HigherOrderOperator, OpOverload, evaluate_expression, fake_mode, is_free, size_hint, tree_leaves, tree_map
 from fxprune.graph.facts import Fact, fork, unshare
 from fxprune.graph.tensors import comparable, device_of, has_meta_weights, map_tensors
 

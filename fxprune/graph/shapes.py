@@ -10,16 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxprune.graph.compat import (
-    FakeTensor,
-    FakeTensorMode,
-    OpOverload,
-    TorchDispatchMode,
-    is_check,
-    storage_of,
-    tree_leaves,
-    tree_map,
-)
+from fxprune.graph.compat import FakeTensor, FakeTensorMode, OpOverload, TorchDispatchMode, is_check, storage_of, tree_leaves, tree_map
 from fxprune.graph.facts import Fact
 from fxprune.graph.tensors import comparable
 

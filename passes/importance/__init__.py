@@ -3,7 +3,7 @@
 from .base import ImportancePass, Positions, axis_sums
 from .block_influence import BlockInfluenceImportancePass
 from .fisher import FisherImportancePass
-from .forward import FlapImportancePass, ForwardImportancePass, WandaImportancePass
+from .forward import FlapImportancePass, ForwardImportancePass, Moments, WandaImportancePass
 from .in_steps import ScoreInStepsPass
 from .magnitude import L1ImportancePass, L2ImportancePass, LoadScoresPass, RandomImportancePass
 from .reap import ReapImportancePass
@@ -19,6 +19,7 @@ __all__ = [
     "L1ImportancePass",
     "L2ImportancePass",
     "LoadScoresPass",
+    "Moments",
     "Positions",
     "RandomImportancePass",
     "ReapImportancePass",

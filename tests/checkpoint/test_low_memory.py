@@ -184,7 +184,7 @@ def test_a_folder_that_lacks_weights_is_refused(source: Path, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match=r"model.layers.1.mlp.up_proj.weight is missing"):
         load_mapped(tmp_path / "less", tmp_path)
     with pytest.raises(CheckpointError, match=r"cannot be loaded: model.norm.weight and 1 more are missing"):
-        require_all_weights("there", {"missing_keys": {"model.norm.weight", "x"}})
+        require_all_weights("there", {"missing_keys": {"model.norm.weight", "x"}}, model)
 
 
 def test_a_slim_folder_is_pruned_again(source: Path, tmp_path: Path) -> None:

@@ -10,14 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.emit.structure import (
-    Structure,
-    describe_structure,
-    parse_config,
-    pruned_class,
-    stock_class,
-    stock_config,
-)
+from fxprune.emit.structure import Structure, describe_structure, parse_config, pruned_class, stock_class, stock_config
 from fxprune.errors import CheckpointError
 from fxprune.modelling.layerwise import AnyWidths, Layerwise
 from fxprune.modelling.overrides import Overrides

@@ -117,9 +117,9 @@ def test_a_plan_is_applied_with_the_norms_that_it_was_made_with() -> None:
 
 
 def test_blocks_that_go_leave_the_norms_of_the_others_right() -> None:
-    plan = fxprune.Plan(slim("width").plan.kept, ("model.layers.0",), {}, "masked")
-    kept = {name: own for name, own in plan.kept.items() if not name.startswith("model.layers.0.")}
-    result = fxprune.apply(made("width"), fxprune.Plan(kept, plan.removed_blocks, {}, "masked"))
+    gone = "model.layers.0"
+    kept = {name: axes for name, axes in slim("width").plan.kept.items() if not name.startswith(f"{gone}.")}
+    result = fxprune.apply(made("width"), fxprune.Plan(kept, (gone,), {}, "masked"))
     assert result.model is not None, result.report.model_reasons
     assert distance(logits(result.model), logits(result.graph_module)) < 1e-5
 

@@ -13,15 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fxprune
 from fxprune.graph.compat import fake_mode
 from fxprune.graph.facts import facts_of
-from fxprune.graph.shapes import (
-    MetaOpCache,
-    ShapedCalls,
-    calls_of,
-    failed_check,
-    fits_mode,
-    same_shapes,
-    shape_key,
-)
+from fxprune.graph.shapes import MetaOpCache, ShapedCalls, calls_of, failed_check, fits_mode, same_shapes, shape_key
 
 
 def test_calls_tell_targets_and_literals_apart() -> None:

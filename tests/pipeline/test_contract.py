@@ -100,7 +100,7 @@ def test_a_registered_pass_keeps_the_contract(name: str, tmp_path: Any) -> None:
         shared = {id(tensor) for _, tensor in weights(graph_module)} & {id(t) for _, t in weights(result.graph_module)}
         assert result.graph_module is not graph_module and not shared
     for kind in step.needs:
-        work = fork(graph_module)
+        work = fork(before)
         facts_of(work).drop(kind, by="forgetting")
         with pytest.raises(PassError, match=f"the fact {kind.__name__} is stale since pass forgetting"):
             step(work)

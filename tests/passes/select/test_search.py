@@ -17,7 +17,7 @@ from torch import fx
 from fxprune.axes import Keep
 from fxprune.data.calibration import Calibration
 from fxprune.data.samples import read_calibration
-from fxprune.errors import ArgumentError, CalibrationError, UnknownNameError
+from fxprune.errors import ArgumentError, CalibrationError
 from fxprune.graph.counting import count_macs, count_parameters
 from fxprune.graph.facts import Notes, facts_of, fork
 from fxprune.masking.compare import masked_outputs
@@ -81,12 +81,6 @@ def test_a_ratio_is_of_what_is_counted(dense: fx.GraphModule) -> None:
         gone = 1 - left(dense, budget, facts_of(dense)[Removal]) / budget.total
         assert gone == pytest.approx(0.3, abs=0.03 if name == "kv" else 0.01)
     load_pass("random", kinds=BOTH)(dense)
-
-
-@pytest.mark.parametrize("name", ["parameters", "bytes", "bytes@q9_9"])
-def test_a_budget_that_nobody_knows_is_refused(name: str) -> None:
-    with pytest.raises(UnknownNameError):
-        load_pass("select-by-ratio", budget=name)
 
 
 def test_standardised_scores_are_compared_by_their_magnitude() -> None:

@@ -18,7 +18,7 @@ from fxprune.axes import Keep
 from fxprune.data.verification import VerificationInputs
 from fxprune.errors import PassError, VerificationError
 from fxprune.graph.compat import FakeTensorProp, tree_leaves
-from fxprune.graph.facts import Blocks, Notes, Source, facts_of, fork
+from fxprune.graph.facts import Notes, Source, facts_of, fork
 from fxprune.graph.shapes import ShapedCalls
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.masking.compare import Verified
@@ -155,18 +155,6 @@ def test_bypass_blocks_and_eliminate_dead_code() -> None:
     assert not run("eliminate-dead-code", slim).modified
     x = torch.randn(2, 6)
     assert torch.equal(slim(x), model.head(model.blocks[2](x)))
-
-
-def test_a_block_that_is_not_residual_is_no_layer() -> None:
-    class Plain(Block):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(x).relu()  # type: ignore[no-any-return]
-
-    model = Stack()
-    model.blocks = nn.ModuleList(Plain() for _ in range(3))
-    dense = discover(model, {"x": torch.randn(2, 6)})
-    assert facts_of(dense)[Blocks].paths == ("blocks.0", "blocks.1", "blocks.2")
-    assert not [group for group in groups_of(dense) if group.kind == "layer"]
 
 
 @pytest.mark.parametrize("name", ["bypass-blocks", "slice-parameters", "rewrite-literals", "eliminate-dead-code"])

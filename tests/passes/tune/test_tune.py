@@ -17,7 +17,7 @@ from fxprune.passes.tune.vectors import TrainedVectors, TrainedWeights, VectorsR
 from torch import fx, nn
 
 import fxprune
-from fxprune.data.calibration import Calibration, Sample, next_token_loss
+from fxprune.data.calibration import Calibration, Sample
 from fxprune.errors import ArgumentError, CalibrationError
 from fxprune.graph.facts import Notes, facts_of, fork
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
@@ -328,16 +328,6 @@ def test_the_text_counts_for_models_that_say_next_tokens_alone(kind: type[Langua
     assert same != counts
     notes = (facts_of(tuned).get(Notes) or Notes()).lines
     assert any("the text itself was not counted" in note for note in notes) != counts
-
-
-def test_with_the_text_itself_to_learn_the_text_is_likelier(slim: fx.GraphModule) -> None:
-    def loss(truth: float) -> float:
-        tuned = TunePass(epochs=4, rate=0.05, weights=True, truth=truth, measurements=1)(fork(slim)).graph_module
-        batches = teacher_batches(facts_of(slim)[Teacher].train, slim, 64)
-        with torch.no_grad():
-            return sum(float(next_token_loss(run_logits(UntouchedRun(tuned), b.inputs), b.labels)) for b in batches)
-
-    assert loss(1.0) < loss(0.0)
 
 
 def _ids(one: TeacherLogits) -> torch.Tensor:
