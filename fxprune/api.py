@@ -14,8 +14,8 @@ from typing import Any, TypeVar, Unpack
 
 from torch import nn
 
-from fxprune.checkpoint.load import load_model, load_tokenizer
 from fxprune.checkpoint.low_memory import load_mapped, request_key, resumable_folder
+from fxprune.checkpoint.read import load_model, load_tokenizer
 from fxprune.checkpoint.write import check_request
 from fxprune.data.calibration import Calibration
 from fxprune.discovery.groups import as_kinds
@@ -277,7 +277,6 @@ def _stage_arguments(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 

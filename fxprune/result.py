@@ -21,7 +21,7 @@ from fxprune.export.model import check_options
 from fxprune.graph.context import silence_stderr, wrap_errors
 from fxprune.graph.facts import facts_of
 from fxprune.pipeline.arguments import as_path, instance
-from fxprune.pipeline.notebook import html_table
+from fxprune.pipeline.pipeline import html_table
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removed
 from fxprune.removal.scores import Scores

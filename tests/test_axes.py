@@ -10,7 +10,25 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fxprune.axes import UNIT, Concat, Expr, Factor, Keep, Product, Solver, beside, concat, contains, factors, kept_mask, kept_size, new_factor, product, render, unit_index
+from fxprune.axes import (
+    UNIT,
+    Concat,
+    Expr,
+    Factor,
+    Keep,
+    Product,
+    Solver,
+    beside,
+    concat,
+    contains,
+    factors,
+    kept_mask,
+    kept_size,
+    new_factor,
+    product,
+    render,
+    unit_index,
+)
 from fxprune.errors import AxisMismatch
 from tests.positions import EMPTY, POOL, Position, expand, exprs, is_normal
 

@@ -151,7 +151,6 @@ def _renameat2() -> Callable[..., int] | None:
 
 
 def _temporary_beside(target: Path) -> Path:
-    """Make a folder whose name starts with that of the target, this host and this process."""
     prefix = f".{target.name}.{socket.gethostname()}.{os.getpid()}."
     return Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
 

@@ -142,7 +142,6 @@ class MeasuringCommand(Command):
 
 
 def _import_package() -> None:
-    """Import the package, in one place, where a signal stops the process at once."""
     if "fxprune.api" not in sys.modules:
         with exit_on_signal(), working("starting"):
             import fxprune.api  # noqa: F401
@@ -221,7 +220,6 @@ def _describe(error: OSError) -> str:
 
 
 def _report(text: str) -> int:
-    """Print an error in one line, and return the exit code."""
     line = textwrap.shorten(text, _LONGEST_ERROR, placeholder=" ...")
     errors.print(f"[red]error: {escape(line)}[/red]", highlight=False)
     return 2

@@ -18,15 +18,7 @@ from typing import Any
 
 from fxprune.errors import FxpruneError
 
-__all__ = [
-    "DEMO",
-    "cache_folder",
-    "clear_quantization_marks",
-    "demo_checkpoint",
-    "demo_gguf",
-    "demo_name",
-    "load_gguf",
-]
+__all__ = ["DEMO", "demo_checkpoint", "demo_gguf", "demo_name", "load_gguf"]
 
 DEMO = "demo"
 """Its name on the command line."""

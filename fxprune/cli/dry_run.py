@@ -164,7 +164,7 @@ def estimate(
     """
     import torch
 
-    from fxprune.checkpoint.load import load_config_only
+    from fxprune.checkpoint.read import load_config_only
     from fxprune.discovery.groups import Groups
 
     with working("tracing the model without its weights"):

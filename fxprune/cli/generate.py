@@ -44,7 +44,7 @@ def generate(
     """Print how MODEL, dense or slim, continues PROMPT; a model with a chat template answers it."""
     import torch
 
-    from fxprune.checkpoint.load import readable
+    from fxprune.checkpoint.read import readable
 
     if not math.isfinite(temperature):
         raise ArgumentError(f"is {temperature}", where="--temperature", remedy="Give a finite number")

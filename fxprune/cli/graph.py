@@ -87,7 +87,7 @@ def explain(
 
 def _dependencies(model: str, gguf_file: str | None, norm: str) -> Any:
     """The dependency graph of a model that is built on meta, from its config."""
-    from fxprune.checkpoint.load import load_config_only
+    from fxprune.checkpoint.read import load_config_only
 
     empty = load_config_only(locate_model(model), gguf_file)
     return fxprune.dependency_graph(fxprune.trace(empty, dynamic=False), norm)

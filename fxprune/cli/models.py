@@ -117,7 +117,7 @@ def load(model: str, gguf_file: str | None = None, *, dtype: str | None = None, 
     import torch
     from transformers.utils import logging
 
-    from fxprune.checkpoint.load import load_model
+    from fxprune.checkpoint.read import load_model
     from fxprune.graph.context import silence_stderr
     from fxprune.offload.prefetch import as_device
 
@@ -131,7 +131,7 @@ def load(model: str, gguf_file: str | None = None, *, dtype: str | None = None, 
 
 def load_words(model: str, gguf_file: str | None = None, *, needed: bool = True, instead: str = "") -> Any:
     """Load the tokenizer of a model; None if there is none and none is needed."""
-    from fxprune.checkpoint.load import load_tokenizer
+    from fxprune.checkpoint.read import load_tokenizer
 
     return load_tokenizer(locate_model(model), gguf_file, needed=needed, instead=instead)
 

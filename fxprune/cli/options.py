@@ -158,7 +158,6 @@ def _parameter(name: str, hint: Any, declared: Argument) -> inspect.Parameter:
 
 
 def _kinds(hint: Any) -> set[Any]:
-    """The types that an annotation accepts, without None."""
     members = get_args(hint) if get_origin(hint) not in (None, Literal, tuple) else (hint,)
     return {get_origin(one) or one for one in members} - {type(None)}
 

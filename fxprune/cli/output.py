@@ -173,7 +173,7 @@ def write_result(
         force: whether a folder may hold something else.
     """
     from fxprune.checkpoint.write import write_folder
-    from fxprune.export.files import atomic_path
+    from fxprune.export.onnx import atomic_path
     from fxprune.offload.ranks import run_on_first
 
     def write_file() -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fxprune.removal.plan import Difference, Plan
     from fxprune.report.report import Report
 
-__all__ = ["Source", "WrittenPlan", "diff", "read_plan", "show"]
+__all__ = ["Source", "diff", "read_plan", "show"]
 
 plans = typer.Typer(help="Show what a plan removes, or how two plans differ.")
 app.add_typer(plans, name="plan")

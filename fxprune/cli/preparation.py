@@ -147,5 +147,4 @@ def _check_removes(passes: Sequence[Any]) -> None:
 
 
 def _unread(*_: Any) -> Any:
-    """Stands for a tokenizer that is not loaded."""
     raise NotImplementedError

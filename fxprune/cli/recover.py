@@ -62,7 +62,7 @@ def recover(
     from fxprune.checkpoint.manifest import read_manifest
     from fxprune.data.rows import ROW_SUFFIXES, read_rows
     from fxprune.offload.ranks import is_first
-    from fxprune.recovery.settings import settings_from
+    from fxprune.recovery.data import settings_from
 
     check_models([model, *([distil] if distil else [])])
     kind, _, number = (device or "").partition(":")

@@ -25,7 +25,7 @@ from fxprune.graph.context import defer_gc
 from fxprune.graph.facts import Change, Fact, owner_block
 from fxprune.graph.tensors import starred, tensor_name
 from fxprune.pipeline.arguments import EXACT, KINDS, Kind, one_of, refuse
-from fxprune.pipeline.notebook import html_table
+from fxprune.pipeline.pipeline import html_table
 from fxprune.rules.apply import apply_rule_alone
 from fxprune.rules.registry import Values, find_rule
 from fxprune.rules.statements import Axis, Role

@@ -131,7 +131,6 @@ def _shared(graph: fx.Graph, kept: Collection[KeptNorm], owners: Mapping[str, st
 
 
 def _reads_values(user: fx.Node) -> bool:
-    """Whether an op reads more of a tensor than its shape or dtype."""
     rule = find_rule(user.target) if user.op == "call_function" else None
     return user.target is not getattr and (rule is None or rule.values is not Values.SHAPE)
 

@@ -17,7 +17,7 @@ from fxprune.draw.view import Edge, Labels, View, plural
 from fxprune.graph.facts import owner_block
 from fxprune.rules.statements import Axis
 
-__all__ = ["FROZEN", "LINE", "WHITE", "Legend", "draw", "hue_of"]
+__all__ = ["FROZEN", "LINE", "Legend", "draw", "hue_of"]
 
 FROZEN = "#d0d0d0"
 WHITE = "#ffffff"
@@ -145,7 +145,6 @@ class Legend:
 
 
 def _cell(share: float, colour: str) -> str:
-    """A cell filled from below by a fraction."""
     colours = colour if share >= 1 else WHITE if share <= 0 else f"{colour};{share:.3f}:{WHITE}"
     angle = ' GRADIENTANGLE="90"' if ":" in colours else ""
     return f'<TD BGCOLOR="{colours}"{angle} BORDER="1" COLOR="#b8b8b8" WIDTH="26">{share:.0%}</TD>'.replace("%<", "<")

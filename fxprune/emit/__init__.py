@@ -5,9 +5,9 @@ structure from a dense config and a ``Blueprint``; ``describe_structure`` report
 one that its class builds from its config, and ``stock_check`` whether a plan leaves a model without such differences.
 """
 
-from fxprune.emit.blueprint import Blueprint, rebuild
+from fxprune.emit.assemble import Blueprint, rebuild
+from fxprune.emit.emitted import stock_check
 from fxprune.emit.emitter import Agrees, Emission, emit
-from fxprune.emit.stock import stock_check
 from fxprune.emit.structure import Structure, describe_structure
 
 __all__ = ["Agrees", "Blueprint", "Emission", "Structure", "describe_structure", "emit", "rebuild", "stock_check"]

@@ -1,23 +1,102 @@
-"""Candidate models: the choices for all blocks combined, one blueprint at a time."""
+"""A slim model as data, the blueprint; and candidates assembled from choices for all blocks."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import product
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from fxprune.emit.blueprint import Blueprint, EmissionTask
+from fxprune.emit.blocks import KeptUnits, combined_inputs, remove_blocks
 from fxprune.emit.choices import Choice, SharedWidths, choices_for
-from fxprune.emit.layout import Rebuilder, block_rebuilder
-from fxprune.emit.patch import Patches, merged, numbers_of
-from fxprune.emit.snapshot import Axis, Shape, mismatches, names_in, part_of, shapes_of
+from fxprune.emit.epsilons import NormEpsilons
+from fxprune.emit.layout import Layout, Rebuilder, block_rebuilder, find_layout
+from fxprune.emit.patch import Patches, carry_over, merged, numbers_of
+from fxprune.emit.snapshot import Axis, Shape, mismatches, names_in, part_of, shapes_of, without_storage
+from fxprune.graph.context import call_foreign
+from fxprune.graph.facts import within
+from fxprune.modelling.block_config import put_fields
 from fxprune.modelling.blocks import BUILT_AT
+from fxprune.modelling.overrides import Overrides, apply_overrides, build_blocks
+from fxprune.trace.checks import clear_quantisation_marks
 
-__all__ = ["Candidate", "candidates_for", "divided_attributes"]
+__all__ = ["Blueprint", "Candidate", "EmissionTask", "candidates_for", "divided_attributes", "rebuild"]
+
+
+@dataclass(frozen=True)
+class EmissionTask:
+    """A dense model and the shapes wanted of the slim one: the input of the search for a blueprint.
+
+    Args:
+        rebuilder: builds the model again around its blocks.
+        wanted: shape by dense name of every tensor that remains.
+        removed: module paths of the removed blocks.
+        kept_units: which units remain in the tables that the model's code makes for all units.
+    """
+
+    model: PreTrainedModel
+    layout: Layout
+    rebuilder: Rebuilder
+    wanted: Mapping[str, Shape]
+    removed: tuple[str, ...] = ()
+    kept_units: KeptUnits = field(default_factory=dict)
+    epsilons: NormEpsilons = field(default_factory=NormEpsilons)
+
+    def outside(self) -> dict[str, Shape]:
+        return {name: shape for name, shape in self.wanted.items() if not within(name, self.rebuilder.skip)}
+
+
+@dataclass(frozen=True)
+class Blueprint(Overrides):
+    """How a slim model is built from the dense config; JSON values throughout, names are those of the dense model.
+
+    Args:
+        fields: config fields that change for the whole model.
+        epsilons: config fields with norm epsilons, of those that change.
+        removed: module paths of the removed blocks.
+    """
+
+    fields: Mapping[str, int] = field(default_factory=dict)
+    epsilons: Mapping[str, float] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "removed": list(self.removed)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Blueprint:
+        """Return the blueprint from the values of ``as_dict``, also after a trip through JSON."""
+        return cls(**{**data, "removed": tuple(data["removed"])})
+
+
+def rebuild(dense: PreTrainedModel, blueprint: Blueprint, layout: Layout | None = None) -> PreTrainedModel:
+    """Build a model of the dense model's class on ``meta`` with the widths and blocks of a blueprint, without weights.
+
+    Of the dense model, which may be on ``meta``, only the structure and scalar attributes are read.
+
+    Raises:
+        CannotBuildError: the class of a block does not build what the blueprint asks for.
+    """
+    layout = layout or find_layout(dense)
+    built_at = {path: place for path, place in blueprint.built_at.items() if path not in blueprint.removed}
+    overrides = dataclasses.replace(blueprint, built_at=built_at, inputs=combined_inputs(dense, blueprint.inputs))
+    with without_storage():
+        config = copy.deepcopy(dense.config)
+        put_fields(part_of(config, layout.part), {**blueprint.fields, **blueprint.epsilons})
+        model = call_foreign(type(dense), config)
+        build_blocks(model, part_of(model.config, layout.part), overrides, like=dense)
+    carry_over(dense, model)
+    apply_overrides(model, overrides)
+    remove_blocks(model, blueprint.removed, layout)
+    put_fields(part_of(config, layout.part), blueprint.written_afterwards)
+    clear_quantisation_marks(model)  # a traced model holds plain floats, whatever file it came from
+    return model
+
 
 _LARGEST_QUOTIENT = 16
 """Attributes that are quotients of numbers of heads are small; larger ones are widths."""

@@ -1,8 +1,8 @@
-"""The slim Hugging Face model of a slim graph, compared with the graph."""
+"""The slim Hugging Face model of a slim graph, verified against the graph; whether stock classes can express a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -12,21 +12,60 @@ import torch
 from torch import fx
 from transformers import PreTrainedModel
 
+from fxprune.discovery.dependency import AxisMap
+from fxprune.discovery.groups import Group
 from fxprune.emit.emitter import Emission, emit
-from fxprune.emit.epsilons import enlarged_epsilons, find_epsilons, set_attributes
+from fxprune.emit.epsilons import NormEpsilons, enlarged_epsilons, find_epsilons, set_attributes
 from fxprune.emit.load import attention_implementations, run_on_meta, using_attention
 from fxprune.emit.snapshot import slim_name
+from fxprune.emit.structure import describe_structure
 from fxprune.errors import CheckpointError, PlanError, VerificationError
 from fxprune.graph.context import Refusal, attempt, defer_gc, eval_mode, quiet
 from fxprune.graph.facts import Blocks, Constants, Fact, Source, facts_of, within
-from fxprune.graph.tensors import copy_tensor, has_meta_weights, weights
+from fxprune.graph.tensors import as_parameter, copy_tensor, has_meta_weights, names_by_identity, weights
 from fxprune.masking.compare import TOLERANCE, compare
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, output_tensors
-from fxprune.removal.plan import kept_of_constants
+from fxprune.removal.plan import Plan, keep_of, kept_of_constants
 from fxprune.removal.removal import Removal, RescaledNumber, scaled_numbers
-from fxprune.trace.inputs import alias_twin, meta_twin, written_parameters
+from fxprune.trace.inputs import alias_twin, is_hugging_face, meta_twin, written_parameters
 
-__all__ = ["Emitted", "SlimVerifier", "check_own_forward", "emit_from_graph"]
+__all__ = ["Emitted", "SlimVerifier", "check_own_forward", "emit_from_graph", "stock_check"]
+
+
+def stock_check(graph_module: fx.GraphModule, axes: AxisMap, groups: tuple[Group, ...]) -> Callable[[Plan], bool]:
+    """Return a check of plans: does the slim model load in stock transformers from its config alone?
+
+    The slim model is built without storage, so a plan is checked in the time its class takes to be built. Without a
+    Hugging Face model every plan passes.
+    """
+    source = facts_of(graph_module).get(Source)
+    if source is None or not is_hugging_face(source.model):
+        return lambda _: True
+    dense = source.model
+    empty = meta_twin(dense)
+    tensors = dict(empty.named_parameters(remove_duplicate=False)) | dict(empty.named_buffers(remove_duplicate=False))
+    names = names_by_identity(empty)
+
+    def accepts(plan: Plan) -> bool:
+        slim: dict[str, torch.Tensor] = {}
+        for aliases in names.values():
+            dense_tensor = tensors[aliases[0]]
+            kept = next((plan.kept[name] for name in aliases if name in plan.kept), {})
+            shape = [len(kept[axis]) if axis in kept else size for axis, size in enumerate(dense_tensor.shape)]
+            tensor = as_parameter(torch.empty(shape, dtype=dense_tensor.dtype, device="meta"), dense_tensor)
+            slim.update((name, tensor) for name in aliases if not within(name, plan.removed_blocks))
+        epsilons = NormEpsilons()
+        if axes.norms:
+            numbers = scaled_numbers(axes, keep_of(axes, groups, plan))
+            epsilons = find_epsilons(graph_module.graph, dense, numbers)
+        model = emit(empty, slim, plan.removed_blocks, epsilons=epsilons).model  # type: ignore[arg-type]
+        try:
+            return model is not None and describe_structure(model).is_stock
+        except CheckpointError:
+            return False
+
+    return accepts
+
 
 _ROUGH = 2e-2
 """Accepted difference in half precision, relative to the largest output: orders of summation round differently."""

@@ -11,9 +11,8 @@ from itertools import chain
 import torch
 from transformers import PreTrainedModel
 
-from fxprune.emit.assemble import Candidate, candidates_for, divided_attributes
+from fxprune.emit.assemble import Blueprint, Candidate, EmissionTask, candidates_for, divided_attributes, rebuild
 from fxprune.emit.blocks import KeptUnits, find_inputs
-from fxprune.emit.blueprint import Blueprint, EmissionTask, rebuild
 from fxprune.emit.choices import shared_widths_for
 from fxprune.emit.epsilons import NormEpsilons, epsilon_fields
 from fxprune.emit.layout import Layout, find_layout, model_rebuilder

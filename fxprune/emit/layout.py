@@ -9,7 +9,17 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fxprune.emit.snapshot import Reads, Snapshot, block_entries, build_on_meta, keep_blocks, part_of, record_reads, take_snapshot, value_of
+from fxprune.emit.snapshot import (
+    Reads,
+    Snapshot,
+    block_entries,
+    build_on_meta,
+    keep_blocks,
+    part_of,
+    record_reads,
+    take_snapshot,
+    value_of,
+)
 from fxprune.graph.context import Refusal, call_foreign
 from fxprune.graph.facts import within
 from fxprune.modelling.block_config import put_fields

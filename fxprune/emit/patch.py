@@ -12,7 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.emit.snapshot import MISSING_AXIS, Axis, Number, Shape, Snapshot, build_on_meta, is_number, mismatches, take_snapshot
+from fxprune.emit.snapshot import (
+    MISSING_AXIS,
+    Axis,
+    Number,
+    Shape,
+    Snapshot,
+    build_on_meta,
+    is_number,
+    mismatches,
+    take_snapshot,
+)
 from fxprune.graph.context import Refusal, attempt
 from fxprune.graph.facts import within
 

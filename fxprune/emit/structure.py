@@ -60,7 +60,6 @@ def _relaxed_config(config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 
 def _empty_config(config: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """A config without fields, of the class that allows any widths."""
     relaxed = _relaxed_config(config)
     return relaxed.__new__(relaxed)
 

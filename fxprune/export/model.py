@@ -1,21 +1,148 @@
-"""Export of a model to one file, in the format of its suffix."""
+"""A model as one file, of the kind its suffix names; and decoders with their cache as inputs and outputs."""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
 
 from fxprune.errors import ExportError, UnknownNameError
-from fxprune.export.decode import export_decoder
 from fxprune.export.gguf.write import export_gguf
-from fxprune.export.program import export_graph
+from fxprune.export.onnx import atomic_path, run_onnx, wrap_export_errors, write_onnx
+from fxprune.export.program import can_run_in_onnxruntime, export_graph, plain_tensor, require_close, strip_metadata
+from fxprune.graph.context import quiet
 from fxprune.pipeline.arguments import SUFFIXES
 from fxprune.trace import trace
 
-__all__ = ["SUFFIXES", "check_options", "export_model"]
+__all__ = ["SUFFIXES", "check_options", "export_decoder", "export_model"]
+
+Past = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def export_decoder(model: PreTrainedModel, path: str | os.PathLike[str], *, verify: bool = True) -> Path:
+    """Write a program for generation with a cache that needs neither this package nor transformers.
+
+    It takes ``input_ids`` ``(batch, n)``, the next tokens, and ``past``: for each block with attention its keys and
+    values ``(batch, heads, m, size)`` of the ``m`` tokens before, 0 at the start. Heads may differ between blocks.
+    It returns ``logits`` ``(batch, n, vocabulary)`` and ``present``, the past of the next call. A ``.pt2`` program
+    takes and returns pairs, ``past=[(keys, values), ...]``; in an ONNX model these are called
+    ``past_key_values.0.key`` and ``present.0.key``, numbered over the blocks with attention.
+
+    Args:
+        model: a decoder-only language model. Sequences of a batch have one length, without padding.
+        path: the file to write, ``.pt2`` or ``.onnx``. Folders are made; an existing file is replaced when the new one
+            is complete.
+        verify: run the exported file, with an empty past and with a longer one, and compare.
+    """
+    path = Path(path)
+    writers = {".pt2": _write_program, ".onnx": _write_onnx}
+    if path.suffix not in writers:
+        raise UnknownNameError("suffix", path.suffix, writers)
+    step = _Step(model.eval())
+    writers[path.suffix](step, _export_step(step), path, verify)
+    return path
+
+
+class _Step(nn.Module):
+    """One call of a model whose cache goes in and comes out as tensors."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        embedding: Any = model.get_input_embeddings()
+        self.ids = torch.randint(len(embedding.weight), (2, 7), generator=torch.Generator().manual_seed(0)).to(
+            model.device
+        )
+        with torch.no_grad(), quiet(logging.ERROR), wrap_export_errors():
+            cache: Any = DynamicCache()
+            model(input_ids=self.ids, past_key_values=cache, use_cache=True)
+        self.blocks = [number for number, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
+        if not self.blocks:
+            remedy = "Export the plain forward, with cache=False"
+            raise ExportError("keeps no keys and values", where="cache", remedy=remedy)
+        kept = [(cache.layers[number].keys, cache.layers[number].values) for number in self.blocks]
+        self.empty: Past = [(keys[:, :, :0].clone(), values[:, :, :0].clone()) for keys, values in kept]
+
+    def forward(self, input_ids: torch.Tensor, past: Past) -> dict[str, Any]:
+        cache: Any = DynamicCache()
+        for number, (keys, values) in zip(self.blocks, past, strict=True):
+            cache.update(keys, values, number)
+        logits = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits
+        return {"logits": logits, "present": [(cache.layers[n].keys, cache.layers[n].values) for n in self.blocks]}
+
+
+def _export_step(step: _Step) -> torch.export.ExportedProgram:
+    """Export one call with dynamic batch, number of tokens and length of the past."""
+
+    def export(batch: Any, sequence: Any, length: Any) -> torch.export.ExportedProgram:
+        pair = ({0: batch, 2: length}, {0: batch, 2: length})
+        dims = {"input_ids": {0: batch, 1: sequence}, "past": [pair for _ in inputs["past"]]}
+        return torch.export.export(step, (), inputs, dynamic_shapes=dims, strict=False)
+
+    with torch.no_grad(), quiet(logging.ERROR), wrap_export_errors():
+        past = step(step.ids[:, :5], step.empty)["present"]
+        inputs: dict[str, Any] = {
+            "input_ids": step.ids[:, :3].clone(),
+            "past": [tuple(t.clone() for t in pair) for pair in past],
+        }
+        try:  # torch takes half as long if named sizes say that all blocks have the same past
+            sizes = {"batch": 1, "sequence": 1, "past": 0}  # with their least value
+            program = export(*(torch.export.Dim(name, min=least) for name, least in sizes.items()))
+        except Exception:  # torch may raise anything for a model that bounds these sizes, or that it cannot export
+            program = export(*[torch.export.Dim.AUTO] * 3)
+    plain: dict[int, torch.Tensor] = {}
+    for name, tensor in list(program.state_dict.items()):
+        plain.setdefault(id(tensor), plain_tensor(tensor))
+        program.state_dict[name] = plain[id(tensor)]
+    strip_metadata(program)
+    return program
+
+
+def _calls(step: _Step) -> list[tuple[torch.Tensor, Past, list[torch.Tensor]]]:
+    """Calls to verify with: tokens, past and expected outputs; the second continues the first."""
+    made, past = [], step.empty
+    with torch.no_grad(), quiet(logging.ERROR):
+        for tokens in (step.ids[:, :4], step.ids[:, 4:5]):
+            out = step(tokens, past)
+            made.append((tokens, past, [out["logits"], *_flat(out["present"])]))
+            past = out["present"]
+    return made
+
+
+def _flat(past: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    return [tensor for pair in past for tensor in pair]
+
+
+def _write_program(step: _Step, program: torch.export.ExportedProgram, path: Path, verify: bool) -> None:
+    for tokens, past, want in _calls(step) if verify else ():
+        with torch.no_grad(), wrap_export_errors(path):
+            out = program.module()(input_ids=tokens, past=past)
+        require_close(want, [out["logits"], *_flat(out["present"])], path)
+    with atomic_path(path) as unfinished:
+        torch.export.save(program, unfinished)
+
+
+def _write_onnx(step: _Step, program: torch.export.ExportedProgram, path: Path, verify: bool) -> None:
+    def check(written: Path) -> None:
+        for tokens, past, want in _calls(step):
+            require_close(want, run_onnx(written, [tokens, *_flat(past)]), path)
+
+    pairs = [f"{number}.{part}" for number in range(len(step.blocks)) for part in ("key", "value")]
+    axes: list[dict[int, str]] = [{0: "batch", 1: "sequence"}, *({0: "batch", 2: "past"} for _ in pairs)]
+    write_onnx(
+        program,
+        path,
+        inputs=["input_ids", *(f"past_key_values.{pair}" for pair in pairs)],
+        outputs=["logits", *(f"present.{pair}" for pair in pairs)],
+        axes=axes,
+        check=check if verify and can_run_in_onnxruntime(step) else None,
+    )
 
 
 def export_model(

@@ -14,8 +14,7 @@ from torch import fx, nn
 
 from fxprune.data.verification import VerificationInputs, check_names, make_inputs
 from fxprune.errors import ExportError, UnknownNameError, VerificationError
-from fxprune.export.files import LOW_PRECISION_TOLERANCE, atomic_path, wrap_export_errors
-from fxprune.export.onnx import run_onnx, write_onnx
+from fxprune.export.onnx import LOW_PRECISION_TOLERANCE, atomic_path, run_onnx, wrap_export_errors, write_onnx
 from fxprune.graph.compat import is_free, is_impure, size_hint, tree_leaves, tree_map, tree_unflatten
 from fxprune.graph.context import default_modes, quiet, wrap_errors
 from fxprune.graph.facts import facts_of, fork

@@ -25,7 +25,13 @@ from torch import nn
 from torch.fx import GraphModule, Node, Proxy
 
 from fxprune.errors import FxpruneError
-from fxprune.graph.compat import clear_symbolic_caches, disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot, track_tensor
+from fxprune.graph.compat import (
+    clear_symbolic_caches,
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    track_tensor,
+)
 
 __all__ = [
     "Refusal",

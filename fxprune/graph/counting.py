@@ -12,7 +12,17 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from fxprune.graph.compat import UNKNOWN_SIZE, HigherOrderOperator, OpOverload, evaluate_expression, fake_mode, is_free, size_hint, tree_leaves, tree_map
+from fxprune.graph.compat import (
+    UNKNOWN_SIZE,
+    HigherOrderOperator,
+    OpOverload,
+    evaluate_expression,
+    fake_mode,
+    is_free,
+    size_hint,
+    tree_leaves,
+    tree_map,
+)
 from fxprune.graph.facts import Fact, fork, unshare
 from fxprune.graph.tensors import comparable, device_of, has_meta_weights, map_tensors
 
@@ -148,7 +158,6 @@ def _by_shapes(graph: fx.Graph, chosen: Mapping[str, int]) -> int:
 
 @cache
 def _may_count(op: OpOverload) -> bool:
-    """Whether torch's counter counts an op, or may count one that it is composed of."""
     composite = op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
     return op.overloadpacket in flop_registry or op.overloadpacket in _ATTENTION or bool(composite)
 

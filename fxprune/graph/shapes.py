@@ -10,7 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxprune.graph.compat import FakeTensor, FakeTensorMode, OpOverload, TorchDispatchMode, is_check, storage_of, tree_leaves, tree_map
+from fxprune.graph.compat import (
+    FakeTensor,
+    FakeTensorMode,
+    OpOverload,
+    TorchDispatchMode,
+    is_check,
+    storage_of,
+    tree_leaves,
+    tree_map,
+)
 from fxprune.graph.facts import Fact
 from fxprune.graph.tensors import comparable
 
@@ -185,7 +194,6 @@ def _call_key(func: Any, args: Any, kwargs: Any) -> object:
 
 @cache
 def _returns_new_tensors(func: OpOverload) -> bool:
-    """Whether an op, by its schema, neither writes to its arguments nor returns views of them."""
     return all(value.alias_info is None for value in (*func._schema.arguments, *func._schema.returns))
 
 

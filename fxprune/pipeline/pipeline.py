@@ -1,14 +1,15 @@
-"""Passes one after the other."""
+"""Pipelines: passes one after the other."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, ClassVar
 
+from markupsafe import Markup
 from torch import fx
 
 from fxprune.errors import FxpruneError, PassError
@@ -18,11 +19,24 @@ from fxprune.graph.tensors import has_meta_weights
 from fxprune.offload.files import resume_scope
 from fxprune.pipeline.arguments import argument, flag, function, refuse
 from fxprune.pipeline.contract import Pass, PassResult, Track, check_track, run_apart, tracking
-from fxprune.pipeline.notebook import html_table
 from fxprune.pipeline.registry import parse_pass
 from fxprune.pipeline.spelling import read_steps
 
-__all__ = ["PassSequence", "Pipeline", "Ran"]
+__all__ = ["PassSequence", "Pipeline", "Ran", "html_table"]
+
+
+def html_table(title: str, rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
+    """Return rows as an HTML table below a title; what stands in them is shown as it is written."""
+    lines = [_row("th", head)] if head else []
+    lines += [_row("td", row) for row in rows]
+    caption = Markup('<caption style="text-align: left; caption-side: top"><b>{}</b></caption>').format(title)
+    return str(Markup("<table>") + caption + Markup("").join(lines) + Markup("</table>"))
+
+
+def _row(tag: str, cells: Sequence[object]) -> Markup:
+    cell = Markup('<{tag} style="text-align: left">{text}</{tag}>')
+    return Markup("<tr>") + Markup("").join(cell.format(tag=tag, text=text) for text in cells) + Markup("</tr>")
+
 
 _WANTED = "passes, their names, or a text such as 'find-groups, l2, select-by-ratio'"
 

@@ -162,7 +162,6 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def _before(giver: type[Pass], taker: type[Pass]) -> bool:
-    """Whether one pass gives what another needs, and not the other way round as well."""
     return bool(_kinds(giver, "gives") & _kinds(taker, "needs")) and not _kinds(taker, "gives") & _kinds(giver, "needs")
 
 

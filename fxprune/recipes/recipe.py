@@ -266,5 +266,4 @@ def _arguments(step: Pass) -> dict[str, Any]:
 
 
 def _flat(pipeline: Pipeline) -> list[Pass]:
-    """The steps of a pipeline, and of those inside it."""
     return [leaf for step in pipeline.passes for leaf in (_flat(step) if isinstance(step, Pipeline) else (step,))]

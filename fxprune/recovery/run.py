@@ -26,9 +26,8 @@ from fxprune.offload.prefetch import has_bf16
 from fxprune.offload.ranks import check_trainable
 from fxprune.pipeline.arguments import as_path, flag, function, instance, refuse
 from fxprune.pipeline.contract import Track, check_track, no_progress
-from fxprune.recovery.data import DataReport, TrainingData, collate, read_training_data
+from fxprune.recovery.data import DataReport, RecoverySettings, TrainingData, collate, read_training_data, settings_from
 from fxprune.recovery.lora import Targets, attach_lora, find_targets, merge_lora
-from fxprune.recovery.settings import RecoverySettings, settings_from
 from fxprune.recovery.train import Distillation, make_trainer
 from fxprune.removal.plan import Plan
 from fxprune.result import Result

@@ -20,7 +20,7 @@ from fxprune.graph.context import wrap_errors
 from fxprune.graph.facts import within
 from fxprune.graph.tensors import starred
 from fxprune.pipeline.arguments import format_value
-from fxprune.pipeline.notebook import html_table
+from fxprune.pipeline.pipeline import html_table
 
 __all__ = ["Difference", "Plan", "differences", "keep_of", "kept_of_constants", "plan_of"]
 

@@ -12,7 +12,6 @@ from fxprune.graph.compat import OpOverload
 from fxprune.rules.registry import find_rule
 
 __all__ = [
-    "Respell",
     "alias_roots",
     "find_spelling",
     "may_alias",

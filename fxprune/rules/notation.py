@@ -28,7 +28,7 @@ from fxprune.graph.compat import argument_names
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Role, TensorAxes
 
-__all__ = ["Letter", "Notation", "TensorPattern", "read_notation", "state_product_roles"]
+__all__ = ["read_notation", "state_product_roles"]
 
 _SPARE_LETTERS = "stuvwxyzcdefghjklmnpqrabio"
 """Names for the further axes of a ``*b``, those usual for positions in a text first."""

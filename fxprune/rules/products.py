@@ -26,7 +26,6 @@ __all__ = [
     "PickedMatrices",
     "SlidingProduct",
     "StackedProduct",
-    "WeightProduct",
     "lone_products",
     "lone_sliding_products",
     "lone_stacked_products",

@@ -26,7 +26,7 @@ from fxprune.pipeline.arguments import function, instance, refuse
 from fxprune.rules.notation import read_notation
 from fxprune.rules.site import OpSite
 
-__all__ = ["Rule", "Values", "find_rule", "is_sum", "moves_values", "register_rule", "registered_rules", "rule"]
+__all__ = ["Values", "find_rule", "is_sum", "moves_values", "register_rule", "registered_rules", "rule"]
 
 Decorated = TypeVar("Decorated")
 

@@ -20,7 +20,22 @@ from fxprune.axes import UNIT, Expr, Factor, Freeze, Product, factors
 from fxprune.errors import AxisMismatch
 from fxprune.graph.compat import OpOverload, argument_names
 from fxprune.graph.tensors import tensor_name
-from fxprune.rules.statements import AtLeast, Average, Axis, Competition, Coupling, Held, Lookup, Positions, Role, SizeArgument, Statements, Statistic, Sum, TensorAxes
+from fxprune.rules.statements import (
+    AtLeast,
+    Average,
+    Axis,
+    Competition,
+    Coupling,
+    Held,
+    Lookup,
+    Positions,
+    Role,
+    SizeArgument,
+    Statements,
+    Statistic,
+    Sum,
+    TensorAxes,
+)
 
 __all__ = ["OpArguments", "OpSite", "nodes_in", "op_name"]
 

@@ -25,9 +25,17 @@ from fxprune.graph.facts import Blocks, Constants, Facts, Notes, Runnable, Shape
 from fxprune.graph.shapes import ShapedCalls, calls_of, change_dtype
 from fxprune.graph.tensors import has_meta_weights, is_input, map_tensors, names_by_identity, weights
 from fxprune.pipeline.arguments import flag
-from fxprune.pipeline.notebook import html_table
+from fxprune.pipeline.pipeline import html_table
 from fxprune.trace.canonical import canonicalize, fold_constants, move_constants, remove_in_place_ops
-from fxprune.trace.checks import check_copies, check_inputs, check_model, check_outputs, check_runs, check_values, model_dtype
+from fxprune.trace.checks import (
+    check_copies,
+    check_inputs,
+    check_model,
+    check_outputs,
+    check_runs,
+    check_values,
+    model_dtype,
+)
 from fxprune.trace.fidelity import Fidelity, compare_with_module
 from fxprune.trace.inputs import blank, default_inputs, dynamic_dims, fake_twin, hooks_left_out, without_cache
 from fxprune.trace.limits import input_sizes, limit_sizes, pin_sizes

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.graph.compat import evaluate_expression, fake_mode, guards_of, is_free, size_hint, size_range, spell_expression
+from fxprune.graph.compat import (
+    evaluate_expression,
+    fake_mode,
+    guards_of,
+    is_free,
+    size_hint,
+    size_range,
+    spell_expression,
+)
 from fxprune.graph.context import quiet
 from fxprune.graph.tensors import input_tensors, is_input, map_tensors
 from fxprune.trace.inputs import free_axes

@@ -18,7 +18,21 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind, InputSpec
 
 from fxprune.errors import TraceError
-from fxprune.graph.compat import AUTOCAST, GRADIENTS, FakeTensor, HigherOrderOperator, TorchDispatchMode, TreeSpec, has_unbacked_sizes, is_check, is_impure, is_size, tree_leaves, tree_map, tree_unflatten
+from fxprune.graph.compat import (
+    AUTOCAST,
+    GRADIENTS,
+    FakeTensor,
+    HigherOrderOperator,
+    TorchDispatchMode,
+    TreeSpec,
+    has_unbacked_sizes,
+    is_check,
+    is_impure,
+    is_size,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 from fxprune.graph.tensors import base_name
 
 __all__ = ["lower"]

@@ -28,7 +28,15 @@ from fxprune.pipeline.arguments import Reach, argument
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
-from fxprune.rules.products import LoneProduct, PickedMatrices, SlidingProduct, StackedProduct, lone_products, lone_sliding_products, lone_stacked_products
+from fxprune.rules.products import (
+    LoneProduct,
+    PickedMatrices,
+    SlidingProduct,
+    StackedProduct,
+    lone_products,
+    lone_sliding_products,
+    lone_stacked_products,
+)
 from fxprune.rules.registry import is_sum
 
 __all__ = ["FitPass", "FitSite", "find_sites", "fit_data"]

@@ -130,7 +130,6 @@ class ForwardImportancePass(ImportancePass):
         return pairs
 
     def not_scored(self, group: Group, missing: str) -> PassError:
-        """The error for a group that the criterion cannot score, since it has no ``missing``."""
         return PassError(
             f"{group.name}, of the kind {group.kind!r}, has no {missing}",
             where=f"pass {self.name}",

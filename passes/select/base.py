@@ -240,6 +240,7 @@ def _make_keep(slots: Sequence[Slot], choices: Sequence[Choice], scores: Scores)
 
 
 def removed_layers(slots: Sequence[Slot], choices: Sequence[Choice]) -> tuple[str, ...]:
+    """Module paths of the blocks that choices remove."""
     picked = [g for slot, (_, n) in zip(slots, choices, strict=True) for g in slot.layers[:n]]
     return tuple(group.block for group in picked if group.block is not None)
 

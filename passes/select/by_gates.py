@@ -19,7 +19,14 @@ from fxprune.errors import ArgumentError, PassError
 from fxprune.graph.facts import Fact, Runnable, facts_of
 from fxprune.graph.tensors import device_of, require_weights
 from fxprune.masking.masked_run import GatedRun, spread_gates
-from fxprune.masking.teacher import TeacherBatch, divergence, logits_use_bf16, record_teacher_logits, run_logits, teacher_batches
+from fxprune.masking.teacher import (
+    TeacherBatch,
+    divergence,
+    logits_use_bf16,
+    record_teacher_logits,
+    run_logits,
+    teacher_batches,
+)
 from fxprune.offload.prefetch import autocast, compute_device
 from fxprune.pipeline.arguments import Precision, argument, as_seed
 from fxprune.pipeline.contract import PassCost, tracked

@@ -81,6 +81,7 @@ def split_samples(graph_module: fx.GraphModule, given: Any, most: int) -> tuple[
 
 
 def samples_except(samples: Sequence[Sample], others: Sequence[Sample]) -> tuple[Sample, ...]:
+    """The samples that are not among ``others``."""
     ids = {id(other) for other in others}
     return tuple(sample for sample in samples if id(sample) not in ids)
 

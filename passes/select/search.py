@@ -135,7 +135,6 @@ class SelectBySearchPass(SelectByRatioPass):
         return list(chosen.choices)
 
     def _search(self, selection: Selection, initial: Sequence[Choice], judge: DivergenceJudge) -> Iterator[_Allocation]:
-        """Measure one allocation after the other, the initial one first; each move is from the best so far."""
         measured: dict[tuple[Choice, ...], _Allocation] = {}
         proposals = self._proposals(selection, initial, measured)
         for _ in tracked(range(self.trials), self.name, self.trials):

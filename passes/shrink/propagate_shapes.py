@@ -9,7 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxprune.graph.compat import FakeTensorMode, FakeTensorProp, OpOverload, enable_python_dispatcher, fake_mode, has_unbacked_sizes, tree_leaves
+from fxprune.graph.compat import (
+    FakeTensorMode,
+    FakeTensorProp,
+    OpOverload,
+    enable_python_dispatcher,
+    fake_mode,
+    has_unbacked_sizes,
+    tree_leaves,
+)
 from fxprune.graph.context import defer_gc
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, facts_of
 from fxprune.graph.shapes import ShapedCalls, calls_of, fits_mode, same_shapes, shape_key

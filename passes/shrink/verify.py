@@ -12,7 +12,18 @@ from torch import fx
 from fxprune.data.verification import VerificationInputs, make_inputs
 from fxprune.graph.facts import Source, add_note, facts_of, fork
 from fxprune.graph.tensors import has_meta_weights
-from fxprune.masking.compare import TOLERANCE, BlockOutput, Verified, compare, find_divergence, masked_by_block, masked_outputs, require_equal, slim_by_block, slim_outputs
+from fxprune.masking.compare import (
+    TOLERANCE,
+    BlockOutput,
+    Verified,
+    compare,
+    find_divergence,
+    masked_by_block,
+    masked_outputs,
+    require_equal,
+    slim_by_block,
+    slim_outputs,
+)
 from fxprune.removal.removal import Removal, Removed
 from fxprune.trace.inputs import is_hugging_face
 

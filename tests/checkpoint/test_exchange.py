@@ -16,7 +16,13 @@ import pytest
 import torch
 
 from fxprune.checkpoint import exchange
-from fxprune.checkpoint.exchange import folder_identity, replace_folder, resolve_target, restore_replaced, staging_folder
+from fxprune.checkpoint.exchange import (
+    folder_identity,
+    replace_folder,
+    resolve_target,
+    restore_replaced,
+    staging_folder,
+)
 from fxprune.checkpoint.manifest import MANIFEST, check_files, check_weights, read_manifest
 from fxprune.checkpoint.read import from_pretrained
 from fxprune.checkpoint.write import save_pretrained, write_folder

@@ -14,8 +14,8 @@ import torch
 import transformers
 
 import fxprune
-from fxprune.checkpoint.load import load_model, load_tokenizer
 from fxprune.checkpoint.low_memory import request_key
+from fxprune.checkpoint.read import load_model, load_tokenizer
 from fxprune.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from tests.models import tiny, token_ids
 

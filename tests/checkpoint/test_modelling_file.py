@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fxprune.checkpoint import modelling_file
+from fxprune.checkpoint import write as modelling_file
 from fxprune.checkpoint.write import save_pretrained
 from tests.checkpoint.small import narrow
 from tests.emit.small import small

@@ -13,9 +13,8 @@ from huggingface_hub import ModelCard
 
 import fxprune
 from fxprune.checkpoint.manifest import Manifest, read_manifest
-from fxprune.checkpoint.modelling_file import MODELLING
 from fxprune.checkpoint.read import from_pretrained
-from fxprune.checkpoint.write import model_card, save_pretrained, write_folder
+from fxprune.checkpoint.write import MODELLING, model_card, save_pretrained, write_folder
 from fxprune.emit.structure import describe_structure
 from fxprune.errors import CheckpointError
 from tests.checkpoint.small import narrow

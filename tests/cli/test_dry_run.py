@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import fxprune
-from fxprune.checkpoint.load import load_config_only
+from fxprune.checkpoint.read import load_config_only
 from fxprune.cli.dry_run import Activations, _count_samples, _traced_tokens, costs_of, peak_memory, sizes_of
 from fxprune.cli.preparation import CalibrationText, Prepared, prepare
 from fxprune.data.built_in import built_in_text, general_text

@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.data.built_in import built_in_samples, built_in_text, can_generate, chat_start, general_chats, general_text, generate_samples, generated_samples, offline_docstrings, offline_text
+from fxprune.data.built_in import (
+    built_in_samples,
+    built_in_text,
+    can_generate,
+    chat_start,
+    general_chats,
+    general_text,
+    generate_samples,
+    generated_samples,
+    offline_docstrings,
+    offline_text,
+)
 from fxprune.data.text import token_windows
 from tests.models import tiny, token_ids
 from tests.tokens import character_tokenizer

@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fxprune.data.calibration import IGNORED, Sample, embedding_rows, next_token_loss, noised, plain_tokens, stacked, token_input
+from fxprune.data.calibration import (
+    IGNORED,
+    Sample,
+    embedding_rows,
+    next_token_loss,
+    noised,
+    plain_tokens,
+    stacked,
+    token_input,
+)
 from fxprune.data.samples import read_calibration, read_token_rows
 from fxprune.errors import CalibrationError
 from fxprune.trace.capture import trace

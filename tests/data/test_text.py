@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from fxprune.data.built_in import offline_text
-from fxprune.data.text import calibration_text, calibration_windows, paragraphs, read_text, split_calibration_heldout, token_windows
+from fxprune.data.text import (
+    calibration_text,
+    calibration_windows,
+    paragraphs,
+    read_text,
+    split_calibration_heldout,
+    token_windows,
+)
 from fxprune.errors import CalibrationError, DataError
 from tests.tokens import character_tokenizer
 

@@ -7,7 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.discovery.groups import DEFAULT_KINDS, as_kinds, axes_by_factor, bare_kind, consumers_of, find_consumers, find_groups, propagate, read_weight, units_at
+from fxprune.discovery.groups import (
+    DEFAULT_KINDS,
+    as_kinds,
+    axes_by_factor,
+    bare_kind,
+    consumers_of,
+    find_consumers,
+    find_groups,
+    propagate,
+    read_weight,
+    units_at,
+)
 from fxprune.errors import FxpruneError
 from tests.oracle import Net, axes_of, discover, graph_of, groups_of
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from fxprune.emit.assemble import Candidate, candidates_for, divided_attributes
-from fxprune.emit.blueprint import Blueprint, EmissionTask
+from fxprune.emit.assemble import Blueprint, Candidate, EmissionTask, candidates_for, divided_attributes
 from fxprune.emit.choices import SharedWidths
 from fxprune.emit.layout import find_layout, model_rebuilder
 from fxprune.emit.snapshot import Shape, shapes_of

@@ -7,7 +7,7 @@ import json
 import pytest
 from torch import nn
 
-from fxprune.emit.blueprint import Blueprint, rebuild
+from fxprune.emit.assemble import Blueprint, rebuild
 from fxprune.modelling.blocks import BUILT_AT, CannotBuildError
 from fxprune.modelling.overrides import Overrides
 from fxprune.modelling.table_rows import INPUTS

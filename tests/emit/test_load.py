@@ -10,7 +10,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import fxprune.emit.load as dry_runs
-from fxprune.emit.load import DryRuns, assign_tensors, attention_implementations, configs_of, has_unaligned_experts, names_on_meta, run_on_meta, shape_errors, use_eager_experts, using_attention
+from fxprune.emit.load import (
+    DryRuns,
+    assign_tensors,
+    attention_implementations,
+    configs_of,
+    has_unaligned_experts,
+    names_on_meta,
+    run_on_meta,
+    shape_errors,
+    use_eager_experts,
+    using_attention,
+)
 from fxprune.modelling.block_config import block_config
 from fxprune.trace.inputs import meta_twin
 from tests.emit.small import SmallConfig, SmallModel, small

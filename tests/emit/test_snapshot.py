@@ -8,7 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.emit.snapshot import MISSING_AXIS, Reads, block_entries, build_on_meta, keep_blocks, mismatches, part_of, record_reads, shapes_of, slim_name, take_snapshot, value_of, without_storage
+from fxprune.emit.snapshot import (
+    MISSING_AXIS,
+    Reads,
+    block_entries,
+    build_on_meta,
+    keep_blocks,
+    mismatches,
+    part_of,
+    record_reads,
+    shapes_of,
+    slim_name,
+    take_snapshot,
+    value_of,
+    without_storage,
+)
 from fxprune.graph.context import Refusal
 from fxprune.modelling.block_config import put_fields
 from fxprune.modelling.blocks import CannotBuildError

@@ -14,7 +14,15 @@ from transformers.utils import generic
 import fxprune
 from fxprune.errors import ArgumentError, EvaluationError
 from fxprune.evaluation import speed
-from fxprune.evaluation.speed import Widths, measure_speed, measure_widths, read_widths, time_interleaved, timed_call, write_widths
+from fxprune.evaluation.speed import (
+    Widths,
+    measure_speed,
+    measure_widths,
+    read_widths,
+    time_interleaved,
+    timed_call,
+    write_widths,
+)
 from tests import remembered
 from tests.models import tiny
 

@@ -14,10 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Pre
 
 import fxprune
 from fxprune.errors import ExportError, UnknownNameError, VerificationError
-from fxprune.export import decode
-from fxprune.export.decode import export_decoder
-from fxprune.export.files import LOW_PRECISION_TOLERANCE
-from fxprune.export.onnx import run_onnx
+from fxprune.export import model as decode
+from fxprune.export.model import export_decoder
+from fxprune.export.onnx import LOW_PRECISION_TOLERANCE, run_onnx
 from tests.export.small import PAIRS, even, uneven
 from tests.models import token_ids
 

@@ -16,7 +16,16 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import fxprune
 from benchmarks.engines.llama_cpp import LlamaServer
 from fxprune.errors import ExportError, UnknownNameError
-from fxprune.export.gguf.format import arch_named, candidate_archs, general_archs, layers_differ, names_in_format, place_of, read_header, type_named
+from fxprune.export.gguf.format import (
+    arch_named,
+    candidate_archs,
+    general_archs,
+    layers_differ,
+    names_in_format,
+    place_of,
+    read_header,
+    type_named,
+)
 from fxprune.export.gguf.layout import LAYOUTS, TensorLayout, lay_out, read_decoder
 from fxprune.export.gguf.reference import find_contents, gguf_logits
 from fxprune.export.gguf.tokenizer import copy_tokenizer, describe_tokenizer

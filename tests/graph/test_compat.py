@@ -6,7 +6,18 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fxprune.graph.compat import UNKNOWN_SIZE, argument_names, clear_symbolic_caches, fake_mode, is_free, is_impure, is_pointwise, is_random, size_hint, size_range
+from fxprune.graph.compat import (
+    UNKNOWN_SIZE,
+    argument_names,
+    clear_symbolic_caches,
+    fake_mode,
+    is_free,
+    is_impure,
+    is_pointwise,
+    is_random,
+    size_hint,
+    size_range,
+)
 
 aten = torch.ops.aten
 

@@ -15,7 +15,18 @@ import torch
 from torch import nn
 
 from fxprune.errors import FxpruneError, PlanError
-from fxprune.graph.context import Refusal, attempt, call_foreign, default_modes, eval_mode, preserve_rng, quiet, recompile_lazily, silence_stderr, wrap_errors
+from fxprune.graph.context import (
+    Refusal,
+    attempt,
+    call_foreign,
+    default_modes,
+    eval_mode,
+    preserve_rng,
+    quiet,
+    recompile_lazily,
+    silence_stderr,
+    wrap_errors,
+)
 from fxprune.graph.tensors import get_tensor
 
 LOG = logging.getLogger("someone.else")

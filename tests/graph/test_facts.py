@@ -11,7 +11,23 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import CalibrationError, PassError
-from fxprune.graph.facts import Change, Constants, Fact, Facts, Notes, Runnable, Source, add_note, facts_of, find_blocks, fork, owner_block, set_facts, unshare, within
+from fxprune.graph.facts import (
+    Change,
+    Constants,
+    Fact,
+    Facts,
+    Notes,
+    Runnable,
+    Source,
+    add_note,
+    facts_of,
+    find_blocks,
+    fork,
+    owner_block,
+    set_facts,
+    unshare,
+    within,
+)
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.offload.files import write_values
 from fxprune.trace.capture import trace

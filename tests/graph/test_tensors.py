@@ -9,7 +9,28 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import PassError
-from fxprune.graph.tensors import as_parameter, copy_tensor, delete_tensor, device_of, get_tensor, has_meta_weights, input_tensors, is_input, map_tensors, names_by_identity, output_name, producer_of, read_argument, require_weights, set_argument, set_tensor, starred, tensor_name, weights, with_argument
+from fxprune.graph.tensors import (
+    as_parameter,
+    copy_tensor,
+    delete_tensor,
+    device_of,
+    get_tensor,
+    has_meta_weights,
+    input_tensors,
+    is_input,
+    map_tensors,
+    names_by_identity,
+    output_name,
+    producer_of,
+    read_argument,
+    require_weights,
+    set_argument,
+    set_tensor,
+    starred,
+    tensor_name,
+    weights,
+    with_argument,
+)
 
 
 class Tied(nn.Module):

@@ -13,7 +13,19 @@ from torch import fx, nn
 from fxprune.axes import Keep
 from fxprune.errors import VerificationError
 from fxprune.graph.facts import Notes, facts_of
-from fxprune.masking.compare import TOLERANCE, PairedRuns, Verified, block_output_nodes, compare, find_divergence, masked_by_block, masked_outputs, require_equal, slim_by_block, slim_outputs
+from fxprune.masking.compare import (
+    TOLERANCE,
+    PairedRuns,
+    Verified,
+    block_output_nodes,
+    compare,
+    find_divergence,
+    masked_by_block,
+    masked_outputs,
+    require_equal,
+    slim_by_block,
+    slim_outputs,
+)
 from fxprune.offload.prefetch import Prefetcher, offer_prefetcher, use_prefetcher
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass

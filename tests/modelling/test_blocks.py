@@ -8,7 +8,15 @@ import pytest
 from torch import nn
 from transformers import PreTrainedConfig
 
-from fxprune.modelling.blocks import BUILT_AT, CannotBuildError, block_builder, builder_of, list_and_index, names_index, renumber
+from fxprune.modelling.blocks import (
+    BUILT_AT,
+    CannotBuildError,
+    block_builder,
+    builder_of,
+    list_and_index,
+    names_index,
+    renumber,
+)
 
 
 class Plain(nn.Module):

@@ -11,7 +11,19 @@ from torch import nn
 import fxprune
 from fxprune.errors import ArgumentError, PassError
 from fxprune.offload import prefetch as precision
-from fxprune.offload.prefetch import Prefetcher, as_device, autocast, compute_device, current_prefetcher, has_bf16, offer_prefetcher, prefetcher_to, to_device, use_bf16, use_prefetcher
+from fxprune.offload.prefetch import (
+    Prefetcher,
+    as_device,
+    autocast,
+    compute_device,
+    current_prefetcher,
+    has_bf16,
+    offer_prefetcher,
+    prefetcher_to,
+    to_device,
+    use_bf16,
+    use_prefetcher,
+)
 
 
 class Recording(Prefetcher):

@@ -15,7 +15,22 @@ from transformers import AutoModelForCausalLM
 import fxprune
 from fxprune.errors import FxpruneError, UnsupportedModelError
 from fxprune.evaluation import perplexity
-from fxprune.offload.ranks import all_reduce, broadcast, broadcast_object, check_one_device, check_trainable, check_unsharded, input_device, is_first, is_sharded, process_group, rank, run_on_first, shard, shard_indices
+from fxprune.offload.ranks import (
+    all_reduce,
+    broadcast,
+    broadcast_object,
+    check_one_device,
+    check_trainable,
+    check_unsharded,
+    input_device,
+    is_first,
+    is_sharded,
+    process_group,
+    rank,
+    run_on_first,
+    shard,
+    shard_indices,
+)
 from tests.models import tiny, token_ids
 
 OPTIONS: dict[str, Any] = {"recipe": "llm-pruner", "ratio": 0.2, "protect": ()}

@@ -13,7 +13,17 @@ import torch
 
 import fxprune
 from fxprune.errors import ArgumentError, FxpruneError, RatioError
-from fxprune.pipeline.arguments import as_path, as_seed, flag, format_value, function, instance, number, numbers, whole_number
+from fxprune.pipeline.arguments import (
+    as_path,
+    as_seed,
+    flag,
+    format_value,
+    function,
+    instance,
+    number,
+    numbers,
+    whole_number,
+)
 from tests.models import tiny
 
 

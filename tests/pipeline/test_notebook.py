@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import fxprune
-from fxprune.pipeline.notebook import html_table
-from fxprune.pipeline.pipeline import Pipeline
+from fxprune.pipeline.pipeline import Pipeline, html_table
 from tests.models import tiny
 
 

@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from fxprune.errors import RecoveryError, VerificationError
-from fxprune.recovery.run import checkpoint_folder, claim_folder, copy_for_training, last_checkpoint, restored_state, weight_sums
+from fxprune.recovery.run import (
+    checkpoint_folder,
+    claim_folder,
+    copy_for_training,
+    last_checkpoint,
+    restored_state,
+    weight_sums,
+)
 from tests.models import tiny
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxprune.recovery.settings import RecoverySettings, settings_from
+from fxprune.recovery.data import RecoverySettings, settings_from
 
 
 def test_defaults_are_the_papers() -> None:

@@ -14,7 +14,18 @@ from torch import nn
 from fxprune.axes import Keep
 from fxprune.graph.facts import facts_of
 from fxprune.removal.plan import plan_of
-from fxprune.removal.removal import Bypassed, Removal, Removed, RescaledNumber, Scaling, Sliced, kept_norm_modules, scaled_numbers, scaled_weights, unkept_norm_reasons
+from fxprune.removal.removal import (
+    Bypassed,
+    Removal,
+    Removed,
+    RescaledNumber,
+    Scaling,
+    Sliced,
+    kept_norm_modules,
+    scaled_numbers,
+    scaled_weights,
+    unkept_norm_reasons,
+)
 from tests.oracle import Net, axes_of, decide, discover, groups_of
 
 

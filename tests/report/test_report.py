@@ -14,7 +14,16 @@ from fxprune.axes import Factor, Keep
 from fxprune.discovery.groups import Group
 from fxprune.errors import ArgumentError
 from fxprune.removal.scores import Scores
-from fxprune.report.report import GroupSize, Report, Spread, frozen_reasons, group_sizes, group_widths, package_versions, score_spreads
+from fxprune.report.report import (
+    GroupSize,
+    Report,
+    Spread,
+    frozen_reasons,
+    group_sizes,
+    group_widths,
+    package_versions,
+    score_spreads,
+)
 from tests.oracle import Net, axes_of, discover, groups_of
 
 REPORT = Report(parameters=(200, 150), macs=(1000, 800), tokens=64, widths={"g": (4, 3)}, notes=("a note",))

@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.rules.products import lone_sliding_products, lone_stacked_products, picked_matrices, sliding_product, stacked_product
+from fxprune.rules.products import (
+    lone_sliding_products,
+    lone_stacked_products,
+    picked_matrices,
+    sliding_product,
+    stacked_product,
+)
 from fxprune.trace import trace
 from tests.oracle import Net
 

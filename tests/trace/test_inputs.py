@@ -11,7 +11,15 @@ from torch.nn.utils import weight_norm
 
 from fxprune.errors import TraceError
 from fxprune.graph.compat import fake_mode
-from fxprune.trace.inputs import alias_twin, default_inputs, dynamic_dims, fake_twin, hooks_left_out, is_hugging_face, meta_twin
+from fxprune.trace.inputs import (
+    alias_twin,
+    default_inputs,
+    dynamic_dims,
+    fake_twin,
+    hooks_left_out,
+    is_hugging_face,
+    meta_twin,
+)
 from tests.models import tiny
 
 

@@ -90,7 +90,6 @@ def _entry(key: str, value: Any) -> Entry:
 
 
 def _pre_tokenizers(spec: Mapping[str, Any], kind: str = "") -> list[Mapping[str, Any]]:
-    """The steps that split text, optionally only those of one kind."""
     step = spec.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", [step] if step else [])
     return [one for one in steps if kind in ("", one["type"])]

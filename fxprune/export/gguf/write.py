@@ -15,11 +15,11 @@ import torch
 from transformers import PreTrainedModel
 
 from fxprune.errors import ExportError
-from fxprune.export.files import LOW_PRECISION_TOLERANCE, atomic_path
 from fxprune.export.gguf.format import Type, can_quantize, load_data, type_named
 from fxprune.export.gguf.layout import Contents, read_decoder
 from fxprune.export.gguf.reference import find_contents
 from fxprune.export.gguf.tokenizer import Entry, copy_tokenizer, describe_tokenizer
+from fxprune.export.onnx import LOW_PRECISION_TOLERANCE, atomic_path
 from fxprune.masking.compare import TOLERANCE
 
 __all__ = ["check_gguf", "export_gguf", "most_common_type"]

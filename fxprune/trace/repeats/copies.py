@@ -15,7 +15,16 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import TraceError
-from fxprune.graph.compat import SIZE, FakeTensor, has_unbacked_sizes, is_size, shape_env_state, tree_flatten, tree_leaves, tree_unflatten
+from fxprune.graph.compat import (
+    SIZE,
+    FakeTensor,
+    has_unbacked_sizes,
+    is_size,
+    shape_env_state,
+    tree_flatten,
+    tree_leaves,
+    tree_unflatten,
+)
 from fxprune.graph.context import bind_node, current_tracer, disable_torch_function, node_of, pause_tracing
 from fxprune.graph.shapes import same_shapes
 from fxprune.graph.tensors import base_name

@@ -19,7 +19,7 @@ from fxprune.graph.compat import TorchDispatchMode, storage_of, tree_flatten, tr
 from fxprune.graph.context import disable_torch_function
 from fxprune.rules.aliasing import written_arguments
 
-__all__ = ["BlockCall", "BlockRecorder", "CallRecord", "CallRecorder"]
+__all__ = ["BlockRecorder", "CallRecord", "CallRecorder"]
 
 CallRecord = tuple[Any, ...]
 """A call of a torch function: its name, then a summary of each argument and result."""

@@ -202,7 +202,8 @@ def test_the_kept_columns_are_turned_towards_what_is_wanted() -> None:
         assert float((Y - Z @ turned.T).square().sum()) > error
     assert torch.equal(get_tensor(work, "b.bias"), model.b.bias)
     assert torch.equal(get_tensor(work, "b.weight")[:, 7:], model.b.weight[:, 7:])
-    work = fitted(model, RotationPass(damping=1e9))
+    work = fork(planned(model, {"x": X}, 7))
+    RotationPass(damping=1e9)(work, inplace=True)
     assert torch.allclose(get_tensor(work, "b.weight"), model.b.weight, atol=1e-5)
     with pytest.raises(ArgumentError):
         RotationPass(damping=0)

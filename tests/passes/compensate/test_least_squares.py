@@ -80,7 +80,8 @@ def by_hand(
 
 
 def ridge_solution(w: torch.Tensor, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    left, right = torch.cat([x, weight]).double(), torch.cat([y, weight @ w.T]).double()
+    w, x, y, weight = (part.double() for part in (w, x, y, weight))
+    left, right = torch.cat([x, weight]), torch.cat([y, weight @ w.T])
     return torch.linalg.lstsq(left, right).solution.T.float()
 
 

@@ -158,7 +158,7 @@ def test_experts_side_by_side_count_the_tokens_that_reach_them() -> None:
     dense = discover(model, {"x": x})
     group = next(g for g in groups_of(dense) if g.kind == "expert")
     facts_of(dense).put(Calibration((Sample({"x": x}, torch.zeros(1, 7)),)))
-    norms = given_by_experts(model, x).norm(dim=-1)
+    norms = given_by_experts(model, x).detach().norm(dim=-1)
     expected = [float(row[row > 0].mean()) if (row > 0).any() else 0.0 for row in norms]
     np.testing.assert_allclose(scores_of(dense, "reap")[group.name], expected, rtol=1e-4)
 
