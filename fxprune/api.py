@@ -35,9 +35,6 @@ from fxprune.trace import trace
 
 __all__ = ["Result", "apply", "prune", "prune_checkpoint", "prune_pipeline"]
 
-_DEFAULT, _PLAIN = "balanced", "llm-pruner"
-"""The recipe of a prune, and the one that a plan is carried out by: it neither fits nor tunes."""
-
 _LOGGER = logging.getLogger("fxprune")
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -47,10 +44,8 @@ def _documented(declaration: type) -> Callable[[F], F]:
     """Append the options of ``declaration`` to the ``Args`` of a function."""
 
     def decorate(function: F) -> F:
-        lines = []
-        for name, (_, declared) in option_table(declaration).items():
-            text = f"{name}: {declared.doc}"
-            lines += textwrap.wrap(text, 112, initial_indent=" " * 8, subsequent_indent=" " * 12)
+        wrapped = partial(textwrap.wrap, width=112, initial_indent=" " * 8, subsequent_indent=" " * 12)
+        lines = [line for name, (_, one) in option_table(declaration).items() for line in wrapped(f"{name}: {one.doc}")]
         function.__doc__ = (function.__doc__ or "").replace("        options: see below.", "\n".join(lines))
         return function
 
@@ -83,8 +78,11 @@ def prune(model: nn.Module | str | os.PathLike[str], calibration: Any = None, **
                 value=offload,
             )
         return _run(_pipeline(calibration, values), model, values)
-    if not isinstance(model, str | os.PathLike):
-        raise refuse("model", model, "a torch.nn.Module, a folder, a GGUF file, or a hub id")
+    given: Any = model
+    if not isinstance(given, str | os.PathLike):
+        has_model = any(hasattr(given, name) for name in ("graph_module", "model"))
+        wanted = "its .model" if has_model else "a torch.nn.Module, a folder, a GGUF file, or a hub id"
+        raise refuse("model", model, wanted)
     if offload is not None:
         return _prune_offloaded(model, Path(offload), calibration, options, lambda result: None)
     if values["tokenizer"] is None and calibration is None:
@@ -104,13 +102,10 @@ def prune_checkpoint(
 ) -> Result:
     """Prune a model from folder to folder with its weights on disk: :func:`prune` with ``offload``, and saved.
 
-    Weights are read from the files of the folder when a part of the model runs, and fitted and slim ones are in files
-    as well: memory holds one part of the model and the activations of the samples. A killed run resumes when it is
-    repeated with the same arguments and files, from the last part scored and the last weight fitted. Until it is done,
-    intermediate results are in ``<out>.unfinished``.
-
-    Tuning reads all weights twice a step, so there is none unless ``tune`` asks for it. Weights that transformers
-    builds from several tensors of a file, such as those of experts, are held in memory.
+    Memory holds one part of the model and the activations of the samples; weights that transformers builds from several
+    tensors of a file, such as those of experts, are held whole. A killed run resumes when it is repeated with the same
+    arguments and files; until it is done, intermediate results are in ``<out>.unfinished``. Tuning reads all weights
+    twice a step, so there is none unless ``tune`` asks for it.
 
     Args:
         source: a folder of safetensors that transformers loads, or the hub id of one; or a GGUF file, which is
@@ -121,9 +116,6 @@ def prune_checkpoint(
         force: as for :func:`fxprune.save_pretrained`.
         also: called with the result and the new folder before it takes its place, to write more files into it.
         options: as for :func:`prune`; with ``device="cuda"`` each part of the model is moved there when it runs.
-
-    Returns:
-        As :func:`prune`; its weights are in unlinked files.
 
     Raises:
         CheckpointError: ``source`` cannot be loaded, or ``out`` holds something else.
@@ -152,6 +144,8 @@ def apply(model: nn.Module, plan: Plan, calibration: Any = None, **options: Unpa
     Raises:
         PlanError: the plan does not fit the model.
     """
+    if not isinstance(plan, Plan):
+        raise refuse("plan", plan, "a Plan, as in fxprune.Plan.from_json(text)")
     values = resolve({"compensate": NONE, "tune": NONE, **_given(options)}, ApplyOptions)
     return _run(_pipeline(calibration, resolve(_given(values)), plan), model, values)
 
@@ -172,9 +166,9 @@ def prune_pipeline(calibration: Any = None, *, plan: Plan | None = None, **optio
 def _pipeline(calibration: Any, values: Mapping[str, Any], plan: Any = None) -> Pipeline:
     """The pipeline of validated options: the recipe, with the options applied stage by stage."""
     if plan is not None and not isinstance(plan, Plan):
-        raise refuse("plan", plan, "a Plan, as in fxprune.Plan.from_json(text)")
+        raise refuse("plan", plan, "a Plan, as in fxprune.Plan.from_json(text), or None")
     values = _without_deprecated(values)
-    default = _DEFAULT if plan is None else _PLAIN
+    default = "balanced" if plan is None else "llm-pruner"  # a plan is carried out without fits and tuning
     recipe = as_recipe(default if values["recipe"] is None else values["recipe"])
     choices = {stage: values[stage] for stage in ("importance", "select", "compensate", "tune")}
     if plan is not None:
@@ -228,22 +222,20 @@ def _complete(recipe: Recipe, steps: int, arguments: Mapping[str, Any]) -> None:
 
 def _read_samples(recipe: Recipe, calibration: Any, tokenizer: Any) -> None:
     """Let the recipe read the samples given, in place of those it reads itself."""
+    others = [step for step in recipe["prepare"] if Calibration not in step.gives]
     if calibration is None and not any(map(needs_samples, recipe.passes)):
-        recipe["prepare"] = [step for step in recipe["prepare"] if Calibration not in step.gives]
+        recipe["prepare"] = others
         return
     reader = {key: value for key, value in (("data", calibration), ("tokenizer", tokenizer)) if value is not None}
     own_file = [step for step in recipe["prepare"] if getattr(step, "file", "")]
     if calibration is None and own_file:
         return
-    others = [step for step in recipe["prepare"] if Calibration not in step.gives]
     readers = [step for step in recipe["prepare"] if Calibration in step.gives]
     if not reader:
         recipe["prepare"] = [*others, *own_file]
     elif readers:
-        cleared = {"file": ""} if calibration is not None else {}
-        recipe["prepare"] = [
-            changed(step, {**cleared, **reader}) if step in readers else step for step in recipe["prepare"]
-        ]
+        reader |= {"file": ""} if calibration is not None else {}
+        recipe["prepare"] = [changed(step, reader) if step in readers else step for step in recipe["prepare"]]
     else:
         recipe["prepare"] = [load_pass("calibrate", **reader), *others]
 
@@ -260,7 +252,6 @@ def _stage_arguments(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             widths[name] = values[name]
     if values["uniform"]:
         widths |= {"uniform": True, "protect": () if values["protect"] is None else values["protect"]}
-    low = values["memory"] == "low"
     arguments = {
         "": {"seed": values["seed"] or None, "tokenizer": values["tokenizer"]},
         "discover": {"norm": values["norm"] or ("sliced" if values["uniform"] else None)},
@@ -271,9 +262,9 @@ def _stage_arguments(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         },
         "select": widths,
         "teach": {},
-        "shrink": {"by_block": low or None},
+        "shrink": {"by_block": values["memory"] == "low" or None},
     }
-    return {stage: _given(said) for stage, said in arguments.items()}
+    return {stage: _given(found) for stage, found in arguments.items()}
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,32 +272,20 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_deprecated(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with spellings of passes in place of deprecated words.
-
-    Raises:
-        ArgumentError: a deprecated word contradicts the one in its place.
-    """
+    """The options with spellings of passes in place of deprecated words; contradictions are refused."""
     values = dict(values)
     taylor, ratio, scores = values.pop("taylor"), values["group_ratio"], values.pop("scores")
     if ratio is not None and values["ratio"] is not None:
         raise _conflict("ratio", values["ratio"], "group_ratio", "both name the fraction to remove")
-    by_kind = values["ratio"] if isinstance(values["ratio"], Mapping) else ratio
-    if (
-        isinstance(by_kind, Mapping)
-        and values["kinds"] is not None
-        and set(as_kinds("kinds", values["kinds"])) != set(by_kind)
-    ):
-        raise _conflict("kinds", values["kinds"], "ratio", "a ratio by kind names the kinds that may go")
+    by_kind, kinds = values["ratio"] if isinstance(values["ratio"], Mapping) else ratio, values["kinds"]
+    if isinstance(by_kind, Mapping) and kinds is not None and set(as_kinds("kinds", kinds)) != set(by_kind):
+        raise _conflict("kinds", kinds, "ratio", "a ratio by kind names the kinds that may go")
     if taylor is not None:
         spelled = f"taylor{{order={taylor}}}"
         if values["importance"] not in (None, "taylor", spelled):
-            raise ArgumentError(
-                f"$taylor={taylor!r} beside $importance={str(values['importance'])!r}",
-                where="taylor",
-                remedy=f"Leave $taylor out; $importance={spelled!r} says both",
-                argument="taylor",
-                value=taylor,
-            )
+            what = f"$taylor={taylor!r} beside $importance={str(values['importance'])!r}"
+            remedy = f"Leave $taylor out; $importance={spelled!r} says both"
+            raise ArgumentError(what, where="taylor", remedy=remedy, argument="taylor", value=taylor)
         values["importance"] = spelled
         _warn("taylor", f"importance={spelled!r}")
     if scores is not None:
@@ -333,13 +312,7 @@ def _warn(name: str, instead: str) -> None:
 
 
 def _prune_offloaded(
-    source: str | os.PathLike[str],
-    folder: Path,
-    calibration: Any,
-    options: Mapping[str, Any],
-    finish: Callable[[Result], None],
-    *,
-    force: bool = False,
+    source: Any, folder: Path, calibration: Any, options: Any, finish: Callable[[Result], None], *, force: bool = False
 ) -> Result:
     """Prune with weights on disk; ``finish`` is called while the intermediate results are still there."""
     values = resolve({"memory": "low", "tune": NONE, **_given(options)})

@@ -144,10 +144,10 @@ class RandomNet(nn.Module):
         try:
             if not all(steady(line, scope) for scope in scopes):
                 return False
+            for scope in scopes:  # copies, on which steadiness was tried, may have other strides
+                exec(line, scope)
         except (AssertionError, RuntimeError, IndexError, ValueError, TypeError, AttributeError):
             return False
-        for scope in scopes:
-            exec(line, scope)
         self._lines.append(line)
         return True
 

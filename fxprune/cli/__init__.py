@@ -16,19 +16,8 @@ __all__ = ["app", "main"]
 def __getattr__(name: str) -> Any:
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fxprune.cli import (  # noqa: F401 - each adds its commands
-        apply,
-        bench,
-        console,
-        evaluate,
-        export,
-        generate,
-        graph,
-        lists,
-        plan,
-        prune,
-        recover,
-    )
+    # each adds its commands
+    from fxprune.cli import apply, bench, console, evaluate, export, generate, graph, lists, plan, prune, recover  # noqa: F401
 
     return console.app
 

@@ -6,20 +6,7 @@ from typing import Any
 
 import fxprune
 from fxprune.cli import options as flags
-from fxprune.cli.console import (
-    Command,
-    Device,
-    Dtype,
-    Folder,
-    Force,
-    Gguf,
-    Json,
-    Quiet,
-    Verbose,
-    app,
-    progress,
-    working,
-)
+from fxprune.cli.console import Command, app, progress, working
 from fxprune.cli.models import check_model, is_gguf, load, load_words
 from fxprune.cli.output import check_output, check_quantization, gguf_options, print_result, write_result
 from fxprune.cli.plan import Source, read_plan
@@ -33,20 +20,20 @@ __all__ = ["apply"]
 @app.command(cls=Command)
 @flags.library_options(ApplyOptions)
 def apply(
-    model: Folder,
+    model: flags.Folder,
     plan: Source,
     out: flags.Out = None,
     calibration: flags.Calibration = None,
     samples: flags.Samples = None,
     tokens: flags.Tokens = None,
-    gguf_file: Gguf = None,
+    gguf_file: flags.Gguf = None,
     quantization: flags.Quantization = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    force: Force = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    as_json: Json = False,
+    dtype: flags.Dtype = None,
+    device: flags.Device = None,
+    force: flags.Force = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
+    as_json: flags.Json = False,
     **options: Any,
 ) -> None:
     """Carry out PLAN, made for MODEL or for a sibling of its shape; writes the same files as `prune`."""

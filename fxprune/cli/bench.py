@@ -8,19 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from fxprune.cli.console import (
-    Device,
-    Dtype,
-    Folder,
-    Json,
-    MeasuringCommand,
-    QuietButResult,
-    app,
-    console,
-    print_json,
-    print_lines,
-    progress,
-)
+from fxprune.cli import options as flags
+from fxprune.cli.console import MeasuringCommand, app, console, print_json, print_lines, progress
 from fxprune.cli.models import check_models, load
 
 if TYPE_CHECKING:
@@ -31,16 +20,16 @@ __all__ = ["bench"]
 
 @app.command(cls=MeasuringCommand)
 def bench(
-    model: Folder,
+    model: flags.Folder,
     others: Annotated[list[str] | None, typer.Argument(help="Further models; all are compared with the first.")] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 256,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Prompts in a batch.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions, of which the median is reported.")] = 5,
-    dtype: Dtype = None,
-    device: Device = None,
-    quiet: QuietButResult = False,
-    as_json: Json = False,
+    dtype: flags.Dtype = None,
+    device: flags.Device = None,
+    quiet: flags.QuietButResult = False,
+    as_json: flags.Json = False,
 ) -> None:
     """Time MODEL and OTHERS, dense or slim, as they generate in transformers."""
     from fxprune.evaluation.speed import measure_speed

@@ -20,11 +20,7 @@ _UNWRITTEN = ("config", "dry_run", "force", "quiet", "verbose", "as_json")
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Take arguments that are not on the command line from a file.
-
-    Raises:
-        FxpruneError: there is no such file, or an entry that is no argument.
-    """
+    """Take arguments that are not on the command line from a file."""
     if path is not None:
         known = {_key(parameter): parameter for parameter in context.command.params if parameter.name != "config"}
         context.default_map = {
@@ -74,7 +70,6 @@ def parse_number(text: str) -> int | float | str:
 
 
 def _entries(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a file, each of which is an argument."""
     import yaml
 
     if not path.is_file():
@@ -98,14 +93,12 @@ def _entries(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dashed(key: Any) -> str:
-    """A key as an option is spelled; underscores are read as well."""
     return str(key).replace("_", "-")
 
 
 def _key(parameter: Any) -> str:
     """The name of an argument in a file: its option without the dashes in front."""
-    longest = max(parameter.opts, key=len)
-    return str(longest.lstrip("-").replace("_", "-")).lower()
+    return _dashed(max(parameter.opts, key=len).lstrip("-")).lower()
 
 
 def _as_text(path: Path, key: str, value: Any, *, flag: bool) -> Any:

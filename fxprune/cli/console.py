@@ -1,4 +1,4 @@
-"""The command line application: its two outputs, options that commands share, progress, and how errors end."""
+"""The command line application: its two outputs, progress, and how errors end."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,20 +20,10 @@ from typer.core import TyperCommand, TyperGroup
 
 from fxprune.cli.process import exit_on_signal
 from fxprune.errors import ArgumentError, FxpruneError
-from fxprune.recipes.options import MACHINE, OUTPUT
 
 __all__ = [
     "Command",
-    "Device",
-    "Dtype",
-    "Folder",
-    "Force",
-    "Gguf",
-    "Json",
     "MeasuringCommand",
-    "Quiet",
-    "QuietButResult",
-    "Verbose",
     "app",
     "console",
     "errors",
@@ -49,14 +38,6 @@ __all__ = [
     "working",
 ]
 
-_LONGEST_ERROR = 600
-
-_FIRST_LINE, _NEXT_LINE = 2.0, 10.0
-"""Seconds until progress is printed to a pipe, and between two such lines."""
-
-_WIDTH_OF_FILES = 200
-"""Width of tables in a file or a pipe: names stay whole, to be searched and copied."""
-
 console = Console(soft_wrap=True)
 """Results."""
 
@@ -66,39 +47,13 @@ errors = Console(stderr=True, soft_wrap=True)
 notes = Console(stderr=True, soft_wrap=True)
 """Progress and remarks, which ``--quiet`` silences."""
 
-Folder = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub id, GGUF file, or 'demo'.")]
-Gguf = Annotated[str | None, typer.Option(help="GGUF file inside the folder.", rich_help_panel=MACHINE)]
-Force = Annotated[
-    bool,
-    typer.Option("--force", help="Write over what is there; other files in a folder stay.", rich_help_panel=OUTPUT),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.", rich_help_panel=OUTPUT)]
-QuietButResult = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print only the result and errors.", rich_help_panel=OUTPUT)
-]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Print each pass with its time as it runs.", rich_help_panel=OUTPUT)
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.", rich_help_panel=OUTPUT)]
-Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="Dtype of the weights (default: that of the files).", rich_help_panel=MACHINE),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(help="Device to compute on: cpu (the default), cuda, cuda:1, mps.", rich_help_panel=MACHINE),
-]
-
 _ORDER = ("prune", "apply", "eval", "recover", "generate", "bench", "export", "graph", "explain", "plan", "recipes")
 """Commands in the order in which they are of use; others come last."""
-
-_SPELLED = {"inplace": "--in-place", "offload": "--low-memory"}
-"""Arguments whose option has another name."""
 
 
 def option_name(name: str) -> str:
     """The option of an argument: ``--group-ratio`` for ``group_ratio``."""
-    return _SPELLED.get(name, f"--{name.replace('_', '-')}")
+    return {"inplace": "--in-place", "offload": "--low-memory"}.get(name, f"--{name.replace('_', '-')}")
 
 
 def is_given(context: Any, name: str) -> bool:
@@ -108,11 +63,7 @@ def is_given(context: Any, name: str) -> bool:
 
 
 class Command(TyperCommand):
-    """A command whose errors end in one line and exit code 2.
-
-    What is the user's to mend is an :class:`~fxprune.errors.FxpruneError` or an ``OSError``; anything else is a defect,
-    and ends in a traceback.
-    """
+    """A command whose errors end in one line and exit code 2; a defect in the package ends in a traceback."""
 
     is_measurement = False
     """Whether results are all that the command is for, so that ``--quiet`` still prints them."""
@@ -124,10 +75,11 @@ class Command(TyperCommand):
         set_output(quiet=quiet, verbose=verbose, as_json=bool(options.get("as_json")), with_results=self.is_measurement)
         try:
             if quiet and verbose:
-                raise ArgumentError(
-                    "cannot be given with --verbose", where="--quiet", remedy="Leave one of the two out"
-                )
-            _import_package()
+                remedy = "Leave one of the two out"
+                raise ArgumentError("cannot be given with --verbose", where="--quiet", remedy=remedy)
+            if "fxprune.api" not in sys.modules:
+                with exit_on_signal(), working("starting"):
+                    import fxprune.api  # noqa: F401
             return super().invoke(ctx)
         except FxpruneError as error:
             raise typer.Exit(_report(error.render(_spelling(ctx, error)))) from error
@@ -139,12 +91,6 @@ class MeasuringCommand(Command):
     """A command that is asked for a result."""
 
     is_measurement = True
-
-
-def _import_package() -> None:
-    if "fxprune.api" not in sys.modules:
-        with exit_on_signal(), working("starting"):
-            import fxprune.api  # noqa: F401
 
 
 def _spelling(context: Any, error: FxpruneError) -> Callable[[str], str]:
@@ -162,25 +108,17 @@ class _Commands(TyperGroup):
     """Commands in the order of use; wrong usage ends in one line."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """The names of the commands."""
+        """Names of the commands."""
         found = super().list_commands(ctx)
         return sorted(found, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
 
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        windows_expand_args: bool = True,
-        **extra: Any,
-    ) -> Any:
+    def main(self, args: Any = None, *more: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         """Run a command, as :meth:`typer.core.TyperGroup.main` does."""
-        run = partial(super().main, args, prog_name, complete_var, False, windows_expand_args, **extra)
+        extra["standalone_mode"] = False
         if not standalone_mode:
-            return run()
+            return super().main(args, *more, **extra)
         try:
-            code = run()
+            code = super().main(args, *more, **extra)
         except typer.TyperException as error:
             code = _report(error.format_message())
         except FxpruneError as error:  # of a run.yaml, which is read with the arguments
@@ -201,13 +139,11 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+_Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]
+
+
 @app.callback(invoke_without_command=True)
-def options(
-    context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
+def options(context: typer.Context, version: _Version = False) -> None:
     """Structural pruning of language models."""
     set_output()
     if context.invoked_subcommand is None:
@@ -220,7 +156,7 @@ def _describe(error: OSError) -> str:
 
 
 def _report(text: str) -> int:
-    line = textwrap.shorten(text, _LONGEST_ERROR, placeholder=" ...")
+    line = textwrap.shorten(text, 600, placeholder=" ...")
     errors.print(f"[red]error: {escape(line)}[/red]", highlight=False)
     return 2
 
@@ -228,14 +164,7 @@ def _report(text: str) -> int:
 def set_output(
     *, quiet: bool = False, verbose: bool = False, as_json: bool = False, with_results: bool = False
 ) -> None:
-    """Choose the output; errors are always printed.
-
-    Args:
-        quiet: no progress, and no results unless ``with_results``.
-        verbose: each pass with its time.
-        as_json: no results except those of :func:`print_json`.
-        with_results: whether ``quiet`` leaves results.
-    """
+    """Choose the output: ``with_results`` keeps results in spite of ``quiet``; errors are always printed."""
     widened(console)
     console.quiet = as_json or (quiet and not with_results)
     notes.quiet = quiet
@@ -245,9 +174,9 @@ def set_output(
 
 
 def widened(console: Console) -> Console:
-    """Make a console wide enough for whole names if it is no terminal and the environment sets no width."""
+    """Make a console wide enough for whole names, unless it is a terminal or the environment sets a width."""
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _WIDTH_OF_FILES
+        console.width = 200
     return console
 
 
@@ -266,7 +195,7 @@ class _Lines(logging.Handler):
     """Prints the log of the package."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a record in one line."""
+        """Print a record."""
         notes.print(record.getMessage(), markup=False, highlight=False)
 
 
@@ -283,25 +212,22 @@ def working(what: str) -> Iterator[None]:
         yield
 
 
-def progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
     """Yield items and show how many are done and how long the rest takes."""
     if not _shows_progress():
-        return items
+        yield from items
+        return
     if notes.is_terminal:
-        return track(items, what, total, console=notes, transient=True)
-    return _with_lines(items, what, total)
-
-
-def _with_lines(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-    """Yield items and print a line now and then."""
+        yield from track(items, what, total, console=notes, transient=True)
+        return
     start = time.monotonic()
-    due = start + _FIRST_LINE
+    due = start + 2  # seconds
     for done, item in enumerate(items):
         now = time.monotonic()
         if done and now >= due:
             left = (now - start) / done * max(total - done, 0)
             notes.print(f"{what}: {done:,} of {total:,}, about {left:,.0f} s left", markup=False, highlight=False)
-            due = now + _NEXT_LINE
+            due = now + 10
         yield item
 
 

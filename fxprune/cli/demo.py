@@ -1,7 +1,7 @@
 """The demo model, from the GGUF file that an installed package carries; `demo.json` names both.
 
 Reading and dequantising the GGUF file takes over ten seconds, so the float32 weights are kept as an ordinary checkpoint
-in `~/.cache/fxprune` (the environment variable FXPRUNE_CACHE names another folder). Delete the folder to build it anew.
+in `~/.cache/fxprune` (the environment variable FXPRUNE_CACHE names another folder). Delete the folder to rebuild it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from fxprune.errors import FxpruneError
 __all__ = ["DEMO", "demo_checkpoint", "demo_gguf", "demo_name", "load_gguf"]
 
 DEMO = "demo"
-"""Its name on the command line."""
 
 
 def demo_name() -> str:
@@ -30,62 +29,44 @@ def demo_name() -> str:
 
 
 def demo_checkpoint() -> Path:
-    """Return a folder that holds the demo model as a Hugging Face checkpoint; it is built on first use.
-
-    Raises:
-        FxpruneError: the package that carries the model is not installed.
-    """
+    """Return a folder that holds the demo model as a Hugging Face checkpoint; it is built on first use."""
     gguf = demo_gguf()
-    target = cache_folder() / f"{gguf.stem}-{version(_entry()['package'])}"
+    configured = os.environ.get("FXPRUNE_CACHE")
+    cached = Path(configured).expanduser() if configured else Path.home() / ".cache" / "fxprune"
+    target = cached / f"{gguf.stem}-{version(_entry()['package'])}"
     if not target.is_dir():
         _write_checkpoint(gguf, target)
     return target
 
 
 def demo_gguf() -> Path:
-    """Return the GGUF file in the installed package, which is not imported: it imports packages that may be missing.
-
-    Raises:
-        FxpruneError: the package is not installed, or holds no such file.
-    """
+    """Return the GGUF file in the installed package, which is not imported: it imports packages that may be missing."""
     package, install = _entry()["package"], _entry()["install"]
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise FxpruneError("its package is not installed", where="the demo model", remedy=f"Install it: {install}")
     found = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not found:
-        raise FxpruneError(
-            f"the package {package} holds no .gguf file", where="the demo model", remedy=f"Install it again: {install}"
-        )
+        what = f"the package {package} holds no .gguf file"
+        raise FxpruneError(what, where="the demo model", remedy=f"Install it again: {install}")
     return found[0]
 
 
-def cache_folder() -> Path:
-    """Return the folder under which files are kept between runs."""
-    configured = os.environ.get("FXPRUNE_CACHE")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "fxprune"
-
-
 def load_gguf(gguf: Path) -> tuple[Any, Any]:
-    """Return the model in a GGUF file and its tokenizer, dequantised to float32 and no longer counted as quantised."""
+    """Return the model in a GGUF file and its tokenizer, dequantised to float32 and no longer counted as quantised.
+
+    transformers leaves its marks of quantisation on such a model, and refuses to save or train it because of them.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-    clear_quantization_marks(model)
-    return model, AutoTokenizer.from_pretrained(gguf.parent, **where)
-
-
-def clear_quantization_marks(model: Any) -> None:
-    """Let a model whose weights were dequantised on loading be saved and trained.
-
-    transformers leaves its marks of quantisation on such a model, and refuses both because of them.
-    """
     for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
         model.__dict__.pop(mark, None)
     for mark in ("quantization_config", "_is_quantized"):
         model.config.__dict__.pop(mark, None)
+    return model, AutoTokenizer.from_pretrained(gguf.parent, **where)
 
 
 @cache

@@ -10,24 +10,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from rich.table import Table
 
 import fxprune
+from fxprune.checkpoint.read import load_config_only
 from fxprune.cli.console import console, print_json, print_lines, working
 from fxprune.cli.models import locate_model
-from fxprune.cli.preparation import TOKENS, CalibrationText, Prepared
+from fxprune.cli.preparation import TOKENS, CalibrationText, Prepared, reader_of
+from fxprune.data.built_in import CHARACTERS_PER_TOKEN, built_in_text
+from fxprune.data.text import MOST_SAMPLES, calibration_text
+from fxprune.discovery.groups import Groups
 from fxprune.errors import RatioError
+from fxprune.recipes.recipe import needs_samples
 
 __all__ = ["Activations", "Estimate", "costs_of", "estimate", "peak_memory", "print_estimate", "sizes_of"]
-
-_ALL = 0.999
-"""A ratio that no model reaches: the refusal names the largest that it does."""
-
-_PRODUCTS = 12
-"""Matrix products of which the quickest gives the speed of the machine; others may have waited for other work."""
-
-_BASE = 0.5e9
-"""Bytes that Python, torch and transformers take."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +42,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Activations:
-    """Elements that a model computes, per token.
-
-    Args:
-        total: all of them, kept for a backward run.
-        alive: largest number at once, without the outputs.
-        outputs: of the model.
-        size: bytes of an element.
-    """
+    """Elements that a model computes per token, ``alive`` at most at once besides ``outputs``; ``size`` bytes each."""
 
     total: float
     alive: float
@@ -63,10 +53,7 @@ class Activations:
 def costs_of(passes: Sequence[Any], samples: int, *, on_disk: bool = False) -> list[tuple[Any, Any]]:
     """Passes with their costs: training takes the samples that an earlier pass recorded, others those there are.
 
-    Args:
-        passes: of a prune, in order.
-        samples: calibration samples.
-        on_disk: whether weights stay on disk, from which no samples are generated.
+    No samples are generated from weights ``on_disk``.
     """
     found, recorded = [], samples
     for step in passes:
@@ -86,16 +73,7 @@ def peak_memory(
     in_place: bool = False,
     on_disk: bool = False,
 ) -> float:
-    """Bytes at the peak: weights, and the activations of the pass that needs most.
-
-    Args:
-        costs: of the passes, in order.
-        tokens: of a sample.
-        sizes: of the dense model.
-        weights: bytes of the dense and of the slim weights.
-        in_place: whether dense weights are freed as slim ones are made.
-        on_disk: whether all weights stay on disk.
-    """
+    """Bytes at the peak: dense and slim ``weights`` (bytes), and the activations of the pass that needs most."""
     dense, slim = weights
     both = 0.0 if on_disk else dense if in_place else dense + slim
     held, current, most = 0.0 if on_disk else dense, dense, both
@@ -104,7 +82,7 @@ def peak_memory(
         current = slim if step.changes == "graph" else current
         elements = cost.batch * ((sizes.total if cost.backward else sizes.alive) + cost.outputs * sizes.outputs)
         most = max(most, held + sizes.size * tokens * elements * current / dense + cost.weights * current)
-    return _BASE + most
+    return 0.5e9 + most  # Python, torch and transformers take half a gigabyte
 
 
 def print_estimate(found: Estimate, *, as_json: bool) -> None:
@@ -128,14 +106,13 @@ def _lines(found: Estimate) -> Iterator[str]:
     yield f"groups: {', '.join(f'{count:,} of the kind {kind}' for kind, count in found.groups.items())}"
     yield f"frozen: {found.frozen:,} axes of parameters; `fxprune graph` lists the reasons"
     yield f"memory: about {found.memory / 1e9:.1f} GB at the peak (estimated)"
-    yield f"time: about {_duration(found.seconds)} with nothing else running (within a factor of two)"
+    if found.seconds < 90:
+        duration = "a minute or less" if found.seconds < 60 else "a minute"
+    else:
+        minutes = found.seconds / 60
+        duration = f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
+    yield f"time: about {duration} with nothing else running (within a factor of two)"
     yield "no weight was read, and nothing was written; with real scores widths may be distributed differently"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return "a minute or less" if seconds < 60 else "a minute"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def estimate(
@@ -150,23 +127,9 @@ def estimate(
 ) -> Estimate:
     """Estimate a prune, with random scores in place of those that need weights.
 
-    Args:
-        model: as the user named it.
-        gguf_file: the GGUF file inside the folder.
-        text: the calibration text.
-        options: of :func:`fxprune.prune`.
-        prepared: the passes and samples.
-        dtype: of the weights; None for that of the files.
-        low_memory: whether weights stay on disk.
-
     Raises:
         RatioError: the ratio cannot be reached.
     """
-    import torch
-
-    from fxprune.checkpoint.read import load_config_only
-    from fxprune.discovery.groups import Groups
-
     with working("tracing the model without its weights"):
         empty = load_config_only(locate_model(model), gguf_file)
         traced = fxprune.trace(empty, dynamic=False).graph_module
@@ -183,6 +146,7 @@ def estimate(
     costs = costs_of(prepared.passes, samples, on_disk=low_memory)
     dense, slim = (float(size * count) for count in report.parameters)
     in_place = bool(options.get("inplace"))
+    sizes = sizes_of(traced, counted, size)
     work = sum(cost.runs for _, cost in costs)
     return Estimate(
         parameters=report.parameters,
@@ -190,17 +154,13 @@ def estimate(
         groups=dict(Counter(group.kind for group in fxprune.facts_of(traced)[Groups].all)),
         frozen=len(report.frozen),
         reachable=reachable,
-        memory=peak_memory(
-            costs, tokens, sizes_of(traced, counted, size), (dense, slim), in_place=in_place, on_disk=low_memory
-        ),
+        memory=peak_memory(costs, tokens, sizes, (dense, slim), in_place=in_place, on_disk=low_memory),
         seconds=2 * report.macs[0] / counted * tokens * work / _flops(),
     )
 
 
 def _quick_passes(options: Mapping[str, Any]) -> tuple[Any, ...]:
     """The passes of a prune with random scores, and without those that need weights or samples."""
-    from fxprune.recipes.recipe import needs_samples
-
     changes = {"importance": "random", "compensate": "none", "tune": "none", "verify": False, "inplace": False}
     quick = {name: value for name, value in options.items() if name != "memory"} | changes
     passes = fxprune.prune_pipeline(None, **quick).passes
@@ -211,12 +171,9 @@ def _quick_passes(options: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _count_samples(prepared: Prepared, text: CalibrationText) -> tuple[int, int]:
     """Number of samples, and the tokens of one; those of a text without a tokenizer are estimated by its length."""
-    from fxprune.data.built_in import CHARACTERS_PER_TOKEN, built_in_text
-    from fxprune.data.text import MOST_SAMPLES, calibration_text
-
     if prepared.samples is not None:
         return len(prepared.samples), prepared.samples.shape[1]
-    reader = prepared.reader
+    reader = reader_of(prepared.passes)
     if reader is None:
         return 1, TOKENS
     most = text.samples or getattr(reader, "samples", None) or getattr(reader, "built_in", None)
@@ -246,19 +203,17 @@ def _reachable(choice: Any, graph_module: Any) -> float | None:
     if not hasattr(choice, "ratio"):
         return None
     try:
-        dataclasses.replace(choice, ratio=_ALL)(graph_module)
+        dataclasses.replace(choice, ratio=0.999)(graph_module)  # no model reaches it: the refusal names what it does
     except RatioError as error:
         return error.reachable
-    return _ALL
+    return 0.999
 
 
 def _flops() -> float:
     """Floating point operations of this machine a second, by the quickest of a few matrix products."""
-    import torch
-
     square = torch.ones(1024, 1024)
     quickest = float("inf")
-    for _ in range(_PRODUCTS):
+    for _ in range(12):  # some may wait for other work
         start = time.perf_counter()
         torch.mm(square, square)
         quickest = min(quickest, time.perf_counter() - start)
@@ -266,13 +221,7 @@ def _flops() -> float:
 
 
 def sizes_of(graph_module: Any, tokens: int, size: float) -> Activations:
-    """Sizes of the activations of a graph.
-
-    Args:
-        graph_module: a traced graph.
-        tokens: of its inputs.
-        size: bytes of an element.
-    """
+    """Sizes of the activations of a traced graph whose inputs have ``tokens``, of ``size`` bytes an element."""
     nodes = list(graph_module.graph.nodes)
     last = {source: node for node in nodes for source in node.all_input_nodes}
     outputs = _output_nodes(graph_module)
@@ -288,8 +237,6 @@ def sizes_of(graph_module: Any, tokens: int, size: float) -> Activations:
 
 def _output_nodes(graph_module: Any) -> set[Any]:
     """The tensors that a graph returns, also inside containers."""
-    import torch
-
     found: set[Any] = set()
     left = [node for node in graph_module.graph.nodes if node.op == "output"]
     while left:
@@ -300,8 +247,6 @@ def _output_nodes(graph_module: Any) -> set[Any]:
 
 def _numel(node: Any) -> int:
     """Elements of a floating point tensor that an op computes; 0 for anything else, or if a size is not known."""
-    import torch
-
     value = node.meta.get("val")
     known = node.op == "call_function" and isinstance(value, torch.Tensor) and value.is_floating_point()
     return math.prod(value.shape) if known and all(type(size) is int for size in value.shape) else 0

@@ -10,18 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxprune.cli.console import (
-    Device,
-    Dtype,
-    Json,
-    MeasuringCommand,
-    QuietButResult,
-    app,
-    console,
-    print_json,
-    progress,
-    working,
-)
+from fxprune.cli import options as flags
+from fxprune.cli.console import MeasuringCommand, app, console, print_json, progress, working
 from fxprune.cli.models import check_models, load_pair, load_words, locate_model
 from fxprune.cli.process import keep_freed
 from fxprune.errors import EvaluationError
@@ -30,18 +20,6 @@ if TYPE_CHECKING:
     from fxprune.evaluation.comparison import Column
 
 __all__ = ["evaluate"]
-
-_BUILT_IN = "docstrings of Python"
-
-_ON_DISK = {
-    "--dtype": "weights on disk are used in the dtype of their files",
-    "--device": "weights on disk are used on the CPU",
-    "--tasks": "each question would read all weights",
-}
-"""Options that do not apply to weights on disk, and why."""
-
-_WINDOWS = 64
-"""Windows of the built-in text: a minute or less with a small model on a CPU."""
 
 
 @app.command("eval", cls=MeasuringCommand)
@@ -58,40 +36,38 @@ def evaluate(
     window: Annotated[int, typer.Option(min=2, help="Tokens that the model sees at once.")] = 256,
     windows: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Most windows of a text (default: all; {_WINDOWS} of the built-in text)."),
+        typer.Option(min=1, help="Most windows of a text (default: all; 64 of the built-in text)."),
     ] = None,
     questions: Annotated[int | None, typer.Option(min=1, help="Most questions of a task.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows or questions in a batch.")] = 8,
-    dtype: Dtype = None,
-    device: Device = None,
+    dtype: flags.Dtype = None,
+    device: flags.Device = None,
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Keep weights on disk, and read them once for each text.")
     ] = False,
-    quiet: QuietButResult = False,
-    as_json: Json = False,
+    quiet: flags.QuietButResult = False,
+    as_json: flags.Json = False,
 ) -> None:
     """Measure MODELS, dense or slim: size, perplexity on texts, accuracy on tasks."""
     from fxprune.evaluation.comparison import Comparison
     from fxprune.evaluation.tasks import check_tasks
     from fxprune.offload.ranks import is_first
 
-    for option, value in (("--dtype", dtype), ("--device", device), ("--tasks", tasks)):
+    for option, value, reason in (
+        ("--dtype", dtype, "weights on disk are used in the dtype of their files"),
+        ("--device", device, "weights on disk are used on the CPU"),
+        ("--tasks", tasks, "each question would read all weights"),
+    ):
         if low_memory and value is not None:
-            raise EvaluationError(_ON_DISK[option], where=f"--low-memory with {option}", remedy="Leave one of them out")
+            raise EvaluationError(reason, where=f"--low-memory with {option}", remedy="Leave one of them out")
     compared = check_models([*([compare] if compare else []), *models])
     named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if named:
         check_tasks(named)
-    windows = windows or (None if text else _WINDOWS)
+    windows = windows or (None if text else 64)  # a minute or less with a small model on a CPU
     settings = {"window": window, "windows": windows, "questions": questions}
-    options = {
-        **settings,
-        "batch": batch,
-        "texts": _texts(text or (), named),
-        "tasks": named,
-        "track": progress,
-        "memory": "low" if low_memory else "fast",
-    }
+    options: dict[str, Any] = {"batch": batch, "tasks": named, "track": progress, **settings}
+    options |= {"texts": _texts(text or (), named), "memory": "low" if low_memory else "fast"}
     if not low_memory:
         keep_freed()
     with tempfile.TemporaryDirectory() if low_memory else nullcontext() as place:
@@ -111,7 +87,7 @@ def _texts(given: Sequence[str], tasks: Sequence[str]) -> dict[str, str | Path]:
     from fxprune.evaluation.perplexity import load_corpus, named_corpora
 
     if not given:
-        return {} if tasks else {_BUILT_IN: offline_docstrings()}
+        return {} if tasks else {"docstrings of Python": offline_docstrings()}
     texts = named_corpora(given)
     for name, source in texts.items():
         if not load_corpus(source).strip():
@@ -124,11 +100,7 @@ def _measure(
 ) -> tuple[Column, ...]:
     """Measure one model after the other; one without a tokenizer uses that of the model before it.
 
-    Args:
-        models: as the user named them, by the name of the column.
-        loading: dtype and device.
-        options: of :func:`fxprune.evaluate`.
-        work: a folder to unpack GGUF files in, to keep weights on disk; None to load them.
+    Weights stay on disk if there is a folder to unpack GGUF files in, ``work``.
     """
     from fxprune.checkpoint.low_memory import load_mapped
     from fxprune.evaluation.comparison import measure_model

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 import fxprune
-from fxprune.cli.console import Command, Folder, Gguf, Quiet, app, print_lines
+from fxprune.cli import options as flags
+from fxprune.cli.console import Command, app, print_lines
 from fxprune.cli.models import check_model, is_gguf, load, load_words
-from fxprune.cli.options import Quantization, expanded
 from fxprune.cli.output import check_output, check_quantization, gguf_options, runners
 from fxprune.errors import ArgumentError
 
@@ -19,13 +19,13 @@ __all__ = ["export"]
 
 @app.command(cls=Command)
 def export(
-    model: Folder,
-    out: Annotated[Path, typer.Argument(callback=expanded, help="File to write: .gguf, .pt2 or .onnx.")],
-    quantization: Quantization = None,
+    model: flags.Folder,
+    out: Annotated[Path, typer.Argument(callback=flags.expanded, help="File to write: .gguf, .pt2 or .onnx.")],
+    quantization: flags.Quantization = None,
     like: Annotated[Path | None, typer.Option(help="GGUF file of the dense model: its tokenizer is copied.")] = None,
     cache: Annotated[bool, typer.Option("--cache", help="Give a .pt2 or .onnx file a key-value cache.")] = False,
-    gguf_file: Gguf = None,
-    quiet: Quiet = False,
+    gguf_file: flags.Gguf = None,
+    quiet: flags.Quiet = False,
 ) -> None:
     """Write MODEL, pruned or not, as one file that runs without this package."""
     from fxprune.export.model import check_options

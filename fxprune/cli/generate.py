@@ -8,38 +8,27 @@ from typing import Annotated, Any
 
 import typer
 
-from fxprune.cli.console import (
-    Device,
-    Dtype,
-    Folder,
-    Json,
-    MeasuringCommand,
-    QuietButResult,
-    app,
-    print_json,
-    print_lines,
-)
+from fxprune.cli import options as flags
+from fxprune.cli.console import MeasuringCommand, app, print_json, print_lines
 from fxprune.cli.models import check_models, load_pair
 from fxprune.errors import ArgumentError
 
 __all__ = ["generate"]
 
-_CHECK = "Check its weights for values that are not finite, and --temperature"
-
 
 @app.command(cls=MeasuringCommand)
 def generate(
-    model: Folder,
+    model: flags.Folder,
     prompt: Annotated[str, typer.Argument(help="Text to continue, or to answer.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 32,
     compare: Annotated[str | None, typer.Option(help="Model whose text comes first, usually the dense one.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt without a chat template.")] = False,
     temperature: Annotated[float, typer.Option(min=0, help="Above 0: sample; at 0: the likeliest token.")] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of sampling.")] = 0,
-    dtype: Dtype = None,
-    device: Device = None,
-    quiet: QuietButResult = False,
-    as_json: Json = False,
+    dtype: flags.Dtype = None,
+    device: flags.Device = None,
+    quiet: flags.QuietButResult = False,
+    as_json: flags.Json = False,
 ) -> None:
     """Print how MODEL, dense or slim, continues PROMPT; a model with a chat template answers it."""
     import torch
@@ -60,7 +49,7 @@ def generate(
             print_lines([f"{name}:"])
         inputs = _inputs(tokenizer, prompt, raw=raw).to(loaded.device)
         torch.manual_seed(seed)
-        with readable(place, "cannot generate", _CHECK):
+        with readable(place, "cannot generate", "Check its weights for values that are not finite, and --temperature"):
             texts[name] = _continue(loaded, tokenizer, inputs, options, streams=not as_json)
     if as_json:
         print_json(texts)

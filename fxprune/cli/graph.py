@@ -11,7 +11,8 @@ import typer
 from rich.table import Column, Table
 
 import fxprune
-from fxprune.cli.console import Command, Folder, Gguf, app, console, print_json, print_lines
+from fxprune.cli import options as flags
+from fxprune.cli.console import Command, app, console, print_json, print_lines
 from fxprune.cli.models import check_model, locate_model
 from fxprune.cli.plan import read_plan
 from fxprune.errors import ArgumentError
@@ -26,7 +27,7 @@ Norm = Annotated[
 
 @app.command(cls=Command)
 def graph(
-    model: Folder,
+    model: flags.Folder,
     dot: Annotated[
         Path | None, typer.Option(help="Write a picture: .html, .dot, or with Graphviz .svg, .png, .pdf.")
     ] = None,
@@ -40,19 +41,20 @@ def graph(
     ] = None,
     norm: Norm = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print groups and frozen axes as JSON.")] = False,
-    gguf_file: Gguf = None,
+    gguf_file: flags.Gguf = None,
 ) -> None:
     """List the groups of MODEL and its frozen axes, from its config alone."""
+    from fxprune.discovery.explain import frozen_axes
     from fxprune.draw.write import check_target
+    from fxprune.graph.tensors import starred
 
     drawn = {"--layer": layer, "--group": group, "--everything": everything, "--no-fold": no_fold, "--plan": plan}
     given = [option for option, value in drawn.items() if value]
     if dot is None and given:
         raise ArgumentError("needs a picture to be drawn in", where=given[0], remedy="Add --dot FILE")
     if everything and (layer or group):
-        raise ArgumentError(
-            "cannot be given with --everything", where="--layer" if layer else "--group", remedy="Leave one of them out"
-        )
+        where = "--layer" if layer else "--group"
+        raise ArgumentError("cannot be given with --everything", where=where, remedy="Leave one of them out")
     if dot is not None:
         check_target(dot)
     check_model(model, gguf_file)
@@ -64,17 +66,18 @@ def graph(
         print_json(_as_data(dependencies))
         return
     console.print(_groups_table(dependencies))
-    print_lines(_frozen_lines(dependencies))
+    counts = Counter(f"frozen {starred(axis)}: {freeze.reason}" for axis, freeze in frozen_axes(dependencies).items())
+    print_lines(line if n == 1 else f"{line} ({n:,} axes)" for line, n in counts.items())
 
 
 @app.command(cls=Command)
 def explain(
-    model: Folder,
+    model: flags.Folder,
     name: Annotated[str, typer.Argument(help="Parameter, buffer or group, or the end of its name.")],
     axis: Annotated[int | None, typer.Argument(help="Axis of the parameter, from 0.")] = None,
     group: Annotated[str | None, typer.Option(help="Group, if the axis is in several.")] = None,
     norm: Norm = None,
-    gguf_file: Gguf = None,
+    gguf_file: flags.Gguf = None,
 ) -> None:
     """Print the chain of ops that ties an axis to the trigger of its group, or a group with all its axes."""
     check_model(model, gguf_file)
@@ -86,7 +89,6 @@ def explain(
 
 
 def _dependencies(model: str, gguf_file: str | None, norm: str) -> Any:
-    """The dependency graph of a model that is built on meta, from its config."""
     from fxprune.checkpoint.read import load_config_only
 
     empty = load_config_only(locate_model(model), gguf_file)
@@ -117,17 +119,7 @@ def _exactness(dependencies: Any, group: fxprune.Group) -> str:
     return exactness(axis_map(dependencies), group)
 
 
-def _frozen_lines(dependencies: Any) -> list[str]:
-    from fxprune.discovery.explain import frozen_axes
-    from fxprune.graph.tensors import starred
-
-    axes = frozen_axes(dependencies).items()
-    counts = Counter(f"frozen {starred(axis)}: {freeze.reason}" for axis, freeze in axes)
-    return [line if n == 1 else f"{line} ({n:,} axes)" for line, n in counts.items()]
-
-
 def _as_data(dependencies: Any) -> dict[str, Any]:
-    """Groups and frozen axes as plain data."""
     from fxprune.discovery.dependency import axis_map
     from fxprune.discovery.explain import frozen_axes
 
@@ -146,10 +138,8 @@ def _as_data(dependencies: Any) -> dict[str, Any]:
         }
         for group in fxprune.find_groups(dependencies)
     ]
-    frozen = [
-        {"axis": axis, "reason": freeze.reason, "node": freeze.node}
-        for axis, freeze in frozen_axes(dependencies).items()
-    ]
+    found = frozen_axes(dependencies).items()
+    frozen = [{"axis": axis, "reason": freeze.reason, "node": freeze.node} for axis, freeze in found]
     return {"norm": axes.norm, "blocks": list(axes.blocks), "groups": groups, "frozen": frozen}
 
 

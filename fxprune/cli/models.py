@@ -30,25 +30,10 @@ __all__ = [
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
-_LONGEST_ID = 96
-"""Characters of a hub id."""
-
-_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
-
 _REMEDY = "Pass a folder that save_pretrained wrote, a GGUF file, a hub id, or 'demo'"
-
-_ELSEWHERE = (
-    "Programs that read GGUF files run it; for this command name the folder that it was exported from, or prune to a "
-    "folder"
-)
-
-_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-"""Suffixes of classes that predict the next token."""
 
 _PATIENCE = 5.0
 """Seconds to wait for a connection to a hub; HF_HUB_ETAG_TIMEOUT sets another number."""
-
-_NOT_HERE = "there is no such folder, and it is not in the cache"
 
 
 def is_gguf(model: str) -> bool:
@@ -63,16 +48,7 @@ def is_config_alone(model: str, gguf_file: str | None) -> bool:
 
 
 def check_model(model: str, gguf_file: str | None = None, *, with_weights: bool = False) -> None:
-    """Refuse a model that is not there, or that does not predict the next token of a text.
-
-    Args:
-        model: as the user named it.
-        gguf_file: the GGUF file inside the folder.
-        with_weights: whether its weights must be there, too.
-
-    Raises:
-        FxpruneError: names what was found in its place.
-    """
+    """Refuse a model that is not there, with its weights if these are needed, or does not predict the next token."""
     path = Path(model).expanduser()
     if not model:
         raise FxpruneError("no such folder or file", where="MODEL", remedy=_REMEDY)
@@ -81,8 +57,14 @@ def check_model(model: str, gguf_file: str | None = None, *, with_weights: bool 
             remedy = f"Leave it out with {model}"
             raise FxpruneError("it names a file inside a folder", where="--gguf-file", remedy=remedy)
         demo_gguf() if model == DEMO else _check_file(path)
+    elif path.is_dir() and gguf_file is not None:
+        if not (path / gguf_file).is_file():
+            raise FxpruneError(f"there is no {gguf_file} in it", where=str(path), remedy=_advice(path))
+        _check_file(path / gguf_file)
     elif path.is_dir():
-        _check_folder(path, gguf_file, with_weights=with_weights)
+        _check_task(path, _config(path))
+        if with_weights and not _has_weights(path):
+            raise FxpruneError("there is a config, but no file of weights", where=str(path), remedy=_REMEDY)
     elif path.exists():
         raise FxpruneError("it is neither a folder nor a file", where=model, remedy=_REMEDY)
     elif path.is_symlink() or _is_path(model):
@@ -106,14 +88,7 @@ def locate_model(model: str) -> str:
 
 
 def load(model: str, gguf_file: str | None = None, *, dtype: str | None = None, device: str | None = None) -> Any:
-    """Load a model, dense or slim.
-
-    Args:
-        model: as the user named it.
-        gguf_file: the GGUF file inside the folder.
-        dtype: of the weights, by its name in torch; None for that of the files.
-        device: where the model is put.
-    """
+    """Load a model, dense or slim; ``dtype`` by its name in torch, None for that of the files."""
     import torch
     from transformers.utils import logging
 
@@ -148,9 +123,6 @@ def check_hub(model: str) -> None:
 
     huggingface_hub retries a hub that cannot be reached for half a minute; this asks once. A hub that is slow or busy
     is left to that package.
-
-    Raises:
-        FxpruneError: the hub cannot be reached, may not be asked, or refuses.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
@@ -158,11 +130,12 @@ def check_hub(model: str) -> None:
     if isinstance(try_to_load_from_cache(model, "config.json"), str):
         return
     patience = constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else _PATIENCE
+    missing = "there is no such folder, and it is not in the cache"
     remedy = "Check the name and the connection, or name a folder; HF_ENDPOINT names another hub"
     try:
         get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=patience)
     except OfflineModeIsEnabled as error:
-        what = f"{_NOT_HERE}, and the hub is not asked"
+        what = f"{missing}, and the hub is not asked"
         raise FxpruneError(what, where=model, remedy="Unset HF_HUB_OFFLINE, or name a folder") from error
     except RepositoryNotFoundError as error:  # or it is gated
         reason = str(error).strip().splitlines()[-1]
@@ -172,17 +145,17 @@ def check_hub(model: str) -> None:
     except Exception as error:  # connection errors are those of the client: httpx, or another
         if "ReadTimeout" in type(error).__name__:
             return
-        what = f"{_NOT_HERE}, and {constants.ENDPOINT} cannot be reached: {error}"
+        what = f"{missing}, and {constants.ENDPOINT} cannot be reached: {error}"
         raise FxpruneError(what, where=model, remedy=remedy) from error
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(any(folder.glob(pattern)) for pattern in _WEIGHTS)
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.index.json"))
 
 
 def _is_path(model: str) -> bool:
     """Whether the name of a missing model means a path rather than a hub id."""
-    if not _HUB_ID.fullmatch(model) or len(model) > _LONGEST_ID or model.endswith((".gguf", ".safetensors")):
+    if not _HUB_ID.fullmatch(model) or len(model) > 96 or model.endswith((".gguf", ".safetensors")):
         return True
     owner, slash, _ = model.partition("/")
     return bool(slash) and Path(owner).is_dir()
@@ -206,38 +179,28 @@ def _check_file(path: Path) -> None:
     name = header.get("general.architecture")
     if name in general_archs():
         what = "a GGUF file with uneven layers" if layers_differ(header) else f"a GGUF file of the architecture {name}"
-        raise UnsupportedModelError(f"it is {what}, which transformers cannot read", where=str(path), remedy=_ELSEWHERE)
-
-
-def _check_folder(folder: Path, gguf_file: str | None, *, with_weights: bool) -> None:
-    if gguf_file is not None:
-        if not (folder / gguf_file).is_file():
-            raise FxpruneError(f"there is no {gguf_file} in it", where=str(folder), remedy=_advice(folder))
-        _check_file(folder / gguf_file)
-        return
-    _check_task(folder, _config(folder))
-    if with_weights and not _has_weights(folder):
-        raise FxpruneError("there is a config, but no file of weights", where=str(folder), remedy=_REMEDY)
+        remedy = (
+            "Programs that read GGUF files run it; for this command name the folder that it was exported from, "
+            "or prune to a folder"
+        )
+        raise UnsupportedModelError(f"it is {what}, which transformers cannot read", where=str(path), remedy=remedy)
 
 
 def _check_task(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuse a model that does not predict the next token, and name the call that prunes it."""
     classes = [name for name in config.get("architectures") or () if isinstance(name, str)]
-    other = classes and not any(name.endswith(_CAUSAL) for name in classes)
+    causal = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    other = classes and not any(name.endswith(causal) for name in classes)
     encodes = config.get("is_encoder_decoder") is True
     if (folder / MANIFEST).is_file() or config.get("auto_map") or not (other or encodes):
         return
     name = classes[0] if classes else "AutoModel"
-    raise UnsupportedModelError(
-        f"it holds a {name} ({config['model_type']}); commands are for models that predict the next token of a text",
-        where=str(folder),
-        remedy=f"Prune it from Python: fxprune.prune(transformers.{name}.from_pretrained({str(folder)!r}), "
-        "importance='l2')",
-    )
+    what = f"it holds a {name} ({config['model_type']}); commands are for models that predict the next token of a text"
+    call = f"fxprune.prune(transformers.{name}.from_pretrained({str(folder)!r}), importance='l2')"
+    raise UnsupportedModelError(what, where=str(folder), remedy=f"Prune it from Python: {call}")
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The config in a folder."""
     file = folder / "config.json"
     if not file.is_file():
         what = "cannot be loaded: there is no config.json in it"

@@ -1,4 +1,4 @@
-"""Options of the commands that prune: those of the library, from their one declaration, and those of a shell alone."""
+"""Options of the commands: those of the library, from their one declaration, and those of a shell alone."""
 
 from __future__ import annotations
 
@@ -15,29 +15,9 @@ from fxprune.cli.console import option_name
 from fxprune.pipeline.arguments import Argument
 from fxprune.recipes.options import DATA, MACHINE, OUTPUT, WHAT_GOES, option_table
 
-__all__ = [
-    "Calibration",
-    "Config",
-    "DryRun",
-    "GroupRatio",
-    "LowMemory",
-    "Out",
-    "Quantization",
-    "Samples",
-    "Taylor",
-    "Tokens",
-    "expanded",
-    "library_options",
-]
+__all__ = ["expanded", "library_options"]
 
-_PANELS = (WHAT_GOES, DATA, OUTPUT, MACHINE)
-
-_METAVARS = {
-    "ratio": "N|KIND=N,...",
-    "round_to": "N|KIND=N,...|auto",
-    "kinds": "KIND,...",
-    "protect": "N N",
-}
+_METAVARS = {"ratio": "N|KIND=N,...", "round_to": "N|KIND=N,...|auto", "kinds": "KIND,...", "protect": "N N"}
 
 
 def expanded(path: Path | None) -> Path | None:
@@ -45,25 +25,38 @@ def expanded(path: Path | None) -> Path | None:
     return None if path is None else path.expanduser()
 
 
+Folder = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub id, GGUF file, or 'demo'.")]
+Gguf = Annotated[str | None, typer.Option(help="GGUF file inside the folder.", rich_help_panel=MACHINE)]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Write over what is there; other files in a folder stay.", rich_help_panel=OUTPUT),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.", rich_help_panel=OUTPUT)]
+QuietButResult = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print only the result and errors.", rich_help_panel=OUTPUT)
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print each pass with its time as it runs.", rich_help_panel=OUTPUT)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.", rich_help_panel=OUTPUT)]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="Dtype of the weights (default: that of the files).", rich_help_panel=MACHINE),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Device to compute on: cpu (the default), cuda, cuda:1, mps.", rich_help_panel=MACHINE),
+]
 Out = Annotated[
     Path | None,
     typer.Option(callback=expanded, help="Folder to write to, or a .gguf, .pt2 or .onnx file.", rich_help_panel=OUTPUT),
 ]
+_CONFIG = "A run.yaml with any of the arguments; those on the command line win."
 Config = Annotated[
-    Path | None,
-    typer.Option(
-        callback=read_config,
-        is_eager=True,
-        help="A run.yaml with any of the arguments; those on the command line win.",
-        rich_help_panel=WHAT_GOES,
-    ),
+    Path | None, typer.Option(callback=read_config, is_eager=True, help=_CONFIG, rich_help_panel=WHAT_GOES)
 ]
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", help="Print what to expect, from the config alone, and write nothing.", rich_help_panel=OUTPUT
-    ),
-]
+_DRY_RUN = "Print what to expect, from the config alone, and write nothing."
+DryRun = Annotated[bool, typer.Option("--dry-run", help=_DRY_RUN, rich_help_panel=OUTPUT)]
 GroupRatio = Annotated[float | None, typer.Option(hidden=True)]
 Taylor = Annotated[str | None, typer.Option(hidden=True)]
 Calibration = Annotated[
@@ -94,9 +87,9 @@ Quantization = Annotated[
 
 
 def library_options(declaration: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replace ``**options`` of a command by the options that ``declaration`` declares for a panel of the help.
+    """Replace ``**options`` of a command by those of ``declaration`` with a panel, unless it has one of the same name.
 
-    The command gets those that were given, parsed. One that it has itself keeps its own meaning.
+    The command gets those that were given, parsed.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -110,13 +103,11 @@ def library_options(declaration: type) -> Callable[[Callable[..., None]], Callab
 
         @wraps(function)
         def command(**values: Any) -> None:
-            given = {name: values.pop(name) for name in table}
-            options = {
-                name: _parse(table[name][0], value)
-                for name, value in given.items()
-                if value is not None and value is not False
-            }
-            function(**values, **options)
+            for name, (hint, _) in table.items():
+                value = values.pop(name)
+                if value is not None and value is not False:
+                    values[name] = _parse(hint, value)
+            function(**values)
 
         added = [_parameter(name, *table[name]) for name in table]
         parameters = [one.replace(kind=one.KEYWORD_ONLY) for one in sorted([*own, *added], key=_panel)]
@@ -130,7 +121,8 @@ def library_options(declaration: type) -> Callable[[Callable[..., None]], Callab
 def _panel(parameter: inspect.Parameter) -> int:
     """The place of a parameter in the help: arguments first, then the panels in order."""
     options = [one for one in getattr(parameter.annotation, "__metadata__", ()) if hasattr(one, "rich_help_panel")]
-    return _PANELS.index(options[0].rich_help_panel) if options and options[0].rich_help_panel else -1
+    panels = (None, WHAT_GOES, DATA, OUTPUT, MACHINE)
+    return panels.index(options[0].rich_help_panel) if options else 0
 
 
 def _parameter(name: str, hint: Any, declared: Argument) -> inspect.Parameter:
@@ -145,16 +137,10 @@ def _parameter(name: str, hint: Any, declared: Argument) -> inspect.Parameter:
         shell_type = tuple[str, str] | None
     elif Literal in kinds:
         shell_type = hint
-    option = typer.Option(
-        option_name(name),
-        help=declared.doc.replace("`", ""),
-        rich_help_panel=declared.panel,
-        metavar=_METAVARS.get(name),
-    )
-    default = False if shell_type is bool else None
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[shell_type, option]
-    )
+    text, metavar = declared.doc.replace("`", ""), _METAVARS.get(name)
+    option = typer.Option(option_name(name), help=text, rich_help_panel=declared.panel, metavar=metavar)
+    default, hint = False if shell_type is bool else None, Annotated[shell_type, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 
 def _kinds(hint: Any) -> set[Any]:

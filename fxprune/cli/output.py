@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,17 +43,7 @@ def is_file(out: Path) -> bool:
 
 
 def check_output(out: Path, model: str, *, force: bool) -> None:
-    """Refuse a place that cannot be written to, or holds something that would be lost.
-
-    Args:
-        out: the place.
-        model: the model as the user named it, which is never written over.
-        force: whether files of others may be replaced.
-
-    Raises:
-        UnknownNameError: the suffix is that of a file that is not written here.
-        CheckpointError: names what is in the way.
-    """
+    """Refuse a place that cannot be written to, or holds the model or, without ``force``, files of others."""
     known = (*SUFFIXES, *_FILES)
     near = out.suffix[1:].isalpha() and difflib.get_close_matches(out.suffix.lower(), SUFFIXES, cutoff=0.7)
     if out.suffix not in SUFFIXES and (out.suffix.lower() in known or near):
@@ -91,11 +82,8 @@ def _check_file(out: Path, *, force: bool) -> None:
     if out.is_dir():
         raise CheckpointError("it is a folder", where=str(out), remedy="Name a file in it")
     if out.exists() and not run_file(out, is_file=True).exists() and not force:
-        raise CheckpointError(
-            "the file is there, without a run of this command beside it",
-            where=str(out),
-            remedy="Choose another name, or replace it with --force",
-        )
+        what, remedy = "the file is there, without a run of this command beside it", "replace it with --force"
+        raise CheckpointError(what, where=str(out), remedy=f"Choose another name, or {remedy}")
 
 
 def _check_folder(out: Path, *, force: bool) -> None:
@@ -105,26 +93,15 @@ def _check_folder(out: Path, *, force: bool) -> None:
     if not out.is_dir() or is_run or not any(out.iterdir()):
         return
     if not force:
-        raise CheckpointError(
-            "it holds files that are not of an earlier run",
-            where=str(out),
-            remedy="Choose a new folder, or write into this one with --force",
-        )
+        remedy = "Choose a new folder, or write into this one with --force"
+        raise CheckpointError("it holds files that are not of an earlier run", where=str(out), remedy=remedy)
     if out.resolve() == Path.cwd() or any(path.is_dir() for path in out.iterdir()):
-        raise CheckpointError(
-            "it holds folders or is the current folder, and is not replaced with --force either",
-            where=str(out),
-            remedy="Choose a new folder",
-        )
+        what = "it holds folders or is the current folder, and is not replaced with --force either"
+        raise CheckpointError(what, where=str(out), remedy="Choose a new folder")
 
 
 def check_quantization(quantization: str | None, out: Path | None) -> None:
-    """Refuse a quantisation of anything but a GGUF file, and one that cannot be written.
-
-    Raises:
-        ArgumentError: ``out`` is something else, or missing.
-        UnknownNameError: there is no such type.
-    """
+    """Refuse a quantisation of anything but a GGUF file, and one that cannot be written."""
     if quantization is None:
         return
     if out is None or out.suffix != ".gguf":
@@ -136,13 +113,7 @@ def check_quantization(quantization: str | None, out: Path | None) -> None:
 
 
 def gguf_options(source: str, tokenizer: Any, quantization: str | None) -> dict[str, Any]:
-    """Options for writing a GGUF file: like the one that the model was read from, if it was.
-
-    Args:
-        source: the model as the user named it.
-        tokenizer: of the model.
-        quantization: as the user asked for it.
-    """
+    """Options for writing a GGUF file: like the one that the model was read from, if it was."""
     from fxprune.export.gguf.write import most_common_type
 
     if not is_gguf(source):
@@ -164,47 +135,34 @@ def write_result(
 ) -> str:
     """Write the result of a prune to a folder or a file, as a whole or not at all; returns how to load it.
 
-    Args:
-        result: of a prune.
-        out: the folder or file.
-        tokenizer: of the model, saved in a folder.
-        options: of :func:`fxprune.export_model`, for a file.
-        run: the run as :func:`~fxprune.cli.config.format_run` formats it.
-        force: whether a folder may hold something else.
+    ``options`` are of :func:`fxprune.export_model`, for a file; ``run`` is by :func:`~fxprune.cli.config.format_run`.
     """
     from fxprune.checkpoint.write import write_folder
     from fxprune.export.onnx import atomic_path
     from fxprune.offload.ranks import run_on_first
 
+    def write_beside(model: Path, named: Callable[[str], Path], **options: Any) -> None:
+        result.export(model, **options)
+        named("plan.json").write_text(result.plan.to_json(), encoding="utf-8")
+        named("report.json").write_text(result.report.to_json(), encoding="utf-8")
+        result.write_report(named("report.html"))
+        write_run(run, named("run.yaml"))
+
     def write_file() -> None:
         with atomic_path(out) as path:
-            result.export(path, **options)
-            _write_facts(result, path.with_suffix(".plan.json"), path.with_suffix(".report.json"))
-            result.write_report(path.with_suffix(".report.html"))
-            write_run(run, run_file(path, is_file=True))
-
-    def write_folder_run(folder: Path) -> None:
-        write_run(run, run_file(folder, is_file=False))
-
-    def write_graph(folder: Path) -> None:
-        result.export(folder / "model.pt2")
-        _write_facts(result, folder / "plan.json", folder / "report.json")
-        result.write_report(folder / "report.html")
-        write_folder_run(folder)
+            write_beside(path, lambda name: path.with_suffix(f".{name}"), **options)
 
     if is_file(out):
         run_on_first(write_file, FxpruneError)
         return runners(out)
     if result.model is None:
-        run_on_first(lambda: write_folder(out, write_graph, force=force), FxpruneError)
+        write = partial(write_folder, out, lambda work: write_beside(work / "model.pt2", work.joinpath), force=force)
+        run_on_first(write, FxpruneError)
         return "there is no slim model of this class, torch.export.load runs model.pt2"
-    structure = result.save_pretrained(out, tokenizer, force=force, also=write_folder_run)
+    structure = result.save_pretrained(
+        out, tokenizer, force=force, also=lambda folder: write_run(run, folder / "run.yaml")
+    )
     return "any transformers loads it" if structure.is_stock else OURS
-
-
-def _write_facts(result: fxprune.Result, plan: Path, report: Path) -> None:
-    plan.write_text(result.plan.to_json(), encoding="utf-8")
-    report.write_text(result.report.to_json(), encoding="utf-8")
 
 
 def write_run(run: str | None, file: Path) -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
-from fxprune.cli.console import Command, Json, app, console, print_json, print_lines
+from fxprune.cli import options as flags
+from fxprune.cli.console import Command, app, console, print_json, print_lines
 from fxprune.cli.output import is_file
 from fxprune.errors import CheckpointError, FxpruneError, PlanError
 from fxprune.pipeline.arguments import MANIFEST
@@ -26,7 +27,6 @@ plans = typer.Typer(help="Show what a plan removes, or how two plans differ.")
 app.add_typer(plans, name="plan")
 
 _FILE, _REPORT = "plan.json", "report.json"
-
 _REMEDY = "Name the plan.json that a prune wrote"
 
 Source = Annotated[Path, typer.Argument(help="A plan.json, a folder that has one, or the file that a prune wrote.")]
@@ -41,7 +41,7 @@ class WrittenPlan:
 
 
 @plans.command(cls=Command)
-def show(plan: Source, as_json: Json = False) -> None:
+def show(plan: Source, as_json: flags.Json = False) -> None:
     """Print what PLAN removes, block by block."""
     from fxprune.removal.plan import Plan, differences
 
@@ -68,7 +68,7 @@ def show(plan: Source, as_json: Json = False) -> None:
 
 
 @plans.command(cls=Command)
-def diff(first: Source, second: Source, as_json: Json = False) -> None:
+def diff(first: Source, second: Source, as_json: flags.Json = False) -> None:
     """Print what only plan FIRST or only plan SECOND removes; exit with 1 if they differ."""
     from fxprune.removal.plan import differences
 
@@ -95,15 +95,7 @@ def diff(first: Source, second: Source, as_json: Json = False) -> None:
 
 
 def read_plan(path: Path) -> WrittenPlan:
-    """The plan that a user named, and the report beside it.
-
-    Args:
-        path: a file of a plan; a folder with ``plan.json`` or a checkpoint; or a file that a prune wrote, which has its
-            plan beside it.
-
-    Raises:
-        PlanError: there is no plan, or it is something else.
-    """
+    """The plan that a user named, by its file, its folder or the file beside it, with the report if there is one."""
     from fxprune.checkpoint.manifest import read_manifest
 
     if is_file(path):

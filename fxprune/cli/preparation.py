@@ -14,7 +14,7 @@ import fxprune
 from fxprune.cli.models import is_config_alone, load_words
 from fxprune.errors import ArgumentError
 
-__all__ = ["TOKENS", "CalibrationText", "Prepared", "prepare"]
+__all__ = ["TOKENS", "CalibrationText", "Prepared", "prepare", "reader_of"]
 
 TOKENS = 128
 """Tokens of a sample by default."""
@@ -22,24 +22,14 @@ TOKENS = 128
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The calibration text of a command.
-
-    Args:
-        file: the text; None for built-in text.
-        samples: number of samples; None for as many as the recipe uses.
-        tokens: of a sample; None for the default.
-    """
+    """The calibration text of a command: None for built-in text, the recipe's number of samples, and their tokens."""
 
     file: Path | None
     samples: int | None
     tokens: int | None
 
     def check(self) -> None:
-        """Refuse numbers without a text, and a text that cannot be read.
-
-        Raises:
-            FxpruneError: names the option or the file.
-        """
+        """Refuse numbers without a text, and a text that cannot be read."""
         from fxprune.data.text import calibration_text
 
         if self.file is not None:
@@ -50,15 +40,7 @@ class CalibrationText:
                 raise ArgumentError("applies to a calibration text, and there is none", where=option, remedy=remedy)
 
     def read(self, tokenizer: Any, most: int | None = None) -> Any:
-        """The samples ``(samples, tokens)``; None if there is no text.
-
-        Args:
-            tokenizer: of the model.
-            most: samples unless a number was given; None for as many as there are.
-
-        Raises:
-            CalibrationError: the text is too short, or cannot be read.
-        """
+        """The samples ``(samples, tokens)``, at most ``most`` unless a number was given; None if there is no text."""
         from fxprune.data.text import calibration_text, calibration_windows
 
         if self.file is None:
@@ -69,22 +51,11 @@ class CalibrationText:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Inputs of a prune, besides the model.
-
-    Args:
-        passes: the passes that will run; the one that reads samples may not have them yet.
-        tokenizer: of the model; None if there is none and none is needed.
-        samples: of the calibration text; None if there is none, or no tokenizer in a dry run.
-    """
+    """Inputs of a prune besides the model; the pass that reads samples may not have them yet."""
 
     passes: tuple[Any, ...]
     tokenizer: Any
     samples: Any
-
-    @property
-    def reader(self) -> Any:
-        """The pass that reads the samples; None if there is none."""
-        return _reader(self.passes)
 
 
 def prepare(
@@ -96,25 +67,15 @@ def prepare(
     needs_tokenizer: bool,
     dry_run: bool,
 ) -> Prepared:
-    """Build the passes of a prune, and load tokenizer and samples.
-
-    Args:
-        model: as the user named it.
-        gguf_file: the GGUF file inside the folder.
-        text: the calibration text.
-        options: of :func:`fxprune.prune`.
-        needs_tokenizer: whether the result holds the tokenizer.
-        dry_run: whether a model without weights may lack a tokenizer.
-
-    Raises:
-        FxpruneError: options contradict each other, the tokenizer is missing, the text is too short, or an argument of
-            a pass names something that is missing.
-    """
+    """Build the passes of a prune, and load tokenizer and samples; in a dry run a bare config needs no tokenizer."""
     from fxprune.recipes.recipe import needs_samples
 
     bare = fxprune.prune_pipeline(None, **options).passes  # only a file in the recipe gives these samples
-    _check_removes(bare)
-    built_in = _reader(bare) is None and any(map(needs_samples, bare))
+    for stage in ("select", "shrink"):
+        if all(step.stage != stage for step in bare):
+            remedy = "Add one; `fxprune recipes fast` prints a whole pipeline"
+            raise ArgumentError(f"it has no pass of the stage {stage}", where="--recipe", remedy=remedy)
+    built_in = reader_of(bare) is None and any(map(needs_samples, bare))
     wanted = built_in or text.file is not None or needs_tokenizer
     needed = wanted and not (dry_run and is_config_alone(model, gguf_file))
     instead = "; a prune by weights alone, as with --importance l2, needs none" if built_in else ""
@@ -122,7 +83,7 @@ def prepare(
     stand_in = tokenizer or (_unread if wanted else None)
     data = None if text.file is None else ()  # passes with data are not told apart by their samples
     passes = tuple(fxprune.prune_pipeline(data, tokenizer=stand_in, **options).passes)
-    reader = _reader(passes)
+    reader = reader_of(passes)
     samples = None
     if tokenizer is not None:
         samples = text.read(tokenizer, getattr(reader, "samples", None) or getattr(reader, "built_in", None))
@@ -132,18 +93,11 @@ def prepare(
     return Prepared(passes, tokenizer, samples)
 
 
-def _reader(passes: Sequence[Any]) -> Any:
+def reader_of(passes: Sequence[Any]) -> Any:
+    """The pass that reads the samples; None if there is none."""
     from fxprune.data.calibration import Calibration
 
     return next((step for step in passes if Calibration in step.gives), None)
-
-
-def _check_removes(passes: Sequence[Any]) -> None:
-    """Refuse a pipeline that removes nothing."""
-    for stage in ("select", "shrink"):
-        if not any(step.stage == stage for step in passes):
-            remedy = "Add one; `fxprune recipes fast` prints a whole pipeline"
-            raise ArgumentError(f"it has no pass of the stage {stage}", where="--recipe", remedy=remedy)
 
 
 def _unread(*_: Any) -> Any:

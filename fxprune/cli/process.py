@@ -19,9 +19,6 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE = 5.0
 """Seconds for which further signals wait for the cleanup that the first one started."""
 
-_RETRY = 0.01
-"""Seconds after which a signal whose exception was swallowed is sent again."""
-
 _state = {"exits": False, "since": 0.0, "swallowed": False}
 
 
@@ -45,10 +42,7 @@ def finish() -> None:
 
 @contextlib.contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """Exit without cleanup on a signal inside this context, for imports: C code swallows what is raised inside them.
-
-    Nothing may be written meanwhile.
-    """
+    """Exit without cleanup on a signal inside this context, for imports: C code swallows what is raised inside them."""
     _state["exits"] = True
     try:
         yield
@@ -63,7 +57,7 @@ def _unraisable(found: sys.UnraisableHookArgs) -> None:
         return
     _state["swallowed"] = True
     number = int(str(found.exc_value)) - 128
-    again = threading.Timer(_RETRY, os.kill, (os.getpid(), number))
+    again = threading.Timer(0.01, os.kill, (os.getpid(), number))
     again.daemon = True
     again.start()
 
@@ -84,10 +78,6 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-"""Options of ``mallopt``, from malloc.h."""
-
-
 def keep_freed() -> bool:
     """Disable trimming in glibc's malloc; False on other allocators.
 
@@ -99,4 +89,5 @@ def keep_freed() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))  # no mappings, and a heap that never shrinks
+    trim_threshold, mmap_max = -1, -4  # options of mallopt, from malloc.h
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))  # no mappings, and a heap that never shrinks

@@ -10,24 +10,7 @@ import typer
 import fxprune
 from fxprune.cli import options as flags
 from fxprune.cli.config import format_run, run_file
-from fxprune.cli.console import (
-    Command,
-    Device,
-    Dtype,
-    Folder,
-    Force,
-    Gguf,
-    Json,
-    Quiet,
-    Verbose,
-    app,
-    is_given,
-    notes,
-    option_name,
-    progress,
-    working,
-)
-from fxprune.cli.dry_run import estimate, print_estimate
+from fxprune.cli.console import Command, app, is_given, notes, option_name, progress, working
 from fxprune.cli.models import check_model, is_gguf, load, locate_model
 from fxprune.cli.output import (
     OURS,
@@ -46,20 +29,12 @@ from fxprune.recipes.options import Options
 
 __all__ = ["prune"]
 
-_EXCLUSIVE = (
-    ("ratio", "group_ratio", "both name the fraction to remove"),
-    ("select", "group_ratio", "both choose the selection"),
-    ("low_memory", "inplace", "weights on disk are not changed in place"),
-    ("low_memory", "dtype", "weights on disk are used in the dtype of their files"),
-)
-"""Options that cannot be given together, and why."""
-
 
 @app.command(cls=Command)
 @flags.library_options(Options)
 def prune(
     context: typer.Context,
-    model: Folder,
+    model: flags.Folder,
     out: flags.Out = None,
     config: flags.Config = None,
     dry_run: flags.DryRun = False,
@@ -69,14 +44,14 @@ def prune(
     samples: flags.Samples = None,
     tokens: flags.Tokens = None,
     low_memory: flags.LowMemory = False,
-    gguf_file: Gguf = None,
+    gguf_file: flags.Gguf = None,
     quantization: flags.Quantization = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    force: Force = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    as_json: Json = False,
+    dtype: flags.Dtype = None,
+    device: flags.Device = None,
+    force: flags.Force = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
+    as_json: flags.Json = False,
     **options: Any,
 ) -> None:
     """Prune MODEL and write a checkpoint, its plan, report and run.yaml to OUT; or one file, and these beside it."""
@@ -92,14 +67,19 @@ def prune(
     text = CalibrationText(calibration, samples, tokens)
     check_model(model, gguf_file, with_weights=not dry_run)
     check_quantization(quantization, out)
+    if low_memory and out is not None and is_file(out):
+        remedy = "Prune to a folder, and make the file of it with `fxprune export`"
+        raise ArgumentError(f"it writes a folder, and {out} is a file", where="--low-memory", remedy=remedy)
     if out is not None:
-        _check_output(out, model, force=force, low_memory=low_memory)
+        check_output(out, model, force=force)
     text.check()
     as_device(device)
     effective = {"memory": "low", "tune": "none", **options} if low_memory else options
     needs_tokenizer = to_gguf and not is_gguf(model)
     prepared = prepare(model, gguf_file, text, effective, needs_tokenizer=needs_tokenizer, dry_run=dry_run)
     if dry_run:
+        from fxprune.cli.dry_run import estimate, print_estimate
+
         found = estimate(model, gguf_file, text, effective, prepared, dtype=dtype, low_memory=low_memory)
         print_estimate(found, as_json=as_json)
         return
@@ -134,14 +114,15 @@ def prune(
 
 
 def _check_exclusive(context: typer.Context) -> None:
-    """Refuse options that cannot be given together."""
-    for one, other, why in _EXCLUSIVE:
+    for one, other, why in (
+        ("ratio", "group_ratio", "both name the fraction to remove"),
+        ("select", "group_ratio", "both choose the selection"),
+        ("low_memory", "inplace", "weights on disk are not changed in place"),
+        ("low_memory", "dtype", "weights on disk are used in the dtype of their files"),
+    ):
         if is_given(context, one) and is_given(context, other):
-            raise ArgumentError(
-                f"cannot be given with {option_name(other)}: {why}",
-                where=option_name(one),
-                remedy="Leave one of the two out",
-            )
+            what = f"cannot be given with {option_name(other)}: {why}"
+            raise ArgumentError(what, where=option_name(one), remedy="Leave one of the two out")
 
 
 def _replace_deprecated(options: dict[str, Any], taylor: str | None, group_ratio: float | None) -> None:
@@ -158,13 +139,6 @@ def _replace_deprecated(options: dict[str, Any], taylor: str | None, group_ratio
     for old, (stage, choice) in replaced.items():
         options[stage] = choice
         notes.print(f"warning: {old} is deprecated: write --{stage} '{choice}'", markup=False, highlight=False)
-
-
-def _check_output(out: Path, model: str, *, force: bool, low_memory: bool) -> None:
-    if low_memory and is_file(out):
-        remedy = "Prune to a folder, and make the file of it with `fxprune export`"
-        raise ArgumentError(f"it writes a folder, and {out} is a file", where="--low-memory", remedy=remedy)
-    check_output(out, model, force=force)
 
 
 def _check_gguf(dense: Any, export: dict[str, Any]) -> None:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 import fxprune
-from fxprune.cli.console import Command, Dtype, Force, Quiet, app, print_lines, progress
+from fxprune.cli import options as flags
+from fxprune.cli.console import Command, app, print_lines, progress
 from fxprune.cli.models import check_models, load, load_pair
-from fxprune.cli.options import expanded
 from fxprune.cli.output import check_output, is_file
 from fxprune.cli.process import keep_freed
 from fxprune.errors import ArgumentError
 from fxprune.pipeline.arguments import MANIFEST
 
 __all__ = ["recover"]
-
-_SETTINGS = (
-    *("epochs", "learning_rate", "rank", "alpha", "batch", "micro_batch", "max_tokens", "held_out", "precision"),
-    "seed",
-)
-"""Options that are settings of the recovery."""
 
 
 @app.command(cls=Command)
@@ -32,7 +27,7 @@ def recover(
     data: Annotated[
         str, typer.Option(help="Rows to train on: a .json, .jsonl, .txt or .parquet file, or a hub data set.")
     ],
-    out: Annotated[Path, typer.Option(callback=expanded, help="Folder to write to.")],
+    out: Annotated[Path, typer.Option(callback=flags.expanded, help="Folder to write to.")],
     distil: Annotated[str | None, typer.Option(help="Dense model as teacher.")] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Folder for checkpoints; an interrupted run resumes from the last one.")
@@ -51,18 +46,18 @@ def recover(
         Literal["auto", "bf16", "float32"] | None, typer.Option(help="Precision of the products (default: auto).")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the split, the order and the updates.")] = None,
-    dtype: Dtype = None,
+    dtype: flags.Dtype = None,
     device: Annotated[
         str | None, typer.Option(help="Device to train on: cpu, cuda or mps (default: all accelerators).")
     ] = None,
-    force: Force = False,
-    quiet: Quiet = False,
+    force: flags.Force = False,
+    quiet: flags.Quiet = False,
 ) -> None:
     """Train MODEL briefly, by LoRA on its pruned layers, and write it to OUT with its plan and report."""
     from fxprune.checkpoint.manifest import read_manifest
     from fxprune.data.rows import ROW_SUFFIXES, read_rows
     from fxprune.offload.ranks import is_first
-    from fxprune.recovery.data import settings_from
+    from fxprune.recovery.data import RecoverySettings, settings_from
 
     check_models([model, *([distil] if distil else [])])
     kind, _, number = (device or "").partition(":")
@@ -73,11 +68,11 @@ def recover(
             remedy=f"Give --device {kind} with CUDA_VISIBLE_DEVICES={number} in the environment",
         )
     if is_file(out):
-        remedy = "Name a folder; `fxprune export` writes files"
-        raise ArgumentError(f"{out} is a file", where="--out", remedy=remedy)
+        raise ArgumentError(f"{out} is a file", where="--out", remedy="Name a folder; `fxprune export` writes files")
     check_output(out, model, force=force)
-    given = {name: context.params[name] for name in _SETTINGS}
-    settings = settings_from(None, {name: value for name, value in given.items() if value is not None})
+    known = {field.name for field in fields(RecoverySettings)}
+    given = {name: value for name, value in context.params.items() if name in known and value is not None}
+    settings = settings_from(None, given)
     rows = Path(data) if Path(data).exists() or Path(data).suffix in ROW_SUFFIXES else data
     if isinstance(rows, Path):
         read_rows(rows)  # refuses a file that cannot be read before the model is loaded
@@ -109,9 +104,6 @@ def recover(
     if is_first():
         before, after = recovery.held_out
         print_lines(f"note: {note}" for note in recovery.notes)
-        print_lines(
-            [
-                f"{recovery.steps:,} steps on {recovery.data.train:,} samples, {recovery.trained:,} parameters trained",
-                f"held-out loss {before:.3f} before, {after:.3f} after; model written to {out}",
-            ]
-        )
+        size = f"{recovery.data.train:,} samples, {recovery.trained:,} parameters trained"
+        print_lines([f"{recovery.steps:,} steps on {size}"])
+        print_lines([f"held-out loss {before:.3f} before, {after:.3f} after; model written to {out}"])

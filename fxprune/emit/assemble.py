@@ -30,14 +30,7 @@ __all__ = ["Blueprint", "Candidate", "EmissionTask", "candidates_for", "divided_
 
 @dataclass(frozen=True)
 class EmissionTask:
-    """A dense model and the shapes wanted of the slim one: the input of the search for a blueprint.
-
-    Args:
-        rebuilder: builds the model again around its blocks.
-        wanted: shape by dense name of every tensor that remains.
-        removed: module paths of the removed blocks.
-        kept_units: which units remain in the tables that the model's code makes for all units.
-    """
+    """A dense model and the shapes, by dense name, that are wanted of the tensors of the slim one."""
 
     model: PreTrainedModel
     layout: Layout
@@ -58,7 +51,6 @@ class Blueprint(Overrides):
     Args:
         fields: config fields that change for the whole model.
         epsilons: config fields with norm epsilons, of those that change.
-        removed: module paths of the removed blocks.
     """
 
     fields: Mapping[str, int] = field(default_factory=dict)
@@ -108,10 +100,8 @@ def divided_attributes(candidate: Candidate, tensors: Collection[str]) -> Iterat
     """Yield a candidate with one small integer attribute divided, in all modules where it is the same number.
 
     Where widths are set as attributes, an attribute of the module around them, such as how many queries share a key,
-    may still be that of more heads: one attention kernel infers it from shapes, another reads it.
-
-    Args:
-        tensors: names of tensors; the attributes of modules that own one are widths, which are right already.
+    may still be that of more heads: one attention kernel infers it from shapes, another reads it. The attributes of
+    modules that own one of ``tensors`` are widths, which are right already.
     """
     owners = {name.rpartition(".")[0] for name in tensors}
     attributes = candidate.blueprint.attributes
@@ -151,7 +141,6 @@ class _Block:
     Args:
         own: fields in which the dense block already differs from the model's config.
         kind: the class and the axes that change; blocks of one kind are built the same way.
-        rebuilder: None if its class cannot be called.
         pending: the ways that were not asked for yet; their fields are added to ``own``.
     """
 

@@ -99,14 +99,12 @@ def find_inputs(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Find the arguments in which modules with fewer units than before receive all of them, by a dense forward pass.
 
-    An argument counts if one of its axes has the length of all units, for one sample or for all samples together.
+    An argument counts if one of its axes has the length of all units, for one sample or for all samples together. The
+    result is as :func:`fxprune.modelling.table_rows.select_inputs` takes it, by dense module path.
 
     Args:
         model: a copy of the dense model on ``meta``, to be thrown away.
         slim: the slim model on ``meta``, before blocks are removed.
-
-    Returns:
-        The entries of :func:`fxprune.modelling.table_rows.select_inputs`, by dense module path.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path, (units, kept) in _shrunk(model, slim, layout, kept_units).items():
@@ -152,7 +150,6 @@ def _record_tables(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> None:
-    """A forward pre-hook that records the arguments with an axis of units."""
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     for name, value in (*zip(names, args, strict=False), *kwargs.items()):
         shape = list(value.shape) if isinstance(value, torch.Tensor) else []

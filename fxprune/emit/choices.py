@@ -103,10 +103,8 @@ def choices_for(
     another size would have them; last the attributes of the resized tensors' own modules alone.
 
     Args:
-        block: the dense block.
         rebuilder: None if its class cannot be called.
         bases: fields to start from: those that the whole model changes, else none.
-        wanted: shapes by name within the block.
         harm: counts the shapes outside the blocks that an assignment of config fields would get wrong.
     """
     if rebuilder is None:

@@ -82,11 +82,8 @@ class SlimVerifier:
     def __call__(self, candidate: PreTrainedModel) -> bool:
         """Whether outputs are the same in evaluation mode, under each attention implementation.
 
-        An implementation under which the dense model fails too, or gives other outputs than under its own, is ignored.
-
-        Raises:
-            VerificationError: it fails under another attention implementation than its own, and the dense model does
-                not.
+        An implementation under which the dense model fails too, or gives other outputs than under its own, is ignored;
+        a failure under any other implementation than the model's own is a ``VerificationError``.
         """
         if has_meta_weights(self.slim):
             return True
@@ -122,9 +119,9 @@ class SlimVerifier:
         If it is on ``meta``, only whether it runs can be checked.
         """
         if any(p.is_meta for p in self.dense.parameters()):
-            return crashed and run_on_meta(meta_twin(self.dense), implementation=name) is None  # type: ignore[arg-type]
+            return crashed and run_on_meta(meta_twin(self.dense), implementation=name) is None
         first, *_ = attention_implementations(self.dense)
-        twin: PreTrainedModel = alias_twin(self.dense, written_parameters(self.dense, self.inputs))  # type: ignore[assignment]
+        twin = alias_twin(self.dense, written_parameters(self.dense, self.inputs))
         want = _outputs(twin, self.inputs, first)
         return isinstance(want, torch.Tensor) and not _fault(want, _outputs(twin, self.inputs, name))
 
@@ -221,18 +218,13 @@ class Emitted(Fact):
 
     Args:
         model: shares its tensors with the graph; None if its class cannot express the plan.
-        reasons: why there is none; empty if there is one.
     """
 
     model: PreTrainedModel | None
     reasons: tuple[str, ...] = ()
 
     def require_model(self) -> PreTrainedModel:
-        """Return the model.
-
-        Raises:
-            CheckpointError: there is none.
-        """
+        """Return the model, or raise a ``CheckpointError`` with the reasons why there is none."""
         if self.model is None:
             raise CheckpointError(
                 f"there is no slim model to save: {'; '.join(self.reasons[:3])}",
@@ -268,7 +260,6 @@ def emit_from_graph(
 
 
 def _kept_units(slim: fx.GraphModule, removal: Removal) -> dict[str, dict[int, list[int]]]:
-    """Units that stay in the tables that the model's code makes for all units; see ``KeptUnits``."""
     facts, axes = facts_of(slim), removal.axes
     blocks, constants = facts[Blocks].paths, facts[Constants].names
     found: dict[str, dict[int, list[int]]] = {}

@@ -71,9 +71,7 @@ def emit(
         removed_blocks: module paths of the removed blocks.
         agrees: whether an emitted model computes what it should. Without it the first model that runs on
             ``meta`` is taken.
-        kept_units: which units remain in the tables that the model's code makes for all units: by module path of a
-            block (empty for all blocks), by number of units before.
-        epsilons: where the model holds the norm epsilons that change.
+        kept_units: which units remain in the tables that the model's code makes for all units.
     """
     removed = tuple(removed_blocks)
     layout, twin = attempt(find_layout, model), attempt(meta_twin, model)
@@ -87,12 +85,7 @@ def emit(
     if refused:
         return Emission(None, refused)
     task = EmissionTask(model, layout, model_rebuilder(model, layout), wanted, removed, kept_units or {}, epsilons)
-    return _Emitter(task, tensors, agrees, DryRuns(_same_class(twin))).first_that_fits()
-
-
-def _same_class(twin: torch.nn.Module) -> PreTrainedModel:
-    assert isinstance(twin, PreTrainedModel)  # a copy is of the class of its original
-    return twin
+    return _Emitter(task, tensors, agrees, DryRuns(twin)).first_that_fits()
 
 
 def _request_errors(
@@ -162,7 +155,7 @@ class _Emitter:
         slim = build_on_meta(rebuild, task.model, dataclasses.replace(blueprint, removed=()), task.layout)
         if isinstance(slim, Refusal):
             return
-        inputs = find_inputs(_same_class(meta_twin(task.model)), slim, task.layout, task.kept_units)
+        inputs = find_inputs(meta_twin(task.model), slim, task.layout, task.kept_units)
         if inputs:
             yield dataclasses.replace(blueprint, inputs=inputs)
 
@@ -180,7 +173,6 @@ class _Emitter:
         return self.runs.failure_of(slim, patched=bool(candidate.blueprint.attributes))
 
     def unfit(self, candidate: Candidate, slim: PreTrainedModel) -> Reasons:
-        """Return why a candidate cannot hold the tensors; empty if it can."""
         loose = frozenset(new for name in candidate.loose if (new := self.rename(name)) is not None)
         errors = shape_errors(slim, self.tensors, self.rename, loose)
         there = {path for path, _ in slim.named_modules()}
@@ -209,7 +201,6 @@ class _Emitter:
         return slim if disagreement is None else (*candidate.gaps, disagreement)
 
     def disagreement(self, blueprint: Blueprint, slim: PreTrainedModel) -> str | None:
-        """Return why the caller's check rejects a model; None if it accepts it."""
         if self.agrees is None:
             return None
         answer = attempt(self.agrees, slim, refusals=(VerificationError,))

@@ -1,7 +1,6 @@
 """Norm epsilons in the modules and the config of a model, found by the values that its graph has.
 
-A norm that is kept as masking has it adds another epsilon over fewer units. In the graph that is an argument of an op;
-in the model it is an attribute of the module whose code made the op, or a field of the config for all of them.
+A norm that is kept as masking has it adds another epsilon over fewer units.
 """
 
 from __future__ import annotations
@@ -63,7 +62,6 @@ def find_epsilons(
 
     Args:
         graph: the graph, before or after the epsilons changed; nodes that it lacks are ignored.
-        model: the model that it was traced from.
         changes: numbers of the graph, by the name of a node and the place of the argument.
     """
     modules = dict(model.named_modules())
@@ -111,7 +109,6 @@ def epsilon_fields(
 
     Args:
         part: the nested config that the dense model's blocks are built from; empty for the model's own.
-        removed: module paths of the removed blocks.
     """
     pairs = set(epsilons.values.values())
     if len(pairs) != 1:

@@ -54,10 +54,8 @@ def using_attention(model: PreTrainedModel, implementation: str) -> Iterator[boo
     held = [(config, vars(config)[_HELD]) for config in configs_of(model) if _HELD in vars(config)]
     try:
         with quiet(), torch.compiler.set_stance("force_eager"):
-            taken = implementation == model.config._attn_implementation or not isinstance(
-                attempt(model.set_attn_implementation, implementation), Refusal
-            )
-            yield taken
+            same = implementation == model.config._attn_implementation
+            yield same or not isinstance(attempt(model.set_attn_implementation, implementation), Refusal)
     finally:
         for config, value in held:
             vars(config)[_HELD] = value
@@ -88,8 +86,7 @@ def shape_errors(
     """Return the differences between the tensors of a model and those to be assigned to it, in words.
 
     Args:
-        tensors: tensors by dense name.
-        rename: dense names to slim names.
+        tensors: by dense name.
         loose: slim names whose shapes may differ: attributes were set to fit them.
     """
     have = shapes_of(model)
@@ -141,7 +138,6 @@ def run_on_meta(model: PreTrainedModel, samples: int = 1, implementation: str | 
         model: a model on ``meta``, to be thrown away: some classes keep state between passes. It loses its
             padding token, whose absence from the input cannot be checked without data, and multiplies experts
             in batches, since grouped kernels refuse some widths on ``meta`` that they accept elsewhere.
-        samples: the batch size.
         implementation: of attention; its own if None. One that the model does not accept is no failure.
     """
     for config in configs_of(model):
@@ -179,10 +175,6 @@ def names_on_meta(model: nn.Module) -> list[str]:
     return names
 
 
-_NEEDS_STORAGE = "flex_attention"
-"""Refuses tensors on ``meta``: a run under it shows nothing, and costs the import of a compiler."""
-
-
 class DryRuns:
     """Forward passes of slim models on ``meta``, under the attention implementations that work for the dense model.
 
@@ -192,7 +184,8 @@ class DryRuns:
     def __init__(self, dense: PreTrainedModel) -> None:
         own, *others = attention_implementations(dense)
         self._dense = dense
-        self._names = (own, *(name for name in others if name != _NEEDS_STORAGE))
+        # flex attention refuses tensors on meta: a run under it shows nothing, and costs the import of a compiler
+        self._names = (own, *(name for name in others if name != "flex_attention"))
         self._dense_works: dict[str, bool] = {}
 
     def failure_of(self, slim: PreTrainedModel, patched: bool = True) -> str | None:

@@ -47,15 +47,12 @@ def merged(first: Patches, second: Patches) -> Patches:
 
 
 def scope_patches(before: Snapshot, after: Snapshot, wrong: frozenset[Axis]) -> Patches:
-    """Integer attributes as they are in a block built with other fields, inside the module that changes.
+    """Integer attributes as in a block built with other fields, below the smallest module that holds all of ``wrong``.
 
     Args:
         before: the block as it is.
         after: the block under an assignment that gives the wanted sizes on the axes in ``wrong``, whatever it
             does elsewhere.
-
-    Returns:
-        Attributes by module path, for modules at or below the smallest one that holds all of ``wrong``.
     """
     paths = [name.split(".")[:-1] for name, _ in wrong]
     shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))

@@ -214,9 +214,8 @@ def record_reads(config: PreTrainedConfig, build: Callable[[PreTrainedConfig], o
     names = {aliases.get(name, name) for name in read if not name.startswith("_")} - _SHARED
     held = vars(config)
     integers = tuple(sorted(name for name in names if value_of(config, name) is not None))
-    empty = (name for name in names if held.get(name) is None and not hasattr(type(config), name))
-    nones = (name for name in names if name in held and held[name] is None)
-    return Reads(integers, tuple(sorted({*empty, *nones})))
+    empty = (name for name in names if held.get(name) is None)
+    return Reads(integers, tuple(sorted(name for name in empty if name in held or not hasattr(base, name))))
 
 
 def keep_blocks(config: PreTrainedConfig, count_field: str | None, total: int, kept: Sequence[int]) -> None:
@@ -224,7 +223,6 @@ def keep_blocks(config: PreTrainedConfig, count_field: str | None, total: int, k
 
     Args:
         count_field: the field with the number of blocks; empty or None if there is none.
-        total: the number of blocks before.
         kept: indices of the blocks that stay, in order.
     """
     for name, value in _lists_by_block(config, total):

@@ -1,8 +1,6 @@
-"""Solving for config fields: values that give the wanted shapes.
+"""Solving for config fields: a field is moved by a little, and the axes that moved give the slope to a wanted size.
 
-Each field is moved by a little, the block is rebuilt, and the axes that moved give the slope. A wanted size
-then gives the field's value. Every candidate value is rebuilt and compared with the wanted shapes, so a slope that
-holds only nearby costs one build and cannot give a wrong answer.
+Every value is rebuilt and compared, so a slope that holds only nearby costs one build and gives no wrong answer.
 """
 
 from __future__ import annotations
@@ -198,9 +196,21 @@ class Search:
         return found
 
     def _following(self, fields: dict[str, int], wrong: frozenset[Axis]) -> Iterator[dict[str, int]]:
-        for name in self.rebuilder.known({**self.base, **fields}):
+        """Yield assignments with one more field, or two more where a constructor insists on divisibility."""
+        here = {**self.base, **fields}
+        known = self.rebuilder.known(here)
+        for name in known:
+            current = self.rebuilder.value(here, name)
             for value in self.steps(fields, name, wrong) if name not in fields else ():
-                yield from self._buildable(fields, name, value)
+                one = {**fields, name: value}
+                if self.wrong(one) is not None:
+                    yield one
+                    continue
+                for other in known:
+                    partner = self.rebuilder.value(here, other)
+                    if other in one or partner is None or not current or partner * value % current:
+                        continue
+                    yield {**one, other: partner * value // current}
 
     def _untried(self, fields: dict[str, int]) -> frozenset[Axis] | None:
         """Return the wrong axes of an assignment that was not tried yet, and note it; None if it was."""
@@ -209,19 +219,6 @@ class Search:
             return None
         self._tried.add(key)
         return self.wrong(fields)
-
-    def _buildable(self, fields: dict[str, int], name: str, value: int) -> Iterator[dict[str, int]]:
-        """Yield the assignment with one more field, or two more where a constructor insists on divisibility."""
-        one = {**fields, name: value}
-        if self.wrong(one) is not None:
-            yield one
-            return
-        current = self.rebuilder.value({**self.base, **fields}, name)
-        for other in self.rebuilder.known({**self.base, **fields}):
-            partner = self.rebuilder.value({**self.base, **fields}, other)
-            if other in one or partner is None or not current or partner * value % current:
-                continue
-            yield {**one, other: partner * value // current}
 
     def steps(self, fields: Fields, name: str, wrong: frozenset[Axis]) -> list[int]:
         """Return values of a field that would fix one of the wrong axes, by slopes measured at an assignment."""

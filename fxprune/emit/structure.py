@@ -116,13 +116,7 @@ _WORDS = {
 
 
 def describe_structure(model: PreTrainedModel) -> Structure:
-    """Compare a model with the one that its stock class builds from its config.
-
-    Args:
-        model: an emitted model, before or after training; its storage may be on ``meta``.
-
-    Returns:
-        The structure from which :func:`fxprune.from_pretrained` builds it again.
+    """Compare an emitted model, which may be on ``meta``, with the one that its stock class builds from its config.
 
     Raises:
         CheckpointError: it cannot be built from a config and plain data.

@@ -100,8 +100,7 @@ def clear_symbolic_caches() -> Iterator[None]:
     """Clear torch's caches about symbolic sizes when the outermost of these contexts ends.
 
     They have no bound, and their entries keep themselves alive: C++ holds the sizes, invisible to the garbage
-    collector. The next trace has other symbols and no use for them. Entries about fixed sizes serve the next trace as
-    well, and stay.
+    collector. Entries about fixed sizes serve the next trace as well, and stay.
     """
     init = ShapeEnv.__init__
     if init.__name__ == "recording_init":
@@ -148,18 +147,13 @@ def size_range(size: int | torch.SymInt) -> tuple[int, int | None]:
     return int(bounds.lower), None if bounds.upper is int_oo else int(bounds.upper)
 
 
-_CODE_OF_OPS = ("_decomp", "_meta_registrations.py", "_refs")
-
-
 def has_unbacked_sizes(value: Any) -> bool:
     """Whether the shape of a tensor in ``value``, or a number in it, depends on data."""
-    return any(free_unbacked_symbols(leaf) for leaf in tree_leaves(value) if isinstance(leaf, _SIZED))
+    return any(free_unbacked_symbols(leaf) for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor | SIZE))
 
 
 SIZE = torch.SymInt | torch.SymFloat | torch.SymBool
 """Values computed from symbolic sizes."""
-
-_SIZED = torch.Tensor | SIZE
 
 
 def is_size(node: Node) -> bool:
@@ -187,7 +181,8 @@ def _affects_results(expression: Any, file: Path) -> bool:
     root = Path(torch.__file__).parent
     if not file.is_relative_to(root) or file.is_relative_to(root / "nn"):
         return True
-    return getattr(expression, "rel_op", "") == "==" and file.relative_to(root).parts[0] in _CODE_OF_OPS
+    code_of_ops = ("_decomp", "_meta_registrations.py", "_refs")
+    return getattr(expression, "rel_op", "") == "==" and file.relative_to(root).parts[0] in code_of_ops
 
 
 def shape_env_state(mode: FakeTensorMode) -> object:

@@ -1,8 +1,4 @@
-"""Contexts around foreign code: output silenced, torch state restored, errors classified, export settings.
-
-At the entry points of the package :func:`wrap_errors` turns unforeseen exceptions into errors that name the place and a
-remedy.
-"""
+"""Contexts around foreign code: output silenced, torch state restored, errors classified, export settings."""
 
 from __future__ import annotations
 
@@ -79,9 +75,6 @@ def silence_stderr() -> AbstractContextManager[object]:
     return redirect_stderr(io.StringIO())
 
 
-_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
-
-
 @contextmanager
 def default_modes() -> Iterator[None]:
     """Restore torch's default modes: gradients on, no autocast, no inference mode, the CPU as default device.
@@ -94,7 +87,7 @@ def default_modes() -> Iterator[None]:
         stack.enter_context(clear_symbolic_caches())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for device in _AUTOCAST_DEVICES:
+        for device in ("cpu", "cuda", "xpu", "mps"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":  # an active device context slows down every call of torch
@@ -131,8 +124,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 T = TypeVar("T")
 
-_OURS = __name__.partition(".")[0]
-
 _LONGEST = 300
 """Characters to repeat of a foreign message; some go on for pages."""
 
@@ -153,12 +144,7 @@ class Refusal:
 def wrap_errors(where: str, remedy: str, kind: type[FxpruneError] = FxpruneError) -> Iterator[None]:
     """Turn foreign exceptions into errors of this package, with the exception as cause; also a decorator.
 
-    Interrupts and out-of-memory errors pass as they are.
-
-    Args:
-        where: the argument, pass or function concerned.
-        remedy: advice to the caller if foreign code refused.
-        kind: the class of the error.
+    Interrupts and out-of-memory errors pass as they are. ``remedy`` is for the case that foreign code refused.
     """
     try:
         yield
@@ -204,7 +190,7 @@ def _is_ours(traceback: TracebackType | None) -> bool:
     last = _innermost(traceback)
     if last is None or last.tb_frame.f_code is call_foreign.__code__:
         return False
-    return str(last.tb_frame.f_globals.get("__name__", "")).partition(".")[0] == _OURS
+    return str(last.tb_frame.f_globals.get("__name__", "")).partition(".")[0] == __name__.partition(".")[0]
 
 
 def _innermost(traceback: TracebackType | None) -> TracebackType | None:

@@ -39,7 +39,6 @@ class Work(Fact):
     Args:
         macs: multiply-accumulates of one sample of ``tokens`` tokens.
         memory: bytes of the parameters.
-        model: name of the model and its class.
     """
 
     parameters: int

@@ -1,8 +1,6 @@
 """Facts about a graph, its source model and its repeated blocks, kept in ``GraphModule.meta``.
 
-A pass declares the classes of facts that it needs, gives and makes stale. A stale fact is dropped, so that reading it
-is an error that names the pass that made it stale and one that gives it again. A fact is defined beside the code that
-gives it; those that any graph may have are here.
+A stale fact is dropped: reading it is an error that names the pass that made it stale and one that gives it again.
 """
 
 from __future__ import annotations
@@ -136,13 +134,7 @@ class Facts:
         return twin
 
     def missing(self, kind: type[Fact], where: str = "", by: str = "") -> PassError:
-        """Return the error for reading a missing fact.
-
-        Args:
-            kind: class of the fact.
-            where: the reader.
-            by: the pass that makes it stale, if this object did not record that.
-        """
+        """Return the error for reading a missing fact; ``by`` is the pass that makes it stale, if not recorded."""
         by = by or self._dropped.get(kind, "")
         what = f"the fact {kind.__name__} is stale since pass {by}" if by else f"the fact {kind.__name__} is not known"
         *others, last = [name for find in _givers for name in find(kind)] or [""]

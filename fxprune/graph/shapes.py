@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -37,10 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ShapedCalls(Fact):
-    """The call of each node when its ``node.meta["val"]`` was computed.
-
-    A node with the same call on values of the same shapes need not be computed again.
-    """
+    """The call of each node when its value was computed; an equal call on equal shapes need not be computed again."""
 
     open: ClassVar[bool] = True
 
@@ -88,11 +86,7 @@ def same_shapes(one: Any, other: Any) -> bool:
 
 
 def shape_key(value: Any) -> object:
-    """Return the part of an op's argument that decides the shape of its result, as a hashable key.
-
-    Raises:
-        TypeError: it holds anything but tensors without contents, sizes and constants.
-    """
+    """Hashable key of what decides the shape of an op's result in an argument; a ``TypeError`` for anything else."""
     if isinstance(value, tuple | list):
         return type(value), tuple(shape_key(item) for item in value)
     if isinstance(value, torch.Tensor):
@@ -162,8 +156,11 @@ class MetaOpCache(TorchDispatchMode):
         self._made: dict[object, tuple[type[Any] | None, tuple[_Layout, ...]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        key = _call_key(func, args, kwargs)
+        kwargs, key = kwargs or {}, None
+        if isinstance(func, OpOverload) and _returns_new_tensors(func):
+            with suppress(TypeError):  # an argument without a key: the op must run
+                named = tuple((name, _argument_key(value)) for name, value in kwargs.items())
+                key = func, _argument_key(args), named, torch.get_default_dtype()
         if key is None:
             return func(*args, **kwargs)
         made = self._made.get(key)
@@ -179,17 +176,6 @@ class MetaOpCache(TorchDispatchMode):
 
 
 _Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
-
-
-def _call_key(func: Any, args: Any, kwargs: Any) -> object:
-    """Key of a call whose results are determined by it; None if the op must run."""
-    if not isinstance(func, OpOverload) or not _returns_new_tensors(func):
-        return None
-    try:
-        arguments = _argument_key(args), tuple((name, _argument_key(value)) for name, value in kwargs.items())
-    except TypeError:
-        return None
-    return func, arguments, torch.get_default_dtype()
 
 
 @cache

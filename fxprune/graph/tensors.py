@@ -98,14 +98,12 @@ def map_tensors(value: Any, make: Any) -> Any:
     return tree_map(lambda leaf: make(leaf) if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
-_ROOTS = {"args": 0, "kwargs": 1}
-
 _PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
 def read_argument(node: fx.Node, path: tuple[Any, ...]) -> Any:
     """Return the value at ``path`` of ``node``; None if the argument has its default."""
-    value: Any = (node.args, node.kwargs)[_ROOTS[path[0]]]
+    value: Any = node.args if path[0] == "args" else node.kwargs
     for key in path[1:]:
         if isinstance(value, dict) and key not in value:
             return None

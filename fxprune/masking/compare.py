@@ -1,14 +1,9 @@
 """Comparison of masking and shrinking: whole outputs, or block by block.
 
-A run of the whole graph accumulates the rounding of every block, and says little about where a difference begins. Block
-by block, the outputs of each block of the masked dense graph are recorded, cut to the kept units; the slim graph is
-compared with them there, and continues with them. So every block is compared on the same inputs, and the last one with
-the outputs.
-
-That is as sound as a comparison of outputs alone. A value that is not floating point, or cannot be cut because no
-single index along an axis would do, is not compared where it leaves its block: it flows on as the slim graph made it,
-into what is compared later. In a graph whose ops write to values none is replaced, since others may share the memory;
-all are compared, each with the rounding of those before it.
+Block by block, the slim graph is compared with the recorded outputs of each masked block, cut to the kept units, and
+continues with them, so that rounding does not accumulate. A value that cannot be compared where it leaves its block
+flows on as the slim graph made it, into what is compared later. In a graph whose ops write to values none is replaced,
+since others may share the memory.
 """
 
 from __future__ import annotations
@@ -122,11 +117,7 @@ def block_output_nodes(graph: fx.Graph, axes: AxisMap) -> dict[fx.Node, str]:
 
 
 def _kept_part(value: torch.Tensor, exprs: Sequence[Expr], keep: Keep) -> torch.Tensor:
-    """Return the kept entries of a value of the dense graph with axes ``exprs``.
-
-    Raises:
-        KeyError: the kept entries of an axis depend on the position along another one.
-    """
+    """Return the kept entries of a value; a ``KeyError`` if those of an axis depend on the position along another."""
     for axis, expr in enumerate(exprs):
         mask = torch.from_numpy(kept_mask(expr, keep).copy())
         value = value if mask.all() else value.index_select(axis, mask.nonzero()[:, 0].to(value.device))
@@ -140,11 +131,7 @@ def masked_by_block(
     removed_blocks: Sequence[str],
     inputs: Mapping[str, Any],
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, BlockOutput]]:
-    """Run the dense graph with the removed structures zeroed.
-
-    Returns:
-        Its float outputs, and the outputs of each block, by the name of the node.
-    """
+    """Run the dense graph with the removed structures zeroed; return its float outputs, and those of blocks by node."""
     nodes = block_output_nodes(graph_module.graph, axes)
     found: dict[str, BlockOutput] = {}
 
@@ -169,14 +156,9 @@ def slim_by_block(
     inputs: Mapping[str, Any],
     compare: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], float],
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, float]]:
-    """Run the slim graph, each block on the inputs it has in the masked dense one.
+    """Run the slim graph, each block on the inputs it has in the masked dense one, with ``expected`` outputs.
 
-    Args:
-        expected: from :func:`masked_by_block`.
-        compare: the measure of a difference.
-
-    Returns:
-        Its float outputs, and the largest difference of an output of each block, by module path in the dense model.
+    Returns its float outputs, and the largest difference of an output of each block, by module path in the dense model.
     """
     found: dict[str, float] = {}
     may_replace = not any(writes(node) for node in graph_module.graph.nodes if node.op == "call_function")

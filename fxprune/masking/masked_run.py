@@ -1,12 +1,8 @@
-"""Interpreters that run a graph dense, masked or gated.
+"""Interpreters that run a graph dense, masked or gated; weights are read, cast and masked one at a time.
 
-Weights are read, cast to float32 and masked one at a time as the graph asks for them, so that no second copy of the
-model is ever held. A statistic over a masked axis (a norm over fewer channels) is taken over the kept units: that is
-the meaning of ``renormalised``, and the only place where masking is more than zeroing. For a top-k over experts it
-means that removed experts are never chosen, as if their scores were minus infinity.
-
-Norms with ``norm="masked"`` see the zeros. In half precision their weights are read as the slim graph will have them:
-scaled for the missing units, then rounded to that precision.
+A statistic over a masked axis (a norm over fewer channels) is taken over the kept units, the only place where masking
+is more than zeroing; a top-k never chooses removed experts. Norms with ``norm="masked"`` see the zeros; in half
+precision their weights are read as the slim graph will have them, scaled for the missing units and then rounded.
 """
 
 from __future__ import annotations

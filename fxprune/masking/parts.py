@@ -1,12 +1,7 @@
-"""A graph cut into parts that run one after the other for all samples.
+"""A graph cut into parts, each of which runs for all samples before the next one begins.
 
-Plain training runs all parts for one sample and then for the next. Here a part runs for all samples before the next
-one begins, so that sums over samples, and weights read from files, are in memory for one part at a time. Values alive
-between two parts are kept for each sample; a part runs again when its gradients are due (as in gradient checkpointing),
-so that the price is one more forward run.
-
-With a prefetcher, the weights of the running part are on its device, and those of the next one on their way. Values
-kept between parts are on the device of the weights.
+Sums over samples, and weights read from files or prefetched, are so in memory for one part at a time. Values alive
+between two parts are kept for each sample; a part runs again when its gradients are due, as in gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -153,14 +148,11 @@ Hooks = Mapping[fx.Node, Callable[[Any], Any]]
 
 _NO_HOOKS: Hooks = MappingProxyType({})
 
-_PART = 0.1
-"""Largest share of a part in the bytes of the weights."""
-
 
 def parts_by_weights(graph_module: fx.GraphModule) -> list[Part]:
     """Cut a graph into parts, each with at most a tenth of the bytes of its weights or a single larger weight."""
     costs = {name: float(tensor.nbytes) for name, tensor in weights(graph_module)}
-    return cut_graph(graph_module.graph, costs, _PART * sum(costs.values()))
+    return cut_graph(graph_module.graph, costs, 0.1 * sum(costs.values()))
 
 
 class PartRuns:
@@ -369,8 +361,6 @@ def observe_nodes(
 
     Args:
         watch: functions called with the value of a node, once for each batch.
-        batch: samples that run at once.
-        track: shows progress over the batches.
         batch_by_batch: every value of a batch comes before those of the next. If False and weights are prefetched to
             another device, the graph runs in parts, so that they go there once for all batches.
     """

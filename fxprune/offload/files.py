@@ -1,7 +1,4 @@
-"""Tensors in memory-mapped files, and the cache from which an interrupted run resumes.
-
-The operating system reads the pages of such tensors when they are used, and writes them back when memory is short.
-"""
+"""Tensors in memory-mapped files, and the cache from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -39,9 +36,6 @@ _SMALLEST = 1 << 16
 _UNWRITTEN = 1 << 26
 """Bytes that may wait to be written while the next tensors are computed; less than a part of a model takes anyway."""
 
-_POLL_SECONDS = 0.05
-"""Between two looks at files that grow."""
-
 _folder: ContextVar[Path | None] = ContextVar("folder", default=None)
 _cache: ContextVar[Path | None] = ContextVar("cache", default=None)
 
@@ -51,11 +45,7 @@ def offload_to(folder: Path, cache: Path | None = None) -> Iterator[None]:
     """Keep tensors that passes make, and that last, in files of a folder.
 
     The files are unlinked once they are open, so that the space is free when the last tensor in one is gone, however
-    the process ends.
-
-    Args:
-        folder: on a disk with room for them.
-        cache: a folder for intermediate results. A second run of the same passes on the same data resumes from it.
+    the process ends. A second run of the same passes on the same data resumes from intermediate results in ``cache``.
     """
     tokens = _folder.set(folder), _cache.set(cache)
     try:
@@ -76,11 +66,7 @@ def _cache_in(folder: Path | None) -> Iterator[None]:
 
 
 def resume_scope(name: str) -> AbstractContextManager[None]:
-    """Separate the cache of passes that also run elsewhere in the same run.
-
-    Args:
-        name: the same in a second run, and different from those of other scopes beside this one.
-    """
+    """Separate the cache of passes that also run elsewhere in the same run, by a name that is the same in each run."""
     folder = _cache.get()
     return _cache_in(None if folder is None else folder / name)
 
@@ -182,7 +168,7 @@ def sync_writes(folder: Path) -> Iterator[None]:
 
 def _sync_until(folder: Path, done: threading.Event) -> None:
     sizes: dict[Path, int] = {}
-    while not done.wait(_POLL_SECONDS):
+    while not done.wait(0.05):
         with suppress(OSError):  # a file that is gone meanwhile, or cannot be synced: the next round looks again
             for path in folder.rglob("*"):
                 size = path.stat().st_size if path.is_file() else 0

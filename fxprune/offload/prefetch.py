@@ -1,7 +1,4 @@
-"""Weights moved to a compute device part by part, and precision there.
-
-The weights stay where they are, in memory or in files. What runs next is copied ahead, while the device is at work.
-"""
+"""Weights copied to a compute device ahead of their use, while the device is at work, and precision there."""
 
 from __future__ import annotations
 
@@ -48,9 +45,6 @@ class Prefetcher:
     """Copies weights to a device, some of them ahead.
 
     It holds the copies made ahead, and of those fetched only the last: the caller holds the rest.
-
-    Args:
-        device: the target device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -126,12 +120,7 @@ class StreamPrefetcher(Prefetcher):
 
 
 def prefetcher_to(device: Any, home: torch.device) -> Prefetcher | None:
-    """Return a prefetcher to a device; None if no device is named, or the weights are there already.
-
-    Args:
-        device: as :func:`as_device` takes it.
-        home: the device of the weights.
-    """
+    """Return a prefetcher to a device; None if no device is named, or it is ``home``, where the weights are."""
     target = as_device(device)
     if target is None or target == home:
         return None
@@ -220,9 +209,7 @@ def use_bf16(precision: str, graph_module: fx.GraphModule, trial: Callable[[], t
     Args:
         precision: ``float32`` for no; ``bf16``; or ``auto``: yes if the device computes in it natively and the trial is
             finite. A graph with weights that are not float32 keeps its precision.
-        graph_module: the graph.
-        trial: runs it; called under :func:`autocast`.
-        where: the pass that asks.
+        trial: runs the graph; called under :func:`autocast`.
 
     Raises:
         PassError: ``bf16`` was requested, and an op of the graph refuses it.

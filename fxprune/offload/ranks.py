@@ -1,10 +1,6 @@
-"""Several processes that prune one model: samples sharded, sums all-reduced.
+"""Several processes that prune one model: samples sharded, sums all-reduced, so that all make the same decisions.
 
-Every process holds the model and runs every pass; what passes sum over samples is summed over processes, so that all
-make the same decisions. With one process, or without a process group of torch, nothing here does anything.
-
-Sharded and offloaded models are recognised by the marks that torch and accelerate leave on modules, without importing
-either.
+Sharded and offloaded models are recognised by the marks that torch and accelerate leave on modules.
 """
 
 from __future__ import annotations
@@ -49,11 +45,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def check_unsharded(model: nn.Module, remedy: str = _FOLDER) -> None:
-    """Refuse a model some of whose weights are sharded or offloaded.
-
-    Raises:
-        UnsupportedModelError: names the parameter or module.
-    """
+    """Refuse a model some of whose weights are sharded or offloaded; the error names the parameter or module."""
     for path, module in model.named_modules():
         if "_fsdp_wrapped_module" in module._modules:
             what = "its weights are sharded over processes (FSDP)"
@@ -73,26 +65,14 @@ def check_unsharded(model: nn.Module, remedy: str = _FOLDER) -> None:
 
 
 def check_trainable(model: nn.Module, where: str) -> None:
-    """Refuse to train a model that is sharded, offloaded or without weights; it may be on several devices.
-
-    Args:
-        model: the model.
-        where: the argument that it was passed as.
-
-    Raises:
-        UnsupportedModelError: names the obstacle.
-    """
+    """Refuse to train a model that is sharded, offloaded or without weights; it may be on several devices."""
     check_unsharded(model, "Pass the whole model, which arguments={'fsdp': True} shards for training")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UnsupportedModelError("its weights are on meta", where=where, remedy="Load the weights first")
 
 
 def check_one_device(model: nn.Module) -> None:
-    """Refuse a model whose weights are on several devices.
-
-    Raises:
-        UnsupportedModelError: names the parameter.
-    """
+    """Refuse a model whose weights are on several devices; the error names the parameter."""
     named = list(model.named_parameters())
     first, device = named[0][0], named[0][1].device
     mapped = any(True for module in model.modules() for _ in _hooks(module))
@@ -195,12 +175,7 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def run_on_first(work: Callable[[], T], refusal: type[Exception]) -> T | None:
-    """Run some work, such as writing, in the first process while the others wait; they return None.
-
-    Args:
-        work: the work.
-        refusal: raised in the others if the first one fails.
-    """
+    """Run some work, such as writing, in the first process; others return None, or raise ``refusal`` if it fails."""
     if not _is_distributed():
         return work()
     if not is_first():

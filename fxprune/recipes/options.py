@@ -7,8 +7,8 @@ checks import what they need when a value is there.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_type_hints
 
 from fxprune.errors import UnknownNameError
@@ -27,31 +27,18 @@ WHAT_GOES, DATA, OUTPUT, MACHINE = "What goes", "Data", "Output", "Machine"
 _UNCHECKED = dict.fromkeys(("Pass", "Recipe", "Scores", "Track"), object)
 """Types of values that are validated where they are used."""
 
+_what_goes, _output, _machine = (partial(Argument, panel=panel) for panel in (WHAT_GOES, OUTPUT, MACHINE))
 
-def _tokenizer(name: str, value: Any) -> Any:
+
+def _check(name: str, value: Any) -> Any:
     from fxprune.data.text import check_tokenizer
-
-    return check_tokenizer(name, value)
-
-
-def _device(name: str, value: Any) -> Any:
-    from fxprune.offload.prefetch import as_device
-
-    as_device(value)
-    return value
-
-
-def _example_inputs(name: str, value: Any) -> Any:
     from fxprune.data.verification import check_names
-
-    check_names(value)
-    return value
-
-
-def _track(name: str, value: Any) -> Any:
+    from fxprune.offload.prefetch import as_device
     from fxprune.pipeline.contract import check_track
 
-    check_track(value, name)
+    checks: dict[str, Callable[[Any], object]] = {"device": as_device, "example_inputs": check_names}
+    checks |= {"track": check_track, "tokenizer": partial(check_tokenizer, name)}
+    checks[name](value)
     return value
 
 
@@ -60,26 +47,23 @@ class ApplyOptions(TypedDict, total=False):
 
     compensate: Annotated[
         str | Pass | None,
-        Argument(
+        _what_goes(
             "Fit the weights that lost inputs to what the dense model computes on the calibration data: "
-            "`least-squares`, perhaps with arguments, or a pass; `none` leaves every kept weight as it is.",
-            panel=WHAT_GOES,
+            "`least-squares`, perhaps with arguments, or a pass; `none` leaves every kept weight as it is."
         ),
     ]
     tune: Annotated[
         str | Pass | None,
-        Argument(
+        _what_goes(
             "Train a few vectors of the slim model end to end: `tune`, perhaps with arguments as in "
-            "`tune{epochs=2}`, or a pass; `none` for no tuning.",
-            panel=WHAT_GOES,
+            "`tune{epochs=2}`, or a pass; `none` for no tuning."
         ),
     ]
     norm: Annotated[
         Norm | None,
-        Argument(
+        _what_goes(
             "A norm over units that go, such as channels of the residual stream: `masked` computes what the dense norm "
-            "does with them zeroed, which makes the removal exact; `sliced` averages over those that stay.",
-            panel=WHAT_GOES,
+            "does with them zeroed, which makes the removal exact; `sliced` averages over those that stay."
         ),
     ]
     tokenizer: Annotated[
@@ -87,7 +71,7 @@ class ApplyOptions(TypedDict, total=False):
         Argument(
             "The tokenizer of the model: with it there are calibration samples if none are given, and held-out text "
             "for tuning to stop by.",
-            check=_tokenizer,
+            check=_check,
             spelled=False,
         ),
     ]
@@ -106,28 +90,23 @@ class ApplyOptions(TypedDict, total=False):
     ]
     inplace: Annotated[
         bool,
-        Argument(
-            "Free each dense tensor as its slim one is made: `model` then becomes the slim model.",
-            default=False,
-            panel=MACHINE,
-        ),
+        _machine("Free each dense tensor as its slim one is made: `model` then becomes the slim model.", default=False),
     ]
     device: Annotated[
         Any,
-        Argument(
+        _machine(
             "Device to compute on, such as `cuda`, while the weights stay where they are: those of a part of the model "
             "are moved there while it runs, and the next ones are prefetched.",
-            check=_device,
-            panel=MACHINE,
+            check=_check,
         ),
     ]
     example_inputs: Annotated[
         Mapping[str, Any] | None,
-        Argument("Keyword inputs of a module that is not a Hugging Face model.", check=_example_inputs, spelled=False),
+        Argument("Keyword inputs of a module that is not a Hugging Face model.", check=_check, spelled=False),
     ]
     track: Annotated[
         Track | None,
-        Argument("Shows progress: `track(items, what, total)` yields the items.", check=_track, spelled=False),
+        Argument("Shows progress: `track(items, what, total)` yields the items.", check=_check, spelled=False),
     ]
 
 
@@ -136,102 +115,85 @@ class Options(ApplyOptions, total=False):
 
     recipe: Annotated[
         str | Recipe | os.PathLike[str] | None,
-        Argument(
+        _what_goes(
             "`balanced` (the default), `fast`, `best` or `llm-pruner`, the paper as published; a file with a recipe, "
-            "or a pipeline as text. `fxprune recipes` lists what each does and costs.",
-            panel=WHAT_GOES,
+            "or a pipeline as text. `fxprune recipes` lists what each does and costs."
         ),
     ]
     ratio: Annotated[
         float | Mapping[str, float] | None,
-        Argument(
+        _what_goes(
             "Fraction of the parameters to remove, in [0, 1), reached within half a percentage point; by default 0.2. "
-            "A fraction for each kind is of the parameters in structures of that kind.",
-            panel=WHAT_GOES,
+            "A fraction for each kind is of the parameters in structures of that kind."
         ),
     ]
     kinds: Annotated[
         str | Sequence[str] | None,
-        Argument(
+        _what_goes(
             "Kinds of structures that may go: `mlp`, `head`, `channel`, `head_dim`, `expert`, `layer`. `exact-` in "
-            "front of one, as in `exact-mlp`, leaves out its groups that a norm runs over.",
-            panel=WHAT_GOES,
+            "front of one, as in `exact-mlp`, leaves out its groups that a norm runs over."
         ),
     ]
     importance: Annotated[
         str | Pass | None,
-        Argument(
+        _what_goes(
             "The criterion, in place of the recipe's: `taylor`, `wanda`, `l2`, `random` or another pass, with "
-            "arguments of its own as in `taylor{order=second}`.",
-            panel=WHAT_GOES,
+            "arguments of its own as in `taylor{order=second}`."
         ),
     ]
     reduction: Annotated[
         str | None,
-        Argument(
-            "How scores of the members of a group are combined: `sum`, `prod`, `max`, `mean`, `first` or `last`.",
-            panel=WHAT_GOES,
+        _what_goes(
+            "How scores of the members of a group are combined: `sum`, `prod`, `max`, `mean`, `first` or `last`."
         ),
     ]
     ranking: Annotated[
         Ranking | None,
-        Argument("`local`: the same fraction in every group; `global`: the lowest scores anywhere.", panel=WHAT_GOES),
+        _what_goes("`local`: the same fraction in every group; `global`: the lowest scores anywhere."),
     ]
     select: Annotated[
         str | Pass | None,
-        Argument(
-            "The selection, in place of the recipe's: `select-by-ratio`, `select-by-group-ratio`, ..., or a pass.",
-            panel=WHAT_GOES,
+        _what_goes(
+            "The selection, in place of the recipe's: `select-by-ratio`, `select-by-group-ratio`, ..., or a pass."
         ),
     ]
     protect: Annotated[
         tuple[float, float] | tuple[()] | None,
-        Argument(
-            "Layers kept whole at the front and at the end, or fractions of the depth; 0 and 0 for none.",
-            panel=WHAT_GOES,
-        ),
+        _what_goes("Layers kept whole at the front and at the end, or fractions of the depth; 0 and 0 for none."),
     ]
     round_to: Annotated[
         int | str | Mapping[str, int],
-        Argument(
+        _output(
             "Slim widths are multiples of this; a number for each kind counts units. `auto`: multiples of what was "
             "measured to pay on the device, see `fxprune.evaluation.measure_widths`.",
             default=1,
-            panel=OUTPUT,
         ),
     ]
     uniform: Annotated[
         bool,
-        Argument(
+        _output(
             "The same widths in every layer, such that the stock config class can express them and stock transformers "
             "loads the checkpoint.",
             default=False,
-            panel=OUTPUT,
         ),
     ]
     tensor_parallel: Annotated[
         int,
-        Argument(
-            "Devices that share each layer: widths of MLPs and heads that shrink are multiples of it.",
-            default=1,
-            panel=OUTPUT,
-        ),
+        _output("Devices that share each layer: widths of MLPs and heads that shrink are multiples of it.", default=1),
     ]
     budget: Annotated[
         str,
-        Argument(
+        _output(
             "What `ratio` is a fraction of: `params`, `macs`, `kv` (bytes of the key-value cache), `bytes@q8_0`, ...; "
             "or time, as in `decode@times.json`, by measurements of `fxprune bench DENSE SLIM --json`.",
             default="params",
-            panel=OUTPUT,
         ),
     ]
     memory: Annotated[
         Memory | None,
-        Argument(
+        _machine(
             "For sums of gradients: `low` computes them for one part of the model at a time, with one more forward "
-            "run, and compares block by block; `fast` all at once; `auto`, the default, what fits.",
-            panel=MACHINE,
+            "run, and compares block by block; `fast` all at once; `auto`, the default, what fits."
         ),
     ]
     offload: Annotated[

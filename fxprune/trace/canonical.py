@@ -1,12 +1,8 @@
-"""Canonical form of a graph: one spelling for each op, position-dependent constants folded to buffers.
+"""Canonical form of a graph: spellings of ops that stay right when sizes change, and constants folded to buffers.
 
-``2 ** -arange(heads)`` has a different value for each head, and computing it for fewer heads gives other numbers. A
-value that depends on no input, weight or dynamic size is therefore computed once and read from a buffer. A constant
-that is the same everywhere is left alone: it takes the size of whatever it is used with.
-
-Spellings are chosen such that they stay right when sizes change: a ``view`` (of an input that may become
-non-contiguous) is a ``reshape``, ``chunk`` and ``split`` (whose parts may become unequal) are ``split_with_sizes``, and
-a write to a value that nothing else can see is an op that is not in place.
+``2 ** -arange(heads)`` computed for fewer heads gives other numbers, so such values are computed once and stored. A
+constant that is the same everywhere is left alone: it takes the size of whatever it is used with. A ``view`` (of an
+input that may become non-contiguous) is a ``reshape``; ``chunk`` and ``split`` are ``split_with_sizes``.
 """
 
 from __future__ import annotations
@@ -300,7 +296,6 @@ def _out_of_place(node: fx.Node) -> Any:
 
 
 def _insert_copy(source: fx.Node, before: fx.Node) -> fx.Node:
-    """Insert a contiguous copy of ``source`` ``before`` a node."""
     with source.graph.inserting_before(before):
         copied = source.graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
     copied.meta = dict(source.meta)

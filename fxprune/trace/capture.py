@@ -61,11 +61,9 @@ class Traced:
     notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        """The model and the size of its graph, on one line."""
         return f"<Traced {'; '.join(f'{name}: {value}' for name, value in self._rows())}>"
 
     def __str__(self) -> str:
-        """The same and the notes, one on each line."""
         return "\n".join((*(f"{name}: {value}" for name, value in self._rows()), *self.notes))
 
     def _repr_html_(self) -> str:
@@ -217,7 +215,6 @@ def _set_facts(
     notes: list[str],
     fidelity: Fidelity,
 ) -> None:
-    """Record the facts that are known once a graph is traced."""
     in_model = names_by_identity(model)
     names = {name: in_model.get(id(tensor), ()) for name, tensor in weights(graph_module)}
     held = {name for several in in_model.values() for name in several}

@@ -62,7 +62,6 @@ def check_model(model: Any) -> None:
 
 
 def _check_module(model: Any) -> None:
-    """Check that ``model`` is an initialised module whose code is Python."""
     if not isinstance(model, nn.Module):
         wanted = "an instance of torch.nn.Module, such as a model of transformers"
         if any(hasattr(model, name) for name in ("graph_module", "model")):
@@ -86,7 +85,6 @@ def _check_module(model: Any) -> None:
 
 
 def _check_parameter(name: str, parameter: torch.Tensor) -> None:
-    """Check that a parameter is a dense, non-empty tensor of floats."""
     what = ""
     if nn.parameter.is_lazy(parameter):
         what, remedy = "it is lazy and has no shape yet", "Run the model once, on any input"
@@ -201,7 +199,6 @@ def clear_quantisation_marks(model: nn.Module) -> None:
 
 
 def _check_dequantised(model: nn.Module) -> None:
-    """Check that all weights of a model marked as quantised are plain floats."""
     for name, parameter in model.named_parameters():
         if type(parameter) is not nn.Parameter:
             raise UnsupportedModelError(

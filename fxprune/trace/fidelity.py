@@ -1,18 +1,18 @@
-"""Comparison of a graph with its module, by outputs and gradients.
+"""Comparison of a graph with its module, by outputs at several sizes and by gradients.
 
-Tracing follows one example through the code of a module, perhaps in another dtype, and knows no gradients. So the two
-are compared at two sizes, at one sample and one token if the graph takes them, and by the gradients of all parameters.
 A gradient is reduced to a few numbers as soon as it is computed, so that only one is held at a time.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import fx, nn
 
@@ -117,9 +117,15 @@ class SideBySide:
             twin(**(without_cache(twin) | _copies(self.inputs)))
         return outputs
 
-    def _run_module(self, inputs: Mapping[str, Any]) -> tuple[Outputs, dict[int, torch.Tensor]]:
+    def is_random(self) -> bool:
+        """Whether the outputs of the module depend on random numbers that it draws."""
+        with torch.no_grad():
+            first, second = (self._run_module(self.inputs, seed)[0] for seed in (0, 1))
+        return _difference(first, second) != 0
+
+    def _run_module(self, inputs: Mapping[str, Any], seed: int = 0) -> tuple[Outputs, dict[int, torch.Tensor]]:
         twin = alias_twin(self.model, self.written)
-        with _same_randomness(), quiet():
+        with _same_randomness(seed), quiet():
             output = twin(**(without_cache(twin) | _copies(inputs)))
         pairs = zip(self.model.parameters(), twin.parameters(), strict=True)
         return _tensors(output), {id(parameter): alias for parameter, alias in pairs}
@@ -177,16 +183,23 @@ class _AliasRun(fx.Interpreter):
         self.aliases = aliases
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The tensor that replaces a weight, or a copy of the weight."""
         own = get_tensor(self.module, str(target))
         return self.aliases[id(own)] if id(own) in self.aliases else own.detach().clone()
 
 
 @contextmanager
-def _same_randomness() -> Iterator[None]:
+def _same_randomness(seed: int = 0) -> Iterator[None]:
+    """Seed the random numbers of torch, Python and numpy, and restore their states."""
+    states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def _copies(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,6 +245,7 @@ class Fidelity(Fact):
         unlike: the parameters whose gradients differ by more than rounding.
         notes: limits of the graph, in words.
         where: the place at which the outputs begin to differ; empty if they do not.
+        random: whether the module draws random numbers in evaluation mode.
     """
 
     error: float | None
@@ -239,6 +253,7 @@ class Fidelity(Fact):
     unlike: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     where: str = ""
+    random: bool = False
 
 
 def compare_with_module(graph_module: fx.GraphModule, model: nn.Module, given: Mapping[str, Any] | None) -> Fidelity:
@@ -265,7 +280,10 @@ def compare_with_module(graph_module: fx.GraphModule, model: nn.Module, given: M
             f"the gradients of {_abbreviate(unlike)} differ from the module's: do not train the graph or prune by a "
             "criterion of gradients",
         )
-    return Fidelity(error, max(gradients.values(), default=None), unlike, notes)
+    is_random = pair.is_random()
+    if is_random:
+        notes += ("the module draws random numbers in evaluation: choices of its Python code are fixed in the graph",)
+    return Fidelity(error, max(gradients.values(), default=None), unlike, notes, random=is_random)
 
 
 def require_gradients(graph_module: fx.GraphModule, asked_by: str) -> None:

@@ -10,7 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -34,6 +34,8 @@ __all__ = [
     "without_cache",
     "written_parameters",
 ]
+
+M = TypeVar("M", bound=nn.Module)
 
 BATCH, TOKENS = 2, 7
 """``torch.export`` takes a size of 1 for a constant; widths and numbers of heads are hardly ever multiples of 7."""
@@ -92,7 +94,7 @@ def blank(value: Any, native: torch.dtype, dtype: torch.dtype) -> Any:
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def meta_twin(model: nn.Module) -> nn.Module:
+def meta_twin(model: M) -> M:
     """A copy of ``model`` on ``meta``."""
     return _twin(model, lambda tensor: as_parameter(torch.empty_like(tensor, device="meta"), tensor))
 
@@ -111,7 +113,7 @@ def fake_twin(model: nn.Module, mode: FakeTensorMode | None, native: torch.dtype
     return _prepare(_twin(model, empty))
 
 
-def alias_twin(model: nn.Module, written: Container[str] = ()) -> nn.Module:
+def alias_twin(model: M, written: Container[str] = ()) -> M:
     """A copy to run, in evaluation mode, whose parameters share the memory of the model's.
 
     They require gradients, which the model's own parameters do not receive. Buffers, which code may write to, are
@@ -173,7 +175,7 @@ def hooks_left_out(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(path or "the model" for path, _, _ in _hooks(model, _is_foreign)))
 
 
-def _twin(model: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+def _twin(model: M, make: Callable[[torch.Tensor], torch.Tensor]) -> M:
     memo: dict[int, Any] = {id(tensor): make(tensor) for tensor in (*model.parameters(), *model.buffers())}
     memo |= {id(tensor): tensor.detach().clone() for tensor in computed_tensors(model)}
     for _, table, key in _hooks(model, _is_foreign):
@@ -184,7 +186,7 @@ def _twin(model: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> nn.
     return twin
 
 
-def _prepare(twin: nn.Module) -> nn.Module:
+def _prepare(twin: M) -> M:
     """Set a copy to evaluation mode, and its attention and experts to variants that trace to plain ATen ops."""
     if is_hugging_face(twin):
         model: Any = twin

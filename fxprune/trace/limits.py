@@ -152,10 +152,7 @@ _LOSSY = {operator.mod, operator.floordiv}
 """Ops on sizes whose results tracing may take for constants: the number of chunks of a short input is 1."""
 
 _OTHER_SIZES = (3, 64)
-"""A batch and a number of tokens that a graph with free sizes must take.
-
-They differ from the traced ones; the tokens are those that work is counted at, so that at least this much runs.
-"""
+"""A batch and a number of tokens, those that work is counted at, that a graph with free sizes must take."""
 
 
 def pin_sizes(graph_module: fx.GraphModule) -> str:

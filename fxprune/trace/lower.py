@@ -116,13 +116,10 @@ class _Copier:
         if isinstance(region.target, HigherOrderOperator) and region.target.name() == GRADIENTS:
             grad = bool(mode[0])
         elif mode[0] == self.device:
-            autocast = (_TRACED_ON, mode[1]) if mode[2] else None  # type: ignore[assignment]
+            # the tensors in a trace are on the CPU, whatever the device of the model
+            autocast = ("cpu", mode[1]) if mode[2] else None  # type: ignore[assignment]
         self.copy(inner, below, grad, autocast)
         return fx.map_arg(inner.graph.output_node().args[0], lambda old: below[old])
-
-
-_TRACED_ON = "cpu"
-"""The device type of the tensors in a trace, whatever the device of the model."""
 
 
 def _autocast_casts(node: fx.Node, device: str, dtype: torch.dtype) -> dict[fx.Node, torch.dtype]:
@@ -213,7 +210,6 @@ def _optional(called: Mapping[str, Any], forward: Callable[..., Any]) -> set[str
 
 
 def _leaves(value: Any, name: str, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], fx.Node]]:
-    """Yield the path of each placeholder in a container."""
     if isinstance(value, fx.Node):
         yield path, value
         return
@@ -236,8 +232,6 @@ def lower(
     """Lower a program to a graph module that shares the tensors of ``model`` and has the signature of its call.
 
     Args:
-        program: the result of ``torch.export``.
-        model: the module whose parameters and buffers the graph uses.
         dtype: the dtype in ``program`` that means the dtype of the model; None to keep dtypes literal.
         fixed: names of inputs that the graph must not have.
 

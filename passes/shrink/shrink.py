@@ -1,22 +1,35 @@
-"""Shrinking: blocks bypassed, literals rewritten, dead code eliminated."""
+"""Shrinking: blocks bypassed, literals rewritten, dead code eliminated; and its verification."""
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from fxprune.axes import kept_size
-from fxprune.data.verification import VerificationInputs
+from fxprune.data.verification import VerificationInputs, make_inputs
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
 from fxprune.errors import PlanError
 from fxprune.graph.compat import is_impure
-from fxprune.graph.facts import Fact, Runnable, facts_of
-from fxprune.graph.tensors import delete_tensor, read_argument, set_argument, weights
-from fxprune.masking.compare import Verified
+from fxprune.graph.facts import Fact, Runnable, Source, add_note, facts_of, fork
+from fxprune.graph.tensors import delete_tensor, has_meta_weights, read_argument, set_argument, weights
+from fxprune.masking.compare import (
+    TOLERANCE,
+    BlockOutput,
+    Verified,
+    compare,
+    find_divergence,
+    masked_by_block,
+    masked_outputs,
+    require_equal,
+    slim_by_block,
+    slim_outputs,
+)
 from fxprune.offload.prefetch import use_prefetcher
 from fxprune.pipeline.arguments import argument, as_seed
 from fxprune.pipeline.contract import Pass, PassResult
@@ -24,12 +37,93 @@ from fxprune.pipeline.pipeline import PassSequence
 from fxprune.removal.budget import cache_size
 from fxprune.removal.removal import Bypassed, Removal, Removed, Sliced, scaled_numbers
 from fxprune.removal.scores import Scores
+from fxprune.trace.fidelity import Fidelity
+from fxprune.trace.inputs import is_hugging_face
 
 from .propagate_shapes import PropagateShapesPass
 from .slice_parameters import SliceParametersPass
-from .verify import record_masked_outputs, verify_removal
 
-__all__ = ["BypassBlocksPass", "EliminateDeadCodePass", "RewriteLiteralsPass", "ShrinkPass"]
+__all__ = [
+    "BypassBlocksPass",
+    "EliminateDeadCodePass",
+    "MaskedOutputs",
+    "RewriteLiteralsPass",
+    "ShrinkPass",
+    "record_masked_outputs",
+    "verify_removal",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedOutputs:
+    """Outputs of the dense graph with the removed structures zeroed, which the slim graph must reproduce.
+
+    Args:
+        inputs: keyword inputs of the run.
+        outputs: float tensors, in order; None if the weights are on ``meta`` and nothing can be run.
+        dense: the dense graph, to locate a difference; None if its tensors are freed as slim ones are made.
+        leaving: outputs of each block, by node, where blocks are compared one by one.
+    """
+
+    inputs: Mapping[str, Any]
+    outputs: tuple[torch.Tensor, ...] | None
+    dense: fx.GraphModule | None
+    leaving: Mapping[str, BlockOutput]
+
+
+def record_masked_outputs(graph_module: fx.GraphModule, *, by_block: bool, seed: int) -> MaskedOutputs:
+    """Run the dense graph once with masks.
+
+    The inputs are those that the model was traced with if the caller gave them, else random ones from ``seed``; they
+    are left as the fact :class:`VerificationInputs`.
+    """
+    facts = facts_of(graph_module)
+    source, removal = facts.get(Source), facts[Removal]
+    inputs = make_inputs(graph_module, None if source is None else source.example_inputs, seed)
+    facts.put(VerificationInputs(inputs))
+    fidelity = facts.get(Fidelity)
+    is_random = fidelity is not None and fidelity.random
+    if is_random or has_meta_weights(graph_module):
+        why = "the module draws random numbers in evaluation" if is_random else "the weights are on meta"
+        add_note(graph_module, f"not verified: {why}")
+        return MaskedOutputs(inputs, None, None, {})
+    run = graph_module, removal.axes, removal.keep, removal.removed_blocks, inputs
+    outputs, leaving = masked_by_block(*run) if by_block else (masked_outputs(*run), {})
+    frees_dense = source is not None and source.shares
+    return MaskedOutputs(inputs, outputs, None if frees_dense else fork(graph_module), leaving)
+
+
+def verify_removal(graph_module: fx.GraphModule, expected: MaskedOutputs) -> Verified:
+    """Run the slim graph once and compare, block by block if the outputs of blocks were recorded."""
+    facts = facts_of(graph_module)
+    verified = Verified(None)
+    if expected.outputs is not None:
+        blocks: Mapping[str, float] = {}
+        if expected.leaving:
+            found, blocks = slim_by_block(graph_module, expected.leaving, expected.inputs, compare)
+        else:
+            found = slim_outputs(graph_module, expected.inputs)
+        error = max(compare(expected.outputs, found), *blocks.values(), 0.0)
+        verified = Verified(error, blocks)
+        if not error <= TOLERANCE:
+            require_equal(error, _where(graph_module, expected, verified))
+    if verified.blocks:
+        largest = f"{verified.blocks[verified.worst]:.1e} in {verified.worst}"
+        add_note(graph_module, f"verified block by block: the largest difference is {largest}")
+    source = facts.get(Source)
+    if source is not None and source.cut and is_hugging_face(source.model):
+        # The pieces cut off were kept to undo a failed removal. The code of other modules is checked only on emission.
+        facts.put(replace(source, cut=()))
+    return verified
+
+
+def _where(slim: fx.GraphModule, expected: MaskedOutputs, verified: Verified) -> str:
+    first = next((block for block, error in verified.blocks.items() if not error <= TOLERANCE), "")
+    if expected.dense is not None:
+        removal = facts_of(slim)[Removed].removal
+        kept = removal.axes, removal.keep, removal.removed_blocks
+        return find_divergence(expected.dense, slim, *kept, expected.inputs)
+    return f"{first}, on its masked inputs" if first else "the outputs (prune with $inplace=False to see the node)"
 
 
 @dataclass(frozen=True, eq=False)

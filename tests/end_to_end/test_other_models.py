@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 
 import pytest
 import torch
@@ -135,8 +135,8 @@ def test_layers_of_a_few_classes_that_repeat_are_blocks() -> None:
         pass
 
     def hybrid(*layers: nn.Module) -> Net:
-        parts = {"embedding": nn.Embedding(31, 16), "readout": nn.Linear(16, 31), "layers": nn.Sequential(*layers)}
-        return Net(lambda m, ids: m.readout(m.layers(m.embedding(ids))), **parts)
+        parts = {"embedding": nn.Embedding(31, 16), "readout": nn.Linear(16, 31), "layers": nn.ModuleList(layers)}
+        return Net(lambda m, ids: m.readout(reduce(lambda x, layer: layer(x), m.layers, m.embedding(ids))), **parts)
 
     scan, network = memory.SelectiveScan(16, 20, 5, 3), nn.Sequential(nn.Linear(16, 19), nn.ReLU(), nn.Linear(19, 16))
     model = hybrid(Layer(scan), Other(network), Layer(memory.Retention(16, 3, 6)))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from fxprune.passes.shrink.verify import record_masked_outputs, verify_removal
+from fxprune.passes.shrink.shrink import record_masked_outputs, verify_removal
 from torch import fx, nn
 
 from fxprune.axes import Keep

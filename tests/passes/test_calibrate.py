@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fxprune.passes.calibrate import CalibratePass
+from fxprune.passes.prepare import CalibratePass
 from torch import fx
 
 from fxprune.data.built_in import general_samples

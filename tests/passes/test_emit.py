@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from fxprune.passes.emit import EmitModelPass, MakeReportPass, SaveCheckpointPass, Saved
-from fxprune.passes.find_groups import FindGroupsPass
+from fxprune.passes.prepare import FindGroupsPass
 from torch import nn
 
 from fxprune.discovery.dependency import Dependencies

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
 import pytest
@@ -135,3 +136,34 @@ def test_a_model_that_writes_to_itself_stays_as_it_was(kind: type[nn.Module], ca
         if not (torch.equal(value, after[name]) if isinstance(value, torch.Tensor) else value == after[name])
     ]
     assert changed == [] and pointers == {name: p.data_ptr() for name, p in model.named_parameters()}
+
+
+class AlwaysDropout(Net):
+    """Dropout that is on in evaluation too."""
+
+    def effect(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, 0.5, training=True)
+
+
+class LayerDrop(Net):
+    """A layer left out by Python's random numbers."""
+
+    def effect(self, x: torch.Tensor) -> torch.Tensor:
+        return x if random.random() < 0.5 else 2 * x
+
+
+@pytest.mark.parametrize("kind", [AlwaysDropout, LayerDrop])
+def test_randomness_in_evaluation_is_reported(kind: type[nn.Module]) -> None:
+    """The graph had one draw, and nothing said so, or a verification error asked for a report."""
+    x = torch.randn(5, 6)
+    try:
+        result = fxprune.prune(kind().eval(), importance="l2", kinds="mlp", ratio=0.2, example_inputs={"x": x})
+    except FxpruneError as error:
+        assert "differ" in str(error) or "random" in str(error)
+        return
+    assert any("draws random numbers in evaluation" in note for note in result.report.notes)
+    assert result.report.verification_error is None
+
+
+def test_a_module_without_randomness_has_no_such_note() -> None:
+    assert not any("random" in note for note in fxprune.trace(Net().eval(), {"x": torch.randn(5, 6)}).notes)

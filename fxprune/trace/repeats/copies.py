@@ -195,7 +195,6 @@ def _images(source: _TracedBlock, here: _TracedBlock) -> dict[fx.Node, fx.Node] 
 
 
 def _copy(source: _TracedBlock, here: _TracedBlock) -> Any:
-    """Copy the nodes of the source for another block; return the results of that block."""
     images = _images(source, here)
     assert images is not None
     graph = here.tracer.graph
@@ -241,7 +240,6 @@ def _replace_prefix(name: str, old: str, new: str) -> str:
 
 
 def _same_nodes(source: _TracedBlock, traced: _TracedBlock) -> bool:
-    """Whether a block traced to what a copy of the source would be."""
     images = _images(source, traced)
     nodes, others = source.without_sizes(), traced.without_sizes()
     if images is None or len(nodes) != len(others) or repr(source.spec) != repr(traced.spec):

@@ -1,11 +1,8 @@
 """Dry runs of a model without storage: groups of alike blocks, and dependence on dtype and training mode.
 
-A dry run records everything that the blocks of a model do. It is repeated with most alike blocks replaced by copies of
-the first block's results: if anything else in the model then behaves differently, for example because blocks count
-their calls, all blocks are exported one by one.
-
-Tracing in another dtype, and in evaluation mode, is right only if the code makes the same calls with the same numbers:
-code that reads ``torch.finfo(x.dtype).eps`` or branches on ``x.dtype`` does not. So dry runs in both are compared.
+A dry run is repeated with most alike blocks replaced by copies of the first block's results: if anything else in the
+model then behaves differently, for example because blocks count their calls, all blocks are exported one by one. Dry
+runs in another dtype and in training mode find code that reads ``torch.finfo(x.dtype).eps`` or branches on it.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,9 +29,6 @@ __all__ = ["Dependence", "DryRun", "Repeats", "find_dependence", "find_repeats",
 
 _FEWEST = 3
 """Smallest group of alike blocks: the first and the last are exported in any case."""
-
-_EVAL: Mapping[str, bool] = {}
-"""Modes of a twin that stays in evaluation mode."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,7 @@ def record_calls(
     native: torch.dtype,
     dtype: torch.dtype,
     repeats: Repeats = _NO_REPEATS,
-    modes: Mapping[str, bool] = _EVAL,
+    modes: Mapping[str, bool] = MappingProxyType({}),
     fake: bool = False,
 ) -> list[CallRecord] | None:
     """The calls of torch functions in a dry run of a copy of ``model``; None if its code raises.
@@ -155,8 +150,6 @@ def _recordable_blocks(twin: nn.Module) -> list[str]:
 
 
 def _recorded(path: str, block: nn.Module, blocks: BlockRecorder, recorder: CallRecorder) -> Callable[..., Any]:
-    """The forward of a block, recorded as one call."""
-
     def forward(*args: Any, **kwargs: Any) -> Any:
         with disable_torch_function():
             blocks.enter(path, block, args, kwargs, len(recorder.calls))
@@ -265,7 +258,6 @@ def find_dependence(
     ``meta`` is run on fake tensors.
 
     Args:
-        inputs: keyword inputs, of which only shape and dtype matter.
         native: the dtype of its weights; ``other`` is the one to try.
         dry_run: the run in its dtype and in evaluation mode on ``meta``, if it runs there.
     """

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fxprune.passes.shrink import propagate_shapes
-from fxprune.passes.shrink.verify import record_masked_outputs, verify_removal
+from fxprune.passes.shrink.shrink import record_masked_outputs, verify_removal
 from torch import fx, nn
 
 from fxprune.axes import Keep

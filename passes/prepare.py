@@ -1,4 +1,4 @@
-"""Calibration: samples for the passes that follow."""
+"""Preparation: calibration samples, and the groups of a traced graph."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from fxprune.data.built_in import built_in_samples, can_generate, general_sample
 from fxprune.data.calibration import Calibration, embedding_rows, plain_tokens, spread, token_input
 from fxprune.data.samples import check_samples, read_calibration, read_token_rows
 from fxprune.data.text import check_tokenizer
+from fxprune.discovery.dependency import Dependencies, dependency_graph
+from fxprune.discovery.groups import Groups, find_groups
 from fxprune.errors import CalibrationError
 from fxprune.graph.context import Refusal, attempt
-from fxprune.graph.facts import Change, Fact, Source, add_note, facts_of
+from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note, facts_of
 from fxprune.graph.tensors import require_weights
 from fxprune.offload.files import is_offloading
-from fxprune.pipeline.arguments import argument, as_seed, path_or_empty
+from fxprune.pipeline.arguments import Norm, argument, as_seed, path_or_empty
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
+from fxprune.removal.removal import Removal
+from fxprune.removal.scores import Scores
 from fxprune.trace.inputs import alias_twin, written_parameters
 
-__all__ = ["CalibratePass"]
+__all__ = ["CalibratePass", "FindGroupsPass"]
 
 _ADVICE = "some hundred samples of text like what the model is to be used on, passed as calibration, do better"
 
@@ -139,3 +143,27 @@ class CalibratePass(Pass):
         model = alias_twin(source.model, written) if written else source.model
         found = attempt(generated_samples, model, self.tokenizer, vocabulary, count, self.tokens, self.seed, tracked)
         return f"the model generated none: {found}" if isinstance(found, Refusal) else found
+
+
+@dataclass(frozen=True, eq=False)
+class FindGroupsPass(Pass):
+    """Solves the axes, and finds the groups by propagation from every trigger."""
+
+    name: ClassVar[str] = "find-groups"
+    stage: ClassVar[str] = "discover"
+    changes: ClassVar[Change] = "nothing"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Runnable, Shaped)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Groups)
+    drops: ClassVar[tuple[type[Fact], ...]] = (Scores, Removal)
+
+    norm: Norm = argument(
+        "sliced",
+        """A norm over units of which some go: ``sliced``, statistics of those that stay; ``masked``, what the dense
+        norm computes with the others zeroed, where a root mean square and a weight of its own allow that.""",
+    )
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        facts, graph = facts_of(graph_module), dependency_graph(graph_module, self.norm)
+        facts.put(Dependencies(graph))
+        facts.put(Groups(find_groups(graph)))
+        return PassResult(graph_module, False)
