@@ -105,7 +105,7 @@ def prune_checkpoint(
     Memory holds one part of the model and the activations of the samples; weights that transformers builds from several
     tensors of a file, such as those of experts, are held whole. A killed run resumes when it is repeated with the same
     arguments and files; until it is done, intermediate results are in ``<out>.unfinished``. Tuning reads all weights
-    twice a step, so there is none unless ``tune`` asks for it.
+    twice a step, so there is none unless ``tune`` asks for it. The weights of the result are in unlinked files.
 
     Args:
         source: a folder of safetensors that transformers loads, or the hub id of one; or a GGUF file, which is
@@ -222,22 +222,20 @@ def _complete(recipe: Recipe, steps: int, arguments: Mapping[str, Any]) -> None:
 
 def _read_samples(recipe: Recipe, calibration: Any, tokenizer: Any) -> None:
     """Let the recipe read the samples given, in place of those it reads itself."""
-    others = [step for step in recipe["prepare"] if Calibration not in step.gives]
+    prepare = recipe["prepare"]
+    others = [step for step in prepare if Calibration not in step.gives]
+    given = _given({"data": calibration, "tokenizer": tokenizer})
     if calibration is None and not any(map(needs_samples, recipe.passes)):
         recipe["prepare"] = others
-        return
-    reader = {key: value for key, value in (("data", calibration), ("tokenizer", tokenizer)) if value is not None}
-    own_file = [step for step in recipe["prepare"] if getattr(step, "file", "")]
-    if calibration is None and own_file:
-        return
-    readers = [step for step in recipe["prepare"] if Calibration in step.gives]
-    if not reader:
-        recipe["prepare"] = [*others, *own_file]
-    elif readers:
-        reader |= {"file": ""} if calibration is not None else {}
-        recipe["prepare"] = [changed(step, reader) if step in readers else step for step in recipe["prepare"]]
+    elif calibration is None and any(getattr(step, "file", "") for step in prepare):
+        return  # the samples are those of the recipe's file
+    elif not given:
+        recipe["prepare"] = others
+    elif len(others) == len(prepare):
+        recipe["prepare"] = [load_pass("calibrate", **given), *others]
     else:
-        recipe["prepare"] = [load_pass("calibrate", **reader), *others]
+        given |= {"file": ""} if calibration is not None else {}
+        recipe["prepare"] = [changed(step, given) if Calibration in step.gives else step for step in prepare]
 
 
 def _stage_arguments(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -261,7 +259,6 @@ def _stage_arguments(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             "memory": values["memory"] or ("low" if values["inplace"] else None),
         },
         "select": widths,
-        "teach": {},
         "shrink": {"by_block": values["memory"] == "low" or None},
     }
     return {stage: _given(found) for stage, found in arguments.items()}
