@@ -11,31 +11,61 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxprune.api import Result, apply, prune, prune_checkpoint, prune_pipeline
-    from fxprune.checkpoint import from_pretrained, save_pretrained
-    from fxprune.data.calibration import Calibration
-    from fxprune.discovery.dependency import Dependencies, dependency_graph
-    from fxprune.discovery.explain import explain
-    from fxprune.discovery.groups import Group, Groups, Member, find_groups
-    from fxprune.draw.write import write_dot
-    from fxprune.emit.emitted import Emitted
-    from fxprune.errors import FxpruneError
-    from fxprune.evaluation import Evaluation, evaluate
-    from fxprune.export import export_graph, export_model
-    from fxprune.graph.facts import Fact, facts_of
-    from fxprune.graph.tensors import get_tensor
-    from fxprune.pipeline.arguments import argument
-    from fxprune.pipeline.contract import Pass, PassResult
-    from fxprune.pipeline.pipeline import Pipeline
-    from fxprune.pipeline.registry import load_pass, pass_names
-    from fxprune.recipes import Options, Recipe
-    from fxprune.recovery import Recovery, recover
-    from fxprune.removal.plan import Plan
-    from fxprune.removal.removal import Removal, Removed
-    from fxprune.removal.scores import Scores
-    from fxprune.report.report import Report
-    from fxprune.rules import OpSite, TensorAxes, rule
-    from fxprune.trace import Traced, trace
+    from fxprune.api import (
+        Result as Result,
+    )
+    from fxprune.api import (
+        apply as apply,
+    )
+    from fxprune.api import (
+        prune as prune,
+    )
+    from fxprune.api import (
+        prune_checkpoint as prune_checkpoint,
+    )
+    from fxprune.api import (
+        prune_pipeline as prune_pipeline,
+    )
+    from fxprune.checkpoint import from_pretrained as from_pretrained
+    from fxprune.checkpoint import save_pretrained as save_pretrained
+    from fxprune.data.calibration import Calibration as Calibration
+    from fxprune.discovery.dependency import Dependencies as Dependencies
+    from fxprune.discovery.dependency import dependency_graph as dependency_graph
+    from fxprune.discovery.explain import explain as explain
+    from fxprune.discovery.groups import Group as Group
+    from fxprune.discovery.groups import Groups as Groups
+    from fxprune.discovery.groups import Member as Member
+    from fxprune.discovery.groups import find_groups as find_groups
+    from fxprune.draw.write import write_dot as write_dot
+    from fxprune.emit.emitted import Emitted as Emitted
+    from fxprune.errors import FxpruneError as FxpruneError
+    from fxprune.evaluation import Evaluation as Evaluation
+    from fxprune.evaluation import evaluate as evaluate
+    from fxprune.export import export_graph as export_graph
+    from fxprune.export import export_model as export_model
+    from fxprune.graph.facts import Fact as Fact
+    from fxprune.graph.facts import facts_of as facts_of
+    from fxprune.graph.tensors import get_tensor as get_tensor
+    from fxprune.pipeline.arguments import argument as argument
+    from fxprune.pipeline.contract import Pass as Pass
+    from fxprune.pipeline.contract import PassResult as PassResult
+    from fxprune.pipeline.pipeline import Pipeline as Pipeline
+    from fxprune.pipeline.registry import load_pass as load_pass
+    from fxprune.pipeline.registry import pass_names as pass_names
+    from fxprune.recipes import Options as Options
+    from fxprune.recipes import Recipe as Recipe
+    from fxprune.recovery import Recovery as Recovery
+    from fxprune.recovery import recover as recover
+    from fxprune.removal.plan import Plan as Plan
+    from fxprune.removal.removal import Removal as Removal
+    from fxprune.removal.removal import Removed as Removed
+    from fxprune.removal.scores import Scores as Scores
+    from fxprune.report.report import Report as Report
+    from fxprune.rules import OpSite as OpSite
+    from fxprune.rules import TensorAxes as TensorAxes
+    from fxprune.rules import rule as rule
+    from fxprune.trace import Traced as Traced
+    from fxprune.trace import trace as trace
 
 __version__ = "0.1.0"
 
@@ -70,53 +100,7 @@ _PLACES = {
 
 _MODULES = {name: f"fxprune.{place}" for place, names in _PLACES.items() for name in names}
 
-__all__ = [
-    "Calibration",
-    "Dependencies",
-    "Emitted",
-    "Evaluation",
-    "Fact",
-    "FxpruneError",
-    "Group",
-    "Groups",
-    "Member",
-    "OpSite",
-    "Options",
-    "Pass",
-    "PassResult",
-    "Pipeline",
-    "Plan",
-    "Recipe",
-    "Recovery",
-    "Removal",
-    "Removed",
-    "Report",
-    "Result",
-    "Scores",
-    "TensorAxes",
-    "Traced",
-    "apply",
-    "argument",
-    "dependency_graph",
-    "evaluate",
-    "explain",
-    "export_graph",
-    "export_model",
-    "facts_of",
-    "find_groups",
-    "from_pretrained",
-    "get_tensor",
-    "load_pass",
-    "pass_names",
-    "prune",
-    "prune_checkpoint",
-    "prune_pipeline",
-    "recover",
-    "rule",
-    "save_pretrained",
-    "trace",
-    "write_dot",
-]
+__all__ = [*_MODULES]
 
 
 class _Package(ModuleType):
