@@ -37,6 +37,7 @@ from fxprune.rules import registry as rules_by_op
 from tests import reference_tables
 from tests.export.small import tokenizer as byte_tokenizer
 from tests.models import tiny, token_ids
+from tests.tiers import tiers
 from tests.tokens import TEMPLATE
 
 ROOT = Path(__file__).parents[1]
@@ -173,7 +174,9 @@ def start(
 # ------------------------------------------------------------------------------------------------------- snippets
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page, "python")])
+@pytest.mark.parametrize(
+    "page", tiers([page for page in PAGES if blocks_of(page, "python")], "README.md", START, "docs/passes.md")
+)
 def test_the_snippets_of_a_page_run(
     page: str,
     start: tuple[Path, dict[str, Any]],

@@ -213,6 +213,7 @@ def test_a_speedup_is_the_median_of_ratios_with_a_deterministic_interval() -> No
 # Processes
 
 
+@pytest.mark.slow
 def test_a_worker_measures_and_reports_errors(dense: Source, tmp_path: Path) -> None:
     worker = Worker(Task("transformers", dense, "cpu", 1, CASES[0]))
     missing = Worker(Task("transformers", Source(tmp_path / "no_such_folder"), "cpu", 1, CASES[0]))

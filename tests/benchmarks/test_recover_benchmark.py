@@ -73,6 +73,7 @@ def test_each_half_of_the_questions_is_asked_by_itself(files: dict[str, Path]) -
     assert CliRunner().invoke(recover.app, ["--half", "secnd"]).exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_run_writes_the_section_of_the_results_page(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,7 @@ def test_imports_are_left_out_as_a_whole_and_classes_of_the_user_have_no_file(tm
     assert modelling_file._without_own_imports(module).split() == ["import", "os"]
 
 
+@pytest.mark.slow
 def test_serving_engines_find_the_right_widths_without_this_package(tmp_path: Path) -> None:
     """Engines build a model to look at and throw away, then one around which they put their own head."""
     folder, model = tmp_path / "slim", narrow()

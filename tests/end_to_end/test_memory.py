@@ -9,6 +9,8 @@ import resource
 import weakref
 from typing import Any
 
+import pytest
+
 import fxprune
 from tests.models import tiny
 
@@ -31,6 +33,7 @@ def census() -> dict[str, int]:
     return {name: counted[name] for name in WATCHED}
 
 
+@pytest.mark.slow
 def test_prunes_leave_nothing_behind() -> None:
     """Every prune left two megabytes: torch remembers results by symbols, and these hold the trace that they are of."""
     refs = prune_once()

@@ -190,6 +190,7 @@ def test_the_notes_say_which_norm_has_no_such_form() -> None:
     assert facts_of(result.graph_module)[fxprune.Removed].removal.axes.norms == ()
 
 
+@pytest.mark.slow
 def test_equal_layers_are_such_that_the_config_says_what_norms_add() -> None:
     """Where it cannot, as beside norms in heads that lose nothing, no width is taken; norms are sliced unless asked."""
     result = prune(made("width"), "channel", uniform=True)

@@ -156,6 +156,7 @@ def test_graph_trains_moves_and_changes_dtype(result: fxprune.Result) -> None:
     assert on_meta(input_ids=token_ids().to("meta")).logits.is_meta
 
 
+@pytest.mark.slow
 def test_graph_compiles(result: fxprune.Result) -> None:
     compiled = torch.compile(copy.deepcopy(result.graph_module), backend="aot_eager", dynamic=True)
     with torch.no_grad():
@@ -204,6 +205,7 @@ def test_plain_modules_are_pruned_with_example_inputs() -> None:
     assert result(torch.randn(9, 7)).shape == (9, 5)
 
 
+@pytest.mark.slow
 def test_paper_table_for_the_7b_shape() -> None:
     """LLM-Pruner, table 3: parameters and MACs at 64 tokens after 20% and 50%."""
     config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)

@@ -61,6 +61,7 @@ def test_what_the_first_model_guesses_is_no_part_of_what_is_retained() -> None:
     assert nothing.retained("dense") is None
 
 
+@pytest.mark.slow
 def test_three_models_are_measured_alike(model: PreTrainedModel, slim: fxprune.Result, tmp_path: Path) -> None:
     models = {"dense": model, "pruned": slim.model, "recovered": slim.model}
     path = write(tmp_path / "even.jsonl", QUESTIONS)

@@ -44,6 +44,7 @@ def nothing(batch: int) -> Past:
     return [(torch.zeros(batch, pairs, 0, 8), torch.zeros(batch, pairs, 0, 8)) for pairs in PAIRS]
 
 
+@pytest.mark.slow
 def test_a_program_goes_on_where_it_was(model: PreTrainedModel, tmp_path: Path) -> None:
     path = fxprune.export_model(model, tmp_path / "slim.pt2", cache=True)
     program = torch.export.load(path).module()

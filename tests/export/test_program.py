@@ -133,6 +133,7 @@ def test_an_axis_that_tracing_fixed_is_told(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": ids.numpy()})[0]), result(ids).detach())
 
 
+@pytest.mark.slow
 def test_onnx_runs_at_any_batch_and_length(llama: fxprune.Result, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
