@@ -11,21 +11,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxprune.api import (
-        Result as Result,
-    )
-    from fxprune.api import (
-        apply as apply,
-    )
-    from fxprune.api import (
-        prune as prune,
-    )
-    from fxprune.api import (
-        prune_checkpoint as prune_checkpoint,
-    )
-    from fxprune.api import (
-        prune_pipeline as prune_pipeline,
-    )
+    from fxprune.api import Result as Result
+    from fxprune.api import apply as apply
+    from fxprune.api import prune as prune
+    from fxprune.api import prune_checkpoint as prune_checkpoint
+    from fxprune.api import prune_pipeline as prune_pipeline
     from fxprune.checkpoint import from_pretrained as from_pretrained
     from fxprune.checkpoint import save_pretrained as save_pretrained
     from fxprune.data.calibration import Calibration as Calibration

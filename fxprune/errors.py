@@ -26,14 +26,11 @@ __all__ = [
     "VerificationError",
 ]
 
-
 _LISTED = 30
 """Names that a message lists: enough for all passes, not for all tensors of a model."""
 
-
 _LONGEST = 80
 """Characters of a name that a message repeats."""
-
 
 _MARKED = re.compile(r"\$([a-z][a-z_]*)")
 """An argument named in a message."""

@@ -27,16 +27,7 @@ from transformers import AutoTokenizer
 
 import fxprune
 from benchmarks.common import environment, load_demo_model
-from benchmarks.engines.base import (
-    PROMPTS,
-    Case,
-    Engine,
-    Source,
-    greedy_tokens,
-    load_model,
-    token_ids,
-    vocabulary_size,
-)
+from benchmarks.engines.base import PROMPTS, Case, Engine, Source, greedy_tokens, load_model, token_ids, vocabulary_size
 from fxprune.data.built_in import offline_text
 from fxprune.data.text import read_text, split_calibration_heldout, token_windows
 

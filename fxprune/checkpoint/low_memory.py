@@ -89,9 +89,6 @@ def _reader_of(reader: Any, tensors: Sequence[Any]) -> Iterator[None]:
         names["GGUFReader"] = true_reader
 
 
-_SMALL_FILE = 1 << 20
-"""Bytes up to which a file is compared by its content."""
-
 _REQUEST = "request.json"
 """The request of the run in a folder: a run with the same request resumes it."""
 
@@ -167,15 +164,13 @@ def request_key(source: str | os.PathLike[str], calibration: Any, passes: str) -
         return None
     folder = Path(source)
     paths = [folder] if folder.is_file() else sorted(path for path in folder.glob("*") if path.is_file())
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns, _small_digest(path)) for path in paths]
+    # Small files are compared by content as well: an edited config may keep its size and its time.
+    small = {path: path.read_bytes() if path.stat().st_size < 1 << 20 else b"" for path in paths}
+    digests = {path: hashlib.sha256(content).hexdigest() for path, content in small.items()}
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns, digests[path]) for path in paths]
     data = None
     if calibration is not None:
         digest = hashlib.sha256(calibration.cpu().contiguous().numpy().tobytes()).hexdigest()
         data = [digest, str(calibration.dtype), list(calibration.shape)]
     name = str(folder.resolve() if folder.exists() else source)
     return json.dumps([name, files, data, passes, package_versions()])
-
-
-def _small_digest(path: Path) -> str:
-    """Digest of a file that holds no weights: an edited config keeps its size, and may keep its time."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.stat().st_size < _SMALL_FILE else ""

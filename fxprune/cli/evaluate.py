@@ -35,8 +35,7 @@ def evaluate(
     compare: Annotated[str | None, typer.Option(help="Model to compare with, usually the dense one.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens that the model sees at once.")] = 256,
     windows: Annotated[
-        int | None,
-        typer.Option(min=1, help="Most windows of a text (default: all; 64 of the built-in text)."),
+        int | None, typer.Option(min=1, help="Most windows of a text (default: all; 64 of the built-in text).")
     ] = None,
     questions: Annotated[int | None, typer.Option(min=1, help="Most questions of a task.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows or questions in a batch.")] = 8,

@@ -17,9 +17,7 @@ __all__ = ["passes", "recipes"]
 
 
 @app.command(cls=Command)
-def passes(
-    name: Annotated[str | None, typer.Argument(help="Describe this pass.")] = None,
-) -> None:
+def passes(name: Annotated[str | None, typer.Argument(help="Describe this pass.")] = None) -> None:
     """List the installed passes in the order of a pipeline, or describe one."""
     from fxprune.pipeline.registry import in_order, pass_class, plain
 

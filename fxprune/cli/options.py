@@ -74,8 +74,7 @@ Tokens = Annotated[
     int | None, typer.Option(min=2, help="Tokens of a calibration sample (default: 128).", rich_help_panel=DATA)
 ]
 LowMemory = Annotated[
-    bool,
-    typer.Option("--low-memory", help="Keep weights on disk; resume an interrupted run.", rich_help_panel=MACHINE),
+    bool, typer.Option("--low-memory", help="Keep weights on disk; resume an interrupted run.", rich_help_panel=MACHINE)
 ]
 Quantization = Annotated[
     str | None,

@@ -223,7 +223,6 @@ def can_run_in_onnxruntime(module: nn.Module) -> bool:
     if not any(tensor.dtype == torch.bfloat16 for tensor in module.parameters()):
         return True
     warnings.warn(
-        "not checked: onnxruntime does not run bfloat16 on a CPU; call float() first to have it checked",
-        stacklevel=4,
+        "not checked: onnxruntime does not run bfloat16 on a CPU; call float() first to have it checked", stacklevel=4
     )
     return False

@@ -125,11 +125,7 @@ def _kept_part(value: torch.Tensor, exprs: Sequence[Expr], keep: Keep) -> torch.
 
 
 def masked_by_block(
-    graph_module: fx.GraphModule,
-    axes: AxisMap,
-    keep: Keep,
-    removed_blocks: Sequence[str],
-    inputs: Mapping[str, Any],
+    graph_module: fx.GraphModule, axes: AxisMap, keep: Keep, removed_blocks: Sequence[str], inputs: Mapping[str, Any]
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, BlockOutput]]:
     """Run the dense graph with the removed structures zeroed; return its float outputs, and those of blocks by node."""
     nodes = block_output_nodes(graph_module.graph, axes)
@@ -204,11 +200,7 @@ class Verified(Fact):
 
 
 def masked_outputs(
-    graph_module: fx.GraphModule,
-    axes: AxisMap,
-    keep: Keep,
-    removed_blocks: Sequence[str],
-    inputs: Mapping[str, Any],
+    graph_module: fx.GraphModule, axes: AxisMap, keep: Keep, removed_blocks: Sequence[str], inputs: Mapping[str, Any]
 ) -> tuple[torch.Tensor, ...]:
     """Return the float outputs of the dense graph with the removed structures zeroed."""
     with torch.no_grad():

@@ -304,11 +304,7 @@ class _PartRun(UntouchedRun):
         self.last_uses: dict[Part, dict[fx.Node, list[fx.Node]]] = {}
 
     def part(
-        self,
-        part: Part,
-        takes: Mapping[fx.Node, Any],
-        weights: Mapping[str, torch.Tensor],
-        watch: Hooks = _NO_HOOKS,
+        self, part: Part, takes: Mapping[fx.Node, Any], weights: Mapping[str, torch.Tensor], watch: Hooks = _NO_HOOKS
     ) -> Mapping[Any, Any]:
         if part not in self.last_uses:
             last = {value: node for node in part.nodes for value in node.all_input_nodes}

@@ -10,15 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-__all__ = [
-    "BUILT_AT",
-    "CannotBuildError",
-    "block_builder",
-    "builder_of",
-    "list_and_index",
-    "names_index",
-    "renumber",
-]
+__all__ = ["BUILT_AT", "CannotBuildError", "block_builder", "builder_of", "list_and_index", "names_index", "renumber"]
 
 Builder = Callable[[PreTrainedConfig, int], nn.Module]
 

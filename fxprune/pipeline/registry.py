@@ -156,13 +156,10 @@ def in_order(names: Iterable[str]) -> list[str]:
         here = [name for name, made in found.items() if made.stage == stage]
         graph: nx.DiGraph[str] = nx.DiGraph()
         graph.add_nodes_from(here)
-        graph.add_edges_from((a, b) for a in here for b in here if _before(found[a], found[b]))
+        gives, needs = ({name: _kinds(found[name], word) for name in here} for word in ("gives", "needs"))
+        graph.add_edges_from((a, b) for a in here for b in here if gives[a] & needs[b] and not gives[b] & needs[a])
         ordered += nx.lexicographical_topological_sort(graph)
     return [*ordered, *(name for name in found if name not in ordered), *broken]
-
-
-def _before(giver: type[Pass], taker: type[Pass]) -> bool:
-    return bool(_kinds(giver, "gives") & _kinds(taker, "needs")) and not _kinds(taker, "gives") & _kinds(giver, "needs")
 
 
 def _kinds(made: type[Pass], word: str) -> set[type[Fact]]:

@@ -148,8 +148,7 @@ class Options(ApplyOptions, total=False):
         ),
     ]
     ranking: Annotated[
-        Ranking | None,
-        _what_goes("`local`: the same fraction in every group; `global`: the lowest scores anywhere."),
+        Ranking | None, _what_goes("`local`: the same fraction in every group; `global`: the lowest scores anywhere.")
     ]
     select: Annotated[
         str | Pass | None,

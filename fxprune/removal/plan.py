@@ -219,9 +219,7 @@ def _plan_masks(axes: AxisMap, plan: Plan) -> dict[tuple[str, int], npt.NDArray[
                 )
             if not index or min(index) < 0 or max(index) >= size or len(set(index)) < len(index):
                 raise PlanError(
-                    f"kept indices do not fit an axis of {size}",
-                    where=f"{name}[{axis}]",
-                    remedy="Make the plan again",
+                    f"kept indices do not fit an axis of {size}", where=f"{name}[{axis}]", remedy="Make the plan again"
                 )
             masks[name, axis] = np.isin(np.arange(size), index)
     return masks

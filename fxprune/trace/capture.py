@@ -119,12 +119,7 @@ def trace(
     fidelity: Fidelity | None = None
     none, repeats = Repeats(), Repeats() if dry_run is None else dry_run.repeats
     # from the fastest and most general way to export to the safest
-    attempts = [
-        (portable, dynamic, repeats),
-        (portable, dynamic, none),
-        (native, dynamic, none),
-        (native, False, none),
-    ]
+    attempts = [(portable, dynamic, repeats), (portable, dynamic, none), (native, dynamic, none), (native, False, none)]
     for dtype, free, copied in dict.fromkeys(attempts):
         with defer_gc():
             try:
@@ -234,12 +229,7 @@ def _set_facts(
 
 
 def _export(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    native: torch.dtype,
-    dtype: torch.dtype,
-    dynamic: bool,
-    repeats: Repeats,
+    model: nn.Module, inputs: dict[str, Any], native: torch.dtype, dtype: torch.dtype, dynamic: bool, repeats: Repeats
 ) -> torch.export.ExportedProgram:
     mode = fake_mode()
     twin = fake_twin(model, mode, native, dtype)

@@ -246,11 +246,7 @@ class Dependence:
 
 
 def find_dependence(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    native: torch.dtype,
-    other: torch.dtype,
-    dry_run: DryRun | None = None,
+    model: nn.Module, inputs: Mapping[str, Any], native: torch.dtype, other: torch.dtype, dry_run: DryRun | None = None
 ) -> Dependence:
     """Find whether the calls of ``model`` depend on the dtype of its weights, or on its training mode.
 
@@ -292,8 +288,7 @@ def _compare_runs(
     by_mode = run(native, modes=modes) if modes else plain
     finished = plain is not None and by_dtype is not None and by_mode is not None
     found = Dependence(
-        _first_difference(plain, by_dtype, native, other),
-        _first_difference(plain, by_mode, native, native),
+        _first_difference(plain, by_dtype, native, other), _first_difference(plain, by_mode, native, native)
     )
     return found, finished
 
