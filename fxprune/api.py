@@ -24,6 +24,7 @@ from fxprune.graph.facts import Source, facts_of, restore_cut
 from fxprune.graph.tensors import device_of
 from fxprune.offload.prefetch import offer_prefetcher, prefetcher_to
 from fxprune.pipeline.arguments import refuse
+from fxprune.pipeline.contract import STAGES
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
 from fxprune.recipes import ApplyOptions, Options, Recipe, as_recipe, option_table, resolve
@@ -83,10 +84,10 @@ def prune(model: nn.Module | str | os.PathLike[str], calibration: Any = None, **
         has_model = any(hasattr(given, name) for name in ("graph_module", "model"))
         wanted = "its .model" if has_model else "a torch.nn.Module, a folder, a GGUF file, or a hub id"
         raise refuse("model", model, wanted)
+    if values["tokenizer"] is None and calibration is None:
+        values["tokenizer"] = options["tokenizer"] = load_tokenizer(model, needed=False)
     if offload is not None:
         return _prune_offloaded(model, Path(offload), calibration, options, lambda result: None)
-    if values["tokenizer"] is None and calibration is None:
-        values["tokenizer"] = load_tokenizer(model, needed=False)
     return _run(_pipeline(calibration, values), load_model(model), values)
 
 
@@ -133,7 +134,7 @@ def prune_checkpoint(
 
 @_documented(ApplyOptions)
 def apply(model: nn.Module, plan: Plan, calibration: Any = None, **options: Unpack[ApplyOptions]) -> Result:
-    """Remove from a model what a plan removes.
+    """Carry out a plan on a model.
 
     Args:
         model: the model the plan was made for, or one of the same shapes.
@@ -184,11 +185,11 @@ def _pipeline(calibration: Any, values: Mapping[str, Any], plan: Any = None) -> 
             choices["select"] = "select-by-ratio"
     arguments = _stage_arguments(values)
     for stage in recipe:
-        recipe.set_arguments(stage, {**arguments[""], **arguments.get(stage, {})})
+        recipe.set_arguments(stage, arguments[stage])
     for stage, choice in choices.items():
         if choice is not None:
-            recipe.replace_stage(stage, choice, {**arguments[""], **arguments.get(stage, {})})
-    _complete(recipe, values["steps"], arguments[""])
+            recipe.replace_stage(stage, choice, arguments[stage])
+    _complete(recipe, values["steps"], arguments["teach"])
     _read_samples(recipe, calibration, values["tokenizer"])
     if not values["verify"]:
         recipe.set_arguments("shrink", {"verify": False})
@@ -239,7 +240,7 @@ def _read_samples(recipe: Recipe, calibration: Any, tokenizer: Any) -> None:
 
 
 def _stage_arguments(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Arguments of passes that the options set, by stage; under ``""`` those of all stages."""
+    """Arguments of passes that the options set, by stage."""
     ratio, kinds = values["ratio"], values["kinds"]
     if isinstance(ratio, Mapping):
         kinds = tuple(ratio) or kinds
@@ -250,8 +251,8 @@ def _stage_arguments(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             widths[name] = values[name]
     if values["uniform"]:
         widths |= {"uniform": True, "protect": () if values["protect"] is None else values["protect"]}
-    arguments = {
-        "": {"seed": values["seed"] or None, "tokenizer": values["tokenizer"]},
+    everywhere = {"seed": values["seed"] or None, "tokenizer": values["tokenizer"]}
+    arguments: dict[str, dict[str, Any]] = {
         "discover": {"norm": values["norm"] or ("sliced" if values["uniform"] else None)},
         "importance": {
             "kinds": kinds,
@@ -261,7 +262,7 @@ def _stage_arguments(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "select": widths,
         "shrink": {"by_block": values["memory"] == "low" or None},
     }
-    return {stage: _given(found) for stage, found in arguments.items()}
+    return {stage: _given({**everywhere, **arguments.get(stage, {})}) for stage in STAGES}
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Errors raised on purpose: each says what is wrong, where, and what to do next."""
+"""Errors raised on purpose, each with the problem, its place and the remedy."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class PlanError(PassError, ValueError):
 
 
 class VerificationError(FxpruneError):
-    """The slim module does not compute what the masked dense one does."""
+    """The outputs of the slim module differ from those of the masked dense one."""
 
 
 class UnknownNameError(FxpruneError, ValueError):

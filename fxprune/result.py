@@ -1,4 +1,4 @@
-"""What a prune gives."""
+"""The result of a prune."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ class Result:
         return cls(graph_module, model, removal.plan, facts[Report], removal.scores)
 
     def __repr__(self) -> str:
-        """What went, in a line."""
+        """Parameters before and after, in a line."""
         dense, slim = self.report.parameters
         name = self.report.model or "a model"
         return f"<Result {name}: {dense:,} to {slim:,} parameters ({-self.report.achieved:+.1%})>"
 
     def __str__(self) -> str:
-        """Sizes before and after, and what is left of each kind, one a line."""
+        """Sizes before and after, and the units left of each kind, one a line."""
         return "\n".join((repr(self), *(f"  {name}: {dense} to {slim}" for name, dense, slim, _ in self._rows())))
 
     def _repr_html_(self) -> str:

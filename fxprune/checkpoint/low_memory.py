@@ -35,7 +35,7 @@ _BLOCK = "blk."
 """Prefix of the names of a block's tensors, followed by its number."""
 
 _WORDS = "tokenizer."
-"""Prefix of the keys of the vocabulary; no tensor depends on it, and it is long."""
+"""Prefix of the keys of the vocabulary: long, and not needed to load tensors."""
 
 
 def unpack_gguf(file: str | os.PathLike[str], folder: Path) -> None:
@@ -156,7 +156,7 @@ def _load(source: str | os.PathLike[str], unpacked: Path) -> tuple[PreTrainedMod
 
 
 def request_key(source: str | os.PathLike[str], calibration: Any, passes: str) -> str | None:
-    """Key that identifies a prune of a folder: its files, data, passes and the version of torch.
+    """Key that identifies a prune of a folder: its files, data, passes and versions of packages.
 
     None for data other than token ids: whether they are the same cannot be checked cheaply.
     """

@@ -201,7 +201,7 @@ def _check_plan(path: Path, slim: type[PreTrainedModel], manifest: Manifest) -> 
 
 
 _EDITED = (LookupError, TypeError, ValueError, AttributeError)
-"""What our own code raises over a config that someone has edited: the fault is in the file."""
+"""Errors of our own code over an edited config: the fault is in the file."""
 
 
 def _built_shapes(file: Path, slim: type[PreTrainedModel]) -> dict[str, Shape]:

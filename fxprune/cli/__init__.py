@@ -1,4 +1,4 @@
-"""The command line: prune a model, look at what went, measure, train and time the slim one, write it as a file."""
+"""The command line: prune models, inspect plans, and measure, train, time and export slim models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that list what is installed: passes and recipes."""
+"""The commands that list installed passes and recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that show plans: what one removes, and how two differ."""
+"""The commands that show plans: the removals of one, and the differences of two."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def finish() -> None:
 
 @contextlib.contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """Exit without cleanup on a signal inside this context, for imports: C code swallows what is raised inside them."""
+    """Exit without cleanup on a signal inside this context, for imports: C code swallows exceptions raised in them."""
     _state["exits"] = True
     try:
         yield

@@ -38,7 +38,7 @@ __all__ = [
 T = TypeVar("T")
 
 IGNORED = -100
-"""Label of a token that does not count in the loss: what torch and transformers ignore by default."""
+"""Label of a token that does not count in the loss: the one ignored by torch and transformers by default."""
 
 
 @dataclass(frozen=True)

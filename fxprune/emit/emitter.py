@@ -27,7 +27,7 @@ from fxprune.trace.inputs import meta_twin
 __all__ = ["Agrees", "Emission", "emit"]
 
 Agrees = Callable[[PreTrainedModel], bool]
-"""Whether an emitted model computes what it should; a ``VerificationError`` stands for a no with its reason."""
+"""Whether the outputs of an emitted model are right; a ``VerificationError`` is a no with its reason."""
 
 Reasons = tuple[str, ...]
 

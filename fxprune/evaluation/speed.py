@@ -185,7 +185,7 @@ class _Clock(StoppingCriteria):
 
 
 def _generate(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float, int | None, int | None]:
-    """Measure one generation, which is greedy and of a fixed length whatever the model's own settings are.
+    """Measure one greedy generation of a fixed length, independent of the model's own settings.
 
     Returns:
         Seconds to the first token and per further token, bytes of the cache and of peak memory.

@@ -71,7 +71,7 @@ EXACT = "exact-"
 """In front of a kind: only those of its groups that no norm or other statistic runs over."""
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
-"""A norm over fewer units: an average over those that stay, or what the dense norm computes with the others masked."""
+"""A norm over fewer units: an average over those that stay, or the dense norm with the others masked."""
 
 MEMORY: tuple[Memory, ...] = get_args(Memory)
 """Memory for sums over samples."""

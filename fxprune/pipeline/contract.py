@@ -82,7 +82,7 @@ STAGES = (
 """The stages of a prune, in the order in which they run."""
 
 _LOGGER = logging.getLogger("fxprune")
-"""Is told of each pass that has run, at the level ``INFO``."""
+"""Logs the duration of each pass, at level ``INFO``."""
 
 Kinds = tuple[type[Fact], ...]
 
@@ -125,7 +125,7 @@ class Pass(Arguments, PassBase):
     stage: ClassVar[str] = ""
     """One of :data:`STAGES`."""
     changes: ClassVar[Change] = "graph"
-    """What it may change."""
+    """The most that it may change: the graph, the weights, or nothing."""
     writes: ClassVar[bool] = True
     """Whether it writes to the memory of tensors. One that only puts others in their place is spared a copy of all."""
     needs: ClassVar[Kinds] = ()
@@ -139,13 +139,13 @@ class Pass(Arguments, PassBase):
     drops: ClassVar[Kinds] = ()
     """Classes of the facts that no longer hold after, whether or not anything changed."""
     prefetches: ClassVar[bool] = False
-    """Whether it computes where a prefetcher brings weights to, if there is one: what it reads weights for are runs of
-    :mod:`fxprune.masking`, and what it gives is on the device of the weights."""
+    """Whether it computes on the device of the prefetcher, if any: it reads weights only in runs of
+    :mod:`fxprune.masking`, and the facts it gives are on the device of the weights."""
     keeps: ClassVar[Kinds] = ()
-    """Classes of facts about what it changes that still hold after; all others about it are dropped."""
+    """Classes of facts about the graph or weights that still hold after its change; all others are dropped."""
 
     def __call__(self, graph_module: fx.GraphModule, *, inplace: bool = False) -> PassResult:
-        """Check what is needed, run, and check what was promised.
+        """Check the facts needed, run, and compare the outcome with the declarations.
 
         Args:
             inplace: change ``graph_module`` itself. By default a pass that changes something works on a copy, and one
@@ -179,7 +179,7 @@ class Pass(Arguments, PassBase):
         return PassCost()
 
     def check_arguments(self) -> None:
-        """Raise where an argument that the pass cannot do without is missing; asked before any pass runs."""
+        """Raise if a required argument is missing; called before any pass runs."""
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Raise :class:`~fxprune.errors.PassError` unless :attr:`needs` are known and :attr:`preconditions` hold."""

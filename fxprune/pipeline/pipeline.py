@@ -26,7 +26,7 @@ __all__ = ["PassSequence", "Pipeline", "Ran", "html_table"]
 
 
 def html_table(title: str, rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
-    """Return rows as an HTML table below a title; what stands in them is shown as it is written."""
+    """HTML table of rows below a title; texts are escaped."""
     lines = [_row("th", head)] if head else []
     lines += [_row("td", row) for row in rows]
     caption = Markup('<caption style="text-align: left; caption-side: top"><b>{}</b></caption>').format(title)
@@ -54,7 +54,7 @@ class Ran(Fact):
 
 
 class PassSequence(Pass):
-    """A pass that is made of others. Subclasses say which; what it needs, gives and changes follows from them."""
+    """A pass made of others, which subclasses name; its facts and changes follow from theirs."""
 
     @property
     @abstractmethod
@@ -79,27 +79,25 @@ class PassSequence(Pass):
 
     @property
     def needs(self) -> tuple[type[Fact], ...]:  # type: ignore[override]
-        """What a step needs and none before it gives."""
-        given: set[type[Fact]] = set()
-        wanted: dict[type[Fact], None] = {}
-        for step in self.steps:
-            wanted.update(dict.fromkeys(kind for kind in step.needs if kind not in given))
-            given.update(step.gives)
-        return tuple(wanted)
+        """The facts that a step needs and no step before it gives."""
+        return self._not_given("needs")
 
     @property
     def wants(self) -> tuple[type[Fact], ...]:  # type: ignore[override]
-        """The facts that a step reads if they are known and no step before it gives."""
+        """The facts that a step reads if they are known, and no step before it gives."""
+        return self._not_given("wants")
+
+    def _not_given(self, declared: str) -> tuple[type[Fact], ...]:
         given: set[type[Fact]] = set()
         found: dict[type[Fact], None] = {}
         for step in self.steps:
-            found.update(dict.fromkeys(kind for kind in step.wants if kind not in given))
+            found.update(dict.fromkeys(kind for kind in getattr(step, declared) if kind not in given))
             given.update(step.gives)
         return tuple(found)
 
     @property
     def gives(self) -> tuple[type[Fact], ...]:  # type: ignore[override]
-        """What a step gives and none after it drops."""
+        """The facts that a step gives and no later step drops."""
         given: dict[type[Fact], None] = {}
         for step in self.steps:
             for kind in step.drops:
@@ -109,7 +107,7 @@ class PassSequence(Pass):
 
     @property
     def drops(self) -> tuple[type[Fact], ...]:  # type: ignore[override]
-        """What a step drops and none after it gives."""
+        """The facts that a step drops and no later step gives."""
         return tuple(dict.fromkeys(kind for step in self.steps for kind in step.drops if kind not in self.gives))
 
     def __call__(self, graph_module: fx.GraphModule, *, inplace: bool = False) -> PassResult:
@@ -142,7 +140,7 @@ class PassSequence(Pass):
             step.check_arguments()
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raise where a step needs what is not known by its turn, or its arguments are not complete."""
+        """Raise if a step lacks a fact when it runs, or the arguments of a step are incomplete."""
         self.check_arguments()
         facts = facts_of(graph_module)
         known = {type(fact) for fact in facts}
@@ -184,7 +182,7 @@ class PassSequence(Pass):
         """Called with each step before it runs."""
 
     def _end(self, step: Pass, graph_module: fx.GraphModule, seconds: float) -> None:
-        """Called with each step after it ran, with what it returned and the time it took."""
+        """Called with each step after it ran, its result and its duration."""
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -253,8 +251,8 @@ class Pipeline(PassSequence):
     def _end(self, step: Pass, graph_module: fx.GraphModule, seconds: float) -> None:
         if not isinstance(step, Pipeline):
             facts, spelling = facts_of(graph_module), str(step)
-            told = spelling if len(spelling) <= _LONGEST else f"{step.name}{{...}}"
-            facts.put(Ran((*(facts.get(Ran) or Ran()).passes, (step.stage, told, seconds))))
+            shown = spelling if len(spelling) <= _LONGEST else f"{step.name}{{...}}"
+            facts.put(Ran((*(facts.get(Ran) or Ran()).passes, (step.stage, shown, seconds))))
 
 
 def _line(pipeline: Pipeline) -> str:

@@ -198,8 +198,8 @@ class Options(ApplyOptions, total=False):
     offload: Annotated[
         str | os.PathLike[str] | None,
         Argument(
-            "Folder for weights and intermediate results of a model larger than memory, which must be given as a "
-            "folder or hub id; a killed run resumes when it is repeated with the same arguments and files.",
+            "Keep weights and intermediate results of a model larger than memory, given as a folder or hub id, in the "
+            "folder `<offload>.unfinished`; a killed run resumes if it is repeated with the same arguments and files.",
             spelled=False,
         ),
     ]

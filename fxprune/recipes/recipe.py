@@ -19,7 +19,7 @@ from fxprune.pipeline.spelling import read_spelling, spelled_fields
 __all__ = ["NONE", "Recipe", "as_recipe", "changed", "made_for", "needs_samples", "read_recipe", "recipe_names"]
 
 NONE = "none"
-"""Spells that a stage is left out, whatever the recipe has."""
+"""Spelling of a stage left out."""
 
 _SUFFIX = ".txt"
 _COSTS = "Costs:"

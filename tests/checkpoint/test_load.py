@@ -123,3 +123,14 @@ def test_adapters_are_merged_first() -> None:
     model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(UnsupportedModelError, match=r"Call merge_and_unload\(\) first"):
         fxprune.prune(model, importance="l2")
+
+
+def test_offloading_is_an_option_of_a_prune(folder: Path) -> None:
+    """The weights stay in files, the result is the same, and nothing is left beside the folder."""
+    options: dict[str, Any] = {"importance": "l2", "compensate": "none", "tune": "none", "ratio": 0.2}
+    inside = fxprune.prune(folder, **options)
+    outside = fxprune.prune(folder, offload=folder.parent / "work", **options)
+    assert outside.plan.to_json() == inside.plan.to_json()
+    ids = token_ids(2, 8)
+    assert torch.equal(outside.model(ids).logits, inside.model(ids).logits)
+    assert [path.name for path in folder.parent.iterdir()] == ["dense"]

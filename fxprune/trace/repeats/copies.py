@@ -124,7 +124,7 @@ class _BlockForward:
         return traced, result
 
     def _check(self, source: _TracedBlock, args: Any, kwargs: Any) -> Any:
-        """Run the last block: it must trace to what a copy would be, and add no guards on sizes."""
+        """Run the last block: it must trace to the same as a copy, and add no guards on sizes."""
         mode = next((leaf.fake_mode for leaf in source.leaves if isinstance(leaf, FakeTensor)), None)
         before = None if mode is None else shape_env_state(mode)
         traced, result = self._trace(source.tracer, args, kwargs)
