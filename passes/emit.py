@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import fx
-from transformers import AutoTokenizer
 
 from fxprune.checkpoint import save_pretrained
+from fxprune.checkpoint.read import load_tokenizer
 from fxprune.checkpoint.write import check_request
 from fxprune.data.verification import VerificationInputs, make_inputs
 from fxprune.emit.emitted import Emitted, check_own_forward, emit_from_graph
@@ -147,7 +147,7 @@ class SaveCheckpointPass(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         facts = facts_of(graph_module)
         named = isinstance(self.tokenizer, str)
-        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer) if named else self.tokenizer
+        tokenizer = load_tokenizer(self.tokenizer) if named else self.tokenizer
         structure = save_pretrained(
             facts[Emitted].require_model(),
             self.folder,

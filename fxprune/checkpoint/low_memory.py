@@ -45,7 +45,7 @@ def unpack_gguf(file: str | os.PathLike[str], folder: Path) -> None:
     written in float32 before the next are read. The index is written last: a folder without one is incomplete.
     """
     path = Path(file)
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     reader = gguf.GGUFReader(path)

@@ -53,6 +53,11 @@ def test_code_in_a_folder_is_never_run(folder: Path, monkeypatch: pytest.MonkeyP
             load(folder)
     with pytest.raises(CheckpointError):
         fxprune.prune_checkpoint(folder, folder.parent / "slim", importance="l2")
+    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["own.Words", null]}}')
+    save = fxprune.load_pass("save-checkpoint", folder=str(folder.parent / "saved"), tokenizer=str(folder))
+    steps = ["find-groups", "l2", "select-by-ratio", "shrink", "emit-model", "make-report", save]
+    with pytest.raises(CheckpointError):
+        fxprune.Pipeline(steps)(fxprune.trace(tiny("llama")).graph_module)
 
 
 def test_a_run_resumes_only_for_the_same_question(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
