@@ -11,13 +11,12 @@ from contextlib import contextmanager
 from logging import WARNING
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from fxprune.checkpoint.manifest import MANIFEST
@@ -28,6 +27,9 @@ from fxprune.graph.context import Refusal, attempt, quiet, silence_stderr
 from fxprune.offload.files import offload_to, sync_writes
 from fxprune.offload.ranks import rank
 from fxprune.report.report import package_versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["load_mapped", "request_key", "resumable_folder", "unpack_gguf"]
 
@@ -45,6 +47,8 @@ def unpack_gguf(file: str | os.PathLike[str], folder: Path) -> None:
     written in float32 before the next are read. The index is written last: a folder without one is incomplete.
     """
     path = Path(file)
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint  # imports every model's machinery
+
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)

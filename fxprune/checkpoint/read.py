@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterator, Mapping
 from logging import WARNING
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from fxprune.checkpoint.exchange import folder_identity, linked_copy, restore_replaced
 from fxprune.checkpoint.manifest import MANIFEST, Manifest, check_files, check_weights, read_manifest
@@ -23,6 +23,9 @@ from fxprune.errors import CheckpointError, FxpruneError
 from fxprune.graph.context import Refusal, attempt, quiet, wrap_errors
 from fxprune.modelling.layerwise import SECTION, overrides_in
 from fxprune.pipeline.arguments import as_path, flag, refuse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "LOADING",
@@ -87,7 +90,7 @@ def from_pretrained(
     """
     name, verify = as_path("folder", folder, error=CheckpointError), flag("verify", verify)
     chosen: Any = model_class
-    if chosen is not None and not (isinstance(chosen, type) and issubclass(chosen, PreTrainedModel)):
+    if chosen is not None and not (isinstance(chosen, type) and issubclass(chosen, transformers.PreTrainedModel)):
         raise refuse("model_class", model_class, "a class of models of transformers, or None", CheckpointError)
     with wrap_errors(name, "Check the options, and copy the folder again or save the model again", CheckpointError):
         path = _local(name)

@@ -13,14 +13,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from fxprune.checkpoint.exchange import replace_folder, resolve_target, staging_folder
 from fxprune.checkpoint.manifest import (
@@ -45,6 +43,9 @@ from fxprune.offload.ranks import run_on_first
 from fxprune.pipeline.arguments import as_path, refuse, whole_number
 from fxprune.removal.plan import Plan
 from fxprune.report.report import Report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "MODELLING",
@@ -88,7 +89,7 @@ def write_modelling(model: PreTrainedModel, folder: Path) -> dict[str, str]:
 def _auto_classes(stock: type[PreTrainedModel]) -> list[str]:
     """Names of the Auto classes of transformers that load a class, the one for its task last."""
     found = []
-    for name, auto in vars(modeling_auto).items():
+    for name, auto in vars(transformers.models.auto.modeling_auto).items():
         mapping = getattr(getattr(auto, "_model_mapping", None), "_model_mapping", None)
         if isinstance(auto, type) and isinstance(mapping, dict):  # names, where a lazy mapping would import every class
             named = (names if isinstance(names, tuple | list) else (names,) for names in mapping.values())
@@ -242,7 +243,7 @@ def save_pretrained(
         CheckpointError: the folder holds something else, or the model cannot be built from plain data.
     """
     check_request(folder, tokenizer, max_shard_size)
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, transformers.PreTrainedModel):
         raise refuse("model", model, "a Hugging Face model, as in result.model", CheckpointError)
     meta = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
     if meta is not None:

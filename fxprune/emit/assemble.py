@@ -7,10 +7,10 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from fxprune.emit.blocks import KeptUnits, combined_inputs, remove_blocks
 from fxprune.emit.choices import Choice, SharedWidths, choices_for
@@ -24,6 +24,9 @@ from fxprune.modelling.block_config import put_fields
 from fxprune.modelling.blocks import BUILT_AT
 from fxprune.modelling.overrides import Overrides, apply_overrides, build_blocks
 from fxprune.trace.checks import clear_quantisation_marks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Blueprint", "Candidate", "EmissionTask", "candidates_for", "divided_attributes", "rebuild"]
 

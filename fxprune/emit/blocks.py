@@ -6,11 +6,11 @@ import copy
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from fxprune.emit.layout import BlockStack, Layout
 from fxprune.emit.load import run_on_meta
@@ -19,6 +19,9 @@ from fxprune.graph.context import Refusal
 from fxprune.graph.facts import within
 from fxprune.modelling.blocks import BUILT_AT, builder_of, names_index, renumber
 from fxprune.modelling.table_rows import INPUTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["KeptUnits", "combined_inputs", "find_inputs", "remove_blocks"]
 

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from transformers import PreTrainedModel
 
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group
@@ -28,6 +27,9 @@ from fxprune.masking.masked_run import PreciseRun, UntouchedRun, output_tensors
 from fxprune.removal.plan import Plan, keep_of, kept_of_constants
 from fxprune.removal.removal import Removal, RescaledNumber, scaled_numbers
 from fxprune.trace.inputs import alias_twin, is_hugging_face, meta_twin, written_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Emitted", "SlimVerifier", "check_own_forward", "emit_from_graph", "stock_check"]
 

@@ -7,9 +7,10 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
+import transformers
 
 from fxprune.emit.assemble import Blueprint, Candidate, EmissionTask, candidates_for, divided_attributes, rebuild
 from fxprune.emit.blocks import KeptUnits, find_inputs
@@ -24,9 +25,12 @@ from fxprune.graph.facts import within
 from fxprune.modelling.overrides import OVERRIDES, Overrides
 from fxprune.trace.inputs import meta_twin
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = ["Agrees", "Emission", "emit"]
 
-Agrees = Callable[[PreTrainedModel], bool]
+Agrees = Callable[["PreTrainedModel"], bool]
 """Whether the outputs of an emitted model are right; a ``VerificationError`` is a no with its reason."""
 
 Reasons = tuple[str, ...]
@@ -124,12 +128,12 @@ class _Emitter:
                 doubtful.append(candidate)
                 continue
             made = self.make(candidate)
-            if isinstance(made, PreTrainedModel):
+            if isinstance(made, transformers.PreTrainedModel):
                 return Emission(made)
             reasons.update(dict.fromkeys(made))
         for candidate in doubtful if self.agrees is not None else ():
             made = self.make(candidate)
-            if isinstance(made, PreTrainedModel):
+            if isinstance(made, transformers.PreTrainedModel):
                 return Emission(made)
         return Emission(None, tuple(reasons)[:_MOST_REASONS] or ("the model's class cannot be built from its config",))
 

@@ -9,10 +9,9 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
-from transformers import PreTrainedModel
 
 from fxprune.emit.snapshot import build_on_meta, part_of, take_snapshot
 from fxprune.graph.context import Refusal
@@ -20,6 +19,9 @@ from fxprune.graph.facts import within
 from fxprune.graph.tensors import set_argument
 from fxprune.modelling.block_config import put_fields
 from fxprune.removal.removal import RescaledNumber
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Attribute", "NormEpsilons", "enlarged_epsilons", "epsilon_fields", "find_epsilons", "set_attributes"]
 

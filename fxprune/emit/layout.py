@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from fxprune.emit.snapshot import (
     Reads,
@@ -24,6 +25,9 @@ from fxprune.graph.context import Refusal, call_foreign
 from fxprune.graph.facts import within
 from fxprune.modelling.block_config import put_fields
 from fxprune.modelling.blocks import builder_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["BlockStack", "Layout", "Rebuilder", "block_rebuilder", "find_layout", "model_rebuilder"]
 

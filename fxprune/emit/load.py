@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from fxprune.emit.snapshot import build_on_meta, shapes_of, without_storage
 from fxprune.graph.context import Refusal, attempt, quiet
 from fxprune.graph.shapes import MetaOpCache
 from fxprune.graph.tensors import submodule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "DryRuns",

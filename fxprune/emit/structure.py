@@ -7,12 +7,13 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from fxprune.emit.layout import find_layout
 from fxprune.emit.snapshot import part_of, shapes_of
@@ -22,6 +23,9 @@ from fxprune.modelling.blocks import BUILT_AT, CannotBuildError
 from fxprune.modelling.layerwise import SECTION, AnyWidths, Layerwise, section_of
 from fxprune.modelling.overrides import OVERRIDES, Overrides
 from fxprune.modelling.table_rows import INPUTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Structure", "describe_structure", "parse_config", "pruned_class", "stock_class", "stock_config"]
 
@@ -214,7 +218,7 @@ def _unfilled(twin: nn.Module) -> set[str]:
     """Return the modules whose non-persistent buffers stock classes cannot fill as a loader asks, tried on copies."""
     found: set[str] = set()
     for owner, model in twin.named_modules():
-        if not isinstance(model, PreTrainedModel):
+        if not isinstance(model, transformers.PreTrainedModel):
             continue
         for path, module in model.named_modules():
             buffers = module._non_persistent_buffers_set

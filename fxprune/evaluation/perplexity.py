@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, fx, nn
-from transformers import PreTrainedModel
 
 from fxprune.data.rows import load_split
 from fxprune.data.text import read_text
@@ -238,6 +238,6 @@ def _outputs(model: Any, chunks: Sequence[Tensor], track: Track) -> Iterator[Any
     if isinstance(model, PartwiseModel):
         yield from model.outputs(chunks, lambda steps, total: track(steps, "perplexity", total))
         return
-    options = {"use_cache": False} if isinstance(model, PreTrainedModel) else {}
+    options = {"use_cache": False} if isinstance(model, transformers.PreTrainedModel) else {}
     for chunk in track(chunks, "perplexity", len(chunks)):
         yield model(input_ids=chunk, **options)

@@ -16,9 +16,9 @@ from statistics import median
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch.nn import functional as F
 from torch.utils.benchmark import timer
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from fxprune.errors import ArgumentError, EvaluationError
 from fxprune.graph.context import quiet, wrap_errors
@@ -143,7 +143,7 @@ def measure_speed(
     whole_number("tokens", tokens, least=2, error=EvaluationError)
     check_track(track)
     for name, model in models.items():
-        instance(f"models[{name!r}]", model, PreTrainedModel, "a Hugging Face model", EvaluationError)
+        instance(f"models[{name!r}]", model, transformers.PreTrainedModel, "a Hugging Face model", EvaluationError)
         if not model.can_generate():
             what = f"a {type(model).__name__} does not generate"
             raise EvaluationError(what, where=name, remedy="Pass a language model")
@@ -173,7 +173,7 @@ def measure_speed(
     return speeds
 
 
-class _Clock(StoppingCriteria):
+class _Clock:
     """Records the time of each token; never stops the generation."""
 
     def __init__(self) -> None:
@@ -196,14 +196,16 @@ def _generate(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float,
         torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device) if on_gpu else 0
     clock = _Clock()
-    greedy = GenerationConfig(min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, use_cache=True)
+    greedy = transformers.GenerationConfig(
+        min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, use_cache=True
+    )
     with quiet(logging.WARNING):
         start = timer()
         found = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=greedy,
-            stopping_criteria=StoppingCriteriaList([clock]),
+            stopping_criteria=transformers.StoppingCriteriaList([clock]),
             return_dict_in_generate=True,
         )
     steps = [after - at for at, after in zip(clock.times, clock.times[1:], strict=False)]

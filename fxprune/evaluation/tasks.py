@@ -13,7 +13,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import transformers
 
 from fxprune.data.rows import json_lines
 from fxprune.errors import EvaluationError, UnknownNameError
@@ -231,7 +231,7 @@ def zero_shot(
     batch = whole_number("batch", batch, least=1, error=EvaluationError)
     if limit is not None:
         limit = whole_number("questions", limit, least=1, error=EvaluationError)
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, transformers.PreTrainedModel):
         what = f"tasks need a Hugging Face model, not a {type(model).__name__}"
         remedy = "Pass result.model; if it is None, report.model_reasons says why"
         raise EvaluationError(what, where="model", remedy=remedy)

@@ -6,11 +6,11 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
 
 from fxprune.errors import ExportError, UnknownNameError
 from fxprune.export.gguf.write import export_gguf
@@ -19,6 +19,9 @@ from fxprune.export.program import can_run_in_onnxruntime, export_graph, plain_t
 from fxprune.graph.context import quiet
 from fxprune.pipeline.arguments import SUFFIXES
 from fxprune.trace import trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["SUFFIXES", "check_options", "export_decoder", "export_model"]
 
@@ -60,7 +63,7 @@ class _Step(nn.Module):
             model.device
         )
         with torch.no_grad(), quiet(logging.ERROR), wrap_export_errors():
-            cache: Any = DynamicCache()
+            cache: Any = transformers.DynamicCache()
             model(input_ids=self.ids, past_key_values=cache, use_cache=True)
         self.blocks = [number for number, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
         if not self.blocks:
@@ -70,7 +73,7 @@ class _Step(nn.Module):
         self.empty: Past = [(keys[:, :, :0].clone(), values[:, :, :0].clone()) for keys, values in kept]
 
     def forward(self, input_ids: torch.Tensor, past: Past) -> dict[str, Any]:
-        cache: Any = DynamicCache()
+        cache: Any = transformers.DynamicCache()
         for number, (keys, values) in zip(self.blocks, past, strict=True):
             cache.update(keys, values, number)
         logits = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from fxprune.errors import ExportError
 from fxprune.export.gguf.format import Arch, joined_names, name_elsewhere, names_in_format, place_of
 from fxprune.graph.context import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["LAYOUTS", "Contents", "Decoder", "InexpressibleError", "Rotary", "lay_out", "read_decoder"]
 
@@ -103,7 +105,7 @@ _TOKENS = 12
 
 def _parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers, tied ones once; those of modules that store columns first are transposed."""
-    transposed = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)}
+    transposed = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, transformers.Conv1D)}
     found: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -7,12 +7,11 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from fxprune.errors import ExportError
 from fxprune.export.gguf.format import Type, can_quantize, load_data, type_named
@@ -21,6 +20,9 @@ from fxprune.export.gguf.reference import find_contents
 from fxprune.export.gguf.tokenizer import Entry, copy_tokenizer, describe_tokenizer
 from fxprune.export.onnx import LOW_PRECISION_TOLERANCE, atomic_path
 from fxprune.masking.compare import TOLERANCE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["check_gguf", "export_gguf", "most_common_type"]
 
