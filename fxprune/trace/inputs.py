@@ -54,7 +54,7 @@ def default_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> dict[st
     These are the ``given`` ones; if None, a Hugging Face model gets ``input_ids`` of shape (2, 7).
     """
     if given is not None:
-        order = {name: place for place, name in enumerate(inspect.signature(model.forward).parameters)}
+        order = {name: place for place, name in enumerate(forward_parameters(model))}
         return dict(sorted(given.items(), key=lambda item: order.get(item[0], len(order))))
     if not is_hugging_face(model) or getattr(model, "main_input_name", "") != "input_ids":
         raise TraceError(
@@ -63,6 +63,20 @@ def default_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> dict[st
             remedy="Pass example_inputs={'name': tensor, ...}, the keyword arguments of its forward",
         )
     return {"input_ids": torch.zeros(BATCH, TOKENS, dtype=torch.long)}
+
+
+def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
+    """Named parameters of ``forward``; where it takes ``**kwargs`` as well, also those of the ones it overrides."""
+    found: dict[str, inspect.Parameter] = {}
+    inherited = (vars(kind)["forward"].__get__(model) for kind in type(model).__mro__ if "forward" in vars(kind))
+    for forward in (model.forward, *inherited):
+        parameters = inspect.signature(forward).parameters
+        variadic = {one.kind for one in parameters.values()} & {inspect.Parameter.VAR_KEYWORD}
+        named = {name: one for name, one in parameters.items() if one.kind not in _VARIADIC}
+        found = named | found
+        if not variadic:
+            break
+    return found
 
 
 def free_axes(value: torch.Tensor) -> int:

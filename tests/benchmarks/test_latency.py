@@ -22,6 +22,7 @@ from benchmarks.latency.measure import LatencyRow, Settings, Speedup, interleave
 from benchmarks.latency.workers import ENGINES, EngineFailed, Task, Worker, Writers
 from benchmarks.pages import draw_latency, latency_page
 from tests.export.small import even, tokenizer, uneven
+from tests.tiers import tiers
 
 LARGER = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
 CASES = [Case(phase, 2, 5) for phase in ("prefill", "decode")]
@@ -91,7 +92,9 @@ def test_least_work_counts_the_output_layer_where_it_runs() -> None:
 # Engines
 
 
-@pytest.mark.parametrize("name", ["transformers", "graph", "onnxruntime", "llama.cpp f16", "llama.cpp q8_0"])
+@pytest.mark.parametrize(
+    "name", tiers(("transformers", "graph", "onnxruntime", "llama.cpp f16", "llama.cpp q8_0"), "graph", "llama.cpp f16")
+)
 def test_an_engine_reads_a_prompt_and_gives_tokens(name: str, slim: Source) -> None:
     kind = ENGINES[name]
     assert kind.missing("cpu") == "" and kind.prepare(slim).exists()

@@ -79,7 +79,7 @@ def test_a_gguf_file_becomes_the_slim_folder_that_memory_would_give(file: Path, 
 
 def test_a_gguf_file_is_unpacked_once(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load_mapped(file, tmp_path)
-    monkeypatch.setattr("fxprune.checkpoint.low_memory.load_gguf_checkpoint", None)
+    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint", None)
     load_mapped(file, tmp_path)
     assert request_key(file, None, "") != request_key(file.parent, None, "")
     assert request_key(file, [{"input_ids": token_ids()}], "") is None, "which rows these are is not known beforehand"
@@ -205,7 +205,7 @@ def test_a_gguf_file_is_read_a_block_at_a_time(file: Path, tmp_path: Path, monke
         read.append(len(found["tensors"]))
         return found
 
-    monkeypatch.setattr("fxprune.checkpoint.low_memory.load_gguf_checkpoint", load)
+    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint", load)
     true_reader = gguf.GGUFReader
     unpack_gguf(file, tmp_path)
     whole = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).state_dict()

@@ -59,7 +59,7 @@ def llama() -> fxprune.Result:
 
 @pytest.mark.parametrize(
     "names",
-    [("llama, tied", "llama, bfloat16"), pytest.param(("gemma3_text", "bloom"), marks=pytest.mark.slow)],
+    [("llama, tied",), pytest.param(("llama, bfloat16", "gemma3_text", "bloom"), marks=pytest.mark.slow)],
     ids=" and ".join,
 )
 def test_programs_run_without_the_package(names: tuple[str, ...], tmp_path: Path) -> None:

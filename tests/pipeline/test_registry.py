@@ -56,6 +56,7 @@ def test_the_stages_have_their_passes() -> None:
         pass_names("nothing")
 
 
+@pytest.mark.slow
 def test_a_foreign_package_registers_a_pass_that_keeps_the_contract(tmp_path: Path) -> None:
     """The same checks as for our own, in a process where a foreign package and two broken ones are installed."""
     install(tmp_path, "plugin", PLUGIN, "largest = plugin:LargestImportancePass")

@@ -21,6 +21,7 @@ from fxprune.trace.repeats.copies import skip_repeats
 from fxprune.trace.repeats.grouping import Dependence, Repeats, find_dependence, find_repeats, record_calls
 from tests.models import tiny
 from tests.oracle import Net
+from tests.tiers import tiers
 
 CAPTURE = sys.modules["fxprune.trace.capture"]
 DEPTH = 6
@@ -137,7 +138,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], bool, int]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiers(FAMILIES, "gpt2", "mixtral"))
 def test_the_graph_of_a_family_is_the_same(family: str) -> None:
     config, dynamic, count = FAMILIES[family]
     assert copied(tiny(family, **config).to("meta"), dynamic=dynamic) == count
