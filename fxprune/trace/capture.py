@@ -37,7 +37,15 @@ from fxprune.trace.checks import (
     model_dtype,
 )
 from fxprune.trace.fidelity import Fidelity, compare_with_module
-from fxprune.trace.inputs import blank, default_inputs, dynamic_dims, fake_twin, hooks_left_out, without_cache
+from fxprune.trace.inputs import (
+    blank,
+    default_inputs,
+    dynamic_dims,
+    fake_twin,
+    hooks_left_out,
+    name_arguments,
+    without_cache,
+)
 from fxprune.trace.limits import input_sizes, limit_sizes, pin_sizes
 from fxprune.trace.lower import lower
 from fxprune.trace.repeats.copies import skip_repeats
@@ -235,6 +243,7 @@ def _export(
     twin = fake_twin(model, mode, native, dtype)
     inputs = tree_map(lambda value: blank(value, native, dtype), inputs) | without_cache(twin)
     dims = dynamic_dims(inputs)
+    name_arguments(twin, inputs)
     skip_repeats(twin, repeats)
     if not dynamic:
         with mode:

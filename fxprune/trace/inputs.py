@@ -27,9 +27,11 @@ __all__ = [
     "default_inputs",
     "dynamic_dims",
     "fake_twin",
+    "forward_parameters",
     "free_axes",
     "hooks_left_out",
     "is_hugging_face",
+    "name_arguments",
     "meta_twin",
     "without_cache",
     "written_parameters",
@@ -66,17 +68,25 @@ def default_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> dict[st
 
 
 def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
-    """Named parameters of ``forward``; where it takes ``**kwargs`` as well, also those of the ones it overrides."""
+    """Named parameters of ``forward``; where it passes ``**kwargs`` on, also those of the ones it overrides."""
     found: dict[str, inspect.Parameter] = {}
-    inherited = (vars(kind)["forward"].__get__(model) for kind in type(model).__mro__ if "forward" in vars(kind))
-    for forward in (model.forward, *inherited):
+    overridden = (vars(kind)["forward"].__get__(model) for kind in type(model).__mro__ if "forward" in vars(kind))
+    for forward in (model.forward, *overridden):
         parameters = inspect.signature(forward).parameters
-        variadic = {one.kind for one in parameters.values()} & {inspect.Parameter.VAR_KEYWORD}
-        named = {name: one for name, one in parameters.items() if one.kind not in _VARIADIC}
-        found = named | found
-        if not variadic:
+        named = {name: one for name, one in parameters.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
+        found = {**found, **named, **found}
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
             break
     return found
+
+
+def name_arguments(twin: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Give the ``forward`` of a copy a signature that names all ``inputs``: ``torch.export`` fixes sizes in others."""
+    forward, own = twin.forward, inspect.signature(twin.forward).parameters
+    if not own.keys() >= inputs.keys():
+        named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in inputs]
+        twin.forward = lambda **given: forward(**given)
+        twin.forward.__signature__ = inspect.Signature(named)
 
 
 def free_axes(value: torch.Tensor) -> int:
@@ -173,15 +183,14 @@ class _Writes(TorchDispatchMode):
 def without_cache(model: Any) -> dict[str, bool]:
     """Disable the cache of ``model``, a copy; return the arguments of ``forward`` that are needed for it.
 
-    The argument is passed only if ``forward`` names it: among its ``**kwargs``, ``torch.export`` would make all sizes
-    static.
+    The argument is passed only if ``forward`` names it: a class without a cache may not pass it on.
     """
     if not is_hugging_face(model):
         return {}
     for config in (model.config, model.config.get_text_config()):
         if hasattr(config, "use_cache"):
             config.use_cache = False
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    return {"use_cache": False} if "use_cache" in forward_parameters(model) else {}
 
 
 def hooks_left_out(model: nn.Module) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from fxprune.graph.compat import (
     tree_unflatten,
 )
 from fxprune.graph.tensors import base_name
+from fxprune.trace.inputs import forward_parameters
 
 __all__ = ["lower"]
 
@@ -153,7 +154,7 @@ Specs = Sequence[tuple[fx.Node, InputSpec]]
 
 
 def _add_inputs(
-    graph: fx.Graph, called: Mapping[str, Any], forward: Callable[..., Any], taken: Container[str | None]
+    graph: fx.Graph, called: Mapping[str, Any], model: nn.Module, taken: Container[str | None]
 ) -> dict[str, fx.Node]:
     """Add a placeholder for each keyword to an empty graph.
 
@@ -161,7 +162,7 @@ def _add_inputs(
     name is ``taken`` by a weight gets a node of another name.
     """
     made: dict[str, fx.Node] = {}
-    optional = _optional(called, forward)
+    optional = _optional(called, forward_parameters(model))
     for name, value in called.items():
         default = (_example(value),) if name in optional else ()
         node = graph.create_node("placeholder", name, default, name=f"{name}_input" if name in taken else name)
@@ -195,9 +196,8 @@ def _example(value: Any) -> Any:
     return value.meta.get("val") if isinstance(value, fx.Node) else value
 
 
-def _optional(called: Mapping[str, Any], forward: Callable[..., Any]) -> set[str]:
+def _optional(called: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> set[str]:
     """The trailing inputs whose values are the defaults of ``forward``, which callers may omit."""
-    parameters = inspect.signature(forward).parameters
     found: set[str] = set()
     for name in reversed(list(called)):
         value, parameter = called[name], parameters.get(name)
@@ -245,7 +245,7 @@ def lower(
     given = [node for node, spec in specs if spec.kind == InputKind.USER_INPUT]
     _, keywords = tree_unflatten(given, program.call_spec.in_spec)
     called = {name: value for name, value in keywords.items() if name not in fixed}
-    made = _add_inputs(graph, called, model.forward, {spec.target for _, spec in specs})
+    made = _add_inputs(graph, called, model, {spec.target for _, spec in specs})
     env: dict[fx.Node, Any] = {}
     attributes = _lower_weights(program, model, specs, graph, env)
     env.update(_read_leaves(graph, called, made))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import gguf
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import fxprune
@@ -79,7 +80,7 @@ def test_a_gguf_file_becomes_the_slim_folder_that_memory_would_give(file: Path, 
 
 def test_a_gguf_file_is_unpacked_once(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load_mapped(file, tmp_path)
-    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint", None)
+    monkeypatch.setattr(sys.modules[load_gguf_checkpoint.__module__], "load_gguf_checkpoint", None)
     load_mapped(file, tmp_path)
     assert request_key(file, None, "") != request_key(file.parent, None, "")
     assert request_key(file, [{"input_ids": token_ids()}], "") is None, "which rows these are is not known beforehand"
@@ -200,14 +201,15 @@ def test_a_slim_folder_is_pruned_again(source: Path, tmp_path: Path) -> None:
 def test_a_gguf_file_is_read_a_block_at_a_time(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = list[int]()
 
-    def load(path: str, tensors: bool, model: PreTrainedModel) -> Any:
-        found = load_gguf_checkpoint(path, tensors, model)
-        read.append(len(found["tensors"]))
+    def load(*given: Any, **options: Any) -> Any:
+        found = load_gguf_checkpoint(*given, **options)
+        read.extend([len(found["tensors"])] if "tensors" in found else [])
         return found
 
-    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint", load)
     true_reader = gguf.GGUFReader
-    unpack_gguf(file, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[load_gguf_checkpoint.__module__], "load_gguf_checkpoint", load)
+        unpack_gguf(file, tmp_path)
     whole = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).state_dict()
     assert sum(read) == len(whole) and max(read) == 9, "a block has nine weights"
     assert gguf.GGUFReader is true_reader
