@@ -32,7 +32,14 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option(help="Comma-separated tasks of lm-eval, as in 'piqa,arc_easy', or .jsonl files.")
     ] = None,
-    compare: Annotated[str | None, typer.Option(help="Model to compare with, usually the dense one.")] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Model to compare predictions, choices and answers with, usually the dense one."),
+    ] = None,
+    answers: Annotated[
+        bool | None,
+        typer.Option("--answers/--no-answers", help="Answer plain questions (default: with --compare)."),
+    ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens that the model sees at once.")] = 256,
     windows: Annotated[
         int | None, typer.Option(min=1, help="Most windows of a text (default: all; 64 of the built-in text).")
@@ -47,7 +54,7 @@ def evaluate(
     quiet: flags.QuietButResult = False,
     as_json: flags.Json = False,
 ) -> None:
-    """Measure MODELS, dense or slim: size, perplexity on texts, accuracy on tasks."""
+    """Measure MODELS, dense or slim: size, perplexity on texts, accuracy on tasks, greedy answers."""
     from fxprune.evaluation.comparison import Comparison
     from fxprune.evaluation.tasks import check_tasks
     from fxprune.offload.ranks import is_first
@@ -56,6 +63,7 @@ def evaluate(
         ("--dtype", dtype, "weights on disk are used in the dtype of their files"),
         ("--device", device, "weights on disk are used on the CPU"),
         ("--tasks", tasks, "each question would read all weights"),
+        ("--answers", answers or None, "each token would read all weights"),
     ):
         if low_memory and value is not None:
             raise EvaluationError(reason, where=f"--low-memory with {option}", remedy="Leave one of them out")
@@ -67,11 +75,14 @@ def evaluate(
     settings = {"window": window, "windows": windows, "questions": questions}
     options: dict[str, Any] = {"batch": batch, "tasks": named, "track": progress, **settings}
     options |= {"texts": _texts(text or (), named), "memory": "low" if low_memory else "fast"}
+    options["generate"] = (compare is not None if answers is None else answers) and not low_memory
     if not low_memory:
         keep_freed()
     with tempfile.TemporaryDirectory() if low_memory else nullcontext() as place:
         work = None if place is None else Path(place)
-        comparison = Comparison(_measure(compared, {"dtype": dtype, "device": device}, options, work), settings)
+        loading = {"dtype": dtype, "device": device}
+        columns = _measure(compared, loading, options, work, has_reference=compare is not None)
+        comparison = Comparison(columns, settings)
     if not is_first():  # processes that share the windows compute the same
         return
     if as_json:
@@ -95,17 +106,23 @@ def _texts(given: Sequence[str], tasks: Sequence[str]) -> dict[str, str | Path]:
 
 
 def _measure(
-    models: Mapping[str, str], loading: Mapping[str, Any], options: Mapping[str, Any], work: Path | None
+    models: Mapping[str, str],
+    loading: Mapping[str, Any],
+    options: Mapping[str, Any],
+    work: Path | None,
+    *,
+    has_reference: bool,
 ) -> tuple[Column, ...]:
     """Measure one model after the other; one without a tokenizer uses that of the model before it.
 
-    Weights stay on disk if there is a folder to unpack GGUF files in, ``work``.
+    Weights stay on disk if there is a folder to unpack GGUF files in, ``work``. Else the first model may be the
+    reference of the others; it then stays in memory.
     """
     from fxprune.checkpoint.low_memory import load_mapped
-    from fxprune.evaluation.comparison import measure_model
+    from fxprune.evaluation.comparison import Reference, measure_model
 
     columns: list[Column] = []
-    tokenizer = None
+    tokenizer = reference = None
     for name, place in models.items():
         if work is None:
             model, own = load_pair(place, needed=tokenizer is None, **loading)
@@ -116,5 +133,8 @@ def _measure(
             with working(f"loading {place}"):
                 model = load_mapped(locate_model(place), folder)
         tokenizer = own or tokenizer
-        columns.append(measure_model(name, model, tokenizer, **options))
+        columns.append(measure_model(name, model, tokenizer, reference=reference, **options))
+        if has_reference and work is None and reference is None:
+            reference = Reference(model)
+            reference.keep(columns[0].evaluation)
     return tuple(columns)

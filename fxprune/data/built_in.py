@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fxprune.data.calibration import spread
-from fxprune.data.text import calibration_text, paragraphs, token_windows
+from fxprune.data.text import calibration_text, opening_tokens, paragraphs, token_windows
 from fxprune.errors import CalibrationError
 from fxprune.graph.context import Refusal, attempt, eval_mode, preserve_rng, quiet
 from fxprune.pipeline.contract import Track, no_progress
@@ -126,7 +126,8 @@ def built_in_samples(
     text = "\n\n".join(filter(None, (general_text(), general_chats(tokenizer))))
     windows = token_windows(tokenizer, f"{text}\n\n{offline_text()}", tokens)
     places = range(len(windows))
-    general = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) // tokens
+    body = max(tokens - len(opening_tokens(tokenizer)), 1)
+    general = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) // body
     taken = list(spread(places[:general], samples))
     if beyond:
         taken += spread(places[general:], None if samples is None else max(0, samples - general))
@@ -198,10 +199,12 @@ def generated_samples(
 ) -> torch.Tensor:
     """Calibration samples ``(samples, tokens)`` that a model generates itself.
 
-    Each sample begins with one token drawn from the vocabulary; if the tokenizer has a chat template, half of them
-    begin as a chat does, up to the user's message. Sources: Liu et al., "LLM-QAT: Data-Free Quantization Aware
-    Training for Large Language Models" (arXiv 2305.17888), for the token; Xu et al., "Magpie: Alignment Data Synthesis
-    from Scratch by Prompting Aligned LLMs with Nothing" (arXiv 2406.08464), for the chat.
+    Each sample begins as the tokenizer begins a text, with one token drawn from the vocabulary; if the tokenizer has a
+    chat template, half of them begin as a chat does, up to the user's message.
+
+    Sources: Liu et al., "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models" (arXiv 2305.17888),
+    for the token; Xu et al., "Magpie: Alignment Data Synthesis from Scratch by Prompting Aligned LLMs with Nothing"
+    (arXiv 2406.08464), for the chat.
 
     Args:
         model: one that :func:`can_generate`.
@@ -210,7 +213,8 @@ def generated_samples(
     draw = torch.Generator().manual_seed(seed)
     chat = chat_start(tokenizer)[-max(1, tokens // _LONGEST) :]
     chats = samples // 2 if chat else 0
-    starts = vocabulary[torch.randint(len(vocabulary), (samples - chats,), generator=draw)][:, None]
+    drawn = vocabulary[torch.randint(len(vocabulary), (samples - chats,), generator=draw)][:, None]
+    starts = torch.cat([torch.tensor(opening_tokens(tokenizer), dtype=torch.long).expand(len(drawn), -1), drawn], dim=1)
     kinds = (("the model writes", starts, len(starts)), ("the model chats", torch.tensor([chat]), chats))
     written = [generate_samples(model, begun, n, tokens, seed, track, what) for what, begun, n in kinds if n]
     return torch.cat(written)[torch.randperm(samples, generator=draw)]

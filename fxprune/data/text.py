@@ -20,6 +20,7 @@ __all__ = [
     "calibration_texts",
     "calibration_windows",
     "check_tokenizer",
+    "opening_tokens",
     "paragraphs",
     "read_text",
     "split_calibration_heldout",
@@ -94,26 +95,45 @@ def _row_text(row: Row | BadRow, path: Path, tokenizer: Any) -> tuple[str, bool]
     return text, False
 
 
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """Token ids that a tokenizer puts before every text, such as a beginning-of-sequence token; empty if none.
+
+    Some models predict well after these tokens alone, which most of their heads attend to.
+    """
+    if not callable(tokenizer):
+        return []
+    bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    start = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), 0)
+    return list(ids[:start])
+
+
 def calibration_windows(tokenizer: Any, text: str, samples: int | None, tokens: int, where: str) -> torch.Tensor:
     """Token ids ``(samples, tokens)`` of windows that do not overlap, spread evenly over the text.
+
+    Each begins with the tokens that the tokenizer puts before a text.
 
     Args:
         samples: number of windows; None for as many as there are, up to 1,024.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    windows = len(ids) // tokens
+    opening = opening_tokens(tokenizer)
+    body = max(tokens - len(opening), 1)
+    windows = len(ids) // body
     samples = min(max(windows, 1), MOST_SAMPLES) if samples is None else samples
     if windows < samples:
         what = f"{len(ids):,} tokens are fewer than {samples:,} sample{'s' if samples > 1 else ''} of {tokens:,}"
         raise CalibrationError(what, where=where, remedy="Give a longer text, or smaller --samples or --tokens")
-    starts = [i * windows // samples * tokens for i in range(samples)]
-    return torch.tensor([ids[start : start + tokens] for start in starts])
+    starts = [i * windows // samples * body for i in range(samples)]
+    return torch.tensor([[*opening, *ids[start : start + body]][:tokens] for start in starts])
 
 
 def token_windows(
     tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, limit: int | None = None
 ) -> torch.LongTensor:
     """Token ids ``(windows, tokens)`` of windows that do not overlap, in the order of the text.
+
+    Each begins with the tokens that the tokenizer puts before a text.
 
     Args:
         text: the text to cut; the rest after the last whole window is dropped.
@@ -122,11 +142,15 @@ def token_windows(
     if tokens < 1 or (limit is not None and limit < 1):
         raise DataError(f"tokens={tokens} and limit={limit}", where="tokens", remedy="Pass positive numbers")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    windows = len(ids) // tokens if limit is None else min(limit, len(ids) // tokens)
+    opening = opening_tokens(tokenizer)
+    body = max(tokens - len(opening), 1)
+    windows = len(ids) // body if limit is None else min(limit, len(ids) // body)
     if not windows:
         what = f"a text of {len(ids)} tokens holds no window of {tokens}"
         raise DataError(what, where="text", remedy="Give a longer text or shorter windows")
-    return torch.LongTensor(ids[: windows * tokens]).view(windows, tokens)  # type: ignore[return-value]
+    rows = torch.tensor(ids[: windows * body]).view(windows, body)
+    before = torch.tensor(opening, dtype=torch.long).expand(windows, -1)
+    return torch.cat([before, rows], dim=1)[:, :tokens]  # type: ignore[return-value]
 
 
 def paragraphs(text: str) -> Iterator[str]:

@@ -15,25 +15,28 @@ from rich.table import Table
 from torch import nn
 
 from fxprune.errors import EvaluationError
+from fxprune.evaluation.generation import Answers, Generation, answer_questions, compare_answers
 from fxprune.evaluation.perplexity import Perplexity, load_corpus, named_corpora, text_perplexity
 from fxprune.evaluation.speed import time_interleaved, timed_call
 from fxprune.evaluation.tasks import LocalTask, TaskScore, named_tasks, zero_shot
 from fxprune.graph.context import wrap_errors
 from fxprune.graph.counting import TOKENS, count_macs
 from fxprune.masking.parts import PartwiseModel
-from fxprune.pipeline.arguments import instance, numbers, one_of, refuse, whole_number
+from fxprune.pipeline.arguments import flag, instance, numbers, one_of, refuse, whole_number
 from fxprune.pipeline.contract import Track, check_track, no_progress
 from fxprune.trace import trace
 
-__all__ = ["Column", "Comparison", "Evaluation", "compare_models", "evaluate", "measure_model"]
+__all__ = ["Column", "Comparison", "Evaluation", "Reference", "compare_models", "evaluate", "measure_model"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality of a model: perplexity by name of the text, accuracy by name of the task."""
+    """Quality of a model: perplexity by name of the text, accuracy by name of the task, and of its greedy answers."""
 
     perplexities: Mapping[str, Perplexity] = field(default_factory=dict)
     tasks: Mapping[str, TaskScore] = field(default_factory=dict)
+    generation: Generation | None = None
+    answers: Answers | None = None
 
     @property
     def average(self) -> float | None:
@@ -44,13 +47,38 @@ class Evaluation:
         """All numbers as plain data, without the single answers."""
         scores = {name: asdict(score) for name, score in self.tasks.items()}
         for score in scores.values():
-            del score["correct"]
+            del score["correct"], score["answers"]
         perplexities = {name: asdict(value) for name, value in self.perplexities.items()}
-        return {"perplexities": perplexities, "tasks": scores, "average": self.average}
+        generation = None if self.generation is None else asdict(self.generation)
+        answers = {} if self.answers is None else dict(zip(self.answers.questions, self.answers.texts, strict=True))
+        return {
+            "perplexities": perplexities,
+            "tasks": scores,
+            "average": self.average,
+            "generation": generation,
+            "answers": answers,
+        }
 
     def to_json(self) -> str:
         """The data of :meth:`to_dict` as a JSON document."""
         return json.dumps(self.to_dict(), indent=2)
+
+
+class Reference:
+    """A model that others are compared with, usually the dense one; its answers are generated once."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._answers: Answers | None = None
+
+    def keep(self, evaluation: Evaluation) -> None:
+        """Keep the answers of an evaluation of this model."""
+        self._answers = evaluation.answers
+
+    def answers(self, tokenizer: Any, batch: int, track: Track) -> Answers:
+        if self._answers is None:
+            self._answers = answer_questions(self.model, tokenizer, batch=batch, track=track)
+        return self._answers
 
 
 @wrap_errors("evaluate", "Pass a language model, its own tokenizer, and texts or tasks", EvaluationError)
@@ -66,9 +94,11 @@ def evaluate(
     questions: int | None = None,
     batch: int = 8,
     memory: str = "fast",
+    reference: Any = None,
+    generate: bool = False,
     track: Track = no_progress,
 ) -> Evaluation:
-    """Measure the perplexity of a model on texts and its accuracy on tasks.
+    """Measure the perplexity of a model on texts, its accuracy on tasks, and its greedy answers to plain questions.
 
     The processes of a torch process group share the windows of a text; all of them must call this function.
 
@@ -86,6 +116,9 @@ def evaluate(
         batch: sequences per call.
         memory: ``low`` runs all windows of a text through one part of the model after the other, so that weights in
             files are read once. The numbers are the same. Tasks always run on the whole model.
+        reference: the dense model, or a :class:`Reference`, with the same tokenizer: predictions on texts and answers
+            are compared with its own.
+        generate: whether the model answers the questions of :func:`fxprune.evaluation.plain_questions`.
         track: shows progress on texts, as ``track(items, what, total)``.
 
     Raises:
@@ -97,19 +130,32 @@ def evaluate(
     if questions is not None:
         whole_number("questions", questions, least=1, error=EvaluationError)
     corpora, asked = named_corpora(texts), named_tasks(tasks)
-    if not corpora and not asked:
+    if not corpora and not asked and not flag("generate", generate):
         raise EvaluationError("no texts and no tasks", where="evaluate", remedy="Give at least one of them")
     one_of("memory", memory, ("fast", "low"))
+    other = reference if reference is None or isinstance(reference, Reference) else Reference(reference)
     predicts = PartwiseModel(model) if memory == "low" and corpora else model
     loaded = {name: load_corpus(source) for name, source in corpora.items()}
     perplexities = {
         name: text_perplexity(
-            predicts, tokenizer, text, window=window, stride=stride, limit=windows, batch=batch, track=track
+            predicts,
+            tokenizer,
+            text,
+            window=window,
+            stride=stride,
+            limit=windows,
+            batch=batch,
+            reference=None if other is None else other.model,
+            track=track,
         )
         for name, text in loaded.items()
     }
     scores = zero_shot(model, tokenizer, tasks, limit=questions, batch=batch) if asked else {}
-    return Evaluation(perplexities, scores)
+    if not generate:
+        return Evaluation(perplexities, scores)
+    answers = answer_questions(model, tokenizer, batch=batch, track=track)
+    theirs = None if other is None else other.answers(tokenizer, batch, track)
+    return Evaluation(perplexities, scores, compare_answers(answers, theirs), answers)
 
 
 @dataclass(frozen=True)
@@ -159,6 +205,29 @@ class Comparison:
             spread += variance(rest) / len(rest) if len(rest) > 1 else 0.0
         return ratio, spread**0.5 / total
 
+    def difference(self, name: str, task: str) -> tuple[float, float]:
+        """Accuracy of a model minus that of the first one, and its standard error, from the same questions."""
+        pairs = self._pairs(name, task)
+        return _mean([theirs.correct[i] - ours.correct[i] for ours, theirs, i in pairs])
+
+    def flips(self, name: str, tasks: Sequence[str]) -> tuple[tuple[float, float], tuple[float, float]] | None:
+        """Fractions of answers that differ from the first model's, with standard errors.
+
+        Of the questions that the first model answers right, those that the other answers wrong; and of all questions,
+        those with another choice. None if the tasks have no choices.
+
+        Source: Dutta et al., "Accuracy is Not All You Need" (arXiv 2407.09141).
+        """
+        pairs = [pair for task in tasks for pair in self._pairs(name, task) if pair[0].answers and pair[1].answers]
+        lost = [1 - theirs.correct[i] for ours, theirs, i in pairs if ours.correct[i]]
+        changed = [float(ours.answers[i] != theirs.answers[i]) for ours, theirs, i in pairs]
+        return (_mean(lost), _mean(changed)) if lost else None
+
+    def _pairs(self, name: str, task: str) -> list[tuple[TaskScore, TaskScore, int]]:
+        ours = self.columns[0].evaluation.tasks[task]
+        theirs = next(column.evaluation.tasks[task] for column in self.columns if column.name == name)
+        return [(ours, theirs, i) for i in range(min(len(ours.correct), len(theirs.correct)))]
+
     @property
     def informed(self) -> tuple[str, ...]:
         """The tasks on which the first model beats guessing by more than a standard error."""
@@ -177,9 +246,17 @@ class Comparison:
         for text in self.columns[0].evaluation.perplexities:
             values = [column.evaluation.perplexities[text] for column in self.columns]
             yield f"perplexity, {text}", *(f"{v.value:.2f} ± {v.standard_error:.2f}" for v in values)
+            yield from _text_rows(values)
+        yield from self._task_rows()
+        yield from _answer_rows([column.evaluation.generation for column in self.columns])
+
+    def _task_rows(self) -> Iterator[tuple[str, ...]]:
         for task, score in self.columns[0].evaluation.tasks.items():
             scores = [column.evaluation.tasks[task] for column in self.columns]
             yield f"{task}, {score.metric}", *(f"{s.value:.3f} ± {s.standard_error:.3f}" for s in scores)
+            if len(self.columns) > 1:
+                apart = [self.difference(column.name, task) for column in self.columns[1:]]
+                yield "  difference", "", *(f"{mean:+.3f} ± {error:.3f}" for mean, error in apart)
         if self.columns[0].evaluation.tasks:
             yield "average", *(f"{column.evaluation.average:.3f}" for column in self.columns)
         if self.informed:
@@ -187,6 +264,11 @@ class Comparison:
             guessed = [task for task in self.columns[0].evaluation.tasks if task not in self.informed]
             label = f"retained, except for {', '.join(guessed)}" if guessed else "retained"
             yield label, *(f"{k[0]:.1%} ± {k[1]:.1%}" if k else "" for k in kept)
+        tasks = tuple(self.columns[0].evaluation.tasks)
+        flips = [self.flips(column.name, tasks) for column in self.columns[1:]]
+        for i, label in enumerate(("right answers lost", "choices changed")):
+            if any(flips):
+                yield label, "", *(f"{f[i][0]:.1%} ± {f[i][1]:.1%}" if f else "" for f in flips)
 
     def to_dict(self) -> dict[str, Any]:
         """All measurements as plain data."""
@@ -194,7 +276,10 @@ class Comparison:
         for column in self.columns:
             kept = self.retained(column.name)
             numbers = {**asdict(column), "evaluation": column.evaluation.to_dict()}
-            columns.append({**numbers, "retained": kept and kept[0], "retained_standard_error": kept and kept[1]})
+            flips = {task: self.flips(column.name, [task]) for task in column.evaluation.tasks}
+            apart = {task: self.difference(column.name, task) for task in column.evaluation.tasks}
+            paired = {"difference": apart, "flips": flips, "retained": kept and kept[0]}
+            columns.append({**numbers, **paired, "retained_standard_error": kept and kept[1]})
         return {"settings": dict(self.settings), "columns": columns, "retained_of": list(self.informed)}
 
     def to_json(self) -> str:
@@ -252,6 +337,41 @@ class Comparison:
         figure.legend(bars, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize="small")
         figure.savefig(path)
         return Path(path)
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    error = (variance(values) / len(values)) ** 0.5 if len(values) > 1 else 0.0
+    return sum(values) / max(len(values), 1), error
+
+
+def _text_rows(values: Sequence[Perplexity]) -> Iterator[tuple[str, ...]]:
+    """Rows about predictions on a text."""
+    yield "  bits per byte", *(f"{v.bits_per_byte:.3f} ± {v.bits_per_byte_error:.3f}" for v in values)
+    for label, cell in (
+        ("  perplexity over dense", "{0.ratio:.3f} ± {0.ratio_error:.3f}"),
+        ("  divergence, nats", "{0.mean:.3f} ± {0.mean_error:.3f}"),
+        ("  divergence, 99th percentile", "{0.percentile_99:.2f}"),
+        ("  same first token", "{0.agreement:.1%} ± {0.agreement_error:.1%}"),
+    ):
+        if any(value.divergence for value in values):
+            yield label, *("" if v.divergence is None else cell.format(v.divergence) for v in values)
+
+
+def _answer_rows(found: Sequence[Generation | None]) -> Iterator[tuple[str, ...]]:
+    """Rows about greedy answers."""
+    for label, name in (
+        ("answers: words of the dense one's, F1", "overlap"),
+        ("  tokens before they differ", "same_start"),
+        ("  the same to the end", "same"),
+        ("  4-grams repeated", "repetition"),
+    ):
+        values = [(getattr(g, name, None), getattr(g, f"{name}_error", None)) for g in found]
+        if any(value is not None for value, _ in values):
+            yield label, *("" if value is None else f"{value:.1%} ± {error:.1%}" for value, error in values)
+    if any(found):
+        pairs = ("" if g is None else f"{g.distinct_1:.2f}, {g.distinct_2:.2f}" for g in found)
+        yield "  distinct tokens, pairs of tokens", *pairs
 
 
 @wrap_errors("compare_models", "Pass language models, and the tokenizer of all of them", EvaluationError)

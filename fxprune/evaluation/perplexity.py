@@ -1,10 +1,11 @@
-"""Perplexity on windows of tokens, on the paper's corpora or on files."""
+"""Perplexity on windows of tokens, on the paper's corpora or on files, and divergence from a reference model."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import transformers
 from torch import Tensor, fx, nn
 
 from fxprune.data.rows import load_split
-from fxprune.data.text import read_text
+from fxprune.data.text import opening_tokens, read_text
 from fxprune.errors import EvaluationError, UnknownNameError
 from fxprune.graph.context import eval_mode, silence_stderr, wrap_errors
 from fxprune.masking.parts import PartwiseModel
@@ -22,7 +23,16 @@ from fxprune.offload.ranks import all_reduce, input_device, is_sharded, shard_in
 from fxprune.pipeline.arguments import format_value, function, instance, refuse, whole_number
 from fxprune.pipeline.contract import Track, no_progress
 
-__all__ = ["CORPORA", "Perplexity", "load_corpus", "logits_of", "named_corpora", "perplexity", "text_perplexity"]
+__all__ = [
+    "CORPORA",
+    "Divergence",
+    "Perplexity",
+    "load_corpus",
+    "logits_of",
+    "named_corpora",
+    "perplexity",
+    "text_perplexity",
+]
 
 CORPORA: Mapping[str, Mapping[str, Any]] = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test", "field": "text"},
@@ -92,6 +102,34 @@ class Perplexity:
     stride: int
     windows: int
     predicted: int
+    bits_per_byte: float = 0.0
+    bits_per_byte_error: float = 0.0
+    divergence: Divergence | None = None
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Distance of a model's predictions from those of a reference model, on the same windows.
+
+    Standard errors are over windows, since tokens of one window are not independent.
+
+    Args:
+        mean: mean Kullback-Leibler divergence KL(reference || model) of the next token, in nats.
+        mean_error: its standard error.
+        percentile_99: its 99th percentile over tokens, in nats.
+        agreement: fraction of tokens for which both models rank the same token first.
+        agreement_error: its standard error.
+        ratio: perplexity over that of the reference.
+        ratio_error: its standard error, from differences window by window.
+    """
+
+    mean: float
+    mean_error: float
+    percentile_99: float
+    agreement: float
+    agreement_error: float
+    ratio: float
+    ratio_error: float
 
 
 @wrap_errors("perplexity", _REMEDY, EvaluationError)
@@ -104,50 +142,96 @@ def text_perplexity(
     stride: int | None = None,
     limit: int | None = None,
     batch: int = 4,
+    reference: Callable[..., Any] | None = None,
     track: Track = no_progress,
 ) -> Perplexity:
-    """Perplexity of a text.
+    """Perplexity of a text, in bits per byte too, and the divergence from a reference model.
+
+    Each window begins with the tokens that the tokenizer puts before a text, such as a beginning-of-sequence token;
+    they are not predicted.
 
     Args:
         model: as for :func:`perplexity`.
-        window: tokens per window.
-        stride: tokens between the starts of two windows; None for ``window``, so that windows do not overlap.
+        window: tokens per window, with those before a text.
+        stride: tokens between the starts of two windows; None for as many as a window has of the text, so that windows
+            do not overlap.
         limit: most windows, evenly spaced over the text; None for all.
+        reference: a model with the same tokenizer, usually the dense one, to compare the predictions with.
     """
-    stride = window if stride is None else stride
     function("tokenizer", tokenizer, "the tokenizer of the model", EvaluationError)
     instance("text", text, str, "the text itself", EvaluationError)
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
-    windows, first = sliding_windows(ids, window, stride, limit)
-    sums = _loss_sums(model, windows, first, batch, track)
+    opening = opening_tokens(tokenizer)
+    whole_number("window", window, least=max(2, len(opening) + 1), error=EvaluationError)
+    ids, size = _encode(tokenizer, text)
+    places, first = sliding_windows(torch.arange(len(ids)), window, stride, limit, len(opening))
+    windows = torch.cat([torch.tensor(opening, dtype=torch.long).expand(len(places), -1), ids[places]], dim=1)
+    measured = _measure_windows(model, windows, first, batch, reference, track)
     counts = (window - first).double()
-    mean = sums.sum() / counts.sum()
-    value, number, error = _exp(float(mean)), len(sums), 0.0
-    if number > 1:  # of a ratio: Cochran, Sampling Techniques (1977), equation 6.13, for an infinite population
-        rest = sums - counts * mean
-        error = float((rest.square().sum() / (number * (number - 1))).sqrt() / counts.mean())
-    return Perplexity(value, value * error, window, stride, number, int(counts.sum()))
+    mean, error = _ratio_of_sums(measured.losses, counts)
+    start = places.gather(1, (first - len(opening))[:, None]).flatten()
+    read = (size[places[:, -1] + 1] - size[start]).double()
+    bits, bits_error = _ratio_of_sums(measured.losses / math.log(2), read)
+    value = _exp(mean)
+    return Perplexity(
+        value,
+        value * error,
+        window,
+        window - len(opening) if stride is None else stride,
+        len(windows),
+        int(counts.sum()),
+        bits,
+        bits_error,
+        measured.divergence(counts),
+    )
 
 
-def sliding_windows(ids: Tensor, window: int, stride: int, limit: int | None = None) -> tuple[Tensor, Tensor]:
+def _encode(tokenizer: Any, text: str) -> tuple[Tensor, Tensor]:
+    """Token ids of a text ``(tokens,)``, and the bytes of UTF-8 before each and in all ``(tokens + 1,)``."""
+    if getattr(tokenizer, "is_fast", False):
+        found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        ids, ends = found["input_ids"], [end for _, end in found["offset_mapping"]]
+    else:  # tokenizers in Python know no offsets: the text is shared out evenly
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ends = [len(text) * (i + 1) // len(ids) for i in range(len(ids))]
+    sizes = itertools.accumulate((len(character.encode("utf-8", "surrogatepass")) for character in text), initial=0)
+    before = torch.tensor(list(sizes))[[0, *ends]]
+    return torch.tensor(ids, dtype=torch.long), before
+
+
+def _ratio_of_sums(values: Tensor, counts: Tensor) -> tuple[float, float]:
+    """Sum of ``values`` over that of ``counts``, and its standard error over windows.
+
+    Source: Cochran, Sampling Techniques (1977), equation 6.13, for an infinite population.
+    """
+    mean, number = values.sum() / counts.sum(), len(values)
+    if number < 2:
+        return float(mean), 0.0
+    rest = values - counts * mean
+    return float(mean), float((rest.square().sum() / (number * (number - 1))).sqrt() / counts.mean())
+
+
+def sliding_windows(
+    ids: Tensor, window: int, stride: int | None, limit: int | None = None, opening: int = 0
+) -> tuple[Tensor, Tensor]:
     """Cut token ids ``(tokens,)`` into overlapping windows, with the first position that each predicts.
 
-    The first window predicts all its tokens except the first; a later one predicts the tokens after the end of the
-    window before it. At most ``limit`` windows are taken, evenly spaced.
+    The first window predicts all its tokens, without ``opening`` tokens before it all except the first; a later one
+    predicts the tokens after the end of the window before it. At most ``limit`` windows are taken, evenly spaced.
 
     Returns:
-        Windows ``(windows, window)`` and positions ``(windows,)``.
+        Windows ``(windows, window - opening)``, and positions ``(windows,)`` counted from the first of the opening.
     """
-    window = whole_number("window", window, least=2, error=EvaluationError)
-    stride = whole_number("stride", stride, least=1, most=window, error=EvaluationError)
+    window = whole_number("window", window, least=max(2, opening + 1), error=EvaluationError)
+    body = window - opening
+    stride = body if stride is None else whole_number("stride", stride, least=1, most=body, error=EvaluationError)
     if limit is not None:
         limit = whole_number("limit", limit, least=1, error=EvaluationError)
-    if len(ids) < window:
+    if len(ids) < body:
         what = f"a text of {len(ids)} tokens holds no window of {window}"
         raise EvaluationError(what, where="perplexity", remedy="Give a longer text or a shorter window")
-    found = ids.unfold(0, window, stride)
+    found = ids.unfold(0, body, stride)
     first = torch.full((len(found),), max(1, window - stride))
-    first[0] = 1
+    first[0] = max(1, opening)
     if limit is not None and limit < len(found):
         chosen = torch.linspace(0, len(found) - 1, limit).long()
         return found[chosen], first[chosen]
@@ -172,8 +256,9 @@ def perplexity(model: Callable[..., Any], ids: torch.Tensor, batch: int = 4, *, 
         raise EvaluationError(f"ids are {format_value(ids)}", where="ids", remedy=f"Pass {wanted}")
     if ids.shape[1] < 2:
         raise EvaluationError(f"{format_value(ids)} has no next token", where="ids", remedy=f"Pass {wanted}")
-    sums = _loss_sums(model, ids, torch.ones(len(ids), dtype=torch.long), batch, track)
-    return _exp(float(sums.sum()) / (ids.shape[0] * (ids.shape[1] - 1)))
+    first = torch.ones(len(ids), dtype=torch.long)
+    losses = _measure_windows(model, ids, first, batch, None, track).losses
+    return _exp(float(losses.sum()) / (ids.shape[0] * (ids.shape[1] - 1)))
 
 
 def _exp(mean: float) -> float:
@@ -200,38 +285,98 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-def _loss_sums(model: Callable[..., Any], ids: Tensor, first: Tensor, batch: int, track: Track) -> Tensor:
-    """Sums of next-token cross-entropies in nats, ``(windows,)``, over positions from ``first`` on.
+@dataclass(frozen=True)
+class _Measured:
+    """Sums over the predicted tokens of each window, ``(windows,)``; and of each token ``(windows, window - 1)``.
+
+    Without a reference model only the losses are known. ``divergences`` is NaN at tokens that are not predicted.
+    """
+
+    losses: Tensor
+    reference_losses: Tensor
+    agreeing: Tensor
+    divergences: Tensor
+
+    def divergence(self, counts: Tensor) -> Divergence | None:
+        """The divergence from the reference model; ``counts`` are the predicted tokens of each window."""
+        if not len(self.divergences):
+            return None
+        mean, mean_error = _ratio_of_sums(self.divergences.nansum(dim=1), counts)
+        agreement, agreement_error = _ratio_of_sums(self.agreeing, counts)
+        lost, lost_error = _ratio_of_sums(self.losses - self.reference_losses, counts)
+        ratio = _exp(lost)
+        tokens = self.divergences[~self.divergences.isnan()].sort().values
+        highest = float(tokens[min(int(0.99 * len(tokens)), len(tokens) - 1)])
+        return Divergence(mean, mean_error, highest, agreement, agreement_error, ratio, ratio * lost_error)
+
+
+def _measure_windows(
+    model: Callable[..., Any],
+    ids: Tensor,
+    first: Tensor,
+    batch: int,
+    reference: Callable[..., Any] | None,
+    track: Track,
+) -> _Measured:
+    """Next-token cross-entropies in nats over positions from ``first`` on, and the divergence from a reference model.
 
     Several processes share the windows; all of them must call this function.
     """
-    if isinstance(model, type) or not callable(model):
-        raise EvaluationError(f"model is {format_value(model)}", where="model", remedy=_REMEDY)
+    for name, given in (("model", model), ("reference", reference)):
+        if isinstance(given, type) or not (callable(given) or (name == "reference" and given is None)):
+            raise EvaluationError(f"{name} is {format_value(given)}", where=name, remedy=_REMEDY)
     batch = whole_number("batch", batch, least=1, error=EvaluationError)
     device = None  # ids stay where they are, unless the model is a module
     if isinstance(model, PartwiseModel | nn.Module):
         device = model.device if isinstance(model, PartwiseModel) else input_device(model)
     parts = list(zip(ids.split(batch), first.split(batch), strict=True))
-    sums = [torch.zeros(len(start), dtype=torch.double, device=device) for _, start in parts]
-    output_shown = nullcontext() if track is not no_progress else silence_stderr()
+    compared, tokens = reference is not None, ids.shape[1] - 1
+    sums = torch.zeros(3, len(ids), dtype=torch.double, device=device)
+    divergences = torch.zeros(len(ids) if compared else 0, tokens, dtype=torch.double, device=device)
     shares = shard_indices(len(parts))
-    # gathering sharded weights needs version counters, which tensors made in inference mode do not have
-    sharded = isinstance(model, nn.Module) and is_sharded(model)
-    mode: AbstractContextManager[None] = nullcontext()  # of graphs too, which keep the mode that they were traced in
-    if isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule) and model.training:
-        mode = eval_mode(model)
-    with torch.no_grad() if sharded else torch.inference_mode(), mode, output_shown:
-        chunks = [parts[turn % len(parts)][0].to(device) for turn in shares]
-        for turn, chunk, output in zip(shares, chunks, _outputs(model, chunks, track), strict=True):
-            logits = logits_of(output)[:, :-1].float().flatten(0, 1)
-            losses = nn.functional.cross_entropy(logits, chunk[:, 1:].flatten(), reduction="none").view(len(chunk), -1)
-            start = parts[turn % len(parts)][1]
-            counted = torch.arange(1, chunk.shape[1])[None] >= start[:, None]
-            if turn < len(parts):
-                sums[turn] = (losses.double() * counted.to(losses.device)).sum(dim=1).to(device)
-    together = torch.cat(sums)
-    all_reduce([together])
-    return together.cpu()
+    chunks = [parts[turn % len(parts)][0].to(device) for turn in shares]
+    with contextlib.ExitStack() as modes:
+        modules = [each for each in (model, reference) if isinstance(each, nn.Module)]
+        # gathering sharded weights needs version counters, which tensors made in inference mode do not have
+        modes.enter_context(torch.no_grad() if any(map(is_sharded, modules)) else torch.inference_mode())
+        for module in modules:  # a graph keeps the mode that it was traced in
+            if module.training and not isinstance(module, fx.GraphModule):
+                modes.enter_context(eval_mode(module))
+        if track is no_progress:
+            modes.enter_context(silence_stderr())
+        outputs = _outputs(model, chunks, track)
+        teachers: Iterator[Any] = iter(()) if reference is None else _outputs(reference, chunks, no_progress)
+        for turn, chunk, output in zip(shares, chunks, outputs, strict=True):
+            theirs = next(teachers, None)
+            if turn >= len(parts):  # a process with one share less takes part in the collectives
+                continue
+            counted = torch.arange(1, chunk.shape[1])[None].to(chunk.device) >= parts[turn][1].to(chunk.device)[:, None]
+            rows = slice(turn * batch, turn * batch + len(chunk))
+            logits, target = logits_of(output)[:, :-1].float(), chunk[:, 1:]
+            sums[0, rows] = _cross_entropies(logits, target, counted).to(device)
+            if theirs is not None:
+                expected = _same_tokens(logits_of(theirs)[:, :-1].float().to(logits.device), logits)
+                sums[1, rows] = _cross_entropies(expected, target, counted).to(device)
+                same = logits.argmax(-1) == expected.argmax(-1)
+                sums[2, rows] = (same & counted).double().sum(dim=1).to(device)
+                wanted = expected.log_softmax(-1)
+                apart = (wanted.exp() * (wanted - logits.log_softmax(-1))).sum(-1).clamp(min=0).double()
+                divergences[rows] = apart.masked_fill(~counted, math.nan).to(device)
+    all_reduce([sums, divergences] if compared else [sums])
+    return _Measured(sums[0].cpu(), sums[1].cpu(), sums[2].cpu(), divergences.cpu())
+
+
+def _cross_entropies(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+    """Sums of the next-token cross-entropies in nats of each window, over the positions that are counted."""
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+    return (losses.view_as(target).double() * counted).sum(dim=1)
+
+
+def _same_tokens(logits: Tensor, others: Tensor) -> Tensor:
+    if logits.shape != others.shape:
+        what = f"its logits are of shape {tuple(logits.shape)}, and those of the model of {tuple(others.shape)}"
+        raise EvaluationError(what, where="reference", remedy="Compare models that have the same tokens")
+    return logits
 
 
 def _outputs(model: Any, chunks: Sequence[Tensor], track: Track) -> Iterator[Any]:

@@ -140,6 +140,7 @@ class TaskScore:
         value: fraction of the questions, in [0, 1].
         standard_error: standard error of ``value``, from the harness.
         correct: question by question, whether the answer was right by ``metric``; for paired comparison.
+        answers: question by question, the number of the choice by ``metric``; empty for questions without choices.
         chance: accuracy of guessing: the mean of 1 / number of choices; 0 for questions without choices.
     """
 
@@ -149,6 +150,7 @@ class TaskScore:
     samples: int
     others: Mapping[str, float] = field(default_factory=dict)
     correct: tuple[float, ...] = ()
+    answers: tuple[int, ...] = ()
     chance: float = 0.0
 
     @property
@@ -280,6 +282,17 @@ def _is_file(task: Task) -> bool:
     return not isinstance(task, str) or task.endswith((".jsonl", ".json"))
 
 
+def _answers(samples: Sequence[Mapping[str, Any]], *, normalised: bool) -> tuple[int, ...]:
+    """The choice of the largest log-likelihood for each question, divided by its characters if ``normalised``."""
+    found = []
+    for sample in samples:
+        sizes = [len(str(argument[1]).lstrip()) for argument in sample["arguments"]]
+        scores = [float(result[0]) for result in sample["filtered_resps"]]
+        scores = [s / max(size, 1) for s, size in zip(scores, sizes, strict=True)] if normalised else scores
+        found.append(max(range(len(scores)), key=scores.__getitem__))
+    return tuple(found)
+
+
 def _score(name: str, found: Mapping[str, Any]) -> TaskScore:
     numbers: Mapping[str, Any] = found["results"][name]
     plain = {key.removesuffix(",none"): value for key, value in numbers.items() if key.endswith(",none")}
@@ -295,5 +308,6 @@ def _score(name: str, found: Mapping[str, Any]) -> TaskScore:
         samples=len(samples),
         others=others,
         correct=tuple(float(sample[metric]) for sample in samples),
+        answers=_answers(samples, normalised=metric == "acc_norm") if choices and min(choices) > 1 else (),
         chance=sum(1 / number for number in choices) / len(choices) if choices and min(choices) > 1 else 0.0,
     )

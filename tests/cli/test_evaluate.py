@@ -46,7 +46,7 @@ def test_weights_stay_on_disk_where_that_is_asked(models: Path, tmp_path: Path) 
 def test_built_in_text_is_taken_in_part(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def measured(compared: object, loading: object, options: dict[str, Any], work: object) -> None:
+    def measured(compared: object, loading: object, options: dict[str, Any], *_: object, **__: object) -> None:
         seen.update(options)
         raise fxprune.FxpruneError("seen")
 

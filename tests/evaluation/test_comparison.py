@@ -43,6 +43,29 @@ def test_retained_fraction_and_its_error_are_those_of_paired_answers() -> None:
     assert Evaluation(tasks=scores).average == 0.5 and Evaluation().average is None
 
 
+def test_flips_and_differences_are_paired_by_question() -> None:
+    """Of three right answers one is lost; two of four choices differ, one of which was wrong before and after."""
+
+    def answered(name: str, correct: tuple[float, ...], picks: tuple[int, ...]) -> Column:
+        score = TaskScore("acc", 0.0, 0.0, 4, {}, correct, picks)
+        return replace(column(name, correct), evaluation=Evaluation(tasks={"quiz": score}))
+
+    columns = [
+        answered(name, correct, picks)
+        for name, correct, picks in (
+            ("dense", (1.0, 1.0, 1.0, 0.0), (0, 0, 1, 2)),
+            ("pruned", (1.0, 0.0, 1.0, 0.0), (0, 1, 1, 0)),
+        )
+    ]
+    found = Comparison(tuple(columns))
+    assert found.difference("pruned", "quiz") == pytest.approx((-0.25, 0.25))
+    lost, changed = found.flips("pruned", ["quiz"]) or ((0, 0), (0, 0))
+    assert lost == pytest.approx((1 / 3, 1 / 3)) and changed == pytest.approx((0.5, (1 / 12) ** 0.5))
+    labels = [row[0] for row in found.rows()]
+    assert labels[-2:] == ["right answers lost", "choices changed"]
+    assert Comparison((column("dense", (1.0,)), column("pruned", (0.0,)))).flips("pruned", ["quiz"]) is None
+
+
 def test_what_the_first_model_guesses_is_no_part_of_what_is_retained() -> None:
     quiz, guess = (1.0, 1.0, 1.0, 0.0), (0.0, 1.0, 0.0, 0.0)
 
@@ -75,8 +98,9 @@ def test_three_models_are_measured_alike(model: PreTrainedModel, slim: fxprune.R
     table = comparison.to_markdown().splitlines()
     assert table[0] == "|  | dense | pruned | recovered |"
     assert [line.split("|")[1].strip() for line in table[2:]] == [
-        "parameters", "MACs at 64 tokens", "memory, MB", "latency, ms at 1 x 8", "perplexity, text", "even, acc_norm",
-        "average", *(["retained"] if comparison.informed else []),
+        "parameters", "MACs at 64 tokens", "memory, MB", "latency, ms at 1 x 8", "perplexity, text", "bits per byte",
+        "even, acc_norm", "difference", "average", *(["retained"] if comparison.informed else []),
+        *(["right answers lost", "choices changed"] if any(dense.evaluation.tasks["even"].correct) else []),
     ]  # fmt: skip
     assert comparison.table("title").row_count == len(table) - 2
     picture = comparison.plot(tmp_path / "comparison.png")

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fxprune.errors import UnknownNameError
+from fxprune.data.text import opening_tokens
+from fxprune.errors import EvaluationError, UnknownNameError
 from fxprune.evaluation.perplexity import load_corpus, named_corpora, perplexity, sliding_windows, text_perplexity
 from tests.evaluation.samples import TEXT, TOKENIZER
 from tests.models import tiny
+from tests.tokens import character_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +115,61 @@ def test_a_source_is_a_corpus_a_file_or_text(tmp_path: Path) -> None:
         load_corpus("word")
     with pytest.raises(UnknownNameError):
         load_corpus("no such.txt")
+
+
+def opening_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that puts <s> before every text."""
+    made = character_tokenizer()
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return made
+
+
+@pytest.mark.parametrize(("window", "stride"), [(17, None), (17, 5)])
+def test_windows_begin_as_the_tokenizer_begins_a_text(model: PreTrainedModel, window: int, stride: int | None) -> None:
+    """Every token of the text is predicted once, the first one too: after the opening token."""
+    tokenizer = opening_tokenizer()
+    assert opening_tokens(tokenizer) == [1] and opening_tokens(TOKENIZER) == []
+    ids = TOKENIZER(TEXT)["input_ids"]
+    step = stride or window - 1
+    losses, done = [], 0
+    for start in range(0, len(ids) - window + 2, step):
+        part = torch.tensor([[1, *ids[start : start + window - 1]]])
+        with torch.no_grad():
+            logits = model(part).logits[0].double().log_softmax(-1)
+        losses += [-float(logits[i, part[0, i + 1]]) for i in range(max(0, done - start), window - 1)]
+        done = start + window - 1
+    found = text_perplexity(model, tokenizer, TEXT, window=window, stride=stride)
+    assert found.predicted == len(losses) == done and found.value == pytest.approx(
+        math.exp(sum(losses) / len(losses)), rel=1e-5
+    )
+
+
+def test_bits_per_byte_count_the_bytes_of_what_is_predicted(model: PreTrainedModel) -> None:
+    """Of characters of one to four bytes, each one token; a tokenizer without offsets shares the text out evenly."""
+    text = "ab\u00e9\u20ac\U0001f600c" * 4
+    found = text_perplexity(model, TOKENIZER, text, window=6)
+    size = 4 * (len("b\u00e9\u20ac\U0001f600c".encode()))
+    assert found.bits_per_byte == pytest.approx(math.log2(found.value) * 20 / size)
+    found = text_perplexity(model, opening_tokenizer(), text, window=7)
+    assert found.bits_per_byte == pytest.approx(math.log2(found.value) * 24 / len(text.encode()))
+
+
+def test_divergence_is_that_of_whole_distributions(model: PreTrainedModel, one_block: PreTrainedModel) -> None:
+    window, ids = 20, torch.tensor(TOKENIZER(TEXT)["input_ids"])
+    rows = ids[: len(ids) // window * window].view(-1, window)
+    with torch.no_grad():
+        ours, theirs = (m(rows).logits[:, :-1].double().log_softmax(-1) for m in (model, one_block))
+    each = (theirs.exp() * (theirs - ours)).sum(-1)
+    same = (ours.argmax(-1) == theirs.argmax(-1)).double()
+    found = text_perplexity(model, TOKENIZER, TEXT, window=window, batch=3, reference=one_block).divergence
+    assert found is not None and found.mean == pytest.approx(float(each.mean()), rel=1e-4)
+    assert found.mean_error == pytest.approx(float(each.mean(1).std() / len(rows) ** 0.5), rel=1e-3)
+    assert found.percentile_99 == pytest.approx(float(each.flatten().sort().values[int(0.99 * each.numel())]), rel=1e-4)
+    assert found.agreement == pytest.approx(float(same.mean()))
+    lost = (theirs - ours).gather(2, rows[:, 1:, None]).squeeze(2).mean(1)
+    assert found.ratio == pytest.approx(math.exp(float(lost.mean())), rel=1e-4)
+    assert found.ratio_error == pytest.approx(found.ratio * float(lost.std() / len(rows) ** 0.5), rel=1e-3)
+    alone = text_perplexity(model, TOKENIZER, TEXT, window=window, reference=model).divergence
+    assert alone is not None and alone.mean < 1e-9 and alone.agreement == 1 and alone.ratio == 1
+    with pytest.raises(EvaluationError, match="the same tokens"):
+        text_perplexity(model, TOKENIZER, TEXT, window=window, reference=tiny("llama", vocab_size=120))

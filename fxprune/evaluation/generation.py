@@ -1,0 +1,200 @@
+"""Greedy answers to plain questions, compared with those of a reference model."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from fxprune.errors import EvaluationError
+from fxprune.graph.context import eval_mode, quiet, wrap_errors
+from fxprune.pipeline.arguments import refuse, whole_number
+from fxprune.pipeline.contract import Track, no_progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Answers", "Generation", "answer_questions", "compare_answers", "plain_questions"]
+
+
+def plain_questions() -> list[str]:
+    """Sixty plain questions that a small chat model can answer in a sentence."""
+    return files("fxprune.evaluation").joinpath("questions.txt").read_text(encoding="utf-8").splitlines()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Greedy answers to questions: as text, and as the token ids that were generated."""
+
+    questions: tuple[str, ...]
+    texts: tuple[str, ...]
+    ids: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Quality of greedy answers, the mean over questions; ``_error`` is its standard error.
+
+    Args:
+        questions: number of questions.
+        repetition: fraction of the 4-grams of an answer that occurred in it before (seq-rep-4 of Welleck et al.,
+            "Neural Text Generation with Unlikelihood Training", arXiv 1908.04319).
+        distinct_1: different tokens over tokens, of all answers together (Li et al., arXiv 1510.03055).
+        distinct_2: the same of pairs of tokens.
+        overlap: F1 of the words of an answer and of the reference's (Rajpurkar et al., arXiv 1606.05250); None without
+            a reference, as is all that follows.
+        same_start: fraction of the reference's tokens up to the first that differs.
+        same: fraction of the answers that are the reference's to the last token.
+    """
+
+    questions: int
+    repetition: float
+    repetition_error: float
+    distinct_1: float
+    distinct_2: float
+    overlap: float | None = None
+    overlap_error: float | None = None
+    same_start: float | None = None
+    same_start_error: float | None = None
+    same: float | None = None
+    same_error: float | None = None
+
+
+@wrap_errors("answers", "Pass a decoder of transformers and its own tokenizer", EvaluationError)
+def answer_questions(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    questions: Sequence[str] | None = None,
+    *,
+    tokens: int = 48,
+    batch: int = 10,
+    track: Track = no_progress,
+) -> Answers:
+    """Greedy answers of a model; in its chat template, if the tokenizer has one.
+
+    Args:
+        questions: None for :func:`plain_questions`.
+        tokens: most tokens of an answer.
+        batch: questions per call, padded on the left.
+    """
+    asked = tuple(plain_questions() if questions is None else questions)
+    if not asked or not all(isinstance(question, str) for question in asked):
+        raise refuse("questions", questions, "a list of texts", EvaluationError)
+    tokens = whole_number("tokens", tokens, least=1, error=EvaluationError)
+    batch = whole_number("batch", batch, least=1, error=EvaluationError)
+    can_generate = getattr(model, "can_generate", None)
+    if not callable(can_generate) or not can_generate():
+        remedy = "Pass a decoder of transformers, or leave the answers out"
+        raise EvaluationError(f"a {type(model).__name__} generates no text", where="answers", remedy=remedy)
+    prompts = [_prompt(tokenizer, question) for question in asked]
+    ends = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
+    fill = next((i for i in (tokenizer.pad_token_id, *ends) if i is not None), 0)
+    greedy = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=tokens, use_cache=True, pad_token_id=fill, eos_token_id=sorted(ends) or None
+    )
+    own, model.generation_config = model.generation_config, transformers.GenerationConfig()
+    found: list[tuple[int, ...]] = []
+    try:
+        with eval_mode(model), torch.no_grad(), quiet(logging.WARNING):
+            starts = range(0, len(prompts), batch)
+            generate: Any = model.generate
+            for start in track(starts, "answers", len(starts)):
+                rows = prompts[start : start + batch]
+                width = max(map(len, rows))
+                ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows], device=model.device)
+                mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+                out = generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+                found += [_until_end(row[width:].tolist(), ends) for row in out]
+    finally:
+        model.generation_config = own
+    texts = tuple(tokenizer.decode(row, skip_special_tokens=True).strip() for row in found)
+    return Answers(asked, texts, tuple(found))
+
+
+def _prompt(tokenizer: Any, question: str) -> list[int]:
+    if getattr(tokenizer, "chat_template", None):
+        chat = [{"role": "user", "content": question}]
+        return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
+    return list(tokenizer(f"Question: {question}\nAnswer:", verbose=False)["input_ids"])
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _until_end(ids: list[int], ends: set[Any]) -> tuple[int, ...]:
+    return tuple(ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))])
+
+
+def compare_answers(answers: Answers, reference: Answers | None = None) -> Generation:
+    """Measure answers, and compare them with those of a reference model to the same questions.
+
+    Raises:
+        EvaluationError: the reference answers other questions.
+    """
+    repetition = _mean([_repeated(row, 4) for row in answers.ids])
+    own: dict[str, Any] = {
+        "questions": len(answers.ids),
+        "repetition": repetition[0],
+        "repetition_error": repetition[1],
+        "distinct_1": _distinct(answers.ids, 1),
+        "distinct_2": _distinct(answers.ids, 2),
+    }
+    if reference is None:
+        return Generation(**own)
+    if reference.questions != answers.questions:
+        what, remedy = "its answers are to other questions", "Ask both models the same questions"
+        raise EvaluationError(what, where="reference", remedy=remedy)
+    pairs = list(zip(answers.ids, reference.ids, strict=True))
+    texts = zip(answers.texts, reference.texts, strict=True)
+    measured = {
+        "overlap": _mean([word_overlap(a, b) for a, b in texts]),
+        "same_start": _mean([_same_start(a, b) for a, b in pairs]),
+        "same": _mean([float(a == b) for a, b in pairs]),
+    }
+    for name, (value, error) in measured.items():
+        own |= {name: value, f"{name}_error": error}
+    return Generation(**own)
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def _grams(row: Sequence[int], size: int) -> list[tuple[int, ...]]:
+    return [tuple(row[i : i + size]) for i in range(len(row) - size + 1)]
+
+
+def _repeated(row: Sequence[int], size: int) -> float:
+    grams = _grams(row, size)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _distinct(rows: Sequence[Sequence[int]], size: int) -> float:
+    grams = [gram for row in rows for gram in _grams(row, size)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _same_start(row: Sequence[int], reference: Sequence[int]) -> float:
+    """Fraction of the reference's tokens before the first difference; an end counts as a token."""
+    whole, theirs = [*row, -1], [*reference, -1]
+    pairs = enumerate(zip(whole, theirs, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(whole), len(theirs)))
+    return same / len(theirs)
+
+
+def word_overlap(text: str, reference: str) -> float:
+    """F1 of the words of two texts, each word as often as it occurs; 1 if both have none."""
+    ours, theirs = Counter(text.lower().split()), Counter(reference.lower().split())
+    common = (ours & theirs).total()
+    if not ours and not theirs:
+        return 1.0
+    return 2 * common / (ours.total() + theirs.total())
