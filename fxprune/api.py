@@ -18,10 +18,13 @@ from fxprune.checkpoint.low_memory import load_mapped, request_key, resumable_fo
 from fxprune.checkpoint.read import load_model, load_tokenizer
 from fxprune.checkpoint.write import check_request
 from fxprune.data.calibration import Calibration
+from fxprune.data.samples import check_tokens, read_token_rows
 from fxprune.discovery.groups import as_kinds
 from fxprune.errors import ArgumentError
+from fxprune.graph.context import attempt
 from fxprune.graph.facts import Source, facts_of, restore_cut
 from fxprune.graph.tensors import device_of
+from fxprune.offload.files import finish_writes
 from fxprune.offload.prefetch import offer_prefetcher, prefetcher_to
 from fxprune.pipeline.arguments import refuse
 from fxprune.pipeline.contract import STAGES
@@ -33,6 +36,8 @@ from fxprune.removal.plan import Plan
 from fxprune.removal.scores import Scores
 from fxprune.result import Result
 from fxprune.trace import trace
+from fxprune.trace.checks import check_merged
+from fxprune.trace.inputs import is_hugging_face
 
 __all__ = ["Result", "apply", "prune", "prune_checkpoint", "prune_pipeline"]
 
@@ -67,6 +72,7 @@ def prune(model: nn.Module | str | os.PathLike[str], calibration: Any = None, **
     Raises:
         FxpruneError: one of its subclasses, which names the problem and the remedy; the model is then unchanged.
     """
+    check_merged(model)
     values = resolve(options)
     offload = values["offload"]
     if isinstance(model, nn.Module):
@@ -79,11 +85,7 @@ def prune(model: nn.Module | str | os.PathLike[str], calibration: Any = None, **
                 value=offload,
             )
         return _run(_pipeline(calibration, values), model, values)
-    given: Any = model
-    if not isinstance(given, str | os.PathLike):
-        has_model = any(hasattr(given, name) for name in ("graph_module", "model"))
-        wanted = "its .model" if has_model else "a torch.nn.Module, a folder, a GGUF file, or a hub id"
-        raise refuse("model", model, wanted)
+    _check_place("model", model, "a torch.nn.Module, a folder, a GGUF file, or a hub id")
     if values["tokenizer"] is None and calibration is None:
         values["tokenizer"] = options["tokenizer"] = load_tokenizer(model, needed=False)
     if offload is not None:
@@ -122,6 +124,8 @@ def prune_checkpoint(
         CheckpointError: ``source`` cannot be loaded, or ``out`` holds something else.
         FxpruneError: as for :func:`prune`.
     """
+    check_merged(source)
+    _check_place("source", source, "a folder, a GGUF file, or a hub id; `fxprune.prune` takes a module")
     tokenizer = options.get("tokenizer")
     check_request(out, tokenizer, max_shard_size)
 
@@ -145,6 +149,7 @@ def apply(model: nn.Module, plan: Plan, calibration: Any = None, **options: Unpa
     Raises:
         PlanError: the plan does not fit the model.
     """
+    check_merged(model)
     if not isinstance(plan, Plan):
         raise refuse("plan", plan, "a Plan, as in fxprune.Plan.from_json(text)")
     values = resolve({"compensate": NONE, "tune": NONE, **_given(options)}, ApplyOptions)
@@ -162,6 +167,12 @@ def prune_pipeline(calibration: Any = None, *, plan: Plan | None = None, **optio
         options: as for :func:`prune`.
     """
     return _pipeline(calibration, resolve(options), plan)
+
+
+def _check_place(name: str, value: Any, wanted: str) -> None:
+    if not isinstance(value, str | os.PathLike):
+        has_model = any(hasattr(value, part) for part in ("graph_module", "model"))
+        raise refuse(name, value, "its .model" if has_model else wanted)
 
 
 def _pipeline(calibration: Any, values: Mapping[str, Any], plan: Any = None) -> Pipeline:
@@ -235,7 +246,7 @@ def _read_samples(recipe: Recipe, calibration: Any, tokenizer: Any) -> None:
     elif len(others) == len(prepare):
         recipe["prepare"] = [load_pass("calibrate", **given), *others]
     else:
-        given |= {"file": ""} if calibration is not None else {}
+        given |= {"file": "", "written": 0} if calibration is not None else {}
         recipe["prepare"] = [changed(step, given) if Calibration in step.gives else step for step in prepare]
 
 
@@ -317,13 +328,27 @@ def _prune_offloaded(
     pipeline = _pipeline(calibration, values)
     with resumable_folder(folder, request_key(source, calibration, str(pipeline)), force=force) as work:
         result = _run(pipeline, load_mapped(source, work), {**values, "inplace": False})
+        finish_writes()
         finish(result)
     return result
+
+
+def _check_samples(pipeline: Pipeline, model: Any) -> None:
+    """Refuse samples that a language model cannot read, before it is traced."""
+    embedding = attempt(model.get_input_embeddings)
+    whole = model.config.get_text_config() is model.config  # others give ids of images a meaning
+    rows = len(embedding.weight) if whole and isinstance(embedding, nn.Embedding) else None
+    for step in (step for step in pipeline.leaves() if Calibration in step.gives):
+        data, file = getattr(step, "data", None), getattr(step, "file", "")
+        if data is not None or file:
+            check_tokens(read_token_rows(file) if data is None else data, rows)
 
 
 def _run(pipeline: Pipeline, model: nn.Module, values: Mapping[str, Any]) -> Result:
     """Run a pipeline on a model; if it fails in place, restore the tensors cut off the model."""
     pipeline.check_arguments()
+    if values["example_inputs"] is None and is_hugging_face(model):
+        _check_samples(pipeline, model)
     start = time.perf_counter()
     graph_module = trace(model, values["example_inputs"]).graph_module
     _LOGGER.info("trace: %.1f s", time.perf_counter() - start)

@@ -16,6 +16,7 @@ __all__ = [
     "EvaluationError",
     "ExportError",
     "FxpruneError",
+    "GraphInputError",
     "PassError",
     "PlanError",
     "RatioError",
@@ -74,6 +75,10 @@ class ArgumentError(FxpruneError, ValueError):
 
 class TraceError(FxpruneError):
     """The module cannot be traced to an ATen graph."""
+
+
+class GraphInputError(FxpruneError, RuntimeError):
+    """A graph was given an input for which the model it was traced from may compute something else."""
 
 
 class UnsupportedModelError(FxpruneError, ValueError):

@@ -14,12 +14,13 @@ from fxprune.checkpoint import save_pretrained
 from fxprune.draw.write import layer_svg
 from fxprune.emit import Structure
 from fxprune.emit.emitted import Emitted
-from fxprune.errors import ExportError, FxpruneError
+from fxprune.errors import ExportError
 from fxprune.evaluation.comparison import Comparison
 from fxprune.export import export_graph, export_model
 from fxprune.export.model import check_options
 from fxprune.graph.context import silence_stderr, wrap_errors
 from fxprune.graph.facts import facts_of
+from fxprune.offload.atomic import write_file
 from fxprune.pipeline.arguments import as_path, instance
 from fxprune.pipeline.pipeline import html_table
 from fxprune.removal.plan import Plan
@@ -70,8 +71,10 @@ class Result:
         return f"<Result {name}: {dense:,} to {slim:,} parameters ({-self.report.achieved:+.1%})>"
 
     def __str__(self) -> str:
-        """Sizes before and after, and the units left of each kind, one a line."""
-        return "\n".join((repr(self), *(f"  {name}: {dense} to {slim}" for name, dense, slim, _ in self._rows())))
+        """Sizes before and after, the units left of each kind, and the samples used, one a line."""
+        sizes = (f"  {name}: {dense} to {slim}" for name, dense, slim, _ in self._rows())
+        samples = [] if self.report.calibration is None else [f"  calibrated on {self.report.calibration}"]
+        return "\n".join((repr(self), *sizes, *samples))
 
     def _repr_html_(self) -> str:
         return html_table(self.report.model or "Result", self._rows(), ("", "dense", "slim", "left"))
@@ -98,6 +101,7 @@ class Result:
         max_shard_size: int | str = "5GB",
         force: bool = False,
         also: Callable[[Path], object] | None = None,
+        verify: bool = True,
     ) -> Structure:
         """Write the slim model with its plan, report and model card to ``folder``; see :func:`fxprune.save_pretrained`.
 
@@ -105,7 +109,7 @@ class Result:
             CheckpointError: there is no slim Hugging Face model, or the folder holds something else.
         """
         model = Emitted(self.model, self.report.model_reasons).require_model()
-        options: dict[str, Any] = {"max_shard_size": max_shard_size, "force": force, "also": also}
+        options: dict[str, Any] = {"max_shard_size": max_shard_size, "force": force, "also": also, "verify": verify}
         return save_pretrained(model, folder, tokenizer, plan=self.plan, report=self.report, **options)
 
     def to_html(self, comparison: Comparison | None = None) -> str:
@@ -141,15 +145,7 @@ class Result:
             FxpruneError: the file cannot be written.
         """
         target = Path(as_path("path", path))
-        text = self.to_html(comparison)
-        try:
-            target.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise FxpruneError(
-                f"cannot be written: {error.strerror}",
-                where=str(target),
-                remedy="Choose a file in a folder that is there and can be written to",
-            ) from error
+        write_file(target, self.to_html(comparison))
         return target
 
     def export(

@@ -11,6 +11,7 @@ from torch import fx
 from fxprune.checkpoint import save_pretrained
 from fxprune.checkpoint.read import load_tokenizer
 from fxprune.checkpoint.write import check_request
+from fxprune.data.calibration import Calibration
 from fxprune.data.verification import VerificationInputs, make_inputs
 from fxprune.emit.emitted import Emitted, check_own_forward, emit_from_graph
 from fxprune.errors import CheckpointError
@@ -22,7 +23,15 @@ from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.pipeline.pipeline import Ran
 from fxprune.removal.budget import CacheSize
 from fxprune.removal.removal import Removed, kept_norm_modules, scaled_numbers, unkept_norm_reasons
-from fxprune.report.report import Report, frozen_reasons, group_sizes, group_widths, renormalised_groups, score_spreads
+from fxprune.report.report import (
+    Report,
+    SamplesUsed,
+    frozen_reasons,
+    group_sizes,
+    group_widths,
+    renormalised_groups,
+    score_spreads,
+)
 from fxprune.trace.fidelity import Fidelity
 from fxprune.trace.inputs import is_hugging_face
 
@@ -75,7 +84,7 @@ class MakeReportPass(Pass):
     stage: ClassVar[str] = "report"
     changes: ClassVar[Change] = "nothing"
     needs: ClassVar[tuple[type[Fact], ...]] = (Work, Removed, Runnable)
-    wants: ClassVar[tuple[type[Fact], ...]] = (Verified, Emitted, Notes, Fidelity, Ran, CacheSize)
+    wants: ClassVar[tuple[type[Fact], ...]] = (Verified, Emitted, Notes, Fidelity, Ran, CacheSize, Calibration)
     gives: ClassVar[tuple[type[Fact], ...]] = (Report,)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -83,6 +92,7 @@ class MakeReportPass(Pass):
         work, removal = facts[Work], facts[Removed].removal
         verified, emitted, notes = facts.get(Verified), facts.get(Emitted), facts.get(Notes)
         traced, cache = facts.get(Fidelity) or Fidelity(None), facts.get(CacheSize)
+        calibration = facts.get(Calibration)
         groups, keep, blocks = removal.groups, removal.keep, removal.removed_blocks
         renormalised = renormalised_groups(groups, keep)
         unkept = unkept_norm_reasons(
@@ -111,6 +121,7 @@ class MakeReportPass(Pass):
             criterion="" if removal.scores is None else removal.scores.source,
             kept_norms=kept_norm_modules(removal.axes, keep),
             passes=(facts.get(Ran) or Ran()).passes,
+            calibration=None if calibration is None else SamplesUsed.of(calibration),
         )
         facts.put(report)
         return PassResult(graph_module, False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -96,6 +97,9 @@ class CalibratePass(Pass):
     def check_arguments(self) -> None:
         if self.data is not None:
             check_samples("data", self.data)
+        elif self.file and not Path(self.file).is_file():
+            what, remedy = "there is no such file", "Give the path of a file of JSON lines"
+            raise CalibrationError(what, where=self.file, remedy=remedy)
         elif not self.file and self.tokenizer is None:
             raise CalibrationError(
                 "no data",
@@ -104,19 +108,25 @@ class CalibratePass(Pass):
             )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        if self.data is not None or self.file:
-            data = self.data if self.data is not None else read_token_rows(self.file)
+        source, written = getattr(self.data, "source", Calibration.source), 0
+        if self.data is not None:
+            data = self.data
+        elif self.file:
+            data, source = read_token_rows(self.file), Path(self.file).name
         else:
-            data = self._substitutes(graph_module)
-        facts_of(graph_module).put(Calibration(spread(read_calibration(data, graph_module), self.samples)))
+            data, written = self._substitutes(graph_module)
+            source = "built-in text and text that the model wrote" if written else "built-in text"
+        samples = spread(read_calibration(data, graph_module), self.samples)
+        facts_of(graph_module).put(Calibration(samples, source, written))
         return PassResult(graph_module, False)
 
-    def _substitutes(self, graph_module: fx.GraphModule) -> torch.Tensor:
+    def _substitutes(self, graph_module: fx.GraphModule) -> tuple[torch.Tensor, int]:
+        """Token ids, and the number of rows that the model wrote."""
         tokenizer: Any = self.tokenizer
 
-        def built_in(count: int | None, why: str = "") -> torch.Tensor:
+        def built_in(count: int | None, why: str = "") -> tuple[torch.Tensor, int]:
             add_note(graph_module, f"calibrated on built-in text, for want of other samples; {_ADVICE}{why}")
-            return built_in_samples(tokenizer, self.tokens, count)
+            return built_in_samples(tokenizer, self.tokens, count), 0
 
         if not self.substitutes:
             return built_in(min(filter(None, (self.samples, self.built_in)), default=None))
@@ -127,7 +137,7 @@ class CalibratePass(Pass):
         made = f"{len(found):,} samples that the model generated, and {len(text):,} of built-in text"
         add_note(graph_module, f"calibrated on {made}, for want of other samples; {_ADVICE}")
         samples = torch.cat([text, found])
-        return samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(self.seed))]
+        return samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(self.seed))], len(found)
 
     def _generate(self, graph_module: fx.GraphModule, count: int) -> torch.Tensor | str:
         source, name = facts_of(graph_module).get(Source), token_input(graph_module)

@@ -20,6 +20,7 @@ from hypothesis import settings
 from transformers.models.auto import configuration_auto, modeling_auto
 from transformers.utils import logging
 
+from fxprune.modelling.layerwise import AnyWidths
 from tests.exports import remember_exports
 
 torch.set_num_threads(1)
@@ -59,5 +60,6 @@ def stock_classes() -> Iterator[None]:
     before = [dict(mapping._extra_content) for mapping in mappings]
     yield
     for mapping, extra in zip(mappings, before, strict=True):
+        ours = {key: value for key, value in mapping._extra_content.items() if issubclass(key, AnyWidths)}
         mapping._extra_content.clear()
-        mapping._extra_content.update(extra)
+        mapping._extra_content.update(extra | ours)

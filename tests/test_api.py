@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import fxprune.api
 from fxprune.api import prune, prune_pipeline
-from fxprune.errors import ArgumentError, FxpruneError, PassError, UnknownNameError
+from fxprune.data.samples import read_calibration
+from fxprune.errors import ArgumentError, CalibrationError, FxpruneError, PassError, UnknownNameError
 from fxprune.pipeline.registry import load_pass
+from tests.models import tiny
+from tests.remembered import traced
 
 
 @pytest.mark.parametrize(
@@ -46,3 +52,43 @@ def test_weights_of_a_module_cannot_be_offloaded() -> None:
         prune(torch.nn.Linear(2, 2), offload="work")
     with pytest.raises(ArgumentError, match=r"model is 3\. Pass a torch.nn.Module, a folder"):
         prune(3)  # type: ignore[arg-type]
+
+
+IDS = torch.arange(12).view(2, 6)
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (IDS + 125, "input_ids holds 136, the model knows 0 to 130"),
+        (np.asarray(IDS.numpy() + 125, dtype=np.uint16), "input_ids holds 136"),
+        (IDS[:0], "the calibration data is empty"),
+        ([], "the calibration data is empty"),
+        (IDS[:, :1], "fewer than two tokens"),
+        (["some text"], "Tokenise the text first"),
+        ([{"pixel_values": torch.ones(1, 3)}], "a sample without 'input_ids'"),
+        ("{'input_ids': [1, 2, 300]}", "input_ids holds 300"),
+        ("", "the calibration data is empty"),
+        (None, "there is no such file"),
+    ],
+)
+def test_samples_that_the_model_cannot_read_are_refused_before_it_is_traced(
+    data: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A string stands for the content of a file that the recipe reads; None for one that is not there."""
+    monkeypatch.setattr(fxprune.api, "trace", lambda *_: pytest.fail("traced"))
+    options: dict[str, Any] = {"importance": "wanda"}
+    if data is None or isinstance(data, str):
+        file = tmp_path / "rows.jsonl"
+        if data is not None:
+            file.write_text(data.replace("'", '"'))
+        options = {"recipe": f"calibrate{{file={str(file)!r}}}, find-groups, wanda, select-by-ratio, shrink"}
+        data = None
+    with pytest.raises(CalibrationError, match=text):
+        prune(tiny("llama"), data, **options)
+
+
+def test_samples_of_two_bytes_a_token_are_read() -> None:
+    """Ids of numpy's uint16, as corpora of ids are stored in, were refused with an overflow."""
+    made = read_calibration(IDS.numpy().astype(np.uint16), traced("llama"))
+    assert torch.equal(torch.cat([sample.inputs["input_ids"] for sample in made]), IDS)

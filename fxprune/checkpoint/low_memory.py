@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from logging import WARNING
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from fxprune.checkpoint.manifest import MANIFEST
-from fxprune.checkpoint.read import LOADING, from_pretrained, require_all_weights
+from fxprune.checkpoint.read import LOADING, check_sizes, from_pretrained, require_all_weights
 from fxprune.checkpoint.write import check_place
+from fxprune.data.samples import FileSamples
 from fxprune.errors import CheckpointError
 from fxprune.graph.context import Refusal, attempt, quiet, silence_stderr
+from fxprune.offload.atomic import made_folder, wrap_disk_errors, write_file
 from fxprune.offload.files import offload_to, sync_writes
 from fxprune.offload.ranks import rank
 from fxprune.report.report import package_versions
@@ -68,7 +70,7 @@ def unpack_gguf(file: str | os.PathLike[str], folder: Path) -> None:
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     index = {"metadata": {"total_size": size}, "weight_map": places}
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
+    write_file(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index), CheckpointError)
 
 
 def _by_block(tensors: Sequence[Any]) -> Iterator[list[Any]]:
@@ -108,19 +110,22 @@ def resumable_folder(out: str | os.PathLike[str], request: str | None = None, *,
     """
     target = check_place(out, force=force)
     work = target.with_name(f"{target.name}.unfinished{f'-{rank()}' if rank() else ''}")
-    try:
-        file = work / _REQUEST
-        if request is None or not file.is_file() or file.read_text("utf-8", "replace") != json.dumps(request):
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-            file.write_text(json.dumps(request), encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot be written: {error.strerror}", where=str(work), remedy="Choose a folder that can be written to"
-        ) from error
-    with offload_to(work, work if request is not None else None):
-        yield work
-    shutil.rmtree(work, ignore_errors=True)
+    file = work / _REQUEST
+    with ExitStack() as stack:
+        try:
+            with wrap_disk_errors(work, CheckpointError):
+                stack.enter_context(made_folder(work.parent))
+                if request is None or not file.is_file() or file.read_text("utf-8", "replace") != json.dumps(request):
+                    shutil.rmtree(work, ignore_errors=True)
+                    work.mkdir()
+                    file.write_text(json.dumps(request), encoding="utf-8")
+            with offload_to(work, work if request is not None else None):
+                yield work
+        except BaseException:  # an interrupt too leaves nothing that is of no use
+            if request is None or not any(path.is_file() and path != file for path in work.rglob("*")):
+                shutil.rmtree(work, ignore_errors=True)  # nothing to resume from
+            raise
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def load_mapped(source: str | os.PathLike[str], work: Path) -> PreTrainedModel:
@@ -149,13 +154,19 @@ def load_mapped(source: str | os.PathLike[str], work: Path) -> PreTrainedModel:
 
 def _load(source: str | os.PathLike[str], unpacked: Path) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     if not Path(source).is_file():
+        check_sizes(source)
         read: Any = AutoModelForCausalLM.from_pretrained
         with quiet(WARNING):  # missing weights are refused by the caller
             model, info = read(source, dtype="auto", trust_remote_code=False, **LOADING)
         return model, info
     if not (unpacked / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        check_sizes(source)
         unpacked.mkdir(exist_ok=True)
-        unpack_gguf(source, unpacked)
+        try:
+            unpack_gguf(source, unpacked)
+        except BaseException:  # whatever was raised, it will be unpacked anew
+            shutil.rmtree(unpacked, ignore_errors=True)
+            raise
     return _load(unpacked, unpacked)
 
 
@@ -164,6 +175,8 @@ def request_key(source: str | os.PathLike[str], calibration: Any, passes: str) -
 
     None for data other than token ids: whether they are the same cannot be checked cheaply.
     """
+    if isinstance(calibration, FileSamples):
+        calibration = calibration["input_ids"]
     if calibration is not None and not isinstance(calibration, torch.Tensor):
         return None
     folder = Path(source)

@@ -25,6 +25,7 @@ __all__ = [
     "Manifest",
     "check_files",
     "check_weights",
+    "content_digest",
     "foreign_files",
     "has_user_card",
     "other_files",
@@ -37,10 +38,10 @@ PAGE = "report.html"
 """For people, like the card: both may be edited or deleted."""
 PLAN = "plan.json"
 REPORT = "report.json"
-_FORMAT = 2
+_FORMAT = 3
 """Counted up when an earlier release could no longer read the file, or would miss something that it must check."""
-_READABLE = (1, _FORMAT)
-"""Format 1 listed the files of weights only."""
+_READABLE = (1, 2, _FORMAT)
+"""Format 1 listed the files of weights only, format 2 had no digest of itself."""
 _LOADED_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json", ".py")
 """Endings of files that loaders look for by themselves, and prefer to others."""
 _LOADED_NAMES = ("adapter_config.json", "generation_config.json", "config.json")
@@ -70,6 +71,8 @@ class Manifest:
         files: SHA-256 of each other file that was written, by name.
         plan: the plan as plain data in manifests of earlier releases; now it is in ``plan.json``.
         report: the report as plain data in manifests of earlier releases; now it is in ``report.json``.
+        plan_digest: digest of the plan that the model came of; None if that is not known.
+        forward: what one short forward pass gave, or a ``note`` why there was none; None if it was left out.
     """
 
     source: Mapping[str, Any]
@@ -78,11 +81,14 @@ class Manifest:
     files: Mapping[str, str] = field(default_factory=dict)
     plan: Mapping[str, Any] | None = None
     report: Mapping[str, Any] | None = None
+    plan_digest: str | None = None
+    forward: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=package_versions)
     format: int = _FORMAT
 
     def to_json(self) -> str:
-        return json.dumps({name: value for name, value in asdict(self).items() if value is not None}, indent=1)
+        data = {name: value for name, value in asdict(self).items() if value is not None}
+        return json.dumps({**data, "digest": content_digest(data)}, indent=1)
 
     def read_plan(self, folder: Path) -> Plan | None:
         """Read the plan of the checkpoint in a folder; None if it was saved without one."""
@@ -114,6 +120,11 @@ class Manifest:
             raise CheckpointError("this file is missing", where=str(folder / name), remedy=_COPY_AGAIN) from error
 
 
+def content_digest(data: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's content: no part of it, nor the digest of a file, can be exchanged alone."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of the checkpoint in a folder.
 
@@ -134,6 +145,9 @@ def read_manifest(folder: Path) -> Manifest:
                 where=str(path),
                 remedy="Load it with the release that wrote it: " + str(data.get("versions", {}).get("fxprune")),
             )
+        digest = data.pop("digest", None)
+        if digest != content_digest(data) and (digest is not None or data["format"] == _FORMAT):
+            raise CheckpointError("its content was changed", where=str(path), remedy=_COPY_AGAIN)
         weights = {str(name): WeightFile(**entry) for name, entry in data.pop("weights").items()}
         found = Manifest(weights=weights, **data)
         _check_types(found)
@@ -146,7 +160,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _check_types(manifest: Any) -> None:
     fields: dict[str, Any] = {"stock": bool, **dict.fromkeys(("source", "files", "versions"), dict)}
-    fields |= dict.fromkeys(("plan", "report"), (dict, type(None)))
+    fields |= dict.fromkeys(("plan", "report", "forward"), (dict, type(None))) | {"plan_digest": (str, type(None))}
     wrong = [name for name, kind in fields.items() if not isinstance(getattr(manifest, name), kind)]
     wrong += [name for name, digest in manifest.files.items() if not isinstance(digest, str)] if not wrong else []
     for name, file in manifest.weights.items():

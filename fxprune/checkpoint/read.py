@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from logging import WARNING
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +16,17 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from fxprune.checkpoint.exchange import folder_identity, linked_copy, restore_replaced
+from fxprune.checkpoint.fingerprint import check_loaded
+from fxprune.checkpoint.gguf_header import check_gguf
 from fxprune.checkpoint.manifest import MANIFEST, Manifest, check_files, check_weights, read_manifest
+from fxprune.emit.emitted import PLAN_DIGEST
+from fxprune.emit.layout import stock_class, stock_config
 from fxprune.emit.snapshot import Shape, shapes_of, slim_name, without_storage
-from fxprune.emit.structure import parse_config, pruned_class, stock_config
+from fxprune.emit.structure import parse_config, pruned_class
 from fxprune.errors import CheckpointError, FxpruneError
 from fxprune.graph.context import Refusal, attempt, quiet, wrap_errors
 from fxprune.modelling.layerwise import SECTION, overrides_in
+from fxprune.offload.atomic import folder_identity, linked_copy, restore_replaced
 from fxprune.pipeline.arguments import as_path, flag, refuse
 
 if TYPE_CHECKING:
@@ -29,11 +34,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LOADING",
+    "check_sizes",
     "from_pretrained",
     "load_config_only",
     "load_model",
     "load_tokenizer",
     "locate",
+    "read_model",
     "readable",
     "require_all_weights",
 ]
@@ -81,7 +88,8 @@ def from_pretrained(
 
     Args:
         folder: what :func:`fxprune.save_pretrained` wrote, or the id of such a repository on the hub.
-        verify: compare every byte of the weights with the manifest; else only sizes, names and shapes.
+        verify: compare every byte of the weights with the manifest, else only sizes, names and shapes; and what the
+            model computes on a few tokens with what the saved one did, unless another dtype is asked for.
         model_class: the class, if it is not one of transformers' own.
         options: options for ``from_pretrained`` of that class: ``dtype``, ``device_map``, ``attn_implementation``, ...
 
@@ -123,9 +131,21 @@ def _load(
     check_weights(path, manifest.weights, digests=verify)
     check_files(path, manifest)
     stock, config = _classes(path, model_class)
-    slim = pruned_class(stock, type(config))
-    _check_plan(path, slim, manifest)
-    read: Any = slim.from_pretrained
+    _check_plan(path, pruned_class(stock, type(config)), manifest)
+    model = read_model(path, model_class, options)
+    if manifest.plan_digest is not None:
+        vars(model)[PLAN_DIGEST] = manifest.plan_digest
+    if verify and manifest.forward is not None:
+        check_loaded(model, manifest.forward, str(path))
+    return model
+
+
+def read_model(
+    path: Path, model_class: type[PreTrainedModel] | None = None, options: Mapping[str, Any] = MappingProxyType({})
+) -> PreTrainedModel:
+    """Load the model in a folder by its config and weights alone."""
+    stock, config = _classes(path, model_class)
+    read: Any = pruned_class(stock, type(config)).from_pretrained
     model, info = read(path, config=config, **LOADING, **options)
     require_all_weights(path, info, model)
     return _as_stock(model, stock)
@@ -139,11 +159,12 @@ def build_empty(folder: str | os.PathLike[str]) -> PreTrainedModel:
 
 
 def _as_stock(model: PreTrainedModel, stock: type[PreTrainedModel]) -> PreTrainedModel:
-    """Turn a loaded model back into one of its stock class with a plain config."""
-    model.__class__ = stock
-    model.config.__class__ = stock_config(type(model.config))
+    """Turn a loaded model that its stock class builds back into one of that class, and buffers into what they were."""
     vars(model.config).pop("auto_map", None)
-    section = vars(model.config).pop(SECTION, None) or {}
+    section = vars(model.config).get(SECTION) or {}
+    if not section:
+        model.__class__ = stock
+        model.config.__class__ = stock_config(type(model.config))
     for name in section.get("buffers", {}):
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._non_persistent_buffers_set.add(leaf)
@@ -172,7 +193,7 @@ def _classes(path: Path, model_class: type[PreTrainedModel] | None) -> tuple[typ
     try:
         data = parse_config(file.read_text(encoding="utf-8"))
         name = data.get(SECTION, {}).get("class") or data["architectures"][0]
-        stock = model_class or getattr(transformers, name)
+        stock = stock_class(model_class or getattr(transformers, name))
         own: Any = stock.config_class
         relaxed: Any = pruned_class(stock, own).config_class
         config: PreTrainedConfig = relaxed.from_dict(data)
@@ -261,6 +282,7 @@ def load_model(
         return slim.to(device=device, dtype=dtype) if dtype is not None or device is not None else slim  # type: ignore[no-any-return]
     read: Any = AutoModelForCausalLM.from_pretrained
     options = {**LOADING, **_SAFE, "dtype": "auto" if dtype is None else dtype}
+    check_sizes(source, gguf_file)
     with readable(source), quiet(WARNING):  # weights left at random are refused below, in one line
         model, found = read(**locate(source, gguf_file), **options)
     require_all_weights(source, found, model)
@@ -273,8 +295,36 @@ def load_config_only(source: str | os.PathLike[str], gguf_file: str | None = Non
         return build_empty(source)
     with readable(source):
         config = AutoConfig.from_pretrained(**locate(source, gguf_file), **_SAFE)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+        if not 1 <= layers <= _MOST_LAYERS:
+            raise _size_error(source, f"of {layers:,} layers")
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, **_SAFE)  # type: ignore[no-any-return]
+
+
+_MOST_LAYERS = 10_000
+"""More are a damaged config; building them would take hours."""
+
+
+def check_sizes(source: str | os.PathLike[str], gguf_file: str | None = None) -> None:
+    """Refuse a config of a model larger than the files beside it: transformers allocates what they do not hold.
+
+    A GGUF file is checked by :func:`check_gguf` first.
+    """
+    place = Path(source).expanduser() / (gguf_file or "")
+    if place.is_file():
+        check_gguf(place)
+    files = [place] if place.is_file() else [*place.glob("*.safetensors"), *place.glob("*.bin")]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    if size:
+        count = sum(parameter.numel() for parameter in load_config_only(source, gguf_file).parameters())
+        if count > 8 * size:  # a weight takes a bit at least
+            raise _size_error(source, f"of {count:,} parameters, and its files have {size:,} bytes")
+
+
+def _size_error(source: str | os.PathLike[str], of: str) -> CheckpointError:
+    remedy = "Download it again, or correct its config.json"
+    return CheckpointError(f"its config is that of a model {of}", where=os.fspath(source), remedy=remedy)
 
 
 def load_tokenizer(

@@ -8,19 +8,19 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors import SafetensorError
 from torch import nn
 
-from fxprune.checkpoint.exchange import replace_folder, resolve_target, staging_folder
+from fxprune.checkpoint.fingerprint import check_written, run_forward
 from fxprune.checkpoint.manifest import (
     CARD,
     MANIFEST,
@@ -33,16 +33,22 @@ from fxprune.checkpoint.manifest import (
     other_files,
     weight_files,
 )
+from fxprune.checkpoint.read import read_model
+from fxprune.emit.emitted import PLAN_DIGEST
+from fxprune.emit.layout import stock_class, stock_config
 from fxprune.emit.load import has_unaligned_experts
-from fxprune.emit.structure import Structure, describe_structure, pruned_class, stock_class, stock_config
+from fxprune.emit.structure import Structure, describe_structure, pruned_class
 from fxprune.errors import CheckpointError
-from fxprune.graph.context import Refusal, attempt, quiet
+from fxprune.graph.context import Refusal, attempt, default_modes, quiet
+from fxprune.graph.tensors import names_by_identity
 from fxprune.modelling import block_config, blocks, layerwise, overrides, table_rows
+from fxprune.offload.atomic import finish_files, replace_folder, resolve_target, staging_folder, wrap_disk_errors
 from fxprune.offload.files import sync_writes
-from fxprune.offload.ranks import run_on_first
-from fxprune.pipeline.arguments import as_path, refuse, whole_number
+from fxprune.offload.ranks import is_sharded, run_on_first
+from fxprune.pipeline.arguments import as_path, flag, refuse, whole_number
 from fxprune.removal.plan import Plan
 from fxprune.report.report import Report
+from fxprune.trace.checks import check_merged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,11 +83,11 @@ def write_modelling(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     is_known = getattr(transformers, base.__name__, None) is base
     has_inner = model.base_model is not model and is_known
     has_inner = has_inner and getattr(base, "config_class", None) is stock.config_class
-    inner = (base.__name__, stock.base_model_prefix) if has_inner else None
+    inner = base.__name__ if has_inner else None
     text = _modelling(stock.__name__, config.__name__, inner)
     (folder / f"{MODELLING}.py").write_text(text, encoding="utf-8")
     classes = {"AutoConfig": config.__name__}  # engines read the first entry
-    classes |= {} if inner is None else {"AutoModel": inner[0]}
+    classes |= {} if inner is None else {"AutoModel": inner}
     classes |= dict.fromkeys(_auto_classes(stock), stock.__name__)
     return {loader: f"{MODELLING}.{name}" for loader, name in classes.items()}
 
@@ -98,11 +104,8 @@ def _auto_classes(stock: type[PreTrainedModel]) -> list[str]:
     return tasks or found
 
 
-def _modelling(model: str, config: str, base: tuple[str, str] | None = None) -> str:
-    """Return the text of a modelling file for a stock class and its config class.
-
-    ``base`` is the class of the inner model, and its module path in the model.
-    """
+def _modelling(model: str, config: str, base: str | None = None) -> str:
+    """Return the text of a modelling file for a stock class, its config class, and the class of the inner model."""
     source = "\n\n".join(_without_own_imports(module) for module in _SOURCES)
     text = f'''from __future__ import annotations
 
@@ -125,14 +128,13 @@ class {model}(Layerwise, StockModel):
         return text
     return f'''{text}
 
-from transformers import {base[0]} as StockBase  # noqa: E402
+from transformers import {base} as StockBase  # noqa: E402
 
 
-class {base[0]}(Layerwise, StockBase):
+class {base}(Layerwise, StockBase):
     """The pruned model without its head."""
 
     config_class = {config}
-    part_of_model = "{base[1]}"
 '''
 
 
@@ -205,6 +207,7 @@ _SIZE = re.compile(r"\s*(?=[\d.]*[1-9])\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
 """Sizes as transformers reads them."""
 
 
+@default_modes()
 def save_pretrained(
     model: PreTrainedModel,
     folder: str | os.PathLike[str],
@@ -215,10 +218,12 @@ def save_pretrained(
     max_shard_size: int | str = "5GB",
     force: bool = False,
     also: Callable[[Path], object] | None = None,
+    verify: bool = True,
 ) -> Structure:
     """Save a slim model: it is written beside the folder and takes its place in one step, or not at all.
 
-    Where several processes of torch call it, the first one writes and the others wait.
+    Where several processes of torch call it, the first one writes and the others wait. Weights that are sharded over
+    the processes (``fully_shard``, tensor parallelism) are gathered on its CPU first.
 
     In it: safetensors, ``config.json``, the generation config, the tokenizer, ``fxprune.json`` with digests of all
     files, ``plan.json``, ``report.json`` and the same as a page ``report.html``, a model card ``README.md``, and, where
@@ -235,16 +240,25 @@ def save_pretrained(
         max_shard_size: the largest file of weights, in bytes or as text such as ``"5GB"``.
         force: replace the model in a folder that holds something else, too; other files are kept.
         also: called with the new folder before it takes its place, to write more files into it.
+        verify: load what was written, mapped into memory, and compare it with the model on a few tokens. A model whose
+            inputs cannot be guessed is saved with a note in the manifest.
 
     Returns:
         How the model differs from what its stock class builds.
 
     Raises:
-        CheckpointError: the folder holds something else, or the model cannot be built from plain data.
+        CheckpointError: the folder holds something else, the model cannot be built from plain data, the plan is that
+            of another model, or the checkpoint computes something else than the model.
     """
+    verify = flag("verify", verify)
     check_request(folder, tokenizer, max_shard_size)
-    if not isinstance(model, transformers.PreTrainedModel):
-        raise refuse("model", model, "a Hugging Face model, as in result.model", CheckpointError)
+    given: Any = model
+    if not isinstance(given, transformers.PreTrainedModel):
+        check_merged(given)
+        raise refuse("model", given, "a Hugging Face model, as in result.model", CheckpointError)
+    if (getattr(model, "_tp_size", None) or 1) > 1 and not is_sharded(model):
+        what = "each process holds a part of its weights, as a plain tensor"
+        raise CheckpointError(what, where="model", remedy="Load it without tp_plan to save it")
     meta = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
     if meta is not None:
         raise CheckpointError("is on meta and has no values", where=meta, remedy="Load the weights first")
@@ -252,11 +266,22 @@ def save_pretrained(
         raise refuse("plan", plan, "a Plan, as in result.plan, or None", CheckpointError)
     if report is not None and not isinstance(report, Report):
         raise refuse("report", report, "a Report, as in result.report, or None", CheckpointError)
+    digest = vars(model).get(PLAN_DIGEST) or (None if plan is None else plan.digest)
+    if plan is not None and plan.digest != digest:
+        remedy = "Pass the plan of the prune that gave this model, as in result.plan"
+        raise CheckpointError("it is the plan of another model", where="plan", remedy=remedy)
     check_place(folder, force=force)
     structure = describe_structure(model)
+    forward = run_forward(model) if verify else None
+    with _savable(model, structure):
+        state = _gathered(model)
 
     def fill(work: Path) -> None:
-        _fill(work, Path(folder), model, structure, tokenizer, plan, report, max_shard_size)
+        _write_model(model, work, structure, max_shard_size, state)
+        record = None
+        if forward is not None:
+            record = check_written(model, forward, read_model(work, stock_class(model)))
+        _describe(work, Path(folder), model, structure, tokenizer, plan, report, (digest, record))
         if also is not None:
             also(work)
 
@@ -267,14 +292,10 @@ def save_pretrained(
 def write_folder(folder: str | os.PathLike[str], fill: Callable[[Path], object], *, force: bool = False) -> None:
     """Fill a new folder and put it in the place of ``folder`` in one step; files of the user are kept."""
     target = check_place(folder, force=force)
-    with _wrap_disk_errors(folder), staging_folder(target) as work:
+    with wrap_disk_errors(folder, CheckpointError), staging_folder(target) as work:
         with sync_writes(work):
             fill(work)
-        mask = os.umask(0)
-        os.umask(mask)
-        work.chmod(0o777 & ~mask)  # temporary folders and mapped files are made for their owner alone
-        for path in work.iterdir():
-            path.chmod(0o666 & ~mask)
+        finish_files(work)
         for path in [*foreign_files(target), *([target / CARD] if has_user_card(target) else [])]:
             copy = shutil.copytree if path.is_dir() else shutil.copy2
             if not (work / path.name).exists():
@@ -282,7 +303,7 @@ def write_folder(folder: str | os.PathLike[str], fill: Callable[[Path], object],
         replace_folder(work, target)
 
 
-def _fill(
+def _describe(
     work: Path,
     target: Path,
     model: PreTrainedModel,
@@ -290,9 +311,9 @@ def _fill(
     tokenizer: Any,
     plan: Plan | None,
     report: Report | None,
-    max_shard_size: int | str,
+    known: tuple[str | None, Mapping[str, Any] | None],
 ) -> None:
-    _write_model(model, work, structure, max_shard_size)
+    """Write everything but the model; ``known`` is the digest of the plan and the record of a forward pass."""
     if tokenizer is not None:
         tokenizer.save_pretrained(work)
     if plan is not None:
@@ -304,25 +325,11 @@ def _fill(
     source = {"class": stock_class(model).__name__, "name": Path(name).name if os.path.isdir(name) else name}
     if report is not None:
         source["parameters"] = report.parameters[0]
-    manifest = Manifest(source, structure.is_stock, weight_files(work))
+    manifest = Manifest(source, structure.is_stock, weight_files(work), plan_digest=known[0], forward=known[1])
     if not has_user_card(target):
         (work / CARD).write_text(model_card(model, work, target, manifest, report), encoding="utf-8")
     manifest = replace(manifest, files=other_files(work))
     (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-
-
-@contextmanager
-def _wrap_disk_errors(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn errors of the disk into a ``CheckpointError``; the folder is unchanged."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CheckpointError(
-            f"cannot be written: {reason}",
-            where=os.fspath(folder),
-            remedy="Choose a folder that can be written to, on a disk with room for the whole model",
-        ) from error
 
 
 def check_request(folder: Any, tokenizer: Any, max_shard_size: Any) -> None:
@@ -339,7 +346,7 @@ def check_request(folder: Any, tokenizer: Any, max_shard_size: Any) -> None:
 
 def check_place(folder: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Resolve the folder of a checkpoint, and check that it may be written; ``force`` allows other contents."""
-    with _wrap_disk_errors(folder):
+    with wrap_disk_errors(folder, CheckpointError):
         target = resolve_target(folder)
         if not force and target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
             remedy = "Choose a new folder, or empty this one"
@@ -349,9 +356,29 @@ def check_place(folder: str | os.PathLike[str], *, force: bool = False) -> Path:
     return target
 
 
-def _write_model(model: PreTrainedModel, work: Path, structure: Structure, max_shard_size: int | str) -> None:
+def _gathered(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+    """Whole weights of a sharded model, on the CPU of the first process; None if it is not sharded."""
+    if not is_sharded(model):
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    for names in names_by_identity(model).values():
+        tied = [name for name in names if name in state]
+        state.update(dict.fromkeys(tied, state[tied[0]]) if tied else {})
+    return state
+
+
+def _write_model(
+    model: PreTrainedModel,
+    work: Path,
+    structure: Structure,
+    max_shard_size: int | str,
+    state: dict[str, torch.Tensor] | None,
+) -> None:
     with _savable(model, structure):
-        model.save_pretrained(work, max_shard_size=max_shard_size)
+        stock_class(model).save_pretrained(model, work, max_shard_size=max_shard_size, state_dict=state)
     if has_unaligned_experts(model) and getattr(model.config, "_experts_implementation", None) == "eager":
         file = work / "config.json"  # grouped kernels do not accept their widths
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -372,14 +399,13 @@ def _savable(model: PreTrainedModel, structure: Structure) -> Iterator[None]:
         path, _, leaf = name.rpartition(".")
         kept.append((model.get_submodule(path), leaf))
         kept[-1][0]._non_persistent_buffers_set.discard(leaf)
-    section = vars(config).pop(layerwise.SECTION, None)
+    removed = {n: vars(config).pop(n) for n in (layerwise.SECTION, "distributed_config") if n in vars(config)}
     if not structure.is_stock:
         config.__class__ = pruned_class(stock_class(model), own).config_class
     try:
         yield
     finally:
         config.__class__ = own
-        if section is not None:
-            vars(config)[layerwise.SECTION] = section
+        vars(config).update(removed)
         for owner, leaf in kept:
             owner._non_persistent_buffers_set.add(leaf)

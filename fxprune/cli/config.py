@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from fxprune.cli.console import is_given
+from fxprune.cli.console import is_given, pair_of
 from fxprune.errors import FxpruneError, UnknownNameError
 
 __all__ = ["format_run", "parse_number", "read_config", "run_file"]
@@ -24,7 +24,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is not None:
         known = {_key(parameter): parameter for parameter in context.command.params if parameter.name != "config"}
         context.default_map = {
-            str(known[key].name): _as_text(path, key, value, flag=getattr(known[key], "is_flag", False))
+            str(known[key].name): _as_text(path, key, value, known[key])
             for key, value in _entries(path, known).items()
             if value is not None
         }
@@ -101,10 +101,12 @@ def _key(parameter: Any) -> str:
     return _dashed(max(parameter.opts, key=len).lstrip("-")).lower()
 
 
-def _as_text(path: Path, key: str, value: Any, *, flag: bool) -> Any:
+def _as_text(path: Path, key: str, value: Any, parameter: Any) -> Any:
     """A value as it would stand on a command line."""
-    if isinstance(value, bool) and flag:
+    if isinstance(value, bool) and getattr(parameter, "is_flag", False):
         return value
+    if isinstance(value, str | list) and parameter.nargs == 2:
+        return pair_of(str(value))
     if isinstance(value, bool):
         remedy = "Put words that YAML takes for it, as yes, no, on and off, into quotes"
         raise FxpruneError(f"{key} is {str(value).lower()}", where=str(path), remedy=remedy)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import textwrap
 import time
@@ -30,6 +31,7 @@ __all__ = [
     "is_given",
     "notes",
     "option_name",
+    "pair_of",
     "print_json",
     "print_lines",
     "progress",
@@ -62,11 +64,29 @@ def is_given(context: Any, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
+def pair_of(text: str) -> list[str]:
+    """The two values in ``1,1`` or ``(1, 1)``; zeros for ``()``."""
+    return re.findall(r"[^\s,()\[\]]+", text) or ["0", "0"]
+
+
 class Command(TyperCommand):
     """A command whose errors end in one line and exit code 2; a defect in the package ends in a traceback."""
 
     is_measurement = False
     """Whether results are all that the command is for, so that ``--quiet`` still prints them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take a pair in one word, ``1,1`` or ``(1, 1)`` as messages spell it, for two words."""
+        pairs = {name for one in self.params if one.nargs == 2 for name in one.opts}
+        words: list[str] = []
+        for word in args:
+            name, equals, value = word.partition("=")
+            if name in pairs and equals:
+                words.append(name)
+                word = value
+            in_one = bool(words) and words[-1] in pairs and re.search(r"[,()\[\]]", word)
+            words += pair_of(word) if in_one else [word]
+        return super().parse_args(ctx, words)
 
     def invoke(self, ctx: Any) -> Any:
         """Set the output, import the package, and run the command."""

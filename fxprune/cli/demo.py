@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
@@ -76,14 +75,11 @@ def _entry() -> dict[str, str]:
 
 def _write_checkpoint(gguf: Path, target: Path) -> None:
     """Write a checkpoint that is there complete or not at all, also when several processes write it at once."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as temporary:
-        built = Path(temporary) / "checkpoint"
+    from fxprune.offload.atomic import finish_files, replace_folder, staging_folder, wrap_disk_errors
+
+    with wrap_disk_errors(target, FxpruneError), staging_folder(target) as built:
         model, tokenizer = load_gguf(gguf)
         model.save_pretrained(built)
         tokenizer.save_pretrained(built)
-        try:
-            built.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster, and its copy is as good
-                raise
+        finish_files(built)
+        replace_folder(built, target)

@@ -163,7 +163,8 @@ def _is_path(model: str) -> bool:
 
 def _check_file(path: Path) -> None:
     """Refuse a file that transformers cannot read: no GGUF file, one that is cut off, or one whose layers differ."""
-    from fxprune.export.gguf.format import general_archs, layers_differ, read_header
+    from fxprune.checkpoint.gguf_header import read_header
+    from fxprune.export.gguf.format import general_archs, layers_differ
 
     if path.suffix != ".gguf":
         raise FxpruneError("it is a file, but not .gguf", where=str(path), remedy=_REMEDY)
@@ -188,7 +189,8 @@ def _check_file(path: Path) -> None:
 
 def _check_task(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuse a model that does not predict the next token, and name the call that prunes it."""
-    classes = [name for name in config.get("architectures") or () if isinstance(name, str)]
+    named = config.get("architectures")
+    classes = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     causal = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     other = classes and not any(name.endswith(causal) for name in classes)
     encodes = config.get("is_encoder_decoder") is True
@@ -207,7 +209,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise FxpruneError(what, where=str(folder), remedy=_advice(folder))
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FxpruneError(f"it is not JSON: {error}", where=str(file), remedy=_REMEDY) from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise FxpruneError("it names no 'model_type'", where=str(file), remedy=_REMEDY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -12,8 +13,10 @@ import typer
 
 from fxprune.cli.config import parse_number, read_config
 from fxprune.cli.console import option_name
+from fxprune.errors import PassError
 from fxprune.pipeline.arguments import Argument
 from fxprune.recipes.options import DATA, MACHINE, OUTPUT, WHAT_GOES, option_table
+from fxprune.recovery.settings import TRAINING
 
 __all__ = ["expanded", "library_options"]
 
@@ -104,7 +107,7 @@ def library_options(declaration: type) -> Callable[[Callable[..., None]], Callab
         def command(**values: Any) -> None:
             for name, (hint, _) in table.items():
                 value = values.pop(name)
-                if value is not None and value is not False:
+                if value is not None and value is not False and value != "None":
                     values[name] = _parse(hint, value)
             function(**values)
 
@@ -120,7 +123,7 @@ def library_options(declaration: type) -> Callable[[Callable[..., None]], Callab
 def _panel(parameter: inspect.Parameter) -> int:
     """The place of a parameter in the help: arguments first, then the panels in order."""
     options = [one for one in getattr(parameter.annotation, "__metadata__", ()) if hasattr(one, "rich_help_panel")]
-    panels = (None, WHAT_GOES, DATA, OUTPUT, MACHINE)
+    panels = (None, TRAINING, WHAT_GOES, DATA, OUTPUT, MACHINE)
     return panels.index(options[0].rich_help_panel) if options else 0
 
 
@@ -130,13 +133,15 @@ def _parameter(name: str, hint: Any, declared: Argument) -> inspect.Parameter:
     shell_type: Any = str | None
     if bool in kinds:
         shell_type = bool
-    elif int in kinds and len(kinds) == 1:
-        shell_type = int | None
+    elif kinds in ({int}, {float}):
+        shell_type = kinds.pop() | None
     elif tuple in kinds:
         shell_type = tuple[str, str] | None
     elif Literal in kinds:
         shell_type = hint
     text, metavar = declared.doc.replace("`", ""), _METAVARS.get(name)
+    if not isinstance(declared.default, bool | None):
+        text = f"{text.removesuffix('.')} (default: {declared.default})."
     option = typer.Option(option_name(name), help=text, rich_help_panel=declared.panel, metavar=metavar)
     default, hint = False if shell_type is bool else None, Annotated[shell_type, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
@@ -154,6 +159,11 @@ def _parse(hint: Any, value: Any) -> Any:
         return tuple(map(parse_number, value))
     if not isinstance(value, str):
         return value
+    if kinds & {Mapping, Sequence} and value[:1] in ("(", "[", "{"):
+        from fxprune.pipeline.spelling import read_spelling
+
+        with suppress(PassError):
+            return read_spelling(f"option{{{value=!s}}}")[1]["value"]
     if Mapping in kinds and "=" in value:
         pairs = [pair.partition("=") for pair in value.split(",")]
         return {kind.strip(): parse_number(number) for kind, _, number in pairs}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fxprune.cli.config import run_file
 from fxprune.cli.console import console, print_json, print_lines
 from fxprune.cli.models import is_gguf
-from fxprune.errors import ArgumentError, CheckpointError, FxpruneError, UnknownNameError
+from fxprune.errors import ArgumentError, CheckpointError, ExportError, FxpruneError, UnknownNameError
 from fxprune.pipeline.arguments import MANIFEST, SUFFIXES
 
 if TYPE_CHECKING:
@@ -138,7 +138,8 @@ def write_result(
     ``options`` are of :func:`fxprune.export_model`, for a file; ``run`` is by :func:`~fxprune.cli.config.format_run`.
     """
     from fxprune.checkpoint.write import write_folder
-    from fxprune.export.onnx import atomic_path
+    from fxprune.export.onnx import COMPANIONS
+    from fxprune.offload.atomic import atomic_path
     from fxprune.offload.ranks import run_on_first
 
     def write_beside(model: Path, named: Callable[[str], Path], **options: Any) -> None:
@@ -149,7 +150,7 @@ def write_result(
         write_run(run, named("run.yaml"))
 
     def write_file() -> None:
-        with atomic_path(out) as path:
+        with atomic_path(out, ExportError, parents=True, companions=COMPANIONS) as path:
             write_beside(path, lambda name: path.with_suffix(f".{name}"), **options)
 
     if is_file(out):
@@ -189,6 +190,8 @@ def _lines(report: Any, out: Path, loading: str) -> Iterator[str]:
     for (kind, before, after), count in shrunk.items():
         yield f"{kind}: {before:,} to {after:,} units in {count:,} group{'s' if count > 1 else ''}"
     yield from (f"layer removed: {block}" for block in report.removed_blocks)
+    if report.calibration is not None:
+        yield f"calibrated on {report.calibration}"
     yield from (f"note: {note}" for note in (*report.model_reasons, *report.notes))
     if report.verification_error is not None:
         yield f"verified: masked and slim outputs differ by at most {report.verification_error:.1e}"

@@ -129,7 +129,7 @@ def _from_files(path: Path, report: Path) -> WrittenPlan:
         return WrittenPlan(plan)
     try:
         return WrittenPlan(plan, Report.from_dict(json.loads(report.read_text(encoding="utf-8"))))
-    except (ValueError, FxpruneError) as error:
+    except (ValueError, RecursionError, FxpruneError) as error:
         raise PlanError("it is not a report", where=str(report), remedy="Remove it, or prune again") from error
 
 

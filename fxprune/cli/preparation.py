@@ -48,6 +48,12 @@ class CalibrationText:
         text = calibration_text(self.file, tokenizer)
         return calibration_windows(tokenizer, text, self.samples or most, self.tokens or TOKENS, str(self.file))
 
+    def named(self, samples: Any) -> Any:
+        """Samples read from the text, with the name of its file for the report."""
+        from fxprune.data.samples import FileSamples
+
+        return None if samples is None or self.file is None else FileSamples(samples, self.file.name)
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -86,7 +86,7 @@ def prune(
     assert out is not None
     run = format_run(context)
     force = force or run_file(out, is_file=is_file(out)).is_file()
-    data, tokenizer = prepared.samples, prepared.tokenizer
+    data, tokenizer = text.named(prepared.samples), prepared.tokenizer
     if low_memory:
         result = fxprune.prune_checkpoint(
             locate_model(model) if gguf_file is None else Path(model).expanduser() / gguf_file,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -16,13 +15,14 @@ from fxprune.cli.output import check_output, is_file
 from fxprune.cli.process import keep_freed
 from fxprune.errors import ArgumentError
 from fxprune.pipeline.arguments import MANIFEST
+from fxprune.recovery.settings import RecoverySettings
 
 __all__ = ["recover"]
 
 
 @app.command(cls=Command)
+@flags.library_options(RecoverySettings)
 def recover(
-    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder of a slim or a dense model, or hub id.")],
     data: Annotated[
         str, typer.Option(help="Rows to train on: a .json, .jsonl, .txt or .parquet file, or a hub data set.")
@@ -32,32 +32,18 @@ def recover(
     folder: Annotated[
         Path | None, typer.Option(help="Folder for checkpoints; an interrupted run resumes from the last one.")
     ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data (default: 2).")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Largest learning rate (default: 1e-4).")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank updates (default: 8).")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Updates are scaled by alpha / rank (default: 16).")] = None,
-    batch: Annotated[int | None, typer.Option(help="Samples of a step (default: 64).")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Samples in memory at once (default: 4).")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest sample, in tokens (default: 256).")] = None,
-    held_out: Annotated[
-        float | None, typer.Option(help="Fraction or number of the samples to hold out (default: 0.04).")
-    ] = None,
-    precision: Annotated[
-        Literal["auto", "bf16", "float32"] | None, typer.Option(help="Precision of the products (default: auto).")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the split, the order and the updates.")] = None,
     dtype: flags.Dtype = None,
     device: Annotated[
         str | None, typer.Option(help="Device to train on: cpu, cuda or mps (default: all accelerators).")
     ] = None,
     force: flags.Force = False,
     quiet: flags.Quiet = False,
+    **options: Any,
 ) -> None:
     """Train MODEL briefly, by LoRA on its pruned layers, and write it to OUT with its plan and report."""
     from fxprune.checkpoint.manifest import read_manifest
     from fxprune.data.rows import ROW_SUFFIXES, read_rows
     from fxprune.offload.ranks import is_first
-    from fxprune.recovery.data import RecoverySettings, settings_from
 
     check_models([model, *([distil] if distil else [])])
     kind, _, number = (device or "").partition(":")
@@ -70,9 +56,7 @@ def recover(
     if is_file(out):
         raise ArgumentError(f"{out} is a file", where="--out", remedy="Name a folder; `fxprune export` writes files")
     check_output(out, model, force=force)
-    known = {field.name for field in fields(RecoverySettings)}
-    given = {name: value for name, value in context.params.items() if name in known and value is not None}
-    settings = settings_from(None, given)
+    settings = RecoverySettings(**options)
     rows = Path(data) if Path(data).exists() or Path(data).suffix in ROW_SUFFIXES else data
     if isinstance(rows, Path):
         read_rows(rows)  # refuses a file that cannot be read before the model is loaded
@@ -99,8 +83,8 @@ def recover(
     def write_recovery(work: Path) -> None:
         (work / "recovery.json").write_text(recovery.to_json(), encoding="utf-8")
 
-    options: dict[str, Any] = {"plan": plan, "report": report, "force": force, "also": write_recovery}
-    fxprune.save_pretrained(recovery.model, out, tokenizer, **options)
+    more: dict[str, Any] = {"plan": plan, "report": report, "force": force, "also": write_recovery}
+    fxprune.save_pretrained(recovery.model, out, tokenizer, **more)
     if is_first():
         before, after = recovery.held_out
         print_lines(f"note: {note}" for note in recovery.notes)

@@ -56,11 +56,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Calibration(Fact):
-    """Samples for criteria and fits: one or more."""
+    """Samples for criteria and fits: one or more.
+
+    Args:
+        source: where they are from, in words.
+        written: the number of them that the model wrote.
+    """
 
     missing_error: ClassVar[type[PassError]] = CalibrationError
     remedy: ClassVar[str] = "Pass token ids as calibration, or choose an importance that needs no data"
     samples: tuple[Sample, ...]
+    source: str = "the samples passed"
+    written: int = 0
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -100,7 +107,7 @@ def clear_sample_errors(inputs: Mapping[str, Any]) -> Iterator[None]:
     try:
         with silence_stderr():
             yield
-    except (FxpruneError, torch.OutOfMemoryError):
+    except (FxpruneError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # ops refuse bad values with exceptions of any type
         shapes = ", ".join(

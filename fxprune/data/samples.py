@@ -20,7 +20,7 @@ from fxprune.graph.compat import is_free, size_hint, tree_leaves
 from fxprune.graph.context import Refusal
 from fxprune.pipeline.arguments import format_value
 
-__all__ = ["check_samples", "read_calibration", "read_token_rows"]
+__all__ = ["FileSamples", "check_samples", "check_tokens", "is_in_memory", "read_calibration", "read_token_rows"]
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -42,6 +42,19 @@ def check_samples(name: str, data: Any) -> Any:
     return data
 
 
+class FileSamples(dict[str, torch.Tensor]):
+    """Token ids ``(samples, tokens)`` as a batch by name, with the name of the file that they are from."""
+
+    def __init__(self, ids: torch.Tensor, source: str) -> None:
+        super().__init__(input_ids=ids)
+        self.source = source
+
+
+def is_in_memory(data: Any) -> bool:
+    """Whether reading ``data`` has no effect: loaders and generators run code, draw numbers and may end."""
+    return isinstance(data, torch.Tensor | np.ndarray | Mapping | list | tuple)
+
+
 def read_calibration(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, ...]:
     """Samples of calibration data: one for each row, without padding.
 
@@ -55,17 +68,35 @@ def read_calibration(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, .
         CalibrationError: there are no samples, or one does not fit the graph: fewer than two tokens, a value that is
             not finite, a token id without an embedding, another shape or dtype.
     """
-    check_samples("calibration", data)
     inputs, others = _inputs(graph_module)
     names = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
-    samples: list[Sample] = []
+    return tuple(
+        Sample({name: values[name] if name in values else others[name] for name in names}, labels)
+        for values, labels in _read(data, inputs)
+    )
+
+
+def check_tokens(data: Any, rows: int | None) -> None:
+    """Refuse what :func:`read_calibration` will refuse for a model of ``input_ids`` alone, before there is a graph.
+
+    Args:
+        rows: those of its embedding; None if other ids have a meaning as well.
+    """
+    if is_in_memory(data):
+        for _ in _read(data, [_Input("input_ids", (None, None), True, rows)]):
+            pass
+
+
+def _read(data: Any, inputs: Sequence[_Input]) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Yield the tensors of each sample by name, and its labels."""
+    check_samples("calibration", data)
+    number = 0
     for batch in _batches(data, inputs[0].name):
-        for row in _rows(batch, inputs, len(samples)):
-            values, labels = _sample(row, inputs, f"calibration sample {len(samples)}")
-            samples.append(Sample({name: values[name] if name in values else others[name] for name in names}, labels))
-    if not samples:
+        for row in _rows(batch, inputs, number):
+            yield _sample(row, inputs, f"calibration sample {number}")
+            number += 1
+    if not number:
         raise CalibrationError("the calibration data is empty", where="calibration", remedy="Pass at least one sample")
-    return tuple(samples)
 
 
 def read_token_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -164,8 +195,10 @@ def _tensor(name: Any, value: Any, where: str) -> torch.Tensor:
     try:
         if isinstance(value, np.ndarray):  # torch takes neither foreign byte orders, nor negative strides, nor unsigned
             kind = value.dtype.newbyteorder("=")
+            if kind.kind == "u" and kind.itemsize == 8:
+                value = np.minimum(value, np.iinfo(np.int64).max)  # far above any vocabulary
             if kind.kind == "u" and kind.itemsize > 1:
-                value, kind = np.minimum(value, np.iinfo(np.int64).max), np.dtype(np.int64)  # far above any vocabulary
+                kind = np.dtype(np.int64)
             value = np.ascontiguousarray(value, dtype=kind)
         found = torch.as_tensor(value)
     except (ValueError, TypeError, RuntimeError, RecursionError, OverflowError) as error:

@@ -137,14 +137,14 @@ class _Web:
 def _tree(atlas: Atlas, paths: Mapping[_Pair, _Path]) -> dict[_Pair, _Path]:
     """Return the paths of a minimum spanning tree.
 
-    Paths of a stream, from one activation to the next, have weight 0. Paths between parallel branches weigh more than
-    all others, and paths between names of one tensor even more.
+    Paths of a stream, over activations alone and not through a tied embedding, have weight 0. Paths between parallel
+    branches weigh more than all others, and paths between names of one tensor even more.
     """
     metric: nx.Graph[Axis] = nx.Graph()
     longest = max(map(len, paths.values()), default=0)
     for (a, b), path in paths.items():
         parallel = atlas.rank(a) == atlas.rank(b)
-        stream = atlas.is_activation(a) and atlas.is_activation(b)
+        stream = all(map(atlas.is_activation, path))
         tied = not any(map(atlas.is_activation, path))
         weight = 0 if stream else len(path) + parallel * longest + 2 * tied * longest
         metric.add_edge(a, b, weight=weight, pair=(a, b))

@@ -27,6 +27,7 @@ from fxprune.draw.graphviz import draw
 from fxprune.draw.view import View, contracted, plural, searched
 from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
 from fxprune.graph.facts import owner_block, within
+from fxprune.offload.atomic import write_file
 from fxprune.pipeline.arguments import as_path, flag, instance, refuse
 from fxprune.removal.plan import Plan
 from fxprune.rules.statements import Axis
@@ -110,7 +111,8 @@ def check_target(path: str | os.PathLike[str]) -> Path:
             remedy="Install the system package graphviz, or write .html or .dot",
         )
     if not target.parent.is_dir():
-        raise _unwritable(target, "the folder does not exist")
+        remedy = "Choose a file in an existing, writable folder"
+        raise FxpruneError("cannot be written: the folder does not exist", where=str(target), remedy=remedy)
     return target
 
 
@@ -124,10 +126,7 @@ def write_picture(dot: pydot.Dot, title: str, target: Path) -> None:
         data = html_page(dot, title, svg).encode("utf-8")
     else:
         data = text.encode("utf-8")
-    try:
-        target.write_bytes(data)
-    except OSError as error:
-        raise _unwritable(target, str(error.strerror)) from error
+    write_file(target, data)
 
 
 def _render(text: str, form: str) -> bytes:
@@ -138,11 +137,6 @@ def _render(text: str, form: str) -> bytes:
         remedy = "Show less of the model, by layer or group, or write a .dot file and draw it yourself"
         raise FxpruneError(f"drawing failed: {message}", where="graphviz", remedy=remedy)
     return done.stdout
-
-
-def _unwritable(target: Path, reason: str) -> FxpruneError:
-    remedy = "Choose a file in an existing, writable folder"
-    return FxpruneError(f"cannot be written: {reason}", where=str(target), remedy=remedy)
 
 
 def write_dot(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,7 +14,7 @@ from transformers import PreTrainedConfig
 from fxprune.emit.blocks import KeptUnits, combined_inputs, remove_blocks
 from fxprune.emit.choices import Choice, SharedWidths, choices_for
 from fxprune.emit.epsilons import NormEpsilons
-from fxprune.emit.layout import Layout, Rebuilder, block_rebuilder, find_layout
+from fxprune.emit.layout import Layout, Rebuilder, block_rebuilder, find_layout, plain_config, stock_class
 from fxprune.emit.patch import Patches, carry_over, merged, numbers_of
 from fxprune.emit.snapshot import Axis, Shape, mismatches, names_in, part_of, shapes_of, without_storage
 from fxprune.graph.context import call_foreign
@@ -81,9 +80,9 @@ def rebuild(dense: PreTrainedModel, blueprint: Blueprint, layout: Layout | None 
     built_at = {path: place for path, place in blueprint.built_at.items() if path not in blueprint.removed}
     overrides = dataclasses.replace(blueprint, built_at=built_at, inputs=combined_inputs(dense, blueprint.inputs))
     with without_storage():
-        config = copy.deepcopy(dense.config)
+        config = plain_config(dense)
         put_fields(part_of(config, layout.part), {**blueprint.fields, **blueprint.epsilons})
-        model = call_foreign(type(dense), config)
+        model: PreTrainedModel = call_foreign(stock_class(dense), config)
         build_blocks(model, part_of(model.config, layout.part), overrides, like=dense)
     carry_over(dense, model)
     apply_overrides(model, overrides)

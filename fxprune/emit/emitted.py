@@ -17,12 +17,12 @@ from fxprune.emit.emitter import Emission, emit
 from fxprune.emit.epsilons import NormEpsilons, enlarged_epsilons, find_epsilons, set_attributes
 from fxprune.emit.load import attention_implementations, run_on_meta, using_attention
 from fxprune.emit.snapshot import slim_name
-from fxprune.emit.structure import describe_structure
+from fxprune.emit.structure import carry_structure, describe_structure
 from fxprune.errors import CheckpointError, PlanError, VerificationError
 from fxprune.graph.context import Refusal, attempt, defer_gc, eval_mode, quiet
 from fxprune.graph.facts import Blocks, Constants, Fact, Source, facts_of, within
 from fxprune.graph.tensors import as_parameter, copy_tensor, has_meta_weights, names_by_identity, weights
-from fxprune.masking.compare import TOLERANCE, compare
+from fxprune.masking.compare import ROUGH, TOLERANCE, compare
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, output_tensors
 from fxprune.removal.plan import Plan, keep_of, kept_of_constants
 from fxprune.removal.removal import Removal, RescaledNumber, scaled_numbers
@@ -31,7 +31,18 @@ from fxprune.trace.inputs import alias_twin, is_hugging_face, meta_twin, written
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Emitted", "SlimVerifier", "check_own_forward", "emit_from_graph", "stock_check"]
+__all__ = [
+    "PLAN_DIGEST",
+    "Emitted",
+    "SlimVerifier",
+    "check_own_forward",
+    "emit_from_graph",
+    "outputs_agree",
+    "stock_check",
+]
+
+PLAN_DIGEST = "fxprune_plan"
+"""Attribute of a slim model with the digest of the plan that it came of."""
 
 
 def stock_check(graph_module: fx.GraphModule, axes: AxisMap, groups: tuple[Group, ...]) -> Callable[[Plan], bool]:
@@ -69,10 +80,6 @@ def stock_check(graph_module: fx.GraphModule, axes: AxisMap, groups: tuple[Group
     return accepts
 
 
-_ROUGH = 2e-2
-"""Accepted difference in half precision, relative to the largest output: orders of summation round differently."""
-
-
 @dataclass
 class SlimVerifier:
     """Comparison of emitted models with the slim graph, on keyword inputs; the dense model may be on ``meta``."""
@@ -108,7 +115,7 @@ class SlimVerifier:
             got = _outputs(candidate, self.inputs, attention_implementations(candidate)[0])
         if isinstance(got, Refusal):
             raise got.error
-        return got is not None and _agree(self._wanted, got)
+        return got is not None and outputs_agree(self._wanted, got)
 
     @cached_property
     def _wanted(self) -> torch.Tensor:
@@ -135,7 +142,7 @@ def _fault(want: torch.Tensor, got: torch.Tensor | Refusal | None) -> str:
     """Return the fault of an output; empty if there is none, or if there is no such implementation."""
     if isinstance(got, Refusal):
         return f"it does not run: {got}"
-    return "" if got is None or _agree(want, got) else _DIFFERS
+    return "" if got is None or outputs_agree(want, got) else _DIFFERS
 
 
 def _outputs(
@@ -147,7 +154,7 @@ def _outputs(
     return found if found is None or isinstance(found, Refusal) else output_tensors(found)[0]
 
 
-def _agree(want: torch.Tensor, got: torch.Tensor) -> bool:
+def outputs_agree(want: torch.Tensor, got: torch.Tensor) -> bool:
     """Whether two outputs are equal up to rounding.
 
     In half precision at least half of the tokens must agree: a router that rounds differently may send single tokens to
@@ -156,7 +163,7 @@ def _agree(want: torch.Tensor, got: torch.Tensor) -> bool:
     if want.shape != got.shape or want.dtype in (torch.float32, torch.float64):
         return compare([want.float()], [got.float()]) <= TOLERANCE
     error = (want.float() - got.float()).abs().amax(dim=-1).median()
-    return bool(error <= _ROUGH * max(1.0, float(want.abs().max())))
+    return bool(error <= ROUGH * max(1.0, float(want.abs().max())))
 
 
 def check_own_forward(
@@ -202,7 +209,7 @@ def _compare(slim: fx.GraphModule, source: Source, inputs: Mapping[str, Any]) ->
     if [tensor.shape for tensor in wanted] != [tensor.shape for tensor in got]:
         raise _own_code_error("gives outputs of other shapes with what is left")
     halves = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in got)
-    if not has_meta_weights(slim) and compare(wanted, [t.float() for t in got]) > (_ROUGH if halves else TOLERANCE):
+    if not has_meta_weights(slim) and compare(wanted, [t.float() for t in got]) > (ROUGH if halves else TOLERANCE):
         raise _own_code_error("computes something else with what is left")
 
 
@@ -252,7 +259,11 @@ def emit_from_graph(
                 tensors[name] = tensor if source.shares else copy_tensor(tensor)
     with defer_gc(), quiet():  # once around all builds and runs: entering them for each costs more than a small block
         emission = emit(dense, tensors, removed, verifier, _kept_units(slim, removal), epsilons)
-    if emission.model is None or not epsilons.values:
+    if emission.model is None:
+        return emission
+    carry_structure(emission.model)
+    vars(emission.model)[PLAN_DIGEST] = removal.plan.digest
+    if not epsilons.values:
         return emission
     names = {path: slim_name(path, removed) or path for path, _ in epsilons.values}
     with enlarged_epsilons(slim.graph, emission.model, epsilons, names):

@@ -5,7 +5,6 @@ A norm that is kept as masking has it adds another epsilon over fewer units.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
+from fxprune.emit.layout import plain_config, stock_class
 from fxprune.emit.snapshot import build_on_meta, part_of, take_snapshot
 from fxprune.graph.context import Refusal
 from fxprune.graph.facts import within
@@ -118,9 +118,9 @@ def epsilon_fields(
     ((before, after),) = pairs
 
     def build(fields: Mapping[str, float]) -> nn.Module:
-        config = copy.deepcopy(model.config)
+        config = plain_config(model)
         put_fields(part_of(config, part), fields)
-        made: nn.Module = type(model)(config)
+        made: nn.Module = stock_class(model)(config)
         return made
 
     def scalars(fields: Mapping[str, float]) -> Mapping[Attribute, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -25,11 +25,46 @@ from fxprune.graph.context import Refusal, call_foreign
 from fxprune.graph.facts import within
 from fxprune.modelling.block_config import put_fields
 from fxprune.modelling.blocks import builder_of
+from fxprune.modelling.layerwise import SECTION, AnyWidths, Layerwise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["BlockStack", "Layout", "Rebuilder", "block_rebuilder", "find_layout", "model_rebuilder"]
+__all__ = [
+    "BlockStack",
+    "Layout",
+    "Rebuilder",
+    "block_rebuilder",
+    "find_layout",
+    "model_rebuilder",
+    "plain_config",
+    "stock_class",
+    "stock_config",
+]
+
+
+def stock_class(module: nn.Module | type) -> type[Any]:
+    """Class of a module, or a class, without the mixins of a pruned model and of torch's sharding."""
+    own = module if isinstance(module, type) else type(module)
+
+    def is_mixed(kind: type) -> bool:
+        return issubclass(kind, Layerwise) or any(c.__module__.startswith("torch.distributed.") for c in kind.__mro__)
+
+    return next(kind for kind in own.__mro__ if not is_mixed(kind))
+
+
+def stock_config(config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Class of a config without the mixins of a pruned model."""
+    found: type[PreTrainedConfig] = next(c for c in config.__mro__ if not issubclass(c, AnyWidths))  # type: ignore[assignment]
+    return found
+
+
+def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """Copy of a model's config for its stock class, without the section of a pruned model."""
+    config: PreTrainedConfig = copy.deepcopy(model.config)
+    config.__class__ = stock_config(type(config))
+    vars(config).pop(SECTION, None)
+    return config
 
 
 @dataclass(frozen=True)
@@ -98,12 +133,12 @@ def _count_field(model: PreTrainedModel, stack: BlockStack, part: str) -> str | 
     fields = vars(part_of(model.config, part)).items()
     names = [name for name, value in fields if type(value) is int and value == total]
     for name, lists in [*((name, False) for name in names), ("", True), *((name, True) for name in names)]:
-        config = copy.deepcopy(model.config)
+        config = plain_config(model)
         if lists:
             keep_blocks(part_of(config, part), name, total, range(total - 1))
         else:
             put_fields(part_of(config, part), {name: total - 1})
-        built = build_on_meta(type(model), config) if total > 1 else None
+        built = build_on_meta(stock_class(model), config) if total > 1 else None
         blocks = dict(built.named_modules()).get(stack.path) if isinstance(built, nn.Module) else None
         if isinstance(blocks, nn.ModuleList) and len(blocks) == total - 1:
             return name
@@ -151,22 +186,24 @@ class Rebuilder:
 
 def model_rebuilder(model: PreTrainedModel, layout: Layout) -> Rebuilder:
     """Return the rebuilder of the model around its blocks, with as few blocks as its config allows."""
-    start = copy.deepcopy(model.config)
+    start = plain_config(model)
     if layout.count_field is not None:
         keep_blocks(part_of(start, layout.part), layout.count_field, layout.depth, range(1))
-    if isinstance(build_on_meta(type(model), copy.deepcopy(start)), Refusal):
-        start = copy.deepcopy(model.config)
+    if isinstance(build_on_meta(stock_class(model), copy.deepcopy(start)), Refusal):
+        start = plain_config(model)
 
     def make(fields: Mapping[str, int]) -> nn.Module:
         config = copy.deepcopy(start)
         put_fields(part_of(config, layout.part), fields)
-        return call_foreign(type(model), config)
+        built: nn.Module = call_foreign(stock_class(model), config)
+        return built
 
     def make_from(nested: PreTrainedConfig) -> nn.Module:
         config = copy.deepcopy(start)
         if layout.part:
             vars(config)[layout.part] = nested
-        return call_foreign(type(model), config if layout.part else nested)
+        built: nn.Module = call_foreign(stock_class(model), config if layout.part else nested)
+        return built
 
     nested = part_of(start, layout.part)
     return Rebuilder(make, nested, record_reads(nested, make_from), tuple(stack.path for stack in layout.stacks))
@@ -182,7 +219,7 @@ def block_rebuilder(
     builder = builder_of(block)
     if builder is None:
         return None
-    start = copy.deepcopy(part_of(model.config, layout.part))
+    start = part_of(plain_config(model), layout.part)
 
     def make(fields: Mapping[str, int]) -> nn.Module:
         config = copy.deepcopy(start)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedConfig
 
-from fxprune.emit.layout import find_layout
+from fxprune.emit.layout import find_layout, stock_class, stock_config
 from fxprune.emit.snapshot import part_of, shapes_of
 from fxprune.errors import CheckpointError
 from fxprune.graph.context import Refusal, attempt, quiet
@@ -27,27 +28,25 @@ from fxprune.modelling.table_rows import INPUTS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Structure", "describe_structure", "parse_config", "pruned_class", "stock_class", "stock_config"]
+__all__ = ["Structure", "carry_structure", "describe_structure", "parse_config", "pruned_class"]
 
 
-def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
-    """Class of a model without the mixins of a pruned model's loader."""
-    found: type[PreTrainedModel] = next(c for c in type(model).__mro__ if not issubclass(c, Layerwise))  # type: ignore[assignment]
-    return found
-
-
-def stock_config(config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """Class of a config without the mixins of a pruned model's loader."""
-    found: type[PreTrainedConfig] = next(c for c in config.__mro__ if not issubclass(c, AnyWidths))  # type: ignore[assignment]
-    return found
+_PRUNED: dict[tuple[type, type], type[PreTrainedModel]] = {}
+_RELAXED: dict[type, type[PreTrainedConfig]] = {}
 
 
 def pruned_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    """Class like ``stock`` that builds blocks of their own widths from a config that allows them."""
-    return type(stock.__name__, (Layerwise, stock), {"config_class": _relaxed_config(config)})
+    """Class like ``stock`` that builds blocks of their own widths from a config that allows them; one for each."""
+    relaxed = _relaxed_config(config)
+    if (stock, relaxed) not in _PRUNED:
 
+        def reduce(self: PreTrainedModel, protocol: Any) -> tuple[Any, ...]:
+            reduced: Any = nn.Module.__reduce_ex__(self, protocol)
+            return _empty, (pruned_class, stock, stock_config(config)), *reduced[2:]
 
-_RELAXED: dict[type, type[PreTrainedConfig]] = {}
+        members = {"config_class": relaxed, "__reduce_ex__": reduce, "__module__": stock.__module__}
+        _PRUNED[stock, relaxed] = type(stock.__name__, (Layerwise, stock), members)
+    return _PRUNED[stock, relaxed]
 
 
 def _relaxed_config(config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
@@ -56,16 +55,28 @@ def _relaxed_config(config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         return config
 
     def reduce(self: PreTrainedConfig) -> tuple[Any, ...]:
-        return _empty_config, (config,), dict(vars(self))
+        return _empty, (_relaxed_config, config), dict(vars(self))
 
     if config not in _RELAXED:
-        _RELAXED[config] = type(config.__name__, (AnyWidths, config), {"__reduce__": reduce})
+        members = {"__reduce__": reduce, "__module__": config.__module__}
+        relaxed = _RELAXED[config] = type(config.__name__, (AnyWidths, config), members)
+        if getattr(transformers, config.__name__, None) is config:
+            _register(relaxed, config)
     return _RELAXED[config]
 
 
-def _empty_config(config: type[PreTrainedConfig]) -> PreTrainedConfig:
-    relaxed = _relaxed_config(config)
-    return relaxed.__new__(relaxed)
+def _register(relaxed: type[PreTrainedConfig], config: type[PreTrainedConfig]) -> None:
+    """Make the Auto classes of transformers build pruned models from the config of one, as they look up its name."""
+    for auto in vars(transformers.models.auto.modeling_auto).values():
+        known: Any = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
+        stock = None if known is None else attempt(known.get, config, None)  # its package may be missing
+        if isinstance(stock, type):
+            auto.register(relaxed, pruned_class(stock, relaxed), exist_ok=True)
+
+
+def _empty(make: Any, *classes: type) -> Any:
+    made = make(*classes)
+    return made.__new__(made)
 
 
 def parse_config(text: str) -> dict[str, Any]:
@@ -143,7 +154,8 @@ def describe_structure(model: PreTrainedModel) -> Structure:
     twin = _build(model, data, section_of(overrides, where))
     shapes, built = shapes_of(model), shapes_of(twin)
     odd = sorted(shapes.keys() ^ built.keys())
-    odd += sorted({path for path, _ in model.named_modules()} ^ {path for path, _ in twin.named_modules()})
+    paths = ({path for path, _ in m.named_modules(remove_duplicate=False)} for m in (model, twin))
+    odd += sorted(set.symmetric_difference(*paths))
     if odd:
         remedy = "Save a model as it was emitted; merge adapters first"
         raise CheckpointError("only one of the model and its config has it", where=odd[0], remedy=remedy)
@@ -156,6 +168,20 @@ def describe_structure(model: PreTrainedModel) -> Structure:
     return Structure(overrides, where, refusal)
 
 
+def carry_structure(model: PreTrainedModel) -> None:
+    """Make the class of an emitted model build the same one from ``model.config``.
+
+    A model that its stock class builds from its config stays as it is, and so does one that cannot be built again.
+    """
+    structure = attempt(describe_structure, model, refusals=(CheckpointError,))
+    if isinstance(structure, Refusal) or structure.is_stock:
+        return
+    pruned: Any = pruned_class(stock_class(model), type(model.config))
+    model.__class__, model.config.__class__ = pruned, pruned.config_class
+    vars(model.config)[SECTION] = section_of(structure.overrides, structure.where)
+    vars(model)[OVERRIDES] = structure.overrides
+
+
 def _build(model: PreTrainedModel, data: Mapping[str, Any], section: Mapping[str, Any]) -> nn.Module:
     """Build a model as a loader does: parameters on ``meta``, buffers real."""
     cls = pruned_class(stock_class(model), type(model.config))
@@ -164,7 +190,7 @@ def _build(model: PreTrainedModel, data: Mapping[str, Any], section: Mapping[str
         config: Any = cls.config_class
         return cls(config.from_dict({**data, SECTION: section}))
 
-    with quiet(), init_empty_weights(include_buffers=False), torch.no_grad():
+    with quiet(), _parameters_on_meta(), torch.no_grad():
         twin = attempt(build, refusals=(CannotBuildError,))
     if isinstance(twin, Refusal):
         raise CheckpointError(
@@ -175,8 +201,30 @@ def _build(model: PreTrainedModel, data: Mapping[str, Any], section: Mapping[str
     return twin
 
 
+_BUILDING = threading.Lock()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Put the parameters of modules made in this context on ``meta``, in this thread alone."""
+    with _BUILDING:
+        register, thread = nn.Module.register_parameter, threading.get_ident()
+
+        def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            register(module, name, parameter)
+            if parameter is not None and threading.get_ident() == thread:
+                empty = torch.empty_like(parameter, device="meta")
+                module._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+
+        nn.Module.register_parameter = on_meta  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
 def _attributes(model: nn.Module, twin: nn.Module) -> dict[str, dict[str, Any]]:
-    twins: dict[str, nn.Module] = dict(twin.named_modules())
+    twins: dict[str, nn.Module] = dict(twin.named_modules(remove_duplicate=False))
     found: dict[str, dict[str, Any]] = {}
     for path, module in model.named_modules():
         held, there = vars(module), vars(twins[path])

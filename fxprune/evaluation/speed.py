@@ -22,6 +22,7 @@ from torch.utils.benchmark import timer
 
 from fxprune.errors import ArgumentError, EvaluationError
 from fxprune.graph.context import quiet, wrap_errors
+from fxprune.offload.atomic import write_file
 from fxprune.pipeline.arguments import instance, refuse, whole_number
 from fxprune.pipeline.contract import Track, check_track, no_progress
 
@@ -320,8 +321,7 @@ def write_widths(widths: Widths) -> Path:
     """Save widths, replacing earlier ones of the same device; return the file."""
     path = widths_file()
     kept = {**_load_widths(path), widths.device: {str(multiple): cost for multiple, cost in widths.costs.items()}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(kept, indent=2) + "\n", EvaluationError, parents=True)
     return path
 
 
@@ -347,7 +347,7 @@ def _load_widths(path: Path) -> dict[str, dict[int, float]]:
             for device, costs in held.items()
             if costs
         }
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArgumentError(
             f"{path} holds no widths: {error}", where="round_to", remedy="Delete it and measure again"
         ) from error

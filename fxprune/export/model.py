@@ -14,11 +14,19 @@ from torch import nn
 
 from fxprune.errors import ExportError, UnknownNameError
 from fxprune.export.gguf.write import export_gguf
-from fxprune.export.onnx import atomic_path, run_onnx, wrap_export_errors, write_onnx
-from fxprune.export.program import can_run_in_onnxruntime, export_graph, plain_tensor, require_close, strip_metadata
+from fxprune.export.onnx import run_onnx, wrap_export_errors, write_onnx
+from fxprune.export.program import (
+    can_run_in_onnxruntime,
+    export_graph,
+    plain_tensor,
+    require_close,
+    save_program,
+    strip_metadata,
+)
 from fxprune.graph.context import quiet
 from fxprune.pipeline.arguments import SUFFIXES
 from fxprune.trace import trace
+from fxprune.trace.checks import check_merged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,8 +135,7 @@ def _write_program(step: _Step, program: torch.export.ExportedProgram, path: Pat
         with torch.no_grad(), wrap_export_errors(path):
             out = program.module()(input_ids=tokens, past=past)
         require_close(want, [out["logits"], *_flat(out["present"])], path)
-    with atomic_path(path) as unfinished:
-        torch.export.save(program, unfinished)
+    save_program(program, path)
 
 
 def _write_onnx(step: _Step, program: torch.export.ExportedProgram, path: Path, verify: bool) -> None:
@@ -177,6 +184,7 @@ def export_model(
         ExportError: the format cannot express the model, with the reason; or an argument belongs to another format.
         VerificationError: the program computes something else; nothing is written.
     """
+    check_merged(model)
     path = Path(path)
     check_options(path, tokenizer=tokenizer, like=like, quantization=quantization, cache=cache)
     if path.suffix == ".gguf":

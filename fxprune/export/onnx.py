@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import logging
-import tempfile
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,17 +13,21 @@ from typing import Any
 
 import torch
 
-from fxprune.errors import ExportError
+from fxprune.errors import ExportError, FxpruneError
 from fxprune.graph.compat import tree_unflatten
 from fxprune.graph.context import quiet
+from fxprune.offload.atomic import atomic_path
 
-__all__ = ["LOW_PRECISION_TOLERANCE", "atomic_path", "run_onnx", "wrap_export_errors", "write_onnx"]
+__all__ = ["COMPANIONS", "LOW_PRECISION_TOLERANCE", "run_onnx", "wrap_export_errors", "write_onnx"]
 
 LOW_PRECISION_TOLERANCE = 2e-2
 """Accepted difference of logits with weights narrower than float32: two runtimes round at different places.
 
 One rounding to bfloat16 is off by up to ``2**-8``; this leaves room for five that add up.
 """
+
+COMPANIONS = (".data",)
+"""Endings of files beside an ONNX model, named after it: weights over 2 GB."""
 
 
 def require_packages(*names: str) -> None:
@@ -34,24 +39,15 @@ def require_packages(*names: str) -> None:
 
 @contextmanager
 def wrap_export_errors(path: Path | None = None) -> Iterator[None]:
-    """Turn exceptions of torch and onnxruntime into an ExportError of one line."""
+    """Turn exceptions of torch and onnxruntime into an ExportError of one line; those for want of memory stay."""
     try:
         yield
+    except (FxpruneError, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # torch and onnxruntime raise many types, some of their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = path.name if path is not None else "graph_module"
         raise ExportError(f"cannot be exported: {reason}", where=where, remedy="The cause has the details") from error
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; move the files written there into the place of ``path`` unless an error occurs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        yield Path(folder) / path.name
-        # the file itself goes last: what it refers to is then in place
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
-            file.replace(path.parent / file.name)
 
 
 def write_onnx(
@@ -80,10 +76,23 @@ def write_onnx(
         model = torch.onnx.export(program, (), dynamo=True, verbose=False, optimize=False, **names)
         assert model is not None
         _simplify(model.model)
-    with atomic_path(path) as unfinished:
+    with wrap_export_errors(path), atomic_path(path, ExportError, parents=True, companions=COMPANIONS) as unfinished:
         model.save(unfinished)
+        _require_whole(unfinished)
         if check is not None:
             check(unfinished)
+
+
+def _require_whole(path: Path) -> None:
+    """Refuse weights beside a model that end too early: their writer loses the error of a disk full at the end."""
+    for data in (path.with_name(path.name + ending) for ending in COMPANIONS):
+        if data.exists():
+            import onnx_ir
+
+            tensors = [value.const_value for value in onnx_ir.load(path).graph.initializers.values()]
+            ends = [(t.offset or 0) + (t.length or 0) for t in tensors if isinstance(t, onnx_ir.ExternalTensor)]
+            if data.stat().st_size < max(ends, default=0):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _simplify(model: Any) -> None:

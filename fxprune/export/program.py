@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import warnings
@@ -14,17 +15,18 @@ from torch import fx, nn
 
 from fxprune.data.verification import VerificationInputs, check_names, make_inputs
 from fxprune.errors import ExportError, UnknownNameError, VerificationError
-from fxprune.export.onnx import LOW_PRECISION_TOLERANCE, atomic_path, run_onnx, wrap_export_errors, write_onnx
+from fxprune.export.onnx import LOW_PRECISION_TOLERANCE, run_onnx, wrap_export_errors, write_onnx
 from fxprune.graph.compat import is_free, is_impure, size_hint, tree_leaves, tree_map, tree_unflatten
 from fxprune.graph.context import default_modes, quiet, wrap_errors
 from fxprune.graph.facts import facts_of, fork
 from fxprune.graph.tensors import as_parameter, device_of, set_tensor, weights
 from fxprune.masking.compare import TOLERANCE, compare
 from fxprune.masking.masked_run import output_tensors
+from fxprune.offload.atomic import atomic_path
 from fxprune.pipeline.arguments import as_path, flag, instance, one_of
 from fxprune.trace.inputs import dynamic_dims
 
-__all__ = ["can_run_in_onnxruntime", "export_graph", "plain_tensor", "require_close", "strip_metadata"]
+__all__ = ["can_run_in_onnxruntime", "export_graph", "plain_tensor", "require_close", "save_program", "strip_metadata"]
 
 Inputs = Mapping[str, Any]
 
@@ -85,8 +87,7 @@ def _write_program(graph_module: fx.GraphModule, path: Path, inputs: Inputs, ver
         with torch.no_grad():
             got = output_tensors(program.module()(**inputs))
         require_close(_expected(graph_module, inputs), got, path)
-    with atomic_path(path) as unfinished:
-        torch.export.save(program, unfinished)
+    save_program(program, path)
 
 
 def _write_onnx(graph_module: fx.GraphModule, path: Path, inputs: Inputs, verify: bool) -> None:
@@ -144,6 +145,37 @@ def _export(graph_module: fx.GraphModule, inputs: Inputs) -> torch.export.Export
             if not is_free(size):
                 warnings.warn(f"{name}: axis {axis} is fixed; the program runs only at {size}", stacklevel=5)
     return program
+
+
+def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write a program as a ``.pt2`` file."""
+    with (
+        wrap_export_errors(path),
+        atomic_path(path, ExportError, parents=True) as unfinished,
+        _Archive(unfinished.open("wb", buffering=0)) as file,
+    ):
+        try:
+            torch.export.save(program, file)
+        finally:
+            if file.error is not None:
+                raise file.error
+
+
+class _Archive(io.BufferedWriter):
+    """A file that keeps the first error of writing, and drops what is written after it.
+
+    After any error torch still writes the end of its archive, in a destructor, where a second one ends the process.
+    """
+
+    error: BaseException | None = None
+
+    def write(self, data: Any, /) -> int:
+        if self.error is None:
+            try:
+                return super().write(data)
+            except BaseException as error:  # an interrupt would end the process as well
+                self.error = error
+        return len(data)
 
 
 def strip_metadata(program: torch.export.ExportedProgram) -> None:

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import random
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
@@ -75,15 +76,19 @@ def silence_stderr() -> AbstractContextManager[object]:
     return redirect_stderr(io.StringIO())
 
 
+_TURN = threading.RLock()
+"""What torch patches and records while it traces belongs to the process: threads take turns."""
+
+
 @contextmanager
 def default_modes() -> Iterator[None]:
     """Restore torch's default modes: gradients on, no autocast, no inference mode, the CPU as default device.
 
     A call then does the same inside a user's ``torch.inference_mode()``, ``torch.no_grad()``, ``torch.autocast`` or
-    ``torch.device``. Compiled code runs eagerly, and torch caches nothing about symbolic sizes beyond the call. Also a
-    decorator.
+    ``torch.device``. Compiled code runs eagerly, and torch caches nothing about symbolic sizes beyond the call. Threads
+    are in it one at a time. Also a decorator.
     """
-    with ExitStack() as stack:
+    with _TURN, ExitStack() as stack:
         stack.enter_context(clear_symbolic_caches())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

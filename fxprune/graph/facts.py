@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import PassError
-from fxprune.graph.tensors import as_parameter, copy_tensor, get_tensor, set_tensor, weights
+from fxprune.graph.tensors import CheckedGraph, as_parameter, copy_tensor, get_tensor, set_tensor, weights
 
 __all__ = [
     "Blocks",
@@ -303,7 +303,7 @@ def restore_cut(source: Source) -> None:
 
 def fork(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Copy the graph, with its node names, and the facts of a graph module; the copy shares its tensors."""
-    twin = fx.GraphModule(dict(weights(graph_module)), copy.deepcopy(graph_module.graph))
+    twin = CheckedGraph(dict(weights(graph_module)), copy.deepcopy(graph_module.graph))
     twin.train(graph_module.training)
     facts = facts_of(graph_module).copy()
     with reading("", None):  # whichever facts the pass that forks may read

@@ -5,6 +5,7 @@ A path is ``("args", 1, 0)`` or ``("kwargs", "size", 0)``: which arguments, whic
 
 from __future__ import annotations
 
+import inspect
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.errors import PassError
+from fxprune.errors import GraphInputError, PassError
 from fxprune.graph.compat import tree_leaves, tree_map
 
 __all__ = [
+    "TRACED",
+    "CheckedGraph",
     "as_parameter",
     "base_name",
     "comparable",
@@ -91,6 +94,27 @@ def input_tensors(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
         elif node.target is operator.getitem and source in names:
             names[node] = f"{names[source]}[{node.args[1]!r}]"
     yield from ((node, name) for node, name in names.items() if isinstance(node.meta.get("val"), torch.Tensor))
+
+
+TRACED = "this graph was traced "
+"""Beginning of the message of a check of inputs."""
+
+
+class CheckedGraph(fx.GraphModule):
+    """A graph module whose checks of inputs raise :class:`GraphInputError`, with the sizes given."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except RuntimeError as error:
+            limit = str(error)
+            if not limit.startswith(TRACED):
+                raise
+        given = inspect.signature(self.forward).bind(*args, **kwargs).arguments
+        tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+        sizes = [f"{name} is {tuple(value.shape)}" for name, value in tensors.items() if f"{name}.shape" in limit]
+        remedy = "Pass an input like that, or trace the model with example_inputs like this one"
+        raise GraphInputError(", ".join((limit, *sizes)), where="inputs", remedy=remedy)
 
 
 def map_tensors(value: Any, make: Any) -> Any:

@@ -26,6 +26,7 @@ from fxprune.offload.prefetch import inputs_on_device
 from fxprune.rules.aliasing import writes
 
 __all__ = [
+    "ROUGH",
     "TOLERANCE",
     "BlockOutput",
     "PairedRuns",
@@ -177,6 +178,9 @@ TOLERANCE = 1e-4
 About a thousand times the relative step of float32 (1.2e-7): room for sums in another order throughout a deep model,
 and far below the difference that one wrong unit makes.
 """
+
+ROUGH = 2e-2
+"""The same in half precision, where another order of summation rounds differently."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -38,27 +38,31 @@ class AnyWidths:
 
 
 class Layerwise:
-    """Mixin for a model class: builds blocks from ``config.per_layer_config``."""
+    """Mixin for a model class: builds blocks from ``config.per_layer_config``, and keeps in the config how."""
 
     config: Any
-    part_of_model: ClassVar[str] = ""
-    """Module path of a model of this class in the one that the config describes."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         """Build the stock model, rebuild the blocks that differ, and set the attributes that no config field drives."""
         config = copy.deepcopy(config)  # entries are removed below, and the caller may build from theirs again
-        section = dict(vars(config).get(SECTION) or {})
         overrides = overrides_in(config)
+        section = dict(vars(config).pop(SECTION, None) or {})
         for name in (_HETEROGENEOUS, _ALLOWED) if section and "layers" not in section else ():
             vars(config).pop(name, None)
         vars(_blocks_config(config, section)).update(overrides.built_with)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         assert isinstance(self, nn.Module)
-        own = overrides.below(type(self).part_of_model)
+        root = str(getattr(self, "base_model_prefix", ""))
+        is_inner = section.get("blocks", "").startswith(f"{root}.") and not hasattr(self, root)
+        own = overrides.below(root if is_inner else "")
         build_blocks(self, _blocks_config(self.config, section), own)
         apply_overrides(self, own)
+        initialise: Any = self.init_weights  # of the blocks that were built anew
+        initialise()
         vars(self)[OVERRIDES] = overrides
         vars(_blocks_config(self.config, section)).update(overrides.written_afterwards)
+        if section:
+            vars(self.config)[SECTION] = section_of(overrides, section)
 
     def initialize_weights(self) -> None:
         """Fill the buffers that no checkpoint holds; stock code may fail on modules that have none."""
@@ -81,7 +85,9 @@ class Layerwise:
         """Save as the stock method does, then write the differences of blocks into the config."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
-            amend_config(save_directory, vars(self)[OVERRIDES], vars(self.config).get(SECTION) or {})
+            experts = {"experts_implementation": getattr(self.config, "_experts_implementation", None)}
+            more = experts if experts["experts_implementation"] == "eager" else {}  # others may refuse the widths
+            amend_config(save_directory, vars(self)[OVERRIDES], vars(self.config).get(SECTION) or {}, **more)
 
 
 def _ignoring_errors(fill: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:

@@ -117,7 +117,16 @@ def _resize(model: nn.Module, name: str, shape: Sequence[int]) -> None:
     owner = model.get_submodule(path)
     old = owner._parameters.get(leaf)
     if old is not None:
-        new = torch.empty(tuple(shape), dtype=old.dtype, device=old.device)
-        owner._parameters[leaf] = nn.Parameter(new, requires_grad=old.requires_grad)
+        owner._parameters[leaf] = nn.Parameter(_fitted(old.detach(), shape), requires_grad=old.requires_grad)
     elif (buffer := owner._buffers.get(leaf)) is not None:
-        owner._buffers[leaf] = torch.empty(tuple(shape), dtype=buffer.dtype, device=buffer.device)
+        owner._buffers[leaf] = _fitted(buffer, shape)
+
+
+def _fitted(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Copy of a tensor in another shape: cut, or repeated from the start; new values if that cannot be."""
+    if tensor.is_meta or tensor.dim() != len(shape) or 0 in tensor.shape:
+        return tensor.new_empty(tuple(shape)).zero_()
+    for axis, size in enumerate(shape):
+        index = torch.arange(size, device=tensor.device) % tensor.shape[axis]
+        tensor = tensor.index_select(axis, index)
+    return tensor.clone()

@@ -15,12 +15,15 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from fxprune.errors import FxpruneError
 from fxprune.graph.facts import Source, facts_of
 from fxprune.graph.tensors import as_parameter, get_tensor, set_tensor
+from fxprune.offload.atomic import atomic_path, wrap_disk_errors
 
 __all__ = [
     "cached",
     "caching",
+    "finish_writes",
     "is_offloading",
     "no_resume",
     "offload_to",
@@ -50,7 +53,10 @@ def offload_to(folder: Path, cache: Path | None = None) -> Iterator[None]:
     tokens = _folder.set(folder), _cache.set(cache)
     try:
         yield
-        _wait_for_writes(0)
+        finish_writes()
+    except BaseException:  # whatever was raised
+        _writes.clear()  # their errors are not those of a later run; each closes its file
+        raise
     finally:
         _folder.reset(tokens[0])
         _cache.reset(tokens[1])
@@ -95,10 +101,8 @@ def caching(name: str) -> Iterator[Path | None]:
     if folder is None:
         yield None
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"{name}.part"
-    yield unfinished
-    os.replace(unfinished, folder / name)
+    with atomic_path(folder / name, parents=True) as unfinished:
+        yield unfinished
 
 
 _writers = ThreadPoolExecutor(8, thread_name_prefix="fxprune-write")
@@ -120,7 +124,7 @@ def offloaded(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     handle, name = tempfile.mkstemp(dir=folder)
     try:
-        os.truncate(handle, tensor.nbytes)
+        os.posix_fallocate(handle, 0, tensor.nbytes)  # a mapping of space that is not there ends the process
         mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
         mapped.copy_(tensor)
     except BaseException:  # whatever was raised, nobody else closes the file
@@ -144,6 +148,16 @@ def _wait_for_writes(size: int) -> None:
     """Return once at most ``size`` bytes are on their way, and raise the error of a write that failed."""
     while _writes and (sum(waiting for _, waiting in _writes) > size or _writes[0][0].done()):
         _writes.popleft()[0].result()
+
+
+def finish_writes() -> None:
+    """Wait until the tensors in files are on the disk.
+
+    Raises:
+        FxpruneError: one could not be written.
+    """
+    with wrap_disk_errors(_folder.get() or "", FxpruneError):
+        _wait_for_writes(0)
 
 
 @contextmanager

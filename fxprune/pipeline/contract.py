@@ -181,6 +181,9 @@ class Pass(Arguments, PassBase):
     def check_arguments(self) -> None:
         """Raise if a required argument is missing; called before any pass runs."""
 
+    def foresee(self, graph_module: fx.GraphModule, given: Kinds) -> None:
+        """Raise what this pass will raise, as far as facts show that an earlier pass of a pipeline just gave."""
+
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Raise :class:`~fxprune.errors.PassError` unless :attr:`needs` are known and :attr:`preconditions` hold."""
         facts = facts_of(graph_module)

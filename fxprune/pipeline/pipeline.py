@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, ClassVar
@@ -164,18 +164,19 @@ class PassSequence(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Run all steps on ``graph_module`` itself."""
         modified = False
-        for place, step in enumerate(self.steps):
+        steps = _quick_first(self.steps)
+        for number, (place, step) in enumerate(steps):
             self._begin(step)
             start = perf_counter()
-            try:
-                with resume_scope(f"{place}-{step.name}"):
-                    result = step(graph_module, inplace=True)
-            except FxpruneError as error:
-                if not getattr(error, "__notes__", ()):
-                    error.add_note(f"in pass {step.name}")
-                raise
+            with _named(step), resume_scope(f"{place}-{step.name}"):
+                result = step(graph_module, inplace=True)
             self._end(step, result.graph_module, perf_counter() - start)
             graph_module, modified = result.graph_module, modified or result.modified
+            for _, later in steps[number + 1 :]:
+                if later.changes != "nothing" or set(step.gives).intersection(later.gives):
+                    break
+                with _named(later):
+                    later.foresee(graph_module, step.gives)
         return PassResult(graph_module, modified)
 
     def _begin(self, step: Pass) -> None:
@@ -183,6 +184,31 @@ class PassSequence(Pass):
 
     def _end(self, step: Pass, graph_module: fx.GraphModule, seconds: float) -> None:
         """Called with each step after it ran, its result and its duration."""
+
+
+@contextmanager
+def _named(step: Pass) -> Iterator[None]:
+    try:
+        yield
+    except FxpruneError as error:
+        if not getattr(error, "__notes__", ()):
+            error.add_note(f"in pass {step.name}")
+        raise
+
+
+def _quick_first(steps: Sequence[Pass]) -> list[tuple[int, Pass]]:
+    """Steps and their places; one that runs the model waits for those behind it that do not, and do not need it.
+
+    What these refuse, such as a ratio that cannot be reached, is then told before the work.
+    """
+    found = list(enumerate(steps))
+    for i in range(len(found) - 1):
+        slow, quick = found[i][1], found[i + 1][1]
+        apart = {*slow.gives, *slow.drops}.isdisjoint((*quick.needs, *quick.wants, *quick.gives, *quick.drops))
+        apart = apart and {*quick.gives, *quick.drops}.isdisjoint((*slow.needs, *slow.wants))
+        if apart and slow.changes == quick.changes == "nothing" and slow.cost(1).runs and not quick.cost(1).runs:
+            found[i], found[i + 1] = found[i + 1], found[i]
+    return found
 
 
 @dataclass(frozen=True, eq=False, init=False)

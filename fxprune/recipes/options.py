@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_type_hints
 
 from fxprune.errors import UnknownNameError
-from fxprune.pipeline.arguments import Argument, Memory, Norm, Ranking, as_seed, checked
+from fxprune.pipeline.arguments import Argument, Memory, Norm, Ranking, as_seed, checked, declared
 
 if TYPE_CHECKING:
     from fxprune.pipeline.contract import Pass, Track
@@ -219,7 +220,10 @@ class Options(ApplyOptions, total=False):
 
 @cache
 def option_table(declaration: type = Options) -> dict[str, tuple[Any, Argument]]:
-    """Annotation and declaration of each option, by name, in order."""
+    """Annotation and declaration of each option, by name, in order: of a dict of options, or a class of arguments."""
+    if is_dataclass(declaration):
+        kinds = get_type_hints(declaration)
+        return {one.name: (kinds[one.name], declared(one)) for one in fields(declaration)}
     hints = get_type_hints(declaration, localns=_UNCHECKED, include_extras=True)
     own_first = sorted(hints, key=lambda name: name in ApplyOptions.__annotations__)
     return {name: (hints[name].__origin__, hints[name].__metadata__[0]) for name in own_first}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,8 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
         old = {key: value for step in self[stage] for key, value in _arguments(step).items() if key in _INHERITED}
         inner = {stage: self[stage][0]} if self[stage] else {}  # for a pass that runs another one of its stage
         made = made_for(stage, choice, **{**old, **inner, **arguments})
+        if made is not None and isinstance(choice, str):
+            made = _inherited(made, arguments)
         self[stage] = None if made is None else [made]
 
     @property
@@ -247,7 +249,8 @@ def made_for(stage: str, choice: Any, **defaults: Any) -> Pass | None:
 
 def needs_samples(step: Pass) -> bool:
     """Whether a pass, or one among its arguments, needs calibration samples."""
-    inner = (value for value in vars(step).values() if isinstance(value, Pass))
+    values = [value if isinstance(value, tuple) else (value,) for value in vars(step).values()]
+    inner = (one for value in values for one in value if isinstance(one, Pass))
     return Calibration in step.needs or any(map(needs_samples, inner))
 
 
@@ -255,10 +258,33 @@ def changed(step: Pass, arguments: Mapping[str, Any]) -> Pass:
     """A copy of a pass with those of ``arguments`` that it has, or that a pass inside it of the same stage has."""
     own = _arguments(step)
     known = {key: value for key, value in arguments.items() if key in own}
-    for key, value in own.items():
-        if key not in known and isinstance(value, Pass) and value.stage == step.stage:
-            known[key] = changed(value, arguments)
+    known |= _inside(step, set(known), lambda one: changed(one, arguments))
     return type(step)(**own | known) if known else step
+
+
+def _inherited(step: Pass, arguments: Mapping[str, Any]) -> Pass:
+    """A copy of a pass in which passes inside it, of the same stage, have ``arguments`` where they have the default."""
+
+    def inherit(one: Pass) -> Pass:
+        defaults = _arguments(type(one)())
+        own = _arguments(one)
+        return changed(one, {key: value for key, value in arguments.items() if own.get(key) == defaults.get(key)})
+
+    inside = _inside(step, set(), inherit)
+    return type(step)(**_arguments(step) | inside) if inside else step
+
+
+def _inside(step: Pass, but: Set[str], change: Callable[[Pass], Pass]) -> dict[str, Any]:
+    """Changed passes of the same stage among the arguments of a pass, alone or in a tuple, except those named."""
+    found: dict[str, Any] = {}
+    for key, value in _arguments(step).items():
+        if key in but:
+            continue
+        if isinstance(value, Pass) and value.stage == step.stage:
+            found[key] = change(value)
+        elif isinstance(value, tuple) and any(isinstance(one, Pass) and one.stage == step.stage for one in value):
+            found[key] = tuple(map(change, value))
+    return found
 
 
 def _arguments(step: Pass) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from fxprune.emit.snapshot import slim_name
 from fxprune.errors import RecoveryError, VerificationError
 from fxprune.graph.context import eval_mode
 from fxprune.masking.compare import TOLERANCE, compare
-from fxprune.recovery.data import RecoverySettings
+from fxprune.recovery.settings import RecoverySettings
 from fxprune.removal.plan import Plan
 
 __all__ = ["Targets", "attach_lora", "find_targets", "merge_lora"]

@@ -22,15 +22,18 @@ from fxprune.graph.context import preserve_rng, quiet, wrap_errors
 from fxprune.graph.facts import fork
 from fxprune.graph.tensors import get_tensor, names_by_identity, set_tensor, weights
 from fxprune.masking.compare import TOLERANCE
+from fxprune.offload.atomic import write_file
 from fxprune.offload.prefetch import has_bf16
 from fxprune.offload.ranks import check_trainable
 from fxprune.pipeline.arguments import as_path, flag, function, instance, refuse
 from fxprune.pipeline.contract import Track, check_track, no_progress
-from fxprune.recovery.data import DataReport, RecoverySettings, TrainingData, collate, read_training_data, settings_from
+from fxprune.recovery.data import DataReport, TrainingData, collate, read_training_data
 from fxprune.recovery.lora import Targets, attach_lora, find_targets, merge_lora
+from fxprune.recovery.settings import RecoverySettings, settings_from
 from fxprune.recovery.train import Distillation, make_trainer
 from fxprune.removal.plan import Plan
 from fxprune.result import Result
+from fxprune.trace.checks import check_merged
 
 __all__ = ["Recovery", "recover"]
 
@@ -117,6 +120,7 @@ def recover(
         UnsupportedModelError: there is no Hugging Face model to train.
         VerificationError: merging changed the logits.
     """
+    check_merged(pruned)
     chosen = settings_from(settings, changes)
     result = pruned if isinstance(pruned, Result) else None
     source: PreTrainedModel = pruned if result is None else result.model
@@ -240,14 +244,14 @@ def claim_folder(folder: Path, run: Mapping[str, Any]) -> None:
     file, ours = folder / _RUN, json.loads(json.dumps(run))
     if last_checkpoint(folder) is not None:
         try:
-            theirs: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            theirs: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError):
             theirs = {}
         other = [name for name in ours if theirs.get(name) != ours[name]]
         if other:
             what = f"holds checkpoints of another run: {', '.join(other)} differ"
             raise RecoveryError(what, where=str(folder), remedy="Pass another folder, or empty this one to start again")
-    file.write_text(json.dumps(ours, indent=2), encoding="utf-8")
+    write_file(file, json.dumps(ours, indent=2), RecoveryError)
 
 
 def weight_sums(model: torch.nn.Module, names: tuple[str, ...]) -> list[float]:
@@ -267,7 +271,7 @@ def last_checkpoint(folder: Path) -> Path | None:
         step = path.name.removeprefix("checkpoint-")
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # the trainer writes it last
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if step.isdigit():
             found.append((int(step), path))

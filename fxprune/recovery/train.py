@@ -20,7 +20,8 @@ from fxprune.offload.prefetch import has_bf16
 from fxprune.offload.ranks import input_device
 from fxprune.pipeline.arguments import Arguments, argument, instance
 from fxprune.pipeline.contract import Track, no_progress
-from fxprune.recovery.data import RecoverySettings, TrainingData, collate
+from fxprune.recovery.data import TrainingData, collate
+from fxprune.recovery.settings import RecoverySettings
 
 __all__ = ["Distillation", "make_trainer"]
 

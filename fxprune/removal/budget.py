@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,13 +70,15 @@ def read_timing(phase: str, place: str) -> Timing:
         path, engine = Path(file), engine.strip()
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         what = "no such file" if isinstance(error, FileNotFoundError) else f"it cannot be read: {error}"
         raise FxpruneError(what, where=str(path), remedy=f"Name {_FORMS}") from error
     if not isinstance(table, Mapping):
         raise FxpruneError("it holds no measurements", where=str(path), remedy=f"Name {_FORMS}")
     try:
         rows = list(_benchmark_rows(table, phase, engine) if "rows" in table else _command_rows(table, phase))
+        if not all(isfinite(value) and value > 0 for row in rows for value in row):
+            raise ValueError
     except UnknownNameError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -96,6 +97,12 @@ class Plan:
             rows.append((label, f"{span} of {whole:,}" if whole else span))
         return rows
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what makes plans equal, the same after a trip through JSON."""
+        data = {**json.loads(self.to_json()), "sizes": {}}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
     def to_json(self) -> str:
         kept, sizes = (
             {name: {str(axis): value for axis, value in axes.items()} for name, axes in held.items()}
@@ -110,7 +117,7 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Return the plan from the output of :meth:`to_json`."""
         with wrap_errors("plan", _WRITTEN, PlanError):
-            data: Any = json.loads(text)
+            data: Any = json.loads(text, object_pairs_hook=_once)
         if not isinstance(data, Mapping):
             raise _no_plan("plan", f"it is {format_value(data)}")
         version = data.get("version")
@@ -124,6 +131,14 @@ class Plan:
         kept, sizes = (_by_axis(what, data.get(what, default)) for what, default in (("kept", None), ("sizes", {})))
         held: Any = tuple(blocks) if isinstance(blocks, list) else blocks
         return cls(kept, held, sizes, data.get("norm", NORMS[0]))
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; json alone would take the last of two values of one name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
 
 
 def _no_plan(where: str, what: str) -> PlanError:
@@ -204,7 +219,9 @@ def keep_of(axes: AxisMap, groups: tuple[Group, ...], plan: Plan) -> Keep:
 def _plan_masks(axes: AxisMap, plan: Plan) -> dict[tuple[str, int], npt.NDArray[np.bool_]]:
     blocks = set(plan.removed_blocks) - set(axes.bypasses)
     if blocks:
-        raise PlanError("the model has no removable block of this name", where=min(blocks), remedy=_OWN)
+        raise PlanError(
+            "the model has no removable block of this name", where=min(blocks) or "removed_blocks", remedy=_OWN
+        )
     masks: dict[tuple[str, int], npt.NDArray[np.bool_]] = {}
     for name, by_axis in plan.kept.items():
         for axis, index in by_axis.items():

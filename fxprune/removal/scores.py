@@ -19,6 +19,7 @@ from fxprune.discovery.groups import Group, Member
 from fxprune.errors import PassError, PlanError, UnknownNameError
 from fxprune.graph.context import wrap_errors
 from fxprune.graph.facts import Change, Fact
+from fxprune.offload.atomic import atomic_path
 from fxprune.pipeline.arguments import as_path, format_value
 
 __all__ = ["REDUCTIONS", "PositionScores", "Scores", "score_groups", "unit_scores"]
@@ -58,9 +59,10 @@ class Scores(Fact):
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write the scores as safetensors: one float64 tensor for each group."""
         path = as_path("file", file, error=PlanError)
-        with wrap_errors(path, "Choose a file in an existing, writable folder", PlanError):
+        remedy = "Choose a file in an existing, writable folder"
+        with wrap_errors(path, remedy, PlanError), atomic_path(path, PlanError) as new:
             tensors = {name: torch.from_numpy(np.ascontiguousarray(row)) for name, row in self.units.items()}
-            save_file(tensors, path, {_FORMAT: str(_VERSION), "source": self.source})
+            save_file(tensors, new, {_FORMAT: str(_VERSION), "source": self.source})
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Scores:

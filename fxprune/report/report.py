@@ -20,6 +20,7 @@ from markupsafe import Markup
 from rich.table import Table
 
 from fxprune.axes import Keep
+from fxprune.data.calibration import Calibration
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.explain import frozen_in
 from fxprune.discovery.groups import Group
@@ -34,6 +35,7 @@ __all__ = [
     "GroupSize",
     "Headline",
     "Report",
+    "SamplesUsed",
     "Spread",
     "frozen_reasons",
     "group_sizes",
@@ -122,6 +124,38 @@ class Headline:
 
 
 @dataclass(frozen=True)
+class SamplesUsed:
+    """Calibration samples that a prune used.
+
+    Args:
+        source: where they are from: the name of a file, or words.
+        samples: their number.
+        written: how many of them the model wrote itself.
+        tokens: of all samples.
+        lengths: tokens of the shortest sample and of the longest.
+    """
+
+    source: str
+    samples: int
+    written: int
+    tokens: int
+    lengths: tuple[int, int]
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> SamplesUsed:
+        """The samples of a graph."""
+        lengths = [sample.labels.shape[1] for sample in calibration.samples]
+        ends = min(lengths), max(lengths)
+        return cls(calibration.source, len(lengths), calibration.written, sum(lengths), ends)
+
+    def __str__(self) -> str:
+        least, most = self.lengths
+        each = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+        own = f", {self.written:,} of them written by the model" if self.written else ""
+        return f"{self.source}: {self.samples:,} samples{own}, {self.tokens:,} tokens, {each} each"
+
+
+@dataclass(frozen=True)
 class KindSummary:
     """Sizes of all groups of a kind.
 
@@ -188,6 +222,7 @@ class Report(Fact):
         kept_norms: modules whose norm lost units and was rescaled to equal masking.
         passes: the passes that ran, each with its stage, its spelling and its seconds.
         versions: of the packages that the result depends on.
+        calibration: the calibration samples used; None if there were none.
         measured: quality and speed if they were measured, in rows of text; the first row names the columns.
         picture: one layer of the slim model as SVG; not part of the plain data.
     """
@@ -215,6 +250,7 @@ class Report(Fact):
     kept_norms: tuple[str, ...] = ()
     passes: tuple[tuple[str, str, float], ...] = field(default=(), compare=False)
     versions: Mapping[str, str] = field(default_factory=package_versions)
+    calibration: SamplesUsed | None = None
     measured: tuple[tuple[str, ...], ...] = ()
     picture: str = field(default="", repr=False, compare=False)
 
@@ -261,6 +297,8 @@ class Report(Fact):
         known = {field.name for field in dataclasses.fields(cls)}
         with wrap_errors("report", "Pass what Report.to_dict returned", ArgumentError):
             values = {name: _as_tuples(value) for name, value in data.items() if name in known}
+            if values.get("calibration") is not None:
+                values["calibration"] = SamplesUsed(**values["calibration"])
             values["groups"] = tuple(GroupSize(**size) for size in values.get("groups", ()))
             values["scores"] = {place: Spread(**spread) for place, spread in values.get("scores", {}).items()}
             return cls(**values)

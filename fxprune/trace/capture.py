@@ -47,7 +47,7 @@ from fxprune.trace.inputs import (
     without_cache,
 )
 from fxprune.trace.limits import input_sizes, limit_sizes, pin_sizes
-from fxprune.trace.lower import lower
+from fxprune.trace.lower import PLAIN_OPS, lower
 from fxprune.trace.repeats.copies import skip_repeats
 from fxprune.trace.repeats.grouping import Repeats, find_dependence, find_repeats
 
@@ -194,18 +194,20 @@ def _trace_error(model: nn.Module, failure: Exception | None, fidelity: Fidelity
         )
     assert failure is not None
     check_copies(model)
+    every = traceback.extract_tb(failure.__traceback__)
     library = sysconfig.get_path("stdlib")
     frames = [
         frame
-        for frame in traceback.extract_tb(failure.__traceback__)
+        for frame in every
         if not re.search("/torch/|/fxprune/|^<", frame.filename)
         and ("site-packages" in frame.filename or not frame.filename.startswith(library))
     ]
+    inner = any(re.search("/torch/(_higher_order_ops|nn/attention)/", path) for path, *_ in every)
     line = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}" if frames else ""
     error = TraceError(
         f"{name} cannot be traced: {_first_line(failure)}",
         where=line or f"forward of {name}",
-        remedy="Rewrite that line without data-dependent Python, or pass other example_inputs",
+        remedy=PLAIN_OPS if inner else "Rewrite that line without data-dependent Python, or pass other example_inputs",
     )
     error.__cause__ = failure
     return error

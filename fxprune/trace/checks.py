@@ -21,6 +21,7 @@ from fxprune.trace.inputs import alias_twin, written_parameters
 __all__ = [
     "check_copies",
     "check_inputs",
+    "check_merged",
     "check_model",
     "check_outputs",
     "check_runs",
@@ -46,10 +47,7 @@ _DEQUANTISE = "Load it in float32, bfloat16 or float16, or call model.dequantize
 def check_model(model: Any) -> None:
     """Check that ``model`` can be pruned: a Python module with plain weights, in one piece and on one device."""
     _check_module(model)
-    if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
-        raise UnsupportedModelError(
-            "it has adapters beside its weights", where=type(model).__name__, remedy="Call merge_and_unload() first"
-        )
+    check_merged(model)
     named = list(model.named_parameters())
     if not named:
         raise UnsupportedModelError("it has no parameters", where=type(model).__name__, remedy="Pass one with weights")
@@ -59,6 +57,18 @@ def check_model(model: Any) -> None:
     for name, parameter in named:
         _check_parameter(name, parameter)
     check_one_device(model)
+
+
+def check_merged(model: Any) -> None:
+    """Refuse a model with adapters of PEFT: around it, or in its modules."""
+    modules = model.modules() if isinstance(model, nn.Module) and "_modules" in vars(model) else ()
+    wrapped = hasattr(model, "peft_config") and hasattr(model, "merge_and_unload")
+    if wrapped or any("base_layer" in part._modules and hasattr(part, "unmerge") for part in modules):
+        raise UnsupportedModelError(
+            "it has adapters beside its weights",
+            where=type(model).__name__,
+            remedy="Call merge_and_unload() first, and pass the model that it returns",
+        )
 
 
 def _check_module(model: Any) -> None:

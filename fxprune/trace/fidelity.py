@@ -69,8 +69,11 @@ class SideBySide:
 
     def gradients(self) -> dict[str, float]:
         """The relative difference of the gradient of each parameter; empty if there are no gradients."""
-        wanted = _run_or_none(lambda: _gradient_digests(*self._run_module(self.inputs)))
-        got = None if wanted is None else _run_or_none(lambda: _gradient_digests(*self._run_graph(self.inputs)))
+        try:
+            wanted = _run_or_none(lambda: _gradient_digests(*self._run_module(self.inputs)))
+            got = None if wanted is None else _run_or_none(lambda: _gradient_digests(*self._run_graph(self.inputs)))
+        except (MemoryError, torch.OutOfMemoryError):  # nothing is known about them
+            wanted = None
         if wanted is None:
             return {}
         found: dict[str, float] = {}
@@ -172,6 +175,8 @@ def _gradient_digests(outputs: Outputs, aliases: Mapping[int, torch.Tensor]) -> 
 def _run_or_none(run: Callable[[], Result]) -> Result | None:
     try:
         return run()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception:  # code may refuse sizes and values with any error
         return None
 

@@ -31,8 +31,8 @@ __all__ = [
     "free_axes",
     "hooks_left_out",
     "is_hugging_face",
-    "name_arguments",
     "meta_twin",
+    "name_arguments",
     "without_cache",
     "written_parameters",
 ]
@@ -86,7 +86,7 @@ def name_arguments(twin: nn.Module, inputs: Mapping[str, Any]) -> None:
     if not own.keys() >= inputs.keys():
         named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in inputs]
         twin.forward = lambda **given: forward(**given)
-        twin.forward.__signature__ = inspect.Signature(named)
+        twin.forward.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
 
 
 def free_axes(value: torch.Tensor) -> int:
@@ -213,7 +213,8 @@ def _prepare(twin: M) -> M:
     """Set a copy to evaluation mode, and its attention and experts to variants that trace to plain ATen ops."""
     if is_hugging_face(twin):
         model: Any = twin
-        if model.config._attn_implementation not in ("sdpa", "eager"):
+        parts: list[Any] = [part for part in twin.modules() if is_hugging_face(part)]
+        if any(part.config._attn_implementation not in ("sdpa", "eager") for part in parts):
             model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
         if getattr(model.config, "_experts_implementation", None) is not None:
             model.config._experts_implementation = "batched_mm"

@@ -23,7 +23,7 @@ from fxprune.graph.compat import (
     spell_expression,
 )
 from fxprune.graph.context import quiet
-from fxprune.graph.tensors import input_tensors, is_input, map_tensors
+from fxprune.graph.tensors import TRACED, input_tensors, is_input, map_tensors
 from fxprune.trace.inputs import free_axes
 
 __all__ = ["Size", "forbid", "input_sizes", "limit_sizes", "pin_sizes"]
@@ -141,7 +141,7 @@ class _SizeAssertions:
 
     def _assert(self, condition: Callable[[], Any], text: str) -> None:
         with self.graph.inserting_before(self.first):
-            message = f"this graph was traced for inputs with {text}"
+            message = f"{TRACED}for inputs with {text}"
             self.graph.call_function(aten._assert_scalar.default, (condition().node, message))
 
     def _spell(self, expression: Any) -> str:

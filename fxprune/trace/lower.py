@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,10 +33,16 @@ from fxprune.graph.compat import (
     tree_map,
     tree_unflatten,
 )
-from fxprune.graph.tensors import base_name
+from fxprune.graph.tensors import TRACED, CheckedGraph, base_name
 from fxprune.trace.inputs import forward_parameters
 
-__all__ = ["lower"]
+__all__ = ["PLAIN_OPS", "lower"]
+
+PLAIN_OPS = (
+    "Write torch.cond, torch.while_loop, torch.func.vmap and the like without these functions, and flex_attention as "
+    "torch.nn.functional.scaled_dot_product_attention with a mask"
+)
+"""Remedy for a call with functions among its arguments."""
 
 aten = torch.ops.aten
 Env = dict[fx.Node, Any]
@@ -65,6 +71,12 @@ class _Copier:
                 env[node] = self._region(node, source, env, grad, autocast)
             elif node.target is operator.getitem and isinstance(env.get(node.args[0]), tuple | list):
                 env[node] = env[node.args[0]][node.args[1]]
+            elif held := _holds_code(node):
+                raise TraceError(
+                    f"{held} runs functions of its own, which are not part of one graph",
+                    where=node.name,
+                    remedy=PLAIN_OPS,
+                )
             else:
                 key: object = node
                 if is_size(node) and not has_unbacked_sizes(node.meta["val"]):
@@ -121,6 +133,14 @@ class _Copier:
             autocast = ("cpu", mode[1]) if mode[2] else None  # type: ignore[assignment]
         self.copy(inner, below, grad, autocast)
         return fx.map_arg(inner.graph.output_node().args[0], lambda old: below[old])
+
+
+def _holds_code(node: fx.Node) -> str:
+    """The name of a call that runs other graphs, or opens a level of ``torch.func``, in which ops have another axis."""
+    if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
+        return "torch.func"
+    inner = (getattr(node.graph.owning_module, str(arg.target), None) for arg in node.all_input_nodes)
+    return base_name(node) if any(isinstance(module, fx.GraphModule) for module in inner) else ""
 
 
 def _autocast_casts(node: fx.Node, device: str, dtype: torch.dtype) -> dict[fx.Node, torch.dtype]:
@@ -187,7 +207,7 @@ def _read_leaves(graph: fx.Graph, called: Mapping[str, Any], made: Mapping[str, 
             if not isinstance(leaf.meta.get("val"), torch.Tensor):
                 same = graph.call_function(operator.is_ if value is None else operator.eq, (node, value))
                 label = name + "".join(f"[{key!r}]" for key in path)
-                message = f"this graph was traced with {label}={value!r} and takes no other value"
+                message = f"{TRACED}with {label}={value!r} and takes no other value"
                 graph.call_function(torch.ops.aten._assert_scalar.default, (same, message))
     return env
 
@@ -262,7 +282,7 @@ def lower(
         # read weights right before their first use: an interpreter that makes masked copies then holds few at a time
         min(node.users, key=lambda user: order[user]).prepend(node)
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    return fx.GraphModule({name: value for name, value in attributes.items() if name in used}, graph)
+    return CheckedGraph({name: value for name, value in attributes.items() if name in used}, graph)
 
 
 def _lower_weights(
@@ -303,6 +323,14 @@ def _real_tensor(program: torch.export.ExportedProgram, model: nn.Module, spec: 
             where=f"forward of {type(model).__name__}",
             remedy="Write x.detach() instead of x.data, which tracing does not follow",
         )
+    if spec.kind == InputKind.CONSTANT_TENSOR and not value.is_meta:
+        own = (key for key, weight in model.named_parameters() if weight.data_ptr() == value.data_ptr())
+        if (held := next(own, None)) is not None:
+            raise TraceError(
+                f"it reads {held} of the model itself, which a function such as a decorated forward holds",
+                where=f"forward of {type(model).__name__}",
+                remedy="Decorate forward in the class, not on the instance",
+            )
     return value
 
 

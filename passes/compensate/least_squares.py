@@ -86,9 +86,12 @@ class FitMoments:
         try:
             # the tiny number keeps inputs that are all zero from making the matrix singular
             diagonal.add_(damping.strength * ridge + torch.finfo(torch.float32).tiny)
-            factor = torch.linalg.cholesky(self.square)
+            factor, failed = torch.linalg.cholesky_ex(self.square)
         finally:
             diagonal.copy_(before)
+        if failed.any():
+            what = f"damping={damping.strength:g} is too small for inputs that depend on each other"
+            raise CalibrationError(what, where="least-squares", remedy="Give a larger damping, or more samples")
         return torch.cholesky_solve(self.product, factor)
 
     def error(self, change: torch.Tensor) -> float:

@@ -3,7 +3,7 @@
 from .base import ImportancePass, Positions, axis_sums
 from .fisher import FisherImportancePass
 from .forward import FlapImportancePass, ForwardImportancePass, Moments, WandaImportancePass
-from .in_steps import ScoreInStepsPass
+from .in_steps import ChooseScoresPass, ScoreInStepsPass
 from .magnitude import L1ImportancePass, L2ImportancePass, LoadScoresPass, RandomImportancePass
 from .reconstruction import ReconstructionImportancePass
 from .structures import BlockInfluenceImportancePass, ReapImportancePass
@@ -11,6 +11,7 @@ from .taylor import TaylorImportancePass
 
 __all__ = [
     "BlockInfluenceImportancePass",
+    "ChooseScoresPass",
     "FisherImportancePass",
     "FlapImportancePass",
     "ForwardImportancePass",

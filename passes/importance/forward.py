@@ -129,6 +129,14 @@ class ForwardImportancePass(ImportancePass):
                 raise self.not_scored(group, "weight that sums over its units")
         return pairs
 
+    def readers(self, graph_module: fx.GraphModule, groups: Sequence[Group]) -> tuple[Group, ...]:
+        """The groups with those of their members alone that products sum over; a group must have one."""
+        found = []
+        for group, consumers in self.consumers(graph_module, groups):
+            held = {(consumer.name, consumer.axis) for consumer in consumers}
+            found.append(replace(group, members=tuple(m for m in group.members if (m.name, m.axis) in held)))
+        return tuple(found)
+
     def not_scored(self, group: Group, missing: str) -> PassError:
         return PassError(
             f"{group.name}, of the kind {group.kind!r}, has no {missing}",
@@ -153,6 +161,20 @@ class WandaImportancePass(ForwardImportancePass):
 
     name: ClassVar[str] = "wanda"
     prefetches: ClassVar[bool] = True
+
+    readers_only: bool = argument(
+        False,
+        """Count the weights that read a unit alone, if there are any. Those that compute it have other units as inputs,
+        whose norms say nothing about this one; a few of them are often hundreds of times the others.""",
+    )
+
+    def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
+        if self.readers_only:
+            consumers = find_consumers(graph_module.graph, facts_of(graph_module)[Dependencies].axes)
+            read = [group for group in groups if consumers_of(group, consumers)]
+            others = tuple(group for group in groups if group not in read)
+            groups = (*self.readers(graph_module, read), *others)
+        return super().score(graph_module, groups)
 
     def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
         axes = facts_of(graph_module)[Dependencies].axes
@@ -196,12 +218,7 @@ class FlapImportancePass(ForwardImportancePass):
     )
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
-        consuming = []
-        for group, consumers in self.consumers(graph_module, groups):
-            held = {(consumer.name, consumer.axis) for consumer in consumers}
-            members = tuple(m for m in group.members if (m.name, m.axis) in held)
-            consuming.append(replace(group, members=members))
-        scores = super().score(graph_module, tuple(consuming))
+        scores = super().score(graph_module, self.readers(graph_module, groups))
         if not self.standardise:
             return scores
         return Scores({name: (row - row.mean()) / (row.std() or 1.0) for name, row in scores.units.items()})

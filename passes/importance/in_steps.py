@@ -1,7 +1,8 @@
-"""Scoring in steps: a part of the units goes, the rest is fitted, and scored again."""
+"""Criteria made of others: scoring in steps, and the best of several by what the masked model predicts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -9,19 +10,21 @@ import numpy as np
 import torch
 from torch import fx
 
+from fxprune.data.calibration import Calibration
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError
-from fxprune.graph.facts import Change, Fact, Runnable, facts_of, fork
+from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of, fork
 from fxprune.graph.tensors import as_parameter, get_tensor, require_weights, set_tensor
+from fxprune.masking.judge import DivergenceJudge, foresee_split, split_samples
 from fxprune.offload.files import resume_scope
-from fxprune.pipeline.arguments import argument
+from fxprune.pipeline.arguments import argument, refuse
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.pipeline.registry import load_pass, pass_argument
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 
-__all__ = ["ScoreInStepsPass"]
+__all__ = ["ChooseScoresPass", "ScoreInStepsPass"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +95,67 @@ class ScoreInStepsPass(Pass):
     @property
     def _select(self) -> Pass:
         return self.select if isinstance(self.select, Pass) else load_pass("select-by-ratio")
+
+
+def _criteria(name: str, value: Any) -> tuple[Pass, ...]:
+    if isinstance(value, str | Pass) or not isinstance(value, Sequence) or len(value) < 2:
+        raise refuse(name, value, "two or more passes of the stage 'importance', or their spellings")
+    return tuple(pass_argument("importance")(name, one) for one in value)
+
+
+@dataclass(frozen=True, eq=False)
+class ChooseScoresPass(Pass):
+    """Scores by several criteria, and keeps the scores whose selection harms the model least.
+
+    The selection by each criterion is carried out as a mask, and the masked model compared with the dense one on
+    held-out calibration samples, by the divergence of their predictions. No criterion is the best for all families of
+    models, and what a bad one costs no fit brings back.
+    """
+
+    name: ClassVar[str] = "choose-scores"
+    stage: ClassVar[str] = "importance"
+    changes: ClassVar[Change] = "nothing"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Groups, Dependencies, Calibration, Runnable)
+    preconditions = (require_weights,)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Scores,)
+    drops: ClassVar[tuple[type[Fact], ...]] = (Removal,)
+
+    criteria: tuple[Pass, ...] = argument(
+        ("wanda{readers_only}", "taylor{order=second}"), "The criteria, two or more.", check=_criteria
+    )
+    select: Pass | str | None = argument(
+        None, "The selection that follows, with its ratio; None for that of the recipe.", check=pass_argument("select")
+    )
+    heldout: int = argument(16, "Most samples to compare on, of at most a third; the criteria see the others.", least=1)
+    batch: int = argument(4, "Samples that run at once.", least=1)
+
+    def cost(self, samples: int) -> PassCost:
+        inner = [step.cost(samples) for step in self.criteria]
+        held = min(self.heldout, samples // 3 or 1)
+        runs = sum(cost.runs for cost in inner) + (1 + len(inner)) * held
+        return replace(max(inner, key=lambda cost: cost.batch), runs=runs)
+
+    def foresee(self, graph_module: fx.GraphModule, given: tuple[type[Fact], ...]) -> None:
+        super().foresee(graph_module, given)
+        foresee_split(graph_module, given, None, self.heldout)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        select = self.select if isinstance(self.select, Pass) else load_pass("select-by-ratio")
+        samples, heldout = split_samples(graph_module, None, self.heldout)
+        judge = DivergenceJudge(graph_module, heldout, self.batch)
+        found: list[tuple[float, Scores]] = []
+        for step in self.criteria:
+            work = fork(graph_module)
+            facts_of(work).put(Calibration(samples))
+            with resume_scope(step.name):
+                step(work)
+            select(work)
+            found.append((judge.divergence(facts_of(work)[Removal]), facts_of(work)[Scores]))
+        best = min(range(len(found)), key=lambda i: found[i][0])
+        listed = ", ".join(f"{step} {error:.3f}" for step, (error, _) in zip(self.criteria, found, strict=True))
+        add_note(graph_module, f"scored by {self.criteria[best]}; divergence of the masked model in nats: {listed}")
+        facts_of(graph_module).put(replace(found[best][1], source=str(self)))
+        return PassResult(graph_module, False)
 
 
 def _below_others(scores: Scores, gone: Removal | None) -> Scores:

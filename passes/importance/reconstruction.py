@@ -55,7 +55,11 @@ class FittedProduct:
         damped = square.double().clone()
         # the tiny number keeps inputs that are all zero from making the matrix singular
         damped.diagonal().add_(ridge * damped.diagonal().mean() + torch.finfo(torch.float32).tiny)
-        return cls(torch.cholesky_inverse(torch.linalg.cholesky(damped)), weight.double().clone(), unit, count)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed.any():
+            what = f"ridge={ridge:g} is too small for inputs that depend on each other"
+            raise CalibrationError(what, where="reconstruction", remedy="Give a larger ridge, or more samples")
+        return cls(torch.cholesky_inverse(factor), weight.double().clone(), unit, count)
 
     def costs(self) -> torch.Tensor:
         """The increase of the squared error of the fit by removing each unit: ``(units,)``."""

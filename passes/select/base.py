@@ -7,7 +7,8 @@ experts of every group of a router, or whole groups), or all the layers that may
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import gcd, lcm
@@ -47,6 +48,7 @@ __all__ = [
     "protected_blocks",
     "removed_layers",
     "units_left",
+    "width_bars",
 ]
 
 T = TypeVar("T", int, float)
@@ -280,7 +282,7 @@ class Selection:
 def _check_protect(name: str, value: Any) -> tuple[float, ...]:
     wanted = "(first, last) with the numbers of layers kept whole or fractions of them, () for none, or None"
     parts = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(part, float | int) for part in value)
-    if parts and any(0 < part < 1 for part in value) and all(0 <= part < 1 for part in value):
+    if parts and any(isinstance(part, float) for part in value) and all(0 <= part < 1 for part in value):
         return tuple(map(float, value))
     found = numbers(name, value, wanted)
     if len(found) not in (0, 2):
@@ -348,17 +350,33 @@ class SelectPass(Pass):
                 value=True,
             )
 
+    def foresee(self, graph_module: fx.GraphModule, given: tuple[type[Fact], ...]) -> None:
+        """Refuse, before any is scored, what cannot be removed whatever the scores are."""
+        if Groups in given:
+            alike = Scores({group.name: np.zeros(group.size) for group in facts_of(graph_module)[Groups].all})
+            with _unruled_ops_named(graph_module):
+                self.require_reachable(self._selection(graph_module, alike, lambda _: True))
+
+    def require_reachable(self, selection: Selection) -> None:
+        """Raise :class:`~fxprune.errors.RatioError` if what is asked for cannot be removed."""
+
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         facts = facts_of(graph_module)
         axes, groups, scores = facts[Dependencies].axes, facts[Groups], facts[Scores]
-        shrinking = groups.of_kinds(self.kinds)
-        for group in shrinking:
+        for group in groups.of_kinds(self.kinds):
             if group.name not in scores.units:
                 raise PassError(
                     f"there are no scores for {group.name}, of the kind {group.kind!r} that may shrink",
                     where=f"pass {self.name}",
                     remedy=f"Score it: run an importance pass with kinds=[{', '.join(self.kinds)}]",
                 )
+        accepts = stock_check(graph_module, axes, groups.all) if self.uniform else lambda _: True
+        with _unruled_ops_named(graph_module):
+            facts.put(self.decide(self._selection(graph_module, scores, accepts)))
+        return PassResult(graph_module, False)
+
+    def _selection(self, graph_module: fx.GraphModule, scores: Scores, accepts: Callable[[Plan], bool]) -> Selection:
+        axes, groups = facts_of(graph_module)[Dependencies].axes, facts_of(graph_module)[Groups]
         protected = protected_blocks(axes.blocks, () if self.uniform else self.protect)
         round_to = self.round_to
         if isinstance(round_to, str):
@@ -367,8 +385,7 @@ class SelectPass(Pass):
             add_note(graph_module, f"round_to={AUTO} is {round_to}, as measured on {widths.device}")
         rounding = Rounding(round_to, self.tensor_parallel)
         budget = make_budget(self.budget, graph_module, axes)
-        sizes = by_kind(budget, shrinking)
-        accepts = stock_check(graph_module, axes, groups.all) if self.uniform else lambda _: True
+        sizes = by_kind(budget, groups.of_kinds(self.kinds))
         note = partial(add_note, graph_module)
 
         def with_scores(scores: Scores) -> Selection:
@@ -380,14 +397,7 @@ class SelectPass(Pass):
 
             return Selection(slots, scores, budget, sizes, removal_for, accepts, note, graph_module, with_scores)
 
-        try:
-            facts.put(self.decide(with_scores(scores)))
-        except RatioError as error:
-            frozen = unruled(axes)
-            if not frozen:
-                raise
-            raise _with_unruled_ops(error, frozen) from error
-        return PassResult(graph_module, False)
+        return with_scores(scores)
 
     def decide(self, selection: Selection) -> Removal:
         """The removal: by default of the units with the lowest scores, as many as are chosen."""
@@ -403,6 +413,17 @@ class SelectPass(Pass):
         """A choice for each slot."""
 
 
+@contextmanager
+def _unruled_ops_named(graph_module: fx.GraphModule) -> Iterator[None]:
+    try:
+        yield
+    except RatioError as error:
+        frozen = unruled(facts_of(graph_module)[Dependencies].axes)
+        if not frozen:
+            raise
+        raise _with_unruled_ops(error, frozen) from error
+
+
 def _with_unruled_ops(error: RatioError, frozen: Mapping[str, Sequence[str]]) -> RatioError:
     op, axes = max(frozen.items(), key=lambda item: len(item[1]))
     others = f" and {len(frozen) - 1} more ops" if len(frozen) > 1 else ""
@@ -414,3 +435,18 @@ def _with_unruled_ops(error: RatioError, frozen: Mapping[str, Sequence[str]]) ->
     )
     found.reachable = error.reachable
     return found
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def width_bars(slots: Sequence[Slot], choices: Sequence[Choice]) -> Iterator[str]:
+    """Yield a line for each kind: the fraction left of each slot, from front to end, as bars."""
+    for kind in dict.fromkeys(slot.kind for slot in slots):
+        left = [
+            1 - count / slot.options[i].size
+            for slot, (i, count) in zip(slots, choices, strict=True)
+            if slot.kind == kind
+        ]
+        bars = "".join(_BARS[min(int(part * len(_BARS)), len(_BARS) - 1)] for part in left)
+        yield f"{kind} {bars} {sum(left) / len(left):.0%} left"

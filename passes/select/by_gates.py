@@ -18,6 +18,7 @@ from fxprune.discovery.groups import Consumer, Groups, consumers_of, find_consum
 from fxprune.errors import ArgumentError, PassError
 from fxprune.graph.facts import Fact, Runnable, facts_of
 from fxprune.graph.tensors import device_of, require_weights
+from fxprune.masking.judge import KEPT_CLASSES, DivergenceJudge, foresee_split, split_samples
 from fxprune.masking.masked_run import GatedRun, spread_gates
 from fxprune.masking.teacher import (
     TeacherBatch,
@@ -33,8 +34,7 @@ from fxprune.pipeline.contract import PassCost, tracked
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 
-from .base import Choice, Selection
-from .judge import KEPT_CLASSES, DivergenceJudge, split_samples, width_bars
+from .base import Choice, Selection, width_bars
 from .ratio import BudgetSolver, SelectByRatioPass
 
 __all__ = ["Gates", "SelectByGatesPass", "project"]
@@ -190,6 +190,10 @@ class SelectByGatesPass(SelectByRatioPass):
                 where=f"pass {self.name}",
                 remedy="Use select-by-ratio, or leave these out",
             )
+
+    def foresee(self, graph_module: fx.GraphModule, given: tuple[type[Fact], ...]) -> None:
+        super().foresee(graph_module, given)
+        foresee_split(graph_module, given, self.heldout, self.samples)
 
     def cost(self, samples: int) -> PassCost:
         taken = min(self.samples, samples)

@@ -48,7 +48,16 @@ class PlanFromJsonPass(Pass):
                 remedy="Pass text, or file with the path of what Plan.to_json wrote",
             )
 
+    def foresee(self, graph_module: fx.GraphModule, given: tuple[type[Fact], ...]) -> None:
+        """Refuse a plan for another model before samples are made and read."""
+        if Groups in given:
+            self._removal(graph_module)
+
     def call(self, graph_module: fx.GraphModule) -> PassResult:
+        facts_of(graph_module).put(self._removal(graph_module))
+        return PassResult(graph_module, False)
+
+    def _removal(self, graph_module: fx.GraphModule) -> Removal:
         try:
             text = self.text or Path(self.file).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
@@ -58,5 +67,4 @@ class PlanFromJsonPass(Pass):
         plan = Plan.from_json(text)
         facts = facts_of(graph_module)
         axes, groups = facts[Dependencies].axes, facts[Groups].all
-        facts.put(Removal(axes, groups, keep_of(axes, groups, plan), plan.removed_blocks))
-        return PassResult(graph_module, False)
+        return Removal(axes, groups, keep_of(axes, groups, plan), plan.removed_blocks)

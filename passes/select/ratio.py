@@ -263,6 +263,22 @@ class SelectByRatioPass(SelectPass):
     def asked(self) -> dict[str, float]:
         return {} if isinstance(self.ratio, tuple) or self.budget != "params" else {"ratio": self.ratio}
 
+    def require_reachable(self, selection: Selection) -> None:
+        if not isinstance(self.ratio, tuple):
+            self._require(selection, self.ratio, selection.budget.total)
+            return
+        for spelled, ratio in self.ratio:
+            kind = bare_kind(spelled)
+            self._require(_of_kinds(selection, (kind,), ()), ratio, selection.sizes.get(kind, 0.0))
+
+    def _require(self, selection: Selection, ratio: float, whole: float) -> BudgetSolver:
+        """A solver for a fraction of ``whole``, which can be removed."""
+        solver = BudgetSolver(selection, ratio * whole)
+        largest = solver.removed(solver.most()) / max(whole, 1)
+        if ratio > largest + _CLOSE:
+            raise self._unreachable(f"{ratio:.1%} of the {selection.budget.word}", largest)
+        return solver
+
     def choose(self, selection: Selection) -> list[Choice]:
         whole = [(0, 0)] * len(selection.slots)
         if isinstance(self.ratio, tuple):
@@ -285,11 +301,7 @@ class SelectByRatioPass(SelectPass):
         return [next(found) if slot.kind in kinds else choice for slot, choice in pairs]
 
     def _choose(self, selection: Selection, ratio: float, whole: float) -> list[Choice]:
-        word = selection.budget.word
-        solver = BudgetSolver(selection, ratio * whole)
-        largest = solver.removed(solver.most()) / max(whole, 1)
-        if ratio > largest + _CLOSE:
-            raise self._unreachable(f"{ratio:.1%} of the {word}", largest)
+        word, solver = selection.budget.word, self._require(selection, ratio, whole)
         if self.uniform:
             choices = choose_uniform(selection, lambda fixed, _: solver.fraction(fixed))
         else:

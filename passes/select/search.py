@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import fx
+
 from fxprune.data.calibration import Calibration, spread
 from fxprune.data.samples import check_samples
 from fxprune.discovery.dependency import Dependencies
@@ -13,13 +15,13 @@ from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError
 from fxprune.graph.facts import Fact, Runnable
 from fxprune.graph.tensors import require_weights
+from fxprune.masking.judge import DivergenceJudge, foresee_split, samples_except, split_samples
 from fxprune.pipeline.arguments import argument
 from fxprune.pipeline.contract import Pass, PassCost, tracked
 from fxprune.pipeline.registry import pass_argument
 from fxprune.removal.scores import Scores
 
-from .base import Choice, Selection, Slot
-from .judge import DivergenceJudge, samples_except, split_samples, width_bars
+from .base import Choice, Selection, Slot, width_bars
 from .ratio import BudgetSolver, SelectByRatioPass
 
 __all__ = ["SelectBySearchPass", "choice_shares", "scale_shares"]
@@ -108,6 +110,10 @@ class SelectBySearchPass(SelectByRatioPass):
                 where=f"pass {self.name}",
                 remedy="Use select-by-ratio, or leave out $uniform and ratios by kind",
             )
+
+    def foresee(self, graph_module: fx.GraphModule, given: tuple[type[Fact], ...]) -> None:
+        super().foresee(graph_module, given)
+        foresee_split(graph_module, given, self.heldout, self.samples)
 
     def cost(self, samples: int) -> PassCost:
         """A run of each sample a trial, after a fit if there is one; and the dense runs and the final comparison."""

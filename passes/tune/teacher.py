@@ -11,7 +11,7 @@ from torch import fx
 
 from fxprune.data.built_in import offline_docstrings
 from fxprune.data.calibration import Calibration, Sample, embedding_rows, noised, plain_tokens, spread, token_input
-from fxprune.data.samples import check_samples, read_calibration
+from fxprune.data.samples import check_samples, is_in_memory, read_calibration
 from fxprune.data.text import check_tokenizer, token_windows
 from fxprune.errors import ArgumentError, CalibrationError, DataError
 from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
@@ -97,6 +97,12 @@ class RecordTeacherPass(Pass):
                 argument="copies",
                 value=self.copies,
             )
+
+    def foresee(self, graph_module: fx.GraphModule, given: tuple[type[Fact], ...]) -> None:
+        """Refuse samples that cannot be split, or held-out ones that do not fit."""
+        splits = self.tokenizer is None if self.heldout is None else is_in_memory(self.heldout)
+        if Calibration in given and splits:
+            self._split(spread(facts_of(graph_module)[Calibration].samples, self.samples), graph_module)
 
     def cost(self, samples: int) -> PassCost:
         recorded = self.copies * min(self.samples or samples, samples)

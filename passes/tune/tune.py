@@ -22,6 +22,7 @@ from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note
 from fxprune.graph.tensors import device_of, require_weights, weights
 from fxprune.masking.compare import TOLERANCE, Verified
 from fxprune.masking.teacher import TeacherBatch, divergence, run_logits, teacher_batches
+from fxprune.offload.atomic import atomic_path
 from fxprune.offload.files import write_values
 from fxprune.offload.prefetch import autocast, use_bf16
 from fxprune.offload.ranks import rank
@@ -65,12 +66,9 @@ class Progress:
             held[f"numbers.{i}"] = numbers.detach()
             held.update({f"{name}.{i}": torch.as_tensor(value) for name, value in adam.state[numbers].items()})
         state = {"step": self.step, "misses": self.misses, "first": self.first, "best": self.best}
-        path = self.file(folder)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(".new")
         tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in held.items()}
-        save_file(tensors, new, metadata={"mark": mark, "progress": json.dumps(state)})
-        new.replace(path)
+        with atomic_path(self.file(folder), parents=True) as new:
+            save_file(tensors, new, metadata={"mark": mark, "progress": json.dumps(state)})
 
     @classmethod
     def load(cls, folder: str, mark: str, adam: torch.optim.Adam) -> Progress | None:

@@ -14,6 +14,7 @@ import pytest
 import fxprune
 from fxprune.errors import CheckpointError
 from tests.bad_input.refusals import Net, check_clear, check_table
+from tests.checkpoint.small import sealed
 from tests.models import tiny
 
 
@@ -51,7 +52,7 @@ def field(name: str, **fields: Any) -> Damage:
         data = json.loads((folder / name).read_text())
         data.update(fields)
         kept = {key: value for key, value in data.items() if value is not ...}
-        (folder / name).write_text(json.dumps(kept))
+        (folder / name).write_text(json.dumps(sealed(kept) if "digest" in kept else kept))
 
     return damage
 
@@ -62,7 +63,7 @@ def of_weights(**fields: Any) -> Damage:
     def damage(folder: Path) -> None:
         data = json.loads((folder / "fxprune.json").read_text())
         next(iter(data["weights"].values())).update(fields)
-        (folder / "fxprune.json").write_text(json.dumps(data))
+        (folder / "fxprune.json").write_text(json.dumps(sealed(data)))
 
     return damage
 

@@ -13,7 +13,7 @@ import fxprune
 from fxprune.errors import EvaluationError
 from fxprune.evaluation import perplexity
 from fxprune.evaluation.comparison import compare_models
-from fxprune.recovery.data import RecoverySettings
+from fxprune.recovery.settings import RecoverySettings
 from tests.bad_input.refusals import IDS, VOCABULARY, Net, check_table, each
 from tests.models import tiny
 

@@ -6,10 +6,17 @@ from typing import Any
 
 import torch
 
+from fxprune.checkpoint.manifest import content_digest
 from fxprune.emit import emit
 from tests.models import tiny
 
-__all__ = ["narrow"]
+__all__ = ["narrow", "sealed"]
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest that was edited, with the digest of its new content."""
+    data = {name: value for name, value in manifest.items() if name != "digest"}
+    return {**data, "digest": content_digest(data)}
 
 
 def narrow(width: int = 24) -> Any:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import fxprune
 from fxprune.checkpoint import write
 from fxprune.errors import CheckpointError, FxpruneError, RatioError
-from tests.checkpoint.small import narrow
+from tests.checkpoint.small import narrow, sealed
 from tests.models import tiny, token_ids
 from tests.remembered import pruned
 
@@ -138,7 +138,9 @@ def test_a_checkpoint_is_as_large_as_its_parameters(uneven: fxprune.Result, fold
     names |= {"modeling_fxprune.py", "plan.json", "report.html", "report.json"}
     assert {path.name for path in folder.iterdir()} == names
     manifest = json.loads((folder / "fxprune.json").read_text())
-    assert manifest.keys() == {"source", "stock", "weights", "files", "versions", "format"}
+    assert manifest.keys() == {
+        *("source", "stock", "weights", "files", "versions", "format", "plan_digest", "forward", "digest"),
+    }
     assert manifest["versions"].keys() >= {"fxprune", "torch", "transformers"}
     assert manifest["source"] == {**manifest["source"], "parameters": dense, "class": type(uneven.model).__name__}
     assert fxprune.Plan.from_json((folder / "plan.json").read_text()) == uneven.plan
@@ -199,7 +201,7 @@ def test_a_result_without_a_model_says_what_to_do_instead(tmp_path: Path) -> Non
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     data = json.loads(path.read_text())
     change(data)
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps(sealed(data) if "digest" in data else data))
 
 
 CONFIG, MANIFEST, WEIGHTS = "config.json", "fxprune.json", "model.safetensors"

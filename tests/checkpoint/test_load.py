@@ -6,12 +6,14 @@ import copy
 import json
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import fxprune
 from fxprune.checkpoint.low_memory import request_key
@@ -126,9 +128,24 @@ def test_options_that_contradict_each_other_are_refused() -> None:
 def test_adapters_are_merged_first() -> None:
     import peft
 
-    model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(UnsupportedModelError, match=r"Call merge_and_unload\(\) first"):
-        fxprune.prune(model, importance="l2")
+    base = tiny("llama", num_hidden_layers=1)
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"]))
+    plan = fxprune.Plan({}, ())
+    doors: list[Callable[[], object]] = [
+        lambda: fxprune.trace(model, {"foo": 3}),
+        lambda: fxprune.trace(base),  # which PEFT changed
+        lambda: fxprune.trace(nn.Sequential(model)),
+        lambda: fxprune.prune(model, "text", importance="l2"),
+        lambda: fxprune.prune(model, offload="work"),
+        lambda: fxprune.prune_checkpoint(model, "slim"),
+        lambda: fxprune.apply(model, plan, compensate="least-squares"),
+        lambda: fxprune.recover(model, [], None, learning_rate=-1),
+        lambda: fxprune.save_pretrained(model, "slim"),
+        lambda: fxprune.export_model(model, "slim.gguf"),
+    ]
+    for door in doors:
+        with pytest.raises(UnsupportedModelError, match=r"Call merge_and_unload\(\) first"):
+            door()
 
 
 def test_offloading_is_an_option_of_a_prune(folder: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import fxprune
+from fxprune.checkpoint import low_memory
 from fxprune.checkpoint.low_memory import load_mapped, request_key, resumable_folder, unpack_gguf
 from fxprune.checkpoint.read import require_all_weights
 from fxprune.errors import CheckpointError
@@ -127,7 +128,8 @@ def test_a_killed_run_is_resumed(
     at = place(moment, whole)
     with pytest.raises(Stopped):
         fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(6), track=stopping(at, before), **OPTIONS)
-    assert not (tmp_path / "slim").exists() and (tmp_path / "slim.unfinished").exists()
+    assert not (tmp_path / "slim").exists()
+    assert (tmp_path / "slim.unfinished").exists() == (moment != "begun"), "kept if there is a result to resume from"
     again: list[str] = []
     result = fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(6), track=stopping(-1, again), **OPTIONS)
     if moment != "begun":
@@ -174,7 +176,32 @@ def test_what_cannot_be_written_or_read_is_refused_before_any_work(source: Path,
         fxprune.prune_checkpoint(tmp_path / "nothing", tmp_path / "mine")
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         fxprune.prune_checkpoint(tmp_path / "nothing", tmp_path / "slim", importance="l2")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "slim.unfinished"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+def test_a_gguf_file_that_is_refused_leaves_nothing_behind(file: Path, tmp_path: Path) -> None:
+    """A folder to resume from stayed, with nothing in it to resume from."""
+    broken = tmp_path / "broken.gguf"
+    for raw in (b"GGUF" + bytes(40), file.read_bytes()[:3000]):
+        broken.write_bytes(raw)
+        with pytest.raises(fxprune.FxpruneError):
+            fxprune.prune_checkpoint(broken, tmp_path / "new" / "slim", token_ids(6), **OPTIONS)
+        with pytest.raises(fxprune.FxpruneError):
+            fxprune.prune(broken, token_ids(6), offload=tmp_path / "offload", **OPTIONS)
+        assert list(tmp_path.iterdir()) == [broken]
+
+
+def test_half_of_an_unpacked_file_is_unpacked_anew(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise SafetensorError("no room")
+
+    with resumable_folder(tmp_path / "slim", "run") as work, monkeypatch.context() as patch:
+        patch.setattr(low_memory, "save_file", stop)
+        with pytest.raises(CheckpointError, match="no room"):
+            load_mapped(file, work)
+        assert not (work / "dense").exists()
+        patch.undo()
+        assert load_mapped(file, work).config.num_hidden_layers == 2
 
 
 def test_a_folder_that_lacks_weights_is_refused(source: Path, tmp_path: Path) -> None:
@@ -214,7 +241,7 @@ def test_a_gguf_file_is_read_a_block_at_a_time(file: Path, tmp_path: Path, monke
     assert sum(read) == len(whole) and max(read) == 9, "a block has nine weights"
     assert gguf.GGUFReader is true_reader
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(again) is type(tiny("llama"))
+    assert isinstance(again, type(tiny("llama")))
     for name, value in again.state_dict().items():
         assert torch.equal(value, whole[name])
     with pytest.raises(SafetensorError):

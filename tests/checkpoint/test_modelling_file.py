@@ -42,7 +42,7 @@ print(json.dumps(found))
 
 
 def test_the_modelling_file_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = modelling_file._modelling("LlamaForCausalLM", "LlamaConfig", ("LlamaModel", "model"))
+    text = modelling_file._modelling("LlamaForCausalLM", "LlamaConfig", "LlamaModel")
     tree = ast.parse(text)
     roots = {
         name.partition(".")[0]

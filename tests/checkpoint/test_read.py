@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fxprune.checkpoint.manifest import MANIFEST
 from fxprune.checkpoint.read import from_pretrained
 from fxprune.checkpoint.write import save_pretrained
+from fxprune.emit.emitted import PLAN_DIGEST
 from fxprune.emit.snapshot import shapes_of
 from fxprune.errors import CheckpointError
 from fxprune.removal.plan import Plan
-from tests.checkpoint.small import narrow
+from tests.checkpoint.small import narrow, sealed
 from tests.models import token_ids
+from tests.remembered import pruned
 
 KEPT = list(range(24))
 
@@ -43,7 +48,7 @@ def plan(kept: list[int], removed: tuple[str, ...] = ()) -> Plan:
 def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
     data = json.loads(file.read_text())
     change(data)
-    file.write_text(json.dumps(data))
+    file.write_text(json.dumps(sealed(data) if "digest" in data else data))
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -54,7 +59,8 @@ def logits(model: Any) -> torch.Tensor:
 
 def test_a_model_is_what_it_was(slim: Any, folder: Path) -> None:
     model: Any = from_pretrained(folder)
-    assert type(model) is type(slim) and type(model.config) is type(slim.config)
+    assert isinstance(model, type(slim)) and isinstance(model.config, type(slim.config))
+    assert type(from_pretrained(folder, model_class=type(model))) is type(model)
     assert torch.equal(logits(model), logits(slim))
     assert model.model.rotary_emb._non_persistent_buffers_set == slim.model.rotary_emb._non_persistent_buffers_set
     assert model.fxprune_overrides.block_fields == slim.fxprune_overrides.block_fields
@@ -67,7 +73,7 @@ def test_a_checkpoint_of_an_earlier_release_is_read(slim: Any, folder: Path) -> 
         del section["absent"]
 
     edit(folder / "config.json", as_before)
-    edit(folder / MANIFEST, lambda data: (data.update(format=1), data.pop("files")))
+    edit(folder / MANIFEST, lambda data: [data.update(format=1), *map(data.pop, ("files", "digest"))])
     assert torch.equal(logits(from_pretrained(folder)), logits(slim))
 
 
@@ -87,6 +93,44 @@ def test_the_plan_goes_by_names_of_the_dense_model(slim: Any, folder: Path) -> N
             continue
         with pytest.raises(CheckpointError, match="plan is of another model"):
             from_pretrained(folder)
+
+
+def test_the_plan_of_another_model_of_the_same_shapes_is_refused(slim: Any, tmp_path: Path) -> None:
+    """It was saved with the model, and said which units went that had not."""
+    result = pruned("llama", importance="l2", kinds=("mlp",), ratio=0.1, protect=())
+    other = pruned("llama", importance="random", kinds=("mlp",), ratio=0.1, protect=()).plan
+    digest = vars(result.model)[PLAN_DIGEST]
+    assert digest == result.plan.digest == Plan.from_json(result.plan.to_json()).digest != other.digest
+    result.save_pretrained(tmp_path / "slim")
+    loaded = from_pretrained(tmp_path / "slim")
+    save_pretrained(loaded, tmp_path / "again")
+    known = (loaded, from_pretrained(tmp_path / "again"), copy.deepcopy(result.model))
+    for model in (*known, pickle.loads(pickle.dumps(result.model))):
+        with pytest.raises(CheckpointError, match=r"plan: it is the plan of another model\. Pass"):
+            save_pretrained(model, tmp_path / "other", plan=other)
+        assert vars(model)[PLAN_DIGEST] == digest and not (tmp_path / "other").exists()
+    save_pretrained(loaded, tmp_path / "other", plan=result.plan)
+    assert PLAN_DIGEST not in vars(slim)
+    save_pretrained(slim, tmp_path / "unknown", plan=plan(KEPT))
+    assert vars(from_pretrained(tmp_path / "unknown"))[PLAN_DIGEST] == plan(KEPT).digest
+
+
+def test_a_plan_that_was_exchanged_is_refused_with_its_digest(folder: Path) -> None:
+    """Where the digest of the file was exchanged as well, the plan of another model was read."""
+    text = plan([*KEPT[1:], 80]).to_json()
+    (folder / "plan.json").write_text(text)
+    data = json.loads((folder / MANIFEST).read_text())
+    data["files"]["plan.json"] = hashlib.sha256(text.encode()).hexdigest()
+    for change in ({}, {"plan": json.loads(text)}, {"digest": 3}):
+        (folder / MANIFEST).write_text(json.dumps(data | change))
+        with pytest.raises(CheckpointError, match=r"fxprune\.json: its content was changed"):
+            from_pretrained(folder)
+    del data["digest"]
+    (folder / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=r"fxprune\.json: its content was changed"):
+        from_pretrained(folder)
+    (folder / MANIFEST).write_text(json.dumps(data | {"format": 2}))
+    assert from_pretrained(folder) is not None, "earlier releases wrote none"
 
 
 def test_a_name_that_is_neither_here_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from fxprune.checkpoint.manifest import Manifest, read_manifest
 from fxprune.checkpoint.read import from_pretrained
 from fxprune.checkpoint.write import MODELLING, model_card, save_pretrained, write_folder
 from fxprune.emit.structure import describe_structure
-from fxprune.errors import CheckpointError
+from fxprune.errors import CheckpointError, FxpruneError
 from tests.checkpoint.small import narrow
 from tests.models import tiny, token_ids
 
@@ -78,6 +78,13 @@ def uneven() -> fxprune.Result:
 def folder(uneven: fxprune.Result, tmp_path: Path) -> Path:
     uneven.save_pretrained(tmp_path / "slim")
     return tmp_path / "slim"
+
+
+def test_a_result_is_saved_without_the_comparison_on_request(uneven: fxprune.Result, tmp_path: Path) -> None:
+    uneven.save_pretrained(tmp_path / "slim", verify=False)
+    assert read_manifest(tmp_path / "slim").forward is None
+    with pytest.raises(FxpruneError, match="verify"):
+        uneven.save_pretrained(tmp_path / "slim", verify="yes")  # type: ignore[arg-type]
 
 
 def snippets(folder: Path) -> list[str]:

@@ -47,8 +47,8 @@ def test_a_sibling_loses_the_same_structures_and_keeps_its_own_numbers(models: P
 def test_options_are_passed_on(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, object] = {}
 
-    def apply(model: object, plan: object, data: torch.Tensor, **options: object) -> None:
-        seen.update(options, shape=tuple(data.shape))
+    def apply(model: object, plan: object, data: dict[str, torch.Tensor], **options: object) -> None:
+        seen.update(options, shape=tuple(data["input_ids"].shape))
         raise fxprune.FxpruneError("seen")
 
     monkeypatch.setattr(fxprune, "apply", apply)

@@ -11,6 +11,7 @@ import fxprune
 import fxprune.cli.console
 from fxprune.cli.plan import read_plan
 from fxprune.report.report import Report
+from tests.checkpoint.small import sealed
 from tests.cli.running import refused, run
 
 NAME = "model.layers.{}.mlp.{}.weight"
@@ -40,7 +41,7 @@ def test_a_checkpoint_alone_has_its_plan(models: Path, tmp_path: Path) -> None:
     """Earlier releases kept plan and report in the manifest."""
     manifest = json.loads((models / "slim/fxprune.json").read_text())
     kept = {name: json.loads((models / f"slim/{name}.json").read_text()) for name in ("plan", "report")}
-    (tmp_path / "fxprune.json").write_text(json.dumps(manifest | kept))
+    (tmp_path / "fxprune.json").write_text(json.dumps(sealed(manifest | kept)))
     assert run("plan", "show", tmp_path) == run("plan", "show", models / "slim")
 
 

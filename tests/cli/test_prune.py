@@ -95,6 +95,24 @@ def test_widths_that_the_config_refuses_save_a_checkpoint_of_ours(folder: str, o
     assert fxprune.from_pretrained(out).config.hidden_size < 48
 
 
+def test_the_samples_that_were_used_are_reported(folder: str, out: Path) -> None:
+    """A card told of `samples=64, written=64` where 4 of a file were used, and named no file."""
+    path = out.with_name("words.txt")
+    path.write_text("red green blue\n" * 8)
+    options = ("--recipe", "fast", "--tune", "none", "--compensate", "none", "--protect", "0,0", "--ratio", 0.05)
+    code, output = shown("prune", folder, "--out", out, "--calibration", path, "--tokens", 6, "--samples", 4, *options)
+    assert code == 0, output
+    used = "words.txt: 4 samples, 24 tokens, 6 each"
+    assert f"calibrated on {used}" in output
+    report = json.loads((out / "report.json").read_text())
+    assert report["calibration"] == {
+        **{"source": "words.txt", "samples": 4, "written": 0, "tokens": 24, "lengths": [6, 6]}
+    }
+    for name in ("report.html", "README.md"):
+        text = (out / name).read_text()
+        assert f"Calibrated on {used}." in text and "written=" not in text, name
+
+
 @pytest.mark.slow
 def test_without_a_slim_model_the_graph_is_saved(folder: str, out: Path) -> None:
     code, output = shown("prune", folder, "--out", out, *L2, "--kinds", "head_dim", "--ratio", "0.05")
@@ -110,7 +128,7 @@ def test_samples_come_from_a_file(folder: str, out: Path, suffix: str, seen: dic
     path = out.with_name(f"calibration{suffix}")
     path.write_text("\n".join(lines if suffix == ".txt" else (json.dumps({"text": one, "n": 7}) for one in lines)))
     refused("prune", folder, "--out", out, "--calibration", path, "--samples", 4, "--tokens", 6)
-    assert seen["data"].tolist() == [[1, 2, 3, 1, 2, 3]] * 4
+    assert seen["data"]["input_ids"].tolist() == [[1, 2, 3, 1, 2, 3]] * 4
 
 
 def test_options_reach_the_library_as_python_has_them(folder: str, out: Path, seen: dict[str, Any]) -> None:
@@ -188,3 +206,32 @@ def test_a_run_may_have_lists_mappings_and_underscores(
     assert refused("prune", "--config", "mine.yaml", "--importance", "l2") == "seen"
     assert seen["kinds"] == ["mlp", "expert"] and seen["round_to"] == {"mlp": 4}
     assert seen["uniform"] is True and seen["importance"] == "l2" and "ranking" not in seen
+
+
+SPELLED: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+    (("--protect", "1,1"), {"protect": (1, 1)}),
+    (("--protect=(0.1, 0.1)",), {"protect": (0.1, 0.1)}),
+    (("--protect", "()"), {"protect": (0, 0)}),
+    (("--protect", "1", "0", "--ratio", "None"), {"protect": (1, 0), "ratio": None}),
+    (("--ratio", "{'mlp': 0.3, 'head': 0.1}"), {"ratio": {"mlp": 0.3, "head": 0.1}}),
+    (("--kinds", "[mlp, head]", "--round-to", "{'mlp': 8}"), {"kinds": ("mlp", "head"), "round_to": {"mlp": 8}}),
+]
+
+
+@pytest.mark.parametrize(("options", "values"), SPELLED)
+def test_values_are_read_as_messages_spell_them(
+    options: tuple[str, ...], values: dict[str, Any], folder: str, out: Path, seen: dict[str, Any]
+) -> None:
+    """`--protect 1,1` was refused by an option whose message asks for (first, last)."""
+    assert refused("prune", folder, "--out", out, *L2, *options) == "seen"
+    assert {name: seen.get(name) for name in values} == values
+
+
+@pytest.mark.parametrize("pair", ["1, 2", [1, 2], "(1, 2)", []])
+def test_a_run_may_spell_a_pair_in_any_form(
+    pair: object, folder: str, tmp_path: Path, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(yaml.safe_dump({"model": folder, "out": "new", "importance": "l2", "protect": pair}))
+    assert refused("prune", "--config", "mine.yaml") == "seen"
+    assert seen["protect"] == ((1, 2) if pair else (0, 0))

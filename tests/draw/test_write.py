@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -348,6 +349,23 @@ def test_the_stream_runs_through_its_sums(llama: nx.Graph, first: Picture, tmp_p
         f"model.layers.0.{p}.weight[0]" for p in ("self_attn.o_proj", "mlp.down_proj")
     }
     assert "residual add" not in Picture(tmp_path, llama, layer="model.layers.0.mlp").legend
+
+
+@pytest.mark.parametrize("options", [{"layer": 0}, {"layer": 1}, {"everything": True, "fold": False}])
+def test_a_tied_embedding_leaves_the_stream_between_the_sums(
+    tied: nx.Graph, options: dict[str, object], tmp_path: Path
+) -> None:
+    """The last sum was joined to the first one, through the head and the embedding."""
+    picture = Picture(tmp_path, tied, **options)
+    sums = [name for name, node in picture.nodes.items() if node.get("shape") == "circle"]
+    thick = {pair for pair, line in picture.lines.items() if line.get("penwidth") == "5"}
+    assert len(sums) >= 2 and set(itertools.pairwise(sums)) < thick
+
+
+@pytest.fixture(scope="module")
+def tied() -> nx.Graph:
+    """Two layers whose embedding and head share a weight."""
+    return graph_of(tiny("llama", num_hidden_layers=2, tie_word_embeddings=True))
 
 
 def test_one_hue_for_each_kind_in_every_picture(llama: nx.Graph, first: Picture, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_a_model_is_emitted_and_its_blueprint_rebuilds_it_from_the_dense_config(
     attributes = {path: dict(vars(module)) for path, module in dense.named_modules()}
     tensors, removed = slim_tensors(dense, cuts, (f"{stack}.1",)), (f"{stack}.1",)
     slim = emitted(emit(dense, tensors, removed))
-    assert type(slim) is type(dense) and slim.config.num_hidden_layers == LAYERS - 1
+    assert isinstance(slim, type(dense)) and slim.config.num_hidden_layers == LAYERS - 1
     torch.testing.assert_close(logits(slim), logits(masked(dense, cuts, removed)), rtol=0, atol=1e-4)
     assert {t.data_ptr() for t in all_tensors(slim).values()} == {t.data_ptr() for t in tensors.values()}
     assert dense.config.to_json_string() == config

@@ -14,7 +14,7 @@ from transformers.models.llama import modeling_llama
 import fxprune
 from fxprune.axes import Keep
 from fxprune.discovery.dependency import Dependencies
-from fxprune.emit.emitted import SlimVerifier, _agree, check_own_forward, emit_from_graph
+from fxprune.emit.emitted import SlimVerifier, check_own_forward, emit_from_graph, outputs_agree
 from fxprune.emit.load import attention_implementations
 from fxprune.emit.structure import describe_structure
 from fxprune.errors import PlanError, VerificationError
@@ -33,7 +33,7 @@ def test_a_graph_from_which_nothing_was_removed_gives_the_model_itself() -> None
     inputs = {"input_ids": token_ids(2, 9)}
     emission = emit_from_graph(graph_module, facts_of(graph_module)[Source], Removal(axes, (), Keep()), inputs)
     model = emission.model
-    assert type(model) is type(dense) and model is not dense, emission.reasons
+    assert isinstance(model, type(dense)) and model is not dense, emission.reasons
     assert all(tensor is dict(dense.named_parameters())[name] for name, tensor in model.named_parameters())
 
 
@@ -127,12 +127,12 @@ def test_heads_without_key_heads_of_their_own_go_under_every_implementation() ->
 
 def test_outputs_agree_but_for_rounding() -> None:
     want = torch.randn(1, 8, 5)
-    assert _agree(want, want + 1e-5) and not _agree(want, want + 1e-2)
-    assert not _agree(want, want[:, :4])
+    assert outputs_agree(want, want + 1e-5) and not outputs_agree(want, want + 1e-2)
+    assert not outputs_agree(want, want[:, :4])
     half, off = want.bfloat16(), want.bfloat16()
     off[:, 0] += 1
-    assert _agree(half, off), "a router sent one token elsewhere"
-    assert not _agree(half, half + 1)
+    assert outputs_agree(half, off), "a router sent one token elsewhere"
+    assert not outputs_agree(half, half + 1)
 
 
 def test_a_model_in_training_gets_its_slim_model() -> None:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fxprune.emit.structure import Structure, describe_structure, parse_config, pruned_class, stock_class, stock_config
+from fxprune.emit import structure
+from fxprune.emit.layout import stock_class, stock_config
+from fxprune.emit.snapshot import shapes_of
+from fxprune.emit.structure import Structure, describe_structure, parse_config, pruned_class
 from fxprune.errors import CheckpointError
 from fxprune.modelling.layerwise import AnyWidths, Layerwise
 from fxprune.modelling.overrides import Overrides
 from tests.checkpoint.small import narrow
-from tests.models import tiny
+from tests.models import tiny, token_ids
+from tests.remembered import pruned
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +82,47 @@ def test_every_difference_has_words() -> None:
 def test_a_pruned_class_is_like_its_stock_class() -> None:
     model = tiny("llama", num_hidden_layers=1)
     stock, config = type(model), type(model.config)
-    pruned = pruned_class(stock, config)
-    assert issubclass(pruned, Layerwise) and issubclass(pruned, stock) and pruned.__name__ == stock.__name__
-    assert issubclass(pruned.config_class, AnyWidths) and stock_config(pruned.config_class) is config
-    assert pruned_class(stock, pruned.config_class).config_class is pruned.config_class
+    other = pruned_class(stock, config)
+    assert issubclass(other, Layerwise) and issubclass(other, stock) and other.__name__ == stock.__name__
+    assert issubclass(other.config_class, AnyWidths) and stock_config(other.config_class) is config
+    assert pruned_class(stock, other.config_class) is other
     assert stock_class(model) is stock
-    model.__class__ = pruned
+    model.__class__ = other
     assert stock_class(model) is stock
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_class_of_a_slim_model_builds_its_shapes(family: str) -> None:
+    """Class and config of a model whose layers differ built one of other widths, and nobody said so."""
+    model = pruned(family, importance="l2", kinds=("mlp", "head"), ratio=0.2, ranking="global", protect=()).model
+    wanted, kind, config = shapes_of(model), type(model), model.config
+    assert len({shape for name, shape in wanted.items() if "mlp" in name}) > 4, "layers differ"
+    again = kind(config)
+    assert shapes_of(again) == wanted and all(bool(value.isfinite().all()) for value in again.parameters())
+    again.load_state_dict(model.state_dict())
+    ids = token_ids()
+    assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+    copies = (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), type(config).from_dict(config.to_dict()))
+    for other in (*copies, type(config)(**config.to_dict())):
+        assert shapes_of(AutoModelForCausalLM.from_config(other)) == wanted
+        inner = AutoModel.from_config(other)
+        assert shapes_of(inner) == shapes_of(model.base_model)
+    labelled = AutoModelForSequenceClassification.from_config(config)
+    assert {name for name, shape in shapes_of(labelled).items() if wanted.get(name) != shape} == {"score.weight"}
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other) is kind and torch.equal(other(ids).logits, model(ids).logits)
+    assert type(tiny(family)) is not kind and isinstance(model, type(tiny(family)))
+
+
+def test_a_stock_class_still_builds_dense_models() -> None:
+    dense = tiny("llama", num_hidden_layers=1)
+    assert type(AutoModelForCausalLM.from_config(dense.config)) is type(dense)
+
+
+def test_parameters_on_meta_are_those_of_one_thread() -> None:
+    with ThreadPoolExecutor(1) as pool, structure._parameters_on_meta():
+        assert nn.Linear(2, 2).weight.is_meta and not pool.submit(nn.Linear, 2, 2).result().weight.is_meta
+    assert not nn.Linear(2, 2).weight.is_meta
 
 
 def test_numbers_that_json_has_not_are_read() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_a_pipeline_of_names_equals_prune(family: str, importance: str, compensa
     assert str(slim.graph) == str(result.graph_module.graph) and slim.code == result.graph_module.code
     assert same(dict(slim.state_dict()), dict(result.graph_module.state_dict()))
     assert facts[fxprune.Removed].removal.plan == result.plan
-    assert facts[fxprune.Report] == result.report
+    assert without_source(facts[fxprune.Report]) == without_source(result.report)
     assert result.report.verification_error is not None
     assert same(before, model.state_dict())
     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
@@ -97,11 +98,19 @@ def test_a_pipeline_of_names_equals_prune(family: str, importance: str, compensa
     assert saved(tmp_path / "by_call") == saved(tmp_path / "by_name")
 
 
+def without_source(report: fxprune.Report) -> fxprune.Report:
+    """A report that does not tell where the samples are from."""
+    assert report.calibration is not None
+    return replace(report, calibration=replace(report.calibration, source=""))
+
+
 def saved(folder: Path) -> dict[str, Any]:
     """The files of a checkpoint, without the seconds that passes took and how these were spelled."""
     files: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}
     manifest = json.loads(files.pop("fxprune.json"))
+    assert manifest.pop("digest")
     report = json.loads(files["report.json"])
+    assert report["calibration"].pop("source")
     assert {stage for stage, *_ in report.pop("passes")} > {"discover", "select"}
     for name in ("README.md", "report.html", "report.json"):
         assert files.pop(name) and manifest["files"].pop(name)

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import fxprune
 from benchmarks.engines.llama_cpp import LlamaServer
+from fxprune.checkpoint.gguf_header import read_header
 from fxprune.errors import ExportError, UnknownNameError
+from fxprune.export.gguf import write
 from fxprune.export.gguf.format import (
     arch_named,
     candidate_archs,
@@ -23,12 +25,11 @@ from fxprune.export.gguf.format import (
     layers_differ,
     names_in_format,
     place_of,
-    read_header,
     type_named,
 )
 from fxprune.export.gguf.layout import LAYOUTS, TensorLayout, lay_out, read_decoder
 from fxprune.export.gguf.reference import find_contents, gguf_logits
-from fxprune.export.gguf.tokenizer import copy_tokenizer, describe_tokenizer
+from fxprune.export.gguf.tokenizer import Entry, copy_tokenizer, describe_tokenizer
 from fxprune.export.gguf.write import export_gguf, most_common_type
 from tests.export.small import even, tokenizer, uneven
 from tests.models import VOCABULARY, token_ids
@@ -209,6 +210,39 @@ def test_a_tokenizer_is_copied_whole_from_another_file(tmp_path: Path) -> None:
     (tmp_path / "none.gguf").write_bytes(np.zeros(8, np.uint8).tobytes())
     with pytest.raises(ExportError, match="cannot be read as a GGUF file"):
         copy_tokenizer(tmp_path / "none.gguf", 140)
+
+
+VOCAB = tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (models.BPE(VOCAB, []), "has no merges"),
+        (models.WordLevel(VOCAB, unk_token="<pad>"), "is of the kind WordLevel"),
+        (models.WordPiece(VOCAB, unk_token="<pad>"), "is of the kind WordPiece"),
+        (models.Unigram([(token, -1.0) for token in VOCAB], unk_id=0), "is of the kind Unigram"),
+    ],
+    ids=["bytes", "words", "pieces", "unigram"],
+)
+def test_a_tokenizer_without_merges_is_refused_before_the_file_is_begun(
+    kind: models.Model, reason: str, tmp_path: Path
+) -> None:
+    """Byte pair encoding without merges ended in "Empty array", once half of the file was written."""
+    made = Tokenizer(kind)
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    path = tmp_path / "new" / "slim.gguf"
+    with pytest.raises(ExportError, match=f"tokenizer: {reason}"):
+        export_gguf(even("llama"), path, tokenizer=PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_list_in_a_file_to_copy_from_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array, text = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING
+    monkeypatch.setattr(write, "copy_tokenizer", lambda *_: [Entry("tokenizer.ggml.merges", [], array, text)])
+    with pytest.raises(ExportError, match="tokenizer: has no merges"):
+        export_gguf(even("llama"), tmp_path / "slim.gguf", like="dense.gguf")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tokenizers_that_have_no_name_in_the_format_are_refused() -> None:

@@ -12,9 +12,11 @@ from torch import fx
 
 from fxprune.data.built_in import general_samples
 from fxprune.data.calibration import Calibration
+from fxprune.data.samples import FileSamples
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Notes, Source, facts_of, fork
 from fxprune.offload.files import offload_to
+from fxprune.report.report import SamplesUsed
 from fxprune.trace import trace
 from tests.models import tiny, token_ids
 from tests.tokens import character_tokenizer
@@ -105,3 +107,21 @@ def test_a_model_that_cannot_generate_gets_the_built_in_text(
     assert "the model generated none: RuntimeError" in _calibrated(graph_module, written=5)[1]
     monkeypatch.setattr(kind, "can_generate", classmethod(lambda _: False))
     assert "the model cannot generate text" in _calibrated(graph_module, written=5)[1]
+
+
+def test_calibration_tells_its_source(graph_module: fx.GraphModule, tmp_path: Path) -> None:
+    """And how many samples the model wrote, of those that were used."""
+    file, tokenizer = tmp_path / "rows.jsonl", character_tokenizer()
+    file.write_text(f'{{"input_ids": {list(range(9))}}}')
+    rows: list[tuple[dict[str, Any], str, int, int]] = [
+        ({"data": token_ids(5, 9), "samples": 3}, "the samples passed", 3, 0),
+        ({"data": FileSamples(token_ids(5, 9), "a.txt"), "written": 9}, "a.txt", 5, 0),
+        ({"file": str(file)}, "rows.jsonl", 1, 0),
+        ({"tokenizer": tokenizer, "built_in": 2, "tokens": 9}, "built-in text", 2, 0),
+        ({"tokenizer": tokenizer, "written": 3, "tokens": 9}, "built-in text and text that the model wrote", 3, 1),
+    ]
+    for arguments, source, samples, written in rows:
+        CalibratePass(**arguments)(dense := fork(graph_module))
+        found = facts_of(dense)[Calibration]
+        assert (found.source, len(found.samples), found.written) == (source, samples, written)
+        assert SamplesUsed.of(found).lengths == (9, 9)

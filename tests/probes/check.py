@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -49,24 +50,28 @@ def numbers(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(sizes, generator=torch.Generator().manual_seed(sum(sizes))).to(dtype)
 
 
-def outcome(module: nn.Module, inputs: Inputs, others: Sequence[Inputs] = ()) -> str:
+def outcome(
+    module: nn.Module, inputs: Inputs, others: Sequence[Inputs] = (), every: bool = False, dynamic: bool = True
+) -> str:
     """Return ``exact``, ``frozen`` if nothing could go, or what was said where the module, or an input, was refused.
 
     Args:
         module: the probe.
         inputs: what it is traced with.
         others: inputs that the graph has to compute as the module does, or has to refuse.
+        every: whether to remove half of the units of each group too, and others in each outer unit.
+        dynamic: as for :func:`fxprune.trace`.
 
     Raises:
         AssertionError: something is silently wrong.
     """
     before = state_of(module), copied(inputs)
     try:
-        dense = fxprune.trace(module, inputs).graph_module
+        dense = fxprune.trace(module, inputs, dynamic=dynamic).graph_module
         said = [line for at in (inputs, *others) if (line := same(module, dense, at))]
         check_gradients(module, dense, inputs)
         load_pass("find-groups")(dense, inplace=True)
-        pairs = [] if is_random(module, inputs) else list(removals(module, dense))
+        pairs = [] if is_random(module, inputs) else list(removals(module, dense, every))
         said += [line for slim, masked in pairs for at in (inputs, *others) if (line := same(masked, slim, at))]
         gone = len(pairs)
     except FxpruneError as error:
@@ -78,16 +83,18 @@ def outcome(module: nn.Module, inputs: Inputs, others: Sequence[Inputs] = ()) ->
     return said[0] if said else "exact" if gone else "frozen"
 
 
-def removals(module: nn.Module, dense: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, nn.Module]]:
+def removals(
+    module: nn.Module, dense: fx.GraphModule, every: bool = False
+) -> Iterator[tuple[fx.GraphModule, nn.Module]]:
     """Yield slim graphs, each with the module in which what went is zeroed by hand."""
     for group in groups_of(dense):
         if group.factor is None or group.renormalised:
             continue
-        keep = next(keeps(group))
-        slim = slim_graph(dense, keep)
-        plan = decide(dense, keep).plan
-        assert axes_of(dense)
-        yield slim, zeroed(module, plan)
+        for keep in islice(keeps(group), None if every else 1):
+            slim = slim_graph(dense, keep)
+            plan = decide(dense, keep).plan
+            assert axes_of(dense)
+            yield slim, zeroed(module, plan)
 
 
 def same(module: nn.Module, graph_module: fx.GraphModule, inputs: Inputs) -> str:
@@ -127,10 +134,12 @@ def check_gradients(module: nn.Module, dense: fx.GraphModule, inputs: Inputs) ->
     apart = facts_of(dense)[Fidelity].unlike
     twin = copy_of(module).eval()
     wanted = gradients(twin, twin, inputs)
-    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    held = [*module.named_parameters(), *module.named_buffers()]
+    before = [tensor.detach().clone() for _, tensor in held]
     got = gradients(dense, module, inputs)
-    for name, value in before.items():  # the graph writes to them as the module does
-        module.get_buffer(name).copy_(value)
+    with torch.no_grad():  # the graph writes to them as the module does
+        for (_, tensor), value in zip(held, before, strict=True):
+            tensor.copy_(value)
     for name in wanted.keys() - set(apart):
         scale = wanted[name].norm().clamp_min(1e-12)
         assert (wanted[name] - got[name]).norm() / scale <= 1e-3 if wanted[name].any() else not got[name].any(), name
@@ -173,4 +182,38 @@ def copied(value: Any) -> Any:
 def equal(a: Any, b: Any) -> bool:
     """Whether two structures hold the same values, bit for bit."""
     pairs = list(zip(tree_leaves(a), tree_leaves(b), strict=True))
-    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x is y or x == y for x, y in pairs)
+
+
+def pruned(module: nn.Module, inputs: Inputs, others: Sequence[Inputs] = (), **options: Any) -> str:
+    """Prune structures of every kind by the public pipeline, with its verification.
+
+    Those whose removal is exact go, and what is left is compared with the module in which they are zeroed by hand: at
+    ``others`` too, if there are any.
+
+    Returns:
+        The kinds of which something went, or what was said where the module was refused.
+    """
+    before = state_of(module), copied(inputs)
+    try:
+        dense = fxprune.trace(module, inputs, dynamic=bool(others)).graph_module
+        load_pass("find-groups", norm="masked")(dense, inplace=True)
+        free = [group for group in groups_of(dense) if group.factor is not None and not group.renormalised]
+        kinds = sorted({group.kind for group in free if group.size > 1})
+        if not kinds:
+            return "frozen"
+        given = {"importance": "random", "protect": (), "norm": "masked", "compensate": "none", "tune": "none"}
+        given |= {"ratio": {f"exact-{kind}": 0.3 for kind in kinds}}
+        result = fxprune.Result.of(fxprune.prune_pipeline(**{**given, **options})(dense).graph_module)
+        assert not result.report.renormalised
+        for at in (inputs, *others):
+            same(zeroed(module, result.plan), result.graph_module, at)
+    except FxpruneError as error:
+        assert error.what and "\n" not in error.what, error
+        return str(error)
+    finally:
+        assert equal((state_of(module), inputs), before), "the module or its inputs changed"
+    went = {(member.name, member.axis) for group in free if group.kind for member in group.members}
+    assert {(name, axis) for name, axes in result.plan.kept.items() for axis in axes} <= went
+    gone = [g.kind for g in free if any(m.axis in result.plan.kept.get(m.name, ()) for m in g.members)]
+    return ", ".join(sorted(set(gone)))

@@ -12,6 +12,7 @@ from fxprune.api import prune_pipeline
 from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
 from fxprune.pipeline.registry import parse_pass
 from fxprune.recipes import ApplyOptions, Options, option_table, read_recipe, resolve
+from fxprune.recipes.recipe import changed
 from fxprune.removal.plan import Plan
 from tests.models import token_ids
 
@@ -50,7 +51,9 @@ def test_invalid_options_are_refused_with_argument_and_value(wrong: dict[str, An
 
 @pytest.mark.parametrize("name", ["fast", "balanced", "best", "llm-pruner"])
 def test_a_recipe_runs_as_it_is_printed(name: str) -> None:
-    assert lines(calibration=IDS, recipe=name) == [str(step) for step in read_recipe(name).passes]
+    """With samples given the model writes none."""
+    first, *others = read_recipe(name).passes
+    assert lines(calibration=IDS, recipe=name) == [str(changed(first, {"written": 0})), *map(str, others)]
 
 
 def test_naming_an_importance_replaces_the_scores_and_nothing_else() -> None:

@@ -15,12 +15,11 @@ from fxprune.errors import DataError
 from fxprune.recovery.data import (
     Example,
     Formatter,
-    RecoverySettings,
     TrainingData,
     collate,
     read_training_data,
-    settings_from,
 )
+from fxprune.recovery.settings import RecoverySettings, settings_from
 from tests.tokens import character_tokenizer
 
 SUMS = [{"instruction": f"Add {i} and 1.", "input": "", "output": f"It is {i + 1}."} for i in range(40)]

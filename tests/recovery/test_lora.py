@@ -9,8 +9,8 @@ import pytest
 from torch import nn
 
 from fxprune.errors import RecoveryError
-from fxprune.recovery.data import RecoverySettings
 from fxprune.recovery.lora import attach_lora, find_targets
+from fxprune.recovery.settings import RecoverySettings
 from fxprune.removal.plan import Plan
 from tests.models import tiny
 

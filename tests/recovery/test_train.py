@@ -11,7 +11,8 @@ import torch
 
 import fxprune.recovery.train as distil
 from fxprune.errors import RecoveryError
-from fxprune.recovery.data import RecoverySettings, TrainingData, read_training_data
+from fxprune.recovery.data import TrainingData, read_training_data
+from fxprune.recovery.settings import RecoverySettings
 from fxprune.recovery.train import Distillation, _EarlyStopping, _Progress, distillation_sum, divide_batch, make_trainer
 from tests.models import tiny
 from tests.tokens import character_tokenizer

@@ -17,6 +17,7 @@ from fxprune.removal.scores import Scores
 from fxprune.report.report import (
     GroupSize,
     Report,
+    SamplesUsed,
     Spread,
     frozen_reasons,
     group_sizes,
@@ -43,8 +44,11 @@ def test_a_report_is_read_back_from_its_data() -> None:
     again = Report.from_dict(json.loads(REPORT.to_json()))
     assert again == REPORT and again.to_json() == REPORT.to_json()
     groups, scores = (GroupSize("g", "mlp", None, "g", 4, 3),), {"g": Spread((1.0, 2.0), ())}
-    full = replace(REPORT, groups=groups, scores=scores, passes=(("l2", "importance", 0.1),))
+    used = SamplesUsed("text.txt", 48, 5, 960, (10, 30))
+    full = replace(REPORT, groups=groups, scores=scores, passes=(("l2", "importance", 0.1),), calibration=used)
     again = Report.from_dict(json.loads(full.to_json()))
+    assert str(used) == "text.txt: 48 samples, 5 of them written by the model, 960 tokens, 10 to 30 each"
+    assert f"Calibrated on {used}." in full.to_html() and "Calibrated on" not in REPORT.to_html()
     assert again == full and again.passes == full.passes and again.to_html() == full.to_html()
     with pytest.raises(ArgumentError, match=r"Report\.to_dict"):
         Report.from_dict({"parameters": [1, 2]})

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from fxprune.errors import TraceError
 from fxprune.graph.facts import Notes, Runnable, Shaped, facts_of
@@ -45,3 +46,16 @@ def test_code_that_depends_on_data_is_named_by_its_line() -> None:
 
     with pytest.raises(TraceError, match=r"test_capture\.py:\d+ in body: .*the culprit.* cannot be traced"):
         trace(Net(body, a=nn.Linear(3, 3)), {"x": torch.randn(2, 3)})
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_attention_with_a_function_among_its_arguments_is_refused_with_a_way_out(grad: bool) -> None:
+    """FlexAttention was a ``KeyError``, told as a defect, or advice about data-dependent Python."""
+
+    def body(net: Any, x: torch.Tensor) -> torch.Tensor:
+        q = net.a(x)[:, None]
+        with torch.set_grad_enabled(grad):
+            return flex_attention(q, q, q, score_mod=lambda score, b, h, i, j: score + (i - j))  # type: ignore[return-value]
+
+    with pytest.raises(TraceError, match=r"flex_attention as torch\.nn\.functional\.scaled_dot_product_attention"):
+        trace(Net(body, a=nn.Linear(3, 4)), {"x": torch.randn(2, 7, 3)})

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn.utils import weight_norm
 
+import fxprune
 from fxprune.errors import TraceError
 from fxprune.graph.compat import fake_mode
 from fxprune.trace.inputs import (
@@ -16,11 +18,12 @@ from fxprune.trace.inputs import (
     default_inputs,
     dynamic_dims,
     fake_twin,
+    forward_parameters,
     hooks_left_out,
     is_hugging_face,
     meta_twin,
 )
-from tests.models import tiny
+from tests.models import tiny, token_ids
 
 
 def test_inputs_are_made_for_language_models_alone() -> None:
@@ -87,3 +90,78 @@ def test_hooks_of_a_user_are_left_out_and_those_of_torch_are_not() -> None:
     assert calls == [] and hooks_left_out(model) == ("the model", "1")
     model(torch.ones(2, 3))
     assert len(calls) == 2
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return self.down(self.up(x).relu()) * scale  # type: ignore[no-any-return]
+
+
+class PassesOn(Plain):
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().forward(*args, **kwargs)
+
+
+class NamesOne(Plain):
+    def forward(self, scale: float = 1.0, **kwargs: Any) -> torch.Tensor:
+        return super().forward(scale=scale, **kwargs)
+
+
+def undeclared(forward: Any) -> Any:
+    return lambda *args, **kwargs: forward(*args, **kwargs)
+
+
+class Decorated(Plain):
+    forward = undeclared(Plain.forward)
+
+
+@pytest.mark.parametrize("kind", [PassesOn, NamesOne, Decorated])
+def test_a_forward_that_passes_its_arguments_on_runs_at_any_size(kind: type[Plain]) -> None:
+    """Inputs among ``**kwargs`` had the traced sizes alone, and no order."""
+    order = ["scale", "x"] if kind is NamesOne else ["x", "scale"]
+    assert list(forward_parameters(kind())) == order
+    traced = fxprune.trace(model := kind(), {"scale": 2.0, "x": torch.randn(2, 7, 4)})
+    assert not traced.notes
+    assert [node.name for node in traced.graph_module.graph.nodes if node.op == "placeholder"] == order
+    x = torch.randn(3, 5, 4)
+    assert torch.equal(traced.graph_module(x=x, scale=2.0), model(x=x, scale=2.0))
+
+
+def test_a_language_model_whose_forward_is_inherited_through_keywords_runs_at_any_length() -> None:
+    model = tiny("llama", num_hidden_layers=1)
+
+    class Own(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    traced = fxprune.trace(Own(model.config).eval())
+    assert not traced.notes
+    ids = token_ids(3, 11)
+    with torch.no_grad():
+        assert torch.allclose(traced.graph_module(ids)["logits"], traced.model(ids).logits, atol=1e-5)
+
+
+def test_a_forward_bound_to_the_model_itself_is_refused() -> None:
+    """The copy that is traced ran the weights of the model, which became constants of the graph."""
+    model = Plain()
+    model.forward = undeclared(model.forward)  # type: ignore[method-assign]
+    with pytest.raises(TraceError, match=r"reads up.weight of the model itself.*Decorate forward in the class"):
+        fxprune.trace(model, {"x": torch.randn(2, 7, 4)})
+
+
+def test_attention_of_every_part_traces_to_plain_ops() -> None:
+    """A part of a model may have an attention of its own, such as FlexAttention, which is no op."""
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(text_config={**text, "vocab_size": 64}, vision_config=vision)
+    config._attn_implementation = {"text_config": "flex_attention"}
+    with torch.device("meta"):
+        model = transformers.Gemma3ForConditionalGeneration(config)
+    assert model.config.text_config._attn_implementation == "flex_attention" != model.config._attn_implementation
+    twin: Any = fake_twin(model, None, torch.float32, torch.float32)
+    assert twin.config._attn_implementation == twin.config.text_config._attn_implementation == "sdpa"
+    assert model.config.text_config._attn_implementation == "flex_attention"

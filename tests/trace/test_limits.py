@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,10 @@ from transformers import PreTrainedModel
 
 import fxprune
 from fxprune.data.verification import make_inputs
+from fxprune.errors import GraphInputError
 from fxprune.graph.compat import is_check, is_free
 from fxprune.graph.counting import count_macs
+from fxprune.graph.facts import fork
 from fxprune.graph.shapes import failed_check
 from fxprune.graph.tensors import input_tensors
 from fxprune.trace.capture import trace
@@ -45,8 +48,11 @@ def test_a_branch_is_a_limit(condition: Any, spelled: str, takes: tuple[int, int
     (note,) = found.notes
     assert note.startswith("holds for") and spelled in note and "test_limits.py" in note, note
     assert found.graph_module(torch.randn(*takes, 3)).shape == (*takes, 4)
-    with pytest.raises(RuntimeError, match="this graph was traced for inputs with"):
-        found.graph_module(torch.randn(*refuses, 3))
+    for graph_module in (found.graph_module, copy.deepcopy(found.graph_module), fork(found.graph_module)):
+        with pytest.raises(GraphInputError, match="this graph was traced for inputs with") as caught:
+            graph_module(torch.randn(*refuses, 3))
+        assert isinstance(caught.value, RuntimeError)
+        assert spelled.split()[-1] in str(caught.value) and f"x is {(*refuses, 3)}. Pass" in str(caught.value)
     assert failed_check(found.graph_module, {"x": torch.randn(*refuses, 3)}) in messages(found.graph_module)
     assert failed_check(found.graph_module, {"x": torch.randn(*takes, 3)}) == ""
 

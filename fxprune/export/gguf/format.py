@@ -1,16 +1,14 @@
-"""The GGUF format: types, architectures and headers."""
+"""The GGUF format: types and architectures."""
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, BinaryIO
+from typing import Any
 
 import gguf
 import numpy as np
@@ -29,7 +27,6 @@ __all__ = [
     "name_elsewhere",
     "names_in_format",
     "place_of",
-    "read_header",
     "type_named",
 ]
 
@@ -175,60 +172,9 @@ def _name(tensor: gguf.MODEL_TENSOR) -> str:
     return str(gguf.TENSOR_NAMES[tensor]).removeprefix("blk.{bid}.")
 
 
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""Types of values in the format, as formats of ``struct``."""
-
-_TEXT, _ARRAY = 8, 9
-
-
-def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the entries of a GGUF file up to those of its tokenizer; empty for an unknown version.
-
-    Raises:
-        ValueError: the file is truncated, or not a GGUF file.
-    """
-    found: dict[str, Any] = {}
-    with open(path, "rb") as file:
-        try:
-            if _bytes(file, 4) != b"GGUF":
-                raise ValueError("it does not begin as a GGUF file does")
-            if _number(file, "I") not in (2, 3):  # versions with the same header
-                return {}
-            _number(file, "Q")
-            for _ in range(_number(file, "Q")):
-                name = _value(file, _TEXT)
-                if name.startswith("tokenizer."):  # such entries are long, and not needed
-                    break
-                found[name] = _value(file, _number(file, "I"))
-        except (EOFError, KeyError, UnicodeDecodeError, OverflowError, MemoryError) as error:
-            raise ValueError("it ends too early, or is damaged") from error
-    return found
-
-
 def layers_differ(header: dict[str, Any]) -> bool:
     """Whether the blocks of a file differ in width or number of heads."""
     prefix = f"{header.get('general.architecture')}."
     names = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
     widths = (header.get(prefix + name) for name in names)  # a number for all blocks, or a list with one for each
     return any(len(set(numbers)) > 1 for numbers in widths if isinstance(numbers, list))
-
-
-def _value(file: BinaryIO, kind: int) -> Any:
-    if kind == _TEXT:
-        return _bytes(file, _number(file, "Q")).decode("utf-8")
-    if kind == _ARRAY:
-        inner = _number(file, "I")
-        return [_value(file, inner) for _ in range(_number(file, "Q"))]
-    return _number(file, _NUMBERS[kind])
-
-
-def _number(file: BinaryIO, spelled: str) -> Any:
-    form = "<" + spelled
-    return struct.unpack(form, _bytes(file, struct.calcsize(form)))[0]
-
-
-def _bytes(file: BinaryIO, count: int) -> bytes:
-    found = file.read(count)
-    if len(found) < count:
-        raise EOFError
-    return found

@@ -18,8 +18,9 @@ from fxprune.export.gguf.format import Type, can_quantize, load_data, type_named
 from fxprune.export.gguf.layout import Contents, read_decoder
 from fxprune.export.gguf.reference import find_contents
 from fxprune.export.gguf.tokenizer import Entry, copy_tokenizer, describe_tokenizer
-from fxprune.export.onnx import LOW_PRECISION_TOLERANCE, atomic_path
+from fxprune.export.onnx import LOW_PRECISION_TOLERANCE, wrap_export_errors
 from fxprune.masking.compare import TOLERANCE
+from fxprune.offload.atomic import atomic_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,9 +105,13 @@ def _write_tensors(writer: gguf.GGUFWriter, contents: Contents, kind: Type) -> N
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    assert writer.fout is not None
+    (file,) = writer.fout
     for name, tensor in contents.tensors.items():
-        values = tensor.detach().float().cpu().contiguous().numpy()
-        writer.write_tensor_data(gguf.quants.quantize(values, types[name]))
+        values = gguf.quants.quantize(tensor.detach().float().cpu().contiguous().numpy(), types[name])
+        writer.write_padding(file, file.tell())
+        file.write(np.ascontiguousarray(values).data)  # the writer's own way loses the error of a disk full at the end
+        writer.write_padding(file, values.nbytes)
 
 
 def export_gguf(
@@ -141,7 +146,7 @@ def export_gguf(
         raise ExportError(what, where="tokenizer", remedy="Pass tokenizer=, or like= and a GGUF file to copy from")
     contents, entries = _collect(model, tokenizer, like)
     check_row_sizes(contents, kind)
-    with atomic_path(path) as unfinished:
+    with wrap_export_errors(path), atomic_path(path, ExportError, parents=True) as unfinished:
         write_gguf(contents, entries, unfinished, kind, path.stem)
     return path
 
@@ -161,4 +166,9 @@ def _collect(
     narrow = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in decoder.tensors.values())
     contents = find_contents(decoder, LOW_PRECISION_TOLERANCE if narrow else TOLERANCE)
     rows = contents.keys["vocab_size"]
-    return contents, copy_tokenizer(like, rows) if like is not None else describe_tokenizer(tokenizer, rows)
+    entries = copy_tokenizer(like, rows) if like is not None else describe_tokenizer(tokenizer, rows)
+    empty = [entry.key for entry in entries if entry.kind == gguf.GGUFValueType.ARRAY and not len(entry.value)]
+    if empty:
+        what = f"has no {empty[0].rpartition('.')[2]}, and an empty list cannot be written"
+        raise ExportError(what, where="tokenizer", remedy="Pass a tokenizer, or a GGUF file, that has some")
+    return contents, entries

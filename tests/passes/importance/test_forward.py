@@ -81,6 +81,11 @@ def test_wanda_is_magnitude_times_the_norm_of_the_input(case: Case) -> None:
     heads = by_head(elements["q"].sum(1) + elements["o"].sum(0), KV)
     heads += by_head(elements["k"].sum(1), KV) + by_head(elements["v"].sum(1), KV)
     np.testing.assert_allclose(found["model.layers.0/head"], heads, rtol=1e-5)
+    found = scores_of(dense, "wanda", batch=2, readers_only=True, kinds=("mlp", "head", "layer"))
+    np.testing.assert_allclose(found["model.layers.0/mlp"], elements["down"].sum(0).numpy(), rtol=1e-5)
+    read = by_head(elements["o"].sum(0), KV)
+    np.testing.assert_allclose(found["model.layers.0/head"], read, rtol=1e-5)
+    assert "model.layers.0/layer" in found, "nothing reads a layer, so all of its weights count"
 
 
 def test_flap_is_the_variance_of_the_input_times_its_column(case: Case) -> None:

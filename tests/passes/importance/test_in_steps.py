@@ -10,15 +10,18 @@ import torch
 from fxprune.passes.importance.in_steps import _zeroed_and_fitted
 from torch import fx, nn
 
+import fxprune
 from fxprune.axes import Keep
 from fxprune.data.calibration import Calibration, Sample
 from fxprune.errors import ArgumentError, CalibrationError
 from fxprune.graph.facts import facts_of, fork
 from fxprune.masking.compare import masked_outputs
+from fxprune.masking.judge import DivergenceJudge, split_samples
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
+from tests.models import tiny, token_ids
 from tests.oracle import Net, axes_of, discover, groups_of
 from tests.passes.compensate.test_least_squares import deep
 
@@ -97,3 +100,34 @@ def test_layers_that_went_add_nothing_and_stay_gone() -> None:
     work = _zeroed_and_fitted(graph, removal, None)
     (masked,) = masked_outputs(graph, removal.axes, Keep(), removal.removed_blocks, {"input": X[0]})
     torch.testing.assert_close(work(X[0]), masked)
+
+
+def test_the_criterion_is_kept_that_harms_the_held_out_samples_least(dense: fx.GraphModule) -> None:
+    """Each is selected by, as a mask, and measured on samples that no criterion saw."""
+    criteria = ("random{seed=3}", "wanda{readers_only}", "l1")
+    work = fork(dense)
+    load_pass("choose-scores", criteria=criteria, select=SELECT, heldout=2)(work)
+    measured = []
+    samples, heldout = split_samples(dense, None, 2)
+    assert len(heldout) == 2 and not {id(sample) for sample in samples} & {id(sample) for sample in heldout}
+    for criterion in criteria:
+        alone = fork(dense)
+        facts_of(alone).put(Calibration(samples))
+        Pipeline([criterion, SELECT])(alone, inplace=True)
+        facts = facts_of(alone)
+        measured.append((DivergenceJudge(dense, heldout, 4).divergence(facts[Removal]), facts[Scores]))
+    best = min(measured, key=lambda one: one[0])[1]
+    for name, row in facts_of(work)[Scores].units.items():
+        np.testing.assert_array_equal(row, best.units[name])
+    assert len(facts_of(work)[Calibration].samples) == len(X), "the passes behind it have all samples"
+    with pytest.raises(ArgumentError, match="two or more"):
+        load_pass("choose-scores", criteria=("l1",))
+
+
+def test_a_criterion_inside_another_takes_the_kinds_of_the_prune() -> None:
+    """Passes inside a pass given as text kept their default kinds, and the selection had no scores."""
+    for spelled in ("choose-scores{criteria=[random, l1], heldout=1}", "score-in-steps{importance=l1, steps=2}"):
+        result = fxprune.prune(
+            tiny("llama"), token_ids(3, 8), importance=spelled, kinds=["layer"], ratio=0.3, compensate="none"
+        )
+        assert len(result.report.removed_blocks) > 0

@@ -10,11 +10,11 @@ import pytest
 import torch
 from fxprune.passes.select import SelectByRatioPass
 from fxprune.passes.select.by_gates import Gates, project
-from fxprune.passes.select.judge import DivergenceJudge
 from torch import fx
 
 from fxprune.errors import ArgumentError, PassError
 from fxprune.graph.facts import Notes, facts_of
+from fxprune.masking.judge import DivergenceJudge
 from fxprune.masking.masked_run import GatedRun
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Removal

@@ -8,8 +8,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from fxprune.passes.select.base import Option, Slot
-from fxprune.passes.select.judge import DivergenceJudge, width_bars
+from fxprune.passes.select.base import Option, Slot, width_bars
 from fxprune.passes.select.ratio import normalised
 from fxprune.passes.select.search import SelectBySearchPass, choice_shares, scale_shares
 from torch import fx
@@ -21,6 +20,7 @@ from fxprune.errors import ArgumentError, CalibrationError
 from fxprune.graph.counting import count_macs, count_parameters
 from fxprune.graph.facts import Notes, facts_of, fork
 from fxprune.masking.compare import masked_outputs
+from fxprune.masking.judge import DivergenceJudge
 from fxprune.pipeline.contract import Track, tracking
 from fxprune.pipeline.registry import load_pass, parse_pass
 from fxprune.removal.budget import Budget, ParameterBudget, make_budget

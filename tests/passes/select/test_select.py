@@ -15,16 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
-from fxprune.errors import ArgumentError, FxpruneError, RatioError, UnknownNameError
+from fxprune.errors import ArgumentError, CalibrationError, FxpruneError, PlanError, RatioError, UnknownNameError
 from fxprune.graph.counting import count_parameters
 from fxprune.graph.facts import Notes, facts_of
+from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass, parse_pass
+from fxprune.pipeline.spelling import read_steps
 from fxprune.removal.budget import ParameterBudget
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
-from tests.models import tiny
+from tests.models import tiny, token_ids
 from tests.oracle import axes_of, decide, discover, slim_graph
+from tests.remembered import traced
+from tests.tokens import character_tokenizer
 
 LAYERS, FFN, KV = 8, 346, 4
 BOTH = ("mlp", "head")
@@ -289,3 +293,35 @@ def test_groups_that_share_a_place_are_options_of_one_slot(dense: fx.GraphModule
     assert slots[0].choose(0.5)[0] == 0
     shielded = make_slots([replace(whole, block="b")], scores, ("head",), frozenset({"b"}), Rounding())
     assert shielded == []
+
+
+SELECT, BY_KIND = (f"select-by-ratio{{ratio={ratio}, protect=[1, 1]}}" for ratio in (0.95, "[[mlp, 0.9]]"))
+
+
+@pytest.mark.parametrize(
+    ("steps", "error", "ran"),
+    [
+        (f"calibrate, find-groups, wanda, {SELECT}", RatioError, ["calibrate", "find-groups"]),
+        (f"calibrate{{written=9}}, find-groups, wanda, {SELECT}", RatioError, ["find-groups"]),
+        (f"calibrate{{written=9}}, find-groups, l2, {SELECT}, least-squares", RatioError, ["find-groups"]),
+        (f"calibrate, find-groups, wanda, {BY_KIND}", RatioError, ["calibrate", "find-groups"]),
+        ("calibrate{written=9}, find-groups, PLAN, least-squares", PlanError, ["find-groups"]),
+        ("calibrate{samples=1}, find-groups, wanda, select-by-search", CalibrationError, ["calibrate"]),
+        ("calibrate{samples=1}, find-groups, wanda, select-by-gates", CalibrationError, ["calibrate"]),
+        ("calibrate{samples=1}, find-groups, wanda, select-by-ratio, record-teacher", CalibrationError, ["calibrate"]),
+    ],
+)
+def test_what_cannot_work_is_told_before_samples_are_written_and_units_scored(
+    steps: str, error: type[Exception], ran: list[str]
+) -> None:
+    """A ratio out of reach was told once the model had written its samples, and every unit had a score."""
+    graph_module, seen = traced("llama"), list[str]()
+    plan = load_pass("plan-from-json", text=Plan({"nope": {0: (1,)}}, ()).to_json())
+    passes = [plan if name == "PLAN" else parse_pass(name) for name in read_steps(steps)]
+    data: dict[str, Any] = {"tokenizer": character_tokenizer()} if "written" in steps else {"data": token_ids(4, 8)}
+    passes[0] = replace(passes[0], **data)
+    with pytest.raises(error) as caught:
+        Pipeline(passes, on_pass=lambda step: seen.append(step.name))(graph_module)
+    assert seen == ran and caught.value.__notes__
+    reachable = getattr(caught.value, "reachable", None)
+    assert error is not RatioError or (reachable is not None and 0.1 < reachable < 0.99)

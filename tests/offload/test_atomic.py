@@ -1,4 +1,4 @@
-"""Atomic replacement of folders: a reader sees the old or the new one, whatever happens to the writer."""
+"""Atomic replacement: a reader sees the old file or folder or the new one, whatever happens to the writer."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fxprune.checkpoint import exchange
-from fxprune.checkpoint.exchange import (
+from fxprune.checkpoint.manifest import MANIFEST, check_files, check_weights, read_manifest
+from fxprune.checkpoint.read import from_pretrained
+from fxprune.checkpoint.write import save_pretrained, write_folder
+from fxprune.errors import CheckpointError
+from fxprune.offload import atomic
+from fxprune.offload.atomic import (
+    atomic_path,
     folder_identity,
     replace_folder,
     resolve_target,
     restore_replaced,
     staging_folder,
+    write_file,
 )
-from fxprune.checkpoint.manifest import MANIFEST, check_files, check_weights, read_manifest
-from fxprune.checkpoint.read import from_pretrained
-from fxprune.checkpoint.write import save_pretrained, write_folder
-from fxprune.errors import CheckpointError
 from tests.checkpoint.small import narrow
 
 WIDTHS = (16, 24)
@@ -42,7 +45,7 @@ def models() -> dict[int, Any]:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With and without a system that exchanges two names."""
     if request.param == "two renames":
-        monkeypatch.setattr(exchange, "_renameat2", lambda: None)
+        monkeypatch.setattr(atomic, "_renameat2", lambda: None)
     return str(request.param)
 
 
@@ -151,7 +154,7 @@ def test_a_reader_beside_writers_sees_old_or_new(models: dict[int, Any], tmp_pat
 def test_the_old_folder_comes_back_where_the_new_one_cannot_be_put(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exchange, "_renameat2", lambda: None)
+    monkeypatch.setattr(atomic, "_renameat2", lambda: None)
     old, new = tmp_path / "target", tmp_path / ".target.host.1.x"
     old.mkdir()
     new.mkdir()
@@ -178,7 +181,7 @@ def test_what_is_at_work_is_left_alone(tmp_path: Path) -> None:
         with staging_folder(target) as other:
             assert work.is_dir() and foreign.is_dir() and other != work
     assert not work.exists() and foreign.is_dir()
-    (tmp_path / f".slim.{exchange.socket.gethostname()}.999999999.abc").mkdir()
+    (tmp_path / f".slim.{atomic.socket.gethostname()}.999999999.abc").mkdir()
     with staging_folder(target):
         assert {path.name for path in tmp_path.iterdir()} >= {foreign.name}
     assert {path.name for path in tmp_path.iterdir()} == {foreign.name}
@@ -230,3 +233,100 @@ def test_single_edits_are_refused_or_change_nothing(seed: int, models: dict[int,
         for file, content in held.items():
             (folder / file).write_bytes(content)
     assert refused > 10 and (folder / MANIFEST).is_file()
+
+
+def test_a_file_takes_its_place_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_file(path, "one")
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+    for error in (OSError(28, "no room"), KeyboardInterrupt(), MemoryError(), ValueError()):
+        kind = CheckpointError if isinstance(error, OSError) else type(error)
+        with pytest.raises(kind), atomic_path(path, CheckpointError) as unfinished:
+            unfinished.write_text("half")
+            raise error
+        assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(CheckpointError, match="cannot be written: No such file"), atomic_path(path, CheckpointError):
+        pass  # nothing was written
+    long = tmp_path / f"{'x' * 240}.html"
+    write_file(long, "two")
+    assert long.read_text() == "two"
+
+
+def test_a_new_file_has_the_permissions_of_any_other_and_an_old_one_keeps_its_own(tmp_path: Path) -> None:
+    plain, path = tmp_path / "plain", tmp_path / "path"
+    for mask in (0o022, 0o077):
+        before = os.umask(mask)
+        try:
+            plain.write_text("")
+            write_file(path, "")
+        finally:
+            os.umask(before)
+        assert path.stat().st_mode == plain.stat().st_mode
+        path.unlink()
+        plain.unlink()
+    write_file(path, "")
+    path.chmod(0o640)
+    write_file(path, "new")
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_links_folders_pipes_and_circles_are_what_they_are_to_open(tmp_path: Path) -> None:
+    """A report written to a link replaced the link; one written to a device must not replace the device."""
+    target, link = tmp_path / "elsewhere" / "a.html", tmp_path / "link.html"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    for text in ("new", "newer"):  # the link first leads nowhere
+        write_file(link, text)
+        assert link.is_symlink() and target.read_text() == text
+    write_file(os.devnull, "gone")
+    assert Path(os.devnull).is_char_device()
+    reader, writer = os.pipe()
+    write_file(f"/dev/fd/{writer}", "through")
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        assert pipe.read() == "through"
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    for path in (circle, target.parent, tmp_path / "no" / "x", target / "x"):
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            write_file(path, "x", CheckpointError)
+    assert circle.is_symlink() and list(target.parent.iterdir()) == [target] and target.read_text() == "newer"
+
+
+def test_folders_are_made_and_deleted_again_if_nothing_comes_into_them(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "x"
+    with pytest.raises(KeyboardInterrupt), atomic_path(path, parents=True):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    write_file(path, "x", parents=True)
+    assert path.read_text() == "x"
+
+
+@pytest.mark.parametrize("fails", ["data", "model", ""])
+def test_a_model_and_the_weights_beside_it_are_replaced_together(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights were replaced before the model, which stayed if that failed; old weights stayed for ever."""
+    path, data, rename = tmp_path / "model", tmp_path / "model.data", os.replace
+    path.write_text("old")
+    data.write_text("old data")
+
+    def refuse(source: Path, target: Path) -> None:
+        if target == {"data": data, "model": path}.get(fails) and source.parent.name.startswith("."):
+            raise OSError(28, "no room")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    for further in (True, False):
+        with (
+            pytest.raises(CheckpointError) if fails == "model" or (fails and further) else nullcontext() as failed,
+            atomic_path(path, CheckpointError, companions=(".data",)) as unfinished,
+        ):
+            unfinished.write_text("new")
+            if further:
+                unfinished.with_name("model.data").write_text("new data")
+        if failed is not None:
+            assert (path.read_text(), data.read_text()) == ("old", "old data")
+        else:
+            assert path.read_text() == "new" and data.exists() == further
+        assert {file.name for file in tmp_path.iterdir()} <= {"model", "model.data"}

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxprune.data.calibration import Calibration, Sample, spread
-from fxprune.data.samples import read_calibration
+from fxprune.data.samples import is_in_memory, read_calibration
 from fxprune.errors import CalibrationError
-from fxprune.graph.facts import facts_of, fork
+from fxprune.graph.facts import Fact, facts_of, fork
 from fxprune.masking.masked_run import MaskedRun
 from fxprune.masking.teacher import divergence, record_teacher_logits, run_logits, teacher_batches
 from fxprune.offload.files import no_resume
 from fxprune.pipeline.contract import Pass
 from fxprune.removal.removal import Removal
 
-from .base import Choice, Slot
-
-__all__ = ["KEPT_CLASSES", "DivergenceJudge", "samples_except", "split_samples", "width_bars"]
+__all__ = ["KEPT_CLASSES", "DivergenceJudge", "foresee_split", "samples_except", "split_samples"]
 
 KEPT_CLASSES = 64
 """Likeliest classes that are compared one by one: they hold nearly all of the probability."""
-
-_BARS = "▁▂▃▄▅▆▇█"
 
 
 class DivergenceJudge:
@@ -80,19 +76,13 @@ def split_samples(graph_module: fx.GraphModule, given: Any, most: int) -> tuple[
     return rest, heldout
 
 
+def foresee_split(graph_module: fx.GraphModule, known: Sequence[type[Fact]], given: Any, most: int) -> None:
+    """Refuse samples that cannot be split, or held-out ones that do not fit, once calibration samples are known."""
+    if Calibration in known and (given is None or is_in_memory(given)):
+        split_samples(graph_module, given, most)
+
+
 def samples_except(samples: Sequence[Sample], others: Sequence[Sample]) -> tuple[Sample, ...]:
     """The samples that are not among ``others``."""
     ids = {id(other) for other in others}
     return tuple(sample for sample in samples if id(sample) not in ids)
-
-
-def width_bars(slots: Sequence[Slot], choices: Sequence[Choice]) -> Iterator[str]:
-    """Yield a line for each kind: the fraction left of each slot, from front to end, as bars."""
-    for kind in dict.fromkeys(slot.kind for slot in slots):
-        left = [
-            1 - count / slot.options[i].size
-            for slot, (i, count) in zip(slots, choices, strict=True)
-            if slot.kind == kind
-        ]
-        bars = "".join(_BARS[min(int(part * len(_BARS)), len(_BARS) - 1)] for part in left)
-        yield f"{kind} {bars} {sum(left) / len(left):.0%} left"

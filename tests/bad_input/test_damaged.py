@@ -1,0 +1,698 @@
+"""Damaged files as sources: an error that says which file, or exactly the numbers of the undamaged one."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import shutil
+import signal
+import struct
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import datasets
+import gguf
+import numpy as np
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_structure
+
+import fxprune
+from fxprune.checkpoint.gguf_header import check_gguf, read_header
+from fxprune.checkpoint.low_memory import load_mapped
+from fxprune.checkpoint.read import load_config_only, load_model, load_tokenizer
+from fxprune.cli import app
+from fxprune.cli.config import read_config
+from fxprune.cli.models import check_model
+from fxprune.cli.plan import read_plan
+from fxprune.data.text import calibration_text, read_text
+from fxprune.discovery.dependency import Dependencies
+from fxprune.errors import FxpruneError
+from fxprune.graph.compat import tree_leaves
+from fxprune.graph.facts import facts_of
+from fxprune.recovery.run import claim_folder, last_checkpoint
+from fxprune.removal.budget import read_timing
+from fxprune.removal.plan import keep_of, plan_of
+from fxprune.removal.scores import Scores
+from tests.export.small import tokenizer, uneven
+from tests.models import tiny, token_ids
+from tests.remembered import grouped, model_of
+from tests.tiers import tiers
+
+Damage = Callable[[Path], None]
+SMALL = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {**SMALL, "num_key_value_heads": 1, "max_position_embeddings": 32}
+SECONDS = 30
+MEMORY = 1 << 31
+"""Bytes that reading a small damaged file may ask for beyond what the process has."""
+
+WEIGHTS, CONFIG, INDEX, MANIFEST = "model.safetensors", "config.json", "model.safetensors.index.json", "fxprune.json"
+
+
+# What can be wrong with bytes, with JSON, and with the header of a file of tensors
+
+
+def cut(name: str, at: float | int) -> Damage:
+    """A file that ends early: after so many bytes, or at a fraction of it."""
+
+    def damage(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: at if isinstance(at, int) else int(len(content) * at)])
+
+    return damage
+
+
+def content(name: str, value: bytes | str) -> Damage:
+    return lambda folder: (folder / name).write_bytes(value if isinstance(value, bytes) else value.encode()) and None
+
+
+def flipped(name: str, seed: int, front: int | None = None, bits: int = 1) -> Damage:
+    """Some bits that are others, among the first ``front`` bytes or anywhere."""
+
+    def damage(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        draw = random.Random(seed)
+        for _ in range(bits):
+            data[draw.randrange(min(front or len(data), len(data)))] ^= 1 << draw.randrange(8)
+        (folder / name).write_bytes(bytes(data))
+
+    return damage
+
+
+def inserted(name: str, seed: int) -> Damage:
+    def damage(folder: Path) -> None:
+        data, draw = (folder / name).read_bytes(), random.Random(seed)
+        at = draw.randrange(len(data))
+        (folder / name).write_bytes(data[:at] + draw.randbytes(draw.randrange(1, 9)) + data[at:])
+
+    return damage
+
+
+def recoded(name: str, encoding: str) -> Damage:
+    return lambda folder: (
+        (folder / name).write_bytes((folder / name).read_text("utf-8").encode(encoding, "replace")) and None
+    )
+
+
+def a_folder(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return damage
+
+
+def a_link(name: str, to: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to(to)
+
+    return damage
+
+
+def gone(name: str) -> Damage:
+    return lambda folder: (folder / name).unlink()
+
+
+def field(name: str, *path: Any, value: Any = ...) -> Damage:
+    """Another value in a JSON document; ``...`` takes it away; a function changes it."""
+
+    def damage(folder: Path) -> None:
+        data = json.loads((folder / name).read_text())
+        held = data
+        for key in path[:-1]:
+            held = held[key]
+        if value is ...:
+            del held[path[-1]]
+        else:
+            held[path[-1]] = value(held.get(path[-1])) if callable(value) else value
+        (folder / name).write_text(json.dumps(data))
+
+    return damage
+
+
+def twice(name: str, key: str, value: str) -> Damage:
+    """A key that is there twice."""
+
+    def damage(folder: Path) -> None:
+        text = (folder / name).read_text().strip()
+        (folder / name).write_text(f'{text[:-1].rstrip()}, "{key}": {value}}}')
+
+    return damage
+
+
+def header(change: Callable[[dict[str, Any]], Any], name: str = WEIGHTS, pad: int = 0) -> Damage:
+    """Another header of a file of tensors, as JSON or as bytes."""
+
+    def damage(folder: Path) -> None:
+        raw = (folder / name).read_bytes()
+        size = struct.unpack("<Q", raw[:8])[0]
+        data = json.loads(raw[8 : 8 + size])
+        changed = change(data)
+        text = changed if isinstance(changed, bytes) else json.dumps(data if changed is None else changed).encode()
+        (folder / name).write_bytes(struct.pack("<Q", len(text) + pad) + text + raw[8 + size :])
+
+    return damage
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], Any], name: str = WEIGHTS) -> Damage:
+    """Other tensors in a well-formed file."""
+
+    def damage(folder: Path) -> None:
+        held = load_file(folder / name)
+        change(held)
+        save_file(held, folder / name, {"format": "pt"})
+
+    return damage
+
+
+def swap(held: dict[str, Any], a: str, b: str) -> None:
+    held[a], held[b] = held[b], held[a]
+
+
+Q, K, UP, DOWN = (
+    f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
+)
+
+
+def put(held: dict[str, Any], name: str, **values: Any) -> None:
+    held[name].update(values)
+
+
+def of_bytes(name: str) -> dict[str, Damage]:
+    """What can happen to any file."""
+    found: dict[str, Damage] = {f"{name} cut at {at}": cut(name, at) for at in (1, 7, 8, 9, 40, 0.3, 0.5, 0.9, -1)}
+    found |= {f"{name} with bit {seed} flipped": flipped(name, seed) for seed in range(6)}
+    found |= {f"{name} with bits {seed} flipped": flipped(name, seed, 400, 5) for seed in range(6)}
+    found |= {f"{name} with bytes {seed} more": inserted(name, seed) for seed in range(4)}
+    found |= {f"{name} gone": gone(name), f"{name} a folder": a_folder(name), f"{name} empty": content(name, "")}
+    found |= {f"{name} a loop": a_link(name, name), f"{name} a link to nothing": a_link(name, "nothing")}
+    found |= {f"{name} random": content(name, random.Random(0).randbytes(3000))}
+    return found
+
+
+def of_text(name: str) -> dict[str, Damage]:
+    found = {f"{name} in {code}": recoded(name, code) for code in ("utf-16", "utf-32", "utf-8-sig", "cp500")}
+    values = (
+        "null",
+        "[]",
+        "3",
+        '"x"',
+        "{}",
+        "[{}]",
+        "NaN",
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "{}{}",
+        "\0" * 100,
+        "{'a': 1}",
+    )
+    return found | {f"{name} is {value[:6]!r}": content(name, value) for value in values}
+
+
+ODD = (None, "x", -1, 0, 10**6, 1.5, 1e400, float("nan"), True, [], {}, 2**40, 2**70, "12", [1, 2], {"a": 1})
+
+
+def of_config(name: str = CONFIG) -> dict[str, Damage]:
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+            "vocab_size", "head_dim", "rms_norm_eps", "hidden_act", "architectures", "model_type", "rope_parameters",
+            "max_position_embeddings", "tie_word_embeddings", "dtype")  # fmt: skip
+    found = {
+        f"{key} is {str(value)[:12]!r} {type(value).__name__}": field(name, key, value=value)
+        for key in keys for value in ODD
+    }  # fmt: skip
+    found |= {f"no {key}": field(name, key) for key in ("hidden_size", "model_type", "architectures", "vocab_size")}
+    near = {
+        "num_hidden_layers": (1, 3),
+        "num_attention_heads": (1, 3, 4),
+        "intermediate_size": (15, 17),
+        "hidden_size": (11, 13, 24),
+    }
+    found |= {f"{key} is {value}": field(name, key, value=value) for key, values in near.items() for value in values}
+    found |= {
+        f"hidden_act is {value}": field(name, "hidden_act", value=value) for value in ("nope", "", "ReLU6", "__class__")
+    }
+    found |= {f"{key} twice": twice(name, key, "7") for key in ("hidden_size", "num_hidden_layers")}
+    found["auto_map"] = field(name, "auto_map", value={"AutoModelForCausalLM": "evil.Model"})
+    found["quantised"] = field(name, "quantization_config", value={"quant_method": "nope"})
+    found["quantised, odd"] = field(name, "quantization_config", value=3)
+    found["architecture of another"] = field(name, "architectures", value=["GPT2LMHeadModel"])
+    found["type of another"] = field(name, "model_type", value="gpt2")
+    return found
+
+
+def of_tensors(name: str = WEIGHTS) -> dict[str, Damage]:
+    def h(change: Callable[[dict[str, Any]], Any], pad: int = 0) -> Damage:
+        return header(change, name, pad)
+
+    huge = 2**62
+    return {
+        "two names swapped": h(lambda d: swap(d, Q, DOWN)),
+        "two alike swapped": h(lambda d: swap(d, UP, "model.layers.0.mlp.gate_proj.weight")),
+        "no tensor": h(lambda d: d.pop(Q)),
+        "no tensors": h(lambda d: {}),
+        "another name": h(lambda d: d.update({"nope": d.pop(Q)})),
+        "one more": h(lambda d: d.update(nope=d[Q])),
+        "wrong type": h(lambda d: put(d, Q, dtype="F16")),
+        "type of the same size": h(lambda d: put(d, Q, dtype="I32")),
+        "unknown type": h(lambda d: put(d, Q, dtype="F31")),
+        "type as number": h(lambda d: put(d, Q, dtype=3)),
+        "no type": h(lambda d: d[Q].pop("dtype")),
+        "no shape": h(lambda d: d[Q].pop("shape")),
+        "no place": h(lambda d: d[Q].pop("data_offsets")),
+        "shape turned": h(lambda d: put(d, DOWN, shape=d[DOWN]["shape"][::-1])),
+        "shape flat": h(lambda d: put(d, Q, shape=[144])),
+        "shape of one more": h(lambda d: put(d, Q, shape=[13, 12])),
+        "shape of one less": h(lambda d: put(d, Q, shape=[11, 12])),
+        "shape negative": h(lambda d: put(d, Q, shape=[-12, -12])),
+        "shape huge": h(lambda d: put(d, Q, shape=[2**40, 2**40])),
+        "shape that overflows": h(lambda d: put(d, Q, shape=[2**63, 2])),
+        "shape of nothing": h(lambda d: put(d, Q, shape=[0, huge])),
+        "shape of fractions": h(lambda d: put(d, Q, shape=[12.5, 12])),
+        "shape of words": h(lambda d: put(d, Q, shape=["12", "12"])),
+        "places overlap": h(lambda d: put(d, Q, data_offsets=d[K]["data_offsets"])),
+        "places back": h(lambda d: put(d, Q, data_offsets=d[Q]["data_offsets"][::-1])),
+        "places off by one": h(lambda d: put(d, Q, data_offsets=[x + 1 for x in d[Q]["data_offsets"]])),
+        "places behind the end": h(lambda d: put(d, Q, data_offsets=[x + 10**9 for x in d[Q]["data_offsets"]])),
+        "places negative": h(lambda d: put(d, Q, data_offsets=[-576, 0])),
+        "places huge": h(lambda d: put(d, Q, data_offsets=[0, huge])),
+        "header longer than said": h(lambda d: None, -9),
+        "header shorter than said": h(lambda d: None, 9),
+        "header huge": h(lambda d: None, huge),
+        "header of 200 MB": h(lambda d: None, 200 << 20),
+        "header a list": h(lambda d: [d]),
+        "header deep": h(lambda d: b"[" * 50_000),
+        "header not JSON": h(lambda d: b"{'a': 1}"),
+        "header not UTF-8": h(lambda d: b'{"\xff": 1}'),
+        "metadata odd": h(lambda d: d.update(__metadata__=3)),
+        "metadata of numbers": h(lambda d: d.update(__metadata__={"format": 3})),
+        "metadata of another": h(lambda d: d.update(__metadata__={"format": "tf"})),
+        "metadata gone": h(lambda d: d.pop("__metadata__")),
+        "names doubled": h(lambda d: f'{json.dumps(d)[:-1]}, "{Q}": {json.dumps(d[Q])}}}'.encode()),
+        "in float16": tensors(lambda d: d.update({k: v.half() for k, v in d.items()}), name),
+        "one in float16": tensors(lambda d: d.update({Q: d[Q].half()}), name),
+        "one in integers": tensors(lambda d: d.update({Q: (d[Q] * 99).int()}), name),
+        "one complex": tensors(lambda d: d.update({Q: d[Q].to(torch.complex64)}), name),
+        "one of booleans": tensors(lambda d: d.update({Q: d[Q] > 0}), name),
+        "one of float8": tensors(lambda d: d.update({Q: d[Q].to(torch.float8_e4m3fn)}), name),
+        "one empty": tensors(lambda d: d.update({Q: d[Q][:0]}), name),
+        "one a number": tensors(lambda d: d.update({Q: d[Q].sum()}), name),
+        "one longer": tensors(lambda d: d.update({Q: torch.cat((d[Q], d[Q][:1]))}), name),
+        "one shorter": tensors(lambda d: d.update({Q: d[Q][:-1].clone()}), name),
+        "one of another rank": tensors(lambda d: d.update({Q: d[Q][None].clone()}), name),
+        "not a number": tensors(lambda d: d[Q].view(-1)[3].fill_(float("nan")), name),
+        "infinite": tensors(lambda d: d[UP].fill_(float("inf")), name),
+        "all zero": tensors(lambda d: d[UP].zero_(), name),
+        "a layer gone": tensors(lambda d: [d.pop(k) for k in list(d) if ".layers.1." in k], name),
+        "a layer more": tensors(lambda d: d.update({k.replace(".1.", ".2."): d[k].clone() for k in d}), name),
+        "no head": tensors(lambda d: d.pop("lm_head.weight"), name),
+        "a prefix": tensors(lambda d: [d.update({f"x.{k}": d.pop(k)}) for k in list(d)], name),
+    }  # fmt: skip
+
+
+def of_index() -> dict[str, Damage]:
+    def at(*path: Any, value: Any = ...) -> Damage:
+        return field(INDEX, *path, value=value)
+
+    maps: tuple[Any, ...] = (None, 3, [], {}, "x", {"a": "b"})
+    odd = (None, 3, "nope.safetensors", "../dense/model.safetensors", "/etc/passwd", "", [], CONFIG)
+    return {
+        **{f"index: a tensor in {str(value)!r}": at("weight_map", Q, value=value) for value in odd},
+        **{f"index: weight_map is {str(value)!r}": at("weight_map", value=value) for value in maps},
+        "index: no weight_map": at("weight_map"),
+        "index: no tensor": at("weight_map", Q),
+        "index: one more": at("weight_map", "nope", value=lambda _: "model-00001-of-00002.safetensors"),
+        "index: metadata is 3": at("metadata", value=3),
+        "index: no metadata": at("metadata"),
+        "index: size": at("metadata", "total_size", value=-1),
+        "index: a shard gone": lambda folder: sorted(folder.glob("model-*"))[0].unlink(),
+        "index: shards swapped": lambda folder: _swap_files(*sorted(folder.glob("model-*"))[:2]),
+        "index: a shard cut": lambda folder: cut(sorted(folder.glob("model-*"))[0].name, 0.5)(folder),
+        "index: all in one, too": lambda folder: None,
+    }  # fmt: skip
+
+
+GGUF = "model.gguf"
+
+
+def in_gguf(change: Callable[[Any], object]) -> Damage:
+    """Numbers in the header of a GGUF file, written over."""
+
+    def damage(folder: Path) -> None:
+        reader = gguf.GGUFReader(folder / GGUF, "r+")
+        change(reader)
+        reader.data.flush()
+
+    return damage
+
+
+def of_gguf() -> dict[str, Damage]:
+    def count(place: int, value: int, size: str = "<Q") -> Damage:
+        def damage(folder: Path) -> None:
+            data = bytearray((folder / GGUF).read_bytes())
+            struct.pack_into(size, data, place, value)
+            (folder / GGUF).write_bytes(bytes(data))
+
+        return damage
+
+    def key(name: str, value: int, part: int = -1) -> Damage:
+        def change(reader: Any) -> None:
+            held = reader.fields[name].parts[part]
+            held[0] = np.array(value).astype(held.dtype)
+
+        return in_gguf(change)
+
+    def info(part: int, value: int, tensor: int = 3) -> Damage:
+        def change(reader: Any) -> None:
+            held = reader.tensors[tensor].field.parts[part]
+            held[0] = np.array(value, dtype=np.uint64).astype(held.dtype)
+
+        return in_gguf(change)
+
+    numbers = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count",
+               "attention.head_count_kv", "context_length", "rope.dimension_count")  # fmt: skip
+    large = (0, 1, 3, 7, 10**6, 2**31, 2**32 - 1)
+    many = (0, 1, 20, 22, 2**31, 2**40, 2**62, 2**64 - 1)
+    found = {f"gguf: version {n}": count(4, n, "<I") for n in (0, 1, 2, 4, 3 << 24)}
+    found |= {f"gguf: {n} tensors": count(8, n) for n in many} | {f"gguf: {n} keys": count(16, n) for n in many}
+    found |= {f"gguf: {name} is {n}": key(f"llama.{name}", n) for name in numbers for n in large}
+    found |= {f"gguf: name of {n} bytes": key("llama.block_count", n, 0) for n in many}
+    found |= {f"gguf: value of type {n}": key("llama.block_count", n, 2) for n in (0, 6, 8, 9, 12, 13, 2**31)}
+    found |= {f"gguf: {n} words": key("tokenizer.ggml.tokens", n, 4) for n in many}
+    found |= {f"gguf: words of type {n}": key("tokenizer.ggml.tokens", n, 3) for n in (0, 4, 9, 12, 13)}
+    found |= {f"gguf: architecture of {n} bytes": key("general.architecture", n, 3) for n in many}
+    found |= {f"gguf: tensor name of {n} bytes": info(0, n) for n in many}
+    found |= {f"gguf: tensor of {n} axes": info(2, n) for n in (0, 1, 3, 9, 2**31)}
+    found |= {f"gguf: axis of {n}": info(3, n) for n in (0, 1, 11, 13, 2**31, 2**62, 2**64 - 1)}
+    found |= {f"gguf: tensor of type {n}": info(4, n) for n in (1, 2, 8, 26, 31, 99, 2**31)}
+    return found | {f"gguf: tensor at {n}": info(5, n) for n in (0, 1, 32, 10**6, 2**62, 2**64 - 1)}
+
+
+def _swap_files(a: Path, b: Path) -> None:
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second)
+    b.write_bytes(first)
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two results are the same, bit for bit."""
+    pairs = list(zip(*(tree_leaves(x) for x in (a, b)), strict=False))
+    return tree_structure(a) == tree_structure(b) and all(
+        x.dtype == y.dtype and torch.equal(x, y) if isinstance(x, torch.Tensor) else np.array_equal(x, y)
+        for x, y in pairs
+    )
+
+
+class TooLong(BaseException):
+    """What readers do not catch."""
+
+
+def _late(*_: object) -> None:
+    raise TooLong(f"it takes more than {SECONDS} seconds")
+
+
+class Limited:
+    """No more memory and time than a small file can need."""
+
+    def __enter__(self) -> None:
+        signal.signal(signal.SIGALRM, _late)
+        signal.alarm(SECONDS)
+        self.before = resource.getrlimit(resource.RLIMIT_AS)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, self.before[1]))
+
+    def __exit__(self, *_: object) -> None:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, self.before)
+
+
+def outcomes(
+    source: Path, damages: Mapping[str, Damage], load: Callable[[Path], Any], tmp_path: Path
+) -> dict[str, str]:
+    """What becomes of each damage: ``refused``, ``same``, ``other``, or what went wrong."""
+    whole = load(source)
+    found: dict[str, str] = {}
+    for number, (name, damage) in enumerate(damages.items()):
+        folder = tmp_path / str(number) / source.name
+        shutil.copytree(source, folder)
+        damage(folder)
+        try:
+            with Limited():
+                loaded = load(folder)
+        except FxpruneError as error:
+            clear = error.what and error.where and error.remedy and "\n" not in str(error)
+            found[name] = "refused" if clear else f"unclear: {error!r}"
+            if "defect of fxprune" in str(error):
+                found[name] = f"defect: {error}"
+        except BaseException as error:  # a reader may raise anything
+            found[name] = f"{type(error).__name__}: {str(error)[:300]}"
+        else:
+            found[name] = "same" if alike(whole, loaded) else "other"
+        shutil.rmtree(tmp_path / str(number))
+    return found
+
+
+def wrong(found: Mapping[str, str], may_differ: bool) -> list[str]:
+    allowed = ("refused", "same", "other") if may_differ else ("refused", "same")
+    return [f"{name}: {what}" for name, what in found.items() if what not in allowed]
+
+
+def load_dense(folder: Path) -> Any:
+    return load_model(folder).state_dict()
+
+
+def load_from_disk(folder: Path) -> Any:
+    """As with weights that stay in their files."""
+    with tempfile.TemporaryDirectory() as work:
+        return load_mapped(next(folder.glob("*.gguf"), folder), Path(work)).state_dict()
+
+
+def load_gguf(folder: Path) -> Any:
+    return load_model(folder / GGUF).state_dict()
+
+
+def load_header(folder: Path) -> Any:
+    """As of a slim model, whose uneven blocks no reader but that of the format takes."""
+    try:
+        check_gguf(folder / GGUF)
+        return read_header(folder / GGUF)
+    except ValueError as error:  # what commands make of it
+        raise FxpruneError(str(error), where=GGUF, remedy="Export it again") from error
+
+
+def load_slim(folder: Path) -> Any:
+    return fxprune.from_pretrained(folder, verify=True).state_dict()
+
+
+def load_for_commands(folder: Path) -> Any:
+    check_model(str(folder), with_weights=True)
+    return [value.shape for value in load_config_only(folder).parameters()]
+
+
+def load_words(folder: Path) -> Any:
+    return load_tokenizer(folder)("a b, c")["input_ids"]
+
+
+def load_plan(folder: Path) -> Any:
+    written = read_plan(folder / "plan.json")
+    report = written.report.to_dict() if written.report else {}
+    axes, groups = (facts_of(grouped("llama", num_hidden_layers=1))[kind] for kind in (Dependencies, fxprune.Groups))
+    keep = keep_of(axes.axes, groups.all, written.plan)
+    return {
+        name: by_axis for name, by_axis in plan_of(axes.axes, keep, written.plan.removed_blocks).kept.items()
+    }, report
+
+
+def load_run(folder: Path) -> Any:
+    context = click.Context(typer.main.get_command(app).commands["prune"])  # type: ignore[attr-defined]
+    read_config(context, folder / "run.yaml")
+    return context.default_map
+
+
+def load_data(folder: Path) -> Any:
+    file = folder / f"data.{folder.name}"
+    return calibration_text(file), read_text(file)
+
+
+def load_scores(folder: Path) -> Any:
+    scores = Scores.load(folder / "scores.safetensors")
+    scores.check(facts_of(grouped("llama", num_hidden_layers=1))[fxprune.Groups].all)
+    return scores.units
+
+
+def load_recovery(folder: Path) -> Any:
+    claim_folder(folder, {"rate": 0.1, "steps": 3})
+    return str(last_checkpoint(folder) is not None)
+
+
+def load_times(folder: Path) -> Any:
+    return read_timing("decode", str(folder / "times.json"))
+
+
+def all_of(*names: str) -> dict[str, Damage]:
+    found: dict[str, Damage] = {}
+    for name in names:
+        found |= of_bytes(name) | (of_text(name) if not name.endswith((".safetensors", ".parquet", ".gguf")) else {})
+    return found
+
+
+def of_plan() -> dict[str, Damage]:
+    name = "plan.json"
+    odd = (None, 3, [], {}, "x", -1, True, 2**70)
+    first = "model.layers.0.mlp.up_proj.weight"
+    lists = (
+        [],
+        [0],
+        [0, 0],
+        [-1],
+        [10**9],
+        [2**70],
+        ["0"],
+        [0.0],
+        [None],
+        list(range(88)),
+        [5, 3, 1],
+        None,
+        "01",
+        {"0": 1},
+    )
+    found = {
+        f"plan: {key} is {value!r}": field(name, key, value=value)
+        for key in ("version", "kept", "removed_blocks", "sizes", "norm")
+        for value in odd
+    }
+    found |= {f"plan: no {key}": field(name, key) for key in ("version", "kept", "removed_blocks", "sizes", "norm")}
+    found |= {f"plan: keeps {str(value)[:20]}": field(name, "kept", first, "0", value=value) for value in lists}
+    found |= {
+        f"plan: axis {axis!r}": field(name, "kept", first, axis, value=[0, 1])
+        for axis in ("1", "2", "-1", "x", "00", "0 ", "99", "")
+    }
+    found |= {f"plan: size {value!r}": field(name, "sizes", first, "0", value=value) for value in (*odd, 87, 89)}
+    found |= {
+        f"plan: blocks {value!r}": field(name, "removed_blocks", value=value)
+        for value in (["model.layers.0"], ["model.layers.7"], [3], ["model"], [""], "model.layers.0")
+    }
+    found["plan: one less"] = field(name, "kept", first)
+    found["plan: a stranger"] = field(name, "kept", "nope.weight", value={"0": [0]})
+    return found | {"plan: a key twice": twice(name, "kept", "{}")}
+
+
+def of_run() -> dict[str, Damage]:
+    name = "run.yaml"
+    texts = (
+        "ratio: [", "ratio: .nan", "ratio: !!python/object:os.system x", "ratio: 2020-13-45", "ratio: {a: {b: 1}}",
+        "? [1]\n: 2", "ratio: 1\nratio: 2", "nope: 1", "ratio: yes", "protect: [1, x]", "- a", "ratio: *a",
+        "a: &a [*a]",
+        "ratio: '0.2", "\t", "%YAML 9", "ratio: 0x10", "a: &a [x,x]\nb: &b [*a,*a]\nc: &c [*b,*b]", "ratio: 1:30",
+        "--- 1\n--- 2", "1: 2", "null: 3", "ratio:\n", "kinds: [[mlp]]", "config: x",
+    )  # fmt: skip
+    return {f"run: {text!r}": content(name, text) for text in texts}
+
+
+def of_times() -> dict[str, Damage]:
+    odd = (None, "x", -1, 0, float("nan"), float("inf"), 1e400, [], {}, 2**70, 1e-300)
+    places: tuple[tuple[Any, ...], ...] = (("dense",), ("slim",), ("slim", "decode_ms"), ("dense", "parameters"))
+    return {
+        f"times: {place} is {value!r}": field("times.json", *place, value=value) for place in places for value in odd
+    }
+
+
+# Whole sources
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an undamaged source of each sort."""
+    top = tmp_path_factory.mktemp("sources")
+    model = tiny("llama", **SIZES)
+    for name, size in (("dense", "1GB"), ("shards", "6KB")):
+        model.save_pretrained(top / name, max_shard_size=size)
+        tokenizer().save_pretrained(top / name)
+    (top / "bin").mkdir()
+    model.config.save_pretrained(top / "bin")
+    torch.save(model.state_dict(), top / "bin" / "pytorch_model.bin")
+    result = fxprune.prune(
+        model, token_ids(2, 8), importance="l2", ratio=0.1, kinds="mlp", protect=(), compensate="none"
+    )
+    result.save_pretrained(top / "slim", tokenizer())
+    (top / "gguf").mkdir()
+    fxprune.export_model(model, top / "gguf" / "model.gguf", tokenizer=tokenizer(), quantization="f32")
+    (top / "uneven").mkdir()
+    fxprune.export_model(uneven("llama"), top / "uneven" / GGUF, tokenizer=tokenizer(), quantization="f16")
+    small = model_of(grouped("llama", num_hidden_layers=1))
+    (top / "plan").mkdir()
+    made = fxprune.prune(small, importance="l2", ratio=0.2, kinds="mlp", protect=(), compensate="none")
+    (top / "plan" / "plan.json").write_text(made.plan.to_json())
+    (top / "plan" / "report.json").write_text(made.report.to_json())
+    (top / "recovery" / "checkpoint-3").mkdir(parents=True)
+    (top / "recovery" / "recovery.json").write_text('{"rate": 0.1, "steps": 3}')
+    (top / "recovery" / "checkpoint-3" / "trainer_state.json").write_text('{"step": 3}')
+    (top / "scores").mkdir()
+    made.scores.save(top / "scores" / "scores.safetensors")
+    (top / "run").mkdir()
+    (top / "run" / "run.yaml").write_text("ratio: 0.2\nprotect: [1, 1]\nkinds: mlp,head\nuniform: true\nseed: 7\n")
+    (top / "times").mkdir()
+    times = {"dense": {"parameters": 100, "decode_ms": 9.0}, "slim": {"parameters": 70, "decode_ms": 7.0}}
+    (top / "times" / "times.json").write_text(json.dumps(times))
+    rows = [{"text": "A line of text.\nÄnother ü."}, {"text": "One more, 🙂."}]
+    for kind in ("json", "jsonl", "txt", "parquet"):
+        (top / kind).mkdir()
+    (top / "json" / "data.json").write_text(json.dumps(rows))
+    (top / "jsonl" / "data.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    (top / "txt" / "data.txt").write_text("\n\n".join(row["text"] for row in rows))
+    datasets.Dataset.from_list(rows).to_parquet(top / "parquet" / "data.parquet")
+    return top
+
+
+CHECKED = (MANIFEST, "plan.json", "report.json", CONFIG, WEIGHTS, "generation_config.json", "tokenizer.json")
+WORDS = ("tokenizer.json", "tokenizer_config.json")
+
+PROBES: dict[str, tuple[str, Callable[[Path], Any], Callable[[], dict[str, Damage]], bool]] = {
+    "dense, config": ("dense", load_dense, of_config, True),
+    "dense, tensors": ("dense", load_dense, of_tensors, True),
+    "dense, bytes": ("dense", load_dense, lambda: all_of(CONFIG, WEIGHTS, "generation_config.json"), True),
+    "dense on disk, config": ("dense", load_from_disk, of_config, True),
+    "dense on disk, tensors": ("dense", load_from_disk, of_tensors, True),
+    "dense for commands": ("dense", load_for_commands, lambda: of_config() | all_of(CONFIG), True),
+    "shards": ("shards", load_dense, lambda: of_index() | all_of(INDEX), True),
+    "pickled": ("bin", load_dense, lambda: of_bytes("pytorch_model.bin"), True),
+    "words": ("dense", load_words, lambda: all_of(*WORDS), True),
+    "slim, config": ("slim", load_slim, of_config, False),
+    "slim, tensors": ("slim", load_slim, of_tensors, False),
+    "slim, bytes": ("slim", load_slim, lambda: all_of(*CHECKED), False),
+    "gguf": ("gguf", load_gguf, of_gguf, True),
+    "gguf, bytes": ("gguf", load_gguf, lambda: of_bytes(GGUF), True),
+    "gguf, uneven": ("uneven", load_header, lambda: of_bytes(GGUF), True),
+    "gguf on disk": ("gguf", load_from_disk, of_gguf, True),
+    "plan": ("plan", load_plan, lambda: of_plan() | all_of("plan.json", "report.json"), True),
+    "recovery": ("recovery", load_recovery, lambda: all_of("recovery.json", "checkpoint-3/trainer_state.json"), True),
+    "scores": ("scores", load_scores, lambda: of_bytes("scores.safetensors"), True),
+    "run": ("run", load_run, lambda: of_run() | all_of("run.yaml"), True),
+    "times": ("times", load_times, lambda: of_times() | all_of("times.json"), True),
+    **{
+        f".{kind}": (kind, load_data, lambda kind=kind: all_of(f"data.{kind}"), True)
+        for kind in ("json", "jsonl", "txt", "parquet")
+    },  # type: ignore[misc]
+}
+"""What is loaded, how, how it is damaged, and whether a damaged one may be another that is as good."""
+
+
+FIRST = (
+    "dense, config", "dense, tensors", "slim, config", "slim, tensors", "slim, bytes", "scores", "times",
+    "recovery", "plan", ".json", ".jsonl", ".txt", "gguf, bytes", "shards",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", tiers(PROBES, *FIRST))
+def test_damaged(sources: Path, tmp_path: Path, name: str) -> None:
+    source, load, damages, may_differ = PROBES[name]
+    found = outcomes(sources / source, damages(), load, tmp_path)
+    allowed = {"refused", "same"} | ({"other"} if may_differ else set())
+    wrong = [f"{damage}: {what}" for damage, what in found.items() if what not in allowed]
+    assert not wrong, "\n".join(wrong)

@@ -1,0 +1,366 @@
+"""Whatever fails on the way, the user's model and files are as they were, or the new files are whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.onnx._internal.exporter import _onnx_program
+
+import fxprune
+from fxprune.cli.output import write_result
+from fxprune.evaluation.speed import Widths, write_widths
+from fxprune.offload import files
+from tests.export.small import tokenizer
+from tests.faults import Fault, Snapshot, contents, disk, full_disk, in_child, ops, put_back, spread
+from tests.models import tiny, token_ids
+from tests.tokens import character_tokenizer
+
+DISK = ("full", "forbidden", "full from then on", "interrupt", "no memory")
+OPS = ("no memory", "interrupt", "no device memory")
+WRITERS = ("save", "gguf", "pt2", "onnx", "command", "report", "dot", "page", "widths", "scores")
+Write = Callable[[Path], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A pruned model, its graph of couplings, and its exports, which write nothing and take most of the time."""
+
+    dense: Any
+    result: fxprune.Result
+    couplings: Any
+    exports: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def once(self, name: str, export: Callable[..., Any]) -> Callable[..., Any]:
+        """An exporter that runs once."""
+
+        def run(*arguments: Any, **options: Any) -> Any:
+            if name not in self.exports:
+                self.exports[name] = export(*arguments, **options)
+            return self.exports[name]
+
+        return run
+
+
+@pytest.fixture(scope="module")
+def stage() -> Stage:
+    dense = tiny("llama", num_hidden_layers=1)
+    result = fxprune.prune(dense, importance="l1", recipe="fast", ratio=0.2)
+    return Stage(dense, result, fxprune.dependency_graph(result.graph_module))
+
+
+@pytest.fixture
+def write(request: pytest.FixtureRequest, stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Write:
+    """One of the functions that write files; it takes the folder to write into."""
+    monkeypatch.setattr(torch.export, "export", stage.once("program", torch.export.export))
+    monkeypatch.setattr(torch.onnx, "export", stage.once("onnx", torch.onnx.export))
+    monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 1000)  # weights go beside the model
+    monkeypatch.setenv("FXPRUNE_WIDTHS", str(tmp_path / "root/widths.json"))
+    result = stage.result
+    writers: dict[str, Write] = {
+        "save": lambda root: result.save_pretrained(root / "slim", tokenizer()),
+        "gguf": lambda root: result.export(root / "new/x.gguf", tokenizer=tokenizer()),
+        "pt2": lambda root: result.export(root / "x.pt2", verify=False),
+        "onnx": lambda root: result.export(root / "x.onnx", verify=False),
+        "command": lambda root: write_result(
+            result, root / "x.onnx", None, {"verify": False}, run="ratio: 0.2\n", force=True
+        ),
+        "report": lambda root: result.write_report(root / "report.html"),
+        "dot": lambda root: fxprune.write_dot(stage.couplings, root / "x.dot"),
+        "page": lambda root: fxprune.write_dot(stage.couplings, root / "x.html"),
+        "widths": lambda root: write_widths(Widths("device", {16: 1.0})),
+        "scores": lambda root: result.scores.save(root / "x.safetensors"),
+    }
+    assert tuple(writers) == WRITERS
+    return writers[request.param]
+
+
+def starts(write: Write, root: Path) -> list[tuple[dict[str, bytes], dict[str, bytes]]]:
+    """What a folder holds before and after a run: into nothing, and over older files."""
+    root.mkdir()
+    found = []
+    for before in ({}, None):
+        old = {name: b"{}" for name in found[0][1]} if before is None else before
+        if any(name.startswith("slim/") for name in old):  # files of others alone are refused
+            old = {**found[0][1], "slim/report.json": b"{}", "slim/notes": b"mine"}
+        put_back(root, old)
+        write(root)
+        found.append((old, contents(root)))
+        put_back(root, old)
+        write(root)
+        assert contents(root) == found[-1][1], "two runs write the same"
+    return found
+
+
+def fail_on_disk(write: Write, stage: Stage, root: Path, number: int) -> int:
+    """Let a writer fail at events of the disk; returns the number of faults."""
+    states, faults, kinds = starts(write, root), 0, cycle(DISK)
+    models = Snapshot(stage.dense), Snapshot(stage.result.model), Snapshot(stage.result.graph_module)
+    for before, after in states:
+        put_back(root, before)
+        with disk(counted := Fault(), root):
+            write(root)
+        for at in spread(counted.count, number // 2):
+            put_back(root, before)
+            fault = Fault(next(kinds), at)
+            with disk(fault, root):
+                error = fault.happens(lambda: write(root))
+            found = contents(root)
+            assert found == after or (error is not None and found == before), f"{fault}: {sorted(found)}"
+            faults += bool(fault.place)
+    gc.collect()  # destructors of what was interrupted
+    for model in models:
+        model.check()
+    return faults
+
+
+def fill_disk(write: Write, root: Path, number: int) -> int:
+    """Let a writer in another process run out of space; returns the number of faults."""
+    faults = 0
+    for before, after in starts(write, root):
+        largest = max(map(len, after.values()))
+        for size in [*spread(largest - 1, number // 2 - 1), largest - max(1, largest // 500)]:
+            put_back(root, before)
+
+            def act(size: int = size) -> None:
+                with full_disk(size):
+                    write(root)
+
+            said = in_child(act)
+            assert "cannot be written" in said, f"{size} bytes: {said}"
+            assert contents(root) == before, f"{size} bytes"
+            faults += 1
+    return faults
+
+
+@pytest.mark.parametrize("write", ["save", "gguf", "report", "dot", "widths", "scores"], indirect=True)
+def test_a_fault_of_the_disk_leaves_old_or_new(write: Write, stage: Stage, tmp_path: Path) -> None:
+    assert fail_on_disk(write, stage, tmp_path / "root", 6) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write", WRITERS, indirect=True)
+def test_a_fault_of_the_disk_at_any_event_leaves_old_or_new(write: Write, stage: Stage, tmp_path: Path) -> None:
+    faults = fail_on_disk(write, stage, tmp_path / "root", 40)
+    print(f"{faults} faults")
+    assert faults >= 10
+
+
+@pytest.mark.parametrize("write", ["save", "report"], indirect=True)
+def test_a_full_disk_leaves_the_old(write: Write, tmp_path: Path) -> None:
+    assert fill_disk(write, tmp_path / "root", 4) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write", WRITERS, indirect=True)
+def test_a_disk_full_at_any_byte_leaves_the_old(write: Write, tmp_path: Path) -> None:
+    """Writing a ``.pt2`` file ended the process."""
+    assert fill_disk(write, tmp_path / "root", 12) == 12
+
+
+class Net(nn.Module):
+    """Two layers, a norm and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Linear(12, 5)
+        self.up.bias.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Five numbers for each row."""
+        return self.down(self.norm(self.up(x)).relu())  # type: ignore[no-any-return]
+
+
+@functools.cache
+def net() -> Net:
+    torch.manual_seed(0)
+    model = Net()
+    model.norm.eval()
+    return model
+
+
+INPUTS = {"example_inputs": {"x": torch.randn(4, 6)}, "verify": True}
+
+
+def runs(name: str, track: Any = None) -> tuple[nn.Module, Callable[[], object]]:
+    """A model, and a run on it."""
+    options: dict[str, Any] = {"track": track} if track is not None else {}
+    small: dict[str, Any] = {"ratio": 0.3, "recipe": "llm-pruner", "protect": (), **INPUTS, **options}
+    if name == "weights":
+        return net(), lambda: fxprune.prune(net(), importance="l1", **small)
+    if name == "in place":
+        return net(), lambda: fxprune.prune(net(), importance="l1", inplace=True, **small)
+    if name == "plan":
+        return net(), lambda: fxprune.apply(net(), plan(), **INPUTS, **options)
+    passes: dict[str, dict[str, str]] = {
+        "gradients": {"importance": "taylor{order=first}"},
+        "fitted": {"importance": "wanda", "compensate": "least-squares"},
+        "tuned": {"importance": "l1", "tune": "tune{epochs=1, batch=2}"},
+    }
+    return language_model(), lambda: fxprune.prune(
+        language_model(), token_ids(6), ratio=0.2, recipe="llm-pruner", protect=(), **passes[name], **options
+    )
+
+
+@functools.cache
+def plan() -> fxprune.Plan:
+    return fxprune.prune(net(), importance="l1", ratio=0.3, recipe="llm-pruner", protect=(), **INPUTS).plan
+
+
+@functools.cache
+def language_model() -> Any:
+    return tiny("llama", num_hidden_layers=1)
+
+
+def fail_in_memory(name: str, number: int) -> int:
+    """Let a run on a model fail at ops; returns the number of faults."""
+    act = runs(name)[1]
+    act()
+    if name == "in place":
+        net.cache_clear()
+    with ops(counted := Fault()):
+        act()
+    faults, kinds = 0, cycle(OPS)
+    for at in spread(counted.count, number):
+        if name == "in place":  # it is another model by now
+            net.cache_clear()
+        state, fault = Snapshot(runs(name)[0], written=name == "in place"), Fault(next(kinds), at)
+        with ops(fault):
+            error = fault.happens(act)
+        if error is not None or name != "in place":
+            state.check(fault)
+        faults += bool(fault.place)
+    return faults
+
+
+def test_a_fault_of_an_op_leaves_the_model_as_it_was() -> None:
+    assert fail_in_memory("weights", 12) >= 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("weights", 40), ("plan", 30), ("in place", 40), ("gradients", 6), ("fitted", 6), ("tuned", 6)],
+)
+def test_a_fault_of_any_op_leaves_the_model_as_it_was(name: str, number: int) -> None:
+    """Without memory for it, a check of gradients said that they differ."""
+    assert fail_in_memory(name, number) >= number - 3  # what is kept from run to run saves some
+
+
+@pytest.mark.slow
+def test_what_a_callback_raises_comes_out_and_leaves_the_model_as_it_was() -> None:
+    counted = Fault("own")
+    model, act = runs("fitted", counted.track)
+    act()
+    state = Snapshot(model)
+    for at in spread(counted.count, 6):
+        fault = Fault("own", at)
+        assert fault.happens(runs("fitted", fault.track)[1]) is not None
+        state.check(fault)
+    assert counted.count >= 3
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense") / "dense"
+    language_model().save_pretrained(folder)
+    return folder
+
+
+def prune_folder(source: Path, root: Path) -> object:
+    """From folder to folder, with all passes that keep intermediate results."""
+    options: dict[str, Any] = {"importance": "taylor{order=first}", "compensate": "least-squares", "protect": ()}
+    return fxprune.prune_checkpoint(
+        source, root / "out", token_ids(4), ratio=0.2, recipe="llm-pruner", verify=False, **options
+    )
+
+
+def fail_folder(source: Path, root: Path, number: int) -> int:
+    """Let a prune from folder to folder fail at events of the disk; returns the number of faults."""
+    root.mkdir()
+    held = contents(source)
+    prune_folder(source, root)
+    after = contents(root)
+    with disk(counted := Fault(), root):
+        prune_folder(source, root)
+    faults, kinds = 0, cycle(DISK)
+    for at in spread(counted.count, number):
+        before = [{}, after][at % 2]
+        put_back(root, before)
+        fault = Fault(next(kinds), at)
+        with disk(fault, root):
+            error = fault.happens(lambda: prune_folder(source, root))
+        found = contents(root)
+        left = {name: content for name, content in found.items() if not name.startswith("out.unfinished/")}
+        assert error is None or left == before, f"{fault}: {sorted(found)}"
+        if left != found:  # a second run goes on from there
+            prune_folder(source, root)
+        assert {path.name for path in root.iterdir()} <= {"out"}, f"{fault}"
+        if error is None or left != found:
+            fxprune.from_pretrained(root / "out", verify=True)
+        faults += bool(fault.place)
+    assert contents(source) == held
+    return faults
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_disk_leaves_a_folder_to_resume_from(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_SMALLEST", 1 << 10)
+    assert fail_folder(source, tmp_path / "root", 8) >= 6
+
+
+ROWS = [{"instruction": f"Add {i} and 1.", "input": "", "output": f"It is {i + 1}."} for i in range(12)]
+TOKENIZER = character_tokenizer()
+
+
+def train(root: Path) -> object:
+    """Two steps, with a checkpoint after each."""
+    options: dict[str, Any] = {"batch": 4, "micro_batch": 4, "epochs": 1, "held_out": 4, "precision": "float32"}
+    arguments = {"use_cpu": True}
+    return fxprune.recover(
+        language_model(), ROWS, TOKENIZER, folder=root / "run", arguments=arguments, evaluations=2, **options
+    )
+
+
+@pytest.mark.slow
+def test_a_fault_of_training_leaves_the_model_as_it_was_and_a_folder_to_resume_from(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    with disk(counted := Fault(), root):
+        train(root)
+    largest, state, faults = max(map(len, contents(root).values())), Snapshot(language_model()), 0
+    with ops(steps := Fault()):
+        put_back(root, {})
+        train(root)
+    trials = [(disk, at, kind) for at, kind in zip(spread(counted.count, 5), cycle(DISK), strict=False)]
+    trials += [(ops, at, kind) for at, kind in zip(spread(steps.count, 4), cycle(OPS[::2]), strict=False)]
+    for way, at, kind in trials:
+        put_back(root, {})
+        fault = Fault(kind, at)
+        with way(fault, root):
+            fault.happens(lambda: train(root))
+        state.check(fault)
+        train(root)
+        faults += bool(fault.place)
+    for size in spread(largest - 1, 3):
+        put_back(root, {})
+
+        def act(size: int = size) -> None:
+            with full_disk(size):
+                train(root)
+
+        said = in_child(act)
+        assert said.startswith("RecoveryError: "), f"{size} bytes: {said}"
+        train(root)
+        faults += 1
+    assert faults >= 10
