@@ -387,7 +387,9 @@ def _write_model(
         return
     auto_map = write_modelling(model, work)
     more = {"auto_map": auto_map} if auto_map else {}
-    layerwise.amend_config(work, structure.overrides, structure.where, **more)
+    blocks = getattr(model.config, structure.where["part"]) if structure.where.get("part") else model.config
+    depth = getattr(blocks, "num_hidden_layers", None)
+    layerwise.amend_config(work, structure.overrides, structure.where, depth, **more)
 
 
 @contextmanager

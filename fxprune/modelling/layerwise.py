@@ -87,7 +87,9 @@ class Layerwise:
         if kwargs.get("is_main_process", True):
             experts = {"experts_implementation": getattr(self.config, "_experts_implementation", None)}
             more = experts if experts["experts_implementation"] == "eager" else {}  # others may refuse the widths
-            amend_config(save_directory, vars(self)[OVERRIDES], vars(self.config).get(SECTION) or {}, **more)
+            section = vars(self.config).get(SECTION) or {}
+            depth = getattr(_blocks_config(self.config, section), "num_hidden_layers", None)
+            amend_config(save_directory, vars(self)[OVERRIDES], section, depth, **more)
 
 
 def _ignoring_errors(fill: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
@@ -139,7 +141,9 @@ def section_of(overrides: Overrides, where: Mapping[str, Any]) -> dict[str, Any]
     return found | {"layers": {path.rpartition(".")[2]: dict(values) for path, values in own.items()}}
 
 
-def amend_config(folder: Any, overrides: Overrides, section: Mapping[str, Any], **more: Any) -> None:
+def amend_config(
+    folder: Any, overrides: Overrides, section: Mapping[str, Any], depth: int | None = None, **more: Any
+) -> None:
     """Write the overrides of a model into the ``config.json`` of its folder.
 
     A config with per-layer values refuses to return the model's own value of such a field, which stock model code
@@ -149,6 +153,7 @@ def amend_config(folder: Any, overrides: Overrides, section: Mapping[str, Any], 
         folder: where the stock method saved the model.
         overrides: how the model differs from what its stock class builds.
         section: ``class``, ``blocks`` and ``part``; see ``SECTION``.
+        depth: number of layers that the config states.
         more: further entries.
     """
     path = os.path.join(folder, "config.json")
@@ -162,6 +167,8 @@ def amend_config(folder: Any, overrides: Overrides, section: Mapping[str, Any], 
     config[SECTION] = written | ({"layers": layers} if separate else {})
     if layers and not separate:
         config["per_layer_config"] = layers
+        if depth is not None:  # transformers counts the layers before it knows the class and its names of fields
+            config.setdefault("num_hidden_layers", depth)
         config[_ALLOWED] = True  # else stock config classes cannot even be loaded, for a tokenizer say
     with open(path, "w", encoding="utf-8") as file:
         json.dump(config | more, file, indent=2, sort_keys=True)

@@ -18,6 +18,7 @@ from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of, fork
 from fxprune.graph.tensors import as_parameter, get_tensor, require_weights, set_tensor
 from fxprune.masking.judge import DivergenceJudge, foresee_split, split_samples
 from fxprune.offload.files import resume_scope
+from fxprune.offload.ranks import broadcast_object
 from fxprune.pipeline.arguments import argument, refuse
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.pipeline.registry import load_pass, pass_argument
@@ -144,14 +145,14 @@ class ChooseScoresPass(Pass):
         samples, heldout = split_samples(graph_module, None, self.heldout)
         judge = DivergenceJudge(graph_module, heldout, self.batch)
         found: list[tuple[float, Scores]] = []
-        for step in self.criteria:
+        for number, step in enumerate(self.criteria):
             work = fork(graph_module)
             facts_of(work).put(Calibration(samples))
-            with resume_scope(step.name):
+            with resume_scope(f"criterion-{number}"):
                 step(work)
             select(work)
             found.append((judge.divergence(facts_of(work)[Removal]), facts_of(work)[Scores]))
-        best = min(range(len(found)), key=lambda i: found[i][0])
+        best = broadcast_object(min(range(len(found)), key=lambda i: found[i][0]))
         listed = ", ".join(f"{step} {error:.3f}" for step, (error, _) in zip(self.criteria, found, strict=True))
         add_note(graph_module, f"scored by {self.criteria[best]}; divergence of the masked model in nats: {listed}")
         facts_of(graph_module).put(replace(found[best][1], source=str(self)))
