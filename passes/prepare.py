@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from fxprune.data.built_in import built_in_samples, can_generate, general_samples, generated_samples
-from fxprune.data.calibration import Calibration, embedding_rows, plain_tokens, spread, token_input
+from fxprune.data.calibration import Calibration, Sample, embedding_rows, plain_tokens, spread, token_input
 from fxprune.data.samples import check_samples, read_calibration, read_token_rows
-from fxprune.data.text import check_tokenizer
+from fxprune.data.text import check_tokenizer, opening_tokens
 from fxprune.discovery.dependency import Dependencies, dependency_graph
 from fxprune.discovery.groups import Groups, find_groups
 from fxprune.errors import CalibrationError
@@ -117,8 +117,23 @@ class CalibratePass(Pass):
             data, written = self._substitutes(graph_module)
             source = "built-in text and text that the model wrote" if written else "built-in text"
         samples = spread(read_calibration(data, graph_module), self.samples)
+        self._check_opening(graph_module, samples)
         facts_of(graph_module).put(Calibration(samples, source, written))
         return PassResult(graph_module, False)
+
+    def _check_opening(self, graph_module: fx.GraphModule, samples: tuple[Sample, ...]) -> None:
+        """Add a note if no sample begins as the tokenizer begins a text."""
+        name, opening = token_input(graph_module), torch.tensor(opening_tokens(self.tokenizer))
+        if name is None or not len(opening):
+            return
+        starts = [sample.inputs[name].flatten()[: len(opening)].cpu() for sample in samples]
+        if not any(torch.equal(start, opening) for start in starts):
+            written = self.tokenizer.decode(opening)  # type: ignore[union-attr]
+            add_note(
+                graph_module,
+                f"no sample begins with {written}, with which the tokenizer begins a text; a model that was trained so "
+                "predicts badly without it, and is then scored and fitted on what it never does",
+            )
 
     def _substitutes(self, graph_module: fx.GraphModule) -> tuple[torch.Tensor, int]:
         """Token ids, and the number of rows that the model wrote."""

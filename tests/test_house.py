@@ -292,3 +292,9 @@ def test_files_beside_the_code_are_packaged() -> None:
         if not any(path.match(pattern) for pattern in told.get(".".join(path.parent.parts), ()))
     ]
     assert len(beside) > 5 and not missed
+
+
+def test_each_promise_names_tests_that_there_are() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(named) > 15
+    assert [name for path, name in named if f"def {name}(" not in (ROOT / path).read_text(encoding="utf-8")] == []

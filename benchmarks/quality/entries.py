@@ -34,10 +34,11 @@ HEADS = "select-by-ratio{kinds=[mlp, head], protect=[0.07, 0.04], ratio=%s}"
 CHOSEN = "protect=[0.07, 0.04], first=[mlp], ratio=%s"
 WHOLE = "select-by-ratio{first=[mlp], protect=[], ratio=%s}"
 
-BALANCED = str(read_recipe("balanced"))
+CHOSEN_SCORES = "choose-scores{criteria=[wanda{readers_only, samples=%d}, taylor{order=second, samples=%d}]}"
+BALANCED = str(read_recipe("balanced")).replace(CHOSEN_SCORES % (64, 32), "wanda{samples=64}")
 UNCOUNTED = BALANCED.replace(", truth=0.2", "")
 BUILT_IN = BALANCED.replace("{written=288}", "{built_in=288}")
-BEST = str(read_recipe("best"))
+BEST = str(read_recipe("best")).replace(CHOSEN_SCORES % (128, 64), "wanda{samples=128}")
 ONCE = BEST.replace("{copies=3, noise=0.2}", "").replace(", truth=0.2", "")
 SEARCHED = (
     ONCE.replace("wanda{samples=128}", "taylor{order=second, samples=128}")
@@ -51,37 +52,52 @@ ENTRIES = (
     Entry("FLAP", {"recipe": "llm-pruner", "importance": "flap", "ranking": "global"}, ("flap",), samples=64),
     Entry("fast", {"recipe": "fast"}),
     Entry("balanced", {}),
-    Entry("balanced, no samples given", {}, samples=0),
+    Entry("best", {"recipe": "best"}),
+    Entry("fast, random units", {"recipe": "fast", "importance": "random"}),
+    Entry("balanced, random units", {"importance": "random"}),
+    Entry("fast by wanda", {"recipe": "fast", "importance": "wanda"}),
+    Entry("balanced by wanda", {"recipe": BALANCED}),
+    Entry("best by wanda", {"recipe": BEST}),
+    Entry("balanced, no samples given", {"recipe": BALANCED}, samples=0),
     Entry("balanced, on built-in text alone", {"recipe": BUILT_IN}, samples=0),
     Entry("balanced, the text itself not counted", {"recipe": UNCOUNTED}),
-    Entry("balanced, MLPs of multiples of 32", {"round_to": {"mlp": 32}}),
-    Entry("best", {"recipe": "best"}),
+    Entry("balanced, MLPs of multiples of 32", {"recipe": BALANCED, "round_to": {"mlp": 32}}),
     Entry("best, the text itself not counted", {"recipe": BEST.replace(", truth=0.2", "")}),
     Entry("best, each sample once", {"recipe": BEST.replace("{copies=3, noise=0.2}", "")}),
     Entry("best, each sample once, the text not counted", {"recipe": ONCE}),
     Entry("best, searched, fitted by 256 samples, each read twice", {"recipe": SEARCHED}),
-    Entry("balanced, neither fitted nor tuned", {"compensate": "none", "tune": "none"}),
-    Entry("balanced, not tuned", {"tune": "none"}),
-    Entry("balanced, not fitted", {"compensate": "none"}),
-    Entry("balanced, heads too", {"select": HEADS, "tune": "none"}),
-    Entry("balanced, no layer protected", {"select": WHOLE, "tune": "none"}),
-    Entry("balanced, searched", {"select": f"select-by-search{{{CHOSEN}}}", "tune": "none"}),
-    Entry("balanced, gates", {"select": f"select-by-gates{{{CHOSEN}}}", "tune": "none"}, samples=512),
+    Entry("balanced, neither fitted nor tuned", {"recipe": BALANCED, "compensate": "none", "tune": "none"}),
+    Entry("balanced, not tuned", {"recipe": BALANCED, "tune": "none"}),
+    Entry("balanced, not fitted", {"recipe": BALANCED, "compensate": "none"}),
+    Entry("balanced, heads too", {"recipe": BALANCED, "select": HEADS, "tune": "none"}),
+    Entry("balanced, no layer protected", {"recipe": BALANCED, "select": WHOLE, "tune": "none"}),
+    Entry("balanced, searched", {"recipe": BALANCED, "select": f"select-by-search{{{CHOSEN}}}", "tune": "none"}),
+    Entry(
+        "balanced, gates", {"recipe": BALANCED, "select": f"select-by-gates{{{CHOSEN}}}", "tune": "none"}, samples=512
+    ),
     Entry(
         "balanced, gates, tuned, the text itself not counted",
         {"recipe": UNCOUNTED, "select": f"select-by-gates{{{CHOSEN}}}"},
         samples=512,
     ),
-    Entry("balanced, one ridge", {"compensate": "least-squares{samples=64, reach=stream, damping=1}", "tune": "none"}),
-    Entry("balanced, the stream not fitted", {"compensate": "least-squares{samples=64, reach=lost}", "tune": "none"}),
-    Entry("balanced, rotation", {"compensate": "rotation{samples=64}", "tune": "none"}, ("rotation",)),
-    Entry("balanced, tuned where inputs went", {"tune": f"{TUNE}, everywhere=False, rate=0.02}}"}),
-    Entry("balanced, scales alone tuned", {"tune": f"{TUNE}}}"}),
-    Entry("balanced, the weights tuned", {"tune": f"{TUNE}, weights=True}}"}),
+    Entry(
+        "balanced, one ridge",
+        {"recipe": BALANCED, "compensate": "least-squares{samples=64, reach=stream, damping=1}", "tune": "none"},
+    ),
+    Entry(
+        "balanced, the stream not fitted",
+        {"recipe": BALANCED, "compensate": "least-squares{samples=64, reach=lost}", "tune": "none"},
+    ),
+    Entry(
+        "balanced, rotation", {"recipe": BALANCED, "compensate": "rotation{samples=64}", "tune": "none"}, ("rotation",)
+    ),
+    Entry("balanced, tuned where inputs went", {"recipe": BALANCED, "tune": f"{TUNE}, everywhere=False, rate=0.02}}"}),
+    Entry("balanced, scales alone tuned", {"recipe": BALANCED, "tune": f"{TUNE}}}"}),
+    Entry("balanced, the weights tuned", {"recipe": BALANCED, "tune": f"{TUNE}, weights=True}}"}),
     *(
         Entry(
             f"balanced, {name}",
-            {"recipe": "balanced", "importance": spelled, "tune": "none"},
+            {"recipe": BALANCED, "importance": spelled, "tune": "none"},
             (spelled.partition("{")[0],),
         )
         for name, spelled in (
@@ -93,8 +109,8 @@ ENTRIES = (
         )
     ),
 )
-"""Recipes first, then the default recipe with one change. Most of these are not tuned: tuning evens out differences
-between its starting points, and takes the most time."""
+"""Recipes first, then the recipes with the scores they had before, then ``balanced by wanda`` with one change. Most of
+these are not tuned: tuning evens out differences between its starting points, and takes the most time."""
 
 
 def entries(names: Sequence[str] = ()) -> list[Entry]:

@@ -30,7 +30,10 @@ def evaluate(
         typer.Option(help="Text to predict: a .txt, .jsonl or .json file, wikitext2 or ptb; may be repeated."),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Comma-separated tasks of lm-eval, as in 'piqa,arc_easy', or .jsonl files.")
+        str | None,
+        typer.Option(
+            help="Comma-separated tasks of lm-eval, as in 'piqa,arc_easy', .jsonl or .yaml files, or folders of these."
+        ),
     ] = None,
     compare: Annotated[
         str | None,

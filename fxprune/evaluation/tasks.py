@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -160,8 +161,11 @@ class TaskScore:
 
 
 def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, Task]:
-    """Tasks by name: names that lm-evaluation-harness knows and JSONL files, or a mapping to these."""
-    wanted = "names of tasks, JSONL files of questions, or a mapping from names to these"
+    """Tasks by name: names that lm-evaluation-harness knows, its YAML files, JSONL files, or a mapping to these.
+
+    A folder stands for the files in it, in the order of their names.
+    """
+    wanted = "names of tasks, files of questions, folders of these, or a mapping from names to these"
     given: Any = tasks
     if isinstance(given, bytes) or not isinstance(given, str | Path | LocalTask | Iterable):
         raise refuse("tasks", given, wanted, EvaluationError)
@@ -174,8 +178,37 @@ def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, 
     named: dict[str, Task] = {}
     for item in items:
         path = Path(item.path if isinstance(item, LocalTask) else item)
-        named[path.stem if _is_file(item) else str(item)] = item
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", *_YAML))
+            if not found:
+                raise EvaluationError("holds no .jsonl or .yaml file", where=str(path), remedy="Name another folder")
+            named |= named_tasks(found)
+        elif path.suffix in _YAML:
+            named[_yaml_name(path)] = path  # the harness finds it by its name
+        else:
+            named[path.stem if _is_file(item) else str(item)] = item
     return named
+
+
+_YAML = (".yaml", ".yml")
+
+
+def _yaml_name(path: Path) -> str:
+    """The name that a YAML file of lm-evaluation-harness gives its task; tags in it are functions of Python."""
+    try:
+        found = re.search(r"^task:\s*['\"]?([^\s'\"#]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"cannot be read: {error}", where=str(path), remedy="Name a readable file") from error
+    if found is None:
+        remedy = "Give the name of one task, as in lm-evaluation-harness's own files"
+        raise EvaluationError("has no entry `task:` with a name", where=str(path), remedy=remedy)
+    return found[1]
+
+
+def _yaml_folders(named: Mapping[str, Task]) -> tuple[str, ...]:
+    """Folders of the YAML files among tasks."""
+    paths = (Path(task) for task in named.values() if isinstance(task, str | Path))
+    return tuple(dict.fromkeys(str(path.resolve().parent) for path in paths if path.suffix in _YAML))
 
 
 def check_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> None:
@@ -186,20 +219,21 @@ def check_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> None:
     for task in named.values():
         if _is_file(task):
             read_questions(task if isinstance(task, LocalTask) else LocalTask(task))
-    names = [str(task) for task in named.values() if not _is_file(task)]
-    known = _task_manager(hub=True).all_tasks if names else ()
+    names = [name for name, task in named.items() if not _is_file(task)]
+    hub = any(Path(task).suffix not in _YAML for task in named.values() if not _is_file(task))  # type: ignore[arg-type]
+    known = _task_manager(hub, _yaml_folders(named)).all_tasks if names else ()
     for name in names:
         if name not in known:
             raise UnknownNameError("task", name, known)
 
 
 @cache
-def _task_manager(hub: bool) -> Any:
-    """The harness's index of tasks, which takes seconds to build if the tasks on the hub are listed."""
+def _task_manager(hub: bool, folders: tuple[str, ...] = ()) -> Any:
+    """The harness's index of tasks, with those in folders; it takes seconds to build if tasks on the hub are listed."""
     with quiet(logging.WARNING):
         from lm_eval.tasks import TaskManager
 
-        return TaskManager(include_defaults=hub)
+        return TaskManager(include_defaults=hub, include_path=list(folders) or None)
 
 
 @contextmanager
@@ -264,11 +298,10 @@ def _run_harness(
         from lm_eval.models.huggingface import HFLM
     found: Mapping[str, Any] = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
-        tasks=[
-            make_task(name, task if isinstance(task, LocalTask) else LocalTask(task)) if _is_file(task) else str(task)
-            for name, task in named.items()
-        ],
-        task_manager=_task_manager(hub=not all(map(_is_file, named.values()))),
+        tasks=[_harness_task(name, task) for name, task in named.items()],
+        task_manager=_task_manager(
+            any(isinstance(task, str) and not _is_file(task) for task in named.values()), _yaml_folders(named)
+        ),
         limit=limit,
         bootstrap_iters=_RESAMPLES,
         random_seed=None,
@@ -278,8 +311,18 @@ def _run_harness(
     return found
 
 
+def _harness_task(name: str, task: Task) -> Any:
+    if _is_file(task):
+        return make_task(name, task if isinstance(task, LocalTask) else LocalTask(task))
+    return name if isinstance(task, Path) else str(task)  # a YAML file is found by the name of its task
+
+
 def _is_file(task: Task) -> bool:
-    return not isinstance(task, str) or task.endswith((".jsonl", ".json"))
+    """Whether a task is a file of questions."""
+    if isinstance(task, LocalTask):
+        return True
+    suffix = Path(task).suffix
+    return suffix in (".jsonl", ".json") or (isinstance(task, Path) and suffix not in _YAML)
 
 
 def _answers(samples: Sequence[Mapping[str, Any]], *, normalised: bool) -> tuple[int, ...]:

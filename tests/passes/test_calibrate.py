@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fxprune.passes.prepare import CalibratePass
+from tokenizers import processors
 from torch import fx
 
 from fxprune.data.built_in import general_samples
@@ -125,3 +126,15 @@ def test_calibration_tells_its_source(graph_module: fx.GraphModule, tmp_path: Pa
         found = facts_of(dense)[Calibration]
         assert (found.source, len(found.samples), found.written) == (source, samples, written)
         assert SamplesUsed.of(found).lengths == (9, 9)
+
+
+def test_samples_without_the_opening_of_the_tokenizer_are_noted(graph_module: fx.GraphModule) -> None:
+    """A model trained with a token before each text was calibrated without it, and nothing said so."""
+    tokenizer = character_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    for given, noted in ((token_ids(3, 5) + 4, True), (None, False)):
+        dense = fork(graph_module)
+        CalibratePass(data=given, tokenizer=tokenizer, samples=4, tokens=16)(dense)
+        notes = facts_of(dense).get(Notes)
+        assert any("no sample begins with <s>" in note for note in (notes.lines if notes else ())) == noted
+    assert all(int(sample.inputs["input_ids"][0, 0]) == 1 for sample in facts_of(dense)[Calibration].samples)
