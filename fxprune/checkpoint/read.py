@@ -290,7 +290,11 @@ def load_model(
 
 
 def load_config_only(source: str | os.PathLike[str], gguf_file: str | None = None) -> PreTrainedModel:
-    """Build a model on ``meta`` from its config; no weight is read."""
+    """Build a model on ``meta`` from its config; no weight is read.
+
+    Raises:
+        CheckpointError: the config is that of a model larger than the files beside it.
+    """
     if _is_slim(source):
         return build_empty(source)
     with readable(source):
@@ -299,7 +303,14 @@ def load_config_only(source: str | os.PathLike[str], gguf_file: str | None = Non
         if not 1 <= layers <= _MOST_LAYERS:
             raise _size_error(source, f"of {layers:,} layers")
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **_SAFE)  # type: ignore[no-any-return]
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **_SAFE)
+    place = Path(source).expanduser() / (gguf_file or "")
+    files = [place] if place.is_file() else [*place.glob("*.safetensors"), *place.glob("*.bin")]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if size and count > 8 * size:  # a weight takes a bit at least
+        raise _size_error(source, f"of {count:,} parameters, and its files have {size:,} bytes")
+    return model
 
 
 _MOST_LAYERS = 10_000
@@ -314,12 +325,8 @@ def check_sizes(source: str | os.PathLike[str], gguf_file: str | None = None) ->
     place = Path(source).expanduser() / (gguf_file or "")
     if place.is_file():
         check_gguf(place)
-    files = [place] if place.is_file() else [*place.glob("*.safetensors"), *place.glob("*.bin")]
-    size = sum(file.stat().st_size for file in files if file.is_file())
-    if size:
-        count = sum(parameter.numel() for parameter in load_config_only(source, gguf_file).parameters())
-        if count > 8 * size:  # a weight takes a bit at least
-            raise _size_error(source, f"of {count:,} parameters, and its files have {size:,} bytes")
+    if place.is_file() or any(place.glob("*.safetensors")) or any(place.glob("*.bin")):
+        load_config_only(source, gguf_file)
 
 
 def _size_error(source: str | os.PathLike[str], of: str) -> CheckpointError:

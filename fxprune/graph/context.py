@@ -107,8 +107,10 @@ def preserve_rng() -> Iterator[None]:
     python, numbers = random.getstate(), np.random.get_state()
     device = torch.accelerator.current_accelerator()
     kind = "cuda" if device is None else device.type
+    has_state = hasattr(torch.get_device_module(kind), "get_rng_state")  # a backend from elsewhere may have none
+    count = torch.accelerator.device_count() if has_state else 0
     try:
-        with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind):
+        with torch.random.fork_rng(range(count), device_type=kind if has_state else "cuda"):
             yield
     finally:
         random.setstate(python)
