@@ -20,8 +20,15 @@ from fxprune.cli.demo import demo_name
 __all__ = ["draw_latency", "draw_quality", "latency_page", "quality_page", "results_page"]
 
 DOCS = ROOT / "docs"
-RECIPES = ("llm-pruner", "FLAP", "fast", "balanced", "best")
-_DRAWN_AS = {"balanced": ("balanced, MLPs of multiples of 32",)}
+RECIPES = (
+    "llm-pruner",
+    "FLAP",
+    "fast",
+    "balanced",
+    "best",
+    *(f"{name} by wanda" for name in ("fast", "balanced", "best")),
+)
+_DRAWN_AS = {"balanced by wanda": ("balanced, MLPs of multiples of 32",)}
 """Entries that are drawn as a recipe, since they differ from it only in widths that suit engines."""
 
 _FIT_POINTS = 3
@@ -98,30 +105,49 @@ def _fixed(rows: Sequence[LatencyRow]) -> Iterator[Sequence[str]]:
         yield engine, str(case), f"{whole * 1e3:.1f}", f"{fixed * 1e3:.1f}", f"{fixed / whole:.0%}"
 
 
-def quality_page(data: Mapping[str, Any], tasks: Mapping[str, Any] | None = None) -> str:
-    """The page of quality as Markdown, with a table for each ratio, and one of questions.
+def quality_page(
+    data: Mapping[str, Any], tasks: Mapping[str, Any] | None = None, others: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """The page of quality as Markdown, with a table for each ratio, one of questions, and those of other models.
 
     Args:
         data: Results of `benchmarks.quality` on texts.
         tasks: Results of `benchmarks.quality` on questions.
+        others: The same as `data` of other models.
     """
     dense, *rows = [QualityRow(**row) for row in data["rows"]]
     processors = [cpu for cpu, _ in Counter(row.cpu for row in rows).most_common()]
-    others = {
+    elsewhere = {
         cpu: list(dict.fromkeys(f"{row.entry} at {row.ratio:.0%}" for row in rows if row.cpu == cpu))
         for cpu in processors[1:]
     }
-    ratios = sorted({row.ratio for row in rows})
     return _render(
         "quality",
         protocol=Protocol(**data["protocol"]),
         environment=data["environment"],
         processor=processors[0],
-        other_processors=others,
+        other_processors=elsewhere,
         dense=dense.perplexities,
-        tables={ratio: list(_by_entry(dense, [row for row in rows if row.ratio == ratio])) for ratio in ratios},
+        tables=_by_ratio(dense, rows),
         tasks=tasks,
+        others=[_other_model(other) for other in others],
     )
+
+
+def _other_model(data: Mapping[str, Any]) -> dict[str, Any]:
+    dense, *rows = [QualityRow(**row) for row in data["rows"]]
+    protocol = Protocol(**data["protocol"])
+    return {
+        "protocol": protocol,
+        "dense": dense.perplexities,
+        "tables": _by_ratio(dense, rows),
+        "count": dense.parameters,
+    }
+
+
+def _by_ratio(dense: QualityRow, rows: Sequence[QualityRow]) -> dict[float, list[dict[str, Any]]]:
+    ratios = sorted({row.ratio for row in rows})
+    return {ratio: list(_by_entry(dense, [row for row in rows if row.ratio == ratio])) for ratio in ratios}
 
 
 def _by_entry(dense: QualityRow, rows: Sequence[QualityRow]) -> Iterator[dict[str, Any]]:
@@ -228,7 +254,8 @@ def main() -> None:
     if quality.exists():
         data = json.loads(quality.read_text())
         asked = json.loads(tasks.read_text()) if tasks.exists() else None
-        (DOCS / "quality.md").write_text(quality_page(data, asked), encoding="utf-8")
+        found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("quality-*.json"))]
+        (DOCS / "quality.md").write_text(quality_page(data, asked, found), encoding="utf-8")
         draw_quality(data, DOCS / "quality.svg")
 
 

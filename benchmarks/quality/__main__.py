@@ -81,7 +81,7 @@ def _questions(data: Path | None, keep: Path | None, questions: int) -> list[Pat
 @app.command()
 def main(
     data: Annotated[Path | None, typer.Option(help="Folder of texts and zeroshot/*.jsonl; else built-in text.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Folder of a model; else the demo model.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a model, or GGUF file; else the demo model.")] = None,
     calibration: Annotated[str, typer.Option(help="File of the folder to calibrate on.")] = "c4_sample.jsonl",
     ratio: Annotated[list[float] | None, typer.Option(help="Fractions to remove; default 0.2, 0.35 and 0.5.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Names of entries; default all.")] = None,
@@ -96,7 +96,10 @@ def main(
     keep: Annotated[Path | None, typer.Option(help="Save each slim model in a subfolder of this folder.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Ask in bfloat16: faster where the CPU has it.")] = False,
     json_: Annotated[
-        bool, typer.Option("--json", help=f"Keep results in results/{RESULTS.name}, answers beside it.")
+        bool,
+        typer.Option(
+            "--json", help=f"Keep results in results/{RESULTS.name}, answers beside it; of another model by name."
+        ),
     ] = False,
 ) -> None:
     """Prune by every recipe, and by the default recipe with one change, and measure perplexity."""
@@ -109,7 +112,8 @@ def main(
     texts = read_texts(tokenizer, data, calibration, protocol)
     report = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     report(str(protocol))
-    rows = _read(RESULTS, protocol) if json_ else []
+    results, answers = (path if model is None else path.with_stem(f"{path.stem}-{name}") for path in (RESULTS, TASKS))
+    rows = _read(results, protocol) if json_ else []
     rows = rows or [measure_dense(dense, texts)]
     for row in rows:
         report(describe(row, rows[0]))
@@ -122,13 +126,13 @@ def main(
             continue
         report(describe(rows[-1], rows[0]))
         if json_:
-            write_results(RESULTS, {"protocol": asdict(protocol), "rows": [asdict(row) for row in rows]})
+            write_results(results, {"protocol": asdict(protocol), "rows": [asdict(row) for row in rows]})
     if keep is not None and asked:
         models = saved_models(keep, [row for row in rows if row.ratio in ratios and (not only or row.entry in only)])
         found = ask_questions(dense, tokenizer, models, asked, questions, torch.bfloat16 if bf16 else torch.float32)
         console.print(found.table(f"{name}, up to {questions} questions of the second half of each file"))
         if json_:
-            write_results(TASKS, found.to_dict())
+            write_results(answers, found.to_dict())
 
 
 if __name__ == "__main__":
