@@ -355,14 +355,14 @@ class SelectPass(Pass):
         if Groups in given:
             alike = Scores({group.name: np.zeros(group.size) for group in facts_of(graph_module)[Groups].all})
             with _unruled_ops_named(graph_module):
-                self.require_reachable(self._selection(graph_module, alike, lambda _: True))
+                self.require_reachable(self._selection(graph_module, alike, self._accepts(graph_module)))
 
     def require_reachable(self, selection: Selection) -> None:
         """Raise :class:`~fxprune.errors.RatioError` if what is asked for cannot be removed."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         facts = facts_of(graph_module)
-        axes, groups, scores = facts[Dependencies].axes, facts[Groups], facts[Scores]
+        groups, scores = facts[Groups], facts[Scores]
         for group in groups.of_kinds(self.kinds):
             if group.name not in scores.units:
                 raise PassError(
@@ -370,10 +370,15 @@ class SelectPass(Pass):
                     where=f"pass {self.name}",
                     remedy=f"Score it: run an importance pass with kinds=[{', '.join(self.kinds)}]",
                 )
-        accepts = stock_check(graph_module, axes, groups.all) if self.uniform else lambda _: True
         with _unruled_ops_named(graph_module):
-            facts.put(self.decide(self._selection(graph_module, scores, accepts)))
+            facts.put(self.decide(self._selection(graph_module, scores, self._accepts(graph_module))))
         return PassResult(graph_module, False)
+
+    def _accepts(self, graph_module: fx.GraphModule) -> Callable[[Plan], bool]:
+        if not self.uniform:
+            return lambda _: True
+        facts = facts_of(graph_module)
+        return stock_check(graph_module, facts[Dependencies].axes, facts[Groups].all)
 
     def _selection(self, graph_module: fx.GraphModule, scores: Scores, accepts: Callable[[Plan], bool]) -> Selection:
         axes, groups = facts_of(graph_module)[Dependencies].axes, facts_of(graph_module)[Groups]

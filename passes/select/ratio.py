@@ -264,10 +264,11 @@ class SelectByRatioPass(SelectPass):
         return {} if isinstance(self.ratio, tuple) or self.budget != "params" else {"ratio": self.ratio}
 
     def require_reachable(self, selection: Selection) -> None:
-        if not isinstance(self.ratio, tuple):
+        if self.uniform:  # widths that the stock class accepts do not depend on scores
+            SelectByRatioPass.choose(self, selection)
+        elif not isinstance(self.ratio, tuple):
             self._require(selection, self.ratio, selection.budget.total)
-            return
-        for spelled, ratio in self.ratio:
+        for spelled, ratio in self.ratio if isinstance(self.ratio, tuple) and not self.uniform else ():
             kind = bare_kind(spelled)
             self._require(_of_kinds(selection, (kind,), ()), ratio, selection.sizes.get(kind, 0.0))
 
