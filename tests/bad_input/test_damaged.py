@@ -684,8 +684,7 @@ PROBES: dict[str, tuple[str, Callable[[Path], Any], Callable[[], dict[str, Damag
 
 
 FIRST = (
-    "dense, config", "dense, tensors", "slim, config", "slim, tensors", "slim, bytes", "scores", "times",
-    "recovery", "plan", ".json", ".jsonl", ".txt", "gguf, bytes", "shards",
+    "dense, config", "slim, config", "slim, bytes", "scores", "times", "recovery", "plan", ".jsonl", "gguf, bytes",
 )  # fmt: skip
 
 

@@ -106,6 +106,7 @@ def test_a_folder_stands_for_its_files(model: PreTrainedModel, tmp_path: Path) -
         named_tasks(folder)
 
 
+@pytest.mark.slow  # the index of all tasks of the harness takes seconds
 def test_tasks_are_checked_before_a_model_is_asked(model: PreTrainedModel, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"no_such_task.*jsonl"):
         zero_shot(model, TOKENIZER, "no_such_task")

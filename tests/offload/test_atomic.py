@@ -95,7 +95,9 @@ def leftovers(folder: Path) -> list[str]:
     return [path.name for path in folder.parent.iterdir() if path.name != folder.name]
 
 
-@pytest.mark.parametrize("first", [False, True], ids=["over another", "into nothing"])
+@pytest.mark.parametrize(
+    "first", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["over another", "into nothing"]
+)
 def test_a_process_killed_at_any_point_leaves_old_or_new(
     first: bool, way: str, models: dict[int, Any], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

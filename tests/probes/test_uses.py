@@ -268,13 +268,13 @@ LEFT_OUT: dict[Use, tuple[str, ...]] = {
     generation: ("bert",),  # an encoder does not generate
 }
 FIRST_TIER = {in_threads: ("llama",), compiled: ("llama",)}
-"""Uses that take long, and the kinds for which they are in the first tier."""
+"""Kinds that uses which take long are tried on in the first tier; of others two."""
 
 
 def table() -> Iterator[Any]:
     for use in USES:
         for kind in KINDS:
-            marks = () if kind in FIRST_TIER.get(use, KINDS) else (SLOW,)
+            marks = () if kind in FIRST_TIER.get(use, ("llama", "t5")) else (SLOW,)
             if kind not in LEFT_OUT.get(use, ()):
                 yield pytest.param(use, kind, marks=marks, id=f"{use.__name__}-{kind}")
 
@@ -284,6 +284,7 @@ def test_a_use_gives_what_it_should(use: Use, kind: str, tmp_path: Path) -> None
     use(kind, tmp_path)
 
 
+@SLOW
 def test_a_spawned_worker_gets_models_by_pickle() -> None:
     models = [slim(kind).model for kind in KINDS]
     loader = DataLoader(Rows(models), batch_size=None, num_workers=1, multiprocessing_context="spawn")

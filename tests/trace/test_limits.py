@@ -22,6 +22,7 @@ from fxprune.graph.tensors import input_tensors
 from fxprune.trace.capture import trace
 from fxprune.trace.limits import forbid, input_sizes, pin_sizes
 from tests.oracle import Net
+from tests.tiers import tiers
 from tests.zoo import tiny_model, token_ids
 
 
@@ -108,7 +109,7 @@ def free_axes(graph_module: fx.GraphModule) -> list[bool]:
     return [is_free(size) for size in node.meta["val"].shape]
 
 
-@pytest.mark.parametrize("model_type", ["mamba2", "cpmant"])
+@pytest.mark.parametrize("model_type", tiers(("mamba2", "cpmant"), "cpmant"))
 def test_a_number_that_export_takes_for_a_constant_fixes_the_tokens(model_type: str) -> None:
     """Seven tokens are one chunk of 16; counting multiply-accumulates at 64 tokens then failed, and pruning too.
 
