@@ -152,7 +152,8 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
             choice: the pass, its spelling, or None.
             arguments: further arguments of a pass given as text, for those it has and does not spell itself.
         """
-        old = {key: value for step in self[stage] for key, value in _arguments(step).items() if key in _INHERITED}
+        before = [one for step in self[stage] for one in (*_first_inside(step), step)]
+        old = {key: value for step in before for key, value in _arguments(step).items() if key in _INHERITED}
         inner = {stage: self[stage][0]} if self[stage] else {}  # for a pass that runs another one of its stage
         made = made_for(stage, choice, **{**old, **inner, **arguments})
         if made is not None and isinstance(choice, str):
@@ -272,6 +273,12 @@ def _inherited(step: Pass, arguments: Mapping[str, Any]) -> Pass:
 
     inside = _inside(step, set(), inherit)
     return type(step)(**_arguments(step) | inside) if inside else step
+
+
+def _first_inside(step: Pass) -> tuple[Pass, ...]:
+    """The first pass of the same stage among the arguments of a pass, if any."""
+    values = [value if isinstance(value, tuple) else (value,) for value in _arguments(step).values()]
+    return tuple(one for value in values for one in value if isinstance(one, Pass) and one.stage == step.stage)[:1]
 
 
 def _inside(step: Pass, but: Set[str], change: Callable[[Pass], Pass]) -> dict[str, Any]:

@@ -52,7 +52,9 @@ def test_invalid_options_are_refused_with_argument_and_value(wrong: dict[str, An
 @pytest.mark.parametrize("name", ["fast", "balanced", "best", "llm-pruner"])
 def test_a_recipe_runs_as_it_is_printed(name: str) -> None:
     """With samples given the model writes none."""
-    first, *others = read_recipe(name).passes
+    recipe = read_recipe(name)
+    recipe["importance"] = [changed(step, {"select": recipe["select"][0]}) for step in recipe["importance"]]
+    first, *others = recipe.passes
     assert lines(calibration=IDS, recipe=name) == [str(changed(first, {"written": 0})), *map(str, others)]
 
 
@@ -63,7 +65,8 @@ def test_naming_an_importance_replaces_the_scores_and_nothing_else() -> None:
     assert [new for old, new in zip(balanced, taylor, strict=True) if old != new] == [
         "taylor{order=second, samples=64}"
     ]
-    assert lines(calibration=IDS, importance="wanda") == balanced
+    fast = lines(calibration=IDS, recipe="fast")
+    assert lines(calibration=IDS, recipe="fast", importance="wanda{readers_only}") == fast
 
 
 def test_without_data_nothing_is_fitted_or_tuned() -> None:
@@ -85,7 +88,7 @@ def test_a_tokenizer_stands_in_for_samples() -> None:
 
 def test_options_win_over_the_recipe() -> None:
     found = lines(calibration=IDS, kinds="head", ratio=0.3, protect=(1, 1), seed=7, reduction="max")
-    assert any(line.startswith("wanda{kinds=[head], reduction=max, ") for line in found)
+    assert any("wanda{kinds=[head], reduction=max, " in line for line in found)
     assert any("kinds=[head]" in line and "protect=[1, 1]" in line and "ratio=0.3" in line for line in found)
     assert "shrink{verify, seed=7}" in found and any("tune{" in line and "seed=7" in line for line in found)
     own = "calibrate, find-groups, l1, select-by-ratio{ratio=0.4, protect=[1, 0]}, shrink"
@@ -109,7 +112,7 @@ def test_stages_are_replaced_left_out_and_added() -> None:
     longer = lines(calibration=IDS, tune="tune{epochs=9}")
     assert "tune{epochs=9.0}" in longer and len(longer) == len(balanced)
     assert names(calibration=IDS, recipe="llm-pruner", compensate="least-squares", tune="tune") == [
-        {"wanda": "taylor"}.get(name, name) for name in balanced
+        {"choose-scores": "taylor"}.get(name, name) for name in balanced
     ]
     assert "shrink" in lines(calibration=IDS, verify=False)
 
@@ -126,7 +129,7 @@ def test_samples_come_from_the_call_before_the_recipe() -> None:
 def test_scoring_in_steps_uses_selection_and_fit_of_the_recipe() -> None:
     pipeline = prune_pipeline(IDS, recipe="fast", importance="score-in-steps{steps=3}", budget="bytes@q8_0")
     scoring, selecting = pipeline.passes[2:4]
-    assert str(scoring.importance) == "wanda" and scoring.steps == 3  # type: ignore[attr-defined]
+    assert str(scoring.importance) == "wanda{readers_only}" and scoring.steps == 3  # type: ignore[attr-defined]
     assert str(scoring.select) == str(selecting) and "budget='bytes@q8_0'" in str(selecting)  # type: ignore[attr-defined]
     assert str(scoring.compensate).startswith("least-squares")  # type: ignore[attr-defined]
     assert str(parse_pass(str(scoring))) == str(scoring)
