@@ -183,7 +183,7 @@ class FindGroupsPass(Pass):
 
     norm: Norm = argument(
         "sliced",
-        """A norm over units of which some go: ``sliced``, statistics of those that stay; ``masked``, what the dense
+        """Treatment of a norm that loses units: ``sliced``, statistics of those that stay; ``masked``, what the dense
         norm computes with the others zeroed, where a root mean square and a weight of its own allow that.""",
     )
 

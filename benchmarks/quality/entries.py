@@ -34,11 +34,18 @@ HEADS = "select-by-ratio{kinds=[mlp, head], protect=[0.07, 0.04], ratio=%s}"
 CHOSEN = "protect=[0.07, 0.04], first=[mlp], ratio=%s"
 WHOLE = "select-by-ratio{first=[mlp], protect=[], ratio=%s}"
 
-CHOSEN_SCORES = "choose-scores{criteria=[wanda{readers_only, samples=%d}, taylor{order=second, samples=%d}]}"
-BALANCED = str(read_recipe("balanced")).replace(CHOSEN_SCORES % (64, 32), "wanda{samples=64}")
+
+def _by_wanda(name: str, samples: int) -> str:
+    """A recipe with the scores that it had before."""
+    recipe = read_recipe(name)
+    recipe["importance"] = f"wanda{{samples={samples}}}"
+    return str(recipe)
+
+
+BALANCED = _by_wanda("balanced", 64)
 UNCOUNTED = BALANCED.replace(", truth=0.2", "")
 BUILT_IN = BALANCED.replace("{written=288}", "{built_in=288}")
-BEST = str(read_recipe("best")).replace(CHOSEN_SCORES % (128, 64), "wanda{samples=128}")
+BEST = _by_wanda("best", 128)
 ONCE = BEST.replace("{copies=3, noise=0.2}", "").replace(", truth=0.2", "")
 SEARCHED = (
     ONCE.replace("wanda{samples=128}", "taylor{order=second, samples=128}")

@@ -128,7 +128,7 @@ def _sample(output: torch.Tensor) -> torch.Tensor:
 
 
 def check_loaded(model: PreTrainedModel, record: Mapping[str, Any], where: str) -> None:
-    """Compare what a loaded model computes with the record of its manifest, unless it was given another dtype.
+    """Compare the outputs of a loaded model with the record in its manifest, unless it was loaded in another dtype.
 
     Raises:
         CheckpointError: it does not run, or computes something else.

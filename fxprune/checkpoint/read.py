@@ -159,7 +159,7 @@ def build_empty(folder: str | os.PathLike[str]) -> PreTrainedModel:
 
 
 def _as_stock(model: PreTrainedModel, stock: type[PreTrainedModel]) -> PreTrainedModel:
-    """Turn a loaded model that its stock class builds back into one of that class, and buffers into what they were."""
+    """Give a loaded model its stock class, if that builds it, and mark buffers that are not saved."""
     vars(model.config).pop("auto_map", None)
     section = vars(model.config).get(SECTION) or {}
     if not section:

@@ -138,6 +138,5 @@ def _measure(
         tokenizer = own or tokenizer
         columns.append(measure_model(name, model, tokenizer, reference=reference, **options))
         if has_reference and work is None and reference is None:
-            reference = Reference(model)
-            reference.keep(columns[0].evaluation)
+            reference = Reference(model, columns[0].evaluation.answers)
     return tuple(columns)

@@ -116,16 +116,21 @@ def calibration_windows(tokenizer: Any, text: str, samples: int | None, tokens: 
     Args:
         samples: number of windows; None for as many as there are, up to 1,024.
     """
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    opening = opening_tokens(tokenizer)
-    body = max(tokens - len(opening), 1)
-    windows = len(ids) // body
-    samples = min(max(windows, 1), MOST_SAMPLES) if samples is None else samples
-    if windows < samples:
-        what = f"{len(ids):,} tokens are fewer than {samples:,} sample{'s' if samples > 1 else ''} of {tokens:,}"
+    count, found = _all_windows(tokenizer, text, tokens)
+    samples = min(max(len(found), 1), MOST_SAMPLES) if samples is None else samples
+    if len(found) < samples:
+        what = f"{count:,} tokens are fewer than {samples:,} sample{'s' if samples > 1 else ''} of {tokens:,}"
         raise CalibrationError(what, where=where, remedy="Give a longer text, or smaller --samples or --tokens")
-    starts = [i * windows // samples * body for i in range(samples)]
-    return torch.tensor([[*opening, *ids[start : start + body]][:tokens] for start in starts])
+    return found[[i * len(found) // samples for i in range(samples)]]
+
+
+def _all_windows(tokenizer: Any, text: str, tokens: int) -> tuple[int, torch.Tensor]:
+    """Number of tokens of a text, and windows of it ``(windows, tokens)`` that begin as the tokenizer begins a text."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    opening = torch.tensor(opening_tokens(tokenizer), dtype=torch.long)
+    body = max(tokens - len(opening), 1)
+    rows = torch.tensor(ids[: len(ids) // body * body], dtype=torch.long).view(-1, body)
+    return len(ids), torch.cat([opening.expand(len(rows), -1), rows], dim=1)[:, :tokens]
 
 
 def token_windows(
@@ -141,16 +146,11 @@ def token_windows(
     """
     if tokens < 1 or (limit is not None and limit < 1):
         raise DataError(f"tokens={tokens} and limit={limit}", where="tokens", remedy="Pass positive numbers")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    opening = opening_tokens(tokenizer)
-    body = max(tokens - len(opening), 1)
-    windows = len(ids) // body if limit is None else min(limit, len(ids) // body)
-    if not windows:
-        what = f"a text of {len(ids)} tokens holds no window of {tokens}"
+    count, found = _all_windows(tokenizer, text, tokens)
+    if not len(found):
+        what = f"a text of {count} tokens holds no window of {tokens}"
         raise DataError(what, where="text", remedy="Give a longer text or shorter windows")
-    rows = torch.tensor(ids[: windows * body]).view(windows, body)
-    before = torch.tensor(opening, dtype=torch.long).expand(windows, -1)
-    return torch.cat([before, rows], dim=1)[:, :tokens]  # type: ignore[return-value]
+    return found[:limit]  # type: ignore[return-value]
 
 
 def paragraphs(text: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from fxprune.errors import EvaluationError
-from fxprune.evaluation.generation import Answers, Generation, answer_questions, compare_answers
+from fxprune.evaluation.generation import Answers, Generation, answer_questions, compare_answers, mean_and_error
 from fxprune.evaluation.perplexity import Perplexity, load_corpus, named_corpora, text_perplexity
 from fxprune.evaluation.speed import time_interleaved, timed_call
 from fxprune.evaluation.tasks import LocalTask, TaskScore, named_tasks, zero_shot
@@ -67,13 +67,8 @@ class Evaluation:
 class Reference:
     """A model that others are compared with, usually the dense one; its answers are generated once."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self._answers: Answers | None = None
-
-    def keep(self, evaluation: Evaluation) -> None:
-        """Keep the answers of an evaluation of this model."""
-        self._answers = evaluation.answers
+    def __init__(self, model: Any, answers: Answers | None = None) -> None:
+        self.model, self._answers = model, answers
 
     def answers(self, tokenizer: Any, batch: int, track: Track) -> Answers:
         if self._answers is None:
@@ -208,7 +203,7 @@ class Comparison:
     def difference(self, name: str, task: str) -> tuple[float, float]:
         """Accuracy of a model minus that of the first one, and its standard error, from the same questions."""
         pairs = self._pairs(name, task)
-        return _mean([theirs.correct[i] - ours.correct[i] for ours, theirs, i in pairs])
+        return mean_and_error([theirs.correct[i] - ours.correct[i] for ours, theirs, i in pairs])
 
     def flips(self, name: str, tasks: Sequence[str]) -> tuple[tuple[float, float], tuple[float, float]] | None:
         """Fractions of answers that differ from the first model's, with standard errors.
@@ -221,7 +216,7 @@ class Comparison:
         pairs = [pair for task in tasks for pair in self._pairs(name, task) if pair[0].answers and pair[1].answers]
         lost = [1 - theirs.correct[i] for ours, theirs, i in pairs if ours.correct[i]]
         changed = [float(ours.answers[i] != theirs.answers[i]) for ours, theirs, i in pairs]
-        return (_mean(lost), _mean(changed)) if lost else None
+        return (mean_and_error(lost), mean_and_error(changed)) if lost else None
 
     def _pairs(self, name: str, task: str) -> list[tuple[TaskScore, TaskScore, int]]:
         ours = self.columns[0].evaluation.tasks[task]
@@ -337,12 +332,6 @@ class Comparison:
         figure.legend(bars, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize="small")
         figure.savefig(path)
         return Path(path)
-
-
-def _mean(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    error = (variance(values) / len(values)) ** 0.5 if len(values) > 1 else 0.0
-    return sum(values) / max(len(values), 1), error
 
 
 def _text_rows(values: Sequence[Perplexity]) -> Iterator[tuple[str, ...]]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from statistics import fmean, stdev
+from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ from fxprune.pipeline.contract import Track, no_progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Answers", "Generation", "answer_questions", "compare_answers", "plain_questions"]
+__all__ = ["Answers", "Generation", "answer_questions", "compare_answers", "mean_and_error", "plain_questions"]
 
 
 def plain_questions() -> list[str]:
@@ -139,7 +139,7 @@ def compare_answers(answers: Answers, reference: Answers | None = None) -> Gener
     Raises:
         EvaluationError: the reference answers other questions.
     """
-    repetition = _mean([_repeated(row, 4) for row in answers.ids])
+    repetition = mean_and_error([_repeated(row, 4) for row in answers.ids])
     own: dict[str, Any] = {
         "questions": len(answers.ids),
         "repetition": repetition[0],
@@ -155,18 +155,19 @@ def compare_answers(answers: Answers, reference: Answers | None = None) -> Gener
     pairs = list(zip(answers.ids, reference.ids, strict=True))
     texts = zip(answers.texts, reference.texts, strict=True)
     measured = {
-        "overlap": _mean([word_overlap(a, b) for a, b in texts]),
-        "same_start": _mean([_same_start(a, b) for a, b in pairs]),
-        "same": _mean([float(a == b) for a, b in pairs]),
+        "overlap": mean_and_error([word_overlap(a, b) for a, b in texts]),
+        "same_start": mean_and_error([_same_start(a, b) for a, b in pairs]),
+        "same": mean_and_error([float(a == b) for a, b in pairs]),
     }
     for name, (value, error) in measured.items():
         own |= {name: value, f"{name}_error": error}
     return Generation(**own)
 
 
-def _mean(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; both 0 without values."""
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return sum(values) / max(len(values), 1), error
 
 
 def _grams(row: Sequence[int], size: int) -> list[tuple[int, ...]]:

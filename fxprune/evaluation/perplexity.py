@@ -161,7 +161,6 @@ def text_perplexity(
     function("tokenizer", tokenizer, "the tokenizer of the model", EvaluationError)
     instance("text", text, str, "the text itself", EvaluationError)
     opening = opening_tokens(tokenizer)
-    whole_number("window", window, least=max(2, len(opening) + 1), error=EvaluationError)
     ids, size = _encode(tokenizer, text)
     places, first = sliding_windows(torch.arange(len(ids)), window, stride, limit, len(opening))
     windows = torch.cat([torch.tensor(opening, dtype=torch.long).expand(len(places), -1), ids[places]], dim=1)

@@ -162,7 +162,7 @@ def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 class _Archive(io.BufferedWriter):
-    """A file that keeps the first error of writing, and drops what is written after it.
+    """Output file that keeps its first write error and ignores later writes.
 
     After any error torch still writes the end of its archive, in a destructor, where a second one ends the process.
     """

@@ -228,7 +228,7 @@ class Pass(Arguments, PassBase):
 
 
 def run_apart(step: Pass, run: Callable[[fx.GraphModule], PassResult], graph_module: fx.GraphModule) -> PassResult:
-    """Run on a copy of ``graph_module``; the result shares no tensor with it, and ``step`` must not write to it."""
+    """Run a pass on a copy of a graph that ends up sharing no tensor with it; writes to the original are errors."""
     work = fork(graph_module)
     if step.writes:
         unshare(work, graph_module)

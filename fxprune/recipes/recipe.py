@@ -152,7 +152,8 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
             choice: the pass, its spelling, or None.
             arguments: further arguments of a pass given as text, for those it has and does not spell itself.
         """
-        before = [one for step in self[stage] for one in (*_first_inside(step), step)]
+        first = [one for step in self[stage] for one in _passes_inside(step) if one.stage == stage][:1]
+        before = [*first, *self[stage]]
         old = {key: value for step in before for key, value in _arguments(step).items() if key in _INHERITED}
         inner = {stage: self[stage][0]} if self[stage] else {}  # for a pass that runs another one of its stage
         made = made_for(stage, choice, **{**old, **inner, **arguments})
@@ -250,9 +251,7 @@ def made_for(stage: str, choice: Any, **defaults: Any) -> Pass | None:
 
 def needs_samples(step: Pass) -> bool:
     """Whether a pass, or one among its arguments, needs calibration samples."""
-    values = [value if isinstance(value, tuple) else (value,) for value in vars(step).values()]
-    inner = (one for value in values for one in value if isinstance(one, Pass))
-    return Calibration in step.needs or any(map(needs_samples, inner))
+    return Calibration in step.needs or any(map(needs_samples, _passes_inside(step)))
 
 
 def changed(step: Pass, arguments: Mapping[str, Any]) -> Pass:
@@ -275,10 +274,10 @@ def _inherited(step: Pass, arguments: Mapping[str, Any]) -> Pass:
     return type(step)(**_arguments(step) | inside) if inside else step
 
 
-def _first_inside(step: Pass) -> tuple[Pass, ...]:
-    """The first pass of the same stage among the arguments of a pass, if any."""
-    values = [value if isinstance(value, tuple) else (value,) for value in _arguments(step).values()]
-    return tuple(one for value in values for one in value if isinstance(one, Pass) and one.stage == step.stage)[:1]
+def _passes_inside(step: Pass) -> Iterator[Pass]:
+    """Yield the passes among the arguments of a pass, alone or in a tuple."""
+    for value in vars(step).values():
+        yield from (one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, Pass))
 
 
 def _inside(step: Pass, but: Set[str], change: Callable[[Pass], Pass]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def as_rows(value: torch.Tensor, dim: int) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class ForwardImportancePass(ImportancePass):
-    """A criterion that looks at what the graph computes on the calibration samples."""
+    """Base of criteria from activations on the calibration samples."""
 
     needs: ClassVar[tuple[type[Fact], ...]] = (Groups, Dependencies, Calibration, Runnable)
     preconditions: ClassVar[tuple[Callable[[fx.GraphModule, str], None], ...]] = (require_weights,)

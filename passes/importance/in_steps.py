@@ -1,4 +1,4 @@
-"""Criteria made of others: scoring in steps, and the best of several by what the masked model predicts."""
+"""Criteria made of others: scoring in steps, and the choice among several by divergence on held-out samples."""
 
 from __future__ import annotations
 
@@ -95,7 +95,11 @@ class ScoreInStepsPass(Pass):
 
     @property
     def _select(self) -> Pass:
-        return self.select if isinstance(self.select, Pass) else load_pass("select-by-ratio")
+        return _selection(self.select)
+
+
+def _selection(given: Any) -> Pass:
+    return given if isinstance(given, Pass) else load_pass("select-by-ratio")
 
 
 def _criteria(name: str, value: Any) -> tuple[Pass, ...]:
@@ -141,7 +145,7 @@ class ChooseScoresPass(Pass):
         foresee_split(graph_module, given, None, self.heldout)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        select = self.select if isinstance(self.select, Pass) else load_pass("select-by-ratio")
+        select = _selection(self.select)
         samples, heldout = split_samples(graph_module, None, self.heldout)
         judge = DivergenceJudge(graph_module, heldout, self.batch)
         found: list[tuple[float, Scores]] = []

@@ -327,8 +327,8 @@ class SelectPass(Pass):
     )
     budget: str = argument(
         "params",
-        """What a ratio is a fraction of: ``params``, ``macs``, ``kv`` for bytes of the key-value cache, ``bytes@q8_0``
-        and the like for bytes at a quantisation, or time, as in ``decode@times.json``: see
+        """Quantity that a ratio is a fraction of: ``params``, ``macs``, ``kv`` for bytes of the key-value cache,
+        ``bytes@q8_0`` and the like for bytes at a quantisation, or time, as in ``decode@times.json``: see
         :func:`fxprune.removal.budget.make_budget`.""",
         check=check_budget,
     )
@@ -358,7 +358,7 @@ class SelectPass(Pass):
                 self.require_reachable(self._selection(graph_module, alike, self._accepts(graph_module)))
 
     def require_reachable(self, selection: Selection) -> None:
-        """Raise :class:`~fxprune.errors.RatioError` if what is asked for cannot be removed."""
+        """Raise :class:`~fxprune.errors.RatioError` if the ratio is out of reach."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         facts = facts_of(graph_module)

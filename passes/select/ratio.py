@@ -145,7 +145,7 @@ class BudgetSolver:
         return [(index, pick) for _, index, pick in sorted(found)]
 
     def fraction(self, fixed: Mapping[int, Choice]) -> float:
-        """The fraction of units that removes what is left to remove from the slots not ``fixed``, by bisection."""
+        """Fraction of the units of slots not ``fixed`` that removes the rest of the target, by bisection."""
 
         def removed(fraction: float) -> float:
             firsts = [(slot.options[0], share) for slot, share in zip(self.slots, self.shares, strict=True)]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,15 @@ def torchrun(count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *arguments]
     paths = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=paths)
+
+
+def by_rank(code: str, count: int, folder: Path) -> list[Any]:
+    """Run code in several processes; return the JSON that each wrote to a file named after its rank."""
+    script = folder / "script.py"
+    script.write_text(code)
+    done = torchrun(count, str(script), str(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -88,13 +98,9 @@ dist.destroy_process_group()
 @SLOW
 def test_processes_share_the_windows_of_a_text(tmp_path: Path) -> None:
     """As many calls in each, so that a model may be spread over them."""
-    script = tmp_path / "script.py"
-    script.write_text(_MEASURE)
-    done = torchrun(2, str(script), str(tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
+    found_by_rank = by_rank(_MEASURE, 2, tmp_path)
     alone = [float(perplexity(tiny("llama"), token_ids(count, 12), batch=2)) for count in (5, 1)]
-    for rank in (0, 1):
-        *found, calls = json.loads((tmp_path / f"{rank}.json").read_text())
+    for *found, calls in found_by_rank:
         assert found == pytest.approx(alone, rel=1e-6) and calls == 2 + 1
 
 
@@ -160,12 +166,8 @@ dist.destroy_process_group()
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_model_that_is_sharded_is_measured_and_not_pruned(count: int, tmp_path: Path) -> None:
     """The refusal was of an attribute that could not be copied; in one process perplexity failed."""
-    script = tmp_path / "script.py"
-    script.write_text(_SHARDED)
-    done = torchrun(count, str(script), str(tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rank in range(count):
-        said, measured = json.loads((tmp_path / f"{rank}.json").read_text())
+    found_by_rank = by_rank(_SHARDED, count, tmp_path)
+    for said, measured in found_by_rank:
         assert all("sharded over processes (a DTensor)" in line for line in said) and len(said) == 3
         assert "prune_checkpoint" in said[0] and said[0] == said[1] and "fsdp" in said[2]
         assert measured[1] == pytest.approx(measured[0], rel=1e-5)
@@ -215,12 +217,8 @@ dist.destroy_process_group()
 @SLOW
 def test_a_model_that_is_sharded_is_saved_whole(tmp_path: Path) -> None:
     """The first process ended in an error of torch about tensors of two kinds, the other one waited."""
-    script = tmp_path / "script.py"
-    script.write_text(_SAVED)
-    done = torchrun(2, str(script), str(tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rank in (0, 1):
-        told = json.loads((tmp_path / f"{rank}.json").read_text())
+    found_by_rank = by_rank(_SAVED, 2, tmp_path)
+    for told in found_by_rank:
         assert "outputs differ" in told.pop("changed") and set(told.values()) == {""}
     assert not (tmp_path / "changed").exists()
     for how in told:
