@@ -122,6 +122,7 @@ def test_tables_of_biases_by_relative_place_lose_the_column_of_a_head() -> None:
     assert tables == [[1], [1]]
 
 
+@pytest.mark.slow
 def test_layers_of_a_few_classes_that_repeat_are_blocks() -> None:
     class Layer(nn.Module):
         def __init__(self, mixer: nn.Module) -> None:

@@ -17,6 +17,7 @@ from fxprune.graph.tensors import weights
 from fxprune.recipes import Options, option_table
 from tests.models import VOCABULARY, tiny, token_ids
 from tests.remembered import pruned
+from tests.tiers import tiers
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def get(state: dict[str, torch.Tensor], model: nn.Module, name: str) -> torch.Te
     return state[name] if name in state else model.get_buffer(name)
 
 
-@pytest.mark.parametrize("importance", ["random", "taylor"])
+@pytest.mark.parametrize("importance", tiers(["random", "taylor"], "random"))
 def test_same_seed_same_plan(importance: str) -> None:
     def plan(importance: str, seed: int) -> fxprune.Plan:
         options: dict[str, Any] = {"recipe": "llm-pruner", "importance": importance, "seed": seed}

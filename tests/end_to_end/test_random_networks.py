@@ -43,6 +43,7 @@ def hunt(test: Any, part: int, cases: int) -> None:
     (test if ASKED is not None else seed(part)(test))()
 
 
+@pytest.mark.slow
 def test_every_line_that_mixes_units_is_part_of_some_network() -> None:
     """What torch refuses is left out of a network, so a line with a mistake in it would be in none."""
     numbers = random.Random(0)

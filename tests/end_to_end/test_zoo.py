@@ -50,6 +50,7 @@ DIVERSE = {
 """Types that trace fast, with the kinds whose units go exactly in all of them."""
 
 
+@pytest.mark.slow
 def test_every_type_has_a_config_or_a_reason() -> None:
     failing = {}
     for model_type in types():

@@ -119,6 +119,7 @@ def recurrent(net: Any, x: torch.Tensor) -> torch.Tensor:
     return state
 
 
+@pytest.mark.slow
 def test_an_axis_that_tracing_fixed_is_told(tmp_path: Path) -> None:
     """Counting multiply-accumulates and making inputs once took such an axis for one that varies, and crashed."""
     example = {"x": torch.randint(20, (2, 5))}
