@@ -13,8 +13,15 @@ from fxprune.data.samples import is_in_memory, read_calibration
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Fact, facts_of, fork
 from fxprune.masking.masked_run import MaskedRun
-from fxprune.masking.teacher import divergence, record_teacher_logits, run_logits, teacher_batches
+from fxprune.masking.teacher import (
+    divergence,
+    logits_use_bf16,
+    record_teacher_logits,
+    run_logits,
+    teacher_batches,
+)
 from fxprune.offload.files import no_resume
+from fxprune.offload.prefetch import autocast, compute_device
 from fxprune.pipeline.contract import Pass
 from fxprune.removal.removal import Removal
 
@@ -27,6 +34,7 @@ KEPT_CLASSES = 64
 class DivergenceJudge:
     """Measures removals by the Kullback-Leibler divergence from the dense model, in nats per position.
 
+    Products are computed in bfloat16 where the device supports it natively: removals differ by more than its digits.
     ``fit`` is a compensation, on ``fit_samples``, to carry out before each measurement.
     """
 
@@ -38,9 +46,13 @@ class DivergenceJudge:
         fit: Pass | None = None,
         fit_samples: Sequence[Sample] = (),
     ) -> None:
-        self.graph_module, self.batch = graph_module, batch
+        self.graph_module = graph_module
         self.fit, self.fit_samples = fit, tuple(fit_samples)
-        self.teacher = record_teacher_logits(graph_module, samples, KEPT_CLASSES, batch, lambda batches, _: batches)
+        self.device = compute_device(graph_module)
+        self.bf16 = logits_use_bf16("auto", graph_module, samples[0], "judge")
+        with autocast(self.device, self.bf16):
+            teacher = record_teacher_logits(graph_module, samples, KEPT_CLASSES, batch, lambda batches, _: batches)
+        self.batches = tuple(teacher_batches(teacher, graph_module, batch))
 
     def divergence(self, removal: Removal) -> float:
         work = self.graph_module
@@ -51,12 +63,11 @@ class DivergenceJudge:
             with no_resume():  # each trial has a fit of its own, of other weights with the same names
                 work = self.fit(work, inplace=True).graph_module
         total = 0.0
-        with torch.no_grad():
-            for batch in teacher_batches(self.teacher, self.graph_module, self.batch):
+        with torch.no_grad(), autocast(self.device, self.bf16):
+            for batch in self.batches:
                 run = MaskedRun(work, removal.axes, removal.keep, removal.removed_blocks)
-                positions = batch.classes.shape[0] * batch.classes.shape[1]
-                total += float(divergence(run_logits(run, batch.inputs), batch)) * positions
-        return total / sum(len(one.classes) for one in self.teacher)
+                total += float(divergence(run_logits(run, batch.inputs), batch)) * batch.classes.shape[:2].numel()
+        return total / sum(batch.classes.shape[:2].numel() for batch in self.batches)
 
 
 def split_samples(graph_module: fx.GraphModule, given: Any, most: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:

@@ -149,7 +149,11 @@ class Options(ApplyOptions, total=False):
         ),
     ]
     ranking: Annotated[
-        Ranking | None, _what_goes("`local`: the same fraction in every group; `global`: the lowest scores anywhere.")
+        Ranking | None,
+        _what_goes(
+            "`local`: the same fraction in every group; `global`: the lowest scores anywhere; `auto`: whichever of the "
+            "two does less harm on held-out samples."
+        ),
     ]
     select: Annotated[
         str | Pass | None,

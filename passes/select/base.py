@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd, lcm
 from typing import Any, ClassVar, TypeVar
@@ -19,16 +19,19 @@ import numpy.typing as npt
 from torch import fx
 
 from fxprune.axes import Factor, Keep, unit_index
+from fxprune.data.calibration import Calibration
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.explain import unruled
 from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds, bare_kind
 from fxprune.emit import stock_check
 from fxprune.errors import ArgumentError, FxpruneError, PassError, RatioError
 from fxprune.evaluation.speed import read_widths
-from fxprune.graph.facts import Change, Fact, Source, add_note, facts_of
+from fxprune.graph.facts import Change, Fact, Runnable, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of
+from fxprune.masking.judge import DivergenceJudge, foresee_split, split_samples
+from fxprune.offload.ranks import broadcast_object
 from fxprune.pipeline.arguments import Ranking, argument, numbers, refuse, whole_number
-from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.pipeline.contract import Pass, PassCost, PassResult
 from fxprune.removal.budget import Budget, by_kind, check_budget, make_budget
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removal
@@ -59,6 +62,9 @@ Choice = tuple[int, int]
 
 AUTO = "auto"
 """Round widths to multiples that were measured to be fast on the device."""
+
+HELDOUT, BATCH = 16, 4
+"""Most samples to compare rankings on, and how many run at once: two thousand tokens tell which does less harm."""
 
 
 def by_kind_or_one(name: str, value: Any, check: Callable[[str, Any], T]) -> T | tuple[tuple[str, T], ...]:
@@ -303,7 +309,8 @@ class SelectPass(Pass):
     ranking: Ranking = argument(
         "local",
         """``local``: the same fraction of every group; ``global``: the lowest scores anywhere, normalised within groups
-        of the same kind.""",
+        of the same kind; ``auto``: whichever of the two leaves the masked model nearer to the dense one on held-out
+        calibration samples, and ``local`` where there are none or with ``uniform``.""",
     )
     protect: tuple[float, float] | tuple[()] | None = argument(
         None,
@@ -336,12 +343,12 @@ class SelectPass(Pass):
     stage: ClassVar[str] = "select"
     changes: ClassVar[Change] = "nothing"
     needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Groups, Scores)
-    wants: ClassVar[tuple[type[Fact], ...]] = (Source,)
+    wants: ClassVar[tuple[type[Fact], ...]] = (Source, Calibration, Runnable)
     gives: ClassVar[tuple[type[Fact], ...]] = (Removal,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.uniform and (any(self.protect or ()) or self.ranking != "local"):
+        if self.uniform and (any(self.protect or ()) or self.ranking == "global"):
             raise FxpruneError(
                 f"the same widths in all layers exclude $protect={self.protect} and $ranking={self.ranking!r}",
                 where="uniform",
@@ -352,6 +359,8 @@ class SelectPass(Pass):
 
     def foresee(self, graph_module: fx.GraphModule, given: tuple[type[Fact], ...]) -> None:
         """Refuse, before any is scored, what cannot be removed whatever the scores are."""
+        if self.compares_rankings:
+            foresee_split(graph_module, given, None, HELDOUT)
         if Groups in given:
             alike = Scores({group.name: np.zeros(group.size) for group in facts_of(graph_module)[Groups].all})
             with _unruled_ops_named(graph_module):
@@ -371,8 +380,33 @@ class SelectPass(Pass):
                     remedy=f"Score it: run an importance pass with kinds=[{', '.join(self.kinds)}]",
                 )
         with _unruled_ops_named(graph_module):
-            facts.put(self.decide(self._selection(graph_module, scores, self._accepts(graph_module))))
+            selection = self._selection(graph_module, scores, self._accepts(graph_module))
+            measured = self.compares_rankings and Calibration in facts and Runnable in facts
+            facts.put(self._by_measurement(selection) if measured else self.decide(selection))
         return PassResult(graph_module, False)
+
+    def cost(self, samples: int) -> PassCost:
+        """Dense and masked runs of the held-out samples, if a ranking is measured."""
+        held = min(HELDOUT, samples // 3 or 1) if self.compares_rankings else 0
+        return PassCost(runs=3.0 * held, batch=min(BATCH, held))
+
+    @property
+    def compares_rankings(self) -> bool:
+        """Whether it measures which ranking does less harm."""
+        return self.ranking == "auto" and not self.uniform
+
+    def _by_measurement(self, selection: Selection) -> Removal:
+        """The removal by the ranking that leaves the masked model nearer to the dense one."""
+        _, heldout = split_samples(selection.graph_module, None, HELDOUT)
+        judge = DivergenceJudge(selection.graph_module, heldout, BATCH)
+        found: dict[Ranking, tuple[float, Removal]] = {}
+        for ranking in ("local", "global"):
+            removal = replace(self, ranking=ranking).decide(replace(selection, note=lambda _: None))
+            found[ranking] = judge.divergence(removal), removal
+        best: Ranking = broadcast_object(min(found, key=lambda ranking: found[ranking][0]))
+        listed = ", ".join(f"{ranking} {divergence:.3f}" for ranking, (divergence, _) in found.items())
+        selection.note(f"{best} ranking; divergence of the masked model in nats: {listed}")
+        return replace(self, ranking=best).decide(selection)
 
     def _accepts(self, graph_module: fx.GraphModule) -> Callable[[Plan], bool]:
         if not self.uniform:

@@ -306,7 +306,7 @@ class SelectByRatioPass(SelectPass):
         if self.uniform:
             choices = choose_uniform(selection, lambda fixed, _: solver.fraction(fixed))
         else:
-            choices = solver.repair(solver.local() if self.ranking == "local" else solver.globally())
+            choices = solver.repair(solver.globally() if self.ranking == "global" else solver.local())
         achieved = solver.removed(choices) / max(whole, 1)
         if self.uniform and ratio - achieved > 0.05:
             raise RatioError(
@@ -377,7 +377,7 @@ class SelectByGroupRatioPass(SelectPass):
         ratio = {slot.kind: of_kind(self.group_ratio, slot.kind, 0.0) for slot in selection.slots}
         if self.uniform:
             return choose_uniform(selection, lambda _, kind: ratio[kind])
-        if self.ranking == "local":
+        if self.ranking != "global":
             return [slot.choose(ratio[slot.kind]) for slot in selection.slots]
         values = normalised(selection.slots)
         thresholds: dict[str, float] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import fx
@@ -68,10 +68,11 @@ def scale_shares(shares: Shares, part: Sequence[int], factor: float) -> Shares:
 class SelectBySearchPass(SelectByRatioPass):
     """Removes the fraction ``ratio`` from the kinds and layers where a measurement shows the least harm.
 
-    The search starts with the selection of ``select-by-ratio``, and with other splits between the kinds: each kind
-    alone, and the smaller ones at half their share. From the best it moves a part of the budget: all slots of a kind in
-    a quarter of the layers lose more, or less, and the others compensate. A move is kept if it lowers the divergence
-    from the dense model, on masked runs over calibration samples. The scores decide which units of a group go.
+    The search starts with the selection of ``select-by-ratio``, with ``auto`` that by each ranking, and with other
+    splits between the kinds: each kind alone, and the smaller ones at half their share. From the best it moves a part
+    of the budget: all slots of a kind in a quarter of the layers lose more, or less, and the others compensate. A move
+    is kept if it lowers the divergence from the dense model, on masked runs over calibration samples. The scores decide
+    which units of a group go.
 
     In the end the result is compared with the start on samples that the search has not seen; if it does worse there,
     the start is taken. At least one unit of each group stays.
@@ -110,6 +111,10 @@ class SelectBySearchPass(SelectByRatioPass):
                 where=f"pass {self.name}",
                 remedy="Use select-by-ratio, or leave out $uniform and ratios by kind",
             )
+
+    @property
+    def compares_rankings(self) -> bool:
+        return False  # the search measures both
 
     def foresee(self, graph_module: fx.GraphModule, given: tuple[type[Fact], ...]) -> None:
         super().foresee(graph_module, given)
@@ -169,7 +174,7 @@ class SelectBySearchPass(SelectByRatioPass):
                 if abs(solver.removed(choices) - target) <= _EVEN * selection.budget.total:
                     yield _Allocation(name, shares, tuple(choices))
 
-        yield _Allocation("the initial selection", choice_shares(selection.slots, initial), tuple(initial))
+        yield from self._starts(selection, initial)
         for name, shares in _splits(selection):
             yield from allocations(name, shares)
         step = _STEP
@@ -185,6 +190,14 @@ class SelectBySearchPass(SelectByRatioPass):
                     if best() is not start:
                         break
             step = step if best() is not before else step**0.5
+
+    def _starts(self, selection: Selection, initial: Sequence[Choice]) -> Iterator[_Allocation]:
+        """Yield the initial selection, and with ``auto`` the one by global ranking."""
+        yield _Allocation("the initial selection", choice_shares(selection.slots, initial), tuple(initial))
+        if self.ranking == "auto":
+            anywhere = replace(self, ranking="global")
+            choices = SelectByRatioPass.choose(anywhere, replace(selection, note=lambda _: None))
+            yield _Allocation("the lowest scores anywhere", choice_shares(selection.slots, choices), tuple(choices))
 
 
 def _splits(selection: Selection) -> Iterator[tuple[str, Shares]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -156,6 +157,41 @@ def test_where_the_search_was_led_astray_the_beginning_is_taken(
     found, told = search(dense, ratio=0.2, trials=3, samples=4)
     assert len(measured) == 5 and found.plan == begun.plan
     assert told[1] == "search: took the initial selection, since nothing did better"
+
+
+def test_the_ranking_that_does_less_harm_is_taken(dense: fx.GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By ``auto``, with the divergence that a judge of its own finds for both; and nothing is measured otherwise."""
+
+    def chosen(graph: fx.GraphModule, ranking: str, **arguments: Any) -> Removal:
+        load_pass("select-by-ratio", ratio=0.2, kinds=BOTH, ranking=ranking, **{"protect": (), **arguments})(graph)
+        return facts_of(graph)[Removal]
+
+    work = fork(dense)
+    plans = {ranking: chosen(work, ranking) for ranking in ("local", "global")}
+    assert plans["local"].plan != plans["global"].plan
+    assert chosen(work, "auto").plan in [removal.plan for removal in plans.values()]
+    told = next(line for line in facts_of(work)[Notes].lines if " ranking; divergence of the masked" in line)
+    harm = {ranking: float(number) for ranking, number in re.findall(r"(local|global) (\d\.\d{3})", told)}
+    assert told.startswith(f"{min(harm, key=harm.__getitem__)} ranking")
+    worse = "local"
+
+    def divergence(self: DivergenceJudge, removal: Removal) -> float:
+        return float(removal.plan == plans[worse].plan)
+
+    monkeypatch.setattr(DivergenceJudge, "divergence", divergence)
+    for better in ("global", "local"):
+        assert chosen(work, "auto").plan == plans[better].plan
+        _, told_by_search = search(work, ratio=0.2, trials=2, samples=3, ranking="auto")
+        taken = (
+            "the lowest scores anywhere" if better == "global" else "the initial selection, since nothing did better"
+        )
+        assert told_by_search[1] == f"search: took {taken}"
+        worse = "global"
+    monkeypatch.setattr(DivergenceJudge, "divergence", MagicMock(side_effect=AssertionError))
+    bare = discover(tiny("llama", num_hidden_layers=LAYERS))
+    load_pass("random", kinds=BOTH)(bare)
+    assert chosen(bare, "auto").plan == chosen(bare, "local").plan, "there are no samples to measure on"
+    assert chosen(bare, "auto", uniform=True).plan == chosen(bare, "local", uniform=True).plan
 
 
 @pytest.mark.parametrize(
