@@ -137,7 +137,8 @@ class ChooseScoresPass(Pass):
     def cost(self, samples: int) -> PassCost:
         inner = [step.cost(samples) for step in self.criteria]
         held = min(self.heldout, samples // 3 or 1)
-        runs = sum(cost.runs for cost in inner) + (1 + len(inner)) * held
+        choice = _selection(self.select).cost(samples).runs
+        runs = sum(cost.runs + choice for cost in inner) + (1 + len(inner)) * held
         return replace(max(inner, key=lambda cost: cost.batch), runs=runs)
 
     def foresee(self, graph_module: fx.GraphModule, given: tuple[type[Fact], ...]) -> None:

@@ -31,7 +31,7 @@ def test_replacing_a_stage_is_an_assignment() -> None:
     del recipe["teach"]
     recipe["compensate"] = load_pass("rotation")
     expected = "calibrate{written=288}\nfind-groups{norm=masked}\ntaylor{order=second}\n"
-    expected += "select-by-ratio{protect=[0.07, 0.04], first=[mlp]}\nrotation\nshrink{verify}\nemit-model\nmake-report"
+    expected += "select-by-ratio{ranking=auto, protect=[0.07, 0.04], first=[mlp]}\nrotation\nshrink{verify}\nemit-model\nmake-report"
     assert str(recipe) == str(recipe.pipeline) == expected
     assert "wanda" in str(read_recipe("balanced")), "the installed one stays as it is"
     with pytest.raises(UnknownNameError, match=r"unknown stage 'import'.*Did you mean 'importance'"):
