@@ -359,17 +359,35 @@ def _measure_windows(
             rows = slice(turn * batch, turn * batch + len(chunk))
             logits = logits_of(output)[:, :-1]
             expected = None if theirs is None else _same_tokens(logits_of(theirs)[:, :-1].to(logits.device), logits)
-            positions = max(1, _WIDENED // (len(chunk) * logits.shape[-1]))
-            for part in (slice(start, start + positions) for start in range(0, tokens, positions)):
-                ours, target, told = logits[:, part].float(), chunk[:, 1:][:, part], counted[:, part]
-                sums[0, rows] += _cross_entropies(ours, target, told).to(device)
-                if expected is not None:
-                    wanted = expected[:, part].float()
-                    sums[1, rows] += _cross_entropies(wanted, target, told).to(device)
-                    sums[2, rows] += ((ours.argmax(-1) == wanted.argmax(-1)) & told).double().sum(dim=1).to(device)
-                    divergences[rows, part] = _divergences(ours, wanted).masked_fill(~told, math.nan).to(device)
+            found, apart = _compared(logits, expected, chunk[:, 1:], counted)
+            sums[:, rows] = found.to(device)
+            if expected is not None:
+                divergences[rows] = apart.to(device)
     all_reduce([sums, divergences] if compared else [sums])
     return _Measured(sums[0].cpu(), sums[1].cpu(), sums[2].cpu(), divergences.cpu())
+
+
+def _compared(logits: Tensor, expected: Tensor | None, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses of a model and of the reference, and tokens that both rank first, of each window; and the divergences.
+
+    Args:
+        logits: ``(windows, tokens, vocabulary)``.
+        expected: the same of the reference; None if there is none.
+        target: next tokens ``(windows, tokens)``.
+        counted: which of them are predicted.
+    """
+    sums = torch.zeros(3, len(target), dtype=torch.double, device=logits.device)
+    apart = torch.full(target.shape, math.nan, dtype=torch.double, device=logits.device)
+    positions = max(1, _WIDENED // (len(target) * logits.shape[-1]))
+    for part in (slice(start, start + positions) for start in range(0, target.shape[1], positions)):
+        ours = logits[:, part].float()
+        sums[0] += _cross_entropies(ours, target[:, part], counted[:, part])
+        if expected is not None:
+            wanted = expected[:, part].float()
+            sums[1] += _cross_entropies(wanted, target[:, part], counted[:, part])
+            sums[2] += ((ours.argmax(-1) == wanted.argmax(-1)) & counted[:, part]).double().sum(dim=1)
+            apart[:, part] = _divergences(ours, wanted).masked_fill(~counted[:, part], math.nan)
+    return sums, apart
 
 
 def _divergences(logits: Tensor, expected: Tensor) -> Tensor:
