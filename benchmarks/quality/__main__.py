@@ -82,7 +82,7 @@ def _names(only: Sequence[str]) -> Sequence[str]:
     Raises:
         BadParameter: There is no such entry.
     """
-    known = [entry.name for entry in entries()]
+    known = [DENSE, *(entry.name for entry in entries())]
     for name in only:
         if name not in known:
             raise typer.BadParameter(f"--only {name!r} is no entry; there are: {'; '.join(known)}")
@@ -97,7 +97,7 @@ def main(
     smaller: Annotated[list[Path] | None, typer.Option(help="Smaller models of the family, to measure beside.")] = None,
     calibration: Annotated[str, typer.Option(help="File of the folder to calibrate on.")] = "c4_sample.jsonl",
     ratio: Annotated[list[float] | None, typer.Option(help="Fractions to remove; default 0.2, 0.35 and 0.5.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Names of entries; default all.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Names of entries; dense for that model alone.")] = None,
     draws: Annotated[int, typer.Option(min=1, help="Draws of calibration samples.")] = 1,
     samples: Annotated[int, typer.Option(min=1, help="Most calibration samples.")] = 1024,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 128,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from benchmarks.quality.texts import Texts, beginning
 from fxprune.evaluation import Perplexity, text_perplexity
 from fxprune.evaluation.comparison import Column, Comparison, measure_model
 from fxprune.evaluation.tasks import named_tasks
-from fxprune.pipeline.contract import Pass
+from fxprune.pipeline.pipeline import Pipeline
 
 __all__ = ["Bench", "ask_questions", "describe", "saved_models", "trained_by", "with_ratio"]
 
@@ -84,27 +84,34 @@ class Bench:
         pipeline = fxprune.prune_pipeline(samples, **options)
         row = self._kept(entry, ratio, draw, str(pipeline))
         slim: Any
-        if row is not None:
-            slim = fxprune.from_pretrained(_folder_of(self.keep, row))  # type: ignore[arg-type]
+        if row is not None and self.keep is not None:
+            slim = fxprune.from_pretrained(_folder_of(self.keep, row))
         else:
-            threads = torch.get_num_threads()
-            clock = time.process_time if threads == 1 else time.perf_counter
-            reset_peak_memory()
-            begin = clock()
-            result = fxprune.prune(self.model, samples, **options)
-            seconds, peak = clock() - begin, memory_bytes("VmHWM") / 1e9
-            trained = trained_by(list(pipeline.leaves()), 0 if samples is None else len(samples), self.protocol.tokens)
-            row = QualityRow(
-                entry.name, ratio, draw, self.protocol, result.report.parameters[1], {}, seconds, peak, str(pipeline),
-                threads, cpu_name(), *trained,
-            )  # fmt: skip
-            slim = result.graph_module if result.model is None else result.model
-            if self.keep is not None and result.model is not None:
-                result.save_pretrained(_folder_of(self.keep, row), self.tokenizer)
-                (_folder_of(self.keep, row) / _ROW).write_text(json.dumps(row.to_dict()), encoding="utf-8")
+            trained, read = trained_by(pipeline, 0 if samples is None else len(samples), self.protocol.tokens)
+            begun = QualityRow(entry.name, ratio, draw, self.protocol, 0, {}, passes=str(pipeline), trained=trained,
+                               trained_tokens=read, threads=torch.get_num_threads(), cpu=cpu_name())  # fmt: skip
+            row, slim = self._prune(begun, samples, options)
         if hasattr(slim, "config"):  # a graph keeps the type that it was traced in
             slim.to(self.reference.model.dtype)
         return replace(row, protocol=self.protocol, texts=self._measure(slim, self.tokenizer))
+
+    def _prune(
+        self, row: QualityRow, samples: torch.Tensor | None, options: Mapping[str, Any]
+    ) -> tuple[QualityRow, Any]:
+        """Prune, and keep the slim model; returns the row with what it cost, and the slim model or its graph."""
+        clock = time.process_time if row.threads == 1 else time.perf_counter
+        reset_peak_memory()
+        begin = clock()
+        result = fxprune.prune(self.model, samples, **options)
+        seconds, peak = clock() - begin, memory_bytes("VmHWM") / 1e9
+        row = replace(row, parameters=result.report.parameters[1], seconds=seconds, peak_gb=peak)
+        if result.model is None:
+            return row, result.graph_module
+        if self.keep is not None:
+            folder = _folder_of(self.keep, row)
+            result.save_pretrained(folder, self.tokenizer)
+            (folder / _ROW).write_text(json.dumps(row.to_dict()), encoding="utf-8")
+        return row, result.model
 
     def _samples(self, entry: Entry, draw: int) -> torch.Tensor | None:
         rows = self.texts.calibration
@@ -148,27 +155,25 @@ def with_ratio(value: Any, ratio: float) -> Any:
     return value % ratio if isinstance(value, str) and "%s" in value else value
 
 
-def trained_by(passes: Sequence[Pass], samples: int, tokens: int) -> tuple[str, int]:
-    """What the passes train, in words, and the most tokens that they read for it, counted as often as they are read.
+def trained_by(pipeline: Pipeline, samples: int, tokens: int) -> tuple[str, int]:
+    """Names of what a pipeline trains, and the most tokens that it reads for that, counted as often as they are read.
 
     Args:
-        passes: Passes of a prune, in order.
+        pipeline: Passes of a prune.
         samples: Samples given to it; 0 for those that its first pass makes itself.
         tokens: Tokens of a sample.
     """
-    given = samples
-    recorded = 0
-    what, read = "", 0.0
-    for step in passes:
+    what, recorded, read = "", 0, 0.0
+    for step in pipeline.leaves():
+        known: Any = step  # the suite of passes is found by name, not imported
         if step.stage == "prepare" and not samples:
-            given = getattr(step, "substitutes", 0)
+            samples = getattr(known, "substitutes", 0)
         elif step.stage == "teach":
-            recorded = step.cost(given).recorded
+            recorded = step.cost(samples).recorded
         elif step.stage == "tune":
-            arguments: Any = step
-            low_rank = f"vectors, updates of rank {arguments.rank}" if arguments.rank else "vectors"
-            what = "all weights" if arguments.weights else low_rank
-            read += arguments.epochs * recorded * tokens
+            vectors = f"vectors, updates of rank {known.rank}" if known.rank else "vectors"
+            what = "all weights" if known.weights else vectors
+            read += known.epochs * recorded * tokens
     return what, round(read)
 
 

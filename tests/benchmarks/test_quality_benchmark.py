@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def test_rows_of_another_protocol_are_kept_and_entries_without_samples_measured_
     [
         (["--windows", "0"], "--windows takes a number from 1 on, or 'all', not '0'"),
         (["--questions", "-1"], "--questions takes a number from 0 on"),
-        (["--only", "l3"], "--only 'l3' is no entry; there are: l1; l2"),
+        (["--only", "l3"], "--only 'l3' is no entry; there are: dense; l1; l2"),
         (["--questions", "all"], "needs --keep FOLDER"),
         (["--questions", "3", "--keep", "kept", "--data", "nowhere"], "needs --keep FOLDER"),
     ],
@@ -174,9 +175,15 @@ def test_saved_models_are_asked_beside_the_dense_one(small: Path, monkeypatch: p
     assert {column["evaluation"]["tasks"]["quiz"]["samples"] for column in asked["columns"]} == {3}
     page = " ".join(quality_page(json.loads(quality.RESULTS.read_text()), asked).split())
     assert "## Questions" in page and "up to 3 questions of the second half" in page
+    rows = json.dumps(str(small / "zeroshot" / "quiz.jsonl"))
+    (small / "zeroshot" / "theirs.yaml").write_text(
+        f"task: quiz_in_yaml\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {rows}}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: query\ndoc_to_choice: choices\ndoc_to_target: gold\n"
+    )
     run(small, "--questions", "all", "--only", "l1", *kept)
     asked = json.loads(quality.TASKS.read_text())
-    assert {column["evaluation"]["tasks"]["quiz"]["samples"] for column in asked["columns"]} == {8}
+    samples = [[score["samples"] for score in column["evaluation"]["tasks"].values()] for column in asked["columns"]]
+    assert samples == [[8, 8], [8, 8]] and asked["settings"]["lm_eval"]
     page = " ".join(quality_page(json.loads(quality.RESULTS.read_text()), asked).split())
     mean, error = asked["columns"][1]["difference"]["quiz"]
     assert "on all questions of each file" in page
@@ -209,6 +216,8 @@ def test_the_page_and_the_picture_show_draws(tmp_path: Path) -> None:
     assert "| balanced | 0.500 ± 0.020; 3.0; 64.0% |" in page and "| dense | 1.500 ± 0.100 |" in page
     assert "| balanced | 80 | vectors | 640 | 10 | 2 | 1.0 | 2 |" in page
     assert "Ran on fast one; torch t" in page, "the processor of the rows, not that of the last run"
+    other_tokens = replace(row("dense", 0, 30.0), entry="smaller")
+    assert "| smaller | - |" in quality_page(as_data(*read_rows(data), other_tokens)), "perplexities do not compare"
     slower = as_data(*read_rows(data), row("best", 0, 13.0, "slow one"))
     assert "Ran on fast one; but these ran on slow one: best at 20%; torch t" in quality_page(slower)
     draw_quality(data, tmp_path / "picture.svg")
@@ -273,14 +282,13 @@ def test_a_reference_whose_logits_are_more_than_a_product_is_not_kept(tmp_path: 
 def test_what_was_trained_is_read_from_the_pipeline() -> None:
     ids = torch.zeros(300, 128, dtype=torch.long)
     told = {
-        name: trained_by(list(fxprune.prune_pipeline(ids, recipe=name).leaves()), 300, 128)
-        for name in ("fast", "balanced", "best")
+        name: trained_by(fxprune.prune_pipeline(ids, recipe=name), 300, 128) for name in ("fast", "balanced", "best")
     }
     assert told["fast"] == ("", 0)
     assert told["balanced"] == ("vectors, updates of rank 8", 288 * 128)
     assert told["best"] == ("all weights", 3 * 300 * 128)
     written = fxprune.prune_pipeline(None, recipe="balanced", tokenizer=character_tokenizer())
-    assert trained_by(list(written.leaves()), 0, 128)[1] == 288 * 128
+    assert trained_by(written, 0, 128)[1] == 288 * 128
 
 
 def test_the_beginning_of_a_text_has_the_tokens_asked_for() -> None:
