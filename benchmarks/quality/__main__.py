@@ -57,7 +57,7 @@ def _missing(
     for draw in range(draws):
         for ratio in ratios:
             for entry in entries(names):
-                repeated = draw > 0 and entry.samples == 0  # draws differ in samples alone
+                repeated = draw > 0 and entry.samples == 0  # there are no samples to draw
                 if not repeated and (entry.name, ratio, draw) not in seen:
                     yield entry, ratio, draw
 

@@ -18,8 +18,8 @@ __all__ = ["KeptReference"]
 class KeptReference:
     """A model that keeps what its output embedding reads in files, and runs only the embedding when asked again.
 
-    The logits are the same to the last bit, at less than a hundredth of their size. A model whose logits are more than
-    this product runs anew each time.
+    The logits are the same to the last bit, and what is kept is as much smaller as the stream is narrower than the
+    vocabulary is large. A model whose logits are more than this product runs anew each time.
 
     Args:
         model: A Hugging Face model in evaluation mode; it is not changed.
