@@ -78,7 +78,7 @@ bench: $(STAMP) ## Latency of the demo model, dense against slim in every engine
 bench-criteria: $(STAMP) ## Perplexity of the demo model by criterion, and without grouping
 	$(RUN) -m benchmarks.criteria --json $(ARGS)
 
-bench-quality: $(STAMP) ## Recipes and their ingredients, one changed at a time: ARGS="--data FOLDER --model FOLDER"
+bench-quality: $(STAMP) ## Recipes and their ingredients, one changed at a time: ARGS="--data FOLDER --keep FOLDER --draws 3"
 	$(RUN) -m benchmarks.quality --json $(ARGS)
 
 bench-reference: $(STAMP) ## The paper's method beside its reference implementation: ARGS="--data FOLDER"

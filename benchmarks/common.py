@@ -245,11 +245,11 @@ def local_tasks(files: Iterable[Path], half: str) -> dict[str, LocalTask]:
 
     Args:
         files: JSONL of questions.
-        half: `first` half of each file (to choose settings by) or `second` (to report).
+        half: `first` half of each file (to choose settings by), `second` (to report), or `both`.
     """
     tasks = {}
     for path in files:
         middle = sum(1 for _ in json_lines(path.read_text(encoding="utf-8"))) // 2
-        start, stop = (middle, None) if half == "second" else (0, middle)
+        start, stop = (middle if half == "second" else 0), (middle if half == "first" else None)
         tasks[path.stem] = LocalTask(path, suffix="\nAnswer:", start=start, stop=stop)
     return tasks

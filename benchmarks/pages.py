@@ -13,19 +13,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.common import RESULTS, ROOT
 from benchmarks.latency.measure import HEADING, LatencyRow, read_rows
-from benchmarks.quality.entries import place_of_entry
-from benchmarks.quality.measure import Protocol, QualityRow
+from benchmarks.quality.tables import Section, sections, task_rows, type_error
 from fxprune.cli.demo import demo_name
 
 __all__ = ["draw_latency", "draw_quality", "latency_page", "quality_page", "results_page"]
 
 DOCS = ROOT / "docs"
 RECIPES = (
-    "llm-pruner",
-    "FLAP",
-    "fast",
-    "balanced",
-    "best",
+    *("llm-pruner", "FLAP", "fast", "balanced", "best", "fast, random units", "balanced, random units"),
     *(f"{name} by wanda" for name in ("fast", "balanced", "best")),
 )
 _DRAWN_AS = {"balanced by wanda": ("balanced, MLPs of multiples of 32",)}
@@ -108,63 +103,30 @@ def _fixed(rows: Sequence[LatencyRow]) -> Iterator[Sequence[str]]:
 def quality_page(
     data: Mapping[str, Any], tasks: Mapping[str, Any] | None = None, others: Sequence[Mapping[str, Any]] = ()
 ) -> str:
-    """The page of quality as Markdown, with a table for each ratio, one of questions, and those of other models.
+    """The page of quality as Markdown, with tables for each ratio, one of questions, and those of other models.
 
     Args:
         data: Results of `benchmarks.quality` on texts.
         tasks: Results of `benchmarks.quality` on questions.
         others: The same as `data` of other models.
     """
-    dense, *rows = [QualityRow(**row) for row in data["rows"]]
-    processors = [cpu for cpu, _ in Counter(row.cpu for row in rows).most_common()]
+    models = [(each, sections(each)) for each in (data, *others)]
+    counts = Counter(row.cpu for _, found in models for section in found for row in section.rows)
+    processors = [cpu for cpu, _ in counts.most_common()]
     elsewhere = {
-        cpu: list(dict.fromkeys(f"{row.entry} at {row.ratio:.0%}" for row in rows if row.cpu == cpu))
+        cpu: list(dict.fromkeys(f"{row.entry} at {row.ratio:.0%}" for row in models[0][1][0].rows if row.cpu == cpu))
         for cpu in processors[1:]
     }
     return _render(
         "quality",
-        protocol=Protocol(**data["protocol"]),
         environment=data["environment"],
         processor=processors[0],
-        other_processors=elsewhere,
-        dense=dense.perplexities,
-        tables=_by_ratio(dense, rows),
+        other_processors={cpu: entries for cpu, entries in elsewhere.items() if entries},
+        models=[found for _, found in models],
+        type_error=type_error(data, models[0][1][0].protocol),
         tasks=tasks,
-        others=[_other_model(other) for other in others],
+        task_rows=task_rows(tasks) if tasks else (),
     )
-
-
-def _other_model(data: Mapping[str, Any]) -> dict[str, Any]:
-    dense, *rows = [QualityRow(**row) for row in data["rows"]]
-    protocol = Protocol(**data["protocol"])
-    return {
-        "protocol": protocol,
-        "dense": dense.perplexities,
-        "tables": _by_ratio(dense, rows),
-        "count": dense.parameters,
-    }
-
-
-def _by_ratio(dense: QualityRow, rows: Sequence[QualityRow]) -> dict[float, list[dict[str, Any]]]:
-    ratios = sorted({row.ratio for row in rows})
-    return {ratio: list(_by_entry(dense, [row for row in rows if row.ratio == ratio])) for ratio in ratios}
-
-
-def _by_entry(dense: QualityRow, rows: Sequence[QualityRow]) -> Iterator[dict[str, Any]]:
-    """Means over the draws of each entry, with the range of perplexity over that of the dense model."""
-    for name in sorted(dict.fromkeys(row.entry for row in rows), key=place_of_entry):
-        drawn = [row for row in rows if row.entry == name]
-        over = [[row.perplexities[text] / dense.perplexities[text] for row in drawn] for text in dense.perplexities]
-        threads = max(row.threads for row in drawn)  # times with other numbers of threads do not compare
-        yield {
-            "entry": name,
-            "parameters": fmean(row.parameters for row in drawn),
-            "over_dense": [{"mean": fmean(each), "least": min(each), "most": max(each)} for each in over],
-            "seconds": fmean(row.seconds for row in drawn if row.threads == threads),
-            "threads": threads,
-            "peak_gb": max(row.peak_gb for row in drawn),
-            "draws": len(drawn),
-        }
 
 
 def _pyplot() -> Any:
@@ -212,35 +174,47 @@ def draw_latency(data: Mapping[str, Any], path: Path) -> None:
 def draw_quality(data: Mapping[str, Any], path: Path) -> None:
     """Draw perplexity over that of the dense model against the parameters left, a panel for each text.
 
-    Recipes are drawn, or all entries if no recipe was measured. Points above twenty times the dense model fall outside.
+    Recipes are drawn, or all entries if no recipe was measured; bars are the range over draws, and dashed lines join
+    what was measured by an earlier protocol. Points above twenty times the dense model fall outside.
 
     Args:
         data: Results of `benchmarks.quality` on texts.
         path: An `.svg` file.
     """
     pyplot = _pyplot()
-    dense, *rows = [QualityRow(**row) for row in data["rows"]]
+    found = sections(data)
+    rows = [row for section in found for row in section.rows]
     names = [name for name in RECIPES if any(row.entry == name for row in rows)]
-    texts = list(dense.perplexities)
+    names = names or list(dict.fromkeys(row.entry for row in rows))
+    texts = [name for name in found[-1].dense.texts if name in found[0].dense.texts] or list(found[0].dense.texts)
     figure, panels = pyplot.subplots(1, len(texts), figsize=(4.5 * len(texts), 4), sharey=True, squeeze=False)
     for axes, text in zip(panels[0], texts, strict=True):
-        for name in names or dict.fromkeys(row.entry for row in rows):
-            drawn = [row for row in rows if row.entry in (name, *_DRAWN_AS.get(name, ()))]
-            counts = sorted({row.parameters for row in drawn}, reverse=True)
-            shares = [100 * count / dense.parameters for count in counts]
-            over = [
-                fmean(row.perplexities[text] / dense.perplexities[text] for row in drawn if row.parameters == count)
-                for count in counts
-            ]
-            axes.plot([100, *shares], [1, *over], marker="o", label=name)
+        for number, name in enumerate(names):
+            for section, style in zip(found, ("-", *["--"] * (len(found) - 1)), strict=True):
+                points = [*_points(section, text, (name, *_DRAWN_AS.get(name, ())))]
+                if points:
+                    shares, values, low, high = zip((100, 1, 0, 0), *points, strict=True)
+                    label = name if name not in axes.get_legend_handles_labels()[1] else None
+                    axes.errorbar(shares, values, (low, high), marker="o", ls=style, color=f"C{number}", label=label)
         axes.set(title=text, xlabel="% of the parameters left", yscale="log", ylim=(0.95, _WORST))
         axes.set_yticks(_TICKS, [f"x{tick:g}" for tick in _TICKS])
         axes.invert_xaxis()
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("perplexity over dense")
-    panels[0][0].legend()
+    panels[0][0].legend(fontsize="small")
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def _points(section: Section, text: str, names: Sequence[str]) -> Iterator[tuple[float, float, float, float]]:
+    """Per cent of the parameters left, mean perplexity over dense at the shortest windows, and its range over draws."""
+    length = section.protocol.lengths[0]
+    dense = section.dense.at(length)[text]
+    own = [row for row in section.rows if row.entry in names and text in row.at(length)]
+    for count in sorted({row.parameters for row in own}, reverse=True):
+        over = [row.at(length)[text].value / dense.value for row in own if row.parameters == count]
+        mean = fmean(over)
+        yield 100 * count / section.dense.parameters, mean, mean - min(over), max(over) - mean
 
 
 def main() -> None:

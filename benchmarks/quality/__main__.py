@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,85 +17,104 @@ from rich.console import Console
 import fxprune
 from benchmarks import common
 from benchmarks.common import load_named, write_results
-from benchmarks.quality.entries import entries
-from benchmarks.quality.measure import (
-    Protocol,
-    QualityRow,
-    ask_questions,
-    describe,
-    measure,
-    measure_dense,
-    read_texts,
-    saved_models,
-)
+from benchmarks.quality.entries import Entry, entries
+from benchmarks.quality.measure import Bench, ask_questions, describe, saved_models
+from benchmarks.quality.reference import KeptReference
+from benchmarks.quality.rows import DENSE, Protocol, QualityRow, read_rows
+from benchmarks.quality.texts import kept_back, read_texts
 from fxprune.cli.console import widened
 from fxprune.cli.process import keep_freed
+from fxprune.offload.prefetch import has_bf16
 
 __all__ = ["RESULTS", "TASKS", "app"]
 
 RESULTS = common.RESULTS / "quality.json"
 TASKS = RESULTS.with_name("quality_tasks.json")
 
+ALL = "all"
+
 app = typer.Typer(add_completion=False)
+
+
+def _count(name: str, text: str, least: int) -> int | None:
+    """A number from the command line; None for ``all``.
+
+    Raises:
+        BadParameter: It is neither.
+    """
+    if text == ALL:
+        return None
+    if not text.isdecimal() or int(text) < least:
+        raise typer.BadParameter(f"{name} takes a number from {least} on, or {ALL!r}, not {text!r}")
+    return int(text)
 
 
 def _missing(
     done: Sequence[QualityRow], ratios: Sequence[float], draws: int, names: Sequence[str]
-) -> Iterator[tuple[Any, ...]]:
+) -> Iterator[tuple[Entry, float, int]]:
     """Entries, ratios and draws that are not measured yet, draw by draw."""
     seen = {(row.entry, row.ratio, row.draw) for row in done}
     for draw in range(draws):
         for ratio in ratios:
             for entry in entries(names):
-                repeated = draw > 0 and entry.samples == 0  # draws differ in samples alone
+                repeated = draw > 0 and entry.samples == 0  # there are no samples to draw
                 if not repeated and (entry.name, ratio, draw) not in seen:
                     yield entry, ratio, draw
 
 
-def _read(path: Path, protocol: Protocol) -> list[QualityRow]:
-    """Rows measured before with the same protocol.
-
-    Raises:
-        BadParameter: They were measured with another protocol, and would be overwritten.
-    """
-    if not path.exists():
-        return []
-    found = json.loads(path.read_text())
-    if found["protocol"] != asdict(protocol):
-        other = f"{path.name} has rows of another protocol, {Protocol(**found['protocol'])}"
-        raise typer.BadParameter(f"{other}; move it away or leave --json out")
-    return [QualityRow(**row) for row in found["rows"]]
-
-
-def _questions(data: Path | None, keep: Path | None, questions: int) -> list[Path]:
+def _questions(data: Path | None, keep: Path | None, questions: int | None) -> list[Path]:
     """Files of questions, if any are to be asked.
 
     Raises:
         BadParameter: There are no files, or no folder of saved slim models.
     """
-    files = sorted((data / "zeroshot").glob("*.jsonl")) if data is not None and questions else []
-    if questions and (keep is None or not files):
-        raise typer.BadParameter("--questions needs --keep FOLDER, and --data FOLDER with zeroshot/*.jsonl")
-    return files
+    if questions == 0:
+        return []
+    files = [] if data is None else [file for end in ("jsonl", "yaml") for file in (data / "zeroshot").glob(f"*.{end}")]
+    if keep is None or not files:
+        raise typer.BadParameter("--questions needs --keep FOLDER, and --data FOLDER with zeroshot/*.jsonl or *.yaml")
+    return sorted(files)
+
+
+def _names(only: Sequence[str]) -> Sequence[str]:
+    """Names of entries, checked.
+
+    Raises:
+        BadParameter: There is no such entry.
+    """
+    known = [DENSE, *(entry.name for entry in entries())]
+    for name in only:
+        if name not in known:
+            raise typer.BadParameter(f"--only {name!r} is no entry; there are: {'; '.join(known)}")
+    return only
 
 
 @app.command()
 def main(
     data: Annotated[Path | None, typer.Option(help="Folder of texts and zeroshot/*.jsonl; else built-in text.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="Further files to measure on.")] = None,
     model: Annotated[Path | None, typer.Option(help="Folder of a model, or GGUF file; else the demo model.")] = None,
+    smaller: Annotated[list[Path] | None, typer.Option(help="Smaller models of the family, to measure beside.")] = None,
     calibration: Annotated[str, typer.Option(help="File of the folder to calibrate on.")] = "c4_sample.jsonl",
     ratio: Annotated[list[float] | None, typer.Option(help="Fractions to remove; default 0.2, 0.35 and 0.5.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Names of entries; default all.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Names of entries; dense for that model alone.")] = None,
     draws: Annotated[int, typer.Option(min=1, help="Draws of calibration samples.")] = 1,
     samples: Annotated[int, typer.Option(min=1, help="Most calibration samples.")] = 1024,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 128,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of each text to measure on.")] = 60,
-    window: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 128,
+    windows: Annotated[str, typer.Option(help="Windows of the shortest length at the start of each text, or all.")] = (
+        "60"
+    ),
+    window: Annotated[list[int] | None, typer.Option(help="Tokens of a window; default 128, 512 and 2048.")] = None,
+    fewest: Annotated[int, typer.Option(min=1, help="Windows of each other length, at least.")] = 4,
     questions: Annotated[
-        int, typer.Option(min=0, help="Questions of each file to ask the dense model and those in --keep.")
-    ] = 0,
-    keep: Annotated[Path | None, typer.Option(help="Save each slim model in a subfolder of this folder.")] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Ask in bfloat16: faster where the CPU has it.")] = False,
+        str, typer.Option(help="Questions of each file to ask the dense model and those in --keep, or all.")
+    ] = "0",
+    keep: Annotated[
+        Path | None, typer.Option(help="Keep slim models, and the dense one's predictions, in this folder.")
+    ] = None,
+    bf16: Annotated[
+        bool | None, typer.Option("--bf16/--float32", help="Type to measure in; default bfloat16 where the CPU has it.")
+    ] = None,
     json_: Annotated[
         bool,
         typer.Option(
@@ -102,37 +122,84 @@ def main(
         ),
     ] = False,
 ) -> None:
-    """Prune by every recipe, and by the default recipe with one change, and measure perplexity."""
-    asked = _questions(data, keep, questions)
+    """Prune by every recipe, and by the default recipe with one change, and measure predictions on texts."""
+    number, most = _count("--windows", windows, 1), _count("--questions", questions, 0)
+    asked, names = _questions(data, keep, most), _names(only or ())
     keep_freed()
     console = widened(Console())
     dense, tokenizer, name = load_named(model)
-    source = "the general part of the built-in text" if data is None else calibration
-    protocol = Protocol(name, source, samples, tokens, windows, window)
-    texts = read_texts(tokenizer, data, calibration, protocol)
+    measured = torch.bfloat16 if (has_bf16(dense.device) if bf16 is None else bf16) else torch.float32
+    protocol = Protocol(
+        name,
+        "the general part of the built-in text" if data is None else calibration,
+        samples,
+        tokens,
+        kept_back(data, calibration),
+        number,
+        tuple(sorted(set(window or (128, 512, 2048)))),
+        fewest,
+        str(measured).removeprefix("torch."),
+    )
+    texts = read_texts(tokenizer, data, calibration, protocol, text or ())
     report = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     report(str(protocol))
     results, answers = (path if model is None else path.with_stem(f"{path.stem}-{name}") for path in (RESULTS, TASKS))
-    rows = _read(results, protocol) if json_ else []
-    rows = rows or [measure_dense(dense, texts)]
-    for row in rows:
-        report(describe(row, rows[0]))
+    rows = read_rows(json.loads(results.read_text())) if json_ and results.exists() else []
     ratios = ratio or [0.2, 0.35, 0.5]
-    for entry, part, draw in _missing(rows, ratios, draws, only or ()):
-        try:
-            rows.append(measure(dense, tokenizer, texts, entry, part, draw, protocol, keep))
-        except fxprune.FxpruneError as error:
-            report(f"{part:.0%}, draw {draw}: {entry.name}: {error}")
-            continue
-        report(describe(rows[-1], rows[0]))
+
+    def add(row: QualityRow) -> None:
+        rows[:] = [*(each for each in rows if each.key != row.key), row]
         if json_:
-            write_results(results, {"protocol": asdict(protocol), "rows": [asdict(row) for row in rows]})
+            write_results(results, {"rows": [each.to_dict() for each in rows]})
+
+    with tempfile.TemporaryDirectory() as folder:
+        converted: Any = copy.deepcopy(dense)
+        reference = KeptReference(converted.to(dtype=measured), keep / DENSE if keep else Path(folder))
+        bench = Bench(dense, tokenizer, texts, protocol, reference, keep)
+        # a row without one of the texts is measured anew, which costs little where its model was kept
+        done = [row for row in rows if row.protocol == protocol and row.texts.keys() >= texts.heldout.keys()]
+        _measure(bench, done, smaller or (), list(_missing(done, ratios, draws, names)), add, report)
     if keep is not None and asked:
-        models = saved_models(keep, [row for row in rows if row.ratio in ratios and (not only or row.entry in only)])
-        found = ask_questions(dense, tokenizer, models, asked, questions, torch.bfloat16 if bf16 else torch.float32)
-        console.print(found.table(f"{name}, up to {questions} questions of the second half of each file"))
+        own = [row for row in rows if row.protocol == protocol and row.ratio in ratios]
+        models = saved_models(keep, [row for row in own if not names or row.entry in names])
+        compared = ask_questions(dense, tokenizer, models, asked, most, measured)
+        console.print(compared.table(f"{name}, all questions" if most is None else f"{name}, up to {most} questions"))
         if json_:
-            write_results(answers, found.to_dict())
+            write_results(answers, compared.to_dict())
+
+
+def _measure(
+    bench: Bench,
+    done: Sequence[QualityRow],
+    smaller: Sequence[Path],
+    missing: Sequence[tuple[Entry, float, int]],
+    add: Callable[[QualityRow], None],
+    report: Callable[[str], None],
+) -> None:
+    """Measure what is missing, the dense model first; each row is added and described as it comes."""
+    known = {row.entry: row for row in done}
+    dense = known.get(DENSE)
+    for row in done:
+        report(describe(row, dense or row))
+    if dense is None:
+        dense = bench.dense()
+        add(dense)
+        report(describe(dense, dense))
+    for path in smaller:
+        model: Any
+        model, tokenizer, name = load_named(path)
+        if name not in known:
+            row = bench.whole(name, model.to(dtype=bench.reference.model.dtype), model, tokenizer)
+            add(row)
+            report(describe(row, dense))
+    for entry, ratio, draw in missing:
+        try:
+            row = bench.pruned(entry, ratio, draw)
+        except fxprune.FxpruneError as error:
+            report(f"{ratio:.0%}, draw {draw}: {entry.name}: {error}")
+            continue
+        add(row)
+        report(describe(row, dense))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,13 @@ def _by_wanda(name: str, samples: int) -> str:
     return str(recipe)
 
 
+def _fitted_and_tuned(importance: str, select: str) -> str:
+    """The default recipe with scores and a selection of another method."""
+    recipe = read_recipe("balanced")
+    recipe["importance"], recipe["select"] = importance, select
+    return str(recipe)
+
+
 BALANCED = _by_wanda("balanced", 64)
 UNCOUNTED = BALANCED.replace(", truth=0.2", "")
 BUILT_IN = BALANCED.replace("{written=288}", "{built_in=288}")
@@ -62,6 +69,20 @@ ENTRIES = (
     Entry("best", {"recipe": "best"}),
     Entry("fast, random units", {"recipe": "fast", "importance": "random"}),
     Entry("balanced, random units", {"importance": "random"}),
+    Entry(
+        "llm-pruner, fitted and tuned as balanced",
+        {"recipe": _fitted_and_tuned("taylor{samples=64}", "select-by-ratio")},
+    ),
+    Entry(
+        "FLAP, fitted and tuned as balanced",
+        {"recipe": _fitted_and_tuned("flap{samples=64}", "select-by-ratio{ranking=global}")},
+        ("flap",),
+    ),
+    Entry(
+        "whole layers, fitted and tuned as balanced",
+        {"recipe": _fitted_and_tuned("block-influence{samples=64}", "select-by-ratio{kinds=[layer], protect=[]}")},
+        ("block-influence",),
+    ),
     Entry("fast by wanda", {"recipe": "fast", "importance": "wanda"}),
     Entry("balanced by wanda", {"recipe": BALANCED}),
     Entry("best by wanda", {"recipe": BEST}),
@@ -116,8 +137,10 @@ ENTRIES = (
         )
     ),
 )
-"""Recipes first, then the recipes with the scores they had before, then ``balanced by wanda`` with one change. Most of
-these are not tuned: tuning evens out differences between its starting points, and takes the most time."""
+"""Recipes first, with their controls: random units of the same widths, and the selections of other methods with the fit
+and the tuning of the default recipe. Then the recipes with the scores they had before, then ``balanced by wanda`` with
+one change. Most of these are not tuned: tuning evens out differences between its starting points, and takes the most
+time."""
 
 
 def entries(names: Sequence[str] = ()) -> list[Entry]:

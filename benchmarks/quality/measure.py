@@ -1,10 +1,12 @@
-"""Measure a prune by perplexity, and saved slim models by questions."""
+"""Measure a prune by its predictions on texts, and saved slim models by questions."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,158 +15,139 @@ import torch
 import fxprune
 from benchmarks.common import cpu_name, local_tasks, memory_bytes, reset_peak_memory
 from benchmarks.quality.entries import Entry, place_of_entry
-from fxprune.data.built_in import general_text, offline_text
-from fxprune.data.text import calibration_text, split_calibration_heldout, token_windows
-from fxprune.evaluation import perplexity
+from benchmarks.quality.reference import KeptReference
+from benchmarks.quality.rows import DENSE, Protocol, QualityRow, blocks, over_dense, read_rows
+from benchmarks.quality.texts import Texts, beginning
+from fxprune.evaluation import Perplexity, text_perplexity
 from fxprune.evaluation.comparison import Column, Comparison, measure_model
+from fxprune.evaluation.tasks import named_tasks
+from fxprune.pipeline.pipeline import Pipeline
 
-__all__ = [
-    "Protocol",
-    "QualityRow",
-    "Texts",
-    "ask_questions",
-    "describe",
-    "measure",
-    "measure_dense",
-    "read_texts",
-    "saved_models",
-    "with_ratio",
-]
+__all__ = ["Bench", "ask_questions", "describe", "saved_models", "trained_by", "with_ratio"]
+
+_BATCH_TOKENS = 512
+"""Tokens of the windows that run at once; a longer window runs alone."""
+
+_ROW = "row.json"
+"""File beside a kept slim model: its row, from which a later run takes what the prune cost."""
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """Settings shared by all rows.
+class Bench:
+    """A dense model, what it is pruned and measured with, and its predictions.
 
     Attributes:
-        model: Name of the model.
-        calibration: Name of the text to calibrate and tune on.
-        samples: Most calibration samples.
-        tokens: Tokens of a calibration sample.
-        windows: Windows of each text to measure on, from its start.
-        window: Tokens of a window; windows do not overlap.
-    """
-
-    model: str
-    calibration: str
-    samples: int
-    tokens: int
-    windows: int
-    window: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.model}, calibrated on up to {self.samples} x {self.tokens} tokens of {self.calibration}; "
-            f"perplexity on the first {self.windows} x {self.window} tokens of each text"
-        )
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Token ids to calibrate and to measure on.
-
-    Attributes:
-        calibration: All samples of the text: `(samples, tokens)`.
-        heldout: Windows of each text, by name: `(windows, window)`.
-    """
-
-    calibration: torch.Tensor
-    heldout: dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class QualityRow:
-    """Measurement of one prune.
-
-    Attributes:
-        entry: Name of the entry; `dense` for the dense model.
-        ratio: Requested fraction of all parameters.
-        draw: Seed of the draw of calibration samples.
-        parameters: Parameters of the slim model.
-        perplexities: Perplexity by name of the text.
-        seconds: Seconds of the prune: wall clock, or with one thread processor time, which excludes other work.
-        peak_gb: Peak resident memory of the prune, in 10^9 bytes.
-        passes: The pipeline as text.
-        threads: Number of threads.
-        cpu: Name of the processor.
-    """
-
-    entry: str
-    ratio: float
-    draw: int
-    parameters: int
-    perplexities: dict[str, float]
-    seconds: float
-    peak_gb: float
-    passes: str
-    threads: int
-    cpu: str
-
-
-def read_texts(tokenizer: Any, data: Path | None, calibration: str, protocol: Protocol) -> Texts:
-    """Read and tokenize the texts.
-
-    Args:
-        tokenizer: Turns text into ids.
-        data: Folder of texts, `*.txt` and `*/test.txt` of which are measured on; None for built-in text.
-        calibration: Name of the file in the folder to calibrate on.
-        protocol: Sizes of samples and windows.
-    """
-    if data is None:
-        front, back = split_calibration_heldout(general_text(), calibration=0.75)
-        held = {"the rest of the general text": back, "Python's reference": offline_text()}
-    else:
-        front = calibration_text(data / calibration)
-        files = [*sorted(data.glob("*.txt")), *sorted(data.glob("*/test.txt"))]
-        held = {str(path.relative_to(data)): calibration_text(path) for path in files}
-    return Texts(
-        token_windows(tokenizer, front, protocol.tokens),
-        {name: token_windows(tokenizer, text, protocol.window, limit=protocol.windows) for name, text in held.items()},
-    )
-
-
-def measure(
-    model: Any,
-    tokenizer: Any,
-    texts: Texts,
-    entry: Entry,
-    ratio: float,
-    draw: int,
-    protocol: Protocol,
-    keep: Path | None = None,
-) -> QualityRow:
-    """Prune by an entry and measure the slim model.
-
-    Args:
-        model: The dense model; it is not changed.
+        model: The dense model, in float32; it is not changed.
         tokenizer: Its tokenizer.
         texts: Texts to calibrate and to measure on.
-        entry: The prune.
-        ratio: Fraction of all parameters to remove.
-        draw: Seed of the draw of calibration samples.
-        protocol: Sizes of samples and windows.
-        keep: Folder to save the slim model in, as a subfolder.
+        protocol: Settings of the measurement.
+        reference: The dense model in the type of the measurement.
+        keep: Folder that slim models are kept in, as subfolders; None to keep none.
     """
-    order = torch.randperm(len(texts.calibration), generator=torch.Generator().manual_seed(draw))
-    count = protocol.samples if entry.samples is None else min(protocol.samples, entry.samples)
-    samples = texts.calibration[order[:count]] if count else None
-    options = {key: with_ratio(value, ratio) for key, value in entry.options.items()}
-    passes = str(fxprune.prune_pipeline(samples, tokenizer=tokenizer, ratio=ratio, **options))
-    threads = torch.get_num_threads()
-    clock = time.process_time if threads == 1 else time.perf_counter
-    reset_peak_memory()
-    begin = clock()
-    result = fxprune.prune(model, samples, tokenizer=tokenizer, ratio=ratio, **options)
-    seconds, peak = clock() - begin, memory_bytes("VmHWM") / 1e9
-    if keep is not None:
-        result.save_pretrained(_folder_of(keep, entry.name, ratio, draw), tokenizer)
-    perplexities = _perplexities(result.model or result.graph_module, texts)
-    parameters = result.report.parameters[1]
-    return QualityRow(entry.name, ratio, draw, parameters, perplexities, seconds, peak, passes, threads, cpu_name())
+
+    model: Any
+    tokenizer: Any
+    texts: Texts
+    protocol: Protocol
+    reference: KeptReference
+    keep: Path | None = None
+
+    def dense(self) -> QualityRow:
+        """Row of the dense model, which others are compared with."""
+        return self.whole(DENSE, self.reference, self.model, self.tokenizer)
+
+    def whole(self, name: str, run: Any, model: Any, tokenizer: Any) -> QualityRow:
+        """Row of a model that is not pruned.
+
+        Args:
+            name: Name of the row.
+            run: What is measured: the model, or a reference made of it.
+            model: The model.
+            tokenizer: Its tokenizer; predictions are compared with the dense model's if both have the same tokens.
+        """
+        same = run is not self.reference and tokenizer.get_vocab() == self.tokenizer.get_vocab()
+        texts = self._measure(run, tokenizer, compared=same)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        return QualityRow(name, 0.0, 0, self.protocol, count, texts, cpu=cpu_name(), threads=torch.get_num_threads())
+
+    def pruned(self, entry: Entry, ratio: float, draw: int) -> QualityRow:
+        """Row of a prune by an entry; a slim model that an equal prune left in the folder is only measured.
+
+        Args:
+            entry: The prune.
+            ratio: Fraction of all parameters to remove.
+            draw: Seed of the draw of calibration samples, and of the passes that take one.
+        """
+        samples = self._samples(entry, draw)
+        options = {key: with_ratio(value, ratio) for key, value in entry.options.items()}
+        options |= {"tokenizer": self.tokenizer, "ratio": ratio, "seed": draw}
+        pipeline = fxprune.prune_pipeline(samples, **options)
+        row = self._kept(entry, ratio, draw, str(pipeline))
+        slim: Any
+        if row is not None and self.keep is not None:
+            slim = fxprune.from_pretrained(_folder_of(self.keep, row))
+        else:
+            trained, read = trained_by(pipeline, 0 if samples is None else len(samples), self.protocol.tokens)
+            begun = QualityRow(entry.name, ratio, draw, self.protocol, 0, {}, passes=str(pipeline), trained=trained,
+                               trained_tokens=read, threads=torch.get_num_threads(), cpu=cpu_name())  # fmt: skip
+            row, slim = self._prune(begun, samples, options)
+        if hasattr(slim, "config"):  # a graph keeps the type that it was traced in
+            slim.to(self.reference.model.dtype)
+        return replace(row, protocol=self.protocol, texts=self._measure(slim, self.tokenizer))
+
+    def _prune(
+        self, row: QualityRow, samples: torch.Tensor | None, options: Mapping[str, Any]
+    ) -> tuple[QualityRow, Any]:
+        """Prune, and keep the slim model; returns the row with what it cost, and the slim model or its graph."""
+        clock = time.process_time if row.threads == 1 else time.perf_counter
+        reset_peak_memory()
+        begin = clock()
+        result = fxprune.prune(self.model, samples, **options)
+        seconds, peak = clock() - begin, memory_bytes("VmHWM") / 1e9
+        row = replace(row, parameters=result.report.parameters[1], seconds=seconds, peak_gb=peak)
+        if result.model is None:
+            return row, result.graph_module
+        if self.keep is not None:
+            folder = _folder_of(self.keep, row)
+            result.save_pretrained(folder, self.tokenizer)
+            (folder / _ROW).write_text(json.dumps(row.to_dict()), encoding="utf-8")
+        return row, result.model
+
+    def _samples(self, entry: Entry, draw: int) -> torch.Tensor | None:
+        rows = self.texts.calibration
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(draw))
+        most = self.protocol.samples
+        count = most if entry.samples is None else min(most, entry.samples)
+        return rows[order[:count]] if count else None
+
+    def _kept(self, entry: Entry, ratio: float, draw: int, passes: str) -> QualityRow | None:
+        """The row of a slim model that the same prune left in the folder."""
+        if self.keep is None:
+            return None
+        file = self.keep / f"{entry.name}-{ratio:g}-{draw}" / _ROW
+        found = read_rows({"rows": [json.loads(file.read_text(encoding="utf-8"))]}) if file.exists() else ()
+        same = (row for row in found if (row.passes, row.protocol.calibrated) == (passes, self.protocol.calibrated))
+        return next(same, None)
+
+    def _measure(self, run: Any, tokenizer: Any, *, compared: bool = True) -> dict[str, tuple[Perplexity, ...]]:
+        return {name: tuple(self._at_lengths(run, tokenizer, name, compared)) for name in self.texts.heldout}
+
+    def _at_lengths(self, run: Any, tokenizer: Any, name: str, compared: bool) -> Iterator[Perplexity]:
+        text = self.texts.heldout[name]
+        for length in self.protocol.lengths:
+            found = text_perplexity(
+                run,
+                tokenizer,
+                beginning(tokenizer, text, self.protocol.text_tokens(length)),
+                window=length,
+                batch=max(1, _BATCH_TOKENS // length),
+                reference=self.reference if compared else None,
+            )
+            yield replace(found, losses=blocks(found.losses))
 
 
-def _folder_of(keep: Path, entry: str, ratio: float, draw: int) -> Path:
-    return keep / f"{entry}-{ratio:g}-{draw}"
+def _folder_of(keep: Path, row: QualityRow) -> Path:
+    return keep / f"{row.entry}-{row.ratio:g}-{row.draw}"
 
 
 def with_ratio(value: Any, ratio: float) -> Any:
@@ -172,22 +155,35 @@ def with_ratio(value: Any, ratio: float) -> Any:
     return value % ratio if isinstance(value, str) and "%s" in value else value
 
 
-def _perplexities(model: Any, texts: Texts) -> dict[str, float]:
-    return {name: float(perplexity(model, ids)) for name, ids in texts.heldout.items()}
+def trained_by(pipeline: Pipeline, samples: int, tokens: int) -> tuple[str, int]:
+    """Names of what a pipeline trains, and the most tokens that it reads for that, counted as often as they are read.
 
-
-def measure_dense(model: Any, texts: Texts) -> QualityRow:
-    """Measure the dense model, as the row that others are compared with."""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return QualityRow("dense", 0.0, 0, count, _perplexities(model, texts), 0.0, 0.0, "", 0, cpu_name())
+    Args:
+        pipeline: Passes of a prune.
+        samples: Samples given to it; 0 for those that its first pass makes itself.
+        tokens: Tokens of a sample.
+    """
+    what, recorded, read = "", 0, 0.0
+    for step in pipeline.leaves():
+        known: Any = step  # the suite of passes is found by name, not imported
+        if step.stage == "prepare" and not samples:
+            samples = getattr(known, "substitutes", 0)
+        elif step.stage == "teach":
+            recorded = step.cost(samples).recorded
+        elif step.stage == "tune":
+            vectors = f"vectors, updates of rank {known.rank}" if known.rank else "vectors"
+            what = "all weights" if known.weights else vectors
+            read += known.epochs * recorded * tokens
+    return what, round(read)
 
 
 def describe(row: QualityRow, dense: QualityRow) -> str:
-    """Describe a row in one line."""
-    texts = [
-        f"{name} {value:.1f} (x{value / dense.perplexities[name]:.2f})" for name, value in row.perplexities.items()
-    ]
-    line = f"{row.entry}: {', '.join(texts)}; {row.parameters:,} parameters"
+    """Describe a row in one line, by its shortest windows."""
+    length = row.protocol.lengths[0]
+    others = dense.at(length)
+    pairs = [(name, one, over_dense(one, others[name])) for name, one in row.at(length).items()]
+    found = [f"{name} {one.value:.1f}" + (f" (x{over[0]:.2f})" if over else "") for name, one, over in pairs]
+    line = f"{row.entry}: {', '.join(found)}; {row.parameters:,} parameters"
     if not row.passes:
         return line
     cost = f"{row.seconds:.0f} s with {row.threads} thread(s), {row.peak_gb:.1f} GB"
@@ -203,7 +199,7 @@ def saved_models(keep: Path, rows: Iterable[QualityRow]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for row in sorted(rows, key=lambda row: (row.ratio, place_of_entry(row.entry), row.draw)):
-        folder = _folder_of(keep, row.entry, row.ratio, row.draw)
+        folder = _folder_of(keep, row)
         if folder.is_dir():
             found.setdefault(f"{row.entry}, {row.ratio:.0%}", folder)
     return found
@@ -214,26 +210,36 @@ def ask_questions(
     tokenizer: Any,
     models: Mapping[str, Path],
     files: Iterable[Path],
-    questions: int,
+    questions: int | None,
     dtype: torch.dtype,
 ) -> Comparison:
-    """Ask the dense model and slim models the same questions, from the second half of each file.
+    """Ask the dense model and slim models the same questions.
 
     Args:
         dense: The dense model; it is converted to `dtype`.
         tokenizer: Tokenizer of all models.
         models: Folders of slim models, by name.
-        files: JSONL of questions.
-        questions: Most questions of a file.
+        files: JSONL of questions, and YAML of tasks of lm-evaluation-harness.
+        questions: Most questions of the second half of a file of questions, and of a task; None for all of both halves.
         dtype: Type of the models.
     """
-    tasks = local_tasks(files, "second")
+    half = "both" if questions is None else "second"
+    given = list(files)
+    tasks = {
+        **local_tasks([path for path in given if path.suffix == ".jsonl"], half),
+        **named_tasks([path for path in given if path.suffix == ".yaml"]),
+    }
 
     def columns() -> Iterator[Column]:
-        yield measure_model("dense", dense.to(dtype=dtype), tokenizer, texts=(), tasks=tasks, questions=questions)
+        yield measure_model(DENSE, dense.to(dtype=dtype), tokenizer, texts=(), tasks=tasks, questions=questions)
         for name, folder in models.items():
             slim: Any = fxprune.from_pretrained(folder)
             yield measure_model(name, slim.to(dtype=dtype), tokenizer, texts=(), tasks=tasks, questions=questions)
 
-    settings = {"questions": questions, "half": "second", "measured_in": str(dtype)}
+    settings = {
+        "questions": questions,
+        "half": half,
+        "measured_in": str(dtype),
+        "lm_eval": version("lm_eval"),
+    }
     return Comparison(tuple(columns()), settings)

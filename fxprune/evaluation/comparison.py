@@ -44,11 +44,13 @@ class Evaluation:
         return sum(score.value for score in self.tasks.values()) / len(self.tasks) if self.tasks else None
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers as plain data, without the single answers."""
+        """All numbers as plain data, without those of single windows and answers."""
         scores = {name: asdict(score) for name, score in self.tasks.items()}
         for score in scores.values():
             del score["correct"], score["answers"]
         perplexities = {name: asdict(value) for name, value in self.perplexities.items()}
+        for value in perplexities.values():
+            del value["losses"]
         generation = None if self.generation is None else asdict(self.generation)
         answers = {} if self.answers is None else dict(zip(self.answers.questions, self.answers.texts, strict=True))
         return {

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,9 @@ def load_corpus(source: str | Path) -> str:
 
 _REMEDY = "Pass a language model that takes input_ids, and its own tokenizer"
 
+_WIDENED = 2**25
+"""Logits that are widened to float32 at once: with a large vocabulary those of a long window take gigabytes."""
+
 _LARGEST = 700.0
 """Nats: exp(710) overflows a float."""
 
@@ -94,6 +97,7 @@ class Perplexity:
         standard_error: standard error of ``value``, from the spread of the mean cross-entropy over windows.
         window: tokens that the model sees at once.
         stride: tokens between the starts of two windows; each window predicts the tokens after those of the last one.
+        losses: cross-entropy of each window in nats, summed over the tokens that it predicts; for paired comparison.
     """
 
     value: float
@@ -105,6 +109,7 @@ class Perplexity:
     bits_per_byte: float = 0.0
     bits_per_byte_error: float = 0.0
     divergence: Divergence | None = None
+    losses: tuple[float, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,7 @@ def text_perplexity(
         bits,
         bits_error,
         measured.divergence(counts),
+        tuple(measured.losses.tolist()),
     )
 
 
@@ -351,18 +357,43 @@ def _measure_windows(
                 continue
             counted = torch.arange(1, chunk.shape[1])[None].to(chunk.device) >= parts[turn][1].to(chunk.device)[:, None]
             rows = slice(turn * batch, turn * batch + len(chunk))
-            logits, target = logits_of(output)[:, :-1].float(), chunk[:, 1:]
-            sums[0, rows] = _cross_entropies(logits, target, counted).to(device)
-            if theirs is not None:
-                expected = _same_tokens(logits_of(theirs)[:, :-1].float().to(logits.device), logits)
-                sums[1, rows] = _cross_entropies(expected, target, counted).to(device)
-                same = logits.argmax(-1) == expected.argmax(-1)
-                sums[2, rows] = (same & counted).double().sum(dim=1).to(device)
-                wanted = expected.log_softmax(-1)
-                apart = (wanted.exp() * (wanted - logits.log_softmax(-1))).sum(-1).clamp(min=0).double()
-                divergences[rows] = apart.masked_fill(~counted, math.nan).to(device)
+            logits = logits_of(output)[:, :-1]
+            expected = None if theirs is None else _same_tokens(logits_of(theirs)[:, :-1].to(logits.device), logits)
+            found, apart = _compared(logits, expected, chunk[:, 1:], counted)
+            sums[:, rows] = found.to(device)
+            if expected is not None:
+                divergences[rows] = apart.to(device)
     all_reduce([sums, divergences] if compared else [sums])
     return _Measured(sums[0].cpu(), sums[1].cpu(), sums[2].cpu(), divergences.cpu())
+
+
+def _compared(logits: Tensor, expected: Tensor | None, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses of a model and of the reference, and tokens that both rank first, of each window; and the divergences.
+
+    Args:
+        logits: ``(windows, tokens, vocabulary)``.
+        expected: the same of the reference; None if there is none.
+        target: next tokens ``(windows, tokens)``.
+        counted: which of them are predicted.
+    """
+    sums = torch.zeros(3, len(target), dtype=torch.double, device=logits.device)
+    apart = torch.full(target.shape, math.nan, dtype=torch.double, device=logits.device)
+    positions = max(1, _WIDENED // (len(target) * logits.shape[-1]))
+    for part in (slice(start, start + positions) for start in range(0, target.shape[1], positions)):
+        ours = logits[:, part].float()
+        sums[0] += _cross_entropies(ours, target[:, part], counted[:, part])
+        if expected is not None:
+            wanted = expected[:, part].float()
+            sums[1] += _cross_entropies(wanted, target[:, part], counted[:, part])
+            sums[2] += ((ours.argmax(-1) == wanted.argmax(-1)) & counted[:, part]).double().sum(dim=1)
+            apart[:, part] = _divergences(ours, wanted).masked_fill(~counted[:, part], math.nan)
+    return sums, apart
+
+
+def _divergences(logits: Tensor, expected: Tensor) -> Tensor:
+    """Kullback-Leibler divergences from the expected distributions, in nats: ``(windows, tokens)``."""
+    wanted = expected.log_softmax(-1)
+    return (wanted.exp() * (wanted - logits.log_softmax(-1))).sum(-1).clamp(min=0).double()
 
 
 def _cross_entropies(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ import fxprune
 from benchmarks.pages import draw_quality, quality_page
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import entries as entries_module
+from benchmarks.quality import texts as texts_module
 from benchmarks.quality.entries import ENTRIES, Entry, entries
-from benchmarks.quality.measure import Protocol, QualityRow, with_ratio
+from benchmarks.quality.measure import trained_by, with_ratio
+from benchmarks.quality.reference import KeptReference
+from benchmarks.quality.rows import Protocol, QualityRow, blocks, compare, read_rows
+from benchmarks.quality.texts import beginning, python_code, read_texts
+from fxprune.evaluation import Divergence, Perplexity
 from tests.models import tiny
 from tests.tokens import character_tokenizer
 
@@ -37,6 +43,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(entries_module, "ENTRIES", (*cheap, Entry("none", {}, ("no-such-pass",))))
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "results" / "quality.json")
     monkeypatch.setattr(quality, "load_named", lambda _: (tiny("llama"), character_tokenizer(), "tiny"))
+    monkeypatch.setattr(texts_module, "python_code", lambda: "def double(x):\n    return 2 * x\n" * 20)
     (tmp_path / "some").mkdir()
     (tmp_path / "c4.jsonl").write_text("\n".join(json.dumps({"text": "abcd" * 20}) for _ in range(3)))
     (tmp_path / "some" / "test.txt").write_text("held out " * 30)
@@ -53,10 +60,15 @@ def run(folder: Path, *more: str) -> str:
     return " ".join(result.output.split())
 
 
+def found_rows() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(quality.RESULTS.read_text())["rows"]
+    return rows
+
+
 def test_it_measures_each_entry_once_and_prints_the_protocol(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = run(small, "--only", "l1", "--keep", str(small / "kept"))
     assert fxprune.from_pretrained(small / "kept" / "l1-0.1-0").num_parameters() < tiny("llama").num_parameters()
-    assert "tiny, calibrated on up to 3 x 8 tokens of c4.jsonl; perplexity on the first 2 x 16 tokens" in printed
+    assert "tiny, calibrated on up to 3 x 8 tokens of c4.jsonl; measured on the first 2 x 16 tokens" in printed
     assert "dense: other.txt" in printed and "10%, draw 0: l1: other.txt" in printed and "l2" not in printed
     calls: list[str] = []
     prune = fxprune.prune
@@ -71,20 +83,81 @@ def test_it_measures_each_entry_once_and_prints_the_protocol(small: Path, monkey
     assert calls == ["l2"] and "draw 0: l1" in printed
     data = json.loads(quality.RESULTS.read_text())
     assert [row["entry"] for row in data["rows"]] == ["dense", "l1", "l2"]
-    assert set(data["rows"][1]["perplexities"]) == {"other.txt", "some/test.txt"}
+    code = next(name for name in data["rows"][0]["texts"] if name.startswith("code of Python 3."))
+    assert set(data["rows"][1]["texts"]) == {"other.txt", "some/test.txt", code}
     assert data["rows"][1]["passes"].startswith("calibrate{built_in=10}\nfind-groups\nl1\nselect-by-ratio{ratio=0.1}")
     page = quality_page(data)
     assert "## 10% of the parameters" in page and page.count("| x") >= 2 and "| l1 | " in page
 
 
+def test_a_kept_model_is_measured_by_another_protocol_without_a_prune(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = ["--only", "l1", "--keep", str(small / "kept"), "--float32"]
+    run(small, *kept)
+    monkeypatch.setattr(fxprune, "prune", None)
+    (small / "more.txt").write_text("yet another text " * 20)
+    run(small, *kept, "--text", str(small / "more.txt"))
+    assert [row["entry"] for row in found_rows()] == ["dense", "l1"], "rows that lack a text are replaced"
+    assert all("more.txt" in row["texts"] for row in found_rows())
+    run(small, *kept, "--window", "16", "--window", "32", "--fewest", "3")
+    rows = found_rows()
+    assert [row["protocol"]["lengths"] for row in rows] == [[16], [16], [16, 32], [16, 32]]
+    assert [(one["window"], one["windows"]) for one in rows[-1]["texts"]["other.txt"]] == [(16, 2), (32, 3)]
+    first, again = (row["texts"]["other.txt"][0] for row in (rows[1], rows[3]))
+    assert first["losses"] == again["losses"] and first["divergence"]["ratio"] > 0
+    assert rows[1]["seconds"] == rows[3]["seconds"]
+    run(small, *kept, "--windows", "all")
+    assert found_rows()[-1]["texts"]["other.txt"][0]["windows"] == 390 // 16
+    with pytest.raises(TypeError):  # other samples make another slim model
+        run(small, *kept, "--samples", "2")
+
+
+def test_rows_of_the_calibration_text_are_kept_back(small: Path) -> None:
+    rows = [f"row {i}: {'abcd' * 5}" for i in range(17)]
+    (small / "c4.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    tokenizer = character_tokenizer()
+    protocol = Protocol("tiny", "c4.jsonl", 3, 8, kept_back=8)
+    texts = read_texts(tokenizer, small, "c4.jsonl", protocol)
+    assert texts.heldout["c4.jsonl, kept back"] == f"{rows[7]}\n\n{rows[15]}"
+    calibrated = tokenizer.decode(texts.calibration.flatten())
+    assert "row 6" in calibrated and "row 7" not in calibrated and "row 15" not in calibrated
+    run(small, "--only", "l1")
+    assert found_rows()[0]["protocol"]["kept_back"] == 8
+
+
+def test_a_smaller_model_stands_beside_the_pruned_ones(small: Path) -> None:
+    run(small, "--only", "l1", "--smaller", "anything")
+    run(small, "--only", "l1", "--smaller", "anything")
+    data = json.loads(quality.RESULTS.read_text())
+    assert [row["entry"] for row in data["rows"]] == ["dense", "tiny", "l1"]
+    apart = data["rows"][1]["texts"]["other.txt"][0]["divergence"]
+    assert apart["ratio"] == pytest.approx(1) and apart["agreement"] == 1, "it is the same model here"
+    assert "| tiny | x1.00" in quality_page(data)
+
+
 def test_rows_of_another_protocol_are_kept_and_entries_without_samples_measured_once(small: Path) -> None:
     run(small, "--only", "l1", "--only", "l2", "--draws", "2")
-    rows = json.loads(quality.RESULTS.read_text())["rows"]
-    assert [(row["entry"], row["draw"]) for row in rows] == [("dense", 0), ("l1", 0), ("l2", 0), ("l1", 1)]
-    before = quality.RESULTS.read_text()
-    result = CliRunner().invoke(quality.app, ["--data", str(small), "--calibration", "c4.jsonl", "--json"])
-    assert result.exit_code == 2 and "rows of another protocol" in " ".join(result.output.split())
-    assert quality.RESULTS.read_text() == before
+    assert [(row["entry"], row["draw"]) for row in found_rows()] == [("dense", 0), ("l1", 0), ("l2", 0), ("l1", 1)]
+    before = found_rows()
+    run(small, "--only", "l1", "--windows", "1")
+    assert found_rows()[:4] == before
+    assert [(row["entry"], row["protocol"]["windows"]) for row in found_rows()[4:]] == [("dense", 1), ("l1", 1)]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--windows", "0"], "--windows takes a number from 1 on, or 'all', not '0'"),
+        (["--questions", "-1"], "--questions takes a number from 0 on"),
+        (["--only", "l3"], "--only 'l3' is no entry; there are: dense; l1; l2"),
+        (["--questions", "all"], "needs --keep FOLDER"),
+        (["--questions", "3", "--keep", "kept", "--data", "nowhere"], "needs --keep FOLDER"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_measured(small: Path, options: list[str], told: str) -> None:
+    result = CliRunner().invoke(quality.app, ["--data", str(small), *options], env={"COLUMNS": "200"})
+    assert result.exit_code == 2 and told in " ".join(result.output.replace("│", " ").split()), result.output
 
 
 def test_saved_models_are_asked_beside_the_dense_one(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,32 +168,131 @@ def test_saved_models_are_asked_beside_the_dense_one(small: Path, monkeypatch: p
     kept = ["--keep", str(small / "kept")]
     run(small, "--only", "l1", "--draws", "2", *kept)
     run(small, "--only", "l2")  # is not kept
-    printed = run(small, "--questions", "3", "--bf16", *kept)
+    printed = run(small, "--questions", "3", "--bf16", "--only", "l1", *kept)
     assert "up to 3 questions" in printed and "l1, 10%" in printed and "l2, 10%" not in printed
     asked = json.loads(quality.TASKS.read_text())
     assert [column["name"] for column in asked["columns"]] == ["dense", "l1, 10%"]
     assert {column["evaluation"]["tasks"]["quiz"]["samples"] for column in asked["columns"]} == {3}
     page = " ".join(quality_page(json.loads(quality.RESULTS.read_text()), asked).split())
-    assert "## Questions" in page and "| l1, 10% | 0." in page and "up to 3 questions of the second half" in page
-    for options in (["--questions", "3"], ["--questions", "3", *kept, "--data", str(small / "some")]):
-        with pytest.raises(AssertionError, match="needs --keep FOLDER"):
-            run(small, *options)
+    assert "## Questions" in page and "up to 3 questions of the second half" in page
+    rows = json.dumps(str(small / "zeroshot" / "quiz.jsonl"))
+    (small / "zeroshot" / "theirs.yaml").write_text(
+        f"task: quiz_in_yaml\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {rows}}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: query\ndoc_to_choice: choices\ndoc_to_target: gold\n"
+    )
+    run(small, "--questions", "all", "--only", "l1", *kept)
+    asked = json.loads(quality.TASKS.read_text())
+    samples = [[score["samples"] for score in column["evaluation"]["tasks"].values()] for column in asked["columns"]]
+    assert samples == [[8, 8], [8, 8]] and asked["settings"]["lm_eval"]
+    page = " ".join(quality_page(json.loads(quality.RESULTS.read_text()), asked).split())
+    mean, error = asked["columns"][1]["difference"]["quiz"]
+    assert "on all questions of each file" in page
+    assert f"| l1, 10% | {100 * mean:+.1f} ± {100 * error:.1f} |" in page
+
+
+def measured(value: float, losses: tuple[float, ...] = (), divergence: Divergence | None = None) -> Perplexity:
+    return Perplexity(value, 0.1, 16, 16, 2, 30, 1.5, 0.1, divergence, losses)
+
+
+PROTOCOL = Protocol("m", "c4", 4, 8, 8, 2, (16,))
+ENVIRONMENT = {"cpu": "c", "threads": 1, "torch": "t", "transformers": "t"}
+
+
+def row(name: str, draw: int, value: float, cpu: str = "fast one") -> QualityRow:
+    """A row whose windows differ by what their perplexity does."""
+    apart = None if name == "dense" else Divergence(0.5, 0.02, 3.0, 0.64, 0.01, value / 10, 0.02)
+    texts = {"text": (measured(value, (15 * value, 15 * value + 3), apart),)}
+    return QualityRow(name, 0.2 * (name != "dense"), draw, PROTOCOL, 80, texts, 10.0, 1.0, "l1", 2, cpu, "vectors", 640)
+
+
+def as_data(*rows: QualityRow) -> dict[str, Any]:
+    return {"environment": ENVIRONMENT, "rows": json.loads(json.dumps([each.to_dict() for each in rows]))}
 
 
 def test_the_page_and_the_picture_show_draws(tmp_path: Path) -> None:
-    def row(name: str, draw: int, value: float, cpu: str = "fast one") -> dict[str, Any]:
-        return QualityRow(name, 0.2, draw, 80, {"text": value}, 10.0, 1.0, "l1", 2, cpu).__dict__
-
-    protocol = Protocol("m", "c4", 4, 8, 2, 16).__dict__
-    environment = {"cpu": "c", "threads": 1, "torch": "t", "transformers": "t"}
-    rows = [row("dense", 0, 10.0), row("balanced", 0, 14.0), row("balanced", 1, 15.0)]
-    data = {"protocol": protocol, "environment": environment, "rows": rows}
-    assert "| balanced | 80 | x1.45 (1.40 to 1.50) | 10 | 2 | 1.0 | 2 |" in quality_page(data)
-    assert "Ran on fast one; torch t" in quality_page(data), "the processor of the rows, not that of the last run"
-    slower = {**data, "rows": [*rows, row("best", 0, 13.0, "slow one")]}
+    data = as_data(row("dense", 0, 10.0), row("balanced", 0, 14.0), row("balanced", 1, 15.0))
+    page = quality_page(data)
+    assert "| balanced | x1.45 ± 0.02 (1.40 to 1.50) |" in page
+    assert "| balanced | 0.500 ± 0.020; 3.0; 64.0% |" in page and "| dense | 1.500 ± 0.100 |" in page
+    assert "| balanced | 80 | vectors | 640 | 10 | 2 | 1.0 | 2 |" in page
+    assert "Ran on fast one; torch t" in page, "the processor of the rows, not that of the last run"
+    other_tokens = replace(row("dense", 0, 30.0), entry="smaller")
+    assert "| smaller | - |" in quality_page(as_data(*read_rows(data), other_tokens)), "perplexities do not compare"
+    slower = as_data(*read_rows(data), row("best", 0, 13.0, "slow one"))
     assert "Ran on fast one; but these ran on slow one: best at 20%; torch t" in quality_page(slower)
     draw_quality(data, tmp_path / "picture.svg")
-    other = {**data, "rows": [row("dense", 0, 10.0), row("balanced, otherwise", 0, 14.0)]}
-    draw_quality(other, tmp_path / "other.svg")
+    draw_quality(as_data(row("dense", 0, 10.0), row("balanced, otherwise", 0, 14.0)), tmp_path / "other.svg")
     assert "balanced, otherwise" in (tmp_path / "other.svg").read_text()
     assert "balanced" in (tmp_path / "picture.svg").read_text() or (tmp_path / "picture.svg").stat().st_size > 1000
+
+
+def test_the_page_tells_what_the_selection_is_worth_from_equal_draws() -> None:
+    """A second draw of one side alone would compare other samples."""
+    alone, control = row("balanced", 1, 20.0), row("balanced, random units", 0, 16.0)
+    page = quality_page(as_data(row("dense", 0, 10.0), row("balanced", 0, 14.0), alone, control))
+    assert "| balanced | 1 | x0.88 ± 0.00 |" in page
+
+
+def test_rows_of_the_first_protocol_are_read_and_stand_apart_until_they_are_measured_anew() -> None:
+    shared = {"model": "m", "calibration": "c4", "samples": 4, "tokens": 8, "windows": 2, "window": 16}
+    cost = {"seconds": 1.0, "peak_gb": 1.0, "passes": "l1", "threads": 1, "cpu": "c"}
+    old = [
+        {"entry": name, "ratio": ratio, "draw": 0, "parameters": 80, "perplexities": {"text": value}, **cost}
+        for name, ratio, value in (("dense", 0.0, 10.0), ("balanced", 0.2, 12.0), ("fast", 0.2, 13.0))
+    ]
+    first = {"environment": ENVIRONMENT, "protocol": shared, "rows": old}
+    assert "| balanced | x1.20 |" in quality_page(first) and "earlier protocol" not in quality_page(first)
+    page = quality_page(as_data(*read_rows(first), row("dense", 0, 10.0), row("balanced", 0, 14.0)))
+    later, _, earlier = page.partition("## Rows of an earlier protocol")
+    assert "| balanced | x1.40 ± 0.02 |" in later and "| fast |" not in later
+    assert "| fast | x1.30 |" in earlier and "| balanced | x1.20" not in earlier
+
+
+def test_rows_are_compared_window_by_window() -> None:
+    one, other = measured(12.0, (45.0, 33.0)), measured(10.0, (42.0, 27.0))
+    ratio, error = compare(one, other)
+    assert ratio == 1.2 and error == pytest.approx(1.2 * (1.5 / 15)), "differences of 3 and 6 nats over 15 tokens"
+    assert compare(measured(12.0), other) == (1.2, None)
+    assert blocks([1.0, 2.0, 3.0]) == (1.0, 2.0, 3.0)
+    assert blocks([float(i) for i in range(120)]) == tuple(i + 0.5 for i in range(0, 120, 2))
+
+
+def test_a_reference_runs_once_and_gives_the_same_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny("llama")
+    model.to(torch.bfloat16).eval()
+    ids = torch.arange(32).view(2, 16)
+    with torch.inference_mode():
+        wanted = model(input_ids=ids).logits
+        assert torch.equal(KeptReference(model, tmp_path)(input_ids=ids), wanted)
+        again = KeptReference(model, tmp_path)
+        monkeypatch.setattr(model.model, "forward", None)
+        assert torch.equal(again(input_ids=ids), wanted)
+        with pytest.raises(TypeError):  # the same tokens in other windows are another question
+            again(input_ids=ids.view(4, 8))
+
+
+def test_a_reference_whose_logits_are_more_than_a_product_is_not_kept(tmp_path: Path) -> None:
+    model = tiny("gemma2").eval()  # it caps its logits
+    ids = torch.arange(32).view(2, 16)
+    with torch.inference_mode():
+        assert torch.equal(KeptReference(model, tmp_path)(input_ids=ids), model(input_ids=ids).logits)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_what_was_trained_is_read_from_the_pipeline() -> None:
+    ids = torch.zeros(300, 128, dtype=torch.long)
+    told = {
+        name: trained_by(fxprune.prune_pipeline(ids, recipe=name), 300, 128) for name in ("fast", "balanced", "best")
+    }
+    assert told["fast"] == ("", 0)
+    assert told["balanced"] == ("vectors, updates of rank 8", 288 * 128)
+    assert told["best"] == ("all weights", 3 * 300 * 128)
+    written = fxprune.prune_pipeline(None, recipe="balanced", tokenizer=character_tokenizer())
+    assert trained_by(written, 0, 128)[1] == 288 * 128
+
+
+def test_the_beginning_of_a_text_has_the_tokens_asked_for() -> None:
+    tokenizer = character_tokenizer()
+    assert beginning(tokenizer, "abcdef", 4) == "abcd" and beginning(tokenizer, "abcdef", None) == "abcdef"
+    assert beginning(tokenizer, "abc", 4) == "abc"
+    assert len(python_code()) > 100_000

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fxprune.data.text import opening_tokens
 from fxprune.errors import EvaluationError, UnknownNameError
+from fxprune.evaluation import Evaluation
 from fxprune.evaluation.perplexity import load_corpus, named_corpora, perplexity, sliding_windows, text_perplexity
 from tests.evaluation.samples import TEXT, TOKENIZER
 from tests.models import tiny
@@ -173,3 +176,17 @@ def test_divergence_is_that_of_whole_distributions(model: PreTrainedModel, one_b
     assert alone is not None and alone.mean < 1e-9 and alone.agreement == 1 and alone.ratio == 1
     with pytest.raises(EvaluationError, match="the same tokens"):
         text_perplexity(model, TOKENIZER, TEXT, window=window, reference=tiny("llama", vocab_size=120))
+
+
+def test_numbers_do_not_depend_on_how_many_logits_are_widened_at_once(
+    model: PreTrainedModel, one_block: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All logits of a window of 2,048 tokens took more than ten gigabytes with a vocabulary of 262,000."""
+    whole = text_perplexity(model, TOKENIZER, TEXT, window=20, stride=7, reference=one_block)
+    monkeypatch.setattr(sys.modules[text_perplexity.__module__], "_WIDENED", 1000)
+    parts = text_perplexity(model, TOKENIZER, TEXT, window=20, stride=7, reference=one_block)
+    assert parts.losses == pytest.approx(whole.losses) and len(whole.losses) == whole.windows
+    assert math.exp(sum(whole.losses) / whole.predicted) == pytest.approx(whole.value)
+    assert parts.divergence is not None and whole.divergence is not None
+    assert dataclasses.astuple(parts.divergence) == pytest.approx(dataclasses.astuple(whole.divergence))
+    assert "losses" not in Evaluation({"text": whole}).to_dict()["perplexities"]["text"]

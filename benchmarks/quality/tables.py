@@ -1,0 +1,193 @@
+"""Tables of the quality page: means over draws, with errors over windows and the spread over draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from benchmarks.quality.entries import place_of_entry
+from benchmarks.quality.rows import DENSE, Protocol, QualityRow, compare, over_dense, read_rows
+from fxprune.evaluation import Perplexity
+
+__all__ = ["Section", "sections", "task_rows", "type_error"]
+
+_NONE = "-"
+"""Cell of what was not measured."""
+
+_CONTROL = ", random units"
+"""End of the name of an entry whose units are drawn at random, with the widths and all else of the one before it."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows of one model that were measured by one protocol.
+
+    Attributes:
+        protocol: The protocol.
+        dense: The dense model.
+        rows: The others.
+    """
+
+    protocol: Protocol
+    dense: QualityRow
+    rows: tuple[QualityRow, ...]
+
+    @property
+    def ratios(self) -> list[float]:
+        """Ratios that were measured, in ascending order."""
+        return sorted({row.ratio for row in self.rows if row.ratio})
+
+    @property
+    def knows_more(self) -> bool:
+        """Whether more than perplexity was measured."""
+        return any(one.divergence for row in self.rows for found in row.texts.values() for one in found)
+
+    def texts(self, length: int) -> list[str]:
+        """Names of the texts that were measured on in windows of a length."""
+        return list(self.dense.at(length))
+
+    def windows(self, length: int) -> dict[str, int]:
+        """Number of windows of each text."""
+        return {name: found.windows for name, found in self.dense.at(length).items()}
+
+    def entries(self, ratio: float) -> Iterator[tuple[str, list[QualityRow]]]:
+        """Names of entries with their draws, in the order of tables; models that were not pruned stand at the end."""
+        own = [row for row in self.rows if row.ratio in (ratio, 0.0)]
+        for name in sorted(dict.fromkeys(row.entry for row in own), key=place_of_entry):
+            yield name, [row for row in own if row.entry == name]
+
+    def costs(self, ratio: float) -> Iterator[dict[str, Any]]:
+        """For each entry its size, what was trained, and what the prune cost."""
+        for name, drawn in self.entries(ratio):
+            threads = max(row.threads for row in drawn)  # times with other numbers of threads do not compare
+            yield {
+                "entry": name,
+                "parameters": fmean(row.parameters for row in drawn),
+                "trained": drawn[0].trained,
+                "trained_tokens": max(row.trained_tokens for row in drawn),
+                "seconds": fmean(row.seconds for row in drawn if row.threads == threads),
+                "threads": threads,
+                "peak_gb": max(row.peak_gb for row in drawn),
+                "draws": len(drawn),
+            }
+
+    def ratio_rows(self, ratio: float, length: int) -> Iterator[tuple[str, list[str]]]:
+        """For each entry, perplexity over that of the dense model on each text."""
+        dense = self.dense.at(length)
+        for name, drawn in self.entries(ratio):
+            found = [[over_dense(row.at(length)[text], dense[text]) for row in drawn if text in row.at(length)]
+                     for text in dense]  # fmt: skip
+            yield name, [over([one for one in each if one is not None]) for each in found]
+
+    def divergence_rows(self, ratio: float, length: int) -> Iterator[tuple[str, list[str]]]:
+        """For each entry, divergence from the dense model, its tail, and agreement, on each text."""
+        for name, drawn in self.entries(ratio):
+            yield name, [_apart([row.at(length)[text] for row in drawn if text in row.at(length)])
+                         for text in self.texts(length)]  # fmt: skip
+
+    def bit_rows(self, ratio: float, length: int) -> Iterator[tuple[str, list[str]]]:
+        """For the dense model and each entry, bits per byte on each text."""
+        for name, drawn in ((DENSE, [self.dense]), *self.entries(ratio)):
+            yield name, [_bits([row.at(length)[text] for row in drawn if text in row.at(length)])
+                         for text in self.texts(length)]  # fmt: skip
+
+    def worth(self, ratio: float, length: int) -> Iterator[tuple[str, int, list[str]]]:
+        """For each recipe with a control, its perplexity over that of random units, from the same draws and windows."""
+        drawn = {name: {row.draw: row.at(length) for row in rows} for name, rows in self.entries(ratio)}
+        for name, control in ((name.removesuffix(_CONTROL), name) for name in drawn if name.endswith(_CONTROL)):
+            draws = sorted(drawn.get(name, {}).keys() & drawn[control].keys())
+            pairs = {text: [(drawn[name][draw][text], drawn[control][draw][text]) for draw in draws
+                            if text in drawn[name][draw] and text in drawn[control][draw]]
+                     for text in self.texts(length)}  # fmt: skip
+            if draws:
+                yield name, len(draws), [over([compare(*pair) for pair in each]) for each in pairs.values()]
+
+
+def over(ratios: Sequence[tuple[float, float | None]]) -> str:
+    """The mean of ratios over draws, ± the standard error over windows of one draw, and their range."""
+    if not ratios:
+        return _NONE
+    values, errors = [value for value, _ in ratios], [error for _, error in ratios if error is not None]
+    error = f" ± {fmean(errors):.2f}" if len(errors) == len(values) else ""
+    spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"x{fmean(values):.2f}{error}{spread}"
+
+
+def _apart(found: Sequence[Perplexity]) -> str:
+    """Means over draws of the divergence with its error, of its 99th percentile, and of the agreement."""
+    apart = [one.divergence for one in found if one.divergence is not None]
+    if not apart:
+        return _NONE
+    mean, error = (fmean(getattr(each, name) for each in apart) for name in ("mean", "mean_error"))
+    tail, same = (fmean(getattr(each, name) for each in apart) for name in ("percentile_99", "agreement"))
+    return f"{mean:.3f} ± {error:.3f}; {tail:.1f}; {same:.1%}"
+
+
+def _bits(found: Sequence[Perplexity]) -> str:
+    """Mean over draws of bits per byte, with the error over windows."""
+    return (
+        f"{fmean(f.bits_per_byte for f in found):.3f} ± {fmean(f.bits_per_byte_error for f in found):.3f}"
+        if found
+        else _NONE
+    )
+
+
+def sections(data: Mapping[str, Any]) -> list[Section]:
+    """Sections of a file of results, the most thorough protocol first; rows that it has anew are left out of others."""
+    rows = read_rows(data)
+    protocols = sorted(dict.fromkeys(row.protocol for row in rows), key=_thoroughness, reverse=True)
+    known: set[tuple[str, float]] = set()
+    found = []
+    for protocol in protocols:
+        own = [row for row in rows if row.protocol == protocol]
+        dense = next(row for row in own if row.entry == DENSE)
+        rest = tuple(row for row in own if row.entry != DENSE and (row.entry, row.ratio) not in known)
+        known.update((row.entry, row.ratio) for row in rest)
+        if rest:
+            found.append(Section(protocol, dense, rest))
+    return found
+
+
+def _thoroughness(protocol: Protocol) -> tuple[bool, bool, int, int]:
+    return protocol.kept_back > 0, protocol.windows is None, len(protocol.lengths), protocol.windows or 0
+
+
+def type_error(data: Mapping[str, Any], protocol: Protocol) -> tuple[str, float] | None:
+    """The largest relative difference of the dense model's perplexity between types, and the other type.
+
+    None if it was measured on the same windows in one type only.
+    """
+    dense = [row for row in read_rows(data) if row.entry == DENSE and row.protocol.model == protocol.model]
+    ours = next(row for row in dense if row.protocol == protocol)
+    for other in dense:
+        if other.protocol.measured_in != protocol.measured_in and other.protocol.kept_back == protocol.kept_back:
+            pairs = list(_same_windows(ours, other))
+            if pairs:
+                return other.protocol.measured_in, max(abs(compare(a, b)[0] - 1) for a, b in pairs)
+    return None
+
+
+def _same_windows(one: QualityRow, other: QualityRow) -> Iterable[tuple[Perplexity, Perplexity]]:
+    for length in one.protocol.lengths:
+        theirs = other.at(length)
+        for text, found in one.at(length).items():
+            if text in theirs and theirs[text].windows == found.windows:
+                yield found, theirs[text]
+
+
+def task_rows(tasks: Mapping[str, Any]) -> Iterator[list[str]]:
+    """For each model its accuracy on each task, with the error; of others, the difference from the dense model.
+
+    The last two cells are the mean over the tasks, and the fraction of answers that are another choice than the dense
+    model's. Files of results without pairs have accuracies in all rows.
+    """
+    for column in tasks["columns"]:
+        scores, apart = column["evaluation"]["tasks"], column.get("difference")
+        paired = bool(apart) and column is not tasks["columns"][0]
+        found = [apart[name] if paired else (scores[name]["value"], scores[name]["standard_error"]) for name in scores]
+        mean = fmean(value for value, _ in found), sum(error**2 for _, error in found) ** 0.5 / len(found)
+        cells = [f"{100 * value:{'+' if paired else ''}.1f} ± {100 * error:.1f}" for value, error in (*found, mean)]
+        changed = [flips[1][0] for flips in column["flips"].values() if flips] if paired else []
+        yield [column["name"], *cells, f"{fmean(changed):.1%}" if changed else _NONE]
