@@ -19,6 +19,7 @@ from fxprune.checkpoint.read import load_model, load_tokenizer
 from fxprune.checkpoint.write import check_request
 from fxprune.data.calibration import Calibration
 from fxprune.data.samples import check_tokens, read_token_rows
+from fxprune.data.text import is_text
 from fxprune.discovery.groups import as_kinds
 from fxprune.errors import ArgumentError
 from fxprune.graph.context import attempt
@@ -65,8 +66,10 @@ def prune(model: nn.Module | str | os.PathLike[str], calibration: Any = None, **
     Args:
         model: a Hugging Face model, any module that ``torch.export`` can trace, or a folder, a GGUF file or a hub id
             of a causal language model.
-        calibration: token ids ``(samples, tokens)``, a list of tokenised dicts, or a DataLoader; None, with a
-            tokenizer, for built-in text and samples that the model generates, else for criteria that need no data.
+        calibration: token ids ``(samples, tokens)``, a list of tokenised dicts, or a DataLoader; with a tokenizer, text
+            in the form of a file, the name of a data set such as ``"wikitext2"``, ``"c4"`` or ``"owner/name"``, a list
+            of texts, or a ``datasets.Dataset``. None, with a tokenizer, for built-in text and samples that the model
+            generates, else for criteria that need no data.
         options: see below.
 
     Raises:
@@ -86,7 +89,7 @@ def prune(model: nn.Module | str | os.PathLike[str], calibration: Any = None, **
             )
         return _run(_pipeline(calibration, values), model, values)
     _check_place("model", model, "a torch.nn.Module, a folder, a GGUF file, or a hub id")
-    if values["tokenizer"] is None and calibration is None:
+    if values["tokenizer"] is None and (calibration is None or is_text(calibration)):
         values["tokenizer"] = options["tokenizer"] = load_tokenizer(model, needed=False)
     if offload is not None:
         return _prune_offloaded(model, Path(offload), calibration, options, lambda result: None)
@@ -338,8 +341,11 @@ def _check_samples(pipeline: Pipeline, model: Any) -> None:
     embedding = attempt(model.get_input_embeddings)
     whole = model.config.get_text_config() is model.config  # others give ids of images a meaning
     rows = len(embedding.weight) if whole and isinstance(embedding, nn.Embedding) else None
-    for step in (step for step in pipeline.leaves() if Calibration in step.gives):
+    readers: list[Any] = [step for step in pipeline.leaves() if Calibration in step.gives]
+    for step in readers:
         data, file = getattr(step, "data", None), getattr(step, "file", "")
+        if is_text(data):
+            data = step.given()
         if data is not None or file:
             check_tokens(read_token_rows(file) if data is None else data, rows)
 

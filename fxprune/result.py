@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from fxprune.checkpoint import save_pretrained
+from fxprune.data.calibration import Calibration, token_input
 from fxprune.draw.write import layer_svg
 from fxprune.emit import Structure
 from fxprune.emit.emitted import Emitted
@@ -155,6 +156,7 @@ class Result:
         tokenizer: Any = None,
         like: str | os.PathLike[str] | None = None,
         quantization: str | None = None,
+        calibration: Any = None,
         cache: bool = False,
         example_inputs: Mapping[str, Any] | None = None,
         verify: bool = True,
@@ -162,7 +164,8 @@ class Result:
         """Write one file that runs without this package.
 
         The slim graph becomes a program, ``.pt2`` or ``.onnx``, see :func:`fxprune.export_graph`; the slim model a GGUF
-        file, or with ``cache=True`` a program that generates, see :func:`fxprune.export_model`.
+        file, or with ``cache=True`` a program that generates, see :func:`fxprune.export_model`. K-quants and i-quants
+        weigh their errors by the samples of the prune if no others are given.
 
         Raises:
             UnknownNameError: there is no such suffix, or no such quantisation.
@@ -170,7 +173,7 @@ class Result:
             VerificationError: the program computes something else; nothing is written.
         """
         options: dict[str, Any] = {"tokenizer": tokenizer, "like": like, "quantization": quantization, "cache": cache}
-        check_options(Path(path), **options)
+        check_options(Path(path), calibration=calibration, **options)
         if not cache and Path(path).suffix != ".gguf":
             return export_graph(self.graph_module, path, example_inputs=example_inputs, verify=verify)
         if self.model is None:
@@ -178,4 +181,11 @@ class Result:
             raise ExportError(
                 f"there is no slim model: {reasons}", where="model", remedy="Export the graph, as .pt2 or .onnx"
             )
-        return export_model(self.model, path, verify=verify, **options)
+        if calibration is None and Path(path).suffix == ".gguf":
+            calibration = self._samples()
+        return export_model(self.model, path, calibration=calibration, verify=verify, **options)
+
+    def _samples(self) -> list[dict[str, Any]] | None:
+        """Token ids of the samples that the prune worked on; None if there were none."""
+        found, name = facts_of(self.graph_module).get(Calibration), token_input(self.graph_module)
+        return None if found is None or name is None else [{"input_ids": one.inputs[name]} for one in found.samples]

@@ -12,7 +12,7 @@ from torch import fx
 from fxprune.data.built_in import built_in_samples, can_generate, general_samples, generated_samples
 from fxprune.data.calibration import Calibration, Sample, embedding_rows, plain_tokens, spread, token_input
 from fxprune.data.samples import check_samples, read_calibration, read_token_rows
-from fxprune.data.text import check_tokenizer, opening_tokens
+from fxprune.data.text import check_tokenizer, is_text, opening_tokens, text_samples
 from fxprune.discovery.dependency import Dependencies, dependency_graph
 from fxprune.discovery.groups import Groups, find_groups
 from fxprune.errors import CalibrationError
@@ -42,7 +42,10 @@ class CalibratePass(Pass):
     gives: ClassVar[tuple[type[Fact], ...]] = (Calibration,)
 
     data: Any | None = argument(
-        None, "Token ids ``(samples, tokens)``, a list of tokenised dicts, or a DataLoader.", spelled=False
+        None,
+        """Token ids ``(samples, tokens)``, a list of tokenised dicts, or a DataLoader; or text: a file, the name of a
+        data set such as ``wikitext2``, ``c4`` or ``owner/name``, a list of texts, or a ``datasets.Dataset``.""",
+        spelled=False,
     )
     file: str = argument(
         "",
@@ -52,17 +55,16 @@ class CalibratePass(Pass):
     )
     tokenizer: Any | None = argument(
         None,
-        """Without data or file, turns the built-in text into samples: English of many kinds and chats, 250 samples of
-        128 tokens or more, then documentation of Python. Text like that of the intended use does better.""",
+        """Turns text into samples; without data or file the built-in text: English of many kinds and chats, 250 samples
+        of 128 tokens or more, then documentation of Python. Text like that of the intended use does better.""",
         check=check_tokenizer,
         spelled=False,
     )
-    tokens: int = argument(128, "Tokens in a sample of built-in or generated text.", least=2)
+    tokens: int = argument(128, "Tokens in a sample of text.", least=2)
     samples: int | None = argument(None, "Number of samples, evenly spread over those given; None for all.", least=1)
     built_in: int | None = argument(
         None,
-        """The same for samples of the built-in text alone, which has hundreds, and of a text passed to a command; None
-        for all.""",
+        """The same for samples of text alone: the built-in text, which has hundreds, or another; None for all.""",
         least=1,
     )
     written: int = argument(
@@ -95,7 +97,11 @@ class CalibratePass(Pass):
         return PassCost(runs=3.0 * self.generated, batch=1)
 
     def check_arguments(self) -> None:
-        if self.data is not None:
+        if is_text(self.data):
+            if self.tokenizer is None:
+                what, remedy = "text needs the tokenizer of the model", "Pass $tokenizer, or token ids"
+                raise CalibrationError(what, where="calibration", remedy=remedy)
+        elif self.data is not None:
             check_samples("data", self.data)
         elif self.file and not Path(self.file).is_file():
             what, remedy = "there is no such file", "Give the path of a file of JSON lines"
@@ -107,13 +113,18 @@ class CalibratePass(Pass):
                 remedy="Pass data, file with the path of JSON lines, or a tokenizer for the built-in text",
             )
 
+    def given(self) -> Any:
+        """The data, as samples if they are text."""
+        if not is_text(self.data):
+            return self.data
+        return text_samples(self.data, self.tokenizer, self.samples or self.built_in, self.tokens)
+
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        source, written = getattr(self.data, "source", Calibration.source), 0
-        if self.data is not None:
-            data = self.data
-        elif self.file:
+        data, written = self.given(), 0
+        source = getattr(data, "source", Calibration.source)
+        if data is None and self.file:
             data, source = read_token_rows(self.file), Path(self.file).name
-        else:
+        elif data is None:
             data, written = self._substitutes(graph_module)
             source = "built-in text and text that the model wrote" if written else "built-in text"
         samples = spread(read_calibration(data, graph_module), self.samples)

@@ -59,7 +59,13 @@ PAGES = tuple(
 START = "docs/quickstart.md"
 """Its first snippet makes ``model``, ``tokenizer``, ``calibration`` and ``result``; other pages go on from there."""
 
-NOT_RUN = {("docs/recovery.md", "two texts and the tasks of the paper come from the hub")}
+NOT_RUN = {
+    ("docs/recovery.md", "two texts and the tasks of the paper come from the hub"),
+    *(
+        ("docs/serving.md", f"it needs {package}, with which tests/end_to_end/test_quantised.py runs it")
+        for package in ("torchao", "llmcompressor")
+    ),
+}
 """Snippets that cannot run here, with the reason that stands in a comment above them."""
 
 
@@ -92,7 +98,7 @@ def text_of(page: str) -> str:
 
 def blocks_of(page: str, language: str) -> list[Block]:
     """The blocks of a page in one language, in order."""
-    fenced = re.compile(r"(?:^<!-- not run: (.+) -->\n)?^```(\w+)\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", re.M | re.S)
+    fenced = re.compile(r"(?:^<!-- not run: ([^\n]+) -->\n)?^```(\w+)\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", re.M | re.S)
     text = text_of(page)
     return [
         Block(page, text[: m.start(2)].count("\n") + 1, m[2], m[3], m[1] or "", m[4])

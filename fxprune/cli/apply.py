@@ -55,7 +55,7 @@ def apply(
     needs_data = any(options.get(name, "none") != "none" for name in ("compensate", "tune"))
     needed = needs_data or calibration is not None or (to_gguf and not is_gguf(model))
     tokenizer = load_words(model, gguf_file, needed=needed)
-    data = text.named(text.read(tokenizer))
+    data = text.read(tokenizer)
     dense = load(model, gguf_file, dtype=dtype, device=device)
     with working("pruning"):
         result = fxprune.apply(dense, removal, data, tokenizer=tokenizer, track=progress, **options)

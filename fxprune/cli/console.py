@@ -10,6 +10,7 @@ import re
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
 
@@ -36,6 +37,7 @@ __all__ = [
     "print_lines",
     "progress",
     "set_output",
+    "warnings_as_notes",
     "widened",
     "working",
 ]
@@ -217,6 +219,18 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record."""
         notes.print(record.getMessage(), markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Print warnings as notes, each a line without the place in the code that it comes from."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        notes.print(f"note: {message}", markup=False, highlight=False)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 @contextlib.contextmanager

@@ -172,14 +172,14 @@ def _quick_passes(options: Mapping[str, Any]) -> tuple[Any, ...]:
 def _count_samples(prepared: Prepared, text: CalibrationText) -> tuple[int, int]:
     """Number of samples, and the tokens of one; those of a text without a tokenizer are estimated by its length."""
     if prepared.samples is not None:
-        return len(prepared.samples), prepared.samples.shape[1]
+        return tuple(prepared.samples["input_ids"].shape)
     reader = reader_of(prepared.passes)
     if reader is None:
         return 1, TOKENS
     most = text.samples or getattr(reader, "samples", None) or getattr(reader, "built_in", None)
-    if text.file is not None:
+    if text.source is not None:
         tokens = text.tokens or TOKENS
-        windows = len(calibration_text(text.file)) // (CHARACTERS_PER_TOKEN * tokens)
+        windows = len(calibration_text(text.source)) // (CHARACTERS_PER_TOKEN * tokens)
         return max(1, min(windows, most or MOST_SAMPLES)), tokens
     tokens = getattr(reader, "tokens", TOKENS)
     if file := getattr(reader, "file", ""):

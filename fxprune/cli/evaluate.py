@@ -27,7 +27,9 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(help="Model folders, hub ids, or GGUF files.")],
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Text to predict: a .txt, .jsonl or .json file, wikitext2 or ptb; may be repeated."),
+        typer.Option(
+            help="Text to predict: a .txt, .jsonl or .json file, wikitext2, c4 or OWNER/NAME; may be repeated."
+        ),
     ] = None,
     tasks: Annotated[
         str | None,
@@ -94,7 +96,7 @@ def evaluate(
         console.print(comparison.table())
 
 
-def _texts(given: Sequence[str], tasks: Sequence[str]) -> dict[str, str | Path]:
+def _texts(given: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
     """Texts by name, each loaded once to see that it can be."""
     from fxprune.data.built_in import offline_docstrings
     from fxprune.evaluation.perplexity import load_corpus, named_corpora

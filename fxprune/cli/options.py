@@ -63,9 +63,10 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help=_DRY_RUN, rich_help_pane
 GroupRatio = Annotated[float | None, typer.Option(hidden=True)]
 Taylor = Annotated[str | None, typer.Option(hidden=True)]
 Calibration = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="Text to calibrate on: a text file, or rows in .json, .jsonl or .parquet (default: built-in text).",
+        help="Text to calibrate on: a text file, rows in .json, .jsonl or .parquet, or a data set: wikitext2, c4, ptb, "
+        "OWNER/NAME (default: built-in text).",
         rich_help_panel=DATA,
     ),
 ]
@@ -82,7 +83,8 @@ LowMemory = Annotated[
 Quantization = Annotated[
     str | None,
     typer.Option(
-        help="Type of a .gguf file: f32, f16, bf16, q8_0, q4_0, ... (default: that of the GGUF file read, or f16).",
+        help="Type of a .gguf file: f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, ... (default: that of the GGUF file read, "
+        "or f16).",
         rich_help_panel=OUTPUT,
     ),
 ]

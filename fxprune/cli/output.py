@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxprune.cli.config import run_file
-from fxprune.cli.console import console, print_json, print_lines
+from fxprune.cli.console import console, print_json, print_lines, warnings_as_notes
 from fxprune.cli.models import is_gguf
 from fxprune.errors import ArgumentError, CheckpointError, ExportError, FxpruneError, UnknownNameError
 from fxprune.pipeline.arguments import MANIFEST, SUFFIXES
@@ -23,7 +23,9 @@ __all__ = [
     "OURS",
     "check_output",
     "check_quantization",
+    "gguf_multiple",
     "gguf_options",
+    "gguf_quantization",
     "is_file",
     "print_result",
     "runners",
@@ -107,18 +109,31 @@ def check_quantization(quantization: str | None, out: Path | None) -> None:
     if out is None or out.suffix != ".gguf":
         remedy = "Leave it out, or let --out end in .gguf"
         raise ArgumentError("is for GGUF files", where="--quantization", remedy=remedy)
-    from fxprune.export.gguf.format import type_named
+    from fxprune.export.gguf.quantization import quantization_named
 
-    type_named(quantization)
+    quantization_named(quantization)
 
 
 def gguf_options(source: str, tokenizer: Any, quantization: str | None) -> dict[str, Any]:
     """Options for writing a GGUF file: like the one that the model was read from, if it was."""
-    from fxprune.export.gguf.write import most_common_type
-
+    quantization = gguf_quantization(source, quantization)
     if not is_gguf(source):
         return {"tokenizer": tokenizer, "quantization": quantization}
-    return {"like": source, "quantization": quantization or most_common_type(source)}
+    return {"like": source, "quantization": quantization}
+
+
+def gguf_quantization(source: str, quantization: str | None) -> str:
+    """The quantisation of a GGUF file to write: the one given, or that of the GGUF file read, or ``f16``."""
+    from fxprune.export.gguf.write import most_common_type
+
+    return quantization or (most_common_type(source) if is_gguf(source) else "f16")
+
+
+def gguf_multiple(source: str, quantization: str | None) -> int:
+    """The number whose multiples widths should be for a GGUF file of :func:`gguf_quantization`."""
+    from fxprune.export.gguf.quantization import row_multiple
+
+    return row_multiple(gguf_quantization(source, quantization))
 
 
 def runners(out: Path) -> str:
@@ -154,7 +169,8 @@ def write_result(
             write_beside(path, lambda name: path.with_suffix(f".{name}"), **options)
 
     if is_file(out):
-        run_on_first(write_file, FxpruneError)
+        with warnings_as_notes():
+            run_on_first(write_file, FxpruneError)
         return runners(out)
     if result.model is None:
         write = partial(write_folder, out, lambda work: write_beside(work / "model.pt2", work.joinpath), force=force)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import fxprune
@@ -24,7 +23,7 @@ TOKENS = 128
 class CalibrationText:
     """The calibration text of a command: None for built-in text, the recipe's number of samples, and their tokens."""
 
-    file: Path | None
+    source: str | None
     samples: int | None
     tokens: int | None
 
@@ -32,27 +31,20 @@ class CalibrationText:
         """Refuse numbers without a text, and a text that cannot be read."""
         from fxprune.data.text import calibration_text
 
-        if self.file is not None:
-            calibration_text(self.file)
+        if self.source is not None:
+            calibration_text(self.source)
         for option, value in (("--samples", self.samples), ("--tokens", self.tokens)):
-            if self.file is None and value is not None:
+            if self.source is None and value is not None:
                 remedy = "Give --calibration, or leave it out"
                 raise ArgumentError("applies to a calibration text, and there is none", where=option, remedy=remedy)
 
     def read(self, tokenizer: Any, most: int | None = None) -> Any:
-        """The samples ``(samples, tokens)``, at most ``most`` unless a number was given; None if there is no text."""
-        from fxprune.data.text import calibration_text, calibration_windows
+        """The samples and their source, at most ``most`` unless a number was given; None if there is no text."""
+        from fxprune.data.text import text_samples
 
-        if self.file is None:
+        if self.source is None:
             return None
-        text = calibration_text(self.file, tokenizer)
-        return calibration_windows(tokenizer, text, self.samples or most, self.tokens or TOKENS, str(self.file))
-
-    def named(self, samples: Any) -> Any:
-        """Samples read from the text, with the name of its file for the report."""
-        from fxprune.data.samples import FileSamples
-
-        return None if samples is None or self.file is None else FileSamples(samples, self.file.name)
+        return text_samples(self.source, tokenizer, self.samples or most, self.tokens or TOKENS)
 
 
 @dataclass(frozen=True)
@@ -82,12 +74,12 @@ def prepare(
             remedy = "Add one; `fxprune recipes fast` prints a whole pipeline"
             raise ArgumentError(f"it has no pass of the stage {stage}", where="--recipe", remedy=remedy)
     built_in = reader_of(bare) is None and any(map(needs_samples, bare))
-    wanted = built_in or text.file is not None or needs_tokenizer
+    wanted = built_in or text.source is not None or needs_tokenizer
     needed = wanted and not (dry_run and is_config_alone(model, gguf_file))
     instead = "; a prune by weights alone, as with --importance l2, needs none" if built_in else ""
     tokenizer = load_words(model, gguf_file, needed=needed, instead=instead)
     stand_in = tokenizer or (len if wanted else None)  # any callable: it is not called
-    data = None if text.file is None else ()  # passes with data are not told apart by their samples
+    data = None if text.source is None else ()  # passes with data are not told apart by their samples
     passes = tuple(fxprune.prune_pipeline(data, tokenizer=stand_in, **options).passes)
     reader = reader_of(passes)
     samples = None

@@ -16,6 +16,7 @@ from fxprune.cli.output import (
     OURS,
     check_output,
     check_quantization,
+    gguf_multiple,
     gguf_options,
     is_file,
     print_result,
@@ -62,11 +63,11 @@ def prune(
     _check_exclusive(context)
     _replace_deprecated(options, taylor, group_ratio)
     to_gguf = out is not None and out.suffix == ".gguf"
-    if to_gguf:
-        options = {"norm": "sliced", "round_to": {"mlp": 32}, **options}  # one epsilon for all norms; blocks of 32
     text = CalibrationText(calibration, samples, tokens)
     check_model(model, gguf_file, with_weights=not dry_run)
     check_quantization(quantization, out)
+    if to_gguf:  # one epsilon for all norms, and rows of whole blocks
+        options = {"norm": "sliced", "round_to": {"mlp": gguf_multiple(model, quantization)}, **options}
     if low_memory and out is not None and is_file(out):
         remedy = "Prune to a folder, and make the file of it with `fxprune export`"
         raise ArgumentError(f"it writes a folder, and {out} is a file", where="--low-memory", remedy=remedy)
@@ -86,7 +87,7 @@ def prune(
     assert out is not None
     run = format_run(context)
     force = force or run_file(out, is_file=is_file(out)).is_file()
-    data, tokenizer = text.named(prepared.samples), prepared.tokenizer
+    data, tokenizer = prepared.samples, prepared.tokenizer
     if low_memory:
         result = fxprune.prune_checkpoint(
             locate_model(model) if gguf_file is None else Path(model).expanduser() / gguf_file,

@@ -25,7 +25,10 @@ __all__ = ["recover"]
 def recover(
     model: Annotated[str, typer.Argument(help="Folder of a slim or a dense model, or hub id.")],
     data: Annotated[
-        str, typer.Option(help="Rows to train on: a .json, .jsonl, .txt or .parquet file, or a hub data set.")
+        str,
+        typer.Option(
+            help="Rows to train on: a .json, .jsonl, .txt or .parquet file; or a data set: wikitext2, c4, OWNER/NAME."
+        ),
     ],
     out: Annotated[Path, typer.Option(callback=flags.expanded, help="Folder to write to.")],
     distil: Annotated[str | None, typer.Option(help="Dense model as teacher.")] = None,
@@ -42,7 +45,8 @@ def recover(
 ) -> None:
     """Train MODEL briefly, by LoRA on its pruned layers, and write it to OUT with its plan and report."""
     from fxprune.checkpoint.manifest import read_manifest
-    from fxprune.data.rows import ROW_SUFFIXES, read_rows
+    from fxprune.data.named import ROW_SUFFIXES
+    from fxprune.data.rows import read_rows
     from fxprune.offload.ranks import is_first
 
     check_models([model, *([distil] if distil else [])])

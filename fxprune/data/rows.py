@@ -10,14 +10,11 @@ from typing import Any
 
 import torch
 
+from fxprune.data.named import ROW_SUFFIXES, load_named, load_split
 from fxprune.errors import DataError
-from fxprune.graph.context import quiet
 from fxprune.pipeline.arguments import format_value
 
-__all__ = ["ROW_SUFFIXES", "BadRow", "Row", "json_lines", "load_split", "parse_row", "read_rows"]
-
-ROW_SUFFIXES = (".json", ".jsonl", ".txt", ".parquet")
-"""Suffixes of the files that rows are read from."""
+__all__ = ["BadRow", "Row", "json_lines", "parse_row", "read_rows"]
 
 TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -32,9 +29,6 @@ TEMPLATE_WITH_INPUT = (
 
 _REQUIRED = {"instruction": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
 """The fields that a row of each kind must have, in the order in which the kinds are tried."""
-
-_LONGEST = 300
-"""Characters of another package's message that are repeated; some go on for pages."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +88,9 @@ def read_rows(data: Any, kind: str = "auto") -> Iterator[Row | BadRow]:
     A file is opened by the call, so that one that cannot be read is reported before the first row is asked for.
 
     Args:
-        data: a path ending in .json, .jsonl, .txt or .parquet; the id of a hub data set, ``"owner/name"`` or
-            ``"owner/name:config"``, of which the split ``train`` is taken; or rows in memory: a ``datasets.Dataset``
-            or any iterable of dicts or strings.
+        data: a path ending in .json, .jsonl, .txt or .parquet; the name of a data set, ``"wikitext2"``, ``"c4"``,
+            ``"ptb"``, ``"owner/name"`` or ``"owner/name:config"``, of which the split ``train`` is taken; or rows in
+            memory: a ``datasets.Dataset`` or any iterable of dicts or strings.
         kind: the only kind to accept: ``instruction``, ``chat`` or ``text``; ``auto`` to tell it by the fields.
     """
     return (parse_row(where, value, kind) for where, value in _source(data))
@@ -124,11 +118,10 @@ def _source(data: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(data, Path) or (isinstance(data, str) and data.endswith(ROW_SUFFIXES)):
         return _open(Path(data))
     if isinstance(data, str):
-        path, _, config = data.partition(":")
-        return _numbered(load_split(path, *([config] if config else []), split="train"))
+        return _numbered(load_named(data))
     if isinstance(data, Mapping | bytes | type | torch.Tensor) or not isinstance(data, Iterable):
         what = f"cannot read {format_value(data)}"
-        remedy = "Pass a path, the id of a data set, a datasets.Dataset, or a list of rows"
+        remedy = "Pass a path, the name of a data set, a datasets.Dataset, or a list of rows"
         raise DataError(what, where="data", remedy=remedy)
     return _numbered(data)
 
@@ -179,21 +172,3 @@ def json_lines(content: str) -> Iterator[tuple[int, str]]:
     Only a line feed ends a line: other line breaks of Unicode, such as U+2028, may stand inside a JSON string.
     """
     return ((number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip())
-
-
-def load_split(path: str, name: str | None = None, **options: Any) -> Any:
-    """Load one split of a data set with the package ``datasets``, whose ``load_dataset`` takes all arguments."""
-    where = str(options.get("data_files", path))
-    try:
-        import datasets
-    except ImportError as error:
-        what = "the package `datasets` is not installed"
-        remedy = "pip install datasets, or give a .json, .jsonl or .txt file"
-        raise DataError(what, where=where, remedy=remedy) from error
-    try:
-        with quiet():  # it logs what it raises
-            return datasets.load_dataset(path, *([name] if name else []), **options)
-    except Exception as error:  # the network, the hub and a data set's own loader may raise anything
-        what = f"cannot be loaded: {type(error).__name__}: {str(error)[:_LONGEST]}"
-        remedy = f"Give a path ending in one of {ROW_SUFFIXES}, or the id of a data set that can be reached"
-        raise DataError(what, where=where, remedy=remedy) from error

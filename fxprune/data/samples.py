@@ -20,7 +20,15 @@ from fxprune.graph.compat import is_free, size_hint, tree_leaves
 from fxprune.graph.context import Refusal
 from fxprune.pipeline.arguments import format_value
 
-__all__ = ["FileSamples", "check_samples", "check_tokens", "is_in_memory", "read_calibration", "read_token_rows"]
+__all__ = [
+    "FileSamples",
+    "check_samples",
+    "check_tokens",
+    "is_in_memory",
+    "read_calibration",
+    "read_token_rows",
+    "token_rows",
+]
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -83,8 +91,13 @@ def check_tokens(data: Any, rows: int | None) -> None:
         rows: those of its embedding; None if other ids have a meaning as well.
     """
     if is_in_memory(data):
-        for _ in _read(data, [_Input("input_ids", (None, None), True, rows)]):
+        for _ in token_rows(data, rows):
             pass
+
+
+def token_rows(data: Any, rows: int | None) -> Iterator[torch.Tensor]:
+    """Yield the token ids ``(1, tokens)`` of each sample for a model of ``input_ids``; see :func:`check_tokens`."""
+    return (values["input_ids"] for values, _ in _read(data, [_Input("input_ids", (None, None), True, rows)]))
 
 
 def _read(data: Any, inputs: Sequence[_Input]) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:

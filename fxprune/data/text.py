@@ -1,8 +1,10 @@
-"""Text of files, its split into parts that do not overlap, and windows of token ids."""
+"""Text of files and data sets, its split into parts that do not overlap, and windows of token ids."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fxprune.data.rows import ROW_SUFFIXES, BadRow, Row, read_rows
+from fxprune.data.named import ROW_SUFFIXES, is_data_set
+from fxprune.data.rows import BadRow, Row, read_rows
+from fxprune.data.samples import FileSamples
 from fxprune.errors import CalibrationError, DataError
 from fxprune.pipeline.arguments import as_path, refuse
 
@@ -20,10 +24,13 @@ __all__ = [
     "calibration_texts",
     "calibration_windows",
     "check_tokenizer",
+    "is_text",
     "opening_tokens",
     "paragraphs",
     "read_text",
     "split_calibration_heldout",
+    "text_samples",
+    "text_source",
     "token_windows",
 ]
 
@@ -31,18 +38,57 @@ MOST_SAMPLES = 1024
 """Samples if no number is given: more than any recipe uses."""
 
 _REMEDY = (
-    "Give a text file in UTF-8; or .json, .jsonl or .parquet, whose rows have a field 'text', 'instruction' and "
-    "'output', or 'messages'"
+    "Give a text file in UTF-8; or .json, .jsonl, .parquet or a data set, whose rows have a field 'text', "
+    "'instruction' and 'output', or 'messages'"
 )
 
 
-def calibration_text(path: Path, tokenizer: Any = None) -> str:
-    """The text of a file; of a file of rows, the text of each, separated by blank lines.
+_MOST_TEXT = 8_000_000
+"""Characters of a data set that are read, from its beginning: two million tokens of English, more than any recipe uses.
+
+Files are read whole.
+"""
+
+
+def is_text(data: Any) -> bool:
+    """Whether data are text, which a tokenizer makes samples of, rather than token ids.
+
+    It is text by name or path, a list of texts or of rows with text in them, or a ``datasets.Dataset`` of such rows.
+    """
+    if isinstance(data, str | os.PathLike):
+        return True
+    if getattr(data, "column_names", None) is not None:
+        return "input_ids" not in data.column_names
+    first = data[0] if isinstance(data, list | tuple) and data else None
+    if isinstance(first, Mapping):
+        return "messages" in first or any(isinstance(value, str) for value in first.values())
+    return isinstance(first, str)
+
+
+def text_samples(data: Any, tokenizer: Any, samples: int | None, tokens: int) -> FileSamples:
+    """Samples of a text that :func:`is_text`, with where it is from; see :func:`calibration_windows`."""
+    where = text_source(data)
+    return FileSamples(calibration_windows(tokenizer, calibration_text(data, tokenizer), samples, tokens, where), where)
+
+
+def text_source(data: Any) -> str:
+    """Where a text is from: the name of a data set or of a file."""
+    if not isinstance(data, str | os.PathLike):
+        return "the texts passed"
+    return str(data) if is_data_set(data) else Path(data).name
+
+
+def calibration_text(source: Any, tokenizer: Any = None) -> str:
+    """The text of a file, a data set or a list; of rows, the text of each, separated by blank lines.
 
     Chats are written in the chat template of the tokenizer, and then separated only by what the template ends a chat
     with; without one, their messages are separated by blank lines.
+
+    Args:
+        source: a path; the name of a data set, ``"wikitext2"``, ``"c4"``, ``"ptb"`` or ``"owner/name"``; a list of
+            texts or rows; or a ``datasets.Dataset``.
     """
-    texts = _texts(path, tokenizer)
+    texts = _texts(source, tokenizer)
     parts = [texts[0][0]]
     for (_, before), (text, templated) in pairwise(texts):
         parts += [text] if before and templated else ["\n\n", text]
@@ -54,15 +100,26 @@ def calibration_texts(path: Path) -> list[str]:
     return [text for text, _ in _texts(path)]
 
 
-def _texts(path: Path, tokenizer: Any = None) -> list[tuple[str, bool]]:
-    if path.is_dir():
-        raise CalibrationError("it is a folder", where=str(path), remedy=_REMEDY)
-    if path.suffix in ROW_SUFFIXES and path.suffix != ".txt":
-        texts = [_row_text(row, path, tokenizer) for row in read_rows(path)]
+def _texts(source: Any, tokenizer: Any = None) -> list[tuple[str, bool]]:
+    """Texts, each with whether a chat template wrote it."""
+    if isinstance(source, str | os.PathLike) and not is_data_set(source):
+        path = Path(source).expanduser()
+        where, most = str(path), math.inf
+        if path.is_dir():
+            raise CalibrationError("it is a folder", where=where, remedy=_REMEDY)
+        is_rows = path.suffix in ROW_SUFFIXES and path.suffix != ".txt"
+        rows = read_rows(path) if is_rows else iter([Row(path.name, "text", {"text": _plain_text(path)})])
     else:
-        texts = [(_plain_text(path), False)]
+        where, most = source if isinstance(source, str) else "calibration", _MOST_TEXT
+        rows = read_rows(source)
+    texts: list[tuple[str, bool]] = []
+    for row in rows:
+        texts.append(_row_text(row, where, tokenizer))
+        most -= len(texts[-1][0])
+        if most < 0:
+            break
     if not any(text.strip() for text, _ in texts):
-        raise CalibrationError("it has no text", where=str(path), remedy=_REMEDY)
+        raise CalibrationError("it has no text", where=where, remedy=_REMEDY)
     return texts
 
 
@@ -81,17 +138,17 @@ def _plain_text(path: Path) -> str:
     return text
 
 
-def _row_text(row: Row | BadRow, path: Path, tokenizer: Any) -> tuple[str, bool]:
+def _row_text(row: Row | BadRow, where: str, tokenizer: Any) -> tuple[str, bool]:
     if isinstance(row, Row) and row.kind == "chat" and getattr(tokenizer, "chat_template", None):
         try:
             return str(tokenizer.apply_chat_template(list(row.fields["messages"]), tokenize=False)), True
         except Exception as error:  # a template is a program of the model's makers and may raise anything
             why = f"{row.where}: the tokenizer's chat template refuses it: {error}"
             remedy = "Give chats in the roles and the order that the model's template takes"
-            raise CalibrationError(why, where=str(path), remedy=remedy) from error
+            raise CalibrationError(why, where=where, remedy=remedy) from error
     text = row if isinstance(row, BadRow) else row.text()
     if isinstance(text, BadRow):
-        raise CalibrationError(f"{text.where}: {text.why}", where=str(path), remedy=_REMEDY)
+        raise CalibrationError(f"{text.where}: {text.why}", where=where, remedy=_REMEDY)
     return text, False
 
 
@@ -120,7 +177,7 @@ def calibration_windows(tokenizer: Any, text: str, samples: int | None, tokens: 
     samples = min(max(len(found), 1), MOST_SAMPLES) if samples is None else samples
     if len(found) < samples:
         what = f"{count:,} tokens are fewer than {samples:,} sample{'s' if samples > 1 else ''} of {tokens:,}"
-        raise CalibrationError(what, where=where, remedy="Give a longer text, or smaller --samples or --tokens")
+        raise CalibrationError(what, where=where, remedy="Give a longer text, or smaller $samples or $tokens")
     return found[[i * len(found) // samples for i in range(samples)]]
 
 

@@ -83,7 +83,7 @@ def evaluate(
     model: Any,
     tokenizer: Any,
     *,
-    texts: str | Path | Sequence[str | Path] | Mapping[str, str | Path] = ("wikitext2", "ptb"),
+    texts: str | Path | Sequence[str | Path] | Mapping[str, Any] = ("wikitext2", "ptb"),
     tasks: str | Path | LocalTask | Sequence[str | Path | LocalTask] | Mapping[str, str | Path | LocalTask] = (),
     window: int = 256,
     stride: int | None = None,
@@ -102,8 +102,9 @@ def evaluate(
     Args:
         model: a Hugging Face model; for texts, any callable that takes ``input_ids=`` and returns logits; or the
             result of :func:`fxprune.prune`, whose model is measured, or its graph if it has no model.
-        texts: ``"wikitext2"``, ``"ptb"`` (both from the hub), files (.txt, .jsonl, .json), or a mapping from names to
-            these or to text itself; empty for none.
+        texts: ``"wikitext2"``, ``"ptb"``, ``"c4"`` and ``"owner/name"`` from the hub, files (.txt, .jsonl, .json), or
+            a mapping from names to these, to text itself, or to lists of texts and instances of ``datasets.Dataset``;
+            empty for none.
         tasks: names that lm-evaluation-harness knows (:data:`fxprune.evaluation.PAPER_TASKS` has the paper's), JSONL
             files of questions (see :class:`fxprune.evaluation.LocalTask`), or a mapping from names to these.
         window: tokens that the model sees at once; the default is the length that recovery trains on.

@@ -14,8 +14,8 @@ import torch
 import transformers
 from torch import Tensor, fx, nn
 
-from fxprune.data.rows import load_split
-from fxprune.data.text import opening_tokens, read_text
+from fxprune.data.named import CORPORA, is_data_set, load_named
+from fxprune.data.text import calibration_text, is_text, opening_tokens, read_text
 from fxprune.errors import EvaluationError, UnknownNameError
 from fxprune.graph.context import eval_mode, silence_stderr, wrap_errors
 from fxprune.masking.parts import PartwiseModel
@@ -34,43 +34,35 @@ __all__ = [
     "text_perplexity",
 ]
 
-CORPORA: Mapping[str, Mapping[str, Any]] = {
-    "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test", "field": "text"},
-    "ptb": {
-        "path": "ptb-text-only/ptb_text_only",
-        "name": "penn_treebank",
-        "split": "validation",
-        "field": "sentence",
-        "revision": "refs/convert/parquet",
-    },
-}
-"""Data sets by name, in the splits that the paper uses; the hub's Parquet copy if the original is a script."""
-
 _FILES = (".txt", ".jsonl", ".json")
 
 
-def named_corpora(texts: str | Path | Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, str | Path]:
-    """Texts by name: names in :data:`CORPORA` and paths, or a mapping to these or to text itself."""
-    wanted = "names of texts, paths of files, or a mapping from names to these or to text itself"
-    given: Any = texts
-    if isinstance(given, bytes) or not isinstance(given, str | Path | Iterable):
-        raise refuse("texts", given, wanted, EvaluationError)
-    named = dict(texts) if isinstance(texts, Mapping) else {}
-    items = named.values() if named else [texts] if isinstance(texts, str | Path) else list(texts)
-    for item in (*items, *named):
+def named_corpora(texts: Any) -> dict[str, Any]:
+    """Texts by name: names of data sets and paths; or a mapping to these, to text itself, or to lists and data sets."""
+    wanted = "names of data sets, paths of files, or a mapping from names to these or to text itself"
+    if isinstance(texts, bytes) or not isinstance(texts, str | Path | Iterable):
+        raise refuse("texts", texts, wanted, EvaluationError)
+    if isinstance(texts, Mapping):
+        for name, source in texts.items():
+            if not isinstance(name, str) or not name or not (is_text(source) and str(source)):
+                raise refuse("texts", source if isinstance(name, str) and name else name, wanted, EvaluationError)
+        return dict(texts)
+    items = [texts] if isinstance(texts, str | Path) else list(texts)
+    for item in items:
         if not isinstance(item, str | Path) or not str(item):
             raise refuse("texts", item, wanted, EvaluationError)
-    if isinstance(texts, Mapping):
-        return named
-    return {str(item) if str(item) in CORPORA else Path(item).stem: item for item in items}
+    return {str(item) if is_data_set(item) else Path(item).stem: item for item in items}
 
 
-def load_corpus(source: str | Path) -> str:
-    """Load the text of a known corpus or a local file; a source with a blank or line break is the text itself."""
-    if isinstance(source, str) and source in CORPORA:
-        options = dict(CORPORA[source])
-        field = options.pop("field")
-        return "\n\n".join(load_split(**options)[field])
+def load_corpus(source: Any) -> str:
+    """Load the text of a data set in the split that papers evaluate on, of a local file, or of a list.
+
+    A source with a blank or line break is the text itself.
+    """
+    if is_data_set(source):
+        return calibration_text(load_named(source, held_out=True))
+    if not isinstance(source, str | Path):
+        return calibration_text(source)
     path = Path(source)
     if isinstance(source, str) and path.suffix not in _FILES and (" " in source or "\n" in source):
         return source

@@ -12,7 +12,12 @@ import torch
 import transformers
 from torch import nn
 
+from fxprune.data.built_in import built_in_samples
+from fxprune.data.calibration import spread
+from fxprune.data.samples import token_rows
+from fxprune.data.text import is_text, text_samples
 from fxprune.errors import ExportError, UnknownNameError
+from fxprune.export.gguf.quantization import quantization_named
 from fxprune.export.gguf.write import export_gguf
 from fxprune.export.onnx import run_onnx, wrap_export_errors, write_onnx
 from fxprune.export.program import (
@@ -162,6 +167,7 @@ def export_model(
     tokenizer: Any = None,
     like: str | os.PathLike[str] | None = None,
     quantization: str | None = None,
+    calibration: Any = None,
     cache: bool = False,
     verify: bool = True,
 ) -> Path:
@@ -176,6 +182,10 @@ def export_model(
         like: a GGUF file with the same tokens, such as the dense model's, to copy the tokenizer from instead.
         quantization: type of the weights of a GGUF file: ``f32``, ``f16`` (the default), ``bf16``, ``q8_0``, ``q5_1``,
             ``q5_0``, ``q4_1``, ``q4_0``, ... Vectors stay in float32; embedding and output are at least ``q8_0``.
+            K-quants and i-quants, ``q4_k_m``, ``q5_k_m``, ``q6_k``, ``iq4_xs``, ..., are written by ggml, of the extra
+            for this format; a matrix whose rows fill no blocks of 256 is then stored in blocks of 32, with a warning.
+        calibration: samples or text, as for :func:`fxprune.prune`, by which K-quants and i-quants weigh their errors;
+            None for built-in text if there is a tokenizer.
         cache: whether a program takes past keys and values and returns present ones; not for GGUF files.
         verify: run the exported file and compare. The logits of a GGUF file are always compared.
 
@@ -186,12 +196,38 @@ def export_model(
     """
     check_merged(model)
     path = Path(path)
-    check_options(path, tokenizer=tokenizer, like=like, quantization=quantization, cache=cache)
+    given = {"like": like, "quantization": quantization}
+    check_options(path, tokenizer=tokenizer, calibration=calibration, cache=cache, **given)
     if path.suffix == ".gguf":
-        return export_gguf(model, path, tokenizer=tokenizer, like=like, quantization=quantization or "f16")
+        kind = quantization_named(quantization or "f16")
+        samples = _importance_samples(model, calibration, tokenizer) if kind.by_engine else ()
+        return export_gguf(model, path, tokenizer=tokenizer, like=like, quantization=kind.name, samples=samples)
     if cache:
         return export_decoder(model, path, verify=verify)
     return export_graph(trace(model).graph_module, path, verify=verify)
+
+
+_SAMPLES = 64
+"""Samples for an importance matrix: it is a mean over thousands of tokens, and each takes a run of the model."""
+
+
+def _importance_samples(model: PreTrainedModel, calibration: Any, tokenizer: Any) -> Sequence[torch.Tensor]:
+    """Token ids ``(1, tokens)`` of samples, at most :data:`_SAMPLES`; none without calibration and tokenizer."""
+    if is_text(calibration):
+        if tokenizer is None:
+            what, remedy = "text needs the tokenizer of the model", "Pass $tokenizer, or token ids"
+            raise ExportError(what, where="calibration", remedy=remedy)
+        calibration = text_samples(calibration, tokenizer, None, _TOKENS)
+    elif calibration is None and tokenizer is not None:
+        calibration = built_in_samples(tokenizer, _TOKENS, _SAMPLES)
+    if calibration is None:
+        return ()
+    embedding: Any = model.get_input_embeddings()
+    return spread(tuple(token_rows(calibration, len(embedding.weight))), _SAMPLES)
+
+
+_TOKENS = 128
+"""Tokens of a sample of text."""
 
 
 def check_options(path: Path, *, cache: bool, **gguf_options: Any) -> None:
@@ -203,7 +239,7 @@ def check_options(path: Path, *, cache: bool, **gguf_options: Any) -> None:
             what, remedy = "a GGUF file has no forward pass of its own", "Leave $cache out"
             raise ExportError(what, where="cache", remedy=remedy, argument="cache", value=cache)
         return
-    for name in ("like", "quantization"):
+    for name in ("like", "quantization", "calibration"):
         if gguf_options.get(name) is not None:
             what, remedy = f"${name} is for GGUF files", f"Leave ${name} out"
             raise ExportError(what, where=path.name, remedy=remedy, argument=name, value=gguf_options[name])

@@ -56,7 +56,7 @@ def batch(**fields: Any) -> dict[str, Any]:
 
 
 FLOATS, EMPTY = IDS.float(), torch.zeros(0, 6, dtype=torch.long)
-TEXT, KIND = "Tokenise the text first", "Pass token ids"
+TEXT, KIND, WORDS = "Tokenise the text first", "Pass token ids", "Pass tokenizer, or token ids"
 
 WHOLE: list[tuple[Any, str]] = [
     (EMPTY, "the calibration data is empty"),
@@ -85,9 +85,9 @@ WHOLE: list[tuple[Any, str]] = [
     (np.full((2, 6), 2**64 - 1, dtype=np.uint64), "input_ids holds 9223372036854775807"),
     (np.full((2, 6), 99, dtype=">i8"), "input_ids holds 99"),
     (np.full((2, 6), 99)[:, ::-1], "input_ids holds 99"),
-    ("some text", f"cannot read str.*{TEXT}"),
+    ("some text", f"text needs the tokenizer of the model.*{WORDS}"),
     (b"some text", f"cannot read bytes.*{TEXT}"),
-    (Path("data.json"), f"cannot read PosixPath.*{TEXT}"),
+    (Path("data.json"), f"text needs the tokenizer of the model.*{WORDS}"),
     (3, "cannot read 3"),
     (0.5, "cannot read 0.5"),
     (True, "cannot read True"),
@@ -107,7 +107,7 @@ WHOLE: list[tuple[Any, str]] = [
     ([None], "item 0: input_ids is None"),
     ([1, 2, 3], "item 0: input_ids is the single number 1"),
     ([[0.5, 0.2]], "sample 0: input_ids is a torch.float32"),
-    (["a", "b"], f"item 0: input_ids is text.*{TEXT}"),
+    (["a", "b"], f"text needs the tokenizer of the model.*{WORDS}"),
     ([["a"]], "item 0: input_ids is text"),
     ([b"abc"], "item 0: input_ids is text"),
     ([[1, 2, [3]]], "item 0: input_ids is .*not a tensor"),

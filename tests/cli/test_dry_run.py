@@ -66,7 +66,7 @@ def planned(text: CalibrationText = NO_TEXT, **options: Any) -> tuple[tuple[Any,
     def unread(*_: Any) -> Any:
         raise NotImplementedError
 
-    passes = fxprune.prune_pipeline(None if text.file is None else (), tokenizer=unread, **options).passes
+    passes = fxprune.prune_pipeline(None if text.source is None else (), tokenizer=unread, **options).passes
     return (passes, *_count_samples(Prepared(tuple(passes), None, None), text))
 
 
@@ -93,14 +93,14 @@ def test_the_work_is_that_of_the_samples_that_the_passes_take(recipe: str, runs:
     text.write_text("word " * 10_000)
     name, _, how = recipe.partition(", ") if recipe[:4] in ("fast", "bala") else (recipe, "", "")
     tune = {"tune": "tune{epochs=2, measurements=3, rank=8, truth=0.2}"} if how == "twice" else {}
-    given = CalibrationText(text, None, None) if how == "given text" else NO_TEXT
+    given = CalibrationText(str(text), None, None) if how == "given text" else NO_TEXT
     passes, samples, tokens = planned(given, recipe=name, **tune)
     costs = costs_of(passes, samples, on_disk=how == "on disk")
     assert sum(cost.runs for _, cost in costs) == runs and tokens == 128
 
 
 def test_samples_are_those_of_the_text(tmp_path: Path) -> None:
-    text = CalibrationText(tmp_path / "text.txt", None, 50)
+    text = CalibrationText(str(tmp_path / "text.txt"), None, 50)
     (tmp_path / "text.txt").write_text("word " * 1000)
     assert planned(text)[1:] == (5000 // 200, 50)
     assert planned(replace(text, samples=3))[1] == 3 and planned(text, recipe="llm-pruner")[1] == 10
@@ -145,13 +145,13 @@ def test_work_is_counted_by_the_token(config: Path) -> None:
 def test_a_tokenizer_counts_the_samples_of_a_text(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model")
     (tmp_path / "text.txt").write_text("red " * 1280)
-    text = CalibrationText(tmp_path / "text.txt", None, None)
+    text = CalibrationText(str(tmp_path / "text.txt"), None, None)
 
     def prepared() -> Prepared:
         return prepare(str(tmp_path / "model"), None, text, {}, needs_tokenizer=False, dry_run=True)
 
     found = prepared()
-    assert found.samples.shape == (10, 128) and _count_samples(found, text) == (10, 128)
+    assert found.samples["input_ids"].shape == (10, 128) and _count_samples(found, text) == (10, 128)
     (tmp_path / "model/model.safetensors").unlink()
     for file in (tmp_path / "model").glob("tokenizer*"):
         file.unlink()

@@ -25,9 +25,9 @@ from fxprune.export.gguf.format import (
     layers_differ,
     names_in_format,
     place_of,
-    type_named,
 )
 from fxprune.export.gguf.layout import LAYOUTS, TensorLayout, lay_out, read_decoder
+from fxprune.export.gguf.quantization import quantization_named
 from fxprune.export.gguf.reference import find_contents, gguf_logits
 from fxprune.export.gguf.tokenizer import Entry, copy_tokenizer, describe_tokenizer
 from fxprune.export.gguf.write import export_gguf, most_common_type
@@ -156,9 +156,9 @@ def test_rows_that_fill_no_blocks_name_the_multiple_that_would(tmp_path: Path) -
     assert "blk.3.attn_output.weight has rows of 48: round_to=2 for the kind head would do" in told
     assert "blk.0.ffn_down.weight has rows of 88: round_to=32 for the kind mlp would do" in told
     assert "channel" not in told and told.endswith("Or choose f16")
-    for name, says in (("q8", "'q8'. Did you mean 'q8_0'"), ("q4_k", "'q4_k'")):
+    for name, says in (("q8", "'q8'. Did you mean"), ("q4_k_x", "'q4_k_x'. Did you mean 'q4_k_s'")):
         with pytest.raises(UnknownNameError, match=f"unknown quantization {says}"):
-            type_named(name)
+            quantization_named(name)
 
 
 WORDS = ("the cat sat", " Ωμέγα и кот", "  1234 x_y\n\n\tz", "漢字かな한글", "naïve … 😀", "ab<s>ab</s>")

@@ -11,14 +11,10 @@ from importlib import resources
 from typing import Any
 
 import gguf
-import numpy as np
-
-from fxprune.errors import UnknownNameError
 
 __all__ = [
     "Arch",
     "Type",
-    "can_quantize",
     "candidate_archs",
     "general_archs",
     "joined_names",
@@ -27,33 +23,9 @@ __all__ = [
     "name_elsewhere",
     "names_in_format",
     "place_of",
-    "type_named",
 ]
 
 Type = gguf.GGMLQuantizationType
-
-
-def can_quantize(kind: Type) -> bool:
-    """Whether the package ``gguf`` can quantise to a type."""
-    if kind in (Type.F32, Type.F16):
-        return True
-    try:
-        gguf.quants.quantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][0]), np.float32), kind)
-    except (NotImplementedError, KeyError):
-        return False
-    return True
-
-
-def type_named(quantization: str) -> Type:
-    """A type of the format by its name, in any case."""
-    known = {
-        kind.name.lower(): kind
-        for kind in Type
-        if kind.name.startswith(("F", "BF", "Q", "TQ", "MX")) and can_quantize(kind)
-    }
-    if str(quantization).lower() not in known:
-        raise UnknownNameError("quantization", quantization, known)
-    return known[quantization.lower()]
 
 
 @dataclass(frozen=True)
@@ -106,7 +78,7 @@ class Arch:
 
 @functools.cache
 def load_data(name: str) -> Any:
-    """A JSON file of this package: ``archs`` or ``tokenizers``."""
+    """A JSON file of this package: ``archs``, ``quantizations`` or ``tokenizers``."""
     return json.loads(resources.files("fxprune.export.gguf").joinpath(f"{name}.json").read_text(encoding="utf-8"))
 
 

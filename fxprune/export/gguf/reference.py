@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from fxprune.export.gguf.format import Arch, candidate_archs, joined_names, name
 from fxprune.export.gguf.layout import LAYOUTS, Contents, Decoder, InexpressibleError, lay_out
 from fxprune.masking.compare import compare
 
-__all__ = ["find_contents"]
+__all__ = ["find_contents", "input_importance"]
 
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -27,11 +27,39 @@ def gguf_logits(contents: Contents, tokens: torch.Tensor) -> torch.Tensor:
         return _ReferenceModel(contents).logits(tokens[0])[None]
 
 
-class _ReferenceModel:
-    """The forward pass of a file. Each tensor is widened to float32 only when it is used, to save memory."""
+_FLOOR = 1e-6
+"""Least importance of an input, as a fraction of the mean: an input that is always zero has none to divide by."""
 
-    def __init__(self, contents: Contents) -> None:
-        self.arch, self.keys, self.tensors = contents.arch, contents.keys, contents.tensors
+
+def input_importance(contents: Contents, samples: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Mean square of each input of each matrix of a file, ``(inputs,)``, over samples of token ids ``(1, tokens)``.
+
+    A matrix whose inputs are all zero, as those of a block without attention, has none; nor has any without samples.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    tokens = 0
+
+    def add(name: str, x: torch.Tensor) -> None:
+        square = x.double().square().flatten(0, -2).sum(0)
+        sums[name] = sums[name] + square if name in sums else square
+
+    with torch.no_grad():
+        model = _ReferenceModel(contents, add)
+        for sample in samples:
+            model.logits(sample[0])
+            tokens += sample.shape[1]
+    means = {name: total / tokens for name, total in sums.items()}
+    return {name: (mean + _FLOOR * mean.mean()).float() for name, mean in means.items() if mean.any()}
+
+
+class _ReferenceModel:
+    """The forward pass of a file. Each tensor is widened to float32 only when it is used, to save memory.
+
+    ``see`` is called with the name of each matrix and its input.
+    """
+
+    def __init__(self, contents: Contents, see: Callable[[str, torch.Tensor], object] | None = None) -> None:
+        self.arch, self.keys, self.tensors, self.see = contents.arch, contents.keys, contents.tensors, see
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.tensors["token_embd.weight"][tokens.to(self.tensors["token_embd.weight"].device)].float().cpu()
@@ -63,6 +91,8 @@ class _ReferenceModel:
 
     def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         bias = f"{name}.bias"
+        if self.see is not None:
+            self.see(f"{name}.weight", x)
         return F.linear(x, self.get(f"{name}.weight"), self.get(bias) if bias in self.tensors else None)
 
     def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:

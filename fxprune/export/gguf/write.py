@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +16,12 @@ import gguf
 import numpy as np
 import torch
 
-from fxprune.errors import ExportError
-from fxprune.export.gguf.format import Type, can_quantize, load_data, type_named
+from fxprune.errors import ExportError, FxpruneError
+from fxprune.export.gguf.format import Type, load_data
+from fxprune.export.gguf.ggml import needs_importance, quantize
 from fxprune.export.gguf.layout import Contents, read_decoder
-from fxprune.export.gguf.reference import find_contents
+from fxprune.export.gguf.quantization import Quantization, quantization_named
+from fxprune.export.gguf.reference import find_contents, input_importance
 from fxprune.export.gguf.tokenizer import Entry, copy_tokenizer, describe_tokenizer
 from fxprune.export.onnx import LOW_PRECISION_TOLERANCE, wrap_export_errors
 from fxprune.masking.compare import TOLERANCE
@@ -27,24 +32,28 @@ if TYPE_CHECKING:
 
 __all__ = ["check_gguf", "export_gguf", "most_common_type"]
 
-_COARSE_BITS = 6.5
-"""Types with fewer bits per weight keep embedding and output at 8 bits, which saves much quality at little cost."""
-
 
 def most_common_type(path: str | os.PathLike[str]) -> str:
-    """Type of most weights of a GGUF file; ``q8_0`` if that type cannot be written here."""
+    """Quantisation of a GGUF file, or the type of most of its weights; ``q8_0`` if that cannot be written here."""
+    reader = gguf.GGUFReader(path)
     sizes: Counter[Type] = Counter()
-    for tensor in gguf.GGUFReader(path).tensors:
+    for tensor in reader.tensors:
         sizes[tensor.tensor_type] += int(tensor.n_elements)
     (kind, _) = sizes.most_common(1)[0]
-    return kind.name.lower() if can_quantize(kind) else "q8_0"
+    entry = reader.get_field("general.file_type")
+    numbers: dict[str, int] = load_data("archs")["file_types"]
+    named = [name for name, number in numbers.items() if entry is not None and number == entry.contents()]
+    for name in (*named, kind.name):
+        with suppress(FxpruneError):
+            return quantization_named(name).name
+    return "q8_0"
 
 
-def check_row_sizes(contents: Contents, kind: Type) -> None:
-    """Refuse rows that are not a multiple of the block size of a type, with the ``round_to`` that avoids them."""
+def check_row_sizes(contents: Contents, types: Mapping[str, Type], quantization: Quantization) -> None:
+    """Refuse rows that are not a multiple of the block size of their type, with the ``round_to`` that avoids them."""
     misfits: dict[str, tuple[str, int, int]] = {}
     for name, tensor in contents.tensors.items():
-        size = gguf.GGML_QUANT_SIZES[_type_of(name, tensor, kind)][0]
+        size = gguf.GGML_QUANT_SIZES[types[name]][0]
         row = tensor.shape[-1]
         if row % size:
             step, kind_of_units = size, "mlp" if ".ffn_down." in name else "channel"
@@ -58,22 +67,30 @@ def check_row_sizes(contents: Contents, kind: Type) -> None:
         found.append(f"{name} has rows of {row:,}: round_to={step} for the kind {kind_of_units} would do")
         if kind_of_units == "head":
             found[-1] += " (in query heads; with several per key/value head, less may do)"
-    size = gguf.GGML_QUANT_SIZES[kind][0]
-    what = f"{kind.name.lower()} stores blocks of {size} values along a row. {'; '.join(found)}"
+    size = min(gguf.GGML_QUANT_SIZES[types[name]][0] for name, _, _ in misfits.values())
+    what = f"{quantization.name} stores blocks of {size} values along a row. {'; '.join(found)}"
     raise ExportError(what, where="quantization", remedy="Or choose f16")
 
 
-def _type_of(name: str, tensor: torch.Tensor, kind: Type) -> Type:
-    """Type that a tensor is stored in: float32 for vectors, at least 8 bits for embedding and output."""
-    if tensor.dim() < 2 or name.startswith(("position_embd", "rope_")):
-        return Type.F32
-    outer = name in ("token_embd.weight", "output.weight")
-    size, stored = gguf.GGML_QUANT_SIZES[kind]
-    return Type.Q8_0 if outer and 8 * stored / size < _COARSE_BITS else kind
+@dataclass(frozen=True)
+class Storage:
+    """How tensors are stored: the quantisation, the type of each tensor, and importances of inputs by tensor."""
+
+    quantization: Quantization
+    types: Mapping[str, Type]
+    importance: Mapping[str, torch.Tensor]
+
+    def pack(self, name: str, tensor: torch.Tensor) -> Any:
+        """Bytes of a tensor."""
+        values, kind = tensor.detach().float().cpu().contiguous().numpy(), self.types[name]
+        if not self.quantization.by_engine or kind is Type.F32:
+            return gguf.quants.quantize(values, kind)
+        weights = self.importance.get(name)
+        return quantize(values, kind, None if weights is None else weights.numpy())
 
 
-def write_gguf(contents: Contents, tokenizer: Iterable[Entry], path: Path, kind: Type, name: str) -> None:
-    """Write a file with matrices of type ``kind``, and the ``name`` of the model for people."""
+def write_gguf(contents: Contents, tokenizer: Iterable[Entry], path: Path, storage: Storage, name: str) -> None:
+    """Write a file, with the ``name`` of the model for people."""
     writer = gguf.GGUFWriter(path, contents.arch.name)
     adders: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool,
@@ -84,31 +101,30 @@ def write_gguf(contents: Contents, tokenizer: Iterable[Entry], path: Path, kind:
     }
     try:
         writer.add_name(name)
-        numbers = load_data("archs")["file_types"]  # of the type of most weights
-        writer.add_file_type(numbers.get(kind.name.lower(), numbers["other"]))
+        writer.add_file_type(storage.quantization.file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in contents.keys.items():
             adders[type(value)](f"{contents.arch.name}.{key}", value)
         for entry in tokenizer:
             writer.add_key_value(entry.key, entry.value, entry.kind, entry.inner)
-        _write_tensors(writer, contents, kind)
+        _write_tensors(writer, contents, storage)
     finally:
         writer.close()
 
 
-def _write_tensors(writer: gguf.GGUFWriter, contents: Contents, kind: Type) -> None:
-    types = {name: _type_of(name, tensor, kind) for name, tensor in contents.tensors.items()}
+def _write_tensors(writer: gguf.GGUFWriter, contents: Contents, storage: Storage) -> None:
     for name, tensor in contents.tensors.items():
-        size, stored = gguf.GGML_QUANT_SIZES[types[name]]
+        kind = storage.types[name]
+        size, stored = gguf.GGML_QUANT_SIZES[kind]
         bytes_ = tensor.numel() // size * stored
-        writer.add_tensor_info(name, list(tensor.shape), np.dtype(np.float32), bytes_, types[name])
+        writer.add_tensor_info(name, list(tensor.shape), np.dtype(np.float32), bytes_, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     assert writer.fout is not None
     (file,) = writer.fout
     for name, tensor in contents.tensors.items():
-        values = gguf.quants.quantize(tensor.detach().float().cpu().contiguous().numpy(), types[name])
+        values = storage.pack(name, tensor)
         writer.write_padding(file, file.tell())
         file.write(np.ascontiguousarray(values).data)  # the writer's own way loses the error of a disk full at the end
         writer.write_padding(file, values.nbytes)
@@ -121,6 +137,7 @@ def export_gguf(
     tokenizer: Any = None,
     like: str | os.PathLike[str] | None = None,
     quantization: str = "f16",
+    samples: Iterable[torch.Tensor] = (),
 ) -> Path:
     """Write a model as a GGUF file, with its tokenizer and chat template.
 
@@ -133,22 +150,45 @@ def export_gguf(
         tokenizer: the tokenizer of the model.
         like: a GGUF file with the same tokens, such as the dense model's, to copy the tokenizer from instead.
         quantization: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q5_1``, ``q5_0``, ``q4_1``, ``q4_0`` and others. Vectors
-            stay in float32; embedding and output are at least ``q8_0``.
+            stay in float32; embedding and output are at least ``q8_0``. K-quants and i-quants, such as ``q4_k_m``, are
+            written by ggml; a matrix whose rows fill no blocks of 256 values is then stored in blocks
+            of 32, with a warning.
+        samples: token ids ``(1, tokens)`` each; K-quants and i-quants weigh the error of a weight by the mean square of
+            its input on them.
 
     Raises:
-        UnknownNameError: the type is unknown.
+        UnknownNameError: the quantisation is unknown.
         ExportError: the format cannot express the model or the tokenizer, with the reason; or rows are not a multiple
-            of the block size of the type, with the ``round_to`` that avoids it.
+            of the block size of the type, with the ``round_to`` that avoids it; or a type needs samples, or ggml.
     """
-    path, kind = Path(path), type_named(quantization)
+    path, kind = Path(path), quantization_named(quantization)
     if like is None and tokenizer is None:
         what = "a GGUF file holds its tokenizer, and none is given"
         raise ExportError(what, where="tokenizer", remedy="Pass tokenizer=, or like= and a GGUF file to copy from")
     contents, entries = _collect(model, tokenizer, like)
-    check_row_sizes(contents, kind)
+    storage = _storage_of(contents, kind, samples)
     with wrap_export_errors(path), atomic_path(path, ExportError, parents=True) as unfinished:
-        write_gguf(contents, entries, unfinished, kind, path.stem)
+        write_gguf(contents, entries, unfinished, storage, path.stem)
     return path
+
+
+def _storage_of(contents: Contents, quantization: Quantization, samples: Iterable[torch.Tensor]) -> Storage:
+    """Types and importances for the contents of a file, refused if they do not go together."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in contents.tensors.items()}
+    blocks = contents.keys["block_count"]
+    types = quantization.types(shapes, blocks)
+    check_row_sizes(contents, types, quantization)
+    if not quantization.by_engine:
+        return Storage(quantization, types, {})
+    fallbacks = quantization.describe_fallbacks(shapes, types, blocks)
+    if fallbacks:
+        warnings.warn(f"{quantization.name}: {fallbacks}", stacklevel=4)
+    importance = input_importance(contents, samples)
+    lacking = {types[name].name.lower() for name in types if name not in importance and needs_importance(types[name])}
+    if lacking:
+        what = f"{', '.join(sorted(lacking))} can be written only with an importance of each input"
+        raise ExportError(what, where="quantization", remedy="Pass calibration samples, or choose q4_k_m")
+    return Storage(quantization, types, importance)
 
 
 def check_gguf(model: PreTrainedModel, *, tokenizer: Any = None, like: str | os.PathLike[str] | None = None) -> None:
