@@ -33,6 +33,7 @@ _OPTIONAL = ("teach", "compensate", "tune")
 
 _INHERITED = (
     *("kinds", "ranking", "protect", "round_to", "uniform", "tensor_parallel", "budget", "ratio", "first"),
+    *("target", "context"),
     *("reduction", "samples", "reach"),
 )
 """Arguments that mean the same in all passes of a stage: one that takes the place of another inherits them."""
