@@ -10,7 +10,8 @@ from fxprune.errors import ArgumentError, FxpruneError, PassError, UnknownNameEr
 from fxprune.pipeline.contract import STAGES
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
-from fxprune.recipes.recipe import Recipe, as_recipe, made_for, read_recipe, recipe_names
+from fxprune.recipes.recipe import Recipe, as_recipe, made_for, read_recipe
+from fxprune.recipes.texts import recipe_names
 
 
 def test_installed_recipes_describe_themselves_and_read_back() -> None:
