@@ -29,6 +29,7 @@ from fxprune.offload.prefetch import offer_prefetcher, prefetcher_to
 from fxprune.pipeline.arguments import refuse
 from fxprune.pipeline.contract import STAGES
 from fxprune.pipeline.pipeline import Pipeline
+from fxprune.pipeline.progress import run_bar
 from fxprune.pipeline.registry import load_pass
 from fxprune.recipes import ApplyOptions, Options, Recipe, as_recipe, option_table, resolve
 from fxprune.recipes.recipe import NONE, changed, needs_samples
@@ -381,6 +382,16 @@ def _run(pipeline: Pipeline, model: nn.Module, values: Mapping[str, Any]) -> Res
     if is_hugging_face(model):
         for step in pipeline.leaves():
             step.foresee_model(model)
+    if values["progress"] and values["track"] is None:
+        with run_bar(pipeline.passes, ["trace"]) as bar:
+            if bar is not None:
+                bar.begin("trace")
+                pipeline = Pipeline(pipeline.passes, on_pass=lambda step: bar.begin(step.name), track=bar.track)
+            return _run_traced(pipeline, model, values)
+    return _run_traced(pipeline, model, values)
+
+
+def _run_traced(pipeline: Pipeline, model: nn.Module, values: Mapping[str, Any]) -> Result:
     start = time.perf_counter()
     graph_module = trace(model, values["example_inputs"]).graph_module
     _LOGGER.info("trace: %.1f s", time.perf_counter() - start)

@@ -287,10 +287,22 @@ def load_model(
     read: Any = AutoModelForCausalLM.from_pretrained
     options = {**LOADING, **_SAFE, "dtype": "auto" if dtype is None else dtype}
     check_sizes(source, gguf_file)
-    with readable(source), quiet(WARNING):  # weights left at random are refused below, in one line
+    with readable(source), quiet(WARNING), _without_bars():  # weights left at random are refused below, in one line
         model, found = read(**locate(source, gguf_file), **options)
     require_all_weights(source, found, model)
     return model if device is None else model.to(device)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide the progress bars of transformers, in a load that takes seconds."""
+    shown = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.logging.enable_progress_bar()
 
 
 _ADAPTER = "adapter_config.json"

@@ -36,6 +36,7 @@ __all__ = [
     "print_json",
     "print_lines",
     "progress",
+    "run_progress",
     "set_output",
     "widened",
     "working",
@@ -258,6 +259,16 @@ def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
             notes.print(f"{what}: {done:,} of {total:,}, about {left:,.0f} s left", markup=False, highlight=False)
             due = now + 10
         yield item
+
+
+@contextlib.contextmanager
+def run_progress(what: str) -> Iterator[dict[str, Any]]:
+    """Options of a prune that show its progress: one bar in a terminal, and lines now and then elsewhere."""
+    if notes.is_terminal:
+        yield {"progress": _shows_progress()}
+        return
+    with working(what):
+        yield {"track": progress}
 
 
 def _shows_progress() -> bool:

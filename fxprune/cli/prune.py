@@ -10,7 +10,7 @@ import typer
 import fxprune
 from fxprune.cli import options as flags
 from fxprune.cli.config import format_run, run_file
-from fxprune.cli.console import Command, app, is_given, notes, option_name, progress, working
+from fxprune.cli.console import Command, app, is_given, notes, option_name, run_progress, working
 from fxprune.cli.models import check_model, is_gguf, load, locate_model
 from fxprune.cli.output import (
     OURS,
@@ -88,17 +88,18 @@ def prune(
     force = force or run_file(out, is_file=is_file(out)).is_file()
     data, tokenizer = text.named(prepared.samples), prepared.tokenizer
     if low_memory:
-        result = fxprune.prune_checkpoint(
-            locate_model(model) if gguf_file is None else Path(model).expanduser() / gguf_file,
-            out,
-            data,
-            tokenizer=tokenizer,
-            track=progress,
-            force=force,
-            also=lambda _, folder: write_run(run, run_file(folder, is_file=False)),
-            device=device,
-            **options,
-        )
+        with run_progress("pruning from disk") as shown:
+            result = fxprune.prune_checkpoint(
+                locate_model(model) if gguf_file is None else Path(model).expanduser() / gguf_file,
+                out,
+                data,
+                tokenizer=tokenizer,
+                **shown,
+                force=force,
+                also=lambda _, folder: write_run(run, run_file(folder, is_file=False)),
+                device=device,
+                **options,
+            )
         loading = OURS
     else:
         keep_freed()
@@ -106,8 +107,8 @@ def prune(
         export = gguf_options(model, tokenizer, quantization) if to_gguf else {}
         if to_gguf:
             _check_gguf(dense, export)
-        with working("pruning"):
-            result = fxprune.prune(dense, data, tokenizer=tokenizer, track=progress, **options)
+        with run_progress("pruning") as shown:
+            result = fxprune.prune(dense, data, tokenizer=tokenizer, **shown, **options)
         with working(f"writing {out}"):
             loading = write_result(result, out, tokenizer, export, run=run, force=force)
     print_result(result, out, loading, as_json=as_json)

@@ -111,6 +111,12 @@ class ApplyOptions(TypedDict, total=False):
         Mapping[str, Any] | None,
         Argument("Keyword inputs of a module that is not a Hugging Face model.", check=_check, spelled=False),
     ]
+    progress: Annotated[
+        bool,
+        Argument(
+            "Show one bar for the whole run in a terminal or a notebook, unless there is a `track`.", default=True
+        ),
+    ]
     track: Annotated[
         Track | None,
         Argument("Shows progress: `track(items, what, total)` yields the items.", check=_check, spelled=False),

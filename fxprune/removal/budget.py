@@ -191,7 +191,7 @@ class FileBudget(Budget):
 
     def __init__(self, graph: fx.Graph, axes: AxisMap, file_format: str, more: Iterable[Term], word: str) -> None:
         self._format = file_format
-        self._places = find_places(graph, axes, filter(_is_attention, graph.nodes))
+        self.places = find_places(graph, axes, filter(_is_attention, graph.nodes))
         self._named = {name: axes.tensors[name] for name in axes.parameters if name not in axes.tied}
         self._owners = {name: owner_block(name, axes.blocks) for name in self._named}
         tensors = [
@@ -212,10 +212,10 @@ class FileBudget(Budget):
         return found
 
     def _outer(self) -> Iterator[str]:
-        return (name for name, place in self._places.items() if place.part in ("embedding", "head"))
+        return (name for name, place in self.places.items() if place.part in ("embedding", "head"))
 
     def _type(self, name: str, shape: Sequence[float]) -> Type:
-        place = self._places.get(name)
+        place = self.places.get(name)
         return Type.F32 if place is None or len(shape) < 2 else type_of(self._format, place, int(shape[place.row]))
 
     def _each(self, name: str, shape: Sequence[float]) -> float:
@@ -224,7 +224,7 @@ class FileBudget(Budget):
     def _multiples(self) -> dict[Factor, int]:
         """For each factor along rows the number whose multiples of units fill whole blocks of values."""
         found: dict[Factor, int] = {}
-        for name, place in self._places.items():
+        for name, place in self.places.items():
             exprs = self._named[name]
             block = gguf.GGML_QUANT_SIZES[self._type(name, [expr.size for expr in exprs])][0]
             for factor in factors(exprs[place.row]) if block > 1 else ():

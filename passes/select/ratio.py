@@ -40,7 +40,8 @@ __all__ = ["BudgetSolver", "SelectByGroupRatioPass", "SelectByRatioPass", "choos
 _CLOSE = 0.005
 """The achieved ratio is within half a percentage point of the requested one if the units are small enough."""
 
-_REMEDY = "Ask for less to go, protect fewer layers or allow more kinds"
+_REMEDY = "Ask for less, protect fewer layers or allow more kinds"
+_LARGER = "Ask for a larger model, protect fewer layers or allow more kinds"
 
 _ENOUGH = 0.75
 """The largest fraction of the units of the kinds in ``first`` that is removed before the other kinds shrink too: what
@@ -363,7 +364,7 @@ class SelectByRatioPass(SelectPass):
             return
         dense, least = dense_and_least(model, self.kinds, name, file_format)
         word = "parameters" if name == "params" else "bytes"
-        wanted = (1 - self.ratio - _CLOSE) * dense if target is None else self._wanted(target, dense, word)
+        wanted = (1 - self.ratio + _CLOSE) * dense if target is None else self._wanted(target, dense, word)
         if wanted < least:
             kinds = f"embedding and output, which $kinds={self.kinds} leave whole, are {least:,.0f} {word}"
             raise self._refuse(f"{wanted:,.0f} {word} cannot be reached: {kinds}")
@@ -371,11 +372,12 @@ class SelectByRatioPass(SelectPass):
     def _wanted(self, target: Target, dense: float, word: str) -> float:
         """The amount that a target asks for, which must be below that of the dense model."""
         if target.of(dense) >= dense:
-            raise self._refuse(f"the dense model is no larger: it has {dense:,.0f} {word}", "Ask for less")
+            raise self._refuse(f"the dense model is no larger: it has {dense:,.0f} {word}", "Ask for a smaller one")
         return target.of(dense)
 
-    def _refuse(self, what: str, remedy: str = _REMEDY) -> RatioError:
+    def _refuse(self, what: str, remedy: str = "") -> RatioError:
         name = "target" if self.target else "ratio"
+        remedy = remedy or (_LARGER if self.target else _REMEDY)
         value = getattr(self, name)
         return RatioError(f"${name} is {value!r}: {what}", where=name, remedy=remedy, argument=name, value=value)
 
