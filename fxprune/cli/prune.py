@@ -26,6 +26,7 @@ from fxprune.cli.preparation import CalibrationText, prepare
 from fxprune.cli.process import keep_freed
 from fxprune.errors import ArgumentError
 from fxprune.recipes.options import Options
+from fxprune.removal.target import parse_target
 
 __all__ = ["prune"]
 
@@ -33,7 +34,7 @@ __all__ = ["prune"]
 @app.command(cls=Command)
 @flags.library_options(Options)
 def prune(
-    context: typer.Context,
+    call: typer.Context,
     model: flags.Folder,
     out: flags.Out = None,
     config: flags.Config = None,
@@ -59,11 +60,12 @@ def prune(
 
     if out is None and not dry_run:
         raise ArgumentError("there is no place to write to", where="--out", remedy="Give --out, or --dry-run to look")
-    _check_exclusive(context)
+    _check_exclusive(call)
     _replace_deprecated(options, taylor, group_ratio)
     to_gguf = out is not None and out.suffix == ".gguf"
     if to_gguf:
         options = {"norm": "sliced", "round_to": {"mlp": 32}, **options}  # one epsilon for all norms; blocks of 32
+        quantization = _quantization(options.get("target"), quantization)
     text = CalibrationText(calibration, samples, tokens)
     check_model(model, gguf_file, with_weights=not dry_run)
     check_quantization(quantization, out)
@@ -84,7 +86,7 @@ def prune(
         print_estimate(found, as_json=as_json)
         return
     assert out is not None
-    run = format_run(context)
+    run = format_run(call)
     force = force or run_file(out, is_file=is_file(out)).is_file()
     data, tokenizer = text.named(prepared.samples), prepared.tokenizer
     if low_memory:
@@ -112,6 +114,16 @@ def prune(
         with working(f"writing {out}"):
             loading = write_result(result, out, tokenizer, export, run=run, force=force)
     print_result(result, out, loading, as_json=as_json)
+
+
+def _quantization(target: str | None, given: str | None) -> str | None:
+    """The type of a GGUF file: the one given, or that in which a target counts its bytes."""
+    budget = "" if target is None else parse_target(target).budget
+    counted = budget.removeprefix("bytes@") if budget.startswith("bytes@") else None
+    if given is not None and counted is not None and given.lower() != counted:
+        what = f"{given} beside --target {target}: the file has another type than the target"
+        raise ArgumentError(what, where="--quantization", remedy="Leave it out")
+    return given or counted
 
 
 def _check_exclusive(context: typer.Context) -> None:

@@ -125,7 +125,7 @@ BUDGETS = ("params", "macs", "kv", "bytes")
 _BYTES, _MEMORY = "bytes@", "memory@"
 
 CHUNK = 512
-"""The most tokens of a prompt that are read at once, as in llama.cpp."""
+"""The most tokens of a prompt that programs for GGUF files read at once by default."""
 
 Counts = Mapping[Factor, float]
 

@@ -1,8 +1,8 @@
 """Types of the tensors of a GGUF file in a format such as ``q4_k_m``, and the bytes that they take.
 
-A mixture of K-quants follows llama.cpp's own quantiser, ``llama_tensor_get_type`` in ``llama-quant.cpp``: products with
-values and with the inner channels of an MLP get more bits in some blocks, the output most, and rows that are no
-multiple of 256 another type of about the same size. Exceptions for single architectures are left out.
+A mixture of K-quants follows the quantiser of ggml's own project: products with values and with the inner channels of
+an MLP get more bits in some blocks, the output most, and rows that are no multiple of 256 another type of about the
+same size. Exceptions for single architectures are left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["FORMATS", "TOKENIZER", "Place", "bytes_each", "check_format", "find_
 Type = gguf.GGMLQuantizationType
 
 TOKENIZER = 30
-"""Bytes of a file for each token of its tokenizer, about: 25 in a file of Gemma 3, and 36 in one of SmolLM2."""
+"""Bytes of a file for each token of its tokenizer, about: 25 for one with scores, and 36 for one with merges."""
 
 _PLAIN = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 _ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}

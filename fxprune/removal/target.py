@@ -122,12 +122,12 @@ def _of_dense(text: str, number: float, quantity: str) -> Target:
         if number <= 1:
             raise _refuse(text, f"{number:g} times the speed is no gain", f"Ask for more than 1, as in '1.3x {name}'")
         return Target(text, quantity, part=1 / number)
+    if quantity not in ("params", "macs", "kv", "bytes") and not (name == "bytes" and place):
+        raise refuse("target", text, WANTED)
     if number >= 1:
         remedy = "Ask for less than 1, as in '0.8x params'; a speed is above 1, as in '1.3x decode'"
         raise _refuse(text, f"{number:g} times the dense model is nothing to remove", remedy)
-    if quantity in ("params", "macs", "kv", "bytes") or (name == "bytes" and place):
-        return Target(text, _with_format("bytes", place, text) if name == "bytes" else quantity, part=number)
-    raise refuse("target", text, WANTED)
+    return Target(text, _with_format("bytes", place, text) if name == "bytes" else quantity, part=number)
 
 
 def _of_bytes(text: str, amount: float, rest: str) -> Target:

@@ -366,8 +366,8 @@ class SelectByRatioPass(SelectPass):
         word = "parameters" if name == "params" else "bytes"
         wanted = (1 - self.ratio + _CLOSE) * dense if target is None else self._wanted(target, dense, word)
         if wanted < least:
-            kinds = f"embedding and output, which $kinds={self.kinds} leave whole, are {least:,.0f} {word}"
-            raise self._refuse(f"{wanted:,.0f} {word} cannot be reached: {kinds}")
+            what = f"embedding and output, which $kinds={self.kinds} leave whole, are {least:,.0f} {word}"
+            raise self._refuse(what if target is not None else f"{what} of {dense:,.0f}")
 
     def _wanted(self, target: Target, dense: float, word: str) -> float:
         """The amount that a target asks for, which must be below that of the dense model."""

@@ -24,6 +24,7 @@ from fxprune.masking.judge import DivergenceJudge
 from fxprune.pipeline.contract import Track, tracking
 from fxprune.pipeline.registry import load_pass, parse_pass
 from fxprune.removal.budget import Budget, ParameterBudget, make_budget
+from fxprune.removal.formats import TOKENIZER
 from fxprune.removal.removal import Removal
 from tests.models import VOCABULARY, tiny, token_ids
 from tests.oracle import axes_of, decide, discover, groups_of, slim_graph
