@@ -30,11 +30,13 @@ from fxprune.offload.prefetch import offer_prefetcher, prefetcher_to
 from fxprune.pipeline.arguments import refuse
 from fxprune.pipeline.contract import STAGES
 from fxprune.pipeline.pipeline import Pipeline
+from fxprune.pipeline.progress import run_bar
 from fxprune.pipeline.registry import load_pass
 from fxprune.recipes import ApplyOptions, Options, Recipe, as_recipe, option_table, resolve
 from fxprune.recipes.recipe import NONE, changed, needs_samples
 from fxprune.removal.plan import Plan
 from fxprune.removal.scores import Scores
+from fxprune.removal.target import DEFAULT_RATIO
 from fxprune.result import Result
 from fxprune.trace import trace
 from fxprune.trace.checks import check_merged
@@ -197,12 +199,14 @@ def _pipeline(calibration: Any, values: Mapping[str, Any], plan: Any = None) -> 
             recipe[stage] = None
         if any(map(needs_samples, recipe["select"])) and choices["select"] is None:
             choices["select"] = "select-by-ratio"
+    _check_target(values)
     arguments = _stage_arguments(values)
     for stage in recipe:
         recipe.set_arguments(stage, arguments[stage])
     for stage, choice in choices.items():
         if choice is not None:
             recipe.replace_stage(stage, choice, arguments[stage])
+    _check_takes_target(recipe, values["target"])
     _complete(recipe, values["steps"], arguments["teach"])
     _read_samples(recipe, calibration, values["tokenizer"])
     if not values["verify"]:
@@ -259,6 +263,11 @@ def _stage_arguments(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if isinstance(ratio, Mapping):
         kinds = tuple(ratio) or kinds
     widths = {name: values[name] for name in ("ranking", "protect", "ratio", "group_ratio")} | {"kinds": kinds}
+    if values["target"] is not None:  # those of the recipe give way to it
+        widths |= {"target": values["target"], "context": values["context"] or 0}
+        widths |= {"ratio": DEFAULT_RATIO, "budget": "params"}
+    elif ratio is not None:
+        widths |= {"target": "", "context": 0}
     for name in ("round_to", "tensor_parallel", "budget"):
         default = option_table()[name][1].default
         if type(values[name]) is not type(default) or values[name] != default:
@@ -277,6 +286,27 @@ def _stage_arguments(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "shrink": {"by_block": values["memory"] == "low" or None},
     }
     return {stage: _given({**everywhere, **arguments.get(stage, {})}) for stage in STAGES}
+
+
+def _check_target(values: Mapping[str, Any]) -> None:
+    """Refuse a target beside what contradicts it, and a context without one."""
+    context = values["context"]
+    if values["target"] is None and context is not None:
+        what, remedy = "$context is for a target of memory, and there is none", "Give $target too, as in '6GB'"
+        raise ArgumentError(what, where="context", remedy=remedy, argument="context", value=context)
+    if values["target"] is None:
+        return
+    for name in ("ratio", "group_ratio"):
+        if values[name] is not None:
+            raise _conflict("target", values["target"], name, "both say how much goes")
+    if values["budget"] != option_table()["budget"][1].default:
+        raise _conflict("target", values["target"], "budget", "a target states its quantity")
+
+
+def _check_takes_target(recipe: Recipe, target: str | None) -> None:
+    if target is not None and not any(hasattr(step, "target") for step in recipe["select"]):
+        chosen = ", ".join(step.name for step in recipe["select"])
+        raise _conflict("target", target, "select", f"{chosen or 'the recipe'} takes none")
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -355,6 +385,19 @@ def _run(pipeline: Pipeline, model: nn.Module, values: Mapping[str, Any]) -> Res
     pipeline.check_arguments()
     if values["example_inputs"] is None and is_hugging_face(model):
         _check_samples(pipeline, model)
+    if is_hugging_face(model):
+        for step in pipeline.leaves():
+            step.foresee_model(model)
+    if values["progress"] and values["track"] is None:
+        with run_bar(pipeline.passes, ["trace"]) as bar:
+            if bar is not None:
+                bar.begin("trace")
+                pipeline = Pipeline(pipeline.passes, on_pass=lambda step: bar.begin(step.name), track=bar.track)
+            return _run_traced(pipeline, model, values)
+    return _run_traced(pipeline, model, values)
+
+
+def _run_traced(pipeline: Pipeline, model: nn.Module, values: Mapping[str, Any]) -> Result:
     start = time.perf_counter()
     graph_module = trace(model, values["example_inputs"]).graph_module
     _LOGGER.info("trace: %.1f s", time.perf_counter() - start)

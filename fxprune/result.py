@@ -72,10 +72,11 @@ class Result:
         return f"<Result {name}: {dense:,} to {slim:,} parameters ({-self.report.achieved:+.1%})>"
 
     def __str__(self) -> str:
-        """Sizes before and after, the units left of each kind, and the samples used, one a line."""
+        """The target, sizes before and after, the units left of each kind, and the samples used, one a line."""
         sizes = (f"  {name}: {dense} to {slim}" for name, dense, slim, _ in self._rows())
         samples = [] if self.report.calibration is None else [f"  calibrated on {self.report.calibration}"]
-        return "\n".join((repr(self), *sizes, *samples))
+        reached = [] if self.report.reached is None else [f"  {self.report.reached}"]
+        return "\n".join((repr(self), *reached, *sizes, *samples))
 
     def _repr_html_(self) -> str:
         return html_table(self.report.model or "Result", self._rows(), ("", "dense", "slim", "left"))

@@ -104,6 +104,7 @@ class MakeReportPass(Pass):
             tokens=work.tokens,
             ratio=removal.asked.get("ratio"),
             group_ratio=removal.asked.get("group_ratio"),
+            reached=removal.reached,
             widths=group_widths(groups, keep),
             renormalised=renormalised,
             removed_blocks=blocks,

@@ -98,7 +98,8 @@ def text_of(page: str) -> str:
 
 def blocks_of(page: str, language: str) -> list[Block]:
     """The blocks of a page in one language, in order."""
-    fenced = re.compile(r"(?:^<!-- not run: ([^\n]+) -->\n)?^```(\w+)\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", re.M | re.S)
+    reason, output = r"(?:^<!-- not run: ([^\n]+) -->\n)?", r"(?:\n+```text\n(.*?)^```$)?"
+    fenced = re.compile(reason + r"^```(\w+)\n(.*?)^```$" + output, re.M | re.S)
     text = text_of(page)
     return [
         Block(page, text[: m.start(2)].count("\n") + 1, m[2], m[3], m[1] or "", m[4])

@@ -40,6 +40,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "locate",
+    "merge_advice",
     "read_model",
     "readable",
     "require_all_weights",
@@ -277,16 +278,40 @@ def load_model(
     Raises:
         CheckpointError: it cannot be loaded, or weights are missing.
     """
+    place = Path(source).expanduser()
+    if (place / _ADAPTER).is_file() and not (place / "config.json").is_file():  # transformers would load both, unmerged
+        raise CheckpointError("cannot be loaded: there is no model in it", where=str(place), remedy=merge_advice(place))
     if _is_slim(source):
         slim: Any = from_pretrained(source)
         return slim.to(device=device, dtype=dtype) if dtype is not None or device is not None else slim  # type: ignore[no-any-return]
     read: Any = AutoModelForCausalLM.from_pretrained
     options = {**LOADING, **_SAFE, "dtype": "auto" if dtype is None else dtype}
     check_sizes(source, gguf_file)
-    with readable(source), quiet(WARNING):  # weights left at random are refused below, in one line
+    with readable(source), quiet(WARNING), _without_bars():  # weights left at random are refused below, in one line
         model, found = read(**locate(source, gguf_file), **options)
     require_all_weights(source, found, model)
     return model if device is None else model.to(device)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide the progress bars of transformers, in a load that takes seconds."""
+    shown = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.logging.enable_progress_bar()
+
+
+_ADAPTER = "adapter_config.json"
+
+
+def merge_advice(folder: Path) -> str:
+    """The remedy for a folder with an adapter of PEFT and no model."""
+    merge = f"peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload()"
+    return f"It is an adapter: merge it first, {merge}.save_pretrained('merged'), and name that folder"
 
 
 def load_config_only(source: str | os.PathLike[str], gguf_file: str | None = None) -> PreTrainedModel:

@@ -6,7 +6,7 @@ from typing import Any
 
 import fxprune
 from fxprune.cli import options as flags
-from fxprune.cli.console import Command, app, progress, working
+from fxprune.cli.console import Command, app, run_progress
 from fxprune.cli.models import check_model, is_gguf, load, load_words
 from fxprune.cli.output import check_output, check_quantization, gguf_options, print_result, write_result
 from fxprune.cli.plan import Source, read_plan
@@ -57,8 +57,8 @@ def apply(
     tokenizer = load_words(model, gguf_file, needed=needed)
     data = text.read(tokenizer)
     dense = load(model, gguf_file, dtype=dtype, device=device)
-    with working("pruning"):
-        result = fxprune.apply(dense, removal, data, tokenizer=tokenizer, track=progress, **options)
+    with run_progress("pruning") as shown:
+        result = fxprune.apply(dense, removal, data, tokenizer=tokenizer, **shown, **options)
     export = gguf_options(model, tokenizer, quantization) if to_gguf else {}
     loading = write_result(result, out, tokenizer, export, run=None, force=force)
     print_result(result, out, loading, as_json=as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,11 +12,15 @@ from rich.table import Table
 from fxprune.cli import options as flags
 from fxprune.cli.console import MeasuringCommand, app, console, print_json, print_lines, progress
 from fxprune.cli.models import check_models, load
+from fxprune.errors import ArgumentError, EvaluationError
 
 if TYPE_CHECKING:
     from fxprune.evaluation.speed import Speed
 
 __all__ = ["bench"]
+
+
+_SWEEP = "Time versions of MODEL with 15%, 30% and 45% less, and keep the times for targets such as '1.3x decode'."
 
 
 @app.command(cls=MeasuringCommand)
@@ -26,23 +31,37 @@ def bench(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Prompts in a batch.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions, of which the median is reported.")] = 5,
+    sweep: Annotated[bool, typer.Option("--sweep", help=_SWEEP)] = False,
     dtype: flags.Dtype = None,
     device: flags.Device = None,
     quiet: flags.QuietButResult = False,
     as_json: flags.Json = False,
 ) -> None:
     """Time MODEL and OTHERS, dense or slim, as they generate in transformers."""
+    from fxprune.cli.sweep import slim_versions
     from fxprune.evaluation.speed import measure_speed
+    from fxprune.offload.atomic import write_file
 
+    if sweep and others:
+        raise ArgumentError("is for one model", where="--sweep", remedy="Leave the other models out")
     models = check_models([model, *(others or ())])
     loaded = {name: load(place, dtype=dtype, device=device) for name, place in models.items()}
+    kept = None
+    if sweep:
+        slim, kept = slim_versions(*loaded.values())
+        loaded |= slim
     speeds = measure_speed(loaded, prompt=prompt, tokens=tokens, batch=batch, rounds=rounds, track=progress)
+    if kept is not None:
+        table = json.dumps({name: speed.to_dict() for name, speed in speeds.items()}, indent=2)
+        write_file(kept, f"{table}\n", EvaluationError, parents=True)
     if as_json:
         print_json({name: speed.to_dict() for name, speed in speeds.items()})
         return
     console.print(_table(speeds))
     where = next(iter(loaded.values())).device
     print_lines([f"batch {batch}, prompt of {prompt:,} tokens, then {tokens:,}; medians of {rounds} rounds on {where}"])
+    if kept is not None:
+        print_lines([f"kept in {kept}, for targets such as '1.3x decode'"])
 
 
 def _table(speeds: Mapping[str, Speed]) -> Table:

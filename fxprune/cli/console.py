@@ -26,6 +26,7 @@ from fxprune.errors import ArgumentError, FxpruneError
 __all__ = [
     "Command",
     "MeasuringCommand",
+    "QuickCommand",
     "app",
     "console",
     "errors",
@@ -36,6 +37,7 @@ __all__ = [
     "print_json",
     "print_lines",
     "progress",
+    "run_progress",
     "set_output",
     "warnings_as_notes",
     "widened",
@@ -76,6 +78,8 @@ class Command(TyperCommand):
 
     is_measurement = False
     """Whether results are all that the command is for, so that ``--quiet`` still prints them."""
+    needs_library = True
+    """Whether the whole library is imported before the command runs."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Take a pair in one word, ``1,1`` or ``(1, 1)`` as messages spell it, for two words."""
@@ -99,7 +103,7 @@ class Command(TyperCommand):
             if quiet and verbose:
                 remedy = "Leave one of the two out"
                 raise ArgumentError("cannot be given with --verbose", where="--quiet", remedy=remedy)
-            if "fxprune.api" not in sys.modules:
+            if self.needs_library and "fxprune.api" not in sys.modules:
                 with exit_on_signal(), working("starting"):
                     import fxprune.api  # noqa: F401
             return super().invoke(ctx)
@@ -113,6 +117,12 @@ class MeasuringCommand(Command):
     """A command that is asked for a result."""
 
     is_measurement = True
+
+
+class QuickCommand(Command):
+    """A command that imports no more than it needs, and runs no model."""
+
+    needs_library = False
 
 
 def _spelling(context: Any, error: FxpruneError) -> Callable[[str], str]:
@@ -150,7 +160,7 @@ class _Commands(TyperGroup):
         raise SystemExit(code if isinstance(code, int) else 0)
 
 
-app = typer.Typer(add_completion=False, cls=_Commands)
+app = typer.Typer(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 
 
 def _print_version(asked: bool) -> None:
@@ -263,6 +273,16 @@ def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
             notes.print(f"{what}: {done:,} of {total:,}, about {left:,.0f} s left", markup=False, highlight=False)
             due = now + 10
         yield item
+
+
+@contextlib.contextmanager
+def run_progress(what: str) -> Iterator[dict[str, Any]]:
+    """Options of a prune that show its progress: one bar in a terminal, and lines now and then elsewhere."""
+    if notes.is_terminal:
+        yield {"progress": _shows_progress()}
+        return
+    with working(what):
+        yield {"track": progress}
 
 
 def _shows_progress() -> bool:

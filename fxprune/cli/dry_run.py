@@ -29,7 +29,7 @@ __all__ = ["Activations", "Estimate", "costs_of", "estimate", "peak_memory", "pr
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated result and cost: sizes before and after, groups by kind, peak memory in bytes, time in seconds."""
+    """Estimated result and cost: sizes before and after, groups by kind, peak memory in bytes, seconds, target."""
 
     parameters: tuple[int, int]
     widths: dict[str, tuple[int, int]]
@@ -38,6 +38,7 @@ class Estimate:
     reachable: float | None
     memory: float
     seconds: float
+    reached: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def print_estimate(found: Estimate, *, as_json: bool) -> None:
 def _lines(found: Estimate) -> Iterator[str]:
     before, after = found.parameters
     yield f"parameters: {before:,} to {after:,}, {1 - after / before:.2%} removed"
+    if found.reached:
+        yield found.reached
     if found.reachable is not None:
         yield f"reachable: ratios of 0 to {found.reachable:.3f} with these options"
     yield f"groups: {', '.join(f'{count:,} of the kind {kind}' for kind, count in found.groups.items())}"
@@ -132,8 +135,11 @@ def estimate(
     """
     with working("tracing the model without its weights"):
         empty = load_config_only(locate_model(model), gguf_file)
-        traced = fxprune.trace(empty, dynamic=False).graph_module
         quick = _quick_passes(options)
+        for step in quick:
+            step.foresee_model(empty)
+        # a cache and activations are counted for each token, which takes axes of any number of tokens
+        traced = fxprune.trace(empty, dynamic=options.get("target") is not None).graph_module
         choosing = next(place for place, step in enumerate(quick) if step.stage == "select")
         fxprune.Pipeline(quick[:choosing])(traced)  # these change nothing, and record facts in the graph
         result = fxprune.Result.of(fxprune.Pipeline(quick[choosing:])(traced).graph_module)
@@ -155,6 +161,7 @@ def estimate(
         frozen=len(report.frozen),
         reachable=reachable,
         memory=peak_memory(costs, tokens, sizes, (dense, slim), in_place=in_place, on_disk=low_memory),
+        reached="" if report.reached is None else str(report.reached),
         seconds=2 * report.macs[0] / counted * tokens * work / _flops(),
     )
 
@@ -199,8 +206,8 @@ def _traced_tokens(graph_module: Any) -> int | None:
 
 
 def _reachable(choice: Any, graph_module: Any) -> float | None:
-    """The largest ratio that a selection can reach; None if it has no single ratio."""
-    if not hasattr(choice, "ratio"):
+    """The largest ratio that a selection can reach; None if it has no ratio, or a target instead."""
+    if not hasattr(choice, "ratio") or getattr(choice, "target", ""):
         return None
     try:
         dataclasses.replace(choice, ratio=0.999)(graph_module)  # no model reaches it: the refusal names what it does

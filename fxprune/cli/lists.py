@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 import fxprune
-from fxprune.cli.console import Command, app, console, print_lines
+from fxprune.cli.console import Command, QuickCommand, app, console, print_lines
 from fxprune.errors import PassError
+from fxprune.recipes.texts import comments_of, recipe_names, recipe_text
 
 __all__ = ["passes", "recipes"]
 
@@ -35,19 +36,17 @@ def passes(name: Annotated[str | None, typer.Argument(help="Describe this pass."
     console.print(table)
 
 
-@app.command(cls=Command)
+@app.command(cls=QuickCommand)
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print the passes of this recipe, to be edited in a file.")] = None,
 ) -> None:
     """List the recipes with their costs, or print one."""
-    from fxprune.recipes import read_recipe, recipe_names
-
     if name is not None:
-        console.print(str(read_recipe(name)), end="", markup=False, highlight=False)
+        console.print(recipe_text(name), end="", markup=False, highlight=False)
         return
     table = Table("recipe", "what it does", "what it costs")
-    for recipe in map(read_recipe, recipe_names()):
-        table.add_row(recipe.name, recipe.summary, recipe.costs, end_section=True)
+    for each in recipe_names():
+        table.add_row(each, *comments_of(recipe_text(each)), end_section=True)
     console.print(table)
 
 

@@ -222,5 +222,7 @@ def _advice(folder: Path) -> str:
     if found:
         return f"Name the file: {folder / found[0]}"
     if (folder / "adapter_config.json").is_file():
-        return "It is an adapter: merge it into its model, and save that"
+        from fxprune.checkpoint.read import merge_advice
+
+        return merge_advice(folder)
     return _REMEDY

@@ -206,6 +206,10 @@ def _lines(report: Any, out: Path, loading: str) -> Iterator[str]:
     for (kind, before, after), count in shrunk.items():
         yield f"{kind}: {before:,} to {after:,} units in {count:,} group{'s' if count > 1 else ''}"
     yield from (f"layer removed: {block}" for block in report.removed_blocks)
+    if report.reached is not None:
+        yield str(report.reached)
+    if is_file(out):
+        yield f"{out.name}: {out.stat().st_size:,} bytes"
     if report.calibration is not None:
         yield f"calibrated on {report.calibration}"
     yield from (f"note: {note}" for note in (*report.model_reasons, *report.notes))

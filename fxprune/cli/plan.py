@@ -12,7 +12,7 @@ import typer
 from rich.table import Column, Table
 
 from fxprune.cli import options as flags
-from fxprune.cli.console import Command, app, console, print_json, print_lines
+from fxprune.cli.console import QuickCommand, app, console, print_json, print_lines
 from fxprune.cli.output import is_file
 from fxprune.errors import CheckpointError, FxpruneError, PlanError
 from fxprune.pipeline.arguments import MANIFEST
@@ -40,7 +40,7 @@ class WrittenPlan:
     report: Report | None = None
 
 
-@plans.command(cls=Command)
+@plans.command(cls=QuickCommand)
 def show(plan: Source, as_json: flags.Json = False) -> None:
     """Print what PLAN removes, block by block."""
     from fxprune.removal.plan import Plan, differences
@@ -67,7 +67,7 @@ def show(plan: Source, as_json: flags.Json = False) -> None:
     print_lines([*lines, f"norms over removed units: {norm}"])
 
 
-@plans.command(cls=Command)
+@plans.command(cls=QuickCommand)
 def diff(first: Source, second: Source, as_json: flags.Json = False) -> None:
     """Print what only plan FIRST or only plan SECOND removes; exit with 1 if they differ."""
     from fxprune.removal.plan import differences
@@ -96,14 +96,14 @@ def diff(first: Source, second: Source, as_json: flags.Json = False) -> None:
 
 def read_plan(path: Path) -> WrittenPlan:
     """The plan that a user named, by its file, its folder or the file beside it, with the report if there is one."""
-    from fxprune.checkpoint.manifest import read_manifest
-
     if is_file(path):
         return _from_files(path.with_suffix(f".{_FILE}"), path.with_suffix(f".{_REPORT}"))
     if not path.is_dir():
         return _from_files(path, path.with_name(path.name.removesuffix(_FILE) + _REPORT))
     if (path / _FILE).is_file() or not (path / MANIFEST).is_file():
         return _from_files(path / _FILE, path / _REPORT)
+    from fxprune.checkpoint.manifest import read_manifest
+
     manifest = read_manifest(path)
     try:
         plan, report = manifest.read_plan(path), manifest.read_report(path)

@@ -10,7 +10,7 @@ import typer
 import fxprune
 from fxprune.cli import options as flags
 from fxprune.cli.config import format_run, run_file
-from fxprune.cli.console import Command, app, is_given, notes, option_name, progress, working
+from fxprune.cli.console import Command, app, is_given, notes, option_name, run_progress, working
 from fxprune.cli.models import check_model, is_gguf, load, locate_model
 from fxprune.cli.output import (
     OURS,
@@ -27,6 +27,7 @@ from fxprune.cli.preparation import CalibrationText, prepare
 from fxprune.cli.process import keep_freed
 from fxprune.errors import ArgumentError
 from fxprune.recipes.options import Options
+from fxprune.removal.target import parse_target
 
 __all__ = ["prune"]
 
@@ -34,7 +35,7 @@ __all__ = ["prune"]
 @app.command(cls=Command)
 @flags.library_options(Options)
 def prune(
-    context: typer.Context,
+    call: typer.Context,
     model: flags.Folder,
     out: flags.Out = None,
     config: flags.Config = None,
@@ -60,9 +61,11 @@ def prune(
 
     if out is None and not dry_run:
         raise ArgumentError("there is no place to write to", where="--out", remedy="Give --out, or --dry-run to look")
-    _check_exclusive(context)
+    _check_exclusive(call)
     _replace_deprecated(options, taylor, group_ratio)
     to_gguf = out is not None and out.suffix == ".gguf"
+    if to_gguf:
+        quantization = _quantization(options.get("target"), quantization)
     text = CalibrationText(calibration, samples, tokens)
     check_model(model, gguf_file, with_weights=not dry_run)
     check_quantization(quantization, out)
@@ -85,21 +88,22 @@ def prune(
         print_estimate(found, as_json=as_json)
         return
     assert out is not None
-    run = format_run(context)
+    run = format_run(call)
     force = force or run_file(out, is_file=is_file(out)).is_file()
     data, tokenizer = prepared.samples, prepared.tokenizer
     if low_memory:
-        result = fxprune.prune_checkpoint(
-            locate_model(model) if gguf_file is None else Path(model).expanduser() / gguf_file,
-            out,
-            data,
-            tokenizer=tokenizer,
-            track=progress,
-            force=force,
-            also=lambda _, folder: write_run(run, run_file(folder, is_file=False)),
-            device=device,
-            **options,
-        )
+        with run_progress("pruning from disk") as shown:
+            result = fxprune.prune_checkpoint(
+                locate_model(model) if gguf_file is None else Path(model).expanduser() / gguf_file,
+                out,
+                data,
+                tokenizer=tokenizer,
+                **shown,
+                force=force,
+                also=lambda _, folder: write_run(run, run_file(folder, is_file=False)),
+                device=device,
+                **options,
+            )
         loading = OURS
     else:
         keep_freed()
@@ -107,11 +111,21 @@ def prune(
         export = gguf_options(model, tokenizer, quantization) if to_gguf else {}
         if to_gguf:
             _check_gguf(dense, export)
-        with working("pruning"):
-            result = fxprune.prune(dense, data, tokenizer=tokenizer, track=progress, **options)
+        with run_progress("pruning") as shown:
+            result = fxprune.prune(dense, data, tokenizer=tokenizer, **shown, **options)
         with working(f"writing {out}"):
             loading = write_result(result, out, tokenizer, export, run=run, force=force)
     print_result(result, out, loading, as_json=as_json)
+
+
+def _quantization(target: str | None, given: str | None) -> str | None:
+    """The type of a GGUF file: the one given, or that in which a target counts its bytes."""
+    budget = "" if target is None else parse_target(target).budget
+    counted = budget.removeprefix("bytes@") if budget.startswith("bytes@") else None
+    if given is not None and counted is not None and given.lower() != counted:
+        what = f"{given} beside --target {target}: the file has another type than the target"
+        raise ArgumentError(what, where="--quantization", remedy="Leave it out")
+    return given or counted
 
 
 def _check_exclusive(context: typer.Context) -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import re
 import timeit
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -34,6 +35,7 @@ __all__ = [
     "read_widths",
     "time_interleaved",
     "timed_call",
+    "times_file",
     "write_widths",
 ]
 
@@ -311,10 +313,19 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune"
+
+
+def times_file(parameters: int, device: torch.device) -> Path:
+    """Path of the table of times of a model, by its number of parameters, and slim models of it on a device."""
+    name = re.sub(r"\W+", "-", device_name(device).lower())
+    return _cache() / "times" / f"{parameters}-{name}.json"
+
+
 def widths_file() -> Path:
     """Path of the file of measured widths: ``$FXPRUNE_WIDTHS``, or a file in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("FXPRUNE_WIDTHS") or cache / "fxprune" / "widths.json")
+    return Path(os.environ.get("FXPRUNE_WIDTHS") or _cache() / "widths.json")
 
 
 def write_widths(widths: Widths) -> Path:

@@ -181,6 +181,9 @@ class Pass(Arguments, PassBase):
     def check_arguments(self) -> None:
         """Raise if a required argument is missing; called before any pass runs."""
 
+    def foresee_model(self, model: torch.nn.Module) -> None:
+        """Raise what this pass will raise, as far as a Hugging Face model shows it before it is traced."""
+
     def foresee(self, graph_module: fx.GraphModule, given: Kinds) -> None:
         """Raise what this pass will raise, as far as facts show that an earlier pass of a pipeline just gave."""
 

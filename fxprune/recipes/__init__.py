@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fxprune.recipes.options import ApplyOptions, Options, option_table, resolve
+from fxprune.recipes.texts import recipe_names
 
 if TYPE_CHECKING:
-    from fxprune.recipes.recipe import Recipe, as_recipe, read_recipe, recipe_names
+    from fxprune.recipes.recipe import Recipe, as_recipe, read_recipe
 
 __all__ = ["ApplyOptions", "Options", "Recipe", "as_recipe", "option_table", "read_recipe", "recipe_names", "resolve"]
 

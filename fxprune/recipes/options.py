@@ -43,6 +43,12 @@ def _check(name: str, value: Any) -> Any:
     return value
 
 
+def _check_target(name: str, value: Any) -> str:
+    from fxprune.removal.target import parse_target
+
+    return parse_target(value).text
+
+
 class ApplyOptions(TypedDict, total=False):
     """Options of :func:`fxprune.apply`, which carries out a plan."""
 
@@ -105,6 +111,12 @@ class ApplyOptions(TypedDict, total=False):
         Mapping[str, Any] | None,
         Argument("Keyword inputs of a module that is not a Hugging Face model.", check=_check, spelled=False),
     ]
+    progress: Annotated[
+        bool,
+        Argument(
+            "Show one bar for the whole run in a terminal or a notebook, unless there is a `track`.", default=True
+        ),
+    ]
     track: Annotated[
         Track | None,
         Argument("Shows progress: `track(items, what, total)` yields the items.", check=_check, spelled=False),
@@ -127,6 +139,19 @@ class Options(ApplyOptions, total=False):
             "Fraction of the parameters to remove, in [0, 1), reached within half a percentage point; by default 0.2. "
             "A fraction for each kind is of the parameters in structures of that kind."
         ),
+    ]
+    target: Annotated[
+        str | int | None,
+        _what_goes(
+            "In place of a ratio, the size or speed of the slim model: `100M` parameters, `80MB` of weights, "
+            "`80MB@q4_k_m` for a GGUF file, `6GB` of memory with a `context`; or a part of the dense model: "
+            "`0.8x params`, `0.5x macs`, `0.5x kv`, and `1.3x decode` by times of `fxprune bench --sweep`.",
+            check=_check_target,
+        ),
+    ]
+    context: Annotated[
+        int | None,
+        _what_goes("Tokens of context of a target of memory: weights, cache and activations.", limits={"least": 1}),
     ]
     kinds: Annotated[
         str | Sequence[str] | None,

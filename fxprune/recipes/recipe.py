@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,21 @@ from fxprune.pipeline.contract import STAGES, Pass
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import parse_pass, pass_names
 from fxprune.pipeline.spelling import read_spelling, spelled_fields
+from fxprune.recipes.texts import SUFFIX, comments_of, recipe_text
 
-__all__ = ["NONE", "Recipe", "as_recipe", "changed", "made_for", "needs_samples", "read_recipe", "recipe_names"]
+__all__ = ["NONE", "Recipe", "as_recipe", "changed", "made_for", "needs_samples", "read_recipe"]
 
 NONE = "none"
 """Spelling of a stage left out."""
 
-_SUFFIX = ".txt"
-_COSTS = "Costs:"
 _WANTED = "the name of a recipe, the path of a file with one, or a pipeline in text with a pass on each line"
-
-_ORDER = ("fast", "balanced", "best", "llm-pruner")
-"""Installed recipes, from little work to much, and the published one last."""
 
 _OPTIONAL = ("teach", "compensate", "tune")
 """Stages that a prune does without."""
 
 _INHERITED = (
     *("kinds", "ranking", "protect", "round_to", "uniform", "tensor_parallel", "budget", "ratio", "first"),
+    *("target", "context"),
     *("reduction", "samples", "reach"),
 )
 """Arguments that mean the same in all passes of a stage: one that takes the place of another inherits them."""
@@ -113,12 +109,12 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
     @property
     def summary(self) -> str:
         """Its purpose, in words."""
-        return self._comments[0]
+        return comments_of(self._text)[0]
 
     @property
     def costs(self) -> str:
         """Its costs, in words; empty if it names none."""
-        return self._comments[1]
+        return comments_of(self._text)[1]
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -161,22 +157,6 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
             made = _inherited(made, arguments)
         self[stage] = None if made is None else [made]
 
-    @property
-    def _comments(self) -> tuple[str, str]:
-        lines = []
-        for line in self._text.strip().splitlines():
-            if not line.startswith("#"):
-                break
-            lines.append(line.lstrip("# ").strip())
-        summary, _, costs = " ".join(lines).partition(_COSTS)
-        return summary.strip(), costs.strip()
-
-
-def recipe_names() -> tuple[str, ...]:
-    """Names of the installed recipes, from little work to much, and the published one last."""
-    found = {path.name.removesuffix(_SUFFIX) for path in files(__package__).iterdir() if path.name.endswith(_SUFFIX)}
-    return tuple(sorted(found, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)))
-
 
 def read_recipe(name: str) -> Recipe:
     """Load an installed recipe.
@@ -184,9 +164,7 @@ def read_recipe(name: str) -> Recipe:
     Raises:
         UnknownNameError: there is none of this name.
     """
-    if name not in recipe_names():
-        raise UnknownNameError("recipe", name, recipe_names(), argument="recipe")
-    return Recipe(name, files(__package__).joinpath(name + _SUFFIX).read_text(encoding="utf-8"))
+    return Recipe(name, recipe_text(name))
 
 
 def as_recipe(value: Any) -> Recipe:
@@ -202,7 +180,7 @@ def as_recipe(value: Any) -> Recipe:
     """
     if isinstance(value, Recipe):
         return value.copy()
-    if isinstance(value, os.PathLike) or (isinstance(value, str) and value.endswith(_SUFFIX)):
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and value.endswith(SUFFIX)):
         path = Path(value)
         try:
             return Recipe(path.stem, path.read_text(encoding="utf-8"))

@@ -5,23 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import gcd, isfinite, lcm, prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import gguf
 import torch
 from torch import fx
 
-from fxprune.axes import Expr, Factor, factors
+from fxprune.axes import Expr, Factor, factors, unit_index
 from fxprune.discovery.dependency import AxisMap, size_with
 from fxprune.discovery.groups import Group, takes_parameter
-from fxprune.errors import FxpruneError, PassError, UnknownNameError
+from fxprune.errors import ArgumentError, FxpruneError, PassError, UnknownNameError
 from fxprune.graph.compat import is_free, size_hint
 from fxprune.graph.counting import TOKENS
 from fxprune.graph.facts import Fact, owner_block
-from fxprune.graph.tensors import tensor_name
+from fxprune.graph.tensors import tensor_name, weights
 from fxprune.pipeline.arguments import one_of
+from fxprune.removal.formats import TOKENIZER, Type, bytes_each, check_format, find_places, type_of
 from fxprune.removal.removal import Removal
 from fxprune.rules.apply import apply_rule_alone
 from fxprune.rules.registry import Values, find_rule
@@ -29,6 +31,7 @@ from fxprune.rules.registry import Values, find_rule
 __all__ = [
     "Budget",
     "CacheSize",
+    "FileBudget",
     "ParameterBudget",
     "by_kind",
     "cache_size",
@@ -115,10 +118,14 @@ def _command_rows(table: Mapping[str, Any], phase: str) -> Iterator[tuple[float,
         yield model["parameters"] / models[0]["parameters"], seconds / first, seconds
 
 
-BUDGETS = ("params", "macs", "kv")
-"""Budgets by name; also ``bytes@`` with a quantisation, and ``prefill@`` or ``decode@`` with a table of times."""
+BUDGETS = ("params", "macs", "kv", "bytes")
+"""Budgets by name; also ``bytes@`` with a format, ``memory@`` with a number of tokens and perhaps a format, and
+``prefill@`` or ``decode@`` with a table of times."""
 
-_BYTES = "bytes@"
+_BYTES, _MEMORY = "bytes@", "memory@"
+
+CHUNK = 512
+"""The most tokens of a prompt that programs for GGUF files read at once by default."""
 
 Counts = Mapping[Factor, float]
 
@@ -137,6 +144,9 @@ class Budget:
     The cost is a polynomial: the sum of products of sizes of axes. Fractional counts are allowed, so that a ratio can
     be solved for before rounding. ``word`` names the counted quantity.
     """
+
+    blocks: Mapping[Factor, int] = MappingProxyType({})
+    """For factors whose units may only stay in multiples of a number, that number."""
 
     def __init__(self, terms: Iterable[Term], word: str) -> None:
         self.word = word
@@ -160,6 +170,10 @@ class Budget:
             gone += size - term.each * prod(size_with(expr, counts) for expr in term.exprs) * (1 - share)
         return gone
 
+    def left(self, counts: Counts, blocks: Mapping[str, float]) -> float:
+        """The cost of what stays, given whole numbers of units and blocks."""
+        return self.total - self.removed(counts, blocks)
+
 
 class ParameterBudget(Budget):
     """The number of parameters of a model; tied ones count once."""
@@ -168,9 +182,60 @@ class ParameterBudget(Budget):
         super().__init__(_weights(axes, lambda _: 1.0), "parameters")
 
 
+class FileBudget(Budget):
+    """The bytes of a GGUF file in a format, about; ``more`` terms are added to those of the tensors.
+
+    Types are those of the dense model while units are counted, which holds as long as rows stay multiples of
+    :attr:`blocks`; :meth:`left` takes types by the widths that are left.
+    """
+
+    def __init__(self, graph: fx.Graph, axes: AxisMap, file_format: str, more: Iterable[Term], word: str) -> None:
+        self._format = file_format
+        self.places = find_places(graph, axes, filter(_is_attention, graph.nodes))
+        self._named = {name: axes.tensors[name] for name in axes.parameters if name not in axes.tied}
+        self._owners = {name: owner_block(name, axes.blocks) for name in self._named}
+        tensors = [
+            Term(exprs, self._owners[name], self._each(name, [expr.size for expr in exprs]))
+            for name, exprs in self._named.items()
+        ]
+        rows = max((self._named[name][0].size for name in self._outer()), default=0)
+        self._more = [Term((), None, float(TOKENIZER * rows)), *more]
+        super().__init__([*tensors, *self._more], word)
+        self.blocks = self._multiples()
+
+    def left(self, counts: Counts, blocks: Mapping[str, float]) -> float:
+        found = super().left(counts, blocks)
+        for name, exprs in self._named.items():
+            if self._owners[name] not in blocks and any(factor in counts for e in exprs for factor in factors(e)):
+                dense, slim = [expr.size for expr in exprs], [size_with(expr, counts) for expr in exprs]
+                found += prod(slim) * (self._each(name, slim) - self._each(name, dense))
+        return found
+
+    def _outer(self) -> Iterator[str]:
+        return (name for name, place in self.places.items() if place.part in ("embedding", "head"))
+
+    def _type(self, name: str, shape: Sequence[float]) -> Type:
+        place = self.places.get(name)
+        return Type.F32 if place is None or len(shape) < 2 else type_of(self._format, place, int(shape[place.row]))
+
+    def _each(self, name: str, shape: Sequence[float]) -> float:
+        return bytes_each(self._type(name, shape))
+
+    def _multiples(self) -> dict[Factor, int]:
+        """For each factor along rows the number whose multiples of units fill whole blocks of values."""
+        found: dict[Factor, int] = {}
+        for name, place in self.places.items():
+            exprs = self._named[name]
+            block = gguf.GGML_QUANT_SIZES[self._type(name, [expr.size for expr in exprs])][0]
+            for factor in factors(exprs[place.row]) if block > 1 else ():
+                width = int((unit_index(exprs[place.row], factor) == 0).sum())
+                found[factor] = lcm(found.get(factor, 1), block // gcd(block, width))
+        return found
+
+
 def check_budget(name: str, value: Any) -> str:
-    """Return ``value``, the argument ``name``: one of :data:`BUDGETS`, ``bytes@`` and a quantisation, or a phase, ``@``
-    and a table.
+    """Return ``value``, the argument ``name``: one of :data:`BUDGETS`, ``bytes@`` and a format, ``memory@`` and a
+    context, or a phase, ``@`` and a table.
     """
     if not isinstance(value, str):
         return one_of(name, value, BUDGETS)
@@ -178,7 +243,10 @@ def check_budget(name: str, value: Any) -> str:
         read_timing(*_timed(value))
         return value
     if value.startswith(_BYTES):
-        one_of("quantisation", value.removeprefix(_BYTES), [kind.name.lower() for kind in gguf.GGML_QUANT_SIZES])
+        check_format(value.removeprefix(_BYTES))
+        return value
+    if value.startswith(_MEMORY):
+        _context(value)
         return value
     return one_of(name, value, (*BUDGETS, f"{_BYTES}q8_0"))
 
@@ -206,8 +274,10 @@ def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budge
     """Return a budget by its name.
 
     Args:
-        name: ``params``; ``macs`` of a sample of 64 tokens; ``kv``, bytes of key-value cache per token; ``bytes@q8_0``,
-            bytes on disk with weights of two and more axes at that quantisation and others in float32; or time, as
+        name: ``params``; ``macs`` of a sample of 64 tokens; ``kv``, bytes of key-value cache per token; ``bytes`` of
+            the weights in their own dtype; ``bytes@q4_k_m``, of a GGUF file in a format of
+            :data:`~fxprune.removal.formats.FORMATS`; ``memory@8192``, bytes of these weights, of the cache of so many
+            tokens and of what a step computes, or ``memory@8192:q4_k_m`` with the weights in a format; or time, as
             ``decode@times.json`` or ``prefill@times.json:onnxruntime``, from measurements: a fixed part, and one
             proportional to weights in decoding and to multiply-accumulates in prefill.
     """
@@ -223,13 +293,32 @@ def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budge
         terms = [Term(term.exprs, term.block, term.each * each) for term in budget.terms]
         found = Budget([Term((), None, microseconds * timing.fixed), *terms], f"microseconds of {timing.what}")
     elif name.startswith(_BYTES):
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.removeprefix(_BYTES).upper()]]
-        found = Budget(_weights(axes, lambda exprs: size / block if len(exprs) > 1 else 4.0), "bytes")
+        file_format = check_format(name.removeprefix(_BYTES))
+        found = FileBudget(graph_module.graph, axes, file_format, (), f"bytes of a file in {file_format}")
+    elif name == "bytes":
+        found = Budget(_own_bytes(graph_module, axes), "bytes of weights")
+    elif name.startswith(_MEMORY):
+        context, file_format = _context(name)
+        word = f"bytes of memory with {context:,} tokens of context"
+        more = [*_in_use(graph_module.graph, axes, context)]
+        if file_format:
+            found = FileBudget(graph_module.graph, axes, file_format, more, f"{word} and weights in {file_format}")
+        else:
+            found = Budget([*_own_bytes(graph_module, axes), *more], word)
     else:
         found = ParameterBudget(axes)
     if not found.total:
         raise PassError(f"the model has no {found.word}", where="budget", remedy="Choose another budget")
     return found
+
+
+def _context(name: str) -> tuple[int, str]:
+    """The tokens of a budget of memory, and the format of its weights; empty for their own dtype."""
+    number, _, file_format = name.removeprefix(_MEMORY).partition(":")
+    if not number.isdecimal() or not int(number):
+        remedy = f"Write {_MEMORY}8192 with a number of tokens, and perhaps a format as in {_MEMORY}8192:q4_k_m"
+        raise ArgumentError(f"$budget is {name!r}", where="budget", remedy=remedy, argument="budget", value=name)
+    return int(number), check_format(file_format) if file_format else ""
 
 
 def _timed(name: str) -> tuple[str, ...]:
@@ -254,6 +343,37 @@ def _weights(axes: AxisMap, each: Callable[[tuple[Expr, ...]], float]) -> Iterat
         if name not in axes.tied:
             exprs = axes.tensors[name]
             yield Term(exprs, owner_block(name, axes.blocks), each(exprs))
+
+
+def _own_bytes(graph_module: fx.GraphModule, axes: AxisMap) -> Iterator[Term]:
+    sizes = {name: float(tensor.element_size()) for name, tensor in weights(graph_module)}
+    for name in axes.parameters:
+        if name not in axes.tied:
+            yield Term(axes.tensors[name], owner_block(name, axes.blocks), sizes[name])
+
+
+def _in_use(graph: fx.Graph, axes: AxisMap, context: int) -> Iterator[Term]:
+    """Bytes of the cache of a context, and of the activations of the op with the largest inputs and output.
+
+    A prompt is read in chunks of :data:`CHUNK` tokens, in float32, without storing the products of queries and keys,
+    and with the logits of its last token.
+    """
+    for term in _cache(graph, axes):
+        yield Term(term.exprs, term.block, term.each * context)
+    traced, tokens = _traced(graph), min(context, CHUNK)
+    largest: list[Term] = []
+    for node in graph.nodes:
+        read = [node, *node.all_input_nodes]
+        if node.op == "call_function" and owner_block(axes.modules.get(node.name, ""), axes.blocks) is not None:
+            sizes = [_split_sizes(one, axes, traced) for one in read if one.op == "call_function" and _is_float(one)]
+            terms = [Term(exprs, None, 4.0 * tokens) for exprs, each in sizes if each == TOKENS]
+            largest = max(largest, terms, key=lambda found: sum(prod(e.size for e in term.exprs) for term in found))
+    yield from largest
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _work(graph: fx.Graph, axes: AxisMap) -> Iterator[Term]:

@@ -23,6 +23,7 @@ from fxprune.discovery.norms import KeptNorm
 from fxprune.graph.facts import Change, Fact
 from fxprune.removal.plan import Plan, kept_of_constants, plan_of
 from fxprune.removal.scores import Scores
+from fxprune.removal.target import Reached
 
 __all__ = [
     "Bypassed",
@@ -129,6 +130,7 @@ class Removal(Fact):
         removed_blocks: module paths of blocks removed as a whole.
         asked: the requested ``ratio`` or ``group_ratio``, for the report.
         scores: the scores that decided it, if any.
+        reached: what became of the target, if there was one.
     """
 
     about: ClassVar[Change] = "graph"
@@ -138,6 +140,7 @@ class Removal(Fact):
     removed_blocks: tuple[str, ...] = ()
     asked: Mapping[str, float] = field(default_factory=dict)
     scores: Scores | None = None
+    reached: Reached | None = None
 
     @cached_property
     def plan(self) -> Plan:

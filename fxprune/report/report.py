@@ -29,6 +29,7 @@ from fxprune.graph.context import wrap_errors
 from fxprune.graph.facts import Fact
 from fxprune.graph.tensors import starred
 from fxprune.removal.scores import Scores
+from fxprune.removal.target import Reached
 from fxprune.report.charts import ChartColumn, bar_chart, box_chart
 
 __all__ = [
@@ -198,6 +199,7 @@ class Report(Fact):
     Args:
         ratio: requested fraction of parameters to remove; None if a group ratio or a plan was given.
         group_ratio: requested fraction of units to remove, or None.
+        reached: what became of the target; None if there was none.
         parameters: number of parameters, dense and slim.
         macs: multiply-accumulates of one sample of ``tokens`` tokens, dense and slim.
         tokens: the sequence length of ``macs``.
@@ -232,6 +234,7 @@ class Report(Fact):
     tokens: int
     ratio: float | None = None
     group_ratio: float | None = None
+    reached: Reached | None = None
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
     renormalised: dict[str, tuple[str, ...]] = field(default_factory=dict)
     removed_blocks: tuple[str, ...] = ()
@@ -299,6 +302,8 @@ class Report(Fact):
             values = {name: _as_tuples(value) for name, value in data.items() if name in known}
             if values.get("calibration") is not None:
                 values["calibration"] = SamplesUsed(**values["calibration"])
+            if values.get("reached") is not None:
+                values["reached"] = Reached(**values["reached"])
             values["groups"] = tuple(GroupSize(**size) for size in values.get("groups", ()))
             values["scores"] = {place: Spread(**spread) for place, spread in values.get("scores", {}).items()}
             return cls(**values)

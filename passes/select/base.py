@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import gcd, lcm
 from typing import Any, ClassVar, TypeVar
@@ -36,6 +36,7 @@ from fxprune.removal.budget import Budget, by_kind, check_budget, make_budget
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
+from fxprune.removal.target import Reached
 
 __all__ = [
     "Array",
@@ -98,14 +99,17 @@ class Rounding:
             so 2 for ``head`` means an even number of heads whatever their width. The number of experts is no width.
         tensor_parallel: devices that share each layer. MLP channels, query heads and key/value heads of a layer are
             multiples of it; fewer key/value heads than devices are held by several each, and stay as they are.
+        blocks: for some factors, a further number whose multiples of units may stay.
     """
 
     round_to: int | tuple[tuple[str, int], ...] = 1
     tensor_parallel: int = 1
+    blocks: Mapping[Factor, int] = field(default_factory=dict)
 
     def step(self, group: Group) -> int:
         """The number whose multiples may stay; at most the size of the group."""
-        return min(lcm(self._rounded(group), self._shared(group)), group.size)
+        block = 1 if group.factor is None else self.blocks.get(group.factor, 1)
+        return min(lcm(self._rounded(group), self._shared(group), block), group.size)
 
     def _rounded(self, group: Group) -> int:
         number = of_kind(self.round_to, group.kind, 1)
@@ -335,7 +339,7 @@ class SelectPass(Pass):
     budget: str = argument(
         "params",
         """Quantity that a ratio is a fraction of: ``params``, ``macs``, ``kv`` for bytes of the key-value cache,
-        ``bytes@q8_0`` and the like for bytes at a quantisation, or time, as in ``decode@times.json``: see
+        ``bytes@q8_0`` and the like for bytes of a GGUF file in a format, or time, as in ``decode@times.json``: see
         :func:`fxprune.removal.budget.make_budget`.""",
         check=check_budget,
     )
@@ -382,7 +386,8 @@ class SelectPass(Pass):
         with _unruled_ops_named(graph_module):
             selection = self._selection(graph_module, scores, self._accepts(graph_module))
             measured = self.compares_rankings and Calibration in facts and Runnable in facts
-            facts.put(self._by_measurement(selection) if measured else self.decide(selection))
+            removal = self._by_measurement(selection) if measured else self.decide(selection)
+            facts.put(replace(removal, reached=self.reached(selection, removal)))
         return PassResult(graph_module, False)
 
     def cost(self, samples: int) -> PassCost:
@@ -408,6 +413,22 @@ class SelectPass(Pass):
         selection.note(f"{best} ranking; divergence of the masked model in nats: {listed}")
         return replace(self, ranking=best).decide(selection)
 
+    def reached(self, selection: Selection, removal: Removal) -> Reached | None:
+        """What became of the target that the pass was given; None if it was given none."""
+        return None
+
+    def budget_of(self, graph_module: fx.GraphModule) -> str:
+        """The name of the budget of a graph."""
+        return self.budget
+
+    def slots_of(self, slots: list[Slot], budget: Budget) -> list[Slot]:
+        """The slots to choose from: all by default."""
+        return slots
+
+    def blocks_of(self, budget: Budget) -> Mapping[Factor, int]:
+        """For some factors, the numbers whose multiples of units may stay: none by default."""
+        return {}
+
     def _accepts(self, graph_module: fx.GraphModule) -> Callable[[Plan], bool]:
         if not self.uniform:
             return lambda _: True
@@ -422,13 +443,13 @@ class SelectPass(Pass):
             widths = read_widths(device_of(graph_module))
             round_to = widths.best()
             add_note(graph_module, f"round_to={AUTO} is {round_to}, as measured on {widths.device}")
-        rounding = Rounding(round_to, self.tensor_parallel)
-        budget = make_budget(self.budget, graph_module, axes)
+        budget = make_budget(self.budget_of(graph_module), graph_module, axes)
+        rounding = Rounding(round_to, self.tensor_parallel, self.blocks_of(budget))
         sizes = by_kind(budget, groups.of_kinds(self.kinds))
         note = partial(add_note, graph_module)
 
         def with_scores(scores: Scores) -> Selection:
-            slots = make_slots(groups.all, scores, self.kinds, protected, rounding)
+            slots = self.slots_of(make_slots(groups.all, scores, self.kinds, protected, rounding), budget)
 
             def removal_for(choices: Sequence[Choice]) -> Removal:
                 keep = _make_keep(slots, choices, scores)

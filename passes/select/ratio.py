@@ -8,18 +8,40 @@ from functools import partial
 from typing import ClassVar
 
 import numpy as np
+from torch import fx, nn
 
+from fxprune.axes import Factor
 from fxprune.discovery.groups import as_kinds, bare_kind
-from fxprune.errors import RatioError
+from fxprune.errors import ArgumentError, RatioError
+from fxprune.evaluation.speed import times_file
+from fxprune.graph.counting import count_parameters
+from fxprune.graph.tensors import device_of
 from fxprune.pipeline.arguments import argument, number
+from fxprune.removal.budget import PHASES, Budget, check_budget
 from fxprune.removal.removal import Removal
+from fxprune.removal.target import DEFAULT_RATIO, Reached, Target, check_target, parse_target
 
-from .base import Array, Choice, Selection, SelectPass, Slot, by_kind_or_one, of_kind, removed_layers, units_left
+from .base import (
+    Array,
+    Choice,
+    Option,
+    Selection,
+    SelectPass,
+    Slot,
+    by_kind_or_one,
+    of_kind,
+    removed_layers,
+    units_left,
+)
+from .sizes import dense_and_least
 
 __all__ = ["BudgetSolver", "SelectByGroupRatioPass", "SelectByRatioPass", "choose_uniform", "normalised"]
 
 _CLOSE = 0.005
 """The achieved ratio is within half a percentage point of the requested one if the units are small enough."""
+
+_REMEDY = "Ask for less, protect fewer layers or allow more kinds"
+_LARGER = "Ask for a larger model, protect fewer layers or allow more kinds"
 
 _ENOUGH = 0.75
 """The largest fraction of the units of the kinds in ``first`` that is removed before the other kinds shrink too: what
@@ -242,7 +264,7 @@ class SelectByRatioPass(SelectPass):
 
     name: ClassVar[str] = "select-by-ratio"
     ratio: float | tuple[tuple[str, float], ...] = argument(
-        0.2,
+        DEFAULT_RATIO,
         """Fraction of all parameters, in [0, 1). By kind, as in ``{"mlp": 0.3, "head": 0.1}``: the fraction of the
         parameters in structures of that kind, in all layers together; only these kinds shrink then.""",
         check=_check_ratio,
@@ -253,21 +275,124 @@ class SelectByRatioPass(SelectPass):
         without any, all ``kinds`` shrink.""",
         check=lambda name, value: as_kinds(name, value) if value != () else (),
     )
+    target: str = argument(
+        "",
+        """In place of ratio and budget, the size or speed of the slim model: ``100M`` parameters, ``80MB`` of weights,
+        ``80MB@q4_k_m`` for a GGUF file, ``6GB`` of memory with a ``context``, or a part of the dense model, as in
+        ``0.8x params``, ``0.5x macs``, ``0.5x kv``, and of its speed, as in ``1.3x decode`` by the times that
+        ``fxprune bench --sweep`` measured, or ``1.3x decode@times.json``.""",
+        check=check_target,
+    )
+    context: int = argument(0, "Tokens of context, for a target of memory; 0 for none.", least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.ratio, tuple):
             object.__setattr__(self, "kinds", tuple(kind for kind, _ in self.ratio))
+        if self._target is None:
+            if self.context:
+                raise self._conflict("context", "there is no target for it")
+            return
+        for name in ("ratio", "budget"):
+            if getattr(self, name) != getattr(SelectByRatioPass, name):
+                raise self._conflict(name, "a target states both quantity and amount")
+        if self._target.budget not in PHASES:
+            check_budget("target", self._target.budget)
+
+    def _conflict(self, name: str, why: str) -> ArgumentError:
+        value = getattr(self, name)
+        what, remedy = f"${name}={value} beside $target={self.target!r}: {why}", f"Leave ${name} or $target out"
+        return ArgumentError(what, where=name, remedy=remedy, argument=name, value=value)
+
+    @property
+    def _target(self) -> Target | None:
+        return parse_target(self.target, self.context or None) if self.target else None
 
     @property
     def asked(self) -> dict[str, float]:
-        return {} if isinstance(self.ratio, tuple) or self.budget != "params" else {"ratio": self.ratio}
+        by_target = isinstance(self.ratio, tuple) or self.budget != "params" or self.target
+        return {} if by_target else {"ratio": self.ratio}  # type: ignore[dict-item]
+
+    def budget_of(self, graph_module: fx.GraphModule) -> str:
+        if self._target is None:
+            return self.budget
+        name = self._target.budget
+        if name not in PHASES:
+            return name
+        place = times_file(count_parameters(graph_module), device_of(graph_module))
+        if not place.is_file():
+            raise ArgumentError(
+                f"$target is {self.target!r}, and this model was not timed on this device",
+                where="target",
+                remedy="Run `fxprune bench MODEL --sweep` first, or name a table, as in '1.3x decode@times.json'",
+                argument="target",
+                value=self.target,
+            )
+        return f"{name}@{place}"
+
+    def slots_of(self, slots: list[Slot], budget: Budget) -> list[Slot]:
+        """Options that shrink the budget, and at least half as much as the best one of their slot.
+
+        So no MLP goes for a smaller cache, and of heads those of keys and values.
+        """
+        if self.budget == "params" and not self.target:
+            return slots
+        found = []
+        for slot in slots:
+            gains = [_gain(option, slot, budget) for option in slot.options]
+            pairs = zip(slot.options, gains, strict=True)
+            options = tuple(option for option, gain in pairs if gain > 0 and gain >= max(gains) / 2)
+            found += [replace(slot, options=options)] if options else []
+        return found
+
+    def blocks_of(self, budget: Budget) -> Mapping[Factor, int]:
+        """Rows of a file stay multiples of the blocks of its format."""
+        return budget.blocks if self.target else {}
+
+    def reached(self, selection: Selection, removal: Removal) -> Reached | None:
+        target, budget = self._target, selection.budget
+        if target is None:
+            return None
+        counts = {factor: float(removal.keep.count(factor)) for factor in removal.keep.units}
+        left = budget.left(counts, dict.fromkeys(removal.removed_blocks, 1.0))
+        return Reached(target.text, budget.word, target.of(budget.total), budget.total, left)
+
+    def foresee_model(self, model: nn.Module) -> None:
+        target = self._target
+        name, _, file_format = (self.budget if target is None else target.budget).partition("@")
+        if isinstance(self.ratio, tuple) or name not in ("params", "bytes") or (target is None and name != "params"):
+            return
+        dense, least = dense_and_least(model, self.kinds, name, file_format)
+        word = "parameters" if name == "params" else "bytes"
+        wanted = (1 - self.ratio + _CLOSE) * dense if target is None else self._wanted(target, dense, word)
+        if wanted < least:
+            what = f"embedding and output, which $kinds={self.kinds} leave whole, are {least:,.0f} {word}"
+            raise self._refuse(what if target is not None else f"{what} of {dense:,.0f}")
+
+    def _wanted(self, target: Target, dense: float, word: str) -> float:
+        """The amount that a target asks for, which must be below that of the dense model."""
+        if target.of(dense) >= dense:
+            raise self._refuse(f"the dense model is no larger: it has {dense:,.0f} {word}", "Ask for a smaller one")
+        return target.of(dense)
+
+    def _refuse(self, what: str, remedy: str = "") -> RatioError:
+        name = "target" if self.target else "ratio"
+        remedy = remedy or (_LARGER if self.target else _REMEDY)
+        value = getattr(self, name)
+        return RatioError(f"${name} is {value!r}: {what}", where=name, remedy=remedy, argument=name, value=value)
+
+    def _ratio(self, selection: Selection) -> float:
+        """The fraction of the budget to remove."""
+        if self._target is None:
+            return self.ratio  # type: ignore[return-value]
+        budget = selection.budget
+        return 1 - self._wanted(self._target, budget.total, budget.word) / budget.total
 
     def require_reachable(self, selection: Selection) -> None:
         if self.uniform:  # widths that the stock class accepts do not depend on scores
             SelectByRatioPass.choose(self, selection)
         elif not isinstance(self.ratio, tuple):
-            self._require(selection, self.ratio, selection.budget.total)
+            self._require(selection, self._ratio(selection), selection.budget.total)
         for spelled, ratio in self.ratio if isinstance(self.ratio, tuple) and not self.uniform else ():
             kind = bare_kind(spelled)
             self._require(_of_kinds(selection, (kind,), ()), ratio, selection.sizes.get(kind, 0.0))
@@ -277,7 +402,7 @@ class SelectByRatioPass(SelectPass):
         solver = BudgetSolver(selection, ratio * whole)
         largest = solver.removed(solver.most()) / max(whole, 1)
         if ratio > largest + _CLOSE:
-            raise self._unreachable(f"{ratio:.1%} of the {selection.budget.word}", largest)
+            raise self._unreachable(selection, f"{ratio:.1%} of the {selection.budget.word}", largest)
         return solver
 
     def choose(self, selection: Selection) -> list[Choice]:
@@ -287,12 +412,17 @@ class SelectByRatioPass(SelectPass):
                 kind = bare_kind(spelled)
                 whole = self._choose_of(selection, (kind,), whole, ratio, selection.sizes.get(kind, 0.0))
             return whole
-        total = selection.budget.total
-        if any(slot.kind in self.first for slot in selection.slots):
+        total, ratio = selection.budget.total, self._ratio(selection)
+        if any(slot.kind in self.first for slot in selection.slots) and not self._is_for_cache(selection):
             part = _of_kinds(selection, self.first, whole)
-            if BudgetSolver(part, self.ratio * total).fraction({}) <= _ENOUGH:
-                return self._choose_of(selection, self.first, whole, self.ratio, total)
-        return self._choose(selection, self.ratio, total)
+            if BudgetSolver(part, ratio * total).fraction({}) <= _ENOUGH:
+                return self._choose_of(selection, self.first, whole, ratio, total)
+        return self._choose(selection, ratio, total)
+
+    def _is_for_cache(self, selection: Selection) -> bool:
+        """Whether a target is for something of which the kinds in ``first`` are the smaller part."""
+        own = sum(selection.sizes.get(kind, 0.0) for kind in self.first)
+        return bool(self.target) and own < sum(selection.sizes.values()) - own
 
     def _choose_of(
         self, selection: Selection, kinds: Sequence[str], decided: Sequence[Choice], ratio: float, whole: float
@@ -317,26 +447,33 @@ class SelectByRatioPass(SelectPass):
                 argument="uniform",
                 value=True,
             )
-        if self.budget != "params":
+        if self.budget != "params":  # what became of a target has a line of its own
             selection.note(f"removed {achieved:.1%} of {whole:,.0f} {word}")
         if abs(achieved - ratio) > _CLOSE:
-            selection.note(f"ratio {achieved:.2%} instead of {ratio:.2%}: the units are too large to come nearer")
+            what = "the target is missed: removed" if self.target else "ratio"
+            selection.note(f"{what} {achieved:.2%} instead of {ratio:.2%}: the units are too large to come nearer")
         return choices
 
-    def _unreachable(self, asked: str, largest: float) -> RatioError:
+    def _unreachable(self, selection: Selection, asked: str, largest: float) -> RatioError:
         defaults = type(self)
         names = ("protect", "round_to", "tensor_parallel")
         changed = [name for name in names if getattr(self, name) != getattr(defaults, name)]
         limits = ", ".join(f"${name}={getattr(self, name)}" for name in ("kinds", *changed))
-        error = RatioError(
-            f"{asked} cannot be removed: with {limits} the largest reachable ratio is {largest:.1%}",
-            where="ratio",
-            remedy="Ask for less, protect fewer layers or allow more kinds",
-            argument="ratio",
-            value=self.ratio,
-        )
+        if self.target:
+            least = (1 - largest) * selection.budget.total
+            error = self._refuse(f"with {limits} at least {least:,.0f} {selection.budget.word} stay")
+        else:
+            what = f"{asked} cannot be removed: with {limits} the largest reachable ratio is {largest:.1%}"
+            error = RatioError(what, where="ratio", remedy=_REMEDY, argument="ratio", value=self.ratio)
         error.reachable = largest
         return error
+
+
+def _gain(option: Option, slot: Slot, budget: Budget) -> float:
+    """The budget of all units of an option, or of all layers of a slot of layers."""
+    if option.group is None or option.group.factor is None:
+        return budget.removed({}, {group.block: 1.0 for group in slot.layers if group.block is not None})
+    return budget.removed({option.group.factor: 0.0}, {})
 
 
 def _of_kinds(selection: Selection, kinds: Sequence[str], decided: Sequence[Choice]) -> Selection:

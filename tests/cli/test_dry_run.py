@@ -76,8 +76,8 @@ def planned(text: CalibrationText = NO_TEXT, **options: Any) -> tuple[tuple[Any,
         ("fast", 3 * 22 + 64 + 4 * 64),  # generated samples, scores, and a fit
         ("fast, given text", 64 + 4 * 64),
         ("fast, on disk", 64 + 4 * 64),  # nothing is generated
-        # generated samples, scores of two criteria, their comparison and that of rankings, teacher logits, a fit, an epoch
-        # of tuning, measurements
+        # generated samples, scores of two criteria, their comparison and that of rankings, teacher logits, a fit, an
+        # epoch, measurements
         ("balanced", 3 * 96 + (64 + 3 * 32 + 12 * 16) + (288 + 16) + 4 * 64 + 3 * 288 + 4 * 16),
         ("balanced, twice", 3 * 96 + (64 + 3 * 32 + 12 * 16) + (288 + 16) + 4 * 64 + 2 * 3 * 288 + 4 * 16),
         # generated samples, scores, teacher logits of three copies, a fit, an epoch of tuning, nine measurements

@@ -25,8 +25,9 @@ from fxprune.masking.judge import DivergenceJudge
 from fxprune.pipeline.contract import Track, tracking
 from fxprune.pipeline.registry import load_pass, parse_pass
 from fxprune.removal.budget import Budget, ParameterBudget, make_budget
+from fxprune.removal.formats import TOKENIZER
 from fxprune.removal.removal import Removal
-from tests.models import tiny, token_ids
+from tests.models import VOCABULARY, tiny, token_ids
 from tests.oracle import axes_of, decide, discover, groups_of, slim_graph
 
 BOTH = ("mlp", "head")
@@ -69,7 +70,8 @@ def test_budgets_count_what_the_slim_graph_has(dense: fx.GraphModule) -> None:
     assert left(dense, cache, removal) == 2 * sum(kept)
     quantised = make_budget("bytes@q8_0", dense, axes_of(dense))
     sizes = {name: np.prod(shape) * (34 / 32 if len(shape) > 1 else 4) for name, shape in shapes.items()}
-    assert left(dense, quantised, removal) == pytest.approx(sum(sizes.values()), abs=1)
+    tokenizer = TOKENIZER * VOCABULARY
+    assert left(dense, quantised, removal) == pytest.approx(sum(sizes.values()) + tokenizer, abs=1)
 
 
 def test_a_ratio_is_of_what_is_counted(dense: fx.GraphModule) -> None:

@@ -261,7 +261,7 @@ def test_an_unreachable_ratio_says_what_can_be_reached(dense: fx.GraphModule, ki
         ("ratio", {"ratio": [["mlp", 0.1], ["mlp", 0.2]]}, ArgumentError),
         ("ratio", {"ratio": ["mlp", 0.1]}, ArgumentError),
         ("ratio", {"round_to": {"mpl": 64}}, UnknownNameError),
-        *(("ratio", {"budget": name}, UnknownNameError) for name in ("parameters", "bytes", "bytes@q9_9")),
+        *(("ratio", {"budget": name}, UnknownNameError) for name in ("parameters", "memory", "bytes@q9_9")),
         ("group-ratio", {"group_ratio": {"head": 1}}, RatioError),
     ],
 )

@@ -1,0 +1,74 @@
+"""The progress of a whole run as one bar in a terminal or a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from fxprune.pipeline.contract import Pass
+
+__all__ = ["RunBar", "run_bar"]
+
+_SAMPLES = 100
+"""Samples for which the work of passes is compared."""
+
+
+class RunBar:
+    """A bar over the steps of a run, each as long as its share of the work.
+
+    Args:
+        names: of the steps, in order.
+        work: of each step, in any unit.
+        progress: the display.
+    """
+
+    def __init__(self, names: Sequence[str], work: Sequence[float], progress: Progress) -> None:
+        self._names, self._work, self._progress = names, work, progress
+        self._begun: list[int] = []
+        self._loops = 0
+        self._task = progress.add_task("", total=sum(work))
+
+    def begin(self, name: str) -> None:
+        """Go on to the step of a name; quick steps may come before slow ones in front of them."""
+        place = next((i for i, each in enumerate(self._names) if each == name and i not in self._begun), None)
+        if place is not None:
+            self._begun.append(place)
+            self._show(name, 0.0)
+
+    def track(self, items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+        """Yield items and move the bar; loops inside other loops do not move it."""
+        self._loops += 1
+        outermost = self._loops == 1
+        try:
+            for done, item in enumerate(items):
+                if outermost:
+                    self._show(what, done / max(total, 1))
+                yield item
+        finally:
+            self._loops -= 1
+
+    def _show(self, what: str, part: float) -> None:
+        """Show a part of the step that began last; the bar never goes back."""
+        *over, now = (self._work[place] for place in self._begun)
+        at = max(sum(over) + part * now, self._progress.tasks[0].completed)
+        text = f"step {len(self._begun)} of {len(self._names)}: {what}"
+        self._progress.update(self._task, description=text, completed=at)
+
+
+@contextmanager
+def run_bar(passes: Sequence[Pass], first: Sequence[str] = ()) -> Iterator[RunBar | None]:
+    """A bar for the steps in ``first`` and for passes; None where nobody looks: no terminal and no notebook."""
+    console = Console(stderr=True)
+    if not (console.is_terminal or console.is_jupyter):
+        yield None
+        return
+    runs = [step.cost(_SAMPLES).runs for step in passes]
+    least = max(sum(runs) / 20, 1.0)  # steps without runs of the model take time as well
+    work = [least] * len(first) + [least / 4 + each for each in runs]
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        yield RunBar([*first, *(step.name for step in passes)], work, progress)

@@ -1,0 +1,43 @@
+"""Texts of the installed recipes, read without torch."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from fxprune.errors import UnknownNameError
+
+__all__ = ["SUFFIX", "comments_of", "recipe_names", "recipe_text"]
+
+SUFFIX = ".txt"
+_COSTS = "Costs:"
+
+_ORDER = ("fast", "balanced", "best", "llm-pruner")
+"""Installed recipes, from little work to much, and the published one last."""
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names of the installed recipes, from little work to much, and the published one last."""
+    found = {path.name.removesuffix(SUFFIX) for path in files(__package__).iterdir() if path.name.endswith(SUFFIX)}
+    return tuple(sorted(found, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)))
+
+
+def recipe_text(name: str) -> str:
+    """The text of an installed recipe.
+
+    Raises:
+        UnknownNameError: there is none of this name.
+    """
+    if name not in recipe_names():
+        raise UnknownNameError("recipe", name, recipe_names(), argument="recipe")
+    return files(__package__).joinpath(name + SUFFIX).read_text(encoding="utf-8")
+
+
+def comments_of(text: str) -> tuple[str, str]:
+    """The purpose and the costs of a recipe, by the comments above its first pass; empty if it names none."""
+    lines = []
+    for line in text.strip().splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# ").strip())
+    summary, _, costs = " ".join(lines).partition(_COSTS)
+    return summary.strip(), costs.strip()

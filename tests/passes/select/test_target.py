@@ -1,0 +1,136 @@
+"""Targets: what is asked for is reached, and what cannot be is refused early."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+
+import fxprune
+from fxprune.errors import ArgumentError, FxpruneError, RatioError
+from fxprune.evaluation.speed import times_file
+from fxprune.graph.counting import count_parameters
+from fxprune.pipeline.registry import load_pass
+from fxprune.removal.formats import TOKENIZER
+from fxprune.report.report import Report
+from tests.export.small import tokenizer
+from tests.models import VOCABULARY, tiny
+from tests.remembered import grouped, pruned, traced
+
+OPTIONS: dict[str, Any] = {"importance": "l2", "recipe": "llm-pruner", "protect": ()}
+WIDE = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+def reached(**options: Any) -> tuple[Report, float]:
+    """The report of a prune to a target, and how far it is from it, as a fraction of it."""
+    report = pruned("llama", **OPTIONS, **options).report
+    assert report.reached is not None
+    return report, report.reached.slim / report.reached.asked - 1
+
+
+def test_parameters_and_work_are_reached_and_told() -> None:
+    report, off = reached(target="60K")
+    assert abs(off) < 0.01 and report.reached is not None and report.reached.slim == report.parameters[1]
+    assert Report.from_dict(json.loads(report.to_json())) == report
+    assert "Target 60K: 71,664 to" in report.to_html()
+    report, off = reached(target="0.8x macs")
+    assert abs(off) < 0.01 and report.macs[1] == pytest.approx(0.8 * report.macs[0], rel=0.01)
+
+
+def test_a_smaller_cache_takes_heads_of_keys_and_nothing_of_the_mlp() -> None:
+    report, off = reached(target="0.667x kv")
+    assert report.cache is not None and abs(off) < 0.01 and report.cache[1] == report.cache[0] * 2 / 3
+    assert {name.rpartition("/")[2] for name in report.widths} == {"head"}
+
+
+def test_memory_goes_from_where_it_is() -> None:
+    """With a long context from the cache, and the query heads of a key/value head are no way to make it smaller."""
+    report, off = reached(target="2600KB", context=10_000)
+    assert abs(off) < 0.01 and report.cache is not None and report.cache[1] < report.cache[0]
+    report, off = reached(target="0.8x bytes")
+    assert abs(off) < 0.01 and report.memory is not None and report.reached is not None
+    assert report.memory[1] == report.reached.slim
+
+
+def test_the_tensors_of_a_file_take_the_bytes_that_are_told(tmp_path: Path) -> None:
+    result, path = pruned("llama", changes=WIDE, target="0.75x bytes@q8_0", **OPTIONS), tmp_path / "slim.gguf"
+    told = result.report.reached
+    assert abs(told.slim / told.asked - 1) < 0.03, "units of 32 channels are large here"
+    result.export(path, tokenizer=tokenizer(), quantization="q8_0", verify=False)
+    held = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
+    assert told.slim == held + TOKENIZER * VOCABULARY
+
+
+def test_speed_is_by_the_times_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    graph = grouped("llama")
+    with pytest.raises(ArgumentError, match="bench MODEL --sweep"):
+        pruned("llama", **OPTIONS, target="1.1x decode")
+    count = count_parameters(graph)
+    sizes = {"dense": (count, 4.0), "slim": (count // 2, 2.5)}  # a quarter of the time is fixed
+    table = {name: {"parameters": n, "prefill_ms": ms, "decode_ms": ms} for name, (n, ms) in sizes.items()}
+    place = times_file(count, next(graph.parameters()).device)
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps(table))
+    report, off = reached(target="1.1x decode")
+    assert abs(off) < 0.01
+    assert report.parameters[1] / count == pytest.approx(1 - (1 - 1 / 1.1) / 0.75, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"target": "100M"}, "the dense model is no larger: it has 71,664 parameters"),
+        ({"target": "1MB"}, "the dense model is no larger: it has 286,656 bytes"),
+        ({"target": "1K"}, "embedding and output, which kinds=.* leave whole, are 12,576 parameters"),
+        ({"target": "1KB@q4_k_m"}, "embedding and output"),
+        ({"ratio": 0.99}, "embedding and output"),
+    ],
+)
+def test_what_embedding_and_output_rule_out_is_told_before_the_trace(
+    options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ratio of 0.99 was refused after the trace at the earliest."""
+    monkeypatch.setattr("fxprune.api.trace", lambda *_: pytest.fail("it was traced"))
+    with pytest.raises(RatioError, match=said):
+        fxprune.prune(tiny("llama"), importance="l2", **options)
+
+
+def test_what_no_scores_can_change_is_told_before_any() -> None:
+    for options, said in (
+        ({"target": "18K"}, "at least .* parameters stay"),
+        ({"target": "0.2x kv"}, "at least .* bytes of the key-value cache stay"),
+        ({"target": "900KB@q8_0"}, "the dense model is no larger"),
+    ):
+        with pytest.raises(RatioError, match=said):
+            fxprune.prune_pipeline(importance="l2", **options)(traced("llama"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"target": "60K", "ratio": 0.2}, "beside ratio"),
+        ({"target": "60K", "budget": "macs"}, "beside budget"),
+        ({"target": "60K", "select": "select-by-group-ratio"}, "beside select"),
+        ({"target": "60K", "context": 5}, "no amount of memory"),
+        ({"context": 5}, "context is for a target of memory"),
+        ({"target": "6GB", "context": 0}, "1 or more"),
+        ({"target": "1.3x decode@nowhere.json"}, "no such file"),
+    ],
+)
+def test_contradictions_are_refused_when_the_pipeline_is_made(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(FxpruneError, match=said):
+        fxprune.prune_pipeline(importance="l2", **options)
+    with pytest.raises(ArgumentError, match="a target states both"):
+        load_pass("select-by-ratio", target="60K", ratio=0.3)
+
+
+def test_options_and_recipes_take_the_place_of_each_other() -> None:
+    recipe = "find-groups, l2, select-by-ratio{ratio=0.4, budget=macs}, shrink"
+    assert "select-by-ratio{target='60K'}" in str(fxprune.prune_pipeline(recipe=recipe, target="60K"))
+    recipe = "find-groups, l2, select-by-ratio{target='60K'}, shrink"
+    assert "select-by-ratio{ratio=0.3}" in str(fxprune.prune_pipeline(recipe=recipe, ratio=0.3))
+    assert "select-by-search{target='60K'}" in str(fxprune.prune_pipeline(recipe=recipe, select="select-by-search"))
