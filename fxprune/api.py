@@ -8,11 +8,13 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
 
-from torch import nn
+import torch
+from torch import fx, nn
 
 from fxprune.checkpoint.low_memory import load_mapped, request_key, resumable_folder
 from fxprune.checkpoint.read import load_model, load_tokenizer
@@ -21,14 +23,15 @@ from fxprune.data.calibration import Calibration
 from fxprune.data.samples import check_tokens, read_token_rows
 from fxprune.data.text import is_text
 from fxprune.discovery.groups import as_kinds
-from fxprune.errors import ArgumentError
+from fxprune.errors import ArgumentError, FxpruneError
+from fxprune.evaluation.quality import graph_predictor, measure_quality, window_of
 from fxprune.graph.context import attempt
 from fxprune.graph.facts import Source, facts_of, restore_cut
-from fxprune.graph.tensors import device_of
-from fxprune.offload.files import finish_writes
+from fxprune.graph.tensors import device_of, has_meta_weights
+from fxprune.offload.files import finish_writes, is_offloading
 from fxprune.offload.prefetch import offer_prefetcher, prefetcher_to
 from fxprune.pipeline.arguments import refuse
-from fxprune.pipeline.contract import STAGES
+from fxprune.pipeline.contract import STAGES, no_progress
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.progress import run_bar
 from fxprune.pipeline.registry import load_pass
@@ -403,9 +406,48 @@ def _run_traced(pipeline: Pipeline, model: nn.Module, values: Mapping[str, Any])
     _LOGGER.info("trace: %.1f s", time.perf_counter() - start)
     try:
         with offer_prefetcher(prefetcher_to(values["device"], device_of(graph_module))):
-            return Result.of(pipeline(graph_module, inplace=values["inplace"]).graph_module)
+            result = Result.of(pipeline(graph_module, inplace=values["inplace"]).graph_module)
+            return _with_quality(result, graph_module, model, values)
     except BaseException:  # an interrupt too: the model must not be left half cut
         source = facts_of(graph_module).get(Source)
         if source is not None and source.cut:
             restore_cut(source)
         raise
+
+
+def _with_quality(result: Result, dense: fx.GraphModule, model: nn.Module, values: Mapping[str, Any]) -> Result:
+    """The result with its quality in the report, or with the reason why it was not measured."""
+    start = time.perf_counter()
+    why = _unmeasured(dense, values)
+    quality = None
+    if not why:
+        try:
+            quality = measure_quality(
+                graph_predictor(dense),
+                graph_predictor(result.graph_module),
+                values["tokenizer"],
+                values["eval_text"],
+                speakers=None if result.model is None or values["device"] else (model, result.model),
+                pruned=result.graph_module,
+                window=window_of(model),
+                track=values["track"] or no_progress,
+            )
+        except (FxpruneError, MemoryError, torch.OutOfMemoryError) as error:  # the prune itself is done
+            why = str(error)
+    _LOGGER.info("quality: %.1f s", time.perf_counter() - start)
+    return replace(result, report=replace(result.report, quality=quality, unmeasured=why))
+
+
+def _unmeasured(dense: fx.GraphModule, values: Mapping[str, Any]) -> str:
+    """The reason why the quality of a prune is not measured; empty if it is."""
+    if not values["eval"]:
+        return "it was not asked for"
+    if values["tokenizer"] is None:
+        return "there was no tokenizer"
+    if values["inplace"]:
+        return "the model was pruned in place, and the dense one is gone"
+    if is_offloading():
+        return "the weights are on disk, and each batch would read them all"
+    if has_meta_weights(dense):
+        return "the model has no weights"
+    return ""

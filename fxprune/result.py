@@ -17,12 +17,14 @@ from fxprune.emit import Structure
 from fxprune.emit.emitted import Emitted
 from fxprune.errors import ExportError
 from fxprune.evaluation.comparison import Comparison
+from fxprune.evaluation.quality import graph_predictor, measure_quality, window_of
 from fxprune.export import export_graph, export_model
 from fxprune.export.model import check_options
 from fxprune.graph.context import silence_stderr, wrap_errors
 from fxprune.graph.facts import facts_of
 from fxprune.offload.atomic import write_file
 from fxprune.pipeline.arguments import as_path, instance
+from fxprune.pipeline.contract import Track, check_track, no_progress
 from fxprune.pipeline.pipeline import html_table
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removed
@@ -76,7 +78,8 @@ class Result:
         sizes = (f"  {name}: {dense} to {slim}" for name, dense, slim, _ in self._rows())
         samples = [] if self.report.calibration is None else [f"  calibrated on {self.report.calibration}"]
         reached = [] if self.report.reached is None else [f"  {self.report.reached}"]
-        return "\n".join((repr(self), *reached, *sizes, *samples))
+        quality = [] if self.report.quality is None else map("  {}".format, self.report.quality.texts)
+        return "\n".join((repr(self), *reached, *sizes, *samples, *quality))
 
     def _repr_html_(self) -> str:
         return html_table(self.report.model or "Result", self._rows(), ("", "dense", "slim", "left"))
@@ -113,6 +116,29 @@ class Result:
         model = Emitted(self.model, self.report.model_reasons).require_model()
         options: dict[str, Any] = {"max_shard_size": max_shard_size, "force": force, "also": also, "verify": verify}
         return save_pretrained(model, folder, tokenizer, plan=self.plan, report=self.report, **options)
+
+    def evaluate(
+        self, dense: Any, tokenizer: Any, *, text: str | os.PathLike[str] | None = None, track: Track = no_progress
+    ) -> Result:
+        """This result with its quality beside the dense model's in the report, as :func:`fxprune.prune` measures it.
+
+        For a prune that did not: without a tokenizer, in place, or with weights on disk.
+
+        Args:
+            dense: the dense model.
+            tokenizer: that of both models.
+            text: a file of text, of which the part is measured on that was not used; None for built-in text.
+            track: shows progress, as ``track(items, what, total)``.
+
+        Raises:
+            FxpruneError: the text cannot be read, or a model cannot be run on it.
+        """
+        check_track(track)
+        slim = graph_predictor(self.graph_module) if self.model is None else self.model
+        speakers = None if self.model is None else (dense, self.model)
+        options: dict[str, Any] = {"speakers": speakers, "pruned": self.graph_module, "window": window_of(dense)}
+        quality = measure_quality(dense, slim, tokenizer, text, track=track, **options)
+        return replace(self, report=replace(self.report, quality=quality, unmeasured=""))
 
     def to_html(self, comparison: Comparison | None = None) -> str:
         """Return the report as one HTML page that needs no other file.

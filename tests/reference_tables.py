@@ -100,7 +100,7 @@ def _with_verify(step: Pass) -> list[Pass]:
 def _option_rows(*, deprecated: bool) -> Iterator[tuple[str, ...]]:
     command: Any = typer.main.get_command(app)
     flags = {
-        parameter.name: max(parameter.opts, key=len)
+        parameter.name: max(parameter.secondary_opts or parameter.opts, key=len)
         for parameter in command.commands["prune"].params
         if parameter.opts[0].startswith("--")
     }

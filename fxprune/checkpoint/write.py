@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import logging
 import os
@@ -28,9 +29,11 @@ from fxprune.checkpoint.manifest import (
     PLAN,
     REPORT,
     Manifest,
+    check_files,
     foreign_files,
     has_user_card,
     other_files,
+    read_manifest,
     weight_files,
 )
 from fxprune.checkpoint.read import read_model
@@ -58,6 +61,7 @@ __all__ = [
     "check_place",
     "check_request",
     "model_card",
+    "replace_report",
     "save_pretrained",
     "write_folder",
     "write_modelling",
@@ -171,12 +175,18 @@ def model_card(model: PreTrainedModel, work: Path, folder: Path, manifest: Manif
     data = ModelCardData(
         library_name="transformers", base_model=base, tags=["fxprune", "pruned"], **_from_dense(Path(source))
     )
+    return _card_text(data, base or Path(source).name, stock_class(model).__name__, work, folder, manifest, report)
+
+
+def _card_text(
+    data: ModelCardData, name: str, kind: str, work: Path, folder: Path, manifest: Manifest, report: Report | None
+) -> str:
     classes = json.loads((work / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
     card = ModelCard.from_template(
         data,
         str(_TEMPLATE),
-        name=base or Path(source).name,
-        kind=stock_class(model).__name__,
+        name=name,
+        kind=kind,
         folder=folder.name,
         stock=manifest.stock,
         auto_class=next((name for name in reversed(classes) if name != "AutoConfig"), None),
@@ -188,6 +198,43 @@ def model_card(model: PreTrainedModel, work: Path, folder: Path, manifest: Manif
         kinds=() if report is None else tuple(report.kinds()),
     )
     return re.sub(r"\n{3,}", "\n\n", str(card).rstrip()) + "\n"  # sections that are left out leave blank lines
+
+
+def replace_report(folder: str | os.PathLike[str], report: Report) -> None:
+    """Replace the report of a checkpoint, with its page and its card; the folder changes in one step, or not at all.
+
+    A card that the user wrote or edited stays.
+
+    Raises:
+        CheckpointError: it is no checkpoint, one of its files was changed, or nothing can be written there.
+    """
+    target = resolve_target(folder)
+    manifest = read_manifest(target)
+    check_files(target, manifest)
+    users = has_user_card(target)
+    with wrap_disk_errors(folder, CheckpointError), staging_folder(target) as work:
+        shutil.copytree(target, work, symlinks=True, copy_function=_link, dirs_exist_ok=True)
+        texts = {REPORT: report.to_json(), PAGE: report.to_html()}
+        if not users and (work / CARD).is_file():
+            data, source = ModelCard.load(work / CARD).data, manifest.source
+            texts[CARD] = _card_text(data, source["name"], source["class"], work, target, manifest, report)
+        files = {**manifest.files}
+        for name, text in texts.items():
+            (work / name).unlink(missing_ok=True)  # a link to the file in use
+            (work / name).write_text(text, encoding="utf-8")
+            files[name] = hashlib.sha256(text.encode()).hexdigest()
+        (work / MANIFEST).unlink()
+        (work / MANIFEST).write_text(replace(manifest, files=files, report=None).to_json(), encoding="utf-8")
+        finish_files(work)
+        replace_folder(work, target)
+
+
+def _link(source: str, target: str) -> None:
+    """Make a hard link to a file, or a copy where there are no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _from_dense(folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from fxprune.data.built_in import CHARACTERS_PER_TOKEN, built_in_text
 from fxprune.data.text import MOST_SAMPLES, calibration_text
 from fxprune.discovery.groups import Groups
 from fxprune.errors import RatioError
+from fxprune.evaluation.quality import WINDOW, WINDOWS
 from fxprune.recipes.recipe import needs_samples
 
 __all__ = ["Activations", "Estimate", "costs_of", "estimate", "peak_memory", "print_estimate", "sizes_of"]
@@ -153,7 +154,9 @@ def estimate(
     dense, slim = (float(size * count) for count in report.parameters)
     in_place = bool(options.get("inplace"))
     sizes = sizes_of(traced, counted, size)
-    work = sum(cost.runs for _, cost in costs)
+    flops = 2 * report.macs[0] / counted * tokens * sum(cost.runs for _, cost in costs)
+    if not low_memory and options.get("eval", True):
+        flops += 2 * sum(report.macs) / counted * WINDOW * WINDOWS
     return Estimate(
         parameters=report.parameters,
         widths=dict(report.widths),
@@ -162,7 +165,7 @@ def estimate(
         reachable=reachable,
         memory=peak_memory(costs, tokens, sizes, (dense, slim), in_place=in_place, on_disk=low_memory),
         reached="" if report.reached is None else str(report.reached),
-        seconds=2 * report.macs[0] / counted * tokens * work / _flops(),
+        seconds=flops / _flops(),
     )
 
 
@@ -207,7 +210,7 @@ def _traced_tokens(graph_module: Any) -> int | None:
 
 def _reachable(choice: Any, graph_module: Any) -> float | None:
     """The largest ratio that a selection can reach; None if it has no ratio, or a target instead."""
-    if not hasattr(choice, "ratio") or getattr(choice, "target", ""):
+    if not hasattr(choice, "ratio") or getattr(choice, "target", None):
         return None
     try:
         dataclasses.replace(choice, ratio=0.999)(graph_module)  # no model reaches it: the refusal names what it does

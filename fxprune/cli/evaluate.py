@@ -17,7 +17,7 @@ from fxprune.cli.process import keep_freed
 from fxprune.errors import EvaluationError
 
 if TYPE_CHECKING:
-    from fxprune.evaluation.comparison import Column
+    from fxprune.evaluation.comparison import Column, Comparison
 
 __all__ = ["evaluate"]
 
@@ -56,6 +56,10 @@ def evaluate(
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Keep weights on disk, and read them once for each text.")
     ] = False,
+    write: Annotated[
+        bool,
+        typer.Option("--write", help="Write the figures into the folders of MODELS: report, its page, and model card."),
+    ] = False,
     quiet: flags.QuietButResult = False,
     as_json: flags.Json = False,
 ) -> None:
@@ -76,6 +80,8 @@ def evaluate(
     named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if named:
         check_tasks(named)
+    if write:
+        _check_written(models, compare, low_memory=low_memory)
     windows = windows or (None if text else 64)  # a minute or less with a small model on a CPU
     settings = {"window": window, "windows": windows, "questions": questions}
     options: dict[str, Any] = {"batch": batch, "tasks": named, "track": progress, **settings}
@@ -90,10 +96,46 @@ def evaluate(
         comparison = Comparison(columns, settings)
     if not is_first():  # processes that share the windows compute the same
         return
+    if write:
+        dense, *others = columns
+        for model, column in zip((compared[one.name] for one in others), others, strict=True):
+            write_quality(model, Comparison((dense, column), settings))
     if as_json:
         print_json(comparison.to_dict())
     else:
         console.print(comparison.table())
+
+
+def _check_written(models: Sequence[str], compare: str | None, *, low_memory: bool) -> None:
+    """Refuse to write figures that are of no report, or beside no dense model, before they are measured."""
+    from fxprune.checkpoint.manifest import read_manifest
+
+    if compare is None or low_memory:
+        what = "figures of a report are beside those of the dense model, which has to be in memory"
+        remedy = "Leave --low-memory out" if low_memory else "Give --compare with the dense model"
+        raise EvaluationError(what, where="--write", remedy=remedy)
+    for model in models:
+        if model == compare:
+            remedy = "Name the dense model with --compare"
+            raise EvaluationError("it would be compared with itself", where=model, remedy=remedy)
+        if read_manifest(Path(model)).read_report(Path(model)) is None:
+            raise EvaluationError("it was saved without a report", where=model, remedy="Leave --write out")
+
+
+def write_quality(folder: str, comparison: Comparison) -> None:
+    """Write the figures of a slim model beside the dense one into its folder."""
+    from dataclasses import replace
+
+    from fxprune.checkpoint.manifest import read_manifest
+    from fxprune.checkpoint.write import replace_report
+    from fxprune.evaluation.quality import quality_of
+
+    dense, slim = comparison.columns
+    report = read_manifest(Path(folder)).read_report(Path(folder))
+    assert report is not None  # see _check_written
+    quality = quality_of(dense.evaluation, slim.evaluation)
+    rows = (("", "dense", "slim"), *comparison.rows())
+    replace_report(folder, replace(report, quality=quality, unmeasured="", measured=rows))
 
 
 def _texts(given: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:

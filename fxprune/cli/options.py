@@ -107,9 +107,10 @@ def library_options(declaration: type) -> Callable[[Callable[..., None]], Callab
 
         @wraps(function)
         def command(**values: Any) -> None:
-            for name, (hint, _) in table.items():
+            for name, (hint, declared) in table.items():
                 value = values.pop(name)
-                if value is not None and value is not False and value != "None":
+                given = value is not None and value != "None"
+                if given and (value is not False or declared.default is True):
                     values[name] = _parse(hint, value)
             function(**values)
 
@@ -144,7 +145,10 @@ def _parameter(name: str, hint: Any, declared: Argument) -> inspect.Parameter:
     text, metavar = declared.doc.replace("`", ""), _METAVARS.get(name)
     if not isinstance(declared.default, bool | None):
         text = f"{text.removesuffix('.')} (default: {declared.default})."
-    option = typer.Option(option_name(name), help=text, rich_help_panel=declared.panel, metavar=metavar)
+    spelled = option_name(name)
+    if declared.default is True:  # what is asked for is to leave it out
+        shell_type, spelled = bool | None, f"{spelled}/{spelled.replace('--', '--no-')}"
+    option = typer.Option(spelled, help=text, rich_help_panel=declared.panel, metavar=metavar)
     default, hint = False if shell_type is bool else None, Annotated[shell_type, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 

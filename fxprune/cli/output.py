@@ -198,6 +198,8 @@ def print_result(result: fxprune.Result, out: Path, loading: str, *, as_json: bo
         print_json({"out": str(out), "loading": loading, **result.report.to_dict()})
         return
     console.print(result.report.table())
+    if result.report.quality is not None:
+        console.print(result.report.quality.table())
     print_lines(_lines(result.report, out, loading))
 
 
@@ -212,7 +214,19 @@ def _lines(report: Any, out: Path, loading: str) -> Iterator[str]:
         yield f"{out.name}: {out.stat().st_size:,} bytes"
     if report.calibration is not None:
         yield f"calibrated on {report.calibration}"
+    yield from _quality_lines(report)
     yield from (f"note: {note}" for note in (*report.model_reasons, *report.notes))
     if report.verification_error is not None:
         yield f"verified: masked and slim outputs differ by at most {report.verification_error:.1e}"
     yield f"{report.achieved:.2%} of the parameters removed; model, plan and report written to {out}: {loading}"
+
+
+def _quality_lines(report: Any) -> Iterator[str]:
+    if report.quality is None:
+        yield f"quality not measured: {report.unmeasured}" if report.unmeasured else "quality not measured"
+        return
+    yield from (f"measured on {text.data}" for text in report.quality.texts)
+    for answer in report.quality.answers:
+        yield f"{answer.question} dense: {' '.join(answer.dense.split())!r} slim: {' '.join(answer.slim.split())!r}"
+    if report.advice:
+        yield f"warning: {report.advice}"

@@ -78,6 +78,8 @@ def prune(
         check_output(out, model, force=force)
     text.check()
     as_device(device)
+    if calibration is not None:
+        options = {"eval_text": calibration, **options}
     effective = {"memory": "low", "tune": "none", **options} if low_memory else options
     needs_tokenizer = to_gguf and not is_gguf(model)
     prepared = prepare(model, gguf_file, text, effective, needs_tokenizer=needs_tokenizer, dry_run=dry_run)

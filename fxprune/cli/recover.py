@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,6 +71,8 @@ def recover(
     if (Path(model) / MANIFEST).is_file():
         manifest = read_manifest(Path(model))
         plan, report = manifest.read_plan(Path(model)), manifest.read_report(Path(model))
+        if report is not None and (report.quality or report.measured):
+            report = replace(report, quality=None, measured=(), unmeasured="it was trained after the prune")
         loaded.config._name_or_path = manifest.source["name"]  # that of the dense model
     recovery = fxprune.recover(
         loaded,

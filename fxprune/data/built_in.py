@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import logging
 import sysconfig
+from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ _SENTENCE = 80
 """Characters; shorter paragraphs are mostly headings, signatures or list items."""
 
 
+@cache
 def offline_docstrings() -> str:
     """Prose from docstrings of the standard library, about 150,000 characters, the same on every call.
 

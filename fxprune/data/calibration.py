@@ -21,6 +21,7 @@ from fxprune.offload.prefetch import compute_device
 __all__ = [
     "IGNORED",
     "Calibration",
+    "HeldOut",
     "Sample",
     "batch_indices",
     "batched",
@@ -68,6 +69,17 @@ class Calibration(Fact):
     samples: tuple[Sample, ...]
     source: str = "the samples passed"
     written: int = 0
+
+
+@dataclass(frozen=True)
+class HeldOut(Fact):
+    """Samples that training is stopped by, beside those it trains on.
+
+    Args:
+        samples: the samples; none where the calibration samples were split.
+    """
+
+    samples: tuple[Sample, ...] = ()
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor, fx, nn
 
+from fxprune.data.heldout import unseen
 from fxprune.data.named import CORPORA, is_data_set, load_named
 from fxprune.data.text import calibration_text, is_text, opening_tokens, read_text
 from fxprune.errors import EvaluationError, UnknownNameError
@@ -30,6 +31,7 @@ __all__ = [
     "load_corpus",
     "logits_of",
     "named_corpora",
+    "paired_perplexities",
     "perplexity",
     "text_perplexity",
 ]
@@ -155,31 +157,83 @@ def text_perplexity(
         limit: most windows, evenly spaced over the text; None for all.
         reference: a model with the same tokenizer, usually the dense one, to compare the predictions with.
     """
+    options: dict[str, Any] = {"stride": stride, "limit": limit, "batch": batch, "track": track}
+    return _text_perplexities(model, tokenizer, text, window, reference=reference, **options)[0]
+
+
+@wrap_errors("perplexity", _REMEDY, EvaluationError)
+def paired_perplexities(
+    model: Callable[..., Any],
+    reference: Callable[..., Any],
+    tokenizer: Any,
+    text: str,
+    *,
+    window: int = 256,
+    limit: int | None = None,
+    batch: int = 4,
+    seen: Sequence[Tensor] = (),
+    track: Track = no_progress,
+) -> tuple[Perplexity, Perplexity]:
+    """Perplexities of a text for a reference model and for another one, which run over it once.
+
+    Args:
+        model: as for :func:`text_perplexity`, like all that follows.
+        seen: token ids of samples; windows that share a run of :data:`fxprune.data.heldout.RUN` tokens with one are
+            left out.
+
+    Returns:
+        That of the reference, and that of ``model`` with its divergence.
+    """
+    options: dict[str, Any] = {"limit": limit, "batch": batch, "track": track, "seen": seen}
+    own, other = _text_perplexities(model, tokenizer, text, window, reference=reference, **options)
+    return other, own
+
+
+def _text_perplexities(
+    model: Callable[..., Any],
+    tokenizer: Any,
+    text: str,
+    window: int,
+    *,
+    reference: Callable[..., Any] | None,
+    stride: int | None = None,
+    limit: int | None,
+    batch: int,
+    seen: Sequence[Tensor] = (),
+    track: Track,
+) -> tuple[Perplexity, Perplexity]:
+    """Perplexities for a model and for its reference; that of the reference means nothing if there is none."""
     function("tokenizer", tokenizer, "the tokenizer of the model", EvaluationError)
     instance("text", text, str, "the text itself", EvaluationError)
     opening = opening_tokens(tokenizer)
     ids, size = _encode(tokenizer, text)
-    places, first = sliding_windows(torch.arange(len(ids)), window, stride, limit, len(opening))
+    places, first = sliding_windows(torch.arange(len(ids)), window, stride, None if seen else limit, len(opening))
+    if seen:
+        new = unseen(ids[places], seen).nonzero().flatten()
+        if not len(new):
+            what = "all of the text was used already"
+            raise EvaluationError(what, where="text", remedy="Give a text that no sample was taken from")
+        chosen = new[_evenly(len(new), limit)]
+        places, first = places[chosen], first[chosen]
     windows = torch.cat([torch.tensor(opening, dtype=torch.long).expand(len(places), -1), ids[places]], dim=1)
     measured = _measure_windows(model, windows, first, batch, reference, track)
     counts = (window - first).double()
-    mean, error = _ratio_of_sums(measured.losses, counts)
     start = places.gather(1, (first - len(opening))[:, None]).flatten()
     read = (size[places[:, -1] + 1] - size[start]).double()
-    bits, bits_error = _ratio_of_sums(measured.losses / math.log(2), read)
-    value = _exp(mean)
-    return Perplexity(
-        value,
-        value * error,
-        window,
-        window - len(opening) if stride is None else stride,
-        len(windows),
-        int(counts.sum()),
-        bits,
-        bits_error,
-        measured.divergence(counts),
-        tuple(measured.losses.tolist()),
-    )
+    step = window - len(opening) if stride is None else stride
+
+    def of(losses: Tensor, divergence: Divergence | None) -> Perplexity:
+        mean, error = _ratio_of_sums(losses, counts)
+        bits, bits_error = _ratio_of_sums(losses / math.log(2), read)
+        value, sizes = _exp(mean), (window, step, len(windows), int(counts.sum()))
+        return Perplexity(value, value * error, *sizes, bits, bits_error, divergence, tuple(losses.tolist()))
+
+    return of(measured.losses, measured.divergence(counts)), of(measured.reference_losses, None)
+
+
+def _evenly(count: int, limit: int | None) -> Tensor:
+    """Numbers of at most ``limit`` of ``count`` items, evenly spaced."""
+    return torch.arange(count) if limit is None or limit >= count else torch.linspace(0, count - 1, limit).long()
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[Tensor, Tensor]:
@@ -229,10 +283,8 @@ def sliding_windows(
     found = ids.unfold(0, body, stride)
     first = torch.full((len(found),), max(1, window - stride))
     first[0] = max(1, opening)
-    if limit is not None and limit < len(found):
-        chosen = torch.linspace(0, len(found) - 1, limit).long()
-        return found[chosen], first[chosen]
-    return found, first
+    chosen = _evenly(len(found), limit)
+    return found[chosen], first[chosen]
 
 
 @wrap_errors("perplexity", _REMEDY, EvaluationError)

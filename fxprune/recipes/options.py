@@ -10,10 +10,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_type_hints
 
 from fxprune.errors import UnknownNameError
-from fxprune.pipeline.arguments import Argument, Memory, Norm, Ranking, as_seed, checked, declared
+from fxprune.pipeline.arguments import Argument, Memory, Norm, Ranking, as_path, as_seed, checked, declared
 
 if TYPE_CHECKING:
     from fxprune.pipeline.contract import Pass, Track
@@ -32,13 +33,14 @@ _what_goes, _output, _machine = (partial(Argument, panel=panel) for panel in (WH
 
 
 def _check(name: str, value: Any) -> Any:
-    from fxprune.data.text import check_tokenizer
+    from fxprune.data.text import calibration_text, check_tokenizer
     from fxprune.data.verification import check_names
     from fxprune.offload.prefetch import as_device
     from fxprune.pipeline.contract import check_track
 
     checks: dict[str, Callable[[Any], object]] = {"device": as_device, "example_inputs": check_names}
     checks |= {"track": check_track, "tokenizer": partial(check_tokenizer, name)}
+    checks["eval_text"] = lambda path: calibration_text(Path(as_path(name, path)))
     checks[name](value)
     return value
 
@@ -80,6 +82,25 @@ class ApplyOptions(TypedDict, total=False):
             "for tuning to stop by.",
             check=_check,
             spelled=False,
+        ),
+    ]
+    eval: Annotated[
+        bool,
+        Argument(
+            "Measure the slim model beside the dense one at the end, on text that was not used: perplexity, "
+            "divergence, the share of next tokens on which both agree, and an answer. It takes the tokenizer, and "
+            "weights in memory.",
+            default=True,
+            panel=DATA,
+        ),
+    ]
+    eval_text: Annotated[
+        str | os.PathLike[str] | None,
+        Argument(
+            "Text to measure on, the part of it that was not used: a text file, or rows in `.json`, `.jsonl` or "
+            "`.parquet`; by default documentation of Python's library.",
+            check=_check,
+            panel=DATA,
         ),
     ]
     seed: Annotated[

@@ -31,6 +31,7 @@ from fxprune.graph.tensors import starred
 from fxprune.removal.scores import Scores
 from fxprune.removal.target import Reached
 from fxprune.report.charts import ChartColumn, bar_chart, box_chart
+from fxprune.report.quality import Quality
 
 __all__ = [
     "GroupSize",
@@ -225,6 +226,8 @@ class Report(Fact):
         passes: the passes that ran, each with its stage, its spelling and its seconds.
         versions: of the packages that the result depends on.
         calibration: the calibration samples used; None if there were none.
+        quality: quality of the slim model beside the dense one; None if it was not measured.
+        unmeasured: why it was not.
         measured: quality and speed if they were measured, in rows of text; the first row names the columns.
         picture: one layer of the slim model as SVG; not part of the plain data.
     """
@@ -254,6 +257,8 @@ class Report(Fact):
     passes: tuple[tuple[str, str, float], ...] = field(default=(), compare=False)
     versions: Mapping[str, str] = field(default_factory=package_versions)
     calibration: SamplesUsed | None = None
+    quality: Quality | None = None
+    unmeasured: str = ""
     measured: tuple[tuple[str, ...], ...] = ()
     picture: str = field(default="", repr=False, compare=False)
 
@@ -271,6 +276,25 @@ class Report(Fact):
         if self.cache is not None:
             found.append(Headline("KV-cache, bytes a token", *self.cache))
         return tuple(found)
+
+    @property
+    def quality_rows(self) -> tuple[tuple[str, ...], ...]:
+        """Rows of the table of quality, the first with the names of the columns; none if nothing was measured."""
+        if self.measured or self.quality is None:
+            return self.measured
+        return (("", "dense", "slim"), *self.quality.rows())
+
+    @property
+    def advice(self) -> str:
+        """What brings a result that is far from the dense model closer to it; empty if it is not far, or not known."""
+        if self.quality is None or not self.quality.is_far:
+            return ""
+        tuned = (spelling for stage, spelling, _ in self.passes if stage == "tune")
+        given = self.calibration is not None and not self.calibration.source.startswith("built-in")
+        remedies = ["more calibration text" if given else "calibration text like that of the intended use"]
+        remedies += [] if any("weights" in spelling for spelling in tuned) else ["the recipe `best`"]
+        remedies += ["a smaller ratio", "training, as by `fxprune recover`"]
+        return f"far from the dense model; what brings it closer: {', '.join(remedies[:-1])} or {remedies[-1]}"
 
     def kinds(self) -> Iterator[KindSummary]:
         """Yield a summary of each kind of groups; of several such groups in a block, one summary for each."""
@@ -304,6 +328,8 @@ class Report(Fact):
                 values["calibration"] = SamplesUsed(**values["calibration"])
             if values.get("reached") is not None:
                 values["reached"] = Reached(**values["reached"])
+            if values.get("quality") is not None:
+                values["quality"] = Quality.from_dict(values["quality"])
             values["groups"] = tuple(GroupSize(**size) for size in values.get("groups", ()))
             values["scores"] = {place: Spread(**spread) for place, spread in values.get("scores", {}).items()}
             return cls(**values)

@@ -10,7 +10,16 @@ import torch
 from torch import fx
 
 from fxprune.data.built_in import offline_docstrings
-from fxprune.data.calibration import Calibration, Sample, embedding_rows, noised, plain_tokens, spread, token_input
+from fxprune.data.calibration import (
+    Calibration,
+    HeldOut,
+    Sample,
+    embedding_rows,
+    noised,
+    plain_tokens,
+    spread,
+    token_input,
+)
 from fxprune.data.samples import check_samples, is_in_memory, read_calibration
 from fxprune.data.text import check_tokenizer, token_windows
 from fxprune.errors import ArgumentError, CalibrationError, DataError
@@ -58,7 +67,7 @@ class RecordTeacherPass(Pass):
     prefetches: ClassVar[bool] = True
     needs: ClassVar[tuple[type[Fact], ...]] = (Calibration, Runnable)
     preconditions = (require_weights,)
-    gives: ClassVar[tuple[type[Fact], ...]] = (Teacher,)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Teacher, HeldOut)
 
     samples: int | None = argument(None, "Calibration samples, evenly spread; None for all.", least=1)
     copies: int = argument(1, "Copies of each sample to record, each with noise of its own.", least=1)
@@ -121,7 +130,9 @@ class RecordTeacherPass(Pass):
                 self.batch,
                 lambda batches, total: tracked(batches, "dense model", total),
             )
-        facts_of(graph_module).put(Teacher(recorded[: len(samples)], recorded[len(samples) :], source))
+        facts = facts_of(graph_module)
+        facts.put(Teacher(recorded[: len(samples)], recorded[len(samples) :], source))
+        facts.put(HeldOut(tuple(heldout)))
         return PassResult(graph_module, False)
 
     def _with_noise(self, samples: tuple[Sample, ...], graph_module: fx.GraphModule) -> tuple[Sample, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,31 @@ def test_texts_and_tasks_are_refused_before_a_model_is_loaded(
 @pytest.mark.slow
 def test_the_nearest_task_is_suggested(models: Path) -> None:
     assert "Did you mean 'piqa'" in refused("eval", models / "slim", "--tasks", "arc_easy, piqqa")
+
+
+def test_figures_are_written_into_the_folder(models: Path, tmp_path: Path) -> None:
+    """The weights stay, files of the user too, and the checkpoint is whole."""
+    slim = tmp_path / "slim"
+    shutil.copytree(models / "slim", slim)
+    (tmp_path / "story.txt").write_text(TEXT)
+    (slim / "notes").mkdir()
+    (slim / "notes/mine.txt").write_text("mine")
+    weights = (slim / "model.safetensors").stat().st_ino
+    more = ("--text", tmp_path / "story.txt", "--window", 32, "--no-answers")
+    code, output, _ = run("eval", slim, "--compare", models / "dense", *more, "--write")
+    assert code == 0 and "perplexity, story" in output
+    assert {path.name for path in tmp_path.iterdir()} == {"slim", "story.txt"}
+    assert (slim / "model.safetensors").stat().st_ino == weights
+    assert (slim / "notes/mine.txt").read_text() == "mine"
+    fxprune.from_pretrained(slim, verify=True)
+    report = json.loads((slim / "report.json").read_text())
+    assert report["quality"]["texts"][0]["text"] == "story" and ["memory, MB"] in [
+        row[:1] for row in report["measured"]
+    ]
+    cells = next(row for row in report["measured"] if row[0] == "perplexity, story")
+    assert " | ".join(cells) in (slim / "README.md").read_text() and cells[1] in (slim / "report.html").read_text()
+    (slim / "README.md").write_text("my own card")
+    assert run("eval", slim, "--compare", models / "dense", *more, "--write")[0] == 0
+    assert (slim / "README.md").read_text() == "my own card"
+    (slim / "plan.json").write_text("{}")
+    assert "its content was changed" in refused("eval", slim, "--compare", models / "dense", *more, "--write")

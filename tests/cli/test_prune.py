@@ -235,3 +235,40 @@ def test_a_run_may_spell_a_pair_in_any_form(
     Path("mine.yaml").write_text(yaml.safe_dump({"model": folder, "out": "new", "importance": "l2", "protect": pair}))
     assert refused("prune", "--config", "mine.yaml") == "seen"
     assert seen["protect"] == ((1, 2) if pair else (0, 0))
+
+
+def test_a_prune_ends_with_its_quality(models: Path, out: Path) -> None:
+    """It is in the output, in all that is written, and agrees with `eval` on the same text."""
+    code, output = shown("prune", models / "dense", "--out", out, *L2)
+    assert code == 0 and "│ perplexity, docstrings of Python │" in output and "What is the capital of France?" in output
+    used = "docstrings of Python: 12 windows of 256 tokens"
+    assert f"measured on {used}" in output
+    found = json.loads((out / "report.json").read_text())["quality"]["texts"][0]
+    for name in ("report.html", "README.md"):
+        text = (out / name).read_text()
+        assert f"Measured on {used}" in text and "{:.3f} ± {:.3f}".format(*found["ratio"]) in text, name
+    code, output, _ = run("eval", out, "--compare", models / "dense", "--no-answers", "--windows", 24, "--json")
+    other = json.loads(output)["columns"][1]["evaluation"]["perplexities"]["docstrings of Python"]["divergence"]
+    for name, (value, error) in (("mean", found["divergence"]), ("agreement", found["agreement"])):
+        assert abs(value - other[name]) < 3 * (error + other[f"{name}_error"]), name
+
+
+def test_quality_is_left_out_on_request(folder: str, out: Path) -> None:
+    code, output = shown("prune", folder, "--out", out, *L2, "--no-eval")
+    assert code == 0 and "quality not measured: it was not asked for" in output
+    assert "fxprune eval out --compare path/to/dense --write" in (out / "README.md").read_text()
+    assert yaml.safe_load((out / "run.yaml").read_text())["eval"] is False
+    code, output = shown("prune", "--config", out / "run.yaml", "--force")
+    assert code == 0 and "it was not asked for" in output
+
+
+def test_a_calibration_text_is_measured_where_it_was_not_used(
+    folder: str, out: Path, seen: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("red green blue\n" * 8)
+    options = ("--calibration", tmp_path / "mine.txt", "--tokens", 6)
+    refused("prune", folder, "--out", out, *options, "--samples", 2)
+    assert seen["eval_text"] == tmp_path / "mine.txt"
+    (tmp_path / "other.txt").write_text("blue")
+    refused("prune", folder, "--out", out, *options, "--eval-text", tmp_path / "other.txt")
+    assert seen["eval_text"] == str(tmp_path / "other.txt")
