@@ -15,7 +15,7 @@ import typer
 from benchmarks.common import RESULTS, load_named, write_results
 from fxprune.data.text import calibration_texts, opening_tokens
 from fxprune.evaluation.perplexity import load_corpus, text_perplexity
-from fxprune.vocabulary.prune import measure_use, text_ids, trim
+from fxprune.vocabulary.prune import measure_use, size_after, text_ids, trim
 
 __all__ = ["main", "measure", "texts_of"]
 
@@ -68,7 +68,7 @@ def main(
         slim, words = dense, tokenizer
         size, count = len(tokenizer), sum(one.numel() for one in dense.parameters())
         if part:
-            found = trim(dense, tokenizer, use, ratio=part, share=True)
+            found = trim(dense, tokenizer, use, size_after(dense, part), share=True)
             slim, words, size, count = found.model, found.tokenizer, found.report.rows[1], found.report.parameters[1]
         rows.append({"ratio": part, "tokens": size, "parameters": count, "texts": measure(slim, words, texts)})
         print(rows[-1], flush=True)

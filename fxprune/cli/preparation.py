@@ -52,7 +52,7 @@ class CalibrationText:
         """Samples read from the text, with the name of its file for the report."""
         from fxprune.data.samples import FileSamples
 
-        return None if samples is None or self.file is None else FileSamples(samples, self.file.name)
+        return None if samples is None or self.file is None else FileSamples(samples, self.file.name, self.file)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from fxprune.cli.output import (
 from fxprune.cli.preparation import CalibrationText, prepare
 from fxprune.cli.process import keep_freed
 from fxprune.errors import ArgumentError
+from fxprune.pipeline.arguments import has_vocab
 from fxprune.recipes.options import Options
 
 __all__ = ["prune"]
@@ -74,8 +75,13 @@ def prune(
         check_output(out, model, force=force)
     text.check()
     as_device(device)
+    if dry_run and has_vocab(options):
+        remedy = "Leave --dry-run out, or look at the other kinds alone"
+        raise ArgumentError(
+            "the vocabulary is chosen by the calibration text, which is not read", where="--dry-run", remedy=remedy
+        )
     effective = {"memory": "low", "tune": "none", **options} if low_memory else options
-    needs_tokenizer = to_gguf and not is_gguf(model)
+    needs_tokenizer = (to_gguf and not is_gguf(model)) or has_vocab(options)
     prepared = prepare(model, gguf_file, text, effective, needs_tokenizer=needs_tokenizer, dry_run=dry_run)
     if dry_run:
         from fxprune.cli.dry_run import estimate, print_estimate

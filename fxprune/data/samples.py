@@ -20,7 +20,15 @@ from fxprune.graph.compat import is_free, size_hint, tree_leaves
 from fxprune.graph.context import Refusal
 from fxprune.pipeline.arguments import format_value
 
-__all__ = ["FileSamples", "check_samples", "check_tokens", "is_in_memory", "read_calibration", "read_token_rows"]
+__all__ = [
+    "FileSamples",
+    "check_samples",
+    "check_tokens",
+    "is_in_memory",
+    "read_calibration",
+    "read_token_rows",
+    "rows_of_tokens",
+]
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -43,11 +51,11 @@ def check_samples(name: str, data: Any) -> Any:
 
 
 class FileSamples(dict[str, torch.Tensor]):
-    """Token ids ``(samples, tokens)`` as a batch by name, with the name of the file that they are from."""
+    """Token ids ``(samples, tokens)`` as a batch by name, with the name and the path of the file that they are from."""
 
-    def __init__(self, ids: torch.Tensor, source: str) -> None:
+    def __init__(self, ids: torch.Tensor, source: str, file: Path | None = None) -> None:
         super().__init__(input_ids=ids)
-        self.source = source
+        self.source, self.file = source, file
 
 
 def is_in_memory(data: Any) -> bool:
@@ -85,6 +93,11 @@ def check_tokens(data: Any, rows: int | None) -> None:
     if is_in_memory(data):
         for _ in _read(data, [_Input("input_ids", (None, None), True, rows)]):
             pass
+
+
+def rows_of_tokens(data: Any) -> list[torch.Tensor]:
+    """Token ids of each sample ``(tokens,)``, for a model of ``input_ids`` alone."""
+    return [values["input_ids"][0] for values, _ in _read(data, [_Input("input_ids", (None, None), True, None)])]
 
 
 def _read(data: Any, inputs: Sequence[_Input]) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:

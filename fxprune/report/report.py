@@ -224,6 +224,7 @@ class Report(Fact):
         versions: of the packages that the result depends on.
         calibration: the calibration samples used; None if there were none.
         measured: quality and speed if they were measured, in rows of text; the first row names the columns.
+        vocabulary: tokens, dense and slim; None if all stay.
         picture: one layer of the slim model as SVG; not part of the plain data.
     """
 
@@ -252,6 +253,7 @@ class Report(Fact):
     versions: Mapping[str, str] = field(default_factory=package_versions)
     calibration: SamplesUsed | None = None
     measured: tuple[tuple[str, ...], ...] = ()
+    vocabulary: tuple[int, int] | None = None
     picture: str = field(default="", repr=False, compare=False)
 
     @property
@@ -267,6 +269,8 @@ class Report(Fact):
             found.append(Headline("bytes of weights", *self.memory))
         if self.cache is not None:
             found.append(Headline("KV-cache, bytes a token", *self.cache))
+        if self.vocabulary is not None:
+            found.append(Headline("tokens of the vocabulary", *self.vocabulary))
         return tuple(found)
 
     def kinds(self) -> Iterator[KindSummary]:

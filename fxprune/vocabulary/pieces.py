@@ -22,42 +22,42 @@ from typing import Any
 
 from fxprune.errors import UnsupportedModelError
 
-__all__ = ["Tokens", "read_tokens", "specification"]
+__all__ = ["Tokens", "check_kind", "read_tokens", "specification"]
 
 _REMEDY = "Leave the kind vocab out: tokenizers of the kinds BPE, Unigram and WordPiece can be trimmed"
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
-def specification(tokenizer: Any) -> dict[str, Any]:
-    """The definition of a fast tokenizer as data.
+def check_kind(tokenizer: Any) -> None:
+    """Refuse a tokenizer that is of no kind which writes every text with some of its tokens.
 
     Raises:
-        UnsupportedModelError: it is no fast tokenizer.
+        UnsupportedModelError: it is of another kind, or no fast tokenizer.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         what = f"{type(tokenizer).__name__} is not a fast tokenizer, whose tokens are known"
         raise UnsupportedModelError(what, where="tokenizer", remedy=_REMEDY)
-    found: dict[str, Any] = json.loads(backend.to_str())
+    kind = type(backend.model).__name__
+    if kind not in ("BPE", "Unigram", "WordPiece"):
+        raise UnsupportedModelError(f"it is of the kind {kind}", where="tokenizer", remedy=_REMEDY)
+    if kind == "BPE" and backend.model.continuing_subword_prefix:
+        what = f"it marks tokens inside a word by {backend.model.continuing_subword_prefix!r}"
+        raise UnsupportedModelError(what, where="tokenizer", remedy=_REMEDY)
+
+
+def specification(tokenizer: Any) -> dict[str, Any]:
+    """The definition of a tokenizer as data, as for :func:`check_kind`."""
+    check_kind(tokenizer)
+    found: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     return found
 
 
 def read_tokens(spec: Mapping[str, Any]) -> Tokens:
-    """The tokens of a tokenizer by its definition.
-
-    Raises:
-        UnsupportedModelError: it is of a kind that cannot write every text without some of its tokens.
-    """
-    model = spec["model"]
+    """The tokens of a tokenizer by its definition."""
     kinds: dict[str, type[Tokens]] = {"BPE": _Merged, "Unigram": _Scored, "WordPiece": _Longest}
-    if model["type"] not in kinds:
-        what = f"it is of the kind {model['type']}, which has one token for each word"
-        raise UnsupportedModelError(what, where="tokenizer", remedy=_REMEDY)
-    if model["type"] == "BPE" and model.get("continuing_subword_prefix"):
-        what = f"it marks tokens inside a word by {model['continuing_subword_prefix']!r}"
-        raise UnsupportedModelError(what, where="tokenizer", remedy=_REMEDY)
-    return kinds[model["type"]](spec)
+    return kinds[spec["model"]["type"]](spec)
 
 
 class Tokens(ABC):

@@ -19,13 +19,22 @@ from fxprune.pipeline.arguments import number, refuse, whole_number
 from fxprune.trace.inputs import is_hugging_face
 from fxprune.vocabulary.choose import Use, choose_tokens
 from fxprune.vocabulary.model import expected_use, find_rows, ids_in_settings, trimmed_model
-from fxprune.vocabulary.pieces import Tokens, read_tokens, specification
+from fxprune.vocabulary.pieces import Tokens, check_kind, read_tokens, specification
 from fxprune.vocabulary.tokenizer import trimmed_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["PrunedVocabulary", "VocabularyReport", "measure_use", "prune_vocabulary", "text_ids", "trim"]
+__all__ = [
+    "PrunedVocabulary",
+    "VocabularyReport",
+    "carry_out",
+    "measure_use",
+    "prune_vocabulary",
+    "size_after",
+    "text_ids",
+    "trim",
+]
 
 
 @dataclass(frozen=True)
@@ -105,51 +114,63 @@ def prune_vocabulary(
     if tokenizer is None:
         raise refuse("tokenizer", tokenizer, "the tokenizer of the model")
     check_tokenizer("tokenizer", tokenizer)
+    check_kind(tokenizer)
+    if ratio is not None and size is not None:
+        raise ArgumentError("$ratio beside $size: both say how many stay", where="size", remedy="Leave one of them out")
+    if ratio is not None:
+        size = size_after(model, number("ratio", ratio, least=0, below=1))
+    elif size is not None:
+        size = whole_number("size", size, least=1)
+    round_to = whole_number("round_to", round_to, least=1)
     use = measure_use(model, text_ids(tokenizer, _texts(corpus)), opening_tokens(tokenizer))
-    found = trim(model, tokenizer, use, ratio=ratio, size=size, round_to=round_to)
+    found = trim(model, tokenizer, use, 0 if size is None else size, free=size is None, round_to=round_to)
     return found.model, found.tokenizer, found.report
+
+
+def size_after(model: PreTrainedModel, ratio: float) -> int:
+    """The number of tokens with whose rows a fraction of the parameters of a model goes; it may be below zero."""
+    rows = find_rows(model)
+    return rows.size - math.ceil(ratio * sum(parameter.numel() for parameter in model.parameters()) / rows.each)
 
 
 def trim(
     model: PreTrainedModel,
     tokenizer: Any,
     use: Use,
+    size: int,
     *,
-    ratio: float | None = None,
-    size: int | None = None,
     round_to: int = 1,
     free: bool = False,
     share: bool = False,
 ) -> PrunedVocabulary:
-    """A model and its tokenizer without the tokens used least, by the ``use`` of each.
+    """A model and its tokenizer with ``size`` tokens, those used most, and those that must stay.
 
     Args:
-        ratio: as for :func:`prune_vocabulary`, as ``size`` and ``round_to``.
-        free: remove no token that is used, even if the ratio is not reached.
+        round_to: as for :func:`prune_vocabulary`.
+        free: remove no token that is used, even if more than ``size`` stay.
         share: whether all tensors without tokens are those of the model.
     """
     tokens, rows = read_tokens(specification(tokenizer)), find_rows(model)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    round_to = whole_number("round_to", round_to, least=1)
-    if ratio is not None and size is not None:
-        raise ArgumentError("$ratio beside $size: both say how many stay", where="size", remedy="Leave one of them out")
-    if ratio is not None:
-        removed = math.ceil(number("ratio", ratio, least=0, below=1) * total / rows.each)
-        size = rows.size - removed
     needed = (tokens.needed | ids_in_settings(model)) & tokens.every
-    if size is None:
-        size, free = len(needed), True
-    elif not free and size < len(needed):
+    if size < len(needed) and not free:
+        total = sum(parameter.numel() for parameter in model.parameters())
         raise _unreachable(size, len(needed), rows.size, rows.each / total)
-    size = min(-(-max(whole_number("size", size), 1) // round_to) * round_to, len(tokens.every))
+    size = -(-max(size, len(needed)) // round_to) * round_to
     kept = choose_tokens(tokens, use, size, needed, free=free, round_to=round_to)
+    return carry_out(model, tokenizer, kept, tokens, use, share=share)
+
+
+def carry_out(
+    model: PreTrainedModel, tokenizer: Any, kept: Sequence[int], tokens: Tokens, use: Use, *, share: bool
+) -> PrunedVocabulary:
+    """A model and its tokenizer with the tokens ``kept``."""
     slim = trimmed_model(model, kept, share=share)
-    words = trimmed_tokenizer(tokenizer, kept)
-    left = sum(parameter.numel() for parameter in slim.parameters())
+    parameters = tuple(sum(parameter.numel() for parameter in one.parameters()) for one in (model, slim))
     gone = tokens.every - set(kept)
     more = sum(count * len(tokens.written(token, gone)) for token, count in use.counts.items())
-    report = VocabularyReport(kept, (rows.size, len(kept)), (total, left), (sum(use.counts.values()), more))
-    return PrunedVocabulary(slim, words, report, tokens)
+    sizes = {"rows": (find_rows(model).size, len(kept)), "parameters": parameters}
+    report = VocabularyReport(tuple(kept), tokens=(sum(use.counts.values()), more), **sizes)  # type: ignore[arg-type]
+    return PrunedVocabulary(slim, trimmed_tokenizer(tokenizer, kept), report, tokens)
 
 
 def text_ids(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
@@ -194,7 +215,7 @@ def _texts(corpus: Any) -> list[str]:
 
 def _unreachable(size: int, least: int, rows: int, each: float) -> RatioError:
     error = RatioError(
-        f"{size:,} of {rows:,} tokens would stay, and {least:,} must, so that every text can be written",
+        f"{max(size, 0):,} of {rows:,} tokens would stay, and {least:,} must, so that every text can be written",
         where="vocabulary",
         remedy=f"Ask for at most {math.floor((rows - least) * each * 1000) / 1000:.3f} of the parameters",
     )
