@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from fxprune.rules import rule as rule
     from fxprune.trace import Traced as Traced
     from fxprune.trace import trace as trace
+    from fxprune.vocabulary.prune import VocabularyReport as VocabularyReport
+    from fxprune.vocabulary.prune import prune_vocabulary as prune_vocabulary
 
 __version__ = "0.1.0"
 
@@ -85,6 +87,7 @@ _PLACES = {
     "removal.scores": ("Scores",),
     "rules": ("OpSite", "TensorAxes", "rule"),
     "trace": ("Traced", "trace"),
+    "vocabulary.prune": ("VocabularyReport", "prune_vocabulary"),
 }
 """Where each public name is."""
 

@@ -23,6 +23,7 @@ from fxprune.data.calibration import Calibration
 from fxprune.data.samples import check_tokens, read_token_rows
 from fxprune.data.text import is_text
 from fxprune.discovery.groups import as_kinds
+from fxprune.emit.emitted import PLAN_DIGEST
 from fxprune.errors import ArgumentError, FxpruneError
 from fxprune.evaluation.quality import graph_predictor, measure_quality, window_of
 from fxprune.graph.context import attempt
@@ -30,7 +31,7 @@ from fxprune.graph.facts import Source, facts_of, restore_cut
 from fxprune.graph.tensors import device_of, has_meta_weights
 from fxprune.offload.files import finish_writes, is_offloading
 from fxprune.offload.prefetch import offer_prefetcher, prefetcher_to
-from fxprune.pipeline.arguments import refuse
+from fxprune.pipeline.arguments import has_vocab, refuse
 from fxprune.pipeline.contract import STAGES, no_progress
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.progress import run_bar
@@ -44,6 +45,18 @@ from fxprune.result import Result
 from fxprune.trace import trace
 from fxprune.trace.checks import check_merged
 from fxprune.trace.inputs import is_hugging_face
+from fxprune.vocabulary.choose import Use
+from fxprune.vocabulary.pieces import read_tokens, specification
+from fxprune.vocabulary.prune import PrunedVocabulary, carry_out
+from fxprune.vocabulary.stage import (
+    as_rows,
+    check_alone,
+    has_others,
+    report_with,
+    samples_with,
+    trim_first,
+    without_vocab,
+)
 
 __all__ = ["Result", "apply", "prune", "prune_checkpoint", "prune_pipeline"]
 
@@ -82,6 +95,8 @@ def prune(model: nn.Module | str | os.PathLike[str], calibration: Any = None, **
     """
     check_merged(model)
     values = resolve(options)
+    if has_vocab(values):
+        return _prune_vocabulary(model, calibration, values)
     offload = values["offload"]
     if isinstance(model, nn.Module):
         if offload is not None:
@@ -161,6 +176,8 @@ def apply(model: nn.Module, plan: Plan, calibration: Any = None, **options: Unpa
     if not isinstance(plan, Plan):
         raise refuse("plan", plan, "a Plan, as in fxprune.Plan.from_json(text)")
     values = resolve({"compensate": NONE, "tune": NONE, **_given(options)}, ApplyOptions)
+    if plan.vocabulary:
+        return _apply_vocabulary(model, plan, calibration, values)
     return _run(_pipeline(calibration, resolve(_given(values)), plan), model, values)
 
 
@@ -174,13 +191,62 @@ def prune_pipeline(calibration: Any = None, *, plan: Plan | None = None, **optio
         plan: a plan to carry out, in place of importance and selection.
         options: as for :func:`prune`.
     """
-    return _pipeline(calibration, resolve(options), plan)
+    values = resolve(options)
+    if has_vocab(values):
+        plan, values = (plan, without_vocab(values)) if has_others(values) else (Plan(), _nothing_else(values))
+    return _pipeline(calibration, values, plan)
 
 
 def _check_place(name: str, value: Any, wanted: str) -> None:
     if not isinstance(value, str | os.PathLike):
         has_model = any(hasattr(value, part) for part in ("graph_module", "model"))
         raise refuse(name, value, "its .model" if has_model else wanted)
+
+
+def _prune_vocabulary(model: Any, calibration: Any, values: Mapping[str, Any]) -> Result:
+    """Prune the vocabulary, and then the other kinds in what is left of the model."""
+    if not isinstance(model, nn.Module):
+        _check_place("model", model, "a torch.nn.Module, a folder, a GGUF file, or a hub id")
+        model, words = load_model(model), values["tokenizer"] or load_tokenizer(model)
+        values = {**values, "tokenizer": words}
+    check_alone(values, model)
+    prune_pipeline(calibration, **values).check_arguments()
+    calibration = as_rows(calibration, values["tokenizer"])
+    found, rest = trim_first(model, calibration, values)
+    ratio = DEFAULT_RATIO if values["ratio"] is None else values["ratio"]
+    if rest is None:
+        alone = _nothing_else(values)
+        result = _run(_pipeline(None, alone, Plan()), found.model, alone)
+    else:
+        result = _run(_pipeline(samples_with(found, calibration), rest), found.model, rest)
+    return _with_vocabulary(result, found, ratio)
+
+
+def _nothing_else(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for the vocabulary alone: no weight is scored, fitted or tuned."""
+    return {**without_vocab(values), "ratio": None, "kinds": None, "compensate": NONE, "tune": NONE}
+
+
+def _apply_vocabulary(model: Any, plan: Plan, calibration: Any, values: Mapping[str, Any]) -> Result:
+    """Carry out a plan that says which tokens stay."""
+    options = resolve(_given(values))
+    check_alone({**options, "compensate": None, "tune": None}, model)
+    tokenizer = values["tokenizer"]
+    tokens = read_tokens(specification(tokenizer))
+    found = carry_out(model, tokenizer, plan.vocabulary, tokens, Use({}), share=True)
+    options["tokenizer"] = found.tokenizer
+    samples = samples_with(found, as_rows(calibration, tokenizer))
+    result = _run(_pipeline(samples, options, replace(plan, vocabulary=())), found.model, options)
+    return _with_vocabulary(result, found, None)
+
+
+def _with_vocabulary(result: Result, found: PrunedVocabulary, ratio: Any) -> Result:
+    """The result of a prune with the tokens that stay in its plan, its report, and its tokenizer."""
+    plan = replace(result.plan, vocabulary=found.report.kept)
+    if result.model is not None:
+        vars(result.model)[PLAN_DIGEST] = plan.digest
+    report = report_with(result.report, found, ratio)
+    return replace(result, plan=plan, report=report, tokenizer=found.tokenizer)
 
 
 def _pipeline(calibration: Any, values: Mapping[str, Any], plan: Any = None) -> Pipeline:
@@ -361,6 +427,8 @@ def _prune_offloaded(
 ) -> Result:
     """Prune with weights on disk; ``finish`` is called while the intermediate results are still there."""
     values = resolve({"memory": "low", "tune": NONE, **_given(options)})
+    if has_vocab(values):
+        check_alone({**values, "offload": folder}, None)
     pipeline = _pipeline(calibration, values)
     with resumable_folder(folder, request_key(source, calibration, str(pipeline)), force=force) as work:
         result = _run(pipeline, load_mapped(source, work), {**values, "inplace": False})

@@ -46,6 +46,7 @@ class Result:
         report: numbers before and after.
         scores: what each unit was worth: ``scores.save(file)`` keeps them, and ``fxprune.prune(scores=...)`` decides by
             them, for another ratio too; None where a plan was applied.
+        tokenizer: the tokenizer of the slim model; None if its vocabulary is that of the dense one.
     """
 
     graph_module: fx.GraphModule
@@ -53,6 +54,7 @@ class Result:
     plan: Plan
     report: Report
     scores: Scores | None = None
+    tokenizer: Any = None
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule) -> Result:
@@ -110,12 +112,16 @@ class Result:
     ) -> Structure:
         """Write the slim model with its plan, report and model card to ``folder``; see :func:`fxprune.save_pretrained`.
 
+        A tokenizer of its own, ``result.tokenizer``, is saved with it in place of that of the dense model.
+
         Raises:
             CheckpointError: there is no slim Hugging Face model, or the folder holds something else.
         """
         model = Emitted(self.model, self.report.model_reasons).require_model()
         options: dict[str, Any] = {"max_shard_size": max_shard_size, "force": force, "also": also, "verify": verify}
-        return save_pretrained(model, folder, tokenizer, plan=self.plan, report=self.report, **options)
+        return save_pretrained(
+            model, folder, self.tokenizer or tokenizer, plan=self.plan, report=self.report, **options
+        )
 
     def evaluate(
         self, dense: Any, tokenizer: Any, *, text: str | os.PathLike[str] | None = None, track: Track = no_progress
@@ -199,6 +205,8 @@ class Result:
             ExportError: the graph or the model cannot be exported, there is no slim model, or packages are missing.
             VerificationError: the program computes something else; nothing is written.
         """
+        if self.tokenizer is not None:
+            tokenizer, like = self.tokenizer, None
         options: dict[str, Any] = {"tokenizer": tokenizer, "like": like, "quantization": quantization, "cache": cache}
         check_options(Path(path), calibration=calibration, **options)
         if not cache and Path(path).suffix != ".gguf":

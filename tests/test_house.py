@@ -36,6 +36,7 @@ ROOMS = (
     "modelling",
     "emit",
     "checkpoint",
+    "vocabulary",
     "evaluation",
     "export",
     "result",

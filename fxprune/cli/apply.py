@@ -53,7 +53,7 @@ def apply(
     fxprune.prune_pipeline((), **options)  # refuses wrong options before any work
     removal = read_plan(plan).plan
     needs_data = any(options.get(name, "none") != "none" for name in ("compensate", "tune"))
-    needed = needs_data or calibration is not None or (to_gguf and not is_gguf(model))
+    needed = needs_data or calibration is not None or (to_gguf and not is_gguf(model)) or bool(removal.vocabulary)
     tokenizer = load_words(model, gguf_file, needed=needed)
     data = text.read(tokenizer)
     dense = load(model, gguf_file, dtype=dtype, device=device)

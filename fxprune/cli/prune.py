@@ -26,6 +26,7 @@ from fxprune.cli.output import (
 from fxprune.cli.preparation import CalibrationText, prepare
 from fxprune.cli.process import keep_freed
 from fxprune.errors import ArgumentError
+from fxprune.pipeline.arguments import has_vocab
 from fxprune.recipes.options import Options
 from fxprune.removal.target import parse_target
 
@@ -59,8 +60,7 @@ def prune(
     """Prune MODEL and write a checkpoint, its plan, report and run.yaml to OUT; or one file, and these beside it."""
     from fxprune.offload.prefetch import as_device
 
-    if out is None and not dry_run:
-        raise ArgumentError("there is no place to write to", where="--out", remedy="Give --out, or --dry-run to look")
+    _check_places(out, options, dry_run=dry_run, low_memory=low_memory)
     _check_exclusive(call)
     _replace_deprecated(options, taylor, group_ratio)
     to_gguf = out is not None and out.suffix == ".gguf"
@@ -71,9 +71,6 @@ def prune(
     check_quantization(quantization, out)
     if to_gguf:  # one epsilon for all norms, and rows of whole blocks
         options = {"norm": "sliced", "round_to": {"mlp": gguf_multiple(model, quantization)}, **options}
-    if low_memory and out is not None and is_file(out):
-        remedy = "Prune to a folder, and make the file of it with `fxprune export`"
-        raise ArgumentError(f"it writes a folder, and {out} is a file", where="--low-memory", remedy=remedy)
     if out is not None:
         check_output(out, model, force=force)
     text.check()
@@ -81,7 +78,7 @@ def prune(
     if calibration is not None:
         options = {"eval_text": calibration, **options}
     effective = {"memory": "low", "tune": "none", **options} if low_memory else options
-    needs_tokenizer = to_gguf and not is_gguf(model)
+    needs_tokenizer = (to_gguf and not is_gguf(model)) or has_vocab(options)
     prepared = prepare(model, gguf_file, text, effective, needs_tokenizer=needs_tokenizer, dry_run=dry_run)
     if dry_run:
         from fxprune.cli.dry_run import estimate, print_estimate
@@ -128,6 +125,18 @@ def _quantization(target: str | None, given: str | None) -> str | None:
         what = f"{given} beside --target {target}: the file has another type than the target"
         raise ArgumentError(what, where="--quantization", remedy="Leave it out")
     return given or counted
+
+
+def _check_places(out: Path | None, options: Any, *, dry_run: bool, low_memory: bool) -> None:
+    """Refuse a request that writes nowhere, or reads what a dry run does not."""
+    if out is None and not dry_run:
+        raise ArgumentError("there is no place to write to", where="--out", remedy="Give --out, or --dry-run to look")
+    if low_memory and out is not None and is_file(out):
+        remedy = "Prune to a folder, and make the file of it with `fxprune export`"
+        raise ArgumentError(f"it writes a folder, and {out} is a file", where="--low-memory", remedy=remedy)
+    if dry_run and has_vocab(options):
+        what = "the vocabulary is chosen by the calibration text, which is not read"
+        raise ArgumentError(what, where="--dry-run", remedy="Leave it out, or look at the other kinds alone")
 
 
 def _check_exclusive(context: typer.Context) -> None:

@@ -51,11 +51,11 @@ def check_samples(name: str, data: Any) -> Any:
 
 
 class FileSamples(dict[str, torch.Tensor]):
-    """Token ids ``(samples, tokens)`` as a batch by name, with the name of the file that they are from."""
+    """Token ids ``(samples, tokens)`` as a batch by name, with where they are from, and the text itself."""
 
-    def __init__(self, ids: torch.Tensor, source: str) -> None:
+    def __init__(self, ids: torch.Tensor, source: str, text: Any = None) -> None:
         super().__init__(input_ids=ids)
-        self.source = source
+        self.source, self.text = source, text
 
 
 def is_in_memory(data: Any) -> bool:

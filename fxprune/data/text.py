@@ -68,7 +68,8 @@ def is_text(data: Any) -> bool:
 def text_samples(data: Any, tokenizer: Any, samples: int | None, tokens: int) -> FileSamples:
     """Samples of a text that :func:`is_text`, with where it is from; see :func:`calibration_windows`."""
     where = text_source(data)
-    return FileSamples(calibration_windows(tokenizer, calibration_text(data, tokenizer), samples, tokens, where), where)
+    ids = calibration_windows(tokenizer, calibration_text(data, tokenizer), samples, tokens, where)
+    return FileSamples(ids, where, data)
 
 
 def text_source(data: Any) -> str:

@@ -30,6 +30,7 @@ __all__ = [
     "MEMORY",
     "NORMS",
     "SUFFIXES",
+    "VOCAB",
     "Argument",
     "Arguments",
     "Kind",
@@ -48,7 +49,9 @@ __all__ = [
     "flag",
     "format_value",
     "function",
+    "has_vocab",
     "instance",
+    "named_kinds",
     "number",
     "numbers",
     "one_of",
@@ -66,6 +69,9 @@ Memory = Literal["auto", "fast", "low"]
 Precision = Literal["auto", "bf16", "float32"]  # without fp16, which loses small updates
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+VOCAB = "vocab"
+"""The kind of rows of embedding and head, which are no group."""
 
 EXACT = "exact-"
 """In front of a kind: only those of its groups that no norm or other statistic runs over."""
@@ -381,3 +387,15 @@ def _range(
     if high is not None:
         return f" of {high} or less" if below is None else f" below {high}"
     return ""
+
+
+def named_kinds(values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The kinds that options of a prune name, by ``kinds`` or by a ratio for each."""
+    kinds, ratio = values.get("kinds"), values.get("ratio")
+    named = (kinds,) if isinstance(kinds, str) else tuple(kinds) if isinstance(kinds, Iterable) else ()
+    return (*named, *(ratio if isinstance(ratio, Mapping) else ()))
+
+
+def has_vocab(values: Mapping[str, Any]) -> bool:
+    """Whether the vocabulary is among the kinds that options of a prune name."""
+    return VOCAB in named_kinds(values)

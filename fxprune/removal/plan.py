@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class Plan:
         sizes: for each name and axis in ``kept``, the size of the axis in the model that the plan was made for; without
             it, a plan for a smaller model may pass for one for this.
         norm: treatment of norms over removed units, ``sliced`` or ``masked``, as in :func:`fxprune.prune`.
+        vocabulary: ids of the tokens that stay, in order, whose places are the new ids; empty if all stay. The other
+            fields are about the model without the others.
 
     Raises:
         PlanError: an argument is something else.
@@ -50,6 +53,7 @@ class Plan:
     removed_blocks: tuple[str, ...] = ()
     sizes: Mapping[str, Mapping[int, int]] = field(default_factory=dict, compare=False)
     norm: str = "sliced"
+    vocabulary: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for what, value in (("kept", self.kept), ("sizes", self.sizes)):
@@ -64,6 +68,9 @@ class Plan:
         blocks: Any = self.removed_blocks
         if not isinstance(blocks, tuple) or not all(isinstance(block, str) for block in blocks):
             raise _no_plan("removed_blocks", f"they are {format_value(blocks)}, not a tuple of module paths")
+        ids: Any = self.vocabulary
+        if not isinstance(ids, tuple) or not {int}.issuperset(map(type, ids)) or any(a >= b for a, b in pairwise(ids)):
+            raise _no_plan("vocabulary", f"it is {format_value(ids)}, not ids of tokens in order")
         if self.norm not in NORMS:
             raise _no_plan("norm", f"it is {format_value(self.norm)}, not one of {', '.join(NORMS)}")
 
@@ -81,7 +88,8 @@ class Plan:
     def _summary(self) -> str:
         gone = len(self.removed_blocks)
         blocks = f", {gone} block{'s' if gone > 1 else ''} removed" if gone else ""
-        return f"{len(self.kept):,} tensors shrink{blocks}, norms {self.norm}"
+        tokens = f"{len(self.vocabulary):,} tokens stay, " if self.vocabulary else ""
+        return f"{tokens}{len(self.kept):,} tensors shrink{blocks}, norms {self.norm}"
 
     def _rows(self) -> list[tuple[str, str]]:
         """Kept units of axes whose names differ only in numbers: smallest and largest count, and the size."""
@@ -109,9 +117,8 @@ class Plan:
             for held in (self.kept, self.sizes)
         )
         blocks = list(self.removed_blocks)
-        return json.dumps(
-            {"version": _VERSION, "kept": kept, "removed_blocks": blocks, "sizes": sizes, "norm": self.norm}
-        )
+        data = {"version": _VERSION, "kept": kept, "removed_blocks": blocks, "sizes": sizes, "norm": self.norm}
+        return json.dumps(data | ({"vocabulary": list(self.vocabulary)} if self.vocabulary else {}))
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -130,7 +137,9 @@ class Plan:
         blocks = data.get("removed_blocks")
         kept, sizes = (_by_axis(what, data.get(what, default)) for what, default in (("kept", None), ("sizes", {})))
         held: Any = tuple(blocks) if isinstance(blocks, list) else blocks
-        return cls(kept, held, sizes, data.get("norm", NORMS[0]))
+        ids = data.get("vocabulary", [])
+        tokens: Any = tuple(ids) if isinstance(ids, list) else ids
+        return cls(kept, held, sizes, data.get("norm", NORMS[0]), tokens)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

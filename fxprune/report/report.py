@@ -229,6 +229,7 @@ class Report(Fact):
         quality: quality of the slim model beside the dense one; None if it was not measured.
         unmeasured: why it was not.
         measured: quality and speed if they were measured, in rows of text; the first row names the columns.
+        vocabulary: tokens, dense and slim; None if all stay.
         picture: one layer of the slim model as SVG; not part of the plain data.
     """
 
@@ -260,6 +261,7 @@ class Report(Fact):
     quality: Quality | None = None
     unmeasured: str = ""
     measured: tuple[tuple[str, ...], ...] = ()
+    vocabulary: tuple[int, int] | None = None
     picture: str = field(default="", repr=False, compare=False)
 
     @property
@@ -275,6 +277,8 @@ class Report(Fact):
             found.append(Headline("bytes of weights", *self.memory))
         if self.cache is not None:
             found.append(Headline("KV-cache, bytes a token", *self.cache))
+        if self.vocabulary is not None:
+            found.append(Headline("tokens of the vocabulary", *self.vocabulary))
         return tuple(found)
 
     @property

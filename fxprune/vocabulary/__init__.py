@@ -1,0 +1,1 @@
+"""Vocabularies: rows of the embedding and the head, and tokenizers that write every text without them."""

@@ -1,0 +1,211 @@
+"""A model with the rows of some tokens, and the settings that count tokens or name one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fxprune.emit.emitted import outputs_agree
+from fxprune.emit.load import configs_of
+from fxprune.errors import PlanError, UnsupportedModelError, VerificationError
+from fxprune.graph.context import Refusal, attempt, preserve_rng, quiet
+from fxprune.graph.tensors import as_parameter, computed_tensors, get_tensor
+from fxprune.masking.masked_run import output_tensors
+from fxprune.trace.inputs import alias_twin, without_cache
+from fxprune.vocabulary.tokenizer import renumbered
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Rows", "expected_use", "find_rows", "ids_in_settings", "trimmed_model"]
+
+_SAMPLES, _TOKENS = 2, 9
+"""Size of the input that a model with fewer rows is compared on."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tensors of a model that have a row for each token.
+
+    Args:
+        size: tokens, those without a text too.
+        axes: the axis of tokens of each tensor, by each of its names.
+        sizes: numbers of tokens of tables; some models have a table for a part of the tokens.
+        each: parameters of a token.
+    """
+
+    size: int
+    axes: Mapping[str, int]
+    sizes: frozenset[int]
+    each: int
+
+
+def find_rows(model: PreTrainedModel) -> Rows:
+    """The tensors with an axis as long as the input embedding, or as another vocabulary that the config names.
+
+    Raises:
+        UnsupportedModelError: there is no embedding, or a tensor has two such axes.
+    """
+    table = attempt(model.get_input_embeddings)
+    if not isinstance(weight := getattr(table, "weight", None), torch.Tensor) or weight.dim() != 2:
+        what = f"{type(model).__name__} has no embedding with a row for each token"
+        raise UnsupportedModelError(what, where="model", remedy="Leave the kind vocab out")
+    size = len(weight)
+    named = (value for config in configs_of(model) for name, value in vars(config).items() if "vocab_size" in name)
+    sizes = {size, *(value for value in named if type(value) is int and value > 1)}
+    axes: dict[str, int] = {}
+    each: dict[int, int] = {}
+    for name, tensor in _tensors(model):
+        found = [axis for axis, length in enumerate(tensor.shape) if length in sizes]
+        if len(found) > 1:
+            what = f"{len(found)} of its axes are as long as the vocabulary"
+            raise UnsupportedModelError(what, where=name, remedy="Leave the kind vocab out")
+        if found:
+            axes[name] = found[0]
+            each[id(tensor)] = tensor.numel() // tensor.shape[found[0]] if isinstance(tensor, nn.Parameter) else 0
+    return Rows(size, axes, frozenset(sizes), sum(each.values()))
+
+
+def ids_in_settings(model: PreTrainedModel) -> frozenset[int]:
+    """Ids of tokens that the config or the generation config names."""
+    values = (value for settings in _settings(model) for name, value in vars(settings).items() if _is_token(name))
+    return frozenset(number for value in values for number in _numbers(value))
+
+
+def trimmed_model(model: PreTrainedModel, kept: Sequence[int], *, share: bool = False) -> PreTrainedModel:
+    """A copy of a model with the rows of the tokens ``kept``, in order, compared with the model on them.
+
+    Args:
+        kept: ids, of which the new one is the place.
+        share: whether all other tensors are those of the model.
+
+    Raises:
+        PlanError: the model has no such tokens.
+        VerificationError: the logits of kept tokens are not those of the model.
+    """
+    rows = find_rows(model)
+    if not kept or min(kept) < 0 or max(kept) >= rows.size:
+        found = f"{min(kept)} to {max(kept)}" if kept else "none"
+        what = f"tokens {found} stay, the model has 0 to {rows.size - 1}"
+        raise PlanError(what, where="vocabulary", remedy="Pass the model's own tokenizer, or its own plan")
+    slim = _copied(model, rows, kept, share=share)
+    new = {old: place for place, old in enumerate(kept)}
+    counts = {size: sum(old < size for old in kept) for size in rows.sizes}
+    owners = {name.rpartition(".")[0] for name in rows.axes}
+    for path, module in slim.named_modules():
+        _renumber(module, counts, new, every=path in owners)
+    for settings in _settings(slim):
+        _renumber(settings, counts, new)
+    _compare(model, slim, torch.tensor(kept), rows)
+    return slim
+
+
+def _copied(model: PreTrainedModel, rows: Rows, kept: Sequence[int], *, share: bool) -> PreTrainedModel:
+    """A copy of a model with its hooks, and the rows of some tokens in place of all."""
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed_tensors(model)}
+    memo |= {id(tensor): tensor for tensor in model.parameters()} if share else {}
+    for name, axis in rows.axes.items():
+        tensor = get_tensor(model, name)
+        index = torch.tensor([old for old in kept if old < tensor.shape[axis]], device=tensor.device)
+        if id(tensor) not in memo or memo[id(tensor)] is tensor:  # tied tensors are cut once
+            memo[id(tensor)] = as_parameter(tensor.detach().index_select(axis, index), tensor)
+    tables = (table for module in model.modules() for name, table in vars(module).items() if name.endswith("_hooks"))
+    memo |= {id(hook): hook for table in tables for hook in table.values()}
+    return copy.deepcopy(model, memo)
+
+
+def _renumber(owner: Any, counts: Mapping[int, int], new: Mapping[int, int], *, every: bool = False) -> None:
+    """Set numbers of tokens, and ids, among the attributes of a module or a config.
+
+    Args:
+        counts: tokens that stay of each size of a vocabulary.
+        new: the new id of each token that stays.
+        every: whether each attribute that is the size of a vocabulary is one.
+    """
+    for name, value in vars(owner).items():
+        if type(value) is int and value in counts and (every or "vocab" in name):
+            vars(owner)[name] = counts[value]
+        elif name == "padding_idx" or _is_token(name):
+            vars(owner)[name] = renumbered(value, new)
+
+
+def expected_use(model: PreTrainedModel, samples: Iterable[torch.Tensor]) -> dict[int, float]:
+    """The sum of the probabilities that a model gives each token over the positions of samples ``(tokens,)``.
+
+    Empty if the model has no logits of tokens.
+    """
+    rows, twin = find_rows(model), alias_twin(model)
+    found = torch.zeros(rows.size, dtype=torch.float64)
+    for sample in samples:
+        logits = _outputs(twin, sample[None])
+        if isinstance(logits, Refusal) or logits.shape[-1] != rows.size:
+            return {}
+        found += logits.float().softmax(-1).sum(dim=(0, 1)).double().cpu()
+    return dict(enumerate(found.tolist()))
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by all of their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _settings(model: PreTrainedModel) -> Iterator[Any]:
+    yield from configs_of(model)
+    if getattr(model, "generation_config", None) is not None:
+        yield model.generation_config
+
+
+_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")
+
+
+def _is_token(name: str) -> bool:
+    """Whether a setting names tokens by their ids."""
+    return name.endswith(("token_id", "token_ids", "token_index")) or name in _LISTS
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from _numbers(one)
+    elif type(value) is int and value >= 0:
+        yield value
+
+
+def _compare(model: PreTrainedModel, slim: PreTrainedModel, kept: torch.Tensor, rows: Rows) -> None:
+    """Check that both models compute the same for kept tokens, where their inputs are token ids."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(len(kept), (_SAMPLES, _TOKENS), generator=generator)
+    wanted, found = _outputs(alias_twin(model), kept[ids]), _outputs(alias_twin(slim), ids)
+    if isinstance(wanted, Refusal):
+        what = f"{type(model).__name__} does not run on token ids: {wanted}"
+        raise UnsupportedModelError(what, where="model", remedy="Leave the kind vocab out") from wanted.error
+    if isinstance(found, Refusal):
+        raise _not_equal(f"it does not run: {found}")
+    wanted = wanted[..., kept.to(wanted.device)] if wanted.shape[-1] == rows.size else wanted
+    if not outputs_agree(wanted, found):
+        shapes = "" if wanted.shape == found.shape else f": {list(found.shape)} in place of {list(wanted.shape)}"
+        raise _not_equal(f"with fewer tokens it computes something else{shapes}")
+
+
+def _outputs(twin: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor | Refusal:
+    """The logits of a copy of a model, or what its class returns first."""
+    options = without_cache(twin)
+    found: Any = None
+    for names in (("input_ids",), ("input_ids", "decoder_input_ids")):
+        with torch.no_grad(), preserve_rng(), quiet():
+            found = attempt(partial(twin, **dict.fromkeys(names, ids.to(twin.device)), **options))
+        if not isinstance(found, Refusal):
+            return output_tensors(found)[0]
+    assert isinstance(found, Refusal)
+    return found
+
+
+def _not_equal(what: str) -> VerificationError:
+    return VerificationError(what, where="vocabulary", remedy="Leave the kind vocab out")

@@ -1,0 +1,223 @@
+"""Pruning of a vocabulary: tokenizer and model, by what a corpus uses."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxprune.data.calibration import spread
+from fxprune.data.text import calibration_text, check_tokenizer, opening_tokens
+from fxprune.errors import ArgumentError, CalibrationError, RatioError
+from fxprune.pipeline.arguments import number, refuse, whole_number
+from fxprune.trace.inputs import is_hugging_face
+from fxprune.vocabulary.choose import Use, choose_tokens
+from fxprune.vocabulary.model import expected_use, find_rows, ids_in_settings, trimmed_model
+from fxprune.vocabulary.pieces import Tokens, check_kind, read_tokens, specification
+from fxprune.vocabulary.tokenizer import trimmed_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "PrunedVocabulary",
+    "VocabularyReport",
+    "carry_out",
+    "measure_use",
+    "prune_vocabulary",
+    "size_after",
+    "text_ids",
+    "trim",
+]
+
+
+@dataclass(frozen=True)
+class VocabularyReport:
+    """A prune of a vocabulary in numbers, before and after.
+
+    Args:
+        kept: the id that each token had, in the order of the new ids.
+        rows: of the embedding.
+        parameters: of the model.
+        tokens: that the corpus takes.
+    """
+
+    kept: tuple[int, ...] = field(repr=False)
+    rows: tuple[int, int]
+    parameters: tuple[int, int]
+    tokens: tuple[int, int]
+
+    def __str__(self) -> str:
+        (rows, fewer), (parameters, left), (tokens, more) = self.rows, self.parameters, self.tokens
+        longer = f"; the corpus takes {more / tokens - 1:.2%} more tokens" if tokens else ""
+        return f"{rows:,} to {fewer:,} tokens, {parameters:,} to {left:,} parameters{longer}"
+
+
+@dataclass(frozen=True)
+class PrunedVocabulary:
+    """A model and a tokenizer with fewer tokens.
+
+    Args:
+        tokens: those of the whole tokenizer.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    report: VocabularyReport
+    tokens: Tokens
+
+    def rewritten(self, ids: Iterable[int]) -> list[int]:
+        """Token ids of the whole tokenizer as new ones; a token that went is written by its pieces."""
+        new = {old: place for place, old in enumerate(self.report.kept)}
+        gone = self.tokens.every - new.keys()
+        return [new[kept] for number in ids for kept in self.tokens.written(number, gone)]
+
+
+def prune_vocabulary(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    corpus: str | os.PathLike[str] | Iterable[str],
+    *,
+    ratio: float | None = None,
+    size: int | None = None,
+    round_to: int = 1,
+) -> tuple[PreTrainedModel, Any, VocabularyReport]:
+    """Remove the tokens from a model and its tokenizer whose removal makes a corpus longest by the least.
+
+    Every text can still be written, and a text that is written with kept tokens alone gives the same logits for them.
+
+    Args:
+        model: a Hugging Face model of token ids, which stays as it is.
+        tokenizer: its fast tokenizer, of the kind BPE, Unigram or WordPiece; it stays as it is.
+        corpus: text of the kind that the model will be used on: a file as for the calibration of a prune, or texts.
+        ratio: fraction of the parameters of the model to remove.
+        size: number of tokens to keep; with neither, those stay that the corpus uses or that must.
+        round_to: the number of tokens is a multiple of this, where there are as many.
+
+    Returns:
+        A model of the same class, a tokenizer of the same class, and the report.
+
+    Raises:
+        ArgumentError: an argument is of the wrong type or out of range.
+        RatioError: more tokens must stay.
+        UnsupportedModelError: the tokenizer is of another kind, or the model has no embedding of tokens.
+        VerificationError: the logits of kept tokens are not those of the model.
+    """
+    if not is_hugging_face(model):
+        raise refuse("model", model, "a Hugging Face model")
+    if tokenizer is None:
+        raise refuse("tokenizer", tokenizer, "the tokenizer of the model")
+    check_tokenizer("tokenizer", tokenizer)
+    check_kind(tokenizer)
+    if ratio is not None and size is not None:
+        raise ArgumentError("$ratio beside $size: both say how many stay", where="size", remedy="Leave one of them out")
+    if ratio is not None:
+        size = size_after(model, number("ratio", ratio, least=0, below=1))
+    elif size is not None:
+        size = whole_number("size", size, least=1)
+    round_to = whole_number("round_to", round_to, least=1)
+    use = measure_use(model, text_ids(tokenizer, _texts(corpus)), opening_tokens(tokenizer))
+    found = trim(model, tokenizer, use, 0 if size is None else size, free=size is None, round_to=round_to)
+    return found.model, found.tokenizer, found.report
+
+
+def size_after(model: PreTrainedModel, ratio: float) -> int:
+    """The number of tokens with whose rows a fraction of the parameters of a model goes; it may be below zero."""
+    rows = find_rows(model)
+    return rows.size - math.ceil(ratio * sum(parameter.numel() for parameter in model.parameters()) / rows.each)
+
+
+def trim(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    use: Use,
+    size: int,
+    *,
+    round_to: int = 1,
+    free: bool = False,
+    share: bool = False,
+) -> PrunedVocabulary:
+    """A model and its tokenizer with ``size`` tokens, those used most, and those that must stay.
+
+    Args:
+        round_to: as for :func:`prune_vocabulary`.
+        free: remove no token that is used, even if more than ``size`` stay.
+        share: whether all tensors without tokens are those of the model.
+    """
+    tokens, rows = read_tokens(specification(tokenizer)), find_rows(model)
+    needed = (tokens.needed | ids_in_settings(model)) & tokens.every
+    if size < len(needed) and not free:
+        total = sum(parameter.numel() for parameter in model.parameters())
+        raise _unreachable(size, len(needed), rows.size, rows.each / total)
+    size = -(-max(size, len(needed)) // round_to) * round_to
+    kept = choose_tokens(tokens, use, size, needed, free=free, round_to=round_to)
+    return carry_out(model, tokenizer, kept, tokens, use, share=share)
+
+
+def carry_out(
+    model: PreTrainedModel, tokenizer: Any, kept: Sequence[int], tokens: Tokens, use: Use, *, share: bool
+) -> PrunedVocabulary:
+    """A model and its tokenizer with the tokens ``kept``."""
+    slim = trimmed_model(model, kept, share=share)
+    parameters = tuple(sum(parameter.numel() for parameter in one.parameters()) for one in (model, slim))
+    gone = tokens.every - set(kept)
+    more = sum(count * len(tokens.written(token, gone)) for token, count in use.counts.items())
+    sizes = {"rows": (find_rows(model).size, len(kept)), "parameters": parameters}
+    report = VocabularyReport(tuple(kept), tokens=(sum(use.counts.values()), more), **sizes)  # type: ignore[arg-type]
+    return PrunedVocabulary(slim, trimmed_tokenizer(tokenizer, kept), report, tokens)
+
+
+def text_ids(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
+    """Token ids of texts, without those that a tokenizer puts around them."""
+    return [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+
+
+def measure_use(model: PreTrainedModel, rows: Iterable[Sequence[int]], opening: Sequence[int] = ()) -> Use:
+    """How often rows of token ids use each token, and how often the model expects it on some windows of them.
+
+    Args:
+        opening: ids that each window begins with, which are not counted.
+    """
+    found = [list(row) for row in rows]
+    counts = Counter(number for row in found for number in row)
+    if not counts:
+        remedy = "Give text of the kind that the model will be used on"
+        raise CalibrationError("it has no text", where="corpus", remedy=remedy)
+    windows = [[*opening, *row[start : start + _TOKENS]] for row in found for start in range(0, len(row), _TOKENS)]
+    windows = [window for window in windows if len(window) > 1]
+    return Use(counts, expected_use(model, map(torch.tensor, spread(windows, _WINDOWS))))
+
+
+_WINDOWS, _TOKENS = 64, 128
+"""Windows of the corpus that the model reads, and tokens of each."""
+
+
+def _texts(corpus: Any) -> list[str]:
+    wanted = "the path of a file of text, or texts"
+    if isinstance(corpus, str | os.PathLike):
+        path = Path(corpus)
+        if isinstance(corpus, str) and (len(corpus) > 4096 or "\n" in corpus or not path.is_file()):
+            raise refuse("corpus", corpus, f"{wanted} in a list; there is no such file")
+        return [calibration_text(path)]
+    if isinstance(corpus, bytes | Mapping) or not isinstance(corpus, Iterable):
+        raise refuse("corpus", corpus, wanted)
+    texts = list(corpus)
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise refuse("corpus", wrong[0], wanted)
+    return texts
+
+
+def _unreachable(size: int, least: int, rows: int, each: float) -> RatioError:
+    error = RatioError(
+        f"{max(size, 0):,} of {rows:,} tokens would stay, and {least:,} must, so that every text can be written",
+        where="vocabulary",
+        remedy=f"Ask for at most {math.floor((rows - least) * each * 1000) / 1000:.3f} of the parameters",
+    )
+    error.reachable = (rows - least) * each
+    return error

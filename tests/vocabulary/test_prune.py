@@ -1,0 +1,165 @@
+"""The kind ``vocab`` in a prune, and the primitive beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fxprune
+from fxprune.errors import ArgumentError, CheckpointError, PlanError, RatioError
+from fxprune.pipeline.arguments import VOCAB
+from tests.models import tiny
+from tests.vocabulary.small import ENGLISH, lines, tokenizer
+
+TEXT = " ".join(ENGLISH)
+PADDING = 5
+"""Rows behind the tokens, as many models have."""
+
+
+def model_for(kind: str, family: str = "llama", **changes: Any) -> Any:
+    """A tiny model with rows for a tokenizer and some more."""
+    rows = len(tokenizer(kind)) + PADDING
+    return tiny(family, **{"vocab_size": rows, "num_hidden_layers": 1, "tie_word_embeddings": True, **changes})
+
+
+def test_the_vocabulary_is_pruned_to_a_size() -> None:
+    model, words = model_for("gpt2"), tokenizer("gpt2")
+    slim, fewer, report = fxprune.prune_vocabulary(model, words, [TEXT], size=400, round_to=64)
+    assert len(fewer) == slim.config.vocab_size == len(report.kept) == 448
+    assert report.rows == (len(words) + PADDING, 448)
+    (used,), (ids,) = words([TEXT])["input_ids"], fewer([TEXT])["input_ids"]
+    assert [report.kept[number] for number in ids] == used and report.tokens[0] == report.tokens[1]
+    with torch.no_grad():
+        want = model(input_ids=torch.tensor([used])).logits[..., list(report.kept)]
+        torch.testing.assert_close(slim(input_ids=torch.tensor([ids])).logits, want, rtol=1e-4, atol=1e-4)
+    assert "448 tokens" in str(report) and "0.00% more tokens" in str(report)
+
+
+def test_without_a_size_the_corpus_is_written_as_it_was(tmp_path: Path) -> None:
+    model, words = model_for("llama"), tokenizer("llama")
+    file = tmp_path / "corpus.txt"
+    file.write_text(TEXT, encoding="utf-8")
+    _, fewer, report = fxprune.prune_vocabulary(model, words, file)
+    assert report.tokens[0] == report.tokens[1] and len(fewer) < len(words)
+    _, _, shorter = fxprune.prune_vocabulary(model, words, [TEXT], size=len(fewer) - 5)
+    assert shorter.tokens[1] > shorter.tokens[0] and len(shorter.kept) == len(fewer) - 5
+
+
+def test_by_a_ratio_rows_without_a_token_go_first() -> None:
+    """They are for nothing: no text uses them."""
+    model, words = model_for("gpt2"), tokenizer("gpt2")
+    part = 3 * 48 / sum(one.numel() for one in model.parameters())
+    slim, fewer, report = fxprune.prune_vocabulary(model, words, [TEXT], ratio=part)
+    assert len(report.kept) == len(words) == len(fewer) == slim.config.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"size": 10}, "10 of .* tokens would stay, and .* must"),
+        ({"ratio": 0.99}, "0 of .* tokens would stay"),
+        ({"ratio": 0.1, "size": 400}, "both say how many stay"),
+        ({"ratio": 1}, "ratio"),
+        ({"size": 0}, "size"),
+        ({"round_to": 0}, "round_to"),
+        ({"corpus": "missing.txt"}, "there is no such file"),
+        ({"corpus": []}, "no text"),
+        ({"corpus": [3]}, "or texts"),
+        ({"corpus": None}, "or texts"),
+        ({"tokenizer": None}, "the tokenizer of the model"),
+        ({"model": torch.nn.Linear(2, 2)}, "a Hugging Face model"),
+    ],
+)
+def test_wrong_arguments_are_refused(changes: dict[str, Any], words: str) -> None:
+    given = {"model": model_for("gpt2"), "tokenizer": tokenizer("gpt2"), "corpus": [TEXT], **changes}
+    with pytest.raises(fxprune.FxpruneError, match=words):
+        fxprune.prune_vocabulary(**given)
+
+
+def test_a_tokenizer_of_another_model_is_refused() -> None:
+    with pytest.raises(PlanError, match="the model has 0 to 130"):
+        fxprune.prune_vocabulary(tiny("llama", num_hidden_layers=1), tokenizer("gpt2"), [TEXT])
+
+
+def test_the_vocabulary_alone_is_pruned_by_a_ratio(tmp_path: Path) -> None:
+    model, words = model_for("gpt2"), tokenizer("gpt2")
+    dense = sum(one.numel() for one in model.parameters())
+    result = fxprune.prune(
+        model, torch.tensor(words([TEXT] * 3)["input_ids"]), kinds=VOCAB, ratio=0.25, tokenizer=words
+    )
+    assert result.report.parameters[0] == dense and abs(result.report.achieved - 0.25) < 0.005
+    assert result.report.vocabulary == (len(words) + PADDING, len(result.tokenizer))
+    result.save_pretrained(tmp_path / "slim", words)
+    slim, fewer = (one.from_pretrained(tmp_path / "slim") for one in (AutoModelForCausalLM, AutoTokenizer))
+    for line in lines(50):
+        ids = fewer(line)["input_ids"]
+        assert ids == result.tokenizer(line)["input_ids"] and fewer.decode(ids[1:]) == line
+    kept = json.loads((tmp_path / "slim" / "plan.json").read_text())["vocabulary"]
+    ids = torch.randint(len(kept), (1, 9))
+    with torch.no_grad():
+        want = model(input_ids=torch.tensor(kept)[ids]).logits[..., kept]
+        torch.testing.assert_close(slim(input_ids=ids).logits, want, rtol=1e-4, atol=1e-4)
+    assert fxprune.from_pretrained(tmp_path / "slim", verify=True).config.vocab_size == len(kept)
+
+
+def test_other_kinds_make_up_for_the_rest(tmp_path: Path) -> None:
+    """Unused tokens go first; the plan of both is carried out on the dense model again."""
+    model, words = model_for("qwen"), tokenizer("qwen")
+    samples = torch.tensor(words([TEXT] * 3)["input_ids"])
+    options: dict[str, Any] = {"recipe": "fast", "tokenizer": words, "compensate": "none", "tune": "none"}
+    result = fxprune.prune(model, samples, kinds=[VOCAB, "mlp"], ratio=0.4, importance="l2", **options)
+    assert abs(result.report.achieved - 0.4) < 0.005
+    assert set(samples.flatten().tolist()) <= set(result.plan.vocabulary)
+    assert len(result.report.widths) == 1
+    again = fxprune.apply(model, fxprune.Plan.from_json(result.plan.to_json()), tokenizer=words)
+    ids = torch.randint(len(result.plan.vocabulary), (1, 9))
+    assert torch.equal(again(input_ids=ids).logits, result(input_ids=ids).logits)
+    assert again.plan == result.plan and again.tokenizer(TEXT) == result.tokenizer(TEXT)
+    with pytest.raises(ArgumentError, match="needed for the kind vocab"):
+        fxprune.apply(model, result.plan)
+
+
+def test_a_ratio_for_each_kind_is_of_its_own_parameters() -> None:
+    model, words = model_for("gpt2"), tokenizer("gpt2")
+    options: dict[str, Any] = {"recipe": "fast", "tokenizer": words, "compensate": "none", "tune": "none"}
+    result = fxprune.prune(model, importance="l2", ratio={VOCAB: 0.4, "mlp": 0.25}, **options)
+    rows, left = result.report.vocabulary or (0, 0)
+    assert left == rows - -(-2 * rows // 5) and list(result.report.widths.values()) == [(88, 66)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokenizer": None}, "needed for the kind vocab"),
+        ({"inplace": True}, "cut in a copy"),
+        ({"budget": "macs"}, "sized in parameters"),
+        ({"tune": "tune"}, "only rows of the vocabulary go"),
+        ({"ratio": 0.99}, "tokens would stay"),
+        ({"ratio": {VOCAB: 2}}, "vocab"),
+        ({"kinds": [VOCAB, "mpl"]}, "unknown kind 'mpl'"),
+    ],
+)
+def test_what_the_kind_cannot_do_is_refused(changes: dict[str, Any], words: str) -> None:
+    options = {"kinds": VOCAB, "tokenizer": tokenizer("gpt2"), **changes}
+    if isinstance(options.get("ratio"), dict):
+        del options["kinds"]
+    with pytest.raises(fxprune.FxpruneError, match=words):
+        fxprune.prune(model_for("gpt2"), torch.zeros(1, 5, dtype=torch.long), **options)
+
+
+def test_weights_on_disk_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="cut in memory"):
+        fxprune.prune_checkpoint(tmp_path, tmp_path / "slim", kinds=VOCAB)
+    with pytest.raises(CheckpointError):
+        fxprune.prune(tmp_path / "nothing", kinds=VOCAB)
+
+
+def test_more_tokens_than_can_go_name_the_ratio_that_can() -> None:
+    with pytest.raises(RatioError) as found:
+        fxprune.prune_vocabulary(model_for("gpt2"), tokenizer("gpt2"), [TEXT], ratio=0.9)
+    assert found.value.reachable and 0 < found.value.reachable < 0.9
