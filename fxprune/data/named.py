@@ -50,9 +50,10 @@ def is_data_set(name: Any) -> bool:
 
     A file that is there is no data set, nor is what has the suffix of one.
     """
-    if not isinstance(name, str) or Path(name).exists() or name.endswith(ROW_SUFFIXES):
+    if not isinstance(name, str) or name.endswith(ROW_SUFFIXES):
         return False
-    return name in CORPORA or _ID.fullmatch(name) is not None
+    # a whole text is longer than the name of a file can be, so it is not looked for
+    return (name in CORPORA or _ID.fullmatch(name) is not None) and not Path(name).exists()
 
 
 def load_named(name: str, *, held_out: bool = False) -> Any:

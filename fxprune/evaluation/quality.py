@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, fx
 from fxprune.data.built_in import can_generate, offline_docstrings
 from fxprune.data.calibration import Calibration, HeldOut, batched, token_input
 from fxprune.data.samples import read_calibration
-from fxprune.data.text import calibration_text
+from fxprune.data.text import calibration_text, text_source
 from fxprune.errors import EvaluationError
 from fxprune.evaluation.comparison import Evaluation
 from fxprune.evaluation.generation import Answers, answer_questions, plain_questions
@@ -76,7 +75,7 @@ def measure_quality(
         dense: a Hugging Face model, or any callable that takes ``input_ids=`` and returns logits.
         slim: the same.
         tokenizer: of both.
-        text: a file of text; None for docstrings of Python's library, which also take the place of a text that has
+        text: a file of text, or the name of a data set; None for docstrings of Python's library, which also take the place of a text that has
             too few windows left.
         speakers: the dense and the slim model to generate the answer; None for no answer.
         pruned: the slim graph, whose facts tell which samples the prune used: windows with a part of one are left out.
@@ -89,11 +88,11 @@ def measure_quality(
     """
     seen = () if pruned is None else _samples_used(pruned)
     options: dict[str, Any] = {"window": window, "limit": windows, "seen": seen, "track": track, "batch": 1}
-    name, found = BUILT_IN if text is None else Path(text).name, None
+    name, found = BUILT_IN if text is None else text_source(text), None
     with preserve_rng():
         if text is not None:
             with suppress(EvaluationError):  # it is too short, or all of it was used
-                content = calibration_text(Path(text), tokenizer)
+                content = calibration_text(text, tokenizer)
                 found = paired_perplexities(slim, dense, tokenizer, content, **options)
         if found is None or found[0].windows < _FEWEST:
             name = BUILT_IN

@@ -33,6 +33,7 @@ _what_goes, _output, _machine = (partial(Argument, panel=panel) for panel in (WH
 
 
 def _check(name: str, value: Any) -> Any:
+    from fxprune.data.named import is_data_set
     from fxprune.data.text import calibration_text, check_tokenizer
     from fxprune.data.verification import check_names
     from fxprune.offload.prefetch import as_device
@@ -40,7 +41,7 @@ def _check(name: str, value: Any) -> Any:
 
     checks: dict[str, Callable[[Any], object]] = {"device": as_device, "example_inputs": check_names}
     checks |= {"track": check_track, "tokenizer": partial(check_tokenizer, name)}
-    checks["eval_text"] = lambda path: calibration_text(Path(as_path(name, path)))
+    checks["eval_text"] = lambda text: is_data_set(text) or calibration_text(Path(as_path(name, text)))
     checks[name](value)
     return value
 
@@ -98,7 +99,7 @@ class ApplyOptions(TypedDict, total=False):
         str | os.PathLike[str] | None,
         Argument(
             "Text to measure on, the part of it that was not used: a text file, or rows in `.json`, `.jsonl` or "
-            "`.parquet`; by default documentation of Python's library.",
+            "`.parquet`, or the name of a data set; by default documentation of Python's library.",
             check=_check,
             panel=DATA,
         ),

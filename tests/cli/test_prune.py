@@ -268,7 +268,7 @@ def test_a_calibration_text_is_measured_where_it_was_not_used(
     (tmp_path / "mine.txt").write_text("red green blue\n" * 8)
     options = ("--calibration", tmp_path / "mine.txt", "--tokens", 6)
     refused("prune", folder, "--out", out, *options, "--samples", 2)
-    assert seen["eval_text"] == tmp_path / "mine.txt"
+    assert seen["eval_text"] == str(tmp_path / "mine.txt")
     (tmp_path / "other.txt").write_text("blue")
     refused("prune", folder, "--out", out, *options, "--eval-text", tmp_path / "other.txt")
     assert seen["eval_text"] == str(tmp_path / "other.txt")

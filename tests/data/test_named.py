@@ -122,3 +122,8 @@ def test_a_data_set_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPa
     for name in ("c4", "owner/name"):
         with pytest.raises(DataError, match=r"cannot be loaded: ConnectionError: offline. Give a path ending in"):
             load_named(name)
+
+
+def test_a_whole_text_is_no_name() -> None:
+    """Asked whether there is a file of that name, the system refused a name of thousands of characters."""
+    assert not is_data_set("some words\n" * 1000)
