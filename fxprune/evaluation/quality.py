@@ -75,8 +75,8 @@ def measure_quality(
         dense: a Hugging Face model, or any callable that takes ``input_ids=`` and returns logits.
         slim: the same.
         tokenizer: of both.
-        text: a file of text, or the name of a data set; None for docstrings of Python's library, which also take the place of a text that has
-            too few windows left.
+        text: a file of text, or the name of a data set; None for docstrings of Python's library, which also take the
+            place of a text that has too few windows left.
         speakers: the dense and the slim model to generate the answer; None for no answer.
         pruned: the slim graph, whose facts tell which samples the prune used: windows with a part of one are left out.
         window: tokens that the models see at once.

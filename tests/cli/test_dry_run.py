@@ -75,9 +75,9 @@ def planned(text: CalibrationText = NO_TEXT, **options: Any) -> tuple[tuple[Any,
 @pytest.mark.parametrize(
     ("recipe", "runs"),
     [
-        ("fast", 3 * 22 + 64 + 4 * 64),  # generated samples, scores, and a fit
-        ("fast, given text", 64 + 4 * 64),
-        ("fast, on disk", 64 + 4 * 64),  # nothing is generated
+        ("fast", 3 * 22 + 3 * 32 + 3 * 16 + 4 * 64),  # generated samples, gradients, both rankings, and a fit
+        ("fast, given text", 3 * 32 + 3 * 16 + 4 * 64),
+        ("fast, on disk", 3 * 32 + 3 * 16 + 4 * 64),  # nothing is generated
         # generated samples, scores of two criteria, their comparison and that of rankings, teacher logits, a fit, an
         # epoch, measurements
         ("balanced", 3 * 96 + (64 + 3 * 32 + 12 * 16) + (288 + 16) + 4 * 64 + 3 * 288 + 4 * 16),

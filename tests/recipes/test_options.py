@@ -66,7 +66,7 @@ def test_naming_an_importance_replaces_the_scores_and_nothing_else() -> None:
         "taylor{order=second, samples=64}"
     ]
     fast = lines(calibration=IDS, recipe="fast")
-    assert lines(calibration=IDS, recipe="fast", importance="wanda{readers_only}") == fast
+    assert lines(calibration=IDS, recipe="fast", importance="taylor{order=second}") == fast
 
 
 def test_without_data_nothing_is_fitted_or_tuned() -> None:
@@ -129,7 +129,7 @@ def test_samples_come_from_the_call_before_the_recipe() -> None:
 def test_scoring_in_steps_uses_selection_and_fit_of_the_recipe() -> None:
     pipeline = prune_pipeline(IDS, recipe="fast", importance="score-in-steps{steps=3}", budget="bytes@q8_0")
     scoring, selecting = pipeline.passes[2:4]
-    assert str(scoring.importance) == "wanda{readers_only}" and scoring.steps == 3  # type: ignore[attr-defined]
+    assert str(scoring.importance) == "taylor{order=second, samples=32}" and scoring.steps == 3  # type: ignore[attr-defined]
     assert str(scoring.select) == str(selecting) and "budget='bytes@q8_0'" in str(selecting)  # type: ignore[attr-defined]
     assert str(scoring.compensate).startswith("least-squares")  # type: ignore[attr-defined]
     assert str(parse_pass(str(scoring))) == str(scoring)
