@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -62,7 +63,7 @@ class RunBar:
 @contextmanager
 def run_bar(passes: Sequence[Pass], first: Sequence[str] = ()) -> Iterator[RunBar | None]:
     """A bar for the steps in ``first`` and for passes; None where nobody looks: no terminal and no notebook."""
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # what is silenced while a model is traced does not stop the bar
     if not (console.is_terminal or console.is_jupyter):
         yield None
         return

@@ -367,7 +367,9 @@ class SelectByRatioPass(SelectPass):
         wanted = (1 - self.ratio + _CLOSE) * dense if target is None else self._wanted(target, dense, word)
         if wanted < least:
             what = f"embedding and output, which $kinds={self.kinds} leave whole, are {least:,.0f} {word}"
-            raise self._refuse(what if target is not None else f"{what} of {dense:,.0f}")
+            if target is None:
+                what = f"the largest reachable ratio is below {1 - least / dense:.1%}: {what} of {dense:,.0f}"
+            raise self._refuse(what)
 
     def _wanted(self, target: Target, dense: float, word: str) -> float:
         """The amount that a target asks for, which must be below that of the dense model."""
@@ -413,16 +415,16 @@ class SelectByRatioPass(SelectPass):
                 whole = self._choose_of(selection, (kind,), whole, ratio, selection.sizes.get(kind, 0.0))
             return whole
         total, ratio = selection.budget.total, self._ratio(selection)
-        if any(slot.kind in self.first for slot in selection.slots) and not self._is_for_cache(selection):
+        if any(slot.kind in self.first for slot in selection.slots) and not self._is_for_memory(selection):
             part = _of_kinds(selection, self.first, whole)
             if BudgetSolver(part, ratio * total).fraction({}) <= _ENOUGH:
                 return self._choose_of(selection, self.first, whole, ratio, total)
         return self._choose(selection, ratio, total)
 
-    def _is_for_cache(self, selection: Selection) -> bool:
-        """Whether a target is for something of which the kinds in ``first`` are the smaller part."""
+    def _is_for_memory(self, selection: Selection) -> bool:
+        """Whether a target is for memory, of which the kinds in ``first`` are the smaller part."""
         own = sum(selection.sizes.get(kind, 0.0) for kind in self.first)
-        return bool(self.target) and own < sum(selection.sizes.values()) - own
+        return bool(self.context) and own < sum(selection.sizes.values()) - own
 
     def _choose_of(
         self, selection: Selection, kinds: Sequence[str], decided: Sequence[Choice], ratio: float, whole: float
