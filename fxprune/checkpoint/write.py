@@ -34,6 +34,7 @@ from fxprune.checkpoint.manifest import (
     weight_files,
 )
 from fxprune.checkpoint.read import read_model
+from fxprune.data.named import CORPORA, is_data_set
 from fxprune.emit.emitted import PLAN_DIGEST
 from fxprune.emit.layout import stock_class, stock_config
 from fxprune.emit.load import has_unaligned_experts
@@ -168,9 +169,8 @@ def model_card(model: PreTrainedModel, work: Path, folder: Path, manifest: Manif
     """
     source = str(getattr(model.config, "_name_or_path", "") or "")
     base = source if _ON_A_HUB.fullmatch(source) and not Path(source).exists() else None
-    data = ModelCardData(
-        library_name="transformers", base_model=base, tags=["fxprune", "pruned"], **_from_dense(Path(source))
-    )
+    entries = {"pipeline_tag": _task(model), "datasets": _data_sets(report), **_from_dense(Path(source))}
+    data = ModelCardData(library_name="transformers", base_model=base, tags=["fxprune", "pruned"], **entries)
     classes = json.loads((work / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
     card = ModelCard.from_template(
         data,
@@ -188,6 +188,20 @@ def model_card(model: PreTrainedModel, work: Path, folder: Path, manifest: Manif
         kinds=() if report is None else tuple(report.kinds()),
     )
     return re.sub(r"\n{3,}", "\n\n", str(card).rstrip()) + "\n"  # sections that are left out leave blank lines
+
+
+def _task(model: PreTrainedModel) -> str | None:
+    """The task of a model in the words of the hub, if it is known: that of decoders, to generate text."""
+    generates = model.can_generate() and not model.config.is_encoder_decoder
+    return "text-generation" if generates and model.main_input_name == "input_ids" else None
+
+
+def _data_sets(report: Report | None) -> list[str] | None:
+    """The data set of the hub that the prune was calibrated on, if it was one."""
+    source = "" if report is None or report.calibration is None else report.calibration.source
+    if not is_data_set(source):
+        return None
+    return [CORPORA[source]["path"] if source in CORPORA else source.partition(":")[0]]
 
 
 def _from_dense(folder: Path) -> dict[str, Any]:
