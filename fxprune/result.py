@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from torch import fx
 
 from fxprune.checkpoint import save_pretrained
+from fxprune.checkpoint.hub import check_repository, push_folder
 from fxprune.data.calibration import Calibration, token_input
 from fxprune.draw.write import layer_svg
 from fxprune.emit import Structure
@@ -145,6 +147,23 @@ class Result:
         options: dict[str, Any] = {"speakers": speakers, "pruned": self.graph_module, "window": window_of(dense)}
         quality = measure_quality(dense, slim, tokenizer, text, track=track, **options)
         return replace(self, report=replace(self.report, quality=quality, unmeasured=""))
+
+    def push_to_hub(self, repository: str, tokenizer: Any = None, *, private: bool | None = None) -> str:
+        """Save the slim model with its plan, report and card, and upload it; returns the address.
+
+        Args:
+            repository: ``owner/name`` on the hub, which is made if there is none.
+            tokenizer: saved with it.
+            private: whether a new repository is private; None as its owner has it.
+
+        Raises:
+            CheckpointError: there is no slim Hugging Face model, or the hub refuses it or cannot be reached.
+        """
+        check_repository("repository", repository)
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / repository.rpartition("/")[2]
+            self.save_pretrained(folder, tokenizer)
+            return push_folder(folder, repository, private=private)
 
     def to_html(self, comparison: Comparison | None = None) -> str:
         """Return the report as one HTML page that needs no other file.

@@ -37,6 +37,7 @@ from fxprune.checkpoint.manifest import (
     weight_files,
 )
 from fxprune.checkpoint.read import read_model
+from fxprune.data.named import CORPORA, is_data_set
 from fxprune.emit.emitted import PLAN_DIGEST
 from fxprune.emit.layout import stock_class, stock_config
 from fxprune.emit.load import has_unaligned_experts
@@ -172,9 +173,8 @@ def model_card(model: PreTrainedModel, work: Path, folder: Path, manifest: Manif
     """
     source = str(getattr(model.config, "_name_or_path", "") or "")
     base = source if _ON_A_HUB.fullmatch(source) and not Path(source).exists() else None
-    data = ModelCardData(
-        library_name="transformers", base_model=base, tags=["fxprune", "pruned"], **_from_dense(Path(source))
-    )
+    entries = {"pipeline_tag": _task(model), "datasets": _data_sets(report), **_from_dense(Path(source))}
+    data = ModelCardData(library_name="transformers", base_model=base, tags=["fxprune", "pruned"], **entries)
     return _card_text(data, base or Path(source).name, stock_class(model).__name__, work, folder, manifest, report)
 
 
@@ -235,6 +235,20 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def _task(model: PreTrainedModel) -> str | None:
+    """The task of a model in the words of the hub, if it is known: that of decoders, to generate text."""
+    generates = model.can_generate() and not model.config.is_encoder_decoder
+    return "text-generation" if generates and model.main_input_name == "input_ids" else None
+
+
+def _data_sets(report: Report | None) -> list[str] | None:
+    """The data set of the hub that the prune was calibrated on, if it was one."""
+    source = "" if report is None or report.calibration is None else report.calibration.source
+    if not is_data_set(source):
+        return None
+    return [CORPORA[source]["path"] if source in CORPORA else source.partition(":")[0]]
 
 
 def _from_dense(folder: Path) -> dict[str, Any]:

@@ -77,6 +77,10 @@ Samples = Annotated[
 Tokens = Annotated[
     int | None, typer.Option(min=2, help="Tokens of a calibration sample (default: 128).", rich_help_panel=DATA)
 ]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(metavar="OWNER/NAME", help="Upload the folder to a repository of the hub.", rich_help_panel=OUTPUT),
+]
 LowMemory = Annotated[
     bool, typer.Option("--low-memory", help="Keep weights on disk; resume an interrupted run.", rich_help_panel=MACHINE)
 ]

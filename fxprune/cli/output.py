@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxprune.cli.config import run_file
-from fxprune.cli.console import console, print_json, print_lines, warnings_as_notes
+from fxprune.cli.console import console, notes, print_json, print_lines, warnings_as_notes, working
 from fxprune.cli.models import is_gguf
 from fxprune.errors import ArgumentError, CheckpointError, ExportError, FxpruneError, UnknownNameError
 from fxprune.pipeline.arguments import MANIFEST, SUFFIXES
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 __all__ = [
     "OURS",
     "check_output",
+    "check_push",
     "check_quantization",
     "gguf_multiple",
     "gguf_options",
     "gguf_quantization",
     "is_file",
     "print_result",
+    "push",
     "runners",
     "write_result",
     "write_run",
@@ -180,6 +182,27 @@ def write_result(
         out, tokenizer, force=force, also=lambda folder: write_run(run, folder / "run.yaml")
     )
     return "any transformers loads it" if structure.is_stock else OURS
+
+
+def check_push(repository: str, out: Path | None) -> None:
+    """Refuse an upload to what is no repository, or of what is no folder."""
+    from fxprune.checkpoint.hub import check_repository
+
+    check_repository("push_to_hub", repository)
+    if out is None or is_file(out):
+        remedy = "Let --out name a folder, or leave it out"
+        raise ArgumentError("uploads a folder", where="--push-to-hub", remedy=remedy)
+
+
+def push(folder: Path, repository: str) -> None:
+    """Upload a folder to a repository, and print its address."""
+    from fxprune.checkpoint.hub import push_folder
+    from fxprune.offload.ranks import is_first
+
+    if is_first():
+        with working(f"uploading to {repository}"):
+            address = push_folder(folder, repository)
+        notes.print(f"uploaded to {address}", markup=False, highlight=False)
 
 
 def write_run(run: str | None, file: Path) -> None:

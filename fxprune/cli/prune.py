@@ -15,11 +15,13 @@ from fxprune.cli.models import check_model, is_gguf, load, locate_model
 from fxprune.cli.output import (
     OURS,
     check_output,
+    check_push,
     check_quantization,
     gguf_multiple,
     gguf_options,
     is_file,
     print_result,
+    push,
     write_result,
     write_run,
 )
@@ -49,6 +51,7 @@ def prune(
     low_memory: flags.LowMemory = False,
     gguf_file: flags.Gguf = None,
     quantization: flags.Quantization = None,
+    push_to_hub: flags.PushToHub = None,
     dtype: flags.Dtype = None,
     device: flags.Device = None,
     force: flags.Force = False,
@@ -71,6 +74,8 @@ def prune(
     check_quantization(quantization, out)
     if to_gguf:  # one epsilon for all norms, and rows of whole blocks
         options = {"norm": "sliced", "round_to": {"mlp": gguf_multiple(model, quantization)}, **options}
+    if push_to_hub is not None:
+        check_push(push_to_hub, out)
     if out is not None:
         check_output(out, model, force=force)
     text.check()
@@ -115,6 +120,8 @@ def prune(
         with working(f"writing {out}"):
             loading = write_result(result, out, tokenizer, export, run=run, force=force)
     print_result(result, out, loading, as_json=as_json)
+    if push_to_hub is not None:
+        push(out, push_to_hub)
 
 
 def _quantization(target: str | None, given: str | None) -> str | None:

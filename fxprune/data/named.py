@@ -42,6 +42,9 @@ Of C4 the first file of each split is taken, as by Frantar et al. (arXiv 2210.17
 _LONGEST = 300
 """Characters of another package's message that are repeated; some go on for pages."""
 
+_LONGEST_ID = 200
+"""Characters of a name: a hub takes fewer, and a file system refuses to look for what is much longer."""
+
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 
 
@@ -50,9 +53,8 @@ def is_data_set(name: Any) -> bool:
 
     A file that is there is no data set, nor is what has the suffix of one.
     """
-    if not isinstance(name, str) or name.endswith(ROW_SUFFIXES):
+    if not isinstance(name, str) or len(name) > _LONGEST_ID or name.endswith(ROW_SUFFIXES):
         return False
-    # a whole text is longer than the name of a file can be, so it is not looked for
     return (name in CORPORA or _ID.fullmatch(name) is not None) and not Path(name).exists()
 
 

@@ -47,6 +47,7 @@ def test_names_files_and_texts_are_told_apart(tmp_path: Path, monkeypatch: pytes
     for name in ("c5", "owner/here", "owner/name.txt", "owner/name.parquet", "/owner/name", "a/b/c", "../c4", "a text"):
         assert not is_data_set(name), name
     assert not is_data_set(Path("owner/name"))
+    assert not is_data_set("a/" + "b" * 5000), "a text may be longer than the name of a file"
 
 
 def test_the_same_reader_serves_calibration_training_and_evaluation(asked: list[tuple[Any, ...]]) -> None:

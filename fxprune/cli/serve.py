@@ -1,0 +1,134 @@
+"""The commands that serve a model to other programs, and that talk to one."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import signal
+import tempfile
+import threading
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import fxprune
+from fxprune.cli import options as flags
+from fxprune.cli.console import Command, app, console, print_lines, warnings_as_notes, working
+from fxprune.cli.models import check_model, is_gguf, load, load_words
+from fxprune.cli.output import check_quantization, gguf_options
+from fxprune.errors import ArgumentError, FxpruneError
+
+__all__ = ["chat", "serve", "start_server", "wait"]
+
+
+@app.command(cls=Command)
+def serve(
+    model: flags.Folder,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8080,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    context: Annotated[int, typer.Option(min=16, help="Tokens of a request and its answer, all together.")] = 4096,
+    quantization: flags.Quantization = None,
+    quiet: flags.Quiet = False,
+) -> None:
+    """Serve MODEL by the OpenAI API until Ctrl-C: a GGUF file as it is, another model as one made for the purpose."""
+    from fxprune.export.gguf.format import load_data
+
+    engine: dict[str, Any] = load_data("quantizations")["engine"]
+    if find_spec(engine["server"]) is None:
+        what = f"{engine['name']} serves it, and is not installed"
+        raise FxpruneError(what, where="serve", remedy=engine["install"])
+    if is_gguf(model) and quantization is not None:
+        remedy = "Leave it out; `fxprune export` writes a file of another type"
+        raise ArgumentError(f"{model} has its own", where="--quantization", remedy=remedy)
+    if not is_gguf(model):
+        check_model(model, with_weights=True)
+        check_quantization(quantization, Path("served.gguf"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(model).expanduser()
+        if not is_gguf(model):
+            path = _exported(model, Path(folder) / f"{Path(model).name}.gguf", quantization)
+        with working(f"starting {engine['name']}"):
+            server = start_server(engine["server"], path, host=host, port=port, context=context)
+        print_lines([f"serving {model} at {server.listening_address}/v1; stop it with Ctrl-C"])
+        wait()
+
+
+def _exported(model: str, path: Path, quantization: str | None) -> Path:
+    """A model written as a GGUF file to serve."""
+    tokenizer = load_words(model)
+    loaded = load(model)
+    with working("writing a GGUF file"), warnings_as_notes():
+        return fxprune.export_model(loaded, path, **gguf_options(model, tokenizer, quantization))
+
+
+def start_server(package: str, path: Path, *, host: str, port: int, context: int) -> Any:
+    """Start the server of a package in threads of this process; it stops with the object that is returned.
+
+    Raises:
+        FxpruneError: it cannot load the file, or cannot listen there.
+    """
+    engine = importlib.import_module(package)
+    settings = engine.CommonParams()
+    settings.model.path, settings.n_ctx = str(path), context
+    settings.hostnames, settings.port, settings.verbosity = [host], port, 0
+    try:
+        return engine.Server(settings)
+    except RuntimeError as error:
+        remedy = "Choose another --port, or a file of an architecture that the engine knows"
+        raise FxpruneError(f"it cannot be served: {error}", where=path.name, remedy=remedy) from error
+
+
+def wait() -> None:
+    """Wait for a signal."""
+    if hasattr(signal, "pause"):
+        signal.pause()
+    threading.Event().wait()
+
+
+@app.command(cls=Command)
+def chat(
+    model: flags.Folder,
+    system: Annotated[str | None, typer.Option(help="Message of the system that the chat begins with.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of an answer.")] = 512,
+    dtype: flags.Dtype = None,
+    device: flags.Device = None,
+    quiet: flags.QuietButResult = False,
+) -> None:
+    """Chat with MODEL, dense or slim, in its own template and with its own settings, until Ctrl-D."""
+    check_model(model, with_weights=True)
+    tokenizer = load_words(model)
+    if not tokenizer.chat_template:
+        remedy = "`fxprune generate` continues a text"
+        raise FxpruneError("its tokenizer has no chat template", where=model, remedy=remedy)
+    loaded = load(model, dtype=dtype, device=device)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    while said := _next_turn():
+        messages.append({"role": "user", "content": said})
+        messages.append({"role": "assistant", "content": _answer(loaded, tokenizer, messages, max_new_tokens)})
+
+
+def _next_turn() -> str:
+    """The next message of the user that is not blank; empty at the end of the input."""
+    try:
+        while not (said := console.input("> ").strip()):
+            pass
+    except EOFError:
+        print_lines([""])
+        return ""
+    return said
+
+
+def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], most: int) -> str:
+    """The answer of a model, printed as it comes."""
+    from transformers import TextStreamer
+
+    from fxprune.graph.context import quiet
+
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = inputs.to(model.device)
+    with quiet(logging.WARNING):
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        ids = model.generate(**inputs, max_new_tokens=most, streamer=streamer)
+    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,74 @@
+"""Models served by the OpenAI API, and chats in a terminal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+import fxprune
+from fxprune.cli import app, serve
+from tests.cli.running import refused, run
+
+
+def test_a_slim_folder_is_served_by_the_openai_api(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as the file that is exported of it."""
+    answers: list[Any] = []
+    start = serve.start_server
+
+    def ask(*arguments: Any, **options: Any) -> Any:
+        server = start(*arguments, **options)
+        question = {"messages": [{"role": "user", "content": "so it"}], "max_tokens": 4, "temperature": 0}
+        body = json.dumps(question).encode()
+        url = f"{server.listening_address}/v1/chat/completions"
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            answers.append(json.loads(answer.read()))
+        return server
+
+    monkeypatch.setattr(serve, "start_server", ask)
+    monkeypatch.setattr(serve, "wait", lambda: None)
+    code, output, line = run("serve", models / "slim", "--port", 0, "--context", 128)
+    assert code == 0 and "/v1; stop it with Ctrl-C" in output, line
+    (answer,) = answers
+    assert answer["choices"][0]["message"]["role"] == "assistant" and answer["usage"]["completion_tokens"] == 4
+
+
+def test_a_file_that_cannot_be_served_and_a_missing_engine_are_told(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "no.gguf").write_bytes(b"GGUF")
+    assert "no.gguf: it cannot be served" in refused("serve", tmp_path / "no.gguf", "--port", 0)
+    assert "--quantization: " in refused("serve", tmp_path / "no.gguf", "--quantization", "q8_0")
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    assert "llama.cpp serves it, and is not installed. pip install 'fxprune[llama]'" in refused(
+        "serve", models / "slim"
+    )
+
+
+def test_a_chat_remembers_what_was_said(models: Path) -> None:
+    asked = ("chat", str(models / "slim"), "--max-new-tokens", "5", "--system", "be")
+    result = CliRunner().invoke(app, [*asked], input="so it\n\nand so\n")
+    assert result.exit_code == 0, result.output
+    model: Any = fxprune.from_pretrained(models / "slim")
+    tokenizer = AutoTokenizer.from_pretrained(models / "slim", config=model.config)
+    messages = [{"role": "system", "content": "be"}]
+    for said in ("so it", "and so"):
+        messages.append({"role": "user", "content": said})
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        found = model.generate(**ids, max_new_tokens=5)[0, ids["input_ids"].shape[1] :]
+        answer = tokenizer.decode(found, skip_special_tokens=True)
+        assert answer.strip() in result.output
+        messages.append({"role": "assistant", "content": answer})
+
+
+def test_a_model_without_a_template_does_not_chat(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "dense", tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    assert "its tokenizer has no chat template. `fxprune generate` continues" in refused("chat", tmp_path / "plain")
