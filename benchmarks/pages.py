@@ -17,7 +17,7 @@ from benchmarks.quality.entries import place_of_entry
 from benchmarks.quality.measure import Protocol, QualityRow
 from fxprune.cli.demo import demo_name
 
-__all__ = ["draw_latency", "draw_quality", "latency_page", "quality_page", "results_page"]
+__all__ = ["draw_latency", "draw_quality", "latency_page", "quality_page", "results_page", "vocabulary_page"]
 
 DOCS = ROOT / "docs"
 RECIPES = (
@@ -132,6 +132,15 @@ def quality_page(
         tasks=tasks,
         others=[_other_model(other) for other in others],
     )
+
+
+def vocabulary_page(files: Sequence[Mapping[str, Any]]) -> str:
+    """The page of vocabularies as Markdown, with a table for each model.
+
+    Args:
+        files: Results of `benchmarks.vocabulary`.
+    """
+    return _render("vocabulary", files=files)
 
 
 def _other_model(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,6 +259,8 @@ def main() -> None:
     (DOCS / "latency.md").write_text(latency_page(devices), encoding="utf-8")
     for device in devices:
         draw_latency(device, DOCS / f"latency_{device['settings']['device']}.svg")
+    words = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("vocabulary-*.json"))]
+    (DOCS / "vocabulary.md").write_text(vocabulary_page(words), encoding="utf-8")
     quality, tasks = RESULTS / "quality.json", RESULTS / "quality_tasks.json"
     if quality.exists():
         data = json.loads(quality.read_text())

@@ -72,11 +72,11 @@ class PrunedVocabulary:
     report: VocabularyReport
     tokens: Tokens
 
-    def rewritten(self, ids: Iterable[int]) -> list[int]:
-        """Token ids of the whole tokenizer as new ones; a token that went is written by its pieces."""
+    def rewritten(self, rows: Iterable[Iterable[int]]) -> list[list[int]]:
+        """Rows of token ids of the whole tokenizer with new ids; a token that went is written by its pieces."""
         new = {old: place for place, old in enumerate(self.report.kept)}
         gone = self.tokens.every - new.keys()
-        return [new[kept] for number in ids for kept in self.tokens.written(number, gone)]
+        return [[new[kept] for number in row for kept in self.tokens.written(number, gone)] for row in rows]
 
 
 def prune_vocabulary(
@@ -194,7 +194,7 @@ def measure_use(model: PreTrainedModel, rows: Iterable[Sequence[int]], opening: 
     return Use(counts, expected_use(model, map(torch.tensor, spread(windows, _WINDOWS))))
 
 
-_WINDOWS, _TOKENS = 64, 128
+_WINDOWS, _TOKENS = 16, 128
 """Windows of the corpus that the model reads, and tokens of each."""
 
 

@@ -140,7 +140,8 @@ def _use(model: PreTrainedModel, tokenizer: Any, calibration: Any) -> Use:
 def samples_with(found: PrunedVocabulary, calibration: Any) -> Any:
     """Calibration samples by :func:`as_rows` in the tokens that stay."""
     if isinstance(calibration, list):
-        return [{"input_ids": torch.tensor(found.rewritten(one["input_ids"].tolist()))} for one in calibration]
+        rows = found.rewritten(sample["input_ids"].tolist() for sample in calibration)
+        return [{"input_ids": torch.tensor(row)} for row in rows]
     if calibration is None:
         return None
     samples, tokens = calibration["input_ids"].shape

@@ -86,6 +86,7 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
         fxprune.prune_vocabulary(tiny("llama", num_hidden_layers=1), tokenizer("gpt2"), [TEXT])
 
 
+@pytest.mark.slow
 def test_the_vocabulary_alone_is_pruned_by_a_ratio(tmp_path: Path) -> None:
     model, words = model_for("gpt2"), tokenizer("gpt2")
     dense = sum(one.numel() for one in model.parameters())
@@ -124,6 +125,7 @@ def test_other_kinds_make_up_for_the_rest(tmp_path: Path) -> None:
         fxprune.apply(model, result.plan)
 
 
+@pytest.mark.slow
 def test_a_ratio_for_each_kind_is_of_its_own_parameters() -> None:
     model, words = model_for("gpt2"), tokenizer("gpt2")
     options: dict[str, Any] = {"recipe": "fast", "tokenizer": words, "compensate": "none", "tune": "none"}
