@@ -47,6 +47,8 @@ def ratio_of(bits: list[float], dense: list[float]) -> tuple[float, float]:
     Source: Cochran, Sampling Techniques (1977), equation 6.13, for an infinite population.
     """
     ratio, number = sum(bits) / sum(dense), len(bits)
+    if number < 2:
+        return ratio, 0.0
     rest = sum((one - ratio * other) ** 2 for one, other in zip(bits, dense, strict=True))
     return ratio, math.sqrt(rest * number / (number - 1)) / sum(dense)
 

@@ -95,9 +95,9 @@ def check_tokens(data: Any, rows: int | None) -> None:
             pass
 
 
-def rows_of_tokens(data: Any) -> list[torch.Tensor]:
-    """Token ids of each sample ``(tokens,)``, for a model of ``input_ids`` alone."""
-    return [values["input_ids"][0] for values, _ in _read(data, [_Input("input_ids", (None, None), True, None)])]
+def rows_of_tokens(data: Any, rows: int) -> list[torch.Tensor]:
+    """Token ids of each sample ``(tokens,)``, for a model of ``input_ids`` alone whose embedding has ``rows``."""
+    return [values["input_ids"][0] for values, _ in _read(data, [_Input("input_ids", (None, None), True, rows)])]
 
 
 def _read(data: Any, inputs: Sequence[_Input]) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:

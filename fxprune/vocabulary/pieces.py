@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -80,7 +80,7 @@ class Tokens(ABC):
         }
         self._falls_back = bool(model.get("byte_fallback")) and len(self._bytes) == 256
         unknown = model.get("unk_id") if "unk_id" in model else self.ids.get(model.get("unk_token"))
-        self._unknown = () if unknown is None else (unknown,)
+        self._unknown: tuple[int, ...] = () if unknown is None else (unknown,)
 
     @property
     def every(self) -> frozenset[int]:
@@ -90,7 +90,7 @@ class Tokens(ABC):
     @cached_property
     def needed(self) -> frozenset[int]:
         """Ids that must stay, so that every text can be written: added tokens, and characters or bytes."""
-        fallback = self._bytes.values() if self._falls_back else ()
+        fallback: Iterable[int] = self._bytes.values() if self._falls_back else ()
         kept = {number for number, text in self.texts.items() if self._is_character(text) and self._stays(text)}
         alone = {number for number, text in self.texts.items() if not self._can_be_written(text)}
         return self.added.union(self._unknown, fallback, kept, alone)

@@ -151,6 +151,9 @@ def trim(
         share: whether all tensors without tokens are those of the model.
     """
     tokens, rows = read_tokens(specification(tokenizer)), find_rows(model)
+    if unknown := use.counts.keys() - tokens.every:
+        what = f"it has the id {min(unknown)}, for which the tokenizer has no token"
+        raise CalibrationError(what, where="calibration", remedy="Tokenise with the tokenizer of this model")
     needed = (tokens.needed | ids_in_settings(model)) & tokens.every
     if size < len(needed) and not free:
         total = sum(parameter.numel() for parameter in model.parameters())
@@ -168,8 +171,8 @@ def carry_out(
     parameters = tuple(sum(parameter.numel() for parameter in one.parameters()) for one in (model, slim))
     gone = tokens.every - set(kept)
     more = sum(count * len(tokens.written(token, gone)) for token, count in use.counts.items())
-    sizes = {"rows": (find_rows(model).size, len(kept)), "parameters": parameters}
-    report = VocabularyReport(tuple(kept), tokens=(sum(use.counts.values()), more), **sizes)  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"rows": (find_rows(model).size, len(kept)), "parameters": parameters}
+    report = VocabularyReport(tuple(kept), tokens=(sum(use.counts.values()), more), **sizes)
     return PrunedVocabulary(slim, trimmed_tokenizer(tokenizer, kept), report, tokens)
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "DEFAULT_RATIO",
     "as_rows",
     "check_alone",
+    "check_parts",
     "has_others",
     "report_with",
     "samples_with",
@@ -60,7 +61,7 @@ def has_others(values: Mapping[str, Any]) -> bool:
     return any(kind != VOCAB for kind in named_kinds(values))
 
 
-def check_alone(values: Mapping[str, Any], model: Any) -> None:
+def check_alone(values: Mapping[str, Any]) -> None:
     """Refuse options that the kind ``vocab`` cannot be combined with."""
     for name, why in (
         ("inplace", "the vocabulary is cut in a copy"),
@@ -77,11 +78,15 @@ def check_alone(values: Mapping[str, Any], model: Any) -> None:
     for name in ("compensate", "tune") if not has_others(values) else ():
         if values[name] not in (None, "none"):
             raise _refused(name, "only rows of the vocabulary go, and the other weights stay as they are")
+
+
+def check_parts(model: Any, tokenizer: Any) -> None:
+    """Refuse a model or a tokenizer whose vocabulary cannot be pruned."""
     if not is_hugging_face(model):
         raise _refused("kinds", f"{type(model).__name__} is no Hugging Face model, whose vocabulary is known")
-    if values["tokenizer"] is None:
+    if tokenizer is None:
         raise _refused("tokenizer", "it is needed for the kind vocab, and there is none", "Pass that of the model")
-    check_kind(values["tokenizer"])
+    check_kind(tokenizer)
 
 
 def _refused(name: str, what: str, remedy: str = "") -> ArgumentError:
@@ -119,11 +124,11 @@ def trim_first(
     return found, None if not isinstance(ratio, Mapping) and rest["ratio"] < _LEAST else rest
 
 
-def as_rows(calibration: Any) -> Any:
+def as_rows(model: PreTrainedModel, calibration: Any) -> Any:
     """Calibration samples that can be read more than once: those of a file, or token ids by sample."""
     if calibration is None or (isinstance(calibration, FileSamples) and calibration.file):
         return calibration
-    return [{"input_ids": row} for row in rows_of_tokens(calibration)]
+    return [{"input_ids": row} for row in rows_of_tokens(calibration, find_rows(model).size)]
 
 
 def _use(model: PreTrainedModel, tokenizer: Any, calibration: Any) -> Use:
@@ -157,7 +162,7 @@ def report_with(report: Report, found: PrunedVocabulary, ratio: Any) -> Report:
     head = found.model.get_output_embeddings()
     width = 0 if head is None else head.weight.shape[-1]
     size = next(found.model.parameters()).element_size()
-    sizes = {
+    sizes: dict[str, Any] = {
         "parameters": (report.parameters[0] + gone, report.parameters[1]),
         "macs": (report.macs[0] + report.tokens * rows * width, report.macs[1]),
         "memory": None if report.memory is None else (report.memory[0] + gone * size, report.memory[1]),

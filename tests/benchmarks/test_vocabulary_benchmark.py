@@ -19,13 +19,14 @@ from tests.vocabulary.test_prune import model_for
 def test_the_same_pieces_are_compared() -> None:
     assert [len(piece) for piece in benchmark.pieces_of("a" * 2000, 5000)] == [800, 800]
     assert benchmark.pieces_of("a" * 2000, 800) == ["a" * 800]
+    assert benchmark.ratio_of([2.0], [1.0]) == (2.0, 0.0)
     assert benchmark.ratio_of([2.0, 4.0], [1.0, 2.0]) == (2.0, 0.0)
     ratio, error = benchmark.ratio_of([1.0, 3.0], [1.0, 2.0])
     assert ratio == pytest.approx(4 / 3) and error == pytest.approx(math.sqrt(2 * 2 * (1 / 3) ** 2) / 3)
 
 
 def test_a_run_writes_rows_and_the_page_shows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = ["\n".join(lines(40, seed)) for seed in range(5)]
+    texts = ["\n".join(lines(80, seed)) for seed in range(5)]
     (tmp_path / "c4_sample.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     (tmp_path / "wikitext2").mkdir()
     for place in ("wiki_sample.txt", "wikitext2/test.txt"):

@@ -24,7 +24,8 @@ def merged(*merges: str, alphabet: str = "abcd") -> Tokens:
 
 def chosen(tokens: Tokens, size: int, counts: dict[str, int], expected: dict[str, float] | None = None) -> str:
     """The texts of the tokens that stay, behind the alphabet."""
-    use = Use(*({tokens.ids[text]: held for text, held in one.items()} for one in (counts, expected or {})))
+    used = {tokens.ids[text]: count for text, count in counts.items()}
+    use = Use(used, {tokens.ids[text]: sum_ for text, sum_ in (expected or {}).items()})
     kept = choose_tokens(tokens, use, size, tokens.needed)
     return " ".join(tokens.texts[number] for number in kept if len(tokens.texts[number]) > 1)
 

@@ -142,6 +142,8 @@ def test_a_ratio_for_each_kind_is_of_its_own_parameters() -> None:
         ({"budget": "macs"}, "sized in parameters"),
         ({"tune": "tune"}, "only rows of the vocabulary go"),
         ({"ratio": 0.99}, "tokens would stay"),
+        ({"calibration": torch.full((1, 5), 10_000)}, "holds 10000, the model knows 0 to"),
+        ({"calibration": torch.full((1, 5), len(tokenizer("gpt2")))}, "for which the tokenizer has no token"),
         ({"ratio": {VOCAB: 2}}, "vocab"),
         ({"kinds": [VOCAB, "mpl"]}, "unknown kind 'mpl'"),
     ],
@@ -151,7 +153,7 @@ def test_what_the_kind_cannot_do_is_refused(changes: dict[str, Any], words: str)
     if isinstance(options.get("ratio"), dict):
         del options["kinds"]
     with pytest.raises(fxprune.FxpruneError, match=words):
-        fxprune.prune(model_for("gpt2"), torch.zeros(1, 5, dtype=torch.long), **options)
+        fxprune.prune(model_for("gpt2"), options.pop("calibration", torch.zeros(1, 5, dtype=torch.long)), **options)
 
 
 def test_weights_on_disk_are_refused(tmp_path: Path) -> None:
