@@ -16,7 +16,7 @@ from benchmarks.latency.measure import HEADING, LatencyRow, read_rows
 from benchmarks.quality.tables import Section, sections, task_rows, type_error
 from fxprune.cli.demo import demo_name
 
-__all__ = ["draw_latency", "draw_quality", "latency_page", "quality_page", "results_page"]
+__all__ = ["draw_latency", "draw_quality", "latency_page", "quality_page", "results_page", "vocabulary_page"]
 
 DOCS = ROOT / "docs"
 RECIPES = (
@@ -129,6 +129,15 @@ def quality_page(
     )
 
 
+def vocabulary_page(files: Sequence[Mapping[str, Any]]) -> str:
+    """The page of vocabularies as Markdown, with a table for each model.
+
+    Args:
+        files: Results of `benchmarks.vocabulary`.
+    """
+    return _render("vocabulary", files=files)
+
+
 def _pyplot() -> Any:
     """Import pyplot, set to draw without a display and to write the same file each time."""
     import matplotlib
@@ -224,6 +233,8 @@ def main() -> None:
     (DOCS / "latency.md").write_text(latency_page(devices), encoding="utf-8")
     for device in devices:
         draw_latency(device, DOCS / f"latency_{device['settings']['device']}.svg")
+    words = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("vocabulary-*.json"))]
+    (DOCS / "vocabulary.md").write_text(vocabulary_page(words), encoding="utf-8")
     quality, tasks = RESULTS / "quality.json", RESULTS / "quality_tasks.json"
     if quality.exists():
         data = json.loads(quality.read_text())

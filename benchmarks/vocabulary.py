@@ -1,79 +1,96 @@
 """Quality of a model with fewer tokens, in bits per byte: `python -m benchmarks.vocabulary MODEL --data FOLDER`.
 
-A part of the calibration file is counted, the rest is one of the texts. Perplexities of models with other tokens do not
-compare, so texts are measured in bits per byte, the same characters for all.
+Four fifths of the calibration file are counted, and the rest is one of the texts. Perplexities over other tokens do
+not compare, so each text is cut into the same pieces for all of them, which are measured in bits per byte.
 """
 
 from __future__ import annotations
 
-import time
+import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import torch
 import typer
+from torch.nn.functional import cross_entropy
 
 from benchmarks.common import RESULTS, load_named, write_results
 from fxprune.data.text import calibration_texts, opening_tokens
-from fxprune.evaluation.perplexity import load_corpus, text_perplexity
+from fxprune.evaluation.perplexity import load_corpus
 from fxprune.vocabulary.prune import measure_use, size_after, text_ids, trim
 
-__all__ = ["main", "measure", "texts_of"]
+__all__ = ["bits_of", "main", "pieces_of", "ratio_of"]
 
-WINDOW = 256
-"""Tokens of a window."""
-
-
-def texts_of(file: Path, others: list[Path], characters: int) -> tuple[str, dict[str, str]]:
-    """The text to count, the first four fifths of a file; and those to measure by name, its rest and other files."""
-    rows = calibration_texts(file)
-    counted = 4 * len(rows) // 5
-    held = {f"rest of {file.name}": "\n\n".join(rows[counted:])}
-    held |= {
-        other.name if other.name != "test.txt" else f"{other.parent.name}/test.txt": load_corpus(other)
-        for other in others
-    }
-    return "\n\n".join(rows[:counted]), {name: text[:characters] for name, text in held.items()}
+PIECE = 800
+"""Characters that a model reads at once, about 200 tokens."""
 
 
-def measure(model: Any, tokenizer: Any, texts: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Bits per byte of each text, and the tokens that it takes."""
-    found = {}
-    for name, text in texts.items():
-        result = text_perplexity(model, tokenizer, text, window=WINDOW, batch=1)
-        (ids,) = text_ids(tokenizer, [text])
-        found[name] = {"bits_per_byte": result.bits_per_byte, "error": result.bits_per_byte_error, "tokens": len(ids)}
+def pieces_of(text: str, characters: int) -> list[str]:
+    """Pieces of equal length of the first ``characters`` of a text."""
+    return [text[start : start + PIECE] for start in range(0, min(characters, len(text) - PIECE + 1), PIECE)]
+
+
+def bits_of(model: Any, tokenizer: Any, pieces: list[str]) -> list[float]:
+    """Bits of the cross-entropy of each piece, after the tokens that the tokenizer puts before a text."""
+    found = []
+    for ids in text_ids(tokenizer, pieces):
+        tokens = torch.tensor([*opening_tokens(tokenizer), *ids])
+        with torch.inference_mode():
+            logits = model(input_ids=tokens[None]).logits[0, :-1].float()
+        found.append(float(cross_entropy(logits, tokens[1:], reduction="sum")) / math.log(2))
     return found
 
 
+def ratio_of(bits: list[float], dense: list[float]) -> tuple[float, float]:
+    """The ratio of two sums over the same pieces, and its standard error.
+
+    Source: Cochran, Sampling Techniques (1977), equation 6.13, for an infinite population.
+    """
+    ratio, number = sum(bits) / sum(dense), len(bits)
+    if number < 2:
+        return ratio, 0.0
+    rest = sum((one - ratio * other) ** 2 for one, other in zip(bits, dense, strict=True))
+    return ratio, math.sqrt(rest * number / (number - 1)) / sum(dense)
+
+
 def main(
-    model: Annotated[
-        Path | None, typer.Argument(help="Folder or GGUF file of a model; the demo model if left out.")
-    ] = None,
-    data: Annotated[
-        Path, typer.Option(help="Folder with c4_sample.jsonl, wiki_sample.txt, wikitext2/test.txt.")
-    ] = Path("data"),
+    model: Annotated[Path | None, typer.Argument(help="Folder or GGUF file; the demo model if left out.")] = None,
+    data: Annotated[Path, typer.Option(help="Folder with c4_sample.jsonl, wiki_sample.txt, wikitext2.")] = Path("data"),
     ratio: Annotated[list[float] | None, typer.Option(help="Fractions of the parameters to remove.")] = None,
     characters: Annotated[int, typer.Option(help="Characters of each text.")] = 16_000,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
 ) -> None:
     """Prune the vocabulary of a model by each ratio, and write results/vocabulary-NAME.json."""
     dense, tokenizer, name = load_named(model)
-    others = [data / "wiki_sample.txt", data / "wikitext2" / "test.txt"]
-    counted, texts = texts_of(data / "c4_sample.jsonl", others, characters)
-    started = time.perf_counter()
-    use = measure_use(dense, text_ids(tokenizer, [counted]), opening_tokens(tokenizer))
-    seconds = time.perf_counter() - started
-    print(f"counted {sum(use.counts.values()):,} tokens in {seconds:.0f} s", flush=True)
-    rows: list[dict[str, Any]] = []
+    dense.to(getattr(torch, dtype))
+    rows = calibration_texts(data / "c4_sample.jsonl")
+    counted = 4 * len(rows) // 5
+    texts = {"c4_sample.jsonl, the rest": "\n\n".join(rows[counted:])}
+    texts |= {place: load_corpus(data / place) for place in ("wiki_sample.txt", "wikitext2/test.txt")}
+    pieces = {place: pieces_of(text, characters) for place, text in texts.items()}
+    use = measure_use(dense, text_ids(tokenizer, ["\n\n".join(rows[:counted])]), opening_tokens(tokenizer))
+    settings = {"model": name, "dtype": dtype, "piece": PIECE, "counted": sum(use.counts.values())}
+    settings |= {"pieces": {place: len(each) for place, each in pieces.items()}}
+    results: list[dict[str, Any]] = []
+    whole: dict[str, list[float]] = {}
     for part in [0.0, *(ratio or [0.4, 0.49])]:
-        slim, words = dense, tokenizer
-        size, count = len(tokenizer), sum(one.numel() for one in dense.parameters())
+        slim, words, count = dense, tokenizer, sum(one.numel() for one in dense.parameters())
         if part:
             found = trim(dense, tokenizer, use, size_after(dense, part), share=True)
-            slim, words, size, count = found.model, found.tokenizer, found.report.rows[1], found.report.parameters[1]
-        rows.append({"ratio": part, "tokens": size, "parameters": count, "texts": measure(slim, words, texts)})
-        print(rows[-1], flush=True)
-        settings = {"model": name, "characters": characters, "window": WINDOW, "counted": sum(use.counts.values())}
-        write_results(RESULTS / f"vocabulary-{name}.json", {"settings": settings, "rows": rows})
+            slim, words, count = found.model, found.tokenizer, found.report.parameters[1]
+        row: dict[str, Any] = {"ratio": part, "tokens": len(words), "parameters": count, "texts": {}}
+        for place, each in pieces.items():
+            bits = bits_of(slim, words, each)
+            over, error = ratio_of(bits, whole.setdefault(place, bits))
+            row["texts"][place] = {
+                "bits_per_byte": sum(bits) / sum(len(piece.encode()) for piece in each),
+                "over_dense": over,
+                "error": error,
+                "tokens": sum(map(len, text_ids(words, each))),
+            }
+        results.append(row)
+        print(row, flush=True)
+        write_results(RESULTS / f"vocabulary-{name}.json", {"settings": settings, "rows": results})
 
 
 if __name__ == "__main__":

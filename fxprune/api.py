@@ -51,6 +51,7 @@ from fxprune.vocabulary.prune import PrunedVocabulary, carry_out
 from fxprune.vocabulary.stage import (
     as_rows,
     check_alone,
+    check_parts,
     has_others,
     report_with,
     samples_with,
@@ -191,10 +192,7 @@ def prune_pipeline(calibration: Any = None, *, plan: Plan | None = None, **optio
         plan: a plan to carry out, in place of importance and selection.
         options: as for :func:`prune`.
     """
-    values = resolve(options)
-    if has_vocab(values):
-        plan, values = (plan, without_vocab(values)) if has_others(values) else (Plan(), _nothing_else(values))
-    return _pipeline(calibration, values, plan)
+    return _other_kinds(calibration, resolve(options), plan)
 
 
 def _check_place(name: str, value: Any, wanted: str) -> None:
@@ -205,21 +203,31 @@ def _check_place(name: str, value: Any, wanted: str) -> None:
 
 def _prune_vocabulary(model: Any, calibration: Any, values: Mapping[str, Any]) -> Result:
     """Prune the vocabulary, and then the other kinds in what is left of the model."""
+    check_alone(values)
     if not isinstance(model, nn.Module):
         _check_place("model", model, "a torch.nn.Module, a folder, a GGUF file, or a hub id")
         model, words = load_model(model), values["tokenizer"] or load_tokenizer(model)
         values = {**values, "tokenizer": words}
-    check_alone(values, model)
-    prune_pipeline(calibration, **values).check_arguments()
-    calibration = as_rows(calibration, values["tokenizer"])
+    check_parts(model, values["tokenizer"])
+    _other_kinds(calibration, values).check_arguments()
+    calibration = as_rows(model, calibration, values["tokenizer"])
     found, rest = trim_first(model, calibration, values)
     ratio = DEFAULT_RATIO if values["ratio"] is None else values["ratio"]
     if rest is None:
-        alone = _nothing_else(values)
-        result = _run(_pipeline(None, alone, Plan()), found.model, alone)
+        rest = _nothing_else(values)
+        result = _run(_pipeline(None, rest, Plan()), found.model, rest)
     else:
         result = _run(_pipeline(samples_with(found, calibration), rest), found.model, rest)
     return _with_vocabulary(result, found, ratio)
+
+
+def _other_kinds(calibration: Any, values: Mapping[str, Any], plan: Plan | None = None) -> Pipeline:
+    """The pipeline of the kinds beside the vocabulary; one that removes nothing if there are none."""
+    if not has_vocab(values):
+        return _pipeline(calibration, values, plan)
+    if has_others(values):
+        return _pipeline(calibration, without_vocab(values), plan)
+    return _pipeline(None, _nothing_else(values), Plan())
 
 
 def _nothing_else(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,12 +238,13 @@ def _nothing_else(values: Mapping[str, Any]) -> dict[str, Any]:
 def _apply_vocabulary(model: Any, plan: Plan, calibration: Any, values: Mapping[str, Any]) -> Result:
     """Carry out a plan that says which tokens stay."""
     options = resolve(_given(values))
-    check_alone({**options, "compensate": None, "tune": None}, model)
+    check_alone({**options, "compensate": None, "tune": None})
     tokenizer = values["tokenizer"]
+    check_parts(model, tokenizer)
     tokens = read_tokens(specification(tokenizer))
     found = carry_out(model, tokenizer, plan.vocabulary, tokens, Use({}), share=True)
     options["tokenizer"] = found.tokenizer
-    samples = samples_with(found, as_rows(calibration, tokenizer))
+    samples = samples_with(found, as_rows(model, calibration, tokenizer))
     result = _run(_pipeline(samples, options, replace(plan, vocabulary=())), found.model, options)
     return _with_vocabulary(result, found, None)
 
@@ -428,7 +437,7 @@ def _prune_offloaded(
     """Prune with weights on disk; ``finish`` is called while the intermediate results are still there."""
     values = resolve({"memory": "low", "tune": NONE, **_given(options)})
     if has_vocab(values):
-        check_alone({**values, "offload": folder}, None)
+        check_alone({**values, "offload": folder})
     pipeline = _pipeline(calibration, values)
     with resumable_folder(folder, request_key(source, calibration, str(pipeline)), force=force) as work:
         result = _run(pipeline, load_mapped(source, work), {**values, "inplace": False})

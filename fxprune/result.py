@@ -122,7 +122,12 @@ class Result:
         model = Emitted(self.model, self.report.model_reasons).require_model()
         options: dict[str, Any] = {"max_shard_size": max_shard_size, "force": force, "also": also, "verify": verify}
         return save_pretrained(
-            model, folder, self.tokenizer or tokenizer, plan=self.plan, report=self.report, **options
+            model,
+            folder,
+            tokenizer if self.tokenizer is None else self.tokenizer,
+            plan=self.plan,
+            report=self.report,
+            **options,
         )
 
     def evaluate(

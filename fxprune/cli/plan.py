@@ -51,7 +51,8 @@ def show(plan: Source, as_json: flags.Json = False) -> None:
     blocks, norm = list(written.plan.removed_blocks), written.plan.norm
     if as_json:
         cut = [{"block": one.block, "axes": one.axes, "size": one.size, "removed": one.first} for one in axes]
-        print_json({"norm": norm, "removed_blocks": blocks, "widths": widths, "axes": cut})
+        tokens = list(written.plan.vocabulary)
+        print_json({"norm": norm, "removed_blocks": blocks, "widths": widths, "axes": cut, "vocabulary": tokens})
         return
     lines = [f"layer removed: {block}" for block in blocks]
     if widths:
@@ -59,7 +60,9 @@ def show(plan: Source, as_json: flags.Json = False) -> None:
     elif axes:
         console.print(_axes_table(axes, ("removed", "first")))
         lines.append("note: there is no report.json beside the plan, so these are axes of parameters")
-    if not axes and not blocks:
+    if written.plan.vocabulary:
+        lines.append(f"tokens that stay: {len(written.plan.vocabulary):,}")
+    if not axes and not blocks and not written.plan.vocabulary:
         lines.append("the plan removes nothing")
     if written.report:
         dense, slim = written.report.parameters
@@ -78,16 +81,25 @@ def diff(first: Source, second: Source, as_json: flags.Json = False) -> None:
         "first": sorted({*one.removed_blocks} - {*other.removed_blocks}),
         "second": sorted({*other.removed_blocks} - {*one.removed_blocks}),
     }
-    same = not axes and not any(blocks.values()) and one.norm == other.norm
+    tokens = {
+        "first": len({*one.vocabulary} - {*other.vocabulary}),
+        "second": len({*other.vocabulary} - {*one.vocabulary}),
+    }
+    same = not axes and not any(blocks.values()) and (one.norm, one.vocabulary) == (other.norm, other.vocabulary)
     if as_json:
         cut = [each.to_dict() for each in axes]
-        print_json({"same": same, "axes": cut, "removed_blocks": blocks, "norm": [one.norm, other.norm]})
+        print_json(
+            {"same": same, "axes": cut, "removed_blocks": blocks, "norm": [one.norm, other.norm], "tokens": tokens}
+        )
         raise typer.Exit(int(not same))
     if axes:
         console.print(_axes_table(axes, ("only first", "first"), ("only second", "second"), ("both", "both")))
     lines = ["the plans remove the same"] if same else []
     for plan, alone in blocks.items():
         lines += [f"layer removed only by the {plan}: {block}" for block in alone]
+    if one.vocabulary != other.vocabulary:
+        kept = (f"{len(plan.vocabulary):,}" if plan.vocabulary else "all" for plan in (one, other))
+        lines.append("tokens that stay: {} in the first, {} in the second".format(*kept))
     if one.norm != other.norm:
         lines.append(f"norms over removed units: {one.norm} in the first, {other.norm} in the second")
     print_lines(lines)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from fxprune.vocabulary.pieces import Tokens
 
@@ -45,7 +44,7 @@ def choose_tokens(
 
     Complexity: ``n log n`` for ``n`` tokens.
     """
-    counts, expected, gone = Counter[int](use.counts), Counter[Any](use.expected), dict[int, None]()
+    counts, expected, gone = Counter(use.counts), defaultdict(float, use.expected), dict[int, None]()
     parents = Counter(part for number in tokens.texts for part in tokens.parts(number))
     surplus = len(tokens.every) - size
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -80,7 +80,7 @@ class Tokens(ABC):
         }
         self._falls_back = bool(model.get("byte_fallback")) and len(self._bytes) == 256
         unknown = model.get("unk_id") if "unk_id" in model else self.ids.get(model.get("unk_token"))
-        self._unknown = () if unknown is None else (unknown,)
+        self._unknown: tuple[int, ...] = () if unknown is None else (unknown,)
 
     @property
     def every(self) -> frozenset[int]:
@@ -90,7 +90,7 @@ class Tokens(ABC):
     @cached_property
     def needed(self) -> frozenset[int]:
         """Ids that must stay, so that every text can be written: added tokens, and characters or bytes."""
-        fallback = self._bytes.values() if self._falls_back else ()
+        fallback: Iterable[int] = self._bytes.values() if self._falls_back else ()
         kept = {number for number, text in self.texts.items() if self._is_character(text) and self._stays(text)}
         alone = {number for number, text in self.texts.items() if not self._can_be_written(text)}
         return self.added.union(self._unknown, fallback, kept, alone)
@@ -157,7 +157,7 @@ class _Merged(Tokens):
         if token in self._halves:
             return self._halves[token]
         left = self._merge(text)[-1]
-        return tuple(number for part in left for number in self._symbol(part))
+        return tuple(number for part in left for number in self._numbers(part))
 
     @cached_property
     def _halves(self) -> dict[int, tuple[int, int]]:
@@ -173,10 +173,7 @@ class _Merged(Tokens):
 
     def _merge(self, text: str) -> list[list[str]]:
         """The symbols of a text before the first merge, and after each."""
-        bare = text.removesuffix(self._suffix) if self._suffix else text
-        symbols = list(bare)
-        if len(bare) < len(text):
-            symbols[-1] += self._suffix
+        symbols = self._symbols(text)
         steps = [symbols]
         while True:
             ranks = [self._ranks.get(pair) for pair in pairwise(symbols)]
@@ -187,7 +184,16 @@ class _Merged(Tokens):
             symbols = [*symbols[:place], symbols[place] + symbols[place + 1], *symbols[place + 2 :]]
             steps.append(symbols)
 
-    def _symbol(self, text: str) -> tuple[int, ...]:
+    def _symbols(self, text: str) -> list[str]:
+        """The characters of a text, the last one with the mark of the end of a word if the text has it."""
+        bare = text.removesuffix(self._suffix) if self._suffix else text
+        symbols = list(bare)
+        if symbols and len(bare) < len(text):
+            symbols[-1] += self._suffix
+        return symbols
+
+    def _numbers(self, text: str) -> tuple[int, ...]:
+        """The tokens of a symbol."""
         if text in self.ids:
             return (self.ids[text],)
         return self._as_bytes(text) if self._falls_back else self._unknown
@@ -196,7 +202,7 @@ class _Merged(Tokens):
         return len(text.removesuffix(self._suffix) if self._suffix else text) == 1
 
     def _can_be_written(self, text: str) -> bool:
-        return self._falls_back or all(part in self.ids for part in self._merge(text)[0])
+        return self._falls_back or all(symbol in self.ids for symbol in self._symbols(text))
 
 
 class _Scored(Tokens):

@@ -72,11 +72,11 @@ class PrunedVocabulary:
     report: VocabularyReport
     tokens: Tokens
 
-    def rewritten(self, ids: Iterable[int]) -> list[int]:
-        """Token ids of the whole tokenizer as new ones; a token that went is written by its pieces."""
+    def rewritten(self, rows: Iterable[Iterable[int]]) -> list[list[int]]:
+        """Rows of token ids of the whole tokenizer with new ids; a token that went is written by its pieces."""
         new = {old: place for place, old in enumerate(self.report.kept)}
         gone = self.tokens.every - new.keys()
-        return [new[kept] for number in ids for kept in self.tokens.written(number, gone)]
+        return [[new[kept] for number in row for kept in self.tokens.written(number, gone)] for row in rows]
 
 
 def prune_vocabulary(
@@ -151,6 +151,9 @@ def trim(
         share: whether all tensors without tokens are those of the model.
     """
     tokens, rows = read_tokens(specification(tokenizer)), find_rows(model)
+    if unknown := use.counts.keys() - tokens.every:
+        what = f"it has the id {min(unknown)}, for which the tokenizer has no token"
+        raise CalibrationError(what, where="calibration", remedy="Tokenise with the tokenizer of this model")
     needed = (tokens.needed | ids_in_settings(model)) & tokens.every
     if size < len(needed) and not free:
         total = sum(parameter.numel() for parameter in model.parameters())
@@ -168,8 +171,8 @@ def carry_out(
     parameters = tuple(sum(parameter.numel() for parameter in one.parameters()) for one in (model, slim))
     gone = tokens.every - set(kept)
     more = sum(count * len(tokens.written(token, gone)) for token, count in use.counts.items())
-    sizes = {"rows": (find_rows(model).size, len(kept)), "parameters": parameters}
-    report = VocabularyReport(tuple(kept), tokens=(sum(use.counts.values()), more), **sizes)  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"rows": (find_rows(model).size, len(kept)), "parameters": parameters}
+    report = VocabularyReport(tuple(kept), tokens=(sum(use.counts.values()), more), **sizes)
     return PrunedVocabulary(slim, trimmed_tokenizer(tokenizer, kept), report, tokens)
 
 
@@ -194,7 +197,7 @@ def measure_use(model: PreTrainedModel, rows: Iterable[Sequence[int]], opening: 
     return Use(counts, expected_use(model, map(torch.tensor, spread(windows, _WINDOWS))))
 
 
-_WINDOWS, _TOKENS = 64, 128
+_WINDOWS, _TOKENS = 16, 128
 """Windows of the corpus that the model reads, and tokens of each."""
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "as_rows",
     "check_alone",
+    "check_parts",
     "has_others",
     "report_with",
     "samples_with",
@@ -60,7 +61,7 @@ def has_others(values: Mapping[str, Any]) -> bool:
     return any(kind != VOCAB for kind in named_kinds(values))
 
 
-def check_alone(values: Mapping[str, Any], model: Any) -> None:
+def check_alone(values: Mapping[str, Any]) -> None:
     """Refuse options that the kind ``vocab`` cannot be combined with."""
     for name, why in (
         ("inplace", "the vocabulary is cut in a copy"),
@@ -77,11 +78,15 @@ def check_alone(values: Mapping[str, Any], model: Any) -> None:
     for name in ("compensate", "tune") if not has_others(values) else ():
         if values[name] not in (None, "none"):
             raise _refused(name, "only rows of the vocabulary go, and the other weights stay as they are")
+
+
+def check_parts(model: Any, tokenizer: Any) -> None:
+    """Refuse a model or a tokenizer whose vocabulary cannot be pruned."""
     if not is_hugging_face(model):
         raise _refused("kinds", f"{type(model).__name__} is no Hugging Face model, whose vocabulary is known")
-    if values["tokenizer"] is None:
+    if tokenizer is None:
         raise _refused("tokenizer", "it is needed for the kind vocab, and there is none", "Pass that of the model")
-    check_kind(values["tokenizer"])
+    check_kind(tokenizer)
 
 
 def _refused(name: str, what: str, remedy: str = "") -> ArgumentError:
@@ -119,13 +124,13 @@ def trim_first(
     return found, None if not isinstance(ratio, Mapping) and rest["ratio"] < _LEAST else rest
 
 
-def as_rows(calibration: Any, tokenizer: Any) -> Any:
+def as_rows(model: PreTrainedModel, calibration: Any, tokenizer: Any) -> Any:
     """Calibration samples that can be read more than once: those of a text, or token ids by sample."""
     if is_text(calibration):
         return text_samples(calibration, tokenizer, _SAMPLES, _TOKENS)
     if calibration is None or (isinstance(calibration, FileSamples) and calibration.text is not None):
         return calibration
-    return [{"input_ids": row[0]} for row in token_rows(calibration, None)]
+    return [{"input_ids": row[0]} for row in token_rows(calibration, find_rows(model).size)]
 
 
 def _use(model: PreTrainedModel, tokenizer: Any, calibration: Any) -> Use:
@@ -142,7 +147,8 @@ def _use(model: PreTrainedModel, tokenizer: Any, calibration: Any) -> Use:
 def samples_with(found: PrunedVocabulary, calibration: Any) -> Any:
     """Calibration samples by :func:`as_rows` in the tokens that stay."""
     if isinstance(calibration, list):
-        return [{"input_ids": torch.tensor(found.rewritten(one["input_ids"].tolist()))} for one in calibration]
+        rows = found.rewritten(sample["input_ids"].tolist() for sample in calibration)
+        return [{"input_ids": torch.tensor(row)} for row in rows]
     if calibration is None:
         return None
     samples, tokens = calibration["input_ids"].shape

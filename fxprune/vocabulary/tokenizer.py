@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
+from fxprune.errors import UnsupportedModelError
 from fxprune.vocabulary.pieces import specification
 
 __all__ = ["renumbered", "trimmed_tokenizer"]
@@ -22,6 +25,9 @@ def trimmed_tokenizer(tokenizer: Any, kept: Sequence[int]) -> Any:
     Args:
         tokenizer: a fast tokenizer of transformers; it stays as it is.
         kept: what :func:`~fxprune.vocabulary.choose.choose_tokens` returned.
+
+    Raises:
+        UnsupportedModelError: its class does not load the tokens that it is given.
     """
     new = {old: place for place, old in enumerate(kept)}
     spec = _trimmed(specification(tokenizer), new)
@@ -34,6 +40,9 @@ def trimmed_tokenizer(tokenizer: Any, kept: Sequence[int]) -> Any:
         settings.write_text(json.dumps(written), encoding="utf-8")
         (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
         found = type(tokenizer).from_pretrained(folder)
+    if found.get_vocab() != Tokenizer.from_str(json.dumps(spec)).get_vocab():
+        what = f"{type(tokenizer).__name__} adds tokens of its own when it is loaded"
+        raise UnsupportedModelError(what, where="tokenizer", remedy="Leave the kind vocab out")
     found.name_or_path = found.init_kwargs["name_or_path"] = tokenizer.name_or_path
     return found
 

@@ -74,7 +74,7 @@ def test_json_has_all_axes(tmp_path: Path) -> None:
     code, output, _ = run("plan", "show", written(tmp_path / "plan.json", plan(0, norm="masked")), "--json")
     axes = [{"block": "model.layers.0", "axes": ["mlp.up.weight[0]", "mlp.down.weight[1]"], "size": 8, "removed": 3}]
     assert code == 0
-    assert json.loads(output) == {"norm": "masked", "removed_blocks": [], "widths": {}, "axes": axes}
+    assert json.loads(output) == {"norm": "masked", "removed_blocks": [], "widths": {}, "axes": axes, "vocabulary": []}
 
 
 def test_equal_plans_say_so(models: Path, tmp_path: Path) -> None:
@@ -114,3 +114,13 @@ def test_plans_for_models_of_different_sizes_are_not_compared(tmp_path: Path) ->
     other.sizes[NAME.format(0, "up")][0] = 9  # type: ignore[index]
     line = refused("plan", "diff", written(tmp_path / "a.json", one), written(tmp_path / "b.json", other))
     assert "model.layers.0.mlp.up.weight[0]: the plans are for axes of different sizes" in line
+
+
+def test_tokens_that_stay_are_shown_and_compared(tmp_path: Path) -> None:
+    """A plan of the vocabulary alone removes something."""
+    path = written(tmp_path / "plan.json", fxprune.Plan(vocabulary=(0, 2, 5)))
+    assert "tokens that stay: 3" in run("plan", "show", path)[1]
+    assert "removes nothing" not in run("plan", "show", path)[1]
+    other = written(tmp_path / "other.json", fxprune.Plan())
+    code, output, _ = run("plan", "diff", path, other)
+    assert code == 1 and "tokens that stay: 3 in the first, all in the second" in output

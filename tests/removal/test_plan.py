@@ -46,6 +46,8 @@ def test_a_plan_survives_json_and_gives_its_units_back(dense: fx.GraphModule) ->
     keep = without(dense, 0, 3)
     plan = Plan.from_json(plan_of(axes_of(dense), keep).to_json())
     assert plan == plan_of(axes_of(dense), keep)
+    with_tokens = replace(plan, vocabulary=(0, 2, 7))
+    assert Plan.from_json(with_tokens.to_json()) == with_tokens and with_tokens.digest != plan.digest
     (units,) = keep_of(axes_of(dense), groups_of(dense), plan).units.values()
     assert units.tolist() == [False, True, True, False]
 
@@ -57,6 +59,8 @@ def test_a_plan_survives_json_and_gives_its_units_back(dense: fx.GraphModule) ->
         ("[]", r"Plan\.to_json returned"),
         ('{"version": 1, "kept": {"a": 3}, "removed_blocks": []}', r"Plan\.to_json returned"),
         ("{}", "version None"),
+        (json.dumps({**json.loads(Plan().to_json()), "vocabulary": [3, 3]}), "not ids of tokens in order"),
+        (json.dumps({**json.loads(Plan().to_json()), "vocabulary": "all"}), "not ids of tokens in order"),
         (json.dumps({**json.loads(Plan().to_json()), "version": 99}), "version 99"),
     ],
 )

@@ -9,11 +9,12 @@ import torch
 
 import fxprune
 from benchmarks.engines.llama_cpp import LlamaServer
+from tests.tiers import tiers
 from tests.vocabulary.small import lines, tokenizer
 from tests.vocabulary.test_prune import TEXT, model_for
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen", "llama", "gemma"])
+@pytest.mark.parametrize("kind", tiers(["gpt2", "qwen", "llama", "gemma"], "qwen", "gemma"))
 def test_the_engine_writes_texts_as_the_folder_does(kind: str, tmp_path: Path) -> None:
     words = tokenizer(kind)
     model, fewer, _ = fxprune.prune_vocabulary(model_for(kind), words, [TEXT], size=len(words) - 90)

@@ -86,6 +86,7 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
         fxprune.prune_vocabulary(tiny("llama", num_hidden_layers=1), tokenizer("gpt2"), [TEXT])
 
 
+@pytest.mark.slow
 def test_the_vocabulary_alone_is_pruned_by_a_ratio(tmp_path: Path) -> None:
     model, words = model_for("gpt2"), tokenizer("gpt2")
     dense = sum(one.numel() for one in model.parameters())
@@ -124,6 +125,7 @@ def test_other_kinds_make_up_for_the_rest(tmp_path: Path) -> None:
         fxprune.apply(model, result.plan)
 
 
+@pytest.mark.slow
 def test_a_ratio_for_each_kind_is_of_its_own_parameters() -> None:
     model, words = model_for("gpt2"), tokenizer("gpt2")
     options: dict[str, Any] = {"recipe": "fast", "tokenizer": words, "compensate": "none", "tune": "none"}
@@ -140,6 +142,8 @@ def test_a_ratio_for_each_kind_is_of_its_own_parameters() -> None:
         ({"budget": "macs"}, "sized in parameters"),
         ({"tune": "tune"}, "only rows of the vocabulary go"),
         ({"ratio": 0.99}, "tokens would stay"),
+        ({"calibration": torch.full((1, 5), 10_000)}, "holds 10000, the model knows 0 to"),
+        ({"calibration": torch.full((1, 5), len(tokenizer("gpt2")))}, "for which the tokenizer has no token"),
         ({"ratio": {VOCAB: 2}}, "vocab"),
         ({"kinds": [VOCAB, "mpl"]}, "unknown kind 'mpl'"),
     ],
@@ -149,7 +153,7 @@ def test_what_the_kind_cannot_do_is_refused(changes: dict[str, Any], words: str)
     if isinstance(options.get("ratio"), dict):
         del options["kinds"]
     with pytest.raises(fxprune.FxpruneError, match=words):
-        fxprune.prune(model_for("gpt2"), torch.zeros(1, 5, dtype=torch.long), **options)
+        fxprune.prune(model_for("gpt2"), options.pop("calibration", torch.zeros(1, 5, dtype=torch.long)), **options)
 
 
 def test_weights_on_disk_are_refused(tmp_path: Path) -> None:
