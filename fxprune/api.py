@@ -469,21 +469,25 @@ def _run(pipeline: Pipeline, model: nn.Module, values: Mapping[str, Any]) -> Res
         for step in pipeline.leaves():
             step.foresee_model(model)
     if values["progress"] and values["track"] is None:
-        with run_bar(pipeline.passes, ["trace"]) as bar:
+        measured = ["quality"] if values["eval"] and values["tokenizer"] is not None else []
+        with run_bar(pipeline.passes, ["trace"], measured) as bar:
             if bar is not None:
                 bar.begin("trace")
                 pipeline = Pipeline(pipeline.passes, on_pass=lambda step: bar.begin(step.name), track=bar.track)
-            return _run_traced(pipeline, model, values)
+                return _run_traced(pipeline, model, {**values, "track": bar.track}, bar.begin)
     return _run_traced(pipeline, model, values)
 
 
-def _run_traced(pipeline: Pipeline, model: nn.Module, values: Mapping[str, Any]) -> Result:
+def _run_traced(
+    pipeline: Pipeline, model: nn.Module, values: Mapping[str, Any], begin: Callable[[str], object] = lambda _: None
+) -> Result:
     start = time.perf_counter()
     graph_module = trace(model, values["example_inputs"]).graph_module
     _LOGGER.info("trace: %.1f s", time.perf_counter() - start)
     try:
         with offer_prefetcher(prefetcher_to(values["device"], device_of(graph_module))):
             result = Result.of(pipeline(graph_module, inplace=values["inplace"]).graph_module)
+            begin("quality")
             return _with_quality(result, graph_module, model, values)
     except BaseException:  # an interrupt too: the model must not be left half cut
         source = facts_of(graph_module).get(Source)

@@ -65,7 +65,7 @@ IDS = torch.arange(12).view(2, 6)
         (IDS[:0], "the calibration data is empty"),
         ([], "the calibration data is empty"),
         (IDS[:, :1], "fewer than two tokens"),
-        (["some text"], "Tokenise the text first"),
+        (["some text"], "Pass tokenizer, or token ids"),
         ([{"pixel_values": torch.ones(1, 3)}], "a sample without 'input_ids'"),
         ("{'input_ids': [1, 2, 300]}", "input_ids holds 300"),
         ("", "the calibration data is empty"),

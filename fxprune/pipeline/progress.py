@@ -61,15 +61,15 @@ class RunBar:
 
 
 @contextmanager
-def run_bar(passes: Sequence[Pass], first: Sequence[str] = ()) -> Iterator[RunBar | None]:
-    """A bar for the steps in ``first`` and for passes; None where nobody looks: no terminal and no notebook."""
+def run_bar(passes: Sequence[Pass], first: Sequence[str] = (), last: Sequence[str] = ()) -> Iterator[RunBar | None]:
+    """A bar for passes and the steps before and after them; None where nobody looks: no terminal and no notebook."""
     console = Console(file=sys.stderr)  # what is silenced while a model is traced does not stop the bar
     if not (console.is_terminal or console.is_jupyter):
         yield None
         return
     runs = [step.cost(_SAMPLES).runs for step in passes]
     least = max(sum(runs) / 20, 1.0)  # steps without runs of the model take time as well
-    work = [least] * len(first) + [least / 4 + each for each in runs]
+    work = [least] * len(first) + [least / 4 + each for each in runs] + [least] * len(last)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        yield RunBar([*first, *(step.name for step in passes)], work, progress)
+        yield RunBar([*first, *(step.name for step in passes), *last], work, progress)

@@ -88,4 +88,4 @@ def test_each_pass_is_logged_with_its_time(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.INFO, "fxprune"):
         fxprune.prune(tiny("llama"), importance="l2", ratio=0.1)
     logged = [record.getMessage().partition(": ")[0] for record in caplog.records]
-    assert logged[:3] == ["trace", "find-groups", "l2"] and logged[-1] == "make-report"
+    assert logged[:3] == ["trace", "find-groups", "l2"] and logged[-2:] == ["make-report", "quality"]

@@ -47,4 +47,4 @@ def test_a_prune_shows_its_bar_in_a_terminal_unless_told_not_to(
     fxprune.prune(tiny("llama"), **options, progress=False)
     assert capsys.readouterr().err == ""
     fxprune.prune(tiny("llama"), **options)
-    assert "step 1 of 7: trace" in capsys.readouterr().err
+    assert " of 7: " in capsys.readouterr().err  # quick steps may pass between two frames
