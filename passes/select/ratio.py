@@ -362,6 +362,8 @@ class SelectByRatioPass(SelectPass):
         name, _, file_format = (self.budget if target is None else target.budget).partition("@")
         if isinstance(self.ratio, tuple) or name not in ("params", "bytes") or (target is None and name != "params"):
             return
+        if target is not None and target.part and file_format:
+            return  # a part of a size that the graph will show
         dense, least = dense_and_least(model, self.kinds, name, file_format)
         word = "parameters" if name == "params" else "bytes"
         wanted = (1 - self.ratio + _CLOSE) * dense if target is None else self._wanted(target, dense, word)
