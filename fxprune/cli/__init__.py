@@ -17,7 +17,7 @@ def __getattr__(name: str) -> Any:
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # each adds its commands
-    from fxprune.cli import apply, bench, console, evaluate, export, generate, graph, lists, plan, prune, recover  # noqa: F401
+    from fxprune.cli import apply, bench, console, evaluate, export, generate, graph, lists, plan, prune, recover, sweep  # noqa: F401
 
     return console.app
 

@@ -49,7 +49,10 @@ errors = Console(stderr=True, soft_wrap=True)
 notes = Console(stderr=True, soft_wrap=True)
 """Progress and remarks, which ``--quiet`` silences."""
 
-_ORDER = ("prune", "apply", "eval", "recover", "generate", "bench", "export", "graph", "explain", "plan", "recipes")
+_ORDER = (
+    *("prune", "sweep", "apply", "eval", "recover", "generate", "bench", "export", "graph", "explain", "plan"),
+    "recipes",
+)
 """Commands in the order in which they are of use; others come last."""
 
 
