@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from fxprune.rules import OpSite as OpSite
     from fxprune.rules import TensorAxes as TensorAxes
     from fxprune.rules import rule as rule
+    from fxprune.sweep import Sweep as Sweep
+    from fxprune.sweep import sweep as sweep
     from fxprune.trace import Traced as Traced
     from fxprune.trace import trace as trace
     from fxprune.vocabulary.prune import VocabularyReport as VocabularyReport
@@ -86,6 +88,7 @@ _PLACES = {
     "report.report": ("Report",),
     "removal.scores": ("Scores",),
     "rules": ("OpSite", "TensorAxes", "rule"),
+    "sweep": ("Sweep", "sweep"),
     "trace": ("Traced", "trace"),
     "vocabulary.prune": ("VocabularyReport", "prune_vocabulary"),
 }

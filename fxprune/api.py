@@ -59,7 +59,7 @@ from fxprune.vocabulary.stage import (
     without_vocab,
 )
 
-__all__ = ["Result", "apply", "prune", "prune_checkpoint", "prune_pipeline"]
+__all__ = ["Result", "apply", "prune", "prune_checkpoint", "prune_pipeline", "prune_traced"]
 
 _LOGGER = logging.getLogger("fxprune")
 
@@ -460,7 +460,25 @@ def _check_samples(pipeline: Pipeline, model: Any) -> None:
             check_tokens(read_token_rows(file) if data is None else data, rows)
 
 
-def _run(pipeline: Pipeline, model: nn.Module, values: Mapping[str, Any]) -> Result:
+def prune_traced(graph_module: fx.GraphModule, model: nn.Module, calibration: Any, options: Options) -> Result:
+    """Prune a model whose graph was traced before; both stay as they are.
+
+    Args:
+        graph_module: the graph of the model.
+        model: the model.
+        calibration: as for :func:`prune`.
+        options: as for :func:`prune`, none of them in place or offloaded.
+
+    Raises:
+        FxpruneError: as for :func:`prune`.
+    """
+    values = resolve(options)
+    return _run(_pipeline(calibration, values), model, values, graph_module)
+
+
+def _run(
+    pipeline: Pipeline, model: nn.Module, values: Mapping[str, Any], graph_module: fx.GraphModule | None = None
+) -> Result:
     """Run a pipeline on a model; if it fails in place, restore the tensors cut off the model."""
     pipeline.check_arguments()
     if values["example_inputs"] is None and is_hugging_face(model):
@@ -482,8 +500,9 @@ def _run_traced(
     pipeline: Pipeline, model: nn.Module, values: Mapping[str, Any], begin: Callable[[str], object] = lambda _: None
 ) -> Result:
     start = time.perf_counter()
-    graph_module = trace(model, values["example_inputs"]).graph_module
-    _LOGGER.info("trace: %.1f s", time.perf_counter() - start)
+    if graph_module is None:
+        graph_module = trace(model, values["example_inputs"]).graph_module
+        _LOGGER.info("trace: %.1f s", time.perf_counter() - start)
     try:
         with offer_prefetcher(prefetcher_to(values["device"], device_of(graph_module))):
             result = Result.of(pipeline(graph_module, inplace=values["inplace"]).graph_module)
@@ -504,7 +523,7 @@ def _with_quality(result: Result, dense: fx.GraphModule, model: nn.Module, value
     if not why:
         try:
             quality = measure_quality(
-                graph_predictor(dense),
+                graph_predictor(dense, shared=True),
                 graph_predictor(result.graph_module),
                 values["tokenizer"],
                 values["eval_text"],

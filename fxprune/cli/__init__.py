@@ -17,7 +17,8 @@ def __getattr__(name: str) -> Any:
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # each adds its commands
-    from fxprune.cli import apply, bench, console, evaluate, export, generate, graph, lists, plan, prune, recover, serve  # noqa: F401
+    from fxprune.cli import apply, bench, console, evaluate, export, generate, graph  # noqa: F401, I001
+    from fxprune.cli import lists, plan, prune, recover, serve, sweep  # noqa: F401
 
     return console.app
 

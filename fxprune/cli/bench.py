@@ -38,7 +38,7 @@ def bench(
     as_json: flags.Json = False,
 ) -> None:
     """Time MODEL and OTHERS, dense or slim, as they generate in transformers."""
-    from fxprune.cli.sweep import slim_versions
+    from fxprune.cli.versions import slim_versions
     from fxprune.evaluation.speed import measure_speed
     from fxprune.offload.atomic import write_file
 

@@ -55,6 +55,7 @@ notes = Console(stderr=True, soft_wrap=True)
 
 _ORDER = (
     "prune",
+    "sweep",
     "apply",
     "eval",
     "recover",

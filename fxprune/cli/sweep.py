@@ -1,44 +1,101 @@
-"""Slim versions of a model to be timed beside it, for targets of speed."""
+"""The command that prunes a model by several recipes and ratios, and compares the results."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
 
 import fxprune
-from fxprune.cli.console import working
-from fxprune.errors import EvaluationError, RatioError
-from fxprune.evaluation.speed import times_file
-from fxprune.graph.counting import count_parameters
-from fxprune.graph.facts import fork
-from fxprune.graph.tensors import device_of
+from fxprune.cli import options as flags
+from fxprune.cli.config import parse_number
+from fxprune.cli.console import MeasuringCommand, app, console, print_json, print_lines, progress
+from fxprune.cli.models import check_model, load
+from fxprune.cli.preparation import CalibrationText, prepare
+from fxprune.cli.process import keep_freed
+from fxprune.errors import ArgumentError
+from fxprune.recipes.options import WHAT_GOES, Options
 
-__all__ = ["slim_versions"]
-
-_RATIOS = (0.15, 0.3, 0.45)
+__all__ = ["sweep"]
 
 
-def slim_versions(model: Any) -> tuple[dict[str, Any], Any]:
-    """Models of a few sizes by random units, by name, and the file that their times are kept in.
+@app.command(cls=MeasuringCommand)
+@flags.library_options(Options)
+def sweep(
+    model: flags.Folder,
+    out: Annotated[Path, typer.Option(callback=flags.expanded, help="Folder for the table, the picture and models.")],
+    ratio: Annotated[
+        str, typer.Option(metavar="N,...", help="Fractions of the parameters to remove.", rich_help_panel=WHAT_GOES)
+    ] = "0.1,0.2,0.35",
+    recipe: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Recipes, by name or as files.", rich_help_panel=WHAT_GOES)
+    ] = "fast,balanced",
+    keep: Annotated[
+        Literal["all", "best", "none"],
+        typer.Option(help="Models to keep: all, those that nothing else beats, or none."),
+    ] = "best",
+    bench: Annotated[bool, typer.Option("--bench", help="Measure the time of a generated token as well.")] = False,
+    at_most: Annotated[
+        str | None, typer.Option(help="Recommend by perplexity: at most so many times that of MODEL, as in 1.3x.")
+    ] = None,
+    calibration: flags.Calibration = None,
+    samples: flags.Samples = None,
+    tokens: flags.Tokens = None,
+    gguf_file: flags.Gguf = None,
+    dtype: flags.Dtype = None,
+    device: flags.Device = None,
+    force: flags.Force = False,
+    quiet: flags.QuietButResult = False,
+    verbose: flags.Verbose = False,
+    as_json: flags.Json = False,
+    **options: Any,
+) -> None:
+    """Prune MODEL by several recipes and ratios, and compare size and quality; repeated, it goes on after a stop."""
+    from fxprune.sweep.run import check_sweep
 
-    Raises:
-        EvaluationError: there is no slim model to time.
-    """
-    found: dict[str, Any] = {}
-    with working("tracing the model"):
-        graph_module = fxprune.trace(model).graph_module
-    place = times_file(count_parameters(graph_module), device_of(graph_module))
-    for ratio in _RATIOS:
-        pipeline = fxprune.prune_pipeline(recipe="fast", importance="random", ratio=ratio, verify=False)
-        with working(f"pruning by {ratio:.0%}"):
-            try:
-                result = fxprune.Result.of(pipeline(fork(graph_module)).graph_module)
-            except RatioError as error:
-                if not found:
-                    raise EvaluationError(error.what, where="--sweep", remedy=error.remedy) from error
-                break
-        if result.model is None:
-            reasons = "; ".join(result.report.model_reasons[:3])
-            remedy = "Time exported graphs, and name the table as in '1.3x decode@times.json'"
-            raise EvaluationError(f"there is no slim model to time: {reasons}", where="--sweep", remedy=remedy)
-        found[f"{ratio:.0%} less"] = result.model
-    return found, place
+    most = None if at_most is None else _times(at_most)
+    ratios = [parse_number(part.strip()) for part in ratio.split(",")]
+    recipes = [part.strip() for part in recipe.split(",")]
+    asked = check_sweep(ratios, recipes, keep, options)
+    text = CalibrationText(calibration, samples, tokens)
+    check_model(model, gguf_file, with_weights=True)
+    text.check()
+    if calibration is not None:
+        options = {"eval_text": calibration, **options}
+    prepared = [
+        prepare(model, gguf_file, text, {**options, **own}, needs_tokenizer=True, dry_run=False)
+        for own in asked.values()
+    ]
+    most_samples = max((one.samples for one in prepared if one.samples is not None), key=len, default=None)
+    keep_freed()
+    found = fxprune.sweep(
+        load(model, gguf_file, dtype=dtype, device=device),
+        text.named(most_samples),
+        out=out,
+        ratio=ratios,  # type: ignore[arg-type]
+        recipe=recipes,
+        keep=keep,
+        bench=bench,
+        force=force,
+        tokenizer=prepared[0].tokenizer,
+        track=progress,
+        **options,
+    )
+    best = None if most is None else found.recommend(most)
+    if as_json:
+        print_json({**found.to_dict(), "recommended": None if best is None else best.name})
+        return
+    console.print(found.table())
+    print_lines(f"measured on {text}" for text in dict.fromkeys(row.measured_on for row in found.rows))
+    if most is not None:
+        none = "none of them; smaller ratios or the recipe `best` may be"
+        print_lines([f"perplexity at most {most:g} x: {none if best is None else best.name}"])
+
+
+def _times(text: str) -> float:
+    """The number in ``1.3x``."""
+    value = parse_number(text.removesuffix("x"))
+    if isinstance(value, str) or not value > 0:
+        raise ArgumentError(f"{text!r} is no multiple", where="--at-most", remedy="Give a number, as in 1.3x")
+    return float(value)

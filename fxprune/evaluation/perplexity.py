@@ -209,11 +209,12 @@ def _text_perplexities(
     ids, size = _encode(tokenizer, text)
     places, first = sliding_windows(torch.arange(len(ids)), window, stride, None if seen else limit, len(opening))
     if seen:
-        new = unseen(ids[places], seen).nonzero().flatten()
-        if not len(new):
+        # in an order of its own for each text, so that prunes that used other samples share most windows
+        order = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))
+        chosen = order[unseen(ids[places], seen)[order]][:limit].sort().values
+        if not len(chosen):
             what = "all of the text was used already"
             raise EvaluationError(what, where="text", remedy="Give a text that no sample was taken from")
-        chosen = new[_evenly(len(new), limit)]
         places, first = places[chosen], first[chosen]
     windows = torch.cat([torch.tensor(opening, dtype=torch.long).expand(len(places), -1), ids[places]], dim=1)
     measured = _measure_windows(model, windows, first, batch, reference, track)

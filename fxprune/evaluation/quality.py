@@ -23,6 +23,7 @@ from fxprune.graph.facts import facts_of
 from fxprune.masking.masked_run import UntouchedRun
 from fxprune.masking.teacher import run_logits
 from fxprune.pipeline.contract import Track, no_progress
+from fxprune.pipeline.sharing import shared_tensor
 from fxprune.report.quality import GreedyAnswer, Quality, TextQuality
 from fxprune.trace.inputs import alias_twin, written_parameters
 
@@ -47,10 +48,20 @@ _FEWEST = 4
 """Windows of a text that its errors can be estimated from."""
 
 
-def graph_predictor(graph_module: fx.GraphModule) -> Callable[..., Tensor]:
-    """A function from token ids ``(batch, tokens)`` to logits that runs a graph and writes to none of its tensors."""
+def graph_predictor(graph_module: fx.GraphModule, *, shared: bool = False) -> Callable[..., Tensor]:
+    """A function from token ids ``(batch, tokens)`` to logits that runs a graph and writes to none of its tensors.
+
+    Args:
+        graph_module: the graph.
+        shared: whether the graph is that of the dense model of a sweep, which predicts the same text again.
+    """
 
     def predict(input_ids: Tensor) -> Tensor:
+        if not shared:
+            return run(input_ids)
+        return shared_tensor((id(graph_module), tuple(input_ids.flatten().tolist())), lambda: run(input_ids))
+
+    def run(input_ids: Tensor) -> Tensor:
         inputs = batched(read_calibration(input_ids, graph_module), graph_module)
         return run_logits(UntouchedRun(graph_module), inputs).to(input_ids.device)
 
@@ -80,7 +91,7 @@ def measure_quality(
         speakers: the dense and the slim model to generate the answer; None for no answer.
         pruned: the slim graph, whose facts tell which samples the prune used: windows with a part of one are left out.
         window: tokens that the models see at once.
-        windows: most windows, evenly spaced over those left.
+        windows: most windows, from all over the text.
         track: shows progress, as ``track(items, what, total)``.
 
     Raises:
@@ -88,7 +99,8 @@ def measure_quality(
     """
     seen = () if pruned is None else _samples_used(pruned)
     options: dict[str, Any] = {"window": window, "limit": windows, "seen": seen, "track": track, "batch": 1}
-    name, found = BUILT_IN if text is None else text_source(text), None
+    name = BUILT_IN if text is None else text_source(text)
+    found: tuple[Perplexity, Perplexity] | None = None
     with preserve_rng():
         if text is not None:
             with suppress(EvaluationError):  # it is too short, or all of it was used

@@ -28,6 +28,7 @@ from fxprune.graph.facts import Change, Fact, Source, facts_of, fork, reading, u
 from fxprune.graph.tensors import comparable, weights
 from fxprune.offload.prefetch import use_prefetcher
 from fxprune.pipeline.arguments import Arguments, flag, function
+from fxprune.pipeline.sharing import remembered
 from fxprune.pipeline.spelling import spell
 
 __all__ = [
@@ -162,7 +163,8 @@ class Pass(Arguments, PassBase):
             self.check_arguments()
             self.requires(graph_module)
             apart = self.changes != "nothing" and not inplace
-            result = run_apart(self, self._run, graph_module) if apart else self._run(graph_module)
+            run = run_apart if apart else remembered
+            result = run(self, self._run, graph_module)
         _LOGGER.info("%s: %.1f s", self.name, time.perf_counter() - start)
         return result
 

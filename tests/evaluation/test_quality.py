@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fxprune
+from fxprune.data.built_in import offline_docstrings
 from fxprune.data.calibration import HeldOut
 from fxprune.errors import CalibrationError, FxpruneError
 from fxprune.evaluation.perplexity import paired_perplexities, text_perplexity
@@ -19,7 +21,7 @@ from tests.models import tiny
 from tests.tokens import character_tokenizer
 
 TOKENIZER = character_tokenizer()
-WEIGHTS = {"recipe": "llm-pruner", "importance": "l2", "ratio": 0.1, "protect": ()}
+WEIGHTS: dict[str, Any] = {"recipe": "llm-pruner", "importance": "l2", "ratio": 0.1, "protect": ()}
 
 
 def words(count: int) -> str:
@@ -39,13 +41,13 @@ def result(dense: torch.nn.Module) -> fxprune.Result:
 
 def test_a_prune_measures_what_evaluate_measures(dense: torch.nn.Module, result: fxprune.Result) -> None:
     (found,) = result.report.quality.texts  # type: ignore[union-attr]
-    options = {
-        "texts": {"text": fxprune.data.built_in.offline_docstrings()},
+    options: dict[str, Any] = {
+        "texts": {"text": offline_docstrings()},
         "window": found.window,
         "windows": WINDOWS,
     }
-    theirs = fxprune.evaluation.evaluate(dense, TOKENIZER, **options)
-    ours = fxprune.evaluation.evaluate(result, TOKENIZER, reference=dense, **options)
+    theirs = fxprune.evaluate(dense, TOKENIZER, **options)
+    ours = fxprune.evaluate(result, TOKENIZER, reference=dense, **options)
     (again,) = quality_of(theirs, ours).texts
     assert (found.text, found.windows, found.window, found.tokens) == (BUILT_IN, 12, 256, again.tokens)
     for name in ("perplexity", "bits_per_byte", "ratio", "divergence", "agreement"):
@@ -102,11 +104,11 @@ def test_samples_that_stop_training_count_as_used(dense: torch.nn.Module) -> Non
     held = fxprune.facts_of(result.graph_module)[HeldOut].samples
     assert len(held) == 16
     text = TOKENIZER.decode(held[0].inputs["input_ids"][0])
-    assert text in fxprune.data.built_in.offline_docstrings()
+    assert text in offline_docstrings()
     assert result.report.quality is not None
-    everything = [torch.tensor(TOKENIZER(fxprune.data.built_in.offline_docstrings())["input_ids"])[None]]
+    everything = [torch.tensor(TOKENIZER(offline_docstrings())["input_ids"])[None]]
     pair = paired_perplexities(
-        result.model, dense, TOKENIZER, fxprune.data.built_in.offline_docstrings(), window=256, limit=12,
+        result.model, dense, TOKENIZER, offline_docstrings(), window=256, limit=12,
         seen=[sample.inputs["input_ids"] for sample in held],
     )  # fmt: skip
     assert result.report.quality.texts[0].perplexity[0][0] == pytest.approx(pair[0].value, rel=1e-4)
@@ -122,7 +124,7 @@ def test_samples_that_stop_training_count_as_used(dense: torch.nn.Module) -> Non
         ({"tokenizer": len}, "takes no keyword arguments"),
     ],
 )
-def test_the_report_says_why_nothing_was_measured(options: dict[str, object], why: str) -> None:
+def test_the_report_says_why_nothing_was_measured(options: dict[str, Any], why: str) -> None:
     result = fxprune.prune(tiny("llama"), **WEIGHTS, **options)
     assert result.report.quality is None and why in result.report.unmeasured
     assert f"Not measured: {result.report.unmeasured}." in result.report.to_html().replace("&#39;", "'")
@@ -141,7 +143,7 @@ def test_a_model_without_answers_has_figures(dense: torch.nn.Module, result: fxp
 
 
 def test_a_far_result_says_what_brings_it_closer() -> None:
-    values = {"windows": 2, "window": 8, "tokens": 14, "perplexity": ((10.0, 1.0), (30.0, 2.0))}
+    values: dict[str, Any] = {"windows": 2, "window": 8, "tokens": 14, "perplexity": ((10.0, 1.0), (30.0, 2.0))}
     values |= {"bits_per_byte": ((1.0, 0.1), (1.6, 0.1)), "divergence": (1.1, 0.1), "agreement": (0.4, 0.1)}
     far = Quality.from_dict({"texts": [{"text": "a <b>", "ratio": (3.0, 0.2), **values}], "answers": []})
     near = Quality.from_dict({"texts": [{"text": "a", "ratio": (1.6, 0.2), **values}], "answers": []})

@@ -1,0 +1,241 @@
+"""Running a sweep: what prunes share is done once, and what was done before a stop is not done again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, Unpack
+
+import torch
+from torch import nn
+
+from fxprune.api import prune_pipeline, prune_traced
+from fxprune.checkpoint.manifest import MANIFEST
+from fxprune.checkpoint.read import load_model, load_tokenizer
+from fxprune.data.samples import is_in_memory
+from fxprune.errors import ArgumentError, CheckpointError, EvaluationError
+from fxprune.evaluation.speed import measure_speed
+from fxprune.graph.compat import tree_leaves
+from fxprune.offload.atomic import atomic_path, made_folder, wrap_disk_errors, write_file
+from fxprune.pipeline.arguments import as_path, flag, number, one_of, refuse
+from fxprune.pipeline.sharing import digest_of, sharing
+from fxprune.recipes import Options, Recipe, as_recipe
+from fxprune.report.report import package_versions
+from fxprune.result import Result
+from fxprune.sweep.table import Sweep, SweepRow, row_of
+from fxprune.trace import trace
+
+__all__ = ["KEEP", "RATIOS", "RECIPES", "TABLE", "check_sweep", "sweep"]
+
+TABLE = "sweep.json"
+"""The rows that are done, in the folder of the sweep."""
+
+RATIOS = (0.1, 0.2, 0.35)
+RECIPES = ("fast", "balanced")
+
+Keep = Literal["all", "best", "none"]
+KEEP = ("all", "best", "none")
+
+_REFUSED = ("inplace", "offload", "group_ratio")
+"""Options that a sweep cannot work with: it needs the dense model, in memory, and ratios of its own."""
+
+
+def sweep(
+    model: nn.Module | str | os.PathLike[str],
+    calibration: Any = None,
+    *,
+    out: str | os.PathLike[str],
+    ratio: float | Sequence[float] = RATIOS,
+    recipe: str | Recipe | Sequence[str | Recipe] = RECIPES,
+    keep: Keep = "best",
+    bench: bool = False,
+    force: bool = False,
+    **options: Unpack[Options],
+) -> Sweep:
+    """Prune a model by several recipes and ratios, and compare the results by their quality.
+
+    The trace, the samples, the groups, scores by the same criterion and the teacher's logits are shared. The row of
+    each prune is written to ``sweep.json`` once it is done: a sweep that was stopped goes on when it is repeated, and
+    later calls with the same model and samples add rows.
+
+    Args:
+        model: as for :func:`fxprune.prune`; it stays as it is, and its weights are in memory.
+        calibration: as for :func:`fxprune.prune`, in memory: it is read more than once.
+        out: the folder for ``sweep.json``, ``sweep.md``, ``sweep.svg`` where matplotlib is installed, and the models.
+        ratio: fractions of the parameters to remove.
+        recipe: recipes, as for :func:`fxprune.prune`.
+        keep: the slim models that stay on disk, each in a folder named after its recipe and ratio: ``all`` of them,
+            ``best``, those that nothing else beats, or ``none``.
+        bench: measure the time of a generated token as well, dense and slim side by side.
+        force: replace the table of another model or of other samples.
+        options: as for :func:`fxprune.prune`, for all of them.
+
+    Raises:
+        FxpruneError: as for :func:`fxprune.prune`; rows that are done stay.
+    """
+    asked = check_sweep(ratio, recipe, keep, options)
+    folder = Path(as_path("out", out))
+    bench, force = flag("bench", bench), flag("force", force)
+    if calibration is not None and not is_in_memory(calibration):
+        raise refuse("calibration", calibration, "samples in memory, as in list(loader): a sweep reads them repeatedly")
+    given: dict[str, Any] = {**options}
+    if not isinstance(model, nn.Module):
+        if given.get("tokenizer") is None:
+            given["tokenizer"] = load_tokenizer(model)
+        model = load_model(model)
+    if given.get("tokenizer") is None:
+        what, remedy = "quality cannot be measured without one", "Pass the tokenizer of the model"
+        raise ArgumentError(what, where="tokenizer", remedy=remedy, argument="tokenizer", value=None)
+    source = _digest(model, calibration)
+    rows = {row.name: row for row in _read(folder, source, force=force)}
+    todo, made = [], set[str]()
+    for name, own in asked.items():
+        pipeline = prune_pipeline(calibration, **given, **own)
+        pipeline.check_arguments()
+        key = hashlib.sha256(f"{source} {pipeline} {given.get('eval_text')}".encode()).hexdigest()
+        if not _is_done(rows.get(name), key, folder, rows, keep=keep, bench=bench):
+            todo.append((name, key, own))
+    with wrap_disk_errors(folder, CheckpointError), made_folder(folder), sharing():
+        traced = trace(model, given.get("example_inputs")).graph_module if todo else None
+        for name, key, own in todo:
+            assert traced is not None
+            start = time.perf_counter()
+            result = prune_traced(traced, model, calibration, {**given, **own})  # type: ignore[typeddict-item]
+            seconds = time.perf_counter() - start
+            rows[name] = _row(name, key, own, result, model if bench else None, seconds)
+            done = Sweep(folder, tuple(rows.values()))
+            if keep == "all" or (keep == "best" and rows[name] in done.best):
+                result.save_pretrained(folder / name, given["tokenizer"])
+            _write(done, source)
+            made.add(name)
+            if keep == "best":
+                _clear(done, made)
+            del result  # before the next one is made
+    done = Sweep(folder, tuple(rows[name] for name in (*asked, *(name for name in rows if name not in asked))))
+    _write(done, source)
+    write_file(folder / "sweep.md", done.to_markdown())
+    with suppress(EvaluationError), atomic_path(folder / "sweep.svg") as picture:  # there may be no matplotlib
+        done.plot(picture)
+    return done
+
+
+def check_sweep(ratio: Any, recipe: Any, keep: Any, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of each prune by its name, which is that of its recipe and its ratio.
+
+    Raises:
+        FxpruneError: a ratio, a recipe or an option cannot be used.
+    """
+    one_of("keep", keep, KEEP)
+    for name in _REFUSED:
+        if options.get(name):
+            what, remedy = f"a sweep does not take ${name}", f"Leave ${name} out, or call `fxprune.prune`"
+            raise ArgumentError(what, where=name, remedy=remedy, argument=name, value=options[name])
+    if options.get("eval") is False:
+        remedy = "Leave $eval out"
+        raise ArgumentError("a sweep compares by quality", where="eval", remedy=remedy, argument="eval", value=False)
+    ratios = ratio if isinstance(ratio, Sequence) and not isinstance(ratio, str) else (ratio,)
+    recipes = recipe if isinstance(recipe, Sequence) and not isinstance(recipe, str) else (recipe,)
+    found: dict[str, dict[str, Any]] = {}
+    for one in recipes:
+        made = as_recipe(one)
+        for fraction in ratios:
+            name = f"{made.name or 'recipe'}-{number('ratio', fraction, least=0, below=1):g}"
+            if name in found:
+                what, remedy = f"there are two prunes named {name}", "Give each ratio and each recipe once"
+                raise ArgumentError(what, where="sweep", remedy=remedy)
+            found[name] = {"recipe": made, "ratio": fraction}
+    if not found:
+        raise ArgumentError("there is nothing to prune", where="sweep", remedy="Give a ratio and a recipe")
+    return found
+
+
+def _digest(model: nn.Module, calibration: Any) -> str:
+    """A digest of a model's weights and config, the samples and the versions of packages."""
+    tensors = [tensor for leaf in (model.state_dict(), calibration) for tensor in _tensors(leaf)]
+    values = [(list(t.shape), str(t.dtype), digest_of(t)) for t in tensors]
+    config = model.config.to_json_string() if hasattr(model, "config") else type(model).__qualname__
+    return hashlib.sha256(json.dumps([values, config, package_versions()]).encode()).hexdigest()
+
+
+def _tensors(data: Any) -> Iterator[torch.Tensor]:
+    for leaf in tree_leaves(data):
+        if leaf is not None:
+            yield torch.as_tensor(leaf)
+
+
+def _read(folder: Path, source: str, *, force: bool) -> list[SweepRow]:
+    """The rows that an earlier call with the same model and samples left; none if there are none."""
+    file = folder / TABLE
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError("is a file", where=str(folder), remedy="Choose a folder")
+    if not file.is_file():
+        if folder.is_dir() and any(folder.iterdir()) and not force:
+            remedy = "Choose a new folder, or write into this one with $force=True"
+            raise CheckpointError("it holds files that are not of a sweep", where=str(folder), remedy=remedy)
+        return []
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        rows = [row_of(row) for row in data["rows"]]
+        same = data["source"] == source
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"it is no table of a sweep: {error!r}", where=str(file), remedy="Delete it") from error
+    if not same and not force:
+        remedy = "Choose a new folder, or replace it with $force=True"
+        raise CheckpointError("it is of another model, other samples or versions", where=str(file), remedy=remedy)
+    return rows if same else []
+
+
+def _is_done(
+    row: SweepRow | None, key: str, folder: Path, rows: Mapping[str, SweepRow], *, keep: Keep, bench: bool
+) -> bool:
+    """Whether a row is there with all that is asked for."""
+    if row is None or row.key != key or (bench and row.decode_ms is None):
+        return False
+    beaten = row not in Sweep(folder, tuple(rows.values())).best
+    return keep == "none" or (keep == "best" and beaten) or (folder / row.name / MANIFEST).is_file()
+
+
+def _row(
+    name: str, key: str, own: Mapping[str, Any], result: Result, dense: nn.Module | None, seconds: float
+) -> SweepRow:
+    report = result.report
+    if report.quality is None:
+        remedy = "Prune it with `fxprune.prune`"
+        raise EvaluationError(f"its quality was not measured: {report.unmeasured}", where=name, remedy=remedy)
+    (text,) = report.quality.texts
+    speeds = None
+    if dense is not None:
+        found = measure_speed({"dense": dense, "slim": result.model})
+        speeds = found["dense"].decode_ms, found["slim"].decode_ms
+    assert report.memory is not None  # every prune counts it
+    return SweepRow(
+        name=name,
+        key=key,
+        recipe=own["recipe"].name,
+        ratio=own["ratio"],
+        parameters=report.parameters,
+        memory=report.memory,
+        ratio_of_perplexity=text.ratio,
+        divergence=text.divergence,
+        agreement=text.agreement,
+        measured_on=text.data,
+        decode_ms=speeds,
+        seconds=seconds,
+    )
+
+
+def _write(done: Sweep, source: str) -> None:
+    write_file(done.folder / TABLE, json.dumps({"source": source, **done.to_dict()}, indent=2))
+
+
+def _clear(done: Sweep, made: Set[str]) -> None:
+    """Delete those of the models made that another one has beaten since."""
+    for row in done.rows:
+        if row.name in made and row not in done.best and (done.folder / row.name / MANIFEST).is_file():
+            shutil.rmtree(done.folder / row.name)
