@@ -492,12 +492,16 @@ def _run(
             if bar is not None:
                 bar.begin("trace")
                 pipeline = Pipeline(pipeline.passes, on_pass=lambda step: bar.begin(step.name), track=bar.track)
-                return _run_traced(pipeline, model, {**values, "track": bar.track}, bar.begin)
-    return _run_traced(pipeline, model, values)
+                return _run_passes(pipeline, model, {**values, "track": bar.track}, graph_module, bar.begin)
+    return _run_passes(pipeline, model, values, graph_module, lambda _: None)
 
 
-def _run_traced(
-    pipeline: Pipeline, model: nn.Module, values: Mapping[str, Any], begin: Callable[[str], object] = lambda _: None
+def _run_passes(
+    pipeline: Pipeline,
+    model: nn.Module,
+    values: Mapping[str, Any],
+    graph_module: fx.GraphModule | None,
+    begin: Callable[[str], object],
 ) -> Result:
     start = time.perf_counter()
     if graph_module is None:

@@ -67,11 +67,11 @@ def sweep(
         prepare(model, gguf_file, text, {**options, **own}, needs_tokenizer=True, dry_run=False)
         for own in asked.values()
     ]
-    most_samples = max((one.samples for one in prepared if one.samples is not None), key=len, default=None)
+    given = [one.samples for one in prepared if one.samples is not None]
     keep_freed()
     found = fxprune.sweep(
         load(model, gguf_file, dtype=dtype, device=device),
-        text.named(most_samples),
+        max(given, key=lambda samples: len(samples["input_ids"]), default=None),
         out=out,
         ratio=ratios,  # type: ignore[arg-type]
         recipe=recipes,

@@ -34,8 +34,8 @@ __all__ = [
     "token_windows",
 ]
 
-MOST_SAMPLES = 1024
-"""Samples if no number is given: more than any recipe uses."""
+MOST_SAMPLES, TOKENS = 1024, 128
+"""Samples if no number is given, more than any recipe uses, and tokens of each."""
 
 _REMEDY = (
     "Give a text file in UTF-8; or .json, .jsonl, .parquet or a data set, whose rows have a field 'text', "

@@ -110,7 +110,7 @@ def shared_tensor(key: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
 def digest_of(tensor: torch.Tensor) -> str:
     """A digest of the values of a tensor."""
     content = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    return hashlib.blake2b(content.data, digest_size=16).hexdigest()
 
 
 def _identity(value: Any) -> Any:

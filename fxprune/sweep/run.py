@@ -19,6 +19,7 @@ from fxprune.api import prune_pipeline, prune_traced
 from fxprune.checkpoint.manifest import MANIFEST
 from fxprune.checkpoint.read import load_model, load_tokenizer
 from fxprune.data.samples import is_in_memory
+from fxprune.data.text import MOST_SAMPLES, TOKENS, is_text, text_samples
 from fxprune.errors import ArgumentError, CheckpointError, EvaluationError
 from fxprune.evaluation.speed import measure_speed
 from fxprune.graph.compat import tree_leaves
@@ -46,7 +47,7 @@ _REFUSED = ("inplace", "offload", "group_ratio")
 """Options that a sweep cannot work with: it needs the dense model, in memory, and ratios of its own."""
 
 
-def sweep(
+def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of one
     model: nn.Module | str | os.PathLike[str],
     calibration: Any = None,
     *,
@@ -82,8 +83,7 @@ def sweep(
     asked = check_sweep(ratio, recipe, keep, options)
     folder = Path(as_path("out", out))
     bench, force = flag("bench", bench), flag("force", force)
-    if calibration is not None and not is_in_memory(calibration):
-        raise refuse("calibration", calibration, "samples in memory, as in list(loader): a sweep reads them repeatedly")
+    _check_repeatable(calibration)
     given: dict[str, Any] = {**options}
     if not isinstance(model, nn.Module):
         if given.get("tokenizer") is None:
@@ -92,6 +92,8 @@ def sweep(
     if given.get("tokenizer") is None:
         what, remedy = "quality cannot be measured without one", "Pass the tokenizer of the model"
         raise ArgumentError(what, where="tokenizer", remedy=remedy, argument="tokenizer", value=None)
+    if is_text(calibration):
+        calibration = text_samples(calibration, given["tokenizer"], MOST_SAMPLES, TOKENS)
     source = _digest(model, calibration)
     rows = {row.name: row for row in _read(folder, source, force=force)}
     todo, made = [], set[str]()
@@ -155,12 +157,18 @@ def check_sweep(ratio: Any, recipe: Any, keep: Any, options: Mapping[str, Any]) 
     return found
 
 
+def _check_repeatable(calibration: Any) -> None:
+    if calibration is not None and not is_text(calibration) and not is_in_memory(calibration):
+        raise refuse("calibration", calibration, "samples in memory, as in list(loader): a sweep reads them repeatedly")
+
+
 def _digest(model: nn.Module, calibration: Any) -> str:
     """A digest of a model's weights and config, the samples and the versions of packages."""
     tensors = [tensor for leaf in (model.state_dict(), calibration) for tensor in _tensors(leaf)]
     values = [(list(t.shape), str(t.dtype), digest_of(t)) for t in tensors]
-    config = model.config.to_json_string() if hasattr(model, "config") else type(model).__qualname__
-    return hashlib.sha256(json.dumps([values, config, package_versions()]).encode()).hexdigest()
+    config: Any = getattr(model, "config", None)
+    kind = config.to_json_string() if hasattr(config, "to_json_string") else type(model).__qualname__
+    return hashlib.sha256(json.dumps([values, kind, package_versions()]).encode()).hexdigest()
 
 
 def _tensors(data: Any) -> Iterator[torch.Tensor]:

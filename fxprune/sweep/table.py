@@ -153,7 +153,7 @@ class Sweep:
 
 def row_of(data: Mapping[str, Any]) -> SweepRow:
     """Return a row from plain data, as JSON has it."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
     values.pop("best", None)
     return SweepRow(**values)
 

@@ -11,7 +11,7 @@ import torch
 
 from fxprune.data.built_in import built_in_text, general_chats
 from fxprune.data.samples import FileSamples, token_rows
-from fxprune.data.text import calibration_text, is_text, opening_tokens, text_samples
+from fxprune.data.text import MOST_SAMPLES, TOKENS, calibration_text, is_text, opening_tokens, text_samples
 from fxprune.errors import ArgumentError
 from fxprune.pipeline.arguments import VOCAB, named_kinds, number
 from fxprune.removal.target import DEFAULT_RATIO
@@ -35,9 +35,6 @@ __all__ = [
     "trim_first",
     "without_vocab",
 ]
-
-_SAMPLES, _TOKENS = 1024, 128
-"""Most samples of a text, and tokens of each: as many as the recipe that learns the most from text takes."""
 
 _LEAST = 1e-3
 """A smaller fraction is not taken from other kinds: a ratio is reached within half a percentage point."""
@@ -127,7 +124,7 @@ def trim_first(
 def as_rows(model: PreTrainedModel, calibration: Any, tokenizer: Any) -> Any:
     """Calibration samples that can be read more than once: those of a text, or token ids by sample."""
     if is_text(calibration):
-        return text_samples(calibration, tokenizer, _SAMPLES, _TOKENS)
+        return text_samples(calibration, tokenizer, MOST_SAMPLES, TOKENS)
     if calibration is None or (isinstance(calibration, FileSamples) and calibration.text is not None):
         return calibration
     return [{"input_ids": row[0]} for row in token_rows(calibration, find_rows(model).size)]
