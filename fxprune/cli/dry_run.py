@@ -207,7 +207,7 @@ def _traced_tokens(graph_module: Any) -> int | None:
 
 def _reachable(choice: Any, graph_module: Any) -> float | None:
     """The largest ratio that a selection can reach; None if it has no ratio, or a target instead."""
-    if not hasattr(choice, "ratio") or getattr(choice, "target", ""):
+    if not hasattr(choice, "ratio") or (hasattr(choice, "target") and choice.target):
         return None
     try:
         dataclasses.replace(choice, ratio=0.999)(graph_module)  # no model reaches it: the refusal names what it does
