@@ -84,7 +84,7 @@ def type_of(name: str, place: Place, row: int) -> Type:
     """The type of a matrix in a format, with ``row`` values in a row."""
     name = _ALIASES.get(name, name)
     if name in _PLAIN:
-        kind = getattr(Type, name.upper())
+        kind = _named(name)
         outer = place.part in ("embedding", "head")
         return Type.Q8_0 if outer and bytes_each(kind) < _COARSE else kind
     kind = _in_mixture(name, place)
@@ -93,9 +93,14 @@ def type_of(name: str, place: Place, row: int) -> Type:
     return Type.F16 if row % gguf.GGML_QUANT_SIZES[kind][0] else kind
 
 
+def _named(name: str) -> Type:
+    found: Type = getattr(Type, name.upper())
+    return found
+
+
 def _in_mixture(name: str, place: Place) -> Type:
     base = name[: len("q4_k")]
-    kind, part, block, depth = getattr(Type, base.upper()), place.part, place.block, place.depth
+    kind, part, block, depth = _named(base), place.part, place.block, place.depth
     favoured = block < depth // 8 or block >= 7 * depth // 8 or (block - depth // 8) % 3 == 2
     if part == "head":
         return Type.Q6_K

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -43,7 +44,7 @@ def test_a_prune_shows_its_bar_in_a_terminal_unless_told_not_to(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    options = {"importance": "l2", "recipe": "llm-pruner", "verify": False}
+    options: dict[str, Any] = {"importance": "l2", "recipe": "llm-pruner", "verify": False}
     fxprune.prune(tiny("llama"), **options, progress=False)
     assert capsys.readouterr().err == ""
     fxprune.prune(tiny("llama"), **options)

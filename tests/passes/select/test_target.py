@@ -106,13 +106,13 @@ def test_a_part_of_a_file_is_not_refused_before_its_size_is_known() -> None:
 
 
 def test_what_no_scores_can_change_is_told_before_any() -> None:
-    for options, said in (
-        ({"target": "18K"}, "at least .* parameters stay"),
-        ({"target": "0.2x kv"}, "at least .* bytes of the key-value cache stay"),
-        ({"target": "900KB@q8_0"}, "the dense model is no larger"),
+    for target, said in (
+        ("18K", "at least .* parameters stay"),
+        ("0.2x kv", "at least .* bytes of the key-value cache stay"),
+        ("900KB@q8_0", "the dense model is no larger"),
     ):
         with pytest.raises(RatioError, match=said):
-            fxprune.prune_pipeline(importance="l2", **options)(traced("llama"))
+            fxprune.prune_pipeline(importance="l2", target=target)(traced("llama"))
 
 
 @pytest.mark.parametrize(
