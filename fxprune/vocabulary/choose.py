@@ -32,9 +32,9 @@ def choose_tokens(
     """Ids of the tokens that stay, in order.
 
     The token whose removal makes the corpus longest by the least goes first: its count times the pieces that write its
-    text without it, less one. Its pieces are then used as often as it was. Of tokens with equal costs the one goes
-    first that costs less by what the model expects, then the one with the highest id, since ids follow the frequency
-    in the text that a tokenizer was trained on. A token that others are merged from goes after them.
+    text without it, less one, and at least one. Its pieces are then used as often as it was. Of tokens with equal costs
+    the one goes first that costs less by what the model expects, then the one with the highest id, since ids follow the
+    frequency in the text that a tokenizer was trained on. A token that others are merged from goes after them.
 
     Args:
         size: tokens that stay.
@@ -50,7 +50,8 @@ def choose_tokens(
 
     def entry(number: int) -> tuple[int, float, int]:
         is_used = counts[number] or expected[number]
-        more = len(tokens.pieces(number, gone)) - 1 if is_used else 0
+        # a byte in place of a character makes no text longer, but is one that the model has hardly seen
+        more = max(len(tokens.pieces(number, gone)) - 1, 1) if is_used else 0
         return counts[number] * more, expected[number] * more, -number
 
     heap = [entry(number) for number in tokens.texts if not parents[number] and number not in needed]

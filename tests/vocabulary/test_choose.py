@@ -96,3 +96,12 @@ def test_bytes_write_characters_but_not_those_that_the_tokenizer_replaces() -> N
     steps = {"normalizer": replace, "pre_tokenizer": None, "decoder": None}
     tokens = read_tokens({"model": {**model, "unk_token": "<unk>"}, "added_tokens": [], **steps})
     assert tokens.every - tokens.needed == {258} and tokens.pieces(258, ()) == (0xC3 + 1, 0xA9 + 1)
+
+
+def test_a_used_character_is_not_free_where_one_byte_writes_it() -> None:
+    """The text is not longer by it, but no model has seen it written so: digits went, and quality with them."""
+    texts = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "0", "1", "\u00e9"]
+    model = {"type": "BPE", "vocab": {text: i for i, text in enumerate(texts)}, "merges": [], "byte_fallback": True}
+    tokens = tokens_of({**model, "unk_token": "<unk>"})
+    assert set(choose_tokens(tokens, Use({257: 5}), 258, tokens.needed)) - tokens.needed == {257}
+    assert 257 in choose_tokens(tokens, Use({257: 5}), 0, tokens.needed, free=True)
