@@ -348,6 +348,9 @@ def _text_rows(values: Sequence[Perplexity]) -> Iterator[tuple[str, ...]]:
     ):
         if any(value.divergence for value in values):
             yield label, *("" if v.divergence is None else cell.format(v.divergence) for v in values)
+    if any(v.divergence and v.divergence.acceptance is not None for v in values):
+        cell = "{0.acceptance:.1%} ± {0.acceptance_error:.1%}"
+        yield "  accepted as a draft", *("" if v.divergence is None else cell.format(v.divergence) for v in values)
 
 
 def _answer_rows(found: Sequence[Generation | None]) -> Iterator[tuple[str, ...]]:

@@ -120,6 +120,10 @@ class Divergence:
         agreement_error: its standard error.
         ratio: perplexity over that of the reference.
         ratio_error: its standard error, from differences window by window.
+        acceptance: probability that speculative decoding accepts a token that the model drafts for the reference: the
+            mean over tokens of the sum of the smaller probabilities. Source: Leviathan, Kalman, Matias, "Fast Inference
+            from Transformers via Speculative Decoding" (arXiv 2211.17192), theorem 3.5. None in older figures.
+        acceptance_error: its standard error.
     """
 
     mean: float
@@ -129,6 +133,8 @@ class Divergence:
     agreement_error: float
     ratio: float
     ratio_error: float
+    acceptance: float | None = None
+    acceptance_error: float | None = None
 
 
 @wrap_errors("perplexity", _REMEDY, EvaluationError)
@@ -345,6 +351,7 @@ class _Measured:
     losses: Tensor
     reference_losses: Tensor
     agreeing: Tensor
+    accepted: Tensor
     divergences: Tensor
 
     def divergence(self, counts: Tensor) -> Divergence | None:
@@ -352,12 +359,13 @@ class _Measured:
         if not len(self.divergences):
             return None
         mean, mean_error = _ratio_of_sums(self.divergences.nansum(dim=1), counts)
-        agreement, agreement_error = _ratio_of_sums(self.agreeing, counts)
+        agreement = _ratio_of_sums(self.agreeing, counts)
+        accepted = _ratio_of_sums(self.accepted, counts)
         lost, lost_error = _ratio_of_sums(self.losses - self.reference_losses, counts)
         ratio = _exp(lost)
         tokens = self.divergences[~self.divergences.isnan()].sort().values
         highest = float(tokens[min(int(0.99 * len(tokens)), len(tokens) - 1)])
-        return Divergence(mean, mean_error, highest, agreement, agreement_error, ratio, ratio * lost_error)
+        return Divergence(mean, mean_error, highest, *agreement, ratio, ratio * lost_error, *accepted)
 
 
 def _measure_windows(
@@ -381,7 +389,7 @@ def _measure_windows(
         device = model.device if isinstance(model, PartwiseModel) else input_device(model)
     parts = list(zip(ids.split(batch), first.split(batch), strict=True))
     compared, tokens = reference is not None, ids.shape[1] - 1
-    sums = torch.zeros(3, len(ids), dtype=torch.double, device=device)
+    sums = torch.zeros(4, len(ids), dtype=torch.double, device=device)
     divergences = torch.zeros(len(ids) if compared else 0, tokens, dtype=torch.double, device=device)
     shares = shard_indices(len(parts))
     chunks = [parts[turn % len(parts)][0].to(device) for turn in shares]
@@ -409,11 +417,12 @@ def _measure_windows(
             if expected is not None:
                 divergences[rows] = apart.to(device)
     all_reduce([sums, divergences] if compared else [sums])
-    return _Measured(sums[0].cpu(), sums[1].cpu(), sums[2].cpu(), divergences.cpu())
+    return _Measured(*sums.cpu(), divergences.cpu())
 
 
 def _compared(logits: Tensor, expected: Tensor | None, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses of a model and of the reference, and tokens that both rank first, of each window; and the divergences.
+    """Losses of a model and of the reference, tokens that both rank first and those accepted as a draft, of each
+    window; and the divergences.
 
     Args:
         logits: ``(windows, tokens, vocabulary)``.
@@ -421,7 +430,7 @@ def _compared(logits: Tensor, expected: Tensor | None, target: Tensor, counted: 
         target: next tokens ``(windows, tokens)``.
         counted: which of them are predicted.
     """
-    sums = torch.zeros(3, len(target), dtype=torch.double, device=logits.device)
+    sums = torch.zeros(4, len(target), dtype=torch.double, device=logits.device)
     apart = torch.full(target.shape, math.nan, dtype=torch.double, device=logits.device)
     positions = max(1, _WIDENED // (len(target) * logits.shape[-1]))
     for part in (slice(start, start + positions) for start in range(0, target.shape[1], positions)):
@@ -431,14 +440,20 @@ def _compared(logits: Tensor, expected: Tensor | None, target: Tensor, counted: 
             wanted = expected[:, part].float()
             sums[1] += _cross_entropies(wanted, target[:, part], counted[:, part])
             sums[2] += ((ours.argmax(-1) == wanted.argmax(-1)) & counted[:, part]).double().sum(dim=1)
-            apart[:, part] = _divergences(ours, wanted).masked_fill(~counted[:, part], math.nan)
+            divergences, accepted = _divergences(ours, wanted)
+            sums[3] += (accepted * counted[:, part]).sum(dim=1)
+            apart[:, part] = divergences.masked_fill(~counted[:, part], math.nan)
     return sums, apart
 
 
-def _divergences(logits: Tensor, expected: Tensor) -> Tensor:
-    """Kullback-Leibler divergences from the expected distributions, in nats: ``(windows, tokens)``."""
-    wanted = expected.log_softmax(-1)
-    return (wanted.exp() * (wanted - logits.log_softmax(-1))).sum(-1).clamp(min=0).double()
+def _divergences(logits: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """Divergences from the expected distributions, in nats, and sums of the smaller probabilities.
+
+    Both are ``(windows, tokens)``.
+    """
+    wanted, found = expected.log_softmax(-1), logits.log_softmax(-1)
+    apart = (wanted.exp() * (wanted - found)).sum(-1).clamp(min=0)
+    return apart.double(), torch.minimum(wanted, found).exp().sum(-1).double()
 
 
 def _cross_entropies(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:

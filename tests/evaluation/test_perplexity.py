@@ -169,11 +169,15 @@ def test_divergence_is_that_of_whole_distributions(model: PreTrainedModel, one_b
     assert found.mean_error == pytest.approx(float(each.mean(1).std() / len(rows) ** 0.5), rel=1e-3)
     assert found.percentile_99 == pytest.approx(float(each.flatten().sort().values[int(0.99 * each.numel())]), rel=1e-4)
     assert found.agreement == pytest.approx(float(same.mean()))
+    accepted = torch.minimum(ours, theirs).exp().sum(-1)
+    assert found.acceptance == pytest.approx(float(accepted.mean()), rel=1e-4)
+    assert found.acceptance_error == pytest.approx(float(accepted.mean(1).std() / len(rows) ** 0.5), rel=1e-3)
     lost = (theirs - ours).gather(2, rows[:, 1:, None]).squeeze(2).mean(1)
     assert found.ratio == pytest.approx(math.exp(float(lost.mean())), rel=1e-4)
     assert found.ratio_error == pytest.approx(found.ratio * float(lost.std() / len(rows) ** 0.5), rel=1e-3)
     alone = text_perplexity(model, TOKENIZER, TEXT, window=window, reference=model).divergence
     assert alone is not None and alone.mean < 1e-9 and alone.agreement == 1 and alone.ratio == 1
+    assert alone.acceptance == pytest.approx(1)
     with pytest.raises(EvaluationError, match="the same tokens"):
         text_perplexity(model, TOKENIZER, TEXT, window=window, reference=tiny("llama", vocab_size=120))
 
