@@ -417,7 +417,8 @@ def _measure_windows(
             if expected is not None:
                 divergences[rows] = apart.to(device)
     all_reduce([sums, divergences] if compared else [sums])
-    return _Measured(*sums.cpu(), divergences.cpu())
+    losses, reference_losses, agreeing, accepted = sums.cpu()
+    return _Measured(losses, reference_losses, agreeing, accepted, divergences.cpu())
 
 
 def _compared(logits: Tensor, expected: Tensor | None, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
