@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils._validators import validate_repo_id
 
 from fxprune.errors import CheckpointError
 
@@ -50,7 +50,9 @@ def push_folder(folder: str | os.PathLike[str], repository: str, *, private: boo
     api = HfApi()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Upload a pruned model")
+        api.upload_folder(
+            repo_id=repository, folder_path=Path(folder), commit_message="Upload a model pruned by fxprune"
+        )
     except Exception as error:  # those of the hub and of the client that connects to it
         what = f"{api.endpoint} did not take it: {type(error).__name__}: {str(error).strip()[:_LONGEST]}"
         remedy = f"The model stays in {folder}; check the name and the connection, and log in with `hf auth login`"
