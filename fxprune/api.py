@@ -215,10 +215,10 @@ def _prune_vocabulary(model: Any, calibration: Any, values: Mapping[str, Any]) -
     ratio = DEFAULT_RATIO if values["ratio"] is None else values["ratio"]
     if rest is None:
         rest = _nothing_else(values)
-        result = _run(_pipeline(None, rest, Plan()), found.model, rest)
+        pipeline = _pipeline(None, rest, Plan())
     else:
-        result = _run(_pipeline(samples_with(found, calibration), rest), found.model, rest)
-    return _with_vocabulary(result, found, ratio)
+        pipeline = _pipeline(samples_with(found, calibration), rest)
+    return _with_vocabulary(_run(pipeline, found.model, {**rest, "eval": False}), found, ratio)
 
 
 def _other_kinds(calibration: Any, values: Mapping[str, Any], plan: Plan | None = None) -> Pipeline:
@@ -235,6 +235,9 @@ def _nothing_else(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**without_vocab(values), "ratio": None, "kinds": None, "compensate": NONE, "tune": NONE}
 
 
+_OTHER_TOKENS = "it has other tokens than the dense model; `fxprune eval DENSE SLIM` gives the bits per byte of both"
+
+
 def _apply_vocabulary(model: Any, plan: Plan, calibration: Any, values: Mapping[str, Any]) -> Result:
     """Carry out a plan that says which tokens stay."""
     options = resolve(_given(values))
@@ -245,8 +248,8 @@ def _apply_vocabulary(model: Any, plan: Plan, calibration: Any, values: Mapping[
     found = carry_out(model, tokenizer, plan.vocabulary, tokens, Use({}), share=True)
     options["tokenizer"] = found.tokenizer
     samples = samples_with(found, as_rows(model, calibration, tokenizer))
-    result = _run(_pipeline(samples, options, replace(plan, vocabulary=())), found.model, options)
-    return _with_vocabulary(result, found, None)
+    pipeline = _pipeline(samples, options, replace(plan, vocabulary=()))
+    return _with_vocabulary(_run(pipeline, found.model, {**options, "eval": False}), found, None)
 
 
 def _with_vocabulary(result: Result, found: PrunedVocabulary, ratio: Any) -> Result:
@@ -254,7 +257,7 @@ def _with_vocabulary(result: Result, found: PrunedVocabulary, ratio: Any) -> Res
     plan = replace(result.plan, vocabulary=found.report.kept)
     if result.model is not None:
         vars(result.model)[PLAN_DIGEST] = plan.digest
-    report = report_with(result.report, found, ratio)
+    report = replace(report_with(result.report, found, ratio), unmeasured=_OTHER_TOKENS)
     return replace(result, plan=plan, report=report, tokenizer=found.tokenizer)
 
 

@@ -117,6 +117,7 @@ def test_other_kinds_make_up_for_the_rest(tmp_path: Path) -> None:
     assert abs(result.report.achieved - 0.4) < 0.005
     assert set(samples.flatten().tolist()) <= set(result.plan.vocabulary)
     assert len(result.report.widths) == 1
+    assert result.report.quality is None and "other tokens than the dense model" in result.report.unmeasured
     again = fxprune.apply(model, fxprune.Plan.from_json(result.plan.to_json()), tokenizer=words)
     ids = torch.randint(len(result.plan.vocabulary), (1, 9))
     assert torch.equal(again(input_ids=ids).logits, result(input_ids=ids).logits)
