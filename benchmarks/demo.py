@@ -101,7 +101,7 @@ def main(
     heldout = token_windows(tokenizer, back, 256, limit=windows)
     console.print(f"pruning {ratio:.0%} of the parameters, calibrated on {samples} x 128 tokens ...")
     passes = in_small_steps(recipe or "balanced")
-    result = fxprune.prune(dense, calibration, ratio=ratio, tokenizer=tokenizer, recipe=passes, track=track)
+    result = fxprune.prune(dense, calibration, ratio=ratio, tokenizer=tokenizer, recipe=passes, track=track, eval=False)
     report = result.report
     console.print(demo_table(dense, result, heldout, console))
     console.print(f"ratio requested {ratio:.2%}, achieved {report.achieved:.2%}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+
+import pytest
 
 import fxprune
 import fxprune.__main__
@@ -21,6 +24,20 @@ def test_the_package_is_a_command() -> None:
 
 def test_it_tells_its_version() -> None:
     assert python("-m", "fxprune", "--version").stdout.strip() == f"fxprune {fxprune.__version__}"
+
+
+def test_threads_wait_without_spinning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable is read when torch is imported, which a command does after it is set."""
+    monkeypatch.setattr(sys, "argv", ["fxprune", "--version"])
+    monkeypatch.setattr("fxprune.cli.process.install", lambda: None)
+    monkeypatch.setattr("fxprune.cli.process.finish", lambda: None)
+    for before, after in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if before is not None:
+            monkeypatch.setenv("OMP_WAIT_POLICY", before)
+        with pytest.raises(SystemExit):
+            fxprune.cli.main()
+        assert os.environ["OMP_WAIT_POLICY"] == after
 
 
 def test_help_needs_nothing_heavy() -> None:

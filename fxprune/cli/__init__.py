@@ -27,6 +27,8 @@ def main() -> None:
     """Run a command; under ``torchrun`` in several processes that share the samples."""
     process.install()
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # one line reports the error, not each attempt
+    # a thread that spins while it waits for another one takes the core that the other one needs, beside other work
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from fxprune.cli import app
 
     try:
