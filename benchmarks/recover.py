@@ -113,7 +113,7 @@ def main(
         console.print(f"pruning {ratio:.0%} of the parameters, calibrated on {samples} x 128 tokens ...")
         source = trained_on if calibration is None else _rows(calibration)
         ids = calibration_windows(tokenizer, source, samples, 128)
-        result = fxprune.prune(dense, ids, tokenizer=tokenizer, ratio=ratio, recipe=recipe)
+        result = fxprune.prune(dense, ids, tokenizer=tokenizer, ratio=ratio, recipe=recipe, eval=False)
         pruned, plan, report = result.model, result.plan, result.report
     else:
         manifest = read_manifest(slim)

@@ -212,7 +212,7 @@ def main(
         if slim is None:
             source = front if calibration is None else read_text(calibration)
             samples = token_windows(tokenizer, source, 128, limit=1024)
-            result = fxprune.prune(dense, samples, tokenizer=tokenizer, ratio=ratio, round_to={"mlp": 32})
+            result = fxprune.prune(dense, samples, tokenizer=tokenizer, ratio=ratio, round_to={"mlp": 32}, eval=False)
             result.save_pretrained(place, tokenizer)
         model = fxprune.from_pretrained(place)
         held = token_windows(tokenizer, back if text is None else read_text(text), tokens, limit=windows)

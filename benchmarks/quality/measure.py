@@ -102,7 +102,7 @@ class Bench:
         clock = time.process_time if row.threads == 1 else time.perf_counter
         reset_peak_memory()
         begin = clock()
-        result = fxprune.prune(self.model, samples, **options)
+        result = fxprune.prune(self.model, samples, eval=False, **options)
         seconds, peak = clock() - begin, memory_bytes("VmHWM") / 1e9
         row = replace(row, parameters=result.report.parameters[1], seconds=seconds, peak_gb=peak)
         if result.model is None:
