@@ -230,7 +230,11 @@ def _hooks(model: nn.Module, wanted: Callable[[Any], bool]) -> Iterator[tuple[st
                 yield path, table, key
 
 
+_CAPTURING = "transformers.utils.output_capturing"
+"""The module of hooks by which a model reads the outputs of its parts; it marks itself as having them."""
+
+
 def _is_foreign(hook: Any) -> bool:
-    """Whether ``hook`` comes from neither torch, which computes weights in some, nor the model (``part_of_model``)."""
-    package = str(getattr(hook, "__module__", None) or type(hook).__module__).partition(".")[0]
-    return not getattr(hook, "part_of_model", False) and package != "torch"
+    """Whether ``hook`` is a user's: of neither torch, nor transformers' models, nor the model (``part_of_model``)."""
+    module = str(getattr(hook, "__module__", None) or type(hook).__module__)
+    return not getattr(hook, "part_of_model", False) and module != _CAPTURING and module.partition(".")[0] != "torch"

@@ -92,6 +92,18 @@ def test_hooks_of_a_user_are_left_out_and_those_of_torch_are_not() -> None:
     assert len(calls) == 2
 
 
+def test_hooks_that_collect_outputs_of_parts_go_with_the_mark_that_they_are_there() -> None:
+    """A copy of a model that had run kept the mark and lost the hooks, and then collected nothing."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 26}
+    model = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=8, patch_size=4)).eval()
+    pixels = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        wanted = model(pixels, output_hidden_states=True).hidden_states
+        found = alias_twin(alias_twin(model))(pixels, output_hidden_states=True).hidden_states
+    assert len(found) == 3 and all(map(torch.equal, found, wanted))
+    assert hooks_left_out(model) == ()
+
+
 class Plain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
