@@ -105,12 +105,13 @@ def without_source(report: fxprune.Report) -> fxprune.Report:
 
 
 def saved(folder: Path) -> dict[str, Any]:
-    """The files of a checkpoint, without the seconds that passes took and how these were spelled."""
+    """The files of a checkpoint, without the seconds that passes took, how these were spelled, and the quality."""
     files: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}
     manifest = json.loads(files.pop("fxprune.json"))
     assert manifest.pop("digest")
     report = json.loads(files["report.json"])
     assert report["calibration"].pop("source")
+    assert {report.pop("quality"), report.pop("unmeasured")} <= {None, "", "there was no tokenizer"}
     assert {stage for stage, *_ in report.pop("passes")} > {"discover", "select"}
     for name in ("README.md", "report.html", "report.json"):
         assert files.pop(name) and manifest["files"].pop(name)
