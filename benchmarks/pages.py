@@ -21,6 +21,7 @@ __all__ = ["draw_latency", "draw_quality", "latency_page", "quality_page", "resu
 DOCS = ROOT / "docs"
 RECIPES = (
     *("llm-pruner", "FLAP", "fast", "balanced", "best", "fast, random units", "balanced, random units"),
+    *("fast by forward passes", "balanced by local ranking"),
     *(f"{name} by wanda" for name in ("fast", "balanced", "best")),
 )
 _DRAWN_AS = {"balanced by wanda": ("balanced, MLPs of multiples of 32",)}

@@ -39,6 +39,7 @@ def _by_wanda(name: str, samples: int) -> str:
     """A recipe with the scores that it had before."""
     recipe = read_recipe(name)
     recipe["importance"] = f"wanda{{samples={samples}}}"
+    recipe["select"] = "select-by-ratio{protect=[0.07, 0.04], first=[mlp]}"
     return str(recipe)
 
 
@@ -49,6 +50,7 @@ def _fitted_and_tuned(importance: str, select: str) -> str:
     return str(recipe)
 
 
+FORWARD = {"recipe": "fast", "ranking": "local"}
 BALANCED = _by_wanda("balanced", 64)
 UNCOUNTED = BALANCED.replace(", truth=0.2", "")
 BUILT_IN = BALANCED.replace("{written=288}", "{built_in=288}")
@@ -83,7 +85,10 @@ ENTRIES = (
         {"recipe": _fitted_and_tuned("block-influence{samples=64}", "select-by-ratio{kinds=[layer], protect=[]}")},
         ("block-influence",),
     ),
-    Entry("fast by wanda", {"recipe": "fast", "importance": "wanda"}),
+    Entry("fast by forward passes", {**FORWARD, "importance": "wanda{readers_only}"}),
+    Entry("fast by forward passes, random units", {**FORWARD, "importance": "random"}),
+    Entry("balanced by local ranking", {"ranking": "local"}),
+    Entry("fast by wanda", {**FORWARD, "importance": "wanda"}),
     Entry("balanced by wanda", {"recipe": BALANCED}),
     Entry("best by wanda", {"recipe": BEST}),
     Entry("balanced, no samples given", {"recipe": BALANCED}, samples=0),
