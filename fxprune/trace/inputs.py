@@ -112,10 +112,10 @@ def _zeros(config: Any, name: str) -> torch.Tensor | None:
         sides = stated("image_size")
         shape = (stated("num_channels"), *((sides, sides) if isinstance(sides, int) else tuple(sides or ())))
     elif name == "input_values":
-        shape = (math.prod(stated("conv_stride") or ()) * _FRAMES,)
+        shape = (math.prod(stated("conv_stride") or (0,)) * _FRAMES,)
     elif name == "input_features":
         shape = (stated("num_mel_bins"), 2 * (stated("max_source_positions") or 0))
-    known = all(isinstance(size, int) and size > 1 for size in shape) and shape
+    known = all(isinstance(size, int) and size > 0 for size in shape) and shape
     return torch.zeros(BATCH, *shape) if known and (name != "pixel_values" or len(shape) == 3) else None
 
 
