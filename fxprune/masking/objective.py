@@ -245,4 +245,5 @@ def drawn_divergence(output: Any, classes: bool, number: int, name: str) -> torc
     every = torch.cat([value.float().flatten() for value in outputs])
     noise = torch.randn(len(every), generator=draw).to(every.device)
     size = every.detach().norm().clamp_min(torch.finfo(torch.float32).tiny)
-    return math.sqrt(2) * (noise @ every) / size
+    loss: torch.Tensor = math.sqrt(2) * (noise @ every) / size
+    return loss

@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -94,8 +95,9 @@ def _made_inputs(model: Any) -> dict[str, torch.Tensor]:
 
 def _runs(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> bool:
     twin = meta_twin(model).eval()
+    given = {name: value.to("meta") for name, value in inputs.items()}
     with torch.no_grad(), quiet():
-        return not isinstance(attempt(twin, **{name: value.to("meta") for name, value in inputs.items()}), Refusal)
+        return not isinstance(attempt(partial(twin, **given)), Refusal)
 
 
 def _zeros(config: Any, name: str) -> torch.Tensor | None:
