@@ -19,6 +19,7 @@ from torch import fx, nn
 from fxprune.checkpoint.low_memory import load_mapped, request_key, resumable_folder
 from fxprune.checkpoint.read import load_model, load_tokenizer
 from fxprune.checkpoint.write import check_request
+from fxprune.data.built_in import can_generate
 from fxprune.data.calibration import Calibration
 from fxprune.data.samples import check_tokens, read_token_rows
 from fxprune.data.text import is_text
@@ -450,7 +451,7 @@ def _prune_offloaded(
 
 
 def _check_samples(pipeline: Pipeline, model: Any) -> None:
-    """Refuse samples that a language model cannot read, before it is traced."""
+    """Refuse samples that a model of token ids cannot read, before it is traced."""
     embedding = attempt(model.get_input_embeddings)
     whole = model.config.get_text_config() is model.config  # others give ids of images a meaning
     rows = len(embedding.weight) if whole and isinstance(embedding, nn.Embedding) else None
@@ -460,7 +461,7 @@ def _check_samples(pipeline: Pipeline, model: Any) -> None:
         if is_text(data):
             data = step.given()
         if data is not None or file:
-            check_tokens(read_token_rows(file) if data is None else data, rows)
+            check_tokens(read_token_rows(file) if data is None else data, rows, can_generate(model))
 
 
 def prune_traced(graph_module: fx.GraphModule, model: nn.Module, calibration: Any, options: Options) -> Result:
@@ -484,7 +485,7 @@ def _run(
 ) -> Result:
     """Run a pipeline on a model; if it fails in place, restore the tensors cut off the model."""
     pipeline.check_arguments()
-    if values["example_inputs"] is None and is_hugging_face(model):
+    if values["example_inputs"] is None and getattr(model, "main_input_name", "") == "input_ids":
         _check_samples(pipeline, model)
     if is_hugging_face(model):
         for step in pipeline.leaves():

@@ -11,7 +11,7 @@ from torch import fx
 from fxprune.checkpoint import save_pretrained
 from fxprune.checkpoint.read import load_tokenizer
 from fxprune.checkpoint.write import check_request
-from fxprune.data.calibration import Calibration
+from fxprune.data.calibration import Calibration, token_input
 from fxprune.data.verification import VerificationInputs, make_inputs
 from fxprune.emit.emitted import Emitted, check_own_forward, emit_from_graph
 from fxprune.errors import CheckpointError
@@ -92,7 +92,8 @@ class MakeReportPass(Pass):
         work, removal = facts[Work], facts[Removed].removal
         verified, emitted, notes = facts.get(Verified), facts.get(Emitted), facts.get(Notes)
         traced, cache = facts.get(Fidelity) or Fidelity(None), facts.get(CacheSize)
-        calibration = facts.get(Calibration)
+        calibration, reads_tokens = facts.get(Calibration), token_input(graph_module) is not None
+        generates = emitted is None or emitted.model is None or emitted.model.can_generate()
         groups, keep, blocks = removal.groups, removal.keep, removal.removed_blocks
         renormalised = renormalised_groups(groups, keep)
         unkept = unkept_norm_reasons(
@@ -101,7 +102,7 @@ class MakeReportPass(Pass):
         report = Report(
             parameters=(work.parameters, count_parameters(graph_module)),
             macs=(work.macs, count_macs(graph_module, work.tokens)),
-            tokens=work.tokens,
+            tokens=work.tokens if reads_tokens else 0,
             ratio=removal.asked.get("ratio"),
             group_ratio=removal.asked.get("group_ratio"),
             reached=removal.reached,
@@ -113,10 +114,10 @@ class MakeReportPass(Pass):
             fidelity=traced.error,
             gradient_fidelity=traced.gradients,
             model_reasons=() if emitted is None or emitted.model is not None else emitted.reasons,
-            notes=(*(() if notes is None else notes.lines), *unkept),
+            notes=(*(() if notes is None else notes.lines), *unkept, *_outside(work)),
             model=work.model,
             memory=(work.memory, count_bytes(graph_module)),
-            cache=None if cache is None else (cache.dense, cache.slim),
+            cache=None if cache is None or not reads_tokens or not generates else (cache.dense, cache.slim),
             groups=group_sizes(groups, keep, blocks),
             scores=score_spreads(groups, keep, blocks, removal.scores),
             criterion="" if removal.scores is None else removal.scores.source,
@@ -126,6 +127,15 @@ class MakeReportPass(Pass):
         )
         facts.put(report)
         return PassResult(graph_module, False)
+
+
+def _outside(work: Work) -> tuple[str, ...]:
+    """A note of the parameters that no ratio counts, if there are any."""
+    if not work.outside:
+        return ()
+    share = work.outside / (work.outside + work.parameters)
+    what = f"{work.outside:,} parameters of the model ({share:.1%}) are not read on the example inputs"
+    return (f"{what}: they stay, and count neither in the ratio nor in the sizes here",)
 
 
 @dataclass(frozen=True)

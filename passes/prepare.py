@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,20 +12,21 @@ from torch import fx
 
 from fxprune.data.built_in import built_in_samples, can_generate, general_samples, generated_samples
 from fxprune.data.calibration import Calibration, Sample, embedding_rows, plain_tokens, spread, token_input
-from fxprune.data.samples import check_samples, read_calibration, read_token_rows
+from fxprune.data.samples import DECODER, check_samples, read_calibration, read_token_rows
 from fxprune.data.text import check_tokenizer, is_text, opening_tokens, text_samples
 from fxprune.discovery.dependency import Dependencies, dependency_graph
 from fxprune.discovery.groups import Groups, find_groups
-from fxprune.errors import CalibrationError
+from fxprune.errors import CalibrationError, FxpruneError
 from fxprune.graph.context import Refusal, attempt
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note, facts_of
 from fxprune.graph.tensors import require_weights
+from fxprune.masking.objective import Objective, OwnLoss, own_loss, predicts_next
 from fxprune.offload.files import is_offloading
 from fxprune.pipeline.arguments import Norm, argument, as_seed, path_or_empty
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
-from fxprune.trace.inputs import alias_twin, written_parameters
+from fxprune.trace.inputs import alias_twin, shifted_right, written_parameters
 
 __all__ = ["CalibratePass", "FindGroupsPass"]
 
@@ -39,7 +41,7 @@ class CalibratePass(Pass):
     stage: ClassVar[str] = "prepare"
     changes: ClassVar[Change] = "nothing"
     wants: ClassVar[tuple[type[Fact], ...]] = (Source,)
-    gives: ClassVar[tuple[type[Fact], ...]] = (Calibration,)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Calibration, Objective)
 
     data: Any | None = argument(
         None,
@@ -127,10 +129,25 @@ class CalibratePass(Pass):
         elif data is None:
             data, written = self._substitutes(graph_module)
             source = "built-in text and text that the model wrote" if written else "built-in text"
-        samples = spread(read_calibration(data, graph_module), self.samples)
+        next_token, found = predicts_next(graph_module), facts_of(graph_module).get(Source)
+        shift = None if found is None else partial(shifted_right, found.model)
+        shift = shift if DECODER in {str(n.target) for n in graph_module.graph.nodes if n.op == "placeholder"} else None
+        samples = spread(read_calibration(data, graph_module, next_token=next_token, shift=shift), self.samples)
         self._check_opening(graph_module, samples)
         facts_of(graph_module).put(Calibration(samples, source, written))
+        facts_of(graph_module).put(Objective(next_token, self._own_loss(graph_module, samples), shift))
         return PassResult(graph_module, False)
+
+    def _own_loss(self, graph_module: fx.GraphModule, samples: tuple[Sample, ...]) -> OwnLoss | None:
+        """The model's own loss on labels of another form than next tokens, noting what it cannot be read from."""
+        source, labelled = facts_of(graph_module).get(Source), [one for one in samples if one.own is not None]
+        if not labelled or source is None:
+            return None
+        try:
+            return own_loss(source.model, labelled[0])
+        except FxpruneError as error:
+            add_note(graph_module, f"labels do not count, the divergence from the dense model does: {error}")
+            return None
 
     def _check_opening(self, graph_module: fx.GraphModule, samples: tuple[Sample, ...]) -> None:
         """Add a note if no sample begins as the tokenizer begins a text."""

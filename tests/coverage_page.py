@@ -50,6 +50,10 @@ graph computes is compared with the dense graph in which the same units are zero
 *Renormalised*: a norm takes a statistic over the axis; they agree once it is taken over the units that stay. Groups
 that no longer have a unit to lose at these sizes are left out. Norms are as all recipes but the paper's have them,
 masked where that is possible; counts of what is exact have these in.
+
+Any other class is tried the same way: build it small from a config, and pass `fxprune.prune` the model with the inputs
+of its forward as `example_inputs`, at a ratio of 0.1. It verifies what it removes, and the report names what it leaves
+whole and why. [Other models](other_models.md) shows an image classifier and an encoder.
 """
 
 _FAILING = """## Types that cannot be built, run or exported

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fxprune.graph.context import Refusal
 from fxprune.pipeline.arguments import format_value
 
 __all__ = [
+    "DECODER",
     "FileSamples",
     "check_samples",
     "check_tokens",
@@ -31,6 +32,9 @@ __all__ = [
 ]
 
 Tensors = Mapping[str, torch.Tensor]
+
+DECODER = "decoder_input_ids"
+"""The input of transformers' encoder-decoders that is made from labels."""
 
 _WANTED = "Pass token ids as a LongTensor (samples, tokens), a list of tokenised dicts or a DataLoader"
 _NO_DATA = "Choose an importance that needs no data, such as l1 or l2"
@@ -63,10 +67,18 @@ def is_in_memory(data: Any) -> bool:
     return isinstance(data, torch.Tensor | np.ndarray | Mapping | list | tuple)
 
 
-def read_calibration(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, ...]:
+def read_calibration(
+    data: Any,
+    graph_module: fx.GraphModule,
+    *,
+    next_token: bool = True,
+    shift: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[Sample, ...]:
     """Samples of calibration data: one for each row, without padding.
 
     Args:
+        next_token: whether labels are those of next tokens; if not, they may have any form.
+        shift: makes the tokens that a decoder reads, if a sample has none, from its labels, or from its tokens.
         data: token ids ``(samples, tokens)``; a batch by name of the input, as tokenizers return it; a list of
             tokenised dicts with ``input_ids`` and, if padded, ``attention_mask`` and, if given, ``labels``; or any
             iterable of such batches (a DataLoader). If the graph takes the mask and a fixed number of tokens, padding
@@ -79,34 +91,41 @@ def read_calibration(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, .
     inputs, others = _inputs(graph_module)
     names = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
     return tuple(
-        Sample({name: values[name] if name in values else others[name] for name in names}, labels)
-        for values, labels in _read(data, inputs)
+        Sample({name: values[name] if name in values else others[name] for name in names}, labels, own)
+        for values, labels, own in _read(data, inputs, next_token, shift)
     )
 
 
-def check_tokens(data: Any, rows: int | None) -> None:
+def check_tokens(data: Any, rows: int | None, next_token: bool = True) -> None:
     """Refuse what :func:`read_calibration` will refuse for a model of ``input_ids`` alone, before there is a graph.
 
     Args:
         rows: those of its embedding; None if other ids have a meaning as well.
+        next_token: whether labels are those of next tokens.
     """
     if is_in_memory(data):
-        for _ in token_rows(data, rows):
+        for _ in token_rows(data, rows, next_token):
             pass
 
 
-def token_rows(data: Any, rows: int | None) -> Iterator[torch.Tensor]:
+def token_rows(data: Any, rows: int | None, next_token: bool = True) -> Iterator[torch.Tensor]:
     """Yield the token ids ``(1, tokens)`` of each sample for a model of ``input_ids``; see :func:`check_tokens`."""
-    return (values["input_ids"] for values, _ in _read(data, [_Input("input_ids", (None, None), True, rows)]))
+    inputs = [_Input("input_ids", (None, None), True, rows)]
+    return (values["input_ids"] for values, *_ in _read(data, inputs, next_token))
 
 
-def _read(data: Any, inputs: Sequence[_Input]) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """Yield the tensors of each sample by name, and its labels."""
+def _read(
+    data: Any,
+    inputs: Sequence[_Input],
+    next_token: bool,
+    shift: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]]:
+    """Yield the tensors of each sample by name, its labels of next tokens, and its labels of another form."""
     check_samples("calibration", data)
     number = 0
-    for batch in _batches(data, inputs[0].name):
+    for batch in _batches(data, inputs[0]):
         for row in _rows(batch, inputs, number):
-            yield _sample(row, inputs, f"calibration sample {number}")
+            yield _sample(row, inputs, f"calibration sample {number}", next_token, shift)
             number += 1
     if not number:
         raise CalibrationError("the calibration data is empty", where="calibration", remedy="Pass at least one sample")
@@ -156,14 +175,14 @@ def _error(what: str, where: str = "calibration", remedy: str = _WANTED) -> Cali
     return CalibrationError(what, where=where, remedy=remedy)
 
 
-def _batches(data: Any, name: str) -> Iterator[Tensors]:
+def _batches(data: Any, first: _Input) -> Iterator[Tensors]:
     if isinstance(data, torch.Tensor | np.ndarray):
-        yield {name: _tensor(name, data, "calibration")}
+        yield {first.name: _tensor(first.name, data, "calibration")}
         return
     number = 0
     try:
         for item in [data] if isinstance(data, Mapping) else data:
-            yield _as_batch(item, name, f"calibration item {number}")
+            yield _as_batch(item, first, f"calibration item {number}")
             number += 1
     except FxpruneError:
         raise
@@ -171,8 +190,9 @@ def _batches(data: Any, name: str) -> Iterator[Tensors]:
         raise _error(f"item {number} cannot be read: {Refusal(error)}") from error
 
 
-def _as_batch(item: Any, name: str, where: str) -> Tensors:
+def _as_batch(item: Any, known: _Input, where: str) -> Tensors:
     """Tensors of a batch by name; a single sample becomes a batch of one."""
+    name = known.name
     if isinstance(item, list | tuple) and item and isinstance(item[0], torch.Tensor | np.ndarray):
         several = sum(isinstance(part, torch.Tensor | np.ndarray) and part.ndim > 0 for part in item)
         if several > 1:
@@ -190,7 +210,8 @@ def _as_batch(item: Any, name: str, where: str) -> Tensors:
     first = tensors[name]
     if not first.dim():
         raise _error(f"{name} is the single number {format_value(first)}", where)
-    return {key: value[None] if first.dim() == 1 else value for key, value in tensors.items()}
+    alone = first.dim() == 1 if known.whole else first.dim() == len(known.shape) - 1
+    return {key: value[None] if alone else value for key, value in tensors.items()}
 
 
 def _is_numbers(value: Any) -> bool:
@@ -270,15 +291,26 @@ def _without_padding(
     return {key: value[:, keep] if value.shape == shape else value for key, value in row.items()}
 
 
-def _sample(row: Tensors, inputs: Sequence[_Input], where: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The checked tensors of a row by name, and its labels."""
+def _sample(
+    row: dict[str, torch.Tensor],
+    inputs: Sequence[_Input],
+    where: str,
+    next_token: bool,
+    shift: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
+    """The checked tensors of a row by name, its labels of next tokens, and its labels of another form."""
+    tokens = row.get("labels", row[inputs[0].name] if inputs[0].whole else None)
+    if shift is not None and tokens is not None and tokens.dim() == 2:
+        row.setdefault(DECODER, shift(tokens))
     for known in inputs:
         if known.name not in row:
             raise _error(f"a sample without {known.name!r}, which the model takes", where)
     values = {known.name: _checked(row[known.name], known, where) for known in inputs}
     first = inputs[0]
-    if "labels" not in row and not first.whole:
-        raise _error("a sample without 'labels'", where, "Pass labels (samples, tokens) with float inputs")
+    if not next_token or ("labels" not in row and not first.whole):
+        read = values[first.name]
+        none = torch.full_like(read, IGNORED) if first.whole and read.dim() == 2 else torch.zeros(1, 0)
+        return values, none.long(), row.get("labels")
     labels = row.get("labels", values[first.name])
     mask = values.get("attention_mask")
     if "labels" not in row and mask is not None and not mask.is_floating_point() and mask.shape == labels.shape:
@@ -290,7 +322,7 @@ def _sample(row: Tensors, inputs: Sequence[_Input], where: str) -> tuple[dict[st
         raise _error("fewer than two tokens: there is nothing to predict", where, "Pass longer samples")
     if bool((labels[:, 1:] == IGNORED).all()):
         raise _error(f"all labels are {IGNORED}: there is nothing to predict", where, "Leave labels out")
-    return values, labels.long()
+    return values, labels.long(), None
 
 
 def _checked(value: torch.Tensor, known: _Input, where: str) -> torch.Tensor:

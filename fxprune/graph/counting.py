@@ -39,6 +39,7 @@ class Work(Fact):
     Args:
         macs: multiply-accumulates of one sample of ``tokens`` tokens.
         memory: bytes of the parameters.
+        outside: parameters of the model that the graph does not read.
     """
 
     parameters: int
@@ -46,12 +47,12 @@ class Work(Fact):
     tokens: int = TOKENS
     memory: int = 0
     model: str = ""
+    outside: int = 0
 
     @classmethod
-    def of(cls, graph_module: fx.GraphModule, model: str = "") -> Work:
-        return cls(
-            count_parameters(graph_module), count_macs(graph_module), memory=count_bytes(graph_module), model=model
-        )
+    def of(cls, graph_module: fx.GraphModule, model: str = "", outside: int = 0) -> Work:
+        parameters, macs = count_parameters(graph_module), count_macs(graph_module)
+        return cls(parameters, macs, memory=count_bytes(graph_module), model=model, outside=outside)
 
 
 def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS) -> int:

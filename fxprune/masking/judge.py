@@ -9,10 +9,11 @@ import torch
 from torch import fx
 
 from fxprune.data.calibration import Calibration, Sample, spread
-from fxprune.data.samples import is_in_memory, read_calibration
+from fxprune.data.samples import is_in_memory
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Fact, facts_of, fork
 from fxprune.masking.masked_run import MaskedRun
+from fxprune.masking.objective import read_heldout
 from fxprune.masking.teacher import (
     divergence,
     logits_use_bf16,
@@ -77,7 +78,7 @@ def split_samples(graph_module: fx.GraphModule, given: Any, most: int) -> tuple[
     """
     samples = facts_of(graph_module)[Calibration].samples
     if given is not None:
-        return samples, read_calibration(given, graph_module)
+        return samples, read_heldout(given, graph_module)
     heldout = spread(samples, min(most, len(samples) // 3 or 1))
     rest = samples_except(samples, heldout)
     if not rest:

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from fxprune.data.calibration import Sample, batch_indices, batched
 from fxprune.errors import PassError
 from fxprune.masking.masked_run import UntouchedRun, output_tensors
+from fxprune.masking.objective import class_scores, gives_classes
 from fxprune.offload.prefetch import compute_device, use_bf16
 
 __all__ = [
@@ -36,7 +37,8 @@ class TeacherLogits:
     Args:
         classes: the likeliest classes at each position, ``(positions, kept)``.
         likelihoods: their log-probabilities, and in the last column that of all other classes together,
-            ``(positions, kept + 1)``, in half precision.
+            ``(positions, kept + 1)``, in half precision. Of a model that gives no classes: its outputs,
+            ``(1, numbers)``.
     """
 
     sample: Sample
@@ -79,11 +81,17 @@ def record_teacher_logits(
 ) -> tuple[TeacherLogits, ...]:
     """Run the dense graph over ``samples`` and return their teacher logits: ``kept`` classes at each position."""
     found: dict[int, TeacherLogits] = {}
-    batches = list(batch_indices(samples, graph_module, batch))
+    classes_given = gives_classes(graph_module)
+    batches = list(batch_indices(samples, graph_module, batch if classes_given else 1))
     with torch.no_grad():
         for numbers in track(batches, len(batches)):
             inputs = batched([samples[i] for i in numbers], graph_module)
-            logarithms = run_logits(UntouchedRun(graph_module), inputs).float().log_softmax(-1)
+            logits = run_logits(UntouchedRun(graph_module), inputs).float()
+            if not classes_given:
+                for row, i in enumerate(numbers):
+                    found[i] = TeacherLogits(samples[i], torch.empty(1, 0, dtype=torch.int), logits[row].cpu().clone())
+                continue
+            logarithms = logits.log_softmax(-1)
             likely, classes = logarithms.topk(min(kept, logarithms.shape[-1]), dim=-1)
             others = (1 - likely.exp().sum(-1, keepdim=True)).clamp_min(_LEAST).log()
             likelihoods = torch.cat((likely, others), dim=-1).half().cpu()
@@ -97,6 +105,7 @@ def teacher_batches(
 ) -> Iterator[TeacherBatch]:
     """Yield teacher logits in batches of up to ``size`` samples of the same shape."""
     device = compute_device(graph_module)
+    size = size if gives_classes(graph_module) else 1  # other outputs may compare the samples of a batch
     for numbers in batch_indices([one.sample for one in teacher], graph_module, size):
         part = [teacher[i] for i in numbers]
         yield TeacherBatch(
@@ -111,8 +120,12 @@ def divergence(logits: torch.Tensor, batch: TeacherBatch) -> torch.Tensor:
     """Kullback-Leibler divergence of logits ``(batch, positions, classes)`` from the dense model, in nats per position.
 
     It is taken over the dense model's likeliest classes and one more for all others together, and never exceeds the
-    divergence over all classes.
+    divergence over all classes. For outputs that are no scores of classes, it is the squared distance from those of the
+    dense model relative to their square.
     """
+    if not batch.classes.shape[-1]:
+        distance = (logits.float() - batch.likelihoods).square().sum(-1)
+        return (distance / batch.likelihoods.square().sum(-1).clamp_min(_LEAST)).mean()
     found: torch.Tensor = _Divergence.apply(logits.float(), batch.classes, batch.likelihoods)  # type: ignore[no-untyped-call]
     return found
 
@@ -147,10 +160,14 @@ class _Divergence(torch.autograd.Function):
 
 
 def run_logits(run: fx.Interpreter, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Run a graph and return its first output as ``(batch, positions, classes)``."""
-    outputs = output_tensors(run.run(*inputs.values()))
+    """Run a graph and return its scores of classes as ``(batch, positions, classes)``; else all its outputs."""
+    output = run.run(*inputs.values())
+    outputs = output_tensors(output)
+    if outputs and not gives_classes(run.module):  # type: ignore[arg-type]
+        return torch.cat([value.flatten(1) for value in outputs], dim=-1)[:, None]
     if not outputs or outputs[0].dim() < 2:
         raise PassError(
             "the model gives no logits to learn from", where="model", remedy="Leave tuning out of the pipeline"
         )
-    return outputs[0].flatten(1, -2) if outputs[0].dim() > 2 else outputs[0][:, None]
+    scores = class_scores(output)
+    return scores.flatten(1, -2) if scores.dim() > 2 else scores[:, None]

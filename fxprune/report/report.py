@@ -154,7 +154,8 @@ class SamplesUsed:
         least, most = self.lengths
         each = f"{most:,}" if least == most else f"{least:,} to {most:,}"
         own = f", {self.written:,} of them written by the model" if self.written else ""
-        return f"{self.source}: {self.samples:,} samples{own}, {self.tokens:,} tokens, {each} each"
+        tokens = f", {self.tokens:,} tokens, {each} each" if self.tokens else ""
+        return f"{self.source}: {self.samples:,} samples{own}{tokens}"
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,8 @@ class Report(Fact):
 
     def headlines(self) -> tuple[Headline, ...]:
         """Return the sizes that a reader asks for first."""
-        found = [Headline("parameters", *self.parameters), Headline(f"MACs at {self.tokens} tokens", *self.macs)]
+        work = f"MACs at {self.tokens} tokens" if self.tokens else "MACs of a sample"
+        found = [Headline("parameters", *self.parameters), Headline(work, *self.macs)]
         if self.memory is not None:
             found.append(Headline("bytes of weights", *self.memory))
         if self.cache is not None:

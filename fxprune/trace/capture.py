@@ -235,7 +235,9 @@ def _set_facts(
     set_facts(graph_module, facts)
     kind = type(model).__name__
     on_hub = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "").rstrip("/").rpartition("/")[2]
-    facts.put(Work.of(graph_module, f"{on_hub} ({kind})" if on_hub else kind))
+    read = {id(tensor) for _, tensor in weights(graph_module)}
+    outside = sum(one.numel() for one in model.parameters() if id(one) not in read)
+    facts.put(Work.of(graph_module, f"{on_hub} ({kind})" if on_hub else kind, outside))
 
 
 def _export(

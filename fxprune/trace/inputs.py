@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from fxprune.data.samples import DECODER
 from fxprune.errors import TraceError
 from fxprune.graph.compat import FakeTensorMode, TorchDispatchMode, tree_leaves, tree_map
 from fxprune.graph.context import Refusal, attempt, quiet
@@ -33,14 +36,18 @@ __all__ = [
     "is_hugging_face",
     "meta_twin",
     "name_arguments",
+    "shifted_right",
     "without_cache",
     "written_parameters",
 ]
 
 M = TypeVar("M", bound=nn.Module)
 
-BATCH, TOKENS = 2, 7
+BATCH, TOKENS, DECODED = 2, 7, 5
 """``torch.export`` takes a size of 1 for a constant; widths and numbers of heads are hardly ever multiples of 7."""
+
+_FRAMES = 16
+"""Vectors that the convolutions over a sound end in."""
 
 
 def is_hugging_face(model: nn.Module) -> bool:
@@ -53,18 +60,76 @@ def is_hugging_face(model: nn.Module) -> bool:
 def default_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Keyword inputs to trace ``model`` with, in the order of its ``forward``, which becomes that of the graph.
 
-    These are the ``given`` ones; if None, a Hugging Face model gets ``input_ids`` of shape (2, 7).
+    These are the ``given`` ones; if None, a Hugging Face model gets ``input_ids`` of shape (2, 7), and what else it
+    needs to run: tokens for its decoder, and images or sounds of the sizes in its config.
     """
     if given is not None:
         order = {name: place for place, name in enumerate(forward_parameters(model))}
         return dict(sorted(given.items(), key=lambda item: order.get(item[0], len(order))))
-    if not is_hugging_face(model) or getattr(model, "main_input_name", "") != "input_ids":
+    made = _made_inputs(model) if is_hugging_face(model) else {}
+    if not made:
         raise TraceError(
             f"cannot make inputs for {type(model).__name__}",
             where="example_inputs",
             remedy="Pass example_inputs={'name': tensor, ...}, the keyword arguments of its forward",
         )
-    return {"input_ids": torch.zeros(BATCH, TOKENS, dtype=torch.long)}
+    return default_inputs(model, made)
+
+
+def _made_inputs(model: Any) -> dict[str, torch.Tensor]:
+    """Zeros for the main input of a Hugging Face model, and for others until it runs; none if no size is known.
+
+    A model that generates from tokens alone needs no other. The sizes of images and sounds are those of the config.
+    """
+    decodes = bool(getattr(model.config, "is_encoder_decoder", False)) and DECODER in forward_parameters(model)
+    named = [model.main_input_name, *([DECODER] if decodes else [])]
+    made = {name: value for name in named if (value := _zeros(model.config, name)) is not None}
+    if model.main_input_name not in made or (model.can_generate() and not decodes):
+        return made if model.main_input_name in made else {}
+    for name in ("input_ids", "pixel_values", "input_values", "input_features"):
+        value = _zeros(model.config, name) if name in forward_parameters(model) and name not in made else None
+        if value is not None and not _runs(model, made):
+            made[name] = value
+    return made
+
+
+def _runs(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> bool:
+    twin = meta_twin(model).eval()
+    given = {name: value.to("meta") for name, value in inputs.items()}
+    with torch.no_grad(), quiet():
+        return not isinstance(attempt(partial(twin, **given)), Refusal)
+
+
+def _zeros(config: Any, name: str) -> torch.Tensor | None:
+    """Zeros for the input ``name``, of the sizes that a config or a part of it states; None if it states none."""
+    if name in ("input_ids", DECODER):  # of two lengths, as those of source and target are
+        return torch.zeros(BATCH, TOKENS if name == "input_ids" else DECODED, dtype=torch.long)
+    parts = [config, *(part for part in vars(config).values() if hasattr(part, "to_dict"))]
+
+    def stated(field: str) -> Any:
+        return next((getattr(part, field) for part in parts if getattr(part, field, None) is not None), None)
+
+    shape: tuple[Any, ...] = ()
+    if name == "pixel_values":
+        sides = stated("image_size")
+        shape = (stated("num_channels"), *((sides, sides) if isinstance(sides, int) else tuple(sides or ())))
+    elif name == "input_values":
+        shape = (math.prod(stated("conv_stride") or (0,)) * _FRAMES,)
+    elif name == "input_features":
+        shape = (stated("num_mel_bins"), 2 * (stated("max_source_positions") or 0))
+    known = all(isinstance(size, int) and size > 0 for size in shape) and shape
+    return torch.zeros(BATCH, *shape) if known and (name != "pixel_values" or len(shape) == 3) else None
+
+
+def shifted_right(model: Any, labels: torch.Tensor) -> torch.Tensor:
+    """The tokens that the decoder of an encoder-decoder reads to predict ``labels`` ``(samples, tokens)``."""
+    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if callable(own):
+        return own(labels)  # type: ignore[no-any-return]
+    config = model.config
+    start = next((i for i in (config.decoder_start_token_id, config.pad_token_id) if i is not None), 0)
+    moved = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
+    return moved.masked_fill(moved < 0, config.pad_token_id or 0)
 
 
 def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:

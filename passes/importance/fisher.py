@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.data.calibration import Sample, batched, clear_sample_errors, next_token_loss, require_logits
+from fxprune.data.calibration import Sample, batched, clear_sample_errors
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Consumer, Group, units_at
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import facts_of
 from fxprune.graph.tensors import device_of, require_weights
-from fxprune.masking.masked_run import GatedRun, output_tensors, spread_gates
+from fxprune.masking.masked_run import GatedRun, spread_gates
+from fxprune.masking.objective import sample_loss
 from fxprune.pipeline.arguments import argument
 from fxprune.pipeline.contract import PassCost, tracked
 from fxprune.removal.scores import Scores
@@ -91,22 +92,21 @@ class FisherImportancePass(ForwardImportancePass):
         ]
         gates = torch.ones(sum(map(unit_count, groups)), device=device_of(graph_module), requires_grad=True)
         samples, rows = self.calibration(graph_module), []
-        for sample in tracked(samples, self.name, len(samples)):
+        for number, sample in enumerate(tracked(samples, self.name, len(samples))):
             by_consumer: dict[Consumer, torch.Tensor] = {}
             for span, consumer, units in places:
                 gate = spread_gates(gates[span], units)
                 by_consumer[consumer] = by_consumer[consumer] * gate if consumer in by_consumer else gate
-            rows.append(torch.autograd.grad(self._loss(graph_module, sample, by_consumer), gates)[0])
+            rows.append(torch.autograd.grad(self._loss(graph_module, number, sample, by_consumer), gates)[0])
         return torch.stack(rows) if rows else gates.detach()[None] * 0
 
     def _loss(
-        self, graph_module: fx.GraphModule, sample: Sample, gates: Mapping[Consumer, torch.Tensor]
+        self, graph_module: fx.GraphModule, number: int, sample: Sample, gates: Mapping[Consumer, torch.Tensor]
     ) -> torch.Tensor:
         inputs = batched([sample], graph_module)
         with clear_sample_errors(inputs):
-            outputs = output_tensors(GatedRun(graph_module, gates).run(*inputs.values()))
-        labels = sample.labels.to(outputs[0].device if outputs else "cpu")
-        loss = next_token_loss(require_logits(outputs, labels, self.name), labels)
+            output = GatedRun(graph_module, gates).run(*inputs.values())
+        loss = sample_loss(graph_module, output, sample, number, self.name)
         if not bool(loss.isfinite()):
             remedy = "Check the weights and the samples"
             raise CalibrationError(f"the loss is {loss.item()}", where="calibration", remedy=remedy)

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import fx
 
-from fxprune.data.calibration import Calibration, Sample, next_token_loss, require_logits, spread
+from fxprune.data.calibration import Calibration, Sample, spread
 from fxprune.discovery.groups import Groups
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Fact, Runnable, facts_of
 from fxprune.graph.tensors import device_of, find_nonfinite, require_weights, weights
-from fxprune.masking.masked_run import output_tensors
+from fxprune.masking.objective import sample_loss
 from fxprune.masking.parts import Hooks, Part, PartRuns
 from fxprune.offload.files import cached, caching, offloaded
-from fxprune.offload.prefetch import compute_device, current_prefetcher, to_device
+from fxprune.offload.prefetch import current_prefetcher, to_device
 from fxprune.offload.ranks import all_reduce, shard
 from fxprune.pipeline.arguments import Memory, Order, argument
 from fxprune.pipeline.contract import PassCost, tracked
@@ -385,8 +385,7 @@ class _GradientSweep:
         return left, found
 
     def _loss(self, sample: int, output: Any) -> torch.Tensor:
-        labels = self.samples[sample].labels.to(compute_device(self.graph_module))
-        loss = next_token_loss(require_logits(output_tensors(output), labels, TaylorImportancePass.name), labels)
+        loss = sample_loss(self.graph_module, output, self.samples[sample], sample, TaylorImportancePass.name)
         if not bool(loss.isfinite()):
             bad = find_nonfinite(self.graph_module)
             raise CalibrationError(

@@ -25,6 +25,7 @@ from fxprune.data.text import check_tokenizer, token_windows
 from fxprune.errors import ArgumentError, CalibrationError, DataError
 from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
 from fxprune.graph.tensors import require_weights
+from fxprune.masking.objective import read_heldout
 from fxprune.masking.teacher import TeacherLogits, logits_use_bf16, record_teacher_logits
 from fxprune.offload.prefetch import autocast, compute_device
 from fxprune.pipeline.arguments import Precision, argument
@@ -151,7 +152,7 @@ class RecordTeacherPass(Pass):
     ) -> tuple[tuple[Sample, ...], tuple[Sample, ...], str]:
         """Samples to train on, held-out samples, and the source of the latter."""
         if self.heldout is not None:
-            return samples, read_calibration(self.heldout, graph_module), "the held-out samples given"
+            return samples, read_heldout(self.heldout, graph_module), "the held-out samples given"
         heldout = self._built_in(samples, graph_module)
         if heldout:
             return samples, heldout, "built-in text of another kind"

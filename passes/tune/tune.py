@@ -21,6 +21,7 @@ from fxprune.errors import ArgumentError, CalibrationError
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of, require_weights, weights
 from fxprune.masking.compare import TOLERANCE, Verified
+from fxprune.masking.objective import gives_classes
 from fxprune.masking.teacher import TeacherBatch, divergence, run_logits, teacher_batches
 from fxprune.offload.atomic import atomic_path
 from fxprune.offload.files import write_values
@@ -331,7 +332,8 @@ class TunePass(Pass):
             with torch.no_grad():
                 for name, value in list(trained.folded(progress.kept, graph_module)):
                     write_values(graph_module, name, value)
-        change = f"from {progress.first:.3f} to {progress.best:.3f} nats per token on {teacher.heldout_from}"
+        unit = "nats per token" if gives_classes(graph_module) else "of the square of its outputs"
+        change = f"from {progress.first:.3f} to {progress.best:.3f} {unit} on {teacher.heldout_from}"
         outcome = f"divergence from the dense model {change}" if better else "nothing was better than no change"
         if training.truth < self.truth:
             add_note(graph_module, "the text itself was not counted in tuning: the model does not predict next tokens")

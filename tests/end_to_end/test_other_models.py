@@ -175,3 +175,21 @@ def test_a_plain_module_is_pruned_through_the_face_of_the_package() -> None:
     assert result.report.verification_error is not None and result.report.verification_error < 1e-4
     assert result(**inputs).shape == before.shape
     assert torch.equal(model(**inputs), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["llm-pruner", "fast{tune}"])
+@pytest.mark.parametrize("name", ["vit", "vit-labels", "bert", "bert-labels", "t5", "t5-labels", "clip"])
+def test_models_that_predict_no_next_tokens_are_scored_fitted_and_tuned(name: str, recipe: str) -> None:
+    """Such samples were refused, or scored on the next token of an input that the model sees whole."""
+    model, inputs = LIBRARY[name.partition("-")[0]]()
+    samples = {key: torch.cat([value] * 3) for key, value in inputs.items() if key != "decoder_input_ids"}
+    if name == "vit-labels":
+        samples["labels"] = torch.arange(6) % 2
+    elif name.endswith("labels"):
+        samples["labels"] = samples["input_ids"][:, : 4 if name.startswith("t5") else None]
+    tuned = {"recipe": "fast", "tune": "tune{epochs=1}"} if "tune" in recipe else {"recipe": recipe}
+    result = fxprune.prune(stirred(model), samples, importance="taylor", ratio=0.1, protect=(), **tuned)
+    assert result.report.verification_error is not None and result.report.verification_error < 1e-4
+    assert not any("labels do not count" in note for note in result.report.notes)
+    assert all(score > 0 for row in result.scores.units.values() for score in row.ravel().tolist()[:1])

@@ -57,6 +57,16 @@ def test_what_is_no_hugging_face_model_gets_none_and_the_reason(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_no_example_input_reaches_is_noted_and_what_does_not_apply_is_left_out() -> None:
+    """Such parameters were left out of the ratio without a word, and images had tokens and a cache."""
+    net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 12), b=nn.Linear(12, 5), other=nn.Linear(3, 3))
+    slim = Pipeline(SHRINK)(trace(net, {"x": torch.randn(2, 10)}).graph_module).graph_module
+    Pipeline([EmitModelPass(), MakeReportPass()])(slim)
+    report = facts_of(slim)[Report]
+    assert any(note.startswith("12 parameters of the model (5.7%)") for note in report.notes)
+    assert [size.name for size in report.headlines()] == ["parameters", "MACs of a sample", "bytes of weights"]
+
+
 def test_groups_under_a_norm_are_named_and_can_be_left_out() -> None:
     """They were taken like others, and called exact: the norm runs over fewer units afterwards."""
     parts = {"a": nn.Linear(10, 16), "b": nn.Linear(16, 10), "c": nn.Linear(10, 16), "d": nn.Linear(16, 10)}

@@ -22,7 +22,9 @@ from fxprune.trace.inputs import (
     hooks_left_out,
     is_hugging_face,
     meta_twin,
+    shifted_right,
 )
+from tests.architectures.library import LIBRARY
 from tests.models import tiny, token_ids
 
 
@@ -35,6 +37,31 @@ def test_inputs_are_made_for_language_models_alone() -> None:
     assert default_inputs(model, given) == given
     with pytest.raises(TraceError, match=r"Linear.*example_inputs"):
         default_inputs(nn.Linear(2, 2), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("t5", {"input_ids": (2, 7), "decoder_input_ids": (2, 5)}),
+        ("bart", {"input_ids": (2, 7), "decoder_input_ids": (2, 5)}),
+        ("whisper", {"input_features": (2, 7, 12), "decoder_input_ids": (2, 5)}),
+        ("vit", {"pixel_values": (2, 3, 8, 8)}),
+        ("wav2vec2", {"input_values": (2, 96)}),
+        ("clip", {"input_ids": (2, 7), "pixel_values": (2, 3, 8, 8)}),
+    ],
+)
+def test_inputs_have_the_sizes_of_the_config(name: str, wanted: dict[str, tuple[int, ...]]) -> None:
+    model, _ = LIBRARY[name]()
+    made = default_inputs(model, None)
+    assert {name: tuple(value.shape) for name, value in made.items()} == wanted
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_decoder_reads_its_labels_one_place_later(name: str) -> None:
+    model: Any = LIBRARY[name]()[0]
+    assert shifted_right(model, torch.tensor([[4, 5, -100]])).tolist() == [[model.config.decoder_start_token_id, 4, 5]]
+    base: Any = transformers.T5Model(model.config) if name == "t5" else model.model
+    assert shifted_right(base, torch.tensor([[4, -100, 6]]))[0, 1:].tolist() == [4, 0]
 
 
 def test_batch_and_sequence_may_vary_and_features_may_not() -> None:

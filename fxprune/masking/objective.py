@@ -1,0 +1,249 @@
+"""The loss of a sample: of its next tokens, the model's own on its labels, or a divergence from the model itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx, nn
+
+from fxprune.data.calibration import (
+    Sample,
+    clear_sample_errors,
+    embedding_rows,
+    next_token_loss,
+    require_logits,
+    token_input,
+)
+from fxprune.data.samples import read_calibration
+from fxprune.data.verification import make_inputs
+from fxprune.errors import PassError
+from fxprune.graph.compat import tree_leaves
+from fxprune.graph.context import Refusal, attempt
+from fxprune.graph.facts import Fact, Source, facts_of
+from fxprune.graph.tensors import get_tensor, has_meta_weights
+from fxprune.masking.masked_run import UntouchedRun, output_tensors
+from fxprune.offload.files import is_offloading
+from fxprune.trace.capture import trace
+from fxprune.trace.inputs import is_hugging_face
+
+__all__ = [
+    "Objective",
+    "OwnLoss",
+    "class_scores",
+    "drawn_divergence",
+    "gives_classes",
+    "named_outputs",
+    "own_loss",
+    "predicts_next",
+    "read_heldout",
+    "sample_loss",
+]
+
+_LABELS, _LOSS = "labels", "loss"
+
+
+@dataclass(frozen=True, eq=False)
+class OwnLoss:
+    """The loss of a model as a graph of the named outputs, the inputs and the labels of two samples or more."""
+
+    graph_module: fx.GraphModule
+
+    def __call__(self, output: Mapping[str, Any], sample: Sample) -> torch.Tensor:
+        """The loss of one sample, given the output for it; it is taken twice, as a graph may not hold for one."""
+        given = {**sample.inputs, **output, _LABELS: sample.own}
+        wanted = [str(node.target) for node in self.graph_module.graph.nodes if node.op == "placeholder"]
+        device = next(leaf.device for leaf in tree_leaves(dict(output)) if isinstance(leaf, torch.Tensor))
+        twice = [
+            torch.cat([value, value]).to(device) if isinstance(value, torch.Tensor) else value
+            for value in map(given.get, wanted)
+        ]
+        found: torch.Tensor = fx.Interpreter(self.graph_module).run(*twice)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Objective(Fact):
+    """The loss of calibration samples: that of next tokens, or the model's own on labels, or a divergence.
+
+    Args:
+        next_token: whether the model predicts next tokens.
+        own: the model's own loss; None if samples have no labels, or the loss cannot be read from the model.
+        shift: makes what a decoder reads from labels; None if the graph reads no such input.
+    """
+
+    open: ClassVar[bool] = True
+
+    next_token: bool = True
+    own: OwnLoss | None = None
+    shift: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+def predicts_next(graph_module: fx.GraphModule) -> bool:
+    """Whether a graph predicts next tokens: its first output, at each token, does not depend on later ones.
+
+    So is a graph taken that cannot be tried, and that of a module which is not one of transformers': its labels are
+    those of next tokens.
+    """
+    source, name = facts_of(graph_module).get(Source), token_input(graph_module)
+    if source is None or not is_hugging_face(source.model):
+        return True
+    if name is None:
+        return False
+    if is_offloading() or has_meta_weights(graph_module):
+        return True
+    inputs = make_inputs(graph_module, source.example_inputs, 0)
+    ids = inputs[name]
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] < 2:
+        return True
+    changed = ids.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % embedding_rows(graph_module)[name]
+    found = []
+    with torch.no_grad():
+        for values in (inputs, {**inputs, name: changed}):
+            output = attempt(UntouchedRun(graph_module).run, *values.values())
+            if isinstance(output, Refusal):
+                return True
+            found.append(next(iter(output_tensors(output)), ids))
+    before, after = found
+    if before.dim() != 3 or before.shape[:2] != ids.shape:
+        return False
+    return not bool((before - after)[:, :-1].abs().max() > _TOLERANCE * before.abs().max())
+
+
+_TOLERANCE = 1e-3
+"""Relative change of outputs that is no dependence: they are computed by the same kernels, at the same sizes."""
+
+
+def read_heldout(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, ...]:
+    """Held-out samples, with labels of the form that the calibration samples have."""
+    form = facts_of(graph_module).get(Objective) or Objective()
+    return read_calibration(data, graph_module, next_token=form.next_token, shift=form.shift)
+
+
+def own_loss(model: nn.Module, sample: Sample) -> OwnLoss:
+    """The loss that a model computes from its outputs and ``labels``, as its own graph.
+
+    The model is traced with labels, and of its graph stays what lies between outputs, labels and loss.
+
+    Raises:
+        PassError: it has no such loss.
+        TraceError: it cannot be traced with labels.
+    """
+    values = {**sample.inputs, _LABELS: sample.own}
+    inputs = {
+        name: torch.cat([value, value]) if isinstance(value, torch.Tensor) else value for name, value in values.items()
+    }
+    traced = trace(model, inputs, check=False).graph_module
+    nodes: dict[str, fx.Node] = {str(node.target): node for node in traced.graph.nodes if node.op == "placeholder"}
+    fields = named_outputs(traced) or {}
+    if not isinstance(fields.get(_LOSS), fx.Node):
+        raise PassError("it gives no loss for labels", where=f"forward of {type(model).__name__}", remedy=_REMEDY)
+    loss = fields[_LOSS]
+    nodes |= {name: value for name, value in fields.items() if isinstance(value, fx.Node) and value is not loss}
+    graph = fx.Graph()
+    ends = {node: name for name, node in nodes.items()}
+    needed = _needed(loss, ends)
+    made = {node: graph.placeholder(name) for node, name in ends.items() if node in needed}
+    for node in traced.graph.nodes:
+        if node not in needed or node in made:
+            continue
+        if node.op == "get_attr" and _is_parameter(traced, node) and any(u.target is not getattr for u in node.users):
+            what = f"its loss reads the weight {node.target} beside its outputs"
+            raise PassError(what, where=f"forward of {type(model).__name__}", remedy=_REMEDY)
+        made[node] = graph.node_copy(node, made.__getitem__)
+    graph.output(made[loss])
+    return OwnLoss(fx.GraphModule(traced, graph))
+
+
+_REMEDY = "Leave labels out: the divergence from the dense model needs none"
+
+
+def _needed(loss: fx.Node, ends: Mapping[fx.Node, str]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    left = [loss]
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += [] if node in ends else node.all_input_nodes
+    return found
+
+
+def _is_parameter(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    return isinstance(get_tensor(graph_module, str(node.target)), nn.Parameter)
+
+
+def named_outputs(graph_module: fx.GraphModule) -> Mapping[str, Any] | None:
+    """The nodes, or containers of nodes, that a graph returns under names; None if it returns them without."""
+    returned: Any = graph_module.graph.output_node().args[0]
+    fields = returned.kwargs if isinstance(returned, fx.Node) and isinstance(returned.target, type) else returned
+    return fields if isinstance(fields, Mapping) else None
+
+
+def gives_classes(graph_module: fx.GraphModule) -> bool:
+    """Whether a graph gives scores of classes: outputs named ``logits``, of several classes, or without any names."""
+    fields = named_outputs(graph_module)
+    if fields is None:
+        return True
+    value = fields["logits"].meta["val"] if isinstance(fields.get("logits"), fx.Node) else None
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 2:
+        return False
+    return bool(value.shape[_class_axis(value)] != 1)
+
+
+def class_scores(output: Any) -> torch.Tensor:
+    """The scores of classes in the output of a graph that gives some: ``(..., classes)``."""
+    found = output["logits"] if isinstance(output, Mapping) else output_tensors(output)[0]
+    return found.movedim(_class_axis(found), -1) if isinstance(output, Mapping) else found
+
+
+def _class_axis(logits: torch.Tensor) -> int:
+    """The axis of classes: the second of images ``(samples, classes, height, width)``, else the last."""
+    return 1 if logits.dim() == 4 else -1
+
+
+def sample_loss(graph_module: fx.GraphModule, output: Any, sample: Sample, number: int, name: str) -> torch.Tensor:
+    """The loss of a sample, given the output of the graph for it.
+
+    Args:
+        number: of the sample, the seed of what is drawn for it.
+        name: the pass that needs it.
+    """
+    objective = facts_of(graph_module).get(Objective) or Objective()
+    if objective.own is not None and sample.own is not None:
+        with clear_sample_errors({_LABELS: sample.own}):
+            return objective.own(output, sample)
+    if objective.next_token and sample.labels.numel():
+        outputs = output_tensors(output)
+        labels = sample.labels.to(outputs[0].device if outputs else "cpu")
+        return next_token_loss(require_logits(outputs, labels, name), labels)
+    return drawn_divergence(output, gives_classes(graph_module), number, name)
+
+
+def drawn_divergence(output: Any, classes: bool, number: int, name: str) -> torch.Tensor:
+    """A loss whose squared gradient is, on average, the curvature of the divergence of an output from itself.
+
+    The divergence itself has no gradient where nothing is removed yet. With classes ``y`` drawn from the model's own
+    distribution ``p``, the mean of the squared gradient of ``-log p(y)`` is the Fisher matrix, the curvature of the
+    Kullback-Leibler divergence. For an output ``o`` that is no distribution, and ``e`` of independent normal numbers,
+    that of ``sqrt(2) e'o / norm(o)`` is the curvature of the squared distance relative to ``norm(o) ** 2``.
+
+    Source: Martens, "New Insights and Perspectives on the Natural Gradient Method" (JMLR 2020), sections 5 and 9.
+    """
+    draw = torch.Generator().manual_seed(number)
+    outputs = output_tensors(output)
+    if not outputs:
+        raise PassError("the model gives no float tensor", where=f"pass {name}", remedy="Choose l1, l2 or random")
+    if classes and (scores := class_scores(output)).dim() > 1:
+        logarithms = scores.flatten(0, -2).float().log_softmax(-1)
+        drawn = torch.multinomial(logarithms.detach().exp().cpu(), 1, generator=draw).to(scores.device)
+        return -logarithms.gather(-1, drawn).mean()
+    every = torch.cat([value.float().flatten() for value in outputs])
+    noise = torch.randn(len(every), generator=draw).to(every.device)
+    size = every.detach().norm().clamp_min(torch.finfo(torch.float32).tiny)
+    loss: torch.Tensor = math.sqrt(2) * (noise @ every) / size
+    return loss
