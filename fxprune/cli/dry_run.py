@@ -21,8 +21,9 @@ from fxprune.cli.preparation import TOKENS, CalibrationText, Prepared, reader_of
 from fxprune.data.built_in import CHARACTERS_PER_TOKEN, built_in_text
 from fxprune.data.text import MOST_SAMPLES, calibration_text
 from fxprune.discovery.groups import Groups
-from fxprune.errors import RatioError
+from fxprune.errors import ArgumentError, RatioError
 from fxprune.evaluation.quality import WINDOW, WINDOWS
+from fxprune.pipeline.arguments import has_vocab
 from fxprune.recipes.recipe import needs_samples
 
 __all__ = ["Activations", "Estimate", "costs_of", "estimate", "peak_memory", "print_estimate", "sizes_of"]
@@ -133,7 +134,11 @@ def estimate(
 
     Raises:
         RatioError: the ratio cannot be reached.
+        ArgumentError: the vocabulary is among the kinds.
     """
+    if has_vocab(options):
+        what = "the vocabulary is chosen by the calibration text, which is not read"
+        raise ArgumentError(what, where="--dry-run", remedy="Leave it out, or look at the other kinds alone")
     with working("tracing the model without its weights"):
         empty = load_config_only(locate_model(model), gguf_file)
         quick = _quick_passes(options)

@@ -63,7 +63,7 @@ def prune(
     """Prune MODEL and write a checkpoint, its plan, report and run.yaml to OUT; or one file, and these beside it."""
     from fxprune.offload.prefetch import as_device
 
-    _check_places(out, options, dry_run=dry_run, low_memory=low_memory)
+    _check_places(out, dry_run=dry_run, low_memory=low_memory)
     _check_exclusive(call)
     _replace_deprecated(options, taylor, group_ratio)
     to_gguf = out is not None and out.suffix == ".gguf"
@@ -134,16 +134,13 @@ def _quantization(target: str | None, given: str | None) -> str | None:
     return given or counted
 
 
-def _check_places(out: Path | None, options: Any, *, dry_run: bool, low_memory: bool) -> None:
-    """Refuse a request that writes nowhere, or reads what a dry run does not."""
+def _check_places(out: Path | None, *, dry_run: bool, low_memory: bool) -> None:
+    """Refuse a request that writes nowhere, or a file where only a folder is written."""
     if out is None and not dry_run:
         raise ArgumentError("there is no place to write to", where="--out", remedy="Give --out, or --dry-run to look")
     if low_memory and out is not None and is_file(out):
         remedy = "Prune to a folder, and make the file of it with `fxprune export`"
         raise ArgumentError(f"it writes a folder, and {out} is a file", where="--low-memory", remedy=remedy)
-    if dry_run and has_vocab(options):
-        what = "the vocabulary is chosen by the calibration text, which is not read"
-        raise ArgumentError(what, where="--dry-run", remedy="Leave it out, or look at the other kinds alone")
 
 
 def _check_exclusive(context: typer.Context) -> None:
