@@ -193,7 +193,7 @@ def prune_pipeline(calibration: Any = None, *, plan: Plan | None = None, **optio
         plan: a plan to carry out, in place of importance and selection.
         options: as for :func:`prune`.
     """
-    return _other_kinds(calibration, resolve(options), plan)
+    return _pipeline(*_other_kinds(calibration, resolve(options), plan))
 
 
 def _check_place(name: str, value: Any, wanted: str) -> None:
@@ -210,7 +210,7 @@ def _prune_vocabulary(model: Any, calibration: Any, values: Mapping[str, Any]) -
         model, words = load_model(model), values["tokenizer"] or load_tokenizer(model)
         values = {**values, "tokenizer": words}
     check_parts(model, values["tokenizer"])
-    _other_kinds(calibration, values).check_arguments()
+    _pipeline(*_other_kinds(calibration, values)).check_arguments()
     calibration = as_rows(model, calibration, values["tokenizer"])
     found, rest = trim_first(model, calibration, values)
     ratio = DEFAULT_RATIO if values["ratio"] is None else values["ratio"]
@@ -222,13 +222,15 @@ def _prune_vocabulary(model: Any, calibration: Any, values: Mapping[str, Any]) -
     return _with_vocabulary(_run(pipeline, found.model, {**rest, "eval": False}), found, ratio)
 
 
-def _other_kinds(calibration: Any, values: Mapping[str, Any], plan: Plan | None = None) -> Pipeline:
-    """The pipeline of the kinds beside the vocabulary; one that removes nothing if there are none."""
+def _other_kinds(
+    calibration: Any, values: Mapping[str, Any], plan: Plan | None = None
+) -> tuple[Any, Mapping[str, Any], Plan | None]:
+    """Arguments of :func:`_pipeline` for the kinds beside the vocabulary; nothing goes if there are none."""
     if not has_vocab(values):
-        return _pipeline(calibration, values, plan)
+        return calibration, values, plan
     if has_others(values):
-        return _pipeline(calibration, without_vocab(values), plan)
-    return _pipeline(None, _nothing_else(values), Plan())
+        return calibration, without_vocab(values), plan
+    return None, _nothing_else(values), Plan()
 
 
 def _nothing_else(values: Mapping[str, Any]) -> dict[str, Any]:

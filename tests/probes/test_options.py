@@ -165,7 +165,7 @@ REFUSED: dict[str, list[Options]] = {
         options(compensate="least-squares"),
         options(tune="tune"),
     ],
-    "unknown quantisation": each("budget", "bytes@q4_K", "bytes@nope"),
+    "unknown format": each("budget", "bytes@q4_x", "bytes@nope"),
     "no such file": each("budget", "decode@nope.json"),
     "unknown budget": each("budget", "", "macs@3"),
     "unknown importance": [options(importance="nope", inplace=True)],
