@@ -150,25 +150,34 @@ class Budget:
 
     def __init__(self, terms: Iterable[Term], word: str) -> None:
         self.word = word
-        self._terms: list[tuple[Term, frozenset[Factor], float]] = []
-        for term in terms:
-            touched = frozenset(factor for expr in term.exprs for factor in factors(expr))
-            self._terms.append((term, touched, term.each * prod(expr.size for expr in term.exprs)))
-        self.total = int(sum(size for *_, size in self._terms))
-
-    @property
-    def terms(self) -> tuple[Term, ...]:
-        return tuple(term for term, *_ in self._terms)
+        self.terms = tuple(terms)
+        self._sizes = [term.each * prod(expr.size for expr in term.exprs) for term in self.terms]
+        self._places: dict[Factor | str, list[int]] = {}
+        for place, term in enumerate(self.terms):
+            keys: set[Factor | str] = {factor for expr in term.exprs for factor in factors(expr)}
+            if term.block is not None:
+                keys.add(term.block)
+            for key in keys:
+                self._places.setdefault(key, []).append(place)
+        self.total = int(sum(self._sizes))
 
     def removed(self, counts: Counts, blocks: Mapping[str, float]) -> float:
         """The removed cost, given the units left of each factor that shrinks, and the removed fraction of blocks."""
+        changed: list[Factor | str] = [*counts, *(block for block in blocks if blocks[block])]
         gone = 0.0
-        for term, touched, size in self._terms:
-            share = blocks.get(term.block, 0.0) if term.block is not None else 0.0
-            if share == 0.0 and touched.isdisjoint(counts):
-                continue
-            gone += size - term.each * prod(size_with(expr, counts) for expr in term.exprs) * (1 - share)
+        for _, part in self.removed_terms(changed, counts, blocks):  # one by one, since sum() rounds otherwise
+            gone += part
         return gone
+
+    def removed_terms(
+        self, changed: Iterable[Factor | str], counts: Counts, blocks: Mapping[str, float]
+    ) -> Iterator[tuple[int, float]]:
+        """Yield the places of the terms with some factors and blocks, in order, and what is removed of each."""
+        for place in sorted({place for key in changed for place in self._places.get(key, ())}):
+            term = self.terms[place]
+            share = blocks.get(term.block, 0.0) if term.block is not None else 0.0
+            left = term.each * prod(size_with(expr, counts) for expr in term.exprs) * (1 - share)
+            yield place, self._sizes[place] - left
 
     def left(self, counts: Counts, blocks: Mapping[str, float]) -> float:
         """The cost of what stays, given whole numbers of units and blocks."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from torch import fx, nn
@@ -36,6 +37,8 @@ from .base import (
 from .sizes import dense_and_least
 
 __all__ = ["BudgetSolver", "SelectByGroupRatioPass", "SelectByRatioPass", "choose_uniform", "normalised"]
+
+_Key = TypeVar("_Key")
 
 _CLOSE = 0.005
 """The achieved ratio is within half a percentage point of the requested one if the units are small enough."""
@@ -78,14 +81,7 @@ class BudgetSolver:
 
     def removed(self, choices: Sequence[tuple[int, float]]) -> float:
         """Parameters removed by choices for all slots, fractional ones too."""
-        blocks: dict[str, float] = {}
-        for slot, (_, count) in zip(self.slots, choices, strict=True):
-            for i, group in enumerate(slot.layers):
-                # while solving, the removed fraction is spread over all layers
-                share = count / len(slot.layers) if count != int(count) else float(i < count)
-                if group.block is not None and share:
-                    blocks[group.block] = share
-        return self.budget.removed(units_left(self.slots, choices), blocks)
+        return self.budget.removed(units_left(self.slots, choices), _blocks_removed(self.slots, choices))
 
     def most(self) -> list[Choice]:
         """As many units as may be removed, in the option that removes most."""
@@ -129,28 +125,30 @@ class BudgetSolver:
 
         Slots with the smallest units are tried first; larger ones only while the error is above half a percent.
         """
+        trial = _Trial(self.slots, self.budget, choices)
         for kind in reversed(self._kinds_by_unit()):
-            choices = self._repair_kind(choices, kind)
-            if abs(self.removed(choices) - self.target) <= _CLOSE * self.budget.total:
+            self._repair_kind(trial, kind)
+            if abs(trial.removed() - self.target) <= _CLOSE * self.budget.total:
                 break
-        return choices
+        return trial.choices
 
-    def _repair_kind(self, choices: list[Choice], kind: str) -> list[Choice]:
-        error = self.target - self.removed(choices)
-        queue = self._moves(choices, kind, up=error > 0)
+    def _repair_kind(self, trial: _Trial, kind: str) -> None:
+        error = self.target - trial.removed()
+        queue = self._moves(trial.choices, kind, up=error > 0)
         while queue:
-            index, pick = queue.pop(0)
-            trial = [*choices[:index], pick, *choices[index + 1 :]]
-            left = self.target - self.removed(trial)
+            index, pick = queue.popleft()
+            before = trial.choices[index]
+            trial.choose(index, pick)
+            left = self.target - trial.removed()
             if abs(left) >= abs(error):
+                trial.choose(index, before)
                 continue
-            choices, passed, error = trial, (left > 0) != (error > 0), left
+            passed, error = (left > 0) != (error > 0), left
             if passed:
                 break
-            queue = queue or self._moves(choices, kind, up=error > 0)
-        return choices
+            queue = queue or self._moves(trial.choices, kind, up=error > 0)
 
-    def _moves(self, choices: list[Choice], kind: str, *, up: bool) -> list[tuple[int, Choice]]:
+    def _moves(self, choices: list[Choice], kind: str, *, up: bool) -> deque[tuple[int, Choice]]:
         """One step more (or less) in each slot of ``kind``, lowest score first to remove, highest to give back."""
         found: list[tuple[float, int, Choice]] = []
         for index, (slot, (i, removed)) in enumerate(zip(self.slots, choices, strict=True)):
@@ -164,7 +162,7 @@ class BudgetSolver:
                 continue
             cost = float(option.scores[min(new, removed) : max(new, removed)].mean())
             found.append((cost if up else -cost, index, (i, new)))
-        return [(index, pick) for _, index, pick in sorted(found)]
+        return deque((index, pick) for _, index, pick in sorted(found))
 
     def fraction(self, fixed: Mapping[int, Choice]) -> float:
         """Fraction of the units of slots not ``fixed`` that removes the rest of the target, by bisection."""
@@ -188,7 +186,55 @@ class BudgetSolver:
         return sorted(cost, key=lambda kind: -cost[kind])
 
     def _alone(self, index: int, pick: Choice) -> float:
-        return self.removed([pick if i == index else (0, 0) for i in range(len(self.slots))])
+        slots = [self.slots[index]]
+        return self.budget.removed(units_left(slots, [pick]), _blocks_removed(slots, [pick]))
+
+
+def _blocks_removed(slots: Sequence[Slot], choices: Sequence[tuple[int, float]]) -> dict[str, float]:
+    """The removed fraction of each block, of which a fractional number is spread over all layers of the slot."""
+    found: dict[str, float] = {}
+    for slot, (_, count) in zip(slots, choices, strict=True):
+        for i, group in enumerate(slot.layers):
+            share = count / len(slot.layers) if count != int(count) else float(i < count)
+            if group.block is not None and share:
+                found[group.block] = share
+    return found
+
+
+def _replace(held: dict[_Key, float], old: Mapping[_Key, float], new: Mapping[_Key, float]) -> set[_Key]:
+    """Replace some entries by others, and return the keys of those that differ."""
+    for key in old:
+        del held[key]
+    held.update(new)
+    return {key for key in {*old, *new} if old.get(key) != new.get(key)}
+
+
+class _Trial:
+    """Choices that change in one slot at a time, and what they remove, kept term by term of the budget.
+
+    A change works out the terms of its slot anew; the sum is that of :meth:`BudgetSolver.removed` to the last bit.
+    """
+
+    def __init__(self, slots: Sequence[Slot], budget: Budget, choices: Sequence[Choice]) -> None:
+        self.slots, self.budget, self.choices = slots, budget, list(choices)
+        self.counts, self.blocks = units_left(slots, choices), _blocks_removed(slots, choices)
+        self.terms = np.zeros(len(budget.terms))
+        self._work_out([*self.counts, *self.blocks])
+
+    def choose(self, index: int, pick: Choice) -> None:
+        slot, before = [self.slots[index]], [self.choices[index]]
+        units = _replace(self.counts, units_left(slot, before), units_left(slot, [pick]))
+        blocks = _replace(self.blocks, _blocks_removed(slot, before), _blocks_removed(slot, [pick]))
+        self.choices[index] = pick
+        changed: list[Factor | str] = [*units, *blocks]
+        self._work_out(changed)
+
+    def removed(self) -> float:
+        return float(np.add.accumulate(self.terms)[-1])  # np.sum would add in another order
+
+    def _work_out(self, changed: Iterable[Factor | str]) -> None:
+        for place, gone in self.budget.removed_terms(changed, self.counts, self.blocks):
+            self.terms[place] = gone
 
 
 def choose_uniform(selection: Selection, fraction_for: Callable[[Mapping[int, Choice], str], float]) -> list[Choice]:
