@@ -79,7 +79,8 @@ def _characters(prepend: bool) -> Tokenizer:
     made.train_from_iterator(lines(400, 1), trainer)
     spec = json.loads(made.to_str())
     vocabulary = spec["model"]["vocab"]
-    merged = sorted((number, text) for text, number in vocabulary.items() if len(text) > 1 and text[0] != "<")
+    whole = {*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))}
+    merged = sorted((number, text) for text, number in vocabulary.items() if len(text) > 1 and text not in whole)
     spec["model"]["merges"] = [
         [text[:place], text[place:]]
         for _, text in merged
