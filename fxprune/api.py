@@ -203,7 +203,7 @@ def _check_place(name: str, value: Any, wanted: str) -> None:
 
 
 def _prune_vocabulary(model: Any, calibration: Any, values: Mapping[str, Any]) -> Result:
-    """Prune the vocabulary, and then the other kinds in what is left of the model."""
+    """Prune the vocabulary, and then the other kinds of the trimmed model."""
     check_alone(values)
     if not isinstance(model, nn.Module):
         _check_place("model", model, "a torch.nn.Module, a folder, a GGUF file, or a hub id")

@@ -29,7 +29,7 @@ _BATCH_TOKENS = 512
 """Tokens of the windows that run at once; a longer window runs alone."""
 
 _ROW = "row.json"
-"""File beside a kept slim model: its row, from which a later run takes what the prune cost."""
+"""File beside a kept slim model with its row, from which a later run takes the costs of the prune."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def with_ratio(value: Any, ratio: float) -> Any:
 
 
 def trained_by(pipeline: Pipeline, samples: int, tokens: int) -> tuple[str, int]:
-    """Names of what a pipeline trains, and the most tokens that it reads for that, counted as often as they are read.
+    """Parts that a pipeline trains, and the most tokens that it trains on, counted as often as they are read.
 
     Args:
         pipeline: Passes of a prune.

@@ -46,7 +46,7 @@ class KeptReference:
         return logits
 
     def _run(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits, and what the output embedding read at each call."""
+        """Logits, and the inputs of the output embedding by call."""
         read: list[torch.Tensor] = []
         embedding = self.model.get_output_embeddings()
         if embedding is None:

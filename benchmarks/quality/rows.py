@@ -1,4 +1,4 @@
-"""Rows of the quality benchmark: what was pruned and how, by which protocol it was measured, and what was found."""
+"""Rows of the quality benchmark: prune, protocol and findings."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class QualityRow:
 
     @property
     def key(self) -> tuple[str, float, int, Protocol]:
-        """What is measured once."""
+        """Key of a measurement, of which there is one row."""
         return self.entry, self.ratio, self.draw, self.protocol
 
     def at(self, length: int) -> dict[str, Perplexity]:

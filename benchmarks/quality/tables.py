@@ -14,7 +14,7 @@ from fxprune.evaluation import Perplexity
 __all__ = ["Section", "sections", "task_rows", "type_error"]
 
 _NONE = "-"
-"""Cell of what was not measured."""
+"""Empty cell."""
 
 _CONTROL = ", random units"
 """End of the name of an entry whose units are drawn at random, with the widths and all else of the one before it."""
@@ -59,7 +59,7 @@ class Section:
             yield name, [row for row in own if row.entry == name]
 
     def costs(self, ratio: float) -> Iterator[dict[str, Any]]:
-        """For each entry its size, what was trained, and what the prune cost."""
+        """Size, trained parts and costs of the prune, by entry."""
         for name, drawn in self.entries(ratio):
             threads = max(row.threads for row in drawn)  # times with other numbers of threads do not compare
             yield {

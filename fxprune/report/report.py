@@ -292,7 +292,7 @@ class Report(Fact):
 
     @property
     def advice(self) -> str:
-        """What brings a result that is far from the dense model closer to it; empty if it is not far, or not known."""
+        """Remedies for a result that is far from the dense model; empty if it is not far, or not known."""
         if self.quality is None or not self.quality.is_far:
             return ""
         tuned = (spelling for stage, spelling, _ in self.passes if stage == "tune")

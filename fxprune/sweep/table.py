@@ -52,7 +52,7 @@ class SweepRow:
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """What is to be small: parameters, bytes, perplexity, and the time of a token where it was measured."""
+        """Costs that are compared: parameters, bytes, perplexity, and the time of a token where it was measured."""
         times = () if self.decode_ms is None else (self.decode_ms[1] / self.decode_ms[0],)
         return self.parameters[1], self.memory[1], self.ratio_of_perplexity[0], *times
 

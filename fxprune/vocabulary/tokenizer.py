@@ -80,7 +80,7 @@ def _is_whole(merge: str | Sequence[str], model: Mapping[str, Any]) -> bool:
 
 
 def _processor(step: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
-    """What a tokenizer puts around a text, with new ids."""
+    """Post-processor of a tokenizer with new ids."""
     found = dict(step)
     if "processors" in step:
         found["processors"] = [_processor(one, new) for one in step["processors"]]

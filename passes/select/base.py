@@ -414,7 +414,7 @@ class SelectPass(Pass):
         return replace(self, ranking=best).decide(selection)
 
     def reached(self, selection: Selection, removal: Removal) -> Reached | None:
-        """What became of the target that the pass was given; None if it was given none."""
+        """The target of the pass and its outcome; None without a target."""
         return None
 
     def budget_of(self, graph_module: fx.GraphModule) -> str:

@@ -103,6 +103,8 @@ def test_a_part_of_a_file_is_not_refused_before_its_size_is_known() -> None:
     """Any part of a file in a format was refused, as no smaller than the dense model."""
     for target in ("0.75x bytes@q8_0", "0.75x bytes", "0.75x params", "50KB@q4_k_m"):
         load_pass("select-by-ratio", target=target).foresee_model(tiny("llama"))
+    with pytest.raises(RatioError, match="the dense model is no larger"):
+        load_pass("select-by-ratio", target="900M").foresee_model(tiny("llama"))
 
 
 def test_what_no_scores_can_change_is_told_before_any() -> None:
