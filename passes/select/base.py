@@ -404,14 +404,18 @@ class SelectPass(Pass):
         """The removal by the ranking that leaves the masked model nearer to the dense one."""
         _, heldout = split_samples(selection.graph_module, None, HELDOUT)
         judge = DivergenceJudge(selection.graph_module, heldout, BATCH)
-        found: dict[Ranking, tuple[float, Removal]] = {}
+        found: dict[Ranking, tuple[float, Removal, list[str]]] = {}
         for ranking in ("local", "global"):
-            removal = replace(self, ranking=ranking).decide(replace(selection, note=lambda _: None))
-            found[ranking] = judge.divergence(removal), removal
+            notes: list[str] = []
+            removal = replace(self, ranking=ranking).decide(replace(selection, note=notes.append))
+            found[ranking] = judge.divergence(removal), removal, notes
         best: Ranking = broadcast_object(min(found, key=lambda ranking: found[ranking][0]))
-        listed = ", ".join(f"{ranking} {divergence:.3f}" for ranking, (divergence, _) in found.items())
+        listed = ", ".join(f"{ranking} {divergence:.3f}" for ranking, (divergence, *_) in found.items())
         selection.note(f"{best} ranking; divergence of the masked model in nats: {listed}")
-        return replace(self, ranking=best).decide(selection)
+        _, removal, notes = found[best]
+        for line in notes:
+            selection.note(line)
+        return removal
 
     def reached(self, selection: Selection, removal: Removal) -> Reached | None:
         """The target of the pass and its outcome; None without a target."""
