@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from fxprune.masking.teacher import TeacherBatch, divergence, run_logits, teache
 from fxprune.offload.atomic import atomic_path
 from fxprune.offload.files import write_values
 from fxprune.offload.prefetch import autocast, use_bf16
-from fxprune.offload.ranks import rank
+from fxprune.offload.ranks import broadcast, broadcast_object, rank
 from fxprune.pipeline.arguments import Precision, argument, as_seed, path_or_empty
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.removal.removal import Removed
@@ -54,6 +55,19 @@ class Progress:
     first: float
     best: float
     kept: tuple[torch.Tensor, ...]
+
+    def of_first(self, numbers: Sequence[torch.Tensor]) -> Progress:
+        """The progress of the first process, in each of them: others may have rounded, resumed or stopped otherwise.
+
+        Args:
+            numbers: tensors of the shapes of those that are trained.
+        """
+        step, misses, first, best, count = broadcast_object(
+            (self.step, self.misses, self.first, self.best, len(self.kept))
+        )
+        kept = tuple(tensor.detach().clone() for tensor in (self.kept or numbers)[:count])
+        broadcast(kept)
+        return Progress(step, misses, first, best, kept)
 
     @staticmethod
     def file(folder: str) -> Path:
@@ -326,11 +340,11 @@ class TunePass(Pass):
         else:
             trained = TrainedVectors.of(graph_module, removal, self.everywhere, self.rank)
         training = Training(self, graph_module, trained, teacher)
-        progress = training.run()
+        progress = training.run().of_first(training.numbers)
         better = progress.best < progress.first
         if better:
             with torch.no_grad():
-                for name, value in list(trained.folded(progress.kept, graph_module)):
+                for name, value in trained.folded(progress.kept, graph_module):
                     write_values(graph_module, name, value)
         unit = "nats per token" if gives_classes(graph_module) else "of the square of its outputs"
         change = f"from {progress.first:.3f} to {progress.best:.3f} {unit} on {teacher.heldout_from}"

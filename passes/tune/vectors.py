@@ -112,6 +112,7 @@ class TrainedVectors:
     def folded(
         self, numbers: Sequence[torch.Tensor], graph_module: fx.GraphModule
     ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the names and the values of tensors that change; each product's weight is made when it is asked for."""
         (flat,) = numbers
         parts = self.parts(flat)
         single = [name for kind, name in self.sizes if kind == "own"]
@@ -127,10 +128,10 @@ class TrainedVectors:
             if low is not None:
                 update = low[0] @ low[1]
                 wide = wide + (update.T if product.axis == 1 else update)
-            values[product.name] = wide.to(W.dtype)
             if rows is not None and product.bias is not None:
                 bias = values.get(product.bias, get_tensor(graph_module, product.bias))
                 values[product.bias] = (bias.float() * rows).to(bias.dtype)
+            yield product.name, wide.to(W.dtype)
         yield from values.items()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from fxprune.masking.masked_run import UntouchedRun
 from fxprune.masking.teacher import TeacherLogits, divergence, run_logits, teacher_batches
 from fxprune.pipeline.contract import tracking
 from fxprune.removal.removal import Removed
+from tests.forked import in_processes
 from tests.tokens import character_tokenizer
 
 IDS = torch.randint(20, (12, 9), generator=torch.Generator().manual_seed(0))
@@ -120,11 +122,38 @@ def test_folding_gives_what_the_vectors_gave(slim: fx.GraphModule, everywhere: b
     folded = fork(slim)
     with torch.no_grad():
         wanted = VectorsRun(slim, vectors, numbers).run(IDS)
-        for name, value in list(vectors.folded([numbers], slim)):
+        for name, value in vectors.folded([numbers], slim):
             set_tensor(folded, name, nn.Parameter(value))
         assert torch.allclose(folded(IDS), wanted, atol=1e-4)
         assert not torch.allclose(slim(IDS), wanted, atol=1e-1)
         assert torch.equal(VectorsRun(slim, vectors, torch.zeros(vectors.count)).run(IDS), slim(IDS))
+
+
+def test_weights_are_folded_one_at_a_time(slim: fx.GraphModule) -> None:
+    """All were held at once: a second copy of the model."""
+    vectors = TrainedVectors.of(slim, facts_of(slim)[fxprune.Removed].removal, True)
+    made = []
+    for name, value in vectors.folded([torch.ones(vectors.count)], slim):
+        made.append((name, weakref.ref(value)))
+        alive = [one for one, there in made if there() is not None and get_tensor(slim, one).dim() == 2]
+        assert len(alive) <= 1
+        del value
+    assert len({name for name, _ in made}) == len(made) == len(vectors.products) + 8
+
+
+def test_processes_end_with_the_weights_of_the_first(
+    slim: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kept what it had trained, whether it had stopped earlier or computed on another machine."""
+
+    def work(rank: int) -> tuple[str, float]:
+        if rank:
+            monkeypatch.setattr(Training, "_measure", lambda _: 1.0)  # nothing was ever better
+        tuned = TunePass(epochs=3, rate=0.02)(slim).graph_module
+        return facts_of(tuned)[Notes].lines[-1], sum(float(w.double().square().sum()) for _, w in weights(tuned))
+
+    first, second = in_processes(work, 2, tmp_path)
+    assert first == second and "nothing was better" not in first[0]
 
 
 def test_a_tuned_model_is_nearer_to_the_dense_one_and_has_its_shapes(slim: fx.GraphModule) -> None:
