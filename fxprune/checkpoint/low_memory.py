@@ -27,7 +27,7 @@ from fxprune.errors import CheckpointError
 from fxprune.graph.context import Refusal, attempt, quiet, silence_stderr
 from fxprune.offload.atomic import made_folder, wrap_disk_errors, write_file
 from fxprune.offload.files import offload_to, sync_writes
-from fxprune.offload.ranks import rank
+from fxprune.offload.ranks import barrier, check_same, is_first, run_on_first
 from fxprune.report.report import package_versions
 
 if TYPE_CHECKING:
@@ -99,9 +99,21 @@ _REQUEST = "request.json"
 """The request of the run in a folder: a run with the same request resumes it."""
 
 
+def _begin(work: Path, request: str | None) -> None:
+    """Make the folder of a run, unless it holds what a run with the same request left."""
+    file = work / _REQUEST
+    if request is None or not file.is_file() or file.read_text("utf-8", "replace") != json.dumps(request):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        file.write_text(json.dumps(request), encoding="utf-8")
+
+
 @contextmanager
 def resumable_folder(out: str | os.PathLike[str], request: str | None = None, *, force: bool = False) -> Iterator[Path]:
     """Offload tensors to a folder ``<out>.unfinished`` beside ``out`` and yield it; it is deleted at the end.
+
+    All processes share it. The first one says what an earlier run has done, and that run may have had another number of
+    processes.
 
     Args:
         out: where the result goes.
@@ -109,30 +121,33 @@ def resumable_folder(out: str | os.PathLike[str], request: str | None = None, *,
         force: whether ``out`` may hold something else.
     """
     target = check_place(out, force=force)
-    work = target.with_name(f"{target.name}.unfinished{f'-{rank()}' if rank() else ''}")
+    work = target.with_name(f"{target.name}.unfinished")
     file = work / _REQUEST
     with ExitStack() as stack:
         try:
             with wrap_disk_errors(work, CheckpointError):
-                stack.enter_context(made_folder(work.parent))
-                if request is None or not file.is_file() or file.read_text("utf-8", "replace") != json.dumps(request):
-                    shutil.rmtree(work, ignore_errors=True)
-                    work.mkdir()
-                    file.write_text(json.dumps(request), encoding="utf-8")
+                if is_first():
+                    stack.enter_context(made_folder(work.parent))
+                run_on_first(lambda: _begin(work, request), CheckpointError)
+                there = file.read_text("utf-8", "replace") if file.is_file() else ""
+                check_same({"the request": request, "what they see in the folder": there}, where=str(work))
             with offload_to(work, work if request is not None else None):
                 yield work
         except BaseException:  # an interrupt too leaves nothing that is of no use
-            if request is None or not any(path.is_file() and path != file for path in work.rglob("*")):
+            if is_first() and (request is None or not any(p.is_file() and p != file for p in work.rglob("*"))):
                 shutil.rmtree(work, ignore_errors=True)  # nothing to resume from
             raise
-        shutil.rmtree(work, ignore_errors=True)
+        barrier()  # all are done with the files in it
+        if is_first():
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def load_mapped(source: str | os.PathLike[str], work: Path) -> PreTrainedModel:
     """Load the model in a folder with memory-mapped weights, read when they are used.
 
     transformers maps safetensors files and keeps the dtype of the weights. A GGUF file is first unpacked into such
-    files in float32, in a folder in ``work``, unless a run that was killed did so.
+    files in float32, in a folder in ``work``, unless a run that was killed did so. Processes share ``work``, and the
+    first unpacks.
 
     Raises:
         CheckpointError: it cannot be loaded.
@@ -159,15 +174,20 @@ def _load(source: str | os.PathLike[str], unpacked: Path) -> tuple[PreTrainedMod
         with quiet(WARNING):  # missing weights are refused by the caller
             model, info = read(source, dtype="auto", trust_remote_code=False, **LOADING)
         return model, info
-    if not (unpacked / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        check_sizes(source)
-        unpacked.mkdir(exist_ok=True)
-        try:
-            unpack_gguf(source, unpacked)
-        except BaseException:  # whatever was raised, it will be unpacked anew
-            shutil.rmtree(unpacked, ignore_errors=True)
-            raise
+    run_on_first(lambda: _unpack_once(source, unpacked), CheckpointError)
     return _load(unpacked, unpacked)
+
+
+def _unpack_once(source: str | os.PathLike[str], unpacked: Path) -> None:
+    if (unpacked / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return
+    check_sizes(source)
+    unpacked.mkdir(exist_ok=True)
+    try:
+        unpack_gguf(source, unpacked)
+    except BaseException:  # whatever was raised, it will be unpacked anew
+        shutil.rmtree(unpacked, ignore_errors=True)
+        raise
 
 
 def request_key(source: str | os.PathLike[str], calibration: Any, passes: str) -> str | None:

@@ -66,7 +66,7 @@ def evaluate(
     """Measure MODELS, dense or slim: size, perplexity on texts, accuracy on tasks, greedy answers."""
     from fxprune.evaluation.comparison import Comparison
     from fxprune.evaluation.tasks import check_tasks
-    from fxprune.offload.ranks import is_first
+    from fxprune.offload.ranks import broadcast_object, is_first
 
     for option, value, reason in (
         ("--dtype", dtype, "weights on disk are used in the dtype of their files"),
@@ -90,7 +90,7 @@ def evaluate(
     if not low_memory:
         keep_freed()
     with tempfile.TemporaryDirectory() if low_memory else nullcontext() as place:
-        work = None if place is None else Path(place)
+        work = None if place is None else Path(broadcast_object(place))
         loading = {"dtype": dtype, "device": device}
         columns = _measure(compared, loading, options, work, has_reference=compare is not None)
         comparison = Comparison(columns, settings)
@@ -176,7 +176,7 @@ def _measure(
         else:
             own = load_words(place, needed=tokenizer is None)
             folder = work / str(len(columns))
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)  # processes share it
             with working(f"loading {place}"):
                 model = load_mapped(locate_model(place), folder)
         tokenizer = own or tokenizer

@@ -247,19 +247,14 @@ class PartRuns:
             for node in values.keys() - before:
                 del values[node]
 
-    def gradients_by_name(self) -> dict[str, torch.Tensor]:
-        """Gradients of the values given by parts that have not run backward yet, for :meth:`take_gradients`."""
-        numbered = enumerate(self.gradients)
-        return {f"gradient {i} {node.name}": value for i, found in numbered for node, value in found.items()}
+    def gradients_by_name(self, sample: int) -> dict[str, torch.Tensor]:
+        """Gradients for a sample of the values given by parts that have not run backward yet, by node name."""
+        return {node.name: value for node, value in self.gradients[sample].items()}
 
-    def take_gradients(self, named: Mapping[str, torch.Tensor]) -> None:
-        """Resume with the gradients of an earlier run; other tensors in ``named`` are skipped."""
+    def take_gradients(self, sample: int, named: Mapping[str, torch.Tensor]) -> None:
+        """Resume with the gradients that :meth:`gradients_by_name` gave for a sample in an earlier run."""
         nodes = {node.name: node for part in self.parts for node in part.nodes}
-        self.gradients = [{} for _ in self.values]
-        for key, value in named.items():
-            kind, number, name = key.split(" ", 2)
-            if kind == "gradient":
-                self.gradients[int(number)][nodes[name]] = value
+        self.gradients[sample] = {nodes[name]: value for name, value in named.items()}
 
     def needs_gradients(self, part: Part) -> bool:
         """Whether gradients of weights that a part reads, or of values that it takes, are wanted."""

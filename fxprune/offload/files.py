@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import threading
 from collections import deque
@@ -19,17 +20,20 @@ from fxprune.errors import FxpruneError
 from fxprune.graph.facts import Source, facts_of
 from fxprune.graph.tensors import as_parameter, get_tensor, set_tensor
 from fxprune.offload.atomic import atomic_path, wrap_disk_errors
+from fxprune.offload.ranks import barrier, broadcast_object, is_first
 
 __all__ = [
     "cached",
     "caching",
     "finish_writes",
+    "is_caching",
     "is_offloading",
     "no_resume",
     "offload_to",
     "offloaded",
     "resume_scope",
     "sync_writes",
+    "uncache",
     "write_values",
 ]
 
@@ -87,22 +91,45 @@ def is_offloading() -> bool:
     return _folder.get() is not None
 
 
-def cached(name: str) -> Path | None:
-    """Return the cached file ``name`` that an earlier run left; None if there is none."""
+def is_caching() -> bool:
+    """Whether there is a cache to resume from."""
+    return _cache.get() is not None
+
+
+def cached(name: str, *, own: bool = False) -> Path | None:
+    """Return the cached file ``name`` that an earlier run left; None if there is none.
+
+    The first process decides for all, unless each looks for files of its own.
+    """
     folder = _cache.get()
-    path = None if folder is None else folder / name
-    return path if path is not None and path.exists() else None
+    if folder is None:
+        return None
+    path = folder / name
+    return path if (path.exists() if own else broadcast_object(path.exists())) else None
 
 
 @contextmanager
-def caching(name: str) -> Iterator[Path | None]:
-    """Yield a path to write the cached file ``name`` to, or None without a cache; it gets its name once complete."""
+def caching(name: str, *, own: bool = False) -> Iterator[Path | None]:
+    """Yield a path to write the cached file ``name`` to, which gets its name once complete; None without a cache.
+
+    All processes share the cache. The first writes what all of them hold; with ``own`` each writes files of its own.
+    """
     folder = _cache.get()
-    if folder is None:
+    if folder is None or not (own or is_first()):
         yield None
         return
     with atomic_path(folder / name, parents=True) as unfinished:
         yield unfinished
+
+
+def uncache(name: str) -> None:
+    """Delete a folder in the cache, once all processes are done with it."""
+    folder = _cache.get()
+    if folder is None:
+        return
+    barrier()
+    if is_first():
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 _writers = ThreadPoolExecutor(8, thread_name_prefix="fxprune-write")

@@ -13,6 +13,7 @@ from torch import fx
 
 from fxprune.errors import ArgumentError, PassError
 from fxprune.graph.tensors import device_of, map_tensors, weights
+from fxprune.offload.ranks import broadcast_object
 
 __all__ = [
     "Prefetcher",
@@ -218,7 +219,7 @@ def use_bf16(precision: str, graph_module: fx.GraphModule, trial: Callable[[], t
     floats = [tensor.dtype for _, tensor in weights(graph_module) if tensor.is_floating_point()]
     if precision == "float32" or any(dtype != torch.float32 for dtype in floats):
         return False
-    if precision == "auto" and not has_bf16(device):
+    if precision == "auto" and not broadcast_object(has_bf16(device)):
         return False
     try:
         with torch.no_grad(), autocast(device, True):

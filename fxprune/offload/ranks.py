@@ -5,24 +5,31 @@ Sharded and offloaded models are recognised by the marks that torch and accelera
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from fxprune.errors import CalibrationError, UnsupportedModelError
+from fxprune.errors import CalibrationError, PassError, UnsupportedModelError
 
 __all__ = [
     "all_reduce",
+    "barrier",
     "broadcast",
     "broadcast_object",
     "check_one_device",
+    "check_same",
     "check_trainable",
     "check_unsharded",
+    "decide_on_first",
     "input_device",
     "is_first",
     "is_sharded",
@@ -108,9 +115,18 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 T = TypeVar("T")
 
+_LONGEST_WAIT = timedelta(days=7)
+"""Time that processes wait for the first to write: unlike a collective, that takes as long as the disk takes."""
+
+_BUCKET = 1 << 25
+"""Bytes below which tensors are all-reduced together: a call costs as much as some megabytes on the link."""
+
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+"""Whether this process does something that the others wait for, and that they take no part in."""
+
 
 def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.is_available() and dist.is_initialized() and not _alone.get() and dist.get_world_size() > 1
 
 
 def rank() -> int:
@@ -155,8 +171,56 @@ def shard_indices(count: int) -> range:
 
 def all_reduce(tensors: Iterable[torch.Tensor]) -> None:
     """Sum tensors over processes, in place; all pass the same number, of the same shapes, in the same order."""
-    for tensor in tensors if _is_distributed() else ():
-        dist.all_reduce(tensor)
+    for bucket in _buckets(tensors) if _is_distributed() else ():
+        if len(bucket) == 1:
+            dist.all_reduce(bucket[0])
+            continue
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        dist.all_reduce(flat)
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+
+def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Yield runs of tensors of one dtype and device, of :data:`_BUCKET` bytes at most or one larger tensor."""
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for tensor in tensors:
+        alike = bucket and (bucket[0].dtype, bucket[0].device) == (tensor.dtype, tensor.device)
+        if bucket and not (alike and size + tensor.nbytes <= _BUCKET):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def check_same(found: Mapping[str, Any], where: str) -> None:
+    """Refuse to go on if processes differ in values that decide what they compute.
+
+    Collectives of processes that compute different things match by chance, or wait for each other for ever.
+
+    Args:
+        found: the values of this process by their names in a message; compared by ``repr``.
+        where: what they decide.
+
+    Raises:
+        PassError: a process has other values than the first; raised in all of them.
+    """
+    if not _is_distributed():
+        return
+    mine = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in found.items()}
+    held: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(held, mine)
+    for number, digests in enumerate(held):
+        names = [name for name in held[0] | digests if digests.get(name) != held[0].get(name)]
+        if names:
+            raise PassError(
+                f"process {number} and the first process differ in {', '.join(names)}",
+                where=where,
+                remedy="Start all processes with the same command, model and data, and folders that all of them share",
+            )
 
 
 def broadcast_object(value: T) -> T:
@@ -174,25 +238,55 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
         dist.broadcast(tensor, 0)
 
 
+def barrier() -> None:
+    """Wait for all processes, however long one of them writes."""
+    if _is_distributed():
+        dist.barrier(_waiting_group())
+
+
 def run_on_first(work: Callable[[], T], refusal: type[Exception]) -> T | None:
-    """Run some work, such as writing, in the first process; others return None, or raise ``refusal`` if it fails."""
+    """Run some work, such as writing, in the first process; others return None, or raise ``refusal`` if it fails.
+
+    They wait as long as it takes. The work runs as in a single process: collectives in it would find nobody.
+    """
     if not _is_distributed():
         return work()
+    group = _waiting_group()
+    failed = ["the first process was stopped"]
     if not is_first():
-        failed = broadcast_object("")
-        if failed:
-            raise refusal(failed)
+        dist.broadcast_object_list(failed, group=group)
+        if failed[0]:
+            raise refusal(failed[0])
         return None
-    failed = "the first process was stopped"
+    token = _alone.set(True)
     try:
         found = work()
-        failed = ""
+        failed = [""]
     except Exception as error:  # whatever it is, the others must not wait for ever
-        failed = f"the first process: {error}"
+        failed = [f"the first process: {error}"]
         raise
     finally:
-        broadcast_object(failed)
+        _alone.reset(token)
+        dist.broadcast_object_list(failed, group=group)
     return found
+
+
+def decide_on_first(decide: Callable[[], T], refusal: type[Exception]) -> T:
+    """Return in each process what ``decide`` returns in the first; others raise ``refusal`` if it fails there."""
+    return broadcast_object(run_on_first(decide, refusal))  # type: ignore[arg-type,return-value]
+
+
+_waiting: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
+"""By the group of all processes, the one in which they wait."""
+
+
+def _waiting_group() -> dist.ProcessGroup:
+    """All processes, with :data:`_LONGEST_WAIT` as timeout."""
+    world = dist.group.WORLD
+    assert world is not None
+    if world not in _waiting:
+        _waiting[world] = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+    return _waiting[world]
 
 
 @contextmanager

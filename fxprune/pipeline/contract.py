@@ -26,7 +26,9 @@ from fxprune.errors import PassError
 from fxprune.graph.context import default_modes, wrap_errors
 from fxprune.graph.facts import Change, Fact, Source, facts_of, fork, reading, unshare
 from fxprune.graph.tensors import comparable, weights
+from fxprune.offload.files import is_caching
 from fxprune.offload.prefetch import use_prefetcher
+from fxprune.offload.ranks import check_same
 from fxprune.pipeline.arguments import Arguments, flag, function
 from fxprune.pipeline.sharing import remembered
 from fxprune.pipeline.spelling import spell
@@ -162,6 +164,7 @@ class Pass(Arguments, PassBase):
             flag("inplace", inplace)
             self.check_arguments()
             self.requires(graph_module)
+            self._check_same(graph_module)
             apart = self.changes != "nothing" and not inplace
             run = run_apart if apart else remembered
             result = run(self, self._run, graph_module)
@@ -204,6 +207,12 @@ class Pass(Arguments, PassBase):
         for kind in self.gives:
             if kind not in facts:
                 raise PassError(f"did not give {kind.__name__}", where=f"pass {self.name}", remedy=_REPORT)
+
+    def _check_same(self, graph_module: fx.GraphModule) -> None:
+        """Refuse to run beside other processes that run another pass, or run it on another model."""
+        named = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights(graph_module)]
+        found = {"the pass": str(self), "the weights": named, "whether they can be resumed": is_caching()}
+        check_same(found, where=f"pass {self.name}")
 
     def _run(self, graph_module: fx.GraphModule) -> PassResult:
         source = facts_of(graph_module).get(Source)

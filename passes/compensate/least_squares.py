@@ -12,7 +12,7 @@ from torch import fx
 from fxprune.errors import CalibrationError
 from fxprune.graph.tensors import get_tensor
 from fxprune.masking.compare import PairedRuns
-from fxprune.offload.ranks import all_reduce
+from fxprune.offload.ranks import all_reduce, broadcast_object
 from fxprune.pipeline.arguments import argument
 
 from .base import FitPass, FitSite, fit_data
@@ -223,7 +223,9 @@ class LeastSquaresPass(FitPass):
         if not (front.is_finite() and back.is_finite()):
             remedy = "Check the weights and the samples"
             raise CalibrationError("its inputs or outputs are too large", where=site.name, remedy=remedy)
-        damping = best_damping(front, back) if self.damping is None else Damping(self.damping, self.each)
+        damping = broadcast_object(
+            best_damping(front, back) if self.damping is None else Damping(self.damping, self.each)
+        )
         front.merge(back)
         del back
         change = front.solve(damping).mT.to(w.dtype)

@@ -19,7 +19,7 @@ from fxprune.graph.tensors import weights
 from fxprune.masking.parts import Part, cut_graph, output_numel
 from fxprune.offload.files import cached, caching
 from fxprune.offload.prefetch import compute_device
-from fxprune.offload.ranks import broadcast_object
+from fxprune.offload.ranks import broadcast_object, check_same
 from fxprune.pipeline.arguments import MEMORY, Memory, argument, number, one_of
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.scores import REDUCTIONS, Scores, score_groups
@@ -99,7 +99,7 @@ def usable_bytes(memory: float | Memory, graph_module: fx.GraphModule, wanted: f
     if memory == "auto":
         device = compute_device(graph_module)
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        memory = "fast" if 2 * wanted <= free else "low"
+        memory = broadcast_object("fast" if 2 * wanted <= free else "low")
     return math.inf if memory == "fast" else LOW_MEMORY * total
 
 
@@ -115,6 +115,14 @@ def parts_within(
         costs: bytes that are kept of each weight while its part runs, by name.
         tokens: of all samples.
     """
+    found = _parts_within(memory, graph_module, costs, tokens)
+    check_same({"the parts of the graph": [part.nodes for part in found]}, where="memory")
+    return found
+
+
+def _parts_within(
+    memory: float | Memory, graph_module: fx.GraphModule, costs: Mapping[str, float], tokens: int
+) -> list[Part]:
     limit = usable_bytes(memory, graph_module, sum(costs.values()))
     found = cut_graph(graph_module.graph, costs, limit)
     if isinstance(memory, float) or limit == math.inf:

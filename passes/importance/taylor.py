@@ -21,9 +21,9 @@ from fxprune.graph.facts import Fact, Runnable, facts_of
 from fxprune.graph.tensors import device_of, find_nonfinite, require_weights, weights
 from fxprune.masking.objective import sample_loss
 from fxprune.masking.parts import Hooks, Part, PartRuns
-from fxprune.offload.files import cached, caching, offloaded
+from fxprune.offload.files import cached, caching, is_caching, offloaded, uncache
 from fxprune.offload.prefetch import current_prefetcher, to_device
-from fxprune.offload.ranks import all_reduce, shard
+from fxprune.offload.ranks import all_reduce, barrier, shard
 from fxprune.pipeline.arguments import Memory, Order, argument
 from fxprune.pipeline.contract import PassCost, tracked
 from fxprune.rules.aliasing import writes, written_sources
@@ -224,7 +224,7 @@ class TaylorImportancePass(ImportancePass):
         tokens = count_tokens(samples)
         costs, recorded = self._costs(graph_module, axes, tokens)
         parts = parts_within(self.memory, graph_module, costs, tokens)
-        return _GradientSweep(graph_module, shard(samples), len(samples), axes, self.order, parts, recorded).run()
+        return _GradientSweep(graph_module, samples, axes, self.order, parts, recorded).run()
 
     def _costs(
         self, graph_module: fx.GraphModule, axes: Axes, tokens: int
@@ -255,13 +255,17 @@ class _GradientSweep:
         self,
         graph_module: fx.GraphModule,
         samples: Sequence[Sample],
-        total: int,
         axes: Axes,
         order: Order,
         parts: Sequence[Part],
         recorded: Mapping[str, LoneProduct],
     ) -> None:
-        self.graph_module, self.samples, self.total, self.order = graph_module, samples, total, order
+        self.graph_module, self.total, self.order = graph_module, len(samples), order
+        self.numbers = shard(range(len(samples)))
+        """Of the samples of this process, among those of all."""
+        self.samples = [samples[number] for number in self.numbers]
+        self.saved: int | None = None
+        """The last part that was saved."""
         self.parts, self.axes, self.home = parts, axes, device_of(graph_module)
         self.written = written_sources(graph_module.graph)
         tensors = dict(weights(graph_module))
@@ -276,7 +280,7 @@ class _GradientSweep:
                 name: value.to(self.home, copy=name in self.written) if isinstance(value, torch.Tensor) else value
                 for name, value in sample.inputs.items()
             }
-            for sample in samples
+            for sample in self.samples
         ]
         self.runs = PartRuns(graph_module, parts, inputs, self.wanted)
 
@@ -356,14 +360,23 @@ class _GradientSweep:
         return {place: to_device(value, self.home) for place, value in found.items()}
 
     def _save(self, number: int, found: Positions) -> None:
-        with caching(f"part-{number}.safetensors") as file:
-            if file is not None:
-                scores = {f"score {axis} {name}": value for (name, axis), value in found.items()}
-                late = {f"late {sample} {name}": value for (name, sample), value in self.late.items()}
-                tensors = scores | late | self.runs.gradients_by_name()
-                save_file(
-                    {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}, file
-                )
+        """Save a part for a run of any number of processes: a file of gradients for each sample, then the scores.
+
+        Those of the part before it are of no more use.
+        """
+        if not is_caching():
+            return
+        for sample, place in enumerate(self.numbers):
+            gradients = {f"gradient {name}": value for name, value in self.runs.gradients_by_name(sample).items()}
+            late = {f"late {name}": value for (name, one), value in self.late.items() if one == sample}
+            _cache_tensors(_gradients_file(number, place), gradients | late, own=True)
+        barrier()
+        _cache_tensors(
+            f"part-{number}.safetensors", {f"score {axis} {name}": value for (name, axis), value in found.items()}
+        )
+        if self.saved is not None:
+            uncache(_gradients_folder(self.saved))
+        self.saved = number
 
     def _resume(self) -> tuple[int, Positions]:
         """The number of parts left to run, and the scores of those that an interrupted run has finished."""
@@ -373,16 +386,26 @@ class _GradientSweep:
             file = cached(f"part-{number}.safetensors")
             if file is None:
                 continue
-            left, known = number, load_file(file)
-            self.runs.take_gradients(known)
-            self.late = {}
-            for key, value in known.items():
-                what, which, name = key.split(" ", 2)
-                if what == "score":
-                    found[name, int(which)] = value
-                elif what == "late":
-                    self.late[name, int(which)] = value
+            left = self.saved = number
+            for key, value in load_file(file).items():
+                _, axis, name = key.split(" ", 2)
+                found[name, int(axis)] = value
+        if self.saved is not None:
+            for sample, place in enumerate(self.numbers):
+                self._take_gradients(sample, _gradients_file(self.saved, place))
         return left, found
+
+    def _take_gradients(self, sample: int, name: str) -> None:
+        file = cached(name, own=True)
+        if file is None:
+            what, remedy = f"{name} is missing", "Delete the folder of the unfinished run, and start again"
+            raise CalibrationError(what, where="the run to resume", remedy=remedy)
+        kinds: dict[str, dict[str, torch.Tensor]] = {"gradient": {}, "late": {}}
+        for key, value in load_file(file).items():
+            kind, _, of = key.partition(" ")
+            kinds[kind][of] = value
+        self.runs.take_gradients(sample, kinds["gradient"])
+        self.late.update({(weight, sample): value for weight, value in kinds["late"].items()})
 
     def _loss(self, sample: int, output: Any) -> torch.Tensor:
         loss = sample_loss(self.graph_module, output, self.samples[sample], sample, TaylorImportancePass.name)
@@ -394,3 +417,19 @@ class _GradientSweep:
                 remedy="Repair the weights, or look for samples that the model cannot process",
             )
         return loss
+
+
+def _gradients_folder(part: int) -> str:
+    return f"gradients-{part}"
+
+
+def _gradients_file(part: int, sample: int) -> str:
+    """The cached file of the gradients that parts before a part need, for a sample by its number among all."""
+    return f"{_gradients_folder(part)}/{sample}.safetensors"
+
+
+def _cache_tensors(name: str, tensors: Mapping[str, torch.Tensor], *, own: bool = False) -> None:
+    with caching(name, own=own) as file:
+        if file is not None:  # copies, since gradients of two values may be one tensor
+            copies = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+            save_file(copies, file)

@@ -29,11 +29,11 @@ from fxprune.evaluation.speed import read_widths
 from fxprune.graph.facts import Change, Fact, Runnable, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of
 from fxprune.masking.judge import DivergenceJudge, foresee_split, split_samples
-from fxprune.offload.ranks import broadcast_object
+from fxprune.offload.ranks import broadcast_object, decide_on_first
 from fxprune.pipeline.arguments import Ranking, argument, numbers, refuse, whole_number
 from fxprune.pipeline.contract import Pass, PassCost, PassResult
 from fxprune.removal.budget import Budget, by_kind, check_budget, make_budget
-from fxprune.removal.plan import Plan
+from fxprune.removal.plan import Plan, keep_of
 from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 from fxprune.removal.target import Reached
@@ -386,7 +386,7 @@ class SelectPass(Pass):
         with _unruled_ops_named(graph_module):
             selection = self._selection(graph_module, scores, self._accepts(graph_module))
             measured = self.compares_rankings and Calibration in facts and Runnable in facts
-            removal = self._by_measurement(selection) if measured else self.decide(selection)
+            removal = _of_first(self._by_measurement(selection) if measured else self.decide(selection))
             facts.put(replace(removal, reached=self.reached(selection, removal)))
         return PassResult(graph_module, False)
 
@@ -444,7 +444,7 @@ class SelectPass(Pass):
         protected = protected_blocks(axes.blocks, () if self.uniform else self.protect)
         round_to = self.round_to
         if isinstance(round_to, str):
-            widths = read_widths(device_of(graph_module))
+            widths = decide_on_first(lambda: read_widths(device_of(graph_module)), FxpruneError)
             round_to = widths.best()
             add_note(graph_module, f"round_to={AUTO} is {round_to}, as measured on {widths.device}")
         budget = make_budget(self.budget_of(graph_module), graph_module, axes)
@@ -475,6 +475,15 @@ class SelectPass(Pass):
     @abstractmethod
     def choose(self, selection: Selection) -> list[Choice]:
         """A choice for each slot."""
+
+
+def _of_first(removal: Removal) -> Removal:
+    """The removal that the first process chose: measurements on other machines may round differently."""
+    plan = broadcast_object(removal.plan)
+    if plan == removal.plan:
+        return removal
+    keep = keep_of(removal.axes, removal.groups, plan)
+    return replace(removal, keep=keep, removed_blocks=plan.removed_blocks)
 
 
 @contextmanager

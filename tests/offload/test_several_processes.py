@@ -1,0 +1,85 @@
+"""Collectives of two and three processes: one decision, one error, and waiting for the first to write."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from fxprune.errors import FxpruneError
+from fxprune.offload.files import cached, caching, offload_to, uncache
+from fxprune.offload.ranks import all_reduce, barrier, check_same, decide_on_first, run_on_first
+from tests.forked import in_processes
+
+
+def test_small_tensors_of_several_dtypes_are_summed_in_buckets(tmp_path: Path) -> None:
+    def work(rank: int) -> list[list[float]]:
+        tensors = [
+            torch.full((2, 3), rank + 1.0),
+            torch.arange(4, dtype=torch.int64)[::2] + rank,
+            torch.tensor(rank + 0.5),
+            torch.ones(5, 2).T * rank,
+            torch.empty(0),
+        ]
+        all_reduce(iter(tensors))
+        return [tensor.flatten().tolist() for tensor in tensors]
+
+    found = in_processes(work, 3, tmp_path)
+    assert found[0] == found[1] == found[2] == [[6.0] * 6, [3, 9], [4.5], [3.0] * 10, []]
+
+
+def test_processes_that_differ_all_raise_what_differs(tmp_path: Path) -> None:
+    def work(rank: int) -> str:
+        check_same({"the pass": "l2"}, where="a pass")
+        try:
+            check_same({"the pass": "l2", "the weights": rank // 2}, where="a pass")
+        except FxpruneError as error:
+            return str(error)
+        return ""
+
+    said = in_processes(work, 3, tmp_path)
+    assert len(set(said)) == 1 and "process 2 and the first process differ in the weights" in said[0]
+
+
+def test_the_first_writes_for_longer_than_a_collective_may_take(tmp_path: Path) -> None:
+    """The others waited in a broadcast of the default group, and gave up after its timeout."""
+
+    def write() -> int:
+        time.sleep(1.5)
+        check_same({"alone": 1}, where="what runs in one process alone")
+        return 7
+
+    def work(rank: int) -> list[object]:
+        found: list[object] = [run_on_first(write, FxpruneError), decide_on_first(lambda: rank + 3, FxpruneError)]
+        barrier()
+        try:
+            decide_on_first(lambda: 1 // rank, FxpruneError)
+        except (ZeroDivisionError, FxpruneError) as error:
+            found.append(type(error).__name__)
+        return found
+
+    found = in_processes(work, 2, tmp_path, timeout=0.7)
+    assert found == [[7, 3, "ZeroDivisionError"], [None, 3, "FxpruneError"]]
+
+
+def test_the_first_process_says_what_is_done(tmp_path: Path) -> None:
+    """Each process looked into a folder of its own, and one that lacked a file waited for the others for ever."""
+
+    def work(rank: int) -> list[object]:
+        with offload_to(tmp_path, tmp_path):
+            before = cached("scores")
+            with caching("scores") as file:
+                if file is not None:
+                    file.write_text(str(rank))
+            with caching(f"parts/{rank}", own=True) as file:
+                assert file is not None
+                file.write_text("")
+            barrier()
+            seen = cached("scores")
+            own = [cached(f"parts/{place}", own=True) is not None for place in range(3)]
+            uncache("parts")
+            barrier()
+            return [before, seen and seen.read_text(), own, (tmp_path / "parts").exists()]
+
+    assert in_processes(work, 2, tmp_path) == [[None, "0", [True, True, False], False]] * 2
