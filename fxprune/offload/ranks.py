@@ -6,6 +6,7 @@ Sharded and offloaded models are recognised by the marks that torch and accelera
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,13 +24,18 @@ from fxprune.errors import CalibrationError, PassError, UnsupportedModelError
 __all__ = [
     "all_reduce",
     "barrier",
+    "batch_for_all",
     "broadcast",
+    "broadcast_dealt",
     "broadcast_object",
+    "check_enough",
     "check_one_device",
     "check_same",
     "check_trainable",
     "check_unsharded",
+    "deal",
     "decide_on_first",
+    "gathered",
     "input_device",
     "is_first",
     "is_sharded",
@@ -38,6 +44,7 @@ __all__ = [
     "run_on_first",
     "shard",
     "shard_indices",
+    "world_size",
 ]
 
 _FOLDER = (
@@ -115,6 +122,8 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 T = TypeVar("T")
 
+_NONE: Any = object()
+
 _LONGEST_WAIT = timedelta(days=7)
 """Time that processes wait for the first to write: unlike a collective, that takes as long as the disk takes."""
 
@@ -134,9 +143,24 @@ def rank() -> int:
     return dist.get_rank() if _is_distributed() else 0
 
 
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if _is_distributed() else 1
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes and prints."""
     return rank() == 0
+
+
+def check_enough(samples: Sequence[Any]) -> None:
+    """Raise :class:`~fxprune.errors.CalibrationError` if there are fewer samples than processes."""
+    if len(samples) < world_size():
+        raise CalibrationError(
+            f"{len(samples)} samples for {world_size()} processes",
+            where="calibration",
+            remedy="Pass at least one sample for each process, or start fewer",
+        )
 
 
 def shard(samples: Sequence[T]) -> tuple[T, ...]:
@@ -145,16 +169,36 @@ def shard(samples: Sequence[T]) -> tuple[T, ...]:
     Raises:
         CalibrationError: there are fewer samples than processes.
     """
+    check_enough(samples)
+    return deal(samples)
+
+
+def deal(pieces: Sequence[T]) -> tuple[T, ...]:
+    """Return this process's share of some pieces of work: piece ``i`` is done by process ``i % processes``."""
+    return tuple(pieces[rank() :: world_size()])
+
+
+def gathered(mine: Sequence[T]) -> list[T]:
+    """Results of all processes, in the order of the pieces that :func:`deal` gave out."""
     if not _is_distributed():
-        return tuple(samples)
-    count = dist.get_world_size()
-    if len(samples) < count:
-        raise CalibrationError(
-            f"{len(samples)} samples for {count} processes",
-            where="calibration",
-            remedy="Pass at least one sample for each process, or start fewer",
-        )
-    return tuple(samples[rank() :: count])
+        return list(mine)
+    held: list[Sequence[T]] = [()] * world_size()
+    dist.all_gather_object(held, mine)
+    return [one for row in itertools.zip_longest(*held, fillvalue=_NONE) for one in row if one is not _NONE]
+
+
+def broadcast_dealt(tensor: torch.Tensor) -> None:
+    """Copy each slice along the first axis to all, in place, from the process that :func:`deal` gives its index."""
+    count = world_size()
+    for source in range(min(count, len(tensor)) if count > 1 else 0):
+        part = tensor[source::count].contiguous()
+        dist.broadcast(part, source)
+        tensor[source::count] = part
+
+
+def batch_for_all(batch: int, samples: int) -> int:
+    """The size of batches: ``batch``, or less if there are otherwise fewer batches of the samples than processes."""
+    return max(1, min(batch, samples // world_size()))
 
 
 def shard_indices(count: int) -> range:
@@ -196,13 +240,14 @@ def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield bucket
 
 
-def check_same(found: Mapping[str, Any], where: str) -> None:
+def check_same(find: Callable[[], Mapping[str, Any]], where: str) -> None:
     """Refuse to go on if processes differ in values that decide what they compute.
 
     Collectives of processes that compute different things match by chance, or wait for each other for ever.
 
     Args:
-        found: the values of this process by their names in a message; compared by ``repr``.
+        find: gives the values of this process by their names in a message, compared by ``repr``; not called in a single
+            process.
         where: what they decide.
 
     Raises:
@@ -210,7 +255,7 @@ def check_same(found: Mapping[str, Any], where: str) -> None:
     """
     if not _is_distributed():
         return
-    mine = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in found.items()}
+    mine = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in find().items()}
     held: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(held, mine)
     for number, digests in enumerate(held):

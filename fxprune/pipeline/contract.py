@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter, is_
 from typing import Any, ClassVar
 
@@ -164,7 +165,7 @@ class Pass(Arguments, PassBase):
             flag("inplace", inplace)
             self.check_arguments()
             self.requires(graph_module)
-            self._check_same(graph_module)
+            check_same(partial(self._decisive, graph_module), where=f"pass {self.name}")
             apart = self.changes != "nothing" and not inplace
             run = run_apart if apart else remembered
             result = run(self, self._run, graph_module)
@@ -208,11 +209,10 @@ class Pass(Arguments, PassBase):
             if kind not in facts:
                 raise PassError(f"did not give {kind.__name__}", where=f"pass {self.name}", remedy=_REPORT)
 
-    def _check_same(self, graph_module: fx.GraphModule) -> None:
-        """Refuse to run beside other processes that run another pass, or run it on another model."""
+    def _decisive(self, graph_module: fx.GraphModule) -> Mapping[str, Any]:
+        """What processes that run this pass together must have in common, by its name in an error."""
         named = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights(graph_module)]
-        found = {"the pass": str(self), "the weights": named, "whether they can be resumed": is_caching()}
-        check_same(found, where=f"pass {self.name}")
+        return {"the pass": str(self), "the weights": named, "whether they can be resumed": is_caching()}
 
     def _run(self, graph_module: fx.GraphModule) -> PassResult:
         source = facts_of(graph_module).get(Source)

@@ -116,7 +116,7 @@ def parts_within(
         tokens: of all samples.
     """
     found = _parts_within(memory, graph_module, costs, tokens)
-    check_same({"the parts of the graph": [part.nodes for part in found]}, where="memory")
+    check_same(lambda: {"the parts of the graph": [part.nodes for part in found]}, where="memory")
     return found
 
 

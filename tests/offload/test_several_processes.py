@@ -31,9 +31,9 @@ def test_small_tensors_of_several_dtypes_are_summed_in_buckets(tmp_path: Path) -
 
 def test_processes_that_differ_all_raise_what_differs(tmp_path: Path) -> None:
     def work(rank: int) -> str:
-        check_same({"the pass": "l2"}, where="a pass")
+        check_same(lambda: {"the pass": "l2"}, where="a pass")
         try:
-            check_same({"the pass": "l2", "the weights": rank // 2}, where="a pass")
+            check_same(lambda: {"the pass": "l2", "the weights": rank // 2}, where="a pass")
         except FxpruneError as error:
             return str(error)
         return ""
@@ -47,7 +47,7 @@ def test_the_first_writes_for_longer_than_a_collective_may_take(tmp_path: Path) 
 
     def write() -> int:
         time.sleep(1.5)
-        check_same({"alone": 1}, where="what runs in one process alone")
+        check_same(lambda: {"alone": 1}, where="what runs in one process alone")
         return 7
 
     def work(rank: int) -> list[object]:
