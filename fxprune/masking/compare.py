@@ -49,6 +49,9 @@ class PairedRuns:
 
     Values of the dense run at a node may be used to change the weights that the masked run reads next. Values are freed
     after their last use, so that memory holds those alive at one node, of all batches.
+
+    Args:
+        places: for each batch, the places of its samples in the batch of a single process, and the size of that one.
     """
 
     def __init__(
@@ -58,8 +61,9 @@ class PairedRuns:
         keep: Keep,
         removed_blocks: Sequence[str],
         batches: Sequence[Inputs],
+        places: Sequence[tuple[Sequence[int], int]] = (),
     ) -> None:
-        self.graph = graph_module.graph
+        self.graph, self.places = graph_module.graph, places
         self.dense = [PreciseRun(graph_module) for _ in batches]
         self.masked = [MaskedRun(graph_module, axes, keep, removed_blocks) for _ in batches]
         for runs in (self.dense, self.masked):

@@ -23,6 +23,7 @@ from fxprune.masking.teacher import (
 )
 from fxprune.offload.files import no_resume
 from fxprune.offload.prefetch import autocast, compute_device
+from fxprune.offload.ranks import batch_for_all, deal, gathered
 from fxprune.pipeline.contract import Pass
 from fxprune.removal.removal import Removal
 
@@ -35,6 +36,7 @@ KEPT_CLASSES = 64
 class DivergenceJudge:
     """Measures removals by the Kullback-Leibler divergence from the dense model, in nats per position.
 
+    Processes share the batches, and all get the same divergence.
     Products are computed in bfloat16 where the device supports it natively: removals differ by more than its digits.
     ``fit`` is a compensation, on ``fit_samples``, to carry out before each measurement.
     """
@@ -53,7 +55,8 @@ class DivergenceJudge:
         self.bf16 = logits_use_bf16("auto", graph_module, samples[0], "judge")
         with autocast(self.device, self.bf16):
             teacher = record_teacher_logits(graph_module, samples, KEPT_CLASSES, batch, lambda batches, _: batches)
-        self.batches = tuple(teacher_batches(teacher, graph_module, batch))
+        batches = tuple(teacher_batches(teacher, graph_module, batch_for_all(batch, len(samples))))
+        self.batches, self.positions = deal(batches), sum(batch.positions for batch in batches)
 
     def divergence(self, removal: Removal) -> float:
         work = self.graph_module
@@ -63,12 +66,12 @@ class DivergenceJudge:
             facts_of(work).put(Calibration(self.fit_samples))
             with no_resume():  # each trial has a fit of its own, of other weights with the same names
                 work = self.fit(work, inplace=True).graph_module
-        total = 0.0
+        found = []
         with torch.no_grad(), autocast(self.device, self.bf16):
             for batch in self.batches:
                 run = MaskedRun(work, removal.axes, removal.keep, removal.removed_blocks)
-                total += float(divergence(run_logits(run, batch.inputs), batch)) * batch.classes.shape[:2].numel()
-        return total / sum(batch.classes.shape[:2].numel() for batch in self.batches)
+                found.append(float(divergence(run_logits(run, batch.inputs), batch)) * batch.positions)
+        return sum(gathered(found)) / self.positions
 
 
 def split_samples(graph_module: fx.GraphModule, given: Any, most: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:

@@ -10,11 +10,12 @@ import torch
 from torch import fx
 from torch.autograd.function import once_differentiable
 
-from fxprune.data.calibration import Sample, batch_indices, batched
+from fxprune.data.calibration import IGNORED, Sample, batch_indices, batched
 from fxprune.errors import PassError
 from fxprune.masking.masked_run import UntouchedRun, output_tensors
 from fxprune.masking.objective import class_scores, gives_classes
 from fxprune.offload.prefetch import compute_device, use_bf16
+from fxprune.offload.ranks import batch_for_all, deal, gathered
 
 __all__ = [
     "TeacherBatch",
@@ -55,12 +56,21 @@ class TeacherBatch:
         classes: ``(batch, positions, kept)``.
         likelihoods: ``(batch, positions, kept + 1)``.
         labels: label of each position of the input, as in the samples: ``(batch, tokens)``.
+        share: the fraction of the samples of the whole batch that it holds.
+        counted: its fraction of the labels of the whole batch that count in a loss; 0 if there are none.
     """
 
     inputs: Mapping[str, Any]
     classes: torch.Tensor
     likelihoods: torch.Tensor
     labels: torch.Tensor
+    share: float = 1.0
+    counted: float = 1.0
+
+    @property
+    def positions(self) -> int:
+        """The number of positions of all samples."""
+        return self.classes.shape[:2].numel()
 
 
 def logits_use_bf16(precision: str, graph_module: fx.GraphModule, sample: Sample, where: str) -> bool:
@@ -79,40 +89,55 @@ def record_teacher_logits(
     batch: int,
     track: Callable[[Iterable[Any], int], Iterable[Any]],
 ) -> tuple[TeacherLogits, ...]:
-    """Run the dense graph over ``samples`` and return their teacher logits: ``kept`` classes at each position."""
-    found: dict[int, TeacherLogits] = {}
+    """Run the dense graph over ``samples`` and return their teacher logits: ``kept`` classes at each position.
+
+    Processes share the batches, and each gets the logits of all.
+    """
+    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     classes_given = gives_classes(graph_module)
-    batches = list(batch_indices(samples, graph_module, batch if classes_given else 1))
+    size = batch_for_all(batch, len(samples)) if classes_given else 1
+    batches = list(batch_indices(samples, graph_module, size))
+    mine = deal(batches)
     with torch.no_grad():
-        for numbers in track(batches, len(batches)):
+        for numbers in track(mine, len(mine)):
             inputs = batched([samples[i] for i in numbers], graph_module)
             logits = run_logits(UntouchedRun(graph_module), inputs).float()
             if not classes_given:
                 for row, i in enumerate(numbers):
-                    found[i] = TeacherLogits(samples[i], torch.empty(1, 0, dtype=torch.int), logits[row].cpu().clone())
+                    found[i] = torch.empty(1, 0, dtype=torch.int), logits[row].cpu().clone()
                 continue
             logarithms = logits.log_softmax(-1)
             likely, classes = logarithms.topk(min(kept, logarithms.shape[-1]), dim=-1)
             others = (1 - likely.exp().sum(-1, keepdim=True)).clamp_min(_LEAST).log()
             likelihoods = torch.cat((likely, others), dim=-1).half().cpu()
             for row, i in enumerate(numbers):
-                found[i] = TeacherLogits(samples[i], classes[row].int().cpu(), likelihoods[row].clone())
-    return tuple(found[i] for i in range(len(samples)))
+                found[i] = classes[row].int().cpu(), likelihoods[row].clone()
+    every = gathered([[found[i] for i in numbers] for numbers in mine])
+    whole = {i: one for numbers, row in zip(batches, every, strict=True) for i, one in zip(numbers, row, strict=True)}
+    return tuple(TeacherLogits(sample, *whole[i]) for i, sample in enumerate(samples))
 
 
 def teacher_batches(
-    teacher: Sequence[TeacherLogits], graph_module: fx.GraphModule, size: int
+    teacher: Sequence[TeacherLogits], graph_module: fx.GraphModule, size: int, *, in_shards: bool = False
 ) -> Iterator[TeacherBatch]:
-    """Yield teacher logits in batches of up to ``size`` samples of the same shape."""
+    """Yield teacher logits in batches of up to ``size`` samples of the same shape.
+
+    With ``in_shards``, each process gets its samples of each batch; or, if there are fewer than processes, the first
+    sample with a share of 0.
+    """
     device = compute_device(graph_module)
     size = size if gives_classes(graph_module) else 1  # other outputs may compare the samples of a batch
     for numbers in batch_indices([one.sample for one in teacher], graph_module, size):
-        part = [teacher[i] for i in numbers]
+        mine = deal(numbers) if in_shards else numbers
+        part = [teacher[i] for i in mine or numbers[:1]]
+        counts = {i: int((teacher[i].sample.labels[..., 1:] != IGNORED).sum()) for i in numbers}
         yield TeacherBatch(
             inputs=batched([one.sample for one in part], graph_module),
             classes=torch.stack([one.classes for one in part]).long().to(device),
             likelihoods=torch.stack([one.likelihoods for one in part]).float().to(device),
             labels=torch.cat([one.sample.labels for one in part]).to(device),
+            share=len(mine) / len(numbers),
+            counted=sum(counts[i] for i in mine) / max(1, sum(counts.values())),
         )
 
 

@@ -223,15 +223,16 @@ def use_bf16(precision: str, graph_module: fx.GraphModule, trial: Callable[[], t
         return False
     try:
         with torch.no_grad(), autocast(device, True):
-            return bool(trial().isfinite().all())
+            finite = bool(trial().isfinite().all())
     except torch.OutOfMemoryError:  # a RuntimeError too, but float32 would need even more
         raise
     except RuntimeError as error:  # an op that takes tensors of one dtype, only one of which was cast
-        if precision == "auto":
-            return False
-        raise PassError(
-            f"an op refuses bfloat16: {error}", where=where, remedy="Leave precision out, or pass float32"
-        ) from error
+        if precision != "auto":
+            raise PassError(
+                f"an op refuses bfloat16: {error}", where=where, remedy="Leave precision out, or pass float32"
+            ) from error
+        finite = False
+    return broadcast_object(finite)  # processes try it on samples of their own
 
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import ClassVar
+from itertools import groupby, islice
+from operator import itemgetter
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import fx
 
 from fxprune.axes import factors, kept_mask
-from fxprune.data.calibration import Calibration, spread, stacked
+from fxprune.data.calibration import Calibration, Sample, batch_indices, batched, spread
 from fxprune.discovery.dependency import Dependencies
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Change, Fact, Runnable, Source, add_note, facts_of, owner_block
@@ -23,7 +24,7 @@ from fxprune.graph.tensors import device_of, get_tensor, require_weights
 from fxprune.masking.compare import PairedRuns
 from fxprune.offload.files import cached, caching, write_values
 from fxprune.offload.prefetch import compute_device, to_device
-from fxprune.offload.ranks import broadcast, shard
+from fxprune.offload.ranks import check_enough, deal
 from fxprune.pipeline.arguments import Reach, argument
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.removal.removal import Removal
@@ -148,8 +149,14 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def fit_data(site: FitSite, run: PairedRuns) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+FitData = Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def fit_data(site: FitSite, run: PairedRuns) -> FitData:
     """Yield, batch by batch, the number of a matrix, its inputs ``(tokens, kept)`` and targets ``(tokens, out)``.
+
+    And whether each token is held out to judge a fit of the others by, ``(tokens,)``: those of the last quarter of the
+    samples of a batch, as it is in a single process.
 
     The inputs are those of the masked graph. The target of a single matrix is its output in the dense graph, without
     its bias; if the product is added to another value, as in a residual stream, what the *sum* lacks. The target of one
@@ -157,14 +164,24 @@ def fit_data(site: FitSite, run: PairedRuns) -> Iterator[tuple[int, torch.Tensor
     choose differently in each.
     """
     found = _stacked_data if isinstance(site.product, StackedProduct) else _single_data
-    for matrix, X, y in found(site, run):
+    for matrix, X, y, held in found(site, run):
         if not (X.isfinite().all() and y.isfinite().all()):
             remedy = "Check the weights and the samples"
             raise CalibrationError("its inputs or outputs are not finite", where=site.name, remedy=remedy)
-        yield matrix, X, y
+        yield matrix, X, y, held
 
 
-def _single_data(site: FitSite, run: PairedRuns) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+def _held_out(run: PairedRuns, batch: int, rows: int) -> torch.Tensor:
+    """Whether each row of a batch is held out: ``(rows,)``, sample by sample."""
+    places, size = run.places[batch] if run.places else ((0,), 1)
+    if rows % len(places):  # no rows of single samples
+        places, size = (0,), 1
+    each = rows // len(places)
+    row = torch.arange(each)
+    return torch.cat([place * each + row >= size * each * 3 // 4 for place in places])
+
+
+def _single_data(site: FitSite, run: PairedRuns) -> FitData:
     other, product = site.other, site.product
     assert not isinstance(product, StackedProduct)
     outputs = product.outputs if isinstance(product, SlidingProduct) else -1
@@ -177,13 +194,13 @@ def _single_data(site: FitSite, run: PairedRuns) -> Iterator[tuple[int, torch.Te
             x = product.inputs(masked.env, site.channels)
         else:
             x = masked.env[product.source][..., site.channels]
-        yield 0, x.flatten(0, -2), y
+        yield 0, x.flatten(0, -2), y, _held_out(run, i, len(y)).to(y.device)
 
 
-def _stacked_data(site: FitSite, run: PairedRuns) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+def _stacked_data(site: FitSite, run: PairedRuns) -> FitData:
     product = site.product
     assert isinstance(product, StackedProduct)
-    for dense, masked in zip(run.dense, run.masked, strict=True):
+    for i, (dense, masked) in enumerate(zip(run.dense, run.masked, strict=True)):
         x = masked.env[product.source].permute(product.source_order)[..., site.channels]
         y = dense.env[product.node].permute(product.out_order)
         x, y = (value.reshape(len(value), -1, value.shape[-1]) for value in (x, y))
@@ -193,9 +210,12 @@ def _stacked_data(site: FitSite, run: PairedRuns) -> Iterator[tuple[int, torch.T
         if product.picked is not None:
             there, numbers = dense.env[product.picked.index], masked.env[product.picked.index]
             reached = reached & (there == numbers)[:, None]
+            held = _held_out(run, i, len(x)).to(x.device)[:, None].expand_as(reached)
+        else:
+            held = _held_out(run, i, x.shape[1]).to(x.device).expand_as(reached)
         for matrix in numbers[reached.any(dim=-1)].unique().tolist():
             chosen = reached & (numbers == matrix)[:, None]
-            yield matrix, x[chosen], y[chosen]
+            yield matrix, x[chosen], y[chosen], held[chosen]
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +224,8 @@ class FitPass(Pass):
 
     The weights before a fitted one are fitted already, so it compensates for their remaining error; a weight that lost
     nothing can do so too.
+
+    Processes share the samples. A subclass all-reduces what it sums, and gives the same values in all of them.
     """
 
     stage: ClassVar[str] = "compensate"
@@ -235,9 +257,8 @@ class FitPass(Pass):
         sites = {site.product.node: site for site in find_sites(graph_module, removal, self.reach)}
         if not sites:
             return PassResult(graph_module, False)
-        samples = shard(spread(facts[Calibration].samples, self.samples))
-        batches = list(stacked(samples, graph_module, self.batch))
-        run = PairedRuns(graph_module, removal.axes, removal.keep, removal.removed_blocks, batches)
+        batches, places = self._share(graph_module, spread(facts[Calibration].samples, self.samples))
+        run = PairedRuns(graph_module, removal.axes, removal.keep, removal.removed_blocks, batches, places)
         for node, site in sites.items():
             if site.picked is not None:  # the fit reads these, although the product itself does not
                 run.keep_until(site.picked.weight, node)
@@ -254,6 +275,20 @@ class FitPass(Pass):
         add_note(graph_module, f"{len(sites)} weights were fitted by {self.name.replace('-', ' ')}")
         return PassResult(graph_module, True)
 
+    def _share(
+        self, graph_module: fx.GraphModule, samples: Sequence[Sample]
+    ) -> tuple[list[dict[str, Any]], list[tuple[list[int], int]]]:
+        """This process's samples of each batch, stacked, and their places in the whole batches."""
+        check_enough(samples)
+        whole = list(batch_indices(samples, graph_module, self.batch))
+        batches, places = [], []
+        mine = deal([(number, place) for number, batch in enumerate(whole) for place in range(len(batch))])
+        for number, pairs in groupby(mine, itemgetter(0)):
+            there = [place for _, place in pairs]
+            batches.append(batched([samples[whole[number][place]] for place in there], graph_module))
+            places.append((there, len(whole[number])))
+        return batches, places
+
     def _fit_or_resume(
         self, graph_module: fx.GraphModule, site: FitSite, run: PairedRuns
     ) -> Mapping[fx.Node, torch.Tensor]:
@@ -264,7 +299,6 @@ class FitPass(Pass):
         home = device_of(graph_module)
         fitted = self.fitted(graph_module, site, run)
         found = {node: to_device(value.contiguous(), home) for node, value in fitted.items()}
-        broadcast(found.values())
         with caching(f"{site.name}.fit") as file:
             if file is not None:
                 save_file({str(node.target): value for node, value in found.items()}, file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +13,7 @@ from torch import fx
 from fxprune.errors import CalibrationError
 from fxprune.graph.tensors import get_tensor
 from fxprune.masking.compare import PairedRuns
-from fxprune.offload.ranks import all_reduce, broadcast_object
+from fxprune.offload.ranks import all_reduce, broadcast_dealt, deal, gathered
 from fxprune.pipeline.arguments import argument
 
 from .base import FitPass, FitSite, fit_data
@@ -125,25 +126,33 @@ class StackedMoments:
         return all(bool(m.square.isfinite().all() and m.product.isfinite().all()) for m in self.of_each)
 
     def solve(self, damping: Damping) -> torch.Tensor:
-        """The changes of the weights, each transposed: ``(matrices, in, out)``."""
+        """The changes of the weights, each transposed: ``(matrices, in, out)``; of those of other processes, zeros."""
         squares = torch.stack([moments.square.diagonal() for moments in self.of_each])
         reached = squares.any(dim=1)
         scale = squares.sum(dim=0) / reached.sum().clamp(min=1)
-        return torch.stack([moments.solve(damping, scale) for moments in self.of_each])
+        mine = deal(range(len(self.of_each)))
+        return torch.stack(
+            [m.solve(damping, scale) if i in mine else torch.zeros_like(m.product) for i, m in enumerate(self.of_each)]
+        )
 
     def error(self, change: torch.Tensor) -> float:
-        return sum(moments.error(part) for moments, part in zip(self.of_each, change, strict=True))
+        """The sum of the errors of the matrices, each from the process that has its change."""
+        return sum(gathered([self.of_each[i].error(change[i]) for i in deal(range(len(self.of_each)))]))
 
 
 def best_damping(front: FitMoments | StackedMoments, back: FitMoments | StackedMoments) -> Damping:
     """The damping with which a fit on ``front`` does best on ``back``; infinite if none does better than no change.
 
-    The strengths of each kind are tried from the middle of the ladder, in the direction that improves.
+    The strengths of each kind are tried from the middle of the ladder, in the direction that improves. Processes share
+    the matrices, or the kinds if there is one matrix.
     """
-    tried = [(0.0, Damping(float("inf")))]
-    for each in (False, True):
-        tried.extend(_climb(front, back, each))
-    return min(tried, key=lambda pair: pair[0])[1]
+    kinds = (False, True)
+    if isinstance(front, StackedMoments) and isinstance(back, StackedMoments) and len(front.of_each) == 1:
+        one, other = front.of_each[0], back.of_each[0]
+        climbs = gathered([list(_climb(one, other, each)) for each in deal(kinds)])
+    else:
+        climbs = [list(_climb(front, back, each)) for each in kinds]
+    return min([(0.0, Damping(float("inf"))), *itertools.chain(*climbs)], key=lambda pair: pair[0])[1]
 
 
 def _climb(
@@ -213,22 +222,20 @@ class LeastSquaresPass(FitPass):
         w = W[..., site.kept]
         added = site.bias if self.bias else None
         front, back = (StackedMoments.empty(w, added is not None) for _ in range(2))
-        for matrix, X, y in fit_data(site, run):
+        for matrix, X, y, held in fit_data(site, run):
             D = y - X @ w[matrix].T
-            parts = max(1, len(X) * 3 // 4)
-            front.of_each[matrix].add(X[:parts], D[:parts])
-            back.of_each[matrix].add(X[parts:], D[parts:])
+            front.of_each[matrix].add(X[~held], D[~held])
+            back.of_each[matrix].add(X[held], D[held])
         front.all_reduce()
         back.all_reduce()
         if not (front.is_finite() and back.is_finite()):
             remedy = "Check the weights and the samples"
             raise CalibrationError("its inputs or outputs are too large", where=site.name, remedy=remedy)
-        damping = broadcast_object(
-            best_damping(front, back) if self.damping is None else Damping(self.damping, self.each)
-        )
+        damping = best_damping(front, back) if self.damping is None else Damping(self.damping, self.each)
         front.merge(back)
         del back
         change = front.solve(damping).mT.to(w.dtype)
+        broadcast_dealt(change)
         found = {site.weight: site.weight_of(W.index_copy(2, site.kept, w + change[..., : w.shape[2]]))}
         if added is not None:
             old = get_tensor(graph_module, str(added.target)).detach().to(change.device)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxprune.masking.compare import PairedRuns
-from fxprune.offload.ranks import all_reduce
+from fxprune.offload.ranks import all_reduce, broadcast_dealt, deal
 from fxprune.pipeline.arguments import argument
 
 from .base import FitPass, FitSite, fit_data
@@ -48,15 +48,18 @@ class RotationPass(FitPass):
         w = W[..., site.kept]
         both = W.new_zeros(len(W), W.shape[1], W.shape[1], dtype=torch.float64)
         scale = both.new_zeros(len(W))
-        for matrix, X, y in fit_data(site, run):
+        for matrix, X, y, _ in fit_data(site, run):
             Z = X @ w[matrix].T
             both[matrix] += y.T @ Z
             scale[matrix] += Z.square().sum() / W.shape[1]
         all_reduce((both, scale))
         mean = float(scale.sum()) / max(1, int(scale.count_nonzero()))
         rotated = w.clone()
-        for matrix in scale.nonzero().flatten().tolist():
+        for matrix in deal(range(len(W))):
+            if not scale[matrix]:
+                continue
             both[matrix].diagonal().add_(self.damping * mean)
             left, _, right = torch.linalg.svd(both[matrix])
             rotated[matrix] = (left @ right).to(w.dtype) @ w[matrix]
+        broadcast_dealt(rotated)
         return {site.weight: site.weight_of(W.index_copy(2, site.kept, rotated))}

@@ -18,6 +18,7 @@ from fxprune.graph.facts import facts_of
 from fxprune.graph.tensors import device_of, require_weights
 from fxprune.masking.masked_run import GatedRun, spread_gates
 from fxprune.masking.objective import sample_loss
+from fxprune.offload.ranks import all_reduce, deal
 from fxprune.pipeline.arguments import argument
 from fxprune.pipeline.contract import PassCost, tracked
 from fxprune.removal.scores import Scores
@@ -91,14 +92,18 @@ class FisherImportancePass(ForwardImportancePass):
             for one in consumers
         ]
         gates = torch.ones(sum(map(unit_count, groups)), device=device_of(graph_module), requires_grad=True)
-        samples, rows = self.calibration(graph_module), []
-        for number, sample in enumerate(tracked(samples, self.name, len(samples))):
+        samples = self.calibration(graph_module)
+        rows = gates.detach().new_zeros(max(1, len(samples)), len(gates))
+        mine = deal(range(len(samples)))
+        for number in tracked(mine, self.name, len(mine)):
             by_consumer: dict[Consumer, torch.Tensor] = {}
             for span, consumer, units in places:
                 gate = spread_gates(gates[span], units)
                 by_consumer[consumer] = by_consumer[consumer] * gate if consumer in by_consumer else gate
-            rows.append(torch.autograd.grad(self._loss(graph_module, number, sample, by_consumer), gates)[0])
-        return torch.stack(rows) if rows else gates.detach()[None] * 0
+            loss = self._loss(graph_module, number, samples[number], by_consumer)
+            rows[number] = torch.autograd.grad(loss, gates)[0]
+        all_reduce([rows])  # of each row, all but one are zeros
+        return rows
 
     def _loss(
         self, graph_module: fx.GraphModule, number: int, sample: Sample, gates: Mapping[Consumer, torch.Tensor]

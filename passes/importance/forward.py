@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxprune.data.calibration import Calibration, Sample, spread
+from fxprune.data.calibration import Calibration, Sample, batch_indices, spread
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Consumer, Group, Groups, consumers_of, find_consumers
 from fxprune.errors import CalibrationError, PassError
 from fxprune.graph.facts import Fact, Runnable, facts_of
 from fxprune.graph.tensors import get_tensor, require_weights
 from fxprune.masking.parts import Observers, observe_nodes
-from fxprune.offload.ranks import all_reduce, shard
+from fxprune.offload.ranks import all_reduce, batch_for_all, check_enough, deal
 from fxprune.pipeline.arguments import argument
 from fxprune.pipeline.contract import PassCost, tracked
 from fxprune.removal.scores import Scores
@@ -81,18 +81,27 @@ class ForwardImportancePass(ImportancePass):
     def calibration(self, graph_module: fx.GraphModule) -> tuple[Sample, ...]:
         return spread(facts_of(graph_module)[Calibration].samples, self.samples)
 
-    def observe(self, graph_module: fx.GraphModule, watch: Observers, *, in_shards: bool = False) -> None:
-        """Run the graph over the calibration samples and call ``watch`` with values of nodes, batch by batch.
+    def observe(
+        self, graph_module: fx.GraphModule, watch: Observers, *, in_shards: bool = False, batch_by_batch: bool = True
+    ) -> None:
+        """Run the graph over the calibration samples and call ``watch`` with values of nodes.
 
-        With ``in_shards``, each process runs a part of the samples, node by node where that saves memory.
+        Args:
+            in_shards: each process runs a part of the batches; what is summed must be all-reduced.
+            batch_by_batch: every value of a batch comes before those of the next; if False, node by node where that
+                saves memory.
         """
         samples = self.calibration(graph_module)
-        samples = shard(samples) if in_shards else samples
+        batch = batch_for_all(self.batch, len(samples)) if in_shards else self.batch
+        if in_shards:
+            check_enough(samples)
+            batches = deal(list(batch_indices(samples, graph_module, batch)))
+            samples = tuple(samples[i] for numbers in batches for i in numbers)
 
         def track(batches: Iterable[Any], total: int) -> Iterable[Any]:
             return tracked(batches, self.name, total)
 
-        observe_nodes(graph_module, samples, watch, self.batch, track, batch_by_batch=not in_shards)
+        observe_nodes(graph_module, samples, watch, batch, track, batch_by_batch=batch_by_batch)
 
     def moments(self, graph_module: fx.GraphModule, consumers: Sequence[Consumer]) -> dict[Consumer, Moments]:
         """Moments of the inputs of each consumer over the calibration samples."""
@@ -109,7 +118,7 @@ class ForwardImportancePass(ImportancePass):
                 empty = Moments(torch.zeros_like(rows[0]), torch.zeros_like(rows[0]))
                 found.setdefault((node, dim), empty).add(rows)
 
-        self.observe(graph_module, {node: partial(add, node) for node in watched}, in_shards=True)
+        self.observe(graph_module, {node: partial(add, node) for node in watched}, in_shards=True, batch_by_batch=False)
         for moments in found.values():
             moments.all_reduce()
         for consumer in consumers:

@@ -19,6 +19,7 @@ from fxprune.discovery.groups import Consumer, Group, units_at
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import facts_of
 from fxprune.graph.tensors import get_tensor
+from fxprune.offload.ranks import all_reduce, deal, gathered
 from fxprune.pipeline.arguments import Memory, argument
 from fxprune.removal.scores import Scores
 
@@ -168,18 +169,21 @@ class ReconstructionImportancePass(ForwardImportancePass):
         tokens = sum(sample.labels.numel() for sample in self.calibration(graph_module))
         for chunk in self._chunks(graph_module, groups):
             grams = self._grams(graph_module, chunk)
-            for group, consumers in chunk:
+            for consumer in (one for _, consumers in chunk for one in consumers):
+                if not bool(grams[consumer.source, consumer.dim].isfinite().all()):
+                    remedy = "Check the weights and the samples"
+                    raise CalibrationError("its inputs are not finite", where=consumer.name, remedy=remedy)
+            rows = []
+            for group, consumers in deal(chunk):
                 products = []
                 for consumer in consumers:
                     square = grams[consumer.source, consumer.dim]
-                    if not bool(square.isfinite().all()):
-                        remedy = "Check the weights and the samples"
-                        raise CalibrationError("its inputs are not finite", where=consumer.name, remedy=remedy)
                     weight = get_tensor(graph_module, consumer.name).detach().movedim(consumer.axis, 0).flatten(1)
                     products.append(
                         FittedProduct.of(square, weight, units_at(group, consumer, axes), unit_count(group), self.ridge)
                     )
-                row = removal_costs(products, self.steps) / max(tokens, 1)
+                rows.append(removal_costs(products, self.steps) / max(tokens, 1))
+            for (group, _), row in zip(chunk, gathered(rows), strict=True):
                 units[group.name] = row if group.outer is None else row.reshape(group.outer.size, group.size)
         return Scores(units)
 
@@ -216,5 +220,6 @@ class ReconstructionImportancePass(ForwardImportancePass):
                 square = rows.T @ rows
                 grams[node, dim] = grams[node, dim].add_(square) if (node, dim) in grams else square
 
-        self.observe(graph_module, {node: partial(add, node) for node in dims})
+        self.observe(graph_module, {node: partial(add, node) for node in dims}, in_shards=True)
+        all_reduce(grams.values())
         return grams

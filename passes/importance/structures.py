@@ -16,6 +16,7 @@ from fxprune.discovery.dependency import AxisMap, Dependencies
 from fxprune.discovery.groups import Consumer, Group, as_kinds, find_consumers
 from fxprune.graph.facts import facts_of
 from fxprune.graph.tensors import tensor_name
+from fxprune.offload.ranks import all_reduce
 from fxprune.pipeline.arguments import argument
 from fxprune.removal.scores import Scores
 from fxprune.rules.registry import Values, find_rule
@@ -99,7 +100,8 @@ class ReapImportancePass(ForwardImportancePass):
             for outputs in watching[node]:
                 outputs.see(node, value)
 
-        self.observe(graph_module, {node: partial(see, node) for node in watching})
+        self.observe(graph_module, {node: partial(see, node) for node in watching}, in_shards=True)
+        all_reduce(torch.from_numpy(one.sums) for one in found.values())
         return Scores({name: one.sums[0] / np.maximum(one.sums[1], 1) for name, one in found.items()})
 
 
@@ -180,16 +182,18 @@ class BlockInfluenceImportancePass(ForwardImportancePass):
         opening = {source for source, _ in ends.values()}
         closing = {target: [name for name in ends if ends[name][1] is target] for _, target in ends.values()}
         before: dict[fx.Node, torch.Tensor] = {}
-        sums, counts = dict.fromkeys(ends, 0.0), dict.fromkeys(ends, 0)
+        sums = {name: torch.zeros(2, dtype=torch.float64) for name in ends}
 
         def see(node: fx.Node, value: torch.Tensor) -> None:
             for name in closing.get(node, ()):
                 source = before[ends[name][0]]
                 cosines = torch.cosine_similarity(source.double(), value.double(), dim=-1)
-                sums[name] += float(cosines.sum())
-                counts[name] += cosines.numel()
+                sums[name] += torch.tensor([float(cosines.sum()), cosines.numel()])
             if node in opening:
                 before[node] = value
 
-        self.observe(graph_module, {node: partial(see, node) for node in {*opening, *closing}})
-        return Scores({name: np.asarray([1 - sums[name] / max(counts[name], 1)]) for name in ends})
+        self.observe(graph_module, {node: partial(see, node) for node in {*opening, *closing}}, in_shards=True)
+        all_reduce(sums.values())
+        return Scores(
+            {name: np.asarray([1 - float(total / count.clamp(min=1))]) for name, (total, count) in sums.items()}
+        )

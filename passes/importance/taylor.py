@@ -408,7 +408,9 @@ class _GradientSweep:
         self.late.update({(weight, sample): value for weight, value in kinds["late"].items()})
 
     def _loss(self, sample: int, output: Any) -> torch.Tensor:
-        loss = sample_loss(self.graph_module, output, self.samples[sample], sample, TaylorImportancePass.name)
+        loss = sample_loss(
+            self.graph_module, output, self.samples[sample], self.numbers[sample], TaylorImportancePass.name
+        )
         if not bool(loss.isfinite()):
             bad = find_nonfinite(self.graph_module)
             raise CalibrationError(

@@ -29,6 +29,7 @@ from fxprune.masking.teacher import (
     teacher_batches,
 )
 from fxprune.offload.prefetch import autocast, compute_device
+from fxprune.offload.ranks import all_reduce
 from fxprune.pipeline.arguments import Precision, argument, as_seed
 from fxprune.pipeline.contract import PassCost, tracked
 from fxprune.removal.removal import Removal
@@ -229,16 +230,17 @@ class SelectByGatesPass(SelectByRatioPass):
         bf16 = logits_use_bf16(self.precision, graph_module, samples[0], self.name)
         with autocast(device, bf16):
             recorded = record_teacher_logits(graph_module, samples, KEPT_CLASSES, self.batch, lambda items, _: items)
-        batches = list(teacher_batches(recorded, graph_module, self.batch))
+        batches = list(teacher_batches(recorded, graph_module, self.batch, in_shards=True))
         steps = max(1, round(self.epochs * len(batches)))
         adam = torch.optim.Adam(gates.trained, lr=self.rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
         for batch in tracked(self._shuffled(batches, steps), self.name, steps):
             run = GatedRun(graph_module, gates.by_consumer())
             with autocast(device, bf16):
-                loss = divergence(run_logits(run, batch.inputs), batch)
+                loss = batch.share * divergence(run_logits(run, batch.inputs), batch)
             adam.zero_grad()
             loss.backward()
+            all_reduce(numbers.grad for numbers in gates.trained if numbers.grad is not None)
             adam.step()
             schedule.step()
 

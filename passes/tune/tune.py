@@ -27,7 +27,16 @@ from fxprune.masking.teacher import TeacherBatch, divergence, run_logits, teache
 from fxprune.offload.atomic import atomic_path
 from fxprune.offload.files import write_values
 from fxprune.offload.prefetch import autocast, use_bf16
-from fxprune.offload.ranks import broadcast, broadcast_object, rank
+from fxprune.offload.ranks import (
+    all_reduce,
+    batch_for_all,
+    broadcast,
+    broadcast_object,
+    check_same,
+    deal,
+    gathered,
+    is_first,
+)
 from fxprune.pipeline.arguments import Precision, argument, as_seed, path_or_empty
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.removal.removal import Removed
@@ -71,11 +80,13 @@ class Progress:
 
     @staticmethod
     def file(folder: str) -> Path:
-        """The file in ``folder``: one of each process, so that none reads or renames half of another's."""
-        return Path(folder) / (f"tuning.{rank()}.safetensors" if rank() else "tuning.safetensors")
+        """The file in ``folder``: all processes read it, and the first one writes it."""
+        return Path(folder) / "tuning.safetensors"
 
     def save(self, folder: str, mark: str, adam: torch.optim.Adam) -> None:
-        """Save all that is needed to resume; ``mark`` is the fingerprint of the run."""
+        """Save all that is needed to resume, in the first process; ``mark`` is the fingerprint of the run."""
+        if not is_first():
+            return
         held = {f"kept.{i}": tensor for i, tensor in enumerate(self.kept)}
         for i, numbers in enumerate(_trained(adam)):
             held[f"numbers.{i}"] = numbers.detach()
@@ -120,19 +131,25 @@ def _trained(adam: torch.optim.Adam) -> list[torch.Tensor]:
 class Training:
     """The run of one tuning of a slim graph.
 
+    Processes share the samples of each step and of each measurement. Gradients are summed, so that all hold the same
+    numbers, and stop at the same step.
+
     ``truth`` is the weight of the text's own tokens: 0 if the model does not predict next tokens.
     """
 
     def __init__(self, settings: TunePass, graph_module: fx.GraphModule, trained: Trained, teacher: Teacher) -> None:
         self.settings, self.graph_module, self.trained, self.teacher = settings, graph_module, trained, teacher
         self.device = device_of(graph_module)
-        self.heldout = list(teacher_batches(teacher.heldout, graph_module, settings.batch))
-        self.batches = list(teacher_batches(teacher.train, graph_module, settings.batch))
+        size = batch_for_all(settings.batch, len(teacher.heldout))
+        heldout = list(teacher_batches(teacher.heldout, graph_module, size))
+        self.heldout, self.measured = deal(heldout), sum(batch.positions for batch in heldout)
+        self.batches = list(teacher_batches(teacher.train, graph_module, settings.batch, in_shards=True))
         self.numbers = [numbers.requires_grad_() for numbers in trained.initial(graph_module)]
         self.rates = [settings.rate * rate for rate in trained.rates(graph_module)]
         groups = [{"params": [n], "lr": rate} for n, rate in zip(self.numbers, self.rates, strict=True)]
         self.adam = torch.optim.Adam(groups, fused=self.device.type in ("cpu", "cuda"))
-        self.truth = settings.truth if settings.truth and self._predicts_next(self.batches[0]) else 0.0
+        tries = bool(settings.truth) and broadcast_object(self._predicts_next(self.batches[0]))
+        self.truth = settings.truth if tries else 0.0
         self.steps = max(1, round(settings.epochs * len(self.batches)))
         self.bf16 = use_bf16(
             settings.precision,
@@ -147,6 +164,7 @@ class Training:
             remedy = "Check the weights and the samples"
             raise CalibrationError("an output of the slim model is not finite", where="tuning", remedy=remedy)
         resumed = Progress.load(self.settings.folder, self._mark, self.adam) if self.settings.folder else None
+        check_same(lambda: {"the progress saved": resumed and resumed.step}, where=self.settings.folder or "tuning")
         progress = resumed or Progress(0, 0, first, first, ())
         if progress.misses >= self.settings.patience:  # an earlier run with this folder ended so
             return progress
@@ -197,23 +215,28 @@ class Training:
             with autocast(self.device, self.bf16):
                 loss = self._loss(batch)  # in a frame of its own, so that the logits are freed before the backward run
             self.adam.zero_grad()
-            loss.backward()
+            if batch.share:
+                loss.backward()
+        for numbers in self.numbers:
+            numbers.grad = torch.zeros_like(numbers) if numbers.grad is None else numbers.grad
         gradients = [numbers.grad for numbers in self.numbers if numbers.grad is not None]
-        if gradients and all(bool(gradient.isfinite().all()) for gradient in gradients):
+        all_reduce(gradients)
+        if all(bool(gradient.isfinite().all()) for gradient in gradients):
             self.adam.step()
 
     def _loss(self, batch: TeacherBatch) -> torch.Tensor:
+        """What the samples of this process add to the loss of a whole batch."""
         logits = self._logits(batch)
-        loss = divergence(logits, batch)
-        if not self.truth or not bool((batch.labels[:, 1:] != IGNORED).any()):
+        loss = batch.share * divergence(logits, batch)
+        if not self.truth or not batch.counted:
             return loss
-        return loss + self.truth * next_token_loss(logits, batch.labels)
+        return loss + self.truth * batch.counted * next_token_loss(logits, batch.labels)
 
     def _measure(self) -> float:
         """The divergence on held-out samples, in nats per position, in the precision of a step."""
         with torch.no_grad(), autocast(self.device, self.bf16):
-            found = [float(divergence(self._logits(b), b)) * b.classes.shape[:2].numel() for b in self.heldout]
-        return sum(found) / sum(b.classes.shape[:2].numel() for b in self.heldout)
+            found = [float(divergence(self._logits(batch), batch)) * batch.positions for batch in self.heldout]
+        return sum(gathered(found)) / self.measured
 
     def _predicts_next(self, batch: TeacherBatch) -> bool:
         """Whether the model predicts next tokens: the label is an input, and no output depends on later inputs."""
