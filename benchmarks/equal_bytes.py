@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import torch
 import typer
@@ -32,13 +32,13 @@ TYPES = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m")
 _CONTEXT, _STEPS = 512, 32
 """Tokens of the cache, and tokens that a decoding time is a mean over."""
 
-Measured = Mapping[str, Any]
+Measured: TypeAlias = Mapping[str, Any]
 """Findings on a file: its bytes, bits of each piece by text, and milliseconds a token round by round."""
 
 
 def bits_of(server: Any, ids: Sequence[int]) -> float:
     """Bits of the cross-entropy of all tokens except the first."""
-    nats = (server.log_probability(ids[:place], ids[place]) for place in range(1, len(ids)))
+    nats = [float(server.log_probability(ids[:place], ids[place])) for place in range(1, len(ids))]
     return -sum(nats) / math.log(2)
 
 
@@ -111,7 +111,7 @@ def main(
         models[folder.name] = fxprune.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     with tempfile.TemporaryDirectory() as place:
-        files = {}
+        files: dict[str, Path] = {}
         for (name, model), each in itertools.product(models.items(), kind or TYPES):
             files[f"{name} {each}"] = Path(place) / f"{len(files)}.gguf"
             fxprune.export_model(model, files[f"{name} {each}"], tokenizer=tokenizer, quantization=each)
