@@ -213,6 +213,8 @@ def _prune_vocabulary(model: Any, calibration: Any, values: Mapping[str, Any]) -
     check_parts(model, values["tokenizer"])
     _pipeline(*_other_kinds(calibration, values)).check_arguments()
     calibration = as_rows(model, calibration, values["tokenizer"])
+    if str(getattr(calibration, "text", None)) == str(values["eval_text"]):  # all of it is counted
+        values = {**values, "eval_text": None}
     found, others = trim_first(model, calibration, values)
     ratio = DEFAULT_RATIO if values["ratio"] is None else values["ratio"]
     rest = {**_nothing_else(values), "tokenizer": found.tokenizer} if others is None else others

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from fxprune.data.text import opening_tokens
 from fxprune.errors import EvaluationError, RecoveryError
 from fxprune.evaluation.comparison import Reference, evaluate
 from fxprune.evaluation.perplexity import text_perplexity
+from fxprune.evaluation.quality import BUILT_IN
 from fxprune.recovery import Distillation
 from fxprune.recovery.data import Example, collate
 from fxprune.vocabulary.alignment import align, common_ids, retokenised
@@ -114,10 +116,13 @@ def test_the_dense_model_teaches_in_the_tokens_that_stay() -> None:
     assert inside and likely[inside].argmax(-1).tolist() == [ids[place + 1] for place in inside]
 
 
-def test_a_vocabulary_is_tuned_with_the_dense_model_as_teacher() -> None:
-    model, words = model_for("gpt2"), tokenizer("gpt2")
-    text = " ".join(lines(60))
-    result = fxprune.prune(model, [text], kinds="vocab", ratio=0.25, tokenizer=words, tune="tune{epochs=4}")
+def test_a_vocabulary_is_tuned_with_the_dense_model_as_teacher(tmp_path: Path) -> None:
+    """Its quality is measured on other text than that which was counted."""
+    model, words, file = model_for("gpt2"), tokenizer("gpt2"), tmp_path / "text.txt"
+    file.write_text(" ".join(lines(60)), encoding="utf-8")
+    options: dict[str, Any] = {"kinds": "vocab", "ratio": 0.25, "tokenizer": words, "eval_text": str(file)}
+    result = fxprune.prune(model, str(file), tune="tune{epochs=4}", **options)
+    assert result.report.quality is not None and result.report.quality.texts[0].text == BUILT_IN
     tuned = next(note for note in result.report.notes if note.startswith("tuned:"))
     assert "divergence from the dense model from" in tuned
     assert result.model is not None and result.model.config.vocab_size == len(result.tokenizer)
