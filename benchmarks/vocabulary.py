@@ -14,12 +14,16 @@ import torch
 import typer
 from torch.nn.functional import cross_entropy
 
+import fxprune
 from benchmarks.common import RESULTS, load_named, write_results
 from fxprune.data.text import calibration_texts, opening_tokens
 from fxprune.evaluation.perplexity import load_corpus
+from fxprune.pipeline.arguments import VOCAB
+from fxprune.recipes import Recipe
+from fxprune.recipes.recipe import read_recipe
 from fxprune.vocabulary.prune import measure_use, size_after, text_ids, trim
 
-__all__ = ["bits_of", "main", "pieces_of", "ratio_of"]
+__all__ = ["bits_of", "main", "pieces_of", "ratio_of", "tuned_on"]
 
 PIECE = 800
 """Characters that a model reads at once, about 200 tokens."""
@@ -53,11 +57,20 @@ def ratio_of(bits: list[float], dense: list[float]) -> tuple[float, float]:
     return ratio, math.sqrt(rest * number / (number - 1)) / sum(dense)
 
 
+def tuned_on(samples: int) -> Recipe:
+    """The default recipe with some samples to tune on."""
+    recipe = read_recipe("balanced")
+    recipe.set_arguments("teach", {"samples": samples})
+    return recipe
+
+
 def main(
     model: Annotated[Path | None, typer.Argument(help="Folder or GGUF file; the demo model if left out.")] = None,
     data: Annotated[Path, typer.Option(help="Folder with c4_sample.jsonl, wiki_sample.txt, wikitext2.")] = Path("data"),
     ratio: Annotated[list[float] | None, typer.Option(help="Fractions of the parameters to remove.")] = None,
     characters: Annotated[int, typer.Option(help="Characters of each text.")] = 16_000,
+    tune: Annotated[str, typer.Option(help="A pass that tunes what is left, such as 'tune{rank=8}'; else none.")] = "",
+    samples: Annotated[int, typer.Option(help="Samples of 128 tokens that it is tuned on.")] = 288,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
 ) -> None:
     """Prune the vocabulary of a model by each ratio, and write results/vocabulary-NAME.json."""
@@ -70,15 +83,22 @@ def main(
     pieces = {place: pieces_of(text, characters) for place, text in texts.items()}
     use = measure_use(dense, text_ids(tokenizer, ["\n\n".join(rows[:counted])]), opening_tokens(tokenizer))
     settings = {"model": name, "dtype": dtype, "piece": PIECE, "counted": sum(use.counts.values())}
+    settings |= {"samples": samples if tune else 0}
     settings |= {"pieces": {place: len(each) for place, each in pieces.items()}}
     results: list[dict[str, Any]] = []
     whole: dict[str, list[float]] = {}
-    for part in [0.0, *(ratio or [0.4, 0.49])]:
+    parts = ratio or [0.4, 0.49]
+    asked = [(0.0, ""), *((part, "") for part in parts), *((part, tune) for part in parts if tune)]
+    for part, tuned_by in asked:
         slim, words, count = dense, tokenizer, sum(one.numel() for one in dense.parameters())
-        if part:
+        if tuned_by:
+            options: dict[str, Any] = {"kinds": VOCAB, "ratio": part, "tokenizer": tokenizer, "tune": tuned_by}
+            pruned = fxprune.prune(dense, rows[:counted], recipe=tuned_on(samples), eval=False, **options)
+            slim, words, count = pruned.model, pruned.tokenizer, pruned.report.parameters[1]
+        elif part:
             found = trim(dense, tokenizer, use, size_after(dense, part), share=True)
             slim, words, count = found.model, found.tokenizer, found.report.parameters[1]
-        row: dict[str, Any] = {"ratio": part, "tokens": len(words), "parameters": count, "texts": {}}
+        row: dict[str, Any] = {"ratio": part, "tuned": tuned_by, "tokens": len(words), "parameters": count, "texts": {}}
         for place, each in pieces.items():
             bits = bits_of(slim, words, each)
             over, error = ratio_of(bits, whole.setdefault(place, bits))

@@ -45,7 +45,7 @@ from fxprune.removal.target import DEFAULT_RATIO
 from fxprune.result import Result
 from fxprune.trace import trace
 from fxprune.trace.checks import check_merged
-from fxprune.trace.inputs import is_hugging_face
+from fxprune.trace.inputs import alias_twin, is_hugging_face, written_parameters
 from fxprune.vocabulary.choose import Use
 from fxprune.vocabulary.pieces import read_tokens, specification
 from fxprune.vocabulary.prune import PrunedVocabulary, carry_out
@@ -59,6 +59,7 @@ from fxprune.vocabulary.stage import (
     trim_first,
     without_vocab,
 )
+from fxprune.vocabulary.teacher import DenseTeacher
 
 __all__ = ["Result", "apply", "prune", "prune_checkpoint", "prune_pipeline", "prune_traced"]
 
@@ -212,14 +213,23 @@ def _prune_vocabulary(model: Any, calibration: Any, values: Mapping[str, Any]) -
     check_parts(model, values["tokenizer"])
     _pipeline(*_other_kinds(calibration, values)).check_arguments()
     calibration = as_rows(model, calibration, values["tokenizer"])
-    found, rest = trim_first(model, calibration, values)
+    if str(getattr(calibration, "text", None)) == str(values["eval_text"]):  # all of it is counted
+        values = {**values, "eval_text": None}
+    found, others = trim_first(model, calibration, values)
     ratio = DEFAULT_RATIO if values["ratio"] is None else values["ratio"]
-    if rest is None:
-        rest = _nothing_else(values)
+    rest = {**_nothing_else(values), "tokenizer": found.tokenizer} if others is None else others
+    if others is None and rest["tune"] == NONE:
         pipeline = _pipeline(None, rest, Plan())
     else:
-        pipeline = _pipeline(samples_with(found, calibration), rest)
-    return _with_vocabulary(_run(pipeline, found.model, {**rest, "eval": False}), found, ratio)
+        teacher = DenseTeacher.of(_dense_twin(model), values["tokenizer"], found)
+        pipeline = _pipeline(samples_with(found, calibration), rest, Plan() if others is None else None, teacher)
+    result = _run(pipeline, found.model, {**rest, "eval": False})
+    return _with_vocabulary(result, found, ratio, model, values)
+
+
+def _dense_twin(model: Any) -> Any:
+    """A copy of a model of token ids to run, with its weights."""
+    return alias_twin(model, written_parameters(model, {"input_ids": torch.zeros(1, 2, dtype=torch.long)}))
 
 
 def _other_kinds(
@@ -234,11 +244,11 @@ def _other_kinds(
 
 
 def _nothing_else(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Options for the vocabulary alone: no weight is scored, fitted or tuned."""
-    return {**without_vocab(values), "ratio": None, "kinds": None, "compensate": NONE, "tune": NONE}
-
-
-_OTHER_TOKENS = "it has other tokens than the dense model; `fxprune eval DENSE SLIM` gives the bits per byte of both"
+    """Options for the vocabulary alone: no weight is scored or fitted, or tuned unless that is asked for."""
+    rest = {**without_vocab(values), "ratio": None, "kinds": None, "compensate": NONE}
+    if values["tune"] in (None, NONE):
+        return {**rest, "tune": NONE}
+    return {**rest, "recipe": "balanced" if values["recipe"] is None else values["recipe"]}
 
 
 def _apply_vocabulary(model: Any, plan: Plan, calibration: Any, values: Mapping[str, Any]) -> Result:
@@ -252,20 +262,34 @@ def _apply_vocabulary(model: Any, plan: Plan, calibration: Any, values: Mapping[
     options["tokenizer"] = found.tokenizer
     samples = samples_with(found, as_rows(model, calibration, tokenizer))
     pipeline = _pipeline(samples, options, replace(plan, vocabulary=()))
-    return _with_vocabulary(_run(pipeline, found.model, {**options, "eval": False}), found, None)
+    result = _run(pipeline, found.model, {**options, "eval": False})
+    return _with_vocabulary(result, found, None, model, {**options, "tokenizer": tokenizer})
 
 
-def _with_vocabulary(result: Result, found: PrunedVocabulary, ratio: Any) -> Result:
-    """The result of a prune with the tokens that stay in its plan, its report, and its tokenizer."""
+def _with_vocabulary(
+    result: Result, found: PrunedVocabulary, ratio: Any, model: Any, values: Mapping[str, Any]
+) -> Result:
+    """The result of a prune with the tokens that stay in its plan, its report, its tokenizer, and its quality.
+
+    Args:
+        model: the dense model.
+        values: options, with its tokenizer.
+    """
     plan = replace(result.plan, vocabulary=found.report.kept)
     if result.model is not None:
         vars(result.model)[PLAN_DIGEST] = plan.digest
-    report = replace(report_with(result.report, found, ratio), unmeasured=_OTHER_TOKENS)
-    return replace(result, plan=plan, report=report, tokenizer=found.tokenizer)
+    result = replace(result, plan=plan, report=report_with(result.report, found, ratio), tokenizer=found.tokenizer)
+    return _with_quality(result, _dense_twin(model), model, values)
 
 
-def _pipeline(calibration: Any, values: Mapping[str, Any], plan: Any = None) -> Pipeline:
-    """The pipeline of validated options: the recipe, with the options applied stage by stage."""
+def _pipeline(
+    calibration: Any, values: Mapping[str, Any], plan: Any = None, teacher: DenseTeacher | None = None
+) -> Pipeline:
+    """The pipeline of validated options: the recipe, with the options applied stage by stage.
+
+    Args:
+        teacher: the dense model of a pruned vocabulary; None for the model that is pruned.
+    """
     if plan is not None and not isinstance(plan, Plan):
         raise refuse("plan", plan, "a Plan, as in fxprune.Plan.from_json(text), or None")
     values = _without_deprecated(values)
@@ -285,6 +309,7 @@ def _pipeline(calibration: Any, values: Mapping[str, Any], plan: Any = None) -> 
             choices["select"] = "select-by-ratio"
     _check_target(values)
     arguments = _stage_arguments(values)
+    arguments["teach"]["dense"] = teacher
     for stage in recipe:
         recipe.set_arguments(stage, arguments[stage])
     for stage, choice in choices.items():
@@ -517,7 +542,7 @@ def _run_passes(
         with offer_prefetcher(prefetcher_to(values["device"], device_of(graph_module))):
             result = Result.of(pipeline(graph_module, inplace=values["inplace"]).graph_module)
             begin("quality")
-            return _with_quality(result, graph_module, model, values)
+            return _with_quality(result, graph_predictor(graph_module, shared=True), model, values)
     except BaseException:  # an interrupt too: the model must not be left half cut
         source = facts_of(graph_module).get(Source)
         if source is not None and source.cut:
@@ -525,18 +550,24 @@ def _run_passes(
         raise
 
 
-def _with_quality(result: Result, dense: fx.GraphModule, model: nn.Module, values: Mapping[str, Any]) -> Result:
-    """The result with its quality in the report, or with the reason why it was not measured."""
+def _with_quality(result: Result, dense: Callable[..., Any], model: nn.Module, values: Mapping[str, Any]) -> Result:
+    """The result with its quality in the report, or with the reason why it was not measured.
+
+    Args:
+        dense: gives the logits of the dense model for ``input_ids=``.
+        model: the dense model, to generate with.
+    """
     start = time.perf_counter()
-    why = _unmeasured(dense, values)
+    why = _unmeasured(result.graph_module, values)
     quality = None
     if not why:
         try:
             quality = measure_quality(
-                graph_predictor(dense, shared=True),
+                dense,
                 graph_predictor(result.graph_module),
-                values["tokenizer"],
+                values["tokenizer"] if result.tokenizer is None else result.tokenizer,
                 values["eval_text"],
+                dense_tokenizer=None if result.tokenizer is None else values["tokenizer"],
                 speakers=None if result.model is None or values["device"] else (model, result.model),
                 pruned=result.graph_module,
                 window=window_of(model),
@@ -548,7 +579,7 @@ def _with_quality(result: Result, dense: fx.GraphModule, model: nn.Module, value
     return replace(result, report=replace(result.report, quality=quality, unmeasured=why))
 
 
-def _unmeasured(dense: fx.GraphModule, values: Mapping[str, Any]) -> str:
+def _unmeasured(slim: fx.GraphModule, values: Mapping[str, Any]) -> str:
     """The reason why the quality of a prune is not measured; empty if it is."""
     if not values["eval"]:
         return "it was not asked for"
@@ -558,6 +589,6 @@ def _unmeasured(dense: fx.GraphModule, values: Mapping[str, Any]) -> str:
         return "the model was pruned in place, and the dense one is gone"
     if is_offloading():
         return "the weights are on disk, and each batch would read them all"
-    if has_meta_weights(dense):
+    if has_meta_weights(slim):
         return "the model has no weights"
     return ""

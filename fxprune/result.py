@@ -139,7 +139,7 @@ class Result:
 
         Args:
             dense: the dense model.
-            tokenizer: that of both models.
+            tokenizer: that of the dense model.
             text: a file of text, of which the part is measured on that was not used; None for built-in text.
             track: shows progress, as ``track(items, what, total)``.
 
@@ -150,7 +150,8 @@ class Result:
         slim = graph_predictor(self.graph_module) if self.model is None else self.model
         speakers = None if self.model is None else (dense, self.model)
         options: dict[str, Any] = {"speakers": speakers, "pruned": self.graph_module, "window": window_of(dense)}
-        quality = measure_quality(dense, slim, tokenizer, text, track=track, **options)
+        options |= {"dense_tokenizer": None if self.tokenizer is None else tokenizer}
+        quality = measure_quality(dense, slim, self.tokenizer or tokenizer, text, track=track, **options)
         return replace(self, report=replace(self.report, quality=quality, unmeasured=""))
 
     def push_to_hub(self, repository: str, tokenizer: Any = None, *, private: bool | None = None) -> str:

@@ -67,6 +67,7 @@ ENTRIES = (
     Entry("llm-pruner", {"recipe": "llm-pruner"}, samples=10),
     Entry("FLAP", {"recipe": "llm-pruner", "importance": "flap", "ranking": "global"}, ("flap",), samples=64),
     Entry("fast", {"recipe": "fast"}),
+    Entry("fast, uniform", {"recipe": "fast", "uniform": True}),
     Entry("balanced", {}),
     Entry("best", {"recipe": "best"}),
     Entry("fast, random units", {"recipe": "fast", "importance": "random"}),

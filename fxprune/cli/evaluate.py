@@ -182,5 +182,5 @@ def _measure(
         tokenizer = own or tokenizer
         columns.append(measure_model(name, model, tokenizer, reference=reference, **options))
         if has_reference and work is None and reference is None:
-            reference = Reference(model, columns[0].evaluation.answers)
+            reference = Reference(model, columns[0].evaluation.answers, tokenizer)
     return tuple(columns)

@@ -11,7 +11,7 @@ import typer
 import fxprune
 from fxprune.cli import options as flags
 from fxprune.cli.console import Command, app, print_lines, progress
-from fxprune.cli.models import check_models, load, load_pair
+from fxprune.cli.models import check_models, load_pair
 from fxprune.cli.output import check_output, is_file
 from fxprune.cli.process import keep_freed
 from fxprune.errors import ArgumentError
@@ -49,6 +49,7 @@ def recover(
     from fxprune.data.named import ROW_SUFFIXES
     from fxprune.data.rows import read_rows
     from fxprune.offload.ranks import is_first
+    from fxprune.recovery import Distillation
 
     check_models([model, *([distil] if distil else [])])
     kind, _, number = (device or "").partition(":")
@@ -74,12 +75,16 @@ def recover(
         if report is not None and (report.quality or report.measured):
             report = replace(report, quality=None, measured=(), unmeasured="it was trained after the prune")
         loaded.config._name_or_path = manifest.source["name"]  # that of the dense model
+    teacher = None
+    if distil is not None:
+        dense, words = load_pair(distil, needed=False, dtype=dtype, device=device)
+        teacher = Distillation(dense, tokenizer=words)
     recovery = fxprune.recover(
         loaded,
         rows,
         tokenizer,
         plan=plan,
-        distil=None if distil is None else load(distil, dtype=dtype, device=device),
+        distil=teacher,
         folder=folder,
         settings=settings,
         inplace=True,

@@ -25,6 +25,7 @@ from fxprune.masking.parts import PartwiseModel
 from fxprune.pipeline.arguments import flag, instance, numbers, one_of, refuse, whole_number
 from fxprune.pipeline.contract import Track, check_track, no_progress
 from fxprune.trace import trace
+from fxprune.vocabulary.alignment import has_other_tokens
 
 __all__ = ["Column", "Comparison", "Evaluation", "Reference", "compare_models", "evaluate", "measure_model"]
 
@@ -67,14 +68,19 @@ class Evaluation:
 
 
 class Reference:
-    """A model that others are compared with, usually the dense one; its answers are generated once."""
+    """A model that others are compared with, usually the dense one; its answers are generated once.
 
-    def __init__(self, model: Any, answers: Answers | None = None) -> None:
-        self.model, self._answers = model, answers
+    Args:
+        tokenizer: its tokenizer, if it is not that of the others.
+    """
+
+    def __init__(self, model: Any, answers: Answers | None = None, tokenizer: Any = None) -> None:
+        self.model, self._answers, self.tokenizer = model, answers, tokenizer
 
     def answers(self, tokenizer: Any, batch: int, track: Track) -> Answers:
         if self._answers is None:
-            self._answers = answer_questions(self.model, tokenizer, batch=batch, track=track)
+            words = self.tokenizer or tokenizer
+            self._answers = answer_questions(self.model, words, batch=batch, track=track)
         return self._answers
 
 
@@ -114,8 +120,8 @@ def evaluate(
         batch: sequences per call.
         memory: ``low`` runs all windows of a text through one part of the model after the other, so that weights in
             files are read once. The numbers are the same. Tasks always run on the whole model.
-        reference: the dense model, or a :class:`Reference`, with the same tokenizer: predictions on texts and answers
-            are compared with its own.
+        reference: the dense model, or a :class:`Reference`, which may have a tokenizer of its own: predictions on texts
+            and answers are compared with its own.
         generate: whether the model answers the questions of :func:`fxprune.evaluation.plain_questions`.
         track: shows progress on texts, as ``track(items, what, total)``.
 
@@ -144,6 +150,7 @@ def evaluate(
             limit=windows,
             batch=batch,
             reference=None if other is None else other.model,
+            reference_tokenizer=None if other is None else other.tokenizer,
             track=track,
         )
         for name, text in loaded.items()
@@ -153,7 +160,11 @@ def evaluate(
         return Evaluation(perplexities, scores)
     answers = answer_questions(model, tokenizer, batch=batch, track=track)
     theirs = None if other is None else other.answers(tokenizer, batch, track)
-    return Evaluation(perplexities, scores, compare_answers(answers, theirs), answers)
+    compared = answers
+    if other is not None and other.tokenizer is not None and has_other_tokens(tokenizer, other.tokenizer):
+        rows = other.tokenizer(list(answers.texts), add_special_tokens=False, verbose=False)["input_ids"]
+        compared = replace(answers, ids=tuple(map(tuple, rows)))
+    return Evaluation(perplexities, scores, compare_answers(compared, theirs), answers)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from fxprune.masking.parts import PartwiseModel
 from fxprune.offload.ranks import all_reduce, input_device, is_sharded, shard_indices
 from fxprune.pipeline.arguments import format_value, function, instance, refuse, whole_number
 from fxprune.pipeline.contract import Track, no_progress
+from fxprune.vocabulary.alignment import Offsets, align, common_ids, has_other_tokens
 
 __all__ = [
     "CORPORA",
@@ -86,6 +87,9 @@ _LARGEST = 700.0
 class Perplexity:
     """A perplexity and its protocol.
 
+    Beside a reference model with other tokens, it is that of the same text for each token of the reference, so that
+    both compare; so is ``predicted``.
+
     Args:
         value: exp of the mean next-token cross-entropy.
         standard_error: standard error of ``value``, from the spread of the mean cross-entropy over windows.
@@ -110,7 +114,8 @@ class Perplexity:
 class Divergence:
     """Distance of a model's predictions from those of a reference model, on the same windows.
 
-    Standard errors are over windows, since tokens of one window are not independent.
+    Standard errors are over windows, since tokens of one window are not independent. If the reference has other tokens,
+    predictions are compared where a token of each ends, over the tokens that both have.
 
     Args:
         mean: mean Kullback-Leibler divergence KL(reference || model) of the next token, in nats.
@@ -148,6 +153,7 @@ def text_perplexity(
     limit: int | None = None,
     batch: int = 4,
     reference: Callable[..., Any] | None = None,
+    reference_tokenizer: Any = None,
     track: Track = no_progress,
 ) -> Perplexity:
     """Perplexity of a text, in bits per byte too, and the divergence from a reference model.
@@ -161,10 +167,12 @@ def text_perplexity(
         stride: tokens between the starts of two windows; None for as many as a window has of the text, so that windows
             do not overlap.
         limit: most windows, evenly spaced over the text; None for all.
-        reference: a model with the same tokenizer, usually the dense one, to compare the predictions with.
+        reference: a model to compare the predictions with, usually the dense one.
+        reference_tokenizer: its tokenizer; None for the same one.
     """
     options: dict[str, Any] = {"stride": stride, "limit": limit, "batch": batch, "track": track}
-    return _text_perplexities(model, tokenizer, text, window, reference=reference, **options)[0]
+    options |= {"reference": reference, "words": reference_tokenizer}
+    return _text_perplexities(model, tokenizer, text, window, **options)[0]
 
 
 @wrap_errors("perplexity", _REMEDY, EvaluationError)
@@ -178,6 +186,7 @@ def paired_perplexities(
     limit: int | None = None,
     batch: int = 4,
     seen: Sequence[Tensor] = (),
+    reference_tokenizer: Any = None,
     track: Track = no_progress,
 ) -> tuple[Perplexity, Perplexity]:
     """Perplexities of a text for a reference model and for another one, which run over it once.
@@ -191,7 +200,8 @@ def paired_perplexities(
         That of the reference, and that of ``model`` with its divergence.
     """
     options: dict[str, Any] = {"limit": limit, "batch": batch, "track": track, "seen": seen}
-    own, other = _text_perplexities(model, tokenizer, text, window, reference=reference, **options)
+    options |= {"reference": reference, "words": reference_tokenizer}
+    own, other = _text_perplexities(model, tokenizer, text, window, **options)
     return other, own
 
 
@@ -202,6 +212,7 @@ def _text_perplexities(
     window: int,
     *,
     reference: Callable[..., Any] | None,
+    words: Any,
     stride: int | None = None,
     limit: int | None,
     batch: int,
@@ -212,7 +223,9 @@ def _text_perplexities(
     function("tokenizer", tokenizer, "the tokenizer of the model", EvaluationError)
     instance("text", text, str, "the text itself", EvaluationError)
     opening = opening_tokens(tokenizer)
-    ids, size = _encode(tokenizer, text)
+    ids, offsets = _encode(tokenizer, text)
+    sizes = itertools.accumulate((len(character.encode("utf-8", "surrogatepass")) for character in text), initial=0)
+    size = torch.tensor(list(sizes))[[0, *(end for _, end in offsets)]]
     places, first = sliding_windows(torch.arange(len(ids)), window, stride, None if seen else limit, len(opening))
     if seen:
         # in an order of its own for each text, so that prunes that used other samples share most windows
@@ -223,10 +236,15 @@ def _text_perplexities(
             raise EvaluationError(what, where="text", remedy="Give a text that no sample was taken from")
         places, first = places[chosen], first[chosen]
     windows = torch.cat([torch.tensor(opening, dtype=torch.long).expand(len(places), -1), ids[places]], dim=1)
-    measured = _measure_windows(model, windows, first, batch, reference, track)
-    counts = (window - first).double()
+    counts = window - first
     start = places.gather(1, (first - len(opening))[:, None]).flatten()
-    read = (size[places[:, -1] + 1] - size[start]).double()
+    stop = places[:, -1] + 1
+    beside = None
+    if reference is not None and words is not None and has_other_tokens(tokenizer, words):
+        beside = _Beside.of(windows, start, stop, opening, words, text, common_ids(tokenizer, words), offsets)
+        counts, start, stop = beside.counts, beside.start, beside.stop
+    measured = _measure_windows(model, windows, first, batch, reference, track, beside)
+    counts, read = counts.double(), (size[stop] - size[start]).double()
     step = window - len(opening) if stride is None else stride
 
     def of(losses: Tensor, divergence: Divergence | None) -> Perplexity:
@@ -243,17 +261,79 @@ def _evenly(count: int, limit: int | None) -> Tensor:
     return torch.arange(count) if limit is None or limit >= count else torch.linspace(0, count - 1, limit).long()
 
 
-def _encode(tokenizer: Any, text: str) -> tuple[Tensor, Tensor]:
-    """Token ids of a text ``(tokens,)``, and the bytes of UTF-8 before each and in all ``(tokens + 1,)``."""
+def _encode(tokenizer: Any, text: str) -> tuple[Tensor, Sequence[Offsets]]:
+    """Token ids of a text ``(tokens,)``, and the place of each."""
     if getattr(tokenizer, "is_fast", False):
         found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-        ids, ends = found["input_ids"], [end for _, end in found["offset_mapping"]]
+        ids, offsets = found["input_ids"], found["offset_mapping"]
     else:  # tokenizers in Python know no offsets: the text is shared out evenly
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ends = [len(text) * (i + 1) // len(ids) for i in range(len(ids))]
-    sizes = itertools.accumulate((len(character.encode("utf-8", "surrogatepass")) for character in text), initial=0)
-    before = torch.tensor(list(sizes))[[0, *ends]]
-    return torch.tensor(ids, dtype=torch.long), before
+        offsets = list(itertools.pairwise(len(text) * i // len(ids) for i in range(len(ids) + 1)))
+    return torch.tensor(ids, dtype=torch.long), offsets
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """Windows of a text in the tokens of a reference model that has other ones.
+
+    Both models predict the text from the first to the last place of a window where a token of each ends.
+
+    Args:
+        windows: token ids of each window for the reference, ``(tokens,)``.
+        places: tokens of each window before each of these places, for the model and for the reference.
+        common: ids of the tokens that both have, for the model and for the reference.
+        counts: tokens of the reference that are predicted in each window.
+        start: tokens of the model before the predicted text of each window.
+        stop: and before its end.
+    """
+
+    windows: tuple[Tensor, ...]
+    places: tuple[tuple[Tensor, Tensor], ...]
+    common: tuple[Tensor, Tensor]
+    counts: Tensor
+    start: Tensor
+    stop: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        windows: Tensor,
+        start: Tensor,
+        stop: Tensor,
+        opening: Sequence[int],
+        words: Any,
+        text: str,
+        common: tuple[Tensor, Tensor],
+        offsets: Sequence[Offsets],
+    ) -> _Beside:
+        """The windows that are those of the model as nearly as the tokens allow.
+
+        Args:
+            windows: those of the model.
+            start: its tokens before the first that each window predicts.
+            stop: and before the end of each.
+            opening: ids that its windows begin with.
+            words: the tokenizer of the reference.
+            offsets: the place of each token of the model in the text.
+        """
+        theirs, others = _encode(words, text)
+        both, begin = align(offsets, others), torch.tensor(opening_tokens(words), dtype=torch.long)
+        first = stop - windows.shape[1] + len(opening)
+        found = []
+        for low, counted, high in zip(first, start, stop, strict=True):
+            inside = (both.ours >= low) & (both.ours <= high)
+            ours, other = both.ours[inside], both.theirs[inside]
+            used = (ours >= counted) & (other + len(begin) > other[:1])  # the first token is read, not predicted
+            ours, after = ours[used], other[used]
+            if len(ours) < 2:
+                what = "tokens of both models end at no two places of a window"
+                raise EvaluationError(what, where="reference", remedy="Give a longer window")
+            row = torch.cat([begin, theirs[other[0] : after[-1]]])
+            found.append((row, (ours - low + len(opening), after - other[0] + len(begin)), ours, after))
+        rows, places, ours_at, theirs_at = zip(*found, strict=True)
+        counts = torch.stack([each[-1] - each[0] for each in theirs_at])
+        ends_at = (torch.stack([each[place] for each in ours_at]) for place in (0, -1))
+        return cls(rows, places, common, counts, *ends_at)
 
 
 def _ratio_of_sums(values: Tensor, counts: Tensor) -> tuple[float, float]:
@@ -358,9 +438,10 @@ class _Measured:
         """The divergence from the reference model; ``counts`` are the predicted tokens of each window."""
         if not len(self.divergences):
             return None
-        mean, mean_error = _ratio_of_sums(self.divergences.nansum(dim=1), counts)
-        agreement = _ratio_of_sums(self.agreeing, counts)
-        accepted = _ratio_of_sums(self.accepted, counts)
+        compared = (~self.divergences.isnan()).sum(dim=1).double()
+        mean, mean_error = _ratio_of_sums(self.divergences.nansum(dim=1), compared)
+        agreement = _ratio_of_sums(self.agreeing, compared)
+        accepted = _ratio_of_sums(self.accepted, compared)
         lost, lost_error = _ratio_of_sums(self.losses - self.reference_losses, counts)
         ratio = _exp(lost)
         tokens = self.divergences[~self.divergences.isnan()].sort().values
@@ -375,15 +456,19 @@ def _measure_windows(
     batch: int,
     reference: Callable[..., Any] | None,
     track: Track,
+    beside: _Beside | None = None,
 ) -> _Measured:
     """Next-token cross-entropies in nats over positions from ``first`` on, and the divergence from a reference model.
 
     Several processes share the windows; all of them must call this function.
+
+    Args:
+        beside: the windows of the reference if it has other tokens.
     """
     for name, given in (("model", model), ("reference", reference)):
         if isinstance(given, type) or not (callable(given) or (name == "reference" and given is None)):
             raise EvaluationError(f"{name} is {format_value(given)}", where=name, remedy=_REMEDY)
-    batch = whole_number("batch", batch, least=1, error=EvaluationError)
+    batch = 1 if beside else whole_number("batch", batch, least=1, error=EvaluationError)
     device = None  # ids stay where they are, unless the model is a module
     if isinstance(model, PartwiseModel | nn.Module):
         device = model.device if isinstance(model, PartwiseModel) else input_device(model)
@@ -403,22 +488,34 @@ def _measure_windows(
         if track is no_progress:
             modes.enter_context(silence_stderr())
         outputs = _outputs(model, chunks, track)
-        teachers: Iterator[Any] = iter(()) if reference is None else _outputs(reference, chunks, no_progress)
+        read = chunks if beside is None else [beside.windows[turn % len(parts)][None].to(device) for turn in shares]
+        teachers: Iterator[Any] = iter(()) if reference is None else _outputs(reference, read, no_progress)
         for turn, chunk, output in zip(shares, chunks, outputs, strict=True):
             theirs = next(teachers, None)
             if turn >= len(parts):  # a process with one share less takes part in the collectives
                 continue
             counted = torch.arange(1, chunk.shape[1])[None].to(chunk.device) >= parts[turn][1].to(chunk.device)[:, None]
             rows = slice(turn * batch, turn * batch + len(chunk))
-            logits = logits_of(output)[:, :-1]
-            expected = None if theirs is None else _same_tokens(logits_of(theirs)[:, :-1].to(logits.device), logits)
-            found, apart = _compared(logits, expected, chunk[:, 1:], counted)
+            found, apart = _of_windows(output, theirs, chunk, counted, beside, turn)
             sums[:, rows] = found.to(device)
-            if expected is not None:
+            if compared:
                 divergences[rows] = apart.to(device)
     all_reduce([sums, divergences] if compared else [sums])
     losses, reference_losses, agreeing, accepted = sums.cpu()
     return _Measured(losses, reference_losses, agreeing, accepted, divergences.cpu())
+
+
+def _of_windows(
+    output: Any, theirs: Any, ids: Tensor, counted: Tensor, beside: _Beside | None, number: int
+) -> tuple[Tensor, Tensor]:
+    """What :func:`_compared` returns, of the outputs of a model and of the reference, which may be None."""
+    logits = logits_of(output)[:, :-1]
+    if theirs is None:
+        return _compared(logits, None, ids[:, 1:], counted)
+    expected = logits_of(theirs)[:, :-1].to(logits.device)
+    if beside is not None:
+        return _compared_beside(logits, expected, ids, beside, number)
+    return _compared(logits, _same_tokens(expected, logits), ids[:, 1:], counted)
 
 
 def _compared(logits: Tensor, expected: Tensor | None, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
@@ -447,6 +544,38 @@ def _compared(logits: Tensor, expected: Tensor | None, target: Tensor, counted: 
     return sums, apart
 
 
+def _compared_beside(
+    logits: Tensor, expected: Tensor, ids: Tensor, beside: _Beside, number: int
+) -> tuple[Tensor, Tensor]:
+    """What :func:`_compared` returns, of a window for the model and its own for the reference.
+
+    Args:
+        logits: ``(1, tokens, vocabulary)``.
+        expected: those of the reference on its window.
+        ids: of the model's window, ``(1, window)``.
+        number: of the window.
+    """
+    places, others = (each.to(logits.device) for each in beside.places[number])
+    ours, theirs = (each.to(logits.device) for each in beside.common)
+    sums, apart = _compared(logits, None, ids[:, 1:], _between(places, logits))
+    row = beside.windows[number].to(logits.device)[None]
+    sums[1] = _compared(expected, None, row[:, 1:], _between(others, expected))[0][0]
+    size = max(1, _WIDENED // len(ours))
+    for here, there in zip((places[:-1] - 1).split(size), (others[:-1] - 1).split(size), strict=True):
+        found, wanted = logits[:, here].float()[..., ours], expected[:, there].float()[..., theirs]
+        sums[2] += (found.argmax(-1) == wanted.argmax(-1)).double().sum(dim=1)
+        divergences, accepted = _divergences(found, wanted)
+        sums[3] += accepted.sum(dim=1)
+        apart[:, here] = divergences
+    return sums, apart
+
+
+def _between(places: Tensor, logits: Tensor) -> Tensor:
+    """Which next tokens ``(1, tokens)`` are those between the first and the last of some places in a window."""
+    numbers = torch.arange(1, logits.shape[1] + 1, device=logits.device)
+    return ((numbers >= places[0]) & (numbers < places[-1]))[None]
+
+
 def _divergences(logits: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
     """Divergences from the expected distributions, in nats, and sums of the smaller probabilities.
 
@@ -466,7 +595,8 @@ def _cross_entropies(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
 def _same_tokens(logits: Tensor, others: Tensor) -> Tensor:
     if logits.shape != others.shape:
         what = f"its logits are of shape {tuple(logits.shape)}, and those of the model of {tuple(others.shape)}"
-        raise EvaluationError(what, where="reference", remedy="Compare models that have the same tokens")
+        remedy = "Compare models that have the same tokens, or give the tokenizer of the reference, too"
+        raise EvaluationError(what, where="reference", remedy=remedy)
     return logits
 
 

@@ -74,6 +74,7 @@ def measure_quality(
     tokenizer: Any,
     text: str | os.PathLike[str] | None = None,
     *,
+    dense_tokenizer: Any = None,
     speakers: tuple[Any, Any] | None = None,
     pruned: fx.GraphModule | None = None,
     window: int = WINDOW,
@@ -85,9 +86,10 @@ def measure_quality(
     Args:
         dense: a Hugging Face model, or any callable that takes ``input_ids=`` and returns logits.
         slim: the same.
-        tokenizer: of both.
+        tokenizer: of both, or of the slim model.
         text: a file of text, or the name of a data set; None for docstrings of Python's library, which also take the
             place of a text that has too few windows left.
+        dense_tokenizer: of the dense model, if it has other tokens.
         speakers: the dense and the slim model to generate the answer; None for no answer.
         pruned: the slim graph, whose facts tell which samples the prune used: windows with a part of one are left out.
         window: tokens that the models see at once.
@@ -99,6 +101,7 @@ def measure_quality(
     """
     seen = () if pruned is None else _samples_used(pruned)
     options: dict[str, Any] = {"window": window, "limit": windows, "seen": seen, "track": track, "batch": 1}
+    options["reference_tokenizer"] = dense_tokenizer
     name = BUILT_IN if text is None else text_source(text)
     found: tuple[Perplexity, Perplexity] | None = None
     with preserve_rng():
@@ -109,7 +112,9 @@ def measure_quality(
         if found is None or found[0].windows < _FEWEST:
             name = BUILT_IN
             found = paired_perplexities(slim, dense, tokenizer, offline_docstrings(), **options)
-        answers = () if speakers is None else _answers(*speakers, tokenizer)
+        answers = (
+            () if speakers is None else _answers(*zip(speakers, (dense_tokenizer or tokenizer, tokenizer), strict=True))
+        )
     return Quality((_text_quality(name, *found),), answers)
 
 
@@ -159,12 +164,15 @@ def _text_quality(text: str, dense: Perplexity, slim: Perplexity) -> TextQuality
     )
 
 
-def _answers(dense: Any, slim: Any, tokenizer: Any) -> tuple[GreedyAnswer, ...]:
-    """The answers of both models to a question; none if one generates no text. Copies run, in case they write."""
-    if not (can_generate(dense) and can_generate(slim)):
+def _answers(dense: tuple[Any, Any], slim: tuple[Any, Any]) -> tuple[GreedyAnswer, ...]:
+    """The answers of both models, each with its tokenizer, to a question; none if one generates no text.
+
+    Copies run, in case they write.
+    """
+    if not (can_generate(dense[0]) and can_generate(slim[0])):
         return ()
     found = []
-    for model in (dense, slim):
+    for model, tokenizer in (dense, slim):
         written = written_parameters(model, {"input_ids": torch.zeros(1, 2, dtype=torch.long)})
         twin: Any = alias_twin(model, written)
         found.append(answer_questions(twin, tokenizer, plain_questions()[:1], tokens=ANSWER))

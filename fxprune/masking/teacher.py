@@ -46,6 +46,13 @@ class TeacherLogits:
     classes: torch.Tensor
     likelihoods: torch.Tensor
 
+    @classmethod
+    def of(cls, sample: Sample, logarithms: torch.Tensor, kept: int) -> TeacherLogits:
+        """The ``kept`` likeliest classes of log-probabilities ``(positions, classes)``."""
+        likely, classes = logarithms.topk(min(kept, logarithms.shape[-1]), dim=-1)
+        others = (1 - likely.exp().sum(-1, keepdim=True)).clamp_min(_LEAST).log()
+        return cls(sample, classes.int().cpu(), torch.cat((likely, others), dim=-1).half().cpu())
+
 
 @dataclass(frozen=True)
 class TeacherBatch:
@@ -107,11 +114,9 @@ def record_teacher_logits(
                     found[i] = torch.empty(1, 0, dtype=torch.int), logits[row].cpu().clone()
                 continue
             logarithms = logits.log_softmax(-1)
-            likely, classes = logarithms.topk(min(kept, logarithms.shape[-1]), dim=-1)
-            others = (1 - likely.exp().sum(-1, keepdim=True)).clamp_min(_LEAST).log()
-            likelihoods = torch.cat((likely, others), dim=-1).half().cpu()
             for row, i in enumerate(numbers):
-                found[i] = classes[row].int().cpu(), likelihoods[row].clone()
+                one = TeacherLogits.of(samples[i], logarithms[row], kept)
+                found[i] = one.classes, one.likelihoods
     every = gathered([[found[i] for i in numbers] for numbers in mine])
     whole = {i: one for numbers, row in zip(batches, every, strict=True) for i, one in zip(numbers, row, strict=True)}
     return tuple(TeacherLogits(sample, *whole[i]) for i, sample in enumerate(samples))

@@ -131,7 +131,7 @@ def recover(
     if isinstance(distil, PreTrainedModel):
         distil = Distillation(distil)
     if distil is not None:
-        distil.check(source)
+        distil = distil.check(source, tokenizer)
     targets = find_targets(source, plan if result is None else result.plan)
     samples = read_training_data(data, tokenizer, chosen)
     rows = _embedding_rows(source)

@@ -22,6 +22,7 @@ from fxprune.pipeline.arguments import Arguments, argument, instance
 from fxprune.pipeline.contract import Track, no_progress
 from fxprune.recovery.data import TrainingData, collate
 from fxprune.recovery.settings import RecoverySettings
+from fxprune.vocabulary.alignment import common_ids, has_other_tokens, retokenised
 
 __all__ = ["Distillation", "make_trainer"]
 
@@ -45,22 +46,35 @@ class Distillation(Arguments):
         teacher: usually the dense model. It may be on another device or in lower precision; it is not changed.
         weight: weight of the teacher, in (0, 1]; by default both terms count equally.
         temperature: above 0; higher values bring out the teacher's less likely tokens, 1 softens nothing.
+        tokenizer: of the teacher, if it has other tokens: it then teaches where a token of each ends, which of the
+            tokens follows that both have. None for that of the student.
     """
 
     teacher: Any
     weight: float = argument(0.5, above=0, most=1, error=RecoveryError)
     temperature: float = argument(2.0, above=0, error=RecoveryError)
+    tokenizer: Any = None
 
-    def check(self, student: Any) -> None:
-        """Refuse a teacher that is not a Hugging Face model, the student itself, or of another vocabulary."""
+    def check(self, student: Any, tokenizer: Any = None) -> Distillation:
+        """Refuse a teacher that is not a Hugging Face model, the student itself, or of another vocabulary.
+
+        Args:
+            tokenizer: of the student.
+
+        Returns:
+            The distillation by which the student is trained.
+        """
         instance("teacher", self.teacher, PreTrainedModel, "the dense model, one of transformers'", RecoveryError)
+        if self.tokenizer is not None and has_other_tokens(tokenizer, self.tokenizer):
+            return AlignedDistillation(**vars(self), words=tokenizer, common=common_ids(tokenizer, self.tokenizer))
         sizes = [vocabulary_of(model) for model in (self.teacher, student)]
         if sizes[0] != sizes[1]:
             what = f"the teacher knows {sizes[0]} tokens, the student {sizes[1]}"
-            remedy = "Distil from the dense model that was pruned, or from one with the same tokenizer"
+            remedy = "Pass Distillation(teacher, tokenizer=...) with the tokenizer of the teacher"
             raise RecoveryError(what, where="teacher", remedy=remedy)
         if self.teacher is student:
             raise RecoveryError("the teacher is the student", where="teacher", remedy="Pass the dense model")
+        return self
 
     def divergence_sum(self, inputs: dict[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
         """Sum of ``temperature^2 * KL`` over the counted tokens.
@@ -78,6 +92,37 @@ class Distillation(Arguments):
         counted = inputs["labels"][:, 1:] != IGNORED
         ours, theirs = logits[:, :-1][counted], theirs[:, :-1][counted.to(device)].to(logits.device)
         return distillation_sum(ours, theirs, self.temperature)
+
+
+@dataclass(frozen=True)
+class AlignedDistillation(Distillation):
+    """Distillation from a teacher with other tokens.
+
+    Args:
+        words: tokenizer of the student.
+        common: ids of the tokens that both have, of the student and of the teacher.
+    """
+
+    words: Any = None
+    common: tuple[torch.Tensor, torch.Tensor] = ()  # type: ignore[assignment]
+
+    def divergence_sum(self, inputs: dict[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+        device, total = input_device(self.teacher), logits.new_zeros((), dtype=torch.float32)
+        ours, theirs = (each.to(logits.device) for each in self.common)
+        for row, (ids, labels) in enumerate(zip(inputs["input_ids"], inputs["labels"], strict=True)):
+            length = len(ids) if "attention_mask" not in inputs else int(inputs["attention_mask"][row].sum())
+            found = retokenised(ids[:length].tolist(), self.words, self.tokenizer)
+            if found is None:
+                continue
+            other, places = found
+            next_is_counted = labels[places.ours.clamp(max=length - 1).to(labels.device)].cpu() != IGNORED
+            used = next_is_counted & (places.ours > 0) & (places.theirs > 0) & (places.ours < length)
+            with torch.no_grad(), eval_mode(self.teacher):
+                wanted = self.teacher(input_ids=other[None].to(device), use_cache=False).logits[0]
+            wanted = wanted[places.theirs[used].to(device) - 1].to(logits.device)[:, theirs]
+            mine = logits[row, places.ours[used].to(logits.device) - 1][:, ours]
+            total = total + distillation_sum(mine, wanted, self.temperature)
+        return total
 
 
 def distillation_sum(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

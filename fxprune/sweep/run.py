@@ -19,7 +19,7 @@ from fxprune.api import prune_pipeline, prune_traced
 from fxprune.checkpoint.manifest import MANIFEST
 from fxprune.checkpoint.read import load_model, load_tokenizer
 from fxprune.data.samples import is_in_memory
-from fxprune.data.text import MOST_SAMPLES, TOKENS, is_text, text_samples
+from fxprune.data.text import TOKENS, is_text, text_samples
 from fxprune.errors import ArgumentError, CheckpointError, EvaluationError
 from fxprune.evaluation.speed import measure_speed
 from fxprune.graph.compat import tree_leaves
@@ -93,7 +93,7 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
         what, remedy = "quality cannot be measured without one", "Pass the tokenizer of the model"
         raise ArgumentError(what, where="tokenizer", remedy=remedy, argument="tokenizer", value=None)
     if is_text(calibration):
-        calibration = text_samples(calibration, given["tokenizer"], MOST_SAMPLES, TOKENS)
+        calibration = text_samples(calibration, given["tokenizer"], None, TOKENS)
     source = _digest(model, calibration)
     rows = {row.name: row for row in _read(folder, source, force=force)}
     todo, made = [], set[str]()
@@ -173,7 +173,9 @@ def _digest(model: nn.Module, calibration: Any) -> str:
 
 def _tensors(data: Any) -> Iterator[torch.Tensor]:
     for leaf in tree_leaves(data):
-        if leaf is not None:
+        if isinstance(leaf, Mapping):  # of another class than dict, whose values are no leaves
+            yield from _tensors(dict(leaf))
+        elif leaf is not None:
             yield torch.as_tensor(leaf)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from fxprune.data.built_in import built_in_text, general_chats
 from fxprune.data.samples import FileSamples, token_rows
-from fxprune.data.text import MOST_SAMPLES, TOKENS, calibration_text, is_text, opening_tokens, text_samples
+from fxprune.data.text import TOKENS, calibration_text, is_text, opening_tokens, text_samples
 from fxprune.errors import ArgumentError
 from fxprune.pipeline.arguments import VOCAB, named_kinds, number
 from fxprune.removal.target import DEFAULT_RATIO
@@ -72,9 +72,8 @@ def check_alone(values: Mapping[str, Any]) -> None:
         raise _refused(
             "budget", f"{values['budget']!r} cannot be given with the kind vocab, which is sized in parameters"
         )
-    for name in ("compensate", "tune") if not has_others(values) else ():
-        if values[name] not in (None, "none"):
-            raise _refused(name, "only rows of the vocabulary go, and the other weights stay as they are")
+    if values["compensate"] not in (None, "none") and not has_others(values):
+        raise _refused("compensate", "only rows of the vocabulary go, and nothing that other weights could make up for")
 
 
 def check_parts(model: Any, tokenizer: Any) -> None:
@@ -124,7 +123,7 @@ def trim_first(
 def as_rows(model: PreTrainedModel, calibration: Any, tokenizer: Any) -> Any:
     """Calibration samples that can be read more than once: those of a text, or token ids by sample."""
     if is_text(calibration):
-        return text_samples(calibration, tokenizer, MOST_SAMPLES, TOKENS)
+        return text_samples(calibration, tokenizer, None, TOKENS)
     if calibration is None or (isinstance(calibration, FileSamples) and calibration.text is not None):
         return calibration
     return [{"input_ids": row[0]} for row in token_rows(calibration, find_rows(model).size)]

@@ -28,10 +28,16 @@ from fxprune.graph.tensors import require_weights
 from fxprune.masking.objective import read_heldout
 from fxprune.masking.teacher import TeacherLogits, logits_use_bf16, record_teacher_logits
 from fxprune.offload.prefetch import autocast, compute_device
-from fxprune.pipeline.arguments import Precision, argument
+from fxprune.pipeline.arguments import Precision, argument, instance
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
+from fxprune.vocabulary.teacher import DenseTeacher
 
 __all__ = ["HELDOUT", "RecordTeacherPass", "Teacher"]
+
+
+def check_dense(name: str, value: Any) -> DenseTeacher:
+    """A :class:`DenseTeacher`."""
+    return instance(name, value, DenseTeacher, "a DenseTeacher, or None")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +95,13 @@ class RecordTeacherPass(Pass):
     tokenizer: Any | None = argument(
         None, "Turns the built-in text into samples.", check=check_tokenizer, spelled=False
     )
+    dense: Any | None = argument(
+        None,
+        """A ``DenseTeacher`` in place of the graph: the dense model with other tokens, of a pruned vocabulary. Samples
+        that it cannot read are left out.""",
+        check=check_dense,
+        spelled=False,
+    )
     kept: int = argument(64, "Classes to record at each position; the others count as one.", least=1)
     batch: int = argument(4, "Samples that run at once.", least=1)
     precision: Precision = argument(
@@ -121,6 +134,12 @@ class RecordTeacherPass(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         samples = spread(facts_of(graph_module)[Calibration].samples, self.samples)
         samples, heldout, source = self._split(samples, graph_module)
+        facts = facts_of(graph_module)
+        if self.dense is not None:
+            train, stopping = (self._taught(self.dense, group, graph_module) for group in (samples, heldout))
+            facts.put(Teacher(train, stopping, source))
+            facts.put(HeldOut(tuple(one.sample for one in stopping)))
+            return PassResult(graph_module, False)
         bf16 = logits_use_bf16(self.precision, graph_module, samples[0], self.name)
         samples = self._with_noise(samples, graph_module)
         with autocast(compute_device(graph_module), bf16):
@@ -131,10 +150,23 @@ class RecordTeacherPass(Pass):
                 self.batch,
                 lambda batches, total: tracked(batches, "dense model", total),
             )
-        facts = facts_of(graph_module)
         facts.put(Teacher(recorded[: len(samples)], recorded[len(samples) :], source))
         facts.put(HeldOut(tuple(heldout)))
         return PassResult(graph_module, False)
+
+    def _taught(
+        self, dense: DenseTeacher, samples: tuple[Sample, ...], graph_module: fx.GraphModule
+    ) -> tuple[TeacherLogits, ...]:
+        """Logits of the dense model with other tokens, of the samples that it can read."""
+        name, found = token_input(graph_module), []
+        for sample in tracked(samples, "dense model", len(samples)):
+            logarithms = None if name is None else dense.log_probabilities(sample.inputs[name][0])
+            if logarithms is not None:
+                found.append(TeacherLogits.of(sample, logarithms, self.kept))
+        if not found:
+            what = "the dense model, which has other tokens, can read none of them"
+            raise CalibrationError(what, where="calibration", remedy="Calibrate on text")
+        return tuple(found)
 
     def _with_noise(self, samples: tuple[Sample, ...], graph_module: fx.GraphModule) -> tuple[Sample, ...]:
         """Noisy copies of the samples; the samples themselves if the graph looks up no token."""

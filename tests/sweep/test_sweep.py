@@ -109,8 +109,9 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
     assert sweep(tmp_path / "out", recipe=FIT, ratio=(0.3, 0.1)).rows == found.rows[::-1] and not counted.names
     assert len(sweep(tmp_path / "out", recipe=FIT, ratio=0.2, keep="none").rows) == 3
     assert not (tmp_path / "out/fit-0.2").exists() and (tmp_path / "out/fit-0.1").is_dir()
-    with pytest.raises(CheckpointError, match="of another model, other samples"):
-        fxprune.sweep(tiny("llama"), SAMPLES[:5], out=tmp_path / "out", recipe=FIT, ratio=0.1, **OPTIONS)
+    for other in (SAMPLES[:5], [offline_docstrings()[:3000]]):  # a text of fewer samples than are taken at most, too
+        with pytest.raises(CheckpointError, match="of another model, other samples"):
+            fxprune.sweep(tiny("llama"), other, out=tmp_path / "out", recipe=FIT, ratio=0.1, **OPTIONS)
 
 
 def test_findings_of_other_weights_or_samples_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
