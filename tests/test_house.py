@@ -103,11 +103,6 @@ def part(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Every function in a module, methods and inner ones too."""
-    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
-
-
 def test_there_is_something_to_check() -> None:
     assert len(FILES) > 60
     assert "fxprune.axes" in imports(ROOT / "fxprune/discovery/groups.py")
