@@ -267,14 +267,14 @@ USES: tuple[Use, ...] = (
 LEFT_OUT: dict[Use, tuple[str, ...]] = {
     generation: ("bert",),  # an encoder does not generate
 }
-FIRST_TIER = {in_threads: ("llama",), compiled: ("llama",)}
-"""Kinds that uses which take long are tried on in the first tier; of others two."""
+FIRST_TIER = {halves: ("t5",), vocabulary: ("t5",)}
+"""Kinds that uses are tried on in the first tier, other than one."""
 
 
 def table() -> Iterator[Any]:
     for use in USES:
         for kind in KINDS:
-            marks = () if kind in FIRST_TIER.get(use, ("llama", "t5")) else (SLOW,)
+            marks = () if kind in FIRST_TIER.get(use, ("llama",)) else (SLOW,)
             if kind not in LEFT_OUT.get(use, ()):
                 yield pytest.param(use, kind, marks=marks, id=f"{use.__name__}-{kind}")
 
