@@ -92,9 +92,7 @@ def test_least_work_counts_the_output_layer_where_it_runs() -> None:
 # Engines
 
 
-@pytest.mark.parametrize(
-    "name", tiers(("transformers", "graph", "onnxruntime", "llama.cpp f16", "llama.cpp q8_0"), "graph", "llama.cpp f16")
-)
+@pytest.mark.parametrize("name", tiers(("transformers", "graph", "onnxruntime", "llama.cpp f16", "llama.cpp q8_0")))
 def test_an_engine_reads_a_prompt_and_gives_tokens(name: str, slim: Source) -> None:
     kind = ENGINES[name]
     assert kind.missing("cpu") == "" and kind.prepare(slim).exists()
@@ -277,6 +275,7 @@ def test_the_command_prints_and_keeps_measurements(stubbed: Path) -> None:
     assert data["settings"]["shapes"] == [[2, 5]] and data["environment"]["threads"] == torch.get_num_threads()
 
 
+@pytest.mark.slow
 def test_engines_measured_before_stay_in_the_file(stubbed: Path) -> None:
     common = ["--ratio", "0.2", "--shape", "2x5", "--json", "--round-to", "8"]
     for names in (["graph"], ["transformers"], ["graph"]):

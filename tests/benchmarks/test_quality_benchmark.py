@@ -160,6 +160,7 @@ def test_wrong_options_are_refused_before_anything_is_measured(small: Path, opti
     assert result.exit_code == 2 and told in " ".join(result.output.replace("│", " ").split()), result.output
 
 
+@pytest.mark.slow
 def test_saved_models_are_asked_beside_the_dense_one(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "TASKS", quality.RESULTS.with_name("quality_tasks.json"))
     (small / "zeroshot").mkdir()

@@ -1,4 +1,4 @@
-"""What people do with a model, done with slim ones: generate, train, adapt, copy, cast."""
+"""What people do with a model, done with slim ones: generate under every cache and kernel, and train."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def family(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(scope="module", params=[uneven, shallow], ids=["uneven", "shallow"])
+@pytest.fixture(scope="module", params=tiers([uneven, shallow], uneven), ids=["uneven", "shallow"])
 def made(request: pytest.FixtureRequest) -> Made:
     way: Made = request.param
     return way

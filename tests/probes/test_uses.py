@@ -42,7 +42,8 @@ def inputs(kind: str) -> dict[str, torch.Tensor]:
 
 def prune(kind: str, model: Any = None, **options: Any) -> fxprune.Result:
     """What is left of a model; all heads of an encoder-decoder, whose config gives them one number."""
-    own = {"kinds": ("mlp",), "ratio": 0.1} if kind == "t5" else {}
+    own: dict[str, Any] = {"kinds": ("mlp",), "ratio": 0.1} if kind == "t5" else {}
+    own |= {"kinds": ("mlp", "layer"), "ratio": {"layer": 0.5, "mlp": 0.2}} if kind == "gpt2" else {}
     return fxprune.prune(model or dense(kind), example_inputs=inputs(kind), **{**OPTIONS, **own, **options})
 
 
