@@ -164,6 +164,7 @@ def test_an_engine_with_long_preparation_is_measured_at_one_shape() -> None:
 # Models pruned by other means
 
 
+@pytest.mark.slow
 def test_torch_pruning_gives_the_widths_asked_for(dense: Source, tmp_path: Path) -> None:
     narrow = fxprune.prune(even("llama"), recipe="llm-pruner", importance="l2", kinds="mlp", ratio=0.2, protect=(1, 0))
     narrow.save_pretrained(tmp_path / "narrow", tokenizer())
@@ -179,6 +180,7 @@ def test_sizes_that_torch_pruning_cannot_make_are_refused(dense: Source) -> None
         in_torch.cut_by_torch_pruning(load_model(dense.folder), like)
 
 
+@pytest.mark.slow
 def test_candidates_are_saved_and_counted(tmp_path: Path) -> None:
     model = even("llama", **LARGER, num_hidden_layers=4)
     found = list(make_candidates(model, tokenizer(), (0.2,), 8, (5,), tmp_path))
