@@ -182,9 +182,7 @@ def start(
 # ------------------------------------------------------------------------------------------------------- snippets
 
 
-@pytest.mark.parametrize(
-    "page", tiers([page for page in PAGES if blocks_of(page, "python")], "README.md", START, "docs/passes.md")
-)
+@pytest.mark.parametrize("page", tiers([page for page in PAGES if blocks_of(page, "python")], "README.md", START))
 def test_the_snippets_of_a_page_run(
     page: str,
     start: tuple[Path, dict[str, Any]],

@@ -46,6 +46,7 @@ def test_help_needs_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.slow
 def test_a_function_keeps_the_name_that_its_room_has_too() -> None:
     done = python("-c", "import fxprune.trace.capture, fxprune; print(callable(fxprune.trace), fxprune.trace.__name__)")
     assert done.stdout.strip() == "True trace", done.stderr

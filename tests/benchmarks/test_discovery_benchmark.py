@@ -36,6 +36,7 @@ def test_ours_counts_every_group_and_grows_by_layers():
         assert counts[2] - counts[1] == counts[1] - counts[0] > 0
 
 
+@pytest.mark.slow
 def test_theirs_counts_attention_and_mlp_of_every_layer_and_the_width():
     pytest.importorskip("torch_pruning")
     found = discovery.measure_theirs(TINY)
@@ -43,6 +44,7 @@ def test_theirs_counts_attention_and_mlp_of_every_layer_and_the_width():
     assert found.groups == 2 * TINY.layers + 1 and found.nodes > 0
 
 
+@pytest.mark.slow
 def test_a_whole_prune_is_timed_beside_its_trace():
     found = discovery.measure_prune(TINY)
     assert list(found.seconds) == ["trace", "removal"] and found.groups == 2 * TINY.layers

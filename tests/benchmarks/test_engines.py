@@ -71,6 +71,7 @@ def test_vllm_answers_with_its_most_likely_tokens(monkeypatch: pytest.MonkeyPatc
     assert engine.given == {"temperature": 0, "max_tokens": 4, "ignore_eos": True}
 
 
+@pytest.mark.slow
 def test_llama_cpp_is_compared_with_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = even("llama", hidden_size=64, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2)
     options = {"recipe": "llm-pruner", "importance": "l2", "round_to": {"mlp": 32}, "kinds": "mlp", "protect": ()}

@@ -92,9 +92,7 @@ def test_least_work_counts_the_output_layer_where_it_runs() -> None:
 # Engines
 
 
-@pytest.mark.parametrize(
-    "name", tiers(("transformers", "graph", "onnxruntime", "llama.cpp f16", "llama.cpp q8_0"), "graph", "llama.cpp f16")
-)
+@pytest.mark.parametrize("name", tiers(("transformers", "graph", "onnxruntime", "llama.cpp f16", "llama.cpp q8_0")))
 def test_an_engine_reads_a_prompt_and_gives_tokens(name: str, slim: Source) -> None:
     kind = ENGINES[name]
     assert kind.missing("cpu") == "" and kind.prepare(slim).exists()
@@ -166,6 +164,7 @@ def test_an_engine_with_long_preparation_is_measured_at_one_shape() -> None:
 # Models pruned by other means
 
 
+@pytest.mark.slow
 def test_torch_pruning_gives_the_widths_asked_for(dense: Source, tmp_path: Path) -> None:
     narrow = fxprune.prune(even("llama"), recipe="llm-pruner", importance="l2", kinds="mlp", ratio=0.2, protect=(1, 0))
     narrow.save_pretrained(tmp_path / "narrow", tokenizer())
@@ -181,6 +180,7 @@ def test_sizes_that_torch_pruning_cannot_make_are_refused(dense: Source) -> None
         in_torch.cut_by_torch_pruning(load_model(dense.folder), like)
 
 
+@pytest.mark.slow
 def test_candidates_are_saved_and_counted(tmp_path: Path) -> None:
     model = even("llama", **LARGER, num_hidden_layers=4)
     found = list(make_candidates(model, tokenizer(), (0.2,), 8, (5,), tmp_path))
@@ -277,6 +277,7 @@ def test_the_command_prints_and_keeps_measurements(stubbed: Path) -> None:
     assert data["settings"]["shapes"] == [[2, 5]] and data["environment"]["threads"] == torch.get_num_threads()
 
 
+@pytest.mark.slow
 def test_engines_measured_before_stay_in_the_file(stubbed: Path) -> None:
     common = ["--ratio", "0.2", "--shape", "2x5", "--json", "--round-to", "8"]
     for names in (["graph"], ["transformers"], ["graph"]):

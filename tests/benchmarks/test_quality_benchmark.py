@@ -90,6 +90,7 @@ def test_it_measures_each_entry_once_and_prints_the_protocol(small: Path, monkey
     assert "## 10% of the parameters" in page and page.count("| x") >= 2 and "| l1 | " in page
 
 
+@pytest.mark.slow
 def test_a_kept_model_is_measured_by_another_protocol_without_a_prune(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +127,7 @@ def test_rows_of_the_calibration_text_are_kept_back(small: Path) -> None:
     assert found_rows()[0]["protocol"]["kept_back"] == 8
 
 
+@pytest.mark.slow
 def test_a_smaller_model_stands_beside_the_pruned_ones(small: Path) -> None:
     run(small, "--only", "l1", "--smaller", "anything")
     run(small, "--only", "l1", "--smaller", "anything")
@@ -136,6 +138,7 @@ def test_a_smaller_model_stands_beside_the_pruned_ones(small: Path) -> None:
     assert "| tiny | x1.00" in quality_page(data)
 
 
+@pytest.mark.slow
 def test_rows_of_another_protocol_are_kept_and_entries_without_samples_measured_once(small: Path) -> None:
     run(small, "--only", "l1", "--only", "l2", "--draws", "2")
     assert [(row["entry"], row["draw"]) for row in found_rows()] == [("dense", 0), ("l1", 0), ("l2", 0), ("l1", 1)]
@@ -160,6 +163,7 @@ def test_wrong_options_are_refused_before_anything_is_measured(small: Path, opti
     assert result.exit_code == 2 and told in " ".join(result.output.replace("│", " ").split()), result.output
 
 
+@pytest.mark.slow
 def test_saved_models_are_asked_beside_the_dense_one(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "TASKS", quality.RESULTS.with_name("quality_tasks.json"))
     (small / "zeroshot").mkdir()

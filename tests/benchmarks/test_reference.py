@@ -23,6 +23,7 @@ def test_samples_begin_the_texts_that_are_long_enough() -> None:
         first_tokens(tokenizer, ["abcde", "abc"], samples=2, tokens=5)
 
 
+@pytest.mark.slow
 def test_every_order_of_the_paper_is_compared() -> None:
     model = tiny("llama")
     select = "select-by-group-ratio{group_ratio=0.25}"

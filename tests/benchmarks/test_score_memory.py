@@ -14,6 +14,7 @@ from benchmarks.pages import results_page
 from benchmarks.score_memory import WAYS, measure
 
 
+@pytest.mark.slow
 def test_every_way_goes_over_all_samples(tmp_path: Path) -> None:
     source = tmp_path / "dense"
     total = write_random(source, Shape.of_width(64, 96, 2).config(), shard_bytes=100_000)

@@ -94,7 +94,7 @@ def test_a_classifier_comes_back_in_its_own_auto_class(tmp_path: Path) -> None:
     assert "AutoModelForSequenceClassification" in (tmp_path / "slim/README.md").read_text()
 
 
-@pytest.mark.parametrize("kinds", tiers(("mlp", "head"), "head"))
+@pytest.mark.parametrize("kinds", tiers(("mlp", "head")))
 def test_a_slim_model_is_copied_and_sent_to_other_processes(tmp_path: Path, kinds: str) -> None:
     """Loaded ones could not be pickled: the class of their config has no name that a module knows."""
     result = fxprune.prune(tiny("llama"), importance="l2", kinds=kinds, ratio=0.1)

@@ -122,25 +122,6 @@ def test_svg_needs_graphviz(folder: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert code == 2 and "program dot is not installed" in output and not (tmp_path / "b.png").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("--dot", "x.jpg"), "x.jpg: a picture cannot be written as .jpg. Use one of the suffixes .dot, .gv, .svg"),
-        (("--dot", "no/x.dot"), "cannot be written: the folder does not exist"),
-        (("--layer", "1"), "--layer: needs a picture to be drawn in. Add --dot FILE"),
-        (("--plan", "plan.json"), "Add --dot FILE"),
-        (("--dot", "x.dot", "--plan", "none.json"), "there is no plan"),
-    ],
-)
-def test_what_cannot_be_drawn_is_refused_before_any_work(
-    folder: str, arguments: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fxprune.cli.graph, "_dependencies", lambda *_: pytest.fail("a model was built"))
-    code, output = shown("graph", folder, *arguments)
-    assert code == 2 and says in output and not list(tmp_path.iterdir())
-
-
 def test_an_axis_is_explained_by_its_short_name(folder: str) -> None:
     code, output = shown("explain", folder, "model.layers.0.mlp.down_proj.weight", "1")
     told = "mlp.down_proj.weight[1] is in group model.layers.0/mlp: mlp, 88 units; exact: the same as masking"
@@ -169,19 +150,3 @@ def test_a_group_is_explained_with_all_its_axes(folder: str) -> None:
     assert "down_proj.weight[1] by aten.linear.default, aten.silu.default, aten.mul.Tensor, aten.linear" in output
     code, output = shown("explain", folder, "layers.1/layer")
     assert code == 0 and "the whole block" in output and "model.layers.1.mlp.up_proj.weight" in output
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("lm_head", "2"), "lm_head.weight: there is no axis 2: it has 2 axes, 0 and 1"),
-        (("lm_head",), "lm_head.weight: has 2 axes, 0 and 1. Name one, as in lm_head[0]"),
-        (("lm_haed", "0"), "Did you mean 'lm_head'"),
-        (("mlp.down_proj", "0"), "the name is ambiguous: it may be model.layers.0.mlp.down_proj.weight, "),
-        (("layers.1/mpl",), "Did you mean 'model.layers.1/mlp'"),
-        (("layers.*/mlp",), "the name is ambiguous: it may be model.layers.0/mlp, "),
-    ],
-)
-def test_wrong_names_and_axes_are_told_apart(folder: str, arguments: tuple[str, ...], says: str) -> None:
-    code, output = shown("explain", folder, *arguments)
-    assert code == 2 and output.startswith("error: ") and says in output

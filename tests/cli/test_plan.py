@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 import fxprune
 import fxprune.cli.console
 from fxprune.cli.plan import read_plan
@@ -96,17 +94,6 @@ def test_plans_that_differ_end_in_1(tmp_path: Path) -> None:
     data = json.loads(output)
     assert code == 1 and not data["same"] and data["removed_blocks"] == {"first": ["model.layers.3"], "second": []}
     assert [one["first"] for one in data["axes"]] == [3, 1, 0]
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [(None, "there is no plan"), ("{", "Name the plan.json that a prune wrote"), ('{"a": 1}', "it is of version None")],
-)
-def test_what_is_no_plan_is_told(tmp_path: Path, content: str | None, says: str) -> None:
-    path = tmp_path / "plan.json"
-    if content is not None:
-        path.write_text(content)
-    assert says in refused("plan", "show", path) and says in refused("plan", "diff", path, path)
 
 
 def test_plans_for_models_of_different_sizes_are_not_compared(tmp_path: Path) -> None:

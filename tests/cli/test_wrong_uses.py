@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from fxprune.cli import app
 from tests.cli.folders import fill_with_wrong_things, save_tiny
+from tests.tiers import tiers
 
 LINE = re.compile(r"(?P<arguments>[^#].*?) => (?P<words>.*)")
 
@@ -79,9 +80,10 @@ def check_all(folder: Path, uses: list[WrongUse]) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_each_ends_in_one_line_and_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("start", tiers(range(4), 0))
+def test_each_ends_in_one_line_and_writes_nothing(folder: Path, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    check_all(folder, USES)
+    check_all(folder, USES[start::4])
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -27,6 +28,7 @@ from tests.tokens import character_tokenizer
 TOKENS = 600
 
 
+@pytest.mark.slow
 def test_texts_are_long_and_repeat_no_paragraph() -> None:
     parts: list[str] = []
     for text, least in ((general_text, 120_000), (offline_text, 300_000), (offline_docstrings, 100_000)):

@@ -53,11 +53,15 @@ def model_and_inputs(family: str) -> tuple[Any, dict[str, torch.Tensor] | None]:
     return (Plain().eval(), {"ids": token_ids()}) if family == "plain" else (tiny(family), None)
 
 
-@pytest.mark.parametrize(
-    ("importance", "compensate"), [("taylor{order=second}", ""), ("l2", "least-squares")], ids=["scored", "fitted"]
-)
-@pytest.mark.parametrize("family", tiers(["llama", "gpt2", "mixtral", "plain"], "gpt2", "plain"))
-def test_a_pipeline_of_names_equals_prune(family: str, importance: str, compensate: str, tmp_path: Path) -> None:
+SCORED, FITTED = ("taylor{order=second}", ""), ("l2", "least-squares")
+
+
+CASES = [(family, *steps) for family in ("llama", "gpt2", "mixtral", "plain") for steps in (SCORED, FITTED)]
+
+
+@pytest.mark.parametrize("case", tiers(CASES, ("gpt2", *SCORED), ("plain", *FITTED)), ids="-".join)
+def test_a_pipeline_of_names_equals_prune(case: tuple[str, str, str], tmp_path: Path) -> None:
+    family, importance, compensate = case
     model, inputs = model_and_inputs(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ids = token_ids(4, 12)
@@ -118,7 +122,7 @@ def saved(folder: Path) -> dict[str, Any]:
     return {**files, "fxprune.json": manifest, "report.json": report}
 
 
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("inplace", tiers([False, True], True))
 def test_prune_runs_the_pipeline_it_prints(inplace: bool) -> None:
     options: dict[str, Any] = {"recipe": "llm-pruner", "importance": "l1{reduction=max}", "inplace": inplace}
     options |= {"ratio": 0.3, "protect": (1, 0)}

@@ -94,7 +94,7 @@ def test_a_model_pruned_in_place_becomes_the_slim_one(family: str) -> None:
     assert torch.equal(greedy(through_disk(result).model), greedy(model))
 
 
-@pytest.mark.parametrize("family", tiers(["llama", "gpt2", "gpt_neox", "falcon", "mixtral"], "llama"))
+@pytest.mark.parametrize("family", tiers(["llama", "gpt2", "gpt_neox", "falcon", "mixtral"], "gpt2"))
 def test_a_model_of_half_precision_stays_one(family: str) -> None:
     model = tiny(family)
     for parameter in model.parameters():
@@ -129,6 +129,7 @@ def test_a_slim_model_is_pruned_again(case: str) -> None:
     assert {name: value.shape for name, value in first.state_dict().items()} == shapes
 
 
+@pytest.mark.slow
 def test_a_plan_applied_to_a_slim_model_is_read_from_its_widths() -> None:
     first = uneven("llama").model
     second = cut(first, ("mlp",), seed=3)

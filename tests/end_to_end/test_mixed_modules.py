@@ -54,35 +54,11 @@ def cache_written_by_slice(m: Any, x: torch.Tensor) -> Any:
     return m.o((m.q(x) @ cache.mT).softmax(-1) @ cache)
 
 
-@mixed([12, 12], [])
-def cache_copied_by_number(m: Any, x: torch.Tensor) -> Any:
-    k = m.k(x)
-    cache = torch.zeros_like(F.pad(k, (0, 0, 0, 3))).index_copy(1, torch.arange(x.shape[1]), k)
-    return m.o((m.q(x) @ cache.mT).softmax(-1) @ m.v(F.pad(x, (0, 0, 0, 3))))
-
-
 @mixed([3, 4], [])
 def cache_of_heads_with_a_past(m: Any, x: torch.Tensor) -> Any:
     past = heads(m.past.expand(x.shape[0], -1, -1))
     k, v = (torch.cat((past, heads(part(x))), 2) for part in (m.k, m.v))
     return m.o(joined(F.scaled_dot_product_attention(heads(m.q(x)), k, v)))
-
-
-@mixed([12], [])
-def keys_and_values_in_one_buffer(m: Any, x: torch.Tensor) -> Any:
-    both = x.new_zeros(2, *x.shape[:2], 12)
-    both[0], both[1] = m.k(x), m.v(x)
-    k, v = both.unbind(0)
-    return m.o((m.q(x) @ k.mT).relu() @ v)
-
-
-@mixed([12, 12], [])
-def fast_weights_in_a_loop(m: Any, x: torch.Tensor) -> Any:
-    q, k, v = m.q(x), m.k(x), m.v(x)
-    state = x.new_zeros(x.shape[0], 12, 12)
-    for i in range(3):
-        state = state + k[:, i, :, None] * (v[:, i] - (k[:, i, None] @ state)[:, 0])[:, None]
-    return m.o(q @ state)
 
 
 @mixed([3, 4, 4], [])
@@ -94,25 +70,12 @@ def cache_of_heads_written_in_parts(m: Any, x: torch.Tensor) -> Any:
     return m.o(joined((heads(m.q(x)) @ cache.mT).softmax(-1) @ F.pad(heads(m.v(x)), (0, 0, 0, 8))[:, :, :8]))
 
 
-@mixed([3, 4, 4], [])
-def mask_filled_in_place(m: Any, x: torch.Tensor) -> Any:
-    scores = heads(m.q(x)) @ heads(m.k(x)).mT
-    scores.masked_fill_(torch.ones(scores.shape[-2:]).tril() == 0, -9.0)
-    return m.o(joined(scores.softmax(-1) @ heads(m.v(x))))
-
-
 @mixed([], [])
 def diagonal_put_to_zero(m: Any, x: torch.Tensor) -> Any:
     h = m.k(x)
     s = h.mT @ h
     s.diagonal(dim1=-2, dim2=-1).zero_()
     return m.o(s)
-
-
-@mixed([12], [])
-def diagonal_of_sums(m: Any, x: torch.Tensor) -> Any:
-    h = m.k(x)
-    return m.o((h @ h.mT + torch.diag_embed(h.sum(-1))) @ h)
 
 
 @mixed([12], [12])
@@ -122,19 +85,8 @@ def filled_where_another_is_small(m: Any, x: torch.Tensor) -> Any:
 
 
 @mixed([3, 4], [])
-def kronecker_gate(m: Any, x: torch.Tensor) -> Any:
-    return m.o(m.k(x) * torch.kron(m.three, m.four).sigmoid())
-
-
-@mixed([3, 4], [])
 def kronecker_layer(m: Any, x: torch.Tensor) -> Any:
     return m.o(F.linear(m.k(x), torch.kron(torch.outer(m.three, m.three), torch.outer(m.four, m.four))))
-
-
-@mixed([12, 12], [])
-def state_of_outer_products(m: Any, x: torch.Tensor) -> Any:
-    state = torch.einsum("btk,btv->bkv", F.relu(m.k(x)), m.v(x))
-    return m.o(F.relu(m.q(x)) @ state)
 
 
 @mixed([4, 8], [])
@@ -151,26 +103,10 @@ def experts_by_scatter(m: Any, x: torch.Tensor) -> Any:
     return torch.einsum("bte,eio,bti->bto", gate, m.blocks, m.q(x)[..., :4])
 
 
-@mixed([5], [4])
-def experts_of_a_router(m: Any, x: torch.Tensor) -> Any:
-    score = F.linear(x, m.router)
-    best = score.topk(2, -1)
-    gate = torch.zeros_like(score).scatter(-1, best.indices, best.values.softmax(-1))
-    inner = torch.einsum("bti,eoi->bteo", x, m.up).relu()
-    return torch.einsum("bteo,eoj,bte->btj", inner, m.down, gate)
-
-
 @mixed([], [])
 def token_written_over(m: Any, x: torch.Tensor) -> Any:
     h = m.k(x)
     return m.o(h.index_put((torch.tensor([1, 0]),), m.v(x)[:1], accumulate=True).select_scatter(h[:, 0].cos(), 1, 1))
-
-
-@mixed([4, 8], [3])
-def heads_picked_by_value(m: Any, x: torch.Tensor) -> Any:
-    h = heads(m.k(x))
-    best = h.sum(-1, keepdim=True).argmax(1, keepdim=True)
-    return h.gather(1, best.expand(-1, -1, -1, 4))[:, 0] @ m.w[:4]
 
 
 @mixed([12, 12], [])
@@ -201,12 +137,6 @@ def norm_of_tokens_and_units(m: Any, x: torch.Tensor) -> Any:
     return m.o(h / h.norm(dim=(1, 2), keepdim=True) + h / (1 + torch.linalg.matrix_norm(h, keepdim=True)))
 
 
-@mixed([], [12])
-def spread_of_tokens_and_units(m: Any, x: torch.Tensor) -> Any:
-    h = m.k(x)
-    return m.o((h - h.mean((1, 2), keepdim=True)) / (h.var((1, 2), keepdim=True) + 0.1).sqrt())
-
-
 @mixed([3], [])
 def low_rank_kronecker_of_values(m: Any, x: torch.Tensor) -> Any:
     return F.linear(torch.kron(m.k(x), m.three), torch.kron(m.p[:, None] * m.p, m.three))
@@ -216,7 +146,6 @@ def module(body: Body) -> Net:
     """The module whose forward is ``body``, with the layers and weights that it names."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"w": (12, 12), "p": (12,), "past": (2, 12), "three": (3,), "four": (4,), "blocks": (3, 4, 4)}
-    shapes |= {"router": (4, 6), "up": (4, 5, 6), "down": (4, 5, 6)}
     parts: dict[str, nn.Module | torch.Tensor] = {}
     for name in sorted({*body.__code__.co_names} & {*"qkvo", *shapes}):  # type: ignore[attr-defined]
         if name in shapes:

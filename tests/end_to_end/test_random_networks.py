@@ -26,7 +26,7 @@ from tests.tiers import tiers
 
 ASKED = os.environ.get("FXPRUNE_RANDOM_NETWORKS")
 CASES = int(ASKED or 160)
-PART = max(min(CASES, 20), CASES // 50)
+PART = max(min(CASES, 10), CASES // 50)
 """Cases in one test, so that several processes share them."""
 
 

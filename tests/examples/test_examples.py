@@ -18,6 +18,7 @@ import pytest
 from examples.models import load, wants_demo
 from fxprune.cli import demo
 from fxprune.rules import registry
+from tests.tiers import tiers
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,13 +48,14 @@ def test_there_is_one_test_an_example() -> None:
     assert "`examples/`" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", PRINTED)
+@pytest.mark.parametrize("name", tiers(PRINTED, "op_rule", "own_criterion", "plain_module"))
 def test_an_example_runs(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     importlib.import_module(f"examples.{name}").main()
     printed = capfd.readouterr().out
     assert re.search(PRINTED[name], printed), printed
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_shows_what_it_ends_cells_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the tiny model in place of the demo model, with outputs stored for readers."""
     model, tokenizer = load()

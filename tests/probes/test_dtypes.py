@@ -61,51 +61,29 @@ def by_class_of_tensor(m: Any, h: torch.Tensor) -> torch.Tensor:
 MIDDLES: dict[str, Middle] = {
     "eps of finfo": lambda m, h: h / (h.norm(dim=-1, keepdim=True) + torch.finfo(h.dtype).eps * 1e4),
     "eps of the weight's dtype": lambda m, h: h * math.sqrt(torch.finfo(m.a.weight.dtype).eps),
-    "tiny of finfo": lambda m, h: h.abs().clamp(min=torch.finfo(h.dtype).tiny).log(),
-    "bits of finfo": lambda m, h: h * torch.finfo(h.dtype).bits,
-    "resolution of finfo": lambda m, h: h + torch.finfo(h.dtype).resolution * 100,
-    "smallest normal": lambda m, h: h * -math.log(torch.finfo(h.dtype).smallest_normal),
     "max of finfo": lambda m, h: h.exp().clamp(max=torch.finfo(h.dtype).max),
     "min of finfo": lambda m, h: h.masked_fill(h < 0, torch.finfo(h.dtype).min).softmax(-1),
-    "root of max": lambda m, h: h / math.log(torch.finfo(h.dtype).max),
-    "half of min": lambda m, h: h.masked_fill(h < 0, torch.finfo(h.dtype).min / 2).softmax(-1),
     "is float32": lambda m, h: h * 2 if h.dtype == torch.float32 else h,
-    "is not float32": lambda m, h: h if h.dtype != torch.float32 else h * 2,
     "is bfloat16": lambda m, h: h * 2 if h.dtype == torch.bfloat16 else h,
     "is one of the narrow": lambda m, h: (
         h.float().tanh() if h.dtype in (torch.float16, torch.bfloat16) else h.sin()
     ).to(h),
-    "weight is float32": lambda m, h: h * 2 if m.a.weight.dtype == torch.float32 else h,
-    "is floating point": lambda m, h: h * 2 if h.dtype.is_floating_point else h,
     "by name of the dtype": lambda m, h: h * len(str(h.dtype)),
     "by class": by_class_of_tensor,
     "itemsize": by_size_of_numbers,
     "element_size": lambda m, h: h * h.element_size(),
-    "nbytes": lambda m, h: h * (m.a.weight.nbytes / m.a.weight.numel()),
     "new_tensor": lambda m, h: h * h.new_tensor(0.3),
-    "new_tensor of many": lambda m, h: h * h.new_tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]),
     "new_full": lambda m, h: h * h.new_full((), 0.1),
-    "new_ones": lambda m, h: h + h.new_ones(1) * 0.3,
-    "new_zeros": lambda m, h: h + (h.new_zeros(WIDTH) + 0.1),
     "tensor of dtype": lambda m, h: h * torch.tensor(0.3, dtype=h.dtype),
-    "tensor cast": lambda m, h: h * torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]).to(h.dtype),
-    "tensor to like": lambda m, h: h * torch.tensor(0.3).to(h),
-    "as_tensor": lambda m, h: h * torch.as_tensor(0.1, dtype=h.dtype, device=h.device),
-    "scalar_tensor": lambda m, h: h * torch.scalar_tensor(0.3, dtype=h.dtype),
     "full": lambda m, h: h * torch.full((WIDTH,), 0.1, dtype=h.dtype),
-    "full_like": lambda m, h: h * torch.full_like(h, 0.1),
     "arange": lambda m, h: h * (torch.arange(WIDTH, dtype=h.dtype) / 7),
-    "linspace": lambda m, h: h * torch.linspace(0, 1, WIDTH, dtype=h.dtype),
     "where with a tensor": lambda m, h: torch.where(h > 0, h, torch.tensor(0.01, dtype=h.dtype) * h),
     "to bfloat16 and back": lambda m, h: h.to(torch.bfloat16).to(h.dtype),
     "bfloat16 and float": lambda m, h: h.bfloat16().float(),
-    "half and float": lambda m, h: h.half().float(),
-    "half and back": lambda m, h: h.half().to(h.dtype),
     "double and back": lambda m, h: h.double().sigmoid().to(h.dtype),
     "a sum in double": lambda m, h: h.to(torch.float64).sum(-1, keepdim=True).to(h) * h,
     "float and type_as": lambda m, h: h.float().softmax(-1).type_as(h),
     "softmax in float32": lambda m, h: F.softmax(h, -1, dtype=torch.float32).to(h.dtype),
-    "sum in float64": lambda m, h: h * h.sum(-1, keepdim=True, dtype=torch.float64).to(h.dtype),
     "to the weight's dtype": lambda m, h: (h.float() * 1.5).to(m.b.weight.dtype),
     "to the default dtype": lambda m, h: h.to(torch.get_default_dtype()) * 2,
     "promoted with bfloat16": lambda m, h: h.to(torch.promote_types(h.dtype, torch.bfloat16)),
@@ -113,8 +91,6 @@ MIDDLES: dict[str, Middle] = {
     "float8": lambda m, h: h.to(torch.float8_e4m3fn).to(h.dtype),
     "int8": quantised,
     "bits of float32": bits,
-    "rounded": lambda m, h: h.round(decimals=2),
-    "power of a tensor": lambda m, h: h ** torch.tensor(2, dtype=h.dtype),
     "complex": lambda m, h: torch.view_as_real(torch.view_as_complex(h.unflatten(-1, (-1, 2))) * 1j).flatten(-2),
     "norm with an eps by dtype": lambda m, h: F.layer_norm(h, (WIDTH,), eps=1e-5 if h.dtype == torch.float32 else 1e-2),
     "attention with a mask": attention,
@@ -128,10 +104,7 @@ LINEAR = {"autocast", "autocast in autocast", "asks for autocast"}
 NARROW_LAST = {"autocast"}
 """What comes out of these is in bfloat16, which the last layer takes once it is cast."""
 
-FROZEN = {
-    "min of finfo", "half of min", "float and type_as", "softmax in float32", "power of a tensor",
-    "norm with an eps by dtype", "no autocast",
-}  # fmt: skip
+FROZEN = {"min of finfo", "float and type_as", "softmax in float32", "norm with an eps by dtype", "no autocast"}
 """The graph is the module, and no unit can go."""
 
 SOME = (

@@ -103,38 +103,18 @@ def standardised(m: Any, x: torch.Tensor) -> Any:
 
 
 PICTURES: dict[str, Row] = {
-    "two": (lambda m, x: m.b(m.a(x).relu()), two()),
     "batch norm": (lambda m, x: m.b(m.n(m.a(x)).relu()), two(n=lambda: nn.BatchNorm2d(8))),
-    "batch norm without weights": (lambda m, x: m.b(m.n(m.a(x))), two(n=lambda: nn.BatchNorm2d(8, affine=False))),
     "batch norm of the batch": (
         lambda m, x: m.b(m.n(m.a(x))), two(n=lambda: nn.BatchNorm2d(8, track_running_stats=False)),
     ),
-    "group norm": (lambda m, x: m.b(m.n(m.a(x)).relu()), two(n=lambda: nn.GroupNorm(4, 8))),
-    "instance norm": (lambda m, x: m.b(m.n(m.a(x))), two(n=lambda: nn.InstanceNorm2d(8, affine=True))),
     "layer norm of channels": (
         lambda m, x: m.b(m.n(m.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)), two(n=lambda: nn.LayerNorm(8)),
     ),
-    "layer norm of all": (lambda m, x: m.b(m.n(m.a(x))), two(n=lambda: nn.LayerNorm((8, 8, 8)))),
     "response norm": (lambda m, x: m.b(m.n(m.a(x))), two(n=lambda: nn.LocalResponseNorm(3))),
-    "prelu": (lambda m, x: m.b(m.n(m.a(x))), two(n=lambda: nn.PReLU(8))),
-    "depthwise": (lambda m, x: m.b(m.c(m.a(x))), two(c=lambda: conv(8, 8, groups=8))),
     "grouped": (lambda m, x: m.b(m.c(m.a(x))), two(c=lambda: conv(8, 8, groups=2))),
-    "grouped, twice": (
-        lambda m, x: m.b(m.d(m.c(m.a(x)))),
-        two(c=lambda: conv(8, 8, groups=2), d=lambda: conv(8, 8, groups=4)),
-    ),
-    "strided": (lambda m, x: m.b(m.c(m.a(x))), two(c=lambda: conv(8, 8, stride=2))),
     "dilated": (lambda m, x: m.b(m.c(m.a(x))), two(c=lambda: conv(8, 8, dilation=2, padding=2))),
     "reflected": (lambda m, x: m.b(m.c(m.a(x))), two(c=lambda: conv(8, 8, padding_mode="reflect"))),
     "transposed": (lambda m, x: m.b(m.c(m.a(x))), two(c=lambda: nn.ConvTranspose2d(8, 8, 2, 2))),
-    "transposed, grouped": (lambda m, x: m.b(m.c(m.a(x))), two(c=lambda: nn.ConvTranspose2d(8, 8, 2, 2, groups=2))),
-    "transposed to more": (
-        lambda m, x: m.c(m.a(x)),
-        two(c=lambda: nn.ConvTranspose2d(8, 6, 3, 2, 1, output_padding=1, groups=2)),
-    ),
-    "pixel shuffle": (lambda m, x: m.c(F.pixel_shuffle(m.a(x), 2)), two(c=lambda: conv(2, 4))),
-    "pixel unshuffle": (lambda m, x: m.c(F.pixel_unshuffle(m.a(x), 2)), two(c=lambda: conv(32, 4))),
-    "channel shuffle": (lambda m, x: m.b(F.channel_shuffle(m.a(x), 2)), two()),
     "shuffled by hand": (shuffled, two()),
     "flattened": (lambda m, x: m.c(m.a(x).flatten(1)), two(c=lambda: nn.Linear(512, 3))),
     "flattened the other way": (
@@ -144,16 +124,9 @@ PICTURES: dict[str, Row] = {
     "pooled and flattened": (
         lambda m, x: m.c(F.adaptive_avg_pool2d(m.a(x), 2).flatten(1)), two(c=lambda: nn.Linear(32, 3)),
     ),
-    "max pooled": (lambda m, x: m.b(F.max_pool2d(m.a(x), 2)), two()),
     "pooled over channels": (lambda m, x: m.a(x).amax(1), two()),
     "mean of channels": (lambda m, x: m.b(m.a(x) - m.a(x).mean(1, keepdim=True)), two()),
-    "interpolated": (lambda m, x: m.b(F.interpolate(m.a(x), scale_factor=2, mode="bilinear")), two()),
-    "unfolded": (lambda m, x: m.c(F.unfold(m.a(x), 2, stride=2).mT), two(c=lambda: nn.Linear(32, 3))),
     "folded": (lambda m, x: m.b(F.fold(F.unfold(m.a(x), 2, stride=2), (8, 8), 2, stride=2)), two()),
-    "squeeze and excite": (
-        lambda m, x: m.b((h := m.a(x)) * m.d(m.c(h.mean((2, 3), keepdim=True)).relu()).sigmoid()),
-        two(c=lambda: nn.Conv2d(8, 2, 1), d=lambda: nn.Conv2d(2, 8, 1)),
-    ),
     "residual": (residual, two(c=lambda: conv(8, 8), norm=lambda: nn.BatchNorm2d(8))),
     "dense": (dense_block, lambda: {"a": conv(3, 4), "c": conv(4, 6), "d": conv(20, 3)}),
     "encoder and decoder": (unet, lambda: {"a": conv(3, 6), "c": conv(6, 5), "d": conv(11, 3)}),
@@ -164,8 +137,6 @@ PICTURES: dict[str, Row] = {
     "channel by channel": (by_channel, two()),
     "modulated": (modulated, two(c=lambda: nn.Linear(3, 8))),
     "standardised": (standardised, two()),
-    "dropped": (lambda m, x: m.b(F.dropout2d(m.a(x), 0.5, m.training)), two()),
-    "gram": (lambda m, x: (h := m.a(x).flatten(2)) @ h.mT, two()),
     "volume": (
         lambda m, x: m.d(m.c(m.a(x)[:, None]).relu().flatten(1, 2)),
         two(c=lambda: nn.Conv3d(1, 2, 3, padding=1), d=lambda: conv(16, 3)),
@@ -228,7 +199,6 @@ def recurrent(m: Any, x: torch.Tensor) -> Any:
 
 TABLES: dict[str, Row] = {
     "table": (lambda m, x: m.b(m.e(x)), words()),
-    "padded": (lambda m, x: m.b(m.e(x)), words(e=lambda: embedding(padding_idx=0))),
     "bounded": (lambda m, x: m.b(m.e(x)), words(e=lambda: embedding(max_norm=0.5))),
     "tied": (lambda m, x: F.linear(m.c(m.e(x)).relu(), m.e.weight), words(c=lambda: nn.Linear(8, 8))),
     "tied and scaled": (
@@ -251,7 +221,6 @@ TABLES: dict[str, Row] = {
     "lstm": (recurrent, words(net=lambda: nn.LSTM(8, 8, batch_first=True))),
     "gru of two": (recurrent, words(net=lambda: nn.GRU(8, 8, 2, batch_first=True))),
     "projected lstm": (recurrent, words(net=lambda: nn.LSTM(8, 10, proj_size=8, batch_first=True))),
-    "row by number": (lambda m, x: m.b(m.e(x) * m.e.weight[3]), words()),
     "row by its own number": (lambda m, x: m.b(m.e.weight[x[:, 0]] + m.e(x).mean(1)), words()),
     "scattered": (lambda m, x: m.b(torch.zeros(x.shape[0], 11).scatter(1, x, 1.0) @ m.e.weight), words()),
     "sums by word": (lambda m, x: m.b(torch.zeros(11, 8).index_add(0, x.flatten(), m.e(x).flatten(0, 1))), words()),
@@ -361,10 +330,10 @@ ALL = {
 
 
 FROZEN = {
-    "layer norm of channels", "layer norm of all", "response norm", "channel shuffle", "pooled over channels",
-    "mean of channels", "channel by channel", "standardised", "gram", "grid sample", "bag", "bag of sums", "lstm",
-    "gru of two", "projected lstm", "weight, order in a buffer", "weight, order by gather", "weight, of one unit",
-    "weight, order of the weights", "weight, order of both", "weight, weights by a table", "bounded",
+    "layer norm of channels", "response norm", "pooled over channels", "mean of channels", "channel by channel",
+    "standardised", "grid sample", "bag", "bag of sums", "lstm", "gru of two", "projected lstm", "bounded",
+    "weight, order in a buffer", "weight, order by gather", "weight, of one unit", "weight, order of the weights",
+    "weight, order of both", "weight, weights by a table",
 }  # fmt: skip
 """The graph is the module, and no unit can go."""
 

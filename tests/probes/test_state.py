@@ -48,27 +48,6 @@ class Louder(torch.autograd.Function):
         return grad * 10
 
 
-class Proper(torch.autograd.Function):
-    """A square, with the gradient of a square."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        """Return the square."""
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Return the gradient."""
-        return 2 * ctx.saved_tensors[0] * grad
-
-
-def without_gradients(m: Any, h: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        scale = h.abs().mean(-1, keepdim=True)
-    return h / (scale + 1)
-
-
 def all_without_gradients(m: Any, h: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return m.c(h)  # type: ignore[no-any-return]
@@ -83,12 +62,6 @@ def gradients_again(m: Any, h: torch.Tensor) -> torch.Tensor:
     return h + late + other + part
 
 
-def gradients_off(m: Any, h: torch.Tensor) -> torch.Tensor:
-    with torch.set_grad_enabled(False):
-        table = m.c(h).softmax(-1)
-    return h * table
-
-
 def inference(m: Any, h: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
         scale = m.c(h)
@@ -97,11 +70,6 @@ def inference(m: Any, h: torch.Tensor) -> torch.Tensor:
 
 def asks_for_gradients(m: Any, h: torch.Tensor) -> torch.Tensor:
     return h * (2 if torch.is_grad_enabled() else 2.0)
-
-
-def counts_calls(m: Any, h: torch.Tensor) -> torch.Tensor:
-    m.calls.add_(1)
-    return h * 2
 
 
 def depends_on_calls(m: Any, h: torch.Tensor) -> torch.Tensor:
@@ -173,34 +141,24 @@ def draws(m: Any, h: torch.Tensor) -> torch.Tensor:
     return h + torch.rand_like(h)
 
 
-def always_drops(m: Any, h: torch.Tensor) -> torch.Tensor:
-    return F.dropout(h, 0.5, training=True)
-
-
 def c() -> dict[str, Any]:
     return {"c": nn.Linear(WIDTH, WIDTH)}
 
 
 MIDDLES: dict[str, tuple[Middle, Callable[[], dict[str, Any]]]] = {
-    "no_grad": (without_gradients, dict),
     "no_grad around all": (all_without_gradients, c),
     "enable_grad in no_grad": (gradients_again, lambda: c() | {"d": nn.Linear(WIDTH, WIDTH)}),
-    "set_grad_enabled": (gradients_off, c),
     "inference_mode": (inference, c),
     "is_grad_enabled": (asks_for_gradients, dict),
     "detach": (lambda m, h: h + m.c(h).detach(), c),
     "detach in place": (lambda m, h: h + m.c(h).detach_(), c),
     "data": (lambda m, h: h + m.c(h).data, c),
     "straight through": (lambda m, h: StraightThrough.apply(h), dict),
-    "straight through by detach": (lambda m, h: h + (h.sign() - h).detach(), dict),
     "louder gradient": (lambda m, h: Louder.apply(m.c(h)), c),
-    "proper function": (lambda m, h: Proper.apply(h), dict),
     "hook on a tensor": (scaled_by_hook, dict),
     "checkpoint": (checkpointed, c),
     "gradient inside": (inner_gradient, dict),
-    "frozen part": (lambda m, h: m.c(h), lambda: {"c": nn.Linear(WIDTH, WIDTH).requires_grad_(False)}),
     "twice the same": (lambda m, h: m.c(m.c(h)), c),
-    "counter": (counts_calls, lambda: {"calls": torch.zeros(())}),
     "depends on a counter": (depends_on_calls, lambda: {"calls": torch.zeros(())}),
     "running mean": (running_mean, lambda: {"mean": torch.zeros(WIDTH)}),
     "counter in Python": (counts_in_python, dict),
@@ -210,8 +168,6 @@ MIDDLES: dict[str, tuple[Middle, Callable[[], dict[str, Any]]]] = {
     "writes to data": (modifies_data, dict),
     "a global": (reads_a_global, dict),
     "random numbers": (draws, dict),
-    "dropout at all times": (always_drops, dict),
-    "dropout module": (lambda m, h: m.drop(h), lambda: {"drop": nn.Dropout(0.5)}),
     "dropout in training": (lambda m, h: F.dropout(h, 0.5, m.training), dict),
     "other in training": (lambda m, h: h * 3 if m.training else h * 2, dict),
     "batch norm": (lambda m, h: m.norm(h.mT).mT, lambda: {"norm": nn.BatchNorm1d(WIDTH)}),

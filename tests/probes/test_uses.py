@@ -42,7 +42,8 @@ def inputs(kind: str) -> dict[str, torch.Tensor]:
 
 def prune(kind: str, model: Any = None, **options: Any) -> fxprune.Result:
     """What is left of a model; all heads of an encoder-decoder, whose config gives them one number."""
-    own = {"kinds": ("mlp",), "ratio": 0.1} if kind == "t5" else {}
+    own: dict[str, Any] = {"kinds": ("mlp",), "ratio": 0.1} if kind == "t5" else {}
+    own |= {"kinds": ("mlp", "layer"), "ratio": {"layer": 0.5, "mlp": 0.2}} if kind == "gpt2" else {}
     return fxprune.prune(model or dense(kind), example_inputs=inputs(kind), **{**OPTIONS, **own, **options})
 
 
@@ -267,14 +268,14 @@ USES: tuple[Use, ...] = (
 LEFT_OUT: dict[Use, tuple[str, ...]] = {
     generation: ("bert",),  # an encoder does not generate
 }
-FIRST_TIER = {in_threads: ("llama",), compiled: ("llama",)}
-"""Kinds that uses which take long are tried on in the first tier; of others two."""
+FIRST_TIER = {halves: ("t5",), vocabulary: ("t5",)}
+"""Kinds that uses are tried on in the first tier, other than one."""
 
 
 def table() -> Iterator[Any]:
     for use in USES:
         for kind in KINDS:
-            marks = () if kind in FIRST_TIER.get(use, ("llama", "t5")) else (SLOW,)
+            marks = () if kind in FIRST_TIER.get(use, ("llama",)) else (SLOW,)
             if kind not in LEFT_OUT.get(use, ()):
                 yield pytest.param(use, kind, marks=marks, id=f"{use.__name__}-{kind}")
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from fxprune.discovery.explain import explain
 from tests.oracle import Net, axes_of, check_removes_exactly, discover, graph_of, groups_of, shape_of
+from tests.tiers import tiers
 
 
 def convolved(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -152,7 +153,7 @@ ATTENTION: dict[str, tuple[Callable[[], Net], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("name", tiers(ATTENTION, "grouped", "spelled-out"))
 def test_attention(name: str) -> None:
     make, groups = ATTENTION[name]
     check_removes_exactly(make(), {"x": torch.randn(2, 7, 10)}, groups)

@@ -30,6 +30,7 @@ from fxprune.removal.removal import Bypassed, Removal
 from fxprune.trace import trace
 from tests.models import tiny
 from tests.oracle import Net, axes_of, decide, discover, groups_of
+from tests.tiers import tiers
 
 
 class Block(nn.Module):
@@ -233,8 +234,9 @@ def slimmed(model: nn.Module, kinds: str, importance: str = "l2") -> fx.GraphMod
     ).graph_module
 
 
-@pytest.mark.parametrize(("family", "kinds"), [("llama", "head"), ("gpt2", "layer"), ("mixtral", "mlp")])
-def test_shapes_worked_out_where_something_changed_are_those_of_all(family: str, kinds: str) -> None:
+@pytest.mark.parametrize("case", tiers(["llama head", "gpt2 layer", "mixtral mlp"], "gpt2 layer"))
+def test_shapes_worked_out_where_something_changed_are_those_of_all(case: str) -> None:
+    family, kinds = case.split()
     slim = slimmed(tiny(family), kinds)
     some = shapes_of(slim)
     facts_of(slim).drop(ShapedCalls, "the test")
@@ -256,6 +258,7 @@ def test_shapes_are_worked_out_again_only_where_something_changed(monkeypatch: p
     assert [name for name in looked if name not in always] == ["x", "repeat", "flatten"]
 
 
+@pytest.mark.slow
 def test_of_blocks_that_lost_as_much_one_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the shapes are those of looking at all, at other depths too."""
     counts, looked = list[int](), run_nodes(monkeypatch)
