@@ -392,6 +392,7 @@ def _stage_arguments(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             "memory": values["memory"] or ("low" if values["inplace"] else None),
         },
         "select": widths,
+        "tune": {"memory": values["memory"]},
         "shrink": {"by_block": values["memory"] == "low" or None},
     }
     return {stage: _given({**everywhere, **arguments.get(stage, {})}) for stage in STAGES}

@@ -22,6 +22,7 @@ from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note
 from fxprune.graph.tensors import require_weights
 from fxprune.masking.objective import Objective, OwnLoss, own_loss, predicts_next
 from fxprune.offload.files import is_offloading
+from fxprune.offload.ranks import broadcast_object
 from fxprune.pipeline.arguments import Norm, argument, as_seed, path_or_empty
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.removal.removal import Removal
@@ -127,7 +128,7 @@ class CalibratePass(Pass):
         if data is None and self.file:
             data, source = read_token_rows(self.file), Path(self.file).name
         elif data is None:
-            data, written = self._substitutes(graph_module)
+            data, written = broadcast_object(self._substitutes(graph_module))  # written by one machine
             source = "built-in text and text that the model wrote" if written else "built-in text"
         next_token, found = predicts_next(graph_module), facts_of(graph_module).get(Source)
         shift = None if found is None else partial(shifted_right, found.model)

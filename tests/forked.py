@@ -36,7 +36,7 @@ def in_processes(work: Callable[[int], Any], count: int, folder: Path, timeout: 
     processes = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(count)]
     for process in processes:
         process.start()
-    found = sorted([queue.get(timeout=240) for _ in processes], key=lambda one: one[0])
+    found = sorted([queue.get(timeout=900) for _ in processes], key=lambda one: one[0])
     for process in processes:
         process.join()
     failed = [error for *_, error in found if error]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import checkpoint
 
 from fxprune.data.calibration import Sample, clear_sample_errors, stacked
 from fxprune.errors import EvaluationError
@@ -37,6 +38,8 @@ __all__ = [
     "observe_nodes",
     "output_numel",
     "parts_by_weights",
+    "parts_to_run_again",
+    "run_in_parts",
 ]
 
 
@@ -153,6 +156,48 @@ def parts_by_weights(graph_module: fx.GraphModule) -> list[Part]:
     """Cut a graph into parts, each with at most a tenth of the bytes of its weights or a single larger weight."""
     costs = {name: float(tensor.nbytes) for name, tensor in weights(graph_module)}
     return cut_graph(graph_module.graph, costs, 0.1 * sum(costs.values()))
+
+
+def parts_to_run_again(graph_module: fx.GraphModule) -> list[Part]:
+    """Cut a graph into the parts that need the least memory in a backward run which runs each of them again.
+
+    That is for the values of the largest part, and for those between parts.
+    """
+
+    def numbers(parts: Sequence[Part]) -> int:
+        inside = (sum(output_numel(node) for node in part.nodes if node.op != "get_attr") for part in parts)
+        return max(inside) + sum(output_numel(node) for part in parts for node in part.gives)
+
+    costs = {name: float(tensor.nbytes) for name, tensor in weights(graph_module)}
+    limits = (sum(costs.values()) / count for count in (1, 4, 8, 16, 32, 64, 128))
+    return min((cut_graph(graph_module.graph, costs, limit) for limit in limits), key=numbers)
+
+
+def run_in_parts(run: UntouchedRun, parts: Sequence[Part], inputs: Iterable[Any]) -> Any:
+    """Run a graph whose backward run computes a part again when its gradients are due: activation checkpointing.
+
+    Args:
+        run: of a graph that does not write to its weights and inputs.
+        inputs: of the graph, in its order.
+    """
+    places = [node for node in run.module.graph.nodes if node.op == "placeholder"]  # type: ignore[union-attr]
+    values: dict[fx.Node, Any] = dict(zip(places, inputs, strict=True))
+    last_use = {node: part for part in parts for node in part.takes}
+    for part in parts:
+        ends = part.gives or part.nodes[-1:]
+
+        def outputs(*taken: Any, part: Part = part, ends: Sequence[fx.Node] = ends) -> tuple[Any, ...]:
+            run.env = dict(zip(part.takes, taken, strict=True))
+            for node in part.nodes:
+                run.env[node] = run.run_node(node)
+            found = tuple(run.env[node] for node in ends)
+            run.env = {}
+            return found
+
+        found = checkpoint(outputs, *(values[node] for node in part.takes), use_reentrant=False)
+        values |= dict(zip(ends, found, strict=True))
+        values = {node: value for node, value in values.items() if node in ends or last_use.get(node) is not part}
+    return values[parts[-1].nodes[-1]]
 
 
 class PartRuns:

@@ -14,6 +14,7 @@ from fxprune.data.calibration import IGNORED, Sample, batch_indices, batched
 from fxprune.errors import PassError
 from fxprune.masking.masked_run import UntouchedRun, output_tensors
 from fxprune.masking.objective import class_scores, gives_classes
+from fxprune.masking.parts import Part, run_in_parts
 from fxprune.offload.prefetch import compute_device, use_bf16
 from fxprune.offload.ranks import batch_for_all, deal, gathered
 
@@ -189,9 +190,12 @@ class _Divergence(torch.autograd.Function):
         return logarithms.exp().mul_(every).scatter_add_(-1, classes, likely * c - kept), None, None
 
 
-def run_logits(run: fx.Interpreter, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Run a graph and return its scores of classes as ``(batch, positions, classes)``; else all its outputs."""
-    output = run.run(*inputs.values())
+def run_logits(run: UntouchedRun, inputs: Mapping[str, Any], parts: Sequence[Part] = ()) -> torch.Tensor:
+    """Run a graph and return its scores of classes as ``(batch, positions, classes)``; else all its outputs.
+
+    With ``parts``, a backward run computes each of them again.
+    """
+    output = run_in_parts(run, parts, inputs.values()) if parts else run.run(*inputs.values())
     outputs = output_tensors(output)
     if outputs and not gives_classes(run.module):  # type: ignore[arg-type]
         return torch.cat([value.flatten(1) for value in outputs], dim=-1)[:, None]

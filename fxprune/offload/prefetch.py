@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import psutil
 import torch
 from torch import fx
 
@@ -22,6 +23,7 @@ __all__ = [
     "autocast",
     "compute_device",
     "current_prefetcher",
+    "free_bytes",
     "has_bf16",
     "inputs_on_device",
     "offer_prefetcher",
@@ -192,6 +194,11 @@ def inputs_on_device(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) ->
     """Return the inputs of a graph, in order, on the device that it runs on."""
     device = compute_device(graph_module)
     return [map_tensors(value, lambda tensor: to_device(tensor, device)) for value in inputs.values()]
+
+
+def free_bytes(device: torch.device) -> int:
+    """The bytes of memory that a device has free, as this process sees them."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def has_bf16(device: torch.device) -> bool:

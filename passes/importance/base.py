@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, cast
 
-import psutil
 import torch
 from torch import fx
 
@@ -18,7 +17,7 @@ from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.graph.tensors import weights
 from fxprune.masking.parts import Part, cut_graph, output_numel
 from fxprune.offload.files import cached, caching
-from fxprune.offload.prefetch import compute_device
+from fxprune.offload.prefetch import compute_device, free_bytes
 from fxprune.offload.ranks import broadcast_object, check_same
 from fxprune.pipeline.arguments import MEMORY, Memory, argument, number, one_of
 from fxprune.pipeline.contract import Pass, PassResult
@@ -97,9 +96,7 @@ def usable_bytes(memory: float | Memory, graph_module: fx.GraphModule, wanted: f
     if not isinstance(memory, str):
         return memory * total
     if memory == "auto":
-        device = compute_device(graph_module)
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        memory = broadcast_object("fast" if 2 * wanted <= free else "low")
+        memory = broadcast_object("fast" if 2 * wanted <= free_bytes(compute_device(graph_module)) else "low")
     return math.inf if memory == "fast" else LOW_MEMORY * total
 
 

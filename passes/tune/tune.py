@@ -23,10 +23,11 @@ from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note
 from fxprune.graph.tensors import device_of, require_weights, weights
 from fxprune.masking.compare import TOLERANCE, Verified
 from fxprune.masking.objective import gives_classes
+from fxprune.masking.parts import Part, output_numel, parts_to_run_again
 from fxprune.masking.teacher import TeacherBatch, divergence, run_logits, teacher_batches
 from fxprune.offload.atomic import atomic_path
 from fxprune.offload.files import write_values
-from fxprune.offload.prefetch import autocast, use_bf16
+from fxprune.offload.prefetch import autocast, free_bytes, use_bf16
 from fxprune.offload.ranks import (
     all_reduce,
     batch_for_all,
@@ -37,9 +38,10 @@ from fxprune.offload.ranks import (
     gathered,
     is_first,
 )
-from fxprune.pipeline.arguments import Precision, argument, as_seed, path_or_empty
+from fxprune.pipeline.arguments import Memory, Precision, argument, as_seed, path_or_empty
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.removal.removal import Removed
+from fxprune.rules.aliasing import written_sources
 
 from .teacher import HELDOUT, Teacher
 from .vectors import Trained, TrainedVectors, TrainedWeights
@@ -151,6 +153,7 @@ class Training:
         tries = bool(settings.truth) and broadcast_object(self._predicts_next(self.batches[0]))
         self.truth = settings.truth if tries else 0.0
         self.steps = max(1, round(settings.epochs * len(self.batches)))
+        self.parts = self._parts()
         self.bf16 = use_bf16(
             settings.precision,
             graph_module,
@@ -191,6 +194,20 @@ class Training:
             if progress.misses >= self.settings.patience:
                 break
         return progress
+
+    def _parts(self) -> Sequence[Part]:
+        """The parts that a backward run computes again; none if all activations of a step fit."""
+        graph_module, memory = self.graph_module, self.settings.memory
+        if memory == "auto":
+            nodes = graph_module.graph.nodes
+            traced = max((output_numel(node) for node in nodes if node.op == "placeholder"), default=1)
+            taken = (value for value in self.batches[0].inputs.values() if isinstance(value, torch.Tensor))
+            more = max((value.numel() for value in taken), default=1) / max(1, traced)
+            wanted = 4.0 * more * sum(output_numel(node) for node in nodes if node.op == "call_function")
+            memory = broadcast_object("fast" if 2 * wanted <= free_bytes(self.device) else "low")
+        if memory == "fast" or written_sources(graph_module.graph):
+            return ()
+        return parts_to_run_again(graph_module)
 
     @cached_property
     def _mark(self) -> str:
@@ -261,7 +278,8 @@ class Training:
         return bool((logits - changed)[:, :-1].abs().max() <= TOLERANCE * logits.abs().max())
 
     def _logits(self, batch: TeacherBatch) -> torch.Tensor:
-        return run_logits(self.trained.run(self.graph_module, self.numbers), batch.inputs)
+        parts = self.parts if torch.is_grad_enabled() else ()
+        return run_logits(self.trained.run(self.graph_module, self.numbers), batch.inputs, parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,6 +346,12 @@ class TunePass(Pass):
         """Precision of the products in a step and a measurement: ``bf16``, ``float32``, or ``auto``, which is ``bf16``
         if the device supports it natively and no op of the graph refuses it. What is trained stays in float32.""",
     )
+    memory: Memory = argument(
+        "auto",
+        """Memory for the activations of a step: ``fast`` keeps all for the backward run; ``low`` those between parts of
+        the model, and runs each part again, which takes a third more time; ``auto`` is ``fast`` if all fit into half
+        the free memory, else ``low``.""",
+    )
     measurements: int = argument(8, "How often the divergence is measured on held-out samples.", least=1)
     patience: int = argument(3, "Measurements without improvement before it stops.", least=1)
     folder: str = argument(
@@ -350,7 +374,7 @@ class TunePass(Pass):
 
     def cost(self, samples: int) -> PassCost:
         """Three runs of each recorded sample an epoch; trained weights with gradients, moments and the best so far."""
-        runs = 3.0 * self.epochs * samples + HELDOUT * (self.measurements + 1)
+        runs = (4.0 if self.memory == "low" else 3.0) * self.epochs * samples + HELDOUT * (self.measurements + 1)
         kept = 5.0 if self.weights else 0.0
         return PassCost(runs=runs, batch=min(self.batch, samples), backward=True, outputs=3, weights=kept)
 

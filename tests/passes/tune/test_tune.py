@@ -7,8 +7,10 @@ import re
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from fxprune.passes.tune import RecordTeacherPass, TunePass
@@ -25,6 +27,7 @@ from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.masking.compare import Verified
 from fxprune.masking.masked_run import UntouchedRun
 from fxprune.masking.teacher import TeacherLogits, divergence, run_logits, teacher_batches
+from fxprune.pipeline.arguments import MEMORY
 from fxprune.pipeline.contract import tracking
 from fxprune.removal.removal import Removed
 from tests.forked import in_processes
@@ -155,6 +158,64 @@ def test_processes_end_with_the_weights_of_the_first(
 
     first, second = in_processes(work, 2, tmp_path)
     assert first == second and "nothing was better" not in first[0]
+
+
+@pytest.mark.parametrize("how", [{}, {"weights": True}, {"rank": 2, "truth": 0.3, "batch": 5}])
+def test_processes_tune_what_one_tunes_alone(slim: fx.GraphModule, tmp_path: Path, how: dict[str, Any]) -> None:
+    """Each ran all samples. Three processes have fewer samples than there are in some of the batches."""
+    tune = TunePass(epochs=3, rate=0.02, precision="float32", **how)
+    named = {name: tensor.detach() for name, tensor in weights(tune(slim).graph_module)}
+    samples = list[int]()
+
+    def work(rank: int) -> dict[str, Any]:
+        run = Training._loss
+        monkeypatch = pytest.MonkeyPatch()
+        monkeypatch.setattr(Training, "_loss", lambda one, b: samples.append(round(b.share * 60)) or run(one, b))
+        tuned = tune(slim).graph_module
+        found = {name: tensor.detach().numpy() for name, tensor in weights(tuned)}
+        return found | {"samples": sum(samples), "notes": facts_of(tuned)[Notes].lines[-1]}
+
+    first, *others = in_processes(work, 3, tmp_path)
+    for name, tensor in named.items():
+        assert float((torch.from_numpy(first[name]) - tensor).norm()) <= 1e-5 * float(tensor.norm()), name
+        assert all((first[name] == other[name]).all() for other in others), "bit for bit"
+    assert all(other["notes"] == first["notes"] for other in others) and "nothing was better" not in first["notes"]
+    assert max(one["samples"] for one in (first, *others)) < 0.67 * sum(one["samples"] for one in (first, *others))
+
+
+def test_parts_that_run_again_give_the_same_in_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All activations were kept, and their bytes grew with the number of layers."""
+
+    class Deep(Language):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(*(Block() for _ in range(12)))
+
+    slim = cut(Deep())
+    kept = list[int]()
+    step = Training._step
+
+    def counted(one: Training, *given: Any) -> None:
+        sizes = dict[int, int]()
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            step(one, *given)
+        kept.append(sum(sizes.values()))
+
+    tuned = {memory: TunePass(memory=memory, precision="float32", rate=0.02)(slim).graph_module for memory in MEMORY}
+    for name, tensor in weights(tuned["fast"]):
+        assert torch.equal(tensor, get_tensor(tuned["auto"], name))
+        assert torch.allclose(tensor, get_tensor(tuned["low"], name), atol=1e-6)
+    assert "nothing was better" not in facts_of(tuned["low"])[Notes].lines[-1]
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10))
+    monkeypatch.setattr(Training, "_step", counted)
+    for memory in ("auto", "fast"):
+        TunePass(memory=memory, precision="float32")(slim)
+    assert max(kept[: len(kept) // 2]) < 0.3 * min(kept[len(kept) // 2 :])
 
 
 def test_a_tuned_model_is_nearer_to_the_dense_one_and_has_its_shapes(slim: fx.GraphModule) -> None:
