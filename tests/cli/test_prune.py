@@ -62,6 +62,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_equal_widths_save_a_stock_model(folder: str, out: Path, options: tuple[str, ...], words: str) -> None:
     code, output = shown("prune", folder, "--out", out, *L2, *options)
     assert code == 0 and "model, plan and report written" in output and words in output, output
+    assert "with --uniform" not in output
     report = json.loads((out / "report.json").read_text())
     assert f"{report['achieved']:.2%} of the parameters removed" in output and (out / "tokenizer.json").exists()
     plan = fxprune.Plan.from_json((out / "plan.json").read_text())
@@ -76,7 +77,7 @@ def test_differing_widths_save_a_checkpoint_of_ours(folder: str, out: Path) -> N
     options = (*L2, "--kinds", "mlp", "--ratio", "0.05", "--protect", 1, 1)
     code, output = shown("prune", folder, "--out", out, *options)
     assert code == 0 and "mlp: 88 to" in output and "in 1 group" in output, output
-    assert "fxprune.from_pretrained loads it" in output
+    assert "fxprune.from_pretrained loads it" in output and "with --uniform, all layers" in output
     text = (out / "plan.json").read_text()
     assert {name.split(".")[2] for name in fxprune.Plan.from_json(text).kept} == {"1"}
     with torch.no_grad():
