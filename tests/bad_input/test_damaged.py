@@ -19,7 +19,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-import typer
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_structure
 
@@ -27,7 +26,6 @@ import fxprune
 from fxprune.checkpoint.gguf_header import check_gguf, read_header
 from fxprune.checkpoint.low_memory import load_mapped
 from fxprune.checkpoint.read import load_config_only, load_model, load_tokenizer
-from fxprune.cli import app
 from fxprune.cli.config import read_config
 from fxprune.cli.models import check_model
 from fxprune.cli.plan import read_plan
@@ -40,6 +38,7 @@ from fxprune.recovery.run import claim_folder, last_checkpoint
 from fxprune.removal.budget import read_timing
 from fxprune.removal.plan import keep_of, plan_of
 from fxprune.removal.scores import Scores
+from tests.cli.running import COMMAND
 from tests.export.small import tokenizer, uneven
 from tests.models import tiny, token_ids
 from tests.remembered import grouped, model_of
@@ -510,7 +509,7 @@ def load_plan(folder: Path) -> Any:
 
 
 def load_run(folder: Path) -> Any:
-    context = click.Context(typer.main.get_command(app).commands["prune"])  # type: ignore[attr-defined]
+    context = click.Context(COMMAND.commands["prune"])  # type: ignore[attr-defined]
     read_config(context, folder / "run.yaml")
     return context.default_map
 
