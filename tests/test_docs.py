@@ -328,6 +328,7 @@ def test_there_are_commands_to_check() -> None:
             check(words)
 
 
+@pytest.mark.slow
 def test_the_commands_of_their_page_run_one_after_the_other(
     start: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
