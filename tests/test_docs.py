@@ -21,12 +21,10 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
-import typer.main
+from click.testing import CliRunner
 from transformers import logging
-from typer.testing import CliRunner
 
 import fxprune
-from fxprune.cli import app
 from fxprune.errors import PassError
 from fxprune.pipeline import registry as passes_by_name
 from fxprune.pipeline.registry import load_pass, pass_names
@@ -36,6 +34,7 @@ from fxprune.recipes import recipe as recipe_module
 from fxprune.recipes.recipe import Recipe
 from fxprune.rules import registry as rules_by_op
 from tests import reference_tables
+from tests.cli.running import COMMAND
 from tests.export.small import tokenizer as byte_tokenizer
 from tests.models import tiny, token_ids
 from tests.tiers import tiers
@@ -300,7 +299,7 @@ def check_make(words: list[str]) -> None:
 
 def check_fxprune(words: list[str]) -> None:
     """Refuse a command or an option that there is not."""
-    command: Any = typer.main.get_command(app)
+    command: Any = COMMAND
     rest = iter(words)
     while hasattr(command, "commands") and (name := next(rest, None)):  # a page may name a group alone
         command = command.commands[name]
@@ -329,6 +328,7 @@ def test_there_are_commands_to_check() -> None:
             check(words)
 
 
+@pytest.mark.slow
 def test_the_commands_of_their_page_run_one_after_the_other(
     start: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,9 +340,9 @@ def test_the_commands_of_their_page_run_one_after_the_other(
     told = {shlex.split(line)[1] for line in lines}
     for name in ("start_server", "wait"):
         monkeypatch.setattr(f"fxprune.cli.serve.{name}", MagicMock())
-    assert told == set(typer.main.get_group(app).commands), "every command is shown"
+    assert told == set(COMMAND.commands), "every command is shown"
     for line in lines:
-        result = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
+        result = CliRunner().invoke(COMMAND, shlex.split(line, comments=True)[1:])
         assert result.exit_code == ("# ends in 1" in line), f"{line}\n{result.output}"
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import networkx as nx
@@ -71,6 +72,12 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path) for path in FILES}
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """A module, parsed once."""
+    return ast.parse(path.read_text())
+
+
 def at_import(tree: ast.AST) -> Iterator[ast.stmt]:
     """The statements that run when a module is imported; what is there for type checkers alone is not among them."""
     for node in ast.iter_child_nodes(tree):
@@ -83,10 +90,11 @@ def at_import(tree: ast.AST) -> Iterator[ast.stmt]:
         yield from at_import(node)
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Dotted names of what a module imports while it is imported itself."""
     found: set[str] = set()
-    for node in at_import(ast.parse(path.read_text())):
+    for node in at_import(tree_of(path)):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -146,7 +154,7 @@ def test_the_framework_names_passes_in_one_file_alone() -> None:
     for path in FILES:
         if part(name_of(path)) in ("passes", "cli", "api"):
             continue
-        tree = ast.parse(path.read_text())
+        tree = tree_of(path)
         docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         named = [
             node.value
@@ -193,7 +201,7 @@ def test_what_ops_do_is_told_in_the_rules_alone() -> None:
     for path in FILES:
         if part(name_of(path)) == "rules":
             continue
-        for node in ast.parse(path.read_text()).body:
+        for node in tree_of(path).body:
             inner = list(ast.walk(node.value)) if isinstance(node, ast.Assign | ast.AnnAssign) and node.value else []
             ops = {ast.unparse(n) for n in inner if isinstance(n, ast.Attribute)}
             words = [n.value for n in inner if isinstance(n, ast.Constant) and isinstance(n.value, str)]
@@ -216,7 +224,7 @@ def test_modules_are_documented_and_declare_their_public_names() -> None:
     """Each module has a docstring and an ``__all__`` of names it defines; all public classes and functions have one."""
     wrong = []
     for path, file in zip(PATHS, FILES, strict=True):
-        tree = ast.parse(file.read_text())
+        tree = tree_of(file)
         if not ast.get_docstring(tree):
             wrong.append(f"{path}: no docstring")
         if path in ("fxprune/__main__.py", "fxprune/__init__.py") or (
@@ -242,7 +250,7 @@ def test_a_name_has_one_meaning() -> None:
     """No two classes at the top of modules share a name."""
     places: dict[str, list[str]] = {}
     for path, file in zip(PATHS, FILES, strict=True):
-        for node in ast.parse(file.read_text()).body:
+        for node in tree_of(file).body:
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(path)
     assert {name: found for name, found in places.items() if len(found) > 1} == {}

@@ -23,6 +23,7 @@ def made_up(trace: float, groups: int = 3, nodes: int = 100) -> Discovery:
     return Discovery({"trace": trace, "graph": 0.5, "groups": 0.25}, nodes, groups, start_gb=0.1, peak_gb=0.2)
 
 
+@pytest.mark.slow
 def test_ours_counts_every_group_and_grows_by_layers():
     found = [discovery.measure_ours(replace(TINY, layers=n)) for n in (2, 3, 4)]
     with torch.device("meta"):

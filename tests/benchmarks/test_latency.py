@@ -75,6 +75,7 @@ def test_work_follows_from_the_sizes(tied: bool) -> None:
     assert found.macs[8] - 2 * found.macs[4] == (8 * 8 - 2 * 4 * 4) * scores, "attention alone grows with the square"
 
 
+@pytest.mark.slow
 def test_caches_of_uneven_layers_are_summed() -> None:
     model = uneven("llama")
     assert work(model, 4).cache == 2 * 8 * (3 + 2 + 1 + 1)

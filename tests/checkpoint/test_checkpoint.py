@@ -114,6 +114,7 @@ def test_a_uniform_model_is_a_stock_checkpoint(family: str, kinds: tuple[str, ..
     assert torch.equal(logits(stock), logits(result.model)) and generated(stock) == generated(result.model)
 
 
+@pytest.mark.slow
 def test_uniform_takes_the_same_fraction_or_refuses_what_makes_layers_differ() -> None:
     select = "select-by-group-ratio{group_ratio=0.25}"
     result = prune(uniform=True, ratio=None, select=select, ranking="local", protect=None)

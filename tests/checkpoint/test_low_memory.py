@@ -69,6 +69,7 @@ def file(source: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_gguf_file_becomes_the_slim_folder_that_memory_would_give(file: Path, tmp_path: Path) -> None:
     dense = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     want = fxprune.prune(dense, token_ids(6), memory="fast", **OPTIONS)
@@ -218,6 +219,7 @@ def test_a_folder_that_lacks_weights_is_refused(source: Path, tmp_path: Path) ->
         require_all_weights("there", {"missing_keys": {"model.norm.weight", "x"}}, model)
 
 
+@pytest.mark.slow
 def test_a_slim_folder_is_pruned_again(source: Path, tmp_path: Path) -> None:
     options = {"recipe": "llm-pruner", "importance": "l2", "ratio": 0.2}
     first = fxprune.prune_checkpoint(source, tmp_path / "once", **options)

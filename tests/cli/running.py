@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from click.testing import Result
-from typer.testing import CliRunner
+from click.testing import CliRunner, Result
+from typer.main import get_command
 
 from fxprune.cli import app
+
+COMMAND = get_command(app)
+"""The command line, built once: a runner of typer's builds it for each call, which takes longer than a refusal."""
 
 
 def invoked(*arguments: object) -> Result:
     """What came of a command that ended by itself."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(COMMAND, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 

@@ -33,6 +33,7 @@ def test_slim_stands_beside_dense(models: Path, tmp_path: Path) -> None:
     assert (slim["name"], slim["macs"], slim["latency_ms"]) == ("slim", None, None)
 
 
+@pytest.mark.slow
 def test_weights_stay_on_disk_where_that_is_asked(models: Path, tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text(TEXT)
     more = ("--text", tmp_path / "story.txt", "--window", 32, "--json")

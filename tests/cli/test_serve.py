@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
 import fxprune
-from fxprune.cli import app, serve
-from tests.cli.running import refused, run
+from fxprune.cli import serve
+from tests.cli.running import COMMAND, refused, run
 
 
 def test_a_slim_folder_is_served_by_the_openai_api(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_a_file_that_cannot_be_served_and_a_missing_engine_are_told(
 
 def test_a_chat_remembers_what_was_said(models: Path) -> None:
     asked = ("chat", str(models / "slim"), "--max-new-tokens", "5", "--system", "be")
-    result = CliRunner().invoke(app, [*asked], input="so it\n\nand so\n")
+    result = CliRunner().invoke(COMMAND, [*asked], input="so it\n\nand so\n")
     assert result.exit_code == 0, result.output
     model: Any = fxprune.from_pretrained(models / "slim")
     tokenizer = AutoTokenizer.from_pretrained(models / "slim", config=model.config)

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from click.testing import CliRunner, Result
 
-from fxprune.cli import app
 from tests.cli.folders import fill_with_wrong_things, save_tiny
-from tests.tiers import tiers
+from tests.cli.running import COMMAND
 
 LINE = re.compile(r"(?P<arguments>[^#].*?) => (?P<words>.*)")
 
@@ -71,7 +69,7 @@ def check_all(folder: Path, uses: list[WrongUse]) -> None:
     """Run commands in this process, and fail with all rows that end in another way."""
     before, wrong = files_of(folder), []
     for arguments, words in uses:
-        found = fault(CliRunner().invoke(app, shlex.split(arguments)), words)
+        found = fault(CliRunner().invoke(COMMAND, shlex.split(arguments)), words)
         if files_of(folder) != before:
             found, before = f"{found} and it wrote files", files_of(folder)
         if found:
@@ -80,10 +78,9 @@ def check_all(folder: Path, uses: list[WrongUse]) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("start", tiers(range(4), 0))
-def test_each_ends_in_one_line_and_writes_nothing(folder: Path, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_ends_in_one_line_and_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    check_all(folder, USES[start::4])
+    check_all(folder, USES)
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ def test_texts_are_long_and_repeat_no_paragraph() -> None:
     assert len(set(parts)) == len(parts)
 
 
+@pytest.mark.slow
 def test_samples_are_of_general_text_as_far_as_it_goes() -> None:
     tokenizer = character_tokenizer()
     general, windows = (token_windows(tokenizer, text, TOKENS) for text in (general_text(), built_in_text()))

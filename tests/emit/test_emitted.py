@@ -109,6 +109,7 @@ def test_what_differs_under_another_implementation_alone_is_refused(
         assert judge(candidate)
 
 
+@pytest.mark.slow
 def test_heads_without_key_heads_of_their_own_go_under_every_implementation() -> None:
     """The config said six key/value heads beside four heads: their quotient was zero, and eager attention broke."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **LATENT)).eval()

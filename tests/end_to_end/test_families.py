@@ -27,6 +27,7 @@ def test_groups_remove_exactly(family: str) -> None:
     assert {"mlp", "head_dim"} <= {group.kind for group in groups_of(dense) if not group.renormalised}
 
 
+@pytest.mark.slow
 def test_slopes_built_from_positions_stay_with_their_heads() -> None:
     """A model with fewer heads would make other slopes; those that stay are those of the heads that stay."""
     dense, ids = grouped("bloom"), token_ids()

@@ -10,6 +10,7 @@ from torch import nn
 
 import fxprune
 from tests.models import tiny
+from tests.tiers import tiers
 
 
 class Writing(nn.Module):
@@ -59,7 +60,7 @@ def test_buffers_and_inputs_that_forward_writes_to_stay_as_they_are() -> None:
     assert float(slim.calls) == 1 and float(model.calls) == 0
 
 
-@pytest.mark.parametrize("at", ["verify", "emit", "interrupt"])
+@pytest.mark.parametrize("at", tiers(["verify", "emit", "interrupt"], "verify"))
 def test_a_removal_that_fails_in_place_leaves_the_model_whole(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model was cut already when the check of the slim graph failed."""
     from fxprune.passes import emit as emit_model

@@ -86,6 +86,7 @@ class Bounded(LlamaForCausalLM):
         return super().forward(input_ids, **given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_blocks_share_the_length_of_their_past(model: PreTrainedModel, tmp_path: Path, bounded: bool) -> None:
     kind = Bounded if bounded else LlamaForCausalLM

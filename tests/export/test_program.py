@@ -24,6 +24,7 @@ from fxprune.errors import ExportError, UnknownNameError, VerificationError
 from fxprune.graph.tensors import set_tensor, weights
 from tests.models import FAMILIES, tiny, token_ids
 from tests.oracle import Net
+from tests.tiers import tiers
 
 SIZES = ((1, 1), (1, 7), (3, 20))
 
@@ -57,9 +58,10 @@ def llama() -> fxprune.Result:
     return slim("llama, tied")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
-    [("llama, tied",), pytest.param(("llama, bfloat16", "gemma3_text", "bloom"), marks=pytest.mark.slow)],
+    [("llama, tied",), ("llama, bfloat16", "gemma3_text", "bloom")],
     ids=" and ".join,
 )
 def test_programs_run_without_the_package(names: tuple[str, ...], tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+@pytest.mark.parametrize("suffix", tiers(["pt2", "onnx"], "pt2"))
 def test_a_program_that_differs_is_not_written(
     suffix: str, llama: fxprune.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

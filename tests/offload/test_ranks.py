@@ -48,6 +48,7 @@ def mapped(folder: Path, device_map: dict[str, str], tmp_path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offloaded")
 
 
+@pytest.mark.slow
 def test_a_device_map_to_one_device_changes_nothing(folder: Path, tmp_path: Path) -> None:
     plain = fxprune.prune(AutoModelForCausalLM.from_pretrained(folder), token_ids(4), **OPTIONS)
     model = dispatch_model(mapped(folder, dict.fromkeys(PLACES, "cpu"), tmp_path), {"": "cpu"}, force_hooks=True)

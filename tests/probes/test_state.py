@@ -82,11 +82,6 @@ def running_mean(m: Any, h: torch.Tensor) -> torch.Tensor:
     return h - m.mean
 
 
-def counts_in_python(m: Any, h: torch.Tensor) -> torch.Tensor:
-    m.number = getattr(m, "number", 0) + 1
-    return h * 2
-
-
 def depends_on_python(m: Any, h: torch.Tensor) -> torch.Tensor:
     m.number = getattr(m, "number", 0) + 1
     return h * m.number
@@ -94,11 +89,6 @@ def depends_on_python(m: Any, h: torch.Tensor) -> torch.Tensor:
 
 def keeps_what_it_saw(m: Any, h: torch.Tensor) -> torch.Tensor:
     m.seen = h
-    return h * 2
-
-
-def lists_what_it_saw(m: Any, h: torch.Tensor) -> torch.Tensor:
-    m.seen.append(h.shape[1])
     return h * 2
 
 
@@ -161,9 +151,7 @@ MIDDLES: dict[str, tuple[Middle, Callable[[], dict[str, Any]]]] = {
     "twice the same": (lambda m, h: m.c(m.c(h)), c),
     "depends on a counter": (depends_on_calls, lambda: {"calls": torch.zeros(())}),
     "running mean": (running_mean, lambda: {"mean": torch.zeros(WIDTH)}),
-    "counter in Python": (counts_in_python, dict),
     "keeps what it saw": (keeps_what_it_saw, dict),
-    "lists what it saw": (lists_what_it_saw, lambda: {"seen": []}),
     "writes to hidden": (writes_to_hidden, dict),
     "writes to data": (modifies_data, dict),
     "a global": (reads_a_global, dict),

@@ -208,6 +208,7 @@ def test_a_rate_that_diverges_is_told_and_leaves_the_model_whole(pruned: fxprune
     assert own.model.generate(token_ids(1, 5), max_new_tokens=2).shape == (1, 7)
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_kept_and_no_gain_is_told(pruned: fxprune.Result) -> None:
     recovery = fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, learning_rate=0.05, epochs=4)
     judged = [entry["eval_loss"] for entry in recovery.history if "eval_loss" in entry]

@@ -144,6 +144,7 @@ def test_the_graph_of_a_family_is_the_same(family: str) -> None:
     assert copied(tiny(family, **config).to("meta"), dynamic=dynamic) == count
 
 
+@pytest.mark.slow
 def test_the_graph_in_another_dtype_is_the_same() -> None:
     model = tiny("llama", num_hidden_layers=4)
     assert copied(model.train().bfloat16(), check=True) == 2

@@ -236,6 +236,7 @@ def test_a_graph_that_writes_to_values_has_no_product_to_record() -> None:
         assert bool(taylor.recordable_products(dense)) is there
 
 
+@pytest.mark.slow
 def test_with_little_memory_parts_are_small_while_what_is_between_them_is_little() -> None:
     dense = discover(tiny("llama", num_hidden_layers=12))
     costs = {name: 4.0 * tensor.numel() for name, tensor in dense.named_parameters()}

@@ -28,6 +28,7 @@ from fxprune.removal.scores import Scores
 from tests.models import tiny, token_ids
 from tests.oracle import axes_of, decide, discover, slim_graph
 from tests.remembered import traced
+from tests.tiers import tiers
 from tests.tokens import character_tokenizer
 
 LAYERS, FFN, KV = 8, 346, 4
@@ -81,7 +82,7 @@ def test_the_budget_counts_what_is_really_left_and_tied_parameters_once(dense: f
         assert budget.total - budget.removed(counts, dict.fromkeys(removed, 1.0)) == left
 
 
-@pytest.mark.parametrize("importance", ["l2", "random"])
+@pytest.mark.parametrize("importance", tiers(["l2", "random"], "l2"))
 @pytest.mark.parametrize("ranking", ["local", "global"])
 @pytest.mark.parametrize(
     ("kinds", "ratios"),
