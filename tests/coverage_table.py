@@ -1,8 +1,10 @@
-"""Every causal language model type of transformers: what is found in it, what goes exactly, what stays and why.
+"""Every model type of transformers: what is found in it, what goes exactly, what stays and why.
 
-`python -m tests.coverage_table` examines all types, each in a process of its own, and writes
+`python -m tests.coverage_table` examines all types of causal language models, each in a process of its own, and writes
 `benchmarks/results/coverage.json` and from it `docs/coverage.md`; with names of types it does these anew, and
-`--page` writes the page alone.
+`--page` writes the page alone. `--classes` examines the types of other Auto classes, all of them or those named, and
+writes `benchmarks/results/coverage_classes.json`; a type of another class is named with it, as in
+`AutoModelForMaskedLM/bert`.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ from benchmarks.common import environment
 from tests.coverage_page import page
 from tests.coverage_types import Coverage, examine
 from tests.zoo import types
+from tests.zoo_classes import auto_classes
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "benchmarks" / "results" / "coverage.json"
+OTHER = DATA.with_name("coverage_classes.json")
 PAGE = ROOT / "docs" / "coverage.md"
 SECONDS = 120
 """Of processor time for one type; five times as much on the clock."""
@@ -51,7 +55,7 @@ def rows_of(
         while waiting or running:
             while waiting and len(running) < workers:
                 name = waiting.pop()
-                arguments = (name, Path(folder) / f"{name}.json", seconds, look, options)
+                arguments = (name, _path(folder, name), seconds, look, options)
                 process = context.Process(target=_look, args=arguments)
                 process.start()
                 running[name] = process, time.monotonic()
@@ -63,7 +67,11 @@ def rows_of(
                 process.kill()
                 process.join()
                 del running[name]
-                yield _row(name, Path(folder) / f"{name}.json", process.exitcode, seconds)
+                yield _row(name, _path(folder, name), process.exitcode, seconds)
+
+
+def _path(folder: str, name: str) -> Path:
+    return Path(folder) / f"{name.replace('/', '.')}.json"
 
 
 def _look(name: str, path: Path, seconds: int, look: Callable[..., Coverage], options: dict[str, bool]) -> None:
@@ -100,20 +108,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-emit", action="store_true", help="make no slim models of the types' own classes")
     parser.add_argument("--rest", action="store_true", help="leave types alone that the data has already")
     parser.add_argument("--page", action="store_true", help="only write the page from the data")
-    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--classes", nargs="*", help="Auto classes other than that for causal language models")
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, default=PAGE)
     chosen = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    known = json.loads(chosen.data.read_text())["rows"] if chosen.data.exists() else []
+    others = [f"{name}/{t}" for name, named in auto_classes().items() for t in named]
+    is_other = chosen.classes is not None or any("/" in name for name in chosen.types)
+    every, path = (others, chosen.data or OTHER) if is_other else (list(types()), chosen.data or DATA)
+    wanted = chosen.types or [name for name in every if not chosen.classes or name.partition("/")[0] in chosen.classes]
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
     rows: dict[str, Row] = {row["type"]: row for row in known}
-    names = [] if chosen.page else [t for t in chosen.types or types() if not (chosen.rest and t in rows)]
+    names = [] if chosen.page else [name for name in wanted if not (chosen.rest and name in rows)]
     for row in rows_of(names, chosen.workers, chosen.seconds, emit=not chosen.no_emit):
         rows[row["type"]] = row
-        data = {"environment": environment(), "rows": [rows[name] for name in types() if name in rows]}
-        chosen.data.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        data = {"environment": environment(), "rows": [rows[name] for name in every if name in rows]}
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         print(f"{row['type']}: {row['stage']} {row['error']} ({row.get('seconds', 0):.0f} s)", flush=True)
-    chosen.out.write_text(page(json.loads(chosen.data.read_text())), encoding="utf-8")
+    files = (DATA, path) if is_other else (path, OTHER)
+    chosen.out.write_text(page(*(json.loads(file.read_text()) for file in files)), encoding="utf-8")
 
 
 if __name__ == "__main__":

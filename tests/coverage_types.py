@@ -1,4 +1,4 @@
-"""What becomes of one causal language model type: traced, grouped, each kind removed and compared with masking."""
+"""What becomes of one model type: traced, grouped, each kind removed and compared with masking, emitted, reloaded."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import fx, nn
 
 import fxprune
 from fxprune.axes import Keep
 from fxprune.discovery.explain import exactness, frozen_axes
 from fxprune.discovery.groups import Group
-from fxprune.graph.facts import fork
+from fxprune.graph.facts import Source, facts_of, fork
 from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
 from fxprune.masking.masked_run import output_tensors
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.result import Result
 from fxprune.trace import Traced, trace
+from fxprune.trace.inputs import default_inputs
 from tests.oracle import axes_of, decide, graph_of, groups_of, zeroed
 from tests.zoo import forward, tiny_model, token_ids
+from tests.zoo_classes import inputs_of, tiny_model_of
 
 SHRINK = "bypass-blocks, eliminate-dead-code, slice-parameters, rewrite-literals, eliminate-dead-code"
 FINISH = "shrink, emit-model, make-report"
@@ -41,7 +44,7 @@ class Coverage:
     """How far a type came, and what was found.
 
     Args:
-        type: the model type.
+        type: the model type, behind the Auto class and a slash for a class other than causal language models.
         stage: what was begun last: ``build``, ``run``, ``export``, ``graph``, ``remove`` or ``emit``; else ``done``.
         error: why it ended there.
         parameters: number of parameters of the tiny model.
@@ -52,8 +55,10 @@ class Coverage:
         frozen: number of parameter axes by reason.
         unruled: number of nodes by op without a rule.
         emitted: by plan, ``yes`` or why there is no slim model of the class.
-        reloaded: by plan, ``yes`` or what went wrong on the way to disk and back.
+        reloaded: by plan, ``yes`` or what went wrong on the way to disk and back: by ``fxprune.from_pretrained``, or
+            by the Auto class.
         generated: by plan, ``yes`` or what went wrong when the reloaded model generated.
+        inputs: the inputs that it was traced with, and ``made`` if those that are made without any given do as well.
         notes: what tracing had to give up.
     """
 
@@ -68,6 +73,7 @@ class Coverage:
     emitted: dict[str, str] = field(default_factory=dict)
     reloaded: dict[str, str] = field(default_factory=dict)
     generated: dict[str, str] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -75,7 +81,7 @@ def examine(model_type: str, keep: Callable[[Coverage], None] = lambda _: None, 
     """Everything the table says about a type; never raises.
 
     Args:
-        model_type: one of :func:`tests.zoo.types`.
+        model_type: one of :func:`tests.zoo.types`, or one of another Auto class, as in ``AutoModelForMaskedLM/bert``.
         keep: is given what was found so far before what may take long.
         emit: also make, store and run slim models of the type's own class.
     """
@@ -106,16 +112,19 @@ def _shortened(match: re.Match[str]) -> str:
 
 def _discover(found: Coverage, keep: Callable[[Coverage], None]) -> Traced:
     """Trace, find groups, remove some of each kind."""
-    model = tiny_model(found.type)
+    auto_class, _, model_type = found.type.rpartition("/")
+    model = tiny_model_of(auto_class, model_type) if auto_class else tiny_model(model_type)
     found.parameters = sum(parameter.numel() for parameter in model.parameters())
     found.stage = "run"
     keep(found)
-    inputs = {"input_ids": token_ids()}
-    expected = output_tensors(forward(model, **inputs))
+    inputs = inputs_of(model) if auto_class else {"input_ids": token_ids()}
+    expected = judged(found, output_tensors(forward(model, **inputs)))
+    found.inputs = [*inputs, *(["made"] if _makes_inputs(model) else [])] if auto_class else []
     found.stage = "export"
     keep(found)
-    traced = trace(model)
+    traced = trace(model, inputs if auto_class else None)
     dense = traced.graph_module
+    inputs = dict(facts_of(dense)[Source].example_inputs) if auto_class else inputs  # in the order of the graph
     found.notes, found.nodes = list(traced.notes), len(dense.graph.nodes)
     found.stage = "graph"
     keep(found)
@@ -129,10 +138,24 @@ def _discover(found: Coverage, keep: Callable[[Coverage], None]) -> Traced:
     ]
     found.stage = "remove"
     keep(found)
-    if (error := compare(expected[:1], slim_outputs(dense, inputs)[:1])) > TOLERANCE:
+    if (error := compare(expected, judged(found, slim_outputs(dense, inputs)))) > TOLERANCE:
         raise ArithmeticError(f"the graph is not the model: they differ by {error:.1e}")
     _remove(found, model, dense, inputs)
     return traced
+
+
+def judged(found: Coverage, outputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The outputs that are compared with the model's: logits of a causal language model, all of another."""
+    return outputs if "/" in found.type else outputs[:1]
+
+
+def _makes_inputs(model: Any) -> bool:
+    """Whether ``model`` runs on the inputs that a trace makes for it."""
+    try:
+        forward(model, **default_inputs(model, None))
+    except Exception:
+        return False
+    return True
 
 
 def random_keep(groups: Sequence[Group], seed: int = 0) -> Keep:
@@ -166,15 +189,15 @@ def _remove(found: Coverage, model: nn.Module, dense: fx.GraphModule, inputs: In
             kinds.setdefault((group.kind, bool(group.renormalised)), []).append(i)
     for (kind, _), members in kinds.items():
         chosen = members[:1] if kind == "layer" else members
-        verdict = removal(model, dense, [groups[i] for i in chosen], inputs)
+        verdict = removal(found, model, dense, [groups[i] for i in chosen], inputs)
         apart = verdict != EXACT and len(chosen) > 1
         for i in members:
-            found.groups[i]["removal"] = removal(model, dense, [groups[i]], inputs) if apart else verdict
+            found.groups[i]["removal"] = removal(found, model, dense, [groups[i]], inputs) if apart else verdict
         if apart and not {found.groups[i]["removal"] for i in members} - {EXACT, INERT} and verdict != INERT:
             found.groups[members[0]]["removal"] = f"with the others: {verdict}"
 
 
-def removal(model: nn.Module, dense: fx.GraphModule, groups: Sequence[Group], inputs: Inputs) -> str:
+def removal(found: Coverage, model: nn.Module, dense: fx.GraphModule, groups: Sequence[Group], inputs: Inputs) -> str:
     """``exact``, ``inert``, or what goes wrong when each of ``groups`` loses a unit.
 
     The slim graph is compared with the masked one, and with the model itself, its weights zeroed by hand, where that
@@ -188,7 +211,8 @@ def removal(model: nn.Module, dense: fx.GraphModule, groups: Sequence[Group], in
         masked = masked_outputs(dense, decided.axes, decided.keep, blocks, inputs)
         error = compare(masked, slim)
         if not any(group.renormalised or group.kind in ("expert", "layer") for group in groups):
-            error = max(error, compare(output_tensors(forward(zeroed(model, decided.plan), **inputs))[:1], slim[:1]))
+            by_hand = output_tensors(forward(zeroed(model, decided.plan), **inputs))
+            error = max(error, compare(judged(found, by_hand), judged(found, slim)))
         change = compare(slim_outputs(dense, inputs), masked)
     except Exception as failure:
         return told(failure)
@@ -207,7 +231,9 @@ def _emit(found: Coverage, traced: Traced) -> None:
         label = "+".join(plan)
         result, found.emitted[label] = emission(traced, [group for group in groups if group.kind in plan])
         if result is not None:
-            found.reloaded[label], found.generated[label] = use(result, traced)
+            auto_class = found.type.rpartition("/")[0]
+            used = reload_by(getattr(transformers, auto_class), result, traced) if auto_class else use(result, traced)
+            found.reloaded[label], found.generated[label] = used
         elif len(plan) > 1:
             plans.extend((kind,) for kind in plan)
 
@@ -236,21 +262,39 @@ def use(result: Result, traced: Traced) -> tuple[str, str]:
         return type(dense).from_pretrained(folder)
 
     dense: Any = traced.model
-    verdict, back = _reloads(result.model, ours)
+    inputs = {"input_ids": token_ids()}
+    verdict, back = _reloads(result.model, inputs, 1, ours)
     if verdict == "yes":
         return verdict, _generates(back, dense)
-    other, _ = _reloads(dense, stock)
+    other, _ = _reloads(dense, inputs, 1, stock)
     return verdict if other == "yes" else f"nor does the dense model: {other}", ""
 
 
-def _reloads(model: Any, there_and_back: Callable[[Path], Any]) -> tuple[str, Any]:
-    """``yes`` and what came back from disk, or what went wrong and None."""
-    inputs = {"input_ids": token_ids()}
+def reload_by(auto_class: Any, result: Result, traced: Traced) -> tuple[str, str]:
+    """Whether the slim model comes back from disk by its own Auto class, computing the same; nothing is generated."""
+
+    def slim(folder: Path) -> Any:
+        result.save_pretrained(folder)
+        return auto_class.from_pretrained(folder, trust_remote_code=True)
+
+    def stock(folder: Path) -> Any:
+        dense.save_pretrained(folder)
+        return auto_class.from_pretrained(folder)
+
+    dense: Any = traced.model
+    inputs = dict(facts_of(traced.graph_module)[Source].example_inputs)
+    verdict, _ = _reloads(result.model, inputs, None, slim)
+    other = "yes" if verdict == "yes" else _reloads(dense, inputs, None, stock)[0]
+    return verdict if other == "yes" else f"nor does the dense model: {other}", ""
+
+
+def _reloads(model: Any, inputs: Inputs, outputs: int | None, there_and_back: Callable[[Path], Any]) -> tuple[str, Any]:
+    """``yes`` and what came back from disk, or what went wrong and None; the first ``outputs`` are compared."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             back = there_and_back(Path(folder) / "model")
-        expected = output_tensors(forward(model, **inputs))[:1]
-        error = compare(expected, output_tensors(forward(back, **inputs))[:1])
+        expected = output_tensors(forward(model, **inputs))[:outputs]
+        error = compare(expected, output_tensors(forward(back, **inputs))[:outputs])
     except Exception as failure:
         return told(failure), None
     return ("yes", back) if error <= TOLERANCE else (f"differs by {error:.1e}", None)

@@ -64,7 +64,7 @@ _FIELDS: dict[int, str] = {
     "first_k_dense_replace num_dense_layers",
     0: "num_nextn_predict_layers",
 }
-_SIZES = {name: size for size, names in _FIELDS.items() for name in names.split()} | {"is_decoder": True}
+FIELDS: dict[str, Any] = {name: size for size, names in _FIELDS.items() for name in names.split()}
 _DEPTHS = [
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks"),
     *("decoder_layers", "encoder_layers", "num_decoder_layers", "num_encoder_layers"),
@@ -77,7 +77,7 @@ NO_ATTENTION = frozenset({"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"})
 _PARTS = {"musicgen": "decoder", "musicgen_melody": "decoder"}
 """Types whose causal language model is built from a config inside theirs."""
 
-_OVERRIDES: dict[str, dict[str, Any]] = {
+DEMANDS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "codegen": {"n_head": 8},
     "cohere_compass_text": {
@@ -155,6 +155,25 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 """What config classes demand, by model type of the class; a dict for a config inside goes into that config."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What goes into configs.
+
+    Args:
+        fields: values by field.
+        demands: values by field that a model type demands beyond that.
+        lists: entries by field, where a class has a list by default: as many as that has. A number of ``fields``
+            becomes all of them. Without, lists are no different from numbers.
+    """
+
+    fields: Mapping[str, Any]
+    demands: Mapping[str, Mapping[str, Any]]
+    lists: Mapping[str, tuple[int, ...]] | None = None
+
+
+_CAUSAL = Sizes(FIELDS | {"is_decoder": True}, DEMANDS)
+
+
 def types() -> tuple[str, ...]:
     """Every model type with a causal language model class, in the order of transformers' own table."""
     return tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -167,7 +186,7 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     Raises:
         Exception: whatever the config class raises.
     """
-    return _tiny(model_type, {})
+    return make_config(model_type, {})
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
@@ -180,13 +199,16 @@ def tiny_model(model_type: str) -> PreTrainedModel:
     torch.manual_seed(0)
     if model_type in _PARTS:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model = model_class._from_config(getattr(config, _PARTS[model_type]), dtype=torch.float32).eval()
-    else:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        return spread(model_class._from_config(getattr(config, _PARTS[model_type]), dtype=torch.float32))
+    return spread(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def spread(model: PreTrainedModel) -> PreTrainedModel:
+    """``model`` in evaluation mode, with values far enough from zero and one that a wrong removal shows."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(_spread(parameter))
-    return model
+    return model.eval()
 
 
 def forward(model: PreTrainedModel, **inputs: torch.Tensor) -> Any:
@@ -207,14 +229,16 @@ def _spread(parameter: torch.Tensor) -> torch.Tensor:
     return noise + 1 if parameter.dim() == 1 and bool((parameter == 1).all()) else noise
 
 
-def _tiny(model_type: str, more: Mapping[str, Any], config_class: Any = None) -> PreTrainedConfig:
+def make_config(
+    model_type: str, more: Mapping[str, Any], config_class: Any = None, sizes: Sizes = _CAUSAL
+) -> PreTrainedConfig:
     """The config of a type with the fields that it needs and ``more``."""
     config_class = config_class or CONFIG_MAPPING[model_type]
-    wanted = {**_OVERRIDES.get(model_type, {}), **more}
+    wanted = {**sizes.demands.get(model_type, {}), **more}
     default = _default(config_class)
     names = [field.name for field in dataclasses.fields(config_class)]
-    inside = {name: part for name in names if (part := _inside(default, name, wanted.get(name))) is not None}
-    found = _sizes(default, names) | _layers(default, names)
+    inside = {name: part for name in names if (part := _inside(default, name, wanted.get(name), sizes)) is not None}
+    found = _sizes(default, names, sizes) | _layers(default, names, sizes)
     found |= {name: value for name, value in wanted.items() if name not in inside}
     if "kv_lora_rank" in names and "num_key_value_heads" in names:  # latent attention has a key for each query head
         found["num_key_value_heads"] = wanted.get("num_key_value_heads", found["num_attention_heads"])
@@ -231,25 +255,33 @@ def _default(config_class: type[PreTrainedConfig]) -> PreTrainedConfig | None:
     return config
 
 
-def _inside(default: PreTrainedConfig | None, name: str, wanted: Any) -> PreTrainedConfig | None:
+def _inside(default: PreTrainedConfig | None, name: str, wanted: Any, sizes: Sizes) -> PreTrainedConfig | None:
     """The tiny config that goes into the field ``name``; None where that holds no config."""
     value = getattr(default, name, None)
-    if isinstance(value, PreTrainedConfig):
-        return _tiny(value.model_type, wanted or {}, type(value))
     if isinstance(wanted, Mapping) and "model_type" in wanted:
-        return _tiny(wanted["model_type"], {key: entry for key, entry in wanted.items() if key != "model_type"})
+        more = {key: entry for key, entry in wanted.items() if key != "model_type"}
+        return make_config(wanted["model_type"], more, None, sizes)
+    if isinstance(value, PreTrainedConfig):
+        return make_config(value.model_type, wanted or {}, type(value), sizes)
     return None
 
 
-def _sizes(default: PreTrainedConfig | None, names: list[str]) -> dict[str, Any]:
+def _sizes(default: PreTrainedConfig | None, names: list[str], sizes: Sizes) -> dict[str, Any]:
     """Sizes and special tokens; the tokens for images and the like are the last of the vocabulary."""
-    found = {name: {**_SIZES, **_TOKENS}[name] for name in names if name in _SIZES or name in _TOKENS}
+    known = {**sizes.fields, **_TOKENS}
+    found = {name: known[name] for name in names if name in known}
+    for name in names if sizes.lists is not None else ():
+        held = getattr(default, name, None)
+        if isinstance(held, list | tuple) and name in sizes.lists:
+            found[name] = list(sizes.lists[name][: len(held)])
+        elif isinstance(held, list | tuple) and name in found:
+            found[name] = [found[name]] * len(held)
     special = [name for name in names if name.endswith(("_token_id", "_token_index")) and name not in _TOKENS]
     given = [name for name in special if isinstance(getattr(default, name, None), int)]
     return found | {name: VOCABULARY - 1 - i for i, name in enumerate(given)}
 
 
-def _layers(default: PreTrainedConfig | None, names: list[str]) -> dict[str, Any]:
+def _layers(default: PreTrainedConfig | None, names: list[str], sizes: Sizes) -> dict[str, Any]:
     """The number of layers, and the fields with one entry a layer: each distinct entry once or more."""
     depth = next((getattr(default, name) for name in _DEPTHS if isinstance(getattr(default, name, None), int)), None)
     if depth is None:
@@ -257,7 +289,11 @@ def _layers(default: PreTrainedConfig | None, names: list[str]) -> dict[str, Any
     kinds: dict[str, list[Any]] = {}
     for name in names:
         value = getattr(default, name, None)
-        if name not in _SIZES and isinstance(value, list | tuple) and len(value) == depth != len(set(map(repr, value))):
+        if (
+            name not in sizes.fields
+            and isinstance(value, list | tuple)
+            and len(value) == depth != len(set(map(repr, value)))
+        ):
             kinds[name] = [entry for i, entry in enumerate(value) if entry not in value[:i]]
     layers = max([LAYERS, *map(len, kinds.values())])
     lists = {name: (entries * layers)[:layers] for name, entries in kinds.items()}

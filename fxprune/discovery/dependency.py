@@ -340,6 +340,8 @@ def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, st
         solver.freeze(factor, freeze.reason, freeze.node)
     attributes = {str(n.target): n for n in graph_module.graph.nodes if n.op == "get_attr"}
     is_parameter = {name: isinstance(get_tensor(graph_module, name), torch.nn.Parameter) for name in attributes}
+    for factor, place in _unproduced(graph_module.graph, stated, tensors, is_parameter).items():
+        solver.freeze(factor, "an axis of data that no parameter produces", place)
     first: dict[int, str] = {}
     owners = {name: first.setdefault(id(get_tensor(graph_module, name)), name) for name in attributes}
     tied = {name: owner for name, owner in owners.items() if name != owner}
@@ -374,6 +376,38 @@ def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, st
         unkept=dict(norms.reasons),
         residuals=find_residuals(graph_module.graph),
     )
+
+
+def _unproduced(
+    graph: fx.Graph, stated: Statements, axes: Mapping[str, tuple[Expr, ...]], is_parameter: Mapping[str, bool]
+) -> dict[Factor, str]:
+    """The factors of inputs and constants, such as coordinates, along which no parameter gives units to a value.
+
+    A parameter gives units along its axes that are left in what an op makes of it and a value; those that are summed
+    over read units. A table by head or by width of a head has axes that other parameters give units to.
+
+    Returns the name of a tensor with such an axis for each.
+    """
+
+    def tensors(node: fx.Node) -> tuple[TensorAxes, ...]:
+        entry = stated.tensors.get(tensor_name(node), ())
+        return (entry,) if isinstance(entry, TensorAxes) else entry
+
+    def held(node: fx.Node) -> set[Factor]:
+        return {factor for tensor in tensors(node) for expr in axes[tensor.name] for factor in factors(expr)}
+
+    data: dict[Factor, str] = {}
+    produced: set[Factor] = set()
+    learned: set[fx.Node] = set()
+    for node in graph.nodes:
+        sources = learned.intersection(node.all_input_nodes)
+        if sources or is_parameter.get(str(node.target), False):
+            learned.add(node)
+            given = {factor for source in sources if all(t.weight for t in tensors(source)) for factor in held(source)}
+            produced |= given & held(node)
+        elif node.op != "output":
+            data.update({factor: node.name for factor in held(node) if factor not in data})
+    return {factor: name for factor, name in data.items() if factor not in produced}
 
 
 def _first_uses(graph: fx.Graph, attributes: Mapping[str, fx.Node]) -> dict[str, int]:

@@ -15,19 +15,28 @@ from fxprune.emit.blocks import KeptUnits, combined_inputs, remove_blocks
 from fxprune.emit.choices import Choice, SharedWidths, choices_for
 from fxprune.emit.epsilons import NormEpsilons
 from fxprune.emit.layout import Layout, Rebuilder, block_rebuilder, find_layout, plain_config, stock_class
-from fxprune.emit.patch import Patches, carry_over, merged, numbers_of
+from fxprune.emit.patch import Patches, Resized, carry_over, merged, numbers_of, patches_by_hand
 from fxprune.emit.snapshot import Axis, Shape, mismatches, names_in, part_of, shapes_of, without_storage
 from fxprune.graph.context import call_foreign
 from fxprune.graph.facts import within
 from fxprune.modelling.block_config import put_fields
-from fxprune.modelling.blocks import BUILT_AT
+from fxprune.modelling.blocks import BUILT_AT, flags_of
 from fxprune.modelling.overrides import Overrides, apply_overrides, build_blocks
 from fxprune.trace.checks import clear_quantisation_marks
+from fxprune.trace.inputs import meta_twin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Blueprint", "Candidate", "EmissionTask", "candidates_for", "divided_attributes", "rebuild"]
+__all__ = [
+    "Blueprint",
+    "Candidate",
+    "EmissionTask",
+    "candidates_by_hand",
+    "candidates_for",
+    "divided_attributes",
+    "rebuild",
+]
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class EmissionTask:
     removed: tuple[str, ...] = ()
     kept_units: KeptUnits = field(default_factory=dict)
     epsilons: NormEpsilons = field(default_factory=NormEpsilons)
+    resized: tuple[Resized, ...] = ()
 
     def outside(self) -> dict[str, Shape]:
         return {name: shape for name, shape in self.wanted.items() if not within(name, self.rebuilder.skip)}
@@ -90,6 +100,17 @@ def rebuild(dense: PreTrainedModel, blueprint: Blueprint, layout: Layout | None 
     put_fields(part_of(config, layout.part), blueprint.written_afterwards)
     clear_quantisation_marks(model)  # a traced model holds plain floats, whatever file it came from
     return model
+
+
+def candidates_by_hand(task: EmissionTask) -> Iterator[Candidate]:
+    """Yield candidates whose classes build the dense model, with attributes set by hand where tensors are resized."""
+    model = meta_twin(task.model)
+    wrong = frozenset(name for name, _ in mismatches(shapes_of(model), task.wanted) if name in task.wanted)
+    built_at = {p: vars(b)[BUILT_AT] for p, (_, b) in task.layout.blocks().items() if BUILT_AT in vars(b)}
+    gaps = (f"no config field sets {len(wrong)} shapes, such as that of {min(wrong, default='none')}",)
+    for patches in patches_by_hand(model, task.wanted, task.resized):
+        blueprint = Blueprint(built_at=built_at, attributes=patches, removed=task.removed)
+        yield Candidate(blueprint, wrong, gaps)
 
 
 _LARGEST_QUOTIENT = 16
@@ -188,9 +209,10 @@ def _blocks(task: EmissionTask, shared: SharedWidths) -> dict[str, _Block]:
         config = next((vars(m)["config"] for m in module.modules() if "config" in vars(m)), whole)
         own: dict[str, int] = {}
         if config is not whole and isinstance(config, PreTrainedConfig):
-            own = {k: v for k, v in vars(config).items() if type(v) is int and vars(whole).get(k) != v}
+            own = {k: v for k, v in vars(config).items() if type(v) in (int, bool) and vars(whole).get(k) != v}
         wanted, have = names_in(task.wanted, path), shapes_of(module)
-        key = (type(module), *(tuple(sorted(part.items())) for part in (own, wanted, have)))
+        flags = flags_of(module)
+        key = (type(module), *(tuple(sorted(part.items())) for part in (own, flags, wanted, have)))
         if key not in made:
             made[key] = _block(task, shared, (index, module), own, wanted)
         found[path] = made[key]
@@ -205,7 +227,13 @@ def _block(
     wanted: Mapping[str, Shape],
 ) -> _Block:
     index, module = at
+    flags = {name: value for name, value in own.items() if type(value) is bool}
+    own = {name: value for name, value in own.items() if name not in flags}
     rebuilder = block_rebuilder(task.model, task.layout, index, module, own)
+    if flags and not _builds(rebuilder, module):  # a flag may decide what a block consists of
+        flagged = block_rebuilder(task.model, task.layout, index, module, {**own, **flags})
+        if _builds(flagged, module):
+            own, rebuilder = {**own, **flags}, flagged
     outside = task.outside()
 
     def harm(fields: Mapping[str, int]) -> int:
@@ -219,6 +247,12 @@ def _block(
     bases = [shared.fields, {}] if shared.fields else [{}]
     choices = choices_for(module, rebuilder, bases, wanted, harm)
     return _Block(own, (type(module), mismatches(shapes_of(module), wanted)), rebuilder, choices)
+
+
+def _builds(rebuilder: Rebuilder | None, block: nn.Module) -> bool:
+    """Whether a block is built with the tensors that it has."""
+    seen = None if rebuilder is None else rebuilder.observe({})
+    return seen is not None and seen.shapes.keys() == shapes_of(block).keys()
 
 
 def _candidate(

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from fxprune.emit.layout import BlockStack, Layout
 from fxprune.emit.load import run_on_meta
-from fxprune.emit.snapshot import build_on_meta, keep_blocks, part_of, take_snapshot
+from fxprune.emit.snapshot import build_on_meta, keep_blocks, part_of, take_snapshot, without_storage
 from fxprune.graph.context import Refusal
 from fxprune.graph.facts import within
 from fxprune.modelling.blocks import BUILT_AT, builder_of, names_index, renumber
@@ -98,7 +98,11 @@ _SAMPLES = 7
 
 
 def find_inputs(
-    model: PreTrainedModel, slim: nn.Module, layout: Layout, kept_units: KeptUnits
+    model: PreTrainedModel,
+    slim: nn.Module,
+    layout: Layout,
+    kept_units: KeptUnits,
+    inputs: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Find the arguments in which modules with fewer units than before receive all of them, by a dense forward pass.
 
@@ -108,12 +112,17 @@ def find_inputs(
     Args:
         model: a copy of the dense model on ``meta``, to be thrown away.
         slim: the slim model on ``meta``, before blocks are removed.
+        inputs: of the shapes that the model runs on, for any number of samples; token ids by default.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path, (units, kept) in _shrunk(model, slim, layout, kept_units).items():
         recorder = partial(_record_tables, found.setdefault(path, {}), units, kept)
         model.get_submodule(path).register_forward_pre_hook(recorder, with_kwargs=True)
-    run_on_meta(model, samples=_SAMPLES)
+    with without_storage():
+        tokens = {"input_ids": torch.zeros(1, 5, dtype=torch.long)}
+        values = {name: value for name, value in (inputs or tokens).items() if isinstance(value, torch.Tensor)}
+        given = {name: torch.empty(_SAMPLES, *value.shape[1:], dtype=value.dtype) for name, value in values.items()}
+    run_on_meta(model, given)
     taking = {path: entries for path, entries in found.items() if entries}
     # a block may count the units of the attention that it passes the table on to: select only in the innermost module
     return {path: entries for path, entries in taking.items() if not any(within(inner, (path,)) for inner in taking)}

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import takewhile
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
+from fxprune.axes import kept_size
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group
 from fxprune.emit.emitter import Emission, emit
 from fxprune.emit.epsilons import NormEpsilons, enlarged_epsilons, find_epsilons, set_attributes
 from fxprune.emit.load import attention_implementations, run_on_meta, using_attention
+from fxprune.emit.patch import Resized
 from fxprune.emit.snapshot import slim_name
 from fxprune.emit.structure import carry_structure, describe_structure
 from fxprune.errors import CheckpointError, PlanError, VerificationError
@@ -115,12 +119,12 @@ class SlimVerifier:
             got = _outputs(candidate, self.inputs, attention_implementations(candidate)[0])
         if isinstance(got, Refusal):
             raise got.error
-        return got is not None and outputs_agree(self._wanted, got)
+        return got is not None and not _fault(self._wanted, got)
 
     @cached_property
-    def _wanted(self) -> torch.Tensor:
+    def _wanted(self) -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
-            return output_tensors(UntouchedRun(self.slim).run(*self.inputs.values()))[0]
+            return output_tensors(UntouchedRun(self.slim).run(*self.inputs.values()))
 
     def _dense_passes(self, name: str, *, crashed: bool) -> bool:
         """Whether the dense model passes under an attention implementation that a candidate failed.
@@ -128,30 +132,33 @@ class SlimVerifier:
         If it is on ``meta``, only whether it runs can be checked.
         """
         if any(p.is_meta for p in self.dense.parameters()):
-            return crashed and run_on_meta(meta_twin(self.dense), implementation=name) is None
+            return crashed and run_on_meta(meta_twin(self.dense), self.inputs, implementation=name) is None
         first, *_ = attention_implementations(self.dense)
         twin = alias_twin(self.dense, written_parameters(self.dense, self.inputs))
         want = _outputs(twin, self.inputs, first)
-        return isinstance(want, torch.Tensor) and not _fault(want, _outputs(twin, self.inputs, name))
+        return isinstance(want, tuple) and not _fault(want, _outputs(twin, self.inputs, name))
 
 
 _DIFFERS = "it computes something else"
 
 
-def _fault(want: torch.Tensor, got: torch.Tensor | Refusal | None) -> str:
-    """Return the fault of an output; empty if there is none, or if there is no such implementation."""
+def _fault(want: Sequence[torch.Tensor], got: Sequence[torch.Tensor] | Refusal | None) -> str:
+    """Return the fault of outputs; empty if there is none, or if there is no such implementation."""
     if isinstance(got, Refusal):
         return f"it does not run: {got}"
-    return "" if got is None or outputs_agree(want, got) else _DIFFERS
+    same = got is None or (len(want) == len(got) and all(map(outputs_agree, want, got)))
+    return "" if same else _DIFFERS
 
 
 def _outputs(
     model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], implementation: str
-) -> torch.Tensor | Refusal | None:
-    """Return the first output of a model under an attention implementation; None if it does not accept that one."""
+) -> tuple[torch.Tensor, ...] | Refusal | None:
+    """Return the outputs of a model under an attention implementation; None if it does not accept that one."""
+    parameters = inspect.signature(model.forward).parameters
+    takes = "use_cache" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
     with using_attention(model, implementation) as accepted, torch.no_grad():
-        found = attempt(partial(model, **inputs, use_cache=False)) if accepted else None
-    return found if found is None or isinstance(found, Refusal) else output_tensors(found)[0]
+        found = attempt(partial(model, **inputs, **({"use_cache": False} if takes else {}))) if accepted else None
+    return found if found is None or isinstance(found, Refusal) else output_tensors(found)
 
 
 def outputs_agree(want: torch.Tensor, got: torch.Tensor) -> bool:
@@ -258,7 +265,8 @@ def emit_from_graph(
             if name not in tensors and not within(name, removed):
                 tensors[name] = tensor if source.shares else copy_tensor(tensor)
     with defer_gc(), quiet():  # once around all builds and runs: entering them for each costs more than a small block
-        emission = emit(dense, tensors, removed, verifier, _kept_units(slim, removal), epsilons)
+        resized = _resized(source, removal)
+        emission = emit(dense, tensors, removed, verifier, _kept_units(slim, removal), epsilons, inputs, resized)
     if emission.model is None:
         return emission
     carry_structure(emission.model)
@@ -270,6 +278,21 @@ def emit_from_graph(
         # a new verifier: the outputs that the other one caches are of other epsilons
         reads = SlimVerifier(slim, dense, inputs).agrees(emission.model)
     return emission if reads else Emission(None, (f"{next(iter(names))}: its norm does not read its epsilon",))
+
+
+def _resized(source: Source, removal: Removal) -> list[Resized]:
+    """The numbers that change with each group; none for channels, whose number is that of too much else."""
+    found = []
+    for group in removal.groups:
+        if group.factor is None or group.kind == "channel" or not removal.keep.touches(group.factor):
+            continue
+        held = [(name, member) for member in group.members for name in source.names.get(member.name, ())[:1]]
+        paths = [name.split(".")[:-1] for name, _ in held]
+        shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+        sizes = {member.expr.size: kept_size(member.expr, removal.keep) for _, member in held}
+        sizes |= {group.size: removal.keep.count(group.factor)}
+        found.append(Resized(".".join(parts[0] for parts in shared), sizes))
+    return found
 
 
 def _kept_units(slim: fx.GraphModule, removal: Removal) -> dict[str, dict[int, list[int]]]:

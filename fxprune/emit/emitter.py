@@ -7,17 +7,26 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
-from fxprune.emit.assemble import Blueprint, Candidate, EmissionTask, candidates_for, divided_attributes, rebuild
+from fxprune.emit.assemble import (
+    Blueprint,
+    Candidate,
+    EmissionTask,
+    candidates_by_hand,
+    candidates_for,
+    divided_attributes,
+    rebuild,
+)
 from fxprune.emit.blocks import KeptUnits, find_inputs
 from fxprune.emit.choices import shared_widths_for
 from fxprune.emit.epsilons import NormEpsilons, epsilon_fields
 from fxprune.emit.layout import Layout, find_layout, model_rebuilder
 from fxprune.emit.load import DryRuns, assign_tensors, names_on_meta, shape_errors, use_eager_experts
+from fxprune.emit.patch import Resized
 from fxprune.emit.snapshot import build_on_meta, shapes_of, slim_name
 from fxprune.errors import VerificationError
 from fxprune.graph.context import Refusal, attempt
@@ -62,6 +71,8 @@ def emit(
     agrees: Agrees | None = None,
     kept_units: KeptUnits | None = None,
     epsilons: NormEpsilons | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    resized: Sequence[Resized] = (),
 ) -> Emission:
     """Return a model of the same class that holds the slim tensors, or the reasons why none can.
 
@@ -76,6 +87,8 @@ def emit(
         agrees: whether an emitted model computes what it should. Without it the first model that runs on
             ``meta`` is taken.
         kept_units: which units remain in the tables that the model's code makes for all units.
+        inputs: of the shapes that models are run on without storage; token ids by default.
+        resized: numbers that change, for attributes that are set by hand where no config field does.
     """
     removed = tuple(removed_blocks)
     layout, twin = attempt(find_layout, model), attempt(meta_twin, model)
@@ -88,8 +101,9 @@ def emit(
     refused = _request_errors(model, layout, tensors, removed) or epsilons.reasons[:_MOST_REASONS]
     if refused:
         return Emission(None, refused)
-    task = EmissionTask(model, layout, model_rebuilder(model, layout), wanted, removed, kept_units or {}, epsilons)
-    return _Emitter(task, tensors, agrees, DryRuns(twin)).first_that_fits()
+    rebuilder = model_rebuilder(model, layout)
+    task = EmissionTask(model, layout, rebuilder, wanted, removed, kept_units or {}, epsilons, tuple(resized))
+    return _Emitter(task, tensors, agrees, DryRuns(twin, inputs)).first_that_fits()
 
 
 def _request_errors(
@@ -141,7 +155,8 @@ class _Emitter:
         task, tried = self.task, list[Blueprint]()
         shared_widths = shared_widths_for(task.rebuilder, task.outside())
         fields = epsilon_fields(task.model, task.layout.part, task.epsilons, task.removed)
-        for plain in chain.from_iterable(candidates_for(task, shared) for shared in shared_widths):
+        by_fields = chain.from_iterable(candidates_for(task, shared) for shared in shared_widths)
+        for plain in chain(by_fields, candidates_by_hand(task) if task.resized else ()):
             attributes = {path: dict(own) for path, own in plain.blueprint.attributes.items()}
             for path, own in task.epsilons.attributes.items():
                 attributes.setdefault(path, {}).update(own)
@@ -159,7 +174,7 @@ class _Emitter:
         slim = build_on_meta(rebuild, task.model, dataclasses.replace(blueprint, removed=()), task.layout)
         if isinstance(slim, Refusal):
             return
-        inputs = find_inputs(meta_twin(task.model), slim, task.layout, task.kept_units)
+        inputs = find_inputs(meta_twin(task.model), slim, task.layout, task.kept_units, self.runs.inputs)
         if inputs:
             yield dataclasses.replace(blueprint, inputs=inputs)
 

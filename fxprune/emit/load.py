@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 from fxprune.emit.snapshot import build_on_meta, shapes_of, without_storage
+from fxprune.graph.compat import tree_map
 from fxprune.graph.context import Refusal, attempt, quiet
 from fxprune.graph.shapes import MetaOpCache
 from fxprune.graph.tensors import submodule
@@ -135,24 +137,28 @@ def assign_tensors(
             submodule(model, new).training = module.training
 
 
-def run_on_meta(model: PreTrainedModel, samples: int = 1, implementation: str | None = None) -> Refusal | None:
+def run_on_meta(
+    model: PreTrainedModel, inputs: Mapping[str, Any] | None = None, implementation: str | None = None
+) -> Refusal | None:
     """Run a forward pass on ``meta``; return the refusal that stops it, or None.
 
     Args:
         model: a model on ``meta``, to be thrown away: some classes keep state between passes. It loses its
             padding token, whose absence from the input cannot be checked without data, and multiplies experts
             in batches, since grouped kernels refuse some widths on ``meta`` that they accept elsewhere.
+        inputs: of the shapes to run on; None for five token ids.
         implementation: of attention; its own if None. One that the model does not accept is no failure.
     """
     for config in configs_of(model):
         vars(config).update(pad_token_id=None, _experts_implementation_internal="batched_mm")
     with without_storage():
-        tokens = torch.zeros(samples, 5, dtype=torch.long)
+        given = {"input_ids": torch.zeros(1, 5, dtype=torch.long)} if inputs is None else dict(inputs)
+        given = tree_map(lambda value: value.to("meta") if isinstance(value, torch.Tensor) else value, given)
     with using_attention(model, implementation or str(model.config._attn_implementation)) as taken:
         with MetaOpCache(), quiet(), torch.device("meta"), torch.no_grad():  # no random numbers are drawn
-            result = attempt(model.eval(), input_ids=tokens) if taken else None
+            result = attempt(partial(model.eval(), **given)) if taken else None
         if isinstance(result, Refusal):  # the cached shapes may be at fault: a plain run decides
-            result = build_on_meta(model, input_ids=tokens)
+            result = build_on_meta(partial(model, **given))
     return result if isinstance(result, Refusal) else None
 
 
@@ -183,11 +189,12 @@ class DryRuns:
     """Forward passes of slim models on ``meta``, under the attention implementations that work for the dense model.
 
     The dense model, a copy on ``meta`` to be thrown away, is run only if a slim one fails, once per implementation.
+    Both are run on ``inputs`` as :func:`run_on_meta` takes them.
     """
 
-    def __init__(self, dense: PreTrainedModel) -> None:
+    def __init__(self, dense: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
         own, *others = attention_implementations(dense)
-        self._dense = dense
+        self._dense, self.inputs = dense, inputs
         # flex attention refuses tensors on meta: a run under it shows nothing, and costs the import of a compiler
         self._names = (own, *(name for name in others if name != "flex_attention"))
         self._dense_works: dict[str, bool] = {}
@@ -199,11 +206,11 @@ class DryRuns:
         builds from a config alone is run under its own implementation only.
         """
         for name in self._names if patched else self._names[:1]:
-            found = run_on_meta(slim, implementation=name)
+            found = run_on_meta(slim, self.inputs, implementation=name)
             if found is None:
                 continue
             if name not in self._dense_works:
-                self._dense_works[name] = run_on_meta(self._dense, implementation=name) is None
+                self._dense_works[name] = run_on_meta(self._dense, self.inputs, implementation=name) is None
             if self._dense_works[name]:
                 return f"under {name} attention: {found}"
         return None

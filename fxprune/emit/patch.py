@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -26,7 +27,16 @@ from fxprune.emit.snapshot import (
 from fxprune.graph.context import Refusal, attempt
 from fxprune.graph.facts import within
 
-__all__ = ["Patches", "carry_over", "leaf_patches", "merged", "numbers_of", "scope_patches"]
+__all__ = [
+    "Patches",
+    "Resized",
+    "carry_over",
+    "leaf_patches",
+    "merged",
+    "numbers_of",
+    "patches_by_hand",
+    "scope_patches",
+]
 
 Patches = dict[str, dict[str, Number]]
 """Attributes to set, by module path and name."""
@@ -80,7 +90,7 @@ def leaf_patches(module: nn.Module, wanted: Mapping[str, Shape], skip: tuple[str
         own = {name: wanted[prefix + name] for name in (*child._parameters, *child._buffers) if prefix + name in wanted}
         have = _own_shapes(child)
         if mismatches({name: have[name] for name in own if name in have}, own):
-            patched = _by_constructor(child, own) or _by_equal_sizes(child, have, own)
+            patched = _by_constructor(child, have, own) or _by_equal_sizes(child, have, own)
             found.update({path: patched} if patched else {})
     return found
 
@@ -90,19 +100,38 @@ def _own_shapes(module: nn.Module) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
 
 
-def _by_constructor(module: nn.Module, wanted: Mapping[str, Shape]) -> dict[str, Number]:
-    """Return the attributes of the same class built for the wanted shapes, by changing its constructor arguments."""
+def _by_constructor(module: nn.Module, have: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> dict[str, Number]:
+    """Return the attributes of the same class built for the wanted shapes, by changing its constructor arguments.
+
+    If arguments that are moved one by one do not give these shapes, those that hold a size which changes move at once,
+    and then a further one is made smaller, such as the number of groups.
+    """
     arguments = _arguments(module)
-    if arguments is None:
+    built = None if arguments is None else _construct(module, arguments)
+    if arguments is None or built is None or _own_shapes(built).keys() != have.keys():
         return {}
-    built = _construct(module, arguments)
-    if built is None or _own_shapes(built).keys() != _own_shapes(module).keys():
-        return {}
-    for name, axis in sorted(mismatches(_own_shapes(built), {**_own_shapes(built), **wanted})):
-        _move_argument(module, arguments, (name, axis), wanted)
-    new = _construct(module, arguments)
-    if new is None:
-        return {}
+    equal = _by_equal_sizes(module, have, wanted)
+    starts = [arguments, {**arguments, **{name: value for name, value in equal.items() if name in arguments}}]
+    counts = {name: value for name, value in arguments.items() if type(value) is int and value <= _MOST_COUNTED}
+    starts += [{**arguments, name: n} for name, value in counts.items() for n in range(value - 1, 0, -1)]
+    first = None
+    for start in starts:
+        moved = dict(start)
+        for axis in sorted(mismatches(_own_shapes(built), {**_own_shapes(built), **wanted})):
+            _move_argument(module, moved, axis, wanted)
+        new = _construct(module, moved)
+        first = first or new
+        shapes = {} if new is None else _own_shapes(new)
+        if new is not None and all(shapes.get(name) == shape for name, shape in wanted.items()):
+            return _differing(new, module)
+    return {} if first is None else _differing(first, module)
+
+
+_MOST_COUNTED = 64
+"""Numbers of groups and the like that are tried one by one."""
+
+
+def _differing(new: nn.Module, module: nn.Module) -> dict[str, Number]:
     numbers = {name: value for name, value in vars(new).items() if is_number(value)}
     return {name: value for name, value in numbers.items() if vars(module).get(name, value) != value}
 
@@ -145,13 +174,14 @@ def _move_argument(module: nn.Module, arguments: dict[str, Any], axis: Axis, wan
         return
     places = [(argument, value, *place) for argument, value in arguments.items() for place in _items(value)]
     for argument, value, position, item in places:
-        nudged = size_with({argument: _with_item(value, position, item + 1)})
-        if nudged is None or nudged == size:
-            continue
-        step = Fraction(wanted[name][index] - size, nudged - size)
-        if step.denominator == 1 and item + step > 0:
-            arguments[argument] = _with_item(value, position, item + int(step))
-            return
+        for delta in (1, item):  # a multiple, where a class insists on divisibility
+            nudged = size_with({argument: _with_item(value, position, item + delta)})
+            if nudged is None or nudged == size:
+                continue
+            step = Fraction((wanted[name][index] - size) * delta, nudged - size)
+            if step.denominator == 1 and item + step > 0:
+                arguments[argument] = _with_item(value, position, item + int(step))
+                return
 
 
 def _items(value: object) -> Iterator[tuple[int, int]]:
@@ -164,7 +194,7 @@ def _with_item(value: Number, position: int, item: int) -> Number:
 
 
 def _by_equal_sizes(module: nn.Module, have: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> dict[str, Number]:
-    """Return the new value of attributes that equal a size which changes wherever it occurs."""
+    """Return the new value of attributes that equal a size which changes wherever it occurs; tuples as whole shapes."""
     renamed: dict[int, set[int]] = {}
     for name, shape in wanted.items():
         for old, new in zip(have.get(name, ()), shape, strict=False):
@@ -174,11 +204,60 @@ def _by_equal_sizes(module: nn.Module, have: Mapping[str, Shape], wanted: Mappin
     for name, value in vars(module).items():
         if name.startswith("_") or not is_number(value):
             continue
+        if isinstance(value, tuple) and value not in have.values():
+            continue
         items = [moved.get(item, item) for _, item in _items(value)]
         new_value = tuple(items) if isinstance(value, tuple) else items[0]
         if new_value != value:
             found[name] = new_value
     return found
+
+
+@dataclass(frozen=True)
+class Resized:
+    """Units that go: a number of units and the sizes of axes that they are on, before and after.
+
+    Args:
+        scope: path of the smallest module that holds all of these axes.
+        sizes: numbers afterwards by those before.
+    """
+
+    scope: str
+    sizes: Mapping[int, int]
+
+
+def patches_by_hand(model: nn.Module, wanted: Mapping[str, Shape], resized: Sequence[Resized]) -> Iterator[Patches]:
+    """Yield attributes of a model whose tensors are resized, found by their values where its classes set none.
+
+    Those of torch's modules follow from their tensors. Those of others change if they hold a number that changes within
+    their scope: at first all of these, then all but one of a name, then all but two.
+
+    Args:
+        model: with its dense attributes.
+        wanted: shapes by name.
+        resized: where numbers change, and which.
+    """
+    leaves = leaf_patches(model, wanted)
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for one in resized:
+        for path, module in model.get_submodule(one.scope).named_modules(prefix=one.scope):
+            if type(module).__module__.startswith("torch.nn."):
+                continue
+            for name, value in vars(module).items():
+                if type(value) is int and value in one.sizes and not name.startswith("_"):
+                    found.setdefault(path, {}).setdefault(name, (value, one.sizes[value]))
+    kinds = sorted({(name, old) for own in found.values() for name, (old, _) in own.items()})
+    without = itertools.chain.from_iterable(itertools.combinations(kinds, count) for count in range(3))
+    for left in itertools.islice(without, _MOST_BY_HAND):
+        changed = {
+            path: {name: new for name, (old, new) in own.items() if (name, old) not in left}
+            for path, own in found.items()
+        }
+        yield {path: own for path, own in merged(leaves, changed).items() if own}
+
+
+_MOST_BY_HAND = 32
+"""Bounds the time: each is built and run without storage."""
 
 
 def carry_over(dense: nn.Module, slim: nn.Module) -> None:

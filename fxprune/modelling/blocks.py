@@ -10,7 +10,16 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-__all__ = ["BUILT_AT", "CannotBuildError", "block_builder", "builder_of", "list_and_index", "names_index", "renumber"]
+__all__ = [
+    "BUILT_AT",
+    "CannotBuildError",
+    "block_builder",
+    "builder_of",
+    "flags_of",
+    "list_and_index",
+    "names_index",
+    "renumber",
+]
 
 Builder = Callable[[PreTrainedConfig, int], nn.Module]
 
@@ -32,7 +41,13 @@ def names_index(name: str) -> bool:
 
 def builder_of(block: nn.Module) -> Builder | None:
     """Builder of blocks like this one; None if its class cannot be called."""
-    return block_builder(type(block), vars(block).get(BUILT_AT), vars(block))
+    return block_builder(type(block), vars(block).get(BUILT_AT), flags_of(block))
+
+
+def flags_of(block: nn.Module) -> dict[str, Any]:
+    """Flags and strings among the attributes of a block and of the modules in it; the outer and the first ones win."""
+    every = [item for module in block.modules() for item in vars(module).items()]
+    return {name: value for name, value in reversed(every) if isinstance(value, bool | str)}
 
 
 def block_builder(
@@ -43,28 +58,35 @@ def block_builder(
     Args:
         kind: the class of the block.
         built_at: index and fields at which the class builds the wanted kind of block, if that is not its index.
-        attributes: of such a block. Another argument that the class requires is read off the attribute of its name if
-            that is a flag or a string; a number may be a size, which changes.
+        attributes: of such a block. Another argument is read off the attribute of its name if that is a flag or a
+            string; a number may be a size, which changes.
     """
-    parameters = list(inspect.signature(kind).parameters.values())
-    placed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    at_index = len(placed) > 1 and names_index(placed[1].name)
-    others = [p for p in parameters if p.kind is p.KEYWORD_ONLY] + placed[2 if at_index else 1 :]
-    held = {p.name: (attributes or {}).get(p.name) for p in others if p.default is p.empty}
-    if not placed or not all(isinstance(value, bool | str) for value in held.values()):
+    named = {p.name: p for p in inspect.signature(kind).parameters.values() if p.kind not in _VARIADIC}
+    first, *others = named or [""]
+    place = next((name for name in others if names_index(name)), None)
+    given = {name: (attributes or {}).get(name) for name in others if name != place}
+    held = {name: value for name, value in given.items() if isinstance(value, bool | str)}
+    if not first or any(named[name].default is inspect.Parameter.empty for name in given.keys() - held.keys()):
         return None
-    if at_index:
-        return lambda config, index: _build_at(partial(kind, **held), config, index, built_at or {})
+    if place is not None:
+        return lambda config, index: _build_at(partial(kind, **held), config, place, index, built_at or {})
     return lambda config, index: kind(config, **held)
 
 
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
 def _build_at(
-    kind: Callable[..., nn.Module], config: PreTrainedConfig, index: int, built_at: Mapping[str, Any]
+    kind: Callable[..., nn.Module],
+    config: PreTrainedConfig,
+    place: str,
+    index: int,
+    built_at: Mapping[str, Any],
 ) -> nn.Module:
     start, fields, held = built_at.get("index", index), built_at.get("fields", {}), vars(config)
     own = {name: held[name] for name in fields}
     held.update(fields)
-    block = kind(config, start)
+    block = kind(config, **{place: start})
     held.update(own)
     if built_at:
         vars(block)[BUILT_AT] = built_at

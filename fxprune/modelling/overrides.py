@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from fxprune.modelling.block_config import block_config
-from fxprune.modelling.blocks import CannotBuildError, block_builder, list_and_index
+from fxprune.modelling.blocks import CannotBuildError, block_builder, flags_of, list_and_index
 from fxprune.modelling.table_rows import select_inputs
 
 __all__ = ["OVERRIDES", "Overrides", "apply_overrides", "build_blocks"]
@@ -84,7 +84,7 @@ def build_blocks(
     for path in dict.fromkeys((*overrides.block_fields, *overrides.absent, *overrides.built_at)):
         blocks, index = list_and_index(model, path)
         block = source.get_submodule(path)
-        build = block_builder(type(block), overrides.built_at.get(path), vars(block))
+        build = block_builder(type(block), overrides.built_at.get(path), flags_of(block))
         if build is None:
             raise CannotBuildError(f"{path}: its class is not called with a config and an index")
         own = block_config(config, overrides.block_fields.get(path, {}), overrides.absent.get(path, ()))

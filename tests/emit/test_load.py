@@ -121,9 +121,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     """The model and the implementation of each run."""
     found: Asked = []
 
-    def run(model: Any, implementation: str) -> Any:
+    def run(model: Any, inputs: Any, implementation: str) -> Any:
         found.append((id(model), implementation))
-        return run_on_meta(model, implementation=implementation)
+        return run_on_meta(model, inputs, implementation=implementation)
 
     monkeypatch.setattr(dry_runs, "run_on_meta", run)
     return found

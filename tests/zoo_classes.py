@@ -1,0 +1,247 @@
+"""Tiny random models of every type of every Auto class of transformers, with inputs that they run on.
+
+Configs are made as those of causal language models are, with further sizes for images and sounds. Inputs are the ones
+that a class's ``forward`` names; where a text must hold a token for each feature of an image, the model says how many.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from fxprune.trace.inputs import forward_parameters
+from tests.zoo import DEMANDS, FIELDS, Sizes, forward, make_config, spread
+
+SAMPLES, TOKENS, DECODED, SIDE = 2, 7, 5, 32
+
+_MORE: dict[Any, str] = {
+    SIDE: "image_size crop_size pretrain_image_size img_size",
+    4: "patch_size num_frames frames_per_clip num_conv_pos_embeddings stride query_size",
+    3: "num_labels num_channels in_chans num_input_channels",
+    2: "window_size num_conv_pos_embedding_groups squeeze_factor temporal_patch_size tubelet_size groups_width "
+    "num_groups num_codevectors_per_group spatial_merge_size scale_factor",
+    9: "num_queries relative_attention_max_distance",
+    8: "relative_attention_num_buckets",
+    10: "d_kv input_feat_per_channel feature_projection_input_dim",
+    12: "max_source_positions codevector_dim proj_codevector_dim classifier_proj_size num_buckets",
+    16: "num_mel_bins embed_dim hidden_dim decoder_hidden_size fusion_hidden_size head_hidden_size "
+    "reassemble_hidden_size bottleneck_features bin_embedding_dim auxiliary_channels feature_size "
+    "mask_feature_size aspp_out_channels encoder_hidden_dim stem_out_channels subsampling_conv_channels output_channels decoder_dim "
+    "reduce_dim xvector_output_dim num_pos_feats",
+    48: "out_hidden_size d_model hidden_size projection_dim pred_hidden_size backbone_hidden_size",
+    88: "d_ff encoder_feedforward_dim dim_feedforward mlp_dim decoder_intermediate_size intermediate_size "
+    "prompt_mid_dim",
+    6: "decoder_num_attention_heads num_cross_attention_heads num_self_attention_heads pred_num_attention_heads "
+    "d_heads",
+    1: "num_latents_blocks num_pooler_layers",
+}
+_LISTS: dict[str, tuple[int, ...]] = {
+    "hidden_sizes": (16, 24, 32, 40, 48, 56),
+    "embed_dims": (16, 24, 32, 40),
+    "neck_hidden_sizes": (12, 16, 20, 24, 28, 32, 36),
+    "num_attention_heads": (2, 2, 4, 4),
+    "num_heads": (2, 2, 4, 4),
+    "depths": (1,) * 8,
+    "depth": (1,) * 8,
+    "conv_dim": (10, 12),
+    "conv_stride": (3, 2),
+    "conv_kernel": (5, 3),
+    "tdnn_dim": (14, 18, 22, 26, 30),
+    "num_attractors": (4, 2, 2, 1),
+}
+"""Entries, of which a field gets as many as it has; those of convolutions over sounds are two."""
+
+_DEMANDS: dict[str, dict[str, Any]] = {
+    "beit": {"patch_size": 8, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "data2vec-vision": {"patch_size": 8, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "cvt": {"embed_dim": [16, 24, 32], "num_heads": [2, 2, 4]},
+    "convbert": {"num_attention_heads": 6, "head_ratio": 2},
+    "dinat": {"embed_dim": 16},
+    "efficientnet": {
+        **{"width_coefficient": 1.0, "depth_coefficient": 1.0, "depth_divisor": 4, "kernel_sizes": [3, 3, 5]},
+        **{"in_channels": [8, 12, 16], "out_channels": [12, 16, 20], "strides": [1, 2, 2], "hidden_dim": 20},
+        **{"num_block_repeats": [1, 1, 1], "expand_ratios": [1, 2, 2], "depthwise_padding": []},
+    },
+    "funnel": {"block_sizes": [1, 1], "d_head": 8, "n_head": 6, "block_repeats": None, "num_decoder_layers": 1},
+    "hgnet_v2": {
+        **{"stem_channels": [3, 8, 12], "stage_in_channels": [12, 16, 20, 24], "stage_mid_channels": [8, 10, 12, 14]},
+        **{"stage_out_channels": [16, 20, 24, 28], "stage_num_blocks": [1] * 4, "stage_numb_of_layers": [1] * 4},
+    },
+    "levit": {"hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 3, 4], "key_dim": [4, 4, 4], "patch_size": 16},
+    "mobilebert": {"true_hidden_size": 24, "intra_bottleneck_size": 24, "embedding_size": 48},
+    "mobilenet_v1": {"depth_multiplier": 0.25, "min_depth": 4},
+    "mobilenet_v2": {"depth_multiplier": 0.25, "min_depth": 4, "depth_divisible_by": 4},
+    "mobilevit": {"hidden_sizes": [24, 32, 40], "num_attention_heads": 4, "patch_size": 2, "image_size": 64},
+    "mobilevitv2": {"width_multiplier": 0.25, "patch_size": 2},
+    "perceiver": {"num_latents": 8, "d_latents": 48, "num_self_attends_per_block": 1},
+    "pvt_v2": {"image_size": SIDE},
+    "regnet": {"groups_width": 8},
+    "sew": {"squeeze_factor": 2},
+    "squeezebert": {f"{name}_groups": 2 for name in ("q", "k", "v", "output", "intermediate")},
+    "swin": {"patch_size": 2},
+    "swinv2": {"patch_size": 2},
+    "swin2sr": {"embed_dim": 24, "num_heads": [3], "depths": [2], "patch_size": 1, "upscale": 2},
+    "textnet": {"hidden_sizes": [12, 12, 16, 20, 24], "image_size": [64, 64]},
+    "xlm": {"n_heads": 6},
+    "vivit": {"tubelet_size": [2, 8, 8]},
+}
+
+
+_RESNET = {"model_type": "resnet", "out_features": ["stage4"]}
+_ATTENDING = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_model": 64, "backbone_config": _RESNET}
+_DEMANDS |= dict.fromkeys(("detr", "conditional_detr", "table-transformer", "dab-detr"), _ATTENDING)
+
+_SIZES = Sizes(
+    FIELDS | {name: size for size, names in _MORE.items() for name in names.split()}, DEMANDS | _DEMANDS, _LISTS
+)
+
+
+def auto_classes() -> dict[str, tuple[str, ...]]:
+    """The model types of each Auto class but that for causal language models, by the name of the class."""
+    found = {}
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(getattr(auto, "_model_mapping", None), "_model_mapping", None)
+        if isinstance(auto, type) and isinstance(mapping, dict) and name != "AutoModelForCausalLM":
+            found[name] = tuple(mapping)
+    return found
+
+
+def tiny_model_of(auto_class: str, model_type: str) -> PreTrainedModel:
+    """A random float32 model in evaluation mode, of the class that ``auto_class`` has for the type.
+
+    Raises:
+        Exception: whatever building it raises.
+    """
+    config = make_config(model_type, {}, sizes=_SIZES)
+    auto: Any = getattr(transformers, auto_class)
+    torch.manual_seed(0)
+    return spread(auto.from_config(config, dtype=torch.float32))
+
+
+def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Random inputs that ``model`` runs on: its main input, what ``forward`` demands, and others until it runs.
+
+    Raises:
+        Exception: whatever the model raises on the last of them.
+    """
+    named = forward_parameters(model)
+    demanded = [name for name, one in named.items() if one.default is one.empty and name in _MAKERS]
+    decodes = ["decoder_input_ids"] if getattr(model.config, "is_encoder_decoder", False) else []
+    seen = ["pixel_values", "image_grid_thw"] if "input_ids" in named else []  # a text is about an image
+    names = dict.fromkeys(name for name in (model.main_input_name, *demanded, *decodes, *seen) if name in named)
+    others = [name for name in _MAKERS if name in named and name not in names]
+    first: Exception | None = None
+    while True:
+        found = {name: value for name in names if (value := _made(model, name)) is not None}
+        try:
+            return _runnable(model, found)
+        except Exception as error:
+            first = first or error
+            if not others:
+                raise first from error
+            names[others.pop(0)] = None
+
+
+def _runnable(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``inputs`` that ``model`` runs on, with a token for each feature of an image in the text."""
+    token = next((token for name in _IMAGE_TOKENS if (token := _stated(model.config, name)) is not None), None)
+    counts: list[int] = []
+    while True:
+        ids, given = inputs.get("input_ids"), inputs
+        if ids is not None and token is not None and counts:
+            marked = torch.full((len(ids), counts.pop(0)), token)
+            given = inputs | {"input_ids": torch.cat([ids[:, :2], marked, ids[:, 2:]], dim=1)}
+        try:
+            forward(model, **given)
+            return given
+        except Exception as error:
+            features = re.search(r"features:? \(?(\d+)", str(error))
+            if given is inputs and features is not None:  # counted as vectors, or as numbers
+                found = int(features[1]) // SAMPLES
+                counts = [found, found // model.config.get_text_config().hidden_size]
+            if not counts or token is None or ids is None:
+                raise
+
+
+_IMAGE_TOKENS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
+
+
+def _stated(config: PreTrainedConfig, *fields: str) -> Any:
+    """The first value that a config or a part of it has for one of ``fields``."""
+    parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
+    found = (getattr(part, field, None) for field in fields for part in parts)
+    return next((value for value in found if value is not None), None)
+
+
+def _made(model: PreTrainedModel, name: str) -> torch.Tensor | None:
+    shape = _MAKERS[name](model.config) if name in _MAKERS else None
+    draw = torch.Generator().manual_seed(len(name))
+    if shape is None:
+        return None
+    if name in _WHOLE:
+        return torch.randint(*_WHOLE[name], shape, generator=draw)
+    return _GIVEN[name](shape) if name in _GIVEN else torch.randn(shape, generator=draw)
+
+
+def _side(config: Any) -> tuple[int, int]:
+    side = _stated(config, "image_size", "crop_size") or SIDE
+    return tuple(side) if isinstance(side, list | tuple) else (side, side)
+
+
+def _pixels(config: Any) -> tuple[int, ...]:
+    channels = _stated(config, "num_channels", "in_chans") or 3
+    patch = _stated(config, "temporal_patch_size")
+    if patch is not None and _stated(config, "spatial_merge_size") is not None:  # rows of patches, and a grid
+        side = _stated(config, "patch_size")
+        return (SAMPLES * 16, channels * patch * side * side)
+    frames = _stated(config, "num_frames", "frames_per_clip")
+    return (SAMPLES, *((frames,) if frames else ()), channels, *_side(config))
+
+
+def _sound(config: Any) -> tuple[int, ...]:
+    bins = _stated(config, "num_mel_bins")
+    if _stated(config, "max_length") and bins and _stated(config, "conv_stride") is None:
+        return (SAMPLES, _stated(config, "max_length"), bins)
+    return (SAMPLES, 16 * math.prod(_stated(config, "conv_stride") or (8,)))
+
+
+def _features(config: Any) -> tuple[int, ...]:
+    width = _stated(config, "feature_projection_input_dim", "input_feat_per_channel")
+    positions = _stated(config, "max_source_positions")
+    if width is None and positions is not None:
+        return (SAMPLES, _stated(config, "num_mel_bins"), 2 * positions)
+    return (SAMPLES, 24, width or _stated(config, "num_mel_bins") or 10)
+
+
+_MAKERS: Mapping[str, Callable[[Any], tuple[int, ...]]] = {
+    "input_ids": lambda _: (SAMPLES, TOKENS),
+    "pixel_values": _pixels,
+    "input_values": _sound,
+    "input_features": _features,
+    "decoder_input_ids": lambda _: (SAMPLES, DECODED),
+    "image_grid_thw": lambda _: (SAMPLES, 3),
+    "pixel_values_videos": lambda config: (SAMPLES, _stated(config, "frames_per_clip") or 4, 3, *_side(config)),
+    "bbox": lambda _: (SAMPLES, TOKENS, 4),
+    "attention_mask": lambda _: (SAMPLES, TOKENS),
+    "image_sizes": lambda _: (SAMPLES, 2),
+    "past_values": lambda config: (SAMPLES, _stated(config, "context_length") or 32, 1),
+    "decoder_input_values": lambda config: (SAMPLES, DECODED, _stated(config, "num_mel_bins")),
+}
+"""The shapes of inputs, the likeliest first."""
+
+_WHOLE = {"input_ids": (3, 100), "decoder_input_ids": (3, 100), "bbox": (0, 2)}
+"""Integer inputs, with their lowest value and the end of their range."""
+
+_GIVEN: Mapping[str, Callable[[tuple[int, ...]], torch.Tensor]] = {
+    "image_grid_thw": lambda shape: torch.tensor([[1, 4, 4]] * shape[0]),
+    "attention_mask": lambda shape: torch.ones(shape, dtype=torch.long),
+    "image_sizes": lambda shape: torch.full(shape, SIDE),
+}
+"""Inputs that are not random."""
