@@ -23,7 +23,7 @@ from fxprune.masking.objective import sample_loss
 from fxprune.masking.parts import Hooks, Part, PartRuns
 from fxprune.offload.files import cached, caching, is_caching, offloaded, uncache
 from fxprune.offload.prefetch import current_prefetcher, to_device
-from fxprune.offload.ranks import all_reduce, barrier, shard
+from fxprune.offload.ranks import all_reduce, barrier, shard, world_size
 from fxprune.pipeline.arguments import Memory, Order, argument
 from fxprune.pipeline.contract import PassCost, tracked
 from fxprune.rules.aliasing import writes, written_sources
@@ -146,7 +146,8 @@ class _ElementSums:
     ) -> Positions:
         """The slice scores of one weight, from sums for some rows at a time of each sample's ``gradients``."""
         found: Positions = {}
-        step = max(1, _BLOCK // max(1, weight[:1].numel()))
+        block = _BLOCK if world_size() == 1 else 8 * _BLOCK  # a call costs as much as some megabytes on the link
+        step = max(1, block // max(1, weight[:1].numel()))
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
             values = weight[rows].detach().float()

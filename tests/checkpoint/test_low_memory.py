@@ -21,6 +21,7 @@ from fxprune.checkpoint.read import require_all_weights
 from fxprune.errors import CheckpointError
 from fxprune.recipes import read_recipe
 from tests.export.small import tokenizer
+from tests.forked import in_processes
 from tests.models import tiny, token_ids
 
 FIT = "least-squares{reach=stream}"
@@ -86,6 +87,19 @@ def test_a_gguf_file_is_unpacked_once(file: Path, tmp_path: Path, monkeypatch: p
     load_mapped(file, tmp_path)
     assert request_key(file, None, "") != request_key(file.parent, None, "")
     assert request_key(file, [{"input_ids": token_ids()}], "") is None, "which rows these are is not known beforehand"
+
+
+def test_the_first_process_unpacks_a_gguf_file(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process unpacked it, to float32, into a folder of its own."""
+    unpacked = list[Path]()
+    monkeypatch.setattr(low_memory, "unpack_gguf", lambda *given: unpacked.append(given[1]) or unpack_gguf(*given))
+
+    def work(rank: int) -> tuple[int, list[float]]:
+        model = load_mapped(file, tmp_path)
+        return len(unpacked), [float(value.sum()) for value in model.parameters()]
+
+    first, second = in_processes(work, 2, tmp_path)
+    assert (first[0], second[0]) == (1, 0) and first[1] == second[1]
 
 
 class Stopped(BaseException):

@@ -1,0 +1,116 @@
+"""Time and bytes of each pass of a prune by several processes: `python -m benchmarks.several_processes`.
+
+The model is a random Llama in memory. Processes are forks on this machine, which exchange tensors by gloo. Bytes are
+those of the tensors and objects that one process gives to collectives, pass by pass; on the link an all-reduce of `n`
+processes sends `2 (n - 1) / n` of them from each.
+"""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fxprune
+
+__all__ = ["app", "measure"]
+
+app = typer.Typer(add_completion=False)
+
+Cost = tuple[str, float, int, int]
+"""Of one pass: its name, seconds, calls of collectives and bytes given to them; or all of these before it."""
+
+
+def _counted(calls: Counter[str], name: str) -> Callable[..., Any]:
+    """A collective of torch that counts its calls and bytes."""
+    true: Callable[..., Any] = getattr(dist, name)
+
+    def collective(given: Any, *more: Any, **options: Any) -> Any:
+        sent = more[0] if name == "all_gather_object" else given
+        calls["calls"] += 1
+        calls["bytes"] += sent.nbytes if isinstance(sent, torch.Tensor) else len(pickle.dumps(sent))
+        return true(given, *more, **options)
+
+    return collective
+
+
+def _prune(rank: int, count: int, meeting: Path, model: Any, ids: torch.Tensor, recipe: str, queue: Any) -> None:
+    dist.init_process_group("gloo", f"file://{meeting}", world_size=count, rank=rank)
+    calls = Counter[str]()
+    for name in ("all_reduce", "broadcast", "all_gather_object", "broadcast_object_list"):
+        setattr(dist, name, _counted(calls, name))
+    seen: list[Cost] = []
+
+    def mark(step: Any) -> None:
+        seen.append((step.name if step else "", time.perf_counter(), calls["calls"], calls["bytes"]))
+
+    traced = fxprune.trace(model).graph_module
+    passes = fxprune.prune_pipeline(ids, recipe=recipe, ratio=0.2).passes
+    fxprune.Pipeline([p for p in passes if p.stage not in ("emit", "report")], on_pass=mark)(traced)
+    mark(None)
+    if rank == 0:
+        queue.put([(a[0], b[1] - a[1], b[2] - a[2], b[3] - a[3]) for a, b in pairwise(seen)])
+    dist.barrier()
+
+
+def measure(count: int, model: Any, ids: torch.Tensor, recipe: str) -> list[Cost]:
+    """The cost of each pass in the first of ``count`` processes."""
+    context = mp.get_context("fork")
+    queue = context.Queue()
+    with tempfile.TemporaryDirectory() as place:
+        given = (count, Path(place) / "meeting", model, ids, recipe, queue)
+        processes = [context.Process(target=_prune, args=(rank, *given)) for rank in range(count)]
+        for process in processes:
+            process.start()
+        found: list[Cost] = queue.get()
+        for process in processes:
+            process.join()
+    return found
+
+
+@app.command()
+def main(
+    processes: Annotated[str, typer.Option(help="Numbers of processes.")] = "1,2,4",
+    recipe: Annotated[str, typer.Option(help="The recipe.")] = "balanced",
+    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 8,
+    width: Annotated[int, typer.Option(help="Its width.")] = 128,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 64,
+) -> None:
+    """Prune one model by several numbers of processes, and print what each pass takes."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    heads = max(1, width // 32)
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+    )
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(1000, (samples, tokens))
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    table = Table("pass", *(f"{count}: s, calls, MB" for count in processes.split(",")))
+    found = [measure(int(count), model, ids, recipe) for count in processes.split(",")]
+    for rows in zip(*found, strict=True):
+        table.add_row(rows[0][0], *(f"{s:.1f}, {calls:,}, {sent / 1e6:.1f}" for _, s, calls, sent in rows))
+    Console().print(f"{size / 1e6:.1f} MB of weights, {samples} samples of {tokens} tokens", table)
+
+
+if __name__ == "__main__":
+    app()
