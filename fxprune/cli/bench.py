@@ -72,6 +72,9 @@ def _table(speeds: Mapping[str, Speed]) -> Table:
     table.add_row("prompt, ms", *(_speedup(one.prefill_ms, first.prefill_ms) for one in speeds.values()))
     table.add_row("prompt, tokens a second", *(f"{one.prefill_rate:,.0f}" for one in speeds.values()))
     table.add_row("each further token, ms", *(_speedup(one.decode_ms, first.decode_ms) for one in speeds.values()))
+    if len(speeds) > 1:
+        rounds = ("{:.2f} ({:.2f} to {:.2f})".format(*one.speed_up) for one in list(speeds.values())[1:])
+        table.add_row("  times as fast, by rounds", "", *rounds)
     table.add_row("generated, tokens a second", *(f"{one.decode_rate:,.1f}" for one in speeds.values()))
     for title, field in (("weights", "weights"), ("keys and values", "cache"), ("peak GPU memory", "peak")):
         held = [getattr(one, field) for one in speeds.values()]

@@ -243,7 +243,7 @@ def _lines(report: Any, out: Path, loading: str) -> Iterator[str]:
         yield f"verified: masked and slim outputs differ by at most {report.verification_error:.1e}"
     yield f"{report.achieved:.2%} of the parameters removed; model, plan and report written to {out}: {loading}"
     if loading == OURS and report.widths:
-        yield "with --uniform, all layers have the same widths and any transformers loads it; docs/quality.md has the price"
+        yield "with --uniform, layers have the same widths and any transformers loads it; docs/quality.md has the price"
 
 
 def _quality_lines(report: Any) -> Iterator[str]:

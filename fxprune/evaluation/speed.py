@@ -94,6 +94,7 @@ class Speed:
         weights: bytes of parameters and buffers.
         cache: bytes of keys and values at the end; None if the model has another kind of cache.
         peak: peak bytes on a GPU, of weights and generation; None on other devices.
+        speed_up: how many times as fast as the first model further tokens were, round by round: median, least and most.
     """
 
     parameters: int
@@ -105,6 +106,7 @@ class Speed:
     weights: int
     cache: int | None
     peak: int | None
+    speed_up: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     @property
     def prefill_rate(self) -> float:
@@ -158,9 +160,11 @@ def measure_speed(
     ids = torch.randint(smallest, (batch, prompt), generator=torch.Generator().manual_seed(0))
     jobs = {name: partial(_generate, model, ids, tokens) for name, model in models.items()}
     runs = time_interleaved(jobs, rounds, track, "generating")
-    speeds = {}
+    speeds: dict[str, Speed] = {}
+    first = next(iter(runs.values()))
     for name, model in models.items():
         prefill, decode, caches, peaks = zip(*runs[name], strict=True)
+        ratios = [whole[1] / ours for whole, ours in zip(first, decode, strict=True)]
         size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
         speeds[name] = Speed(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -172,6 +176,7 @@ def measure_speed(
             weights=size,
             cache=caches[-1],
             peak=None if peaks[-1] is None else size + peaks[-1],
+            speed_up=(median(ratios), min(ratios), max(ratios)),
         )
     return speeds
 

@@ -14,7 +14,7 @@ def test_models_are_timed_side_by_side(models: Path) -> None:
     more = ("--prompt", 8, "--tokens", 3, "--rounds", 1)
     code, output, line = run("bench", models / "dense", models / "slim", *more)
     assert code == 0, line
-    assert "┃ dense ┃ slim ┃" in output and output.count(" x) │") == 2
+    assert "┃ dense ┃ slim ┃" in output and output.count(" x) │") == 2 and "times as fast, by rounds" in output
     assert "batch 1, prompt of 8 tokens, then 3; medians of 1 rounds on cpu" in output
     code, output, _ = run("bench", models / "slim", *more, "--batch", 2, "--json")
     found = json.loads(output)["slim"]

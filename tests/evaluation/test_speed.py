@@ -73,6 +73,7 @@ def test_models_generate_as_many_tokens_and_keep_as_many_keys(monkeypatch: pytes
     assert dense.cache == 2 * layers * 2 * heads * (7 + 4 - 1) * width * 4, "keys and values of all but the last token"
     assert less.cache is not None and less.cache < dense.cache and less.weights < dense.weights
     assert dense.prefill_rate == pytest.approx(2 * 7 / dense.prefill_ms * 1e3)
+    assert dense.speed_up == (1, 1, 1) and 0 < less.speed_up[1] <= less.speed_up[0] <= less.speed_up[2]
     assert dense.to_dict()["decode_rate"] == pytest.approx(2 / dense.decode_ms * 1e3)
 
 
