@@ -245,7 +245,8 @@ class Options(ApplyOptions, total=False):
         Memory | None,
         _machine(
             "For sums of gradients: `low` computes them for one part of the model at a time, with one more forward "
-            "run, and compares block by block; `fast` all at once; `auto`, the default, what fits."
+            "run, compares block by block, and runs parts again in tuning; `fast` all at once; `auto`, the default, "
+            "what fits."
         ),
     ]
     offload: Annotated[
