@@ -26,6 +26,7 @@ from fxprune.masking.masked_run import UntouchedRun
 from fxprune.masking.teacher import TeacherLogits, divergence, run_logits, teacher_batches
 from fxprune.pipeline.contract import tracking
 from fxprune.removal.removal import Removed
+from tests.tiers import tiers
 from tests.tokens import character_tokenizer
 
 IDS = torch.randint(20, (12, 9), generator=torch.Generator().manual_seed(0))
@@ -144,7 +145,7 @@ def scaled(slim: fx.GraphModule) -> float:
     return heldout(TunePass(epochs=20, rate=0.02, patience=8)(slim).graph_module, slim)
 
 
-@pytest.mark.parametrize("settings", [{"rate": 0.02, "rank": 2}, {"rate": 0.05, "weights": True}])
+@pytest.mark.parametrize("settings", tiers([{"rate": 0.02, "rank": 2}, {"rate": 0.05, "weights": True}]))
 def test_updates_and_weights_learn_more_than_scales(
     slim: fx.GraphModule, scaled: float, settings: dict[str, Any]
 ) -> None:
@@ -191,7 +192,7 @@ class Stopped(KeyboardInterrupt):
     """Raised in the middle of a run, as by Ctrl-C."""
 
 
-@pytest.mark.parametrize("weighty", [False, True])
+@pytest.mark.parametrize("weighty", tiers([False, True], False))
 def test_it_resumes_where_it_stopped(slim: fx.GraphModule, tmp_path: Path, weighty: bool) -> None:
     seen: list[int] = []
     settings: dict[str, Any] = {"epochs": 8, "measurements": 4, "patience": 9, "weights": weighty}
