@@ -172,6 +172,7 @@ def test_weights_are_learned_themselves(slim: fx.GraphModule, everywhere: bool) 
     assert learned.rates(slim) == pytest.approx([0.2 * size for size in sizes])
 
 
+@pytest.mark.slow
 def test_steps_in_bfloat16_learn_as_well(slim: fx.GraphModule) -> None:
     settings: dict[str, Any] = {"epochs": 20, "rate": 0.02, "patience": 8, "weights": True}
     narrow = TunePass(**settings, precision="bf16")(slim).graph_module
@@ -233,6 +234,7 @@ def test_progress_of_another_teacher_or_other_weights_is_not_resumed(slim: fx.Gr
     assert steps == [6, 0, 6, 6]
 
 
+@pytest.mark.slow
 def test_a_run_that_patience_ended_does_not_resume(slim: fx.GraphModule, tmp_path: Path) -> None:
     """A second run with the same folder went on behind the end, to other weights."""
     steps: list[int] = []
