@@ -179,16 +179,6 @@ def test_loading_takes_the_options_of_transformers(folder: Path) -> None:
     assert not any(p.is_meta for p in model.parameters())
 
 
-def test_a_model_after_training_is_saved_without_gradients(folder: Path, tmp_path: Path) -> None:
-    model = fxprune.from_pretrained(folder).train()
-    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
-    torch.optim.SGD(model.parameters(), 0.1).step()
-    fxprune.save_pretrained(model, tmp_path / "tuned")
-    assert torch.equal(logits(fxprune.from_pretrained(tmp_path / "tuned")), logits(model.eval()))
-    parameters = sum(p.numel() for p in model.parameters())
-    assert (tmp_path / "tuned" / "model.safetensors").stat().st_size < parameters * 4 + 10_000
-
-
 def test_a_result_without_a_model_says_what_to_do_instead(tmp_path: Path) -> None:
     result = prune("llama", kinds=("head_dim",), protect=(), ranking="local")
     assert result.model is None

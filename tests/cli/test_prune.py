@@ -72,6 +72,7 @@ def test_equal_widths_save_a_stock_model(folder: str, out: Path, options: tuple[
     torch.testing.assert_close(slim, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_differing_widths_save_a_checkpoint_of_ours(folder: str, out: Path) -> None:
     """With weights on disk the plan is the same; an earlier checkpoint is replaced."""
     options = (*L2, "--kinds", "mlp", "--ratio", "0.05", "--protect", 1, 1)
@@ -89,6 +90,7 @@ def test_differing_widths_save_a_checkpoint_of_ours(folder: str, out: Path) -> N
     assert (out / "plan.json").read_text() == text and [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_widths_that_the_config_refuses_save_a_checkpoint_of_ours(folder: str, out: Path) -> None:
     """A config may validate itself as it is saved."""
     code, output = shown("prune", folder, "--out", out, *L2, "--kinds", "channel")

@@ -45,6 +45,7 @@ def test_a_slim_model_comes_back_trained_with_its_plan(models: Path, rows: Path,
     assert code == 0 and "note: resumed at step 2" in output, line
 
 
+@pytest.mark.slow
 def test_a_dense_model_stays_a_stock_checkpoint(models: Path, rows: Path, tmp_path: Path) -> None:
     code, _, line = run("recover", models / "dense", "--data", rows, "--out", tmp_path / "out", *FAST, "--rank", 2)
     assert code == 0, line
@@ -57,6 +58,7 @@ def test_a_dense_model_stays_a_stock_checkpoint(models: Path, rows: Path, tmp_pa
     assert tuned.shape == dense.shape and not torch.equal(tuned, dense)
 
 
+@pytest.mark.slow
 def test_training_has_the_dtype_and_the_device_asked_for(
     models: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.cli.running import run
 
 L2 = ("--recipe", "llm-pruner", "--importance", "l2", "--protect", "0,0")
 
 
+@pytest.mark.slow
 def test_a_sweep_sets_size_against_quality(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     more = (*L2, "--ratio", "0.1,0.3", "--out", out, "--keep", "none")

@@ -14,6 +14,7 @@ import fxprune
 from fxprune.discovery.norms import find_norms
 from fxprune.errors import UnknownNameError
 from tests.oracle import Net, axes_of, check_removes_exactly, discover, groups_of
+from tests.tiers import tiers
 
 EPS = 0.1
 """Large, so that a norm that adds the wrong number shows."""
@@ -87,14 +88,14 @@ def weight(size: int) -> nn.Parameter:
 INPUTS = {"x": torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1))}
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", tiers(KEPT, *list(KEPT)[::3]))
 def test_removing_equals_zeroing_in_the_module(name: str) -> None:
     """Whatever number of units goes, the slim graph computes what the module does with them zeroed."""
     check_removes_exactly(net(KEPT[name]), INPUTS, [12], norm="masked")
     assert [g.size for g in groups_of(discover(net(KEPT[name]), INPUTS)) if g.renormalised] == [12], "as it was"
 
 
-@pytest.mark.parametrize("name", RENORMALISED)
+@pytest.mark.parametrize("name", tiers(RENORMALISED, *list(RENORMALISED)[::3]))
 def test_other_norms_stay_renormalised(name: str) -> None:
     norm, reason = RENORMALISED[name]
     dense = discover(net(norm), INPUTS, norm="masked")

@@ -96,6 +96,7 @@ def test_a_text_of_the_user_is_measured_where_it_was_not_used(dense: torch.nn.Mo
         fxprune.prune(dense, tokenizer=TOKENIZER, eval_text=tmp_path)
 
 
+@pytest.mark.slow
 def test_samples_that_stop_training_count_as_used(dense: torch.nn.Module) -> None:
     """Tuning stops by windows of the text that is measured on."""
     recipe = "calibrate{tokens=64, samples=4}, find-groups, l2, select-by-ratio{protect=[]}, record-teacher, "
@@ -142,6 +143,7 @@ def test_a_model_without_answers_has_figures(dense: torch.nn.Module, result: fxp
     assert found.answers == () and found.texts[0].windows == 2
 
 
+@pytest.mark.slow
 def test_a_far_result_says_what_brings_it_closer() -> None:
     values: dict[str, Any] = {"windows": 2, "window": 8, "tokens": 14, "perplexity": ((10.0, 1.0), (30.0, 2.0))}
     values |= {"bits_per_byte": ((1.0, 0.1), (1.6, 0.1)), "divergence": (1.1, 0.1), "agreement": (0.4, 0.1)}

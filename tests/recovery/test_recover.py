@@ -163,6 +163,7 @@ def test_models_and_tokenizers_that_cannot_be_trained_are_refused(pruned: fxprun
         fxprune.recover(tiny("llama", num_hidden_layers=1, vocab_size=50), SUMS, TOKENIZER, settings=QUICK)
 
 
+@pytest.mark.slow
 def test_a_model_in_fp16_with_its_plan_is_trained_in_another_dtype(pruned: fxprune.Result, recovered: Recovery) -> None:
     half = copy.deepcopy(pruned.model).half()
     recovery = fxprune.recover(half, SUMS, TOKENIZER, settings=QUICK, plan=pruned.plan, epochs=0.4)
@@ -189,6 +190,7 @@ def test_loss_mixes_both_over_the_counted_tokens(dense: PreTrainedModel, pruned:
     assert losses_of(parts) == pytest.approx(losses_of(recovery), rel=1e-4), "accumulated over four parts"
 
 
+@pytest.mark.slow
 def test_a_teacher_in_lower_precision_draws_the_student_to_it(dense: PreTrainedModel, pruned: fxprune.Result) -> None:
     half = copy.deepcopy(dense).bfloat16()
     before = {name: value.clone() for name, value in half.state_dict().items()}

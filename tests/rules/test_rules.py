@@ -12,6 +12,7 @@ from torch import nn
 import fxprune
 from fxprune.discovery.explain import explain, frozen_axes
 from tests.oracle import Net, axes_of, check_removes_exactly, discover, graph_of, shape_of
+from tests.tiers import tiers
 
 Middle = Callable[[torch.Tensor], torch.Tensor]
 
@@ -96,13 +97,13 @@ VALUES: dict[str, tuple[Middle, int, list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", tiers(SHAPES, *list(SHAPES)[::3]))
 def test_ops_that_move_axes(name: str) -> None:
     middle, width, groups = SHAPES[name]
     check_removes_exactly(*between(middle, width), groups)
 
 
-@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("name", tiers(VALUES, *list(VALUES)[::3]))
 def test_ops_that_change_values(name: str) -> None:
     middle, width, groups = VALUES[name]
     check_removes_exactly(*between(middle, width), groups)

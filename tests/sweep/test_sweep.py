@@ -63,6 +63,7 @@ def sweep(out: Path, **options: Any) -> Sweep:
     return fxprune.sweep(tiny("llama"), SAMPLES, out=out, **{**OPTIONS, **options})
 
 
+@pytest.mark.slow
 def test_each_model_is_that_of_a_prune_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, though what is found out about the dense model is found out once."""
     model = tiny("llama")
@@ -114,6 +115,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
             fxprune.sweep(tiny("llama"), other, out=tmp_path / "out", recipe=FIT, ratio=0.1, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_findings_of_other_weights_or_samples_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """A criterion runs again on a graph whose weights were fitted in between, though its facts are the same."""
     counted = Counted(monkeypatch)

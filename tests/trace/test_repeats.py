@@ -176,7 +176,7 @@ ALIKE: dict[str, tuple[Callable[..., Any], Callable[[Any, torch.Tensor], Any]]] 
 }
 
 
-@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.parametrize("name", tiers(ALIKE, *list(ALIKE)[::3]))
 def test_blocks_that_are_alike_are_copied(name: str) -> None:
     assert copied_stack(*ALIKE[name]) >= DEPTH - 3
 
@@ -214,7 +214,7 @@ def _nested(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
     return inner(x)
 
 
-@pytest.mark.parametrize("name", UNLIKE)
+@pytest.mark.parametrize("name", tiers(UNLIKE, *list(UNLIKE)[::3]))
 def test_blocks_that_are_not_alike_are_exported_by_themselves(name: str) -> None:
     assert copied_stack(*UNLIKE[name]) == 0
 

@@ -24,6 +24,7 @@ from fxprune.removal.removal import Removal
 from fxprune.removal.scores import REDUCTIONS, Scores
 from tests.models import tiny, token_ids
 from tests.oracle import discover, groups_of
+from tests.tiers import tiers
 
 Array = np.ndarray
 Slices = list[tuple[str, int, list[list[int]]]]
@@ -160,7 +161,7 @@ def test_labels_that_do_not_count_change_the_loss() -> None:
     np.testing.assert_allclose(short, expected(model, ids[None, :5], "mix", members, "sum"), rtol=1e-4)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", tiers(ORDERS, "vector", "mix"))
 def test_parts_give_the_scores_of_the_whole(case: Case, order: str) -> None:
     _, dense, slices = case
     steps: list[int] = []
@@ -194,8 +195,8 @@ class Cut(nn.Module):
         return self.head(x + self.down(y).relu())  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("order", ["first", "mix"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "cut"])
+@pytest.mark.parametrize("order", tiers(["first", "mix"], "mix"))
+@pytest.mark.parametrize("name", tiers(["llama", "gpt2", "cut"], "gpt2", "cut"))
 def test_scores_from_activations_are_those_from_gradients(
     name: str, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ from fxprune.pipeline.arguments import MEMORY
 from fxprune.pipeline.contract import tracking
 from fxprune.removal.removal import Removed
 from tests.forked import in_processes
+from tests.tiers import tiers
 from tests.tokens import character_tokenizer
 
 IDS = torch.randint(20, (12, 9), generator=torch.Generator().manual_seed(0))
@@ -235,7 +236,7 @@ def scaled(slim: fx.GraphModule) -> float:
     return heldout(TunePass(epochs=20, rate=0.02, patience=8)(slim).graph_module, slim)
 
 
-@pytest.mark.parametrize("settings", [{"rate": 0.02, "rank": 2}, {"rate": 0.05, "weights": True}])
+@pytest.mark.parametrize("settings", tiers([{"rate": 0.02, "rank": 2}, {"rate": 0.05, "weights": True}]))
 def test_updates_and_weights_learn_more_than_scales(
     slim: fx.GraphModule, scaled: float, settings: dict[str, Any]
 ) -> None:
@@ -262,6 +263,7 @@ def test_weights_are_learned_themselves(slim: fx.GraphModule, everywhere: bool) 
     assert learned.rates(slim) == pytest.approx([0.2 * size for size in sizes])
 
 
+@pytest.mark.slow
 def test_steps_in_bfloat16_learn_as_well(slim: fx.GraphModule) -> None:
     settings: dict[str, Any] = {"epochs": 20, "rate": 0.02, "patience": 8, "weights": True}
     narrow = TunePass(**settings, precision="bf16")(slim).graph_module
@@ -282,7 +284,7 @@ class Stopped(KeyboardInterrupt):
     """Raised in the middle of a run, as by Ctrl-C."""
 
 
-@pytest.mark.parametrize("weighty", [False, True])
+@pytest.mark.parametrize("weighty", tiers([False, True], False))
 def test_it_resumes_where_it_stopped(slim: fx.GraphModule, tmp_path: Path, weighty: bool) -> None:
     seen: list[int] = []
     settings: dict[str, Any] = {"epochs": 8, "measurements": 4, "patience": 9, "weights": weighty}
@@ -323,6 +325,7 @@ def test_progress_of_another_teacher_or_other_weights_is_not_resumed(slim: fx.Gr
     assert steps == [6, 0, 6, 6]
 
 
+@pytest.mark.slow
 def test_a_run_that_patience_ended_does_not_resume(slim: fx.GraphModule, tmp_path: Path) -> None:
     """A second run with the same folder went on behind the end, to other weights."""
     steps: list[int] = []
