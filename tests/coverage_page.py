@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tests.zoo import NO_ATTENTION
+from tests.zoo_classes import auto_classes
 
 Row = Mapping[str, Any]
 
@@ -18,8 +19,8 @@ _FINE = ("exact", "inert", "nothing can go")
 _ENDED = ("build", "run", "export")
 
 
-def page(data: Mapping[str, Any]) -> str:
-    """The page as Markdown: counts, one line a type, and the types that did not come so far."""
+def page(data: Mapping[str, Any], others: Mapping[str, Any]) -> str:
+    """The page as Markdown: counts, one line a type, and the types that did not come so far; then the ``others``."""
     rows: list[Row] = data["rows"]
     traced = [row for row in rows if row["stage"] not in _ENDED]
     parts = [
@@ -38,7 +39,7 @@ def page(data: Mapping[str, Any]) -> str:
     short = [row for row in traced if not is_complete(row)]
     parts += [_SHORT, _rows(("type", "kind", "why it does not go exactly"), [r for row in short for r in _why(row)])]
     parts += [_GAPS, _gaps(traced)]
-    return "\n".join(parts)
+    return "\n".join([*parts, *_classes(others["rows"])])
 
 
 _HEAD = """# Coverage
@@ -51,9 +52,7 @@ graph computes is compared with the dense graph in which the same units are zero
 that no longer have a unit to lose at these sizes are left out. Norms are as all recipes but the paper's have them,
 masked where that is possible; counts of what is exact have these in.
 
-Any other class is tried the same way: build it small from a config, and pass `fxprune.prune` the model with the inputs
-of its forward as `example_inputs`, at a ratio of 0.1. It verifies what it removes, and the report names what it leaves
-whole and why. [Other models](other_models.md) shows an image classifier and an encoder.
+[Other classes](#other-classes) are encoders, encoder-decoders, and models for images and sound.
 """
 
 _FAILING = """## Types that cannot be built, run or exported
@@ -73,6 +72,69 @@ _GAPS = """## Why parameter axes are frozen
 
 Number of types, besides vocabularies, positions and outputs, which are frozen in all of them.
 """
+
+
+_OTHERS = """## Other classes
+
+Types of the other Auto classes are tried on inputs of their own, by `make coverage ARGS="--classes"`, or
+`ARGS="--classes AutoModelForMaskedLM"` for one class. All outputs are compared. *Both*: there is a slim model of the
+type's own class, in which every MLP and every attention that goes exactly lost a unit; *whole*: of these types, those
+where some groups cannot be expressed by the class and stay whole. *One*: those, and types where only MLPs or only heads
+lost units. *Loaded*: by the Auto class, with `trust_remote_code=True`, computing the same. *Own inputs*: without
+`example_inputs`. A class with fewer types tried than it has was not tried in full.
+"""
+
+_OTHERS_SHORT = """### By type, where something is missing
+"""
+
+
+def _classes(rows: Sequence[Row]) -> Iterator[str]:
+    """The part of the page about other classes: one line a class, and one a type that is short of something."""
+    by_class: dict[str, list[Row]] = {}
+    for row in rows:
+        by_class.setdefault(row["type"].partition("/")[0], []).append(row)
+    heading = ("class", "tried", "run", "traced", "MLP", "heads", "both", "whole", "one", "loaded", "own inputs")
+    yield _OTHERS
+    known = {name: len(types) for name, types in auto_classes().items()}
+    lines = [_counts(f"`{name}`", found, known.get(name, 0)) for name, found in by_class.items()]
+    yield _rows(heading, [*lines, _counts("**all**", rows, sum(known.values()))])
+    yield _OTHERS_SHORT
+    short = [(f"`{row['type'].removeprefix('AutoModelFor')}`", _shortage(row)) for row in rows]
+    yield _rows(("type", "what is missing"), [(name, _cell(text, 240)) for name, text in short if text])
+
+
+def _counts(name: str, rows: Sequence[Row], of: int) -> tuple[str, ...]:
+    reached = [row for row in rows if row["stage"] not in _ENDED]
+    kinds = {kind: [row for row in reached if any(g["kind"] == kind for g in row["groups"])] for kind in KINDS[:2]}
+    both = [row for row in reached if _verdict(row, "emitted") == "yes"]
+    one = [row for row in reached if "yes" in row["emitted"].values()]
+    numbers = [
+        f"{len(rows)} of {of}",
+        sum(row["stage"] not in _ENDED[:2] for row in rows),
+        len(reached),
+        *(f"{sum(has_exact(row, kind) for row in held)}/{len(held)}" for kind, held in kinds.items()),
+        len(both),
+        sum(bool(row["whole"]) for row in both),
+        len(one),
+        sum(_verdict(row, "reloaded") == "yes" for row in one),
+        sum("made" in row["inputs"] for row in reached),
+    ]
+    return (name, *map(str, numbers))
+
+
+def _shortage(row: Row) -> str:
+    """What a type is short of, with the first reason; empty if nothing is missing."""
+    if row["error"]:
+        return f"{row['stage']}: {row['error']}"
+    wrong = [f"{g['name']} {g['removal']}" for g in row["groups"] if g["removal"] not in _FINE]
+    if wrong:
+        return wrong[0]
+    troubles = [f"{plan}: {text}" for plan, text in row["emitted"].items() if text != "yes"]
+    troubles += [f"not loaded: {text}" for text in row["reloaded"].values() if text != "yes"]
+    if troubles:
+        return troubles[0]
+    name = next(iter(row["whole"]), "")
+    return f"{len(row['whole'])} groups whole, such as {name}: {row['whole'][name]}" if name else ""
 
 
 def has_exact(row: Row, kind: str) -> bool:

@@ -20,6 +20,7 @@ import fxprune
 from fxprune.axes import Keep
 from fxprune.discovery.explain import exactness, frozen_axes
 from fxprune.discovery.groups import Group
+from fxprune.emit import inexpressible
 from fxprune.graph.facts import Source, facts_of, fork
 from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
 from fxprune.masking.masked_run import output_tensors
@@ -58,6 +59,7 @@ class Coverage:
         reloaded: by plan, ``yes`` or what went wrong on the way to disk and back: by ``fxprune.from_pretrained``, or
             by the Auto class.
         generated: by plan, ``yes`` or what went wrong when the reloaded model generated.
+        whole: groups that the class cannot express with fewer units, with the reason.
         inputs: the inputs that it was traced with, and ``made`` if those that are made without any given do as well.
         notes: what tracing had to give up.
     """
@@ -73,6 +75,7 @@ class Coverage:
     emitted: dict[str, str] = field(default_factory=dict)
     reloaded: dict[str, str] = field(default_factory=dict)
     generated: dict[str, str] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
     inputs: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -225,13 +228,22 @@ def _emit(found: Coverage, traced: Traced) -> None:
     """A slim model of the class without a neuron of each MLP and a head of each attention; one kind where not both."""
     good = {row["name"] for row in found.groups if row["removal"] == EXACT and not row["renormalised"]}
     groups = [group for group in groups_of(traced.graph_module) if group.name in good]
+    auto_class = found.type.rpartition("/")[0]
     kinds = [kind for kind in EMITTED_KINDS if any(group.kind == kind for group in groups)]
     plans = [tuple(kinds)] if kinds else []
     for plan in plans:
         label = "+".join(plan)
-        result, found.emitted[label] = emission(traced, [group for group in groups if group.kind in plan])
+        chosen = [group for group in groups if group.kind in plan]
+        if auto_class:
+            whole = inexpressible(traced.graph_module, decide(traced.graph_module, random_keep(chosen)))
+            found.whole |= {name: reason[:200] for name, reason in whole.items()}
+            chosen = [group for group in chosen if group.name not in whole]
+        if {group.kind for group in chosen} != set(plan):
+            found.emitted[label] = "all of a kind are left whole"
+            plans.extend((kind,) for kind in plan if len(plan) > 1)
+            continue
+        result, found.emitted[label] = emission(traced, chosen)
         if result is not None:
-            auto_class = found.type.rpartition("/")[0]
             used = reload_by(getattr(transformers, auto_class), result, traced) if auto_class else use(result, traced)
             found.reloaded[label], found.generated[label] = used
         elif len(plan) > 1:

@@ -284,7 +284,7 @@ def _sizes(default: PreTrainedConfig | None, names: list[str], sizes: Sizes) -> 
 def _layers(default: PreTrainedConfig | None, names: list[str], sizes: Sizes) -> dict[str, Any]:
     """The number of layers, and the fields with one entry a layer: each distinct entry once or more."""
     depth = next((getattr(default, name) for name in _DEPTHS if isinstance(getattr(default, name, None), int)), None)
-    if depth is None:
+    if depth is None or (sizes.lists is not None and "depths" in names):  # stages, each with a depth of its own
         return {}
     kinds: dict[str, list[Any]] = {}
     for name in names:

@@ -33,8 +33,8 @@ _MORE: dict[Any, str] = {
     12: "max_source_positions codevector_dim proj_codevector_dim classifier_proj_size num_buckets",
     16: "num_mel_bins embed_dim hidden_dim decoder_hidden_size fusion_hidden_size head_hidden_size "
     "reassemble_hidden_size bottleneck_features bin_embedding_dim auxiliary_channels feature_size "
-    "mask_feature_size aspp_out_channels encoder_hidden_dim stem_out_channels subsampling_conv_channels output_channels decoder_dim "
-    "reduce_dim xvector_output_dim num_pos_feats",
+    "mask_feature_size aspp_out_channels encoder_hidden_dim stem_out_channels subsampling_conv_channels "
+    "output_channels decoder_dim reduce_dim xvector_output_dim num_pos_feats",
     48: "out_hidden_size d_model hidden_size projection_dim pred_hidden_size backbone_hidden_size",
     88: "d_ff encoder_feedforward_dim dim_feedforward mlp_dim decoder_intermediate_size intermediate_size "
     "prompt_mid_dim",
@@ -61,7 +61,7 @@ _LISTS: dict[str, tuple[int, ...]] = {
 _DEMANDS: dict[str, dict[str, Any]] = {
     "beit": {"patch_size": 8, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
     "data2vec-vision": {"patch_size": 8, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
-    "cvt": {"embed_dim": [16, 24, 32], "num_heads": [2, 2, 4]},
+    "cvt": {"embed_dim": [16, 24, 32], "num_heads": [2, 2, 4], "depth": [1, 1, 1]},
     "convbert": {"num_attention_heads": 6, "head_ratio": 2},
     "dinat": {"embed_dim": 16},
     "efficientnet": {

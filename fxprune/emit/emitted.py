@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import takewhile
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
-from fxprune.axes import kept_size
+from fxprune.axes import Keep, kept_size
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group
 from fxprune.emit.emitter import Emission, emit
@@ -28,6 +28,7 @@ from fxprune.graph.facts import Blocks, Constants, Fact, Source, facts_of, withi
 from fxprune.graph.tensors import as_parameter, copy_tensor, has_meta_weights, names_by_identity, weights
 from fxprune.masking.compare import ROUGH, TOLERANCE, compare
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, output_tensors
+from fxprune.modelling.blocks import builder_of
 from fxprune.removal.plan import Plan, keep_of, kept_of_constants
 from fxprune.removal.removal import Removal, RescaledNumber, scaled_numbers
 from fxprune.trace.inputs import alias_twin, is_hugging_face, meta_twin, written_parameters
@@ -41,6 +42,7 @@ __all__ = [
     "SlimVerifier",
     "check_own_forward",
     "emit_from_graph",
+    "inexpressible",
     "outputs_agree",
     "stock_check",
 ]
@@ -58,23 +60,13 @@ def stock_check(graph_module: fx.GraphModule, axes: AxisMap, groups: tuple[Group
     source = facts_of(graph_module).get(Source)
     if source is None or not is_hugging_face(source.model):
         return lambda _: True
-    dense = source.model
-    empty = meta_twin(dense)
-    tensors = dict(empty.named_parameters(remove_duplicate=False)) | dict(empty.named_buffers(remove_duplicate=False))
-    names = names_by_identity(empty)
+    empty = meta_twin(source.model)
 
     def accepts(plan: Plan) -> bool:
-        slim: dict[str, torch.Tensor] = {}
-        for aliases in names.values():
-            dense_tensor = tensors[aliases[0]]
-            kept = next((plan.kept[name] for name in aliases if name in plan.kept), {})
-            shape = [len(kept[axis]) if axis in kept else size for axis, size in enumerate(dense_tensor.shape)]
-            tensor = as_parameter(torch.empty(shape, dtype=dense_tensor.dtype, device="meta"), dense_tensor)
-            slim.update((name, tensor) for name in aliases if not within(name, plan.removed_blocks))
-        epsilons = NormEpsilons()
-        if axes.norms:
-            numbers = scaled_numbers(axes, keep_of(axes, groups, plan))
-            epsilons = find_epsilons(graph_module.graph, dense, numbers)
+        keep = keep_of(axes, groups, plan)
+        numbers = scaled_numbers(axes, keep) if axes.norms else {}
+        epsilons = find_epsilons(graph_module.graph, source.model, numbers) if numbers else NormEpsilons()
+        slim = _without_storage(empty, plan)
         model = emit(empty, slim, plan.removed_blocks, epsilons=epsilons).model  # type: ignore[arg-type]
         try:
             return model is not None and describe_structure(model).is_stock
@@ -82,6 +74,61 @@ def stock_check(graph_module: fx.GraphModule, axes: AxisMap, groups: tuple[Group
             return False
 
     return accepts
+
+
+def _without_storage(empty: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
+    """The tensors that a plan leaves of a model on ``meta``, by all their names."""
+    tensors = dict(empty.named_parameters(remove_duplicate=False)) | dict(empty.named_buffers(remove_duplicate=False))
+    slim: dict[str, torch.Tensor] = {}
+    for aliases in names_by_identity(empty).values():
+        dense_tensor = tensors[aliases[0]]
+        kept = next((plan.kept[name] for name in aliases if name in plan.kept), {})
+        shape = [len(kept[axis]) if axis in kept else size for axis, size in enumerate(dense_tensor.shape)]
+        tensor = as_parameter(torch.empty(shape, dtype=dense_tensor.dtype, device="meta"), dense_tensor)
+        slim.update((name, tensor) for name in aliases if not within(name, plan.removed_blocks))
+    return slim
+
+
+def inexpressible(graph_module: fx.GraphModule, removal: Removal) -> dict[str, str]:
+    """The groups that shrink although the classes of a Hugging Face model cannot express it, each with a reason.
+
+    Those of blocks that are built from a config are not asked about: their classes can, as a rule. The others are tried
+    without storage; if they cannot shrink together, one of each kind and class of module is tried alone.
+    """
+    source = facts_of(graph_module).get(Source)
+    if source is None or not is_hugging_face(source.model):
+        return {}
+    model = source.model
+
+    def is_plain(group: Group) -> bool:
+        return group.block is not None and builder_of(model.get_submodule(group.block)) is not None
+
+    shrunk = [g for g in removal.groups if g.factor is not None and removal.keep.touches(g.factor) and not is_plain(g)]
+    if not shrunk or not _refusal(graph_module, source, removal, shrunk):
+        return {}
+    alike: dict[object, list[Group]] = {}
+    for group in shrunk:
+        axes = tuple((m.name.rpartition(".")[2], m.axis) for m in group.parameters)
+        scopes = [type(model.get_submodule(one.scope)) for one in _resized(source, replace(removal, groups=(group,)))]
+        alike.setdefault((group.kind, axes, *scopes), []).append(group)
+    found = {}
+    for same in alike.values():
+        reason = _refusal(graph_module, source, removal, same[:1])
+        found.update({group.name: reason for group in same} if reason else {})
+    return found
+
+
+def _refusal(graph_module: fx.GraphModule, source: Source, removal: Removal, groups: Sequence[Group]) -> str:
+    """Why no model can be emitted if ``groups`` alone shrink; empty if one can."""
+    units = {g.factor: removal.keep.units[g.factor] for g in groups if g.factor is not None}
+    outer = {factor: around for factor, around in removal.keep.outer.items() if factor in units}
+    part = replace(removal, keep=Keep(units, outer), removed_blocks=())
+    empty: Any = meta_twin(source.model)
+    kept, resized = _kept_units(graph_module, part), _resized(source, part)
+    slim = _without_storage(empty, part.plan)
+    with defer_gc(), quiet():
+        emission = emit(empty, slim, kept_units=kept, inputs=source.example_inputs, resized=resized)
+    return "" if emission.model is not None else emission.reasons[0]
 
 
 @dataclass

@@ -110,10 +110,11 @@ def _by_constructor(module: nn.Module, have: Mapping[str, Shape], wanted: Mappin
     built = None if arguments is None else _construct(module, arguments)
     if arguments is None or built is None or _own_shapes(built).keys() != have.keys():
         return {}
-    equal = _by_equal_sizes(module, have, wanted)
-    starts = [arguments, {**arguments, **{name: value for name, value in equal.items() if name in arguments}}]
+    equal = {name: value for name, value in _by_equal_sizes(module, have, wanted).items() if name in arguments}
+    starts = [arguments, {**arguments, **equal}]
     counts = {name: value for name, value in arguments.items() if type(value) is int and value <= _MOST_COUNTED}
-    starts += [{**arguments, name: n} for name, value in counts.items() for n in range(value - 1, 0, -1)]
+    fewer = [{name: n} for name, value in counts.items() if name not in equal for n in range(value - 1, 0, -1)]
+    starts += [{**start, **one} for start in reversed(starts) for one in fewer]
     first = None
     for start in starts:
         moved = dict(start)
@@ -194,7 +195,7 @@ def _with_item(value: Number, position: int, item: int) -> Number:
 
 
 def _by_equal_sizes(module: nn.Module, have: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> dict[str, Number]:
-    """Return the new value of attributes that equal a size which changes wherever it occurs; tuples as whole shapes."""
+    """Return the new value of attributes that equal a size which changes wherever it occurs."""
     renamed: dict[int, set[int]] = {}
     for name, shape in wanted.items():
         for old, new in zip(have.get(name, ()), shape, strict=False):
@@ -204,8 +205,8 @@ def _by_equal_sizes(module: nn.Module, have: Mapping[str, Shape], wanted: Mappin
     for name, value in vars(module).items():
         if name.startswith("_") or not is_number(value):
             continue
-        if isinstance(value, tuple) and value not in have.values():
-            continue
+        if isinstance(value, tuple) and sum(item in moved for item in value) > 1:
+            continue  # the sides of a window, not a shape
         items = [moved.get(item, item) for _, item in _items(value)]
         new_value = tuple(items) if isinstance(value, tuple) else items[0]
         if new_value != value:

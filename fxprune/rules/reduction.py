@@ -142,11 +142,19 @@ def _keep_others(op: OpSite, x: TensorAxes, dims: tuple[int, ...]) -> None:
             op.tie(x, i, out, i if out.rank == x.rank else j)
 
 
-rule(
-    *("batch_norm", "_native_batch_norm_legit_no_training"),
-    notation="input[n, c, *s], weight[c]?, bias[c]?, running_mean[c]?, running_var[c]? -> out[n, c, *s]"
-    "  c zero with weight, bias",
-)  # statistics per channel are kept in buffers while evaluating: channels are independent
+@rule("batch_norm", "_native_batch_norm_legit_no_training")
+def batch_norm(op: OpSite) -> None:
+    """Statistics per channel (axis 1), from buffers while evaluating: channels are independent.
+
+    Without buffers they are those of ``x`` over all other axes, as where convolutions standardise their weights.
+    """
+    x = op.need("input")
+    from_input = bool(op.arg("training", False)) or op.tensor("running_mean") is None
+    for i in range(x.rank):
+        op.tie(x, i, op.outs[0], i)
+    _tie_channel_parameters(op, x, from_input)
+    for i in (0, *range(2, x.rank)) if from_input else ():
+        op.take_statistic(x, i)
 
 
 @rule("layer_norm", "rms_norm", "_fused_rms_norm")

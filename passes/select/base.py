@@ -23,7 +23,7 @@ from fxprune.data.calibration import Calibration
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.explain import unruled
 from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds, bare_kind
-from fxprune.emit import stock_check
+from fxprune.emit import inexpressible, stock_check
 from fxprune.errors import ArgumentError, FxpruneError, PassError, RatioError
 from fxprune.evaluation.speed import read_widths
 from fxprune.graph.facts import Change, Fact, Runnable, Source, add_note, facts_of
@@ -383,11 +383,20 @@ class SelectPass(Pass):
                     where=f"pass {self.name}",
                     remedy=f"Score it: run an importance pass with kinds=[{', '.join(self.kinds)}]",
                 )
+        measured = self.compares_rankings and Calibration in facts and Runnable in facts
+        accepts, whole = self._accepts(graph_module), dict[str, str]()
         with _unruled_ops_named(graph_module):
-            selection = self._selection(graph_module, scores, self._accepts(graph_module))
-            measured = self.compares_rankings and Calibration in facts and Runnable in facts
-            removal = _of_first(self._by_measurement(selection) if measured else self.decide(selection))
+            while True:
+                left = Scores({name: units for name, units in scores.units.items() if name not in whole}, scores.source)
+                selection = self._selection(graph_module, left if whole else scores, accepts)
+                removal = _of_first(self._by_measurement(selection) if measured else self.decide(selection))
+                refused = {} if self.uniform else inexpressible(graph_module, removal)
+                if not refused:
+                    break
+                whole |= refused
             facts.put(replace(removal, reached=self.reached(selection, removal)))
+        for line in _left_whole(whole):
+            add_note(graph_module, line)
         return PassResult(graph_module, False)
 
     def cost(self, samples: int) -> PassCost:
@@ -484,6 +493,16 @@ def _of_first(removal: Removal) -> Removal:
         return removal
     keep = keep_of(removal.axes, removal.groups, plan)
     return replace(removal, keep=keep, removed_blocks=plan.removed_blocks)
+
+
+def _left_whole(reasons: Mapping[str, str]) -> Iterator[str]:
+    """Yield notes about the groups that stay whole since the classes of the model cannot express fewer units."""
+    by_kind: dict[str, list[str]] = {}
+    for name in reasons:
+        by_kind.setdefault(name.rpartition("/")[2].partition(".")[0], []).append(name)
+    for kind, names in by_kind.items():
+        more = f" and {len(names) - 1} more groups" if len(names) > 1 else ""
+        yield f"{names[0]}{more} of kind {kind} left whole: the model's class cannot express it: {reasons[names[0]]}"
 
 
 @contextmanager

@@ -12,8 +12,10 @@ import fxprune
 from fxprune.axes import Factor, Freeze, new_factor
 from fxprune.discovery.dependency import find_bypasses, resolve_experts
 from fxprune.rules.statements import AtLeast, Competition, Role, Statements
+from tests.oracle import Net, check_removes_exactly, discover, groups_of
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+rand = torch.rand
 
 
 class Block(nn.Module):
@@ -91,3 +93,24 @@ def test_as_many_units_stay_as_are_picked() -> None:
     stated.at_least.append(AtLeast(factor, 6))
     resolve_experts(stated)
     assert "all 6 units are needed" in stated.solver.frozen_factors()[factor].reason
+
+
+def test_the_axes_of_data_that_no_parameter_produces_are_no_units() -> None:
+    """Swin v2 lost one of two coordinates, exactly; a table that weights give units to loses its own with them."""
+    coordinates = Net(lambda m, x: x * m.b(m.a(m.at).relu()).T, a=nn.Linear(2, 12), b=nn.Linear(12, 3), at=rand(5, 2))
+    check_removes_exactly(coordinates, {"x": rand(3, 5)}, [12])
+    scaled = Net(lambda m, x: m.b(m.a(x) * m.by), a=nn.Linear(5, 8), b=nn.Linear(8, 3), by=rand(8))
+    check_removes_exactly(scaled, {"x": rand(2, 5)}, [8])
+
+
+def test_standardised_weights_are_under_a_statistic() -> None:
+    """BiT's convolutions normalise their weights by a batch norm of them: removal was taken for exact."""
+
+    def body(m: Net, x: torch.Tensor) -> torch.Tensor:
+        weight = m.b.weight
+        flat = nn.functional.batch_norm(weight.reshape(1, 5, -1), None, None, training=True)
+        return nn.functional.conv2d(m.a(x).relu(), flat.reshape_as(weight))
+
+    net = Net(body, a=nn.Conv2d(3, 6, 1), b=nn.Conv2d(6, 5, 2, bias=False))
+    found = {group.size: bool(group.renormalised) for group in groups_of(discover(net, {"x": rand(2, 3, 4, 4)}))}
+    assert found == {6: True}

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import nn
 
-from fxprune.emit.patch import carry_over, leaf_patches, scope_patches
+from fxprune.emit.patch import Resized, carry_over, leaf_patches, patches_by_hand, scope_patches
 from fxprune.emit.snapshot import take_snapshot
 from tests.emit.small import small
 
@@ -44,6 +44,49 @@ def test_sizes_are_found_by_value_and_where_the_constructor_takes_the_tensor_awa
                 self.weight = nn.Parameter(torch.zeros(width))
 
     assert leaf_patches(Fickle(6), {"weight": (5,)}) == {"": {"width": 5}}
+
+
+def test_groups_of_a_convolution_are_found_by_the_shape_of_its_weight() -> None:
+    """A constructor refuses one width that changes alone; RegNet's blocks lose whole groups and channels of each."""
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, groups=4), nn.Conv2d(12, 12, 3, groups=12), nn.Conv2d(8, 8, 1, groups=2))
+    wanted = {"0.weight": (21, 7, 3, 3), "1.weight": (11, 1, 3, 3), "2.weight": (6, 3, 1, 1)}
+    found = leaf_patches(model, {**wanted, "0.bias": (21,), "1.bias": (11,), "2.bias": (6,)})
+    assert found["0"] == {"in_channels": 21, "out_channels": 21, "groups": 3}
+    assert found["1"] == {"in_channels": 11, "out_channels": 11, "groups": 11}
+    assert found["2"] == {"in_channels": 6, "out_channels": 6}
+
+
+def test_the_sides_of_a_window_are_no_units() -> None:
+    """Swin's table of biases by head lay in a module with a window of as many sides as there were heads."""
+
+    class Biases(nn.Module):
+        """By place and by head."""
+
+        def __init__(self, config: object) -> None:
+            super().__init__()
+            self.window, self.heads = (2, 2), 2
+            self.table = nn.Parameter(torch.zeros(9, 2))
+
+    assert leaf_patches(Biases(None), {"table": (9, 1)}) == {"": {"heads": 1}}
+
+
+def test_attributes_are_found_by_the_numbers_that_change() -> None:
+    """At first all that hold one within its scope, then all but one of a name."""
+
+    class Attention(nn.Module):
+        """Heads whose numbers its own code reads."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads, self.width, self.hidden, self.flag = 4, 12, 12, True
+            self.query, self.out = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    model = nn.ModuleDict({"left": Attention(), "right": Attention()})
+    wanted = {"left.query.weight": (9, 12), "left.query.bias": (9,), "left.out.weight": (12, 9), "left.out.bias": (12,)}
+    first, second, *_ = patches_by_hand(model, wanted, [Resized("left", {4: 3, 12: 9})])
+    inside = {"left.query": {"out_features": 9}, "left.out": {"in_features": 9}}
+    assert first == {"left": {"heads": 3, "width": 9, "hidden": 9}, **inside}
+    assert second == {"left": {"width": 9, "hidden": 9}, **inside}
 
 
 def test_attributes_move_within_the_module_that_changes() -> None:

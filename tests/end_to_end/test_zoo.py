@@ -24,6 +24,7 @@ from tests.coverage_types import Coverage, emission, examine, told, use
 from tests.oracle import groups_of
 from tests.tiers import SLOW, tiers
 from tests.zoo import NO_ATTENTION, VOCABULARY, forward, tiny_config, tiny_model, token_ids, types
+from tests.zoo_classes import auto_classes
 
 DIVERSE = {
     "biogpt": {"mlp", "head", "head_dim", "layer"},
@@ -183,7 +184,7 @@ def test_the_page_counts_what_goes_exactly_and_names_what_failed() -> None:
     assert not has_exact(_row("llama", ("mlp", False, "inert")), "mlp")
     absent = _row("absent", stage="build", error="ImportError: needs a library")
     ran = {"torch": "2", "transformers": "5", "python": "3.11"}
-    text = page({"environment": ran, "rows": [good, kept, normed, broken, absent]})
+    text = page({"environment": ran, "rows": [good, kept, normed, broken, absent]}, {"rows": []})
     assert "| **`mlp` and, where there is attention, `head` exact** | 2 |" in text
     assert "| `olmo2` | 0 | mlp 1 | head 1 | channel 1 |" in text and "masked where that is possible" in text
     assert "| `absent` | build | ImportError: needs a library |" in text
@@ -191,7 +192,33 @@ def test_the_page_counts_what_goes_exactly_and_names_what_failed() -> None:
     assert "| no rule for aten.x | 1 | `broken` |" in text
 
 
+def test_the_page_counts_other_classes_and_names_what_is_missing() -> None:
+    exact = [("mlp", False, "exact"), ("head", False, "exact")]
+    done = {"emitted": {"mlp+head": "yes"}, "reloaded": {"mlp+head": "yes"}, "inputs": ["pixel_values", "made"]}
+    good = _row("AutoModelForDepthEstimation/a", *exact, **done)
+    part = _row(
+        "AutoModelForDepthEstimation/b", *exact, **done | {"whole": {"x/mlp": "no"}, "inputs": ["pixel_values"]}
+    )
+    less = {"emitted": {"mlp+head": "wanted (5,)", "mlp": "yes"}, "reloaded": {"mlp": "differs by 1.0e-01"}}
+    one = _row("AutoModelForDepthEstimation/c", *exact, **less)
+    ran = {"torch": "2", "transformers": "5", "python": "3.11"}
+    text = page({"environment": ran, "rows": []}, {"rows": [good, part, one]})
+    types = len(auto_classes()["AutoModelForDepthEstimation"])
+    assert f"| `AutoModelForDepthEstimation` | 3 of {types} | 3 | 3 | 3/3 | 3/3 | 2 | 1 | 3 | 2 | 1 |" in text
+    assert "| `DepthEstimation/b` | 1 groups whole, such as x/mlp: no |" in text and "DepthEstimation/a" not in text
+    assert "| `DepthEstimation/c` | mlp+head: wanted (5,) |" in text
+
+
+@pytest.mark.parametrize("name", tiers(["AutoModelForSeq2SeqLM/t5", "AutoModelForImageClassification/swinv2"]))
+def test_a_type_of_another_class_is_emitted_and_loaded_by_it(name: str) -> None:
+    """A decoder's blocks were built as an encoder's; a vision model's blocks are in stages that no config builds."""
+    found = examine(name)
+    assert (found.stage, found.error, found.whole) == ("done", "", {})
+    assert found.emitted == found.reloaded == {"mlp+head": "yes"}
+
+
 def test_the_page_is_the_one_made_from_the_data() -> None:
     root = Path(__file__).parents[2]
-    data = root / "benchmarks" / "results" / "coverage.json"
-    assert (root / "docs" / "coverage.md").read_text(encoding="utf-8") == page(json.loads(data.read_text()))
+    files = (root / "benchmarks" / "results" / f"{name}.json" for name in ("coverage", "coverage_classes"))
+    data, others = (json.loads(file.read_text()) for file in files)
+    assert (root / "docs" / "coverage.md").read_text(encoding="utf-8") == page(data, others)

@@ -108,6 +108,29 @@ def test_a_flag_or_a_word_that_a_class_asks_for_is_what_its_block_holds() -> Non
     assert again is not None and vars(again(config(), 3))["causal"] is False
 
 
+def test_a_flag_with_a_default_is_read_off_the_modules_inside() -> None:
+    """T5's first block has relative positions, which its attention holds; its index is the third argument."""
+
+    class Inner(nn.Module):
+        """Holds the flag."""
+
+        def __init__(self, relative: bool) -> None:
+            super().__init__()
+            self.relative = relative
+
+    class Outer(nn.Module):
+        """Passes the flag on."""
+
+        def __init__(self, config: Any, relative: bool = False, layer_idx: int | None = None) -> None:
+            super().__init__()
+            self.inner, self.other, self.layer_idx = Inner(relative), Inner(False), layer_idx
+
+    again = builder_of(Outer(None, True, 0))
+    assert again is not None
+    block: Any = again(config(), 2)
+    assert (block.inner.relative, block.layer_idx) == (True, 2)
+
+
 def test_a_kind_is_built_where_its_class_builds_it() -> None:
     build = block_builder(Numbered, {"index": 2, "fields": {"depth": 3}})
     given = config(depth=1)

@@ -189,7 +189,10 @@ _NORMS: dict[str, list[Sample]] = {
     ],
     "rms_norm": [call(aten.rms_norm.default, x(2, 3, 4), [4], x(4), 1e-6)],
     "_fused_rms_norm": [call(aten._fused_rms_norm.default, x(2, 3, 4), [4], x(4), 1e-6)],
-    "batch_norm": [call(aten.batch_norm.default, x(2, 3, 4), x(3), x(3), x(3), up(3), False, 0.1, 1e-5, False)],
+    "batch_norm": [
+        call(aten.batch_norm.default, x(2, 3, 4), x(3), x(3), x(3), up(3), False, 0.1, 1e-5, False),
+        call(aten.batch_norm.default, x(2, 3, 4), None, None, None, None, True, 0.1, 1e-5, False),
+    ],
     "_native_batch_norm_legit_no_training": [
         call(aten._native_batch_norm_legit_no_training.default, x(2, 3, 4), x(3), x(3), x(3), up(3), 0.1, 1e-5)
     ],
