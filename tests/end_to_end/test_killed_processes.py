@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import random
-import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -79,8 +77,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> list[str]:
         while time.monotonic() < until and any(process.is_alive() for process in processes):
             time.sleep(0.02)
         victim = draw.randrange(count)
-        if processes[victim].is_alive():
-            os.kill(processes[victim].pid or 0, signal.SIGKILL)
+        processes[victim].kill()
         whole = end(processes)
         work = folder / "slim.unfinished"
         left = sorted(path.name for path in work.rglob("*") if path.is_file()) if work.exists() else []

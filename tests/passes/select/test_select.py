@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,7 +27,7 @@ from fxprune.removal.removal import Removal
 from fxprune.removal.scores import Scores
 from tests.models import tiny, token_ids
 from tests.oracle import axes_of, decide, discover, slim_graph
-from tests.remembered import grouped, traced
+from tests.remembered import traced
 from tests.tiers import tiers
 from tests.tokens import character_tokenizer
 
@@ -70,28 +69,6 @@ def widths(state: Removal, kind: str, size: int | None = None) -> list[int]:
     """Units left in the groups of a kind, block by block."""
     groups = [g for g in state.groups if g.kind == kind and g.factor is not None and size in (None, g.size)]
     return [state.keep.count(group.factor) for group in groups if group.factor is not None]
-
-
-@pytest.mark.slow
-def test_the_work_of_a_ratio_grows_as_the_layers_do() -> None:
-    """It grew with their cube: each move of the repair measured all terms of the budget again."""
-    calls = []
-    for layers in (8, 32):
-        graph_module = grouped("llama", num_hidden_layers=layers)
-        load_pass("l2")(graph_module)
-        seen = 0
-
-        def count(frame: Any, event: str, _: Any) -> None:
-            nonlocal seen
-            seen += event == "call" and frame.f_code.co_filename.endswith(("select/ratio.py", "removal/budget.py"))
-
-        sys.setprofile(count)
-        try:
-            load_pass("select-by-ratio", ratio=0.23, ranking="local")(graph_module)
-        finally:
-            sys.setprofile(None)
-        calls.append(seen)
-    assert calls[0] > 100 and calls[1] < 4.4 * calls[0], calls
 
 
 def test_the_budget_counts_what_is_really_left_and_tied_parameters_once(dense: fx.GraphModule) -> None:
