@@ -243,7 +243,8 @@ def _lines(report: Any, out: Path, loading: str) -> Iterator[str]:
         yield f"verified: masked and slim outputs differ by at most {report.verification_error:.1e}"
     yield f"{report.achieved:.2%} of the parameters removed; model, plan and report written to {out}: {loading}"
     if loading == OURS and report.widths:
-        yield "with --uniform, layers have the same widths and any transformers loads it; docs/quality.md has the price"
+        price = "for 8 to 18% more perplexity on English text (demo model, 20% off by fast; docs/quality.md)"
+        yield f"with --uniform, layers have the same widths and any transformers loads it, {price}"
 
 
 def _quality_lines(report: Any) -> Iterator[str]:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import signal
+import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,14 +51,26 @@ def serve(
     if not is_gguf(model):
         check_model(model, with_weights=True)
         check_quantization(quantization, Path("served.gguf"))
-    with tempfile.TemporaryDirectory() as folder:
+    with _exit_at_once(), tempfile.TemporaryDirectory() as folder:
         path = Path(model).expanduser()
         if not is_gguf(model):
             path = _exported(model, Path(folder) / f"{Path(model).name}.gguf", quantization)
         with working(f"starting {engine['name']}"):
-            server = start_server(engine["server"], path, host=host, port=port, context=context)
+            start = partial(start_server, engine["server"], path, host=host, port=port, context=context)
+            server = ThreadPoolExecutor(1).submit(start).result()  # in a thread, so that signals are heard meanwhile
         print_lines([f"serving {model} at {server.listening_address}/v1; stop it with Ctrl-C"])
         wait()
+
+
+@contextmanager
+def _exit_at_once() -> Iterator[None]:
+    """End the process on a signal without waiting for threads of the engine, which may still be loading a file."""
+    try:
+        yield
+    except SystemExit as stopped:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(str(stopped.code)))
 
 
 def _exported(model: str, path: Path, quantization: str | None) -> Path:

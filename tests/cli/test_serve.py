@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -50,6 +54,32 @@ def test_a_file_that_cannot_be_served_and_a_missing_engine_are_told(
     assert "llama.cpp serves it, and is not installed. pip install 'fxprune[llama]'" in refused(
         "serve", models / "slim"
     )
+
+
+LOADING = """
+import sys, time
+from fxprune.cli import main, serve
+def load(*arguments, **options):
+    print("loading", flush=True)
+    time.sleep(600)
+serve.start_server = load
+sys.argv = ["fxprune", "serve", sys.argv[1]]
+main()
+"""
+"""The command with an engine that takes ten minutes to load a file."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="there are no such signals")
+def test_a_signal_ends_it_while_the_engine_loads(models: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LOADING, str(models / "slim")]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as it:
+        assert it.stdout is not None
+        assert any("loading" in line for line in it.stdout)
+        it.send_signal(signal.SIGTERM)
+        assert it.wait(60) == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("**/*.gguf"))
 
 
 def test_a_chat_remembers_what_was_said(models: Path) -> None:
