@@ -22,6 +22,7 @@ from tests.zoo import DEMANDS, FIELDS, Sizes, forward, make_config, spread
 SAMPLES, TOKENS, DECODED, SIDE = 2, 7, 5, 32
 
 _MORE: dict[Any, str] = {
+    64: "num_patches",
     SIDE: "image_size crop_size pretrain_image_size img_size",
     4: "patch_size num_frames frames_per_clip num_conv_pos_embeddings stride query_size",
     3: "num_labels num_channels in_chans num_input_channels",
@@ -81,7 +82,11 @@ _DEMANDS: dict[str, dict[str, Any]] = {
     "mobilevit": {"hidden_sizes": [24, 32, 40], "num_attention_heads": 4, "patch_size": 2, "image_size": 64},
     "mobilevitv2": {"width_multiplier": 0.25, "patch_size": 2},
     "perceiver": {"num_latents": 8, "d_latents": 48, "num_self_attends_per_block": 1},
+    "gemma3": {"mm_tokens_per_image": 16},
+    "mpnet": {"relative_attention_num_buckets": 32},
     "pvt_v2": {"image_size": SIDE},
+    "qwen2_vl": {"vision_config": {"embed_dim": 48}},
+    "qwen2_5_vl": {"vision_config": {"window_size": 16, "fullatt_block_indexes": [1]}},
     "regnet": {"groups_width": 8},
     "sew": {"squeeze_factor": 2},
     "squeezebert": {f"{name}_groups": 2 for name in ("q", "k", "v", "output", "intermediate")},
@@ -135,6 +140,7 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     demanded = [name for name, one in named.items() if one.default is one.empty and name in _MAKERS]
     decodes = ["decoder_input_ids"] if getattr(model.config, "is_encoder_decoder", False) else []
     seen = ["pixel_values", "image_grid_thw"] if "input_ids" in named else []  # a text is about an image
+    seen += ["pixel_attention_mask", "spatial_shapes"] if "spatial_shapes" in named else []  # patches in rows
     names = dict.fromkeys(name for name in (model.main_input_name, *demanded, *decodes, *seen) if name in named)
     others = [name for name in _MAKERS if name in named and name not in names]
     first: Exception | None = None
@@ -153,11 +159,15 @@ def _runnable(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[s
     """``inputs`` that ``model`` runs on, with a token for each feature of an image in the text."""
     token = next((token for name in _IMAGE_TOKENS if (token := _stated(model.config, name)) is not None), None)
     counts: list[int] = []
+    if re.search(r"expected 5, got 4", _failure(model, inputs)):  # several images a sample
+        inputs = inputs | {"pixel_values": inputs["pixel_values"].unsqueeze(1)}
     while True:
         ids, given = inputs.get("input_ids"), inputs
         if ids is not None and token is not None and counts:
             marked = torch.full((len(ids), counts.pop(0)), token)
             given = inputs | {"input_ids": torch.cat([ids[:, :2], marked, ids[:, 2:]], dim=1)}
+            if "image_grid_thw" in inputs and "mm_token_type_ids" in forward_parameters(model):
+                given["mm_token_type_ids"] = (given["input_ids"] == token).long()
         try:
             forward(model, **given)
             return given
@@ -168,6 +178,14 @@ def _runnable(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[s
                 counts = [found, found // model.config.get_text_config().hidden_size]
             if not counts or token is None or ids is None:
                 raise
+
+
+def _failure(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> str:
+    try:
+        forward(model, **inputs)
+    except Exception as error:
+        return str(error)
+    return ""
 
 
 _IMAGE_TOKENS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
@@ -201,6 +219,8 @@ def _pixels(config: Any) -> tuple[int, ...]:
     if patch is not None and _stated(config, "spatial_merge_size") is not None:  # rows of patches, and a grid
         side = _stated(config, "patch_size")
         return (SAMPLES * 16, channels * patch * side * side)
+    if _stated(config, "num_patches") is not None:
+        return (SAMPLES, _stated(config, "num_patches"), channels * _stated(config, "patch_size") ** 2)
     frames = _stated(config, "num_frames", "frames_per_clip")
     return (SAMPLES, *((frames,) if frames else ()), channels, *_side(config))
 
@@ -228,6 +248,8 @@ _MAKERS: Mapping[str, Callable[[Any], tuple[int, ...]]] = {
     "decoder_input_ids": lambda _: (SAMPLES, DECODED),
     "image_grid_thw": lambda _: (SAMPLES, 3),
     "pixel_values_videos": lambda config: (SAMPLES, _stated(config, "frames_per_clip") or 4, 3, *_side(config)),
+    "pixel_attention_mask": lambda config: (SAMPLES, _stated(config, "num_patches")),
+    "spatial_shapes": lambda _: (SAMPLES, 2),
     "bbox": lambda _: (SAMPLES, TOKENS, 4),
     "attention_mask": lambda _: (SAMPLES, TOKENS),
     "image_sizes": lambda _: (SAMPLES, 2),
@@ -242,6 +264,8 @@ _WHOLE = {"input_ids": (3, 100), "decoder_input_ids": (3, 100), "bbox": (0, 2)}
 _GIVEN: Mapping[str, Callable[[tuple[int, ...]], torch.Tensor]] = {
     "image_grid_thw": lambda shape: torch.tensor([[1, 4, 4]] * shape[0]),
     "attention_mask": lambda shape: torch.ones(shape, dtype=torch.long),
+    "pixel_attention_mask": lambda shape: torch.ones(shape, dtype=torch.long),
+    "spatial_shapes": lambda shape: torch.full(shape, 8),
     "image_sizes": lambda shape: torch.full(shape, SIDE),
 }
 """Inputs that are not random."""

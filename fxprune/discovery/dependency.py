@@ -404,7 +404,7 @@ def _unproduced(
         if sources or is_parameter.get(str(node.target), False):
             learned.add(node)
             given = {factor for source in sources if all(t.weight for t in tensors(source)) for factor in held(source)}
-            produced |= given & held(node)
+            produced |= set() if all(t.weight for t in tensors(node)) else given & held(node)
         elif node.op != "output":
             data.update({factor: node.name for factor in held(node) if factor not in data})
     return {factor: name for factor, name in data.items() if factor not in produced}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -211,8 +212,14 @@ class MaskedRun(PreciseRun):
 
 
 def output_tensors(output: Any) -> tuple[torch.Tensor, ...]:
-    """Return the floating point tensors in the output of a module, in order."""
-    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    """Return the floating point tensors in the output of a module, in order.
+
+    That of an output class is the order of its fields: a model may set one after others that come later.
+    """
+    if isinstance(output, Mapping):
+        named = [entry.name for entry in fields(output)] if is_dataclass(output) else []
+        output = {name: output[name] for name in dict.fromkeys((*named, *output)) if name in output}
+    leaves = tree_leaves(output)
     return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
 
 
