@@ -250,7 +250,7 @@ def patches_by_hand(model: nn.Module, wanted: Mapping[str, Shape], resized: Sequ
     kinds = sorted({(name, old) for own in found.values() for name, (old, _) in own.items()})
     without = itertools.chain.from_iterable(itertools.combinations(kinds, count) for count in range(3))
     for left in itertools.islice(without, _MOST_BY_HAND):
-        changed = {
+        changed: Patches = {
             path: {name: new for name, (old, new) in own.items() if (name, old) not in left}
             for path, own in found.items()
         }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -217,8 +216,8 @@ def output_tensors(output: Any) -> tuple[torch.Tensor, ...]:
     That of an output class is the order of its fields: a model may set one after others that come later.
     """
     if isinstance(output, Mapping):
-        named = [entry.name for entry in fields(output)] if is_dataclass(output) else []
-        output = {name: output[name] for name in dict.fromkeys((*named, *output)) if name in output}
+        names = dict.fromkeys((*getattr(output, "__dataclass_fields__", ()), *output))
+        output = {name: output[name] for name in names if name in output}
     leaves = tree_leaves(output)
     return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
 

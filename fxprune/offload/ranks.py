@@ -318,7 +318,7 @@ def run_on_first(work: Callable[[], T], refusal: type[Exception]) -> T | None:
 
 def decide_on_first(decide: Callable[[], T], refusal: type[Exception]) -> T:
     """Return in each process what ``decide`` returns in the first; others raise ``refusal`` if it fails there."""
-    return broadcast_object(run_on_first(decide, refusal))  # type: ignore[arg-type,return-value]
+    return broadcast_object(run_on_first(decide, refusal))  # type: ignore[return-value]
 
 
 _waiting: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
