@@ -23,7 +23,7 @@ from fxprune.data.built_in import offline_text
 from fxprune.data.text import read_text, split_calibration_heldout, token_windows
 from fxprune.evaluation import perplexity
 from fxprune.graph.tensors import get_tensor
-from fxprune.removal.scores import PositionScores, unit_scores
+from fxprune.removal.removal import PositionScores, unit_scores
 
 __all__ = ["CRITERIA", "CriterionRow", "app", "criterion_rows", "prune_without_groups"]
 

@@ -16,8 +16,7 @@ from rich.table import Table
 
 import fxprune
 from benchmarks.common import load_demo_model
-from fxprune.cli.console import widened
-from fxprune.cli.process import keep_freed
+from fxprune.cli.console import keep_freed, widened
 from fxprune.data.built_in import general_chats, offline_text
 from fxprune.data.text import split_calibration_heldout, token_windows
 from fxprune.evaluation import perplexity

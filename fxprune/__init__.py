@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from fxprune.removal.plan import Plan as Plan
     from fxprune.removal.removal import Removal as Removal
     from fxprune.removal.removal import Removed as Removed
-    from fxprune.removal.scores import Scores as Scores
+    from fxprune.removal.removal import Scores as Scores
     from fxprune.report.report import Report as Report
     from fxprune.rules import OpSite as OpSite
     from fxprune.rules import TensorAxes as TensorAxes
@@ -84,9 +84,8 @@ _PLACES = {
     "recipes": ("Options", "Recipe"),
     "recovery": ("Recovery", "recover"),
     "removal.plan": ("Plan",),
-    "removal.removal": ("Removal", "Removed"),
+    "removal.removal": ("Removal", "Removed", "Scores"),
     "report.report": ("Report",),
-    "removal.scores": ("Scores",),
     "rules": ("OpSite", "TensorAxes", "rule"),
     "sweep": ("Sweep", "sweep"),
     "trace": ("Traced", "trace"),

@@ -26,7 +26,7 @@ from fxprune.data.text import is_text
 from fxprune.discovery.groups import as_kinds
 from fxprune.emit.emitted import PLAN_DIGEST
 from fxprune.errors import ArgumentError, FxpruneError
-from fxprune.evaluation.quality import graph_predictor, measure_quality, window_of
+from fxprune.evaluation.comparison import graph_predictor, measure_quality, window_of
 from fxprune.graph.context import attempt
 from fxprune.graph.facts import Source, facts_of, restore_cut
 from fxprune.graph.tensors import device_of, has_meta_weights
@@ -40,15 +40,12 @@ from fxprune.pipeline.registry import load_pass
 from fxprune.recipes import ApplyOptions, Options, Recipe, as_recipe, option_table, resolve
 from fxprune.recipes.recipe import NONE, changed, needs_samples
 from fxprune.removal.plan import Plan
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Scores
 from fxprune.removal.target import DEFAULT_RATIO
 from fxprune.result import Result
 from fxprune.trace import trace
-from fxprune.trace.checks import check_merged
-from fxprune.trace.inputs import alias_twin, is_hugging_face, written_parameters
-from fxprune.vocabulary.choose import Use
-from fxprune.vocabulary.pieces import read_tokens, specification
-from fxprune.vocabulary.prune import PrunedVocabulary, carry_out
+from fxprune.trace.inputs import alias_twin, check_merged, is_hugging_face, written_parameters
+from fxprune.vocabulary.prune import PrunedVocabulary, Use, carry_out
 from fxprune.vocabulary.stage import (
     as_rows,
     check_alone,
@@ -60,6 +57,7 @@ from fxprune.vocabulary.stage import (
     without_vocab,
 )
 from fxprune.vocabulary.teacher import DenseTeacher
+from fxprune.vocabulary.tokenizer import read_tokens, specification
 
 __all__ = ["Result", "apply", "prune", "prune_checkpoint", "prune_pipeline", "prune_traced"]
 

@@ -12,14 +12,13 @@ from typing import Any
 from torch import fx
 
 from fxprune.checkpoint import save_pretrained
-from fxprune.checkpoint.hub import check_repository, push_folder
+from fxprune.checkpoint.write import check_repository, push_folder
 from fxprune.data.calibration import Calibration, token_input
 from fxprune.draw.write import layer_svg
 from fxprune.emit import Structure
 from fxprune.emit.emitted import Emitted
 from fxprune.errors import ExportError
-from fxprune.evaluation.comparison import Comparison
-from fxprune.evaluation.quality import graph_predictor, measure_quality, window_of
+from fxprune.evaluation.comparison import Comparison, graph_predictor, measure_quality, window_of
 from fxprune.export import export_graph, export_model
 from fxprune.export.model import check_options
 from fxprune.graph.context import silence_stderr, wrap_errors
@@ -29,8 +28,7 @@ from fxprune.pipeline.arguments import as_path, instance
 from fxprune.pipeline.contract import Track, check_track, no_progress
 from fxprune.pipeline.pipeline import html_table
 from fxprune.removal.plan import Plan
-from fxprune.removal.removal import Removed
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Removed, Scores
 from fxprune.report.report import Headline, Report
 
 __all__ = ["Result"]

@@ -25,8 +25,7 @@ from fxprune.offload.files import is_offloading
 from fxprune.offload.ranks import broadcast_object
 from fxprune.pipeline.arguments import Norm, argument, as_seed, path_or_empty
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
-from fxprune.removal.removal import Removal
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Removal, Scores
 from fxprune.trace.inputs import alias_twin, shifted_right, written_parameters
 
 __all__ = ["CalibratePass", "FindGroupsPass"]

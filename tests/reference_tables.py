@@ -13,10 +13,9 @@ import typer.main
 import fxprune
 from fxprune.cli import app
 from fxprune.graph.facts import Fact, facts_of
-from fxprune.pipeline.arguments import declared, default_of
+from fxprune.pipeline.arguments import declared, default_of, spelled_fields
 from fxprune.pipeline.contract import STAGES, Pass
 from fxprune.pipeline.registry import load_pass, pass_names
-from fxprune.pipeline.spelling import spelled_fields
 from fxprune.recipes import option_table
 from fxprune.trace import trace
 from tests.models import tiny

@@ -27,8 +27,8 @@ from transformers import logging
 import fxprune
 from fxprune.errors import PassError
 from fxprune.pipeline import registry as passes_by_name
+from fxprune.pipeline.arguments import read_spelling
 from fxprune.pipeline.registry import load_pass, pass_names
-from fxprune.pipeline.spelling import read_spelling
 from fxprune.recipes import option_table
 from fxprune.recipes import recipe as recipe_module
 from fxprune.recipes.recipe import Recipe

@@ -29,8 +29,8 @@ def test_it_tells_its_version() -> None:
 def test_threads_wait_without_spinning(monkeypatch: pytest.MonkeyPatch) -> None:
     """The variable is read when torch is imported, which a command does after it is set."""
     monkeypatch.setattr(sys, "argv", ["fxprune", "--version"])
-    monkeypatch.setattr("fxprune.cli.process.install", lambda: None)
-    monkeypatch.setattr("fxprune.cli.process.finish", lambda: None)
+    monkeypatch.setattr("fxprune.cli.console.install", lambda: None)
+    monkeypatch.setattr("fxprune.cli.console.finish", lambda: None)
     for before, after in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
         monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
         if before is not None:

@@ -22,8 +22,7 @@ from benchmarks.quality.measure import Bench, ask_questions, describe, saved_mod
 from benchmarks.quality.reference import KeptReference
 from benchmarks.quality.rows import DENSE, Protocol, QualityRow, read_rows
 from benchmarks.quality.texts import kept_back, read_texts
-from fxprune.cli.console import widened
-from fxprune.cli.process import keep_freed
+from fxprune.cli.console import keep_freed, widened
 from fxprune.offload.prefetch import has_bf16
 
 __all__ = ["RESULTS", "TASKS", "app"]

@@ -1,4 +1,4 @@
-"""Writing checkpoints: complete or not at all."""
+"""Writing checkpoints: complete or not at all; and their upload to a hub of models."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 
-from fxprune.checkpoint.fingerprint import check_written, run_forward
 from fxprune.checkpoint.manifest import (
     CARD,
     MANIFEST,
@@ -30,29 +31,31 @@ from fxprune.checkpoint.manifest import (
     REPORT,
     Manifest,
     check_files,
+    check_written,
     foreign_files,
     has_user_card,
     other_files,
     read_manifest,
+    run_forward,
     weight_files,
 )
 from fxprune.checkpoint.read import read_model
 from fxprune.data.named import CORPORA, is_data_set
 from fxprune.emit.emitted import PLAN_DIGEST
 from fxprune.emit.layout import stock_class, stock_config
-from fxprune.emit.load import has_unaligned_experts
+from fxprune.emit.snapshot import has_unaligned_experts
 from fxprune.emit.structure import Structure, describe_structure, pruned_class
 from fxprune.errors import CheckpointError
 from fxprune.graph.context import Refusal, attempt, default_modes, quiet
 from fxprune.graph.tensors import names_by_identity
-from fxprune.modelling import block_config, blocks, layerwise, overrides, table_rows
+from fxprune.modelling import blocks, layerwise, table_rows
 from fxprune.offload.atomic import finish_files, replace_folder, resolve_target, staging_folder, wrap_disk_errors
 from fxprune.offload.files import sync_writes
 from fxprune.offload.ranks import is_sharded, run_on_first
 from fxprune.pipeline.arguments import as_path, flag, refuse, whole_number
 from fxprune.removal.plan import Plan
 from fxprune.report.report import Report
-from fxprune.trace.checks import check_merged
+from fxprune.trace.inputs import check_merged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,8 +63,10 @@ if TYPE_CHECKING:
 __all__ = [
     "MODELLING",
     "check_place",
+    "check_repository",
     "check_request",
     "model_card",
+    "push_folder",
     "replace_report",
     "save_pretrained",
     "write_folder",
@@ -71,7 +76,7 @@ __all__ = [
 MODELLING = "modeling_fxprune"
 """Name of the module."""
 
-_SOURCES = (table_rows, block_config, blocks, overrides, layerwise)
+_SOURCES = (table_rows, blocks, layerwise)
 """Modules whose text makes up that module, each behind those it imports from."""
 
 
@@ -479,3 +484,49 @@ def _savable(model: PreTrainedModel, structure: Structure) -> Iterator[None]:
         vars(config).update(removed)
         for owner, leaf in kept:
             owner._non_persistent_buffers_set.add(leaf)
+
+
+_LONGEST = 300
+"""Characters of another package's message that are repeated."""
+
+
+def check_repository(name: str, value: Any) -> str:
+    """Return ``value``, the argument ``name``: the id of a repository on a hub, ``owner/name``."""
+    remedy = "Give owner/name, in letters, digits, '-', '_' and '.'"
+    if not isinstance(value, str) or value.count("/") != 1:
+        raise CheckpointError("is no id of a repository", where=name, remedy=remedy, argument=name, value=value)
+    try:
+        validate_repo_id(value)
+    except HFValidationError as error:
+        what = f"is no id of a repository: {str(error).splitlines()[0]}"
+        raise CheckpointError(what, where=name, remedy=remedy, argument=name, value=value) from error
+    return value
+
+
+def push_folder(folder: str | os.PathLike[str], repository: str, *, private: bool | None = None) -> str:
+    """Upload a checkpoint to a repository of a hub, which is made if there is none; returns its address.
+
+    The token is that of ``hf auth login`` or of the environment variable HF_TOKEN; HF_ENDPOINT names another hub.
+
+    Args:
+        folder: what was saved.
+        repository: ``owner/name``.
+        private: whether a new repository is private; None as its owner has it.
+
+    Raises:
+        CheckpointError: there is no such folder, or the hub refuses it or cannot be reached.
+    """
+    check_repository("repository", repository)
+    if not Path(folder).is_dir():
+        raise CheckpointError("there is no such folder", where=str(folder), remedy="Save the model first")
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository, folder_path=Path(folder), commit_message="Upload a model pruned by fxprune"
+        )
+    except Exception as error:  # those of the hub and of the client that connects to it
+        what = f"{api.endpoint} did not take it: {type(error).__name__}: {str(error).strip()[:_LONGEST]}"
+        remedy = f"The model stays in {folder}; check the name and the connection, and log in with `hf auth login`"
+        raise CheckpointError(what, where=repository, remedy=remedy) from error
+    return str(address)

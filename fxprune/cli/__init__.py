@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from fxprune.cli import process
+from fxprune.cli import console
 
 if TYPE_CHECKING:
     from fxprune.cli.console import app
@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
 
 def main() -> None:
     """Run a command; under ``torchrun`` in several processes that share the samples."""
-    process.install()
+    console.install()
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # one line reports the error, not each attempt
     # a thread that spins while it waits for another one takes the core that the other one needs, beside other work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -40,4 +40,4 @@ def main() -> None:
         with process_group():
             app()
     finally:
-        process.finish()
+        console.finish()

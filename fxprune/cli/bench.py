@@ -1,23 +1,57 @@
-"""The command that times saved models in transformers, side by side."""
+"""The command that times saved models in transformers, side by side, and slim versions of one."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+import fxprune
 from fxprune.cli import options as flags
-from fxprune.cli.console import MeasuringCommand, app, console, print_json, print_lines, progress
+from fxprune.cli.console import MeasuringCommand, app, console, print_json, print_lines, progress, working
 from fxprune.cli.models import check_models, load
-from fxprune.errors import ArgumentError, EvaluationError
+from fxprune.errors import ArgumentError, EvaluationError, RatioError
+from fxprune.evaluation.speed import times_file
+from fxprune.graph.counting import count_parameters
+from fxprune.graph.facts import fork
+from fxprune.graph.tensors import device_of
 
 if TYPE_CHECKING:
     from fxprune.evaluation.speed import Speed
 
-__all__ = ["bench"]
+__all__ = ["bench", "slim_versions"]
+
+_RATIOS = (0.15, 0.3, 0.45)
+
+
+def slim_versions(model: Any) -> tuple[dict[str, Any], Any]:
+    """Models of a few sizes by random units, by name, and the file that their times are kept in.
+
+    Raises:
+        EvaluationError: there is no slim model to time.
+    """
+    found: dict[str, Any] = {}
+    with working("tracing the model"):
+        graph_module = fxprune.trace(model).graph_module
+    place = times_file(count_parameters(graph_module), device_of(graph_module))
+    for ratio in _RATIOS:
+        pipeline = fxprune.prune_pipeline(recipe="fast", importance="random", ratio=ratio, verify=False)
+        with working(f"pruning by {ratio:.0%}"):
+            try:
+                result = fxprune.Result.of(pipeline(fork(graph_module)).graph_module)
+            except RatioError as error:
+                if not found:
+                    raise EvaluationError(error.what, where="--sweep", remedy=error.remedy) from error
+                break
+        if result.model is None:
+            reasons = "; ".join(result.report.model_reasons[:3])
+            remedy = "Time exported graphs, and name the table as in '1.3x decode@times.json'"
+            raise EvaluationError(f"there is no slim model to time: {reasons}", where="--sweep", remedy=remedy)
+        found[f"{ratio:.0%} less"] = result.model
+    return found, place
 
 
 _SWEEP = "Time versions of MODEL with 15%, 30% and 45% less, and keep the times for targets such as '1.3x decode'."
@@ -38,7 +72,6 @@ def bench(
     as_json: flags.Json = False,
 ) -> None:
     """Time MODEL and OTHERS, dense or slim, as they generate in transformers."""
-    from fxprune.cli.versions import slim_versions
     from fxprune.evaluation.speed import measure_speed
     from fxprune.offload.atomic import write_file
 

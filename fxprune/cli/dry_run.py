@@ -22,7 +22,7 @@ from fxprune.data.built_in import CHARACTERS_PER_TOKEN, built_in_text
 from fxprune.data.text import MOST_SAMPLES, calibration_text
 from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError, RatioError
-from fxprune.evaluation.quality import WINDOW, WINDOWS
+from fxprune.evaluation.comparison import WINDOW, WINDOWS
 from fxprune.pipeline.arguments import has_vocab
 from fxprune.recipes.recipe import needs_samples
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fxprune.cli import options as flags
-from fxprune.cli.console import MeasuringCommand, app, console, print_json, progress, working
+from fxprune.cli.console import MeasuringCommand, app, console, keep_freed, print_json, progress, working
 from fxprune.cli.models import check_models, load_pair, load_words, locate_model
-from fxprune.cli.process import keep_freed
 from fxprune.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ def write_quality(folder: str, comparison: Comparison) -> None:
 
     from fxprune.checkpoint.manifest import read_manifest
     from fxprune.checkpoint.write import replace_report
-    from fxprune.evaluation.quality import quality_of
+    from fxprune.evaluation.comparison import quality_of
 
     dense, slim = comparison.columns
     report = read_manifest(Path(folder)).read_report(Path(folder))

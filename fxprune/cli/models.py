@@ -163,7 +163,7 @@ def _is_path(model: str) -> bool:
 
 def _check_file(path: Path) -> None:
     """Refuse a file that transformers cannot read: no GGUF file, one that is cut off, or one whose layers differ."""
-    from fxprune.checkpoint.gguf_header import read_header
+    from fxprune.checkpoint.read import read_header
     from fxprune.export.gguf.format import general_archs, layers_differ
 
     if path.suffix != ".gguf":

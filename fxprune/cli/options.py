@@ -170,7 +170,7 @@ def _parse(hint: Any, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if kinds & {Mapping, Sequence} and value[:1] in ("(", "[", "{"):
-        from fxprune.pipeline.spelling import read_spelling
+        from fxprune.pipeline.arguments import read_spelling
 
         with suppress(PassError):
             return read_spelling(f"option{{{value=!s}}}")[1]["value"]

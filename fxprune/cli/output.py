@@ -155,7 +155,7 @@ def write_result(
     ``options`` are of :func:`fxprune.export_model`, for a file; ``run`` is by :func:`~fxprune.cli.config.format_run`.
     """
     from fxprune.checkpoint.write import write_folder
-    from fxprune.export.onnx import COMPANIONS
+    from fxprune.export.program import COMPANIONS
     from fxprune.offload.atomic import atomic_path
     from fxprune.offload.ranks import run_on_first
 
@@ -186,7 +186,7 @@ def write_result(
 
 def check_push(repository: str, out: Path | None) -> None:
     """Refuse an upload to what is no repository, or of what is no folder."""
-    from fxprune.checkpoint.hub import check_repository
+    from fxprune.checkpoint.write import check_repository
 
     check_repository("push_to_hub", repository)
     if out is None or is_file(out):
@@ -196,7 +196,7 @@ def check_push(repository: str, out: Path | None) -> None:
 
 def push(folder: Path, repository: str) -> None:
     """Upload a folder to a repository, and print its address."""
-    from fxprune.checkpoint.hub import push_folder
+    from fxprune.checkpoint.write import push_folder
     from fxprune.offload.ranks import is_first
 
     if is_first():

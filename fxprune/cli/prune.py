@@ -10,7 +10,7 @@ import typer
 import fxprune
 from fxprune.cli import options as flags
 from fxprune.cli.config import format_run, run_file
-from fxprune.cli.console import Command, app, is_given, notes, option_name, run_progress, working
+from fxprune.cli.console import Command, app, is_given, keep_freed, notes, option_name, run_progress, working
 from fxprune.cli.models import check_model, is_gguf, load, locate_model
 from fxprune.cli.output import (
     OURS,
@@ -26,7 +26,6 @@ from fxprune.cli.output import (
     write_run,
 )
 from fxprune.cli.preparation import CalibrationText, prepare
-from fxprune.cli.process import keep_freed
 from fxprune.errors import ArgumentError
 from fxprune.pipeline.arguments import has_vocab
 from fxprune.recipes.options import Options

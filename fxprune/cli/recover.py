@@ -10,10 +10,9 @@ import typer
 
 import fxprune
 from fxprune.cli import options as flags
-from fxprune.cli.console import Command, app, print_lines, progress
+from fxprune.cli.console import Command, app, keep_freed, print_lines, progress
 from fxprune.cli.models import check_models, load_pair
 from fxprune.cli.output import check_output, is_file
-from fxprune.cli.process import keep_freed
 from fxprune.errors import ArgumentError
 from fxprune.pipeline.arguments import MANIFEST
 from fxprune.recovery.settings import RecoverySettings

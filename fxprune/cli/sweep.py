@@ -10,10 +10,9 @@ import typer
 import fxprune
 from fxprune.cli import options as flags
 from fxprune.cli.config import parse_number
-from fxprune.cli.console import MeasuringCommand, app, console, print_json, print_lines, progress
+from fxprune.cli.console import MeasuringCommand, app, console, keep_freed, print_json, print_lines, progress
 from fxprune.cli.models import check_model, load
 from fxprune.cli.preparation import CalibrationText, prepare
-from fxprune.cli.process import keep_freed
 from fxprune.errors import ArgumentError
 from fxprune.recipes.options import WHAT_GOES, Options
 

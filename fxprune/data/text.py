@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fxprune.pipeline.arguments import as_path, refuse
 
 __all__ = [
     "MOST_SAMPLES",
+    "RUN",
     "calibration_text",
     "calibration_texts",
     "calibration_windows",
@@ -32,6 +33,7 @@ __all__ = [
     "text_samples",
     "text_source",
     "token_windows",
+    "unseen",
 ]
 
 MOST_SAMPLES, TOKENS = 1024, 128
@@ -263,3 +265,30 @@ def check_tokenizer(name: str, value: Any) -> Any:
     if value is not None and (isinstance(value, type) or not callable(value)):
         raise refuse(name, value, "a tokenizer of transformers, as AutoTokenizer.from_pretrained returns")
     return value
+
+
+RUN = 16
+"""Tokens in a row that two texts do not share by chance, except for phrases such as those of a licence."""
+
+
+def unseen(windows: torch.Tensor, samples: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Mask ``(windows,)`` of the windows ``(windows, tokens)`` that share no run of tokens with a sample.
+
+    Args:
+        samples: token ids of any shape, the last axis along the text. A run is of :data:`RUN` tokens; shorter samples
+            and windows are compared whole.
+    """
+    found = torch.ones(len(windows), dtype=torch.bool)
+    by_length: dict[int, list[torch.Tensor]] = {}
+    for sample in samples:
+        length = min(RUN, windows.shape[-1], sample.shape[-1])
+        by_length.setdefault(length, []).append(_hashes(sample, length).flatten())
+    for length, seen in by_length.items():
+        found &= ~torch.isin(_hashes(windows, length), torch.cat(seen)).any(dim=1)
+    return found
+
+
+def _hashes(ids: torch.Tensor, length: int) -> torch.Tensor:
+    """A number of 64 bits for each run of ``length`` token ids ``(..., tokens)``: ``(..., tokens - length + 1)``."""
+    factors = torch.randint(2**62, (length,), generator=torch.Generator().manual_seed(0))
+    return (ids.cpu().long().unfold(-1, length, 1) * factors).sum(-1)

@@ -6,9 +6,8 @@ one that its class builds from its config, and ``stock_check`` whether a plan le
 ``inexpressible`` finds the groups of a removal that no model of the class can do without.
 """
 
-from fxprune.emit.assemble import Blueprint, rebuild
 from fxprune.emit.emitted import inexpressible, stock_check
-from fxprune.emit.emitter import Agrees, Emission, emit
+from fxprune.emit.emitter import Agrees, Blueprint, Emission, emit, rebuild
 from fxprune.emit.structure import Structure, describe_structure
 
 __all__ = [

@@ -17,10 +17,8 @@ from fxprune.axes import Keep, kept_size
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group
 from fxprune.emit.emitter import Emission, emit
-from fxprune.emit.epsilons import NormEpsilons, enlarged_epsilons, find_epsilons, set_attributes
-from fxprune.emit.load import attention_implementations, run_on_meta, using_attention
-from fxprune.emit.patch import Resized
-from fxprune.emit.snapshot import slim_name
+from fxprune.emit.patch import NormEpsilons, Resized, enlarged_epsilons, find_epsilons, set_attributes
+from fxprune.emit.snapshot import attention_implementations, run_on_meta, slim_name, using_attention
 from fxprune.emit.structure import carry_structure, describe_structure
 from fxprune.errors import CheckpointError, PlanError, VerificationError
 from fxprune.graph.context import Refusal, attempt, defer_gc, eval_mode, quiet

@@ -23,8 +23,7 @@ from fxprune.emit.snapshot import (
 )
 from fxprune.graph.context import Refusal, call_foreign
 from fxprune.graph.facts import within
-from fxprune.modelling.block_config import put_fields
-from fxprune.modelling.blocks import builder_of
+from fxprune.modelling.blocks import builder_of, put_fields
 from fxprune.modelling.layerwise import SECTION, AnyWidths, Layerwise
 
 if TYPE_CHECKING:

@@ -14,9 +14,8 @@ import torch
 import transformers
 from torch import Tensor, fx, nn
 
-from fxprune.data.heldout import unseen
 from fxprune.data.named import CORPORA, is_data_set, load_named
-from fxprune.data.text import calibration_text, is_text, opening_tokens, read_text
+from fxprune.data.text import calibration_text, is_text, opening_tokens, read_text, unseen
 from fxprune.errors import EvaluationError, UnknownNameError
 from fxprune.graph.context import eval_mode, silence_stderr, wrap_errors
 from fxprune.masking.parts import PartwiseModel
@@ -193,7 +192,7 @@ def paired_perplexities(
 
     Args:
         model: as for :func:`text_perplexity`, like all that follows.
-        seen: token ids of samples; windows that share a run of :data:`fxprune.data.heldout.RUN` tokens with one are
+        seen: token ids of samples; windows that share a run of :data:`fxprune.data.text.RUN` tokens with one are
             left out.
 
     Returns:

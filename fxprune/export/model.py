@@ -19,19 +19,21 @@ from fxprune.data.text import is_text, text_samples
 from fxprune.errors import ExportError, UnknownNameError
 from fxprune.export.gguf.quantization import quantization_named
 from fxprune.export.gguf.write import export_gguf
-from fxprune.export.onnx import run_onnx, wrap_export_errors, write_onnx
 from fxprune.export.program import (
     can_run_in_onnxruntime,
     export_graph,
     plain_tensor,
     require_close,
+    run_onnx,
     save_program,
     strip_metadata,
+    wrap_export_errors,
+    write_onnx,
 )
 from fxprune.graph.context import quiet
 from fxprune.pipeline.arguments import SUFFIXES
 from fxprune.trace import trace
-from fxprune.trace.checks import check_merged
+from fxprune.trace.inputs import check_merged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -30,9 +30,8 @@ from fxprune.graph.tensors import comparable, weights
 from fxprune.offload.files import is_caching
 from fxprune.offload.prefetch import use_prefetcher
 from fxprune.offload.ranks import check_same
-from fxprune.pipeline.arguments import Arguments, flag, function
+from fxprune.pipeline.arguments import Arguments, flag, function, spell
 from fxprune.pipeline.sharing import remembered
-from fxprune.pipeline.spelling import spell
 
 __all__ = [
     "STAGES",

@@ -17,10 +17,9 @@ from fxprune.graph.context import default_modes, defer_gc, recompile_lazily
 from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.graph.tensors import has_meta_weights
 from fxprune.offload.files import resume_scope
-from fxprune.pipeline.arguments import argument, flag, function, refuse
+from fxprune.pipeline.arguments import argument, flag, function, read_steps, refuse
 from fxprune.pipeline.contract import Pass, PassResult, Track, check_track, run_apart, tracking
 from fxprune.pipeline.registry import parse_pass
-from fxprune.pipeline.spelling import read_steps
 
 __all__ = ["PassSequence", "Pipeline", "Ran", "html_table"]
 

@@ -13,9 +13,16 @@ import networkx as nx
 
 from fxprune.errors import ArgumentError, PassError, UnknownNameError
 from fxprune.graph.facts import Fact, set_giver_lookup
-from fxprune.pipeline.arguments import declared, default_of, one_of, refuse
+from fxprune.pipeline.arguments import (
+    declared,
+    default_of,
+    one_of,
+    read_spelling,
+    refuse,
+    spelled_fields,
+    spelled_value,
+)
 from fxprune.pipeline.contract import STAGES, Pass
-from fxprune.pipeline.spelling import read_spelling, spelled_fields, spelled_value
 
 __all__ = [
     "arguments_of",
@@ -70,7 +77,7 @@ def load_pass(name: str, **arguments: Any) -> Pass:
 
 
 def parse_pass(text: str, **defaults: Any) -> Pass:
-    """The pass spelled ``name`` or ``name{key=value, key=value}``; see :func:`fxprune.pipeline.spelling.read_spelling`.
+    """The pass spelled ``name`` or ``name{key=value}``; see :func:`fxprune.pipeline.arguments.read_spelling`.
 
     ``defaults`` are arguments that the text leaves open; those the pass does not take are left out.
     """

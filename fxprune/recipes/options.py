@@ -19,7 +19,7 @@ from fxprune.pipeline.arguments import Argument, Memory, Norm, Ranking, as_path,
 if TYPE_CHECKING:
     from fxprune.pipeline.contract import Pass, Track
     from fxprune.recipes.recipe import Recipe
-    from fxprune.removal.scores import Scores
+    from fxprune.removal.removal import Scores
 
 __all__ = ["DATA", "MACHINE", "OUTPUT", "WHAT_GOES", "ApplyOptions", "Options", "option_table", "resolve"]
 

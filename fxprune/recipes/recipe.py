@@ -9,11 +9,10 @@ from typing import Any
 
 from fxprune.data.calibration import Calibration
 from fxprune.errors import ArgumentError, FxpruneError, PassError, UnknownNameError
-from fxprune.pipeline.arguments import refuse
+from fxprune.pipeline.arguments import read_spelling, refuse, spelled_fields
 from fxprune.pipeline.contract import STAGES, Pass
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import parse_pass, pass_names
-from fxprune.pipeline.spelling import read_spelling, spelled_fields
 from fxprune.recipes.texts import SUFFIX, comments_of, recipe_text
 
 __all__ = ["NONE", "Recipe", "as_recipe", "changed", "made_for", "needs_samples", "read_recipe"]

@@ -33,7 +33,7 @@ from fxprune.recovery.settings import RecoverySettings, settings_from
 from fxprune.recovery.train import Distillation, make_trainer
 from fxprune.removal.plan import Plan
 from fxprune.result import Result
-from fxprune.trace.checks import check_merged
+from fxprune.trace.inputs import check_merged
 
 __all__ = ["Recovery", "recover"]
 

@@ -1,15 +1,188 @@
-"""Targets: the size or speed that a model is to have after a prune, in words such as ``80MB@q4_k_m``."""
+"""Targets: the size or speed that a model is to have after a prune; types and bytes of its tensors in a GGUF format.
+
+A mixture of K-quants follows the quantiser of ggml's own project: products with values and with the inner channels of
+an MLP get more bits in some blocks, the output most, and rows that are no multiple of 256 another type of about the
+same size. Exceptions for single architectures are left out.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fxprune.errors import ArgumentError
+import gguf
+from torch import fx
+
+from fxprune.axes import factors
+from fxprune.discovery.dependency import AxisMap
+from fxprune.discovery.groups import Consumer, find_consumers
+from fxprune.errors import ArgumentError, UnknownNameError
+from fxprune.graph.facts import owner_block
 from fxprune.pipeline.arguments import refuse, whole_number
 
-__all__ = ["DEFAULT_RATIO", "Reached", "Target", "check_target", "parse_target"]
+__all__ = [
+    "DEFAULT_RATIO",
+    "FORMATS",
+    "TOKENIZER",
+    "Place",
+    "Reached",
+    "Target",
+    "bytes_each",
+    "check_format",
+    "check_target",
+    "find_places",
+    "least_each",
+    "parse_target",
+    "type_of",
+]
+
+Type = gguf.GGMLQuantizationType
+
+TOKENIZER = 30
+"""Bytes of a file for each token of its tokenizer, about: 25 for one with scores, and 36 for one with merges."""
+
+_PLAIN = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+_ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
+_MIXTURES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
+
+FORMATS = (*_PLAIN, *_MIXTURES, *_ALIASES)
+"""Formats of files, by name."""
+
+_COARSE = 6.5 / 8
+"""Bytes of a weight below which plain formats keep embedding and output at 8 bits; see :mod:`fxprune.export.gguf`."""
+
+_FALLBACKS = {Type.Q2_K: Type.IQ4_NL, Type.Q3_K: Type.IQ4_NL, Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1}
+_FALLBACKS |= {Type.Q6_K: Type.Q8_0}
+"""Types with blocks of 32 in place of those with blocks of 256, for rows that are no multiple of 256."""
+
+
+_PARTS = ("other", "value", "fused", "output", "down", "embedding", "head")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of a matrix in a model, as far as its type depends on it.
+
+    Args:
+        part: ``value``, ``fused`` queries, keys and values, attention's ``output``, ``down`` for the products that end
+            an MLP, ``embedding`` or ``head`` outside blocks, or ``other``.
+        row: its axis along which blocks of values are stored.
+        block: the number of its block.
+        depth: the number of blocks.
+    """
+
+    part: str = "other"
+    row: int = -1
+    block: int = 0
+    depth: int = 1
+
+
+def check_format(name: str) -> str:
+    """The name of a format in lower case."""
+    if name.lower() not in FORMATS:
+        raise UnknownNameError("format", name, FORMATS)
+    return name.lower()
+
+
+def bytes_each(kind: Type) -> float:
+    """Bytes of a weight of a type."""
+    block, stored = gguf.GGML_QUANT_SIZES[kind]
+    return stored / block
+
+
+def least_each(name: str) -> float:
+    """The least bytes that a weight takes in a format."""
+    return min(bytes_each(type_of(name, Place(part), 256)) for part in _PARTS)
+
+
+def type_of(name: str, place: Place, row: int) -> Type:
+    """The type of a matrix in a format, with ``row`` values in a row."""
+    name = _ALIASES.get(name, name)
+    if name in _PLAIN:
+        kind = _named(name)
+        outer = place.part in ("embedding", "head")
+        return Type.Q8_0 if outer and bytes_each(kind) < _COARSE else kind
+    kind = _in_mixture(name, place)
+    if row % gguf.GGML_QUANT_SIZES[kind][0]:
+        kind = _FALLBACKS.get(kind, kind)
+    return Type.F16 if row % gguf.GGML_QUANT_SIZES[kind][0] else kind
+
+
+def _named(name: str) -> Type:
+    found: Type = getattr(Type, name.upper())
+    return found
+
+
+def _in_mixture(name: str, place: Place) -> Type:
+    base = name[: len("q4_k")]
+    kind, part, block, depth = _named(base), place.part, place.block, place.depth
+    favoured = block < depth // 8 or block >= 7 * depth // 8 or (block - depth // 8) % 3 == 2
+    if part == "head":
+        return Type.Q6_K
+    if name == "q2_k" and part in ("value", "down", "output"):
+        return Type.Q3_K
+    if name in ("q4_k_m", "q5_k_m") and part in ("value", "down") and favoured:
+        return Type.Q6_K
+    special: Mapping[tuple[str, str], Type] = {
+        ("q3_k_m", "value"): Type.Q5_K if block < 2 else Type.Q4_K,
+        ("q3_k_m", "down"): Type.Q5_K if block < depth // 16 else Type.Q4_K if favoured else Type.Q3_K,
+        ("q3_k_m", "output"): Type.Q4_K,
+        ("q3_k_m", "fused"): Type.Q4_K,
+        ("q3_k_l", "value"): Type.Q5_K,
+        ("q3_k_l", "down"): Type.Q5_K,
+        ("q3_k_l", "output"): Type.Q5_K,
+        ("q3_k_l", "fused"): Type.Q4_K,
+        ("q4_k_s", "value"): Type.Q5_K if block < 4 else Type.Q4_K,
+        ("q4_k_s", "down"): Type.Q5_K if block < depth // 8 else Type.Q4_K,
+        ("q4_k_m", "fused"): Type.Q5_K,
+        ("q5_k_m", "fused"): Type.Q6_K,
+    }
+    return special.get((name, part), kind)
+
+
+def find_places(graph: fx.Graph, axes: AxisMap, attention: Iterable[fx.Node]) -> dict[str, Place]:
+    """The place of each parameter that a product reads, and of each matrix outside blocks; others are not listed.
+
+    ``attention`` are the nodes that take queries, keys and values.
+    """
+    by_node = {consumer.node: consumer for consumer in find_consumers(graph, axes)}
+    values, keys, heads = {}, set(), set()
+    for node in attention:
+        value, key = (_product_before(source, by_node) for source in (node.args[2], node.args[1]))
+        if value is not None:
+            values[value.name] = axes.tensors[value.name][value.axis]
+            rows = (expr for axis, expr in enumerate(axes.tensors[value.name]) if axis != value.axis)
+            heads |= {factor for expr in rows for factor in factors(expr)}
+        keys |= set() if key is None else {key.name}
+    outer = [name for name in axes.parameters if name not in axes.tied and owner_block(name, axes.blocks) is None]
+    found = {name: Place("embedding") for name in outer if len(axes.tensors[name]) == 2}
+    stream = {*values.values()}
+    for consumer in by_node.values():
+        block, read = owner_block(consumer.name, axes.blocks), axes.tensors[consumer.name][consumer.axis]
+        if block is None:
+            part = "head"
+            stream.add(read)
+        elif consumer.name in values:
+            part = "fused" if consumer.name in keys else "value"
+        elif read in stream:
+            part = "other"
+        else:
+            part = "down" if heads.isdisjoint(factors(read)) else "output"
+        number = 0 if block is None else axes.blocks.index(block)
+        found[consumer.name] = Place(part, consumer.axis, number, len(axes.blocks))
+    return found
+
+
+def _product_before(node: object, products: Mapping[fx.Node, Consumer]) -> Consumer | None:
+    """The product with a weight that a value comes from, through the first inputs of ops."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if node in products:
+            return products[node]
+        node = next(iter(node.all_input_nodes), None)
+    return None
+
 
 DEFAULT_RATIO = 0.2
 """The fraction to remove where neither a ratio nor a target is given."""
@@ -141,7 +314,6 @@ def _of_bytes(text: str, amount: float, rest: str) -> Target:
 def _with_format(name: str, file_format: str, text: str) -> str:
     if not file_format:
         return name
-    from fxprune.removal.formats import FORMATS, check_format
 
     if file_format.lower() not in FORMATS:
         raise _refuse(text, f"{file_format!r} is no format of GGUF files", f"Known: {', '.join(FORMATS)}")

@@ -28,7 +28,7 @@ from fxprune.errors import ArgumentError
 from fxprune.graph.context import wrap_errors
 from fxprune.graph.facts import Fact
 from fxprune.graph.tensors import starred
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Scores
 from fxprune.removal.target import Reached
 from fxprune.report.charts import ChartColumn, bar_chart, box_chart
 from fxprune.report.quality import Quality

@@ -5,8 +5,7 @@ from __future__ import annotations
 import string
 
 from fxprune.axes import new_factor, product
-from fxprune.rules.notation import state_product_roles
-from fxprune.rules.registry import rule
+from fxprune.rules.registry import rule, state_product_roles
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Role, TensorAxes
 

@@ -1,6 +1,19 @@
-"""The registry of rules by op; users add rules for ops of their own.
+"""The registry of rules by op, and rules as one line of text; users add rules for ops of their own.
 
-Regular rules are a line of text (:mod:`fxprune.rules.notation`), others a function::
+    linear      input[*b, i], weight[o, i], bias[o]? -> out[*b, o]      sums i
+    embedding   weight[r, w], indices[*i] -> out[*i, w]                 r by indices
+    outer       self[i], vec2[j] -> out[i, j]
+
+Names are the arguments of the op's schema; tensors that are not named do not matter. A letter is an axis, the same one
+wherever it occurs; an axis of size 1 broadcasts. ``*b`` is any number of axes, matched from the right. ``n?`` is an
+optional axis, ``?`` after the bracket marks an optional tensor. A letter of the inputs that is in no output needs a
+clause:
+
+* ``sums i, j``: contracted (multiplied and summed over);
+* ``r by indices``: units are picked by the numbers in another tensor;
+* ``c zero with weight, bias``, for letters that stay: masked units are zero where they are in all of these tensors.
+
+Regular rules are a line of text (:mod:`fxprune.rules.registry`), others a function::
 
     fxprune.rule("mylib::project", notation="x[*b, i], weight[o, i] -> out[*b, o]  sums i", values="product")
 
@@ -13,20 +26,292 @@ Regular rules are a line of text (:mod:`fxprune.rules.notation`), others a funct
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import fx
 
-from fxprune.errors import UnknownNameError
-from fxprune.graph.compat import OpOverload, is_pointwise
+from fxprune.errors import FxpruneError, UnknownNameError
+from fxprune.graph.compat import OpOverload, argument_names, is_pointwise
 from fxprune.pipeline.arguments import function, instance, refuse
-from fxprune.rules.notation import read_notation
 from fxprune.rules.site import OpSite
+from fxprune.rules.statements import Role, TensorAxes
 
-__all__ = ["Values", "find_rule", "is_sum", "moves_values", "register_rule", "registered_rules", "rule"]
+__all__ = [
+    "Values",
+    "find_rule",
+    "is_sum",
+    "moves_values",
+    "read_notation",
+    "register_rule",
+    "registered_rules",
+    "rule",
+    "state_product_roles",
+]
+
+_SPARE_LETTERS = "stuvwxyzcdefghjklmnpqrabio"
+"""Names for the further axes of a ``*b``, those usual for positions in a text first."""
+
+Place = tuple[str, int]
+"""A letter, and for one of the axes of a ``*b`` its distance from the right."""
+
+
+class Letter(NamedTuple):
+    """An axis in a bracket: its name, whether it stands for any number of axes, whether it is optional."""
+
+    name: str
+    several: bool
+    optional: bool
+
+
+@dataclass(frozen=True)
+class TensorPattern:
+    """A tensor in a notation: the argument it is passed as (any name for an output) and its axes."""
+
+    name: str
+    letters: tuple[Letter, ...]
+    optional: bool = False
+
+    def names(self) -> list[str]:
+        return [letter.name for letter in self.letters]
+
+    def places(self, rank: int, absent: Collection[str] = ()) -> list[Place]:
+        """The letter of each of ``rank`` axes; optional letters in ``absent`` are left out.
+
+        Raises:
+            FxpruneError: the notation cannot have that many axes, or that few.
+        """
+        letters = [letter for letter in self.letters if not (letter.optional and letter.name in absent)]
+        spare = rank - sum(not letter.several for letter in letters)
+        missing = max(0, -spare)
+        found: list[Place] = []
+        for letter in letters:
+            if letter.several:
+                found += [(letter.name, i) for i in range(spare, 0, -1)]
+            elif letter.optional and missing:
+                missing -= 1
+            else:
+                found.append((letter.name, 0))
+        if len(found) != rank:
+            raise FxpruneError(
+                f"{rank} axes do not match {', '.join(self.names())}",
+                where=self.name,
+                remedy="Name that many axes in the notation, or any number of them with *",
+            )
+        return found
+
+    def missing(self, rank: int) -> set[str]:
+        """The optional letters that a tensor of ``rank`` axes lacks."""
+        present = {name for name, _ in self.places(rank)}
+        return {letter.name for letter in self.letters if letter.optional and letter.name not in present}
+
+
+@dataclass(frozen=True)
+class Notation:
+    """A rule read from text.
+
+    Args:
+        sums: letters that are summed over.
+        picked: letters whose units are picked, with the tensor of their numbers.
+        zero: letters whose masked units are zero where they are in all of the tensors given here.
+        multiplies: whether the inputs are multiplied.
+    """
+
+    inputs: tuple[TensorPattern, ...]
+    outputs: tuple[TensorPattern, ...]
+    sums: tuple[str, ...] = ()
+    picked: dict[str, str] = field(default_factory=dict)
+    zero: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    multiplies: bool = False
+
+    @property
+    def added(self) -> str:
+        """The input that is added to a sum of products; empty if none is."""
+        plain = [x.name for x in self.inputs if not set(x.names()) & set(self.sums)]
+        return plain[0] if self.multiplies and self.sums and plain else ""
+
+    def state(self, op: OpSite) -> None:
+        """Make the statements of the notation at ``op``."""
+        passed = [(x, op.tensor(x.name) if x.optional else op.need(x.name)) for x in self.inputs]
+        given = [(x, tensor) for x, tensor in passed if tensor is not None]
+        absent = {name for x, tensor in given for name in x.missing(tensor.rank)}
+        made = list(zip(self.outputs, op.outs, strict=False))
+        results = {key: (out, j) for x, out in made for j, key in enumerate(x.places(out.rank, absent))}
+        where = [(x, tensor, key, i) for x, tensor in given for i, key in enumerate(x.places(tensor.rank, absent))]
+        _name_axes(op, [(key, tensor, i) for _, tensor, key, i in where] + [(k, *at) for k, at in results.items()])
+        first: dict[Place, tuple[TensorAxes, int]] = {}
+        for _, tensor, key, i in where:
+            other = results.get(key) or first.setdefault(key, (tensor, i))
+            if tensor.sizes[i] != 1 and other != (tensor, i):
+                op.tie(tensor, i, *other)
+        for letter in self.sums:
+            op.add_up(*((tensor, i) for _, tensor, key, i in where if key[0] == letter))
+        for letter, index in self.picked.items():
+            for _, tensor, key, i in where:
+                if key[0] == letter and not op.picks(op.need(index), tensor, i):
+                    op.freeze(tensor, i, "rows are looked up by number")
+        for letter, names in self.zero.items():
+            sources = [(tensor, i) for x, tensor, key, i in where if x.name in names and key[0] == letter]
+            if len(sources) == len(names):
+                op.keep_zeros(*results[letter, 0], *sources)
+        if self.multiplies and self.sums:
+            self._state_roles(op, where)
+
+    def _state_roles(self, op: OpSite, where: list[tuple[TensorPattern, TensorAxes, Place, int]]) -> None:
+        """Letters that all factors of the product share, and that are not summed over, are batch axes."""
+        factors = [x for x in self.inputs if set(x.names()) & set(self.sums)]
+        batch = set.intersection(*(set(x.names()) for x in factors)) - set(self.sums) if len(factors) > 1 else set()
+        axes = [(tensor, i, key[0] in batch) for x, tensor, key, i in where if x in factors]
+        summed = [(tensor, i) for _, tensor, key, i in where if key[0] in self.sums]
+        state_product_roles(op, axes, summed)
+
+
+def state_product_roles(
+    op: OpSite, axes: list[tuple[TensorAxes, int, bool]], summed: list[tuple[TensorAxes, int]]
+) -> None:
+    """Roles of the axes of a product: batch axes of two activations are heads, their other axes are inside a head.
+
+    Batch axes of weights lie side by side; other axes of weights have no role.
+
+    Args:
+        axes: operand, axis, and whether it is a batch axis.
+        summed: operand and axis of each axis that is summed over.
+    """
+    if not any(op.is_weight(x) for x, _, _ in axes):
+        roles = [(x, i, Role.HEAD if batch else Role.HEAD_DIM) for x, i, batch in axes]
+        op.multiply_activations(*roles, *((x, i, Role.SUMMED) for x, i in summed))
+    for x, i, batch in axes:
+        if batch and op.is_weight(x):
+            op.tag(x, i, Role.SIDE_BY_SIDE)
+
+
+def _name_axes(op: OpSite, where: list[tuple[Place, TensorAxes, int]]) -> None:
+    """Name axes for printing: the first axis of a ``*b`` is b, the others get unused letters."""
+    used = {letter for (letter, _), _, _ in where}
+    free = (letter for letter in _SPARE_LETTERS if letter not in used)
+    longest = {letter: max(place for (other, place), _, _ in where if other == letter) for letter in used}
+    spelled = {
+        (letter, place): letter if place in (0, longest[letter]) else next(free, letter)
+        for letter, place in sorted({key for key, _, _ in where}, key=lambda key: (key[0], -key[1]))
+    }
+    for key, x, i in where:
+        op.name_axis(x, i, spelled[key])
+
+
+_TENSOR = re.compile(r"\s*(\w+)\s*\[([^\[\]]*)\]\s*(\??)\s*(?:,|$)")
+_AXIS = re.compile(r"(\*?)([a-z])(\??)")
+_LETTERS = r"[a-z](?:\s*,\s*[a-z]\b)*"
+_CLAUSES = re.compile(
+    rf"\s*(?:sums\s+(?P<sums>{_LETTERS})"
+    r"|(?P<picked>[a-z])\s+by\s+(?P<index>\w+)"
+    r"|(?P<zero>[a-z])\s+zero\s+with\s+(?P<sources>\w+(?:\s*,\s*\w+)*))(?:\s\s+|\s*;|\s*$)"
+)
+
+
+def read_notation(text: str, op: str, *, multiplies: bool = False) -> Notation:
+    """Parse the notation ``text`` of an op; FxpruneError if it is not one, or leaves an axis undetermined."""
+    inputs, arrow, rest = text.partition("->")
+    if not arrow:
+        raise _error(op, f"no -> in {text!r}")
+    closing = rest.rfind("]") + 1  # an op may make no tensors at all
+    clauses = _parse_clauses(rest[closing:], op)
+    found = Notation(_parse_tensors(inputs, op), _parse_tensors(rest[:closing], op), *clauses, multiplies)
+    _check_letters(found, op)
+    _check_arguments(found, op)
+    return found
+
+
+def _error(op: str, what: str, remedy: str = "") -> FxpruneError:
+    example = 'Write it like "input[*b, i], weight[o, i], bias[o]? -> out[*b, o]  sums i"'
+    return FxpruneError(what, where=f"notation of {op}", remedy=remedy or example)
+
+
+def _parse_tensors(text: str, op: str) -> tuple[TensorPattern, ...]:
+    found, at, text = [], 0, text.strip()
+    while at < len(text):
+        match = _TENSOR.match(text, at)
+        if match is None:
+            raise _error(op, f"{text[at:].strip()!r} is not a tensor with its axes")
+        letters: list[Letter] = []
+        for item in (part.strip() for part in match[2].split(",") if match[2].strip()):
+            axis = _AXIS.fullmatch(item)
+            if axis is None or (axis[1] and axis[3]):
+                raise _error(op, f"{item!r} is not an axis", "Write an axis as a letter, *letter or letter?")
+            letters.append(Letter(axis[2], bool(axis[1]), bool(axis[3])))
+        found.append(TensorPattern(match[1], tuple(letters), bool(match[3])))
+        at = match.end()
+    for x in found:
+        if sum(letter.several for letter in x.letters) > 1:
+            raise _error(op, f"{x.name} has more than one *", "Use * for one run of axes per tensor")
+        if len(set(x.names())) < len(x.letters):
+            raise _error(op, f"{x.name} has an axis twice", "Write the rule as a function")
+    if len({x.name for x in found}) < len(found):
+        raise _error(op, "a tensor occurs twice")
+    return tuple(found)
+
+
+def _parse_clauses(text: str, op: str) -> tuple[tuple[str, ...], dict[str, str], dict[str, tuple[str, ...]]]:
+    sums: list[str] = []
+    picked: dict[str, str] = {}
+    zero: dict[str, tuple[str, ...]] = {}
+    at = 0
+    while text[at:].strip():
+        match = _CLAUSES.match(text, at)
+        if match is None:
+            raise _error(op, f"{text[at:].strip()!r} is not a clause", 'A clause is "sums i" or "r by indices"')
+        if match["sums"]:
+            sums += re.findall("[a-z]", match["sums"])
+        elif match["picked"]:
+            picked[match["picked"]] = match["index"]
+        else:
+            zero[match["zero"]] = tuple(re.findall(r"\w+", match["sources"]))
+        at = match.end()
+    return tuple(sums), picked, zero
+
+
+def _check_letters(found: Notation, op: str) -> None:
+    kinds = {(letter.name, letter.several) for x in (*found.inputs, *found.outputs) for letter in x.letters}
+    names = {name for name, _ in kinds}
+    if len(kinds) > len(names):
+        raise _error(op, "a letter stands both for one axis and for any number of axes")
+    before = {name for x in found.inputs for name in x.names()}
+    after = {name for x in found.outputs for name in x.names()}
+    if after - before:
+        unknown = ", ".join(sorted(after - before))
+        raise _error(op, f"the output axes {unknown} are not in the inputs", "Write the rule as a function")
+    gone = {*found.sums, *found.picked}
+    if gone & after or gone - before:
+        wrong = ", ".join(sorted((gone & after) | (gone - before)))
+        raise _error(op, f"{wrong}: a summed or picked axis must be in the inputs and not in the output")
+    if found.outputs and before - after - gone:
+        left = ", ".join(sorted(before - after - gone))
+        raise _error(op, f"no clause determines {left}", f'Add a clause such as "sums {left[0]}"')
+    inputs = {x.name for x in found.inputs}
+    named = {*found.picked.values(), *(name for names in found.zero.values() for name in names)}
+    if named - inputs or set(found.zero) - after:
+        unknown = ", ".join(sorted((named - inputs) | (set(found.zero) - after)))
+        raise _error(op, f"a clause names {unknown}, which the notation does not have")
+
+
+def _check_arguments(found: Notation, op: str) -> None:
+    """Refuse names that no overload of the op has; an op that is not registered yet is not checked."""
+    namespace, _, rest = op.partition("::")
+    name, _, overload = rest.partition(".")
+    packet = getattr(getattr(torch.ops, namespace), name, None)
+    if packet is None:
+        return
+    overloads = [overload] if overload else packet.overloads()
+    known = [{arg for arg, _, _ in argument_names(getattr(packet, each))} for each in overloads]
+    wanted = {x.name for x in found.inputs}
+    if not any(wanted <= names for names in known):
+        nearest = min(known, key=lambda names: len(wanted - names))
+        unknown = ", ".join(sorted(wanted - nearest))
+        raise _error(op, f"the op has no argument {unknown}", f"Its arguments are {', '.join(sorted(nearest))}")
+
 
 Decorated = TypeVar("Decorated")
 

@@ -27,26 +27,23 @@ from fxprune.graph.tensors import has_meta_weights, is_input, map_tensors, names
 from fxprune.pipeline.arguments import flag
 from fxprune.pipeline.pipeline import html_table
 from fxprune.trace.canonical import canonicalize, fold_constants, move_constants, remove_in_place_ops
-from fxprune.trace.checks import (
+from fxprune.trace.fidelity import Fidelity, compare_with_module, input_sizes, limit_sizes, pin_sizes
+from fxprune.trace.inputs import (
+    blank,
     check_copies,
     check_inputs,
     check_model,
     check_outputs,
     check_runs,
     check_values,
-    model_dtype,
-)
-from fxprune.trace.fidelity import Fidelity, compare_with_module
-from fxprune.trace.inputs import (
-    blank,
     default_inputs,
     dynamic_dims,
     fake_twin,
     hooks_left_out,
+    model_dtype,
     name_arguments,
     without_cache,
 )
-from fxprune.trace.limits import input_sizes, limit_sizes, pin_sizes
 from fxprune.trace.lower import PLAIN_OPS, lower
 from fxprune.trace.repeats.copies import skip_repeats
 from fxprune.trace.repeats.grouping import Repeats, find_dependence, find_repeats

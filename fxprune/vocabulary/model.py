@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fxprune.emit.emitted import outputs_agree
-from fxprune.emit.load import configs_of
+from fxprune.emit.snapshot import configs_of
 from fxprune.errors import PlanError, UnsupportedModelError, VerificationError
 from fxprune.graph.context import Refusal, attempt, preserve_rng, quiet
 from fxprune.graph.tensors import as_parameter, computed_tensors, get_tensor

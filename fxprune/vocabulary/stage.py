@@ -17,10 +17,9 @@ from fxprune.pipeline.arguments import VOCAB, named_kinds, number
 from fxprune.removal.target import DEFAULT_RATIO
 from fxprune.report.report import Report
 from fxprune.trace.inputs import is_hugging_face
-from fxprune.vocabulary.choose import Use
 from fxprune.vocabulary.model import find_rows
-from fxprune.vocabulary.pieces import check_kind
-from fxprune.vocabulary.prune import PrunedVocabulary, measure_use, size_after, text_ids, trim
+from fxprune.vocabulary.prune import PrunedVocabulary, Use, measure_use, size_after, text_ids, trim
+from fxprune.vocabulary.tokenizer import check_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,19 +1,294 @@
-"""A tokenizer with some of its tokens, and ids numbered anew."""
+"""Tokens of a tokenizer, and a tokenizer with some of them that still writes every text.
+
+Each kind of tokenizer must keep some tokens: those without which some text could no longer be written, and, in byte
+pair encoding, those that a kept token is merged from. A text that the whole tokenizer writes with kept tokens alone is
+then written the same by the trimmed one:
+
+- Byte pair encoding merges the characters of a token in an order that depends on nothing outside it. With all tokens
+  of that order kept, and the order of the other merges unchanged, the same merges are applied.
+- Unigram takes the sequence of tokens with the highest score; it stays the highest among fewer.
+- WordPiece takes the longest token that fits; it stays the longest among fewer.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from fxprune.errors import UnsupportedModelError
-from fxprune.vocabulary.pieces import specification
 
-__all__ = ["renumbered", "trimmed_tokenizer"]
+__all__ = ["Tokens", "check_kind", "read_tokens", "renumbered", "specification", "trimmed_tokenizer"]
+
+_REMEDY = "Leave the kind vocab out: tokenizers of the kinds BPE, Unigram and WordPiece can be trimmed"
+
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+
+
+def check_kind(tokenizer: Any) -> None:
+    """Refuse a tokenizer that is of no kind which writes every text with some of its tokens.
+
+    Raises:
+        UnsupportedModelError: it is of another kind, or no fast tokenizer.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        what = f"{type(tokenizer).__name__} is not a fast tokenizer, whose tokens are known"
+        raise UnsupportedModelError(what, where="tokenizer", remedy=_REMEDY)
+    kind = type(backend.model).__name__
+    if kind not in ("BPE", "Unigram", "WordPiece"):
+        raise UnsupportedModelError(f"it is of the kind {kind}", where="tokenizer", remedy=_REMEDY)
+    if kind == "BPE" and backend.model.continuing_subword_prefix:
+        what = f"it marks tokens inside a word by {backend.model.continuing_subword_prefix!r}"
+        raise UnsupportedModelError(what, where="tokenizer", remedy=_REMEDY)
+
+
+def specification(tokenizer: Any) -> dict[str, Any]:
+    """The definition of a tokenizer as data, as for :func:`check_kind`."""
+    check_kind(tokenizer)
+    found: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return found
+
+
+def read_tokens(spec: Mapping[str, Any]) -> Tokens:
+    """The tokens of a tokenizer by its definition."""
+    kinds: dict[str, type[Tokens]] = {"BPE": _Merged, "Unigram": _Scored, "WordPiece": _Longest}
+    return kinds[spec["model"]["type"]](spec)
+
+
+class Tokens(ABC):
+    """The tokens of a tokenizer.
+
+    Args:
+        spec: definition of the tokenizer.
+    """
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        model = spec["model"]
+        vocabulary = model["vocab"]
+        pairs = enumerate(text for text, _ in vocabulary) if isinstance(vocabulary, list) else _turned(vocabulary)
+        self.texts: dict[int, str] = dict(pairs)
+        self.ids = {text: number for number, text in self.texts.items()}
+        self.added = frozenset(token["id"] for token in spec["added_tokens"])
+        self._marks = {text for step in ("normalizer", "pre_tokenizer", "decoder") for text in _strings(spec[step])}
+        self._bytes = {
+            int(found[1], 16): number for text, number in self.ids.items() if (found := _BYTE.fullmatch(text))
+        }
+        self._falls_back = bool(model.get("byte_fallback")) and len(self._bytes) == 256
+        unknown = model.get("unk_id") if "unk_id" in model else self.ids.get(model.get("unk_token"))
+        self._unknown: tuple[int, ...] = () if unknown is None else (unknown,)
+
+    @property
+    def every(self) -> frozenset[int]:
+        """All ids, those of added tokens too."""
+        return self.added | self.texts.keys()
+
+    @cached_property
+    def needed(self) -> frozenset[int]:
+        """Ids that must stay, so that every text can be written: added tokens, and characters or bytes."""
+        fallback: Iterable[int] = self._bytes.values() if self._falls_back else ()
+        kept = {number for number, text in self.texts.items() if self._is_character(text) and self._stays(text)}
+        alone = {number for number, text in self.texts.items() if not self._can_be_written(text)}
+        return self.added.union(self._unknown, fallback, kept, alone)
+
+    @abstractmethod
+    def parts(self, token: int) -> tuple[int, ...]:
+        """Tokens that must stay as long as this one does."""
+
+    @abstractmethod
+    def pieces(self, token: int, gone: Collection[int]) -> tuple[int, ...]:
+        """The tokens that write the text of one that goes, where those in ``gone`` are gone as well."""
+
+    def written(self, token: int, gone: Collection[int]) -> tuple[int, ...]:
+        """The kept tokens that write the text of a token; itself if it is kept."""
+        if token not in gone:
+            return (token,)
+        return tuple(kept for piece in self.pieces(token, gone) for kept in self.written(piece, gone))
+
+    def _is_character(self, text: str) -> bool:
+        return len(text) == 1
+
+    def _stays(self, text: str) -> bool:
+        """Whether a single character must stay: bytes can write it, unless the tokenizer itself replaces it."""
+        return not self._falls_back or text in self._marks
+
+    def _can_be_written(self, text: str) -> bool:
+        return True
+
+    def _as_bytes(self, text: str) -> tuple[int, ...]:
+        return tuple(self._bytes[byte] for byte in text.encode("utf-8", "surrogatepass"))
+
+
+def _turned(vocabulary: Mapping[str, int]) -> Iterator[tuple[int, str]]:
+    return ((number, text) for text, number in vocabulary.items())
+
+
+def _strings(part: Any) -> Iterator[str]:
+    """All texts in a part of a definition."""
+    if isinstance(part, str):
+        yield part
+    elif isinstance(part, Mapping | list):
+        for inner in part.values() if isinstance(part, Mapping) else part:
+            yield from _strings(inner)
+
+
+class _Merged(Tokens):
+    """Tokens of byte pair encoding."""
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        super().__init__(spec)
+        model = spec["model"]
+        self._suffix = model.get("end_of_word_suffix") or ""
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        self._ranks = {(left, right): rank for rank, (left, right) in enumerate(pairs)}
+
+    def parts(self, token: int) -> tuple[int, ...]:
+        found = self._halves.get(token)
+        return () if found is None else found
+
+    def pieces(self, token: int, gone: Collection[int]) -> tuple[int, ...]:
+        text = self.texts[token]
+        if self._is_character(text):
+            return self._as_bytes(text)
+        if token in self._halves:
+            return self._halves[token]
+        left = self._merge(text)[-1]
+        return tuple(number for part in left for number in self._numbers(part))
+
+    @cached_property
+    def _halves(self) -> dict[int, tuple[int, int]]:
+        """For each token that merges make, the two tokens that its last merge joins."""
+        found = {}
+        for number, text in self.texts.items():
+            if number not in self.added and not self._is_character(text):
+                steps = self._merge(text)
+                if len(steps) > 1 and len(steps[-1]) == 1:
+                    left, right = steps[-2]
+                    found[number] = (self.ids[left], self.ids[right])
+        return found
+
+    def _merge(self, text: str) -> list[list[str]]:
+        """The symbols of a text before the first merge, and after each."""
+        symbols = self._symbols(text)
+        steps = [symbols]
+        while True:
+            ranks = [self._ranks.get(pair) for pair in pairwise(symbols)]
+            known = [rank for rank in ranks if rank is not None]
+            if not known:
+                return steps
+            place = ranks.index(min(known))
+            symbols = [*symbols[:place], symbols[place] + symbols[place + 1], *symbols[place + 2 :]]
+            steps.append(symbols)
+
+    def _symbols(self, text: str) -> list[str]:
+        """The characters of a text, the last one with the mark of the end of a word if the text has it."""
+        bare = text.removesuffix(self._suffix) if self._suffix else text
+        symbols = list(bare)
+        if symbols and len(bare) < len(text):
+            symbols[-1] += self._suffix
+        return symbols
+
+    def _numbers(self, text: str) -> tuple[int, ...]:
+        """The tokens of a symbol."""
+        if text in self.ids:
+            return (self.ids[text],)
+        return self._as_bytes(text) if self._falls_back else self._unknown
+
+    def _is_character(self, text: str) -> bool:
+        return len(text.removesuffix(self._suffix) if self._suffix else text) == 1
+
+    def _can_be_written(self, text: str) -> bool:
+        return self._falls_back or all(symbol in self.ids for symbol in self._symbols(text))
+
+
+class _Scored(Tokens):
+    """Tokens of a unigram language model."""
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        super().__init__(spec)
+        self._scores = dict(enumerate(score for _, score in spec["model"]["vocab"]))
+        self._longest = max(map(len, self.ids))
+        self._lowest = min(self._scores, key=lambda number: self._scores[number])
+
+    @cached_property
+    def needed(self) -> frozenset[int]:
+        """Ids that must stay; the lowest score is that of unknown characters, too."""
+        return super().needed | {self._lowest}
+
+    def parts(self, token: int) -> tuple[int, ...]:
+        return ()
+
+    def pieces(self, token: int, gone: Collection[int]) -> tuple[int, ...]:
+        """The sequence of tokens with the highest sum of scores."""
+        text = self.texts[token]
+        unknown = self._scores[self._lowest] - 10.0  # as the tokenizers library scores it
+        best: list[tuple[float, int, tuple[int, ...]]] = [(0.0, 0, ())]
+        for end in range(1, len(text) + 1):
+            options: list[tuple[float, int, tuple[int, ...]]] = []
+            for start in range(max(0, end - self._longest), end):
+                number = self.ids.get(text[start:end])
+                if number is not None and number != token and number not in gone and number not in self.added:
+                    options.append((best[start][0] + self._scores[number], start, (number,)))
+            if all(start < end - 1 for _, start, _ in options):
+                character = text[end - 1]
+                options.append((best[end - 1][0] + unknown, end - 1, self._fallback(character)))
+            best.append(max(options, key=lambda option: option[0]))
+        found: list[tuple[int, ...]] = []
+        place = len(text)
+        while place:
+            _, start, numbers = best[place]
+            found.append(numbers)
+            place = start
+        return tuple(number for numbers in reversed(found) for number in numbers)
+
+    def _fallback(self, character: str) -> tuple[int, ...]:
+        return self._as_bytes(character) if self._falls_back else self._unknown
+
+    def _can_be_written(self, text: str) -> bool:
+        return self._falls_back or all(character in self.ids for character in text)
+
+
+class _Longest(Tokens):
+    """Tokens of WordPiece."""
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        super().__init__(spec)
+        self._prefix = spec["model"]["continuing_subword_prefix"]
+
+    def parts(self, token: int) -> tuple[int, ...]:
+        return ()
+
+    def pieces(self, token: int, gone: Collection[int]) -> tuple[int, ...]:
+        """The longest token that fits, again and again."""
+        text, inside = self._split(self.texts[token])
+        found: list[int] = []
+        while text:
+            fits = (self.ids.get(self._joined(text[:end], inside)) for end in range(len(text), 0, -1))
+            number = next(one for one in fits if one is not None and one != token and one not in gone)
+            found.append(number)
+            text, inside = text[len(self._split(self.texts[number])[0]) :], True
+        return tuple(found)
+
+    def _split(self, text: str) -> tuple[str, bool]:
+        return text.removeprefix(self._prefix), text.startswith(self._prefix)
+
+    def _joined(self, text: str, inside: bool) -> str:
+        return self._prefix + text if inside else text
+
+    def _is_character(self, text: str) -> bool:
+        return len(self._split(text)[0]) == 1
+
+    def _can_be_written(self, text: str) -> bool:
+        bare, inside = self._split(text)
+        return all(self._joined(character, inside or place > 0) in self.ids for place, character in enumerate(bare))
 
 
 def trimmed_tokenizer(tokenizer: Any, kept: Sequence[int]) -> Any:
@@ -24,7 +299,7 @@ def trimmed_tokenizer(tokenizer: Any, kept: Sequence[int]) -> Any:
 
     Args:
         tokenizer: a fast tokenizer of transformers; it stays as it is.
-        kept: what :func:`~fxprune.vocabulary.choose.choose_tokens` returned.
+        kept: what :func:`~fxprune.vocabulary.prune.choose_tokens` returned.
 
     Raises:
         UnsupportedModelError: its class does not load the tokens that it is given.

@@ -1,6 +1,5 @@
 """Compensation: weights fitted after a selection, before anything is cut."""
 
-from .least_squares import LeastSquaresPass
-from .rotation import RotationPass
+from .fits import LeastSquaresPass, RotationPass
 
 __all__ = ["LeastSquaresPass", "RotationPass"]

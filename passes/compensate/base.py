@@ -27,8 +27,7 @@ from fxprune.offload.prefetch import compute_device, to_device
 from fxprune.offload.ranks import check_enough, deal
 from fxprune.pipeline.arguments import Reach, argument
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
-from fxprune.removal.removal import Removal
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Removal, Scores
 from fxprune.rules.products import (
     LoneProduct,
     PickedMatrices,

@@ -1,13 +1,18 @@
 """Importance: scores of all units."""
 
 from .base import ImportancePass, Positions, axis_sums
-from .fisher import FisherImportancePass
-from .forward import FlapImportancePass, ForwardImportancePass, Moments, WandaImportancePass
+from .forward import (
+    BlockInfluenceImportancePass,
+    FlapImportancePass,
+    ForwardImportancePass,
+    Moments,
+    ReapImportancePass,
+    WandaImportancePass,
+)
 from .in_steps import ChooseScoresPass, ScoreInStepsPass
 from .magnitude import L1ImportancePass, L2ImportancePass, LoadScoresPass, RandomImportancePass
 from .reconstruction import ReconstructionImportancePass
-from .structures import BlockInfluenceImportancePass, ReapImportancePass
-from .taylor import TaylorImportancePass
+from .taylor import FisherImportancePass, TaylorImportancePass
 
 __all__ = [
     "BlockInfluenceImportancePass",

@@ -21,7 +21,7 @@ from fxprune.offload.prefetch import compute_device, free_bytes
 from fxprune.offload.ranks import broadcast_object, check_same
 from fxprune.pipeline.arguments import MEMORY, Memory, argument, number, one_of
 from fxprune.pipeline.contract import Pass, PassResult
-from fxprune.removal.scores import REDUCTIONS, Scores, score_groups
+from fxprune.removal.removal import REDUCTIONS, Scores, score_groups
 
 __all__ = ["LOW_MEMORY", "ImportancePass", "Positions", "axis_sums", "memory_limit", "parts_within", "usable_bytes"]
 

@@ -16,14 +16,13 @@ from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError
 from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of, fork
 from fxprune.graph.tensors import as_parameter, get_tensor, require_weights, set_tensor
-from fxprune.masking.judge import DivergenceJudge, foresee_split, split_samples
+from fxprune.masking.teacher import DivergenceJudge, foresee_split, split_samples
 from fxprune.offload.files import resume_scope
 from fxprune.offload.ranks import broadcast_object
 from fxprune.pipeline.arguments import argument, refuse
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.pipeline.registry import load_pass, pass_argument
-from fxprune.removal.removal import Removal
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Removal, Scores
 
 __all__ = ["ChooseScoresPass", "ScoreInStepsPass"]
 

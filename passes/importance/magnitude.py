@@ -15,7 +15,7 @@ from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.graph.tensors import get_tensor
 from fxprune.pipeline.arguments import argument, as_seed, instance, path_or_empty
 from fxprune.pipeline.contract import Pass, PassResult
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Scores
 
 from .base import ImportancePass, Positions, axis_sums
 

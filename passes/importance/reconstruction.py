@@ -21,7 +21,7 @@ from fxprune.graph.facts import facts_of
 from fxprune.graph.tensors import get_tensor
 from fxprune.offload.ranks import all_reduce, deal, gathered
 from fxprune.pipeline.arguments import Memory, argument
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Scores
 
 from .base import memory_limit, usable_bytes
 from .forward import ForwardImportancePass, as_rows

@@ -1,4 +1,4 @@
-"""Base of selection passes: slots with a number of units to remove, and the plan that follows.
+"""Base of selection passes: slots with a number of units to remove, and the plan that follows or is read.
 
 A slot is one group, or several groups of which only one may shrink (whole key/value groups, or query heads inside each;
 experts of every group of a router, or whole groups), or all the layers that may be removed.
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import gcd, lcm
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -24,24 +25,24 @@ from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.explain import unruled
 from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds, bare_kind
 from fxprune.emit import inexpressible, stock_check
-from fxprune.errors import ArgumentError, FxpruneError, PassError, RatioError
+from fxprune.errors import ArgumentError, FxpruneError, PassError, PlanError, RatioError
 from fxprune.evaluation.speed import read_widths
 from fxprune.graph.facts import Change, Fact, Runnable, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of
-from fxprune.masking.judge import DivergenceJudge, foresee_split, split_samples
+from fxprune.masking.teacher import DivergenceJudge, foresee_split, split_samples
 from fxprune.offload.ranks import broadcast_object, decide_on_first
-from fxprune.pipeline.arguments import Ranking, argument, numbers, refuse, whole_number
+from fxprune.pipeline.arguments import Ranking, argument, instance, numbers, path_or_empty, refuse, whole_number
 from fxprune.pipeline.contract import Pass, PassCost, PassResult
 from fxprune.removal.budget import Budget, by_kind, check_budget, make_budget
 from fxprune.removal.plan import Plan, keep_of
-from fxprune.removal.removal import Removal
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Removal, Scores
 from fxprune.removal.target import Reached
 
 __all__ = [
     "Array",
     "Choice",
     "Option",
+    "PlanFromJsonPass",
     "Rounding",
     "SelectPass",
     "Selection",
@@ -542,3 +543,52 @@ def width_bars(slots: Sequence[Slot], choices: Sequence[Choice]) -> Iterator[str
         ]
         bars = "".join(_BARS[min(int(part * len(_BARS)), len(_BARS) - 1)] for part in left)
         yield f"{kind} {bars} {sum(left) / len(left):.0%} left"
+
+
+@dataclass(frozen=True, eq=False)
+class PlanFromJsonPass(Pass):
+    """Takes the units that stay and the blocks that are removed from a plan."""
+
+    name: ClassVar[str] = "plan-from-json"
+    stage: ClassVar[str] = "select"
+    changes: ClassVar[Change] = "nothing"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Groups)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Removal,)
+
+    text: str = argument(
+        "",
+        "The output of :meth:`fxprune.Plan.to_json`.",
+        check=partial(instance, kind=str, wanted="what Plan.to_json wrote", error=PlanError),
+    )
+    file: str = argument(
+        "", "In its place, the path of a file with such text.", check=partial(path_or_empty, error=PlanError)
+    )
+
+    def check_arguments(self) -> None:
+        if not self.text and not self.file:
+            raise PlanError(
+                "no plan",
+                where=f"pass {self.name}",
+                remedy="Pass text, or file with the path of what Plan.to_json wrote",
+            )
+
+    def foresee(self, graph_module: fx.GraphModule, given: tuple[type[Fact], ...]) -> None:
+        """Refuse a plan for another model before samples are made and read."""
+        if Groups in given:
+            self._removal(graph_module)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        facts_of(graph_module).put(self._removal(graph_module))
+        return PassResult(graph_module, False)
+
+    def _removal(self, graph_module: fx.GraphModule) -> Removal:
+        try:
+            text = self.text or Path(self.file).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise PlanError(
+                f"cannot be read: {error}", where=self.file, remedy="Pass text, or the path of a plan"
+            ) from error
+        plan = Plan.from_json(text)
+        facts = facts_of(graph_module)
+        axes, groups = facts[Dependencies].axes, facts[Groups].all
+        return Removal(axes, groups, keep_of(axes, groups, plan), plan.removed_blocks)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from torch import fx, nn
@@ -15,12 +15,13 @@ from fxprune.axes import Factor
 from fxprune.discovery.groups import as_kinds, bare_kind
 from fxprune.errors import ArgumentError, RatioError
 from fxprune.evaluation.speed import times_file
+from fxprune.graph.context import attempt
 from fxprune.graph.counting import count_parameters
 from fxprune.graph.tensors import device_of
 from fxprune.pipeline.arguments import argument, number
 from fxprune.removal.budget import PHASES, Budget, check_budget
 from fxprune.removal.removal import Removal
-from fxprune.removal.target import DEFAULT_RATIO, Reached, Target, check_target, parse_target
+from fxprune.removal.target import DEFAULT_RATIO, Reached, Target, check_target, least_each, parse_target
 
 from .base import (
     Array,
@@ -34,9 +35,41 @@ from .base import (
     removed_layers,
     units_left,
 )
-from .sizes import dense_and_least
 
-__all__ = ["BudgetSolver", "SelectByGroupRatioPass", "SelectByRatioPass", "choose_uniform", "normalised"]
+__all__ = [
+    "BudgetSolver",
+    "SelectByGroupRatioPass",
+    "SelectByRatioPass",
+    "choose_uniform",
+    "dense_and_least",
+    "normalised",
+]
+
+_INSIDE_BLOCKS = frozenset({"mlp", "head", "head_dim", "expert", "layer"})
+"""Kinds of structures that embedding and output have no part in."""
+
+
+def dense_and_least(model: Any, kinds: Iterable[str], quantity: str, file_format: str = "") -> tuple[float, float]:
+    """The size of a model, and of its embedding and output, which is all that may stay.
+
+    Args:
+        model: a Hugging Face model.
+        kinds: of structures that may go; the second size is 0 if some are part of the embedding.
+        quantity: ``params`` or ``bytes``.
+        file_format: of the bytes of a GGUF file; the first size is then an upper bound, and the second a lower one.
+    """
+    ends = [attempt(model.get_input_embeddings), attempt(model.get_output_embeddings)]
+    inside = {bare_kind(kind) for kind in kinds} <= _INSIDE_BLOCKS
+    stay = {parameter for end in ends if inside and isinstance(end, nn.Module) for parameter in end.parameters()}
+
+    def size(parameters: Iterable[nn.Parameter], each: float) -> float:
+        sizes = ((p.numel(), p.element_size()) for p in parameters)
+        return float(sum(number * (1 if quantity == "params" else each or width) for number, width in sizes))
+
+    least = least_each(file_format) if file_format else 0.0
+    dense = float("inf") if file_format else size(model.parameters(), 0.0)
+    return dense, size(stay, least)
+
 
 _Key = TypeVar("_Key")
 

@@ -1,8 +1,13 @@
 """Shrinking: the plan becomes smaller tensors and a graph that fits them."""
 
-from .propagate_shapes import PropagateShapesPass
-from .shrink import BypassBlocksPass, EliminateDeadCodePass, RewriteLiteralsPass, ShrinkPass
-from .slice_parameters import SliceParametersPass
+from .shrink import (
+    BypassBlocksPass,
+    EliminateDeadCodePass,
+    PropagateShapesPass,
+    RewriteLiteralsPass,
+    ShrinkPass,
+    SliceParametersPass,
+)
 
 __all__ = [
     "BypassBlocksPass",

@@ -1,12 +1,13 @@
-"""Shrinking: blocks bypassed, literals rewritten, dead code eliminated; and its verification."""
+"""Shrinking: blocks bypassed, parameters sliced, literals rewritten, shapes propagated; and its verification."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -15,9 +16,33 @@ from fxprune.data.verification import VerificationInputs, make_inputs
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
 from fxprune.errors import PlanError
-from fxprune.graph.compat import is_impure
-from fxprune.graph.facts import Fact, Runnable, Source, add_note, facts_of, fork
-from fxprune.graph.tensors import delete_tensor, has_meta_weights, read_argument, set_argument, weights
+from fxprune.graph.compat import (
+    FakeTensorMode,
+    FakeTensorProp,
+    OpOverload,
+    enable_python_dispatcher,
+    fake_mode,
+    has_unbacked_sizes,
+    is_impure,
+    tree_leaves,
+)
+from fxprune.graph.context import defer_gc
+from fxprune.graph.facts import Change, Cut, Fact, Runnable, Shaped, Source, add_note, facts_of, fork
+from fxprune.graph.shapes import ShapedCalls, calls_of, fits_mode, same_shapes, shape_key
+from fxprune.graph.tensors import (
+    as_parameter,
+    copy_tensor,
+    delete_tensor,
+    device_of,
+    get_tensor,
+    has_meta_weights,
+    map_tensors,
+    names_by_identity,
+    read_argument,
+    set_argument,
+    set_tensor,
+    weights,
+)
 from fxprune.masking.compare import (
     TOLERANCE,
     BlockOutput,
@@ -30,28 +55,235 @@ from fxprune.masking.compare import (
     slim_by_block,
     slim_outputs,
 )
+from fxprune.offload.files import offloaded
 from fxprune.offload.prefetch import use_prefetcher
 from fxprune.pipeline.arguments import argument, as_seed
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.pipeline.pipeline import PassSequence
 from fxprune.removal.budget import cache_size
-from fxprune.removal.removal import Bypassed, Removal, Removed, Sliced, scaled_numbers
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Bypassed, Removal, Removed, Scaling, Scores, Sliced, scaled_numbers
 from fxprune.trace.fidelity import Fidelity
-from fxprune.trace.inputs import is_hugging_face
-
-from .propagate_shapes import PropagateShapesPass
-from .slice_parameters import SliceParametersPass
+from fxprune.trace.inputs import is_hugging_face, meta_twin
 
 __all__ = [
     "BypassBlocksPass",
     "EliminateDeadCodePass",
     "MaskedOutputs",
+    "PropagateShapesPass",
     "RewriteLiteralsPass",
     "ShrinkPass",
+    "SliceParametersPass",
+    "cut_tensor",
     "record_masked_outputs",
+    "slice_tensor",
     "verify_removal",
 ]
+
+
+@dataclass(frozen=True, eq=False)
+class SliceParametersPass(Pass):
+    """Slices every tensor, constants of the code too, to its kept indices; tied tensors stay tied.
+
+    Weights of norms that are kept as in the masked model are rescaled for statistics over fewer units.
+
+    A tensor that loses nothing is copied, so that nothing is shared with the dense model. In place on a graph that
+    shares its tensors with the model it was traced from, it is left alone, and the model gets the slim tensors as well,
+    one at a time, so that a dense tensor is freed as soon as its slim one exists. What was cut off is kept until the
+    removal is verified, so that the model can be restored.
+    """
+
+    name: ClassVar[str] = "slice-parameters"
+    stage: ClassVar[str] = "shrink"
+    writes: ClassVar[bool] = False
+    changes: ClassVar[Change] = "weights"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Bypassed,)
+    wants: ClassVar[tuple[type[Fact], ...]] = (Source,)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Sliced,)
+    drops: ClassVar[tuple[type[Fact], ...]] = (Bypassed, Runnable, Shaped)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        facts = facts_of(graph_module)
+        removal, source = facts[Bypassed].removal, facts.get(Source)
+        if source is not None and source.shares:
+            _slice_in_place(graph_module, removal, source)
+        else:
+            for names, kept, scaling in _tied(graph_module, removal):
+                slim = _rescaled(slice_tensor(get_tensor(graph_module, names[0]), kept), scaling)
+                for name in names:
+                    set_tensor(graph_module, name, slim)
+        facts.put(Sliced(removal))
+        return PassResult(graph_module, bool(removal.kept or removal.scaled))
+
+
+def _slice_in_place(graph_module: fx.GraphModule, removal: Removal, source: Source) -> None:
+    """Give graph and model slim tensors, one at a time; record what is cut off before the model changes."""
+    facts, model = facts_of(graph_module), source.model
+    aliases, source = names_by_identity(model), replace(source, dense=meta_twin(model))
+    facts.put(source)
+    for names, kept, scaling in _tied(graph_module, removal):
+        if not kept and scaling is None:
+            continue
+        dense = get_tensor(graph_module, names[0])
+        slim, pieces = cut_tensor(dense, kept)
+        in_model = aliases.get(id(dense), ())
+        if in_model:
+            cut = Cut(in_model, pieces) if scaling is None else Cut(in_model, (), dense)
+            source = replace(source, cut=(*source.cut, cut))
+            facts.put(source)
+        slim = _rescaled(slim, scaling)
+        for name in in_model:
+            set_tensor(model, name, slim)
+        for name in names:
+            set_tensor(graph_module, name, slim)
+
+
+def _tied(
+    graph_module: fx.GraphModule, removal: Removal
+) -> Iterator[tuple[list[str], Mapping[int, list[int]], Scaling | None]]:
+    """For each tensor the graph reads: its names there, the kept indices of axes that shrink, and its rescaling."""
+    tied: dict[int, list[str]] = {}
+    for name, tensor in weights(graph_module):
+        tied.setdefault(id(tensor), []).append(name)
+    kept_of, scaled = removal.kept, removal.scaled
+    for names in tied.values():
+        kept = next((kept_of[name] for name in names if name in kept_of), {})
+        yield names, kept, next((scaled[name] for name in names if name in scaled), None)
+
+
+def _rescaled(tensor: torch.Tensor, scaling: Scaling | None) -> torch.Tensor:
+    return tensor if scaling is None else as_parameter(scaling.of(tensor.detach()), tensor)
+
+
+def slice_tensor(tensor: torch.Tensor, kept: Mapping[int, list[int]]) -> torch.Tensor:
+    """The kept indices of each axis, or a copy if all are kept; of a parameter, a parameter."""
+    value = tensor.detach()
+    for axis, index in kept.items():
+        value = value.index_select(axis, torch.from_numpy(np.asarray(index, dtype=np.int64)).to(value.device))
+    held = offloaded(value)
+    return as_parameter(held, tensor) if kept or held is not value else copy_tensor(tensor)
+
+
+def cut_tensor(
+    tensor: torch.Tensor, kept: Mapping[int, list[int]]
+) -> tuple[torch.Tensor, tuple[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor], ...]]:
+    """As :func:`slice_tensor`, with what is cut off: see :class:`~fxprune.graph.facts.Cut`."""
+    pieces = []
+    value = tensor.detach()
+    for axis, index in kept.items():
+        stays = torch.zeros(value.shape[axis], dtype=torch.bool)
+        stays[index] = True
+        left, gone = (mask.nonzero()[:, 0].to(value.device) for mask in (stays, ~stays))
+        pieces.append((axis, left, gone, value.index_select(axis, gone)))
+        value = value.index_select(axis, left)
+    return as_parameter(value, tensor), tuple(pieces)
+
+
+@dataclass(frozen=True, eq=False)
+class PropagateShapesPass(Pass):
+    """Recomputes ``node.meta["val"]`` of every node, symbolic where it was.
+
+    Only nodes whose call changed, or whose inputs have other shapes, run again; and of those with the same call, as in
+    blocks that lost the same number of units, only one. A shape that does not fit fails here, at the node where it
+    arises, before any tensor is computed.
+    """
+
+    name: ClassVar[str] = "propagate-shapes"
+    stage: ClassVar[str] = "shrink"
+    changes: ClassVar[Change] = "nothing"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Runnable,)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Shaped, ShapedCalls)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        inputs = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
+        leaves = tree_leaves(inputs)
+        mode = next((value.fake_mode for value in leaves if hasattr(value, "fake_mode")), None) or fake_mode()
+        mode.allow_non_fake_inputs = True
+        device = device_of(graph_module)
+        if device.type == "meta":
+            # values of a trace without storage are fake tensors on the CPU: none would count as known on ``meta``
+            device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), device)
+        with mode:
+            inputs = [map_tensors(v, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device)) for v in inputs]
+        facts = facts_of(graph_module)
+        known = facts.get(ShapedCalls)
+        calls = calls_of(graph_module.graph)
+        same = {name for name, call in calls.items() if known is not None and known.calls.get(name) == call}
+        # symbolic sizes are only understood by the Python side of torch's dispatcher
+        with defer_gc(), enable_python_dispatcher():
+            _ShapeRun(graph_module, mode, same, device).propagate_dont_convert_inputs(*inputs)
+        facts.put(ShapedCalls(calls))
+        facts.put(Shaped())
+        return PassResult(graph_module, False)
+
+
+class _ShapeRun(FakeTensorProp):
+    """Runs all nodes except those whose calls are the ``same``; weights without storage are fake on ``device``.
+
+    It reads weights as fake tensors, so that an op that writes to one does not change it.
+    """
+
+    def __init__(
+        self, graph_module: fx.GraphModule, mode: FakeTensorMode, same: Set[str], device: torch.device
+    ) -> None:
+        super().__init__(graph_module, mode)
+        self._same = same
+        self._device = device
+        self._weights: dict[object, torch.Tensor] = {}
+        self._changed = set[fx.Node]()
+        self._results: dict[object, tuple[Any, Any]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The known value of ``n`` if it is still valid, or the result of a node with the same call."""
+        before = n.meta.get("val")
+        if self._is_valid(n, before):
+            return before
+        key = self._call_key(n)
+        if key is not None and key in self._results:
+            result, n.meta["val"] = self._results[key]
+        else:
+            result = super().run_node(n)
+            if key is not None and not has_unbacked_sizes(result):
+                self._results[key] = result, n.meta.get("val")
+        after = n.meta.get("val")
+        if before is None or after is None or not same_shapes(before, after):
+            self._changed.add(n)
+        return result
+
+    def _call_key(self, n: fx.Node) -> object:
+        """A key for all that the shape of the result depends on; None if that is more than shapes of inputs."""
+        if n.op != "call_function" or not isinstance(n.target, OpOverload) or n.target._schema.is_mutable:
+            return None
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        try:
+            return n.target, shape_key(args), tuple((name, shape_key(value)) for name, value in kwargs.items())
+        except TypeError:
+            return None
+
+    def _is_valid(self, n: fx.Node, known: Any) -> bool:
+        if n.op in ("placeholder", "output") or n.name not in self._same or not fits_mode(known, self._mode):
+            return False
+        if n.op != "get_attr":
+            return self._changed.isdisjoint(n.all_input_nodes)
+        value = self.fetch_attr(str(n.target))
+        if not isinstance(value, torch.Tensor) or not isinstance(known, torch.Tensor):
+            return False
+        traits = value.shape, value.dtype, self._fake_device(value), value.stride()
+        return traits == (known.shape, known.dtype, known.device, known.stride())
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        if not isinstance(value, torch.Tensor):
+            return value
+        if self._fake_device(value) == value.device:
+            return self._mode.from_tensor(value, static_shapes=True)
+        traits = value.shape, value.stride(), value.dtype
+        if traits not in self._weights:
+            with self._mode:
+                self._weights[traits] = torch.empty_strided(*traits[:2], dtype=value.dtype, device=self._device)
+        return self._weights[traits]
+
+    def _fake_device(self, weight: torch.Tensor) -> torch.device:
+        return self._device if weight.is_meta else weight.device
 
 
 @dataclass(frozen=True, eq=False)

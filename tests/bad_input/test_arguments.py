@@ -8,8 +8,8 @@ import torch
 
 import fxprune
 from fxprune.errors import RatioError, UnknownNameError
+from fxprune.pipeline.arguments import spelled_fields
 from fxprune.pipeline.registry import pass_class
-from fxprune.pipeline.spelling import spelled_fields
 from tests.bad_input.refusals import IDS, INPUTS, NO_NUMBERS, NOT_NUMBERS, Net, check_clear, check_table, each
 
 NOT_FLAGS = ("yes", "", 2, 0.0, [], torch.tensor([True, False]))

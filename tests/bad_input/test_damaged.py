@@ -23,9 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_structure
 
 import fxprune
-from fxprune.checkpoint.gguf_header import check_gguf, read_header
 from fxprune.checkpoint.low_memory import load_mapped
-from fxprune.checkpoint.read import load_config_only, load_model, load_tokenizer
+from fxprune.checkpoint.read import check_gguf, load_config_only, load_model, load_tokenizer, read_header
 from fxprune.cli.config import read_config
 from fxprune.cli.models import check_model
 from fxprune.cli.plan import read_plan
@@ -37,7 +36,7 @@ from fxprune.graph.facts import facts_of
 from fxprune.recovery.run import claim_folder, last_checkpoint
 from fxprune.removal.budget import read_timing
 from fxprune.removal.plan import keep_of, plan_of
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Scores
 from tests.cli.running import COMMAND
 from tests.export.small import tokenizer, uneven
 from tests.models import tiny, token_ids

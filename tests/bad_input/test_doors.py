@@ -13,7 +13,7 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import PlanError
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Scores
 from tests.bad_input.refusals import IDS, Net, check_clear, check_table, net
 from tests.remembered import model_of, pruned, traced
 

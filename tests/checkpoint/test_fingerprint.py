@@ -14,8 +14,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from fxprune.checkpoint.fingerprint import Forward, _move, run_forward
-from fxprune.checkpoint.manifest import MANIFEST, read_manifest
+from fxprune.checkpoint.manifest import MANIFEST, Forward, _move, read_manifest, run_forward
 from fxprune.checkpoint.read import from_pretrained
 from fxprune.checkpoint.write import save_pretrained
 from fxprune.errors import CheckpointError

@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 import fxprune
-from fxprune.checkpoint import hub
-from fxprune.checkpoint.hub import check_repository, push_folder
+from fxprune.checkpoint import write
+from fxprune.checkpoint.write import check_repository, push_folder
 from fxprune.data.samples import FileSamples
 from fxprune.errors import CheckpointError
 from tests.models import tiny, token_ids
@@ -45,7 +45,7 @@ class StandIn:
 def taken(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """The hub."""
     taken = StandIn()
-    monkeypatch.setattr(hub, "HfApi", lambda: taken)
+    monkeypatch.setattr(write, "HfApi", lambda: taken)
     return taken
 
 

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from fxprune.cli import process as allocator
-from fxprune.cli.process import keep_freed
+from fxprune.cli import console as allocator
+from fxprune.cli.console import keep_freed
 
 TAKES_AND_FREES = """
 import resource, sys, torch
-from fxprune.cli.process import keep_freed
+from fxprune.cli.console import keep_freed
 if sys.argv[1] == "keep" and not keep_freed():
     sys.exit(3)
 counts = []

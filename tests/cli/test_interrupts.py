@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import fxprune.cli.process
+import fxprune.cli.console
 from tests.cli.folders import save_tiny
 from tests.export.small import tokenizer
 
@@ -82,14 +82,14 @@ def test_a_stopped_prune_leaves_nothing_half_written(
 
 def test_an_interrupt_during_imports_stops_exit_on_signal() -> None:
     code = (
-        "import os, signal; from fxprune.cli.process import exit_on_signal, install\n"
+        "import os, signal; from fxprune.cli.console import exit_on_signal, install\n"
         "install()\n"
         "with exit_on_signal():\n"
         "    try: os.kill(os.getpid(), signal.SIGINT)\n"
         "    except BaseException: print('swallowed')\n"
     )
     assert ran(code) == (130, "", "stopped\n")
-    assert fxprune.cli.process.exit_on_signal is not None
+    assert fxprune.cli.console.exit_on_signal is not None
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_an_interrupt_during_imports_stops_exit_on_signal() -> None:
 )
 def test_a_stop_that_comes_where_nothing_can_be_raised_stops_a_little_later(swallows: str) -> None:
     code = (
-        "import os, signal, time, weakref; from fxprune.cli.process import install\n"
+        "import os, signal, time, weakref; from fxprune.cli.console import install\n"
         f"install()\n{swallows}"
         "for _ in range(3000): time.sleep(0.01)\n"
         "print('went on')\n"
@@ -111,7 +111,7 @@ def test_a_stop_that_comes_where_nothing_can_be_raised_stops_a_little_later(swal
 
 def test_what_is_done_is_done_whatever_comes_after() -> None:
     code = (
-        "import atexit, os, signal; from fxprune.cli.process import finish, install\n"
+        "import atexit, os, signal; from fxprune.cli.console import finish, install\n"
         "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
         "install(); print('written'); finish()\n"
     )

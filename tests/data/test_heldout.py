@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxprune.data.heldout import RUN, unseen
+from fxprune.data.text import RUN, unseen
 
 
 def test_a_window_with_a_run_of_a_sample_was_seen() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fxprune.emit.assemble import Blueprint, Candidate, EmissionTask, candidates_for, divided_attributes
-from fxprune.emit.choices import SharedWidths
+from fxprune.emit.emitter import Blueprint, Candidate, EmissionTask, candidates_for, divided_attributes
 from fxprune.emit.layout import find_layout, model_rebuilder
 from fxprune.emit.snapshot import Shape, shapes_of
+from fxprune.emit.solve import SharedWidths
 from tests.emit.small import SmallModel, small
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 import fxprune
 from fxprune.emit import Blueprint, emit, rebuild
-from fxprune.emit.blocks import combined_inputs, remove_blocks
 from fxprune.emit.layout import find_layout
+from fxprune.emit.structure import combined_inputs, remove_blocks
 from fxprune.modelling.blocks import BUILT_AT
 from fxprune.modelling.table_rows import INPUTS, select_inputs
 from tests.emit.small import small

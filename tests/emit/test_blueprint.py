@@ -7,9 +7,9 @@ import json
 import pytest
 from torch import nn
 
-from fxprune.emit.assemble import Blueprint, rebuild
+from fxprune.emit.emitter import Blueprint, rebuild
 from fxprune.modelling.blocks import BUILT_AT, CannotBuildError
-from fxprune.modelling.overrides import Overrides
+from fxprune.modelling.layerwise import Overrides
 from fxprune.modelling.table_rows import INPUTS
 from tests.emit.small import SmallModel, small
 

@@ -15,7 +15,7 @@ import fxprune
 from fxprune.axes import Keep
 from fxprune.discovery.dependency import Dependencies
 from fxprune.emit.emitted import SlimVerifier, check_own_forward, emit_from_graph, outputs_agree
-from fxprune.emit.load import attention_implementations
+from fxprune.emit.snapshot import attention_implementations
 from fxprune.emit.structure import describe_structure
 from fxprune.errors import PlanError, VerificationError
 from fxprune.graph.facts import Source, facts_of

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.emit.emitter import emit
-from fxprune.emit.epsilons import NormEpsilons, enlarged_epsilons, epsilon_fields, find_epsilons, set_attributes
+from fxprune.emit.patch import NormEpsilons, enlarged_epsilons, epsilon_fields, find_epsilons, set_attributes
 from fxprune.removal.removal import RescaledNumber
 from fxprune.trace import trace
 from tests.models import tiny

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-import fxprune.emit.load as dry_runs
-from fxprune.emit.load import (
+import fxprune.emit.snapshot as dry_runs
+from fxprune.emit.snapshot import (
     DryRuns,
     assign_tensors,
     attention_implementations,
@@ -22,7 +22,7 @@ from fxprune.emit.load import (
     use_eager_experts,
     using_attention,
 )
-from fxprune.modelling.block_config import block_config
+from fxprune.modelling.blocks import block_config
 from fxprune.trace.inputs import meta_twin
 from tests.emit.small import SmallConfig, SmallModel, small
 from tests.models import tiny, token_ids

@@ -24,8 +24,7 @@ from fxprune.emit.snapshot import (
     without_storage,
 )
 from fxprune.graph.context import Refusal
-from fxprune.modelling.block_config import put_fields
-from fxprune.modelling.blocks import CannotBuildError
+from fxprune.modelling.blocks import CannotBuildError, put_fields
 from tests.emit.small import SmallBlock, SmallConfig
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from fxprune.emit.layout import Rebuilder
 from fxprune.emit.snapshot import Reads, record_reads, shapes_of
 from fxprune.emit.solve import Search, explicit_fields, minimal, with_companions
-from fxprune.modelling.block_config import put_fields
+from fxprune.modelling.blocks import put_fields
 from tests.emit.small import rebuilder, small
 
 

@@ -18,8 +18,7 @@ from fxprune.emit.layout import stock_class, stock_config
 from fxprune.emit.snapshot import shapes_of
 from fxprune.emit.structure import Structure, describe_structure, parse_config, pruned_class
 from fxprune.errors import CheckpointError
-from fxprune.modelling.layerwise import AnyWidths, Layerwise
-from fxprune.modelling.overrides import Overrides
+from fxprune.modelling.layerwise import AnyWidths, Layerwise, Overrides
 from tests.checkpoint.small import narrow
 from tests.models import tiny, token_ids
 from tests.remembered import pruned

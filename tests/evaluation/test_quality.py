@@ -13,8 +13,8 @@ import fxprune
 from fxprune.data.built_in import offline_docstrings
 from fxprune.data.calibration import HeldOut
 from fxprune.errors import CalibrationError, FxpruneError
+from fxprune.evaluation.comparison import BUILT_IN, WINDOWS, measure_quality, quality_of
 from fxprune.evaluation.perplexity import paired_perplexities, text_perplexity
-from fxprune.evaluation.quality import BUILT_IN, WINDOWS, measure_quality, quality_of
 from fxprune.report.quality import Quality
 from fxprune.report.report import Report
 from tests.models import tiny

@@ -16,7 +16,7 @@ import fxprune
 from fxprune.errors import ExportError, UnknownNameError, VerificationError
 from fxprune.export import model as decode
 from fxprune.export.model import export_decoder
-from fxprune.export.onnx import LOW_PRECISION_TOLERANCE, run_onnx
+from fxprune.export.program import LOW_PRECISION_TOLERANCE, run_onnx
 from tests.export.small import PAIRS, even, uneven
 from tests.models import token_ids
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import fxprune
 from benchmarks.engines.llama_cpp import LlamaServer
-from fxprune.checkpoint.gguf_header import read_header
+from fxprune.checkpoint.read import read_header
 from fxprune.errors import ExportError, UnknownNameError
 from fxprune.export.gguf import write
 from fxprune.export.gguf.format import (

@@ -15,11 +15,10 @@ from transformers import PreTrainedModel
 import fxprune
 from benchmarks.engines.llama_cpp import LlamaServer
 from fxprune.errors import ArgumentError, DataError, ExportError, UnknownNameError
-from fxprune.export.gguf import ggml
+from fxprune.export.gguf import quantization
 from fxprune.export.gguf.format import Type
-from fxprune.export.gguf.ggml import quantize
 from fxprune.export.gguf.layout import read_decoder
-from fxprune.export.gguf.quantization import quantization_named, row_multiple
+from fxprune.export.gguf.quantization import quantization_named, quantize, row_multiple
 from fxprune.export.gguf.reference import find_contents, input_importance
 from fxprune.export.gguf.write import export_gguf, most_common_type
 from tests.export.small import even, tokenizer, uneven
@@ -152,8 +151,11 @@ def test_a_type_that_needs_samples_or_an_engine_says_so(
         fxprune.export_model(wide, tmp_path / "slim.pt2", calibration=token_ids(1, 9))
     with pytest.raises((ArgumentError, DataError, ValueError), match="calibration"):
         fxprune.export_model(wide, tmp_path / "a.gguf", tokenizer=tokenizer(), quantization="q6_k", calibration=3)
-    monkeypatch.setattr(ggml, "load_data", lambda name: {"engine": {"packages": {}}})
-    ggml._library.cache_clear()
+    known = quantization.load_data("quantizations")
+    without = {**known, "engine": {**known["engine"], "packages": {}}}
+    real = quantization.load_data
+    monkeypatch.setattr(quantization, "load_data", lambda name: without if name == "quantizations" else real(name))
+    quantization._library.cache_clear()
     try:
         with pytest.raises(ExportError, match=r"q4_k_m is written by the code of llama.cpp.*fxprune\[llama\].*q8_0"):
             quantization_named("q4_k")
@@ -161,7 +163,7 @@ def test_a_type_that_needs_samples_or_an_engine_says_so(
         with pytest.raises(UnknownNameError, match="Did you mean 'q4_k_m'"):
             quantization_named("q4km")
     finally:
-        ggml._library.cache_clear()
+        quantization._library.cache_clear()
     assert list(tmp_path.iterdir()) == []
 
 

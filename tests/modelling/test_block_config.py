@@ -7,7 +7,7 @@ import pickle
 
 from transformers import AutoConfig
 
-from fxprune.modelling.block_config import block_config
+from fxprune.modelling.blocks import block_config
 
 
 def test_a_copy_has_fields_of_its_own() -> None:

@@ -11,8 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from fxprune.emit.structure import pruned_class
-from fxprune.modelling.layerwise import SECTION, AnyWidths, amend_config, overrides_in, section_of
-from fxprune.modelling.overrides import Overrides
+from fxprune.modelling.layerwise import SECTION, AnyWidths, Overrides, amend_config, overrides_in, section_of
 from tests.models import tiny
 
 WHERE = {"class": "Stock", "blocks": "model.layers", "part": ""}

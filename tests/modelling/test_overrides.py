@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from fxprune.modelling.blocks import CannotBuildError
-from fxprune.modelling.overrides import Overrides, apply_overrides, build_blocks
+from fxprune.modelling.layerwise import Overrides, apply_overrides, build_blocks
 from fxprune.modelling.table_rows import INPUTS
 
 

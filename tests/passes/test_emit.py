@@ -18,7 +18,7 @@ from fxprune.errors import CheckpointError, PassError
 from fxprune.graph.facts import Source, facts_of
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Scores
 from fxprune.report.report import Report
 from fxprune.trace import trace
 from tests.models import tiny

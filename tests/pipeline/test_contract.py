@@ -22,7 +22,7 @@ from fxprune.pipeline.arguments import declared
 from fxprune.pipeline.contract import STAGES, Pass, PassResult
 from fxprune.pipeline.pipeline import PassSequence, Pipeline
 from fxprune.pipeline.registry import load_pass, parse_pass, pass_class, pass_names
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Scores
 from fxprune.trace import trace
 from tests import remembered
 from tests.models import tiny, token_ids

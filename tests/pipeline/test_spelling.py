@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxprune.errors import PassError, UnknownNameError
+from fxprune.pipeline.arguments import read_spelling, split
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass, parse_pass
-from fxprune.pipeline.spelling import read_spelling, split
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_misspelled_passes_are_refused(spelled: str, error: type[Exception], tex
     )
 )
 def test_what_is_spelled_is_read_back(values: list[Any]) -> None:
-    from fxprune.pipeline.spelling import _text
+    from fxprune.pipeline.arguments import _text
 
     arguments = {f"key{i}": value for i, value in enumerate(values)}
     said = ", ".join(f"{key}={_text(value)}" for key, value in arguments.items())

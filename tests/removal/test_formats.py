@@ -9,7 +9,7 @@ import pytest
 
 from fxprune.errors import UnknownNameError
 from fxprune.removal.budget import FileBudget, make_budget
-from fxprune.removal.formats import FORMATS, Place, check_format, least_each, type_of
+from fxprune.removal.target import FORMATS, Place, check_format, least_each, type_of
 from tests.oracle import axes_of
 from tests.remembered import grouped
 

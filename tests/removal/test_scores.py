@@ -12,7 +12,7 @@ from torch import nn
 
 from fxprune.discovery.groups import Group
 from fxprune.errors import PlanError, UnknownNameError
-from fxprune.removal.scores import REDUCTIONS, Scores, score_groups, unit_scores
+from fxprune.removal.removal import REDUCTIONS, Scores, score_groups, unit_scores
 from tests.oracle import Net, discover, groups_of
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from fxprune.axes import Factor, Keep
 from fxprune.discovery.groups import Group
 from fxprune.errors import ArgumentError
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Scores
 from fxprune.report.report import (
     GroupSize,
     Report,

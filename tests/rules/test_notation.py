@@ -7,8 +7,7 @@ import torch
 
 import fxprune
 from fxprune.errors import FxpruneError
-from fxprune.rules.notation import read_notation
-from fxprune.rules.registry import moves_values
+from fxprune.rules.registry import moves_values, read_notation
 
 aten = torch.ops.aten
 

@@ -27,7 +27,7 @@ from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_out
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.plan import Plan, keep_of, plan_of
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Scores
 from fxprune.trace import trace
 from tests.models import tiny, token_ids
 from tests.oracle import (

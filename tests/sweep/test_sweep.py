@@ -38,7 +38,7 @@ OPTIONS: dict[str, Any] = {"tokenizer": TOKENIZER, "protect": (), "verify": Fals
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenth of the built-in text: the tokenizer makes a token of each character."""
     text = offline_docstrings()[:20_000]
-    for module in ("fxprune.evaluation.quality", "fxprune.passes.tune.teacher"):
+    for module in ("fxprune.evaluation.comparison", "fxprune.passes.tune.teacher"):
         monkeypatch.setattr(f"{module}.offline_docstrings", lambda: text)
 
 

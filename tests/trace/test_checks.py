@@ -8,7 +8,7 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import UnsupportedModelError
-from fxprune.trace.checks import check_model, clear_quantisation_marks, is_marked_quantised, model_dtype
+from fxprune.trace.inputs import check_model, clear_quantisation_marks, is_marked_quantised, model_dtype
 from tests.models import tiny
 
 

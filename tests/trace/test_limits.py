@@ -20,7 +20,7 @@ from fxprune.graph.facts import fork
 from fxprune.graph.shapes import failed_check
 from fxprune.graph.tensors import input_tensors
 from fxprune.trace.capture import trace
-from fxprune.trace.limits import forbid, input_sizes, pin_sizes
+from fxprune.trace.fidelity import forbid, input_sizes, pin_sizes
 from tests.oracle import Net
 from tests.tiers import tiers
 from tests.zoo import tiny_model, token_ids

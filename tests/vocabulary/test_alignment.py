@@ -13,9 +13,8 @@ import torch
 import fxprune
 from fxprune.data.text import opening_tokens
 from fxprune.errors import EvaluationError, RecoveryError
-from fxprune.evaluation.comparison import Reference, evaluate
+from fxprune.evaluation.comparison import BUILT_IN, Reference, evaluate
 from fxprune.evaluation.perplexity import text_perplexity
-from fxprune.evaluation.quality import BUILT_IN
 from fxprune.recovery import Distillation
 from fxprune.recovery.data import Example, collate
 from fxprune.vocabulary.alignment import align, common_ids, retokenised

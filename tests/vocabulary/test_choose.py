@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fxprune.vocabulary.choose import Use, choose_tokens
-from fxprune.vocabulary.pieces import Tokens, read_tokens
+from fxprune.vocabulary.prune import Use, choose_tokens
+from fxprune.vocabulary.tokenizer import Tokens, read_tokens
 
 
 def tokens_of(model: dict[str, Any]) -> Tokens:

@@ -19,10 +19,8 @@ from transformers import (
 )
 
 from fxprune.errors import UnsupportedModelError
-from fxprune.vocabulary.choose import Use, choose_tokens
-from fxprune.vocabulary.pieces import read_tokens, specification
-from fxprune.vocabulary.prune import text_ids
-from fxprune.vocabulary.tokenizer import trimmed_tokenizer
+from fxprune.vocabulary.prune import Use, choose_tokens, text_ids
+from fxprune.vocabulary.tokenizer import read_tokens, specification, trimmed_tokenizer
 from tests.vocabulary.small import ENGLISH, KINDS, lines, tokenizer
 
 

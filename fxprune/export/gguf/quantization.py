@@ -1,21 +1,94 @@
-"""Quantisations of a file: one type for all matrices, or a mixture that gives some of them more bits."""
+"""Quantisations of a GGUF file, one type for all matrices or a mixture, by the quantiser of an installed ggml."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import torch
 
 from fxprune.errors import ExportError, UnknownNameError
 from fxprune.export.gguf.format import Type, joined_names, load_data
-from fxprune.export.gguf.ggml import is_installed
 
-__all__ = ["ENGINE_BLOCK", "Quantization", "quantization_named", "row_multiple"]
+__all__ = [
+    "ENGINE_BLOCK",
+    "Quantization",
+    "is_installed",
+    "needs_importance",
+    "quantization_named",
+    "quantize",
+    "row_multiple",
+]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The library of the first package that carries one with the quantiser; None if there is none."""
+    for package, pattern in load_data("quantizations")["engine"]["packages"].items():
+        spec = find_spec(package)
+        folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+        for file in sorted(path for folder in folders for path in Path(folder).glob(pattern)):
+            try:
+                library = ctypes.CDLL(str(file))
+                chunk, needs = library.ggml_quantize_chunk, library.ggml_quantize_requires_imatrix
+            except (OSError, AttributeError):  # no library, or one that keeps its functions to itself
+                continue
+            chunk.restype, needs.restype = ctypes.c_size_t, ctypes.c_bool
+            chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+            return library
+    return None
+
+
+def is_installed() -> bool:
+    """Whether a package with the library is installed."""
+    return _library() is not None
+
+
+def needs_importance(kind: gguf.GGMLQuantizationType) -> bool:
+    """Whether a type can be written only with an importance of each input."""
+    library = _library()
+    return library is not None and bool(library.ggml_quantize_requires_imatrix(int(kind)))
+
+
+def quantize(values: np.ndarray, kind: gguf.GGMLQuantizationType, importance: np.ndarray | None = None) -> np.ndarray:
+    """Quantise a matrix by ggml, in as many threads as torch uses.
+
+    Args:
+        values: finite float32 numbers ``(rows, inputs)``, with a multiple of the block size of inputs.
+        importance: weight of the squared error of each input, ``(inputs,)``, positive.
+
+    Returns:
+        Bytes ``(rows, bytes of a row)``.
+    """
+    library = _library()
+    assert library is not None
+    rows, inputs = values.shape
+    size, stored = gguf.GGML_QUANT_SIZES[kind]
+    values = np.ascontiguousarray(values, np.float32)
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    made = np.empty((rows, inputs // size * stored), np.uint8)
+
+    def part(start: int) -> None:
+        where = None if weights is None else weights.ctypes.data
+        count = min(step, rows - start)
+        library.ggml_quantize_chunk(  # it adds the start to both addresses
+            int(kind), values.ctypes.data, made.ctypes.data, start * inputs, count, inputs, where
+        )
+
+    step = -(-rows // torch.get_num_threads())
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(part, range(0, rows, step)))
+    return made
+
 
 ENGINE_BLOCK = 256
 """Values in a block of most types that ggml alone can write."""

@@ -18,12 +18,11 @@ import torch
 
 from fxprune.errors import ExportError, FxpruneError
 from fxprune.export.gguf.format import Type, load_data
-from fxprune.export.gguf.ggml import needs_importance, quantize
 from fxprune.export.gguf.layout import Contents, read_decoder
-from fxprune.export.gguf.quantization import Quantization, quantization_named
+from fxprune.export.gguf.quantization import Quantization, needs_importance, quantization_named, quantize
 from fxprune.export.gguf.reference import find_contents, input_importance
 from fxprune.export.gguf.tokenizer import Entry, copy_tokenizer, describe_tokenizer
-from fxprune.export.onnx import LOW_PRECISION_TOLERANCE, wrap_export_errors
+from fxprune.export.program import LOW_PRECISION_TOLERANCE, wrap_export_errors
 from fxprune.masking.compare import TOLERANCE
 from fxprune.offload.atomic import atomic_path
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fxprune.passes.compensate import LeastSquaresPass
-from fxprune.passes.compensate.least_squares import Damping, FitMoments, StackedMoments, best_damping
+from fxprune.passes.compensate.fits import Damping, FitMoments, StackedMoments, best_damping
 from torch import fx, nn
 
 from fxprune.axes import Keep

@@ -8,8 +8,8 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from fxprune.passes.importance.fisher import greedy_costs
 from fxprune.passes.importance.reconstruction import FittedProduct, increasing_costs, removal_costs
+from fxprune.passes.importance.taylor import greedy_costs
 from torch import fx, nn
 
 from fxprune.data.calibration import Calibration, Sample
@@ -17,7 +17,7 @@ from fxprune.errors import CalibrationError, PassError
 from fxprune.graph.facts import facts_of
 from fxprune.pipeline.contract import Track, tracking
 from fxprune.pipeline.registry import load_pass
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Scores
 from tests.models import tiny, token_ids
 from tests.oracle import Net, discover, groups_of
 

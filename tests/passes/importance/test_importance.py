@@ -20,8 +20,7 @@ from fxprune.errors import CalibrationError, PassError, PlanError
 from fxprune.graph.facts import facts_of
 from fxprune.pipeline.contract import Track, tracking
 from fxprune.pipeline.registry import load_pass
-from fxprune.removal.removal import Removal
-from fxprune.removal.scores import REDUCTIONS, Scores
+from fxprune.removal.removal import REDUCTIONS, Removal, Scores
 from tests.models import tiny, token_ids
 from tests.oracle import discover, groups_of
 from tests.tiers import tiers

@@ -16,11 +16,10 @@ from fxprune.data.calibration import Calibration, Sample
 from fxprune.errors import ArgumentError, CalibrationError
 from fxprune.graph.facts import facts_of, fork
 from fxprune.masking.compare import masked_outputs
-from fxprune.masking.judge import DivergenceJudge, split_samples
+from fxprune.masking.teacher import DivergenceJudge, split_samples
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
-from fxprune.removal.removal import Removal
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Removal, Scores
 from tests.models import tiny, token_ids
 from tests.oracle import Net, axes_of, discover, groups_of
 from tests.passes.compensate.test_least_squares import deep

@@ -20,7 +20,7 @@ from fxprune.graph.facts import facts_of, fork
 from fxprune.graph.tensors import set_tensor
 from fxprune.offload import files
 from fxprune.pipeline.registry import load_pass
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Scores
 from tests.forked import in_processes
 from tests.oracle import discover
 

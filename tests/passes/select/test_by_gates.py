@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import torch
 from fxprune.passes.select import SelectByRatioPass
-from fxprune.passes.select.by_gates import Gates, project
+from fxprune.passes.select.search import Gates, project
 from torch import fx
 
 from fxprune.errors import ArgumentError, PassError
 from fxprune.graph.facts import Notes, facts_of
-from fxprune.masking.judge import DivergenceJudge
 from fxprune.masking.masked_run import GatedRun
+from fxprune.masking.teacher import DivergenceJudge
 from fxprune.pipeline.registry import load_pass
-from fxprune.removal.removal import Removal
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Removal, Scores
 from tests.models import tiny, token_ids
 from tests.oracle import discover
 

@@ -21,12 +21,12 @@ from fxprune.errors import ArgumentError, CalibrationError
 from fxprune.graph.counting import count_macs, count_parameters
 from fxprune.graph.facts import Notes, facts_of, fork
 from fxprune.masking.compare import masked_outputs
-from fxprune.masking.judge import DivergenceJudge
+from fxprune.masking.teacher import DivergenceJudge
 from fxprune.pipeline.contract import Track, tracking
 from fxprune.pipeline.registry import load_pass, parse_pass
 from fxprune.removal.budget import Budget, ParameterBudget, make_budget
-from fxprune.removal.formats import TOKENIZER
 from fxprune.removal.removal import Removal
+from fxprune.removal.target import TOKENIZER
 from tests.models import VOCABULARY, tiny, token_ids
 from tests.oracle import axes_of, decide, discover, groups_of, slim_graph
 

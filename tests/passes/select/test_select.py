@@ -18,13 +18,12 @@ from torch import fx
 from fxprune.errors import ArgumentError, CalibrationError, FxpruneError, PlanError, RatioError, UnknownNameError
 from fxprune.graph.counting import count_parameters
 from fxprune.graph.facts import Notes, facts_of
+from fxprune.pipeline.arguments import read_steps
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass, parse_pass
-from fxprune.pipeline.spelling import read_steps
 from fxprune.removal.budget import ParameterBudget
 from fxprune.removal.plan import Plan
-from fxprune.removal.removal import Removal
-from fxprune.removal.scores import Scores
+from fxprune.removal.removal import Removal, Scores
 from tests.models import tiny, token_ids
 from tests.oracle import axes_of, decide, discover, slim_graph
 from tests.remembered import traced

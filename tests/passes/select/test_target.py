@@ -14,7 +14,7 @@ from fxprune.errors import ArgumentError, FxpruneError, RatioError
 from fxprune.evaluation.speed import times_file
 from fxprune.graph.counting import count_parameters
 from fxprune.pipeline.registry import load_pass
-from fxprune.removal.formats import TOKENIZER
+from fxprune.removal.target import TOKENIZER
 from fxprune.report.report import Report
 from tests.export.small import tokenizer
 from tests.models import VOCABULARY, tiny

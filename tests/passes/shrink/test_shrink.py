@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fxprune.passes.shrink import propagate_shapes
+from fxprune.passes.shrink import shrink as shrinking
 from fxprune.passes.shrink.shrink import record_masked_outputs, verify_removal
 from torch import fx, nn
 
@@ -271,7 +271,7 @@ def test_of_blocks_that_lost_as_much_one_is_looked_at(monkeypatch: pytest.Monkey
         some = shapes_of(slim)
         facts_of(slim).drop(ShapedCalls, "the test")
         with monkeypatch.context() as patch:
-            patch.setattr(propagate_shapes, "shape_key", MagicMock(side_effect=TypeError))
+            patch.setattr(shrinking, "shape_key", MagicMock(side_effect=TypeError))
             run("propagate-shapes", slim)
         assert shapes_of(slim) == some
     assert counts[0] == counts[1]

@@ -15,8 +15,7 @@ import pytest
 import torch
 from fxprune.passes.tune import RecordTeacherPass, TunePass
 from fxprune.passes.tune.teacher import Teacher
-from fxprune.passes.tune.tune import Training
-from fxprune.passes.tune.vectors import TrainedVectors, TrainedWeights, VectorsRun
+from fxprune.passes.tune.tune import TrainedVectors, TrainedWeights, Training, VectorsRun
 from torch import fx, nn
 
 import fxprune
