@@ -235,7 +235,8 @@ def _emit(found: Coverage, traced: Traced) -> None:
         label = "+".join(plan)
         chosen = [group for group in groups if group.kind in plan]
         if auto_class:
-            whole = inexpressible(traced.graph_module, decide(traced.graph_module, random_keep(chosen)))
+            removal = decide(traced.graph_module, random_keep(chosen))
+            whole = inexpressible(traced.graph_module, removal, plan)
             found.whole |= {name: reason[:200] for name, reason in whole.items()}
             chosen = [group for group in chosen if group.name not in whole]
         if {group.kind for group in chosen} != set(plan):

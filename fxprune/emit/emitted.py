@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import takewhile
@@ -87,8 +87,8 @@ def _without_storage(empty: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
     return slim
 
 
-def inexpressible(graph_module: fx.GraphModule, removal: Removal) -> dict[str, str]:
-    """The groups that shrink although the classes of a Hugging Face model cannot express it, each with a reason.
+def inexpressible(graph_module: fx.GraphModule, removal: Removal, kinds: Collection[str]) -> dict[str, str]:
+    """The groups of some kinds that shrink although a Hugging Face model's classes cannot express it, with reasons.
 
     Those of blocks that are built from a config are not asked about: their classes can, as a rule. The others are tried
     without storage; if they cannot shrink together, one of each kind and class of module is tried alone.
@@ -101,7 +101,8 @@ def inexpressible(graph_module: fx.GraphModule, removal: Removal) -> dict[str, s
     def is_plain(group: Group) -> bool:
         return group.block is not None and builder_of(model.get_submodule(group.block)) is not None
 
-    shrunk = [g for g in removal.groups if g.factor is not None and removal.keep.touches(g.factor) and not is_plain(g)]
+    asked = [group for group in removal.groups if group.kind in kinds and not is_plain(group)]
+    shrunk = [group for group in asked if group.factor is not None and removal.keep.touches(group.factor)]
     if not shrunk or not _refusal(graph_module, source, removal, shrunk):
         return {}
     alike: dict[object, list[Group]] = {}

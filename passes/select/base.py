@@ -391,7 +391,7 @@ class SelectPass(Pass):
                 left = Scores({name: units for name, units in scores.units.items() if name not in whole}, scores.source)
                 selection = self._selection(graph_module, left if whole else scores, accepts)
                 removal = _of_first(self._by_measurement(selection) if measured else self.decide(selection))
-                refused = {} if self.uniform else inexpressible(graph_module, removal)
+                refused = {} if self.uniform else inexpressible(graph_module, removal, DEFAULT_KINDS)
                 if not refused:
                     break
                 whole |= refused

@@ -79,8 +79,8 @@ NETWORKS: dict[str, tuple[Callable[[], Net], list[int], list[int]]] = {
     "spread": (made(lambda m, h: h / h.std(-1, keepdim=True) + h.var(-1, keepdim=True), 12), [], [12]),
     # an axis that has one unit left is no axis of size 1
     "squeezed": (made(lambda m, h: h.unsqueeze(1).squeeze() + h.squeeze(-1) + h.squeeze((0, 2)), 12), [12], []),
-    # a constant made by the code is not masked with the weights
-    "constant": (made(lambda m, h: F.linear(h @ torch.eye(12), m.w.exp()), 6, w=(6, 12)), [6, 12], [12]),
+    # the columns of a constant made by the code are no units, nor is what reads them
+    "constant": (made(lambda m, h: F.linear(h @ torch.eye(12), m.w.exp()), 6, w=(6, 12)), [6, 12], []),
 }
 
 
