@@ -261,6 +261,7 @@ def stubbed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_keeps_measurements(stubbed: Path) -> None:
     arguments = ["--ratio", "0.2", "--shape", "2x5", "--engine", "graph", "--engine", "transformers", "--round-to", "8"]
     result = CliRunner().invoke(command.app, [*arguments, "--json"], catch_exceptions=False)

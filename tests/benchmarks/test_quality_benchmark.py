@@ -65,6 +65,7 @@ def found_rows() -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_it_measures_each_entry_once_and_prints_the_protocol(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = run(small, "--only", "l1", "--keep", str(small / "kept"))
     assert fxprune.from_pretrained(small / "kept" / "l1-0.1-0").num_parameters() < tiny("llama").num_parameters()

@@ -27,6 +27,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 FAST = ("--epochs", 1, "--batch", 4, "--learning-rate", "1e-3")
 
 
+@pytest.mark.slow
 def test_a_slim_model_comes_back_trained_with_its_plan(models: Path, rows: Path, tmp_path: Path) -> None:
     slim, out, folder = models / "slim", tmp_path / "out", tmp_path / "run"
     more = ("--data", rows, "--out", out, "--distil", models / "dense", "--folder", folder)

@@ -119,6 +119,7 @@ def trainer(model: Any, folder: Path, steps: int) -> Trainer:
     return Trainer(model=model, args=options, train_dataset=rows)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_trainer_trains_saves_and_resumes(family: str, made: Made, tmp_path: Path) -> None:
     whole = fresh(made, family)
     done = trainer(whole, tmp_path / "whole", 4).train()

@@ -52,7 +52,7 @@ def by_rank(code: str, count: int, folder: Path) -> list[Any]:
 @pytest.mark.parametrize(
     ("count", "importance", "compensate"),
     [
-        (2, "taylor{order=mix}", "least-squares{damping=1, reach=stream}"),
+        pytest.param(2, "taylor{order=mix}", "least-squares{damping=1, reach=stream}", marks=SLOW),
         pytest.param(3, "taylor{order=first, memory=low}", "none", marks=SLOW),
         pytest.param(2, "wanda", "rotation", marks=SLOW),
     ],

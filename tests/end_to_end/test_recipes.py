@@ -33,6 +33,7 @@ def small(name: str) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_the_default_recipe_needs_a_tokenizer_alone(model: PreTrainedModel) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     result = fxprune.prune(model, tokenizer=character_tokenizer(), recipe=small("balanced"))

@@ -48,7 +48,7 @@ def test_there_is_one_test_an_example() -> None:
     assert "`examples/`" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", tiers(PRINTED, "op_rule", "own_criterion", "plain_module"))
+@pytest.mark.parametrize("name", tiers(PRINTED, "op_rule", "plain_module"))
 def test_an_example_runs(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     importlib.import_module(f"examples.{name}").main()
     printed = capfd.readouterr().out

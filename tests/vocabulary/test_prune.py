@@ -108,6 +108,7 @@ def test_the_vocabulary_alone_is_pruned_by_a_ratio(tmp_path: Path) -> None:
     assert fxprune.from_pretrained(tmp_path / "slim", verify=True).config.vocab_size == len(kept)
 
 
+@pytest.mark.slow
 def test_other_kinds_make_up_for_the_rest(tmp_path: Path) -> None:
     """Unused tokens go first; the plan of both is carried out on the dense model again."""
     model, words = model_for("qwen"), tokenizer("qwen")
