@@ -89,10 +89,11 @@ VALUES: dict[str, tuple[Middle, int, list[int]]] = {
     "rms_norm-in-a-head": (lambda h: F.rms_norm(heads(h), (3,)).flatten(-2), 12, [4]),
     "zeros_like": (lambda h: h + torch.zeros_like(h) + torch.ones_like(h), 12, [12]),
     "full": (lambda h: h * h.new_ones(12) + torch.full((12,), 0.3) + torch.zeros(7, 1), 12, [12]),
-    "ones-beside": (lambda h: torch.cat((h, torch.ones(2, 7, 3)), -1), 15, [12, 3]),
+    # no parameter produces the columns of these constants, so they are no units
+    "ones-beside": (lambda h: torch.cat((h, torch.ones(2, 7, 3)), -1), 15, [12]),
     "arange": (lambda h: h * torch.arange(12), 12, [12]),
     "arange-over-heads": (lambda h: (heads(h) * torch.arange(4)[:, None]).flatten(-2), 12, [4, 3]),
-    "eye": (lambda h: h @ torch.eye(12), 12, [12, 12]),
+    "eye": (lambda h: h @ torch.eye(12), 12, [12]),
     "constant": (lambda h: h * torch.tensor([float(i) for i in range(1, 13)]), 12, [12]),
 }
 
