@@ -175,7 +175,7 @@ def _measure(
     add: Callable[[QualityRow], None],
     report: Callable[[str], None],
 ) -> None:
-    """Measure what is missing, the dense model first; each row is added and described as it comes."""
+    """Missing rows, measured one by one, the dense model first; each is added to the results and printed."""
     known = {row.entry: row for row in done}
     dense = known.get(DENSE)
     for row in done:

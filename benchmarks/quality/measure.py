@@ -34,7 +34,7 @@ _ROW = "row.json"
 
 @dataclass(frozen=True)
 class Bench:
-    """A dense model, what it is pruned and measured with, and its predictions.
+    """Setting of the benchmark: the dense model, its predictions, texts and protocol.
 
     Attributes:
         model: The dense model, in float32; it is not changed.
@@ -98,7 +98,7 @@ class Bench:
     def _prune(
         self, row: QualityRow, samples: torch.Tensor | None, options: Mapping[str, Any]
     ) -> tuple[QualityRow, Any]:
-        """Prune, and keep the slim model; returns the row with what it cost, and the slim model or its graph."""
+        """Row of a prune with its time and memory, and the slim model, or its graph where there is none."""
         clock = time.process_time if row.threads == 1 else time.perf_counter
         reset_peak_memory()
         begin = clock()

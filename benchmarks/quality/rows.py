@@ -123,7 +123,7 @@ def blocks(losses: Sequence[float]) -> tuple[float, ...]:
 
 
 def compare(one: Perplexity, other: Perplexity) -> tuple[float, float | None]:
-    """Perplexity over another one's on the same windows, and its standard error; None where none can be told."""
+    """Ratio of two perplexities, and its standard error paired by window; None if windows differ or are too few."""
     ratio, apart = one.value / other.value, [a - b for a, b in zip(one.losses, other.losses, strict=False)]
     if len(one.losses) != len(other.losses) or len(apart) < 2:
         return ratio, None

@@ -100,7 +100,7 @@ _REQUEST = "request.json"
 
 
 def _begin(work: Path, request: str | None) -> None:
-    """Make the folder of a run, unless it holds what a run with the same request left."""
+    """Create the folder of a run; files of an earlier run stay if its request was the same."""
     file = work / _REQUEST
     if request is None or not file.is_file() or file.read_text("utf-8", "replace") != json.dumps(request):
         shutil.rmtree(work, ignore_errors=True)

@@ -440,7 +440,7 @@ _MOST_LAYERS = 10_000
 
 
 def check_sizes(source: str | os.PathLike[str], gguf_file: str | None = None) -> None:
-    """Refuse a config of a model larger than the files beside it: transformers allocates what they do not hold.
+    """Refuse a config whose model is larger than its weight files: transformers would allocate the rest.
 
     A GGUF file is checked by :func:`check_gguf` first.
     """

@@ -185,7 +185,7 @@ def write_result(
 
 
 def check_push(repository: str, out: Path | None) -> None:
-    """Refuse an upload to what is no repository, or of what is no folder."""
+    """Refuse a bad name of a repository, and an upload of anything other than a folder."""
     from fxprune.checkpoint.write import check_repository
 
     check_repository("push_to_hub", repository)

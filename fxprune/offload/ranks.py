@@ -241,7 +241,7 @@ def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 def check_same(find: Callable[[], Mapping[str, Any]], where: str) -> None:
-    """Refuse to go on if processes differ in values that decide what they compute.
+    """Compare values over processes; raise an error in all of them if one differs.
 
     Collectives of processes that compute different things match by chance, or wait for each other for ever.
 

@@ -241,7 +241,7 @@ class Pass(Arguments, PassBase):
 
 
 def run_apart(step: Pass, run: Callable[[fx.GraphModule], PassResult], graph_module: fx.GraphModule) -> PassResult:
-    """Run a pass on a copy of a graph that ends up sharing no tensor with it; writes to the original are errors."""
+    """Run a pass on a copy of a graph; the result shares no tensor with the original, and writes to it are errors."""
     work = fork(graph_module)
     if step.writes:
         unshare(work, graph_module)

@@ -172,7 +172,7 @@ class Budget:
     def removed_terms(
         self, changed: Iterable[Factor | str], counts: Counts, blocks: Mapping[str, float]
     ) -> Iterator[tuple[int, float]]:
-        """Yield the places of the terms with some factors and blocks, in order, and what is removed of each."""
+        """Yield, in order, the index of each term that contains a changed factor or block, and its removed amount."""
         for place in sorted({place for key in changed for place in self._places.get(key, ())}):
             term = self.terms[place]
             share = blocks.get(term.block, 0.0) if term.block is not None else 0.0

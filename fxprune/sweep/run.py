@@ -1,4 +1,4 @@
-"""Running a sweep: what prunes share is done once, and what was done before a stop is not done again."""
+"""Runs of a sweep: shared work is done once, and a stopped sweep resumes."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class Sweep:
         return table
 
     def to_markdown(self) -> str:
-        """The table in Markdown, with what was measured on."""
+        """The table in Markdown, with the texts that were measured."""
         lines = ["| " + " | ".join(line) + " |" for line in (_HEAD, *self.lines())]
         lines.insert(1, "|---" + "|---:" * (len(_HEAD) - 1) + "|")
         texts = dict.fromkeys(row.measured_on for row in self.rows)

@@ -388,13 +388,13 @@ class SelectPass(Pass):
         accepts, whole = self._accepts(graph_module), dict[str, str]()
         with _unruled_ops_named(graph_module):
             while True:
-                left = Scores({name: units for name, units in scores.units.items() if name not in whole}, scores.source)
-                selection = self._selection(graph_module, left if whole else scores, accepts)
+                selection = self._selection(graph_module, scores, accepts)
                 removal = _of_first(self._by_measurement(selection) if measured else self.decide(selection))
                 refused = {} if self.uniform else inexpressible(graph_module, removal, DEFAULT_KINDS)
                 if not refused:
                     break
                 whole |= refused
+                scores = Scores({name: row for name, row in scores.units.items() if name not in refused}, scores.source)
             facts.put(replace(removal, reached=self.reached(selection, removal)))
         for line in _left_whole(whole):
             add_note(graph_module, line)
