@@ -8,9 +8,11 @@ from functools import partial, reduce
 import pytest
 import torch
 from torch import nn
+from transformers import FocalNetConfig, FocalNetForImageClassification
 
 import fxprune
 from fxprune.discovery.explain import frozen_axes
+from fxprune.emit.snapshot import shapes_of
 from fxprune.graph.facts import Blocks, facts_of
 from tests.architectures import glm, memory, modules, vision
 from tests.architectures.library import LIBRARY, stirred
@@ -194,3 +196,21 @@ def test_models_that_predict_no_next_tokens_are_scored_fitted_and_tuned(name: st
     assert result.report.verification_error is not None and result.report.verification_error < 1e-4
     assert not any("labels do not count" in note for note in result.report.notes)
     assert all(score > 0 for row in result.scores.units.values() for score in row.ravel().tolist()[:1])
+
+
+@pytest.mark.slow
+def test_groups_that_a_class_cannot_express_stay_whole_and_a_model_comes_out() -> None:
+    """Contexts of a focal modulation are as wide as the stage by its class; there used to be no model."""
+    torch.manual_seed(0)
+    config = FocalNetConfig(image_size=32, embed_dim=16, depths=[2, 2], num_labels=3)
+    model = FocalNetForImageClassification(config).eval()
+    image = torch.randn(2, 3, 32, 32)
+    options = {"recipe": "llm-pruner", "importance": "l2", "ratio": 0.1, "example_inputs": {"pixel_values": image}}
+    result = fxprune.prune(model, **options)
+    assert isinstance(result.model, FocalNetForImageClassification)
+    assert result.report.achieved == pytest.approx(0.1, abs=0.01)
+    assert any("of kind mlp left whole: the model's class cannot express it" in note for note in result.report.notes)
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(image).logits, result.graph_module(image)[0], rtol=1e-4, atol=1e-5)
+    contexts = [size for name, size in shapes_of(result.model).items() if "projection_context" in name]
+    assert contexts == [size for name, size in shapes_of(model).items() if "projection_context" in name]
