@@ -11,8 +11,7 @@ from torch import fx
 from fxprune.checkpoint import save_pretrained
 from fxprune.checkpoint.read import load_tokenizer
 from fxprune.checkpoint.write import check_request
-from fxprune.data.calibration import Calibration, token_input
-from fxprune.data.verification import VerificationInputs, make_inputs
+from fxprune.data.calibration import Calibration, VerificationInputs, make_inputs, token_input
 from fxprune.emit.emitted import Emitted, check_own_forward, emit_from_graph
 from fxprune.errors import CheckpointError
 from fxprune.graph.counting import Work, count_bytes, count_macs, count_parameters

@@ -23,9 +23,8 @@ from torch import fx
 from fxprune.axes import Expr
 from fxprune.graph.tensors import read_argument, tensor_name
 from fxprune.pipeline.arguments import NORMS
-from fxprune.rules.aliasing import writes
 from fxprune.rules.probing import scaled_literal, scaling_power, shift_of
-from fxprune.rules.registry import Values, find_rule
+from fxprune.rules.registry import Values, find_rule, writes
 from fxprune.rules.site import nodes_in
 from fxprune.rules.statements import Average
 

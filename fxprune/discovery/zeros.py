@@ -22,9 +22,8 @@ from torch import fx
 
 from fxprune.axes import Expr, Factor, Freeze, factors
 from fxprune.graph.tensors import producer_of, tensor_name
-from fxprune.rules.aliasing import alias_roots, writes
 from fxprune.rules.probing import constant_result
-from fxprune.rules.registry import Values, find_rule
+from fxprune.rules.registry import Values, alias_roots, find_rule, writes
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Axis, Held, Statements
 

@@ -39,8 +39,7 @@ from fxprune.masking.masked_run import UntouchedRun
 from fxprune.masking.parts import PartwiseModel
 from fxprune.masking.teacher import run_logits
 from fxprune.pipeline.arguments import flag, instance, numbers, one_of, refuse, whole_number
-from fxprune.pipeline.contract import Track, check_track, no_progress
-from fxprune.pipeline.sharing import shared_tensor
+from fxprune.pipeline.contract import Track, check_track, no_progress, shared_tensor
 from fxprune.report.quality import GreedyAnswer, Quality, TextQuality
 from fxprune.trace import trace
 from fxprune.trace.inputs import alias_twin, written_parameters

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.data.verification import VerificationInputs, check_names, make_inputs
+from fxprune.data.calibration import VerificationInputs, check_names, make_inputs
 from fxprune.errors import ExportError, FxpruneError, UnknownNameError, VerificationError
 from fxprune.graph.compat import is_free, is_impure, size_hint, tree_leaves, tree_map, tree_unflatten
 from fxprune.graph.context import default_modes, quiet, wrap_errors

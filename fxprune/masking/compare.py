@@ -23,7 +23,7 @@ from fxprune.graph.tensors import tensor_name
 from fxprune.masking.masked_run import MaskedRun, PreciseRun, UntouchedRun, output_tensors
 from fxprune.offload.files import offloaded
 from fxprune.offload.prefetch import inputs_on_device
-from fxprune.rules.aliasing import writes
+from fxprune.rules.registry import writes
 
 __all__ = [
     "ROUGH",

@@ -22,7 +22,7 @@ from fxprune.graph.compat import tree_leaves
 from fxprune.graph.tensors import map_tensors, output_name, tensor_name, with_argument
 from fxprune.offload.prefetch import current_prefetcher
 from fxprune.removal.removal import scaled_weights
-from fxprune.rules.aliasing import written_sources
+from fxprune.rules.registry import written_sources
 
 __all__ = ["GatedRun", "MaskedRun", "PreciseRun", "UntouchedRun", "at_least_float32", "output_tensors", "spread_gates"]
 

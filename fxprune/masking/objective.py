@@ -14,12 +14,12 @@ from fxprune.data.calibration import (
     Sample,
     clear_sample_errors,
     embedding_rows,
+    make_inputs,
     next_token_loss,
     require_logits,
     token_input,
 )
 from fxprune.data.samples import read_calibration
-from fxprune.data.verification import make_inputs
 from fxprune.errors import PassError
 from fxprune.graph.compat import tree_leaves
 from fxprune.graph.context import Refusal, attempt

@@ -26,7 +26,7 @@ from fxprune.graph.tensors import device_of, get_tensor, map_tensors, weights
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, at_least_float32
 from fxprune.offload.files import offload_to, offloaded
 from fxprune.offload.prefetch import compute_device, current_prefetcher, to_device
-from fxprune.rules.aliasing import alias_roots, writes, written_sources
+from fxprune.rules.registry import alias_roots, writes, written_sources
 from fxprune.trace import trace
 
 __all__ = [

@@ -33,9 +33,9 @@ _what_goes, _output, _machine = (partial(Argument, panel=panel) for panel in (WH
 
 
 def _check(name: str, value: Any) -> Any:
+    from fxprune.data.calibration import check_names
     from fxprune.data.named import is_data_set
     from fxprune.data.text import calibration_text, check_tokenizer
-    from fxprune.data.verification import check_names
     from fxprune.offload.prefetch import as_device
     from fxprune.pipeline.contract import check_track
 

@@ -25,7 +25,7 @@ from fxprune.evaluation.speed import measure_speed
 from fxprune.graph.compat import tree_leaves
 from fxprune.offload.atomic import atomic_path, made_folder, wrap_disk_errors, write_file
 from fxprune.pipeline.arguments import as_path, flag, number, one_of, refuse
-from fxprune.pipeline.sharing import digest_of, sharing
+from fxprune.pipeline.contract import digest_of, sharing
 from fxprune.recipes import Options, Recipe, as_recipe
 from fxprune.report.report import package_versions
 from fxprune.result import Result

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from fxprune.graph.compat import OpOverload, is_impure, is_random, tree_leaves
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
-from fxprune.rules.aliasing import alias_roots, find_spelling, may_alias, regroups, spelling, writes
+from fxprune.rules.registry import alias_roots, find_spelling, may_alias, regroups, spelling, writes
 
 __all__ = ["canonicalize", "fold_constants", "move_constants", "remove_in_place_ops"]
 

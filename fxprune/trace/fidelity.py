@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxprune.data.verification import make_inputs, resize_inputs
+from fxprune.data.calibration import make_inputs, resize_inputs
 from fxprune.errors import PassError
 from fxprune.graph.compat import (
     evaluate_expression,
@@ -36,7 +36,7 @@ from fxprune.graph.context import quiet
 from fxprune.graph.facts import Fact, facts_of
 from fxprune.graph.shapes import failed_check
 from fxprune.graph.tensors import TRACED, get_tensor, has_meta_weights, input_tensors, is_input, map_tensors, weights
-from fxprune.rules.aliasing import written_sources
+from fxprune.rules.registry import written_sources
 from fxprune.trace.inputs import alias_twin, free_axes, without_cache, written_parameters
 
 __all__ = [

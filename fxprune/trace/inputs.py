@@ -17,15 +17,15 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
+from fxprune.data.calibration import check_names
 from fxprune.data.samples import DECODER
-from fxprune.data.verification import check_names
 from fxprune.errors import ArgumentError, FxpruneError, TraceError, UnsupportedModelError
 from fxprune.graph.compat import FakeTensorMode, TorchDispatchMode, tree_leaves, tree_map
 from fxprune.graph.context import Refusal, attempt, quiet
 from fxprune.graph.tensors import as_parameter, computed_tensors
 from fxprune.offload.ranks import check_one_device, check_unsharded
 from fxprune.pipeline.arguments import format_value, refuse
-from fxprune.rules.aliasing import written_arguments
+from fxprune.rules.registry import written_arguments
 
 __all__ = [
     "alias_twin",

@@ -1,6 +1,14 @@
 """Importance: scores of all units."""
 
-from .base import ImportancePass, Positions, axis_sums
+from .base import (
+    ImportancePass,
+    L1ImportancePass,
+    L2ImportancePass,
+    LoadScoresPass,
+    Positions,
+    RandomImportancePass,
+    axis_sums,
+)
 from .forward import (
     BlockInfluenceImportancePass,
     FlapImportancePass,
@@ -10,7 +18,6 @@ from .forward import (
     WandaImportancePass,
 )
 from .in_steps import ChooseScoresPass, ScoreInStepsPass
-from .magnitude import L1ImportancePass, L2ImportancePass, LoadScoresPass, RandomImportancePass
 from .reconstruction import ReconstructionImportancePass
 from .taylor import FisherImportancePass, TaylorImportancePass
 

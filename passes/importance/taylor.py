@@ -30,8 +30,8 @@ from fxprune.offload.ranks import all_reduce, barrier, deal, shard, world_size
 from fxprune.pipeline.arguments import Memory, Order, argument
 from fxprune.pipeline.contract import PassCost, tracked
 from fxprune.removal.removal import Scores
-from fxprune.rules.aliasing import writes, written_sources
 from fxprune.rules.products import LoneProduct, lone_products
+from fxprune.rules.registry import writes, written_sources
 from fxprune.trace.fidelity import require_gradients
 
 from .base import LOW_MEMORY, ImportancePass, Positions, axis_sums, memory_limit, parts_within

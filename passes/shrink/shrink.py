@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from fxprune.axes import kept_size
-from fxprune.data.verification import VerificationInputs, make_inputs
+from fxprune.data.calibration import VerificationInputs, make_inputs
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
 from fxprune.errors import PlanError

@@ -44,8 +44,8 @@ from fxprune.offload.ranks import (
 from fxprune.pipeline.arguments import Memory, Precision, argument, as_seed, path_or_empty
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.removal.removal import Removal, Removed
-from fxprune.rules.aliasing import written_sources
 from fxprune.rules.products import LoneProduct, lone_products
+from fxprune.rules.registry import written_sources
 
 from .teacher import HELDOUT, Teacher
 

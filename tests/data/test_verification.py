@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fxprune.data.verification import make_inputs
+from fxprune.data.calibration import make_inputs
 from fxprune.trace.capture import trace
 from tests import remembered
 from tests.oracle import Net

@@ -7,10 +7,10 @@ from torch import fx, nn
 
 import fxprune
 from fxprune.graph.compat import tree_leaves
-from fxprune.rules.aliasing import alias_roots, find_spelling, may_alias, regroups, writes
 from fxprune.rules.apply import RuleDescriber, apply_rule_alone, describe_rule
 from fxprune.rules.probing import constant_result
 from fxprune.rules.products import weight_product
+from fxprune.rules.registry import alias_roots, find_spelling, may_alias, regroups, writes
 from fxprune.rules.site import OpArguments, op_name
 
 aten = torch.ops.aten

@@ -15,7 +15,7 @@ import torch
 import fxprune
 from fxprune.data.built_in import offline_docstrings
 from fxprune.errors import ArgumentError, CheckpointError, FxpruneError, UnknownNameError
-from fxprune.pipeline.sharing import sharing
+from fxprune.pipeline.contract import sharing
 from fxprune.recipes import Recipe
 from fxprune.sweep.table import Sweep, SweepRow
 from tests.models import tiny, token_ids

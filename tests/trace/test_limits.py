@@ -12,7 +12,7 @@ from torch import fx, nn
 from transformers import PreTrainedModel
 
 import fxprune
-from fxprune.data.verification import make_inputs
+from fxprune.data.calibration import make_inputs
 from fxprune.errors import GraphInputError
 from fxprune.graph.compat import is_check, is_free
 from fxprune.graph.counting import count_macs

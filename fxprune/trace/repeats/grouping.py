@@ -35,7 +35,7 @@ from fxprune.graph.compat import (
 from fxprune.graph.context import disable_torch_function, mark_exporting, quiet
 from fxprune.graph.facts import find_blocks
 from fxprune.graph.shapes import MetaOpCache
-from fxprune.rules.aliasing import written_arguments
+from fxprune.rules.registry import written_arguments
 from fxprune.trace.inputs import blank, fake_twin, without_cache
 
 __all__ = [

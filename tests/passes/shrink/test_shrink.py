@@ -15,7 +15,7 @@ from fxprune.passes.shrink.shrink import record_masked_outputs, verify_removal
 from torch import fx, nn
 
 from fxprune.axes import Keep
-from fxprune.data.verification import VerificationInputs
+from fxprune.data.calibration import VerificationInputs
 from fxprune.errors import PassError, VerificationError
 from fxprune.graph.compat import FakeTensorProp, tree_leaves
 from fxprune.graph.facts import Notes, Source, facts_of, fork
